@@ -1,0 +1,250 @@
+"""The ``realign`` command. Imports what a verb needs only when it runs, so that help is instant."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+try:
+    import typer
+except ImportError:
+    sys.exit(
+        "The realign command needs its pipeline packages. Install them: pip install "
+        "'realign[pipeline]'"
+    )
+
+from realign.errors import RefusedError
+
+if TYPE_CHECKING:
+    from realign.config import BuildConfig, CacheConfig, EvalConfig, TrainConfig
+
+app = typer.Typer(
+    name="realign",
+    help="Align a vision-language model: build dual-preference data, train with rDPO, measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file with a section a verb.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Set any option; repeatable."),
+]
+Model = Annotated[str | None, typer.Option(help="Model folder or hub id.")]
+Data = Annotated[
+    Path | None, typer.Option(help="Dataset: parquet, build folder, or the authors' JSON.")
+]
+Images = Annotated[Path | None, typer.Option(help="Image folder.")]
+Out = Annotated[Path | None, typer.Option(help="Output folder.")]
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """2 for refused input, 143 for SIGTERM; any other failure keeps its traceback and exits with
+    1.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    _quiet_libraries()
+    try:
+        yield
+    except RefusedError as error:
+        typer.secho(f"realign: {error}", fg="red", err=True)
+        raise typer.Exit(2) from None
+
+
+def _quiet_libraries() -> None:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+
+
+def _build_config(
+    config: Path | None, overrides: list[str] | None, flags: dict[str, Any]
+) -> BuildConfig:
+    from realign.config import BuildConfig, load_config
+
+    return load_config(BuildConfig, config, overrides or (), flags)
+
+
+@app.command()
+def build(
+    source: Annotated[
+        Path | None, typer.Option(help='JSONL of {"image", "prompt", "answer"}.')
+    ] = None,
+    images: Images = None,
+    model: Annotated[
+        str | None, typer.Option(help="The VLM to be aligned: folder or hub id.")
+    ] = None,
+    out: Out = None,
+    mask: Annotated[str | None, typer.Option(help="Who masks: rule or model.")] = None,
+    similarity: Annotated[
+        str | None, typer.Option(help="lexical, or a sentence-transformers model.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the masking draw.")] = None,
+    config: Config = None,
+    set_: Overrides = None,
+) -> None:
+    """Images and good answers -> preference dataset: mask, retrieve, induce, filter."""
+    with _exit_codes():
+        flags = {"source": source, "images": images, "model": model, "out": out}
+        options = _build_config(
+            config, set_, flags | {"mask": mask, "similarity": similarity, "seed": seed}
+        )
+        from realign.build.pipeline import build as run
+
+        dataset = run(options)
+        counts = json.loads((options.out / "funnel.json").read_text())
+        typer.echo(f"{counts['accepted']} of {counts['rows']} rows accepted -> {dataset}")
+
+
+@app.command()
+def cache(
+    model: Model = None,
+    data: Data = None,
+    images: Images = None,
+    out: Out = None,
+    config: Config = None,
+    set_: Overrides = None,
+) -> None:
+    """Dataset and VLM -> reference log-probabilities, keyed by content."""
+    with _exit_codes():
+        from realign.config import CacheConfig, load_config
+
+        options: CacheConfig = load_config(
+            CacheConfig,
+            config,
+            set_ or (),
+            {"model": model, "data": data, "images": images, "out": out},
+        )
+        from realign.cache import cache as run
+
+        typer.echo(f"reference log-probabilities -> {run(options)}")
+
+
+@app.command()
+def train(
+    model: Model = None,
+    data: Data = None,
+    images: Images = None,
+    out: Out = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of `realign cache`; computed if not given.")
+    ] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="rdpo, dpo, mdpo, symmetric or sft.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the order of rows.")] = None,
+    config: Config = None,
+    set_: Overrides = None,
+) -> None:
+    """Dataset and VLM -> aligned checkpoint and metrics, with rDPO."""
+    with _exit_codes():
+        from realign.config import TrainConfig, load_config
+
+        flags: dict[str, Any] = {
+            "model": model,
+            "data": data,
+            "images": images,
+            "out": out,
+            "cache": cache,
+            "objective": objective,
+        }
+        flags |= {"learning_rate": learning_rate, "epochs": epochs, "seed": seed}
+        options: TrainConfig = load_config(TrainConfig, config, set_ or (), flags)
+        from realign.train import train as run
+
+        typer.echo(f"checkpoint -> {run(options)}")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FOLDER", help="Repeatable; the first is the baseline."),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with the POPE and CHAIR files.")] = None,
+    images: Images = None,
+    out: Out = None,
+    config: Config = None,
+    set_: Overrides = None,
+) -> None:
+    """Models and questions -> raw answers, POPE and CHAIR, paired differences with intervals."""
+    with _exit_codes():
+        from realign.config import EvalConfig, load_config
+
+        pairs = [name.partition("=") for name in model or []]
+        if bad := [name for name, separator, folder in pairs if not (separator and folder)]:
+            raise RefusedError(f"--model must be NAME=FOLDER, got {bad[0]!r}.")
+        models = {name: folder for name, _, folder in pairs} or None
+        options: EvalConfig = load_config(
+            EvalConfig,
+            config,
+            set_ or (),
+            {"models": models, "data": data, "images": images, "out": out},
+        )
+        from rich import print as rich_print
+
+        from realign.eval.run import evaluate as run
+        from realign.eval.table import scores_table
+
+        rich_print(scores_table(run(options)))
+
+
+@app.command()
+def report(
+    run: Annotated[
+        Path,
+        typer.Argument(help="A run's folder: dataset/, metrics.jsonl, eval/ where they exist."),
+    ],
+    out: Annotated[Path | None, typer.Option(help="The page; RUN/report.html by default.")] = None,
+) -> None:
+    """A run's folder -> one self-contained HTML page."""
+    with _exit_codes():
+        from realign.report import write_report
+
+        typer.echo(f"report -> {write_report(run, out or run / 'report.html')}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Of scenes, masks and order of rows.")] = 0,
+) -> None:
+    """All of it on the embedded world and model: CPU, minutes, no network."""
+    with _exit_codes():
+        from realign.demo.run import run_demo
+
+        run_demo(out, seed)
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, and what this machine would use."""
+    with _exit_codes():
+        from realign.doctor import diagnosis
+
+        for line in diagnosis():
+            typer.echo(line)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""What a run is told: one YAML file with a section a verb, ``--set section.key=value``, then the
+verb's own flags.
+
+An unknown key is an error that names the nearest known one. Functions take these objects at the
+edge only; what computes gets plain arguments.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+
+from realign.errors import RefusedError
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+RejectedScoring = Literal["label", "top_non_label"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class BuildConfig(_Section):
+    """``realign build``: images, prompts and answers in, a dual-preference dataset out."""
+
+    source: Path
+    """JSONL, one ``{"image", "prompt", "answer"}`` a line, optionally ``"id"``."""
+    images: Path
+    """Folder that the image names in ``source`` are relative to."""
+    model: str
+    """The VLM to be aligned: a folder, or a hub id."""
+    out: Path
+    """Output folder."""
+    mask: Literal["rule", "model"] = "rule"
+    """Who masks: a lexicon, or ``model`` with the paper's prompt (falls back to the lexicon,
+    counted).
+    """
+    lexicon: Path | None = None
+    """Phrases that can be masked; the packaged English one by default."""
+    mask_rates: dict[str, float] = Field(default_factory=dict)
+    """Share of segments to mask by lexicon category; 1, the paper's, where none is given. Rule
+    masking only.
+    """
+    top_k: PositiveInt = 10
+    """How many nearest images may be tried."""
+    similarity: str = "lexical"
+    """``lexical``, or a sentence-transformers model such as
+    ``sentence-transformers/all-mpnet-base-v2``.
+    """
+    threshold: PositiveFloat = 0.95
+    """A completion is accepted below this similarity to the answer (tau of the paper)."""
+    keep_unmasked: bool = False
+    """Accept a completion only if it kept every word that was not masked."""
+    batch_size: PositiveInt = 32
+    """Rows in one generation call."""
+    group_size: PositiveInt = 256
+    """Records in one shard: what a killed run can lose."""
+    max_new_tokens: PositiveInt = 512
+    """Longest completion."""
+    dtype: Dtype = "auto"
+    """``auto``: bfloat16 on a GPU, float32 on a CPU."""
+    seed: int = 0
+    """Of the masking draw."""
+
+
+class CacheConfig(_Section):
+    """``realign cache``: log-probabilities of the reference model, once a row."""
+
+    model: str
+    """The reference: the model that training starts from."""
+    data: Path
+    """Dataset: parquet file, ``realign build`` folder, or the authors' JSON."""
+    out: Path
+    """Cache folder; several models can share it."""
+    images: Path | None = None
+    """Image folder of the authors' JSON."""
+    cells: Literal[3, 4] = 3
+    """chosen, text_rejected, image_rejected[, both_rejected, for the symmetric objective]."""
+    rejected_scoring: RejectedScoring = "label"
+    """``top_non_label`` is what the authors' code does, see docs/paper.md."""
+    batch_size: PositiveInt = 8
+    """Pairs in one forward."""
+    shard_size: PositiveInt = 1024
+    """Rows in one shard: what a killed run can lose."""
+    max_length: PositiveInt | None = None
+    """Longest row in tokens, image tokens included; a longer row is an error, never cut."""
+    dtype: Dtype = "auto"
+    """``auto``: bfloat16 on a GPU, float32 on a CPU."""
+
+
+class LoraSection(_Section):
+    """Low-rank adapters (peft)."""
+
+    r: PositiveInt = 128
+    """Rank; the paper's."""
+    alpha: PositiveInt = 256
+    """Scaling numerator; the paper's."""
+    targets: str | list[str] = "all-linear"
+    """Module names, or all-linear as the paper; the authors' code uses q_proj, k_proj, v_proj,
+    o_proj.
+    """
+
+
+class TrainConfig(_Section):
+    """``realign train``: rDPO on a dual-preference dataset. Defaults are the paper's."""
+
+    model: str
+    """The VLM to align: a folder, or a hub id."""
+    data: Path
+    """Dataset: parquet file, ``realign build`` folder, or the authors' JSON."""
+    out: Path
+    """Run folder: metrics.jsonl, steps/, checkpoint/."""
+    images: Path | None = None
+    """Image folder of the authors' JSON."""
+    cache: Path | None = None
+    """Folder of ``realign cache``; without it the references are computed into ``out/cache``
+    first.
+    """
+    objective: Literal["rdpo", "dpo", "mdpo", "symmetric", "sft"] = "rdpo"
+    """What is optimised; ``sft`` is the likelihood of the chosen answers alone, for comparison."""
+    beta: PositiveFloat = 0.1
+    """Tie to the reference in the answer pair."""
+    image_beta: PositiveFloat | None = None
+    """Tie to the reference in the image pair; ``beta`` by default."""
+    image_weight: NonNegativeFloat = 1.0
+    """Weight of the image pair."""
+    nll_weight: NonNegativeFloat = 0.0
+    """Weight of the chosen answer's mean negative log-likelihood; not in the paper."""
+    rejected_scoring: RejectedScoring = "label"
+    """``top_non_label`` is what the authors' code does, see docs/paper.md."""
+    learning_rate: PositiveFloat = 1e-5
+    """Peak; cosine schedule."""
+    epochs: PositiveFloat = 1.0
+    """Passes over the data."""
+    batch_size: PositiveInt = 1
+    """Pairs a device and micro-step."""
+    accumulation: PositiveInt = 8
+    """Micro-steps a step."""
+    warmup_ratio: NonNegativeFloat = 0.03
+    """Share of steps with rising learning rate."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Gradient clipping; 0 switches it off."""
+    lora: LoraSection | None = None
+    """Train adapters instead of the weights."""
+    freeze_vision: bool = True
+    """Leave the vision tower as it is."""
+    gradient_checkpointing: bool = False
+    """Trade a second forward for activation memory."""
+    max_length: PositiveInt | None = None
+    """Longest row in tokens, image tokens included; a longer row is an error, never cut."""
+    dtype: Dtype = "auto"
+    """``auto``: bfloat16 on a GPU, float32 on a CPU."""
+    logging_steps: PositiveInt = 10
+    """Steps between lines of metrics.jsonl; the first step is always there."""
+    save_steps: PositiveInt = 100
+    """Steps between checkpoints: what a killed run can lose."""
+    seed: int = 0
+    """Of the order of rows and of adapter initialisation."""
+    report_to: list[str] = Field(default_factory=list)
+    """Trackers of transformers.Trainer; none by default."""
+
+
+class EvalConfig(_Section):
+    """``realign eval``: raw answers of several models to the same questions, scored and compared
+    in pairs.
+    """
+
+    models: dict[str, str]
+    """Name to model or adapter folder; the first is what the others are compared with."""
+    data: Path
+    """Folder with pope_{random,popular,adversarial}.jsonl and chair.jsonl, chair_objects.json."""
+    images: Path
+    """Image folder."""
+    out: Path
+    """Output folder: answers/NAME.jsonl, scores.json."""
+    batch_size: PositiveInt = 64
+    """Rows in one generation call."""
+    max_new_tokens: PositiveInt = 128
+    """Longest answer."""
+    bootstrap: PositiveInt = 2000
+    """Resamples of the images behind each interval."""
+    dtype: Dtype = "auto"
+    """``auto``: bfloat16 on a GPU, float32 on a CPU."""
+    seed: int = 0
+    """Of the bootstrap."""
+
+
+SECTIONS: Mapping[str, type[_Section]] = {
+    "build": BuildConfig,
+    "cache": CacheConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+}
+S = TypeVar("S", bound=_Section)
+
+
+def load_config(
+    section: type[S],
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> S:
+    """Read one section of a YAML file, apply ``--set`` overrides, then the flags that are not None.
+
+    Raises:
+        RefusedError: A file, section, key or value is refused; the message names it and the nearest
+            known key.
+    """
+    name = next(key for key, value in SECTIONS.items() if value is section)
+    raw = _read_yaml(config) if config else {}
+    for override in overrides:
+        _apply_override(raw, override)
+    for other, content in raw.items():
+        if other not in SECTIONS:
+            raise RefusedError(
+                f"{config or '--set'} has an unknown section {other!r}.{_nearest(other, SECTIONS)}"
+            )
+        _check_keys(SECTIONS[other], content or {}, other)
+    values = {
+        **(raw.get(name) or {}),
+        **{key: value for key, value in (flags or {}).items() if value is not None},
+    }
+    try:
+        return section(**values)
+    except ValidationError as error:
+        lines = [
+            f"{name}.{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got "
+            f"{problem.get('input')!r}."
+            if problem["type"] != "missing"
+            else f"{name}.{problem['loc'][0]} is required. "
+            f"Pass --{problem['loc'][0]} or set it in the YAML file."
+            for problem in error.errors()
+        ]
+        raise RefusedError("\n".join(lines)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise RefusedError(f"config must be a YAML file, got {path}, which does not exist.")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RefusedError(f"{path} must be YAML ({error}).") from None
+    if not isinstance(raw, dict) or not all(
+        isinstance(value, dict | None) for value in raw.values()
+    ):
+        raise RefusedError(f"{path} must map sections ({', '.join(SECTIONS)}) to options.")
+    return raw
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    path, separator, value = override.partition("=")
+    keys = path.split(".")
+    if not separator or len(keys) < 2:
+        raise RefusedError(f"--set must be section.key=value, got {override!r}.")
+    target = raw
+    for key in keys[:-1]:
+        target[key] = target.get(key) or {}
+        target = target[key]
+        if not isinstance(target, dict):
+            raise RefusedError(f"--set {override!r} goes below {key!r}, which holds a value.")
+    target[keys[-1]] = yaml.safe_load(value)
+
+
+def _check_keys(section: type[BaseModel], content: Mapping[str, Any], where: str) -> None:
+    for key, value in content.items():
+        if key not in section.model_fields:
+            raise RefusedError(
+                f"{where} has no option {key!r}.{_nearest(key, section.model_fields)}"
+            )
+        if key == "lora" and isinstance(value, dict):
+            _check_keys(LoraSection, value, f"{where}.{key}")
+
+
+def _nearest(key: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."

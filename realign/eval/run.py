@@ -1,0 +1,235 @@
+"""The verb ``realign eval``: ask several models the same questions once, keep what they said, score
+it in pairs.
+
+<data>/pope_random.jsonl, pope_popular.jsonl, pope_adversarial.jsonl    {"question_id", "image",
+"text", "label"}
+<data>/chair.jsonl            {"image_id", "image", "text", "objects"}
+<data>/chair_objects.json     object -> its synonyms
+<out>/answers/NAME.jsonl      {"image", "text", "answer"}, every question once
+<out>/scores.json
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from realign.config import EvalConfig
+from realign.errors import RefusedError
+from realign.eval.bootstrap import Array, paired_scores
+from realign.eval.chair import caption_counts, chair_metrics, mentioned
+from realign.eval.pope import SPLITS, confusion, pope_metrics
+from realign.files import file_sha256, read_jsonl, write_json, write_jsonl
+from realign.generate.transformers_generator import TransformersGenerator
+from realign.images import decode_image, resolve_image
+from realign.modeling import choose_dtype, model_identity, resolve_model
+from realign.progress import Progress
+from realign.run_folder import claim
+
+NUM_SAMPLES = 12
+Question = tuple[str, str]  # image name, text
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Answer, score and compare; returns what ``scores.json`` holds.
+
+    Raises:
+        RefusedError: A file or image is missing, a row lacks a key, or the output folder holds
+            another run.
+    """
+    tasks = read_tasks(config.data)
+    folders = {name: resolve_model(model) for name, model in config.models.items()}
+    if not folders:
+        raise RefusedError(
+            "eval.models must name at least one model, got none. Pass --model NAME=FOLDER."
+        )
+    for task, rows in tasks.items():
+        for number, row in enumerate(rows, start=1):
+            resolve_image(config.images, row["image"], f"{task}.jsonl, line {number}")
+    claim(
+        config.out,
+        "eval",
+        {
+            "models": {name: model_identity(folder) for name, folder in folders.items()},
+            "data": {path.name: file_sha256(path) for path in sorted(config.data.glob("*.json*"))},
+            "max_new_tokens": config.max_new_tokens,
+            "bootstrap": [config.bootstrap, config.seed],
+        },
+    )
+    questions = list(
+        dict.fromkeys((row["image"], row["text"]) for rows in tasks.values() for row in rows)
+    )
+    answers = {name: _answers(name, folder, questions, config) for name, folder in folders.items()}
+    synonyms = _synonyms(config.data)
+    scores = score(tasks, answers, synonyms, resamples=config.bootstrap, seed=config.seed)
+    scores["samples"] = caption_samples(tasks["chair"], answers, synonyms)
+    for sample in scores["samples"]:
+        (config.out / "samples").mkdir(exist_ok=True)
+        shutil.copyfile(
+            config.images / sample["image"], config.out / "samples" / Path(sample["image"]).name
+        )
+    write_json(config.out / "scores.json", scores)
+    return scores
+
+
+def read_tasks(data: Path) -> dict[str, list[dict[str, Any]]]:
+    """Read the three POPE files and the CHAIR file of a folder.
+
+    Raises:
+        RefusedError: One is missing, or a row lacks a key.
+    """
+    tasks = {}
+    for task in (*(f"pope_{split}" for split in SPLITS), "chair"):
+        path = data / f"{task}.jsonl"
+        if not path.is_file():
+            raise RefusedError(f"data must hold {path.name}, {data} does not.")
+        tasks[task] = read_jsonl(path)
+        keys = ("image", "text", "objects") if task == "chair" else ("image", "text", "label")
+        for number, row in enumerate(tasks[task], start=1):
+            if missing := [key for key in keys if key not in row]:
+                raise RefusedError(
+                    f"{path.name}, line {number}: keys {missing} are missing, found {sorted(row)}."
+                )
+            if "label" in row and row["label"] not in ("yes", "no"):
+                raise RefusedError(
+                    f"{path.name}, line {number}: label must be yes or no, got {row['label']!r}."
+                )
+    return tasks
+
+
+def _synonyms(data: Path) -> dict[str, list[str]]:
+    path = data / "chair_objects.json"
+    if not path.is_file():
+        raise RefusedError(f"data must hold {path.name}, {data} does not.")
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _answers(
+    name: str, folder: Path, questions: Sequence[Question], config: EvalConfig
+) -> dict[Question, str]:
+    path = config.out / "answers" / f"{name}.jsonl"
+    if not path.is_file():
+        generator = TransformersGenerator.load(
+            folder, choose_dtype(config.dtype), config.max_new_tokens
+        )
+        write_jsonl(
+            path, ask(generator, questions, config.images, config.batch_size, f"answers of {name}")
+        )
+        del generator
+        torch.cuda.empty_cache()
+    return {(row["image"], row["text"]): row["answer"] for row in read_jsonl(path)}
+
+
+def ask(
+    generator: TransformersGenerator,
+    questions: Sequence[Question],
+    images: Path,
+    batch_size: int,
+    label: str,
+) -> list[dict[str, str]]:
+    """Raw answers, in the order of the questions."""
+    rows = []
+    with Progress(label, len(questions)) as progress:
+        # alike questions together: answers of one length waste no steps
+        ordered = sorted(questions, key=lambda question: (len(question[1]), question))
+        for start in range(0, len(ordered), batch_size):
+            batch = ordered[start : start + batch_size]
+            pictures = [decode_image((images / image).read_bytes(), image) for image, _ in batch]
+            answers = generator([text for _, text in batch], pictures)
+            rows += [
+                {"image": q[0], "text": q[1], "answer": a}
+                for q, a in zip(batch, answers, strict=True)
+            ]
+            progress.advance(len(batch))
+    order = {question: i for i, question in enumerate(questions)}
+    return sorted(rows, key=lambda row: order[row["image"], row["text"]])
+
+
+def score(
+    tasks: Mapping[str, Sequence[Mapping[str, Any]]],
+    answers: Mapping[str, Mapping[Question, str]],
+    synonyms: Mapping[str, list[str]],
+    *,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Score stored answers: task -> items, rule, models (see
+    :func:`~realign.eval.bootstrap.paired_scores`).
+    """
+    baseline = next(iter(answers))
+    scores: dict[str, Any] = {"baseline": baseline, "tasks": {}}
+    for task, rows in tasks.items():
+        count, metrics, rule = (
+            (partial(_count_caption, synonyms=synonyms), chair_metrics, "words of the object list")
+            if task == "chair"
+            else (_count_answer, pope_metrics, "official POPE")
+        )
+        counts = {model: _counts_by_image(rows, said, count) for model, said in answers.items()}
+        scores["tasks"][task] = {
+            "items": len(rows),
+            "images": len(counts[baseline]),
+            "rule": rule,
+            "models": paired_scores(
+                counts, metrics, baseline=baseline, resamples=resamples, seed=seed
+            ),
+        }
+    return scores
+
+
+def _count_caption(
+    row: Mapping[str, Any], answer: str, synonyms: Mapping[str, list[str]]
+) -> list[int]:
+    return caption_counts(answer, row["objects"], synonyms)
+
+
+def _count_answer(row: Mapping[str, Any], answer: str) -> list[int]:
+    return confusion(row["label"], answer)
+
+
+def caption_samples(
+    rows: Sequence[Mapping[str, Any]],
+    answers: Mapping[str, Mapping[Question, str]],
+    synonyms: Mapping[str, list[str]],
+) -> list[dict[str, Any]]:
+    """The first captions in which the baseline and the last model name different absent objects,
+    both as they are.
+    """
+    first, *_, last = answers if len(answers) > 1 else 2 * list(answers)
+    samples: list[dict[str, Any]] = []
+    for row in rows:
+        said = {
+            model: answers[model][row["image"], row["text"]]
+            for model in dict.fromkeys((first, last))
+        }
+        absent = {
+            model: mentioned(text, synonyms) - set(row["objects"]) for model, text in said.items()
+        }
+        if absent[first] != absent[last] and len(samples) < NUM_SAMPLES:
+            words = {
+                model: sorted({w.lower() for name in names for w in synonyms[name]})
+                for model, names in absent.items()
+            }
+            shown = {
+                model: {"text": text, "absent_words": words[model]} for model, text in said.items()
+            }
+            samples.append({"image": row["image"], "objects": row["objects"], "answers": shown})
+    return samples
+
+
+def _counts_by_image(
+    rows: Sequence[Mapping[str, Any]],
+    said: Mapping[Question, str],
+    count: Callable[[Mapping[str, Any], str], list[int]],
+) -> Array:
+    totals: dict[str, Array] = {}
+    for row in rows:
+        counts = np.array(count(row, said[row["image"], row["text"]]), dtype=np.float64)
+        totals[row["image"]] = totals.get(row["image"], np.zeros(4)) + counts
+    return np.stack(list(totals.values()))

@@ -1,0 +1,70 @@
+"""Greedy generation with a transformers VLM in this process: batched, left-padded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from realign.collate import Renderer, user_turns
+from realign.modeling import load_model, load_processor
+
+
+class TransformersGenerator:
+    """Answers prompts about images. The same batch gives the same answers.
+
+    Args:
+        model: A VLM, in evaluation mode on its device.
+        processor: Its processor.
+        max_new_tokens: Longest answer.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any, max_new_tokens: int) -> None:
+        self.model: Any = model
+        self.processor = processor
+        self.max_new_tokens = max_new_tokens
+        self._renderer = Renderer(processor)
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype, max_new_tokens: int) -> TransformersGenerator:
+        """Load a model folder onto the GPU, or the CPU where there is none."""
+        model: Any = load_model(folder, dtype)
+        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        return cls(model, load_processor(folder), max_new_tokens)
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[str]:
+        """Answer each prompt about its image, greedily."""
+        texts = [
+            self.processor.apply_chat_template(
+                user_turns([{"role": "user", "content": prompt}], num_images=1),
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+            for prompt in prompts
+        ]
+        batch = self.processor(
+            text=texts,
+            images=[[image] for image in images],
+            padding=True,
+            padding_side="left",
+            add_special_tokens=self._renderer.adds_special_tokens(texts[0]),
+            return_tensors="pt",
+        ).to(self.model.device)
+        tokens = self.model.generate(
+            **batch,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )
+        answers = tokens[:, batch["input_ids"].shape[1] :]
+        return [
+            text.strip()
+            for text in self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        ]

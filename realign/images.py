@@ -1,0 +1,92 @@
+"""Opening images from untrusted datasets: three formats, bounded size, one frame, RGB, inside the
+data root.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from realign.errors import RefusedError
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_BYTES = 50_000_000
+MAX_PIXELS = 40_000_000
+
+
+def resolve_image(root: Path, name: str, where: str) -> Path:
+    """Return the path of image ``name`` under ``root``.
+
+    Args:
+        root: The image folder.
+        name: A relative path from the dataset. URLs and paths that leave ``root`` are refused.
+        where: The row, for the message.
+    Raises:
+        RefusedError: The name is absolute, a URL, leaves the folder, or no such file exists.
+    """
+    if "://" in name or name.startswith("data:"):
+        raise RefusedError(
+            f"{where}: image must be a file name, got the URL {name[:80]!r}. Download it first."
+        )
+    path = (root / name).resolve()
+    if not path.is_relative_to(root.resolve()):
+        raise RefusedError(f"{where}: image must lie inside {root}, got {name!r}. Move it there.")
+    if not path.is_file():
+        raise RefusedError(
+            f"{where}: image {name!r} does not exist in {root}. Check --images or remove the row."
+        )
+    return path
+
+
+def decode_image(raw: bytes, where: str) -> Image.Image:
+    """Decode image bytes to RGB: EXIF rotation applied, transparency over white, 16 bits scaled
+    down.
+
+    Raises:
+        RefusedError: Not a JPEG, PNG or WebP file, damaged, too large, or more than one frame.
+    """
+    if len(raw) > MAX_BYTES:
+        raise RefusedError(
+            f"{where}: image must have at most {MAX_BYTES} bytes, got {len(raw)}. Shrink it."
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(raw), formats=FORMATS)
+            if image.width * image.height > MAX_PIXELS:
+                raise RefusedError(
+                    f"{where}: image must have at most {MAX_PIXELS} pixels, got {image.size}. "
+                    f"Shrink it."
+                )
+            if (frames := getattr(image, "n_frames", 1)) != 1:
+                raise RefusedError(
+                    f"{where}: image must have one frame, got {frames}. Save one frame."
+                )
+            image.load()
+    except (
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:
+        raise RefusedError(
+            f"{where}: image must be a readable {', '.join(FORMATS)} file ({error})."
+        ) from None
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, RefusedError):
+            raise
+        raise RefusedError(
+            f"{where}: image is damaged ({error}). Replace it or remove the row."
+        ) from None
+    return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow would saturate it
+        return image.convert("I").point(lambda value: value / 257).convert("L").convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,215 @@
+"""Loading a VLM and giving its forward the preference loss; what differs between model families is
+here.
+
+The loss is computed inside the model's own forward, because DDP, FSDP and ZeRO hook that call.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from realign.errors import RefusedError
+from realign.files import file_sha256
+from realign_kernels import Objective, RdpoOutput, rdpo_loss
+
+VISION_MODULES = ("vision_tower", "vision_model", "visual", "vision_encoder")
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+
+
+def resolve_model(model: str) -> Path:
+    """Return the folder of a model: a folder as it is, a hub id downloaded.
+
+    Raises:
+        RefusedError: Neither a folder with a config nor something that the hub or its local cache
+            has.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise RefusedError(
+                f"model must be a folder with config.json or adapter_config.json, got {model}."
+            )
+        return folder
+    if folder.is_absolute() or model.startswith(".") or model.count("/") > 1:
+        raise RefusedError(
+            f"model must be an existing folder or a hub id, got {model}, which does not exist."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(MODEL_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise RefusedError(
+            f"model must be a folder or a hub id, got {model!r} ({error})."
+        ) from None
+
+
+def model_identity(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a model folder that its outputs depend on, base model included for
+    an adapter.
+    """
+    files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
+    identity = {
+        path.name: file_sha256(path)
+        for path in files
+        if path.name not in ("README.md", "generation_config.json")
+    }
+    if (folder / "adapter_config.json").is_file():
+        base = resolve_model(_adapter_base(folder))
+        identity |= {f"base/{name}": digest for name, digest in model_identity(base).items()}
+    return identity
+
+
+def _adapter_base(folder: Path) -> str:
+    return str(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+
+
+def choose_dtype(dtype: str) -> torch.dtype:
+    """``auto`` is bfloat16 on a GPU and float32 on a CPU, where bfloat16 products are slow."""
+    if dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def load_model(
+    folder: Path, dtype: torch.dtype, *, trainable_adapter: bool = False
+) -> PreTrainedModel:
+    """Load a VLM, or an adapter on its base, with SDPA attention and dropout off. No remote code
+    is run.
+    """
+    if (folder / "adapter_config.json").is_file():
+        from peft import PeftModel
+
+        base = load_model(resolve_model(_adapter_base(folder)), dtype)
+        return PeftModel.from_pretrained(base, folder, is_trainable=trainable_adapter)
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=dtype, attn_implementation="sdpa"
+    )
+    disable_dropout(model)
+    attach_preference_forward(model)
+    return model
+
+
+def load_processor(folder: Path) -> Any:
+    """Load the processor of a model folder, or of an adapter's base when the adapter has none of
+    its own.
+
+    Raises:
+        RefusedError: It has no chat template, or no fast tokenizer.
+    """
+    if (
+        not (folder / "processor_config.json").is_file()
+        and (folder / "adapter_config.json").is_file()
+    ):
+        folder = resolve_model(_adapter_base(folder))
+    processor = AutoProcessor.from_pretrained(folder)
+    if not getattr(processor, "chat_template", None):
+        raise RefusedError(
+            f"{folder} must have a chat template, has none. Add chat_template.jinja to the folder."
+        )
+    if not processor.tokenizer.is_fast:
+        raise RefusedError(
+            f"{folder} must have a fast tokenizer, got {type(processor.tokenizer).__name__}."
+        )
+    return processor
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Switch all dropout off: a log-ratio compares two models, not two draws of noise."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def vision_module(model: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module of the vision tower.
+
+    Raises:
+        RefusedError: None of the known names is there.
+    """
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in VISION_MODULES:
+            return name, module
+    raise RefusedError(
+        f"{type(model).__name__} has no vision tower named {', '.join(VISION_MODULES)}. Set "
+        f"freeze_vision to false."
+    )
+
+
+def attach_preference_forward(model: PreTrainedModel) -> None:
+    """Let ``model(..., preference_labels=...)`` return an :class:`RdpoOutput`; other calls stay as
+    they were.
+
+    ``preference_labels`` are shifted labels, shape ``(C*P, T)``, cell-major; ``ref_logps`` is ``(C,
+    P)`` or None. Only the hidden states of answer positions reach the output projection.
+    """
+    original = type(model).forward
+
+    @functools.wraps(original)  # generate() and Trainer read the signature
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        preference_labels: Tensor | None = None,
+        ref_logps: Tensor | None = None,
+        objective: Objective | None = None,
+        rejected_scoring: str = "label",
+        **inputs: Any,
+    ) -> Any:
+        if preference_labels is None:
+            return original(self, *args, **inputs)
+        hidden_states = self.model(*args, **inputs, use_cache=False).last_hidden_state
+        return head_loss(
+            self,
+            hidden_states,
+            preference_labels,
+            ref_logps,
+            objective=objective,
+            rejected_scoring=rejected_scoring,
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
+def head_loss(
+    model: PreTrainedModel,
+    hidden_states: Tensor,
+    labels: Tensor,
+    ref_logps: Tensor | None,
+    *,
+    objective: Objective | None,
+    rejected_scoring: str,
+) -> RdpoOutput:
+    """Apply :func:`realign_kernels.rdpo_loss` with the model's own head: bias, LoRA, scale and
+    softcap included.
+    """
+    head: Any = model.get_output_embeddings()
+    lora = None
+    if hasattr(head, "lora_A"):  # peft's wrapper of a linear layer
+        (adapter,) = head.active_adapters
+        lora = (head.lora_A[adapter].weight, head.lora_B[adapter].weight, head.scaling[adapter])
+        head = head.get_base_layer()
+    text_config = model.config.get_text_config()
+    return rdpo_loss(
+        hidden_states,
+        head.weight,
+        labels,
+        ref_logps,
+        objective=objective,
+        rejected_scoring=rejected_scoring,
+        lm_head_bias=getattr(head, "bias", None),
+        lm_head_lora=lora,
+        logit_scale=getattr(text_config, "logit_scale", None) or 1.0,
+        logit_softcap=getattr(text_config, "final_logit_softcapping", None),
+    )

@@ -1,0 +1,114 @@
+"""Plots of the report as inline SVG, by matplotlib."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from realign.errors import RefusedError
+
+try:
+    import matplotlib
+    from matplotlib.figure import Figure
+except ImportError:
+    raise RefusedError("The report needs matplotlib. Install 'realign[pipeline,report]'.") from None
+
+matplotlib.rcParams.update(
+    {
+        "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
+        "svg.hashsalt": "realign",  # equal data, equal file
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#98a2b3",
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": "#eaecf0",
+        "xtick.color": "#667085",
+        "ytick.color": "#667085",
+        "legend.frameon": False,
+    }
+)
+COLORS = ("#98a2b3", "#5b8def", "#117a4b", "#d98e04", "#8e3cbe", "#b42318")
+
+
+def _svg(figure: Any) -> Markup:
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer,
+        format="svg",
+        metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
+        bbox_inches="tight",
+        transparent=True,
+    )
+    text = buffer.getvalue()
+    return Markup(text[text.index("<svg") :])  # matplotlib's own markup, its labels escaped by it
+
+
+def line_plot(
+    title: str, lines: Mapping[str, Sequence[tuple[float, float]]], zero_line: float | None = None
+) -> Markup:
+    """Curves over steps.
+
+    Args:
+        title: Above the plot.
+        lines: Label to (step, value) points.
+        zero_line: Height of a dashed reference line.
+    """
+    figure = Figure(figsize=(4.6, 2.7))
+    axes = figure.subplots()
+    if zero_line is not None:
+        axes.axhline(zero_line, color="#98a2b3", linestyle="--", linewidth=1)
+    for color, (label, points) in zip(COLORS[1:], lines.items(), strict=False):
+        axes.plot(*zip(*points, strict=True), label=label, color=color, linewidth=1.6)
+    axes.set_title(title)
+    axes.set_xlabel("step", color="#667085")
+    if len(lines) > 1:
+        axes.legend(fontsize=9)
+    return _svg(figure)
+
+
+def bar_plot(title: str, bars: Mapping[str, tuple[float, float, float]]) -> Markup:
+    """One bar a model with its interval, in percent.
+
+    Args:
+        title: Above the plot.
+        bars: Label to (value, low, high), fractions.
+    """
+    figure = Figure(figsize=(4.6, 2.7))
+    axes = figure.subplots()
+    values = [100 * value for value, _, _ in bars.values()]
+    errors = [
+        [100 * (v - low) for v, low, _ in bars.values()],
+        [100 * (high - v) for v, _, high in bars.values()],
+    ]
+    colors = [COLORS[i % len(COLORS)] for i in range(len(bars))]
+    axes.bar(list(bars), values, color=colors, width=0.6, yerr=errors, ecolor="#344054", capsize=3)
+    lowest = min(100 * low for _, low, _ in bars.values())
+    highest = max(100 * high for _, _, high in bars.values())
+    if (
+        lowest > 40
+    ):  # differences of points are invisible on a scale from 0; the axis says where it starts
+        axes.set_ylim(
+            max(0.0, lowest - (highest - lowest)), min(100.0, highest + 0.3 * (highest - lowest))
+        )
+    axes.grid(axis="x", visible=False)
+    axes.set_title(title)
+    return _svg(figure)
+
+
+def count_plot(title: str, counts: Mapping[str, int]) -> Markup:
+    """Counts by category."""
+    figure = Figure(figsize=(4.6, 2.7))
+    axes = figure.subplots()
+    axes.bar(list(counts), list(counts.values()), color=COLORS[1], width=0.7)
+    axes.grid(axis="x", visible=False)
+    axes.set_title(title)
+    return _svg(figure)

@@ -1,0 +1,72 @@
+"""Progress of long work: a rich bar on a terminal, plain lines with rate and time left
+otherwise.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+
+LINE_INTERVAL_SECONDS = 10.0
+
+
+class Progress:
+    """Context manager: ``with Progress("cache", total) as progress: progress.advance(n)``."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total, self._done = what, total, 0
+        self._started = self._printed = time.monotonic()
+        self._bar: RichProgress | None = None
+        if sys.stderr.isatty():
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                MofNCompleteColumn(),
+            )
+            self._bar = RichProgress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+            self._bar.add_task(what, total=total)
+
+    def __enter__(self) -> Progress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+        elif kind is None:
+            self._print_line()
+
+    def advance(self, count: int = 1) -> None:
+        """Count ``count`` more items as done."""
+        self._done += count
+        if self._bar:
+            self._bar.advance(self._bar.task_ids[0], count)
+        elif time.monotonic() - self._printed > LINE_INTERVAL_SECONDS:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        self._printed = time.monotonic()
+        seconds = self._printed - self._started
+        rate = self._done / max(seconds, 1e-9)
+        left = (self._total - self._done) / max(rate, 1e-9)
+        line = f"{self._what}: {self._done}/{self._total}, {rate:.1f}/s, {seconds:.0f} s"
+        line += f", {left:.0f} s left" if self._done < self._total else ""
+        print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the program's output

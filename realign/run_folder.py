@@ -1,0 +1,62 @@
+"""A folder belongs to one run: the same command continues it, another one is refused before it
+writes anything.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from realign.errors import RefusedError
+from realign.files import canonical_json, content_sha256, write_json
+
+
+def claim(folder: Path, verb: str, what: Mapping[str, Any]) -> bool:
+    """Write ``<verb>.json`` into ``folder``; return whether the same run had claimed it before.
+
+    Args:
+        folder: The output folder.
+        verb: The stage.
+        what: Everything that the result depends on. Long lists and mappings are kept as their hash.
+    Raises:
+        RefusedError: The folder holds another run of the verb; the message names what differs.
+    """
+    path = folder / f"{verb}.json"
+    needed = {name: _brief(value) for name, value in what.items()}
+    if not path.is_file():
+        write_json(path, needed)
+        return False
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if stored == needed:
+        return True
+    lines = [
+        f"  {name}: {old} there, {new} asked" for name, old, new in _differences(stored, needed)
+    ]
+    raise RefusedError(
+        f"out {folder} holds another run of `realign {verb}`:\n" + "\n".join(lines) + "\n"
+        "Choose another folder, or remove this one; nothing was written."
+    )
+
+
+def _brief(value: Any) -> Any:
+    plain = json.loads(canonical_json(value))
+    if isinstance(plain, dict):
+        return {name: _brief(item) for name, item in plain.items()}
+    return (
+        content_sha256(canonical_json(plain))[:16]
+        if isinstance(plain, list) and len(plain) > 8
+        else plain
+    )
+
+
+def _differences(stored: Any, needed: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    found: list[tuple[str, Any, Any]] = []
+    for name in sorted(stored.keys() | needed.keys()):
+        old, new = stored.get(name), needed.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append((f"{prefix}{name}", old, new))
+    return found

@@ -1,0 +1,168 @@
+"""The verb ``realign train``: dataset, cache and VLM in; checkpoint and metrics out; continued
+after a kill.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import set_seed
+
+from realign.cache import build_cache, check_rows, read_cache, reference_identity
+from realign.config import TrainConfig
+from realign.modeling import (
+    choose_dtype,
+    load_model,
+    load_processor,
+    model_identity,
+    resolve_model,
+    vision_module,
+)
+from realign.objectives import make_objective
+from realign.records import Record, read_records
+from realign.run_folder import claim
+from realign.trainer import MetricsFile, RDPOConfig, RDPOTrainer, newest_checkpoint
+
+
+def train(config: TrainConfig) -> Path:
+    """Train and return the checkpoint's folder. The same call after a kill continues and ends the
+    same.
+
+    Raises:
+        RefusedError: Bad rows, a cache of something else, or an output folder that holds another
+            run.
+    """
+    folder = resolve_model(config.model)
+    records = read_records(config.data, config.images)
+    processor = load_processor(folder)
+    check_rows(records, processor)
+    checkpoint = config.out / "checkpoint"
+    what = {
+        "config": config.model_dump(
+            mode="json", exclude={"out", "model", "data", "images", "cache", "report_to"}
+        ),
+        "model": model_identity(folder),
+        "rows": [record.key for record in records],
+    }
+    if claim(config.out, "train", what) and checkpoint.is_dir():
+        return checkpoint
+    reference = _reference(config, folder, records)
+
+    set_seed(config.seed)
+    model = load_model(folder, choose_dtype(config.dtype), trainable_adapter=True)
+    if config.lora:
+        model = _add_adapter(model, config)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()  # not the argument: transformers 5.23 renamed it
+        model.enable_input_require_grads()
+    trainer = RDPOTrainer(
+        model,
+        _arguments(config, len(records)),
+        records,
+        processor,
+        reference,
+        callbacks=[MetricsFile(config.out / "metrics.jsonl")],
+    )
+    resume = newest_checkpoint(config.out / "steps")
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    unfinished = config.out / ".checkpoint.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    trainer.save_model(str(unfinished))
+    if trainer.is_world_process_zero():
+        processor.save_pretrained(unfinished)
+        # a pickle; train.json says the same
+        (unfinished / "training_args.bin").unlink(missing_ok=True)
+        os.replace(unfinished, checkpoint)
+        shutil.rmtree(config.out / "steps")
+    return checkpoint
+
+
+def _reference(
+    config: TrainConfig, folder: Path, records: Sequence[Record]
+) -> Mapping[str, Tensor]:
+    objective = make_objective(
+        config.objective,
+        beta=config.beta,
+        image_beta=config.image_beta,
+        image_weight=config.image_weight,
+        nll_weight=config.nll_weight,
+    )
+    cells = max(objective.num_cells, 3)  # one cache serves dpo, rdpo and mdpo
+    dtype = choose_dtype(config.dtype)
+    identity = reference_identity(
+        folder, cells=cells, rejected_scoring=config.rejected_scoring, dtype=dtype
+    )
+    if config.cache:
+        return read_cache(config.cache, records, identity)
+    root = config.out / "cache"
+    build_cache(
+        records,
+        folder,
+        root,
+        cells=cells,
+        rejected_scoring=config.rejected_scoring,
+        dtype=dtype,
+        batch_size=max(config.batch_size, 4),
+        shard_size=1024,
+        max_length=config.max_length,
+    )
+    return read_cache(root, records, identity)
+
+
+def _add_adapter(model: nn.Module, config: TrainConfig) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    assert config.lora is not None
+    exclude = rf".*{vision_module(model)[0].rpartition('.')[2]}.*" if config.freeze_vision else None
+    lora = LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=0.0,
+        target_modules=config.lora.targets,
+        exclude_modules=exclude,
+    )
+    return get_peft_model(model, lora)
+
+
+def _arguments(config: TrainConfig, num_records: int) -> RDPOConfig:
+    pairs_per_step = (
+        config.batch_size * config.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+    )
+    steps = max(1, round(num_records / pairs_per_step * config.epochs))
+    return RDPOConfig(
+        output_dir=str(config.out / "steps"),
+        objective=config.objective,
+        beta=config.beta,
+        image_beta=config.image_beta,
+        image_weight=config.image_weight,
+        nll_weight=config.nll_weight,
+        rejected_scoring=config.rejected_scoring,
+        freeze_vision=config.freeze_vision,
+        max_length=config.max_length,
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=int(config.warmup_ratio * steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=False,  # the weights' own dtype; no second copy
+        use_cpu=not torch.cuda.is_available(),
+        logging_strategy="steps",
+        logging_first_step=True,
+        logging_steps=config.logging_steps,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        seed=config.seed,
+        data_seed=config.seed,
+        report_to=config.report_to or "none",
+        disable_tqdm=True,
+    )

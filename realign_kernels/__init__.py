@@ -1,0 +1,24 @@
+"""Exact log-probabilities of tokens from hidden states, and preference losses on top of them.
+
+Needs torch only.
+"""
+
+from __future__ import annotations
+
+from realign_kernels.dispatch import describe_backends
+from realign_kernels.linear_logprob import LogprobStats, linear_logprob, linear_logprob_stats
+from realign_kernels.objective import Objective, PreferenceOutput, Term, preference_loss
+from realign_kernels.rdpo_loss import RdpoOutput, rdpo_loss
+
+__all__ = [
+    "LogprobStats",
+    "Objective",
+    "PreferenceOutput",
+    "RdpoOutput",
+    "Term",
+    "describe_backends",
+    "linear_logprob",
+    "linear_logprob_stats",
+    "preference_loss",
+    "rdpo_loss",
+]

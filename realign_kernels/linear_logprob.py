@@ -1,0 +1,191 @@
+"""Log-probabilities of tokens from hidden states and the head.  Knows no preferences."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+from realign_kernels.eager import score_tokens
+from realign_kernels.head import HeadOptions, LoraFactors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup
+
+
+class LogprobStats(NamedTuple):
+    """What :func:`linear_logprob_stats` returns; each entry has the shape of ``labels``.
+
+    Probabilities are those after scale, softcap and temperature, over the whole vocabulary.  Only
+    ``token_logps`` and ``top_non_label_logps`` carry gradients.  At ignored positions everything is
+    0, ``is_top1`` False and ``top_non_label_ids`` -1.
+    """
+
+    token_logps: Tensor
+    """Log-probability of the label."""
+    entropy: Tensor
+    """Entropy of the distribution, in nats."""
+    log_sum_sq_probs: Tensor
+    """Log of the sum of squared probabilities (minus the order-2 Renyi entropy)."""
+    mean_logits: Tensor
+    """Mean of the transformed logits."""
+    is_top1: Tensor
+    """Whether the label is the most probable token (of equals, the lowest id); bool."""
+    top_non_label_logps: Tensor
+    """Log-probability of the most probable token that is not the label; -inf if there is none."""
+    top_non_label_ids: Tensor
+    """Its id (of equals, the lowest); int64, -1 if there is none."""
+
+
+def linear_logprob(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    lm_head_bias: Tensor | None = None,
+    lm_head_lora: LoraFactors | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    memory: str = "auto",
+    workspace_bytes: int = 256 << 20,
+    stash_bytes: int = 2 << 30,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """Return the log-probability of each label, never storing the logits nor rounding them to half.
+
+    Equal to ``log_softmax(T(hidden_states @ lm_head_weight.T + lm_head_bias), -1)`` at ``labels``,
+    where T multiplies by ``logit_scale``, applies ``c * tanh(z / c)`` with ``c = logit_softcap``,
+    and divides by ``temperature``.
+
+    Args:
+        hidden_states: Backbone outputs, shape ``(..., D)``; float16, bfloat16, float32 or float64.
+        lm_head_weight: Output projection, shape ``(V, D)``, device and dtype of ``hidden_states``
+            (under ``torch.autocast`` the dtypes may differ: both are rounded to autocast's).
+        labels: Token ids, already shifted, shape ``(...)``, int64, each in ``[0, V)`` or
+            ``ignore_index``.
+        lm_head_bias: Shape ``(V,)``, dtype of ``hidden_states`` or the one accumulated in; added
+            before T.
+        lm_head_lora: ``(A, B, scaling)`` with A ``(r, D)`` and B ``(V, r)``, dtypes as for the
+            bias; adds ``scaling * hidden_states @ A.T @ B.T`` to the logits.
+        ignore_index: Label of positions that get 0 and exactly no gradient, and that cost nothing.
+        logit_scale: Factor on the logits; > 0.
+        logit_softcap: Bound c on the logits, or None; > 0.
+        temperature: Divisor of the logits, after the softcap; > 0.
+        backend: ``"eager"``, ``"triton"`` or ``"cpu"``, which never fall back, or ``"auto"``.
+        memory: How gradients are paid for: ``"stash"``, ``"recompute"`` or ``"auto"``; ``"tile"``
+            needs to know the loss and belongs to :func:`rdpo_loss`.  The eager backend always
+            recomputes.
+        workspace_bytes: Bound on scratch, forward and backward; inputs, outputs, gradients and an
+            ``(N, D)`` accumulator of the hidden gradient, N labels that are not ignored, are not
+            scratch.
+        stash_bytes: Bound on what ``memory="stash"`` may keep for the backward.
+        group: Tensor parallelism: every rank passes the same rows and global labels, and its own
+            contiguous shard of the vocabulary (weight, bias, B), in rank order.  Each rank gets the
+            whole result and the whole gradient of hidden states and A; the gradients of its shard
+            stay local.  None: the weight is whole.
+    Returns:
+        token_logps: Natural-log probabilities <= 0, shape ``(...)``, float32 (float64 for float64
+            inputs).  A label logit of -inf gives -inf; a row with a NaN or +inf logit, or with no
+            finite one, gives NaN.
+    Raises:
+        ValueError: A shape, device, label, option name or number does not fit, or
+            ``workspace_bytes`` cannot hold a single logit (rows and vocabulary are both tiled, so
+            that little more than 32 * D bytes are enough).
+        TypeError: A dtype does not fit.
+        RuntimeError: ``backend`` names one that is not installed, or ``group`` is used without
+            torch.distributed.
+    Note:
+        First order only.  Computes in float32 (float64 for float64) from upcast tiles, also under
+        autocast; float32 products follow ``torch.set_float32_matmul_precision``.  Deterministic.
+        The eager backend saves its inputs and some numbers a row, and takes 2NVD operations forward
+        and 4 to 6NVD backward.  Label values are checked: on GPUs by a device-side assertion;
+        ``REALIGN_CHECK=0`` in the environment turns that off.
+    """
+    if memory == "tile":
+        raise ValueError(
+            "memory must be 'auto', 'stash' or 'recompute' in linear_logprob, got 'tile'. "
+            "Tiles need the loss: call rdpo_loss, or pass memory='auto'."
+        )
+    options = HeadOptions(
+        lm_head_bias=lm_head_bias,
+        lm_head_lora=lm_head_lora,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        temperature=temperature,
+        backend=backend,
+        memory=memory,
+        workspace_bytes=workspace_bytes,
+        stash_bytes=stash_bytes,
+        group=group,
+    )
+    return score_tokens(
+        hidden_states, lm_head_weight, labels, options, statistics=False
+    ).token_logps
+
+
+def linear_logprob_stats(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    lm_head_bias: Tensor | None = None,
+    lm_head_lora: LoraFactors | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    memory: str = "auto",
+    workspace_bytes: int = 256 << 20,
+    stash_bytes: int = 2 << 30,
+    group: ProcessGroup | None = None,
+) -> LogprobStats:
+    """Return the log-probability of each label and statistics of its distribution, in one pass.
+
+    Args:
+        hidden_states: As for :func:`linear_logprob`, like every other argument.
+        lm_head_weight: Shape ``(V, D)``.
+        labels: Shape ``(...)``, int64.
+        lm_head_bias: Shape ``(V,)``.
+        lm_head_lora: ``(A, B, scaling)``.
+        ignore_index: Label of positions without a result.
+        logit_scale: Factor on the logits.
+        logit_softcap: Bound on the logits.
+        temperature: Divisor of the logits.
+        backend: Implementation.
+        memory: ``"tile"`` is refused here too.
+        workspace_bytes: Bound on scratch.
+        stash_bytes: Bound on the stash.
+        group: Tensor parallelism; every statistic is that of the whole vocabulary.
+    Returns:
+        stats: :class:`LogprobStats`; floating entries are float32 (float64 for float64 inputs).
+    Raises:
+        ValueError: As :func:`linear_logprob`.  TypeError: As there.  RuntimeError: As there.
+    Note: ``token_logps`` and ``top_non_label_logps`` are differentiable, first order; the other
+        entries are detached.
+    """
+    if memory == "tile":
+        raise ValueError(
+            "memory must be 'auto', 'stash' or 'recompute' in linear_logprob_stats, got 'tile'. "
+            "Tiles need the loss: call rdpo_loss, or pass memory='auto'."
+        )
+    options = HeadOptions(
+        lm_head_bias=lm_head_bias,
+        lm_head_lora=lm_head_lora,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        temperature=temperature,
+        backend=backend,
+        memory=memory,
+        workspace_bytes=workspace_bytes,
+        stash_bytes=stash_bytes,
+        group=group,
+    )
+    scores = score_tokens(hidden_states, lm_head_weight, labels, options, statistics=True)
+    return LogprobStats(
+        **{name: cast("Tensor", getattr(scores, name)) for name in LogprobStats._fields}
+    )

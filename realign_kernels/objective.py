@@ -1,0 +1,308 @@
+"""Preference objectives as tables of terms, and the loss that reads them.  Knows no vocabulary.
+
+A pair has up to four cells, in this order everywhere: ``chosen`` (y_w, original image),
+``text_rejected`` (y_l, original), ``image_rejected`` (y_w, retrieved image), ``both_rejected``
+(y_l, retrieved).  Letters: **P** pairs, **C** cells.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from realign_kernels.validation import check_chosen_present, check_floating
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MAX_CELLS = 4
+_TEXT = (1.0, -1.0, 0.0, 0.0)
+_IMAGE = (1.0, 0.0, -1.0, 0.0)
+_ANCHOR = (1.0, 0.0, 0.0, 0.0)
+_RETRIEVED_TEXT = (0.0, 0.0, -1.0, 1.0)
+_REJECTED_IMAGE = (0.0, -1.0, 0.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One summand of an objective: ``weight * link(beta * (coefficients . rho) - offset)``."""
+
+    coefficients: tuple[float, ...]
+    """Factor of each cell's log-ratio; shorter than four is filled with zeros."""
+    weight: float = 1.0
+    """Factor of the term; >= 0."""
+    beta: float = 0.1
+    """Strength of the tie to the reference; > 0."""
+    offset: float = 0.0
+    """Margin that must be exceeded; 0 for hinge and ipo."""
+    link: str = "logsigmoid"
+    """A key of ``LINKS``: logsigmoid, hinge or ipo."""
+    label_smoothing: float = 0.0
+    """Assumed share of flipped preferences, in [0, 0.5); 0 for hinge and ipo."""
+
+    def __post_init__(self) -> None:
+        coefficients = tuple(float(coefficient) for coefficient in self.coefficients)
+        if not (
+            1 <= len(coefficients) <= MAX_CELLS
+            and any(coefficients)
+            and all(map(math.isfinite, coefficients))
+        ):
+            raise ValueError(
+                f"coefficients must be 1 to {MAX_CELLS} finite numbers that are not all 0, "
+                f"got {self.coefficients}."
+            )
+        object.__setattr__(
+            self, "coefficients", coefficients + (0.0,) * (MAX_CELLS - len(coefficients))
+        )
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(f"weight must be finite and >= 0, got {self.weight}.")
+        if not (math.isfinite(self.beta) and self.beta > 0):
+            raise ValueError(f"beta must be finite and > 0, got {self.beta}.")
+        if not math.isfinite(self.offset):
+            raise ValueError(f"offset must be finite, got {self.offset}.")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}.")
+        if self.link not in LINKS:
+            raise ValueError(f"link must be one of {sorted(LINKS)}, got {self.link!r}.")
+        if self.link != "logsigmoid":
+            for name in ("offset", "label_smoothing"):
+                if getattr(self, name) != 0:
+                    raise ValueError(
+                        f"{name} must be 0 for link {self.link!r}, got {getattr(self, name)}."
+                    )
+
+    @property
+    def cells(self) -> tuple[int, ...]:
+        """Indices of the cells that the term reads."""
+        return tuple(cell for cell, coefficient in enumerate(self.coefficients) if coefficient != 0)
+
+    def contrast(self, log_ratios: Tensor) -> Tensor:
+        """Return ``coefficients . log_ratios``, (P,), reading no other cell."""
+        return torch.stack([self.coefficients[cell] * log_ratios[cell] for cell in self.cells]).sum(
+            dim=0
+        )
+
+
+def _logsigmoid_losses(term: Term, log_ratios: Tensor, num_tokens: Tensor | None) -> Tensor:
+    x = term.beta * term.contrast(log_ratios) - term.offset
+    if term.label_smoothing == 0:
+        # Not multiplied by 0: logsigmoid(-x) is -inf where x is inf.
+        return -F.logsigmoid(x)
+    return -(1 - term.label_smoothing) * F.logsigmoid(x) - term.label_smoothing * F.logsigmoid(-x)
+
+
+def _hinge_losses(term: Term, log_ratios: Tensor, num_tokens: Tensor | None) -> Tensor:
+    return torch.relu(1 - term.beta * term.contrast(log_ratios))
+
+
+def _ipo_losses(term: Term, log_ratios: Tensor, num_tokens: Tensor | None) -> Tensor:
+    assert num_tokens is not None  # checked by preference_loss
+    per_token = log_ratios / num_tokens.clamp(min=1)
+    return (term.contrast(per_token) - 1 / (2 * term.beta)).square()
+
+
+# Per-pair losses of a term, (P,), from log-ratios (C, P) and answer tokens (C, P).
+LINKS: dict[str, Callable[[Term, Tensor, Tensor | None], Tensor]] = {
+    "logsigmoid": _logsigmoid_losses,
+    "hinge": _hinge_losses,
+    "ipo": _ipo_losses,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A sum of terms, plus ``nll_weight`` times the chosen answer's mean negative log-prob."""
+
+    terms: tuple[Term, ...]
+    nll_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "terms", tuple(self.terms))
+        if not self.terms:
+            raise ValueError("terms must hold at least one Term, got none.")
+        for term in self.terms:
+            if not isinstance(term, Term):
+                raise TypeError(f"terms must be Term objects, got {type(term).__name__}.")
+        if not (math.isfinite(self.nll_weight) and self.nll_weight >= 0):
+            raise ValueError(f"nll_weight must be finite and >= 0, got {self.nll_weight}.")
+
+    @classmethod
+    def dpo(cls, beta: float = 0.1) -> Objective:
+        """Prefer the better answer to the worse one (two cells)."""
+        return cls((Term(_TEXT, beta=beta),))
+
+    @classmethod
+    def rdpo(
+        cls, beta: float = 0.1, image_beta: float | None = None, image_weight: float = 1.0
+    ) -> Objective:
+        """Prefer the better answer, and the right image to the retrieved one (three cells)."""
+        image_beta = beta if image_beta is None else image_beta
+        return cls((Term(_TEXT, beta=beta), Term(_IMAGE, weight=image_weight, beta=image_beta)))
+
+    @classmethod
+    def mdpo(
+        cls,
+        beta: float = 0.1,
+        image_beta: float | None = None,
+        image_weight: float = 1.0,
+        anchor_weight: float = 1.0,
+        anchor_offset: float = 0.0,
+    ) -> Objective:
+        """rDPO plus an anchor that keeps the chosen answer likelier than under the reference (three
+        cells).
+        """
+        anchor = Term(_ANCHOR, weight=anchor_weight, beta=beta, offset=anchor_offset)
+        return cls((*cls.rdpo(beta, image_beta, image_weight).terms, anchor))
+
+    @classmethod
+    def symmetric(
+        cls, beta: float = 0.1, image_beta: float | None = None, image_weight: float = 1.0
+    ) -> Objective:
+        """rDPO, and the same the other way round: each answer belongs to the image that it
+        describes (four cells).
+        """
+        image_beta = beta if image_beta is None else image_beta
+        return cls(
+            (
+                Term(_TEXT, beta=beta),
+                Term(_RETRIEVED_TEXT, beta=beta),
+                Term(_IMAGE, weight=image_weight, beta=image_beta),
+                Term(_REJECTED_IMAGE, weight=image_weight, beta=image_beta),
+            )
+        )
+
+    @property
+    def num_cells(self) -> int:
+        """The fewest cells that every term can be read from: 2, 3 or 4."""
+        return max(2, *(cell + 1 for term in self.terms for cell in term.cells))
+
+    @property
+    def beta(self) -> float:
+        """Beta of rewards and text margins: the text term's, or else the first term's."""
+        return next(
+            (term.beta for term in self.terms if term.coefficients == _TEXT), self.terms[0].beta
+        )
+
+    @property
+    def image_beta(self) -> float:
+        """Beta of image margins: the image term's, or else ``beta``."""
+        return next((term.beta for term in self.terms if term.coefficients == _IMAGE), self.beta)
+
+    @property
+    def needs_num_tokens(self) -> bool:
+        """Whether answer lengths enter the loss."""
+        return self.nll_weight > 0 or any(term.link == "ipo" for term in self.terms)
+
+
+class PreferenceOutput(NamedTuple):
+    """What :func:`preference_loss` returns; only the first two carry gradients."""
+
+    loss: Tensor
+    """Mean of ``losses``, (); 0 without pairs."""
+    losses: Tensor
+    """(P,)."""
+    rewards: Tensor
+    """``beta * (logps - ref_logps)``, (C, P); 0 for absent cells."""
+    text_margins: Tensor
+    """``beta * (rho[0] - rho[1])``, (P,); 0 where a cell is absent."""
+    image_margins: Tensor
+    """``image_beta * (rho[0] - rho[2])``, (P,); 0 where a cell is absent, and for two cells."""
+
+
+def preference_loss(
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    objective: Objective,
+    *,
+    num_tokens: Tensor | None = None,
+) -> PreferenceOutput:
+    """Return the loss of a batch of pairs under any objective; it is the objectives' specification.
+
+    With ``rho = logps - ref_logps``, ``losses`` is the sum over terms of ``weight * link(beta *
+    (coefficients . rho) - offset)``, minus ``nll_weight * logps[0] / num_tokens[0]``.  Links:
+    logsigmoid ``-(1 - eps) * logsigmoid(x) - eps * logsigmoid(-x)``, hinge ``relu(1 - x)``, ipo
+    ``(coefficients . (rho / num_tokens) - 1 / (2 * beta)) ** 2``.
+
+    Args:
+        logps: Summed answer log-probabilities, shape ``(C, P)``, float32 or float64; C from the
+            objective's ``num_cells`` to 4 (cells that no term reads only enter ``rewards``).
+        ref_logps: The frozen model's, same shape, treated as constant; None for reference-free
+            objectives (0).
+        objective: The table of terms.
+        num_tokens: Answer tokens, shape ``(C, P)``; needed by ipo and ``nll_weight``.  A cell with
+            0 is absent: its reward is 0 and every term that reads it adds 0 for that pair, while
+            means stay over P.
+    Returns:
+        output: :class:`PreferenceOutput`, dtype of ``logps``.
+    Raises:
+        ValueError: Shapes disagree, there are too few cells, ``num_tokens`` is missing, or it is on
+            the host and says that a chosen answer is absent.
+        TypeError: A dtype cannot hold sums of log-probabilities.
+    Note: deterministic; nothing waits for a GPU.
+    Source: paper, eq. (1) -> docs/paper.md.
+    """
+    _check_cells(logps, ref_logps, objective, num_tokens)
+    is_present = torch.ones_like(logps, dtype=torch.bool) if num_tokens is None else num_tokens > 0
+    log_ratios = logps if ref_logps is None else logps - ref_logps.detach().to(logps.dtype)
+    log_ratios = torch.where(is_present, log_ratios, 0.0)
+    losses = torch.zeros_like(log_ratios[0])
+    for term in objective.terms:
+        term_losses = LINKS[term.link](term, log_ratios, num_tokens)
+        # Not indexed by a list of cells, which would be copied to the device on every call.
+        is_readable = torch.stack([is_present[cell] for cell in term.cells]).all(dim=0)
+        losses = losses + term.weight * torch.where(is_readable, term_losses, 0.0)
+    if objective.nll_weight > 0 and num_tokens is not None:
+        mean_nll = -logps[0] / num_tokens[0].clamp(min=1)
+        losses = losses + objective.nll_weight * torch.where(is_present[0], mean_nll, 0.0)
+
+    def margins(cell: int, beta: float) -> Tensor:
+        margin = beta * (log_ratios[0] - log_ratios[cell])
+        return torch.where(is_present[0] & is_present[cell], margin, 0.0).detach()
+
+    return PreferenceOutput(
+        # The mean of no losses would be NaN; a rank without pairs contributes 0.
+        loss=losses.sum() / max(1, losses.numel()),
+        losses=losses,
+        rewards=(objective.beta * log_ratios).detach(),
+        text_margins=margins(1, objective.beta),
+        image_margins=margins(2, objective.image_beta)
+        if len(logps) > 2
+        else torch.zeros_like(losses).detach(),
+    )
+
+
+def _check_cells(
+    logps: Tensor, ref_logps: Tensor | None, objective: Objective, num_tokens: Tensor | None
+) -> None:
+    check_floating("logps", logps)
+    if logps.ndim != 2 or not objective.num_cells <= logps.shape[0] <= MAX_CELLS:
+        raise ValueError(
+            f"logps must have shape (C, P) with C in [{objective.num_cells}, {MAX_CELLS}] "
+            f"to match objective, got {tuple(logps.shape)}."
+        )
+    for name, other in (("ref_logps", ref_logps), ("num_tokens", num_tokens)):
+        if other is None:
+            continue
+        if other.shape != logps.shape:
+            raise ValueError(
+                f"{name} must have shape {tuple(logps.shape)} to match logps, "
+                f"got {tuple(other.shape)}."
+            )
+        if other.device != logps.device:
+            raise ValueError(
+                f"{name} must be on {logps.device} to match logps, got {other.device}."
+            )
+    if ref_logps is not None:
+        check_floating("ref_logps", ref_logps)
+    if num_tokens is None:
+        if objective.needs_num_tokens:
+            raise ValueError(
+                "num_tokens must be given for link 'ipo' and for nll_weight, got None."
+            )
+    elif num_tokens.device.type == "cpu":
+        check_chosen_present(num_tokens)

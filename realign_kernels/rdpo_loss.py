@@ -1,0 +1,221 @@
+"""The rDPO loss from hidden states: token scores, sums per sequence, then the objective."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from realign_kernels.eager import score_tokens
+from realign_kernels.head import HeadOptions, LoraFactors
+from realign_kernels.objective import Objective, preference_loss
+from realign_kernels.sequences import (
+    PairShape,
+    check_counts,
+    check_sequence_ids,
+    resolve_pair_shape,
+    sum_per_sequence,
+)
+from realign_kernels.validation import check_chosen_present
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+REJECTED_SCORINGS = ("label", "top_non_label")
+_DEFAULT_BETA = 0.1
+_DEFAULT_IMAGE_WEIGHT = 1.0
+
+
+class RdpoOutput(NamedTuple):
+    """What :func:`rdpo_loss` returns; only the first two carry gradients."""
+
+    loss: Tensor
+    """Mean over pairs, ()."""
+    logps: Tensor
+    """Summed log-probabilities of answers, (C, P); 0 for absent cells."""
+    num_tokens: Tensor
+    """Answer tokens, (C, P), int64; 0 for absent cells."""
+    rewards: Tensor
+    """``beta * (logps - ref_logps)``, (C, P)."""
+    text_margins: Tensor
+    """Reward of ``chosen`` minus that of ``text_rejected``, (P,)."""
+    image_margins: Tensor
+    """The same against ``image_rejected``, at ``image_beta``, (P,); zeros for two cells."""
+
+
+def rdpo_loss(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    ref_logps: Tensor | None,
+    *,
+    sequence_ids: Tensor | None = None,
+    sequence_lengths: Tensor | None = None,
+    beta: float = _DEFAULT_BETA,
+    image_beta: float | None = None,
+    image_weight: float = _DEFAULT_IMAGE_WEIGHT,
+    objective: Objective | None = None,
+    rejected_scoring: str = "label",
+    lm_head_bias: Tensor | None = None,
+    lm_head_lora: LoraFactors | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    memory: str = "auto",
+    workspace_bytes: int = 256 << 20,
+    stash_bytes: int = 2 << 30,
+    group: ProcessGroup | None = None,
+) -> RdpoOutput:
+    """Return the rDPO loss of a batch of pairs, never storing the logits nor rounding them to half.
+
+    With ``rho = logps - ref_logps``, the mean over pairs of ``-logsigmoid(beta * (rho[0] - rho[1]))
+    - image_weight * logsigmoid(image_beta * (rho[0] - rho[2]))``; 2 ln 2 where the policy is the
+    reference.
+
+    Args:
+        hidden_states: Backbone outputs in one of two forms: padded ``(C * P, T, D)``, where
+            sequence ``c * P + p`` is cell c of pair p, or packed ``(N, D)`` with ``sequence_ids``.
+            Cells: 0 chosen, 1 text_rejected, 2 image_rejected, 3 both_rejected.
+        lm_head_weight: As for :func:`linear_logprob`, shape ``(V, D)``.
+        labels: Token ids, already shifted, shape of ``hidden_states`` without D, int64;
+            ``ignore_index`` elsewhere.
+        ref_logps: The frozen model's sums, shape ``(C, P)``, float32 or float64; None for a
+            reference of 0.
+        sequence_ids: Sequence ``c * P + p`` of each packed token, shape ``(N,)``, int64, in any
+            order; not read where the label is ignored.  None for the padded form.
+        sequence_lengths: Answer tokens, shape ``(C, P)``, int64, on the CPU; with it nothing waits
+            for a GPU.  Needed for packed tokens without ``ref_logps``.
+        beta: Strength of the tie to the reference in the text term; > 0.
+        image_beta: The same in the image term; None for ``beta``.
+        image_weight: Factor of the image term; >= 0.
+        objective: Another table of terms, instead of the three numbers above.
+        rejected_scoring: ``"label"`` sums the log-probabilities of the labels everywhere, as the
+            paper has it. ``"top_non_label"`` sums, in cells 1 to 3, those of the most probable
+            token that is not the label (of equals, the lowest id), as the authors' code does;
+            ``ref_logps`` must have been scored the same way.
+        lm_head_bias: As for :func:`linear_logprob`, like all that follow.
+        lm_head_lora: ``(A, B, scaling)``.
+        ignore_index: Label of positions that are no answer; they cost nothing.
+        logit_scale: Factor on the logits.
+        logit_softcap: Bound on the logits.
+        temperature: Divisor of the logits.
+        backend: Implementation.
+        memory: ``"tile"`` is allowed here.
+        workspace_bytes: Bound on scratch.
+        stash_bytes: Bound on the stash.
+        group: Tensor parallelism; every rank gets the whole loss.
+    Returns:
+        output: :class:`RdpoOutput`, float32 (float64 for float64 inputs).  A cell without answer
+            tokens is absent: every term that reads it adds 0 for that pair.  Without pairs the loss
+            is 0.
+    Raises:
+        ValueError: A shape, device, id, length, option name or number does not fit; a chosen answer
+            is absent (found where lengths are on the host); ``objective`` comes with beta,
+            image_beta or image_weight.
+        TypeError: A dtype does not fit.
+        RuntimeError: As :func:`linear_logprob`.
+    Note: first order only; deterministic.  ``loss`` and ``logps`` are differentiable.  The gradient
+        does not reach ``ref_logps``.
+    Source: paper, eq. (1) -> docs/paper.md; ``top_non_label`` -> docs/paper.md 4.2.
+    """
+    objective = _resolve_objective(objective, beta, image_beta, image_weight)
+    options = HeadOptions(
+        lm_head_bias=lm_head_bias,
+        lm_head_lora=lm_head_lora,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        temperature=temperature,
+        backend=backend,
+        memory=memory,
+        workspace_bytes=workspace_bytes,
+        stash_bytes=stash_bytes,
+        group=group,
+    )
+    pairs = resolve_pair_shape(
+        hidden_states, ref_logps, sequence_ids, sequence_lengths, objective.num_cells
+    )
+    is_scored = labels != ignore_index
+    if sequence_ids is not None:
+        check_sequence_ids(sequence_ids, labels, is_scored, pairs.num_sequences)
+    if sequence_lengths is not None:
+        check_chosen_present(sequence_lengths)
+    token_logps = _score_cells(
+        hidden_states,
+        lm_head_weight,
+        labels,
+        options,
+        rejected_scoring,
+        pairs,
+        sequence_ids,
+        sequence_lengths,
+    )
+    logps, num_tokens = (
+        part.reshape(pairs)
+        for part in sum_per_sequence(token_logps, is_scored, sequence_ids, pairs.num_sequences)
+    )
+    if sequence_lengths is not None:
+        check_counts(num_tokens, sequence_lengths)
+    output = preference_loss(logps, ref_logps, objective, num_tokens=num_tokens)
+    return RdpoOutput(
+        output.loss, logps, num_tokens, output.rewards, output.text_margins, output.image_margins
+    )
+
+
+def _score_cells(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    options: HeadOptions,
+    rejected_scoring: str,
+    pairs: PairShape,
+    sequence_ids: Tensor | None,
+    sequence_lengths: Tensor | None,
+) -> Tensor:
+    """Return what each answer position adds to its sequence, shape of ``labels``."""
+    if rejected_scoring not in REJECTED_SCORINGS:
+        raise ValueError(
+            f"rejected_scoring must be one of {list(REJECTED_SCORINGS)}, got {rejected_scoring!r}."
+        )
+    if rejected_scoring == "top_non_label" and options.group is None and len(lm_head_weight) < 2:
+        raise ValueError(
+            "lm_head_weight must have V >= 2 for rejected_scoring='top_non_label', "
+            f"got V = {len(lm_head_weight)}."
+        )
+    num_rows = None
+    if sequence_lengths is not None and labels.device.type != "cpu":
+        num_rows = int(sequence_lengths.sum())
+    scores = score_tokens(
+        hidden_states,
+        lm_head_weight,
+        labels,
+        options,
+        statistics=rejected_scoring == "top_non_label",
+        num_rows=num_rows,
+    )
+    if scores.top_non_label_logps is None:
+        return scores.token_logps
+    if sequence_ids is None:
+        sequence_ids = torch.arange(pairs.num_sequences, device=labels.device)[:, None]
+    return torch.where(
+        sequence_ids < pairs.num_pairs, scores.token_logps, scores.top_non_label_logps
+    )
+
+
+def _resolve_objective(
+    objective: Objective | None, beta: float, image_beta: float | None, image_weight: float
+) -> Objective:
+    if objective is None:
+        return Objective.rdpo(beta, image_beta, image_weight)
+    defaults = {"beta": _DEFAULT_BETA, "image_beta": None, "image_weight": _DEFAULT_IMAGE_WEIGHT}
+    given = {"beta": beta, "image_beta": image_beta, "image_weight": image_weight}
+    changed = {name: value for name, value in given.items() if value != defaults[name]}
+    if changed:
+        raise ValueError(
+            f"objective must be given without beta, image_beta and image_weight, got {changed}. "
+            "Put them into the objective's terms."
+        )
+    return objective

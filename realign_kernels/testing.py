@@ -1,0 +1,113 @@
+"""Inputs and a dense oracle for tests and benchmarks.  Shares no code with what it is to check.
+
+Letters: **N** rows, **D** hidden size, **V** vocabulary, **r** rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """Arguments of one call; ``options`` are the keyword arguments that change the result."""
+
+    hidden_states: Tensor
+    lm_head_weight: Tensor
+    labels: Tensor
+    options: dict[str, Any]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every differentiable input: hidden states, weight, then bias, A and B where given."""
+        bias = self.options.get("lm_head_bias")
+        factors = self.options.get("lm_head_lora", ())[:2]
+        given = [] if bias is None else [bias]
+        return [self.hidden_states, self.lm_head_weight, *given, *factors]
+
+    def replace_tensors(self, tensors: list[Tensor] | tuple[Tensor, ...]) -> HeadInputs:
+        """Return the same call with other differentiable inputs, in the order of ``tensors``."""
+        hidden_states, weight, *others = tensors
+        options = dict(self.options)
+        if "lm_head_bias" in options:
+            options["lm_head_bias"] = others.pop(0)
+        if "lm_head_lora" in options:
+            options["lm_head_lora"] = (*others, options["lm_head_lora"][2])
+        return replace(self, hidden_states=hidden_states, lm_head_weight=weight, options=options)
+
+    def as_leaves(self, dtype: torch.dtype | None = None) -> HeadInputs:
+        """Return copies that require gradients, upcast if asked (values are those of the copy)."""
+        copies = [tensor.detach().to(dtype or tensor.dtype, copy=True) for tensor in self.tensors]
+        return self.replace_tensors([copy.requires_grad_() for copy in copies])
+
+    def call(self, function: Any, **extra: Any) -> Any:
+        """Call a function of the head with these arguments."""
+        return function(
+            self.hidden_states, self.lm_head_weight, self.labels, **self.options, **extra
+        )
+
+
+def make_head_inputs(
+    N: int,
+    V: int,
+    D: int,
+    dtype: torch.dtype = torch.float64,
+    *,
+    seed: int = 0,
+    bias: bool = False,
+    rank: int = 0,
+    ignored: float = 0.0,
+    logit_std: float = 3.0,
+    **options: Any,
+) -> HeadInputs:
+    """Return random inputs, already rounded to ``dtype``, whose raw logits have a given spread."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, std: float = 1.0) -> Tensor:
+        values = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return (values * std).to(dtype)
+
+    labels = torch.randint(0, V, (N,), generator=generator)
+    labels[torch.rand(N, generator=generator) < ignored] = options.get("ignore_index", -100)
+    hidden_states, weight = normal(N, D), normal(V, D, std=logit_std / D**0.5)
+    if bias:
+        options["lm_head_bias"] = normal(V)
+    if rank:
+        factors = normal(rank, D, std=D**-0.5), normal(V, rank)
+        options["lm_head_lora"] = (*factors, 0.5)
+    return HeadInputs(hidden_states, weight, labels, options)
+
+
+def dense_log_probs(inputs: HeadInputs) -> Tensor:
+    """Return ``log_softmax`` of the logits of every row, (..., V), in the dtype of the inputs."""
+    return dense_logits(inputs).log_softmax(dim=-1)
+
+
+def dense_logits(inputs: HeadInputs) -> Tensor:
+    """Return the transformed logits of every row, (..., V), as anyone would write them."""
+    options = inputs.options
+    logits: Tensor = inputs.hidden_states @ inputs.lm_head_weight.T
+    if "lm_head_bias" in options:
+        logits = logits + options["lm_head_bias"]
+    if "lm_head_lora" in options:
+        lora_a, lora_b, scaling = options["lm_head_lora"]
+        logits = logits + scaling * (inputs.hidden_states @ lora_a.T @ lora_b.T)
+    logit_scale: float = options.get("logit_scale", 1.0)
+    logits = logits * logit_scale
+    if options.get("logit_softcap") is not None:
+        cap = options["logit_softcap"]
+        logits = cap * torch.tanh(logits / cap)
+    temperature: float = options.get("temperature", 1.0)
+    return logits / temperature
+
+
+def dense_logprob(inputs: HeadInputs) -> Tensor:
+    """Return the log-probability of each label, 0 where it is ignored; differentiable."""
+    is_scored = inputs.labels != inputs.options.get("ignore_index", -100)
+    index = torch.where(is_scored, inputs.labels, 0).unsqueeze(-1)
+    picked = dense_log_probs(inputs).gather(-1, index).squeeze(-1)
+    return torch.where(is_scored, picked, 0.0)

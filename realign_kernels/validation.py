@@ -1,0 +1,153 @@
+"""What callers may pass: shapes, dtypes, devices, label values.  Knows no maths.
+
+Values on a GPU are checked by a device-side assertion, never by waiting for the device.
+``REALIGN_CHECK=0`` in the environment switches value checks off; metadata checks stay.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from realign_kernels.head import HeadOptions, Precision
+
+if TYPE_CHECKING:
+    from realign_kernels.vocabulary import VocabularyShard
+
+_HALF_DTYPES = (torch.float16, torch.bfloat16)
+_DTYPES = (*_HALF_DTYPES, torch.float32, torch.float64)
+
+
+def value_checks_enabled() -> bool:
+    """Tell whether values, not only shapes and dtypes, are to be checked."""
+    return os.environ.get("REALIGN_CHECK", "1") != "0"
+
+
+def check_head(
+    hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, options: HeadOptions
+) -> Precision:
+    """Check the tensors of a head against each other; return the dtypes that it computes in."""
+    if hidden_states.ndim < 1:
+        raise ValueError(
+            f"hidden_states must have shape (..., D), got {tuple(hidden_states.shape)}."
+        )
+    hidden_size = hidden_states.shape[-1]
+    if (
+        lm_head_weight.ndim != 2
+        or lm_head_weight.shape[1] != hidden_size
+        or lm_head_weight.shape[0] < 1
+    ):
+        raise ValueError(
+            f"lm_head_weight must have shape (V, {hidden_size}) with V >= 1 "
+            f"to match hidden_states, got {tuple(lm_head_weight.shape)}."
+        )
+    if labels.shape != hidden_states.shape[:-1]:
+        raise ValueError(
+            f"labels must have shape {tuple(hidden_states.shape[:-1])} to match hidden_states, "
+            f"got {tuple(labels.shape)}."
+        )
+    _check_device("lm_head_weight", lm_head_weight, hidden_states)
+    _check_device("labels", labels, hidden_states)
+    check_int64("labels", labels)
+    precision = _resolve_precision(hidden_states, lm_head_weight)
+    vocabulary_size = lm_head_weight.shape[0]
+    if options.lm_head_bias is not None:
+        _check_part(
+            "lm_head_bias", options.lm_head_bias, (vocabulary_size,), hidden_states, precision
+        )
+    if options.lm_head_lora is not None:
+        lora_a, lora_b, _ = options.lm_head_lora
+        rank = lora_a.shape[0] if lora_a.ndim == 2 else 0
+        _check_part("lm_head_lora[0]", lora_a, (rank, hidden_size), hidden_states, precision)
+        _check_part("lm_head_lora[1]", lora_b, (vocabulary_size, rank), hidden_states, precision)
+    return precision
+
+
+def check_int64(name: str, tensor: Tensor) -> None:
+    """Refuse ids of any other integer type rather than copy them on every call."""
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"{name} must be torch.int64, got {tensor.dtype}.")
+
+
+def check_labels(labels: Tensor, ignore_index: int, vocabulary: VocabularyShard) -> None:
+    """Refuse a label that is neither a token id nor ``ignore_index``."""
+    if not value_checks_enabled():
+        return
+    is_bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary.total))
+    remedy = "Are the labels those of this tokenizer, and already shifted?"
+    rule = f"labels must be in [0, V) or ignore_index {ignore_index}"
+    if is_bad.is_cuda:
+        assert_on_device(~is_bad.any(), f"{rule}. {remedy}")
+    elif is_bad.any():
+        index = tuple(torch.nonzero(is_bad)[0].tolist())
+        raise ValueError(
+            f"{rule}, got {labels[index].item()} at index {index} "
+            f"with V = {int(vocabulary.total)}. {remedy}"
+        )
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Refuse half precision for sums: at -500 nats, neighbours in bfloat16 are two nats apart."""
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be torch.float32 or torch.float64, got {tensor.dtype}.")
+
+
+def check_chosen_present(num_tokens: Tensor) -> None:
+    """Refuse pairs without a chosen answer; call with counts that are on the host."""
+    empty_pairs = torch.nonzero(num_tokens[0] <= 0).flatten().tolist()
+    if empty_pairs:
+        raise ValueError(
+            "num_tokens must be > 0 in cell 0 (chosen) of every pair, "
+            f"got 0 in pairs {empty_pairs[:8]}. "
+            "Drop pairs whose chosen answer was masked or truncated away."
+        )
+
+
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Stop the device at its next synchronisation if the condition is false; do not wait for it."""
+    torch._assert_async(condition, message)
+
+
+def _resolve_precision(hidden_states: Tensor, lm_head_weight: Tensor) -> Precision:
+    for name, tensor in (("hidden_states", hidden_states), ("lm_head_weight", lm_head_weight)):
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(
+                f"{name} must be one of {[str(dtype) for dtype in _DTYPES]}, got {tensor.dtype}."
+            )
+    has_float64 = torch.float64 in (hidden_states.dtype, lm_head_weight.dtype)
+    # Autocast leaves float64 alone, here as in torch's own operators.
+    device_type = hidden_states.device.type
+    if torch.is_autocast_enabled(device_type) and not has_float64:
+        return Precision(torch.get_autocast_dtype(device_type), torch.float32)
+    if lm_head_weight.dtype != hidden_states.dtype:
+        raise TypeError(
+            f"lm_head_weight must have dtype {hidden_states.dtype} to match hidden_states, "
+            f"got {lm_head_weight.dtype}. Cast one of them, or call under torch.autocast."
+        )
+    return Precision(None, torch.float64 if has_float64 else torch.float32)
+
+
+def _check_part(
+    name: str, part: Tensor, shape: tuple[int, ...], hidden_states: Tensor, precision: Precision
+) -> None:
+    """Check a bias or low-rank factor; PEFT keeps these in float32 beside a half-precision head."""
+    if part.shape != shape:
+        raise ValueError(
+            f"{name} must have shape {shape} to match lm_head_weight, got {tuple(part.shape)}."
+        )
+    _check_device(name, part, hidden_states)
+    allowed = {hidden_states.dtype, precision.accumulation}
+    if precision.autocast is not None:
+        allowed = {*_HALF_DTYPES, torch.float32}
+    if part.dtype not in allowed:
+        raise TypeError(f"{name} must be one of {sorted(map(str, allowed))}, got {part.dtype}.")
+
+
+def _check_device(name: str, tensor: Tensor, hidden_states: Tensor) -> None:
+    if tensor.device != hidden_states.device:
+        raise ValueError(
+            f"{name} must be on {hidden_states.device} to match hidden_states, got {tensor.device}."
+        )

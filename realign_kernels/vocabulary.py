@@ -1,0 +1,54 @@
+"""Which part of the vocabulary this process holds, and how partial results meet.
+
+Without a group the one shard is the whole vocabulary and every reduction is the identity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyShard:
+    """A contiguous range of token ids; ``start`` and ``total`` are device tensors over a group."""
+
+    size: int
+    start: Tensor | int
+    total: Tensor | int
+    group: dist.ProcessGroup | None
+
+    def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
+        """Sum in place over the group."""
+        return self._all_reduce_(tensor, dist.ReduceOp.SUM)
+
+    def all_reduce_max_(self, tensor: Tensor) -> Tensor:
+        """Take the largest in place over the group."""
+        return self._all_reduce_(tensor, dist.ReduceOp.MAX)
+
+    def all_reduce_min_(self, tensor: Tensor) -> Tensor:
+        """Take the smallest in place over the group."""
+        return self._all_reduce_(tensor, dist.ReduceOp.MIN)
+
+    def _all_reduce_(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(tensor, op=operation, group=self.group)
+        return tensor
+
+
+def locate_shard(
+    size: int, group: dist.ProcessGroup | None, device: torch.device
+) -> VocabularyShard:
+    """Return this rank's shard; sizes may differ between ranks.  No host sync."""
+    if group is None:
+        return VocabularyShard(size, start=0, total=size, group=None)
+    own_size = torch.full((1,), size, dtype=torch.int64, device=device)
+    sizes = [torch.empty_like(own_size) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, own_size, group=group)
+    stops = torch.cat(sizes).cumsum(0)
+    return VocabularyShard(
+        size, start=stops[dist.get_rank(group)] - size, total=stops[-1], group=group
+    )

@@ -1,0 +1,68 @@
+"""The embedded model and small datasets of the drawn world, as files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import datasets
+import pytest
+import transformers
+
+from realign.demo.drawing import draw
+from realign.demo.run import MODEL
+from realign.demo.world import DESCRIBE, KINDS, Scene, Thing, free_scene, question
+from realign.records import Record
+
+datasets.disable_progress_bars()
+transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> Path:
+    """The embedded model: a real LlavaForConditionalGeneration with its processor."""
+    return MODEL
+
+
+def png(scene: Scene) -> bytes:
+    """The scene's PNG file."""
+    buffer = io.BytesIO()
+    draw(scene).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_records(count: int, seed: int = 0) -> list[Record]:
+    """Pairs whose rejected answer describes another scene, whose image is the retrieved one."""
+    rng = Random(seed)
+    records = []
+    for number in range(count):
+        scene, other = free_scene(rng), free_scene(rng)
+        absent = rng.choice([kind for kind in KINDS if kind not in scene.kinds])
+        describes = number % 2 == 0
+        records.append(
+            Record(
+                id=f"r{number}",
+                images=(png(scene),),
+                prompt=({"role": "user", "content": DESCRIBE if describes else question(absent)},),
+                chosen=scene.caption() if describes else scene.answer(absent),
+                rejected=other.caption()
+                if describes
+                else f"Yes, there is a {absent} in the image.",
+                rejected_images=(png(Scene((*other.things, *_extra(other)), other.tint)),),
+            )
+        )
+    return records
+
+
+def _extra(scene: Scene) -> tuple[Thing, ...]:
+    """One more object, so that no retrieved image equals its original."""
+    free = next(cell for cell in range(9) if cell not in {thing.cell for thing in scene.things})
+    return (Thing(next(kind for kind in KINDS if kind not in scene.kinds), "red", free),)
+
+
+@pytest.fixture
+def records() -> Callable[..., list[Record]]:
+    """The factory :func:`make_records`."""
+    return make_records

@@ -1,0 +1,245 @@
+"""Building: the paper's algorithm by hand, and the whole verb on the embedded model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from realign.build.induction import Candidate, Outcome, Rules, induce_group, mask_group, refusal
+from realign.build.masking import Lexicon
+from realign.build.pipeline import build
+from realign.build.prompts import COMPLETION_PROMPT, MASK_PROMPT
+from realign.build.similarity import load_similarity
+from realign.build.sources import Corpus, SourceRow, read_source
+from realign.config import BuildConfig
+from realign.demo.data import write_training_data
+from realign.demo.tasks import LEXICON_PATH
+from realign.errors import RefusedError
+from realign.records import read_records
+
+LEXICON = Lexicon({"objects": ["dog", "cat", "house"], "attributes": ["red"]})
+
+
+def rules(**options: Any) -> Rules:
+    return Rules(
+        **{
+            "mask": "rule",
+            "lexicon": LEXICON,
+            "mask_rates": {},
+            "similarity": load_similarity("lexical"),
+            "threshold": 0.95,
+            "keep_unmasked": True,
+            "seed": 0,
+            **options,
+        }
+    )
+
+
+class Scripted:
+    """Answers by the colour of the image; remembers what it was asked."""
+
+    def __init__(self, answers: dict[tuple[int, int, int], str]) -> None:
+        self.answers, self.asked = answers, []
+
+    def __call__(self, prompts, images) -> list[str]:
+        self.asked += list(prompts)
+        return [self.answers[image.getpixel((0, 0))] for image in images]
+
+
+COLORS = [(0, 0, 0), (10, 0, 0), (20, 0, 0), (30, 0, 0), (40, 0, 0)]
+
+
+@pytest.fixture
+def five_images(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / f"{i}.png" for i in range(5)]
+    for path, color in zip(paths, COLORS, strict=True):
+        Image.new("RGB", (4, 4), color).save(path)
+    return paths
+
+
+def candidates(paths: list[Path]) -> list[Candidate]:
+    return [Candidate(path.name, path, i, 1 - i / 10) for i, path in enumerate(paths, start=1)]
+
+
+def test_the_papers_algorithm_step_by_step(five_images) -> None:
+    """Candidates in order; the first one that differs enough is accepted and becomes v_l."""
+    row = SourceRow("a", "0.png", five_images[0], "What is it?", "A red dog sits.")
+    generator = Scripted(
+        {
+            COLORS[1]: "A red dog sits.",  # identical
+            COLORS[2]: "A [MASK] dog sits.",  # not filled
+            COLORS[3]: "A red cat sits.",  # accepted
+            COLORS[4]: "A red house sits.",  # never asked
+        }
+    )
+    (outcome,) = outcomes = mask_group([row], rules(), generator, 8)
+    assert (outcome.masked, outcome.masked_by) == ("A [MASK] [MASK] sits.", "rule")
+    induce_group([row], outcomes, [candidates(five_images[1:])], rules(), generator, 8)
+    assert (outcome.completion, outcome.image, outcome.rank) == ("A red cat sits.", "3.png", 3)
+    assert [attempt["reason"] for attempt in outcome.refused] == ["identical", "mask left unfilled"]
+    assert outcome.reason == ""
+    assert generator.asked == [f"What is it?\n{COMPLETION_PROMPT}\nA [MASK] [MASK] sits."] * 3
+
+
+def test_no_candidate_passes(five_images) -> None:
+    row = SourceRow("a", "0.png", five_images[0], "What is it?", "A red dog sits.")
+    generator = Scripted(dict.fromkeys(COLORS, "A red dog sits."))
+    outcomes = mask_group([row], rules(), generator, 8)
+    induce_group([row], outcomes, [candidates(five_images[1:])], rules(), generator, 8)
+    assert outcomes[0].reason == "no candidate passed, mostly identical"
+    assert len(outcomes[0].refused) == 4
+
+
+def test_nothing_to_mask_is_dropped_with_its_reason(five_images) -> None:
+    row = SourceRow("a", "0.png", five_images[0], "What?", "Nothing.")
+    outcomes = mask_group([row], rules(), Scripted({}), 8)
+    induce_group([row], outcomes, [candidates(five_images[1:])], rules(), Scripted({}), 8)
+    assert outcomes == [Outcome("a", masked_by="rule", reason="nothing to mask")]
+
+
+def test_a_models_mask_is_taken_or_falls_back_to_the_rule(five_images) -> None:
+    rows = [
+        SourceRow("a", "0.png", five_images[0], "What?", "A red dog sits."),
+        SourceRow("b", "1.png", five_images[1], "What?", "A red dog sits."),
+    ]
+    generator = Scripted({COLORS[0]: "A red [MASK] sits.", COLORS[1]: "The [MASK] sits."})
+    outcomes = mask_group(rows, rules(mask="model"), generator, 8)
+    assert [(outcome.masked, outcome.masked_by) for outcome in outcomes] == [
+        ("A red [MASK] sits.", "model"),
+        ("A [MASK] [MASK] sits.", "rule after model"),
+    ]
+    assert generator.asked == [f"{MASK_PROMPT}\nA red dog sits."] * 2
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason"),
+    [
+        ("", "empty"),
+        ("A [MASK] dog sits.", "mask left unfilled"),
+        ("A red dog sits.", "identical"),
+        ("The red cat sits.", "unmasked words changed"),
+        ("A red cat sits.", ""),
+    ],
+)
+def test_refusals(completion: str, reason: str) -> None:
+    assert refusal("A red dog sits.", "A [MASK] [MASK] sits.", completion, 0.5, rules()) == reason
+
+
+def test_similarity_at_the_threshold_is_too_similar() -> None:
+    arguments = ("A red dog sits.", "A [MASK] dog sits.", "A blue dog sits.")
+    assert refusal(*arguments, 0.95, rules()) == "too similar"
+    assert refusal(*arguments, 0.9499, rules()) == ""
+
+
+def test_byte_duplicates_are_one_image_of_the_corpus(five_images) -> None:
+    shutil.copy(five_images[0], five_images[1])
+    rows = [SourceRow(str(i), p.name, p, "x", "y") for i, p in enumerate(five_images)]
+    assert Corpus.of(rows).names == ["0.png", "2.png", "3.png", "4.png"]
+
+
+@pytest.fixture
+def config(tmp_path: Path, model_dir: Path) -> BuildConfig:
+    write_training_data(tmp_path / "world", 20, seed=0)
+    return BuildConfig(
+        source=tmp_path / "world" / "train.jsonl",
+        images=tmp_path / "world" / "images",
+        model=str(model_dir),
+        out=tmp_path / "out",
+        lexicon=LEXICON_PATH,
+        group_size=16,
+        batch_size=8,
+        top_k=3,
+        max_new_tokens=72,
+    )
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_the_verb_builds_records_with_provenance(config: BuildConfig) -> None:
+    dataset = build(config)
+    funnel = json.loads((config.out / "funnel.json").read_text())
+    records = read_records(dataset, None)
+    assert funnel["rows"] == 40
+    assert funnel["accepted"] == len(records) == sum(funnel["accepted_by_rank"].values()) > 20
+    assert funnel["accepted"] + sum(funnel["dropped"].values()) == 40
+    for record in records:
+        source = record.meta["source"]
+        assert record.images == ((config.images / source["image"]).read_bytes(),)
+        assert record.rejected_images == ((config.images / source["retrieved_image"]).read_bytes(),)
+        assert source["image"] != source["retrieved_image"]
+        assert record.meta["similarity"]["value"] < 0.95
+        assert 1 <= record.meta["retrieval"]["rank"] <= 3
+        assert "[MASK]" in record.meta["masked"]
+
+
+def test_a_stopped_build_continues_to_the_same_bytes(config: BuildConfig, tmp_path: Path) -> None:
+    build(config)
+    whole = files(config.out)
+    (config.out / "dataset.parquet").unlink()
+    (config.out / "funnel.json").unlink()
+    (config.out / "shards" / "00002.jsonl").unlink()
+    kept = (config.out / "shards" / "00000.jsonl").stat().st_mtime_ns
+    build(config)
+    assert files(config.out) == whole
+    assert (config.out / "shards" / "00000.jsonl").stat().st_mtime_ns == kept
+    again = config.model_copy(update={"out": tmp_path / "again"})
+    build(again)
+    assert files(again.out) == whole
+
+
+def test_a_folder_of_another_build_is_refused_and_kept(config: BuildConfig) -> None:
+    build(config)
+    before = files(config.out)
+    with pytest.raises(
+        RefusedError, match=r"holds another run.*(\n.*)*config\.threshold: 0\.95 th"
+    ):
+        build(config.model_copy(update={"threshold": 0.5}))
+    assert files(config.out) == before
+
+
+def test_masking_by_the_model(config: BuildConfig) -> None:
+    build(config.model_copy(update={"mask": "model"}))
+    masked_by = json.loads((config.out / "funnel.json").read_text())["masked_by"]
+    assert sum(masked_by.values()) == 40
+    assert masked_by["model"] >= 20  # the embedded model knows the masking prompt
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"line 1 must be JSON, got '\{'"),
+        ("[]", "line 1: image must be a non-empty string"),
+        ('{"image": "a.png", "prompt": "x"}', "line 1: answer must be a non-empty string"),
+        ('{"image": "a.png", "prompt": " ", "answer": "y"}', "line 1: prompt must be a non-empty"),
+        ('{"image": "no.png", "prompt": "x", "answer": "y"}', "line 1: image 'no.png' does not"),
+        ('{"image": "b.png", "prompt": "x", "answer": "y"}', r"line 1, b\.png: image must be a re"),
+        (
+            '{"id": 1, "image": "a.png", "prompt": "x", "answer": "y"}\n' * 2,
+            "line 2: id must be un",
+        ),
+        ("", "at least one row, got none"),
+    ],
+)
+def test_bad_sources(tmp_path: Path, line: str, message: str) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("not an image")
+    (tmp_path / "s.jsonl").write_text(line)
+    with pytest.raises(RefusedError, match=message):
+        read_source(tmp_path / "s.jsonl", tmp_path)
+    with pytest.raises(RefusedError, match="which does not exist"):
+        read_source(tmp_path / "none.jsonl", tmp_path)
+
+
+def test_one_image_is_not_enough(config: BuildConfig) -> None:
+    line = config.source.read_text().splitlines()[0]
+    config.source.write_text(line + "\n")
+    with pytest.raises(RefusedError, match="at least 2 different images"):
+        build(config)
+    assert not config.out.exists()

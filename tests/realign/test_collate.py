@@ -1,0 +1,130 @@
+"""The batch that the loss reads, by hand and against the model's own tokenisation."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from realign.collate import PreferenceCollator, Renderer, user_turns
+from realign.errors import RefusedError
+from realign.modeling import load_processor
+
+IMAGE_TOKENS = 36
+
+
+@pytest.fixture(scope="module")
+def processor(model_dir):
+    return load_processor(model_dir)
+
+
+def scored_text(processor, labels: torch.Tensor) -> str:
+    return processor.tokenizer.decode(labels[labels != -100])
+
+
+def test_rows_are_cell_major_and_score_answer_and_end_of_turn(processor, records) -> None:
+    rows = records(2)
+    batch = PreferenceCollator(processor, cells=4)(rows)
+    labels = batch["preference_labels"]
+    expected = [row.chosen for row in rows] + [row.rejected for row in rows]
+    assert [scored_text(processor, line) for line in labels] == [
+        f" {answer}</s>" for answer in expected + expected
+    ]
+    assert batch["ids"] == ["r0", "r1"]
+    assert batch["pixel_values"].shape[0] == 8
+    assert torch.equal(batch["pixel_values"][0], batch["pixel_values"][2])  # chosen, text_rejected
+    assert torch.equal(batch["pixel_values"][4], batch["pixel_values"][6])  # both on v_l
+    assert not torch.equal(batch["pixel_values"][0], batch["pixel_values"][4])
+
+
+def test_labels_are_shifted_and_every_image_token_is_there(processor, records) -> None:
+    batch = PreferenceCollator(processor, cells=3)(records(3))
+    labels, ids = batch["preference_labels"], batch["input_ids"]
+    scored = labels[:, :-1] != -100
+    assert torch.equal(labels[:, :-1][scored], ids[:, 1:][scored])
+    assert (labels[:, -1] == -100).all()
+    image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert (ids == image_token).sum(1).tolist() == [IMAGE_TOKENS] * 9
+
+
+def test_a_pair_without_retrieved_image_scores_no_image_cell(processor, records) -> None:
+    with_image, without = records(2)
+    without = dataclasses.replace(without, rejected_images=())
+    labels = PreferenceCollator(processor, cells=3)([with_image, without])["preference_labels"]
+    assert (labels[4] != -100).any()
+    assert (labels[5] == -100).all()
+
+
+def test_text_only_pairs(processor, records) -> None:
+    rows = [dataclasses.replace(row, images=(), rejected_images=()) for row in records(2)]
+    batch = PreferenceCollator(processor, cells=3)(rows)
+    assert "pixel_values" not in batch
+    assert (batch["preference_labels"][4:] == -100).all()
+
+
+def test_references_are_found_by_content(processor, records) -> None:
+    rows = records(3)
+    reference = {row.key: torch.arange(3.0).double() - i for i, row in enumerate(rows)}
+    batch = PreferenceCollator(processor, 2, reference)([rows[2], rows[0]])
+    assert batch["ref_logps"].tolist() == [[-2.0, 0.0], [-1.0, 1.0]]
+    assert batch["ref_logps"].dtype == torch.float32
+
+
+def test_too_long_rows_are_an_error_not_cut(processor, records) -> None:
+    with pytest.raises(RefusedError, match=r"row r0: must have at most max_length = 60 tokens"):
+        PreferenceCollator(processor, 2, max_length=60)(records(1))
+
+
+def test_multi_turn_prompts_put_images_in_the_first_user_turn() -> None:
+    prompt = [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Two?"},
+    ]
+    turns = user_turns(prompt, num_images=2)
+    assert turns[0]["content"] == [
+        {"type": "image"},
+        {"type": "image"},
+        {"type": "text", "text": "One?"},
+    ]
+    assert turns[2]["content"] == [{"type": "text", "text": "Two?"}]
+
+
+class Templated:
+    """The embedded processor with another chat template."""
+
+    def __init__(self, processor, template: str) -> None:
+        self._processor, self._template = processor, template
+        self.tokenizer = processor.tokenizer
+
+    def apply_chat_template(self, turns, **options):
+        return self._processor.apply_chat_template(turns, chat_template=self._template, **options)
+
+
+TURNS = (
+    "{% for m in messages %}{{ m.role }}: {% for p in m.content if p.type == 'text' %}"
+    "{{ p.text }}{% endfor %}END{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("end", "scored"),
+    [
+        ("</s>\n", " Fine.</s>"),  # what follows the end-of-turn token is not scored
+        ("", " Fine.</s>"),  # a template that never ends the turn gets the end-of-sequence token
+        (" ", " Fine.</s>"),  # LLaVA-1.5's published template
+    ],
+)
+def test_end_of_turn(processor, end: str, scored: str) -> None:
+    template = TURNS.replace("END", end) + "{% if add_generation_prompt %}assistant:{% endif %}"
+    renderer = Renderer(Templated(processor, template))
+    row = renderer.render([{"role": "user", "content": "How?"}], "Fine.", 0, "row 0")
+    assert processor.tokenizer.decode(row.answer_ids[: row.num_scored]) == scored
+
+
+def test_a_template_that_changes_the_prompt_is_refused(processor) -> None:
+    template = "{% if add_generation_prompt %}new{% else %}old{% endif %}" + TURNS
+    renderer = Renderer(Templated(processor, template))
+    with pytest.raises(RefusedError, match="row 0: the chat template must keep the prompt"):
+        renderer.render([{"role": "user", "content": "How?"}], "Fine.", 0, "row 0")

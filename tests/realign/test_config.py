@@ -1,0 +1,72 @@
+"""Configuration: one YAML, overrides, flags; unknown keys name the nearest known one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from realign.config import TrainConfig, load_config
+from realign.errors import RefusedError
+
+NEEDED = {"model": "m", "data": Path("d"), "out": Path("o")}
+
+
+def test_flags_win_over_set_which_wins_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("train: {beta: 0.2, epochs: 3, seed: 1}\nbuild: {top_k: 5}\n")
+    config = load_config(
+        TrainConfig, path, ["train.epochs=2", "train.seed=5"], {**NEEDED, "seed": 7, "images": None}
+    )
+    assert (config.beta, config.epochs, config.seed) == (0.2, 2.0, 7)
+
+
+def test_nested_sections(tmp_path: Path) -> None:
+    config = load_config(TrainConfig, None, ["train.lora.r=8", "train.lora.alpha=16"], NEEDED)
+    assert config.lora is not None
+    assert (config.lora.r, config.lora.alpha, config.lora.targets) == (8, 16, "all-linear")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.bta=1", r"train has no option 'bta'\. Did you mean 'beta'\?"),
+        ("trian.beta=1", r"unknown section 'trian'\. Did you mean 'train'\?"),
+        ("train.lora.rank=1", r"train\.lora has no option 'rank'\. Known: alpha, r, targets"),
+        ("build.topk=1", r"build has no option 'topk'\. Did you mean 'top_k'\?"),
+        ("beta=1", r"--set must be section\.key=value, got 'beta=1'"),
+        ("train.beta", r"--set must be section\.key=value"),
+        ("train.beta=-1", r"train\.beta: Input should be greater than 0, got -1"),
+        ("train.objective=ppo", r"train\.objective: Input should be 'rdpo', .* got 'ppo'"),
+        ("train.beta.x=1", r"--set 'train\.beta\.x=1' goes below 'beta', which holds a value"),
+    ],
+)
+def test_refused_overrides(override: str, message: str) -> None:
+    with pytest.raises(RefusedError, match=message):
+        load_config(TrainConfig, None, ["train.beta=0.5", override], NEEDED)
+
+
+def test_a_missing_option_says_how_to_give_it() -> None:
+    with pytest.raises(RefusedError, match=r"train\.model is required\. Pass --model"):
+        load_config(TrainConfig, None, [], {"data": Path("d"), "out": Path("o")})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n", "must map sections"),
+        ("train: 3\n", "must map sections"),
+        ("a: [", "must be YAML"),
+        ("train: {betta: 1}\n", "Did you mean 'beta'"),
+    ],
+)
+def test_refused_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(RefusedError, match=message):
+        load_config(TrainConfig, path, [], NEEDED)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="does not exist"):
+        load_config(TrainConfig, tmp_path / "none.yaml", [], NEEDED)

@@ -1,0 +1,195 @@
+"""Records: content keys, parquet, the authors' JSON, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from realign.errors import RefusedError
+from realign.files import content_sha256
+from realign.records import check_records, read_parquet, read_records, write_parquet
+
+
+def test_parquet_round_trip_keeps_everything(tmp_path: Path, records) -> None:
+    rows = records(5)
+    rows[0] = dataclasses.replace(rows[0], meta={"retrieval": {"rank": 2}, "note": "ü"})
+    path = tmp_path / "dataset.parquet"
+    write_parquet(rows, path)
+    assert read_parquet(path) == rows
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_equal_records_give_equal_bytes(tmp_path: Path, records) -> None:
+    for name in ("a.parquet", "b.parquet"):
+        write_parquet(records(5), tmp_path / name)
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+
+
+def test_columns_are_the_ones_trl_reads(tmp_path: Path, records) -> None:
+    from datasets import Dataset
+
+    write_parquet(records(2), tmp_path / "d.parquet")
+    row = Dataset.from_parquet(str(tmp_path / "d.parquet"), cache_dir=str(tmp_path / "c"))[0]
+    assert list(row) == [
+        "id",
+        "images",
+        "prompt",
+        "chosen",
+        "rejected",
+        "rejected_images",
+        "meta",
+    ]
+    assert row["images"][0].size == (96, 96)  # decoded by datasets: an Image column
+    assert row["prompt"] == [{"role": "user", "content": "Describe the image."}]
+    assert row["chosen"][0]["role"] == "assistant"
+
+
+def test_key_depends_on_content_and_on_nothing_else(records) -> None:
+    (record,) = records(1)
+    same = dataclasses.replace(record, id="other", meta={"x": 1})
+    assert same.key == record.key
+    changes: list[dict[str, Any]] = [
+        {"chosen": record.chosen + " "},
+        {"rejected": record.rejected[:-1]},
+        {"prompt": ({"role": "user", "content": "Describe this image."},)},
+        {"images": record.rejected_images},
+        {"rejected_images": record.images},
+        {"rejected_images": ()},
+        {"images": record.images + record.rejected_images, "rejected_images": ()},
+    ]
+    keys = {dataclasses.replace(record, **change).key for change in changes} | {record.key}
+    assert len(keys) == len(changes) + 1
+
+
+def test_framing_keeps_neighbouring_parts_apart() -> None:
+    assert content_sha256("ab", "c") != content_sha256("a", "bc")
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "empty": ({"chosen": "  "}, r"row r0: chosen must not be empty, got '  '. Remove"),
+    "equal": ({"rejected": None}, r"row r0: rejected must differ from chosen, got 'There is"),
+    "placeholder": (
+        {"rejected": "A house <image>."},
+        r"row r0: rejected must not contain the special token '<image>', got 'A house <image>\.'",
+    ),
+    "special": ({"chosen": "A house.</s>"}, r"must not contain the special token '</s>'"),
+    "prompt": (
+        {"prompt": ({"role": "user", "content": "<image> What?"},)},
+        r"row r0: prompt must not contain the special token '<image>'",
+    ),
+    "same image": ({"rejected_images": None}, r"row r0: retrieved_image must differ from image"),
+    "unreadable": ({"images": (b"junk",)}, r"row r0, images: image must be a readable"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_rows_are_refused_by_name_value_and_remedy(case: str, records) -> None:
+    (record,) = records(1)
+    change, message = BAD[case]
+    same = {"rejected": record.chosen, "rejected_images": record.images}
+    change = {name: same[name] if value is None else value for name, value in change.items()}
+    with pytest.raises(RefusedError, match=message):
+        check_records([dataclasses.replace(record, **change)], ["</s>", "<image>"])
+
+
+def test_all_bad_rows_are_counted_and_twenty_are_shown(records) -> None:
+    rows = [dataclasses.replace(record, chosen="") for record in records(23)]
+    with pytest.raises(RefusedError, match=r"^23 problem.* in 23 rows:(?s:.*)and 3 more"):
+        check_records(rows, [])
+
+
+def test_no_rows_are_refused() -> None:
+    with pytest.raises(RefusedError, match="at least one row, got none"):
+        check_records([], [])
+
+
+@pytest.fixture
+def official(tmp_path: Path, records) -> Path:
+    """The published layout: pref_data.json and one image folder."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rows = []
+    for number, record in enumerate(records(3)):
+        names = (f"{number}.png", f"{number}-retrieved.png")
+        (folder / names[0]).write_bytes(record.images[0])
+        (folder / names[1]).write_bytes(record.rejected_images[0])
+        turn = {"role": "user", "content": f"<image>\n{record.prompt[0]['content']}"}
+        rows.append(
+            {
+                "image": names[0],
+                "retrieved_image": names[1],
+                "chosen": [turn, {"role": "assistant", "content": record.chosen}],
+                "rejected": [turn, {"role": "assistant", "content": record.rejected}],
+            }
+        )
+    path = tmp_path / "pref_data.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_official_json_reads_as_the_same_pairs(official: Path, records) -> None:
+    read = read_records(official, official.parent / "images")
+    assert [record.key for record in read] == [record.key for record in records(3)]
+    assert read[1].meta["source"] == {
+        "file": "pref_data.json",
+        "index": 1,
+        "image": "1.png",
+        "retrieved_image": "1-retrieved.png",
+    }
+
+
+def test_official_row_without_image_is_text_only(official: Path) -> None:
+    rows = json.loads(official.read_text())
+    del rows[0]["image"], rows[0]["retrieved_image"]
+    official.write_text(json.dumps(rows))
+    record = read_records(official, official.parent / "images")[0]
+    assert record.images == record.rejected_images == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": "gone.png"}, r"pref_data.json, row 1: image 'gone.png' does not exist"),
+        ({"retrieved_image": None}, r"row 1: retrieved_image is missing beside image '1.png'"),
+        ({"chosen": None}, r"row 1: keys \['chosen'\] are missing"),
+        ({"chosen": [{"role": "user", "content": "x"}]}, r"row 1: chosen must alternate"),
+        (
+            {
+                "chosen": [
+                    {"role": "user", "content": "Another question"},
+                    {"role": "assistant", "content": "x"},
+                ]
+            },
+            r"row 1: chosen and rejected must differ in the last answer only",
+        ),
+    ],
+)
+def test_bad_official_rows(official: Path, change: dict[str, Any], message: str) -> None:
+    rows = json.loads(official.read_text())
+    for name, value in change.items():
+        rows[1].pop(name)
+        if value is not None:
+            rows[1][name] = value
+    official.write_text(json.dumps(rows))
+    with pytest.raises(RefusedError, match=message):
+        read_records(official, official.parent / "images")
+
+
+def test_refused_files(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="which does not exist"):
+        read_records(tmp_path / "none.json", tmp_path)
+    (tmp_path / "d.txt").write_text("")
+    with pytest.raises(RefusedError, match=r"must end in \.parquet or \.json, got d\.txt"):
+        read_records(tmp_path / "d.txt", None)
+    (tmp_path / "d.json").write_text("[")
+    with pytest.raises(RefusedError, match="Pass --images FOLDER"):
+        read_records(tmp_path / "d.json", None)
+    with pytest.raises(RefusedError, match="must be UTF-8 JSON"):
+        read_records(tmp_path / "d.json", tmp_path)
+    (tmp_path / "d.json").write_text("{}")
+    with pytest.raises(RefusedError, match="must be a list of rows, got dict"):
+        read_records(tmp_path / "d.json", tmp_path)

@@ -1,0 +1,264 @@
+"""Training on the embedded model: the first loss, metrics, what is trained, resuming, refusals."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from realign.cache import build_cache
+from realign.collate import PreferenceCollator
+from realign.config import LoraSection, TrainConfig
+from realign.errors import RefusedError
+from realign.modeling import load_model, load_processor
+from realign.records import write_parquet
+from realign.train import train
+from realign.trainer import RDPOConfig, RDPOTrainer, newest_checkpoint
+
+
+@pytest.fixture
+def data(tmp_path: Path, records) -> Path:
+    path = tmp_path / "dataset.parquet"
+    write_parquet(records(12), path)
+    return path
+
+
+def config(model_dir: Path, data: Path, out: Path, **options) -> TrainConfig:
+    return TrainConfig(
+        **{
+            "model": str(model_dir),
+            "data": data,
+            "out": out,
+            "batch_size": 4,
+            "accumulation": 1,
+            "learning_rate": 1e-4,
+            "logging_steps": 1,
+            "save_steps": 1,
+            **options,
+        }
+    )
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "model.safetensors")
+
+
+def test_rdpo_starts_at_two_log_two_and_learns(tmp_path: Path, model_dir, data) -> None:
+    train(config(model_dir, data, tmp_path / "run", epochs=4))
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert lines[0]["loss"] == pytest.approx(2 * math.log(2), abs=1e-4)
+    for kind in ("text", "image"):
+        assert lines[0][f"rewards/{kind}_margins"] == pytest.approx(0, abs=1e-4)
+        assert lines[-1][f"rewards/{kind}_margins"] > 0.05
+        assert lines[-1][f"rewards/{kind}_accuracies"] > 0.9
+    assert lines[-1]["loss"] < 1.3
+    expected = {f"{kind}/{cell}" for kind in ("logps", "rewards") for cell in (
+        "chosen", "text_rejected", "image_rejected")}  # fmt: skip
+    assert expected < set(lines[0])
+
+
+def test_the_vision_tower_stays_and_the_rest_moves(tmp_path: Path, model_dir, data) -> None:
+    before, after = weights(model_dir), weights(train(config(model_dir, data, tmp_path / "run")))
+    assert before.keys() == after.keys()
+    for name in before:
+        moved = not torch.equal(before[name], after[name])
+        assert moved != ("vision_tower" in name), name
+
+
+def test_the_checkpoint_loads_with_the_auto_classes(tmp_path: Path, model_dir, data) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    checkpoint = train(config(model_dir, data, tmp_path / "run"))
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    assert type(model).__name__ == "LlavaForConditionalGeneration"
+    assert AutoProcessor.from_pretrained(checkpoint).chat_template
+    assert not list(checkpoint.glob("*.bin"))  # no pickle
+
+
+def test_lora_trains_adapters_outside_the_vision_tower(tmp_path: Path, model_dir, data) -> None:
+    lora = LoraSection(r=4, alpha=8)
+    out = tmp_path / "run"
+    checkpoint = train(config(model_dir, data, out, lora=lora, learning_rate=1e-3, epochs=2))
+    adapter = load_file(checkpoint / "adapter_model.safetensors")
+    assert adapter
+    assert not [name for name in adapter if "vision_tower" in name]
+    assert any(t.abs().sum() > 0 for name, t in adapter.items() if "lora_B" in name)
+    assert metrics(out)[0]["loss"] == pytest.approx(2 * math.log(2), abs=1e-4)
+    assert metrics(out)[-1]["rewards/text_margins"] > 0
+    tuned = load_model(checkpoint, torch.float32)  # an adapter folder is a model folder
+    assert type(tuned).__name__ == "PeftModel"
+
+
+@pytest.mark.parametrize(
+    ("objective", "first_loss"),
+    [("dpo", math.log(2)), ("mdpo", 3 * math.log(2)), ("symmetric", 4 * math.log(2))],
+)
+def test_objectives(tmp_path: Path, model_dir, data, objective: str, first_loss: float) -> None:
+    train(config(model_dir, data, tmp_path / "run", objective=objective))
+    lines = metrics(tmp_path / "run")
+    assert lines[0]["loss"] == pytest.approx(first_loss, abs=1e-4)
+    assert ("rewards/image_margins" in lines[0]) == (objective != "dpo")
+    assert ("rewards/both_rejected" in lines[0]) == (objective == "symmetric")
+
+
+def test_sft_is_the_mean_nll_of_the_chosen_answers(tmp_path, model_dir, data, records) -> None:
+    train(config(model_dir, data, tmp_path / "run", objective="sft", batch_size=12, epochs=4))
+    lines = metrics(tmp_path / "run")
+    batch = PreferenceCollator(load_processor(model_dir), cells=1)(records(12))
+    labels = batch.pop("preference_labels")
+    del batch["ids"]
+    with torch.no_grad():
+        logps = load_model(model_dir, torch.float32)(**batch).logits.log_softmax(-1)
+    mask = labels != -100
+    scored = logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * mask
+    assert lines[0]["loss"] == pytest.approx((-scored.sum(1) / mask.sum(1)).mean().item(), abs=1e-5)
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+
+
+def test_authors_scoring_has_its_own_cache_and_starts_at_two_log_two(
+    tmp_path: Path, model_dir, data
+) -> None:
+    out = tmp_path / "run"
+    train(config(model_dir, data, out, rejected_scoring="top_non_label"))
+    train(config(model_dir, data, tmp_path / "label"))
+    authors, paper = metrics(out)[0], metrics(tmp_path / "label")[0]
+    assert authors["loss"] == pytest.approx(2 * math.log(2), abs=1e-4)
+    assert authors["logps/chosen"] == pytest.approx(paper["logps/chosen"], abs=1e-4)
+    assert authors["logps/text_rejected"] != pytest.approx(paper["logps/text_rejected"], abs=0.1)
+
+
+def test_a_given_cache_is_used_and_never_written(tmp_path: Path, model_dir, data, records) -> None:
+    place = build_cache(
+        records(12),
+        model_dir,
+        tmp_path / "cache",
+        cells=3,
+        rejected_scoring="label",
+        dtype=torch.float32,
+        batch_size=4,
+        shard_size=1024,
+    )
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    train(config(model_dir, data, tmp_path / "run", cache=tmp_path / "cache"))
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "run" / "cache").exists()
+
+
+def test_an_empty_cache_stops_before_training(tmp_path: Path, model_dir, data) -> None:
+    with pytest.raises(RefusedError, match="does not fit this run: it is empty"):
+        train(config(model_dir, data, tmp_path / "run", cache=tmp_path / "none"))
+    assert not (tmp_path / "run" / "steps").exists()
+
+
+def test_one_seed_gives_one_result(tmp_path: Path, model_dir, data) -> None:
+    first, second = (train(config(model_dir, data, tmp_path / name)) for name in "ab")
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+def test_the_same_command_on_a_finished_run_does_nothing(tmp_path: Path, model_dir, data) -> None:
+    checkpoint = train(config(model_dir, data, tmp_path / "run"))
+    before = (checkpoint / "model.safetensors").stat().st_mtime_ns
+    assert train(config(model_dir, data, tmp_path / "run")) == checkpoint
+    assert (checkpoint / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_folder_of_another_run_is_refused_and_kept(tmp_path: Path, model_dir, data) -> None:
+    train(config(model_dir, data, tmp_path / "run"))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(
+        RefusedError, match=r"holds another run.*\n  config\.beta: 0\.1 there, 0\.5"
+    ):
+        train(config(model_dir, data, tmp_path / "run", beta=0.5))
+    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert before == after
+
+
+def test_unfinished_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    for step, complete in ((2, True), (10, True), (11, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if complete:
+            (folder / "complete").write_text("")
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert not (tmp_path / "checkpoint-11").exists()
+    shutil.rmtree(tmp_path / "checkpoint-10")
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_accumulated_micro_batches_give_the_full_batch_step(
+    tmp_path: Path, model_dir, data
+) -> None:
+    whole = train(config(model_dir, data, tmp_path / "a", batch_size=12))
+    parts = train(config(model_dir, data, tmp_path / "b", batch_size=3, accumulation=4))
+    a, b, start = weights(whole), weights(parts), weights(model_dir)
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    name = next(key for key in a if key.endswith(name.removeprefix("model.")))
+    assert not torch.equal(a[name], start[name])
+    torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=0)
+    assert metrics(tmp_path / "a")[0]["loss"] == pytest.approx(
+        metrics(tmp_path / "b")[0]["loss"], abs=1e-6
+    )
+
+
+def trainer(model, model_dir: Path, tmp_path: Path, rows, reference, **options) -> RDPOTrainer:
+    args = RDPOConfig(
+        output_dir=str(tmp_path / "steps"), report_to="none", use_cpu=True, disable_tqdm=True,
+        per_device_train_batch_size=2, save_strategy="no", **options,
+    )  # fmt: skip
+    return RDPOTrainer(model, args, rows, load_processor(model_dir), reference)
+
+
+def test_a_loss_that_is_not_finite_stops_before_any_weight_moves(
+    tmp_path: Path, model_dir, records
+) -> None:
+    rows = records(4)
+    reference = {row.key: torch.full((3,), torch.nan).double() for row in rows}
+    model = load_model(model_dir, torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(
+        FloatingPointError, match=r"loss of step 1 must be finite.* for rows r\d, r"
+    ):
+        trainer(model, model_dir, tmp_path, rows, reference).train()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_reference_that_lacks_a_row_is_refused(tmp_path: Path, model_dir, records) -> None:
+    rows = records(3)
+    reference = {row.key: torch.zeros(3).double() for row in rows[:2]}
+    with pytest.raises(ValueError, match="lacks 1, first: row r2"):
+        trainer(load_model(model_dir, torch.float32), model_dir, tmp_path, rows, reference)
+
+
+def test_an_unknown_objective_is_refused(tmp_path: Path, model_dir, records) -> None:
+    with pytest.raises(ValueError, match=r"objective must be one of .*'rdpo'.*, got 'ppo'"):
+        trainer(
+            load_model(model_dir, torch.float32),
+            model_dir,
+            tmp_path,
+            records(1),
+            {},
+            objective="ppo",
+        )
+
+
+def test_dropout_is_off(tmp_path: Path, model_dir, records) -> None:
+    rows = records(2)
+    model = load_model(model_dir, torch.float32)
+    layer = next(module for module in model.modules() if hasattr(module, "attention_dropout"))
+    layer.attention_dropout = 0.5
+    model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Dropout(0.5))
+    trainer(model, model_dir, tmp_path, rows, {row.key: torch.zeros(3) for row in rows})
+    assert layer.attention_dropout == 0.0
+    assert model.lm_head[1].p == 0.0

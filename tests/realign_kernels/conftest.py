@@ -1,0 +1,47 @@
+"""One thread for every test of the kernels, and memory that is never zero by luck."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from realign_kernels.tiles import TileShape, scratch_bytes, tile_shape
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Make draws from the global generator repeat, whatever ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison_empty(monkeypatch):
+    """Fill fresh uninitialised memory with NaN, so that reading it shows."""
+
+    def poisoned(allocate):
+        @functools.wraps(allocate)
+        def wrapper(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return wrapper
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+@pytest.fixture
+def small_workspace():
+    """Return the budget for tiles of 4 rows by 16 columns: small inputs cross their edges."""
+
+    def workspace_bytes(hidden_size, dtype=torch.float64, rank=0):
+        itemsize = 8 if dtype == torch.float64 else 4
+        budget = scratch_bytes(TileShape(4, 16), hidden_size, rank, itemsize)
+        assert tile_shape(hidden_size, rank, itemsize, budget) == TileShape(4, 16)
+        return budget
+
+    return workspace_bytes

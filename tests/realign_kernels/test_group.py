@@ -1,0 +1,125 @@
+"""Tensor parallelism: two processes over gloo against the whole vocabulary in one.
+
+Run as a script, this file is one of the two processes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from realign_kernels import linear_logprob_stats, rdpo_loss
+from realign_kernels.testing import make_head_inputs
+
+WORLD_SIZE = 2
+V = 37
+# Uneven on purpose; the second shard of "lone" is one token wide.
+SPLITS = {"uneven": 20, "lone": 36}
+OPTIONS = {"logit_softcap": 4.0, "temperature": 0.9}
+
+
+def make_case():
+    inputs = make_head_inputs(24, V, 5, bias=True, rank=2, ignored=0.2, **OPTIONS)
+    inputs.options["lm_head_bias"][30] = -torch.inf
+    inputs.labels[inputs.labels == 30] = 31
+    # The label in either shard, at the edges, and a tie across shards.
+    inputs.labels[:6] = torch.tensor([0, 19, 20, 35, 36, 7])
+    inputs.lm_head_weight[25] = inputs.lm_head_weight[2]
+    inputs.options["lm_head_bias"][25] = inputs.options["lm_head_bias"][2] = 9.0
+    inputs.options["lm_head_lora"][1][25] = inputs.options["lm_head_lora"][1][2]
+    return inputs
+
+
+def shard(inputs, columns):
+    """Return the call that one rank makes."""
+    hidden_states, weight, bias, lora_a, lora_b = inputs.tensors
+    return inputs.replace_tensors(
+        [hidden_states, weight[columns], bias[columns], lora_a, lora_b[columns]]
+    )
+
+
+def stats_and_gradients(inputs, group=None):
+    leaves = inputs.as_leaves()
+    stats = leaves.call(linear_logprob_stats, group=group, workspace_bytes=3000)
+    weights = torch.linspace(-1, 1, 24, dtype=torch.float64)
+    (weights @ stats.token_logps + (weights.flip(0) @ stats.top_non_label_logps)).backward()
+    return [part.detach() for part in stats], [tensor.grad for tensor in leaves.tensors]
+
+
+def loss_and_gradients(inputs, group=None):
+    leaves = inputs.as_leaves()
+    output = rdpo_loss(
+        *leaves.tensors[:2],
+        leaves.labels,
+        torch.zeros(3, 2, dtype=torch.float64),
+        sequence_ids=torch.arange(24) % 6,
+        rejected_scoring="top_non_label",
+        group=group,
+        **leaves.options,
+    )
+    output.loss.backward()
+    return [output.loss.detach()], [tensor.grad for tensor in leaves.tensors]
+
+
+def check_rank(rank, group):
+    inputs = make_case()
+    for split in SPLITS.values():
+        columns = slice(0, split) if rank == 0 else slice(split, V)
+        for compute in (stats_and_gradients, loss_and_gradients):
+            values, grads = compute(shard(inputs, columns), group)
+            expected_values, whole = compute(inputs)
+            torch.testing.assert_close(values, expected_values)
+            expected = [whole[0], whole[1][columns], whole[2][columns], whole[3], whole[4][columns]]
+            torch.testing.assert_close(grads, expected)
+
+
+def check_edges(rank, group):
+    columns = slice(0, 20) if rank == 0 else slice(20, V)
+    nothing = make_case()
+    nothing.labels[:] = -100
+    values, grads = stats_and_gradients(shard(nothing, columns), group)
+    assert not values[0].any()
+    assert not any(grad.any() for grad in grads)
+    wrong = make_case()
+    wrong.labels[4] = V
+    with pytest.raises(ValueError, match=r"got 37 at index \(4,\) with V = 37"):
+        shard(wrong, columns).call(linear_logprob_stats, group=group)
+
+
+def main(rank, init_file):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{init_file}", rank=rank, world_size=WORLD_SIZE
+    )
+    check_rank(rank, dist.group.WORLD)
+    check_edges(rank, dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one(tmp_path):
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", __file__, str(rank), str(tmp_path / "rendezvous")],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(WORLD_SIZE)
+    ]
+    try:
+        for process in ranks:
+            _, stderr = process.communicate(timeout=60)
+            assert process.returncode == 0, stderr
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,186 @@
+"""The public surface, the choice of backends, the cut into tiles, and which way imports point."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import realign_kernels
+from realign_kernels import (
+    LogprobStats,
+    Objective,
+    PreferenceOutput,
+    RdpoOutput,
+    Term,
+    describe_backends,
+    linear_logprob,
+    linear_logprob_stats,
+    preference_loss,
+    rdpo_loss,
+)
+from realign_kernels.tiles import TileShape, scratch_bytes, spans, tile_shape
+
+HEAD = (
+    "*, lm_head_bias=None, lm_head_lora=None, ignore_index=-100, logit_scale=1.0, "
+    "logit_softcap=None, temperature=1.0, backend='auto', memory='auto', "
+    f"workspace_bytes={256 << 20}, stash_bytes={2 << 30}, group=None"
+)
+SIGNATURES = {
+    linear_logprob: f"(hidden_states, lm_head_weight, labels, {HEAD})",
+    linear_logprob_stats: f"(hidden_states, lm_head_weight, labels, {HEAD})",
+    rdpo_loss: "(hidden_states, lm_head_weight, labels, ref_logps, *, sequence_ids=None, "
+    "sequence_lengths=None, beta=0.1, image_beta=None, image_weight=1.0, objective=None, "
+    "rejected_scoring='label', " + HEAD.removeprefix("*, ") + ")",
+    preference_loss: "(logps, ref_logps, objective, *, num_tokens=None)",
+    Objective: "(terms, nll_weight=0.0)",
+    Term: "(coefficients, weight=1.0, beta=0.1, offset=0.0, link='logsigmoid', "
+    "label_smoothing=0.0)",
+    Objective.dpo: "(beta=0.1)",
+    Objective.rdpo: "(beta=0.1, image_beta=None, image_weight=1.0)",
+    Objective.mdpo: "(beta=0.1, image_beta=None, image_weight=1.0, anchor_weight=1.0, "
+    "anchor_offset=0.0)",
+    Objective.symmetric: "(beta=0.1, image_beta=None, image_weight=1.0)",
+    describe_backends: "()",
+}
+FIELDS = {
+    LogprobStats: "token_logps entropy log_sum_sq_probs mean_logits is_top1 top_non_label_logps "
+    "top_non_label_ids",
+    RdpoOutput: "loss logps num_tokens rewards text_margins image_margins",
+    PreferenceOutput: "loss losses rewards text_margins image_margins",
+}
+# Files by what they may import from this package; each row only from rows below it.
+LAYERS = [
+    {"__init__"},
+    {"rdpo_loss"},
+    {"linear_logprob", "objective"},
+    {"eager", "sequences"},
+    {"gradients", "validation"},
+    {"reference"},
+    {"head"},
+    {"dispatch", "tiles", "vocabulary", "testing"},
+]
+PACKAGE = Path(realign_kernels.__file__).parent
+
+
+def test_all():
+    assert realign_kernels.__all__ == [
+        "LogprobStats",
+        "Objective",
+        "PreferenceOutput",
+        "RdpoOutput",
+        "Term",
+        "describe_backends",
+        "linear_logprob",
+        "linear_logprob_stats",
+        "preference_loss",
+        "rdpo_loss",
+    ]
+    assert all(hasattr(realign_kernels, name) for name in realign_kernels.__all__)
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__qualname__)
+def test_signature(function):
+    signature = inspect.signature(function)
+    bare = [
+        parameter.replace(annotation=inspect.Parameter.empty)
+        for parameter in signature.parameters.values()
+    ]
+    assert str(inspect.Signature(bare)) == SIGNATURES[function]
+
+
+@pytest.mark.parametrize("output", FIELDS, ids=lambda output: output.__name__)
+def test_fields_of_results(output):
+    assert " ".join(output._fields) == FIELDS[output]
+
+
+@pytest.mark.parametrize(
+    "function", [linear_logprob, linear_logprob_stats, rdpo_loss, preference_loss]
+)
+def test_docstrings_name_every_argument(function):
+    lines = [line.strip() for line in inspect.getdoc(function).splitlines()]
+    for name in inspect.signature(function).parameters:
+        assert any(line.startswith(f"{name}: ") for line in lines), name
+    for section in ("Args:", "Returns:", "Raises:"):
+        assert section in lines
+
+
+def imported_modules(path):
+    """Return the modules of this package that a file imports at run time."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+        for node in ast.walk(branch)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in typing_only:
+            package, _, module = (node.module or "").partition(".")
+            if package == "realign_kernels":
+                yield module
+
+
+def test_imports_point_one_way():
+    depth = {name: row for row, names in enumerate(LAYERS) for name in names}
+    files = sorted(PACKAGE.glob("*.py"))
+    assert {path.stem for path in files} == set(depth)
+    for path in files:
+        for module in imported_modules(path):
+            assert depth[path.stem] < depth[module], f"{path.stem} imports {module}"
+
+
+def test_importing_needs_torch_alone():
+    blocked = ("triton", "transformers", "numpy", "safetensors", "realign")
+    code = (
+        "import sys\n"
+        f"for name in {blocked}: sys.modules[name] = None\n"
+        "import realign_kernels\n"
+        "realign_kernels.Objective.rdpo()\n"
+    )
+    environment = {"PYTHONPATH": str(PACKAGE.parent), "PYTHONWARNINGS": "ignore"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
+
+
+def test_backends_are_described():
+    descriptions = describe_backends()
+    assert list(descriptions) == ["auto", "eager", "triton", "cpu"]
+    assert descriptions["auto"].startswith("eager: ")
+    assert descriptions["eager"].startswith("available: ")
+    for name in ("triton", "cpu"):
+        assert descriptions[name].startswith("not installed: ")
+
+
+@pytest.mark.parametrize("hidden_size", [1, 64, 4096, 8192])
+@pytest.mark.parametrize("rank", [0, 128])
+@pytest.mark.parametrize("itemsize", [4, 8])
+@pytest.mark.parametrize("workspace_bytes", [10 << 20, 64 << 20, 256 << 20, 1 << 30])
+def test_tiles_fill_the_workspace_and_no_more(hidden_size, rank, itemsize, workspace_bytes):
+    shape = tile_shape(hidden_size, rank, itemsize, workspace_bytes)
+    assert scratch_bytes(shape, hidden_size, rank, itemsize) <= workspace_bytes
+    wider = TileShape(shape.rows, shape.columns + 1)
+    assert scratch_bytes(wider, hidden_size, rank, itemsize) > workspace_bytes
+    assert shape.rows in (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
+
+
+def test_the_default_workspace_makes_efficient_tiles():
+    shape = tile_shape(hidden_size=4096, rank=0, itemsize=4, workspace_bytes=256 << 20)
+    assert shape.rows == 1024
+    assert shape.columns > 4096
+
+
+def test_the_smallest_workspace_holds_one_logit():
+    least = scratch_bytes(TileShape(1, 1), 64, 0, 4)
+    assert tile_shape(64, 0, 4, least) == TileShape(1, 1)
+    with pytest.raises(ValueError, match=f"workspace_bytes must be >= {least} .* got {least - 1}"):
+        tile_shape(64, 0, 4, least - 1)
+
+
+@pytest.mark.parametrize("total", [0, 1, 4, 5, 8, 11])
+def test_spans_cover_once(total):
+    covered = [index for span in spans(total, 4) for index in range(span.start, span.stop)]
+    assert covered == list(range(total))
