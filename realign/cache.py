@@ -110,7 +110,9 @@ def build_cache(
     if missing:
         model = load_model(folder, dtype)
         collator = PreferenceCollator(load_processor(folder), cells, max_length=max_length)
-        first = len(list((place / "shards").glob("*.safetensors")))
+        first = 1 + max(
+            (int(path.stem) for path in (place / "shards").glob("*.safetensors")), default=-1
+        )
         rows = list(missing.values())
         with Progress("cache", len(rows)) as progress:
             for number, start in enumerate(range(0, len(rows), shard_size), start=first):
@@ -126,7 +128,7 @@ def build_cache(
                 )
     shards = sorted((place / "shards").glob("*.safetensors"))
     manifest = {
-        "rows": len(stored) + len(missing),
+        "rows": len(_read_shards(place)),
         "shards": {path.name: file_sha256(path) for path in shards},
     }
     write_json(place / "manifest.json", manifest)

@@ -51,11 +51,16 @@ class Renderer:
     def __init__(self, processor: Any) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self._special = set(self.tokenizer.all_special_ids)
+        # not only the named ones: Gemma's end of turn is special in tokenizer.json alone
+        added = self.tokenizer.added_tokens_decoder
+        self._special = set(self.tokenizer.all_special_ids) | {
+            index for index, token in added.items() if token.special
+        }
 
     def placeholders(self) -> list[str]:
         """Tokens that no answer may contain."""
-        return [*self.tokenizer.all_special_tokens, getattr(self.processor, "image_token", "")]
+        special = self.tokenizer.convert_ids_to_tokens(sorted(self._special))
+        return [*special, getattr(self.processor, "image_token", "")]
 
     def adds_special_tokens(self, text: str) -> bool:
         """Whether the tokenizer must still add its own: a template that wrote the first one has

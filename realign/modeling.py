@@ -91,9 +91,20 @@ def load_model(
 
         base = load_model(resolve_model(_adapter_base(folder)), dtype)
         return PeftModel.from_pretrained(base, folder, is_trainable=trainable_adapter)
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, attn_implementation="sdpa"
+    if not any(folder.glob("*.safetensors")):
+        raise RefusedError(f"model {folder} must hold safetensors weights, has none. Convert it.")
+    model, found = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        output_loading_info=True,
     )
+    if lacking := sorted([*found["missing_keys"], *found["mismatched_keys"]]):
+        raise RefusedError(
+            f"model {folder} must hold every weight, lacks {len(lacking)}, first: {lacking[0]}. "
+            "Download it again."
+        )
     disable_dropout(model)
     attach_preference_forward(model)
     return model

@@ -24,8 +24,8 @@ LINE_INTERVAL_SECONDS = 10.0
 class Progress:
     """Context manager: ``with Progress("cache", total) as progress: progress.advance(n)``."""
 
-    def __init__(self, what: str, total: int) -> None:
-        self._what, self._total, self._done = what, total, 0
+    def __init__(self, what: str, total: int, done: int = 0) -> None:
+        self._what, self._total, self._done, self._done_before = what, total, done, done
         self._started = self._printed = time.monotonic()
         self._bar: RichProgress | None = None
         if sys.stderr.isatty():
@@ -36,7 +36,7 @@ class Progress:
                 MofNCompleteColumn(),
             )
             self._bar = RichProgress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
-            self._bar.add_task(what, total=total)
+            self._bar.add_task(what, total=total, completed=done)
 
     def __enter__(self) -> Progress:
         if self._bar:
@@ -65,7 +65,7 @@ class Progress:
     def _print_line(self) -> None:
         self._printed = time.monotonic()
         seconds = self._printed - self._started
-        rate = self._done / max(seconds, 1e-9)
+        rate = (self._done - self._done_before) / max(seconds, 1e-9)
         left = (self._total - self._done) / max(rate, 1e-9)
         line = f"{self._what}: {self._done}/{self._total}, {rate:.1f}/s, {seconds:.0f} s"
         line += f", {left:.0f} s left" if self._done < self._total else ""

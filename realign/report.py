@@ -222,7 +222,7 @@ def _sample(sample: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             {"model": model, "text": text, "verdict": "rejected" if absent else "chosen"}
         )
     return {
-        "picture": _data_uri((folder / "samples" / sample["image"]).read_bytes()),
+        "picture": _data_uri((folder / "samples" / sample["picture"]).read_bytes()),
         "objects": sample["objects"],
         "answers": answers,
     }

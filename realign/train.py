@@ -6,16 +6,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import PrinterCallback, set_seed
 
-from realign.cache import build_cache, check_rows, read_cache, reference_identity
+from realign.cache import Identity, build_cache, check_rows, read_cache, reference_identity
 from realign.config import TrainConfig
+from realign.errors import RefusedError
 from realign.modeling import (
     choose_dtype,
     load_model,
@@ -27,7 +29,13 @@ from realign.modeling import (
 from realign.objectives import make_objective
 from realign.records import Record, read_records
 from realign.run_folder import claim
-from realign.trainer import MetricsFile, RDPOConfig, RDPOTrainer, newest_checkpoint
+from realign.trainer import (
+    MetricsFile,
+    RDPOConfig,
+    RDPOTrainer,
+    ShowProgress,
+    newest_checkpoint,
+)
 
 
 def train(config: TrainConfig) -> Path:
@@ -39,6 +47,7 @@ def train(config: TrainConfig) -> Path:
             run.
     """
     folder = resolve_model(config.model)
+    _check_support(config, folder)
     records = read_records(config.data, config.images)
     processor = load_processor(folder)
     check_rows(records, processor)
@@ -50,16 +59,21 @@ def train(config: TrainConfig) -> Path:
         "model": model_identity(folder),
         "rows": [record.key for record in records],
     }
+    identity = _reference_identity(config, folder)
+    # a cache that was named must fit before anything is written
+    reference = read_cache(config.cache, records, identity) if config.cache else None
     if claim(config.out, "train", what) and checkpoint.is_dir():
         return checkpoint
-    reference = _reference(config, folder, records)
+    reference = reference or _build_reference(config, folder, records, identity)
 
     set_seed(config.seed)
-    model = load_model(folder, choose_dtype(config.dtype), trainable_adapter=True)
+    model = load_model(folder, _dtype(config), trainable_adapter=True)
     if config.lora:
         model = _add_adapter(model, config)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()  # not the argument: transformers 5.23 renamed it
+        # transformers 5.23 renamed it
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)()
         model.enable_input_require_grads()
     trainer = RDPOTrainer(
         model,
@@ -67,8 +81,9 @@ def train(config: TrainConfig) -> Path:
         records,
         processor,
         reference,
-        callbacks=[MetricsFile(config.out / "metrics.jsonl")],
+        callbacks=[MetricsFile(config.out / "metrics.jsonl"), ShowProgress()],
     )
+    trainer.remove_callback(PrinterCallback)
     resume = newest_checkpoint(config.out / "steps")
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     unfinished = config.out / ".checkpoint.tmp"
@@ -83,9 +98,24 @@ def train(config: TrainConfig) -> Path:
     return checkpoint
 
 
-def _reference(
-    config: TrainConfig, folder: Path, records: Sequence[Record]
-) -> Mapping[str, Tensor]:
+def _check_support(config: TrainConfig, folder: Path) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RefusedError("train must run in one process for now, got WORLD_SIZE > 1. Drop it.")
+    if config.lora and (folder / "adapter_config.json").is_file():
+        raise RefusedError(
+            f"train.lora must not be set when model {folder} is an adapter already: it would be "
+            "overwritten. Drop train.lora to train that adapter on, or merge it first."
+        )
+
+
+def _dtype(config: TrainConfig) -> torch.dtype:
+    """Full fine-tuning needs float32 weights: updates of 1e-5 vanish in bfloat16."""
+    if config.dtype == "auto" and not config.lora:
+        return torch.float32
+    return choose_dtype(config.dtype)
+
+
+def _reference_identity(config: TrainConfig, folder: Path) -> Identity:
     objective = make_objective(
         config.objective,
         beta=config.beta,
@@ -93,21 +123,25 @@ def _reference(
         image_weight=config.image_weight,
         nll_weight=config.nll_weight,
     )
-    cells = max(objective.num_cells, 3)  # one cache serves dpo, rdpo and mdpo
-    dtype = choose_dtype(config.dtype)
-    identity = reference_identity(
-        folder, cells=cells, rejected_scoring=config.rejected_scoring, dtype=dtype
+    return reference_identity(
+        folder,
+        cells=max(objective.num_cells, 3),  # one cache serves dpo, rdpo and mdpo
+        rejected_scoring=config.rejected_scoring,
+        dtype=_dtype(config),
     )
-    if config.cache:
-        return read_cache(config.cache, records, identity)
+
+
+def _build_reference(
+    config: TrainConfig, folder: Path, records: Sequence[Record], identity: Identity
+) -> dict[str, Tensor]:
     root = config.out / "cache"
     build_cache(
         records,
         folder,
         root,
-        cells=cells,
+        cells=identity["semantics"]["cells"],
         rejected_scoring=config.rejected_scoring,
-        dtype=dtype,
+        dtype=_dtype(config),
         batch_size=max(config.batch_size, 4),
         shard_size=1024,
         max_length=config.max_length,
@@ -127,7 +161,12 @@ def _add_adapter(model: nn.Module, config: TrainConfig) -> Any:
         target_modules=config.lora.targets,
         exclude_modules=exclude,
     )
-    return get_peft_model(model, lora)
+    with warnings.catch_warnings():
+        # peft reads a property that transformers 5.23 renamed
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )
+        return get_peft_model(model, lora)
 
 
 def _arguments(config: TrainConfig, num_records: int) -> RDPOConfig:
@@ -135,7 +174,7 @@ def _arguments(config: TrainConfig, num_records: int) -> RDPOConfig:
         config.batch_size * config.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
     )
     steps = max(1, round(num_records / pairs_per_step * config.epochs))
-    return RDPOConfig(
+    arguments = RDPOConfig(
         output_dir=str(config.out / "steps"),
         objective=config.objective,
         beta=config.beta,
@@ -166,3 +205,5 @@ def _arguments(config: TrainConfig, num_records: int) -> RDPOConfig:
         report_to=config.report_to or "none",
         disable_tqdm=True,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would cut cell-major batches
+    return arguments

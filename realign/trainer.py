@@ -21,6 +21,7 @@ from realign.collate import PreferenceCollator
 from realign.files import write_jsonl, write_text
 from realign.modeling import disable_dropout, vision_module
 from realign.objectives import make_objective
+from realign.progress import Progress
 from realign.records import Record
 from realign_kernels import RdpoOutput
 
@@ -166,6 +167,20 @@ class RDPOTrainer(Trainer):
             self._sums.clear()
         super().log(logs, start_time)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load a full checkpoint through ``from_pretrained``, which knows the saved names of the
+        weights.
+
+        Trainer's own loading does not: it finds no weight by its name and goes on from the first
+        ones (huggingface/transformers#43701).
+        """
+        target: Any = model or self.model
+        if not isinstance(target, PreTrainedModel):  # peft: Trainer loads adapters rightly
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
+        target.load_state_dict(saved.state_dict())
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
@@ -204,3 +219,26 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero and "loss" in state.log_history[-1]:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+class ShowProgress(TrainerCallback):
+    """Steps with rate and time left, instead of the Trainer's dump of every log line."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start at the resumed step."""
+        if state.is_world_process_zero:
+            self._progress = Progress("train", state.max_steps, done=state.global_step)
+            self._progress.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count a step."""
+        if self._progress:
+            self._progress.advance()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Finish the bar."""
+        if self._progress:
+            self._progress.__exit__(None, None, None)

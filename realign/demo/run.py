@@ -130,7 +130,7 @@ def train_config(name: str, dataset: Path, out: Path, cache_root: Path, seed: in
         data=dataset,
         out=out,
         cache=cache_root,
-        learning_rate=3e-5,
+        learning_rate=1e-4,
         batch_size=16,
         accumulation=1,
         logging_steps=5,

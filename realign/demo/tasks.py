@@ -32,17 +32,31 @@ def question_pair(scene: Scene, rng: Random) -> tuple[str, str]:
     return question(kind), scene.answer(kind)
 
 
-def pretraining_example(
-    scene: Scene, lexicon: Lexicon, rng: Random, question_share: float = 1 / 3
-) -> Example:
-    """Draw a description or a question, and how it is asked.
+def location_pair(scene: Scene, rng: Random) -> tuple[str, str]:
+    """Where an object is, and its colour; one in four is not there."""
+    if rng.random() < 0.25:
+        kind = rng.choice([k for k in KINDS if k not in scene.kinds])
+        return f"Where is the {kind}?", f"There is no {kind} in the image."
+    thing = rng.choice(scene.things)
+    return f"Where is the {thing.kind}?", f"The {thing.color} {thing.kind} is {thing.place}."
 
-    75 % plainly, 18 % as a completion, 7 % as a masking.
+
+def pretraining_example(
+    scene: Scene,
+    lexicon: Lexicon,
+    rng: Random,
+    question_share: float = 1 / 3,
+    location_share: float = 0.0,
+) -> Example:
+    """Draw a description, a yes/no question or a location question, and how it is asked.
+
+    Locations are asked plainly; the others 75 % plainly, 18 % as a completion, 7 % as a masking.
     """
+    kind = rng.random()
+    if 1 - question_share - location_share <= kind < 1 - question_share:
+        return Example(scene, *location_pair(scene, rng))
     instruction, answer = (
-        question_pair(scene, rng)
-        if rng.random() >= 1 - question_share
-        else (DESCRIBE, scene.caption())
+        question_pair(scene, rng) if kind >= 1 - question_share else (DESCRIBE, scene.caption())
     )
     draw = rng.random()
     if draw < 0.75:

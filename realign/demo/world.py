@@ -54,8 +54,13 @@ class Thing:
     color: str
     cell: int
 
+    @property
+    def place(self) -> str:
+        """Its cell in words."""
+        return PLACES[self.cell]
+
     def __str__(self) -> str:
-        return f"a {self.color} {self.kind} {PLACES[self.cell]}"
+        return f"a {self.color} {self.kind} {self.place}"
 
 
 @dataclass(frozen=True, slots=True)

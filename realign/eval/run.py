@@ -12,6 +12,7 @@ it in pairs.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -50,6 +51,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         raise RefusedError(
             "eval.models must name at least one model, got none. Pass --model NAME=FOLDER."
         )
+    if bad := [name for name in folders if not re.fullmatch(r"[\w .+-]+", name)]:
+        raise RefusedError(f"eval.models must have plain names, got {bad[0]!r}. Rename it.")
     for task, rows in tasks.items():
         for number, row in enumerate(rows, start=1):
             resolve_image(config.images, row["image"], f"{task}.jsonl, line {number}")
@@ -61,6 +64,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             "data": {path.name: file_sha256(path) for path in sorted(config.data.glob("*.json*"))},
             "max_new_tokens": config.max_new_tokens,
             "bootstrap": [config.bootstrap, config.seed],
+            "generation": [str(choose_dtype(config.dtype)), config.batch_size],
         },
     )
     questions = list(
@@ -70,11 +74,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     synonyms = _synonyms(config.data)
     scores = score(tasks, answers, synonyms, resamples=config.bootstrap, seed=config.seed)
     scores["samples"] = caption_samples(tasks["chair"], answers, synonyms)
-    for sample in scores["samples"]:
-        (config.out / "samples").mkdir(exist_ok=True)
-        shutil.copyfile(
-            config.images / sample["image"], config.out / "samples" / Path(sample["image"]).name
-        )
+    (config.out / "samples").mkdir(exist_ok=True)
+    for number, sample in enumerate(scores["samples"]):
+        sample["picture"] = f"{number}{Path(sample['image']).suffix}"
+        shutil.copyfile(config.images / sample["image"], config.out / "samples" / sample["picture"])
     write_json(config.out / "scores.json", scores)
     return scores
 

@@ -115,6 +115,7 @@ def test_a_cache_of_another_model_exits_with_2(tmp_path: Path, records, model_di
     assert result.exit_code == 2
     assert "semantics.files.model.safetensors: cached" in result.output
     assert "Run `realign cache` for this model" in result.output
+    assert not (tmp_path / "b").exists()
 
 
 def test_unknown_keys_and_values_exit_with_2(tmp_path: Path) -> None:

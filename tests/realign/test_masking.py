@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from realign.build.masking import Lexicon, fits_mask, mask_by_rule, masks_only
 from realign.build.pipeline import ENGLISH_LEXICON
 from realign.build.prompts import COMPLETION_PROMPT, MASK_PROMPT, completion_request
+from realign.errors import RefusedError
 
 LEXICON = Lexicon(
     {
@@ -106,5 +107,5 @@ def test_packaged_english_lexicon_masks_the_papers_example() -> None:
 def test_a_lexicon_that_is_no_mapping_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "lexicon.yaml"
     path.write_text("- house\n- tree\n")
-    with pytest.raises(ValueError, match="must map each category to a list of phrases, got list"):
+    with pytest.raises(RefusedError, match="must map each category to a list of phrases, got list"):
         Lexicon.load(path)

@@ -1,0 +1,183 @@
+"""The verb ``realign build``: mask, retrieve, induce, filter; a shard a group of records, resumed
+after a kill.
+
+    <out>/build.json           what the result depends on
+    <out>/embeddings.safetensors
+    <out>/shards/00003.jsonl   outcomes of one group, accepted or not, with reasons
+    <out>/dataset.parquet      the accepted pairs
+    <out>/funnel.json          how many rows got how far, and why not further
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from realign.build.induction import Candidate, Outcome, Rules, induce_group, mask_group
+from realign.build.masking import Lexicon
+from realign.build.retrieval import embed_images, nearest
+from realign.build.similarity import load_similarity
+from realign.build.sources import Corpus, SourceRow, read_source
+from realign.config import BuildConfig
+from realign.errors import RefusedError
+from realign.files import file_sha256, read_jsonl, write_json, write_jsonl
+from realign.generate.transformers_generator import TransformersGenerator
+from realign.modeling import choose_dtype, model_identity, resolve_model
+from realign.progress import Progress
+from realign.records import Record, write_parquet
+from realign.run_folder import claim
+
+ENGLISH_LEXICON = Path(__file__).with_name("lexicon.yaml")
+
+
+def build(config: BuildConfig) -> Path:
+    """Build a dual-preference dataset and return its parquet file. The same call after a kill
+    continues.
+
+    Raises:
+        RefusedError: A bad source row, or an output folder that holds another run.
+    """
+    folder = resolve_model(config.model)
+    rows = read_source(config.source, config.images)
+    corpus = Corpus.of(rows)
+    if len(corpus.names) < 2:
+        raise RefusedError(
+            f"source must show at least 2 different images to retrieve from, got "
+            f"{len(corpus.names)}."
+        )
+    lexicon_path = config.lexicon or ENGLISH_LEXICON
+    rules = Rules(
+        mask=config.mask,
+        lexicon=Lexicon.load(lexicon_path),
+        mask_rates=config.mask_rates,
+        similarity=load_similarity(config.similarity),
+        threshold=config.threshold,
+        keep_unmasked=config.keep_unmasked,
+        seed=config.seed,
+    )
+    what = {
+        "config": config.model_dump(
+            mode="json", exclude={"out", "source", "images", "model", "lexicon"}
+        ),
+        "source": file_sha256(config.source),
+        "images": corpus.digests,
+        "lexicon": file_sha256(lexicon_path),
+        "model": model_identity(folder),
+    }
+    dataset = config.out / "dataset.parquet"
+    if claim(config.out, "build", what) and dataset.is_file():
+        return dataset
+    generator = TransformersGenerator.load(
+        folder, choose_dtype(config.dtype), config.max_new_tokens
+    )
+    candidates = _candidates(rows, corpus, generator, config)
+    outcomes: list[dict[str, Any]] = []
+    with Progress("build", len(rows)) as progress:
+        # groups are formed by position in the source, so a resumed run makes the batches that it
+        # would have made
+        for number, start in enumerate(range(0, len(rows), config.group_size)):
+            shard = config.out / "shards" / f"{number:05d}.jsonl"
+            group = slice(start, start + config.group_size)
+            if not shard.is_file():
+                write_jsonl(
+                    shard,
+                    _run_group(rows[group], candidates[group], rules, generator, config.batch_size),
+                )
+            outcomes += read_jsonl(shard)
+            progress.advance(len(rows[group]))
+    write_json(config.out / "funnel.json", funnel(outcomes))
+    write_parquet(_records(rows, outcomes, corpus, config), dataset)
+    return dataset
+
+
+def _candidates(
+    rows: Sequence[SourceRow], corpus: Corpus, generator: TransformersGenerator, config: BuildConfig
+) -> list[list[Candidate]]:
+    """The nearest images of every row, itself and its byte duplicates excluded."""
+    path = config.out / "embeddings.safetensors"
+    embeddings = embed_images(generator.model, generator.processor, corpus, path, config.batch_size)
+    position = {digest: i for i, digest in enumerate(corpus.digests)}
+    digests = {path: file_sha256(path) for path in dict.fromkeys(row.path for row in rows)}
+    cosines, indices = nearest(
+        embeddings, [position[digests[row.path]] for row in rows], config.top_k
+    )
+    return [
+        [
+            Candidate(corpus.names[i], corpus.paths[i], rank, cosine)
+            for rank, (cosine, i) in enumerate(zip(row_cosines, row_indices, strict=True), start=1)
+        ]
+        for row_cosines, row_indices in zip(cosines.tolist(), indices.tolist(), strict=True)
+    ]
+
+
+def _run_group(
+    rows: Sequence[SourceRow],
+    candidates: Sequence[Sequence[Candidate]],
+    rules: Rules,
+    generator: TransformersGenerator,
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    outcomes: list[Outcome] = mask_group(rows, rules, generator, batch_size)
+    induce_group(rows, outcomes, candidates, rules, generator, batch_size)
+    return [outcome.as_row() for outcome in outcomes]
+
+
+def funnel(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Counts: rows, how they were masked, accepted by rank, dropped by reason, refused candidates
+    by reason.
+    """
+    accepted = [outcome for outcome in outcomes if not outcome["reason"]]
+    return {
+        "rows": len(outcomes),
+        "masked_by": dict(
+            Counter(outcome["masked_by"] for outcome in outcomes if outcome["masked"])
+        ),
+        "accepted": len(accepted),
+        "accepted_by_rank": {
+            str(k): v for k, v in sorted(Counter(o["rank"] for o in accepted).items())
+        },
+        "dropped": dict(Counter(outcome["reason"] for outcome in outcomes if outcome["reason"])),
+        "refused_candidates": dict(
+            Counter(attempt["reason"] for o in outcomes for attempt in o["refused"])
+        ),
+    }
+
+
+def _records(
+    rows: Sequence[SourceRow],
+    outcomes: Sequence[dict[str, Any]],
+    corpus: Corpus,
+    config: BuildConfig,
+) -> list[Record]:
+    paths = dict(zip(corpus.names, corpus.paths, strict=True))
+    return [
+        Record(
+            id=row.id,
+            images=(row.path.read_bytes(),),
+            prompt=({"role": "user", "content": row.prompt},),
+            chosen=row.answer,
+            rejected=outcome["completion"],
+            rejected_images=(paths[outcome["image"]].read_bytes(),),
+            meta={
+                "masked": outcome["masked"],
+                "masked_by": outcome["masked_by"],
+                "retrieval": {
+                    "rank": outcome["rank"],
+                    "cosine": outcome["cosine"],
+                    "encoder": "vision path of the model",
+                },
+                "similarity": {"model": config.similarity, "value": outcome["similarity"]},
+                "attempts": len(outcome["refused"]) + 1,
+                "generator": {"engine": "transformers", "decoding": "greedy", "seed": config.seed},
+                "source": {
+                    "file": config.source.name,
+                    "image": row.image,
+                    "retrieved_image": outcome["image"],
+                },
+            },
+        )
+        for row, outcome in zip(rows, outcomes, strict=True)
+        if not outcome["reason"]
+    ]

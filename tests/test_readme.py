@@ -1,0 +1,48 @@
+"""The README is true: its Python runs, its options exist, its table is the result file's."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from realign.config import SECTIONS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_python_blocks_run(block: str) -> None:
+    subprocess.run([sys.executable, "-W", "error", "-c", block], check=True, cwd=ROOT)
+
+
+def test_commands_use_options_that_exist() -> None:
+    verbs = re.findall(r"^realign (\w+) +((?:.*\\\n)*.*)", README, re.MULTILINE)
+    assert len(verbs) >= 7
+    for verb, rest in verbs:
+        if verb in SECTIONS:
+            options = set(re.findall(r"--([a-z_]+)", rest)) - {"set"}
+            allowed = SECTIONS[verb].model_fields.keys() | {"model"}
+            assert options <= allowed, (verb, options - allowed)
+            for key in re.findall(rf"--set {verb}\.([a-z_]+)", rest):
+                assert key in SECTIONS[verb].model_fields
+
+
+def test_the_table_is_made_from_the_result_file() -> None:
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.tables import with_table
+
+    assert with_table(README) == README
+
+
+def test_linked_files_exist() -> None:
+    for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_contributing_is_short() -> None:
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 60
