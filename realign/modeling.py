@@ -9,6 +9,9 @@ from __future__ import annotations
 import functools
 import json
 import types
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +93,8 @@ def load_model(
         from peft import PeftModel
 
         base = load_model(resolve_model(_adapter_base(folder)), dtype)
-        return PeftModel.from_pretrained(base, folder, is_trainable=trainable_adapter)
+        with quiet_peft():
+            return PeftModel.from_pretrained(base, folder, is_trainable=trainable_adapter)
     if not any(folder.glob("*.safetensors")):
         raise RefusedError(f"model {folder} must hold safetensors weights, has none. Convert it.")
     model, found = AutoModelForImageTextToText.from_pretrained(
@@ -132,6 +136,16 @@ def load_processor(folder: Path) -> Any:
             f"{folder} must have a fast tokenizer, got {type(processor.tokenizer).__name__}."
         )
     return processor
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Silence peft 0.21's read of a property that transformers 5.23 renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )
+        yield
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from realign.modeling import (
     load_model,
     load_processor,
     model_identity,
+    quiet_peft,
     resolve_model,
     vision_module,
 )
@@ -161,11 +161,7 @@ def _add_adapter(model: nn.Module, config: TrainConfig) -> Any:
         target_modules=config.lora.targets,
         exclude_modules=exclude,
     )
-    with warnings.catch_warnings():
-        # peft reads a property that transformers 5.23 renamed
-        warnings.filterwarnings(
-            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
-        )
+    with quiet_peft():
         return get_peft_model(model, lora)
 
 

@@ -202,6 +202,11 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def _ordered(line: Mapping[str, Any]) -> dict[str, Any]:
+    """One order of keys, whether the line was just logged or read from a checkpoint."""
+    return dict(sorted(line.items()))
+
+
 class MetricsFile(TrainerCallback):
     """Keeps ``metrics.jsonl``: one line a logged step, rewritten from the trainer's own history
     after a resume.
@@ -212,13 +217,13 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start from what the resumed checkpoint remembers."""
-        write_jsonl(self.path, [line for line in state.log_history if "loss" in line])
+        write_jsonl(self.path, [_ordered(line) for line in state.log_history if "loss" in line])
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Append the newest line."""
         if state.is_world_process_zero and "loss" in state.log_history[-1]:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(state.log_history[-1]) + "\n")
+                file.write(json.dumps(_ordered(state.log_history[-1])) + "\n")
 
 
 class ShowProgress(TrainerCallback):

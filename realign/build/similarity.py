@@ -15,7 +15,10 @@ Similarity = Callable[[Sequence[str], Sequence[str]], list[float]]
 
 # Words that carry no visual content: articles, auxiliaries, connectives.
 FUNCTION_WORDS = frozenset(
-    ["a", "an", "the", "is", "are", "was", "were", "be", "been", "being", "there", "and", "or", "of", "to", "in", "on", "at", "by", "with", "it", "its", "this"]
+    [
+        *("a", "an", "the", "is", "are", "was", "were", "be", "been", "being", "there", "and"),
+        *("or", "of", "to", "in", "on", "at", "by", "with", "it", "its", "this"),
+    ]
 )
 
 
