@@ -116,3 +116,9 @@ def test_public_names_of_realign() -> None:
         assert getattr(realign, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = realign.nothing
+
+
+def test_no_source_file_is_ignored_by_git() -> None:
+    files = [str(path) for package in ("realign", "realign_kernels") for path in modules(package)]
+    ignored = subprocess.run(["git", "check-ignore", *files], cwd=ROOT, capture_output=True)
+    assert (ignored.returncode, ignored.stdout) == (1, b"")

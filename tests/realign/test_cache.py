@@ -168,3 +168,17 @@ def test_identity_is_readable_json(tmp_path: Path, model_dir, records) -> None:
     assert stored == identity(model_dir)
     assert {"dtype", "attention", "device", "torch", "transformers"} == set(stored["numerics"])
     assert not list(place.rglob(".*"))  # no temporary file is left
+
+
+def test_a_deleted_shard_is_computed_again_and_no_other_is_replaced(
+    tmp_path: Path, model_dir, records
+) -> None:
+    rows = records(10)
+    place = build(rows, model_dir, tmp_path)
+    whole = read_cache(tmp_path, rows, identity(model_dir))
+    (place / "shards" / "00000.safetensors").unlink()
+    (place / "manifest.json").unlink()
+    build(rows, model_dir, tmp_path)
+    repaired = read_cache(tmp_path, rows, identity(model_dir))
+    assert all(torch.equal(repaired[key], whole[key]) for key in whole)
+    assert json.loads((place / "manifest.json").read_text())["rows"] == 10

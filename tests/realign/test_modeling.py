@@ -1,0 +1,68 @@
+"""Loading a model: whole safetensors weights or a refusal; an identity that sees every byte."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from realign.config import LoraSection, TrainConfig
+from realign.errors import RefusedError
+from realign.modeling import load_model, model_identity, vision_module
+from realign.records import write_parquet
+from realign.train import train
+
+
+@pytest.fixture
+def copy(model_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_dir, tmp_path / "model"))
+
+
+def test_a_missing_weight_is_refused_by_name(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    name = next(name for name in weights if name.endswith("up_proj.weight"))
+    del weights[name]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RefusedError, match=r"must hold every weight, lacks 1, first: .*up_proj"):
+        load_model(copy, torch.float32)
+
+
+def test_weights_in_a_pickle_are_refused(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(RefusedError, match="must hold safetensors weights, has none"):
+        load_model(copy, torch.float32)
+
+
+def test_identity_changes_with_any_byte_of_the_weights(copy: Path) -> None:
+    before = model_identity(copy)
+    raw = bytearray((copy / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(raw)
+    after = model_identity(copy)
+    assert {name for name in before if before[name] != after[name]} == {"model.safetensors"}
+
+
+def test_vision_module_is_found_or_refused(model_dir: Path) -> None:
+    assert vision_module(load_model(model_dir, torch.float32))[0].endswith("vision_tower")
+    with pytest.raises(RefusedError, match=r"Linear has no vision tower named .*freeze_vision"):
+        vision_module(torch.nn.Linear(1, 1))
+
+
+def test_lora_on_an_adapter_is_refused(tmp_path: Path, model_dir: Path, records) -> None:
+    write_parquet(records(2), tmp_path / "d.parquet")
+    options = {"data": tmp_path / "d.parquet", "lora": LoraSection(r=2, alpha=4), "batch_size": 2}
+    first = train(TrainConfig(model=str(model_dir), out=tmp_path / "a", **options))
+    with pytest.raises(RefusedError, match=r"train\.lora must not be set when .* is an adapter"):
+        train(TrainConfig(model=str(first), out=tmp_path / "b", **options))
+    assert not (tmp_path / "b").exists()
+
+
+def test_several_processes_are_refused(tmp_path, model_dir, records, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = TrainConfig(model=str(model_dir), data=tmp_path / "d.parquet", out=tmp_path / "a")
+    write_parquet(records(2), config.data)
+    with pytest.raises(RefusedError, match="must run in one process for now, got WORLD_SIZE > 1"):
+        train(config)
