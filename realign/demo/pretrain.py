@@ -159,8 +159,8 @@ class Phase(NamedTuple):
     location_share: float
 
 
-# Describing teaches the model to see. One bit an answer does not teach it to look for what a
-# question names (tried: 1,500 steps of 70 % yes/no questions stay at chance); where it is does.
+# Describing teaches the model to see; locations are meant to teach it to look for what a question
+# names, which one bit an answer does not (docs/decisions/002-location-questions.md).
 PHASES = (Phase(4500, 1.5e-3, 1 / 3, 0.0), Phase(2500, 1.5e-3, 0.35, 0.35))
 
 
