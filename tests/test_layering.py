@@ -120,5 +120,6 @@ def test_public_names_of_realign() -> None:
 
 def test_no_source_file_is_ignored_by_git() -> None:
     files = [str(path) for package in ("realign", "realign_kernels") for path in modules(package)]
-    ignored = subprocess.run(["git", "check-ignore", *files], cwd=ROOT, capture_output=True)
+    command = ["git", "-c", "safe.directory=*", "check-ignore", *files]
+    ignored = subprocess.run(command, cwd=ROOT, capture_output=True)
     assert (ignored.returncode, ignored.stdout) == (1, b"")
