@@ -274,7 +274,10 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         target = target[key]
         if not isinstance(target, dict):
             raise RefusedError(f"--set {override!r} goes below {key!r}, which holds a value.")
-    target[keys[-1]] = yaml.safe_load(value)
+    try:
+        target[keys[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RefusedError(f"--set {path} must have a YAML value, got {value!r}.") from None
 
 
 def _check_keys(section: type[BaseModel], content: Mapping[str, Any], where: str) -> None:

@@ -168,9 +168,13 @@ def read_parquet(path: Path) -> list[Record]:
     Raises:
         RefusedError: A column is missing, or a row does not have the shape that it must have.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path)
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise RefusedError(f"{path} must be a parquet file ({error}).") from None
     required = ("images", "prompt", "chosen", "rejected")
     if missing := [name for name in required if name not in table.column_names]:
         raise RefusedError(
@@ -184,7 +188,7 @@ def read_parquet(path: Path) -> list[Record]:
             Record(
                 id=str(row.get("id", number)),
                 images=_image_bytes(row["images"], where),
-                prompt=tuple(row["prompt"]),
+                prompt=_check_messages(row["prompt"], where, "prompt"),
                 chosen=_only_answer(row["chosen"], where),
                 rejected=_only_answer(row["rejected"], where),
                 rejected_images=_image_bytes(row.get("rejected_images") or [], where),
@@ -202,7 +206,23 @@ def _image_bytes(images: list[dict[str, Any]], where: str) -> tuple[bytes, ...]:
     return tuple(image["bytes"] for image in images)
 
 
+def _check_messages(turns: Any, where: str, name: str) -> tuple[Message, ...]:
+    """Messages whose contents are plain strings; anything else would be trained on as its repr."""
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict)
+        and isinstance(turn.get("role"), str)
+        and isinstance(turn.get("content"), str)
+        for turn in turns
+    ):
+        raise RefusedError(
+            f"{where}: {name} must be a list of messages with a role and a string content, "
+            f"got {turns!r:.120}. Put the text itself into content."
+        )
+    return tuple(turns)
+
+
 def _only_answer(turns: list[Message], where: str) -> str:
+    _check_messages(turns, where, "an answer")
     if len(turns) != 1 or turns[0]["role"] != "assistant":
         raise RefusedError(
             f"{where}: an answer must be one assistant turn, got {[t['role'] for t in turns]}."
@@ -235,6 +255,9 @@ def _official_record(row: dict[str, Any], number: int, path: Path, image_root: P
             f"{where}: retrieved_image is missing beside image {row['image']!r}. Add it."
         )
     names = {name: row[name] for name in ("image", "retrieved_image") if name in row}
+    for name, value in names.items():
+        if not isinstance(value, str) or "\0" in value:
+            raise RefusedError(f"{where}: {name} must be a file name, got {value!r:.80}.")
     prompt, chosen = _split_conversation(row["chosen"], where, "chosen")
     rejected_prompt, rejected = _split_conversation(row["rejected"], where, "rejected")
     if prompt != rejected_prompt:
@@ -263,6 +286,7 @@ def _read_limited(path: Path) -> bytes:
 
 def _split_conversation(turns: Any, where: str, name: str) -> tuple[tuple[Message, ...], str]:
     """The turns before the last answer, without image placeholders, and that answer."""
+    _check_messages(turns, where, name)
     roles = [turn.get("role") for turn in turns] if isinstance(turns, list) else []
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise RefusedError(

@@ -54,6 +54,15 @@ class Lexicon:
             )
         return cls(raw)
 
+    def check_rates(self, rates: Mapping[str, float]) -> None:
+        """Refuse rates of categories that the lexicon does not have, and rates outside [0, 1]."""
+        known = sorted(set(self._category.values()))
+        for name, rate in rates.items():
+            if name not in known:
+                raise RefusedError(f"mask_rates must name categories of {known}, got {name!r}.")
+            if not 0 <= rate <= 1:
+                raise RefusedError(f"mask_rates.{name} must be in [0, 1], got {rate}.")
+
     def segments(self, text: str) -> list[tuple[int, int, str]]:
         """Start, end and category of every visual segment of ``text``, in order."""
         return [

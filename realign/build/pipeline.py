@@ -57,6 +57,7 @@ def build(config: BuildConfig) -> Path:
         keep_unmasked=config.keep_unmasked,
         seed=config.seed,
     )
+    rules.lexicon.check_rates(config.mask_rates)
     what = {
         "config": config.model_dump(
             mode="json", exclude={"out", "source", "images", "model", "lexicon"}

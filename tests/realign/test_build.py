@@ -237,6 +237,19 @@ def test_bad_sources(tmp_path: Path, line: str, message: str) -> None:
         read_source(tmp_path / "none.jsonl", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({"object": 0.1}, r"must name categories of \['attributes', 'objects', .*got 'object'"),
+        ({"objects": -3}, r"mask_rates\.objects must be in \[0, 1\], got -3"),
+    ],
+)
+def test_bad_mask_rates(config: BuildConfig, rates: dict[str, float], message: str) -> None:
+    with pytest.raises(RefusedError, match=message):
+        build(config.model_copy(update={"mask_rates": rates}))
+    assert not config.out.exists()
+
+
 def test_one_image_is_not_enough(config: BuildConfig) -> None:
     line = config.source.read_text().splitlines()[0]
     config.source.write_text(line + "\n")

@@ -36,6 +36,7 @@ def test_nested_sections(tmp_path: Path) -> None:
         ("build.topk=1", r"build has no option 'topk'\. Did you mean 'top_k'\?"),
         ("beta=1", r"--set must be section\.key=value, got 'beta=1'"),
         ("train.beta", r"--set must be section\.key=value"),
+        ("train.beta=[", r"--set train\.beta must have a YAML value, got '\['"),
         ("train.beta=-1", r"train\.beta: Input should be greater than 0, got -1"),
         ("train.objective=ppo", r"train\.objective: Input should be 'rdpo', .* got 'ppo'"),
         ("train.beta.x=1", r"--set 'train\.beta\.x=1' goes below 'beta', which holds a value"),

@@ -155,6 +155,12 @@ def test_official_row_without_image_is_text_only(official: Path) -> None:
     [
         ({"image": "gone.png"}, r"pref_data.json, row 1: image 'gone.png' does not exist"),
         ({"retrieved_image": None}, r"row 1: retrieved_image is missing beside image '1.png'"),
+        ({"image": 3}, r"row 1: image must be a file name, got 3"),
+        ({"chosen": ["x", "y"]}, r"row 1: chosen must be a list of messages with a role and a str"),
+        (
+            {"chosen": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
+            r"row 1: chosen must be a list of messages .*Put the text itself into content",
+        ),
         ({"chosen": None}, r"row 1: keys \['chosen'\] are missing"),
         ({"chosen": [{"role": "user", "content": "x"}]}, r"row 1: chosen must alternate"),
         (
@@ -193,3 +199,19 @@ def test_refused_files(tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text("{}")
     with pytest.raises(RefusedError, match="must be a list of rows, got dict"):
         read_records(tmp_path / "d.json", tmp_path)
+
+
+def test_parquet_that_is_none_or_lacks_columns_is_refused(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    (tmp_path / "junk.parquet").write_text("junk")
+    with pytest.raises(RefusedError, match=r"junk\.parquet must be a parquet file"):
+        read_parquet(tmp_path / "junk.parquet")
+    Dataset.from_dict({"images": [[]]}).to_parquet(tmp_path / "some.parquet")
+    with pytest.raises(RefusedError, match=r"lacks \['prompt', 'chosen', 'rejected'\]"):
+        read_parquet(tmp_path / "some.parquet")
+    part = [{"role": "user", "content": [{"type": "text", "text": "q"}]}]
+    row = {"images": [[]], "prompt": [part], "chosen": [[]], "rejected": [[]]}
+    Dataset.from_dict(row).to_parquet(tmp_path / "parts.parquet")
+    with pytest.raises(RefusedError, match="prompt must be a list of messages with a role and a"):
+        read_parquet(tmp_path / "parts.parquet")
