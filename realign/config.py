@@ -164,7 +164,7 @@ class TrainConfig(_Section):
     max_length: PositiveInt | None = None
     """Longest row in tokens, image tokens included; a longer row is an error, never cut."""
     dtype: Dtype = "auto"
-    """``auto``: bfloat16 on a GPU, float32 on a CPU."""
+    """``auto``: bfloat16 on a GPU with lora, else float32; a given cache must have the same."""
     logging_steps: PositiveInt = 10
     """Steps between lines of metrics.jsonl; the first step is always there."""
     save_steps: PositiveInt = 100

@@ -1,5 +1,5 @@
-"""Trains the embedded model: ``python -m realign.demo.pretrain --out FOLDER``, seeded, minutes on
-two cores.
+"""Trains the embedded model: ``python -m realign.demo.pretrain --out FOLDER``, seeded, under an
+hour on two cores.
 
 The model sees only habitual scenes (partners together 85 % of the time), and only as long as it
 takes to see at all, so that it looks at the image and still lets the habit talk: the case that

@@ -79,7 +79,15 @@ def run_demo(out: Path, seed: int, compared: Sequence[str] = ("DPO", "SFT")) -> 
     with stage("build"):
         dataset = build(build_config(world, out / "dataset", seed))
     with stage("cache"):
-        cache(CacheConfig(model=str(MODEL), data=dataset, out=out / "cache", batch_size=32))
+        cache(
+            CacheConfig(
+                model=str(MODEL),
+                data=dataset,
+                out=out / "cache",
+                batch_size=32,
+                dtype="float32",  # full fine-tuning's, also on a GPU
+            )
+        )
     models = {"base": str(MODEL)}
     for name in (*compared, RECOMMENDED):
         folder = out if name == RECOMMENDED else out / "compare" / name.lower().replace(" + ", "-")

@@ -1,6 +1,6 @@
 """Repeats the demo for three seeds with every named objective and writes how each came out.
 
-``python -m realign.demo.seeds``: about 20 minutes on two cores. Nothing is chosen after the fact:
+``python -m realign.demo.seeds``. Nothing is chosen after the fact:
 the recommended objective was settled on seed 100, the seeds reported here are 0, 1 and 2.
 """
 
