@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from realign.errors import RefusedError
-from realign.eval.table import difference, percent, score_rows
+from realign.eval.table import cut_note, difference, percent, score_rows
 from realign.files import read_jsonl, write_text
 from realign.plots import bar_plot, count_plot, line_plot
 from realign.records import Record, read_records, thumbnail_png
@@ -192,7 +192,7 @@ def _score_part(folder: Path, tiles: list[dict[str, str]]) -> dict[str, Any]:
         f"below each value its "
         f"difference from {models[0]} in points with a 95 % interval (paired bootstrap over "
         f"images), coloured where the "
-        "interval excludes 0."
+        f"interval excludes 0. {cut_note(scores)}"
     )
     return {
         "models": models,

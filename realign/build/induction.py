@@ -17,13 +17,14 @@ from realign.build.masking import Lexicon, fits_mask, mask_by_rule, masks_only
 from realign.build.prompts import MASK_TOKEN, completion_request, masking_request
 from realign.build.similarity import Similarity
 from realign.build.sources import SourceRow
+from realign.generate.answer import Answer
 from realign.images import decode_image
 
 
 class Generator(Protocol):
     """What can answer prompts about images."""
 
-    def __call__(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[str]:
+    def __call__(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Answer]:
         """Answer each prompt about its image."""
         ...
 
@@ -80,8 +81,8 @@ def mask_group(
         requests = [masking_request(row.answer) for row in rows]
         replies = _generate(generator, requests, [row.path for row in rows], batch_size)
         for outcome, row, reply in zip(outcomes, rows, replies, strict=True):
-            if masks_only(row.answer, reply):
-                outcome.masked, outcome.masked_by = reply, "model"
+            if not reply.is_cut and masks_only(row.answer, reply.text):
+                outcome.masked, outcome.masked_by = reply.text, "model"
     for outcome, row in zip(outcomes, rows, strict=True):
         if not outcome.masked:
             rng = Random(f"{rules.seed}:{row.id}")
@@ -112,17 +113,19 @@ def induce_group(
             batch_size,
         )
         similarities = (
-            rules.similarity([rows[i].answer for i in trying], completions) if trying else []
+            rules.similarity([rows[i].answer for i in trying], [said.text for said in completions])
+            if trying
+            else []
         )
         for i, completion, similarity in zip(trying, completions, similarities, strict=True):
             candidate, outcome = candidates[i][turn], outcomes[i]
             reason = refusal(rows[i].answer, outcome.masked, completion, similarity, rules)
             if reason:
                 outcome.refused.append(
-                    {"image": candidate.name, "reason": reason, "completion": completion}
+                    {"image": candidate.name, "reason": reason, "completion": completion.text}
                 )
                 continue
-            outcome.completion, outcome.similarity = completion, round(similarity, 6)
+            outcome.completion, outcome.similarity = completion.text, round(similarity, 6)
             outcome.image, outcome.rank, outcome.cosine = (
                 candidate.name,
                 candidate.rank,
@@ -138,8 +141,12 @@ def induce_group(
         )
 
 
-def refusal(answer: str, masked: str, completion: str, similarity: float, rules: Rules) -> str:
+def refusal(answer: str, masked: str, said: Answer, similarity: float, rules: Rules) -> str:
     """Why a completion is not a rejected answer; empty when it is one."""
+    completion = said.text
+    if said.is_cut:
+        # half a sentence is a worse answer for a reason that has nothing to do with the image
+        return "cut at max_new_tokens"
     if not completion:
         return "empty"
     if MASK_TOKEN in completion:
@@ -155,8 +162,8 @@ def refusal(answer: str, masked: str, completion: str, similarity: float, rules:
 
 def _generate(
     generator: Generator, prompts: Sequence[str], paths: Sequence[Path], batch_size: int
-) -> list[str]:
-    answers: list[str] = []
+) -> list[Answer]:
+    answers: list[Answer] = []
     for start in range(0, len(prompts), batch_size):
         images = [
             decode_image(path.read_bytes(), path.name) for path in paths[start : start + batch_size]

@@ -37,7 +37,8 @@ def build(config: BuildConfig) -> Path:
     continues.
 
     Raises:
-        RefusedError: A bad source row, or an output folder that holds another run.
+        RefusedError: A bad source row, an output folder that holds another run, or no row that
+            gave a pair.
     """
     folder = resolve_model(config.model)
     rows = read_source(config.source, config.images)
@@ -88,7 +89,13 @@ def build(config: BuildConfig) -> Path:
                 )
             outcomes += read_jsonl(shard)
             progress.advance(len(rows[group]))
-    write_json(config.out / "funnel.json", funnel(outcomes))
+    counts = funnel(outcomes)
+    write_json(config.out / "funnel.json", counts)
+    if not counts["accepted"]:
+        raise RefusedError(
+            f"source must give at least one pair, got none from {counts['rows']} rows: "
+            f"{counts['dropped']}. See {config.out / 'funnel.json'}."
+        )
     write_parquet(_records(rows, outcomes, corpus, config), dataset)
     return dataset
 

@@ -5,7 +5,7 @@ it in pairs.
 "text", "label"}
 <data>/chair.jsonl            {"image_id", "image", "text", "objects"}
 <data>/chair_objects.json     object -> its synonyms
-<out>/answers/NAME.jsonl      {"image", "text", "answer"}, every question once
+<out>/answers/NAME.jsonl      {"image", "text", "answer", "is_cut"}, every question once
 <out>/scores.json
 """
 
@@ -28,6 +28,7 @@ from realign.eval.bootstrap import Array, paired_scores
 from realign.eval.chair import caption_counts, chair_metrics, mentioned
 from realign.eval.pope import SPLITS, confusion, pope_metrics
 from realign.files import file_sha256, read_jsonl, write_json, write_jsonl
+from realign.generate.answer import Answer
 from realign.generate.transformers_generator import TransformersGenerator
 from realign.images import decode_image, resolve_image
 from realign.modeling import choose_dtype, model_identity, resolve_model
@@ -116,7 +117,7 @@ def _synonyms(data: Path) -> dict[str, list[str]]:
 
 def _answers(
     name: str, folder: Path, questions: Sequence[Question], config: EvalConfig
-) -> dict[Question, str]:
+) -> dict[Question, Answer]:
     path = config.out / "answers" / f"{name}.jsonl"
     if not path.is_file():
         generator = TransformersGenerator.load(
@@ -127,7 +128,10 @@ def _answers(
         )
         del generator
         torch.cuda.empty_cache()
-    return {(row["image"], row["text"]): row["answer"] for row in read_jsonl(path)}
+    return {
+        (row["image"], row["text"]): Answer(row["answer"], row["is_cut"])
+        for row in read_jsonl(path)
+    }
 
 
 def ask(
@@ -136,7 +140,7 @@ def ask(
     images: Path,
     batch_size: int,
     label: str,
-) -> list[dict[str, str]]:
+) -> list[dict[str, Any]]:
     """Raw answers, in the order of the questions."""
     rows = []
     with Progress(label, len(questions)) as progress:
@@ -147,8 +151,8 @@ def ask(
             pictures = [decode_image((images / image).read_bytes(), image) for image, _ in batch]
             answers = generator([text for _, text in batch], pictures)
             rows += [
-                {"image": q[0], "text": q[1], "answer": a}
-                for q, a in zip(batch, answers, strict=True)
+                {"image": image, "text": text, "answer": said.text, "is_cut": said.is_cut}
+                for (image, text), said in zip(batch, answers, strict=True)
             ]
             progress.advance(len(batch))
     order = {question: i for i, question in enumerate(questions)}
@@ -157,13 +161,13 @@ def ask(
 
 def score(
     tasks: Mapping[str, Sequence[Mapping[str, Any]]],
-    answers: Mapping[str, Mapping[Question, str]],
+    answers: Mapping[str, Mapping[Question, Answer]],
     synonyms: Mapping[str, list[str]],
     *,
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Score stored answers: task -> items, rule, models (see
+    """Score stored answers: task -> items, cut answers by model, rule, models (see
     :func:`~realign.eval.bootstrap.paired_scores`).
     """
     baseline = next(iter(answers))
@@ -178,6 +182,10 @@ def score(
         scores["tasks"][task] = {
             "items": len(rows),
             "images": len(counts[baseline]),
+            "cut": {
+                model: sum(said[row["image"], row["text"]].is_cut for row in rows)
+                for model, said in answers.items()
+            },
             "rule": rule,
             "models": paired_scores(
                 counts, metrics, baseline=baseline, resamples=resamples, seed=seed
@@ -198,7 +206,7 @@ def _count_answer(row: Mapping[str, Any], answer: str) -> list[int]:
 
 def caption_samples(
     rows: Sequence[Mapping[str, Any]],
-    answers: Mapping[str, Mapping[Question, str]],
+    answers: Mapping[str, Mapping[Question, Answer]],
     synonyms: Mapping[str, list[str]],
 ) -> list[dict[str, Any]]:
     """The first captions in which the baseline and the last model name different absent objects,
@@ -208,7 +216,7 @@ def caption_samples(
     samples: list[dict[str, Any]] = []
     for row in rows:
         said = {
-            model: answers[model][row["image"], row["text"]]
+            model: answers[model][row["image"], row["text"]].text
             for model in dict.fromkeys((first, last))
         }
         absent = {
@@ -228,11 +236,11 @@ def caption_samples(
 
 def _counts_by_image(
     rows: Sequence[Mapping[str, Any]],
-    said: Mapping[Question, str],
+    said: Mapping[Question, Answer],
     count: Callable[[Mapping[str, Any], str], list[int]],
 ) -> Array:
     totals: dict[str, Array] = {}
     for row in rows:
-        counts = np.array(count(row, said[row["image"], row["text"]]), dtype=np.float64)
+        counts = np.array(count(row, said[row["image"], row["text"]].text), dtype=np.float64)
         totals[row["image"]] = totals.get(row["image"], np.zeros(4)) + counts
     return np.stack(list(totals.values()))

@@ -40,12 +40,26 @@ def score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, bool, dict[str,
             yield label, more_is_better, {model: values[metric] for model, values in models.items()}
 
 
+def cut_note(scores: Mapping[str, Any]) -> str:
+    """How many answers of each model reached the limit on their length; empty when none did."""
+    cut: dict[str, int] = {}
+    for task in scores["tasks"].values():
+        for model, count in task["cut"].items():
+            cut[model] = cut.get(model, 0) + count
+    if not any(cut.values()):
+        return ""
+    items = sum(task["items"] for task in scores["tasks"].values())
+    counts = ", ".join(f"{model} {count:,}" for model, count in cut.items())
+    return f"Of {items:,} answers, cut at max_new_tokens: {counts}."
+
+
 def scores_table(scores: Mapping[str, Any]) -> Table:
     """The paired comparison as a rich table; bold where the interval excludes 0 on the better
     side.
     """
     table = Table(
-        title="percent; differences from the baseline in points, 95 % paired bootstrap over images"
+        title="percent; differences from the baseline in points, 95 % paired bootstrap over images",
+        caption=cut_note(scores) or None,
     )
     table.add_column("")
     for row, (label, more_is_better, models) in enumerate(score_rows(scores)):

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from realign.collate import Renderer, user_turns
+from realign.generate.answer import Answer
 from realign.modeling import load_model, load_processor
 
 
@@ -37,7 +38,7 @@ class TransformersGenerator:
         return cls(model, load_processor(folder), max_new_tokens)
 
     @torch.inference_mode()
-    def __call__(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[str]:
+    def __call__(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Answer]:
         """Answer each prompt about its image, greedily."""
         texts = [
             self.processor.apply_chat_template(
@@ -64,7 +65,11 @@ class TransformersGenerator:
             top_k=None,
         )
         answers = tokens[:, batch["input_ids"].shape[1] :]
-        return [
-            text.strip()
-            for text in self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        ]
+        ends = torch.tensor(self._end_tokens(), device=answers.device)
+        is_cut = ~torch.isin(answers, ends).any(dim=1)
+        texts = self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [Answer(text.strip(), cut) for text, cut in zip(texts, is_cut.tolist(), strict=True)]
+
+    def _end_tokens(self) -> list[int]:
+        ends = self.model.generation_config.eos_token_id
+        return ends if isinstance(ends, list) else [] if ends is None else [ends]

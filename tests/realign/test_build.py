@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from realign.build.induction import Candidate, Outcome, Rules, induce_group, mask_group, refusal
@@ -19,7 +20,10 @@ from realign.build.sources import Corpus, SourceRow, read_source
 from realign.config import BuildConfig
 from realign.demo.data import write_training_data
 from realign.demo.tasks import LEXICON_PATH
+from realign.demo.world import DESCRIBE
 from realign.errors import RefusedError
+from realign.generate.answer import Answer
+from realign.generate.transformers_generator import TransformersGenerator
 from realign.records import read_records
 
 LEXICON = Lexicon({"objects": ["dog", "cat", "house"], "attributes": ["red"]})
@@ -43,12 +47,15 @@ def rules(**options: Any) -> Rules:
 class Scripted:
     """Answers by the colour of the image; remembers what it was asked."""
 
-    def __init__(self, answers: dict[tuple[int, int, int], str]) -> None:
-        self.answers, self.asked = answers, []
+    def __init__(
+        self, answers: dict[tuple[int, int, int], str], cut: tuple[int, int, int] | None = None
+    ) -> None:
+        self.answers, self.cut, self.asked = answers, cut, []
 
-    def __call__(self, prompts, images) -> list[str]:
+    def __call__(self, prompts, images) -> list[Answer]:
         self.asked += list(prompts)
-        return [self.answers[image.getpixel((0, 0))] for image in images]
+        colors = [image.getpixel((0, 0)) for image in images]
+        return [Answer(self.answers[color], color == self.cut) for color in colors]
 
 
 COLORS = [(0, 0, 0), (10, 0, 0), (20, 0, 0), (30, 0, 0), (40, 0, 0)]
@@ -95,6 +102,24 @@ def test_no_candidate_passes(five_images) -> None:
     assert len(outcomes[0].refused) == 4
 
 
+def test_a_completion_that_was_cut_is_never_a_rejected_answer(five_images) -> None:
+    row = SourceRow("a", "0.png", five_images[0], "What is it?", "A red dog.")
+    said = dict.fromkeys(COLORS, "A red cat.")
+    generator = Scripted(said, cut=COLORS[1])
+    outcomes = mask_group([row], rules(keep_unmasked=False), generator, 8)
+    induce_group([row], outcomes, [candidates(five_images[1:])], rules(), generator, 8)
+    (attempt,) = outcomes[0].refused
+    assert (attempt["image"], attempt["reason"]) == ("1.png", "cut at max_new_tokens")
+    assert outcomes[0].image == "2.png"
+
+
+def test_a_mask_that_was_cut_falls_back_to_the_rule(five_images) -> None:
+    row = SourceRow("a", "0.png", five_images[0], "What?", "A red dog")
+    cut = Scripted({COLORS[0]: "A red [MASK]"}, cut=COLORS[0])
+    (outcome,) = mask_group([row], rules(mask="model"), cut, 8)
+    assert outcome.masked_by == "rule after model"
+
+
 def test_nothing_to_mask_is_dropped_with_its_reason(five_images) -> None:
     row = SourceRow("a", "0.png", five_images[0], "What?", "Nothing.")
     outcomes = mask_group([row], rules(), Scripted({}), 8)
@@ -127,11 +152,12 @@ def test_a_models_mask_is_taken_or_falls_back_to_the_rule(five_images) -> None:
     ],
 )
 def test_refusals(completion: str, reason: str) -> None:
-    assert refusal("A red dog sits.", "A [MASK] [MASK] sits.", completion, 0.5, rules()) == reason
+    answer, masked = "A red dog sits.", "A [MASK] [MASK] sits."
+    assert refusal(answer, masked, Answer(completion), 0.5, rules()) == reason
 
 
 def test_similarity_at_the_threshold_is_too_similar() -> None:
-    arguments = ("A red dog sits.", "A [MASK] dog sits.", "A blue dog sits.")
+    arguments = ("A red dog sits.", "A [MASK] dog sits.", Answer("A blue dog sits."))
     assert refusal(*arguments, 0.95, rules()) == "too similar"
     assert refusal(*arguments, 0.9499, rules()) == ""
 
@@ -209,6 +235,31 @@ def test_masking_by_the_model(config: BuildConfig) -> None:
     masked_by = json.loads((config.out / "funnel.json").read_text())["masked_by"]
     assert sum(masked_by.values()) == 40
     assert masked_by["model"] >= 20  # the embedded model knows the masking prompt
+
+
+def test_the_funnel_counts_completions_that_were_cut(config: BuildConfig) -> None:
+    with pytest.raises(
+        RefusedError, match=r"at least one pair, got none from 40 rows: .*mostly cut"
+    ):
+        build(config.model_copy(update={"max_new_tokens": 3}))
+    funnel = json.loads((config.out / "funnel.json").read_text())
+    assert funnel["accepted"] == 0
+    assert funnel["refused_candidates"] == {"cut at max_new_tokens": 40 * 3}
+    assert funnel["dropped"] == {"no candidate passed, mostly cut at max_new_tokens": 40}
+
+
+def test_an_answer_is_cut_when_no_end_of_turn_token_came(model_dir: Path) -> None:
+    generator = TransformersGenerator.load(model_dir, torch.float32, max_new_tokens=72)
+    image = Image.new("RGB", (96, 96), "white")
+    (whole,) = generator([DESCRIBE], [image])
+    assert not whole.is_cut
+    tokens = generator.processor.tokenizer(whole.text, add_special_tokens=False).input_ids
+    for limit, cut in ((len(tokens), True), (len(tokens) + 1, False)):
+        generator.max_new_tokens = limit
+        assert generator([DESCRIBE], [image]) == [(whole.text, cut)]
+    generator.model.generation_config.eos_token_id = None  # nothing ends a turn
+    generator.max_new_tokens = len(tokens) + 1
+    assert generator([DESCRIBE], [image])[0].is_cut
 
 
 @pytest.mark.parametrize(

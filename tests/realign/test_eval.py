@@ -15,6 +15,8 @@ from realign.eval.bootstrap import paired_scores
 from realign.eval.chair import caption_counts, chair_metrics, mentioned
 from realign.eval.pope import confusion, pope_metrics, says_yes
 from realign.eval.run import evaluate, score
+from realign.eval.table import cut_note
+from realign.generate.answer import Answer
 
 
 @pytest.mark.parametrize(
@@ -83,11 +85,18 @@ def test_score_pairs_models_by_image() -> None:
     ]
     said = {("a", "dog?"): "Yes.", ("a", "cat?"): "No.", ("b", "dog?"): "Yes."}
     right = {**said, ("b", "dog?"): "No."}
-    scores = score({"pope_random": rows}, {"x": said, "y": right}, {}, resamples=10, seed=0)
+    answers = {
+        "x": {question: Answer(text) for question, text in said.items()},
+        "y": {question: Answer(text, text == "No.") for question, text in right.items()},
+    }
+    scores = score({"pope_random": rows}, answers, {}, resamples=10, seed=0)
     task = scores["tasks"]["pope_random"]
     assert (task["items"], task["images"], scores["baseline"]) == (3, 2, "x")
     assert task["models"]["x"]["balanced_accuracy"]["value"] == 0.75
     assert task["models"]["y"]["balanced_accuracy"]["difference"] == 0.25
+    assert task["cut"] == {"x": 0, "y": 2}
+    assert cut_note(scores) == "Of 3 answers, cut at max_new_tokens: x 0, y 2."
+    assert cut_note({"tasks": {"pope_random": {**task, "cut": {"x": 0, "y": 0}}}}) == ""
 
 
 @pytest.fixture

@@ -1,0 +1,12 @@
+"""What a generator says, and whether it was able to finish."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Answer(NamedTuple):
+    """One generated answer."""
+
+    text: str
+    is_cut: bool = False  # stopped by the limit on its length, not by an end-of-turn token
