@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from realign.collate import PreferenceCollator
+    from realign.dataset import read_records
     from realign.errors import RefusedError
-    from realign.records import Record, read_records, write_parquet
+    from realign.parquet import write_parquet
+    from realign.records import Record
     from realign.trainer import RDPOConfig, RDPOTrainer
 
 __version__ = "0.1.0"
@@ -22,8 +24,8 @@ _HOMES = {
     "RDPOTrainer": "realign.trainer",
     "Record": "realign.records",
     "RefusedError": "realign.errors",
-    "read_records": "realign.records",
-    "write_parquet": "realign.records",
+    "read_records": "realign.dataset",
+    "write_parquet": "realign.parquet",
 }
 __all__ = [
     "PreferenceCollator",

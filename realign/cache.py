@@ -27,11 +27,12 @@ from torch import Tensor
 
 from realign.collate import PreferenceCollator, Renderer
 from realign.config import CacheConfig
+from realign.dataset import read_records
 from realign.errors import RefusedError
 from realign.files import canonical_json, content_sha256, file_sha256, replacing, write_json
 from realign.modeling import choose_dtype, load_model, load_processor, model_identity, resolve_model
 from realign.progress import Progress
-from realign.records import Record, check_records, read_records
+from realign.records import Record, check_records
 
 SCHEMA = 1
 Identity = dict[str, Any]
@@ -106,17 +107,20 @@ def build_cache(
     place = identity_folder(root, identity)
     write_json(place / "identity.json", identity)
     stored = _read_shards(place)
-    missing = {record.key: record for record in records if record.key not in stored}
+    missing: dict[str, int] = {}  # key to position; equal rows are computed once
+    for index, record in enumerate(records):
+        if record.key not in stored:
+            missing.setdefault(record.key, index)
     if missing:
         model = load_model(folder, dtype)
         collator = PreferenceCollator(load_processor(folder), cells, max_length=max_length)
         first = 1 + max(
             (int(path.stem) for path in (place / "shards").glob("*.safetensors")), default=-1
         )
-        rows = list(missing.values())
-        with Progress("cache", len(rows)) as progress:
-            for number, start in enumerate(range(0, len(rows), shard_size), start=first):
-                shard = rows[start : start + shard_size]
+        indices = list(missing.values())
+        with Progress("cache", len(indices)) as progress:
+            for number, start in enumerate(range(0, len(indices), shard_size), start=first):
+                shard = [records[index] for index in indices[start : start + shard_size]]
                 _write_shard(
                     place / "shards" / f"{number:05d}.safetensors",
                     shard,
@@ -239,12 +243,19 @@ def read_cache(root: Path, records: Sequence[Record], identity: Identity) -> dic
             f"model."
         )
     values = _read_shards(place)
-    if missing := [record.id for record in records if record.key not in values]:
+    found: dict[str, Tensor] = {}
+    missing = []
+    for record in records:  # once: it may read them from the disk
+        if record.key in values:
+            found[record.key] = values[record.key]
+        else:
+            missing.append(record.id)
+    if missing:
         raise RefusedError(
             f"cache {root} lacks {len(missing)} of {len(records)} rows, first: row {missing[0]}. "
             "The row was edited or added since; run `realign cache` again."
         )
-    return {record.key: values[record.key] for record in records}
+    return found
 
 
 def cache(config: CacheConfig) -> Path:

@@ -13,11 +13,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from realign.dataset import read_records
 from realign.errors import RefusedError
 from realign.eval.table import cut_note, difference, percent, score_rows
 from realign.files import read_jsonl, write_text
 from realign.plots import bar_plot, count_plot, line_plot
-from realign.records import Record, read_records, thumbnail_png
+from realign.records import Record, thumbnail_png
 
 NUM_PAIRS = 8
 NUM_SAMPLES = 6

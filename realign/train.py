@@ -16,6 +16,7 @@ from transformers import PrinterCallback, set_seed
 
 from realign.cache import Identity, build_cache, check_rows, read_cache, reference_identity
 from realign.config import TrainConfig
+from realign.dataset import read_records
 from realign.errors import RefusedError
 from realign.modeling import (
     choose_dtype,
@@ -27,7 +28,7 @@ from realign.modeling import (
     vision_module,
 )
 from realign.objectives import make_objective
-from realign.records import Record, read_records
+from realign.records import Record
 from realign.run_folder import claim
 from realign.trainer import (
     MetricsFile,

@@ -49,6 +49,8 @@ def test_kernels_import_torch_alone() -> None:
     ("module", "forbidden"),
     [
         ("realign/records.py", ("realign.config", "realign.trainer", "torch", "transformers")),
+        ("realign/parquet.py", ("realign.config", "realign.trainer", "torch", "transformers")),
+        ("realign/official.py", ("realign.config", "realign.trainer", "torch", "transformers")),
         ("realign/config.py", ("realign.build", "realign.trainer", "torch", "transformers")),
         ("realign/build/masking.py", ("torch", "realign.config", "realign.generate")),
         ("realign/collate.py", ("realign.trainer", "realign.cache", "realign.config")),

@@ -11,7 +11,7 @@ after a kill.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from realign.errors import RefusedError
 from realign.files import file_sha256, read_jsonl, write_json, write_jsonl
 from realign.generate.transformers_generator import TransformersGenerator
 from realign.modeling import choose_dtype, model_identity, resolve_model
+from realign.parquet import write_parquet
 from realign.progress import Progress
-from realign.records import Record, write_parquet
+from realign.records import Record
 from realign.run_folder import claim
 
 ENGLISH_LEXICON = Path(__file__).with_name("lexicon.yaml")
@@ -158,9 +159,9 @@ def _records(
     outcomes: Sequence[dict[str, Any]],
     corpus: Corpus,
     config: BuildConfig,
-) -> list[Record]:
+) -> Iterator[Record]:
     paths = dict(zip(corpus.names, corpus.paths, strict=True))
-    return [
+    return (
         Record(
             id=row.id,
             images=(row.path.read_bytes(),),
@@ -188,4 +189,4 @@ def _records(
         )
         for row, outcome in zip(rows, outcomes, strict=True)
         if not outcome["reason"]
-    ]
+    )

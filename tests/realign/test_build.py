@@ -18,13 +18,13 @@ from realign.build.prompts import COMPLETION_PROMPT, MASK_PROMPT
 from realign.build.similarity import load_similarity
 from realign.build.sources import Corpus, SourceRow, read_source
 from realign.config import BuildConfig
+from realign.dataset import read_records
 from realign.demo.data import write_training_data
 from realign.demo.tasks import LEXICON_PATH
 from realign.demo.world import DESCRIBE
 from realign.errors import RefusedError
 from realign.generate.answer import Answer
 from realign.generate.transformers_generator import TransformersGenerator
-from realign.records import read_records
 
 LEXICON = Lexicon({"objects": ["dog", "cat", "house"], "attributes": ["red"]})
 

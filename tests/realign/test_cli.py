@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from realign.cli import app
 from realign.config import SECTIONS
-from realign.records import read_records, write_parquet
+from realign.dataset import read_records
+from realign.parquet import write_parquet
 
 
 def realign(*arguments: object):

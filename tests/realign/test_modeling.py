@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from realign.config import LoraSection, TrainConfig
 from realign.errors import RefusedError
 from realign.modeling import load_model, model_identity, vision_module
-from realign.records import write_parquet
+from realign.parquet import write_parquet
 from realign.train import train
 
 

@@ -1,4 +1,4 @@
-"""Records: content keys, parquet, the authors' JSON, and what is refused."""
+"""Records: content keys, the authors' JSON, and what is refused."""
 
 from __future__ import annotations
 
@@ -9,43 +9,10 @@ from typing import Any
 
 import pytest
 
+from realign.dataset import read_records
 from realign.errors import RefusedError
 from realign.files import content_sha256
-from realign.records import check_records, read_parquet, read_records, write_parquet
-
-
-def test_parquet_round_trip_keeps_everything(tmp_path: Path, records) -> None:
-    rows = records(5)
-    rows[0] = dataclasses.replace(rows[0], meta={"retrieval": {"rank": 2}, "note": "ü"})
-    path = tmp_path / "dataset.parquet"
-    write_parquet(rows, path)
-    assert read_parquet(path) == rows
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_equal_records_give_equal_bytes(tmp_path: Path, records) -> None:
-    for name in ("a.parquet", "b.parquet"):
-        write_parquet(records(5), tmp_path / name)
-    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
-
-
-def test_columns_are_the_ones_trl_reads(tmp_path: Path, records) -> None:
-    from datasets import Dataset
-
-    write_parquet(records(2), tmp_path / "d.parquet")
-    row = Dataset.from_parquet(str(tmp_path / "d.parquet"), cache_dir=str(tmp_path / "c"))[0]
-    assert list(row) == [
-        "id",
-        "images",
-        "prompt",
-        "chosen",
-        "rejected",
-        "rejected_images",
-        "meta",
-    ]
-    assert row["images"][0].size == (96, 96)  # decoded by datasets: an Image column
-    assert row["prompt"] == [{"role": "user", "content": "Describe the image."}]
-    assert row["chosen"][0]["role"] == "assistant"
+from realign.records import check_records
 
 
 def test_key_depends_on_content_and_on_nothing_else(records) -> None:
@@ -199,19 +166,3 @@ def test_refused_files(tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text("{}")
     with pytest.raises(RefusedError, match="must be a list of rows, got dict"):
         read_records(tmp_path / "d.json", tmp_path)
-
-
-def test_parquet_that_is_none_or_lacks_columns_is_refused(tmp_path: Path) -> None:
-    from datasets import Dataset
-
-    (tmp_path / "junk.parquet").write_text("junk")
-    with pytest.raises(RefusedError, match=r"junk\.parquet must be a parquet file"):
-        read_parquet(tmp_path / "junk.parquet")
-    Dataset.from_dict({"images": [[]]}).to_parquet(tmp_path / "some.parquet")
-    with pytest.raises(RefusedError, match=r"lacks \['prompt', 'chosen', 'rejected'\]"):
-        read_parquet(tmp_path / "some.parquet")
-    part = [{"role": "user", "content": [{"type": "text", "text": "q"}]}]
-    row = {"images": [[]], "prompt": [part], "chosen": [[]], "rejected": [[]]}
-    Dataset.from_dict(row).to_parquet(tmp_path / "parts.parquet")
-    with pytest.raises(RefusedError, match="prompt must be a list of messages with a role and a"):
-        read_parquet(tmp_path / "parts.parquet")

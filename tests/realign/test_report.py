@@ -11,7 +11,7 @@ import pytest
 from markupsafe import Markup
 
 from realign.errors import RefusedError
-from realign.records import write_parquet
+from realign.parquet import write_parquet
 from realign.report import word_diff, write_report
 
 

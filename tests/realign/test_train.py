@@ -16,7 +16,7 @@ from realign.collate import PreferenceCollator
 from realign.config import LoraSection, TrainConfig
 from realign.errors import RefusedError
 from realign.modeling import load_model, load_processor
-from realign.records import write_parquet
+from realign.parquet import write_parquet
 from realign.train import train
 from realign.trainer import RDPOConfig, RDPOTrainer, newest_checkpoint
 

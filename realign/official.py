@@ -1,0 +1,116 @@
+"""Preference records in the authors' published layout: a JSON list of ``{image, retrieved_image,
+chosen, rejected}`` and one image folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from realign.errors import RefusedError
+from realign.images import MAX_BYTES, resolve_image
+from realign.records import IMAGE_TOKEN, LazyRecords, Message, Record, check_messages
+
+
+def read_official_json(path: Path, image_root: Path) -> OfficialRecords:
+    """Open the published layout: a list of ``{image, retrieved_image, chosen, rejected}`` and one
+    image folder.
+
+    Raises:
+        RefusedError: The file or a row does not have that layout, or an image is missing.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RefusedError(f"{path} must be UTF-8 JSON ({error}).") from None
+    if not isinstance(rows, list):
+        raise RefusedError(f"{path} must be a list of rows, got {type(rows).__name__}.")
+    return OfficialRecords(
+        [_official_row(row, number, path, image_root) for number, row in enumerate(rows)]
+    )
+
+
+@dataclass(frozen=True)
+class OfficialRow:
+    """One checked row: a record without its images, and where these are."""
+
+    record: Record
+    image: Path | None
+    retrieved_image: Path | None
+
+
+class OfficialRecords(LazyRecords):
+    """Rows whose image files are read when a row is."""
+
+    def __init__(self, rows: Sequence[OfficialRow]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _read(self, index: int) -> Record:
+        row = self._rows[index]
+        return dataclasses.replace(
+            row.record,
+            images=_read_limited(row.image),
+            rejected_images=_read_limited(row.retrieved_image),
+        )
+
+
+def _read_limited(path: Path | None) -> tuple[bytes, ...]:
+    if path is None:
+        return ()
+    with path.open("rb") as file:
+        return (file.read(MAX_BYTES + 1),)
+
+
+def _official_row(row: dict[str, Any], number: int, path: Path, image_root: Path) -> OfficialRow:
+    where = f"{path.name}, row {number}"
+    if missing := [name for name in ("chosen", "rejected") if name not in row]:
+        raise RefusedError(f"{where}: keys {missing} are missing, found {sorted(row)}.")
+    if "image" in row and "retrieved_image" not in row:
+        raise RefusedError(
+            f"{where}: retrieved_image is missing beside image {row['image']!r}. Add it."
+        )
+    names = {name: row[name] for name in ("image", "retrieved_image") if name in row}
+    for name, value in names.items():
+        if not isinstance(value, str) or "\0" in value:
+            raise RefusedError(f"{where}: {name} must be a file name, got {value!r:.80}.")
+    prompt, chosen = _split_conversation(row["chosen"], where, "chosen")
+    rejected_prompt, rejected = _split_conversation(row["rejected"], where, "rejected")
+    if prompt != rejected_prompt:
+        raise RefusedError(
+            f"{where}: chosen and rejected must differ in the last answer only. Make their turns "
+            f"equal."
+        )
+    record = Record(
+        id=str(number),
+        images=(),
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        meta={"source": {"file": path.name, "index": number, **names}},
+    )
+    paths = {name: resolve_image(image_root, file, where) for name, file in names.items()}
+    return OfficialRow(record, paths.get("image"), paths.get("retrieved_image"))
+
+
+def _split_conversation(turns: Any, where: str, name: str) -> tuple[tuple[Message, ...], str]:
+    """The turns before the last answer, without image placeholders, and that answer."""
+    check_messages(turns, where, name)
+    roles = [turn.get("role") for turn in turns] if isinstance(turns, list) else []
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise RefusedError(
+            f"{where}: {name} must alternate user and assistant turns, got {roles or turns!r}."
+        )
+    if any(IMAGE_TOKEN in turn["content"] for turn in turns[1:-1]):
+        raise RefusedError(
+            f"{where}: {name} must have {IMAGE_TOKEN} in its first turn only. Move it there."
+        )
+    prompt = [{"role": turn["role"], "content": turn["content"]} for turn in turns[:-1]]
+    prompt[0]["content"] = prompt[0]["content"].replace(IMAGE_TOKEN, "").strip()
+    return tuple(prompt), cast("str", turns[-1]["content"])
