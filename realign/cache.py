@@ -25,14 +25,15 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from realign.collate import PreferenceCollator, Renderer
+from realign.check import check_rows
+from realign.collate import PreferenceCollator
 from realign.config import CacheConfig
 from realign.dataset import read_records
 from realign.errors import RefusedError
 from realign.files import canonical_json, content_sha256, file_sha256, replacing, write_json
 from realign.modeling import choose_dtype, load_model, load_processor, model_identity, resolve_model
 from realign.progress import Progress
-from realign.records import Record, check_records
+from realign.records import Record
 
 SCHEMA = 1
 Identity = dict[str, Any]
@@ -105,7 +106,6 @@ def build_cache(
         folder, cells=cells, rejected_scoring=rejected_scoring, dtype=dtype
     )
     place = identity_folder(root, identity)
-    write_json(place / "identity.json", identity)
     stored = _read_shards(place)
     missing: dict[str, int] = {}  # key to position; equal rows are computed once
     for index, record in enumerate(records):
@@ -114,6 +114,7 @@ def build_cache(
     if missing:
         model = load_model(folder, dtype)
         collator = PreferenceCollator(load_processor(folder), cells, max_length=max_length)
+        write_json(place / "identity.json", identity)
         first = 1 + max(
             (int(path.stem) for path in (place / "shards").glob("*.safetensors")), default=-1
         )
@@ -264,7 +265,7 @@ def cache(config: CacheConfig) -> Path:
     """
     folder = resolve_model(config.model)
     records = read_records(config.data, config.images)
-    check_rows(records, load_processor(folder))
+    check_rows(records, load_processor(folder), cells=config.cells, max_length=config.max_length)
     return build_cache(
         records,
         folder,
@@ -276,16 +277,3 @@ def cache(config: CacheConfig) -> Path:
         shard_size=config.shard_size,
         max_length=config.max_length,
     )
-
-
-def check_rows(records: Sequence[Record], processor: Any) -> None:
-    """Check every row's content, images and template before any GPU time.
-
-    Raises:
-        RefusedError: Naming the rows.
-    """
-    renderer = Renderer(processor)
-    check_records(records, renderer.placeholders())
-    for record in records:
-        for answer in (record.chosen, record.rejected):
-            renderer.render(record.prompt, answer, len(record.images), f"row {record.id}")

@@ -16,6 +16,18 @@ from realign.files import canonical_json, content_sha256, write_json
 def claim(folder: Path, verb: str, what: Mapping[str, Any]) -> bool:
     """Write ``<verb>.json`` into ``folder``; return whether the same run had claimed it before.
 
+    Arguments and errors are those of :func:`is_claimed`.
+    """
+    if is_claimed(folder, verb, what):
+        return True
+    write_json(folder / f"{verb}.json", {name: _brief(value) for name, value in what.items()})
+    return False
+
+
+def is_claimed(folder: Path, verb: str, what: Mapping[str, Any]) -> bool:
+    """Return whether the same run has claimed ``folder``. Nothing is written, so what can still
+    be refused may be checked before :func:`claim`.
+
     Args:
         folder: The output folder.
         verb: The stage.
@@ -26,7 +38,6 @@ def claim(folder: Path, verb: str, what: Mapping[str, Any]) -> bool:
     path = folder / f"{verb}.json"
     needed = {name: _brief(value) for name, value in what.items()}
     if not path.is_file():
-        write_json(path, needed)
         return False
     stored = json.loads(path.read_text(encoding="utf-8"))
     if stored == needed:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, set_seed
 
-from realign.cache import Identity, build_cache, check_rows, read_cache, reference_identity
+from realign.cache import Identity, build_cache, read_cache, reference_identity
+from realign.check import check_rows
 from realign.config import TrainConfig
 from realign.dataset import read_records
 from realign.errors import RefusedError
@@ -22,14 +23,13 @@ from realign.modeling import (
     choose_dtype,
     load_model,
     load_processor,
-    model_identity,
     quiet_peft,
     resolve_model,
     vision_module,
 )
 from realign.objectives import make_objective
 from realign.records import Record
-from realign.run_folder import claim
+from realign.run_folder import claim, is_claimed
 from realign.trainer import (
     MetricsFile,
     RDPOConfig,
@@ -51,21 +51,29 @@ def train(config: TrainConfig) -> Path:
     _check_support(config, folder)
     records = read_records(config.data, config.images)
     processor = load_processor(folder)
-    check_rows(records, processor)
+    cells = _reference_cells(config)
+    check_rows(records, processor, cells=cells, max_length=config.max_length)
+    identity = reference_identity(
+        folder, cells=cells, rejected_scoring=config.rejected_scoring, dtype=_dtype(config)
+    )
     checkpoint = config.out / "checkpoint"
     what = {
         "config": config.model_dump(
-            mode="json", exclude={"out", "model", "data", "images", "cache", "report_to"}
+            mode="json",
+            # what the result does not depend on, and what is here by its content
+            exclude={"out", "model", "data", "images", "cache", "report_to", "max_length"},
         ),
-        "model": model_identity(folder),
+        "model": identity["semantics"]["files"],
         "rows": [record.key for record in records],
     }
-    identity = _reference_identity(config, folder)
-    # a cache that was named must fit before anything is written
-    reference = read_cache(config.cache, records, identity) if config.cache else None
-    if claim(config.out, "train", what) and checkpoint.is_dir():
+    if is_claimed(config.out, "train", what) and checkpoint.is_dir():
         return checkpoint
-    reference = reference or _build_reference(config, folder, records, identity)
+    # its own cache is known by its content, so the folder stays free while the model may be refused
+    reference = (
+        read_cache(config.cache, records, identity)
+        if config.cache
+        else _build_reference(config, folder, records, identity)
+    )
 
     set_seed(config.seed)
     model = load_model(folder, _dtype(config), trainable_adapter=True)
@@ -76,6 +84,7 @@ def train(config: TrainConfig) -> Path:
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)()
         model.enable_input_require_grads()
+    claim(config.out, "train", what)
     trainer = RDPOTrainer(
         model,
         _arguments(config, len(records)),
@@ -116,7 +125,8 @@ def _dtype(config: TrainConfig) -> torch.dtype:
     return choose_dtype(config.dtype)
 
 
-def _reference_identity(config: TrainConfig, folder: Path) -> Identity:
+def _reference_cells(config: TrainConfig) -> int:
+    """At least three: one cache serves dpo, rdpo and mdpo."""
     objective = make_objective(
         config.objective,
         beta=config.beta,
@@ -124,12 +134,7 @@ def _reference_identity(config: TrainConfig, folder: Path) -> Identity:
         image_weight=config.image_weight,
         nll_weight=config.nll_weight,
     )
-    return reference_identity(
-        folder,
-        cells=max(objective.num_cells, 3),  # one cache serves dpo, rdpo and mdpo
-        rejected_scoring=config.rejected_scoring,
-        dtype=_dtype(config),
-    )
+    return max(objective.num_cells, 3)
 
 
 def _build_reference(

@@ -28,7 +28,7 @@ from realign.modeling import choose_dtype, model_identity, resolve_model
 from realign.parquet import write_parquet
 from realign.progress import Progress
 from realign.records import Record
-from realign.run_folder import claim
+from realign.run_folder import claim, is_claimed
 
 ENGLISH_LEXICON = Path(__file__).with_name("lexicon.yaml")
 
@@ -70,11 +70,12 @@ def build(config: BuildConfig) -> Path:
         "model": model_identity(folder),
     }
     dataset = config.out / "dataset.parquet"
-    if claim(config.out, "build", what) and dataset.is_file():
+    if is_claimed(config.out, "build", what) and dataset.is_file():
         return dataset
     generator = TransformersGenerator.load(
         folder, choose_dtype(config.dtype), config.max_new_tokens
     )
+    claim(config.out, "build", what)
     candidates = _candidates(rows, corpus, generator, config)
     outcomes: list[dict[str, Any]] = []
     with Progress("build", len(rows)) as progress:

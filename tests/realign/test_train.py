@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from realign.cache import build_cache
+from realign.cache import build_cache, cache
 from realign.collate import PreferenceCollator
-from realign.config import LoraSection, TrainConfig
+from realign.config import CacheConfig, LoraSection, TrainConfig
 from realign.errors import RefusedError
 from realign.modeling import load_model, load_processor
 from realign.parquet import write_parquet
@@ -166,6 +166,44 @@ def test_one_seed_gives_one_result(tmp_path: Path, model_dir, data) -> None:
     first, second = (train(config(model_dir, data, tmp_path / name)) for name in "ab")
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("verb", ["train", "train with a cache", "cache"])
+def test_rows_that_are_too_long_stop_before_anything_is_written(
+    verb: str, tmp_path: Path, model_dir, data, records
+) -> None:
+    collator = PreferenceCollator(load_processor(model_dir), cells=3)
+    lengths = [int(collator([row])["attention_mask"].sum(1).max()) for row in records(12)]
+    longest = max(lengths)
+    if verb == "train with a cache":
+        cache(CacheConfig(model=str(model_dir), data=data, out=tmp_path / "cache"))
+    out = tmp_path / "run"
+
+    def run(max_length: int) -> Path:
+        if verb == "cache":
+            return cache(
+                CacheConfig(model=str(model_dir), data=data, out=out, max_length=max_length)
+            )
+        given = tmp_path / "cache" if verb == "train with a cache" else None
+        return train(config(model_dir, data, out, cache=given, max_length=max_length))
+
+    with pytest.raises(
+        RefusedError,
+        match=rf"^{lengths.count(longest)} of 12 rows are longer than max_length = {longest - 1} "
+        rf"tokens: first row r{lengths.index(longest)}, longest row .* with {longest}\. Raise",
+    ):
+        run(longest - 1)
+    assert not out.exists()
+    assert run(longest).exists()  # the remedy that the message names
+    assert run(longest + 100).exists()  # a limit that nothing reaches is no other run
+
+
+def test_a_model_without_weights_leaves_the_folder_free(tmp_path: Path, model_dir, data) -> None:
+    broken = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(RefusedError, match="must hold safetensors weights"):
+        train(config(broken, data, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_same_command_on_a_finished_run_does_nothing(tmp_path: Path, model_dir, data) -> None:

@@ -1,0 +1,56 @@
+"""Everything that can be wrong with a dataset for a model, found before the model is loaded and
+anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from realign.collate import PreferenceCollator, Renderer
+from realign.errors import RefusedError
+from realign.progress import Progress
+from realign.records import Record, check_records
+
+
+def check_rows(
+    records: Sequence[Record], processor: Any, *, cells: int, max_length: int | None
+) -> None:
+    """Check every row's content, images, template and length.
+
+    Args:
+        records: The rows.
+        processor: The model's processor.
+        cells: How many cells of a pair will be used.
+        max_length: Longest row in tokens, image tokens included; None for any.
+    Raises:
+        RefusedError: Naming the rows.
+    """
+    renderer = Renderer(processor)
+    check_records(records, renderer.placeholders())
+    if max_length is not None:
+        _check_lengths(records, PreferenceCollator(processor, cells), max_length)
+        return
+    for record in records:
+        for answer in (record.chosen, record.rejected):
+            renderer.render(record.prompt, answer, len(record.images), f"row {record.id}")
+
+
+def _check_lengths(
+    records: Sequence[Record], collator: PreferenceCollator, max_length: int
+) -> None:
+    """Measure as training does: only the processor knows how many tokens an image becomes."""
+    too_long: dict[str, int] = {}
+    with Progress("check lengths", len(records)) as progress:
+        for record in records:
+            length = int(collator([record])["attention_mask"].sum(1).max())
+            if length > max_length:
+                too_long[record.id] = length
+            progress.advance()
+    if too_long:
+        longest = max(too_long, key=lambda row: too_long[row])
+        raise RefusedError(
+            f"{len(too_long)} of {len(records)} rows are longer than max_length = {max_length} "
+            f"tokens: first row {next(iter(too_long))}, longest row {longest} with "
+            f"{too_long[longest]}. Raise max_length or remove them; nothing is cut."
+        )
