@@ -84,15 +84,22 @@ def choose_dtype(dtype: str) -> torch.dtype:
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype, *, trainable_adapter: bool = False
+    folder: Path, dtype: torch.dtype, *, trainable_adapter: bool = False, name: str | None = None
 ) -> PreTrainedModel:
     """Load a VLM, or an adapter on its base, with SDPA attention and dropout off. No remote code
     is run.
+
+    Args:
+        folder: From :func:`resolve_model`.
+        dtype: Of the weights.
+        trainable_adapter: Whether an adapter will be trained on.
+        name: What adapters trained on the model call it; a hub id is good on other machines too.
     """
     if (folder / "adapter_config.json").is_file():
         from peft import PeftModel
 
-        base = load_model(resolve_model(_adapter_base(folder)), dtype)
+        base_name = _adapter_base(folder)
+        base = load_model(resolve_model(base_name), dtype, name=base_name)
         with quiet_peft():
             return PeftModel.from_pretrained(base, folder, is_trainable=trainable_adapter)
     if not any(folder.glob("*.safetensors")):
@@ -109,6 +116,8 @@ def load_model(
             f"model {folder} must hold every weight, lacks {len(lacking)}, first: {lacking[0]}. "
             "Download it again."
         )
+    if name:
+        model.name_or_path = model.config._name_or_path = name
     disable_dropout(model)
     attach_preference_forward(model)
     return model
@@ -140,11 +149,15 @@ def load_processor(folder: Path) -> Any:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Silence peft 0.21's read of a property that transformers 5.23 renamed."""
+    """Silence what peft 0.21 says of itself: it reads a property that transformers 5.23 renamed,
+    and asks the hub for the base's configuration whenever it saves, to compare vocabularies.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
         )
+        for message in ("Could not find a config file in", "Unable to fetch remote file"):
+            warnings.filterwarnings("ignore", message=message, category=UserWarning)
         yield
 
 

@@ -76,7 +76,7 @@ def train(config: TrainConfig) -> Path:
     )
 
     set_seed(config.seed)
-    model = load_model(folder, _dtype(config), trainable_adapter=True)
+    model = load_model(folder, _dtype(config), trainable_adapter=True, name=config.model)
     if config.lora:
         model = _add_adapter(model, config)
     if config.gradient_checkpointing:
@@ -95,10 +95,11 @@ def train(config: TrainConfig) -> Path:
     )
     trainer.remove_callback(PrinterCallback)
     resume = newest_checkpoint(config.out / "steps")
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     unfinished = config.out / ".checkpoint.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
-    trainer.save_model(str(unfinished))
+    with quiet_peft():
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        trainer.save_model(str(unfinished))
     if trainer.is_world_process_zero():
         processor.save_pretrained(unfinished)
         # a pickle; train.json says the same

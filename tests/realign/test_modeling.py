@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -58,6 +60,22 @@ def test_lora_on_an_adapter_is_refused(tmp_path: Path, model_dir: Path, records)
     with pytest.raises(RefusedError, match=r"train\.lora must not be set when .* is an adapter"):
         train(TrainConfig(model=str(first), out=tmp_path / "b", **options))
     assert not (tmp_path / "b").exists()
+
+
+def test_an_adapter_names_its_base_as_the_user_did(
+    tmp_path: Path, model_dir: Path, records, monkeypatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(model_dir))
+    write_parquet(records(2), tmp_path / "d.parquet")
+    options = {"data": tmp_path / "d.parquet", "batch_size": 2}
+    lora = LoraSection(r=2, alpha=4)
+    first = train(TrainConfig(model="org/vlm", out=tmp_path / "a", lora=lora, **options))
+    second = train(TrainConfig(model=str(first), out=tmp_path / "b", **options))  # trained on
+    for adapter in (first, second):
+        stored = json.loads((adapter / "adapter_config.json").read_text())
+        assert stored["base_model_name_or_path"] == "org/vlm"
+        assert str(model_dir) not in (adapter / "README.md").read_text()
+        assert load_model(adapter, torch.float32)
 
 
 def test_several_processes_are_refused(tmp_path, model_dir, records, monkeypatch) -> None:
