@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +17,14 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from realign.collate import PreferenceCollator
-from realign.files import write_jsonl, write_text
+from realign.files import write_json, write_jsonl, write_text
 from realign.modeling import disable_dropout, vision_module
 from realign.objectives import make_objective
 from realign.progress import Progress
 from realign.records import Record
 from realign_kernels import RdpoOutput
 
+METRIC_SUMS = "metric_sums.json"
 COMPLETE = "complete"  # written into a checkpoint folder after everything else
 
 
@@ -106,7 +106,8 @@ class RDPOTrainer(Trainer):
         disable_dropout(model)
         if args.freeze_vision:
             vision_module(model)[1].requires_grad_(False)
-        self._sums: dict[str, float] = defaultdict(float)
+        # metric -> sum and weight since the last line; part of every checkpoint
+        self._sums: dict[str, tuple[float, float]] = {}
         super().__init__(
             model=model,
             args=args,
@@ -142,28 +143,40 @@ class RDPOTrainer(Trainer):
         return (output.loss, output) if return_outputs else output.loss
 
     def _add_metrics(self, output: RdpoOutput) -> None:
-        sums = {"pairs": torch.tensor(float(output.logps.shape[1]), device=output.logps.device)}
+        # a pair without a retrieved image has no image cells and no part in their means
+        is_present = (output.num_tokens > 0).to(output.logps.device)
+        loss = output.loss.expand(output.logps.shape[1])
+        by_pair = {"loss": (loss, torch.ones_like(loss))}  # name -> values and weights, (P,) each
         for cell, name in enumerate(
             ("chosen", "text_rejected", "image_rejected", "both_rejected")[: len(output.logps)]
         ):
-            sums[f"logps/{name}"] = output.logps[cell].sum()
-            sums[f"rewards/{name}"] = output.rewards[cell].sum()
-        for kind, margins in zip(
-            ("text", "image"), (output.text_margins, output.image_margins), strict=True
+            by_pair[f"logps/{name}"] = (output.logps[cell], is_present[cell])
+            by_pair[f"rewards/{name}"] = (output.rewards[cell], is_present[cell])
+        for cell, kind, margins in (
+            (1, "text", output.text_margins),
+            (2, "image", output.image_margins),
         ):
-            if len(output.logps) > (1 if kind == "text" else 2):
-                sums[f"rewards/{kind}_margins"] = margins.sum()
-                sums[f"rewards/{kind}_accuracies"] = (margins > 0).float().sum()
-        values = self.accelerator.reduce(
-            torch.stack([value.detach().float() for value in sums.values()]), "sum"
-        )
-        for name, value in zip(sums, values.tolist(), strict=True):
-            self._sums[name] += value
+            if len(output.logps) > cell:
+                by_pair[f"rewards/{kind}_margins"] = (margins, is_present[cell])
+                by_pair[f"rewards/{kind}_accuracies"] = (margins > 0, is_present[cell])
+        pairs = torch.stack(
+            [torch.stack((values.float(), of.float())) for values, of in by_pair.values()]
+        ).detach()  # (metrics, 2, P)
+        sums = torch.stack((pairs.prod(dim=1).sum(-1), pairs[:, 1].sum(-1)), dim=1)
+        for name, (total, weight) in zip(
+            by_pair, self.accelerator.reduce(sums, "sum").tolist(), strict=True
+        ):
+            before = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (before[0] + total, before[1] + weight)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means over all pairs since the last line."""
-        if pairs := self._sums.pop("pairs", 0.0):
-            logs = {**logs, **{name: total / pairs for name, total in self._sums.items()}}
+        """Put in the means over all pairs since the last line.
+
+        The loss is one of them: Trainer's own is the mean since it was last started.
+        """
+        if self._sums and "loss" in logs:
+            means = {name: total / weight for name, (total, weight) in self._sums.items() if weight}
+            logs = {**logs, **means}
             self._sums.clear()
         super().log(logs, start_time)
 
@@ -181,10 +194,17 @@ class RDPOTrainer(Trainer):
         saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
         target.load_state_dict(saved.state_dict())
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            sums = json.loads((Path(checkpoint) / METRIC_SUMS).read_text(encoding="utf-8"))
+            self._sums = {name: (total, weight) for name, (total, weight) in sums.items()}
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            write_json(folder / METRIC_SUMS, self._sums)
             write_text(folder / COMPLETE, f"{self.state.global_step}\n")
 
 

@@ -229,7 +229,7 @@ def test_kill_9_then_the_same_command_ends_the_same(tmp_path: Path, model_dir: P
     train = [
         "train", "--model", model_dir, "--data", data, "--cache", tmp_path / "cache1",
         "--set", "train.batch_size=4", "--set", "train.accumulation=1", "--learning-rate", "1e-4",
-        "--epochs", 2, "--set", "train.save_steps=2", "--set", "train.logging_steps=2",
+        "--epochs", 2, "--set", "train.save_steps=2", "--set", "train.logging_steps=3",
     ]  # fmt: skip
     process = run_process(*train, "--out", tmp_path / "run1", stderr=subprocess.DEVNULL)
     kill_when(process, "steps/checkpoint-6/complete", tmp_path / "run1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -204,6 +205,49 @@ def test_a_model_without_weights_leaves_the_folder_free(tmp_path: Path, model_di
     with pytest.raises(RefusedError, match="must hold safetensors weights"):
         train(config(broken, data, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_lines_that_span_a_checkpoint_are_equal_after_a_resume(
+    tmp_path: Path, model_dir, data, monkeypatch
+) -> None:
+    """Saved at step 4, stopped in step 5, logged at steps 3 and 6."""
+    options = {"save_steps": 4, "logging_steps": 3, "epochs": 3, "learning_rate": 3e-4}
+    train(config(model_dir, data, tmp_path / "whole", **options))
+    compute_loss = RDPOTrainer.compute_loss
+
+    def stopped(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return compute_loss(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RDPOTrainer, "compute_loss", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(model_dir, data, tmp_path / "stopped", **options))
+    train(config(model_dir, data, tmp_path / "stopped", **options))
+    assert [line["step"] for line in metrics(tmp_path / "whole")] == [1, 3, 6, 9]
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+
+
+def test_image_metrics_are_means_over_pairs_with_a_retrieved_image(
+    tmp_path: Path, model_dir, records
+) -> None:
+    """Half of the pairs have none: neither zeros in the means nor lines without a number."""
+    rows = records(4)
+    text_only = [dataclasses.replace(row, rejected_images=()) for row in rows[2:]]
+    names = ("logps/image_rejected", "rewards/image_margins", "rewards/image_accuracies")
+    lines = {}
+    for name, data in (("all", rows[:2]), ("half", [*rows[:2], *text_only]), ("none", text_only)):
+        write_parquet(data, tmp_path / f"{name}.parquet")
+        options = {"batch_size": len(data), "epochs": 3, "learning_rate": 3e-4}
+        train(config(model_dir, tmp_path / f"{name}.parquet", tmp_path / name, **options))
+        lines[name] = metrics(tmp_path / name)
+    first = names[0]
+    assert lines["half"][0][first] == pytest.approx(lines["all"][0][first], abs=1e-4)
+    assert lines["half"][0]["loss"] == pytest.approx(1.5 * math.log(2), abs=1e-4)
+    for name in names:
+        assert name in lines["half"][-1]
+        assert name not in lines["none"][-1]
 
 
 def test_the_same_command_on_a_finished_run_does_nothing(tmp_path: Path, model_dir, data) -> None:
