@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from realign.errors import RefusedError
 from realign.files import file_sha256
+from realign.logits import LogitTransform, find_logit_transform
 from realign_kernels import Objective, RdpoOutput, rdpo_loss
 
 VISION_MODULES = ("vision_tower", "vision_model", "visual", "vision_encoder")
@@ -84,7 +85,12 @@ def choose_dtype(dtype: str) -> torch.dtype:
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype, *, trainable_adapter: bool = False, name: str | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    trainable_adapter: bool = False,
+    name: str | None = None,
+    scoring: bool = True,
 ) -> PreTrainedModel:
     """Load a VLM, or an adapter on its base, with SDPA attention and dropout off. No remote code
     is run.
@@ -94,12 +100,14 @@ def load_model(
         dtype: Of the weights.
         trainable_adapter: Whether an adapter will be trained on.
         name: What adapters trained on the model call it; a hub id is good on other machines too.
+        scoring: Whether it will score answers; a model that only speaks need not be one of those
+            whose logits are understood.
     """
     if (folder / "adapter_config.json").is_file():
         from peft import PeftModel
 
         base_name = _adapter_base(folder)
-        base = load_model(resolve_model(base_name), dtype, name=base_name)
+        base = load_model(resolve_model(base_name), dtype, name=base_name, scoring=scoring)
         with quiet_peft():
             return PeftModel.from_pretrained(base, folder, is_trainable=trainable_adapter)
     if not any(folder.glob("*.safetensors")):
@@ -119,7 +127,8 @@ def load_model(
     if name:
         model.name_or_path = model.config._name_or_path = name
     disable_dropout(model)
-    attach_preference_forward(model)
+    if scoring:
+        attach_preference_forward(model)
     return model
 
 
@@ -192,7 +201,11 @@ def attach_preference_forward(model: PreTrainedModel) -> None:
 
     ``preference_labels`` are shifted labels, shape ``(C*P, T)``, cell-major; ``ref_logps`` is ``(C,
     P)`` or None. Only the hidden states of answer positions reach the output projection.
+
+    Raises:
+        RefusedError: What the model does to its logits is not understood.
     """
+    transform = find_logit_transform(model)
     original = type(model).forward
 
     @functools.wraps(original)  # generate() and Trainer read the signature
@@ -213,6 +226,7 @@ def attach_preference_forward(model: PreTrainedModel) -> None:
             hidden_states,
             preference_labels,
             ref_logps,
+            transform,
             objective=objective,
             rejected_scoring=rejected_scoring,
         )
@@ -225,6 +239,7 @@ def head_loss(
     hidden_states: Tensor,
     labels: Tensor,
     ref_logps: Tensor | None,
+    transform: LogitTransform,
     *,
     objective: Objective | None,
     rejected_scoring: str,
@@ -238,7 +253,6 @@ def head_loss(
         (adapter,) = head.active_adapters
         lora = (head.lora_A[adapter].weight, head.lora_B[adapter].weight, head.scaling[adapter])
         head = head.get_base_layer()
-    text_config = model.config.get_text_config()
     return rdpo_loss(
         hidden_states,
         head.weight,
@@ -248,6 +262,6 @@ def head_loss(
         rejected_scoring=rejected_scoring,
         lm_head_bias=getattr(head, "bias", None),
         lm_head_lora=lora,
-        logit_scale=getattr(text_config, "logit_scale", None) or 1.0,
-        logit_softcap=getattr(text_config, "final_logit_softcapping", None),
+        logit_scale=transform.scale,
+        logit_softcap=transform.softcap,
     )

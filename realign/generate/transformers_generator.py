@@ -33,7 +33,7 @@ class TransformersGenerator:
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype, max_new_tokens: int) -> TransformersGenerator:
         """Load a model folder onto the GPU, or the CPU where there is none."""
-        model: Any = load_model(folder, dtype)
+        model: Any = load_model(folder, dtype, scoring=False)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         return cls(model, load_processor(folder), max_new_tokens)
 

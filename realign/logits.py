@@ -1,0 +1,98 @@
+"""What a model does to its logits after the output projection.
+
+Configurations do not say: the same ``logits_scaling`` divides in Granite and multiplies in
+HyperCLOVA X, and Cohere2 Vision does not apply its text model's ``logit_scale`` at all. So every
+reading of the configuration is compared with the model's own logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from realign.errors import RefusedError
+
+SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# large enough for the usual softcaps of 20 to 50 to show, also in bfloat16
+LARGEST_LOGIT = 40.0
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """``softcap * tanh(scale * z / softcap)`` of the output projection ``z``."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Apply it."""
+        z = z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+class _BodyOutput:
+    """What the body of a model returns, for a head that is asked alone: hidden states and no
+    more.
+    """
+
+    def __init__(self, hidden_states: Tensor) -> None:
+        self.last_hidden_state = hidden_states
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@torch.inference_mode()
+def find_logit_transform(model: PreTrainedModel) -> LogitTransform:
+    """Return the transform whose logits are the model's own, on hidden states made up here.
+
+    Raises:
+        RefusedError: There is none.
+    """
+    head = model.get_output_embeddings()
+    weight: Tensor = head.weight
+    hidden_states = torch.randn(1, 2, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    hidden_states = hidden_states.to(weight)
+    hidden_states *= LARGEST_LOGIT / head(hidden_states).abs().max()
+    projected, own = head(hidden_states).float(), _own_logits(model, hidden_states)
+    candidates = _candidates(model.config.get_text_config())
+    if own.shape == projected.shape:
+        errors = [float((own - transform(projected)).abs().max()) for transform in candidates]
+        tolerance = 4 * torch.finfo(weight.dtype).eps * LARGEST_LOGIT
+        if min(errors) <= tolerance:
+            return candidates[errors.index(min(errors))]
+        found = f"differ by {min(errors):.3g} from the nearest (tolerance {tolerance:.2g})"
+    else:
+        found = f"have shape {tuple(own.shape)} instead of {tuple(projected.shape)}"
+    raise RefusedError(
+        f"model {type(model).__name__} must compute its logits as one of {candidates} of its "
+        f"output projection, its own {found}. It cannot be scored: use another model, or report "
+        "its name."
+    )
+
+
+def _candidates(config: Any) -> list[LogitTransform]:
+    named = [getattr(config, name, None) for name in SCALES]
+    scales = [1.0, *(float(s) for value in named if value for s in (value, 1 / value))]
+    softcaps = [None, *(float(c) for name in SOFTCAPS if (c := getattr(config, name, None)))]
+    return [*dict.fromkeys(LogitTransform(*pair) for pair in product(scales, softcaps))]
+
+
+def _own_logits(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:
+    """The model's logits for hidden states that its body did not compute."""
+    body: Any = model.model
+    body.forward = lambda *args, **kwargs: _BodyOutput(hidden_states)
+    try:
+        ids = torch.zeros(hidden_states.shape[:2], dtype=torch.int64, device=hidden_states.device)
+        return model(input_ids=ids).logits.float()
+    finally:
+        del body.forward  # the class's own again
