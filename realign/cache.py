@@ -16,12 +16,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,7 +35,9 @@ from realign.modeling import choose_dtype, load_model, load_processor, model_ide
 from realign.progress import Progress
 from realign.records import Record
 
-SCHEMA = 1
+SCHEMA = 2
+# what computes pixels and log-probabilities
+PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "peft", "pillow")
 Identity = dict[str, Any]
 
 
@@ -54,11 +56,31 @@ def reference_identity(
         "numerics": {
             "dtype": str(dtype).removeprefix("torch."),
             "attention": "sdpa",
-            "device": "cuda" if torch.cuda.is_available() else "cpu",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            # the same configuration is another class, with other pixels, where torchvision is
+            "image_processor": type(load_processor(folder).image_processor).__name__,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "float32": _float32_precision(),
+            "packages": {name: _version(name) for name in PACKAGES},
         },
     }
+
+
+def _float32_precision() -> dict[str, str]:
+    """How float32 products are computed: TF32 has ten bits of mantissa."""
+    backends: Any = torch.backends
+    used = (
+        {"matmul": backends.cuda.matmul, "convolution": backends.cudnn.conv}
+        if torch.cuda.is_available()
+        else {"matmul": backends.mkldnn.matmul, "convolution": backends.mkldnn.conv}
+    )
+    return {name: backend.fp32_precision for name, backend in used.items()}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def identity_folder(root: Path, identity: Identity) -> Path:

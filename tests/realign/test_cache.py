@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -126,6 +127,45 @@ def test_other_scoring_or_numerics_are_refused(
         read_cache(tmp_path, rows, identity(model_dir, **options))
 
 
+NUMERICS = {
+    "GPU": ("torch.cuda.get_device_name", lambda: "H200", "device: cached cpu, needed H200"),
+    "Pillow": ("realign.cache.version", lambda name: "0", r"packages\.pillow: cached .*, needed 0"),
+    "peft": ("realign.cache.version", lambda name: "0", r"packages\.peft: cached .*, needed 0"),
+    "image processor": ("realign.cache.load_processor", lambda folder: Mock(image_processor=1),
+                        "image_processor: cached CLIPImageProcessor.*, needed int"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NUMERICS)
+def test_another_machine_is_refused_by_what_differs(
+    name: str, tmp_path: Path, model_dir, records, monkeypatch
+) -> None:
+    rows = records(1)
+    build(rows, model_dir, tmp_path)
+    target, value, message = NUMERICS[name]
+    if name == "GPU":
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(target, value)
+    with pytest.raises(RefusedError, match=rf"numerics\.{message}"):
+        read_cache(tmp_path, rows, identity(model_dir))
+
+
+def test_float32_products_of_another_precision_are_refused(
+    tmp_path: Path, model_dir, records
+) -> None:
+    rows = records(1)
+    build(rows, model_dir, tmp_path)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "tf32"
+    try:
+        with pytest.raises(
+            RefusedError, match=r"numerics\.float32\.matmul: cached .*, needed tf32"
+        ):
+            read_cache(tmp_path, rows, identity(model_dir))
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
 def test_any_changed_bit_of_a_shard_is_found(tmp_path: Path, model_dir, records) -> None:
     rows = records(4)
     place = build(rows, model_dir, tmp_path)
@@ -166,7 +206,9 @@ def test_identity_is_readable_json(tmp_path: Path, model_dir, records) -> None:
     place = build(records(1), model_dir, tmp_path)
     stored = json.loads((place / "identity.json").read_text())
     assert stored == identity(model_dir)
-    assert {"dtype", "attention", "device", "torch", "transformers"} == set(stored["numerics"])
+    assert set(stored["numerics"]) == {
+        "dtype", "attention", "image_processor", "device", "float32", "packages"
+    }  # fmt: skip
     assert not list(place.rglob(".*"))  # no temporary file is left
 
 
