@@ -134,9 +134,9 @@ class TrainConfig(_Section):
     beta: PositiveFloat = 0.1
     """Tie to the reference in the answer pair."""
     image_beta: PositiveFloat | None = None
-    """Tie to the reference in the image pair; ``beta`` by default."""
+    """Tie to the reference in the image pair; ``beta`` by default. Not with dpo and sft."""
     image_weight: NonNegativeFloat = 1.0
-    """Weight of the image pair."""
+    """Weight of the image pair. Not with dpo and sft."""
     nll_weight: NonNegativeFloat = 0.0
     """Weight of the chosen answer's mean negative log-likelihood; not in the paper."""
     rejected_scoring: RejectedScoring = "label"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from realign.errors import RefusedError
 from realign_kernels import Objective
 
 
@@ -22,6 +23,7 @@ OBJECTIVES: dict[str, Callable[[float, float, float], Objective]] = {
     "symmetric": Objective.symmetric,
     "sft": lambda beta, image_beta, image_weight: _sft(beta),
 }
+WITHOUT_IMAGE_PAIR = ("dpo", "sft")
 
 
 def make_objective(
@@ -30,9 +32,16 @@ def make_objective(
     """Return the objective of a name, with ``nll_weight`` added to it.
 
     Raises:
-        ValueError: The name is unknown.
+        RefusedError: The name is unknown, or it does not read an option that was set.
     """
     if name not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {sorted(OBJECTIVES)}, got {name!r}.")
+        raise RefusedError(f"objective must be one of {sorted(OBJECTIVES)}, got {name!r}.")
+    image_options = (("image_beta", image_beta, None), ("image_weight", image_weight, 1.0))
+    for option, value, default in image_options:
+        if name in WITHOUT_IMAGE_PAIR and value != default:
+            raise RefusedError(
+                f"{option} must not be set with objective {name!r}, which has no image pair, got "
+                f"{value}. Drop it."
+            )
     objective = OBJECTIVES[name](beta, beta if image_beta is None else image_beta, image_weight)
     return dataclasses.replace(objective, nll_weight=nll_weight or objective.nll_weight)

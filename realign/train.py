@@ -49,9 +49,9 @@ def train(config: TrainConfig) -> Path:
     """
     folder = resolve_model(config.model)
     _check_support(config, folder)
+    cells = _reference_cells(config)
     records = read_records(config.data, config.images)
     processor = load_processor(folder)
-    cells = _reference_cells(config)
     check_rows(records, processor, cells=cells, max_length=config.max_length)
     identity = reference_identity(
         folder, cells=cells, rejected_scoring=config.rejected_scoring, dtype=_dtype(config)

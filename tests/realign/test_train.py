@@ -114,6 +114,19 @@ def test_objectives(tmp_path: Path, model_dir, data, objective: str, first_loss:
     assert ("rewards/both_rejected" in lines[0]) == (objective == "symmetric")
 
 
+@pytest.mark.parametrize("objective", ["dpo", "sft"])
+@pytest.mark.parametrize("option", [{"image_weight": 0.5}, {"image_beta": 0.1}], ids=str)
+def test_options_that_an_objective_does_not_read_are_refused(
+    tmp_path: Path, model_dir, data, objective: str, option: dict[str, float]
+) -> None:
+    (name,) = option
+    with pytest.raises(
+        RefusedError, match=rf"^{name} must not be set with objective '{objective}'"
+    ):
+        train(config(model_dir, data, tmp_path / "run", objective=objective, **option))
+    assert not (tmp_path / "run").exists()
+
+
 def test_sft_is_the_mean_nll_of_the_chosen_answers(tmp_path, model_dir, data, records) -> None:
     train(config(model_dir, data, tmp_path / "run", objective="sft", batch_size=12, epochs=4))
     lines = metrics(tmp_path / "run")
