@@ -190,6 +190,12 @@ def evaluate(
         if bad := [name for name, separator, folder in pairs if not (separator and folder)]:
             raise RefusedError(f"--model must be NAME=FOLDER, got {bad[0]!r}.")
         models = {name: folder for name, _, folder in pairs} or None
+        if len(models or ()) < len(pairs):
+            names = [name for name, *_ in pairs]
+            again = next(name for name in names if names.count(name) > 1)
+            raise RefusedError(
+                f"--model must have different names, got {again!r} twice. Rename it."
+            )
         options: EvalConfig = load_config(
             EvalConfig,
             config,

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from realign.errors import RefusedError
+from realign.files import read_utf8
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 RejectedScoring = Literal["label", "top_non_label"]
@@ -253,7 +254,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RefusedError(f"config must be a YAML file, got {path}, which does not exist.")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.safe_load(read_utf8(path))
     except yaml.YAMLError as error:
         raise RefusedError(f"{path} must be YAML ({error}).") from None
     if not isinstance(raw, dict) or not all(

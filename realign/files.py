@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from realign.errors import RefusedError
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -54,17 +56,43 @@ def read_jsonl(path: Path) -> list[Any]:
     """Read one JSON value a line.
 
     Raises:
-        ValueError: A line is not JSON; the message names it.
+        RefusedError: The file is not UTF-8, or a line is not JSON; the message names it.
     """
+    # not splitlines(): a JSON string may hold U+2028 and other line ends as they are
+    lines = read_utf8(path).removesuffix("\n").split("\n")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines if lines != [""] else [], start=1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(
+            raise RefusedError(
                 f"{path}, line {number} must be JSON, got {line[:60]!r} ({error.msg})."
             ) from None
     return rows
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        RefusedError: It is not UTF-8 or not JSON.
+    """
+    try:
+        return json.loads(read_utf8(path))
+    except json.JSONDecodeError as error:
+        raise RefusedError(f"{path}, line {error.lineno} must be JSON ({error.msg}).") from None
+
+
+def read_utf8(path: Path) -> str:
+    """Read a text file.
+
+    Raises:
+        RefusedError: It is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RefusedError(f"{path} must be UTF-8 ({error}). Save it so.") from None
 
 
 def file_sha256(path: Path) -> str:

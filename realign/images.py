@@ -27,6 +27,8 @@ def resolve_image(root: Path, name: str, where: str) -> Path:
     Raises:
         RefusedError: The name is absolute, a URL, leaves the folder, or no such file exists.
     """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise RefusedError(f"{where}: image must be a file name, got {name!r:.80}.")
     if "://" in name or name.startswith("data:"):
         raise RefusedError(
             f"{where}: image must be a file name, got the URL {name[:80]!r}. Download it first."

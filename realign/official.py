@@ -5,13 +5,13 @@ chosen, rejected}`` and one image folder.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from realign.errors import RefusedError
+from realign.files import read_json
 from realign.images import MAX_BYTES, resolve_image
 from realign.records import IMAGE_TOKEN, LazyRecords, Message, Record, check_messages
 
@@ -23,10 +23,7 @@ def read_official_json(path: Path, image_root: Path) -> OfficialRecords:
     Raises:
         RefusedError: The file or a row does not have that layout, or an image is missing.
     """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RefusedError(f"{path} must be UTF-8 JSON ({error}).") from None
+    rows = read_json(path)
     if not isinstance(rows, list):
         raise RefusedError(f"{path} must be a list of rows, got {type(rows).__name__}.")
     return OfficialRecords(
@@ -68,17 +65,19 @@ def _read_limited(path: Path | None) -> tuple[bytes, ...]:
         return (file.read(MAX_BYTES + 1),)
 
 
-def _official_row(row: dict[str, Any], number: int, path: Path, image_root: Path) -> OfficialRow:
+def _official_row(row: Any, number: int, path: Path, image_root: Path) -> OfficialRow:
     where = f"{path.name}, row {number}"
+    if not isinstance(row, dict):
+        raise RefusedError(f"{where} must be an object, got {row!r:.80}.")
     if missing := [name for name in ("chosen", "rejected") if name not in row]:
         raise RefusedError(f"{where}: keys {missing} are missing, found {sorted(row)}.")
-    if "image" in row and "retrieved_image" not in row:
-        raise RefusedError(
-            f"{where}: retrieved_image is missing beside image {row['image']!r}. Add it."
-        )
     names = {name: row[name] for name in ("image", "retrieved_image") if name in row}
+    if len(names) == 1:
+        ((there, value),) = names.items()
+        missing_name = "retrieved_image" if there == "image" else "image"
+        raise RefusedError(f"{where}: {missing_name} is missing beside {there} {value!r}. Add it.")
     for name, value in names.items():
-        if not isinstance(value, str) or "\0" in value:
+        if not isinstance(value, str):
             raise RefusedError(f"{where}: {name} must be a file name, got {value!r:.80}.")
     prompt, chosen = _split_conversation(row["chosen"], where, "chosen")
     rejected_prompt, rejected = _split_conversation(row["rejected"], where, "rejected")

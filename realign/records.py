@@ -122,6 +122,11 @@ def _problems(record: Record, special: list[str]) -> Iterable[str]:
                     f"{where}: prompt must not contain the special token {token!r}. "
                     "Remove it from the text."
                 )
+    if record.rejected_images and len(record.rejected_images) != len(record.images):
+        yield (
+            f"{where}: rejected_images must be as many as images, or none, got "
+            f"{len(record.rejected_images)} for {len(record.images)}. Add or remove some."
+        )
     if record.rejected_images and record.rejected_images == record.images:
         yield (
             f"{where}: retrieved_image must differ from image, got the same file content "

@@ -19,6 +19,7 @@ from realign.build.similarity import Similarity
 from realign.build.sources import SourceRow
 from realign.generate.answer import Answer
 from realign.images import decode_image
+from realign.records import IMAGE_TOKEN
 
 
 class Generator(Protocol):
@@ -70,6 +71,7 @@ class Rules:
     threshold: float
     keep_unmasked: bool
     seed: int
+    special: tuple[str, ...] = ()  # the model's special tokens
 
 
 def mask_group(
@@ -151,6 +153,8 @@ def refusal(answer: str, masked: str, said: Answer, similarity: float, rules: Ru
         return "empty"
     if MASK_TOKEN in completion:
         return "mask left unfilled"
+    if any(token in completion for token in (*rules.special, IMAGE_TOKEN) if token):
+        return "special token"  # written out in ordinary tokens; training would refuse the row
     if completion == answer:
         return "identical"
     if rules.keep_unmasked and not fits_mask(masked, completion):

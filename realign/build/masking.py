@@ -17,6 +17,7 @@ import yaml
 
 from realign.build.prompts import MASK_TOKEN
 from realign.errors import RefusedError
+from realign.files import read_utf8
 
 
 class Lexicon:
@@ -42,7 +43,7 @@ class Lexicon:
         if not path.is_file():
             raise RefusedError(f"lexicon must be a YAML file, got {path}, which does not exist.")
         try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+            raw = yaml.safe_load(read_utf8(path))
         except yaml.YAMLError as error:
             raise RefusedError(f"lexicon {path} must be YAML ({error}).") from None
         if not isinstance(raw, dict) or not all(

@@ -20,11 +20,12 @@ from realign.build.masking import Lexicon
 from realign.build.retrieval import embed_images, nearest
 from realign.build.similarity import load_similarity
 from realign.build.sources import Corpus, SourceRow, read_source
+from realign.collate import Renderer
 from realign.config import BuildConfig
 from realign.errors import RefusedError
 from realign.files import file_sha256, read_jsonl, write_json, write_jsonl
 from realign.generate.transformers_generator import TransformersGenerator
-from realign.modeling import choose_dtype, model_identity, resolve_model
+from realign.modeling import choose_dtype, load_processor, model_identity, resolve_model
 from realign.parquet import write_parquet
 from realign.progress import Progress
 from realign.records import Record
@@ -42,7 +43,8 @@ def build(config: BuildConfig) -> Path:
             gave a pair.
     """
     folder = resolve_model(config.model)
-    rows = read_source(config.source, config.images)
+    special = tuple(Renderer(load_processor(folder)).placeholders())
+    rows = read_source(config.source, config.images, special)
     corpus = Corpus.of(rows)
     if len(corpus.names) < 2:
         raise RefusedError(
@@ -58,6 +60,7 @@ def build(config: BuildConfig) -> Path:
         threshold=config.threshold,
         keep_unmasked=config.keep_unmasked,
         seed=config.seed,
+        special=special,
     )
     rules.lexicon.check_rates(config.mask_rates)
     what = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from realign.errors import RefusedError
 from realign.files import file_sha256, read_jsonl
 from realign.images import decode_image, resolve_image
+from realign.records import IMAGE_TOKEN
 
 
 @dataclass(frozen=True)
@@ -21,22 +23,23 @@ class SourceRow:
     answer: str
 
 
-def read_source(path: Path, image_root: Path) -> list[SourceRow]:
+def read_source(path: Path, image_root: Path, special: Iterable[str] = ()) -> list[SourceRow]:
     """Read and check a source file.
 
+    Args:
+        path: The file.
+        image_root: The folder of its images.
+        special: The model's special tokens; no text may contain one.
     Raises:
-        RefusedError: A line is not ``{"image", "prompt", "answer"}``, a value is empty, an image is
-            missing or unreadable, or two rows share an id.
+        RefusedError: A line is not ``{"image", "prompt", "answer"}``, a value is empty or contains
+            a special token, an image is missing or unreadable, or two rows share an id.
     """
+    tokens = sorted({*special, IMAGE_TOKEN} - {""})
     if not path.is_file():
         raise RefusedError(f"source must be a JSONL file, got {path}, which does not exist.")
-    try:
-        raw_rows = read_jsonl(path)
-    except ValueError as error:
-        raise RefusedError(str(error)) from None
     rows: dict[str, SourceRow] = {}
     checked: set[Path] = set()
-    for number, raw in enumerate(raw_rows, start=1):
+    for number, raw in enumerate(read_jsonl(path), start=1):
         where = f"{path.name}, line {number}"
         for name in ("image", "prompt", "answer"):
             if (
@@ -45,6 +48,11 @@ def read_source(path: Path, image_root: Path) -> list[SourceRow]:
                 or not raw[name].strip()
             ):
                 raise RefusedError(f"{where}: {name} must be a non-empty string, got {raw!r:.120}.")
+            if found := [token for token in tokens if name != "image" and token in raw[name]]:
+                raise RefusedError(
+                    f"{where}: {name} must not contain the special token {found[0]!r}, got "
+                    f"{raw[name]!r:.80}. Remove it; the image goes before the prompt by itself."
+                )
         row_id = str(raw.get("id", number - 1))
         if row_id in rows:
             raise RefusedError(f"{where}: id must be unique, got {row_id!r} again.")

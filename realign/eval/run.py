@@ -11,7 +11,6 @@ it in pairs.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -26,11 +25,12 @@ from realign.config import EvalConfig
 from realign.errors import RefusedError
 from realign.eval.bootstrap import Array, paired_scores
 from realign.eval.chair import caption_counts, chair_metrics, mentioned
-from realign.eval.pope import SPLITS, confusion, pope_metrics
+from realign.eval.pope import confusion, pope_metrics
+from realign.eval.tasks import check_images, read_synonyms, read_tasks
 from realign.files import file_sha256, read_jsonl, write_json, write_jsonl
 from realign.generate.answer import Answer
 from realign.generate.transformers_generator import TransformersGenerator
-from realign.images import decode_image, resolve_image
+from realign.images import decode_image
 from realign.modeling import choose_dtype, model_identity, resolve_model
 from realign.progress import Progress
 from realign.run_folder import claim
@@ -54,9 +54,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         )
     if bad := [name for name in folders if not re.fullmatch(r"[\w .+-]+", name)]:
         raise RefusedError(f"eval.models must have plain names, got {bad[0]!r}. Rename it.")
-    for task, rows in tasks.items():
-        for number, row in enumerate(rows, start=1):
-            resolve_image(config.images, row["image"], f"{task}.jsonl, line {number}")
+    synonyms = read_synonyms(config.data, tasks["chair"])
+    check_images(tasks, config.images)
     claim(
         config.out,
         "eval",
@@ -72,7 +71,6 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         dict.fromkeys((row["image"], row["text"]) for rows in tasks.values() for row in rows)
     )
     answers = {name: _answers(name, folder, questions, config) for name, folder in folders.items()}
-    synonyms = _synonyms(config.data)
     scores = score(tasks, answers, synonyms, resamples=config.bootstrap, seed=config.seed)
     scores["samples"] = caption_samples(tasks["chair"], answers, synonyms)
     (config.out / "samples").mkdir(exist_ok=True)
@@ -81,38 +79,6 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         shutil.copyfile(config.images / sample["image"], config.out / "samples" / sample["picture"])
     write_json(config.out / "scores.json", scores)
     return scores
-
-
-def read_tasks(data: Path) -> dict[str, list[dict[str, Any]]]:
-    """Read the three POPE files and the CHAIR file of a folder.
-
-    Raises:
-        RefusedError: One is missing, or a row lacks a key.
-    """
-    tasks = {}
-    for task in (*(f"pope_{split}" for split in SPLITS), "chair"):
-        path = data / f"{task}.jsonl"
-        if not path.is_file():
-            raise RefusedError(f"data must hold {path.name}, {data} does not.")
-        tasks[task] = read_jsonl(path)
-        keys = ("image", "text", "objects") if task == "chair" else ("image", "text", "label")
-        for number, row in enumerate(tasks[task], start=1):
-            if missing := [key for key in keys if key not in row]:
-                raise RefusedError(
-                    f"{path.name}, line {number}: keys {missing} are missing, found {sorted(row)}."
-                )
-            if "label" in row and row["label"] not in ("yes", "no"):
-                raise RefusedError(
-                    f"{path.name}, line {number}: label must be yes or no, got {row['label']!r}."
-                )
-    return tasks
-
-
-def _synonyms(data: Path) -> dict[str, list[str]]:
-    path = data / "chair_objects.json"
-    if not path.is_file():
-        raise RefusedError(f"data must hold {path.name}, {data} does not.")
-    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _answers(

@@ -147,13 +147,15 @@ def test_a_models_mask_is_taken_or_falls_back_to_the_rule(five_images) -> None:
         ("", "empty"),
         ("A [MASK] dog sits.", "mask left unfilled"),
         ("A red dog sits.", "identical"),
+        ("A <image> cat sits.", "special token"),
+        ("A red cat sits.</s>", "special token"),
         ("The red cat sits.", "unmasked words changed"),
         ("A red cat sits.", ""),
     ],
 )
 def test_refusals(completion: str, reason: str) -> None:
     answer, masked = "A red dog sits.", "A [MASK] [MASK] sits."
-    assert refusal(answer, masked, Answer(completion), 0.5, rules()) == reason
+    assert refusal(answer, masked, Answer(completion), 0.5, rules(special=("</s>", ""))) == reason
 
 
 def test_similarity_at_the_threshold_is_too_similar() -> None:
@@ -269,6 +271,11 @@ def test_an_answer_is_cut_when_no_end_of_turn_token_came(model_dir: Path) -> Non
         ("[]", "line 1: image must be a non-empty string"),
         ('{"image": "a.png", "prompt": "x"}', "line 1: answer must be a non-empty string"),
         ('{"image": "a.png", "prompt": " ", "answer": "y"}', "line 1: prompt must be a non-empty"),
+        (
+            '{"image": "a.png", "prompt": "<image> x", "answer": "y"}',
+            "line 1: prompt must not cont",
+        ),
+        ('{"image": "a.png", "prompt": "x", "answer": "y</s>"}', "answer must not contain .*</s>"),
         ('{"image": "no.png", "prompt": "x", "answer": "y"}', "line 1: image 'no.png' does not"),
         ('{"image": "b.png", "prompt": "x", "answer": "y"}', r"line 1, b\.png: image must be a re"),
         (
@@ -283,7 +290,7 @@ def test_bad_sources(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "b.png").write_text("not an image")
     (tmp_path / "s.jsonl").write_text(line)
     with pytest.raises(RefusedError, match=message):
-        read_source(tmp_path / "s.jsonl", tmp_path)
+        read_source(tmp_path / "s.jsonl", tmp_path, special=["</s>", ""])
     with pytest.raises(RefusedError, match="which does not exist"):
         read_source(tmp_path / "none.jsonl", tmp_path)
 
@@ -298,6 +305,14 @@ def test_bad_sources(tmp_path: Path, line: str, message: str) -> None:
 def test_bad_mask_rates(config: BuildConfig, rates: dict[str, float], message: str) -> None:
     with pytest.raises(RefusedError, match=message):
         build(config.model_copy(update={"mask_rates": rates}))
+    assert not config.out.exists()
+
+
+def test_the_models_special_tokens_are_refused_in_the_source(config: BuildConfig) -> None:
+    text = config.source.read_text()
+    config.source.write_text(text.replace('"prompt": "', '"prompt": "<pad>', 1))
+    with pytest.raises(RefusedError, match=r"line 1: prompt must not contain .* '<pad>'"):
+        build(config)
     assert not config.out.exists()
 
 

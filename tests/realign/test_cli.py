@@ -129,6 +129,9 @@ def test_unknown_keys_and_values_exit_with_2(tmp_path: Path) -> None:
     result = realign("eval", "--model", "folder-without-name")
     assert result.exit_code == 2
     assert "--model must be NAME=FOLDER" in result.output
+    result = realign("eval", "--model", "a=x", "--model", "b=x", "--model", "a=y")
+    assert result.exit_code == 2
+    assert "--model must have different names, got 'a' twice" in result.output
     result = realign("train", "--model", "./none", "--data", "x", "--out", tmp_path / "o")
     assert "must be an existing folder or a hub id, got ./none" in result.output
 

@@ -146,5 +146,39 @@ def test_eval_refuses_what_is_missing_or_malformed(tmp_path: Path, model_dir, wo
     (world / "images" / "eval-00003.png").unlink()
     with pytest.raises(RefusedError, match=r"'eval-00003\.png' does not exist"):
         run()
+    (world / "images" / "eval-00003.png").write_text("junk")
+    with pytest.raises(RefusedError, match=r"line \d+, eval-00003\.png: image must be a readable"):
+        run()
     (world / "eval" / "chair_objects.json").unlink()
+    with pytest.raises(RefusedError, match=r"must hold chair_objects\.json"):
+        run()
     assert not (tmp_path / "eval").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("pope_random.jsonl", "{", r"pope_random\.jsonl, line 1 must be JSON, got '\{'"),
+        ("pope_random.jsonl", "", r"pope_random\.jsonl must have at least one line"),
+        ("pope_random.jsonl", "3\n", r"pope_random\.jsonl, line 1 must be an object .* got 3"),
+        ("pope_random.jsonl", '{"image": "a", "text": 1, "label": "no"}', "line 1: text must be"),
+        ("pope_random.jsonl", '{"image": 1, "text": "x", "label": "no"}', "must be a file name"),
+        ("chair.jsonl", '{"image": "a", "text": "x", "objects": "dog"}', "objects must be a list"),
+        ("chair.jsonl", '{"image": "a", "text": "x", "objects": ["emu"]}', "line 1: .* got 'emu'"),
+        ("chair_objects.json", "{\n[", r"chair_objects\.json, line 2 must be JSON"),
+        ("chair_objects.json", '{"dog": "dog"}', r"chair_objects\.json must map each object to a"),
+    ],
+)
+def test_malformed_files_are_named(
+    tmp_path: Path, model_dir, world, file: str, text: str, message: str
+) -> None:
+    (world / "eval" / file).write_text(text)
+    config = EvalConfig(
+        models={"base": str(model_dir)},
+        data=world / "eval",
+        images=world / "images",
+        out=tmp_path / "eval",
+    )
+    with pytest.raises(RefusedError, match=message):
+        evaluate(config)
+    assert not config.out.exists()

@@ -49,6 +49,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         r"row r0: prompt must not contain the special token '<image>'",
     ),
     "same image": ({"rejected_images": None}, r"row r0: retrieved_image must differ from image"),
+    "two for one": (
+        {"rejected_images": (b"a", b"b")},
+        "row r0: rejected_images must be as many as images, or none, got 2 for 1",
+    ),
+    "one for none": ({"images": ()}, "rejected_images must be as many as images.* got 1 for 0"),
     "unreadable": ({"images": (b"junk",)}, r"row r0, images: image must be a readable"),
 }
 
@@ -122,7 +127,9 @@ def test_official_row_without_image_is_text_only(official: Path) -> None:
     [
         ({"image": "gone.png"}, r"pref_data.json, row 1: image 'gone.png' does not exist"),
         ({"retrieved_image": None}, r"row 1: retrieved_image is missing beside image '1.png'"),
+        ({"image": None}, r"row 1: image is missing beside retrieved_image '1-retrieved.png'"),
         ({"image": 3}, r"row 1: image must be a file name, got 3"),
+        ({"image": "a\0b"}, r"row 1: image must be a file name, got 'a\\x00b'"),
         ({"chosen": ["x", "y"]}, r"row 1: chosen must be a list of messages with a role and a str"),
         (
             {"chosen": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
@@ -152,6 +159,12 @@ def test_bad_official_rows(official: Path, change: dict[str, Any], message: str)
         read_records(official, official.parent / "images")
 
 
+def test_official_rows_must_be_objects(official: Path) -> None:
+    official.write_text("[1]")
+    with pytest.raises(RefusedError, match=r"pref_data\.json, row 0 must be an object, got 1"):
+        read_records(official, official.parent / "images")
+
+
 def test_refused_files(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="which does not exist"):
         read_records(tmp_path / "none.json", tmp_path)
@@ -161,7 +174,7 @@ def test_refused_files(tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text("[")
     with pytest.raises(RefusedError, match="Pass --images FOLDER"):
         read_records(tmp_path / "d.json", None)
-    with pytest.raises(RefusedError, match="must be UTF-8 JSON"):
+    with pytest.raises(RefusedError, match=r"d\.json, line 1 must be JSON"):
         read_records(tmp_path / "d.json", tmp_path)
     (tmp_path / "d.json").write_text("{}")
     with pytest.raises(RefusedError, match="must be a list of rows, got dict"):
