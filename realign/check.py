@@ -34,6 +34,8 @@ def check_rows(
     for record in records:
         for answer in (record.chosen, record.rejected):
             renderer.render(record.prompt, answer, len(record.images), f"row {record.id}")
+    # a processor that alters texts alters every one
+    PreferenceCollator(processor, cells)(records[:1])
 
 
 def _check_lengths(

@@ -93,7 +93,7 @@ class Renderer:
             )
         end = start + len(answer.strip())
         if not self._ends_turn(text[end:]):
-            text = text[:end] + self.tokenizer.eos_token
+            text = text[:end] + self._end_of_sequence(text[end:], where)
         special = self.adds_special_tokens(text)
         prompt_ids = self.tokenizer(prompt_text, add_special_tokens=special).input_ids
         encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
@@ -117,6 +117,17 @@ class Renderer:
                 f"{where}: no end-of-turn token follows the answer, got {text[-60:]!r}."
             )
         return RenderedRow(text, answer_ids, after + 1)
+
+    def _end_of_sequence(self, tail: str, where: str) -> str:
+        """What ends the turn for a template that does not: LLaVA-1.5's writes a space."""
+        if tail.strip() or not self.tokenizer.eos_token:
+            raise RefusedError(
+                f"{where}: the chat template of {type(self.processor).__name__} "
+                f"{self.tokenizer.name_or_path} must end the answer with a special token or leave "
+                f"it open, got {tail!r} and eos_token {self.tokenizer.eos_token!r}. Make the end "
+                "of turn a special token of the tokenizer."
+            )
+        return str(self.tokenizer.eos_token)
 
     def _ends_turn(self, tail: str) -> bool:
         return any(
@@ -211,9 +222,13 @@ class PreferenceCollator:
                     "Raise max_length or remove the row; nothing is cut."
                 )
             start = length - len(row.answer_ids)
-            assert (
-                input_ids[index, start:length].tolist() == row.answer_ids
-            )  # expansion touches the prompt alone
+            if (found := input_ids[index, start:length].tolist()) != row.answer_ids:
+                raise RefusedError(
+                    f"row {record.id}: {type(self.processor).__name__} must leave the answer as "
+                    f"the chat template writes it, got {self.renderer.tokenizer.decode(found)!r} "
+                    f"instead of {self.renderer.tokenizer.decode(row.answer_ids)!r}. Use another "
+                    "processor; only image tokens may be added."
+                )
             if present[index]:
                 scored = slice(start, start + row.num_scored)
                 labels[index, scored] = input_ids[index, scored]

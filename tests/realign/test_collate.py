@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from realign.check import check_rows
 from realign.collate import PreferenceCollator, Renderer, user_turns
 from realign.errors import RefusedError
 from realign.modeling import load_processor
@@ -121,6 +122,32 @@ def test_end_of_turn(processor, end: str, scored: str) -> None:
     renderer = Renderer(Templated(processor, template))
     row = renderer.render([{"role": "user", "content": "How?"}], "Fine.", 0, "row 0")
     assert processor.tokenizer.decode(row.answer_ids[: row.num_scored]) == scored
+
+
+def test_an_end_of_turn_in_ordinary_tokens_is_refused(processor) -> None:
+    template = TURNS.replace("END", "<end>") + "{% if add_generation_prompt %}assistant:{% endif %}"
+    renderer = Renderer(Templated(processor, template))
+    with pytest.raises(
+        RefusedError,
+        match=r"row 0: the chat template of Templated .* or leave it open, got '<end>'",
+    ):
+        renderer.render([{"role": "user", "content": "How?"}], "Fine.", 0, "row 0")
+
+
+def test_a_processor_that_alters_texts_is_refused(processor, records) -> None:
+    class Lowering(Templated):
+        image_token = processor.image_token
+
+        def __call__(self, text, **options):
+            return self._processor(text=[line.lower() for line in text], **options)
+
+    lowering = Lowering(processor, processor.chat_template)
+    with pytest.raises(
+        RefusedError, match=r"row r0: Lowering must leave the answer as .* got ' there is"
+    ):
+        PreferenceCollator(lowering, cells=1)(records(1))
+    with pytest.raises(RefusedError, match="Lowering must leave the answer"):
+        check_rows(records(2), lowering, cells=3, max_length=None)
 
 
 def test_a_template_that_changes_the_prompt_is_refused(processor) -> None:
