@@ -57,19 +57,22 @@ def resolve_model(model: str) -> Path:
         ) from None
 
 
-def model_identity(folder: Path) -> dict[str, str]:
+def model_identity(folder: Path, *, generates: bool = False) -> dict[str, str]:
     """SHA-256 of every file of a model folder that its outputs depend on, base model included for
     an adapter.
+
+    Args:
+        folder: From :func:`resolve_model`.
+        generates: Whether it will be asked for answers, which ``generation_config.json`` shapes;
+            log-probabilities do not depend on it.
     """
+    without = {"README.md"} | (set() if generates else {"generation_config.json"})
     files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
-    identity = {
-        path.name: file_sha256(path)
-        for path in files
-        if path.name not in ("README.md", "generation_config.json")
-    }
+    identity = {path.name: file_sha256(path) for path in files if path.name not in without}
     if (folder / "adapter_config.json").is_file():
         base = resolve_model(_adapter_base(folder))
-        identity |= {f"base/{name}": digest for name, digest in model_identity(base).items()}
+        of_base = model_identity(base, generates=generates)
+        identity |= {f"base/{name}": digest for name, digest in of_base.items()}
     return identity
 
 

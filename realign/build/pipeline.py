@@ -70,7 +70,8 @@ def build(config: BuildConfig) -> Path:
         "source": file_sha256(config.source),
         "images": corpus.digests,
         "lexicon": file_sha256(lexicon_path),
-        "model": model_identity(folder),
+        "model": model_identity(folder, generates=True),
+        "dtype": str(choose_dtype(config.dtype)),
     }
     dataset = config.out / "dataset.parquet"
     if is_claimed(config.out, "build", what) and dataset.is_file():

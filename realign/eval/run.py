@@ -55,12 +55,15 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if bad := [name for name in folders if not re.fullmatch(r"[\w .+-]+", name)]:
         raise RefusedError(f"eval.models must have plain names, got {bad[0]!r}. Rename it.")
     synonyms = read_synonyms(config.data, tasks["chair"])
-    check_images(tasks, config.images)
+    digests = check_images(tasks, config.images)
     claim(
         config.out,
         "eval",
         {
-            "models": {name: model_identity(folder) for name, folder in folders.items()},
+            "models": {
+                name: model_identity(folder, generates=True) for name, folder in folders.items()
+            },
+            "images": [digests[name] for name in sorted(digests)],
             "data": {path.name: file_sha256(path) for path in sorted(config.data.glob("*.json*"))},
             "max_new_tokens": config.max_new_tokens,
             "bootstrap": [config.bootstrap, config.seed],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,31 @@ def test_answers_are_stored_once_and_reused(tmp_path: Path, model_dir, world) ->
     assert models["same"]["recall"]["difference"] == 0
     assert scores["samples"] == []  # two equal models have no different captions
     assert evaluate(config) == json.loads((tmp_path / "eval" / "scores.json").read_text())
+
+
+def test_other_images_or_generation_settings_are_another_run(
+    tmp_path: Path, model_dir, world
+) -> None:
+    model = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    config = EvalConfig(
+        models={"base": str(model)},
+        data=world / "eval",
+        images=world / "images",
+        out=tmp_path / "eval",
+        bootstrap=20,
+    )
+    evaluate(config)
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps({**settings, "num_beams": 2}))
+    with pytest.raises(RefusedError, match=r"models\.base\.generation_config\.json: .* asked"):
+        evaluate(config)
+    (model / "generation_config.json").write_bytes(
+        (model_dir / "generation_config.json").read_bytes()
+    )
+    evaluate(config)
+    shutil.copy(world / "images" / "eval-00001.png", world / "images" / "eval-00000.png")
+    with pytest.raises(RefusedError, match=r"holds another run.*\n  images: .* there, .* asked"):
+        evaluate(config)
 
 
 def test_eval_refuses_what_is_missing_or_malformed(tmp_path: Path, model_dir, world) -> None:

@@ -47,6 +47,13 @@ def test_identity_changes_with_any_byte_of_the_weights(copy: Path) -> None:
     assert {name for name in before if before[name] != after[name]} == {"model.safetensors"}
 
 
+def test_generation_settings_are_part_of_what_answers_and_not_of_what_scores(copy: Path) -> None:
+    before = model_identity(copy), model_identity(copy, generates=True)
+    (copy / "generation_config.json").write_text("{}")
+    assert model_identity(copy) == before[0]
+    assert model_identity(copy, generates=True) != before[1]
+
+
 def test_vision_module_is_found_or_refused(model_dir: Path) -> None:
     assert vision_module(load_model(model_dir, torch.float32))[0].endswith("vision_tower")
     with pytest.raises(RefusedError, match=r"Linear has no vision tower named .*freeze_vision"):
