@@ -192,15 +192,41 @@ def tree(folder: Path, *without: str) -> dict[str, bytes]:
     }
 
 
-def kill_when(process: subprocess.Popen[bytes], pattern: str, folder: Path) -> None:
-    """SIGKILL as soon as a file of that name appears in the folder."""
+def wait_for(process: subprocess.Popen[bytes], pattern: str, folder: Path) -> None:
+    """Until a file of that name appears in the folder."""
     deadline = time.monotonic() + 120
     while not list(folder.glob(pattern)):
         assert process.poll() is None, "the process ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def kill_when(process: subprocess.Popen[bytes], pattern: str, folder: Path) -> None:
+    """SIGKILL as soon as a file of that name appears in the folder."""
+    wait_for(process, pattern, folder)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+
+
+def test_sigterm_exits_with_143_and_the_same_command_ends_the_same(
+    tmp_path: Path, records, model_dir: Path
+) -> None:
+    write_parquet(records(24), tmp_path / "d.parquet")
+    train = [
+        "train", "--model", model_dir, "--data", tmp_path / "d.parquet", "--epochs", 2,
+        "--set", "train.batch_size=4", "--set", "train.accumulation=1", "--learning-rate", "1e-4",
+        "--set", "train.save_steps=2", "--set", "train.logging_steps=1",
+    ]  # fmt: skip
+    process = run_process(*train, "--out", tmp_path / "stopped", stderr=subprocess.PIPE)
+    wait_for(process, "steps/checkpoint-4/complete", tmp_path / "stopped")
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate()
+    assert process.returncode == 143
+    assert b"Traceback" not in stderr
+    assert not (tmp_path / "stopped" / "checkpoint").exists()
+    for name in ("stopped", "whole"):
+        assert realign(*train, "--out", tmp_path / name).exit_code == 0
+    assert tree(tmp_path / "stopped") == tree(tmp_path / "whole")
 
 
 def test_kill_9_then_the_same_command_ends_the_same(tmp_path: Path, model_dir: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import AddedToken
 
 from realign.check import check_rows
 from realign.collate import PreferenceCollator, Renderer, user_turns
@@ -122,6 +123,44 @@ def test_end_of_turn(processor, end: str, scored: str) -> None:
     renderer = Renderer(Templated(processor, template))
     row = renderer.render([{"role": "user", "content": "How?"}], "Fine.", 0, "row 0")
     assert processor.tokenizer.decode(row.answer_ids[: row.num_scored]) == scored
+
+
+# google/gemma-3: content trimmed, the assistant called model, BOS written by the template
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) }}"
+    "{{ '\n' }}{% for item in message['content'] %}"
+    "{% if item['type'] == 'image' %}{{ '<image>' }}"
+    "{% elif item['type'] == 'text' %}{{ item['text'] | trim }}{% endif %}{% endfor %}"
+    "{{ '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+def test_gemmas_template(model_dir, records) -> None:
+    processor = load_processor(model_dir)
+    tokenizer = processor.tokenizer
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    turn_tokens = [AddedToken(f"<{name}_of_turn>", special=True) for name in ("start", "end")]
+    tokenizer.add_tokens(turn_tokens, special_tokens=True)
+    processor.chat_template = GEMMA_TEMPLATE
+    prompt = (
+        {"role": "user", "content": " How? "},
+        {"role": "assistant", "content": "So."},
+        {"role": "user", "content": "Why?"},
+    )
+    rows = [dataclasses.replace(row, prompt=prompt) for row in records(2)]
+    check_rows(rows, processor, cells=3, max_length=None)
+    batch = PreferenceCollator(processor, cells=3)(rows)
+    ids, labels = batch["input_ids"], batch["preference_labels"]
+    bos, end = tokenizer.convert_tokens_to_ids(["<bos>", "<end_of_turn>"])
+    assert (ids == bos).sum(1).tolist() == [1] * 6
+    assert (labels == end).sum(1).tolist() == [1] * 6  # earlier turns are prompt
+    answers = [row.chosen for row in rows] + [row.rejected for row in rows]
+    for line, answer in zip(labels[:4], answers, strict=True):
+        scored = line[line != -100]
+        assert scored[-1] == end  # and not the line break after it
+        assert tokenizer.decode(scored[:-1]).strip() == answer
 
 
 def test_an_end_of_turn_in_ordinary_tokens_is_refused(processor) -> None:

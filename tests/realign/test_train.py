@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
 
 from realign.cache import build_cache, cache
 from realign.collate import PreferenceCollator
@@ -20,6 +21,22 @@ from realign.modeling import load_model, load_processor
 from realign.parquet import write_parquet
 from realign.train import train
 from realign.trainer import RDPOConfig, RDPOTrainer, newest_checkpoint
+
+# llava-hf/llava-1.5-7b-hf: nothing ends a turn but a space
+LLAVA_1_5_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}"
+    "{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}"
+    "{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' '}}{% endfor %}"
+    "{% else %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
 
 
 @pytest.fixture
@@ -306,6 +323,49 @@ def test_accumulated_micro_batches_give_the_full_batch_step(
     assert metrics(tmp_path / "a")[0]["loss"] == pytest.approx(
         metrics(tmp_path / "b")[0]["loss"], abs=1e-6
     )
+
+
+@pytest.mark.parametrize("lora", [None, LoraSection(r=4, alpha=8)], ids=["full", "lora"])
+def test_gradient_checkpointing_changes_nothing(
+    tmp_path: Path, model_dir, data, lora: LoraSection | None, monkeypatch
+) -> None:
+    checkpointed = []
+    monkeypatch.setattr(
+        "transformers.modeling_utils.checkpoint",
+        lambda *args, **kwargs: checkpointed.append(1) or checkpoint(*args, **kwargs),
+    )
+    options = {"lora": lora, "learning_rate": 1e-3, "epochs": 2}
+    train(config(model_dir, data, tmp_path / "a", **options))
+    assert not checkpointed
+    train(config(model_dir, data, tmp_path / "b", gradient_checkpointing=True, **options))
+    assert checkpointed
+    for a, b in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
+        assert a == pytest.approx(b, abs=1e-4, rel=1e-4)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSection(r=4, alpha=8)], ids=["full", "lora"])
+def test_bfloat16_training(tmp_path: Path, model_dir, data, lora: LoraSection | None) -> None:
+    out = tmp_path / "run"
+    options = {"batch_size": 2, "learning_rate": 1e-3, "epochs": 2, "lora": lora}
+    checkpoint = train(config(model_dir, data, out, dtype="bfloat16", **options))
+    lines = metrics(out)
+    # the cache is computed in batches of 4, and bfloat16 rounds by batch
+    assert lines[0]["loss"] == pytest.approx(2 * math.log(2), abs=0.1)
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert lines[-1]["rewards/text_margins"] > 0
+    (stored,) = checkpoint.glob("*model.safetensors")
+    if lora is None:
+        assert {t.dtype for t in load_file(stored).values()} == {torch.bfloat16}
+    assert load_model(checkpoint, torch.bfloat16)
+
+
+def test_llava_1_5s_own_template_trains(tmp_path: Path, model_dir, data) -> None:
+    model = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    (model / "chat_template.jinja").write_text(LLAVA_1_5_TEMPLATE)
+    train(config(model, data, tmp_path / "run", epochs=2))
+    lines = metrics(tmp_path / "run")
+    assert lines[0]["loss"] == pytest.approx(2 * math.log(2), abs=1e-4)
+    assert lines[-1]["loss"] < lines[0]["loss"]
 
 
 def trainer(model, model_dir: Path, tmp_path: Path, rows, reference, **options) -> RDPOTrainer:
