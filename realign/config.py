@@ -250,11 +250,21 @@ def load_config(
         raise RefusedError("\n".join(lines)) from None
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        if again := next((name for name in names if names.count(name) > 1), None):
+            raise RefusedError(f"config must give {again!r} once, line {node.start_mark.line + 1}.")
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RefusedError(f"config must be a YAML file, got {path}, which does not exist.")
     try:
-        raw = yaml.safe_load(read_utf8(path))
+        raw = _UniqueKeyLoader(read_utf8(path)).get_single_data()
     except yaml.YAMLError as error:
         raise RefusedError(f"{path} must be YAML ({error}).") from None
     if not isinstance(raw, dict) or not all(

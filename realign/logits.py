@@ -89,10 +89,13 @@ def _candidates(config: Any) -> list[LogitTransform]:
 
 def _own_logits(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:
     """The model's logits for hidden states that its body did not compute."""
+    ids = torch.zeros(hidden_states.shape[:2], dtype=torch.int64, device=hidden_states.device)
     body: Any = model.model
+    own = vars(body).get("forward")  # of an instance that something else has hooked
     body.forward = lambda *args, **kwargs: _BodyOutput(hidden_states)
     try:
-        ids = torch.zeros(hidden_states.shape[:2], dtype=torch.int64, device=hidden_states.device)
         return model(input_ids=ids).logits.float()
     finally:
-        del body.forward  # the class's own again
+        del body.forward
+        if own is not None:
+            body.forward = own

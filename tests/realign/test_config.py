@@ -58,6 +58,8 @@ def test_a_missing_option_says_how_to_give_it() -> None:
         ("- a\n", "must map sections"),
         ("train: 3\n", "must map sections"),
         ("a: [", "must be YAML"),
+        ("train:\n  beta: 1\n  beta: 2\n", "config must give 'beta' once, line 2"),
+        ("eval: {models: {a: x, b: y, a: z}}\n", "config must give 'a' once"),
         ("train: {betta: 1}\n", "Did you mean 'beta'"),
     ],
 )
