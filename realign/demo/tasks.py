@@ -13,6 +13,7 @@ from realign.build.prompts import completion_request, masking_request
 from realign.demo.world import DESCRIBE, KINDS, Scene, question
 
 LEXICON_PATH = Path(__file__).with_name("lexicon.yaml")
+LOCATION_SHARE, QUESTION_SHARE = 0.25, 0.4
 
 
 class Example(NamedTuple):
@@ -33,30 +34,24 @@ def question_pair(scene: Scene, rng: Random) -> tuple[str, str]:
 
 
 def location_pair(scene: Scene, rng: Random) -> tuple[str, str]:
-    """Where an object is, and its colour; one in four is not there."""
-    if rng.random() < 0.25:
-        kind = rng.choice([k for k in KINDS if k not in scene.kinds])
-        return f"Where is the {kind}?", f"There is no {kind} in the image."
+    """Where an object of the scene is, and its colour."""
     thing = rng.choice(scene.things)
-    return f"Where is the {thing.kind}?", f"The {thing.color} {thing.kind} is {thing.place}."
+    return f"Where is the {thing.kind}?", f"The {thing.kind} {thing.place} is {thing.color}."
 
 
-def pretraining_example(
-    scene: Scene,
-    lexicon: Lexicon,
-    rng: Random,
-    question_share: float = 1 / 3,
-    location_share: float = 0.0,
-) -> Example:
+def pretraining_example(scene: Scene, lexicon: Lexicon, rng: Random) -> Example:
     """Draw a description, a yes/no question or a location question, and how it is asked.
 
-    Locations are asked plainly; the others 75 % plainly, 18 % as a completion, 7 % as a masking.
+    Locations, which teach to look for what a question names, are asked plainly; the others 75 %
+    plainly, 18 % as a completion, 7 % as a masking.
     """
     kind = rng.random()
-    if 1 - question_share - location_share <= kind < 1 - question_share:
+    if kind < LOCATION_SHARE:
         return Example(scene, *location_pair(scene, rng))
     instruction, answer = (
-        question_pair(scene, rng) if kind >= 1 - question_share else (DESCRIBE, scene.caption())
+        question_pair(scene, rng)
+        if kind < LOCATION_SHARE + QUESTION_SHARE
+        else (DESCRIBE, scene.caption())
     )
     draw = rng.random()
     if draw < 0.75:
