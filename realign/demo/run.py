@@ -36,13 +36,16 @@ MODEL = Path(__file__).with_name("model")
 TRAINING_SCENES = 1000
 EVAL_SCENES = 600
 
-# Objectives on the same pairs. Everything that is not the paper's plain rDPO is named here.
+# Objectives on the same pairs, settled on seed 100. Everything that is not the paper's
+# plain rDPO is named here. The negative log-likelihood is a mean over tokens where the others are
+# sums times beta, hence its weight.
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "DPO": {"objective": "dpo", "epochs": 1},
-    "SFT": {"objective": "sft", "epochs": 2},
+    "SFT": {"objective": "sft", "epochs": 3},
     "rDPO": {"objective": "rdpo", "epochs": 1},
     "mDPO": {"objective": "mdpo", "epochs": 1},
-    "rDPO + NLL": {"objective": "rdpo", "nll_weight": 1.0, "epochs": 2},
+    "DPO + NLL": {"objective": "dpo", "nll_weight": 30.0, "epochs": 3},
+    "rDPO + NLL": {"objective": "rdpo", "nll_weight": 30.0, "epochs": 3},
 }
 RECOMMENDED = "rDPO + NLL"
 
@@ -116,14 +119,18 @@ def run_demo(out: Path, seed: int, compared: Sequence[str] = ("DPO", "SFT")) -> 
 
 
 def build_config(world: Path, out: Path, seed: int) -> BuildConfig:
-    """Close negatives: 40 % of the segments masked, yes and no always, unmasked words kept."""
+    """Four fifths of the segments masked, yes and no always, unmasked words kept.
+
+    Fewer masks give closer negatives, of which hardly any keep four objects: at 40 % the pairs are
+    short descriptions, and training on them shortens all.
+    """
     return BuildConfig(
         source=world / "train.jsonl",
         images=world / "images",
         model=str(MODEL),
         out=out,
         lexicon=LEXICON_PATH,
-        mask_rates={"objects": 0.4, "attributes": 0.4, "relations": 0.4},
+        mask_rates={"objects": 0.8, "attributes": 0.8, "relations": 0.8},
         keep_unmasked=True,
         batch_size=64,
         max_new_tokens=72,
@@ -138,7 +145,7 @@ def train_config(name: str, dataset: Path, out: Path, cache_root: Path, seed: in
         data=dataset,
         out=out,
         cache=cache_root,
-        learning_rate=1e-4,
+        learning_rate=2e-4,
         batch_size=16,
         accumulation=1,
         logging_steps=5,
