@@ -21,7 +21,6 @@ from realign.plots import bar_plot, count_plot, line_plot
 from realign.records import Record, thumbnail_png
 
 NUM_PAIRS = 8
-NUM_SAMPLES = 6
 THUMBNAIL_PIXELS = 264
 
 
@@ -200,7 +199,7 @@ def _score_part(folder: Path, tiles: list[dict[str, str]]) -> dict[str, Any]:
         "score_rows": table,
         "score_plots": bars,
         "score_note": note,
-        "samples": [_sample(sample, folder) for sample in scores["samples"][:NUM_SAMPLES]],
+        "samples": [_sample(sample, folder) for sample in scores["samples"]],
         "samples_model": last,
     }
 
@@ -219,12 +218,12 @@ def _sample(sample: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         text = Markup()
         for word in re.findall(r"\w+|\W+", answer["text"]):
             text += _marked(word, "lost" if word.lower() in absent else "")
-        answers.append(
-            {"model": model, "text": text, "verdict": "rejected" if absent else "chosen"}
-        )
+        verdict = "chosen" if answer["is_right"] else "rejected"
+        answers.append({"model": model, "text": text, "verdict": verdict})
     return {
         "picture": _data_uri((folder / "samples" / sample["picture"]).read_bytes()),
-        "objects": sample["objects"],
+        "prompt": sample["prompt"],
+        "truth": sample["truth"],
         "answers": answers,
     }
 

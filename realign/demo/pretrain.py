@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -228,8 +229,12 @@ def train(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: 
     """Train the whole model in place on instructions about habitual scenes."""
     of_tower = list(model.model.vision_tower.parameters())
     others = [q for name, q in model.named_parameters() if "vision_tower" not in name]
+    groups: list[dict[str, Any]] = [
+        {"params": of_tower, "lr": VISION_FACTOR * LEARNING_RATE},
+        {"params": others},
+    ]
     optimizer = torch.optim.AdamW(
-        [{"params": of_tower, "lr": VISION_FACTOR * LEARNING_RATE}, {"params": others}],
+        groups,
         lr=LEARNING_RATE,
         betas=(0.9, 0.99),
         weight_decay=0.01,

@@ -24,9 +24,10 @@ import torch
 from realign.config import EvalConfig
 from realign.errors import RefusedError
 from realign.eval.bootstrap import Array, paired_scores
-from realign.eval.chair import caption_counts, chair_metrics, mentioned
+from realign.eval.chair import caption_counts, chair_metrics
 from realign.eval.pope import confusion, pope_metrics
-from realign.eval.tasks import check_images, read_synonyms, read_tasks
+from realign.eval.samples import caption_samples, question_samples
+from realign.eval.tasks import Question, check_images, read_synonyms, read_tasks
 from realign.files import file_sha256, read_jsonl, write_json, write_jsonl
 from realign.generate.answer import Answer
 from realign.generate.transformers_generator import TransformersGenerator
@@ -34,9 +35,6 @@ from realign.images import decode_image
 from realign.modeling import choose_dtype, model_identity, resolve_model
 from realign.progress import Progress
 from realign.run_folder import claim
-
-NUM_SAMPLES = 12
-Question = tuple[str, str]  # image name, text
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -75,7 +73,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     )
     answers = {name: _answers(name, folder, questions, config) for name, folder in folders.items()}
     scores = score(tasks, answers, synonyms, resamples=config.bootstrap, seed=config.seed)
-    scores["samples"] = caption_samples(tasks["chair"], answers, synonyms)
+    scores["samples"] = [
+        *caption_samples(tasks["chair"], answers, synonyms),
+        *question_samples(tasks["pope_adversarial"], answers),
+    ]
     (config.out / "samples").mkdir(exist_ok=True)
     for number, sample in enumerate(scores["samples"]):
         sample["picture"] = f"{number}{Path(sample['image']).suffix}"
@@ -171,36 +172,6 @@ def _count_caption(
 
 def _count_answer(row: Mapping[str, Any], answer: str) -> list[int]:
     return confusion(row["label"], answer)
-
-
-def caption_samples(
-    rows: Sequence[Mapping[str, Any]],
-    answers: Mapping[str, Mapping[Question, Answer]],
-    synonyms: Mapping[str, list[str]],
-) -> list[dict[str, Any]]:
-    """The first captions in which the baseline and the last model name different absent objects,
-    both as they are.
-    """
-    first, *_, last = answers if len(answers) > 1 else 2 * list(answers)
-    samples: list[dict[str, Any]] = []
-    for row in rows:
-        said = {
-            model: answers[model][row["image"], row["text"]].text
-            for model in dict.fromkeys((first, last))
-        }
-        absent = {
-            model: mentioned(text, synonyms) - set(row["objects"]) for model, text in said.items()
-        }
-        if absent[first] != absent[last] and len(samples) < NUM_SAMPLES:
-            words = {
-                model: sorted({w.lower() for name in names for w in synonyms[name]})
-                for model, names in absent.items()
-            }
-            shown = {
-                model: {"text": text, "absent_words": words[model]} for model, text in said.items()
-            }
-            samples.append({"image": row["image"], "objects": row["objects"], "answers": shown})
-    return samples
 
 
 def _counts_by_image(

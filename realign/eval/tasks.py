@@ -10,6 +10,8 @@ from realign.eval.pope import SPLITS
 from realign.files import content_sha256, read_json, read_jsonl
 from realign.images import decode_image, resolve_image
 
+Question = tuple[str, str]  # image name, text
+
 Task = list[dict[str, Any]]
 
 

@@ -16,6 +16,7 @@ from realign.eval.bootstrap import paired_scores
 from realign.eval.chair import caption_counts, chair_metrics, mentioned
 from realign.eval.pope import confusion, pope_metrics, says_yes
 from realign.eval.run import evaluate, score
+from realign.eval.samples import caption_samples, question_samples
 from realign.eval.table import cut_note
 from realign.generate.answer import Answer
 
@@ -98,6 +99,32 @@ def test_score_pairs_models_by_image() -> None:
     assert task["cut"] == {"x": 0, "y": 2}
     assert cut_note(scores) == "Of 3 answers, cut at max_new_tokens: x 0, y 2."
     assert cut_note({"tasks": {"pope_random": {**task, "cut": {"x": 0, "y": 0}}}}) == ""
+
+
+def test_samples_are_the_first_on_which_first_and_last_differ() -> None:
+    questions = [
+        {"image": "a", "text": "dog?", "label": "yes"},
+        {"image": "a", "text": "cat?", "label": "no"},
+    ]
+    caption = {"image": "a", "text": "Describe.", "objects": ["dog"]}
+    base = {("a", "dog?"): "Yes.", ("a", "cat?"): "Yes.", ("a", "Describe."): "A dog, a kitten."}
+    other = {**base, ("a", "cat?"): "No.", ("a", "Describe."): "A dog."}
+    answers = {
+        model: {question: Answer(text) for question, text in said.items()}
+        for model, said in (("base", base), ("between", base), ("last", other))
+    }
+    synonyms = {"dog": ["dog"], "cat": ["cat", "kitten"]}
+    (sample,) = caption_samples([caption], answers, synonyms)
+    assert sample["truth"] == "in the image: dog"
+    assert sample["answers"] == {
+        "base": {"text": "A dog, a kitten.", "is_right": False, "absent_words": ["cat", "kitten"]},
+        "last": {"text": "A dog.", "is_right": True, "absent_words": []},
+    }
+    (sample,) = question_samples(questions, answers)
+    assert (sample["prompt"], sample["truth"]) == ("cat?", "right answer: no")
+    assert [said["is_right"] for said in sample["answers"].values()] == [False, True]
+    alone = {"base": answers["base"]}
+    assert question_samples(questions, alone) == caption_samples([caption], alone, synonyms) == []
 
 
 @pytest.fixture
