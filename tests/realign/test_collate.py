@@ -13,7 +13,7 @@ from realign.collate import PreferenceCollator, Renderer, user_turns
 from realign.errors import RefusedError
 from realign.modeling import load_processor
 
-IMAGE_TOKENS = 36
+IMAGE_TOKENS = 9
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +74,8 @@ def test_references_are_found_by_content(processor, records) -> None:
 
 
 def test_too_long_rows_are_an_error_not_cut(processor, records) -> None:
-    with pytest.raises(RefusedError, match=r"row r0: must have at most max_length = 60 tokens"):
-        PreferenceCollator(processor, 2, max_length=60)(records(1))
+    with pytest.raises(RefusedError, match=r"row r0: must have at most max_length = 30 tokens"):
+        PreferenceCollator(processor, 2, max_length=30)(records(1))
 
 
 def test_multi_turn_prompts_put_images_in_the_first_user_turn() -> None:
