@@ -7,11 +7,11 @@ import json
 import random
 import shutil
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import SiglipImageProcessorPil
 
 from realign.cache import build_cache, identity_folder, read_cache, reference_identity
 from realign.collate import PreferenceCollator
@@ -127,12 +127,18 @@ def test_other_scoring_or_numerics_are_refused(
         read_cache(tmp_path, rows, identity(model_dir, **options))
 
 
+def processor_with_other_images(folder: str | Path):
+    processor = load_processor(folder)
+    processor.image_processor = SiglipImageProcessorPil()
+    return processor
+
+
 NUMERICS = {
     "GPU": ("torch.cuda.get_device_name", lambda: "H200", "device: cached cpu, needed H200"),
     "Pillow": ("realign.cache.version", lambda name: "0", r"packages\.pillow: cached .*, needed 0"),
     "peft": ("realign.cache.version", lambda name: "0", r"packages\.peft: cached .*, needed 0"),
-    "image processor": ("realign.cache.load_processor", lambda folder: Mock(image_processor=1),
-                        "image_processor: cached CLIPImageProcessor.*, needed int"),
+    "image processor": ("realign.cache.load_processor", processor_with_other_images,
+                        "image_processor: cached CLIPImageProcessor.*, needed Siglip"),
 }  # fmt: skip
 
 
