@@ -1,34 +1,61 @@
-"""Which implementation runs.  A pure choice: knows names and devices, no tensors.
+"""Which implementation runs.  A pure choice: knows names and devices, no maths.
 
 Explicit requests never fall back; only ``"auto"`` chooses.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+import os
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from realign_kernels.kernel_set import KernelSet
+
 BACKENDS = ("auto", "eager", "triton", "cpu")
 MEMORY_MODES = ("auto", "stash", "tile", "recompute")
 
-_EAGER_REASON = (
-    "plain PyTorch on any device and dtype; recomputes logits tile by tile in the backward"
-)
-
-# Backends that the interface names and that this build does not carry, with what they are for.
-_MISSING = {
-    "triton": "fused kernels for CUDA, ROCm and XPU",
-    "cpu": "fused C++ kernels for CPUs",
-}
+_MODULES = {"triton": "realign_kernels._triton", "cpu": "realign_kernels._cpu"}
+_LIBRARY = "realign_kernels._csrc"
 
 
-def resolve_backend(backend: str) -> str:
-    """Return the name of the backend that runs, or raise if an explicit one cannot."""
+def check_backend(backend: str) -> None:
+    """Refuse a name that is none, or one that is not installed."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {list(BACKENDS)}, got {backend!r}.")
-    if backend in _MISSING:
+    missing = _missing(backend)
+    if missing is not None:
         raise RuntimeError(
-            f"backend must be installed to be asked for by name, got {backend!r}, and this build "
-            f"has no {_MISSING[backend]}. Pass backend='auto' or backend='eager'."
+            f"backend must be installed to be asked for by name, got {backend!r}: {missing}. "
+            "Pass backend='auto' or backend='eager'."
         )
-    return "eager"
+
+
+def resolve_backend(backend: str, device_type: str) -> str:
+    """Return the backend that runs on a device; ``backend`` has been checked."""
+    if backend == "auto":
+        wanted = "triton" if _is_gpu(device_type) else device_type
+        return wanted if wanted in _MODULES and _missing(wanted) is None else "eager"
+    if (backend == "cpu" and device_type != "cpu") or (
+        backend == "triton" and not _is_gpu(device_type) and not interprets_triton()
+    ):
+        raise RuntimeError(
+            f"backend must fit the device {device_type!r} of hidden_states, got {backend!r}. "
+            "Move the tensors, or pass backend='auto' or backend='eager'."
+        )
+    return backend
+
+
+def interprets_triton() -> bool:
+    """Tell whether Triton's interpreter is on, which runs its kernels on a CPU, slowly."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def kernels_of(backend: str) -> KernelSet:
+    """Load the kernels of a fused backend."""
+    return cast("KernelSet", importlib.import_module(_MODULES[backend]))
 
 
 def describe_backends() -> dict[str, str]:
@@ -36,12 +63,36 @@ def describe_backends() -> dict[str, str]:
 
     Returns:
         descriptions: One sentence a name, in the order of ``BACKENDS``; ``"auto"`` starts with the
-            backend it chooses.
+            backend that it chooses for tensors on the CPU.
     """
-    chosen = resolve_backend("auto")
-    missing = " nor ".join(f"{name!r}" for name in _MISSING)
-    return {
-        "auto": f"{chosen}: neither {missing} is installed",
-        "eager": f"available: {_EAGER_REASON}",
-        **{name: f"not installed: {purpose}" for name, purpose in _MISSING.items()},
+    chosen = resolve_backend("auto", "cpu")
+    fused = {
+        "triton": "fused kernels for CUDA, ROCm and XPU",
+        "cpu": "fused C++ kernels for CPUs",
     }
+    descriptions = {
+        "auto": f"{chosen} on CPUs, {resolve_backend('auto', 'cuda')} on GPUs",
+        "eager": "available: plain PyTorch on any device and dtype; recomputes logits tile by "
+        "tile in the backward",
+    }
+    for name, purpose in fused.items():
+        missing = _missing(name)
+        state = "available" if missing is None else f"not installed ({missing})"
+        descriptions[name] = f"{state}: {purpose}"
+    if _missing("cpu") is None:
+        descriptions["cpu"] += f", {kernels_of('cpu').instruction_set()}"  # type: ignore[attr-defined]
+    return descriptions
+
+
+def _is_gpu(device_type: str) -> bool:
+    return device_type in ("cuda", "xpu")
+
+
+@functools.cache
+def _missing(backend: str) -> str | None:
+    """Return why a backend cannot run, or None."""
+    if backend == "cpu" and importlib.util.find_spec(_LIBRARY) is None:
+        return "the package was installed without a C++ compiler"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "there is no triton here"
+    return None

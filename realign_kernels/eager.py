@@ -17,12 +17,7 @@ from realign_kernels.gradients import HeadGradients, factor_gradient
 from realign_kernels.head import Head, HeadOptions, LogitTransform, Precision
 from realign_kernels.reference import NO_TOKEN, Rows, RowScores, label_gap, score_rows, sum_rows
 from realign_kernels.tiles import TileShape, tile_shape
-from realign_kernels.validation import (
-    assert_on_device,
-    check_head,
-    check_labels,
-    value_checks_enabled,
-)
+from realign_kernels.validation import check_labels, scored_positions
 from realign_kernels.vocabulary import VocabularyShard, locate_shard
 
 
@@ -41,7 +36,7 @@ class _Call:
         self, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None
     ) -> Head:
         """Put the head together inside forward or backward."""
-        factor = None if lora_a is None else self.precision.of_operand(lora_a)
+        factor = None if lora_a is None else self.precision.of_factor(lora_a)
         return Head(weight, bias, factor, lora_b, self.lora_scaling, self.precision)
 
 
@@ -50,16 +45,12 @@ def score_tokens(
     lm_head_weight: Tensor,
     labels: Tensor,
     options: HeadOptions,
+    precision: Precision,
     *,
     statistics: bool,
-    num_rows: int | None = None,
+    num_rows: int | None,
 ) -> RowScores:
-    """Score every position; entries have the shape of ``labels`` and are 0 where those are ignored.
-
-    ``is_top1`` is False there and ids are -1.  ``num_rows``, where the caller knows how many labels
-    are not ignored, saves the host sync of counting them.
-    """
-    precision = check_head(hidden_states, lm_head_weight, labels, options)
+    """Score every position of a call that has been checked; shapes as in ``token_scores.py``."""
     lora_a, lora_b, lora_scaling = options.lm_head_lora or (None, None, 1.0)
     call = _Call(
         transform=options.transform,
@@ -78,7 +69,8 @@ def score_tokens(
     shape = labels.shape
     if labels.ndim == 0:
         hidden_states, labels = hidden_states.unsqueeze(0), labels.unsqueeze(0)
-    positions = _scored_positions(labels != options.ignore_index, num_rows)
+    flat = scored_positions(labels.reshape(-1) != options.ignore_index, num_rows)
+    positions = torch.unravel_index(flat, labels.shape)
     apply: Any = _EagerScores.apply
     scores = apply(
         call,
@@ -91,18 +83,6 @@ def score_tokens(
         lora_b,
     )
     return RowScores(*(_spread(score, positions, labels.shape).reshape(shape) for score in scores))
-
-
-def _scored_positions(is_scored: Tensor, num_rows: int | None) -> tuple[Tensor, ...]:
-    """Return the indices of the rows that reach the head, (N,) for each leading dimension."""
-    if num_rows is None:
-        return torch.nonzero(is_scored, as_tuple=True)
-    if is_scored.is_cuda and value_checks_enabled():
-        assert_on_device(
-            is_scored.sum() == num_rows,
-            f"sequence_lengths must sum to the number of answer tokens, got {num_rows}.",
-        )
-    return torch.nonzero_static(is_scored, size=num_rows).unbind(dim=1)
 
 
 def _spread(score: Tensor, positions: tuple[Tensor, ...], shape: torch.Size) -> Tensor:

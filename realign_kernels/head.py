@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from realign_kernels.dispatch import MEMORY_MODES, resolve_backend
+from realign_kernels.dispatch import MEMORY_MODES, check_backend
 
 LoraFactors = tuple[Tensor, Tensor, float]
 
@@ -48,7 +48,7 @@ class HeadOptions:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
         if self.memory not in MEMORY_MODES:
             raise ValueError(f"memory must be one of {list(MEMORY_MODES)}, got {self.memory!r}.")
-        resolve_backend(self.backend)
+        check_backend(self.backend)
         if self.group is not None and not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(
                 "group must belong to an initialised torch.distributed, got one without it. "
@@ -83,6 +83,13 @@ class LogitTransform:
             grad.mul_(x.mul_(self.temperature / self.logit_softcap).square_().neg_().add_(1))
         return self._scale_(grad)
 
+    def slope(self, x: Tensor) -> Tensor:
+        """Return ``dx/dz`` as a function of x."""
+        slope = torch.full_like(x, self.logit_scale / self.temperature)
+        if self.logit_softcap is not None:
+            slope = slope * (1 - (x * (self.temperature / self.logit_softcap)).square())
+        return slope
+
     def _scale_(self, tile: Tensor) -> Tensor:
         slope = self.logit_scale / self.temperature
         return tile if slope == 1.0 else tile.mul_(slope)
@@ -90,20 +97,28 @@ class LogitTransform:
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """The dtype that autocast rounds operands to, if it is on, and the one computed in."""
+    """The dtype that autocast rounds operands to, if it is on, and the dtypes computed in."""
 
     autocast: torch.dtype | None
     accumulation: torch.dtype
+    operand: torch.dtype  # of hidden states and weight in products; results are never rounded to it
+
+    def rounded(self, tensor: Tensor) -> Tensor:
+        """Round as autocast asks."""
+        return tensor if self.autocast is None else tensor.to(self.autocast)
 
     def of_operand(self, tensor: Tensor) -> Tensor:
-        """Round as autocast asks, then upcast: products are never rounded to half."""
-        rounded = tensor if self.autocast is None else tensor.to(self.autocast)
-        return rounded.to(self.accumulation)
+        """Round as autocast asks and cast to what products take."""
+        return self.rounded(tensor).to(self.operand)
+
+    def of_factor(self, tensor: Tensor) -> Tensor:
+        """The same for low-rank factors, whose products are small and never in half precision."""
+        return self.rounded(tensor).to(self.accumulation)
 
 
 @dataclass(frozen=True, slots=True)
 class HeadTile:
-    """A range of vocabulary rows of the head, upcast."""
+    """A range of vocabulary rows of the head, as products take them."""
 
     columns: slice
     weight: Tensor  # (columns, D)
@@ -126,22 +141,22 @@ class Head:
 
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
-    lora_a: Tensor | None  # (r, D), upcast
+    lora_a: Tensor | None  # (r, D), in the accumulation dtype
     lora_b: Tensor | None  # (V, r)
     lora_scaling: float
     precision: Precision
 
     def tile(self, columns: slice) -> HeadTile:
-        """Upcast a range of the vocabulary."""
+        """Cast a range of the vocabulary."""
         return HeadTile(
             columns,
             weight=self.precision.of_operand(self.weight[columns]),
             bias=None if self.bias is None else self.bias[columns].to(self.precision.accumulation),
             lora_b=None
             if self.lora_b is None
-            else self.precision.of_operand(self.lora_b[columns]).mul(self.lora_scaling),
+            else self.precision.of_factor(self.lora_b[columns]).mul(self.lora_scaling),
         )
 
     def low_rank(self, hidden: Tensor) -> Tensor | None:
         """Return ``hidden @ A.T``, (rows, r)."""
-        return None if self.lora_a is None else hidden @ self.lora_a.T
+        return None if self.lora_a is None else hidden.to(self.lora_a.dtype) @ self.lora_a.T

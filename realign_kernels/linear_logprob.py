@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from realign_kernels.eager import score_tokens
+from realign_kernels.token_scores import score_tokens
 from realign_kernels.head import HeadOptions, LoraFactors
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from realign_kernels.eager import score_tokens
+from realign_kernels.token_scores import score_tokens
 from realign_kernels.head import HeadOptions, LoraFactors
 from realign_kernels.objective import Objective, preference_loss
 from realign_kernels.sequences import (
@@ -188,21 +188,15 @@ def _score_cells(
     num_rows = None
     if sequence_lengths is not None and labels.device.type != "cpu":
         num_rows = int(sequence_lengths.sum())
+    top_rows = None
+    if rejected_scoring == "top_non_label":
+        if sequence_ids is None:
+            sequence_ids = torch.arange(pairs.num_sequences, device=labels.device)[:, None]
+        top_rows = (sequence_ids >= pairs.num_pairs).expand(labels.shape)
     scores = score_tokens(
-        hidden_states,
-        lm_head_weight,
-        labels,
-        options,
-        statistics=rejected_scoring == "top_non_label",
-        num_rows=num_rows,
+        hidden_states, lm_head_weight, labels, options, top_rows=top_rows, num_rows=num_rows
     )
-    if scores.top_non_label_logps is None:
-        return scores.token_logps
-    if sequence_ids is None:
-        sequence_ids = torch.arange(pairs.num_sequences, device=labels.device)[:, None]
-    return torch.where(
-        sequence_ids < pairs.num_pairs, scores.token_logps, scores.top_non_label_logps
-    )
+    return scores.token_logps
 
 
 def _resolve_objective(

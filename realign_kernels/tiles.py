@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 # states.
 _MAX_ROWS = 1024
 
+# The fused backends' tiles, where the budget allows: on a CPU one stays in the caches between the
+# product and the epilogue; on a GPU it feeds every multiprocessor and few launches are needed.
+_FUSED_SHAPES = {"cpu": (512, 2048), "cuda": (4096, 8192)}
+
+# A BLAS multiplies very few rows by other kernels, which sum in another order.
+LEAST_ROWS = 64
+
 # Row vectors alive beside a tile: positions, labels, shifts, masks and partial sums, 8 bytes each.
 _ROW_VECTOR_BYTES = 16 * 8
 
@@ -58,6 +65,45 @@ def tile_shape(hidden_size: int, rank: int, itemsize: int, workspace_bytes: int)
             f"got {workspace_bytes}."
         )
     return TileShape(rows, columns)
+
+
+def fused_tile_shape(
+    device_type: str, hidden_size: int, rank: int, itemsizes: tuple[int, int], workspace_bytes: int
+) -> TileShape:
+    """Return the largest tile of the fused backends within the budget.
+
+    Scratch for one tile: logits and, where products take another dtype than they give, the
+    exponentials; the tile of the head if it is cast, with its gradient.  ``itemsizes`` are those of
+    accumulation and of operands.
+    """
+    rows, columns = _FUSED_SHAPES.get(device_type, _FUSED_SHAPES["cuda"])
+    accumulation, operand = itemsizes
+    per_logit = accumulation + (operand if operand != accumulation else 0)
+    per_column = 2 * accumulation * (hidden_size + rank + 1)
+    while columns > 1 and columns * (rows * per_logit + per_column) > workspace_bytes:
+        if rows > LEAST_ROWS and columns <= 4 * rows:
+            rows //= 2
+        else:
+            columns //= 2
+    while rows > 1 and columns * (rows * per_logit + per_column) > workspace_bytes:
+        rows //= 2
+    least = per_logit + per_column
+    if workspace_bytes < least:
+        raise ValueError(
+            f"workspace_bytes must be >= {least} to hold one logit of hidden size {hidden_size}, "
+            f"got {workspace_bytes}."
+        )
+    return TileShape(rows, columns)
+
+
+def padded_rows(num_rows: int, shape: TileShape) -> int:
+    """Return the number of rows that leaves no block with only a few.
+
+    So a row's result does not depend on how many others there are.
+    """
+    rest = num_rows % shape.rows
+    least = min(LEAST_ROWS, shape.rows)
+    return num_rows if rest == 0 or rest >= least else num_rows - rest + least
 
 
 def _columns_that_fit(

@@ -89,6 +89,21 @@ def check_labels(labels: Tensor, ignore_index: int, vocabulary: VocabularyShard)
         )
 
 
+def scored_positions(is_scored: Tensor, num_rows: int | None) -> Tensor:
+    """Return where ``is_scored`` (M,) is true, (N,) int64.
+
+    ``num_rows``, where the caller knows it, saves a GPU's host from waiting for the count.
+    """
+    if num_rows is None:
+        return torch.nonzero(is_scored).squeeze(1)
+    if is_scored.is_cuda and value_checks_enabled():
+        assert_on_device(
+            is_scored.sum() == num_rows,
+            f"sequence_lengths must sum to the number of answer tokens, got {num_rows}.",
+        )
+    return torch.nonzero_static(is_scored, size=num_rows).squeeze(1)
+
+
 def check_floating(name: str, tensor: Tensor) -> None:
     """Refuse half precision for sums: at -500 nats, neighbours in bfloat16 are two nats apart."""
     if tensor.dtype not in (torch.float32, torch.float64):
@@ -121,13 +136,14 @@ def _resolve_precision(hidden_states: Tensor, lm_head_weight: Tensor) -> Precisi
     # Autocast leaves float64 alone, here as in torch's own operators.
     device_type = hidden_states.device.type
     if torch.is_autocast_enabled(device_type) and not has_float64:
-        return Precision(torch.get_autocast_dtype(device_type), torch.float32)
+        return Precision(torch.get_autocast_dtype(device_type), torch.float32, torch.float32)
     if lm_head_weight.dtype != hidden_states.dtype:
         raise TypeError(
             f"lm_head_weight must have dtype {hidden_states.dtype} to match hidden_states, "
             f"got {lm_head_weight.dtype}. Cast one of them, or call under torch.autocast."
         )
-    return Precision(None, torch.float64 if has_float64 else torch.float32)
+    computed_in = torch.float64 if has_float64 else torch.float32
+    return Precision(None, computed_in, computed_in)
 
 
 def _check_part(

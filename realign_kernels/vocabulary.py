@@ -39,6 +39,13 @@ class VocabularyShard:
         return tensor
 
 
+def group_named(name: str | None) -> dist.ProcessGroup | None:
+    """Return the process group of a name: operators of torch take strings, not groups."""
+    if name is None:
+        return None
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
 def locate_shard(
     size: int, group: dist.ProcessGroup | None, device: torch.device
 ) -> VocabularyShard:

@@ -1,0 +1,67 @@
+// Chooses the instruction set once, when the library is first called.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace {
+
+struct Choice {
+  const char* name;
+  const Kernels* kernels;
+};
+
+Choice choose() {
+#ifdef REALIGN_X86
+  // REALIGN_CPU_ISA=avx2 or baseline asks for less than the machine has, for tests.
+  const char* wanted = std::getenv("REALIGN_CPU_ISA");
+  const auto allows = [&](const char* name) { return wanted == nullptr || std::strcmp(wanted, name) == 0; };
+  __builtin_cpu_init();
+  if (allows("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+    return {"avx512", &kernels_avx512};
+  if (allows("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return {"avx2", &kernels_avx2};
+#endif
+  return {"baseline", &kernels_baseline};
+}
+
+const Choice& choice() {
+  static const Choice chosen = choose();
+  return chosen;
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t realign_abi_version() { return REALIGN_ABI_VERSION; }
+
+const char* realign_instruction_set() { return choice().name; }
+
+void realign_epilogue(const RealignTile* tile) { choice().kernels->epilogue(tile); }
+
+void realign_label_dot(int32_t is_double, int32_t num_threads, int64_t num_rows, int64_t hidden_size,
+                       const void* hidden, int64_t hidden_stride, int32_t weight_type, const void* weight,
+                       int64_t weight_stride, int64_t weight_column_stride, int64_t num_ids, const int64_t* ids,
+                       void* out) {
+  choice().kernels->label_dot(is_double, num_threads, num_rows, hidden_size, hidden, hidden_stride, weight_type,
+                              weight, weight_stride, weight_column_stride, num_ids, ids, out);
+}
+
+void realign_combine(int32_t is_double, int32_t num_threads, int64_t num_rows, int64_t hidden_size,
+                     void* accumulator, int64_t accumulator_stride, const void* scale, int32_t weight_type,
+                     const void* weight, int64_t weight_stride, int64_t weight_column_stride, int64_t num_ids,
+                     const int64_t* ids, const void* coefficient) {
+  choice().kernels->combine(is_double, num_threads, num_rows, hidden_size, accumulator, accumulator_stride, scale,
+                            weight_type, weight, weight_stride, weight_column_stride, num_ids, ids, coefficient);
+}
+
+void realign_add_entries(int32_t is_double, int32_t num_threads, int64_t num_columns, int64_t hidden_size, void* out,
+                         int64_t out_stride, const int64_t* starts, const int64_t* order, const void* coefficient,
+                         const void* hidden, int64_t hidden_stride, int64_t num_rows) {
+  choice().kernels->add_entries(is_double, num_threads, num_columns, hidden_size, out, out_stride, starts, order,
+                                coefficient, hidden, hidden_stride, num_rows);
+}
+
+}

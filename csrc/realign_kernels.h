@@ -1,0 +1,115 @@
+// The C interface of the CPU kernels: plain pointers and sizes, no torch.
+//
+// Letters: N rows (answer tokens), D hidden size, V vocabulary.  `is_double` says whether the
+// untyped pointers are float (0) or double (1).  Strides count elements.  No function allocates
+// memory that outlives it, throws, or keeps state; results do not depend on num_threads.
+#pragma once
+
+#include <cstdint>
+
+#define REALIGN_ABI_VERSION 1
+
+extern "C" {
+
+// Storage types of weights.
+enum RealignType { REALIGN_FLOAT32 = 0, REALIGN_FLOAT64 = 1, REALIGN_BFLOAT16 = 2, REALIGN_FLOAT16 = 3 };
+
+// One tile of logits and the state of its rows.  Pointers marked * may be null.
+struct RealignTile {
+  int32_t is_double;
+  int32_t num_threads;
+  int64_t num_rows;
+  int64_t num_columns;
+  int64_t first_column;  // id of the tile's first column, in the numbering of `labels`
+  // (N, columns): raw logits in; exponentials times phi out where `keeps_exponentials`, else unspecified.
+  void* logits;
+  int64_t logits_stride;
+  int32_t keeps_exponentials;
+  int32_t replays;      // 1: shifts are final, nothing is summed, label and top entries become 0
+  const void* bias;     // * (columns,)
+  const int64_t* labels;  // (N,)
+  double logit_scale;
+  double logit_softcap;  // 0: none
+  double temperature;
+  double bound;  // a logit more than this above the shift moves the shift
+  void* shift;   // (N,)
+  void* rest_sum;  // (N,): sum of exp(x - shift), label left out
+  void* tile_shift;  // * (N,): the shift that this tile's exponentials are relative to
+  void* accumulator;  // * (N, accumulator_columns): rescaled when the shift moves
+  int64_t accumulator_columns;
+  int64_t accumulator_stride;
+  void* low_rank_accumulator;  // * the same for the low-rank factor
+  int64_t low_rank_columns;
+  int64_t low_rank_stride;
+  void* logit_sum;     // * (N,): sum of x, label included
+  void* label_logits;  // * (N,): x at the label, as this tile has it
+  // With e = exp(x - shift); both or neither.
+  void* rest_entropy_sum;  // * (N,): sum of -e * log(e)
+  void* rest_square_sum;   // * (N,): sum of e ** 2
+  // The largest x but for the label, and where it is reached first; both or neither.  Where they are
+  // given, its entry is left out of all sums and exponentials as the label's is.
+  void* top_logits;      // * (N,)
+  int64_t* top_ids;      // * (N,): in a replay, the entries to become 0
+  // Where a tile's token takes the place of an earlier top token, that one's id, or -1, and its
+  // exponential times phi, to be added back to the accumulators.
+  int64_t* released_ids;  // * (N,)
+  void* released_values;  // * (N,)
+};
+
+// One preference batch.  S = num_cells * num_pairs; a term is a row of `terms`: four coefficients,
+// weight, beta, offset, label smoothing, link (0 logsigmoid, 1 hinge, 2 ipo).
+struct RealignPairs {
+  int32_t is_double;
+  int64_t num_tokens;
+  int64_t tokens_per_sequence;  // of the padded form; not read where sequence_ids is given
+  const void* token_logps;      // (tokens,)
+  const int64_t* labels;        // (tokens,)
+  int64_t ignore_index;
+  const int64_t* sequence_ids;  // * (tokens,)
+  int64_t num_cells;
+  int64_t num_pairs;
+  const double* ref_logps;  // * (cells, pairs)
+  const double* terms;      // (num_terms, 9)
+  int64_t num_terms;
+  double nll_weight;
+  double beta;        // of rewards and text margins
+  double image_beta;  // of image margins
+  double* loss;       // (1,)
+  double* logps;      // (cells, pairs)
+  int64_t* counts;    // (cells, pairs)
+  double* rewards;    // (cells, pairs)
+  double* text_margins;   // (pairs,)
+  double* image_margins;  // (pairs,)
+  double* coefficients;   // (cells, pairs): derivative of the loss in logps
+};
+
+int32_t realign_abi_version();
+
+// The instruction set in use: "avx512", "avx2" or "baseline".
+const char* realign_instruction_set();
+
+// Folds a tile into the sums of its rows.
+void realign_epilogue(const RealignTile* tile);
+
+// out[n] += dot(hidden[n], weight[ids[n]]); rows whose id is outside [0, num_ids) are left alone.
+void realign_label_dot(int32_t is_double, int32_t num_threads, int64_t num_rows, int64_t hidden_size,
+                       const void* hidden, int64_t hidden_stride, int32_t weight_type, const void* weight,
+                       int64_t weight_stride, int64_t weight_column_stride, int64_t num_ids,
+                       const int64_t* ids, void* out);
+
+// accumulator[n] = scale[n] * accumulator[n] + coefficient[n] * weight[ids[n]]; without the second
+// summand where the id is outside [0, num_ids).
+void realign_combine(int32_t is_double, int32_t num_threads, int64_t num_rows, int64_t hidden_size,
+                     void* accumulator, int64_t accumulator_stride, const void* scale, int32_t weight_type,
+                     const void* weight, int64_t weight_stride, int64_t weight_column_stride,
+                     int64_t num_ids, const int64_t* ids, const void* coefficient);
+
+// out[v] += sum over e in [starts[v], starts[v + 1]) of coefficient[order[e]] * hidden[order[e] % num_rows].
+void realign_add_entries(int32_t is_double, int32_t num_threads, int64_t num_columns, int64_t hidden_size,
+                         void* out, int64_t out_stride, const int64_t* starts, const int64_t* order,
+                         const void* coefficient, const void* hidden, int64_t hidden_stride, int64_t num_rows);
+
+// Sums per sequence, log-ratios, terms, loss, and the coefficient of every sequence.
+void realign_pair_loss(const RealignPairs* pairs);
+
+}

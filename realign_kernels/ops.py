@@ -1,0 +1,475 @@
+"""The fused head as operators of torch: schemas, shapes under tracing, derivatives.
+
+What an operator computes is in ``fused*.py``.  Rows are compacted inside, so that shapes are static
+wherever the backward needs no more than the slopes.  Letters: **M** positions, **N** of them scored,
+**D** hidden size, **V** vocabulary of this shard, **r** rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from realign_kernels.dispatch import kernels_of
+from realign_kernels.fused import (
+    FusedCall,
+    Keeps,
+    PassResult,
+    Rows,
+    gather_rows,
+    walk_vocabulary,
+)
+from realign_kernels.fused_gradients import Needed, head_gradients, hidden_gradient
+from realign_kernels.fused_scores import (
+    RowNumbers,
+    Statistics,
+    logit_gradient,
+    statistics,
+    token_log_probs,
+    top_log_probs,
+)
+from realign_kernels.head import Head, LogitTransform, Precision
+from realign_kernels.tiles import fused_tile_shape
+from realign_kernels.validation import check_labels, scored_positions
+from realign_kernels.vocabulary import group_named, locate_shard
+
+class FusedScores(NamedTuple):
+    """Outputs of the forward, in the order of its schema; empty where they were not asked for."""
+
+    token_logps: Tensor  # (M,), like those down to top_non_label_ids
+    top_non_label_logps: Tensor
+    entropy: Tensor
+    log_sum_sq_probs: Tensor
+    mean_logits: Tensor
+    is_top1: Tensor
+    top_non_label_ids: Tensor
+    slopes: Tensor  # (M, D): derivative of token_logps in the hidden states
+    top_slopes: Tensor  # (M, D): derivative of top_non_label_logps
+    positions: Tensor  # (N,) int64, of scored rows; for a backward without slopes, as are the rest
+    numbers: Tensor  # (3 or 4, N): floating entries of RowNumbers
+    top_ids: Tensor  # (N,) int64
+    stash: Tensor  # (N, V); (0, V) where it is computed anew
+
+
+@torch.library.custom_op("realign::score_tokens", mutates_args=())
+def score_tokens_op(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    lm_head_bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    labels: Tensor,
+    top_rows: Tensor | None,
+    lora_scaling: float,
+    ignore_index: int,
+    transform: list[float],
+    autocast_dtype: torch.dtype | None,
+    backend: str,
+    keeps: str,
+    with_statistics: bool,
+    num_rows: int | None,
+    budget: list[int],
+    group_name: str | None,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor,
+]:  # fmt: skip
+    """Score labels (M,) by hidden states (M, D); rows of ``top_rows`` by their best other token.
+
+    ``transform`` is scale, softcap (0: none) and temperature, ``budget`` workspace and stash in bytes.
+    """
+    with _plain(hidden_states):
+        call = _fused_call(
+            hidden_states, lm_head_weight, lm_head_bias, lora_a, lora_b, lora_scaling, transform,
+            autocast_dtype, backend, budget[0], group_name,
+        )  # fmt: skip
+        check_labels(labels, ignore_index, call.vocabulary)
+        positions = scored_positions(labels != ignore_index, num_rows)
+        kept = Keeps(keeps)
+        if kept is Keeps.STASH_IF_IT_FITS:
+            fits = len(positions) * len(lm_head_weight) * call.operand.itemsize <= budget[1]
+            kept = Keeps.STASH if fits else Keeps.NUMBERS
+        return _forward(call, hidden_states, labels, positions, kept, top_rows, with_statistics)
+
+
+@score_tokens_op.register_fake
+def _score_tokens_fake(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    lm_head_bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    labels: Tensor,
+    top_rows: Tensor | None,
+    lora_scaling: float,
+    ignore_index: int,
+    transform: list[float],
+    autocast_dtype: torch.dtype | None,
+    backend: str,
+    keeps: str,
+    with_statistics: bool,
+    num_rows: int | None,
+    budget: list[int],
+    group_name: str | None,
+) -> tuple[Tensor, ...]:
+    precision = _precision(lm_head_weight, autocast_dtype, backend)
+    number, kept = precision.accumulation, Keeps(keeps)
+    num_positions, hidden_size = hidden_states.shape
+    tracks_top = with_statistics or top_rows is not None
+
+    def empty(dtype: torch.dtype, is_there: bool, *shape: Any) -> Tensor:
+        return hidden_states.new_empty(shape if is_there else (0,), dtype=dtype)
+
+    def per_position(dtype: torch.dtype) -> Tensor:
+        return empty(dtype, with_statistics, num_positions)
+
+    num_scored: Any = 0
+    num_stashed: Any = 0
+    if kept in (Keeps.STASH, Keeps.STASH_IF_IT_FITS, Keeps.NUMBERS):
+        num_scored = torch.library.get_ctx().new_dynamic_size()
+    if kept is Keeps.STASH:
+        num_stashed = num_scored
+    elif kept is Keeps.STASH_IF_IT_FITS:
+        num_stashed = torch.library.get_ctx().new_dynamic_size()
+    has_slopes = kept is Keeps.SLOPES
+    dtype = hidden_states.dtype
+    return FusedScores(
+        token_logps=empty(number, True, num_positions),
+        top_non_label_logps=per_position(number),
+        entropy=per_position(number),
+        log_sum_sq_probs=per_position(number),
+        mean_logits=per_position(number),
+        is_top1=per_position(torch.bool),
+        top_non_label_ids=per_position(torch.int64),
+        slopes=empty(dtype, has_slopes, num_positions, hidden_size),
+        top_slopes=empty(dtype, has_slopes and with_statistics, num_positions, hidden_size),
+        positions=empty(torch.int64, True, num_scored),
+        numbers=empty(number, True, 4 if tracks_top else 3, num_scored),
+        top_ids=empty(torch.int64, True, num_scored if tracks_top else 0),
+        stash=empty(precision.operand, True, num_stashed, lm_head_weight.shape[0]),
+    )
+
+
+@torch.library.custom_op("realign::score_tokens_backward", mutates_args=())
+def score_tokens_backward_op(
+    grad_logps: Tensor | None,
+    grad_top_logps: Tensor | None,
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    lm_head_bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    labels: Tensor,
+    top_rows: Tensor | None,
+    positions: Tensor,
+    numbers: Tensor,
+    top_ids: Tensor,
+    stash: Tensor,
+    lora_scaling: float,
+    transform: list[float],
+    autocast_dtype: torch.dtype | None,
+    backend: str,
+    budget: list[int],
+    group_name: str | None,
+    needed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return gradients of hidden states, weight, bias, A and B; empty where not needed."""
+    with _plain(hidden_states):
+        call = _fused_call(
+            hidden_states, lm_head_weight, lm_head_bias, lora_a, lora_b, lora_scaling, transform,
+            autocast_dtype, backend, budget[0], group_name,
+        )  # fmt: skip
+        rows = gather_rows(call, hidden_states, labels, positions)
+        tracks_top = len(numbers) == 4
+        row_numbers = RowNumbers(*numbers[:3], *((numbers[3], top_ids) if tracks_top else (None, None)))
+
+        def per_row(grad: Tensor | None) -> Tensor:
+            if grad is None:
+                return numbers.new_zeros(len(positions))
+            return grad[positions].to(numbers.dtype)
+
+        grad_label, grad_top = per_row(grad_logps), None
+        if tracks_top:
+            grad_top = per_row(grad_top_logps)
+        if top_rows is not None:
+            grad_label, grad_top = _by_scoring(top_rows[positions], grad_label)
+        gradient = logit_gradient(row_numbers, call.transform, grad_label, grad_top)
+        stashed = stash if len(stash) == len(positions) and len(positions) > 0 else None
+        grads = head_gradients(call, rows, row_numbers, gradient, stashed, Needed(*needed))
+        grad_hidden = None
+        if grads.hidden is not None:
+            grad_hidden = hidden_states.new_zeros(hidden_states.shape)
+            grad_hidden[positions] = grads.hidden.to(grad_hidden.dtype)
+        given = (grad_hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b)
+        inputs = (hidden_states, lm_head_weight, lm_head_bias, lora_a, lora_b)
+        return tuple(  # type: ignore[return-value]
+            hidden_states.new_empty(0) if grad is None or like is None else grad.to(like.dtype)
+            for grad, like in zip(given, inputs, strict=True)
+        )
+
+
+@score_tokens_backward_op.register_fake
+def _score_tokens_backward_fake(
+    grad_logps: Tensor | None,
+    grad_top_logps: Tensor | None,
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    lm_head_bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    labels: Tensor,
+    top_rows: Tensor | None,
+    positions: Tensor,
+    numbers: Tensor,
+    top_ids: Tensor,
+    stash: Tensor,
+    lora_scaling: float,
+    transform: list[float],
+    autocast_dtype: torch.dtype | None,
+    backend: str,
+    budget: list[int],
+    group_name: str | None,
+    needed: list[bool],
+) -> tuple[Tensor, ...]:
+    inputs = (hidden_states, lm_head_weight, lm_head_bias, lora_a, lora_b)
+    return tuple(
+        hidden_states.new_empty(0)
+        if like is None or not is_needed
+        else torch.empty_like(like, memory_format=torch.contiguous_format)
+        for like, is_needed in zip(inputs, needed, strict=True)
+    )
+
+
+@torch.library.custom_op("realign::scale_slopes", mutates_args=())
+def scale_slopes_op(
+    grad_logps: Tensor | None,
+    grad_top_logps: Tensor | None,
+    slopes: Tensor,
+    top_slopes: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+) -> Tensor:
+    """Return the gradient by hidden states, (M, D), from derivatives that the forward has taken.
+
+    An operator of its own, without a derivative: a second one would be wrong in silence.
+    """
+    grad = torch.zeros_like(slopes)
+    for upstream, slope in ((grad_logps, slopes), (grad_top_logps, top_slopes)):
+        if upstream is not None and slope.numel() > 0:
+            upstream = upstream.masked_fill(labels == ignore_index, 0)
+            grad += (slope * upstream[:, None]).to(slope.dtype)
+    return grad
+
+
+@scale_slopes_op.register_fake
+def _scale_slopes_fake(
+    grad_logps: Tensor | None,
+    grad_top_logps: Tensor | None,
+    slopes: Tensor,
+    top_slopes: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+) -> Tensor:
+    return torch.empty_like(slopes)
+
+
+@contextmanager
+def _plain(tensor: Tensor) -> Iterator[None]:
+    """Run below autograd and autocast: what is rounded, and where, is explicit."""
+    with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+        yield
+
+
+def _fused_call(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    lora_scaling: float,
+    transform: list[float],
+    autocast_dtype: torch.dtype | None,
+    backend: str,
+    workspace_bytes: int,
+    group_name: str | None,
+) -> FusedCall:
+    precision = _precision(weight, autocast_dtype, backend)
+    shape = fused_tile_shape(
+        hidden_states.device.type,
+        weight.shape[1],
+        0 if lora_a is None else lora_a.shape[0],
+        (precision.accumulation.itemsize, precision.operand.itemsize),
+        workspace_bytes,
+    )
+    scale, softcap, temperature = transform
+    factor = None if lora_a is None else precision.of_factor(lora_a)
+    return FusedCall(
+        head=Head(weight, bias, factor, lora_b, lora_scaling, precision),
+        transform=LogitTransform(scale, softcap or None, temperature),
+        vocabulary=locate_shard(weight.shape[0], group_named(group_name), weight.device),
+        shape=shape,
+        kernels=kernels_of(backend),
+    )
+
+
+def _precision(weight: Tensor, autocast_dtype: torch.dtype | None, backend: str) -> Precision:
+    """Return the dtypes: products of half operands are exact on GPUs and slow on CPUs."""
+    computed_in = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    operand = computed_in if backend == "cpu" else autocast_dtype or weight.dtype
+    return Precision(autocast_dtype, computed_in, operand)
+
+
+def _forward(
+    call: FusedCall,
+    hidden_states: Tensor,
+    labels: Tensor,
+    positions: Tensor,
+    keeps: Keeps,
+    top_rows: Tensor | None,
+    with_statistics: bool,
+) -> FusedScores:
+    num_rows = len(positions)
+    rows = gather_rows(call, hidden_states, labels, positions)
+    tracks_top = with_statistics or top_rows is not None
+    result = walk_vocabulary(
+        call, rows, keeps, with_statistics=with_statistics, tracks_top=tracks_top
+    )
+    numbers = RowNumbers.of(result, num_rows)
+    scored_labels = labels[positions]
+    is_token = (scored_labels >= 0) & (scored_labels < call.vocabulary.total)
+    row_logps = token_log_probs(numbers, is_token)
+    outputs = {name: hidden_states.new_empty(0) for name in FusedScores._fields}
+    spread = _Spread(positions, len(labels))
+    if with_statistics:
+        row_statistics = statistics(result, numbers, row_logps, scored_labels, call.vocabulary)
+        top_logps = top_log_probs(numbers).masked_fill(row_logps.isnan(), torch.nan)
+        outputs["top_non_label_logps"] = spread(top_logps)
+        for name in Statistics._fields:
+            fill = -1 if name == "top_non_label_ids" else 0
+            outputs[name] = spread(getattr(row_statistics, name), fill)
+    else:
+        outputs |= _empty_statistics(row_logps)
+    if keeps is Keeps.SLOPES:
+        is_top = None if top_rows is None else top_rows[positions]
+        outputs["slopes"], outputs["top_slopes"] = _slopes(
+            call, rows, numbers, result, spread, is_top, with_statistics, hidden_states.dtype
+        )
+    if top_rows is not None:
+        row_logps = torch.where(top_rows[positions], top_log_probs(numbers), row_logps)
+    outputs["token_logps"] = spread(row_logps)
+    is_saved = keeps in (Keeps.STASH, Keeps.NUMBERS)
+    saved = [number for number in numbers[:4] if number is not None]
+    outputs["numbers"] = torch.stack([part if is_saved else part[:0] for part in saved])
+    outputs["positions"] = positions if is_saved else positions[:0].clone()
+    top_ids = positions[:0].clone() if numbers.top_ids is None else numbers.top_ids
+    outputs["top_ids"] = top_ids.clone() if is_saved else top_ids[:0].clone()
+    stash = result.stash
+    if stash is None:
+        stash = hidden_states.new_empty(0, call.vocabulary.size, dtype=call.operand)
+    outputs["stash"] = stash[:num_rows]
+    return FusedScores(**outputs)
+
+
+def _empty_statistics(like: Tensor) -> dict[str, Tensor]:
+    names = ("top_non_label_logps", "entropy", "log_sum_sq_probs", "mean_logits")
+    empty = {name: like.new_empty(0) for name in names}
+    empty["is_top1"] = like.new_empty(0, dtype=torch.bool)
+    empty["top_non_label_ids"] = like.new_empty(0, dtype=torch.int64)
+    return empty
+
+
+class _Spread:
+    """Puts results of rows back where their labels are."""
+
+    def __init__(self, positions: Tensor, num_positions: int) -> None:
+        self.positions, self.num_positions = positions, num_positions
+
+    def __call__(self, rows: Tensor, fill: float = 0) -> Tensor:
+        whole = rows.new_full((self.num_positions, *rows.shape[1:]), fill)
+        whole[self.positions] = rows
+        return whole
+
+
+def _slopes(
+    call: FusedCall,
+    rows: Rows,
+    numbers: RowNumbers,
+    result: PassResult,
+    spread: _Spread,
+    is_top: Tensor | None,
+    with_statistics: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Return derivatives in the hidden states: of what a row is scored by, and of its top token."""
+    accumulator, low_rank = result.accumulator, result.low_rank_accumulator
+    assert accumulator is not None
+    ones = torch.ones_like(numbers.shift)
+
+    def slopes_of(
+        grad_label: Tensor, grad_top: Tensor | None, total: Tensor, low_rank_total: Tensor | None
+    ) -> Tensor:
+        gradient = logit_gradient(numbers, call.transform, grad_label, grad_top)
+        hidden, _ = hidden_gradient(call, rows, gradient, numbers.top_ids, total, low_rank_total)
+        return spread(hidden.to(dtype))
+
+    top_slopes = rows.hidden.new_empty(0, dtype=dtype)
+    if with_statistics:
+        low_rank_copy = None if low_rank is None else low_rank.clone()
+        top_slopes = slopes_of(torch.zeros_like(ones), ones, accumulator.clone(), low_rank_copy)
+    grad_label, grad_top = (ones, None) if is_top is None else _by_scoring(is_top, ones)
+    return slopes_of(grad_label, grad_top, accumulator, low_rank), top_slopes
+
+
+def _by_scoring(is_top: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Split the gradient of what rows are scored by into that of the label and of the top token."""
+    return torch.where(is_top, 0.0, grad), torch.where(is_top, grad, 0.0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    (
+        hidden_states, weight, bias, lora_a, lora_b, labels, top_rows, lora_scaling, ignore_index,
+        transform, autocast_dtype, backend, keeps, _, _, budget, group_name,
+    ) = inputs  # fmt: skip
+    scores = FusedScores(*output)
+    ctx.keeps, ctx.ignore_index = Keeps(keeps), ignore_index
+    ctx.options = (lora_scaling, transform, autocast_dtype, backend, budget, group_name)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[2:])
+    if ctx.keeps is Keeps.SLOPES:
+        ctx.save_for_backward(scores.slopes, scores.top_slopes, labels)
+    else:
+        ctx.save_for_backward(
+            hidden_states, weight, bias, lora_a, lora_b, labels, top_rows, scores.positions,
+            scores.numbers, scores.top_ids, scores.stash,
+        )  # fmt: skip
+
+
+def _backward(
+    ctx: Any, grad_logps: Tensor | None, grad_top_logps: Tensor | None = None, *_: None
+) -> tuple[Tensor | None, ...]:
+    none = (None,) * 12
+    if grad_logps is None and grad_top_logps is None:
+        return (None,) * 5 + none
+    needed = list(ctx.needs_input_grad[:5])
+    if ctx.keeps is Keeps.SLOPES:
+        slopes, top_slopes, labels = ctx.saved_tensors
+        grad = scale_slopes_op(
+            grad_logps, grad_top_logps, slopes, top_slopes, labels, ctx.ignore_index
+        )
+        return (grad, None, None, None, None, *none)
+    lora_scaling, transform, autocast_dtype, backend, budget, group_name = ctx.options
+    grads = score_tokens_backward_op(
+        grad_logps, grad_top_logps, *ctx.saved_tensors, lora_scaling, transform, autocast_dtype,
+        backend, budget, group_name, needed,
+    )  # fmt: skip
+    return (
+        *(grad if is_needed else None for grad, is_needed in zip(grads, needed, strict=True)),
+        *none,
+    )
+
+
+score_tokens_op.register_autograd(_backward, setup_context=_setup_context)
