@@ -1,4 +1,4 @@
-"""The C++ kernels of ``csrc/``: tensors in, pointers out.  Knows no autograd and no errors of users.
+"""The C++ kernels of ``csrc/``: tensors in, pointers out.  Knows no autograd, no users' errors.
 
 The library is found beside this file, or where an editable installation has put it, and loaded at
 the first call.
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 _ABI_VERSION = 1
 _WEIGHT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_LINKS = {"logsigmoid": 0.0, "hinge": 1.0, "ipo": 2.0}
 
 
 class _Tile(Structure):
@@ -113,7 +112,8 @@ def _library() -> ctypes.CDLL:
     library.realign_instruction_set.restype = c_char_p
     library.realign_epilogue.argtypes = [POINTER(_Tile)]
     library.realign_pair_loss.argtypes = [POINTER(_Pairs)]
-    sizes, weight = [c_int32, c_int32, c_int64, c_int64], [c_int32, c_void_p, c_int64, c_int64]
+    sizes = (c_int32, c_int32, c_int64, c_int64)
+    weight = (c_int32, c_void_p, c_int64, c_int64)
     library.realign_label_dot.argtypes = [
         *sizes, c_void_p, c_int64, *weight, c_int64, c_void_p, c_void_p,
     ]  # fmt: skip
@@ -213,14 +213,7 @@ def add_entries(
 
 def pair_loss(batch: PairBatch, results: PairResults) -> None:
     """Fill in the results of a preference batch."""
-    terms = torch.tensor(
-        [
-            [*term.coefficients, term.weight, term.beta, term.offset, term.label_smoothing,
-             _LINKS[term.link]]
-            for term in batch.objective.terms
-        ],
-        dtype=torch.float64,
-    )  # fmt: skip
+    terms = torch.tensor(batch.objective.table(), dtype=torch.float64)
     argument = _Pairs(
         is_double=batch.token_logps.dtype == torch.float64,
         num_tokens=batch.token_logps.numel(),

@@ -36,8 +36,7 @@ def check_backend(backend: str) -> None:
 def resolve_backend(backend: str, device_type: str) -> str:
     """Return the backend that runs on a device; ``backend`` has been checked."""
     if backend == "auto":
-        wanted = "triton" if _is_gpu(device_type) else device_type
-        return wanted if wanted in _MODULES and _missing(wanted) is None else "eager"
+        return auto_backend(device_type)
     if (backend == "cpu" and device_type != "cpu") or (
         backend == "triton" and not _is_gpu(device_type) and not interprets_triton()
     ):
@@ -46,6 +45,12 @@ def resolve_backend(backend: str, device_type: str) -> str:
             "Move the tensors, or pass backend='auto' or backend='eager'."
         )
     return backend
+
+
+def auto_backend(device_type: str) -> str:
+    """Return the fused backend of a device where it is installed, or else eager."""
+    wanted = "triton" if _is_gpu(device_type) else device_type
+    return wanted if wanted in _MODULES and _missing(wanted) is None else "eager"
 
 
 def interprets_triton() -> bool:

@@ -4,15 +4,15 @@ With x the transformed logits, y the label and phi = dx/dz, every tile adds
 
     e = exp(x - shift), 0 at y        s += sum(e)        E = e * phi        A += E @ W
 
-where ``shift`` is ``x[y]`` itself, so that ``log p(y) = -log1p(s)`` and the derivative of log p(y) in
-the hidden state is ``(s * phi[y] * W[y] - A) / (1 + s)``: tiles add up in any order and the value keeps
-its relative accuracy where p(y) is close to 1.  Where some x lies so far above the label that exp could
-overflow, the kernels move that row's shift and rescale what has been summed; 1 becomes
-``t = exp(x[y] - shift)``.  If the best other token ("top") is scored too, it is left out of s and A
-like the label.
+where ``shift`` is ``x[y]`` itself, so that ``log p(y) = -log1p(s)`` and the derivative of log p(y)
+in the hidden state is ``(s * phi[y] * W[y] - A) / (1 + s)``: tiles add up in any order, and the
+value keeps its relative accuracy where p(y) is close to 1.  Where some x lies so far above the
+label that exp could overflow, the kernels move that row's shift and rescale what has been summed; 1
+becomes ``t = exp(x[y] - shift)``.  If the best other token ("top") is scored too, it is left out of
+s and A like the label.
 
-Products belong to the BLAS, everything else to a kernel set.  Knows no autograd.  Letters: **N** answer
-tokens, **D** hidden size, **V** vocabulary of this shard, **r** rank.
+Products belong to the BLAS, everything else to a kernel set.  Knows no autograd.  Letters: **N**
+answer tokens, **D** hidden size, **V** vocabulary of this shard, **r** rank.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 _INF = float("inf")
 NO_TOKEN = -1
 
-# How far above the shift a logit may lie, in nats: V * exp(bound) * |W| must not overflow the operand
-# of the second product.  With statistics the squares must not overflow either.
+# How far above the shift a logit may lie, in nats: V * exp(bound) * |W| must not overflow the
+# operand of the second product.  With statistics the squares must not overflow either.
 _BOUNDS = {torch.float16: 8.0, torch.bfloat16: 60.0, torch.float32: 60.0, torch.float64: 600.0}
 
 
@@ -106,7 +106,7 @@ def gather_rows(call: FusedCall, hidden_states: Tensor, labels: Tensor, position
     if call.head.lora_a is not None:
         low_rank = hidden.new_empty(total, len(call.head.lora_a), dtype=call.accumulation)
         for block in spans(total, call.shape.rows):
-            low_rank[block] = call.head.low_rank(hidden[block])
+            torch.mm(hidden[block].to(call.accumulation), call.head.lora_a.T, out=low_rank[block])
     return Rows(hidden, low_rank, ids)
 
 
@@ -116,7 +116,7 @@ def walk_vocabulary(
     """Pass over the vocabulary once, then over the group."""
     vocabulary, head, kernels = call.vocabulary, call.head, call.kernels
     label_logits = _label_logits(call, rows)
-    # An exponential far below 1 would be lost in half precision: there the first tile sets the shift.
+    # Exponentials far below 1 would be lost in float16: there the first tile sets the shift.
     start = torch.full_like(label_logits, -_INF)
     state = RowState.start(
         start if call.operand == torch.float16 else label_logits.clone(),
@@ -227,12 +227,16 @@ class _Scratch:
             if rows.low_rank is not None:
                 self.low_rank_accumulator = torch.zeros_like(rows.low_rank)
         num_tiles = -(-call.vocabulary.size // call.shape.columns)
-        self.tile_shifts = (
-            new(num_tiles, num_rows, dtype=call.accumulation) if stashes else None
-        )
+        self.tile_shifts = new(num_tiles, num_rows, dtype=call.accumulation) if stashes else None
 
     def tile(
-        self, block: slice, columns: slice, head_tile: HeadTile, state: RowState, *, halve_bound: bool
+        self,
+        block: slice,
+        columns: slice,
+        head_tile: HeadTile,
+        state: RowState,
+        *,
+        halve_bound: bool,
     ) -> Tile:
         """Return the tile of some rows and columns, its logits not yet computed."""
         call = self.call
@@ -258,7 +262,7 @@ class _Scratch:
             logits=logits,
             exponentials=exponentials,
             first_column=columns.start,
-            bias=head_tile.bias,
+            bias=None if head_tile.bias is None else head_tile.bias.contiguous(),
             labels=self.rows.ids[block],
             transform=call.transform,
             bound=bound / 2 if halve_bound else bound,
@@ -298,9 +302,7 @@ class _Scratch:
         """Make the stash relative to the final shift; nearly always that is what it is."""
         if self.stash is None or self.tile_shifts is None:
             return
-        for number, columns in enumerate(
-            spans(self.call.vocabulary.size, self.call.shape.columns)
-        ):
+        for number, columns in enumerate(spans(self.call.vocabulary.size, self.call.shape.columns)):
             self.rescale(self.stash[:, columns], self.tile_shifts[number], shift)
 
     def rescale(self, matrix: Tensor | None, old_shift: Tensor, new_shift: Tensor) -> None:

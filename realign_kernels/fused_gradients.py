@@ -1,7 +1,7 @@
-"""Gradients of the fused backends: from what the forward kept to the inputs.  Letters as in ``fused.py``.
+"""Gradients of the fused backends: from what the forward kept to the inputs.
 
-The gradient by the raw logits of a row is ``scale * E``, with exact entries at the label and the top
-token, where E holds 0.
+The gradient by the raw logits of a row is ``scale * E``, with exact entries at the label and the
+top token, where E holds 0.  Letters as in ``fused.py``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def hidden_gradient(
     accumulator: Tensor,
     low_rank_accumulator: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Turn ``E @ W`` into the gradient by hidden states, and ``E @ B`` into that by ``hidden @ A.T``.
+    """Turn ``E @ W`` into the gradient by hidden states, ``E @ B`` into that by ``hidden @ A.T``.
 
     Both accumulators are overwritten; their rows beyond those of ``gradient`` are cut off.
     """
@@ -131,8 +131,7 @@ class _Replayed:
     def get(self, block: slice, columns: slice, tile: HeadTile) -> Tensor:
         shape = block.stop - block.start, columns.stop - columns.start
         logits, exponentials = (
-            buffer[: shape[0] * shape[1]].view(shape)
-            for buffer in (self.logits, self.exponentials)
+            buffer[: shape[0] * shape[1]].view(shape) for buffer in (self.logits, self.exponentials)
         )
         logits_into(logits, self.rows, block, tile)
         self.call.kernels.epilogue(
@@ -140,7 +139,7 @@ class _Replayed:
                 logits=logits,
                 exponentials=exponentials,
                 first_column=columns.start,
-                bias=tile.bias,
+                bias=None if tile.bias is None else tile.bias.contiguous(),
                 labels=self.rows.ids[block],
                 transform=self.call.transform,
                 bound=torch.inf,
@@ -178,9 +177,7 @@ class _Sums:
         if needed.hidden or (has_low_rank and needed.lora_a):
             self.accumulator = new(num_rows, head.weight.shape[1], dtype=call.accumulation)
             if head.lora_a is not None:
-                self.low_rank_accumulator = new(
-                    num_rows, len(head.lora_a), dtype=call.accumulation
-                )
+                self.low_rank_accumulator = new(num_rows, len(head.lora_a), dtype=call.accumulation)
         self.entries = _Entries(call, rows.ids[:num_rows], gradient, top_ids)
         self.weight = torch.empty_like(head.weight) if needed.weight else None
         self.bias = torch.empty_like(head.bias) if needed.bias and head.bias is not None else None
@@ -217,7 +214,11 @@ class _Sums:
             scale = self.gradient.scale[block, None].to(exponentials.dtype)
             into(self.bias_tile, exponentials.T, scale)
         if self.lora_b_tile is not None and self.scaled_low_rank is not None:
-            into(self.lora_b_tile, exponentials.T.to(self.call.accumulation), self.scaled_low_rank[block])
+            into(
+                self.lora_b_tile,
+                exponentials.T.to(self.call.accumulation),
+                self.scaled_low_rank[block],
+            )
         self.is_first = False
 
     def end(self, columns: slice) -> None:
@@ -278,5 +279,3 @@ class _Entries:
         starts = self.starts[columns.start : columns.stop + 1]
         rows = rows.to(part.dtype)
         self.call.kernels.add_entries(part, starts, self.order, self.coefficients, rows)
-
-

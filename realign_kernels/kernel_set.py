@@ -1,7 +1,7 @@
 """What a fused backend has to provide: small kernels around the products of a BLAS.
 
-Says what goes in and out; knows no backend.  Letters: **N** rows, **D** hidden size, **V** vocabulary
-of this shard, **r** rank.  Ids of tokens are those of the shard.
+Says what goes in and out; knows no backend.  Letters: **N** rows, **D** hidden size, **V**
+vocabulary of this shard, **r** rank.  Ids of tokens are those of the shard.
 """
 
 from __future__ import annotations

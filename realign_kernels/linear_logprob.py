@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from realign_kernels.token_scores import score_tokens
 from realign_kernels.head import HeadOptions, LoraFactors
+from realign_kernels.token_scores import score_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -106,7 +106,8 @@ def _ipo_losses(term: Term, log_ratios: Tensor, num_tokens: Tensor | None) -> Te
     return (term.contrast(per_token) - 1 / (2 * term.beta)).square()
 
 
-# Per-pair losses of a term, (P,), from log-ratios (C, P) and answer tokens (C, P).
+# Per-pair losses of a term, (P,), from log-ratios (C, P) and answer tokens (C, P).  Kernels know a
+# link by its place here.
 LINKS: dict[str, Callable[[Term, Tensor, Tensor | None], Tensor]] = {
     "logsigmoid": _logsigmoid_losses,
     "hinge": _hinge_losses,
@@ -175,6 +176,27 @@ class Objective:
                 Term(_REJECTED_IMAGE, weight=image_weight, beta=image_beta),
             )
         )
+
+    def table(self) -> list[list[float]]:
+        """Return the terms as numbers, for kernels: four coefficients, weight, beta, offset, label
+        smoothing, and the place of the link in ``LINKS``.
+        """
+        links = list(LINKS)
+        return [
+            [*term.coefficients, term.weight, term.beta, term.offset, term.label_smoothing,
+             float(links.index(term.link))]
+            for term in self.terms
+        ]  # fmt: skip
+
+    @classmethod
+    def from_table(cls, table: list[list[float]], nll_weight: float) -> Objective:
+        """Return the objective of a table."""
+        links = list(LINKS)
+        terms = (
+            Term(tuple(row[:4]), row[4], row[5], row[6], links[int(row[8])], row[7])
+            for row in table
+        )
+        return cls(tuple(terms), nll_weight)
 
     @property
     def num_cells(self) -> int:
@@ -246,7 +268,9 @@ def preference_loss(
     Note: deterministic; nothing waits for a GPU.
     Source: paper, eq. (1) -> docs/paper.md.
     """
-    _check_cells(logps, ref_logps, objective, num_tokens)
+    check_cells(logps, ref_logps, objective, num_tokens)
+    if num_tokens is not None and num_tokens.device.type == "cpu":
+        check_chosen_present(num_tokens)
     is_present = torch.ones_like(logps, dtype=torch.bool) if num_tokens is None else num_tokens > 0
     log_ratios = logps if ref_logps is None else logps - ref_logps.detach().to(logps.dtype)
     log_ratios = torch.where(is_present, log_ratios, 0.0)
@@ -276,9 +300,10 @@ def preference_loss(
     )
 
 
-def _check_cells(
+def check_cells(
     logps: Tensor, ref_logps: Tensor | None, objective: Objective, num_tokens: Tensor | None
 ) -> None:
+    """Check shapes, dtypes and devices of a preference batch; no values."""
     check_floating("logps", logps)
     if logps.ndim != 2 or not objective.num_cells <= logps.shape[0] <= MAX_CELLS:
         raise ValueError(
@@ -299,10 +324,5 @@ def _check_cells(
             )
     if ref_logps is not None:
         check_floating("ref_logps", ref_logps)
-    if num_tokens is None:
-        if objective.needs_num_tokens:
-            raise ValueError(
-                "num_tokens must be given for link 'ipo' and for nll_weight, got None."
-            )
-    elif num_tokens.device.type == "cpu":
-        check_chosen_present(num_tokens)
+    if num_tokens is None and objective.needs_num_tokens:
+        raise ValueError("num_tokens must be given for link 'ipo' and for nll_weight, got None.")

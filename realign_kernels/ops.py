@@ -1,8 +1,8 @@
 """The fused head as operators of torch: schemas, shapes under tracing, derivatives.
 
 What an operator computes is in ``fused*.py``.  Rows are compacted inside, so that shapes are static
-wherever the backward needs no more than the slopes.  Letters: **M** positions, **N** of them scored,
-**D** hidden size, **V** vocabulary of this shard, **r** rank.
+wherever the backward needs no more than the slopes.  Letters: **M** positions, **N** of them
+scored, **D** hidden size, **V** vocabulary of this shard, **r** rank.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from realign_kernels.dispatch import kernels_of
+from realign_kernels.first_order import differentiate_once
 from realign_kernels.fused import (
     FusedCall,
     Keeps,
@@ -34,8 +35,9 @@ from realign_kernels.fused_scores import (
 )
 from realign_kernels.head import Head, LogitTransform, Precision
 from realign_kernels.tiles import fused_tile_shape
-from realign_kernels.validation import check_labels, scored_positions
+from realign_kernels.validation import check_labels, known_number, scored_positions
 from realign_kernels.vocabulary import group_named, locate_shard
+
 
 class FusedScores(NamedTuple):
     """Outputs of the forward, in the order of its schema; empty where they were not asked for."""
@@ -71,23 +73,27 @@ def score_tokens_op(
     backend: str,
     keeps: str,
     with_statistics: bool,
-    num_rows: int | None,
+    sequence_lengths: Tensor | None,
     budget: list[int],
     group_name: str | None,
+    label_shape: list[int],
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     Tensor,
 ]:  # fmt: skip
     """Score labels (M,) by hidden states (M, D); rows of ``top_rows`` by their best other token.
 
-    ``transform`` is scale, softcap (0: none) and temperature, ``budget`` workspace and stash in bytes.
+    ``transform`` is scale, softcap (0: none) and temperature, ``budget`` workspace and stash in
+    bytes; ``sequence_lengths``, on the CPU, sums to the number of scored labels; ``label_shape`` is
+    what callers index their labels by, for messages.
     """
     with _plain(hidden_states):
         call = _fused_call(
             hidden_states, lm_head_weight, lm_head_bias, lora_a, lora_b, lora_scaling, transform,
             autocast_dtype, backend, budget[0], group_name,
         )  # fmt: skip
-        check_labels(labels, ignore_index, call.vocabulary)
+        check_labels(labels.view(label_shape), ignore_index, call.vocabulary)
+        num_rows = known_number(sequence_lengths, labels.device)
         positions = scored_positions(labels != ignore_index, num_rows)
         kept = Keeps(keeps)
         if kept is Keeps.STASH_IF_IT_FITS:
@@ -112,9 +118,10 @@ def _score_tokens_fake(
     backend: str,
     keeps: str,
     with_statistics: bool,
-    num_rows: int | None,
+    sequence_lengths: Tensor | None,
     budget: list[int],
     group_name: str | None,
+    label_shape: list[int],
 ) -> tuple[Tensor, ...]:
     precision = _precision(lm_head_weight, autocast_dtype, backend)
     number, kept = precision.accumulation, Keeps(keeps)
@@ -185,7 +192,9 @@ def score_tokens_backward_op(
         )  # fmt: skip
         rows = gather_rows(call, hidden_states, labels, positions)
         tracks_top = len(numbers) == 4
-        row_numbers = RowNumbers(*numbers[:3], *((numbers[3], top_ids) if tracks_top else (None, None)))
+        row_numbers = RowNumbers(
+            *numbers[:3], *((numbers[3], top_ids) if tracks_top else (None, None))
+        )
 
         def per_row(grad: Tensor | None) -> Tensor:
             if grad is None:
@@ -432,7 +441,7 @@ def _by_scoring(is_top: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (
         hidden_states, weight, bias, lora_a, lora_b, labels, top_rows, lora_scaling, ignore_index,
-        transform, autocast_dtype, backend, keeps, _, _, budget, group_name,
+        transform, autocast_dtype, backend, keeps, _, _, budget, group_name, _,
     ) = inputs  # fmt: skip
     scores = FusedScores(*output)
     ctx.keeps, ctx.ignore_index = Keeps(keeps), ignore_index
@@ -451,7 +460,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     ctx: Any, grad_logps: Tensor | None, grad_top_logps: Tensor | None = None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    none = (None,) * 12
+    none = (None,) * 13
     if grad_logps is None and grad_top_logps is None:
         return (None,) * 5 + none
     needed = list(ctx.needs_input_grad[:5])
@@ -473,3 +482,7 @@ def _backward(
 
 
 score_tokens_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+for _operator in (score_tokens_backward_op, scale_slopes_op):
+    differentiate_once(_operator)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from realign_kernels.token_scores import score_tokens
+from realign_kernels.dispatch import resolve_backend
 from realign_kernels.head import HeadOptions, LoraFactors
-from realign_kernels.objective import Objective, preference_loss
+from realign_kernels.objective import Objective, check_cells, preference_loss
+from realign_kernels.pair_ops import PairOutputs, pair_loss_op
 from realign_kernels.sequences import (
     PairShape,
     check_counts,
+    check_sequence_id_values,
     check_sequence_ids,
     resolve_pair_shape,
     sum_per_sequence,
 )
+from realign_kernels.token_scores import score_tokens
 from realign_kernels.validation import check_chosen_present
 
 if TYPE_CHECKING:
@@ -138,65 +142,97 @@ def rdpo_loss(
     pairs = resolve_pair_shape(
         hidden_states, ref_logps, sequence_ids, sequence_lengths, objective.num_cells
     )
-    is_scored = labels != ignore_index
+    meta = hidden_states.new_empty(pairs, dtype=torch.float64)
+    check_cells(meta, ref_logps, objective, meta)
     if sequence_ids is not None:
-        check_sequence_ids(sequence_ids, labels, is_scored, pairs.num_sequences)
-    if sequence_lengths is not None:
-        check_chosen_present(sequence_lengths)
-    token_logps = _score_cells(
+        check_sequence_ids(sequence_ids, labels)
+    top_rows = _top_rows(rejected_scoring, labels, sequence_ids, pairs)
+    if top_rows is not None and options.group is None and len(lm_head_weight) < 2:
+        raise ValueError(
+            "lm_head_weight must have V >= 2 for rejected_scoring='top_non_label', "
+            f"got V = {len(lm_head_weight)}."
+        )
+    if resolve_backend(backend, hidden_states.device.type) == "eager":
+        reduce = _reduce_eagerly
+    else:
+        reduce = _reduce_fused
+    token_logps = score_tokens(
         hidden_states,
         lm_head_weight,
         labels,
         options,
-        rejected_scoring,
-        pairs,
-        sequence_ids,
-        sequence_lengths,
+        top_rows=top_rows,
+        sequence_lengths=sequence_lengths,
+    ).token_logps
+    return reduce(
+        _Batch(labels, ignore_index, sequence_ids, sequence_lengths, pairs, ref_logps, objective),
+        token_logps,
+        backend,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What a loss knows of a batch besides the scores of its tokens."""
+
+    labels: Tensor
+    ignore_index: int
+    sequence_ids: Tensor | None
+    sequence_lengths: Tensor | None
+    pairs: PairShape
+    ref_logps: Tensor | None
+    objective: Objective
+
+
+def _reduce_eagerly(batch: _Batch, token_logps: Tensor, backend: str) -> RdpoOutput:
+    is_scored = batch.labels != batch.ignore_index
+    if batch.sequence_ids is not None:
+        check_sequence_id_values(batch.sequence_ids, is_scored, batch.pairs.num_sequences)
+    if batch.sequence_lengths is not None:
+        check_chosen_present(batch.sequence_lengths)
     logps, num_tokens = (
-        part.reshape(pairs)
-        for part in sum_per_sequence(token_logps, is_scored, sequence_ids, pairs.num_sequences)
+        part.reshape(batch.pairs)
+        for part in sum_per_sequence(
+            token_logps, is_scored, batch.sequence_ids, batch.pairs.num_sequences
+        )
     )
-    if sequence_lengths is not None:
-        check_counts(num_tokens, sequence_lengths)
-    output = preference_loss(logps, ref_logps, objective, num_tokens=num_tokens)
+    if batch.sequence_lengths is not None:
+        check_counts(num_tokens, batch.sequence_lengths)
+    output = preference_loss(logps, batch.ref_logps, batch.objective, num_tokens=num_tokens)
     return RdpoOutput(
         output.loss, logps, num_tokens, output.rewards, output.text_margins, output.image_margins
     )
 
 
-def _score_cells(
-    hidden_states: Tensor,
-    lm_head_weight: Tensor,
-    labels: Tensor,
-    options: HeadOptions,
-    rejected_scoring: str,
-    pairs: PairShape,
-    sequence_ids: Tensor | None,
-    sequence_lengths: Tensor | None,
-) -> Tensor:
-    """Return what each answer position adds to its sequence, shape of ``labels``."""
+def _reduce_fused(batch: _Batch, token_logps: Tensor, backend: str) -> RdpoOutput:
+    outputs = pair_loss_op(
+        token_logps,
+        batch.labels,
+        batch.sequence_ids,
+        batch.sequence_lengths,
+        None if batch.ref_logps is None else batch.ref_logps.detach(),
+        batch.ignore_index,
+        list(batch.pairs),
+        [number for row in batch.objective.table() for number in row],
+        batch.objective.nll_weight,
+        resolve_backend(backend, token_logps.device.type),
+    )
+    return RdpoOutput(*PairOutputs(*outputs)[:6])
+
+
+def _top_rows(
+    rejected_scoring: str, labels: Tensor, sequence_ids: Tensor | None, pairs: PairShape
+) -> Tensor | None:
+    """Return which positions are scored by their best token that is not the label."""
     if rejected_scoring not in REJECTED_SCORINGS:
         raise ValueError(
             f"rejected_scoring must be one of {list(REJECTED_SCORINGS)}, got {rejected_scoring!r}."
         )
-    if rejected_scoring == "top_non_label" and options.group is None and len(lm_head_weight) < 2:
-        raise ValueError(
-            "lm_head_weight must have V >= 2 for rejected_scoring='top_non_label', "
-            f"got V = {len(lm_head_weight)}."
-        )
-    num_rows = None
-    if sequence_lengths is not None and labels.device.type != "cpu":
-        num_rows = int(sequence_lengths.sum())
-    top_rows = None
-    if rejected_scoring == "top_non_label":
-        if sequence_ids is None:
-            sequence_ids = torch.arange(pairs.num_sequences, device=labels.device)[:, None]
-        top_rows = (sequence_ids >= pairs.num_pairs).expand(labels.shape)
-    scores = score_tokens(
-        hidden_states, lm_head_weight, labels, options, top_rows=top_rows, num_rows=num_rows
-    )
-    return scores.token_logps
+    if rejected_scoring == "label":
+        return None
+    if sequence_ids is None:
+        sequence_ids = torch.arange(pairs.num_sequences, device=labels.device)[:, None]
+    return (sequence_ids >= pairs.num_pairs).expand(labels.shape)
 
 
 def _resolve_objective(

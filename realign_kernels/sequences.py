@@ -89,10 +89,8 @@ def _check_lengths(sequence_lengths: Tensor, ref_logps: Tensor | None) -> None:
         )
 
 
-def check_sequence_ids(
-    sequence_ids: Tensor, labels: Tensor, is_scored: Tensor, num_sequences: int
-) -> None:
-    """Refuse ids of the wrong shape or type, and out of range where a token is scored."""
+def check_sequence_ids(sequence_ids: Tensor, labels: Tensor) -> None:
+    """Refuse ids of the wrong shape, type or device."""
     if sequence_ids.shape != labels.shape:
         raise ValueError(
             f"sequence_ids must have shape {tuple(labels.shape)} to match labels, "
@@ -103,6 +101,10 @@ def check_sequence_ids(
         raise ValueError(
             f"sequence_ids must be on {labels.device} to match labels, got {sequence_ids.device}."
         )
+
+
+def check_sequence_id_values(sequence_ids: Tensor, is_scored: Tensor, num_sequences: int) -> None:
+    """Refuse ids out of range where a token is scored."""
     if not value_checks_enabled():
         return
     is_bad = is_scored & ((sequence_ids < 0) | (sequence_ids >= num_sequences))

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from realign_kernels import eager
 from realign_kernels.dispatch import resolve_backend
+from realign_kernels.eager import score_tokens as score_tokens_eagerly
 from realign_kernels.fused import Keeps
 from realign_kernels.ops import FusedScores, score_tokens_op
 from realign_kernels.reference import RowScores
-from realign_kernels.validation import check_head
+from realign_kernels.validation import check_head, known_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,20 +30,21 @@ def score_tokens(
     *,
     statistics: bool = False,
     top_rows: Tensor | None = None,
-    num_rows: int | None = None,
+    sequence_lengths: Tensor | None = None,
 ) -> RowScores:
     """Score every position; entries have the shape of ``labels`` and are 0 where those are ignored.
 
     ``is_top1`` is False there and ids are -1.  Positions of ``top_rows``, of the same shape, are
-    scored by their best token that is not the label.  ``num_rows``, where the caller knows how many
-    labels are not ignored, saves a GPU's host from waiting for their count.
+    scored by their best token that is not the label.  ``sequence_lengths``, on the CPU, sums to the
+    number of labels that are not ignored, and saves a GPU's host from waiting for it.
     """
     precision = check_head(hidden_states, lm_head_weight, labels, options)
     backend = resolve_backend(options.backend, hidden_states.device.type)
     if backend == "eager":
-        scores = eager.score_tokens(
+        scores = score_tokens_eagerly(
             hidden_states, lm_head_weight, labels, options, precision,
-            statistics=statistics or top_rows is not None, num_rows=num_rows,
+            statistics=statistics or top_rows is not None,
+            num_rows=known_number(sequence_lengths, labels.device),
         )  # fmt: skip
         if top_rows is None or scores.top_non_label_logps is None:
             return scores
@@ -63,14 +64,17 @@ def score_tokens(
             backend,
             _keeps(inputs, options.memory).value,
             statistics,
-            num_rows,
+            sequence_lengths,
             [options.workspace_bytes, options.stash_bytes],
             None if options.group is None else options.group.group_name,
+            list(labels.shape),
         )
     )
     if not statistics:
         return RowScores(outputs.token_logps.reshape(labels.shape))
-    return RowScores(**{name: getattr(outputs, name).reshape(labels.shape) for name in RowScores._fields})
+    return RowScores(
+        **{name: getattr(outputs, name).reshape(labels.shape) for name in RowScores._fields}
+    )
 
 
 def _keeps(inputs: tuple[Tensor | None, ...], memory: str) -> Keeps:

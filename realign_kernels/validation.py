@@ -89,6 +89,13 @@ def check_labels(labels: Tensor, ignore_index: int, vocabulary: VocabularyShard)
         )
 
 
+def known_number(sequence_lengths: Tensor | None, device: torch.device) -> int | None:
+    """Return the number of scored rows where the host knows it and would have to wait for it."""
+    if sequence_lengths is None or device.type == "cpu":
+        return None
+    return int(sequence_lengths.sum())
+
+
 def scored_positions(is_scored: Tensor, num_rows: int | None) -> Tensor:
     """Return where ``is_scored`` (M,) is true, (N,) int64.
 

@@ -43,7 +43,8 @@ def group_named(name: str | None) -> dist.ProcessGroup | None:
     """Return the process group of a name: operators of torch take strings, not groups."""
     if name is None:
         return None
-    return dist.distributed_c10d._resolve_process_group(name)
+    # What torch's own functional collectives call.
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
 
 
 def locate_shard(

@@ -18,6 +18,14 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module", params=["eager", "cpu"])
+def each_backend(request):
+    """Run with each backend where a call leaves the choice open."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("realign_kernels.dispatch.auto_backend", lambda device_type: request.param)
+        yield request.param
+
+
 @pytest.fixture
 def poison_empty(monkeypatch):
     """Fill fresh uninitialised memory with NaN, so that reading it shows."""

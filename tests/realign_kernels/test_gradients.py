@@ -11,6 +11,8 @@ import torch.utils.checkpoint
 from realign_kernels import linear_logprob, linear_logprob_stats
 from realign_kernels.testing import dense_log_probs, dense_logprob, make_head_inputs
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 HEADS = [{"bias": bias, "rank": rank} for bias in (False, True) for rank in (0, 2)]
 TRANSFORMS = [
     {},
@@ -239,7 +241,7 @@ def test_second_order_is_refused():
     inputs = make_head_inputs(5, 11, 3).as_leaves()
     loss = inputs.call(linear_logprob).square().sum()
     (grad,) = torch.autograd.grad(loss, inputs.hidden_states, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|must be differentiated once"):
         grad.sum().backward()
 
 

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from realign_kernels import linear_logprob_stats, rdpo_loss
 from realign_kernels.testing import make_head_inputs
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 WORLD_SIZE = 2
 V = 37
 # Uneven on purpose; the second shard of "lone" is one token wide.

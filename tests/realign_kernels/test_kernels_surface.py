@@ -57,12 +57,17 @@ FIELDS = {
 LAYERS = [
     {"__init__"},
     {"rdpo_loss"},
-    {"linear_logprob", "objective"},
-    {"eager", "sequences"},
-    {"gradients", "validation"},
-    {"reference"},
+    {"linear_logprob"},
+    {"token_scores", "pair_ops"},
+    {"sequences"},
+    {"eager", "ops"},
+    {"gradients", "fused_gradients"},
+    {"reference", "fused_scores"},
+    {"fused"},
+    {"objective", "kernel_set", "products"},
+    {"validation"},
     {"head"},
-    {"dispatch", "tiles", "vocabulary", "testing"},
+    {"dispatch", "first_order", "tiles", "vocabulary", "testing", "_cpu"},
 ]
 PACKAGE = Path(realign_kernels.__file__).parent
 
@@ -149,10 +154,16 @@ def test_importing_needs_torch_alone():
 def test_backends_are_described():
     descriptions = describe_backends()
     assert list(descriptions) == ["auto", "eager", "triton", "cpu"]
-    assert descriptions["auto"].startswith("eager: ")
-    assert descriptions["eager"].startswith("available: ")
-    for name in ("triton", "cpu"):
-        assert descriptions[name].startswith("not installed: ")
+    assert descriptions["auto"].startswith("cpu on CPUs, ")
+    for name in ("eager", "cpu"):
+        assert descriptions[name].startswith("available: ")
+
+
+def test_a_missing_backend_is_described(monkeypatch):
+    monkeypatch.setattr("realign_kernels.dispatch._missing", lambda name: "no compiler")
+    descriptions = describe_backends()
+    assert descriptions["auto"] == "eager on CPUs, eager on GPUs"
+    assert descriptions["cpu"] == "not installed (no compiler): fused C++ kernels for CPUs"
 
 
 @pytest.mark.parametrize("hidden_size", [1, 64, 4096, 8192])

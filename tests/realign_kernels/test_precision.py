@@ -8,6 +8,8 @@ import torch
 from realign_kernels import linear_logprob, linear_logprob_stats
 from realign_kernels.testing import dense_logits, dense_logprob, make_head_inputs
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 BLOCK_N, BLOCK_V = 4, 16
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from realign_kernels import Objective, linear_logprob, linear_logprob_stats, rdpo_loss
 from realign_kernels.testing import HeadInputs, dense_logprob, make_head_inputs
+
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 PROPERTY = settings(
     max_examples=40,

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from realign_kernels import Objective, Term, linear_logprob, preference_loss, rdpo_loss
 from realign_kernels.testing import dense_log_probs, make_head_inputs
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 LN2 = math.log(2)
 V, D = 19, 4
 

@@ -10,6 +10,8 @@ import torch
 from realign_kernels import LogprobStats, linear_logprob, linear_logprob_stats
 from realign_kernels.testing import dense_log_probs, dense_logits, make_head_inputs
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 
 def dense_stats(inputs):
     """The definitions, one line each."""
@@ -43,9 +45,10 @@ def test_equal_the_dense_definitions(V, options, small_workspace):
 
 
 def test_token_logps_are_those_of_linear_logprob():
+    """Fused backends leave the best other token out of the sum: the last bit may differ."""
     inputs = make_head_inputs(23, 37, 5, torch.float32, ignored=0.2, bias=True)
-    stats = inputs.call(linear_logprob_stats)
-    assert torch.equal(stats.token_logps, inputs.call(linear_logprob))
+    actual, expected = inputs.call(linear_logprob_stats).token_logps, inputs.call(linear_logprob)
+    torch.testing.assert_close(actual, expected, rtol=3e-7, atol=3e-7)
 
 
 def test_uniform_distribution():

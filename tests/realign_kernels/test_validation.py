@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from realign_kernels import Objective, linear_logprob, linear_logprob_stats, rdpo_loss
-from realign_kernels.eager import score_tokens
+from realign_kernels.dispatch import auto_backend, resolve_backend
 from realign_kernels.head import HeadOptions
 from realign_kernels.testing import make_head_inputs
+from realign_kernels.token_scores import score_tokens
+
+pytestmark = pytest.mark.usefixtures("each_backend")
 
 N, V, D = 6, 11, 4
 BOTH = pytest.mark.parametrize("function", [linear_logprob, linear_logprob_stats])
@@ -60,7 +63,7 @@ def call(function, **changes):
         ({"temperature": float("nan")}, "temperature must be finite and > 0, got nan"),
         ({"workspace_bytes": -1}, "workspace_bytes must be >= 0, got -1"),
         ({"stash_bytes": -1}, "stash_bytes must be >= 0, got -1"),
-        ({"workspace_bytes": 100}, r"workspace_bytes must be >= \d+ to hold one logit .* got 100"),
+        ({"workspace_bytes": 20}, r"workspace_bytes must be >= \d+ to hold one logit .* got 20"),
         (
             {"backend": "cuda"},
             r"backend must be one of \['auto', 'eager', 'triton', 'cpu'\], got 'c",
@@ -123,9 +126,33 @@ def test_autocast_accepts_mixed_dtypes_but_not_float64():
 
 @pytest.mark.parametrize("backend", ["triton", "cpu"])
 @BOTH
-def test_backends_that_are_not_installed_never_fall_back(function, backend):
-    with pytest.raises(RuntimeError, match=rf"got '{backend}'.* Pass backend='auto' or"):
+def test_backends_that_are_not_installed_never_fall_back(function, backend, monkeypatch):
+    monkeypatch.setattr("realign_kernels.dispatch._missing", lambda name: "it is not there")
+    with pytest.raises(
+        RuntimeError, match=rf"got '{backend}': it is not there\. Pass backend='auto' or"
+    ):
         call(function, backend=backend)
+
+
+@BOTH
+def test_backends_of_another_device_never_fall_back(function, monkeypatch):
+    monkeypatch.setattr("realign_kernels.dispatch._missing", lambda name: None)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match=r"must fit the device 'cpu' .*, got 'triton'"):
+        call(function, backend="triton")
+    assert resolve_backend("triton", "cuda") == "triton"
+    with pytest.raises(RuntimeError, match=r"must fit the device 'cuda' .*, got 'cpu'"):
+        resolve_backend("cpu", "cuda")
+
+
+def test_auto_takes_what_is_installed(monkeypatch):
+    monkeypatch.setattr("realign_kernels.dispatch._missing", lambda name: None)
+    assert auto_backend("cpu") == "cpu"
+    assert auto_backend("cuda") == "triton"
+    assert auto_backend("mps") == "eager"
+    monkeypatch.setattr("realign_kernels.dispatch._missing", lambda name: "it is not there")
+    assert auto_backend("cpu") == "eager"
+    assert auto_backend("cuda") == "eager"
 
 
 def test_a_group_needs_torch_distributed():
@@ -256,7 +283,7 @@ def test_value_checks_can_be_switched_off(monkeypatch):
     assert rdpo_loss(**packed(sequence_lengths=lengths)).num_tokens.tolist() == ONES.tolist()
 
 
-def test_a_known_number_of_rows_gives_the_same_scores():
+def test_a_known_number_of_rows_gives_the_same_scores(monkeypatch):
     """What a GPU does when lengths are known: positions are found without waiting for a count."""
     inputs = make_head_inputs(9, V, D, ignored=0.4)
     options = HeadOptions(
@@ -272,8 +299,8 @@ def test_a_known_number_of_rows_gives_the_same_scores():
         stash_bytes=0,
         group=None,
     )
-    num_rows = int((inputs.labels != -100).sum())
-    scores = score_tokens(
-        *inputs.tensors, inputs.labels, options, statistics=False, num_rows=num_rows
-    )
+    num_rows = (inputs.labels != -100).sum()
+    monkeypatch.setattr("realign_kernels.token_scores.known_number", lambda *_: int(num_rows))
+    monkeypatch.setattr("realign_kernels.ops.known_number", lambda *_: int(num_rows))
+    scores = score_tokens(*inputs.tensors, inputs.labels, options, sequence_lengths=num_rows[None])
     assert torch.equal(scores.token_logps, inputs.call(linear_logprob))
