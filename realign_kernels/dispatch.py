@@ -5,7 +5,6 @@ Explicit requests never fall back; only ``"auto"`` chooses.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -18,7 +17,12 @@ BACKENDS = ("auto", "eager", "triton", "cpu")
 MEMORY_MODES = ("auto", "stash", "tile", "recompute")
 
 _MODULES = {"triton": "realign_kernels._triton", "cpu": "realign_kernels._cpu"}
-_LIBRARY = "realign_kernels._csrc"
+# Why a backend cannot run.  Looked up once, here: torch.compile traces what is asked on each call.
+_REASONS = {}
+if importlib.util.find_spec("realign_kernels._csrc") is None:
+    _REASONS["cpu"] = "the package was installed without a C++ compiler"
+if importlib.util.find_spec("triton") is None:
+    _REASONS["triton"] = "there is no triton here"
 
 
 def check_backend(backend: str) -> None:
@@ -93,11 +97,6 @@ def _is_gpu(device_type: str) -> bool:
     return device_type in ("cuda", "xpu")
 
 
-@functools.cache
 def _missing(backend: str) -> str | None:
     """Return why a backend cannot run, or None."""
-    if backend == "cpu" and importlib.util.find_spec(_LIBRARY) is None:
-        return "the package was installed without a C++ compiler"
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
-        return "there is no triton here"
-    return None
+    return _REASONS.get(backend)

@@ -18,7 +18,7 @@ from realign_kernels.tiles import spans
 
 if TYPE_CHECKING:
     from realign_kernels.fused_scores import LogitGradient, RowNumbers
-    from realign_kernels.head import HeadTile
+    from realign_kernels.head import Head, HeadTile
 
 
 class Needed(NamedTuple):
@@ -80,9 +80,13 @@ def head_gradients(
     gradient: LogitGradient,
     stash: Tensor | None,
     needed: Needed,
+    onto: Gradients | None = None,
 ) -> Gradients:
-    """Walk the vocabulary once more, over E as stashed or computed anew."""
-    sums = _Sums(call, rows, gradient, numbers.top_ids, needed)
+    """Walk the vocabulary once more, over E as stashed or computed anew.
+
+    ``onto`` holds gradients of the head, in the accumulation dtype, that these are added to.
+    """
+    sums = _Sums(call, rows, gradient, numbers.top_ids, needed, onto)
     exponentials = _Stashed(stash) if stash is not None else _Replayed(call, rows, numbers)
     for columns in spans(call.vocabulary.size, call.shape.columns):
         tile = call.head.tile(columns)
@@ -160,8 +164,10 @@ class _Sums:
         gradient: LogitGradient,
         top_ids: Tensor | None,
         needed: Needed,
+        onto: Gradients | None,
     ) -> None:
         self.call, self.rows, self.gradient, self.top_ids = call, rows, gradient, top_ids
+        self.onto = onto
         head, num_rows = call.head, len(gradient.scale)
         has_low_rank = head.lora_a is not None
         self.needed = needed
@@ -179,18 +185,16 @@ class _Sums:
             if head.lora_a is not None:
                 self.low_rank_accumulator = new(num_rows, len(head.lora_a), dtype=call.accumulation)
         self.entries = _Entries(call, rows.ids[:num_rows], gradient, top_ids)
-        self.weight = torch.empty_like(head.weight) if needed.weight else None
-        self.bias = torch.empty_like(head.bias) if needed.bias and head.bias is not None else None
-        self.lora_b = None
-        if needed.lora_b and head.lora_b is not None:
-            self.lora_b = torch.empty_like(head.lora_b)
+        self.weight, self.bias, self.lora_b = _new_gradients(head, needed)
+        if onto is not None:
+            self.weight, self.bias, self.lora_b = onto.weight, onto.bias, onto.lora_b
 
     def begin(self, columns: slice) -> None:
         """Start the parts of a range of the vocabulary."""
         self.weight_tile = self._tile(self.weight, columns)
         self.bias_tile = self._tile(None if self.bias is None else self.bias[:, None], columns)
         self.lora_b_tile = self._tile(self.lora_b, columns)
-        self.is_first = True
+        self.is_first = self.onto is None
 
     def _tile(self, whole: Tensor | None, columns: slice) -> Tensor | None:
         if whole is None:
@@ -256,6 +260,21 @@ class _Sums:
         return Gradients(
             hidden if self.needed.hidden else None, self.weight, self.bias, lora_a, self.lora_b
         )
+
+
+def _new_gradients(
+    head: Head, needed: Needed
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return room for the gradients of weight, bias and B."""
+    tensors = (head.weight, head.bias, head.lora_b)
+    is_needed = (needed.weight, needed.bias, needed.lora_b)
+    weight, bias, lora_b = (
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if needs and tensor is not None
+        else None
+        for tensor, needs in zip(tensors, is_needed, strict=True)
+    )
+    return weight, bias, lora_b
 
 
 class _Entries:

@@ -112,6 +112,11 @@ def logit_gradient(
     )
 
 
+def by_scoring(is_top: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Split the gradient of what rows are scored by into that of the label and of the top token."""
+    return torch.where(is_top, 0.0, grad), torch.where(is_top, grad, 0.0)
+
+
 class Statistics(NamedTuple):
     """Entries of ``LogprobStats`` that carry no gradient, (N,) each."""
 

@@ -28,6 +28,7 @@ from realign_kernels.fused_gradients import Needed, head_gradients, hidden_gradi
 from realign_kernels.fused_scores import (
     RowNumbers,
     Statistics,
+    by_scoring,
     logit_gradient,
     statistics,
     token_log_probs,
@@ -87,8 +88,8 @@ def score_tokens_op(
     bytes; ``sequence_lengths``, on the CPU, sums to the number of scored labels; ``label_shape`` is
     what callers index their labels by, for messages.
     """
-    with _plain(hidden_states):
-        call = _fused_call(
+    with plain(hidden_states):
+        call = fused_call(
             hidden_states, lm_head_weight, lm_head_bias, lora_a, lora_b, lora_scaling, transform,
             autocast_dtype, backend, budget[0], group_name,
         )  # fmt: skip
@@ -185,8 +186,8 @@ def score_tokens_backward_op(
     needed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return gradients of hidden states, weight, bias, A and B; empty where not needed."""
-    with _plain(hidden_states):
-        call = _fused_call(
+    with plain(hidden_states):
+        call = fused_call(
             hidden_states, lm_head_weight, lm_head_bias, lora_a, lora_b, lora_scaling, transform,
             autocast_dtype, backend, budget[0], group_name,
         )  # fmt: skip
@@ -205,7 +206,7 @@ def score_tokens_backward_op(
         if tracks_top:
             grad_top = per_row(grad_top_logps)
         if top_rows is not None:
-            grad_label, grad_top = _by_scoring(top_rows[positions], grad_label)
+            grad_label, grad_top = by_scoring(top_rows[positions], grad_label)
         gradient = logit_gradient(row_numbers, call.transform, grad_label, grad_top)
         stashed = stash if len(stash) == len(positions) and len(positions) > 0 else None
         grads = head_gradients(call, rows, row_numbers, gradient, stashed, Needed(*needed))
@@ -287,13 +288,13 @@ def _scale_slopes_fake(
 
 
 @contextmanager
-def _plain(tensor: Tensor) -> Iterator[None]:
+def plain(tensor: Tensor) -> Iterator[None]:
     """Run below autograd and autocast: what is rounded, and where, is explicit."""
     with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
         yield
 
 
-def _fused_call(
+def fused_call(
     hidden_states: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -429,13 +430,8 @@ def _slopes(
     if with_statistics:
         low_rank_copy = None if low_rank is None else low_rank.clone()
         top_slopes = slopes_of(torch.zeros_like(ones), ones, accumulator.clone(), low_rank_copy)
-    grad_label, grad_top = (ones, None) if is_top is None else _by_scoring(is_top, ones)
+    grad_label, grad_top = (ones, None) if is_top is None else by_scoring(is_top, ones)
     return slopes_of(grad_label, grad_top, accumulator, low_rank), top_slopes
-
-
-def _by_scoring(is_top: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the gradient of what rows are scored by into that of the label and of the top token."""
-    return torch.where(is_top, 0.0, grad), torch.where(is_top, grad, 0.0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -44,7 +44,7 @@ def pair_loss_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sum per sequence and apply an objective; ``terms`` is its table, row by row."""
-    objective = Objective.from_table(_rows_of(terms), nll_weight)
+    objective = Objective.from_table(rows_of_table(terms), nll_weight)
     pairs = PairShape(*pair_shape)
     if sequence_ids is not None:
         check_sequence_id_values(sequence_ids, labels != ignore_index, pairs.num_sequences)
@@ -192,6 +192,6 @@ pair_loss_op.register_autograd(_backward, setup_context=_setup_context)
 differentiate_once(pair_loss_backward_op)
 
 
-def _rows_of(terms: list[float]) -> list[list[float]]:
+def rows_of_table(terms: list[float]) -> list[list[float]]:
     """Cut a flat table into its rows of nine."""
     return [terms[start : start + 9] for start in range(0, len(terms), 9)]

@@ -20,8 +20,9 @@ from realign_kernels.sequences import (
     resolve_pair_shape,
     sum_per_sequence,
 )
+from realign_kernels.tile_ops import TileOutputs, rdpo_tiles_op
 from realign_kernels.token_scores import score_tokens
-from realign_kernels.validation import check_chosen_present
+from realign_kernels.validation import check_chosen_present, check_head
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -152,10 +153,12 @@ def rdpo_loss(
             "lm_head_weight must have V >= 2 for rejected_scoring='top_non_label', "
             f"got V = {len(lm_head_weight)}."
         )
-    if resolve_backend(backend, hidden_states.device.type) == "eager":
-        reduce = _reduce_eagerly
-    else:
-        reduce = _reduce_fused
+    batch = _Batch(
+        labels, ignore_index, sequence_ids, sequence_lengths, pairs, ref_logps, objective
+    )
+    is_eager = resolve_backend(backend, hidden_states.device.type) == "eager"
+    if not is_eager and _takes_tiles(hidden_states, lm_head_weight, labels, options, batch):
+        return _reduce_in_tiles(hidden_states, lm_head_weight, options, batch, top_rows)
     token_logps = score_tokens(
         hidden_states,
         lm_head_weight,
@@ -164,11 +167,7 @@ def rdpo_loss(
         top_rows=top_rows,
         sequence_lengths=sequence_lengths,
     ).token_logps
-    return reduce(
-        _Batch(labels, ignore_index, sequence_ids, sequence_lengths, pairs, ref_logps, objective),
-        token_logps,
-        backend,
-    )
+    return (_reduce_eagerly if is_eager else _reduce_fused)(batch, token_logps, backend)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +217,68 @@ def _reduce_fused(batch: _Batch, token_logps: Tensor, backend: str) -> RdpoOutpu
         resolve_backend(backend, token_logps.device.type),
     )
     return RdpoOutput(*PairOutputs(*outputs)[:6])
+
+
+def _takes_tiles(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    options: HeadOptions,
+    batch: _Batch,
+) -> bool:
+    """Tell whether gradients of the head are taken pair by pair: asked for, or E would not fit."""
+    bias, (lora_a, lora_b, _) = options.lm_head_bias, options.lm_head_lora or (None, None, 1.0)
+    is_trained = any(
+        part is not None and part.requires_grad for part in (lm_head_weight, bias, lora_a, lora_b)
+    )
+    if not (is_trained and torch.is_grad_enabled()):
+        return False
+    if options.memory != "auto":
+        return options.memory == "tile"
+    # Without lengths the number of answer tokens is not known here; positions are the most.
+    num_rows = labels.numel()
+    if batch.sequence_lengths is not None and not torch.compiler.is_compiling():
+        num_rows = int(batch.sequence_lengths.sum())
+    itemsize = max(4, lm_head_weight.itemsize) if labels.device.type == "cpu" else 2
+    return num_rows * len(lm_head_weight) * itemsize > options.stash_bytes
+
+
+def _reduce_in_tiles(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    options: HeadOptions,
+    batch: _Batch,
+    top_rows: Tensor | None,
+) -> RdpoOutput:
+    precision = check_head(hidden_states, lm_head_weight, batch.labels, options)
+    lora_a, lora_b, lora_scaling = options.lm_head_lora or (None, None, 1.0)
+    inputs = (hidden_states, lm_head_weight, options.lm_head_bias, lora_a, lora_b)
+    sequence_ids = batch.sequence_ids
+    if sequence_ids is None:
+        sequence_ids = torch.arange(batch.pairs.num_sequences, device=batch.labels.device)
+        sequence_ids = sequence_ids[:, None].expand(batch.labels.shape)
+    outputs = rdpo_tiles_op(
+        hidden_states.reshape(-1, hidden_states.shape[-1]),
+        *inputs[1:],
+        batch.labels.reshape(-1),
+        sequence_ids.reshape(-1),
+        None if top_rows is None else top_rows.reshape(-1),
+        batch.sequence_lengths,
+        None if batch.ref_logps is None else batch.ref_logps.detach(),
+        lora_scaling,
+        options.ignore_index,
+        [options.logit_scale, options.logit_softcap or 0.0, options.temperature],
+        precision.autocast,
+        resolve_backend(options.backend, hidden_states.device.type),
+        [options.workspace_bytes, options.stash_bytes],
+        None if options.group is None else options.group.group_name,
+        list(batch.pairs),
+        [number for row in batch.objective.table() for number in row],
+        batch.objective.nll_weight,
+        [part is not None and part.requires_grad for part in inputs],
+        list(batch.labels.shape),
+    )
+    return RdpoOutput(*TileOutputs(*outputs)[:6])
 
 
 def _top_rows(

@@ -1,0 +1,233 @@
+"""``memory="tile"`` as an operator of torch: hidden states in, loss and its gradients out.
+
+Gradients are those of a loss of slope 1, which the backward scales.  A gradient that comes through
+``logps`` is added by computing the logits again.  Letters as in ``ops.py``; **P** pairs, **C**
+cells.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from realign_kernels.first_order import differentiate_once
+from realign_kernels.fused_gradients import Needed
+from realign_kernels.objective import Objective
+from realign_kernels.ops import fused_call, plain, score_tokens_backward_op
+from realign_kernels.pair_ops import reduce_pairs, rows_of_table
+from realign_kernels.pair_tiles import TiledBatch, score_and_differentiate
+from realign_kernels.sequences import PairShape, check_counts, check_sequence_id_values
+from realign_kernels.validation import (
+    check_chosen_present,
+    check_labels,
+    known_number,
+    scored_positions,
+)
+
+
+class TileOutputs(NamedTuple):
+    """Outputs of the operator, in the order of its schema."""
+
+    loss: Tensor  # as PairOutputs, down to image_margins
+    logps: Tensor
+    num_tokens: Tensor
+    rewards: Tensor
+    text_margins: Tensor
+    image_margins: Tensor
+    grad_hidden: Tensor  # (M, D), or empty where not needed, as are the others
+    grad_weight: Tensor
+    grad_bias: Tensor
+    grad_lora_a: Tensor
+    grad_lora_b: Tensor
+    positions: Tensor  # (N,)
+    numbers: Tensor  # (3 or 4, N)
+    top_ids: Tensor  # (N,)
+
+
+@torch.library.custom_op("realign::rdpo_tiles", mutates_args=())
+def rdpo_tiles_op(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    lm_head_bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    labels: Tensor,
+    sequence_ids: Tensor,
+    top_rows: Tensor | None,
+    sequence_lengths: Tensor | None,
+    ref_logps: Tensor | None,
+    lora_scaling: float,
+    ignore_index: int,
+    transform: list[float],
+    autocast_dtype: torch.dtype | None,
+    backend: str,
+    budget: list[int],
+    group_name: str | None,
+    pair_shape: list[int],
+    terms: list[float],
+    nll_weight: float,
+    needed: list[bool],
+    label_shape: list[int],
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor,
+]:  # fmt: skip
+    """Reduce labels (M,) and hidden states (M, D) to a loss, and differentiate it."""
+    with plain(hidden_states):
+        call = fused_call(
+            hidden_states, lm_head_weight, lm_head_bias, lora_a, lora_b, lora_scaling, transform,
+            autocast_dtype, backend, budget[0], group_name,
+        )  # fmt: skip
+        check_labels(labels.view(label_shape), ignore_index, call.vocabulary)
+        pairs = PairShape(*pair_shape)
+        is_scored = labels != ignore_index
+        check_sequence_id_values(sequence_ids, is_scored, pairs.num_sequences)
+        if sequence_lengths is not None:
+            check_chosen_present(sequence_lengths)
+        positions = scored_positions(is_scored, known_number(sequence_lengths, labels.device))
+        batch = TiledBatch(
+            hidden_states, labels, sequence_ids, top_rows, ref_logps, ignore_index, pairs,
+            Objective.from_table(rows_of_table(terms), nll_weight),
+        )  # fmt: skip
+        result = score_and_differentiate(
+            call,
+            batch,
+            positions,
+            _tokens_per_pair(batch, positions, sequence_lengths),
+            Needed(*needed),
+            backend,
+        )
+        outputs = reduce_pairs(
+            result.token_logps, labels, sequence_ids, ref_logps, ignore_index, pairs,
+            batch.objective, backend,
+        )  # fmt: skip
+        if sequence_lengths is not None:
+            check_counts(outputs.num_tokens, sequence_lengths)
+        elif labels.device.type == "cpu":
+            check_chosen_present(outputs.num_tokens)
+        inputs = (hidden_states, lm_head_weight, lm_head_bias, lora_a, lora_b)
+        grads = (
+            hidden_states.new_empty(0) if grad is None or like is None else grad.to(like.dtype)
+            for grad, like in zip(result.gradients, inputs, strict=True)
+        )
+        return TileOutputs(*outputs[:6], *grads, positions, result.numbers, result.top_ids)
+
+
+def _tokens_per_pair(
+    batch: TiledBatch, positions: Tensor, sequence_lengths: Tensor | None
+) -> list[int]:
+    """Return the answer tokens of every pair, on the host, which waits if it must."""
+    if sequence_lengths is not None:
+        counts: list[int] = sequence_lengths.sum(dim=0).tolist()
+        return counts
+    num_pairs = batch.pairs.num_pairs
+    pair_of_row = batch.sequence_ids[positions] % max(1, num_pairs)
+    counts = torch.bincount(pair_of_row, minlength=num_pairs).tolist()
+    return counts
+
+
+@rdpo_tiles_op.register_fake
+def _rdpo_tiles_fake(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    lm_head_bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    labels: Tensor,
+    sequence_ids: Tensor,
+    top_rows: Tensor | None,
+    sequence_lengths: Tensor | None,
+    ref_logps: Tensor | None,
+    lora_scaling: float,
+    ignore_index: int,
+    transform: list[float],
+    autocast_dtype: torch.dtype | None,
+    backend: str,
+    budget: list[int],
+    group_name: str | None,
+    pair_shape: list[int],
+    terms: list[float],
+    nll_weight: float,
+    needed: list[bool],
+    label_shape: list[int],
+) -> tuple[Tensor, ...]:
+    number = torch.float64 if lm_head_weight.dtype == torch.float64 else torch.float32
+    num_scored: Any = torch.library.get_ctx().new_dynamic_size()
+    inputs = (hidden_states, lm_head_weight, lm_head_bias, lora_a, lora_b)
+    grads = (
+        hidden_states.new_empty(0)
+        if tensor is None
+        else tensor.new_empty(tensor.shape if is_needed else (0,))
+        for tensor, is_needed in zip(inputs, needed, strict=True)
+    )
+    new = hidden_states.new_empty
+    return TileOutputs(
+        new((), dtype=number),
+        new(pair_shape, dtype=number),
+        new(pair_shape, dtype=torch.int64),
+        new(pair_shape, dtype=number),
+        new(pair_shape[1], dtype=number),
+        new(pair_shape[1], dtype=number),
+        *grads,
+        new(num_scored, dtype=torch.int64),
+        new((3 if top_rows is None else 4, num_scored), dtype=number),
+        new(0 if top_rows is None else num_scored, dtype=torch.int64),
+    )
+
+
+@torch.library.custom_op("realign::scale_gradients", mutates_args=())
+def scale_gradients_op(grad_loss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
+    """Return every gradient times the slope from above."""
+    return [(gradient * grad_loss.to(gradient.dtype)) for gradient in gradients]
+
+
+@scale_gradients_op.register_fake
+def _scale_gradients_fake(grad_loss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(gradient) for gradient in gradients]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    (
+        hidden_states, weight, bias, lora_a, lora_b, labels, sequence_ids, top_rows, _, _,
+        lora_scaling, ignore_index, transform, autocast_dtype, backend, budget, group_name, _, _,
+        _, needed, _,
+    ) = inputs  # fmt: skip
+    outputs = TileOutputs(*output)
+    ctx.options = (lora_scaling, transform, autocast_dtype, backend, budget, group_name, needed)
+    ctx.ignore_index = ignore_index
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(
+        hidden_states, weight, bias, lora_a, lora_b, labels, sequence_ids, top_rows,
+        outputs.positions, outputs.numbers, outputs.top_ids, *output[6:11],
+    )  # fmt: skip
+
+
+def _backward(
+    ctx: Any, grad_loss: Tensor | None, grad_logps: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    *inputs, labels, sequence_ids, top_rows, positions, numbers, top_ids = ctx.saved_tensors[:11]
+    needed = ctx.options[-1]
+    total: list[Tensor] | None = None
+    if grad_loss is not None:
+        total = scale_gradients_op(grad_loss, list(ctx.saved_tensors[11:]))
+    if grad_logps is not None:
+        is_scored = labels != ctx.ignore_index
+        grad_tokens = grad_logps.reshape(-1)[torch.where(is_scored, sequence_ids, 0)]
+        stash = inputs[0].new_empty(0, inputs[1].shape[0])
+        more = score_tokens_backward_op(
+            torch.where(is_scored, grad_tokens, 0.0), None, *inputs, labels, top_rows, positions,
+            numbers, top_ids, stash, *ctx.options,
+        )  # fmt: skip
+        total = [a + b for a, b in zip(total, more, strict=True)] if total else list(more)
+    none = (None,) * 17
+    if total is None:
+        return (None,) * 5 + none
+    grads = zip(total, needed, strict=True)
+    return (*(grad if is_needed else None for grad, is_needed in grads), *none)
+
+
+rdpo_tiles_op.register_autograd(_backward, setup_context=_setup_context)
+differentiate_once(scale_gradients_op)
