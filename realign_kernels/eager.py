@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from realign_kernels.first_order import once
 from realign_kernels.gradients import HeadGradients, factor_gradient
 from realign_kernels.head import Head, HeadOptions, LogitTransform, Precision
 from realign_kernels.reference import NO_TOKEN, Rows, RowScores, label_gap, score_rows, sum_rows
@@ -142,7 +142,6 @@ class _EagerScores(torch.autograd.Function):
         return present
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, grad_token_logps: Tensor | None, grad_top_logps: Tensor | None = None, *_: None
     ) -> tuple[Tensor | None, ...]:
@@ -153,7 +152,7 @@ class _EagerScores(torch.autograd.Function):
         if grad_token_logps is None:
             grad_token_logps = torch.zeros_like(saved.gap)
         # Backward may be called inside autocast, which would round the products below.
-        with torch.autocast(saved.hidden_states.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(saved.hidden_states.device.type, enabled=False):
             factors = factor_gradient(*saved[:5], grad_token_logps, grad_top_logps)
             grads = HeadGradients(
                 Rows(saved.hidden_states, positions, saved.labels),
@@ -168,4 +167,6 @@ class _EagerScores(torch.autograd.Function):
         grad_lora_a = None
         if grads.lora_a is not None and saved.lora_a is not None:
             grad_lora_a = grads.lora_a.to(saved.lora_a.dtype)
-        return None, None, None, grad_hidden, grads.weight, grads.bias, grad_lora_a, grads.lora_b
+        inputs = list(saved[-5:])
+        gradients = [grad_hidden, grads.weight, grads.bias, grad_lora_a, grads.lora_b]
+        return None, None, None, *once(gradients, inputs)

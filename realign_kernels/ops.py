@@ -78,6 +78,7 @@ def score_tokens_op(
     budget: list[int],
     group_name: str | None,
     label_shape: list[int],
+    witness: Tensor | None,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     Tensor,
@@ -86,7 +87,7 @@ def score_tokens_op(
 
     ``transform`` is scale, softcap (0: none) and temperature, ``budget`` workspace and stash in
     bytes; ``sequence_lengths``, on the CPU, sums to the number of scored labels; ``label_shape`` is
-    what callers index their labels by, for messages.
+    what callers index their labels by, for messages; ``witness`` is that of ``first_order.py``.
     """
     with plain(hidden_states):
         call = fused_call(
@@ -123,6 +124,7 @@ def _score_tokens_fake(
     budget: list[int],
     group_name: str | None,
     label_shape: list[int],
+    witness: Tensor | None,
 ) -> tuple[Tensor, ...]:
     precision = _precision(lm_head_weight, autocast_dtype, backend)
     number, kept = precision.accumulation, Keeps(keeps)
@@ -198,7 +200,7 @@ def score_tokens_backward_op(
         )
 
         def per_row(grad: Tensor | None) -> Tensor:
-            if grad is None:
+            if grad is None or grad.numel() == 0:
                 return numbers.new_zeros(len(positions))
             return grad[positions].to(numbers.dtype)
 
@@ -262,10 +264,11 @@ def scale_slopes_op(
     top_slopes: Tensor,
     labels: Tensor,
     ignore_index: int,
+    witness: Tensor | None,
 ) -> Tensor:
     """Return the gradient by hidden states, (M, D), from derivatives that the forward has taken.
 
-    An operator of its own, without a derivative: a second one would be wrong in silence.
+    An operator of its own, whose derivative is refused: it would be wrong in silence.
     """
     grad = torch.zeros_like(slopes)
     for upstream, slope in ((grad_logps, slopes), (grad_top_logps, top_slopes)):
@@ -283,6 +286,7 @@ def _scale_slopes_fake(
     top_slopes: Tensor,
     labels: Tensor,
     ignore_index: int,
+    witness: Tensor | None,
 ) -> Tensor:
     return torch.empty_like(slopes)
 
@@ -437,7 +441,7 @@ def _slopes(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (
         hidden_states, weight, bias, lora_a, lora_b, labels, top_rows, lora_scaling, ignore_index,
-        transform, autocast_dtype, backend, keeps, _, _, budget, group_name, _,
+        transform, autocast_dtype, backend, keeps, _, _, budget, group_name, _, witness,
     ) = inputs  # fmt: skip
     scores = FusedScores(*output)
     ctx.keeps, ctx.ignore_index = Keeps(keeps), ignore_index
@@ -445,7 +449,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     if ctx.keeps is Keeps.SLOPES:
-        ctx.save_for_backward(scores.slopes, scores.top_slopes, labels)
+        ctx.save_for_backward(scores.slopes, scores.top_slopes, labels, witness)
     else:
         ctx.save_for_backward(
             hidden_states, weight, bias, lora_a, lora_b, labels, top_rows, scores.positions,
@@ -456,14 +460,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     ctx: Any, grad_logps: Tensor | None, grad_top_logps: Tensor | None = None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    none = (None,) * 13
+    none = (None,) * 14
     if grad_logps is None and grad_top_logps is None:
         return (None,) * 5 + none
     needed = list(ctx.needs_input_grad[:5])
     if ctx.keeps is Keeps.SLOPES:
-        slopes, top_slopes, labels = ctx.saved_tensors
+        slopes, top_slopes, labels, witness = ctx.saved_tensors
         grad = scale_slopes_op(
-            grad_logps, grad_top_logps, slopes, top_slopes, labels, ctx.ignore_index
+            grad_logps,
+            grad_top_logps,
+            slopes,
+            top_slopes,
+            labels,
+            ctx.ignore_index,
+            witness,
         )
         return (grad, None, None, None, None, *none)
     lora_scaling, transform, autocast_dtype, backend, budget, group_name = ctx.options

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from realign_kernels.dispatch import resolve_backend
+from realign_kernels.first_order import second_order_witness
 from realign_kernels.head import HeadOptions, LoraFactors
 from realign_kernels.objective import Objective, check_cells, preference_loss
 from realign_kernels.pair_ops import PairOutputs, pair_loss_op
@@ -277,6 +278,7 @@ def _reduce_in_tiles(
         batch.objective.nll_weight,
         [part is not None and part.requires_grad for part in inputs],
         list(batch.labels.shape),
+        second_order_witness(hidden_states),
     )
     return RdpoOutput(*TileOutputs(*outputs)[:6])
 

@@ -70,6 +70,7 @@ def rdpo_tiles_op(
     nll_weight: float,
     needed: list[bool],
     label_shape: list[int],
+    witness: Tensor | None,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     Tensor, Tensor,
@@ -112,7 +113,8 @@ def rdpo_tiles_op(
             hidden_states.new_empty(0) if grad is None or like is None else grad.to(like.dtype)
             for grad, like in zip(result.gradients, inputs, strict=True)
         )
-        return TileOutputs(*outputs[:6], *grads, positions, result.numbers, result.top_ids)
+        rows = (positions, result.numbers, result.top_ids)
+        return TileOutputs._make((*outputs[:6], *grads, *rows))
 
 
 def _tokens_per_pair(
@@ -152,6 +154,7 @@ def _rdpo_tiles_fake(
     nll_weight: float,
     needed: list[bool],
     label_shape: list[int],
+    witness: Tensor | None,
 ) -> tuple[Tensor, ...]:
     number = torch.float64 if lm_head_weight.dtype == torch.float64 else torch.float32
     num_scored: Any = torch.library.get_ctx().new_dynamic_size()
@@ -163,28 +166,34 @@ def _rdpo_tiles_fake(
         for tensor, is_needed in zip(inputs, needed, strict=True)
     )
     new = hidden_states.new_empty
-    return TileOutputs(
+    losses = (
         new((), dtype=number),
         new(pair_shape, dtype=number),
         new(pair_shape, dtype=torch.int64),
         new(pair_shape, dtype=number),
         new(pair_shape[1], dtype=number),
         new(pair_shape[1], dtype=number),
-        *grads,
+    )
+    rows = (
         new(num_scored, dtype=torch.int64),
         new((3 if top_rows is None else 4, num_scored), dtype=number),
         new(0 if top_rows is None else num_scored, dtype=torch.int64),
     )
+    return TileOutputs._make((*losses, *grads, *rows))
 
 
 @torch.library.custom_op("realign::scale_gradients", mutates_args=())
-def scale_gradients_op(grad_loss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
+def scale_gradients_op(
+    grad_loss: Tensor, gradients: list[Tensor], witness: Tensor | None
+) -> list[Tensor]:
     """Return every gradient times the slope from above."""
     return [(gradient * grad_loss.to(gradient.dtype)) for gradient in gradients]
 
 
 @scale_gradients_op.register_fake
-def _scale_gradients_fake(grad_loss: Tensor, gradients: list[Tensor]) -> list[Tensor]:
+def _scale_gradients_fake(
+    grad_loss: Tensor, gradients: list[Tensor], witness: Tensor | None
+) -> list[Tensor]:
     return [torch.empty_like(gradient) for gradient in gradients]
 
 
@@ -192,7 +201,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     (
         hidden_states, weight, bias, lora_a, lora_b, labels, sequence_ids, top_rows, _, _,
         lora_scaling, ignore_index, transform, autocast_dtype, backend, budget, group_name, _, _,
-        _, needed, _,
+        _, needed, _, witness,
     ) = inputs  # fmt: skip
     outputs = TileOutputs(*output)
     ctx.options = (lora_scaling, transform, autocast_dtype, backend, budget, group_name, needed)
@@ -201,18 +210,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(
         hidden_states, weight, bias, lora_a, lora_b, labels, sequence_ids, top_rows,
-        outputs.positions, outputs.numbers, outputs.top_ids, *output[6:11],
+        outputs.positions, outputs.numbers, outputs.top_ids, witness, *output[6:11],
     )  # fmt: skip
 
 
 def _backward(
     ctx: Any, grad_loss: Tensor | None, grad_logps: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    *inputs, labels, sequence_ids, top_rows, positions, numbers, top_ids = ctx.saved_tensors[:11]
+    *inputs, labels, sequence_ids, top_rows, positions, numbers, top_ids, witness = (
+        ctx.saved_tensors[:12]
+    )
     needed = ctx.options[-1]
     total: list[Tensor] | None = None
     if grad_loss is not None:
-        total = scale_gradients_op(grad_loss, list(ctx.saved_tensors[11:]))
+        total = scale_gradients_op(grad_loss, list(ctx.saved_tensors[12:]), witness)
     if grad_logps is not None:
         is_scored = labels != ctx.ignore_index
         grad_tokens = grad_logps.reshape(-1)[torch.where(is_scored, sequence_ids, 0)]
@@ -222,7 +233,7 @@ def _backward(
             numbers, top_ids, stash, *ctx.options,
         )  # fmt: skip
         total = [a + b for a, b in zip(total, more, strict=True)] if total else list(more)
-    none = (None,) * 17
+    none = (None,) * 18
     if total is None:
         return (None,) * 5 + none
     grads = zip(total, needed, strict=True)

@@ -11,6 +11,7 @@ import torch
 
 from realign_kernels.dispatch import resolve_backend
 from realign_kernels.eager import score_tokens as score_tokens_eagerly
+from realign_kernels.first_order import second_order_witness
 from realign_kernels.fused import Keeps
 from realign_kernels.ops import FusedScores, score_tokens_op
 from realign_kernels.reference import RowScores
@@ -68,6 +69,7 @@ def score_tokens(
             [options.workspace_bytes, options.stash_bytes],
             None if options.group is None else options.group.group_name,
             list(labels.shape),
+            second_order_witness(hidden_states),
         )
     )
     if not statistics:
