@@ -132,6 +132,7 @@ def walk_vocabulary(
             logits_into(tile.logits, rows, block, head_tile)
             kernels.epilogue(tile)
             scratch.accumulate(block, tile, head_tile)
+        del head_tile  # or two casts of the head would be alive at once
     scratch.restore_moved_rows(state.shift)
     _reduce_over_group(call, state, scratch)
     if scratch.stash is not None and state.top_ids is not None:

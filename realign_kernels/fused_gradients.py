@@ -51,12 +51,9 @@ def hidden_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """Turn ``E @ W`` into the gradient by hidden states, ``E @ B`` into that by ``hidden @ A.T``.
 
-    Both accumulators are overwritten; their rows beyond those of ``gradient`` are cut off.
+    Both accumulators are overwritten; rows beyond those of ``gradient`` are cut off.
     """
     num_rows = len(gradient.scale)
-    accumulator = accumulator[:num_rows]
-    if low_rank_accumulator is not None:
-        low_rank_accumulator = low_rank_accumulator[:num_rows]
     add_weight_rows(
         call, accumulator, low_rank_accumulator, gradient.scale, rows.ids[:num_rows],
         gradient.at_label,
@@ -67,10 +64,12 @@ def hidden_gradient(
             call, accumulator, low_rank_accumulator, ones, top_ids[:num_rows], gradient.at_top
         )
     call.vocabulary.all_reduce_sum_(accumulator)
-    if low_rank_accumulator is not None and call.head.lora_a is not None:
-        call.vocabulary.all_reduce_sum_(low_rank_accumulator)
-        accumulator.addmm_(low_rank_accumulator, call.head.lora_a)
-    return accumulator, low_rank_accumulator
+    if low_rank_accumulator is None or call.head.lora_a is None:
+        return accumulator[:num_rows], None
+    call.vocabulary.all_reduce_sum_(low_rank_accumulator)
+    for block in spans(len(accumulator), call.shape.rows):
+        accumulator[block].addmm_(low_rank_accumulator[block], call.head.lora_a)
+    return accumulator[:num_rows], low_rank_accumulator[:num_rows]
 
 
 def head_gradients(
@@ -94,6 +93,7 @@ def head_gradients(
         for block in spans(len(gradient.scale), exponentials.block_rows(call)):
             sums.add(block, exponentials.get(block, columns, tile), tile)
         sums.end(columns)
+        del tile  # or two casts of the head would be alive at once
     return sums.finish()
 
 
@@ -181,9 +181,10 @@ class _Sums:
             self.scaled_low_rank = rows.low_rank[:num_rows] * scale * head.lora_scaling
         self.accumulator = self.low_rank_accumulator = None
         if needed.hidden or (has_low_rank and needed.lora_a):
-            self.accumulator = new(num_rows, head.weight.shape[1], dtype=call.accumulation)
+            shape = len(rows.hidden), head.weight.shape[1]  # with the empty rows, as in the forward
+            self.accumulator = new(shape, dtype=call.accumulation)
             if head.lora_a is not None:
-                self.low_rank_accumulator = new(num_rows, len(head.lora_a), dtype=call.accumulation)
+                self.low_rank_accumulator = new(shape[0], len(head.lora_a), dtype=call.accumulation)
         self.entries = _Entries(call, rows.ids[:num_rows], gradient, top_ids)
         self.weight, self.bias, self.lora_b = _new_gradients(head, needed)
         if onto is not None:
@@ -246,6 +247,7 @@ class _Sums:
             self.entries.add(part, columns, factor[:num_rows])
             if part.data_ptr() != whole[columns].data_ptr():
                 whole[columns] = part
+        self.weight_tile = self.bias_tile = self.lora_b_tile = part = None
 
     def finish(self) -> Gradients:
         """Go from the low-rank product back to its factor, and return everything."""

@@ -6,10 +6,13 @@ Letters: **N** rows, **D** hidden size, **V** vocabulary, **r** rank.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclass(frozen=True)
@@ -111,3 +114,22 @@ def dense_logprob(inputs: HeadInputs) -> Tensor:
     index = torch.where(is_scored, inputs.labels, 0).unsqueeze(-1)
     picked = dense_log_probs(inputs).gather(-1, index).squeeze(-1)
     return torch.where(is_scored, picked, 0.0)
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """Return the most CPU memory that tensors made by a call hold at once, with what it returns.
+
+    From the profiler's record of the allocator, which sees inside of operators.
+    """
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        result = function()
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    sizes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    alive = peak = 0
+    for _, size in sorted(sizes, key=lambda item: item[0]):
+        alive += size
+        peak = max(peak, alive)
+    del result
+    return peak
