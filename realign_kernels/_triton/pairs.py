@@ -141,7 +141,7 @@ def _pair_loss_kernel(
         weight = tl.load(term_ptr + 4)
         link = tl.load(term_ptr + 8).to(tl.int32)
         is_read = factors != 0
-        is_readable = tl.sum((is_read & ~is_present).to(tl.int32), axis=0) == 0
+        is_readable = tl.sum((is_read & (is_present == 0)).to(tl.int32), axis=0) == 0
         factors = tl.where(link == 2, factors / counts, factors)  # ipo is per token
         contrast = tl.sum(tl.where(is_read, factors * log_ratios, 0.0), axis=0)
         term_loss, slope = _link(
@@ -150,9 +150,10 @@ def _pair_loss_kernel(
         loss += tl.where(is_readable, weight * term_loss, 0.0)
         slope = weight * slope / num_pairs
         gradient += tl.where(is_read & is_readable, slope * factors, 0.0)
-    is_nll = (offs_c == 0) & is_present & (nll_weight > 0)
-    loss -= tl.sum(tl.where(is_nll, nll_weight * logps / counts, 0.0), axis=0)
-    gradient -= tl.where(is_nll, nll_weight / counts / num_pairs, 0.0)
+    if nll_weight > 0:
+        is_chosen = (offs_c == 0) & is_present
+        loss -= tl.sum(tl.where(is_chosen, nll_weight * logps / counts, 0.0), axis=0)
+        gradient -= tl.where(is_chosen, nll_weight / counts / num_pairs, 0.0)
     tl.store(losses_ptr + p, loss)
     tl.store(coefficients_ptr + offs, gradient, mask=is_cell)
 
