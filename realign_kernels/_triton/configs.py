@@ -13,7 +13,7 @@ from torch import Tensor
 
 Capability = tuple[int, int]
 
-_WARP_THREADS = 32
+_WARP_THREADS = 64  # of AMD's; NVIDIA's have 32
 
 
 class Launch(NamedTuple):

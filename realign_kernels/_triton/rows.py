@@ -55,7 +55,7 @@ def _combine_kernel(
     stride_an, stride_wv, stride_wd,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program owns a row, and nearly always leaves it alone when only shifts could have moved."""
+    """One program owns a row, which it leaves alone where only a shift might have moved."""
     n = tl.program_id(0).to(tl.int64)
     scale = tl.load(scale_ptr + n)
     token = tl.load(ids_ptr + n)

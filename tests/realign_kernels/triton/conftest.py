@@ -1,4 +1,4 @@
-"""Triton's interpreter, switched on before Triton is imported, and blocks so small that it is fast."""
+"""Triton's interpreter, switched on before Triton is imported, and blocks as small as inputs."""
 
 from __future__ import annotations
 

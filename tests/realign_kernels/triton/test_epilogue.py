@@ -201,7 +201,7 @@ def around(block):
 
 
 @pytest.mark.parametrize("V", around(BLOCK))
-@pytest.mark.parametrize("width", [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 3])
+@pytest.mark.parametrize("width", [BLOCK - 1, BLOCK, 2 * BLOCK + 3])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_every_column_crosses_every_edge(V, width, dtype):
     case = make_case(3, V, width=width, dtype=dtype, statistics=True, tracks_top=True)
@@ -217,24 +217,22 @@ def test_accumulators_of_any_width_follow_the_shift(D, dtype):
     check(case, run(case))
 
 
-@pytest.mark.parametrize("N", around(BLOCK))
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_plain_pass(N, mode, dtype):
-    case = make_case(N, 11, mode=mode, dtype=dtype)
+def test_plain_pass(mode, dtype):
+    case = make_case(2 * BLOCK + 3, 11, mode=mode, dtype=dtype)
     check(case, run(case))
 
 
-@pytest.mark.parametrize("tracks_top", [False, True])
-@pytest.mark.parametrize("statistics", [False, True])
+@pytest.mark.parametrize(
+    ("tracks_top", "statistics"), [(False, False), (True, False), (True, True)]
+)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "fp64"])
 @pytest.mark.parametrize("transform", [PLAIN, CAPPED], ids=["plain", "capped"])
 def test_everything_that_is_tracked(tracks_top, statistics, mode, dtype, transform):
-    if statistics and not tracks_top:
-        pytest.skip("statistics know the top token")
     case = make_case(
-        4, 17, seed=1, dtype=dtype, mode=mode, transform=transform, statistics=statistics,
+        3, 17, seed=1, dtype=dtype, mode=mode, transform=transform, statistics=statistics,
         tracks_top=tracks_top, bias=tracks_top,
     )  # fmt: skip
     case.labels[0] = -1  # an empty row
@@ -242,7 +240,7 @@ def test_everything_that_is_tracked(tracks_top, statistics, mode, dtype, transfo
     check(case, run(case))
 
 
-@pytest.mark.parametrize("gap", [5.0, 59.0, 100.0, 3000.0])
+@pytest.mark.parametrize("gap", [59.0, 100.0, 3000.0])
 @pytest.mark.parametrize("mode", ["slopes", "stash"])
 @pytest.mark.parametrize("tracks_top", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
