@@ -32,15 +32,15 @@ _LAUNCHES: dict[Capability, dict[tuple[str, int], Launch]] = {
         ("epilogue", 4): Launch(1024, 4),
         # As many registers a thread as in float32.  Not measured.
         ("epilogue", 8): Launch(512, 4),
-        # Hidden size 4096 in 4 blocks; the row of the weight is read once, 16 bytes a thread in half
-        # precision.  Not measured.
+        # Hidden size 4096 in 4 blocks; a row of the weight is read once, in half precision 16 bytes
+        # a thread.  Not measured.
         ("label_dot", 4): Launch(1024, 4),
         ("label_dot", 8): Launch(512, 4),  # as many bytes; not measured
         # The same row, read and written; most programs return before either.  Not measured.
         ("combine", 4): Launch(1024, 4),
         ("combine", 8): Launch(512, 4),  # as many bytes; not measured
-        # One warp: most rows of the vocabulary have no entry, and the others few.  A block of 256 by
-        # 8 entries is 64 registers a thread.  Not measured.
+        # One warp: most rows of the vocabulary have no entry, and the others few.  A block of 256
+        # by 8 entries is 64 registers a thread.  Not measured.
         ("add_entries", 4): Launch(256, 1),
         ("add_entries", 8): Launch(128, 1),  # as many registers; not measured
         # Tokens of one answer, summed in float64: some hundred in one or two blocks.  Not measured.

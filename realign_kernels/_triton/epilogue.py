@@ -74,7 +74,7 @@ def _survey(
     logits_ptr, bias_ptr, label, num_columns,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Return a row's largest x but for the label, its first column, the sum of x, and the label's x."""
+    """Return the largest x but for the label, its first column, the sum of x, and the label's x."""
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     largest = tl.full((BLOCK_V,), -float("inf"), dtype)
     columns = tl.zeros((BLOCK_V,), tl.int32)
@@ -103,7 +103,7 @@ def _exponentiate(
     logits_ptr, exponentials_ptr, bias_ptr, shift, label, own_top, top_entry, num_columns,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write E of a row, and return its largest x but for the label, and sums of e, -e log e, e ** 2.
+    """Write E of a row; return its largest x but for the label, and sums of e, -e log e, e ** 2.
 
     The columns ``label`` and ``own_top`` are in no sum; their entries are 0 and ``top_entry``.
     """
@@ -139,7 +139,7 @@ def _exponentiate(
 
 @triton.jit
 def _column_of(token, first_column, num_columns):
-    """Return the column of a token in the tile, or -1; int32, for every column is compared to it."""
+    """Return a token's column in the tile, or -1; int32, since every column is compared to it."""
     column = token - first_column
     return tl.where((column >= 0) & (column < num_columns), column, -1).to(tl.int32)
 

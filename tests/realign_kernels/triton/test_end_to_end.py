@@ -62,16 +62,22 @@ def compare(inputs, *, memory, bound=None, trainable=True):
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("memory", ["auto", "stash", "recompute"])
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("memory", ["stash", "recompute"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_trainable_head(head, memory, dtype):
-    compare(make_head_inputs(7, 21, 6, dtype, **HEADS[head]), memory=memory)
+    compare(make_head_inputs(6, 18, 5, dtype, **HEADS[head]), memory=memory)
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("memory", ["auto", "recompute"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_trainable_head_in_other_dtypes(memory, dtype):
+    compare(make_head_inputs(6, 18, 5, dtype, **HEADS["everything"]), memory=memory)
+
+
+@pytest.mark.parametrize("head", ["plain", "everything"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_frozen_head(head, dtype):
-    inputs = make_head_inputs(7, 21, 6, dtype, **HEADS[head])
+    inputs = make_head_inputs(6, 18, 5, dtype, **HEADS[head])
     compare(inputs, memory="auto", trainable=False)
 
 
@@ -87,7 +93,7 @@ def test_shapes_at_the_edges(N, V, D, memory, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_logits_far_apart(trainable, memory, dtype):
     """Shifts move in some rows, and labels are nearly certain or nearly impossible in others."""
-    inputs = make_head_inputs(6, 21, 6, dtype, logit_std=40.0)
+    inputs = make_head_inputs(6, 18, 5, dtype, logit_std=40.0)
     certain = dense_logits(inputs.as_leaves(torch.float64)).argmax(dim=1)
     inputs.labels[:3] = certain[:3]
     bound = dense_logits(inputs.as_leaves(torch.float64)).detach().abs().amax(dim=1)

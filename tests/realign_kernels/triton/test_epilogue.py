@@ -202,7 +202,7 @@ def around(block):
 
 @pytest.mark.parametrize("V", around(BLOCK))
 @pytest.mark.parametrize("width", [BLOCK - 1, BLOCK, 2 * BLOCK + 3])
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32"])
 def test_every_column_crosses_every_edge(V, width, dtype):
     case = make_case(3, V, width=width, dtype=dtype, statistics=True, tracks_top=True)
     check(case, run(case))
@@ -220,7 +220,7 @@ def test_accumulators_of_any_width_follow_the_shift(D, dtype):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_plain_pass(mode, dtype):
-    case = make_case(2 * BLOCK + 3, 11, mode=mode, dtype=dtype)
+    case = make_case(BLOCK + 1, 11, mode=mode, dtype=dtype)
     check(case, run(case))
 
 
@@ -302,9 +302,8 @@ def test_replay(dtype, transform, tracks_top):
     assert (state.rest_sum == 7.0).all()
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-@pytest.mark.parametrize("transform", [PLAIN, CAPPED], ids=["plain", "capped"])
+@pytest.mark.parametrize("mode", ["slopes", "stash"])
+@pytest.mark.parametrize(("dtype", "transform"), [("fp32", PLAIN), ("fp16", CAPPED)])
 def test_logits_that_are_not_finite_stay_in_their_row(mode, dtype, transform):
     case = make_case(
         8, 15, bias=False, dtype=dtype, mode=mode, statistics=True, tracks_top=True,
@@ -326,7 +325,7 @@ def test_logits_that_are_not_finite_stay_in_their_row(mode, dtype, transform):
     assert result.state.rest_sum[1].isnan()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["slopes", "stash"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("tracks_top", [False, True])
 def test_logits_of_minus_infinity(mode, dtype, tracks_top):

@@ -65,20 +65,21 @@ COMPILATION = """
     flags = {"BOUND": 60.0, "FINDS_TOP_FIRST": False, "HAS_STATISTICS": False, "TRACKS_TOP": False}
     nothing = pointers("logit_sum label_logits entropy_sum square_sum top_logits top_ids", None)
     nothing |= pointers("released_ids released_values", None)
-    whole = flags | {"FINDS_TOP_FIRST": True, "HAS_STATISTICS": True, "TRACKS_TOP": True}
+    lazy = transform | flags
+    whole = lazy | {"FINDS_TOP_FIRST": True, "HAS_STATISTICS": True, "TRACKS_TOP": True}
     half = pointers("exponentials weight hidden", "*bf16")
     stash = pointers("accumulator", "*bf16")
     row, entries = {"BLOCK_D": 1024}, {"BLOCK_D": 256, "BLOCK_E": 8}
     for ptx in (
-        build("epilogue", "_epilogue_kernel", transform | flags, 4, "*fp32", **half, **ids | nothing),
-        build("epilogue", "_epilogue_kernel", transform | whole, 4, "*fp32", **ids | half),
+        build("epilogue", "_epilogue_kernel", lazy, 4, "*fp32", **half, **ids | nothing),
+        build("epilogue", "_epilogue_kernel", whole, 4, "*fp32", **ids | half),
         build("epilogue", "_replay_kernel", transform, 4, "*fp32", **ids | half),
         build("rows", "_label_dot_kernel", row, 4, "*fp32", **ids | half),
         build("rows", "_combine_kernel", row, 4, "*fp32", **ids | half | stash),
         build("rows", "_add_entries_kernel", entries, 1, "*fp32", **ids),
     ):
         assert ".f64" not in ptx  # nothing is promoted on the way
-    build("epilogue", "_epilogue_kernel", transform | whole, 4, "*fp64", **ids)
+    build("epilogue", "_epilogue_kernel", whole, 4, "*fp64", **ids)
     tokens = pointers("token_logps", "*fp32")
     build("pairs", "_sum_sequences_kernel", {"BLOCK_T": 256}, 4, "*fp64", **ids | tokens)
     table = {"HEADER_SIZE": 3, "TERM_SIZE": 9}
