@@ -41,9 +41,18 @@ class RowNumbers(NamedTuple):
 
     @property
     def log_label(self) -> Tensor:
-        """Logit of the label above the shift."""
+        """Logit of the label above the shift, or above itself where there is no other."""
+        base = torch.where(self.shift == -torch.inf, self.label_logits, self.shift)
         # Equal infinities are a row without any finite logit: NaN, as it should be.
-        return self.label_logits - self.shift
+        return self.label_logits - base
+
+    @property
+    def excess(self) -> Tensor:
+        """What to take off logarithms so that the label's exponential cannot overflow.
+
+        0 where the shift started at the label, which is everywhere but in float16.
+        """
+        return self.log_label.clamp(min=0)
 
     @property
     def log_top(self) -> Tensor | None:
@@ -76,8 +85,7 @@ def token_log_probs(numbers: RowNumbers, is_token: Tensor) -> Tensor:
 def top_log_probs(numbers: RowNumbers) -> Tensor:
     """Return log p(top), (N,); -inf where there is no other token."""
     assert numbers.log_top is not None
-    others = numbers.rest_sum + torch.exp(numbers.log_label)
-    return log_share(numbers.log_top, others)
+    return _log_share_beside_label(numbers, numbers.log_top, numbers.rest_sum)
 
 
 def log_share(log_part: Tensor, others: Tensor) -> Tensor:
@@ -87,11 +95,20 @@ def log_share(log_part: Tensor, others: Tensor) -> Tensor:
     return torch.where(log_part >= 0, large, log_part - torch.log(part + others))
 
 
+def _log_share_beside_label(numbers: RowNumbers, log_part: Tensor, rest: Tensor) -> Tensor:
+    """Return ``log(part / (part + rest + label))``."""
+    excess = numbers.excess
+    others = rest * torch.exp(-excess) + torch.exp(numbers.log_label - excess)
+    return log_share(log_part - excess, others)
+
+
 def logit_gradient(
     numbers: RowNumbers, transform: LogitTransform, grad_label: Tensor, grad_top: Tensor | None
 ) -> LogitGradient:
     """Differentiate ``grad_label * log p(label) + grad_top * log p(top)`` by the raw logits."""
-    label, top, rest = torch.exp(numbers.log_label), numbers.top, numbers.rest_sum
+    decay = torch.exp(-numbers.excess)
+    label = torch.exp(numbers.log_label - numbers.excess)
+    top, rest = decay * numbers.top, decay * numbers.rest_sum
     total = label + top + rest
     grad = grad_label if grad_top is None else grad_label + grad_top
     # Products of what is left: 1 - p is never taken.
@@ -106,7 +123,7 @@ def logit_gradient(
         at_top = at_top * transform.slope(numbers.top_logits)
         at_top = torch.where(numbers.top_logits == -torch.inf, 0.0, at_top)
     return LogitGradient(
-        scale=-grad / total,
+        scale=-grad * decay / total,
         at_label=at_label * transform.slope(numbers.label_logits),
         at_top=at_top,
     )
@@ -154,7 +171,7 @@ def statistics(
         torch.log(label + rest),
     )
     log_rest = torch.log(rest)
-    rest_logps = log_share(log_rest, label)
+    rest_logps = _log_share_beside_label(numbers, log_rest, torch.zeros_like(rest))
     has_rest = rest > 0
     rest_entropy = torch.where(has_rest, log_rest + entropy_sum / rest, 0.0)
     label_logits = rows(result.state.label_logits)

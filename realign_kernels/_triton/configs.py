@@ -1,0 +1,80 @@
+"""How every kernel is launched: a table and a pure choice from it.  Knows no maths.
+
+NOTHING HERE HAS BEEN MEASURED ON A GPU.  The numbers follow from the arithmetic of registers and
+memory transactions, for an NVIDIA GPU of 64 K registers a multiprocessor.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Capability = tuple[int, int]
+
+_WARP_THREADS = 64  # of AMD's; NVIDIA's have 32
+
+
+class Launch(NamedTuple):
+    """Elements that a program handles at a time, and its warps."""
+
+    block: int
+    num_warps: int
+
+
+# By the least capability that a row is for, then by kernel and bytes of the dtype that is computed
+# in.  One row serves every GPU until there are measurements to tell them apart.
+_LAUNCHES: dict[Capability, dict[tuple[str, int], Launch]] = {
+    (0, 0): {
+        # A row of an 8192-wide tile in 8 blocks; 8 elements a thread are two 16-byte loads in
+        # flight, and with every statistic 4 vectors of them take 32 registers.  Not measured.
+        ("epilogue", 4): Launch(1024, 4),
+        # As many registers a thread as in float32.  Not measured.
+        ("epilogue", 8): Launch(512, 4),
+        # Hidden size 4096 in 4 blocks; a row of the weight is read once, in half precision 16 bytes
+        # a thread.  Not measured.
+        ("label_dot", 4): Launch(1024, 4),
+        ("label_dot", 8): Launch(512, 4),  # as many bytes; not measured
+        # The same row, read and written; most programs return before either.  Not measured.
+        ("combine", 4): Launch(1024, 4),
+        ("combine", 8): Launch(512, 4),  # as many bytes; not measured
+        # One warp: most rows of the vocabulary have no entry, and the others few.  A block of 256
+        # by 8 entries is 64 registers a thread.  Not measured.
+        ("add_entries", 4): Launch(256, 1),
+        ("add_entries", 8): Launch(128, 1),  # as many registers; not measured
+        # Tokens of one answer, summed in float64: some hundred in one or two blocks.  Not measured.
+        ("sum_sequences", 4): Launch(256, 4),
+        ("sum_sequences", 8): Launch(256, 4),  # the sums are the same; not measured
+    }
+}
+
+# Entries that a program of add_entries gathers at a time: rows in flight against registers (above).
+ENTRIES_AT_A_TIME = 8
+
+
+def choose_launch(kernel: str, dtype: torch.dtype, width: int, capability: Capability) -> Launch:
+    """Return the launch of the newest row that the capability allows, no wider than it need be.
+
+    A block has at least one element a thread: with fewer, Triton gives an element to several
+    threads, one of which might store it before another has loaded it.
+    """
+    newest = max(least for least in _LAUNCHES if least <= capability)
+    block, num_warps = _LAUNCHES[newest][kernel, dtype.itemsize]
+    needed = 1 << max(0, width - 1).bit_length()
+    while num_warps > 1 and num_warps * _WARP_THREADS > needed:
+        num_warps //= 2
+    return Launch(max(num_warps * _WARP_THREADS, min(block, needed)), num_warps)
+
+
+def launch_of(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> Launch:
+    """Return how to launch a kernel over ``width`` elements a row on a device."""
+    capability = (0, 0)
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+    return choose_launch(kernel, dtype, width, capability)
+
+
+def has_dense_rows(matrix: Tensor) -> bool:
+    """Tell whether neighbours of a row lie side by side, as the kernels take for granted."""
+    return matrix.shape[1] <= 1 or matrix.stride(1) == 1

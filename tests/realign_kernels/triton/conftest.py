@@ -1,0 +1,28 @@
+"""Triton's interpreter, switched on before Triton is imported, and blocks as small as inputs."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import pytest
+
+BLOCK = 4
+
+
+@pytest.fixture(autouse=True)
+def quiet_numpy():
+    """Let the interpreter compute with infinities, as a GPU does, without a warning."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Make every kernel handle 4 elements at a time, and 2 entries: small inputs cross edges."""
+    from realign_kernels._triton import configs
+
+    monkeypatch.setattr(configs, "launch_of", lambda *_: configs.Launch(BLOCK, 1))
+    monkeypatch.setattr(configs, "ENTRIES_AT_A_TIME", 2)
