@@ -1,6 +1,6 @@
-"""Error of every head against float64 from the same rounded inputs: ``python -m benchmarks.accuracy``.
+"""Errors of every head against float64 on the same inputs: ``python -m benchmarks.accuracy``.
 
-Writes ``benchmarks/results/accuracy_<device>.json``.  Nothing here depends on how busy a machine is.
+Writes ``benchmarks/results/accuracy_<device>.json``.  No number depends on how busy a machine is.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", help="for a checkout without git")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
-    cells = measure(device, options.dtypes, options.classes, options.providers)
     run = environment(device, options.commit) | {"command": "python -m benchmarks.accuracy"}
     run |= {"num_rows": NUM_ROWS, "hidden_size": HIDDEN_SIZE, "vocabulary": VOCABULARY}
+    cells = measure(device, options.dtypes, options.classes, options.providers)
     path = options.out / f"accuracy_{device.type}.json"
     merge(path, run, cells)
     print(f"wrote {path.name}")

@@ -128,7 +128,7 @@ def interleave(
     seconds: float = SECONDS,
     repeats: int = REPEATS,
 ) -> tuple[list[float], list[float]]:
-    """Time two calls in the order A B B A; return milliseconds of each.  ``ours`` has run before."""
+    """Time two calls in the order A B B A; return milliseconds of each.  ``ours`` is warm."""
     times: tuple[list[float], list[float]] = ([], [])
     calls = (gemm, ours)
     gemm()
@@ -148,14 +148,20 @@ def time_one(
     call: Callable[[], object],
     device: torch.device,
     *,
+    prepare: Callable[[], object] = lambda: None,
     seconds: float = SECONDS,
     repeats: int = REPEATS,
 ) -> list[float]:
-    """Time a call alone, after two that are not counted; return milliseconds."""
+    """Time a call alone, after two that are not counted; return milliseconds.
+
+    ``prepare`` runs before each and is not timed.
+    """
     for _ in range(2):
+        prepare()
         call()
     started, times = time.perf_counter(), []
     while len(times) < 3 or (len(times) < repeats and time.perf_counter() - started < seconds):
+        prepare()
         times += _time_each([call], device)
     return times
 
