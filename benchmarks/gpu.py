@@ -1,9 +1,9 @@
 """Correctness, then speed, on a GPU: ``python -m benchmarks.gpu``.
 
-Checks every feature against float64 first and stops if one fails.  Then three measurements that the
-design rests on, then every provider at every shape until the time is used up; what is left is
-reported as not measured.  Cells merge into ``benchmarks/results/gpu_<device>.json``, so that several
-short calls add up: a cell that the same code measured on the same machine is not measured again.
+Checks every feature against float64 first and stops if one fails.  Then three measurements that
+the design rests on, then every provider at every shape until the time is used up; what is left is
+reported as not measured.  Cells merge into ``benchmarks/results/gpu_<device>.json``, so that
+several short calls add up: what the same code measured on the same machine is not measured again.
 
 Exit codes: 0; 1 if a check fails; 2 without a GPU.
 """

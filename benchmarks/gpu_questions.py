@@ -82,7 +82,7 @@ def _products(device: torch.device, rows: int, columns: int, D: int) -> dict[str
 
 
 class ResidentTile:
-    """A tile of logits of std 3 whose labels lie in it; as the epilogue of a frozen head gets it."""
+    """A tile of logits of std 3 with its labels, as the epilogue of a frozen head gets it."""
 
     def __init__(self, device: torch.device, rows: int, columns: int) -> None:
         self.source = torch.randn(rows, columns, device=device).mul_(3)
