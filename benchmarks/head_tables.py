@@ -116,10 +116,10 @@ def gpu_table(content: dict[str, Any]) -> str:
         other = ["-", "-", "-"]
         if fastest is not None:
             cell = measured[fastest]
-            other = [fastest, _time(cell), f"{cell['errors']['logp_max']:.0e}"]
+            other = [fastest, _time(cell), _short(cell["errors"]["logp_max"])]
         _, _, dtype, model, N, mode = group.split("/")
         label = f"{model}, {N.removeprefix('N')} tokens, {dtype}"
-        numbers = [_MODES[mode], _time(ours), f"{ours['errors']['logp_max']:.0e}", *other]
+        numbers = [_MODES[mode], _time(ours), _short(ours["errors"]["logp_max"]), *other]
         lines.append(_row(label, numbers))
     note = (
         "Milliseconds and multiples of one plain product (medians); error: the largest of a "
@@ -135,10 +135,8 @@ def _speed_row(name: str, found: list[dict[str, Any]]) -> str:
     times = [_time(cell) if cell["status"] == "ok" else cell["status"] for cell in found]
     memory = " / ".join(f"{cell['peak_bytes'] / 2**20:.0f}" for cell in measured)
     errors = measured[-1]["errors"]
-    gradients = " / ".join(
-        f"{errors[k]:.0e}" for k in ("grad_hidden", "grad_weight") if k in errors
-    )
-    return _row(name, [*times, memory, f"{errors['logp_max']:.0e}", gradients])
+    gradients = " / ".join(_short(errors[k]) for k in ("grad_hidden", "grad_weight") if k in errors)
+    return _row(name, [*times, memory, _short(errors["logp_max"]), gradients])
 
 
 def _time(cell: dict[str, Any]) -> str:
@@ -151,7 +149,13 @@ def _number(cell: dict[str, Any] | None, *path: str) -> str:
     value: Any = cell
     for name in path:
         value = value[name]
-    return f"{value:.0e}"
+    return _short(value)
+
+
+def _short(error: float) -> str:
+    """Two digits: 2.3e-3."""
+    digits, _, exponent = f"{error:.1e}".partition("e")
+    return f"{digits}e{int(exponent)}" if exponent else digits
 
 
 def _header(first: str, others: list[str]) -> list[str]:
