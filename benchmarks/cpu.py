@@ -36,9 +36,10 @@ def calibrate() -> float:
 
 
 def was_busy(load_before: float, products_ms: Sequence[float], idle_ms: float | None) -> bool:
-    """Tell whether something else computed meanwhile."""
-    least = idle_ms or min(products_ms)
-    return load_before >= 0.5 or max(products_ms) > _TOLERANCE * least
+    """Tell whether something else computed meanwhile; by the load where nothing better is known."""
+    if idle_ms is not None:
+        return max(products_ms) > _TOLERANCE * idle_ms
+    return load_before >= 0.5 or max(products_ms) > _TOLERANCE * min(products_ms)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

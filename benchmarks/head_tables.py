@@ -75,9 +75,14 @@ def cpu_tables(content: dict[str, Any]) -> str:
     parts = []
     for group in dict.fromkeys(tuple(key.split("/")[2:5]) for key in keys):
         dtype, model, N = group
-        shape = next(
-            c for k, c in cells.items() if f"/{dtype}/{model}/{N}/" in k and c["status"] == "ok"
-        )
+        measured = [
+            cell
+            for key, cell in cells.items()
+            if f"/{dtype}/{model}/{N}/" in key and cell["status"] == "ok"
+        ]
+        if not measured:
+            continue
+        shape = measured[0]
         title = f"{dtype}, N {shape['N']}, D {shape['D']}, V {shape['V']}"
         lines = _header(
             title, [*_MODES.values(), "memory, MiB", "log-prob error", "gradient error"]
