@@ -7,8 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.head_tables import head_block
+
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- demo table: python -m benchmarks.tables -->", "<!-- end of demo table -->"
+HEAD_BEGIN, HEAD_END = (
+    "<!-- head table: python -m benchmarks.tables -->",
+    "<!-- end of head table -->",
+)
 COLUMNS = (
     ("CHAIR_i", "chair", "chair_i"),
     ("recall", "chair", "recall"),
@@ -54,16 +60,24 @@ def passing(runs: list[dict[str, Any]], model: str) -> Iterator[bool]:
     return (run["verdicts"][model]["passes"] for run in runs)
 
 
-def with_table(readme: str) -> str:
-    """The README with its table made anew."""
-    path = ROOT / "benchmarks" / "results" / "demo_seeds.json"
+def demo_block(results: Path) -> str:
+    """Return what stands between the marks of the demo's table."""
+    path = results / "demo_seeds.json"
     if not path.is_file():
-        table = "*Three seeds have not been measured yet: `python -m realign.demo.seeds`.*"
-    else:
-        table = demo_table(json.loads(path.read_text()))
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+        return "*Three seeds have not been measured yet: `python -m realign.demo.seeds`.*"
+    return demo_table(json.loads(path.read_text()))
+
+
+BLOCKS = {(BEGIN, END): demo_block, (HEAD_BEGIN, HEAD_END): head_block}
+
+
+def with_table(readme: str) -> str:
+    """The README with its tables made anew."""
+    for (begin, end), make in BLOCKS.items():
+        before, _, rest = readme.partition(begin)
+        _, _, after = rest.partition(end)
+        readme = f"{before}{begin}\n{make(ROOT / 'benchmarks' / 'results')}\n{end}{after}"
+    return readme
 
 
 def main() -> None:

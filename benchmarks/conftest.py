@@ -1,0 +1,42 @@
+"""What benchmarks under pytest share; `pytest --benchmark` or `pytest benchmarks`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu_checks import DTYPES
+from benchmarks.measure import exact, measure_cell
+from benchmarks.providers import MODES, PROVIDERS, why_not
+from benchmarks.shapes import HeadShape, make_inputs
+
+_ROUNDS = 5
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def measure(benchmark: Any) -> Callable[..., None]:
+    """Time one provider, with everything that belongs beside a time in ``extra_info``."""
+
+    def run(name: str, mode: str, shape: HeadShape, dtype: str = "float32") -> None:
+        provider, device = PROVIDERS[name], torch.device("cpu")
+        reason = why_not(provider, device, DTYPES[dtype])
+        if reason is not None:
+            pytest.skip(f"{name}: {reason}")
+        assert mode in MODES
+        inputs = make_inputs(shape, provider.job, DTYPES[dtype], device)
+        truth = exact(inputs, provider.job)
+        cell = measure_cell(provider, mode, shape, inputs, truth, repeats=2)
+        benchmark.extra_info.update({**shape._asdict(), "dtype": dtype, **cell})
+        benchmark.group = f"{provider.job} {mode} {shape.key} {dtype}"
+        benchmark.pedantic(lambda: provider.run(mode, inputs), rounds=_ROUNDS)
+        assert cell["errors"]["logp_max"] < 1e-3  # no number without a right result
+
+    return run
