@@ -234,3 +234,13 @@ def test_a_stash_that_does_not_fit_is_computed_anew():
         leaves.call(linear_logprob, backend="cpu", stash_bytes=stash_bytes).sum().backward()
         grads.append([tensor.grad for tensor in leaves.tensors])
     torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("link", ["logsigmoid", "hinge", "ipo"])
+def test_a_broken_pair_is_never_a_loss_of_nothing(link, backend):
+    tensors, labels, ref_logps = pair_batch(num_cells=3)
+    tensors[0][0, 0] = torch.nan
+    objective = Objective((Term((1, -1), link=link),))
+    loss = rdpo_loss(*tensors[:2], labels, ref_logps, objective=objective, backend=backend).loss
+    assert loss.isnan()

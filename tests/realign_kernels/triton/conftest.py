@@ -1,10 +1,6 @@
-"""Triton's interpreter, switched on before Triton is imported, and blocks as small as inputs."""
+"""Blocks as small as inputs, for Triton's interpreter, which ../conftest.py switches on."""
 
 from __future__ import annotations
-
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import pytest
