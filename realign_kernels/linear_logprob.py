@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+from realign_kernels.data_parallel import gather_head
 from realign_kernels.head import HeadOptions, LoraFactors
 from realign_kernels.token_scores import score_tokens
 
@@ -108,6 +109,9 @@ def linear_logprob(
             "memory must be 'auto', 'stash' or 'recompute' in linear_logprob, got 'tile'. "
             "Tiles need the loss: call rdpo_loss, or pass memory='auto'."
         )
+    lm_head_weight, lm_head_bias, lm_head_lora = gather_head(
+        lm_head_weight, lm_head_bias, lm_head_lora
+    )
     options = HeadOptions(
         lm_head_bias=lm_head_bias,
         lm_head_lora=lm_head_lora,
@@ -172,6 +176,9 @@ def linear_logprob_stats(
             "memory must be 'auto', 'stash' or 'recompute' in linear_logprob_stats, got 'tile'. "
             "Tiles need the loss: call rdpo_loss, or pass memory='auto'."
         )
+    lm_head_weight, lm_head_bias, lm_head_lora = gather_head(
+        lm_head_weight, lm_head_bias, lm_head_lora
+    )
     options = HeadOptions(
         lm_head_bias=lm_head_bias,
         lm_head_lora=lm_head_lora,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from realign_kernels.data_parallel import gather_head
 from realign_kernels.dispatch import resolve_backend
 from realign_kernels.first_order import second_order_witness
 from realign_kernels.head import HeadOptions, LoraFactors
@@ -128,6 +129,9 @@ def rdpo_loss(
     Source: paper, eq. (1) -> docs/paper.md; ``top_non_label`` -> docs/paper.md 4.2.
     """
     objective = _resolve_objective(objective, beta, image_beta, image_weight)
+    lm_head_weight, lm_head_bias, lm_head_lora = gather_head(
+        lm_head_weight, lm_head_bias, lm_head_lora
+    )
     options = HeadOptions(
         lm_head_bias=lm_head_bias,
         lm_head_lora=lm_head_lora,

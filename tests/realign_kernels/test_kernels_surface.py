@@ -67,7 +67,7 @@ LAYERS = [
     {"reference", "fused_scores"},
     {"fused"},
     {"objective", "kernel_set", "products"},
-    {"validation"},
+    {"validation", "data_parallel"},
     {"head"},
     {"dispatch", "first_order", "tiles", "vocabulary", "testing", "_cpu"},
 ]

@@ -1,0 +1,51 @@
+"""Weights sharded over data-parallel ranks (FSDP2): gathered, never taken for a vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from realign_kernels.head import LoraFactors
+
+
+def gather_head(
+    weight: Tensor, bias: Tensor | None, lora: LoraFactors | None
+) -> tuple[Tensor, Tensor | None, LoraFactors | None]:
+    """Return the parts of a head, whole."""
+    if lora is not None and len(lora) == 3:
+        lora = (gather_weight(lora[0]), gather_weight(lora[1]), lora[2])
+    return gather_weight(weight), gather_weight(bias), lora
+
+
+def gather_weight(tensor: Tensor | None) -> Any:
+    """Return a DTensor's whole value; anything else as it is.
+
+    Every rank has rows of its own, so that the gradient is reduced back to the shards, as the mean
+    over ranks that FSDP takes of every other parameter.
+    """
+    if tensor is None or not dist.is_available():
+        return tensor
+    from torch.distributed.tensor import DTensor, Partial
+
+    if not isinstance(tensor, DTensor):
+        return tensor
+    mesh = tensor.device_mesh
+    whole = tensor.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    apply: Any = _MeanOverRanks.apply
+    return apply(whole, mesh.size())
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    """The identity, whose gradient is divided by the number of ranks that are summed over."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, num_ranks: int) -> Tensor:
+        ctx.num_ranks = num_ranks
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.num_ranks, None
