@@ -12,6 +12,18 @@ from typing import Any
 from realign.errors import RefusedError
 from realign.files import canonical_json, content_sha256, write_json
 
+# What each verb writes into its folder beside <verb>.json, and another run of it would mix up.
+# Reference log-probabilities are not among it: they are known by their content.
+WRITES: Mapping[str, tuple[str, ...]] = {
+    "build": ("embeddings.safetensors", "shards", "dataset.parquet", "funnel.json"),
+    "train": ("steps", ".checkpoint.tmp", "checkpoint", "metrics.jsonl"),
+    "eval": ("answers", "samples", "scores.json"),
+    "demo": (
+        *("world", "dataset", "train.json", "steps", ".checkpoint.tmp", "checkpoint"),
+        *("metrics.jsonl", "compare", "eval", "summary.json", "report.html"),
+    ),
+}
+
 
 def claim(folder: Path, verb: str, what: Mapping[str, Any]) -> bool:
     """Write ``<verb>.json`` into ``folder``; return whether the same run had claimed it before.
@@ -47,8 +59,18 @@ def is_claimed(folder: Path, verb: str, what: Mapping[str, Any]) -> bool:
     ]
     raise RefusedError(
         f"out {folder} holds another run of `realign {verb}`:\n" + "\n".join(lines) + "\n"
-        "Choose another folder, or remove this one; nothing was written."
+        f"Choose another folder, or {_how_to_remove(folder, verb)}; nothing was written."
     )
+
+
+def _how_to_remove(folder: Path, verb: str) -> str:
+    """Which files make up the run. The folder itself may hold a dataset or another verb's run."""
+    there = {path.name: path.is_dir() for path in sorted(folder.iterdir())}
+    its = [name for name in (f"{verb}.json", *WRITES[verb]) if name in there]
+    names = ", ".join(f"{name}/" if there[name] else name for name in its)
+    others = [f"{name}/" if there[name] else name for name in there if name not in its]
+    keep = f" and keep {', '.join(others)}, not part of that run" if others else ""
+    return f"remove {names} of that run{keep}"
 
 
 def _brief(value: Any) -> Any:
