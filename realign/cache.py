@@ -34,6 +34,7 @@ from realign.files import canonical_json, content_sha256, file_sha256, replacing
 from realign.modeling import choose_dtype, load_model, load_processor, model_identity, resolve_model
 from realign.progress import Progress
 from realign.records import Record
+from realign.run_folder import check_out
 
 SCHEMA = 2
 # what computes pixels and log-probabilities
@@ -285,6 +286,7 @@ def cache(config: CacheConfig) -> Path:
     """The verb ``realign cache``: compute the reference log-probabilities of a dataset. Returns
     the cache's folder.
     """
+    check_out(config.out)
     folder = resolve_model(config.model)
     records = read_records(config.data, config.images)
     check_rows(records, load_processor(folder), cells=config.cells, max_length=config.max_length)

@@ -25,6 +25,21 @@ WRITES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def check_out(folder: Path) -> None:
+    """Refuse an output folder that is a file or lies below one.
+
+    Raises:
+        RefusedError: Naming the file.
+    """
+    for place in (folder, *folder.parents):
+        if place.is_dir():
+            return
+        if place.exists() or place.is_symlink():
+            raise RefusedError(
+                f"out must be a folder, got {folder}, but {place} is a file. Choose another --out."
+            )
+
+
 def claim(folder: Path, verb: str, what: Mapping[str, Any]) -> bool:
     """Write ``<verb>.json`` into ``folder``; return whether the same run had claimed it before.
 

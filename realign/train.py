@@ -29,7 +29,7 @@ from realign.modeling import (
 )
 from realign.objectives import make_objective
 from realign.records import Record
-from realign.run_folder import claim, is_claimed
+from realign.run_folder import check_out, claim, is_claimed
 from realign.trainer import (
     MetricsFile,
     RDPOConfig,
@@ -47,6 +47,7 @@ def train(config: TrainConfig) -> Path:
         RefusedError: Bad rows, a cache of something else, or an output folder that holds another
             run.
     """
+    check_out(config.out)
     folder = resolve_model(config.model)
     _check_support(config, folder)
     cells = _reference_cells(config)

@@ -29,7 +29,7 @@ from realign.modeling import choose_dtype, load_processor, model_identity, resol
 from realign.parquet import write_parquet
 from realign.progress import Progress
 from realign.records import Record
-from realign.run_folder import claim, is_claimed
+from realign.run_folder import check_out, claim, is_claimed
 
 ENGLISH_LEXICON = Path(__file__).with_name("lexicon.yaml")
 
@@ -42,6 +42,7 @@ def build(config: BuildConfig) -> Path:
         RefusedError: A bad source row, an output folder that holds another run, or no row that
             gave a pair.
     """
+    check_out(config.out)
     folder = resolve_model(config.model)
     special = tuple(Renderer(load_processor(folder)).placeholders())
     rows = read_source(config.source, config.images, special)

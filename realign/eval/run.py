@@ -34,7 +34,7 @@ from realign.generate.transformers_generator import TransformersGenerator
 from realign.images import decode_image
 from realign.modeling import choose_dtype, model_identity, resolve_model
 from realign.progress import Progress
-from realign.run_folder import claim
+from realign.run_folder import check_out, claim
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -44,6 +44,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         RefusedError: A file or image is missing, a row lacks a key, or the output folder holds
             another run.
     """
+    check_out(config.out)
     tasks = read_tasks(config.data)
     folders = {name: resolve_model(model) for name, model in config.models.items()}
     if not folders:

@@ -136,6 +136,35 @@ def test_unknown_keys_and_values_exit_with_2(tmp_path: Path) -> None:
     assert "must be an existing folder or a hub id, got ./none" in result.output
 
 
+@pytest.mark.parametrize("verb", ["build", "cache", "train", "eval", "demo"])
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_an_output_that_is_a_file_exits_with_2(verb: str, out: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    needed = {
+        "build": ["--source", "s", "--images", "i", "--model", "m"],
+        "cache": ["--data", "d", "--model", "m"],
+        "train": ["--data", "d", "--model", "m"],
+        "eval": ["--data", "d", "--images", "i", "--model", "a=m"],
+        "demo": [],
+    }
+    result = realign(verb, *needed[verb], "--out", tmp_path / out)
+    assert result.exit_code == 2
+    assert f"out must be a folder, got {tmp_path / out}, but {tmp_path / 'file'} is a" in (
+        result.output
+    )
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_page_that_is_a_folder_or_below_a_file_exits_with_2(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    result = realign("report", tmp_path, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert f"out must be a file for the page, got the folder {tmp_path}. Add" in result.output
+    result = realign("report", tmp_path, "--out", tmp_path / "metrics.jsonl" / "page.html")
+    assert result.exit_code == 2
+    assert "metrics.jsonl is a file. Choose another --out." in result.output
+
+
 def test_every_option_of_the_help_is_an_option_of_the_section() -> None:
     import inspect
 
