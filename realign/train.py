@@ -67,7 +67,8 @@ def train(config: TrainConfig) -> Path:
         "model": identity["semantics"]["files"],
         "rows": [record.key for record in records],
     }
-    if is_claimed(config.out, "train", what) and checkpoint.is_dir():
+    labels = {"rows": [f"row {record.id}" for record in records]}
+    if is_claimed(config.out, "train", what, labels) and checkpoint.is_dir():
         return checkpoint
     # its own cache is known by its content, so the folder stays free while the model may be refused
     reference = (
@@ -85,7 +86,7 @@ def train(config: TrainConfig) -> Path:
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)()
         model.enable_input_require_grads()
-    claim(config.out, "train", what)
+    claim(config.out, "train", what, labels)
     trainer = RDPOTrainer(
         model,
         _arguments(config, len(records)),

@@ -75,12 +75,13 @@ def build(config: BuildConfig) -> Path:
         "dtype": str(choose_dtype(config.dtype)),
     }
     dataset = config.out / "dataset.parquet"
-    if is_claimed(config.out, "build", what) and dataset.is_file():
+    labels = {"images": corpus.names}
+    if is_claimed(config.out, "build", what, labels) and dataset.is_file():
         return dataset
     generator = TransformersGenerator.load(
         folder, choose_dtype(config.dtype), config.max_new_tokens
     )
-    claim(config.out, "build", what)
+    claim(config.out, "build", what, labels)
     candidates = _candidates(rows, corpus, generator, config)
     outcomes: list[dict[str, Any]] = []
     with Progress("build", len(rows)) as progress:

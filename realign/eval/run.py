@@ -68,6 +68,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             "bootstrap": [config.bootstrap, config.seed],
             "generation": [str(choose_dtype(config.dtype)), config.batch_size],
         },
+        {"images": sorted(digests)},
     )
     questions = list(
         dict.fromkeys((row["image"], row["text"]) for rows in tasks.values() for row in rows)

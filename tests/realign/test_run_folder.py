@@ -10,9 +10,9 @@ from realign.errors import RefusedError
 from realign.run_folder import WRITES, claim
 
 
-def refusal(folder: Path, verb: str, what: dict[str, object]) -> str:
+def refusal(folder: Path, verb: str, what: dict[str, object], **options) -> str:
     with pytest.raises(RefusedError) as refused:
-        claim(folder, verb, what)
+        claim(folder, verb, what, **options)
     return str(refused.value)
 
 
@@ -39,3 +39,32 @@ def test_what_the_remedy_names_is_what_the_verb_writes(tmp_path: Path, model_dir
     names = {path.name for path in out.iterdir()}
     assert names == {"train.json", "checkpoint", "metrics.jsonl", "cache"}
     assert names - {"train.json", "cache"} <= {*WRITES["train"]}
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "line"),
+    [
+        ("abc", "abd", "3 there, 3 asked; 1 asked but not there, first: row r2; 1 there but not"),
+        ("abc", "ab", "3 there, 2 asked; 1 there but not asked"),
+        ("abc", "acb", "3 there, 3 asked; repeated or in another order"),
+        ("a" * 9, "b" * 9, "others there, or in another order, 9 asked"),
+    ],
+)
+def test_rows_that_differ_are_counted_and_the_first_is_named(
+    tmp_path: Path, there: str, asked: str, line: str
+) -> None:
+    claim(tmp_path, "train", {"rows": [f"hash {key}" for key in there]})
+    labels = {"rows": [f"row r{i}" for i in range(len(asked))]}
+    message = refusal(tmp_path, "train", {"rows": [f"hash {key}" for key in asked]}, labels=labels)
+    assert f"\n  rows: {line}" in message
+    assert "hash" not in message
+
+
+def test_a_model_that_is_not_asked_for_is_named_without_its_files(tmp_path: Path) -> None:
+    files = {"model.safetensors": "0a1b"}
+    claim(tmp_path, "eval", {"models": {"base": files, "x": files}})
+    message = refusal(tmp_path, "eval", {"models": {"base": files, "y": files}})
+    assert message.splitlines()[1:3] == [
+        "  models.x: there, not asked",
+        "  models.y: not there, asked",
+    ]
