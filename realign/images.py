@@ -68,13 +68,14 @@ def decode_image(raw: bytes, where: str) -> Image.Image:
                     f"{where}: image must have one frame, got {frames}. Save one frame."
                 )
             image.load()
-    except (
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RefusedError(
-            f"{where}: image must be a readable {', '.join(FORMATS)} file ({error})."
+            f"{where}: image must have at most {MAX_PIXELS} pixels ({error}). Shrink it."
+        ) from None
+    except UnidentifiedImageError:  # its text is the address of our buffer
+        raise RefusedError(
+            f"{where}: image must be a readable {', '.join(FORMATS)} file, got "
+            f"{_beginning(raw)}. Replace it or remove the row."
         ) from None
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, RefusedError):
@@ -83,6 +84,10 @@ def decode_image(raw: bytes, where: str) -> Image.Image:
             f"{where}: image is damaged ({error}). Replace it or remove the row."
         ) from None
     return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def _beginning(raw: bytes) -> str:
+    return f"{len(raw)} bytes that begin with {raw[:12]!r}" if raw else "no bytes"
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -60,7 +60,9 @@ class Record:
         which, name = (
             (self.rejected_images, "rejected_images") if rejected else (self.images, "images")
         )
-        return [decode_image(raw, f"row {self.id}, {name}") for raw in which]
+        file = self.meta.get("source", {}).get("retrieved_image" if rejected else "image")
+        where = f"row {self.id}, {name}" + (f" {file!r}" if file else "")
+        return [decode_image(raw, where) for raw in which]
 
 
 class LazyRecords(Sequence[Record]):

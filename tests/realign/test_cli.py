@@ -58,7 +58,7 @@ def test_the_authors_format_trains(tmp_path: Path, official: Path, model_dir: Pa
 
 BAD_ROWS = {
     "missing image": ({"image": "gone.png"}, "pref_data.json, row 2: image 'gone.png' does not"),
-    "unreadable image": ({"image": "bad.png"}, "row 2, images: image must be a readable"),
+    "unreadable image": ({"image": "bad.png"}, "row 2, images 'bad.png': image must be a readable"),
     "equal images": ({"retrieved_image": "2.png"}, "row 2: retrieved_image must differ from image"),
     "empty answer": ({"chosen": " "}, "row 2: chosen must not be empty, got ' '"),
     "placeholder": ({"chosen": "A <image>."}, "must not contain the special token '<image>', got"),

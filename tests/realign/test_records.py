@@ -68,6 +68,16 @@ def test_bad_rows_are_refused_by_name_value_and_remedy(case: str, records) -> No
         check_records([dataclasses.replace(record, **change)], ["</s>", "<image>"])
 
 
+def test_an_embedded_image_is_named_by_row_column_and_the_file_it_came_from(records) -> None:
+    (record,) = records(1)
+    bad = dataclasses.replace(record, rejected_images=(b"junk",))
+    with pytest.raises(RefusedError, match="row r0, rejected_images: image must be a readable"):
+        check_records([bad], [])
+    known = dataclasses.replace(bad, meta={"source": {"retrieved_image": "b.png"}})
+    with pytest.raises(RefusedError, match=r"row r0, rejected_images 'b\.png': image must be a"):
+        check_records([known], [])
+
+
 def test_all_bad_rows_are_counted_and_twenty_are_shown(records) -> None:
     rows = [dataclasses.replace(record, chosen="") for record in records(23)]
     with pytest.raises(RefusedError, match=r"^23 problem.* in 23 rows:(?s:.*)and 3 more"):
