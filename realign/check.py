@@ -33,7 +33,7 @@ def check_rows(
         return
     for record in records:
         for answer in (record.chosen, record.rejected):
-            renderer.render(record.prompt, answer, len(record.images), f"row {record.id}")
+            renderer.render(record.prompt, answer, len(record.images), record.where)
     # a processor that alters texts alters every one
     PreferenceCollator(processor, cells)(records[:1])
 

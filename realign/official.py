@@ -13,7 +13,7 @@ from typing import Any, cast
 from realign.errors import RefusedError
 from realign.files import read_json
 from realign.images import MAX_BYTES, resolve_image
-from realign.records import IMAGE_TOKEN, LazyRecords, Message, Record, check_messages
+from realign.records import COUNTED, IMAGE_TOKEN, LazyRecords, Message, Record, check_messages
 
 
 def read_official_json(path: Path, image_root: Path) -> OfficialRecords:
@@ -27,7 +27,7 @@ def read_official_json(path: Path, image_root: Path) -> OfficialRecords:
     if not isinstance(rows, list):
         raise RefusedError(f"{path} must be a list of rows, got {type(rows).__name__}.")
     return OfficialRecords(
-        [_official_row(row, number, path, image_root) for number, row in enumerate(rows)]
+        [_official_row(row, number, path, image_root) for number, row in enumerate(rows, start=1)]
     )
 
 
@@ -66,7 +66,10 @@ def _read_limited(path: Path | None) -> tuple[bytes, ...]:
 
 
 def _official_row(row: Any, number: int, path: Path, image_root: Path) -> OfficialRow:
-    where = f"{path.name}, row {number}"
+    # its own name where it has one; else its number, from 1 as the lines of a file
+    has_id = isinstance(row, dict) and "id" in row
+    row_id = str(row["id"] if has_id else number)
+    where = f"{path.name}, row {row_id}" + ("" if has_id else COUNTED)
     if not isinstance(row, dict):
         raise RefusedError(f"{where} must be an object, got {row!r:.80}.")
     if missing := [name for name in ("chosen", "rejected") if name not in row]:
@@ -87,12 +90,13 @@ def _official_row(row: Any, number: int, path: Path, image_root: Path) -> Offici
             f"equal."
         )
     record = Record(
-        id=str(number),
+        id=row_id,
         images=(),
         prompt=prompt,
         chosen=chosen,
         rejected=rejected,
-        meta={"source": {"file": path.name, "index": number, **names}},
+        meta={"source": {"file": path.name, "index": number - 1, **names}},
+        place=where,
     )
     paths = {name: resolve_image(image_root, file, where) for name, file in names.items()}
     return OfficialRow(record, paths.get("image"), paths.get("retrieved_image"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from realign.errors import RefusedError
 from realign.files import file_sha256, read_jsonl
 from realign.images import decode_image, resolve_image
-from realign.records import IMAGE_TOKEN
+from realign.records import IMAGE_TOKEN, surroundings
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ def read_source(path: Path, image_root: Path, special: Iterable[str] = ()) -> li
             if found := [token for token in tokens if name != "image" and token in raw[name]]:
                 raise RefusedError(
                     f"{where}: {name} must not contain the special token {found[0]!r}, got "
-                    f"{raw[name]!r:.80}. Remove it; the image goes before the prompt by itself."
+                    f"{surroundings(raw[name], found[0])!r}. Remove it; the image goes before the "
+                    "prompt by itself."
                 )
         row_id = str(raw.get("id", number - 1))
         if row_id in rows:

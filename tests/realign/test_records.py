@@ -124,6 +124,26 @@ def test_official_json_reads_as_the_same_pairs(official: Path, records) -> None:
     }
 
 
+def test_a_row_is_named_by_its_file_and_its_id_or_number(official: Path) -> None:
+    rows = json.loads(official.read_text())
+    rows[0]["id"] = "first"
+    rows[0]["chosen"][1]["content"] = rows[1]["chosen"][1]["content"] = " "
+    official.write_text(json.dumps(rows))
+    with pytest.raises(RefusedError) as refused:
+        check_records(read_records(official, official.parent / "images"), [])
+    assert [line.partition(":")[0] for line in str(refused.value).splitlines()[1:]] == [
+        "pref_data.json, row first",
+        "pref_data.json, row 2 (counting from 1)",
+    ]
+
+
+def test_a_special_token_is_shown_with_its_surroundings(records) -> None:
+    (record,) = records(1)
+    text = "long " * 40 + "before </s> after" + " and on" * 40
+    with pytest.raises(RefusedError, match=r"got '\.\.\..*before </s> after and on.*\.\.\.'\. Rem"):
+        check_records([dataclasses.replace(record, chosen=text)], ["</s>"])
+
+
 def test_official_row_without_image_is_text_only(official: Path) -> None:
     rows = json.loads(official.read_text())
     del rows[0]["image"], rows[0]["retrieved_image"]
@@ -135,18 +155,33 @@ def test_official_row_without_image_is_text_only(official: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image": "gone.png"}, r"pref_data.json, row 1: image 'gone.png' does not exist"),
-        ({"retrieved_image": None}, r"row 1: retrieved_image is missing beside image '1.png'"),
-        ({"image": None}, r"row 1: image is missing beside retrieved_image '1-retrieved.png'"),
-        ({"image": 3}, r"row 1: image must be a file name, got 3"),
-        ({"image": "a\0b"}, r"row 1: image must be a file name, got 'a\\x00b'"),
-        ({"chosen": ["x", "y"]}, r"row 1: chosen must be a list of messages with a role and a str"),
+        (
+            {"image": "gone.png"},
+            r"image 'gone.png' does not exist",
+        ),
+        (
+            {"retrieved_image": None},
+            r"retrieved_image is missing beside image '1.png'",
+        ),
+        (
+            {"image": None},
+            r"image is missing beside retrieved_image '1-retrieved.png'",
+        ),
+        ({"image": 3}, r"image must be a file name, got 3"),
+        ({"image": "a\0b"}, r"image must be a file name, got 'a\\x00b'"),
+        (
+            {"chosen": ["x", "y"]},
+            r"chosen must be a list of messages with a role and a str",
+        ),
         (
             {"chosen": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
-            r"row 1: chosen must be a list of messages .*Put the text itself into content",
+            r"chosen must be a list of messages .*Put the text itself into content",
         ),
-        ({"chosen": None}, r"row 1: keys \['chosen'\] are missing"),
-        ({"chosen": [{"role": "user", "content": "x"}]}, r"row 1: chosen must alternate"),
+        ({"chosen": None}, r"keys \['chosen'\] are missing"),
+        (
+            {"chosen": [{"role": "user", "content": "x"}]},
+            r"chosen must alternate",
+        ),
         (
             {
                 "chosen": [
@@ -154,7 +189,7 @@ def test_official_row_without_image_is_text_only(official: Path) -> None:
                     {"role": "assistant", "content": "x"},
                 ]
             },
-            r"row 1: chosen and rejected must differ in the last answer only",
+            r"chosen and rejected must differ in the last answer only",
         ),
     ],
 )
@@ -165,13 +200,17 @@ def test_bad_official_rows(official: Path, change: dict[str, Any], message: str)
         if value is not None:
             rows[1][name] = value
     official.write_text(json.dumps(rows))
-    with pytest.raises(RefusedError, match=message):
+    with pytest.raises(
+        RefusedError, match=rf"pref_data\.json, row 2 \(counting from 1\): {message}"
+    ):
         read_records(official, official.parent / "images")
 
 
 def test_official_rows_must_be_objects(official: Path) -> None:
     official.write_text("[1]")
-    with pytest.raises(RefusedError, match=r"pref_data\.json, row 0 must be an object, got 1"):
+    with pytest.raises(
+        RefusedError, match=r"pref_data\.json, row 1 \(counting from 1\) must be an object, got 1"
+    ):
         read_records(official, official.parent / "images")
 
 
