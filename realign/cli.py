@@ -188,7 +188,9 @@ def evaluate(
 
         pairs = [name.partition("=") for name in model or []]
         if bad := [name for name, separator, folder in pairs if not (separator and folder)]:
-            raise RefusedError(f"--model must be NAME=FOLDER, got {bad[0]!r}.")
+            raise RefusedError(
+                f"--model must be NAME=FOLDER, got {bad[0]!r}. Put a name before it."
+            )
         models = {name: folder for name, _, folder in pairs} or None
         if len(models or ()) < len(pairs):
             names = [name for name, *_ in pairs]

@@ -114,7 +114,8 @@ class Renderer:
         )
         if after is None:
             raise RefusedError(
-                f"{where}: no end-of-turn token follows the answer, got {text[-60:]!r}."
+                f"{where}: no end-of-turn token follows the answer, got {text[-60:]!r}. Make the "
+                "tokenizer's end of turn a special token."
             )
         return RenderedRow(text, answer_ids, after + 1)
 

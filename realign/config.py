@@ -256,21 +256,28 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
         if again := next((name for name in names if names.count(name) > 1), None):
-            raise RefusedError(f"config must give {again!r} once, line {node.start_mark.line + 1}.")
+            raise RefusedError(
+                f"config must give {again!r} once, line {node.start_mark.line + 1}. Drop one."
+            )
         return super().construct_mapping(node, deep)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise RefusedError(f"config must be a YAML file, got {path}, which does not exist.")
+        raise RefusedError(
+            f"config must be a YAML file, got {path}, which does not exist. Check --config."
+        )
     try:
         raw = _UniqueKeyLoader(read_utf8(path)).get_single_data()
     except yaml.YAMLError as error:
-        raise RefusedError(f"{path} must be YAML ({error}).") from None
+        raise RefusedError(f"{path} must be YAML ({error}). Correct it.") from None
     if not isinstance(raw, dict) or not all(
         isinstance(value, dict | None) for value in raw.values()
     ):
-        raise RefusedError(f"{path} must map sections ({', '.join(SECTIONS)}) to options.")
+        raise RefusedError(
+            f"{path} must map sections ({', '.join(SECTIONS)}) to options. Write them as in "
+            "train: {beta: 0.1}."
+        )
     return raw
 
 
@@ -278,17 +285,23 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     path, separator, value = override.partition("=")
     keys = path.split(".")
     if not separator or len(keys) < 2:
-        raise RefusedError(f"--set must be section.key=value, got {override!r}.")
+        raise RefusedError(
+            f"--set must be section.key=value, got {override!r}. For example train.beta=0.1."
+        )
     target = raw
     for key in keys[:-1]:
         target[key] = target.get(key) or {}
         target = target[key]
         if not isinstance(target, dict):
-            raise RefusedError(f"--set {override!r} goes below {key!r}, which holds a value.")
+            raise RefusedError(
+                f"--set {override!r} goes below {key!r}, which holds a value. Drop what follows it."
+            )
     try:
         target[keys[-1]] = yaml.safe_load(value)
     except yaml.YAMLError:
-        raise RefusedError(f"--set {path} must have a YAML value, got {value!r}.") from None
+        raise RefusedError(
+            f"--set {path} must have a YAML value, got {value!r}. Quote it."
+        ) from None
 
 
 def _check_keys(section: type[BaseModel], content: Mapping[str, Any], where: str) -> None:

@@ -66,7 +66,7 @@ def read_jsonl(path: Path) -> list[Any]:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise RefusedError(
-                f"{path}, line {number} must be JSON, got {line[:60]!r} ({error.msg})."
+                f"{path}, line {number} must be JSON, got {line[:60]!r} ({error.msg}). Correct it."
             ) from None
     return rows
 
@@ -80,7 +80,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(read_utf8(path))
     except json.JSONDecodeError as error:
-        raise RefusedError(f"{path}, line {error.lineno} must be JSON ({error.msg}).") from None
+        raise RefusedError(
+            f"{path}, line {error.lineno} must be JSON ({error.msg}). Correct it."
+        ) from None
 
 
 def read_utf8(path: Path) -> str:

@@ -28,7 +28,10 @@ def resolve_image(root: Path, name: str, where: str) -> Path:
         RefusedError: The name is absolute, a URL, leaves the folder, or no such file exists.
     """
     if not isinstance(name, str) or not name or "\0" in name:
-        raise RefusedError(f"{where}: image must be a file name, got {name!r:.80}.")
+        raise RefusedError(
+            f"{where}: image must be a file name, got {name!r:.80}. Name a file of the image "
+            "folder."
+        )
     if "://" in name or name.startswith("data:"):
         raise RefusedError(
             f"{where}: image must be a file name, got the URL {name[:80]!r}. Download it first."

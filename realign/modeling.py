@@ -39,12 +39,14 @@ def resolve_model(model: str) -> Path:
     if folder.is_dir():
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise RefusedError(
-                f"model must be a folder with config.json or adapter_config.json, got {model}."
+                f"model must be a folder with config.json or adapter_config.json, got {model}. "
+                "Check --model."
             )
         return folder
     if folder.is_absolute() or model.startswith(".") or model.count("/") > 1:
         raise RefusedError(
-            f"model must be an existing folder or a hub id, got {model}, which does not exist."
+            f"model must be an existing folder or a hub id, got {model}, which does not exist. "
+            "Check --model."
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -53,7 +55,7 @@ def resolve_model(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=list(MODEL_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise RefusedError(
-            f"model must be a folder or a hub id, got {model!r} ({error})."
+            f"model must be a folder or a hub id, got {model!r} ({error}). Check --model."
         ) from None
 
 
@@ -154,7 +156,8 @@ def load_processor(folder: Path) -> Any:
         )
     if not processor.tokenizer.is_fast:
         raise RefusedError(
-            f"{folder} must have a fast tokenizer, got {type(processor.tokenizer).__name__}."
+            f"{folder} must have a fast tokenizer, got {type(processor.tokenizer).__name__}. "
+            "Add tokenizer.json to the folder."
         )
     return processor
 

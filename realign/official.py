@@ -25,7 +25,9 @@ def read_official_json(path: Path, image_root: Path) -> OfficialRecords:
     """
     rows = read_json(path)
     if not isinstance(rows, list):
-        raise RefusedError(f"{path} must be a list of rows, got {type(rows).__name__}.")
+        raise RefusedError(
+            f"{path} must be a list of rows, got {type(rows).__name__}. Put the rows into []."
+        )
     return OfficialRecords(
         [_official_row(row, number, path, image_root) for number, row in enumerate(rows, start=1)]
     )
@@ -71,9 +73,9 @@ def _official_row(row: Any, number: int, path: Path, image_root: Path) -> Offici
     row_id = str(row["id"] if has_id else number)
     where = f"{path.name}, row {row_id}" + ("" if has_id else COUNTED)
     if not isinstance(row, dict):
-        raise RefusedError(f"{where} must be an object, got {row!r:.80}.")
+        raise RefusedError(f"{where} must be an object, got {row!r:.80}. Correct it or remove it.")
     if missing := [name for name in ("chosen", "rejected") if name not in row]:
-        raise RefusedError(f"{where}: keys {missing} are missing, found {sorted(row)}.")
+        raise RefusedError(f"{where}: keys {missing} are missing, found {sorted(row)}. Add them.")
     names = {name: row[name] for name in ("image", "retrieved_image") if name in row}
     if len(names) == 1:
         ((there, value),) = names.items()
@@ -81,7 +83,9 @@ def _official_row(row: Any, number: int, path: Path, image_root: Path) -> Offici
         raise RefusedError(f"{where}: {missing_name} is missing beside {there} {value!r}. Add it.")
     for name, value in names.items():
         if not isinstance(value, str):
-            raise RefusedError(f"{where}: {name} must be a file name, got {value!r:.80}.")
+            raise RefusedError(
+                f"{where}: {name} must be a file name, got {value!r:.80}. Name one of --images."
+            )
     prompt, chosen = _split_conversation(row["chosen"], where, "chosen")
     rejected_prompt, rejected = _split_conversation(row["rejected"], where, "rejected")
     if prompt != rejected_prompt:
@@ -108,7 +112,8 @@ def _split_conversation(turns: Any, where: str, name: str) -> tuple[tuple[Messag
     roles = [turn.get("role") for turn in turns] if isinstance(turns, list) else []
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise RefusedError(
-            f"{where}: {name} must alternate user and assistant turns, got {roles or turns!r}."
+            f"{where}: {name} must alternate user and assistant turns, got {roles or turns!r}. "
+            "Remove system turns and end with an answer."
         )
     if any(IMAGE_TOKEN in turn["content"] for turn in turns[1:-1]):
         raise RefusedError(

@@ -95,7 +95,9 @@ def read_parquet(path: Path) -> ParquetRecords:
     try:
         metadata = pq.read_metadata(path)
     except pa.ArrowInvalid as error:
-        raise RefusedError(f"{path} must be a parquet file ({error}).") from None
+        raise RefusedError(
+            f"{path} must be a parquet file ({error}). Build it with `realign build`."
+        ) from None
     names = metadata.schema.to_arrow_schema().names
     if missing := [name for name in REQUIRED if name not in names]:
         raise RefusedError(
@@ -162,6 +164,7 @@ def _only_answer(turns: Any, where: str) -> str:
     (answer, *more) = check_messages(turns, where, "an answer") or [{"role": "", "content": ""}]
     if more or answer["role"] != "assistant":
         raise RefusedError(
-            f"{where}: an answer must be one assistant turn, got {[t['role'] for t in turns]}."
+            f"{where}: an answer must be one assistant turn, got {[t['role'] for t in turns]}. "
+            "Move other turns to prompt."
         )
     return answer["content"]

@@ -111,7 +111,9 @@ def check_records(records: Sequence[Record], placeholders: Iterable[str]) -> Non
         more = f"\n... and {len(problems) - 20} more." if len(problems) > 20 else ""
         raise RefusedError(f"{len(problems)} problem(s) in {len(records)} rows:\n{shown}{more}")
     if not records:
-        raise RefusedError("data must have at least one row, got none.")
+        raise RefusedError(
+            "data must have at least one row, got none. Add rows or give another --data."
+        )
 
 
 def _problems(record: Record, special: list[str]) -> Iterable[str]:

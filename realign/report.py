@@ -56,7 +56,8 @@ def write_report(run: Path, out: Path) -> Path:
         page["curves"] = _curves(read_jsonl(run / "metrics.jsonl"))
     if not found:
         raise RefusedError(
-            f"run {run} must hold dataset/, metrics.jsonl or eval/, holds none of them."
+            f"run {run} must hold dataset/, metrics.jsonl or eval/, holds none of them. Give the "
+            "folder of a run."
         )
     page["subtitle"] = _subtitle(run, found)
     environment = Environment(

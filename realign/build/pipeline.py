@@ -50,7 +50,7 @@ def build(config: BuildConfig) -> Path:
     if len(corpus.names) < 2:
         raise RefusedError(
             f"source must show at least 2 different images to retrieve from, got "
-            f"{len(corpus.names)}."
+            f"{len(corpus.names)}. Add rows of other images; equal files are one image."
         )
     lexicon_path = config.lexicon or ENGLISH_LEXICON
     rules = Rules(

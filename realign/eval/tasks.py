@@ -28,7 +28,9 @@ def read_tasks(data: Path) -> dict[str, Task]:
         _check_file(path)
         tasks[task] = read_jsonl(path)
         if not tasks[task]:
-            raise RefusedError(f"{path} must have at least one line, has none.")
+            raise RefusedError(
+                f"{path} must have at least one line, has none. Add some or remove it."
+            )
         for number, row in enumerate(tasks[task], start=1):
             _check_row(row, f"{path.name}, line {number}", is_caption=task == "chair")
     return tasks
@@ -36,23 +38,31 @@ def read_tasks(data: Path) -> dict[str, Task]:
 
 def _check_file(path: Path) -> None:
     if not path.is_file():
-        raise RefusedError(f"data must hold {path.name}, {path.parent} does not.")
+        raise RefusedError(f"data must hold {path.name}, {path.parent} does not. Add it.")
 
 
 def _check_row(row: Any, where: str, *, is_caption: bool) -> None:
     keys = ("image", "text", "objects" if is_caption else "label")
     if not isinstance(row, dict):
-        raise RefusedError(f"{where} must be an object with {list(keys)}, got {row!r:.80}.")
+        raise RefusedError(
+            f"{where} must be an object with {list(keys)}, got {row!r:.80}. Correct the line."
+        )
     if missing := [key for key in keys if key not in row]:
-        raise RefusedError(f"{where}: keys {missing} are missing, found {sorted(row)}.")
+        raise RefusedError(f"{where}: keys {missing} are missing, found {sorted(row)}. Add them.")
     if not isinstance(row["text"], str) or not row["text"].strip():
-        raise RefusedError(f"{where}: text must be a non-empty string, got {row['text']!r:.80}.")
+        raise RefusedError(
+            f"{where}: text must be a non-empty string, got {row['text']!r:.80}. Fill it in."
+        )
     if is_caption and not _is_list_of_strings(row["objects"]):
         raise RefusedError(
-            f"{where}: objects must be a list of strings, got {row['objects']!r:.80}."
+            f"{where}: objects must be a list of strings, got {row['objects']!r:.80}. "
+            "Put each into quotes and all into brackets."
         )
     if not is_caption and row["label"] not in ("yes", "no"):
-        raise RefusedError(f"{where}: label must be yes or no, got {row['label']!r}.")
+        raise RefusedError(
+            f"{where}: label must be yes or no, got {row['label']!r}. Correct it or remove the "
+            "line."
+        )
 
 
 def _is_list_of_strings(value: Any) -> bool:
@@ -70,7 +80,7 @@ def read_synonyms(data: Path, captions: Task) -> dict[str, list[str]]:
     _check_file(path)
     synonyms = read_json(path)
     if not isinstance(synonyms, dict) or not all(map(_is_list_of_strings, synonyms.values())):
-        raise RefusedError(f"{path} must map each object to a list of its synonyms.")
+        raise RefusedError(f"{path} must map each object to a list of its synonyms. Correct it.")
     for number, row in enumerate(captions, start=1):
         if unknown := sorted({*row["objects"]} - synonyms.keys()):
             raise RefusedError(

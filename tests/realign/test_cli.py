@@ -103,6 +103,8 @@ def test_chosen_equal_to_rejected_exits_with_2(tmp_path, official: Path, model_d
         "--out", tmp_path / "cache",
     )  # fmt: skip
     assert result.exit_code == 2
+    message = "row 4 (counting from 1): rejected must differ from chosen, got 'No, there is no"
+    assert f"pref_data.json, {message}" in result.output
     assert not (tmp_path / "cache").exists()
 
 
