@@ -17,6 +17,16 @@ MAX_BYTES = 50_000_000
 MAX_PIXELS = 40_000_000
 
 
+def check_image_root(root: Path) -> None:
+    """Refuse an image folder that is none: every image would be missing from it.
+
+    Raises:
+        RefusedError: Naming the folder.
+    """
+    if not root.is_dir():
+        raise RefusedError(f"images must be an existing folder, got {root}. Check --images.")
+
+
 def resolve_image(root: Path, name: str, where: str) -> Path:
     """Return the path of image ``name`` under ``root``.
 

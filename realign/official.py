@@ -12,8 +12,16 @@ from typing import Any, cast
 
 from realign.errors import RefusedError
 from realign.files import read_json
-from realign.images import MAX_BYTES, resolve_image
-from realign.records import COUNTED, IMAGE_TOKEN, LazyRecords, Message, Record, check_messages
+from realign.images import MAX_BYTES, check_image_root, resolve_image
+from realign.records import (
+    COUNTED,
+    IMAGE_TOKEN,
+    LazyRecords,
+    Message,
+    Record,
+    check_messages,
+    refuse_problems,
+)
 
 
 def read_official_json(path: Path, image_root: Path) -> OfficialRecords:
@@ -21,16 +29,24 @@ def read_official_json(path: Path, image_root: Path) -> OfficialRecords:
     image folder.
 
     Raises:
-        RefusedError: The file or a row does not have that layout, or an image is missing.
+        RefusedError: The file or rows do not have that layout, or images are missing; all are
+            counted and the first twenty named.
     """
     rows = read_json(path)
     if not isinstance(rows, list):
         raise RefusedError(
             f"{path} must be a list of rows, got {type(rows).__name__}. Put the rows into []."
         )
-    return OfficialRecords(
-        [_official_row(row, number, path, image_root) for number, row in enumerate(rows, start=1)]
-    )
+    check_image_root(image_root)
+    read: list[OfficialRow] = []
+    problems: list[str] = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            read.append(_official_row(row, number, path, image_root))
+        except RefusedError as error:
+            problems += str(error).splitlines()
+    refuse_problems(problems, len(rows))
+    return OfficialRecords(read)
 
 
 @dataclass(frozen=True)
@@ -102,7 +118,14 @@ def _official_row(row: Any, number: int, path: Path, image_root: Path) -> Offici
         meta={"source": {"file": path.name, "index": number - 1, **names}},
         place=where,
     )
-    paths = {name: resolve_image(image_root, file, where) for name, file in names.items()}
+    paths, problems = {}, []
+    for name, file in names.items():
+        try:
+            paths[name] = resolve_image(image_root, file, where)
+        except RefusedError as error:
+            problems.append(str(error))
+    if problems:
+        raise RefusedError("\n".join(problems))
     return OfficialRow(record, paths.get("image"), paths.get("retrieved_image"))
 
 

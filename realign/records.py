@@ -106,14 +106,23 @@ def check_records(records: Sequence[Record], placeholders: Iterable[str]) -> Non
     """
     special = sorted({token for token in (*placeholders, IMAGE_TOKEN) if token})
     problems = [problem for record in records for problem in _problems(record, special)]
-    if problems:
-        shown = "\n".join(problems[:20])
-        more = f"\n... and {len(problems) - 20} more." if len(problems) > 20 else ""
-        raise RefusedError(f"{len(problems)} problem(s) in {len(records)} rows:\n{shown}{more}")
+    refuse_problems(problems, len(records))
     if not records:
         raise RefusedError(
             "data must have at least one row, got none. Add rows or give another --data."
         )
+
+
+def refuse_problems(problems: Sequence[str], num_rows: int) -> None:
+    """Refuse what was found in a dataset, if anything: all counted, the first twenty shown.
+
+    Raises:
+        RefusedError: There is a problem.
+    """
+    if problems:
+        shown = "\n".join(problems[:20])
+        more = f"\n... and {len(problems) - 20} more." if len(problems) > 20 else ""
+        raise RefusedError(f"{len(problems)} problem(s) in {num_rows} rows:\n{shown}{more}")
 
 
 def _problems(record: Record, special: list[str]) -> Iterable[str]:

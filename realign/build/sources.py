@@ -8,7 +8,7 @@ from pathlib import Path
 
 from realign.errors import RefusedError
 from realign.files import file_sha256, read_jsonl
-from realign.images import decode_image, resolve_image
+from realign.images import check_image_root, decode_image, resolve_image
 from realign.records import IMAGE_TOKEN, surroundings
 
 
@@ -39,6 +39,7 @@ def read_source(path: Path, image_root: Path, special: Iterable[str] = ()) -> li
         raise RefusedError(
             f"source must be a JSONL file, got {path}, which does not exist. Check --source."
         )
+    check_image_root(image_root)
     rows: dict[str, SourceRow] = {}
     checked: set[Path] = set()
     for number, raw in enumerate(read_jsonl(path), start=1):

@@ -8,7 +8,7 @@ from typing import Any
 from realign.errors import RefusedError
 from realign.eval.pope import SPLITS
 from realign.files import content_sha256, read_json, read_jsonl
-from realign.images import decode_image, resolve_image
+from realign.images import check_image_root, decode_image, resolve_image
 
 Question = tuple[str, str]  # image name, text
 
@@ -96,6 +96,7 @@ def check_images(tasks: dict[str, Task], images: Path) -> dict[str, str]:
     Raises:
         RefusedError: An image is missing or unreadable.
     """
+    check_image_root(images)
     digests: dict[str, str] = {}
     for task, rows in tasks.items():
         for number, row in enumerate(rows, start=1):

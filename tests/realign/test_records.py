@@ -206,6 +206,26 @@ def test_bad_official_rows(official: Path, change: dict[str, Any], message: str)
         read_records(official, official.parent / "images")
 
 
+def test_all_missing_images_are_named_at_once(official: Path) -> None:
+    images = official.parent / "images"
+    for name in ("0.png", "2.png", "2-retrieved.png"):
+        (images / name).unlink()
+    with pytest.raises(RefusedError) as refused:
+        read_records(official, images)
+    first, *lines = str(refused.value).splitlines()
+    assert first == "3 problem(s) in 3 rows:"
+    assert [line.split("'")[1] for line in lines] == ["0.png", "2.png", "2-retrieved.png"]
+    rows = json.loads(official.read_text())
+    official.write_text(json.dumps(rows * 8))
+    with pytest.raises(RefusedError, match=r"^24 problem.* in 24 rows:(?s:.*)and 4 more"):
+        read_records(official, images)
+
+
+def test_an_image_folder_that_is_none_is_named(official: Path, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match=r"images must be an existing folder, got .*nodir\. Ch"):
+        read_records(official, tmp_path / "nodir")
+
+
 def test_official_rows_must_be_objects(official: Path) -> None:
     official.write_text("[1]")
     with pytest.raises(
