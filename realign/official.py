@@ -102,6 +102,7 @@ def _official_row(row: Any, number: int, path: Path, image_root: Path) -> Offici
             raise RefusedError(
                 f"{where}: {name} must be a file name, got {value!r:.80}. Name one of --images."
             )
+    _check_placeholders(row, len(names) // 2, where)
     prompt, chosen = _split_conversation(row["chosen"], where, "chosen")
     rejected_prompt, rejected = _split_conversation(row["rejected"], where, "rejected")
     if prompt != rejected_prompt:
@@ -127,6 +128,20 @@ def _official_row(row: Any, number: int, path: Path, image_root: Path) -> Offici
     if problems:
         raise RefusedError("\n".join(problems))
     return OfficialRow(record, paths.get("image"), paths.get("retrieved_image"))
+
+
+def _check_placeholders(row: dict[str, Any], num_images: int, where: str) -> None:
+    """A turn that speaks of an image which is not there would be trained on without it."""
+    for name in ("chosen", "rejected"):
+        turns = row[name] if isinstance(row[name], list) else []
+        texts = [turn.get("content") for turn in turns[:-1] if isinstance(turn, dict)]
+        count = sum(text.count(IMAGE_TOKEN) for text in texts if isinstance(text, str))
+        if count > num_images:
+            raise RefusedError(
+                f"{where}: {name} must have at most one {IMAGE_TOKEN} an image, got {count} for "
+                f"{num_images}. Name the images in image and retrieved_image, or remove "
+                f"{IMAGE_TOKEN}."
+            )
 
 
 def _split_conversation(turns: Any, where: str, name: str) -> tuple[tuple[Message, ...], str]:

@@ -8,14 +8,14 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, set_seed
 
 from realign.cache import Identity, build_cache, read_cache, reference_identity
-from realign.check import check_rows
+from realign.check import announce_missing_images, check_rows
 from realign.config import TrainConfig
 from realign.dataset import read_records
 from realign.errors import RefusedError
@@ -37,6 +37,7 @@ from realign.trainer import (
     ShowProgress,
     newest_checkpoint,
 )
+from realign_kernels import Objective
 
 
 def train(config: TrainConfig) -> Path:
@@ -50,7 +51,8 @@ def train(config: TrainConfig) -> Path:
     check_out(config.out)
     folder = resolve_model(config.model)
     _check_support(config, folder)
-    cells = _reference_cells(config)
+    objective = _objective(config)
+    cells = max(objective.num_cells, 3)  # one cache serves dpo, rdpo and mdpo
     records = read_records(config.data, config.images)
     processor = load_processor(folder)
     check_rows(records, processor, cells=cells, max_length=config.max_length)
@@ -58,6 +60,7 @@ def train(config: TrainConfig) -> Path:
         folder, cells=cells, rejected_scoring=config.rejected_scoring, dtype=_dtype(config)
     )
     checkpoint = config.out / "checkpoint"
+    rows = [_RowSummary.of(record) for record in records]  # once: it may read them from the disk
     what = {
         "config": config.model_dump(
             mode="json",
@@ -65,11 +68,12 @@ def train(config: TrainConfig) -> Path:
             exclude={"out", "model", "data", "images", "cache", "report_to", "max_length"},
         ),
         "model": identity["semantics"]["files"],
-        "rows": [record.key for record in records],
+        "rows": [row.key for row in rows],
     }
-    labels = {"rows": [f"row {record.id}" for record in records]}
+    labels = {"rows": [f"row {row.id}" for row in rows]}
     if is_claimed(config.out, "train", what, labels) and checkpoint.is_dir():
         return checkpoint
+    announce_missing_images(sum(not row.has_retrieved for row in rows), len(rows), objective)
     # its own cache is known by its content, so the folder stays free while the model may be refused
     reference = (
         read_cache(config.cache, records, identity)
@@ -111,6 +115,18 @@ def train(config: TrainConfig) -> Path:
     return checkpoint
 
 
+class _RowSummary(NamedTuple):
+    """What a run needs of every row before it starts."""
+
+    id: str
+    key: str
+    has_retrieved: bool
+
+    @classmethod
+    def of(cls, record: Record) -> _RowSummary:
+        return cls(record.id, record.key, bool(record.rejected_images))
+
+
 def _check_support(config: TrainConfig, folder: Path) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RefusedError("train must run in one process for now, got WORLD_SIZE > 1. Drop it.")
@@ -128,16 +144,14 @@ def _dtype(config: TrainConfig) -> torch.dtype:
     return choose_dtype(config.dtype)
 
 
-def _reference_cells(config: TrainConfig) -> int:
-    """At least three: one cache serves dpo, rdpo and mdpo."""
-    objective = make_objective(
+def _objective(config: TrainConfig) -> Objective:
+    return make_objective(
         config.objective,
         beta=config.beta,
         image_beta=config.image_beta,
         image_weight=config.image_weight,
         nll_weight=config.nll_weight,
     )
-    return max(objective.num_cells, 3)
 
 
 def _build_reference(

@@ -147,6 +147,8 @@ def test_a_special_token_is_shown_with_its_surroundings(records) -> None:
 def test_official_row_without_image_is_text_only(official: Path) -> None:
     rows = json.loads(official.read_text())
     del rows[0]["image"], rows[0]["retrieved_image"]
+    for name in ("chosen", "rejected"):
+        rows[0][name][0]["content"] = "What is red?"
     official.write_text(json.dumps(rows))
     record = read_records(official, official.parent / "images")[0]
     assert record.images == record.rejected_images == ()
@@ -203,6 +205,23 @@ def test_bad_official_rows(official: Path, change: dict[str, Any], message: str)
     with pytest.raises(
         RefusedError, match=rf"pref_data\.json, row 2 \(counting from 1\): {message}"
     ):
+        read_records(official, official.parent / "images")
+
+
+@pytest.mark.parametrize(
+    ("text", "has_image", "found"),
+    [("<image>\nWhat?", False, "1 for 0"), ("<image>\n<image>What?", True, "2 for 1")],
+)
+def test_placeholders_without_an_image_are_refused(
+    official: Path, text: str, has_image: bool, found: str
+) -> None:
+    rows = json.loads(official.read_text())
+    for name in ("chosen", "rejected"):
+        rows[1][name][0]["content"] = text
+    if not has_image:
+        del rows[1]["image"], rows[1]["retrieved_image"]
+    official.write_text(json.dumps(rows))
+    with pytest.raises(RefusedError, match=rf"row 2 .*chosen must have at most .* got {found}\."):
         read_records(official, official.parent / "images")
 
 

@@ -260,13 +260,14 @@ def test_lines_that_span_a_checkpoint_are_equal_after_a_resume(
 
 
 def test_image_metrics_are_means_over_pairs_with_a_retrieved_image(
-    tmp_path: Path, model_dir, records
+    tmp_path: Path, model_dir, records, monkeypatch
 ) -> None:
     """Half of the pairs have none: neither zeros in the means nor lines without a number."""
     rows = records(4)
     text_only = [dataclasses.replace(row, rejected_images=()) for row in rows[2:]]
     names = ("logps/image_rejected", "rewards/image_margins", "rewards/image_accuracies")
     lines = {}
+    monkeypatch.setattr("realign.train.announce_missing_images", lambda *_: None)
     for name, data in (("all", rows[:2]), ("half", [*rows[:2], *text_only]), ("none", text_only)):
         write_parquet(data, tmp_path / f"{name}.parquet")
         options = {"batch_size": len(data), "epochs": 3, "learning_rate": 3e-4}
@@ -278,6 +279,26 @@ def test_image_metrics_are_means_over_pairs_with_a_retrieved_image(
     for name in names:
         assert name in lines["half"][-1]
         assert name not in lines["none"][-1]
+
+
+def test_rows_without_a_retrieved_image_are_announced_or_refused(
+    tmp_path: Path, model_dir, records, capsys
+) -> None:
+    rows = [dataclasses.replace(row, rejected_images=()) for row in records(4)]
+    write_parquet(rows, tmp_path / "none.parquet")
+    write_parquet([*rows[:3], records(4)[3]], tmp_path / "some.parquet")
+    some, none = (
+        config(model_dir, tmp_path / f"{name}.parquet", tmp_path / name)
+        for name in ("some", "none")
+    )
+    train(some)
+    announced = "3 of 4 rows have no retrieved image; their image term is dropped\n"
+    assert capsys.readouterr().err.count(announced) == 1
+    with pytest.raises(RefusedError, match=r"must have retrieved images .* none in 4 rows\. Fill"):
+        train(none)
+    assert not none.out.exists()
+    train(none.model_copy(update={"objective": "dpo"}))
+    assert "retrieved" not in capsys.readouterr().err
 
 
 def test_the_same_command_on_a_finished_run_does_nothing(tmp_path: Path, model_dir, data) -> None:
