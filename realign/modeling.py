@@ -72,7 +72,7 @@ def model_identity(folder: Path, *, generates: bool = False) -> dict[str, str]:
     files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
     identity = {path.name: file_sha256(path) for path in files if path.name not in without}
     if (folder / "adapter_config.json").is_file():
-        base = resolve_model(_adapter_base(folder))
+        base = _resolve_base(folder)
         of_base = model_identity(base, generates=generates)
         identity |= {f"base/{name}": digest for name, digest in of_base.items()}
     return identity
@@ -80,6 +80,25 @@ def model_identity(folder: Path, *, generates: bool = False) -> dict[str, str]:
 
 def _adapter_base(folder: Path) -> str:
     return str(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+
+
+def _resolve_base(folder: Path) -> Path:
+    base = _adapter_base(folder)
+    try:
+        return resolve_model(base)
+    except RefusedError as error:
+        raise RefusedError(
+            f"adapter {folder} must have its base model, got {base!r}, which was not found "
+            f"({error}) Set base_model_name_or_path in {folder / 'adapter_config.json'} to the "
+            "base's folder or hub id."
+        ) from None
+
+
+def lasting_name(model: str) -> str:
+    """What an adapter can call its base from any directory: a folder's absolute path, a hub id as
+    it is.
+    """
+    return str(Path(model).absolute()) if Path(model).is_dir() else model
 
 
 def choose_dtype(dtype: str) -> torch.dtype:
@@ -112,7 +131,7 @@ def load_model(
         from peft import PeftModel
 
         base_name = _adapter_base(folder)
-        base = load_model(resolve_model(base_name), dtype, name=base_name, scoring=scoring)
+        base = load_model(_resolve_base(folder), dtype, name=base_name, scoring=scoring)
         with quiet_peft():
             return PeftModel.from_pretrained(base, folder, is_trainable=trainable_adapter)
     if not any(folder.glob("*.safetensors")):
@@ -148,7 +167,7 @@ def load_processor(folder: Path) -> Any:
         not (folder / "processor_config.json").is_file()
         and (folder / "adapter_config.json").is_file()
     ):
-        folder = resolve_model(_adapter_base(folder))
+        folder = _resolve_base(folder)
     processor = AutoProcessor.from_pretrained(folder)
     if not getattr(processor, "chat_template", None):
         raise RefusedError(

@@ -21,6 +21,7 @@ from realign.dataset import read_records
 from realign.errors import RefusedError
 from realign.modeling import (
     choose_dtype,
+    lasting_name,
     load_model,
     load_processor,
     quiet_peft,
@@ -82,7 +83,9 @@ def train(config: TrainConfig) -> Path:
     )
 
     set_seed(config.seed)
-    model = load_model(folder, _dtype(config), trainable_adapter=True, name=config.model)
+    model = load_model(
+        folder, _dtype(config), trainable_adapter=True, name=lasting_name(config.model)
+    )
     if config.lora:
         model = _add_adapter(model, config)
     if config.gradient_checkpointing:

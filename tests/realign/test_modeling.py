@@ -85,6 +85,26 @@ def test_an_adapter_names_its_base_as_the_user_did(
         assert load_model(adapter, torch.float32)
 
 
+def test_an_adapter_on_a_local_base_loads_from_any_directory(
+    tmp_path: Path, copy: Path, records, monkeypatch
+) -> None:
+    write_parquet(records(2), tmp_path / "d.parquet")
+    monkeypatch.chdir(tmp_path)
+    lora = LoraSection(r=2, alpha=4)
+    options = {"data": tmp_path / "d.parquet", "lora": lora, "batch_size": 2}
+    adapter = train(TrainConfig(model="model", out=tmp_path / "a", **options))
+    monkeypatch.chdir(tmp_path / "a")
+    assert load_model(adapter, torch.float32)
+    copy.rename(tmp_path / "moved")
+    message = (
+        rf"adapter {adapter} must have its base model, got '{copy}', which was not found .* "
+        rf"Set base_model_name_or_path in {adapter / 'adapter_config.json'} to"
+    )
+    for use in (model_identity, lambda folder: load_model(folder, torch.float32)):
+        with pytest.raises(RefusedError, match=message):
+            use(adapter)
+
+
 def test_several_processes_are_refused(tmp_path, model_dir, records, monkeypatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     config = TrainConfig(model=str(model_dir), data=tmp_path / "d.parquet", out=tmp_path / "a")
