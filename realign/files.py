@@ -24,6 +24,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        follow_umask(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -34,6 +35,13 @@ def replacing(path: Path) -> Iterator[Path]:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file the permissions that ``open`` would have given it; safetensors writes 0600."""
+    mask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -19,6 +19,7 @@ from realign.check import announce_missing_images, check_rows
 from realign.config import TrainConfig
 from realign.dataset import read_records
 from realign.errors import RefusedError
+from realign.files import follow_umask
 from realign.modeling import (
     choose_dtype,
     lasting_name,
@@ -113,6 +114,8 @@ def train(config: TrainConfig) -> Path:
         processor.save_pretrained(unfinished)
         # a pickle; train.json says the same
         (unfinished / "training_args.bin").unlink(missing_ok=True)
+        for path in unfinished.iterdir():
+            follow_umask(path)
         os.replace(unfinished, checkpoint)
         shutil.rmtree(config.out / "steps")
     return checkpoint

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -299,6 +300,19 @@ def test_rows_without_a_retrieved_image_are_announced_or_refused(
     assert not none.out.exists()
     train(none.model_copy(update={"objective": "dpo"}))
     assert "retrieved" not in capsys.readouterr().err
+
+
+def test_every_file_of_a_run_follows_the_umask(tmp_path: Path, model_dir, data) -> None:
+    before = os.umask(0o027)
+    try:
+        train(config(model_dir, data, tmp_path / "run"))
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".safetensors", ".json", ".jsonl"}
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == dict.fromkeys(
+        (path.name for path in files), 0o640
+    )
 
 
 def test_the_same_command_on_a_finished_run_does_nothing(tmp_path: Path, model_dir, data) -> None:
