@@ -71,19 +71,25 @@ def model_identity(folder: Path, *, generates: bool = False) -> dict[str, str]:
     without = {"README.md"} | (set() if generates else {"generation_config.json"})
     files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
     identity = {path.name: file_sha256(path) for path in files if path.name not in without}
-    if (folder / "adapter_config.json").is_file():
+    if is_adapter(folder):
         base = _resolve_base(folder)
         of_base = model_identity(base, generates=generates)
         identity |= {f"base/{name}": digest for name, digest in of_base.items()}
     return identity
 
 
-def _adapter_base(folder: Path) -> str:
+def is_adapter(folder: Path) -> bool:
+    """Whether a model folder is an adapter on another one."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def adapter_base(folder: Path) -> str:
+    """What an adapter calls its base."""
     return str(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
 
 
 def _resolve_base(folder: Path) -> Path:
-    base = _adapter_base(folder)
+    base = adapter_base(folder)
     try:
         return resolve_model(base)
     except RefusedError as error:
@@ -127,10 +133,10 @@ def load_model(
         scoring: Whether it will score answers; a model that only speaks need not be one of those
             whose logits are understood.
     """
-    if (folder / "adapter_config.json").is_file():
+    if is_adapter(folder):
         from peft import PeftModel
 
-        base_name = _adapter_base(folder)
+        base_name = adapter_base(folder)
         base = load_model(_resolve_base(folder), dtype, name=base_name, scoring=scoring)
         with quiet_peft():
             return PeftModel.from_pretrained(base, folder, is_trainable=trainable_adapter)
@@ -163,10 +169,7 @@ def load_processor(folder: Path) -> Any:
     Raises:
         RefusedError: It has no chat template, or no fast tokenizer.
     """
-    if (
-        not (folder / "processor_config.json").is_file()
-        and (folder / "adapter_config.json").is_file()
-    ):
+    if not (folder / "processor_config.json").is_file() and is_adapter(folder):
         folder = _resolve_base(folder)
     processor = AutoProcessor.from_pretrained(folder)
     if not getattr(processor, "chat_template", None):

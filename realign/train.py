@@ -19,9 +19,12 @@ from realign.check import announce_missing_images, check_rows
 from realign.config import TrainConfig
 from realign.dataset import read_records
 from realign.errors import RefusedError
-from realign.files import follow_umask
+from realign.files import follow_umask, write_text
+from realign.model_card import adapter_card
 from realign.modeling import (
+    adapter_base,
     choose_dtype,
+    is_adapter,
     lasting_name,
     load_model,
     load_processor,
@@ -114,6 +117,11 @@ def train(config: TrainConfig) -> Path:
         processor.save_pretrained(unfinished)
         # a pickle; train.json says the same
         (unfinished / "training_args.bin").unlink(missing_ok=True)
+        if is_adapter(unfinished):
+            write_text(
+                unfinished / "README.md",
+                adapter_card(config, adapter_base(unfinished), len(records)),
+            )
         for path in unfinished.iterdir():
             follow_umask(path)
         os.replace(unfinished, checkpoint)
@@ -136,7 +144,7 @@ class _RowSummary(NamedTuple):
 def _check_support(config: TrainConfig, folder: Path) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RefusedError("train must run in one process for now, got WORLD_SIZE > 1. Drop it.")
-    if config.lora and (folder / "adapter_config.json").is_file():
+    if config.lora and is_adapter(folder):
         raise RefusedError(
             f"train.lora must not be set when model {folder} is an adapter already: it would be "
             "overwritten. Drop train.lora to train that adapter on, or merge it first."

@@ -81,7 +81,13 @@ def test_an_adapter_names_its_base_as_the_user_did(
     for adapter in (first, second):
         stored = json.loads((adapter / "adapter_config.json").read_text())
         assert stored["base_model_name_or_path"] == "org/vlm"
-        assert str(model_dir) not in (adapter / "README.md").read_text()
+        card = (adapter / "README.md").read_text()
+        assert str(model_dir) not in card
+        assert str(tmp_path) not in card
+        assert "More Information Needed" not in card
+        assert "- Objective: rdpo; beta 0.1, image_weight 1.0" in card
+        assert "- Data: d.parquet, 2 pairs" in card
+        assert "\nbase_model: org/vlm\n" in card
         assert load_model(adapter, torch.float32)
 
 
