@@ -167,7 +167,8 @@ class TrainConfig(_Section):
     dtype: Dtype = "auto"
     """``auto``: bfloat16 on a GPU with lora, else float32; a given cache must have the same."""
     logging_steps: PositiveInt = 10
-    """Steps between lines of metrics.jsonl; the first step is always there."""
+    """Steps between lines of metrics.jsonl; the first and the last step are always there.
+    """
     save_steps: PositiveInt = 100
     """Steps between checkpoints: what a killed run can lose."""
     seed: int = 0

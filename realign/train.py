@@ -36,6 +36,7 @@ from realign.objectives import make_objective
 from realign.records import Record
 from realign.run_folder import check_out, claim, is_claimed
 from realign.trainer import (
+    LogLastStep,
     MetricsFile,
     RDPOConfig,
     RDPOTrainer,
@@ -104,7 +105,7 @@ def train(config: TrainConfig) -> Path:
         records,
         processor,
         reference,
-        callbacks=[MetricsFile(config.out / "metrics.jsonl"), ShowProgress()],
+        callbacks=[LogLastStep(), MetricsFile(config.out / "metrics.jsonl"), ShowProgress()],
     )
     trainer.remove_callback(PrinterCallback)
     resume = newest_checkpoint(config.out / "steps")

@@ -145,6 +145,27 @@ def test_options_that_an_objective_does_not_read_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_the_last_step_is_logged_once_whatever_the_interval(
+    tmp_path: Path, model_dir, data
+) -> None:
+    for name, interval, steps in (("long", 10, [1, 6]), ("even", 3, [1, 3, 6])):
+        train(config(model_dir, data, tmp_path / name, epochs=2, logging_steps=interval))
+        assert [line["step"] for line in metrics(tmp_path / name)] == steps
+
+
+def test_the_nll_is_logged_where_it_has_a_weight(tmp_path: Path, model_dir, data) -> None:
+    options = {"batch_size": 12}
+    sft = train(config(model_dir, data, tmp_path / "sft", objective="sft", **options)).parent
+    both = train(config(model_dir, data, tmp_path / "both", nll_weight=2.0, **options)).parent
+    plain = train(config(model_dir, data, tmp_path / "plain", **options)).parent
+    (line,) = metrics(sft)
+    assert line["nll"] == pytest.approx(line["loss"], abs=1e-6)
+    nll = metrics(both)[0]["nll"]
+    assert nll == pytest.approx(line["nll"], abs=1e-5)
+    assert metrics(both)[0]["loss"] == pytest.approx(2 * math.log(2) + 2 * nll, abs=1e-4)
+    assert "nll" not in metrics(plain)[0]
+
+
 def test_sft_is_the_mean_nll_of_the_chosen_answers(tmp_path, model_dir, data, records) -> None:
     train(config(model_dir, data, tmp_path / "run", objective="sft", batch_size=12, epochs=4))
     lines = metrics(tmp_path / "run")
