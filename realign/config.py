@@ -116,7 +116,11 @@ class LoraSection(_Section):
 
 
 class TrainConfig(_Section):
-    """``realign train``: rDPO on a dual-preference dataset. Defaults are the paper's."""
+    """``realign train``: rDPO on a dual-preference dataset.
+
+    The paper's are the defaults of the objective, beta, learning rate, schedule, epochs and batch;
+    the paper trains LoRA, here the weights train unless ``lora`` is set.
+    """
 
     model: str
     """The VLM to align: a folder, or a hub id."""
@@ -157,7 +161,7 @@ class TrainConfig(_Section):
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradient clipping; 0 switches it off."""
     lora: LoraSection | None = None
-    """Train adapters instead of the weights."""
+    """Train adapters instead of the weights; the paper does, with rank 128 and alpha 256."""
     freeze_vision: bool = True
     """Leave the vision tower as it is."""
     gradient_checkpointing: bool = False

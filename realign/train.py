@@ -20,6 +20,7 @@ from realign.config import TrainConfig
 from realign.dataset import read_records
 from realign.errors import RefusedError
 from realign.files import follow_umask, write_text
+from realign.footprint import footprint
 from realign.model_card import adapter_card
 from realign.modeling import (
     adapter_base,
@@ -33,6 +34,7 @@ from realign.modeling import (
     vision_module,
 )
 from realign.objectives import make_objective
+from realign.progress import announce
 from realign.records import Record
 from realign.run_folder import check_out, claim, is_claimed
 from realign.trainer import (
@@ -108,6 +110,7 @@ def train(config: TrainConfig) -> Path:
         callbacks=[LogLastStep(), MetricsFile(config.out / "metrics.jsonl"), ShowProgress()],
     )
     trainer.remove_callback(PrinterCallback)
+    announce(footprint(model))
     resume = newest_checkpoint(config.out / "steps")
     unfinished = config.out / ".checkpoint.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -32,6 +32,14 @@ def test_commands_use_options_that_exist() -> None:
                 assert key in SECTIONS[verb].model_fields
 
 
+def test_commands_that_train_7b_train_adapters() -> None:
+    commands = re.findall(r"^realign train +((?:.*\\\n)*.*)", README, re.MULTILINE)
+    commands = [command for command in commands if "7b" in command]
+    assert len(commands) == 2
+    for command in commands:
+        assert "--set train.lora.r=128 --set train.lora.alpha=256" in command
+
+
 def test_the_table_is_made_from_the_result_file() -> None:
     sys.path.insert(0, str(ROOT))
     from benchmarks.tables import with_table
