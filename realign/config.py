@@ -131,8 +131,8 @@ class TrainConfig(_Section):
     images: Path | None = None
     """Image folder of the authors' JSON."""
     cache: Path | None = None
-    """Folder of ``realign cache``; without it the references are computed into ``out/cache``
-    first.
+    """Folder of ``realign cache``, as given or as printed; without it the references are computed
+    into ``out/cache`` first.
     """
     objective: Literal["rdpo", "dpo", "mdpo", "symmetric", "sft"] = "rdpo"
     """What is optimised; ``sft`` is the likelihood of the chosen answers alone, for comparison."""

@@ -17,7 +17,7 @@ from realign.eval.chair import caption_counts, chair_metrics, mentioned
 from realign.eval.pope import confusion, pope_metrics, says_yes
 from realign.eval.run import evaluate, score
 from realign.eval.samples import caption_samples, question_samples
-from realign.eval.table import cut_note
+from realign.eval.table import cut_note, difference
 from realign.generate.answer import Answer
 
 
@@ -99,6 +99,14 @@ def test_score_pairs_models_by_image() -> None:
     assert task["cut"] == {"x": 0, "y": 2}
     assert cut_note(scores) == "Of 3 answers, cut at max_new_tokens: x 0, y 2."
     assert cut_note({"tasks": {"pope_random": {**task, "cut": {"x": 0, "y": 0}}}}) == ""
+
+
+def test_a_difference_of_nothing_has_no_minus() -> None:
+    score = {"difference": 0.0, "difference_interval": [-0.0, -0.0004]}
+    assert difference(score) == "+0.0 [+0.0, +0.0]"
+    assert difference({"difference": -0.01, "difference_interval": [-0.02, 0]}) == (
+        "-1.0 [-2.0, +0.0]"
+    )
 
 
 def test_samples_are_the_first_on_which_first_and_last_differ() -> None:

@@ -210,6 +210,7 @@ def test_a_given_cache_is_used_and_never_written(tmp_path: Path, model_dir, data
 
 
 def test_an_empty_cache_stops_before_training(tmp_path: Path, model_dir, data) -> None:
+    (tmp_path / "none").mkdir()
     with pytest.raises(RefusedError, match="does not fit this run: it is empty"):
         train(config(model_dir, data, tmp_path / "run", cache=tmp_path / "none"))
     assert not (tmp_path / "run" / "steps").exists()
