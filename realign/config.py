@@ -189,7 +189,9 @@ class EvalConfig(_Section):
     models: dict[str, str]
     """Name to model or adapter folder; the first is what the others are compared with."""
     data: Path
-    """Folder with pope_{random,popular,adversarial}.jsonl and chair.jsonl, chair_objects.json."""
+    """Folder with any of pope_{random,popular,adversarial}.jsonl, and chair.jsonl with
+    chair_objects.json.
+    """
     images: Path
     """Image folder."""
     out: Path

@@ -94,9 +94,9 @@ def _resolve_base(folder: Path) -> Path:
         return resolve_model(base)
     except RefusedError as error:
         raise RefusedError(
-            f"adapter {folder} must have its base model, got {base!r}, which was not found "
-            f"({error}) Set base_model_name_or_path in {folder / 'adapter_config.json'} to the "
-            "base's folder or hub id."
+            f"adapter {folder} must have its base model, got {base!r}, which was not found. "
+            f"Set base_model_name_or_path in {folder / 'adapter_config.json'} to the "
+            f"base's folder or hub id.\n{error}"
         ) from None
 
 

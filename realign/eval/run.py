@@ -1,10 +1,11 @@
 """The verb ``realign eval``: ask several models the same questions once, keep what they said, score
 it in pairs.
 
+Any of these files; what is not there is not measured.
 <data>/pope_random.jsonl, pope_popular.jsonl, pope_adversarial.jsonl    {"question_id", "image",
 "text", "label"}
 <data>/chair.jsonl            {"image_id", "image", "text", "objects"}
-<data>/chair_objects.json     object -> its synonyms
+<data>/chair_objects.json     object -> its synonyms; with chair.jsonl
 <out>/answers/NAME.jsonl      {"image", "text", "answer", "is_cut"}, every question once
 <out>/scores.json
 """
@@ -53,7 +54,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         )
     if bad := [name for name in folders if not re.fullmatch(r"[\w .+-]+", name)]:
         raise RefusedError(f"eval.models must have plain names, got {bad[0]!r}. Rename it.")
-    synonyms = read_synonyms(config.data, tasks["chair"])
+    captions = tasks.get("chair", [])
+    synonyms = read_synonyms(config.data, captions) if captions else {}
     digests = check_images(tasks, config.images)
     claim(
         config.out,
@@ -76,8 +78,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     answers = {name: _answers(name, folder, questions, config) for name, folder in folders.items()}
     scores = score(tasks, answers, synonyms, resamples=config.bootstrap, seed=config.seed)
     scores["samples"] = [
-        *caption_samples(tasks["chair"], answers, synonyms),
-        *question_samples(tasks["pope_adversarial"], answers),
+        *caption_samples(captions, answers, synonyms),
+        *question_samples(tasks.get("pope_adversarial", []), answers),
     ]
     (config.out / "samples").mkdir(exist_ok=True)
     for number, sample in enumerate(scores["samples"]):

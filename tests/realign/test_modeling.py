@@ -103,7 +103,7 @@ def test_an_adapter_on_a_local_base_loads_from_any_directory(
     assert load_model(adapter, torch.float32)
     copy.rename(tmp_path / "moved")
     message = (
-        rf"adapter {adapter} must have its base model, got '{copy}', which was not found .* "
+        rf"adapter {adapter} must have its base model, got '{copy}', which was not found\. "
         rf"Set base_model_name_or_path in {adapter / 'adapter_config.json'} to"
     )
     for use in (model_identity, lambda folder: load_model(folder, torch.float32)):
