@@ -181,6 +181,32 @@ def test_every_option_of_the_help_is_an_option_of_the_section() -> None:
         assert names <= SECTIONS[verb].model_fields.keys()
 
 
+@pytest.mark.parametrize("verb", SECTIONS)
+def test_help_lists_every_option_of_the_section(verb: str) -> None:
+    result = realign(verb, "--help")
+    assert result.exit_code == 0
+    for key, field in SECTIONS[verb].model_fields.items():
+        (line,) = [x for x in result.output.splitlines() if x.startswith(f"  {verb}.{key}: ")]
+        assert line.endswith("required") == field.is_required()
+        assert line.endswith("required") or ", default " in line
+    shown = " ".join(result.output.replace("│", " ").split())
+    required = sum(field.is_required() for field in SECTIONS[verb].model_fields.values())
+    assert shown.count("Required, here or in --config.") == required
+
+
+def test_help_spells_types_and_defaults_as_yaml() -> None:
+    lines = realign("train", "--help").output.splitlines()
+    for line in (
+        "  train.beta: float, default 0.1",
+        "  train.objective: rdpo|dpo|mdpo|symmetric|sft, default rdpo",
+        "  train.lora: section, default none",
+        "  train.lora.targets: str or list of str, default all-linear",
+        "  train.freeze_vision: bool, default true",
+        "  train.report_to: list of str, default []",
+    ):
+        assert line in lines
+
+
 def run_process(*arguments: object, **options) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "realign.cli", *map(str, arguments)]
