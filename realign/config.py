@@ -71,6 +71,10 @@ class BuildConfig(_Section):
     """Records in one shard: what a killed run can lose."""
     max_new_tokens: PositiveInt = 512
     """Longest completion."""
+    max_length: PositiveInt | None = None
+    """Longest prompt in tokens, image tokens included; the model's max_position_embeddings by
+    default. A row with a longer one is dropped and counted, and never given to the model.
+    """
     dtype: Dtype = "auto"
     """``auto``: bfloat16 on a GPU, float32 on a CPU."""
     seed: int = 0

@@ -8,7 +8,7 @@ import io
 import warnings
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from realign.errors import RefusedError
 
@@ -54,6 +54,14 @@ def resolve_image(root: Path, name: str, where: str) -> Path:
             f"{where}: image {name!r} does not exist in {root}. Check --images or remove the row."
         )
     return path
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height as :func:`decode_image` would give them, read from the header."""
+    with Image.open(path, formats=FORMATS) as image:
+        # 5 to 8 are the EXIF orientations with a quarter turn
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size[::-1] if is_turned else image.size
 
 
 def decode_image(raw: bytes, where: str) -> Image.Image:

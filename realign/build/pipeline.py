@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from realign.build.induction import Candidate, Outcome, Rules, induce_group, mask_group
+from realign.build.lengths import PromptLength, position_limit
 from realign.build.masking import Lexicon
 from realign.build.retrieval import embed_images, nearest
 from realign.build.similarity import load_similarity
@@ -66,7 +68,10 @@ def build(config: BuildConfig) -> Path:
     rules.lexicon.check_rates(config.mask_rates)
     what = {
         "config": config.model_dump(
-            mode="json", exclude={"out", "source", "images", "model", "lexicon"}
+            mode="json",
+            # none is the model's own limit, which its files say
+            exclude={"out", "source", "images", "model", "lexicon"}
+            | ({"max_length"} if config.max_length is None else set()),
         ),
         "source": file_sha256(config.source),
         "images": corpus.digests,
@@ -81,6 +86,8 @@ def build(config: BuildConfig) -> Path:
     generator = TransformersGenerator.load(
         folder, choose_dtype(config.dtype), config.max_new_tokens
     )
+    limit = config.max_length or position_limit(generator.model.config)
+    rules = replace(rules, fits=PromptLength(generator.processor, limit).fits)
     claim(config.out, "build", what, labels)
     candidates = _candidates(rows, corpus, generator, config)
     outcomes: list[dict[str, Any]] = []

@@ -11,7 +11,7 @@ from PIL import Image
 
 from realign import images as images_module
 from realign.errors import RefusedError
-from realign.images import decode_image, resolve_image
+from realign.images import decode_image, image_size, resolve_image
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -41,6 +41,17 @@ def test_exif_rotation_is_applied() -> None:
     exif[0x0112] = 6  # rotate a quarter
     image = Image.new("RGB", (20, 10))
     assert decode_image(encoded(image, "JPEG", exif=exif), "row 0").size == (10, 20)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_in_the_header_is_that_of_the_decoded_image(
+    tmp_path: Path, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    raw = encoded(Image.new("RGB", (20, 10)), "JPEG", exif=exif)
+    (tmp_path / "a.jpg").write_bytes(raw)
+    assert image_size(tmp_path / "a.jpg") == decode_image(raw, "row 0").size
 
 
 @pytest.mark.parametrize(
