@@ -31,7 +31,10 @@ class PromptLength:
     def __init__(self, processor: Any, limit: int | None) -> None:
         self.processor, self.limit = processor, limit
         self._renderer = Renderer(processor)
-        self._image_tokens: dict[tuple[int, int], int] = {}
+        self._image_tokens: dict[tuple[int, int], int] = {}  # by size
+        self._sizes: dict[Path, tuple[int, int]] = {}
+        # prompt and its tokens: one is asked about all candidates in a row
+        self._last: tuple[str | None, int] = (None, 0)
 
     def fits(self, prompt: str, image: Path) -> bool:
         """Whether the prompt about the image is no longer than the limit."""
@@ -39,7 +42,7 @@ class PromptLength:
 
     def tokens(self, prompt: str, image: Path) -> int:
         """How many tokens the model would read."""
-        size = image_size(image)
+        size = self._sizes.get(image) or self._sizes.setdefault(image, image_size(image))
         if size not in self._image_tokens:
             text = self._render("")
             inputs = self.processor(
@@ -49,7 +52,9 @@ class PromptLength:
             )
             # the text's own placeholder is counted with the text
             self._image_tokens[size] = len(inputs["input_ids"][0]) - self._text_tokens(text)
-        return self._text_tokens(self._render(prompt)) + self._image_tokens[size]
+        if prompt != self._last[0]:
+            self._last = (prompt, self._text_tokens(self._render(prompt)))
+        return self._last[1] + self._image_tokens[size]
 
     def _render(self, prompt: str) -> str:
         turns = user_turns([{"role": "user", "content": prompt}], num_images=1)
