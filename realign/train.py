@@ -126,8 +126,9 @@ def train(config: TrainConfig) -> Path:
                 unfinished / "README.md",
                 adapter_card(config, adapter_base(unfinished), len(records)),
             )
-        for path in unfinished.iterdir():
-            follow_umask(path)
+        for path in unfinished.rglob("*"):
+            if path.is_file():
+                follow_umask(path)
         os.replace(unfinished, checkpoint)
         shutil.rmtree(config.out / "steps")
     return checkpoint
