@@ -34,6 +34,7 @@ from realign.files import canonical_json, content_sha256, file_sha256, replacing
 from realign.modeling import choose_dtype, load_model, load_processor, model_identity, resolve_model
 from realign.progress import Progress
 from realign.records import Record
+from realign.run_folder import check_out
 
 SCHEMA = 2
 # what computes pixels and log-probabilities
@@ -241,26 +242,34 @@ def read_cache(root: Path, records: Sequence[Record], identity: Identity) -> dic
 
     Raises:
         RefusedError: The cache is of another model, template, scoring or numerics (each difference
-            is named), it is unfinished, damaged, or lacks a row.
+            is named), it does not exist, is unfinished, damaged, or lacks a row.
     """
-    place = identity_folder(root, identity)
-    if not (place / "manifest.json").is_file():
+    if not root.is_dir():
+        raise RefusedError(
+            f"cache must be a folder of `realign cache`, got {root}, which does not exist. Check "
+            "--cache, or leave it out to have the references computed."
+        )
+    # what `realign cache` prints is one identity's folder; --out, which may hold several, is above
+    is_identity = (root / "identity.json").is_file()
+    place = root if is_identity else identity_folder(root, identity)
+    fits = not is_identity or json.loads((root / "identity.json").read_text()) == identity
+    if not fits or not (place / "manifest.json").is_file():
         others = [
             json.loads(path.read_text())
-            for path in sorted(root.glob("*/identity.json"))
-            if path.parent != place
+            for path in sorted(root.glob("identity.json" if is_identity else "*/identity.json"))
+            if not fits or path.parent != place
         ]
         nearest = min(
             (identity_differences(other, identity) for other in others), key=len, default=[]
         )
         why = (
             "it is unfinished"
-            if place.is_dir()
+            if fits and place.is_dir()
             else "it was computed from something else"
             if others
             else "it is empty"
         )
-        detail = "".join(f"\n  {line}" for line in nearest) if not place.is_dir() else ""
+        detail = "".join(f"\n  {line}" for line in nearest) if why != "it is unfinished" else ""
         raise RefusedError(
             f"cache {root} does not fit this run: {why}.{detail}\nRun `realign cache` for this "
             f"model."
@@ -285,6 +294,7 @@ def cache(config: CacheConfig) -> Path:
     """The verb ``realign cache``: compute the reference log-probabilities of a dataset. Returns
     the cache's folder.
     """
+    check_out(config.out)
     folder = resolve_model(config.model)
     records = read_records(config.data, config.images)
     check_rows(records, load_processor(folder), cells=config.cells, max_length=config.max_length)

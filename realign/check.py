@@ -9,8 +9,9 @@ from typing import Any
 
 from realign.collate import PreferenceCollator, Renderer
 from realign.errors import RefusedError
-from realign.progress import Progress
+from realign.progress import Progress, announce
 from realign.records import Record, check_records
+from realign_kernels import Objective
 
 
 def check_rows(
@@ -33,9 +34,29 @@ def check_rows(
         return
     for record in records:
         for answer in (record.chosen, record.rejected):
-            renderer.render(record.prompt, answer, len(record.images), f"row {record.id}")
+            renderer.render(record.prompt, answer, len(record.images), record.where)
     # a processor that alters texts alters every one
     PreferenceCollator(processor, cells)(records[:1])
+
+
+def announce_missing_images(without: int, num_rows: int, objective: Objective) -> None:
+    """Say how many pairs have no image term; refuse an objective with one when none has it.
+
+    Args:
+        without: How many rows have no retrieved image.
+        num_rows: How many rows there are.
+        objective: What will be trained.
+    Raises:
+        RefusedError: No row has a retrieved image and the objective needs one.
+    """
+    if not without or objective.num_cells < 3:
+        return
+    if without == num_rows:
+        raise RefusedError(
+            f"data must have retrieved images for this objective, got none in {num_rows} rows. "
+            "Fill rejected_images (retrieved_image in JSON), or pass --objective dpo."
+        )
+    announce(f"{without} of {num_rows} rows have no retrieved image; their image term is dropped")
 
 
 def _check_lengths(

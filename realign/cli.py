@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
+    from typer.core import TyperCommand
 except ImportError:
     sys.exit(
         "The realign command needs its pipeline packages. Install them: pip install "
@@ -23,6 +24,19 @@ from realign.errors import RefusedError
 
 if TYPE_CHECKING:
     from realign.config import BuildConfig, CacheConfig, EvalConfig, TrainConfig
+
+
+class SectionCommand(TyperCommand):
+    """A verb whose help ends with the options of its section, read when help is asked for."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the command's help, then its section's options."""
+        super().format_help(ctx, formatter)
+        from realign.option_list import option_list
+
+        assert self.name is not None
+        formatter.write(option_list(self.name))
+
 
 app = typer.Typer(
     name="realign",
@@ -37,12 +51,16 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Set any option; repeatable."),
 ]
-Model = Annotated[str | None, typer.Option(help="Model folder or hub id.")]
+# they may also stand in the YAML file, so typer must not ask for them itself
+REQUIRED = " Required, here or in --config."
+Model = Annotated[str | None, typer.Option(help="Model folder or hub id." + REQUIRED)]
 Data = Annotated[
-    Path | None, typer.Option(help="Dataset: parquet, build folder, or the authors' JSON.")
+    Path | None,
+    typer.Option(help="Dataset: parquet, build folder, or the authors' JSON." + REQUIRED),
 ]
-Images = Annotated[Path | None, typer.Option(help="Image folder.")]
-Out = Annotated[Path | None, typer.Option(help="Output folder.")]
+Images = Annotated[Path | None, typer.Option(help="Image folder of the authors' JSON.")]
+NeededImages = Annotated[Path | None, typer.Option(help="Image folder." + REQUIRED)]
+Out = Annotated[Path | None, typer.Option(help="Output folder." + REQUIRED)]
 
 
 @contextmanager
@@ -78,14 +96,14 @@ def _build_config(
     return load_config(BuildConfig, config, overrides or (), flags)
 
 
-@app.command()
+@app.command(cls=SectionCommand)
 def build(
     source: Annotated[
-        Path | None, typer.Option(help='JSONL of {"image", "prompt", "answer"}.')
+        Path | None, typer.Option(help='JSONL of {"image", "prompt", "answer"}.' + REQUIRED)
     ] = None,
-    images: Images = None,
+    images: NeededImages = None,
     model: Annotated[
-        str | None, typer.Option(help="The VLM to be aligned: folder or hub id.")
+        str | None, typer.Option(help="The VLM to be aligned: folder or hub id." + REQUIRED)
     ] = None,
     out: Out = None,
     mask: Annotated[str | None, typer.Option(help="Who masks: rule or model.")] = None,
@@ -109,7 +127,7 @@ def build(
         typer.echo(f"{counts['accepted']} of {counts['rows']} rows accepted -> {dataset}")
 
 
-@app.command()
+@app.command(cls=SectionCommand)
 def cache(
     model: Model = None,
     data: Data = None,
@@ -133,7 +151,7 @@ def cache(
         typer.echo(f"reference log-probabilities -> {run(options)}")
 
 
-@app.command()
+@app.command(cls=SectionCommand)
 def train(
     model: Model = None,
     data: Data = None,
@@ -170,14 +188,18 @@ def train(
         typer.echo(f"checkpoint -> {run(options)}")
 
 
-@app.command(name="eval")
+@app.command(name="eval", cls=SectionCommand)
 def evaluate(
     model: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FOLDER", help="Repeatable; the first is the baseline."),
+        typer.Option(
+            metavar="NAME=FOLDER", help="Repeatable; the first is the baseline." + REQUIRED
+        ),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder with the POPE and CHAIR files.")] = None,
-    images: Images = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with POPE and CHAIR files." + REQUIRED)
+    ] = None,
+    images: NeededImages = None,
     out: Out = None,
     config: Config = None,
     set_: Overrides = None,
@@ -188,7 +210,9 @@ def evaluate(
 
         pairs = [name.partition("=") for name in model or []]
         if bad := [name for name, separator, folder in pairs if not (separator and folder)]:
-            raise RefusedError(f"--model must be NAME=FOLDER, got {bad[0]!r}.")
+            raise RefusedError(
+                f"--model must be NAME=FOLDER, got {bad[0]!r}. Put a name before it."
+            )
         models = {name: folder for name, _, folder in pairs} or None
         if len(models or ()) < len(pairs):
             names = [name for name, *_ in pairs]

@@ -114,7 +114,8 @@ class Renderer:
         )
         if after is None:
             raise RefusedError(
-                f"{where}: no end-of-turn token follows the answer, got {text[-60:]!r}."
+                f"{where}: no end-of-turn token follows the answer, got {text[-60:]!r}. Make the "
+                "tokenizer's end of turn a special token."
             )
         return RenderedRow(text, answer_ids, after + 1)
 
@@ -175,7 +176,7 @@ class PreferenceCollator:
                 # it is scored.
                 present.append(not retrieved or bool(record.rejected_images))
                 images.append(record.open_images(rejected=retrieved and present[-1]))
-                where = f"row {record.id}"
+                where = record.where
                 rows.append(
                     self.renderer.render(
                         record.prompt, getattr(record, answer), len(images[-1]), where
@@ -217,14 +218,14 @@ class PreferenceCollator:
             record = records[index % len(records)]
             if self.max_length is not None and length > self.max_length:
                 raise RefusedError(
-                    f"row {record.id}: must have at most max_length = {self.max_length} tokens, "
+                    f"{record.where}: must have at most max_length = {self.max_length} tokens, "
                     f"got {length}. "
                     "Raise max_length or remove the row; nothing is cut."
                 )
             start = length - len(row.answer_ids)
             if (found := input_ids[index, start:length].tolist()) != row.answer_ids:
                 raise RefusedError(
-                    f"row {record.id}: {type(self.processor).__name__} must leave the answer as "
+                    f"{record.where}: {type(self.processor).__name__} must leave the answer as "
                     f"the chat template writes it, got {self.renderer.tokenizer.decode(found)!r} "
                     f"instead of {self.renderer.tokenizer.decode(row.answer_ids)!r}. Use another "
                     "processor; only image tokens may be added."

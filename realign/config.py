@@ -71,6 +71,10 @@ class BuildConfig(_Section):
     """Records in one shard: what a killed run can lose."""
     max_new_tokens: PositiveInt = 512
     """Longest completion."""
+    max_length: PositiveInt | None = None
+    """Longest prompt in tokens, image tokens included; the model's max_position_embeddings by
+    default. A row with a longer one is dropped and counted, and never given to the model.
+    """
     dtype: Dtype = "auto"
     """``auto``: bfloat16 on a GPU, float32 on a CPU."""
     seed: int = 0
@@ -116,7 +120,11 @@ class LoraSection(_Section):
 
 
 class TrainConfig(_Section):
-    """``realign train``: rDPO on a dual-preference dataset. Defaults are the paper's."""
+    """``realign train``: rDPO on a dual-preference dataset.
+
+    The paper's are the defaults of the objective, beta, learning rate, schedule, epochs and batch;
+    the paper trains LoRA, here the weights train unless ``lora`` is set.
+    """
 
     model: str
     """The VLM to align: a folder, or a hub id."""
@@ -127,8 +135,8 @@ class TrainConfig(_Section):
     images: Path | None = None
     """Image folder of the authors' JSON."""
     cache: Path | None = None
-    """Folder of ``realign cache``; without it the references are computed into ``out/cache``
-    first.
+    """Folder of ``realign cache``, as given or as printed; without it the references are computed
+    into ``out/cache`` first.
     """
     objective: Literal["rdpo", "dpo", "mdpo", "symmetric", "sft"] = "rdpo"
     """What is optimised; ``sft`` is the likelihood of the chosen answers alone, for comparison."""
@@ -157,7 +165,7 @@ class TrainConfig(_Section):
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradient clipping; 0 switches it off."""
     lora: LoraSection | None = None
-    """Train adapters instead of the weights."""
+    """Train adapters instead of the weights; the paper does, with rank 128 and alpha 256."""
     freeze_vision: bool = True
     """Leave the vision tower as it is."""
     gradient_checkpointing: bool = False
@@ -167,7 +175,8 @@ class TrainConfig(_Section):
     dtype: Dtype = "auto"
     """``auto``: bfloat16 on a GPU with lora, else float32; a given cache must have the same."""
     logging_steps: PositiveInt = 10
-    """Steps between lines of metrics.jsonl; the first step is always there."""
+    """Steps between lines of metrics.jsonl; the first and the last step are always there.
+    """
     save_steps: PositiveInt = 100
     """Steps between checkpoints: what a killed run can lose."""
     seed: int = 0
@@ -184,7 +193,9 @@ class EvalConfig(_Section):
     models: dict[str, str]
     """Name to model or adapter folder; the first is what the others are compared with."""
     data: Path
-    """Folder with pope_{random,popular,adversarial}.jsonl and chair.jsonl, chair_objects.json."""
+    """Folder with any of pope_{random,popular,adversarial}.jsonl, and chair.jsonl with
+    chair_objects.json.
+    """
     images: Path
     """Image folder."""
     out: Path
@@ -256,21 +267,28 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
         if again := next((name for name in names if names.count(name) > 1), None):
-            raise RefusedError(f"config must give {again!r} once, line {node.start_mark.line + 1}.")
+            raise RefusedError(
+                f"config must give {again!r} once, line {node.start_mark.line + 1}. Drop one."
+            )
         return super().construct_mapping(node, deep)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise RefusedError(f"config must be a YAML file, got {path}, which does not exist.")
+        raise RefusedError(
+            f"config must be a YAML file, got {path}, which does not exist. Check --config."
+        )
     try:
         raw = _UniqueKeyLoader(read_utf8(path)).get_single_data()
     except yaml.YAMLError as error:
-        raise RefusedError(f"{path} must be YAML ({error}).") from None
+        raise RefusedError(f"{path} must be YAML ({error}). Correct it.") from None
     if not isinstance(raw, dict) or not all(
         isinstance(value, dict | None) for value in raw.values()
     ):
-        raise RefusedError(f"{path} must map sections ({', '.join(SECTIONS)}) to options.")
+        raise RefusedError(
+            f"{path} must map sections ({', '.join(SECTIONS)}) to options. Write them as in "
+            "train: {beta: 0.1}."
+        )
     return raw
 
 
@@ -278,17 +296,23 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     path, separator, value = override.partition("=")
     keys = path.split(".")
     if not separator or len(keys) < 2:
-        raise RefusedError(f"--set must be section.key=value, got {override!r}.")
+        raise RefusedError(
+            f"--set must be section.key=value, got {override!r}. For example train.beta=0.1."
+        )
     target = raw
     for key in keys[:-1]:
         target[key] = target.get(key) or {}
         target = target[key]
         if not isinstance(target, dict):
-            raise RefusedError(f"--set {override!r} goes below {key!r}, which holds a value.")
+            raise RefusedError(
+                f"--set {override!r} goes below {key!r}, which holds a value. Drop what follows it."
+            )
     try:
         target[keys[-1]] = yaml.safe_load(value)
     except yaml.YAMLError:
-        raise RefusedError(f"--set {path} must have a YAML value, got {value!r}.") from None
+        raise RefusedError(
+            f"--set {path} must have a YAML value, got {value!r}. Quote it."
+        ) from None
 
 
 def _check_keys(section: type[BaseModel], content: Mapping[str, Any], where: str) -> None:

@@ -22,7 +22,9 @@ def read_records(data: Path, image_root: Path | None) -> Sequence[Record]:
         data = data / "dataset.parquet"
     if not data.is_file():
         raise RefusedError(
-            f"data must be a dataset file or folder, got {data}, which does not exist."
+            f"data must be a dataset file or folder, got {data}, which does not exist. Check "
+            "--data; "
+            "a folder must be one that `realign build` has finished."
         )
     if data.suffix == ".parquet":
         return read_parquet(data)
@@ -32,4 +34,6 @@ def read_records(data: Path, image_root: Path | None) -> Sequence[Record]:
                 f"images must name the image folder for {data.name}. Pass --images FOLDER."
             )
         return read_official_json(data, image_root)
-    raise RefusedError(f"data must end in .parquet or .json, got {data.name}.")
+    raise RefusedError(
+        f"data must end in .parquet or .json, got {data.name}. Convert it to one of them."
+    )

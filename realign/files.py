@@ -24,6 +24,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        follow_umask(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -34,6 +35,13 @@ def replacing(path: Path) -> Iterator[Path]:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file the permissions that ``open`` would have given it; safetensors writes 0600."""
+    mask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -66,7 +74,7 @@ def read_jsonl(path: Path) -> list[Any]:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise RefusedError(
-                f"{path}, line {number} must be JSON, got {line[:60]!r} ({error.msg})."
+                f"{path}, line {number} must be JSON, got {line[:60]!r} ({error.msg}). Correct it."
             ) from None
     return rows
 
@@ -80,7 +88,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(read_utf8(path))
     except json.JSONDecodeError as error:
-        raise RefusedError(f"{path}, line {error.lineno} must be JSON ({error.msg}).") from None
+        raise RefusedError(
+            f"{path}, line {error.lineno} must be JSON ({error.msg}). Correct it."
+        ) from None
 
 
 def read_utf8(path: Path) -> str:

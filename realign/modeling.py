@@ -39,12 +39,14 @@ def resolve_model(model: str) -> Path:
     if folder.is_dir():
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise RefusedError(
-                f"model must be a folder with config.json or adapter_config.json, got {model}."
+                f"model must be a folder with config.json or adapter_config.json, got {model}. "
+                "Check --model."
             )
         return folder
     if folder.is_absolute() or model.startswith(".") or model.count("/") > 1:
         raise RefusedError(
-            f"model must be an existing folder or a hub id, got {model}, which does not exist."
+            f"model must be an existing folder or a hub id, got {model}, which does not exist. "
+            "Check --model."
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -53,7 +55,7 @@ def resolve_model(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=list(MODEL_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise RefusedError(
-            f"model must be a folder or a hub id, got {model!r} ({error})."
+            f"model must be a folder or a hub id, got {model!r} ({error}). Check --model."
         ) from None
 
 
@@ -69,15 +71,40 @@ def model_identity(folder: Path, *, generates: bool = False) -> dict[str, str]:
     without = {"README.md"} | (set() if generates else {"generation_config.json"})
     files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
     identity = {path.name: file_sha256(path) for path in files if path.name not in without}
-    if (folder / "adapter_config.json").is_file():
-        base = resolve_model(_adapter_base(folder))
+    if is_adapter(folder):
+        base = _resolve_base(folder)
         of_base = model_identity(base, generates=generates)
         identity |= {f"base/{name}": digest for name, digest in of_base.items()}
     return identity
 
 
-def _adapter_base(folder: Path) -> str:
+def is_adapter(folder: Path) -> bool:
+    """Whether a model folder is an adapter on another one."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def adapter_base(folder: Path) -> str:
+    """What an adapter calls its base."""
     return str(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+
+
+def _resolve_base(folder: Path) -> Path:
+    base = adapter_base(folder)
+    try:
+        return resolve_model(base)
+    except RefusedError as error:
+        raise RefusedError(
+            f"adapter {folder} must have its base model, got {base!r}, which was not found. "
+            f"Set base_model_name_or_path in {folder / 'adapter_config.json'} to the "
+            f"base's folder or hub id.\n{error}"
+        ) from None
+
+
+def lasting_name(model: str) -> str:
+    """What an adapter can call its base from any directory: a folder's absolute path, a hub id as
+    it is.
+    """
+    return str(Path(model).absolute()) if Path(model).is_dir() else model
 
 
 def choose_dtype(dtype: str) -> torch.dtype:
@@ -106,11 +133,11 @@ def load_model(
         scoring: Whether it will score answers; a model that only speaks need not be one of those
             whose logits are understood.
     """
-    if (folder / "adapter_config.json").is_file():
+    if is_adapter(folder):
         from peft import PeftModel
 
-        base_name = _adapter_base(folder)
-        base = load_model(resolve_model(base_name), dtype, name=base_name, scoring=scoring)
+        base_name = adapter_base(folder)
+        base = load_model(_resolve_base(folder), dtype, name=base_name, scoring=scoring)
         with quiet_peft():
             return PeftModel.from_pretrained(base, folder, is_trainable=trainable_adapter)
     if not any(folder.glob("*.safetensors")):
@@ -142,11 +169,8 @@ def load_processor(folder: Path) -> Any:
     Raises:
         RefusedError: It has no chat template, or no fast tokenizer.
     """
-    if (
-        not (folder / "processor_config.json").is_file()
-        and (folder / "adapter_config.json").is_file()
-    ):
-        folder = resolve_model(_adapter_base(folder))
+    if not (folder / "processor_config.json").is_file() and is_adapter(folder):
+        folder = _resolve_base(folder)
     processor = AutoProcessor.from_pretrained(folder)
     if not getattr(processor, "chat_template", None):
         raise RefusedError(
@@ -154,7 +178,8 @@ def load_processor(folder: Path) -> Any:
         )
     if not processor.tokenizer.is_fast:
         raise RefusedError(
-            f"{folder} must have a fast tokenizer, got {type(processor.tokenizer).__name__}."
+            f"{folder} must have a fast tokenizer, got {type(processor.tokenizer).__name__}. "
+            "Add tokenizer.json to the folder."
         )
     return processor
 

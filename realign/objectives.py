@@ -35,7 +35,9 @@ def make_objective(
         RefusedError: The name is unknown, or it does not read an option that was set.
     """
     if name not in OBJECTIVES:
-        raise RefusedError(f"objective must be one of {sorted(OBJECTIVES)}, got {name!r}.")
+        raise RefusedError(
+            f"objective must be one of {sorted(OBJECTIVES)}, got {name!r}. Name one of them."
+        )
     image_options = (("image_beta", image_beta, None), ("image_weight", image_weight, 1.0))
     for option, value, default in image_options:
         if name in WITHOUT_IMAGE_PAIR and value != default:

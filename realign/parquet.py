@@ -16,7 +16,7 @@ from typing import Any
 
 from realign.errors import RefusedError
 from realign.files import canonical_json, replacing
-from realign.records import LazyRecords, Record, check_messages
+from realign.records import COUNTED, LazyRecords, Record, check_messages
 
 # Reading one row reads its group. Arrow's limit of 2 GiB an array is far above.
 ROW_GROUP_BYTES = 16 << 20
@@ -95,7 +95,9 @@ def read_parquet(path: Path) -> ParquetRecords:
     try:
         metadata = pq.read_metadata(path)
     except pa.ArrowInvalid as error:
-        raise RefusedError(f"{path} must be a parquet file ({error}).") from None
+        raise RefusedError(
+            f"{path} must be a parquet file ({error}). Build it with `realign build`."
+        ) from None
     names = metadata.schema.to_arrow_schema().names
     if missing := [name for name in REQUIRED if name not in names]:
         raise RefusedError(
@@ -127,15 +129,17 @@ class ParquetRecords(LazyRecords):
     def _read(self, index: int) -> Record:
         group = bisect_right(self._starts, index) - 1
         row = self._read_group(group).slice(index - self._starts[group], 1).to_pylist()[0]
-        where = f"{self._path.name}, row {row.get('id', index)}"
+        row_id = str(row.get("id", index + 1))
+        where = f"{self._path.name}, row {row_id}" + ("" if "id" in row else COUNTED)
         return Record(
-            id=str(row.get("id", index)),
+            id=row_id,
             images=_image_bytes(row["images"], where),
             prompt=check_messages(row["prompt"], where, "prompt"),
             chosen=_only_answer(row["chosen"], where),
             rejected=_only_answer(row["rejected"], where),
             rejected_images=_image_bytes(row.get("rejected_images"), where),
             meta=json.loads(row.get("meta") or "{}"),
+            place=where,
         )
 
     def _read_group(self, group: int) -> Any:
@@ -160,6 +164,7 @@ def _only_answer(turns: Any, where: str) -> str:
     (answer, *more) = check_messages(turns, where, "an answer") or [{"role": "", "content": ""}]
     if more or answer["role"] != "assistant":
         raise RefusedError(
-            f"{where}: an answer must be one assistant turn, got {[t['role'] for t in turns]}."
+            f"{where}: an answer must be one assistant turn, got {[t['role'] for t in turns]}. "
+            "Move other turns to prompt."
         )
     return answer["content"]

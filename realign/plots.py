@@ -76,7 +76,7 @@ def line_plot(
 
 
 def bar_plot(title: str, bars: Mapping[str, tuple[float, float, float]]) -> Markup:
-    """One bar a model with its interval, in percent.
+    """One bar a model with its interval and its value, in percent, from 0.
 
     Args:
         title: Above the plot.
@@ -90,15 +90,15 @@ def bar_plot(title: str, bars: Mapping[str, tuple[float, float, float]]) -> Mark
         [100 * (high - v) for v, _, high in bars.values()],
     ]
     colors = [COLORS[i % len(COLORS)] for i in range(len(bars))]
+    # a bar's length is its value; small differences are read from the numbers and the intervals
     axes.bar(list(bars), values, color=colors, width=0.6, yerr=errors, ecolor="#344054", capsize=3)
-    lowest = min(100 * low for _, low, _ in bars.values())
+    for position, (value, (_, _, high)) in enumerate(zip(values, bars.values(), strict=True)):
+        axes.annotate(
+            f"{value:.1f}", (position, 100 * high), (0, 3), textcoords="offset points",
+            ha="center", fontsize=9, color="#344054",
+        )  # fmt: skip
     highest = max(100 * high for _, _, high in bars.values())
-    if (
-        lowest > 40
-    ):  # differences of points are invisible on a scale from 0; the axis says where it starts
-        axes.set_ylim(
-            max(0.0, lowest - (highest - lowest)), min(100.0, highest + 0.3 * (highest - lowest))
-        )
+    axes.set_ylim(0, 1.12 * highest or 1.0)
     axes.grid(axis="x", visible=False)
     axes.set_title(title)
     return _svg(figure)

@@ -1,5 +1,5 @@
-"""Progress of long work: a rich bar on a terminal, plain lines with rate and time left
-otherwise.
+"""What a run says while it works. Progress is a rich bar on a terminal, plain lines with rate and
+time left otherwise.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 
 LINE_INTERVAL_SECONDS = 10.0
+
+
+def announce(line: str) -> None:
+    """Say what a run decided for itself."""
+    print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the program's output
 
 
 class Progress:

@@ -18,6 +18,7 @@ from realign.files import canonical_json, content_sha256
 from realign.images import decode_image
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
+COUNTED = " (counting from 1)"  # after the number of a row that has no id
 IMAGE_TOKEN = "<image>"  # how the authors' JSON says where the image goes
 
 
@@ -33,6 +34,7 @@ class Record:
         rejected: The induced answer y_l.
         rejected_images: Bytes of the retrieved image files v_l; empty when there is no image pair.
         meta: Provenance; anything JSON can hold.
+        place: The row's file and place in it, for messages; no part of what the row is.
     """
 
     id: str
@@ -42,6 +44,7 @@ class Record:
     rejected: str
     rejected_images: tuple[bytes, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
+    place: str = field(default="", compare=False)
 
     @cached_property
     def key(self) -> str:
@@ -55,12 +58,25 @@ class Record:
             *map(content_sha256, self.rejected_images),
         )
 
+    @property
+    def where(self) -> str:
+        """What a message calls the row."""
+        return self.place or f"row {self.id}"
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Names of the files that the row was made from, where its provenance holds them."""
+        source = self.meta.get("source")
+        return source if isinstance(source, dict) else {}
+
     def open_images(self, *, rejected: bool = False) -> list[Image.Image]:
         """Decode the original or the retrieved images to RGB."""
         which, name = (
             (self.rejected_images, "rejected_images") if rejected else (self.images, "images")
         )
-        return [decode_image(raw, f"row {self.id}, {name}") for raw in which]
+        file = self.source.get("retrieved_image" if rejected else "image")
+        where = f"{self.where}, {name}" + (f" {file!r}" if file else "")
+        return [decode_image(raw, where) for raw in which]
 
 
 class LazyRecords(Sequence[Record]):
@@ -90,16 +106,27 @@ def check_records(records: Sequence[Record], placeholders: Iterable[str]) -> Non
     """
     special = sorted({token for token in (*placeholders, IMAGE_TOKEN) if token})
     problems = [problem for record in records for problem in _problems(record, special)]
+    refuse_problems(problems, len(records))
+    if not records:
+        raise RefusedError(
+            "data must have at least one row, got none. Add rows or give another --data."
+        )
+
+
+def refuse_problems(problems: Sequence[str], num_rows: int) -> None:
+    """Refuse what was found in a dataset, if anything: all counted, the first twenty shown.
+
+    Raises:
+        RefusedError: There is a problem.
+    """
     if problems:
         shown = "\n".join(problems[:20])
         more = f"\n... and {len(problems) - 20} more." if len(problems) > 20 else ""
-        raise RefusedError(f"{len(problems)} problem(s) in {len(records)} rows:\n{shown}{more}")
-    if not records:
-        raise RefusedError("data must have at least one row, got none.")
+        raise RefusedError(f"{len(problems)} problem(s) in {num_rows} rows:\n{shown}{more}")
 
 
 def _problems(record: Record, special: list[str]) -> Iterable[str]:
-    where = f"row {record.id}"
+    where = record.where
     for name in ("chosen", "rejected"):
         text = getattr(record, name)
         if not text.strip():
@@ -108,7 +135,7 @@ def _problems(record: Record, special: list[str]) -> Iterable[str]:
             if token in text:
                 yield (
                     f"{where}: {name} must not contain the special token {token!r}, "
-                    f"got {text[:80]!r}. Remove it."
+                    f"got {surroundings(text, token)!r}. Remove it."
                 )
     if record.chosen.strip() and record.chosen.strip() == record.rejected.strip():
         yield (
@@ -119,8 +146,8 @@ def _problems(record: Record, special: list[str]) -> Iterable[str]:
         for token in special:
             if token in message["content"]:
                 yield (
-                    f"{where}: prompt must not contain the special token {token!r}. "
-                    "Remove it from the text."
+                    f"{where}: prompt must not contain the special token {token!r}, "
+                    f"got {surroundings(message['content'], token)!r}. Remove it from the text."
                 )
     if record.rejected_images and len(record.rejected_images) != len(record.images):
         yield (
@@ -139,9 +166,15 @@ def _problems(record: Record, special: list[str]) -> Iterable[str]:
             yield str(error)
 
 
+def surroundings(text: str, token: str) -> str:
+    """The part of a text around a token, for messages."""
+    start = text.index(token)
+    first, last = max(0, start - 30), start + len(token) + 30
+    return ("..." if first else "") + text[first:last] + ("..." if last < len(text) else "")
+
+
 def _image_names(record: Record) -> str:
-    source = record.meta.get("source", {})
-    return f"{source.get('image')!r} and {source.get('retrieved_image')!r}"
+    return f"{record.source.get('image')!r} and {record.source.get('retrieved_image')!r}"
 
 
 def check_messages(turns: Any, where: str, name: str) -> tuple[Message, ...]:

@@ -19,6 +19,7 @@ from realign.eval.table import cut_note, difference, percent, score_rows
 from realign.files import read_jsonl, write_text
 from realign.plots import bar_plot, count_plot, line_plot
 from realign.records import Record, thumbnail_png
+from realign.run_folder import check_out
 
 NUM_PAIRS = 8
 THUMBNAIL_PIXELS = 264
@@ -31,8 +32,13 @@ def write_report(run: Path, out: Path) -> Path:
         run: Folder with any of ``dataset/``, ``metrics.jsonl``, ``eval/``.
         out: The page.
     Raises:
-        RefusedError: The folder holds none of them.
+        RefusedError: The folder holds none of them, or the page cannot be written there.
     """
+    check_out(out.parent)
+    if out.is_dir():
+        raise RefusedError(
+            f"out must be a file for the page, got the folder {out}. Add a name: {out}/report.html."
+        )
     page: dict[str, Any] = {"title": run.resolve().name, "tiles": [], "models": []}
     page |= dict.fromkeys(
         ("score_rows", "score_plots", "samples", "curves", "pairs", "funnel", "rank_plot")
@@ -50,7 +56,8 @@ def write_report(run: Path, out: Path) -> Path:
         page["curves"] = _curves(read_jsonl(run / "metrics.jsonl"))
     if not found:
         raise RefusedError(
-            f"run {run} must hold dataset/, metrics.jsonl or eval/, holds none of them."
+            f"run {run} must hold dataset/, metrics.jsonl or eval/, holds none of them. Give the "
+            "folder of a run."
         )
     page["subtitle"] = _subtitle(run, found)
     environment = Environment(

@@ -5,26 +5,58 @@ writes anything.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from realign.errors import RefusedError
 from realign.files import canonical_json, content_sha256, write_json
 
+# What each verb writes into its folder beside <verb>.json, and another run of it would mix up.
+# Reference log-probabilities are not among it: they are known by their content.
+WRITES: Mapping[str, tuple[str, ...]] = {
+    "build": ("embeddings.safetensors", "shards", "dataset.parquet", "funnel.json"),
+    "train": ("steps", ".checkpoint.tmp", "checkpoint", "metrics.jsonl"),
+    "eval": ("answers", "samples", "scores.json"),
+    "demo": (
+        *("world", "dataset", "train.json", "steps", ".checkpoint.tmp", "checkpoint"),
+        *("metrics.jsonl", "compare", "eval", "summary.json", "report.html"),
+    ),
+}
 
-def claim(folder: Path, verb: str, what: Mapping[str, Any]) -> bool:
+
+def check_out(folder: Path) -> None:
+    """Refuse an output folder that is a file or lies below one.
+
+    Raises:
+        RefusedError: Naming the file.
+    """
+    for place in (folder, *folder.parents):
+        if place.is_dir():
+            return
+        if place.exists() or place.is_symlink():
+            raise RefusedError(
+                f"out must be a folder, got {folder}, but {place} is a file. Choose another --out."
+            )
+
+
+Labels = Mapping[str, Sequence[str]]
+
+
+def claim(folder: Path, verb: str, what: Mapping[str, Any], labels: Labels | None = None) -> bool:
     """Write ``<verb>.json`` into ``folder``; return whether the same run had claimed it before.
 
     Arguments and errors are those of :func:`is_claimed`.
     """
-    if is_claimed(folder, verb, what):
+    if is_claimed(folder, verb, what, labels):
         return True
     write_json(folder / f"{verb}.json", {name: _brief(value) for name, value in what.items()})
     return False
 
 
-def is_claimed(folder: Path, verb: str, what: Mapping[str, Any]) -> bool:
+def is_claimed(
+    folder: Path, verb: str, what: Mapping[str, Any], labels: Labels | None = None
+) -> bool:
     """Return whether the same run has claimed ``folder``. Nothing is written, so what can still
     be refused may be checked before :func:`claim`.
 
@@ -32,6 +64,8 @@ def is_claimed(folder: Path, verb: str, what: Mapping[str, Any]) -> bool:
         folder: The output folder.
         verb: The stage.
         what: Everything that the result depends on. Long lists and mappings are kept as their hash.
+        labels: Name of a list of hashes in ``what`` to what a message calls its items, such as row
+            ids.
     Raises:
         RefusedError: The folder holds another run of the verb; the message names what differs.
     """
@@ -42,13 +76,21 @@ def is_claimed(folder: Path, verb: str, what: Mapping[str, Any]) -> bool:
     stored = json.loads(path.read_text(encoding="utf-8"))
     if stored == needed:
         return True
-    lines = [
-        f"  {name}: {old} there, {new} asked" for name, old, new in _differences(stored, needed)
-    ]
+    lines = list(_differences(stored, needed, what, labels or {}))
     raise RefusedError(
         f"out {folder} holds another run of `realign {verb}`:\n" + "\n".join(lines) + "\n"
-        "Choose another folder, or remove this one; nothing was written."
+        f"Choose another folder, or {_how_to_remove(folder, verb)}; nothing was written."
     )
+
+
+def _how_to_remove(folder: Path, verb: str) -> str:
+    """Which files make up the run. The folder itself may hold a dataset or another verb's run."""
+    there = {path.name: path.is_dir() for path in sorted(folder.iterdir())}
+    its = [name for name in (f"{verb}.json", *WRITES[verb]) if name in there]
+    names = ", ".join(f"{name}/" if there[name] else name for name in its)
+    others = [f"{name}/" if there[name] else name for name in there if name not in its]
+    keep = f" and keep {', '.join(others)}, not part of that run" if others else ""
+    return f"remove {names} of that run{keep}"
 
 
 def _brief(value: Any) -> Any:
@@ -62,12 +104,47 @@ def _brief(value: Any) -> Any:
     )
 
 
-def _differences(stored: Any, needed: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    found: list[tuple[str, Any, Any]] = []
+def _differences(
+    stored: Mapping[str, Any], needed: Mapping[str, Any], what: Mapping[str, Any], labels: Labels
+) -> Iterator[str]:
+    """A line for everything that differs."""
     for name in sorted(stored.keys() | needed.keys()):
-        old, new = stored.get(name), needed.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            found.append((f"{prefix}{name}", old, new))
-    return found
+        if stored.get(name) == needed.get(name):
+            continue
+        if name in labels and name in stored:
+            yield f"  {name}: {_of_items(stored[name], what[name], labels[name])}"
+        else:
+            yield from _lines(name, stored.get(name, _ABSENT), needed.get(name, _ABSENT))
+
+
+_ABSENT: Any = object()
+
+
+def _lines(name: str, old: Any, new: Any) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key, _ABSENT) != new.get(key, _ABSENT):
+                yield from _lines(f"{name}.{key}", old.get(key, _ABSENT), new.get(key, _ABSENT))
+    elif old is _ABSENT:
+        yield f"  {name}: not there, {'asked' if isinstance(new, dict) else f'{new} asked'}"
+    elif new is _ABSENT:
+        yield f"  {name}: {'there' if isinstance(old, dict) else f'{old} there'}, not asked"
+    else:
+        yield f"  {name}: {old} there, {new} asked"
+
+
+def _of_items(old: list[str] | str, new: Sequence[str], labels: Sequence[str]) -> str:
+    """How many items of a list differ and the first of them; of a long one only its hash is there
+    to compare with.
+    """
+    if isinstance(old, str):
+        return f"others there, or in another order, {len(new)} asked"
+    known = set(old)
+    added = [label for key, label in zip(new, labels, strict=True) if key not in known]
+    removed = len(known - {*new})
+    found = f"{len(old)} there, {len(new)} asked"
+    if added:
+        found += f"; {len(added)} asked but not there, first: {added[0]}"
+    if removed:
+        found += f"; {removed} there but not asked"
+    return found if added or removed else f"{found}; repeated or in another order"

@@ -8,19 +8,25 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, set_seed
 
 from realign.cache import Identity, build_cache, read_cache, reference_identity
-from realign.check import check_rows
+from realign.check import announce_missing_images, check_rows
 from realign.config import TrainConfig
 from realign.dataset import read_records
 from realign.errors import RefusedError
+from realign.files import follow_umask, write_text
+from realign.footprint import footprint
+from realign.model_card import adapter_card
 from realign.modeling import (
+    adapter_base,
     choose_dtype,
+    is_adapter,
+    lasting_name,
     load_model,
     load_processor,
     quiet_peft,
@@ -28,15 +34,18 @@ from realign.modeling import (
     vision_module,
 )
 from realign.objectives import make_objective
+from realign.progress import announce
 from realign.records import Record
-from realign.run_folder import claim, is_claimed
+from realign.run_folder import check_out, claim, is_claimed
 from realign.trainer import (
+    LogLastStep,
     MetricsFile,
     RDPOConfig,
     RDPOTrainer,
     ShowProgress,
     newest_checkpoint,
 )
+from realign_kernels import Objective
 
 
 def train(config: TrainConfig) -> Path:
@@ -47,9 +56,11 @@ def train(config: TrainConfig) -> Path:
         RefusedError: Bad rows, a cache of something else, or an output folder that holds another
             run.
     """
+    check_out(config.out)
     folder = resolve_model(config.model)
     _check_support(config, folder)
-    cells = _reference_cells(config)
+    objective = _objective(config)
+    cells = max(objective.num_cells, 3)  # one cache serves dpo, rdpo and mdpo
     records = read_records(config.data, config.images)
     processor = load_processor(folder)
     check_rows(records, processor, cells=cells, max_length=config.max_length)
@@ -57,6 +68,7 @@ def train(config: TrainConfig) -> Path:
         folder, cells=cells, rejected_scoring=config.rejected_scoring, dtype=_dtype(config)
     )
     checkpoint = config.out / "checkpoint"
+    rows = [_RowSummary.of(record) for record in records]  # once: it may read them from the disk
     what = {
         "config": config.model_dump(
             mode="json",
@@ -64,10 +76,12 @@ def train(config: TrainConfig) -> Path:
             exclude={"out", "model", "data", "images", "cache", "report_to", "max_length"},
         ),
         "model": identity["semantics"]["files"],
-        "rows": [record.key for record in records],
+        "rows": [row.key for row in rows],
     }
-    if is_claimed(config.out, "train", what) and checkpoint.is_dir():
+    labels = {"rows": [f"row {row.id}" for row in rows]}
+    if is_claimed(config.out, "train", what, labels) and checkpoint.is_dir():
         return checkpoint
+    announce_missing_images(sum(not row.has_retrieved for row in rows), len(rows), objective)
     # its own cache is known by its content, so the folder stays free while the model may be refused
     reference = (
         read_cache(config.cache, records, identity)
@@ -76,7 +90,9 @@ def train(config: TrainConfig) -> Path:
     )
 
     set_seed(config.seed)
-    model = load_model(folder, _dtype(config), trainable_adapter=True, name=config.model)
+    model = load_model(
+        folder, _dtype(config), trainable_adapter=True, name=lasting_name(config.model)
+    )
     if config.lora:
         model = _add_adapter(model, config)
     if config.gradient_checkpointing:
@@ -84,16 +100,17 @@ def train(config: TrainConfig) -> Path:
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)()
         model.enable_input_require_grads()
-    claim(config.out, "train", what)
+    claim(config.out, "train", what, labels)
     trainer = RDPOTrainer(
         model,
         _arguments(config, len(records)),
         records,
         processor,
         reference,
-        callbacks=[MetricsFile(config.out / "metrics.jsonl"), ShowProgress()],
+        callbacks=[LogLastStep(), MetricsFile(config.out / "metrics.jsonl"), ShowProgress()],
     )
     trainer.remove_callback(PrinterCallback)
+    announce(footprint(model))
     resume = newest_checkpoint(config.out / "steps")
     unfinished = config.out / ".checkpoint.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -104,15 +121,35 @@ def train(config: TrainConfig) -> Path:
         processor.save_pretrained(unfinished)
         # a pickle; train.json says the same
         (unfinished / "training_args.bin").unlink(missing_ok=True)
+        if is_adapter(unfinished):
+            write_text(
+                unfinished / "README.md",
+                adapter_card(config, adapter_base(unfinished), len(records)),
+            )
+        for path in unfinished.rglob("*"):
+            if path.is_file():
+                follow_umask(path)
         os.replace(unfinished, checkpoint)
         shutil.rmtree(config.out / "steps")
     return checkpoint
 
 
+class _RowSummary(NamedTuple):
+    """What a run needs of every row before it starts."""
+
+    id: str
+    key: str
+    has_retrieved: bool
+
+    @classmethod
+    def of(cls, record: Record) -> _RowSummary:
+        return cls(record.id, record.key, bool(record.rejected_images))
+
+
 def _check_support(config: TrainConfig, folder: Path) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RefusedError("train must run in one process for now, got WORLD_SIZE > 1. Drop it.")
-    if config.lora and (folder / "adapter_config.json").is_file():
+    if config.lora and is_adapter(folder):
         raise RefusedError(
             f"train.lora must not be set when model {folder} is an adapter already: it would be "
             "overwritten. Drop train.lora to train that adapter on, or merge it first."
@@ -126,16 +163,14 @@ def _dtype(config: TrainConfig) -> torch.dtype:
     return choose_dtype(config.dtype)
 
 
-def _reference_cells(config: TrainConfig) -> int:
-    """At least three: one cache serves dpo, rdpo and mdpo."""
-    objective = make_objective(
+def _objective(config: TrainConfig) -> Objective:
+    return make_objective(
         config.objective,
         beta=config.beta,
         image_beta=config.image_beta,
         image_weight=config.image_weight,
         nll_weight=config.nll_weight,
     )
-    return max(objective.num_cells, 3)
 
 
 def _build_reference(

@@ -147,6 +147,9 @@ class RDPOTrainer(Trainer):
         is_present = (output.num_tokens > 0).to(output.logps.device)
         loss = output.loss.expand(output.logps.shape[1])
         by_pair = {"loss": (loss, torch.ones_like(loss))}  # name -> values and weights, (P,) each
+        if self.objective.nll_weight > 0:
+            nll = -output.logps[0] / output.num_tokens[0].clamp(min=1).to(output.logps)
+            by_pair["nll"] = (nll, is_present[0])
         for cell, name in enumerate(
             ("chosen", "text_rejected", "image_rejected", "both_rejected")[: len(output.logps)]
         ):
@@ -225,6 +228,15 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def _ordered(line: Mapping[str, Any]) -> dict[str, Any]:
     """One order of keys, whether the line was just logged or read from a checkpoint."""
     return dict(sorted(line.items()))
+
+
+class LogLastStep(TrainerCallback):
+    """Logs the last step, whatever ``logging_steps`` is: a short run has an end as well."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a line."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 class MetricsFile(TrainerCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -32,11 +33,37 @@ def test_commands_use_options_that_exist() -> None:
                 assert key in SECTIONS[verb].model_fields
 
 
+def test_commands_that_train_7b_train_adapters() -> None:
+    commands = re.findall(r"^realign train +((?:.*\\\n)*.*)", README, re.MULTILINE)
+    commands = [command for command in commands if "7b" in command]
+    assert len(commands) == 2
+    for command in commands:
+        assert "--set train.lora.r=128 --set train.lora.alpha=256" in command
+
+
 def test_the_table_is_made_from_the_result_file() -> None:
     sys.path.insert(0, str(ROOT))
     from benchmarks.tables import with_table
 
     assert with_table(README) == README
+
+
+def test_the_differences_from_sft_are_those_of_the_result_file() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "demo_seeds.json").read_text())
+    runs = list(results["seeds"].values())
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.tables import mean
+
+    text = " ".join(README.split())
+    for split, verb in (("adversarial", "points on"), ("popular", "on"), ("random", "on")):
+        task = f"pope_{split}"
+        base = mean(runs, task, "balanced_accuracy", "SFT")
+        dpo, rdpo = (
+            mean(runs, task, "balanced_accuracy", model) - base
+            for model in ("DPO + NLL", "rDPO + NLL")
+        )
+        assert f"{dpo:.1f} and {rdpo:.1f} {verb} {split}" in text
+    assert f"nll_weight={results['objectives']['rDPO + NLL']['nll_weight']:.0f}`" in text
 
 
 def test_linked_files_exist() -> None:

@@ -5,7 +5,7 @@ image.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -20,6 +20,8 @@ from realign.build.sources import SourceRow
 from realign.generate.answer import Answer
 from realign.images import decode_image
 from realign.records import IMAGE_TOKEN
+
+TOO_LONG = "prompt longer than max_length"
 
 
 class Generator(Protocol):
@@ -72,6 +74,8 @@ class Rules:
     keep_unmasked: bool
     seed: int
     special: tuple[str, ...] = ()  # the model's special tokens
+    # whether a prompt about an image is short enough to be asked
+    fits: Callable[[str, Path], bool] = lambda prompt, path: True
 
 
 def mask_group(
@@ -81,8 +85,12 @@ def mask_group(
     outcomes = [Outcome(row.id) for row in rows]
     if rules.mask == "model":
         requests = [masking_request(row.answer) for row in rows]
-        replies = _generate(generator, requests, [row.path for row in rows], batch_size)
-        for outcome, row, reply in zip(outcomes, rows, replies, strict=True):
+        asked = [i for i, row in enumerate(rows) if rules.fits(requests[i], row.path)]
+        replies = _generate(
+            generator, [requests[i] for i in asked], [rows[i].path for i in asked], batch_size
+        )
+        for i, reply in zip(asked, replies, strict=True):
+            outcome, row = outcomes[i], rows[i]
             if not reply.is_cut and masks_only(row.answer, reply.text):
                 outcome.masked, outcome.masked_by = reply.text, "model"
     for outcome, row in zip(outcomes, rows, strict=True):
@@ -106,6 +114,16 @@ def induce_group(
     (paper, 3.1).
     """
     open_rows = [i for i, outcome in enumerate(outcomes) if not outcome.reason]
+    candidates = [*candidates]
+    for i in open_rows:
+        request = completion_request(rows[i].prompt, outcomes[i].masked)
+        fitting = [each for each in candidates[i] if rules.fits(request, each.path)]
+        outcomes[i].refused += [
+            {"image": each.name, "reason": TOO_LONG, "completion": ""}
+            for each in candidates[i]
+            if each not in fitting
+        ]
+        candidates[i] = fitting
     for turn in range(max(map(len, candidates), default=0)):
         trying = [i for i in open_rows if turn < len(candidates[i])]
         completions = _generate(

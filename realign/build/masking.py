@@ -41,17 +41,20 @@ class Lexicon:
             RefusedError: No such file, or not a mapping from category to a list of phrases.
         """
         if not path.is_file():
-            raise RefusedError(f"lexicon must be a YAML file, got {path}, which does not exist.")
+            raise RefusedError(
+                f"lexicon must be a YAML file, got {path}, which does not exist. Check the path."
+            )
         try:
             raw = yaml.safe_load(read_utf8(path))
         except yaml.YAMLError as error:
-            raise RefusedError(f"lexicon {path} must be YAML ({error}).") from None
+            raise RefusedError(f"lexicon {path} must be YAML ({error}). Correct it.") from None
         if not isinstance(raw, dict) or not all(
             isinstance(phrases, list) and phrases and all(isinstance(p, str) for p in phrases)
             for phrases in raw.values()
         ):
             raise RefusedError(
-                f"{path} must map each category to a list of phrases, got {type(raw).__name__}."
+                f"{path} must map each category to a list of phrases, got {type(raw).__name__}. "
+                "Write them as in realign/build/lexicon.yaml."
             )
         return cls(raw)
 
@@ -60,9 +63,11 @@ class Lexicon:
         known = sorted(set(self._category.values()))
         for name, rate in rates.items():
             if name not in known:
-                raise RefusedError(f"mask_rates must name categories of {known}, got {name!r}.")
+                raise RefusedError(
+                    f"mask_rates must name categories of {known}, got {name!r}. Rename it."
+                )
             if not 0 <= rate <= 1:
-                raise RefusedError(f"mask_rates.{name} must be in [0, 1], got {rate}.")
+                raise RefusedError(f"mask_rates.{name} must be in [0, 1], got {rate}. Correct it.")
 
     def segments(self, text: str) -> list[tuple[int, int, str]]:
         """Start, end and category of every visual segment of ``text``, in order."""

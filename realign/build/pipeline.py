@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from realign.build.induction import Candidate, Outcome, Rules, induce_group, mask_group
+from realign.build.lengths import PromptLength, position_limit
 from realign.build.masking import Lexicon
 from realign.build.retrieval import embed_images, nearest
 from realign.build.similarity import load_similarity
@@ -29,7 +31,7 @@ from realign.modeling import choose_dtype, load_processor, model_identity, resol
 from realign.parquet import write_parquet
 from realign.progress import Progress
 from realign.records import Record
-from realign.run_folder import claim, is_claimed
+from realign.run_folder import check_out, claim, is_claimed
 
 ENGLISH_LEXICON = Path(__file__).with_name("lexicon.yaml")
 
@@ -42,6 +44,7 @@ def build(config: BuildConfig) -> Path:
         RefusedError: A bad source row, an output folder that holds another run, or no row that
             gave a pair.
     """
+    check_out(config.out)
     folder = resolve_model(config.model)
     special = tuple(Renderer(load_processor(folder)).placeholders())
     rows = read_source(config.source, config.images, special)
@@ -49,7 +52,7 @@ def build(config: BuildConfig) -> Path:
     if len(corpus.names) < 2:
         raise RefusedError(
             f"source must show at least 2 different images to retrieve from, got "
-            f"{len(corpus.names)}."
+            f"{len(corpus.names)}. Add rows of other images; equal files are one image."
         )
     lexicon_path = config.lexicon or ENGLISH_LEXICON
     rules = Rules(
@@ -65,7 +68,10 @@ def build(config: BuildConfig) -> Path:
     rules.lexicon.check_rates(config.mask_rates)
     what = {
         "config": config.model_dump(
-            mode="json", exclude={"out", "source", "images", "model", "lexicon"}
+            mode="json",
+            # none is the model's own limit, which its files say
+            exclude={"out", "source", "images", "model", "lexicon"}
+            | ({"max_length"} if config.max_length is None else set()),
         ),
         "source": file_sha256(config.source),
         "images": corpus.digests,
@@ -74,12 +80,15 @@ def build(config: BuildConfig) -> Path:
         "dtype": str(choose_dtype(config.dtype)),
     }
     dataset = config.out / "dataset.parquet"
-    if is_claimed(config.out, "build", what) and dataset.is_file():
+    labels = {"images": corpus.names}
+    if is_claimed(config.out, "build", what, labels) and dataset.is_file():
         return dataset
     generator = TransformersGenerator.load(
         folder, choose_dtype(config.dtype), config.max_new_tokens
     )
-    claim(config.out, "build", what)
+    limit = config.max_length or position_limit(generator.model.config)
+    rules = replace(rules, fits=PromptLength(generator.processor, limit).fits)
+    claim(config.out, "build", what, labels)
     candidates = _candidates(rows, corpus, generator, config)
     outcomes: list[dict[str, Any]] = []
     with Progress("build", len(rows)) as progress:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from realign.errors import RefusedError
 from realign.files import file_sha256, read_jsonl
-from realign.images import decode_image, resolve_image
-from realign.records import IMAGE_TOKEN
+from realign.images import check_image_root, decode_image, resolve_image
+from realign.records import IMAGE_TOKEN, surroundings
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,10 @@ def read_source(path: Path, image_root: Path, special: Iterable[str] = ()) -> li
     """
     tokens = sorted({*special, IMAGE_TOKEN} - {""})
     if not path.is_file():
-        raise RefusedError(f"source must be a JSONL file, got {path}, which does not exist.")
+        raise RefusedError(
+            f"source must be a JSONL file, got {path}, which does not exist. Check --source."
+        )
+    check_image_root(image_root)
     rows: dict[str, SourceRow] = {}
     checked: set[Path] = set()
     for number, raw in enumerate(read_jsonl(path), start=1):
@@ -47,15 +50,22 @@ def read_source(path: Path, image_root: Path, special: Iterable[str] = ()) -> li
                 or not isinstance(raw.get(name), str)
                 or not raw[name].strip()
             ):
-                raise RefusedError(f"{where}: {name} must be a non-empty string, got {raw!r:.120}.")
+                raise RefusedError(
+                    f"{where}: {name} must be a non-empty string, got {raw!r:.120}. Fill it in or "
+                    "remove the line."
+                )
             if found := [token for token in tokens if name != "image" and token in raw[name]]:
                 raise RefusedError(
                     f"{where}: {name} must not contain the special token {found[0]!r}, got "
-                    f"{raw[name]!r:.80}. Remove it; the image goes before the prompt by itself."
+                    f"{surroundings(raw[name], found[0])!r}. Remove it; the image goes before the "
+                    "prompt by itself."
                 )
         row_id = str(raw.get("id", number - 1))
         if row_id in rows:
-            raise RefusedError(f"{where}: id must be unique, got {row_id!r} again.")
+            raise RefusedError(
+                f"{where}: id must be unique, got {row_id!r} again. Rename one; without an id a "
+                "line is named by its number."
+            )
         image = resolve_image(image_root, raw["image"], where)
         if image not in checked:
             decode_image(image.read_bytes(), f"{where}, {raw['image']}")
@@ -64,7 +74,7 @@ def read_source(path: Path, image_root: Path, special: Iterable[str] = ()) -> li
             row_id, raw["image"], image, raw["prompt"].strip(), raw["answer"].strip()
         )
     if not rows:
-        raise RefusedError(f"source must have at least one row, got none in {path}.")
+        raise RefusedError(f"source must have at least one row, got none in {path}. Add rows.")
     return list(rows.values())
 
 

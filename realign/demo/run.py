@@ -29,7 +29,7 @@ from realign.eval.run import evaluate
 from realign.eval.table import scores_table
 from realign.files import read_jsonl, write_json
 from realign.report import write_report
-from realign.run_folder import claim
+from realign.run_folder import check_out, claim
 from realign.train import train
 
 MODEL = Path(__file__).with_name("model")
@@ -60,6 +60,7 @@ def run_demo(out: Path, seed: int, compared: Sequence[str] = ("DPO", "SFT")) -> 
     Raises:
         RefusedError: The folder holds a demo with another seed.
     """
+    check_out(out)
     console = Console(stderr=True)
     seconds: dict[str, float] = {}
 

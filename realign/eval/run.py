@@ -1,10 +1,11 @@
 """The verb ``realign eval``: ask several models the same questions once, keep what they said, score
 it in pairs.
 
+Any of these files; what is not there is not measured.
 <data>/pope_random.jsonl, pope_popular.jsonl, pope_adversarial.jsonl    {"question_id", "image",
 "text", "label"}
 <data>/chair.jsonl            {"image_id", "image", "text", "objects"}
-<data>/chair_objects.json     object -> its synonyms
+<data>/chair_objects.json     object -> its synonyms; with chair.jsonl
 <out>/answers/NAME.jsonl      {"image", "text", "answer", "is_cut"}, every question once
 <out>/scores.json
 """
@@ -34,7 +35,7 @@ from realign.generate.transformers_generator import TransformersGenerator
 from realign.images import decode_image
 from realign.modeling import choose_dtype, model_identity, resolve_model
 from realign.progress import Progress
-from realign.run_folder import claim
+from realign.run_folder import check_out, claim
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         RefusedError: A file or image is missing, a row lacks a key, or the output folder holds
             another run.
     """
+    check_out(config.out)
     tasks = read_tasks(config.data)
     folders = {name: resolve_model(model) for name, model in config.models.items()}
     if not folders:
@@ -52,7 +54,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         )
     if bad := [name for name in folders if not re.fullmatch(r"[\w .+-]+", name)]:
         raise RefusedError(f"eval.models must have plain names, got {bad[0]!r}. Rename it.")
-    synonyms = read_synonyms(config.data, tasks["chair"])
+    captions = tasks.get("chair", [])
+    synonyms = read_synonyms(config.data, captions) if captions else {}
     digests = check_images(tasks, config.images)
     claim(
         config.out,
@@ -67,6 +70,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             "bootstrap": [config.bootstrap, config.seed],
             "generation": [str(choose_dtype(config.dtype)), config.batch_size],
         },
+        {"images": sorted(digests)},
     )
     questions = list(
         dict.fromkeys((row["image"], row["text"]) for rows in tasks.values() for row in rows)
@@ -74,8 +78,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     answers = {name: _answers(name, folder, questions, config) for name, folder in folders.items()}
     scores = score(tasks, answers, synonyms, resamples=config.bootstrap, seed=config.seed)
     scores["samples"] = [
-        *caption_samples(tasks["chair"], answers, synonyms),
-        *question_samples(tasks["pope_adversarial"], answers),
+        *caption_samples(captions, answers, synonyms),
+        *question_samples(tasks.get("pope_adversarial", []), answers),
     ]
     (config.out / "samples").mkdir(exist_ok=True)
     for number, sample in enumerate(scores["samples"]):

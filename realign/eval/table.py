@@ -29,7 +29,8 @@ def percent(value: float) -> str:
 def difference(score: Mapping[str, Any]) -> str:
     """Difference from the baseline in points, with its 95 % interval."""
     low, high = score["difference_interval"]
-    return f"{100 * score['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    # z: no minus before a zero
+    return f"{100 * score['difference']:+z.1f} [{100 * low:+z.1f}, {100 * high:+z.1f}]"
 
 
 def score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, bool, dict[str, dict[str, Any]]]]:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from realign.build.induction import Candidate, Outcome, Rules, induce_group, mask_group, refusal
+from realign.build.lengths import PromptLength, position_limit
 from realign.build.masking import Lexicon
 from realign.build.pipeline import build
 from realign.build.prompts import COMPLETION_PROMPT, MASK_PROMPT
@@ -248,6 +249,52 @@ def test_the_funnel_counts_completions_that_were_cut(config: BuildConfig) -> Non
     assert funnel["accepted"] == 0
     assert funnel["refused_candidates"] == {"cut at max_new_tokens": 40 * 3}
     assert funnel["dropped"] == {"no candidate passed, mostly cut at max_new_tokens": 40}
+
+
+@pytest.mark.parametrize("mask", ["rule", "model"])
+def test_a_row_that_is_too_long_is_dropped_counted_and_never_given_to_the_model(
+    config: BuildConfig, mask: str, monkeypatch
+) -> None:
+    lines = config.source.read_text().splitlines()
+    row = json.loads(lines[0])
+    row["answer"] = " ".join([row["answer"]] * 400)
+    config.source.write_text("\n".join([json.dumps(row), *lines[1:]]) + "\n")
+    asked: list[str] = []
+    call = TransformersGenerator.__call__
+    monkeypatch.setattr(
+        TransformersGenerator,
+        "__call__",
+        lambda self, prompts, images: asked.extend(prompts) or call(self, prompts, images),
+    )
+    build(config.model_copy(update={"mask": mask}))
+    assert max(map(len, asked)) < 2000
+    funnel = json.loads((config.out / "funnel.json").read_text())
+    reason = "no candidate passed, mostly prompt longer than max_length"
+    assert funnel["dropped"][reason] == 1
+    assert funnel["refused_candidates"]["prompt longer than max_length"] == config.top_k
+    assert "max_length" not in (config.out / "build.json").read_text()
+
+
+def test_prompts_are_measured_as_the_generator_reads_them(config: BuildConfig) -> None:
+    generator = TransformersGenerator.load(Path(config.model), torch.float32, max_new_tokens=1)
+    path = config.images / "train-00000.png"
+    read: list[int] = []
+    generate = generator.model.generate
+    generator.model.generate = lambda **inputs: (
+        read.append(inputs["input_ids"].shape[1]) or generate(**inputs)
+    )
+    generator([DESCRIBE], [Image.open(path).convert("RGB")])
+    measured = PromptLength(generator.processor, limit=read[0])
+    assert measured.tokens(DESCRIBE, path) == read[0]
+    assert measured.fits(DESCRIBE, path)
+    assert not PromptLength(generator.processor, limit=read[0] - 1).fits(DESCRIBE, path)
+    assert position_limit(generator.model.config) == 512
+
+
+def test_a_limit_on_the_prompt_is_part_of_what_the_run_is(config: BuildConfig) -> None:
+    with pytest.raises(RefusedError, match=r"none from 40 rows: .*mostly prompt longer than max_l"):
+        build(config.model_copy(update={"max_length": 20}))
+    assert json.loads((config.out / "build.json").read_text())["config"]["max_length"] == 20
 
 
 def test_an_answer_is_cut_when_no_end_of_turn_token_came(model_dir: Path) -> None:

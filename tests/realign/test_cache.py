@@ -189,6 +189,28 @@ def test_any_changed_bit_of_a_shard_is_found(tmp_path: Path, model_dir, records)
         read_cache(tmp_path, rows, identity(model_dir))
 
 
+def test_the_printed_folder_is_a_cache_too(tmp_path: Path, model_dir, records) -> None:
+    rows = records(2)
+    place = build(rows, model_dir, tmp_path)
+    whole = read_cache(tmp_path, rows, identity(model_dir))
+    printed = read_cache(place, rows, identity(model_dir))
+    assert printed.keys() == whole.keys()
+    build(rows, model_dir, tmp_path, cells=4)  # beside it; not what was given
+    with pytest.raises(
+        RefusedError,
+        match=r"it was computed from something else\.\n  semantics\.cells: cached 3",
+    ):
+        read_cache(place, rows, identity(model_dir, cells=4))
+    (place / "manifest.json").unlink()
+    with pytest.raises(RefusedError, match="it is unfinished"):
+        read_cache(place, rows, identity(model_dir))
+
+
+def test_a_folder_that_does_not_exist_says_so(tmp_path: Path, model_dir, records) -> None:
+    with pytest.raises(RefusedError, match=r"got .*none, which does not exist\. Check --cache"):
+        read_cache(tmp_path / "none", records(1), identity(model_dir))
+
+
 def test_an_empty_folder_says_so(tmp_path: Path, model_dir, records) -> None:
     with pytest.raises(RefusedError, match=r"it is empty\.\nRun `realign cache`"):
         read_cache(tmp_path, records(1), identity(model_dir))

@@ -56,14 +56,18 @@ def test_the_authors_format_trains(tmp_path: Path, official: Path, model_dir: Pa
     assert (out / "checkpoint" / "model.safetensors").is_file()
 
 
+ROW = "pref_data.json, row 3 (counting from 1)"
 BAD_ROWS = {
-    "missing image": ({"image": "gone.png"}, "pref_data.json, row 2: image 'gone.png' does not"),
-    "unreadable image": ({"image": "bad.png"}, "row 2, images: image must be a readable"),
-    "equal images": ({"retrieved_image": "2.png"}, "row 2: retrieved_image must differ from image"),
-    "empty answer": ({"chosen": " "}, "row 2: chosen must not be empty, got ' '"),
+    "missing image": ({"image": "gone.png"}, f"{ROW}: image 'gone.png' does not"),
+    "unreadable image": (
+        {"image": "bad.png"},
+        f"{ROW}, images 'bad.png': image must be a readable",
+    ),
+    "equal images": ({"retrieved_image": "2.png"}, f"{ROW}: retrieved_image must differ from imag"),
+    "empty answer": ({"chosen": " "}, f"{ROW}: chosen must not be empty, got ' '"),
     "placeholder": ({"chosen": "A <image>."}, "must not contain the special token '<image>', got"),
-    "outside": ({"image": "../x.png"}, "row 2: image must lie inside"),
-    "url": ({"image": "http://example.org/x.png"}, "row 2: image must be a file name, got the URL"),
+    "outside": ({"image": "../x.png"}, f"{ROW}: image must lie inside"),
+    "url": ({"image": "http://example.org/x.png"}, f"{ROW}: image must be a file name, got the U"),
 }
 
 
@@ -99,7 +103,8 @@ def test_chosen_equal_to_rejected_exits_with_2(tmp_path, official: Path, model_d
         "--out", tmp_path / "cache",
     )  # fmt: skip
     assert result.exit_code == 2
-    assert "row 3: rejected must differ from chosen, got 'No, there is no" in result.output
+    message = "row 4 (counting from 1): rejected must differ from chosen, got 'No, there is no"
+    assert f"pref_data.json, {message}" in result.output
     assert not (tmp_path / "cache").exists()
 
 
@@ -136,6 +141,35 @@ def test_unknown_keys_and_values_exit_with_2(tmp_path: Path) -> None:
     assert "must be an existing folder or a hub id, got ./none" in result.output
 
 
+@pytest.mark.parametrize("verb", ["build", "cache", "train", "eval", "demo"])
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_an_output_that_is_a_file_exits_with_2(verb: str, out: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    needed = {
+        "build": ["--source", "s", "--images", "i", "--model", "m"],
+        "cache": ["--data", "d", "--model", "m"],
+        "train": ["--data", "d", "--model", "m"],
+        "eval": ["--data", "d", "--images", "i", "--model", "a=m"],
+        "demo": [],
+    }
+    result = realign(verb, *needed[verb], "--out", tmp_path / out)
+    assert result.exit_code == 2
+    assert f"out must be a folder, got {tmp_path / out}, but {tmp_path / 'file'} is a" in (
+        result.output
+    )
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_page_that_is_a_folder_or_below_a_file_exits_with_2(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    result = realign("report", tmp_path, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert f"out must be a file for the page, got the folder {tmp_path}. Add" in result.output
+    result = realign("report", tmp_path, "--out", tmp_path / "metrics.jsonl" / "page.html")
+    assert result.exit_code == 2
+    assert "metrics.jsonl is a file. Choose another --out." in result.output
+
+
 def test_every_option_of_the_help_is_an_option_of_the_section() -> None:
     import inspect
 
@@ -145,6 +179,32 @@ def test_every_option_of_the_help_is_an_option_of_the_section() -> None:
     for verb, function in verbs.items():
         names = set(inspect.signature(function).parameters) - {"config", "set_"}
         assert names <= SECTIONS[verb].model_fields.keys()
+
+
+@pytest.mark.parametrize("verb", SECTIONS)
+def test_help_lists_every_option_of_the_section(verb: str) -> None:
+    result = realign(verb, "--help")
+    assert result.exit_code == 0
+    for key, field in SECTIONS[verb].model_fields.items():
+        (line,) = [x for x in result.output.splitlines() if x.startswith(f"  {verb}.{key}: ")]
+        assert line.endswith("required") == field.is_required()
+        assert line.endswith("required") or ", default " in line
+    shown = " ".join(result.output.replace("│", " ").split())
+    required = sum(field.is_required() for field in SECTIONS[verb].model_fields.values())
+    assert shown.count("Required, here or in --config.") == required
+
+
+def test_help_spells_types_and_defaults_as_yaml() -> None:
+    lines = realign("train", "--help").output.splitlines()
+    for line in (
+        "  train.beta: float, default 0.1",
+        "  train.objective: rdpo|dpo|mdpo|symmetric|sft, default rdpo",
+        "  train.lora: section, default none",
+        "  train.lora.targets: str or list of str, default all-linear",
+        "  train.freeze_vision: bool, default true",
+        "  train.report_to: list of str, default []",
+    ):
+        assert line in lines
 
 
 def run_process(*arguments: object, **options) -> subprocess.Popen[bytes]:

@@ -17,8 +17,9 @@ from realign.eval.chair import caption_counts, chair_metrics, mentioned
 from realign.eval.pope import confusion, pope_metrics, says_yes
 from realign.eval.run import evaluate, score
 from realign.eval.samples import caption_samples, question_samples
-from realign.eval.table import cut_note
+from realign.eval.table import cut_note, difference
 from realign.generate.answer import Answer
+from realign.report import write_report
 
 
 @pytest.mark.parametrize(
@@ -99,6 +100,14 @@ def test_score_pairs_models_by_image() -> None:
     assert task["cut"] == {"x": 0, "y": 2}
     assert cut_note(scores) == "Of 3 answers, cut at max_new_tokens: x 0, y 2."
     assert cut_note({"tasks": {"pope_random": {**task, "cut": {"x": 0, "y": 0}}}}) == ""
+
+
+def test_a_difference_of_nothing_has_no_minus() -> None:
+    score = {"difference": 0.0, "difference_interval": [-0.0, -0.0004]}
+    assert difference(score) == "+0.0 [+0.0, +0.0]"
+    assert difference({"difference": -0.01, "difference_interval": [-0.02, 0]}) == (
+        "-1.0 [-2.0, +0.0]"
+    )
 
 
 def test_samples_are_the_first_on_which_first_and_last_differ() -> None:
@@ -206,6 +215,28 @@ def test_eval_refuses_what_is_missing_or_malformed(tmp_path: Path, model_dir, wo
     with pytest.raises(RefusedError, match=r"must hold chair_objects\.json"):
         run()
     assert not (tmp_path / "eval").exists()
+
+
+@pytest.mark.parametrize("tasks", [["pope_popular"], ["pope_adversarial"], ["chair"]], ids=str)
+def test_what_is_there_is_measured_and_what_is_not_is_named(
+    tmp_path: Path, model_dir, world, tasks: list[str], capsys
+) -> None:
+    files = ("pope_random", "pope_popular", "pope_adversarial", "chair")
+    absent = [f"{name}.jsonl" for name in files if name not in tasks]
+    for name in absent:
+        (world / "eval" / name).unlink()
+    if "chair" not in tasks:
+        (world / "eval" / "chair_objects.json").unlink()
+    config = EvalConfig(
+        models={"base": str(model_dir)},
+        data=world / "eval",
+        images=world / "images",
+        out=tmp_path / "eval",
+        bootstrap=20,
+    )
+    assert list(evaluate(config)["tasks"]) == tasks
+    assert f"does not hold them: {', '.join(absent)}\n" in capsys.readouterr().err
+    assert write_report(tmp_path, tmp_path / "report.html").is_file()
 
 
 @pytest.mark.parametrize(

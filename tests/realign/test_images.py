@@ -11,7 +11,7 @@ from PIL import Image
 
 from realign import images as images_module
 from realign.errors import RefusedError
-from realign.images import decode_image, resolve_image
+from realign.images import decode_image, image_size, resolve_image
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -43,11 +43,22 @@ def test_exif_rotation_is_applied() -> None:
     assert decode_image(encoded(image, "JPEG", exif=exif), "row 0").size == (10, 20)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_in_the_header_is_that_of_the_decoded_image(
+    tmp_path: Path, orientation: int
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    raw = encoded(Image.new("RGB", (20, 10)), "JPEG", exif=exif)
+    (tmp_path / "a.jpg").write_bytes(raw)
+    assert image_size(tmp_path / "a.jpg") == decode_image(raw, "row 0").size
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (b"", "row 7: image must be a readable JPEG, PNG, WEBP file"),
-        (b"not an image", "row 7: image must be a readable"),
+        (b"", "row 7: image must be a readable JPEG, PNG, WEBP file, got no bytes. Replace"),
+        (b"not an image", "row 7: image must be a readable .*got 12 bytes that begin with b'not"),
         (encoded(Image.new("RGB", (4, 4)), "GIF"), "row 7: image must be a readable"),
         (encoded(Image.new("RGB", (64, 64), (1, 2, 3)), "JPEG")[:300], "row 7: image is damaged"),
     ],
@@ -56,6 +67,20 @@ def test_exif_rotation_is_applied() -> None:
 def test_unreadable_images_are_refused(raw: bytes, message: str) -> None:
     with pytest.raises(RefusedError, match=message):
         decode_image(raw, "row 7")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_truncated_image_is_refused_in_the_same_words_every_time(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    raw = encoded(Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)), kind)
+    for length in range(0, len(raw) - 20, 7):
+        said = set()
+        for _ in range(2):
+            with pytest.raises(RefusedError, match=r"^row 1, a\.png: image .*or remove") as refused:
+                decode_image(raw[:length], "row 1, a.png")
+            said.add(str(refused.value))
+        assert len(said) == 1
+        assert " at 0x" not in said.pop()
 
 
 def test_animations_are_refused() -> None:

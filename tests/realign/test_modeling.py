@@ -81,8 +81,34 @@ def test_an_adapter_names_its_base_as_the_user_did(
     for adapter in (first, second):
         stored = json.loads((adapter / "adapter_config.json").read_text())
         assert stored["base_model_name_or_path"] == "org/vlm"
-        assert str(model_dir) not in (adapter / "README.md").read_text()
+        card = (adapter / "README.md").read_text()
+        assert str(model_dir) not in card
+        assert str(tmp_path) not in card
+        assert "More Information Needed" not in card
+        assert "- Objective: rdpo; beta 0.1, image_weight 1.0" in card
+        assert "- Data: d.parquet, 2 pairs" in card
+        assert "\nbase_model: org/vlm\n" in card
         assert load_model(adapter, torch.float32)
+
+
+def test_an_adapter_on_a_local_base_loads_from_any_directory(
+    tmp_path: Path, copy: Path, records, monkeypatch
+) -> None:
+    write_parquet(records(2), tmp_path / "d.parquet")
+    monkeypatch.chdir(tmp_path)
+    lora = LoraSection(r=2, alpha=4)
+    options = {"data": tmp_path / "d.parquet", "lora": lora, "batch_size": 2}
+    adapter = train(TrainConfig(model="model", out=tmp_path / "a", **options))
+    monkeypatch.chdir(tmp_path / "a")
+    assert load_model(adapter, torch.float32)
+    copy.rename(tmp_path / "moved")
+    message = (
+        rf"adapter {adapter} must have its base model, got '{copy}', which was not found\. "
+        rf"Set base_model_name_or_path in {adapter / 'adapter_config.json'} to"
+    )
+    for use in (model_identity, lambda folder: load_model(folder, torch.float32)):
+        with pytest.raises(RefusedError, match=message):
+            use(adapter)
 
 
 def test_several_processes_are_refused(tmp_path, model_dir, records, monkeypatch) -> None:

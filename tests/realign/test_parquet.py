@@ -120,8 +120,12 @@ def test_parquet_that_is_none_or_lacks_columns_is_refused(tmp_path: Path) -> Non
         read_parquet(tmp_path / "some.parquet")
     turn = {"role": "assistant", "content": "x"}
     for images, answer, message in (
-        ([{"path": "a.png", "bytes": None}], [turn], "row 0: images must be embedded as bytes"),
-        ([], [], r"row 0: an answer must be one assistant turn, got \[\]"),
+        (
+            [{"path": "a.png", "bytes": None}],
+            [turn],
+            r"row\.parquet, row 1 \(counting from 1\): images must be embedded as",
+        ),
+        ([], [], r"row 1 \(counting from 1\): an answer must be one assistant turn, got \[\]"),
         ([], [turn, turn], "an answer must be one assistant turn, got .*, 'assistant'"),
     ):
         row = {"images": images, "prompt": [turn], "chosen": answer, "rejected": answer}

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from realign.errors import RefusedError
 from realign.parquet import write_parquet
+from realign.plots import bar_plot
 from realign.report import word_diff, write_report
 
 
@@ -59,6 +60,14 @@ def test_it_shows_pairs_curves_and_counts(run: Path) -> None:
     assert page.count('alt="original image"') == page.count('alt="retrieved image"') == 8
     for text in ("Reward margins", "Reward accuracies", "Loss", "10", "83.3 %", "mostly identical"):
         assert text in page
+
+
+def test_bars_start_at_zero_and_carry_their_values() -> None:
+    plot = bar_plot("recall", {"base": (0.935, 0.92, 0.95), "rDPO": (0.929, 0.91, 0.94)})
+    for text in ("0", "80", "93.5", "92.9"):
+        assert f">{text}</text>" in plot
+    assert bar_plot("nothing", {"base": (0.0, 0.0, 0.0)})
+    assert bar_plot("one value", {"base": (0.5, 0.5, 0.5)})
 
 
 def test_equal_runs_give_equal_pages(run: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -144,6 +145,27 @@ def test_options_that_an_objective_does_not_read_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_the_last_step_is_logged_once_whatever_the_interval(
+    tmp_path: Path, model_dir, data
+) -> None:
+    for name, interval, steps in (("long", 10, [1, 6]), ("even", 3, [1, 3, 6])):
+        train(config(model_dir, data, tmp_path / name, epochs=2, logging_steps=interval))
+        assert [line["step"] for line in metrics(tmp_path / name)] == steps
+
+
+def test_the_nll_is_logged_where_it_has_a_weight(tmp_path: Path, model_dir, data) -> None:
+    options = {"batch_size": 12}
+    sft = train(config(model_dir, data, tmp_path / "sft", objective="sft", **options)).parent
+    both = train(config(model_dir, data, tmp_path / "both", nll_weight=2.0, **options)).parent
+    plain = train(config(model_dir, data, tmp_path / "plain", **options)).parent
+    (line,) = metrics(sft)
+    assert line["nll"] == pytest.approx(line["loss"], abs=1e-6)
+    nll = metrics(both)[0]["nll"]
+    assert nll == pytest.approx(line["nll"], abs=1e-5)
+    assert metrics(both)[0]["loss"] == pytest.approx(2 * math.log(2) + 2 * nll, abs=1e-4)
+    assert "nll" not in metrics(plain)[0]
+
+
 def test_sft_is_the_mean_nll_of_the_chosen_answers(tmp_path, model_dir, data, records) -> None:
     train(config(model_dir, data, tmp_path / "run", objective="sft", batch_size=12, epochs=4))
     lines = metrics(tmp_path / "run")
@@ -188,6 +210,7 @@ def test_a_given_cache_is_used_and_never_written(tmp_path: Path, model_dir, data
 
 
 def test_an_empty_cache_stops_before_training(tmp_path: Path, model_dir, data) -> None:
+    (tmp_path / "none").mkdir()
     with pytest.raises(RefusedError, match="does not fit this run: it is empty"):
         train(config(model_dir, data, tmp_path / "run", cache=tmp_path / "none"))
     assert not (tmp_path / "run" / "steps").exists()
@@ -260,13 +283,14 @@ def test_lines_that_span_a_checkpoint_are_equal_after_a_resume(
 
 
 def test_image_metrics_are_means_over_pairs_with_a_retrieved_image(
-    tmp_path: Path, model_dir, records
+    tmp_path: Path, model_dir, records, monkeypatch
 ) -> None:
     """Half of the pairs have none: neither zeros in the means nor lines without a number."""
     rows = records(4)
     text_only = [dataclasses.replace(row, rejected_images=()) for row in rows[2:]]
     names = ("logps/image_rejected", "rewards/image_margins", "rewards/image_accuracies")
     lines = {}
+    monkeypatch.setattr("realign.train.announce_missing_images", lambda *_: None)
     for name, data in (("all", rows[:2]), ("half", [*rows[:2], *text_only]), ("none", text_only)):
         write_parquet(data, tmp_path / f"{name}.parquet")
         options = {"batch_size": len(data), "epochs": 3, "learning_rate": 3e-4}
@@ -278,6 +302,39 @@ def test_image_metrics_are_means_over_pairs_with_a_retrieved_image(
     for name in names:
         assert name in lines["half"][-1]
         assert name not in lines["none"][-1]
+
+
+def test_rows_without_a_retrieved_image_are_announced_or_refused(
+    tmp_path: Path, model_dir, records, capsys
+) -> None:
+    rows = [dataclasses.replace(row, rejected_images=()) for row in records(4)]
+    write_parquet(rows, tmp_path / "none.parquet")
+    write_parquet([*rows[:3], records(4)[3]], tmp_path / "some.parquet")
+    some, none = (
+        config(model_dir, tmp_path / f"{name}.parquet", tmp_path / name)
+        for name in ("some", "none")
+    )
+    train(some)
+    announced = "3 of 4 rows have no retrieved image; their image term is dropped\n"
+    assert capsys.readouterr().err.count(announced) == 1
+    with pytest.raises(RefusedError, match=r"must have retrieved images .* none in 4 rows\. Fill"):
+        train(none)
+    assert not none.out.exists()
+    train(none.model_copy(update={"objective": "dpo"}))
+    assert "retrieved" not in capsys.readouterr().err
+
+
+def test_every_file_of_a_run_follows_the_umask(tmp_path: Path, model_dir, data) -> None:
+    before = os.umask(0o027)
+    try:
+        train(config(model_dir, data, tmp_path / "run"))
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".safetensors", ".json", ".jsonl"}
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == dict.fromkeys(
+        (path.name for path in files), 0o640
+    )
 
 
 def test_the_same_command_on_a_finished_run_does_nothing(tmp_path: Path, model_dir, data) -> None:

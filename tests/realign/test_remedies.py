@@ -1,0 +1,45 @@
+"""Every refusal ends with a remedy: read from the source, so that no new one is forgotten."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import realign
+
+PACKAGE = Path(realign.__file__).parent
+
+
+def refusals() -> Iterator[tuple[str, str]]:
+    """File and text of each ``raise RefusedError``, names in place of values."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Raise)
+                and isinstance(node.exc, ast.Call)
+                and ast.unparse(node.exc.func) == "RefusedError"
+            ):
+                yield str(path.relative_to(PACKAGE)), template(node.exc.args[0])
+
+
+def template(node: ast.expr) -> str:
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(
+            str(part.value) if isinstance(part, ast.Constant) else "{value}" for part in node.values
+        )
+    if isinstance(node, ast.BinOp):
+        return template(node.left) + template(node.right)
+    return "{lines}"
+
+
+@pytest.mark.parametrize(("file", "text"), list(refusals()))
+def test_a_refusal_says_what_to_do(file: str, text: str) -> None:
+    """Lines that were found one by one carry their own; of a single message, a sentence more."""
+    remedy = r"[.;]({value}|\s+\S.*[.}])$"
+    assert text.startswith("{lines}") or "\n" in text or re.search(remedy, text), (file, text)

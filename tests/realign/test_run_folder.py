@@ -1,0 +1,70 @@
+"""An output folder belongs to one run a verb: what differs is named, and what may be removed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from realign.errors import RefusedError
+from realign.run_folder import WRITES, claim
+
+
+def refusal(folder: Path, verb: str, what: dict[str, object], **options) -> str:
+    with pytest.raises(RefusedError) as refused:
+        claim(folder, verb, what, **options)
+    return str(refused.value)
+
+
+def test_the_remedy_names_the_files_of_that_run_and_what_to_keep(tmp_path: Path) -> None:
+    claim(tmp_path, "train", {"beta": 0.1})
+    for name in ("checkpoint", "dataset", "cache", "eval"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert refusal(tmp_path, "train", {"beta": 0.5}).splitlines()[1:] == [
+        "  beta: 0.1 there, 0.5 asked",
+        "Choose another folder, or remove train.json, checkpoint/, metrics.jsonl of that run and "
+        "keep cache/, dataset/, eval/, not part of that run; nothing was written.",
+    ]
+
+
+def test_what_the_remedy_names_is_what_the_verb_writes(tmp_path: Path, model_dir, records) -> None:
+    from realign.config import TrainConfig
+    from realign.parquet import write_parquet
+    from realign.train import train
+
+    write_parquet(records(2), tmp_path / "d.parquet")
+    out = tmp_path / "run"
+    train(TrainConfig(model=str(model_dir), data=tmp_path / "d.parquet", out=out, batch_size=2))
+    names = {path.name for path in out.iterdir()}
+    assert names == {"train.json", "checkpoint", "metrics.jsonl", "cache"}
+    assert names - {"train.json", "cache"} <= {*WRITES["train"]}
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "line"),
+    [
+        ("abc", "abd", "3 there, 3 asked; 1 asked but not there, first: row r2; 1 there but not"),
+        ("abc", "ab", "3 there, 2 asked; 1 there but not asked"),
+        ("abc", "acb", "3 there, 3 asked; repeated or in another order"),
+        ("a" * 9, "b" * 9, "others there, or in another order, 9 asked"),
+    ],
+)
+def test_rows_that_differ_are_counted_and_the_first_is_named(
+    tmp_path: Path, there: str, asked: str, line: str
+) -> None:
+    claim(tmp_path, "train", {"rows": [f"hash {key}" for key in there]})
+    labels = {"rows": [f"row r{i}" for i in range(len(asked))]}
+    message = refusal(tmp_path, "train", {"rows": [f"hash {key}" for key in asked]}, labels=labels)
+    assert f"\n  rows: {line}" in message
+    assert "hash" not in message
+
+
+def test_a_model_that_is_not_asked_for_is_named_without_its_files(tmp_path: Path) -> None:
+    files = {"model.safetensors": "0a1b"}
+    claim(tmp_path, "eval", {"models": {"base": files, "x": files}})
+    message = refusal(tmp_path, "eval", {"models": {"base": files, "y": files}})
+    assert message.splitlines()[1:3] == [
+        "  models.x: there, not asked",
+        "  models.y: not there, asked",
+    ]
