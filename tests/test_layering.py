@@ -37,11 +37,11 @@ def imported(path: Path) -> set[str]:
 
 def test_kernels_import_torch_alone() -> None:
     for path in modules("realign_kernels"):
+        others = ("realign.", "transformers", "numpy")
+        if path.parent.name != "_triton":  # loaded at the first call on a GPU
+            others = (*others, "triton")
         for name in imported(path):
-            assert not name.startswith(("realign.", "transformers", "numpy", "triton")), (
-                path,
-                name,
-            )
+            assert not name.startswith(others), (path, name)
             assert name != "realign", path
 
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-
-# Before anything imports Triton, as parts of torch do: there is no GPU to run its kernels on.
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
