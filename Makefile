@@ -11,7 +11,7 @@ test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2
+	REALIGN_EXAMPLES=5000 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -21,11 +21,13 @@ lint: $(VENV)/.test
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+NATIVE := CMakeLists.txt $(wildcard csrc/*)
+
+$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[pipeline,report]"
 	touch $@
 
-$(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[pipeline,report,test]"
 	touch $@
 

@@ -50,7 +50,7 @@ class FusedScores(NamedTuple):
     mean_logits: Tensor
     is_top1: Tensor
     top_non_label_ids: Tensor
-    slopes: Tensor  # (M, D): derivative of token_logps in the hidden states
+    slopes: Tensor  # (M, D): derivative of token_logps in the hidden states; not yet rounded
     top_slopes: Tensor  # (M, D): derivative of top_non_label_logps
     positions: Tensor  # (N,) int64, of scored rows; for a backward without slopes, as are the rest
     numbers: Tensor  # (3 or 4, N): floating entries of RowNumbers
@@ -146,7 +146,6 @@ def _score_tokens_fake(
     elif kept is Keeps.STASH_IF_IT_FITS:
         num_stashed = torch.library.get_ctx().new_dynamic_size()
     has_slopes = kept is Keeps.SLOPES
-    dtype = hidden_states.dtype
     return FusedScores(
         token_logps=empty(number, True, num_positions),
         top_non_label_logps=per_position(number),
@@ -155,8 +154,8 @@ def _score_tokens_fake(
         mean_logits=per_position(number),
         is_top1=per_position(torch.bool),
         top_non_label_ids=per_position(torch.int64),
-        slopes=empty(dtype, has_slopes, num_positions, hidden_size),
-        top_slopes=empty(dtype, has_slopes and with_statistics, num_positions, hidden_size),
+        slopes=empty(number, has_slopes, num_positions, hidden_size),
+        top_slopes=empty(number, has_slopes and with_statistics, num_positions, hidden_size),
         positions=empty(torch.int64, True, num_scored),
         numbers=empty(number, True, 4 if tracks_top else 3, num_scored),
         top_ids=empty(torch.int64, True, num_scored if tracks_top else 0),
@@ -264,18 +263,20 @@ def scale_slopes_op(
     top_slopes: Tensor,
     labels: Tensor,
     ignore_index: int,
+    dtype: torch.dtype,
     witness: Tensor | None,
 ) -> Tensor:
     """Return the gradient by hidden states, (M, D), from derivatives that the forward has taken.
 
     An operator of its own, whose derivative is refused: it would be wrong in silence.
     """
-    grad = torch.zeros_like(slopes)
+    is_ignored = labels == ignore_index
+    total: Tensor | None = None
     for upstream, slope in ((grad_logps, slopes), (grad_top_logps, top_slopes)):
         if upstream is not None and slope.numel() > 0:
-            upstream = upstream.masked_fill(labels == ignore_index, 0)
-            grad += (slope * upstream[:, None]).to(slope.dtype)
-    return grad
+            part = slope * upstream.masked_fill(is_ignored, 0)[:, None]
+            total = part if total is None else total.add_(part)
+    return torch.zeros_like(slopes, dtype=dtype) if total is None else total.to(dtype)
 
 
 @scale_slopes_op.register_fake
@@ -286,9 +287,10 @@ def _scale_slopes_fake(
     top_slopes: Tensor,
     labels: Tensor,
     ignore_index: int,
+    dtype: torch.dtype,
     witness: Tensor | None,
 ) -> Tensor:
-    return torch.empty_like(slopes)
+    return torch.empty_like(slopes, dtype=dtype)
 
 
 @contextmanager
@@ -356,7 +358,7 @@ def _forward(
     scored_labels = labels[positions]
     is_token = (scored_labels >= 0) & (scored_labels < call.vocabulary.total)
     row_logps = token_log_probs(numbers, is_token)
-    outputs = {name: hidden_states.new_empty(0) for name in FusedScores._fields}
+    outputs = {name: row_logps.new_empty(0) for name in FusedScores._fields}
     spread = _Spread(positions, len(labels))
     if with_statistics:
         row_statistics = statistics(result, numbers, row_logps, scored_labels, call.vocabulary)
@@ -370,7 +372,7 @@ def _forward(
     if keeps is Keeps.SLOPES:
         is_top = None if top_rows is None else top_rows[positions]
         outputs["slopes"], outputs["top_slopes"] = _slopes(
-            call, rows, numbers, result, spread, is_top, with_statistics, hidden_states.dtype
+            call, rows, numbers, result, spread, is_top, with_statistics
         )
     if top_rows is not None:
         row_logps = torch.where(top_rows[positions], top_log_probs(numbers), row_logps)
@@ -416,7 +418,6 @@ def _slopes(
     spread: _Spread,
     is_top: Tensor | None,
     with_statistics: bool,
-    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Return derivatives in the hidden states: of what a row is scored by, and of its top token."""
     accumulator, low_rank = result.accumulator, result.low_rank_accumulator
@@ -428,9 +429,9 @@ def _slopes(
     ) -> Tensor:
         gradient = logit_gradient(numbers, call.transform, grad_label, grad_top)
         hidden, _ = hidden_gradient(call, rows, gradient, numbers.top_ids, total, low_rank_total)
-        return spread(hidden.to(dtype))
+        return spread(hidden)
 
-    top_slopes = rows.hidden.new_empty(0, dtype=dtype)
+    top_slopes = accumulator.new_empty(0)
     if with_statistics:
         low_rank_copy = None if low_rank is None else low_rank.clone()
         top_slopes = slopes_of(torch.zeros_like(ones), ones, accumulator.clone(), low_rank_copy)
@@ -445,6 +446,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ) = inputs  # fmt: skip
     scores = FusedScores(*output)
     ctx.keeps, ctx.ignore_index = Keeps(keeps), ignore_index
+    ctx.hidden_dtype = hidden_states.dtype
     ctx.options = (lora_scaling, transform, autocast_dtype, backend, budget, group_name)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
@@ -473,6 +475,7 @@ def _backward(
             top_slopes,
             labels,
             ctx.ignore_index,
+            ctx.hidden_dtype,
             witness,
         )
         return (grad, None, None, None, None, *none)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import transformers
 
 from realign.demo.run import MODEL, OBJECTIVES, RECOMMENDED, run_demo
 from realign.files import file_sha256, write_json
+from realign_kernels import describe_backends
 
 CRITERIA = {
     "chair_i": ("chair", "chair_i", -1),
@@ -37,6 +39,18 @@ def verdict(scores: dict[str, Any], model: str) -> dict[str, Any]:
         "recall_difference": recall,
         "passes": any(better.values()) and recall > -RECALL_TOLERANCE,
     }
+
+
+def _commit() -> str | None:
+    """Return the commit of the source tree, marked where files differ from it, if it is one."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return described.stdout.strip() or None
 
 
 def main() -> None:
@@ -60,6 +74,8 @@ def main() -> None:
         args.out,
         {
             "command": "python -m realign.demo.seeds",
+            "commit": _commit(),
+            "head": describe_backends()["auto"],
             "model_sha256": file_sha256(MODEL / "model.safetensors"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -49,14 +49,24 @@ def test_gradcheck(head, transform, small_workspace):
     assert torch.autograd.gradcheck(scores, leaves.tensors)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_gradcheck_of_random_shapes(seed):
-    generator = torch.Generator().manual_seed(seed)
-    N, V, D = (int(torch.randint(1, 8, (), generator=generator)) for _ in range(3))
-    leaves = make_head_inputs(N, V, D, seed=seed, ignored=0.3, bias=True, rank=1).as_leaves()
-    assert torch.autograd.gradcheck(
-        lambda *tensors: leaves.replace_tensors(tensors).call(linear_logprob), leaves.tensors
-    )
+@pytest.mark.parametrize("start", range(0, 200, 20))
+def test_gradcheck_of_random_shapes(start):
+    """K01: 200 shapes, with every combination of what a head can have."""
+    for seed in range(start, start + 20):
+        generator = torch.Generator().manual_seed(seed)
+        N, V, D = (int(torch.randint(1, 8, (), generator=generator)) for _ in range(3))
+        options = TRANSFORMS[seed % len(TRANSFORMS)]
+        leaves = make_head_inputs(
+            N, V, D, seed=seed, ignored=0.3, bias=bool(seed & 1), rank=seed & 2, logit_std=1.0,
+            **options,
+        ).as_leaves()  # fmt: skip
+        memory = ("auto", "stash", "recompute")[seed % 3]
+        assert torch.autograd.gradcheck(
+            lambda *tensors, leaves=leaves, memory=memory: leaves.replace_tensors(tensors).call(
+                linear_logprob, memory=memory
+            ),
+            leaves.tensors,
+        )
 
 
 @pytest.mark.parametrize("upstream", ["random", "ones", "zeros", "one hot", "stride 0"])

@@ -68,9 +68,9 @@ def loss_and_gradients(inputs, group=None):
     return [output.loss.detach()], [tensor.grad for tensor in leaves.tensors]
 
 
-def check_rank(rank, group):
+def check_rank(rank, group, splits):
     inputs = make_case()
-    for split in SPLITS.values():
+    for split in splits:
         columns = slice(0, split) if rank == 0 else slice(split, V)
         for compute in (stats_and_gradients, loss_and_gradients):
             values, grads = compute(shard(inputs, columns), group)
@@ -115,9 +115,11 @@ def main(rank, init_file, backend):
     dist.init_process_group(
         "gloo", init_method=f"file://{init_file}", rank=rank, world_size=WORLD_SIZE
     )
-    check_rank(rank, dist.group.WORLD)
-    check_edges(rank, dist.group.WORLD)
-    check_data_parallel(rank)
+    # The interpreter is slow, and what is shared between ranks is not in the kernels.
+    check_rank(rank, dist.group.WORLD, list(SPLITS.values())[: 1 if backend == "triton" else 2])
+    if backend != "triton":
+        check_edges(rank, dist.group.WORLD)
+        check_data_parallel(rank)
     dist.destroy_process_group()
 
 

@@ -95,10 +95,8 @@ def test_opcheck_of_the_tiles(top):
 
 def test_opcheck_of_the_backwards():
     labels = torch.tensor([1, -100, 2])
-    opcheck(
-        scale_slopes_op,
-        (torch.ones(3), None, torch.randn(3, 4), torch.empty(0), labels, -100, None),
-    )
+    slopes = torch.randn(3, 4), torch.empty(0), labels, -100, torch.bfloat16, None
+    opcheck(scale_slopes_op, (torch.ones(3), None, *slopes))
     opcheck(scale_gradients_op, (torch.tensor(2.0), [torch.randn(3), torch.randn(2, 2)], None))
     grads = torch.tensor(1.0), torch.ones(3, 1)
     opcheck(pair_loss_backward_op, (*grads, torch.ones(3, 1).double(), labels[:, None], None, -100,

@@ -78,18 +78,23 @@ def relative_error(actual, oracle):
     return torch.linalg.norm(actual.double() - oracle) / torch.linalg.norm(oracle)
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-def test_gradients_are_no_worse_than_eager(dtype, small_workspace):
+def test_gradients_are_no_worse_than_eager(dtype, frozen, small_workspace):
     """Within 1.2 times the error of dense autograd in float32, plus the rounding of the result."""
     inputs = make_head_inputs(40, 203, 24, dtype, bias=True, rank=3, ignored=0.2)
     upstream = torch.randn(40)
     leaves, exact, dense = (inputs.as_leaves(d) for d in (None, torch.float64, torch.float32))
+    for tensor in leaves.tensors[1:] if frozen else ():
+        tensor.requires_grad_(False)
     workspace_bytes = small_workspace(24, dtype, rank=3)
     leaves.call(linear_logprob, workspace_bytes=workspace_bytes).backward(upstream)
     dense_logprob(exact).backward(upstream.double())
     dense_logprob(dense).backward(upstream)
     limit = 3e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
     for ours, oracle, eager in zip(leaves.tensors, exact.tensors, dense.tensors, strict=True):
+        if not ours.requires_grad:
+            continue
         assert ours.grad.dtype == dtype
         error = relative_error(ours.grad, oracle.grad)
         assert error <= 1.2 * relative_error(eager.grad.to(dtype), oracle.grad) + 1e-7
