@@ -60,6 +60,8 @@ void sum_sequences(const RealignPairs& pairs) {
   for (int64_t i = 0; i < pairs.num_tokens; ++i) {
     if (pairs.labels[i] == pairs.ignore_index) continue;
     const int64_t sequence = pairs.sequence_ids != nullptr ? pairs.sequence_ids[i] : i / pairs.tokens_per_sequence;
+    // Checked by the caller, unless its checks are switched off.
+    if (sequence < 0 || sequence >= num_sequences) continue;
     pairs.logps[sequence] += static_cast<double>(token_logps[i]);
     ++pairs.counts[sequence];
   }

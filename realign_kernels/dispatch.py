@@ -5,10 +5,13 @@ Explicit requests never fall back; only ``"auto"`` chooses.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import os
 from typing import TYPE_CHECKING, cast
+
+import torch  # noqa: F401
 
 if TYPE_CHECKING:
     from realign_kernels.kernel_set import KernelSet
@@ -19,8 +22,14 @@ MEMORY_MODES = ("auto", "stash", "tile", "recompute")
 _MODULES = {"triton": "realign_kernels._triton", "cpu": "realign_kernels._cpu"}
 # Why a backend cannot run.  Looked up once, here: torch.compile traces what is asked on each call.
 _REASONS = {}
-if importlib.util.find_spec("realign_kernels._csrc") is None:
+_library = importlib.util.find_spec("realign_kernels._csrc")
+if _library is None or _library.origin is None:
     _REASONS["cpu"] = "the package was installed without a C++ compiler"
+else:
+    try:
+        ctypes.CDLL(_library.origin)  # after torch, whose OpenMP runtime it shares
+    except OSError as error:
+        _REASONS["cpu"] = f"its library does not load, {error}; install the package again"
 if importlib.util.find_spec("triton") is None:
     _REASONS["triton"] = "there is no triton here"
 

@@ -13,13 +13,16 @@ def differentiate_once(operator: Any) -> None:
     operator.register_autograd(_refuse)
 
 
-def second_order_witness(tensor: Tensor) -> Tensor | None:
-    """Return a 0 that autograd knows to come from ``tensor``, without keeping its memory.
+def second_order_witness(*inputs: Tensor | None) -> Tensor | None:
+    """Return a 0 that autograd knows to come from the inputs, without keeping their memory.
 
     A gradient that was taken in the forward depends on nothing that autograd knows of.  An operator
     that takes the witness too has a derivative, which is refused.
     """
-    return tensor[:0].sum() if tensor.requires_grad and torch.is_grad_enabled() else None
+    if not torch.is_grad_enabled():
+        return None
+    zeros = [part[:0].sum() for part in inputs if part is not None and part.requires_grad]
+    return torch.stack([zero.float() for zero in zeros]).sum() if zeros else None
 
 
 class _Once(torch.autograd.Function):

@@ -17,6 +17,7 @@ answer tokens, **D** hidden size, **V** vocabulary of this shard, **r** rank.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
@@ -90,16 +91,19 @@ class PassResult(NamedTuple):
 
 
 def gather_rows(call: FusedCall, hidden_states: Tensor, labels: Tensor, positions: Tensor) -> Rows:
-    """Gather the rows at ``positions`` of ``hidden_states`` (M, D) and ``labels`` (M,)."""
+    """Gather the rows at ``positions`` of ``labels`` (M,) and of ``hidden_states`` (..., D)."""
     num_rows = positions.shape[0]
     total = padded_rows(num_rows, call.shape)
     precision = call.head.precision
-    if total == num_rows == hidden_states.shape[0]:
-        hidden = precision.of_operand(hidden_states).contiguous()
+    hidden_size = hidden_states.shape[-1]
+    if total == num_rows == len(labels):
+        hidden = precision.of_operand(hidden_states).reshape(-1, hidden_size).contiguous()
     else:
-        hidden = hidden_states.new_zeros(total, hidden_states.shape[1], dtype=call.operand)
+        # Indexed as they are: flattening a slice of a batch would copy all of it.
+        hidden = hidden_states.new_zeros(total, hidden_size, dtype=call.operand)
         for block in spans(num_rows, call.shape.rows):
-            hidden[block] = precision.of_operand(hidden_states[positions[block]])
+            index = torch.unravel_index(positions[block], hidden_states.shape[:-1])
+            hidden[block] = precision.of_operand(hidden_states[index])
     ids = torch.full((total,), NO_TOKEN, dtype=torch.int64, device=labels.device)
     torch.sub(labels[positions], call.vocabulary.start, out=ids[:num_rows])
     low_rank = None
@@ -176,7 +180,7 @@ def add_weight_rows(
 
 
 def _label_logits(call: FusedCall, rows: Rows) -> Tensor:
-    """Return x at the label of every row, from whichever rank has it; 0 where there is none."""
+    """Return x at the label of every row, from whichever rank has it; NaN where it is no token."""
     head = call.head
     logits = torch.zeros(len(rows.ids), dtype=call.accumulation, device=rows.ids.device)
     for block in spans(len(rows.ids), call.shape.rows):
@@ -190,7 +194,9 @@ def _label_logits(call: FusedCall, rows: Rows) -> Tensor:
         bias = head.bias[torch.where(is_here, rows.ids, 0)].to(call.accumulation)
         logits.add_(torch.where(is_here, bias, 0.0))
     call.vocabulary.all_reduce_sum_(logits)
-    return call.transform.apply_(logits)
+    labels = rows.ids + call.vocabulary.start
+    is_token = (labels >= 0) & (labels < call.vocabulary.total)
+    return torch.where(is_token, call.transform.apply_(logits), torch.nan)
 
 
 def _rounded_rows(call: FusedCall, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,7 +264,9 @@ class _Scratch:
         tile_shift = None
         if self.tile_shifts is not None:
             tile_shift = self.tile_shifts[columns.start // call.shape.columns, block]
-        bound = _BOUNDS[call.operand]
+        # What is stored is e * phi, and phi is at most scale / temperature.
+        largest_slope = call.transform.logit_scale / call.transform.temperature
+        bound = max(0.0, _BOUNDS[call.operand] - math.log(max(1.0, largest_slope)))
         return Tile(
             logits=logits,
             exponentials=exponentials,

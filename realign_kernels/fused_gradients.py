@@ -179,6 +179,8 @@ class _Sums:
             self.scaled_hidden = (rows.hidden[:num_rows] * scale).to(call.operand)
         if needed.lora_b and rows.low_rank is not None:
             self.scaled_low_rank = rows.low_rank[:num_rows] * scale * head.lora_scaling
+        # What the entries of labels are made of; a copy on GPUs alone, whose operands are half.
+        self.wide_hidden = rows.hidden.to(call.accumulation) if needed.weight else rows.hidden
         self.accumulator = self.low_rank_accumulator = None
         if needed.hidden or (has_low_rank and needed.lora_a):
             shape = len(rows.hidden), head.weight.shape[1]  # with the empty rows, as in the forward
@@ -228,9 +230,9 @@ class _Sums:
 
     def end(self, columns: slice) -> None:
         """Add the entries of labels and top tokens, then round once."""
-        hidden, low_rank = self.rows.hidden, self.rows.low_rank
+        hidden, low_rank = self.wide_hidden, self.rows.low_rank
         num_rows = len(self.gradient.scale)
-        ones = hidden.new_ones(num_rows, 1, dtype=self.call.accumulation)
+        ones = self.gradient.scale.new_ones(num_rows, 1)
         for whole, part, factor in (
             (self.weight, self.weight_tile, hidden),
             (None if self.bias is None else self.bias[:, None], self.bias_tile, ones),
@@ -298,5 +300,4 @@ class _Entries:
     def add(self, part: Tensor, columns: slice, rows: Tensor) -> None:
         """Add ``coefficient * row`` to the row of its token."""
         starts = self.starts[columns.start : columns.stop + 1]
-        rows = rows.to(part.dtype)
         self.call.kernels.add_entries(part, starts, self.order, self.coefficients, rows)

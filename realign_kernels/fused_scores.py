@@ -76,10 +76,10 @@ class LogitGradient(NamedTuple):
     at_top: Tensor | None
 
 
-def token_log_probs(numbers: RowNumbers, is_token: Tensor) -> Tensor:
+def token_log_probs(numbers: RowNumbers) -> Tensor:
     """Return log p(label), (N,); NaN where the label is no token or its logit is infinite."""
     logps = log_share(numbers.log_label, numbers.rest_sum + numbers.top)
-    return torch.where(is_token & (numbers.label_logits != torch.inf), logps, torch.nan)
+    return torch.where(numbers.label_logits == torch.inf, torch.nan, logps)
 
 
 def top_log_probs(numbers: RowNumbers) -> Tensor:

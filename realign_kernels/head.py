@@ -43,6 +43,15 @@ class HeadOptions:
             raise ValueError(
                 f"lm_head_lora must be (A, B, scaling), got {len(self.lm_head_lora)} values."
             )
+        if self.lm_head_lora is not None:
+            scaling = self.lm_head_lora[2]
+            if not isinstance(scaling, int | float):
+                raise TypeError(
+                    f"lm_head_lora must have a number as scaling, got {type(scaling).__name__}. "
+                    "It gets no gradient."
+                )
+            if not math.isfinite(scaling):
+                raise ValueError(f"lm_head_lora must have a finite scaling, got {scaling}.")
         for name in ("workspace_bytes", "stash_bytes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")

@@ -78,10 +78,9 @@ def linear_logprob(
         memory: How gradients are paid for: ``"stash"``, ``"recompute"`` or ``"auto"``; ``"tile"``
             needs to know the loss and belongs to :func:`rdpo_loss`.  The eager backend always
             recomputes.
-        workspace_bytes: Bound on scratch, forward and backward; inputs, outputs, gradients and an
-            ``(N, D)`` accumulator of the hidden gradient, N labels that are not ignored, are not
-            scratch.
-        stash_bytes: Bound on what ``memory="stash"`` may keep for the backward.
+        workspace_bytes: Bound on scratch, forward and backward; inputs, outputs, gradients and up
+            to three ``(N, D)`` of rows and sums, N labels that are not ignored, are not scratch.
+        stash_bytes: Bound on the ``(N, V)`` that ``memory="stash"`` keeps for the backward.
         group: Tensor parallelism: every rank passes the same rows and global labels, and its own
             contiguous shard of the vocabulary (weight, bias, B), in rank order.  Each rank gets the
             whole result and the whole gradient of hidden states and A; the gradients of its shard
@@ -98,11 +97,12 @@ def linear_logprob(
         RuntimeError: ``backend`` names one that is not installed, or ``group`` is used without
             torch.distributed.
     Note:
-        First order only.  Computes in float32 (float64 for float64) from upcast tiles, also under
-        autocast; float32 products follow ``torch.set_float32_matmul_precision``.  Deterministic.
-        The eager backend saves its inputs and some numbers a row, and takes 2NVD operations forward
-        and 4 to 6NVD backward.  Label values are checked: on GPUs by a device-side assertion;
-        ``REALIGN_CHECK=0`` in the environment turns that off.
+        First order only.  Computes in float32 (float64 for float64), also under autocast; products
+        of half operands are summed and kept in float32; those of float32 follow
+        ``torch.set_float32_matmul_precision``.  Deterministic.  The eager backend saves its inputs
+        and some numbers a row, and takes 2NVD operations forward and 4 to 6NVD backward; what the
+        others take and keep is in docs/head.md.  Label values are checked: on GPUs by a
+        device-side assertion; ``REALIGN_CHECK=0`` in the environment turns that off.
     """
     if memory == "tile":
         raise ValueError(

@@ -8,7 +8,7 @@ scored, **D** hidden size, **V** vocabulary of this shard, **r** rank.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -35,9 +35,12 @@ from realign_kernels.fused_scores import (
     top_log_probs,
 )
 from realign_kernels.head import Head, LogitTransform, Precision
-from realign_kernels.tiles import fused_tile_shape
+from realign_kernels.tiles import fused_tile_shape, spans
 from realign_kernels.validation import check_labels, known_number, scored_positions
 from realign_kernels.vocabulary import group_named, locate_shard
+
+# Of a frozen head's gradient: the product is not rounded before both terms are in.
+_ROWS_AT_A_TIME = 1024
 
 
 class FusedScores(NamedTuple):
@@ -50,10 +53,10 @@ class FusedScores(NamedTuple):
     mean_logits: Tensor
     is_top1: Tensor
     top_non_label_ids: Tensor
-    slopes: Tensor  # (M, D): derivative of token_logps in the hidden states; not yet rounded
-    top_slopes: Tensor  # (M, D): derivative of top_non_label_logps
-    positions: Tensor  # (N,) int64, of scored rows; for a backward without slopes, as are the rest
-    numbers: Tensor  # (3 or 4, N): floating entries of RowNumbers
+    slopes: Tensor  # (N, D): derivative of token_logps in the hidden states; not yet rounded
+    top_slopes: Tensor  # (N, D): derivative of top_non_label_logps
+    positions: Tensor  # (N,) int64, of scored rows
+    numbers: Tensor  # (3 or 4, N): floating entries of RowNumbers; without slopes, as are the rest
     top_ids: Tensor  # (N,) int64
     stash: Tensor  # (N, V); (0, V) where it is computed anew
 
@@ -83,7 +86,7 @@ def score_tokens_op(
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     Tensor,
 ]:  # fmt: skip
-    """Score labels (M,) by hidden states (M, D); rows of ``top_rows`` by their best other token.
+    """Score labels (M,) by hidden states (..., D); rows of ``top_rows`` by their best other token.
 
     ``transform`` is scale, softcap (0: none) and temperature, ``budget`` workspace and stash in
     bytes; ``sequence_lengths``, on the CPU, sums to the number of scored labels; ``label_shape`` is
@@ -98,9 +101,15 @@ def score_tokens_op(
         num_rows = known_number(sequence_lengths, labels.device)
         positions = scored_positions(labels != ignore_index, num_rows)
         kept = Keeps(keeps)
+        needed = len(positions) * len(lm_head_weight) * call.operand.itemsize
         if kept is Keeps.STASH_IF_IT_FITS:
-            fits = len(positions) * len(lm_head_weight) * call.operand.itemsize <= budget[1]
-            kept = Keeps.STASH if fits else Keeps.NUMBERS
+            kept = Keeps.STASH if needed <= budget[1] else Keeps.NUMBERS
+        elif kept is Keeps.STASH and needed > budget[1]:
+            raise ValueError(
+                f"stash_bytes must be >= {needed} for memory='stash' with {len(positions)} answer "
+                f"tokens and {len(lm_head_weight)} of vocabulary, got {budget[1]}. "
+                "Raise it, or pass memory='auto'."
+            )
         return _forward(call, hidden_states, labels, positions, kept, top_rows, with_statistics)
 
 
@@ -128,7 +137,7 @@ def _score_tokens_fake(
 ) -> tuple[Tensor, ...]:
     precision = _precision(lm_head_weight, autocast_dtype, backend)
     number, kept = precision.accumulation, Keeps(keeps)
-    num_positions, hidden_size = hidden_states.shape
+    num_positions, hidden_size = labels.shape[0], hidden_states.shape[-1]
     tracks_top = with_statistics or top_rows is not None
 
     def empty(dtype: torch.dtype, is_there: bool, *shape: Any) -> Tensor:
@@ -139,7 +148,7 @@ def _score_tokens_fake(
 
     num_scored: Any = 0
     num_stashed: Any = 0
-    if kept in (Keeps.STASH, Keeps.STASH_IF_IT_FITS, Keeps.NUMBERS):
+    if kept is not Keeps.NOTHING:
         num_scored = torch.library.get_ctx().new_dynamic_size()
     if kept is Keeps.STASH:
         num_stashed = num_scored
@@ -154,11 +163,11 @@ def _score_tokens_fake(
         mean_logits=per_position(number),
         is_top1=per_position(torch.bool),
         top_non_label_ids=per_position(torch.int64),
-        slopes=empty(number, has_slopes, num_positions, hidden_size),
-        top_slopes=empty(number, has_slopes and with_statistics, num_positions, hidden_size),
+        slopes=empty(number, has_slopes, num_scored, hidden_size),
+        top_slopes=empty(number, has_slopes and with_statistics, num_scored, hidden_size),
         positions=empty(torch.int64, True, num_scored),
-        numbers=empty(number, True, 4 if tracks_top else 3, num_scored),
-        top_ids=empty(torch.int64, True, num_scored if tracks_top else 0),
+        numbers=empty(number, True, 4 if tracks_top else 3, 0 if has_slopes else num_scored),
+        top_ids=empty(torch.int64, True, num_scored if tracks_top and not has_slopes else 0),
         stash=empty(precision.operand, True, num_stashed, lm_head_weight.shape[0]),
     )
 
@@ -194,6 +203,8 @@ def score_tokens_backward_op(
         )  # fmt: skip
         rows = gather_rows(call, hidden_states, labels, positions)
         tracks_top = len(numbers) == 4
+        # Hooks on saved tensors may hand them back in another layout.
+        numbers, top_ids = numbers.contiguous(), top_ids.contiguous()
         row_numbers = RowNumbers(
             *numbers[:3], *((numbers[3], top_ids) if tracks_top else (None, None))
         )
@@ -214,7 +225,8 @@ def score_tokens_backward_op(
         grad_hidden = None
         if grads.hidden is not None:
             grad_hidden = hidden_states.new_zeros(hidden_states.shape)
-            grad_hidden[positions] = grads.hidden.to(grad_hidden.dtype)
+            rows_of_grad = grad_hidden.view(-1, hidden_states.shape[-1])
+            rows_of_grad[positions] = grads.hidden.to(grad_hidden.dtype)
         given = (grad_hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b)
         inputs = (hidden_states, lm_head_weight, lm_head_bias, lora_a, lora_b)
         return tuple(  # type: ignore[return-value]
@@ -261,22 +273,30 @@ def scale_slopes_op(
     grad_top_logps: Tensor | None,
     slopes: Tensor,
     top_slopes: Tensor,
-    labels: Tensor,
-    ignore_index: int,
+    positions: Tensor,
+    shape: list[int],
     dtype: torch.dtype,
     witness: Tensor | None,
 ) -> Tensor:
-    """Return the gradient by hidden states, (M, D), from derivatives that the forward has taken.
+    """Return the gradient by hidden states from derivatives that the forward has taken.
 
     An operator of its own, whose derivative is refused: it would be wrong in silence.
     """
-    is_ignored = labels == ignore_index
-    total: Tensor | None = None
-    for upstream, slope in ((grad_logps, slopes), (grad_top_logps, top_slopes)):
-        if upstream is not None and slope.numel() > 0:
-            part = slope * upstream.masked_fill(is_ignored, 0)[:, None]
-            total = part if total is None else total.add_(part)
-    return torch.zeros_like(slopes, dtype=dtype) if total is None else total.to(dtype)
+    grad = torch.zeros(shape, dtype=dtype, device=slopes.device)
+    rows_of_grad = grad.view(-1, shape[-1])
+    terms = [
+        (upstream[positions][:, None], slope)
+        for upstream, slope in ((grad_logps, slopes), (grad_top_logps, top_slopes))
+        if upstream is not None and slope.numel() > 0
+    ]
+    for block in spans(len(positions) if terms else 0, _ROWS_AT_A_TIME):
+        upstream, slope = terms[0]
+        rows = upstream[block] * slope[block]
+        for upstream, slope in terms[1:]:
+            rows.addcmul_(upstream[block], slope[block])
+        rows_of_grad[positions[block]] = rows.to(dtype)
+        del rows
+    return grad
 
 
 @scale_slopes_op.register_fake
@@ -285,18 +305,20 @@ def _scale_slopes_fake(
     grad_top_logps: Tensor | None,
     slopes: Tensor,
     top_slopes: Tensor,
-    labels: Tensor,
-    ignore_index: int,
+    positions: Tensor,
+    shape: list[int],
     dtype: torch.dtype,
     witness: Tensor | None,
 ) -> Tensor:
-    return torch.empty_like(slopes, dtype=dtype)
+    return slopes.new_empty(shape, dtype=dtype)
 
 
 @contextmanager
 def plain(tensor: Tensor) -> Iterator[None]:
     """Run below autograd and autocast: what is rounded, and where, is explicit."""
-    with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+    # Triton launches on the current device, which need not be that of the tensors.
+    device = torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
+    with device, torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
         yield
 
 
@@ -356,8 +378,7 @@ def _forward(
     )
     numbers = RowNumbers.of(result, num_rows)
     scored_labels = labels[positions]
-    is_token = (scored_labels >= 0) & (scored_labels < call.vocabulary.total)
-    row_logps = token_log_probs(numbers, is_token)
+    row_logps = token_log_probs(numbers)
     outputs = {name: row_logps.new_empty(0) for name in FusedScores._fields}
     spread = _Spread(positions, len(labels))
     if with_statistics:
@@ -372,7 +393,7 @@ def _forward(
     if keeps is Keeps.SLOPES:
         is_top = None if top_rows is None else top_rows[positions]
         outputs["slopes"], outputs["top_slopes"] = _slopes(
-            call, rows, numbers, result, spread, is_top, with_statistics
+            call, rows, numbers, result, is_top, with_statistics
         )
     if top_rows is not None:
         row_logps = torch.where(top_rows[positions], top_log_probs(numbers), row_logps)
@@ -380,7 +401,8 @@ def _forward(
     is_saved = keeps in (Keeps.STASH, Keeps.NUMBERS)
     saved = [number for number in numbers[:4] if number is not None]
     outputs["numbers"] = torch.stack([part if is_saved else part[:0] for part in saved])
-    outputs["positions"] = positions if is_saved else positions[:0].clone()
+    has_backward = keeps is not Keeps.NOTHING
+    outputs["positions"] = positions if has_backward else positions[:0].clone()
     top_ids = positions[:0].clone() if numbers.top_ids is None else numbers.top_ids
     outputs["top_ids"] = top_ids.clone() if is_saved else top_ids[:0].clone()
     stash = result.stash
@@ -415,7 +437,6 @@ def _slopes(
     rows: Rows,
     numbers: RowNumbers,
     result: PassResult,
-    spread: _Spread,
     is_top: Tensor | None,
     with_statistics: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -429,7 +450,7 @@ def _slopes(
     ) -> Tensor:
         gradient = logit_gradient(numbers, call.transform, grad_label, grad_top)
         hidden, _ = hidden_gradient(call, rows, gradient, numbers.top_ids, total, low_rank_total)
-        return spread(hidden)
+        return hidden
 
     top_slopes = accumulator.new_empty(0)
     if with_statistics:
@@ -441,17 +462,18 @@ def _slopes(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (
-        hidden_states, weight, bias, lora_a, lora_b, labels, top_rows, lora_scaling, ignore_index,
-        transform, autocast_dtype, backend, keeps, _, _, budget, group_name, _, witness,
+        hidden_states, weight, bias, lora_a, lora_b, labels, top_rows, lora_scaling, _, transform,
+        autocast_dtype, backend, keeps, _, _, budget, group_name, _, witness,
     ) = inputs  # fmt: skip
     scores = FusedScores(*output)
-    ctx.keeps, ctx.ignore_index = Keeps(keeps), ignore_index
+    ctx.keeps = Keeps(keeps)
     ctx.hidden_dtype = hidden_states.dtype
     ctx.options = (lora_scaling, transform, autocast_dtype, backend, budget, group_name)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     if ctx.keeps is Keeps.SLOPES:
-        ctx.save_for_backward(scores.slopes, scores.top_slopes, labels, witness)
+        ctx.save_for_backward(scores.slopes, scores.top_slopes, scores.positions, witness)
+        ctx.hidden_shape = list(hidden_states.shape)
     else:
         ctx.save_for_backward(
             hidden_states, weight, bias, lora_a, lora_b, labels, top_rows, scores.positions,
@@ -467,14 +489,14 @@ def _backward(
         return (None,) * 5 + none
     needed = list(ctx.needs_input_grad[:5])
     if ctx.keeps is Keeps.SLOPES:
-        slopes, top_slopes, labels, witness = ctx.saved_tensors
+        slopes, top_slopes, positions, witness = ctx.saved_tensors
         grad = scale_slopes_op(
             grad_logps,
             grad_top_logps,
             slopes,
             top_slopes,
-            labels,
-            ctx.ignore_index,
+            positions,
+            ctx.hidden_shape,
             ctx.hidden_dtype,
             witness,
         )

@@ -145,12 +145,14 @@ def pair_loss_backward_op(
     if grad_logps is not None:
         grad = grad + grad_logps.to(grad.dtype)
     is_scored = labels != ignore_index
+    if grad.numel() == 0:  # no pairs, whatever tokens there are
+        return torch.zeros_like(labels, dtype=dtype, memory_format=torch.contiguous_format)
     if sequence_ids is None:
         per_token = grad.reshape(-1, 1).expand(labels.shape)
     else:
         # Ids of ignored tokens may be anything.
         per_token = grad.reshape(-1)[torch.where(is_scored, sequence_ids, 0)]
-    return torch.where(is_scored, per_token, 0.0).to(dtype)
+    return torch.where(is_scored, per_token, 0.0).to(dtype).contiguous()
 
 
 @pair_loss_backward_op.register_fake

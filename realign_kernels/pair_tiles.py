@@ -37,7 +37,7 @@ _ROWS_PER_TILE = 4096
 class TiledBatch(NamedTuple):
     """A batch with its rows flattened."""
 
-    hidden_states: Tensor  # (M, D)
+    hidden_states: Tensor  # (..., D)
     labels: Tensor  # (M,)
     sequence_ids: Tensor  # (M,)
     top_rows: Tensor | None  # (M,) bool
@@ -51,7 +51,7 @@ class TiledResult(NamedTuple):
     """What the tiles leave: scores of every position, and gradients for a loss of slope 1."""
 
     token_logps: Tensor  # (M,)
-    gradients: Gradients  # `hidden` is (M, D)
+    gradients: Gradients  # in the accumulation dtype; `hidden` is (..., D)
     positions: Tensor  # (N,)
     numbers: Tensor  # (3 or 4, N)
     top_ids: Tensor  # (N,)
@@ -63,24 +63,35 @@ def score_and_differentiate(
     positions: Tensor,
     tokens_per_pair: list[int],
     needed: Needed,
+    stash_bytes: int,
     backend: str,
 ) -> TiledResult:
-    """Score all tokens and differentiate the mean loss, group of pairs by group of pairs."""
+    """Score all tokens and differentiate the mean loss, group of pairs by group of pairs.
+
+    A group is as large as ``stash_bytes`` lets it; where one pair alone is larger, its exponentials
+    are computed twice.
+    """
+    stashed_rows = stash_bytes // (call.vocabulary.size * call.operand.itemsize)
+    largest = min(_ROWS_PER_TILE, max(1, stashed_rows))
     tracks_top = batch.top_rows is not None
     wide = call.accumulation
     token_logps = batch.hidden_states.new_zeros(len(batch.labels), dtype=wide)
     numbers = token_logps.new_empty(4 if tracks_top else 3, len(positions))
     top_ids = torch.empty_like(positions) if tracks_top else positions[:0].clone()
     totals = _zero_gradients(call, batch, needed)
-    for first, last, index in _groups_of_pairs(batch, positions, tokens_per_pair):
+    for first, last, index in _groups_of_pairs(batch, positions, tokens_per_pair, largest):
         chosen = positions[index]
         rows = gather_rows(call, batch.hidden_states, batch.labels, chosen)
         result = walk_vocabulary(
-            call, rows, Keeps.STASH, with_statistics=False, tracks_top=tracks_top
+            call,
+            rows,
+            Keeps.STASH if len(chosen) <= stashed_rows else Keeps.NUMBERS,
+            with_statistics=False,
+            tracks_top=tracks_top,
         )
         row_numbers = RowNumbers.of(result, len(chosen))
         labels = batch.labels[chosen]
-        logps = token_log_probs(row_numbers, (labels >= 0) & (labels < call.vocabulary.total))
+        logps = token_log_probs(row_numbers)
         is_top = None if batch.top_rows is None else batch.top_rows[chosen]
         if is_top is not None:
             logps = torch.where(is_top, top_log_probs(row_numbers), logps)
@@ -90,7 +101,7 @@ def score_and_differentiate(
         stash = None if result.stash is None else result.stash[: len(chosen)]
         grads = head_gradients(call, rows, row_numbers, gradient, stash, needed, totals)
         if totals.hidden is not None and grads.hidden is not None:
-            totals.hidden[chosen] = grads.hidden.to(totals.hidden.dtype)
+            totals.hidden.view(-1, grads.hidden.shape[1])[chosen] = grads.hidden
         if totals.lora_a is not None and grads.lora_a is not None:
             totals.lora_a.add_(grads.lora_a)
         token_logps[chosen] = logps
@@ -108,11 +119,12 @@ def _zero_gradients(call: FusedCall, batch: TiledBatch, needed: Needed) -> Gradi
     def zeros(tensor: Tensor | None, is_needed: bool) -> Tensor | None:
         if tensor is None or not is_needed:
             return None
+        # Not rounded before the slope of the loss is known: float16 would lose what scaling keeps.
         return tensor.new_zeros(tensor.shape, dtype=wide)
 
     hidden = batch.hidden_states
     return Gradients(
-        hidden=hidden.new_zeros(hidden.shape) if needed.hidden else None,
+        hidden=zeros(hidden, needed.hidden),
         weight=zeros(head.weight, needed.weight),
         bias=zeros(head.bias, needed.bias),
         lora_a=zeros(head.lora_a, needed.lora_a),
@@ -121,13 +133,13 @@ def _zero_gradients(call: FusedCall, batch: TiledBatch, needed: Needed) -> Gradi
 
 
 def _groups_of_pairs(
-    batch: TiledBatch, positions: Tensor, tokens_per_pair: list[int]
+    batch: TiledBatch, positions: Tensor, tokens_per_pair: list[int], largest: int
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Yield first and last pair of each group, and which of ``positions`` are theirs, in order."""
     pair_of_row = batch.sequence_ids[positions] % max(1, batch.pairs.num_pairs)
     first, num_rows = 0, 0
-    for pair, count in enumerate([*tokens_per_pair, _ROWS_PER_TILE]):
-        if num_rows > 0 and num_rows + count > _ROWS_PER_TILE:
+    for pair, count in enumerate([*tokens_per_pair, largest]):
+        if num_rows > 0 and num_rows + count > largest:
             is_theirs = (pair_of_row >= first) & (pair_of_row < pair)
             yield first, pair, torch.nonzero_static(is_theirs, size=num_rows).squeeze(1)
             first, num_rows = pair, 0

@@ -124,8 +124,8 @@ def rdpo_loss(
             image_beta or image_weight.
         TypeError: A dtype does not fit.
         RuntimeError: As :func:`linear_logprob`.
-    Note: first order only; deterministic.  ``loss`` and ``logps`` are differentiable.  The gradient
-        does not reach ``ref_logps``.
+    Note: first order only; deterministic.  ``loss`` and ``logps`` are differentiable in the inputs;
+        the loss is not a function of ``logps`` for autograd.  No gradient reaches ``ref_logps``.
     Source: paper, eq. (1) -> docs/paper.md; ``top_non_label`` -> docs/paper.md 4.2.
     """
     objective = _resolve_objective(objective, beta, image_beta, image_weight)
@@ -148,8 +148,9 @@ def rdpo_loss(
     pairs = resolve_pair_shape(
         hidden_states, ref_logps, sequence_ids, sequence_lengths, objective.num_cells
     )
-    meta = hidden_states.new_empty(pairs, dtype=torch.float64)
-    check_cells(meta, ref_logps, objective, meta)
+    check_head(hidden_states, lm_head_weight, labels, options)
+    shaped = hidden_states.new_empty(pairs, dtype=torch.float32)
+    check_cells(shaped, ref_logps, objective, shaped)
     if sequence_ids is not None:
         check_sequence_ids(sequence_ids, labels)
     top_rows = _top_rows(rejected_scoring, labels, sequence_ids, pairs)
@@ -244,7 +245,9 @@ def _takes_tiles(
     num_rows = labels.numel()
     if batch.sequence_lengths is not None and not torch.compiler.is_compiling():
         num_rows = int(batch.sequence_lengths.sum())
-    itemsize = max(4, lm_head_weight.itemsize) if labels.device.type == "cpu" else 2
+    itemsize = lm_head_weight.itemsize
+    if labels.device.type == "cpu":
+        itemsize = max(4, itemsize)  # products take upcast tiles there
     return num_rows * len(lm_head_weight) * itemsize > options.stash_bytes
 
 
@@ -263,7 +266,7 @@ def _reduce_in_tiles(
         sequence_ids = torch.arange(batch.pairs.num_sequences, device=batch.labels.device)
         sequence_ids = sequence_ids[:, None].expand(batch.labels.shape)
     outputs = rdpo_tiles_op(
-        hidden_states.reshape(-1, hidden_states.shape[-1]),
+        hidden_states,
         *inputs[1:],
         batch.labels.reshape(-1),
         sequence_ids.reshape(-1),
@@ -282,7 +285,7 @@ def _reduce_in_tiles(
         batch.objective.nll_weight,
         [part is not None and part.requires_grad for part in inputs],
         list(batch.labels.shape),
-        second_order_witness(hidden_states),
+        second_order_witness(*inputs),
     )
     return RdpoOutput(*TileOutputs(*outputs)[:6])
 

@@ -26,6 +26,9 @@ from realign_kernels.validation import (
     scored_positions,
 )
 
+# Operators take no lists of dtypes, but of numbers.
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
 
 class TileOutputs(NamedTuple):
     """Outputs of the operator, in the order of its schema."""
@@ -87,6 +90,9 @@ def rdpo_tiles_op(
         check_sequence_id_values(sequence_ids, is_scored, pairs.num_sequences)
         if sequence_lengths is not None:
             check_chosen_present(sequence_lengths)
+            check_counts(
+                _tokens_per_sequence(labels, sequence_ids, ignore_index, pairs), sequence_lengths
+            )
         positions = scored_positions(is_scored, known_number(sequence_lengths, labels.device))
         batch = TiledBatch(
             hidden_states, labels, sequence_ids, top_rows, ref_logps, ignore_index, pairs,
@@ -96,37 +102,43 @@ def rdpo_tiles_op(
             call,
             batch,
             positions,
-            _tokens_per_pair(batch, positions, sequence_lengths),
+            _tokens_per_pair(batch, sequence_lengths),
             Needed(*needed),
+            budget[1],
             backend,
         )
         outputs = reduce_pairs(
             result.token_logps, labels, sequence_ids, ref_logps, ignore_index, pairs,
             batch.objective, backend,
         )  # fmt: skip
-        if sequence_lengths is not None:
-            check_counts(outputs.num_tokens, sequence_lengths)
-        elif labels.device.type == "cpu":
+        if sequence_lengths is None and labels.device.type == "cpu":
             check_chosen_present(outputs.num_tokens)
-        inputs = (hidden_states, lm_head_weight, lm_head_bias, lora_a, lora_b)
+        wide = call.accumulation
         grads = (
-            hidden_states.new_empty(0) if grad is None or like is None else grad.to(like.dtype)
-            for grad, like in zip(result.gradients, inputs, strict=True)
+            hidden_states.new_empty(0, dtype=wide) if grad is None else grad
+            for grad in result.gradients
         )
         rows = (positions, result.numbers, result.top_ids)
         return TileOutputs._make((*outputs[:6], *grads, *rows))
 
 
-def _tokens_per_pair(
-    batch: TiledBatch, positions: Tensor, sequence_lengths: Tensor | None
-) -> list[int]:
-    """Return the answer tokens of every pair, on the host, which waits if it must."""
-    if sequence_lengths is not None:
-        counts: list[int] = sequence_lengths.sum(dim=0).tolist()
-        return counts
-    num_pairs = batch.pairs.num_pairs
-    pair_of_row = batch.sequence_ids[positions] % max(1, num_pairs)
-    counts = torch.bincount(pair_of_row, minlength=num_pairs).tolist()
+def _tokens_per_sequence(
+    labels: Tensor, sequence_ids: Tensor, ignore_index: int, pairs: PairShape
+) -> Tensor:
+    """Count the answer tokens, (C, P); ids that are none are left out."""
+    size = pairs.num_sequences
+    is_counted = (labels != ignore_index) & (sequence_ids >= 0) & (sequence_ids < size)
+    ids = torch.where(is_counted, sequence_ids, size)
+    return torch.bincount(ids, minlength=size + 1)[:size].view(pairs)
+
+
+def _tokens_per_pair(batch: TiledBatch, sequence_lengths: Tensor | None) -> list[int]:
+    """Return the answer tokens of every pair, on the host; a GPU's waits if it was not told."""
+    if sequence_lengths is None or batch.labels.device.type == "cpu":
+        sequence_lengths = _tokens_per_sequence(
+            batch.labels, batch.sequence_ids, batch.ignore_index, batch.pairs
+        )
+    counts: list[int] = sequence_lengths.sum(dim=0).tolist()
     return counts
 
 
@@ -160,9 +172,9 @@ def _rdpo_tiles_fake(
     num_scored: Any = torch.library.get_ctx().new_dynamic_size()
     inputs = (hidden_states, lm_head_weight, lm_head_bias, lora_a, lora_b)
     grads = (
-        hidden_states.new_empty(0)
+        hidden_states.new_empty(0, dtype=number)
         if tensor is None
-        else tensor.new_empty(tensor.shape if is_needed else (0,))
+        else tensor.new_empty(tensor.shape if is_needed else (0,), dtype=number)
         for tensor, is_needed in zip(inputs, needed, strict=True)
     )
     new = hidden_states.new_empty
@@ -184,17 +196,25 @@ def _rdpo_tiles_fake(
 
 @torch.library.custom_op("realign::scale_gradients", mutates_args=())
 def scale_gradients_op(
-    grad_loss: Tensor, gradients: list[Tensor], witness: Tensor | None
+    grad_loss: Tensor, gradients: list[Tensor], dtypes: list[int], witness: Tensor | None
 ) -> list[Tensor]:
-    """Return every gradient times the slope from above."""
-    return [(gradient * grad_loss.to(gradient.dtype)) for gradient in gradients]
+    """Return every gradient times the slope from above, rounded once, to ``_DTYPES[dtypes]``."""
+    scaled = zip(gradients, dtypes, strict=True)
+    return [
+        (gradient * grad_loss.to(gradient.dtype)).to(_DTYPES[dtype]) for gradient, dtype in scaled
+    ]
 
 
 @scale_gradients_op.register_fake
 def _scale_gradients_fake(
-    grad_loss: Tensor, gradients: list[Tensor], witness: Tensor | None
+    grad_loss: Tensor, gradients: list[Tensor], dtypes: list[int], witness: Tensor | None
 ) -> list[Tensor]:
-    return [torch.empty_like(gradient) for gradient in gradients]
+    pairs = zip(gradients, dtypes, strict=True)
+    return [torch.empty_like(gradient, dtype=_DTYPES[dtype]) for gradient, dtype in pairs]
+
+
+def _dtypes_of(inputs: list[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else _DTYPES.index(tensor.dtype) for tensor in inputs]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -217,16 +237,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     ctx: Any, grad_loss: Tensor | None, grad_logps: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    *inputs, labels, sequence_ids, top_rows, positions, numbers, top_ids, witness = (
-        ctx.saved_tensors[:12]
-    )
+    # Read once: hooks of checkpointing and offloading unpack at every access.
+    saved = ctx.saved_tensors
+    *inputs, labels, sequence_ids, top_rows, positions, numbers, top_ids, witness = saved[:12]
     needed = ctx.options[-1]
     total: list[Tensor] | None = None
     if grad_loss is not None:
-        total = scale_gradients_op(grad_loss, list(ctx.saved_tensors[12:]), witness)
+        total = scale_gradients_op(grad_loss, list(saved[12:]), _dtypes_of(inputs), witness)
     if grad_logps is not None:
         is_scored = labels != ctx.ignore_index
-        grad_tokens = grad_logps.reshape(-1)[torch.where(is_scored, sequence_ids, 0)]
+        grad_tokens = grad_logps.new_zeros(labels.shape)
+        if grad_logps.numel() > 0:
+            grad_tokens = grad_logps.reshape(-1)[torch.where(is_scored, sequence_ids, 0)]
         stash = inputs[0].new_empty(0, inputs[1].shape[0])
         more = score_tokens_backward_op(
             torch.where(is_scored, grad_tokens, 0.0), None, *inputs, labels, top_rows, positions,

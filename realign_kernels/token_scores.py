@@ -54,7 +54,7 @@ def score_tokens(
     inputs = (hidden_states, lm_head_weight, options.lm_head_bias, lora_a, lora_b)
     outputs = FusedScores(
         *score_tokens_op(
-            hidden_states.reshape(-1, hidden_states.shape[-1]),
+            hidden_states if labels.ndim else hidden_states[None],
             *inputs[1:],
             labels.reshape(-1),
             None if top_rows is None else top_rows.reshape(-1),
@@ -69,7 +69,7 @@ def score_tokens(
             [options.workspace_bytes, options.stash_bytes],
             None if options.group is None else options.group.group_name,
             list(labels.shape),
-            second_order_witness(hidden_states),
+            second_order_witness(*inputs),
         )
     )
     if not statistics:

@@ -42,7 +42,8 @@ def check_head(
     ):
         raise ValueError(
             f"lm_head_weight must have shape (V, {hidden_size}) with V >= 1 "
-            f"to match hidden_states, got {tuple(lm_head_weight.shape)}."
+            f"to match hidden_states, got {tuple(lm_head_weight.shape)}. Is it partitioned by "
+            "ZeRO-3? Then call inside deepspeed.zero.GatheredParameters."
         )
     if labels.shape != hidden_states.shape[:-1]:
         raise ValueError(

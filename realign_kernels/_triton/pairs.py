@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from realign_kernels.kernel_set import PairBatch, PairResults
     from realign_kernels.objective import Objective
 
-_LINKS = {"logsigmoid": 0.0, "hinge": 1.0, "ipo": 2.0}
 # Numbers of the table before its terms, and of a term: the layout that _pair_loss_kernel reads.
 _HEADER_SIZE = 3
 _TERM_SIZE = 9
@@ -162,11 +161,7 @@ def _pair_loss_kernel(
 def _table(objective: Objective, device: torch.device) -> Tensor:
     """Return an objective as numbers on a device; the host waits at its first use there alone."""
     numbers = [objective.nll_weight, objective.beta, objective.image_beta]
-    for term in objective.terms:
-        numbers += [
-            *term.coefficients, term.weight, term.beta, term.offset, term.label_smoothing,
-            _LINKS[term.link],
-        ]  # fmt: skip
+    numbers += [number for row in objective.table() for number in row]
     return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 

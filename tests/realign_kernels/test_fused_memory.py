@@ -113,13 +113,54 @@ def test_a_smaller_workspace_is_kept(workspace_bytes):
     assert peak_bytes(run) <= workspace_bytes + 40 * 8 * N
 
 
-def test_ignored_rows_cost_nothing():
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_ignored_rows_cost_nothing(with_gradient):
     """Apart from their results and gradients, which are zeros."""
     inputs = make_head_inputs(N, V, D, torch.float32)
     inputs.labels[5:] = -100
+    inputs.hidden_states.requires_grad_(with_gradient)
+
+    def run():
+        scores = inputs.call(linear_logprob, backend="cpu")
+        if with_gradient:
+            scores.sum().backward()
+        return scores
+
+    gradient = N * D * 4 if with_gradient else 0
+    assert peak_bytes(run) <= 64 * 2048 * 4 + 3 * 64 * D * 4 + gradient + 40 * 8 * N
+
+
+def test_a_slice_of_a_batch_is_not_copied():
+    """As next-token prediction calls it: all positions but the last."""
+    hidden_states = torch.randn(4, 257, D)
+    labels = torch.full((4, 256), -100)
+    labels[:, :5] = 3
+    weight = torch.randn(V, D)
 
     def run():
         with torch.no_grad():
-            return inputs.call(linear_logprob, backend="cpu")
+            return linear_logprob(hidden_states[:, :-1], weight, labels, backend="cpu")
 
     assert peak_bytes(run) <= 64 * 2048 * 4 + 64 * D * 4 + 40 * 8 * N
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_frozen_head_of_large_rows(dtype):
+    """Where rows, not the tile, are what is held: the derivative, its product and the gradient."""
+    inputs = make_head_inputs(2048, 600, 512, dtype)
+    inputs.hidden_states.requires_grad_()
+    number = 8 if dtype == torch.float64 else 4
+    rows = 2048 * 512
+
+    def run():
+        scores = inputs.call(linear_logprob, backend="cpu")
+        scores.sum().backward()
+        return scores
+
+    gradient = rows * dtype.itemsize
+    block = 1024 * 512 * number
+    forward, backward = rows * number, rows * number + gradient + block
+    if dtype == torch.bfloat16:
+        forward += rows * number + 600 * 512 * number  # gathered, and the cast head
+    tile = 512 * 600 * number
+    assert_within(peak_bytes(run), max(forward + tile, backward))

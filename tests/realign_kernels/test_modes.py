@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from realign_kernels import Objective, Term, linear_logprob, linear_logprob_stats, rdpo_loss
 from realign_kernels.dispatch import resolve_backend
@@ -244,3 +245,126 @@ def test_a_broken_pair_is_never_a_loss_of_nothing(link, backend):
     objective = Objective((Term((1, -1), link=link),))
     loss = rdpo_loss(*tensors[:2], labels, ref_logps, objective=objective, backend=backend).loss
     assert loss.isnan()
+
+
+ALL_MODES = ["stash", "recompute", "tile"]
+
+
+def half_batch(dtype, trains_hidden=True):
+    tensors, labels, ref_logps = pair_batch(num_cells=3)
+    hidden, weight = (tensor.to(dtype).clone() for tensor in tensors[:2])
+    return hidden.requires_grad_(trains_hidden), weight.requires_grad_(), labels, ref_logps
+
+
+@pytest.mark.parametrize("memory", ALL_MODES)
+def test_checkpointing_around_the_loss(memory):
+    """Saved tensors may be unpacked once only."""
+    hidden, weight, labels, ref_logps = half_batch(torch.float64)
+
+    def loss(hidden, weight):
+        return rdpo_loss(hidden, weight, labels, ref_logps, memory=memory, backend="cpu").loss
+
+    expected = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+    checkpointed = torch.utils.checkpoint.checkpoint(loss, hidden, weight, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(checkpointed, (hidden, weight)), expected)
+
+
+@pytest.mark.parametrize("memory", ALL_MODES)
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 65536.0), (torch.bfloat16, 1 / 3)])
+def test_the_slope_from_above_is_not_rounded(dtype, scale, memory):
+    """A gradient scaler's factor overflows float16; a third is no bfloat16 number."""
+    hidden, weight, labels, ref_logps = half_batch(dtype)
+    exact = [part.detach().double().requires_grad_() for part in (hidden, weight)]
+    oracle = rdpo_loss(*exact, labels, ref_logps, backend="eager", beta=1e-3).loss
+    loss = rdpo_loss(
+        hidden, weight, labels, ref_logps, beta=1e-3, memory=memory, backend="cpu"
+    ).loss
+    grads = torch.autograd.grad(loss * scale, (hidden, weight))
+    for grad, expected in zip(grads, torch.autograd.grad(oracle * scale, exact), strict=True):
+        error = (grad.double() - expected).norm() / expected.norm()
+        assert error <= torch.finfo(dtype).eps / 2
+
+
+@pytest.mark.parametrize("memory", ["auto", "stash", "tile"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_no_pairs_but_ignored_tokens(frozen, memory):
+    """A rank whose share of a batch is empty."""
+    hidden = torch.randn(4, 8, requires_grad=True)
+    weight = torch.randn(20, 8, requires_grad=not frozen)
+    loss = rdpo_loss(
+        hidden, weight, torch.full((4,), -100), torch.zeros(3, 0), memory=memory,
+        sequence_ids=torch.zeros(4, dtype=torch.int64), backend="cpu",
+    ).loss  # fmt: skip
+    loss.backward()
+    assert loss == 0
+    assert not hidden.grad.any()
+
+
+def test_wrong_lengths_are_refused_before_tiles_are_cut():
+    hidden, weight, labels, ref_logps = half_batch(torch.float64)
+    lengths = (labels != -100).sum(1).view(3, 5)
+    lengths[0, 0] = 5000
+    with pytest.raises(ValueError, match=r"got 5000 for cell 0 of pair 0, which has \d"):
+        rdpo_loss(
+            hidden, weight, labels, ref_logps, sequence_lengths=lengths, memory="tile",
+            backend="cpu",
+        )  # fmt: skip
+
+
+def test_without_checks_bad_ids_reach_no_memory(monkeypatch):
+    monkeypatch.setenv("REALIGN_CHECK", "0")
+    hidden, weight, labels, ref_logps = half_batch(torch.float64)
+    ids = torch.arange(15)[:, None].expand(labels.shape).reshape(-1).clone()
+    ids[10:14] = torch.tensor([-1, 15, 1 << 40, -(1 << 40)])
+    output = rdpo_loss(
+        hidden.reshape(-1, 12), weight, labels.reshape(-1), ref_logps, sequence_ids=ids,
+        backend="cpu",
+    )  # fmt: skip
+    assert output.logps.isfinite().all()
+
+
+@pytest.mark.parametrize("scoring", ["label", "top_non_label"])
+def test_without_checks_a_label_that_is_no_token_is_nan(scoring, monkeypatch):
+    monkeypatch.setenv("REALIGN_CHECK", "0")
+    hidden, weight, labels, ref_logps = half_batch(torch.float64)
+    labels[6, 0] = 45  # of 40 tokens, in cell 1 of pair 1
+    for memory in ("recompute", "stash", "tile"):
+        output = rdpo_loss(
+            hidden, weight, labels, ref_logps, rejected_scoring=scoring, memory=memory,
+            backend="cpu",
+        )  # fmt: skip
+        assert output.logps[1, 1].isnan()
+        (grad,) = torch.autograd.grad(output.loss, hidden)
+        assert grad[6, 0].isnan().all()
+
+
+def test_saved_tensors_may_change_their_layout():
+    """Offloading hooks hand back the values, not always the strides."""
+    inputs = make_head_inputs(9, 23, 4)
+    results = []
+    for is_moved in (False, True):
+        leaves = inputs.as_leaves()
+
+        def pack(tensor, is_moved=is_moved):
+            return tensor.mT.contiguous().mT if is_moved and tensor.ndim == 2 else tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            scores = leaves.call(linear_logprob, backend="cpu", memory="recompute")
+        scores.sum().backward()
+        results.append([tensor.grad for tensor in leaves.tensors])
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-12)
+
+
+def test_a_stash_that_was_asked_for_and_does_not_fit_is_refused():
+    leaves = make_head_inputs(37, 101, 24).as_leaves()
+    with pytest.raises(ValueError, match=r"stash_bytes must be >= 29896 .*got 1000\. Raise it"):
+        leaves.call(linear_logprob, backend="cpu", memory="stash", stash_bytes=1000)
+
+
+def test_a_pair_larger_than_the_stash_is_computed_twice():
+    tensors, labels, ref_logps = pair_batch(num_cells=3)
+    expected = loss_and_gradients(tensors, labels, ref_logps, backend="eager")
+    actual = loss_and_gradients(
+        tensors, labels, ref_logps, backend="cpu", memory="tile", stash_bytes=1000
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)

@@ -95,9 +95,10 @@ def test_opcheck_of_the_tiles(top):
 
 def test_opcheck_of_the_backwards():
     labels = torch.tensor([1, -100, 2])
-    slopes = torch.randn(3, 4), torch.empty(0), labels, -100, torch.bfloat16, None
+    slopes = torch.randn(2, 4), torch.empty(0), torch.tensor([0, 2]), [3, 4], torch.bfloat16, None
     opcheck(scale_slopes_op, (torch.ones(3), None, *slopes))
-    opcheck(scale_gradients_op, (torch.tensor(2.0), [torch.randn(3), torch.randn(2, 2)], None))
+    opcheck(scale_gradients_op, (torch.tensor(2.0), [torch.randn(3), torch.randn(2, 2)],
+                                 [0, 3], None))  # fmt: skip
     grads = torch.tensor(1.0), torch.ones(3, 1)
     opcheck(pair_loss_backward_op, (*grads, torch.ones(3, 1).double(), labels[:, None], None, -100,
                                     torch.float32))  # fmt: skip
@@ -162,6 +163,20 @@ def test_the_loss_compiles_into_one_graph_for_any_length():
 
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("memory", ["stash", "recompute", "tile"])
+def test_a_second_derivative_in_the_weight_is_refused(memory, backend):
+    """K21, where the body is frozen."""
+    hidden_states, labels = torch.randn(6, 3, 8), torch.randint(20, (6, 3))
+    weight = torch.randn(20, 8, requires_grad=True)
+    loss = rdpo_loss(
+        hidden_states, weight, labels, torch.zeros(3, 2), memory=memory, backend=backend
+    ).loss
+    (grad,) = torch.autograd.grad(loss + weight.pow(3).sum(), weight, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"differentiated once.*Drop create_graph=True"):
+        torch.autograd.grad(grad.sum(), weight)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
 @pytest.mark.parametrize("memory", ["auto", "stash", "tile"])
 def test_a_second_derivative_is_refused(memory, backend):
     """K21: also where other terms have one, which alone would be a wrong number."""
@@ -204,3 +219,17 @@ def test_statistics_compile_into_one_graph():
         warnings.simplefilter("ignore")
         actual = compiled(inputs.hidden_states)
     torch.testing.assert_close(actual, inputs.call(linear_logprob_stats))
+
+
+def test_transposed_labels_compile():
+    """What an operator returns has the strides that tracing was told."""
+    hidden_states = torch.randn(6, 4, 8, requires_grad=True)
+    weight, labels = torch.randn(20, 8), torch.randint(20, (4, 6)).T
+    torch._dynamo.reset()
+
+    def loss(hidden_states):
+        return rdpo_loss(hidden_states, weight, labels, torch.zeros(3, 2)).loss
+
+    actual = torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden_states)
+    (grad,) = torch.autograd.grad(actual, hidden_states)
+    assert torch.equal(grad, torch.autograd.grad(loss(hidden_states), hidden_states)[0])

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+import realign_kernels
 from realign_kernels import Objective, linear_logprob, linear_logprob_stats, rdpo_loss
 from realign_kernels.dispatch import auto_backend, resolve_backend
 from realign_kernels.head import HeadOptions
 from realign_kernels.testing import make_head_inputs
 from realign_kernels.token_scores import score_tokens
+
+PACKAGE = Path(realign_kernels.__file__).parent
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
@@ -304,3 +313,51 @@ def test_a_known_number_of_rows_gives_the_same_scores(monkeypatch):
     monkeypatch.setattr("realign_kernels.ops.known_number", lambda *_: int(num_rows))
     scores = score_tokens(*inputs.tensors, inputs.labels, options, sequence_lengths=num_rows[None])
     assert torch.equal(scores.token_logps, inputs.call(linear_logprob))
+
+
+def test_a_library_that_does_not_load_is_not_chosen(tmp_path):
+    """Say after a copy from another machine: `auto` goes on, and the reason is told."""
+    package = Path(shutil.copytree(PACKAGE, tmp_path / "realign_kernels"))
+    (package / "_csrc.so").write_bytes(b"not a library")
+    code = (
+        "import realign_kernels as k, torch\n"
+        "print(k.describe_backends())\n"
+        "arguments = torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0])\n"
+        "k.linear_logprob(*arguments)\n"
+        "try: k.linear_logprob(*arguments, backend='cpu')\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert "'auto': 'eager on CPUs" in done.stdout
+    assert done.stdout.count("its library does not load") == 2
+    assert "install the package again" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("scaling", "error", "message"),
+    [
+        (torch.tensor(0.5, requires_grad=True), TypeError, "a number as scaling, got Tensor"),
+        (float("nan"), ValueError, "a finite scaling, got nan"),
+    ],
+    ids=["tensor", "nan"],
+)
+def test_the_scaling_of_adapters_is_a_number(scaling, error, message):
+    factors = (torch.zeros(1, D), torch.zeros(V, 1), scaling)
+    with pytest.raises(error, match=message):
+        call(linear_logprob, lm_head_lora=factors)
+
+
+def test_labels_of_another_shape_are_named_with_any_scoring():
+    with pytest.raises(ValueError, match=r"labels must have shape \(6, 3\) to match"):
+        rdpo_loss(
+            torch.zeros(6, 3, D), torch.zeros(V, D), torch.zeros(6, 4, dtype=torch.int64),
+            torch.zeros(3, 2), rejected_scoring="top_non_label",
+        )  # fmt: skip

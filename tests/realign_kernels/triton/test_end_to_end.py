@@ -217,3 +217,16 @@ def test_repeats_exactly():
         value = leaves.call(linear_logprob, backend="triton")
         runs.append([value, *torch.autograd.grad(value.sum(), leaves.tensors)])
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
+def test_a_large_scale_does_not_overflow_float16():
+    """What is kept is e * phi: the guard leaves room for phi."""
+    weight = torch.zeros(40, 2, dtype=torch.float16)
+    weight[1:, 0] = torch.linspace(-0.2, 0.1875, 39)
+    hidden = torch.ones(1, 2, dtype=torch.float16, requires_grad=True)
+    logps = linear_logprob(hidden, weight, torch.tensor([0]), logit_scale=40.0, backend="triton")
+    exact = hidden.detach().double().requires_grad_()
+    oracle = torch.log_softmax(exact @ weight.double().T * 40.0, 1)[:, 0]
+    (grad,) = torch.autograd.grad(logps, hidden)
+    (expected,) = torch.autograd.grad(oracle, exact)
+    assert (grad.double() - expected).abs().max() <= 2e-3 * expected.abs().max()
