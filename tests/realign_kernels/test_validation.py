@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-import realign_kernels
 from realign_kernels import Objective, linear_logprob, linear_logprob_stats, rdpo_loss
 from realign_kernels.dispatch import auto_backend, resolve_backend
 from realign_kernels.head import HeadOptions
 from realign_kernels.testing import make_head_inputs
 from realign_kernels.token_scores import score_tokens
-
-PACKAGE = Path(realign_kernels.__file__).parent
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
@@ -315,22 +310,29 @@ def test_a_known_number_of_rows_gives_the_same_scores(monkeypatch):
     assert torch.equal(scores.token_logps, inputs.call(linear_logprob))
 
 
+BROKEN_LIBRARY = """
+import importlib.util, sys, types, torch
+find_spec = importlib.util.find_spec
+def find(name, *rest):
+    if name == "realign_kernels._csrc":
+        return types.SimpleNamespace(origin=sys.argv[1])
+    return find_spec(name, *rest)
+importlib.util.find_spec = find
+import realign_kernels as k
+print(k.describe_backends())
+arguments = torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0])
+k.linear_logprob(*arguments)
+try: k.linear_logprob(*arguments, backend="cpu")
+except RuntimeError as error: print(error)
+"""
+
+
 def test_a_library_that_does_not_load_is_not_chosen(tmp_path):
     """Say after a copy from another machine: `auto` goes on, and the reason is told."""
-    package = Path(shutil.copytree(PACKAGE, tmp_path / "realign_kernels"))
-    (package / "_csrc.so").write_bytes(b"not a library")
-    code = (
-        "import realign_kernels as k, torch\n"
-        "print(k.describe_backends())\n"
-        "arguments = torch.ones(1, 2), torch.ones(3, 2), torch.tensor([0])\n"
-        "k.linear_logprob(*arguments)\n"
-        "try: k.linear_logprob(*arguments, backend='cpu')\n"
-        "except RuntimeError as error: print(error)\n"
-    )
+    (tmp_path / "_csrc.so").write_bytes(b"not a library")
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        cwd=tmp_path,
+        [sys.executable, "-c", BROKEN_LIBRARY, str(tmp_path / "_csrc.so")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,
         check=True,
