@@ -15,7 +15,7 @@ SCRIPT = """
 import sys, pytest
 from realign_kernels import _cpu
 _cpu.library_path = lambda: sys.argv[1]
-sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *sys.argv[2:]]))
+sys.exit(pytest.main(["-q", "-x", "-s", "-p", "no:cacheprovider", *sys.argv[2:]]))
 """
 
 
@@ -41,9 +41,13 @@ def test_no_access_out_of_bounds_and_no_undefined_behaviour(tmp_path):
         ["g++", *FLAGS, *sanitize, "-DREALIGN_X86", *objects, *others, "-o", str(library)],
         check=True,
     )
-    runtime = subprocess.run(
-        ["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
-    ).stdout.strip()
+    # Exceptions that torch throws need the C++ runtime to be there when the sanitizer starts.
+    runtime = " ".join(
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    )
     names = ("modes", "linear_logprob", "statistics", "rdpo_loss")
     tests = [str(ROOT / f"tests/realign_kernels/test_{name}.py") for name in names]
     for name in sets:
