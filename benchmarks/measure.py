@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.providers import BETA, Inputs, Provider
 from benchmarks.shapes import HeadShape
+from realign_kernels import testing
 
 SECONDS, REPEATS = 0.25, 7  # a cell is measured until one of them is reached
 _LEAST_BLOCKS = 2  # of A B B A
@@ -107,17 +107,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         del kept
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = call()
-        del kept
-    assert profiler.profiler is not None
-    events = profiler.profiler.kineto_results.events()
-    memory = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
-    live = peak = 0
-    for _, num_bytes in sorted(memory, key=lambda event: event[0]):
-        live += num_bytes
-        peak = max(peak, live)
-    return peak
+    return testing.peak_bytes(call)
 
 
 def interleave(

@@ -1,7 +1,7 @@
 """The fused head as operators of torch: schemas, shapes under tracing, derivatives.
 
-What an operator computes is in ``fused*.py``.  Rows are compacted inside, so that shapes are static
-wherever the backward needs no more than the slopes.  Letters: **M** positions, **N** of them
+What an operator computes is in ``fused*.py``.  Rows are compacted inside: what is kept for a
+backward has as many rows as labels are scored, a size that tracing does not know.  Letters: **M** positions, **N** of them
 scored, **D** hidden size, **V** vocabulary of this shard, **r** rank.
 """
 
