@@ -13,7 +13,8 @@ from realign_kernels.dispatch import resolve_backend
 from realign_kernels.eager import score_tokens as score_tokens_eagerly
 from realign_kernels.first_order import second_order_witness
 from realign_kernels.fused import Keeps
-from realign_kernels.ops import FusedScores, score_tokens_op
+from realign_kernels.fused_results import FusedScores
+from realign_kernels.ops import score_tokens_op
 from realign_kernels.reference import RowScores
 from realign_kernels.validation import check_head, known_number
 

@@ -63,6 +63,7 @@ LAYERS = [
     {"pair_ops"},
     {"sequences"},
     {"eager", "ops"},
+    {"fused_results"},
     {"gradients", "fused_gradients"},
     {"reference", "fused_scores"},
     {"fused"},
