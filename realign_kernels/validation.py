@@ -40,10 +40,12 @@ def check_head(
         or lm_head_weight.shape[1] != hidden_size
         or lm_head_weight.shape[0] < 1
     ):
+        # A weight that ZeRO-3 has partitioned is empty outside of its context.
+        remedy = " Gather it by deepspeed.zero.GatheredParameters."
         raise ValueError(
             f"lm_head_weight must have shape (V, {hidden_size}) with V >= 1 "
-            f"to match hidden_states, got {tuple(lm_head_weight.shape)}. Is it partitioned by "
-            "ZeRO-3? Then call inside deepspeed.zero.GatheredParameters."
+            f"to match hidden_states, got {tuple(lm_head_weight.shape)}."
+            f"{remedy if lm_head_weight.numel() == 0 else ''}"
         )
     if labels.shape != hidden_states.shape[:-1]:
         raise ValueError(

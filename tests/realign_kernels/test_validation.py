@@ -363,3 +363,10 @@ def test_labels_of_another_shape_are_named_with_any_scoring():
             torch.zeros(6, 3, D), torch.zeros(V, D), torch.zeros(6, 4, dtype=torch.int64),
             torch.zeros(3, 2), rejected_scoring="top_non_label",
         )  # fmt: skip
+
+
+def test_a_partitioned_weight_is_named_as_one():
+    with pytest.raises(ValueError, match=r"got \(0,\)\. Gather it by deepspeed\.zero\.Gathered"):
+        call(linear_logprob, lm_head_weight=torch.empty(0))
+    with pytest.raises(ValueError, match=rf"got \({V}, {D + 1}\)\.$"):
+        call(linear_logprob, lm_head_weight=torch.zeros(V, D + 1))
