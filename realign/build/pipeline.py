@@ -12,16 +12,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from realign.build.induction import Candidate, Outcome, Rules, induce_group, mask_group
+from realign.build.acceptance import Acceptance
+from realign.build.induction import Candidate, induce
 from realign.build.lengths import PromptLength, position_limit
+from realign.build.masker import Fits, MaskRules, mask_rows
 from realign.build.masking import Lexicon
 from realign.build.retrieval import embed_images, nearest
+from realign.build.row import SourceRow
 from realign.build.similarity import load_similarity
-from realign.build.sources import Corpus, SourceRow, read_source
+from realign.build.sources import Corpus, read_source
 from realign.collate import Renderer
 from realign.config import BuildConfig
 from realign.errors import RefusedError
@@ -55,15 +57,9 @@ def build(config: BuildConfig) -> Path:
             f"{len(corpus.names)}. Add rows of other images; equal files are one image."
         )
     lexicon_path = config.lexicon or ENGLISH_LEXICON
-    rules = Rules(
-        mask=config.mask,
-        lexicon=Lexicon.load(lexicon_path),
-        mask_rates=config.mask_rates,
-        similarity=load_similarity(config.similarity),
-        threshold=config.threshold,
-        keep_unmasked=config.keep_unmasked,
-        seed=config.seed,
-        special=special,
+    rules = MaskRules(config.mask, Lexicon.load(lexicon_path), config.mask_rates, config.seed)
+    acceptance = Acceptance(
+        load_similarity(config.similarity), config.threshold, config.keep_unmasked, special
     )
     rules.lexicon.check_rates(config.mask_rates)
     what = {
@@ -84,10 +80,10 @@ def build(config: BuildConfig) -> Path:
     if is_claimed(config.out, "build", what, labels) and dataset.is_file():
         return dataset
     generator = TransformersGenerator.load(
-        folder, choose_dtype(config.dtype), config.max_new_tokens
+        folder, choose_dtype(config.dtype), config.max_new_tokens, config.batch_size
     )
     limit = config.max_length or position_limit(generator.model.config)
-    rules = replace(rules, fits=PromptLength(generator.processor, limit).fits)
+    fits = PromptLength(generator.processor, limit).fits
     claim(config.out, "build", what, labels)
     candidates = _candidates(rows, corpus, generator, config)
     outcomes: list[dict[str, Any]] = []
@@ -100,7 +96,7 @@ def build(config: BuildConfig) -> Path:
             if not shard.is_file():
                 write_jsonl(
                     shard,
-                    _run_group(rows[group], candidates[group], rules, generator, config.batch_size),
+                    _run_group(rows[group], candidates[group], rules, acceptance, generator, fits),
                 )
             outcomes += read_jsonl(shard)
             progress.advance(len(rows[group]))
@@ -138,12 +134,13 @@ def _candidates(
 def _run_group(
     rows: Sequence[SourceRow],
     candidates: Sequence[Sequence[Candidate]],
-    rules: Rules,
+    rules: MaskRules,
+    acceptance: Acceptance,
     generator: TransformersGenerator,
-    batch_size: int,
+    fits: Fits,
 ) -> list[dict[str, Any]]:
-    outcomes: list[Outcome] = mask_group(rows, rules, generator, batch_size)
-    induce_group(rows, outcomes, candidates, rules, generator, batch_size)
+    masked = mask_rows(rows, rules, generator, fits)
+    outcomes = induce(rows, masked, candidates, acceptance, generator, fits)
     return [outcome.as_row() for outcome in outcomes]
 
 
@@ -179,7 +176,7 @@ def _records(
         Record(
             id=row.id,
             images=(row.path.read_bytes(),),
-            prompt=({"role": "user", "content": row.prompt},),
+            prompt=row.prompt,
             chosen=row.answer,
             rejected=outcome["completion"],
             rejected_images=(paths[outcome["image"]].read_bytes(),),

@@ -6,21 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from realign.build.row import SourceRow
 from realign.errors import RefusedError
 from realign.files import file_sha256, read_jsonl
 from realign.images import check_image_root, decode_image, resolve_image
 from realign.records import IMAGE_TOKEN, surroundings
-
-
-@dataclass(frozen=True)
-class SourceRow:
-    """One instruction with its good answer."""
-
-    id: str
-    image: str  # as the source names it
-    path: Path
-    prompt: str
-    answer: str
 
 
 def read_source(path: Path, image_root: Path, special: Iterable[str] = ()) -> list[SourceRow]:
@@ -71,7 +61,11 @@ def read_source(path: Path, image_root: Path, special: Iterable[str] = ()) -> li
             decode_image(image.read_bytes(), f"{where}, {raw['image']}")
             checked.add(image)
         rows[row_id] = SourceRow(
-            row_id, raw["image"], image, raw["prompt"].strip(), raw["answer"].strip()
+            row_id,
+            raw["image"],
+            image,
+            ({"role": "user", "content": raw["prompt"].strip()},),
+            raw["answer"].strip(),
         )
     if not rows:
         raise RefusedError(f"source must have at least one row, got none in {path}. Add rows.")

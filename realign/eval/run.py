@@ -31,8 +31,8 @@ from realign.eval.samples import caption_samples, question_samples
 from realign.eval.tasks import Question, check_images, read_synonyms, read_tasks
 from realign.files import file_sha256, read_jsonl, write_json, write_jsonl
 from realign.generate.answer import Answer
+from realign.generate.generator import Generator, Request
 from realign.generate.transformers_generator import TransformersGenerator
-from realign.images import decode_image
 from realign.modeling import choose_dtype, model_identity, resolve_model
 from realign.progress import Progress
 from realign.run_folder import check_out, claim
@@ -95,7 +95,7 @@ def _answers(
     path = config.out / "answers" / f"{name}.jsonl"
     if not path.is_file():
         generator = TransformersGenerator.load(
-            folder, choose_dtype(config.dtype), config.max_new_tokens
+            folder, choose_dtype(config.dtype), config.max_new_tokens, config.batch_size
         )
         write_jsonl(
             path, ask(generator, questions, config.images, config.batch_size, f"answers of {name}")
@@ -109,7 +109,7 @@ def _answers(
 
 
 def ask(
-    generator: TransformersGenerator,
+    generator: Generator,
     questions: Sequence[Question],
     images: Path,
     batch_size: int,
@@ -122,8 +122,7 @@ def ask(
         ordered = sorted(questions, key=lambda question: (len(question[1]), question))
         for start in range(0, len(ordered), batch_size):
             batch = ordered[start : start + batch_size]
-            pictures = [decode_image((images / image).read_bytes(), image) for image, _ in batch]
-            answers = generator([text for _, text in batch], pictures)
+            answers = generator([Request(text, images / image) for image, text in batch])
             rows += [
                 {"image": image, "text": text, "answer": said.text, "is_cut": said.is_cut}
                 for (image, text), said in zip(batch, answers, strict=True)

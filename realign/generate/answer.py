@@ -10,3 +10,4 @@ class Answer(NamedTuple):
 
     text: str
     is_cut: bool = False  # stopped by the limit on its length, not by an end-of-turn token
+    problem: str = ""  # why this request can have no answer (a server refused it); empty normally

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import nn
 
 from realign.collate import Renderer, user_turns
 from realign.generate.answer import Answer
+from realign.generate.generator import Request
+from realign.images import decode_image
 from realign.modeling import load_model, load_processor
 
 
@@ -22,31 +23,51 @@ class TransformersGenerator:
         model: A VLM, in evaluation mode on its device.
         processor: Its processor.
         max_new_tokens: Longest answer.
+        batch_size: Requests in one call of the model, from the first.
     """
 
-    def __init__(self, model: nn.Module, processor: Any, max_new_tokens: int) -> None:
+    def __init__(
+        self, model: nn.Module, processor: Any, max_new_tokens: int, batch_size: int = 32
+    ) -> None:
         self.model: Any = model
         self.processor = processor
         self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
         self._renderer = Renderer(processor)
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype, max_new_tokens: int) -> TransformersGenerator:
+    def load(
+        cls, folder: Path, dtype: torch.dtype, max_new_tokens: int, batch_size: int = 32
+    ) -> TransformersGenerator:
         """Load a model folder onto the GPU, or the CPU where there is none."""
         model: Any = load_model(folder, dtype, scoring=False)
         model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        return cls(model, load_processor(folder), max_new_tokens)
+        return cls(model, load_processor(folder), max_new_tokens, batch_size)
+
+    def __call__(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer each request greedily.
+
+        Raises:
+            RefusedError: An image cannot be read.
+        """
+        return [
+            answer
+            for start in range(0, len(requests), self.batch_size)
+            for answer in self._batch(requests[start : start + self.batch_size])
+        ]
 
     @torch.inference_mode()
-    def __call__(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Answer]:
-        """Answer each prompt about its image, greedily."""
+    def _batch(self, requests: Sequence[Request]) -> list[Answer]:
         texts = [
             self.processor.apply_chat_template(
-                user_turns([{"role": "user", "content": prompt}], num_images=1),
+                user_turns([{"role": "user", "content": request.prompt}], num_images=1),
                 add_generation_prompt=True,
                 tokenize=False,
             )
-            for prompt in prompts
+            for request in requests
+        ]
+        images = [
+            decode_image(request.image.read_bytes(), request.image.name) for request in requests
         ]
         batch = self.processor(
             text=texts,

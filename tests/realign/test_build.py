@@ -11,13 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from realign.build.induction import Candidate, Outcome, Rules, induce_group, mask_group, refusal
+from realign.build.acceptance import Acceptance, refusal
+from realign.build.induction import Candidate, induce
 from realign.build.lengths import PromptLength, position_limit
+from realign.build.masker import Masked, MaskRules, mask_rows
 from realign.build.masking import Lexicon
 from realign.build.pipeline import build
 from realign.build.prompts import COMPLETION_PROMPT, MASK_PROMPT
+from realign.build.row import SourceRow
 from realign.build.similarity import load_similarity
-from realign.build.sources import Corpus, SourceRow, read_source
+from realign.build.sources import Corpus, read_source
 from realign.config import BuildConfig
 from realign.dataset import read_records
 from realign.demo.data import write_training_data
@@ -25,24 +28,33 @@ from realign.demo.tasks import LEXICON_PATH
 from realign.demo.world import DESCRIBE
 from realign.errors import RefusedError
 from realign.generate.answer import Answer
+from realign.generate.generator import Request
 from realign.generate.transformers_generator import TransformersGenerator
 
 LEXICON = Lexicon({"objects": ["dog", "cat", "house"], "attributes": ["red"]})
 
 
-def rules(**options: Any) -> Rules:
-    return Rules(
+def rules(mask: str = "rule") -> MaskRules:
+    return MaskRules(mask, LEXICON, {}, seed=0)
+
+
+def acceptance(**options: Any) -> Acceptance:
+    return Acceptance(
         **{
-            "mask": "rule",
-            "lexicon": LEXICON,
-            "mask_rates": {},
             "similarity": load_similarity("lexical"),
             "threshold": 0.95,
             "keep_unmasked": True,
-            "seed": 0,
             **options,
         }
     )
+
+
+def asked_about(path: Path, prompt: str, answer: str, row_id: str = "a") -> SourceRow:
+    return SourceRow(row_id, path.name, path, ({"role": "user", "content": prompt},), answer)
+
+
+def always(prompt: str, image: Path) -> bool:
+    return True
 
 
 class Scripted:
@@ -53,9 +65,9 @@ class Scripted:
     ) -> None:
         self.answers, self.cut, self.asked = answers, cut, []
 
-    def __call__(self, prompts, images) -> list[Answer]:
-        self.asked += list(prompts)
-        colors = [image.getpixel((0, 0)) for image in images]
+    def __call__(self, requests) -> list[Answer]:
+        self.asked += [request.prompt for request in requests]
+        colors = [Image.open(request.image).getpixel((0, 0)) for request in requests]
         return [Answer(self.answers[color], color == self.cut) for color in colors]
 
 
@@ -76,7 +88,7 @@ def candidates(paths: list[Path]) -> list[Candidate]:
 
 def test_the_papers_algorithm_step_by_step(five_images) -> None:
     """Candidates in order; the first one that differs enough is accepted and becomes v_l."""
-    row = SourceRow("a", "0.png", five_images[0], "What is it?", "A red dog sits.")
+    row = asked_about(five_images[0], "What is it?", "A red dog sits.")
     generator = Scripted(
         {
             COLORS[1]: "A red dog sits.",  # identical
@@ -85,9 +97,11 @@ def test_the_papers_algorithm_step_by_step(five_images) -> None:
             COLORS[4]: "A red house sits.",  # never asked
         }
     )
-    (outcome,) = outcomes = mask_group([row], rules(), generator, 8)
-    assert (outcome.masked, outcome.masked_by) == ("A [MASK] [MASK] sits.", "rule")
-    induce_group([row], outcomes, [candidates(five_images[1:])], rules(), generator, 8)
+    masked = mask_rows([row], rules(), None, always)
+    assert masked == [Masked("A [MASK] [MASK] sits.", "rule")]
+    (outcome,) = induce(
+        [row], masked, [candidates(five_images[1:])], acceptance(), generator, always
+    )
     assert (outcome.completion, outcome.image, outcome.rank) == ("A red cat sits.", "3.png", 3)
     assert [attempt["reason"] for attempt in outcome.refused] == ["identical", "mask left unfilled"]
     assert outcome.reason == ""
@@ -95,49 +109,52 @@ def test_the_papers_algorithm_step_by_step(five_images) -> None:
 
 
 def test_no_candidate_passes(five_images) -> None:
-    row = SourceRow("a", "0.png", five_images[0], "What is it?", "A red dog sits.")
+    row = asked_about(five_images[0], "What is it?", "A red dog sits.")
     generator = Scripted(dict.fromkeys(COLORS, "A red dog sits."))
-    outcomes = mask_group([row], rules(), generator, 8)
-    induce_group([row], outcomes, [candidates(five_images[1:])], rules(), generator, 8)
-    assert outcomes[0].reason == "no candidate passed, mostly identical"
-    assert len(outcomes[0].refused) == 4
+    masked = mask_rows([row], rules(), None, always)
+    (outcome,) = induce(
+        [row], masked, [candidates(five_images[1:])], acceptance(), generator, always
+    )
+    assert outcome.reason == "no candidate passed, mostly identical"
+    assert len(outcome.refused) == 4
 
 
 def test_a_completion_that_was_cut_is_never_a_rejected_answer(five_images) -> None:
-    row = SourceRow("a", "0.png", five_images[0], "What is it?", "A red dog.")
+    row = asked_about(five_images[0], "What is it?", "A red dog.")
     said = dict.fromkeys(COLORS, "A red cat.")
     generator = Scripted(said, cut=COLORS[1])
-    outcomes = mask_group([row], rules(keep_unmasked=False), generator, 8)
-    induce_group([row], outcomes, [candidates(five_images[1:])], rules(), generator, 8)
-    (attempt,) = outcomes[0].refused
+    masked = mask_rows([row], rules(), None, always)
+    loose = acceptance(keep_unmasked=False)
+    (outcome,) = induce([row], masked, [candidates(five_images[1:])], loose, generator, always)
+    (attempt,) = outcome.refused
     assert (attempt["image"], attempt["reason"]) == ("1.png", "cut at max_new_tokens")
-    assert outcomes[0].image == "2.png"
+    assert outcome.image == "2.png"
 
 
 def test_a_mask_that_was_cut_falls_back_to_the_rule(five_images) -> None:
-    row = SourceRow("a", "0.png", five_images[0], "What?", "A red dog")
+    row = asked_about(five_images[0], "What?", "A red dog")
     cut = Scripted({COLORS[0]: "A red [MASK]"}, cut=COLORS[0])
-    (outcome,) = mask_group([row], rules(mask="model"), cut, 8)
-    assert outcome.masked_by == "rule after model"
+    assert mask_rows([row], rules("model"), cut, always)[0].by == "rule after model"
 
 
 def test_nothing_to_mask_is_dropped_with_its_reason(five_images) -> None:
-    row = SourceRow("a", "0.png", five_images[0], "What?", "Nothing.")
-    outcomes = mask_group([row], rules(), Scripted({}), 8)
-    induce_group([row], outcomes, [candidates(five_images[1:])], rules(), Scripted({}), 8)
-    assert outcomes == [Outcome("a", masked_by="rule", reason="nothing to mask")]
+    row = asked_about(five_images[0], "What?", "Nothing.")
+    masked = mask_rows([row], rules(), None, always)
+    (outcome,) = induce(
+        [row], masked, [candidates(five_images[1:])], acceptance(), Scripted({}), always
+    )
+    assert (outcome.masked_by, outcome.reason, outcome.refused) == ("rule", "nothing to mask", [])
 
 
 def test_a_models_mask_is_taken_or_falls_back_to_the_rule(five_images) -> None:
     rows = [
-        SourceRow("a", "0.png", five_images[0], "What?", "A red dog sits."),
-        SourceRow("b", "1.png", five_images[1], "What?", "A red dog sits."),
+        asked_about(five_images[0], "What?", "A red dog sits.", "a"),
+        asked_about(five_images[1], "What?", "A red dog sits.", "b"),
     ]
     generator = Scripted({COLORS[0]: "A red [MASK] sits.", COLORS[1]: "The [MASK] sits."})
-    outcomes = mask_group(rows, rules(mask="model"), generator, 8)
-    assert [(outcome.masked, outcome.masked_by) for outcome in outcomes] == [
-        ("A red [MASK] sits.", "model"),
-        ("A [MASK] [MASK] sits.", "rule after model"),
+    assert mask_rows(rows, rules("model"), generator, always) == [
+        Masked("A red [MASK] sits.", "model"),
+        Masked("A [MASK] [MASK] sits.", "rule after model"),
     ]
     assert generator.asked == [f"{MASK_PROMPT}\nA red dog sits."] * 2
 
@@ -156,18 +173,20 @@ def test_a_models_mask_is_taken_or_falls_back_to_the_rule(five_images) -> None:
 )
 def test_refusals(completion: str, reason: str) -> None:
     answer, masked = "A red dog sits.", "A [MASK] [MASK] sits."
-    assert refusal(answer, masked, Answer(completion), 0.5, rules(special=("</s>", ""))) == reason
+    assert (
+        refusal(answer, masked, Answer(completion), 0.5, acceptance(special=("</s>", ""))) == reason
+    )
 
 
 def test_similarity_at_the_threshold_is_too_similar() -> None:
     arguments = ("A red dog sits.", "A [MASK] dog sits.", Answer("A blue dog sits."))
-    assert refusal(*arguments, 0.95, rules()) == "too similar"
-    assert refusal(*arguments, 0.9499, rules()) == ""
+    assert refusal(*arguments, 0.95, acceptance()) == "too similar"
+    assert refusal(*arguments, 0.9499, acceptance()) == ""
 
 
 def test_byte_duplicates_are_one_image_of_the_corpus(five_images) -> None:
     shutil.copy(five_images[0], five_images[1])
-    rows = [SourceRow(str(i), p.name, p, "x", "y") for i, p in enumerate(five_images)]
+    rows = [asked_about(path, "x", "y", path.stem) for path in five_images]
     assert Corpus.of(rows).names == ["0.png", "2.png", "3.png", "4.png"]
 
 
@@ -264,7 +283,9 @@ def test_a_row_that_is_too_long_is_dropped_counted_and_never_given_to_the_model(
     monkeypatch.setattr(
         TransformersGenerator,
         "__call__",
-        lambda self, prompts, images: asked.extend(prompts) or call(self, prompts, images),
+        lambda self, requests: (
+            asked.extend(request.prompt for request in requests) or call(self, requests)
+        ),
     )
     build(config.model_copy(update={"mask": mask}))
     assert max(map(len, asked)) < 2000
@@ -283,7 +304,7 @@ def test_prompts_are_measured_as_the_generator_reads_them(config: BuildConfig) -
     generator.model.generate = lambda **inputs: (
         read.append(inputs["input_ids"].shape[1]) or generate(**inputs)
     )
-    generator([DESCRIBE], [Image.open(path).convert("RGB")])
+    generator([Request(DESCRIBE, path)])
     measured = PromptLength(generator.processor, limit=read[0])
     assert measured.tokens(DESCRIBE, path) == read[0]
     assert measured.fits(DESCRIBE, path)
@@ -297,18 +318,19 @@ def test_a_limit_on_the_prompt_is_part_of_what_the_run_is(config: BuildConfig) -
     assert json.loads((config.out / "build.json").read_text())["config"]["max_length"] == 20
 
 
-def test_an_answer_is_cut_when_no_end_of_turn_token_came(model_dir: Path) -> None:
+def test_an_answer_is_cut_when_no_end_of_turn_token_came(model_dir: Path, tmp_path: Path) -> None:
     generator = TransformersGenerator.load(model_dir, torch.float32, max_new_tokens=72)
-    image = Image.new("RGB", (96, 96), "white")
-    (whole,) = generator([DESCRIBE], [image])
+    Image.new("RGB", (96, 96), "white").save(tmp_path / "white.png")
+    request = Request(DESCRIBE, tmp_path / "white.png")
+    (whole,) = generator([request])
     assert not whole.is_cut
     tokens = generator.processor.tokenizer(whole.text, add_special_tokens=False).input_ids
     for limit, cut in ((len(tokens), True), (len(tokens) + 1, False)):
         generator.max_new_tokens = limit
-        assert generator([DESCRIBE], [image]) == [(whole.text, cut)]
+        assert generator([request]) == [Answer(whole.text, cut)]
     generator.model.generation_config.eos_token_id = None  # nothing ends a turn
     generator.max_new_tokens = len(tokens) + 1
-    assert generator([DESCRIBE], [image])[0].is_cut
+    assert generator([request])[0].is_cut
 
 
 @pytest.mark.parametrize(

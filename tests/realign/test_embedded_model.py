@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from realign.demo.drawing import draw
 from realign.demo.run import MODEL
 from realign.demo.world import DESCRIBE, KINDS, Scene, free_scene, question
+from realign.generate.generator import Request
 from realign.generate.transformers_generator import TransformersGenerator
 
 SCENES = 60
@@ -17,7 +20,7 @@ SCENES = 60
 
 @pytest.fixture(scope="module")
 def generator() -> TransformersGenerator:
-    return TransformersGenerator.load(MODEL, torch.float32, 72)
+    return TransformersGenerator.load(MODEL, torch.float32, 72, batch_size=SCENES)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,12 @@ def scenes() -> list[Scene]:
 
 
 def ask(generator: TransformersGenerator, scenes: list[Scene], prompts: list[str]) -> list[str]:
-    return [answer.text for answer in generator(prompts, [draw(scene) for scene in scenes])]
+    with TemporaryDirectory() as folder:
+        requests = []
+        for number, (scene, prompt) in enumerate(zip(scenes, prompts, strict=True)):
+            draw(scene).save(path := Path(folder) / f"{number}.png")
+            requests.append(Request(prompt, path))
+        return [answer.text for answer in generator(requests)]
 
 
 @pytest.mark.parametrize(("present", "least"), [(True, 0.85), (False, 0.6)])
