@@ -99,16 +99,30 @@ def _build_config(
 @app.command(cls=SectionCommand)
 def build(
     source: Annotated[
-        Path | None, typer.Option(help='JSONL of {"image", "prompt", "answer"}.' + REQUIRED)
+        Path | None,
+        typer.Option(
+            help="What to build from: JSONL, LLaVA-Instruct JSON, parquet, or text pairs."
+            + REQUIRED
+        ),
     ] = None,
-    images: NeededImages = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Image folder; not needed where parquet has the images.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="The VLM to be aligned: folder or hub id." + REQUIRED)
     ] = None,
     out: Out = None,
     mask: Annotated[str | None, typer.Option(help="Who masks: rule or model.")] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="Whose embeddings retrieve: model, or a CLIP or SigLIP model."),
+    ] = None,
     similarity: Annotated[
         str | None, typer.Option(help="lexical, or a sentence-transformers model.")
+    ] = None,
+    engine: Annotated[str | None, typer.Option(help="process or ray.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes or Ray actors; one a GPU by default.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the masking draw.")] = None,
     config: Config = None,
@@ -116,10 +130,9 @@ def build(
 ) -> None:
     """Images and good answers -> preference dataset: mask, retrieve, induce, filter."""
     with _exit_codes():
-        flags = {"source": source, "images": images, "model": model, "out": out}
-        options = _build_config(
-            config, set_, flags | {"mask": mask, "similarity": similarity, "seed": seed}
-        )
+        flags = {"source": source, "images": images, "model": model, "out": out, "mask": mask}
+        flags |= {"encoder": encoder, "similarity": similarity, "engine": engine}
+        options = _build_config(config, set_, flags | {"workers": workers, "seed": seed})
         from realign.build.pipeline import build as run
 
         dataset = run(options)

@@ -8,6 +8,7 @@ edge only; what computes gets plain arguments.
 from __future__ import annotations
 
 import difflib
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -28,47 +29,122 @@ from realign.files import read_utf8
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 RejectedScoring = Literal["label", "top_non_label"]
+# resized and recompressed copies are within 6 of 64 bits, see realign/perceptual_hash.py
+NEAR_DUPLICATE_BITS = 6
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+class GeneratorSection(_Section):
+    """A model that is asked: in this process, or behind an OpenAI-compatible server."""
+
+    model: str
+    """A folder or hub id; with ``endpoint``, the model's name there."""
+    endpoint: str | None = None
+    """Base URL of the server, such as http://localhost:8000/v1; None loads the model here."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; the key itself is never written anywhere."""
+    concurrency: PositiveInt = 8
+    """Requests under way at once. Endpoint only, as what follows."""
+    timeout_s: PositiveFloat = 120.0
+    """Seconds until a request counts as failed."""
+    max_retries: int = Field(default=6, ge=0)
+    """Further tries of a request after 429, 5xx, time-outs and broken connections."""
+    temperature: NonNegativeFloat = 0.0
+    """0 is greedy."""
+    extra_body: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of the request that the server understands."""
+
+
 class BuildConfig(_Section):
     """``realign build``: images, prompts and answers in, a dual-preference dataset out."""
 
     source: Path
-    """JSONL, one ``{"image", "prompt", "answer"}`` a line, optionally ``"id"``."""
-    images: Path
+    """What to build from: JSONL of ``{"image", "prompt", "answer"}``, LLaVA-Instruct JSON, parquet
+    with images, or a set that has text pairs already.
+    """
+    images: Path | None = None
     """Folder that the image names in ``source`` are relative to."""
     model: str
     """The VLM to be aligned: a folder, or a hub id."""
     out: Path
     """Output folder."""
+    source_format: str | None = None
+    """Name of the source's format, where it is not to be recognised."""
+    turns: Literal["first", "last", "each"] = "first"
+    """Which answers of a conversation become rows: the first, the last, or each with the turns
+    before it.
+    """
+    max_reject: float = Field(default=0.0, ge=0, le=1)
+    """Share of source rows that may be bad; they are listed in rejected.jsonl. Above it the build
+    is refused.
+    """
+    annotator: GeneratorSection | None = None
+    """Who answers rows that have no answer."""
+    annotation_prompt: str = "{instruction}"
+    """What the annotator is asked; ``{instruction}`` stands for the row's own."""
     mask: Literal["rule", "model"] = "rule"
-    """Who masks: a lexicon, or ``model`` with the paper's prompt (falls back to the lexicon,
+    """Who masks: a lexicon, or a model with the paper's prompt (falls back to the lexicon,
     counted).
     """
+    mask_level: Literal["segment", "sentence"] = "segment"
+    """What becomes one [MASK]: a visual phrase, or a sentence that has one."""
+    mask_retries: int = Field(default=1, ge=0)
+    """Further tries of a model whose mask changes other words."""
+    masker: GeneratorSection | None = None
+    """The model that masks; the one to be aligned by default."""
     lexicon: Path | None = None
     """Phrases that can be masked; the packaged English one by default."""
     mask_rates: dict[str, float] = Field(default_factory=dict)
     """Share of segments to mask by lexicon category; 1, the paper's, where none is given. Rule
     masking only.
     """
+    encoder: str = "model"
+    """Whose image embeddings are compared: ``model``, the vision path of the VLM, or a CLIP or
+    SigLIP model such as ``openai/clip-vit-large-patch14``, the paper's.
+    """
+    index: Literal["exact", "flat", "ivf", "hnsw"] = "exact"
+    """How neighbours are found: exactly, in torch, or by FAISS."""
     top_k: PositiveInt = 10
     """How many nearest images may be tried."""
+    min_cosine: float | None = Field(default=None, ge=-1, le=1)
+    """Images less alike than this are not candidates."""
+    max_cosine: float | None = Field(default=None, ge=-1, le=1)
+    """Images more alike than this are not candidates."""
+    max_hamming: int | None = Field(default=NEAR_DUPLICATE_BITS, ge=0, le=63)
+    """Images whose perceptual hashes differ in at most so many of 64 bits are near duplicates, no
+    candidates for each other; null keeps them.
+    """
+    inducer: GeneratorSection | None = None
+    """Where the model to be aligned is asked, if not in this process: its server."""
     similarity: str = "lexical"
     """``lexical``, or a sentence-transformers model such as
     ``sentence-transformers/all-mpnet-base-v2``.
     """
     threshold: PositiveFloat = 0.95
     """A completion is accepted below this similarity to the answer (tau of the paper)."""
+    min_length_ratio: NonNegativeFloat = 0.0
+    """A completion with fewer words than this share of the answer's is refused."""
+    max_length_ratio: PositiveFloat = 4.0
+    """A completion with more words than so many times the answer's is refused."""
     keep_unmasked: bool = False
     """Accept a completion only if it kept every word that was not masked."""
     batch_size: PositiveInt = 32
     """Rows in one generation call."""
-    group_size: PositiveInt = 256
-    """Records in one shard: what a killed run can lose."""
+    window: PositiveInt = 256
+    """Rows, by place in the source, whose generation batches are formed together."""
+    shard_size: PositiveInt = 256
+    """Rows in one shard, rounded up to whole windows: what a killed run can lose a worker."""
+    engine: Literal["process", "ray"] = "process"
+    """Where the work is done: processes of this machine, or a Ray cluster. It does not change the
+    result, nor do the number of workers and the size of a shard.
+    """
+    workers: PositiveInt | None = None
+    """Processes; by default one a GPU, else as many as cores and memory allow."""
+    threads: PositiveInt = 1
+    """CPU threads a worker; another number can change a result's last bits."""
     max_new_tokens: PositiveInt = 512
     """Longest completion."""
     max_length: PositiveInt | None = None
@@ -321,8 +397,16 @@ def _check_keys(section: type[BaseModel], content: Mapping[str, Any], where: str
             raise RefusedError(
                 f"{where} has no option {key!r}.{_nearest(key, section.model_fields)}"
             )
-        if key == "lora" and isinstance(value, dict):
-            _check_keys(LoraSection, value, f"{where}.{key}")
+        inner = inner_section(section.model_fields[key].annotation)
+        if inner and isinstance(value, dict):
+            _check_keys(inner, value, f"{where}.{key}")
+
+
+def inner_section(annotation: Any) -> type[BaseModel] | None:
+    """The section that an option holds, if it holds one."""
+    parts = typing.get_args(annotation) or (annotation,)
+    sections = (part for part in parts if isinstance(part, type) and issubclass(part, BaseModel))
+    return next(sections, None)
 
 
 def _nearest(key: str, known: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from realign.config import SECTIONS
+from realign.config import SECTIONS, inner_section
 
 WIDTH = 80
 
@@ -20,7 +20,7 @@ def option_list(verb: str) -> str:
     lines = [f"Options of --set and of section {verb!r} in the YAML file:"]
     for key, field in SECTIONS[verb].model_fields.items():
         lines += _entry(f"{verb}.{key}", field)
-        for section in _sections(field.annotation):
+        if section := inner_section(field.annotation):
             for inner, inner_field in section.model_fields.items():
                 lines += _entry(f"{verb}.{key}.{inner}", inner_field)
     return "\n".join(lines) + "\n"
@@ -52,8 +52,3 @@ def _type(annotation: Any) -> str:
     if issubclass(annotation, BaseModel):
         return "section"
     return str(annotation.__name__).lower()
-
-
-def _sections(annotation: Any) -> list[type[BaseModel]]:
-    parts = typing.get_args(annotation) or (annotation,)
-    return [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]

@@ -1,41 +1,55 @@
-"""The verb ``realign build``: mask, retrieve, induce, filter; a shard a group of records, resumed
-after a kill.
+"""The verb ``realign build``: annotate, mask, embed, retrieve, induce and filter, each a stage over
+shards of its own, resumed after a kill.
 
-    <out>/build.json           what the result depends on
-    <out>/embeddings.safetensors
-    <out>/shards/00003.jsonl   outcomes of one group, accepted or not, with reasons
-    <out>/dataset.parquet      the accepted pairs
-    <out>/funnel.json          how many rows got how far, and why not further
+    <out>/build.json                      what the result depends on
+    <out>/rejected.jsonl                  source rows that were bad, and why
+    <out>/images.jsonl                    hashes and sizes of the images
+    <out>/source_images/                  images that the source holds itself
+    <out>/annotated/00003.jsonl           answers that were asked for
+    <out>/masked/00003.jsonl
+    <out>/embeddings/00003.safetensors    of a range of images
+    <out>/neighbours/00003.safetensors
+    <out>/shards/00003.jsonl              outcomes of a range of rows, accepted or not, with reasons
+    <out>/journal/                        what servers answered
+    <out>/dataset.parquet                 the accepted pairs
+    <out>/funnel.json                     how many rows got how far, and why not further
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from realign.build.acceptance import Acceptance
-from realign.build.induction import Candidate, induce
-from realign.build.lengths import PromptLength, position_limit
-from realign.build.masker import Fits, MaskRules, mask_rows
+from realign.build.assemble import assemble
+from realign.build.corpus import Corpus, inspect_corpus
+from realign.build.funnel import funnel
+from realign.build.masker import MaskRules
 from realign.build.masking import Lexicon
-from realign.build.retrieval import embed_images, nearest
 from realign.build.row import SourceRow
-from realign.build.similarity import load_similarity
-from realign.build.sources import Corpus, read_source
+from realign.build.similarity import similarity_identity
+from realign.build.sources import read_source
+from realign.build.staging import Staging
 from realign.collate import Renderer
 from realign.config import BuildConfig
+from realign.decisions import Decisions
 from realign.errors import RefusedError
-from realign.files import file_sha256, read_jsonl, write_json, write_jsonl
-from realign.generate.transformers_generator import TransformersGenerator
-from realign.modeling import choose_dtype, load_processor, model_identity, resolve_model
+from realign.files import file_sha256, read_json, write_json, write_jsonl
+from realign.modeling import load_processor, resolve_model
 from realign.parquet import write_parquet
-from realign.progress import Progress
+from realign.problems import Problem
+from realign.progress import announce
 from realign.records import Record
 from realign.run_folder import check_out, claim, is_claimed
 
 ENGLISH_LEXICON = Path(__file__).with_name("lexicon.yaml")
+# where the run is, and what changes how fast a result is made but not what it is
+NOT_IDENTITY = {
+    *("out", "source", "images", "model", "lexicon"),
+    *("engine", "workers", "threads", "max_reject"),
+}
 
 
 def build(config: BuildConfig) -> Path:
@@ -43,161 +57,135 @@ def build(config: BuildConfig) -> Path:
     continues.
 
     Raises:
-        RefusedError: A bad source row, an output folder that holds another run, or no row that
-            gave a pair.
+        RefusedError: Too many bad source rows, an output folder that holds another run, or no row
+            that gave a pair.
     """
     check_out(config.out)
-    folder = resolve_model(config.model)
-    special = tuple(Renderer(load_processor(folder)).placeholders())
-    rows = read_source(config.source, config.images, special)
-    corpus = Corpus.of(rows)
-    if len(corpus.names) < 2:
-        raise RefusedError(
-            f"source must show at least 2 different images to retrieve from, got "
-            f"{len(corpus.names)}. Add rows of other images; equal files are one image."
-        )
+    special = tuple(Renderer(load_processor(resolve_model(config.model))).placeholders())
     lexicon_path = config.lexicon or ENGLISH_LEXICON
-    rules = MaskRules(config.mask, Lexicon.load(lexicon_path), config.mask_rates, config.seed)
-    acceptance = Acceptance(
-        load_similarity(config.similarity), config.threshold, config.keep_unmasked, special
+    rules = MaskRules(
+        config.mask,
+        Lexicon.load(lexicon_path),
+        config.mask_rates,
+        config.seed,
+        level=config.mask_level,
+        retries=config.mask_retries,
     )
     rules.lexicon.check_rates(config.mask_rates)
+    staging = Staging(config, special)
+    rows, corpus, problems = _read(config, special)
     what = {
         "config": config.model_dump(
             mode="json",
             # none is the model's own limit, which its files say
-            exclude={"out", "source", "images", "model", "lexicon"}
-            | ({"max_length"} if config.max_length is None else set()),
+            exclude=NOT_IDENTITY | ({"max_length"} if config.max_length is None else set()),
         ),
         "source": file_sha256(config.source),
         "images": corpus.digests,
         "lexicon": file_sha256(lexicon_path),
-        "model": model_identity(folder, generates=True),
-        "dtype": str(choose_dtype(config.dtype)),
+        "similarity": similarity_identity(config.similarity),
+        "models": staging.identities(),
     }
-    dataset = config.out / "dataset.parquet"
     labels = {"images": corpus.names}
-    if is_claimed(config.out, "build", what, labels) and dataset.is_file():
+    dataset = config.out / "dataset.parquet"
+    decisions = Decisions.of(dataset)
+    is_old = is_claimed(config.out, "build", what, labels)
+    if is_old and dataset.is_file() and _decided(config.out) == decisions.digest:
         return dataset
-    generator = TransformersGenerator.load(
-        folder, choose_dtype(config.dtype), config.max_new_tokens, config.batch_size
-    )
-    limit = config.max_length or position_limit(generator.model.config)
-    fits = PromptLength(generator.processor, limit).fits
     claim(config.out, "build", what, labels)
-    candidates = _candidates(rows, corpus, generator, config)
-    outcomes: list[dict[str, Any]] = []
-    with Progress("build", len(rows)) as progress:
-        # groups are formed by position in the source, so a resumed run makes the batches that it
-        # would have made
-        for number, start in enumerate(range(0, len(rows), config.group_size)):
-            shard = config.out / "shards" / f"{number:05d}.jsonl"
-            group = slice(start, start + config.group_size)
-            if not shard.is_file():
-                write_jsonl(
-                    shard,
-                    _run_group(rows[group], candidates[group], rules, acceptance, generator, fits),
-                )
-            outcomes += read_jsonl(shard)
-            progress.advance(len(rows[group]))
-    counts = funnel(outcomes)
+    corpus.save(config.out / "images.jsonl")
+    write_jsonl(config.out / "rejected.jsonl", map(asdict, problems))
+
+    neighbours = staging.retrieve(corpus)
+    rows, unanswered = staging.annotate(rows)
+    masked = staging.mask(rows, rules)
+    outcomes = staging.induce(rows, masked, neighbours, unanswered)
+
+    counts = funnel(
+        outcomes,
+        rejected=Counter(problem.code for problem in problems),
+        annotated=sum(row.is_annotated for row in rows),
+        excluded=neighbours.excluded,
+    )
+    files = dict(zip(corpus.names, corpus.paths, strict=True))
+    records = assemble(rows, outcomes, files, staging.provenance())
+    write_parquet(_undropped(records, decisions, counts), dataset)
     write_json(config.out / "funnel.json", counts)
     if not counts["accepted"]:
+        dataset.unlink()
         raise RefusedError(
             f"source must give at least one pair, got none from {counts['rows']} rows: "
             f"{counts['dropped']}. See {config.out / 'funnel.json'}."
         )
-    write_parquet(_records(rows, outcomes, corpus, config), dataset)
     return dataset
 
 
-def _candidates(
-    rows: Sequence[SourceRow], corpus: Corpus, generator: TransformersGenerator, config: BuildConfig
-) -> list[list[Candidate]]:
-    """The nearest images of every row, itself and its byte duplicates excluded."""
-    path = config.out / "embeddings.safetensors"
-    embeddings = embed_images(generator.model, generator.processor, corpus, path, config.batch_size)
-    position = {digest: i for i, digest in enumerate(corpus.digests)}
-    digests = {path: file_sha256(path) for path in dict.fromkeys(row.path for row in rows)}
-    cosines, indices = nearest(
-        embeddings, [position[digests[row.path]] for row in rows], config.top_k
+def _read(
+    config: BuildConfig, special: Sequence[str]
+) -> tuple[list[SourceRow], Corpus, list[Problem]]:
+    """Good rows, their images, and what is wrong with the others."""
+    source = read_source(
+        config.source,
+        config.images,
+        special=special,
+        turns=config.turns,
+        source_format=config.source_format,
+        extract_to=config.out / "source_images",
     )
-    return [
-        [
-            Candidate(corpus.names[i], corpus.paths[i], rank, cosine)
-            for rank, (cosine, i) in enumerate(zip(row_cosines, row_indices, strict=True), start=1)
-        ]
-        for row_cosines, row_indices in zip(cosines.tolist(), indices.tolist(), strict=True)
-    ]
-
-
-def _run_group(
-    rows: Sequence[SourceRow],
-    candidates: Sequence[Sequence[Candidate]],
-    rules: MaskRules,
-    acceptance: Acceptance,
-    generator: TransformersGenerator,
-    fits: Fits,
-) -> list[dict[str, Any]]:
-    masked = mask_rows(rows, rules, generator, fits)
-    outcomes = induce(rows, masked, candidates, acceptance, generator, fits)
-    return [outcome.as_row() for outcome in outcomes]
-
-
-def funnel(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Counts: rows, how they were masked, accepted by rank, dropped by reason, refused candidates
-    by reason.
-    """
-    accepted = [outcome for outcome in outcomes if not outcome["reason"]]
-    return {
-        "rows": len(outcomes),
-        "masked_by": dict(
-            Counter(outcome["masked_by"] for outcome in outcomes if outcome["masked"])
-        ),
-        "accepted": len(accepted),
-        "accepted_by_rank": {
-            str(k): v for k, v in sorted(Counter(o["rank"] for o in accepted).items())
-        },
-        "dropped": dict(Counter(outcome["reason"] for outcome in outcomes if outcome["reason"])),
-        "refused_candidates": dict(
-            Counter(attempt["reason"] for o in outcomes for attempt in o["refused"])
-        ),
-    }
-
-
-def _records(
-    rows: Sequence[SourceRow],
-    outcomes: Sequence[dict[str, Any]],
-    corpus: Corpus,
-    config: BuildConfig,
-) -> Iterator[Record]:
-    paths = dict(zip(corpus.names, corpus.paths, strict=True))
-    return (
-        Record(
-            id=row.id,
-            images=(row.path.read_bytes(),),
-            prompt=row.prompt,
-            chosen=row.answer,
-            rejected=outcome["completion"],
-            rejected_images=(paths[outcome["image"]].read_bytes(),),
-            meta={
-                "masked": outcome["masked"],
-                "masked_by": outcome["masked_by"],
-                "retrieval": {
-                    "rank": outcome["rank"],
-                    "cosine": outcome["cosine"],
-                    "encoder": "vision path of the model",
-                },
-                "similarity": {"model": config.similarity, "value": outcome["similarity"]},
-                "attempts": len(outcome["refused"]) + 1,
-                "generator": {"engine": "transformers", "decoding": "greedy", "seed": config.seed},
-                "source": {
-                    "file": config.source.name,
-                    "image": row.image,
-                    "retrieved_image": outcome["image"],
-                },
-            },
+    corpus, unreadable = inspect_corpus(source.rows, config.out / "images.jsonl", config.workers)
+    problems = [*source.problems]
+    for row in source.rows:
+        if row.path in unreadable:
+            refused = unreadable[row.path]
+            problems.append(Problem(row.id, row.place, "image", refused.code, str(refused)))
+        elif not row.answer and config.annotator is None:
+            message = (
+                f"{row.place}: answer must not be empty without an annotator. Fill it in, or say "
+                "who answers with build.annotator."
+            )
+            problems.append(Problem(row.id, row.place, "answer", "empty-answer", message))
+    bad = {problem.row for problem in problems}
+    rows = [row for row in source.rows if row.id not in bad]
+    _check_share(problems, len(bad) + len(rows), config)
+    if len(corpus) < 2:
+        raise RefusedError(
+            f"source must show at least 2 different images to retrieve from, got {len(corpus)}. "
+            "Add rows of other images; equal files are one image."
         )
-        for row, outcome in zip(rows, outcomes, strict=True)
-        if not outcome["reason"]
-    )
+    return rows, corpus, problems
+
+
+def _check_share(problems: Sequence[Problem], num_rows: int, config: BuildConfig) -> None:
+    bad = len({problem.row for problem in problems})
+    if not num_rows:
+        raise RefusedError(
+            f"source must have at least one row, got none in {config.source}. Add rows."
+        )
+    if bad > config.max_reject * num_rows:
+        shown = "\n".join(problem.message for problem in problems[:20])
+        more = f"\n... and {len(problems) - 20} more." if len(problems) > 20 else ""
+        raise RefusedError(
+            f"{bad} of {num_rows} rows of {config.source.name} are bad, allowed are "
+            f"{config.max_reject:.2%}:\n{shown}{more}\nCorrect them, or pass --set "
+            f"build.max_reject={bad / num_rows:.3g} to leave them out."
+        )
+    if bad:
+        announce(f"{bad} of {num_rows} source rows are bad and left out; see rejected.jsonl")
+
+
+def _decided(out: Path) -> str | None:
+    """Hash of the decision file that dataset.parquet was written with."""
+    path = out / "funnel.json"
+    return read_json(path)["decisions"]["sha256"] if path.is_file() else None
+
+
+def _undropped(
+    records: Iterator[Record], decisions: Decisions, counts: dict[str, Any]
+) -> Iterator[Record]:
+    """Leaves out and counts what the decision file drops."""
+    counts["decisions"] = {"sha256": decisions.digest, "dropped": 0}
+    for record in records:
+        if decisions.drops(record):
+            counts["decisions"]["dropped"] += 1
+        else:
+            yield record

@@ -23,6 +23,8 @@ class SourceRow:
         rejected: The bad answer y_l of a source that has text pairs; empty where it is still to be
             induced.
         source: The source's own names, index and unknown keys, for provenance and export.
+        place: File and line or row, as messages name it.
+        is_annotated: Whether the answer was asked for, not given.
     """
 
     id: str
@@ -32,6 +34,8 @@ class SourceRow:
     answer: str = ""
     rejected: str = ""
     source: dict[str, Any] = field(default_factory=dict)
+    place: str = ""
+    is_annotated: bool = False
 
     @property
     def instruction(self) -> str:

@@ -1,0 +1,118 @@
+"""Who is asked in a stage of a build: a model that each worker loads, or one behind a server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from realign.build.lengths import PromptLength, position_limit
+from realign.build.masker import Fits
+from realign.config import BuildConfig, GeneratorSection
+from realign.generate.generator import Generator
+from realign.modeling import choose_dtype, model_identity, resolve_model
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model folder and how it generates.
+
+    Attributes:
+        max_length: Longest prompt in tokens; None for the model's own limit.
+    """
+
+    folder: Path
+    dtype: torch.dtype
+    max_new_tokens: int
+    batch_size: int
+    max_length: int | None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that its answers depend on and the configuration does not say."""
+        return {"model": model_identity(self.folder, generates=True), "dtype": str(self.dtype)}
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How answers came about, for ``meta``."""
+        return {"engine": "transformers", "model": self.folder.name, "decoding": "greedy"}
+
+    def open(self) -> tuple[Generator, Fits]:
+        """Load it."""
+        from realign.generate.transformers_generator import TransformersGenerator
+
+        generator = TransformersGenerator.load(
+            self.folder, self.dtype, self.max_new_tokens, self.batch_size
+        )
+        limit = self.max_length or position_limit(generator.model.config)
+        return generator, PromptLength(generator.processor, limit).fits
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model behind an OpenAI-compatible server; its journal keeps every answer."""
+
+    section: GeneratorSection
+    journal: Path
+    max_new_tokens: int
+    seed: int
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that its answers depend on and the configuration does not say: unknown."""
+        return {"endpoint": self.section.endpoint, "model": self.section.model}
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How answers came about, for ``meta``."""
+        decoding = (
+            f"temperature {self.section.temperature}" if self.section.temperature else "greedy"
+        )
+        return {"engine": "endpoint", "model": self.section.model, "decoding": decoding}
+
+    def open(self) -> tuple[Generator, Fits]:
+        """Connect to nothing yet. Whether a prompt is too long, the server says."""
+        from realign.generate.endpoint_generator import EndpointGenerator
+
+        assert self.section.endpoint is not None
+        generator = EndpointGenerator(
+            self.section.endpoint,
+            self.section.model,
+            journal=self.journal,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.section.temperature,
+            seed=self.seed,
+            api_key_env=self.section.api_key_env,
+            concurrency=self.section.concurrency,
+            timeout_s=self.section.timeout_s,
+            max_retries=self.section.max_retries,
+            extra_body=self.section.extra_body,
+        )
+        return generator, lambda prompt, image: True
+
+
+Asked = LocalModel | ServedModel
+
+
+def asked_model(section: GeneratorSection | None, role: str, config: BuildConfig) -> Asked:
+    """Who plays a role: what its section says, or the model to be aligned.
+
+    Args:
+        section: ``config.annotator``, ``masker`` or ``inducer``.
+        role: Its name, for the journal.
+        config: The rest.
+    """
+    if section is not None and section.endpoint is not None:
+        journal = config.out / "journal" / f"{role}.jsonl"
+        return ServedModel(section, journal, config.max_new_tokens, config.seed)
+    return LocalModel(
+        resolve_model(section.model if section else config.model),
+        choose_dtype(config.dtype),
+        config.max_new_tokens,
+        config.batch_size,
+        config.max_length,
+    )

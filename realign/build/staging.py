@@ -1,0 +1,215 @@
+"""Runs the stages of one build over its shards: what there is to do, by whom, into which files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load
+
+from realign.build.acceptance import Acceptance
+from realign.build.corpus import Corpus
+from realign.build.masker import Masked, MaskRules
+from realign.build.models import Asked, asked_model
+from realign.build.neighbourhood import (
+    Embed,
+    EncoderModel,
+    FindNeighbours,
+    Neighbourhood,
+    rule_of,
+)
+from realign.build.row import SourceRow
+from realign.build.stages import Annotate, Induce, Mask, Prepared
+from realign.config import BuildConfig
+from realign.engine.engine import Engine, fill_shards, make_shards
+from realign.engine.task import Task
+from realign.files import read_jsonl
+from realign.retrieval.store import EmbeddingStore
+
+# memory of a worker beside the weights: the libraries
+LIBRARY_BYTES = 1 << 30
+
+
+class Staging:
+    """The stages of a build.
+
+    Args:
+        config: What is built.
+        special: The model's special tokens.
+    """
+
+    def __init__(self, config: BuildConfig, special: tuple[str, ...]) -> None:
+        self._config, self._special = config, special
+        self._inducer = asked_model(config.inducer, "inducer", config)
+        self._masker = (
+            asked_model(config.masker, "masker", config) if config.mask == "model" else None
+        )
+        self._annotator = (
+            asked_model(config.annotator, "annotator", config) if config.annotator else None
+        )
+        self._encoder = EncoderModel.of(config)
+
+    def identities(self) -> dict[str, Any]:
+        """Everything about the models that the result depends on."""
+        roles = {
+            "inducer": self._inducer,
+            "masker": self._masker,
+            "annotator": self._annotator,
+            "encoder": self._encoder,
+        }
+        return {role: each.identity for role, each in roles.items() if each}
+
+    def provenance(self) -> dict[str, Any]:
+        """Who did what, for ``meta``."""
+        said: dict[str, Any] = {
+            "source": self._config.source.name,
+            "encoder": self._encoder.name,
+            "similarity": self._config.similarity,
+            "generator": self._inducer.provenance | {"seed": self._config.seed},
+        }
+        if self._masker:
+            said["masker"] = self._masker.provenance
+        if self._annotator:
+            said["annotator"] = self._annotator.provenance
+        return said
+
+    def annotate(self, rows: Sequence[SourceRow]) -> tuple[list[SourceRow], dict[str, str]]:
+        """Ask for the answers that are missing.
+
+        Returns:
+            The rows with their answers, and by id why there is none.
+        """
+        if self._annotator is None or all(row.answer for row in rows):
+            return [*rows], {}
+        config = self._config
+        task = Annotate(self._annotator, config.annotation_prompt, self._special, config.window)
+        lines = self._rows_stage("annotate", "annotated", rows, task, self._annotator)
+        answered = [
+            row
+            if row.answer
+            else replace(row, answer=line["answer"], is_annotated=bool(line["answer"]))
+            for row, line in zip(rows, lines, strict=True)
+        ]
+        return answered, {line["id"]: line["problem"] for line in lines if line["problem"]}
+
+    def mask(self, rows: Sequence[SourceRow], rules: MaskRules) -> list[Masked]:
+        """Mask every answer that needs it."""
+        task = Mask(self._masker, rules, self._config.window)
+        lines = self._rows_stage("mask", "masked", rows, task, self._masker)
+        return [Masked(line["text"], line["by"]) for line in lines]
+
+    def retrieve(self, corpus: Corpus) -> Neighbourhood:
+        """Embed all images, then find the nearest others of each."""
+        config = self._config
+        ranges = _ranges(len(corpus), config.shard_size, config.batch_size)
+        sizes = {number: len(part) for number, part in ranges.items()}
+        digests = [[corpus.facts[i].sha256 for i in part] for part in ranges.values()]
+        identity = self._encoder.identity | {"batch_size": config.batch_size}
+        store = EmbeddingStore(config.out / "embeddings", identity, torch.float32)
+        make_shards(
+            "embed",
+            store.missing(digests),
+            sizes,
+            lambda number: [corpus.paths[i] for i in ranges[number]],
+            Embed(self._encoder, config.batch_size),
+            self._engine(self._encoder),
+            lambda number, content: store.write(
+                number, load(content)["embeddings"], digests[number]
+            ),
+        )
+        paths = _paths(config.out / "neighbours", ranges, "safetensors")
+        fill_shards(
+            "retrieve",
+            paths,
+            sizes,
+            lambda number: ranges[number],
+            FindNeighbours(lambda: store.read(digests), config.index, corpus, rule_of(config)),
+            # one product at a time, with every core
+            Engine(workers=1, threads=torch.get_num_threads()),
+        )
+        return Neighbourhood.read(corpus, [*paths.values()])
+
+    def induce(
+        self,
+        rows: Sequence[SourceRow],
+        masked: Sequence[Masked],
+        neighbours: Neighbourhood,
+        unanswered: Mapping[str, str],
+    ) -> list[dict[str, Any]]:
+        """Find the retrieved image and the rejected answer of every row."""
+        config = self._config
+        acceptance = partial(
+            Acceptance,
+            threshold=config.threshold,
+            keep_unmasked=config.keep_unmasked,
+            special=self._special,
+            min_length_ratio=config.min_length_ratio,
+            max_length_ratio=config.max_length_ratio,
+        )
+        asked = None if all(row.rejected for row in rows) else self._inducer
+        task = Induce(asked, config.similarity, acceptance, config.window)
+
+        def prepared(part: range) -> list[Prepared]:
+            return [
+                Prepared(
+                    rows[i],
+                    masked[i],
+                    neighbours.candidates(rows[i].path),
+                    unanswered.get(rows[i].id, ""),
+                )
+                for i in part
+            ]
+
+        return self._stage("induce", "shards", len(rows), prepared, task, asked)
+
+    def _rows_stage(
+        self, what: str, folder: str, rows: Sequence[SourceRow], task: Task, asked: Asked | None
+    ) -> list[dict[str, Any]]:
+        return self._stage(
+            what, folder, len(rows), lambda part: [rows[i] for i in part], task, asked
+        )
+
+    def _stage(
+        self,
+        what: str,
+        folder: str,
+        num_rows: int,
+        item: Callable[[range], Sequence[Any]],
+        task: Task,
+        asked: Asked | None,
+    ) -> list[dict[str, Any]]:
+        """Lines of all shards of a stage over rows, in order of the rows."""
+        ranges = _ranges(num_rows, self._config.shard_size, self._config.window)
+        paths = _paths(self._config.out / folder, ranges, "jsonl")
+        sizes = {number: len(part) for number, part in ranges.items()}
+        engine = self._engine(asked)
+        fill_shards(what, paths, sizes, lambda number: item(ranges[number]), task, engine)
+        return [line for number in ranges for line in read_jsonl(paths[number])]
+
+    def _engine(self, asked: Any) -> Engine:
+        """Local models work in parallel; a server is asked by one process, which has the
+        journal.
+        """
+        config = self._config
+        folder = getattr(asked, "folder", None)
+        if folder is None:
+            return Engine(workers=1, threads=config.threads)
+        weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        return Engine(config.engine, config.workers, config.threads, LIBRARY_BYTES + 2 * weights)
+
+
+def _ranges(count: int, shard_size: int, unit: int) -> dict[int, range]:
+    """Shard number to what is in it: whole units, the last shard shorter."""
+    size = -(-shard_size // unit) * unit
+    return {
+        number: range(start, min(start + size, count))
+        for number, start in enumerate(range(0, count, size))
+    }
+
+
+def _paths(folder: Path, ranges: Mapping[int, range], suffix: str) -> dict[int, Path]:
+    return {number: folder / f"{number:05d}.{suffix}" for number in ranges}

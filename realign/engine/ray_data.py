@@ -1,0 +1,75 @@
+"""Runs a task on a Ray cluster with Ray Data: the one that RAY_ADDRESS names, or a local one.
+
+Models and images must lie at the same path on every node; results come back to the driver, which
+alone writes.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from realign.engine.task import Task
+from realign.errors import RefusedError
+
+
+def run_on_ray(
+    task: Task, items: Mapping[int, Any], workers: int, threads: int, *, uses_gpu: bool
+) -> Iterator[tuple[int, bytes]]:
+    """Yield the number and result of every item as they get done, in any order.
+
+    Args:
+        task: What is done.
+        items: Number to item.
+        workers: Actors.
+        threads: CPU threads an actor.
+        uses_gpu: Whether an actor needs a GPU.
+    Raises:
+        RefusedError: Ray is not installed.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise RefusedError(
+            "engine ray needs Ray. Install 'realign[pipeline,ray]' or use --engine process."
+        ) from None
+    started_here = not ray.is_initialized()
+    if started_here:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    try:
+        rows = [{"number": number, "item": pickle.dumps(item)} for number, item in items.items()]
+        results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            _Actor,
+            fn_constructor_args=(task, threads),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
+            num_cpus=threads,
+            num_gpus=1 if uses_gpu else 0,
+        )
+        for row in results.iter_rows():
+            yield int(row["number"]), bytes(row["result"])
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+class _Actor:
+    """Opens the task once; called with batches of one item."""
+
+    def __init__(self, task: Task, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._work = task.open()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        # pickled by our own driver, for objects that Arrow has no type for
+        results = [self._work(pickle.loads(item)) for item in batch["item"]]
+        return {"number": batch["number"], "result": results}
