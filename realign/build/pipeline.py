@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from realign.build.acceptance import Acceptance
+from realign.build.corpus import Corpus
 from realign.build.induction import Candidate, induce
 from realign.build.lengths import PromptLength, position_limit
 from realign.build.masker import Fits, MaskRules, mask_rows
@@ -23,7 +24,7 @@ from realign.build.masking import Lexicon
 from realign.build.retrieval import embed_images, nearest
 from realign.build.row import SourceRow
 from realign.build.similarity import load_similarity
-from realign.build.sources import Corpus, read_source
+from realign.build.sources.strict import read_every_row as read_source
 from realign.collate import Renderer
 from realign.config import BuildConfig
 from realign.errors import RefusedError
