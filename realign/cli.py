@@ -263,6 +263,25 @@ def report(
 
 
 @app.command()
+def export(
+    data: Annotated[
+        Path, typer.Option(help="Dataset: parquet, build folder, or the authors' JSON.")
+    ],
+    to: Annotated[str, typer.Option(help="official, ms-swift, llamafactory or trl.")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    images: Images = None,
+) -> None:
+    """Dataset -> the files that another trainer reads."""
+    with _exit_codes():
+        from realign.export.run import export as run
+
+        exported = run(data, images, to, out)
+        for name, count in exported.counts.items():
+            typer.echo(f"{count} {name}")
+        typer.echo(f"{to} -> {out}: {exported.note}")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Of scenes, masks and order of rows.")] = 0,

@@ -5,6 +5,7 @@ chosen, rejected}`` and one image folder.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +104,8 @@ def _official_row(row: Any, number: int, path: Path, image_root: Path) -> Offici
                 f"{where}: {name} must be a file name, got {value!r:.80}. Name one of --images."
             )
     _check_placeholders(row, len(names) // 2, where)
-    prompt, chosen = _split_conversation(row["chosen"], where, "chosen")
-    rejected_prompt, rejected = _split_conversation(row["rejected"], where, "rejected")
+    prompt, chosen = split_conversation(row["chosen"], where, "chosen")
+    rejected_prompt, rejected = split_conversation(row["rejected"], where, "rejected")
     if prompt != rejected_prompt:
         raise RefusedError(
             f"{where}: chosen and rejected must differ in the last answer only. Make their turns "
@@ -119,6 +120,9 @@ def _official_row(row: Any, number: int, path: Path, image_root: Path) -> Offici
         meta={"source": {"file": path.name, "index": number - 1, **names}},
         place=where,
     )
+    if not _spells(row, plain_row(record)):
+        # unknown keys, their order, where the placeholder stands: kept for export
+        record.source["row"] = json.dumps(row)
     paths, problems = {}, []
     for name, file in names.items():
         try:
@@ -128,6 +132,33 @@ def _official_row(row: Any, number: int, path: Path, image_root: Path) -> Offici
     if problems:
         raise RefusedError("\n".join(problems))
     return OfficialRow(record, paths.get("image"), paths.get("retrieved_image"))
+
+
+def plain_row(record: Record) -> dict[str, Any]:
+    """A record as the layout spells it: images by the names in its provenance, ``<image>`` on a
+    line of its own in front of the first turn, and an id unless that is the row's number.
+    """
+    source = record.source
+    names: dict[str, Any] = {
+        name: source[name] for name in ("image", "retrieved_image") if name in source
+    }
+    index = source.get("index")
+    first, *others = record.prompt
+    content = f"{IMAGE_TOKEN}\n{first['content']}" if names else first["content"]
+    prompt = [{**first, "content": content}, *others]
+    is_number = isinstance(index, int) and record.id == str(index + 1)
+    row_id: dict[str, Any] = {} if is_number else {"id": record.id}
+    return {
+        **row_id,
+        **names,
+        "chosen": [*prompt, {"role": "assistant", "content": record.chosen}],
+        "rejected": [*prompt, {"role": "assistant", "content": record.rejected}],
+    }
+
+
+def _spells(row: Any, other: Any) -> bool:
+    """Whether two JSON values are equal, the order of keys included."""
+    return json.dumps(row) == json.dumps(other)
 
 
 def _check_placeholders(row: dict[str, Any], num_images: int, where: str) -> None:
@@ -144,8 +175,12 @@ def _check_placeholders(row: dict[str, Any], num_images: int, where: str) -> Non
             )
 
 
-def _split_conversation(turns: Any, where: str, name: str) -> tuple[tuple[Message, ...], str]:
-    """The turns before the last answer, without image placeholders, and that answer."""
+def split_conversation(turns: Any, where: str, name: str) -> tuple[tuple[Message, ...], str]:
+    """The turns before the last answer, without image placeholders, and that answer.
+
+    Raises:
+        RefusedError: Not a conversation of the layout.
+    """
     check_messages(turns, where, name)
     roles = [turn.get("role") for turn in turns] if isinstance(turns, list) else []
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):

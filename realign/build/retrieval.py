@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from realign.build.sources import Corpus
+from realign.build.corpus import Corpus
 from realign.files import content_sha256, replacing
 from realign.images import decode_image
 from realign.progress import Progress

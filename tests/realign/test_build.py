@@ -20,7 +20,7 @@ from realign.build.pipeline import build
 from realign.build.prompts import COMPLETION_PROMPT, MASK_PROMPT
 from realign.build.row import SourceRow
 from realign.build.similarity import load_similarity
-from realign.build.sources import Corpus, read_source
+from realign.build.corpus import Corpus
 from realign.config import BuildConfig
 from realign.dataset import read_records
 from realign.demo.data import write_training_data
@@ -331,37 +331,6 @@ def test_an_answer_is_cut_when_no_end_of_turn_token_came(model_dir: Path, tmp_pa
     generator.model.generation_config.eos_token_id = None  # nothing ends a turn
     generator.max_new_tokens = len(tokens) + 1
     assert generator([request])[0].is_cut
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", r"line 1 must be JSON, got '\{'"),
-        ("[]", "line 1: image must be a non-empty string"),
-        ('{"image": "a.png", "prompt": "x"}', "line 1: answer must be a non-empty string"),
-        ('{"image": "a.png", "prompt": " ", "answer": "y"}', "line 1: prompt must be a non-empty"),
-        (
-            '{"image": "a.png", "prompt": "<image> x", "answer": "y"}',
-            "line 1: prompt must not cont",
-        ),
-        ('{"image": "a.png", "prompt": "x", "answer": "y</s>"}', "answer must not contain .*</s>"),
-        ('{"image": "no.png", "prompt": "x", "answer": "y"}', "line 1: image 'no.png' does not"),
-        ('{"image": "b.png", "prompt": "x", "answer": "y"}', r"line 1, b\.png: image must be a re"),
-        (
-            '{"id": 1, "image": "a.png", "prompt": "x", "answer": "y"}\n' * 2,
-            "line 2: id must be un",
-        ),
-        ("", "at least one row, got none"),
-    ],
-)
-def test_bad_sources(tmp_path: Path, line: str, message: str) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    (tmp_path / "b.png").write_text("not an image")
-    (tmp_path / "s.jsonl").write_text(line)
-    with pytest.raises(RefusedError, match=message):
-        read_source(tmp_path / "s.jsonl", tmp_path, special=["</s>", ""])
-    with pytest.raises(RefusedError, match="which does not exist"):
-        read_source(tmp_path / "none.jsonl", tmp_path)
 
 
 @pytest.mark.parametrize(

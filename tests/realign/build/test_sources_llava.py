@@ -1,0 +1,90 @@
+"""LLaVA-Instruct: which answers of a conversation become rows, and under which names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from realign.errors import RefusedError
+
+
+def row(*texts: str, id: str = "33", image: str = "a.jpg") -> dict[str, Any]:
+    roles = ("human", "gpt")
+    conversations = [{"from": roles[i % 2], "value": text} for i, text in enumerate(texts)]
+    return {"id": id, "image": image, "conversations": conversations}
+
+
+LONG = row("<image>\nQ1", "A1", "Q2", "A2", "Q3", "A3")
+
+
+def turns_of(source: Any) -> list[tuple[str, list[str], str, int]]:
+    return [
+        (row.id, [turn["content"] for turn in row.prompt], row.answer, row.source["turn"])
+        for row in source.rows
+    ]
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        ("first", [("33", ["Q1"], "A1", 1)]),
+        ("last", [("33", ["Q1", "A1", "Q2", "A2", "Q3"], "A3", 3)]),
+        (
+            "each",
+            [
+                ("33-1", ["Q1"], "A1", 1),
+                ("33-2", ["Q1", "A1", "Q2"], "A2", 2),
+                ("33-3", ["Q1", "A1", "Q2", "A2", "Q3"], "A3", 3),
+            ],
+        ),
+    ],
+)
+@pytest.mark.parametrize("first", ["<image>\nQ1", "Q1\n<image>", "Q1"])
+def test_turns(turns: str, expected: list[Any], first: str, read) -> None:
+    long = {
+        **LONG,
+        "conversations": [{"from": "human", "value": first}, *LONG["conversations"][1:]],
+    }
+    source = read([long], as_list=True, turns=turns)
+    assert source.format == "llava"
+    assert turns_of(source) == expected
+    assert {row.image for row in source.rows} == {"a.jpg"}
+    assert {row.source["id"] for row in source.rows} == {"33"}
+
+
+def test_conversations_about_one_image_get_ids_of_their_own(read) -> None:
+    source = read([LONG, row("Q", "A"), LONG], as_list=True)
+    assert [row.id for row in source.rows] == ["33", "33#2", "33#3"]
+    source = read([LONG, row("Q", "A")], as_list=True, turns="each")
+    assert [row.id for row in source.rows] == ["33-1", "33-2", "33-3", "33-1#2"]
+    assert len({row.id for row in source.rows}) == 4
+
+
+@pytest.mark.parametrize(
+    ("texts", "code"),
+    [
+        (("Q1", "A1", "Q2"), "roles"),
+        (("Q1", ""), "empty"),
+        (("Q1", "A <image>"), "special-token"),
+        (("<image>", "A1"), "empty"),
+        (("<image> <image> Q1", "A1"), "image-count"),
+        ((), "wrong-type"),
+    ],
+)
+def test_bad_conversations(texts: tuple[str, ...], code: str, read) -> None:
+    source = read([LONG, row(*texts, id="bad")], as_list=True, turns="each")
+    assert len(source.rows) == 3
+    assert [(p.code, p.row) for p in source.problems] == [(code, "bad")]
+    assert source.problems[0].place == "source.json, row 2 (counting from 1)"
+
+
+def test_a_text_only_conversation_has_no_image_to_build_on(read) -> None:
+    text_only = {key: value for key, value in LONG.items() if key != "image"}
+    source = read([LONG, text_only], as_list=True)
+    assert [(p.field, p.code) for p in source.problems] == [("image", "missing-field")]
+
+
+def test_turns_that_are_none_are_refused(read) -> None:
+    with pytest.raises(RefusedError, match="turns must be first, last or each, got 'all'"):
+        read([LONG], turns="all")
