@@ -51,11 +51,9 @@ class Journal:
                 "output folder."
             ) from None
         try:
-            is_new = not path.exists()
-            self._file = path.open("ab+", buffering=0)
             self._end = self._read()
-            if is_new:
-                _sync_folder(path.parent)
+            self._file = path.open("ab", buffering=0)
+            _sync_folder(path.parent)  # a new file has a name on the disk
         except BaseException:
             self._lock.release()
             raise
@@ -119,6 +117,8 @@ class Journal:
     def _read(self) -> int:
         """Index the lines; return where the last whole one ends, and cut the file there."""
         end = 0
+        if not self.path.exists():
+            return end
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
@@ -143,7 +143,7 @@ class Journal:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a new file's name survive the machine."""
+    """Make the names of new files survive the machine."""
     directory = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(directory)
