@@ -1,0 +1,151 @@
+"""What a server has answered, in an append-only file: nothing is asked twice, also after
+``kill -9``.
+
+One JSON object a line, known by its request's hash. An answer is in the file before it is used. It
+survives the death of the process from that moment on; the death of the machine (power cut) can take
+the last second's answers of a call under way, none of a call that has returned.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from realign.errors import RefusedError
+
+SYNC_INTERVAL_S = 1.0
+
+
+class Journal:
+    """Append-only JSONL file that one process at a time may hold open.
+
+    Only the offset of each line is kept in memory. The lock is a file beside the journal that the
+    system releases when its holder dies.
+
+    Args:
+        path: The file; a new one is started where there is none. A last line that a killed process
+            left unfinished is cut off.
+    Raises:
+        RefusedError: Another journal object or process holds it, or a line is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offsets: dict[str, int] = {}
+        self._synced_at = time.monotonic()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # not thread-local: who closes the journal need not be the thread that opened it
+        self._lock = FileLock(path.with_name(f"{path.name}.lock"), thread_local=False)
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise RefusedError(
+                f"journal {path} is being written by another run. Wait for it, or choose another "
+                "output folder."
+            ) from None
+        try:
+            self._end = self._read()
+            self._file = path.open("ab", buffering=0)
+            _sync_folder(path.parent)  # a new file has a name on the disk
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._offsets
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        with self.path.open("rb") as file:
+            file.seek(self._offsets[key])
+            entry: dict[str, Any] = json.loads(file.readline())
+        return entry
+
+    def append(self, key: str, entry: Mapping[str, Any]) -> None:
+        """Write one line. When this returns the line survives the process; :meth:`sync` makes it
+        survive the machine, and is called once a second from here.
+        """
+        assert key not in self._offsets, key
+        line = json.dumps({"key": key, **entry}).encode() + b"\n"
+        left = memoryview(line)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:  # a full disk: the next line must not be glued to half of this one
+            os.truncate(self.path, self._end)
+            raise
+        self._offsets[key] = self._end
+        self._end += len(line)
+        if time.monotonic() - self._synced_at >= SYNC_INTERVAL_S:
+            self.sync()
+
+    def sync(self) -> None:
+        """Wait until every line is on the disk."""
+        os.fsync(self._file.fileno())
+        self._synced_at = time.monotonic()
+
+    def close(self) -> None:
+        """Sync, close and unlock. Closing again does nothing."""
+        if self._file.closed:
+            return
+        try:
+            self.sync()
+        finally:
+            self._file.close()
+            self._lock.release()
+
+    def _read(self) -> int:
+        """Index the lines; return where the last whole one ends, and cut the file there."""
+        end = 0
+        if not self.path.exists():
+            return end
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                self._offsets.setdefault(self._key_of(line, number), end)
+                end += len(line)
+        if end < self.path.stat().st_size:
+            os.truncate(self.path, end)
+        return end
+
+    def _key_of(self, line: bytes, number: int) -> str:
+        try:
+            key = json.loads(line)["key"]
+        except (ValueError, KeyError, TypeError):
+            key = None
+        if not isinstance(key, str):
+            raise RefusedError(
+                f"{self.path}, line {number} must be a journal entry, got {line[:60]!r}. Remove "
+                "the line: its request is then asked again."
+            )
+        return key
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names of new files survive the machine."""
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

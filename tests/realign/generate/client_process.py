@@ -1,0 +1,35 @@
+"""A process that asks a server: ``client_process.py URL IMAGE JOURNAL NUM_REQUESTS CONCURRENCY``.
+
+Prints the counters, the answers and by how many bytes its peak memory grew.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from realign.errors import RefusedError
+from realign.generate.endpoint import Endpoint
+from realign.generate.endpoint_generator import EndpointGenerator, Sampling
+from realign.generate.generator import Request
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    url, image, journal, num_requests, concurrency = sys.argv[1:]
+    endpoint = Endpoint(url, concurrency=int(concurrency), timeout_s=0.5, backoff_s=0.01)
+    requests = [Request(f"prompt {n}", Path(image)) for n in range(int(num_requests))]
+    with EndpointGenerator(endpoint, Sampling("m", 16), Path(journal)) as generator:
+        before = peak_bytes()
+        try:
+            answers = [answer.text for answer in generator(requests)]
+        except RefusedError as error:
+            answers = [f"refused: {error}"]
+        result = {"answers": answers, "grown": peak_bytes() - before}
+        print(json.dumps({**result, **asdict(generator.counts)}))  # noqa: T201
