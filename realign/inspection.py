@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,59 +62,56 @@ def inspect_images(
         memory_bytes: Largest address space of a worker; code ``memory``, or ``crashed`` where a
             decoder does not survive it.
     """
-    return _inspect(
-        ((str(path), path) for path in paths),
-        workers=workers,
-        timeout_s=timeout_s,
-        memory_bytes=memory_bytes,
-    )
+    with ImagePool(workers, timeout_s=timeout_s, memory_bytes=memory_bytes) as pool:
+        asked: deque[Future[ImageFacts | RefusedImage]] = deque()
+        for path in paths:
+            asked.append(pool.submit(path, str(path)))
+            if len(asked) >= pool.ahead:
+                yield asked.popleft().result()
+        while asked:
+            yield asked.popleft().result()
 
 
-def inspect_bytes(
-    images: Iterable[bytes], *, workers: int, timeout_s: float = 10, memory_bytes: int = 2 << 30
-) -> Iterator[ImageFacts | RefusedImage]:
-    """As :func:`inspect_images`, for images that were read already; a refusal calls them "image"
-    and is put into its place by :meth:`RefusedImage.at`. ``images`` is consumed as it goes.
+class ImagePool:
+    """Context manager of worker processes that decode images, one each at a time.
+
+    Args and codes are those of :func:`inspect_images`.
+
+    Attributes:
+        ahead: How many images may wait so that no worker does; more take memory alone.
     """
-    return _inspect(
-        (("image", raw) for raw in images),
-        workers=workers,
-        timeout_s=timeout_s,
-        memory_bytes=memory_bytes,
-    )
 
+    def __init__(self, workers: int, *, timeout_s: float = 10, memory_bytes: int = 2 << 30) -> None:
+        self._crew = [
+            _Worker(timeout_s, memory_bytes)
+            for _ in range(workers if workers > 0 else usable_cores())
+        ]
+        self.ahead = _AHEAD * len(self._crew)
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for worker in self._crew:
+            self._idle.put(worker)
+        # a thread a worker, which waits for it; the work is in the processes
+        self._threads = ThreadPoolExecutor(len(self._crew))
 
-def _inspect(
-    items: Iterable[tuple[str, Path | bytes]], *, workers: int, timeout_s: float, memory_bytes: int
-) -> Iterator[ImageFacts | RefusedImage]:
-    count = workers or usable_cores()
-    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-    crew = [_Worker(timeout_s, memory_bytes) for _ in range(count)]
-    for worker in crew:
-        idle.put(worker)
+    def __enter__(self) -> ImagePool:
+        return self
 
-    def inspect(where: str, image: Path | bytes) -> ImageFacts | RefusedImage:
-        worker = idle.get()
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._crew:
+            worker.close()
+        self._threads.shutdown()
+
+    def submit(self, image: Path | bytes, where: str) -> Future[ImageFacts | RefusedImage]:
+        """Inspect a file, or the bytes of one; ``where`` names it in a refusal."""
+        return self._threads.submit(self._inspect, image, where)
+
+    def _inspect(self, image: Path | bytes, where: str) -> ImageFacts | RefusedImage:
+        worker = self._idle.get()
         try:
             return worker.inspect(where, image)
         finally:
-            idle.put(worker)
-
-    # a thread a worker, which waits for it; the work is in the processes
-    with ThreadPoolExecutor(count) as threads:
-        asked: deque[Future[ImageFacts | RefusedImage]] = deque()
-        try:
-            for where, image in items:
-                asked.append(threads.submit(inspect, where, image))
-                if len(asked) >= count * _AHEAD:
-                    yield asked.popleft().result()
-            while asked:
-                yield asked.popleft().result()
-        finally:
-            for future in asked:
-                future.cancel()
-            for worker in crew:
-                worker.close()
+            self._idle.put(worker)
 
 
 def usable_cores() -> int:

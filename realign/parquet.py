@@ -143,11 +143,20 @@ class ParquetRecords(LazyRecords):
         )
 
     def _read_group(self, group: int) -> Any:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         if group != self._group:
-            with pq.ParquetFile(self._path, metadata=self._metadata) as file:
-                self._table = file.read_row_group(group, columns=self._columns)
+            try:
+                with pq.ParquetFile(self._path, metadata=self._metadata) as file:
+                    self._table = file.read_row_group(group, columns=self._columns)
+            except (pa.ArrowException, OSError) as error:
+                first, last = self._starts[group] + 1, self._starts[group + 1]
+                raise RefusedError(
+                    f"{self._path.name}: rows {first} to {last} are damaged ({error!s:.200}). "
+                    "Copy or build the file again.",
+                    code="damaged",
+                ) from None
             self._group = group
         return self._table
 

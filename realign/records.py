@@ -178,7 +178,7 @@ def content_problems(record: Record, special: Sequence[str]) -> Iterator[Problem
         message = f"rejected_images must be as many as images, or none, {said}"
         yield problem("rejected_images", "image-count", message)
     if record.rejected_images and record.rejected_images == record.images:
-        said = f"got the same file content ({_image_names(record)}). "
+        said = f"got the same file content{_image_names(record)}. "
         remedy = "Retrieve another image or remove the row."
         message = f"retrieved_image must differ from image, {said}{remedy}"
         yield problem("rejected_images", "equal-images", message)
@@ -212,7 +212,8 @@ def surroundings(text: str, token: str) -> str:
 
 
 def _image_names(record: Record) -> str:
-    return f"{record.source.get('image')!r} and {record.source.get('retrieved_image')!r}"
+    names = [record.source.get(name) for name in ("image", "retrieved_image")]
+    return f" ({names[0]!r} and {names[1]!r})" if any(names) else ""
 
 
 def check_messages(turns: Any, where: str, name: str) -> tuple[Message, ...]:
