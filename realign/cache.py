@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from realign.check import check_rows
+from realign.check.rows import check_rows
 from realign.collate import PreferenceCollator
 from realign.config import CacheConfig
 from realign.dataset import read_records

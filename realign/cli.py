@@ -23,7 +23,7 @@ except ImportError:
 from realign.errors import RefusedError
 
 if TYPE_CHECKING:
-    from realign.config import BuildConfig, CacheConfig, EvalConfig, TrainConfig
+    from realign.config import BuildConfig, CacheConfig, CheckConfig, EvalConfig, TrainConfig
 
 
 class SectionCommand(TyperCommand):
@@ -199,6 +199,51 @@ def train(
         from realign.train import train as run
 
         typer.echo(f"checkpoint -> {run(options)}")
+
+
+@app.command(cls=SectionCommand)
+def check(
+    data: Data = None,
+    images: Images = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Also check for this model: folder or hub id; weights are not loaded."),
+    ] = None,
+    eval_images: Annotated[
+        Path | None, typer.Option(help="Folder of an evaluation's images, for leakage.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for problems.json and rejected.jsonl.")
+    ] = None,
+    max_reject: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE", help="Rejected rows that pass: 0.001 or 0.1%; none if not given."
+        ),
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest row in tokens.")] = None,
+    config: Config = None,
+    set_: Overrides = None,
+) -> None:
+    """Dataset -> every bad row, as text and JSON, without a GPU.
+
+    Exit code 1 when more rows were rejected than may be, 2 when there was nothing to check.
+    """
+    with _exit_codes():
+        from realign.config import CheckConfig, load_config
+
+        flags: dict[str, Any] = {"data": data, "images": images, "model": model, "out": out}
+        flags |= {"eval_images": eval_images, "max_reject": max_reject, "max_length": max_length}
+        options: CheckConfig = load_config(CheckConfig, config, set_ or (), flags)
+        from realign.check.run import check as run
+
+        findings = run(options)
+        for line in findings.lines(options.show):
+            typer.echo(line)
+        if options.out:
+            typer.echo(f"all of it -> {options.out}")
+        if not findings.has_passed:
+            raise typer.Exit(1)
 
 
 @app.command(name="eval", cls=SectionCommand)

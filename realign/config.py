@@ -11,14 +11,16 @@ import difflib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -31,6 +33,19 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 RejectedScoring = Literal["label", "top_non_label"]
 # resized and recompressed copies are within 6 of 64 bits, see realign/perceptual_hash.py
 NEAR_DUPLICATE_BITS = 6
+
+
+def _of_percent(value: Any) -> Any:
+    """0.1% is 0.001; anything else is left to pydantic."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            return float(value.strip()[:-1]) / 100
+        except ValueError:
+            return value
+    return value
+
+
+Share = Annotated[float, BeforeValidator(_of_percent), Field(ge=0, le=1)]
 
 
 class _Section(BaseModel):
@@ -261,6 +276,45 @@ class TrainConfig(_Section):
     """Trackers of transformers.Trainer; none by default."""
 
 
+class CheckConfig(_Section):
+    """``realign check``: every bad row of a dataset, before any GPU time."""
+
+    data: Path
+    """Dataset: parquet file, ``realign build`` folder, or the authors' JSON."""
+    images: Path | None = None
+    """Image folder of the authors' JSON."""
+    model: str | None = None
+    """Also check template, special tokens and lengths for this model, and predict memory; only its
+    configuration and processor are loaded.
+    """
+    eval_images: Path | None = None
+    """Folder of an evaluation's images: a row that holds one of them is rejected, one that holds a
+    lookalike is reported.
+    """
+    out: Path | None = None
+    """Folder for problems.json, everything that was found, and rejected.jsonl, a rejected row a
+    line.
+    """
+    max_reject: Share = 0.0
+    """Share of rows that may be rejected, such as 0.001 or 0.1%; more, and the exit code is 1."""
+    near_bits: NonNegativeInt | None = 6
+    """A retrieved image whose perceptual hash (64 bits) differs from the original's in at most so
+    many bits is a copy of it; null to allow copies.
+    """
+    max_length: PositiveInt | None = None
+    """Longest row in tokens, image tokens included; beside the model's max_position_embeddings."""
+    lora: LoraSection = LoraSection()
+    """Adapter whose memory is predicted; the paper's by default."""
+    freeze_vision: bool = True
+    """Whether the vision tower is left as it is, for the predicted memory."""
+    workers: NonNegativeInt = 0
+    """Processes that decode images; 0 for one a core."""
+    image_seconds: PositiveFloat = 10.0
+    """Longest time for decoding one image."""
+    show: NonNegativeInt = 5
+    """Rows to print of each kind of problem; all are in problems.json."""
+
+
 class EvalConfig(_Section):
     """``realign eval``: raw answers of several models to the same questions, scored and compared
     in pairs.
@@ -292,6 +346,7 @@ SECTIONS: Mapping[str, type[_Section]] = {
     "build": BuildConfig,
     "cache": CacheConfig,
     "train": TrainConfig,
+    "check": CheckConfig,
     "eval": EvalConfig,
 }
 S = TypeVar("S", bound=_Section)

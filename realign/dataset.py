@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from realign.errors import RefusedError
-from realign.official import read_official_json
+from realign.official import read_official_json, read_official_rows
 from realign.parquet import read_parquet
+from realign.problems import Problem
 from realign.records import Record
 
 
@@ -18,6 +19,23 @@ def read_records(data: Path, image_root: Path | None) -> Sequence[Record]:
     Raises:
         RefusedError: The path is none of these, or JSON comes without an image folder.
     """
+    file, root = _dataset_file(data, image_root)
+    return read_parquet(file) if root is None else read_official_json(file, root)
+
+
+def read_rows(data: Path, image_root: Path | None) -> tuple[Sequence[Record], list[list[Problem]]]:
+    """As :func:`read_records`, but bad rows of the authors' JSON are returned beside the good
+    ones, each as its problems. Those of a parquet file are refused when they are read.
+
+    Raises:
+        RefusedError: The path is none of these, or JSON comes without an image folder.
+    """
+    file, root = _dataset_file(data, image_root)
+    return (read_parquet(file), []) if root is None else read_official_rows(file, root)
+
+
+def _dataset_file(data: Path, image_root: Path | None) -> tuple[Path, Path | None]:
+    """The dataset's file and, where it is JSON, its image folder."""
     if data.is_dir():
         data = data / "dataset.parquet"
     if not data.is_file():
@@ -27,13 +45,13 @@ def read_records(data: Path, image_root: Path | None) -> Sequence[Record]:
             "a folder must be one that `realign build` has finished."
         )
     if data.suffix == ".parquet":
-        return read_parquet(data)
+        return data, None
     if data.suffix == ".json":
         if image_root is None:
             raise RefusedError(
                 f"images must name the image folder for {data.name}. Pass --images FOLDER."
             )
-        return read_official_json(data, image_root)
+        return data, image_root
     raise RefusedError(
         f"data must end in .parquet or .json, got {data.name}. Convert it to one of them."
     )

@@ -5,9 +5,13 @@ data root.
 from __future__ import annotations
 
 import io
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from realign.errors import RefusedError
@@ -15,6 +19,37 @@ from realign.errors import RefusedError
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_BYTES = 50_000_000
 MAX_PIXELS = 40_000_000
+MIN_SIDE, MAX_SIDE = 2, 20_000
+
+# a scheme and a slash, a scheme that needs none, or a host without a scheme; any case
+_URL = re.compile(
+    r"\s*([a-z][a-z0-9+.-]*:[/\\]|(data|file|https?|ftp|blob|javascript|urn):|[/\\]{2})", re.I
+)
+# what Pillow says of text and profiles that unpack to more than it allows
+_METADATA = ("MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY", "too much memory used in text chunks")
+
+
+class RefusedImage(RefusedError):
+    """An image file that is not opened, or not as an image.
+
+    Args:
+        where: What names the image, in front of the message.
+        reason: The value and the remedy.
+        code: ``image-name``, ``url``, ``outside-root``, ``missing``, ``unreadable``,
+            ``too-many-bytes``, ``too-many-pixels``, ``side``, ``frames``, ``format``,
+            ``metadata``, ``damaged``; from workers also ``memory``, ``timeout``, ``crashed``.
+    """
+
+    def __init__(self, where: str, reason: str, code: str) -> None:
+        super().__init__(f"{where}: {reason}", code=code, field="image")
+        self.where, self.reason = where, reason
+
+    def __reduce__(self) -> tuple[type[RefusedImage], tuple[str, str, str]]:
+        return RefusedImage, (self.where, self.reason, self.code)
+
+    def at(self, where: str) -> RefusedImage:
+        """The same refusal of the same image in another place."""
+        return RefusedImage(where, self.reason, self.code)
 
 
 def check_image_root(root: Path) -> None:
@@ -32,28 +67,50 @@ def resolve_image(root: Path, name: str, where: str) -> Path:
 
     Args:
         root: The image folder.
-        name: A relative path from the dataset. URLs and paths that leave ``root`` are refused.
+        name: A relative path from the dataset. URLs and paths that leave ``root``, by themselves
+            or through a link, are refused.
         where: The row, for the message.
     Raises:
-        RefusedError: The name is absolute, a URL, leaves the folder, or no such file exists.
+        RefusedImage: The name is absolute, a URL, leaves the folder, or no such file exists.
     """
     if not isinstance(name, str) or not name or "\0" in name:
-        raise RefusedError(
-            f"{where}: image must be a file name, got {name!r:.80}. Name a file of the image "
-            "folder."
-        )
-    if "://" in name or name.startswith("data:"):
-        raise RefusedError(
-            f"{where}: image must be a file name, got the URL {name[:80]!r}. Download it first."
-        )
-    path = (root / name).resolve()
-    if not path.is_relative_to(root.resolve()):
-        raise RefusedError(f"{where}: image must lie inside {root}, got {name!r}. Move it there.")
-    if not path.is_file():
-        raise RefusedError(
-            f"{where}: image {name!r} does not exist in {root}. Check --images or remove the row."
-        )
+        reason = f"image must be a file name, got {name!r:.80}. Name a file of the image folder."
+        raise RefusedImage(where, reason, "image-name")
+    if "://" in name or _URL.match(name):
+        reason = f"image must be a file name, got the URL {name[:80]!r}. Download it first."
+        raise RefusedImage(where, reason, "url")
+    try:
+        path = (root / name).resolve()
+        is_inside, is_file = path.is_relative_to(root.resolve()), path.is_file()
+    # too long, not in the file system's encoding, a loop of links, a folder that is locked
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = f"image must be a file that can be opened, got {name[:80]!r} ({error!s:.80}). "
+        raise RefusedImage(where, reason + "Rename it.", "unreadable") from None
+    if not is_inside:
+        reason = f"image must lie inside {root}, got {name[:200]!r}. Move it there."
+        raise RefusedImage(where, reason, "outside-root")
+    if not is_file:
+        reason = f"image {name!r} does not exist in {root}. Check --images or remove the row."
+        raise RefusedImage(where, reason, "missing")
     return path
+
+
+def read_image(path: Path, where: str) -> bytes:
+    """Read an image file of at most ``MAX_BYTES``.
+
+    Raises:
+        RefusedImage: It is larger, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+            num_bytes = len(raw) if len(raw) <= MAX_BYTES else path.stat().st_size
+    except OSError as error:
+        reason = f"image must be a file that can be read ({error.strerror}). Check it."
+        code = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+        raise RefusedImage(where, reason, code) from None
+    _check_bytes(num_bytes, where)
+    return raw
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -65,56 +122,78 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def decode_image(raw: bytes, where: str) -> Image.Image:
-    """Decode image bytes to RGB: EXIF rotation applied, transparency over white, 16 bits scaled
-    down.
+    """Decode image bytes to RGB: EXIF rotation applied, transparency over white, 16-bit grey
+    scaled down.
 
     Raises:
-        RefusedError: Not a JPEG, PNG or WebP file, damaged, too large, or more than one frame.
+        RefusedImage: Not a JPEG, PNG or WebP file, damaged, too small or large, or more than one
+            frame.
     """
-    if len(raw) > MAX_BYTES:
-        raise RefusedError(
-            f"{where}: image must have at most {MAX_BYTES} bytes, got {len(raw)}. Shrink it."
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(raw), formats=FORMATS)
-            if image.width * image.height > MAX_PIXELS:
-                raise RefusedError(
-                    f"{where}: image must have at most {MAX_PIXELS} pixels, got {image.size}. "
-                    f"Shrink it."
-                )
-            if (frames := getattr(image, "n_frames", 1)) != 1:
-                raise RefusedError(
-                    f"{where}: image must have one frame, got {frames}. Save one frame."
-                )
-            image.load()
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise RefusedError(
-            f"{where}: image must have at most {MAX_PIXELS} pixels ({error}). Shrink it."
-        ) from None
-    except UnidentifiedImageError:  # its text is the address of our buffer
-        raise RefusedError(
-            f"{where}: image must be a readable {', '.join(FORMATS)} file, got "
-            f"{_beginning(raw)}. Replace it or remove the row."
-        ) from None
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, RefusedError):
-            raise
-        raise RefusedError(
-            f"{where}: image is damaged ({error}). Replace it or remove the row."
-        ) from None
-    return _to_rgb(ImageOps.exif_transpose(image))
+    _check_bytes(len(raw), where)
+    with _refusing(raw, where), warnings.catch_warnings():
+        # of damaged metadata, which is not used, and of sizes, which are checked here
+        warnings.simplefilter("ignore")
+        image = Image.open(io.BytesIO(raw), formats=FORMATS)
+        _check_size(image, where)
+        if (frames := getattr(image, "n_frames", 1)) != 1:
+            reason = f"image must have one frame, got {frames}. Save one frame."
+            raise RefusedImage(where, reason, "frames")
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
 
 
-def _beginning(raw: bytes) -> str:
-    return f"{len(raw)} bytes that begin with {raw[:12]!r}" if raw else "no bytes"
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow would saturate it
-        return image.convert("I").point(lambda value: value / 257).convert("L").convert("RGB")
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of an image in any mode: 16-bit grey scaled by 1/257, transparency over white."""
+    if image.mode.startswith("I"):  # Pillow would saturate it
+        return _grey_of_16_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _grey_of_16_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int32)
+    grey = ((values.clip(0, 65535) + 128) // 257).astype(np.uint8)  # to the nearest
+    if isinstance(transparent := image.info.get("transparency"), int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _check_bytes(num_bytes: int, where: str) -> None:
+    if num_bytes > MAX_BYTES:
+        reason = f"image must have at most {MAX_BYTES} bytes, got {num_bytes}. Shrink it."
+        raise RefusedImage(where, reason, "too-many-bytes")
+
+
+def _check_size(image: Image.Image, where: str) -> None:
+    if not MIN_SIDE <= min(image.size) <= max(image.size) <= MAX_SIDE:
+        reason = (
+            f"image must have sides of {MIN_SIDE} to {MAX_SIDE} pixels, got {image.size}. "
+            "Replace it or remove the row."
+        )
+        raise RefusedImage(where, reason, "side")
+    if image.width * image.height > MAX_PIXELS:
+        reason = f"image must have at most {MAX_PIXELS} pixels, got {image.size}. Shrink it."
+        raise RefusedImage(where, reason, "too-many-pixels")
+
+
+@contextmanager
+def _refusing(raw: bytes, where: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into a refusal."""
+    try:
+        yield
+    except (RefusedImage, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        reason = f"image must have at most {MAX_PIXELS} pixels ({error}). Shrink it."
+        raise RefusedImage(where, reason, "too-many-pixels") from None
+    except UnidentifiedImageError:  # its text is the address of our buffer
+        begins = f"{len(raw)} bytes that begin with {raw[:12]!r}" if raw else "no bytes"
+        reason = f"image must be a readable {', '.join(FORMATS)} file, got {begins}. "
+        raise RefusedImage(where, reason + "Replace it or remove the row.", "format") from None
+    except Exception as error:  # on damaged files, decoders raise any
+        is_metadata = any(said in str(error) for said in _METADATA)
+        reason = f"image {'has too much metadata' if is_metadata else 'is damaged'} ({error}). "
+        code = "metadata" if is_metadata else "damaged"
+        raise RefusedImage(where, reason + "Replace it or remove the row.", code) from None

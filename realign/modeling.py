@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from realign.errors import RefusedError
 from realign.files import file_sha256
@@ -182,6 +182,11 @@ def load_processor(folder: Path) -> Any:
             "Add tokenizer.json to the folder."
         )
     return processor
+
+
+def load_model_config(folder: Path) -> Any:
+    """Load the configuration of a model folder, or of an adapter's base."""
+    return AutoConfig.from_pretrained(_resolve_base(folder) if is_adapter(folder) else folder)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from typing import Any, cast
 
 from realign.errors import RefusedError
 from realign.files import read_json
-from realign.images import MAX_BYTES, check_image_root, resolve_image
+from realign.images import MAX_BYTES, RefusedImage, check_image_root, resolve_image
+from realign.problems import Problem
 from realign.records import (
     COUNTED,
     IMAGE_TOKEN,
@@ -33,6 +34,19 @@ def read_official_json(path: Path, image_root: Path) -> OfficialRecords:
         RefusedError: The file or rows do not have that layout, or images are missing; all are
             counted and the first twenty named.
     """
+    records, problems = read_official_rows(path, image_root)
+    refuse_problems(
+        [problem.message for row in problems for problem in row], len(records) + len(problems)
+    )
+    return records
+
+
+def read_official_rows(path: Path, image_root: Path) -> tuple[OfficialRecords, list[list[Problem]]]:
+    """Open the published layout; return its good rows, and the problems of each bad one.
+
+    Raises:
+        RefusedError: The file does not hold a list, or the image folder is none.
+    """
     rows = read_json(path)
     if not isinstance(rows, list):
         raise RefusedError(
@@ -40,14 +54,24 @@ def read_official_json(path: Path, image_root: Path) -> OfficialRecords:
         )
     check_image_root(image_root)
     read: list[OfficialRow] = []
-    problems: list[str] = []
+    problems: list[list[Problem]] = []
     for number, row in enumerate(rows, start=1):
+        # its own name where it has one; else its number, from 1 as the lines of a file
+        has_id = isinstance(row, dict) and "id" in row
+        row_id = str(row["id"] if has_id else number)
+        where = f"{path.name}, row {row_id}" + ("" if has_id else COUNTED)
         try:
-            read.append(_official_row(row, number, path, image_root))
+            result = _official_row(row, row_id, where, image_root)
         except RefusedError as error:
-            problems += str(error).splitlines()
-    refuse_problems(problems, len(rows))
-    return OfficialRecords(read)
+            problems.append([Problem.of(error, row_id, where)])
+            continue
+        if isinstance(result, OfficialRow):
+            meta = {"file": path.name, "index": number - 1, **result.record.source}
+            record = dataclasses.replace(result.record, meta={"source": meta})
+            read.append(dataclasses.replace(result, record=record))
+        else:
+            problems.append(result)
+    return OfficialRecords(read), problems
 
 
 @dataclass(frozen=True)
@@ -84,24 +108,36 @@ def _read_limited(path: Path | None) -> tuple[bytes, ...]:
         return (file.read(MAX_BYTES + 1),)
 
 
-def _official_row(row: Any, number: int, path: Path, image_root: Path) -> OfficialRow:
-    # its own name where it has one; else its number, from 1 as the lines of a file
-    has_id = isinstance(row, dict) and "id" in row
-    row_id = str(row["id"] if has_id else number)
-    where = f"{path.name}, row {row_id}" + ("" if has_id else COUNTED)
+def _official_row(
+    row: Any, row_id: str, where: str, image_root: Path
+) -> OfficialRow | list[Problem]:
+    """The row, or what is wrong with its images; anything else that is wrong is raised."""
     if not isinstance(row, dict):
-        raise RefusedError(f"{where} must be an object, got {row!r:.80}. Correct it or remove it.")
+        raise RefusedError(
+            f"{where} must be an object, got {row!r:.80}. Correct it or remove it.",
+            code="not-an-object",
+        )
     if missing := [name for name in ("chosen", "rejected") if name not in row]:
-        raise RefusedError(f"{where}: keys {missing} are missing, found {sorted(row)}. Add them.")
+        raise RefusedError(
+            f"{where}: keys {missing} are missing, found {sorted(row)}. Add them.",
+            code="missing-key",
+            field=missing[0],
+        )
     names = {name: row[name] for name in ("image", "retrieved_image") if name in row}
     if len(names) == 1:
         ((there, value),) = names.items()
         missing_name = "retrieved_image" if there == "image" else "image"
-        raise RefusedError(f"{where}: {missing_name} is missing beside {there} {value!r}. Add it.")
+        raise RefusedError(
+            f"{where}: {missing_name} is missing beside {there} {value!r}. Add it.",
+            code="missing-key",
+            field=missing_name,
+        )
     for name, value in names.items():
         if not isinstance(value, str):
             raise RefusedError(
-                f"{where}: {name} must be a file name, got {value!r:.80}. Name one of --images."
+                f"{where}: {name} must be a file name, got {value!r:.80}. Name one of --images.",
+                code="image-name",
+                field=name,
             )
     _check_placeholders(row, len(names) // 2, where)
     prompt, chosen = split_conversation(row["chosen"], where, "chosen")
@@ -109,28 +145,30 @@ def _official_row(row: Any, number: int, path: Path, image_root: Path) -> Offici
     if prompt != rejected_prompt:
         raise RefusedError(
             f"{where}: chosen and rejected must differ in the last answer only. Make their turns "
-            f"equal."
+            "equal.",
+            code="turns",
+            field="rejected",
         )
+    paths, problems = {}, []
+    for name, file in names.items():
+        try:
+            paths[name] = resolve_image(image_root, file, where)
+        except RefusedImage as error:
+            problems.append(Problem(row_id, where, name, error.code, str(error)))
+    if problems:
+        return problems
     record = Record(
         id=row_id,
         images=(),
         prompt=prompt,
         chosen=chosen,
         rejected=rejected,
-        meta={"source": {"file": path.name, "index": number - 1, **names}},
+        meta={"source": names},
         place=where,
     )
     if not _spells(row, plain_row(record)):
         # unknown keys, their order, where the placeholder stands: kept for export
         record.source["row"] = json.dumps(row)
-    paths, problems = {}, []
-    for name, file in names.items():
-        try:
-            paths[name] = resolve_image(image_root, file, where)
-        except RefusedError as error:
-            problems.append(str(error))
-    if problems:
-        raise RefusedError("\n".join(problems))
     return OfficialRow(record, paths.get("image"), paths.get("retrieved_image"))
 
 
@@ -171,7 +209,9 @@ def _check_placeholders(row: dict[str, Any], num_images: int, where: str) -> Non
             raise RefusedError(
                 f"{where}: {name} must have at most one {IMAGE_TOKEN} an image, got {count} for "
                 f"{num_images}. Name the images in image and retrieved_image, or remove "
-                f"{IMAGE_TOKEN}."
+                f"{IMAGE_TOKEN}.",
+                code="image-slot",
+                field=name,
             )
 
 
@@ -186,11 +226,15 @@ def split_conversation(turns: Any, where: str, name: str) -> tuple[tuple[Message
     if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
         raise RefusedError(
             f"{where}: {name} must alternate user and assistant turns, got {roles or turns!r}. "
-            "Remove system turns and end with an answer."
+            "Remove system turns and end with an answer.",
+            code="turns",
+            field=name,
         )
     if any(IMAGE_TOKEN in turn["content"] for turn in turns[1:-1]):
         raise RefusedError(
-            f"{where}: {name} must have {IMAGE_TOKEN} in its first turn only. Move it there."
+            f"{where}: {name} must have {IMAGE_TOKEN} in its first turn only. Move it there.",
+            code="image-slot",
+            field=name,
         )
     prompt = [{"role": turn["role"], "content": turn["content"]} for turn in turns[:-1]]
     prompt[0]["content"] = prompt[0]["content"].replace(IMAGE_TOKEN, "").strip()

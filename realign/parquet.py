@@ -133,38 +133,68 @@ class ParquetRecords(LazyRecords):
         where = f"{self._path.name}, row {row_id}" + ("" if "id" in row else COUNTED)
         return Record(
             id=row_id,
-            images=_image_bytes(row["images"], where),
+            images=_image_bytes(row["images"], where, "images"),
             prompt=check_messages(row["prompt"], where, "prompt"),
-            chosen=_only_answer(row["chosen"], where),
-            rejected=_only_answer(row["rejected"], where),
-            rejected_images=_image_bytes(row.get("rejected_images"), where),
-            meta=json.loads(row.get("meta") or "{}"),
+            chosen=_only_answer(row["chosen"], where, "chosen"),
+            rejected=_only_answer(row["rejected"], where, "rejected"),
+            rejected_images=_image_bytes(row.get("rejected_images"), where, "rejected_images"),
+            meta=_meta(row.get("meta") or "{}", where),
             place=where,
         )
 
     def _read_group(self, group: int) -> Any:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         if group != self._group:
-            with pq.ParquetFile(self._path, metadata=self._metadata) as file:
-                self._table = file.read_row_group(group, columns=self._columns)
+            try:
+                with pq.ParquetFile(self._path, metadata=self._metadata) as file:
+                    self._table = file.read_row_group(group, columns=self._columns)
+            except (pa.ArrowException, OSError) as error:
+                first, last = self._starts[group] + 1, self._starts[group + 1]
+                raise RefusedError(
+                    f"{self._path.name}: rows {first} to {last} are damaged ({error!s:.200}). "
+                    "Copy or build the file again.",
+                    code="damaged",
+                ) from None
             self._group = group
         return self._table
 
 
-def _image_bytes(images: Any, where: str) -> tuple[bytes, ...]:
-    if not all(isinstance(image, dict) and image.get("bytes") for image in images or []):
+def _image_bytes(images: Any, where: str, name: str) -> tuple[bytes, ...]:
+    if not isinstance(images, list | None) or not all(
+        isinstance(image, dict) and isinstance(image.get("bytes"), bytes) for image in images or []
+    ):
         raise RefusedError(
-            f"{where}: images must be embedded as bytes, got a path. Embed them when saving."
+            f"{where}: {name} must be embedded as bytes, got a path. Embed them when saving.",
+            code="not-embedded",
+            field=name,
         )
     return tuple(image["bytes"] for image in images or [])
 
 
-def _only_answer(turns: Any, where: str) -> str:
-    (answer, *more) = check_messages(turns, where, "an answer") or [{"role": "", "content": ""}]
+def _only_answer(turns: Any, where: str, name: str) -> str:
+    (answer, *more) = check_messages(turns, where, name) or [{"role": "", "content": ""}]
     if more or answer["role"] != "assistant":
         raise RefusedError(
-            f"{where}: an answer must be one assistant turn, got {[t['role'] for t in turns]}. "
-            "Move other turns to prompt."
+            f"{where}: {name} must be one assistant turn, got {[t['role'] for t in turns]}. "
+            "Move other turns to prompt.",
+            code="turns",
+            field=name,
         )
     return answer["content"]
+
+
+def _meta(text: Any, where: str) -> dict[str, Any]:
+    try:
+        meta = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        meta = None
+    if not isinstance(meta, dict):
+        raise RefusedError(
+            f"{where}: meta must be a JSON object as text, got {text!r:.80}. Correct it or drop "
+            "the column.",
+            code="meta",
+            field="meta",
+        )
+    return meta

@@ -5,8 +5,9 @@ known by their content.
 from __future__ import annotations
 
 import io
+import unicodedata
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, overload
@@ -15,7 +16,8 @@ from PIL import Image
 
 from realign.errors import RefusedError
 from realign.files import canonical_json, content_sha256
-from realign.images import decode_image
+from realign.images import RefusedImage, decode_image
+from realign.problems import Problem
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
 COUNTED = " (counting from 1)"  # after the number of a row that has no id
@@ -71,12 +73,14 @@ class Record:
 
     def open_images(self, *, rejected: bool = False) -> list[Image.Image]:
         """Decode the original or the retrieved images to RGB."""
-        which, name = (
-            (self.rejected_images, "rejected_images") if rejected else (self.images, "images")
-        )
+        which = self.rejected_images if rejected else self.images
+        return [decode_image(raw, self.image_place(rejected=rejected)) for raw in which]
+
+    def image_place(self, *, rejected: bool) -> str:
+        """What a message calls the original or the retrieved images."""
         file = self.source.get("retrieved_image" if rejected else "image")
-        where = f"{self.where}, {name}" + (f" {file!r}" if file else "")
-        return [decode_image(raw, where) for raw in which]
+        name = "rejected_images" if rejected else "images"
+        return f"{self.where}, {name}" + (f" {file!r}" if file else "")
 
 
 class LazyRecords(Sequence[Record]):
@@ -104,13 +108,22 @@ def check_records(records: Sequence[Record], placeholders: Iterable[str]) -> Non
     Raises:
         RefusedError: The first bad rows, one a line, each with its id, the value and the remedy.
     """
-    special = sorted({token for token in (*placeholders, IMAGE_TOKEN) if token})
-    problems = [problem for record in records for problem in _problems(record, special)]
+    special = special_tokens(placeholders)
+    problems = [
+        problem.message
+        for record in records
+        for problem in (*content_problems(record, special), *_image_problems(record))
+    ]
     refuse_problems(problems, len(records))
     if not records:
         raise RefusedError(
             "data must have at least one row, got none. Add rows or give another --data."
         )
+
+
+def special_tokens(placeholders: Iterable[str]) -> list[str]:
+    """What no text may contain: a model's own tokens and the authors' image placeholder."""
+    return sorted({token for token in (*placeholders, IMAGE_TOKEN) if token})
 
 
 def refuse_problems(problems: Sequence[str], num_rows: int) -> None:
@@ -125,45 +138,70 @@ def refuse_problems(problems: Sequence[str], num_rows: int) -> None:
         raise RefusedError(f"{len(problems)} problem(s) in {num_rows} rows:\n{shown}{more}")
 
 
-def _problems(record: Record, special: list[str]) -> Iterable[str]:
-    where = record.where
+def content_problems(record: Record, special: Sequence[str]) -> Iterator[Problem]:
+    """What is wrong with a row, its images not decoded.
+
+    Codes: ``empty``, ``special-token``, ``equal-answers``, ``image-slot``, ``image-count``,
+    ``equal-images``.
+
+    Args:
+        record: The row.
+        special: From :func:`special_tokens`.
+    """
+
+    def problem(field: str, code: str, message: str) -> Problem:
+        return Problem(record.id, record.where, field, code, f"{record.where}: {message}")
+
     for name in ("chosen", "rejected"):
         text = getattr(record, name)
         if not text.strip():
-            yield f"{where}: {name} must not be empty, got {text!r}. Remove the row."
+            yield problem(name, "empty", f"{name} must not be empty, got {text!r}. Remove the row.")
+    texts = [("chosen", record.chosen), ("rejected", record.rejected)]
+    texts += [("prompt", message["content"]) for message in record.prompt]
+    for name, text in texts:
         for token in special:
             if token in text:
-                yield (
-                    f"{where}: {name} must not contain the special token {token!r}, "
-                    f"got {surroundings(text, token)!r}. Remove it."
-                )
-    if record.chosen.strip() and record.chosen.strip() == record.rejected.strip():
-        yield (
-            f"{where}: rejected must differ from chosen, got {record.chosen[:80]!r} twice. "
-            "Remove the row."
-        )
-    for message in record.prompt:
-        for token in special:
-            if token in message["content"]:
-                yield (
-                    f"{where}: prompt must not contain the special token {token!r}, "
-                    f"got {surroundings(message['content'], token)!r}. Remove it from the text."
-                )
+                remedy = "Remove it." if name != "prompt" else "Remove it from the text."
+                said = f"got {surroundings(text, token)!r}. {remedy}"
+                message = f"{name} must not contain the special token {token!r}, {said}"
+                yield problem(name, "special-token", message)
+    chosen, rejected = _normalised(record.chosen), _normalised(record.rejected)
+    if chosen and chosen == rejected:
+        said = f"got {record.chosen[:80]!r} twice. Remove the row."
+        yield problem("rejected", "equal-answers", f"rejected must differ from chosen, {said}")
+    if record.images and not any(message["role"] == "user" for message in record.prompt):
+        roles = [message["role"] for message in record.prompt]
+        said = f"got {roles}. Add it or remove the images."
+        yield problem("prompt", "image-slot", f"prompt must have a user turn for the image, {said}")
     if record.rejected_images and len(record.rejected_images) != len(record.images):
-        yield (
-            f"{where}: rejected_images must be as many as images, or none, got "
-            f"{len(record.rejected_images)} for {len(record.images)}. Add or remove some."
-        )
+        said = f"got {len(record.rejected_images)} for {len(record.images)}. Add or remove some."
+        message = f"rejected_images must be as many as images, or none, {said}"
+        yield problem("rejected_images", "image-count", message)
     if record.rejected_images and record.rejected_images == record.images:
-        yield (
-            f"{where}: retrieved_image must differ from image, got the same file content "
-            f"({_image_names(record)}). Retrieve another image or remove the row."
-        )
+        said = f"got the same file content{_image_names(record)}. "
+        remedy = "Retrieve another image or remove the row."
+        message = f"retrieved_image must differ from image, {said}{remedy}"
+        yield problem("rejected_images", "equal-images", message)
+
+
+def image_problem(record: Record, error: RefusedImage, *, rejected: bool) -> Problem:
+    """The problem that a refusal of one of the row's images is."""
+    field = "rejected_images" if rejected else "images"
+    message = str(error.at(record.image_place(rejected=rejected)))
+    return Problem(record.id, record.where, field, error.code, message)
+
+
+def _image_problems(record: Record) -> Iterator[Problem]:
     for rejected in (False, True):
         try:
             record.open_images(rejected=rejected)
-        except RefusedError as error:
-            yield str(error)
+        except RefusedImage as error:
+            yield image_problem(record, error, rejected=rejected)
+
+
+def _normalised(text: str) -> str:
+    """What remains of a text when spaces and ways to encode the same characters are one."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def surroundings(text: str, token: str) -> str:
@@ -174,7 +212,8 @@ def surroundings(text: str, token: str) -> str:
 
 
 def _image_names(record: Record) -> str:
-    return f"{record.source.get('image')!r} and {record.source.get('retrieved_image')!r}"
+    names = [record.source.get(name) for name in ("image", "retrieved_image")]
+    return f" ({names[0]!r} and {names[1]!r})" if any(names) else ""
 
 
 def check_messages(turns: Any, where: str, name: str) -> tuple[Message, ...]:
@@ -187,7 +226,9 @@ def check_messages(turns: Any, where: str, name: str) -> tuple[Message, ...]:
     ):
         raise RefusedError(
             f"{where}: {name} must be a list of messages with a role and a string content, "
-            f"got {turns!r:.120}. Put the text itself into content."
+            f"got {turns!r:.120}. Put the text itself into content.",
+            code="messages",
+            field=name,
         )
     return tuple(turns)
 

@@ -8,19 +8,20 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PrinterCallback, set_seed
 
 from realign.cache import Identity, build_cache, read_cache, reference_identity
-from realign.check import announce_missing_images, check_rows
+from realign.check.rows import announce_missing_images, check_rows
 from realign.config import TrainConfig
 from realign.dataset import read_records
 from realign.errors import RefusedError
 from realign.files import follow_umask, write_text
 from realign.footprint import footprint
+from realign.lora import add_adapter
 from realign.model_card import adapter_card
 from realign.modeling import (
     adapter_base,
@@ -31,7 +32,6 @@ from realign.modeling import (
     load_processor,
     quiet_peft,
     resolve_model,
-    vision_module,
 )
 from realign.objectives import make_objective
 from realign.progress import announce
@@ -94,7 +94,13 @@ def train(config: TrainConfig) -> Path:
         folder, _dtype(config), trainable_adapter=True, name=lasting_name(config.model)
     )
     if config.lora:
-        model = _add_adapter(model, config)
+        model = add_adapter(
+            model,
+            rank=config.lora.r,
+            alpha=config.lora.alpha,
+            targets=config.lora.targets,
+            freeze_vision=config.freeze_vision,
+        )
     if config.gradient_checkpointing:
         # transformers 5.23 renamed it
         enable = getattr(model, "activation_checkpointing_enable", None)
@@ -189,22 +195,6 @@ def _build_reference(
         max_length=config.max_length,
     )
     return read_cache(root, records, identity)
-
-
-def _add_adapter(model: nn.Module, config: TrainConfig) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    assert config.lora is not None
-    exclude = rf".*{vision_module(model)[0].rpartition('.')[2]}.*" if config.freeze_vision else None
-    lora = LoraConfig(
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=0.0,
-        target_modules=config.lora.targets,
-        exclude_modules=exclude,
-    )
-    with quiet_peft():
-        return get_peft_model(model, lora)
 
 
 def _arguments(config: TrainConfig, num_records: int) -> RDPOConfig:

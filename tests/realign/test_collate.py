@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AddedToken
 
-from realign.check import check_rows
+from realign.check.rows import check_rows
 from realign.collate import PreferenceCollator, Renderer, user_turns
 from realign.errors import RefusedError
 from realign.modeling import load_processor
