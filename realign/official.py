@@ -67,6 +67,10 @@ class OfficialRecords(LazyRecords):
     def __len__(self) -> int:
         return len(self._rows)
 
+    def texts(self) -> Sequence[Record]:
+        """The same rows; no image file is read."""
+        return [row.record for row in self._rows]
+
     def _read(self, index: int) -> Record:
         row = self._rows[index]
         return dataclasses.replace(

@@ -4,7 +4,6 @@ known by their content.
 
 from __future__ import annotations
 
-import io
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -93,6 +92,17 @@ class LazyRecords(Sequence[Record]):
     def __getitem__(self, index: int | slice) -> Record | list[Record]:
         numbers = range(len(self))[index]  # wraps and raises as a list does
         return self._read(numbers) if isinstance(numbers, int) else [*map(self._read, numbers)]
+
+    def texts(self) -> Sequence[Record]:
+        """The same rows without the bytes of their images, which are most of a dataset. Their
+        ``key`` is not the rows' own.
+        """
+        return self
+
+
+def texts_of(records: Sequence[Record]) -> Sequence[Record]:
+    """The rows for looking through them, their images left on the disk where they are there."""
+    return records.texts() if isinstance(records, LazyRecords) else records
 
 
 def check_records(records: Sequence[Record], placeholders: Iterable[str]) -> None:
@@ -190,12 +200,3 @@ def check_messages(turns: Any, where: str, name: str) -> tuple[Message, ...]:
             f"got {turns!r:.120}. Put the text itself into content."
         )
     return tuple(turns)
-
-
-def thumbnail_png(raw: bytes, side: int) -> bytes:
-    """PNG bytes of an image reduced to at most ``side`` pixels, for pages."""
-    image = decode_image(raw, "image")
-    image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
