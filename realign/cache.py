@@ -28,7 +28,7 @@ from torch import Tensor
 from realign.check.rows import check_rows
 from realign.collate import PreferenceCollator
 from realign.config import CacheConfig
-from realign.dataset import read_records
+from realign.dataset import read_kept_records
 from realign.errors import RefusedError
 from realign.files import canonical_json, content_sha256, file_sha256, replacing, write_json
 from realign.modeling import choose_dtype, load_model, load_processor, model_identity, resolve_model
@@ -296,7 +296,7 @@ def cache(config: CacheConfig) -> Path:
     """
     check_out(config.out)
     folder = resolve_model(config.model)
-    records = read_records(config.data, config.images)
+    records = read_kept_records(config.data, config.images)
     check_rows(records, load_processor(folder), cells=config.cells, max_length=config.max_length)
     return build_cache(
         records,

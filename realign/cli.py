@@ -296,15 +296,39 @@ def evaluate(
 def report(
     run: Annotated[
         Path,
-        typer.Argument(help="A run's folder: dataset/, metrics.jsonl, eval/ where they exist."),
+        typer.Argument(
+            help="A run's folder (dataset/, metrics.jsonl, eval/ where they exist), or a dataset."
+        ),
     ],
-    out: Annotated[Path | None, typer.Option(help="The page; RUN/report.html by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page; report.html in the folder by default.")
+    ] = None,
+    images: Images = None,
 ) -> None:
-    """A run's folder -> one self-contained HTML page."""
+    """A run's folder or a dataset -> one self-contained HTML page."""
     with _exit_codes():
         from realign.report import write_report
 
-        typer.echo(f"report -> {write_report(run, out or run / 'report.html')}")
+        typer.echo(f"report -> {write_report(run, out, images)}")
+
+
+@app.command()
+def browse(
+    data: Annotated[
+        Path, typer.Argument(help="Dataset: build folder, parquet, or the authors' JSON.")
+    ],
+    port: Annotated[int, typer.Option(help="Of 127.0.0.1; 0 for any free one.")] = 8770,
+    decisions: Annotated[
+        Path | None,
+        typer.Option(help="Decision file; the dataset's own by default, which train honours."),
+    ] = None,
+    images: Images = None,
+) -> None:
+    """A dataset -> a local page to keep, drop or flag its pairs."""
+    with _exit_codes():
+        from realign.browse.serve import serve
+
+        serve(data, images=images, decisions=decisions, port=port)
 
 
 @app.command()

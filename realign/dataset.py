@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from realign.decisions import apply_decisions, decisions_path, read_decisions
 from realign.errors import RefusedError
 from realign.official import read_official_json, read_official_rows
 from realign.parquet import read_parquet
 from realign.problems import Problem
+from realign.progress import announce
 from realign.records import Record
 
 
@@ -55,3 +57,31 @@ def _dataset_file(data: Path, image_root: Path | None) -> tuple[Path, Path | Non
     raise RefusedError(
         f"data must end in .parquet or .json, got {data.name}. Convert it to one of them."
     )
+
+
+def read_kept_records(data: Path, image_root: Path | None) -> Sequence[Record]:
+    """Read a dataset without the rows that its decision file drops, and say how many these are.
+
+    Raises:
+        RefusedError: What :func:`read_records` raises; the decision file is damaged, or drops
+            every row.
+    """
+    records = read_records(data, image_root)
+    path = decisions_path(data)
+    decisions = read_decisions(path)
+    if not decisions:
+        return records
+    left, stale = apply_decisions(records, decisions)
+    if stale:
+        announce(
+            f"{len(stale)} decision(s) of {path.name} not applied: the content changed since, "
+            f"first: row {stale[0].id}. Decide again with `realign browse`"
+        )
+    if not left and len(records):
+        raise RefusedError(
+            f"{path} must keep at least one row of {data}, drops all {len(records)}. Decide again "
+            "with `realign browse`, or remove the file."
+        )
+    if dropped := len(records) - len(left):
+        announce(f"{dropped} of {len(records)} rows dropped by {path.name}")
+    return left

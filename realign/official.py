@@ -68,6 +68,9 @@ def read_official_rows(path: Path, image_root: Path) -> tuple[OfficialRecords, l
         if isinstance(result, OfficialRow):
             meta = {"file": path.name, "index": number - 1, **result.record.source}
             record = dataclasses.replace(result.record, meta={"source": meta})
+            if not _spells(row, plain_row(record)):
+                # unknown keys, their order, where the placeholder stands: kept for export
+                record.source["row"] = json.dumps(row)
             read.append(dataclasses.replace(result, record=record))
         else:
             problems.append(result)
@@ -91,6 +94,10 @@ class OfficialRecords(LazyRecords):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def texts(self) -> Sequence[Record]:
+        """The same rows; no image file is read."""
+        return [row.record for row in self._rows]
 
     def _read(self, index: int) -> Record:
         row = self._rows[index]
@@ -166,9 +173,6 @@ def _official_row(
         meta={"source": names},
         place=where,
     )
-    if not _spells(row, plain_row(record)):
-        # unknown keys, their order, where the placeholder stands: kept for export
-        record.source["row"] = json.dumps(row)
     return OfficialRow(record, paths.get("image"), paths.get("retrieved_image"))
 
 

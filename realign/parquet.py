@@ -21,6 +21,7 @@ from realign.records import COUNTED, LazyRecords, Record, check_messages
 # Reading one row reads its group. Arrow's limit of 2 GiB an array is far above.
 ROW_GROUP_BYTES = 16 << 20
 REQUIRED = ("images", "prompt", "chosen", "rejected")
+IMAGES = ("images", "rejected_images")
 OPTIONAL = ("id", "rejected_images", "meta")
 
 
@@ -126,6 +127,11 @@ class ParquetRecords(LazyRecords):
     def __len__(self) -> int:
         return self._starts[-1]
 
+    def texts(self) -> ParquetRecords:
+        """The same rows; the columns of images are not read."""
+        columns = [name for name in self._columns if name not in IMAGES]
+        return ParquetRecords(self._path, self._metadata, columns)
+
     def _read(self, index: int) -> Record:
         group = bisect_right(self._starts, index) - 1
         row = self._read_group(group).slice(index - self._starts[group], 1).to_pylist()[0]
@@ -133,7 +139,7 @@ class ParquetRecords(LazyRecords):
         where = f"{self._path.name}, row {row_id}" + ("" if "id" in row else COUNTED)
         return Record(
             id=row_id,
-            images=_image_bytes(row["images"], where, "images"),
+            images=_image_bytes(row.get("images"), where, "images"),
             prompt=check_messages(row["prompt"], where, "prompt"),
             chosen=_only_answer(row["chosen"], where, "chosen"),
             rejected=_only_answer(row["rejected"], where, "rejected"),

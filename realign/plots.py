@@ -112,3 +112,68 @@ def count_plot(title: str, counts: Mapping[str, int]) -> Markup:
     axes.grid(axis="x", visible=False)
     axes.set_title(title)
     return _svg(figure)
+
+
+def histogram(
+    title: str,
+    values: Mapping[str, Sequence[float]],
+    *,
+    line: tuple[float, str] | None = None,
+    bins: int = 30,
+) -> Markup:
+    """How many values lie where, one series on top of the other.
+
+    Args:
+        title: Above the plot.
+        values: Label to values; empty series are left out.
+        line: A value to mark, and what it is called.
+        bins: How many bars, over the range of all values.
+    """
+    figure = Figure(figsize=(4.6, 2.7))
+    axes = figure.subplots()
+    shown = {label: series for label, series in values.items() if len(series)}
+    # green is what passed, red what did not, as everywhere on the page
+    colors = {"accepted": COLORS[2], "chosen": COLORS[2], "refused": "#f0a8a0"}
+    axes.hist(
+        list(shown.values()),
+        bins=bins,
+        stacked=True,
+        label=list(shown),
+        color=[colors.get(label, COLORS[1]) for label in shown],
+    )
+    if line:
+        axes.axvline(line[0], color="#344054", linestyle="--", linewidth=1, label=line[1])
+    axes.grid(axis="x", visible=False)
+    axes.set_title(title)
+    if len(shown) > 1 or line:
+        axes.legend(fontsize=9)
+    return _svg(figure)
+
+
+def compared_histogram(
+    title: str, values: Mapping[str, Sequence[int]], label: str, bins: int = 30
+) -> Markup:
+    """Outlines of several distributions of whole numbers over each other.
+
+    Args:
+        title: Above the plot.
+        values: Label to values.
+        label: Of the axis.
+        bins: At most so many steps.
+    """
+    figure = Figure(figsize=(4.6, 2.7))
+    axes = figure.subplots()
+    low = min(map(min, values.values()))
+    high = max(map(max, values.values())) + 1
+    step = -(-(high - low) // bins)
+    edges = [low - 0.5 + step * i for i in range(-(-(high - low) // step) + 1)]
+    colors = {"chosen": COLORS[2], "rejected": COLORS[5]}
+    for name, series in values.items():
+        axes.hist(
+            series, bins=edges, histtype="step", label=name, color=colors.get(name), linewidth=1.6
+        )
+    axes.grid(axis="x", visible=False)
+    axes.set_title(title)
+    axes.set_xlabel(label, color="#667085")
+    axes.legend(fontsize=9)
+    return _svg(figure)

@@ -4,7 +4,6 @@ known by their content.
 
 from __future__ import annotations
 
-import io
 import unicodedata
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -97,6 +96,17 @@ class LazyRecords(Sequence[Record]):
     def __getitem__(self, index: int | slice) -> Record | list[Record]:
         numbers = range(len(self))[index]  # wraps and raises as a list does
         return self._read(numbers) if isinstance(numbers, int) else [*map(self._read, numbers)]
+
+    def texts(self) -> Sequence[Record]:
+        """The same rows without the bytes of their images, which are most of a dataset. Their
+        ``key`` is not the rows' own.
+        """
+        return self
+
+
+def texts_of(records: Sequence[Record]) -> Sequence[Record]:
+    """The rows for looking through them, their images left on the disk where they are there."""
+    return records.texts() if isinstance(records, LazyRecords) else records
 
 
 def check_records(records: Sequence[Record], placeholders: Iterable[str]) -> None:
@@ -231,12 +241,3 @@ def check_messages(turns: Any, where: str, name: str) -> tuple[Message, ...]:
             field=name,
         )
     return tuple(turns)
-
-
-def thumbnail_png(raw: bytes, side: int) -> bytes:
-    """PNG bytes of an image reduced to at most ``side`` pixels, for pages."""
-    image = decode_image(raw, "image")
-    image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

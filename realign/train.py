@@ -17,7 +17,7 @@ from transformers import PrinterCallback, set_seed
 from realign.cache import Identity, build_cache, read_cache, reference_identity
 from realign.check.rows import announce_missing_images, check_rows
 from realign.config import TrainConfig
-from realign.dataset import read_records
+from realign.dataset import read_kept_records
 from realign.errors import RefusedError
 from realign.files import follow_umask, write_text
 from realign.footprint import footprint
@@ -61,7 +61,7 @@ def train(config: TrainConfig) -> Path:
     _check_support(config, folder)
     objective = _objective(config)
     cells = max(objective.num_cells, 3)  # one cache serves dpo, rdpo and mdpo
-    records = read_records(config.data, config.images)
+    records = read_kept_records(config.data, config.images)
     processor = load_processor(folder)
     check_rows(records, processor, cells=cells, max_length=config.max_length)
     identity = reference_identity(

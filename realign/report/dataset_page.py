@@ -1,0 +1,153 @@
+"""The page of a dataset: where its rows went, how they are distributed, and a gallery of pairs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from markupsafe import Markup
+
+from realign.dataset import read_records
+from realign.decisions import Decision, RowKey, decided_rows, decisions_path, read_decisions
+from realign.errors import RefusedError
+from realign.files import read_json
+from realign.outcomes import tried_before
+from realign.pair_view import PairFacts
+from realign.plots import compared_histogram, count_plot, histogram
+from realign.records import Record, texts_of
+from realign.report.funnel import candidate_lines, read_funnel, row_lines
+from realign.report.page import write_page
+from realign.report.pictures import shown_pair, spread
+from realign.report.refused import Refused
+
+MAX_PAIRS = 300  # some 6 MB of photographs
+Tile = dict[str, str]
+
+
+def dataset_page(data: Path, out: Path, images: Path | None = None) -> Path:
+    """Write the page and return its path.
+
+    Args:
+        data: Build folder, parquet or the authors' JSON.
+        out: The page.
+        images: Image folder of the authors' JSON.
+    Raises:
+        RefusedError: There is no such dataset, or it has no rows.
+    """
+    records = read_records(data, images)
+    if not len(records):
+        raise RefusedError(f"data {data} must have at least one row, got none. Give another.")
+    folder = data if data.is_dir() else data.parent
+    is_built = data.is_dir() or data.name == "dataset.parquet"
+    counts = read_funnel(folder) if is_built else None
+    refused = Refused.read(folder) if is_built else Refused()
+    reasons = tried_before(folder) if is_built else {}
+    facts = [PairFacts.of(text) for text in texts_of(records)]
+    decisions = read_decisions(decisions_path(data))
+    decided = {
+        row: decisions[row] for row in decided_rows(records, decisions).values() if row in decisions
+    }
+    pairs = [
+        shown_pair(record)
+        | {
+            "reasons": reasons.get(record.id, ()),
+            "decision": decided.get(RowKey(record.id, record.key)),
+        }
+        for record in spread(records, MAX_PAIRS)
+    ]
+    page: dict[str, Any] = {
+        "title": _name(data),
+        "subtitle": _subtitle(folder) if is_built else "",
+        "tiles": [*_tiles(facts, counts), *_decision_tiles([*decided.values()])],
+        "rows": row_lines(counts) if counts else [],
+        "candidates": candidate_lines(counts) if counts else [],
+        "plots": list(_plots(facts, refused, _threshold(folder) if is_built else None)),
+        "examples": {reason: found for reason, found in refused.examples.items() if found},
+        "pairs": pairs,
+        "num_rows": len(records),
+        "ranks": sorted({fact.rank for fact in _of(pairs) if fact.rank is not None}),
+        "reasons": sorted({reason for pair in pairs for reason in pair["reasons"]}),
+    }
+    return write_page(out, "dataset.html.j2", page, script="gallery.js")
+
+
+def _of(pairs: Sequence[dict[str, Any]]) -> Iterator[PairFacts]:
+    return (pair["view"].facts for pair in pairs)
+
+
+def _name(data: Path) -> str:
+    """A build folder is called after its run where its own name says nothing."""
+    folder = data.resolve() if data.is_dir() else data.resolve().parent
+    if data.is_file() and data.name != "dataset.parquet":
+        return data.name
+    return f"{folder.parent.name}/{folder.name}" if folder.name == "dataset" else folder.name
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "build.json"
+    config = read_json(path).get("config") if path.is_file() else None
+    return config if isinstance(config, dict) else {}
+
+
+def _subtitle(folder: Path) -> str:
+    config = _config(folder)
+    names = ("mask", "similarity", "threshold", "top_k", "seed")
+    return ", ".join(f"{name} {config[name]}" for name in names if name in config)
+
+
+def _threshold(folder: Path) -> float | None:
+    value = _config(folder).get("threshold")
+    return value if isinstance(value, int | float) else None
+
+
+def _tiles(facts: Sequence[PairFacts], counts: Any) -> Iterator[Tile]:
+    of = f" from {counts['rows']:,} answers" if counts else ""
+    yield {"value": f"{len(facts):,}", "label": f"pairs{of}"}
+    if counts and counts["rows"]:
+        share = 100 * counts["accepted"] / counts["rows"]
+        yield {"value": f"{share:.1f} %", "label": "of the rows gave a pair"}
+    for name, label in (("similarity", "of the answers"), ("cosine", "of the images")):
+        if values := [v for fact in facts if (v := getattr(fact, name)) is not None]:
+            yield {"value": f"{median(values):.2f}", "label": f"median {name} {label}"}
+
+
+def _decision_tiles(decisions: Sequence[Decision]) -> Iterator[Tile]:
+    if decisions:
+        counts = Counter(decision.decision for decision in decisions)
+        yield {
+            "value": f"{len(decisions):,}",
+            "label": f"decided: {counts['keep']:,} keep, {counts['drop']:,} drop, "
+            f"{counts['flag']:,} flag",
+        }
+
+
+def _plots(
+    facts: Sequence[PairFacts], refused: Refused, threshold: float | None
+) -> Iterator[Markup]:
+    similarities = [fact.similarity for fact in facts if fact.similarity is not None]
+    if similarities:
+        yield histogram(
+            "Similarity of rejected to chosen",
+            {"accepted": similarities, "refused": refused.similarities},
+            line=None if threshold is None else (threshold, f"threshold {threshold:g}"),
+        )
+    if cosines := [fact.cosine for fact in facts if fact.cosine is not None]:
+        yield histogram(
+            "Cosine of the retrieved image", {"accepted": cosines, "refused": refused.cosines}
+        )
+    if ranks := Counter(fact.rank for fact in facts if fact.rank is not None):
+        yield count_plot(
+            "Accepted pairs by rank of the retrieved image",
+            {str(rank): ranks[rank] for rank in range(1, max(ranks) + 1)},
+        )
+    yield compared_histogram(
+        "Length of the answers",
+        {
+            "chosen": [fact.words for fact in facts],
+            "rejected": [fact.rejected_words for fact in facts],
+        },
+        "words",
+    )

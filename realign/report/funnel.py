@@ -1,0 +1,61 @@
+"""How many rows got how far, and why not further: the counts of ``funnel.json`` as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from realign.files import read_json
+
+Counts = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One count and its share of the table's whole."""
+
+    label: str
+    count: int
+    whole: int
+    kind: str = ""  # how the bar is coloured: accepted, dropped
+
+    @property
+    def percent(self) -> float:
+        """Share of the whole."""
+        return 100 * self.count / max(self.whole, 1)
+
+
+def read_funnel(folder: Path) -> Counts | None:
+    """The counts that the build wrote, where they are there."""
+    path = folder / "funnel.json"
+    return read_json(path) if path.is_file() else None
+
+
+def row_lines(counts: Counts) -> list[Line]:
+    """Source rows: masked by whom, accepted, dropped by reason."""
+    rows = counts["rows"]
+    lines = [Line("in the source", rows, rows)]
+    lines += [Line(f"masked by {who}", n, rows) for who, n in counts["masked_by"].items()]
+    lines.append(Line("accepted", counts["accepted"], rows, "accepted"))
+    lines += [
+        Line(f"dropped: {reason}", count, rows, "dropped")
+        for reason, count in _by_count(counts["dropped"])
+    ]
+    return lines
+
+
+def candidate_lines(counts: Counts) -> list[Line]:
+    """Retrieved images that were tried: accepted, refused by reason."""
+    refused = counts["refused_candidates"]
+    tried = counts["accepted"] + sum(refused.values())
+    lines = [
+        Line("tried", tried, tried),
+        Line("accepted", counts["accepted"], tried, "accepted"),
+    ]
+    return lines + [Line(f"refused: {name}", n, tried, "dropped") for name, n in _by_count(refused)]
+
+
+def _by_count(counts: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    yield from sorted(counts.items(), key=lambda item: (-item[1], item[0]))

@@ -1,0 +1,109 @@
+"""The page of a run's folder: the scores, the curves, and a short look at the dataset."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from realign.dataset import read_records
+from realign.errors import RefusedError
+from realign.files import read_jsonl
+from realign.plots import count_plot, line_plot
+from realign.report.funnel import read_funnel, row_lines
+from realign.report.page import write_page
+from realign.report.pictures import shown_pair, spread
+from realign.report.scores import score_part
+
+NUM_PAIRS = 8
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether there is anything of a run to show."""
+    return any(
+        (folder / name).is_file()
+        for name in ("dataset/dataset.parquet", "eval/scores.json", "metrics.jsonl")
+    )
+
+
+def run_page(run: Path, out: Path) -> Path:
+    """Write the page and return its path.
+
+    Args:
+        run: Folder with any of ``dataset/``, ``metrics.jsonl``, ``eval/``.
+        out: The page.
+    Raises:
+        RefusedError: The folder holds none of them.
+    """
+    if not holds_run(run):
+        raise RefusedError(
+            f"run {run} must hold dataset/, metrics.jsonl or eval/, holds none of them, and is no "
+            "dataset. Give the folder of a run, a build folder or a dataset file."
+        )
+    page: dict[str, Any] = {"title": run.resolve().name, "tiles": [], "models": []}
+    page |= dict.fromkeys(
+        ("score_rows", "score_plots", "samples", "curves", "pairs", "funnel", "rank_plot")
+    )
+    page |= {"score_note": "", "samples_model": ""}
+    found = []
+    if (run / "dataset" / "dataset.parquet").is_file():
+        found.append("dataset")
+        page |= _dataset_part(run / "dataset", page["tiles"])
+    if (run / "eval" / "scores.json").is_file():
+        found.append("evaluation")
+        page |= score_part(run / "eval", page["tiles"])
+    if (run / "metrics.jsonl").is_file():
+        found.append("training")
+        page["curves"] = _curves(read_jsonl(run / "metrics.jsonl"))
+    page["subtitle"] = _subtitle(run, found)
+    return write_page(out, "run.html.j2", page)
+
+
+def _subtitle(run: Path, found: Sequence[str]) -> str:
+    path = run / "train.json"
+    if not path.is_file():
+        return f"What this run holds: {', '.join(found)}."
+    config = json.loads(path.read_text())["config"]
+    names = ("objective", "beta", "image_weight", "nll_weight", "learning_rate", "epochs", "seed")
+    return ", ".join(f"{name} {config[name]}" for name in names)
+
+
+def _dataset_part(folder: Path, tiles: list[dict[str, str]]) -> dict[str, Any]:
+    records = read_records(folder, None)
+    part: dict[str, Any] = {"pairs": [shown_pair(record) for record in spread(records, NUM_PAIRS)]}
+    if counts := read_funnel(folder):
+        tiles.append(
+            {"value": f"{counts['accepted']:,}", "label": f"pairs from {counts['rows']:,} answers"}
+        )
+        part["funnel"] = row_lines(counts)
+        part["rank_plot"] = count_plot(
+            "Accepted pairs by rank of the retrieved image", counts["accepted_by_rank"]
+        )
+    return part
+
+
+def _curves(lines: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    def series(*names: str) -> dict[str, list[tuple[float, float]]]:
+        points = {
+            name: [(line["step"], line[name]) for line in lines if name in line] for name in names
+        }
+        return {
+            name.removeprefix("rewards/").replace("_", " "): values
+            for name, values in points.items()
+            if values
+        }
+
+    plots = [
+        ("Loss", series("loss"), None),
+        ("Reward margins", series("rewards/text_margins", "rewards/image_margins"), 0.0),
+        ("Reward accuracies", series("rewards/text_accuracies", "rewards/image_accuracies"), 0.5),
+        (
+            "Rewards",
+            series("rewards/chosen", "rewards/text_rejected", "rewards/image_rejected"),
+            0.0,
+        ),
+    ]
+    return [line_plot(title, data, zero) for title, data, zero in plots if data]
