@@ -67,10 +67,12 @@ class GeneratorSection(_Section):
     """Seconds until a request counts as failed."""
     max_retries: int = Field(default=6, ge=0)
     """Further tries of a request after 429, 5xx, time-outs and broken connections."""
-    temperature: NonNegativeFloat = 0.0
-    """0 is greedy."""
+    temperature: NonNegativeFloat | None = 0.0
+    """0 is greedy; null leaves it to the server, for models that take no other."""
+    length_field: Literal["max_completion_tokens", "max_tokens"] = "max_completion_tokens"
+    """``max_tokens`` for servers older than 2025."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
-    """Further fields of the request that the server understands."""
+    """Further fields of the request that the server understands; no place for secrets."""
 
 
 class BuildConfig(_Section):

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from realign.build.row import SourceRow
 from realign.files import file_sha256, read_jsonl, write_jsonl
-from realign.inspection import ImageFacts, RefusedImage, inspect_images
+from realign.images import RefusedImage
+from realign.inspection import ImageFacts, inspect_images
 from realign.progress import Progress
 
 
@@ -60,7 +61,7 @@ def inspect_corpus(
     Args:
         rows: The rows.
         seen: File of :meth:`Corpus.save`; it need not be there.
-        workers: Processes that decode.
+        workers: Processes that decode; 0 for one a core.
     Returns:
         The readable images, and why the others are not.
     """

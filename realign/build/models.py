@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ class LocalModel:
         """How answers came about, for ``meta``."""
         return {"engine": "transformers", "model": self.folder.name, "decoding": "greedy"}
 
-    def open(self) -> tuple[Generator, Fits]:
+    @contextmanager
+    def open(self) -> Iterator[tuple[Generator, Fits]]:
         """Load it."""
         from realign.generate.transformers_generator import TransformersGenerator
 
@@ -48,7 +50,7 @@ class LocalModel:
             self.folder, self.dtype, self.max_new_tokens, self.batch_size
         )
         limit = self.max_length or position_limit(generator.model.config)
-        return generator, PromptLength(generator.processor, limit).fits
+        yield generator, PromptLength(generator.processor, limit).fits
 
 
 @dataclass(frozen=True)
@@ -59,40 +61,45 @@ class ServedModel:
     journal: Path
     max_new_tokens: int
     seed: int
-    extra_body: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that its answers depend on and the configuration does not say: unknown."""
-        return {"endpoint": self.section.endpoint, "model": self.section.model}
+        """What is known of what its answers depend on."""
+        patience = {"concurrency", "timeout_s", "max_retries", "api_key_env"}
+        return self.section.model_dump(mode="json", exclude=patience)
 
     @property
     def provenance(self) -> dict[str, Any]:
         """How answers came about, for ``meta``."""
-        decoding = (
-            f"temperature {self.section.temperature}" if self.section.temperature else "greedy"
-        )
+        temperature = self.section.temperature
+        decoding = "greedy" if temperature == 0 else f"temperature {temperature}"
         return {"engine": "endpoint", "model": self.section.model, "decoding": decoding}
 
-    def open(self) -> tuple[Generator, Fits]:
-        """Connect to nothing yet. Whether a prompt is too long, the server says."""
-        from realign.generate.endpoint_generator import EndpointGenerator
+    @contextmanager
+    def open(self) -> Iterator[tuple[Generator, Fits]]:
+        """Open the journal. Whether a prompt is too long, the server says."""
+        from realign.generate.endpoint import Endpoint
+        from realign.generate.endpoint_generator import EndpointGenerator, Sampling
 
-        assert self.section.endpoint is not None
-        generator = EndpointGenerator(
-            self.section.endpoint,
-            self.section.model,
-            journal=self.journal,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.section.temperature,
-            seed=self.seed,
-            api_key_env=self.section.api_key_env,
-            concurrency=self.section.concurrency,
-            timeout_s=self.section.timeout_s,
-            max_retries=self.section.max_retries,
-            extra_body=self.section.extra_body,
+        section = self.section
+        assert section.endpoint is not None
+        endpoint = Endpoint(
+            section.endpoint,
+            section.api_key_env,
+            section.concurrency,
+            section.timeout_s,
+            section.max_retries,
         )
-        return generator, lambda prompt, image: True
+        sampling = Sampling(
+            section.model,
+            self.max_new_tokens,
+            section.temperature,
+            self.seed,
+            section.length_field,
+            section.extra_body,
+        )
+        with EndpointGenerator(endpoint, sampling, self.journal) as generator:
+            yield generator, lambda prompt, image: True
 
 
 Asked = LocalModel | ServedModel

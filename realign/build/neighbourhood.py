@@ -5,7 +5,8 @@ of ranges of images here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,14 +79,13 @@ class Embed:
     encoder: EncoderModel
     batch_size: int
 
-    def open(self) -> Callable[[Sequence[Path]], bytes]:
+    @contextmanager
+    def open(self) -> Iterator[Callable[[Sequence[Path]], bytes]]:
         """Load the encoder."""
         encoder = self.encoder.open()
-
-        def work(paths: Sequence[Path]) -> bytes:
-            return save({"embeddings": embed_shard(encoder, paths, self.batch_size).numpy()})
-
-        return work
+        yield lambda paths: save(
+            {"embeddings": embed_shard(encoder, paths, self.batch_size).numpy()}
+        )
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ class FindNeighbours:
     corpus: Corpus
     rule: Rule
 
-    def open(self) -> Callable[[range], bytes]:
+    @contextmanager
+    def open(self) -> Iterator[Callable[[range], bytes]]:
         """Read the embeddings and make the index."""
         index: Index = make_index(self.index, self.embeddings())
         digests, hashes = self.corpus.digests, self.corpus.perceptual_hashes
@@ -115,7 +116,7 @@ class FindNeighbours:
                 }
             )
 
-        return work
+        yield work
 
 
 # why an image was no candidate, and why a query has fewer than it may

@@ -34,7 +34,7 @@ from realign.build.sources import read_source
 from realign.build.staging import Staging
 from realign.collate import Renderer
 from realign.config import BuildConfig
-from realign.decisions import Decisions
+from realign.decisions import RowKey, decisions_path, read_decisions
 from realign.errors import RefusedError
 from realign.files import file_sha256, read_json, write_json, write_jsonl
 from realign.modeling import load_processor, resolve_model
@@ -88,9 +88,10 @@ def build(config: BuildConfig) -> Path:
     }
     labels = {"images": corpus.names}
     dataset = config.out / "dataset.parquet"
-    decisions = Decisions.of(dataset)
+    decisions = decisions_path(dataset)
+    decided = file_sha256(decisions) if decisions.is_file() else None
     is_old = is_claimed(config.out, "build", what, labels)
-    if is_old and dataset.is_file() and _decided(config.out) == decisions.digest:
+    if is_old and dataset.is_file() and _decided_before(config.out) == decided:
         return dataset
     claim(config.out, "build", what, labels)
     corpus.save(config.out / "images.jsonl")
@@ -109,7 +110,9 @@ def build(config: BuildConfig) -> Path:
     )
     files = dict(zip(corpus.names, corpus.paths, strict=True))
     records = assemble(rows, outcomes, files, staging.provenance())
-    write_parquet(_undropped(records, decisions, counts), dataset)
+    counts["decisions"] = {"sha256": decided, "dropped": 0}
+    dropped = {row for row, said in read_decisions(decisions).items() if said.decision == "drop"}
+    write_parquet(_undropped(records, dropped, counts["decisions"]), dataset)
     write_json(config.out / "funnel.json", counts)
     if not counts["accepted"]:
         dataset.unlink()
@@ -129,10 +132,12 @@ def _read(
         config.images,
         special=special,
         turns=config.turns,
-        source_format=config.source_format,
+        format=config.source_format,
         extract_to=config.out / "source_images",
     )
-    corpus, unreadable = inspect_corpus(source.rows, config.out / "images.jsonl", config.workers)
+    corpus, unreadable = inspect_corpus(
+        source.rows, config.out / "images.jsonl", config.workers or 0
+    )
     problems = [*source.problems]
     for row in source.rows:
         if row.path in unreadable:
@@ -173,19 +178,18 @@ def _check_share(problems: Sequence[Problem], num_rows: int, config: BuildConfig
         announce(f"{bad} of {num_rows} source rows are bad and left out; see rejected.jsonl")
 
 
-def _decided(out: Path) -> str | None:
+def _decided_before(out: Path) -> str | None:
     """Hash of the decision file that dataset.parquet was written with."""
     path = out / "funnel.json"
     return read_json(path)["decisions"]["sha256"] if path.is_file() else None
 
 
 def _undropped(
-    records: Iterator[Record], decisions: Decisions, counts: dict[str, Any]
+    records: Iterator[Record], dropped: set[RowKey], counts: dict[str, Any]
 ) -> Iterator[Record]:
     """Leaves out and counts what the decision file drops."""
-    counts["decisions"] = {"sha256": decisions.digest, "dropped": 0}
     for record in records:
-        if decisions.drops(record):
-            counts["decisions"]["dropped"] += 1
+        if RowKey(record.id, record.key) in dropped:
+            counts["dropped"] += 1
         else:
             yield record

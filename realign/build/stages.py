@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from realign.build.acceptance import Acceptance
 from realign.build.induction import Candidate, Outcome, attach, induce
-from realign.build.masker import Masked, MaskRules, mask_rows
+from realign.build.masker import Fits, Masked, MaskRules, mask_rows
 from realign.build.models import Asked
 from realign.build.row import SourceRow
-from realign.build.similarity import load_similarity
+from realign.build.similarity import Similarity, load_similarity
 from realign.generate.answer import Answer
-from realign.generate.generator import Request
+from realign.generate.generator import Generator, Request
 
 T = TypeVar("T")
 
@@ -43,29 +45,31 @@ class Annotate:
     special: tuple[str, ...]
     window: int
 
-    def open(self) -> Callable[[Sequence[SourceRow]], bytes]:
+    @contextmanager
+    def open(self) -> Iterator[Callable[[Sequence[SourceRow]], bytes]]:
         """Load the model."""
-        generator, fits = self.asked.open()
+        with self.asked.open() as (generator, fits):
+            yield lambda rows: jsonl_bytes(
+                line
+                for part in windows(rows, self.window)
+                for line in self._lines(part, generator, fits)
+            )
 
-        def work(rows: Sequence[SourceRow]) -> bytes:
-            lines: list[dict[str, str]] = []
-            for part in windows(rows, self.window):
-                requests = {
-                    row.id: Request(self.prompt.replace("{instruction}", row.instruction), row.path)
-                    for row in part
-                    if not row.answer
-                }
-                fitting = {i: each for i, each in requests.items() if fits(*each)}
-                answers = dict(zip(fitting, generator([*fitting.values()]), strict=True))
-                lines += [
-                    self._line(row, answers.get(row.id))
-                    if row.id in requests
-                    else {"id": row.id, "answer": row.answer, "problem": ""}
-                    for row in part
-                ]
-            return jsonl_bytes(lines)
-
-        return work
+    def _lines(
+        self, rows: Sequence[SourceRow], generator: Generator, fits: Fits
+    ) -> Iterator[dict[str, str]]:
+        requests = {
+            row.id: Request(self.prompt.replace("{instruction}", row.instruction), row.path)
+            for row in rows
+            if not row.answer
+        }
+        fitting = {row_id: request for row_id, request in requests.items() if fits(*request)}
+        answers = dict(zip(fitting, generator([*fitting.values()]), strict=True))
+        for row in rows:
+            if row.id in requests:
+                yield self._line(row, answers.get(row.id))
+            else:
+                yield {"id": row.id, "answer": row.answer, "problem": ""}
 
     def _line(self, row: SourceRow, said: Answer | None) -> dict[str, str]:
         problem = (
@@ -91,30 +95,32 @@ class Mask:
     rules: MaskRules
     window: int
 
-    def open(self) -> Callable[[Sequence[SourceRow]], bytes]:
+    @contextmanager
+    def open(self) -> Iterator[Callable[[Sequence[SourceRow]], bytes]]:
         """Load the model, if one masks."""
-        generator, fits = self.asked.open() if self.asked else (None, lambda *_: True)
+        with ExitStack() as stack:
+            generator, fits = (
+                stack.enter_context(self.asked.open()) if self.asked else (None, _always)
+            )
+            yield lambda rows: jsonl_bytes(
+                line
+                for part in windows(rows, self.window)
+                for line in self._lines(part, generator, fits)
+            )
 
-        def work(rows: Sequence[SourceRow]) -> bytes:
-            lines = []
-            for part in windows(rows, self.window):
-                todo = [row for row in part if row.answer and not row.rejected]
-                masked = dict(
-                    zip(
-                        (row.id for row in todo),
-                        mask_rows(todo, self.rules, generator, fits),
-                        strict=True,
-                    )
-                )
-                nothing = Masked("", "")
-                lines += [
-                    {"id": row.id, "text": mask.text, "by": mask.by}
-                    for row in part
-                    for mask in (masked.get(row.id, nothing),)
-                ]
-            return jsonl_bytes(lines)
+    def _lines(
+        self, rows: Sequence[SourceRow], generator: Generator | None, fits: Fits
+    ) -> Iterator[dict[str, str]]:
+        todo = [row for row in rows if row.answer and not row.rejected]
+        found = zip(todo, mask_rows(todo, self.rules, generator, fits), strict=True)
+        masked = {row.id: mask for row, mask in found}
+        for row in rows:
+            mask = masked.get(row.id, Masked("", ""))
+            yield {"id": row.id, "text": mask.text, "by": mask.by}
 
-        return work
+
+def _always(prompt: str, image: Path) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -139,38 +145,44 @@ class Induce:
     Attributes:
         asked: The model to be aligned; None where every row has a rejected answer.
         similarity: Name of the similarity, loaded in the worker.
-        make_acceptance: The other settings of acceptance.
+        acceptance: Makes the settings of acceptance of that similarity.
     """
 
     asked: Asked | None
     similarity: str
-    acceptance: Callable[[Any], Acceptance]
+    acceptance: Callable[[Similarity], Acceptance]
     window: int
 
-    def open(self) -> Callable[[Sequence[Prepared]], bytes]:
+    @contextmanager
+    def open(self) -> Iterator[Callable[[Sequence[Prepared]], bytes]]:
         """Load the model and the similarity."""
         if self.asked is None:
-            return lambda rows: jsonl_bytes(_attached(row).as_row() for row in rows)
-        generator, fits = self.asked.open()
+            yield lambda rows: jsonl_bytes(_attached(each).as_row() for each in rows)
+            return
         acceptance = self.acceptance(load_similarity(self.similarity))
+        with self.asked.open() as (generator, fits):
+            yield lambda rows: jsonl_bytes(
+                outcome.as_row()
+                for part in windows(rows, self.window)
+                for outcome in _outcomes(part, acceptance, generator, fits)
+            )
 
-        def work(rows: Sequence[Prepared]) -> bytes:
-            lines = []
-            for part in windows(rows, self.window):
-                todo = [each for each in part if each.row.answer and not each.row.rejected]
-                induced = induce(
-                    [each.row for each in todo],
-                    [each.masked for each in todo],
-                    [each.candidates for each in todo],
-                    acceptance,
-                    generator,
-                    fits,
-                )
-                outcomes = {outcome.id: outcome for outcome in induced}
-                lines += [(outcomes.get(each.row.id) or _attached(each)).as_row() for each in part]
-            return jsonl_bytes(lines)
 
-        return work
+def _outcomes(
+    rows: Sequence[Prepared], acceptance: Acceptance, generator: Generator, fits: Fits
+) -> Iterator[Outcome]:
+    todo = [each for each in rows if each.row.answer and not each.row.rejected]
+    induced = induce(
+        [each.row for each in todo],
+        [each.masked for each in todo],
+        [each.candidates for each in todo],
+        acceptance,
+        generator,
+        fits,
+    )
+    found = {outcome.id: outcome for outcome in induced}
+    for each in rows:
+        yield found.get(each.row.id) or _attached(each)
 
 
 def _attached(each: Prepared) -> Outcome:

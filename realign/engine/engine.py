@@ -68,9 +68,9 @@ def _run_here(task: Task, items: Mapping[int, Any], threads: int) -> Iterator[tu
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        work = task.open()
-        for number, item in items.items():
-            yield number, work(item)
+        with task.open() as work:
+            for number, item in items.items():
+                yield number, work(item)
     finally:
         torch.set_num_threads(before)
 

@@ -101,9 +101,9 @@ def _serve(task: Task, parent: Connection, environment: dict[str, str], threads:
 
     torch.set_num_threads(threads)
     try:
-        work = task.open()
-        while True:
-            parent.send((work(parent.recv()), None))
+        with task.open() as work:
+            while True:
+                parent.send((work(parent.recv()), None))
     except EOFError:
         return  # the parent closed its end
     except Exception as error:

@@ -67,7 +67,7 @@ class _Actor:
         import torch
 
         torch.set_num_threads(threads)
-        self._work = task.open()
+        self._work = task.open().__enter__()  # an actor ends when its process does
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         # pickled by our own driver, for objects that Arrow has no type for

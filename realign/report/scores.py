@@ -88,7 +88,9 @@ def _sample(sample: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         verdict = "chosen" if answer["is_right"] else "rejected"
         answers.append({"model": model, "text": text, "verdict": verdict})
     return {
-        "picture": data_uri((folder / "samples" / sample["picture"]).read_bytes(), sample["picture"]),
+        "picture": data_uri(
+            (folder / "samples" / sample["picture"]).read_bytes(), sample["picture"]
+        ),
         "prompt": sample["prompt"],
         "truth": sample["truth"],
         "answers": answers,

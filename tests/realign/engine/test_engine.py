@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
@@ -26,7 +27,8 @@ class Squares:
 
     trouble: str = ""
 
-    def open(self) -> Callable[[int], bytes]:
+    @contextmanager
+    def open(self) -> Iterator[Callable[[int], bytes]]:
         if self.trouble == "open":
             raise RefusedError("cannot open")
 
@@ -37,7 +39,7 @@ class Squares:
                 os.kill(os.getpid(), signal.SIGKILL)
             return f"{item * item} {os.getpid()} {torch.get_num_threads()}".encode()
 
-        return work
+        yield work
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -94,9 +96,14 @@ def test_as_many_workers_as_memory_allows() -> None:
     assert Engine()._fitting() == os.cpu_count()
 
 
+def fill(paths: dict[int, Path], task: Squares) -> None:
+    fill_shards("squares", paths, dict.fromkeys(paths, 1), lambda i: i, task, Engine(workers=2))
+
+
 SLEEPERS = """
     import time
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from contextlib import contextmanager
     from dataclasses import dataclass
 
     from realign.engine.engine import Engine
@@ -105,12 +112,13 @@ SLEEPERS = """
     class Sleep:
         folder: str
 
-        def open(self) -> Callable[[int], bytes]:
+        @contextmanager
+        def open(self) -> Iterator[Callable[[int], bytes]]:
             import os
             from pathlib import Path
 
             (Path(self.folder) / str(os.getpid())).touch()
-            return lambda item: time.sleep(600) or b""
+            yield lambda item: time.sleep(600) or b""
 
     if __name__ == "__main__":
         list(Engine(workers=2).run(Sleep("FOLDER"), {0: 0, 1: 1}))
