@@ -32,7 +32,7 @@ def assemble(
                 images=(row.path.read_bytes(),),
                 prompt=row.prompt,
                 chosen=row.answer,
-                rejected=row.rejected or outcome["completion"],
+                rejected=outcome["completion"],
                 rejected_images=(files[outcome["image"]].read_bytes(),),
                 meta=_meta(row, outcome, provenance),
             )
@@ -47,6 +47,7 @@ def _meta(
             "cosine": outcome["cosine"],
             "encoder": provenance["encoder"],
         },
+        "similarity": {"model": provenance["similarity"], "value": outcome["similarity"]},
         "source": {
             "file": provenance["source"],
             **row.source,
@@ -58,11 +59,10 @@ def _meta(
         meta |= {
             "masked": outcome["masked"],
             "masked_by": outcome["masked_by"],
-            "similarity": {"model": provenance["similarity"], "value": outcome["similarity"]},
             "attempts": len(outcome["refused"]) + 1,
             "generator": provenance["generator"],
         }
-        if "model" in outcome["masked_by"] and "masker" in provenance:
+        if outcome["masked_by"].startswith("model"):
             meta["masker"] = provenance["masker"]
     if row.is_annotated:
         meta["annotator"] = provenance["annotator"]

@@ -66,7 +66,7 @@ class ServedModel:
     def identity(self) -> dict[str, Any]:
         """What is known of what its answers depend on."""
         patience = {"concurrency", "timeout_s", "max_retries", "api_key_env"}
-        return self.section.model_dump(mode="json", exclude=patience)
+        return self.section.model_dump(mode="json", exclude=set(patience))
 
     @property
     def provenance(self) -> dict[str, Any]:

@@ -119,10 +119,6 @@ class Mask:
             yield {"id": row.id, "text": mask.text, "by": mask.by}
 
 
-def _always(prompt: str, image: Path) -> bool:
-    return True
-
-
 @dataclass(frozen=True)
 class Prepared:
     """A row on its way to a pair.
@@ -155,12 +151,12 @@ class Induce:
 
     @contextmanager
     def open(self) -> Iterator[Callable[[Sequence[Prepared]], bytes]]:
-        """Load the model and the similarity."""
-        if self.asked is None:
-            yield lambda rows: jsonl_bytes(_attached(each).as_row() for each in rows)
-            return
+        """Load the similarity, and the model if it is asked."""
         acceptance = self.acceptance(load_similarity(self.similarity))
-        with self.asked.open() as (generator, fits):
+        with ExitStack() as stack:
+            generator, fits = (
+                stack.enter_context(self.asked.open()) if self.asked else (_nobody, _always)
+            )
             yield lambda rows: jsonl_bytes(
                 outcome.as_row()
                 for part in windows(rows, self.window)
@@ -171,7 +167,14 @@ class Induce:
 def _outcomes(
     rows: Sequence[Prepared], acceptance: Acceptance, generator: Generator, fits: Fits
 ) -> Iterator[Outcome]:
-    todo = [each for each in rows if each.row.answer and not each.row.rejected]
+    answered = [each for each in rows if each.row.answer]
+    pairs = [each for each in answered if each.row.rejected]
+    todo = [each for each in answered if not each.row.rejected]
+    attached = attach(
+        [each.row for each in pairs],
+        [each.candidates for each in pairs],
+        acceptance.similarity,
+    )
     induced = induce(
         [each.row for each in todo],
         [each.masked for each in todo],
@@ -180,12 +183,16 @@ def _outcomes(
         generator,
         fits,
     )
-    found = {outcome.id: outcome for outcome in induced}
+    found = {outcome.id: outcome for outcome in (*attached, *induced)}
     for each in rows:
-        yield found.get(each.row.id) or _attached(each)
+        unanswered = Outcome(each.row.id, reason=f"no answer: {each.problem}")
+        yield found.get(each.row.id, unanswered)
 
 
-def _attached(each: Prepared) -> Outcome:
-    if not each.row.answer:
-        return Outcome(each.row.id, reason=f"no answer: {each.problem}")
-    return attach(each.row, each.candidates)
+def _always(prompt: str, image: Path) -> bool:
+    return True
+
+
+def _nobody(requests: Sequence[Request]) -> list[Answer]:
+    assert not requests, "every row has its rejected answer"
+    return []

@@ -17,6 +17,9 @@ from typing import Any
 from realign.engine.task import Task
 
 
+END_SECONDS = 10.0
+
+
 class WorkerError(RuntimeError):
     """A worker process died without a word: killed, or out of memory."""
 
@@ -61,10 +64,12 @@ def run_in_processes(
                     raise error
                 yield number, result
                 _hand_out(ready, waiting, busy)
-    finally:
-        for process in processes.values():
-            process.kill()
         for connection, process in processes.items():
+            connection.close()  # with nothing left to read, a worker ends by itself
+            process.join(END_SECONDS)
+    finally:
+        for connection, process in processes.items():
+            process.kill()
             process.join()
             connection.close()
 

@@ -6,6 +6,7 @@ alone writes.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from collections.abc import Iterator, Mapping
@@ -30,7 +31,6 @@ def run_on_ray(
         RefusedError: Ray is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
         import ray.data
@@ -38,26 +38,23 @@ def run_on_ray(
         raise RefusedError(
             "engine ray needs Ray. Install 'realign[pipeline,ray]' or use --engine process."
         ) from None
-    started_here = not ray.is_initialized()
-    if started_here:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    if not ray.is_initialized():  # it stays for the next stage, and ends with this process
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    try:
-        rows = [{"number": number, "item": pickle.dumps(item)} for number, item in items.items()]
-        results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            _Actor,
-            fn_constructor_args=(task, threads),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
-            num_cpus=threads,
-            num_gpus=1 if uses_gpu else 0,
-        )
-        for row in results.iter_rows():
-            yield int(row["number"]), bytes(row["result"])
-    finally:
-        if started_here:
-            ray.shutdown()
+    context.print_on_execution_start = False
+    rows = [{"number": number, "item": pickle.dumps(item)} for number, item in items.items()]
+    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _Actor,
+        fn_constructor_args=(task, threads),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
+        num_cpus=threads,
+        num_gpus=1 if uses_gpu else 0,
+    )
+    for row in results.iter_rows():
+        yield int(row["number"]), bytes(row["result"])
 
 
 class _Actor:
