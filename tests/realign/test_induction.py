@@ -162,7 +162,12 @@ def test_the_papers_algorithm_step_by_step(five_images: list[Path], model_dir: P
     assert sorted(refused) == sorted([*REASONS, PROBLEM])  # each reason once
     # turn by turn: every row's nearest image first, then the next of those that still wait
     questions = [one.instruction for one in rows]
-    turns = [questions, questions, [questions[i] for i in (0, 1, 2, 4)], [questions[i] for i in (0, 1, 4)]]
+    turns = [
+        questions,
+        questions,
+        [questions[i] for i in (0, 1, 2, 4)],
+        [questions[i] for i in (0, 1, 4)],
+    ]
     assert [question for question, _ in generator.asked] == [q for turn in turns for q in turn]
 
 
