@@ -96,13 +96,14 @@ def induce(
     generator: Generator,
     fits: Fits,
 ) -> list[Outcome]:
-    """The first candidate whose completion passes becomes the retrieved image (paper, 3.1).
+    """The first candidate whose completion passes becomes the retrieved image (paper, 3.1). A row
+    that has its rejected answer already only gets an image, see :func:`attach`.
 
     What becomes of a row does not depend on the rows beside it, except that a generator's and an
     encoder's numerics may depend on the batch.
 
     Args:
-        rows: Rows with answers, without rejected ones.
+        rows: Rows with answers.
         masked: Their masked answers.
         candidates: Their retrieved images, best first.
         acceptance: What passes.
@@ -113,9 +114,17 @@ def induce(
         Outcome(row.id, masked=mask.text, masked_by=mask.by)
         for row, mask in zip(rows, masked, strict=True)
     ]
+    paired = [i for i, row in enumerate(rows) if row.rejected]
+    attached = attach(
+        [rows[i] for i in paired], [candidates[i] for i in paired], acceptance.similarity
+    )
+    for i, outcome in zip(paired, attached, strict=True):
+        outcomes[i] = outcome
     waiting: list[list[Candidate]] = []
     for row, outcome, images in zip(rows, outcomes, candidates, strict=True):
         waiting.append([])
+        if row.rejected:
+            continue
         if not outcome.masked:
             outcome.reason = NOTHING_TO_MASK
             continue

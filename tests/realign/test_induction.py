@@ -251,3 +251,13 @@ def test_pairs_that_have_both_answers_get_their_image_by_retrieval_alone(five_im
     assert (first.masked, first.masked_by) == ("", "")
     assert (second.image, second.completion, second.reason) == ("", "", "no candidate")
     assert attach([], [], load_similarity("lexical")) == []
+
+
+def test_rows_with_and_without_a_rejected_answer_share_a_group(five_images) -> None:
+    rows = [row(five_images[0], rejected="A red cat sits."), row(five_images[1])]
+    order = [candidates(five_images[1:]), candidates(five_images[2:])]
+    said = {("What is on 1?", "2.png"): Answer("A tan cat sits on it.")}
+    masked = mask_rows(rows, RULES, None, always)
+    first, second = induce(rows, masked, order, acceptance(), Scripted(said), always)
+    assert [first] == attach(rows[:1], order[:1], load_similarity("lexical"))
+    assert (second.completion, second.image) == ("A tan cat sits on it.", "2.png")
