@@ -1,26 +1,16 @@
-"""Building: the paper's algorithm by hand, and the whole verb on the embedded model."""
+"""Building: the whole verb on the embedded model."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from realign.build.acceptance import Acceptance, refusal
-from realign.build.corpus import Corpus
-from realign.build.induction import Candidate, induce
 from realign.build.lengths import PromptLength, position_limit
-from realign.build.masker import Masked, MaskRules, mask_rows
-from realign.build.masking import Lexicon
 from realign.build.pipeline import build
-from realign.build.prompts import COMPLETION_PROMPT, MASK_PROMPT
-from realign.build.row import SourceRow
-from realign.build.similarity import load_similarity
 from realign.config import BuildConfig
 from realign.dataset import read_records
 from realign.demo.data import write_training_data
@@ -30,158 +20,6 @@ from realign.errors import RefusedError
 from realign.generate.answer import Answer
 from realign.generate.generator import Request
 from realign.generate.transformers_generator import TransformersGenerator
-
-LEXICON = Lexicon({"objects": ["dog", "cat", "house"], "attributes": ["red"]})
-
-
-def rules(mask: str = "rule") -> MaskRules:
-    return MaskRules(mask, LEXICON, {}, seed=0)
-
-
-def acceptance(**options: Any) -> Acceptance:
-    return Acceptance(
-        **{
-            "similarity": load_similarity("lexical"),
-            "threshold": 0.95,
-            "keep_unmasked": True,
-            **options,
-        }
-    )
-
-
-def asked_about(path: Path, prompt: str, answer: str, row_id: str = "a") -> SourceRow:
-    return SourceRow(row_id, path.name, path, ({"role": "user", "content": prompt},), answer)
-
-
-def always(prompt: str, image: Path) -> bool:
-    return True
-
-
-class Scripted:
-    """Answers by the colour of the image; remembers what it was asked."""
-
-    def __init__(
-        self, answers: dict[tuple[int, int, int], str], cut: tuple[int, int, int] | None = None
-    ) -> None:
-        self.answers, self.cut, self.asked = answers, cut, []
-
-    def __call__(self, requests) -> list[Answer]:
-        self.asked += [request.prompt for request in requests]
-        colors = [Image.open(request.image).getpixel((0, 0)) for request in requests]
-        return [Answer(self.answers[color], color == self.cut) for color in colors]
-
-
-COLORS = [(0, 0, 0), (10, 0, 0), (20, 0, 0), (30, 0, 0), (40, 0, 0)]
-
-
-@pytest.fixture
-def five_images(tmp_path: Path) -> list[Path]:
-    paths = [tmp_path / f"{i}.png" for i in range(5)]
-    for path, color in zip(paths, COLORS, strict=True):
-        Image.new("RGB", (4, 4), color).save(path)
-    return paths
-
-
-def candidates(paths: list[Path]) -> list[Candidate]:
-    return [Candidate(path.name, path, i, 1 - i / 10) for i, path in enumerate(paths, start=1)]
-
-
-def test_the_papers_algorithm_step_by_step(five_images) -> None:
-    """Candidates in order; the first one that differs enough is accepted and becomes v_l."""
-    row = asked_about(five_images[0], "What is it?", "A red dog sits.")
-    generator = Scripted(
-        {
-            COLORS[1]: "A red dog sits.",  # identical
-            COLORS[2]: "A [MASK] dog sits.",  # not filled
-            COLORS[3]: "A red cat sits.",  # accepted
-            COLORS[4]: "A red house sits.",  # never asked
-        }
-    )
-    masked = mask_rows([row], rules(), None, always)
-    assert masked == [Masked("A [MASK] [MASK] sits.", "rule")]
-    (outcome,) = induce(
-        [row], masked, [candidates(five_images[1:])], acceptance(), generator, always
-    )
-    assert (outcome.completion, outcome.image, outcome.rank) == ("A red cat sits.", "3.png", 3)
-    assert [attempt["reason"] for attempt in outcome.refused] == ["identical", "mask left unfilled"]
-    assert outcome.reason == ""
-    assert generator.asked == [f"What is it?\n{COMPLETION_PROMPT}\nA [MASK] [MASK] sits."] * 3
-
-
-def test_no_candidate_passes(five_images) -> None:
-    row = asked_about(five_images[0], "What is it?", "A red dog sits.")
-    generator = Scripted(dict.fromkeys(COLORS, "A red dog sits."))
-    masked = mask_rows([row], rules(), None, always)
-    (outcome,) = induce(
-        [row], masked, [candidates(five_images[1:])], acceptance(), generator, always
-    )
-    assert outcome.reason == "no candidate passed, mostly identical"
-    assert len(outcome.refused) == 4
-
-
-def test_a_completion_that_was_cut_is_never_a_rejected_answer(five_images) -> None:
-    row = asked_about(five_images[0], "What is it?", "A red dog.")
-    said = dict.fromkeys(COLORS, "A red cat.")
-    generator = Scripted(said, cut=COLORS[1])
-    masked = mask_rows([row], rules(), None, always)
-    loose = acceptance(keep_unmasked=False)
-    (outcome,) = induce([row], masked, [candidates(five_images[1:])], loose, generator, always)
-    (attempt,) = outcome.refused
-    assert (attempt["image"], attempt["reason"]) == ("1.png", "cut at max_new_tokens")
-    assert outcome.image == "2.png"
-
-
-def test_a_mask_that_was_cut_falls_back_to_the_rule(five_images) -> None:
-    row = asked_about(five_images[0], "What?", "A red dog")
-    cut = Scripted({COLORS[0]: "A red [MASK]"}, cut=COLORS[0])
-    assert mask_rows([row], rules("model"), cut, always)[0].by == "rule after model"
-
-
-def test_nothing_to_mask_is_dropped_with_its_reason(five_images) -> None:
-    row = asked_about(five_images[0], "What?", "Nothing.")
-    masked = mask_rows([row], rules(), None, always)
-    (outcome,) = induce(
-        [row], masked, [candidates(five_images[1:])], acceptance(), Scripted({}), always
-    )
-    assert (outcome.masked_by, outcome.reason, outcome.refused) == ("rule", "nothing to mask", [])
-
-
-def test_a_models_mask_is_taken_or_falls_back_to_the_rule(five_images) -> None:
-    rows = [
-        asked_about(five_images[0], "What?", "A red dog sits.", "a"),
-        asked_about(five_images[1], "What?", "A red dog sits.", "b"),
-    ]
-    generator = Scripted({COLORS[0]: "A red [MASK] sits.", COLORS[1]: "The [MASK] sits."})
-    assert mask_rows(rows, rules("model"), generator, always) == [
-        Masked("A red [MASK] sits.", "model"),
-        Masked("A [MASK] [MASK] sits.", "rule after model"),
-    ]
-    assert generator.asked == [f"{MASK_PROMPT}\nA red dog sits."] * 2
-
-
-@pytest.mark.parametrize(
-    ("completion", "reason"),
-    [
-        ("", "empty"),
-        ("A [MASK] dog sits.", "mask left unfilled"),
-        ("A red dog sits.", "identical"),
-        ("A <image> cat sits.", "special token"),
-        ("A red cat sits.</s>", "special token"),
-        ("The red cat sits.", "unmasked words changed"),
-        ("A red cat sits.", ""),
-    ],
-)
-def test_refusals(completion: str, reason: str) -> None:
-    answer, masked = "A red dog sits.", "A [MASK] [MASK] sits."
-    assert (
-        refusal(answer, masked, Answer(completion), 0.5, acceptance(special=("</s>", ""))) == reason
-    )
-
-
-def test_similarity_at_the_threshold_is_too_similar() -> None:
-    arguments = ("A red dog sits.", "A [MASK] dog sits.", Answer("A blue dog sits."))
-    assert refusal(*arguments, 0.95, acceptance()) == "too similar"
-    assert refusal(*arguments, 0.9499, acceptance()) == ""
 
 
 @pytest.fixture
