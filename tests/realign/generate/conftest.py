@@ -136,6 +136,16 @@ class FaultyServer:
     async def close_silently(self, writer: asyncio.StreamWriter) -> None:
         raise ConnectionResetError
 
+    async def restart(self, writer: asyncio.StreamWriter) -> None:
+        """Refuse connections for a while, this one first."""
+        self._server.close()
+        self._loop.create_task(self._come_back())
+        raise ConnectionResetError
+
+    async def _come_back(self) -> None:
+        await asyncio.sleep(0.4)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+
     async def truncated(self, writer: asyncio.StreamWriter) -> None:
         """Half of the body that the header promises."""
         raw = json.dumps(completion("truncated")).encode()
