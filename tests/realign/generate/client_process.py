@@ -1,7 +1,8 @@
-"""A process that asks a server: ``client_process.py URL IMAGE JOURNAL NUM_REQUESTS CONCURRENCY``.
+"""A process that asks a server:
+``client_process.py URL IMAGE JOURNAL NUM_REQUESTS CONCURRENCY TIMEOUT_S``.
 
 Prints the counters, the answers and by how many bytes its peak memory grew. With ``pool`` for a
-sixth argument it does so in a worker of a process pool.
+last argument it does so in a worker of a process pool.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def work(url: str, image: str, journal: str, num_requests: str, concurrency: str) -> str:
-    endpoint = Endpoint(url, concurrency=int(concurrency), timeout_s=1.0, backoff_s=0.01)
+def work(
+    url: str, image: str, journal: str, num_requests: str, concurrency: str, timeout_s: str
+) -> str:
+    endpoint = Endpoint(
+        url, concurrency=int(concurrency), timeout_s=float(timeout_s), backoff_s=0.01
+    )
     requests = [Request(f"prompt {n}", Path(image)) for n in range(int(num_requests))]
     with EndpointGenerator(endpoint, Sampling("m", 16), Path(journal)) as generator:
         before = peak_bytes()
@@ -37,8 +42,8 @@ def work(url: str, image: str, journal: str, num_requests: str, concurrency: str
 
 
 if __name__ == "__main__":
-    if sys.argv[6:] == ["pool"]:
+    if sys.argv[7:] == ["pool"]:
         with ProcessPoolExecutor(1) as pool:
-            print(pool.submit(work, *sys.argv[1:6]).result())  # noqa: T201
+            print(pool.submit(work, *sys.argv[1:7]).result())  # noqa: T201
     else:
         print(work(*sys.argv[1:]))  # noqa: T201

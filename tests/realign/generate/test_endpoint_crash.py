@@ -25,9 +25,14 @@ SLOW_FAULTS = ("hang", "trickle", "trickle_head", "huge", "huge|500")
 
 
 def client(
-    server: Any, image: Path, journal: Path, num_requests: int, concurrency: int
+    server: Any,
+    image: Path,
+    journal: Path,
+    num_requests: int,
+    concurrency: int,
+    timeout_s: float = 30.0,
 ) -> list[str]:
-    arguments = (server.url, image, journal, num_requests, concurrency)
+    arguments = (server.url, image, journal, num_requests, concurrency, timeout_s)
     return [sys.executable, str(CLIENT), *map(str, arguments)]
 
 
@@ -40,7 +45,7 @@ def test_500_requests_with_random_faults(server: Any, image: Path, tmp_path: Pat
 
     server.fault = fault
     result = subprocess.run(
-        client(server, image, tmp_path / "journal.jsonl", 500, 16),
+        client(server, image, tmp_path / "journal.jsonl", 500, 16, timeout_s=1.0),
         capture_output=True,
         text=True,
         check=True,
