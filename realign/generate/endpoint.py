@@ -17,9 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx2
-import openai
-
 from realign.errors import RefusedError
 from realign.generate.completion import (
     MalformedError,
@@ -29,10 +26,19 @@ from realign.generate.completion import (
     without_secret,
 )
 
+try:
+    import httpx2  # the openai client's own
+    import openai
+except ImportError:
+    raise RefusedError(
+        "An endpoint needs the openai client. Install 'realign[pipeline,endpoint]'."
+    ) from None
+
 # An answer of 8,192 tokens with its reasoning has some 100 kB
 MAX_RESPONSE_BYTES = 4_000_000
 LONGEST_BACKOFF_S = 30.0
 LONGEST_RETRY_AFTER_S = 300.0
+_jitter = random.SystemRandom()  # workers that were forked must not draw the same
 # About this one request: too long, filtered, image refused
 _OF_ONE_REQUEST = (400, 413, 415, 422)
 _NO_KEY = "none"  # the client insists on one
@@ -149,6 +155,7 @@ async def ask(
     client: openai.AsyncOpenAI,
     endpoint: Endpoint,
     body: Mapping[str, Any],
+    was_reached: bool,
     on_retry: Callable[[], None],
 ) -> Reply:
     """Ask until there is an answer or a refusal.
@@ -157,6 +164,7 @@ async def ask(
         client: Of :func:`open_client`.
         endpoint: The same.
         body: The request.
+        was_reached: Whether the server has answered before: then it may come back.
         on_retry: Called before each further attempt.
     Raises:
         RefusedError: The server cannot be reached, refuses every request (401, 403, 404, ...), or
@@ -165,12 +173,13 @@ async def ask(
     key = endpoint.key()
     for attempt in range(endpoint.max_retries + 1):
         wait = endpoint.backoff_s * 2**attempt
-        wait = min(wait, LONGEST_BACKOFF_S) * random.uniform(0.5, 1)  # not all at once again
+        wait = min(wait, LONGEST_BACKOFF_S) * _jitter.uniform(0.5, 1)  # not all at once again
         try:
             async with asyncio.timeout(endpoint.timeout_s):  # also of a body that trickles
                 response = await client.chat.completions.with_raw_response.create(**body)
             return Reply(200, without_secret(read_completion(response.content), key))
         except openai.APIStatusError as error:
+            was_reached = True
             if error.status_code in _OF_ONE_REQUEST:
                 answer = error.body if error.body is not None else error.response.text
                 return Reply(error.status_code, without_secret(answer, key))
@@ -186,7 +195,7 @@ async def ask(
             failure = f"no answer within {endpoint.timeout_s:g} s"
         except openai.APIConnectionError as error:
             failure = f"{type(error.__cause__).__name__}: {error.__cause__}"
-            if isinstance(error.__cause__, httpx2.ConnectError) and attempt == 0:
+            if isinstance(error.__cause__, httpx2.ConnectError) and not was_reached:
                 raise RefusedError(
                     f"base_url must be of a server that can be reached, got {endpoint.base_url} "
                     f"({failure}). Start the server, or correct base_url."

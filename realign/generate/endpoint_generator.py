@@ -8,9 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
-
-import openai
+from typing import TYPE_CHECKING, Any, Literal
 
 from realign.errors import RefusedError
 from realign.files import canonical_json, content_sha256, file_sha256
@@ -25,6 +23,9 @@ from realign.generate.endpoint import Endpoint, ask, open_client
 from realign.generate.generator import Request
 from realign.generate.image_url import image_url
 from realign.generate.journal import Journal
+
+if TYPE_CHECKING:
+    import openai
 
 # So many requests refused with none answered between them: the fault is not theirs
 MAX_REFUSED_IN_A_ROW = 16
@@ -105,8 +106,8 @@ class EndpointGenerator:
     """Answers prompts about images by asking a server, each request once.
 
     What the server says is in the journal before it is used, so that another run with the same
-    journal asks only what is missing. It can be called from any thread or process, also where an
-    event loop runs; it holds no connection between calls.
+    journal asks only what is missing. It can be called from any thread or process, one call at a
+    time, also where an event loop runs; it holds no connection between calls.
 
     A request that the server refuses (too long, filtered) gets an ``Answer`` with a ``problem``.
     Refusals are journalled once another request was answered or the call ends, and the run stops at
@@ -198,7 +199,9 @@ class EndpointGenerator:
             ]
             messages = [{"role": "user", "content": content}]
             body = {**self._sampling.body(), "messages": messages}
-            self._take(question, await ask(client, self._endpoint, body, self._count_retry))
+            was_reached = self.counts.asked > 0
+            reply = await ask(client, self._endpoint, body, was_reached, self._count_retry)
+            self._take(question, reply)
 
     def _count_retry(self) -> None:
         self.counts.retries += 1

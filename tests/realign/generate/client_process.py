@@ -1,6 +1,8 @@
-"""A process that asks a server: ``client_process.py URL IMAGE JOURNAL NUM_REQUESTS CONCURRENCY``.
+"""A process that asks a server:
+``client_process.py URL IMAGE JOURNAL NUM_REQUESTS CONCURRENCY TIMEOUT_S``.
 
-Prints the counters, the answers and by how many bytes its peak memory grew.
+Prints the counters, the answers and by how many bytes its peak memory grew. With ``pool`` for a
+last argument it does so in a worker of a process pool.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,9 +24,12 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-if __name__ == "__main__":
-    url, image, journal, num_requests, concurrency = sys.argv[1:]
-    endpoint = Endpoint(url, concurrency=int(concurrency), timeout_s=0.5, backoff_s=0.01)
+def work(
+    url: str, image: str, journal: str, num_requests: str, concurrency: str, timeout_s: str
+) -> str:
+    endpoint = Endpoint(
+        url, concurrency=int(concurrency), timeout_s=float(timeout_s), backoff_s=0.01
+    )
     requests = [Request(f"prompt {n}", Path(image)) for n in range(int(num_requests))]
     with EndpointGenerator(endpoint, Sampling("m", 16), Path(journal)) as generator:
         before = peak_bytes()
@@ -32,4 +38,12 @@ if __name__ == "__main__":
         except RefusedError as error:
             answers = [f"refused: {error}"]
         result = {"answers": answers, "grown": peak_bytes() - before}
-        print(json.dumps({**result, **asdict(generator.counts)}))  # noqa: T201
+        return json.dumps({**result, **asdict(generator.counts)})
+
+
+if __name__ == "__main__":
+    if sys.argv[7:] == ["pool"]:
+        with ProcessPoolExecutor(1) as pool:
+            print(pool.submit(work, *sys.argv[1:7]).result())  # noqa: T201
+    else:
+        print(work(*sys.argv[1:]))  # noqa: T201

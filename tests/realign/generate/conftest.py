@@ -136,6 +136,19 @@ class FaultyServer:
     async def close_silently(self, writer: asyncio.StreamWriter) -> None:
         raise ConnectionResetError
 
+    def go_away(self, seconds: float) -> None:
+        """Refuse connections for a while."""
+
+        async def close() -> None:
+            self._server.close()
+
+        async def come_back() -> None:
+            await asyncio.sleep(seconds)
+            self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+
+        self._call(close())
+        asyncio.run_coroutine_threadsafe(come_back(), self._loop)
+
     async def truncated(self, writer: asyncio.StreamWriter) -> None:
         """Half of the body that the header promises."""
         raw = json.dumps(completion("truncated")).encode()

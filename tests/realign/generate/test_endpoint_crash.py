@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,9 +25,14 @@ SLOW_FAULTS = ("hang", "trickle", "trickle_head", "huge", "huge|500")
 
 
 def client(
-    server: Any, image: Path, journal: Path, num_requests: int, concurrency: int
+    server: Any,
+    image: Path,
+    journal: Path,
+    num_requests: int,
+    concurrency: int,
+    timeout_s: float = 30.0,
 ) -> list[str]:
-    arguments = (server.url, image, journal, num_requests, concurrency)
+    arguments = (server.url, image, journal, num_requests, concurrency, timeout_s)
     return [sys.executable, str(CLIENT), *map(str, arguments)]
 
 
@@ -39,7 +45,7 @@ def test_500_requests_with_random_faults(server: Any, image: Path, tmp_path: Pat
 
     server.fault = fault
     result = subprocess.run(
-        client(server, image, tmp_path / "journal.jsonl", 500, 16),
+        client(server, image, tmp_path / "journal.jsonl", 500, 16, timeout_s=1.0),
         capture_output=True,
         text=True,
         check=True,
@@ -99,6 +105,30 @@ def test_killed_and_resumed(server: Any, image: Path, tmp_path: Path) -> None:
     assert prompts_of(journal) == {f"prompt {number}": 1 for number in range(num_requests)}
     again = server.asked.total() - num_requests
     assert again <= kills * concurrency
+
+
+def test_a_worker_of_a_process_pool_can_ask(server: Any, image: Path, tmp_path: Path) -> None:
+    command = [*client(server, image, tmp_path / "journal.jsonl", 20, 4), "pool"]
+    said = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert said["answers"] == [f"answer to prompt {number}" for number in range(20)]
+
+
+def test_an_interrupt_ends_the_run_at_once_and_keeps_what_was_answered(
+    server: Any, image: Path, tmp_path: Path
+) -> None:
+    server.delay_s = 0.01
+    server.fault = lambda prompt, attempt: "hang" if prompt == "prompt 9" else ""
+    journal = tmp_path / "journal.jsonl"
+    command = client(server, image, journal, 20, 1)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while not server.asked["prompt 9"]:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate()[1].decode()
+    assert process.returncode != 0
+    assert "KeyboardInterrupt" in error
+    assert KEY not in error
+    assert prompts_of(journal) == {f"prompt {number}": 1 for number in range(9)}
 
 
 def prompts_of(journal: Path) -> Counter[str]:
