@@ -162,7 +162,8 @@ def _strict_json(text: str, where: str, *, has_lines: bool = False) -> Any:
             canonical_json(value).encode()
     except json.JSONDecodeError as error:
         place = f"{where}, line {error.lineno}" if has_lines else where
-        said = f"got {text[error.pos : error.pos + 40]!r} in column {error.colno} ({error.msg})"
+        near = text[max(0, error.pos - 20) : error.pos + 20]
+        said = f"got {near!r} around column {error.colno} ({error.msg})"
         raise RefusedError(f"{place} must be JSON, {said}. Correct it.", code="json") from None
     except _NotStrict as error:
         what, code = error.args

@@ -84,8 +84,9 @@ def resolve_image(root: Path, name: str, where: str) -> Path:
         is_inside, is_file = path.is_relative_to(root.resolve()), path.is_file()
     # too long, not in the file system's encoding, a loop of links, a folder that is locked
     except (OSError, ValueError, RuntimeError) as error:
-        reason = f"image must be a file that can be opened, got {name[:80]!r} ({error!s:.80}). "
-        raise RefusedImage(where, reason + "Rename it.", "unreadable") from None
+        said = f"{name[:80]!r} ({error!s:.80})"
+        reason = f"image must be a file that can be opened, got {said}. Rename it."
+        raise RefusedImage(where, reason, "unreadable") from None
     if not is_inside:
         reason = f"image must lie inside {root}, got {name[:200]!r}. Move it there."
         raise RefusedImage(where, reason, "outside-root")
@@ -190,10 +191,11 @@ def _refusing(raw: bytes, where: str) -> Iterator[None]:
         raise RefusedImage(where, reason, "too-many-pixels") from None
     except UnidentifiedImageError:  # its text is the address of our buffer
         begins = f"{len(raw)} bytes that begin with {raw[:12]!r}" if raw else "no bytes"
-        reason = f"image must be a readable {', '.join(FORMATS)} file, got {begins}. "
-        raise RefusedImage(where, reason + "Replace it or remove the row.", "format") from None
+        kind = f"readable {', '.join(FORMATS)} file"
+        reason = f"image must be a {kind}, got {begins}. Replace it or remove the row."
+        raise RefusedImage(where, reason, "format") from None
     except Exception as error:  # on damaged files, decoders raise any
         is_metadata = any(said in str(error) for said in _METADATA)
-        reason = f"image {'has too much metadata' if is_metadata else 'is damaged'} ({error}). "
-        code = "metadata" if is_metadata else "damaged"
-        raise RefusedImage(where, reason + "Replace it or remove the row.", code) from None
+        what = "has too much metadata" if is_metadata else "is damaged"
+        reason = f"image {what} ({error}). Replace it or remove the row."
+        raise RefusedImage(where, reason, "metadata" if is_metadata else "damaged") from None

@@ -200,8 +200,9 @@ class _Worker:
                 "remove the row."
             )
             return RefusedImage(where, reason, "timeout")
-        reason = f"image ended the process that decoded it (status {status}). Replace it or remove "
-        return RefusedImage(where, reason + "the row.", "crashed")
+        how = f"ended the process that decoded it (status {status})"
+        reason = f"image {how}. Replace it or remove the row."
+        return RefusedImage(where, reason, "crashed")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from realign.errors import RefusedError
 from realign.eval.pope import SPLITS
-from realign.files import content_sha256, read_json, read_jsonl
+from realign.files import content_sha256, iter_jsonl, read_json
 from realign.images import check_image_root, decode_image, resolve_image
 from realign.progress import announce
 
@@ -40,7 +40,7 @@ def read_tasks(data: Path) -> dict[str, Task]:
     tasks = {}
     for task in there:
         path = data / f"{task}.jsonl"
-        tasks[task] = read_jsonl(path)
+        tasks[task] = _read_lines(path)
         if not tasks[task]:
             raise RefusedError(
                 f"{path} must have at least one line, has none. Add some or remove it."
@@ -48,6 +48,15 @@ def read_tasks(data: Path) -> dict[str, Task]:
         for number, row in enumerate(tasks[task], start=1):
             _check_row(row, f"{path.name}, line {number}", is_caption=task == "chair")
     return tasks
+
+
+def _read_lines(path: Path) -> Task:
+    rows = []
+    for _, row in iter_jsonl(path):
+        if isinstance(row, RefusedError):
+            raise row
+        rows.append(row)
+    return rows
 
 
 def _check_row(row: Any, where: str, *, is_caption: bool) -> None:

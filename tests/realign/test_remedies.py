@@ -15,7 +15,9 @@ PACKAGE = Path(realign.__file__).parent
 
 
 def refusals() -> Iterator[tuple[str, str]]:
-    """File and text of each ``raise RefusedError``, names in place of values."""
+    """File and text of each ``raise RefusedError``, names in place of values, and of each reason
+    of a ``RefusedImage``.
+    """
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if (
@@ -24,6 +26,8 @@ def refusals() -> Iterator[tuple[str, str]]:
                 and ast.unparse(node.exc.func) == "RefusedError"
             ):
                 yield str(path.relative_to(PACKAGE)), template(node.exc.args[0])
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "reason":
+                yield str(path.relative_to(PACKAGE)), template(node.value)
 
 
 def template(node: ast.expr) -> str:
