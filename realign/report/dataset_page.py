@@ -17,7 +17,7 @@ from realign.files import read_json
 from realign.outcomes import tried_before
 from realign.pair_view import PairFacts
 from realign.plots import compared_histogram, count_plot, histogram
-from realign.records import Record, texts_of
+from realign.records import texts_of
 from realign.report.funnel import candidate_lines, read_funnel, row_lines
 from realign.report.page import write_page
 from realign.report.pictures import shown_pair, spread
@@ -50,7 +50,7 @@ def dataset_page(data: Path, out: Path, images: Path | None = None) -> Path:
     decided = {
         row: decisions[row] for row in decided_rows(records, decisions).values() if row in decisions
     }
-    pairs = [
+    pairs: list[dict[str, Any]] = [
         shown_pair(record)
         | {
             "reasons": reasons.get(record.id, ()),

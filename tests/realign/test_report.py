@@ -11,9 +11,9 @@ import pytest
 from markupsafe import Markup
 
 from realign.errors import RefusedError
+from realign.pair_view import word_diff
 from realign.parquet import write_parquet
 from realign.plots import bar_plot
-from realign.pair_view import word_diff
 from realign.report import write_report
 
 
