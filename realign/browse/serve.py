@@ -36,10 +36,13 @@ def serve(
         from realign.browse.app import make_app
     except ImportError as error:
         raise RefusedError(
-            f"realign browse needs {error.name}. Install 'realign[pipeline,browse]'."
+            f"realign browse needs {str(error.name).partition('.')[0]}. Install "
+            "'realign[pipeline,browse]'."
         ) from None
     from realign.browse.rows import Rows
 
+    if not 0 <= port <= 65_535:
+        raise RefusedError(f"port must be in [0, 65535], got {port}. Choose another, or 0 for any.")
     own = decisions_path(data)
     path = decisions or own
     check_out(path.parent)
@@ -50,7 +53,7 @@ def serve(
     rows = Rows(read_records(data, images), path, tried_before(folder) if is_built else {})
     try:
         listening = socket.create_server((HOST, port))
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise RefusedError(
             f"port {port} of {HOST} cannot be used ({error}). Give another --port, or 0 for any."
         ) from None
