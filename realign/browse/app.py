@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from realign.browse.guard import Guard
@@ -64,8 +64,14 @@ def make_app(rows: Rows, title: str, token: str, cookie: str = "realign") -> Sta
             Route("/image/{number:int}/{which}", pages.image),
             Route("/decide", pages.decide, methods=["POST"]),
         ],
+        exception_handlers={RefusedError: _failed, OSError: _failed},
         middleware=[Middleware(Guard, token=token, cookie=cookie)],
     )
+
+
+def _failed(request: Request, error: Exception) -> Response:
+    """The decision file is damaged or cannot be written: the person must know."""
+    return PlainTextResponse(str(error), 500)
 
 
 class _Pages:

@@ -13,6 +13,7 @@ from threading import RLock
 
 from realign.decisions import Decision, RowKey, append_decision, read_decisions
 from realign.pair_view import PairFacts
+from realign.progress import Progress
 from realign.records import Record, texts_of
 
 SORTS = ("index", "similarity", "cosine", "rank", "words")
@@ -79,7 +80,11 @@ class Rows:
     ) -> None:
         self._records, self._path = records, decisions
         self._tried = reasons or {}
-        self.facts = [PairFacts.of(text) for text in texts_of(records)]
+        self.facts: list[PairFacts] = []
+        with Progress("open", len(records)) as progress:
+            for text in texts_of(records):
+                self.facts.append(PairFacts.of(text))
+                progress.advance()
         self.reasons = sorted({name for found in self._tried.values() for name in found})
         self.ranks = sorted({fact.rank for fact in self.facts if fact.rank is not None})
         self._numbers: dict[str, list[int]] = {}
@@ -111,6 +116,7 @@ class Rows:
     def decide(self, number: int, key: str, decision: str, note: str) -> bool:
         """Write a decision; False, and nothing written, if the row's content is not ``key``."""
         with self._lock:
+            self._refresh()  # a damaged file is found before anything is added to it
             if key != self._key(number):
                 return False
             append_decision(self._path, Decision(self.facts[number].id, key, decision, note))

@@ -6,7 +6,7 @@ import secrets
 import socket
 from pathlib import Path
 
-from realign.dataset import read_records
+from realign.dataset import dataset_title, read_records
 from realign.decisions import decisions_path
 from realign.errors import RefusedError
 from realign.outcomes import tried_before
@@ -59,7 +59,7 @@ def serve(
         ) from None
     port = listening.getsockname()[1]
     token = secrets.token_urlsafe(24)
-    app = make_app(rows, data.resolve().name, token, f"realign-{port}")
+    app = make_app(rows, dataset_title(data), token, f"realign-{port}")
     # the address is the key: it goes to the terminal, and no log holds it
     announce(f"{len(rows)} rows; decisions go to {path}")
     if path != own:

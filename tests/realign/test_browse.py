@@ -113,6 +113,25 @@ def test_a_row_that_changed_is_not_decided_about(client, tmp_path: Path) -> None
     assert not (tmp_path / "decisions.jsonl").exists()
 
 
+def test_a_decision_file_that_is_damaged_or_cannot_be_written_is_said(
+    client, rows: Rows, tmp_path: Path
+) -> None:
+    path = tmp_path / "decisions.jsonl"
+    body = {"number": 3, "key": rows.record(3).key, "decision": "drop"}
+    path.write_text("{}\n")
+    for answer in (
+        client.get("/"),
+        client.post("/decide", json=body, headers={"origin": ORIGIN}),
+    ):
+        assert answer.status_code == 500
+        assert "decisions.jsonl, line 1: id must be a text" in answer.text
+    assert path.read_text() == "{}\n"
+    path.unlink()
+    path.mkdir()
+    answer = client.post("/decide", json=body, headers={"origin": ORIGIN})
+    assert (answer.status_code, "Is a directory" in answer.text) == (500, True)
+
+
 @pytest.mark.parametrize(
     ("query", "expected"),
     [
