@@ -2,16 +2,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-browser lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/realign demo --out runs/demo
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not browser"
 
 test-slow: $(VENV)/.test
-	REALIGN_EXAMPLES=5000 $(BIN)/python -m pytest -n 2
+	REALIGN_EXAMPLES=5000 $(BIN)/python -m pytest -n 2 -m "not browser"
+
+test-browser: $(VENV)/.browser
+	$(BIN)/python -m pytest -m browser
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -28,7 +31,11 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt $(NATIVE)
 	touch $@
 
 $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt $(NATIVE)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[pipeline,report,test]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[pipeline,report,browse,test]"
+	touch $@
+
+$(VENV)/.browser: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[pipeline,report,browse,test,browser]"
 	touch $@
 
 clean:

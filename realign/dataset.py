@@ -85,3 +85,11 @@ def read_kept_records(data: Path, image_root: Path | None) -> Sequence[Record]:
     if dropped := len(records) - len(left):
         announce(f"{dropped} of {len(records)} rows dropped by {path.name}")
     return left
+
+
+def dataset_title(data: Path) -> str:
+    """What a page calls a dataset; a folder named ``dataset`` is called after its run too."""
+    folder = data.resolve() if data.is_dir() else data.resolve().parent
+    if data.is_file() and data.name != "dataset.parquet":
+        return data.name
+    return f"{folder.parent.name}/{folder.name}" if folder.name == "dataset" else folder.name

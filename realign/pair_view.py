@@ -91,8 +91,9 @@ def _number(meta: dict[str, Any], part: str, name: str) -> float | None:
     """A number of the provenance, which may hold anything."""
     inner = meta.get(part)
     value = inner.get(name) if isinstance(inner, dict) else None
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and isfinite(value) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        return None
+    return value
 
 
 def word_diff(chosen: str, rejected: str) -> tuple[Markup, Markup]:

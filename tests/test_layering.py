@@ -60,7 +60,10 @@ def test_kernels_import_torch_alone() -> None:
         ("realign/build/masking.py", ("torch", "realign.config", "realign.generate")),
         ("realign/collate.py", ("realign.trainer", "realign.cache", "realign.config")),
         ("realign/trainer.py", ("realign.build", "realign.eval", "realign.cache", "realign.demo")),
-        ("realign/report.py", ("torch", "transformers", "realign.trainer", "realign.build")),
+        ("realign/report/run_page.py", ("torch", "transformers", "realign.build", "realign.train")),
+        ("realign/report/dataset_page.py", ("torch", "transformers", "realign.build")),
+        ("realign/browse/app.py", ("torch", "transformers", "realign.build", "realign.report")),
+        ("realign/decisions.py", ("torch", "realign.dataset", "realign.config", "realign.browse")),
         ("realign/demo/world.py", ("PIL", "torch", "realign.build")),
     ],
 )

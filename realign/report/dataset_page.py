@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from realign.dataset import read_records
+from realign.dataset import dataset_title, read_records
 from realign.decisions import Decision, RowKey, decided_rows, decisions_path, read_decisions
 from realign.errors import RefusedError
 from realign.files import read_json
@@ -50,7 +50,7 @@ def dataset_page(data: Path, out: Path, images: Path | None = None) -> Path:
     decided = {
         row: decisions[row] for row in decided_rows(records, decisions).values() if row in decisions
     }
-    pairs = [
+    pairs: list[dict[str, Any]] = [
         shown_pair(record)
         | {
             "reasons": reasons.get(record.id, ()),
@@ -59,7 +59,7 @@ def dataset_page(data: Path, out: Path, images: Path | None = None) -> Path:
         for record in spread(records, MAX_PAIRS)
     ]
     page: dict[str, Any] = {
-        "title": _name(data),
+        "title": dataset_title(data),
         "subtitle": _subtitle(folder) if is_built else "",
         "tiles": [*_tiles(facts, counts), *_decision_tiles([*decided.values()])],
         "rows": row_lines(counts) if counts else [],
@@ -76,14 +76,6 @@ def dataset_page(data: Path, out: Path, images: Path | None = None) -> Path:
 
 def _of(pairs: Sequence[dict[str, Any]]) -> Iterator[PairFacts]:
     return (pair["view"].facts for pair in pairs)
-
-
-def _name(data: Path) -> str:
-    """A build folder is called after its run where its own name says nothing."""
-    folder = data.resolve() if data.is_dir() else data.resolve().parent
-    if data.is_file() and data.name != "dataset.parquet":
-        return data.name
-    return f"{folder.parent.name}/{folder.name}" if folder.name == "dataset" else folder.name
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -140,7 +132,7 @@ def _plots(
         )
     if ranks := Counter(fact.rank for fact in facts if fact.rank is not None):
         yield count_plot(
-            "Accepted pairs by rank of the retrieved image",
+            "Rank of the accepted image",
             {str(rank): ranks[rank] for rank in range(1, max(ranks) + 1)},
         )
     yield compared_histogram(

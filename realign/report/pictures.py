@@ -27,9 +27,9 @@ def _picture(images: Sequence[bytes], where: str) -> Picture | None:
     if not images:
         return None
     try:
-        return {"src": data_uri(images[0], where), "problem": ""}
+        return {"src": data_uri(images[0], where), "full": "", "problem": ""}
     except RefusedError as error:
-        return {"src": "", "problem": str(error)}
+        return {"src": "", "full": "", "problem": str(error)}
 
 
 def spread(records: Sequence[Record], count: int) -> list[Record]:

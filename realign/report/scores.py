@@ -87,10 +87,9 @@ def _sample(sample: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             text += marked(word, "lost" if word.lower() in absent else "")
         verdict = "chosen" if answer["is_right"] else "rejected"
         answers.append({"model": model, "text": text, "verdict": verdict})
+    picture = folder / "samples" / sample["picture"]
     return {
-        "picture": data_uri(
-            (folder / "samples" / sample["picture"]).read_bytes(), sample["picture"]
-        ),
+        "picture": data_uri(picture.read_bytes(), str(picture)),
         "prompt": sample["prompt"],
         "truth": sample["truth"],
         "answers": answers,

@@ -249,7 +249,7 @@ def test_a_bad_row_that_is_dropped_does_not_stop_the_cache(
     data = tmp_path / "pairs.parquet"
     write_parquet(rows, data)
     options = CacheConfig(model=str(model_dir), data=data, out=tmp_path / "cache")
-    with pytest.raises(RefusedError, match="1 problem.* in 4 rows"):
+    with pytest.raises(RefusedError, match=r"1 problem.* in 4 rows"):
         cache(options)
     decide(tmp_path / "pairs.parquet.decisions.jsonl", rows[2], "drop")
     manifest = json.loads((cache(options) / "manifest.json").read_text())
