@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from realign.build.acceptance import Acceptance, refusal
+from realign.build.corpus import Corpus
 from realign.build.induction import Candidate, induce
 from realign.build.lengths import PromptLength, position_limit
 from realign.build.masker import Masked, MaskRules, mask_rows
@@ -20,7 +21,6 @@ from realign.build.pipeline import build
 from realign.build.prompts import COMPLETION_PROMPT, MASK_PROMPT
 from realign.build.row import SourceRow
 from realign.build.similarity import load_similarity
-from realign.build.corpus import Corpus
 from realign.config import BuildConfig
 from realign.dataset import read_records
 from realign.demo.data import write_training_data
