@@ -5,13 +5,13 @@ once.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from realign.build.sources.layout import RefusedRowError
 from realign.errors import RefusedError
-from realign.files import replacing
 from realign.image_suffix import image_suffix
 from realign.images import FORMATS, MAX_BYTES, resolve_image
 
@@ -94,10 +94,15 @@ class ImageFiles:
         name = hashlib.sha256(raw).hexdigest() + suffix
         path = self._extract_to / name
         if name not in self._extracted:
-            # written whole or not at all, so one that is there is the one; only its size is asked
-            if not path.is_file() or path.stat().st_size != len(raw):
-                with replacing(path) as temporary:
+            # no fsync an image: what a power cut leaves is compared, and written again
+            if not path.is_file() or path.read_bytes() != raw:
+                self._extract_to.mkdir(parents=True, exist_ok=True)
+                temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
+                try:
                     temporary.write_bytes(raw)
+                    temporary.replace(path)
+                finally:
+                    temporary.unlink(missing_ok=True)
             self._extracted.add(name)
         return name, path
 
