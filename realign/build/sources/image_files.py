@@ -69,21 +69,21 @@ class ImageFiles:
             return RefusedRowError("image", code, str(error).removeprefix(": "))
         except (OSError, UnicodeError) as error:  # longer than names can be, or half a character
             text = f"image must be a file name, got {name!r:.80} ({error}). Rename it."
-            return RefusedRowError("image", "image-name", text)
+            return RefusedRowError("image", "unreadable", text)
 
     def _extract(self, raw: bytes) -> tuple[str, Path]:
         suffix = image_suffix(raw)
         if suffix is None:
             raise RefusedRowError(
                 "image",
-                "image-format",
+                "format",
                 f"image must be {', '.join(FORMATS)} bytes, got {len(raw)} that begin with "
                 f"{raw[:12]!r}. Replace it or remove the row.",
             )
         if len(raw) > MAX_BYTES:
             raise RefusedRowError(
                 "image",
-                "image-too-large",
+                "too-many-bytes",
                 f"image must have at most {MAX_BYTES} bytes, got {len(raw)}. Shrink it.",
             )
         if self._extract_to is None:
@@ -108,7 +108,9 @@ class ImageFiles:
 
 
 def _code(root: Path, name: str) -> str:
-    if "\0" in name or "://" in name or name.startswith("data:"):
+    if "://" in name or name.startswith("data:"):
+        return "url"
+    if "\0" in name:
         return "image-name"
     inside = (root / name).resolve().is_relative_to(root.resolve())
-    return "missing-image" if inside else "image-outside"
+    return "missing" if inside else "outside-root"

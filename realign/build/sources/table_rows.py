@@ -112,7 +112,7 @@ def _found(number: int, where: str, row: dict[str, Any] | UnicodeDecodeError) ->
     if isinstance(row, UnicodeDecodeError):
         problem = RefusedRowError(
             "",
-            "not-utf8",
+            "utf-8",
             f"texts must be UTF-8, got {row.object[row.start :][:8]!r}. Save them so.",
         )
         return Found(number, where, problem=problem)

@@ -125,7 +125,7 @@ def test_paths_of_a_table_lie_under_the_image_folder(tmp_path: Path, images: Pat
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "t.parquet")
     source = read_source(tmp_path / "t.parquet", images)
     assert [(row.image, row.path) for row in source.rows] == [("sub/d.jpg", images / "sub/d.jpg")]
-    assert [p.code for p in source.problems] == ["missing-image", "image-outside"]
+    assert [p.code for p in source.problems] == ["missing", "outside-root"]
     assert source.problems[0].place == "t.parquet, row 2 (counting from 1)"
 
 
@@ -171,10 +171,10 @@ def test_our_own_parquet_is_a_source(tmp_path: Path, records) -> None:
 @pytest.mark.parametrize(
     ("image", "code"),
     [
-        (b"GIF89a....", "image-format"),
-        (b"\xff\xd8\xff" + b"x" * 50_000_000, "image-too-large"),
-        (b"", "image-format"),
-        (None, "missing-field"),
+        (b"GIF89a....", "format"),
+        (b"\xff\xd8\xff" + b"x" * 50_000_000, "too-many-bytes"),
+        (b"", "format"),
+        (None, "missing-key"),
     ],
 )
 def test_embedded_bytes_that_are_no_image(
@@ -218,7 +218,7 @@ def test_a_text_that_is_not_utf8_spoils_its_row_alone(tmp_path: Path, images: Pa
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
     source = read_source(tmp_path / "t.parquet", images)
     assert [row.instruction for row in source.rows] == ["x", "z"]
-    assert [(p.code, p.row) for p in source.problems] == [("not-utf8", "2")]
+    assert [(p.code, p.row) for p in source.problems] == [("utf-8", "2")]
 
 
 def test_damaged_tables_are_refused(table: Path, tmp_path: Path) -> None:
