@@ -75,16 +75,22 @@ def _row(record: Record, images: ImageFolder) -> dict[str, Any]:
             wished = record.source.get(name)
             names[name] = images.add(raw[0], wished if isinstance(wished, str) else None)
     plain = plain_row(_named(record, names))
-    written = record.source.get("row")
-    if not isinstance(written, str):
+    row = _as_read(record)
+    if row is None:
         return plain
-    row: dict[str, Any] = json.loads(written)
-    row |= names
-    if [_conversation(row, name) for name in ("chosen", "rejected")] != [
-        (record.prompt, record.chosen),
-        (record.prompt, record.rejected),
-    ]:  # edited since it was read
-        row |= {name: plain[name] for name in ("chosen", "rejected")}
+    said = (record.prompt, record.chosen, record.rejected)
+    is_edited = ("image" in row) != bool(names) or _said(row) != said
+    row = {k: v for k, v in row.items() if names or k not in ("image", "retrieved_image")} | names
+    return row | {name: plain[name] for name in ("chosen", "rejected") if is_edited}
+
+
+def _as_read(record: Record) -> dict[str, Any] | None:
+    """The row that the record was read from, where its provenance holds one of the layout."""
+    try:
+        row = json.loads(record.source.get("row", ""))
+        _said(row)
+    except (ValueError, TypeError, KeyError):
+        return None
     return row
 
 
@@ -94,8 +100,7 @@ def _named(record: Record, names: dict[str, str]) -> Record:
     return dataclasses.replace(record, meta={**record.meta, "source": {**others, **names}})
 
 
-def _conversation(row: dict[str, Any], name: str) -> Any:
-    try:
-        return split_conversation(row.get(name), "", name)
-    except RefusedError:
-        return None
+def _said(row: dict[str, Any]) -> Any:
+    """Prompt and answers of a row."""
+    prompt, chosen = split_conversation(row["chosen"], "", "chosen")
+    return prompt, chosen, split_conversation(row["rejected"], "", "rejected")[1]

@@ -12,20 +12,17 @@ import pytest
 import realign
 
 PACKAGE = Path(realign.__file__).parent
+REFUSALS = ("RefusedError", "RefusedRowError")  # the text is the last argument of both
 
 
 def refusals() -> Iterator[tuple[str, str]]:
-    """File and text of each ``raise RefusedError``, names in place of values, and of each reason
-    of a ``RefusedImage``.
+    """File and text of each refusal, of a row or of all, names in place of values, and of each
+    reason of a ``RefusedImage``.
     """
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if (
-                isinstance(node, ast.Raise)
-                and isinstance(node.exc, ast.Call)
-                and ast.unparse(node.exc.func) == "RefusedError"
-            ):
-                yield str(path.relative_to(PACKAGE)), template(node.exc.args[0])
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in REFUSALS:
+                yield str(path.relative_to(PACKAGE)), template(node.args[-1])
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "reason":
                 yield str(path.relative_to(PACKAGE)), template(node.value)
 

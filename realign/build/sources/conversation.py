@@ -81,7 +81,7 @@ def _turn(turn: Any, name: str) -> tuple[str, str, int]:
                     return ROLES[role], "".join(map(str, texts)), kinds.count("image")
     raise RefusedRowError(
         name,
-        "wrong-turn",
+        "messages",
         f"{name} must have turns of user and assistant with a text, got {turn!r:.80}. Correct the "
         "turn or remove the row.",
     )
@@ -129,7 +129,7 @@ def only_answer(value: Any, name: str) -> str:
     if [turn["role"] for turn in turns] != ["assistant"]:
         raise RefusedRowError(
             name,
-            "roles",
+            "turns",
             f"{name} must be one assistant turn, got {[turn['role'] for turn in turns]}. Move "
             "other turns to the prompt.",
         )
@@ -139,7 +139,7 @@ def only_answer(value: Any, name: str) -> str:
 def _roles(name: str, roles: Sequence[str]) -> RefusedRowError:
     return RefusedRowError(
         name,
-        "roles",
+        "turns",
         f"{name} must alternate user and assistant turns, got {list(roles)[:8]}. Correct the turns "
         "or remove the row.",
     )

@@ -5,13 +5,13 @@ once.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from realign.build.sources.layout import RefusedRowError
 from realign.errors import RefusedError
-from realign.files import replacing
 from realign.image_suffix import image_suffix
 from realign.images import FORMATS, MAX_BYTES, resolve_image
 
@@ -69,21 +69,21 @@ class ImageFiles:
             return RefusedRowError("image", code, str(error).removeprefix(": "))
         except (OSError, UnicodeError) as error:  # longer than names can be, or half a character
             text = f"image must be a file name, got {name!r:.80} ({error}). Rename it."
-            return RefusedRowError("image", "image-name", text)
+            return RefusedRowError("image", "unreadable", text)
 
     def _extract(self, raw: bytes) -> tuple[str, Path]:
         suffix = image_suffix(raw)
         if suffix is None:
             raise RefusedRowError(
                 "image",
-                "image-format",
+                "format",
                 f"image must be {', '.join(FORMATS)} bytes, got {len(raw)} that begin with "
                 f"{raw[:12]!r}. Replace it or remove the row.",
             )
         if len(raw) > MAX_BYTES:
             raise RefusedRowError(
                 "image",
-                "image-too-large",
+                "too-many-bytes",
                 f"image must have at most {MAX_BYTES} bytes, got {len(raw)}. Shrink it.",
             )
         if self._extract_to is None:
@@ -94,16 +94,23 @@ class ImageFiles:
         name = hashlib.sha256(raw).hexdigest() + suffix
         path = self._extract_to / name
         if name not in self._extracted:
-            # written whole or not at all, so one that is there is the one; only its size is asked
-            if not path.is_file() or path.stat().st_size != len(raw):
-                with replacing(path) as temporary:
+            # no fsync an image: what a power cut leaves is compared, and written again
+            if not path.is_file() or path.read_bytes() != raw:
+                self._extract_to.mkdir(parents=True, exist_ok=True)
+                temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
+                try:
                     temporary.write_bytes(raw)
+                    temporary.replace(path)
+                finally:
+                    temporary.unlink(missing_ok=True)
             self._extracted.add(name)
         return name, path
 
 
 def _code(root: Path, name: str) -> str:
-    if "\0" in name or "://" in name or name.startswith("data:"):
+    if "://" in name or name.startswith("data:"):
+        return "url"
+    if "\0" in name:
         return "image-name"
     inside = (root / name).resolve().is_relative_to(root.resolve())
-    return "missing-image" if inside else "image-outside"
+    return "missing" if inside else "outside-root"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ class StrictDecoder:
     def __init__(self) -> None:
         self._problem: RefusedRowError | None = None
         self._decoder = json.JSONDecoder(
-            object_pairs_hook=self._object, parse_constant=self._constant
+            object_pairs_hook=self._object, parse_float=self._float, parse_constant=self._float
         )
 
     def decode(self, text: str, start: int = 0) -> tuple[Any, int, RefusedRowError | None]:
@@ -46,8 +47,10 @@ class StrictDecoder:
         self._problem = None
         try:
             value, end = self._decoder.raw_decode(text, start)
-        except RecursionError:
-            raise json.JSONDecodeError("too deeply nested", text, start) from None
+        except json.JSONDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:  # too many digits, too many brackets
+            raise json.JSONDecodeError(str(error), text, start) from None
         return value, end, self._problem
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -60,10 +63,12 @@ class StrictDecoder:
             )
         return value
 
-    def _constant(self, name: str) -> None:
-        self._problem = RefusedRowError(
-            "", "not-finite", f"numbers must be finite, got {name}. Replace it by null or a number."
-        )
+    def _float(self, number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            self._problem = RefusedRowError(
+                "", "number", f"numbers must be finite, got {number[:60]}. Replace it by null."
+            )
+        return value
 
 
 def read_lines(path: Path) -> Iterator[Found]:
@@ -93,11 +98,16 @@ def _line(decoder: StrictDecoder, raw: bytes, number: int, where: str) -> Found:
             where,
             problem=RefusedRowError(
                 "",
-                "not-utf8",
+                "utf-8",
                 f"the line must be UTF-8, got {raw[error.start : error.start + 8]!r} at byte "
                 f"{error.start}. Save the file as UTF-8.",
             ),
         )
+    if not text:
+        empty = RefusedRowError(
+            "", "empty-line", "the line must be JSON, got an empty one. Remove it."
+        )
+        return Found(number, where, problem=empty)
     try:
         value, end, problem = decoder.decode(text)
         if end < len(text):
@@ -108,7 +118,7 @@ def _line(decoder: StrictDecoder, raw: bytes, number: int, where: str) -> Found:
             where,
             problem=RefusedRowError(
                 "",
-                "not-json",
+                "json",
                 f"the line must be JSON, got {text[:60]!r} ({error.msg}). Correct it.",
             ),
         )
@@ -205,5 +215,5 @@ class _ListReader:
 
 def _too_long() -> RefusedRowError:
     return RefusedRowError(
-        "", "too-long", f"a row must have at most {MAX_ROW} bytes, got more. Shorten it."
+        "", "long-line", f"a row must have at most {MAX_ROW} bytes, got more. Shorten it."
     )

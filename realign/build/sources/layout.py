@@ -85,7 +85,7 @@ def text_of(row: Mapping[str, Any], name: str, *, needed: bool = True) -> str:
     code = "empty" if isinstance(value, str) else "wrong-type"
     raise RefusedRowError(
         name,
-        "missing-field" if value is None else code,
+        "missing-key" if value is None else code,
         f"{name} must be a non-empty string, got {shown(value, row, name)}. Fill it in or remove "
         "the row.",
     )
@@ -108,7 +108,7 @@ def image_of(row: Mapping[str, Any]) -> Any:
     if not images:
         raise RefusedRowError(
             name,
-            "missing-field",
+            "missing-key",
             f"{name} must be one image, got {shown(value, row, name)}. Name a file of the image "
             "folder or remove the row.",
         )

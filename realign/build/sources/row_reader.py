@@ -57,7 +57,9 @@ class RowReader:
         raw = found.row
         if not isinstance(raw, dict):
             raise RefusedRowError(
-                "", "not-object", f"a row must be an object, got {raw!r:.80}. Correct or remove it."
+                "",
+                "not-an-object",
+                f"a row must be an object, got {raw!r:.80}. Correct or remove it.",
             )
         base = self._id(raw, found.number)
         drafts = list(self._layout.drafts(raw, self._turns))
@@ -172,6 +174,6 @@ def _check_unicode(text: str, name: str) -> None:
     except UnicodeEncodeError:
         raise RefusedRowError(
             name,
-            "not-utf8",
+            "surrogate",
             f"{name} must be Unicode text, got half a character in {text[:80]!r}. Correct it.",
         ) from None

@@ -54,18 +54,20 @@ def read_parquet_files(files: list[Path]) -> Iterator[Found]:
     for path in files:
         try:
             with pq.ParquetFile(path) as file:
-                start = number
-                for batch in file.iter_batches(BATCH_ROWS):
-                    for row in _rows(batch):
-                        number += 1
-                        where = f"row {number - start}"
-                        yield _found(
-                            number, where if len(files) == 1 else f"{path.name}, {where}", row
-                        )
+                for place, row in enumerate(_rows_of(file), start=1):
+                    number += 1
+                    where = f"row {place}" if len(files) == 1 else f"{path.name}, row {place}"
+                    yield _found(number, where, row)
         except (pa.ArrowException, OSError) as error:
             raise RefusedError(
                 f"{path} must be a whole parquet file ({error}). Download or build it again."
             ) from None
+
+
+def _rows_of(file: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
+    for group in range(file.num_row_groups):  # asked for all, it would buffer the whole file
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=[group]):
+            yield from _rows(batch)
 
 
 def read_saved(folder: Path) -> Iterator[Found]:
@@ -110,7 +112,7 @@ def _found(number: int, where: str, row: dict[str, Any] | UnicodeDecodeError) ->
     if isinstance(row, UnicodeDecodeError):
         problem = RefusedRowError(
             "",
-            "not-utf8",
+            "utf-8",
             f"texts must be UTF-8, got {row.object[row.start :][:8]!r}. Save them so.",
         )
         return Found(number, where, problem=problem)

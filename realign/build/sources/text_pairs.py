@@ -50,7 +50,7 @@ def _rlhf_v(row: RawRow, turns: Turns) -> Iterator[Draft]:
     text = row.get("text")
     try:
         pair = json.loads(text) if isinstance(text, str) else text
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # no JSON, too many digits, too many brackets
         pair = None
     if not isinstance(pair, dict) or not pair.keys() >= PAIR:
         raise RefusedRowError(

@@ -64,7 +64,7 @@ def test_conversations_about_one_image_get_ids_of_their_own(read) -> None:
 @pytest.mark.parametrize(
     ("texts", "code"),
     [
-        (("Q1", "A1", "Q2"), "roles"),
+        (("Q1", "A1", "Q2"), "turns"),
         (("Q1", ""), "empty"),
         (("Q1", "A <image>"), "special-token"),
         (("<image>", "A1"), "empty"),
@@ -82,7 +82,7 @@ def test_bad_conversations(texts: tuple[str, ...], code: str, read) -> None:
 def test_a_text_only_conversation_has_no_image_to_build_on(read) -> None:
     text_only = {key: value for key, value in LONG.items() if key != "image"}
     source = read([LONG, text_only], as_list=True)
-    assert [(p.field, p.code) for p in source.problems] == [("image", "missing-field")]
+    assert [(p.field, p.code) for p in source.problems] == [("image", "missing-key")]
 
 
 def test_turns_that_are_none_are_refused(read) -> None:

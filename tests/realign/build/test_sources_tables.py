@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +71,10 @@ def test_embedded_images_are_extracted_once(table: Path, images: Path, tmp_path:
 def test_a_half_written_image_is_written_again(table: Path, tmp_path: Path) -> None:
     source = read_source(table, None, extract_to=tmp_path / "x")
     whole = source.rows[0].path.read_bytes()
-    source.rows[0].path.write_bytes(whole[:10])
-    read_source(table, None, extract_to=tmp_path / "x")
-    assert source.rows[0].path.read_bytes() == whole
+    for damaged in (whole[:10], b"\0" * len(whole)):  # what a power cut leaves
+        source.rows[0].path.write_bytes(damaged)
+        read_source(table, None, extract_to=tmp_path / "x")
+        assert source.rows[0].path.read_bytes() == whole
 
 
 def test_a_folder_of_parquet_is_read_in_order(tmp_path: Path, images: Path) -> None:
@@ -122,7 +125,7 @@ def test_paths_of_a_table_lie_under_the_image_folder(tmp_path: Path, images: Pat
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "t.parquet")
     source = read_source(tmp_path / "t.parquet", images)
     assert [(row.image, row.path) for row in source.rows] == [("sub/d.jpg", images / "sub/d.jpg")]
-    assert [p.code for p in source.problems] == ["missing-image", "image-outside"]
+    assert [p.code for p in source.problems] == ["missing", "outside-root"]
     assert source.problems[0].place == "t.parquet, row 2 (counting from 1)"
 
 
@@ -168,10 +171,10 @@ def test_our_own_parquet_is_a_source(tmp_path: Path, records) -> None:
 @pytest.mark.parametrize(
     ("image", "code"),
     [
-        (b"GIF89a....", "image-format"),
-        (b"\xff\xd8\xff" + b"x" * 50_000_000, "image-too-large"),
-        (b"", "image-format"),
-        (None, "missing-field"),
+        (b"GIF89a....", "format"),
+        (b"\xff\xd8\xff" + b"x" * 50_000_000, "too-many-bytes"),
+        (b"", "format"),
+        (None, "missing-key"),
     ],
 )
 def test_embedded_bytes_that_are_no_image(
@@ -185,13 +188,37 @@ def test_embedded_bytes_that_are_no_image(
     assert [problem.code for problem in source.problems] == [code]
 
 
+def test_a_table_is_read_in_the_memory_of_a_row_group(tmp_path: Path) -> None:
+    """Though the images together have 200 MB."""
+    raw = b"\xff\xd8\xff" + os.urandom(1_000_000)
+    schema = pa.schema({"image": pa.binary(), "prompt": pa.string(), "answer": pa.string()})
+    with pq.ParquetWriter(tmp_path / "t.parquet", schema, use_dictionary=False) as writer:
+        for group in range(20):
+            rows = [
+                {"image": raw + b"%d" % (10 * group + i), "prompt": "x", "answer": "y"}
+                for i in range(10)
+            ]
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    code = (
+        "import sys, pyarrow\n"
+        "from pathlib import Path\n"
+        "from realign.build.sources import read_source\n"
+        "table, folder = map(Path, sys.argv[1:])\n"
+        "assert len(read_source(table, None, extract_to=folder).rows) == 200\n"
+        "print(pyarrow.default_memory_pool().max_memory())\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "t.parquet"), str(tmp_path / "x")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 60_000_000
+
+
 def test_a_text_that_is_not_utf8_spoils_its_row_alone(tmp_path: Path, images: Path) -> None:
     texts = pa.array([b"x", b"\xff\xfe", b"z"]).view(pa.string())
     columns = {"image": ["a.jpg"] * 3, "prompt": texts, "answer": ["y"] * 3}
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
     source = read_source(tmp_path / "t.parquet", images)
     assert [row.instruction for row in source.rows] == ["x", "z"]
-    assert [(p.code, p.row) for p in source.problems] == [("not-utf8", "2")]
+    assert [(p.code, p.row) for p in source.problems] == [("utf-8", "2")]
 
 
 def test_damaged_tables_are_refused(table: Path, tmp_path: Path) -> None:
