@@ -97,7 +97,10 @@ class ClipEncoder:
         """
         from transformers import AutoImageProcessor, AutoModel
 
-        folder = resolve_model(model)
+        try:
+            folder = resolve_model(model)
+        except RefusedError as error:
+            raise RefusedError(_of_encoder(str(error))) from None
         if not any(folder.glob("*.safetensors")):
             raise RefusedError(
                 f"encoder {model} must hold safetensors weights, has none. Convert it."
@@ -140,12 +143,13 @@ def unit_rows(vectors: Tensor, name: str) -> Tensor:
     """Scale rows to length 1, on the CPU.
 
     Raises:
-        RefusedError: A number is not finite; a search would pass over such a row in silence.
+        RefusedError: A number is not finite, or a row is zero; nothing is near such a row.
     """
     rows = F.normalize(vectors, dim=1).cpu()
-    if not rows.isfinite().all():
+    if not rows.isfinite().all() or not rows.any(dim=1).all():
         raise RefusedError(
-            f"encoder {name} must give finite vectors, got others. Set its dtype to float32."
+            f"encoder {name} must give finite vectors that are not zero, got others. Set its "
+            "dtype to float32 and check its weights."
         )
     return rows
 
@@ -179,3 +183,8 @@ def _image_features(model: Any, image_processor: Any, images: list[Any]) -> Any:
     known = {name: value for name, value in inputs.items() if name in accepted}
     features = model.get_image_features(**known)
     return getattr(features, "pooler_output", features)
+
+
+def _of_encoder(message: str) -> str:
+    """Let the refusal of a model name the setting that gave it."""
+    return message.replace("model must", "encoder must").replace("--model", "--encoder")

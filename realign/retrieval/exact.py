@@ -15,6 +15,8 @@ from torch import Tensor
 
 # a tile of scores, 8 MB, stays in the cache between the product and what looks through it
 QUERY_ROWS, CORPUS_ROWS = 1024, 2048
+# multiplications from which a product goes to oneDNN
+ONEDNN = 2**24
 # numbers of a (pairs, D) block that is scored again, in float64
 RESCORED = 2**20
 # places of the running result of a query block: few queries at once where k is large
@@ -42,7 +44,7 @@ class ExactIndex:
     def __len__(self) -> int:
         return len(self.embeddings)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return the ``k`` largest cosines of each query, best first, equal ones in corpus order.
 
@@ -84,19 +86,20 @@ class ExactIndex:
 
 
 class _Product:
-    """Scores of a query block against tiles: by oneDNN where torch has it, whose float32 product
-    uses the widest vectors of any processor; MKL does not.
+    """Scores of a query block against tiles: large ones by oneDNN where torch has it, whose float32
+    product uses the widest vectors of any processor; MKL does not. It wakes all threads for any
+    product, which small ones do not repay.
     """
 
     def __init__(self, queries: Tensor) -> None:
-        self.has_onednn = torch.backends.mkldnn.is_available()
-        self.queries = queries.to_mkldnn() if self.has_onednn else queries
+        self.queries = queries
+        self.packed = queries.to_mkldnn() if torch.backends.mkldnn.is_available() else None
 
     def __call__(self, tile: Tensor) -> Tensor:
         """Return shape ``(Q, T)``."""
-        if self.has_onednn:
-            return F.linear(self.queries, tile.to_mkldnn()).to_dense()
-        return F.linear(self.queries, tile)
+        if self.packed is None or self.queries.numel() * len(tile) < ONEDNN:
+            return F.linear(self.queries, tile)
+        return F.linear(self.packed, tile.to_mkldnn()).to_dense()
 
 
 def product_error(size: int) -> float:

@@ -12,6 +12,7 @@ read by another; nothing but its number and its images connects them.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -77,8 +78,10 @@ class EmbeddingStore:
         if not embeddings.isfinite().all():
             raise ValueError(f"embeddings must be finite, shard {number} has others.")
         stored = embeddings.detach().cpu().to(self.dtype).contiguous()
+        # one entry: safetensors writes several in an order that changes
+        metadata = {NAME: canonical_json(self._origin(stored, digests))}
         with replacing(self.path(number)) as temporary:
-            save_file({NAME: stored}, temporary, metadata=self._metadata(stored, digests))
+            save_file({NAME: stored}, temporary, metadata=metadata)
 
     def read(self, digest_shards: Sequence[Sequence[str]]) -> Tensor:
         """Return all vectors, shape ``(images, D)``, in the stored dtype; in memory once, and a
@@ -109,19 +112,19 @@ class EmbeddingStore:
             return "it does not exist"
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("encoder") != self.encoder:
+                metadata = json.loads((file.metadata() or {})[NAME])
+                if metadata["encoder"] != self.encoder:
                     return "it is of another encoder"
-                if metadata.get("images") != content_sha256(*digests):
+                if metadata["images"] != content_sha256(*digests):
                     return "it is of other images"
                 stored = file.get_tensor(NAME)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             return f"it is damaged ({error})"
-        if metadata != self._metadata(stored, digests):
+        if metadata != self._origin(stored, digests):
             return "it is damaged (its bytes are not those of its hash)"
         return stored
 
-    def _metadata(self, stored: Tensor, digests: Sequence[str]) -> dict[str, str]:
+    def _origin(self, stored: Tensor, digests: Sequence[str]) -> dict[str, str]:
         raw = hashlib.sha256(stored.numpy()).hexdigest()
         return {
             "encoder": self.encoder,

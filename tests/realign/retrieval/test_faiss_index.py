@@ -48,11 +48,11 @@ def test_flat_orders_equal_cosines_as_the_corpus(corpus: Tensor) -> None:
     assert torch.equal(indices, torch.stack([torch.arange(50), torch.arange(50) + 100], 1))
 
 
-@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
-def test_recall_of_the_approximate_ones(corpus: Tensor, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "least"), [("ivf", 0.9), ("hnsw", 0.99)])
+def test_recall_of_the_approximate_ones(corpus: Tensor, kind: str, least: float) -> None:
     cosines, indices = FaissIndex(corpus, kind).search(corpus[:500], 10)
     expected = ExactIndex(corpus).search(corpus[:500], 10)
-    assert recall(indices, expected[1]) > 0.97
+    assert recall(indices, expected[1]) > least
     assert (cosines.diff(dim=1) <= 0).all()
     # a cosine is that of its row, whatever FAISS computed
     again = (corpus[:500, None].double() * corpus[indices].double()).sum(2)
