@@ -133,7 +133,9 @@ class _Search:
         self, index: Index, rule: Rule, pictures: np.ndarray, hashes: np.ndarray | None
     ) -> None:
         if len(pictures) != len(index):
-            raise ValueError(f"digests must be one for each image, {len(index)}, got {len(pictures)}.")
+            raise ValueError(
+                f"digests must be one for each image, {len(index)}, got {len(pictures)}."
+            )
         if rule.max_hamming is not None and (
             hashes is None or hashes.shape != (len(index),) or hashes.dtype != np.uint64
         ):
@@ -175,7 +177,10 @@ class _Search:
             is_met &= ~is_excluded  # one reason an image, the first
         is_short = is_done & ~is_complete
         is_below = is_short & ((indices >= 0) & ~is_near).any(axis=1)
-        for name, those in (("below_min_cosine", is_below), ("no_more_images", is_short & ~is_below)):
+        for name, those in (
+            ("below_min_cosine", is_below),
+            ("no_more_images", is_short & ~is_below),
+        ):
             if count := int(those.sum()):
                 found.short[name] += count
         return places[~is_done]
