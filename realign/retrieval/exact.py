@@ -1,0 +1,155 @@
+"""Exact search for the largest cosines: tiles of the similarity matrix, never the whole of it.
+
+A float32 product finds every row that may be among the best; those few are scored again in float64
+with additions in one fixed order. So the answer is the same bits for any block size, number of
+threads and BLAS library, and equal cosines come in corpus order.
+
+Letters: **Q** queries of a block, **T** corpus rows of a tile, **D** size of a vector.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# a tile of scores, 8 MB, stays in the cache between the product and what looks through it
+QUERY_ROWS, CORPUS_ROWS = 1024, 2048
+# multiplications from which a product goes to oneDNN
+ONEDNN = 2**24
+# numbers of a (pairs, D) block that is scored again, in float64
+RESCORED = 2**20
+# places of the running result of a query block: few queries at once where k is large
+KEPT = 2**22
+
+
+class ExactIndex:
+    """Exact top-k over rows of length 1 that stay where they are; nothing is copied or built.
+
+    Args:
+        embeddings: Shape ``(images, D)``, float32 or float16, on the CPU.
+        query_rows: Queries of a block.
+        corpus_rows: Corpus rows of a tile. Neither changes the answer.
+    """
+
+    name = "exact"
+
+    def __init__(
+        self, embeddings: Tensor, *, query_rows: int = QUERY_ROWS, corpus_rows: int = CORPUS_ROWS
+    ) -> None:
+        self.embeddings = embeddings
+        self.query_rows = query_rows
+        self.corpus_rows = corpus_rows
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    @torch.no_grad()
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return the ``k`` largest cosines of each query, best first, equal ones in corpus order.
+
+        Args:
+            queries: Rows of length 1, shape ``(queries, D)``.
+            k: How many; fewer where the corpus has fewer.
+        Returns:
+            cosines, indices: Shape ``(queries, min(k, images))``, float32 and int64.
+        """
+        k = min(k, len(self))
+        cosines = torch.empty(len(queries), k)
+        indices = torch.empty(len(queries), k, dtype=torch.int64)
+        rows = max(1, min(self.query_rows, KEPT // max(k, 1)))
+        for start in range(0, len(queries) if k else 0, rows):
+            block = slice(start, start + rows)
+            cosines[block], indices[block] = self._search_block(queries[block], k)
+        return cosines, indices
+
+    def _search_block(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        best = torch.full((len(queries), k), -torch.inf, dtype=torch.float64)
+        indices = torch.full((len(queries), k), -1)
+        product = _Product(queries.float())
+        error = product_error(queries.shape[1])
+        for start in range(0, len(self), self.corpus_rows):
+            scores = product(self.embeddings[start : start + self.corpus_rows].float())
+            # whoever is among the best scores at least this; the k-th best so far counts exactly
+            least = best[:, -1].sub(error).float()
+            rows = (scores.amax(1) >= least).nonzero()[:, 0]
+            if not len(rows):
+                continue
+            scores, least = scores[rows], least[rows, None]
+            if scores.shape[1] > k:  # the tile's own k-th is off by one error, a rival by another
+                least = least.maximum(scores.topk(k, dim=1).values[:, -1:] - 2 * error)
+            place, found = (scores >= least).nonzero(as_tuple=True)
+            found += start
+            exact = pair_cosines(queries, self.embeddings, rows[place], found)
+            _merge(best, indices, rows, place, found, exact)
+        return best.float(), indices
+
+
+class _Product:
+    """Scores of a query block against tiles: large ones by oneDNN where torch has it, whose float32
+    product uses the widest vectors of any processor; MKL does not. It wakes all threads for any
+    product, which small ones do not repay.
+    """
+
+    def __init__(self, queries: Tensor) -> None:
+        self.queries = queries
+        self.packed = queries.to_mkldnn() if torch.backends.mkldnn.is_available() else None
+
+    def __call__(self, tile: Tensor) -> Tensor:
+        """Return shape ``(Q, T)``."""
+        if self.packed is None or self.queries.numel() * len(tile) < ONEDNN:
+            return F.linear(self.queries, tile)
+        return F.linear(self.packed, tile.to_mkldnn()).to_dense()
+
+
+def product_error(size: int) -> float:
+    """Bound of the rounding error of a float32 product of two vectors of length about 1.
+
+    ``D * 2**-24`` for any order of additions, doubled for lengths that are not quite 1.
+    """
+    error = (size + 2) * 2.0**-23
+    if torch.get_float32_matmul_precision() != "highest":
+        error += 2.0**-7  # both factors rounded to bfloat16
+    return error
+
+
+def pair_cosines(queries: Tensor, corpus: Tensor, rows: Tensor, found: Tensor) -> Tensor:
+    """Products of row pairs in float64, added by halving: the same bits wherever a pair stands.
+
+    Args:
+        queries, corpus: Shape ``(*, D)``.
+        rows, found: Row numbers in ``queries`` and ``corpus``, shape ``(pairs,)``.
+    Returns:
+        Shape ``(pairs,)``, float64.
+    """
+    step = max(1, RESCORED // queries.shape[1])
+    cosines = torch.empty(len(rows), dtype=torch.float64)
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        terms = queries[rows[part]].double() * corpus[found[part]]
+        while (size := terms.shape[1]) > 1:
+            half = (size + 1) // 2
+            terms[:, : size - half] += terms[:, half:]
+            terms = terms[:, :half]
+        cosines[part] = terms[:, 0]
+    return cosines
+
+
+def _merge(
+    best: Tensor, indices: Tensor, rows: Tensor, place: Tensor, found: Tensor, exact: Tensor
+) -> None:
+    """Take candidates into the running result of ``rows``; ``place`` numbers them and ascends.
+
+    The kept come first and tiles come in corpus order, so a stable sort leaves equals in it.
+    """
+    k = best.shape[1]
+    counts = torch.bincount(place, minlength=len(rows))
+    column = torch.arange(len(place)) - (counts.cumsum(0) - counts)[place]
+    width = k + int(counts.max())
+    cosines = torch.full((len(rows), width), -torch.inf, dtype=torch.float64)
+    numbers = torch.full((len(rows), width), -1)
+    cosines[:, :k], numbers[:, :k] = best[rows], indices[rows]
+    cosines[place, k + column], numbers[place, k + column] = exact, found
+    order = cosines.sort(dim=1, descending=True, stable=True)
+    best[rows] = order.values[:, :k]
+    indices[rows] = numbers.gather(1, order.indices[:, :k])

@@ -1,0 +1,189 @@
+"""Which images are accepted for a query, on cases made by hand and against a loop."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from realign.errors import RefusedError
+from realign.retrieval import neighbours
+from realign.retrieval.exact import ExactIndex
+from realign.retrieval.neighbours import Rule, find_neighbours
+
+NAMES = ["0", "1", "2", "3", "4", "5"]
+
+
+def circle(*degrees: float) -> ExactIndex:
+    """Images on a circle: the cosine of two is that of the angle between them."""
+    angles = torch.tensor(degrees).deg2rad()
+    return ExactIndex(torch.stack([angles.cos(), angles.sin()], dim=1))
+
+
+def accepted(found: neighbours.Neighbours, query: int) -> list[tuple[int, int]]:
+    return [(neighbour.index, neighbour.rank) for neighbour in found.of(query)]
+
+
+def test_the_nearest_others_with_rank_and_cosine() -> None:
+    found = find_neighbours(circle(0, 10, 30, 5, 90, 60), [0, 4], NAMES, Rule(k=3))
+    assert accepted(found, 0) == [(3, 1), (1, 2), (2, 3)]
+    assert accepted(found, 1) == [(5, 1), (2, 2), (1, 3)]
+    assert found.of(0)[2].cosine == pytest.approx(math.cos(math.radians(30)), abs=1e-6)
+    assert not found.excluded
+    assert not found.short
+
+
+def test_byte_duplicates_are_passed_over_and_counted() -> None:
+    digests = ["a", "b", "a", "c", "a", "d"]
+    found = find_neighbours(circle(0, 10, 0, 5, 0, 60), [0, 1], digests, Rule(k=2))
+    assert accepted(found, 0) == [(3, 1), (1, 2)]
+    assert accepted(found, 1) == [(3, 1), (0, 2)]  # equal pictures: the first of them
+    assert found.excluded == {"byte_duplicate": 2}
+
+
+def test_near_duplicates_by_hamming_distance() -> None:
+    hashes = np.array([0, 0b111, 0b1111, 1 << 63, 2**64 - 1, 0b11111], np.uint64)
+    index = circle(0, 1, 2, 3, 4, 5)
+    found = find_neighbours(index, [0], NAMES, Rule(k=10, max_hamming=3), hashes)
+    assert accepted(found, 0) == [(2, 1), (4, 2), (5, 3)]
+    assert found.excluded == {"near_duplicate": 2}  # 1 and 3 differ in three bits and in one
+    assert found.short == {"no_more_images": 1}
+    exact = find_neighbours(index, [0], NAMES, Rule(k=10, max_hamming=0), hashes)
+    assert len(exact.of(0)) == 5
+
+
+def test_the_band_of_cosines_is_inclusive() -> None:
+    index = circle(0, 0, 60, 90, 120, 180)
+    cosine = float(index.search(index.embeddings[:1], 3)[0][0, 2])
+    rule = Rule(k=5, min_cosine=cosine, max_cosine=0.99)
+    found = find_neighbours(index, [0], NAMES, rule)
+    assert accepted(found, 0) == [(2, 1)]
+    assert found.excluded == {"above_max_cosine": 1}
+    assert found.short == {"below_min_cosine": 1}
+    above = find_neighbours(index, [0], NAMES, Rule(k=5, max_cosine=cosine))
+    assert accepted(above, 0) == [(2, 1), (3, 2), (4, 3), (5, 4)]
+
+
+def test_one_reason_an_image_the_strongest() -> None:
+    hashes = np.zeros(4, np.uint64)
+    rule = Rule(k=1, max_cosine=0.5, max_hamming=5)
+    found = find_neighbours(circle(0, 0, 1, 2), [0], ["a", "a", "b", "c"], rule, hashes)
+    assert found.of(0) == []
+    assert found.excluded == {"byte_duplicate": 1, "near_duplicate": 2}
+    assert found.short == {"no_more_images": 1}
+
+
+def test_what_stands_behind_the_last_accepted_is_not_counted() -> None:
+    digests = ["a", "b", "a", "c"]
+    found = find_neighbours(circle(0, 1, 50, 2), [0], digests, Rule(k=2))
+    assert accepted(found, 0) == [(1, 1), (3, 2)]
+    assert not found.excluded
+
+
+def test_one_image_has_no_neighbour() -> None:
+    found = find_neighbours(circle(0), [0], ["a"], Rule())
+    assert found.of(0) == []
+    assert found.indices.tolist() == [[-1] * 10]
+    assert found.short == {"no_more_images": 1}
+    assert find_neighbours(circle(0), [], ["a"], Rule()).indices.shape == (0, 10)
+
+
+def test_the_index_is_asked_until_the_k_are_there() -> None:
+    """The 400 nearest are one picture; the eleventh other stands behind them all."""
+    depths = []
+
+    class Asked(ExactIndex):
+        def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+            depths.append((len(queries), k))
+            return super().search(queries, k)
+
+    index = Asked(circle(*[0] * 400, *range(10, 30)).embeddings)
+    digests = ["same"] * 400 + [str(n) for n in range(20)]
+    found = find_neighbours(index, [7, 415], digests, Rule(k=10))
+    assert accepted(found, 0) == [(400 + n, n + 1) for n in range(10)]
+    assert found.excluded["byte_duplicate"] == 399
+    assert depths == [(2, 19), (1, 76), (1, 304), (1, 1216)]
+
+
+def loop(embeddings: Tensor, query: int, digests: list[str], rule: Rule, hashes: np.ndarray):
+    """The specification, an image at a time."""
+    cosines = embeddings[query].double() @ embeddings.double().T
+    accepted = []
+    for other in cosines.argsort(descending=True, stable=True).tolist():
+        cosine = float(cosines[other].float())
+        if (
+            other != query
+            and digests[other] != digests[query]
+            and int(hashes[other] ^ hashes[query]).bit_count() > (rule.max_hamming or 0)
+            and (rule.min_cosine or -1) <= cosine <= (rule.max_cosine or 1)
+            and len(accepted) < rule.k
+        ):
+            accepted.append(other)
+    return accepted
+
+
+@pytest.mark.parametrize("block", [3, 4096])
+@pytest.mark.parametrize(("low", "high"), [(None, None), (0.1, 0.6), (0.5, 0.55)])
+def test_equals_a_loop(
+    monkeypatch: pytest.MonkeyPatch, block: int, low: float | None, high: float | None
+) -> None:
+    monkeypatch.setattr(neighbours, "BLOCK", block)
+    monkeypatch.setattr(neighbours, "PLACES", 50 * block)
+    generator = torch.Generator().manual_seed(0)
+    embeddings = F.normalize(torch.randn(300, 6, generator=generator))
+    random = np.random.default_rng(0)
+    digests = [str(n) for n in random.integers(40, size=300)]
+    hashes = random.integers(16, size=300, dtype=np.uint64)
+    rule = Rule(k=8, min_cosine=low, max_cosine=high, max_hamming=1)
+    queries = random.integers(300, size=20)
+    found = find_neighbours(ExactIndex(embeddings), queries, digests, rule, hashes)
+    expected = [loop(embeddings, int(query), digests, rule, hashes) for query in queries]
+    assert [[n.index for n in found.of(i)] for i in range(20)] == expected
+    short = [len(indices) for indices in expected if len(indices) < 8]
+    assert found.short.total() == len(short)
+    # the counts add up: a query asked alone has the same answer and the same reasons
+    alone = [
+        find_neighbours(ExactIndex(embeddings), [query], digests, rule, hashes) for query in queries
+    ]
+    assert sum((part.excluded for part in alone), start=type(found.excluded)()) == found.excluded
+    assert np.array_equal(np.concatenate([part.indices for part in alone]), found.indices)
+
+
+def test_an_approximate_index_that_finds_no_more() -> None:
+    class Short(ExactIndex):
+        def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+            cosines, indices = super().search(queries, k)
+            cosines[:, 3:], indices[:, 3:] = -torch.inf, -1
+            return cosines, indices
+
+    index = Short(circle(*range(100)).embeddings)
+    found = find_neighbours(index, [0], [str(n) for n in range(100)], Rule(k=5, min_cosine=0.5))
+    assert accepted(found, 0) == [(1, 1), (2, 2)]
+    assert found.short == {"no_more_images": 1}
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"k": 0}, "k must be at least 1, got 0"),
+        ({"max_hamming": 64}, "max_hamming must be 0 to 63, got 64"),
+        ({"min_cosine": 2.0}, "min_cosine must be -1 to 1, got 2.0"),
+        ({"min_cosine": 0.9, "max_cosine": 0.8}, "min_cosine must be at most max_cosine 0.8"),
+    ],
+)
+def test_a_rule_that_nothing_meets_is_refused(rule: dict[str, float], message: str) -> None:
+    with pytest.raises(RefusedError, match=message):
+        Rule(**rule)
+
+
+def test_digests_and_hashes_are_one_for_each_image() -> None:
+    with pytest.raises(ValueError, match="digests must be one for each image, 2, got 1"):
+        find_neighbours(circle(0, 1), [0], ["a"], Rule())
+    with pytest.raises(ValueError, match=r"hashes must be uint64 of shape \(2,\) .* got none"):
+        find_neighbours(circle(0, 1), [0], ["a", "b"], Rule(max_hamming=1))
+    with pytest.raises(ValueError, match="got int64 of shape"):
+        find_neighbours(circle(0, 1), [0], ["a", "b"], Rule(max_hamming=1), np.zeros(2, np.int64))
