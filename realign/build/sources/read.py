@@ -121,4 +121,6 @@ def _problem(path: Path, item: Found, error: RefusedRowError) -> Problem:
     place = f"{path.name}, {item.where}{counted}"
     row_id = item.row.get("id") if isinstance(item.row, dict) else None
     row = str(row_id) if isinstance(row_id, str | int) else str(item.number)
-    return Problem(row, place, error.field, error.code, f"{place}: {error}")
+    # half a character in a key or an id must not stop the report from being written
+    row, field = (text.encode(errors="backslashreplace").decode() for text in (row, error.field))
+    return Problem(row, place, field, error.code, f"{place}: {error}")

@@ -151,10 +151,10 @@ class RowReader:
         """Keys that the layout does not know, as far as JSON can hold them."""
         kept = {}
         for name in raw.keys() - self._layout.keys:
-            if _fits_json(raw[name]):
+            if _fits_json([name, raw[name]]):
                 kept[name] = raw[name]
             else:
-                self.left_out.add(str(name))
+                self.left_out.add(name.encode(errors="backslashreplace").decode())
         return {name: kept[name] for name in raw if name in kept}
 
 

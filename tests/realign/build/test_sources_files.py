@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,8 @@ def test_damaged_files_give_problems_and_nothing_else(tmp_path_factory, data: An
     except RefusedError:
         return
     assert len(source.rows) + len(source.problems) == source.num_read
+    for problem in source.problems:
+        "".join(dataclasses.astuple(problem)).encode()
     for row in source.rows:
         json.dumps(row.source, allow_nan=False, ensure_ascii=False).encode()
         assert row.instruction.encode()

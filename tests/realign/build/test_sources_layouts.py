@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -311,6 +312,13 @@ def test_an_unknown_layout_is_refused_with_the_known_ones(read) -> None:
 
 
 def test_values_that_json_cannot_hold_are_named(read, capsys) -> None:
-    (row,) = read([ROWS["question"] | {"odd": "\ud800", "fine": {"a": [1, None]}}]).rows
+    odd = {"odd": "\ud800", "\udfff": 1}
+    (row,) = read([ROWS["question"] | odd | {"fine": {"a": [1, None]}}]).rows
     assert row.source["extra"] == {"fine": {"a": [1, None]}}
-    assert "not kept, because JSON cannot hold them: odd" in capsys.readouterr().err
+    assert "not kept, because JSON cannot hold them: \\udfff, odd\n" in capsys.readouterr().err
+
+
+def test_half_a_character_in_an_id_is_reported_in_text_that_can_be_written(read) -> None:
+    (problem,) = read([ROWS["question"], ROWS["question"] | {"id": "\ud800"}]).problems
+    assert (problem.field, problem.code, problem.row) == ("id", "surrogate", "\\ud800")
+    assert all(text.encode() for text in dataclasses.astuple(problem))
