@@ -88,8 +88,8 @@ class BuildConfig(_Section):
     """The VLM to be aligned: a folder, or a hub id."""
     out: Path
     """Output folder."""
-    source_format: str | None = None
-    """Name of the source's format, where it is not to be recognised."""
+    format: str | None = None
+    """Name of the source's layout, see docs/formats.md, where it is not to be recognised."""
     turns: Literal["first", "last", "each"] = "first"
     """Which answers of a conversation become rows: the first, the last, or each with the turns
     before it.
@@ -108,7 +108,7 @@ class BuildConfig(_Section):
     """
     mask_level: Literal["segment", "sentence"] = "segment"
     """What becomes one [MASK]: a visual phrase, or a sentence that has one."""
-    mask_retries: int = Field(default=1, ge=0)
+    mask_retries: int = Field(default=1, ge=0, le=3)
     """Further tries of a model whose mask changes other words."""
     masker: GeneratorSection | None = None
     """The model that masks; the one to be aligned by default."""
@@ -142,9 +142,9 @@ class BuildConfig(_Section):
     """
     threshold: PositiveFloat = 0.95
     """A completion is accepted below this similarity to the answer (tau of the paper)."""
-    min_length_ratio: NonNegativeFloat = 0.0
+    min_length_ratio: NonNegativeFloat = 1 / 3
     """A completion with fewer words than this share of the answer's is refused."""
-    max_length_ratio: PositiveFloat = 4.0
+    max_length_ratio: PositiveFloat = 3.0
     """A completion with more words than so many times the answer's is refused."""
     keep_unmasked: bool = False
     """Accept a completion only if it kept every word that was not masked."""

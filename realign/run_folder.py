@@ -15,7 +15,10 @@ from realign.files import canonical_json, content_sha256, write_json
 # What each verb writes into its folder beside <verb>.json, and another run of it would mix up.
 # Reference log-probabilities are not among it: they are known by their content.
 WRITES: Mapping[str, tuple[str, ...]] = {
-    "build": ("embeddings.safetensors", "shards", "dataset.parquet", "funnel.json"),
+    "build": (
+        *("rejected.jsonl", "images.jsonl", "source_images", "annotated", "masked", "embeddings"),
+        *("neighbours", "shards", "journal", "dataset.parquet", "funnel.json"),
+    ),
     "train": ("steps", ".checkpoint.tmp", "checkpoint", "metrics.jsonl"),
     "eval": ("answers", "samples", "scores.json"),
     "demo": (

@@ -65,8 +65,8 @@ class ServedModel:
     @property
     def identity(self) -> dict[str, Any]:
         """What is known of what its answers depend on."""
-        patience = {"concurrency", "timeout_s", "max_retries", "api_key_env"}
-        return self.section.model_dump(mode="json", exclude=set(patience))
+        where = {"endpoint", "concurrency", "timeout_s", "max_retries", "api_key_env"}
+        return self.section.model_dump(mode="json", exclude=where)
 
     @property
     def provenance(self) -> dict[str, Any]:

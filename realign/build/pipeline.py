@@ -36,7 +36,7 @@ from realign.collate import Renderer
 from realign.config import BuildConfig
 from realign.decisions import RowKey, decisions_path, read_decisions
 from realign.errors import RefusedError
-from realign.files import file_sha256, read_json, write_json, write_jsonl
+from realign.files import content_sha256, file_sha256, read_json, write_json, write_jsonl
 from realign.modeling import load_processor, resolve_model
 from realign.parquet import write_parquet
 from realign.problems import Problem
@@ -49,6 +49,7 @@ ENGLISH_LEXICON = Path(__file__).with_name("lexicon.yaml")
 NOT_IDENTITY = {
     *("out", "source", "images", "model", "lexicon"),
     *("engine", "workers", "threads", "max_reject"),
+    *("annotator", "masker", "inducer", "encoder", "similarity"),  # said by their identities
 }
 
 
@@ -80,7 +81,7 @@ def build(config: BuildConfig) -> Path:
             # none is the model's own limit, which its files say
             exclude=NOT_IDENTITY | ({"max_length"} if config.max_length is None else set()),
         ),
-        "source": file_sha256(config.source),
+        "source": _content(config.source),
         "images": corpus.digests,
         "lexicon": file_sha256(lexicon_path),
         "similarity": similarity_identity(config.similarity),
@@ -132,26 +133,28 @@ def _read(
         config.images,
         special=special,
         turns=config.turns,
-        format=config.source_format,
+        format=config.format,
         extract_to=config.out / "source_images",
     )
     corpus, unreadable = inspect_corpus(
         source.rows, config.out / "images.jsonl", config.workers or 0
     )
     problems = [*source.problems]
+    rows: list[SourceRow] = []
     for row in source.rows:
         if row.path in unreadable:
-            refused = unreadable[row.path]
+            refused = unreadable[row.path].at(f"{row.place}, {row.image}")
             problems.append(Problem(row.id, row.place, "image", refused.code, str(refused)))
-        elif not row.answer and config.annotator is None:
+            continue
+        if not row.answer and config.annotator is None:
             message = (
                 f"{row.place}: answer must not be empty without an annotator. Fill it in, or say "
                 "who answers with build.annotator."
             )
             problems.append(Problem(row.id, row.place, "answer", "empty-answer", message))
-    bad = {problem.row for problem in problems}
-    rows = [row for row in source.rows if row.id not in bad]
-    _check_share(problems, len(bad) + len(rows), config)
+            continue
+        rows.append(row)
+    _check_share(problems, source.num_read, config)
     if len(corpus) < 2:
         raise RefusedError(
             f"source must show at least 2 different images to retrieve from, got {len(corpus)}. "
@@ -160,12 +163,18 @@ def _read(
     return rows, corpus, problems
 
 
+def _content(source: Path) -> str:
+    """Hash of a source file, or of every file of a source folder."""
+    if source.is_file():
+        return file_sha256(source)
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    return content_sha256(
+        *(part for path in files for part in (str(path.relative_to(source)), file_sha256(path)))
+    )
+
+
 def _check_share(problems: Sequence[Problem], num_rows: int, config: BuildConfig) -> None:
-    bad = len({problem.row for problem in problems})
-    if not num_rows:
-        raise RefusedError(
-            f"source must have at least one row, got none in {config.source}. Add rows."
-        )
+    bad = len(problems)
     if bad > config.max_reject * num_rows:
         shown = "\n".join(problem.message for problem in problems[:20])
         more = f"\n... and {len(problems) - 20} more." if len(problems) > 20 else ""

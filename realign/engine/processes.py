@@ -16,7 +16,6 @@ from typing import Any
 
 from realign.engine.task import Task
 
-
 END_SECONDS = 10.0
 
 

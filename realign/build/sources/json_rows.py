@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from realign.build.sources.layout import RefusedRowError
 from realign.errors import RefusedError
+from realign.records import COUNTED
 
 CHUNK = 1 << 20
 MAX_ROW = 16 << 20  # characters; a conversation has thousands
@@ -25,6 +26,10 @@ class Found:
     where: str  # the place in the file: "line 3", "row 3"
     row: Any = None
     problem: RefusedRowError | None = None
+
+    def place(self, file: str) -> str:
+        """What messages call it."""
+        return f"{file}, {self.where}" + (COUNTED if "row" in self.where else "")
 
 
 class StrictDecoder:

@@ -19,7 +19,6 @@ from realign.errors import RefusedError
 from realign.images import check_image_root
 from realign.problems import Problem
 from realign.progress import announce
-from realign.records import COUNTED
 
 LOOKED_AT = 100  # rows that may be bad before one shows its layout
 
@@ -117,8 +116,7 @@ def _open(path: Path) -> Iterator[Found]:
 
 
 def _problem(path: Path, item: Found, error: RefusedRowError) -> Problem:
-    counted = COUNTED if "row" in item.where else ""
-    place = f"{path.name}, {item.where}{counted}"
+    place = item.place(path.name)
     row_id = item.row.get("id") if isinstance(item.row, dict) else None
     row = str(row_id) if isinstance(row_id, str | int) else str(item.number)
     # half a character in a key or an id must not stop the report from being written

@@ -61,6 +61,7 @@ class RowReader:
                 "not-an-object",
                 f"a row must be an object, got {raw!r:.80}. Correct or remove it.",
             )
+        place = found.place(self._file)
         base = self._id(raw, found.number)
         drafts = list(self._layout.drafts(raw, self._turns))
         extra = self._extra(raw)
@@ -80,7 +81,7 @@ class RowReader:
             row_id = f"{base}-{draft.turn}" if self._turns == "each" and draft.turn else base
             prompt, answer, rejected = draft.prompt, draft.answer, draft.rejected
             rows.append(
-                SourceRow(self._unique(row_id), name, path, prompt, answer, rejected, source)
+                SourceRow(self._unique(row_id), name, path, prompt, answer, rejected, source, place)
             )
         return rows
 
