@@ -140,7 +140,8 @@ def decode_image(raw: bytes, where: str) -> Image.Image:
             reason = f"image must have one frame, got {frames}. Save one frame."
             raise RefusedImage(where, reason, "frames")
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)  # else it copies what needs no turn
+        return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -31,6 +31,13 @@ GRACE_SECONDS = 5.0
 START_SECONDS = 60.0  # its imports, on a machine that does other things
 # how many images a worker may be ahead of who asks for the facts
 _AHEAD = 8
+_ENVIRONMENT = {
+    # a thread pool for every core would fill the address space before the first image
+    **dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+    # glibc would give the pages of every image back and fault them in again for the next
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
+}
 
 
 @dataclass(frozen=True)
@@ -151,8 +158,7 @@ class _Worker:
             _end(self._process)
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # -P: a file in the current folder is no module; the variables: a thread pool for every
-        # core would fill the address space before the first image
+        # -P: a file in the current folder is no module
         return subprocess.Popen(
             [
                 *(sys.executable, "-P", "-m", "realign.image_worker"),
@@ -163,7 +169,7 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             env=os.environ
             | {"PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
-            | dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+            | _ENVIRONMENT,
         )
 
     def _ask(

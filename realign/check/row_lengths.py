@@ -86,8 +86,9 @@ class RowLengths:
             rendered = self._renderer.render(
                 record.prompt, getattr(record, answer), len(images), record.where
             )
-            # the end of turn is one of them
-            if rendered.num_scored < 2 and not retrieved:
+            # all that is scored but the end of turn
+            answer_ids = rendered.answer_ids[: rendered.num_scored - 1]
+            if not retrieved and not self._renderer.tokenizer.decode(answer_ids).strip():
                 unscored.append(answer)
             tokens = [
                 self._image_tokens((facts.width, facts.height))
