@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import pickle
 import signal
@@ -126,19 +125,17 @@ def test_nothing_is_written_that_would_not_be_read(tmp_path: Path) -> None:
     assert not (tmp_path / "d.jsonl").exists()
 
 
-def _write_many(path: Path, name: str) -> None:
-    for number in range(100):
-        append_decision(path, Decision(f"{name}{number}", KEY, "keep", "x" * 5000))
-
-
 def test_two_writers_at_once_lose_nothing(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
     path = tmp_path / "d.jsonl"
-    writers = [context.Process(target=_write_many, args=(path, name)) for name in "ab"]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from realign.decisions import Decision, append_decision\n"
+        "for n in range(100):\n"
+        "    decision = Decision(f'{sys.argv[2]}{n}', '0' * 64, 'keep', 'x' * 5000)\n"
+        "    append_decision(Path(sys.argv[1]), decision)\n"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code, path, name]) for name in "ab"]
+    assert [writer.wait() for writer in writers] == [0, 0]
     assert len(read_decisions(path)) == 200
 
 
