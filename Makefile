@@ -31,11 +31,11 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt $(NATIVE)
 	touch $@
 
 $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt $(NATIVE)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[pipeline,report,browse,test]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[pipeline,report,browse,endpoint,retrieval,test]"
 	touch $@
 
 $(VENV)/.browser: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[pipeline,report,browse,test,browser]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[pipeline,report,browse,endpoint,retrieval,test,browser]"
 	touch $@
 
 clean:

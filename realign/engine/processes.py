@@ -10,11 +10,13 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from realign.engine.task import Task
+from realign.errors import RefusedError
 
 END_SECONDS = 10.0
 
@@ -35,7 +37,8 @@ def run_in_processes(
         threads: CPU threads a worker.
     Raises:
         WorkerError: A worker died.
-        Exception: What the task raised, as it was raised.
+        RefusedError: The task refused its input.
+        RuntimeError: The task failed; the message has its traceback.
     """
     context = multiprocessing.get_context("spawn")
     waiting = iter(items.items())
@@ -111,7 +114,7 @@ def _serve(task: Task, parent: Connection, environment: dict[str, str], threads:
     except EOFError:
         return  # the parent closed its end
     except Exception as error:
-        parent.send((None, _picklable(error)))
+        parent.send((None, _told(error)))
 
 
 def _end_with_parent() -> None:
@@ -121,12 +124,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _picklable(error: Exception) -> Exception:
-    """Errors of libraries may need arguments that unpickling does not give them."""
-    import pickle
-
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+def _told(error: Exception) -> Exception:
+    """The error as the parent raises it: others than ours may not survive the way."""
+    if isinstance(error, RefusedError):
+        return error
+    lines = "".join(traceback.format_exception(error))
+    return RuntimeError(f"A worker failed:\n{lines}")

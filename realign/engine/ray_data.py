@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from realign.engine.task import Task
@@ -44,7 +44,7 @@ def run_on_ray(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    rows = [{"number": number, "item": pickle.dumps(item)} for number, item in items.items()]
+    rows = [{"number": number, "item": _Boxed(item)} for number, item in items.items()]
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _Actor,
         fn_constructor_args=(task, threads),
@@ -57,6 +57,13 @@ def run_on_ray(
         yield int(row["number"]), bytes(row["result"])
 
 
+@dataclass(frozen=True)
+class _Boxed:
+    """Something that Arrow has no type for and carries as it is."""
+
+    item: Any
+
+
 class _Actor:
     """Opens the task once; called with batches of one item."""
 
@@ -67,6 +74,5 @@ class _Actor:
         self._work = task.open().__enter__()  # an actor ends when its process does
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        # pickled by our own driver, for objects that Arrow has no type for
-        results = [self._work(pickle.loads(item)) for item in batch["item"]]
+        results = [self._work(boxed.item) for boxed in batch["item"]]
         return {"number": batch["number"], "result": results}
