@@ -125,7 +125,7 @@ class EmbeddingStore:
         return stored
 
     def _origin(self, stored: Tensor, digests: Sequence[str]) -> dict[str, str]:
-        raw = hashlib.sha256(memoryview(stored.numpy())).hexdigest()
+        raw = hashlib.sha256(stored.numpy().tobytes()).hexdigest()
         return {
             "encoder": self.encoder,
             "images": content_sha256(*digests),
