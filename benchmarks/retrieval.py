@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.measure import interleave, summary
 from benchmarks.result_files import RESULTS, environment, merge
+from benchmarks.retrieval_table import HEADER, line
 from realign.retrieval.exact import ExactIndex
 from realign.retrieval.store import EmbeddingStore
 
@@ -133,16 +134,6 @@ def memory(vectors: Tensor, queries: int, threads: int) -> dict[str, float]:
     }
 
 
-def line(key: str, cell: dict[str, Any]) -> str:
-    """Return a cell as a row of README's table."""
-    dtype, size = key.split("/")[-2:]
-    return (
-        f"| {cell['images']:,} x {size} {dtype} | {cell['ms'] / 1e3:.2f} s | "
-        f"{cell['faiss_flat']['ms'] / 1e3:.2f} s | {cell['ratio_to_faiss_flat']:.2f} | "
-        f"{cell['recall']:.3f} | {cell['process_peak_over_vectors']:.2f} |"
-    )
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -161,8 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     faiss.omp_set_num_threads(options.threads)
     run = environment(torch.device("cpu"), options.commit)
     run |= {"command": "python -m benchmarks.retrieval", "faiss": faiss.__version__}
-    print(f"| vectors | exact | faiss flat | ratio | recall@{TOP} | peak memory / vectors |")
-    print("|---|---:|---:|---:|---:|---:|")
+    print(HEADER)
     for case in options.cases:
         dtype, size = case.split("/")
         vectors = unit_rows(options.images, int(size), DTYPES[dtype])

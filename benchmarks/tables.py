@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.head_tables import head_block
+from benchmarks.retrieval_table import retrieval_block
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- demo table: python -m benchmarks.tables -->", "<!-- end of demo table -->"
 HEAD_BEGIN, HEAD_END = (
     "<!-- head table: python -m benchmarks.tables -->",
     "<!-- end of head table -->",
+)
+RETRIEVAL_BEGIN, RETRIEVAL_END = (
+    "<!-- retrieval table: python -m benchmarks.tables -->",
+    "<!-- end of retrieval table -->",
 )
 COLUMNS = (
     ("CHAIR_i", "chair", "chair_i"),
@@ -68,7 +73,11 @@ def demo_block(results: Path) -> str:
     return demo_table(json.loads(path.read_text()))
 
 
-BLOCKS = {(BEGIN, END): demo_block, (HEAD_BEGIN, HEAD_END): head_block}
+BLOCKS = {
+    (BEGIN, END): demo_block,
+    (RETRIEVAL_BEGIN, RETRIEVAL_END): retrieval_block,
+    (HEAD_BEGIN, HEAD_END): head_block,
+}
 
 
 def with_table(readme: str) -> str:

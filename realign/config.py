@@ -84,6 +84,10 @@ class BuildConfig(_Section):
     """
     images: Path | None = None
     """Folder that the image names in ``source`` are relative to."""
+    image_name: str = Field(default="{name}", pattern=r"\{name\}")
+    """What the file of an image called ``{name}`` in the source is called in the folder, such as
+    COCO_train2014_{name} for LLaVA-Instruct's images in COCO's train2014.
+    """
     model: str
     """The VLM to be aligned: a folder, or a hub id."""
     out: Path

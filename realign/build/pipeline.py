@@ -47,7 +47,7 @@ from realign.run_folder import check_out, claim, is_claimed
 ENGLISH_LEXICON = Path(__file__).with_name("lexicon.yaml")
 # where the run is, and what changes how fast a result is made but not what it is
 NOT_IDENTITY = {
-    *("out", "source", "images", "model", "lexicon"),
+    *("out", "source", "images", "image_name", "model", "lexicon"),
     *("engine", "workers", "threads", "max_reject"),
     *("annotator", "masker", "inducer", "encoder", "similarity"),  # said by their identities
 }
@@ -134,6 +134,7 @@ def _read(
         special=special,
         turns=config.turns,
         format=config.format,
+        image_name=config.image_name,
         extract_to=config.out / "source_images",
     )
     corpus, unreadable = inspect_corpus(

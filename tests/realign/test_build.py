@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from realign.build.lengths import PromptLength, position_limit
 from realign.build.pipeline import build
 from realign.config import BuildConfig
 from realign.dataset import read_records
+from realign.decisions import Decision, append_decision, decisions_path
 from realign.demo.data import write_training_data
 from realign.demo.tasks import LEXICON_PATH
 from realign.demo.world import DESCRIBE
@@ -194,3 +196,75 @@ def test_one_image_is_not_enough(config: BuildConfig) -> None:
     with pytest.raises(RefusedError, match="at least 2 different images"):
         build(config)
     assert not config.out.exists()
+
+
+def test_embedded_images_of_a_parquet_source_with_text_pairs_get_retrieval_alone(
+    config: BuildConfig, tmp_path: Path
+) -> None:
+    """A dataset of ours is such a source: its pairs keep their texts and get images anew."""
+    first = read_records(build(config), None)
+    again = config.model_copy(
+        update={"source": config.out / "dataset.parquet", "images": None, "out": tmp_path / "again"}
+    )
+    records = read_records(build(again), None)
+    assert [(r.id, r.prompt, r.chosen, r.rejected) for r in records] == [
+        (r.id, r.prompt, r.chosen, r.rejected) for r in first
+    ]
+    for record in records:
+        assert record.rejected_images
+        assert record.rejected_images != record.images
+        assert record.meta["retrieval"]["rank"] == 1
+        assert "masked" not in record.meta
+        assert "generator" not in record.meta
+    assert json.loads((again.out / "funnel.json").read_text())["masked_by"] == {}
+
+
+def test_decisions_take_effect_when_the_build_is_called_again(config: BuildConfig) -> None:
+    dataset = build(config)
+    records = list(read_records(dataset, None))
+    whole = dataset.read_bytes()
+    path = decisions_path(dataset)
+    for record, choice in zip(records, ("drop", "keep", "flag"), strict=False):
+        append_decision(path, Decision(record.id, record.key, choice))
+    build(config)
+    assert [r.id for r in read_records(dataset, None)] == [r.id for r in records[1:]]
+    funnel = json.loads((config.out / "funnel.json").read_text())
+    assert funnel["accepted"] == len(records)
+    assert funnel["decisions"]["dropped"] == 1
+    append_decision(path, Decision(records[0].id, records[0].key, "keep"))
+    build(config)
+    assert dataset.read_bytes() == whole
+
+
+def test_a_clip_model_retrieves_within_a_band(config: BuildConfig, tmp_path: Path) -> None:
+    folder = tiny_clip(tmp_path / "clip")
+    options = {"encoder": str(folder), "min_cosine": 0.2, "max_cosine": 0.9999, "top_k": 5}
+    records = read_records(build(config.model_copy(update=options)), None)
+    cosines = [record.meta["retrieval"]["cosine"] for record in records]
+    assert all(0.2 <= cosine <= 0.9999 for cosine in cosines)
+    assert {record.meta["retrieval"]["encoder"] for record in records} == {"clip"}
+    identity = json.loads((config.out / "build.json").read_text())["models"]["encoder"]
+    assert "model.safetensors" in identity["model"]
+
+
+def tiny_clip(folder: Path) -> Path:
+    """A real CLIPModel with random weights."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2}
+    torch.manual_seed(0)
+    CLIPModel(
+        CLIPConfig(
+            text_config={**small, "vocab_size": 99, "max_position_embeddings": 8},
+            vision_config={**small, "image_size": 32, "patch_size": 8},
+            projection_dim=8,
+        )
+    ).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    CLIPImageProcessorPil(crop_size=size, size=size).save_pretrained(folder)
+    return folder
+
+
+def test_the_index_does_not_change_the_result(config: BuildConfig, tmp_path: Path) -> None:
+    exact = build(config).read_bytes()
+    flat = config.model_copy(update={"index": "flat", "out": tmp_path / "flat"})
+    assert build(flat).read_bytes() == exact

@@ -13,7 +13,7 @@ from typing import Any
 from realign.build.sources.layout import RefusedRowError
 from realign.errors import RefusedError
 from realign.image_suffix import image_suffix
-from realign.images import FORMATS, MAX_BYTES, resolve_image
+from realign.images import FORMATS, MAX_BYTES, RefusedImage, resolve_image
 
 
 class ImageFiles:
@@ -22,10 +22,13 @@ class ImageFiles:
     Args:
         root: Folder of named images; None where all are embedded.
         extract_to: Folder for embedded images; None where none is.
+        file_name: What the file of ``{name}`` is called under the root.
     """
 
-    def __init__(self, root: Path | None, extract_to: Path | None) -> None:
-        self._root, self._extract_to = root, extract_to
+    def __init__(
+        self, root: Path | None, extract_to: Path | None, file_name: str = "{name}"
+    ) -> None:
+        self._root, self._extract_to, self._file_name = root, extract_to, file_name
         self._named: dict[str, Path | RefusedRowError] = {}
         self._extracted: set[str] = set()
 
@@ -63,10 +66,9 @@ class ImageFiles:
                 "--images FOLDER."
             )
         try:
-            return resolve_image(self._root, name, "")
-        except RefusedError as error:
-            code = getattr(error, "code", None) or _code(self._root, name)
-            return RefusedRowError("image", code, str(error).removeprefix(": "))
+            return resolve_image(self._root, self._file_name.replace("{name}", name), "")
+        except RefusedImage as error:
+            return RefusedRowError("image", error.code, str(error).removeprefix(": "))
         except (OSError, UnicodeError) as error:  # longer than names can be, or half a character
             text = f"image must be a file name, got {name!r:.80} ({error}). Rename it."
             return RefusedRowError("image", "unreadable", text)
@@ -105,12 +107,3 @@ class ImageFiles:
                     temporary.unlink(missing_ok=True)
             self._extracted.add(name)
         return name, path
-
-
-def _code(root: Path, name: str) -> str:
-    if "://" in name or name.startswith("data:"):
-        return "url"
-    if "\0" in name:
-        return "image-name"
-    inside = (root / name).resolve().is_relative_to(root.resolve())
-    return "missing" if inside else "outside-root"

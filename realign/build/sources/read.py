@@ -48,6 +48,7 @@ def read_source(
     turns: Turns = "first",
     extract_to: Path | None = None,
     format: str | None = None,
+    image_name: str = "{name}",
 ) -> Source:
     """Read a source: JSON lines, a JSON list, parquet, a folder of parquet, or a saved dataset.
 
@@ -62,6 +63,7 @@ def read_source(
         extract_to: Folder for embedded images, named by their content; those that are there are
             not written again.
         format: Name of the layout; recognised by the first rows by default.
+        image_name: What the file of an image called ``{name}`` is called in the folder.
     Raises:
         RefusedError: No such file, an unknown layout, no row at all, or a file in which rows cannot
             be told apart.
@@ -79,7 +81,13 @@ def read_source(
     if layout.note:
         announce(f"source {path.name}: {layout.note}")
     reader = RowReader(
-        path, layout, image_root, special=special, turns=turns, extract_to=extract_to
+        path,
+        layout,
+        image_root,
+        special=special,
+        turns=turns,
+        extract_to=extract_to,
+        image_name=image_name,
     )
     rows: list[SourceRow] = []
     problems: list[Problem] = []

@@ -38,10 +38,11 @@ class RowReader:
         special: Iterable[str],
         turns: Turns,
         extract_to: Path | None,
+        image_name: str,
     ) -> None:
         self._file, self._layout, self._turns = path.name, layout, turns
         self._tokens = sorted({*special, IMAGE_TOKEN} - {""})
-        self._images = ImageFiles(image_root, extract_to)
+        self._images = ImageFiles(image_root, extract_to, image_name)
         self._ids: set[str] = set()
         self._repeated: dict[str, int] = {}
         self.left_out: set[str] = set()

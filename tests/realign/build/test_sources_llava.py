@@ -88,3 +88,14 @@ def test_a_text_only_conversation_has_no_image_to_build_on(read) -> None:
 def test_turns_that_are_none_are_refused(read) -> None:
     with pytest.raises(RefusedError, match="turns must be first, last or each, got 'all'"):
         read([LONG], turns="all")
+
+
+def test_image_names_of_another_release_of_the_folder(read, images) -> None:
+    """LLaVA-Instruct says NAME, COCO's train2014 folder has COCO_train2014_NAME."""
+    (images / "a.jpg").rename(images / "COCO_train2014_a.jpg")
+    assert [problem.code for problem in read([LONG]).problems] == ["missing"]
+    (found,) = read([LONG], image_name="COCO_train2014_{name}").rows
+    assert (found.image, found.path.name) == ("a.jpg", "COCO_train2014_a.jpg")
+    escaping = row("Q", "A", image="/../../x.jpg")
+    refused = read([LONG, escaping], image_name="COCO_train2014_{name}").problems
+    assert [problem.code for problem in refused] == ["outside-root"]
