@@ -66,7 +66,15 @@ def read_kept_records(data: Path, image_root: Path | None) -> Sequence[Record]:
         RefusedError: What :func:`read_records` raises; the decision file is damaged, or drops
             every row.
     """
-    records = read_records(data, image_root)
+    return without_dropped(read_records(data, image_root), data)
+
+
+def without_dropped(records: Sequence[Record], data: Path) -> Sequence[Record]:
+    """Leave out the rows of ``data`` that its decision file drops, and say how many these are.
+
+    Raises:
+        RefusedError: The decision file is damaged, or drops every row.
+    """
     path = decisions_path(data)
     decisions = read_decisions(path)
     if not decisions:

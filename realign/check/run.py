@@ -11,7 +11,7 @@ from realign.check.decoding import DecodedRow, decoded_rows
 from realign.check.findings import Findings
 from realign.check.repeats import EvalImages, Repeats, near_images
 from realign.config import CheckConfig
-from realign.dataset import read_rows
+from realign.dataset import read_rows, without_dropped
 from realign.errors import RefusedError
 from realign.images import RefusedImage
 from realign.inspection import ImagePool
@@ -29,7 +29,8 @@ def check(config: CheckConfig) -> Findings:
     """
     if config.out:
         check_out(config.out)
-    records, unreadable = read_rows(config.data, config.images)
+    read, unreadable = read_rows(config.data, config.images)
+    records = without_dropped(read, config.data)
     findings = Findings(
         str(config.data),
         config.max_reject,

@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal, get_args
 
-from realign.dataset import read_records
+from realign.dataset import read_kept_records
 from realign.errors import RefusedError
 from realign.export import llamafactory, official, swift, trl
 from realign.export.folder import check_new, new_folder
@@ -58,7 +58,7 @@ def export(data: Path, images: Path | None, to: str, out: Path) -> Exported:
         raise RefusedError(f"to must be one of {list(get_args(Target))}, got {to!r}. Correct --to.")
     check_out(out)
     write, note = WRITERS[to]
-    records = read_records(data, images)
+    records = read_kept_records(data, images)
     if not len(records):
         raise RefusedError(f"data must have at least one row, got none in {data}. Add rows.")
     if (out / MANIFEST).is_file():

@@ -10,6 +10,13 @@ from typing import Any
 from realign.files import read_json
 
 Counts = Mapping[str, Any]
+# what the folders of earlier builds lack
+LATER: Counts = {
+    "rejected": {},
+    "annotated": 0,
+    "excluded_neighbours": {},
+    "decisions": {"dropped": 0},
+}
 
 
 @dataclass(frozen=True)
@@ -30,19 +37,25 @@ class Line:
 def read_funnel(folder: Path) -> Counts | None:
     """The counts that the build wrote, where they are there."""
     path = folder / "funnel.json"
-    return read_json(path) if path.is_file() else None
+    return {**LATER, **read_json(path)} if path.is_file() else None
 
 
 def row_lines(counts: Counts) -> list[Line]:
-    """Source rows: masked by whom, accepted, dropped by reason."""
-    rows = counts["rows"]
+    """Source rows: bad ones by code, masked by whom, accepted, dropped by reason and by hand."""
+    bad = counts["rejected"]
+    rows = counts["rows"] + sum(bad.values())
     lines = [Line("in the source", rows, rows)]
+    lines += [Line(f"bad: {code}", count, rows, "dropped") for code, count in _by_count(bad)]
+    if counts["annotated"]:
+        lines.append(Line("answered by the annotator", counts["annotated"], rows))
     lines += [Line(f"masked by {who}", n, rows) for who, n in counts["masked_by"].items()]
     lines.append(Line("accepted", counts["accepted"], rows, "accepted"))
     lines += [
         Line(f"dropped: {reason}", count, rows, "dropped")
         for reason, count in _by_count(counts["dropped"])
     ]
+    if by_hand := counts["decisions"]["dropped"]:
+        lines.append(Line("accepted, then dropped by hand", by_hand, rows, "dropped"))
     return lines
 
 
@@ -54,7 +67,11 @@ def candidate_lines(counts: Counts) -> list[Line]:
         Line("tried", tried, tried),
         Line("accepted", counts["accepted"], tried, "accepted"),
     ]
-    return lines + [Line(f"refused: {name}", n, tried, "dropped") for name, n in _by_count(refused)]
+    lines += [Line(f"refused: {name}", n, tried, "dropped") for name, n in _by_count(refused)]
+    return lines + [
+        Line(f"not tried: {name.replace('_', ' ')}", count, tried)
+        for name, count in _by_count(counts["excluded_neighbours"])
+    ]
 
 
 def _by_count(counts: Mapping[str, int]) -> Iterator[tuple[str, int]]:

@@ -150,13 +150,14 @@ def test_distances_of_refused_candidates_are_shown_where_they_are_there(dataset:
         page = write_report(dataset).read_text()
         return re.findall(r">(accepted|refused|threshold 0.95)</text>", page)
 
-    assert labels() == ["accepted", "threshold 0.95"]
+    assert labels() == ["accepted", "refused", "threshold 0.95", "accepted", "refused"]
     for path in (dataset / "shards").glob("*.jsonl"):
         outcomes = [json.loads(line) for line in path.read_text().splitlines()]
         for attempt in (attempt for outcome in outcomes for attempt in outcome["refused"]):
-            attempt |= {"rank": 1, "cosine": 0.5, "similarity": 0.97}
+            for name in ("rank", "cosine", "similarity"):
+                del attempt[name]  # as earlier builds left it
         path.write_text("".join(json.dumps(outcome) + "\n" for outcome in outcomes))
-    assert labels() == ["accepted", "refused", "threshold 0.95", "accepted", "refused"]
+    assert labels() == ["accepted", "threshold 0.95"]
 
 
 def test_decisions_are_counted_and_marked(dataset: Path) -> None:

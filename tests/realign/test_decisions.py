@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from realign.cache import cache
-from realign.config import CacheConfig, TrainConfig
+from realign.check.run import check
+from realign.config import CacheConfig, CheckConfig, TrainConfig
 from realign.dataset import read_kept_records, read_records
 from realign.decisions import (
     Decision,
@@ -26,6 +27,7 @@ from realign.decisions import (
     read_decisions,
 )
 from realign.errors import RefusedError
+from realign.export.run import export
 from realign.parquet import write_parquet
 from realign.train import train
 
@@ -252,3 +254,18 @@ def test_a_bad_row_that_is_dropped_does_not_stop_the_cache(
     manifest = json.loads((cache(options) / "manifest.json").read_text())
     assert manifest["rows"] == 3
     assert "1 of 4 rows dropped by pairs.parquet.decisions.jsonl" in capsys.readouterr().err
+
+
+def test_check_and_export_leave_dropped_rows_out(tmp_path: Path, records) -> None:
+    rows = records(4)
+    rows[2] = dataclasses.replace(rows[2], rejected=rows[2].chosen)
+    data = tmp_path / "pairs.parquet"
+    write_parquet(rows, data)
+    config = CheckConfig(data=data, workers=1)
+    assert [problem.code for problem in check(config).problems] == ["equal-answers"]
+    decide(tmp_path / "pairs.parquet.decisions.jsonl", rows[2], "drop")
+    findings = check(config)
+    assert (findings.num_rows, findings.problems) == (3, [])
+    export(data, None, "trl", tmp_path / "out")
+    exported = read_records(tmp_path / "out" / "dataset.parquet", None)
+    assert [record.id for record in exported] == [rows[i].id for i in (0, 1, 3)]
