@@ -27,6 +27,9 @@ WRITES: Mapping[str, tuple[str, ...]] = {
     ),
 }
 
+# known by their content, so they may be there before a run has its folder
+WRITTEN_BEFORE = {"source_images"}
+
 
 def check_out(folder: Path) -> None:
     """Refuse an output folder that is a file or lies below one.
@@ -75,6 +78,7 @@ def is_claimed(
     path = folder / f"{verb}.json"
     needed = {name: _brief(value) for name, value in what.items()}
     if not path.is_file():
+        _check_leftovers(folder, verb)
         return False
     stored = json.loads(path.read_text(encoding="utf-8"))
     if stored == needed:
@@ -84,6 +88,16 @@ def is_claimed(
         f"out {folder} holds another run of `realign {verb}`:\n" + "\n".join(lines) + "\n"
         f"Choose another folder, or {_how_to_remove(folder, verb)}; nothing was written."
     )
+
+
+def _check_leftovers(folder: Path, verb: str) -> None:
+    """Shards of a run that nobody knows the settings of would be taken for this run's."""
+    written = set(WRITES[verb]) - WRITTEN_BEFORE
+    if left := sorted(name for name in written if (folder / name).exists()):
+        raise RefusedError(
+            f"out {folder} holds {', '.join(left)} of a run of `realign {verb}` without its "
+            f"{verb}.json. Choose another folder, or remove them."
+        )
 
 
 def _how_to_remove(folder: Path, verb: str) -> str:

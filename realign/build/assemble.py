@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from realign.records import Record
 
 def assemble(
     rows: Sequence[SourceRow],
-    outcomes: Sequence[Mapping[str, Any]],
+    outcomes: Iterable[Mapping[str, Any]],
     files: Mapping[str, Path],
     provenance: Mapping[str, Any],
 ) -> Iterator[Record]:

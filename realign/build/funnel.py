@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
 def funnel(
-    outcomes: Sequence[Mapping[str, Any]],
+    outcomes: Iterable[Mapping[str, Any]],
     *,
     rejected: Mapping[str, int],
     annotated: int,
@@ -17,29 +17,41 @@ def funnel(
     """Counts for ``funnel.json``.
 
     Args:
-        outcomes: One a row, see :class:`~realign.build.induction.Outcome`.
+        outcomes: One a row, see :class:`~realign.build.induction.Outcome`; read once.
         rejected: Rows of the source that were bad, by code; not among ``outcomes``.
         annotated: Rows whose answer was asked for.
         excluded: Neighbours that were no candidates, by reason.
     """
-    accepted = [outcome for outcome in outcomes if not outcome["reason"]]
+    rows = 0
+    masked_by: Counter[str] = Counter()
+    ranks: Counter[int] = Counter()
+    dropped: Counter[str] = Counter()
+    refused: Counter[str] = Counter()
+    for outcome in outcomes:
+        rows += 1
+        masked_by[outcome["masked_by"]] += bool(outcome["masked"])
+        if outcome["reason"]:
+            dropped[outcome["reason"]] += 1
+        else:
+            ranks[outcome["rank"]] += 1
+        refused.update(attempt["reason"] for attempt in outcome["refused"])
     return {
-        "rows": len(outcomes),
-        "rejected": dict(rejected),
+        "rows": rows,
+        "rejected": _most_first(Counter(rejected)),
         "annotated": annotated,
-        "masked_by": _counts(outcome["masked_by"] for outcome in outcomes if outcome["masked"]),
+        "masked_by": _most_first(masked_by),
         "excluded_neighbours": dict(excluded),
-        "accepted": len(accepted),
-        "accepted_by_rank": {
-            str(rank): count for rank, count in sorted(Counter(o["rank"] for o in accepted).items())
-        },
-        "dropped": _counts(outcome["reason"] for outcome in outcomes if outcome["reason"]),
-        "refused_candidates": _counts(
-            attempt["reason"] for outcome in outcomes for attempt in outcome["refused"]
-        ),
+        "accepted": ranks.total(),
+        "accepted_by_rank": {str(rank): count for rank, count in sorted(ranks.items())},
+        "dropped": _most_first(dropped),
+        "refused_candidates": _most_first(refused),
     }
 
 
-def _counts(reasons: Iterable[str]) -> dict[str, int]:
-    """Most frequent first."""
-    return dict(sorted(Counter(reasons).items(), key=lambda item: (-item[1], item[0])))
+def _most_first(counts: Counter[str]) -> dict[str, int]:
+    """What was counted at all, the most frequent first."""
+    return {
+        reason: count
+        for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        if count
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,17 @@ from realign.retrieval.store import EmbeddingStore
 
 # memory of a worker beside the weights: the libraries
 LIBRARY_BYTES = 1 << 30
+
+
+class ShardLines:
+    """The lines of a stage's shards, read a shard at a time, as often as they are asked for."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for path in self._paths:
+            yield from read_jsonl(path)
 
 
 class Staging:
@@ -88,13 +99,15 @@ class Staging:
         config = self._config
         task = Annotate(self._annotator, config.annotation_prompt, self._special, config.window)
         lines = self._rows_stage("annotate", "annotated", rows, task, self._annotator)
-        answered = [
-            row
-            if row.answer
-            else replace(row, answer=line["answer"], is_annotated=bool(line["answer"]))
-            for row, line in zip(rows, lines, strict=True)
-        ]
-        return answered, {line["id"]: line["problem"] for line in lines if line["problem"]}
+        answered: list[SourceRow] = []
+        problems: dict[str, str] = {}
+        for row, line in zip(rows, lines, strict=True):
+            if not row.answer:
+                row = replace(row, answer=line["answer"], is_annotated=bool(line["answer"]))
+            if line["problem"]:
+                problems[row.id] = line["problem"]
+            answered.append(row)
+        return answered, problems
 
     def mask(self, rows: Sequence[SourceRow], rules: MaskRules) -> list[Masked]:
         """Mask every answer that needs it."""
@@ -139,8 +152,10 @@ class Staging:
         masked: Sequence[Masked],
         neighbours: Neighbourhood,
         unanswered: Mapping[str, str],
-    ) -> list[dict[str, Any]]:
-        """Find the retrieved image and the rejected answer of every row."""
+    ) -> ShardLines:
+        """Find the retrieved image and the rejected answer of every row; a line is an
+        :class:`~realign.build.induction.Outcome`.
+        """
         config = self._config
         acceptance = partial(
             Acceptance,
@@ -168,7 +183,7 @@ class Staging:
 
     def _rows_stage(
         self, what: str, folder: str, rows: Sequence[SourceRow], task: Task, asked: Asked | None
-    ) -> list[dict[str, Any]]:
+    ) -> ShardLines:
         return self._stage(
             what, folder, len(rows), lambda part: [rows[i] for i in part], task, asked
         )
@@ -181,14 +196,14 @@ class Staging:
         item: Callable[[range], Sequence[Any]],
         task: Task,
         asked: Asked | None,
-    ) -> list[dict[str, Any]]:
+    ) -> ShardLines:
         """Lines of all shards of a stage over rows, in order of the rows."""
         ranges = _ranges(num_rows, self._config.shard_size, self._config.window)
         paths = _paths(self._config.out / folder, ranges, "jsonl")
         sizes = {number: len(part) for number, part in ranges.items()}
         engine = self._engine(asked)
         fill_shards(what, paths, sizes, lambda number: item(ranges[number]), task, engine)
-        return [line for number in ranges for line in read_jsonl(paths[number])]
+        return ShardLines([*paths.values()])
 
     def _engine(self, asked: Any) -> Engine:
         """Local models work in parallel; a server is asked by one process, which has the

@@ -23,7 +23,8 @@ class Engine:
 
     Attributes:
         kind: ``process``, or ``ray``.
-        workers: Processes or actors; None for one a GPU, or as many as cores and memory allow.
+        workers: Processes or actors; None for one a GPU, or as many as cores and memory allow (of
+            the machine, or of the cluster).
         threads: CPU threads a worker. Sums of a matrix product may depend on it in the last bit,
             so it does not follow the number of workers.
         worker_bytes: Memory that a worker needs, to choose their number.
@@ -38,11 +39,12 @@ class Engine:
         """Yield the number and result of every item as they get done, in any order."""
         if not items:
             return
+        if self.kind == "ray":
+            yield from run_on_ray(task, items, self.workers, self.threads)
+            return
         gpus = torch.cuda.device_count()
         workers = min(self.workers or gpus or self._fitting(), len(items))
-        if self.kind == "ray":
-            yield from run_on_ray(task, items, workers, self.threads, uses_gpu=gpus > 0)
-        elif workers == 1:
+        if workers == 1:
             yield from _run_here(task, items, self.threads)
         else:
             environments = [_environment(worker, gpus) for worker in range(workers)]
@@ -75,6 +77,22 @@ def _run_here(task: Task, items: Mapping[int, Any], threads: int) -> Iterator[tu
         torch.set_num_threads(before)
 
 
+class LazyItems(Mapping[int, Any]):
+    """Items that are made when they are handed out: those of a large build do not fit at once."""
+
+    def __init__(self, numbers: Collection[int], make: Callable[[int], Any]) -> None:
+        self._numbers, self._make = numbers, make
+
+    def __getitem__(self, number: int) -> Any:
+        return self._make(number)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+
 def make_shards(
     what: str,
     missing: Collection[int],
@@ -100,7 +118,7 @@ def make_shards(
     total = sum(sizes.values())
     done = total - sum(sizes[number] for number in missing)
     with Progress(what, total, done) as progress:
-        for number, content in engine.run(task, {number: item(number) for number in missing}):
+        for number, content in engine.run(task, LazyItems(missing, item)):
             keep(number, content)
             progress.advance(sizes[number])
 

@@ -17,16 +17,16 @@ from realign.errors import RefusedError
 
 
 def run_on_ray(
-    task: Task, items: Mapping[int, Any], workers: int, threads: int, *, uses_gpu: bool
+    task: Task, items: Mapping[int, Any], workers: int | None, threads: int
 ) -> Iterator[tuple[int, bytes]]:
     """Yield the number and result of every item as they get done, in any order.
 
     Args:
         task: What is done.
         items: Number to item.
-        workers: Actors.
+        workers: Actors; None for one a GPU of the cluster, or one for each ``threads`` of its
+            cores.
         threads: CPU threads an actor.
-        uses_gpu: Whether an actor needs a GPU.
     Raises:
         RefusedError: Ray is not installed.
     """
@@ -44,14 +44,17 @@ def run_on_ray(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    cluster = ray.cluster_resources()
+    gpus = int(cluster.get("GPU", 0))
+    fitting = gpus or int(cluster.get("CPU", 1)) // threads
     rows = [{"number": number, "item": _Boxed(item)} for number, item in items.items()]
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _Actor,
         fn_constructor_args=(task, threads),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
+        compute=ray.data.ActorPoolStrategy(size=max(1, min(workers or fitting, len(items)))),
         num_cpus=threads,
-        num_gpus=1 if uses_gpu else 0,
+        num_gpus=1 if gpus else 0,
     )
     for row in results.iter_rows():
         yield int(row["number"]), bytes(row["result"])

@@ -68,3 +68,12 @@ def test_a_model_that_is_not_asked_for_is_named_without_its_files(tmp_path: Path
         "  models.x: there, not asked",
         "  models.y: not there, asked",
     ]
+
+
+def test_shards_of_nobody_knows_which_run_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "source_images").mkdir()  # known by their content
+    with pytest.raises(RefusedError, match=r"holds shards of a run of `realign build` without"):
+        claim(tmp_path, "build", {"seed": 0})
+    (tmp_path / "shards").rmdir()
+    assert not claim(tmp_path, "build", {"seed": 0})
