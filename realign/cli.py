@@ -115,7 +115,7 @@ def build(
         str | None, typer.Option(help="The VLM to be aligned: folder or hub id." + REQUIRED)
     ] = None,
     out: Out = None,
-    format_: Annotated[
+    format: Annotated[
         str | None, typer.Option("--format", help="Layout of the source; recognised by default.")
     ] = None,
     mask: Annotated[str | None, typer.Option(help="Who masks: rule or model.")] = None,
@@ -137,7 +137,7 @@ def build(
     """Images and good answers -> preference dataset: mask, retrieve, induce, filter."""
     with _exit_codes():
         flags = {"source": source, "images": images, "model": model, "out": out, "mask": mask}
-        flags |= {"format": format_, "encoder": encoder, "similarity": similarity, "engine": engine}
+        flags |= {"format": format, "encoder": encoder, "similarity": similarity, "engine": engine}
         options = _build_config(config, set_, flags | {"workers": workers, "seed": seed})
         from realign.build.pipeline import build as run
 

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from realign.config import SECTIONS
+from realign.config import SECTIONS, BuildConfig, load_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,16 +22,30 @@ def test_python_blocks_run(block: str) -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", block], check=True, cwd=ROOT)
 
 
-def test_commands_use_options_that_exist() -> None:
-    verbs = re.findall(r"^realign (\w+) +((?:.*\\\n)*.*)", README, re.MULTILINE)
-    assert len(verbs) >= 7
+@pytest.mark.parametrize("page", ["README.md", "docs/building.md", "docs/formats.md"])
+def test_commands_use_options_that_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    verbs = re.findall(r"^realign (\w+) +((?:.*\\\n)*.*)", text, re.MULTILINE)
+    assert len(verbs) >= {"README.md": 10, "docs/building.md": 7}.get(page, 0)
     for verb, rest in verbs:
         if verb in SECTIONS:
-            options = set(re.findall(r"--([a-z_]+)", rest)) - {"set"}
+            options = set(re.findall(r"--([a-z_]+)", rest)) - {"set", "config"}
             allowed = SECTIONS[verb].model_fields.keys() | {"model"}
             assert options <= allowed, (verb, options - allowed)
             for key in re.findall(rf"--set {verb}\.([a-z_]+)", rest):
                 assert key in SECTIONS[verb].model_fields
+
+
+def test_recipes_are_configurations() -> None:
+    recipes = sorted((ROOT / "recipes").iterdir())
+    assert recipes
+    for recipe in recipes:
+        config = load_config(BuildConfig, recipe, flags={"source": "s", "out": "o"})
+        assert (config.top_k, config.threshold) == (10, 0.95)  # the paper's
+        assert f"--config recipes/{recipe.name}" in README
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/building.md").read_text(), re.DOTALL)
+    example = yaml.safe_load(block)["build"]
+    BuildConfig(**example, source="s", out="o")
 
 
 def test_commands_that_train_7b_train_adapters() -> None:

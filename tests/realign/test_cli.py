@@ -297,7 +297,8 @@ def test_kill_9_then_the_same_command_ends_the_same(tmp_path: Path, model_dir: P
     build = [
         "build", "--model", model_dir, "--source", tmp_path / "world" / "train.jsonl",
         "--images", tmp_path / "world" / "images", "--set", f"build.lexicon={LEXICON_PATH}",
-        "--set", "build.group_size=8", "--set", "build.max_new_tokens=64", "--set", "build.top_k=3",
+        "--set", "build.window=8", "--set", "build.shard_size=8", "--workers", "1",
+        "--set", "build.max_new_tokens=64", "--set", "build.top_k=3",
     ]  # fmt: skip
     process = run_process(*build, "--out", tmp_path / "killed", stderr=subprocess.DEVNULL)
     kill_when(process, "shards/00002.jsonl", tmp_path / "killed")

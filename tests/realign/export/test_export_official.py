@@ -69,7 +69,10 @@ EXTRA = st.dictionaries(
     st.text(st.characters(codec="utf-8"), max_size=5).filter(
         lambda key: key not in ("image", "retrieved_image", "chosen", "rejected", "id")
     ),
-    st.none() | st.integers() | st.floats(allow_nan=False) | st.lists(TEXT, max_size=2),
+    st.none()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.lists(TEXT, max_size=2),
     max_size=3,
 )
 
