@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,13 @@ from realign.dataset import read_kept_records
 from realign.errors import RefusedError
 from realign.files import canonical_json, content_sha256, file_sha256, replacing, write_json
 from realign.modeling import choose_dtype, load_model, load_processor, model_identity, resolve_model
+from realign.numerics import numerics
 from realign.progress import Progress
 from realign.records import Record
 from realign.run_folder import check_out
 
 SCHEMA = 2
 # what computes pixels and log-probabilities
-PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "peft", "pillow")
 Identity = dict[str, Any]
 
 
@@ -59,29 +58,9 @@ def reference_identity(
             "attention": "sdpa",
             # the same configuration is another class, with other pixels, where torchvision is
             "image_processor": type(load_processor(folder).image_processor).__name__,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-            "float32": _float32_precision(),
-            "packages": {name: _version(name) for name in PACKAGES},
+            **numerics(),
         },
     }
-
-
-def _float32_precision() -> dict[str, str]:
-    """How float32 products are computed: TF32 has ten bits of mantissa."""
-    backends: Any = torch.backends
-    used = (
-        {"matmul": backends.cuda.matmul, "convolution": backends.cudnn.conv}
-        if torch.cuda.is_available()
-        else {"matmul": backends.mkldnn.matmul, "convolution": backends.mkldnn.conv}
-    )
-    return {name: backend.fp32_precision for name, backend in used.items()}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def identity_folder(root: Path, identity: Identity) -> Path:

@@ -143,7 +143,11 @@ def build(
 
         dataset = run(options)
         counts = json.loads((options.out / "funnel.json").read_text())
-        typer.echo(f"{counts['accepted']} of {counts['rows']} rows accepted -> {dataset}")
+        by_hand = counts["decisions"]["dropped"]
+        and_dropped = f", {by_hand} of them dropped by decisions.jsonl" if by_hand else ""
+        typer.echo(
+            f"{counts['accepted']} of {counts['rows']} rows accepted{and_dropped} -> {dataset}"
+        )
 
 
 @app.command(cls=SectionCommand)

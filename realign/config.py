@@ -24,6 +24,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    model_validator,
 )
 
 from realign.errors import RefusedError
@@ -74,6 +75,16 @@ class GeneratorSection(_Section):
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Further fields of the request that the server understands; no place for secrets."""
 
+    @model_validator(mode="after")
+    def _check_endpoint(self) -> GeneratorSection:
+        extra = sorted(self.model_fields_set - {"model", "endpoint"})
+        if self.endpoint is None and extra:
+            raise ValueError(
+                f"{', '.join(extra)} need an endpoint; a model in this process is greedy. Add "
+                "endpoint, or drop them"
+            )
+        return self
+
 
 class BuildConfig(_Section):
     """``realign build``: images, prompts and answers in, a dual-preference dataset out."""
@@ -104,7 +115,7 @@ class BuildConfig(_Section):
     """
     annotator: GeneratorSection | None = None
     """Who answers rows that have no answer."""
-    annotation_prompt: str = "{instruction}"
+    annotation_prompt: str = Field(default="{instruction}", pattern=r"\{instruction\}")
     """What the annotator is asked; ``{instruction}`` stands for the row's own."""
     mask: Literal["rule", "model"] = "rule"
     """Who masks: a lexicon, or a model with the paper's prompt (falls back to the lexicon,
@@ -175,7 +186,13 @@ class BuildConfig(_Section):
     dtype: Dtype = "auto"
     """``auto``: bfloat16 on a GPU, float32 on a CPU."""
     seed: int = 0
-    """Of the masking draw."""
+    """Of the masking draw; servers are sent it too."""
+
+    @model_validator(mode="after")
+    def _check_masker(self) -> BuildConfig:
+        if self.masker is not None and self.mask == "rule":
+            raise ValueError("masker is given while mask is rule. Add mask: model, or drop masker")
+        return self
 
 
 class CacheConfig(_Section):
@@ -387,15 +404,17 @@ def load_config(
     try:
         return section(**values)
     except ValidationError as error:
-        lines = [
-            f"{name}.{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got "
-            f"{problem.get('input')!r}."
-            if problem["type"] != "missing"
-            else f"{name}.{problem['loc'][0]} is required. "
-            f"Pass --{problem['loc'][0]} or set it in the YAML file."
-            for problem in error.errors()
-        ]
+        lines = [_what_is_wrong(name, problem) for problem in error.errors()]
         raise RefusedError("\n".join(lines)) from None
+
+
+def _what_is_wrong(section: str, problem: Any) -> str:
+    place = ".".join(map(str, (section, *problem["loc"])))
+    if problem["type"] == "missing":
+        return f"{place} is required. Pass --{problem['loc'][-1]} or set it in the YAML file."
+    if problem["type"] == "value_error":  # of options that do not go together
+        return f"{place}: {problem['ctx']['error']}."
+    return f"{place}: {problem['msg']}, got {problem.get('input')!r}."
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -456,7 +475,7 @@ def _check_keys(section: type[BaseModel], content: Mapping[str, Any], where: str
     for key, value in content.items():
         if key not in section.model_fields:
             raise RefusedError(
-                f"{where} has no option {key!r}.{_nearest(key, section.model_fields)}"
+                f"{where} has no option {key!r}.{_nearest(str(key), section.model_fields)}"
             )
         inner = inner_section(section.model_fields[key].annotation)
         if inner and isinstance(value, dict):

@@ -16,7 +16,7 @@ from realign.files import canonical_json, content_sha256, write_json
 # Reference log-probabilities are not among it: they are known by their content.
 WRITES: Mapping[str, tuple[str, ...]] = {
     "build": (
-        *("rejected.jsonl", "images.jsonl", "source_images", "annotated", "masked", "embeddings"),
+        *("rejected.jsonl", "images", "source_images", "annotated", "masked", "embeddings"),
         *("neighbours", "shards", "journal", "dataset.parquet", "funnel.json"),
     ),
     "train": ("steps", ".checkpoint.tmp", "checkpoint", "metrics.jsonl"),
@@ -28,7 +28,7 @@ WRITES: Mapping[str, tuple[str, ...]] = {
 }
 
 # known by their content, so they may be there before a run has its folder
-WRITTEN_BEFORE = {"source_images"}
+WRITTEN_BEFORE = {"images", "source_images"}
 
 
 def check_out(folder: Path) -> None:
@@ -86,7 +86,7 @@ def is_claimed(
     lines = list(_differences(stored, needed, what, labels or {}))
     raise RefusedError(
         f"out {folder} holds another run of `realign {verb}`:\n" + "\n".join(lines) + "\n"
-        f"Choose another folder, or {_how_to_remove(folder, verb)}; nothing was written."
+        f"Choose another folder, or {_how_to_remove(folder, verb)}; nothing of it was changed."
     )
 
 

@@ -103,7 +103,7 @@ def refusal(
         return TOO_FEW_WORDS
     if good_words and len(said_words) > acceptance.max_length_ratio * len(good_words):
         return TOO_MANY_WORDS
-    return TOO_SIMILAR if similarity >= acceptance.threshold else ""
+    return "" if similarity < acceptance.threshold else TOO_SIMILAR  # not a number is too
 
 
 def has_unfilled(completion: str, answer: str) -> bool:

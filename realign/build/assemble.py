@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from hashlib import sha256
 from typing import Any
 
+from realign.build.corpus import Corpus
 from realign.build.row import SourceRow
+from realign.errors import RefusedError
+from realign.images import read_image
 from realign.records import Record
 
 
 def assemble(
     rows: Sequence[SourceRow],
     outcomes: Iterable[Mapping[str, Any]],
-    files: Mapping[str, Path],
+    corpus: Corpus,
     provenance: Mapping[str, Any],
 ) -> Iterator[Record]:
     """The records of the accepted outcomes, one by one, images read when they are asked for.
@@ -21,25 +24,40 @@ def assemble(
     Args:
         rows: The source's rows with answers.
         outcomes: One a row, see :class:`~realign.build.induction.Outcome`.
-        files: Image name to file.
+        corpus: The source's images.
         provenance: ``encoder``, ``similarity``, ``generator`` and, where they were asked,
             ``annotator`` and ``masker``; ``source``, the source's file name.
+    Raises:
+        RefusedError: An image file is not the one that was inspected.
     """
+    places = {name: place for place, name in enumerate(corpus.names)}
     for row, outcome in zip(rows, outcomes, strict=True):
         if not outcome["reason"]:
+            retrieved = places[outcome["image"]]
             yield Record(
                 id=row.id,
-                images=(row.path.read_bytes(),),
+                images=(_read(corpus, corpus.position[row.path]),),
                 prompt=row.prompt,
                 chosen=row.answer,
                 rejected=outcome["completion"],
-                rejected_images=(files[outcome["image"]].read_bytes(),),
-                meta=_meta(row, outcome, provenance),
+                rejected_images=(_read(corpus, retrieved),),
+                meta=_meta(row, outcome, corpus.own_names[retrieved], provenance),
             )
 
 
+def _read(corpus: Corpus, place: int) -> bytes:
+    path = corpus.paths[place]
+    raw = read_image(path, path.name)
+    if sha256(raw).hexdigest() != corpus.facts[place].sha256:
+        raise RefusedError(
+            f"{path.name} must stay as it is during a build, its content is another one now. "
+            "Restore it, or build into another folder."
+        )
+    return raw
+
+
 def _meta(
-    row: SourceRow, outcome: Mapping[str, Any], provenance: Mapping[str, Any]
+    row: SourceRow, outcome: Mapping[str, Any], retrieved: str, provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
     meta: dict[str, Any] = {
         "retrieval": {
@@ -50,9 +68,9 @@ def _meta(
         "similarity": {"model": provenance["similarity"], "value": outcome["similarity"]},
         "source": {
             "file": provenance["source"],
-            **row.source,
             "image": row.image,
-            "retrieved_image": outcome["image"],
+            **row.source,
+            "retrieved_image": retrieved,
         },
     }
     if not row.rejected:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from realign.build.masker import Fits
 from realign.config import BuildConfig, GeneratorSection
 from realign.generate.generator import Generator
 from realign.modeling import choose_dtype, model_identity, resolve_model
+
+if TYPE_CHECKING:
+    from realign.generate.endpoint import Endpoint
 
 
 @dataclass(frozen=True)
@@ -73,23 +76,15 @@ class ServedModel:
         """How answers came about, for ``meta``."""
         temperature = self.section.temperature
         decoding = "greedy" if temperature == 0 else f"temperature {temperature}"
-        return {"engine": "endpoint", "model": self.section.model, "decoding": decoding}
+        said = {"engine": "endpoint", "model": self.section.model, "decoding": decoding}
+        return said | {"seed": self.seed}
 
     @contextmanager
     def open(self) -> Iterator[tuple[Generator, Fits]]:
         """Open the journal. Whether a prompt is too long, the server says."""
-        from realign.generate.endpoint import Endpoint
         from realign.generate.endpoint_generator import EndpointGenerator, Sampling
 
         section = self.section
-        assert section.endpoint is not None
-        endpoint = Endpoint(
-            section.endpoint,
-            section.api_key_env,
-            section.concurrency,
-            section.timeout_s,
-            section.max_retries,
-        )
         sampling = Sampling(
             section.model,
             self.max_new_tokens,
@@ -98,8 +93,29 @@ class ServedModel:
             section.length_field,
             section.extra_body,
         )
-        with EndpointGenerator(endpoint, sampling, self.journal) as generator:
+        with EndpointGenerator(self._endpoint(), sampling, self.journal) as generator:
             yield generator, lambda prompt, image: True
+
+    def check(self) -> None:
+        """Refuse what is known to fail, before any work.
+
+        Raises:
+            RefusedError: The client is not installed, or the URL or the key is unusable.
+        """
+        self._endpoint().key()
+
+    def _endpoint(self) -> Endpoint:
+        from realign.generate.endpoint import Endpoint
+
+        section = self.section
+        assert section.endpoint is not None
+        return Endpoint(
+            section.endpoint,
+            section.api_key_env,
+            section.concurrency,
+            section.timeout_s,
+            section.max_retries,
+        )
 
 
 Asked = LocalModel | ServedModel
@@ -112,10 +128,14 @@ def asked_model(section: GeneratorSection | None, role: str, config: BuildConfig
         section: ``config.annotator``, ``masker`` or ``inducer``.
         role: Its name, for the journal.
         config: The rest.
+    Raises:
+        RefusedError: There is no such model, or a server cannot be asked.
     """
     if section is not None and section.endpoint is not None:
         journal = config.out / "journal" / f"{role}.jsonl"
-        return ServedModel(section, journal, config.max_new_tokens, config.seed)
+        served = ServedModel(section, journal, config.max_new_tokens, config.seed)
+        served.check()
+        return served
     return LocalModel(
         resolve_model(section.model if section else config.model),
         choose_dtype(config.dtype),

@@ -3,7 +3,7 @@ shards of its own, resumed after a kill.
 
     <out>/build.json                      what the result depends on
     <out>/rejected.jsonl                  source rows that were bad, and why
-    <out>/images.jsonl                    hashes and sizes of the images
+    <out>/images/00003.jsonl              hashes and sizes of the images
     <out>/source_images/                  images that the source holds itself
     <out>/annotated/00003.jsonl           answers that were asked for
     <out>/masked/00003.jsonl
@@ -17,6 +17,7 @@ shards of its own, resumed after a kill.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -38,6 +39,7 @@ from realign.decisions import RowKey, decisions_path, read_decisions
 from realign.errors import RefusedError
 from realign.files import content_sha256, file_sha256, read_json, write_json, write_jsonl
 from realign.modeling import load_processor, resolve_model
+from realign.numerics import numerics
 from realign.parquet import write_parquet
 from realign.problems import Problem
 from realign.progress import announce
@@ -45,10 +47,11 @@ from realign.records import Record
 from realign.run_folder import check_out, claim, is_claimed
 
 ENGLISH_LEXICON = Path(__file__).with_name("lexicon.yaml")
+REFUSALS = Path(__file__).with_name("refusals.yaml")
 # where the run is, and what changes how fast a result is made but not what it is
 NOT_IDENTITY = {
     *("out", "source", "images", "image_name", "model", "lexicon"),
-    *("engine", "workers", "threads", "max_reject"),
+    *("engine", "workers", "max_reject"),
     *("annotator", "masker", "inducer", "encoder", "similarity"),  # said by their identities
 }
 
@@ -58,8 +61,8 @@ def build(config: BuildConfig) -> Path:
     continues.
 
     Raises:
-        RefusedError: Too many bad source rows, an output folder that holds another run, or no row
-            that gave a pair.
+        RefusedError: Too many bad source rows, an output folder that holds another run, no row
+            that gave a pair, or none that the decision file keeps.
     """
     check_out(config.out)
     special = tuple(Renderer(load_processor(resolve_model(config.model))).placeholders())
@@ -83,19 +86,23 @@ def build(config: BuildConfig) -> Path:
         ),
         "source": _content(config.source),
         "images": corpus.digests,
+        "rows": [content_sha256(row.id, corpus.digest_of(row.path)) for row in rows],
+        "special": sorted({*special} - {""}),
         "lexicon": file_sha256(lexicon_path),
+        "refusals": file_sha256(REFUSALS),
         "similarity": similarity_identity(config.similarity),
         "models": staging.identities(),
+        "numerics": numerics(),
     }
-    labels = {"images": corpus.names}
+    labels = {"images": corpus.names, "rows": [row.id for row in rows]}
     dataset = config.out / "dataset.parquet"
     decisions = decisions_path(dataset)
+    dropped = {row for row, said in read_decisions(decisions).items() if said.decision == "drop"}
     decided = file_sha256(decisions) if decisions.is_file() else None
     is_old = is_claimed(config.out, "build", what, labels)
-    if is_old and dataset.is_file() and _decided_before(config.out) == decided:
+    if is_old and dataset.is_file() and _is_written(config.out, decided):
         return dataset
     claim(config.out, "build", what, labels)
-    corpus.save(config.out / "images.jsonl")
     write_jsonl(config.out / "rejected.jsonl", map(asdict, problems))
 
     neighbours = staging.retrieve(corpus)
@@ -109,17 +116,21 @@ def build(config: BuildConfig) -> Path:
         annotated=sum(row.is_annotated for row in rows),
         excluded=neighbours.excluded,
     )
-    files = dict(zip(corpus.names, corpus.paths, strict=True))
-    records = assemble(rows, outcomes, files, staging.provenance())
     counts["decisions"] = {"sha256": decided, "dropped": 0}
-    dropped = {row for row, said in read_decisions(decisions).items() if said.decision == "drop"}
-    write_parquet(_undropped(records, dropped, counts["decisions"]), dataset)
+    if counts["accepted"]:
+        records = assemble(rows, outcomes, corpus, staging.provenance())
+        write_parquet(_undropped(records, dropped, counts["decisions"]), dataset)
+    # last: a dataset without it is not finished
     write_json(config.out / "funnel.json", counts)
     if not counts["accepted"]:
-        dataset.unlink()
         raise RefusedError(
             f"source must give at least one pair, got none from {counts['rows']} rows: "
             f"{counts['dropped']}. See {config.out / 'funnel.json'}."
+        )
+    if counts["decisions"]["dropped"] == counts["accepted"]:
+        raise RefusedError(
+            f"{decisions} must keep at least one row, drops all {counts['accepted']}. Decide again "
+            "with `realign browse`, or remove the file."
         )
     return dataset
 
@@ -137,9 +148,8 @@ def _read(
         image_name=config.image_name,
         extract_to=config.out / "source_images",
     )
-    corpus, unreadable = inspect_corpus(
-        source.rows, config.out / "images.jsonl", config.workers or 0
-    )
+    _check_share(source.problems, source.num_read, config)
+    corpus, unreadable = inspect_corpus(source.rows, config.out / "images", config.workers or 0)
     problems = [*source.problems]
     rows: list[SourceRow] = []
     for row in source.rows:
@@ -156,6 +166,11 @@ def _read(
             continue
         rows.append(row)
     _check_share(problems, source.num_read, config)
+    if problems:
+        announce(
+            f"{len(problems)} of {source.num_read} source rows are bad and left out; see "
+            "rejected.jsonl"
+        )
     if len(corpus) < 2:
         raise RefusedError(
             f"source must show at least 2 different images to retrieve from, got {len(corpus)}. "
@@ -175,23 +190,25 @@ def _content(source: Path) -> str:
 
 
 def _check_share(problems: Sequence[Problem], num_rows: int, config: BuildConfig) -> None:
-    bad = len(problems)
+    bad = len({problem.place for problem in problems})  # one row may give several
     if bad > config.max_reject * num_rows:
         shown = "\n".join(problem.message for problem in problems[:20])
         more = f"\n... and {len(problems) - 20} more." if len(problems) > 20 else ""
         raise RefusedError(
             f"{bad} of {num_rows} rows of {config.source.name} are bad, allowed are "
             f"{config.max_reject:.2%}:\n{shown}{more}\nCorrect them, or pass --set "
-            f"build.max_reject={bad / num_rows:.3g} to leave them out."
+            f"build.max_reject={math.ceil(1000 * bad / num_rows) / 1000} to leave them out."
         )
-    if bad:
-        announce(f"{bad} of {num_rows} source rows are bad and left out; see rejected.jsonl")
 
 
-def _decided_before(out: Path) -> str | None:
-    """Hash of the decision file that dataset.parquet was written with."""
+def _is_written(out: Path, decided: str | None) -> bool:
+    """Whether dataset.parquet is finished and made with this decision file."""
     path = out / "funnel.json"
-    return read_json(path)["decisions"]["sha256"] if path.is_file() else None
+    if not path.is_file():
+        return False
+    counts = read_json(path)
+    rows = counts["accepted"] - counts["decisions"]["dropped"]
+    return rows > 0 and counts["decisions"]["sha256"] == decided
 
 
 def _undropped(

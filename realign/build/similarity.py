@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -57,14 +58,9 @@ def load_similarity(name: str, device: str | None = None, batch_size: int = 32) 
     """
     if name == LEXICAL:
         return lambda first, second: [lexical(a, b) for a, b in zip(first, second, strict=True)]
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise RefusedError(
-            f"similarity {name!r} needs sentence-transformers. Install "
-            f"'realign[pipeline,similarity]' or use lexical."
-        ) from None
     folder = _encoder_folder(name)
+    from sentence_transformers import SentenceTransformer
+
     encoder: Any = SentenceTransformer(str(folder), device=device)
 
     def cosine(first: Sequence[str], second: Sequence[str]) -> list[float]:
@@ -107,8 +103,13 @@ def similarity_identity(name: str) -> dict[str, str]:
 
 def _encoder_folder(name: str) -> Path:
     """The folder of an encoder that has nothing but weights in safetensors and modules of
-    sentence-transformers itself.
+    sentence-transformers itself, which is installed.
     """
+    if find_spec("sentence_transformers") is None:
+        raise RefusedError(
+            f"similarity {name!r} needs sentence-transformers. Install "
+            f"'realign[pipeline,similarity]' or use lexical."
+        )
     folder = Path(name)
     if not folder.is_dir():
         folder = _downloaded(name)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from realign.build.acceptance import Acceptance
-from realign.build.induction import Candidate, Outcome, attach, induce
+from realign.build.induction import Candidate, Outcome, induce
 from realign.build.masker import Fits, Masked, MaskRules, mask_rows
 from realign.build.models import Asked
 from realign.build.row import SourceRow
@@ -111,8 +111,8 @@ class Mask:
     def _lines(
         self, rows: Sequence[SourceRow], generator: Generator | None, fits: Fits
     ) -> Iterator[dict[str, str]]:
-        todo = [row for row in rows if row.answer and not row.rejected]
-        found = zip(todo, mask_rows(todo, self.rules, generator, fits), strict=True)
+        answered = [row for row in rows if row.answer]
+        found = zip(answered, mask_rows(answered, self.rules, generator, fits), strict=True)
         masked = {row.id: mask for row, mask in found}
         for row in rows:
             mask = masked.get(row.id, Masked("", ""))
@@ -168,22 +168,15 @@ def _outcomes(
     rows: Sequence[Prepared], acceptance: Acceptance, generator: Generator, fits: Fits
 ) -> Iterator[Outcome]:
     answered = [each for each in rows if each.row.answer]
-    pairs = [each for each in answered if each.row.rejected]
-    todo = [each for each in answered if not each.row.rejected]
-    attached = attach(
-        [each.row for each in pairs],
-        [each.candidates for each in pairs],
-        acceptance.similarity,
-    )
     induced = induce(
-        [each.row for each in todo],
-        [each.masked for each in todo],
-        [each.candidates for each in todo],
+        [each.row for each in answered],
+        [each.masked for each in answered],
+        [each.candidates for each in answered],
         acceptance,
         generator,
         fits,
     )
-    found = {outcome.id: outcome for outcome in (*attached, *induced)}
+    found = {outcome.id: outcome for outcome in induced}
     for each in rows:
         unanswered = Outcome(each.row.id, reason=f"no answer: {each.problem}")
         yield found.get(each.row.id, unanswered)

@@ -27,7 +27,9 @@ from realign.build.stages import Annotate, Induce, Mask, Prepared
 from realign.config import BuildConfig
 from realign.engine.engine import Engine, fill_shards, make_shards
 from realign.engine.task import Task
+from realign.errors import RefusedError
 from realign.files import read_jsonl
+from realign.retrieval.index import make_index
 from realign.retrieval.store import EmbeddingStore
 
 # memory of a worker beside the weights: the libraries
@@ -35,14 +37,24 @@ LIBRARY_BYTES = 1 << 30
 
 
 class ShardLines:
-    """The lines of a stage's shards, read a shard at a time, as often as they are asked for."""
+    """The lines of a stage's shards, read a shard at a time, as often as they are asked for.
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
+    Args:
+        shards: Files and how many lines each has.
+    """
+
+    def __init__(self, shards: Sequence[tuple[Path, int]]) -> None:
+        self._shards = shards
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for path in self._paths:
-            yield from read_jsonl(path)
+        for path, size in self._shards:
+            lines = read_jsonl(path)
+            if len(lines) != size:
+                raise RefusedError(
+                    f"{path} must have {size} lines, has {len(lines)}. Delete it and give the same "
+                    "command again."
+                )
+            yield from lines
 
 
 class Staging:
@@ -63,6 +75,9 @@ class Staging:
             asked_model(config.annotator, "annotator", config) if config.annotator else None
         )
         self._encoder = EncoderModel.of(config)
+        self._rule = rule_of(config)
+        if config.index != "exact":
+            make_index("flat", torch.eye(2))  # says now if FAISS is missing
 
     def identities(self) -> dict[str, Any]:
         """Everything about the models that the result depends on."""
@@ -80,7 +95,7 @@ class Staging:
             "source": self._config.source.name,
             "encoder": self._encoder.name,
             "similarity": self._config.similarity,
-            "generator": self._inducer.provenance | {"seed": self._config.seed},
+            "generator": self._inducer.provenance,
         }
         if self._masker:
             said["masker"] = self._masker.provenance
@@ -140,7 +155,7 @@ class Staging:
             paths,
             sizes,
             lambda number: ranges[number],
-            FindNeighbours(lambda: store.read(digests), config.index, corpus, rule_of(config)),
+            FindNeighbours(lambda: store.read(digests), config.index, corpus, self._rule),
             # one product at a time, with every core
             Engine(workers=1, threads=torch.get_num_threads()),
         )
@@ -203,7 +218,7 @@ class Staging:
         sizes = {number: len(part) for number, part in ranges.items()}
         engine = self._engine(asked)
         fill_shards(what, paths, sizes, lambda number: item(ranges[number]), task, engine)
-        return ShardLines([*paths.values()])
+        return ShardLines([(paths[number], sizes[number]) for number in ranges])
 
     def _engine(self, asked: Any) -> Engine:
         """Local models work in parallel; a server is asked by one process, which has the

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from realign.build.lengths import PromptLength, position_limit
 from realign.build.pipeline import build
+from realign.build.staging import Staging
 from realign.config import BuildConfig
 from realign.dataset import read_records
 from realign.decisions import Decision, append_decision, decisions_path
@@ -195,7 +201,7 @@ def test_one_image_is_not_enough(config: BuildConfig) -> None:
     config.source.write_text(line + "\n")
     with pytest.raises(RefusedError, match="at least 2 different images"):
         build(config)
-    assert not config.out.exists()
+    assert not (config.out / "build.json").exists()
 
 
 def test_embedded_images_of_a_parquet_source_with_text_pairs_get_retrieval_alone(
@@ -268,3 +274,141 @@ def test_the_index_does_not_change_the_result(config: BuildConfig, tmp_path: Pat
     exact = build(config).read_bytes()
     flat = config.model_copy(update={"index": "flat", "out": tmp_path / "flat"})
     assert build(flat).read_bytes() == exact
+
+
+def test_a_row_that_shows_another_image_is_another_run(config: BuildConfig) -> None:
+    """Also where the set of images stays the same."""
+    rows = [json.loads(line) for line in config.source.read_text().splitlines()]
+    first, second, *_ = dict.fromkeys(row["image"] for row in rows)
+    images = config.images
+    assert images is not None
+    copy = images / "copy.png"
+    shutil.copy(images / first, copy)
+    last = rows[-1]["image"]
+    for row in rows:
+        if row["image"] == last:
+            row["image"] = "copy.png"
+    config.source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = build(config)
+    whole = dataset.read_bytes()
+    shutil.copy(images / second, copy)
+    for is_finished in (True, False):
+        if not is_finished:
+            dataset.unlink()
+        with pytest.raises(RefusedError, match=r"holds another run(.|\n)*\n +rows: "):
+            build(config)
+    copy.unlink()
+    with pytest.raises(RefusedError, match="holds another run"):
+        build(config.model_copy(update={"max_reject": 0.5}))
+    shutil.copy(images / first, copy)
+    assert build(config).read_bytes() == whole
+
+
+def test_a_dataset_without_its_funnel_is_not_finished(config: BuildConfig) -> None:
+    dataset = build(config)
+    whole = files(config.out)
+    (config.out / "funnel.json").unlink()
+    dataset.write_bytes(b"half")
+    assert build(config) == dataset
+    assert files(config.out) == whole
+
+
+def test_decisions_that_drop_all_are_refused_and_damaged_ones_at_once(
+    config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = build(config)
+    path = decisions_path(dataset)
+    for record in read_records(dataset, None):
+        append_decision(path, Decision(record.id, record.key, "drop"))
+    for _ in range(2):
+        with pytest.raises(RefusedError, match=r"decisions\.jsonl must keep at least one row"):
+            build(config)
+    path.write_text("{}\n" + path.read_text())
+    monkeypatch.setattr(Staging, "retrieve", lambda *_: pytest.fail("too late"))
+    with pytest.raises(RefusedError, match=r"decisions\.jsonl, line 1"):
+        build(config)
+
+
+def test_an_image_that_changes_during_a_build_is_refused(
+    config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    induce = Staging.induce
+
+    def then_change(self: Staging, *arguments: Any) -> Any:
+        outcomes = induce(self, *arguments)
+        for path in config.images.iterdir():
+            Image.new("RGB", (8, 8)).save(path)
+        return outcomes
+
+    monkeypatch.setattr(Staging, "induce", then_change)
+    with pytest.raises(RefusedError, match=r"train-0.*png must stay as it is during a build"):
+        build(config)
+    assert not (config.out / "dataset.parquet").exists()
+
+
+def test_a_damaged_shard_is_named(config: BuildConfig) -> None:
+    dataset = build(config)
+    dataset.unlink()
+    shard = config.out / "masked" / "00001.jsonl"
+    shard.write_text("".join(shard.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(RefusedError, match=r"00001\.jsonl must have 16 lines, has 15\. Delete it"):
+        build(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_cosine": 0.9, "max_cosine": 0.1}, "min_cosine must be at most max_cosine"),
+        ({"similarity": "./none"}, "similarity"),
+        ({"encoder": "./none"}, "none"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_claimed(
+    config: BuildConfig, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RefusedError, match=message):
+        build(config.model_copy(update=options))
+    assert not (config.out / "build.json").exists()
+    assert not (config.out / "embeddings").exists()
+
+
+def test_the_share_of_bad_rows_that_is_suggested_is_enough(config: BuildConfig) -> None:
+    lines = config.source.read_text().splitlines()[:11]
+    lines[0] = "{}"
+    config.source.write_text("\n".join(lines) + "\n")
+    with pytest.raises(RefusedError, match=r"1 of 11 rows .* bad") as refused:
+        build(config)
+    share = float(re.search(r"max_reject=(\S+)", str(refused.value))[1])
+    assert build(config.model_copy(update={"max_reject": share})).is_file()
+
+
+def test_turns_of_one_bad_row_are_one_bad_row(config: BuildConfig, tmp_path: Path) -> None:
+    (config.images / "broken.png").write_bytes(b"GIF89a")
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A red dog."}] * 3
+    names = ["broken.png", *sorted(path.name for path in config.images.glob("train*"))]
+    conversations = [{"id": n, "image": n, "conversations": turns} for n in names[:4]]
+    source = tmp_path / "llava.json"
+    source.write_text(json.dumps(conversations))
+    each = config.model_copy(update={"source": source, "turns": "each"})
+    with pytest.raises(RefusedError, match=r"^1 of 4 rows (.|\n)*max_reject=0\.25"):
+        build(each)
+
+
+def test_own_names_of_embedded_images_survive(config: BuildConfig, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in config.source.read_text().splitlines()]
+    table = {
+        "image": [
+            {"bytes": (config.images / row["image"]).read_bytes(), "path": f"own-{row['image']}"}
+            for row in rows
+        ],
+        "prompt": [row["prompt"] for row in rows],
+        "answer": [row["answer"] for row in rows],
+    }
+    text = Value("string")
+    features = Features({"image": ImageFeature(), "prompt": text, "answer": text})
+    Dataset.from_dict(table, features=features).to_parquet(tmp_path / "rows.parquet")
+    embedded = config.model_copy(update={"source": tmp_path / "rows.parquet", "images": None})
+    for record in read_records(build(embedded), None):
+        assert record.source["image"].startswith("own-train-")
+        assert record.source["retrieved_image"].startswith("own-train-")
+        assert record.source["image"] != record.source["retrieved_image"]

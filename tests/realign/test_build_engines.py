@@ -21,7 +21,7 @@ from realign.demo.data import write_training_data
 from realign.demo.run import build_config
 
 # what a build leaves behind that must not depend on how it was run
-RESULTS = ("dataset.parquet", "funnel.json", "images.jsonl", "rejected.jsonl")
+RESULTS = ("dataset.parquet", "funnel.json", "rejected.jsonl", "images/00000.jsonl")
 
 
 @pytest.fixture(scope="module")

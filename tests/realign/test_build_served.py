@@ -91,11 +91,11 @@ def test_a_server_annotates_masks_and_completes(config: BuildConfig, server: Ser
     assert records[0].chosen == "There is a dog next to a blue house."
     assert records[0].rejected == "There is a submarine next to a blue house."
     assert records[1].rejected == "A red submarine and a cat."
-    said = {"engine": "endpoint", "model": "scripted", "decoding": "greedy"}
+    said = {"engine": "endpoint", "model": "scripted", "decoding": "greedy", "seed": 0}
     assert records[0].meta["annotator"] == said
     assert "annotator" not in records[1].meta
     assert records[1].meta["masker"] == said
-    assert records[1].meta["generator"] == said | {"seed": 0}
+    assert records[1].meta["generator"] == said
     assert records[1].meta["masked_by"] == "model"
     funnel = json.loads((config.out / "funnel.json").read_text())
     assert (funnel["annotated"], funnel["accepted"], funnel["rejected"]) == (1, 8, {})

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from realign.config import TrainConfig, load_config
+from realign.config import BuildConfig, TrainConfig, load_config
 from realign.errors import RefusedError
 
 NEEDED = {"model": "m", "data": Path("d"), "out": Path("o")}
@@ -73,3 +75,30 @@ def test_refused_files(tmp_path: Path, text: str, message: str) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="does not exist"):
         load_config(TrainConfig, tmp_path / "none.yaml", [], NEEDED)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"masker": {"model": "m"}}, "masker is given while mask is rule"),
+        (
+            {"inducer": {"model": "m", "temperature": 1.0}},
+            "inducer: temperature need an endpoint",
+        ),
+        ({"annotation_prompt": "Describe it."}, "annotation_prompt: String should match"),
+        ({"image_name": "COCO_"}, "image_name: String should match"),
+        (
+            {"inducer": {"model": "m", "timeout": 3}},
+            "'timeout'. Did you mean 'timeout_s'",
+        ),
+        ({1: 2}, "build has no option 1"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    options: dict[Any, Any], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.yaml"
+    needed = {"source": "s", "model": "m", "out": "o"}
+    path.write_text(yaml.safe_dump({"build": needed | options}))
+    with pytest.raises(RefusedError, match=message):
+        load_config(BuildConfig, path)

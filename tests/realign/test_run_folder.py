@@ -24,7 +24,7 @@ def test_the_remedy_names_the_files_of_that_run_and_what_to_keep(tmp_path: Path)
     assert refusal(tmp_path, "train", {"beta": 0.5}).splitlines()[1:] == [
         "  beta: 0.1 there, 0.5 asked",
         "Choose another folder, or remove train.json, checkpoint/, metrics.jsonl of that run and "
-        "keep cache/, dataset/, eval/, not part of that run; nothing was written.",
+        "keep cache/, dataset/, eval/, not part of that run; nothing of it was changed.",
     ]
 
 

@@ -1,0 +1,37 @@
+"""What a model's numbers depend on beside its files: device, precision and packages."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "peft", "pillow")
+
+
+def numerics() -> dict[str, Any]:
+    """Names and versions, for the identity of a result."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "float32": _float32_precision(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _float32_precision() -> dict[str, str]:
+    """How float32 products are computed: TF32 has ten bits of mantissa."""
+    backends: Any = torch.backends
+    used = (
+        {"matmul": backends.cuda.matmul, "convolution": backends.cudnn.conv}
+        if torch.cuda.is_available()
+        else {"matmul": backends.mkldnn.matmul, "convolution": backends.mkldnn.conv}
+    )
+    return {name: backend.fp32_precision for name, backend in used.items()}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
