@@ -135,8 +135,8 @@ def processor_with_other_images(folder: str | Path):
 
 NUMERICS = {
     "GPU": ("torch.cuda.get_device_name", lambda: "H200", "device: cached cpu, needed H200"),
-    "Pillow": ("realign.cache.version", lambda name: "0", r"packages\.pillow: cached .*, needed 0"),
-    "peft": ("realign.cache.version", lambda name: "0", r"packages\.peft: cached .*, needed 0"),
+    "Pillow": ("realign.numerics.version", lambda name: "0", r"packages\.pillow: cached .*, needed 0"),
+    "peft": ("realign.numerics.version", lambda name: "0", r"packages\.peft: cached .*, needed 0"),
     "image processor": ("realign.cache.load_processor", processor_with_other_images,
                         "image_processor: cached CLIPImageProcessor.*, needed Siglip"),
 }  # fmt: skip
