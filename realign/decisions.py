@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,30 +146,40 @@ def apply_decisions(records: Sequence[Record], decisions: Decisions) -> Applied:
 
 
 def decided_rows(records: Sequence[Record], decisions: Decisions) -> dict[int, RowKey]:
-    """Position to id and content of the rows whose id somebody decided about."""
+    """Position to id and content of the rows whose id somebody decided about. A row that cannot
+    be read is none of them.
+    """
     ids = {row.id for row in decisions}
-    return {
-        index: RowKey(text.id, records[index].key)
-        for index, text in enumerate(texts_of(records) if ids else ())
-        if text.id in ids
-    }
+    texts = texts_of(records)
+    found: dict[int, RowKey] = {}
+    for index in range(len(records) if ids else 0):
+        # whoever reads the row for more than its decision is told what is wrong with it
+        with suppress(RefusedError):
+            if (row_id := texts[index].id) in ids:
+                found[index] = RowKey(row_id, records[index].key)
+    return found
+
+
+def positions(records: Sequence[Record]) -> Sequence[int]:
+    """Where each row stands in the dataset's file, from 0, whichever rows were left out."""
+    return records.indices if isinstance(records, KeptRecords) else range(len(records))
 
 
 class KeptRecords(LazyRecords):
     """The rows of ``records`` at ``indices``."""
 
     def __init__(self, records: Sequence[Record], indices: Sequence[int]) -> None:
-        self._records, self._indices = records, indices
+        self._records, self.indices = records, indices
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def _read(self, index: int) -> Record:
-        return self._records[self._indices[index]]
+        return self._records[self.indices[index]]
 
     def texts(self) -> Sequence[Record]:
         """The same rows without their images."""
-        return KeptRecords(texts_of(self._records), self._indices)
+        return KeptRecords(texts_of(self._records), self.indices)
 
 
 def _parse(raw: bytes, where: str) -> Decision:

@@ -7,11 +7,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 
 from realign.decisions import Decision, RowKey, append_decision, read_decisions
+from realign.errors import RefusedError
 from realign.pair_view import PairFacts
 from realign.progress import Progress
 from realign.records import Record, texts_of
@@ -81,26 +83,38 @@ class Rows:
         self._records, self._path = records, decisions
         self._tried = reasons or {}
         self.facts: list[PairFacts] = []
+        self._numbers: dict[str, list[int]] = {}
+        texts = texts_of(records)
         with Progress("open", len(records)) as progress:
-            for text in texts_of(records):
-                self.facts.append(PairFacts.of(text))
+            for number in range(len(records)):
+                self.facts.append(self._read_facts(texts, number))
                 progress.advance()
         self.reasons = sorted({name for found in self._tried.values() for name in found})
         self.ranks = sorted({fact.rank for fact in self.facts if fact.rank is not None})
-        self._numbers: dict[str, list[int]] = {}
-        for number, fact in enumerate(self.facts):
-            self._numbers.setdefault(fact.id, []).append(number)
         self._keys: dict[int, str] = {}
         self._statuses: dict[int, Decision] = {}
         self._seen: tuple[int, int] | None = None
         self._lock = RLock()  # reading a record moves the reader's place in the file
         self._refresh()
 
+    def _read_facts(self, texts: Sequence[Record], number: int) -> PairFacts:
+        try:
+            fact = PairFacts.of(texts[number])
+        except RefusedError as error:  # :meth:`record` says it where the row is shown
+            place = str(error).partition(": ")[0]
+            return PairFacts(place, None, None, None, words=0, rejected_words=0)
+        self._numbers.setdefault(fact.id, []).append(number)
+        return fact
+
     def __len__(self) -> int:
         return len(self.facts)
 
     def record(self, number: int) -> Record:
-        """Read one row."""
+        """Read one row.
+
+        Raises:
+            RefusedError: It is damaged.
+        """
         with self._lock:
             return self._records[number]
 
@@ -195,9 +209,10 @@ class Rows:
             return
         decisions = read_decisions(self._path)
         ids = {row.id for row in decisions}
-        self._statuses = {
-            number: decisions[row]
-            for number in sorted(n for row_id in ids for n in self._numbers.get(row_id, ()))
-            if (row := RowKey(self.facts[number].id, self._key(number))) in decisions
-        }
+        self._statuses = {}
+        for number in sorted(n for row_id in ids for n in self._numbers.get(row_id, ())):
+            with suppress(RefusedError):  # about a row that cannot be read nothing is decided
+                row = RowKey(self.facts[number].id, self._key(number))
+                if row in decisions:
+                    self._statuses[number] = decisions[row]
         self._seen = seen

@@ -12,6 +12,7 @@ from realign.check.findings import Findings
 from realign.check.repeats import EvalImages, Repeats, near_images
 from realign.config import CheckConfig
 from realign.dataset import read_rows, without_dropped
+from realign.decisions import positions
 from realign.errors import RefusedError
 from realign.images import RefusedImage
 from realign.inspection import ImagePool
@@ -81,12 +82,12 @@ def check(config: CheckConfig) -> Findings:
 
 
 def _read(records: Sequence[Record]) -> Iterator[Record | list[Problem]]:
-    for number in range(len(records)):
+    for number, position in enumerate(positions(records)):
         try:
             yield records[number]
         except RefusedError as error:  # what its row is called stands in front
             place = str(error).partition(": ")[0]
-            row = place.partition(", row ")[2].removesuffix(COUNTED) or str(number + 1)
+            row = place.partition(", row ")[2].removesuffix(COUNTED) or str(position + 1)
             yield [Problem.of(error, row, place)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -12,6 +13,9 @@ from pathlib import Path, PurePosixPath
 from realign.errors import RefusedError
 from realign.image_suffix import image_suffix
 
+# Linux takes paths of 4,096 bytes; the folder's own path needs some of them
+MAX_NAME_BYTES = 1024
+
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
@@ -19,15 +23,23 @@ def new_folder(out: Path) -> Iterator[Path]:
     fails. ``out`` must not exist, or be an empty folder.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
+    # not by process id: in a container each run has the same one, and a killed run cleans nothing
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
     try:
+        _follow_umask(temporary)
         yield temporary
         _sync(temporary)
         temporary.replace(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _sync_one(out.parent)
+
+
+def _follow_umask(folder: Path) -> None:
+    """Give a folder the permissions that ``mkdir`` would have given it; ``mkdtemp`` gives 0700."""
+    mask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
 
 
 def _sync(folder: Path) -> None:
@@ -103,6 +115,7 @@ def _is_inside(name: str) -> bool:
         ".." not in parts
         and parts[0] != ""
         and parts[-1] not in ("", ".")
+        and len(name.encode()) <= MAX_NAME_BYTES
         and all(len(part.encode()) <= 255 for part in parts)
     )
 

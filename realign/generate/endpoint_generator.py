@@ -21,7 +21,7 @@ from realign.generate.completion import (
 )
 from realign.generate.endpoint import Endpoint, ask, open_client
 from realign.generate.generator import Request
-from realign.generate.image_url import image_url
+from realign.generate.image_url import TooLargeError, image_url
 from realign.generate.journal import Journal
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class Counts:
         asked: Requests that the server answered or refused.
         from_journal: Requests whose answer was there, or that equal another of their call.
         refused: Of those asked, the ones the server refused.
+        unsent: Requests whose image is too large to be sent.
         retries: Further attempts after passing failures.
         prompt_tokens: As the server counts them; images included where it does.
         completion_tokens: Likewise.
@@ -90,6 +91,7 @@ class Counts:
     asked: int = 0
     from_journal: int = 0
     refused: int = 0
+    unsent: int = 0
     retries: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -112,7 +114,8 @@ class EndpointGenerator:
     A request that the server refuses (too long, filtered) gets an ``Answer`` with a ``problem``.
     Refusals are journalled once another request was answered or the call ends, and the run stops at
     ``MAX_REFUSED_IN_A_ROW`` of them with nothing answered between: a wrong model name is no fault
-    of the rows.
+    of the rows. One whose image is too large to be sent gets a ``problem`` too, but no line in the
+    journal: nothing was asked.
 
     Args:
         endpoint: Where the server is.
@@ -129,6 +132,7 @@ class EndpointGenerator:
         self._sampling = sampling
         self._refused: list[tuple[_Question, Reply]] = []  # not yet journalled
         self._refused_in_a_row = 0
+        self._unsent: dict[str, str] = {}  # key to why, of the call under way
         self._journal = Journal(journal)
 
     def __enter__(self) -> EndpointGenerator:
@@ -159,6 +163,7 @@ class EndpointGenerator:
             question.key: question for question in questions if question.key not in self._journal
         }
         self.counts.from_journal += len(questions) - len(missing)
+        self._unsent.clear()
         try:
             if missing:
                 _run(self._ask_all(list(missing.values())))
@@ -178,6 +183,8 @@ class EndpointGenerator:
         return _Question(content_sha256(canonical_json(asked)), request, image_sha256)
 
     def _answer(self, key: str) -> Answer:
+        if key in self._unsent:
+            return Answer("", problem=self._unsent[key])
         entry = self._journal[key]
         return read_answer(Reply(entry["status"], entry["response"]))
 
@@ -192,7 +199,12 @@ class EndpointGenerator:
 
     async def _ask_waiting(self, client: openai.AsyncOpenAI, waiting: Iterator[_Question]) -> None:
         for question in waiting:
-            url = await asyncio.to_thread(image_url, question.request.image)
+            try:
+                url = await asyncio.to_thread(image_url, question.request.image)
+            except TooLargeError as error:
+                self._unsent[question.key] = str(error)
+                self.counts.unsent += 1
+                continue
             content = [
                 {"type": "image_url", "image_url": {"url": url}},
                 {"type": "text", "text": question.request.prompt},

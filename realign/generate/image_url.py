@@ -17,6 +17,10 @@ from realign.images import FORMATS, decode_image
 MAX_SENT_BYTES = 20_000_000
 
 
+class TooLargeError(RefusedError):
+    """An image that cannot be sent whatever its encoding: the fault of one request."""
+
+
 def image_url(path: Path, max_bytes: int = MAX_SENT_BYTES) -> str:
     """Encode an image file as ``data:image/...;base64,...``.
 
@@ -26,7 +30,8 @@ def image_url(path: Path, max_bytes: int = MAX_SENT_BYTES) -> str:
     file has more than ``max_bytes``.
 
     Raises:
-        RefusedError: The image cannot be read, or is too large as JPEG too.
+        TooLargeError: The image is too large as JPEG too.
+        RefusedError: The image cannot be read.
     """
     raw = path.read_bytes()
     decoded = decode_image(raw, path.name)  # what would be refused in training is not asked about
@@ -43,7 +48,7 @@ def image_url(path: Path, max_bytes: int = MAX_SENT_BYTES) -> str:
     if len(raw) > max_bytes:
         raw, mime = _encoded(decoded, "JPEG"), "image/jpeg"
     if len(raw) > max_bytes:
-        raise RefusedError(
+        raise TooLargeError(
             f"{path.name}: image must fit into {max_bytes} bytes as JPEG to be sent, got "
             f"{len(raw)}. Shrink it."
         )

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
@@ -337,6 +339,30 @@ def test_many_rows_are_browsed_without_their_images(tmp_path: Path, records, mon
         whole.clear()
         assert numbers(client.get("/?sort=-index&start=5000").text)[0] == 14_999
     assert whole == list(range(14_999, 14_999 - PAGE_SIZE, -1))
+
+
+def test_a_damaged_row_is_shown_with_what_is_wrong_with_it(tmp_path: Path, records) -> None:
+    path = tmp_path / "dataset.parquet"
+    made = records(4)
+    write_parquet(made, path)
+    table = pq.read_table(path).to_pylist()
+    table[1]["meta"] = "[bad"
+    table[2]["images"] = [{"bytes": None, "path": "a.png"}]
+    pq.write_table(pa.Table.from_pylist(table), path)
+    for record in made[2:]:
+        append_decision(tmp_path / "decisions.jsonl", Decision(record.id, record.key, "drop"))
+    rows = Rows(read_parquet(path), tmp_path / "decisions.jsonl")
+    assert rows.counts() == {"undecided": 3, "keep": 0, "drop": 1, "flag": 0}
+    with TestClient(make_app(rows, "demo", TOKEN), base_url=ORIGIN) as client:
+        page = client.get(f"/?token={TOKEN}").text
+        assert numbers(page) == [0, 1, 2, 3]
+        assert "dataset.parquet, row r1: meta must be a JSON object" in page
+        assert "dataset.parquet, row r2: images must be embedded as bytes" in page
+        assert numbers(client.get("/?find=r1").text) == [1]
+        assert numbers(client.get("/?sort=words").text)[0] == 1
+        body = {"number": 1, "key": made[1].key, "decision": "drop"}
+        answer = client.post("/decide", json=body, headers={"origin": ORIGIN})
+        assert (answer.status_code, "row r1" in answer.text) == (500, True)
 
 
 def test_a_taken_port_and_missing_packages_are_refused(tmp_path: Path, records) -> None:

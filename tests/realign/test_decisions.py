@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from realign.cache import cache
@@ -269,3 +271,29 @@ def test_check_and_export_leave_dropped_rows_out(tmp_path: Path, records) -> Non
     export(data, None, "trl", tmp_path / "out")
     exported = read_records(tmp_path / "out" / "dataset.parquet", None)
     assert [record.id for record in exported] == [rows[i].id for i in (0, 1, 3)]
+
+
+def test_rows_that_cannot_be_read_are_told_of_by_their_place_in_the_file(
+    tmp_path: Path, records
+) -> None:
+    """A decision file must not stop the check at the first of them, nor shift their numbers."""
+    rows = records(5)
+    data = tmp_path / "pairs.parquet"
+    write_parquet(rows, data, row_group_bytes=1)
+    table = pq.read_table(data).to_pylist()
+    table[1]["meta"] = "[bad"
+    pq.write_table(pa.Table.from_pylist(table), data, row_group_size=1)
+    with pq.ParquetFile(data) as file:  # the fifth row's bytes
+        start = file.metadata.row_group(4).column(0).data_page_offset
+    raw = bytearray(data.read_bytes())
+    raw[start : start + 8] = b"\xff" * 8
+    data.write_bytes(raw)
+    config = CheckConfig(data=data, workers=1)
+    expected = [("r1", "meta"), ("5", "damaged")]
+    assert [(problem.row, problem.code) for problem in check(config).problems] == expected
+    path = tmp_path / "pairs.parquet.decisions.jsonl"
+    decide(path, rows[3], "drop")
+    append_decision(path, Decision("r1", KEY, "keep"))  # about what the row was before
+    findings = check(config)
+    assert [(problem.row, problem.code) for problem in findings.problems] == expected
+    assert findings.num_rows == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,26 @@ def test_an_export_that_fails_leaves_nothing(data: Path, tmp_path: Path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["d.parquet"]
 
 
+def test_what_a_killed_run_left_is_in_nobodys_way(data: Path, tmp_path: Path) -> None:
+    """In a container the next run has the same process id."""
+    for name in (f".out.{os.getpid()}.tmp", ".out.tmp"):
+        (tmp_path / name).mkdir()
+    export(data, None, "trl", tmp_path / "out")
+    assert (tmp_path / "out" / "export.json").is_file()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o007])
+def test_a_folder_has_the_permissions_of_any_other(data: Path, tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        export(data, None, "official", tmp_path / "out")
+        (tmp_path / "usual").mkdir()
+    finally:
+        os.umask(before)
+    modes = {(tmp_path / name).stat().st_mode for name in ("out", "usual", "out/images")}
+    assert len(modes) == 1
+
+
 def test_unknown_targets_and_empty_datasets_are_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match=r"to must be one of \['official', .* got 'csv'"):
         export(data, None, "csv", tmp_path / "out")
@@ -94,9 +115,9 @@ def test_names_of_images(tmp_path: Path) -> None:
     assert hashed.endswith(".png")
     assert images.renamed == 0
     bad = ("a", "a/b.png/c", "../x", "/x", "x/", "x/.", "a/../../x", "data:x", "s3://x", "\ud800")
-    for name in (*bad, "n\0", "y" * 256, "ü" * 128):
+    for name in (*bad, "n\0", "y" * 256, "ü" * 128, "a/" * 3000 + "b", "ü/" * 400 + "b"):
         assert images.add(png, name) == hashed
-    assert images.renamed == len(bad) + 3
+    assert images.renamed == len(bad) + 5
     assert images.add(b"other", "a/b.png") != "a/b.png"
     assert images.add(b"RIFF....WEBP", "").endswith(".webp")
     assert images.add(b"\xff\xd8\xff", None).endswith(".jpg")

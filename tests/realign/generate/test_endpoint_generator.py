@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from realign.errors import RefusedError
 from realign.generate.answer import Answer
 from realign.generate.endpoint import Endpoint
 from realign.generate.endpoint_generator import Counts, EndpointGenerator, Sampling
 from realign.generate.generator import Request
+from realign.generate.image_url import image_url
 
 KEY = "sk-canary-0123456789abcdef"
 Ask = Callable[..., list[Request]]
@@ -332,6 +335,24 @@ def test_it_can_be_called_below_a_running_event_loop(
             return list(generate(ask_about("p")))
 
     assert asyncio.run(cell()) == [Answer("answer to p")]
+
+
+def test_an_image_too_large_to_send_ends_its_request_alone(
+    server: Any, generator: Any, ask_about: Ask, image: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    large = tmp_path / "large.png"
+    noise = random.Random(0).randbytes(3 * 200 * 200)
+    Image.frombytes("RGB", (200, 200), noise).save(large)
+    monkeypatch.setattr(image_url, "__defaults__", (2000,))
+    requests = [Request("a", image), Request("b", large), Request("c", image)]
+    for asked in (2, 0):  # it is no line of the journal, and said again
+        with generator(server.url) as generate:
+            first, second, third = generate(requests)
+            assert (generate.counts.asked, generate.counts.unsent) == (asked, 1)
+        assert (first, third) == (Answer("answer to a"), Answer("answer to c"))
+        assert second.text == ""
+        assert "large.png: image must fit into 2000 bytes as JPEG" in second.problem
+    assert "b" not in server.asked
 
 
 def test_an_unreadable_image_ends_the_run(
