@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from random import Random
 from typing import Literal
 
-from realign.build.lexicon import Lexicon as Lexicon  # callers find it here too
+from realign.build.lexicon import Lexicon
 from realign.build.prompts import MASK_TOKEN
 from realign.build.reading import readings
 from realign.build.sentences import Span, sentences

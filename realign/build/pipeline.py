@@ -27,8 +27,8 @@ from typing import Any
 from realign.build.assemble import assemble
 from realign.build.corpus import Corpus, inspect_corpus
 from realign.build.funnel import funnel
+from realign.build.lexicon import Lexicon
 from realign.build.masker import MaskRules
-from realign.build.masking import Lexicon
 from realign.build.row import SourceRow
 from realign.build.similarity import similarity_identity
 from realign.build.sources import read_source

@@ -8,7 +8,8 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from realign.build.masking import Lexicon, mask_by_rule
+from realign.build.lexicon import Lexicon
+from realign.build.masking import mask_by_rule
 from realign.build.prompts import completion_request, masking_request
 from realign.demo.world import DESCRIBE, KINDS, Scene, question
 

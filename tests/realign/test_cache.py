@@ -133,10 +133,11 @@ def processor_with_other_images(folder: str | Path):
     return processor
 
 
+VERSION = "realign.numerics.version"
 NUMERICS = {
     "GPU": ("torch.cuda.get_device_name", lambda: "H200", "device: cached cpu, needed H200"),
-    "Pillow": ("realign.numerics.version", lambda name: "0", r"packages\.pillow: cached .*, needed 0"),
-    "peft": ("realign.numerics.version", lambda name: "0", r"packages\.peft: cached .*, needed 0"),
+    "Pillow": (VERSION, lambda name: "0", r"packages\.pillow: cached .*, needed 0"),
+    "peft": (VERSION, lambda name: "0", r"packages\.peft: cached .*, needed 0"),
     "image processor": ("realign.cache.load_processor", processor_with_other_images,
                         "image_processor: cached CLIPImageProcessor.*, needed Siglip"),
 }  # fmt: skip

@@ -8,7 +8,8 @@ from random import Random
 
 import pytest
 
-from realign.build.masking import Lexicon, mask_by_rule, masks_only
+from realign.build.lexicon import Lexicon
+from realign.build.masking import mask_by_rule, masks_only
 from realign.demo.data import write_eval_data, write_training_data
 from realign.demo.drawing import draw
 from realign.demo.tasks import LEXICON_PATH, pretraining_example
