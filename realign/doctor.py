@@ -18,6 +18,10 @@ PACKAGES = (
     "peft",
     "datasets",
     "sentence-transformers",
+    "faiss-cpu",
+    "openai",
+    "ray",
+    "starlette",
     "trl",
 )
 
