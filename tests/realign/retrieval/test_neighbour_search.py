@@ -92,6 +92,16 @@ def test_the_band_of_cosines_is_inclusive() -> None:
     assert accepted(above, 0) == [(2, 1), (3, 2), (4, 3), (5, 4)]
 
 
+@pytest.mark.parametrize("high", [None, 1.0])
+def test_a_duplicate_below_the_band_says_that_the_band_ended_the_search(
+    high: float | None,
+) -> None:
+    rule = Rule(k=3, min_cosine=0.5, max_cosine=high)
+    found = find_neighbours(circle(0, 10, 90), [0], ["a", "b", "a"], rule)
+    assert accepted(found, 0) == [(1, 1)]
+    assert found.excluded + found.short == {"below_min_cosine": 1}
+
+
 def test_one_reason_an_image_the_strongest() -> None:
     hashes = np.zeros(4, np.uint64)
     rule = Rule(k=1, max_cosine=0.5, max_hamming=5)
