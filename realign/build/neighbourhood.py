@@ -4,29 +4,38 @@ of ranges of images here.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from realign.build.corpus import Corpus
 from realign.build.induction import Candidate
 from realign.config import BuildConfig
+from realign.engine.engine import Engine, make_shards
 from realign.modeling import choose_dtype, load_model, load_processor, model_identity, resolve_model
 from realign.retrieval.embed import embed_shard
-from realign.retrieval.encoders import ClipEncoder, Encoder, VisionPathEncoder
-from realign.retrieval.index import Index, make_index
-from realign.retrieval.neighbours import Rule, find_neighbours
+from realign.retrieval.encoders import (
+    ClipEncoder,
+    Encoder,
+    VisionPathEncoder,
+    load_image_processor,
+)
+from realign.retrieval.index import make_index
+from realign.retrieval.neighbour_search import NeighbourSearch
+from realign.retrieval.neighbour_store import NeighbourStore, array_sha256
+from realign.retrieval.neighbours import Neighbours, Rule
+from realign.retrieval.store import EmbeddingStore
 
 # names of BuildConfig.encoder
 OWN_ENCODER = "model"
+# images of a search shard, unless the build's are larger: each shard reads the whole corpus
+SEARCHED = 4096
 
 
 @dataclass(frozen=True)
@@ -54,13 +63,21 @@ class EncoderModel:
         name = VisionPathEncoder.name if is_own else given
         return cls(name, folder, is_own, choose_dtype(config.dtype))
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """Everything that its vectors depend on besides images and batches."""
+        """Everything that its vectors depend on besides images and batches, found without its
+        weights in memory.
+        """
+        if self.is_own:
+            pooling, images = VisionPathEncoder.pooling, load_processor(self.folder).image_processor
+        else:
+            pooling, images = ClipEncoder.pooling, load_image_processor(self.folder, self.name)
         return {
             "model": model_identity(self.folder),
             "dtype": str(self.dtype),
-            "is_own": self.is_own,
+            "pooling": pooling,
+            # the same files give other pixels to a processor that scales with another library
+            "processor": type(images).__name__,
         }
 
     def open(self) -> Encoder:
@@ -69,7 +86,7 @@ class EncoderModel:
         if not self.is_own:
             return ClipEncoder.load(str(self.folder), self.dtype, device)
         model = load_model(self.folder, self.dtype, scoring=False).to(device).eval()
-        return VisionPathEncoder(model, load_processor(self.folder), model_identity(self.folder))
+        return VisionPathEncoder(model, load_processor(self.folder))
 
 
 @dataclass(frozen=True)
@@ -90,40 +107,21 @@ class Embed:
 
 @dataclass(frozen=True)
 class FindNeighbours:
-    """Finds the candidates of a range of images: rows of ``indices``, -1 where there are no more,
-    ``cosines``, and counts of what was passed over in the metadata.
-    """
+    """Finds the neighbours of a range of images: the content of a file of ``store``."""
 
     embeddings: Callable[[], torch.Tensor]
     index: str
     corpus: Corpus
     rule: Rule
+    store: NeighbourStore
 
     @contextmanager
     def open(self) -> Iterator[Callable[[range], bytes]]:
         """Read the embeddings and make the index."""
-        index: Index = make_index(self.index, self.embeddings())
-        digests, hashes = self.corpus.digests, self.corpus.perceptual_hashes
-
-        def work(images: range) -> bytes:
-            found = find_neighbours(index, images, digests, self.rule, hashes)
-            counts = found.excluded + found.short
-            return save(
-                {
-                    "indices": found.indices.astype(np.int64),
-                    "cosines": found.cosines.astype(np.float32),
-                    "counts": np.array([counts[reason] for reason in REASONS], dtype=np.int64),
-                }
-            )
-
-        yield work
-
-
-# why an image was no candidate, and why a query has fewer than it may
-REASONS = (
-    *("byte_duplicate", "near_duplicate", "above_max_cosine"),
-    *("below_min_cosine", "no_more_images"),
-)
+        index = make_index(self.index, self.embeddings())
+        corpus = self.corpus
+        search = NeighbourSearch(index, corpus.digests, self.rule, corpus.perceptual_hashes)
+        yield lambda images: self.store.encode(images, search.find(images))
 
 
 def rule_of(config: BuildConfig) -> Rule:
@@ -136,33 +134,63 @@ def rule_of(config: BuildConfig) -> Rule:
     )
 
 
+def find_neighbourhood(
+    config: BuildConfig,
+    corpus: Corpus,
+    embeddings: EmbeddingStore,
+    digests: Sequence[Sequence[str]],
+) -> Neighbourhood:
+    """Find the neighbours of every image of a corpus.
+
+    Args:
+        config: What is built.
+        corpus: The images.
+        embeddings: Their vectors, all of them made.
+        digests: Content hashes of the images of every shard of ``embeddings``.
+    """
+    rule = rule_of(config)
+    origin = {
+        "rule": asdict(rule),
+        "index": config.index,
+        "embeddings": embeddings.content(digests),
+        "perceptual_hashes": array_sha256(corpus.perceptual_hashes),
+    }
+    size = max(config.shard_size, SEARCHED)
+    ranges = [range(start, min(start + size, len(corpus))) for start in range(0, len(corpus), size)]
+    store = NeighbourStore(config.out / "neighbours", origin, ranges)
+    make_shards(
+        "retrieve",
+        store.missing(),
+        {number: len(images) for number, images in enumerate(ranges)},
+        lambda number: ranges[number],
+        FindNeighbours(lambda: embeddings.read(digests), config.index, corpus, rule, store),
+        # one product at a time, with every core
+        Engine(workers=1, threads=torch.get_num_threads()),
+        store.write,
+    )
+    return Neighbourhood(corpus, store.read())
+
+
 @dataclass(frozen=True)
 class Neighbourhood:
     """The candidates of every image of a corpus."""
 
     corpus: Corpus
-    indices: NDArray[np.int64]
-    cosines: NDArray[np.float32]
-    excluded: dict[str, int]
+    found: Neighbours
 
-    @classmethod
-    def read(cls, corpus: Corpus, paths: Sequence[Path]) -> Neighbourhood:
-        """Read the shards of :class:`FindNeighbours`."""
-        shards = [load(path.read_bytes()) for path in paths]
-        counts: Counter[str] = Counter()
-        for shard in shards:
-            counts.update(dict(zip(REASONS, shard["counts"].tolist(), strict=True)))
-        return cls(
-            corpus,
-            np.concatenate([shard["indices"] for shard in shards]),
-            np.concatenate([shard["cosines"] for shard in shards]),
-            {reason: count for reason, count in counts.items() if count},
-        )
+    @property
+    def excluded(self) -> dict[str, int]:
+        """How many images were no candidates, and how many images have fewer than they may, by
+        reason.
+        """
+        return dict(self.found.excluded + self.found.short)
 
     def candidates(self, image: Path) -> list[Candidate]:
         """The candidates of an image file, best first."""
         place = self.corpus.position[image]
-        found = zip(self.indices[place].tolist(), self.cosines[place].tolist(), strict=True)
+        found = zip(
+            self.found.indices[place].tolist(), self.found.cosines[place].tolist(), strict=True
+        )
         return [
             Candidate(self.corpus.names[index], self.corpus.paths[index], rank, cosine)
             for rank, (index, cosine) in enumerate(found, start=1)

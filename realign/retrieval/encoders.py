@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,14 +13,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from realign.errors import RefusedError
-from realign.modeling import model_identity, resolve_model
+from realign.modeling import resolve_model
 
 
 class Encoder(Protocol):
     """Images in, one vector of length 1 each out, float32 on the CPU, in their order."""
 
     name: str  # for the provenance of a row
-    identity: dict[str, Any]  # everything the vectors depend on besides the images
+    pooling: str  # how the features of an image become one vector
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor: ...
 
@@ -31,17 +31,16 @@ class VisionPathEncoder:
     Args:
         model: The VLM; it stays where it is.
         processor: Its processor.
-        weights: Hashes of the model's files, from :func:`realign.modeling.model_identity`.
     Raises:
         RefusedError: The model gives no image features.
     """
 
     name = "vision path of the model"
+    pooling = "mean over image tokens"
 
-    def __init__(self, model: nn.Module, processor: Any, weights: Mapping[str, str]) -> None:
+    def __init__(self, model: nn.Module, processor: Any) -> None:
         self.model: Any = _check_features(model, "model", "one with a vision path")
         self.images = processor.image_processor
-        self.identity = _identity("mean over image tokens", model, self.images, weights)
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
@@ -71,18 +70,16 @@ class ClipEncoder:
         model: From ``AutoModel``; it stays where it is.
         image_processor: Its image processor.
         name: What a row's provenance calls it.
-        weights: Hashes of its files.
     Raises:
         RefusedError: The model gives no image features.
     """
 
-    def __init__(
-        self, model: nn.Module, image_processor: Any, name: str, weights: Mapping[str, str]
-    ) -> None:
+    pooling = "the model's own"
+
+    def __init__(self, model: nn.Module, image_processor: Any, name: str) -> None:
         self.model: Any = _check_features(model, "encoder", "a CLIP or SigLIP model")
         self.images = image_processor
         self.name = name
-        self.identity = _identity("pooled", model, image_processor, weights)
 
     @classmethod
     def load(cls, model: str, dtype: torch.dtype, device: str = "cpu") -> ClipEncoder:
@@ -95,7 +92,7 @@ class ClipEncoder:
         Raises:
             RefusedError: There is no such model, it is incomplete, or it gives no image features.
         """
-        from transformers import AutoImageProcessor, AutoModel
+        from transformers import AutoModel
 
         try:
             folder = resolve_model(model)
@@ -113,15 +110,8 @@ class ClipEncoder:
                 f"encoder {model} must hold every weight, lacks {len(lacking)}, first: "
                 f"{lacking[0]}. Download it again."
             )
-        try:
-            image_processor = AutoImageProcessor.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise RefusedError(
-                f"encoder {model} must have an image processor ({str(error).splitlines()[0]}). "
-                "Add preprocessor_config.json to the folder."
-            ) from None
         name = folder.name if Path(model).is_dir() else model
-        return cls(loaded.eval().to(device), image_processor, name, model_identity(folder))
+        return cls(loaded.eval().to(device), load_image_processor(folder, model), name)
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
@@ -137,6 +127,23 @@ class ClipEncoder:
                 f"{type(self.model).__name__} gives more. Choose a CLIP or SigLIP model."
             )
         return unit_rows(features.float(), self.name)
+
+
+def load_image_processor(folder: Path, name: str) -> Any:
+    """Load the image processor of an encoder's folder.
+
+    Raises:
+        RefusedError: There is none.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise RefusedError(
+            f"encoder {name} must have an image processor ({str(error).splitlines()[0]}). "
+            "Add preprocessor_config.json to the folder."
+        ) from None
 
 
 def unit_rows(vectors: Tensor, name: str) -> Tensor:
@@ -161,18 +168,6 @@ def _check_features(model: nn.Module, what: str, wanted: str) -> nn.Module:
             "get_image_features. Choose another."
         )
     return model
-
-
-def _identity(
-    pooling: str, model: Any, image_processor: Any, weights: Mapping[str, str]
-) -> dict[str, Any]:
-    return {
-        "model": dict(weights),
-        "dtype": str(model.dtype),
-        # the same files give other pixels to a processor that scales with another library
-        "processor": type(image_processor).__name__,
-        "pooling": pooling,
-    }
 
 
 def _image_features(model: Any, image_processor: Any, images: list[Any]) -> Any:

@@ -9,6 +9,8 @@ Letters: **Q** queries of a block, **T** corpus rows of a tile, **D** size of a 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +23,23 @@ ONEDNN = 2**24
 RESCORED = 2**20
 # places of the running result of a query block: few queries at once where k is large
 KEPT = 2**22
+LOWEST = torch.finfo(torch.float32).min
+
+
+class Others(NamedTuple):
+    """What :meth:`ExactIndex.search_others` finds.
+
+    Attributes:
+        cosines, indices: Shape ``(queries, min(k, images))``, best first; ``-inf`` and -1 where
+            fewer are left.
+        above: For each query how many images are above the bound, the skipped ones not among them.
+        skipped: Products of the skipped pairs, off by at most :func:`product_error`.
+    """
+
+    cosines: Tensor
+    indices: Tensor
+    above: Tensor
+    skipped: Tensor
 
 
 class ExactIndex:
@@ -54,24 +73,48 @@ class ExactIndex:
         Returns:
             cosines, indices: Shape ``(queries, min(k, images))``, float32 and int64.
         """
+        none = torch.empty(0, dtype=torch.int64)
+        found = self.search_others(queries, k, none, none)
+        return found.cosines, found.indices
+
+    @torch.no_grad()
+    def search_others(
+        self, queries: Tensor, k: int, rows: Tensor, images: Tensor, most: float | None = None
+    ) -> Others:
+        """Search among the images that are not skipped and not above a bound, in the time of a
+        search among all.
+
+        Args:
+            queries: Rows of length 1, shape ``(queries, D)``.
+            k: How many.
+            rows, images: Pairs to skip, each once, in order of ``rows``, which number the queries.
+            most: The largest cosine, as float32, that is found.
+        """
         k = min(k, len(self))
         cosines = torch.empty(len(queries), k)
         indices = torch.empty(len(queries), k, dtype=torch.int64)
-        rows = max(1, min(self.query_rows, KEPT // max(k, 1)))
-        for start in range(0, len(queries) if k else 0, rows):
-            block = slice(start, start + rows)
-            cosines[block], indices[block] = self._search_block(queries[block], k)
-        return cosines, indices
+        above = torch.zeros(len(queries), dtype=torch.int64)
+        products = torch.empty(len(rows))
+        size = max(1, min(self.query_rows, KEPT // max(k, 1)))
+        for start in range(0, len(queries) if k else 0, size):
+            block = slice(start, start + size)
+            first, last = torch.searchsorted(rows, torch.tensor([start, start + size])).tolist()
+            asked, pairs = queries[block], slice(first, last)
+            mask = _Mask(asked, self.embeddings, rows[pairs] - start, images[pairs], most)
+            cosines[block], indices[block] = self._search_block(asked, k, mask)
+            above[block], products[pairs] = mask.above, mask.products()
+        return Others(cosines, indices, above, products)
 
-    def _search_block(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _search_block(self, queries: Tensor, k: int, mask: _Mask) -> tuple[Tensor, Tensor]:
         best = torch.full((len(queries), k), -torch.inf, dtype=torch.float64)
         indices = torch.full((len(queries), k), -1)
         product = _Product(queries.float())
         error = product_error(queries.shape[1])
         for start in range(0, len(self), self.corpus_rows):
             scores = product(self.embeddings[start : start + self.corpus_rows].float())
+            mask.apply(scores, start)
             # whoever is among the best scores at least this; the k-th best so far counts exactly
-            least = best[:, -1].sub(error).float()
+            least = best[:, -1].sub(error).float().clamp(min=LOWEST)  # -inf is what is masked
             rows = (scores.amax(1) >= least).nonzero()[:, 0]
             if not len(rows):
                 continue
@@ -83,6 +126,43 @@ class ExactIndex:
             exact = pair_cosines(queries, self.embeddings, rows[place], found)
             _merge(best, indices, rows, place, found, exact)
         return best.float(), indices
+
+
+class _Mask:
+    """Takes out of the tiles of a query block what is skipped and what is above a bound."""
+
+    def __init__(
+        self, queries: Tensor, corpus: Tensor, rows: Tensor, images: Tensor, most: float | None
+    ) -> None:
+        self.queries, self.corpus = queries, corpus
+        self.order = images.argsort(stable=True)  # the pairs of a tile stand together
+        self.rows, self.images = rows[self.order], images[self.order]
+        self.met = torch.empty(len(rows))
+        self.most = None if most is None else float(torch.tensor(most))
+        self.error = product_error(queries.shape[1])
+        self.above = torch.zeros(len(queries), dtype=torch.int64)
+
+    def products(self) -> Tensor:
+        """The scores of the skipped pairs, in the order in which these were given."""
+        return torch.empty(len(self.met)).index_copy_(0, self.order, self.met)
+
+    def apply(self, scores: Tensor, start: int) -> None:
+        """Set the scores of a tile that starts at row ``start`` to ``-inf`` where it is masked."""
+        if len(self.images):
+            ends = torch.tensor([start, start + scores.shape[1]])
+            part = slice(*torch.searchsorted(self.images, ends).tolist())
+            rows, columns = self.rows[part], self.images[part] - start
+            self.met[part] = scores[rows, columns]
+            scores[rows, columns] = -torch.inf
+        if self.most is None:
+            return
+        is_above = scores > self.most - self.error
+        # within the product's error float64 decides
+        rows, columns = (is_above & (scores <= self.most + self.error)).nonzero(as_tuple=True)
+        exact = pair_cosines(self.queries, self.corpus, rows, columns + start)
+        is_above[rows, columns] = exact.float() > self.most
+        self.above += is_above.sum(1)
+        scores.masked_fill_(is_above, -torch.inf)
 
 
 class _Product:

@@ -1,6 +1,6 @@
 """Embeddings on disk: a safetensors file a shard, which says whose vectors of which images it has.
 
-    <folder>/00003.safetensors   embeddings (images of the shard, D), float16
+    <folder>/00003.safetensors   embeddings (images of the shard, D), float32 or, on demand, float16
         encoder   hash of what the vectors depend on besides the images
         images    hash of the digests of the shard's images, in order
         vectors   hash of the vectors' own bytes
@@ -33,11 +33,11 @@ class EmbeddingStore:
     Args:
         folder: Where they lie; it need not exist.
         identity: Everything the vectors depend on besides the images.
-        dtype: Of the stored vectors, float16 or float32.
+        dtype: Of the stored vectors, float32 or float16.
     """
 
     def __init__(
-        self, folder: Path, identity: Mapping[str, object], dtype: torch.dtype = torch.float16
+        self, folder: Path, identity: Mapping[str, object], dtype: torch.dtype = torch.float32
     ) -> None:
         self.folder = folder
         self.dtype = dtype
@@ -104,6 +104,24 @@ class EmbeddingStore:
             vectors[start : start + len(shard)] = shard
             start += len(shard)
         return vectors
+
+    def content(self, digest_shards: Sequence[Sequence[str]]) -> str:
+        """Return one hash of what all shards say they hold, without reading their vectors.
+
+        Raises:
+            RefusedError: A shard is missing or damaged.
+        """
+        parts = []
+        for number in range(len(digest_shards)):
+            try:
+                with safe_open(self.path(number), framework="pt") as file:
+                    parts.append(file.metadata()[NAME])
+            except (SafetensorError, OSError, KeyError, TypeError) as error:
+                raise RefusedError(
+                    f"{self.path(number)} must hold the vectors of shard {number} ({error}). "
+                    "Delete it and run again."
+                ) from None
+        return content_sha256(*parts)
 
     def _load(self, number: int, digests: Sequence[str]) -> Tensor | str:
         """Return a shard as it was written, or what is wrong with it."""

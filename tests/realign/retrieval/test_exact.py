@@ -129,6 +129,43 @@ def test_with_onednn_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(expected[1], other[1])
 
 
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("images", [1, 30, 700])
+@pytest.mark.parametrize("most", [None, 2.0, 0.3, 0.0, -2.0])
+def test_what_is_skipped_or_above_a_bound_is_not_there(
+    images: int, most: float | None, precision: str
+) -> None:
+    """Bits are those of a search among the others; the bound cuts exactly, through equals too."""
+    embeddings, asked = unit(images, 24), unit(11, 24, seed=1)
+    embeddings[images // 2 :] = embeddings[: images - images // 2].clone()
+    generator = torch.Generator().manual_seed(2)
+    rows, skipped = (torch.rand(11, images, generator=generator) < 0.1).nonzero(as_tuple=True)
+    cosines = exact.pair_cosines(
+        asked,
+        embeddings,
+        torch.arange(11).repeat_interleave(images),
+        torch.arange(images).repeat(11),
+    ).reshape(11, images)
+    products = cosines[rows, skipped]
+    cosines[rows, skipped] = -torch.inf
+    if most == 0.3:  # a bound that some cosines are equal to
+        most = float(cosines.float().flatten().sort().values[-max(1, len(cosines) // 3)])
+    is_above = cosines.float() > (torch.inf if most is None else torch.tensor(most))
+    expected = cosines.masked_fill(is_above, -torch.inf).sort(dim=1, descending=True, stable=True)
+    order = expected.indices.masked_fill(expected.values == -torch.inf, -1)
+    index = ExactIndex(embeddings, query_rows=4, corpus_rows=64)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = index.search_others(asked, 20, rows, skipped, most)
+        error = exact.product_error(24)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(found.cosines, expected.values[:, :20].float())
+    assert torch.equal(found.indices, order[:, :20])
+    assert torch.equal(found.above, is_above.sum(1))
+    assert ((found.skipped - products).abs() <= error).all()
+
+
 def test_no_queries_and_no_images() -> None:
     cosines, indices = ExactIndex(unit(5, 4)).search(torch.empty(0, 4), 3)
     assert cosines.shape == indices.shape == (0, 3)

@@ -31,11 +31,25 @@ def store(tmp_path: Path) -> EmbeddingStore:
 def test_what_was_written_is_read(store: EmbeddingStore) -> None:
     assert store.missing(SHARDS) == []
     expected = torch.cat([vectors(number) for number in range(3)])
-    assert torch.equal(store.read(SHARDS), expected.half())
-    full = EmbeddingStore(store.folder / "full", IDENTITY, torch.float32)
+    assert store.read(SHARDS).dtype == torch.float32
+    assert torch.equal(store.read(SHARDS), expected)
+    half = EmbeddingStore(store.folder / "half", IDENTITY, torch.float16)
     for number, digests in enumerate(SHARDS):
-        full.write(number, vectors(number), digests)
-    assert torch.equal(full.read(SHARDS), expected)
+        half.write(number, vectors(number), digests)
+    assert torch.equal(half.read(SHARDS), expected.half())
+
+
+def test_one_hash_of_all_vectors(store: EmbeddingStore) -> None:
+    before = store.content(SHARDS)
+    store.write(1, vectors(1), SHARDS[1])
+    assert store.content(SHARDS) == before
+    changed = vectors(1)
+    changed[0, 0] += 1e-6
+    store.write(1, changed, SHARDS[1])
+    assert store.content(SHARDS) not in (before, store.content(SHARDS[:2]))
+    store.path(2).write_bytes(b"")
+    with pytest.raises(RefusedError, match=r"00002\.safetensors .*Delete it and run again"):
+        store.content(SHARDS)
 
 
 def test_the_same_vectors_are_the_same_bytes(store: EmbeddingStore, tmp_path: Path) -> None:
@@ -65,7 +79,7 @@ def test_another_encoder(store: EmbeddingStore, other: dict[str, object]) -> Non
 
 
 def test_another_stored_dtype(store: EmbeddingStore) -> None:
-    assert EmbeddingStore(store.folder, IDENTITY, torch.float32).missing(SHARDS) == [0, 1, 2]
+    assert EmbeddingStore(store.folder, IDENTITY, torch.float16).missing(SHARDS) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from realign.errors import RefusedError
-from realign.retrieval import neighbours
+from realign.retrieval import neighbour_search
 from realign.retrieval.exact import ExactIndex
-from realign.retrieval.neighbours import Rule, find_neighbours
+from realign.retrieval.index import Index, make_index
+from realign.retrieval.neighbour_search import NeighbourSearch
+from realign.retrieval.neighbours import Neighbours, Rule
 
 NAMES = ["0", "1", "2", "3", "4", "5"]
 
@@ -24,15 +28,35 @@ def circle(*degrees: float) -> ExactIndex:
     return ExactIndex(torch.stack([angles.cos(), angles.sin()], dim=1))
 
 
-def accepted(found: neighbours.Neighbours, query: int) -> list[tuple[int, int]]:
-    return [(neighbour.index, neighbour.rank) for neighbour in found.of(query)]
+def find_neighbours(
+    index: Index,
+    queries: Sequence[int] | np.ndarray,
+    digests: Sequence[str],
+    rule: Rule,
+    hashes: np.ndarray | None = None,
+) -> Neighbours:
+    return NeighbourSearch(index, digests, rule, hashes).find(queries)
+
+
+def images_of(found: Neighbours, query: int) -> list[int]:
+    """The accepted images; what is behind them is -1 with no cosine."""
+    indices = found.indices[query]
+    count = int((indices >= 0).sum())
+    assert (indices[:count] >= 0).all()
+    assert np.array_equal(np.isnan(found.cosines[query]), indices < 0)
+    return indices[:count].tolist()
+
+
+def accepted(found: Neighbours, query: int) -> list[tuple[int, int]]:
+    """Images with their ranks, from 1."""
+    return [(image, rank) for rank, image in enumerate(images_of(found, query), 1)]
 
 
 def test_the_nearest_others_with_rank_and_cosine() -> None:
     found = find_neighbours(circle(0, 10, 30, 5, 90, 60), [0, 4], NAMES, Rule(k=3))
     assert accepted(found, 0) == [(3, 1), (1, 2), (2, 3)]
     assert accepted(found, 1) == [(5, 1), (2, 2), (1, 3)]
-    assert found.of(0)[2].cosine == pytest.approx(math.cos(math.radians(30)), abs=1e-6)
+    assert found.cosines[0, 2] == pytest.approx(math.cos(math.radians(30)), abs=1e-6)
     assert not found.excluded
     assert not found.short
 
@@ -53,7 +77,7 @@ def test_near_duplicates_by_hamming_distance() -> None:
     assert found.excluded == {"near_duplicate": 2}  # 1 and 3 differ in three bits and in one
     assert found.short == {"no_more_images": 1}
     exact = find_neighbours(index, [0], NAMES, Rule(k=10, max_hamming=0), hashes)
-    assert len(exact.of(0)) == 5
+    assert len(images_of(exact, 0)) == 5
 
 
 def test_the_band_of_cosines_is_inclusive() -> None:
@@ -68,11 +92,21 @@ def test_the_band_of_cosines_is_inclusive() -> None:
     assert accepted(above, 0) == [(2, 1), (3, 2), (4, 3), (5, 4)]
 
 
+@pytest.mark.parametrize("high", [None, 1.0])
+def test_a_duplicate_below_the_band_says_that_the_band_ended_the_search(
+    high: float | None,
+) -> None:
+    rule = Rule(k=3, min_cosine=0.5, max_cosine=high)
+    found = find_neighbours(circle(0, 10, 90), [0], ["a", "b", "a"], rule)
+    assert accepted(found, 0) == [(1, 1)]
+    assert found.excluded + found.short == {"below_min_cosine": 1}
+
+
 def test_one_reason_an_image_the_strongest() -> None:
     hashes = np.zeros(4, np.uint64)
     rule = Rule(k=1, max_cosine=0.5, max_hamming=5)
     found = find_neighbours(circle(0, 0, 1, 2), [0], ["a", "a", "b", "c"], rule, hashes)
-    assert found.of(0) == []
+    assert images_of(found, 0) == []
     assert found.excluded == {"byte_duplicate": 1, "near_duplicate": 2}
     assert found.short == {"no_more_images": 1}
 
@@ -86,13 +120,13 @@ def test_what_stands_behind_the_last_accepted_is_not_counted() -> None:
 
 def test_one_image_has_no_neighbour() -> None:
     found = find_neighbours(circle(0), [0], ["a"], Rule())
-    assert found.of(0) == []
+    assert images_of(found, 0) == []
     assert found.indices.tolist() == [[-1] * 10]
     assert found.short == {"no_more_images": 1}
     assert find_neighbours(circle(0), [], ["a"], Rule()).indices.shape == (0, 10)
 
 
-def test_the_index_is_asked_until_the_k_are_there() -> None:
+def test_the_corpus_is_searched_once_more_where_a_list_is_used_up() -> None:
     """The 400 nearest are one picture; the eleventh other stands behind them all."""
     depths = []
 
@@ -106,51 +140,98 @@ def test_the_index_is_asked_until_the_k_are_there() -> None:
     found = find_neighbours(index, [7, 415], digests, Rule(k=10))
     assert accepted(found, 0) == [(400 + n, n + 1) for n in range(10)]
     assert found.excluded["byte_duplicate"] == 399
-    assert depths == [(2, 19), (1, 76), (1, 304), (1, 1216)]
+    assert depths == [(2, 19)]
 
 
-def loop(embeddings: Tensor, query: int, digests: list[str], rule: Rule, hashes: np.ndarray):
+def loop(
+    embeddings: Tensor, query: int, digests: list[str], rule: Rule, hashes: np.ndarray
+) -> tuple[list[int], Counter[str]]:
     """The specification, an image at a time."""
     cosines = embeddings[query].double() @ embeddings.double().T
-    accepted = []
+    low, high = (
+        None if bound is None else np.float32(bound) for bound in (rule.min_cosine, rule.max_cosine)
+    )
+    accepted: list[int] = []
+    counts: Counter[str] = Counter()
+    is_below = False
     for other in cosines.argsort(descending=True, stable=True).tolist():
-        cosine = float(cosines[other].float())
-        if (
-            other != query
-            and digests[other] != digests[query]
-            and int(hashes[other] ^ hashes[query]).bit_count() > (rule.max_hamming or 0)
-            and (rule.min_cosine or -1) <= cosine <= (rule.max_cosine or 1)
-            and len(accepted) < rule.k
+        cosine = np.float32(cosines[other].item())
+        if len(accepted) == rule.k:
+            break
+        if low is not None and cosine < low:
+            is_below = True
+        elif other == query:
+            continue
+        elif digests[other] == digests[query]:
+            counts["byte_duplicate"] += 1
+        elif (
+            rule.max_hamming is not None
+            and int(hashes[other] ^ hashes[query]).bit_count() <= rule.max_hamming
         ):
+            counts["near_duplicate"] += 1
+        elif high is not None and cosine > high:
+            counts["above_max_cosine"] += 1
+        else:
             accepted.append(other)
-    return accepted
+    if len(accepted) < rule.k:
+        counts["below_min_cosine" if is_below else "no_more_images"] += 1
+    return accepted, counts
 
 
+@pytest.mark.parametrize("name", ["exact", "flat"])
 @pytest.mark.parametrize("block", [3, 4096])
-@pytest.mark.parametrize(("low", "high"), [(None, None), (0.1, 0.6), (0.5, 0.55)])
+@pytest.mark.parametrize("hamming", [None, 1])
+@pytest.mark.parametrize(
+    ("low", "high"), [(None, None), (0.1, 0.6), (0.5, 0.55), (None, -0.2), (0.3, None), (0.9, 1)]
+)
 def test_equals_a_loop(
-    monkeypatch: pytest.MonkeyPatch, block: int, low: float | None, high: float | None
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    block: int,
+    hamming: int | None,
+    low: float | None,
+    high: float | None,
 ) -> None:
-    monkeypatch.setattr(neighbours, "BLOCK", block)
-    monkeypatch.setattr(neighbours, "PLACES", 50 * block)
+    if name != "exact":
+        pytest.importorskip("faiss")
+    monkeypatch.setattr(neighbour_search, "BLOCK", block)
+    monkeypatch.setattr(neighbour_search, "PLACES", 50 * block)
     generator = torch.Generator().manual_seed(0)
     embeddings = F.normalize(torch.randn(300, 6, generator=generator))
+    embeddings[200:220] = embeddings[100:120]  # the same vector of different pictures
     random = np.random.default_rng(0)
     digests = [str(n) for n in random.integers(40, size=300)]
     hashes = random.integers(16, size=300, dtype=np.uint64)
-    rule = Rule(k=8, min_cosine=low, max_cosine=high, max_hamming=1)
+    rule = Rule(k=8, min_cosine=low, max_cosine=high, max_hamming=hamming)
     queries = random.integers(300, size=20)
-    found = find_neighbours(ExactIndex(embeddings), queries, digests, rule, hashes)
+    found = find_neighbours(make_index(name, embeddings), queries, digests, rule, hashes)
     expected = [loop(embeddings, int(query), digests, rule, hashes) for query in queries]
-    assert [[n.index for n in found.of(i)] for i in range(20)] == expected
-    short = [len(indices) for indices in expected if len(indices) < 8]
-    assert found.short.total() == len(short)
-    # the counts add up: a query asked alone has the same answer and the same reasons
-    alone = [
-        find_neighbours(ExactIndex(embeddings), [query], digests, rule, hashes) for query in queries
-    ]
-    assert sum((part.excluded for part in alone), start=type(found.excluded)()) == found.excluded
-    assert np.array_equal(np.concatenate([part.indices for part in alone]), found.indices)
+    assert [images_of(found, i) for i in range(20)] == [images for images, _ in expected]
+    assert found.excluded + found.short == sum((counts for _, counts in expected), Counter())
+
+
+def test_an_excluded_band_costs_as_little_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine of ten images are too near, a thousand are the same picture: one search is enough."""
+    asked: list[int] = []
+    search = ExactIndex._search_block
+    monkeypatch.setattr(
+        ExactIndex,
+        "_search_block",
+        lambda self, queries, k, mask: asked.append(k) or search(self, queries, k, mask),
+    )
+    embeddings = F.normalize(torch.randn(5000, 8, generator=torch.Generator().manual_seed(0)))
+    index, queries = ExactIndex(embeddings), range(1000)
+    high = float((embeddings[:1000] @ embeddings.T).quantile(0.1))
+    digests = [str(number) for number in range(5000)]
+    hashes = np.full(5000, 2**64 - 1, np.uint64)
+    hashes[:1000] = 0
+    rule = Rule(k=10, max_cosine=high, max_hamming=3)
+    found = find_neighbours(index, queries, digests, rule, hashes)
+    assert set(asked) == {10}
+    assert len(asked) <= 2  # blocks of queries
+    assert found.excluded["above_max_cosine"] > 1000 * 3400
+    assert found.excluded["near_duplicate"] > 1000 * 800
+    assert (found.indices >= 1000).all()
 
 
 def test_an_approximate_index_that_finds_no_more() -> None:
