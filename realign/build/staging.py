@@ -18,8 +18,8 @@ from realign.build.models import Asked, asked_model
 from realign.build.neighbourhood import (
     Embed,
     EncoderModel,
-    FindNeighbours,
     Neighbourhood,
+    find_neighbourhood,
     rule_of,
 )
 from realign.build.row import SourceRow
@@ -75,7 +75,7 @@ class Staging:
             asked_model(config.annotator, "annotator", config) if config.annotator else None
         )
         self._encoder = EncoderModel.of(config)
-        self._rule = rule_of(config)
+        rule_of(config)  # refuses a band that no image can meet
         if config.index != "exact":
             make_index("flat", torch.eye(2))  # says now if FAISS is missing
 
@@ -137,7 +137,7 @@ class Staging:
         sizes = {number: len(part) for number, part in ranges.items()}
         digests = [[corpus.facts[i].sha256 for i in part] for part in ranges.values()]
         identity = self._encoder.identity | {"batch_size": config.batch_size}
-        store = EmbeddingStore(config.out / "embeddings", identity, torch.float32)
+        store = EmbeddingStore(config.out / "embeddings", identity)
         make_shards(
             "embed",
             store.missing(digests),
@@ -149,17 +149,7 @@ class Staging:
                 number, load(content)["embeddings"], digests[number]
             ),
         )
-        paths = _paths(config.out / "neighbours", ranges, "safetensors")
-        fill_shards(
-            "retrieve",
-            paths,
-            sizes,
-            lambda number: ranges[number],
-            FindNeighbours(lambda: store.read(digests), config.index, corpus, self._rule),
-            # one product at a time, with every core
-            Engine(workers=1, threads=torch.get_num_threads()),
-        )
-        return Neighbourhood.read(corpus, [*paths.values()])
+        return find_neighbourhood(config, corpus, store, digests)
 
     def induce(
         self,
