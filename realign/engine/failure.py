@@ -8,9 +8,8 @@ from realign.errors import RefusedError
 
 # how every message about a worker that is gone ends
 REMEDY = (
-    "If it was SIGKILL, memory ran out: use fewer workers or smaller batches. A script that calls "
-    "this must do so below `if __name__ == '__main__':`. Finished shards are kept; run the same "
-    "command again."
+    "If it was SIGKILL, memory ran out: use fewer workers or smaller batches. Finished shards are "
+    "kept; run the same command again."
 )
 
 

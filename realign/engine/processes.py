@@ -97,7 +97,10 @@ def _obituary(process: Any, number: int | None) -> str:
     code = process.exitcode
     cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     place = "before its first shard" if number is None else f"at shard {number}"
-    return f"A worker ended by {cause} {place}. {REMEDY}"
+    return (
+        f"A worker ended by {cause} {place}. A script that calls this must do so below `if "
+        f"__name__ == '__main__':`. {REMEDY}"
+    )
 
 
 def _serve(task: Task, parent: Connection, environment: dict[str, str], threads: int) -> None:

@@ -117,8 +117,8 @@ def _run_at_once(
             yield number, bytes(row["result"])
     except ray.exceptions.RayError as error:
         raise WorkerError(
-            f"A Ray actor ended {RETRIES + 1} times, at shard {next(iter(left))} or at one soon "
-            f"after it. {REMEDY} Ray said: {error}"
+            f"Ray gave up at shard {next(iter(left))} or at one soon after it; an actor that dies "
+            f"is started again {RETRIES} times. {REMEDY} Ray said: {error}"
         ) from error
 
 

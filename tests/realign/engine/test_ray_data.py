@@ -130,8 +130,8 @@ def test_ray_says_what_went_wrong(tmp_path: Path) -> None:
     assert told["die"]["error"]["type"] == "WorkerError"
     first = {number for number, *_ in told["die"]["done"]}
     assert (
-        f"A Ray actor ended 2 times, at shard {int(0 in first)} or at one soon after it. If it was "
-        "SIGKILL, memory ran out: use fewer workers"
+        f"Ray gave up at shard {int(0 in first)} or at one soon after it; an actor that dies is "
+        "started again 1 times. If it was SIGKILL, memory ran out: use fewer workers"
     ) in told["die"]["error"]["message"]
     assert (tmp_path / "deaths").read_text() == "xx"
 
