@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 import torch
 
+from realign.engine.memory import usable_memory
 from realign.engine.processes import run_in_processes
 from realign.engine.ray_data import run_on_ray
 from realign.engine.task import Task
 from realign.files import replacing
+from realign.inspection import usable_cores
 from realign.progress import Progress
 
 
@@ -40,7 +42,7 @@ class Engine:
         if not items:
             return
         if self.kind == "ray":
-            yield from run_on_ray(task, items, self.workers, self.threads)
+            yield from run_on_ray(task, items, self.workers, self.threads, self.worker_bytes)
             return
         gpus = torch.cuda.device_count()
         workers = min(self.workers or gpus or self._fitting(), len(items))
@@ -52,8 +54,8 @@ class Engine:
 
     def _fitting(self) -> int:
         """Workers of a machine without GPUs: half its memory for them, a core for each thread."""
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-        cores = (os.cpu_count() or 1) // self.threads
+        memory = usable_memory() // 2
+        cores = usable_cores() // self.threads
         return max(1, min(cores, memory // max(self.worker_bytes, 1)))
 
 
@@ -78,7 +80,9 @@ def _run_here(task: Task, items: Mapping[int, Any], threads: int) -> Iterator[tu
 
 
 class LazyItems(Mapping[int, Any]):
-    """Items that are made when they are handed out: those of a large build do not fit at once."""
+    """Items that are made when they are handed out, to a process or to Ray as a part of all: those
+    of a large build do not fit at once.
+    """
 
     def __init__(self, numbers: Collection[int], make: Callable[[int], Any]) -> None:
         self._numbers, self._make = numbers, make

@@ -10,19 +10,14 @@ import multiprocessing
 import os
 import signal
 import threading
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from realign.engine.failure import REMEDY, WorkerError, told
 from realign.engine.task import Task
-from realign.errors import RefusedError
 
 END_SECONDS = 10.0
-
-
-class WorkerError(RuntimeError):
-    """A worker process died without a word: killed, or out of memory."""
 
 
 def run_in_processes(
@@ -42,7 +37,9 @@ def run_in_processes(
     """
     context = multiprocessing.get_context("spawn")
     waiting = iter(items.items())
-    busy: dict[Connection, int] = {}
+    left = len(items)
+    # what each works at; None while it opens its task
+    busy: dict[Connection, int | None] = {}
     processes: dict[Connection, Any] = {}
     try:
         for environment in environments[: len(items)]:
@@ -53,22 +50,27 @@ def run_in_processes(
             process.start()
             theirs.close()  # so that its end shows here
             processes[ours] = process
-            _hand_out(ours, waiting, busy)
-        while busy:
+            busy[ours] = None
+        while left:
             for ready in wait([*busy]):
                 assert isinstance(ready, Connection)
                 number = busy.pop(ready)
                 try:
                     result, error = ready.recv()
-                except EOFError:
+                except (EOFError, OSError):  # before, or in the middle of, an answer
                     raise WorkerError(_obituary(processes[ready], number)) from None
                 if error is not None:
                     raise error
-                yield number, result
+                if number is not None:
+                    left -= 1
+                    yield number, result
                 _hand_out(ready, waiting, busy)
-        for connection, process in processes.items():
-            connection.close()  # with nothing left to read, a worker ends by itself
-            process.join(END_SECONDS)
+        # with nothing left to read, a worker ends by itself; one that opens its task does not look
+        idle = [connection for connection in processes if connection not in busy]
+        for connection in idle:
+            connection.close()
+        for connection in idle:
+            processes[connection].join(END_SECONDS)
     finally:
         for connection, process in processes.items():
             process.kill()
@@ -77,26 +79,27 @@ def run_in_processes(
 
 
 def _hand_out(
-    worker: Connection, waiting: Iterator[tuple[int, Any]], busy: dict[Connection, int]
+    worker: Connection, waiting: Iterator[tuple[int, Any]], busy: dict[Connection, int | None]
 ) -> None:
+    """Give a worker its next item. It waits for one, so a large item is read as it is sent."""
     if following := next(waiting, None):
         number, item = following
         busy[worker] = number
         # a worker that is dead already is noticed when its answer is read
         try:
             worker.send(item)
-        except BrokenPipeError:
+        except (BrokenPipeError, ConnectionResetError):
             return
 
 
-def _obituary(process: Any, number: int) -> str:
+def _obituary(process: Any, number: int | None) -> str:
     process.join()
     code = process.exitcode
     cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    place = "before its first shard" if number is None else f"at shard {number}"
     return (
-        f"A worker ended by {cause} at shard {number}. If it was SIGKILL, memory ran out: use "
-        "fewer workers or smaller batches. A script that calls this must do so below `if __name__ "
-        "== '__main__':`. Finished shards are kept; run the same command again."
+        f"A worker ended by {cause} {place}. A script that calls this must do so below `if "
+        f"__name__ == '__main__':`. {REMEDY}"
     )
 
 
@@ -109,12 +112,21 @@ def _serve(task: Task, parent: Connection, environment: dict[str, str], threads:
     torch.set_num_threads(threads)
     try:
         with task.open() as work:
-            while True:
-                parent.send((work(parent.recv()), None))
-    except EOFError:
-        return  # the parent closed its end
+            parent.send((None, None))  # ready
+            for item in _received(parent):
+                parent.send((work(item), None))
     except Exception as error:
-        parent.send((None, _told(error)))
+        parent.send((None, told(error)))
+
+
+def _received(parent: Connection) -> Iterator[Any]:
+    """Items until the parent closes its end."""
+    while True:
+        try:
+            item = parent.recv()
+        except (EOFError, ConnectionResetError):
+            return
+        yield item
 
 
 def _end_with_parent() -> None:
@@ -122,11 +134,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _told(error: Exception) -> Exception:
-    """The error as the parent raises it: others than ours may not survive the way."""
-    if isinstance(error, RefusedError):
-        return error
-    lines = "".join(traceback.format_exception(error))
-    return RuntimeError(f"A worker failed:\n{lines}")

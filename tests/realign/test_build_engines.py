@@ -5,6 +5,7 @@ however often the run was killed.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,11 +71,24 @@ def test_neither_engine_nor_workers_nor_shards_change_the_result(
     assert results(tmp_path / "out") == expected
 
 
+@pytest.mark.parametrize(
+    "stages",
+    [
+        pytest.param(("shards",), id="last-stage"),
+        pytest.param(("embeddings", "neighbours", "shards"), id="all", marks=pytest.mark.slow),
+    ],
+)
 def test_two_workers_of_a_local_ray_make_the_same(
-    world: Path, tmp_path: Path, expected: dict[str, bytes]
+    world: Path, tmp_path: Path, expected: dict[str, bytes], stages: tuple[str, ...]
 ) -> None:
-    """In a process of its own: Ray warns about itself when it is imported."""
+    """A build goes on with Ray, in a process of its own: Ray warns about itself when it is
+    imported. Every actor of every stage imports all libraries, which is what takes the time.
+    """
     config = small(world, tmp_path / "out", engine="ray", workers=2)
+    dataset = build(config.model_copy(update={"engine": "process", "workers": 1}))
+    dataset.unlink()
+    for stage in stages:
+        shutil.rmtree(config.out / stage)
     assert run(config).wait() == 0
     assert results(config.out) == expected
 

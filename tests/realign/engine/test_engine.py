@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,8 +18,11 @@ import pytest
 import torch
 
 from realign.engine.engine import Engine, fill_shards
-from realign.engine.processes import WorkerError
+from realign.engine.failure import WorkerError
+from realign.engine.memory import usable_memory
+from realign.engine.processes import run_in_processes
 from realign.errors import RefusedError
+from realign.inspection import usable_cores
 
 
 @dataclass(frozen=True)
@@ -91,9 +95,85 @@ def test_nothing_missing_opens_nothing(tmp_path: Path) -> None:
     fill_shards("none", {0: tmp_path / "0"}, {0: 1}, lambda i: i, Squares("open"), Engine())
 
 
-def test_as_many_workers_as_memory_allows() -> None:
+@dataclass(frozen=True)
+class Dies:
+    """Kills its worker while it opens, where ``when`` says so; else says who it is, and then gives
+    a large result that nobody reads, with a death in the middle of it.
+    """
+
+    when: str
+    folder: Path
+
+    @contextmanager
+    def open(self) -> Iterator[Callable[[bytes], bytes]]:
+        if self.when == "open":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def work(item: bytes) -> bytes:
+            if self.when == "end of file":
+                raise EOFError("a file that is cut")
+            if self.when == "large" and item:
+                (self.folder / "pid").write_text(str(os.getpid()))
+                threading.Timer(1, os.kill, (os.getpid(), signal.SIGKILL)).start()
+                return bytes(50 << 20)
+            wait_until(lambda: self.when != "large" or (self.folder / "pid").is_file())
+            return str(len(item)).encode()
+
+        yield work
+
+
+def test_a_worker_that_dies_as_it_opens_its_task_is_named(tmp_path: Path) -> None:
+    """Items are larger than a pipe holds: none is sent to a worker that does not read."""
+    items = {0: bytes(5 << 20), 1: bytes(5 << 20)}
+    with pytest.raises(WorkerError, match=r"SIGKILL before its first shard\..*fewer workers"):
+        list(run_in_processes(Dies("open", tmp_path), items, [{}, {}], 1))
+
+
+def test_items_and_results_may_be_larger_than_a_pipe(tmp_path: Path) -> None:
+    items = {i: bytes(5 << 20) for i in range(4)}
+    results = dict(run_in_processes(Dies("never", tmp_path), items, [{}, {}], 1))
+    assert results == dict.fromkeys(range(4), str(5 << 20).encode())
+
+
+def test_a_worker_that_dies_in_the_middle_of_a_result_is_named(tmp_path: Path) -> None:
+    results = run_in_processes(Dies("large", tmp_path), {0: b"", 1: b"x"}, [{}, {}], 1)
+    assert next(results) == (0, b"0")
+    wait_until(lambda: not is_running(int((tmp_path / "pid").read_text())))
+    with pytest.raises(WorkerError, match="SIGKILL at shard 1"):
+        next(results)
+
+
+def test_a_task_may_meet_an_end_of_file_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="EOFError: a file that is cut"):
+        list(run_in_processes(Dies("end of file", tmp_path), {0: b"", 1: b""}, [{}, {}], 1))
+
+
+def test_a_script_without_a_guard_is_told_to_have_one(tmp_path: Path) -> None:
+    script = tmp_path / "unguarded.py"
+    script.write_text(dedent(SLEEPERS).partition("if __name__")[0] + UNGUARDED)
+    ended = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 1
+    last = ended.stderr.strip().splitlines()[-1]
+    assert "WorkerError: A worker ended by exit code 1 before its first shard." in last
+    assert "must do so below `if __name__ == '__main__':`" in last
+
+
+UNGUARDED = 'list(Engine(workers=2).run(Sleep("."), {0: bytes(5 << 20), 1: b""}))\n'
+
+
+def test_as_many_workers_as_memory_and_cores_allow() -> None:
     assert Engine(worker_bytes=1 << 60)._fitting() == 1
-    assert Engine()._fitting() == os.cpu_count()
+    assert Engine()._fitting() == usable_cores()
+    assert Engine(worker_bytes=usable_memory() // 2)._fitting() == 1
+    if hasattr(os, "sched_setaffinity"):
+        cores = os.sched_getaffinity(0)
+        try:
+            os.sched_setaffinity(0, {min(cores)})
+            assert Engine()._fitting() == 1
+        finally:
+            os.sched_setaffinity(0, cores)
 
 
 def fill(paths: dict[int, Path], task: Squares) -> None:
