@@ -97,8 +97,8 @@ def test_nothing_missing_opens_nothing(tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class Dies:
-    """Kills its worker while it opens, where ``when`` says so; else says who it is, and then gives
-    a large result that nobody reads, with a death in the middle of it.
+    """Kills its worker while it opens, or a second after it began to send a large result; else says
+    how large an item is.
     """
 
     when: str
@@ -113,10 +113,10 @@ class Dies:
             if self.when == "end of file":
                 raise EOFError("a file that is cut")
             if self.when == "large" and item:
+                wait_until((self.folder / "go").is_file)
                 (self.folder / "pid").write_text(str(os.getpid()))
                 threading.Timer(1, os.kill, (os.getpid(), signal.SIGKILL)).start()
                 return bytes(50 << 20)
-            wait_until(lambda: self.when != "large" or (self.folder / "pid").is_file())
             return str(len(item)).encode()
 
         yield work
@@ -138,7 +138,9 @@ def test_items_and_results_may_be_larger_than_a_pipe(tmp_path: Path) -> None:
 def test_a_worker_that_dies_in_the_middle_of_a_result_is_named(tmp_path: Path) -> None:
     results = run_in_processes(Dies("large", tmp_path), {0: b"", 1: b"x"}, [{}, {}], 1)
     assert next(results) == (0, b"0")
-    wait_until(lambda: not is_running(int((tmp_path / "pid").read_text())))
+    (tmp_path / "go").touch()
+    pid = tmp_path / "pid"
+    wait_until(lambda: pid.is_file() and pid.read_text() and not is_running(int(pid.read_text())))
     with pytest.raises(WorkerError, match="SIGKILL at shard 1"):
         next(results)
 
@@ -217,7 +219,7 @@ def test_workers_end_with_their_parent(tmp_path: Path, sent: signal.Signals) -> 
     wait_until(lambda: not any(is_running(int(path.name)) for path in pids.iterdir()))
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(is_so: Callable[[], object], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < end, "waited in vain"
