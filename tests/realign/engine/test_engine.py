@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,12 +96,9 @@ def test_nothing_missing_opens_nothing(tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class Dies:
-    """Kills its worker while it opens, where ``when`` says so; else says who it is, and then gives
-    a large result that nobody reads, with a death in the middle of it.
-    """
+    """Kills its worker while it opens, or meets an end of file, or says how large an item is."""
 
     when: str
-    folder: Path
 
     @contextmanager
     def open(self) -> Iterator[Callable[[bytes], bytes]]:
@@ -112,40 +108,27 @@ class Dies:
         def work(item: bytes) -> bytes:
             if self.when == "end of file":
                 raise EOFError("a file that is cut")
-            if self.when == "large" and item:
-                (self.folder / "pid").write_text(str(os.getpid()))
-                threading.Timer(1, os.kill, (os.getpid(), signal.SIGKILL)).start()
-                return bytes(50 << 20)
-            wait_until(lambda: self.when != "large" or (self.folder / "pid").is_file())
             return str(len(item)).encode()
 
         yield work
 
 
-def test_a_worker_that_dies_as_it_opens_its_task_is_named(tmp_path: Path) -> None:
+def test_a_worker_that_dies_as_it_opens_its_task_is_named() -> None:
     """Items are larger than a pipe holds: none is sent to a worker that does not read."""
     items = {0: bytes(5 << 20), 1: bytes(5 << 20)}
     with pytest.raises(WorkerError, match=r"SIGKILL before its first shard\..*fewer workers"):
-        list(run_in_processes(Dies("open", tmp_path), items, [{}, {}], 1))
+        list(run_in_processes(Dies("open"), items, [{}, {}], 1))
 
 
-def test_items_and_results_may_be_larger_than_a_pipe(tmp_path: Path) -> None:
+def test_items_and_results_may_be_larger_than_a_pipe() -> None:
     items = {i: bytes(5 << 20) for i in range(4)}
-    results = dict(run_in_processes(Dies("never", tmp_path), items, [{}, {}], 1))
+    results = dict(run_in_processes(Dies("never"), items, [{}, {}], 1))
     assert results == dict.fromkeys(range(4), str(5 << 20).encode())
 
 
-def test_a_worker_that_dies_in_the_middle_of_a_result_is_named(tmp_path: Path) -> None:
-    results = run_in_processes(Dies("large", tmp_path), {0: b"", 1: b"x"}, [{}, {}], 1)
-    assert next(results) == (0, b"0")
-    wait_until(lambda: not is_running(int((tmp_path / "pid").read_text())))
-    with pytest.raises(WorkerError, match="SIGKILL at shard 1"):
-        next(results)
-
-
-def test_a_task_may_meet_an_end_of_file_of_its_own(tmp_path: Path) -> None:
+def test_a_task_may_meet_an_end_of_file_of_its_own() -> None:
     with pytest.raises(RuntimeError, match="EOFError: a file that is cut"):
-        list(run_in_processes(Dies("end of file", tmp_path), {0: b"", 1: b""}, [{}, {}], 1))
+        list(run_in_processes(Dies("end of file"), {0: b"", 1: b""}, [{}, {}], 1))
 
 
 def test_a_script_without_a_guard_is_told_to_have_one(tmp_path: Path) -> None:
