@@ -72,6 +72,11 @@ def _exit_codes() -> Iterator[None]:
     _quiet_libraries()
     try:
         yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        stopped = stop.code == 143 if isinstance(stop, SystemExit) else True
+        if stopped:
+            typer.echo("realign: stopped. The same command continues what it began.", err=True)
+        raise
     except RefusedError as error:
         typer.secho(f"realign: {error}", fg="red", err=True)
         raise typer.Exit(2) from None

@@ -5,6 +5,7 @@ data root.
 from __future__ import annotations
 
 import io
+import posixpath
 import re
 import warnings
 from collections.abc import Iterator
@@ -88,12 +89,19 @@ def resolve_image(root: Path, name: str, where: str) -> Path:
         reason = f"image must be a file that can be opened, got {said}. Rename it."
         raise RefusedImage(where, reason, "unreadable") from None
     if not is_inside:
-        reason = f"image must lie inside {root}, got {name[:200]!r}. Move it there."
+        by_link = ", a link that leaves it" if not is_outside_name(name) else ""
+        reason = f"image must lie inside {root}, got {name[:200]!r}{by_link}. Copy it there."
         raise RefusedImage(where, reason, "outside-root")
     if not is_file:
         reason = f"image {name!r} does not exist in {root}. Check --images or remove the row."
         raise RefusedImage(where, reason, "missing")
     return path
+
+
+def is_outside_name(name: str) -> bool:
+    """Whether a name leaves its folder without any link."""
+    path = posixpath.normpath(name.replace("\\", "/"))
+    return path.startswith(("/", "../")) or path == ".."
 
 
 def read_image(path: Path, where: str) -> bytes:

@@ -28,9 +28,12 @@ VISION_MODULES = ("vision_tower", "vision_model", "visual", "vision_encoder")
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str, option: str = "model") -> Path:
     """Return the folder of a model: a folder as it is, a hub id downloaded.
 
+    Args:
+        model: Folder or hub id.
+        option: What named it, for messages.
     Raises:
         RefusedError: Neither a folder with a config nor something that the hub or its local cache
             has.
@@ -39,14 +42,14 @@ def resolve_model(model: str) -> Path:
     if folder.is_dir():
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise RefusedError(
-                f"model must be a folder with config.json or adapter_config.json, got {model}. "
-                "Check --model."
+                f"{option} must be a folder with config.json or adapter_config.json, got {model}. "
+                f"Check --{option}."
             )
         return folder
     if folder.is_absolute() or model.startswith(".") or model.count("/") > 1:
         raise RefusedError(
-            f"model must be an existing folder or a hub id, got {model}, which does not exist. "
-            "Check --model."
+            f"{option} must be an existing folder or a hub id, got {model}, which does not exist. "
+            f"Check --{option}."
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -55,7 +58,8 @@ def resolve_model(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=list(MODEL_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise RefusedError(
-            f"model must be a folder or a hub id, got {model!r} ({error}). Check --model."
+            f"{option} must be a folder or a hub id, got {model!r} "
+            f"({str(error).strip().splitlines()[0]}). Check --{option}."
         ) from None
 
 

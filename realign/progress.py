@@ -32,6 +32,7 @@ class Progress:
     def __init__(self, what: str, total: int, done: int = 0) -> None:
         self._what, self._total, self._done, self._done_before = what, total, done, done
         self._started = self._printed = time.monotonic()
+        self._printed_done = -1
         self._bar: RichProgress | None = None
         if sys.stderr.isatty():
             columns = (
@@ -56,7 +57,7 @@ class Progress:
     ) -> None:
         if self._bar:
             self._bar.stop()
-        elif kind is None:
+        elif kind is None and self._printed_done != self._done:
             self._print_line()
 
     def advance(self, count: int = 1) -> None:
@@ -68,7 +69,11 @@ class Progress:
             self._print_line()
 
     def _print_line(self) -> None:
-        self._printed = time.monotonic()
+        self._printed, self._printed_done = time.monotonic(), self._done
+        if self._done_before == self._total:
+            line = f"{self._what}: {self._done}/{self._total}, done before"
+            print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the program's output
+            return
         seconds = self._printed - self._started
         rate = (self._done - self._done_before) / max(seconds, 1e-9)
         left = (self._total - self._done) / max(rate, 1e-9)

@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from realign.errors import RefusedError
 from realign.files import canonical_json, content_sha256, write_json
@@ -58,6 +61,26 @@ def claim(folder: Path, verb: str, what: Mapping[str, Any], labels: Labels | Non
         return True
     write_json(folder / f"{verb}.json", {name: _brief(value) for name, value in what.items()})
     return False
+
+
+@contextmanager
+def only_run(folder: Path, verb: str) -> Iterator[None]:
+    """Hold a folder, so that the same command given twice does not do the same work twice. The
+    system lets go of it when the process ends, however it does.
+
+    Raises:
+        RefusedError: Another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f".{verb}.lock", timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout:
+        raise RefusedError(
+            f"out {folder} must be written by one `realign {verb}` at a time, another one is "
+            "running. Wait for it, or choose another folder."
+        ) from None
 
 
 def is_claimed(

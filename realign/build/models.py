@@ -137,7 +137,9 @@ def asked_model(section: GeneratorSection | None, role: str, config: BuildConfig
         served.check()
         return served
     return LocalModel(
-        resolve_model(section.model if section else config.model),
+        resolve_model(section.model, f"set build.{role}.model")
+        if section
+        else resolve_model(config.model),
         choose_dtype(config.dtype),
         config.max_new_tokens,
         config.batch_size,

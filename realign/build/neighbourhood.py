@@ -58,7 +58,7 @@ class EncoderModel:
     def of(cls, config: BuildConfig) -> EncoderModel:
         """What the configuration names."""
         is_own = config.encoder == OWN_ENCODER
-        folder = resolve_model(config.model if is_own else config.encoder)
+        folder = resolve_model(config.model) if is_own else resolve_model(config.encoder, "encoder")
         given = folder.name if Path(config.encoder).is_dir() else config.encoder
         name = VisionPathEncoder.name if is_own else given
         return cls(name, folder, is_own, choose_dtype(config.dtype))

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,14 @@ from realign.config import BuildConfig
 from realign.decisions import RowKey, decisions_path, read_decisions
 from realign.errors import RefusedError
 from realign.files import content_sha256, file_sha256, read_json, write_json, write_jsonl
+from realign.images import check_image_root
 from realign.modeling import load_processor, resolve_model
 from realign.numerics import numerics
 from realign.parquet import write_parquet
 from realign.problems import Problem
 from realign.progress import announce
 from realign.records import Record
-from realign.run_folder import check_out, claim, is_claimed
+from realign.run_folder import check_out, claim, is_claimed, only_run
 
 ENGLISH_LEXICON = Path(__file__).with_name("lexicon.yaml")
 REFUSALS = Path(__file__).with_name("refusals.yaml")
@@ -65,6 +66,8 @@ def build(config: BuildConfig) -> Path:
             that gave a pair, or none that the decision file keeps.
     """
     check_out(config.out)
+    _check_paths(config)
+    similarity = similarity_identity(config.similarity)
     special = tuple(Renderer(load_processor(resolve_model(config.model))).placeholders())
     lexicon_path = config.lexicon or ENGLISH_LEXICON
     rules = MaskRules(
@@ -90,49 +93,77 @@ def build(config: BuildConfig) -> Path:
         "special": sorted({*special} - {""}),
         "lexicon": file_sha256(lexicon_path),
         "refusals": file_sha256(REFUSALS),
-        "similarity": similarity_identity(config.similarity),
+        "similarity": similarity,
         "models": staging.identities(),
         "numerics": numerics(),
     }
     labels = {"images": corpus.names, "rows": [row.id for row in rows]}
     dataset = config.out / "dataset.parquet"
-    decisions = decisions_path(dataset)
-    dropped = {row for row, said in read_decisions(decisions).items() if said.decision == "drop"}
-    decided = file_sha256(decisions) if decisions.is_file() else None
+    dropped = _Dropped.of(dataset)
     is_old = is_claimed(config.out, "build", what, labels)
-    if is_old and dataset.is_file() and _is_written(config.out, decided):
+    if is_old and dataset.is_file() and _is_written(config.out, dropped):
         return dataset
-    claim(config.out, "build", what, labels)
-    write_jsonl(config.out / "rejected.jsonl", map(asdict, problems))
+    with only_run(config.out, "build"):
+        claim(config.out, "build", what, labels)
+        write_jsonl(config.out / "rejected.jsonl", map(asdict, problems))
+        _run(config, staging, rules, rows, corpus, problems, dropped)
+    return dataset
 
+
+def _run(
+    config: BuildConfig,
+    staging: Staging,
+    rules: MaskRules,
+    rows: list[SourceRow],
+    corpus: Corpus,
+    problems: Sequence[Problem],
+    dropped: _Dropped,
+) -> None:
+    """Every stage, then the dataset and, last, the counts: without them it is not finished."""
     neighbours = staging.retrieve(corpus)
     rows, unanswered = staging.annotate(rows)
     masked = staging.mask(rows, rules)
     outcomes = staging.induce(rows, masked, neighbours, unanswered)
-
     counts = funnel(
         outcomes,
         rejected=Counter(problem.code for problem in problems),
         annotated=sum(row.is_annotated for row in rows),
         excluded=neighbours.excluded,
     )
-    counts["decisions"] = {"sha256": decided, "dropped": 0}
+    by_hand = counts["decisions"] = {"sha256": dropped.digest, "dropped": 0}
     if counts["accepted"]:
         records = assemble(rows, outcomes, corpus, staging.provenance())
-        write_parquet(_undropped(records, dropped, counts["decisions"]), dataset)
-    # last: a dataset without it is not finished
+        write_parquet(_undropped(records, dropped, by_hand), config.out / "dataset.parquet")
     write_json(config.out / "funnel.json", counts)
     if not counts["accepted"]:
         raise RefusedError(
             f"source must give at least one pair, got none from {counts['rows']} rows: "
             f"{counts['dropped']}. See {config.out / 'funnel.json'}."
         )
-    if counts["decisions"]["dropped"] == counts["accepted"]:
+    if by_hand["dropped"] == counts["accepted"]:
         raise RefusedError(
-            f"{decisions} must keep at least one row, drops all {counts['accepted']}. Decide again "
-            "with `realign browse`, or remove the file."
+            f"{dropped.path} must keep at least one row, drops all {counts['accepted']}. Decide "
+            "again with `realign browse`, or remove the file."
         )
-    return dataset
+
+
+@dataclass(frozen=True)
+class _Dropped:
+    """What the decision file of a dataset drops, and the hash of the file."""
+
+    path: Path
+    digest: str | None
+    rows: set[RowKey]
+
+    @classmethod
+    def of(cls, dataset: Path) -> _Dropped:
+        path = decisions_path(dataset)
+        decisions = read_decisions(path)
+        return cls(
+            path,
+            file_sha256(path) if path.is_file() else None,
+            {row for row, said in decisions.items() if said.decision == "drop"},
+        )
 
 
 def _read(
@@ -148,23 +179,26 @@ def _read(
         image_name=config.image_name,
         extract_to=config.out / "source_images",
     )
-    _check_share(source.problems, source.num_read, config)
-    corpus, unreadable = inspect_corpus(source.rows, config.out / "images", config.workers or 0)
     problems = [*source.problems]
-    rows: list[SourceRow] = []
+    answered: list[SourceRow] = []
     for row in source.rows:
+        if row.answer or config.annotator:
+            answered.append(row)
+            continue
+        message = (
+            f"{row.place}: answer must not be empty without an annotator. Fill it in, or say who "
+            "answers with build.annotator."
+        )
+        problems.append(Problem(row.id, row.place, "answer", "empty-answer", message))
+    _check_share(problems, source.num_read, config, "; no image was decoded yet")
+    corpus, unreadable = inspect_corpus(answered, config.out / "images", config.workers or 0)
+    rows: list[SourceRow] = []
+    for row in answered:
         if row.path in unreadable:
             refused = unreadable[row.path].at(f"{row.place}, {row.image}")
             problems.append(Problem(row.id, row.place, "image", refused.code, str(refused)))
-            continue
-        if not row.answer and config.annotator is None:
-            message = (
-                f"{row.place}: answer must not be empty without an annotator. Fill it in, or say "
-                "who answers with build.annotator."
-            )
-            problems.append(Problem(row.id, row.place, "answer", "empty-answer", message))
-            continue
-        rows.append(row)
+        else:
+            rows.append(row)
     _check_share(problems, source.num_read, config)
     if problems:
         announce(
@@ -189,34 +223,47 @@ def _content(source: Path) -> str:
     )
 
 
-def _check_share(problems: Sequence[Problem], num_rows: int, config: BuildConfig) -> None:
+def _check_paths(config: BuildConfig) -> None:
+    """What can be refused before the model's libraries are loaded."""
+    if not config.source.exists():
+        raise RefusedError(
+            f"source must be a file or folder, got {config.source}, which does not exist. Check "
+            "--source."
+        )
+    if config.images is not None:
+        check_image_root(config.images)
+
+
+def _check_share(
+    problems: Sequence[Problem], num_rows: int, config: BuildConfig, note: str = ""
+) -> None:
     bad = len({problem.place for problem in problems})  # one row may give several
     if bad > config.max_reject * num_rows:
         shown = "\n".join(problem.message for problem in problems[:20])
         more = f"\n... and {len(problems) - 20} more." if len(problems) > 20 else ""
         raise RefusedError(
-            f"{bad} of {num_rows} rows of {config.source.name} are bad, allowed are "
+            f"{bad} of {num_rows} rows of {config.source.name} are bad{note}, allowed are "
             f"{config.max_reject:.2%}:\n{shown}{more}\nCorrect them, or pass --set "
             f"build.max_reject={math.ceil(1000 * bad / num_rows) / 1000} to leave them out."
         )
 
 
-def _is_written(out: Path, decided: str | None) -> bool:
+def _is_written(out: Path, dropped: _Dropped) -> bool:
     """Whether dataset.parquet is finished and made with this decision file."""
     path = out / "funnel.json"
     if not path.is_file():
         return False
     counts = read_json(path)
     rows = counts["accepted"] - counts["decisions"]["dropped"]
-    return rows > 0 and counts["decisions"]["sha256"] == decided
+    return rows > 0 and counts["decisions"]["sha256"] == dropped.digest
 
 
 def _undropped(
-    records: Iterator[Record], dropped: set[RowKey], counts: dict[str, Any]
+    records: Iterator[Record], dropped: _Dropped, counts: dict[str, Any]
 ) -> Iterator[Record]:
     """Leaves out and counts what the decision file drops."""
     for record in records:
-        if RowKey(record.id, record.key) in dropped:
+        if RowKey(record.id, record.key) in dropped.rows:
             counts["dropped"] += 1
         else:
             yield record

@@ -26,6 +26,7 @@ from realign.build.row import SourceRow
 from realign.build.stages import Annotate, Induce, Mask, Prepared
 from realign.config import BuildConfig
 from realign.engine.engine import Engine, fill_shards, make_shards
+from realign.engine.ray_data import require_ray
 from realign.engine.task import Task
 from realign.errors import RefusedError
 from realign.files import read_jsonl
@@ -76,6 +77,8 @@ class Staging:
         )
         self._encoder = EncoderModel.of(config)
         rule_of(config)  # refuses a band that no image can meet
+        if config.engine == "ray":
+            require_ray()
         if config.index != "exact":
             make_index("flat", torch.eye(2))  # says now if FAISS is missing
 

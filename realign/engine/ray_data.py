@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 from typing import Any
 
@@ -26,6 +27,18 @@ RETRIES = 3
 # Shards that an actor does before it is started anew, with all others. Only so many items are made
 # at once; loading a model is little beside so much work.
 SHARDS_AN_ACTOR = 64
+
+
+def require_ray() -> None:
+    """Refuse, before any work, to run without Ray.
+
+    Raises:
+        RefusedError: Ray is not installed.
+    """
+    if find_spec("ray") is None:
+        raise RefusedError(
+            "engine ray needs Ray. Install 'realign[pipeline,ray]' or use --engine process."
+        )
 
 
 def run_on_ray(
@@ -45,14 +58,13 @@ def run_on_ray(
         WorkerError: Actors died and died again.
         RuntimeError: The task failed; the message has its traceback.
     """
+    require_ray()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-        import ray.data
-    except ImportError:
-        raise RefusedError(
-            "engine ray needs Ray. Install 'realign[pipeline,ray]' or use --engine process."
-        ) from None
+    # it would print as an error that restarting an actor needs the arguments it was made with
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray
+    import ray.data
+
     if not ray.is_initialized():  # it stays for the next stage, and ends with this process
         _start()
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -58,13 +58,16 @@ def dataset_page(data: Path, out: Path, images: Path | None = None) -> Path:
         }
         for record in spread(records, MAX_PAIRS)
     ]
+    is_induced = any("masked" in text.meta for text in texts_of(records))
+    threshold = _threshold(folder) if is_built and is_induced else None
     page: dict[str, Any] = {
         "title": dataset_title(data),
-        "subtitle": _subtitle(folder) if is_built else "",
+        "is_induced": is_induced,
+        "subtitle": _subtitle(folder, is_induced) if is_built else "",
         "tiles": [*_tiles(facts, counts), *_decision_tiles([*decided.values()])],
         "rows": row_lines(counts) if counts else [],
         "candidates": candidate_lines(counts) if counts else [],
-        "plots": list(_plots(facts, refused, _threshold(folder) if is_built else None)),
+        "plots": list(_plots(facts, refused, threshold)),
         "examples": {reason: found for reason, found in refused.examples.items() if found},
         "pairs": pairs,
         "num_rows": len(records),
@@ -84,9 +87,9 @@ def _config(folder: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _subtitle(folder: Path) -> str:
+def _subtitle(folder: Path, is_induced: bool) -> str:
     config = _config(folder)
-    names = ("mask", "similarity", "threshold", "top_k", "seed")
+    names = ("mask", "threshold", "top_k", "seed") if is_induced else ()
     return ", ".join(f"{name} {config[name]}" for name in names if name in config)
 
 

@@ -95,7 +95,7 @@ class ClipEncoder:
         from transformers import AutoModel
 
         try:
-            folder = resolve_model(model)
+            folder = resolve_model(model, "encoder")
         except RefusedError as error:
             raise RefusedError(_of_encoder(str(error))) from None
         if not any(folder.glob("*.safetensors")):

@@ -28,6 +28,7 @@ from realign.errors import RefusedError
 from realign.generate.answer import Answer
 from realign.generate.generator import Request
 from realign.generate.transformers_generator import TransformersGenerator
+from realign.run_folder import only_run
 
 
 @pytest.fixture
@@ -412,3 +413,23 @@ def test_own_names_of_embedded_images_survive(config: BuildConfig, tmp_path: Pat
         assert record.source["image"].startswith("own-train-")
         assert record.source["retrieved_image"].startswith("own-train-")
         assert record.source["image"] != record.source["retrieved_image"]
+
+
+def test_one_build_at_a_time_writes_into_a_folder(config: BuildConfig) -> None:
+    with (
+        only_run(config.out, "build"),
+        pytest.raises(RefusedError, match="another one is running"),
+    ):
+        build(config)
+    assert not (config.out / "build.json").exists()
+    assert build(config).is_file()
+
+
+def test_paths_that_are_not_there_are_refused_before_the_model_is_looked_at(
+    config: BuildConfig,
+) -> None:
+    for name in ("source", "images"):
+        with pytest.raises(RefusedError, match=rf"{name} must be .*nothing"):
+            build(config.model_copy(update={name: Path("nothing"), "model": "./none"}))
+    with pytest.raises(RefusedError, match=r"^encoder must be .* Check --encoder\."):
+        build(config.model_copy(update={"encoder": "./none"}))

@@ -229,3 +229,10 @@ def test_plots_of_one_value() -> None:
     assert "<svg" in histogram("x", {"accepted": [0.5], "refused": []})
     assert "<svg" in compared_histogram("x", {"chosen": [3], "rejected": [3]}, "words")
     assert "<svg" in compared_histogram("x", {"chosen": [0, 5000], "rejected": [1]}, "words")
+
+
+def test_text_pairs_of_a_source_are_not_said_to_be_induced(tmp_path: Path, records) -> None:
+    write_parquet(records(3), tmp_path / "pairs.parquet")
+    text = " ".join(write_report(tmp_path / "pairs.parquet").read_text().split())
+    assert "Chosen and rejected are the source's own answers" in text
+    assert "refilled" not in text

@@ -131,3 +131,13 @@ def test_a_url_is_refused_without_a_socket(
 def test_a_colon_alone_makes_no_url(root: Path, name: str) -> None:
     (root / name).write_bytes(b"x")
     assert resolve_image(root, name, "row 3") == (root / name).resolve()
+
+
+def test_a_link_that_leaves_the_folder_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "root" / "link.png").symlink_to(tmp_path / "a.png")
+    with pytest.raises(RefusedImage, match=r"'link\.png', a link that leaves it\. Copy it there"):
+        resolve_image(tmp_path / "root", "link.png", "row 1")
+    with pytest.raises(RefusedImage, match=r"got '\.\./a\.png'\. Copy it there"):
+        resolve_image(tmp_path / "root", "../a.png", "row 1")

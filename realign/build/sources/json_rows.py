@@ -81,9 +81,15 @@ def read_lines(path: Path) -> Iterator[Found]:
     decoder = StrictDecoder()
     with path.open("rb") as file:
         number = 0
+        empty: list[Found] = []  # those at the end of a file are nobody's mistake
         while raw := file.readline(MAX_ROW):
             number += 1
             where = f"line {number}"
+            if number > 1 and not raw.strip(b" \t\r\n"):
+                empty.append(_line(decoder, raw, number, where))
+                continue
+            yield from empty
+            empty.clear()
             if len(raw) == MAX_ROW and not raw.endswith(b"\n"):
                 while (rest := file.readline(MAX_ROW)) and not rest.endswith(b"\n"):
                     pass

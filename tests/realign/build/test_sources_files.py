@@ -153,3 +153,14 @@ def test_damaged_files_give_problems_and_nothing_else(tmp_path_factory, data: An
     for row in source.rows:
         json.dumps(row.source, allow_nan=False, ensure_ascii=False).encode()
         assert row.instruction.encode()
+
+
+def test_empty_lines_at_the_end_are_nobodys_mistake(tmp_path: Path, images: Path) -> None:
+    row = json.dumps({"image": "a.jpg", "prompt": "x", "answer": "y"})
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{row}\n\n{row}\n\n \n")
+    source = read_source(path, images)
+    assert len(source.rows) == 2
+    assert [(problem.place, problem.code) for problem in source.problems] == [
+        ("rows.jsonl, line 2", "empty-line")
+    ]
