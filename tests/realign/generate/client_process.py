@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -42,6 +43,8 @@ def work(
 
 
 if __name__ == "__main__":
+    # a suite that runs in the background has it ignored, and its children inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.argv[7:] == ["pool"]:
         with ProcessPoolExecutor(1) as pool:
             print(pool.submit(work, *sys.argv[1:7]).result())  # noqa: T201
