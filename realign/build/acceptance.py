@@ -78,7 +78,7 @@ def refusal(
     """
     answer, completion = row.answer, said.text
     if said.problem:
-        return said.problem
+        return said.short_problem
     if said.is_cut:
         # half a sentence is a worse answer for a reason that has nothing to do with the image
         return CUT

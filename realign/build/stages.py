@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from realign.build.acceptance import Acceptance
-from realign.build.induction import Candidate, Outcome, induce
+from realign.build.acceptance import CUT, EMPTY, REFUSED, SPECIAL, Acceptance
+from realign.build.induction import TOO_LONG, Candidate, Outcome, induce
 from realign.build.masker import Fits, Masked, MaskRules, mask_rows
 from realign.build.models import Asked
 from realign.build.row import SourceRow
 from realign.build.similarity import Similarity, load_similarity
+from realign.build.speech import refuses
 from realign.generate.answer import Answer
 from realign.generate.generator import Generator, Request
+from realign.records import IMAGE_TOKEN
 
 T = TypeVar("T")
 
@@ -73,12 +75,13 @@ class Annotate:
 
     def _line(self, row: SourceRow, said: Answer | None) -> dict[str, str]:
         problem = (
-            "prompt longer than max_length"
+            TOO_LONG
             if said is None
-            else said.problem
-            or ("cut at max_new_tokens" if said.is_cut else "")
-            or ("" if said.text else "empty")
-            or ("special token" if any(t in said.text for t in self.special if t) else "")
+            else said.short_problem
+            or (CUT if said.is_cut else "")
+            or ("" if said.text else EMPTY)
+            or (SPECIAL if any(t in said.text for t in (*self.special, IMAGE_TOKEN) if t) else "")
+            or (REFUSED if refuses(said.text, "") else "")
         )
         return {
             "id": row.id,

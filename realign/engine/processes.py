@@ -115,7 +115,7 @@ def _serve(task: Task, parent: Connection, environment: dict[str, str], threads:
             parent.send((None, None))  # ready
             for item in _received(parent):
                 parent.send((work(item), None))
-    except Exception as error:
+    except Exception as error:  # whatever it is, the parent raises it
         parent.send((None, told(error)))
 
 

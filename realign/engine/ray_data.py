@@ -154,7 +154,7 @@ class _Actor:
         try:
             self._context = task.open()  # kept: what it holds is let go of with it
             self._work = self._context.__enter__()  # an actor ends when its process does
-        except Exception as error:
+        except Exception as error:  # the driver raises it
             self._problem = told(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -163,6 +163,6 @@ class _Actor:
         if problem is None:
             try:
                 result = self._work(boxed.value)
-            except Exception as error:
+            except Exception as error:  # the driver raises it
                 problem = told(error)
         return {"number": batch["number"], "result": [result], "error": [_Boxed(problem)]}

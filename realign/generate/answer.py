@@ -11,3 +11,8 @@ class Answer(NamedTuple):
     text: str
     is_cut: bool = False  # stopped by the limit on its length, not by an end-of-turn token
     problem: str = ""  # why this request can have no answer (a server refused it); empty normally
+
+    @property
+    def short_problem(self) -> str:
+        """The kind of problem, which can be counted; what the server said differs by request."""
+        return self.problem.partition(":")[0]

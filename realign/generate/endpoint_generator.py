@@ -184,7 +184,7 @@ class EndpointGenerator:
 
     def _answer(self, key: str) -> Answer:
         if key in self._unsent:
-            return Answer("", problem=self._unsent[key])
+            return Answer("", problem=f"image too large to send: {self._unsent[key]}")
         entry = self._journal[key]
         return read_answer(Reply(entry["status"], entry["response"]))
 

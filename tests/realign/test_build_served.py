@@ -24,6 +24,8 @@ class Server:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
+        self.annotation = "There is a dog next to a blue house."
+        self.has_room = True  # for completions
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -33,10 +35,13 @@ class Server:
                 text = next(part["text"] for part in parts if part["type"] == "text")
                 image = next(part["image_url"]["url"] for part in parts if "image_url" in part)
                 server.asked.append((text, image))
-                message = {"role": "assistant", "content": say(text)}
+                message = {"role": "assistant", "content": say(text, server.annotation)}
                 choice = {"index": 0, "message": message, "finish_reason": "stop"}
                 reply = json.dumps({"id": "1", "model": body["model"], "choices": [choice]})
-                self.send_response(200)
+                is_refused = COMPLETION_PROMPT in text and not server.has_room
+                if is_refused:
+                    reply = json.dumps({"error": {"message": f"{len(server.asked)} tokens"}})
+                self.send_response(400 if is_refused else 200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(reply)))
                 self.end_headers()
@@ -54,13 +59,13 @@ class Server:
         self._http.server_close()
 
 
-def say(text: str) -> str:
+def say(text: str, annotation: str) -> str:
     """What the model says."""
     if MASK_PROMPT in text:
         return text.rpartition("\n")[2].replace("dog", "[MASK]", 1)
     if COMPLETION_PROMPT in text:
         return text.rpartition("\n")[2].replace("[MASK]", "submarine")
-    return "There is a dog next to a blue house."
+    return annotation
 
 
 @pytest.fixture
@@ -138,3 +143,28 @@ def test_a_build_goes_without_bad_rows_where_they_are_allowed(
     problem = json.loads(line)
     assert (problem["field"], problem["code"]) == ("answer", "empty-answer")
     assert json.loads((config.out / "funnel.json").read_text())["rejected"] == {"empty-answer": 1}
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("I'm sorry, but I cannot see any image.", "no answer: refused to answer"),
+        ("An <image> of a dog.", "no answer: special token"),
+        ("", "no answer: empty"),
+    ],
+)
+def test_an_annotation_that_is_none_is_no_chosen_answer(
+    config: BuildConfig, server: Server, said: str, reason: str
+) -> None:
+    server.annotation = said
+    assert len(read_records(build(config), None)) == 7
+    assert json.loads((config.out / "funnel.json").read_text())["dropped"] == {reason: 1}
+
+
+def test_what_a_server_refuses_is_counted_by_kind(config: BuildConfig, server: Server) -> None:
+    """Its message differs by request: the numbers of tokens, for one."""
+    server.has_room = False
+    with pytest.raises(RefusedError, match="got none from 8 rows"):
+        build(config.model_copy(update={"top_k": 1}))
+    refused = json.loads((config.out / "funnel.json").read_text())["refused_candidates"]
+    assert refused == {"refused by the server": 8}
