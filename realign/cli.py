@@ -99,7 +99,8 @@ def _quiet_libraries() -> None:
 def _build_config(
     config: Path | None, overrides: list[str] | None, flags: dict[str, Any]
 ) -> BuildConfig:
-    from realign.config import BuildConfig, load_config
+    from realign.config import BuildConfig
+    from realign.config_file import load_config
 
     return load_config(BuildConfig, config, overrides or (), flags)
 
@@ -166,7 +167,8 @@ def cache(
 ) -> None:
     """Dataset and VLM -> reference log-probabilities, keyed by content."""
     with _exit_codes():
-        from realign.config import CacheConfig, load_config
+        from realign.config import CacheConfig
+        from realign.config_file import load_config
 
         options: CacheConfig = load_config(
             CacheConfig,
@@ -199,7 +201,8 @@ def train(
 ) -> None:
     """Dataset and VLM -> aligned checkpoint and metrics, with rDPO."""
     with _exit_codes():
-        from realign.config import TrainConfig, load_config
+        from realign.config import TrainConfig
+        from realign.config_file import load_config
 
         flags: dict[str, Any] = {
             "model": model,
@@ -245,7 +248,8 @@ def check(
     Exit code 1 when more rows were rejected than may be, 2 when there was nothing to check.
     """
     with _exit_codes():
-        from realign.config import CheckConfig, load_config
+        from realign.config import CheckConfig
+        from realign.config_file import load_config
 
         flags: dict[str, Any] = {"data": data, "images": images, "model": model, "out": out}
         flags |= {"eval_images": eval_images, "max_reject": max_reject, "max_length": max_length}
@@ -279,7 +283,8 @@ def evaluate(
 ) -> None:
     """Models and questions -> raw answers, POPE and CHAIR, paired differences with intervals."""
     with _exit_codes():
-        from realign.config import EvalConfig, load_config
+        from realign.config import EvalConfig
+        from realign.config_file import load_config
 
         pairs = [name.partition("=") for name in model or []]
         if bad := [name for name, separator, folder in pairs if not (separator and folder)]:

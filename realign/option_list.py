@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from realign.config import SECTIONS, inner_section
+from realign.config import SECTIONS
+from realign.config_file import inner_section
 
 WIDTH = 80
 

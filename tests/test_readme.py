@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from realign.config import SECTIONS, BuildConfig, load_config
+from realign.config import SECTIONS, BuildConfig
+from realign.config_file import load_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

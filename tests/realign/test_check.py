@@ -18,7 +18,8 @@ from realign.check.row_lengths import RowLengths
 from realign.check.run import check
 from realign.cli import app
 from realign.collate import PreferenceCollator
-from realign.config import CheckConfig, LoraSection, load_config
+from realign.config import CheckConfig, LoraSection
+from realign.config_file import load_config
 from realign.footprint import Footprint
 from realign.inspection import ImageFacts
 from realign.lora import add_adapter

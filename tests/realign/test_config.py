@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from realign.config import BuildConfig, TrainConfig, load_config
+from realign.config import BuildConfig, TrainConfig
+from realign.config_file import load_config
 from realign.errors import RefusedError
 
 NEEDED = {"model": "m", "data": Path("d"), "out": Path("o")}
