@@ -313,7 +313,7 @@ class CheckConfig(Section):
     """
     max_reject: Share = 0.0
     """Share of rows that may be rejected, such as 0.001 or 0.1%; more, and the exit code is 1."""
-    near_bits: NonNegativeInt | None = 6
+    max_hamming: NonNegativeInt | None = NEAR_DUPLICATE_BITS
     """A retrieved image whose perceptual hash (64 bits) differs from the original's in at most so
     many bits is a copy of it; null to allow copies.
     """

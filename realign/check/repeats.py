@@ -40,23 +40,23 @@ class Repeats:
             yield Problem(record.id, where, "", "duplicate-row", message)
 
 
-def near_images(row: DecodedRow, near_bits: int) -> Iterator[Problem]:
+def near_images(row: DecodedRow, max_hamming: int) -> Iterator[Problem]:
     """Retrieved images that look like their original: there is nothing to tell apart. Code:
     ``near-images``.
 
     Args:
         row: The row.
-        near_bits: Perceptual hashes that differ in at most so many bits are of copies.
+        max_hamming: Perceptual hashes that differ in at most so many bits are of copies.
     """
     for image, retrieved in zip(row.images, row.rejected_images, strict=False):
         if not isinstance(image, ImageFacts) or not isinstance(retrieved, ImageFacts):
             continue
         bits = hamming(image.perceptual_hash, retrieved.perceptual_hash)
-        if image.sha256 != retrieved.sha256 and bits <= near_bits:
+        if image.sha256 != retrieved.sha256 and bits <= max_hamming:
             where = row.record.where
             message = (
                 f"{where}: retrieved_image must look different from image, got perceptual hashes "
-                f"that differ in {bits} of 64 bits. Retrieve another image, or lower near_bits."
+                f"that differ in {bits} of 64 bits. Retrieve another image, or lower max_hamming."
             )
             yield Problem(row.record.id, where, "rejected_images", "near-images", message)
 

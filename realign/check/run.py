@@ -63,8 +63,8 @@ def check(config: CheckConfig) -> Findings:
             without += not record.rejected_images
             problems = [*content_problems(record, special), *_image_problems(row)]
             problems += repeats.problems(record)
-            if config.near_bits is not None:
-                problems += near_images(row, config.near_bits)
+            if config.max_hamming is not None:
+                problems += near_images(row, config.max_hamming)
             if model and not problems:
                 problems += model.lengths.problems(row)
             if evaluation:

@@ -265,7 +265,7 @@ def test_copies_may_be_allowed(tmp_path: Path, records) -> None:
     write_parquet([row], tmp_path / "d.parquet")
     assert not check(CheckConfig(data=tmp_path / "d.parquet")).has_passed
     config = load_config(
-        CheckConfig, None, ["check.near_bits=null"], {"data": tmp_path / "d.parquet"}
+        CheckConfig, None, ["check.max_hamming=null"], {"data": tmp_path / "d.parquet"}
     )
     assert check(config).has_passed
 

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from realign.config import BuildConfig, TrainConfig
+from realign.config import NEAR_DUPLICATE_BITS, BuildConfig, TrainConfig
 from realign.config_file import load_config
 from realign.errors import RefusedError
+from realign.perceptual_hash import NEAR_BITS
 
 NEEDED = {"model": "m", "data": Path("d"), "out": Path("o")}
 
@@ -103,3 +104,8 @@ def test_options_that_would_be_ignored_are_refused(
     path.write_text(yaml.safe_dump({"build": needed | options}))
     with pytest.raises(RefusedError, match=message):
         load_config(BuildConfig, path)
+
+
+def test_near_duplicates_are_what_the_perceptual_hash_calls_near() -> None:
+    """A number of its own, so that help need not load image libraries."""
+    assert NEAR_DUPLICATE_BITS == NEAR_BITS
