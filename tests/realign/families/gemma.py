@@ -17,6 +17,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from realign.families import CHAT_TEMPLATES
 from tests.realign.families.family import (
     TEXT,
     VISION,
@@ -31,15 +32,6 @@ from tests.realign.families.family import (
 SIDE = 56
 SQUARE = {"size": {"height": SIDE, "width": SIDE}}
 SIGLIP = SiglipVisionConfig(**{**VISION, "image_size": SIDE}, vision_use_head=False)
-# PaliGemma has none on the hub; this is what its processor writes around image, prompt and answer
-PALIGEMMA = (
-    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
-    "{{ message['content'][0]['text'] + eos_token }}{% else %}"
-    "{% for content in message['content'] if content['type'] == 'image' %}<image>{% endfor %}"
-    "{{ bos_token }}"
-    "{% for content in message['content'] if content['type'] == 'text' %}{{ content['text'] }}"
-    "{% endfor %}{{ '\n' }}{% endif %}{% endfor %}"
-)
 
 
 def gemma3() -> Family:
@@ -75,12 +67,12 @@ def gemma3() -> Family:
 
 def _paligemma(text: type, **options: object) -> Family:
     tokenizer = make_tokenizer(
-        bos="<bos>", adds_bos=False, eos_token="<eos>", pad_token="<pad>",
+        bos="<bos>", adds_bos=True, eos_token="<eos>", pad_token="<pad>",
         named={"image_token": "<image>"},
     )  # fmt: skip
     image_processor = SiglipImageProcessorPil(**SQUARE)
     image_processor.image_seq_length = 16
-    processor = PaliGemmaProcessor(image_processor, tokenizer, chat_template=PALIGEMMA)
+    processor = PaliGemmaProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATES["PaliGemmaProcessor"])
     config = PaliGemmaConfig(
         text_config=text(**TEXT, **token_ids(tokenizer), **options),
         vision_config=SIGLIP,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.realign.families import gemma, idefics, internvl, janus, llava, llava_onevision, qwen_vl
+from tests.realign.families import gemma, hybrid, idefics, internvl, janus, llava, llava_onevision, qwen_vl
 from tests.realign.families.family import Family
 
 FAMILIES: dict[str, Callable[[], Family]] = {
@@ -22,7 +22,11 @@ FAMILIES: dict[str, Callable[[], Family]] = {
     "smolvlm": idefics.smolvlm,
     "gemma-3": gemma.gemma3,
     "paligemma": gemma.paligemma,
+}
+# whose answers cannot share a prefix
+SEPARATE: dict[str, Callable[[], Family]] = {
     "paligemma-2": gemma.paligemma2,
+    "qwen3.5": hybrid.qwen3_5,
 }
 # variants that only change which positions see which
 SLIDING: dict[str, Callable[[], Family]] = {

@@ -1,0 +1,71 @@
+"""What a family of models needs beyond the general rule, by the name of its processor's class or
+its model type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+# Token type of an answer where the model tells tokens apart by type: PaliGemma sees those of type 0
+# in both directions.
+ANSWER_TOKEN_TYPE = {"PaliGemmaProcessor": 1}
+# where the first token stands, if not at 0
+FIRST_POSITION = {"paligemma": 1}
+# Of processors that have none on the hub. PaliGemma's own puts these tokens around a prompt.
+CHAT_TEMPLATES = {
+    "PaliGemmaProcessor": (
+        "{% for message in messages %}{% for part in message['content'] if part['type'] == 'image' "
+        "%}<image>{% endfor %}{% if loop.first %}{{ bos_token }}{% endif %}"
+        "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}"
+        "{% endfor %}{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
+    )
+}
+
+
+def process(
+    processor: Any,
+    texts: Sequence[str],
+    images: Sequence[Sequence[Image.Image]] | None,
+    *,
+    add_special_tokens: bool,
+) -> dict[str, Any]:
+    """Call a processor on templated texts, which keep every token that the template wrote.
+
+    Args:
+        processor: The model's processor.
+        texts: Templated, an image token where an image stands.
+        images: Of every text; None where none has any.
+        add_special_tokens: Whether the tokenizer adds its own.
+    Returns:
+        Tensors, texts padded on the right.
+    """
+    options = {
+        "padding": True,
+        "padding_side": "right",
+        "add_special_tokens": add_special_tokens,
+        "return_tensors": "pt",
+    }
+    if type(processor).__name__ != "PaliGemmaProcessor":
+        return dict(processor(text=[*texts], images=images, **options))
+    # PaliGemma's puts a beginning of sequence behind the images and a newline behind all, also
+    # behind those of the template, and refuses a text without images.
+    pictures = [image for row in images or () for image in row]
+    token = processor.image_token
+    expanded = [text.replace(token, token * processor.image_seq_length) for text in texts]
+    inputs = dict(processor.tokenizer(expanded, return_token_type_ids=True, **options))
+    if pictures:
+        inputs |= processor.image_processor(pictures, return_tensors="pt")
+    return inputs
+
+
+def image_token_id(processor: Any) -> int | None:
+    """The token in whose place the model puts a feature of an image: not always the one that stands
+    for an image in a template (Gemma-3).
+    """
+    token = next(iter(getattr(processor, "image_token_ids", ())), None)
+    if token is None:
+        token = processor.tokenizer.convert_tokens_to_ids(getattr(processor, "image_token", ""))
+    return token
