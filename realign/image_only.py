@@ -43,7 +43,11 @@ def load_image_only(folder: Path) -> Any:
     """
     config = AutoConfig.from_pretrained(folder)
     processor_class = image_only(PROCESSOR_MAPPING[type(config)])
-    parts = [AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), None]
+    parts = [
+        AutoImageProcessor.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+        None,
+    ]
     options, _ = processor_class.get_processor_dict(folder)
     options.pop("video_processor", None)
     processor = processor_class.from_args_and_dict(parts, options)

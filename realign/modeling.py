@@ -14,7 +14,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from realign.errors import RefusedError
+from realign.families import CHAT_TEMPLATES
 from realign.files import file_sha256
+from realign.image_only import load_image_only
 from realign.preference_forward import attach_preference_forward
 
 VISION_MODULES = ("vision_tower", "vision_model", "visual", "vision_encoder")
@@ -168,8 +170,13 @@ def load_processor(folder: Path) -> Any:
     """
     if not (folder / "processor_config.json").is_file() and is_adapter(folder):
         folder = _resolve_base(folder)
-    processor = AutoProcessor.from_pretrained(folder)
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+    except ImportError:  # torchvision, which only videos need
+        processor = load_image_only(folder)
     if not getattr(processor, "chat_template", None):
+        processor.chat_template = CHAT_TEMPLATES.get(type(processor).__name__)
+    if not processor.chat_template:
         raise RefusedError(
             f"{folder} must have a chat template, has none. Add chat_template.jinja to the folder."
         )

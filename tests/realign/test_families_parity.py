@@ -116,20 +116,20 @@ def test_recomputed_layers_see_what_they_saw(name: str) -> None:
 @pytest.mark.parametrize("name", SHARED)
 def test_gradients_of_adapters_agree(name: str) -> None:
     family = attached(name, torch.float32)
-    adapted = add_adapter(
-        family.model, rank=4, alpha=8, targets="all-linear", freeze_vision=True
-    )
+    adapted = add_adapter(family.model, rank=4, alpha=8, targets="all-linear", freeze_vision=True)
     tower, _ = vision_module(family.model)
     adapters = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
     assert adapters
-    assert not [n for n in adapters if tower in n or "lora_" not in n]
+    # Qwen's projector is inside its tower
+    assert not [n for n in adapters if tower in n and "merger" not in n]
     with torch.no_grad():
         for parameter in adapters.values():  # B begins at 0, and A without a gradient
             parameter.copy_(0.3 * torch.randn_like(parameter))
     family = Family(adapted, family.processor)
     logps, grads = step(family, 3, shared=True)
     expected_logps, expected_grads = step(family, 3, shared=False)
-    assert grads.keys() == adapters.keys()  # none that no answer depends on
+    # all that answers depend on; Janus also draws
+    assert grads.keys() == {n for n in adapters if "generation_" not in n and "vqmodel" not in n}
     torch.testing.assert_close(logps, expected_logps, atol=TOKEN, rtol=SUM)
     assert_same_gradients(grads, expected_grads, 1e-5)
 

@@ -59,7 +59,11 @@ def build(model_class: type, config: Any, processor: ProcessorMixin) -> Family:
 
 
 def make_tokenizer(
-    *special: str, bos: str | None = None, adds_bos: bool = False, named: dict[str, str], **options: Any
+    *special: str,
+    bos: str | None = None,
+    adds_bos: bool = False,
+    named: dict[str, str],
+    **options: Any,
 ) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with a family's special tokens.
 

@@ -72,7 +72,9 @@ def _paligemma(text: type, **options: object) -> Family:
     )  # fmt: skip
     image_processor = SiglipImageProcessorPil(**SQUARE)
     image_processor.image_seq_length = 16
-    processor = PaliGemmaProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATES["PaliGemmaProcessor"])
+    processor = PaliGemmaProcessor(
+        image_processor, tokenizer, chat_template=CHAT_TEMPLATES["PaliGemmaProcessor"]
+    )
     config = PaliGemmaConfig(
         text_config=text(**TEXT, **token_ids(tokenizer), **options),
         vision_config=SIGLIP,

@@ -12,7 +12,15 @@ from transformers import (
     LlamaConfig,
 )
 
-from tests.realign.families.family import TEXT, VISION, WIDTH, Family, build, make_tokenizer, token_ids
+from tests.realign.families.family import (
+    TEXT,
+    VISION,
+    WIDTH,
+    Family,
+    build,
+    make_tokenizer,
+    token_ids,
+)
 
 # of deepseek-community/Janus-Pro-1B: the answer's end is left open
 TEMPLATE = (

@@ -85,7 +85,9 @@ def llava_1_5() -> Family:
 
 def _llava_next(text: type, template: str, **text_options: Any) -> Family:
     processor = _processor(
-        LlavaNextProcessor, LlavaNextImageProcessorPil(**VIEW, image_grid_pinpoints=PINPOINTS), template
+        LlavaNextProcessor,
+        LlavaNextImageProcessorPil(**VIEW, image_grid_pinpoints=PINPOINTS),
+        template,
     )
     config = _config(LlavaNextConfig, processor, text, image_grid_pinpoints=PINPOINTS)
     for name, value in text_options.items():
@@ -111,7 +113,9 @@ def llava_1_6_mistral_sliding() -> Family:
 def llava_1_6_single_view() -> Family:
     """LLaVA-1.6 as the paper's authors train it: one padded square view, no newline token."""
     processor = _processor(
-        LlavaProcessor, LlavaImageProcessorPil(**VIEW, do_pad=True), published_template("llava_next")
+        LlavaProcessor,
+        LlavaImageProcessorPil(**VIEW, do_pad=True),
+        published_template("llava_next"),
     )
     config = _config(LlavaConfig, processor, MistralConfig)
     config.text_config.sliding_window = None

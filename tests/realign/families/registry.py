@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.realign.families import gemma, hybrid, idefics, internvl, janus, llava, llava_onevision, qwen_vl
+from tests.realign.families import (
+    gemma,
+    hybrid,
+    idefics,
+    internvl,
+    janus,
+    llava,
+    llava_onevision,
+    qwen_vl,
+)
 from tests.realign.families.family import Family
 
 FAMILIES: dict[str, Callable[[], Family]] = {
