@@ -31,6 +31,7 @@ def process(
     images: Sequence[Sequence[Image.Image]] | None,
     *,
     add_special_tokens: bool,
+    padding_side: str = "right",
 ) -> dict[str, Any]:
     """Call a processor on templated texts, which keep every token that the template wrote.
 
@@ -39,12 +40,13 @@ def process(
         texts: Templated, an image token where an image stands.
         images: Of every text; None where none has any.
         add_special_tokens: Whether the tokenizer adds its own.
+        padding_side: Where shorter texts are padded.
     Returns:
-        Tensors, texts padded on the right.
+        Tensors.
     """
     options = {
         "padding": True,
-        "padding_side": "right",
+        "padding_side": padding_side,
         "add_special_tokens": add_special_tokens,
         "return_tensors": "pt",
     }

@@ -9,15 +9,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import transformers
 from transformers import PROCESSOR_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers.utils import is_torchvision_available
 
+from realign.errors import RefusedError
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 VIDEO_FILES = ("video_preprocessor_config.json", "preprocessor_config.json")
 
 
 def image_only(processor_class: type) -> Any:
     """A processor class without its video part. What it makes of images and text is the same."""
 
-    class ImageOnly(processor_class):
+    class ImageOnly(processor_class):  # type: ignore[valid-type,misc]
         video_config: dict[str, Any] | None = None
         # SmolVLM asks for these whenever it fills a template
         video_processor = SimpleNamespace(num_frames=None, fps=None)
@@ -35,31 +40,51 @@ def image_only(processor_class: type) -> Any:
     return ImageOnly
 
 
-def load_image_only(folder: Path) -> Any:
-    """Load a processor without its video part.
+def load_without_videos(folder: Path) -> Any | None:
+    """Load a processor without its video part; None where it has none, or torchvision is there.
 
     Raises:
-        KeyError: transformers knows no processor of this model.
+        RefusedError: It needs another package, too.
     """
-    config = AutoConfig.from_pretrained(folder)
-    processor_class = image_only(PROCESSOR_MAPPING[type(config)])
-    parts = [
-        AutoImageProcessor.from_pretrained(folder),
-        AutoTokenizer.from_pretrained(folder),
-        None,
-    ]
+    processor_class = _processor_class(folder)
+    if (
+        is_torchvision_available()
+        or processor_class is None
+        or "video_processor" not in processor_class.get_attributes()
+    ):
+        return None
+    processor_class = image_only(processor_class)
+    parts = [AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)]
     options, _ = processor_class.get_processor_dict(folder)
     options.pop("video_processor", None)
-    processor = processor_class.from_args_and_dict(parts, options)
+    try:
+        processor = processor_class.from_args_and_dict([*parts, None], options)
+    except ImportError as error:  # SmolVLM's, which spells numbers of frames
+        raise RefusedError(
+            f"{folder} must have all that its processor needs: {' '.join(str(error).split())}"
+        ) from None
     processor.video_config = _video_config(folder)
     return processor
 
 
+def _processor_class(folder: Path) -> Any | None:
+    for name in PROCESSOR_FILES:
+        if (folder / name).is_file():
+            found = json.loads((folder / name).read_text(encoding="utf-8")).get("processor_class")
+            if found:
+                return getattr(transformers, found, None)
+    if not (folder / "config.json").is_file():
+        return None
+    return PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(folder)))
+
+
 def _video_config(folder: Path) -> dict[str, Any] | None:
     path = folder / "processor_config.json"
-    if path.is_file() and (found := json.loads(path.read_text()).get("video_processor")):
-        return found
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8")).get("video_processor")
+        if found:
+            return dict(found)
     for name in VIDEO_FILES:
         if (folder / name).is_file():
-            return json.loads((folder / name).read_text())
+            return dict(json.loads((folder / name).read_text(encoding="utf-8")))
     return None

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from realign.errors import RefusedError
 from realign.families import CHAT_TEMPLATES
 from realign.files import file_sha256
-from realign.image_only import load_image_only
+from realign.image_only import load_without_videos
 from realign.preference_forward import attach_preference_forward
 
 VISION_MODULES = ("vision_tower", "vision_model", "visual", "vision_encoder")
@@ -144,7 +144,8 @@ def load_model(
     model, found = AutoModelForImageTextToText.from_pretrained(
         folder,
         dtype=dtype,
-        attn_implementation="sdpa",
+        # SDPA but where a part cannot: PaliGemma 2 bounds its attention scores
+        attn_implementation=None,
         use_safetensors=True,
         output_loading_info=True,
     )
@@ -170,10 +171,7 @@ def load_processor(folder: Path) -> Any:
     """
     if not (folder / "processor_config.json").is_file() and is_adapter(folder):
         folder = _resolve_base(folder)
-    try:
-        processor = AutoProcessor.from_pretrained(folder)
-    except ImportError:  # torchvision, which only videos need
-        processor = load_image_only(folder)
+    processor = load_without_videos(folder) or AutoProcessor.from_pretrained(folder)
     if not getattr(processor, "chat_template", None):
         processor.chat_template = CHAT_TEMPLATES.get(type(processor).__name__)
     if not processor.chat_template:
