@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.utils import is_torchvision_available
 
 from realign.demo.world import DESCRIBE, KINDS, question
+from realign.image_only import image_only
 
 VOCABULARY = 300
 WIDTH = 32
@@ -123,3 +126,13 @@ def published_template(name: str) -> str:
     assert spec.origin is not None
     path = Path(spec.origin).parent / "chat_templates" / f"{name}.jinja"
     return path.read_text(encoding="utf-8")
+
+
+def with_videos(
+    kind: type, image_processor: Any, tokenizer: Any, video: str, **options: Any
+) -> ProcessorMixin:
+    """A processor that takes videos too, where torchvision is; without that part elsewhere."""
+    if is_torchvision_available():
+        video_processor = getattr(transformers, video)()
+        return kind(image_processor, tokenizer, video_processor, **options)
+    return image_only(kind)(image_processor, tokenizer, None, **options)

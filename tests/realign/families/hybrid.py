@@ -9,19 +9,28 @@ from transformers import (
     Qwen3VLProcessor,
 )
 
-from realign.image_only import image_only
-from tests.realign.families.family import TEXT, WIDTH, Family, build, published_template, token_ids
+from tests.realign.families.family import (
+    TEXT,
+    WIDTH,
+    Family,
+    build,
+    published_template,
+    token_ids,
+    with_videos,
+)
 from tests.realign.families.qwen_vl import make_qwen_tokenizer
 
 
 def qwen3_5() -> Family:
     """Qwen3.5: three layers in four carry a state from token to token instead of attending."""
     tokenizer = make_qwen_tokenizer()
-    processor = image_only(Qwen3VLProcessor)(
+    processor = with_videos(
+        Qwen3VLProcessor,
         Qwen2VLImageProcessorPil(
             patch_size=16, size={"shortest_edge": 4 * 32**2, "longest_edge": 9 * 32**2}
         ),
         tokenizer,
+        "Qwen3VLVideoProcessor",
         chat_template=published_template("qwen3_vl"),
     )
     config = Qwen3_5Config(

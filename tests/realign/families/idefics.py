@@ -17,7 +17,6 @@ from transformers import (
 )
 from transformers.models.smolvlm import processing_smolvlm
 
-from realign.image_only import image_only
 from tests.realign.families.family import (
     TEXT,
     VISION,
@@ -26,6 +25,7 @@ from tests.realign.families.family import (
     make_tokenizer,
     published_template,
     token_ids,
+    with_videos,
 )
 
 SIDE = 56  # 16 patches, a quarter of them after the pixel shuffle
@@ -72,10 +72,11 @@ def idefics3() -> Family:
 
 def smolvlm() -> Family:
     """SmolVLM2."""
-    processor = image_only(SmolVLMProcessor)(
+    processor = with_videos(
+        SmolVLMProcessor,
         SmolVLMImageProcessorPil(**TILES),
         _tokenizer("<|im_start|>"),
-        None,
+        "SmolVLMVideoProcessor",
         image_seq_len=4,
         chat_template=published_template("smolvlm"),
     )

@@ -11,8 +11,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from realign.image_only import image_only
-from tests.realign.families.family import TEXT, VISION, Family, build, token_ids
+from tests.realign.families.family import TEXT, VISION, Family, build, token_ids, with_videos
 from tests.realign.families.qwen_vl import make_qwen_tokenizer
 
 # of OpenGVLab/InternVL3-1B-hf
@@ -34,11 +33,13 @@ def internvl() -> Family:
         start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
         video_token="<video>",
     )  # fmt: skip
-    processor = image_only(InternVLProcessor)(
+    processor = with_videos(
+        InternVLProcessor,
         GotOcr2ImageProcessorPil(
             size={"height": SIDE, "width": SIDE}, crop_to_patches=True, max_patches=3
         ),
         tokenizer,
+        "InternVLVideoProcessor",
         image_seq_length=4,
         chat_template=TEMPLATE,
     )

@@ -11,8 +11,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from realign.image_only import image_only
-from tests.realign.families.family import TEXT, VISION, Family, build, token_ids
+from tests.realign.families.family import TEXT, VISION, Family, build, token_ids, with_videos
 from tests.realign.families.qwen_vl import make_qwen_tokenizer
 
 # of llava-hf/llava-onevision-qwen2-7b-ov-hf: a turn writes "assistant " and a newline before the
@@ -39,11 +38,13 @@ PINPOINTS = [[SIDE * rows, SIDE * columns] for rows in (1, 2, 3) for columns in 
 def llava_onevision() -> Family:
     """LLaVA-OneVision."""
     tokenizer = make_qwen_tokenizer(image_token="<image>", video_token="<video>")
-    processor = image_only(LlavaOnevisionProcessor)(
+    processor = with_videos(
+        LlavaOnevisionProcessor,
         LlavaOnevisionImageProcessorPil(
             size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=PINPOINTS
         ),
         tokenizer,
+        "LlavaOnevisionVideoProcessor",
         num_image_tokens=4,
         vision_feature_select_strategy="full",
         vision_aspect_ratio="anyres_max_4",

@@ -17,7 +17,6 @@ from transformers import (
     Qwen3VLProcessor,
 )
 
-from realign.image_only import image_only
 from tests.realign.families.family import (
     TEXT,
     WIDTH,
@@ -26,6 +25,7 @@ from tests.realign.families.family import (
     make_tokenizer,
     published_template,
     token_ids,
+    with_videos,
 )
 
 
@@ -40,11 +40,13 @@ def make_qwen_tokenizer(**named: str) -> Any:
 
 def _processor(kind: type, template: str, patch_size: int) -> Any:
     merged = (2 * patch_size) ** 2  # pixels a token
-    return image_only(kind)(
+    return with_videos(
+        kind,
         Qwen2VLImageProcessorPil(
             patch_size=patch_size, size={"shortest_edge": 4 * merged, "longest_edge": 9 * merged}
         ),
         make_qwen_tokenizer(),
+        f"{'Qwen3' if kind is Qwen3VLProcessor else 'Qwen2'}VLVideoProcessor",
         chat_template=published_template(template),
     )
 
