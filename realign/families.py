@@ -9,6 +9,8 @@ from typing import Any
 
 from PIL import Image
 
+from realign.errors import RefusedError
+
 # Token type of an answer where the model tells tokens apart by type: PaliGemma sees those of type 0
 # in both directions.
 ANSWER_TOKEN_TYPE = {"PaliGemmaProcessor": 1}
@@ -23,6 +25,24 @@ CHAT_TEMPLATES = {
         "{% endfor %}{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
     )
 }
+# What a family sees in both directions, which flash-attention's causal kernel would not: by itself
+# transformers drops that part of the mask.
+SEEN_BOTH_WAYS = {"gemma3": "images", "paligemma": "prompts"}
+
+
+def refuse_flash(model: Any) -> None:
+    """Refuse flash-attention where it would score another model.
+
+    Raises:
+        RefusedError: The family needs a mask of its own.
+    """
+    attention = model.config.get_text_config()._attn_implementation or ""
+    seen = SEEN_BOTH_WAYS.get(model.config.model_type)
+    if seen and "flash" in attention:
+        raise RefusedError(
+            f"attention must be sdpa for {type(model).__name__}, which sees {seen} in both "
+            f"directions, got {attention}. Drop that option."
+        )
 
 
 def process(

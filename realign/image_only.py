@@ -22,7 +22,7 @@ VIDEO_FILES = ("video_preprocessor_config.json", "preprocessor_config.json")
 def image_only(processor_class: type) -> Any:
     """A processor class without its video part. What it makes of images and text is the same."""
 
-    class ImageOnly(processor_class):  # type: ignore[valid-type,misc]
+    class ImageOnly(processor_class):
         video_config: dict[str, Any] | None = None
         # SmolVLM asks for these whenever it fills a template
         video_processor = SimpleNamespace(num_frames=None, fps=None)
