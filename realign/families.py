@@ -89,5 +89,7 @@ def image_token_id(processor: Any) -> int | None:
     """
     token = next(iter(getattr(processor, "image_token_ids", ())), None)
     if token is None:
+        token = getattr(processor.tokenizer, "image_token_id", None)
+    if token is None:
         token = processor.tokenizer.convert_tokens_to_ids(getattr(processor, "image_token", ""))
     return token
