@@ -196,6 +196,9 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the order of rows.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and say what would be, then stop.")
+    ] = False,
     config: Config = None,
     set_: Overrides = None,
 ) -> None:
@@ -216,7 +219,8 @@ def train(
         options: TrainConfig = load_config(TrainConfig, config, set_ or (), flags)
         from realign.train import train as run
 
-        typer.echo(f"checkpoint -> {run(options)}")
+        checkpoint = run(options, dry_run=dry_run)
+        typer.echo(f"checkpoint {'would be' if dry_run else '->'} {checkpoint}")
 
 
 @app.command(cls=SectionCommand)

@@ -18,8 +18,10 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from realign.collate import PreferenceCollator
 from realign.files import write_json, write_jsonl, write_text
-from realign.modeling import disable_dropout, vision_module
+from realign.model_parts import freeze_parts, frozen_parts
+from realign.modeling import disable_dropout
 from realign.objectives import make_objective
+from realign.optimizer_groups import give_projector_its_rate
 from realign.progress import Progress
 from realign.records import Record
 from realign_kernels import RdpoOutput
@@ -45,6 +47,13 @@ class RDPOConfig(TrainingArguments):
         default="label", metadata={"help": "label, or top_non_label (the authors' code)"}
     )
     freeze_vision: bool = field(default=True, metadata={"help": "leave the vision tower as it is"})
+    freeze_projector: bool = field(default=False, metadata={"help": "leave the projector as it is"})
+    freeze_language: bool = field(
+        default=False, metadata={"help": "leave the language model and its head as they are"}
+    )
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "of the projector; learning_rate by default"}
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "longest row in tokens; longer is an error"}
     )
@@ -79,6 +88,7 @@ class RDPOTrainer(Trainer):
             :func:`realign.cache.read_cache`; C at least the objective's number of cells.
     Raises:
         ValueError: The reference lacks a record, or the objective is unknown.
+        RefusedError: Nothing is left to train, or no projector for ``projector_learning_rate``.
     """
 
     args: RDPOConfig
@@ -104,8 +114,14 @@ class RDPOTrainer(Trainer):
                 f"reference must have every record, lacks {len(missing)}, first: row {missing[0]}."
             )
         disable_dropout(model)
-        if args.freeze_vision:
-            vision_module(model)[1].requires_grad_(False)
+        freeze_parts(
+            model,
+            frozen_parts(
+                vision=args.freeze_vision,
+                projector=args.freeze_projector,
+                language=args.freeze_language,
+            ),
+        )
         # metric -> sum and weight since the last line; part of every checkpoint
         self._sums: dict[str, tuple[float, float]] = {}
         super().__init__(
@@ -120,6 +136,14 @@ class RDPOTrainer(Trainer):
         )
         # the loss is a mean over pairs, not over label tokens
         self.model_accepts_loss_kwargs = False
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer, with groups of the projector's own where it has a learning rate."""
+        is_new, rate = self.optimizer is None, self.args.projector_learning_rate
+        optimizer = super().create_optimizer(model)
+        if is_new and rate is not None:
+            give_projector_its_rate(optimizer, model or self.model, rate)
+        return optimizer
 
     def compute_loss(
         self,
