@@ -226,19 +226,6 @@ class LoraSection(Section):
     """
 
 
-class TrainLoraSection(LoraSection):
-    """Low-rank adapters, and what trains or is stored otherwise beside them."""
-
-    train_projector: bool = False
-    """Train the projector's own weights, in float32, instead of an adapter on it; they are saved
-    with the adapter.
-    """
-    quantization: Literal["nf4"] | None = None
-    """``nf4`` keeps the language model's weights in 4 bits (QLoRA); needs a GPU and bitsandbytes.
-    The references are computed with the same weights.
-    """
-
-
 class TrainConfig(Section):
     """``realign train``: rDPO on a dual-preference dataset.
 
@@ -290,8 +277,16 @@ class TrainConfig(Section):
     """AdamW's."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradient clipping; 0 switches it off."""
-    lora: TrainLoraSection | None = None
+    lora: LoraSection | None = None
     """Train adapters instead of the weights; the paper does, with rank 128 and alpha 256."""
+    train_projector: bool = False
+    """With lora, train the projector's own weights, in float32, instead of an adapter on it; they
+    are saved with the adapter.
+    """
+    quantization: Literal["nf4"] | None = None
+    """With lora, ``nf4`` keeps the language model's weights in 4 bits (QLoRA), for the references
+    too; needs a GPU and bitsandbytes.
+    """
     freeze_vision: bool = True
     """Leave the vision tower as it is."""
     freeze_projector: bool = False
@@ -330,10 +325,15 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check_parts(self) -> TrainConfig:
-        trained_in_full = self.lora is not None and self.lora.train_projector
+        for option, is_set in (
+            ("train_projector", self.train_projector),
+            ("quantization", self.quantization is not None),
+        ):
+            if is_set and self.lora is None:
+                raise ValueError(f"{option} is set without lora, which it is a part of. Add lora")
         for option, is_set in (
             ("projector_learning_rate", self.projector_learning_rate is not None),
-            ("lora.train_projector", trained_in_full),
+            ("train_projector", self.train_projector),
         ):
             if is_set and self.freeze_projector:
                 raise ValueError(f"{option} is set while freeze_projector is. Drop one of them")

@@ -53,7 +53,7 @@ def add_adapter(
     projectors = [name for name, _ in projector_modules(model)] if train_projector else []
     if train_projector and not projectors:
         raise RefusedError(
-            f"lora.train_projector must not be set for {type(model).__name__}, which has no "
+            f"train_projector must not be set for {type(model).__name__}, which has no "
             "projector. Drop it."
         )
     lora = LoraConfig(

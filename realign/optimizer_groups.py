@@ -26,7 +26,7 @@ def check_projector_rate(model: nn.Module, rate: float | None) -> None:
     if rate is not None and not trains_projector(model):
         raise RefusedError(
             f"projector_learning_rate must be set only where the projector trains, got {rate}. Set "
-            "lora.train_projector, name its layers in lora.targets, or drop it."
+            "train_projector, name its layers in lora.targets, or drop it."
         )
 
 

@@ -85,7 +85,7 @@ def _prepare(model: Any, config: TrainConfig, *, is_adapted: bool) -> Any:
             rank=config.lora.r,
             alpha=config.lora.alpha,
             targets=config.lora.targets,
-            train_projector=config.lora.train_projector,
+            train_projector=config.train_projector,
             **frozen,
         )
     elif is_adapted:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from realign.acceleration import check_acceleration, quantized_weights
 from realign.build.lengths import position_limit
 from realign.check.memory import micro_step_bytes
 from realign.check.row_lengths import RowLengths
@@ -61,8 +61,17 @@ def preflight(
     """
     model_config = load_model_config(folder)
     # cheap first: a wrong option need not wait for every row
+    dtype = torch.bfloat16 if config.autocast else weights_dtype(config)
+    check_acceleration(
+        attention=config.attention,
+        liger=config.liger,
+        quantization=config.quantization,
+        dtype=dtype,
+    )
     model = outline_policy(config, folder)
-    _check_memory(model)
+    quantized = quantized_weights(model) if config.quantization else set()
+    said, held = footprint(model, quantized), Footprint.of(model, quantized).total
+    _check_memory(held, said)
     lengths = check_rows(
         records,
         processor,
@@ -73,8 +82,8 @@ def preflight(
     lines = [
         _say_rows(lengths),
         _say_steps(config, len(records)),
-        footprint(model),
-        *_say_memory(config, model_config, model, lengths),
+        said,
+        *_say_memory(config, model_config, lengths, dtype, held),
     ]
     return Preflight(lengths, tuple(lines))
 
@@ -106,23 +115,21 @@ def _say_steps(config: TrainConfig, num_records: int) -> str:
     return text
 
 
-def _check_memory(model: nn.Module) -> None:
-    """Weights, gradients and optimizer state are exact, so what they exceed cannot hold them."""
-    needed = Footprint.of(model).total
+def _check_memory(held: int, said: str) -> None:
+    """What weights, gradients and optimizer state exceed cannot hold them."""
     if _is_sharded():
         return
     where, available = _device_memory()
-    if needed > available:
+    if held > available:
         raise RefusedError(
-            f"training must fit into {size(available)} of {where}, got {footprint(model)}. Use "
-            "lora (with lora.quantization: nf4 if need be), or shard over more processes."
+            f"training must fit into {size(available)} of {where}, got {said}. Use "
+            "lora (with quantization: nf4 if need be), or shard over more processes."
         )
 
 
 def _say_memory(
-    config: TrainConfig, model_config: Any, model: nn.Module, lengths: RowLengths
+    config: TrainConfig, model_config: Any, lengths: RowLengths, dtype: torch.dtype, held: int
 ) -> Iterator[str]:
-    dtype = torch.bfloat16 if config.autocast else weights_dtype(config)
     activations = micro_step_bytes(
         model_config,
         dtype,
@@ -132,7 +139,7 @@ def _say_memory(
     if activations is None:
         return
     where, available = _device_memory()
-    needed = Footprint.of(model).total + activations
+    needed = held + activations
     verdict = ""
     if not _is_sharded():
         verdict = f"; {where} has {size(available)}"
@@ -165,4 +172,4 @@ def _device_memory() -> tuple[str, int]:
 def announce_preflight(found: Preflight) -> None:
     """Print the summary."""
     for line in found.lines:
-        announce(f"preflight: {line}")
+        announce(line)
