@@ -9,10 +9,11 @@ from typing import Any
 
 from realign.check.decoding import sized_row
 from realign.check.row_lengths import RowLengths
-from realign.collate import Renderer
+from realign.collate import PreferenceCollator
 from realign.errors import RefusedError
 from realign.progress import Progress, announce
 from realign.records import Record, check_records, refuse_problems
+from realign.rendering import Renderer
 from realign_kernels import Objective
 
 
@@ -36,6 +37,8 @@ def check_rows(
         RefusedError: Naming the rows.
     """
     check_records(records, Renderer(processor).placeholders())
+    # one that alters texts alters every one
+    PreferenceCollator(processor, cells).check_processor(records[0])
     lengths = RowLengths(processor, {}, cells)
     problems: list[str] = []
     with Progress("check lengths", len(records)) as progress:
