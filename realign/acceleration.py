@@ -15,8 +15,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from realign.errors import RefusedError
-from realign.model_parts import PROJECTOR_MODULES, part_of
-from realign.modeling import VISION_MODULES
+from realign.model_parts import PROJECTOR_MODULES, VISION_MODULES, part_of
 
 # option value -> the package that it needs
 _PACKAGES = {"flash": "flash-attn", "liger": "liger-kernel", "nf4": "bitsandbytes"}

@@ -295,6 +295,8 @@ class TrainConfig(Section):
     """Leave the language model and its head as they are."""
     gradient_checkpointing: bool = False
     """Trade a second forward for activation memory."""
+    shared_prefix: bool | None = None
+    """Compute image and prompt once for both answers of a pair; null: where the model can."""
     attention: Literal["sdpa", "flash"] = "sdpa"
     """``flash`` is flash-attention 2, which needs its package, a GPU and bfloat16."""
     liger: bool = False

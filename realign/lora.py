@@ -45,11 +45,11 @@ def add_adapter(
     """
     from peft import LoraConfig, get_peft_model
 
-    frozen = frozen_parts(
-        vision=freeze_vision, projector=freeze_projector, language=freeze_language
+    excluded = parts_pattern(
+        frozen_parts(vision=freeze_vision, projector=freeze_projector, language=freeze_language)
     )
     # peft overlooks a name that matches nothing, as long as another matches something
-    _check_targets(model, targets, parts_pattern(frozen))
+    _check_targets(model, targets, excluded)
     projectors = [name for name, _ in projector_modules(model)] if train_projector else []
     if train_projector and not projectors:
         raise RefusedError(
@@ -61,7 +61,8 @@ def add_adapter(
         lora_alpha=alpha,
         lora_dropout=0.0,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        exclude_modules=parts_pattern(frozen),
+        # it warns of a pattern that matches nothing
+        exclude_modules=excluded if _any_matches(model, excluded) else None,
         modules_to_save=projectors or None,
     )
     with quiet_peft():
@@ -98,6 +99,10 @@ def _to_float32(
 
 def _to_dtype(dtype: torch.dtype) -> Any:
     return lambda module, args, output: output.to(dtype)
+
+
+def _any_matches(model: nn.Module, pattern: str) -> bool:
+    return any(re.fullmatch(pattern, name) for name, _ in model.named_modules())
 
 
 def _check_targets(model: nn.Module, targets: str | Sequence[str], excluded: str) -> None:

@@ -13,9 +13,9 @@ from typing import Literal
 from torch import nn
 
 from realign.errors import RefusedError
-from realign.modeling import VISION_MODULES
 
 Part = Literal["vision", "projector", "language", "unused"]
+VISION_MODULES = ("vision_tower", "vision_model", "visual", "vision_encoder")
 PROJECTOR_MODULES = (
     "multi_modal_projector",  # LLaVA, InternVL, Gemma-3, PaliGemma
     "image_newline",  # LLaVA-1.6, OneVision: a parameter beside the projector

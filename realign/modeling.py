@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
+from realign import acceleration
 from realign.errors import RefusedError
 from realign.files import file_sha256
+from realign.model_parts import VISION_MODULES
 from realign.preference_forward import attach_preference_forward
 
-VISION_MODULES = ("vision_tower", "vision_model", "visual", "vision_encoder")
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 
 
@@ -118,9 +119,11 @@ def load_model(
     trainable_adapter: bool = False,
     name: str | None = None,
     scoring: bool = True,
+    attention: str = "sdpa",
+    liger: bool = False,
+    quantization: str | None = None,
 ) -> PreTrainedModel:
-    """Load a VLM, or an adapter on its base, with SDPA attention and dropout off. No remote code
-    is run.
+    """Load a VLM, or an adapter on its base, with dropout off. No remote code is run.
 
     Args:
         folder: From :func:`resolve_model`.
@@ -129,12 +132,22 @@ def load_model(
         name: What adapters trained on the model call it; a hub id is good on other machines too.
         scoring: Whether it will score answers; a model that only speaks need not be one of those
             whose logits are understood.
+        attention: ``sdpa`` or ``flash``.
+        liger: Whether its layers are Liger's.
+        quantization: ``nf4`` for 4-bit weights. See :mod:`realign.acceleration` for the three.
     """
     if is_adapter(folder):
         from peft import PeftModel
 
-        base_name = adapter_base(folder)
-        base = load_model(_resolve_base(folder), dtype, name=base_name, scoring=scoring)
+        base = load_model(
+            _resolve_base(folder),
+            dtype,
+            name=adapter_base(folder),
+            scoring=scoring,
+            attention=attention,
+            liger=liger,
+            quantization=quantization,
+        )
         with quiet_peft():
             return PeftModel.from_pretrained(base, folder, is_trainable=trainable_adapter)
     if not any(folder.glob("*.safetensors")):
@@ -142,9 +155,10 @@ def load_model(
     model, found = AutoModelForImageTextToText.from_pretrained(
         folder,
         dtype=dtype,
-        attn_implementation="sdpa",
+        attn_implementation=acceleration.ATTENTION_IMPLEMENTATIONS[attention],
         use_safetensors=True,
         output_loading_info=True,
+        **acceleration.quantization_arguments(quantization, dtype),
     )
     if lacking := sorted([*found["missing_keys"], *found["mismatched_keys"]]):
         raise RefusedError(
@@ -154,6 +168,8 @@ def load_model(
     if name:
         model.name_or_path = model.config._name_or_path = name
     disable_dropout(model)
+    if liger:
+        acceleration.use_liger_layers(model)
     if scoring:
         attach_preference_forward(model)
     return model

@@ -40,7 +40,13 @@ def load_policy(config: TrainConfig, folder: Path) -> Any:
         RefusedError: The folder lacks weights, or the options fit no part of the model.
     """
     model: Any = load_model(
-        folder, weights_dtype(config), trainable_adapter=True, name=lasting_name(config.model)
+        folder,
+        weights_dtype(config),
+        trainable_adapter=True,
+        name=lasting_name(config.model),
+        attention=config.attention,
+        liger=config.liger,
+        quantization=config.quantization,
     )
     model = _prepare(model, config, is_adapted=is_adapter(folder))
     if config.gradient_checkpointing:

@@ -48,6 +48,7 @@ def training_arguments(config: TrainConfig, num_records: int) -> RDPOConfig:
         freeze_projector=config.freeze_projector,
         freeze_language=config.freeze_language,
         projector_learning_rate=config.projector_learning_rate,
+        shared_prefix=config.shared_prefix,
         max_length=config.max_length,
         num_train_epochs=config.epochs,
         per_device_train_batch_size=config.batch_size,
