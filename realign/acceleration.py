@@ -7,6 +7,8 @@ None of it has run on a GPU in this project yet; docs/training.md says what was 
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,72 +19,91 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from realign.errors import RefusedError
 from realign.model_parts import PROJECTOR_MODULES, VISION_MODULES, part_of
 
-# option value -> the package that it needs
-_PACKAGES = {"flash": "flash-attn", "liger": "liger-kernel", "nf4": "bitsandbytes"}
-_MODULES = {"flash": "flash_attn", "liger": "liger_kernel", "nf4": "bitsandbytes"}
-# transformers' names
-ATTENTION_IMPLEMENTATIONS = {"sdpa": "sdpa", "flash": "flash_attention_2"}
+# option value -> the package that it needs, and its module
+_PACKAGES = {
+    "flash": ("flash-attn", "flash_attn"),
+    "liger": ("liger-kernel", "liger_kernel"),
+    "nf4": ("bitsandbytes", "bitsandbytes"),
+}
+_ATTENTIONS = {"sdpa": "sdpa", "flash": "flash_attention_2"}  # transformers' names
 
 
-def check_acceleration(
-    *, attention: str, liger: bool, quantization: str | None, dtype: torch.dtype
-) -> None:
-    """Refuse what this machine cannot do.
+@dataclass(frozen=True)
+class Acceleration:
+    """How a model computes beside the dtype of its weights. Policy and reference must not differ
+    in it.
 
-    Args:
-        attention: ``sdpa`` or ``flash``.
-        liger: Whether Liger's layers are wanted.
-        quantization: ``nf4`` or None.
-        dtype: That the model computes in.
-    Raises:
-        RefusedError: A package or a GPU is missing, or the dtype does not fit.
+    Attributes:
+        attention: ``sdpa``, or ``flash`` for flash-attention 2.
+        liger: Whether the layers of the body are Liger's.
+        quantization: ``nf4`` for 4-bit weights of the language model, or None.
+        autocast: Whether products are computed in bfloat16 over weights in float32.
     """
-    wanted = {
-        "flash": ("attention: flash", attention == "flash"),
-        "liger": ("liger: true", liger),
-        "nf4": ("quantization: nf4", quantization == "nf4"),
-    }
-    for name, (option, is_wanted) in wanted.items():
-        if is_wanted and find_spec(_MODULES[name]) is None:
+
+    attention: str = "sdpa"
+    liger: bool = False
+    quantization: str | None = None
+    autocast: bool = False
+
+    def check(self, dtype: torch.dtype) -> None:
+        """Refuse what this machine cannot do.
+
+        Args:
+            dtype: Of the weights.
+        Raises:
+            RefusedError: A package or a GPU is missing, or the dtype does not fit.
+        """
+        wanted = {
+            "flash": ("attention: flash", self.attention == "flash"),
+            "liger": ("liger: true", self.liger),
+            "nf4": ("quantization: nf4", self.quantization == "nf4"),
+        }
+        for name, (option, is_wanted) in wanted.items():
+            if not is_wanted:
+                continue
+            package, module = _PACKAGES[name]
+            if find_spec(module) is None:
+                raise RefusedError(
+                    f"{option} must have the package {package}, which is not installed. Install "
+                    f"it (pip install {package}), or drop the option."
+                )
+            if not torch.cuda.is_available():
+                raise RefusedError(
+                    f"{option} must have a GPU, got a machine without one. Drop the option."
+                )
+        if self.attention == "flash" and dtype == torch.float32 and not self.autocast:
             raise RefusedError(
-                f"{option} must have the package {_PACKAGES[name]}, which is not installed. "
-                f"Install it (pip install {_PACKAGES[name]}), or drop the option."
+                "attention: flash must compute in bfloat16, got float32. Use lora or autocast, or "
+                "drop it."
             )
-        if is_wanted and not torch.cuda.is_available():
-            raise RefusedError(
-                f"{option} must have a GPU, got a machine without one. Drop the option."
+
+    def loading(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What ``from_pretrained`` takes for it.
+
+        Args:
+            dtype: Of the weights that are not quantised, and of products with those that are.
+        """
+        options: dict[str, Any] = {"attn_implementation": _ATTENTIONS[self.attention]}
+        if self.quantization is not None:
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=self.quantization,
+                bnb_4bit_use_double_quant=True,  # as QLoRA does
+                bnb_4bit_compute_dtype=dtype,
+                bnb_4bit_quant_storage=dtype,  # FSDP shards tensors of one dtype together
+                # small and sensitive: only the language model's layers are in 4 bits
+                llm_int8_skip_modules=["lm_head", *VISION_MODULES, *PROJECTOR_MODULES],
             )
-    if attention == "flash" and dtype == torch.float32:
-        raise RefusedError(
-            "attention: flash must compute in bfloat16, got float32. Use lora or autocast, or "
-            "drop it."
-        )
+        return options
 
-
-def quantization_arguments(quantization: str | None, dtype: torch.dtype) -> dict[str, Any]:
-    """What ``from_pretrained`` takes for 4-bit weights: those of the language model's layers alone,
-    as the head, the vision tower and the projector are small and sensitive.
-
-    Args:
-        quantization: ``nf4`` (with double quantisation, as QLoRA), or None for nothing.
-        dtype: That products are computed in.
-    """
-    if quantization is None:
-        return {}
-    return {
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype,  # as FSDP needs it, which shards by dtype
-            llm_int8_skip_modules=["lm_head", *VISION_MODULES, *PROJECTOR_MODULES],
-        )
-    }
+    def casting(self) -> AbstractContextManager[Any]:
+        """Within it, products are computed as they are in training; identities say so."""
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.autocast(kind, torch.bfloat16) if self.autocast else nullcontext()
 
 
 def quantized_weights(model: Any) -> set[str]:
-    """Names of the weights of a model's outline that ``quantization_arguments`` has in 4 bits."""
+    """Names of the weights of a model's outline that :class:`Acceleration` has in 4 bits."""
     head = model.get_output_embeddings()
     return {
         f"{name}.weight"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
-from realign import acceleration
+from realign.acceleration import Acceleration, use_liger_layers
 from realign.errors import RefusedError
 from realign.files import file_sha256
 from realign.model_parts import VISION_MODULES
@@ -119,9 +119,7 @@ def load_model(
     trainable_adapter: bool = False,
     name: str | None = None,
     scoring: bool = True,
-    attention: str = "sdpa",
-    liger: bool = False,
-    quantization: str | None = None,
+    acceleration: Acceleration | None = None,
 ) -> PreTrainedModel:
     """Load a VLM, or an adapter on its base, with dropout off. No remote code is run.
 
@@ -132,10 +130,9 @@ def load_model(
         name: What adapters trained on the model call it; a hub id is good on other machines too.
         scoring: Whether it will score answers; a model that only speaks need not be one of those
             whose logits are understood.
-        attention: ``sdpa`` or ``flash``.
-        liger: Whether its layers are Liger's.
-        quantization: ``nf4`` for 4-bit weights. See :mod:`realign.acceleration` for the three.
+        acceleration: How it computes; as transformers does with SDPA attention by default.
     """
+    acceleration = acceleration or Acceleration()
     if is_adapter(folder):
         from peft import PeftModel
 
@@ -144,9 +141,7 @@ def load_model(
             dtype,
             name=adapter_base(folder),
             scoring=scoring,
-            attention=attention,
-            liger=liger,
-            quantization=quantization,
+            acceleration=acceleration,
         )
         with quiet_peft():
             return PeftModel.from_pretrained(base, folder, is_trainable=trainable_adapter)
@@ -155,10 +150,9 @@ def load_model(
     model, found = AutoModelForImageTextToText.from_pretrained(
         folder,
         dtype=dtype,
-        attn_implementation=acceleration.ATTENTION_IMPLEMENTATIONS[attention],
         use_safetensors=True,
         output_loading_info=True,
-        **acceleration.quantization_arguments(quantization, dtype),
+        **acceleration.loading(dtype),
     )
     if lacking := sorted([*found["missing_keys"], *found["mismatched_keys"]]):
         raise RefusedError(
@@ -168,8 +162,8 @@ def load_model(
     if name:
         model.name_or_path = model.config._name_or_path = name
     disable_dropout(model)
-    if liger:
-        acceleration.use_liger_layers(model)
+    if acceleration.liger:
+        use_liger_layers(model)
     if scoring:
         attach_preference_forward(model)
     return model

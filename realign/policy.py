@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
+from realign.acceleration import Acceleration
 from realign.config import TrainConfig
 from realign.errors import RefusedError
 from realign.lora import add_adapter, train_saved_modules_in_float32
@@ -33,6 +34,11 @@ def weights_dtype(config: TrainConfig) -> torch.dtype:
     return choose_dtype(config.dtype)
 
 
+def acceleration_of(config: TrainConfig) -> Acceleration:
+    """How the policy computes, and its reference."""
+    return Acceleration(config.attention, config.liger, config.quantization, config.autocast)
+
+
 def load_policy(config: TrainConfig, folder: Path) -> Any:
     """Load the model with its weights and make ready what trains of it.
 
@@ -44,9 +50,7 @@ def load_policy(config: TrainConfig, folder: Path) -> Any:
         weights_dtype(config),
         trainable_adapter=True,
         name=lasting_name(config.model),
-        attention=config.attention,
-        liger=config.liger,
-        quantization=config.quantization,
+        acceleration=acceleration_of(config),
     )
     model = _prepare(model, config, is_adapted=is_adapter(folder))
     if config.gradient_checkpointing:

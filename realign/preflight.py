@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from realign.acceleration import check_acceleration, quantized_weights
+from realign.acceleration import quantized_weights
 from realign.build.lengths import position_limit
 from realign.check.memory import micro_step_bytes
 from realign.check.row_lengths import RowLengths
@@ -23,7 +23,7 @@ from realign.engine.memory import usable_memory
 from realign.errors import RefusedError
 from realign.footprint import Footprint, footprint, size
 from realign.modeling import load_model_config
-from realign.policy import outline_policy, weights_dtype
+from realign.policy import acceleration_of, outline_policy, weights_dtype
 from realign.progress import announce
 from realign.records import Record
 from realign.training_arguments import num_steps, num_warmup_steps, pairs_per_step, world_size
@@ -62,12 +62,7 @@ def preflight(
     model_config = load_model_config(folder)
     # cheap first: a wrong option need not wait for every row
     dtype = torch.bfloat16 if config.autocast else weights_dtype(config)
-    check_acceleration(
-        attention=config.attention,
-        liger=config.liger,
-        quantization=config.quantization,
-        dtype=dtype,
-    )
+    acceleration_of(config).check(weights_dtype(config))
     model = outline_policy(config, folder)
     quantized = quantized_weights(model) if config.quantization else set()
     said, held = footprint(model, quantized), Footprint.of(model, quantized).total

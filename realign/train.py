@@ -22,7 +22,7 @@ from realign.files import follow_umask, write_text
 from realign.model_card import adapter_card
 from realign.modeling import adapter_base, is_adapter, load_processor, quiet_peft, resolve_model
 from realign.objectives import make_objective
-from realign.policy import load_policy, weights_dtype
+from realign.policy import acceleration_of, load_policy, weights_dtype
 from realign.preflight import announce_preflight, preflight
 from realign.records import Record
 from realign.run_folder import check_out, claim, is_claimed
@@ -56,9 +56,13 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
     records = read_kept_records(config.data, config.images)
     processor = load_processor(folder)
     found = preflight(config, folder, records, processor, cells=cells)
-    identity = reference_identity(
-        folder, cells=cells, rejected_scoring=config.rejected_scoring, dtype=weights_dtype(config)
-    )
+    with acceleration_of(config).casting():
+        identity = reference_identity(
+            folder,
+            cells=cells,
+            rejected_scoring=config.rejected_scoring,
+            dtype=weights_dtype(config),
+        )
     checkpoint = config.out / "checkpoint"
     rows = [_RowSummary.of(record) for record in records]  # once: it may read them from the disk
     what = {
@@ -82,7 +86,8 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
         return checkpoint
     if reference is None:
         # known by its content, so the folder stays free while the model may be refused
-        reference = _build_reference(config, folder, records, identity)
+        with acceleration_of(config).casting():
+            reference = _build_reference(config, folder, records, identity)
 
     set_seed(config.seed)
     model = load_policy(config, folder)
