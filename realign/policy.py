@@ -73,6 +73,7 @@ def outline_policy(config: TrainConfig, folder: Path) -> nn.Module:
 
             adapter = PeftConfig.from_pretrained(str(folder))
             adapter.inference_mode = False
+            model.name_or_path = adapter.base_model_name_or_path  # else peft says it was renamed
             with quiet_peft():
                 model = get_peft_model(model, adapter)
         return _prepare(model, config, is_adapted=is_adapter(folder))
