@@ -25,6 +25,8 @@ from realign.errors import RefusedError
 from realign.progress import Progress
 from realign.records import Record
 
+PIXEL_INTERVAL = 256  # rows for one whose pixels are compared in training
+
 
 def fill(
     records: Sequence[Record],
@@ -85,6 +87,7 @@ def build_cache(
     batch_size: int,
     shard_size: int,
     max_length: int | None = None,
+    shared_prefix: bool | None = None,
 ) -> Path:
     """Compute what is missing with a model's folder, as :func:`fill`, and return the identity's
     folder.
@@ -97,6 +100,7 @@ def build_cache(
         dtype,
         batch_size,
         max_length=max_length,
+        shared_prefix=shared_prefix,
         device=ranks.device,
     )
     return fill(records, root, scoring, scoring.identity(), shard_size=shard_size, ranks=ranks)
@@ -172,6 +176,9 @@ def _write(
                 if progress:
                     progress.advance(len(indices))
             rows = Rows.concat(parts, scorer.scoring.cells)
+            for index in range(0, len(rows), PIXEL_INTERVAL):
+                record = records[missing[start + index]]
+                rows.pixel_digest[index] = scorer.pixel_digests(record)
             write_shard(work.place, rows, identity_sha256(work.identity), number)
 
 

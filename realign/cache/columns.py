@@ -7,6 +7,7 @@ were computed again.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,8 @@ def import_columns(data: Path, model: str, out: Path) -> Path:
     identity["numerics"] = {"imported": ", ".join(COLUMNS[: logps.shape[1]])}
     place = identity_folder(out, identity)
     reader = RowReader(load_processor(folder), scoring.cells)
-    rows = Rows.concat(
-        [reader.read([record]).with_logps(logps[[index]]) for index, record in enumerate(records)],
-        scoring.cells,
-    )
+    rows = Rows.concat([reader.read([record])[1] for record in records], scoring.cells)
+    rows = replace(rows, logps=np.where(rows.num_tokens > 0, logps, 0.0))
     with building(place):
         work = Workshop.open(place, identity, repairs=True)
         work.add(rows)

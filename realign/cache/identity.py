@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForImageTextToText
 
 from realign.files import canonical_json, content_sha256
-from realign.modeling import load_processor, model_identity
+from realign.modeling import load_model_config, load_processor, model_identity
 from realign.numerics import numerics, version_of
+from realign.packing import Layout
+from realign.shared_prefix import why_not_shared
 from realign_kernels import describe_backends
 
 SCHEMA = 3
+ATTENTION = "sdpa"  # what load_model asks for
 Identity = dict[str, Any]
 PACKAGES = ("realign", "numpy", "safetensors", "triton", "flash-attn", "liger-kernel")
 
@@ -29,8 +33,7 @@ def reference_identity(
     cells: int,
     rejected_scoring: str,
     dtype: torch.dtype,
-    attention: str = "sdpa",
-    shared_prefix: bool = False,
+    shared_prefix: bool | None = None,
 ) -> Identity:
     """Everything outside a row that its reference log-probabilities depend on.
 
@@ -39,9 +42,10 @@ def reference_identity(
         cells: How many of chosen, text_rejected, image_rejected, both_rejected are scored.
         rejected_scoring: ``label`` or ``top_non_label``.
         dtype: Of the weights.
-        attention: Name of the attention implementation.
-        shared_prefix: Whether the answers of a pair stand behind one prefix.
+        shared_prefix: Whether the answers of a pair stand behind one prefix; None where the model
+            can.
     """
+    layout = row_layout(folder, shared_prefix)
     processor = load_processor(folder)
     ours = numerics()
     packages = ours.pop("packages")
@@ -59,9 +63,9 @@ def reference_identity(
         "numerics": {
             "dtype": str(dtype).removeprefix("torch."),
             "autocast": _autocast(),
-            "attention": attention,
-            "rows": "shared prefix" if shared_prefix else "separate",
-            "padding": "none" if shared_prefix else "right, to the longest row",
+            "attention": ATTENTION,
+            "rows": layout,
+            "padding": "none" if layout == "shared prefix" else "right, to the longest row",
             # the same configuration is another class, with other pixels, where torchvision is
             "processor": type(processor).__name__,
             "image_processor": type(getattr(processor, "image_processor", None)).__name__,
@@ -72,6 +76,19 @@ def reference_identity(
             "packages": packages | {name: version_of(name) for name in PACKAGES},
         },
     }
+
+
+def row_layout(folder: Path, shared_prefix: bool | None = None) -> Layout:
+    """The layout that :func:`realign.shared_prefix.choose_layout` will choose for a model, known
+    without its weights.
+    """
+    if shared_prefix is False:
+        return "separate"
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(
+            load_model_config(folder), attn_implementation=ATTENTION
+        )
+    return "shared prefix" if why_not_shared(model) is None else "separate"
 
 
 def _autocast() -> str:

@@ -11,6 +11,12 @@ import torch
 from torch import Tensor
 
 from realign.cache.shards import Rows
+from realign.collate import PreferenceCollator
+from realign.errors import RefusedError
+from realign.records import Record
+
+CELL_NAMES = ("chosen", "text_rejected", "image_rejected", "both_rejected")
+REBUILD = "Run `realign cache` again, into another --out; nothing of this step was trained on."
 
 
 @dataclass(frozen=True)
@@ -98,8 +104,39 @@ class CacheReference(Mapping[str, Tensor]):
         return [digest.tobytes() for digest in self._rows.token_digest[self._position(key)]]
 
     def pixel_digests(self, key: str) -> list[bytes]:
-        """Of a row's original and retrieved images; zeros where they were not taken."""
+        """Of a row's original and retrieved images; zeros where they were not
+        taken."""
         return [digest.tobytes() for digest in self._rows.pixel_digest[self._position(key)]]
+
+    def check_inputs(
+        self, collator: PreferenceCollator, record: Record, digests: Sequence[bytes]
+    ) -> None:
+        """Refuse a row that is fed to the model in another way than when its values were computed;
+        a ``watch`` of :class:`realign.collate.PreferenceCollator`. Tokens and labels of every row
+        are compared, pixels of one in 256.
+
+        Raises:
+            RefusedError: Naming the row and what differs.
+        """
+        position = self._position(record.key)
+        for cell, digest in enumerate(digests):
+            if digest != self._rows.token_digest[position, cell].tobytes():
+                raise RefusedError(
+                    f"{record.where}: the tokens or labels of its {CELL_NAMES[cell]} are not those "
+                    f"that its cached log-probability was computed from. {REBUILD}"
+                )
+        if self.acceptance is not None:
+            return  # other versions may decode other last bits; the probe has seen what they do
+        for number, retrieved in enumerate((False, True)):
+            stored = self._rows.pixel_digest[position, number]
+            if stored.any() and collator.pixel_digest(record, retrieved=retrieved) != (
+                stored.tobytes()
+            ):
+                raise RefusedError(
+                    f"{record.where}: the pixels of its {'retrieved' if retrieved else 'original'} "
+                    "image are not those that its cached log-probability was computed from. "
+                    f"{REBUILD}"
+                )
 
     def positions(self, keys: Sequence[str]) -> np.ndarray:
         """Positions of many keys, int64, -1 where one is not here."""

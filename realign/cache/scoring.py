@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from accelerate.utils import send_to_device
 
 from realign.cache.identity import Identity, reference_identity
 from realign.cache.shards import Rows
 from realign.collate import PreferenceCollator
 from realign.modeling import load_model, load_processor
 from realign.records import Record
-from realign.row_digest import DIGEST_BYTES, token_digest
+from realign.shared_prefix import choose_layout
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class Scoring:
         rejected_scoring: ``label`` or ``top_non_label``.
         dtype: Of the weights.
         batch_size: Pairs in one forward.
-        max_length: Longest row in tokens; a longer one is refused.
-        shared_prefix: Whether the answers of a pair stand behind one prefix.
+        max_length: Longest sequence in tokens; a longer one is refused.
+        shared_prefix: Whether the answers of a pair stand behind one prefix; None where the model
+            can.
         device: Where.
     """
 
@@ -39,7 +41,7 @@ class Scoring:
     dtype: torch.dtype
     batch_size: int
     max_length: int | None = None
-    shared_prefix: bool = False
+    shared_prefix: bool | None = None
     device: torch.device | str = "cpu"
 
     def identity(self) -> Identity:
@@ -57,63 +59,98 @@ class Scoring:
         return Scorer(self)
 
 
+class RowReader:
+    """Collates records and keeps what is known of a row without the model.
+
+    Args:
+        processor: The model's processor.
+        cells: Values a row.
+        max_length: Longest sequence in tokens.
+        shared_prefix: Layout.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        cells: int,
+        max_length: int | None = None,
+        *,
+        shared_prefix: bool = False,
+    ) -> None:
+        self._digests: list[list[int]] = []
+        self.collator = PreferenceCollator(
+            processor, cells, max_length=max_length, shared_prefix=shared_prefix, watch=self._keep
+        )
+
+    def _keep(
+        self, collator: PreferenceCollator, record: Record, digests: Sequence[bytes]
+    ) -> None:
+        self._digests.append([byte for digest in digests for byte in digest])
+
+    def read(self, records: Sequence[Record]) -> tuple[dict[str, Any], Rows]:
+        """Return the model's inputs and the rows, log-probabilities and pixel digests zero.
+
+        Raises:
+            RefusedError: A sequence is longer than ``max_length``.
+        """
+        self._digests.clear()
+        batch = self.collator(records)
+        del batch["ids"]
+        shape = (len(records), self.collator.cells)
+        rows = Rows(
+            key=np.array([list(bytes.fromhex(record.key)) for record in records], np.uint8),
+            logps=np.zeros(shape),
+            num_tokens=np.array(batch["num_tokens"], np.int32).T.copy(),
+            token_digest=np.array(self._digests, np.uint8).reshape(*shape, 16),
+            pixel_digest=np.zeros((len(records), 2, 16), np.uint8),
+        )
+        return batch, rows
+
+
 class Scorer:
     """Scores records with the reference model, in evaluation mode and without gradients."""
 
     def __init__(self, scoring: Scoring) -> None:
         self.scoring = scoring
-        self.model = load_model(scoring.folder, scoring.dtype).to(scoring.device).eval()
-        self.processor = load_processor(scoring.folder)
+        self._model = load_model(scoring.folder, scoring.dtype).to(scoring.device).eval()
+        processor = load_processor(scoring.folder)
+        shares = choose_layout(self._model, scoring.shared_prefix) == "shared prefix"
+        self._batches, self._alone = (
+            RowReader(processor, scoring.cells, scoring.max_length, shared_prefix=shared)
+            for shared in (shares, False)
+        )
 
     def score(self, records: Sequence[Record]) -> Rows:
         """Score one batch as training will feed it.
 
         Raises:
             FloatingPointError: A log-probability is not finite; the message names the row.
-            RefusedError: A row is longer than ``max_length``.
+            RefusedError: A sequence is longer than ``max_length``.
         """
-        return self._score(records, shared_prefix=self.scoring.shared_prefix)
+        return self._score(self._batches, records)
 
     def score_alone(self, record: Record) -> Rows:
         """Score one record with a row of its own for every cell."""
-        return self._score([record], shared_prefix=False)
+        return self._score(self._alone, [record])
+
+    def pixel_digests(self, record: Record) -> np.ndarray:
+        """What the processor makes of the original and of the retrieved images, ``(2, 16)``."""
+        collator = self._alone.collator
+        digests = [collator.pixel_digest(record, retrieved=retrieved) for retrieved in (False, True)]
+        return np.array([list(digest) for digest in digests], np.uint8)
 
     @torch.inference_mode()
-    def _score(self, records: Sequence[Record], *, shared_prefix: bool) -> Rows:
-        scoring = self.scoring
-        collator = PreferenceCollator(self.processor, scoring.cells, max_length=scoring.max_length)
-        batch = collator(records)
-        ids = batch.pop("ids")
-        tokens, pixels = _digests(batch, collator, records)
-        # no reference of its own: zeros say how many cells there are
-        batch["ref_logps"] = torch.zeros(scoring.cells, len(records))
-        inputs = {
-            name: value.to(scoring.device) if isinstance(value, Tensor) else value
-            for name, value in batch.items()
-        }
-        output = self.model(**inputs, rejected_scoring=scoring.rejected_scoring)
+    def _score(self, reader: RowReader, records: Sequence[Record]) -> Rows:
+        batch, rows = reader.read(records)
+        output = self._model(
+            **send_to_device(batch, self.scoring.device),
+            rejected_scoring=self.scoring.rejected_scoring,
+        )
         bad = ~torch.isfinite(output.logps).all(dim=0)
         if bad.any():
+            record = records[int(bad.nonzero()[0])]
             raise FloatingPointError(
-                f"reference log-probabilities of row {ids[int(bad.nonzero()[0])]} must be finite, "
-                f"got {output.logps[:, bad][:, 0].tolist()}. Nothing of its shard was stored."
+                f"reference log-probabilities of row {record.id} must be finite, got "
+                f"{output.logps[:, bad][:, 0].tolist()}. Nothing of its shard was stored."
             )
-        return Rows(
-            key=np.array([list(bytes.fromhex(record.key)) for record in records], np.uint8),
-            logps=output.logps.double().T.cpu().contiguous().numpy(),
-            num_tokens=output.num_tokens.int().T.cpu().contiguous().numpy(),
-            token_digest=tokens,
-            pixel_digest=pixels,
-        )
-
-
-def _digests(batch, collator, records):
-    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["preference_labels"]
-    tokens = np.zeros((len(records), collator.cells, DIGEST_BYTES), np.uint8)
-    for row in range(len(ids)):
-        cell, pair = divmod(row, len(records))
-        scored = labels[row][labels[row] != -100]
-        if len(scored):
-            start = int((labels[row] != -100).nonzero()[0]) + 1
-            tokens[pair, cell] = list(token_digest(ids[row, :start], scored))
-    return tokens, np.zeros((len(records), 2, DIGEST_BYTES), np.uint8)
+        return replace(rows, logps=output.logps.double().T.cpu().contiguous().numpy())

@@ -74,6 +74,9 @@ class Arithmetic:
         self.scored += [record.id for record in records]
         return rows_of(records)
 
+    def pixel_digests(self, record: Record) -> np.ndarray:
+        return rows_of([record]).pixel_digest[0]
+
     def score_alone(self, record: Record) -> Rows:
         return rows_of([record])
 
