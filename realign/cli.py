@@ -278,6 +278,13 @@ def train(
     cache: Annotated[
         Path | None, typer.Option(help="Folder of `realign cache`; computed if not given.")
     ] = None,
+    accept_numerics: Annotated[
+        bool | None,
+        typer.Option(
+            "--accept-numerics",
+            help="Use a cache of another machine or of imported values if 64 rows agree.",
+        ),
+    ] = None,
     objective: Annotated[
         str | None, typer.Option(help="rdpo, dpo, mdpo, symmetric or sft.")
     ] = None,
@@ -298,6 +305,7 @@ def train(
             "images": images,
             "out": out,
             "cache": cache,
+            "accept_numerics": accept_numerics,
             "objective": objective,
         }
         flags |= {"learning_rate": learning_rate, "epochs": epochs, "seed": seed}

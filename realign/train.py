@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import PrinterCallback, set_seed
 
-from realign.cache import Identity, build_cache, read_cache, reference_identity
+from realign.cache import CacheReference, Ranks, Scoring, fill, read_cache
 from realign.check.rows import announce_missing_images, check_rows
 from realign.config import TrainConfig
 from realign.dataset import read_kept_records
 from realign.errors import RefusedError
-from realign.files import follow_umask, write_text
+from realign.files import follow_umask, write_json, write_text
 from realign.footprint import footprint
 from realign.lora import add_adapter
 from realign.model_card import adapter_card
@@ -64,9 +63,15 @@ def train(config: TrainConfig) -> Path:
     records = read_kept_records(config.data, config.images)
     processor = load_processor(folder)
     check_rows(records, processor, cells=cells, max_length=config.max_length)
-    identity = reference_identity(
-        folder, cells=cells, rejected_scoring=config.rejected_scoring, dtype=_dtype(config)
+    scoring = Scoring(
+        folder,
+        cells,
+        config.rejected_scoring,
+        _dtype(config),
+        batch_size=max(config.batch_size, 4),
+        max_length=config.max_length,
     )
+    identity = scoring.identity()
     checkpoint = config.out / "checkpoint"
     rows = [_RowSummary.of(record) for record in records]  # once: it may read them from the disk
     what = {
@@ -84,9 +89,15 @@ def train(config: TrainConfig) -> Path:
     announce_missing_images(sum(not row.has_retrieved for row in rows), len(rows), objective)
     # its own cache is known by its content, so the folder stays free while the model may be refused
     reference = (
-        read_cache(config.cache, records, identity)
+        read_cache(
+            config.cache,
+            records,
+            identity,
+            num_cells=objective.num_cells,
+            accepting=scoring.load if config.accept_numerics else None,
+        )
         if config.cache
-        else _build_reference(config, folder, records, identity)
+        else _build_reference(config.out / "cache", records, scoring)
     )
 
     set_seed(config.seed)
@@ -107,6 +118,8 @@ def train(config: TrainConfig) -> Path:
         (enable or model.gradient_checkpointing_enable)()
         model.enable_input_require_grads()
     claim(config.out, "train", what, labels)
+    if reference.acceptance is not None:
+        write_json(config.out / "accepted_numerics.json", reference.acceptance)
     trainer = RDPOTrainer(
         model,
         _arguments(config, len(records)),
@@ -179,21 +192,9 @@ def _objective(config: TrainConfig) -> Objective:
     )
 
 
-def _build_reference(
-    config: TrainConfig, folder: Path, records: Sequence[Record], identity: Identity
-) -> dict[str, Tensor]:
-    root = config.out / "cache"
-    build_cache(
-        records,
-        folder,
-        root,
-        cells=identity["semantics"]["cells"],
-        rejected_scoring=config.rejected_scoring,
-        dtype=_dtype(config),
-        batch_size=max(config.batch_size, 4),
-        shard_size=1024,
-        max_length=config.max_length,
-    )
+def _build_reference(root: Path, records: Sequence[Record], scoring: Scoring) -> CacheReference:
+    identity = scoring.identity()
+    fill(records, root, scoring, identity, shard_size=1024, ranks=Ranks())
     return read_cache(root, records, identity)
 
 

@@ -10,13 +10,14 @@ A row is found by its content, never by its position, so order, filtering and re
 dataset do not matter. docs/cache.md says what is promised.
 """
 
-from realign.cache.build import build_cache
+from realign.cache.build import build_cache, fill
 from realign.cache.identity import (
     Identity,
     identity_differences,
     identity_folder,
     reference_identity,
 )
+from realign.cache.ranks import Ranks
 from realign.cache.read import read_cache
 from realign.cache.reference import BatchVariance, CacheReference
 from realign.cache.scoring import Scorer, Scoring
@@ -26,10 +27,12 @@ __all__ = [
     "BatchVariance",
     "CacheReference",
     "Identity",
+    "Ranks",
     "Scorer",
     "Scoring",
     "build_cache",
     "cache",
+    "fill",
     "identity_differences",
     "identity_folder",
     "read_cache",

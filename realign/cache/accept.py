@@ -42,13 +42,16 @@ def accept_numerics(
     probed = [by_key[key] for key in probe_rows(list(by_key))]
     batch = scorer.scoring.batch_size
     here = np.concatenate(
-        [scorer.score(probed[start : start + batch]).logps for start in range(0, len(probed), batch)]
+        [
+            scorer.score(probed[start : start + batch]).logps
+            for start in range(0, len(probed), batch)
+        ]
     )
     cached, alone = deviations(reference, probed, scorer)
     here = here[:, : cached.shape[1]]
     moved = [float(np.abs(here - alone).max())]
-    if reference.batch_variance is not None:
-        moved.append(max(reference.batch_variance.max))
+    if reference.variance is not None:
+        moved.append(max(reference.variance.max))
     tolerance = rounding(here) + TOLERATED_VARIANCES * max(moved)
     off = np.abs(cached - here)
     differences = identity_differences(stored["numerics"], needed["numerics"])

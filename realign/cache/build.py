@@ -10,8 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from realign.cache.identity import Identity, identity_folder, identity_sha256
 from realign.cache.lock import building
@@ -69,9 +68,11 @@ def fill(
 
         ranks.together(write)
         ranks.together(
-            lambda: _commit(records, wanted, place, identity, scorer or scoring.load())
-            if ranks.is_first
-            else None
+            lambda: (
+                _commit(records, wanted, place, identity, scorer or scoring.load())
+                if ranks.is_first
+                else None
+            )
         )
     return place
 
@@ -81,29 +82,25 @@ def build_cache(
     folder: Path,
     root: Path,
     *,
-    cells: int,
-    rejected_scoring: str,
-    dtype: torch.dtype,
     batch_size: int,
     shard_size: int,
-    max_length: int | None = None,
-    shared_prefix: bool | None = None,
+    **options: Any,
 ) -> Path:
-    """Compute what is missing with a model's folder, as :func:`fill`, and return the identity's
-    folder.
+    """Compute what is missing, commit it, and return the identity's folder.
+
+    Args:
+        records: The rows.
+        folder: The reference model, from :func:`realign.modeling.resolve_model`.
+        root: The cache.
+        batch_size: Pairs in one forward.
+        shard_size: Rows a shard.
+        options: The other attributes of :class:`realign.cache.Scoring`: ``cells``,
+            ``rejected_scoring``, ``dtype``, ``max_length`` and so on.
+    Raises:
+        RefusedError, FloatingPointError: As :func:`fill`.
     """
-    ranks = Ranks()
-    scoring = Scoring(
-        folder,
-        cells,
-        rejected_scoring,
-        dtype,
-        batch_size,
-        max_length=max_length,
-        shared_prefix=shared_prefix,
-        device=ranks.device,
-    )
-    return fill(records, root, scoring, scoring.identity(), shard_size=shard_size, ranks=ranks)
+    scoring = Scoring(folder=folder, batch_size=batch_size, **options)
+    return fill(records, root, scoring, scoring.identity(), shard_size=shard_size, ranks=Ranks())
 
 
 def _unique(records: Sequence[Record]) -> dict[str, int]:
@@ -136,9 +133,7 @@ def _has_all(place: Path, wanted: dict[str, int]) -> bool:
 def _held(place: Path, ranks: Ranks) -> Iterator[None]:
     """The builder's lock, which rank 0 holds for all."""
     with ExitStack() as stack:
-        ranks.together(
-            lambda: stack.enter_context(building(place)) if ranks.is_first else None
-        )
+        ranks.together(lambda: stack.enter_context(building(place)) if ranks.is_first else None)
         yield
 
 

@@ -1,5 +1,5 @@
-"""What reference log-probabilities depend on outside a row: semantics, which say what they mean, and
-numerics, which say how they were rounded.
+"""What reference log-probabilities depend on outside a row: semantics, which say what they mean,
+and numerics, which say how they were rounded.
 
 Learning rate, beta, batch size, seed, workers and folders are not part of it: they change nothing.
 """
@@ -22,7 +22,6 @@ from realign.shared_prefix import why_not_shared
 from realign_kernels import describe_backends
 
 SCHEMA = 3
-ATTENTION = "sdpa"  # what load_model asks for
 Identity = dict[str, Any]
 PACKAGES = ("realign", "numpy", "safetensors", "triton", "flash-attn", "liger-kernel")
 
@@ -34,6 +33,10 @@ def reference_identity(
     rejected_scoring: str,
     dtype: torch.dtype,
     shared_prefix: bool | None = None,
+    attention: str = "sdpa",
+    liger: bool = False,
+    quantization: str | None = None,
+    autocast: bool = False,
 ) -> Identity:
     """Everything outside a row that its reference log-probabilities depend on.
 
@@ -44,6 +47,10 @@ def reference_identity(
         dtype: Of the weights.
         shared_prefix: Whether the answers of a pair stand behind one prefix; None where the model
             can.
+        attention: ``sdpa`` or ``flash``.
+        liger: Whether the layers are liger-kernel's.
+        quantization: ``nf4`` for 4-bit weights, or None.
+        autocast: Whether float32 weights are computed with in bfloat16.
     """
     layout = row_layout(folder, shared_prefix)
     processor = load_processor(folder)
@@ -62,8 +69,10 @@ def reference_identity(
         },
         "numerics": {
             "dtype": str(dtype).removeprefix("torch."),
-            "autocast": _autocast(),
-            "attention": ATTENTION,
+            "autocast": "bfloat16" if autocast else "off",
+            "quantization": quantization or "off",
+            "attention": attention,
+            "liger_layers": liger,
             "rows": layout,
             "padding": "none" if layout == "shared prefix" else "right, to the longest row",
             # the same configuration is another class, with other pixels, where torchvision is
@@ -86,16 +95,9 @@ def row_layout(folder: Path, shared_prefix: bool | None = None) -> Layout:
         return "separate"
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(
-            load_model_config(folder), attn_implementation=ATTENTION
+            load_model_config(folder), attn_implementation="sdpa"
         )
     return "shared prefix" if why_not_shared(model) is None else "separate"
-
-
-def _autocast() -> str:
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if not torch.is_autocast_enabled(kind):
-        return "off"
-    return str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
 
 
 def _accelerator() -> dict[str, Any]:

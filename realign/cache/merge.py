@@ -48,8 +48,8 @@ def _read_only_one(source: Path) -> Committed:
     folders = cache_folders(source)
     if len(folders) > 1:
         raise RefusedError(
-            f"a merged cache must be of one identity, got {source} with {len(folders)}. Give one of "
-            f"{', '.join(folder.name for folder in folders)} in it."
+            f"a merged cache must be of one identity, got {source} with {len(folders)}. Give one "
+            f"of {', '.join(folder.name for folder in folders)} in it."
         )
     committed = read_committed(folders[0])
     if committed is None:

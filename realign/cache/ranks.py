@@ -27,26 +27,35 @@ PATIENCE = timedelta(days=1)
 FILE_SECONDS = 60.0
 
 
+def is_distributed() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def local_device() -> torch.device:
+    """Where this process computes: its own GPU, or the CPU."""
+    if is_distributed():
+        # accelerate chooses the backend that training will use too
+        return PartialState(cpu=not torch.cuda.is_available()).device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class Ranks:
     """The processes of this run; one process is a run of one rank.
 
     Attributes:
         rank: This process's number.
         world_size: How many there are.
-        device: Where this process computes.
     """
 
     def __init__(self) -> None:
         self.rank, self.world_size = 0, 1
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._group: Any = None
-        if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            # accelerate chooses the backend that training will use too
+        if is_distributed():
             state = PartialState(cpu=not torch.cuda.is_available())
             self.rank, self.world_size = state.process_index, state.num_processes
-            self.device = state.device
-            if self.world_size > 1:
-                self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        if self.world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     @property
     def is_first(self) -> bool:

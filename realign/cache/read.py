@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from realign.cache.accept import accept_numerics
 from realign.cache.identity import (
-    SCHEMA,
     Identity,
     differing_fields,
     identity_differences,
@@ -50,7 +47,9 @@ def read_cache(
     """
     ranks = Ranks()
     reference, found = ranks.together(
-        lambda: _read(root, records, identity, num_cells or identity["semantics"]["cells"], accepting)
+        lambda: _read(
+            root, records, identity, num_cells or identity["semantics"]["cells"], accepting
+        )
     )
     ranks.check_agreement(found.manifest.root, root)
     return reference
@@ -67,9 +66,7 @@ def _read(
     committed = read_committed(place)
     if committed is None:
         raise _unfit(root, "it is unfinished")
-    reference = CacheReference(
-        committed.rows, BatchVariance.of(committed.manifest.probe)
-    )
+    reference = CacheReference(committed.rows, BatchVariance.of(committed.manifest.probe))
     keys, ids = [], []
     for record in records:  # once: it may read them from the disk
         keys.append(record.key)
@@ -151,9 +148,7 @@ def _compare(place: Path, stored: Identity, needed: Identity, num_cells: int) ->
     return _Candidate(place, fields, tuple(identity_differences(stored, needed)))
 
 
-def _unfit(
-    root: Path, why: str, lines: Sequence[str] = (), remedy: str = ""
-) -> RefusedError:
+def _unfit(root: Path, why: str, lines: Sequence[str] = (), remedy: str = "") -> RefusedError:
     detail = "".join(f"\n  {line}" for line in lines)
     said = "\n".join(part for part in (remedy, "Run `realign cache` for this model.") if part)
     return RefusedError(f"cache {root} does not fit this run: {why}.{detail}\n{said}")

@@ -49,7 +49,7 @@ class CacheReference(Mapping[str, Tensor]):
 
     Args:
         rows: The values; of equal keys the first counts.
-        batch_variance: From the cache's probe; None for imported values.
+        variance: From the cache's probe; None for imported values.
         acceptance: What was accepted in spite of other numerics, for the run's log; None if
             nothing was.
     """
@@ -57,14 +57,21 @@ class CacheReference(Mapping[str, Tensor]):
     def __init__(
         self,
         rows: Rows,
-        batch_variance: BatchVariance | None = None,
+        variance: BatchVariance | None = None,
         acceptance: Mapping[str, Any] | None = None,
     ) -> None:
-        self.batch_variance = batch_variance
+        self.variance = variance
         self.acceptance = acceptance
         prefix = _prefixes(rows.key)
         order = np.argsort(prefix, kind="stable")  # equal keys stay in their order
         self._prefix, self._rows = prefix[order], rows.take(order)
+
+    @property
+    def batch_variance(self) -> float | None:
+        """Root mean square in nats of what batching and layout change in a log-probability, of the
+        cell where it is largest; None where it was not measured.
+        """
+        return None if self.variance is None else max(self.variance.rms)
 
     def find(self, key: str) -> int | None:
         """Position of a key, or None."""
@@ -127,7 +134,7 @@ class CacheReference(Mapping[str, Tensor]):
                 )
         if self.acceptance is not None:
             return  # other versions may decode other last bits; the probe has seen what they do
-        for number, retrieved in enumerate((False, True)):
+        for number, retrieved in enumerate((False, True)[: 1 if len(digests) < 3 else 2]):
             stored = self._rows.pixel_digest[position, number]
             if stored.any() and collator.pixel_digest(record, retrieved=retrieved) != (
                 stored.tobytes()
@@ -145,7 +152,8 @@ class CacheReference(Mapping[str, Tensor]):
         is_inside = found < len(self)
         is_found = np.zeros(len(keys), bool)
         is_found[is_inside] = (self._rows.key[found[is_inside]] == raw[is_inside]).all(axis=1)
-        for index in np.flatnonzero(~is_found):  # absent, or behind another of the same prefix
+        # absent, or behind another key of the same prefix
+        for index in np.flatnonzero(~is_found).tolist():
             position = self.find(keys[index])
             found[index] = -1 if position is None else position
         return found
@@ -153,7 +161,7 @@ class CacheReference(Mapping[str, Tensor]):
     def only(self, positions: np.ndarray) -> CacheReference:
         """The rows at some positions, each once."""
         rows = self._rows.take(np.unique(positions))
-        return CacheReference(rows, self.batch_variance, self.acceptance)
+        return CacheReference(rows, self.variance, self.acceptance)
 
 
 def _prefixes(keys: np.ndarray) -> np.ndarray:

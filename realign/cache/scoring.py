@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import send_to_device
 
 from realign.cache.identity import Identity, reference_identity
+from realign.cache.ranks import local_device
 from realign.cache.shards import Rows
 from realign.collate import PreferenceCollator
 from realign.modeling import load_model, load_processor
@@ -32,7 +33,10 @@ class Scoring:
         max_length: Longest sequence in tokens; a longer one is refused.
         shared_prefix: Whether the answers of a pair stand behind one prefix; None where the model
             can.
-        device: Where.
+        attention: ``sdpa`` or ``flash``.
+        liger: Whether the layers are liger-kernel's.
+        quantization: ``nf4`` for 4-bit weights, or None.
+        autocast: Whether float32 weights are computed with in bfloat16.
     """
 
     folder: Path
@@ -42,17 +46,17 @@ class Scoring:
     batch_size: int
     max_length: int | None = None
     shared_prefix: bool | None = None
-    device: torch.device | str = "cpu"
+    attention: str = "sdpa"
+    liger: bool = False
+    quantization: str | None = None
+    autocast: bool = False
 
     def identity(self) -> Identity:
         """What the values depend on outside a row."""
-        return reference_identity(
-            self.folder,
-            cells=self.cells,
-            rejected_scoring=self.rejected_scoring,
-            dtype=self.dtype,
-            shared_prefix=self.shared_prefix,
-        )
+        options = asdict(self)
+        for name in ("folder", "batch_size", "max_length"):
+            del options[name]
+        return reference_identity(self.folder, **options)
 
     def load(self) -> Scorer:
         """Load the model."""
@@ -82,9 +86,7 @@ class RowReader:
             processor, cells, max_length=max_length, shared_prefix=shared_prefix, watch=self._keep
         )
 
-    def _keep(
-        self, collator: PreferenceCollator, record: Record, digests: Sequence[bytes]
-    ) -> None:
+    def _keep(self, collator: PreferenceCollator, record: Record, digests: Sequence[bytes]) -> None:
         self._digests.append([byte for digest in digests for byte in digest])
 
     def read(self, records: Sequence[Record]) -> tuple[dict[str, Any], Rows]:
@@ -112,7 +114,8 @@ class Scorer:
 
     def __init__(self, scoring: Scoring) -> None:
         self.scoring = scoring
-        self._model = load_model(scoring.folder, scoring.dtype).to(scoring.device).eval()
+        self._device = local_device()
+        self._model = _load(scoring).to(self._device).eval()
         processor = load_processor(scoring.folder)
         shares = choose_layout(self._model, scoring.shared_prefix) == "shared prefix"
         self._batches, self._alone = (
@@ -136,16 +139,19 @@ class Scorer:
     def pixel_digests(self, record: Record) -> np.ndarray:
         """What the processor makes of the original and of the retrieved images, ``(2, 16)``."""
         collator = self._alone.collator
-        digests = [collator.pixel_digest(record, retrieved=retrieved) for retrieved in (False, True)]
+        digests = [
+            collator.pixel_digest(record, retrieved=retrieved) for retrieved in (False, True)
+        ]
         return np.array([list(digest) for digest in digests], np.uint8)
 
     @torch.inference_mode()
     def _score(self, reader: RowReader, records: Sequence[Record]) -> Rows:
         batch, rows = reader.read(records)
-        output = self._model(
-            **send_to_device(batch, self.scoring.device),
-            rejected_scoring=self.scoring.rejected_scoring,
-        )
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.scoring.autocast):
+            output = self._model(
+                **send_to_device(batch, self._device),
+                rejected_scoring=self.scoring.rejected_scoring,
+            )
         bad = ~torch.isfinite(output.logps).all(dim=0)
         if bad.any():
             record = records[int(bad.nonzero()[0])]
@@ -154,3 +160,13 @@ class Scorer:
                 f"{output.logps[:, bad][:, 0].tolist()}. Nothing of its shard was stored."
             )
         return replace(rows, logps=output.logps.double().T.cpu().contiguous().numpy())
+
+
+def _load(scoring: Scoring) -> Any:
+    options: dict[str, Any] = {
+        "attention": (scoring.attention, "sdpa"),
+        "liger": (scoring.liger, False),
+        "quantization": (scoring.quantization, None),
+    }
+    asked = {name: value for name, (value, default) in options.items() if value != default}
+    return load_model(scoring.folder, scoring.dtype, **asked)

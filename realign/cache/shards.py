@@ -185,7 +185,6 @@ def read_shard(path: Path, entry: ShardEntry | None = None) -> tuple[ShardEntry,
     return ShardEntry(path.name, len(rows), len(data), sha256), rows, cells
 
 
-
 def shard_identity(path: Path) -> str:
     """Hash of the identity that a readable shard belongs to."""
     data = path.read_bytes()

@@ -72,7 +72,9 @@ def read_committed(place: Path) -> Committed | None:
     identity = read_identity(place)
     check_identity(place, identity, manifest)
     cells = int(identity["semantics"]["cells"])
-    parts = [_read_checked(place / "shards" / entry.file, entry, cells) for entry in manifest.shards]
+    parts = [
+        _read_checked(place / "shards" / entry.file, entry, cells) for entry in manifest.shards
+    ]
     return Committed(place, identity, manifest, Rows.concat(parts, cells))
 
 

@@ -28,4 +28,9 @@ def cache(config: CacheConfig) -> Path:
         batch_size=config.batch_size,
         shard_size=config.shard_size,
         max_length=config.max_length,
+        shared_prefix=config.shared_prefix,
+        attention=config.attention,
+        liger=config.liger,
+        quantization=config.quantization,
+        autocast=config.autocast,
     )

@@ -135,7 +135,9 @@ def test_only_the_damaged_shard_is_computed_again(tmp_path: Path, synthetic, cap
     place = synthetic.build(rows, tmp_path)
     shard = sorted(place.glob("shards/*"))[1]
     zero(shard, random.Random(0))
-    with pytest.raises(RefusedError, match=r"00001-.* was changed after it was written\. Run `real"):
+    with pytest.raises(
+        RefusedError, match=r"00001-.* was changed after it was written\. Run `real"
+    ):
         read_cache(tmp_path, rows, synthetic.identity)
     scoring = synthetic.Scoring()
     synthetic.build(rows, tmp_path, scoring=scoring)
@@ -162,12 +164,11 @@ def killed_build(synthetic, rows, root: Path, seconds: float) -> None:
 def test_kill_9_loses_at_most_the_open_shard(tmp_path: Path, synthetic, kills: int) -> None:
     rows = synthetic.rows(400)
     rng = random.Random(0)
-    done = killed = 0
+    done = 0
     root = tmp_path / "0"
     whole = synthetic.build(rows, tmp_path / "whole")
     for number in range(kills):
         killed_build(synthetic, rows, root, rng.uniform(0.01, 0.35))
-        killed += 1
         place = identity_folder(root, synthetic.identity)
         if place.exists():
             good = Workshop.open(place, synthetic.identity, repairs=False)
@@ -248,7 +249,9 @@ def test_file_systems_without_locks(tmp_path: Path, synthetic, monkeypatch, code
     assert verify_cache(tmp_path)
 
 
-def test_a_lock_file_of_a_dead_process_is_taken_over(tmp_path: Path, synthetic, monkeypatch) -> None:
+def test_a_lock_file_of_a_dead_process_is_taken_over(
+    tmp_path: Path, synthetic, monkeypatch
+) -> None:
     import fcntl
 
     def no_flock(fd: int, operation: int) -> None:
@@ -317,18 +320,16 @@ def test_a_reader_sees_what_is_committed_while_more_is_built(tmp_path: Path, syn
         kwargs={"scoring": synthetic.Scoring(seconds=0.01)},
     )
     builder.start()
-    reads = refused = 0
+    reads = shards_ahead = 0
     while builder.is_alive():
-        shards = len([*place.glob("shards/0*")])
+        shards_ahead += len([*place.glob("shards/0*")]) > 2  # there, and named by no manifest
         assert len(read_cache(tmp_path, first, synthetic.identity)) == 8
         reads += 1
-        try:
-            assert len(read_cache(tmp_path, more, synthetic.identity)) == 60
-        except RefusedError as error:
-            assert "lacks 52 of 60 rows, first: row t8" in str(error)
-            refused += shards > 2  # shards are there that no manifest names
+        if not shards_ahead:
+            with pytest.raises(RefusedError, match="lacks 52 of 60 rows, first: row t8"):
+                read_cache(tmp_path, more, synthetic.identity)
     builder.join()
-    assert reads and refused
+    assert reads > shards_ahead > 0
     assert len(read_cache(tmp_path, more, synthetic.identity)) == 60
 
 
@@ -359,7 +360,7 @@ def test_two_identities_under_one_root_never_mix(tmp_path: Path, synthetic) -> N
     synthetic.build(rows, tmp_path, scoring=scoring, identity=other)
     assert scoring.scored == ["t4", "t5", "t6", "t7"]
     shutil.copy(one / "manifest.json", two / "manifest.json")
-    with pytest.raises(RefusedError, match="manifest.json is of identity"):
+    with pytest.raises(RefusedError, match=r"manifest\.json is of identity"):
         read_cache(tmp_path, rows, other)
 
 

@@ -1,22 +1,24 @@
-"""The reference cache: found by content, refused when of something else, continued after a stop."""
+"""A cache of the embedded model: its values are the model's, found by content, and refused when of
+something else.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import random
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import SiglipImageProcessorPil
+from safetensors.torch import load_file, save_file
 
 from realign.cache import build_cache, identity_folder, read_cache, reference_identity
 from realign.collate import PreferenceCollator
 from realign.errors import RefusedError
 from realign.modeling import load_model, load_processor
+from realign.official import read_official_json
 
 OPTIONS = {"cells": 3, "rejected_scoring": "label", "dtype": torch.float32}
 
@@ -75,123 +77,41 @@ def test_an_edited_or_new_row_is_missed_by_name(tmp_path: Path, model_dir, recor
         read_cache(tmp_path, [rows[0], edited], identity(model_dir))
 
 
-def test_a_stopped_build_continues_to_the_same_bytes(tmp_path: Path, model_dir, records) -> None:
-    rows = records(10)
-    whole = build(rows, model_dir, tmp_path / "whole")
-    stopped = identity_folder(tmp_path / "stopped", identity(model_dir))
-    (stopped / "shards").mkdir(parents=True)
-    shutil.copy(whole / "shards" / "00000.safetensors", stopped / "shards")
-    with pytest.raises(RefusedError, match="it is unfinished"):
-        read_cache(tmp_path / "stopped", rows, identity(model_dir))
-    build(rows, model_dir, tmp_path / "stopped")
-    names = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
-    assert len(names) == 5  # identity, manifest, three shards
-    for name in names:
-        assert (whole / name).read_bytes() == (stopped / name).read_bytes(), name
-
-
 def test_more_rows_are_added_and_old_ones_kept(tmp_path: Path, model_dir, records) -> None:
     rows = records(6)
     place = build(rows[:4], model_dir, tmp_path)
-    first = (place / "shards" / "00000.safetensors").read_bytes()
+    (first,) = place.glob("shards/*")
+    before = first.read_bytes()
     build(rows, model_dir, tmp_path)
-    assert (place / "shards" / "00000.safetensors").read_bytes() == first
-    assert len(load_file(place / "shards" / "00001.safetensors")["key"]) == 2
+    assert first.read_bytes() == before
+    (second,) = place.glob("shards/00001-*")
+    assert len(load_file(second)["key"]) == 2
     assert len(read_cache(tmp_path, rows, identity(model_dir))) == 6
 
 
-def test_another_model_is_refused_by_the_file_that_differs(
-    tmp_path: Path, model_copy, records
-) -> None:
-    rows = records(2)
-    build(rows, model_copy, tmp_path / "cache")
-    for name in ("model.safetensors", "config.json", "chat_template.jinja", "tokenizer.json"):
-        before = (model_copy / name).read_bytes()
-        (model_copy / name).write_bytes(before + b"\n")
-        with pytest.raises(RefusedError, match=rf"something else.\n  semantics.files.{name}: cach"):
-            read_cache(tmp_path / "cache", rows, identity(model_copy))
-        (model_copy / name).write_bytes(before)
-    assert read_cache(tmp_path / "cache", rows, identity(model_copy))
-
-
-@pytest.mark.parametrize(
-    ("options", "field"),
-    [
-        ({"cells": 4}, "semantics.cells: cached 3, needed 4"),
-        ({"rejected_scoring": "top_non_label"}, "semantics.rejected_scoring: cached label"),
-        ({"dtype": torch.bfloat16}, "numerics.dtype: cached float32, needed bfloat16"),
-    ],
-)
-def test_other_scoring_or_numerics_are_refused(
-    tmp_path: Path, model_dir, records, options, field: str
-) -> None:
-    rows = records(1)
-    build(rows, model_dir, tmp_path)
-    with pytest.raises(RefusedError, match=field):
-        read_cache(tmp_path, rows, identity(model_dir, **options))
-
-
-def processor_with_other_images(folder: str | Path):
-    processor = load_processor(folder)
-    processor.image_processor = SiglipImageProcessorPil()
-    return processor
-
-
-VERSION = "realign.numerics.version"
-NUMERICS = {
-    "GPU": ("torch.cuda.get_device_name", lambda: "H200", "device: cached cpu, needed H200"),
-    "Pillow": (VERSION, lambda name: "0", r"packages\.pillow: cached .*, needed 0"),
-    "peft": (VERSION, lambda name: "0", r"packages\.peft: cached .*, needed 0"),
-    "image processor": ("realign.cache.load_processor", processor_with_other_images,
-                        "image_processor: cached CLIPImageProcessor.*, needed Siglip"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NUMERICS)
-def test_another_machine_is_refused_by_what_differs(
-    name: str, tmp_path: Path, model_dir, records, monkeypatch
-) -> None:
-    rows = records(1)
-    build(rows, model_dir, tmp_path)
-    target, value, message = NUMERICS[name]
-    if name == "GPU":
-        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(target, value)
-    with pytest.raises(RefusedError, match=rf"numerics\.{message}"):
-        read_cache(tmp_path, rows, identity(model_dir))
-
-
-def test_float32_products_of_another_precision_are_refused(
-    tmp_path: Path, model_dir, records
-) -> None:
-    rows = records(1)
-    build(rows, model_dir, tmp_path)
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "tf32"
-    try:
-        with pytest.raises(
-            RefusedError, match=r"numerics\.float32\.matmul: cached .*, needed tf32"
-        ):
-            read_cache(tmp_path, rows, identity(model_dir))
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
-
-
-def test_any_changed_bit_of_a_shard_is_found(tmp_path: Path, model_dir, records) -> None:
-    rows = records(4)
-    place = build(rows, model_dir, tmp_path)
-    shard = place / "shards" / "00000.safetensors"
-    good = shard.read_bytes()
-    rng = random.Random(0)
-    for _ in range(40):
-        bad = bytearray(good)
-        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
-        shard.write_bytes(bad)
-        with pytest.raises(RefusedError, match="was changed after it was written"):
-            read_cache(tmp_path, rows, identity(model_dir))
-    shard.unlink()
-    with pytest.raises(RefusedError, match=r"lacks shard 00000\.safetensors"):
-        read_cache(tmp_path, rows, identity(model_dir))
+def test_an_image_file_that_was_replaced_is_a_miss(tmp_path: Path, model_dir, records) -> None:
+    """Same name, same size, same time."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    row = records(1)[0]
+    (folder / "a.png").write_bytes(row.images[0])
+    (folder / "b.png").write_bytes(row.rejected_images[0])
+    turn = {"role": "user", "content": f"<image>\n{row.prompt[0]['content']}"}
+    answers = {
+        name: [turn, {"role": "assistant", "content": getattr(row, name)}]
+        for name in ("chosen", "rejected")
+    }
+    names = {"image": "a.png", "retrieved_image": "b.png"}
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([names | answers]))
+    build(read_official_json(data, folder), model_dir, tmp_path / "cache")
+    times = os.stat(folder / "b.png")
+    changed = bytearray(row.rejected_images[0])
+    changed[-1] ^= 1  # the checksum of PNG's last chunk, which no decoder looks at
+    (folder / "b.png").write_bytes(changed)
+    os.utime(folder / "b.png", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(RefusedError, match="lacks 1 of 1 rows"):
+        read_cache(tmp_path / "cache", read_official_json(data, folder), identity(model_dir))
 
 
 def test_the_printed_folder_is_a_cache_too(tmp_path: Path, model_dir, records) -> None:
@@ -224,36 +144,32 @@ def test_an_empty_folder_says_so(tmp_path: Path, model_dir, records) -> None:
 def test_a_log_probability_that_is_not_finite_is_never_stored(
     tmp_path: Path, model_copy, records
 ) -> None:
-    from safetensors.torch import save_file
-
     weights = load_file(model_copy / "model.safetensors")
     name = next(name for name in weights if name.endswith("norm.weight"))
     weights[name] = torch.full_like(weights[name], torch.nan)
     save_file(weights, model_copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(FloatingPointError, match="reference log-probabilities of row r0 are not"):
+    with pytest.raises(FloatingPointError, match=r"of row r0 must be finite, got .*nan"):
         build(records(2), model_copy, tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
-def test_identity_is_readable_json(tmp_path: Path, model_dir, records) -> None:
-    place = build(records(1), model_dir, tmp_path)
-    stored = json.loads((place / "identity.json").read_text())
-    assert stored == identity(model_dir)
-    assert set(stored["numerics"]) == {
-        "dtype", "attention", "image_processor", "device", "float32", "packages"
-    }  # fmt: skip
-    assert not list(place.rglob(".*"))  # no temporary file is left
-
-
-def test_a_deleted_shard_is_computed_again_and_no_other_is_replaced(
-    tmp_path: Path, model_dir, records
-) -> None:
-    rows = records(10)
-    place = build(rows, model_dir, tmp_path)
-    whole = read_cache(tmp_path, rows, identity(model_dir))
-    (place / "shards" / "00000.safetensors").unlink()
-    (place / "manifest.json").unlink()
-    build(rows, model_dir, tmp_path)
-    repaired = read_cache(tmp_path, rows, identity(model_dir))
-    assert all(torch.equal(repaired[key], whole[key]) for key in whole)
+def test_what_is_left_is_what_docs_say(tmp_path: Path, model_dir, records) -> None:
+    place = build(records(10), model_dir, tmp_path)
+    assert place == identity_folder(tmp_path, identity(model_dir))
+    names = sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())
+    assert [name.partition("-")[0] for name in names] == [
+        "build.lock", "identity.json", "manifest.json", "shards/00000", "shards/00001",
+        "shards/00002",
+    ]  # fmt: skip
+    assert json.loads((place / "identity.json").read_text()) == identity(model_dir)
     assert json.loads((place / "manifest.json").read_text())["rows"] == 10
+
+
+def test_batches_do_not_depend_on_shards(tmp_path: Path, model_dir, records) -> None:
+    rows = records(9)
+    references = []
+    for size in (2, 5, 100):  # 5 is rounded up to whole batches
+        build(rows, model_dir, tmp_path / str(size), batch_size=2, shard_size=size)
+        references.append(read_cache(tmp_path / str(size), rows, identity(model_dir)))
+    for other in references[1:]:
+        assert all(torch.equal(other[key], references[0][key]) for key in references[0])
