@@ -7,7 +7,6 @@ None of it has run on a GPU in this project yet; docs/training.md says what was 
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -95,11 +94,6 @@ class Acceleration:
                 llm_int8_skip_modules=["lm_head", *VISION_MODULES, *PROJECTOR_MODULES],
             )
         return options
-
-    def casting(self) -> AbstractContextManager[Any]:
-        """Within it, products are computed as they are in training; identities say so."""
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.autocast(kind, torch.bfloat16) if self.autocast else nullcontext()
 
 
 def quantized_weights(model: Any) -> set[str]:

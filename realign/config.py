@@ -206,11 +206,23 @@ class CacheConfig(Section):
     batch_size: PositiveInt = 8
     """Pairs in one forward."""
     shard_size: PositiveInt = 1024
-    """Rows in one shard: what a killed run can lose."""
+    """Rows in one shard, rounded up to whole batches: what a killed run can lose."""
     max_length: PositiveInt | None = None
     """Longest row in tokens, image tokens included; a longer row is an error, never cut."""
     dtype: Dtype = "auto"
     """``auto``: bfloat16 on a GPU, float32 on a CPU."""
+    shared_prefix: bool | None = None
+    """Compute image and prompt once for both answers of a pair; null: where the model can. This
+    and what follows must be as in training.
+    """
+    attention: Literal["sdpa", "flash"] = "sdpa"
+    """``flash`` is flash-attention 2, which needs its package, a GPU and bfloat16."""
+    liger: bool = False
+    """Fused layers of liger-kernel; needs a GPU."""
+    quantization: Literal["nf4"] | None = None
+    """``nf4`` keeps the language model's weights in 4 bits; needs a GPU and bitsandbytes."""
+    autocast: bool = False
+    """Compute in bfloat16 with float32 weights."""
 
 
 class LoraSection(Section):
@@ -244,6 +256,10 @@ class TrainConfig(Section):
     cache: Path | None = None
     """Folder of ``realign cache``, as given or as printed; without it the references are computed
     into ``out/cache`` first.
+    """
+    accept_numerics: bool = False
+    """Use a cache that differs in numerics alone (machine, versions, layout), or an imported one,
+    if 64 of its rows computed here agree; accepted_numerics.json says how well.
     """
     objective: Literal["rdpo", "dpo", "mdpo", "symmetric", "sft"] = "rdpo"
     """What is optimised; ``sft`` is the likelihood of the chosen answers alone, for comparison."""

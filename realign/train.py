@@ -10,19 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor
 from transformers import PrinterCallback, set_seed
 
-from realign.cache import Identity, build_cache, read_cache, reference_identity
+from realign.cache import CacheReference, Ranks, Scoring, fill, read_cache
 from realign.check.rows import announce_missing_images
 from realign.config import TrainConfig
 from realign.dataset import read_kept_records
 from realign.errors import RefusedError
-from realign.files import follow_umask, write_text
+from realign.files import follow_umask, write_json, write_text
 from realign.model_card import adapter_card
 from realign.modeling import adapter_base, is_adapter, load_processor, quiet_peft, resolve_model
 from realign.objectives import make_objective
-from realign.policy import acceleration_of, load_policy, weights_dtype
+from realign.policy import load_policy, weights_dtype
 from realign.preflight import announce_preflight, preflight
 from realign.records import Record
 from realign.run_folder import check_out, claim, is_claimed
@@ -56,13 +55,8 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
     records = read_kept_records(config.data, config.images)
     processor = load_processor(folder)
     found = preflight(config, folder, records, processor, cells=cells)
-    with acceleration_of(config).casting():
-        identity = reference_identity(
-            folder,
-            cells=cells,
-            rejected_scoring=config.rejected_scoring,
-            dtype=weights_dtype(config),
-        )
+    scoring = _scoring(config, folder, cells)
+    identity = scoring.identity()
     checkpoint = config.out / "checkpoint"
     rows = [_RowSummary.of(record) for record in records]  # once: it may read them from the disk
     what = {
@@ -81,17 +75,19 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
         return checkpoint
     announce_missing_images(sum(not row.has_retrieved for row in rows), len(rows), objective)
     announce_preflight(found)
-    reference = read_cache(config.cache, records, identity) if config.cache else None
+    reference = _read_reference(config, records, scoring, objective, dry_run=dry_run)
     if dry_run:
         return checkpoint
     if reference is None:
         # known by its content, so the folder stays free while the model may be refused
-        with acceleration_of(config).casting():
-            reference = _build_reference(config, folder, records, identity)
+        fill(records, config.out / "cache", scoring, identity, shard_size=1024, ranks=Ranks())
+        reference = read_cache(config.out / "cache", records, identity)
 
     set_seed(config.seed)
     model = load_policy(config, folder)
     claim(config.out, "train", what, labels)
+    if reference.acceptance is not None:
+        write_json(config.out / "accepted_numerics.json", reference.acceptance)
     trainer = RDPOTrainer(
         model,
         training_arguments(config, len(records)),
@@ -151,19 +147,40 @@ def _objective(config: TrainConfig) -> Objective:
     )
 
 
-def _build_reference(
-    config: TrainConfig, folder: Path, records: Sequence[Record], identity: Identity
-) -> dict[str, Tensor]:
-    root = config.out / "cache"
-    build_cache(
-        records,
+def _scoring(config: TrainConfig, folder: Path, cells: int) -> Scoring:
+    """The reference computes as the policy will."""
+    return Scoring(
         folder,
-        root,
-        cells=identity["semantics"]["cells"],
-        rejected_scoring=config.rejected_scoring,
-        dtype=weights_dtype(config),
+        cells,
+        config.rejected_scoring,
+        weights_dtype(config),
         batch_size=max(config.batch_size, 4),
-        shard_size=1024,
         max_length=config.max_length,
+        shared_prefix=config.shared_prefix,
+        attention=config.attention,
+        liger=config.liger,
+        quantization=config.quantization,
+        autocast=config.autocast,
     )
-    return read_cache(root, records, identity)
+
+
+def _read_reference(
+    config: TrainConfig,
+    records: Sequence[Record],
+    scoring: Scoring,
+    objective: Objective,
+    *,
+    dry_run: bool,
+) -> CacheReference | None:
+    """Read a given cache; None where there is none, or where accepting it would load the model in
+    a dry run.
+    """
+    if config.cache is None or (dry_run and config.accept_numerics):
+        return None
+    return read_cache(
+        config.cache,
+        records,
+        scoring.identity(),
+        num_cells=objective.num_cells,
+        accepting=scoring.load if config.accept_numerics else None,
+    )

@@ -138,6 +138,8 @@ class RDPOTrainer(Trainer):
                 reference,
                 args.max_length,
                 shared_prefix=choose_layout(model, args.shared_prefix) == "shared prefix",
+                # a cache knows what its values were computed from; a plain mapping does not
+                watch=getattr(reference, "check_inputs", None),
             ),
             train_dataset=RecordDataset(train_dataset),
             processing_class=processing_class,
