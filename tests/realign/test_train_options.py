@@ -11,12 +11,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from transformers import Trainer
 
 from realign.config import LoraSection, TrainConfig
 from realign.modeling import load_model
 from realign.parquet import write_parquet
 from realign.train import train
 from realign.trainer import RDPOTrainer
+from realign.training_arguments import training_arguments
 
 LORA = LoraSection(r=4, alpha=8)
 
@@ -116,14 +118,33 @@ def test_autocast_keeps_float32_weights_and_starts_at_its_own_reference(
     assert (weights[name] != before[name]).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_schedules(tmp_path: Path, model_dir: Path, data: Path, schedule: str) -> None:
-    options = {"schedule": schedule, "epochs": 1.5, "warmup_ratio": 0.0, "lora": LORA}
-    lines = metrics(run(model_dir, data, tmp_path / "run", **options))
-    rates = [line["learning_rate"] for line in lines]
-    # after 0, 1 and 2 of 3 steps
-    expected = {"cosine": [1, 0.75, 0.25], "linear": [1, 2 / 3, 1 / 3], "constant": [1, 1, 1]}
-    assert rates == pytest.approx([1e-3 * share for share in expected[schedule]])
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    # after 0, 1, 2 and 3 of 4 steps, the first of them warm-up
+    [
+        ("cosine", [0, 1, 0.75, 0.25]),
+        ("linear", [0, 1, 2 / 3, 1 / 3]),
+        ("constant", [0, 1, 1, 1]),
+    ],
+)
+def test_schedules(tmp_path: Path, schedule: str, shares: list[float]) -> None:
+    config = TrainConfig(
+        model="m",
+        data=tmp_path,
+        out=tmp_path,
+        schedule=schedule,
+        learning_rate=1e-3,
+        warmup_ratio=0.25,
+        accumulation=1,
+    )
+    trainer = Trainer(torch.nn.Linear(1, 1), training_arguments(config, num_records=4))
+    trainer.create_optimizer_and_scheduler(num_training_steps=4)
+    rates = []
+    for _ in shares:
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert rates == pytest.approx([1e-3 * share for share in shares])
 
 
 def test_layouts_and_workers_change_nothing_but_rounding(
