@@ -5,7 +5,7 @@ the guards.
 from __future__ import annotations
 
 import json
-import shutil
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,19 +13,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
+from realign.augmentation import Augment, RecordDataset
+from realign.checkpoint_trainer import CheckpointTrainer
 from realign.collate import PreferenceCollator
-from realign.files import write_json, write_jsonl, write_text
+from realign.errors import RefusedError
+from realign.files import write_jsonl
+from realign.footprint import Footprint
+from realign.guards import (
+    computes_exactly,
+    first_bad_gradient,
+    gradients_are_finite,
+    not_finite,
+    off_reference,
+)
 from realign.modeling import disable_dropout, vision_module
 from realign.objectives import make_objective
+from realign.out_of_memory import is_out_of_memory, out_of_memory
 from realign.progress import Progress
 from realign.records import Record
 from realign_kernels import RdpoOutput
-
-METRIC_SUMS = "metric_sums.json"
-COMPLETE = "complete"  # written into a checkpoint folder after everything else
 
 
 @dataclass
@@ -48,26 +57,16 @@ class RDPOConfig(TrainingArguments):
     max_length: int | None = field(
         default=None, metadata={"help": "longest row in tokens; longer is an error"}
     )
+    check_first_step: bool = field(
+        default=True, metadata={"help": "stop where the first loss is not that of the reference"}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "must stay false: rows are records"}
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a NaN must be seen"})
 
 
-class RecordDataset(Dataset[Record]):
-    """Records as a torch dataset."""
-
-    def __init__(self, records: Sequence[Record]) -> None:
-        self.records = records
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> Record:
-        return self.records[index]
-
-
-class RDPOTrainer(Trainer):
+class RDPOTrainer(CheckpointTrainer):
     """Trains a VLM on dual-preference records with cached reference log-probabilities.
 
     Args:
@@ -76,9 +75,15 @@ class RDPOTrainer(Trainer):
         train_dataset: Records, as a sequence.
         processing_class: The model's processor.
         reference: ``record.key`` to log-probabilities of the reference, shape ``(C,)``, from
-            :func:`realign.cache.read_cache`; C at least the objective's number of cells.
+            :func:`realign.cache.read_cache`; C at least the objective's number of cells. Its
+            attribute ``batch_variance``, if it has one, is that of
+            :func:`realign.guards.off_reference`.
+        callbacks: Of the Trainer.
+        augment: Changes every training image; the reference saw it unchanged, so
+            ``check_first_step`` must be false. See :data:`realign.augmentation.Augment`.
     Raises:
         ValueError: The reference lacks a record, or the objective is unknown.
+        RefusedError: ``auto_find_batch_size`` is set, or ``augment`` with ``check_first_step``.
     """
 
     args: RDPOConfig
@@ -91,7 +96,18 @@ class RDPOTrainer(Trainer):
         processing_class: Any,
         reference: Mapping[str, Tensor],
         callbacks: list[TrainerCallback] | None = None,
+        augment: Augment | None = None,
     ) -> None:
+        if args.auto_find_batch_size:
+            raise RefusedError(
+                "auto_find_batch_size must be false: it changes the pairs of a step unasked. Set "
+                "per_device_train_batch_size and gradient_accumulation_steps."
+            )
+        if augment and args.check_first_step:
+            raise RefusedError(
+                "check_first_step must be false with augment: the reference was computed from the "
+                "images as they are. Set it to false."
+            )
         self.objective = make_objective(
             args.objective,
             beta=args.beta,
@@ -108,15 +124,18 @@ class RDPOTrainer(Trainer):
             vision_module(model)[1].requires_grad_(False)
         # metric -> sum and weight since the last line; part of every checkpoint
         self._sums: dict[str, tuple[float, float]] = {}
+        self._batch_variance: float | None = getattr(reference, "batch_variance", None)
+        self._step_ids: list[str] = []  # rows of the step so far, for messages
+        dataset = RecordDataset(train_dataset, augment, args.seed)
         super().__init__(
             model=model,
             args=args,
             data_collator=PreferenceCollator(
                 processing_class, self.objective.num_cells, reference, args.max_length
             ),
-            train_dataset=RecordDataset(train_dataset),
+            train_dataset=dataset,
             processing_class=processing_class,
-            callbacks=callbacks,
+            callbacks=[_TellEpoch(dataset), *(callbacks or [])],
         )
         # the loss is a mean over pairs, not over label tokens
         self.model_accepts_loss_kwargs = False
@@ -133,12 +152,7 @@ class RDPOTrainer(Trainer):
         output: RdpoOutput = model(
             **inputs, objective=self.objective, rejected_scoring=self.args.rejected_scoring
         )
-        if not torch.isfinite(output.loss):
-            raise FloatingPointError(
-                f"the loss of step {self.state.global_step + 1} must be finite, got "
-                f"{output.loss.item()} "
-                f"for rows {', '.join(ids)}. No weight was changed by this step."
-            )
+        self._check_before_backward(output, inputs, ids)
         self._add_metrics(output)
         return (output.loss, output) if return_outputs else output.loss
 
@@ -183,46 +197,106 @@ class RDPOTrainer(Trainer):
             self._sums.clear()
         super().log(logs, start_time)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load a full checkpoint through ``from_pretrained``, which knows the saved names of the
-        weights.
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As :meth:`CheckpointTrainer.train`.
 
-        Trainer's own loading does not: it finds no weight by its name and goes on from the first
-        ones (huggingface/transformers#43701).
+        Raises:
+            FloatingPointError: A loss, an input or a gradient is not finite; no weight was changed
+                by that step.
+            RefusedError: The first loss is not that of the reference, memory is full, or the
+                checkpoint to continue from is damaged.
         """
-        target: Any = model or self.model
-        if not isinstance(target, PreTrainedModel):  # peft: Trainer loads adapters rightly
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        try:
+            return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._out_of_memory(error) from error
+
+    def kept_state(self) -> Any:
+        """The sums of the metrics since the last line."""
+        return dict(self._sums)
+
+    def restore_kept_state(self, state: Any) -> None:
+        """Take back what :meth:`kept_state` returned."""
+        self._sums = state
+
+    def _check_before_backward(
+        self, output: RdpoOutput, inputs: Mapping[str, Any], ids: Sequence[str]
+    ) -> None:
+        """Stop all processes where one has a number that is not finite, or begins elsewhere."""
+        self._step_ids += ids
+        step = self.state.global_step + 1
+        problem = not_finite(output, inputs, ids)
+        if self.any_process(problem is not None):
+            problem = problem or "all numbers must be finite, another process has one that is not."
+            raise FloatingPointError(f"step {step}: {problem} No weight was changed by this step.")
+        if step > 1 or not self.args.check_first_step:
             return
-        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
-        target.load_state_dict(saved.state_dict())
+        autocast = self.args.bf16 or self.args.fp16
+        problem = off_reference(
+            output,
+            self.objective,
+            ids,
+            is_exact=computes_exactly(self.model, autocast=autocast),
+            batch_variance=self._batch_variance,
+        )
+        if self.any_process(problem is not None):
+            raise RefusedError(problem or "another process begins off its reference; see there.")
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            sums = json.loads((Path(checkpoint) / METRIC_SUMS).read_text(encoding="utf-8"))
-            self._sums = {name: (total, weight) for name, (total, weight) in sums.items()}
+    def _check_gradient(self) -> None:
+        """Stop all processes before a gradient that is not finite is used or even scaled."""
+        ids, self._step_ids = self._step_ids, []
+        if self.accelerator.scaler is not None:
+            return  # float16 overflows now and then; its scaler leaves the step out
+        if self.any_process(not gradients_are_finite(self.model_wrapped.parameters())):
+            name = first_bad_gradient(self.model_wrapped.named_parameters())
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1}: the gradient must be finite, got "
+                f"{name or 'one that is not on another process'}, for rows {', '.join(ids)}. "
+                "No weight was changed by this step."
+            )
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            write_json(folder / METRIC_SUMS, self._sums)
-            write_text(folder / COMPLETE, f"{self.state.global_step}\n")
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self._check_gradient()
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None:  # nothing is clipped
+            self._check_gradient()
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.scaler is None and norm is not None and not math.isfinite(norm):
+            # finite numbers whose squares are not; or DeepSpeed, which has made its step by now
+            changed = "may have been" if self.is_deepspeed_enabled else "was not"
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1}: the gradient's norm must be finite, got "
+                f"{float(norm)}. The model {changed} changed by this step; earlier checkpoints "
+                "are as they were."
+            )
+        return norm
+
+    def _out_of_memory(self, error: BaseException) -> RefusedError:
+        device = self.args.device
+        on_gpu = device.type == "cuda"
+        return out_of_memory(
+            error,
+            Footprint.of(self.model),
+            batch_size=self.args.per_device_train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            held=torch.cuda.max_memory_allocated(device) if on_gpu else None,
+            capacity=torch.cuda.mem_get_info(device)[1] if on_gpu else None,
+        )
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written whole; newer unfinished ones are removed."""
-    found = sorted(
-        folder.glob("checkpoint-*"),
-        key=lambda path: int(path.name.rpartition("-")[2]),
-        reverse=True,
-    )
-    for path in found:
-        if (path / COMPLETE).is_file():
-            return path
-        shutil.rmtree(path)
-    return None
+class _TellEpoch(TrainerCallback):
+    """Has an epoch's augmentation drawn anew, also in the middle of one after a resume."""
+
+    def __init__(self, dataset: RecordDataset) -> None:
+        self._dataset = dataset
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the dataset."""
+        self._dataset.set_epoch(int(state.epoch))
 
 
 def _ordered(line: Mapping[str, Any]) -> dict[str, Any]:
