@@ -34,6 +34,7 @@ from realign.objectives import make_objective
 from realign.out_of_memory import is_out_of_memory, out_of_memory
 from realign.progress import Progress
 from realign.records import Record
+from realign.shared_prefix import choose_layout
 from realign_kernels import RdpoOutput
 
 
@@ -54,8 +55,12 @@ class RDPOConfig(TrainingArguments):
         default="label", metadata={"help": "label, or top_non_label (the authors' code)"}
     )
     freeze_vision: bool = field(default=True, metadata={"help": "leave the vision tower as it is"})
+    shared_prefix: bool | None = field(
+        default=None,
+        metadata={"help": "compute image and prompt once for both answers; None: where it can be"},
+    )
     max_length: int | None = field(
-        default=None, metadata={"help": "longest row in tokens; longer is an error"}
+        default=None, metadata={"help": "longest sequence in tokens; longer is an error"}
     )
     check_first_step: bool = field(
         default=True, metadata={"help": "stop where the first loss is not that of the reference"}
@@ -131,7 +136,11 @@ class RDPOTrainer(CheckpointTrainer):
             model=model,
             args=args,
             data_collator=PreferenceCollator(
-                processing_class, self.objective.num_cells, reference, args.max_length
+                processing_class,
+                self.objective.num_cells,
+                reference,
+                args.max_length,
+                shared_prefix=choose_layout(model, args.shared_prefix) == "shared prefix",
             ),
             train_dataset=dataset,
             processing_class=processing_class,
