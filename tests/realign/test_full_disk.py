@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from realign.checkpoint_trainer import CheckpointError
 from realign.checkpoints import checkpoints, newest_checkpoint
@@ -26,7 +26,7 @@ class FullDisk(TrainerCallback):
 
 
 # the first file, one in the middle, and the weights
-@pytest.mark.parametrize("limit", [0, 2000, 1_000_000])
+@pytest.mark.parametrize("limit", [10, 2000, 1_000_000])
 def test_a_full_disk_leaves_the_older_checkpoint(
     tmp_path: Path, model_dir, records, make_reference, limit
 ) -> None:
@@ -38,7 +38,9 @@ def test_a_full_disk_leaves_the_older_checkpoint(
         )  # fmt: skip
         model, rows = load_model(model_dir, torch.float32), records(4)
         reference = make_reference(model_dir, 4)
-        return RDPOTrainer(model, args, rows, load_processor(model_dir), reference, [*callbacks])
+        made = RDPOTrainer(model, args, rows, load_processor(model_dir), reference, [*callbacks])
+        made.remove_callback(PrinterCallback)
+        return made
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -52,17 +54,3 @@ def test_a_full_disk_leaves_the_older_checkpoint(
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 2
     assert len(checkpoints(tmp_path / "steps")) == 2
-
-
-def test_a_folder_that_cannot_be_made_is_named(
-    tmp_path: Path, model_dir, records, make_reference
-) -> None:
-    (tmp_path / "steps").write_text("a file")
-    args = RDPOConfig(
-        output_dir=str(tmp_path / "steps"), report_to="none", use_cpu=True, disable_tqdm=True,
-        per_device_train_batch_size=4, save_strategy="steps", save_steps=1,
-    )  # fmt: skip
-    model, reference = load_model(model_dir, torch.float32), make_reference(model_dir, 4)
-    trainer = RDPOTrainer(model, args, records(4), load_processor(model_dir), reference)
-    with pytest.raises(CheckpointError, match=r"checkpoint-1 could not be written: .*Not a d"):
-        trainer.train()
