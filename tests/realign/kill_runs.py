@@ -116,7 +116,6 @@ def main() -> None:
         "runs": 0,
         "equal": 0,
         "while saving": 0,
-        "unaided": 0,
         "slowest exit": 0.0,
         "seconds of a run": round(seconds, 2),
         "differ": [],

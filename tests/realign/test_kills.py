@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).with_name("kill_runs.py")
 
 
 def stop_runs(tmp_path: Path, records, model_dir: Path, **given: Any) -> dict[str, Any]:
-    write_parquet(records(16), tmp_path / "data.parquet")
+    write_parquet(records(12), tmp_path / "data.parquet")
     options = {"batch_size": 2, "accumulation": 2, "epochs": 2, "learning_rate": 1e-3}
     options |= {"logging_steps": 3, **given.pop("options")}
     argument = {
