@@ -6,20 +6,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import seed_worker
 
 from realign.collate import PreferenceCollator
 from realign.files import write_json, write_jsonl, write_text
 from realign.modeling import disable_dropout, vision_module
 from realign.objectives import make_objective
+from realign.pair_metrics import PairMetrics
+from realign.pair_sampler import FilledCollator, PairSampler
 from realign.progress import Progress
 from realign.records import Record
 from realign_kernels import RdpoOutput
@@ -106,20 +111,59 @@ class RDPOTrainer(Trainer):
         disable_dropout(model)
         if args.freeze_vision:
             vision_module(model)[1].requires_grad_(False)
-        # metric -> sum and weight since the last line; part of every checkpoint
-        self._sums: dict[str, tuple[float, float]] = {}
+        collator = PreferenceCollator(
+            processing_class, self.objective.num_cells, reference, args.max_length
+        )
         super().__init__(
             model=model,
             args=args,
-            data_collator=PreferenceCollator(
-                processing_class, self.objective.num_cells, reference, args.max_length
-            ),
+            data_collator=FilledCollator(collator, _filler(train_dataset)),
             train_dataset=RecordDataset(train_dataset),
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        # the loss is a mean over pairs, not over label tokens
-        self.model_accepts_loss_kwargs = False
+        # part of every checkpoint
+        self._metrics = PairMetrics(
+            self.objective, lambda sums: self.accelerator.reduce(sums, reduction="sum")
+        )
+        # compute_loss divides by the pairs of the whole step; Trainer must not by its micro-batches
+        self.model_accepts_loss_kwargs = True
+
+    def get_train_dataloader(self) -> DataLoader[Record]:
+        """Micro-batches of this rank, in an order that does not depend on the number of ranks."""
+        args, dataset = self.args, self.train_dataset
+        assert isinstance(dataset, RecordDataset)
+        sampler = PairSampler(
+            len(dataset),
+            self._train_batch_size,
+            rank=self.accelerator.process_index,
+            num_ranks=self.accelerator.num_processes,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=args.train_sampling_strategy == "random",
+            drop_last=args.dataloader_drop_last,
+        )
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=partial(
+                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+            ),
+        )
+        # the sampler has shared the pairs out; what is left is to tell it the epoch
+        return prepare_data_loader(loader, num_processes=1, process_index=0)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The micro-batches of an optimizer step, and its number of pairs over all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        num_pairs = torch.tensor(sum(len(batch["ids"]) for batch in batches), device=device)
+        return batches, self.accelerator.reduce(num_pairs, reduction="sum")
 
     def compute_loss(
         self,
@@ -128,7 +172,9 @@ class RDPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, RdpoOutput]:
-        """Mean loss over the pairs of one micro-batch; sums its metrics for the next log line."""
+        """The micro-batch's share of the mean loss over all pairs of the optimizer step, over all
+        micro-batches and ranks; the mean over its own pairs where ``num_items_in_batch`` is None.
+        """
         ids = inputs.pop("ids")
         output: RdpoOutput = model(
             **inputs, objective=self.objective, rejected_scoring=self.args.rejected_scoring
@@ -139,48 +185,20 @@ class RDPOTrainer(Trainer):
                 f"{output.loss.item()} "
                 f"for rows {', '.join(ids)}. No weight was changed by this step."
             )
-        self._add_metrics(output)
-        return (output.loss, output) if return_outputs else output.loss
-
-    def _add_metrics(self, output: RdpoOutput) -> None:
-        # a pair without a retrieved image has no image cells and no part in their means
-        is_present = (output.num_tokens > 0).to(output.logps.device)
-        loss = output.loss.expand(output.logps.shape[1])
-        by_pair = {"loss": (loss, torch.ones_like(loss))}  # name -> values and weights, (P,) each
-        if self.objective.nll_weight > 0:
-            nll = -output.logps[0] / output.num_tokens[0].clamp(min=1).to(output.logps)
-            by_pair["nll"] = (nll, is_present[0])
-        for cell, name in enumerate(
-            ("chosen", "text_rejected", "image_rejected", "both_rejected")[: len(output.logps)]
-        ):
-            by_pair[f"logps/{name}"] = (output.logps[cell], is_present[cell])
-            by_pair[f"rewards/{name}"] = (output.rewards[cell], is_present[cell])
-        for cell, kind, margins in (
-            (1, "text", output.text_margins),
-            (2, "image", output.image_margins),
-        ):
-            if len(output.logps) > cell:
-                by_pair[f"rewards/{kind}_margins"] = (margins, is_present[cell])
-                by_pair[f"rewards/{kind}_accuracies"] = (margins > 0, is_present[cell])
-        pairs = torch.stack(
-            [torch.stack((values.float(), of.float())) for values, of in by_pair.values()]
-        ).detach()  # (metrics, 2, P)
-        sums = torch.stack((pairs.prod(dim=1).sum(-1), pairs[:, 1].sum(-1)), dim=1)
-        for name, (total, weight) in zip(
-            by_pair, self.accelerator.reduce(sums, "sum").tolist(), strict=True
-        ):
-            before = self._sums.get(name, (0.0, 0.0))
-            self._sums[name] = (before[0] + total, before[1] + weight)
+        self._metrics.add(output, counted=bool(ids))
+        loss = output.loss
+        if num_items_in_batch is not None:
+            # DDP, FSDP and ZeRO take the mean of the ranks' gradients: times their number, a sum
+            loss = loss * (len(ids) * self.accelerator.num_processes / num_items_in_batch)
+        return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Put in the means over all pairs since the last line.
 
         The loss is one of them: Trainer's own is the mean since it was last started.
         """
-        if self._sums and "loss" in logs:
-            means = {name: total / weight for name, (total, weight) in self._sums.items() if weight}
-            logs = {**logs, **means}
-            self._sums.clear()
+        if "loss" in logs:
+            logs = {**logs, **self._metrics.take_means()}
         super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -201,14 +219,22 @@ class RDPOTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             sums = json.loads((Path(checkpoint) / METRIC_SUMS).read_text(encoding="utf-8"))
-            self._sums = {name: (total, weight) for name, (total, weight) in sums.items()}
+            self._metrics.restore(sums)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        sums = self._metrics.sums()  # all ranks add them up
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            write_json(folder / METRIC_SUMS, self._sums)
+            write_json(folder / METRIC_SUMS, sums)
             write_text(folder / COMPLETE, f"{self.state.global_step}\n")
+
+
+def _filler(records: Sequence[Record]) -> Record:
+    """What a rank without pairs computes: a row with an image where there is one, so that it calls
+    the modules that the other ranks call.
+    """
+    return next((record for record in records if record.images), records[0])
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
