@@ -27,6 +27,7 @@ from realign.pair_metrics import PairMetrics
 from realign.pair_sampler import FilledCollator, PairSampler
 from realign.progress import Progress
 from realign.records import Record
+from realign.sharding import set_up_fsdp
 from realign_kernels import RdpoOutput
 
 METRIC_SUMS = "metric_sums.json"
@@ -122,6 +123,8 @@ class RDPOTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        if self.is_fsdp_enabled:
+            set_up_fsdp(self.accelerator, model)
         # part of every checkpoint
         self._metrics = PairMetrics(
             self.objective, lambda sums: self.accelerator.reduce(sums, reduction="sum")
