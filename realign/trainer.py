@@ -28,6 +28,7 @@ from realign.pair_sampler import FilledCollator, PairSampler
 from realign.progress import Progress
 from realign.records import Record
 from realign.sharding import set_up_fsdp
+from realign.shared_prefix import choose_layout
 from realign_kernels import RdpoOutput
 
 METRIC_SUMS = "metric_sums.json"
@@ -51,8 +52,12 @@ class RDPOConfig(TrainingArguments):
         default="label", metadata={"help": "label, or top_non_label (the authors' code)"}
     )
     freeze_vision: bool = field(default=True, metadata={"help": "leave the vision tower as it is"})
+    shared_prefix: bool | None = field(
+        default=None,
+        metadata={"help": "compute image and prompt once for both answers; None: where it can be"},
+    )
     max_length: int | None = field(
-        default=None, metadata={"help": "longest row in tokens; longer is an error"}
+        default=None, metadata={"help": "longest sequence in tokens; longer is an error"}
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "must stay false: rows are records"}
@@ -113,7 +118,11 @@ class RDPOTrainer(Trainer):
         if args.freeze_vision:
             vision_module(model)[1].requires_grad_(False)
         collator = PreferenceCollator(
-            processing_class, self.objective.num_cells, reference, args.max_length
+            processing_class,
+            self.objective.num_cells,
+            reference,
+            args.max_length,
+            shared_prefix=choose_layout(model, args.shared_prefix) == "shared prefix",
         )
         super().__init__(
             model=model,
