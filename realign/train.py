@@ -16,10 +16,11 @@ from transformers import PrinterCallback, set_seed
 
 from realign.cache import Identity, build_cache, read_cache, reference_identity
 from realign.check.rows import announce_missing_images, check_rows
+from realign.checkpoints import publish
 from realign.config import TrainConfig
 from realign.dataset import read_kept_records
 from realign.errors import RefusedError
-from realign.files import follow_umask, write_text
+from realign.files import write_text
 from realign.footprint import footprint
 from realign.lora import add_adapter
 from realign.model_card import adapter_card
@@ -43,7 +44,6 @@ from realign.trainer import (
     RDPOConfig,
     RDPOTrainer,
     ShowProgress,
-    newest_checkpoint,
 )
 from realign_kernels import Objective
 
@@ -80,6 +80,7 @@ def train(config: TrainConfig) -> Path:
     }
     labels = {"rows": [f"row {row.id}" for row in rows]}
     if is_claimed(config.out, "train", what, labels) and checkpoint.is_dir():
+        shutil.rmtree(config.out / "steps", ignore_errors=True)  # of a run killed at its very end
         return checkpoint
     announce_missing_images(sum(not row.has_retrieved for row in rows), len(rows), objective)
     # its own cache is known by its content, so the folder stays free while the model may be refused
@@ -117,25 +118,19 @@ def train(config: TrainConfig) -> Path:
     )
     trainer.remove_callback(PrinterCallback)
     announce(footprint(model))
-    resume = newest_checkpoint(config.out / "steps")
     unfinished = config.out / ".checkpoint.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
     with quiet_peft():
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
         trainer.save_model(str(unfinished))
     if trainer.is_world_process_zero():
         processor.save_pretrained(unfinished)
-        # a pickle; train.json says the same
-        (unfinished / "training_args.bin").unlink(missing_ok=True)
         if is_adapter(unfinished):
             write_text(
                 unfinished / "README.md",
                 adapter_card(config, adapter_base(unfinished), len(records)),
             )
-        for path in unfinished.rglob("*"):
-            if path.is_file():
-                follow_umask(path)
-        os.replace(unfinished, checkpoint)
+        publish(unfinished, checkpoint)
         shutil.rmtree(config.out / "steps")
     return checkpoint
 

@@ -5,7 +5,7 @@ the guards.
 from __future__ import annotations
 
 import json
-import shutil
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,24 +15,34 @@ from typing import Any
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import seed_worker
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import TrainOutput, seed_worker
 
+from realign.augmentation import Augment, RecordDataset
+from realign.checkpoint_trainer import CheckpointTrainer
 from realign.collate import PreferenceCollator
-from realign.files import write_json, write_jsonl, write_text
+from realign.errors import RefusedError
+from realign.files import write_jsonl
+from realign.footprint import Footprint
+from realign.guards import (
+    computes_exactly,
+    first_bad_gradient,
+    gradients_are_finite,
+    not_finite,
+    off_reference,
+)
 from realign.modeling import disable_dropout, vision_module
 from realign.objectives import make_objective
+from realign.out_of_memory import is_out_of_memory, out_of_memory
 from realign.pair_metrics import PairMetrics
 from realign.pair_sampler import FilledCollator, PairSampler
+from realign.preemption import ignore_sigterm
 from realign.progress import Progress
 from realign.records import Record
 from realign.sharding import set_up_fsdp
 from realign.shared_prefix import choose_layout
 from realign_kernels import RdpoOutput
-
-METRIC_SUMS = "metric_sums.json"
-COMPLETE = "complete"  # written into a checkpoint folder after everything else
 
 
 @dataclass
@@ -59,26 +69,16 @@ class RDPOConfig(TrainingArguments):
     max_length: int | None = field(
         default=None, metadata={"help": "longest sequence in tokens; longer is an error"}
     )
+    check_first_step: bool = field(
+        default=True, metadata={"help": "stop where the first loss is not that of the reference"}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "must stay false: rows are records"}
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a NaN must be seen"})
 
 
-class RecordDataset(Dataset[Record]):
-    """Records as a torch dataset."""
-
-    def __init__(self, records: Sequence[Record]) -> None:
-        self.records = records
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> Record:
-        return self.records[index]
-
-
-class RDPOTrainer(Trainer):
+class RDPOTrainer(CheckpointTrainer):
     """Trains a VLM on dual-preference records with cached reference log-probabilities.
 
     Args:
@@ -87,9 +87,15 @@ class RDPOTrainer(Trainer):
         train_dataset: Records, as a sequence.
         processing_class: The model's processor.
         reference: ``record.key`` to log-probabilities of the reference, shape ``(C,)``, from
-            :func:`realign.cache.read_cache`; C at least the objective's number of cells.
+            :func:`realign.cache.read_cache`; C at least the objective's number of cells. Its
+            attribute ``batch_variance``, if it has one, is that of
+            :func:`realign.guards.off_reference`.
+        callbacks: Of the Trainer.
+        augment: Changes every training image; the reference saw it unchanged, so
+            ``check_first_step`` must be false. See :data:`realign.augmentation.Augment`.
     Raises:
         ValueError: The reference lacks a record, or the objective is unknown.
+        RefusedError: ``auto_find_batch_size`` is set, or ``augment`` with ``check_first_step``.
     """
 
     args: RDPOConfig
@@ -102,7 +108,18 @@ class RDPOTrainer(Trainer):
         processing_class: Any,
         reference: Mapping[str, Tensor],
         callbacks: list[TrainerCallback] | None = None,
+        augment: Augment | None = None,
     ) -> None:
+        if args.auto_find_batch_size:
+            raise RefusedError(
+                "auto_find_batch_size must be false: it changes the pairs of a step unasked. Set "
+                "per_device_train_batch_size and gradient_accumulation_steps."
+            )
+        if augment and args.check_first_step:
+            raise RefusedError(
+                "check_first_step must be false with augment: the reference was computed from the "
+                "images as they are. Set it to false."
+            )
         self.objective = make_objective(
             args.objective,
             beta=args.beta,
@@ -117,6 +134,9 @@ class RDPOTrainer(Trainer):
         disable_dropout(model)
         if args.freeze_vision:
             vision_module(model)[1].requires_grad_(False)
+        self._batch_variance: float | None = getattr(reference, "batch_variance", None)
+        self._step_ids: list[str] = []  # rows of the step so far, for messages
+        dataset = RecordDataset(train_dataset, augment, args.seed)
         collator = PreferenceCollator(
             processing_class,
             self.objective.num_cells,
@@ -128,9 +148,9 @@ class RDPOTrainer(Trainer):
             model=model,
             args=args,
             data_collator=FilledCollator(collator, _filler(train_dataset)),
-            train_dataset=RecordDataset(train_dataset),
+            train_dataset=dataset,
             processing_class=processing_class,
-            callbacks=callbacks,
+            callbacks=[_TellEpoch(dataset), *(callbacks or [])],
         )
         if self.is_fsdp_enabled:
             set_up_fsdp(self.accelerator, model)
@@ -154,6 +174,9 @@ class RDPOTrainer(Trainer):
             shuffle=args.train_sampling_strategy == "random",
             drop_last=args.dataloader_drop_last,
         )
+        seed = partial(
+            seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+        )
         loader = DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -162,9 +185,7 @@ class RDPOTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
-            worker_init_fn=partial(
-                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
-            ),
+            worker_init_fn=partial(ignore_sigterm, seed),
         )
         # the sampler has shared the pairs out; what is left is to tell it the epoch
         return prepare_data_loader(loader, num_processes=1, process_index=0)
@@ -191,12 +212,7 @@ class RDPOTrainer(Trainer):
         output: RdpoOutput = model(
             **inputs, objective=self.objective, rejected_scoring=self.args.rejected_scoring
         )
-        if not torch.isfinite(output.loss):
-            raise FloatingPointError(
-                f"the loss of step {self.state.global_step + 1} must be finite, got "
-                f"{output.loss.item()} "
-                f"for rows {', '.join(ids)}. No weight was changed by this step."
-            )
+        self._check_before_backward(output, inputs, ids)
         self._metrics.add(output, counted=bool(ids))
         loss = output.loss
         if num_items_in_batch is not None:
@@ -213,33 +229,109 @@ class RDPOTrainer(Trainer):
             logs = {**logs, **self._metrics.take_means()}
         super().log(logs, start_time)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load a full checkpoint through ``from_pretrained``, which knows the saved names of the
-        weights.
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As :meth:`CheckpointTrainer.train`.
 
-        Trainer's own loading does not: it finds no weight by its name and goes on from the first
-        ones (huggingface/transformers#43701).
+        Raises:
+            FloatingPointError: A loss, an input or a gradient is not finite; no weight was changed
+                by that step.
+            RefusedError: The first loss is not that of the reference, memory is full, or the
+                checkpoint to continue from is damaged.
         """
-        target: Any = model or self.model
-        if not isinstance(target, PreTrainedModel):  # peft: Trainer loads adapters rightly
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        try:
+            return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._out_of_memory(error) from error
+
+    def kept_state(self) -> Any:
+        """The sums of the metrics since the last line."""
+        return dict(self._metrics.sums())
+
+    def restore_kept_state(self, state: Any) -> None:
+        """Take back what :meth:`kept_state` returned."""
+        self._metrics.restore(state)
+
+    def _check_before_backward(
+        self, output: RdpoOutput, inputs: Mapping[str, Any], ids: Sequence[str]
+    ) -> None:
+        """Stop all processes where one has a number that is not finite, or begins elsewhere."""
+        self._step_ids += ids
+        step = self.state.global_step + 1
+        problem = not_finite(output, inputs, ids)
+        if self.any_process(problem is not None):
+            problem = problem or "all numbers must be finite, another process has one that is not."
+            raise FloatingPointError(f"step {step}: {problem} No weight was changed by this step.")
+        if step > 1 or not self.args.check_first_step:
             return
-        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
-        target.load_state_dict(saved.state_dict())
+        problem = self._off_reference(output, ids) if ids else None
+        if self.any_process(problem is not None):
+            raise RefusedError(problem or "another process begins off its reference; see there.")
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            sums = json.loads((Path(checkpoint) / METRIC_SUMS).read_text(encoding="utf-8"))
-            self._metrics.restore(sums)
+    def _off_reference(self, output: RdpoOutput, ids: Sequence[str]) -> str | None:
+        autocast = self.args.bf16 or self.args.fp16
+        return off_reference(
+            output,
+            self.objective,
+            ids,
+            is_exact=computes_exactly(self.model, autocast=autocast),
+            batch_variance=self._batch_variance,
+        )
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        sums = self._metrics.sums()  # all ranks add them up
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            write_json(folder / METRIC_SUMS, sums)
-            write_text(folder / COMPLETE, f"{self.state.global_step}\n")
+    def _check_gradient(self) -> None:
+        """Stop all processes before a gradient that is not finite is used or even scaled."""
+        ids, self._step_ids = self._step_ids, []
+        if self.accelerator.scaler is not None:
+            return  # float16 overflows now and then; its scaler leaves the step out
+        if self.any_process(not gradients_are_finite(self.model_wrapped.parameters())):
+            name = first_bad_gradient(self.model_wrapped.named_parameters())
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1}: the gradient must be finite, got "
+                f"{name or 'one that is not on another process'}, for rows {', '.join(ids)}. "
+                "No weight was changed by this step."
+            )
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self._check_gradient()
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None:  # nothing is clipped
+            self._check_gradient()
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.scaler is None and norm is not None and not math.isfinite(norm):
+            # finite numbers whose squares are not; or DeepSpeed, which has made its step by now
+            changed = "may have been" if self.is_deepspeed_enabled else "was not"
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1}: the gradient's norm must be finite, got "
+                f"{float(norm)}. The model {changed} changed by this step; earlier checkpoints "
+                "are as they were."
+            )
+        return norm
+
+    def _out_of_memory(self, error: BaseException) -> RefusedError:
+        device = self.args.device
+        on_gpu = device.type == "cuda"
+        return out_of_memory(
+            error,
+            Footprint.of(self.model),
+            batch_size=self.args.per_device_train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            held=torch.cuda.max_memory_allocated(device) if on_gpu else None,
+            capacity=torch.cuda.mem_get_info(device)[1] if on_gpu else None,
+        )
+
+
+class _TellEpoch(TrainerCallback):
+    """Has an epoch's augmentation drawn anew, also in the middle of one after a resume."""
+
+    def __init__(self, dataset: RecordDataset) -> None:
+        self._dataset = dataset
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the dataset."""
+        self._dataset.set_epoch(int(state.epoch))
 
 
 def _filler(records: Sequence[Record]) -> Record:
@@ -247,20 +339,6 @@ def _filler(records: Sequence[Record]) -> Record:
     the modules that the other ranks call.
     """
     return next((record for record in records if record.images), records[0])
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written whole; newer unfinished ones are removed."""
-    found = sorted(
-        folder.glob("checkpoint-*"),
-        key=lambda path: int(path.name.rpartition("-")[2]),
-        reverse=True,
-    )
-    for path in found:
-        if (path / COMPLETE).is_file():
-            return path
-        shutil.rmtree(path)
-    return None
 
 
 def _ordered(line: Mapping[str, Any]) -> dict[str, Any]:
