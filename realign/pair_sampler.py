@@ -71,10 +71,16 @@ class PairSampler(Sampler[list[int]]):
 
 
 class FilledCollator:
-    """Collates the micro-batch of a rank that has no pairs left as ``filler``, with no ``ids``.
+    """Collates so that every rank computes with the modules that the others compute with; they
+    would wait for it in their collectives.
 
-    The other ranks' collectives wait for that rank's forward and backward. The trainer counts pairs
-    by their ids, so the filler has weight 0.
+    The micro-batch of a rank that has no pairs left is ``filler``, with no ``ids``: the trainer
+    counts pairs by them, so it weighs nothing. A micro-batch without an image brings those of
+    ``filler`` as ``unseen_images`` (:mod:`realign.unseen_images`).
+
+    Args:
+        collator: A :class:`realign.collate.PreferenceCollator`.
+        filler: A row, with images if any row has them.
     """
 
     def __init__(
@@ -82,9 +88,24 @@ class FilledCollator:
     ) -> None:
         self.collator = collator
         self.filler = filler
+        self._filler_batch: dict[str, Any] | None = None
 
     def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Return the collator's batch."""
-        if records:
-            return self.collator(records)
-        return {**self.collator([self.filler]), "ids": []}
+        """Return the collator's batch, made complete."""
+        if not records:
+            return {**self._filled(), "ids": []}
+        batch = self.collator(records)
+        if batch["images"] is None and self.filler.images:
+            filled = self._filled()
+            batch["unseen_images"] = {name: filled[name] for name in filled.keys() - batch.keys()}
+        return batch
+
+    def _filled(self) -> dict[str, Any]:
+        if self._filler_batch is None:
+            self._filler_batch = self.collator([self.filler])
+        return self._filler_batch
+
+
+def choose_filler(records: Sequence[Record]) -> Record:
+    """The first row with an image, or the first one where none has any."""
+    return next((record for record in records if record.images), records[0])

@@ -36,7 +36,7 @@ from realign.modeling import disable_dropout, vision_module
 from realign.objectives import make_objective
 from realign.out_of_memory import is_out_of_memory, out_of_memory
 from realign.pair_metrics import PairMetrics
-from realign.pair_sampler import FilledCollator, PairSampler
+from realign.pair_sampler import FilledCollator, PairSampler, choose_filler
 from realign.preemption import ignore_sigterm
 from realign.progress import Progress
 from realign.records import Record
@@ -137,17 +137,19 @@ class RDPOTrainer(CheckpointTrainer):
         self._batch_variance: float | None = getattr(reference, "batch_variance", None)
         self._step_ids: list[str] = []  # rows of the step so far, for messages
         dataset = RecordDataset(train_dataset, augment, args.seed)
-        collator = PreferenceCollator(
+        collator: Any = PreferenceCollator(
             processing_class,
             self.objective.num_cells,
             reference,
             args.max_length,
             shared_prefix=choose_layout(model, args.shared_prefix) == "shared prefix",
         )
+        if args.world_size > 1:
+            collator = FilledCollator(collator, choose_filler(train_dataset))
         super().__init__(
             model=model,
             args=args,
-            data_collator=FilledCollator(collator, _filler(train_dataset)),
+            data_collator=collator,
             train_dataset=dataset,
             processing_class=processing_class,
             callbacks=[_TellEpoch(dataset), *(callbacks or [])],
@@ -332,13 +334,6 @@ class _TellEpoch(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the dataset."""
         self._dataset.set_epoch(int(state.epoch))
-
-
-def _filler(records: Sequence[Record]) -> Record:
-    """What a rank without pairs computes: a row with an image where there is one, so that it calls
-    the modules that the other ranks call.
-    """
-    return next((record for record in records if record.images), records[0])
 
 
 def _ordered(line: Mapping[str, Any]) -> dict[str, Any]:
