@@ -6,15 +6,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, seed_worker
 
 from realign.augmentation import Augment, RecordDataset
 from realign.checkpoint_trainer import CheckpointTrainer
@@ -32,8 +35,12 @@ from realign.guards import (
 from realign.modeling import disable_dropout, vision_module
 from realign.objectives import make_objective
 from realign.out_of_memory import is_out_of_memory, out_of_memory
+from realign.pair_metrics import PairMetrics
+from realign.pair_sampler import FilledCollator, PairSampler, choose_filler
+from realign.preemption import ignore_sigterm
 from realign.progress import Progress
 from realign.records import Record
+from realign.sharding import set_up_fsdp
 from realign.shared_prefix import choose_layout
 from realign_kernels import RdpoOutput
 
@@ -127,27 +134,71 @@ class RDPOTrainer(CheckpointTrainer):
         disable_dropout(model)
         if args.freeze_vision:
             vision_module(model)[1].requires_grad_(False)
-        # metric -> sum and weight since the last line; part of every checkpoint
-        self._sums: dict[str, tuple[float, float]] = {}
         self._batch_variance: float | None = getattr(reference, "batch_variance", None)
         self._step_ids: list[str] = []  # rows of the step so far, for messages
         dataset = RecordDataset(train_dataset, augment, args.seed)
+        collator: Any = PreferenceCollator(
+            processing_class,
+            self.objective.num_cells,
+            reference,
+            args.max_length,
+            shared_prefix=choose_layout(model, args.shared_prefix) == "shared prefix",
+        )
+        if args.world_size > 1:
+            collator = FilledCollator(collator, choose_filler(train_dataset))
         super().__init__(
             model=model,
             args=args,
-            data_collator=PreferenceCollator(
-                processing_class,
-                self.objective.num_cells,
-                reference,
-                args.max_length,
-                shared_prefix=choose_layout(model, args.shared_prefix) == "shared prefix",
-            ),
+            data_collator=collator,
             train_dataset=dataset,
             processing_class=processing_class,
             callbacks=[_TellEpoch(dataset), *(callbacks or [])],
         )
-        # the loss is a mean over pairs, not over label tokens
-        self.model_accepts_loss_kwargs = False
+        if self.is_fsdp_enabled:
+            set_up_fsdp(self.accelerator, model)
+        # part of every checkpoint
+        self._metrics = PairMetrics(
+            self.objective, lambda sums: self.accelerator.reduce(sums, reduction="sum")
+        )
+        # compute_loss divides by the pairs of the whole step; Trainer must not by its micro-batches
+        self.model_accepts_loss_kwargs = True
+
+    def get_train_dataloader(self) -> DataLoader[Record]:
+        """Micro-batches of this rank, in an order that does not depend on the number of ranks."""
+        args, dataset = self.args, self.train_dataset
+        assert isinstance(dataset, RecordDataset)
+        sampler = PairSampler(
+            len(dataset),
+            self._train_batch_size,
+            rank=self.accelerator.process_index,
+            num_ranks=self.accelerator.num_processes,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=args.train_sampling_strategy == "random",
+            drop_last=args.dataloader_drop_last,
+        )
+        seed = partial(
+            seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+        )
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=partial(ignore_sigterm, seed),
+        )
+        # the sampler has shared the pairs out; what is left is to tell it the epoch
+        return prepare_data_loader(loader, num_processes=1, process_index=0)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The micro-batches of an optimizer step, and its number of pairs over all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        num_pairs = torch.tensor(sum(len(batch["ids"]) for batch in batches), device=device)
+        return batches, self.accelerator.reduce(num_pairs, reduction="sum")
 
     def compute_loss(
         self,
@@ -156,54 +207,28 @@ class RDPOTrainer(CheckpointTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, RdpoOutput]:
-        """Mean loss over the pairs of one micro-batch; sums its metrics for the next log line."""
+        """The micro-batch's share of the mean loss over all pairs of the optimizer step, over all
+        micro-batches and ranks; the mean over its own pairs where ``num_items_in_batch`` is None.
+        """
         ids = inputs.pop("ids")
         output: RdpoOutput = model(
             **inputs, objective=self.objective, rejected_scoring=self.args.rejected_scoring
         )
         self._check_before_backward(output, inputs, ids)
-        self._add_metrics(output)
-        return (output.loss, output) if return_outputs else output.loss
-
-    def _add_metrics(self, output: RdpoOutput) -> None:
-        # a pair without a retrieved image has no image cells and no part in their means
-        is_present = (output.num_tokens > 0).to(output.logps.device)
-        loss = output.loss.expand(output.logps.shape[1])
-        by_pair = {"loss": (loss, torch.ones_like(loss))}  # name -> values and weights, (P,) each
-        if self.objective.nll_weight > 0:
-            nll = -output.logps[0] / output.num_tokens[0].clamp(min=1).to(output.logps)
-            by_pair["nll"] = (nll, is_present[0])
-        for cell, name in enumerate(
-            ("chosen", "text_rejected", "image_rejected", "both_rejected")[: len(output.logps)]
-        ):
-            by_pair[f"logps/{name}"] = (output.logps[cell], is_present[cell])
-            by_pair[f"rewards/{name}"] = (output.rewards[cell], is_present[cell])
-        for cell, kind, margins in (
-            (1, "text", output.text_margins),
-            (2, "image", output.image_margins),
-        ):
-            if len(output.logps) > cell:
-                by_pair[f"rewards/{kind}_margins"] = (margins, is_present[cell])
-                by_pair[f"rewards/{kind}_accuracies"] = (margins > 0, is_present[cell])
-        pairs = torch.stack(
-            [torch.stack((values.float(), of.float())) for values, of in by_pair.values()]
-        ).detach()  # (metrics, 2, P)
-        sums = torch.stack((pairs.prod(dim=1).sum(-1), pairs[:, 1].sum(-1)), dim=1)
-        for name, (total, weight) in zip(
-            by_pair, self.accelerator.reduce(sums, "sum").tolist(), strict=True
-        ):
-            before = self._sums.get(name, (0.0, 0.0))
-            self._sums[name] = (before[0] + total, before[1] + weight)
+        self._metrics.add(output, counted=bool(ids))
+        loss = output.loss
+        if num_items_in_batch is not None:
+            # DDP, FSDP and ZeRO take the mean of the ranks' gradients: times their number, a sum
+            loss = loss * (len(ids) * self.accelerator.num_processes / num_items_in_batch)
+        return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Put in the means over all pairs since the last line.
 
         The loss is one of them: Trainer's own is the mean since it was last started.
         """
-        if self._sums and "loss" in logs:
-            means = {name: total / weight for name, (total, weight) in self._sums.items() if weight}
-            logs = {**logs, **means}
-            self._sums.clear()
+        if "loss" in logs:
+            logs = {**logs, **self._metrics.take_means()}
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -224,11 +249,11 @@ class RDPOTrainer(CheckpointTrainer):
 
     def kept_state(self) -> Any:
         """The sums of the metrics since the last line."""
-        return dict(self._sums)
+        return dict(self._metrics.sums())
 
     def restore_kept_state(self, state: Any) -> None:
         """Take back what :meth:`kept_state` returned."""
-        self._sums = state
+        self._metrics.restore(state)
 
     def _check_before_backward(
         self, output: RdpoOutput, inputs: Mapping[str, Any], ids: Sequence[str]
@@ -242,16 +267,19 @@ class RDPOTrainer(CheckpointTrainer):
             raise FloatingPointError(f"step {step}: {problem} No weight was changed by this step.")
         if step > 1 or not self.args.check_first_step:
             return
+        problem = self._off_reference(output, ids) if ids else None
+        if self.any_process(problem is not None):
+            raise RefusedError(problem or "another process begins off its reference; see there.")
+
+    def _off_reference(self, output: RdpoOutput, ids: Sequence[str]) -> str | None:
         autocast = self.args.bf16 or self.args.fp16
-        problem = off_reference(
+        return off_reference(
             output,
             self.objective,
             ids,
             is_exact=computes_exactly(self.model, autocast=autocast),
             batch_variance=self._batch_variance,
         )
-        if self.any_process(problem is not None):
-            raise RefusedError(problem or "another process begins off its reference; see there.")
 
     def _check_gradient(self) -> None:
         """Stop all processes before a gradient that is not finite is used or even scaled."""
