@@ -4,7 +4,6 @@ after a kill.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +13,11 @@ from transformers import PrinterCallback, set_seed
 
 from realign.cache import CacheReference, Ranks, Scoring, fill, read_cache
 from realign.check.rows import announce_missing_images
+from realign.checkpoints import publish
 from realign.config import TrainConfig
 from realign.dataset import read_kept_records
 from realign.errors import RefusedError
-from realign.files import follow_umask, write_json, write_text
+from realign.files import write_json, write_text
 from realign.model_card import adapter_card
 from realign.modeling import adapter_base, is_adapter, load_processor, quiet_peft, resolve_model
 from realign.objectives import make_objective
@@ -30,7 +30,6 @@ from realign.trainer import (
     MetricsFile,
     RDPOTrainer,
     ShowProgress,
-    newest_checkpoint,
 )
 from realign.training_arguments import training_arguments, world_size
 from realign_kernels import Objective
@@ -72,6 +71,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
     }  # fmt: skip
     labels = {"rows": [f"row {row.id}" for row in rows]}
     if is_claimed(config.out, "train", what, labels) and checkpoint.is_dir():
+        shutil.rmtree(config.out / "steps", ignore_errors=True)  # of a run killed at its very end
         return checkpoint
     announce_missing_images(sum(not row.has_retrieved for row in rows), len(rows), objective)
     announce_preflight(found)
@@ -97,25 +97,19 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
         callbacks=[LogLastStep(), MetricsFile(config.out / "metrics.jsonl"), ShowProgress()],
     )
     trainer.remove_callback(PrinterCallback)
-    resume = newest_checkpoint(config.out / "steps")
     unfinished = config.out / ".checkpoint.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
     with quiet_peft():
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
         trainer.save_model(str(unfinished))
     if trainer.is_world_process_zero():
         processor.save_pretrained(unfinished)
-        # a pickle; train.json says the same
-        (unfinished / "training_args.bin").unlink(missing_ok=True)
         if is_adapter(unfinished):
             write_text(
                 unfinished / "README.md",
                 adapter_card(config, adapter_base(unfinished), len(records)),
             )
-        for path in unfinished.rglob("*"):
-            if path.is_file():
-                follow_umask(path)
-        os.replace(unfinished, checkpoint)
+        publish(unfinished, checkpoint)
         shutil.rmtree(config.out / "steps")
     return checkpoint
 
