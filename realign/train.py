@@ -53,7 +53,6 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
     cells = max(objective.num_cells, 3)  # one cache serves dpo, rdpo and mdpo
     records = read_kept_records(config.data, config.images)
     processor = load_processor(folder)
-    found = preflight(config, folder, records, processor, cells=cells)
     scoring = _scoring(config, folder, cells)
     identity = scoring.identity()
     checkpoint = config.out / "checkpoint"
@@ -73,6 +72,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
     if is_claimed(config.out, "train", what, labels) and checkpoint.is_dir():
         shutil.rmtree(config.out / "steps", ignore_errors=True)  # of a run killed at its very end
         return checkpoint
+    found = preflight(config, folder, records, processor, cells=cells)
     announce_missing_images(sum(not row.has_retrieved for row in rows), len(rows), objective)
     announce_preflight(found)
     reference = _read_reference(config, records, scoring, objective, dry_run=dry_run)

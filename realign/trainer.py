@@ -42,7 +42,7 @@ from realign.pair_sampler import FilledCollator, PairSampler, choose_filler
 from realign.preemption import ignore_sigterm
 from realign.progress import Progress
 from realign.records import Record
-from realign.sharding import set_up_fsdp
+from realign.sharding import set_up_fsdp, whole_weights
 from realign.shared_prefix import choose_layout
 from realign_kernels import RdpoOutput
 
@@ -226,6 +226,16 @@ class RDPOTrainer(CheckpointTrainer):
             give_projector_its_rate(optimizer, model or self.model, rate)
         return optimizer
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As Trainer's, which rounds floating-point inputs to DeepSpeed's dtype: not the
+        reference's log-probabilities, whose last digits are what the loss is about.
+        """
+        reference = inputs.get("ref_logps")
+        inputs = super()._prepare_inputs(inputs)
+        if reference is not None:
+            inputs["ref_logps"] = reference.to(self.args.device)
+        return inputs
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -247,6 +257,18 @@ class RDPOTrainer(CheckpointTrainer):
             # DDP, FSDP and ZeRO take the mean of the ranks' gradients: times their number, a sum
             loss = loss * (len(ids) * self.accelerator.num_processes / num_items_in_batch)
         return (loss, output) if return_outputs else loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's; sharded weights are gathered and saved by the first rank, like any others.
+
+        Those of a checkpoint stay sharded: they are to go on from, with their optimizer.
+        """
+        if _internal_call or not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = whole_weights(self.accelerator, self.model)
+        if self.args.should_save:
+            self._save(output_dir, weights)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Put in the means over all pairs since the last line.
@@ -298,7 +320,7 @@ class RDPOTrainer(CheckpointTrainer):
             raise RefusedError(problem or "another process begins off its reference; see there.")
 
     def _off_reference(self, output: RdpoOutput, ids: Sequence[str]) -> str | None:
-        autocast = self.args.bf16 or self.args.fp16
+        autocast = self.accelerator.mixed_precision != "no"  # of the arguments or of accelerate
         return off_reference(
             output,
             self.objective,
