@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,6 +21,7 @@ from realign.logits import LogitTransform, find_logit_transform
 from realign.packing import Packing
 from realign.positions import rope_positions
 from realign.shared_prefix import packed_attention, use_packed_attention, why_not_shared
+from realign.unseen_images import unseen_images_encoded
 from realign_kernels import Objective, RdpoOutput, rdpo_loss
 
 
@@ -48,6 +49,7 @@ def attach_preference_forward(model: PreTrainedModel) -> None:
         num_tokens: Sequence[Sequence[int]] | None = None,
         packing: Packing | None = None,
         images: ImageUse | None = None,
+        unseen_images: Mapping[str, Tensor] | None = None,
         ref_logps: Tensor | None = None,
         objective: Objective | None = None,
         rejected_scoring: str = "label",
@@ -56,7 +58,9 @@ def attach_preference_forward(model: PreTrainedModel) -> None:
         if answer_labels is None:
             return original(self, *args, **inputs)
         assert answer_index is not None
-        hidden_states = body_states(self, inputs, packing=packing, images=images)
+        hidden_states = body_states(
+            self, inputs, packing=packing, images=images, unseen_images=unseen_images
+        )
         return head_loss(
             self,
             # the state that predicts the first token of both answers is there twice
@@ -79,6 +83,7 @@ def body_states(
     *,
     packing: Packing | None,
     images: ImageUse | None,
+    unseen_images: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Last hidden states of a collated batch, shape ``(rows, T, D)``.
 
@@ -87,6 +92,8 @@ def body_states(
         inputs: What the batch brings for the model itself.
         packing: Layout of a packed row; None for separate ones.
         images: Which images the rows show.
+        unseen_images: Inputs of images to encode where the rows show none but those of other ranks
+            may.
     """
     body: Any = model.model
     positions = rope_positions(body, inputs, packing, images)
@@ -95,6 +102,8 @@ def body_states(
     with ExitStack() as stack:
         if images is not None:
             stack.enter_context(image_features_by_row(body, images))
+        if unseen_images is not None:
+            stack.enter_context(unseen_images_encoded(body, unseen_images))
         if packing is not None:
             inputs = {**inputs, **stack.enter_context(packed_attention(packing))}
         return body(**inputs, use_cache=False).last_hidden_state

@@ -5,28 +5,46 @@ the guards.
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import TrainOutput, seed_worker
 
+from realign.augmentation import Augment, RecordDataset
+from realign.checkpoint_trainer import CheckpointTrainer
 from realign.collate import PreferenceCollator
-from realign.files import write_json, write_jsonl, write_text
-from realign.modeling import disable_dropout, vision_module
+from realign.errors import RefusedError
+from realign.files import write_jsonl
+from realign.footprint import Footprint
+from realign.guards import (
+    computes_exactly,
+    first_bad_gradient,
+    gradients_are_finite,
+    not_finite,
+    off_reference,
+)
+from realign.model_parts import freeze_parts, frozen_parts
+from realign.modeling import disable_dropout
 from realign.objectives import make_objective
+from realign.optimizer_groups import give_projector_its_rate
+from realign.out_of_memory import is_out_of_memory, out_of_memory
+from realign.pair_metrics import PairMetrics
+from realign.pair_sampler import FilledCollator, PairSampler, choose_filler
+from realign.preemption import ignore_sigterm
 from realign.progress import Progress
 from realign.records import Record
+from realign.sharding import set_up_fsdp, whole_weights
 from realign.shared_prefix import choose_layout
 from realign_kernels import RdpoOutput
-
-METRIC_SUMS = "metric_sums.json"
-COMPLETE = "complete"  # written into a checkpoint folder after everything else
 
 
 @dataclass
@@ -46,6 +64,13 @@ class RDPOConfig(TrainingArguments):
         default="label", metadata={"help": "label, or top_non_label (the authors' code)"}
     )
     freeze_vision: bool = field(default=True, metadata={"help": "leave the vision tower as it is"})
+    freeze_projector: bool = field(default=False, metadata={"help": "leave the projector as it is"})
+    freeze_language: bool = field(
+        default=False, metadata={"help": "leave the language model and its head as they are"}
+    )
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "of the projector; learning_rate by default"}
+    )
     shared_prefix: bool | None = field(
         default=None,
         metadata={"help": "compute image and prompt once for both answers; None: where it can be"},
@@ -53,26 +78,16 @@ class RDPOConfig(TrainingArguments):
     max_length: int | None = field(
         default=None, metadata={"help": "longest sequence in tokens; longer is an error"}
     )
+    check_first_step: bool = field(
+        default=True, metadata={"help": "stop where the first loss is not that of the reference"}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "must stay false: rows are records"}
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a NaN must be seen"})
 
 
-class RecordDataset(Dataset[Record]):
-    """Records as a torch dataset."""
-
-    def __init__(self, records: Sequence[Record]) -> None:
-        self.records = records
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> Record:
-        return self.records[index]
-
-
-class RDPOTrainer(Trainer):
+class RDPOTrainer(CheckpointTrainer):
     """Trains a VLM on dual-preference records with cached reference log-probabilities.
 
     Args:
@@ -81,9 +96,16 @@ class RDPOTrainer(Trainer):
         train_dataset: Records, as a sequence.
         processing_class: The model's processor.
         reference: ``record.key`` to log-probabilities of the reference, shape ``(C,)``, from
-            :func:`realign.cache.read_cache`; C at least the objective's number of cells.
+            :func:`realign.cache.read_cache`; C at least the objective's number of cells. Its
+            attribute ``batch_variance``, if it has one, is that of
+            :func:`realign.guards.off_reference`.
+        callbacks: Of the Trainer.
+        augment: Changes every training image; the reference saw it unchanged, so
+            ``check_first_step`` must be false. See :data:`realign.augmentation.Augment`.
     Raises:
         ValueError: The reference lacks a record, or the objective is unknown.
+        RefusedError: ``auto_find_batch_size`` is set, or ``augment`` with ``check_first_step``;
+            nothing is left to train, or no projector for ``projector_learning_rate``.
     """
 
     args: RDPOConfig
@@ -96,7 +118,18 @@ class RDPOTrainer(Trainer):
         processing_class: Any,
         reference: Mapping[str, Tensor],
         callbacks: list[TrainerCallback] | None = None,
+        augment: Augment | None = None,
     ) -> None:
+        if args.auto_find_batch_size:
+            raise RefusedError(
+                "auto_find_batch_size must be false: it changes the pairs of a step unasked. Set "
+                "per_device_train_batch_size and gradient_accumulation_steps."
+            )
+        if augment and args.check_first_step:
+            raise RefusedError(
+                "check_first_step must be false with augment: the reference was computed from the "
+                "images as they are. Set it to false."
+            )
         self.objective = make_objective(
             args.objective,
             beta=args.beta,
@@ -109,26 +142,99 @@ class RDPOTrainer(Trainer):
                 f"reference must have every record, lacks {len(missing)}, first: row {missing[0]}."
             )
         disable_dropout(model)
-        if args.freeze_vision:
-            vision_module(model)[1].requires_grad_(False)
-        # metric -> sum and weight since the last line; part of every checkpoint
-        self._sums: dict[str, tuple[float, float]] = {}
+        freeze_parts(
+            model,
+            frozen_parts(
+                vision=args.freeze_vision,
+                projector=args.freeze_projector,
+                language=args.freeze_language,
+            ),
+        )
+        self._batch_variance: float | None = getattr(reference, "batch_variance", None)
+        self._step_ids: list[str] = []  # rows of the step so far, for messages
+        dataset = RecordDataset(train_dataset, augment, args.seed)
+        collator: Any = PreferenceCollator(
+            processing_class,
+            self.objective.num_cells,
+            reference,
+            args.max_length,
+            shared_prefix=choose_layout(model, args.shared_prefix) == "shared prefix",
+            # a cache knows what its values were computed from; a plain mapping does not
+            watch=getattr(reference, "check_inputs", None),
+        )
+        if args.world_size > 1:
+            collator = FilledCollator(collator, choose_filler(train_dataset))
         super().__init__(
             model=model,
             args=args,
-            data_collator=PreferenceCollator(
-                processing_class,
-                self.objective.num_cells,
-                reference,
-                args.max_length,
-                shared_prefix=choose_layout(model, args.shared_prefix) == "shared prefix",
-            ),
-            train_dataset=RecordDataset(train_dataset),
+            data_collator=collator,
+            train_dataset=dataset,
             processing_class=processing_class,
-            callbacks=callbacks,
+            callbacks=[_TellEpoch(dataset), *(callbacks or [])],
         )
-        # the loss is a mean over pairs, not over label tokens
-        self.model_accepts_loss_kwargs = False
+        if self.is_fsdp_enabled:
+            set_up_fsdp(self.accelerator, model)
+        # part of every checkpoint
+        self._metrics = PairMetrics(
+            self.objective, lambda sums: self.accelerator.reduce(sums, reduction="sum")
+        )
+        # compute_loss divides by the pairs of the whole step; Trainer must not by its micro-batches
+        self.model_accepts_loss_kwargs = True
+
+    def get_train_dataloader(self) -> DataLoader[Record]:
+        """Micro-batches of this rank, in an order that does not depend on the number of ranks."""
+        args, dataset = self.args, self.train_dataset
+        assert isinstance(dataset, RecordDataset)
+        sampler = PairSampler(
+            len(dataset),
+            self._train_batch_size,
+            rank=self.accelerator.process_index,
+            num_ranks=self.accelerator.num_processes,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=args.train_sampling_strategy == "random",
+            drop_last=args.dataloader_drop_last,
+        )
+        seed = partial(
+            seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+        )
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=partial(ignore_sigterm, seed),
+        )
+        # the sampler has shared the pairs out; what is left is to tell it the epoch
+        return prepare_data_loader(loader, num_processes=1, process_index=0)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The micro-batches of an optimizer step, and its number of pairs over all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        num_pairs = torch.tensor(sum(len(batch["ids"]) for batch in batches), device=device)
+        return batches, self.accelerator.reduce(num_pairs, reduction="sum")
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer, with groups of the projector's own where it has a learning rate."""
+        is_new, rate = self.optimizer is None, self.args.projector_learning_rate
+        optimizer = super().create_optimizer(model)
+        if is_new and rate is not None:
+            give_projector_its_rate(optimizer, model or self.model, rate)
+        return optimizer
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As Trainer's, which rounds floating-point inputs to DeepSpeed's dtype: not the
+        reference's log-probabilities, whose last digits are what the loss is about.
+        """
+        reference = inputs.get("ref_logps")
+        inputs = super()._prepare_inputs(inputs)
+        if reference is not None:
+            inputs["ref_logps"] = reference.to(self.args.device)
+        return inputs
 
     def compute_loss(
         self,
@@ -137,101 +243,145 @@ class RDPOTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, RdpoOutput]:
-        """Mean loss over the pairs of one micro-batch; sums its metrics for the next log line."""
+        """The micro-batch's share of the mean loss over all pairs of the optimizer step, over all
+        micro-batches and ranks; the mean over its own pairs where ``num_items_in_batch`` is None.
+        """
         ids = inputs.pop("ids")
         output: RdpoOutput = model(
             **inputs, objective=self.objective, rejected_scoring=self.args.rejected_scoring
         )
-        if not torch.isfinite(output.loss):
-            raise FloatingPointError(
-                f"the loss of step {self.state.global_step + 1} must be finite, got "
-                f"{output.loss.item()} "
-                f"for rows {', '.join(ids)}. No weight was changed by this step."
-            )
-        self._add_metrics(output)
-        return (output.loss, output) if return_outputs else output.loss
+        self._check_before_backward(output, inputs, ids)
+        self._metrics.add(output, counted=bool(ids))
+        loss = output.loss
+        if num_items_in_batch is not None:
+            # DDP, FSDP and ZeRO take the mean of the ranks' gradients: times their number, a sum
+            loss = loss * (len(ids) * self.accelerator.num_processes / num_items_in_batch)
+        return (loss, output) if return_outputs else loss
 
-    def _add_metrics(self, output: RdpoOutput) -> None:
-        # a pair without a retrieved image has no image cells and no part in their means
-        is_present = (output.num_tokens > 0).to(output.logps.device)
-        loss = output.loss.expand(output.logps.shape[1])
-        by_pair = {"loss": (loss, torch.ones_like(loss))}  # name -> values and weights, (P,) each
-        if self.objective.nll_weight > 0:
-            nll = -output.logps[0] / output.num_tokens[0].clamp(min=1).to(output.logps)
-            by_pair["nll"] = (nll, is_present[0])
-        for cell, name in enumerate(
-            ("chosen", "text_rejected", "image_rejected", "both_rejected")[: len(output.logps)]
-        ):
-            by_pair[f"logps/{name}"] = (output.logps[cell], is_present[cell])
-            by_pair[f"rewards/{name}"] = (output.rewards[cell], is_present[cell])
-        for cell, kind, margins in (
-            (1, "text", output.text_margins),
-            (2, "image", output.image_margins),
-        ):
-            if len(output.logps) > cell:
-                by_pair[f"rewards/{kind}_margins"] = (margins, is_present[cell])
-                by_pair[f"rewards/{kind}_accuracies"] = (margins > 0, is_present[cell])
-        pairs = torch.stack(
-            [torch.stack((values.float(), of.float())) for values, of in by_pair.values()]
-        ).detach()  # (metrics, 2, P)
-        sums = torch.stack((pairs.prod(dim=1).sum(-1), pairs[:, 1].sum(-1)), dim=1)
-        for name, (total, weight) in zip(
-            by_pair, self.accelerator.reduce(sums, "sum").tolist(), strict=True
-        ):
-            before = self._sums.get(name, (0.0, 0.0))
-            self._sums[name] = (before[0] + total, before[1] + weight)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's; sharded weights are gathered and saved by the first rank, like any others.
+
+        Those of a checkpoint stay sharded: they are to go on from, with their optimizer.
+        """
+        if _internal_call or not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = whole_weights(self.accelerator, self.model)
+        if self.args.should_save:
+            self._save(output_dir, weights)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Put in the means over all pairs since the last line.
 
         The loss is one of them: Trainer's own is the mean since it was last started.
         """
-        if self._sums and "loss" in logs:
-            means = {name: total / weight for name, (total, weight) in self._sums.items() if weight}
-            logs = {**logs, **means}
-            self._sums.clear()
+        if "loss" in logs:
+            logs = {**logs, **self._metrics.take_means()}
         super().log(logs, start_time)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load a full checkpoint through ``from_pretrained``, which knows the saved names of the
-        weights.
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As :meth:`CheckpointTrainer.train`.
 
-        Trainer's own loading does not: it finds no weight by its name and goes on from the first
-        ones (huggingface/transformers#43701).
+        Raises:
+            FloatingPointError: A loss, an input or a gradient is not finite; no weight was changed
+                by that step.
+            RefusedError: The first loss is not that of the reference, memory is full, or the
+                checkpoint to continue from is damaged.
         """
-        target: Any = model or self.model
-        if not isinstance(target, PreTrainedModel):  # peft: Trainer loads adapters rightly
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        try:
+            return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._out_of_memory(error) from error
+
+    def kept_state(self) -> Any:
+        """The sums of the metrics since the last line."""
+        return dict(self._metrics.sums())
+
+    def restore_kept_state(self, state: Any) -> None:
+        """Take back what :meth:`kept_state` returned."""
+        self._metrics.restore(state)
+
+    def _check_before_backward(
+        self, output: RdpoOutput, inputs: Mapping[str, Any], ids: Sequence[str]
+    ) -> None:
+        """Stop all processes where one has a number that is not finite, or begins elsewhere."""
+        self._step_ids += ids
+        step = self.state.global_step + 1
+        problem = not_finite(output, inputs, ids)
+        if self.any_process(problem is not None):
+            problem = problem or "all numbers must be finite, another process has one that is not."
+            raise FloatingPointError(f"step {step}: {problem} No weight was changed by this step.")
+        if step > 1 or not self.args.check_first_step:
             return
-        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
-        target.load_state_dict(saved.state_dict())
+        problem = self._off_reference(output, ids) if ids else None
+        if self.any_process(problem is not None):
+            raise RefusedError(problem or "another process begins off its reference; see there.")
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            sums = json.loads((Path(checkpoint) / METRIC_SUMS).read_text(encoding="utf-8"))
-            self._sums = {name: (total, weight) for name, (total, weight) in sums.items()}
+    def _off_reference(self, output: RdpoOutput, ids: Sequence[str]) -> str | None:
+        autocast = self.accelerator.mixed_precision != "no"  # of the arguments or of accelerate
+        return off_reference(
+            output,
+            self.objective,
+            ids,
+            is_exact=computes_exactly(self.model, autocast=autocast),
+            batch_variance=self._batch_variance,
+        )
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            write_json(folder / METRIC_SUMS, self._sums)
-            write_text(folder / COMPLETE, f"{self.state.global_step}\n")
+    def _check_gradient(self) -> None:
+        """Stop all processes before a gradient that is not finite is used or even scaled."""
+        ids, self._step_ids = self._step_ids, []
+        if self.accelerator.scaler is not None:
+            return  # float16 overflows now and then; its scaler leaves the step out
+        if self.any_process(not gradients_are_finite(self.model_wrapped.parameters())):
+            name = first_bad_gradient(self.model_wrapped.named_parameters())
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1}: the gradient must be finite, got "
+                f"{name or 'one that is not on another process'}, for rows {', '.join(ids)}. "
+                "No weight was changed by this step."
+            )
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self._check_gradient()
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None:  # nothing is clipped
+            self._check_gradient()
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.scaler is None and norm is not None and not math.isfinite(norm):
+            # finite numbers whose squares are not; or DeepSpeed, which has made its step by now
+            changed = "may have been" if self.is_deepspeed_enabled else "was not"
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1}: the gradient's norm must be finite, got "
+                f"{float(norm)}. The model {changed} changed by this step; earlier checkpoints "
+                "are as they were."
+            )
+        return norm
+
+    def _out_of_memory(self, error: BaseException) -> RefusedError:
+        device = self.args.device
+        on_gpu = device.type == "cuda"
+        return out_of_memory(
+            error,
+            Footprint.of(self.model),
+            batch_size=self.args.per_device_train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            held=torch.cuda.max_memory_allocated(device) if on_gpu else None,
+            capacity=torch.cuda.mem_get_info(device)[1] if on_gpu else None,
+        )
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written whole; newer unfinished ones are removed."""
-    found = sorted(
-        folder.glob("checkpoint-*"),
-        key=lambda path: int(path.name.rpartition("-")[2]),
-        reverse=True,
-    )
-    for path in found:
-        if (path / COMPLETE).is_file():
-            return path
-        shutil.rmtree(path)
-    return None
+class _TellEpoch(TrainerCallback):
+    """Has an epoch's augmentation drawn anew, also in the middle of one after a resume."""
+
+    def __init__(self, dataset: RecordDataset) -> None:
+        self._dataset = dataset
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the dataset."""
+        self._dataset.set_epoch(int(state.epoch))
 
 
 def _ordered(line: Mapping[str, Any]) -> dict[str, Any]:

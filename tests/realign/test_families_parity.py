@@ -129,8 +129,7 @@ def test_gradients_of_adapters_agree(name: str) -> None:
     family = Family(adapted, family.processor)
     logps, grads = step(family, 3, shared=True)
     expected_logps, expected_grads = step(family, 3, shared=False)
-    # all that answers depend on; Janus also draws
-    assert grads.keys() == {n for n in adapters if "generation_" not in n and "vqmodel" not in n}
+    assert grads.keys() == adapters.keys()  # none on parts that only draw (Janus)
     torch.testing.assert_close(logps, expected_logps, atol=TOKEN, rtol=SUM)
     assert_same_gradients(grads, expected_grads, 1e-5)
 

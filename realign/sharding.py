@@ -1,0 +1,62 @@
+"""FSDP2 as accelerate sets it up, with what a vision-language model and this loss need of it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from realign.errors import RefusedError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def set_up_fsdp(accelerator: Any, model: nn.Module) -> None:
+    """Complete what ``accelerate launch`` configured, before the model is wrapped.
+
+    Raises:
+        RefusedError: It configured FSDP1, which cannot hold frozen and trained weights together.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise RefusedError(
+            f"fsdp_version must be 2, got {plugin.fsdp_version}. Set fsdp_version: 2 in the "
+            "configuration of accelerate, as in recipes/accelerate/fsdp2.yaml."
+        )
+    if plugin.transformer_cls_names_to_wrap is None:
+        plugin.transformer_cls_names_to_wrap = layers_to_shard(model)
+    if accelerator.mixed_precision in _DTYPES:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=_DTYPES[accelerator.mixed_precision],
+            reduce_dtype=torch.float32,
+            # accelerate would round the reference's log-probabilities, which come as an input, and
+            # the loss to 16 bits
+            cast_forward_inputs=False,
+        )
+    # the loss and the log-probabilities; nothing changes them in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+def whole_weights(accelerator: Any, model: nn.Module) -> dict[str, Tensor]:
+    """Name to gathered weight, on the CPU of the first rank; all ranks must call it.
+
+    Tied weights are one tensor again, as ``save_pretrained`` must see them to write one.
+    """
+    weights: dict[str, Tensor] = accelerator.get_state_dict(model)
+    for name, source in getattr(model, "all_tied_weights_keys", {}).items():
+        if name in weights and source in weights and weights[name].equal(weights[source]):
+            weights[name] = weights[source]
+    return weights
+
+
+def layers_to_shard(model: nn.Module) -> list[str]:
+    """Class names of the layers that FSDP2 gathers one at a time: those that the model says must
+    not be split and that are in it.
+
+    accelerate refuses a class that is not there, and LLaVA names those of CLIP's text encoder.
+    """
+    there = {type(module).__name__ for module in model.modules()}
+    return sorted(there & set(getattr(model, "_no_split_modules", None) or ()))
