@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from realign.errors import RefusedError
 from realign.model_parts import frozen_parts, part_of, parts_pattern, projector_modules
 from realign.modeling import quiet_peft
+from realign.saved_modules import keep_saved_modules_in_float32
 
 ALL_LINEAR = "all-linear"
 
@@ -67,38 +67,8 @@ def add_adapter(
     )
     with quiet_peft():
         adapted = get_peft_model(model, lora)
-    train_saved_modules_in_float32(adapted)
+    keep_saved_modules_in_float32(adapted)
     return adapted
-
-
-def train_saved_modules_in_float32(model: nn.Module) -> None:
-    """Keep the modules that train in full beside an adapter in float32, as peft keeps adapters:
-    an update of 1e-5 vanishes in bfloat16. What goes in is cast to float32, what comes out back.
-    """
-    from peft.utils import ModulesToSaveWrapper
-
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            for copy in module.modules_to_save.values():
-                dtype = next(copy.parameters()).dtype
-                if dtype in (torch.bfloat16, torch.float16):
-                    copy.float()
-                    copy.register_forward_pre_hook(_to_float32, with_kwargs=True)
-                    copy.register_forward_hook(_to_dtype(dtype))
-
-
-def _to_float32(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    def cast(value: Any) -> Any:
-        is_float = isinstance(value, Tensor) and value.is_floating_point()
-        return value.float() if is_float else value
-
-    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
-
-
-def _to_dtype(dtype: torch.dtype) -> Any:
-    return lambda module, args, output: output.to(dtype)
 
 
 def _any_matches(model: nn.Module, pattern: str) -> bool:

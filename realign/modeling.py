@@ -20,6 +20,7 @@ from realign.files import file_sha256
 from realign.image_only import load_without_videos
 from realign.model_parts import VISION_MODULES
 from realign.preference_forward import attach_preference_forward
+from realign.saved_modules import keep_saved_modules_in_float32
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 
@@ -146,7 +147,9 @@ def load_model(
             acceleration=acceleration,
         )
         with quiet_peft():
-            return PeftModel.from_pretrained(base, folder, is_trainable=trainable_adapter)
+            model = PeftModel.from_pretrained(base, folder, is_trainable=trainable_adapter)
+        keep_saved_modules_in_float32(model, folder)
+        return model
     if not any(folder.glob("*.safetensors")):
         raise RefusedError(f"model {folder} must hold safetensors weights, has none. Convert it.")
     model, found = AutoModelForImageTextToText.from_pretrained(

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 from realign.acceleration import Acceleration
 from realign.config import TrainConfig
 from realign.errors import RefusedError
-from realign.lora import add_adapter, train_saved_modules_in_float32
+from realign.lora import add_adapter
 from realign.model_parts import freeze_parts, frozen_parts
 from realign.modeling import (
     choose_dtype,
@@ -25,6 +25,7 @@ from realign.modeling import (
     quiet_peft,
 )
 from realign.optimizer_groups import check_projector_rate
+from realign.saved_modules import keep_saved_modules_in_float32
 
 
 def weights_dtype(config: TrainConfig) -> torch.dtype:
@@ -76,6 +77,7 @@ def outline_policy(config: TrainConfig, folder: Path) -> nn.Module:
             model.name_or_path = adapter.base_model_name_or_path  # else peft says it was renamed
             with quiet_peft():
                 model = get_peft_model(model, adapter)
+            keep_saved_modules_in_float32(model)
         return _prepare(model, config, is_adapted=is_adapter(folder))
 
 
@@ -99,8 +101,6 @@ def _prepare(model: Any, config: TrainConfig, *, is_adapted: bool) -> Any:
             train_projector=config.train_projector,
             **frozen,
         )
-    elif is_adapted:
-        train_saved_modules_in_float32(model)
     freeze_parts(
         model, frozen_parts(**{name.removeprefix("freeze_"): on for name, on in frozen.items()})
     )

@@ -60,7 +60,8 @@ def training_arguments(config: TrainConfig, num_records: int) -> RDPOConfig:
         max_grad_norm=config.max_grad_norm,
         bf16=config.autocast,  # else the weights' own dtype
         dataloader_num_workers=config.workers,
-        dataloader_persistent_workers=config.workers > 0,
+        # workers that ignore SIGTERM, and outlive an epoch, would outlive the run
+        dataloader_persistent_workers=False,
         use_cpu=not torch.cuda.is_available(),
         logging_strategy="steps",
         logging_first_step=True,

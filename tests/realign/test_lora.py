@@ -52,9 +52,8 @@ def test_the_projector_trains_in_full_and_in_float32(model_dir) -> None:
     assert {p.dtype for p in trained(model).values()} == {torch.float32}
     projector = model.get_base_model().model.multi_modal_projector
     features = torch.randn(1, 9, projector.original_module.linear_1.in_features).bfloat16()
-    projected = projector(features)
-    assert projected.dtype == torch.bfloat16
-    torch.testing.assert_close(projected, projector.original_module(features), atol=0.02, rtol=0.02)
+    # before its first update, it computes what the reference does
+    assert torch.equal(projector(features), projector.original_module(features))
     # updates that bfloat16 cannot hold are kept
     weight = of_projector[next(name for name in of_projector if name.endswith("weight"))]
     before = weight.detach().clone()
