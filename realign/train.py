@@ -124,7 +124,6 @@ def train(config: TrainConfig) -> Path:
         trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
         trainer.save_model(str(unfinished))
     if trainer.is_world_process_zero():
-        processor.save_pretrained(unfinished)
         if is_adapter(unfinished):
             write_text(
                 unfinished / "README.md",
