@@ -254,7 +254,8 @@ class _StopWhenAsked(TrainerCallback):
         self._trainer = trainer
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer._step_began = self._trainer._position()
+        if args.gradient_accumulation_steps > 1:
+            self._trainer._step_began = self._trainer._position()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer._must_stop:

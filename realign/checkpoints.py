@@ -19,8 +19,9 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from realign.files import file_sha256, follow_umask, write_json
+from realign.files import file_sha256, follow_umask, write_text
 
 MANIFEST = "manifest.json"
 SAVING = ".saving"
@@ -66,7 +67,7 @@ def seal(written: Path, place: Path) -> None:
     with ThreadPoolExecutor(_HASHING_THREADS) as threads:
         entries = dict(threads.map(entry, files))
     manifest = {"schema": SCHEMA, "step": checkpoint_step(place), "files": entries}
-    write_json(written / MANIFEST, manifest)
+    write_text(written / MANIFEST, _rendered(manifest))
     publish(written, place)
 
 
@@ -106,17 +107,25 @@ def _remove(place: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def _rendered(manifest: dict[str, Any]) -> str:
+    """The one text that a manifest has, so that no byte of it changes unseen."""
+    return json.dumps(manifest, indent=2) + "\n"
+
+
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint: the first file that is not as it was written, or None."""
     manifest = checkpoint / MANIFEST
     try:
-        content = json.loads(manifest.read_bytes())
+        text = manifest.read_text(encoding="utf-8")
+        content = json.loads(text)
         schema, step, files = content["schema"], content["step"], content["files"]
         known = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} is not readable ({type(error).__name__}: {error})"
+    if text != _rendered(content):
+        return f"{MANIFEST} was changed after it was saved"
     if schema != SCHEMA:
         return f"{MANIFEST} has schema {schema}, this version reads {SCHEMA}"
     if step != checkpoint_step(checkpoint):

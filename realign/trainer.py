@@ -32,8 +32,10 @@ from realign.guards import (
     not_finite,
     off_reference,
 )
-from realign.modeling import disable_dropout, vision_module
+from realign.model_parts import freeze_parts, frozen_parts
+from realign.modeling import disable_dropout
 from realign.objectives import make_objective
+from realign.optimizer_groups import give_projector_its_rate
 from realign.out_of_memory import is_out_of_memory, out_of_memory
 from realign.pair_metrics import PairMetrics
 from realign.pair_sampler import FilledCollator, PairSampler, choose_filler
@@ -62,6 +64,13 @@ class RDPOConfig(TrainingArguments):
         default="label", metadata={"help": "label, or top_non_label (the authors' code)"}
     )
     freeze_vision: bool = field(default=True, metadata={"help": "leave the vision tower as it is"})
+    freeze_projector: bool = field(default=False, metadata={"help": "leave the projector as it is"})
+    freeze_language: bool = field(
+        default=False, metadata={"help": "leave the language model and its head as they are"}
+    )
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "of the projector; learning_rate by default"}
+    )
     shared_prefix: bool | None = field(
         default=None,
         metadata={"help": "compute image and prompt once for both answers; None: where it can be"},
@@ -95,7 +104,8 @@ class RDPOTrainer(CheckpointTrainer):
             ``check_first_step`` must be false. See :data:`realign.augmentation.Augment`.
     Raises:
         ValueError: The reference lacks a record, or the objective is unknown.
-        RefusedError: ``auto_find_batch_size`` is set, or ``augment`` with ``check_first_step``.
+        RefusedError: ``auto_find_batch_size`` is set, or ``augment`` with ``check_first_step``;
+            nothing is left to train, or no projector for ``projector_learning_rate``.
     """
 
     args: RDPOConfig
@@ -132,8 +142,14 @@ class RDPOTrainer(CheckpointTrainer):
                 f"reference must have every record, lacks {len(missing)}, first: row {missing[0]}."
             )
         disable_dropout(model)
-        if args.freeze_vision:
-            vision_module(model)[1].requires_grad_(False)
+        freeze_parts(
+            model,
+            frozen_parts(
+                vision=args.freeze_vision,
+                projector=args.freeze_projector,
+                language=args.freeze_language,
+            ),
+        )
         self._batch_variance: float | None = getattr(reference, "batch_variance", None)
         self._step_ids: list[str] = []  # rows of the step so far, for messages
         dataset = RecordDataset(train_dataset, augment, args.seed)
@@ -143,6 +159,8 @@ class RDPOTrainer(CheckpointTrainer):
             reference,
             args.max_length,
             shared_prefix=choose_layout(model, args.shared_prefix) == "shared prefix",
+            # a cache knows what its values were computed from; a plain mapping does not
+            watch=getattr(reference, "check_inputs", None),
         )
         if args.world_size > 1:
             collator = FilledCollator(collator, choose_filler(train_dataset))
@@ -199,6 +217,14 @@ class RDPOTrainer(CheckpointTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_pairs = torch.tensor(sum(len(batch["ids"]) for batch in batches), device=device)
         return batches, self.accelerator.reduce(num_pairs, reduction="sum")
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer, with groups of the projector's own where it has a learning rate."""
+        is_new, rate = self.optimizer is None, self.args.projector_learning_rate
+        optimizer = super().create_optimizer(model)
+        if is_new and rate is not None:
+            give_projector_its_rate(optimizer, model or self.model, rate)
+        return optimizer
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """As Trainer's, which rounds floating-point inputs to DeepSpeed's dtype: not the

@@ -9,6 +9,7 @@ from random import Random
 
 import datasets
 import pytest
+import torch
 import transformers
 
 from realign.demo.drawing import draw
@@ -66,3 +67,24 @@ def _extra(scene: Scene) -> tuple[Thing, ...]:
 def records() -> Callable[..., list[Record]]:
     """The factory :func:`make_records`."""
     return make_records
+
+
+@pytest.fixture(scope="session")
+def make_reference() -> Callable[..., dict[str, torch.Tensor]]:
+    """References of the first rows, computed as the policy is: ``(model_dir, count, dtype)``."""
+    from realign.collate import PreferenceCollator
+    from realign.modeling import load_model, load_processor
+    from realign.shared_prefix import choose_layout
+
+    def compute(
+        model_dir: Path, count: int, dtype: torch.dtype = torch.float32
+    ) -> dict[str, torch.Tensor]:
+        model, rows = load_model(model_dir, dtype), make_records(count)
+        shared = choose_layout(model, None) == "shared prefix"
+        batch = PreferenceCollator(load_processor(model_dir), 3, shared_prefix=shared)(rows)
+        del batch["ids"]
+        with torch.no_grad():
+            logps = model(**batch).logps
+        return {row.key: logps[:, pair].double() for pair, row in enumerate(rows)}
+
+    return compute

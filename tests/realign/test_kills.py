@@ -1,0 +1,93 @@
+"""Training that is ended at random moments, resumed by the same call each time, and ends as a run
+that nobody stopped: every byte of the model, the optimizer, the generators and the log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from realign.parquet import write_parquet
+
+SCRIPT = Path(__file__).with_name("kill_runs.py")
+
+
+def stop_runs(tmp_path: Path, records, model_dir: Path, **given: Any) -> dict[str, Any]:
+    write_parquet(records(12), tmp_path / "data.parquet")
+    options = {"batch_size": 2, "accumulation": 2, "epochs": 2, "learning_rate": 1e-3}
+    options |= {"logging_steps": 3, **given.pop("options")}
+    argument = {
+        "model": str(model_dir),
+        "data": str(tmp_path / "data.parquet"),
+        "folder": str(tmp_path),
+        "seed": 0,
+        "options": options,
+        **given,
+    }
+    ended = subprocess.run(
+        [sys.executable, SCRIPT, json.dumps(argument)],
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr.decode()
+    result: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    print(result)  # noqa: T201 - shown by -rP
+    assert result["differ"] == []
+    assert result["equal"] == result["runs"] >= 1
+    assert result["stopped"] >= given["count"]
+    return result
+
+
+def test_kill_9(tmp_path: Path, records, model_dir: Path) -> None:
+    stop_runs(tmp_path, records, model_dir, count=4, signal="SIGKILL", options={"save_steps": 1})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save_steps", [1, 3])
+def test_kill_9_at_many_moments(tmp_path: Path, records, model_dir: Path, save_steps) -> None:
+    """REALIGN_KILLS=100 for the full count."""
+    count = int(os.environ.get("REALIGN_KILLS", "20"))
+    options = {"save_steps": save_steps}
+    stop_runs(tmp_path, records, model_dir, count=count, signal="SIGKILL", seed=1, options=options)
+
+
+@pytest.mark.slow
+def test_sigterm_at_many_moments(tmp_path: Path, records, model_dir: Path) -> None:
+    """Nothing is saved but when it is asked to end, mostly in the middle of an accumulation."""
+    count = int(os.environ.get("REALIGN_KILLS", "20")) // 2
+    options = {"save_steps": 4, "accumulation": 4, "batch_size": 1}
+    result = stop_runs(
+        tmp_path, records, model_dir, count=count, signal="SIGTERM", seed=2, options=options
+    )
+    assert result["slowest exit"] < 30
+
+
+def test_the_second_sigterm_ends_it_at_once() -> None:
+    code = (
+        "import time\n"
+        "from realign.preemption import Preemption\n"
+        "with Preemption() as asked:\n"
+        "    print('ready', flush=True)\n"
+        "    while not asked.is_requested: time.sleep(0.01)\n"
+        "    print('asked', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in ("ready\n", "asked\n"):
+        assert process.stdout.readline() == line
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    assert process.wait() == 143
+    process.stdout.close()
+    assert time.monotonic() - started < 5
