@@ -93,9 +93,6 @@ class RDPOConfig(TrainingArguments):
                 f"{self.train_sampling_strategy!r}: the pairs of a step must not depend on lengths "
                 "or ranks. Drop it."
             )
-        if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
-            # the last layers of a vision tower, and experts that no token chose, have no gradient
-            self.ddp_find_unused_parameters = True
         super().__post_init__()
 
 
@@ -175,7 +172,12 @@ class RDPOTrainer(CheckpointTrainer):
             watch=getattr(reference, "check_inputs", None),
         )
         if args.world_size > 1:
-            collator = FilledCollator(collator, choose_filler(train_dataset))
+            filler = choose_filler(train_dataset)
+            collator = FilledCollator(collator, filler)
+            if args.ddp_find_unused_parameters is None:
+                # the last layers of a vision tower have no gradient, nor has a projector without
+                # images; any other weight has one on every rank
+                args.ddp_find_unused_parameters = not (args.freeze_vision and filler.images)
         super().__init__(
             model=model,
             args=args,

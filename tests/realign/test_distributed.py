@@ -151,7 +151,11 @@ RUNS = {
     },
 }
 MORE_RUNS = {
-    "ddp": {"full": {}, "lora": {"lora": True, "tied": False}},
+    "ddp": {
+        "full": {"checkpointing": True},
+        "vision": {"freeze_vision": False, "checkpointing": True},
+        "lora": {"lora": True, "tied": False},
+    },
     "fsdp2": {
         "tied": {},
         "adapter": {"lora": True, "tied": False},
