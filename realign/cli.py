@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
-    from typer.core import TyperCommand
+    from typer.core import TyperCommand, TyperGroup
 except ImportError:
     sys.exit(
         "The realign command needs its pipeline packages. Install them: pip install "
@@ -31,6 +31,18 @@ class SectionCommand(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the command's help, then its section's options."""
+        super().format_help(ctx, formatter)
+        from realign.option_list import option_list
+
+        assert self.name is not None
+        formatter.write(option_list(self.name))
+
+
+class SectionGroup(TyperGroup):
+    """The same for a verb that has commands of its own beside."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the verb's help, then its section's options."""
         super().format_help(ctx, formatter)
         from realign.option_list import option_list
 
@@ -156,8 +168,14 @@ def build(
         )
 
 
-@app.command(cls=SectionCommand)
+cache_app = typer.Typer()
+app.add_typer(cache_app, name="cache")
+CacheFolder = Annotated[Path, typer.Argument(help="Folder of `realign cache`, or one in it.")]
+
+
+@cache_app.callback(cls=SectionGroup, invoke_without_command=True)
 def cache(
+    ctx: typer.Context,
     model: Model = None,
     data: Data = None,
     images: Images = None,
@@ -165,20 +183,90 @@ def cache(
     config: Config = None,
     set_: Overrides = None,
 ) -> None:
-    """Dataset and VLM -> reference log-probabilities, keyed by content."""
+    """Dataset and VLM -> reference log-probabilities, keyed by content.
+
+    Without a command it builds. After a stop the same line goes on where it was;
+    rows that are there are not computed again. Several processes share the work
+    when accelerate launch or torchrun start them. Options of a command stand
+    behind its name.
+    """
+    flags = {"model": model, "data": data, "images": images, "out": out}
+    command = ctx.invoked_subcommand
     with _exit_codes():
+        if command:
+            given = [f"--{name}" for name, value in flags.items() if value is not None]
+            given += [f"--{n}" for n, v in (("config", config), ("set", set_)) if v is not None]
+            if given:
+                raise RefusedError(
+                    f"{given[0]} must stand behind {command!r} if it is for that command. Move it, "
+                    f"or drop {command!r} to build."
+                )
+            return
         from realign.config import CacheConfig
         from realign.config_file import load_config
 
-        options: CacheConfig = load_config(
-            CacheConfig,
-            config,
-            set_ or (),
-            {"model": model, "data": data, "images": images, "out": out},
-        )
+        options: CacheConfig = load_config(CacheConfig, config, set_ or (), flags)
         from realign.cache import cache as run
 
         typer.echo(f"reference log-probabilities -> {run(options)}")
+
+
+@cache_app.command("verify")
+def cache_verify(folder: CacheFolder) -> None:
+    """Check every byte of a cache against its hashes.
+
+    Exit code 2 if anything is wrong; every file that is gets named.
+    """
+    with _exit_codes():
+        from realign.cache.inspect import verify_cache
+
+        for line in verify_cache(folder):
+            typer.echo(line)
+
+
+@cache_app.command("info")
+def cache_info(folder: CacheFolder) -> None:
+    """What a cache was computed from, its rows and size, and what its probe measured."""
+    with _exit_codes():
+        from realign.cache.inspect import describe_cache
+
+        for line in describe_cache(folder):
+            typer.echo(line)
+
+
+@cache_app.command("merge")
+def cache_merge(
+    caches: Annotated[list[Path], typer.Argument(help="Caches of one identity.")],
+    out: Annotated[Path, typer.Option(help="Cache folder; what it has already is kept.")],
+) -> None:
+    """Several caches of the same model and numerics -> one.
+
+    For parts of a dataset that were computed on machines without a common file
+    system. Of a row in several the first one's values are taken.
+    """
+    with _exit_codes():
+        from realign.cache.merge import merge_caches
+
+        typer.echo(f"reference log-probabilities -> {merge_caches(caches, out)}")
+
+
+@cache_app.command("import")
+def cache_import(
+    data: Annotated[Path, typer.Option(help="Parquet with the rows and the columns.")],
+    model: Annotated[str, typer.Option(help="The model they are of: folder or hub id.")],
+    out: Annotated[Path, typer.Option(help="Cache folder.")],
+) -> None:
+    """Log-probabilities of another trainer, columns of the dataset -> a cache.
+
+    The columns are TRL's, ref_chosen_logps and ref_rejected_logps, which is enough
+    for dpo, and ref_image_rejected_logps for rdpo. How they were computed is not
+    known, so train takes them only with --accept-numerics, after it has computed
+    64 rows again.
+    """
+    with _exit_codes():
+        from realign.cache.columns import import_columns
+
+        typer.echo(f"reference log-probabilities -> {import_columns(data, model, out)}")
 
 
 @app.command(cls=SectionCommand)
@@ -190,12 +278,22 @@ def train(
     cache: Annotated[
         Path | None, typer.Option(help="Folder of `realign cache`; computed if not given.")
     ] = None,
+    accept_numerics: Annotated[
+        bool | None,
+        typer.Option(
+            "--accept-numerics",
+            help="Use a cache of another machine or of imported values if 64 rows agree.",
+        ),
+    ] = None,
     objective: Annotated[
         str | None, typer.Option(help="rdpo, dpo, mdpo, symmetric or sft.")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the order of rows.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and say what would be, then stop.")
+    ] = False,
     config: Config = None,
     set_: Overrides = None,
 ) -> None:
@@ -210,13 +308,16 @@ def train(
             "images": images,
             "out": out,
             "cache": cache,
+            "accept_numerics": accept_numerics,
             "objective": objective,
         }
         flags |= {"learning_rate": learning_rate, "epochs": epochs, "seed": seed}
         options: TrainConfig = load_config(TrainConfig, config, set_ or (), flags)
         from realign.train import train as run
 
-        typer.echo(f"checkpoint -> {run(options)}")
+        checkpoint = run(options, dry_run=dry_run)
+        if os.environ.get("RANK", "0") == "0":  # once, however many processes train
+            typer.echo(f"checkpoint {'would be' if dry_run else '->'} {checkpoint}")
 
 
 @app.command(cls=SectionCommand)

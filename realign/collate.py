@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -22,6 +22,7 @@ from realign.packing import Packing
 from realign.prefixes import Prefix, Prefixes, encode_prefixes
 from realign.records import Record
 from realign.rendering import Renderer
+from realign.row_digest import DIGEST_BYTES, pixel_digest, token_digest
 
 # Which answer and which images each cell scores (DESIGN: chosen, text_rejected, image_rejected,
 # both_rejected).
@@ -48,6 +49,15 @@ class _Sequence:
 _Row = list[_Sequence]
 
 
+class Watch(Protocol):
+    """Compares or keeps what is fed, see :mod:`realign.row_digest`."""
+
+    def __call__(
+        self, collator: PreferenceCollator, record: Record, digests: Sequence[bytes]
+    ) -> None:
+        """Be told the digests of a record's cells."""
+
+
 class PreferenceCollator:
     """Collates records into what ``model(**batch)`` takes, once ``ids`` are taken out.
 
@@ -59,6 +69,7 @@ class PreferenceCollator:
         max_length: Longest sequence in tokens, image tokens included.
         shared_prefix: Whether the answers of a pair share their images and prompt, for models that
             :func:`realign.shared_prefix.why_not_shared` has nothing against.
+        watch: Told of every record what the model will read, before it does; see :class:`Watch`.
     """
 
     def __init__(
@@ -69,6 +80,7 @@ class PreferenceCollator:
         max_length: int | None = None,
         *,
         shared_prefix: bool = False,
+        watch: Watch | None = None,
     ) -> None:
         self.renderer = Renderer(processor)
         self.processor = processor
@@ -76,6 +88,7 @@ class PreferenceCollator:
         self.reference = reference
         self.max_length = max_length
         self.shared_prefix = shared_prefix
+        self.watch = watch
 
     def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
         """Return a batch: tensors, and plain values that stay on the host.
@@ -96,6 +109,11 @@ class PreferenceCollator:
         for sequence in sequences:
             self._check_length(sequence, prefixes)
             num_tokens[sequence.id // len(records)][sequence.pair] = len(sequence.answer)
+        if self.watch is not None:
+            for record, digests in zip(
+                records, self._digests(sequences, prefixes, len(records)), strict=True
+            ):
+                self.watch(self, record, digests)
         batch = (self._packed if self.shared_prefix else self._padded)(rows, prefixes)
         batch |= {
             **prefixes.image_inputs,
@@ -119,6 +137,25 @@ class PreferenceCollator:
         for one in sequences:
             longest[one.pair] = max(longest[one.pair], _length(one, prefixes))
         return longest
+
+    def pixel_digest(self, record: Record, *, retrieved: bool) -> bytes:
+        """Digest of what the processor makes of a record's images when it is given nothing else;
+        zeros without images.
+        """
+        of_images = [one for one in self._sequences([record]) if one.retrieved == retrieved]
+        if not of_images or not of_images[0].prefix.images:
+            return bytes(DIGEST_BYTES)
+        return pixel_digest(self._encode([of_images[:1]]).image_inputs)
+
+    def _digests(
+        self, sequences: Sequence[_Sequence], prefixes: Prefixes, pairs: int
+    ) -> list[list[bytes]]:
+        """Of every cell of every pair; zeros for cells that are not there."""
+        digests = [[bytes(DIGEST_BYTES)] * self.cells for _ in range(pairs)]
+        for one in sequences:
+            prompt = prefixes.tokens[one.prefix]["input_ids"]
+            digests[one.pair][one.id // pairs] = token_digest(prompt, one.answer)
+        return digests
 
     def check_processor(self, record: Record) -> None:
         """Check that the processor only puts tokens of images in.

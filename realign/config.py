@@ -206,11 +206,23 @@ class CacheConfig(Section):
     batch_size: PositiveInt = 8
     """Pairs in one forward."""
     shard_size: PositiveInt = 1024
-    """Rows in one shard: what a killed run can lose."""
+    """Rows in one shard, rounded up to whole batches: what a killed run can lose."""
     max_length: PositiveInt | None = None
     """Longest row in tokens, image tokens included; a longer row is an error, never cut."""
     dtype: Dtype = "auto"
     """``auto``: bfloat16 on a GPU, float32 on a CPU."""
+    shared_prefix: bool | None = None
+    """Compute image and prompt once for both answers of a pair; null: where the model can. This
+    and what follows must be as in training.
+    """
+    attention: Literal["sdpa", "flash"] = "sdpa"
+    """``flash`` is flash-attention 2, which needs its package, a GPU and bfloat16."""
+    liger: bool = False
+    """Fused layers of liger-kernel; needs a GPU."""
+    quantization: Literal["nf4"] | None = None
+    """``nf4`` keeps the language model's weights in 4 bits; needs a GPU and bitsandbytes."""
+    autocast: bool = False
+    """Compute in bfloat16 with float32 weights."""
 
 
 class LoraSection(Section):
@@ -221,8 +233,8 @@ class LoraSection(Section):
     alpha: PositiveInt = 256
     """Scaling numerator; the paper's."""
     targets: str | list[str] = "all-linear"
-    """Module names, or all-linear as the paper; the authors' code uses q_proj, k_proj, v_proj,
-    o_proj.
+    """Names of layers, or all-linear as the paper; the authors' code uses q_proj, k_proj, v_proj,
+    o_proj. Frozen parts get no adapter. A name that matches nothing is refused.
     """
 
 
@@ -245,6 +257,10 @@ class TrainConfig(Section):
     """Folder of ``realign cache``, as given or as printed; without it the references are computed
     into ``out/cache`` first.
     """
+    accept_numerics: bool = False
+    """Use a cache that differs in numerics alone (machine, versions, layout), or an imported one,
+    if 64 of its rows computed here agree; accepted_numerics.json says how well.
+    """
     objective: Literal["rdpo", "dpo", "mdpo", "symmetric", "sft"] = "rdpo"
     """What is optimised; ``sft`` is the likelihood of the chosen answers alone, for comparison."""
     beta: PositiveFloat = 0.1
@@ -258,14 +274,20 @@ class TrainConfig(Section):
     rejected_scoring: RejectedScoring = "label"
     """``top_non_label`` is what the authors' code does, see docs/paper.md."""
     learning_rate: PositiveFloat = 1e-5
-    """Peak; cosine schedule."""
+    """Peak learning rate."""
+    projector_learning_rate: PositiveFloat | None = None
+    """Peak of the projector, be it trained in full or by its adapter; ``learning_rate`` by
+    default.
+    """
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rates go on after the warm-up: to 0 at the last step, or as they are."""
     epochs: PositiveFloat = 1.0
     """Passes over the data."""
     batch_size: PositiveInt = 1
     """Pairs a device and micro-step."""
     accumulation: PositiveInt = 8
     """Micro-steps a step."""
-    warmup_ratio: NonNegativeFloat = 0.03
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
     """Share of steps with rising learning rate."""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's."""
@@ -273,14 +295,42 @@ class TrainConfig(Section):
     """Gradient clipping; 0 switches it off."""
     lora: LoraSection | None = None
     """Train adapters instead of the weights; the paper does, with rank 128 and alpha 256."""
+    train_projector: bool = False
+    """With lora, train the projector's own weights, in float32, instead of an adapter on it; they
+    are saved with the adapter.
+    """
+    quantization: Literal["nf4"] | None = None
+    """With lora, ``nf4`` keeps the language model's weights in 4 bits (QLoRA), for the references
+    too; needs a GPU and bitsandbytes.
+    """
     freeze_vision: bool = True
     """Leave the vision tower as it is."""
+    freeze_projector: bool = False
+    """Leave the projector between vision tower and language model as it is."""
+    freeze_language: bool = False
+    """Leave the language model and its head as they are."""
     gradient_checkpointing: bool = False
     """Trade a second forward for activation memory."""
+    shared_prefix: bool | None = None
+    """Compute image and prompt once for both answers of a pair; null: where the model can."""
+    attention: Literal["sdpa", "flash"] = "sdpa"
+    """``flash`` is flash-attention 2, which needs its package, a GPU and bfloat16."""
+    liger: bool = False
+    """Fused normalisation, rotary embedding and MLP of liger-kernel in the model's layers, for the
+    references too; needs a GPU. Its losses are not used.
+    """
+    workers: NonNegativeInt = 0
+    """Processes that prepare batches; 0 does it between the steps."""
     max_length: PositiveInt | None = None
     """Longest row in tokens, image tokens included; a longer row is an error, never cut."""
     dtype: Dtype = "auto"
-    """``auto``: bfloat16 on a GPU with lora, else float32; a given cache must have the same."""
+    """Of the weights. ``auto``: bfloat16 on a GPU with lora, else float32: without lora, updates of
+    1e-5 vanish in bfloat16. A given cache must have the same.
+    """
+    autocast: bool = False
+    """Compute in bfloat16 while weights and optimizer stay float32; what full fine-tuning on a GPU
+    wants. The references are computed so too.
+    """
     logging_steps: PositiveInt = 10
     """Steps between lines of metrics.jsonl; the first and the last step are always there.
     """
@@ -290,6 +340,45 @@ class TrainConfig(Section):
     """Of the order of rows and of adapter initialisation."""
     report_to: list[str] = Field(default_factory=list)
     """Trackers of transformers.Trainer; none by default."""
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> TrainConfig:
+        for option, is_set in (
+            ("train_projector", self.train_projector),
+            ("quantization", self.quantization is not None),
+        ):
+            if is_set and self.lora is None:
+                raise ValueError(f"{option} is set without lora, which it is a part of. Add lora")
+        for option, is_set in (
+            ("projector_learning_rate", self.projector_learning_rate is not None),
+            ("train_projector", self.train_projector),
+        ):
+            if is_set and self.freeze_projector:
+                raise ValueError(f"{option} is set while freeze_projector is. Drop one of them")
+        if self.freeze_vision and self.freeze_projector and self.freeze_language:
+            raise ValueError(
+                "freeze_vision, freeze_projector and freeze_language leave nothing to train. Drop "
+                "one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> TrainConfig:
+        if self.autocast and self.lora is not None:
+            raise ValueError(
+                "autocast is set with lora, whose base is kept in bfloat16 already. Drop autocast"
+            )
+        if self.autocast and self.dtype == "bfloat16":
+            raise ValueError(
+                "autocast is set with dtype bfloat16, which leaves nothing to cast. Drop one of "
+                "them"
+            )
+        if self.attention == "flash" and self.dtype == "float32" and not self.autocast:
+            raise ValueError(
+                "attention is flash with dtype float32, which it cannot compute in. Use dtype "
+                "bfloat16 with lora, or add autocast"
+            )
+        return self
 
 
 class CheckConfig(Section):

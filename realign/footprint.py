@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
 
 # AdamW keeps two moments a trained weight, in its dtype
 OPTIMIZER_COPIES = 2
+# bits of a 4-bit weight with its doubly quantised scale: QLoRA, arXiv 2305.14314, section 3
+NF4_BITS = 4.127
 
 
 @dataclass(frozen=True)
@@ -19,9 +22,17 @@ class Footprint:
     optimizer_state: int
 
     @classmethod
-    def of(cls, model: nn.Module) -> Footprint:
-        """Of a model whose parameters say whether they train; it may be on the meta device."""
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    def of(cls, model: nn.Module, quantized: Collection[str] = ()) -> Footprint:
+        """Of a model whose parameters say whether they train; it may be on the meta device.
+
+        Args:
+            model: The model.
+            quantized: Names of parameters that will be held in 4 bits.
+        """
+        weights = sum(
+            round(p.numel() * NF4_BITS / 8) if name in quantized else p.numel() * p.element_size()
+            for name, p in model.named_parameters()
+        )
         gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         return cls(weights, gradients, OPTIMIZER_COPIES * gradients)
 
@@ -37,15 +48,16 @@ class Footprint:
         )
 
 
-def footprint(model: nn.Module) -> str:
+def footprint(model: nn.Module, quantized: Collection[str] = ()) -> str:
     """Return one line: trained and all parameters, full or LoRA, dtypes, estimated bytes."""
     trained = [p for p in model.parameters() if p.requires_grad]
     dtypes = {str(p.dtype).removeprefix("torch."): None for p in trained}
     kind = "LoRA" if hasattr(model, "peft_config") else "full fine-tuning"
+    kind += " over 4-bit weights" if quantized else ""
     return (
         f"{kind}: {sum(p.numel() for p in trained):,} of "
         f"{sum(p.numel() for p in model.parameters()):,} parameters train in {', '.join(dtypes)}; "
-        f"{Footprint.of(model)}"
+        f"{Footprint.of(model, quantized)}"
     )
 
 

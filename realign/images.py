@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -122,9 +123,9 @@ def read_image(path: Path, where: str) -> bytes:
     return raw
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(file: Path | IO[bytes]) -> tuple[int, int]:
     """Width and height as :func:`decode_image` would give them, read from the header."""
-    with Image.open(path, formats=FORMATS) as image:
+    with Image.open(file, formats=FORMATS) as image:
         # 5 to 8 are the EXIF orientations with a quarter turn
         is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return image.size[::-1] if is_turned else image.size

@@ -1,35 +1,132 @@
-"""Low-rank adapters on a VLM."""
+"""Low-rank adapters on a VLM, and the projector that trains in full beside them."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from realign.modeling import quiet_peft, vision_module
+from realign.errors import RefusedError
+from realign.model_parts import frozen_parts, part_of, parts_pattern, projector_modules
+from realign.modeling import quiet_peft
+
+ALL_LINEAR = "all-linear"
 
 
 def add_adapter(
-    model: nn.Module, *, rank: int, alpha: int, targets: str | list[str], freeze_vision: bool
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: int,
+    targets: str | Sequence[str],
+    freeze_vision: bool,
+    freeze_projector: bool = False,
+    freeze_language: bool = False,
+    train_projector: bool = False,
 ) -> Any:
-    """Put a new adapter on a model, which then trains alone.
+    """Put a new adapter on a model, which then trains alone, or with the projector.
 
     Args:
         model: The base; on the meta device too.
         rank: Of the adapter.
         alpha: Scaling numerator.
-        targets: Module names, or ``all-linear``.
+        targets: Module names, ``all-linear``, or a regular expression of full module names. The
+            output projection is none of ``all-linear``.
         freeze_vision: Whether the vision tower gets none.
+        freeze_projector: Whether the projector gets none.
+        freeze_language: Whether the language model gets none.
+        train_projector: Whether the projector's own weights train, in float32, and are saved with
+            the adapter.
+    Raises:
+        RefusedError: A target matches no layer that may train; there is no projector to train.
     """
     from peft import LoraConfig, get_peft_model
 
-    exclude = rf".*{vision_module(model)[0].rpartition('.')[2]}.*" if freeze_vision else None
+    excluded = parts_pattern(
+        frozen_parts(vision=freeze_vision, projector=freeze_projector, language=freeze_language)
+    )
+    # peft overlooks a name that matches nothing, as long as another matches something
+    _check_targets(model, targets, excluded)
+    projectors = [name for name, _ in projector_modules(model)] if train_projector else []
+    if train_projector and not projectors:
+        raise RefusedError(
+            f"train_projector must not be set for {type(model).__name__}, which has no "
+            "projector. Drop it."
+        )
     lora = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=0.0,
-        target_modules=targets,
-        exclude_modules=exclude,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        # it warns of a pattern that matches nothing
+        exclude_modules=excluded if _any_matches(model, excluded) else None,
+        modules_to_save=projectors or None,
     )
     with quiet_peft():
-        return get_peft_model(model, lora)
+        adapted = get_peft_model(model, lora)
+    train_saved_modules_in_float32(adapted)
+    return adapted
+
+
+def train_saved_modules_in_float32(model: nn.Module) -> None:
+    """Keep the modules that train in full beside an adapter in float32, as peft keeps adapters:
+    an update of 1e-5 vanishes in bfloat16. What goes in is cast to float32, what comes out back.
+    """
+    from peft.utils import ModulesToSaveWrapper
+
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for copy in module.modules_to_save.values():
+                dtype = next(copy.parameters()).dtype
+                if dtype in (torch.bfloat16, torch.float16):
+                    copy.float()
+                    copy.register_forward_pre_hook(_to_float32, with_kwargs=True)
+                    copy.register_forward_hook(_to_dtype(dtype))
+
+
+def _to_float32(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def cast(value: Any) -> Any:
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.float() if is_float else value
+
+    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
+
+
+def _to_dtype(dtype: torch.dtype) -> Any:
+    return lambda module, args, output: output.to(dtype)
+
+
+def _any_matches(model: nn.Module, pattern: str) -> bool:
+    return any(re.fullmatch(pattern, name) for name, _ in model.named_modules())
+
+
+def _check_targets(model: nn.Module, targets: str | Sequence[str], excluded: str) -> None:
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d | nn.Conv3d)
+    ]
+    trainable = [name for name in layers if not re.fullmatch(excluded, name)]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    for target in [targets] if isinstance(targets, str) else targets:
+        if target == ALL_LINEAR:
+            is_found = any(model.get_submodule(name) is not head for name in trainable)
+        elif isinstance(targets, str):
+            is_found = any(re.fullmatch(target, name) for name in trainable)
+        else:
+            is_found = any(f".{name}".endswith(f".{target}") for name in trainable)
+        if is_found:
+            continue
+        known = sorted({name.rpartition(".")[2] for name in trainable if not name[-1].isdigit()})
+        parts = sorted({part_of(name) for name in layers} - {part_of(name) for name in trainable})
+        raise RefusedError(
+            f"lora.targets must name layers of the parts that train, got {target!r}, which matches "
+            f"none. Layers: {', '.join(known) or 'none'}"
+            + (f"; frozen: {', '.join(parts)}." if parts else ".")
+            + " Name some of them, or all-linear."
+        )

@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
+from realign.acceleration import Acceleration, use_liger_layers
 from realign.errors import RefusedError
 from realign.files import file_sha256
+from realign.model_parts import VISION_MODULES
 from realign.preference_forward import attach_preference_forward
 
-VISION_MODULES = ("vision_tower", "vision_model", "visual", "vision_encoder")
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 
 
@@ -118,9 +119,9 @@ def load_model(
     trainable_adapter: bool = False,
     name: str | None = None,
     scoring: bool = True,
+    acceleration: Acceleration | None = None,
 ) -> PreTrainedModel:
-    """Load a VLM, or an adapter on its base, with SDPA attention and dropout off. No remote code
-    is run.
+    """Load a VLM, or an adapter on its base, with dropout off. No remote code is run.
 
     Args:
         folder: From :func:`resolve_model`.
@@ -129,12 +130,19 @@ def load_model(
         name: What adapters trained on the model call it; a hub id is good on other machines too.
         scoring: Whether it will score answers; a model that only speaks need not be one of those
             whose logits are understood.
+        acceleration: How it computes; as transformers does with SDPA attention by default.
     """
+    acceleration = acceleration or Acceleration()
     if is_adapter(folder):
         from peft import PeftModel
 
-        base_name = adapter_base(folder)
-        base = load_model(_resolve_base(folder), dtype, name=base_name, scoring=scoring)
+        base = load_model(
+            _resolve_base(folder),
+            dtype,
+            name=adapter_base(folder),
+            scoring=scoring,
+            acceleration=acceleration,
+        )
         with quiet_peft():
             return PeftModel.from_pretrained(base, folder, is_trainable=trainable_adapter)
     if not any(folder.glob("*.safetensors")):
@@ -142,9 +150,9 @@ def load_model(
     model, found = AutoModelForImageTextToText.from_pretrained(
         folder,
         dtype=dtype,
-        attn_implementation="sdpa",
         use_safetensors=True,
         output_loading_info=True,
+        **acceleration.loading(dtype),
     )
     if lacking := sorted([*found["missing_keys"], *found["mismatched_keys"]]):
         raise RefusedError(
@@ -154,6 +162,8 @@ def load_model(
     if name:
         model.name_or_path = model.config._name_or_path = name
     disable_dropout(model)
+    if acceleration.liger:
+        use_liger_layers(model)
     if scoring:
         attach_preference_forward(model)
     return model

@@ -15,7 +15,7 @@ def numerics() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "float32": _float32_precision(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version_of(name) for name in PACKAGES},
     }
 
 
@@ -30,7 +30,8 @@ def _float32_precision() -> dict[str, str]:
     return {name: backend.fp32_precision for name, backend in used.items()}
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """A package's version, or that it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

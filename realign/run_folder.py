@@ -22,7 +22,9 @@ WRITES: Mapping[str, tuple[str, ...]] = {
         *("rejected.jsonl", "images", "source_images", "annotated", "masked", "embeddings"),
         *("neighbours", "shards", "journal", "dataset.parquet", "funnel.json"),
     ),
-    "train": ("steps", ".checkpoint.tmp", "checkpoint", "metrics.jsonl"),
+    "train": (
+        *("accepted_numerics.json", "steps", ".checkpoint.tmp", "checkpoint", "metrics.jsonl"),
+    ),
     "eval": ("answers", "samples", "scores.json"),
     "demo": (
         *("world", "dataset", "train.json", "steps", ".checkpoint.tmp", "checkpoint"),

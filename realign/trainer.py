@@ -32,15 +32,17 @@ from realign.guards import (
     not_finite,
     off_reference,
 )
-from realign.modeling import disable_dropout, vision_module
+from realign.model_parts import freeze_parts, frozen_parts
+from realign.modeling import disable_dropout
 from realign.objectives import make_objective
+from realign.optimizer_groups import give_projector_its_rate
 from realign.out_of_memory import is_out_of_memory, out_of_memory
 from realign.pair_metrics import PairMetrics
 from realign.pair_sampler import FilledCollator, PairSampler, choose_filler
 from realign.preemption import ignore_sigterm
 from realign.progress import Progress
 from realign.records import Record
-from realign.sharding import set_up_fsdp
+from realign.sharding import check_data_parallel, set_up_fsdp, whole_weights
 from realign.shared_prefix import choose_layout
 from realign_kernels import RdpoOutput
 
@@ -62,6 +64,13 @@ class RDPOConfig(TrainingArguments):
         default="label", metadata={"help": "label, or top_non_label (the authors' code)"}
     )
     freeze_vision: bool = field(default=True, metadata={"help": "leave the vision tower as it is"})
+    freeze_projector: bool = field(default=False, metadata={"help": "leave the projector as it is"})
+    freeze_language: bool = field(
+        default=False, metadata={"help": "leave the language model and its head as they are"}
+    )
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "of the projector; learning_rate by default"}
+    )
     shared_prefix: bool | None = field(
         default=None,
         metadata={"help": "compute image and prompt once for both answers; None: where it can be"},
@@ -76,6 +85,15 @@ class RDPOConfig(TrainingArguments):
         default=False, metadata={"help": "must stay false: rows are records"}
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a NaN must be seen"})
+
+    def __post_init__(self) -> None:
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise RefusedError(
+                "train_sampling_strategy must be random or sequential, got "
+                f"{self.train_sampling_strategy!r}: the pairs of a step must not depend on lengths "
+                "or ranks. Drop it."
+            )
+        super().__post_init__()
 
 
 class RDPOTrainer(CheckpointTrainer):
@@ -95,7 +113,8 @@ class RDPOTrainer(CheckpointTrainer):
             ``check_first_step`` must be false. See :data:`realign.augmentation.Augment`.
     Raises:
         ValueError: The reference lacks a record, or the objective is unknown.
-        RefusedError: ``auto_find_batch_size`` is set, or ``augment`` with ``check_first_step``.
+        RefusedError: ``auto_find_batch_size`` is set, or ``augment`` with ``check_first_step``;
+            nothing is left to train, or no projector for ``projector_learning_rate``.
     """
 
     args: RDPOConfig
@@ -132,8 +151,14 @@ class RDPOTrainer(CheckpointTrainer):
                 f"reference must have every record, lacks {len(missing)}, first: row {missing[0]}."
             )
         disable_dropout(model)
-        if args.freeze_vision:
-            vision_module(model)[1].requires_grad_(False)
+        freeze_parts(
+            model,
+            frozen_parts(
+                vision=args.freeze_vision,
+                projector=args.freeze_projector,
+                language=args.freeze_language,
+            ),
+        )
         self._batch_variance: float | None = getattr(reference, "batch_variance", None)
         self._step_ids: list[str] = []  # rows of the step so far, for messages
         dataset = RecordDataset(train_dataset, augment, args.seed)
@@ -143,9 +168,16 @@ class RDPOTrainer(CheckpointTrainer):
             reference,
             args.max_length,
             shared_prefix=choose_layout(model, args.shared_prefix) == "shared prefix",
+            # a cache knows what its values were computed from; a plain mapping does not
+            watch=getattr(reference, "check_inputs", None),
         )
         if args.world_size > 1:
-            collator = FilledCollator(collator, choose_filler(train_dataset))
+            filler = choose_filler(train_dataset)
+            collator = FilledCollator(collator, filler)
+            if args.ddp_find_unused_parameters is None:
+                # the last layers of a vision tower have no gradient, nor has a projector without
+                # images; any other weight has one on every rank
+                args.ddp_find_unused_parameters = not (args.freeze_vision and filler.images)
         super().__init__(
             model=model,
             args=args,
@@ -154,6 +186,7 @@ class RDPOTrainer(CheckpointTrainer):
             processing_class=processing_class,
             callbacks=[_TellEpoch(dataset), *(callbacks or [])],
         )
+        check_data_parallel(self.accelerator)
         if self.is_fsdp_enabled:
             set_up_fsdp(self.accelerator, model)
         # part of every checkpoint
@@ -200,6 +233,24 @@ class RDPOTrainer(CheckpointTrainer):
         num_pairs = torch.tensor(sum(len(batch["ids"]) for batch in batches), device=device)
         return batches, self.accelerator.reduce(num_pairs, reduction="sum")
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer, with groups of the projector's own where it has a learning rate."""
+        is_new, rate = self.optimizer is None, self.args.projector_learning_rate
+        optimizer = super().create_optimizer(model)
+        if is_new and rate is not None:
+            give_projector_its_rate(optimizer, model or self.model, rate)
+        return optimizer
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As Trainer's, which rounds floating-point inputs to DeepSpeed's dtype: not the
+        reference's log-probabilities, whose last digits are what the loss is about.
+        """
+        reference = inputs.get("ref_logps")
+        inputs = super()._prepare_inputs(inputs)
+        if reference is not None:
+            inputs["ref_logps"] = reference.to(self.args.device)
+        return inputs
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -221,6 +272,18 @@ class RDPOTrainer(CheckpointTrainer):
             # DDP, FSDP and ZeRO take the mean of the ranks' gradients: times their number, a sum
             loss = loss * (len(ids) * self.accelerator.num_processes / num_items_in_batch)
         return (loss, output) if return_outputs else loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's; sharded weights are gathered and saved by the first rank, like any others.
+
+        Those of a checkpoint stay sharded: they are to go on from, with their optimizer.
+        """
+        if _internal_call or not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = whole_weights(self.accelerator, self.model)
+        if self.args.should_save:
+            self._save(output_dir, weights)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Put in the means over all pairs since the last line.
@@ -272,7 +335,7 @@ class RDPOTrainer(CheckpointTrainer):
             raise RefusedError(problem or "another process begins off its reference; see there.")
 
     def _off_reference(self, output: RdpoOutput, ids: Sequence[str]) -> str | None:
-        autocast = self.args.bf16 or self.args.fp16
+        autocast = self.accelerator.mixed_precision != "no"  # of the arguments or of accelerate
         return off_reference(
             output,
             self.objective,
@@ -360,6 +423,8 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start from what the resumed checkpoint remembers."""
+        if not state.is_world_process_zero:
+            return
         write_jsonl(self.path, [_ordered(line) for line in state.log_history if "loss" in line])
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

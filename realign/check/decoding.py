@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from realign.images import RefusedImage
+from realign.images import RefusedImage, image_size
 from realign.inspection import ImageFacts, ImagePool
 from realign.problems import Problem
 from realign.records import Record
@@ -23,6 +24,15 @@ class DecodedRow:
     record: Record
     images: tuple[Inspected, ...]
     rejected_images: tuple[Inspected, ...]
+
+
+def sized_row(record: Record) -> DecodedRow:
+    """A record whose images are known to be good, with their sizes alone, read from the headers."""
+
+    def sizes(images: tuple[bytes, ...]) -> tuple[ImageFacts, ...]:
+        return tuple(ImageFacts("", *image_size(io.BytesIO(raw)), 0) for raw in images)
+
+    return DecodedRow(record, sizes(record.images), sizes(record.rejected_images))
 
 
 def decoded_rows(

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 from realign.config import LoraSection
 from realign.footprint import Footprint
 from realign.lora import add_adapter
-from realign.modeling import vision_module
+from realign.model_parts import freeze_parts, frozen_parts
 
 _DTYPES = (torch.float32, torch.bfloat16)
 # Bytes that a decoder layer keeps for the backward, a token and hidden unit, in 16 bits and without
@@ -38,8 +38,7 @@ def predict_memory(
     for dtype in _DTYPES:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-        if freeze_vision:
-            vision_module(model)[1].requires_grad_(False)
+        freeze_parts(model, frozen_parts(vision=freeze_vision, projector=False, language=False))
         training.append(_entry("full", dtype, Footprint.of(model)))
         with torch.device("meta"):
             adapted = add_adapter(
@@ -64,35 +63,65 @@ def _entry(kind: str, dtype: torch.dtype, footprint: Footprint) -> dict[str, Any
     }
 
 
-def _estimates(config: Any, sequences: int, longest: int | None) -> list[dict[str, Any]]:
-    """What a micro-step of the longest row keeps, and what generation keeps a token."""
+def micro_step_bytes(
+    config: Any, dtype: torch.dtype, *, tokens: int, is_checkpointed: bool
+) -> int | None:
+    """Estimate of what a micro-step keeps for its backward; None where the configuration does not
+    say enough.
+
+    Args:
+        config: The model's configuration.
+        dtype: That the layers compute in.
+        tokens: Of all sequences of the micro-step, as if nothing were shared.
+        is_checkpointed: Whether the layers are computed again for the backward.
+    """
+    shape = _decoder_shape(config)
+    if shape is None:
+        return None
+    layers, hidden, _ = shape
+    per_layer = hidden * _LAYER_BYTES_16_BIT * dtype.itemsize // 2
+    if is_checkpointed:
+        # the input of every layer, and all of the one that is computed again
+        return tokens * (layers * hidden * dtype.itemsize + per_layer)
+    return tokens * layers * per_layer
+
+
+def _decoder_shape(config: Any) -> tuple[int, int, int] | None:
+    """Layers, hidden units, and units of the keys (or values) of a token in one layer."""
     text = config.get_text_config()
     layers = getattr(text, "num_hidden_layers", None)
     hidden = getattr(text, "hidden_size", None)
     heads = getattr(text, "num_attention_heads", None)
     if not layers or not hidden or not heads:
-        return []
+        return None
     # some configurations have the keys and no values
     key_value_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or hidden // heads
+    return layers, hidden, key_value_heads * head_dim
+
+
+def _estimates(config: Any, sequences: int, longest: int | None) -> list[dict[str, Any]]:
+    """What a micro-step of the longest row keeps, and what generation keeps a token."""
+    shape = _decoder_shape(config)
+    if shape is None:
+        return []
+    layers, _, key_units = shape
     estimates = []
     for dtype in _DTYPES:
-        per_layer = hidden * _LAYER_BYTES_16_BIT * dtype.itemsize // 2
-        # with checkpointing: the input of every layer, and all of the one that is computed again
-        checkpointed = layers * hidden * dtype.itemsize + per_layer
-        tokens = None if longest is None else sequences * longest
+        plain, checkpointed = (
+            None
+            if longest is None
+            else micro_step_bytes(
+                config, dtype, tokens=sequences * longest, is_checkpointed=is_checkpointed
+            )
+            for is_checkpointed in (False, True)
+        )
         estimates.append(
             {
                 "dtype": str(dtype).removeprefix("torch."),
-                "activations_bytes": None if tokens is None else tokens * layers * per_layer,
-                "activations_with_checkpointing_bytes": None
-                if tokens is None
-                else tokens * checkpointed,
-                "generation_cache_bytes_a_token": 2
-                * layers
-                * key_value_heads
-                * head_dim
-                * dtype.itemsize,
+                "activations_bytes": plain,
+                "activations_with_checkpointing_bytes": checkpointed,
+                "generation_cache_bytes_a_token": 2 * layers * key_units * dtype.itemsize,
             }
         )
     return estimates

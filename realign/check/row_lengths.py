@@ -16,7 +16,6 @@ from realign.inspection import ImageFacts
 from realign.problems import Problem
 from realign.rendering import Renderer
 
-_CELLS = 3  # chosen, text_rejected, image_rejected
 # rows of each number of images whose predicted length is compared with the collator's
 _COMPARED = 3
 
@@ -30,6 +29,7 @@ class RowLengths:
     Args:
         processor: The model's processor.
         limits: What a row must not be longer than: name to tokens.
+        cells: How many sequences a row is, 1 to 4.
     Attributes:
         cells: How many sequences a row is.
         rows: Tokens of each row's longest cell.
@@ -37,12 +37,12 @@ class RowLengths:
         is_predicted: Whether the prediction has been true so far.
     """
 
-    def __init__(self, processor: Any, limits: dict[str, int]) -> None:
+    def __init__(self, processor: Any, limits: dict[str, int], cells: int = 3) -> None:
         self._renderer, self._image_tokens = Renderer(processor), ImageTokens(processor)
-        self._collator = PreferenceCollator(processor, _CELLS)
+        self._collator = PreferenceCollator(processor, cells)
         self._limits = limits
         self._compared: Counter[tuple[int, int]] = Counter()
-        self.cells = _CELLS
+        self.cells = cells
         self.rows: list[int] = []
         self.images: Counter[int] = Counter()
         self.is_predicted = True
@@ -80,7 +80,7 @@ class RowLengths:
         record = row.record
         unscored = []
         lengths = []
-        for answer, retrieved in CELLS[:_CELLS]:
+        for answer, retrieved in CELLS[: self.cells]:
             if retrieved and not record.rejected_images:
                 continue
             images = row.rejected_images if retrieved else row.images

@@ -7,37 +7,53 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from realign.check.decoding import sized_row
+from realign.check.row_lengths import RowLengths
 from realign.collate import PreferenceCollator
 from realign.errors import RefusedError
 from realign.progress import Progress, announce
-from realign.records import Record, check_records
+from realign.records import Record, check_records, refuse_problems
 from realign.rendering import Renderer
 from realign_kernels import Objective
 
 
 def check_rows(
-    records: Sequence[Record], processor: Any, *, cells: int, max_length: int | None
-) -> None:
-    """Check every row's content, images, template and length.
+    records: Sequence[Record],
+    processor: Any,
+    *,
+    cells: int,
+    max_length: int | None,
+    position_limit: int | None = None,
+) -> RowLengths:
+    """Check every row's content, images, template and length, and return the lengths.
 
     Args:
         records: The rows.
         processor: The model's processor.
         cells: How many cells of a pair will be used.
         max_length: Longest row in tokens, image tokens included; None for any.
+        position_limit: Longest row that the model was made for; None where that is not known.
     Raises:
         RefusedError: Naming the rows.
     """
-    renderer = Renderer(processor)
-    check_records(records, renderer.placeholders())
-    collator = PreferenceCollator(processor, cells)
-    collator.check_processor(records[0])  # one that alters texts alters every one
-    if max_length is not None:
-        _check_lengths(records, collator, max_length)
-        return
-    for record in records:
-        for answer in (record.chosen, record.rejected):
-            renderer.render(record.prompt, answer, len(record.images), record.where)
+    check_records(records, Renderer(processor).placeholders())
+    # one that alters texts alters every one
+    PreferenceCollator(processor, cells).check_processor(records[0])
+    lengths = RowLengths(processor, {}, cells)
+    problems: list[str] = []
+    with Progress("check lengths", len(records)) as progress:
+        for record in records:
+            problems += [problem.message for problem in lengths.problems(sized_row(record))]
+            progress.advance()
+    refuse_problems(problems, len(records))
+    limits = (
+        ("max_length", max_length, "Raise max_length or remove them"),
+        ("max_position_embeddings", position_limit, "Shorten or remove them"),
+    )
+    for name, limit, remedy in limits:
+        if limit is not None and max(lengths.rows) > limit:
+            _refuse_long(records, lengths.rows, name, limit, remedy)
+    return lengths
 
 
 def announce_missing_images(without: int, num_rows: int, objective: Objective) -> None:
@@ -60,21 +76,13 @@ def announce_missing_images(without: int, num_rows: int, objective: Objective) -
     announce(f"{without} of {num_rows} rows have no retrieved image; their image term is dropped")
 
 
-def _check_lengths(
-    records: Sequence[Record], collator: PreferenceCollator, max_length: int
+def _refuse_long(
+    records: Sequence[Record], lengths: Sequence[int], name: str, limit: int, remedy: str
 ) -> None:
-    """Measure as training does: only the processor knows how many tokens an image becomes."""
-    too_long: dict[str, int] = {}
-    with Progress("check lengths", len(records)) as progress:
-        for record in records:
-            (length,) = collator.lengths([record])
-            if length > max_length:
-                too_long[record.id] = length
-            progress.advance()
-    if too_long:
-        longest = max(too_long, key=lambda row: too_long[row])
-        raise RefusedError(
-            f"{len(too_long)} of {len(records)} rows are longer than max_length = {max_length} "
-            f"tokens: first row {next(iter(too_long))}, longest row {longest} with "
-            f"{too_long[longest]}. Raise max_length or remove them; nothing is cut."
-        )
+    too_long = [index for index, length in enumerate(lengths) if length > limit]
+    longest = max(too_long, key=lambda index: lengths[index])
+    raise RefusedError(
+        f"{len(too_long)} of {len(lengths)} rows are longer than {name} = {limit} tokens: first "
+        f"row {records[too_long[0]].id}, longest row {records[longest].id} with "
+        f"{lengths[longest]}. {remedy}; nothing is cut."
+    )

@@ -36,7 +36,10 @@ def test_nested_sections(tmp_path: Path) -> None:
     [
         ("train.bta=1", r"train has no option 'bta'\. Did you mean 'beta'\?"),
         ("trian.beta=1", r"unknown section 'trian'\. Did you mean 'train'\?"),
-        ("train.lora.rank=1", r"train\.lora has no option 'rank'\. Known: alpha, r, targets"),
+        (
+            "train.lora.rank=1",
+            r"train\.lora has no option 'rank'\. Known: alpha, r, targets",
+        ),
         ("build.topk=1", r"build has no option 'topk'\. Did you mean 'top_k'\?"),
         ("beta=1", r"--set must be section\.key=value, got 'beta=1'"),
         ("train.beta", r"--set must be section\.key=value"),

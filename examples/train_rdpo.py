@@ -1,0 +1,77 @@
+"""Reference training script: rDPO with LoRA on the library's public functions.
+
+python examples/train_rdpo.py --model llava-hf/llava-1.5-7b-hf --data DATASET --out runs/llava
+
+`realign train` does the same with checks, checkpoints of its own and every option; start from this
+file where your training must do something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from realign import RDPOConfig, RDPOTrainer, read_records
+from realign.cache import build_cache, read_cache, reference_identity
+from realign.check.rows import check_rows
+from realign.lora import add_adapter
+from realign.modeling import load_model, load_processor, resolve_model
+
+CELLS = 3  # chosen, text_rejected, image_rejected
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="folder or hub id")
+    parser.add_argument("--data", type=Path, required=True, help="parquet, or the authors' JSON")
+    parser.add_argument("--images", type=Path, help="image folder of the authors' JSON")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--learning-rate", type=float, default=1e-5)
+    parser.add_argument("--epochs", type=float, default=1)
+    parser.add_argument("--rank", type=int, default=128)
+    options = parser.parse_args(arguments)
+    has_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if has_gpu else torch.float32
+
+    folder = resolve_model(options.model)
+    records, processor = read_records(options.data, options.images), load_processor(folder)
+    check_rows(records, processor, cells=CELLS, max_length=None)
+
+    # the reference never runs again: a second run, with another rate or beta, reads this
+    what = {"cells": CELLS, "rejected_scoring": "label", "dtype": dtype}
+    build_cache(records, folder, options.out / "cache", batch_size=4, shard_size=1024, **what)
+    reference = read_cache(options.out / "cache", records, reference_identity(folder, **what))
+
+    model = load_model(folder, dtype, name=options.model)
+    model = add_adapter(
+        model,
+        rank=options.rank,
+        alpha=2 * options.rank,
+        targets="all-linear",
+        freeze_vision=True,
+    )
+    args = RDPOConfig(
+        output_dir=str(options.out / "steps"),
+        beta=0.1,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,  # below 1 it is a share
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=8,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=not has_gpu,
+    )
+    trainer = RDPOTrainer(model, args, records, processor, reference)
+    trainer.train()
+    checkpoint = options.out / "checkpoint"
+    trainer.save_model(str(checkpoint))
+    processor.save_pretrained(checkpoint)
+    return checkpoint
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""What a training run would be, found out and said before any weight is loaded: rows, steps, what
+trains, memory, cache.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from realign.acceleration import quantized_weights
+from realign.build.lengths import position_limit
+from realign.check.memory import micro_step_bytes
+from realign.check.row_lengths import RowLengths
+from realign.check.rows import check_rows
+from realign.config import TrainConfig
+from realign.engine.memory import usable_memory
+from realign.errors import RefusedError
+from realign.footprint import Footprint, footprint, size
+from realign.modeling import load_model_config
+from realign.policy import acceleration_of, outline_policy, weights_dtype
+from realign.progress import announce
+from realign.records import Record
+from realign.training_arguments import num_steps, num_warmup_steps, pairs_per_step, world_size
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The findings; ``str`` of it is what the user reads.
+
+    Attributes:
+        lengths: Tokens of every row's longest sequence, and of its images.
+        lines: The summary.
+    """
+
+    lengths: RowLengths
+    lines: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+def preflight(
+    config: TrainConfig, folder: Path, records: Sequence[Record], processor: Any, *, cells: int
+) -> Preflight:
+    """Check a run's rows and options against its model's configuration and this machine.
+
+    Args:
+        config: The run.
+        folder: The model's, from :func:`realign.modeling.resolve_model`.
+        records: The rows.
+        processor: The model's.
+        cells: How many sequences a pair is.
+    Raises:
+        RefusedError: Naming the row or option, the value and the remedy.
+    """
+    model_config = load_model_config(folder)
+    # cheap first: a wrong option need not wait for every row
+    dtype = torch.bfloat16 if config.autocast else weights_dtype(config)
+    acceleration_of(config).check(weights_dtype(config))
+    model = outline_policy(config, folder)
+    quantized = quantized_weights(model) if config.quantization else set()
+    said, held = footprint(model, quantized), Footprint.of(model, quantized).total
+    _check_memory(held, said)
+    lengths = check_rows(
+        records,
+        processor,
+        cells=cells,
+        max_length=config.max_length,
+        position_limit=position_limit(model_config),
+    )
+    lines = [
+        _say_rows(lengths),
+        _say_steps(config, len(records)),
+        said,
+        *_say_memory(config, model_config, lengths, dtype, held),
+    ]
+    return Preflight(lengths, tuple(lines))
+
+
+def _say_rows(lengths: RowLengths) -> str:
+    images = sorted(lengths.images)
+    of_images = f"; images of {_range(images)} tokens" if images else "; no images"
+    return (
+        f"{len(lengths.rows):,} pairs; sequences of {_range(lengths.rows)} tokens, "
+        f"median {statistics.median_low(lengths.rows):,}{of_images}"
+    )
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _say_steps(config: TrainConfig, num_records: int) -> str:
+    factors = f"{config.batch_size} x {config.accumulation} accumulated"
+    factors += f" x {world_size()} processes" if world_size() > 1 else ""
+    pairs, steps = pairs_per_step(config), num_steps(config, num_records)
+    text = (
+        f"{pairs:,} pairs a step ({factors}); {steps:,} steps, "
+        f"{num_warmup_steps(config, num_records):,} of them warm-up"
+    )
+    if pairs > num_records:
+        text += f"; a step asks for more pairs than the {num_records:,} there are"
+    return text
+
+
+def _check_memory(held: int, said: str) -> None:
+    """What weights, gradients and optimizer state exceed cannot hold them."""
+    if _is_sharded():
+        return
+    where, available = _device_memory()
+    if held > available:
+        raise RefusedError(
+            f"training must fit into {size(available)} of {where}, got {said}. Use "
+            "lora (with quantization: nf4 if need be), or shard over more processes."
+        )
+
+
+def _say_memory(
+    config: TrainConfig, model_config: Any, lengths: RowLengths, dtype: torch.dtype, held: int
+) -> Iterator[str]:
+    activations = micro_step_bytes(
+        model_config,
+        dtype,
+        tokens=config.batch_size * lengths.cells * max(lengths.rows),
+        is_checkpointed=config.gradient_checkpointing,
+    )
+    if activations is None:
+        return
+    where, available = _device_memory()
+    needed = held + activations
+    verdict = ""
+    if not _is_sharded():
+        verdict = f"; {where} has {size(available)}"
+        if needed > available:
+            advice = [
+                *(["gradient_checkpointing"] if not config.gradient_checkpointing else []),
+                *(["a smaller batch_size"] if config.batch_size > 1 else []),
+            ]
+            verdict += ", which may not do" + (f": try {' or '.join(advice)}" if advice else "")
+    yield (
+        f"estimate: at most {size(activations)} of activations for a micro-step of the longest "
+        f"rows, {size(needed)} with the above{verdict}"
+    )
+
+
+def _is_sharded() -> bool:
+    """Whether a launcher splits weights and optimizer over processes, so that each holds less."""
+    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+    return any(os.environ.get(name, "false").lower() in ("true", "1") for name in names)
+
+
+def _device_memory() -> tuple[str, int]:
+    """What training would run on, and its memory in bytes."""
+    if torch.cuda.is_available():
+        device = torch.cuda.current_device()
+        return torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]
+    return "this machine", usable_memory()
+
+
+def announce_preflight(found: Preflight) -> None:
+    """Print the summary."""
+    for line in found.lines:
+        announce(line)
