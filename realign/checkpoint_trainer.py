@@ -139,10 +139,16 @@ class CheckpointTrainer(Trainer):
     def _save_now(self) -> None:
         """Save the last finished step, if there is one that is not saved."""
         if self.state.global_step != self._saved_step:
+            if self._step_began:
+                self.current_flos = self._step_began["flos"]
             self._save_checkpoint(self.model_wrapped, None)
 
     def _position(self) -> dict[str, Any]:
-        return {"random": random_state(), "kept": self.kept_state()}
+        return {
+            "random": random_state(),
+            "kept": self.kept_state(),
+            "flos": self.current_flos,  # since they were last added to Trainer's own state
+        }
 
     # ---- Trainer's own steps of saving and loading
 
@@ -178,6 +184,11 @@ class CheckpointTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        if backend := getattr(tokenizer, "backend_tokenizer", None):
+            # what the last call asked for would be saved as the tokenizer's own
+            backend.no_padding()
+            backend.no_truncation()
         super()._save(output_dir, state_dict)
         # a pickle, and nothing reads it
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
