@@ -42,7 +42,7 @@ from realign.pair_sampler import FilledCollator, PairSampler, choose_filler
 from realign.preemption import ignore_sigterm
 from realign.progress import Progress
 from realign.records import Record
-from realign.sharding import check_data_parallel, set_up_fsdp, whole_weights
+from realign.sharding import GatherHead, check_data_parallel, set_up_fsdp, whole_weights
 from realign.shared_prefix import choose_layout
 from realign_kernels import RdpoOutput
 
@@ -184,7 +184,7 @@ class RDPOTrainer(CheckpointTrainer):
             data_collator=collator,
             train_dataset=dataset,
             processing_class=processing_class,
-            callbacks=[_TellEpoch(dataset), *(callbacks or [])],
+            callbacks=[_TellEpoch(dataset), GatherHead(), *(callbacks or [])],
         )
         check_data_parallel(self.accelerator)
         if self.is_fsdp_enabled:
