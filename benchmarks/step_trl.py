@@ -1,0 +1,80 @@
+"""TRL's DPOTrainer with a collator that makes rDPO of two DPO pairs, as its users would.
+
+A pair is two of TRL's: ``(v, y_w)`` over ``(v, y_l)`` and over ``(v_l, y_w)``; its mean over both
+is half the loss of the paper, hence the loss weight of 2.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import datasets
+import torch
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+from benchmarks.step_setup import Job, lora_config, training_options
+from realign.modeling import quiet_peft
+from realign.records import Record
+
+
+class RdpoCollator(DataCollatorForVisionPreference):
+    """Collates ``[v y_w, v y_w | v y_l, v_l y_w]``: images of one size only."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Let TRL collate the pairs with the original images, then put in the retrieved ones."""
+        retrieved = [example["rejected_images"] for example in examples]
+        text_pairs = [dict(example) for example in examples]
+        image_pairs = [{**example, "rejected": example["chosen"]} for example in examples]
+        batch = super().torch_call([*text_pairs, *image_pairs])
+        pixels = self.processor.image_processor(
+            [image for images in retrieved for image in images], return_tensors="pt"
+        )["pixel_values"]
+        batch["pixel_values"][-len(pixels) :] = pixels  # of the last rows
+        return batch
+
+
+def make_trainer(job: Job, model: Any, processor: Any, records: list[Record]) -> DPOTrainer:
+    """Return the trainer of a job."""
+    is_lora = job.mode == "lora"
+    arguments = DPOConfig(
+        **training_options(job), max_length=None, loss_weights=[2.0], beta=0.1, max_grad_norm=1.0
+    )
+    with quiet_peft():
+        return DPOTrainer(
+            model=model,
+            ref_model=None if is_lora else copy.deepcopy(model).eval().requires_grad_(False),
+            args=arguments,
+            data_collator=RdpoCollator(processor, max_length=None),
+            train_dataset=_dataset(records),
+            processing_class=processor,
+            peft_config=lora_config(job, model) if is_lora else None,
+        )
+
+
+def _dataset(records: list[Record]) -> datasets.Dataset:
+    images = datasets.List(datasets.Image())
+    messages = datasets.List(
+        {"role": datasets.Value("string"), "content": datasets.Value("string")}
+    )
+    features = datasets.Features(
+        images=images,
+        rejected_images=images,
+        prompt=messages,
+        chosen=messages,
+        rejected=messages,
+    )
+    return datasets.Dataset.from_list(
+        [
+            {
+                "images": [{"bytes": raw, "path": None} for raw in record.images],
+                "rejected_images": [{"bytes": raw, "path": None} for raw in record.rejected_images],
+                "prompt": list(record.prompt),
+                "chosen": [{"role": "assistant", "content": record.chosen}],
+                "rejected": [{"role": "assistant", "content": record.rejected}],
+            }
+            for record in records
+        ],
+        features=features,
+    )
