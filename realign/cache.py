@@ -21,6 +21,7 @@ from typing import Any
 
 import safetensors
 import torch
+from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,6 +36,7 @@ from realign.numerics import numerics
 from realign.progress import Progress
 from realign.records import Record
 from realign.run_folder import check_out
+from realign.shared_prefix import why_not_shared
 
 SCHEMA = 2
 # what computes pixels and log-probabilities
@@ -115,7 +117,12 @@ def build_cache(
             missing.setdefault(record.key, index)
     if missing:
         model = load_model(folder, dtype)
-        collator = PreferenceCollator(load_processor(folder), cells, max_length=max_length)
+        collator = PreferenceCollator(
+            load_processor(folder),
+            cells,
+            max_length=max_length,
+            shared_prefix=why_not_shared(model) is None,
+        )
         write_json(place / "identity.json", identity)
         first = 1 + max(
             (int(path.stem) for path in (place / "shards").glob("*.safetensors")), default=-1
@@ -159,10 +166,7 @@ def _write_shard(
         chunk = rows[start : start + batch_size]
         batch = collator(chunk)
         ids = batch.pop("ids")
-        # no reference of its own: zeros say how many cells there are
-        batch["ref_logps"] = torch.zeros(collator.cells, len(chunk))
-        inputs = {name: value.to(device) for name, value in batch.items()}
-        output = model(**inputs, rejected_scoring=rejected_scoring)
+        output = model(**send_to_device(batch, device), rejected_scoring=rejected_scoring)
         bad = ~torch.isfinite(output.logps).all(dim=0)
         if bad.any():
             raise FloatingPointError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from realign.collate import Renderer, user_turns
+from realign.rendering import Renderer, user_turns
 
 
 class ImageTokens:

@@ -1,14 +1,8 @@
-"""Loading a VLM and giving its forward the preference loss; what differs between model families is
-here.
-
-The loss is computed inside the model's own forward, because DDP, FSDP and ZeRO hook that call.
-"""
+"""Loading a VLM and its processor, and knowing which one it is."""
 
 from __future__ import annotations
 
-import functools
 import json
-import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from realign.errors import RefusedError
 from realign.files import file_sha256
-from realign.logits import LogitTransform, find_logit_transform
-from realign_kernels import Objective, RdpoOutput, rdpo_loss
+from realign.preference_forward import attach_preference_forward
 
 VISION_MODULES = ("vision_tower", "vision_model", "visual", "vision_encoder")
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
@@ -229,76 +222,4 @@ def vision_module(model: nn.Module) -> tuple[str, nn.Module]:
     raise RefusedError(
         f"{type(model).__name__} has no vision tower named {', '.join(VISION_MODULES)}. Set "
         f"freeze_vision to false."
-    )
-
-
-def attach_preference_forward(model: PreTrainedModel) -> None:
-    """Let ``model(..., preference_labels=...)`` return an :class:`RdpoOutput`; other calls stay as
-    they were.
-
-    ``preference_labels`` are shifted labels, shape ``(C*P, T)``, cell-major; ``ref_logps`` is ``(C,
-    P)`` or None. Only the hidden states of answer positions reach the output projection.
-
-    Raises:
-        RefusedError: What the model does to its logits is not understood.
-    """
-    transform = find_logit_transform(model)
-    original = type(model).forward
-
-    @functools.wraps(original)  # generate() and Trainer read the signature
-    def forward(
-        self: PreTrainedModel,
-        *args: Any,
-        preference_labels: Tensor | None = None,
-        ref_logps: Tensor | None = None,
-        objective: Objective | None = None,
-        rejected_scoring: str = "label",
-        **inputs: Any,
-    ) -> Any:
-        if preference_labels is None:
-            return original(self, *args, **inputs)
-        hidden_states = self.model(*args, **inputs, use_cache=False).last_hidden_state
-        return head_loss(
-            self,
-            hidden_states,
-            preference_labels,
-            ref_logps,
-            transform,
-            objective=objective,
-            rejected_scoring=rejected_scoring,
-        )
-
-    model.forward = types.MethodType(forward, model)
-
-
-def head_loss(
-    model: PreTrainedModel,
-    hidden_states: Tensor,
-    labels: Tensor,
-    ref_logps: Tensor | None,
-    transform: LogitTransform,
-    *,
-    objective: Objective | None,
-    rejected_scoring: str,
-) -> RdpoOutput:
-    """Apply :func:`realign_kernels.rdpo_loss` with the model's own head: bias, LoRA, scale and
-    softcap included.
-    """
-    head: Any = model.get_output_embeddings()
-    lora = None
-    if hasattr(head, "lora_A"):  # peft's wrapper of a linear layer
-        (adapter,) = head.active_adapters
-        lora = (head.lora_A[adapter].weight, head.lora_B[adapter].weight, head.scaling[adapter])
-        head = head.get_base_layer()
-    return rdpo_loss(
-        hidden_states,
-        head.weight,
-        labels,
-        ref_logps,
-        objective=objective,
-        rejected_scoring=rejected_scoring,
-        lm_head_bias=getattr(head, "bias", None),
-        lm_head_lora=lora,
-        logit_scale=transform.scale,
-        logit_softcap=transform.softcap,
     )

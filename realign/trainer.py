@@ -22,6 +22,7 @@ from realign.modeling import disable_dropout, vision_module
 from realign.objectives import make_objective
 from realign.progress import Progress
 from realign.records import Record
+from realign.shared_prefix import choose_layout
 from realign_kernels import RdpoOutput
 
 METRIC_SUMS = "metric_sums.json"
@@ -45,8 +46,12 @@ class RDPOConfig(TrainingArguments):
         default="label", metadata={"help": "label, or top_non_label (the authors' code)"}
     )
     freeze_vision: bool = field(default=True, metadata={"help": "leave the vision tower as it is"})
+    shared_prefix: bool | None = field(
+        default=None,
+        metadata={"help": "compute image and prompt once for both answers; None: where it can be"},
+    )
     max_length: int | None = field(
-        default=None, metadata={"help": "longest row in tokens; longer is an error"}
+        default=None, metadata={"help": "longest sequence in tokens; longer is an error"}
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "must stay false: rows are records"}
@@ -112,7 +117,11 @@ class RDPOTrainer(Trainer):
             model=model,
             args=args,
             data_collator=PreferenceCollator(
-                processing_class, self.objective.num_cells, reference, args.max_length
+                processing_class,
+                self.objective.num_cells,
+                reference,
+                args.max_length,
+                shared_prefix=choose_layout(model, args.shared_prefix) == "shared prefix",
             ),
             train_dataset=RecordDataset(train_dataset),
             processing_class=processing_class,

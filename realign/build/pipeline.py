@@ -33,7 +33,6 @@ from realign.build.row import SourceRow
 from realign.build.similarity import similarity_identity
 from realign.build.sources import read_source
 from realign.build.staging import Staging
-from realign.collate import Renderer
 from realign.config import BuildConfig
 from realign.decisions import RowKey, decisions_path, read_decisions
 from realign.errors import RefusedError
@@ -45,6 +44,7 @@ from realign.parquet import write_parquet
 from realign.problems import Problem
 from realign.progress import announce
 from realign.records import Record
+from realign.rendering import Renderer
 from realign.run_folder import check_out, claim, is_claimed, only_run
 
 ENGLISH_LEXICON = Path(__file__).with_name("lexicon.yaml")

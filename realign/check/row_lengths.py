@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from realign.check.decoding import DecodedRow
-from realign.collate import CELLS, PreferenceCollator, Renderer
+from realign.collate import CELLS, PreferenceCollator
 from realign.errors import RefusedError
 from realign.image_tokens import ImageTokens
 from realign.inspection import ImageFacts
 from realign.problems import Problem
+from realign.rendering import Renderer
 
 _CELLS = 3  # chosen, text_rejected, image_rejected
 # rows of each number of images whose predicted length is compared with the collator's
@@ -87,7 +88,7 @@ class RowLengths:
                 record.prompt, getattr(record, answer), len(images), record.where
             )
             # all that is scored but the end of turn
-            answer_ids = rendered.answer_ids[: rendered.num_scored - 1]
+            answer_ids = rendered.scored_ids[:-1]
             if not retrieved and not self._renderer.tokenizer.decode(answer_ids).strip():
                 unscored.append(answer)
             tokens = [
@@ -97,7 +98,8 @@ class RowLengths:
             ]
             if answer == "chosen":
                 self.images.update(tokens)
-            lengths.append(self._image_tokens.text_tokens(rendered.text) + sum(tokens))
+            prompt = self._image_tokens.text_tokens(rendered.prompt)
+            lengths.append(prompt + len(rendered.scored_ids) + sum(tokens))
         return self._confirmed(row, max(lengths)), unscored
 
     def _confirmed(self, row: DecodedRow, predicted: int) -> int:
@@ -105,6 +107,6 @@ class RowLengths:
         if self.is_predicted and self._compared[shape] == _COMPARED:
             return predicted
         self._compared[shape] += 1
-        length = int(self._collator([row.record])["attention_mask"].sum(1).max())
+        (length,) = self._collator.lengths([row.record])
         self.is_predicted = self.is_predicted and length == predicted
         return length

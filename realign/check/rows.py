@@ -7,10 +7,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from realign.collate import PreferenceCollator, Renderer
+from realign.collate import PreferenceCollator
 from realign.errors import RefusedError
 from realign.progress import Progress, announce
 from realign.records import Record, check_records
+from realign.rendering import Renderer
 from realign_kernels import Objective
 
 
@@ -29,14 +30,14 @@ def check_rows(
     """
     renderer = Renderer(processor)
     check_records(records, renderer.placeholders())
+    collator = PreferenceCollator(processor, cells)
+    collator.check_processor(records[0])  # one that alters texts alters every one
     if max_length is not None:
-        _check_lengths(records, PreferenceCollator(processor, cells), max_length)
+        _check_lengths(records, collator, max_length)
         return
     for record in records:
         for answer in (record.chosen, record.rejected):
             renderer.render(record.prompt, answer, len(record.images), record.where)
-    # a processor that alters texts alters every one
-    PreferenceCollator(processor, cells)(records[:1])
 
 
 def announce_missing_images(without: int, num_rows: int, objective: Objective) -> None:
@@ -66,7 +67,7 @@ def _check_lengths(
     too_long: dict[str, int] = {}
     with Progress("check lengths", len(records)) as progress:
         for record in records:
-            length = int(collator([record])["attention_mask"].sum(1).max())
+            (length,) = collator.lengths([record])
             if length > max_length:
                 too_long[record.id] = length
             progress.advance()

@@ -115,8 +115,8 @@ class _Model:
     def __init__(self, config: CheckConfig) -> None:
         from realign.build.lengths import position_limit
         from realign.check.row_lengths import RowLengths
-        from realign.collate import Renderer
         from realign.modeling import load_model_config, load_processor, resolve_model
+        from realign.rendering import Renderer
 
         assert config.model is not None
         folder = resolve_model(config.model)

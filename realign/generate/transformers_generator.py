@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from realign.collate import Renderer, user_turns
 from realign.generate.answer import Answer
 from realign.generate.generator import Request
 from realign.images import decode_image
 from realign.modeling import load_model, load_processor
+from realign.rendering import Renderer, user_turns
 
 
 class TransformersGenerator:

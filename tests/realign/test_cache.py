@@ -44,13 +44,17 @@ def test_values_are_the_models_own_log_probabilities(tmp_path: Path, model_dir, 
     collator = PreferenceCollator(load_processor(model_dir), cells=3)
     for row in rows:
         batch = collator([row])
-        labels = batch.pop("preference_labels")
-        del batch["ids"]
-        batch["pixel_values"] = batch["pixel_values"].double()
+        pixels = batch["pixel_values"][list(batch["images"].rows)].double()
         with torch.no_grad():
-            logps = model(**batch).logits.log_softmax(-1)
-        scored = logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
-        torch.testing.assert_close(cached[row.key], scored.sum(1), atol=1e-4, rtol=1e-6)
+            logits = model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                pixel_values=pixels,
+            ).logits
+        logps = logits.log_softmax(-1).flatten(0, 1)
+        scored = logps[batch["answer_index"], batch["answer_labels"]]
+        sums = torch.zeros(3, dtype=torch.float64).index_add(0, batch["sequence_ids"], scored)
+        torch.testing.assert_close(cached[row.key], sums, atol=1e-4, rtol=1e-6)
 
 
 def test_order_filtering_and_repetition_do_not_matter(tmp_path: Path, model_dir, records) -> None:

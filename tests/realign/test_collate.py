@@ -9,9 +9,10 @@ import torch
 from transformers import AddedToken
 
 from realign.check.rows import check_rows
-from realign.collate import PreferenceCollator, Renderer, user_turns
+from realign.collate import PreferenceCollator
 from realign.errors import RefusedError
 from realign.modeling import load_processor
+from realign.rendering import Renderer, user_turns
 
 IMAGE_TOKENS = 9
 
@@ -21,48 +22,86 @@ def processor(model_dir):
     return load_processor(model_dir)
 
 
-def scored_text(processor, labels: torch.Tensor) -> str:
-    return processor.tokenizer.decode(labels[labels != -100])
+def scored(batch) -> dict[int, list[int]]:
+    """Labels of every sequence."""
+    labels: dict[int, list[int]] = {}
+    for sequence, label in zip(batch["sequence_ids"], batch["answer_labels"], strict=True):
+        labels.setdefault(int(sequence), []).append(int(label))
+    return labels
+
+
+def scored_texts(processor, batch) -> list[str]:
+    return [processor.tokenizer.decode(ids) for _, ids in sorted(scored(batch).items())]
 
 
 def test_rows_are_cell_major_and_score_answer_and_end_of_turn(processor, records) -> None:
     rows = records(2)
     batch = PreferenceCollator(processor, cells=4)(rows)
-    labels = batch["preference_labels"]
     expected = [row.chosen for row in rows] + [row.rejected for row in rows]
-    assert [scored_text(processor, line) for line in labels] == [
-        f" {answer}</s>" for answer in expected + expected
-    ]
+    answers = [f" {answer}</s>" for answer in expected + expected]
+    assert scored_texts(processor, batch) == answers
     assert batch["ids"] == ["r0", "r1"]
-    assert batch["pixel_values"].shape[0] == 8
-    assert torch.equal(batch["pixel_values"][0], batch["pixel_values"][2])  # chosen, text_rejected
-    assert torch.equal(batch["pixel_values"][4], batch["pixel_values"][6])  # both on v_l
-    assert not torch.equal(batch["pixel_values"][0], batch["pixel_values"][4])
+    lengths = [len(ids) for _, ids in sorted(scored(batch).items())]
+    assert [n for cell in batch["num_tokens"] for n in cell] == lengths
+    shared = PreferenceCollator(processor, cells=4, shared_prefix=True)(rows)
+    assert scored_texts(processor, shared) == answers
+    assert shared["num_tokens"] == batch["num_tokens"]
 
 
-def test_labels_are_shifted_and_every_image_token_is_there(processor, records) -> None:
-    batch = PreferenceCollator(processor, cells=3)(records(3))
-    labels, ids = batch["preference_labels"], batch["input_ids"]
-    scored = labels[:, :-1] != -100
-    assert torch.equal(labels[:, :-1][scored], ids[:, 1:][scored])
-    assert (labels[:, -1] == -100).all()
+def test_each_distinct_image_is_there_once(processor, records) -> None:
+    rows = records(2)
+    originals, retrieved = (
+        [image for row in rows for image in row.open_images(rejected=rejected)]
+        for rejected in (False, True)
+    )
+    batch = PreferenceCollator(processor, cells=4)(rows)
+    expected = processor.image_processor([*originals, *retrieved], return_tensors="pt")
+    assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+    assert batch["images"].rows == (0, 1, 0, 1, 2, 3, 2, 3)
+    shared = PreferenceCollator(processor, cells=4, shared_prefix=True)(rows)
+    assert shared["images"].rows == (0, 1, 2, 3)  # as they come, so nothing is copied
+    assert shared["images"].tokens == (IMAGE_TOKENS,) * 4
+    assert torch.equal(shared["pixel_values"], expected["pixel_values"][[0, 2, 1, 3]])
+
+
+@pytest.mark.parametrize("shared_prefix", [False, True])
+def test_labels_are_predicted_by_the_token_before_them(
+    processor, records, shared_prefix: bool
+) -> None:
+    batch = PreferenceCollator(processor, cells=3, shared_prefix=shared_prefix)(records(3))
+    ids = batch["input_ids"].flatten().tolist()
+    answers = scored(batch)
+    places = {sequence: [] for sequence in answers}
+    for sequence, place in zip(batch["sequence_ids"], batch["answer_index"], strict=True):
+        places[int(sequence)].append(int(place))
+    for sequence, labels in answers.items():
+        first, *later = places[sequence]
+        assert processor.tokenizer.decode(ids[first]).endswith(":")  # the prompt's last token
+        assert [ids[place] for place in later] == labels[:-1]
     image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
-    assert (ids == image_token).sum(1).tolist() == [IMAGE_TOKENS] * 9
+    assert ids.count(image_token) == IMAGE_TOKENS * (6 if shared_prefix else 9)
 
 
-def test_a_pair_without_retrieved_image_scores_no_image_cell(processor, records) -> None:
+@pytest.mark.parametrize("shared_prefix", [False, True])
+def test_a_pair_without_retrieved_image_has_no_image_cell(
+    processor, records, shared_prefix: bool
+) -> None:
     with_image, without = records(2)
     without = dataclasses.replace(without, rejected_images=())
-    labels = PreferenceCollator(processor, cells=3)([with_image, without])["preference_labels"]
-    assert (labels[4] != -100).any()
-    assert (labels[5] == -100).all()
+    collator = PreferenceCollator(processor, cells=3, shared_prefix=shared_prefix)
+    batch = collator([with_image, without])
+    assert sorted(scored(batch)) == [0, 1, 2, 3, 4]
+    assert batch["num_tokens"][2][0] > 0
+    assert batch["num_tokens"][2][1] == 0
 
 
-def test_text_only_pairs(processor, records) -> None:
+@pytest.mark.parametrize("shared_prefix", [False, True])
+def test_text_only_pairs(processor, records, shared_prefix: bool) -> None:
     rows = [dataclasses.replace(row, images=(), rejected_images=()) for row in records(2)]
-    batch = PreferenceCollator(processor, cells=3)(rows)
+    batch = PreferenceCollator(processor, cells=3, shared_prefix=shared_prefix)(rows)
     assert "pixel_values" not in batch
-    assert (batch["preference_labels"][4:] == -100).all()
+    assert batch["images"] is None
+    assert batch["num_tokens"][2] == [0, 0]
 
 
 def test_references_are_found_by_content(processor, records) -> None:
@@ -152,15 +191,14 @@ def test_gemmas_template(model_dir, records) -> None:
     rows = [dataclasses.replace(row, prompt=prompt) for row in records(2)]
     check_rows(rows, processor, cells=3, max_length=None)
     batch = PreferenceCollator(processor, cells=3)(rows)
-    ids, labels = batch["input_ids"], batch["preference_labels"]
     bos, end = tokenizer.convert_tokens_to_ids(["<bos>", "<end_of_turn>"])
-    assert (ids == bos).sum(1).tolist() == [1] * 6
-    assert (labels == end).sum(1).tolist() == [1] * 6  # earlier turns are prompt
+    assert (batch["input_ids"] == bos).sum(1).tolist() == [1] * 6
     answers = [row.chosen for row in rows] + [row.rejected for row in rows]
-    for line, answer in zip(labels[:4], answers, strict=True):
-        scored = line[line != -100]
-        assert scored[-1] == end  # and not the line break after it
-        assert tokenizer.decode(scored[:-1]).strip() == answer
+    labels = [ids for _, ids in sorted(scored(batch).items())]
+    assert [ids.count(end) for ids in labels] == [1] * 6  # earlier turns are prompt
+    for ids, answer in zip(labels, [*answers, *answers[:2]], strict=True):
+        assert ids[-1] == end  # and not the line break after it
+        assert tokenizer.decode(ids[:-1]).strip() == answer
 
 
 def test_an_end_of_turn_in_ordinary_tokens_is_refused(processor) -> None:
@@ -181,12 +219,11 @@ def test_a_processor_that_alters_texts_is_refused(processor, records) -> None:
             return self._processor(text=[line.lower() for line in text], **options)
 
     lowering = Lowering(processor, processor.chat_template)
-    with pytest.raises(
-        RefusedError, match=r"row r0: Lowering must leave the answer as .* got ' there is"
-    ):
-        PreferenceCollator(lowering, cells=1)(records(1))
-    with pytest.raises(RefusedError, match="Lowering must leave the answer"):
-        check_rows(records(2), lowering, cells=3, max_length=None)
+    for max_length in (None, 1000):
+        with pytest.raises(
+            RefusedError, match=r"row r0: Lowering must leave the prompt as .* instead of 'Describe"
+        ):
+            check_rows(records(2), lowering, cells=3, max_length=max_length)
 
 
 def test_a_template_that_changes_the_prompt_is_refused(processor) -> None:

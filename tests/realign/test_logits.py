@@ -75,12 +75,17 @@ def test_scored_log_probabilities_are_those_of_a_softcapped_model() -> None:
     model.get_output_embeddings().weight.data *= 20  # logits well beyond the cap
     ids = torch.randint(3, 127, (3, 7), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "token_type_ids": torch.ones_like(ids)}
-    labels = torch.cat([ids[:, 1:], torch.full((3, 1), -100)], dim=1)
+    scored_tokens = {
+        "answer_index": (torch.arange(3)[:, None] * 7 + torch.arange(6)).flatten(),
+        "answer_labels": ids[:, 1:].flatten(),
+        "sequence_ids": torch.arange(3).repeat_interleave(6),
+        "num_tokens": [[6]] * 3,
+    }
     with torch.no_grad():
         own = model(**inputs).logits.log_softmax(-1)[:, :-1]
         expected = own.gather(-1, ids[:, 1:, None])[..., 0].sum(1)
         attach_preference_forward(model)
-        scored = model(**inputs, preference_labels=labels, ref_logps=torch.zeros(3, 1)).logps
+        scored = model(**inputs, **scored_tokens).logps
     torch.testing.assert_close(scored[:, 0], expected, atol=1e-4, rtol=1e-5)
 
 

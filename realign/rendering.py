@@ -1,0 +1,128 @@
+"""What a chat template makes of a row, and where in it the answer's tokens are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from realign.errors import RefusedError
+
+
+def user_turns(prompt: Sequence[Mapping[str, str]], num_images: int) -> list[dict[str, Any]]:
+    """Messages in the parts form of chat templates, the images in front of the first user turn."""
+    turns: list[dict[str, Any]] = []
+    images = num_images
+    for message in prompt:
+        parts: list[dict[str, str]] = [{"type": "text", "text": message["content"]}]
+        if message["role"] == "user" and images:
+            parts = [{"type": "image"}] * images + parts
+            images = 0
+        turns.append({"role": message["role"], "content": parts})
+    return turns
+
+
+@dataclass(frozen=True)
+class RenderedRow:
+    """A templated conversation before image tokens are expanded."""
+
+    prompt: str
+    text: str  # all of it: the prompt, the answer and what ends the turn
+    answer_ids: list[int]  # everything after the prompt
+    num_scored: int  # how many of answer_ids, from the first, are scored
+
+    @property
+    def scored_ids(self) -> list[int]:
+        """Tokens of the answer and its end of turn; what a template writes after it is not read."""
+        return self.answer_ids[: self.num_scored]
+
+
+class Renderer:
+    """Applies a processor's chat template and finds the answer's tokens in it."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        # not only the named ones: Gemma's end of turn is special in tokenizer.json alone
+        added = self.tokenizer.added_tokens_decoder
+        self._special = set(self.tokenizer.all_special_ids) | {
+            index for index, token in added.items() if token.special
+        }
+
+    def placeholders(self) -> list[str]:
+        """Tokens that no answer may contain."""
+        special = self.tokenizer.convert_ids_to_tokens(sorted(self._special))
+        return [*special, getattr(self.processor, "image_token", "")]
+
+    def adds_special_tokens(self, text: str) -> bool:
+        """Whether the tokenizer must still add its own: a template that wrote the first one has
+        done so.
+        """
+        return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
+
+    def render(
+        self, prompt: Sequence[Mapping[str, str]], answer: str, num_images: int, where: str
+    ) -> RenderedRow:
+        """Template one conversation.
+
+        Raises:
+            RefusedError: The templated prompt is not a prefix of the templated conversation, or the
+                answer is changed.
+        """
+        turns = user_turns(prompt, num_images)
+        reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        prompt_text = self.processor.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=False
+        )
+        text = self.processor.apply_chat_template([*turns, reply], tokenize=False)
+        start = text.find(answer.strip(), len(prompt_text))
+        if not text.startswith(prompt_text) or start < 0:
+            raise RefusedError(
+                f"{where}: the chat template must keep the prompt and the answer as they are, got "
+                f"{text[-120:]!r} "
+                f"after {prompt_text[-60:]!r}. Use a template whose generation prompt begins the "
+                f"assistant turn."
+            )
+        end = start + len(answer.strip())
+        if not self._ends_turn(text[end:]):
+            text = text[:end] + self._end_of_sequence(text[end:], where)
+        special = self.adds_special_tokens(text)
+        prompt_ids = self.tokenizer(prompt_text, add_special_tokens=special).input_ids
+        encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        if encoded.input_ids[: len(prompt_ids)] != prompt_ids:
+            raise RefusedError(
+                f"{where}: the prompt's tokens change when the answer follows. Use another "
+                f"template."
+            )
+        answer_ids = encoded.input_ids[len(prompt_ids) :]
+        offsets = encoded.offset_mapping[len(prompt_ids) :]
+        after = next(
+            (
+                i
+                for i, (begin, _) in enumerate(offsets)
+                if begin >= end and answer_ids[i] in self._special
+            ),
+            None,
+        )
+        if after is None:
+            raise RefusedError(
+                f"{where}: no end-of-turn token follows the answer, got {text[-60:]!r}. Make the "
+                "tokenizer's end of turn a special token."
+            )
+        return RenderedRow(prompt_text, text, answer_ids, after + 1)
+
+    def _end_of_sequence(self, tail: str, where: str) -> str:
+        """What ends the turn for a template that does not: LLaVA-1.5's writes a space."""
+        if tail.strip() or not self.tokenizer.eos_token:
+            raise RefusedError(
+                f"{where}: the chat template of {type(self.processor).__name__} "
+                f"{self.tokenizer.name_or_path} must end the answer with a special token or leave "
+                f"it open, got {tail!r} and eos_token {self.tokenizer.eos_token!r}. Make the end "
+                "of turn a special token of the tokenizer."
+            )
+        return str(self.tokenizer.eos_token)
+
+    def _ends_turn(self, tail: str) -> bool:
+        return any(
+            i in self._special for i in self.tokenizer(tail, add_special_tokens=False).input_ids
+        )
