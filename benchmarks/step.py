@@ -48,7 +48,8 @@ class Worker:
     """A process that trains when it is told to."""
 
     def __init__(self, job: Job) -> None:
-        self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115: closed with the process
+        # closed with the process
+        self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.step_worker", json.dumps(asdict(job))],
             stdin=subprocess.PIPE,

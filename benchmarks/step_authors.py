@@ -20,12 +20,13 @@ from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
 from benchmarks.step_setup import Job, lora_config, training_options
-from realign.collate import IGNORE_INDEX, user_turns
 from realign.modeling import quiet_peft
 from realign.records import Record
+from realign.rendering import user_turns
 from realign.trainer import RecordDataset
 
 BETA = 0.1
+IGNORE_INDEX = -100
 BRANCHES = (("chosen", False), ("rejected", False), ("chosen", True))
 
 
@@ -110,8 +111,10 @@ def sequence_logps(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return (token_logps * is_answer).sum(-1)
 
 
-def make_trainer(job: Job, model: Any, processor: Any, records: list[Record]) -> Trainer:
-    """Return the trainer of a job."""
+def make_trainer(
+    job: Job, model: Any, processor: Any, records: list[Record]
+) -> tuple[Trainer, dict[str, float]]:
+    """Return the trainer of a job, and nothing that is known of it."""
     reference = None
     if job.mode == "lora":
         from peft import get_peft_model
@@ -123,7 +126,7 @@ def make_trainer(job: Job, model: Any, processor: Any, records: list[Record]) ->
             model.enable_input_require_grads()
     else:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
-    return AuthorsTrainer(
+    trainer = AuthorsTrainer(
         model,
         reference,
         args=TrainingArguments(**training_options(job)),
@@ -131,3 +134,4 @@ def make_trainer(job: Job, model: Any, processor: Any, records: list[Record]) ->
         train_dataset=RecordDataset(records),
         processing_class=processor,
     )
+    return trainer, {}

@@ -6,12 +6,15 @@ import time
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from benchmarks.step_setup import Job, lora_config, training_options
 from realign.collate import PreferenceCollator
-from realign.modeling import attach_preference_forward, quiet_peft
+from realign.modeling import quiet_peft
+from realign.preference_forward import attach_preference_forward
 from realign.records import Record
+from realign.shared_prefix import why_not_shared
 from realign.trainer import RDPOConfig, RDPOTrainer
 
 CELLS = 3
@@ -19,7 +22,7 @@ CELLS = 3
 
 def make_trainer(
     job: Job, model: Any, processor: Any, records: list[Record]
-) -> tuple[RDPOTrainer, float]:
+) -> tuple[RDPOTrainer, dict[str, float]]:
     """Return the trainer of a job, and the seconds a pair that its reference took."""
     attach_preference_forward(model)
     started = time.perf_counter()
@@ -38,7 +41,8 @@ def make_trainer(
         layers = {"rope": True, "swiglu": True, "rms_norm": True}
         heads = {"fused_linear_cross_entropy": False, "cross_entropy": False}
         options |= {"use_liger_kernel": True, "liger_kernel_config": layers | heads}
-    return RDPOTrainer(model, RDPOConfig(**options), records, processor, reference), seconds
+    trainer = RDPOTrainer(model, RDPOConfig(**options), records, processor, reference)
+    return trainer, {"cache_seconds_a_pair": seconds}
 
 
 @torch.inference_mode()
@@ -46,15 +50,10 @@ def compute_reference(
     job: Job, model: Any, processor: Any, records: list[Record]
 ) -> dict[str, Tensor]:
     """Return ``record.key`` to the log-probabilities of the untrained model, (C,)."""
-    collator = PreferenceCollator(processor, CELLS)
+    collator = PreferenceCollator(processor, CELLS, shared_prefix=why_not_shared(model) is None)
     found = {}
     for record in records:
         batch = collator([record])
         batch.pop("ids")
-        batch["ref_logps"] = torch.zeros(CELLS, 1)  # says how many cells there are
-        inputs = {
-            name: value.to(job.device) if isinstance(value, Tensor) else value
-            for name, value in batch.items()
-        }
-        found[record.key] = model(**inputs).logps[:, 0].cpu().clone()
+        found[record.key] = model(**send_to_device(batch, job.device)).logps[:, 0].cpu().clone()
     return found

@@ -10,7 +10,6 @@ import copy
 from typing import Any
 
 import datasets
-import torch
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
@@ -35,14 +34,16 @@ class RdpoCollator(DataCollatorForVisionPreference):
         return batch
 
 
-def make_trainer(job: Job, model: Any, processor: Any, records: list[Record]) -> DPOTrainer:
-    """Return the trainer of a job."""
+def make_trainer(
+    job: Job, model: Any, processor: Any, records: list[Record]
+) -> tuple[DPOTrainer, dict[str, float]]:
+    """Return the trainer of a job, and nothing that is known of it."""
     is_lora = job.mode == "lora"
     arguments = DPOConfig(
         **training_options(job), max_length=None, loss_weights=[2.0], beta=0.1, max_grad_norm=1.0
     )
     with quiet_peft():
-        return DPOTrainer(
+        trainer = DPOTrainer(
             model=model,
             ref_model=None if is_lora else copy.deepcopy(model).eval().requires_grad_(False),
             args=arguments,
@@ -51,6 +52,7 @@ def make_trainer(job: Job, model: Any, processor: Any, records: list[Record]) ->
             processing_class=processor,
             peft_config=lora_config(job, model) if is_lora else None,
         )
+    return trainer, {}
 
 
 def _dataset(records: list[Record]) -> datasets.Dataset:

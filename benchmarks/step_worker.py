@@ -12,7 +12,9 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # before the libraries that read them are imported
@@ -102,17 +104,8 @@ def make_trainer(job: Job) -> tuple[Trainer, dict[str, Any]]:
     model = build_model(job)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     found: dict[str, Any] = {"parameters": model.num_parameters(), "weights_bytes": weights}
-    if job.scheme == "ours":
-        from benchmarks import step_ours
-
-        trainer, found["cache_seconds_a_pair"] = step_ours.make_trainer(
-            job, model, processor, records
-        )
-    else:
-        from benchmarks import step_authors, step_trl
-
-        module = {"authors": step_authors, "trl": step_trl}[job.scheme]
-        trainer = module.make_trainer(job, model, processor, records)
+    trainer, known = scheme_module(job).make_trainer(job, model, processor, records)
+    found |= known
     found["trainable"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     rows = [trainer.train_dataset[index] for index in range(job.pairs)]
     times = []
@@ -129,7 +122,9 @@ def main() -> None:
     torch.set_num_threads(job.threads)
     torch.set_float32_matmul_precision("highest")
     stream, sys.stdout = sys.stdout, sys.stderr  # libraries print
-    import_everything(job)
+    scheme_module(job)
+    if job.mode == "lora":
+        import_module("peft")
     memory = Memory(job.device)
 
     def send(message: dict[str, Any]) -> None:
@@ -141,13 +136,9 @@ def main() -> None:
     trainer.train()
 
 
-def import_everything(job: Job) -> None:
-    """Import what the job needs, so that the memory of libraries is known before the model's."""
-    import importlib
-
-    importlib.import_module(f"benchmarks.step_{job.scheme}")
-    if job.mode == "lora":
-        importlib.import_module("peft")
+def scheme_module(job: Job) -> ModuleType:
+    """Return the module of a job's scheme, which imports its libraries."""
+    return import_module(f"benchmarks.step_{job.scheme}")
 
 
 if __name__ == "__main__":
