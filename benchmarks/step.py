@@ -104,7 +104,8 @@ def run_jobs(jobs: dict[str, Job], repeats: int, warm_steps: int) -> Cells:
         cells: Cells = {}
         for name, worker in list(workers.items()):
             try:
-                cells[name] = {"status": "ok", **worker.read(), "seconds": [], "losses": []}
+                lists: dict[str, Any] = {"seconds": [], "cpu_seconds": [], "losses": []}
+                cells[name] = {"status": "ok", **worker.read(), **lists}
                 _take_turn(worker, cells[name], warm_steps, counts=False)
             except RuntimeError as error:
                 cells[name] = {"status": "failed", "reason": str(error)}
@@ -128,7 +129,8 @@ def _take_turn(worker: Worker, cell: dict[str, Any], steps: int, *, counts: bool
     cell["losses"] += found["losses"]
     cell["peak_bytes"] = max(cell.get("peak_bytes", 0), found["peak_bytes"])
     if counts:
-        cell["seconds"].append(found["seconds"][-1])
+        for name in ("seconds", "cpu_seconds"):
+            cell[name].append(found[name][-1])
 
 
 def compare(cells: Cells, jobs: dict[str, Job]) -> None:

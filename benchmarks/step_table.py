@@ -9,7 +9,7 @@ from benchmarks.result_files import load
 
 HEADER = (
     "| step | seconds | pairs / s | times ours | by token counts | peak memory, MiB | "
-    "loss differs by |\n|---|---:|---:|---:|---:|---:|---:|"
+    "beyond weights | loss differs by |\n|---|---:|---:|---:|---:|---:|---:|---:|"
 )
 NAMES = {"ours": "**ours**", "authors": "authors' scheme", "trl": "TRL DPOTrainer"}
 MODES = {"lora": "LoRA", "full": "full fine-tuning"}
@@ -33,7 +33,7 @@ def table(content: dict[str, Any]) -> str:
             checkpointing, ", each as by default"
         )
         of = f"{pairs} pair{'s' if int(pairs) > 1 else ''} a step"
-        lines.append(f"| *{MODES[mode]}, {shape}, {dtype}, {of}{recomputes}* | | | | | | |")
+        lines.append(f"| *{MODES[mode]}, {shape}, {dtype}, {of}{recomputes}* | | | | | | | |")
         names = {key.rpartition("/")[2] for key in cells if key.rpartition("/")[0] == group}
         for name in sorted(names, key=lambda name: (not name.startswith("ours"), name)):
             lines.append(line(name, cells[f"{group}/{name}"]))
@@ -44,7 +44,7 @@ def line(name: str, cell: dict[str, Any]) -> str:
     """A cell as a row of the table."""
     label = NAMES.get(name, name)
     if cell["status"] != "ok":
-        return f"| {label} | {cell['reason']} | | | | | |"
+        return f"| {label} | {cell['reason']} | | | | | | |"
     seconds, ratio = cell["step_seconds"], cell.get("ratio")
     is_ours = name == "ours"
     times = predicted = differs = ""
@@ -52,13 +52,13 @@ def line(name: str, cell: dict[str, Any]) -> str:
         times = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
         predicted = f"{cell['predicted_ratio']:.2f}"
         differs = f"{cell['loss_difference']:.0e}".replace("e-0", "e-")
-    memory = f"{cell['peak_bytes'] / 2**20:,.0f}"
-    if ratio and "peak_ratio" in cell and not is_ours:
-        memory += f" ({cell['peak_ratio']:.2f}x)"
-    return (
-        f"| {label} | {seconds['median']:.2f} | {cell['pairs_per_second']:.2f} | {times} | "
-        f"{predicted} | {memory} | {differs} |"
-    )
+    memory = [
+        f"{cell[f'{name}_bytes'] / 2**20:,.0f}"
+        + (f" ({cell[f'{name}_ratio']:.2f}x)" if ratio and not is_ours else "")
+        for name in ("peak", "beyond_weights")
+    ]
+    numbers = [f"{seconds['median']:.2f}", f"{cell['pairs_per_second']:.2f}", times, predicted]
+    return f"| {label} | {' | '.join([*numbers, *memory, differs])} |"
 
 
 def _order(group: str) -> tuple[str, bool, str]:
@@ -78,7 +78,8 @@ def _note(content: dict[str, Any]) -> str:
         "turn; medians, and ratios of each turn with their range. *By token counts*: the ratio "
         "that the number of tokens through the language model predicts by itself; image encodes "
         "and the head are not in it. *Peak memory*: of the process, weights, gradients and "
-        "optimizer included, libraries not. *Loss differs by*: from ours, the most of any step. "
+        "optimizer included, libraries not; *beyond weights*: without the policy's own. *Loss "
+        "differs by*: from ours, the most of any step. "
         f"Our references are computed once, beforehand: {cache} s a pair. Left out of the authors' "
         "scheme, in its favour: a loss over all positions that is thrown away, copies of all "
         f"logits to the host. Made by `{run['command']}` at {run['commit']}, torch "

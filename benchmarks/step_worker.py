@@ -61,6 +61,7 @@ class Turns(TrainerCallback):
         self.left = 0
         self.losses: list[torch.Tensor] = []
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []  # of all threads: says more where others compute too
         step = trainer.training_step
 
         def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -75,12 +76,13 @@ class Turns(TrainerCallback):
             self.left = int(self.read())
             self.memory.reset()
         self._synchronize()
-        self.started = time.perf_counter()
+        self.started = time.perf_counter(), time.process_time()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Report a turn that is over."""
         self._synchronize()
-        self.seconds.append(time.perf_counter() - self.started)
+        self.seconds.append(time.perf_counter() - self.started[0])
+        self.cpu_seconds.append(time.process_time() - self.started[1])
         self.left -= 1
         if self.left:
             return
@@ -90,8 +92,9 @@ class Turns(TrainerCallback):
         gc.collect()
         if self.memory.is_gpu:
             torch.cuda.empty_cache()  # the others need the room
-        self.send({"seconds": self.seconds, "losses": losses, "peak_bytes": peak})
-        self.seconds = []
+        times = {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+        self.send({**times, "losses": losses, "peak_bytes": peak})
+        self.seconds, self.cpu_seconds = [], []
 
     def _synchronize(self) -> None:
         if self.memory.is_gpu:

@@ -180,7 +180,8 @@ def test_a_contender_that_fails_is_named_and_the_others_go_on(tmp_path, capsys, 
             if self.job.scheme == "trl":
                 raise RuntimeError("torch.OutOfMemoryError: CUDA out of memory")
             loss = 1.0 if self.job.scheme == "ours" else 1.1
-            return {"seconds": [2.0] * steps, "losses": [loss] * steps, "peak_bytes": 30}
+            times = {"seconds": [2.0] * steps, "cpu_seconds": [2.0] * steps}
+            return {**times, "losses": [loss] * steps, "peak_bytes": 30}
 
     monkeypatch.setattr(step, "Worker", Answers)
     call = ["--shape", "tiny", "--modes", "lora", "--repeats", "1", "--out", str(tmp_path)]

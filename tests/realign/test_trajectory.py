@@ -124,7 +124,6 @@ def assert_same_trajectory(
     assert difference.abs().max() <= 1e-5, said
     assert difference.mean().abs() <= 1e-6, said
     assert norm_difference.max() <= 1e-4, said
-    print(said)
 
 
 def test_a_short_trajectory_is_that_of_plain_pytorch(model_dir, records, tmp_path):
