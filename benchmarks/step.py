@@ -178,6 +178,8 @@ def contenders(options: argparse.Namespace, mode: str, out: str) -> dict[str, Jo
         for scheme in SCHEMES
         if scheme in options.schemes
     }
+    if "trl" in jobs and options.device == "cpu":
+        jobs["trl, plain head"] = replace(jobs["trl"], plain_head=True)
     if "liger" in options.variants:
         jobs["ours, Liger layers"] = replace(jobs["ours"], liger=True)
     if "flash" in options.variants:

@@ -56,6 +56,7 @@ class Job:
     device: str = "cpu"
     attention: str = "sdpa"
     liger: bool = False  # Liger's layers in the language model
+    plain_head: bool = False  # for TRL, whose own is made for GPUs
     learning_rate: float = 1e-4
     threads: int = 2
     seed: int = 0

@@ -11,7 +11,12 @@ HEADER = (
     "| step | seconds | pairs / s | times ours | by token counts | peak memory, MiB | "
     "beyond weights | loss differs by |\n|---|---:|---:|---:|---:|---:|---:|---:|"
 )
-NAMES = {"ours": "**ours**", "authors": "authors' scheme", "trl": "TRL DPOTrainer"}
+NAMES = {
+    "ours": "**ours**",
+    "authors": "authors' scheme",
+    "trl": "TRL DPOTrainer",
+    "trl, plain head": "TRL DPOTrainer, plain head",
+}
 MODES = {"lora": "LoRA", "full": "full fine-tuning"}
 
 
@@ -82,7 +87,9 @@ def _note(content: dict[str, Any]) -> str:
         "differs by*: from ours, the most of any step. "
         f"Our references are computed once, beforehand: {cache} s a pair. Left out of the authors' "
         "scheme, in its favour: a loss over all positions that is thrown away, copies of all "
-        f"logits to the host. Made by `{run['command']}` at {run['commit']}, torch "
+        f"logits to the host. *Plain head*: without a GPU TRL scores every position, in PyTorch "
+        "operations that imitate its kernel; here it scores the answers alone, as on a GPU, by a "
+        f"log-softmax. Made by `{run['command']}` at {run['commit']}, torch "
         f"{versions['torch']}, transformers {versions['transformers']}, TRL {versions['trl']}, "
         f"{run['device']}, {run['threads']} threads."
     )

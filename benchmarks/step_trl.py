@@ -2,6 +2,10 @@
 
 A pair is two of TRL's: ``(v, y_w)`` over ``(v, y_l)`` and over ``(v_l, y_w)``; its mean over both
 is half the loss of the paper, hence the loss weight of 2.
+
+Where there is no Triton, TRL 1.16 scores every position of every sequence, in PyTorch operations
+that imitate its kernel. ``plain_head`` scores the answers alone, as it does on GPUs, by a plain
+log-softmax: what TRL would be on a CPU if it cared for one.
 """
 
 from __future__ import annotations
@@ -10,7 +14,11 @@ import copy
 from typing import Any
 
 import datasets
+import torch
+from torch import Tensor
+from torch.nn import functional
 from trl import DPOConfig, DPOTrainer
+from trl.trainer import utils
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from benchmarks.step_setup import Job, lora_config, training_options
@@ -34,11 +42,39 @@ class RdpoCollator(DataCollatorForVisionPreference):
         return batch
 
 
+class PlainHead:
+    """Stands in for ``ChunkedLogProbFunction``: the same arguments and results."""
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        *_: Any,
+    ) -> tuple[Tensor, Tensor, None, Tensor, Tensor]:
+        """Return log-probabilities, entropy, nothing, mean logits and whether targets are best."""
+        logits = functional.linear(hidden, weight, bias)
+        logps = logits.log_softmax(-1)
+        with torch.no_grad():
+            entropy = -(logps.exp() * logps).sum(-1)
+            mean, is_top1 = logits.mean(-1), logits.argmax(-1) == targets
+        return logps.gather(-1, targets[:, None]).squeeze(-1), entropy, None, mean, is_top1
+
+
+def use_plain_head() -> None:
+    """Let TRL's trainers of this process score answers alone, with :class:`PlainHead`."""
+    utils._use_triton = lambda device: True  # decides which positions are scored
+    utils._ChunkedLogProbFunction = PlainHead
+
+
 def make_trainer(
     job: Job, model: Any, processor: Any, records: list[Record]
 ) -> tuple[DPOTrainer, dict[str, float]]:
     """Return the trainer of a job, and nothing that is known of it."""
     is_lora = job.mode == "lora"
+    if job.plain_head:
+        use_plain_head()
     arguments = DPOConfig(
         **training_options(job), max_length=None, loss_weights=[2.0], beta=0.1, max_grad_norm=1.0
     )

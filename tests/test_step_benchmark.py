@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from trl.trainer import utils
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 
-from benchmarks import step, step_table  # noqa: E402
+from benchmarks import step, step_table, tables  # noqa: E402
 from benchmarks.result_files import load  # noqa: E402
 from benchmarks.step_setup import (  # noqa: E402
     Job,
@@ -84,13 +86,18 @@ def test_a_scheme_does_the_work_that_the_prediction_counts(tmp_path, scheme, sha
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_all_schemes_train_the_same_thing(tmp_path, mode):
+def test_all_schemes_train_the_same_thing(tmp_path, monkeypatch, mode):
     losses = {}
     for scheme in SCHEMES:
         job = Job(scheme, "tiny", mode, 2, steps=4, learning_rate=1e-2, out=str(tmp_path))
         said = run(job, [1, 3])
         assert [len(turn["seconds"]) for turn in said] == [1, 3]
         losses[scheme] = [loss for turn in said for loss in turn["losses"]]
+    with monkeypatch.context() as patch:
+        for name in ("_use_triton", "_ChunkedLogProbFunction"):
+            patch.setattr(utils, name, getattr(utils, name))  # put back afterwards
+        said = run(replace(job, plain_head=True), [4])
+    losses["trl, plain head"] = said[0]["losses"]
     ours = torch.tensor(losses.pop("ours"))
     assert ours[0] == pytest.approx(1.3862944, abs=1e-6)
     assert ours[-1] < ours[0] - 0.2
@@ -192,7 +199,16 @@ def test_a_contender_that_fails_is_named_and_the_others_go_on(tmp_path, capsys, 
     statuses = {k.rpartition("/")[2]: c["status"] for k, c in json.loads(
         (tmp_path / "cpu_step.json").read_text()
     )["cells"].items()}  # fmt: skip
-    assert statuses == {"ours": "ok", "authors": "ok", "trl": "failed"}
+    assert statuses == {
+        "ours": "ok", "authors": "ok", "trl": "failed", "trl, plain head": "failed"
+    }  # fmt: skip
+
+
+def test_a_readme_gets_the_tables_that_it_has_marks_for():
+    assert tables.with_table("no marks") == "no marks"
+    readme = f"before {tables.STEP_BEGIN}old{tables.STEP_END} after"
+    block = step_table.step_block(ROOT / "benchmarks" / "results")
+    assert tables.with_table(readme) == readme.replace("old", f"\n{block}\n")
 
 
 def test_what_cannot_be_measured_is_refused(capsys, monkeypatch):
