@@ -316,7 +316,8 @@ def train(
         from realign.train import train as run
 
         checkpoint = run(options, dry_run=dry_run)
-        typer.echo(f"checkpoint {'would be' if dry_run else '->'} {checkpoint}")
+        if os.environ.get("RANK", "0") == "0":  # once, however many processes train
+            typer.echo(f"checkpoint {'would be' if dry_run else '->'} {checkpoint}")
 
 
 @app.command(cls=SectionCommand)

@@ -1,16 +1,24 @@
-"""FSDP2 as accelerate sets it up, with what a vision-language model and this loss need of it."""
+"""Sharded training as accelerate sets it up, with what a vision-language model and this loss need
+of it.
+"""
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from realign.errors import RefusedError
 
+LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -40,6 +48,51 @@ def set_up_fsdp(accelerator: Any, model: nn.Module) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
+@contextmanager
+def every_rank_loads() -> Iterator[None]:
+    """Within it every rank loads all weights, also where it is configured that the first one loads
+    them for all (fsdp_cpu_ram_efficient_loading): what is not sharded is not sent to the others.
+    """
+    setting = os.environ.pop(LOADING, None)
+    try:
+        yield
+    finally:
+        if setting is not None:
+            os.environ[LOADING] = setting
+
+
+def check_precision(*, autocast: bool) -> None:
+    """Refuse a mixed precision that the launcher sets behind the reference's back.
+
+    Raises:
+        RefusedError: accelerate's configuration has one and ``autocast`` is off. DeepSpeed's is the
+            dtype of its weights.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    is_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if precision != "no" and not autocast and not is_deepspeed:
+        raise RefusedError(
+            f"mixed_precision must be 'no' in the configuration of accelerate, got {precision}: "
+            "the reference would be computed in another one. Set train.autocast to true for "
+            "bfloat16 instead."
+        )
+
+
+def check_data_parallel(accelerator: Any) -> None:
+    """Refuse a configuration in which ranks share the rows of a pair.
+
+    Raises:
+        RefusedError: Tensor, context or sequence parallelism is configured.
+    """
+    config = getattr(accelerator, "parallelism_config", None)
+    for name in ("tp_size", "cp_size", "sp_size"):
+        if (size := getattr(config, name, 1) or 1) > 1:
+            raise RefusedError(
+                f"parallelism_config.{name} must be 1, got {size}: every rank trains on pairs of "
+                "its own. Drop it from the configuration of accelerate."
+            )
+
+
 def whole_weights(accelerator: Any, model: nn.Module) -> dict[str, Tensor]:
     """Name to gathered weight, on the CPU of the first rank; all ranks must call it.
 
@@ -50,6 +103,22 @@ def whole_weights(accelerator: Any, model: nn.Module) -> dict[str, Tensor]:
         if name in weights and source in weights and weights[name].equal(weights[source]):
             weights[name] = weights[source]
     return weights
+
+
+class GatherHead(TrainerCallback):
+    """Has ZeRO-3 gather the output projection with the whole model: the loss reads its weight
+    without calling it, and DeepSpeed gathers what is called. Has not run: it needs a GPU.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Register the weights, which are partitioned by now."""
+        if not is_deepspeed_zero3_enabled():
+            return
+        from deepspeed.zero import register_external_parameter
+
+        model = kwargs["model"]
+        for parameter in model.get_output_embeddings().parameters():
+            register_external_parameter(model, parameter)
 
 
 def layers_to_shard(model: nn.Module) -> list[str]:

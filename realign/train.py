@@ -16,7 +16,6 @@ from realign.check.rows import announce_missing_images
 from realign.checkpoints import publish
 from realign.config import TrainConfig
 from realign.dataset import read_kept_records
-from realign.errors import RefusedError
 from realign.files import write_json, write_text
 from realign.model_card import adapter_card
 from realign.modeling import adapter_base, is_adapter, load_processor, quiet_peft, resolve_model
@@ -25,13 +24,14 @@ from realign.policy import load_policy, weights_dtype
 from realign.preflight import announce_preflight, preflight
 from realign.records import Record
 from realign.run_folder import check_out, claim, is_claimed
+from realign.sharding import check_precision
 from realign.trainer import (
     LogLastStep,
     MetricsFile,
     RDPOTrainer,
     ShowProgress,
 )
-from realign.training_arguments import training_arguments, world_size
+from realign.training_arguments import training_arguments
 from realign_kernels import Objective
 
 
@@ -47,8 +47,8 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
             something else, or an output folder that holds another run.
     """
     check_out(config.out)
+    ranks = Ranks()  # first of all: how weights are loaded depends on who shares them
     folder = resolve_model(config.model)
-    _check_support()
     objective = _objective(config)
     cells = max(objective.num_cells, 3)  # one cache serves dpo, rdpo and mdpo
     records = read_kept_records(config.data, config.images)
@@ -67,30 +67,47 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
         ),
         "model": identity["semantics"]["files"],
         "rows": [row.key for row in rows],
+        "processes": ranks.world_size,
     }  # fmt: skip
     labels = {"rows": [f"row {row.id}" for row in rows]}
-    if is_claimed(config.out, "train", what, labels) and checkpoint.is_dir():
+
+    def is_finished() -> bool:
+        if not is_claimed(config.out, "train", what, labels) or not checkpoint.is_dir():
+            return False
         shutil.rmtree(config.out / "steps", ignore_errors=True)  # of a run killed at its very end
+        return True
+
+    def check() -> None:
+        check_precision(autocast=config.autocast)
+        found = preflight(config, folder, records, processor, cells=cells)
+        announce_missing_images(sum(not row.has_retrieved for row in rows), len(rows), objective)
+        announce_preflight(found)
+
+    if ranks.first(is_finished):
         return checkpoint
-    found = preflight(config, folder, records, processor, cells=cells)
-    announce_missing_images(sum(not row.has_retrieved for row in rows), len(rows), objective)
-    announce_preflight(found)
+    ranks.first(check)
     reference = _read_reference(config, records, scoring, objective, dry_run=dry_run)
     if dry_run:
         return checkpoint
     if reference is None:
         # known by its content, so the folder stays free while the model may be refused
-        fill(records, config.out / "cache", scoring, identity, shard_size=1024, ranks=Ranks())
+        fill(records, config.out / "cache", scoring, identity, shard_size=1024, ranks=ranks)
         reference = read_cache(config.out / "cache", records, identity)
 
+    arguments = training_arguments(config, len(records))  # DeepSpeed reads them before the weights
     set_seed(config.seed)
-    model = load_policy(config, folder)
-    claim(config.out, "train", what, labels)
-    if reference.acceptance is not None:
-        write_json(config.out / "accepted_numerics.json", reference.acceptance)
+    model = ranks.together(lambda: load_policy(config, folder))
+
+    def claim_folder() -> None:
+        claim(config.out, "train", what, labels)
+        if reference.acceptance is not None:
+            write_json(config.out / "accepted_numerics.json", reference.acceptance)
+
+    ranks.first(claim_folder)
+    ranks.check_folder_is_shared(config.out)
     trainer = RDPOTrainer(
         model,
-        training_arguments(config, len(records)),
+        arguments,
         records,
         processor,
         reference,
@@ -98,7 +115,8 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
     )
     trainer.remove_callback(PrinterCallback)
     unfinished = config.out / ".checkpoint.tmp"
-    shutil.rmtree(unfinished, ignore_errors=True)
+    if ranks.is_first:
+        shutil.rmtree(unfinished, ignore_errors=True)
     with quiet_peft():
         trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
         trainer.save_model(str(unfinished))
@@ -124,11 +142,6 @@ class _RowSummary(NamedTuple):
     @classmethod
     def of(cls, record: Record) -> _RowSummary:
         return cls(record.id, record.key, bool(record.rejected_images))
-
-
-def _check_support() -> None:
-    if world_size() > 1:
-        raise RefusedError("train must run in one process for now, got WORLD_SIZE > 1. Drop it.")
 
 
 def _objective(config: TrainConfig) -> Objective:

@@ -42,7 +42,7 @@ from realign.pair_sampler import FilledCollator, PairSampler, choose_filler
 from realign.preemption import ignore_sigterm
 from realign.progress import Progress
 from realign.records import Record
-from realign.sharding import set_up_fsdp, whole_weights
+from realign.sharding import GatherHead, check_data_parallel, set_up_fsdp, whole_weights
 from realign.shared_prefix import choose_layout
 from realign_kernels import RdpoOutput
 
@@ -85,6 +85,15 @@ class RDPOConfig(TrainingArguments):
         default=False, metadata={"help": "must stay false: rows are records"}
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a NaN must be seen"})
+
+    def __post_init__(self) -> None:
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise RefusedError(
+                "train_sampling_strategy must be random or sequential, got "
+                f"{self.train_sampling_strategy!r}: the pairs of a step must not depend on lengths "
+                "or ranks. Drop it."
+            )
+        super().__post_init__()
 
 
 class RDPOTrainer(CheckpointTrainer):
@@ -163,15 +172,21 @@ class RDPOTrainer(CheckpointTrainer):
             watch=getattr(reference, "check_inputs", None),
         )
         if args.world_size > 1:
-            collator = FilledCollator(collator, choose_filler(train_dataset))
+            filler = choose_filler(train_dataset)
+            collator = FilledCollator(collator, filler)
+            if args.ddp_find_unused_parameters is None:
+                # the last layers of a vision tower have no gradient, nor has a projector without
+                # images; any other weight has one on every rank
+                args.ddp_find_unused_parameters = not (args.freeze_vision and filler.images)
         super().__init__(
             model=model,
             args=args,
             data_collator=collator,
             train_dataset=dataset,
             processing_class=processing_class,
-            callbacks=[_TellEpoch(dataset), *(callbacks or [])],
+            callbacks=[_TellEpoch(dataset), GatherHead(), *(callbacks or [])],
         )
+        check_data_parallel(self.accelerator)
         if self.is_fsdp_enabled:
             set_up_fsdp(self.accelerator, model)
         # part of every checkpoint
@@ -408,6 +423,8 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start from what the resumed checkpoint remembers."""
+        if not state.is_world_process_zero:
+            return
         write_jsonl(self.path, [_ordered(line) for line in state.log_history if "loss" in line])
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

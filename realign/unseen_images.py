@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -31,7 +32,7 @@ def unseen_images_encoded(body: nn.Module, images: Mapping[str, Tensor]) -> Iter
 
     def add_nothing(module: nn.Module, args: Any, embeddings: Tensor) -> Tensor:
         output = encode(**inputs)
-        total = sum(part.float().mean() for part in _features(output))
+        total = torch.stack([part.float().mean() for part in _features(output)]).sum()
         return embeddings + (0.0 * total).to(embeddings)
 
     embedding: Any = body.get_input_embeddings()  # type: ignore[operator]

@@ -90,6 +90,15 @@ class Ranks:
                 raise kind(f"rank {rank}: {said[1]}")
         return result  # type: ignore[return-value]
 
+    def first(self, work: Callable[[], T]) -> T:
+        """What the first rank finds; it alone does the work, and the others wait for it.
+
+        Raises:
+            RefusedError: On every rank, or FloatingPointError.
+        """
+        found = self.together(lambda: work() if self.is_first else None)
+        return self.gather(found)[0]  # type: ignore[return-value]
+
     def check_folder_is_shared(self, folder: Path) -> None:
         """Refuse a folder that is another one on another machine: its shards would be lost.
 

@@ -18,6 +18,7 @@ from realign.cache.shards import Rows
 from realign.collate import PreferenceCollator
 from realign.modeling import load_model, load_processor
 from realign.records import Record
+from realign.sharding import every_rank_loads
 from realign.shared_prefix import choose_layout
 
 
@@ -116,7 +117,8 @@ class Scorer:
     def __init__(self, scoring: Scoring) -> None:
         self.scoring = scoring
         self._device = local_device()
-        self._model = _load(scoring).to(self._device).eval()
+        with every_rank_loads():
+            self._model = _load(scoring).to(self._device).eval()
         processor = load_processor(scoring.folder)
         shares = choose_layout(self._model, scoring.shared_prefix) == "shared prefix"
         self._batches, self._alone = (

@@ -48,7 +48,7 @@ def stop_runs(tmp_path: Path, records, model_dir: Path, **given: Any) -> dict[st
 
 
 def test_kill_9(tmp_path: Path, records, model_dir: Path) -> None:
-    stop_runs(tmp_path, records, model_dir, count=4, signal="SIGKILL", options={"save_steps": 1})
+    stop_runs(tmp_path, records, model_dir, count=3, signal="SIGKILL", options={"save_steps": 1})
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from transformers import PrinterCallback
 
 from realign.augmentation import RecordDataset, augmented
+from realign.checkpoints import checkpoints, newest_checkpoint
 from realign.collate import PreferenceCollator
 from realign.config import LoraSection
 from realign.errors import RefusedError
@@ -75,40 +76,37 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
-CASES = {
-    # options, steps an epoch, resumed after which steps; the epoch ends after 3, or after 2
-    "plain": ({"per_device_train_batch_size": 4}, 3, (2, 3, 4)),
-    "workers": ({"per_device_train_batch_size": 4, "dataloader_num_workers": 2}, 3, (2, 3, 4)),
-    "lasting workers": (
-        {
-            "per_device_train_batch_size": 4,
-            "dataloader_num_workers": 2,
-            "dataloader_persistent_workers": True,
-        },
-        3,
-        (2,),
-    ),
-    "accumulation 2": (
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-        3,
-        (2, 3, 4),
-    ),
-    "accumulation 8": (
-        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
-        2,
-        (1, 2, 3),
-    ),
-}
+def case(name: str, batch_size: int, accumulation: int, steps: tuple[int, ...], **more):
+    """Twelve rows; an epoch ends after 3 steps, with an accumulation of 8 after 2."""
+    options = {
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        **{key: value for key, value in more.items() if key != "marks"},
+    }
+    return pytest.param(options, steps, id=name, marks=more.get("marks", ()))
 
 
-@pytest.mark.parametrize("name", CASES)
+CASES = [
+    case("plain", 4, 1, (2, 3, 4)),
+    case("workers", 4, 1, (4,), dataloader_num_workers=2),
+    case("accumulation 2", 2, 2, (2,)),
+    case("accumulation 8", 1, 8, (1, 2)),
+    case("workers, all", 4, 1, (1, 2, 3, 5), dataloader_num_workers=2, marks=pytest.mark.slow),
+    case("accumulation 2, all", 2, 2, (1, 3, 4, 5), marks=pytest.mark.slow),
+    case("accumulation 8, workers", 1, 8, (1, 2, 3), dataloader_num_workers=2,
+         marks=pytest.mark.slow),
+    case("lasting workers", 4, 1, (2, 3), dataloader_num_workers=2,
+         dataloader_persistent_workers=True, marks=pytest.mark.slow),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "resumed"), CASES)
 def test_a_resumed_run_ends_bit_by_bit_the_same_with_augmented_images(
-    tmp_path: Path, model_dir, records, reference, name
+    tmp_path: Path, model_dir, records, reference, options, resumed
 ) -> None:
-    options, steps_an_epoch, resumed = CASES[name]
     rows = records(12)
     train(model_dir, tmp_path / "whole", rows, reference, augment=flipped, **options)
-    last = f"checkpoint-{2 * steps_an_epoch}"
+    last = checkpoints(tmp_path / "whole" / "steps")[-1].name
     expected = files(tmp_path / "whole" / "steps" / last)
     assert not [file for file in expected if file.endswith((".pt", ".pth", ".bin"))]
     for step in resumed:
@@ -119,9 +117,11 @@ def test_a_resumed_run_ends_bit_by_bit_the_same_with_augmented_images(
         torch.manual_seed(step)
         train(model_dir, folder, rows, reference, resume=folder / start, augment=flipped, **options)
         found = files(folder / "steps" / last)
-        if name == "lasting workers":  # torch seeds them once, from a generator that nothing reads
+        if options.get(
+            "dataloader_persistent_workers"
+        ):  # torch seeds them once, from a generator that nothing reads
             for file in ("state/process-0.safetensors", "manifest.json"):
-                del found[file], expected[file]
+                found[file] = expected[file]
         assert found == expected
         log = (folder / "metrics.jsonl").read_text()
         assert log == (tmp_path / "whole" / "metrics.jsonl").read_text()
@@ -144,7 +144,9 @@ def test_adapters_and_16_bits_resume_as_well(
     assert files(steps / "checkpoint-4") == files(tmp_path / "whole" / "steps" / "checkpoint-4")
 
 
-@pytest.mark.parametrize(("saving", "logging"), [(2, 3), (4, 3)])
+@pytest.mark.parametrize(
+    ("saving", "logging"), [(2, 3), pytest.param(4, 3, marks=pytest.mark.slow)]
+)
 def test_the_log_is_the_same_for_any_intervals(
     tmp_path: Path, model_dir, records, reference, saving, logging
 ) -> None:
@@ -187,12 +189,32 @@ def test_a_damaged_newest_checkpoint_costs_a_step_and_no_exactness(
         assert files(steps / name) == files(tmp_path / "whole" / "steps" / name)
 
 
+def test_any_damage_to_any_file_is_seen(tmp_path: Path, model_dir, records, reference) -> None:
+    options = {"per_device_train_batch_size": 2, "num_train_epochs": 1}
+    train(model_dir, tmp_path, records(4), reference, **options)
+    older, newest = checkpoints(tmp_path / "steps")
+    paths = [path for path in newest.rglob("*") if path.is_file()]
+    assert {path.name for path in paths} >= {
+        "model.safetensors", "optimizer.safetensors", "schedule.safetensors",
+        "process-0.safetensors", "trainer_state.json", "config.json",
+    }  # fmt: skip
+    for path in paths:
+        raw = path.read_bytes()
+        middle = len(raw) // 2
+        flipped_bit = raw[:middle] + bytes([raw[middle] ^ 4]) + raw[middle + 1 :]
+        for harmed in (flipped_bit, raw[:middle], raw[:-1], raw + b"x", bytes(len(raw)), None):
+            path.unlink() if harmed is None else path.write_bytes(harmed)
+            assert newest_checkpoint(tmp_path / "steps") == older, path
+        path.write_bytes(raw)
+    assert newest_checkpoint(tmp_path / "steps") == newest
+
+
 def test_continuing_from_nothing_is_refused(tmp_path: Path, model_dir, records, reference) -> None:
     with pytest.raises(RefusedError, match="output_dir must hold a checkpoint"):
         train(model_dir, tmp_path, records(12), reference, resume=True)
 
 
-@pytest.mark.parametrize(("limit", "left"), [(1, 2), (2, 2), (3, 3)])
+@pytest.mark.parametrize(("limit", "left"), [(1, 2), (3, 3)])
 def test_at_least_two_checkpoints_stay(
     tmp_path: Path, model_dir, records, reference, limit, left
 ) -> None:
