@@ -24,7 +24,8 @@ _PACKAGES = {
     "liger": ("liger-kernel", "liger_kernel"),
     "nf4": ("bitsandbytes", "bitsandbytes"),
 }
-_ATTENTIONS = {"sdpa": "sdpa", "flash": "flash_attention_2"}  # transformers' names
+# transformers' names; its own choice is SDPA but where a part cannot: Gemma-2 bounds its scores
+_ATTENTIONS = {"sdpa": None, "flash": "flash_attention_2"}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from realign.families import process
 from realign.rendering import Renderer, user_turns
 
 
@@ -26,9 +27,10 @@ class ImageTokens:
         """How many tokens an image of ``(width, height)`` adds to its text."""
         if size not in self._known:
             text = self._render("")
-            inputs = self._processor(
-                text=[text],
-                images=[[Image.new("RGB", size)]],
+            inputs = process(
+                self._processor,
+                [text],
+                [[Image.new("RGB", size)]],
                 add_special_tokens=self._renderer.adds_special_tokens(text),
             )
             # the text's own placeholder is counted with the text

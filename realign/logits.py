@@ -67,7 +67,8 @@ def find_logit_transform(model: PreTrainedModel) -> LogitTransform:
     candidates = _candidates(model.config.get_text_config())
     if own.shape == projected.shape:
         errors = [float((own - transform(projected)).abs().max()) for transform in candidates]
-        tolerance = 4 * torch.finfo(weight.dtype).eps * LARGEST_LOGIT
+        eps = max(torch.finfo(dtype).eps for dtype in (weight.dtype, own.dtype))
+        tolerance = 4 * eps * LARGEST_LOGIT
         if min(errors) <= tolerance:
             return candidates[errors.index(min(errors))]
         found = f"differ by {min(errors):.3g} from the nearest (tolerance {tolerance:.2g})"

@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from realign.acceleration import Acceleration, use_liger_layers
 from realign.errors import RefusedError
+from realign.families import CHAT_TEMPLATES
 from realign.files import file_sha256
+from realign.image_only import load_without_videos
 from realign.model_parts import VISION_MODULES
 from realign.preference_forward import attach_preference_forward
 from realign.saved_modules import keep_saved_modules_in_float32
@@ -181,8 +183,10 @@ def load_processor(folder: Path) -> Any:
     """
     if not (folder / "processor_config.json").is_file() and is_adapter(folder):
         folder = _resolve_base(folder)
-    processor = AutoProcessor.from_pretrained(folder)
+    processor = load_without_videos(folder) or AutoProcessor.from_pretrained(folder)
     if not getattr(processor, "chat_template", None):
+        processor.chat_template = CHAT_TEMPLATES.get(type(processor).__name__)
+    if not processor.chat_template:
         raise RefusedError(
             f"{folder} must have a chat template, has none. Add chat_template.jinja to the folder."
         )

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from realign.families import FIRST_POSITION
 from realign.image_features import ImageUse
 from realign.packing import Packing, SharedRow
-
-# where a family's first token stands, if not at 0
-FIRST_POSITION = {"paligemma": 1}
 
 
 def rope_positions(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from realign.families import refuse_flash
 from realign.image_features import ImageUse, image_features_by_row
 from realign.logits import LogitTransform, find_logit_transform
 from realign.packing import Packing
@@ -29,8 +30,10 @@ def attach_preference_forward(model: PreTrainedModel) -> None:
     :class:`RdpoOutput`; other calls stay as they were.
 
     Raises:
-        RefusedError: What the model does to its logits is not understood.
+        RefusedError: What the model does to its logits is not understood, or its attention would
+            leave out a part of its mask.
     """
+    refuse_flash(model)
     transform = find_logit_transform(model)
     if why_not_shared(model) is None:
         use_packed_attention(model)

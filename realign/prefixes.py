@@ -10,11 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from realign.families import ANSWER_TOKEN_TYPE, image_token_id, process
 from realign.image_features import ImageUse
-
-# What a family calls the tokens of an answer where it tells tokens apart by type: PaliGemma sees
-# type 0 in both directions.
-ANSWER_TOKEN_TYPE = {"PaliGemmaProcessor": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +90,13 @@ def encode_prefixes(
     for group in (first, again, without):
         if not group:
             continue
-        inputs = processor(
-            text=[prefix.text for prefix in group],
-            images=None if group is without else [prefixes[prefix]() for prefix in group],
-            padding=True,
-            padding_side="right",
+        inputs = process(
+            processor,
+            [prefix.text for prefix in group],
+            None if group is without else [prefixes[prefix]() for prefix in group],
             add_special_tokens=add_special_tokens,
-            return_tensors="pt",
         )
         lengths = (inputs.pop("attention_mask") != 0).sum(dim=1).tolist()
-        inputs.pop("labels", None)  # PaliGemma's, of the prompt
         by_token = {
             name: inputs.pop(name)
             for name in list(inputs)
@@ -111,8 +105,8 @@ def encode_prefixes(
         for index, (prefix, length) in enumerate(zip(group, lengths, strict=True)):
             tokens[prefix] = {name: values[index, :length] for name, values in by_token.items()}
         if group is first:
-            image_inputs = dict(inputs)
-    token = _image_token(processor)
+            image_inputs = inputs
+    token = image_token_id(processor)
     return Prefixes(
         tokens,
         image_inputs,
@@ -120,10 +114,3 @@ def encode_prefixes(
         tuple(tokens[prefix]["input_ids"].tolist().count(token) for prefix in first),
         ANSWER_TOKEN_TYPE.get(type(processor).__name__, 0),
     )
-
-
-def _image_token(processor: Any) -> int | None:
-    token = getattr(processor, "image_token_id", None)
-    if token is None:
-        token = processor.tokenizer.convert_tokens_to_ids(getattr(processor, "image_token", ""))
-    return token

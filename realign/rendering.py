@@ -75,6 +75,7 @@ class Renderer:
             turns, add_generation_prompt=True, tokenize=False
         )
         text = self.processor.apply_chat_template([*turns, reply], tokenize=False)
+        text = _with_white_space_of(prompt_text, text)
         start = text.find(answer.strip(), len(prompt_text))
         if not text.startswith(prompt_text) or start < 0:
             raise RefusedError(
@@ -126,3 +127,14 @@ class Renderer:
         return any(
             i in self._special for i in self.tokenizer(tail, add_special_tokens=False).input_ids
         )
+
+
+def _with_white_space_of(prompt_text: str, text: str) -> str:
+    """A conversation that begins with its prompt, where it does but for white space before the
+    answer: LLaVA-OneVision's template writes "assistant " and a newline there, its generation
+    prompt "assistant" and a newline. What the model is asked with stands.
+    """
+    head = prompt_text.rstrip()
+    if text.startswith(prompt_text) or not text.startswith(head):
+        return text
+    return prompt_text + text[len(head) :].lstrip()

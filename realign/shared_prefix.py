@@ -257,12 +257,12 @@ def why_not_shared(model: PreTrainedModel) -> str | None:
     attention = config._attn_implementation
     if attention not in (*ATTENTIONS, *ATTENTIONS.values()):
         return f"attention {attention!r} is not one of {', '.join(ATTENTIONS)}"
-    if not getattr(decoder, "_supports_attention_backend", False):
-        return f"{name} does not take an attention function"
-    if getattr(decoder, "_is_stateful", False):
-        return f"{name} is recurrent"
     if others := set(getattr(config, "layer_types", None) or ()) - SHARING_LAYERS:
         return f"{name} has layers of type {', '.join(sorted(others))}"
+    if getattr(decoder, "_is_stateful", False):
+        return f"{name} is recurrent"
+    if not getattr(decoder, "_supports_attention_backend", False):
+        return f"{name} does not take an attention function"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return f"{name} bounds its attention scores"
     return None

@@ -94,9 +94,8 @@ def row_layout(folder: Path, shared_prefix: bool | None = None) -> Layout:
     if shared_prefix is False:
         return "separate"
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(
-            load_model_config(folder), attn_implementation="sdpa"
-        )
+        # attention as :func:`realign.modeling.load_model` leaves it to transformers
+        model = AutoModelForImageTextToText.from_config(load_model_config(folder))
     return "shared prefix" if why_not_shared(model) is None else "separate"
 
 

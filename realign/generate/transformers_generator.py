@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from realign.families import process
 from realign.generate.answer import Answer
 from realign.generate.generator import Request
 from realign.images import decode_image
@@ -69,14 +70,14 @@ class TransformersGenerator:
         images = [
             decode_image(request.image.read_bytes(), request.image.name) for request in requests
         ]
-        batch = self.processor(
-            text=texts,
-            images=[[image] for image in images],
-            padding=True,
-            padding_side="left",
+        batch = process(
+            self.processor,
+            texts,
+            [[image] for image in images],
             add_special_tokens=self._renderer.adds_special_tokens(texts[0]),
-            return_tensors="pt",
-        ).to(self.model.device)
+            padding_side="left",
+        )
+        batch = {name: value.to(self.model.device) for name, value in batch.items()}
         tokens = self.model.generate(
             **batch,
             max_new_tokens=self.max_new_tokens,
