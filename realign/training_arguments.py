@@ -59,6 +59,7 @@ def training_arguments(config: TrainConfig, num_records: int) -> RDPOConfig:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         bf16=config.autocast,  # else the weights' own dtype
+        check_first_step=config.check_first_step,
         dataloader_num_workers=config.workers,
         dataloader_persistent_workers=config.workers > 0,
         use_cpu=not torch.cuda.is_available(),
