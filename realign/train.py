@@ -63,6 +63,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
             # what the result does not depend on, and what is here by its content
             exclude={
                 "out", "model", "data", "images", "cache", "report_to", "max_length", "workers",
+                "check_first_step",
             },
         ),
         "model": identity["semantics"]["files"],
@@ -121,7 +122,6 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
         trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
         trainer.save_model(str(unfinished))
     if trainer.is_world_process_zero():
-        processor.save_pretrained(unfinished)
         if is_adapter(unfinished):
             write_text(
                 unfinished / "README.md",
