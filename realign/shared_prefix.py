@@ -20,7 +20,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.flash_attention import flash_attention_forward
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import (
+    repeat_kv,
+    sdpa_attention_forward,
+    use_gqa_in_sdpa,
+)
 from transformers.masking_utils import causal_mask_function, flash_attention_mask, sdpa_mask
 
 from realign.errors import RefusedError
@@ -123,11 +127,13 @@ def _sdpa(
     assert attention_mask is not None
     _check_arguments(kwargs)
     groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     outputs = []
     for queries, row, answer in _segments(packed.packing):
         mask = packed.mask(attention_mask.shape[-1], row, answer, query.device)
         keys, values = (_seen(tensor, queries, row) for tensor in (key, value))
+        # as transformers: only kernels without a mask read the heads of a group in place
+        if not (enable_gqa := groups > 1 and use_gqa_in_sdpa(mask, keys, values)):
+            keys, values = repeat_kv(keys, groups), repeat_kv(values, groups)
         outputs.append(
             scaled_dot_product_attention(
                 query[:, :, queries],
@@ -136,6 +142,7 @@ def _sdpa(
                 attn_mask=mask,
                 is_causal=mask is None,
                 scale=scaling,
+                enable_gqa=enable_gqa,
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2), None

@@ -89,7 +89,10 @@ def test_log_probabilities_and_gradients(model, processor, records, cells: int) 
 
 
 def test_with_gradient_checkpointing(model, processor, records) -> None:
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    # transformers 5.23 renamed it
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     assert_equal_forwards(model, processor, lengthened(records(2)), 3)
 
 
@@ -180,14 +183,6 @@ def test_reasons_against_sharing(model, capsys) -> None:
     text.layer_types = None
     text._attn_implementation = "flex_attention"
     assert "attention 'flex_attention' is not one of sdpa" in str(why_not_shared(model))
-
-
-def test_flash_attention_refuses_a_mask_of_four_dimensions() -> None:
-    from realign.shared_prefix import _flash
-
-    states = torch.zeros(1, 1, 2, 4)
-    with pytest.raises(ValueError, match="must have a mask of two dimensions"):
-        _flash(nn.Module(), states, states, states, torch.ones(1, 1, 2, 2, dtype=torch.bool))
 
 
 def test_packing_has_the_longest_answer_first() -> None:
