@@ -12,7 +12,12 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from realign.cache.identity import Identity, identity_folder, identity_sha256
+from realign.cache.identity import (
+    Identity,
+    identity_differences,
+    identity_folder,
+    identity_sha256,
+)
 from realign.cache.lock import building
 from realign.cache.probe import probe_rows, run_probe
 from realign.cache.ranks import Ranks
@@ -50,6 +55,7 @@ def fill(
             system refuses; or the probe finds the values wrong.
         FloatingPointError: A log-probability is not finite; nothing of its shard is stored.
     """
+    _check_agreement(identity, ranks)
     place = identity_folder(root, identity)
     wanted = ranks.together(lambda: _unique(records))
     found = ranks.gather((_has_all(place, wanted), place.exists()))
@@ -105,6 +111,16 @@ def build_cache(
     """
     scoring = Scoring(folder=folder, batch_size=batch_size, **options)
     return fill(records, root, scoring, scoring.identity(), shard_size=shard_size, ranks=Ranks())
+
+
+def _check_agreement(identity: Identity, ranks: Ranks) -> None:
+    """Refuse ranks on machines that compute differently."""
+    for rank, other in enumerate(ranks.gather(identity)):
+        if lines := identity_differences(other, identity):
+            raise RefusedError(
+                f"ranks must compute alike, got on rank {rank} (cached) and rank {ranks.rank} "
+                "(needed):" + "".join(f"\n  {line}" for line in lines) + "\nUse equal machines."
+            )
 
 
 def _unique(records: Sequence[Record]) -> dict[str, int]:

@@ -165,8 +165,8 @@ def _clean(place: Path, identity: Identity) -> None:
                 check_identity(place, identity, manifest)
             return
     except DamagedError as error:
-        if left := [place / name for name in (IDENTITY, MANIFEST) if (place / name).exists()]:
-            for path in left:
+        if there := [place / name for name in (IDENTITY, MANIFEST) if (place / name).exists()]:
+            for path in there:
                 _set_aside(path)
             announce(_without_remedy(error))
     write_identity(place, identity)

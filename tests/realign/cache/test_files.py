@@ -429,6 +429,7 @@ def test_shards_whose_columns_do_not_fit_are_refused(tmp_path: Path, synthetic) 
     refused(b"\xff" * 8 + good[8:], f"its header has .* bytes, of at most {MAX_HEADER_BYTES}")
     refused((MAX_HEADER_BYTES + 8).to_bytes(8, "little") + bytes(2 << 20), "its header has 1048584")
     refused(b"", "its header")
+    refused(bytes(4 << 20), "must have at most 3048576 bytes, got 4194304")
     refused(good[:8] + b"[" * length + good[8 + length :], "its header is of something else")
     claims = json.loads(about["realign"]) | {"rows": MAX_ROWS + 1}
     refused(
