@@ -220,6 +220,8 @@ class RDPOTrainer(CheckpointTrainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
             worker_init_fn=partial(ignore_sigterm, seed),
             # its own: how often a loader began is not to move the global one
             generator=torch.Generator(),
