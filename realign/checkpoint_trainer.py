@@ -16,7 +16,6 @@ import torch
 from accelerate.utils import broadcast
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -29,7 +28,7 @@ from realign.checkpoints import (
     seal,
 )
 from realign.errors import RefusedError
-from realign.preemption import SIGTERM_EXIT, Preemption, ignore_sigterm
+from realign.preemption import SIGTERM_EXIT, Preemption
 from realign.progress import announce
 from realign.random_state import random_state, set_random_state
 from realign.state_file import read_state, write_state
@@ -52,7 +51,10 @@ class CheckpointTrainer(Trainer):
         self._preemption = Preemption()
         self._must_stop = False  # on all processes alike
         self._run_folder: str | None = None  # where Trainer writes while a checkpoint is made
+        # what a step began with, while one is under way that has several micro-steps
         self._step_began: dict[str, Any] | None = None
+        self._flos_before = 0.0
+        self._verified: str | None = None
         self._saved_step = 0  # before the first step there is nothing to lose
         super().__init__(*args, **kwargs)
         self.add_callback(_StopWhenAsked(self))
@@ -86,11 +88,8 @@ class CheckpointTrainer(Trainer):
                     f"output_dir must hold a checkpoint to continue from, {self.args.output_dir} "
                     "holds none that is whole. Start without resume_from_checkpoint."
                 )
-        elif resume_from_checkpoint and (why := damage(Path(resume_from_checkpoint))):
-            raise RefusedError(
-                f"resume_from_checkpoint must be a checkpoint as it was written, got "
-                f"{resume_from_checkpoint}, but {why}. Name another one."
-            )
+        elif resume_from_checkpoint and resume_from_checkpoint != self._verified:
+            self._verify(resume_from_checkpoint)
         self._must_stop, self._step_began = False, None
         self._saved_step = checkpoint_step(Path(resume_from_checkpoint or "checkpoint-0"))
         with self._preemption:
@@ -110,20 +109,23 @@ class CheckpointTrainer(Trainer):
         if self.is_world_process_zero() and (found := newest_checkpoint(folder, announce)):
             step.fill_(checkpoint_step(found))
         chosen = int(broadcast(step))
-        return str(folder / f"checkpoint-{chosen}") if chosen >= 0 else None
+        self._verified = str(folder / f"checkpoint-{chosen}") if chosen >= 0 else None
+        return self._verified
+
+    def _verify(self, checkpoint: str) -> None:
+        """Hashing a large model takes a while: one process does."""
+        why = damage(Path(checkpoint)) if self.is_world_process_zero() else None
+        if self.any_process(why is not None):
+            raise RefusedError(
+                f"resume_from_checkpoint must be a checkpoint as it was written, got {checkpoint}, "
+                f"but {why or 'the first process found it damaged'}. Name another one."
+            )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As Trainer's; then the processes tell each other whether one was asked to end."""
         loss = super().training_step(*args, **kwargs)
         self._agrees_to_stop()
         return loss
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """As Trainer's, with workers that leave SIGTERM to this process."""
-        loader = super().get_train_dataloader()
-        if self.args.dataloader_num_workers:
-            loader.worker_init_fn = _WorkerInit(loader.worker_init_fn)
-        return loader
 
     def any_process(self, flag: bool) -> bool:
         """Whether ``flag`` is true on any process; all of them must ask."""
@@ -140,15 +142,11 @@ class CheckpointTrainer(Trainer):
         """Save the last finished step, if there is one that is not saved."""
         if self.state.global_step != self._saved_step:
             if self._step_began:
-                self.current_flos = self._step_began["flos"]
+                self.current_flos = self._flos_before
             self._save_checkpoint(self.model_wrapped, None)
 
     def _position(self) -> dict[str, Any]:
-        return {
-            "random": random_state(),
-            "kept": self.kept_state(),
-            "flos": self.current_flos,  # since they were last added to Trainer's own state
-        }
+        return {"random": random_state(), "kept": self.kept_state()}
 
     # ---- Trainer's own steps of saving and loading
 
@@ -267,6 +265,7 @@ class _StopWhenAsked(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.gradient_accumulation_steps > 1:
             self._trainer._step_began = self._trainer._position()
+            self._trainer._flos_before = self._trainer.current_flos
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._trainer._must_stop:
@@ -282,16 +281,6 @@ class _StopWhenAsked(TrainerCallback):
         # not earlier: the checkpoint holds this flag
         if self._trainer._must_stop:
             control.should_training_stop = True
-
-
-class _WorkerInit:
-    """:func:`ignore_sigterm` around a loader's own function; a class, so that spawn can send it."""
-
-    def __init__(self, then: Any) -> None:
-        self._then = then
-
-    def __call__(self, worker: int) -> None:
-        ignore_sigterm(self._then, worker)
 
 
 def _state_folder(checkpoint: str) -> Path:

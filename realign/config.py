@@ -319,6 +319,8 @@ class TrainConfig(Section):
     """Fused normalisation, rotary embedding and MLP of liger-kernel in the model's layers, for the
     references too; needs a GPU. Its losses are not used.
     """
+    check_first_step: bool = True
+    """Stop where the first loss is not that of a policy which is its own reference."""
     workers: NonNegativeInt = 0
     """Processes that prepare batches; 0 does it between the steps."""
     max_length: PositiveInt | None = None

@@ -102,7 +102,7 @@ def _say_steps(config: TrainConfig, num_records: int) -> str:
     factors += f" x {world_size()} processes" if world_size() > 1 else ""
     pairs, steps = pairs_per_step(config), num_steps(config, num_records)
     text = (
-        f"{pairs:,} pairs a step ({factors}); {steps:,} steps, "
+        f"{pairs:,} pairs a step ({factors}); {steps:,} {'step' if steps == 1 else 'steps'}, "
         f"{num_warmup_steps(config, num_records):,} of them warm-up"
     )
     if pairs > num_records:

@@ -63,6 +63,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
             # what the result does not depend on, and what is here by its content
             exclude={
                 "out", "model", "data", "images", "cache", "report_to", "max_length", "workers",
+                "check_first_step",
             },
         ),
         "model": identity["semantics"]["files"],

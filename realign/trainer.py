@@ -220,7 +220,11 @@ class RDPOTrainer(CheckpointTrainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
             worker_init_fn=partial(ignore_sigterm, seed),
+            # its own: how often a loader began is not to move the global one
+            generator=torch.Generator(),
         )
         # the sampler has shared the pairs out; what is left is to tell it the epoch
         return prepare_data_loader(loader, num_processes=1, process_index=0)

@@ -59,6 +59,7 @@ def training_arguments(config: TrainConfig, num_records: int) -> RDPOConfig:
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         bf16=config.autocast,  # else the weights' own dtype
+        check_first_step=config.check_first_step,
         dataloader_num_workers=config.workers,
         # workers that ignore SIGTERM, and outlive an epoch, would outlive the run
         dataloader_persistent_workers=False,

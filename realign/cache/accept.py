@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from realign.cache.identity import Identity, identity_differences
-from realign.cache.probe import deviations, probe_rows, rounding
+from realign.cache.probe import deviations, rounding
 from realign.cache.reference import CacheReference
 from realign.cache.scoring import Scorer
 from realign.errors import RefusedError
@@ -21,16 +21,22 @@ TOLERATED_VARIANCES = 2.0
 
 def accept_numerics(
     reference: CacheReference,
-    records: Sequence[Record],
+    probed: Sequence[Record],
     stored: Identity,
     needed: Identity,
     load: Callable[[], Scorer],
 ) -> dict[str, Any]:
-    """Compute up to 64 rows here and compare them with the cached ones.
+    """Compute rows here and compare them with the cached ones.
 
     The tolerance of each value is 1e-4 nats + 1e-6 of it, and twice the most that any probed value
     moves when its row is computed alone: on the machine of the cache, or on this one.
 
+    Args:
+        reference: The cached values.
+        probed: Rows of :func:`realign.cache.probe.probe_rows`.
+        stored: Identity of the values.
+        needed: Identity of this run.
+        load: Loads the reference model.
     Returns:
         What is to be recorded: what differs, how many rows were compared, the largest difference,
         the tolerance and the most that a value moves, all in nats.
@@ -38,8 +44,6 @@ def accept_numerics(
         RefusedError: A value differs by more.
     """
     scorer = load()
-    by_key = {record.key: record for record in records}
-    probed = [by_key[key] for key in probe_rows(list(by_key))]
     batch = scorer.scoring.batch_size
     here = np.concatenate(
         [

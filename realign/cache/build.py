@@ -12,7 +12,12 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from realign.cache.identity import Identity, identity_folder, identity_sha256
+from realign.cache.identity import (
+    Identity,
+    identity_differences,
+    identity_folder,
+    identity_sha256,
+)
 from realign.cache.lock import building
 from realign.cache.probe import probe_rows, run_probe
 from realign.cache.ranks import Ranks
@@ -50,21 +55,26 @@ def fill(
             system refuses; or the probe finds the values wrong.
         FloatingPointError: A log-probability is not finite; nothing of its shard is stored.
     """
+    _check_agreement(identity, ranks)
     place = identity_folder(root, identity)
     wanted = ranks.together(lambda: _unique(records))
-    if all(ranks.gather(_has_all(place, wanted))):
+    found = ranks.gather((_has_all(place, wanted), place.exists()))
+    if all(has_all for has_all, _ in found):
         return place
+    # a model may be refused, so nothing is written before it is loaded
+    scorer = None if any(exists for _, exists in found) else ranks.together(scoring.load)
     with _held(place, ranks):
-        work = ranks.together(lambda: _open(place, identity) if ranks.is_first else None)
+        plan = ranks.together(lambda: _plan(place, identity, wanted) if ranks.is_first else None)
         ranks.check_folder_is_shared(place)
-        work = work or Workshop.open(place, identity, repairs=False)
-        missing = _missing(wanted, work)
-        ranks.gather(None)  # nobody writes before everybody has looked
-        scorer = scoring.load() if missing else None
+        # one rank's view for all: file systems of several machines may lag behind
+        missing, first = ranks.gather(plan)[0] or ([], 0)
+        if missing and scorer is None:
+            scorer = ranks.together(scoring.load)
 
         def write() -> None:
-            if scorer is not None:
-                _write(records, missing, work, scorer, shard_size, ranks)
+            if missing:
+                assert scorer is not None
+                _write(records, missing, first, place, identity, scorer, shard_size, ranks)
 
         ranks.together(write)
         ranks.together(
@@ -103,6 +113,16 @@ def build_cache(
     return fill(records, root, scoring, scoring.identity(), shard_size=shard_size, ranks=Ranks())
 
 
+def _check_agreement(identity: Identity, ranks: Ranks) -> None:
+    """Refuse ranks on machines that compute differently."""
+    for rank, other in enumerate(ranks.gather(identity)):
+        if lines := identity_differences(other, identity):
+            raise RefusedError(
+                f"ranks must compute alike, got on rank {rank} (cached) and rank {ranks.rank} "
+                "(needed):" + "".join(f"\n  {line}" for line in lines) + "\nUse equal machines."
+            )
+
+
 def _unique(records: Sequence[Record]) -> dict[str, int]:
     """Key to position of the first row that has it."""
     wanted: dict[str, int] = {}
@@ -137,8 +157,10 @@ def _held(place: Path, ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def _open(place: Path, identity: Identity) -> Workshop:
-    return Workshop.open(place, identity, repairs=True)
+def _plan(place: Path, identity: Identity, wanted: dict[str, int]) -> tuple[list[int], int]:
+    """Positions of the rows to compute, and the number of their first shard."""
+    work = Workshop.open(place, identity, repairs=True)
+    return _missing(wanted, work), work.next_index
 
 
 def _missing(wanted: dict[str, int], work: Workshop) -> list[int]:
@@ -150,7 +172,9 @@ def _missing(wanted: dict[str, int], work: Workshop) -> list[int]:
 def _write(
     records: Sequence[Record],
     missing: list[int],
-    work: Workshop,
+    first_shard: int,
+    place: Path,
+    identity: Identity,
     scorer: Scorer,
     shard_size: int,
     ranks: Ranks,
@@ -159,7 +183,7 @@ def _write(
     batch = scorer.scoring.batch_size
     share = min(shard_size, math.ceil(len(missing) / ranks.world_size), MAX_ROWS - batch + 1)
     size = math.ceil(share / batch) * batch
-    shards = list(enumerate(range(0, len(missing), size), start=work.next_index))
+    shards = list(enumerate(range(0, len(missing), size), start=first_shard))
     mine = shards[ranks.rank :: ranks.world_size]
     total = sum(min(size, len(missing) - start) for _, start in mine)
     with Progress("cache", total) if ranks.is_first else nullcontext() as progress:
@@ -174,7 +198,7 @@ def _write(
             for index in range(0, len(rows), PIXEL_INTERVAL):
                 record = records[missing[start + index]]
                 rows.pixel_digest[index] = scorer.pixel_digests(record)
-            write_shard(work.place, rows, identity_sha256(work.identity), number)
+            write_shard(place, rows, identity_sha256(identity), number)
 
 
 def _commit(

@@ -16,7 +16,7 @@ from realign.cache.manifest import (
     read_manifest,
 )
 from realign.cache.shards import DamagedError, read_shard, shard_paths
-from realign.cache.store import DAMAGED, read_committed
+from realign.cache.store import DAMAGED
 from realign.errors import RefusedError
 from realign.footprint import size
 
@@ -52,11 +52,10 @@ def verify_cache(root: Path) -> list[str]:
         if problems := list(_problems(place)):
             wrong += problems
             continue
-        committed = read_committed(place)
-        assert committed is not None
-        manifest = committed.manifest
+        manifest = read_manifest(place)
+        assert manifest is not None
         lines.append(
-            f"{place}: whole, {len(committed.rows)} rows in {len(manifest.shards)} shards, root "
+            f"{place}: whole, {manifest.rows} rows in {len(manifest.shards)} shards, root "
             f"{manifest.root}"
         )
     if wrong:
@@ -114,6 +113,9 @@ def _state(place: Path, manifest: Manifest | None) -> Iterator[str]:
             f"  probe: {probe['rows']} rows computed alone differ by {rms} nats (rms, by cell), "
             f"{largest} at most"
         )
+    committed = {shard.file for shard in manifest.shards}
+    if beside := sum(path.name not in committed for path in shard_paths(place)):
+        yield f"  {beside} more shards of a build that was stopped: run `realign cache` again"
     if (place / DAMAGED).is_dir():
         yield f"  damaged files were set aside in {place / DAMAGED}"
 

@@ -14,6 +14,7 @@ from realign.cache.identity import (
     identity_folder,
 )
 from realign.cache.manifest import IDENTITY, MANIFEST, read_identity
+from realign.cache.probe import probe_rows
 from realign.cache.ranks import Ranks
 from realign.cache.reference import BatchVariance, CacheReference
 from realign.cache.scoring import Scorer
@@ -81,8 +82,13 @@ def _read(
     reference = reference.only(positions)
     if committed.identity != identity:
         assert accepting is not None
+        probed = {keys[index]: index for index in range(len(keys))}
         reference.acceptance = accept_numerics(
-            reference, records, committed.identity, identity, accepting
+            reference,
+            [records[probed[key]] for key in probe_rows(probed)],
+            committed.identity,
+            identity,
+            accepting,
         )
     return reference, committed
 
@@ -117,6 +123,8 @@ def _find(root: Path, identity: Identity, num_cells: int, *, is_accepting: bool)
         try:
             stored = read_identity(path.parent)
         except RefusedError as error:
+            if path.parent in (root, exact):
+                raise
             refusals.append(error)
             continue
         if stored == identity:

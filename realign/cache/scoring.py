@@ -118,7 +118,9 @@ class Scorer:
         self.scoring = scoring
         self._device = local_device()
         with every_rank_loads():
-            self._model = _load(scoring).to(self._device).eval()
+            self._model = _load(scoring).eval()
+            if scoring.quantization is None:  # else it is on its GPU, and cannot be moved
+                self._model.to(self._device)
         processor = load_processor(scoring.folder)
         shares = choose_layout(self._model, scoring.shared_prefix) == "shared prefix"
         self._batches, self._alone = (

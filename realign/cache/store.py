@@ -24,6 +24,7 @@ from realign.cache.manifest import (
 )
 from realign.cache.shards import (
     MAX_ROWS,
+    REPAIR,
     DamagedError,
     Rows,
     ShardEntry,
@@ -123,7 +124,8 @@ class Workshop:
                     raise DamagedError(f"{path} is of another identity.")
             except DamagedError as error:
                 if repairs:
-                    _set_aside(path, str(error))
+                    _set_aside(path)
+                    announce(_without_remedy(error))
                 continue
             entries.append(entry)
             parts.append(rows)
@@ -163,17 +165,22 @@ def _clean(place: Path, identity: Identity) -> None:
                 check_identity(place, identity, manifest)
             return
     except DamagedError as error:
-        for name in (IDENTITY, MANIFEST):
-            if (place / name).exists():
-                _set_aside(place / name, str(error))
+        if there := [place / name for name in (IDENTITY, MANIFEST) if (place / name).exists()]:
+            for path in there:
+                _set_aside(path)
+            announce(_without_remedy(error))
     write_identity(place, identity)
 
 
-def _set_aside(path: Path, why: str) -> None:
+def _set_aside(path: Path) -> None:
     """Move a file to where nothing reads it, for whoever wants to know what happened to it."""
     folder = path.parent.parent / DAMAGED if path.parent.name == "shards" else path.parent / DAMAGED
-    announce(f"{why.partition(' Run `realign cache`')[0]} It is moved to {folder}")
     with explained(folder):
         folder.mkdir(exist_ok=True)
         number = sum(1 for _ in folder.iterdir())
         os.replace(path, folder / f"{number}-{path.name}")
+
+
+def _without_remedy(error: DamagedError) -> str:
+    """The remedy is what happens now."""
+    return f"{str(error).removesuffix(REPAIR).rstrip()} Set aside in {DAMAGED}/, computed again"

@@ -109,11 +109,3 @@ def test_an_adapter_on_a_local_base_loads_from_any_directory(
     for use in (model_identity, lambda folder: load_model(folder, torch.float32)):
         with pytest.raises(RefusedError, match=message):
             use(adapter)
-
-
-def test_several_processes_are_refused(tmp_path, model_dir, records, monkeypatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    config = TrainConfig(model=str(model_dir), data=tmp_path / "d.parquet", out=tmp_path / "a")
-    write_parquet(records(2), config.data)
-    with pytest.raises(RefusedError, match="must run in one process for now, got WORLD_SIZE > 1"):
-        train(config)

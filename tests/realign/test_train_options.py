@@ -163,6 +163,7 @@ def test_layouts_and_workers_change_nothing_but_rounding(
                 assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-4), (name, key)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_projectors_rate_and_weights(
     tmp_path: Path, model_dir: Path, data: Path, monkeypatch
 ) -> None:

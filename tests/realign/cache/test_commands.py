@@ -85,7 +85,13 @@ def test_info_says_what_it_is(built: Path) -> None:
         "        model.safetensors: sha256 ",
     ):
         assert text in result.output, text
+    (place,) = built.iterdir()
+    shutil.copy(
+        next(place.glob("shards/00000-*")), place / "shards" / f"00009-{'0' * 16}.safetensors"
+    )
+    assert "  1 more shards of a build that was stopped" in realign("cache", "info", built).output
     next(built.glob("*/manifest.json")).unlink()
+    next(built.glob("*/shards/00009-*")).unlink()
     assert "unfinished: 2 shards so far" in realign("cache", "info", built).output
 
 

@@ -142,7 +142,8 @@ def test_only_the_damaged_shard_is_computed_again(tmp_path: Path, synthetic, cap
     scoring = synthetic.Scoring()
     synthetic.build(rows, tmp_path, scoring=scoring)
     assert scoring.scored == ["t4", "t5", "t6", "t7"]
-    assert f"It is moved to {place / 'damaged'}" in capsys.readouterr().err
+    said = f"{shard} was changed after it was written. Set aside in damaged/, computed again"
+    assert said in capsys.readouterr().err
     assert len(read_cache(tmp_path, rows, synthetic.identity)) == 12
 
 
@@ -221,6 +222,18 @@ def test_the_second_builder_says_that_it_waits(tmp_path: Path, synthetic, capfd)
     slow.join()
     assert scoring.scored == []  # the other one had done it
     assert f"another build writes {place}; waiting for it" in capfd.readouterr().err
+
+
+def test_a_cache_that_has_everything_is_not_locked(tmp_path: Path, synthetic, monkeypatch) -> None:
+    """It may lie on a file system that cannot be written."""
+    rows = synthetic.rows(8)
+    place = synthetic.build(rows, tmp_path)
+
+    def refused(place: Path) -> None:
+        raise AssertionError("the lock was asked for")
+
+    monkeypatch.setattr("realign.cache.build.building", refused)
+    assert synthetic.build(rows[:5], tmp_path) == place
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
@@ -386,7 +399,7 @@ def test_an_old_cache_says_what_wrote_it(tmp_path: Path, synthetic) -> None:
         read_cache(tmp_path, synthetic.rows(1), synthetic.identity)
 
 
-def test_many_columns_of_a_shard_that_do_not_fit_are_refused(tmp_path: Path, synthetic) -> None:
+def test_shards_whose_columns_do_not_fit_are_refused(tmp_path: Path, synthetic) -> None:
     rows = synthetic.values(synthetic.rows(4))
     entry = write_shard(tmp_path, rows, "a" * 64, 0)
     good = (tmp_path / "shards" / entry.file).read_bytes()
@@ -416,6 +429,7 @@ def test_many_columns_of_a_shard_that_do_not_fit_are_refused(tmp_path: Path, syn
     refused(b"\xff" * 8 + good[8:], f"its header has .* bytes, of at most {MAX_HEADER_BYTES}")
     refused((MAX_HEADER_BYTES + 8).to_bytes(8, "little") + bytes(2 << 20), "its header has 1048584")
     refused(b"", "its header")
+    refused(bytes(4 << 20), "must have at most 3048576 bytes, got 4194304")
     refused(good[:8] + b"[" * length + good[8 + length :], "its header is of something else")
     claims = json.loads(about["realign"]) | {"rows": MAX_ROWS + 1}
     refused(

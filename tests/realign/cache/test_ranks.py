@@ -90,6 +90,19 @@ def test_what_one_rank_is_refused_all_are(tmp_path: Path, synthetic) -> None:
     assert len(list(place.glob("shards/*"))) == 3  # the others' are kept
 
 
+def test_ranks_that_compute_differently_are_refused(tmp_path: Path, synthetic) -> None:
+    def work(ranks: Ranks) -> None:
+        numerics = synthetic.identity["numerics"] | {"device": f"GPU {ranks.rank}"}
+        identity = synthetic.identity | {"numerics": numerics}
+        rows = synthetic.rows(4)
+        fill(rows, tmp_path, synthetic.Scoring(), identity, shard_size=2, ranks=ranks)
+
+    for refused in on_ranks(2, work):
+        assert "ranks must compute alike" in refused
+        assert "numerics.device: cached GPU" in refused
+    assert not list(tmp_path.iterdir())
+
+
 def test_folders_that_are_not_shared_are_refused(tmp_path: Path, synthetic, monkeypatch) -> None:
     monkeypatch.setattr("realign.cache.ranks.FILE_SECONDS", 0.5)
     rows = synthetic.rows(8)
