@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).with_name("kill_runs.py")
 
 
 def stop_runs(tmp_path: Path, records, model_dir: Path, **given: Any) -> dict[str, Any]:
-    write_parquet(records(12), tmp_path / "data.parquet")
+    write_parquet(records(given.pop("rows", 12)), tmp_path / "data.parquet")
     options = {"batch_size": 2, "accumulation": 2, "epochs": 2, "learning_rate": 1e-3}
     options |= {"logging_steps": 3, **given.pop("options")}
     argument = {
@@ -48,7 +48,9 @@ def stop_runs(tmp_path: Path, records, model_dir: Path, **given: Any) -> dict[st
 
 
 def test_kill_9(tmp_path: Path, records, model_dir: Path) -> None:
-    stop_runs(tmp_path, records, model_dir, count=3, signal="SIGKILL", options={"save_steps": 1})
+    stop_runs(
+        tmp_path, records, model_dir, count=2, rows=8, signal="SIGKILL", options={"save_steps": 1}
+    )
 
 
 @pytest.mark.slow
