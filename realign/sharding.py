@@ -1,4 +1,6 @@
-"""FSDP2 as accelerate sets it up, with what a vision-language model and this loss need of it."""
+"""Sharded training as accelerate sets it up, with what a vision-language model and this loss need
+of it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from realign.errors import RefusedError
 
@@ -99,6 +103,22 @@ def whole_weights(accelerator: Any, model: nn.Module) -> dict[str, Tensor]:
         if name in weights and source in weights and weights[name].equal(weights[source]):
             weights[name] = weights[source]
     return weights
+
+
+class GatherHead(TrainerCallback):
+    """Has ZeRO-3 gather the output projection with the whole model: the loss reads its weight
+    without calling it, and DeepSpeed gathers what is called. Has not run: it needs a GPU.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Register the weights, which are partitioned by now."""
+        if not is_deepspeed_zero3_enabled():
+            return
+        from deepspeed.zero import register_external_parameter
+
+        model = kwargs["model"]
+        for parameter in model.get_output_embeddings().parameters():
+            register_external_parameter(model, parameter)
 
 
 def layers_to_shard(model: nn.Module) -> list[str]:

@@ -42,7 +42,7 @@ from realign.pair_sampler import FilledCollator, PairSampler, choose_filler
 from realign.preemption import ignore_sigterm
 from realign.progress import Progress
 from realign.records import Record
-from realign.sharding import check_data_parallel, set_up_fsdp, whole_weights
+from realign.sharding import GatherHead, check_data_parallel, set_up_fsdp, whole_weights
 from realign.shared_prefix import choose_layout
 from realign_kernels import RdpoOutput
 
@@ -184,7 +184,7 @@ class RDPOTrainer(CheckpointTrainer):
             data_collator=collator,
             train_dataset=dataset,
             processing_class=processing_class,
-            callbacks=[_TellEpoch(dataset), *(callbacks or [])],
+            callbacks=[_TellEpoch(dataset), GatherHead(), *(callbacks or [])],
         )
         check_data_parallel(self.accelerator)
         if self.is_fsdp_enabled:
@@ -220,6 +220,8 @@ class RDPOTrainer(CheckpointTrainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
             worker_init_fn=partial(ignore_sigterm, seed),
             # its own: how often a loader began is not to move the global one
             generator=torch.Generator(),

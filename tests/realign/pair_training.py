@@ -26,6 +26,7 @@ from realign.demo.run import MODEL
 from realign.lora import add_adapter
 from realign.modeling import load_model, load_processor
 from realign.parquet import read_parquet, write_parquet
+from realign.sharding import every_rank_loads
 from realign.trainer import RDPOConfig, RDPOTrainer
 from tests.realign.conftest import make_records
 
@@ -176,6 +177,10 @@ def main(cases: Path) -> None:
     for engine, runs in what["engines"].items():
         if engine == "fsdp2":
             shard_on_the_cpu()
+            with every_rank_loads():
+                reference = load_model(MODEL, torch.float32)
+            weights = {name: whole(parameter) for name, parameter in reference.named_parameters()}
+            save_file(weights, folder / f"reference-model.{rank}.safetensors")
         for name, options in runs.items():
             seen = run(folder, name, **options)
             save_file(seen.gradients, folder / f"{name}.gradients.{rank}.safetensors")

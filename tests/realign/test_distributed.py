@@ -143,7 +143,11 @@ def first_of_rank_zero(count: int) -> list[int]:
 
 
 RUNS = {
-    "ddp": {"full": {}, "vision": {"freeze_vision": False}},
+    "ddp": {
+        "full": {"save_strategy": "steps", "save_steps": 1},
+        "continued": {"resume": "full/checkpoint-1"},
+        "vision": {"freeze_vision": False},
+    },
     "fsdp2": {
         "tied": {"save": "whole", "save_strategy": "steps", "save_steps": 1},
         "resumed": {"resume": "tied/checkpoint-1"},
@@ -152,7 +156,9 @@ RUNS = {
 }
 MORE_RUNS = {
     "ddp": {
-        "full": {"checkpointing": True},
+        "full": {"save_strategy": "steps", "save_steps": 1},
+        "continued": {"resume": "full/checkpoint-1"},
+        "checkpointing": {"checkpointing": True},
         "vision": {"freeze_vision": False, "checkpointing": True},
         "lora": {"lora": True, "tied": False},
     },
@@ -165,7 +171,7 @@ MORE_RUNS = {
 }
 # the same on one process
 ALONE = {
-    "full": {}, "tied": {}, "untied": {"tied": False},
+    "full": {}, "tied": {}, "checkpointing": {}, "untied": {"tied": False},
     "vision": {"freeze_vision": False}, "sharded-vision": {"freeze_vision": False},
     "lora": {"lora": True, "tied": False}, "adapter": {"lora": True, "tied": False},
 }  # fmt: skip
@@ -229,12 +235,22 @@ def test_a_sharded_adapter_is_saved_alone(two_ranks: Path, alone) -> None:
     assert difference(whole, expected, list(whole)) <= 1e-6
 
 
-def test_a_sharded_run_goes_on_from_its_checkpoint(two_ranks: Path) -> None:
-    whole, resumed = Seen(two_ranks, "tied", 2), Seen(two_ranks, "resumed", 2)
-    resumed.check_ranks_agree()
-    assert all(torch.equal(whole.weights[0][n], w) for n, w in resumed.weights[0].items())
-    assert whole.said[0]["lines"] == resumed.said[0]["lines"]
-    assert [said["ids"] for said in resumed.said] == [said["ids"][2:] for said in whole.said]
+@pytest.mark.parametrize(("whole", "resumed"), [("full", "continued"), ("tied", "resumed")])
+def test_a_run_goes_on_from_its_checkpoint(two_ranks: Path, whole: str, resumed: str) -> None:
+    """Equal to the bit."""
+    before, after = Seen(two_ranks, whole, 2), Seen(two_ranks, resumed, 2)
+    after.check_ranks_agree()
+    assert all(torch.equal(before.weights[0][n], w) for n, w in after.weights[0].items())
+    assert before.said[0]["lines"] == after.said[0]["lines"]
+    assert [said["ids"] for said in after.said] == [said["ids"][2:] for said in before.said]
+
+
+def test_a_model_that_is_not_sharded_is_loaded_by_every_rank(two_ranks: Path, model_dir) -> None:
+    """Where the first rank loads for all, the reference would be nothing on the others."""
+    expected = dict(load_model(model_dir, torch.float32).named_parameters())
+    for rank in range(2):
+        loaded = load_file(two_ranks / f"reference-model.{rank}.safetensors")
+        assert all(torch.equal(value, expected[name]) for name, value in loaded.items())
 
 
 @pytest.mark.slow
@@ -243,7 +259,11 @@ def test_four_ranks_learn_what_one_does(tmp_path: Path) -> None:
     write_pairs(tmp_path, PAIRS, without_images=first_of_rank_zero(2), without_retrieved=(5,))
     launch(tmp_path, 4, MORE_RUNS)
     alone = Alone(tmp_path)
-    for name in (name for runs in MORE_RUNS.values() for name in runs):
+    # DDP sums in another order once it has seen which gradients come first, and starts so anew
+    before, after = Seen(tmp_path, "full", 4), Seen(tmp_path, "continued", 4)
+    after.check_ranks_agree()
+    assert difference(after.weights[0], before.weights[0], list(before.weights[0])) <= 1e-6
+    for name in (name for runs in MORE_RUNS.values() for name in runs if name in ALONE):
         seen = Seen(tmp_path, name, 4)
         seen.check_ranks_agree()
         seen.check_pairs(IDS)
