@@ -472,6 +472,21 @@ def export(
 
 
 @app.command()
+def merge(
+    model: Annotated[str, typer.Option(help="An adapter: RUN/checkpoint, or a hub id.")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    dtype: Annotated[
+        str, typer.Option(help="Of the written weights: bfloat16 or float32.")
+    ] = "bfloat16",
+) -> None:
+    """Adapter and its base -> one model, for servers that take no adapters."""
+    with _exit_codes():
+        from realign.merge import merge as run
+
+        typer.echo(f"model -> {run(model, out, dtype)}")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Of scenes, masks and order of rows.")] = 0,

@@ -85,7 +85,7 @@ def _prepare(model: Any, config: TrainConfig, *, is_adapted: bool) -> Any:
     if config.lora and is_adapted:
         raise RefusedError(
             f"train.lora must not be set when model {config.model} is an adapter already: it would "
-            "be overwritten. Drop train.lora to train that adapter on, or merge it first."
+            "be overwritten. Drop train.lora to train that adapter on, or `realign merge` it first."
         )
     frozen = {
         "freeze_vision": config.freeze_vision,
