@@ -10,18 +10,21 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils.data import DataLoader
 
 from realign.parquet import write_parquet
+from realign.preemption import ignore_sigterm
 
 SCRIPT = Path(__file__).with_name("kill_runs.py")
 
 
 def stop_runs(tmp_path: Path, records, model_dir: Path, **given: Any) -> dict[str, Any]:
-    write_parquet(records(12), tmp_path / "data.parquet")
+    write_parquet(records(given.pop("rows", 12)), tmp_path / "data.parquet")
     options = {"batch_size": 2, "accumulation": 2, "epochs": 2, "learning_rate": 1e-3}
     options |= {"logging_steps": 3, **given.pop("options")}
     argument = {
@@ -48,7 +51,9 @@ def stop_runs(tmp_path: Path, records, model_dir: Path, **given: Any) -> dict[st
 
 
 def test_kill_9(tmp_path: Path, records, model_dir: Path) -> None:
-    stop_runs(tmp_path, records, model_dir, count=3, signal="SIGKILL", options={"save_steps": 1})
+    stop_runs(
+        tmp_path, records, model_dir, count=2, rows=8, signal="SIGKILL", options={"save_steps": 1}
+    )
 
 
 @pytest.mark.slow
@@ -69,6 +74,18 @@ def test_sigterm_at_many_moments(tmp_path: Path, records, model_dir: Path) -> No
         tmp_path, records, model_dir, count=count, signal="SIGTERM", seed=2, options=options
     )
     assert result["slowest exit"] < 30
+
+
+def test_workers_leave_sigterm_to_the_process_that_saves() -> None:
+    """A scheduler may signal all of a process group."""
+    loader = DataLoader(
+        list(range(20)), num_workers=2, worker_init_fn=partial(ignore_sigterm, None)
+    )
+    iterator: Any = iter(loader)
+    seen = [next(iterator), next(iterator)]  # one of each worker
+    for worker in iterator._workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    assert len([*seen, *iterator]) == 20
 
 
 def test_the_second_sigterm_ends_it_at_once() -> None:
