@@ -46,5 +46,5 @@ def unseen_images_encoded(body: nn.Module, images: Mapping[str, Tensor]) -> Iter
 def _features(output: Any) -> Iterator[Tensor]:
     """Everything that the model would put into its layers."""
     # Qwen3-VL has some for deeper layers
-    for features in (output.pooler_output, getattr(output, "deepstack_features", None) or ()):
+    for features in (output.pooler_output, *(getattr(output, "deepstack_features", None) or ())):
         yield from (features,) if isinstance(features, Tensor) else features

@@ -12,6 +12,7 @@ from realign.errors import RefusedError
 from realign.families import process
 from realign.images import decode_image
 from realign.lora import add_adapter
+from realign.model_parts import part_of
 from realign.modeling import vision_module
 from realign.positions import rope_positions
 from realign.preference_forward import attach_preference_forward
@@ -165,6 +166,24 @@ def test_each_set_of_images_is_encoded_once(name: str, shared: bool) -> None:
 def _first_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     (pixels,) = (*args[:1], *([kwargs["pixel_values"]] if "pixel_values" in kwargs else []))
     return len(pixels)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_images_that_no_row_shows_change_nothing(name: str) -> None:
+    family = attached(name, torch.float32)
+    model: Any = family.model
+    *with_images, text_only = all_kinds()
+    batch = collate(family, [text_only], 3, shared=True)
+    filled = collate(family, with_images, 3, shared=True)
+    del batch["ids"]
+    expected = model(**batch).logps
+    unseen = {key: filled[key] for key in filled.keys() - batch.keys() - {"ids"}}
+    output = model(**batch, unseen_images=unseen)
+    assert torch.equal(output.logps, expected)
+    output.loss.backward()
+    grads = [p.grad for n, p in model.named_parameters() if part_of(n) == "projector"]
+    assert grads
+    assert all(grad is not None and not grad.any() for grad in grads)
 
 
 @pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
