@@ -21,7 +21,7 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 _DISTRIBUTIONS = (
     "torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "transformers",
-    "numpy",
+    "numpy", "peft", "flash-attn",
 )  # fmt: skip
 _MEASURED = ("ok", "failed")
 
@@ -75,7 +75,14 @@ def current_commit() -> str:
     if commit is None:
         return "unknown"
     changed = _output(
-        "git", "status", "--porcelain", "--", "realign_kernels", "csrc", "benchmarks/*.py"
+        "git",
+        "status",
+        "--porcelain",
+        "--",
+        "realign",
+        "realign_kernels",
+        "csrc",
+        "benchmarks/*.py",
     )
     return f"{commit}+" if changed else commit
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.head_tables import head_block
 from benchmarks.retrieval_table import retrieval_block
+from benchmarks.step_table import step_block
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- demo table: python -m benchmarks.tables -->", "<!-- end of demo table -->"
@@ -19,6 +20,10 @@ HEAD_BEGIN, HEAD_END = (
 RETRIEVAL_BEGIN, RETRIEVAL_END = (
     "<!-- retrieval table: python -m benchmarks.tables -->",
     "<!-- end of retrieval table -->",
+)
+STEP_BEGIN, STEP_END = (
+    "<!-- step table: python -m benchmarks.tables -->",
+    "<!-- end of step table -->",
 )
 COLUMNS = (
     ("CHAIR_i", "chair", "chair_i"),
@@ -77,12 +82,15 @@ BLOCKS = {
     (BEGIN, END): demo_block,
     (RETRIEVAL_BEGIN, RETRIEVAL_END): retrieval_block,
     (HEAD_BEGIN, HEAD_END): head_block,
+    (STEP_BEGIN, STEP_END): step_block,
 }
 
 
 def with_table(readme: str) -> str:
-    """The README with its tables made anew."""
+    """The README with those of its tables made anew whose marks it has."""
     for (begin, end), make in BLOCKS.items():
+        if begin not in readme:
+            continue
         before, _, rest = readme.partition(begin)
         _, _, after = rest.partition(end)
         readme = f"{before}{begin}\n{make(ROOT / 'benchmarks' / 'results')}\n{end}{after}"
