@@ -258,10 +258,10 @@ def cache_import(
 ) -> None:
     """Log-probabilities of another trainer, columns of the dataset -> a cache.
 
-    The columns are TRL's, ref_chosen_logps and ref_rejected_logps, which is enough
-    for dpo, and ref_image_rejected_logps for rdpo. How they were computed is not
-    known, so train takes them only with --accept-numerics, after it has computed
-    64 rows again.
+    The columns are TRL's, ref_chosen_logps and ref_rejected_logps, which is
+    enough for dpo, and ref_image_rejected_logps for rdpo. How they were computed
+    is not known, so train takes them only with --accept-numerics, after it has
+    computed 64 rows again.
     """
     with _exit_codes():
         from realign.cache.columns import import_columns

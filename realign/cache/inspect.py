@@ -93,7 +93,7 @@ def describe_cache(root: Path) -> Iterator[str]:
         yield f"{place}"
         yield from _state(place, manifest)
         yield "  computed from:"
-        yield from _fields(identity, "    ")
+        yield from _fields({part: identity[part] for part in ("semantics", "numerics")}, "    ")
 
 
 def _state(place: Path, manifest: Manifest | None) -> Iterator[str]:
