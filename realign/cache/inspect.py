@@ -15,8 +15,8 @@ from realign.cache.manifest import (
     read_identity,
     read_manifest,
 )
-from realign.cache.shards import DamagedError, read_shard, shard_paths
-from realign.cache.store import DAMAGED
+from realign.cache.shards import shard_paths
+from realign.cache.store import DAMAGED, read_committed_shard
 from realign.errors import RefusedError
 from realign.footprint import size
 
@@ -77,9 +77,7 @@ def _problems(place: Path) -> Iterator[str]:
     cells = int(identity["semantics"]["cells"])
     for entry in manifest.shards:
         try:
-            _, rows, found = read_shard(place / "shards" / entry.file, entry)
-            if found != cells or len(rows) != entry.rows:
-                raise DamagedError(f"{entry.file} must have {entry.rows} rows of {cells} cells.")
+            read_committed_shard(place, entry, manifest, cells)
         except RefusedError as error:
             yield str(error)
 

@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
@@ -154,15 +154,22 @@ def write_shard(place: Path, rows: Rows, identity: str, index: int) -> ShardEntr
     return ShardEntry(path.name, len(rows), len(data), sha256)
 
 
-def read_shard(path: Path, entry: ShardEntry | None = None) -> tuple[ShardEntry, Rows, int]:
+class Shard(NamedTuple):
+    """A shard that was read and checked."""
+
+    entry: ShardEntry  # what a manifest should say of it
+    rows: Rows
+    cells: int
+    identity: str  # hash of the one that it belongs to
+
+
+def read_shard(path: Path, entry: ShardEntry | None = None) -> Shard:
     """Read a shard and check all of it.
 
     Args:
         path: The file.
         entry: What the manifest says of it; without one its own name and header are believed, if
             they fit its content.
-    Returns:
-        What a manifest should say of it, its rows, and the number of cells.
     Raises:
         DamagedError: It is not the file that was written.
         RefusedError: It is of another schema, or cannot be read.
@@ -191,13 +198,8 @@ def read_shard(path: Path, entry: ShardEntry | None = None) -> tuple[ShardEntry,
     rows = Rows(*(tensors[name] for name in COLUMNS))
     if not np.isfinite(rows.logps).all():
         raise DamagedError(f"{path} holds a log-probability that is not finite. {REPAIR}")
-    return ShardEntry(path.name, len(rows), len(data), sha256), rows, cells
-
-
-def shard_identity(path: Path) -> str:
-    """Hash of the identity that a readable shard belongs to."""
-    data = path.read_bytes()
-    return str(_check_header(data, path)[0]["identity"])
+    found = ShardEntry(path.name, len(rows), len(data), sha256)
+    return Shard(found, rows, cells, str(about["identity"]))
 
 
 def _check_header(data: bytes, path: Path, *, is_known: bool = False) -> tuple[dict[str, Any], int]:
@@ -216,7 +218,7 @@ def _check_header(data: bytes, path: Path, *, is_known: bool = False) -> tuple[d
         about = json.loads(header.pop("__metadata__")["realign"])
         found = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
         offsets = sorted(tuple(entry["data_offsets"]) for entry in header.values())
-        schema, num_rows = about["schema"], int(about["rows"])
+        schema, num_rows, _ = about["schema"], int(about["rows"]), about["identity"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(f"its header is of something else ({error!r})") from None
     if schema != SCHEMA:

@@ -27,9 +27,9 @@ from realign.cache.shards import (
     REPAIR,
     DamagedError,
     Rows,
+    Shard,
     ShardEntry,
     read_shard,
-    shard_identity,
     shard_paths,
     write_shard,
 )
@@ -73,17 +73,24 @@ def read_committed(place: Path) -> Committed | None:
     identity = read_identity(place)
     check_identity(place, identity, manifest)
     cells = int(identity["semantics"]["cells"])
-    parts = [
-        _read_checked(place / "shards" / entry.file, entry, cells) for entry in manifest.shards
-    ]
-    return Committed(place, identity, manifest, Rows.concat(parts, cells))
+    shards = [read_committed_shard(place, entry, manifest, cells) for entry in manifest.shards]
+    return Committed(place, identity, manifest, Rows.concat([s.rows for s in shards], cells))
 
 
-def _read_checked(path: Path, entry: ShardEntry, cells: int) -> Rows:
-    _, rows, found = read_shard(path, entry)
-    if found != cells or len(rows) != entry.rows:
-        raise DamagedError(f"{path} must have {entry.rows} rows of {cells} cells.")
-    return rows
+def read_committed_shard(place: Path, entry: ShardEntry, manifest: Manifest, cells: int) -> Shard:
+    """Read one of a manifest's shards.
+
+    Raises:
+        DamagedError: It is not what the manifest says.
+    """
+    path = place / "shards" / entry.file
+    shard = read_shard(path, entry)
+    if (shard.cells, shard.identity, shard.entry) != (cells, manifest.identity, entry):
+        raise DamagedError(
+            f"{path} must be what {MANIFEST} says, got {shard.entry.rows} rows of {shard.cells} "
+            f"cells of identity {shard.identity[:16]}. {REPAIR}"
+        )
+    return shard
 
 
 @dataclass
@@ -116,20 +123,20 @@ class Workshop:
             _clean(place, identity)
         cells = int(identity["semantics"]["cells"])
         sha256 = identity_sha256(identity)
-        entries, parts = [], []
+        shards = []
         for path in shard_paths(place):
             try:
-                entry, rows, found = read_shard(path)
-                if found != cells or shard_identity(path) != sha256:
+                shard = read_shard(path)
+                if (shard.cells, shard.identity) != (cells, sha256):
                     raise DamagedError(f"{path} is of another identity.")
             except DamagedError as error:
                 if repairs:
                     _set_aside(path)
                     announce(_without_remedy(error))
                 continue
-            entries.append(entry)
-            parts.append(rows)
-        return cls(place, identity, entries, Rows.concat(parts, cells))
+            shards.append(shard)
+        rows = Rows.concat([shard.rows for shard in shards], cells)
+        return cls(place, identity, [shard.entry for shard in shards], rows)
 
     @property
     def next_index(self) -> int:

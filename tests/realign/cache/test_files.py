@@ -4,6 +4,7 @@ disks, two builders at once, other versions.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import multiprocessing
@@ -21,6 +22,7 @@ import safetensors.numpy
 
 from realign.cache.identity import identity_folder
 from realign.cache.inspect import verify_cache
+from realign.cache.manifest import read_manifest, write_manifest
 from realign.cache.read import read_cache
 from realign.cache.shards import MAX_HEADER_BYTES, MAX_ROWS, WRITER, read_shard, write_shard
 from realign.cache.store import Workshop
@@ -377,6 +379,22 @@ def test_two_identities_under_one_root_never_mix(tmp_path: Path, synthetic) -> N
         read_cache(tmp_path, rows, other)
 
 
+def test_a_manifest_that_names_another_identitys_shard_is_refused(
+    tmp_path: Path, synthetic
+) -> None:
+    rows = synthetic.rows(4)
+    place = synthetic.build(rows, tmp_path)
+    entry = write_shard(place, synthetic.values(synthetic.rows(4, first=4)), "b" * 64, 1)
+    manifest = read_manifest(place)
+    write_manifest(place, dataclasses.replace(manifest, shards=(*manifest.shards, entry)))
+    with pytest.raises(
+        RefusedError, match=r"must be what manifest\.json says, got 4 rows of 3 cell"
+    ):
+        read_cache(tmp_path, rows, synthetic.identity)
+    with pytest.raises(RefusedError, match="of identity bbbbbbbbbbbbbbbb"):
+        verify_cache(tmp_path)
+
+
 def test_a_newer_schema_says_what_wrote_it(tmp_path: Path, synthetic) -> None:
     rows = synthetic.rows(4)
     place = synthetic.build(rows, tmp_path)
@@ -458,8 +476,6 @@ def test_equal_rows_are_equal_bytes(tmp_path: Path, synthetic) -> None:
 
 
 def test_ids_that_stand_for_two_rows_are_refused(tmp_path: Path, synthetic) -> None:
-    import dataclasses
-
     rows = synthetic.rows(3)
     again = dataclasses.replace(rows[1], id="t0")
     with pytest.raises(
