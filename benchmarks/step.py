@@ -5,8 +5,11 @@ take turns. A step is forward, backward, clipping and optimizer step of one micr
 ``transformers.Trainer``'s loop; collation and the building of our cache are timed apart. The losses
 of all steps are compared: all three train the same thing, or the comparison says nothing.
 
-Writes ``benchmarks/results/cpu_step.json``, or ``gpu_<device>_step.json``: 7B shapes with random
-weights and ``--dtype bfloat16`` are for GPUs.
+Writes ``benchmarks/results/cpu_step.json``, or ``step_<device>.json`` for the 7B shapes, with
+random weights, on a GPU (written for one, not run on one yet):
+
+    python -m benchmarks.step --device cuda --dtype bfloat16 --modes lora --shape llava-1.5-7b \\
+        --checkpointing on --variants liger flash
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +68,11 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
         self._log.close()
 
     def read(self) -> dict[str, Any]:
@@ -85,19 +92,21 @@ class Worker:
     def turn(self, steps: int) -> dict[str, Any]:
         """Let it train some steps and return what it says of them."""
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{steps}\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # read() says why it ended
+            self._process.stdin.write(f"{steps}\n")
+            self._process.stdin.flush()
         return self.read()
 
 
 def run_jobs(jobs: dict[str, Job], repeats: int, warm_steps: int) -> Cells:
-    """Measure schemes in turn, one step a turn; ``ours`` is first.
+    """Measure schemes in turn, one step a turn.
+
+    On a GPU a turn has one more, not timed: idle processes have given their memory back.
 
     Args:
         jobs: By contender.
         repeats: Turns of each.
-        warm_steps: Steps before the first turn, and before the one step of each turn on a GPU,
-            where idle processes give their memory back.
+        warm_steps: Steps before the first turn.
     """
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(job)) for name, job in jobs.items()}
@@ -196,7 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpointing", choices=CHECKPOINTING, default="off")
     parser.add_argument("--pairs", type=int, default=1, help="of a step")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--warm-steps", type=int, default=2)
+    parser.add_argument("--warm-steps", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=2)
@@ -227,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     torch.set_num_threads(options.threads)
     run = environment(device, options.commit) | {"command": "python -m benchmarks.step"}
-    name = "cpu" if options.device == "cpu" else f"gpu_{slug(run['device'])}"
+    file = "cpu_step" if options.device == "cpu" else f"step_{slug(run['device'])}"
     print(HEADER)
     is_good = True
     for mode in options.modes:
@@ -243,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 is_good = False
         settings = f"{options.dtype}/{options.pairs}/{options.checkpointing}"
         keyed = {f"step/{options.shape}/{mode}/{settings}/{name}": c for name, c in cells.items()}
-        merge(options.out / f"{name}_step.json", run, keyed)
+        merge(options.out / f"{file}.json", run, keyed)
     return 0 if is_good else 1
 
 

@@ -25,6 +25,7 @@ def make_trainer(
 ) -> tuple[RDPOTrainer, dict[str, float]]:
     """Return the trainer of a job, and the seconds a pair that its reference took."""
     attach_preference_forward(model)
+    compute_reference(job, model, processor, records[:1])  # warm
     started = time.perf_counter()
     reference = compute_reference(job, model, processor, records)
     seconds = (time.perf_counter() - started) / len(records)

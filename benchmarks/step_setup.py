@@ -57,7 +57,7 @@ class Job:
     attention: str = "sdpa"
     liger: bool = False  # Liger's layers in the language model
     plain_head: bool = False  # for TRL, whose own is made for GPUs
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-5
     threads: int = 2
     seed: int = 0
     out: str = field(default="")  # folder for what a trainer insists on writing

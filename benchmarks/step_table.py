@@ -1,4 +1,7 @@
-"""The README's table of training steps, from ``benchmarks/results/*_step.json``. Formats only."""
+"""The README's table of training steps, from ``cpu_step.json`` and ``step_<device>.json``.
+
+Formats, measures nothing.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,14 @@ MODES = {"lora": "LoRA", "full": "full fine-tuning"}
 
 def step_block(results: Path) -> str:
     """Return everything between the marks."""
-    files = sorted(results.glob("*_step.json"))
+    of_gpus = sorted(results.glob("step_*.json"))
+    files = [path for path in (results / "cpu_step.json", *of_gpus) if path.is_file()]
+    parts = [table(load(path)) for path in files]
     if not files:
-        return "*Training steps have not been measured yet: `python -m benchmarks.step`.*"
-    return "\n\n".join(table(load(path)) for path in files)
+        parts = ["*Training steps have not been measured yet: `python -m benchmarks.step`.*"]
+    elif not of_gpus:
+        parts.append("No step has been measured on a GPU yet.")
+    return "\n\n".join(parts)
 
 
 def table(content: dict[str, Any]) -> str:

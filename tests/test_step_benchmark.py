@@ -204,6 +204,14 @@ def test_a_contender_that_fails_is_named_and_the_others_go_on(tmp_path, capsys, 
     }  # fmt: skip
 
 
+def test_a_process_that_ends_says_why():
+    with step.Worker(Job("ours", "none", "lora", 1, 1)) as worker:
+        with pytest.raises(RuntimeError, match="KeyError: 'none'"):
+            worker.read()
+        with pytest.raises(RuntimeError, match="KeyError"):
+            worker.turn(1)
+
+
 def test_a_readme_gets_the_tables_that_it_has_marks_for():
     assert tables.with_table("no marks") == "no marks"
     readme = f"before {tables.STEP_BEGIN}old{tables.STEP_END} after"
