@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from realign.adapter_precision import keep_adapters_in_float32
 from realign.errors import RefusedError
 from realign.model_parts import frozen_parts, part_of, parts_pattern, projector_modules
 from realign.modeling import quiet_peft
-from realign.saved_modules import keep_saved_modules_in_float32
 
 ALL_LINEAR = "all-linear"
 
@@ -67,7 +67,7 @@ def add_adapter(
     )
     with quiet_peft():
         adapted = get_peft_model(model, lora)
-    keep_saved_modules_in_float32(adapted)
+    keep_adapters_in_float32(adapted)
     return adapted
 
 

@@ -14,13 +14,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from realign.acceleration import Acceleration, use_liger_layers
+from realign.adapter_precision import keep_adapters_in_float32
 from realign.errors import RefusedError
 from realign.families import CHAT_TEMPLATES
 from realign.files import file_sha256
 from realign.image_only import load_without_videos
 from realign.model_parts import VISION_MODULES
 from realign.preference_forward import attach_preference_forward
-from realign.saved_modules import keep_saved_modules_in_float32
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 
@@ -148,7 +148,7 @@ def load_model(
         )
         with quiet_peft():
             model = PeftModel.from_pretrained(base, folder, is_trainable=trainable_adapter)
-        keep_saved_modules_in_float32(model, folder)
+        keep_adapters_in_float32(model, folder)
         return model
     if not any(folder.glob("*.safetensors")):
         raise RefusedError(f"model {folder} must hold safetensors weights, has none. Convert it.")

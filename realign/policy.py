@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from realign.acceleration import Acceleration
+from realign.adapter_precision import keep_adapters_in_float32
 from realign.config import TrainConfig
 from realign.errors import RefusedError
 from realign.lora import add_adapter
@@ -25,7 +26,6 @@ from realign.modeling import (
     quiet_peft,
 )
 from realign.optimizer_groups import check_projector_rate
-from realign.saved_modules import keep_saved_modules_in_float32
 
 
 def weights_dtype(config: TrainConfig) -> torch.dtype:
@@ -77,7 +77,7 @@ def outline_policy(config: TrainConfig, folder: Path) -> nn.Module:
             model.name_or_path = adapter.base_model_name_or_path  # else peft says it was renamed
             with quiet_peft():
                 model = get_peft_model(model, adapter)
-            keep_saved_modules_in_float32(model)
+            keep_adapters_in_float32(model)
         return _prepare(model, config, is_adapted=is_adapter(folder))
 
 

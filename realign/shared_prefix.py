@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -100,13 +100,40 @@ def _keep_mask_function(make_mask: Callable[..., Any]) -> Callable[..., Any]:
     return keep
 
 
-def _segments(packing: Packing) -> Iterator[tuple[slice, SharedRow, int]]:
-    """Queries of every segment, its row and its answer: the prefix together with the first answer,
-    as one sequence, and every other answer.
+class _Segment(NamedTuple):
+    """Consecutive queries of a row: its prefix together with the first answer, as one sequence, or
+    another answer.
     """
-    for row in packing.rows:
-        for answer, (start, length) in enumerate(zip(row.answer_starts, row.answers, strict=True)):
-            yield slice(row.start if answer == 0 else start, start + length), row, answer
+
+    row: SharedRow
+    answer: int
+    length: int
+
+
+def _segments(packing: Packing) -> list[_Segment]:
+    """Those of all rows, in order and without gaps."""
+    return [
+        _Segment(row, answer, length + (row.prefix if answer == 0 else 0))
+        for row in packing.rows
+        for answer, length in enumerate(row.answers)
+    ]
+
+
+def _seen(tensor: Tensor, segments: list[_Segment]) -> Iterator[Tensor]:
+    """Keys or values that each segment sees, shape ``(1, heads, keys, head_dim)``."""
+    # split once: a slice's gradient would be as long as the whole row
+    first: Tensor | None = None
+    for segment, own in zip(segments, _split(tensor, segments), strict=True):
+        if segment.answer == 0:
+            first = own
+            yield own
+        else:
+            assert first is not None
+            yield torch.cat([first[:, :, : segment.row.prefix], own], dim=2)
+
+
+def _split(tensor: Tensor, segments: list[_Segment]) -> tuple[Tensor, ...]:
+    return tensor.split([segment.length for segment in segments], dim=2)
 
 
 def _sdpa(
@@ -127,16 +154,22 @@ def _sdpa(
     assert attention_mask is not None
     _check_arguments(kwargs)
     groups = query.shape[1] // key.shape[1]
+    segments = _segments(packed.packing)
     outputs = []
-    for queries, row, answer in _segments(packed.packing):
-        mask = packed.mask(attention_mask.shape[-1], row, answer, query.device)
-        keys, values = (_seen(tensor, queries, row) for tensor in (key, value))
+    for segment, queries, keys, values in zip(
+        segments,
+        _split(query, segments),
+        _seen(key, segments),
+        _seen(value, segments),
+        strict=True,
+    ):
+        mask = packed.mask(attention_mask.shape[-1], segment.row, segment.answer, query.device)
         # as transformers: only kernels without a mask read the heads of a group in place
         if not (enable_gqa := groups > 1 and use_gqa_in_sdpa(mask, keys, values)):
             keys, values = repeat_kv(keys, groups), repeat_kv(values, groups)
         outputs.append(
             scaled_dot_product_attention(
-                query[:, :, queries],
+                queries,
                 keys,
                 values,
                 attn_mask=mask,
@@ -190,13 +223,14 @@ def _flash(
             f"flash-attention must have causal layers, got {type(module).__name__} with a mask of "
             "its own. Use SDPA."
         )
-    segments = [(queries, row) for queries, row, _ in _segments(packed.packing)]
+    segments = _segments(packed.packing)
     keys, values = (
-        torch.cat([_seen(tensor, *segment) for segment in segments], dim=2)[0].transpose(0, 1)
-        for tensor in (key, value)
+        torch.cat([*_seen(tensor, segments)], dim=2)[0].transpose(0, 1) for tensor in (key, value)
     )
-    query_lengths = [queries.stop - queries.start for queries, _ in segments]
-    key_lengths = [_key_length(queries, row) for queries, row in segments]
+    query_lengths = [segment.length for segment in segments]
+    key_lengths = [
+        segment.length + (segment.row.prefix if segment.answer else 0) for segment in segments
+    ]
     output = flash_attn_varlen_func(
         query[0].transpose(0, 1),
         keys,
@@ -211,19 +245,6 @@ def _flash(
         softcap=softcap or 0.0,
     )
     return output[None], None
-
-
-def _seen(tensor: Tensor, queries: slice, row: SharedRow) -> Tensor:
-    """Keys or values that a segment sees, shape ``(1, heads, keys, head_dim)``."""
-    if queries.start == row.start:
-        return tensor[:, :, queries]
-    prefix = tensor[:, :, row.start : row.start + row.prefix]
-    return torch.cat([prefix, tensor[:, :, queries]], dim=2)
-
-
-def _key_length(queries: slice, row: SharedRow) -> int:
-    length = queries.stop - queries.start
-    return length if queries.start == row.start else row.prefix + length
 
 
 def _offsets(lengths: list[int], device: torch.device) -> Tensor:

@@ -85,3 +85,27 @@ def test_a_model_without_a_projector_cannot_train_one() -> None:
         add_adapter(
             model, rank=1, alpha=1, targets=["0"], freeze_vision=False, train_projector=True
         )
+
+
+def test_adapters_are_float32_and_compute_in_the_bases_16_bits(model_dir) -> None:
+    model = adapted(model_dir, torch.bfloat16)
+    layer = next(
+        m
+        for n, m in model.named_modules()
+        if n.endswith("language_model.layers.0.self_attn.q_proj")
+    )
+    first, second = layer.lora_A["default"], layer.lora_B["default"]
+    assert first.weight.dtype == second.weight.dtype == torch.float32
+    with torch.no_grad():
+        second.weight.normal_(generator=torch.Generator().manual_seed(0))
+    seen = []
+    first.register_forward_hook(lambda module, args, output: seen.append((*args, output)))
+    states = torch.randn(3, first.in_features).bfloat16()
+    output = layer(states)
+    output.float().sum().backward()
+    ((given, low_rank),) = seen
+    assert given.dtype == low_rank.dtype == output.dtype == torch.bfloat16
+    expected = (states @ first.weight.bfloat16().T) @ second.weight.bfloat16().T * 2
+    assert torch.equal(output, layer.base_layer(states) + expected)
+    assert first.weight.grad.dtype == second.weight.grad.dtype == torch.float32
+    assert first.weight.grad.abs().sum() > 0
