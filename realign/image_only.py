@@ -61,7 +61,8 @@ def load_without_videos(folder: Path) -> Any | None:
         processor = processor_class.from_args_and_dict([*parts, None], options)
     except ImportError as error:  # SmolVLM's, which spells numbers of frames
         raise RefusedError(
-            f"{folder} must have all that its processor needs: {' '.join(str(error).split())}"
+            f"{folder} must have all that its processor needs, got {' '.join(str(error).split())}. "
+            "Install what is missing."
         ) from None
     processor.video_config = _video_config(folder)
     return processor

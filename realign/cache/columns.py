@@ -51,7 +51,10 @@ def import_columns(data: Path, model: str, out: Path) -> Path:
     folder = resolve_model(model)
     file = data / "dataset.parquet" if data.is_dir() else data
     if file.suffix != ".parquet":
-        raise RefusedError(f"data must be a parquet file to import columns of, got {data}.")
+        raise RefusedError(
+            f"data must be a parquet file to import columns of, got {data}. "
+            "Give the dataset that holds them."
+        )
     records = read_records(file, None)
     logps = _read_columns(file, len(records))
     check_rows(records, load_processor(folder), cells=logps.shape[1], max_length=None)
@@ -83,7 +86,9 @@ def _read_columns(file: Path, num_rows: int) -> np.ndarray:
         [table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in there], axis=1
     )
     if len(values) != num_rows:
-        raise RefusedError(f"{file} must have a value a row, got {len(values)} of {num_rows}.")
+        raise RefusedError(
+            f"{file} must have a value a row, got {len(values)} of {num_rows}. Compute the others."
+        )
     bad = ~(np.isfinite(values) & (values <= 0))
     if bad.any():
         row, cell = (int(index) for index in np.argwhere(bad)[0])

@@ -31,7 +31,9 @@ def merge_caches(sources: Sequence[Path], out: Path) -> Path:
         if lines := identity_differences(first.identity, other.identity):
             raise RefusedError(
                 f"caches must be of one identity to be merged, got {first.place} (cached) and "
-                f"{other.place} (needed):" + "".join(f"\n  {line}" for line in lines)
+                f"{other.place} (needed):"
+                + "".join(f"\n  {line}" for line in lines)
+                + "\nMerge those that agree, or build one cache of all rows."
             )
     place = identity_folder(out, first.identity)
     with building(place):
