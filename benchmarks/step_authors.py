@@ -20,10 +20,10 @@ from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
 from benchmarks.step_setup import Job, lora_config, training_options
+from realign.augmentation import RecordDataset
 from realign.modeling import quiet_peft
 from realign.records import Record
 from realign.rendering import user_turns
-from realign.trainer import RecordDataset
 
 BETA = 0.1
 IGNORE_INDEX = -100

@@ -69,7 +69,6 @@ def main(arguments: list[str] | None = None) -> Path:
     trainer.train()
     checkpoint = options.out / "checkpoint"
     trainer.save_model(str(checkpoint))
-    processor.save_pretrained(checkpoint)
     return checkpoint
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from realign.cells import CELL_NAMES
+from realign.numerics import is_float32_exact
 from realign_kernels import Objective, RdpoOutput, preference_loss
-
-CELL_NAMES = ("chosen", "text_rejected", "image_rejected", "both_rejected")
 
 # Nats by which two computations of one pair's margin may differ.
 FLOAT32_TOLERANCE = 1e-4  # for answers of up to 100 nats; rounding grows with the sum
@@ -79,7 +79,8 @@ def first_bad_gradient(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> 
 
 def _largest(gradients: list[Tensor]) -> float:
     # max, not a sum of squares, which overflows by itself
-    return nn.utils.get_total_norm(gradients, math.inf).item() if gradients else 0.0
+    held = [gradient for gradient in gradients if gradient.numel()]  # of a shard maybe nothing
+    return nn.utils.get_total_norm(held, math.inf).item() if held else 0.0
 
 
 def _local(gradient: Tensor) -> Tensor:
@@ -155,8 +156,7 @@ def _loss_tolerance(objective: Objective, tolerance: float) -> float:
 
 def computes_exactly(model: nn.Module, *, autocast: bool) -> bool:
     """Whether a model's products are of float32 or better."""
-    tf32 = torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32
     floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
     quantized = any(not p.is_floating_point() for p in model.parameters())
     is_wide = all(torch.finfo(dtype).bits >= 32 for dtype in floats)
-    return is_wide and not (autocast or quantized or tf32)
+    return is_wide and is_float32_exact() and not (autocast or quantized)

@@ -19,6 +19,11 @@ def numerics() -> dict[str, Any]:
     }
 
 
+def is_float32_exact() -> bool:
+    """Whether float32 products and convolutions are computed in float32."""
+    return {*_float32_precision().values()} <= {"ieee", "none"}
+
+
 def _float32_precision() -> dict[str, str]:
     """How float32 products are computed: TF32 has ten bits of mantissa."""
     backends: Any = torch.backends

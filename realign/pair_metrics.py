@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from realign.cells import CELL_NAMES
 from realign_kernels import Objective, RdpoOutput
 
-CELL_NAMES = ("chosen", "text_rejected", "image_rejected", "both_rejected")
 MAX_PENDING = 1024  # micro-batches; a run that never logs must not grow
 
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
 SIGTERM_EXIT = 143  # 128 + 15, as a shell reports it
+# A scheduler that signals every process of a job reaches one that torchrun started twice.
+SECONDS_OF_ONE = 2.0
 
 
 class Preemption:
@@ -22,6 +25,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self.is_requested = False
+        self._first = 0.0
         self._previous: Any = None
         self._is_installed = False
 
@@ -44,9 +48,10 @@ class Preemption:
             self._is_installed = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.is_requested:
+        if not self.is_requested:
+            self.is_requested, self._first = True, time.monotonic()
+        elif time.monotonic() - self._first > SECONDS_OF_ONE:
             os._exit(SIGTERM_EXIT)  # a save in progress is not there until it is whole
-        self.is_requested = True
 
 
 def ignore_sigterm(then: Callable[[int], None] | None, worker: int) -> None:

@@ -61,7 +61,7 @@ def every_rank_loads() -> Iterator[None]:
             os.environ[LOADING] = setting
 
 
-def check_precision(*, autocast: bool) -> None:
+def check_precision(dtype: torch.dtype, *, autocast: bool) -> None:
     """Refuse a mixed precision that the launcher sets behind the reference's back.
 
     Raises:
@@ -75,6 +75,12 @@ def check_precision(*, autocast: bool) -> None:
             f"mixed_precision must be 'no' in the configuration of accelerate, got {precision}: "
             "the reference would be computed in another one. Set train.autocast to true for "
             "bfloat16 instead."
+        )
+    if is_deepspeed and precision == "bf16" and dtype != torch.bfloat16:
+        raise RefusedError(
+            f"train.dtype must be bfloat16 under DeepSpeed's bf16, got {dtype}: the reference "
+            "would be computed in another precision. Set train.dtype to bfloat16; DeepSpeed keeps "
+            "float32 copies of what trains."
         )
 
 

@@ -217,6 +217,8 @@ def _flash(
     assert attention_mask is not None
     softcap = kwargs.pop("softcap", None)
     _check_arguments(kwargs)
+    # under autocast, positions are turned in float32
+    query, key = query.to(value.dtype), key.to(value.dtype)
     sees = packed.mask_functions[attention_mask.shape[-1]]
     if sees is not causal_mask_function and sliding_window is None:
         raise NotImplementedError(

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 from transformers import PrinterCallback, set_seed
 
-from realign.cache import CacheReference, Ranks, Scoring, fill, read_cache
+from realign.cache import CacheReference, Identity, Ranks, Scoring, fill, read_cache
+from realign.callbacks import LogLastStep, MetricsFile, ShowProgress
 from realign.check.rows import announce_missing_images
 from realign.checkpoints import publish
 from realign.config import TrainConfig
@@ -23,14 +25,9 @@ from realign.objectives import make_objective
 from realign.policy import load_policy, weights_dtype
 from realign.preflight import announce_preflight, preflight
 from realign.records import Record
-from realign.run_folder import check_out, claim, is_claimed
+from realign.run_folder import check_out, claim, is_claimed, only_run
 from realign.sharding import check_precision
-from realign.trainer import (
-    LogLastStep,
-    MetricsFile,
-    RDPOTrainer,
-    ShowProgress,
-)
+from realign.trainer import RDPOTrainer
 from realign.training_arguments import training_arguments
 from realign_kernels import Objective
 
@@ -79,7 +76,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
         return True
 
     def check() -> None:
-        check_precision(autocast=config.autocast)
+        check_precision(weights_dtype(config), autocast=config.autocast)
         found = preflight(config, folder, records, processor, cells=cells)
         announce_missing_images(sum(not row.has_retrieved for row in rows), len(rows), objective)
         announce_preflight(found)
@@ -87,7 +84,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
     if ranks.first(is_finished):
         return checkpoint
     ranks.first(check)
-    reference = _read_reference(config, records, scoring, objective, dry_run=dry_run)
+    reference = _read_reference(config, records, scoring, identity, objective, dry_run=dry_run)
     if dry_run:
         return checkpoint
     if reference is None:
@@ -104,32 +101,34 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
         if reference.acceptance is not None:
             write_json(config.out / "accepted_numerics.json", reference.acceptance)
 
-    ranks.first(claim_folder)
-    ranks.check_folder_is_shared(config.out)
-    trainer = RDPOTrainer(
-        model,
-        arguments,
-        records,
-        processor,
-        reference,
-        callbacks=[LogLastStep(), MetricsFile(config.out / "metrics.jsonl"), ShowProgress()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    unfinished = config.out / ".checkpoint.tmp"
-    if ranks.is_first:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    with quiet_peft():
-        trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
-        trainer.save_model(str(unfinished))
-    if trainer.is_world_process_zero():
-        if is_adapter(unfinished):
-            write_text(
-                unfinished / "README.md",
-                adapter_card(config, adapter_base(unfinished), len(records)),
-            )
-        publish(unfinished, checkpoint)
-        shutil.rmtree(config.out / "steps")
-    return checkpoint
+    with ExitStack() as held:
+        ranks.first(lambda: held.enter_context(only_run(config.out, "train")))
+        ranks.first(claim_folder)
+        ranks.check_folder_is_shared(config.out)
+        trainer = RDPOTrainer(
+            model,
+            arguments,
+            records,
+            processor,
+            reference,
+            callbacks=[LogLastStep(), MetricsFile(config.out / "metrics.jsonl"), ShowProgress()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        unfinished = config.out / ".checkpoint.tmp"
+        if ranks.is_first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        with quiet_peft():
+            trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
+            trainer.save_model(str(unfinished))
+        if trainer.is_world_process_zero():
+            if is_adapter(unfinished):
+                write_text(
+                    unfinished / "README.md",
+                    adapter_card(config, adapter_base(unfinished), len(records)),
+                )
+            publish(unfinished, checkpoint)
+            shutil.rmtree(config.out / "steps")
+        return checkpoint
 
 
 class _RowSummary(NamedTuple):
@@ -175,6 +174,7 @@ def _read_reference(
     config: TrainConfig,
     records: Sequence[Record],
     scoring: Scoring,
+    identity: Identity,
     objective: Objective,
     *,
     dry_run: bool,
@@ -187,7 +187,7 @@ def _read_reference(
     return read_cache(
         config.cache,
         records,
-        scoring.identity(),
+        identity,
         num_cells=objective.num_cells,
         accepting=scoring.load if config.accept_numerics else None,
     )

@@ -4,12 +4,10 @@ the guards.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +18,10 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput, seed_worker
 
 from realign.augmentation import Augment, RecordDataset
+from realign.callbacks import TellEpoch
 from realign.checkpoint_trainer import CheckpointTrainer
 from realign.collate import PreferenceCollator
 from realign.errors import RefusedError
-from realign.files import write_jsonl
 from realign.footprint import Footprint
 from realign.guards import (
     computes_exactly,
@@ -40,7 +38,6 @@ from realign.out_of_memory import is_out_of_memory, out_of_memory
 from realign.pair_metrics import PairMetrics
 from realign.pair_sampler import FilledCollator, PairSampler, choose_filler
 from realign.preemption import ignore_sigterm
-from realign.progress import Progress
 from realign.records import Record
 from realign.sharding import GatherHead, check_data_parallel, set_up_fsdp, whole_weights
 from realign.shared_prefix import choose_layout
@@ -93,6 +90,10 @@ class RDPOConfig(TrainingArguments):
                 f"{self.train_sampling_strategy!r}: the pairs of a step must not depend on lengths "
                 "or ranks. Drop it."
             )
+        if self.save_only_model:
+            raise RefusedError(
+                "save_only_model must be false: a run cannot go on from weights alone. Drop it."
+            )
         super().__post_init__()
 
 
@@ -139,6 +140,8 @@ class RDPOTrainer(CheckpointTrainer):
                 "check_first_step must be false with augment: the reference was computed from the "
                 "images as they are. Set it to false."
             )
+        # DataParallel would scatter a packed row over the GPUs of a process
+        args._n_gpu = min(args.n_gpu, 1)
         self.objective = make_objective(
             args.objective,
             beta=args.beta,
@@ -184,7 +187,7 @@ class RDPOTrainer(CheckpointTrainer):
             data_collator=collator,
             train_dataset=dataset,
             processing_class=processing_class,
-            callbacks=[_TellEpoch(dataset), GatherHead(), *(callbacks or [])],
+            callbacks=[TellEpoch(dataset), GatherHead(), *(callbacks or [])],
         )
         check_data_parallel(self.accelerator)
         if self.is_fsdp_enabled:
@@ -390,72 +393,3 @@ class RDPOTrainer(CheckpointTrainer):
             held=torch.cuda.max_memory_allocated(device) if on_gpu else None,
             capacity=torch.cuda.mem_get_info(device)[1] if on_gpu else None,
         )
-
-
-class _TellEpoch(TrainerCallback):
-    """Has an epoch's augmentation drawn anew, also in the middle of one after a resume."""
-
-    def __init__(self, dataset: RecordDataset) -> None:
-        self._dataset = dataset
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell the dataset."""
-        self._dataset.set_epoch(int(state.epoch))
-
-
-def _ordered(line: Mapping[str, Any]) -> dict[str, Any]:
-    """One order of keys, whether the line was just logged or read from a checkpoint."""
-    return dict(sorted(line.items()))
-
-
-class LogLastStep(TrainerCallback):
-    """Logs the last step, whatever ``logging_steps`` is: a short run has an end as well."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a line."""
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-
-
-class MetricsFile(TrainerCallback):
-    """Keeps ``metrics.jsonl``: one line a logged step, rewritten from the trainer's own history
-    after a resume.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start from what the resumed checkpoint remembers."""
-        if not state.is_world_process_zero:
-            return
-        write_jsonl(self.path, [_ordered(line) for line in state.log_history if "loss" in line])
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Append the newest line."""
-        if state.is_world_process_zero and "loss" in state.log_history[-1]:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_ordered(state.log_history[-1])) + "\n")
-
-
-class ShowProgress(TrainerCallback):
-    """Steps with rate and time left, instead of the Trainer's dump of every log line."""
-
-    def __init__(self) -> None:
-        self._progress: Progress | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start at the resumed step."""
-        if state.is_world_process_zero:
-            self._progress = Progress("train", state.max_steps, done=state.global_step)
-            self._progress.__enter__()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count a step."""
-        if self._progress:
-            self._progress.advance()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Finish the bar."""
-        if self._progress:
-            self._progress.__exit__(None, None, None)

@@ -59,7 +59,9 @@ def test_examples_of_building_are_configurations() -> None:
 
 def test_commands_that_train_7b_train_adapters() -> None:
     commands = re.findall(r"realign train +((?:.*\\\n)*.*)", README)
-    recipes = {name for command in commands for name in re.findall(r"recipes/[\w-]+\.yaml", command)}
+    recipes = {
+        name for command in commands for name in re.findall(r"recipes/[\w-]+\.yaml", command)
+    }
     assert recipes == {"recipes/paper.yaml", "recipes/authors-code.yaml"}
     for recipe in recipes:
         lora = yaml.safe_load((ROOT / recipe).read_text())["train"]["lora"]

@@ -10,7 +10,7 @@ import numpy as np
 from realign.cache.identity import Identity, identity_differences
 from realign.cache.probe import deviations, rounding
 from realign.cache.reference import CacheReference
-from realign.cache.scoring import Scorer
+from realign.cache.scoring import Scorer, free_reference
 from realign.errors import RefusedError
 from realign.progress import announce
 from realign.records import Record
@@ -52,6 +52,8 @@ def accept_numerics(
         ]
     )
     cached, alone = deviations(reference, probed, scorer)
+    del scorer
+    free_reference()
     here = here[:, : cached.shape[1]]
     moved = [float(np.abs(here - alone).max())]
     if reference.variance is not None:

@@ -22,7 +22,7 @@ from realign.cache.lock import building
 from realign.cache.probe import probe_rows, run_probe
 from realign.cache.ranks import Ranks
 from realign.cache.reference import CacheReference
-from realign.cache.scoring import Scorer, Scoring
+from realign.cache.scoring import Scorer, Scoring, free_reference
 from realign.cache.shards import MAX_ROWS, DamagedError, Rows, write_shard
 from realign.cache.store import Workshop, read_committed
 from realign.errors import RefusedError
@@ -84,6 +84,8 @@ def fill(
                 else None
             )
         )
+    scorer = None
+    free_reference()
     return place
 
 

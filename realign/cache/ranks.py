@@ -36,8 +36,13 @@ def local_device() -> torch.device:
     """Where this process computes: its own GPU, or the CPU."""
     if is_distributed():
         # accelerate chooses the backend that training will use too
-        return PartialState(cpu=not torch.cuda.is_available()).device
+        return _state().device
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _state() -> PartialState:
+    # the first one makes the group of training too, where all wait for the one that writes
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 class Ranks:
@@ -52,7 +57,7 @@ class Ranks:
         self.rank, self.world_size = 0, 1
         self._group: Any = None
         if is_distributed():
-            state = PartialState(cpu=not torch.cuda.is_available())
+            state = _state()
             self.rank, self.world_size = state.process_index, state.num_processes
         if self.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from realign.cache.shards import Rows
+from realign.cells import CELL_NAMES
 from realign.collate import PreferenceCollator
 from realign.errors import RefusedError
 from realign.records import Record
 
-CELL_NAMES = ("chosen", "text_rejected", "image_rejected", "both_rejected")
 REBUILD = "Run `realign cache` again, into another --out; nothing of this step was trained on."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +17,9 @@ from realign.cache.identity import Identity, reference_identity
 from realign.cache.ranks import local_device
 from realign.cache.shards import Rows
 from realign.collate import PreferenceCollator
+from realign.errors import RefusedError
 from realign.modeling import load_model, load_processor
+from realign.out_of_memory import is_out_of_memory
 from realign.records import Record
 from realign.sharding import every_rank_loads
 from realign.shared_prefix import choose_layout
@@ -153,10 +156,18 @@ class Scorer:
     def _score(self, reader: RowReader, records: Sequence[Record]) -> Rows:
         batch, rows = reader.read(records)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.scoring.autocast):
-            output = self._model(
-                **send_to_device(batch, self._device),
-                rejected_scoring=self.scoring.rejected_scoring,
-            )
+            try:
+                output = self._model(
+                    **send_to_device(batch, self._device),
+                    rejected_scoring=self.scoring.rejected_scoring,
+                )
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise RefusedError(
+                    f"the reference must fit into memory, {len(records)} pairs in one forward did "
+                    "not. Run `realign cache` with a smaller --batch-size, and pass --cache."
+                ) from error
         bad = ~torch.isfinite(output.logps).all(dim=0)
         if bad.any():
             record = records[int(bad.nonzero()[0])]
@@ -165,6 +176,15 @@ class Scorer:
                 f"{output.logps[:, bad][:, 0].tolist()}. Nothing of its shard was stored."
             )
         return replace(rows, logps=output.logps.double().T.cpu().contiguous().numpy())
+
+
+def free_reference() -> None:
+    """Give back the memory of scorers that are gone: a model whose forward is bound to it is found
+    by the collector only, and the policy is loaded next.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _load(scoring: Scoring) -> Any:

@@ -18,7 +18,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from realign.parquet import write_parquet
-from realign.preemption import ignore_sigterm
+from realign.preemption import Preemption, ignore_sigterm
 
 SCRIPT = Path(__file__).with_name("kill_runs.py")
 
@@ -88,13 +88,23 @@ def test_workers_leave_sigterm_to_the_process_that_saves() -> None:
     assert len([*seen, *iterator]) == 20
 
 
+def test_one_sigterm_that_comes_twice_is_one() -> None:
+    with Preemption() as asked:
+        for _ in range(2):  # from the scheduler, and from the launcher that it told too
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert asked.is_requested
+
+
 def test_the_second_sigterm_ends_it_at_once() -> None:
     code = (
         "import time\n"
+        "from realign import preemption\n"
         "from realign.preemption import Preemption\n"
+        "preemption.SECONDS_OF_ONE = 0.2\n"
         "with Preemption() as asked:\n"
         "    print('ready', flush=True)\n"
         "    while not asked.is_requested: time.sleep(0.01)\n"
+        "    time.sleep(0.4)\n"
         "    print('asked', flush=True)\n"
         "    time.sleep(60)\n"
     )

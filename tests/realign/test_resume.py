@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from transformers import PrinterCallback
 
 from realign.augmentation import RecordDataset, augmented
+from realign.callbacks import LogLastStep, MetricsFile
 from realign.checkpoints import checkpoints, newest_checkpoint
 from realign.collate import PreferenceCollator
 from realign.config import LoraSection
@@ -19,7 +20,7 @@ from realign.errors import RefusedError
 from realign.lora import add_adapter
 from realign.modeling import load_model, load_processor
 from realign.records import Record
-from realign.trainer import LogLastStep, MetricsFile, RDPOConfig, RDPOTrainer
+from realign.trainer import RDPOConfig, RDPOTrainer
 
 
 @pytest.fixture(scope="module")

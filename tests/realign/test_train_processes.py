@@ -116,10 +116,12 @@ def test_there_is_a_preset_an_engine() -> None:
 def test_a_mixed_precision_that_the_reference_does_not_know_is_refused(monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(RefusedError, match=r"must be 'no' .* got bf16.* Set train\.autocast"):
-        check_precision(autocast=False)
-    check_precision(autocast=True)
+        check_precision(torch.float32, autocast=False)
+    check_precision(torch.float32, autocast=True)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # there it is the dtype of the weights
-    check_precision(autocast=False)
+    check_precision(torch.bfloat16, autocast=False)
+    with pytest.raises(RefusedError, match=r"train\.dtype must be bfloat16 under DeepSpeed's bf16"):
+        check_precision(torch.float32, autocast=False)
 
 
 def test_ranks_that_share_a_pair_are_refused() -> None:
