@@ -14,7 +14,7 @@ from transformers import PrinterCallback, TrainerCallback
 from realign.collate import PreferenceCollator
 from realign.errors import RefusedError
 from realign.footprint import Footprint
-from realign.guards import off_reference
+from realign.guards import gradients_are_finite, off_reference
 from realign.lora import add_adapter
 from realign.modeling import load_model, load_processor
 from realign.objectives import OBJECTIVES, make_objective
@@ -347,3 +347,12 @@ def test_an_adapter_switched_off_is_the_base_and_alone_has_gradients(
             assert trained.model(**batch).logps.equal(before)
     assert has_gradient
     assert all("lora_" in name and "vision_tower" not in name for name in has_gradient)
+
+
+def test_a_shard_may_hold_nothing_of_a_gradient() -> None:
+    empty, full = (torch.nn.Parameter(torch.zeros(n, 2)) for n in (0, 3))
+    empty.grad, full.grad = torch.zeros(0, 2), torch.ones(3, 2)
+    assert gradients_are_finite([empty])
+    assert gradients_are_finite([empty, full])
+    full.grad[1, 1] = math.inf
+    assert not gradients_are_finite([empty, full])

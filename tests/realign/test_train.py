@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import os
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,8 @@ from realign.config import CacheConfig, LoraSection, TrainConfig
 from realign.errors import RefusedError
 from realign.modeling import load_model, load_processor
 from realign.parquet import write_parquet
+from realign.policy import load_policy
+from realign.run_folder import only_run
 from realign.train import train
 from realign.trainer import RDPOTrainer
 
@@ -414,3 +418,36 @@ def test_llava_1_5s_own_template_trains(tmp_path: Path, model_dir, data) -> None
     lines = metrics(tmp_path / "run")
     assert lines[0]["loss"] == pytest.approx(2 * math.log(2), abs=1e-4)
     assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_the_reference_is_gone_before_the_policy_is_loaded(
+    tmp_path: Path, model_dir, data, monkeypatch
+) -> None:
+    models = []
+    load = load_model
+
+    def remember(*args, **kwargs):
+        models.append(weakref.ref(load(*args, **kwargs)))
+        return models[-1]()
+
+    def load_policy_alone(config, folder):
+        assert [model() for model in models] == [None]
+        return load_policy(config, folder)
+
+    monkeypatch.setattr("realign.cache.scoring.load_model", remember)
+    monkeypatch.setattr("realign.train.load_policy", load_policy_alone)
+    gc.disable()  # nothing but the run itself may collect it
+    try:
+        train(config(model_dir, data, tmp_path / "run"))
+    finally:
+        gc.enable()
+
+
+def test_one_run_at_a_time_trains_into_a_folder(tmp_path: Path, model_dir, data) -> None:
+    out = tmp_path / "run"
+    with (
+        only_run(out, "train"),
+        pytest.raises(RefusedError, match="must be written by one `realign train` at a time"),
+    ):
+        train(config(model_dir, data, out))
+    assert train(config(model_dir, data, out)).is_dir()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from realign.errors import RefusedError
 from realign.modeling import load_model, load_processor
 from realign.trainer import RDPOConfig, RDPOTrainer
 
@@ -47,3 +48,19 @@ def test_dropout_is_off(tmp_path: Path, model_dir, records) -> None:
     trainer(model, model_dir, tmp_path, rows, {row.key: torch.zeros(3) for row in rows})
     assert layer.attention_dropout == 0.0
     assert model.lm_head[1].p == 0.0
+
+
+def test_a_micro_batch_is_not_scattered_over_the_gpus_of_a_process(
+    tmp_path: Path, model_dir, records, monkeypatch
+) -> None:
+    monkeypatch.setattr(RDPOConfig, "n_gpu", property(lambda args: args._n_gpu or 2))
+    rows = records(2)
+    reference = {row.key: torch.zeros(3) for row in rows}
+    model = load_model(model_dir, torch.float32)
+    made = trainer(model, model_dir, tmp_path, rows, reference)
+    assert made.args.n_gpu == 1
+
+
+def test_checkpoints_that_cannot_go_on_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match="save_only_model must be false"):
+        RDPOConfig(output_dir=str(tmp_path), save_only_model=True, use_cpu=True)
