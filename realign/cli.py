@@ -50,8 +50,20 @@ class SectionGroup(TyperGroup):
         formatter.write(option_list(self.name))
 
 
+class Verbs(TyperGroup):
+    """All verbs in the order of their use; typer puts those with commands of their own last."""
+
+    ORDER = ("build", "check", "cache", "train", "eval", "report", "browse", "export", "merge")
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names, for the help."""
+        others = [name for name in super().list_commands(ctx) if name not in self.ORDER]
+        return [*self.ORDER, *others]
+
+
 app = typer.Typer(
     name="realign",
+    cls=Verbs,
     help="Align a vision-language model: build dual-preference data, train with rDPO, measure.",
     no_args_is_help=True,
     add_completion=False,

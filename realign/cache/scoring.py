@@ -166,7 +166,8 @@ class Scorer:
                     raise
                 raise RefusedError(
                     f"the reference must fit into memory, {len(records)} pairs in one forward did "
-                    "not. Run `realign cache` with a smaller --batch-size, and pass --cache."
+                    "not. Run `realign cache` with a smaller --set cache.batch_size, and pass "
+                    "--cache."
                 ) from error
         bad = ~torch.isfinite(output.logps).all(dim=0)
         if bad.any():

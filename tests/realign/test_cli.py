@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from realign.cli import app
@@ -179,6 +181,13 @@ def test_every_option_of_the_help_is_an_option_of_the_section() -> None:
     for verb, function in verbs.items():
         names = set(inspect.signature(function).parameters) - {"ctx", "config", "set_", "dry_run"}
         assert names <= SECTIONS[verb].model_fields.keys()
+
+
+def test_help_names_every_verb_in_the_order_of_its_use() -> None:
+    lines = realign("--help").output.splitlines()
+    verbs = [match[1] for line in lines if (match := re.match(r"\W+([a-z]+)   ? *[A-Z]", line))]
+    assert verbs[:5] == ["build", "check", "cache", "train", "eval"]
+    assert sorted(verbs) == sorted(command for command in get_command(app).commands)
 
 
 @pytest.mark.parametrize("verb", SECTIONS)
