@@ -149,8 +149,10 @@ def test_only_the_damaged_shard_is_computed_again(tmp_path: Path, synthetic, cap
     assert len(read_cache(tmp_path, rows, synthetic.identity)) == 12
 
 
-def killed_build(synthetic, rows, root: Path, seconds: float) -> None:
-    """A build that is killed after some time, unless it ends before."""
+def killed_build(synthetic, rows, root: Path, seconds: float, after: Path | None = None) -> None:
+    """A build that is killed some time after its start, or after a file is there, unless it ends
+    before.
+    """
 
     def work() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -158,6 +160,8 @@ def killed_build(synthetic, rows, root: Path, seconds: float) -> None:
 
     process = FORK.Process(target=work)
     process.start()
+    while after is not None and process.is_alive() and not after.exists():
+        time.sleep(0.001)
     time.sleep(seconds)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -273,12 +277,12 @@ def test_a_lock_file_of_a_dead_process_is_taken_over(
         raise OSError(errno.ENOTSUP, "not supported")
 
     monkeypatch.setattr(fcntl, "flock", no_flock)
-    rows = synthetic.rows(100)
-    killed_build(synthetic, rows, tmp_path, 0.1)
-    place = identity_folder(tmp_path, synthetic.identity)
-    assert (place / "build.lock.soft").exists()
+    rows = synthetic.rows(400)
+    lock = identity_folder(tmp_path, synthetic.identity) / "build.lock.soft"
+    killed_build(synthetic, rows, tmp_path, 0.0, after=lock)
+    assert lock.exists()
     synthetic.build(rows, tmp_path)
-    assert len(read_cache(tmp_path, rows, synthetic.identity)) == 100
+    assert len(read_cache(tmp_path, rows, synthetic.identity)) == 400
 
 
 @pytest.mark.parametrize("count", [8, pytest.param(50, marks=pytest.mark.slow)])
