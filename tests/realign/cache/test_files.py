@@ -150,7 +150,7 @@ def test_only_the_damaged_shard_is_computed_again(tmp_path: Path, synthetic, cap
 
 
 def killed_build(synthetic, rows, root: Path, seconds: float, after: Path | None = None) -> None:
-    """A build that is killed some time after its start, or after a file is there, unless it ends
+    """A build that is killed some time after its start, or after a file has content; it may end
     before.
     """
 
@@ -160,7 +160,9 @@ def killed_build(synthetic, rows, root: Path, seconds: float, after: Path | None
 
     process = FORK.Process(target=work)
     process.start()
-    while after is not None and process.is_alive() and not after.exists():
+    while after is not None and process.is_alive():
+        if after.exists() and after.stat().st_size:
+            break
         time.sleep(0.001)
     time.sleep(seconds)
     os.kill(process.pid, signal.SIGKILL)
