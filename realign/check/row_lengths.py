@@ -97,7 +97,7 @@ class RowLengths:
                 if isinstance(facts, ImageFacts)
             ]
             if answer == "chosen":
-                self.images.update(tokens)
+                self.images.update(1 + more for more in tokens)  # with the placeholder
             prompt = self._image_tokens.text_tokens(rendered.prompt)
             lengths.append(prompt + len(rendered.scored_ids) + sum(tokens))
         return self._confirmed(row, max(lengths)), unscored

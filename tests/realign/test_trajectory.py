@@ -68,9 +68,12 @@ def ours(model_dir: Path, batches: Sequence[list[Record]], root: Path) -> Trajec
     return train(model, losses())
 
 
-def plain(model_dir: Path, batches: Sequence[list[Record]]) -> Trajectory:
+def plain(
+    model_dir: Path, batches: Sequence[list[Record]], dtype: torch.dtype = torch.float32
+) -> Trajectory:
     """The formula of the paper, written out."""
-    model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32).train()
+    model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32)
+    model.to(dtype).train()
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     processor = load_processor(model_dir)
 
@@ -81,7 +84,7 @@ def plain(model_dir: Path, batches: Sequence[list[Record]]) -> Trajectory:
         turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": [reply]}]
         text = processor.apply_chat_template(turns)
         prompt = processor.apply_chat_template(turns[:1], add_generation_prompt=True)
-        inputs = processor(text=text, images=images, return_tensors="pt")
+        inputs = processor(text=text, images=images, return_tensors="pt").to(dtype)
         start = processor(text=prompt, images=images, return_tensors="pt").input_ids.shape[1]
         labels = inputs["input_ids"][0, start:, None]
         found = []
@@ -116,14 +119,21 @@ def assert_same_trajectory(
     assert abs(found.losses[0] - 2 * torch.tensor(2.0).log()) < 1e-6
     assert expected.losses[-steps // 4 :].mean() < 0.9 * expected.losses[0]  # something was learned
     difference = found.losses - expected.losses
-    norm_difference = (found.grad_norms - expected.grad_norms).abs() / expected.grad_norms
-    said = (
-        f"loss max {difference.abs().max():.1e}, mean {difference.mean():.1e}, "
-        f"grad norm {norm_difference.max():.1e}"
-    )
+    said = f"loss max {difference.abs().max():.1e}, mean {difference.mean():.1e}"
     assert difference.abs().max() <= 1e-5, said
     assert difference.mean().abs() <= 1e-6, said
-    assert norm_difference.max() <= 1e-4, said
+    norms = largest_difference(found, expected)
+    if norms > 1e-4:
+        # two runs in float32 drift apart by rounding alone: how far is either from float64?
+        exact = plain(model_dir, batches, torch.float64)
+        by_rounding = largest_difference(expected, exact)
+        assert largest_difference(found, exact) <= max(1e-4, 1.5 * by_rounding), (norms, said)
+        assert norms <= 1e-3, said
+
+
+def largest_difference(found: Trajectory, expected: Trajectory) -> float:
+    """Of the gradients' norms, relative."""
+    return float(((found.grad_norms - expected.grad_norms).abs() / expected.grad_norms).max())
 
 
 def test_a_short_trajectory_is_that_of_plain_pytorch(model_dir, records, tmp_path):
