@@ -31,18 +31,15 @@ from realign.training_arguments import num_steps, num_warmup_steps, pairs_per_st
 
 @dataclass(frozen=True)
 class Preflight:
-    """The findings; ``str`` of it is what the user reads.
+    """The findings.
 
     Attributes:
         lengths: Tokens of every row's longest sequence, and of its images.
-        lines: The summary.
+        lines: The summary that the user reads.
     """
 
     lengths: RowLengths
     lines: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines)
 
 
 def preflight(
