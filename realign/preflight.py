@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +23,13 @@ from realign.errors import RefusedError
 from realign.footprint import Footprint, footprint, size
 from realign.modeling import load_model_config
 from realign.policy import acceleration_of, outline_policy, weights_dtype
-from realign.progress import announce
 from realign.records import Record
 from realign.training_arguments import num_steps, num_warmup_steps, pairs_per_step, world_size
 
 
-@dataclass(frozen=True)
-class Preflight:
-    """The findings.
-
-    Attributes:
-        lengths: Tokens of every row's longest sequence, and of its images.
-        lines: The summary that the user reads.
-    """
-
-    lengths: RowLengths
-    lines: tuple[str, ...]
-
-
 def preflight(
     config: TrainConfig, folder: Path, records: Sequence[Record], processor: Any, *, cells: int
-) -> Preflight:
+) -> list[str]:
     """Check a run's rows and options against its model's configuration and this machine.
 
     Args:
@@ -53,6 +38,8 @@ def preflight(
         records: The rows.
         processor: The model's.
         cells: How many sequences a pair is.
+    Returns:
+        The findings, a line each.
     Raises:
         RefusedError: Naming the row or option, the value and the remedy.
     """
@@ -71,13 +58,12 @@ def preflight(
         max_length=config.max_length,
         position_limit=position_limit(model_config),
     )
-    lines = [
+    return [
         _say_rows(lengths),
         _say_steps(config, len(records)),
         said,
         *_say_memory(config, model_config, lengths, dtype, held),
     ]
-    return Preflight(lengths, tuple(lines))
 
 
 def _say_rows(lengths: RowLengths) -> str:
@@ -159,9 +145,3 @@ def _device_memory() -> tuple[str, int]:
         device = torch.cuda.current_device()
         return torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]
     return "this machine", usable_memory()
-
-
-def announce_preflight(found: Preflight) -> None:
-    """Print the summary."""
-    for line in found.lines:
-        announce(line)

@@ -23,7 +23,8 @@ from realign.model_card import adapter_card
 from realign.modeling import adapter_base, is_adapter, load_processor, quiet_peft, resolve_model
 from realign.objectives import make_objective
 from realign.policy import load_policy, weights_dtype
-from realign.preflight import announce_preflight, preflight
+from realign.preflight import preflight
+from realign.progress import announce
 from realign.records import Record
 from realign.run_folder import check_out, claim, is_claimed, only_run
 from realign.sharding import check_precision
@@ -79,7 +80,8 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
         check_precision(weights_dtype(config), autocast=config.autocast)
         found = preflight(config, folder, records, processor, cells=cells)
         announce_missing_images(sum(not row.has_retrieved for row in rows), len(rows), objective)
-        announce_preflight(found)
+        for line in found:
+            announce(line)
 
     if ranks.first(is_finished):
         return checkpoint
