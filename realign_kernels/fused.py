@@ -102,7 +102,7 @@ def gather_rows(call: FusedCall, hidden_states: Tensor, labels: Tensor, position
         # Indexed as they are: flattening a slice of a batch would copy all of it.
         hidden = hidden_states.new_zeros(total, hidden_size, dtype=call.operand)
         for block in spans(num_rows, call.shape.rows):
-            index = torch.unravel_index(positions[block], hidden_states.shape[:-1])
+            index = _unravelled(positions[block], hidden_states.shape[:-1])
             hidden[block] = precision.of_operand(hidden_states[index])
     ids = torch.full((total,), NO_TOKEN, dtype=torch.int64, device=labels.device)
     torch.sub(labels[positions], call.vocabulary.start, out=ids[:num_rows])
@@ -112,6 +112,18 @@ def gather_rows(call: FusedCall, hidden_states: Tensor, labels: Tensor, position
         for block in spans(total, call.shape.rows):
             torch.mm(hidden[block].to(call.accumulation), call.head.lora_a.T, out=low_rank[block])
     return Rows(hidden, low_rank, ids)
+
+
+def _unravelled(positions: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+    """Return flat positions as an index of a shape, one tensor a dimension.
+
+    ``torch.unravel_index`` copies the shape to the device and waits for it.
+    """
+    index = []
+    for size in reversed(shape):
+        index.append(positions % size)
+        positions = positions // size
+    return tuple(reversed(index))
 
 
 def walk_vocabulary(

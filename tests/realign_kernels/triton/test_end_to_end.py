@@ -204,6 +204,32 @@ def test_rdpo_loss(scoring, dtype, memory):
         assert ((one - other).abs() <= TOLERANCES[dtype][1] * other.abs().max()).all()
 
 
+def test_no_number_of_the_host_becomes_a_tensor(monkeypatch):
+    """A GPU's host would wait for the copy, and a CUDA graph could not be captured."""
+    inputs = make_head_inputs(12, 9, 4, torch.float32, bias=True, rank=2, ignored=0.5)
+    inputs.labels[::2] = 5  # of every sequence
+    shape, ref_logps = (6, 2), -torch.arange(6.0).reshape(3, 2)
+    lengths = (inputs.labels != -100).reshape(shape).sum(dim=1).reshape(3, 2)
+
+    def score():
+        leaves = inputs.as_leaves()
+        leaves.call(linear_logprob, backend="triton").sum().backward()
+        inputs.call(linear_logprob_stats, backend="triton")
+        for memory in ("stash", "tile", "recompute"):
+            leaves = inputs.as_leaves()
+            hidden, weight, *_ = leaves.tensors
+            rdpo_loss(
+                hidden.reshape(*shape, 4), weight, inputs.labels.reshape(shape), ref_logps,
+                sequence_lengths=lengths, backend="triton", memory=memory, **leaves.options,
+            ).loss.backward()  # fmt: skip
+
+    score()  # the objective's numbers are copied once
+    made = []
+    monkeypatch.setattr(torch, "tensor", lambda *args, **_: made.append(args))
+    score()
+    assert made == []
+
+
 @pytest.mark.parametrize("memory", ["stash", "recompute"])
 def test_uninitialised_memory_is_not_read(memory, poison_empty):
     compare(make_head_inputs(6, 17, 5, torch.float16, **HEADS["everything"]), memory=memory)
