@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu_checks import DTYPES
 from benchmarks.measure import exact, measure_cell
+from benchmarks.promises import DTYPES
 from benchmarks.providers import MODES, PROVIDERS, why_not
 from benchmarks.shapes import HeadShape, make_inputs
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu import Session, head_table
-from benchmarks.gpu_checks import DTYPES
 from benchmarks.measure import time_one
+from benchmarks.promises import DTYPES
 from benchmarks.providers import PROVIDERS
 from benchmarks.result_files import RESULTS, environment, merge
 from benchmarks.shapes import shapes_for

@@ -1,9 +1,11 @@
 """Correctness, then speed, on a GPU: ``python -m benchmarks.gpu``.
 
-Checks every feature against float64 first and stops if one fails.  Then three measurements that
-the design rests on, then every provider at every shape until the time is used up; what is left is
-reported as not measured.  Cells merge into ``benchmarks/results/gpu_<device>.json``, so that
-several short calls add up: what the same code measured on the same machine is not measured again.
+Checks every feature against float64 first and stops if one fails.  Then measurements that the
+design rests on, then every provider at every shape until the time is used up; what is left is
+reported as not measured.  ``--only hardware``, which takes minutes by itself, tries sizes beyond
+2^31, repeats, launch configurations and CUDA graphs.  Cells merge into
+``benchmarks/results/gpu_<device>.json``, so that several short calls add up: what the same code
+measured on the same machine is not measured again.
 
 Exit codes: 0; 1 if a check fails; 2 without a GPU.
 """
@@ -20,9 +22,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_checks import DTYPES, run_checks
-from benchmarks.gpu_questions import epilogue_cells, product_cells, tile_cells
+from benchmarks.gpu_checks import run_checks
+from benchmarks.gpu_hardware import run_hardware_checks
+from benchmarks.gpu_questions import (
+    epilogue_cells,
+    launch_cells,
+    overlap_cells,
+    product_cells,
+    tile_cells,
+)
 from benchmarks.measure import Exact, exact, measure_cell
+from benchmarks.promises import DTYPES, Outcome
 from benchmarks.providers import MODES, PROVIDERS, Inputs, why_not
 from benchmarks.result_files import RESULTS, environment, is_current, load, merge, slug
 from benchmarks.shapes import HeadShape, make_inputs, shapes_for
@@ -85,16 +95,17 @@ def describe(cell: dict[str, Any]) -> str:
     return ", ".join([*alone, *parts, *kept])
 
 
-def check(device: torch.device, backend: str, *, tiny: bool) -> list[str]:
-    """Run every check; print and return what fails."""
+def check(outcomes: Iterator[Outcome]) -> dict[str, Any]:
+    """Run checks; print what fails, return it as a cell."""
     failures, count = [], 0
-    for outcome in run_checks(device, backend, tiny=tiny):
+    for outcome in outcomes:
         count += 1
         if outcome.problem:
             failures.append(outcome.name)
             print(f"FAILED {outcome.name}\n  {outcome.problem}", flush=True)
     print(f"correctness: {count - len(failures)} of {count} checks passed", flush=True)
-    return failures
+    status = "failed" if failures else "ok"
+    return {"status": status, "reason": ", ".join(failures), "checks": count}
 
 
 def head_table(session: Session, shapes: list[HeadShape], names: Sequence[str], dtype: str) -> None:
@@ -148,6 +159,8 @@ def _question_cells(
     yield from product_cells(device, tiny=tiny)
     yield from epilogue_cells(device, backend, tiny=tiny)
     yield from tile_cells(device, backend, tiny=tiny)
+    yield from launch_cells(device, backend)
+    yield from overlap_cells(device, backend)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -158,12 +171,16 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--backend", help="of the checks; default triton, or cpu for --device cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="of the table; default bfloat16")
-    parser.add_argument("--quick", action="store_true", help="two heads, 1024 and 4096 tokens")
+    parser.add_argument(
+        "--quick", action="store_true", help="two heads, 1024 and 4096 tokens; few and small checks"
+    )
     parser.add_argument("--shapes", nargs="+", help="models, or model/N1024")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--keep-going", action="store_true", help="time even what is wrong")
-    parser.add_argument("--only", choices=("checks", "questions", "head"), help="one part")
+    parser.add_argument(
+        "--only", choices=("checks", "hardware", "questions", "head"), help="one part"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="for a checkout without git")
     return parser
@@ -204,13 +221,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     session = Session(device, path, run, options.minutes)
     print(f"{run['device']}, commit {run['commit']}, torch {run['versions']['torch']}", flush=True)
 
-    failures: list[str] = []
-    if options.only in (None, "checks"):
-        failures = check(device, backend, tiny=tiny)
-        outcome = {"status": "failed" if failures else "ok", "reason": ", ".join(failures)}
-        merge(path, run, {f"checks/{backend}": outcome})
-        if failures and not options.keep_going:
-            print(f"stopped: {len(failures)} checks failed; nothing was timed.", file=sys.stderr)
+    has_failed = False
+    for part, run_part in (("checks", run_checks), ("hardware", run_hardware_checks)):
+        if options.only != part and (options.only or part == "hardware"):
+            continue
+        cell = check(run_part(device, backend, tiny=tiny or options.quick))
+        merge(path, run, {f"{part}/{backend}": cell})
+        has_failed |= cell["status"] == "failed"
+        if has_failed and not options.keep_going:
+            print("stopped: a check failed; nothing was timed.", file=sys.stderr)
             return 1
     if options.only in (None, "questions"):
         questions(session, backend, tiny=tiny)
@@ -219,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     statuses = [cell["status"] for cell in session.cells.values()]
     counts = ", ".join(f"{statuses.count(s)} {s}" for s in dict.fromkeys(statuses))
     print(f"{counts or 'nothing left to measure'}; wrote {path.name}")
-    return 1 if failures else 0
+    return 1 if has_failed else 0
 
 
 if __name__ == "__main__":

@@ -1,14 +1,10 @@
 """Whether the kernels are right on this machine: every feature against float64, before any timing.
 
-Bounds are those of the library's promise: |logp - float64| at most 1e-5 for float32 and 1e-4 for
-half inputs, plus 1e-6 of the larger of |logp| and the label's logit (statistics: of the largest
-logit); gradients at most 1.2 times the error of plain PyTorch in the same dtype, or the rounding of
-the result.
+Bounds are those of :mod:`benchmarks.promises`; of statistics relative to the largest logit.
 """
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.promises import (
+    DTYPES,
+    LOGP_BOUND,
+    Outcome,
+    assert_close,
+    assert_gradients,
+    assert_logps,
+    in_float64,
+    outcome,
+)
 from realign_kernels import linear_logprob, linear_logprob_stats, preference_loss, rdpo_loss
 from realign_kernels.objective import Objective
 from realign_kernels.testing import (
@@ -25,11 +31,6 @@ from realign_kernels.testing import (
     dense_logprob,
     make_head_inputs,
 )
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_LOGP_BOUND = {"float32": 1e-5, "float16": 1e-4, "bfloat16": 1e-4}
-_GRAD_FLOOR = {"float32": 3e-6, "float16": 6e-4, "bfloat16": 3e-3}
-_GRAD_NAMES = ("hidden_states", "lm_head_weight", "bias or A", "A or B", "B")
 
 
 @dataclass(frozen=True)
@@ -61,45 +62,30 @@ CASES = (
 TINY_CASES = (CASES[0], CASES[2], CASES[4], CASES[7], CASES[8], CASES[10])
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One check: empty ``problem`` where it passed."""
-
-    name: str
-    problem: str = ""
-
-
 def run_checks(device: torch.device, backend: str, *, tiny: bool = False) -> Iterator[Outcome]:
     """Try everything in every dtype."""
     for dtype in DTYPES:
         for case in TINY_CASES if tiny else CASES:
-            N, V, D = case.sizes
-            on_cpu = make_head_inputs(N, V, D, DTYPES[dtype], **case.arguments)
-            inputs = _moved(on_cpu, device)
-            for check in (_forward, _frozen, _stashed, _recomputed, _statistics):
-                name = f"{dtype} {check.__name__.strip('_')}, {case.name}"
-                yield _outcome(name, check, inputs, dtype, backend)
+            yield from check_case(device, case, dtype, backend)
         for scoring in ("label", "top_non_label"):
             name = f"{dtype} rdpo_loss, {scoring}"
-            yield _outcome(name, _rdpo_of(scoring), _pairs(device, dtype), dtype, backend)
+            yield outcome(name, _rdpo_of(scoring), pairs_of(device, dtype), dtype, backend)
 
 
-def _outcome(
-    name: str, check: Callable[..., None], inputs: HeadInputs, dtype: str, backend: str
-) -> Outcome:
-    try:
-        check(inputs, dtype, backend)
-    except AssertionError as error:
-        return Outcome(name, str(error))
-    except Exception:  # a kernel that does not compile or launch is a finding, not the end
-        return Outcome(name, traceback.format_exc(limit=-3).strip())
-    return Outcome(name)
+def check_case(device: torch.device, case: Case, dtype: str, backend: str) -> Iterator[Outcome]:
+    """Try one feature in every mode."""
+    N, V, D = case.sizes
+    on_cpu = make_head_inputs(N, V, D, DTYPES[dtype], **case.arguments)
+    inputs = moved(on_cpu, device)
+    for check in (_forward, _frozen, _stashed, _recomputed, _statistics):
+        name = f"{dtype} {check.__name__.strip('_')}, {case.name}"
+        yield outcome(name, check, inputs, dtype, backend)
 
 
 def _forward(inputs: HeadInputs, dtype: str, backend: str) -> None:
     with torch.no_grad():
         actual = inputs.call(linear_logprob, backend=backend)
-    _assert_logps(actual, inputs, dtype)
+    assert_logps(actual, inputs, dtype)
 
 
 def _frozen(inputs: HeadInputs, dtype: str, backend: str) -> None:
@@ -117,9 +103,9 @@ def _recomputed(inputs: HeadInputs, dtype: str, backend: str) -> None:
 def _statistics(inputs: HeadInputs, dtype: str, backend: str) -> None:
     with torch.no_grad():
         actual = inputs.call(linear_logprob_stats, backend=backend)
-        exact = _in_float64(inputs)
+        exact = in_float64(inputs)
         log_probs, logits = dense_log_probs(exact), dense_logits(exact)
-    _assert_logps(actual.token_logps, inputs, dtype)
+    assert_logps(actual.token_logps, inputs, dtype)
     scored = inputs.labels != inputs.options.get("ignore_index", -100)
     labels = torch.where(scored, inputs.labels, 0)[:, None]
     probs = log_probs.exp()
@@ -131,13 +117,13 @@ def _statistics(inputs: HeadInputs, dtype: str, backend: str) -> None:
         "top_non_label_logps": others.amax(-1),
     }
     relative = 1e-6 * logits.abs().amax(-1)
-    bound = _LOGP_BOUND[dtype]
+    bound = LOGP_BOUND[dtype]
     for name, value in expected.items():
         found = getattr(actual, name)[scored]
-        _assert_close(name, found, value[scored], bound, relative[scored])
+        assert_close(name, found, value[scored], bound, relative[scored])
     ids = actual.top_non_label_ids[scored].clamp(min=0)[:, None]
     chosen, best = others[scored].gather(-1, ids).squeeze(-1), others[scored].amax(-1)
-    _assert_close("top_non_label_ids", chosen, best, bound, relative[scored])
+    assert_close("top_non_label_ids", chosen, best, bound, relative[scored])
     lead = log_probs.gather(-1, labels).squeeze(-1) - others.amax(-1)
     sure = scored & (lead.abs() > 2 * (bound + relative))
     wrong = int((actual.is_top1[sure] != (lead[sure] > 0)).sum())
@@ -171,31 +157,31 @@ def _rdpo_of(scoring: str) -> Callable[[HeadInputs, str, str], None]:
                 rejected_scoring=scoring, backend=backend, memory=memory,
             ).loss  # fmt: skip
 
-        exact, plain = _in_float64(inputs), inputs.as_leaves()
+        exact, plain = in_float64(inputs), inputs.as_leaves()
         truth = expected(exact)
         truth.backward()
         expected(plain).backward()
         for memory in ("stash", "tile", "recompute"):
             leaves = inputs.as_leaves()
             loss = actual(leaves, memory)
-            _assert_close(f"loss, {memory}", loss, truth, 20 * _LOGP_BOUND[dtype])
+            assert_close(f"loss, {memory}", loss, truth, 20 * LOGP_BOUND[dtype])
             loss.backward()
-            _assert_gradients(leaves, exact, plain, dtype, memory)
+            assert_gradients(leaves, exact, plain, dtype, memory)
 
     return rdpo
 
 
-def _pairs(device: torch.device, dtype: str) -> HeadInputs:
-    """3 cells of 5 pairs, 40 positions of which a third is no answer."""
+def pairs_of(device: torch.device, dtype: str) -> HeadInputs:
+    """Return 3 cells of 5 pairs, 40 positions of which a third is no answer."""
     inputs = make_head_inputs(15 * 40, 1031, 96, DTYPES[dtype], ignored=0.3, seed=3)
     hidden, labels = inputs.hidden_states.view(15, 40, 96), inputs.labels.view(15, 40)
-    return _moved(replace(inputs, hidden_states=hidden, labels=labels), device)
+    return moved(replace(inputs, hidden_states=hidden, labels=labels), device)
 
 
 def _check_gradients(
     inputs: HeadInputs, dtype: str, backend: str, memory: str, *, num_leaves: int | None
 ) -> None:
-    leaves, exact, plain = inputs.as_leaves(), _in_float64(inputs), inputs.as_leaves()
+    leaves, exact, plain = inputs.as_leaves(), in_float64(inputs), inputs.as_leaves()
     if num_leaves is not None:
         for call in (leaves, exact, plain):
             for tensor in call.tensors[num_leaves:]:
@@ -204,65 +190,15 @@ def _check_gradients(
     upstream = torch.randn(inputs.labels.shape, generator=generator, dtype=torch.float64)
     upstream = upstream.to(inputs.labels.device)
     actual = leaves.call(linear_logprob, backend=backend, memory=memory)
-    _assert_logps(actual.detach(), inputs, dtype)
+    assert_logps(actual.detach(), inputs, dtype)
     actual.backward(upstream.to(actual.dtype))
     dense_logprob(exact).backward(upstream)
     outputs = dense_logprob(plain)
     outputs.backward(upstream.to(outputs.dtype))
-    _assert_gradients(leaves, exact, plain, dtype, memory)
+    assert_gradients(leaves, exact, plain, dtype, memory)
 
 
-def _assert_logps(actual: Tensor, inputs: HeadInputs, dtype: str) -> None:
-    exact = _in_float64(inputs)
-    with torch.no_grad():
-        expected = dense_logprob(exact)
-        labels = inputs.labels.clamp(min=0)[:, None]
-        label_logits = dense_logits(exact).gather(-1, labels).squeeze(-1)
-    relative = 1e-6 * torch.maximum(expected.abs(), label_logits.abs())
-    _assert_close("token_logps", actual, expected, _LOGP_BOUND[dtype], relative)
-
-
-def _assert_close(
-    name: str, actual: Tensor, expected: Tensor, bound: float, extra: Tensor | float = 0.0
-) -> None:
-    difference = (actual.detach().double() - expected.detach()).abs()
-    allowed = bound + 1e-6 * expected.detach().abs() + extra
-    excess = torch.where(difference <= allowed, 0.0, difference / allowed)
-    excess = torch.where(difference.isnan(), torch.inf, excess)
-    worst = int(excess.argmax())
-    assert not bool((excess > 0).any()), (
-        f"{name}: {int((excess > 0).sum())} of {excess.numel()} beyond the bound, the worst at "
-        f"{worst}: {actual.flatten()[worst].item()} for {expected.flatten()[worst].item()}"
-    )
-
-
-def _assert_gradients(
-    leaves: HeadInputs, exact: HeadInputs, plain: HeadInputs, dtype: str, memory: str
-) -> None:
-    triples = zip(leaves.tensors, exact.tensors, plain.tensors, strict=True)
-    for name, (actual, expected, eager) in zip(_GRAD_NAMES, triples, strict=False):
-        if not actual.requires_grad:
-            assert actual.grad is None, f"{name}: a frozen input has a gradient"
-            continue
-        assert actual.grad is not None, f"{name}: no gradient"
-        error, base = _relative(actual.grad, expected.grad), _relative(eager.grad, expected.grad)
-        bound = max(1.2 * base, _GRAD_FLOOR[dtype])
-        assert error <= bound, (
-            f"gradient of {name}, memory={memory}: relative error {error:.2e}, allowed {bound:.2e} "
-            f"(plain PyTorch {base:.2e})"
-        )
-
-
-def _relative(actual: Tensor | None, expected: Tensor | None) -> float:
-    assert actual is not None
-    assert expected is not None
-    return ((actual.double() - expected).norm() / expected.norm()).item()
-
-
-def _in_float64(inputs: HeadInputs) -> HeadInputs:
-    return inputs.as_leaves(torch.float64)
-
-
-def _moved(inputs: HeadInputs, device: torch.device) -> HeadInputs:
-    moved = inputs.replace_tensors([tensor.to(device) for tensor in inputs.tensors])
-    return replace(moved, labels=moved.labels.to(device))
+def moved(inputs: HeadInputs, device: torch.device) -> HeadInputs:
+    """Return the same call on a device."""
+    there = inputs.replace_tensors([tensor.to(device) for tensor in inputs.tensors])
+    return replace(there, labels=there.labels.to(device))

@@ -1,8 +1,8 @@
-"""Three measurements that the design rests on, and that no peer's numbers answer.
+"""Measurements that the design rests on, and that no peer's numbers answer.
 
 1. Does a product of half operands with float32 output run at the rate of one with half output?
-2. Does the epilogue pass run at the bandwidth of a copy of the same bytes?
-3. Which tile, tokens by vocabulary, is best?
+2. Does the epilogue pass run at the bandwidth of a copy of the same bytes, and how is it launched?
+3. Which tile, tokens by vocabulary, is best, and does a second stream help?
 """
 
 from __future__ import annotations
@@ -19,9 +19,16 @@ from realign_kernels import linear_logprob, tiles
 from realign_kernels.dispatch import kernels_of
 from realign_kernels.head import LogitTransform
 from realign_kernels.kernel_set import RowState, Tile
+from realign_kernels.products import addmm_into, mm_into
 
 Cell = tuple[str, Callable[[], dict[str, Any]]]
 _BOUND = 60.0  # nats, as for float32 and bfloat16
+# elements that a program handles at a time, and its warps
+_LAUNCHES = (
+    (256, 1), (256, 2), (512, 2), (512, 4), (1024, 2), (1024, 4), (1024, 8), (2048, 4), (2048, 8),
+    (4096, 8), (4096, 16), (8192, 16),
+)  # fmt: skip
+_TILES_IN_TURN = 8
 
 
 def product_cells(device: torch.device, *, tiny: bool) -> Iterator[Cell]:
@@ -42,6 +49,26 @@ def epilogue_cells(device: torch.device, backend: str, *, tiny: bool) -> Iterato
     for rows, columns in shapes:
         key = f"epilogue/{rows}x{columns}"
         yield key, lambda size=(rows, columns): _epilogue(device, backend, *size)
+
+
+def launch_cells(device: torch.device, backend: str) -> Iterator[Cell]:
+    """Question 2: the epilogue under forced launches, of Triton alone."""
+    if backend != "triton" or device.type != "cuda":
+        return
+    for rows, columns in ((1024, 8192), (4096, 8192)):
+        for block, num_warps in _LAUNCHES:
+            key = f"launch/{rows}x{columns}/{block} by {num_warps}"
+            size, launch = (rows, columns), (block, num_warps)
+            yield key, lambda size=size, launch=launch: _launch(device, backend, size, launch)
+
+
+def overlap_cells(device: torch.device, backend: str) -> Iterator[Cell]:
+    """Question 3: tiles one after the other, and every other one on a second stream."""
+    if device.type != "cuda":
+        return
+    for rows, columns, D in ((1024, 8192, 4096), (4096, 8192, 4096), (4096, 8192, 2048)):
+        key = f"overlap/{rows}x{columns}x{D}"
+        yield key, lambda size=(rows, columns, D): _overlap(device, backend, *size)
 
 
 def tile_cells(device: torch.device, backend: str, *, tiny: bool) -> Iterator[Cell]:
@@ -144,3 +171,52 @@ def _tile(
     # the table is private; nothing else can ask for a tile that is not the library's choice
     with mock.patch.dict(tiles._FUSED_SHAPES, {device.type: size}):
         return {"status": "ok", **summary(time_one(call, device))}
+
+
+def _launch(
+    device: torch.device, backend: str, size: tuple[int, int], launch: tuple[int, int]
+) -> dict[str, Any]:
+    from realign_kernels._triton import configs
+
+    resident, kernels = ResidentTile(device, *size), kernels_of(backend)
+    with mock.patch.object(configs, "launch_of", return_value=configs.Launch(*launch)):
+        times = time_one(lambda: kernels.epilogue(resident.tile), device, prepare=resident.refresh)
+    timing = summary(times)
+    return {"status": "ok", **timing, "gb_per_s": resident.num_bytes / timing["ms"] / 1e6}
+
+
+def _overlap(device: torch.device, backend: str, rows: int, columns: int, D: int) -> dict[str, Any]:
+    kernels, dtype = kernels_of(backend), torch.bfloat16
+    hidden = torch.randn(rows, D, device=device).to(dtype)
+    weight = (torch.randn(columns, D, device=device) * 3 / D**0.5).to(dtype)
+    residents = [ResidentTile(device, rows, columns) for _ in range(2)]
+    sums = [torch.zeros(rows, D, device=device) for _ in range(2)]
+    streams = [torch.cuda.current_stream(device), torch.cuda.Stream(device)]
+
+    def one(number: int) -> None:
+        tile = residents[number].tile
+        mm_into(tile.logits, hidden, weight.T)
+        kernels.epilogue(tile)
+        assert tile.exponentials is not None
+        addmm_into(sums[number], tile.exponentials, weight)
+
+    def in_turn() -> None:
+        for _ in range(_TILES_IN_TURN):
+            one(0)
+
+    def side_by_side() -> None:
+        streams[1].wait_stream(streams[0])
+        for number in range(_TILES_IN_TURN):
+            with torch.cuda.stream(streams[number % 2]):
+                one(number % 2)
+        streams[0].wait_stream(streams[1])
+
+    def refresh() -> None:
+        for resident in residents:
+            resident.refresh()
+
+    calls = {"one_stream": in_turn, "two_streams": side_by_side}
+    cell: dict[str, Any] = {"status": "ok", "tiles": _TILES_IN_TURN}
+    for name, call in calls.items():
+        cell[name] = summary(time_one(call, device, prepare=refresh))
+    return cell

@@ -27,7 +27,7 @@ def rope_positions(
     """
     ids: Tensor = inputs["input_ids"]
     if hasattr(body, "get_rope_index") and "mm_token_type_ids" in inputs:
-        return _spatial(body, inputs, packing, images).to(ids.device)
+        return _spatial(body, inputs, packing, images).to(ids.device, non_blocking=True)
     if packing is None:
         return None
     first = FIRST_POSITION.get(body.config.model_type, 0)
@@ -35,7 +35,7 @@ def rope_positions(
         _packed(torch.arange(first, first + row.prefix + row.answers[0]), row)
         for row in packing.rows
     ]
-    return torch.cat(plain)[None].to(ids.device)
+    return torch.cat(plain)[None].to(ids.device, non_blocking=True)
 
 
 def _spatial(

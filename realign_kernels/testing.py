@@ -54,6 +54,11 @@ class HeadInputs:
         )
 
 
+def seeded(seed: int) -> torch.Generator:
+    """Return a generator of the device that tensors are made on."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def make_head_inputs(
     N: int,
     V: int,
@@ -68,7 +73,7 @@ def make_head_inputs(
     **options: Any,
 ) -> HeadInputs:
     """Return random inputs, already rounded to ``dtype``, whose raw logits have a given spread."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
 
     def normal(*shape: int, std: float = 1.0) -> Tensor:
         values = torch.randn(*shape, generator=generator, dtype=torch.float64)

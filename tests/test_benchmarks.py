@@ -13,7 +13,15 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 
-from benchmarks import accuracy, cpu, gpu, gpu_checks, head_tables, providers  # noqa: E402
+from benchmarks import (  # noqa: E402
+    accuracy,
+    cpu,
+    gpu,
+    gpu_checks,
+    gpu_hardware,
+    head_tables,
+    providers,
+)
 from benchmarks.measure import exact, interleave, peak_bytes, quantile, summary  # noqa: E402
 from benchmarks.result_files import environment, is_current, load, merge  # noqa: E402
 from benchmarks.row_classes import ROW_CLASSES, make_rows  # noqa: E402
@@ -158,6 +166,25 @@ def test_the_gpu_script_runs_at_tiny_shapes_and_continues(tmp_path, capsys):
     assert gpu.main([*call, "--commit", "abc", "--only", "head", "--minutes", "0"]) == 0
     assert "/ours" not in capsys.readouterr().out  # nothing of it is left to measure
     assert load(tmp_path / "gpu_cpu.json")["cells"].keys() == cells.keys()
+
+
+@pytest.mark.skipif(not HAS_KERNELS, reason="needs the C++ kernels")
+def test_what_only_hardware_can_show_runs_at_tiny_sizes(tmp_path, monkeypatch, capsys):
+    call = ["--device", "cpu", "--only", "hardware", "--out", str(tmp_path), "--commit", "abc"]
+    assert gpu.main(call) == 0
+    cell = load(tmp_path / "gpu_cpu.json")["cells"]["hardware/cpu"]
+    assert cell["status"] == "ok"
+    assert cell["checks"] == 15
+
+    true_logprob = gpu_hardware.linear_logprob
+    calls = iter(range(10**6))  # every call is off by another amount
+    monkeypatch.setattr(
+        gpu_hardware, "linear_logprob", lambda *a, **k: true_logprob(*a, **k) + 1e-3 * next(calls)
+    )
+    assert gpu.main(call) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED beyond 2^31, V x D\n" in printed
+    assert "FAILED repeats, 1 x 1031 x 64, frozen\n  2 of 3 repeats differ" in printed
 
 
 @pytest.mark.skipif(not HAS_KERNELS, reason="needs the C++ kernels")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import pytest
 import torch
 
 from realign_kernels.tiles import TileShape, scratch_bytes, tile_shape
 
+DEVICE = os.environ.get("REALIGN_TEST_DEVICE", "cpu")  # cuda: see CONTRIBUTING.md
+
 torch.set_num_threads(1)
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +23,7 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module", params=["eager", "cpu"])
+@pytest.fixture(scope="module", params=["eager", "cpu" if DEVICE == "cpu" else "triton"])
 def each_backend(request):
     """Run with each backend where a call leaves the choice open."""
     with pytest.MonkeyPatch.context() as patch:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from realign_kernels import linear_logprob, linear_logprob_stats, rdpo_loss
-from realign_kernels.testing import make_head_inputs
+from realign_kernels.testing import make_head_inputs, seeded
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 # Two row blocks and a few rows; three column tiles, the last ragged.  MKL splits the sums of
@@ -80,7 +80,7 @@ def test_repeats_are_equal(memory):
 
 def test_order_of_a_packed_batch_does_not_matter():
     """Sums per sequence are taken in double and rounded once."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     hidden_states = torch.randn(900, 16, generator=generator)
     weight, labels = torch.randn(40, 16), torch.randint(40, (900,), generator=generator)
     ids, ref_logps = torch.arange(900) % 6, torch.randn(3, 2)

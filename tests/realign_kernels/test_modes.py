@@ -10,7 +10,7 @@ import torch.utils.checkpoint
 
 from realign_kernels import Objective, Term, linear_logprob, linear_logprob_stats, rdpo_loss
 from realign_kernels.dispatch import resolve_backend
-from realign_kernels.testing import dense_log_probs, dense_logprob, make_head_inputs
+from realign_kernels.testing import dense_log_probs, dense_logprob, make_head_inputs, seeded
 from realign_kernels.tile_ops import rdpo_tiles_op
 
 MODES = ["auto", "stash", "recompute"]
@@ -145,7 +145,7 @@ OBJECTIVES = {
 
 
 def pair_batch(num_cells, num_pairs=5, num_positions=9, hidden_size=12, vocabulary=40):
-    generator = torch.Generator().manual_seed(3)
+    generator = seeded(3)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -196,7 +196,7 @@ def test_packed_in_any_order_with_lengths(memory, monkeypatch):
     monkeypatch.setattr("realign_kernels.pair_tiles._ROWS_PER_TILE", 13)
     tensors, labels, ref_logps = pair_batch(num_cells=3)
     expected, grads = loss_and_gradients(tensors, labels, ref_logps, backend="eager")
-    order = torch.randperm(labels.numel(), generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(labels.numel(), generator=seeded(1))
     ids = torch.arange(15)[:, None].expand(labels.shape).reshape(-1)[order]
     lengths = (labels != -100).sum(1).view(3, 5)
     packed = (tensors[0].reshape(-1, 12)[order], *tensors[1:])

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from realign_kernels import Objective, Term, _cpu, linear_logprob, linear_logprob_stats, rdpo_loss
-from realign_kernels.testing import dense_log_probs, dense_logprob, make_head_inputs
+from realign_kernels.testing import dense_log_probs, dense_logprob, make_head_inputs, seeded
 
 CSRC = Path(__file__).parents[2] / "csrc"
 
@@ -124,7 +124,7 @@ def check_moved_rows():
 
 
 def check_pairs():
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     hidden_states = torch.randn(9, 4, 8, generator=generator, dtype=torch.float64)
     weight = torch.randn(20, 8, generator=generator, dtype=torch.float64)
     labels = torch.randint(20, (9, 4), generator=generator)

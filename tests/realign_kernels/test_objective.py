@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from realign_kernels import Objective, Term, preference_loss
+from realign_kernels.testing import seeded
 
 LN2 = math.log(2)
 
@@ -53,7 +54,7 @@ def test_the_text_term_alone(objective, expected):
     ],
 )
 def test_an_untrained_policy_pays_log_two_a_term(objective, num_terms):
-    policy = -100 * torch.rand(4, 5, generator=torch.Generator().manual_seed(0))
+    policy = -100 * torch.rand(4, 5, generator=seeded(0))
     output = preference_loss(policy, policy.clone(), objective)
     torch.testing.assert_close(output.losses, torch.full((5,), num_terms * LN2), rtol=0, atol=1e-6)
     for part in (output.rewards, output.text_margins, output.image_margins):
@@ -61,7 +62,7 @@ def test_an_untrained_policy_pays_log_two_a_term(objective, num_terms):
 
 
 def random_ratios(num_cells=4, num_pairs=3):
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     shape = (2, num_cells, num_pairs)
     policy, ref = -30 * torch.rand(shape, generator=generator, dtype=torch.float64)
     return policy, ref, policy - ref

@@ -11,7 +11,7 @@ from torch.library import opcheck
 from realign_kernels import linear_logprob, linear_logprob_stats, rdpo_loss
 from realign_kernels.ops import scale_slopes_op, score_tokens_op
 from realign_kernels.pair_ops import pair_loss_backward_op, pair_loss_op
-from realign_kernels.testing import make_head_inputs
+from realign_kernels.testing import make_head_inputs, seeded
 from realign_kernels.tile_ops import rdpo_tiles_op, scale_gradients_op
 
 N, V, D = 11, 29, 6
@@ -58,7 +58,7 @@ def test_opcheck_without_optional_inputs():
 
 
 def pair_arguments(*, packed):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     token_logps = -torch.rand(6, 4, generator=generator, dtype=torch.float64)
     labels = torch.randint(5, (6, 4), generator=generator)
     labels[:, 3] = -100

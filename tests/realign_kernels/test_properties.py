@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from realign_kernels import Objective, linear_logprob, linear_logprob_stats, rdpo_loss
-from realign_kernels.testing import HeadInputs, dense_logprob, make_head_inputs
+from realign_kernels.testing import HeadInputs, dense_logprob, make_head_inputs, seeded
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
@@ -44,7 +44,7 @@ def calls(draw):
 
 
 def permutation(size, seed):
-    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    return torch.randperm(size, generator=seeded(seed))
 
 
 @settings(PROPERTY, max_examples=EXAMPLES)

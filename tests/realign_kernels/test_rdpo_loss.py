@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from realign_kernels import Objective, Term, linear_logprob, preference_loss, rdpo_loss
-from realign_kernels.testing import dense_log_probs, make_head_inputs
+from realign_kernels.testing import dense_log_probs, make_head_inputs, seeded
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
@@ -27,7 +27,7 @@ def make_batch(num_cells=3, num_pairs=2, length=5, dtype=torch.float64, **option
         labels[sequence, 2 + sequence % 4 :] = -100
     hidden_states = inputs.hidden_states.view(num_sequences, length, D)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    ref_logps = -10 * torch.rand(num_cells, num_pairs, generator=torch.Generator().manual_seed(3))
+    ref_logps = -10 * torch.rand(num_cells, num_pairs, generator=seeded(3))
     return hidden_states, inputs.lm_head_weight, labels, ref_logps.to(wide)
 
 
@@ -105,7 +105,7 @@ def test_gradcheck():
 def test_packed_equals_padded_in_any_order(seed, rejected_scoring):
     hidden_states, weight, labels, ref_logps = make_batch()
     num_tokens = int((labels != -100).sum())
-    order = torch.randperm(num_tokens, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(num_tokens, generator=seeded(seed))
     packed, sequence_ids = pack(hidden_states, weight, labels, order)
     options = {"rejected_scoring": rejected_scoring}
     padded_output, padded_grad, padded_weight_grad = loss_and_gradients(
@@ -122,7 +122,7 @@ def test_packed_equals_padded_in_any_order(seed, rejected_scoring):
 def test_sums_do_not_depend_on_the_order_of_tokens():
     """Sums in float64 round once: shuffled float32 tokens give the same bits."""
     hidden_states, weight, labels, ref_logps = make_batch(length=300, dtype=torch.float32)
-    labels[:, 1:] = torch.randint(0, V, (6, 299), generator=torch.Generator().manual_seed(5))
+    labels[:, 1:] = torch.randint(0, V, (6, 299), generator=seeded(5))
     packed, sequence_ids = pack(hidden_states, weight, labels)
     token_logps = linear_logprob(*packed)
     expected = [token_logps[sequence_ids == sequence].double().sum() for sequence in range(6)]
@@ -274,7 +274,7 @@ def test_any_objective(objective, num_cells):
 
 def test_head_options_reach_the_head():
     hidden_states, weight, labels, ref_logps = make_batch()
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     bias, lora_a, lora_b = (
         torch.randn(*shape, generator=generator, dtype=torch.float64)
         for shape in ((V,), (2, D), (V, 2))

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from realign_kernels import rdpo_loss
+from realign_kernels.testing import seeded
 
 STEPS, PAIRS, POSITIONS, HIDDEN, VOCABULARY = 200, 4, 8, 24, 60
 
 
 def train(trains_head, **options):
     """Return the losses and gradient norms of a small model under plain gradient descent."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     tokens = torch.randint(VOCABULARY, (3 * PAIRS, POSITIONS + 1), generator=generator)
     labels = tokens[:, 1:].clone()
     labels[torch.rand(labels.shape, generator=generator) < 0.2] = -100

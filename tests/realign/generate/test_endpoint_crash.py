@@ -96,6 +96,7 @@ def test_killed_and_resumed(server: Any, image: Path, tmp_path: Path) -> None:
         assert not [prompt for prompt in (server.asked - before) if prompt in kept]
         if process.returncode == 0:
             break
+        assert process.returncode == -signal.SIGKILL  # or else it would fail for ever
         kills += 1
         lost = server.answered.keys() - prompts_of(journal).keys()
         assert len(lost) <= concurrency

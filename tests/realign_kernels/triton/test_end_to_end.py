@@ -7,7 +7,13 @@ import torch
 
 from realign_kernels import linear_logprob, linear_logprob_stats, ops, preference_loss, rdpo_loss
 from realign_kernels import objective as objectives
-from realign_kernels.testing import dense_log_probs, dense_logits, dense_logprob, make_head_inputs
+from realign_kernels.testing import (
+    dense_log_probs,
+    dense_logits,
+    dense_logprob,
+    make_head_inputs,
+    seeded,
+)
 from realign_kernels.tiles import TileShape
 
 pytestmark = pytest.mark.usefixtures("small_blocks", "small_tiles")
@@ -149,7 +155,7 @@ def test_statistics(head, dtype, trainable):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_certain_labels_leave_the_best_other_token_a_number(dtype):
     """exp(x[y] - shift) overflows where the first tile has set the shift far below the label."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     hidden = torch.ones(2, 1, dtype=dtype, requires_grad=True)
     weight = torch.randn(12, 1, generator=generator).to(dtype)
     weight[10] = 130.0

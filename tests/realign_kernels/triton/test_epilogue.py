@@ -13,6 +13,7 @@ from realign_kernels import _triton as kernels
 from realign_kernels._triton.epilogue import _tanh
 from realign_kernels.head import LogitTransform
 from realign_kernels.kernel_set import RowState, Tile
+from realign_kernels.testing import seeded
 
 pytestmark = pytest.mark.usefixtures("small_blocks", "poison_empty")
 
@@ -69,7 +70,7 @@ class Case:
 
 
 def make_case(N, V, seed=0, std=3.0, bias=True, hidden_size=5, rank=3, **options):
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
 
     def normal(*shape):
         # Multiples of 1/64: sums and differences up to 2 ** 18 are exact in float32.

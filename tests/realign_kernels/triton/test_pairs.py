@@ -8,6 +8,7 @@ import torch
 from realign_kernels import Objective, Term, preference_loss
 from realign_kernels import _triton as kernels
 from realign_kernels.kernel_set import PairBatch, PairResults
+from realign_kernels.testing import seeded
 
 pytestmark = pytest.mark.usefixtures("small_blocks", "poison_empty")
 
@@ -41,7 +42,7 @@ def make_batch(
     objective, num_pairs, num_positions=7, num_cells=None, dtype=torch.float32, has_reference=True,
     absent=0.0, is_packed=False, seed=0,
 ):  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     num_cells = num_cells or objective.num_cells
     shape = (num_cells * num_pairs, num_positions)
     token_logps = -3 * torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)

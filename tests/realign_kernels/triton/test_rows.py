@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from realign_kernels import _triton as kernels
+from realign_kernels.testing import seeded
 
 pytestmark = pytest.mark.usefixtures("small_blocks", "poison_empty")
 
@@ -25,7 +26,11 @@ def around(block):
 
 
 def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        *shape,
+        generator=seeded(seed),
+        dtype=torch.float64,
+    )
 
 
 def strided(matrix, layout):
@@ -113,7 +118,7 @@ def test_combine_leaves_other_rows_alone():
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 2**-23), (torch.float64, 2**-52)])
 def test_add_entries(D, V, dtype, rounding):
     num_rows = 7
-    generator = torch.Generator().manual_seed(V)
+    generator = seeded(V)
     # Two entries a row, as labels and top tokens have; some belong to no row of this tile.
     ids = torch.randint(-1, V + 2, (2 * num_rows,), generator=generator)
     ids[3:8] = V - 1
