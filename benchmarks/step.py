@@ -128,6 +128,9 @@ def run_jobs(jobs: dict[str, Job], repeats: int, warm_steps: int) -> Cells:
                 except RuntimeError as error:
                     cells[name] = {"status": "failed", "reason": str(error)}
                     del workers[name]
+        for name, worker in workers.items():
+            if jobs[name].profile:
+                worker.turn(1)
     return cells
 
 
@@ -178,7 +181,8 @@ def contenders(options: argparse.Namespace, mode: str, out: str) -> dict[str, Jo
     """Return the jobs of one mode by name, ours first."""
     common = Job(
         "ours", options.shape, mode, options.pairs,
-        steps=options.warm_steps + options.repeats * (2 if options.device == "cuda" else 1),
+        steps=options.warm_steps + options.repeats * (2 if options.device == "cuda" else 1)
+        + bool(options.profile),
         dtype=options.dtype, device=options.device, threads=options.threads, out=out,
     )  # fmt: skip
     recomputes = CHECKPOINTING[options.checkpointing]
@@ -193,6 +197,12 @@ def contenders(options: argparse.Namespace, mode: str, out: str) -> dict[str, Jo
         jobs["ours, Liger layers"] = replace(jobs["ours"], liger=True)
     if "flash" in options.variants:
         jobs["ours, flash-attention"] = replace(jobs["ours"], attention="flash_attention_2")
+    if options.profile:
+        files = {name: f"{options.shape} {mode} {name}.txt".replace(" ", "-") for name in jobs}
+        jobs = {
+            name: replace(job, profile=str((options.profile / files[name]).absolute()))
+            for name, job in jobs.items()
+        }
     return jobs
 
 
@@ -210,6 +220,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--profile", type=Path, help="folder for tables of the operators of one more step each"
+    )
     parser.add_argument("--commit", help="for a checkout without git")
     return parser
 

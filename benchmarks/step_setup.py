@@ -61,6 +61,7 @@ class Job:
     threads: int = 2
     seed: int = 0
     out: str = field(default="")  # folder for what a trainer insists on writing
+    profile: str = ""  # file for a table of the last step's operators
 
     @property
     def step_shape(self) -> StepShape:

@@ -22,8 +22,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}  # TRL's 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from benchmarks.step_profile import StepProfile
 from benchmarks.step_setup import Job, build_model, build_processor, build_records
 
 Send = Callable[[dict[str, Any]], None]
@@ -56,8 +57,16 @@ def _status(name: str) -> int:
 class Turns(TrainerCallback):
     """Lets the trainer step when told to, and times forward, backward and optimizer step."""
 
-    def __init__(self, trainer: Trainer, memory: Memory, send: Send, read: Callable[[], str]):
+    def __init__(
+        self,
+        trainer: Trainer,
+        memory: Memory,
+        send: Send,
+        read: Callable[[], str],
+        profile: StepProfile | None,
+    ) -> None:
         self.memory, self.send, self.read = memory, send, read
+        self.profile = profile  # of the last step
         self.left = 0
         self.losses: list[torch.Tensor] = []
         self.seconds: list[float] = []
@@ -70,17 +79,23 @@ class Turns(TrainerCallback):
 
         trainer.training_step = training_step
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any
+    ) -> None:
         """Wait for a turn."""
         if not self.left:
             self.left = int(self.read())
             self.memory.reset()
         self._synchronize()
+        if self.profile and state.global_step == args.max_steps - 1:
+            self.profile.start()
         self.started = time.perf_counter(), time.process_time()
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Report a turn that is over."""
         self._synchronize()
+        if self.profile and state.global_step == args.max_steps:
+            self.profile.stop()
         self.seconds.append(time.perf_counter() - self.started[0])
         self.cpu_seconds.append(time.process_time() - self.started[1])
         self.left -= 1
@@ -134,7 +149,8 @@ def main() -> None:
         print(json.dumps(message), file=stream, flush=True)
 
     trainer, found = make_trainer(job)
-    trainer.add_callback(Turns(trainer, memory, send, sys.stdin.readline))
+    profile = StepProfile(Path(job.profile), job.device) if job.profile else None
+    trainer.add_callback(Turns(trainer, memory, send, sys.stdin.readline, profile))
     send(found)
     trainer.train()
 

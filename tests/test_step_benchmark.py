@@ -68,7 +68,7 @@ def run(job: Job, turns: list[int], after_start: Any = None) -> list[dict[str, A
         after_start(trainer)
     said: list[dict[str, Any]] = []
     steps: Iterator[int] = iter(turns)
-    trainer.add_callback(Turns(trainer, Memory("cpu"), said.append, lambda: str(next(steps))))
+    trainer.add_callback(Turns(trainer, Memory("cpu"), said.append, lambda: str(next(steps)), None))
     trainer.train()
     return said
 
@@ -150,7 +150,10 @@ def test_the_prediction_is_token_arithmetic():
 def test_the_script_measures_in_turn_and_writes_a_table(tmp_path, capsys):
     call = ["--shape", "tiny", "--modes", "lora", "--schemes", "ours", "authors"]
     call += ["--repeats", "2", "--warm-steps", "1", "--threads", "1", "--out", str(tmp_path)]
-    assert step.main([*call, "--commit", "abc"]) == 0
+    assert step.main([*call, "--commit", "abc", "--profile", str(tmp_path / "profiles")]) == 0
+    profile = (tmp_path / "profiles" / "tiny-lora-ours.txt").read_text()
+    assert "s in operators on the cpu" in profile.splitlines()[0]
+    assert "realign::score_tokens" in profile
     cells = load(tmp_path / "cpu_step.json")["cells"]
     group = "step/tiny/lora/float32/1/off"
     assert cells.keys() == {f"{group}/ours", f"{group}/authors"}

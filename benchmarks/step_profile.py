@@ -1,0 +1,46 @@
+"""Where one training step spends its time, as a table of operators."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+ROWS = 60
+
+
+class StepProfile:
+    """Records what runs between ``start`` and ``stop``.
+
+    Args:
+        path: File that the table goes to.
+        device: "cpu" or "cuda".
+    """
+
+    def __init__(self, path: Path, device: str) -> None:
+        self.path, self.is_gpu = path, device == "cuda"
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.is_gpu else [])]
+        self._profile = profile(activities=activities)
+
+    def start(self) -> None:
+        """Begin, right before a step."""
+        self._profile.__enter__()
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """End, after the device is done, and write the file."""
+        seconds = time.perf_counter() - self._started
+        self._profile.__exit__(None, None, None)
+        events = self._profile.key_averages()
+        kind = "device" if self.is_gpu else "cpu"
+        busy = sum(getattr(event, f"self_{kind}_time_total") for event in events) / 1e6
+        table = events.table(
+            sort_by=f"self_{'cuda' if self.is_gpu else 'cpu'}_time_total",
+            row_limit=ROWS,
+            max_name_column_width=90,
+        )
+        head = f"{seconds:.4f} s by the clock, {busy:.4f} s in operators on the {kind}\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(f"{head}torch {torch.__version__}\n{table}\n", encoding="utf-8")
