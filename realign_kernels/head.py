@@ -120,6 +120,10 @@ class Precision:
         """Round as autocast asks and cast to what products take."""
         return self.rounded(tensor).to(self.operand)
 
+    def copies(self, dtype: torch.dtype) -> bool:
+        """Tell whether :meth:`of_operand` makes a copy."""
+        return dtype != self.operand or self.autocast not in (None, dtype)
+
     def of_factor(self, tensor: Tensor) -> Tensor:
         """The same for low-rank factors, whose products are small and never in half precision."""
         return self.rounded(tensor).to(self.accumulation)

@@ -71,7 +71,7 @@ def score_tokens_op(
     with plain(hidden_states):
         call = fused_call(
             hidden_states, lm_head_weight, lm_head_bias, lora_a, lora_b, lora_scaling, transform,
-            autocast_dtype, backend, budget[0], group_name,
+            autocast_dtype, backend, budget[0], group_name, sums_head_gradient=False,
         )  # fmt: skip
         check_labels(labels.view(label_shape), ignore_index, call.vocabulary)
         num_rows = known_number(sequence_lengths, labels.device)
@@ -175,7 +175,7 @@ def score_tokens_backward_op(
     with plain(hidden_states):
         call = fused_call(
             hidden_states, lm_head_weight, lm_head_bias, lora_a, lora_b, lora_scaling, transform,
-            autocast_dtype, backend, budget[0], group_name,
+            autocast_dtype, backend, budget[0], group_name, sums_head_gradient=any(needed[1:]),
         )  # fmt: skip
         rows = gather_rows(call, hidden_states, labels, positions)
         tracks_top = len(numbers) == 4
@@ -310,7 +310,10 @@ def fused_call(
     backend: str,
     workspace_bytes: int,
     group_name: str | None,
+    *,
+    sums_head_gradient: bool,
 ) -> FusedCall:
+    """Gather what does not change over a call; ``sums_head_gradient`` takes room from its tiles."""
     precision = _precision(weight, autocast_dtype, backend)
     shape = fused_tile_shape(
         hidden_states.device.type,
@@ -318,6 +321,8 @@ def fused_call(
         0 if lora_a is None else lora_a.shape[0],
         (precision.accumulation.itemsize, precision.operand.itemsize),
         workspace_bytes,
+        casts_head=precision.copies(weight.dtype),
+        sums_head_gradient=sums_head_gradient,
     )
     scale, softcap, temperature = transform
     factor = None if lora_a is None else precision.of_factor(lora_a)

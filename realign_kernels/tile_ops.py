@@ -82,7 +82,7 @@ def rdpo_tiles_op(
     with plain(hidden_states):
         call = fused_call(
             hidden_states, lm_head_weight, lm_head_bias, lora_a, lora_b, lora_scaling, transform,
-            autocast_dtype, backend, budget[0], group_name,
+            autocast_dtype, backend, budget[0], group_name, sums_head_gradient=any(needed[1:]),
         )  # fmt: skip
         check_labels(labels.view(label_shape), ignore_index, call.vocabulary)
         pairs = PairShape(*pair_shape)

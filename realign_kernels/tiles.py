@@ -68,18 +68,28 @@ def tile_shape(hidden_size: int, rank: int, itemsize: int, workspace_bytes: int)
 
 
 def fused_tile_shape(
-    device_type: str, hidden_size: int, rank: int, itemsizes: tuple[int, int], workspace_bytes: int
+    device_type: str,
+    hidden_size: int,
+    rank: int,
+    itemsizes: tuple[int, int],
+    workspace_bytes: int,
+    *,
+    casts_head: bool,
+    sums_head_gradient: bool,
 ) -> TileShape:
     """Return the largest tile of the fused backends within the budget.
 
     Scratch for one tile: logits and, where products take another dtype than they give, the
-    exponentials; the tile of the head if it is cast, with its gradient.  ``itemsizes`` are those of
-    accumulation and of operands.
+    exponentials; of the head what is cast, and its gradient until that is rounded.  ``itemsizes``
+    are those of accumulation and of operands.
     """
     rows, columns = _FUSED_SHAPES.get(device_type, _FUSED_SHAPES["cuda"])
     accumulation, operand = itemsizes
     per_logit = accumulation + (operand if operand != accumulation else 0)
-    per_column = 2 * accumulation * (hidden_size + rank + 1)
+    gradient = accumulation * (hidden_size + rank + 1)
+    per_column = accumulation * rank
+    per_column += operand * hidden_size if casts_head else 0
+    per_column += gradient if sums_head_gradient else 0
     while columns > 1 and columns * (rows * per_logit + per_column) > workspace_bytes:
         if rows > LEAST_ROWS and columns <= 4 * rows:
             rows //= 2
@@ -87,7 +97,7 @@ def fused_tile_shape(
             columns //= 2
     while rows > 1 and columns * (rows * per_logit + per_column) > workspace_bytes:
         rows //= 2
-    least = per_logit + per_column
+    least = per_logit + 2 * gradient  # of the backward too, so that it is refused beforehand
     if workspace_bytes < least:
         raise ValueError(
             f"workspace_bytes must be >= {least} to hold one logit of hidden size {hidden_size}, "

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from realign_kernels import linear_logprob, rdpo_loss
+from realign_kernels.head import Precision
 from realign_kernels.testing import make_head_inputs, peak_bytes
 from realign_kernels.tiles import fused_tile_shape
 
@@ -17,9 +18,33 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 def tile_bytes(dtype, workspace_bytes=WORKSPACE_BYTES):
     """One tile of logits and, where it is cast, of the head."""
     number = 8 if dtype == torch.float64 else 4
-    rows, columns = fused_tile_shape("cpu", D, 0, (number, number), workspace_bytes)
+    rows, columns = fused_tile_shape(
+        "cpu", D, 0, (number, number), workspace_bytes,
+        casts_head=dtype.itemsize != number, sums_head_gradient=False,
+    )  # fmt: skip
     cast = 0 if dtype.itemsize == number else columns * D * number
     return rows * columns * number + cast
+
+
+@pytest.mark.parametrize("hidden_size", [2048, 4096, 8192])
+def test_a_gpu_takes_the_whole_tile_where_nothing_of_the_head_is_copied(hidden_size):
+    """A frozen head in half precision: logits and exponentials alone are scratch."""
+    arguments = ("cuda", hidden_size, 0, (4, 2), WORKSPACE_BYTES)
+    frozen = fused_tile_shape(*arguments, casts_head=False, sums_head_gradient=False)
+    assert frozen == (4096, 8192)
+    for casts, sums in ((True, False), (False, True), (True, True)):
+        rows, columns = fused_tile_shape(*arguments, casts_head=casts, sums_head_gradient=sums)
+        head = columns * (2 * hidden_size * casts + 4 * (hidden_size + 1) * sums)
+        assert WORKSPACE_BYTES / 4 < rows * columns * 6 + head <= WORKSPACE_BYTES
+
+
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operand", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_copied_for_products_is_known(weight, autocast, operand):
+    precision, tensor = Precision(autocast, torch.float32, operand), torch.zeros(2, dtype=weight)
+    is_copy = precision.of_operand(tensor).data_ptr() != tensor.data_ptr()
+    assert precision.copies(weight) == is_copy
 
 
 def row_bytes(dtype, num_copies):
@@ -74,7 +99,10 @@ def test_trainable_head(dtype, memory):
     gradients = V * D * dtype.itemsize
     tile = tile_bytes(dtype)
     if memory == "stash":
-        rows, columns = fused_tile_shape("cpu", D, 0, (number, number), WORKSPACE_BYTES)
+        rows, columns = fused_tile_shape(
+            "cpu", D, 0, (number, number), WORKSPACE_BYTES, casts_head=False,
+            sums_head_gradient=False,
+        )  # fmt: skip
         tile += N * V * number - rows * columns * number
     # Of the gradient by the weight, one tile is summed before it is rounded.
     tile += 0 if dtype.itemsize == number else 2048 * D * number

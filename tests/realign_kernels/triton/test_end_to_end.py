@@ -40,7 +40,7 @@ HEADS = {
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Cut into tiles of 4 rows by 8 columns."""
-    monkeypatch.setattr(ops, "fused_tile_shape", lambda *_: TileShape(4, 8))
+    monkeypatch.setattr(ops, "fused_tile_shape", lambda *_, **__: TileShape(4, 8))
 
 
 def compare(inputs, *, memory, bound=None, trainable=True):
