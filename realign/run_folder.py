@@ -23,12 +23,13 @@ WRITES: Mapping[str, tuple[str, ...]] = {
         *("neighbours", "shards", "journal", "dataset.parquet", "funnel.json"),
     ),
     "train": (
-        *("accepted_numerics.json", "steps", ".checkpoint.tmp", "checkpoint", "metrics.jsonl"),
+        *("checked_rows.json", "accepted_numerics.json", "steps", ".checkpoint.tmp"),
+        *("checkpoint", "metrics.jsonl"),
     ),
     "eval": ("answers", "samples", "scores.json"),
     "demo": (
-        *("world", "dataset", "train.json", "steps", ".checkpoint.tmp", "checkpoint"),
-        *("metrics.jsonl", "compare", "eval", "summary.json", "report.html"),
+        *("world", "dataset", "train.json", "checked_rows.json", "steps", ".checkpoint.tmp"),
+        *("checkpoint", "metrics.jsonl", "compare", "eval", "summary.json", "report.html"),
     ),
 }
 
