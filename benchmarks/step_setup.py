@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
     CLIPImageProcessorPil,
@@ -26,7 +27,8 @@ from transformers import (
 )
 
 from benchmarks.step_shapes import SHAPES, StepShape
-from realign.modeling import disable_dropout, vision_module
+from realign.model_parts import VISION_MODULES
+from realign.modeling import disable_dropout
 from realign.records import Record
 
 SPECIAL = ("<pad>", "</s>", "<image>", "<vision>", "</vision>", "<video>", "USER:", "ASSISTANT:")
@@ -167,8 +169,17 @@ def build_model(job: Job) -> PreTrainedModel:
             attn_implementation=job.attention,
         )
     disable_dropout(model)
-    vision_module(model)[1].requires_grad_(False)
+    vision_tower(model)[1].requires_grad_(False)
     return model
+
+
+def vision_tower(model: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module of the vision tower; Qwen's has the projector inside."""
+    return next(
+        (name, module)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in VISION_MODULES
+    )
 
 
 def lora_config(job: Job, model: PreTrainedModel) -> Any:
@@ -181,7 +192,7 @@ def lora_config(job: Job, model: PreTrainedModel) -> Any:
         lora_alpha=2 * rank,
         lora_dropout=0.0,
         target_modules="all-linear",
-        exclude_modules=rf".*{vision_module(model)[0].rpartition('.')[2]}.*",
+        exclude_modules=rf".*{vision_tower(model)[0].rpartition('.')[2]}.*",
     )
 
 

@@ -38,12 +38,17 @@ def _of_percent(value: Any) -> Any:
 
 
 Share = Annotated[float, BeforeValidator(_of_percent), Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy's, the narrowest
+LearningRate = Annotated[float, Field(gt=0, le=1)]
+HammingDistance = Annotated[int, Field(ge=0, le=63)]  # of 64 bits; 64 would be any two images
 
 
 class Section(BaseModel):
     """The options of one verb, or of a part of one; each has its meaning below it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class GeneratorSection(Section):
@@ -59,7 +64,7 @@ class GeneratorSection(Section):
     """Requests under way at once. Endpoint only, as what follows."""
     timeout_s: PositiveFloat = 120.0
     """Seconds until a request counts as failed."""
-    max_retries: int = Field(default=6, ge=0)
+    max_retries: int = Field(default=6, ge=0, le=1000)
     """Further tries of a request after 429, 5xx, time-outs and broken connections."""
     temperature: NonNegativeFloat | None = 0.0
     """0 is greedy; null leaves it to the server, for models that take no other."""
@@ -122,7 +127,7 @@ class BuildConfig(Section):
     """The model that masks; the one to be aligned by default."""
     lexicon: Path | None = None
     """Phrases that can be masked; the packaged English one by default."""
-    mask_rates: dict[str, float] = Field(default_factory=dict)
+    mask_rates: dict[str, Share] = Field(default_factory=dict)
     """Share of segments to mask by lexicon category; 1, the paper's, where none is given. Rule
     masking only.
     """
@@ -138,7 +143,7 @@ class BuildConfig(Section):
     """Images less alike than this are not candidates."""
     max_cosine: float | None = Field(default=None, ge=-1, le=1)
     """Images more alike than this are not candidates."""
-    max_hamming: int | None = Field(default=NEAR_DUPLICATE_BITS, ge=0, le=63)
+    max_hamming: HammingDistance | None = NEAR_DUPLICATE_BITS
     """Images whose perceptual hashes differ in at most so many of 64 bits are near duplicates, no
     candidates for each other; null keeps them.
     """
@@ -148,7 +153,7 @@ class BuildConfig(Section):
     """``lexical``, or a sentence-transformers model such as
     ``sentence-transformers/all-mpnet-base-v2``.
     """
-    threshold: PositiveFloat = 0.95
+    threshold: float = Field(default=0.95, gt=0, le=1)
     """A completion is accepted below this similarity to the answer (tau of the paper)."""
     min_length_ratio: NonNegativeFloat = 1 / 3
     """A completion with fewer words than this share of the answer's is refused."""
@@ -178,13 +183,22 @@ class BuildConfig(Section):
     """
     dtype: Dtype = "auto"
     """``auto``: bfloat16 on a GPU, float32 on a CPU."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the masking draw; servers are sent it too."""
 
     @model_validator(mode="after")
     def _check_masker(self) -> BuildConfig:
         if self.masker is not None and self.mask == "rule":
             raise ValueError("masker is given while mask is rule. Add mask: model, or drop masker")
+        return self
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> BuildConfig:
+        low, high = self.min_length_ratio, self.max_length_ratio
+        if low > high:
+            raise ValueError(
+                f"min_length_ratio must be at most max_length_ratio {high:g}, got {low:g}. Lower it"
+            )
         return self
 
 
@@ -273,9 +287,9 @@ class TrainConfig(Section):
     """Weight of the chosen answer's mean negative log-likelihood; not in the paper."""
     rejected_scoring: RejectedScoring = "label"
     """``top_non_label`` is what the authors' code does, see docs/paper.md."""
-    learning_rate: PositiveFloat = 1e-5
+    learning_rate: LearningRate = 1e-5
     """Peak learning rate."""
-    projector_learning_rate: PositiveFloat | None = None
+    projector_learning_rate: LearningRate | None = None
     """Peak of the projector, be it trained in full or by its adapter; ``learning_rate`` by
     default.
     """
@@ -338,7 +352,7 @@ class TrainConfig(Section):
     """
     save_steps: PositiveInt = 100
     """Steps between checkpoints: what a killed run can lose."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the order of rows and of adapter initialisation."""
     report_to: list[str] = Field(default_factory=list)
     """Trackers of transformers.Trainer; none by default."""
@@ -404,7 +418,7 @@ class CheckConfig(Section):
     """
     max_reject: Share = 0.0
     """Share of rows that may be rejected, such as 0.001 or 0.1%; more, and the exit code is 1."""
-    max_hamming: NonNegativeInt | None = NEAR_DUPLICATE_BITS
+    max_hamming: HammingDistance | None = NEAR_DUPLICATE_BITS
     """A retrieved image whose perceptual hash (64 bits) differs from the original's in at most so
     many bits is a copy of it; null to allow copies.
     """
@@ -445,7 +459,7 @@ class EvalConfig(Section):
     """Resamples of the images behind each interval."""
     dtype: Dtype = "auto"
     """``auto``: bfloat16 on a GPU, float32 on a CPU."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the bootstrap."""
 
 

@@ -44,6 +44,11 @@ def replacing(path: Path) -> Iterator[Path]:
         os.close(directory)
 
 
+def is_unfinished(path: Path) -> bool:
+    """Whether a path is a temporary one of :func:`replacing`; a killed process leaves it behind."""
+    return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None and path.is_file()
+
+
 def follow_umask(path: Path) -> None:
     """Give a file the permissions that ``open`` would have given it; safetensors writes 0600."""
     mask = os.umask(0o077)  # it can only be read by setting it

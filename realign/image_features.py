@@ -1,4 +1,4 @@
-"""Every distinct image of a micro-batch is encoded once, whatever number of rows shows it."""
+"""Every distinct set of images of a micro-batch is encoded once, whatever rows show it."""
 
 from __future__ import annotations
 

@@ -19,7 +19,6 @@ from realign.errors import RefusedError
 from realign.families import CHAT_TEMPLATES
 from realign.files import file_sha256
 from realign.image_only import load_without_videos
-from realign.model_parts import VISION_MODULES
 from realign.preference_forward import attach_preference_forward
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
@@ -225,18 +224,3 @@ def disable_dropout(model: nn.Module) -> None:
         for name in ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-
-
-def vision_module(model: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of the vision tower.
-
-    Raises:
-        RefusedError: None of the known names is there.
-    """
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in VISION_MODULES:
-            return name, module
-    raise RefusedError(
-        f"{type(model).__name__} has no vision tower named {', '.join(VISION_MODULES)}. Set "
-        f"freeze_vision to false."
-    )

@@ -4,6 +4,7 @@ it at once.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -21,16 +22,22 @@ class Preemption:
     """Whether this process was asked to end since the ``with`` block began.
 
     The handler is set in the main thread of a program only, where Python runs handlers.
+
+    Attributes:
+        is_requested: Whether it was.
+        is_waited_for: Not 0 inside the block; worker processes see it too.
     """
 
     def __init__(self) -> None:
         self.is_requested = False
+        self.is_waited_for = multiprocessing.RawValue("b", 0)
         self._first = 0.0
         self._previous: Any = None
         self._is_installed = False
 
     def __enter__(self) -> Preemption:
         self.is_requested = False
+        self.is_waited_for.value = 1
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._handle)
             self._is_installed = True
@@ -42,6 +49,7 @@ class Preemption:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.is_waited_for.value = 0
         if self._is_installed:
             # None: it was not set from Python and cannot be set back
             signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
@@ -54,14 +62,21 @@ class Preemption:
             os._exit(SIGTERM_EXIT)  # a save in progress is not there until it is whole
 
 
-def ignore_sigterm(then: Callable[[int], None] | None, worker: int) -> None:
+def ignore_sigterm(then: Callable[[int], None] | None, is_waited_for: Any, worker: int) -> None:
     """``worker_init_fn`` of a DataLoader: a scheduler that signals a whole process group must not
     take the workers away from a process that still has to save. They end with their parent.
 
     Args:
         then: The function that would have been called.
+        is_waited_for: Of the parent's :class:`Preemption`. Outside its block a worker ends as any
+            other: it is so that multiprocessing ends those that are left when the parent exits.
         worker: The worker's number.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if not is_waited_for.value:
+            os._exit(0)  # as torch's own handler: its parent must not take it for a failure
+
+    signal.signal(signal.SIGTERM, handle)
     if then is not None:
         then(worker)

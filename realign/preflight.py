@@ -14,6 +14,7 @@ import torch
 
 from realign.acceleration import quantized_weights
 from realign.build.lengths import position_limit
+from realign.check.checked_rows import CheckedRows
 from realign.check.memory import micro_step_bytes
 from realign.check.row_lengths import RowLengths
 from realign.check.rows import check_rows
@@ -28,7 +29,13 @@ from realign.training_arguments import num_steps, num_warmup_steps, pairs_per_st
 
 
 def preflight(
-    config: TrainConfig, folder: Path, records: Sequence[Record], processor: Any, *, cells: int
+    config: TrainConfig,
+    folder: Path,
+    records: Sequence[Record],
+    processor: Any,
+    *,
+    cells: int,
+    checked: CheckedRows | None = None,
 ) -> list[str]:
     """Check a run's rows and options against its model's configuration and this machine.
 
@@ -38,6 +45,7 @@ def preflight(
         records: The rows.
         processor: The model's.
         cells: How many sequences a pair is.
+        checked: Where it is kept that the rows were good.
     Returns:
         The findings, a line each.
     Raises:
@@ -57,6 +65,7 @@ def preflight(
         cells=cells,
         max_length=config.max_length,
         position_limit=position_limit(model_config),
+        checked=checked,
     )
     return [
         _say_rows(lengths),

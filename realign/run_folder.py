@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from realign.errors import RefusedError
-from realign.files import canonical_json, content_sha256, write_json
+from realign.files import canonical_json, content_sha256, is_unfinished, write_json
 
 # What each verb writes into its folder beside <verb>.json, and another run of it would mix up.
 # Reference log-probabilities are not among it: they are known by their content.
@@ -23,12 +23,13 @@ WRITES: Mapping[str, tuple[str, ...]] = {
         *("neighbours", "shards", "journal", "dataset.parquet", "funnel.json"),
     ),
     "train": (
-        *("accepted_numerics.json", "steps", ".checkpoint.tmp", "checkpoint", "metrics.jsonl"),
+        *("checked_rows.json", "accepted_numerics.json", "steps", ".checkpoint.tmp"),
+        *("checkpoint", "metrics.jsonl"),
     ),
     "eval": ("answers", "samples", "scores.json"),
     "demo": (
-        *("world", "dataset", "train.json", "steps", ".checkpoint.tmp", "checkpoint"),
-        *("metrics.jsonl", "compare", "eval", "summary.json", "report.html"),
+        *("world", "dataset", "train.json", "checked_rows.json", "steps", ".checkpoint.tmp"),
+        *("checkpoint", "metrics.jsonl", "compare", "eval", "summary.json", "report.html"),
     ),
 }
 
@@ -68,7 +69,8 @@ def claim(folder: Path, verb: str, what: Mapping[str, Any], labels: Labels | Non
 @contextmanager
 def only_run(folder: Path, verb: str) -> Iterator[None]:
     """Hold a folder, so that the same command given twice does not do the same work twice. The
-    system lets go of it when the process ends, however it does.
+    system lets go of it when the process ends, however it does. Files that a killed run left half
+    written are removed.
 
     Raises:
         RefusedError: Another process holds it.
@@ -77,12 +79,21 @@ def only_run(folder: Path, verb: str) -> Iterator[None]:
     lock = FileLock(folder / f".{verb}.lock", timeout=0)
     try:
         with lock:
+            _remove_unfinished(folder, verb)
             yield
     except Timeout:
         raise RefusedError(
             f"out {folder} must be written by one `realign {verb}` at a time, another one is "
             "running. Wait for it, or choose another folder."
         ) from None
+
+
+def _remove_unfinished(folder: Path, verb: str) -> None:
+    """Remove what a killed run of the verb was writing; nobody else is, the folder being held."""
+    for name in {f"{verb}.json", *WRITES[verb]} - WRITTEN_BEFORE:
+        for path in (*folder.glob(f".{name}.*.tmp"), *(folder / name).rglob(".*.tmp")):
+            if is_unfinished(path):
+                path.unlink(missing_ok=True)
 
 
 def is_claimed(

@@ -14,6 +14,7 @@ from transformers import PrinterCallback, set_seed
 
 from realign.cache import CacheReference, Identity, Ranks, Scoring, fill, read_cache
 from realign.callbacks import LogLastStep, MetricsFile, ShowProgress
+from realign.check.checked_rows import CheckedRows
 from realign.check.rows import announce_missing_images
 from realign.checkpoints import publish
 from realign.config import TrainConfig
@@ -69,6 +70,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
         "processes": ranks.world_size,
     }  # fmt: skip
     labels = {"rows": [f"row {row.id}" for row in rows]}
+    checked = CheckedRows.of(config.out / "checked_rows.json", what["rows"], identity)
 
     def is_finished() -> bool:
         if not is_claimed(config.out, "train", what, labels) or not checkpoint.is_dir():
@@ -78,8 +80,15 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
 
     def check() -> None:
         check_precision(weights_dtype(config), autocast=config.autocast)
-        found = preflight(config, folder, records, processor, cells=cells)
         announce_missing_images(sum(not row.has_retrieved for row in rows), len(rows), objective)
+        found = preflight(
+            config,
+            folder,
+            records,
+            processor,
+            cells=cells,
+            checked=None if dry_run else checked,  # whoever asks for a dry run asks for the check
+        )
         for line in found:
             announce(line)
 
@@ -100,6 +109,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
 
     def claim_folder() -> None:
         claim(config.out, "train", what, labels)
+        checked.keep()
         if reference.acceptance is not None:
             write_json(config.out / "accepted_numerics.json", reference.acceptance)
 

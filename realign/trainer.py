@@ -225,7 +225,7 @@ class RDPOTrainer(CheckpointTrainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
             in_order=args.dataloader_in_order,
-            worker_init_fn=partial(ignore_sigterm, seed),
+            worker_init_fn=partial(ignore_sigterm, seed, self._preemption.is_waited_for),
             # its own: how often a loader began is not to move the global one
             generator=torch.Generator(),
         )

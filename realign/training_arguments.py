@@ -61,8 +61,6 @@ def training_arguments(config: TrainConfig, num_records: int) -> RDPOConfig:
         bf16=config.autocast,  # else the weights' own dtype
         check_first_step=config.check_first_step,
         dataloader_num_workers=config.workers,
-        # workers that ignore SIGTERM, and outlive an epoch, would outlive the run
-        dataloader_persistent_workers=False,
         use_cpu=not torch.cuda.is_available(),
         logging_strategy="steps",
         logging_first_step=True,

@@ -23,6 +23,7 @@ from benchmarks.step_setup import (  # noqa: E402
     build_model,
     build_processor,
     build_records,
+    vision_tower,
 )
 from benchmarks.step_shapes import (  # noqa: E402
     MODES,
@@ -32,7 +33,6 @@ from benchmarks.step_shapes import (  # noqa: E402
     work,
 )
 from benchmarks.step_worker import Memory, Turns, make_trainer, scheme_module  # noqa: E402
-from realign.modeling import vision_module  # noqa: E402
 
 # transformers and trl on each other's names
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -47,7 +47,7 @@ class Counter:
         self.shape = shape
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         inner.model.get_decoder().register_forward_pre_hook(self._decoder, with_kwargs=True)
-        vision_module(inner)[1].register_forward_pre_hook(self._tower, with_kwargs=True)
+        vision_tower(inner)[1].register_forward_pre_hook(self._tower, with_kwargs=True)
 
     def _decoder(self, module: Any, args: Any, kwargs: Any) -> None:
         self.tokens[torch.is_grad_enabled()] += kwargs["inputs_embeds"].shape[:2].numel()

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from realign.check.checked_rows import CheckedRows
 from realign.check.decoding import sized_row
 from realign.check.row_lengths import RowLengths
 from realign.collate import PreferenceCollator
@@ -24,6 +25,7 @@ def check_rows(
     cells: int,
     max_length: int | None,
     position_limit: int | None = None,
+    checked: CheckedRows | None = None,
 ) -> RowLengths:
     """Check every row's content, images, template and length, and return the lengths.
 
@@ -33,19 +35,15 @@ def check_rows(
         cells: How many cells of a pair will be used.
         max_length: Longest row in tokens, image tokens included; None for any.
         position_limit: Longest row that the model was made for; None where that is not known.
+        checked: Where it is kept that they were good, limits aside; is told the lengths.
     Raises:
         RefusedError: Naming the rows.
     """
-    check_records(records, Renderer(processor).placeholders())
-    # one that alters texts alters every one
-    PreferenceCollator(processor, cells).check_processor(records[0])
     lengths = RowLengths(processor, {}, cells)
-    problems: list[str] = []
-    with Progress("check lengths", len(records)) as progress:
-        for record in records:
-            problems += [problem.message for problem in lengths.problems(sized_row(record))]
-            progress.advance()
-    refuse_problems(problems, len(records))
+    if checked is not None and checked.restore(lengths):
+        announce(f"{len(records):,} rows are those that were good before; not checked again")
+    else:
+        _measure(records, processor, lengths)
     limits = (
         ("max_length", max_length, "Raise max_length or remove them"),
         ("max_position_embeddings", position_limit, "Shorten or remove them"),
@@ -53,7 +51,22 @@ def check_rows(
     for name, limit, remedy in limits:
         if limit is not None and max(lengths.rows) > limit:
             _refuse_long(records, lengths.rows, name, limit, remedy)
+    if checked is not None:
+        checked.lengths = lengths
     return lengths
+
+
+def _measure(records: Sequence[Record], processor: Any, lengths: RowLengths) -> None:
+    """Check all but the limits, and put the lengths in."""
+    check_records(records, Renderer(processor).placeholders())
+    # one that alters texts alters every one
+    PreferenceCollator(processor, lengths.cells).check_processor(records[0])
+    problems: list[str] = []
+    with Progress("check lengths", len(records)) as progress:
+        for record in records:
+            problems += [problem.message for problem in lengths.problems(sized_row(record))]
+            progress.advance()
+    refuse_problems(problems, len(records))
 
 
 def announce_missing_images(without: int, num_rows: int, objective: Objective) -> None:

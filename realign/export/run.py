@@ -69,6 +69,10 @@ def export(data: Path, images: Path | None, to: str, out: Path) -> Exported:
                 digest.add(record)
             if stored.get("records") == digest.value:
                 return Exported(stored["counts"], note)
+            raise RefusedError(
+                f"out must hold an export of the rows of {data} as they are now, or nothing, got "
+                f"{out} with one of others. Remove that folder, or choose another --out."
+            )
     check_new(out)
     digest = Digest()
     with new_folder(out) as folder, Progress(f"export to {to}", len(records)) as progress:

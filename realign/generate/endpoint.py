@@ -83,6 +83,10 @@ class Endpoint:
                 f"fragment. Put the key into the environment variable {self.api_key_env}."
             )
 
+    def longest_wait_s(self, attempt: int) -> float:
+        """Seconds after a failed attempt, from 0, where the server does not ask for more."""
+        return min(self.backoff_s * 2**attempt, LONGEST_BACKOFF_S)
+
     def key(self) -> str:
         """Read the key; empty where there is none.
 
@@ -156,7 +160,7 @@ async def ask(
     endpoint: Endpoint,
     body: Mapping[str, Any],
     was_reached: bool,
-    on_retry: Callable[[], None],
+    on_retry: Callable[[str, float], None],
 ) -> Reply:
     """Ask until there is an answer or a refusal.
 
@@ -165,15 +169,16 @@ async def ask(
         endpoint: The same.
         body: The request.
         was_reached: Whether the server has answered before: then it may come back.
-        on_retry: Called before each further attempt.
+        on_retry: Called before each further attempt, with what happened, free of the key, and the
+            seconds until it.
     Raises:
         RefusedError: The server cannot be reached, refuses every request (401, 403, 404, ...), or
             has failed too often.
     """
     key = endpoint.key()
     for attempt in range(endpoint.max_retries + 1):
-        wait = endpoint.backoff_s * 2**attempt
-        wait = min(wait, LONGEST_BACKOFF_S) * _jitter.uniform(0.5, 1)  # not all at once again
+        # not all at once again
+        wait = endpoint.longest_wait_s(attempt) * _jitter.uniform(0.5, 1)
         try:
             async with asyncio.timeout(endpoint.timeout_s):  # also of a body that trickles
                 response = await client.chat.completions.with_raw_response.create(**body)
@@ -207,7 +212,7 @@ async def ask(
                 f"{endpoint.base_url} asks to wait {wait:.0f} s ({failure}). Start again then."
             )
         if attempt < endpoint.max_retries:
-            on_retry()
+            on_retry(failure, wait)
             await asyncio.sleep(wait)
     raise RefusedError(
         f"{endpoint.base_url} failed {endpoint.max_retries + 1} times for one request, at last "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -23,12 +25,15 @@ from realign.generate.endpoint import Endpoint, ask, open_client
 from realign.generate.generator import Request
 from realign.generate.image_url import TooLargeError, image_url
 from realign.generate.journal import Journal
+from realign.progress import announce
 
 if TYPE_CHECKING:
     import openai
 
 # So many requests refused with none answered between them: the fault is not theirs
 MAX_REFUSED_IN_A_ROW = 16
+# A server that is asked too much fails and answers by turns
+ANNOUNCE_INTERVAL_S = 60.0
 _OURS = ("messages", "model", "stream", "n")  # and what is a field of Sampling
 
 
@@ -117,6 +122,9 @@ class EndpointGenerator:
     of the rows. One whose image is too large to be sent gets a ``problem`` too, but no line in the
     journal: nothing was asked.
 
+    A server that fails is announced once until it answers again, and at most once in
+    ``ANNOUNCE_INTERVAL_S``.
+
     Args:
         endpoint: Where the server is.
         sampling: What it is asked for.
@@ -132,6 +140,8 @@ class EndpointGenerator:
         self._sampling = sampling
         self._refused: list[tuple[_Question, Reply]] = []  # not yet journalled
         self._refused_in_a_row = 0
+        self._is_failing = False  # since it last answered
+        self._announced_at = -math.inf
         self._unsent: dict[str, str] = {}  # key to why, of the call under way
         self._journal = Journal(journal)
 
@@ -212,14 +222,25 @@ class EndpointGenerator:
             messages = [{"role": "user", "content": content}]
             body = {**self._sampling.body(), "messages": messages}
             was_reached = self.counts.asked > 0
-            reply = await ask(client, self._endpoint, body, was_reached, self._count_retry)
+            reply = await ask(client, self._endpoint, body, was_reached, self._on_retry)
             self._take(question, reply)
 
-    def _count_retry(self) -> None:
+    def _on_retry(self, failure: str, wait_s: float) -> None:
         self.counts.retries += 1
+        if self._is_failing or time.monotonic() - self._announced_at < ANNOUNCE_INTERVAL_S:
+            return
+        self._is_failing, self._announced_at = True, time.monotonic()
+        tries = self._endpoint.max_retries
+        waits = sum(map(self._endpoint.longest_wait_s, range(tries)))
+        announce(
+            f"{self._endpoint.base_url} fails: {failure}. It is asked again in "
+            f"{math.ceil(wait_s)} s, and up to {tries} times ({math.ceil(waits)} s of waiting) "
+            "before the run stops"
+        )
 
     def _take(self, question: _Question, reply: Reply) -> None:
         self.counts.asked += 1
+        self._is_failing = False
         if reply.status != 200:
             self.counts.refused += 1
             self._refused.append((question, reply))

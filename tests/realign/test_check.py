@@ -23,7 +23,8 @@ from realign.config_file import load_config
 from realign.footprint import Footprint
 from realign.inspection import ImageFacts
 from realign.lora import add_adapter
-from realign.modeling import load_model, load_processor, vision_module
+from realign.model_parts import freeze_parts
+from realign.modeling import load_model, load_processor
 from realign.parquet import write_parquet
 
 
@@ -294,7 +295,7 @@ def test_predicted_memory_is_that_of_the_loaded_model(tmp_path: Path, records, m
     assert len(training) == 4
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         model = load_model(model_dir, dtype)
-        vision_module(model)[1].requires_grad_(False)
+        freeze_parts(model, {"vision"})
         full = Footprint.of(model)
         adapted = Footprint.of(
             add_adapter(model, rank=4, alpha=8, targets="all-linear", freeze_vision=True)

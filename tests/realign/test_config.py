@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
-from realign.config import NEAR_DUPLICATE_BITS, BuildConfig, TrainConfig
-from realign.config_file import load_config
+from realign.config import NEAR_DUPLICATE_BITS, SECTIONS, BuildConfig, TrainConfig
+from realign.config_file import inner_section, load_config
 from realign.errors import RefusedError
 from realign.perceptual_hash import NEAR_BITS
 
@@ -54,6 +57,63 @@ def test_refused_overrides(override: str, message: str) -> None:
         load_config(TrainConfig, None, ["train.beta=0.5", override], NEEDED)
 
 
+def numeric_options(section: type[BaseModel], path: str) -> Iterator[tuple[str, bool]]:
+    """Path of each option that holds a number, and whether it may have a fraction."""
+    for key, field in section.model_fields.items():
+        if inner := inner_section(field.annotation):
+            yield from numeric_options(inner, f"{path}.{key}")
+        elif re.search(r"\b(int|float)\b", str(field.annotation)):
+            number = f"{path}.{key}.any" if "dict" in str(field.annotation) else f"{path}.{key}"
+            yield number, "float" in str(field.annotation)
+
+
+NUMERIC = [it for verb in SECTIONS for it in numeric_options(SECTIONS[verb], verb)]
+
+
+def refused(path: str, value: float) -> str:
+    """What is said to a value of an option, without the words about others."""
+    verb = path.partition(".")[0]
+    with pytest.raises(RefusedError) as error:
+        load_config(SECTIONS[verb], None, [f"{path}={value}"])
+    said = [line for line in str(error.value).splitlines() if line.startswith(f"{path}: ")]
+    assert said, error.value
+    return said[0]
+
+
+@pytest.mark.parametrize(("path", "has_fraction"), NUMERIC)
+def test_every_number_is_bounded_and_finite(path: str, has_fraction: bool) -> None:
+    assert re.search(r"Input should be greater than .*, got -2\.", refused(path, -2))
+    for value in (".inf", ".nan") if has_fraction else (".inf",):
+        assert "Input should be a finite number, got" in refused(path, value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("build.threshold", 1.01, "less than or equal to 1, got 1.01"),
+        ("build.threshold", 0, "greater than 0, got 0"),
+        ("build.mask_rates.objects", 1.01, "less than or equal to 1, got 1.01"),
+        ("build.max_reject", "101%", "less than or equal to 1, got '101%'"),
+        ("build.min_cosine", 1.01, "less than or equal to 1, got 1.01"),
+        ("build.max_cosine", 1.01, "less than or equal to 1, got 1.01"),
+        ("build.max_hamming", 64, "less than or equal to 63, got 64"),
+        ("build.top_k", 0, "greater than 0, got 0"),
+        ("build.seed", 2**32, "less than 4294967296, got 4294967296"),
+        ("build.annotator.max_retries", 1001, "less than or equal to 1000, got 1001"),
+        ("check.max_hamming", 64, "less than or equal to 63, got 64"),
+        ("train.learning_rate", 1.01, "less than or equal to 1, got 1.01"),
+        ("train.projector_learning_rate", 1.01, "less than or equal to 1, got 1.01"),
+        ("train.warmup_ratio", 1.01, "less than or equal to 1, got 1.01"),
+        ("train.seed", 2**32, "less than 4294967296, got 4294967296"),
+        ("train.lora.r", 0, "greater than 0, got 0"),
+        ("eval.bootstrap", 0, "greater than 0, got 0"),
+        ("eval.seed", 2**32, "less than 4294967296, got 4294967296"),
+    ],
+)
+def test_numbers_out_of_range(path: str, value: float, said: str) -> None:
+    assert refused(path, value) == f"{path}: Input should be {said}."
+
+
 def test_a_missing_option_says_how_to_give_it() -> None:
     with pytest.raises(RefusedError, match=r"train\.model is required\. Pass --model"):
         load_config(TrainConfig, None, [], {"data": Path("d"), "out": Path("o")})
@@ -89,6 +149,10 @@ def test_missing_file(tmp_path: Path) -> None:
         (
             {"inducer": {"model": "m", "temperature": 1.0}},
             "inducer: temperature need an endpoint",
+        ),
+        (
+            {"min_length_ratio": 2, "max_length_ratio": 1.5},
+            "build: min_length_ratio must be at most max_length_ratio 1.5, got 2. Lower it.",
         ),
         ({"annotation_prompt": "Describe it."}, "annotation_prompt: String should match"),
         ({"image_name": "COCO_"}, "image_name: String should match"),

@@ -78,14 +78,31 @@ def test_sigterm_at_many_moments(tmp_path: Path, records, model_dir: Path) -> No
 
 def test_workers_leave_sigterm_to_the_process_that_saves() -> None:
     """A scheduler may signal all of a process group."""
-    loader = DataLoader(
-        list(range(20)), num_workers=2, worker_init_fn=partial(ignore_sigterm, None)
+    with Preemption() as asked:
+        ignore = partial(ignore_sigterm, None, asked.is_waited_for)
+        iterator: Any = iter(DataLoader([*range(20)], num_workers=2, worker_init_fn=ignore))
+        seen = [next(iterator), next(iterator)]  # one of each worker
+        for worker in iterator._workers:
+            os.kill(worker.pid, signal.SIGTERM)
+        assert len([*seen, *iterator]) == 20
+
+
+@pytest.mark.parametrize("is_persistent", [False, True])
+def test_workers_end_with_a_run_that_fails(is_persistent: bool) -> None:
+    """In the middle of an epoch; the traceback holds what held the workers."""
+    code = (
+        "from functools import partial\n"
+        "from torch.utils.data import DataLoader\n"
+        "from realign.preemption import Preemption, ignore_sigterm\n"
+        "with Preemption() as asked:\n"
+        "    ignore = partial(ignore_sigterm, None, asked.is_waited_for)\n"
+        "    batches = iter(DataLoader([*range(20)], num_workers=2, worker_init_fn=ignore,\n"
+        f"                   persistent_workers={is_persistent}))\n"
+        "    next(batches), 1 / 0\n"
     )
-    iterator: Any = iter(loader)
-    seen = [next(iterator), next(iterator)]  # one of each worker
-    for worker in iterator._workers:
-        os.kill(worker.pid, signal.SIGTERM)
-    assert len([*seen, *iterator]) == 20
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert process.returncode == 1
+    assert b"ZeroDivisionError" in process.stderr
 
 
 def test_one_sigterm_that_comes_twice_is_one() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from realign.config import LoraSection, TrainConfig
 from realign.errors import RefusedError
-from realign.modeling import load_model, model_identity, vision_module
+from realign.modeling import load_model, model_identity
 from realign.parquet import write_parquet
 from realign.train import train
 
@@ -52,12 +52,6 @@ def test_generation_settings_are_part_of_what_answers_and_not_of_what_scores(cop
     (copy / "generation_config.json").write_text("{}")
     assert model_identity(copy) == before[0]
     assert model_identity(copy, generates=True) != before[1]
-
-
-def test_vision_module_is_found_or_refused(model_dir: Path) -> None:
-    assert vision_module(load_model(model_dir, torch.float32))[0].endswith("vision_tower")
-    with pytest.raises(RefusedError, match=r"Linear has no vision tower named .*freeze_vision"):
-        vision_module(torch.nn.Linear(1, 1))
 
 
 def test_lora_on_an_adapter_is_refused(tmp_path: Path, model_dir: Path, records) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,37 @@ def test_a_package_without_a_gpu_is_refused(
     value = {"attention": "flash", "liger": True, "quantization": "nf4"}[option]
     with pytest.raises(RefusedError, match=rf"^{option}: \w+ must have a GPU"):
         train(config(without_weights, data, tmp_path, lora=LORA, **{option: value}))
+
+
+def test_a_continued_run_checks_nothing_again_but_limits(
+    tmp_path: Path, model_dir: Path, data: Path, monkeypatch, capsys
+) -> None:
+    def again(**options) -> str:
+        """What is said to the same command after a kill during training or before."""
+        shutil.rmtree(options.pop("without"), ignore_errors=True)
+        capsys.readouterr()
+        train(config(model_dir, data, tmp_path, batch_size=6, **options))
+        return capsys.readouterr().err
+
+    run = tmp_path / "run"
+    first = again(without=run)
+    assert "check lengths: 12/12" in first
+    second = again(without=run / "checkpoint")
+    assert "12 rows are those that were good before; not checked again" in second
+    assert "check lengths" not in second
+    said = "12 pairs; sequences of"
+    assert [line for line in first.splitlines() if line.startswith(said)] == [
+        line for line in second.splitlines() if line.startswith(said)
+    ]
+    with pytest.raises(RefusedError, match="12 of 12 rows are longer than max_length = 20 tokens"):
+        again(without=run / "checkpoint", max_length=20)
+    file = run / "checked_rows.json"
+    for raw in (file.read_text().replace("1", "2", 1), "[", "[]", '{"rows": [1], "images": []}'):
+        file.write_text(raw)
+        assert "check lengths: 12/12" in again(without=run / "checkpoint")
+        assert "not checked again" in again(without=run / "checkpoint")
+    monkeypatch.setattr("realign.numerics.version_of", lambda name: "99")
+    assert "check lengths: 12/12" in again(without=run / "checkpoint")
 
 
 def test_rows_longer_than_the_model_was_made_for_are_refused(

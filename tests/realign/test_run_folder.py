@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from realign.errors import RefusedError
-from realign.run_folder import WRITES, claim
+from realign.run_folder import WRITES, claim, only_run
 
 
 def refusal(folder: Path, verb: str, what: dict[str, object], **options) -> str:
@@ -28,6 +30,31 @@ def test_the_remedy_names_the_files_of_that_run_and_what_to_keep(tmp_path: Path)
     ]
 
 
+@pytest.mark.parametrize("name", ["dataset.parquet", "shards/00003.jsonl", "build.json"])
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path, name: str) -> None:
+    code = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from realign.files import replacing\n"
+        f"with replacing(Path({str(tmp_path / name)!r})) as temporary:\n"
+        "    temporary.write_bytes(b'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code])
+    (left,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    others = [
+        *(".mine.tmp", ".dataset.parquet.tmp", "dataset.parquet.1.tmp", ".notes.12.tmp"),
+        *("mine/.dataset.parquet.12.tmp", "shards/00001.jsonl", "shards/.00001.jsonl.mine.tmp"),
+        "images/.a.png.12.tmp",  # of a run that reads its source, which does not hold the folder
+    ]
+    for other in others:
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).write_text("")
+    with only_run(tmp_path, "build"):
+        assert not left.exists()
+        assert all((tmp_path / other).is_file() for other in others)
+
+
 def test_what_the_remedy_names_is_what_the_verb_writes(tmp_path: Path, model_dir, records) -> None:
     from realign.config import TrainConfig
     from realign.parquet import write_parquet
@@ -37,7 +64,7 @@ def test_what_the_remedy_names_is_what_the_verb_writes(tmp_path: Path, model_dir
     out = tmp_path / "run"
     train(TrainConfig(model=str(model_dir), data=tmp_path / "d.parquet", out=out, batch_size=2))
     names = {path.name for path in out.iterdir()} - {".train.lock"}  # held, and holds nothing
-    assert names == {"train.json", "checkpoint", "metrics.jsonl", "cache"}
+    assert names == {"train.json", "checked_rows.json", "checkpoint", "metrics.jsonl", "cache"}
     assert names - {"train.json", "cache"} <= {*WRITES["train"]}
 
 

@@ -19,7 +19,8 @@ from transformers import AutoModelForImageTextToText
 
 from realign.cache import build_cache, read_cache, reference_identity
 from realign.collate import PreferenceCollator
-from realign.modeling import load_model, load_processor, vision_module
+from realign.model_parts import freeze_parts
+from realign.modeling import load_model, load_processor
 from realign.records import Record
 from realign_kernels import Objective
 
@@ -37,7 +38,7 @@ class Trajectory(NamedTuple):
 
 def train(model: nn.Module, losses: Iterator[Tensor]) -> Trajectory:
     """Step once for each loss, which is computed with the weights of that moment."""
-    vision_module(model)[1].requires_grad_(False)
+    freeze_parts(model, {"vision"})
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
     found: list[tuple[float, float]] = []

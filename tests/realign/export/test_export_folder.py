@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from realign.cli import app
+from realign.decisions import Decision, append_decision, decisions_path
 from realign.errors import RefusedError
 from realign.export import run
 from realign.export.folder import ImageFolder
@@ -40,8 +41,13 @@ def test_the_same_export_changes_nothing_and_another_is_refused(
     other = next(name for name in WRITERS if name != to)
     with pytest.raises(RefusedError, match=r"out must be a new or empty folder, .*export\.json"):
         export(data, None, other, out)
+    append_decision(decisions_path(data), Decision(built[0].id, built[0].key, "drop"))
+    changed = r"must hold an export of the rows of .* as they are now, .*out with one of others\."
+    with pytest.raises(RefusedError, match=changed):
+        export(data, None, to, out)
+    decisions_path(data).unlink()
     write_parquet(built[:3], data)
-    with pytest.raises(RefusedError, match="out must be a new or empty folder"):
+    with pytest.raises(RefusedError, match=changed):
         export(data, None, to, out)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     assert [path.name for path in out.parent.iterdir()] == ["out"]

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -194,6 +195,40 @@ def test_a_lasting_failure_ends_the_run_and_keeps_what_was_answered(
     with generator(server.url) as generate:
         generate(ask_about("a", "b", "bad", "c"))
         assert (generate.counts.asked, generate.counts.from_journal) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("fault", "failure"),
+    [
+        ("status|429", r"429, status 429 for Bearer \*\*\*"),
+        ("close_silently", "[^.]* disconnected.*"),
+    ],
+)
+def test_an_outage_is_announced_once(
+    server: Any,
+    generator: Any,
+    ask_about: Ask,
+    fault: str,
+    failure: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server.fault = lambda prompt, attempt: fault if attempt < 3 else ""
+    with generator(server.url, endpoint={"backoff_s": 0.1}) as generate:
+        generate(ask_about(*"abcd"))
+        said = capsys.readouterr().err
+        server.fault = lambda prompt, attempt: "" if attempt else fault
+        generate(ask_about("e"))
+        assert capsys.readouterr().err == ""  # a server that fails now and then
+        monkeypatch.setattr("realign.generate.endpoint_generator.ANNOUNCE_INTERVAL_S", 0.0)
+        generate(ask_about("f"))
+        assert capsys.readouterr().err.count("fails") == 1
+    assert KEY not in said
+    assert re.fullmatch(
+        rf"{server.url} fails: {failure}\. It is asked again in 1 s, and up to 6 times \(7 s of "
+        r"waiting\) before the run stops\n",
+        said,
+    ), said
 
 
 @pytest.mark.parametrize("is_date", [False, True])
