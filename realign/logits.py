@@ -7,12 +7,14 @@ reading of the configuration is compared with the model's own logits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from realign.errors import RefusedError
@@ -21,6 +23,7 @@ SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # large enough for the usual softcaps of 20 to 50 to show, also in bfloat16
 LARGEST_LOGIT = 40.0
+NUM_TOKENS = 64  # of a head without values
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,13 @@ def find_logit_transform(model: PreTrainedModel) -> LogitTransform:
     Raises:
         RefusedError: There is none.
     """
-    head = model.get_output_embeddings()
-    weight: Tensor = head.weight
-    hidden_states = torch.randn(1, 2, weight.shape[1], generator=torch.Generator().manual_seed(0))
-    hidden_states = hidden_states.to(weight)
-    hidden_states *= LARGEST_LOGIT / head(hidden_states).abs().max()
-    projected, own = head(hidden_states).float(), _own_logits(model, hidden_states)
+    head: Any = model.get_output_embeddings()
+    generator = torch.Generator().manual_seed(0)
+    with _some_values(head, generator):
+        weight: Tensor = head.weight
+        hidden_states = torch.randn(1, 2, weight.shape[1], generator=generator).to(weight)
+        hidden_states *= LARGEST_LOGIT / head(hidden_states).abs().max()
+        projected, own = head(hidden_states).float(), _own_logits(model, hidden_states)
     candidates = _candidates(model.config.get_text_config())
     if own.shape == projected.shape:
         errors = [float((own - transform(projected)).abs().max()) for transform in candidates]
@@ -79,6 +83,28 @@ def find_logit_transform(model: PreTrainedModel) -> LogitTransform:
         f"output projection, its own {found}. It cannot be scored: use another model, or report "
         "its name."
     )
+
+
+@contextmanager
+def _some_values(head: nn.Module, generator: torch.Generator) -> Iterator[None]:
+    """Within it, a head whose weights are still to come has some for a few tokens: where one rank
+    reads a model for all (FSDP), the others hold zeros or nothing. The transform is that of any.
+    """
+    own = dict(head._parameters)
+    weight = own["weight"]
+    assert weight is not None
+    if not weight.is_meta and weight[0].any():
+        yield
+        return
+    values = torch.randn(NUM_TOKENS, weight.shape[1], generator=generator).to(weight.dtype)
+    head._parameters |= {
+        name: None if given is None else nn.Parameter(values if name == "weight" else values[:, 0])
+        for name, given in own.items()
+    }
+    try:
+        yield
+    finally:
+        head._parameters |= own
 
 
 def _candidates(config: Any) -> list[LogitTransform]:

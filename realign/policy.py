@@ -55,7 +55,7 @@ def load_policy(config: TrainConfig, folder: Path) -> Any:
     )
     model = _prepare(model, config, is_adapted=is_adapter(folder))
     if config.gradient_checkpointing:
-        _checkpoint_activations(model)
+        checkpoint_activations(model)
     return model
 
 
@@ -108,7 +108,8 @@ def _prepare(model: Any, config: TrainConfig, *, is_adapted: bool) -> Any:
     return model
 
 
-def _checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(model: Any) -> None:
+    """Compute activations again in the backward instead of keeping them."""
     options = {"use_reentrant": False}  # the other kind needs inputs with a gradient
     # transformers 5.23 renamed it
     if hasattr(model, "activation_checkpointing_enable"):

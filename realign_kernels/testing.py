@@ -127,7 +127,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     From the profiler's record of the allocator, which sees inside of operators.
     """
     with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
         result = function()
     events = profile.profiler.kineto_results.events()

@@ -26,6 +26,7 @@ from realign.demo.run import MODEL
 from realign.lora import add_adapter
 from realign.modeling import load_model, load_processor
 from realign.parquet import read_parquet, write_parquet
+from realign.policy import checkpoint_activations
 from realign.sharding import every_rank_loads
 from realign.trainer import RDPOConfig, RDPOTrainer
 from tests.realign.conftest import make_records
@@ -121,7 +122,7 @@ def run(
     if lora:
         model = add_adapter(model, rank=4, alpha=8, targets="all-linear", freeze_vision=True)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
         model.enable_input_require_grads()
     reference = load_file(folder / REFERENCE)
     trainer = RDPOTrainer(

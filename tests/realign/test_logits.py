@@ -70,6 +70,21 @@ def test_one_name_divides_here_and_multiplies_there(name: str, expected: float) 
     assert find_logit_transform(model) == LogitTransform(scale=expected)
 
 
+@pytest.mark.parametrize("has_zeros", [False, True], ids=["meta", "zeros"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_that_are_still_to_come_do_not_matter(family: str, has_zeros: bool) -> None:
+    """As ranks hold them for which the first one reads the model."""
+    types, options, expected = FAMILIES[family]
+    model = tiny(*types, torch.bfloat16, **options).to("meta")
+    if has_zeros:
+        model.to_empty(device="cpu")
+        for weight in model.parameters():
+            torch.nn.init.zeros_(weight)
+    weight = model.get_output_embeddings().weight
+    assert find_logit_transform(model) == expected
+    assert model.get_output_embeddings().weight is weight
+
+
 def test_scored_log_probabilities_are_those_of_a_softcapped_model() -> None:
     model = tiny("paligemma", "gemma2", SIGLIP, torch.float32, final_logit_softcapping=2.0)
     model.get_output_embeddings().weight.data *= 20  # logits well beyond the cap

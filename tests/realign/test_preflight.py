@@ -83,8 +83,9 @@ def test_a_dry_run_says_everything_and_needs_and_writes_nothing(
     ],
 )
 def test_what_cannot_be_is_refused_before_weights_load(
-    tmp_path: Path, without_weights: Path, data: Path, options, said: str
+    tmp_path: Path, without_weights: Path, data: Path, options, said: str, monkeypatch
 ) -> None:
+    monkeypatch.setattr("realign.acceleration.find_spec", lambda name: None)
     with pytest.raises(RefusedError, match=said):
         train(config(without_weights, data, tmp_path, **options))
     assert not (tmp_path / "run").exists()
