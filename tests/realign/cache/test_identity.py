@@ -155,6 +155,8 @@ def test_another_machine_is_refused_by_what_differs(
         monkeypatch.setattr("torch.cuda.is_available", lambda: True)
         monkeypatch.setattr("torch.cuda.get_device_name", lambda: "H100")
         monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
+        # a build for GPUs looks at the one that is not there
+        monkeypatch.setattr("torch.backends.cudnn.version", lambda: 90000)
     for target, value in changes.items():
         monkeypatch.setattr(target, value)
     needed = identity(model_dir)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 # on a GPU a block has at least one element a thread, see realign_kernels/_triton/configs.py
-BLOCK = 4 if os.environ["TRITON_INTERPRET"] == "1" else 64
+BLOCK = 4 if os.environ.get("TRITON_INTERPRET") == "1" else 64
 
 
 @pytest.fixture(autouse=True)
