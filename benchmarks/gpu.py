@@ -226,7 +226,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.only != part and (options.only or part == "hardware"):
             continue
         cell = check(run_part(device, backend, tiny=tiny or options.quick))
-        merge(path, run, {f"{part}/{backend}": cell})
+        # small checks are not to pass for the others
+        merge(
+            path, run, {f"{part}/{backend}{'/quick' if options.quick and not tiny else ''}": cell}
+        )
         has_failed |= cell["status"] == "failed"
         if has_failed and not options.keep_going:
             print("stopped: a check failed; nothing was timed.", file=sys.stderr)

@@ -122,16 +122,25 @@ def run_jobs(jobs: dict[str, Job], repeats: int, warm_steps: int) -> Cells:
         for repeat in range(repeats):
             order = list(workers)
             for name in order if repeat % 2 else reversed(order):
-                again = 1 if jobs[name].device == "cuda" else 0
+                steps = steps_of_a_turn(jobs[name].device)
                 try:
-                    _take_turn(workers[name], cells[name], again + 1, counts=True)
+                    _take_turn(workers[name], cells[name], steps, counts=True)
                 except RuntimeError as error:
                     cells[name] = {"status": "failed", "reason": str(error)}
                     del workers[name]
         for name, worker in workers.items():
-            if jobs[name].profile:
-                worker.turn(1)
+            if not jobs[name].profile:
+                continue
+            try:
+                worker.turn(steps_of_a_turn(jobs[name].device))  # the last one is recorded
+            except RuntimeError as error:  # what was measured stays
+                print(f"no profile of {name}: {error}", file=sys.stderr)
     return cells
+
+
+def steps_of_a_turn(device: str) -> int:
+    """The last one counts; on a GPU the first has to get the memory back that the others used."""
+    return 2 if device == "cuda" else 1
 
 
 def _take_turn(worker: Worker, cell: dict[str, Any], steps: int, *, counts: bool) -> None:
@@ -179,10 +188,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def contenders(options: argparse.Namespace, mode: str, out: str) -> dict[str, Job]:
     """Return the jobs of one mode by name, ours first."""
+    turns = options.repeats + bool(options.profile)
     common = Job(
         "ours", options.shape, mode, options.pairs,
-        steps=options.warm_steps + options.repeats * (2 if options.device == "cuda" else 1)
-        + bool(options.profile),
+        steps=options.warm_steps + turns * steps_of_a_turn(options.device),
         dtype=options.dtype, device=options.device, threads=options.threads, out=out,
     )  # fmt: skip
     recomputes = CHECKPOINTING[options.checkpointing]

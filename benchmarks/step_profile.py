@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 ROWS = 60
@@ -34,13 +35,18 @@ class StepProfile:
         seconds = time.perf_counter() - self._started
         self._profile.__exit__(None, None, None)
         events = self._profile.key_averages()
-        kind = "device" if self.is_gpu else "cpu"
-        busy = sum(getattr(event, f"self_{kind}_time_total") for event in events) / 1e6
+        if self.is_gpu:
+            # kernels alone: an operator's own time on the device is that of its kernels once more
+            kernels = [event for event in events if event.device_type == DeviceType.CUDA]
+            busy = sum(e.self_device_time_total for e in kernels if not e.is_user_annotation) / 1e6
+        else:
+            busy = sum(event.self_cpu_time_total for event in events) / 1e6
         table = events.table(
             sort_by=f"self_{'cuda' if self.is_gpu else 'cpu'}_time_total",
             row_limit=ROWS,
             max_name_column_width=90,
         )
-        head = f"{seconds:.4f} s by the clock, {busy:.4f} s in operators on the {kind}\n"
+        kind = "kernels on the GPU" if self.is_gpu else "operators on the CPU"
+        head = f"{seconds:.4f} s by the clock, {busy:.4f} s in {kind}\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(f"{head}torch {torch.__version__}\n{table}\n", encoding="utf-8")

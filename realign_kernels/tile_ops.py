@@ -129,7 +129,9 @@ def _tokens_per_sequence(
     size = pairs.num_sequences
     is_counted = (labels != ignore_index) & (sequence_ids >= 0) & (sequence_ids < size)
     ids = torch.where(is_counted, sequence_ids, size)
-    return torch.bincount(ids, minlength=size + 1)[:size].view(pairs)
+    # not bincount, whose size depends on the ids: a GPU's host waits for them
+    counts = ids.new_zeros(size + 1).scatter_add_(0, ids, torch.ones_like(ids))
+    return counts[:size].view(pairs)
 
 
 def _tokens_per_pair(batch: TiledBatch, sequence_lengths: Tensor | None) -> list[int]:

@@ -80,14 +80,17 @@ def fused_tile_shape(
     """Return the largest tile of the fused backends within the budget.
 
     Scratch for one tile: logits and, where products take another dtype than they give, the
-    exponentials; of the head what is cast, and its gradient until that is rounded.  ``itemsizes``
-    are those of accumulation and of operands.
+    exponentials; of the head what is cast, its low-rank factor, and its gradient until that is
+    rounded.  ``itemsizes`` are those of accumulation and of operands.
     """
     rows, columns = _FUSED_SHAPES.get(device_type, _FUSED_SHAPES["cuda"])
     accumulation, operand = itemsizes
-    per_logit = accumulation + (operand if operand != accumulation else 0)
+    per_logit = accumulation
+    if operand != accumulation:
+        # low-rank products take the exponentials widened again
+        per_logit += operand + (accumulation if rank else 0)
     gradient = accumulation * (hidden_size + rank + 1)
-    per_column = accumulation * rank
+    per_column = 2 * accumulation * rank  # cast, then scaled
     per_column += operand * hidden_size if casts_head else 0
     per_column += gradient if sums_head_gradient else 0
     while columns > 1 and columns * (rows * per_logit + per_column) > workspace_bytes:

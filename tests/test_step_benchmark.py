@@ -152,7 +152,7 @@ def test_the_script_measures_in_turn_and_writes_a_table(tmp_path, capsys):
     call += ["--repeats", "2", "--warm-steps", "1", "--threads", "1", "--out", str(tmp_path)]
     assert step.main([*call, "--commit", "abc", "--profile", str(tmp_path / "profiles")]) == 0
     profile = (tmp_path / "profiles" / "tiny-lora-ours.txt").read_text()
-    assert "s in operators on the cpu" in profile.splitlines()[0]
+    assert "s in operators on the CPU" in profile.splitlines()[0]
     assert "realign::score_tokens" in profile
     cells = load(tmp_path / "cpu_step.json")["cells"]
     group = "step/tiny/lora/float32/1/off"

@@ -141,6 +141,22 @@ def test_a_smaller_workspace_is_kept(workspace_bytes):
     assert peak_bytes(run) <= workspace_bytes + 40 * 8 * N
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_a_smaller_workspace_is_kept_with_low_rank_factors(dtype, with_gradient):
+    rank, hidden_size, workspace_bytes = 256, 512, 4 << 20
+    inputs = make_head_inputs(512, 16384, hidden_size, dtype, rank=rank)
+    inputs.hidden_states.requires_grad_(with_gradient)
+
+    def run():
+        with torch.set_grad_enabled(with_gradient):
+            return inputs.call(linear_logprob, backend="cpu", workspace_bytes=workspace_bytes)
+
+    # gathered hidden states and their low-rank product, A; the same again with the derivative
+    rows = 512 * (hidden_size + rank) * 4 + rank * hidden_size * 4
+    assert peak_bytes(run) <= workspace_bytes + (1 + 2 * with_gradient) * rows + 40 * 8 * 512
+
+
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_ignored_rows_cost_nothing(with_gradient):
     """Apart from their results and gradients, which are zeros."""

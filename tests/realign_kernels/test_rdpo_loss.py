@@ -41,7 +41,7 @@ def pack(hidden_states, weight, labels, order=None):
 
 
 def lengths(labels, num_cells=3):
-    return (labels != -100).sum(1).view(num_cells, -1)
+    return (labels != -100).sum(1).view(num_cells, -1).cpu()
 
 
 def loss_and_gradients(*tensors, **options):
