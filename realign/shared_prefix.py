@@ -68,8 +68,9 @@ class PackedAttention:
             return None
         keys = torch.arange(row.start, row.start + row.prefix + row.answers[answer], device=device)
         queries = keys if answer == 0 else keys[row.prefix :]
-        one = torch.zeros((), dtype=torch.int64, device=device)
-        return sees(one, one, queries[:, None], keys[None, :]).expand(len(queries), len(keys))
+        # not a number: an index of none dimensions is one that the host reads, and waits for
+        zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        return sees(zero, zero, queries[:, None], keys[None, :]).expand(len(queries), len(keys))
 
 
 _active: ContextVar[PackedAttention | None] = ContextVar("packed_attention", default=None)

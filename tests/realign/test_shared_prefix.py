@@ -15,7 +15,12 @@ from realign.errors import RefusedError
 from realign.modeling import load_model, load_processor
 from realign.packing import Packing
 from realign.records import Record
-from realign.shared_prefix import choose_layout, packed_attention, why_not_shared
+from realign.shared_prefix import (
+    PackedAttention,
+    choose_layout,
+    packed_attention,
+    why_not_shared,
+)
 from realign_kernels import Objective
 
 OBJECTIVES = {2: Objective.dpo(0.1), 3: Objective.rdpo(0.1), 4: Objective.symmetric(0.1)}
@@ -150,6 +155,23 @@ def test_an_image_of_several_rows_is_encoded_once(
     score(model, processor, [first, again], 3, shared_prefix=shared_prefix)
     assert sum(encoded) == 3  # one original for both, two retrieved
     assert_equal_forwards(model, processor, [first, again], 3)
+
+
+def test_a_familys_mask_is_made_without_a_number_of_the_device() -> None:
+    """Gemma's looks up which tokens are images. A tensor on ``meta`` has none to read, a GPU's host
+    would wait for it.
+    """
+    packed = PackedAttention(Packing.of([(5, (3, 2)), (4, (2,))]))
+    is_image = torch.zeros(1, 16, dtype=torch.bool, device="meta")
+    packed.mask_functions.append(
+        lambda batch, head, query, key: is_image[batch, query] & is_image[batch, key]
+    )
+    for row in packed.packing.rows:
+        for answer, length in enumerate(row.answers):
+            mask = packed.mask(0, row, answer, torch.device("meta"))
+            queries = length if answer else row.prefix + length
+            assert mask is not None
+            assert mask.shape == (queries, row.prefix + length)
 
 
 def test_other_calls_of_the_model_are_as_they_were(model, model_dir, processor, records) -> None:
