@@ -38,6 +38,7 @@ from benchmarks.result_files import RESULTS, environment, is_current, load, merg
 from benchmarks.shapes import HeadShape, make_inputs, shapes_for
 
 Cells = dict[str, dict[str, Any]]
+CHECKS = {"checks": run_checks, "hardware": run_hardware_checks}
 _QUICK_MODELS = ("llava-1.5-7b", "qwen2.5-vl-3b")
 _QUICK_TOKENS = (1024, 4096)
 
@@ -178,9 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--keep-going", action="store_true", help="time even what is wrong")
-    parser.add_argument(
-        "--only", choices=("checks", "hardware", "questions", "head"), help="one part"
-    )
+    parser.add_argument("--only", choices=(*CHECKS, "questions", "head"), help="one part")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="for a checkout without git")
     return parser
@@ -222,15 +221,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{run['device']}, commit {run['commit']}, torch {run['versions']['torch']}", flush=True)
 
     has_failed = False
-    for part, run_part in (("checks", run_checks), ("hardware", run_hardware_checks)):
-        if options.only != part and (options.only or part == "hardware"):
-            continue
-        cell = check(run_part(device, backend, tiny=tiny or options.quick))
+    part = options.only or "checks"
+    if part in CHECKS:
+        cell = check(CHECKS[part](device, backend, tiny=tiny or options.quick))
         # small checks are not to pass for the others
-        merge(
-            path, run, {f"{part}/{backend}{'/quick' if options.quick and not tiny else ''}": cell}
-        )
-        has_failed |= cell["status"] == "failed"
+        of = f"{backend}/quick" if options.quick and not tiny else backend
+        merge(path, run, {f"{part}/{of}": cell})
+        has_failed = cell["status"] == "failed"
         if has_failed and not options.keep_going:
             print("stopped: a check failed; nothing was timed.", file=sys.stderr)
             return 1

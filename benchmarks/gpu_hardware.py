@@ -33,7 +33,10 @@ REPEATS = 1000
 STEPS = 200
 OBJECTIVE = Objective.rdpo(0.1, 0.2, 0.5)
 # elements that a program handles at a time, and its warps
-LAUNCHES = ((64, 1), (256, 1), (512, 2), (1024, 8), (2048, 4), (4096, 8))
+LAUNCHES = (
+    (64, 1), (256, 1), (256, 2), (512, 2), (512, 4), (1024, 2), (1024, 4), (1024, 8), (2048, 4),
+    (2048, 8), (4096, 8), (4096, 16), (8192, 16),
+)  # fmt: skip
 
 
 class Large(NamedTuple):

@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks.gpu_hardware import LAUNCHES
 from benchmarks.measure import summary, time_one
 from benchmarks.shapes import HeadShape, make_inputs
 from realign_kernels import linear_logprob, tiles
@@ -23,11 +24,6 @@ from realign_kernels.products import addmm_into, mm_into
 
 Cell = tuple[str, Callable[[], dict[str, Any]]]
 _BOUND = 60.0  # nats, as for float32 and bfloat16
-# elements that a program handles at a time, and its warps
-_LAUNCHES = (
-    (256, 1), (256, 2), (512, 2), (512, 4), (1024, 2), (1024, 4), (1024, 8), (2048, 4), (2048, 8),
-    (4096, 8), (4096, 16), (8192, 16),
-)  # fmt: skip
 _TILES_IN_TURN = 8
 
 
@@ -56,7 +52,7 @@ def launch_cells(device: torch.device, backend: str) -> Iterator[Cell]:
     if backend != "triton" or device.type != "cuda":
         return
     for rows, columns in ((1024, 8192), (4096, 8192)):
-        for block, num_warps in _LAUNCHES:
+        for block, num_warps in LAUNCHES:
             key = f"launch/{rows}x{columns}/{block} by {num_warps}"
             size, launch = (rows, columns), (block, num_warps)
             yield key, lambda size=size, launch=launch: _launch(device, backend, size, launch)
