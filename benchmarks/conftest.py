@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.head.providers import MODES, PROVIDERS, why_not
 from benchmarks.measure import exact, measure_cell
 from benchmarks.promises import DTYPES
-from benchmarks.providers import MODES, PROVIDERS, why_not
 from benchmarks.shapes import HeadShape, make_inputs
 
 _ROUNDS = 5

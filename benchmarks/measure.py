@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.providers import BETA, Inputs, Provider
+from benchmarks.head.providers import BETA, Inputs, Provider
 from benchmarks.shapes import HeadShape
 from realign_kernels import testing
 

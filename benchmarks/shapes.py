@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.providers import Inputs
+from benchmarks.head.providers import Inputs
 
 
 class HeadShape(NamedTuple):

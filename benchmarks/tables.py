@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.head_tables import head_block
-from benchmarks.retrieval_table import retrieval_block
-from benchmarks.step_table import step_block
+from benchmarks.head.tables import head_block
+from benchmarks.retrieval.table import retrieval_block
+from benchmarks.step.table import step_block
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- demo table: python -m benchmarks.tables -->", "<!-- end of demo table -->"

@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 
 from realign import RDPOConfig, RDPOTrainer, read_records
-from realign.cache import build_cache, read_cache, reference_identity
-from realign.check.rows import check_rows
-from realign.lora import add_adapter
-from realign.modeling import load_model, load_processor, resolve_model
+from realign.modeling.adapters import add_adapter
+from realign.modeling.folder import resolve_model
+from realign.modeling.loading import load_model
+from realign.modeling.processors import load_processor
+from realign.modeling.row_checks import check_rows
+from realign.reference import build_cache, read_cache, reference_identity
 
 CELLS = 3  # chosen, text_rejected, image_rejected
 

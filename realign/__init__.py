@@ -9,23 +9,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from realign.collate import PreferenceCollator
-    from realign.dataset import read_records
+    from realign.data.dataset import read_records
+    from realign.data.formats.parquet import write_parquet
+    from realign.data.records import Record
     from realign.errors import RefusedError
-    from realign.parquet import write_parquet
-    from realign.records import Record
-    from realign.trainer import RDPOConfig, RDPOTrainer
+    from realign.modeling.collate import PreferenceCollator
+    from realign.training.trainer import RDPOConfig, RDPOTrainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "PreferenceCollator": "realign.collate",
-    "RDPOConfig": "realign.trainer",
-    "RDPOTrainer": "realign.trainer",
-    "Record": "realign.records",
+    "PreferenceCollator": "realign.modeling.collate",
+    "RDPOConfig": "realign.training.trainer",
+    "RDPOTrainer": "realign.training.trainer",
+    "Record": "realign.data.records",
     "RefusedError": "realign.errors",
-    "read_records": "realign.dataset",
-    "write_parquet": "realign.parquet",
+    "read_records": "realign.data.dataset",
+    "write_parquet": "realign.data.formats.parquet",
 }
 __all__ = [
     "PreferenceCollator",

@@ -32,7 +32,7 @@ class SectionCommand(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the command's help, then its section's options."""
         super().format_help(ctx, formatter)
-        from realign.option_list import option_list
+        from realign.config_file import option_list
 
         assert self.name is not None
         formatter.write(option_list(self.name))
@@ -44,7 +44,7 @@ class SectionGroup(TyperGroup):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the verb's help, then its section's options."""
         super().format_help(ctx, formatter)
-        from realign.option_list import option_list
+        from realign.config_file import option_list
 
         assert self.name is not None
         formatter.write(option_list(self.name))
@@ -169,7 +169,7 @@ def build(
         flags = {"source": source, "images": images, "model": model, "out": out, "mask": mask}
         flags |= {"format": format, "encoder": encoder, "similarity": similarity, "engine": engine}
         options = _build_config(config, set_, flags | {"workers": workers, "seed": seed})
-        from realign.build.pipeline import build as run
+        from realign.building.run import build as run
 
         dataset = run(options)
         counts = json.loads((options.out / "funnel.json").read_text())
@@ -218,7 +218,7 @@ def cache(
         from realign.config_file import load_config
 
         options: CacheConfig = load_config(CacheConfig, config, set_ or (), flags)
-        from realign.cache import cache as run
+        from realign.reference.run import cache as run
 
         typer.echo(f"reference log-probabilities -> {run(options)}")
 
@@ -230,7 +230,7 @@ def cache_verify(folder: CacheFolder) -> None:
     Exit code 2 if anything is wrong; every file that is gets named.
     """
     with _exit_codes():
-        from realign.cache.inspect import verify_cache
+        from realign.reference.inspect import verify_cache
 
         for line in verify_cache(folder):
             typer.echo(line)
@@ -240,7 +240,7 @@ def cache_verify(folder: CacheFolder) -> None:
 def cache_info(folder: CacheFolder) -> None:
     """What a cache was computed from, its rows and size, and what its probe measured."""
     with _exit_codes():
-        from realign.cache.inspect import describe_cache
+        from realign.reference.inspect import describe_cache
 
         for line in describe_cache(folder):
             typer.echo(line)
@@ -257,7 +257,7 @@ def cache_merge(
     system. Of a row in several the first one's values are taken.
     """
     with _exit_codes():
-        from realign.cache.merge import merge_caches
+        from realign.reference.merge import merge_caches
 
         typer.echo(f"reference log-probabilities -> {merge_caches(caches, out)}")
 
@@ -276,7 +276,7 @@ def cache_import(
     computed 64 rows again.
     """
     with _exit_codes():
-        from realign.cache.columns import import_columns
+        from realign.reference.import_columns import import_columns
 
         typer.echo(f"reference log-probabilities -> {import_columns(data, model, out)}")
 
@@ -325,7 +325,7 @@ def train(
         }
         flags |= {"learning_rate": learning_rate, "epochs": epochs, "seed": seed}
         options: TrainConfig = load_config(TrainConfig, config, set_ or (), flags)
-        from realign.train import train as run
+        from realign.training.run import train as run
 
         checkpoint = run(options, dry_run=dry_run)
         if os.environ.get("RANK", "0") == "0":  # once, however many processes train
@@ -367,7 +367,7 @@ def check(
         flags: dict[str, Any] = {"data": data, "images": images, "model": model, "out": out}
         flags |= {"eval_images": eval_images, "max_reject": max_reject, "max_length": max_length}
         options: CheckConfig = load_config(CheckConfig, config, set_ or (), flags)
-        from realign.check.run import check as run
+        from realign.review.check import check as run
 
         findings = run(options)
         for line in findings.lines(options.show):
@@ -419,8 +419,8 @@ def evaluate(
         )
         from rich import print as rich_print
 
-        from realign.eval.run import evaluate as run
-        from realign.eval.table import scores_table
+        from realign.evaluation.run import evaluate as run
+        from realign.evaluation.table import scores_table
 
         rich_print(scores_table(run(options)))
 
@@ -440,7 +440,7 @@ def report(
 ) -> None:
     """A run's folder or a dataset -> one self-contained HTML page."""
     with _exit_codes():
-        from realign.report import write_report
+        from realign.review.report import write_report
 
         typer.echo(f"report -> {write_report(run, out, images)}")
 
@@ -459,7 +459,7 @@ def browse(
 ) -> None:
     """A dataset -> a local page to keep, drop or flag its pairs."""
     with _exit_codes():
-        from realign.browse.serve import serve
+        from realign.review.browse.serve import serve
 
         serve(data, images=images, decisions=decisions, port=port)
 
@@ -475,7 +475,7 @@ def export(
 ) -> None:
     """Dataset -> the files that another trainer reads."""
     with _exit_codes():
-        from realign.export.run import export as run
+        from realign.data.export.run import export as run
 
         exported = run(data, images, to, out)
         for name, count in exported.counts.items():
@@ -493,7 +493,7 @@ def merge(
 ) -> None:
     """Adapter and its base -> one model, for servers that take no adapters."""
     with _exit_codes():
-        from realign.merge import merge as run
+        from realign.modeling.merge import merge as run
 
         typer.echo(f"model -> {run(model, out, dtype)}")
 

@@ -23,7 +23,7 @@ from pydantic import (
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 RejectedScoring = Literal["label", "top_non_label"]
-# resized and recompressed copies are within 6 of 64 bits, see realign/perceptual_hash.py
+# resized and recompressed copies are within 6 of 64 bits, see realign/data/perceptual_hash.py
 NEAR_DUPLICATE_BITS = 6
 
 

@@ -7,19 +7,23 @@ An unknown key is an error that names the nearest known one.
 from __future__ import annotations
 
 import difflib
+import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from realign.config import SECTIONS, Section
 from realign.errors import RefusedError
-from realign.files import read_utf8
+from realign.runtime.files import read_utf8
 
 S = TypeVar("S", bound=Section)
+WIDTH = 80
 
 
 def load_config(
@@ -139,3 +143,42 @@ def inner_section(annotation: Any) -> type[BaseModel] | None:
 def _nearest(key: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(key, known, n=1)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
+
+
+def option_list(verb: str) -> str:
+    """Every key that ``--set`` and the YAML file take, with type, default and meaning."""
+    lines = [f"Options of --set and of section {verb!r} in the YAML file:"]
+    for key, field in SECTIONS[verb].model_fields.items():
+        lines += _entry(f"{verb}.{key}", field)
+        if section := inner_section(field.annotation):
+            for inner, inner_field in section.model_fields.items():
+                lines += _entry(f"{verb}.{key}.{inner}", inner_field)
+    return "\n".join(lines) + "\n"
+
+
+def _entry(name: str, field: FieldInfo) -> list[str]:
+    default = "required" if field.is_required() else f"default {_value(field)}"
+    meaning = " ".join((field.description or "").replace("``", "").split())
+    indented = textwrap.wrap(meaning, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return [f"  {name}: {_type(field.annotation)}, {default}", *indented]
+
+
+def _value(field: FieldInfo) -> str:
+    value = field.get_default(call_default_factory=True)
+    # as YAML spells them
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _type(annotation: Any) -> str:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _type(arguments[0])
+    if origin is typing.Literal:
+        return "|".join(map(str, arguments))
+    if origin in (UnionType, typing.Union):
+        return " or ".join(_type(part) for part in arguments if part is not NoneType)
+    if origin is not None:
+        return f"{origin.__name__} of {' to '.join(map(_type, arguments))}"
+    if issubclass(annotation, BaseModel):
+        return "section"
+    return str(annotation.__name__).lower()

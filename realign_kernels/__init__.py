@@ -5,12 +5,19 @@ Needs torch only.
 
 from __future__ import annotations
 
-from realign_kernels.dispatch import describe_backends
+from realign_kernels.backends.dispatch import describe_backends
 from realign_kernels.linear_logprob import LogprobStats, linear_logprob, linear_logprob_stats
-from realign_kernels.objective import Objective, PreferenceOutput, Term, preference_loss
+from realign_kernels.objective import (
+    CELL_NAMES,
+    Objective,
+    PreferenceOutput,
+    Term,
+    preference_loss,
+)
 from realign_kernels.rdpo_loss import RdpoOutput, rdpo_loss
 
 __all__ = [
+    "CELL_NAMES",
     "LogprobStats",
     "Objective",
     "PreferenceOutput",

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from realign_kernels.head import LoraFactors
+from realign_kernels.options import LoraFactors
 
 
 def gather_head(

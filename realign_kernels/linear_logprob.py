@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from realign_kernels.data_parallel import gather_head
-from realign_kernels.head import HeadOptions, LoraFactors
-from realign_kernels.token_scores import score_tokens
+from realign_kernels.ops.score_tokens import score_tokens
+from realign_kernels.options import HeadOptions, LoraFactors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -26,6 +26,8 @@ _IMAGE = (1.0, 0.0, -1.0, 0.0)
 _ANCHOR = (1.0, 0.0, 0.0, 0.0)
 _RETRIEVED_TEXT = (0.0, 0.0, -1.0, 1.0)
 _REJECTED_IMAGE = (0.0, -1.0, 0.0, 1.0)
+# the cells of a preference pair, in the order that they have everywhere
+CELL_NAMES = ("chosen", "text_rejected", "image_rejected", "both_rejected")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from realign_kernels.backends.dispatch import resolve_backend
 from realign_kernels.data_parallel import gather_head
-from realign_kernels.dispatch import resolve_backend
 from realign_kernels.first_order import second_order_witness
-from realign_kernels.head import HeadOptions, LoraFactors
 from realign_kernels.objective import Objective, check_cells, preference_loss
-from realign_kernels.pair_ops import PairOutputs, pair_loss_op
+from realign_kernels.ops.pair_loss_op import PairOutputs, pair_loss_op
+from realign_kernels.ops.rdpo_tiles_op import TileOutputs, rdpo_tiles_op
+from realign_kernels.ops.score_tokens import score_tokens
+from realign_kernels.options import HeadOptions, LoraFactors
 from realign_kernels.sequences import (
     PairShape,
     check_counts,
@@ -22,8 +24,6 @@ from realign_kernels.sequences import (
     resolve_pair_shape,
     sum_per_sequence,
 )
-from realign_kernels.tile_ops import TileOutputs, rdpo_tiles_op
-from realign_kernels.token_scores import score_tokens
 from realign_kernels.validation import check_chosen_present, check_head
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from realign_kernels.head import HeadOptions, Precision
+from realign_kernels.options import HeadOptions, Precision
 
 if TYPE_CHECKING:
     from realign_kernels.vocabulary import VocabularyShard

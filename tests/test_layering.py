@@ -1,15 +1,71 @@
-"""Imports point one way, in the source and when the packages are imported cold."""
+"""The order of the rooms, and what no file of the packages may do.
+
+A room is a folder, or a file at the top, of a package. `ROOMS` says which other rooms each may
+import; every import counts: at the top of a file, inside a function, and for types.
+"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+import realign_kernels
+
 ROOT = Path(__file__).parents[1]
+
+GROUND = {"errors", "realign_kernels"}
+DATA = GROUND | {"runtime", "data"}
+MODELS = DATA | {"modeling"}
+COMMANDS = MODELS | {"config", "generation", "reference"}
+EVERYTHING = COMMANDS | {"training", "evaluation", "building", "review"}
+LOSS = {"ops", "sequences", "objective", "validation", "options", "data_parallel", "backends"}
+ROOMS = {
+    "realign": {
+        "errors": set[str](),
+        "config": {"errors"},
+        "config_file": {"config", "errors", "runtime"},
+        "runtime": GROUND,
+        "data": GROUND | {"runtime"},
+        "modeling": DATA,
+        "generation": MODELS,
+        "reference": MODELS | {"config"},
+        "training": MODELS | {"config", "reference"},
+        "building": MODELS | {"config", "generation"},
+        "evaluation": MODELS | {"config", "generation"},
+        "integrations": MODELS | {"reference", "training"},
+        "review": MODELS | {"config", "evaluation"},
+        "demo": EVERYTHING,
+        "doctor": EVERYTHING,
+        "cli": EVERYTHING | {"config_file", "demo", "doctor"},
+        "__main__": {"cli"},
+        "__init__": EVERYTHING,  # public names, loaded on first use
+    },
+    "realign_kernels": {
+        "options": set[str](),
+        "vocabulary": set[str](),
+        "tiling": set[str](),
+        "first_order": set[str](),
+        "testing": set[str](),
+        "validation": {"options", "vocabulary"},
+        "head": {"options"},
+        "data_parallel": {"options"},
+        "sequences": {"validation"},
+        "objective": {"validation"},
+        "backends": {"objective", "options"},
+        "fused": {"backends", "head", "options", "tiling", "vocabulary"},
+        "eager": {"first_order", "head", "options", "tiling", "validation", "vocabulary"},
+        "ops": LOSS - {"ops"} | {"eager", "first_order", "fused", "head", "tiling", "vocabulary"},
+        "linear_logprob": {"ops", "options", "data_parallel"},
+        "rdpo_loss": LOSS | {"first_order"},
+        "__init__": {"backends", "linear_logprob", "objective", "rdpo_loss"},
+    },
+}
 FORBIDDEN_CALLS = {
     "eval",
     "exec",
@@ -21,78 +77,95 @@ FORBIDDEN_CALLS = {
 }
 
 
-def modules(package: str) -> list[Path]:
-    return sorted((ROOT / package).rglob("*.py"))
+def modules(package: str) -> dict[str, Path]:
+    """Name to file of every module."""
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    return found
 
 
-def imported(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+MODULES = {name: path for package in ROOMS for name, path in modules(package).items()}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Names that a file imports anywhere: modules where they are ours, else as they are written."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module or "")
-    return names
+            assert not node.level, f"{path} must import by absolute names, got a relative one."
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in MODULES else str(node.module)
+
+
+def room(module: str) -> tuple[str, str]:
+    """The package and the room of a module."""
+    package, _, rest = module.partition(".")
+    return package, rest.partition(".")[0] or "__init__"
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_every_file_is_in_a_room_and_imports_only_rooms_that_its_own_may(package: str) -> None:
+    table = ROOMS[package]
+    assert not {room(name)[1] for name in modules(package)} - set(table)
+    for name, path in modules(package).items():
+        own = room(name)[1]
+        for other in imported(path):
+            if other.partition(".")[0] not in ROOMS:
+                continue
+            home, wanted = room(other)
+            if home != package:
+                assert wanted in realign_kernels.__all__ or other == home, (name, other)
+                wanted = home
+            assert wanted == own or wanted in table[own], f"{name} may not import {other}"
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_no_files_import_each_other_in_a_circle(package: str) -> None:
+    graph = {
+        name: {other for other in imported(path) if other in MODULES and other != name}
+        for name, path in modules(package).items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
+
+
+def test_the_tables_hold_no_room_that_is_gone_and_no_circle() -> None:
+    for package, table in ROOMS.items():
+        there = {room(name)[1] for name in modules(package)} | {"integrations"}
+        assert set(table) <= there
+        TopologicalSorter(table).prepare()
 
 
 def test_kernels_import_torch_alone() -> None:
-    for path in modules("realign_kernels"):
-        others = ("realign.", "transformers", "numpy")
-        if path.parent.name != "_triton":  # loaded at the first call on a GPU
+    for name, path in modules("realign_kernels").items():
+        others: tuple[str, ...] = ("transformers", "numpy")
+        if not name.startswith("realign_kernels.backends.triton"):  # loaded at the first GPU call
             others = (*others, "triton")
-        for name in imported(path):
-            assert not name.startswith(others), (path, name)
-            assert name != "realign", path
+        assert not [other for other in imported(path) if other.startswith(others)], name
 
 
-@pytest.mark.parametrize(
-    ("module", "forbidden"),
-    [
-        ("realign/records.py", ("realign.config", "realign.trainer", "torch", "transformers")),
-        ("realign/parquet.py", ("realign.config", "realign.trainer", "torch", "transformers")),
-        ("realign/official.py", ("realign.config", "realign.trainer", "torch", "transformers")),
-        ("realign/config.py", ("realign.build", "realign.trainer", "torch", "transformers")),
-        ("realign/files.py", ("realign.records", "realign.images", "realign.config", "torch")),
-        ("realign/inspection.py", ("realign.records", "realign.config", "torch", "transformers")),
-        ("realign/image_worker.py", ("realign.records", "realign.inspection", "torch")),
-        ("realign/check/repeats.py", ("realign.config", "realign.collate", "torch")),
-        ("realign/check/rows.py", ("realign.config", "realign.train", "realign.cache")),
-        ("realign/build/masking.py", ("torch", "realign.config", "realign.generate")),
-        ("realign/build/sources/read.py", ("torch", "transformers", "datasets", "realign.config")),
-        ("realign/build/sources/formats.py", ("realign.build.sources.read", "realign.files")),
-        ("realign/export/run.py", ("realign.build", "realign.config", "torch", "transformers")),
-        ("realign/collate.py", ("realign.trainer", "realign.cache", "realign.config")),
-        ("realign/trainer.py", ("realign.build", "realign.eval", "realign.cache", "realign.demo")),
-        ("realign/report/run_page.py", ("torch", "transformers", "realign.build", "realign.train")),
-        ("realign/report/dataset_page.py", ("torch", "transformers", "realign.build")),
-        ("realign/browse/app.py", ("torch", "transformers", "realign.build", "realign.report")),
-        ("realign/decisions.py", ("torch", "realign.dataset", "realign.config", "realign.browse")),
-        ("realign/demo/world.py", ("PIL", "torch", "realign.build")),
-    ],
-)
-def test_a_module_does_not_know_what_is_above_it(module: str, forbidden: tuple[str, ...]) -> None:
-    for name in imported(ROOT / module):
-        assert not any(name == bad or name.startswith(f"{bad}.") for bad in forbidden), name
-
-
-def test_only_the_demo_knows_the_demo_and_nothing_knows_tests() -> None:
-    for path in modules("realign"):
-        if "demo" not in path.parts and path.name != "cli.py":
-            assert not [name for name in imported(path) if name.startswith("realign.demo")], path
-        assert not [n for n in imported(path) if n.startswith(("tests", "benchmarks"))], path
+def test_nothing_imports_tests_or_benchmarks() -> None:
+    for path in MODULES.values():
+        assert not [name for name in imported(path) if name.startswith(("tests", "benchmarks"))]
 
 
 def test_no_module_is_a_drawer() -> None:
-    names = {path.name for path in (*modules("realign"), *modules("realign_kernels"))}
+    names = {path.name for path in MODULES.values()}
     assert not names & {"utils.py", "common.py", "helpers.py", "misc.py"}
 
 
 def test_nothing_unpickles_evaluates_or_fetches() -> None:
-    for path in (*modules("realign"), *modules("realign_kernels")):
-        tree = ast.parse(path.read_text())
+    for path in MODULES.values():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
         assert not calls & FORBIDDEN_CALLS, path
-        assert "trust_remote_code" not in path.read_text(), path
+        assert "trust_remote_code" not in path.read_text(encoding="utf-8"), path
 
 
 def test_kernels_import_without_the_pipelines_packages() -> None:
@@ -132,7 +205,7 @@ def test_public_names_of_realign() -> None:
 
 
 def test_no_source_file_is_ignored_by_git() -> None:
-    files = [str(path) for package in ("realign", "realign_kernels") for path in modules(package)]
+    files = [str(path) for path in MODULES.values()]
     command = ["git", "-c", "safe.directory=*", "check-ignore", *files]
     ignored = subprocess.run(command, cwd=ROOT, capture_output=True)
     assert (ignored.returncode, ignored.stdout) == (1, b"")

@@ -11,7 +11,7 @@ from typing import Any
 from realign.demo.drawing import draw
 from realign.demo.tasks import question_pair
 from realign.demo.world import DESCRIBE, KINDS, Scene, absent_kinds, free_scene, question
-from realign.files import write_json, write_jsonl
+from realign.runtime.files import write_json, write_jsonl
 
 
 def write_training_data(folder: Path, scenes: int, seed: int) -> None:

@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from realign.build.lexicon import Lexicon
+from realign.building.masking.lexicon import Lexicon
 from realign.demo.drawing import draw
 from realign.demo.tasks import LEXICON_PATH, Example, pretraining_example
 from realign.demo.world import COLORS, KINDS, PLACES, habitual_scene

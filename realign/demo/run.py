@@ -20,17 +20,17 @@ from typing import Any
 
 from rich.console import Console
 
-from realign.build.pipeline import build
-from realign.cache import cache
+from realign.building.run import build
 from realign.config import BuildConfig, CacheConfig, EvalConfig, TrainConfig
 from realign.demo.data import write_eval_data, write_training_data
 from realign.demo.tasks import LEXICON_PATH
-from realign.eval.run import evaluate
-from realign.eval.table import scores_table
-from realign.files import read_jsonl, write_json
-from realign.report import write_report
-from realign.run_folder import check_out, claim
-from realign.train import train
+from realign.evaluation.run import evaluate
+from realign.evaluation.table import scores_table
+from realign.reference.run import cache
+from realign.review.report import write_report
+from realign.runtime.files import read_jsonl, write_json
+from realign.runtime.run_folder import check_out, claim
+from realign.training.run import train
 
 MODEL = Path(__file__).with_name("model")
 TRAINING_SCENES = 1000

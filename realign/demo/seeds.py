@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from realign.demo.run import MODEL, OBJECTIVES, RECOMMENDED, run_demo
-from realign.files import file_sha256, write_json
+from realign.runtime.files import file_sha256, write_json
 from realign_kernels import describe_backends
 
 CRITERIA = {

@@ -8,9 +8,9 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from realign.build.lexicon import Lexicon
-from realign.build.masking import mask_by_rule
-from realign.build.prompts import completion_request, masking_request
+from realign.building.masking.lexicon import Lexicon
+from realign.building.masking.masks import mask_by_rule
+from realign.building.prompts import completion_request, masking_request
 from realign.demo.world import DESCRIBE, KINDS, Scene, question
 
 LEXICON_PATH = Path(__file__).with_name("lexicon.yaml")

@@ -12,10 +12,10 @@ import pytest
 import torch
 import transformers
 
+from realign.data.records import Record
 from realign.demo.drawing import draw
 from realign.demo.run import MODEL
 from realign.demo.world import DESCRIBE, KINDS, Scene, Thing, free_scene, question
-from realign.records import Record
 
 datasets.disable_progress_bars()
 transformers.logging.disable_progress_bar()
@@ -72,9 +72,10 @@ def records() -> Callable[..., list[Record]]:
 @pytest.fixture(scope="session")
 def make_reference() -> Callable[..., dict[str, torch.Tensor]]:
     """References of the first rows, computed as the policy is: ``(model_dir, count, dtype)``."""
-    from realign.collate import PreferenceCollator
-    from realign.modeling import load_model, load_processor
-    from realign.shared_prefix import choose_layout
+    from realign.modeling.collate import PreferenceCollator
+    from realign.modeling.loading import load_model
+    from realign.modeling.packed_attention import choose_layout
+    from realign.modeling.processors import load_processor
 
     def compute(
         model_dir: Path, count: int, dtype: torch.dtype = torch.float32

@@ -13,8 +13,8 @@ from pydantic import BaseModel
 
 from realign.config import NEAR_DUPLICATE_BITS, SECTIONS, BuildConfig, TrainConfig
 from realign.config_file import inner_section, load_config
+from realign.data.perceptual_hash import NEAR_BITS
 from realign.errors import RefusedError
-from realign.perceptual_hash import NEAR_BITS
 
 NEEDED = {"model": "m", "data": Path("d"), "out": Path("o")}
 

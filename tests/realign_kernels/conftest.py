@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from realign_kernels.tiles import TileShape, scratch_bytes, tile_shape
+from realign_kernels.tiling import TileShape, scratch_bytes, tile_shape
 
 DEVICE = os.environ.get("REALIGN_TEST_DEVICE", "cpu")  # cuda: see CONTRIBUTING.md
 
@@ -27,7 +27,9 @@ def seed():
 def each_backend(request):
     """Run with each backend where a call leaves the choice open."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("realign_kernels.dispatch.auto_backend", lambda device_type: request.param)
+        patch.setattr(
+            "realign_kernels.backends.dispatch.auto_backend", lambda device_type: request.param
+        )
         yield request.param
 
 

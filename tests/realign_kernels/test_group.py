@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from realign_kernels import dispatch, linear_logprob, linear_logprob_stats, rdpo_loss
+from realign_kernels import linear_logprob, linear_logprob_stats, rdpo_loss
+from realign_kernels.backends import dispatch
 from realign_kernels.testing import make_head_inputs
 
 WORLD_SIZE = 2

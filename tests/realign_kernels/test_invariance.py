@@ -95,9 +95,10 @@ def test_order_of_a_packed_batch_does_not_matter():
 
 SCRIPT = """
 import sys, torch
-from realign_kernels import linear_logprob_stats, _cpu
+from realign_kernels import linear_logprob_stats
+from realign_kernels.backends import cpu
 from realign_kernels.testing import dense_logprob, make_head_inputs
-assert _cpu.instruction_set() == sys.argv[1], _cpu.instruction_set()
+assert cpu.instruction_set() == sys.argv[1], cpu.instruction_set()
 for dtype in (torch.float32, torch.float64):
     inputs = make_head_inputs(37, 1003, 70, dtype, bias=True, logit_softcap=20.0)
     actual = inputs.call(linear_logprob_stats, backend="cpu").token_logps

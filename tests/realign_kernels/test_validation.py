@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from realign_kernels import Objective, linear_logprob, linear_logprob_stats, rdpo_loss
-from realign_kernels.dispatch import auto_backend, resolve_backend
-from realign_kernels.head import HeadOptions
+from realign_kernels.backends.dispatch import auto_backend, resolve_backend
+from realign_kernels.ops.score_tokens import score_tokens
+from realign_kernels.options import HeadOptions
 from realign_kernels.testing import make_head_inputs
-from realign_kernels.token_scores import score_tokens
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
@@ -131,7 +131,9 @@ def test_autocast_accepts_mixed_dtypes_but_not_float64():
 @pytest.mark.parametrize("backend", ["triton", "cpu"])
 @BOTH
 def test_backends_that_are_not_installed_never_fall_back(function, backend, monkeypatch):
-    monkeypatch.setattr("realign_kernels.dispatch._missing", lambda name: "it is not there")
+    monkeypatch.setattr(
+        "realign_kernels.backends.dispatch._missing", lambda name: "it is not there"
+    )
     with pytest.raises(
         RuntimeError, match=rf"got '{backend}': it is not there\. Pass backend='auto' or"
     ):
@@ -140,7 +142,7 @@ def test_backends_that_are_not_installed_never_fall_back(function, backend, monk
 
 @BOTH
 def test_backends_of_another_device_never_fall_back(function, monkeypatch):
-    monkeypatch.setattr("realign_kernels.dispatch._missing", lambda name: None)
+    monkeypatch.setattr("realign_kernels.backends.dispatch._missing", lambda name: None)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match=r"must fit the device 'cpu' .*, got 'triton'"):
         call(function, backend="triton")
@@ -150,11 +152,13 @@ def test_backends_of_another_device_never_fall_back(function, monkeypatch):
 
 
 def test_auto_takes_what_is_installed(monkeypatch):
-    monkeypatch.setattr("realign_kernels.dispatch._missing", lambda name: None)
+    monkeypatch.setattr("realign_kernels.backends.dispatch._missing", lambda name: None)
     assert auto_backend("cpu") == "cpu"
     assert auto_backend("cuda") == "triton"
     assert auto_backend("mps") == "eager"
-    monkeypatch.setattr("realign_kernels.dispatch._missing", lambda name: "it is not there")
+    monkeypatch.setattr(
+        "realign_kernels.backends.dispatch._missing", lambda name: "it is not there"
+    )
     assert auto_backend("cpu") == "eager"
     assert auto_backend("cuda") == "eager"
 
@@ -304,8 +308,10 @@ def test_a_known_number_of_rows_gives_the_same_scores(monkeypatch):
         group=None,
     )
     num_rows = (inputs.labels != -100).sum()
-    monkeypatch.setattr("realign_kernels.token_scores.known_number", lambda *_: int(num_rows))
-    monkeypatch.setattr("realign_kernels.ops.known_number", lambda *_: int(num_rows))
+    monkeypatch.setattr("realign_kernels.ops.score_tokens.known_number", lambda *_: int(num_rows))
+    monkeypatch.setattr(
+        "realign_kernels.ops.score_tokens_op.known_number", lambda *_: int(num_rows)
+    )
     scores = score_tokens(*inputs.tensors, inputs.labels, options, sequence_lengths=num_rows[None])
     assert torch.equal(scores.token_logps, inputs.call(linear_logprob))
 

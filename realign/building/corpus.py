@@ -1,0 +1,122 @@
+"""The images that a source shows, each read and decoded once: by content, so that byte duplicates
+are one image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from realign.data.formats.source_row import SourceRow
+from realign.data.image_pool import ImageFacts, inspect_images
+from realign.data.images import MAX_BYTES, RefusedImage
+from realign.runtime.files import file_sha256, read_jsonl, write_jsonl
+from realign.runtime.progress import Progress
+
+# images in one file of what was seen: what a killed inspection can lose
+PART = 4096
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Distinct images in order of first appearance.
+
+    Attributes:
+        names: Unique; as the source names them, or by content where it holds them itself.
+        own_names: As the source names them, also those that it holds itself.
+        paths: Their files.
+        facts: What was seen when they were decoded.
+        position: File to its place; byte duplicates share one.
+    """
+
+    names: list[str]
+    own_names: list[str]
+    paths: list[Path]
+    facts: list[ImageFacts]
+    position: Mapping[Path, int]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def digest_of(self, path: Path) -> str:
+        """SHA-256 of an image file."""
+        return self.facts[self.position[path]].sha256
+
+    @property
+    def digests(self) -> list[str]:
+        """SHA-256 of every file."""
+        return [facts.sha256 for facts in self.facts]
+
+    @property
+    def perceptual_hashes(self) -> NDArray[np.uint64]:
+        """64 bits an image."""
+        return np.array([facts.perceptual_hash for facts in self.facts], dtype=np.uint64)
+
+
+def inspect_corpus(
+    rows: Sequence[SourceRow], folder: Path, workers: int
+) -> tuple[Corpus, dict[Path, RefusedImage]]:
+    """Hash every image of ``rows``, and decode those not seen before.
+
+    Args:
+        rows: The rows.
+        folder: Where it is kept what was seen, a file for some thousand images: a killed
+            inspection goes on, and images are known again by their content.
+        workers: Processes that decode; 0 for one a core.
+    Returns:
+        The readable images, and why the others are not.
+    """
+    first = {row.path: row for row in reversed(rows)}
+    paths = list(dict.fromkeys(row.path for row in rows))
+    parts = sorted(folder.glob("*.jsonl"))
+    known = {line["sha256"]: ImageFacts(**line) for part in parts for line in read_jsonl(part)}
+    digests = dict(zip(paths, _digests(paths), strict=True)) if known else {}
+    unknown = [path for path in paths if digests.get(path) not in known]
+    found: dict[Path, ImageFacts | RefusedImage] = {}
+    with Progress("inspect images", len(paths), len(paths) - len(unknown)) as progress:
+        for start in range(0, len(unknown), PART):
+            chunk = unknown[start : start + PART]
+            for path, facts in zip(chunk, inspect_images(chunk, workers=workers), strict=True):
+                found[path] = facts
+                progress.advance()
+            seen = [found[path] for path in chunk]
+            good = [asdict(facts) for facts in seen if isinstance(facts, ImageFacts)]
+            if good:
+                write_jsonl(folder / f"{len(parts) + start // PART:05d}.jsonl", good)
+    refused = {path: facts for path, facts in found.items() if isinstance(facts, RefusedImage)}
+    place: dict[str, int] = {}
+    position: dict[Path, int] = {}
+    corpus = Corpus([], [], [], [], position)
+    for path in paths:
+        facts = found[path] if path in found else known[digests[path] or ""]
+        if isinstance(facts, RefusedImage):
+            continue
+        if facts.sha256 not in place:
+            place[facts.sha256] = len(corpus)
+            row = first[path]
+            corpus.names.append(row.image)
+            corpus.own_names.append(row.source.get("image") or row.image)
+            corpus.paths.append(path)
+            corpus.facts.append(facts)
+        position[path] = place[facts.sha256]
+    return corpus, refused
+
+
+def _digests(paths: Sequence[Path]) -> Iterator[str | None]:
+    """Hashes by several threads; None of what cannot be read, which inspection says better."""
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(paths), PART):
+            yield from pool.map(_digest, paths[start : start + PART])
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        # a larger one is refused without being read
+        return file_sha256(path) if path.stat().st_size <= MAX_BYTES else None
+    except OSError:
+        return None

@@ -1,0 +1,148 @@
+"""Who is asked in a stage of a build: a model that each worker loads, or one behind a server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from realign.building.masking.masker import Fits
+from realign.config import BuildConfig, GeneratorSection
+from realign.generation.generator import Generator
+from realign.modeling.folder import model_identity, resolve_model
+from realign.modeling.lengths import PromptLength, position_limit
+from realign.modeling.loading import choose_dtype
+
+if TYPE_CHECKING:
+    from realign.generation.endpoint import Endpoint
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model folder and how it generates.
+
+    Attributes:
+        max_length: Longest prompt in tokens; None for the model's own limit.
+    """
+
+    folder: Path
+    dtype: torch.dtype
+    max_new_tokens: int
+    batch_size: int
+    max_length: int | None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that its answers depend on and the configuration does not say."""
+        return {"model": model_identity(self.folder, generates=True), "dtype": str(self.dtype)}
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How answers came about, for ``meta``."""
+        return {"engine": "transformers", "model": self.folder.name, "decoding": "greedy"}
+
+    @contextmanager
+    def open(self) -> Iterator[tuple[Generator, Fits]]:
+        """Load it."""
+        from realign.generation.transformers_generator import TransformersGenerator
+
+        generator = TransformersGenerator.load(
+            self.folder, self.dtype, self.max_new_tokens, self.batch_size
+        )
+        limit = self.max_length or position_limit(generator.model.config)
+        yield generator, PromptLength(generator.processor, limit).fits
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model behind an OpenAI-compatible server; its journal keeps every answer."""
+
+    section: GeneratorSection
+    journal: Path
+    max_new_tokens: int
+    seed: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What is known of what its answers depend on."""
+        where = {"endpoint", "concurrency", "timeout_s", "max_retries", "api_key_env"}
+        return self.section.model_dump(mode="json", exclude=where)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How answers came about, for ``meta``."""
+        temperature = self.section.temperature
+        decoding = "greedy" if temperature == 0 else f"temperature {temperature}"
+        said = {"engine": "endpoint", "model": self.section.model, "decoding": decoding}
+        return said | {"seed": self.seed}
+
+    @contextmanager
+    def open(self) -> Iterator[tuple[Generator, Fits]]:
+        """Open the journal. Whether a prompt is too long, the server says."""
+        from realign.generation.endpoint_generator import EndpointGenerator, Sampling
+
+        section = self.section
+        sampling = Sampling(
+            section.model,
+            self.max_new_tokens,
+            section.temperature,
+            self.seed,
+            section.length_field,
+            section.extra_body,
+        )
+        with EndpointGenerator(self._endpoint(), sampling, self.journal) as generator:
+            yield generator, lambda prompt, image: True
+
+    def check(self) -> None:
+        """Refuse what is known to fail, before any work.
+
+        Raises:
+            RefusedError: The client is not installed, or the URL or the key is unusable.
+        """
+        self._endpoint().key()
+
+    def _endpoint(self) -> Endpoint:
+        from realign.generation.endpoint import Endpoint
+
+        section = self.section
+        assert section.endpoint is not None
+        return Endpoint(
+            section.endpoint,
+            section.api_key_env,
+            section.concurrency,
+            section.timeout_s,
+            section.max_retries,
+        )
+
+
+Asked = LocalModel | ServedModel
+
+
+def asked_model(section: GeneratorSection | None, role: str, config: BuildConfig) -> Asked:
+    """Who plays a role: what its section says, or the model to be aligned.
+
+    Args:
+        section: ``config.annotator``, ``masker`` or ``inducer``.
+        role: Its name, for the journal.
+        config: The rest.
+    Raises:
+        RefusedError: There is no such model, or a server cannot be asked.
+    """
+    if section is not None and section.endpoint is not None:
+        journal = config.out / "journal" / f"{role}.jsonl"
+        served = ServedModel(section, journal, config.max_new_tokens, config.seed)
+        served.check()
+        return served
+    return LocalModel(
+        resolve_model(section.model, f"set build.{role}.model")
+        if section
+        else resolve_model(config.model),
+        choose_dtype(config.dtype),
+        config.max_new_tokens,
+        config.batch_size,
+        config.max_length,
+    )

@@ -1,0 +1,44 @@
+"""What every search offers, and the one that a name asks for."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from realign.building.retrieval.exact import ExactIndex
+from realign.building.retrieval.faiss_index import KINDS, FaissIndex
+from realign.errors import RefusedError
+
+INDEXES = ("exact", *KINDS)
+
+
+class Index(Protocol):
+    """Top-k by cosine among ``embeddings``, rows of length 1.
+
+    ``search`` returns cosines and row numbers, shape ``(queries, min(k, images))``, best first and
+    equal cosines in corpus order; an approximate index fills what it did not find with ``-inf``
+    and -1.
+    """
+
+    name: str
+    embeddings: Tensor
+
+    def __len__(self) -> int: ...
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]: ...
+
+
+def make_index(name: str, embeddings: Tensor) -> Index:
+    """Return the index that ``name`` asks for, over ``embeddings``.
+
+    Args:
+        name: ``exact``, or ``flat``, ``ivf``, ``hnsw`` of FAISS. Exact takes time in proportion to
+            queries times images; the last two pay when both are a million.
+        embeddings: Shape ``(images, D)``, float32 or float16, on the CPU.
+    Raises:
+        RefusedError: The name is unknown, or FAISS is not installed.
+    """
+    if name not in INDEXES:
+        raise RefusedError(f"index must be one of {', '.join(INDEXES)}, got {name!r}. Choose one.")
+    return ExactIndex(embeddings) if name == "exact" else FaissIndex(embeddings, name)

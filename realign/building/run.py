@@ -1,0 +1,268 @@
+"""The verb ``realign build``: annotate, mask, embed, retrieve, induce and filter, each a stage over
+shards of its own, resumed after a kill.
+
+    <out>/build.json                      what the result depends on
+    <out>/rejected.jsonl                  source rows that were bad, and why
+    <out>/images/00003.jsonl              hashes and sizes of the images
+    <out>/source_images/                  images that the source holds itself
+    <out>/annotated/00003.jsonl           answers that were asked for
+    <out>/masked/00003.jsonl
+    <out>/embeddings/00003.safetensors    of a range of images
+    <out>/neighbours/00003.safetensors
+    <out>/shards/00003.jsonl              outcomes of a range of rows, accepted or not, with reasons
+    <out>/journal/                        what servers answered
+    <out>/dataset.parquet                 the accepted pairs
+    <out>/funnel.json                     how many rows got how far, and why not further
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from realign.building.assemble import assemble, funnel
+from realign.building.corpus import Corpus, inspect_corpus
+from realign.building.masking.lexicon import Lexicon
+from realign.building.masking.masker import MaskRules
+from realign.building.similarity import similarity_identity
+from realign.building.staging import Staging
+from realign.config import BuildConfig
+from realign.data.decisions import RowKey, decisions_path, read_decisions
+from realign.data.formats.parquet import write_parquet
+from realign.data.formats.read_source import read_source
+from realign.data.formats.source_row import SourceRow
+from realign.data.images import check_image_root
+from realign.data.records import Problem, Record
+from realign.errors import RefusedError
+from realign.modeling.chat_template import Renderer
+from realign.modeling.folder import resolve_model
+from realign.modeling.identity import numerics
+from realign.modeling.processors import load_processor
+from realign.runtime.files import content_sha256, file_sha256, read_json, write_json, write_jsonl
+from realign.runtime.progress import announce
+from realign.runtime.run_folder import check_out, claim, is_claimed, only_run
+
+ENGLISH_LEXICON = Path(__file__).parent / "masking" / "lexicon.yaml"
+REFUSALS = Path(__file__).with_name("refusals.yaml")
+# where the run is, and what changes how fast a result is made but not what it is
+NOT_IDENTITY = {
+    *("out", "source", "images", "image_name", "model", "lexicon"),
+    *("engine", "workers", "max_reject"),
+    *("annotator", "masker", "inducer", "encoder", "similarity"),  # said by their identities
+}
+
+
+def build(config: BuildConfig) -> Path:
+    """Build a dual-preference dataset and return its parquet file. The same call after a kill
+    continues.
+
+    Raises:
+        RefusedError: Too many bad source rows, an output folder that holds another run, no row
+            that gave a pair, or none that the decision file keeps.
+    """
+    check_out(config.out)
+    _check_paths(config)
+    similarity = similarity_identity(config.similarity)
+    special = tuple(Renderer(load_processor(resolve_model(config.model))).placeholders())
+    lexicon_path = config.lexicon or ENGLISH_LEXICON
+    rules = MaskRules(
+        config.mask,
+        Lexicon.load(lexicon_path),
+        config.mask_rates,
+        config.seed,
+        level=config.mask_level,
+        retries=config.mask_retries,
+    )
+    rules.lexicon.check_rates(config.mask_rates)
+    staging = Staging(config, special)
+    rows, corpus, problems = _read(config, special)
+    what = {
+        "config": config.model_dump(
+            mode="json",
+            # none is the model's own limit, which its files say
+            exclude=NOT_IDENTITY | ({"max_length"} if config.max_length is None else set()),
+        ),
+        "source": _content(config.source),
+        "images": corpus.digests,
+        "rows": [content_sha256(row.id, corpus.digest_of(row.path)) for row in rows],
+        "special": sorted({*special} - {""}),
+        "lexicon": file_sha256(lexicon_path),
+        "refusals": file_sha256(REFUSALS),
+        "similarity": similarity,
+        "models": staging.identities(),
+        "numerics": numerics(),
+    }
+    labels = {"images": corpus.names, "rows": [row.id for row in rows]}
+    dataset = config.out / "dataset.parquet"
+    dropped = _Dropped.of(dataset)
+    is_old = is_claimed(config.out, "build", what, labels)
+    if is_old and dataset.is_file() and _is_written(config.out, dropped):
+        return dataset
+    with only_run(config.out, "build"):
+        claim(config.out, "build", what, labels)
+        write_jsonl(config.out / "rejected.jsonl", map(asdict, problems))
+        _run(config, staging, rules, rows, corpus, problems, dropped)
+    return dataset
+
+
+def _run(
+    config: BuildConfig,
+    staging: Staging,
+    rules: MaskRules,
+    rows: list[SourceRow],
+    corpus: Corpus,
+    problems: Sequence[Problem],
+    dropped: _Dropped,
+) -> None:
+    """Every stage, then the dataset and, last, the counts: without them it is not finished."""
+    neighbours = staging.retrieve(corpus)
+    rows, unanswered = staging.annotate(rows)
+    masked = staging.mask(rows, rules)
+    outcomes = staging.induce(rows, masked, neighbours, unanswered)
+    counts = funnel(
+        outcomes,
+        rejected=Counter(problem.code for problem in problems),
+        annotated=sum(row.is_annotated for row in rows),
+        excluded=neighbours.excluded,
+    )
+    by_hand = counts["decisions"] = {"sha256": dropped.digest, "dropped": 0}
+    if counts["accepted"]:
+        records = assemble(rows, outcomes, corpus, staging.provenance())
+        write_parquet(_undropped(records, dropped, by_hand), config.out / "dataset.parquet")
+    write_json(config.out / "funnel.json", counts)
+    if not counts["accepted"]:
+        raise RefusedError(
+            f"source must give at least one pair, got none from {counts['rows']} rows: "
+            f"{counts['dropped']}. See {config.out / 'funnel.json'}."
+        )
+    if by_hand["dropped"] == counts["accepted"]:
+        raise RefusedError(
+            f"{dropped.path} must keep at least one row, drops all {counts['accepted']}. Decide "
+            "again with `realign browse`, or remove the file."
+        )
+
+
+@dataclass(frozen=True)
+class _Dropped:
+    """What the decision file of a dataset drops, and the hash of the file."""
+
+    path: Path
+    digest: str | None
+    rows: set[RowKey]
+
+    @classmethod
+    def of(cls, dataset: Path) -> _Dropped:
+        path = decisions_path(dataset)
+        decisions = read_decisions(path)
+        return cls(
+            path,
+            file_sha256(path) if path.is_file() else None,
+            {row for row, said in decisions.items() if said.decision == "drop"},
+        )
+
+
+def _read(
+    config: BuildConfig, special: Sequence[str]
+) -> tuple[list[SourceRow], Corpus, list[Problem]]:
+    """Good rows, their images, and what is wrong with the others."""
+    source = read_source(
+        config.source,
+        config.images,
+        special=special,
+        turns=config.turns,
+        format=config.format,
+        image_name=config.image_name,
+        extract_to=config.out / "source_images",
+    )
+    problems = [*source.problems]
+    answered: list[SourceRow] = []
+    for row in source.rows:
+        if row.answer or config.annotator:
+            answered.append(row)
+            continue
+        message = (
+            f"{row.place}: answer must not be empty without an annotator. Fill it in, or say who "
+            "answers with build.annotator."
+        )
+        problems.append(Problem(row.id, row.place, "answer", "empty-answer", message))
+    _check_share(problems, source.num_read, config, "; no image was decoded yet")
+    corpus, unreadable = inspect_corpus(answered, config.out / "images", config.workers or 0)
+    rows: list[SourceRow] = []
+    for row in answered:
+        if row.path in unreadable:
+            refused = unreadable[row.path].at(f"{row.place}, {row.image}")
+            problems.append(Problem(row.id, row.place, "image", refused.code, str(refused)))
+        else:
+            rows.append(row)
+    _check_share(problems, source.num_read, config)
+    if problems:
+        announce(
+            f"{len(problems)} of {source.num_read} source rows are bad and left out; see "
+            "rejected.jsonl"
+        )
+    if len(corpus) < 2:
+        raise RefusedError(
+            f"source must show at least 2 different images to retrieve from, got {len(corpus)}. "
+            "Add rows of other images; equal files are one image."
+        )
+    return rows, corpus, problems
+
+
+def _content(source: Path) -> str:
+    """Hash of a source file, or of every file of a source folder."""
+    if source.is_file():
+        return file_sha256(source)
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    return content_sha256(
+        *(part for path in files for part in (str(path.relative_to(source)), file_sha256(path)))
+    )
+
+
+def _check_paths(config: BuildConfig) -> None:
+    """What can be refused before the model's libraries are loaded."""
+    if not config.source.exists():
+        raise RefusedError(
+            f"source must be a file or folder, got {config.source}, which does not exist. Check "
+            "--source."
+        )
+    if config.images is not None:
+        check_image_root(config.images)
+
+
+def _check_share(
+    problems: Sequence[Problem], num_rows: int, config: BuildConfig, note: str = ""
+) -> None:
+    bad = len({problem.place for problem in problems})  # one row may give several
+    if bad > config.max_reject * num_rows:
+        shown = "\n".join(problem.message for problem in problems[:20])
+        more = f"\n... and {len(problems) - 20} more." if len(problems) > 20 else ""
+        raise RefusedError(
+            f"{bad} of {num_rows} rows of {config.source.name} are bad{note}, allowed are "
+            f"{config.max_reject:.2%}:\n{shown}{more}\nCorrect them, or pass --set "
+            f"build.max_reject={math.ceil(1000 * bad / num_rows) / 1000} to leave them out."
+        )
+
+
+def _is_written(out: Path, dropped: _Dropped) -> bool:
+    """Whether dataset.parquet is finished and made with this decision file."""
+    path = out / "funnel.json"
+    if not path.is_file():
+        return False
+    counts = read_json(path)
+    rows = counts["accepted"] - counts["decisions"]["dropped"]
+    return rows > 0 and counts["decisions"]["sha256"] == dropped.digest
+
+
+def _undropped(
+    records: Iterator[Record], dropped: _Dropped, counts: dict[str, Any]
+) -> Iterator[Record]:
+    """Leaves out and counts what the decision file drops."""
+    for record in records:
+        if RowKey(record.id, record.key) in dropped.rows:
+            counts["dropped"] += 1
+        else:
+            yield record

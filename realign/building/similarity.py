@@ -1,0 +1,152 @@
+"""How alike two answers are, at most 1: words and word pairs offline, sentence-transformers when
+named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from realign.errors import RefusedError
+from realign.runtime.files import file_sha256, read_json
+
+Similarity = Callable[[Sequence[str], Sequence[str]], list[float]]
+
+LEXICAL = "lexical"
+ENCODER_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+
+# Words that carry no visual content: articles, auxiliaries, connectives.
+FUNCTION_WORDS = frozenset(
+    [
+        *("a", "an", "the", "is", "are", "was", "were", "be", "been", "being", "there", "and"),
+        *("or", "of", "to", "in", "on", "at", "by", "with", "it", "its", "this"),
+    ]
+)
+
+
+def lexical(first: str, second: str) -> float:
+    """Dice coefficient of the content words and of the pairs of neighbouring ones.
+
+    Equal texts give 1. Pairs make the order count: "red house, blue tree" and "blue house, red
+    tree" differ.
+    """
+    a, b = _features(first), _features(second)
+    total = a.total() + b.total()
+    return 2 * (a & b).total() / total if total else float(first.strip() == second.strip())
+
+
+def _features(text: str) -> Counter[tuple[str, ...]]:
+    words = [word for word in re.findall(r"\w+", text.lower()) if word not in FUNCTION_WORDS]
+    return Counter([(word,) for word in words] + list(pairwise(words)))
+
+
+def load_similarity(name: str, device: str | None = None, batch_size: int = 32) -> Similarity:
+    """Return a similarity by name.
+
+    Args:
+        name: ``lexical``, or a sentence-transformers model (hub id or folder) whose cosine is used.
+        device: Where the model computes, the GPU by default where there is one.
+        batch_size: Texts in one call of the model.
+    Raises:
+        RefusedError: sentence-transformers is needed and not installed, or there is no such model,
+            or it has weights or code that are not read.
+    """
+    if name == LEXICAL:
+        return lambda first, second: [lexical(a, b) for a, b in zip(first, second, strict=True)]
+    folder = _encoder_folder(name)
+    from sentence_transformers import SentenceTransformer
+
+    encoder: Any = SentenceTransformer(str(folder), device=device)
+
+    def cosine(first: Sequence[str], second: Sequence[str]) -> list[float]:
+        # answers and their copies are read once
+        place = {text: i for i, text in enumerate(dict.fromkeys([*first, *second]))}
+        if not place:
+            return []
+        vectors = encoder.encode(
+            list(place),
+            batch_size=batch_size,
+            convert_to_tensor=True,
+            normalize_embeddings=True,
+            show_progress_bar=False,
+        )
+        a, b = ([place[text] for text in texts] for texts in (first, second))
+        return (vectors[a].float() * vectors[b].float()).sum(1).tolist()
+
+    return cosine
+
+
+def similarity_identity(name: str) -> dict[str, str]:
+    """What values depend on: the name, and the SHA-256 of the encoder's files by their place in its
+    folder.
+
+    Args:
+        name: As for :func:`load_similarity`.
+    Raises:
+        RefusedError: As there.
+    """
+    if name == LEXICAL:
+        return {"name": LEXICAL}
+    folder = _encoder_folder(name)
+    files = sorted({path for pattern in ENCODER_FILES for path in folder.rglob(pattern)})
+    return {
+        # a folder is what its files are, wherever it lies
+        "name": folder.name if Path(name).is_dir() else name,
+        **{path.relative_to(folder).as_posix(): file_sha256(path) for path in files},
+    }
+
+
+def _encoder_folder(name: str) -> Path:
+    """The folder of an encoder that has nothing but weights in safetensors and modules of
+    sentence-transformers itself, which is installed.
+    """
+    if find_spec("sentence_transformers") is None:
+        raise RefusedError(
+            f"similarity {name!r} needs sentence-transformers. Install "
+            f"'realign[pipeline,similarity]' or use lexical."
+        )
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = _downloaded(name)
+    # a folder without modules.json is a transformers model, whose mean over tokens is taken
+    modules = folder / "modules.json"
+    if not modules.is_file() and not (folder / "config.json").is_file():
+        raise RefusedError(
+            f"similarity must be a sentence-transformers folder, got {name}, which has neither "
+            "modules.json nor config.json. Check the path."
+        )
+    for module in read_json(modules) if modules.is_file() else []:
+        if not str(module.get("type")).startswith("sentence_transformers."):
+            raise RefusedError(
+                f"{modules} must name modules of sentence_transformers, got "
+                f"{module.get('type')!r}, which is code that comes with the model. Use another "
+                "model."
+            )
+    if not any(folder.rglob("*.safetensors")):
+        raise RefusedError(
+            f"similarity {name} must have its weights in safetensors, got none. Convert the model "
+            "or use another."
+        )
+    return folder
+
+
+def _downloaded(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise RefusedError(
+            f"similarity must be lexical, a folder or a hub id, got {name}, which does not exist. "
+            "Check the path."
+        )
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(ENCODER_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise RefusedError(
+            f"similarity must be lexical, a folder or a hub id, got {name!r} ({error}). Check it."
+        ) from None

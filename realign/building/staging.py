@@ -1,0 +1,238 @@
+"""Runs the stages of one build over its shards: what there is to do, by whom, into which files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load
+
+from realign.building.acceptance import Acceptance
+from realign.building.corpus import Corpus
+from realign.building.masking.masker import Masked, MaskRules
+from realign.building.models import Asked, asked_model
+from realign.building.retrieval.embedding_store import EmbeddingStore
+from realign.building.retrieval.index import make_index
+from realign.building.retrieval.stage import (
+    Embed,
+    EncoderModel,
+    Neighbourhood,
+    find_neighbourhood,
+    rule_of,
+)
+from realign.building.stages import Annotate, Induce, Mask, Prepared
+from realign.config import BuildConfig
+from realign.data.formats.source_row import SourceRow
+from realign.errors import RefusedError
+from realign.runtime.engine.engine import Engine, fill_shards, make_shards
+from realign.runtime.engine.ray_data import require_ray
+from realign.runtime.engine.task import Task
+from realign.runtime.files import read_jsonl
+
+# memory of a worker beside the weights: the libraries
+LIBRARY_BYTES = 1 << 30
+
+
+class ShardLines:
+    """The lines of a stage's shards, read a shard at a time, as often as they are asked for.
+
+    Args:
+        shards: Files and how many lines each has.
+    """
+
+    def __init__(self, shards: Sequence[tuple[Path, int]]) -> None:
+        self._shards = shards
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for path, size in self._shards:
+            lines = read_jsonl(path)
+            if len(lines) != size:
+                raise RefusedError(
+                    f"{path} must have {size} lines, has {len(lines)}. Delete it and give the same "
+                    "command again."
+                )
+            yield from lines
+
+
+class Staging:
+    """The stages of a build.
+
+    Args:
+        config: What is built.
+        special: The model's special tokens.
+    """
+
+    def __init__(self, config: BuildConfig, special: tuple[str, ...]) -> None:
+        self._config, self._special = config, special
+        self._inducer = asked_model(config.inducer, "inducer", config)
+        self._masker = (
+            asked_model(config.masker, "masker", config) if config.mask == "model" else None
+        )
+        self._annotator = (
+            asked_model(config.annotator, "annotator", config) if config.annotator else None
+        )
+        self._encoder = EncoderModel.of(config)
+        rule_of(config)  # refuses a band that no image can meet
+        if config.engine == "ray":
+            require_ray()
+        if config.index != "exact":
+            make_index("flat", torch.eye(2))  # says now if FAISS is missing
+
+    def identities(self) -> dict[str, Any]:
+        """Everything about the models that the result depends on."""
+        roles = {
+            "inducer": self._inducer,
+            "masker": self._masker,
+            "annotator": self._annotator,
+            "encoder": self._encoder,
+        }
+        return {role: each.identity for role, each in roles.items() if each}
+
+    def provenance(self) -> dict[str, Any]:
+        """Who did what, for ``meta``."""
+        said: dict[str, Any] = {
+            "source": self._config.source.name,
+            "encoder": self._encoder.name,
+            "similarity": self._config.similarity,
+            "generator": self._inducer.provenance,
+        }
+        if self._masker:
+            said["masker"] = self._masker.provenance
+        if self._annotator:
+            said["annotator"] = self._annotator.provenance
+        return said
+
+    def annotate(self, rows: Sequence[SourceRow]) -> tuple[list[SourceRow], dict[str, str]]:
+        """Ask for the answers that are missing.
+
+        Returns:
+            The rows with their answers, and by id why there is none.
+        """
+        if self._annotator is None or all(row.answer for row in rows):
+            return [*rows], {}
+        config = self._config
+        task = Annotate(self._annotator, config.annotation_prompt, self._special, config.window)
+        lines = self._rows_stage("annotate", "annotated", rows, task, self._annotator)
+        answered: list[SourceRow] = []
+        problems: dict[str, str] = {}
+        for row, line in zip(rows, lines, strict=True):
+            if not row.answer:
+                row = replace(row, answer=line["answer"], is_annotated=bool(line["answer"]))
+            if line["problem"]:
+                problems[row.id] = line["problem"]
+            answered.append(row)
+        return answered, problems
+
+    def mask(self, rows: Sequence[SourceRow], rules: MaskRules) -> list[Masked]:
+        """Mask every answer that needs it."""
+        task = Mask(self._masker, rules, self._config.window)
+        lines = self._rows_stage("mask", "masked", rows, task, self._masker)
+        return [Masked(line["text"], line["by"]) for line in lines]
+
+    def retrieve(self, corpus: Corpus) -> Neighbourhood:
+        """Embed all images, then find the nearest others of each."""
+        config = self._config
+        ranges = _ranges(len(corpus), config.shard_size, config.batch_size)
+        sizes = {number: len(part) for number, part in ranges.items()}
+        digests = [[corpus.facts[i].sha256 for i in part] for part in ranges.values()]
+        identity = self._encoder.identity | {"batch_size": config.batch_size}
+        store = EmbeddingStore(config.out / "embeddings", identity)
+        make_shards(
+            "embed",
+            store.missing(digests),
+            sizes,
+            lambda number: [corpus.paths[i] for i in ranges[number]],
+            Embed(self._encoder, config.batch_size),
+            self._engine(self._encoder),
+            lambda number, content: store.write(
+                number, load(content)["embeddings"], digests[number]
+            ),
+        )
+        return find_neighbourhood(config, corpus, store, digests)
+
+    def induce(
+        self,
+        rows: Sequence[SourceRow],
+        masked: Sequence[Masked],
+        neighbours: Neighbourhood,
+        unanswered: Mapping[str, str],
+    ) -> ShardLines:
+        """Find the retrieved image and the rejected answer of every row; a line is an
+        :class:`~realign.building.induction.Outcome`.
+        """
+        config = self._config
+        acceptance = partial(
+            Acceptance,
+            threshold=config.threshold,
+            keep_unmasked=config.keep_unmasked,
+            special=self._special,
+            min_length_ratio=config.min_length_ratio,
+            max_length_ratio=config.max_length_ratio,
+        )
+        asked = None if all(row.rejected for row in rows) else self._inducer
+        task = Induce(asked, config.similarity, acceptance, config.window)
+
+        def prepared(part: range) -> list[Prepared]:
+            return [
+                Prepared(
+                    rows[i],
+                    masked[i],
+                    neighbours.candidates(rows[i].path),
+                    unanswered.get(rows[i].id, ""),
+                )
+                for i in part
+            ]
+
+        return self._stage("induce", "shards", len(rows), prepared, task, asked)
+
+    def _rows_stage(
+        self, what: str, folder: str, rows: Sequence[SourceRow], task: Task, asked: Asked | None
+    ) -> ShardLines:
+        return self._stage(
+            what, folder, len(rows), lambda part: [rows[i] for i in part], task, asked
+        )
+
+    def _stage(
+        self,
+        what: str,
+        folder: str,
+        num_rows: int,
+        item: Callable[[range], Sequence[Any]],
+        task: Task,
+        asked: Asked | None,
+    ) -> ShardLines:
+        """Lines of all shards of a stage over rows, in order of the rows."""
+        ranges = _ranges(num_rows, self._config.shard_size, self._config.window)
+        paths = _paths(self._config.out / folder, ranges, "jsonl")
+        sizes = {number: len(part) for number, part in ranges.items()}
+        engine = self._engine(asked)
+        fill_shards(what, paths, sizes, lambda number: item(ranges[number]), task, engine)
+        return ShardLines([(paths[number], sizes[number]) for number in ranges])
+
+    def _engine(self, asked: Any) -> Engine:
+        """Local models work in parallel; a server is asked by one process, which has the
+        journal.
+        """
+        config = self._config
+        folder = getattr(asked, "folder", None)
+        if folder is None:
+            return Engine(workers=1, threads=config.threads)
+        weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        return Engine(config.engine, config.workers, config.threads, LIBRARY_BYTES + 2 * weights)
+
+
+def _ranges(count: int, shard_size: int, unit: int) -> dict[int, range]:
+    """Shard number to what is in it: whole units, the last shard shorter."""
+    size = -(-shard_size // unit) * unit
+    return {
+        number: range(start, min(start + size, count))
+        for number, start in enumerate(range(0, count, size))
+    }
+
+
+def _paths(folder: Path, ranges: Mapping[int, range], suffix: str) -> dict[int, Path]:
+    return {number: folder / f"{number:05d}.{suffix}" for number in ranges}

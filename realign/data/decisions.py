@@ -1,0 +1,248 @@
+"""What a person decided about the rows of a dataset: one line a decision in a file beside it.
+
+A decision is about a row's id and content together. One whose row has another content now is not
+applied: the person saw something else.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from realign.data.records import LazyRecords, Record, texts_of
+from realign.errors import RefusedError
+from realign.runtime.progress import announce
+
+CHOICES = ("keep", "drop", "flag")
+FIELDS = ("id", "key", "decision", "note")
+
+
+class RowKey(NamedTuple):
+    """What a decision is about: the row's id and :attr:`Record.key`, the hash of its content."""
+
+    id: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One line of a decision file.
+
+    Attributes:
+        id: The row's id.
+        key: The row's content, :attr:`Record.key`.
+        decision: ``keep``, ``drop`` (training leaves the row out) or ``flag`` (to be looked at
+            again; training uses the row).
+        note: Free text.
+    """
+
+    id: str
+    key: str
+    decision: str
+    note: str = ""
+
+    @property
+    def row(self) -> RowKey:
+        """What the decision is about."""
+        return RowKey(self.id, self.key)
+
+
+Decisions = Mapping[RowKey, Decision]
+
+
+def decisions_path(data: Path) -> Path:
+    """The decision file of a dataset: ``decisions.jsonl`` in a build folder,
+    ``<file name>.decisions.jsonl`` beside any other file.
+    """
+    if data.is_dir():
+        return data / "decisions.jsonl"
+    own = "" if data.name == "dataset.parquet" else f"{data.name}."
+    return data.with_name(f"{own}decisions.jsonl")
+
+
+def read_decisions(path: Path) -> dict[RowKey, Decision]:
+    """Read a decision file; the last line about a row wins. No file, no decisions.
+
+    A last line that a killed program cut is announced and left out: nobody was told that it was
+    written.
+
+    Raises:
+        RefusedError: Another line is not a decision; the message names it.
+    """
+    if not path.is_file():
+        return {}
+    *lines, tail = path.read_bytes().split(b"\n")
+    found = [_parse(raw, f"{path}, line {number}") for number, raw in enumerate(lines, start=1)]
+    if tail and _is_cut(tail):
+        announce(f"{path}: the last line is cut and left out; decide about its row again")
+    elif tail:
+        found.append(_parse(tail, f"{path}, line {len(lines) + 1}"))
+    return {decision.row: decision for decision in found}
+
+
+def append_decision(path: Path, decision: Decision) -> None:
+    """Add a decision and return when it is on the disk. Several programs may do so at once.
+
+    Raises:
+        RefusedError: The decision is none that :func:`read_decisions` would read.
+    """
+    fields = {"id": decision.id, "key": decision.key, "decision": decision.decision}
+    line = json.dumps(fields | ({"note": decision.note} if decision.note else {}))
+    _parse(line.encode(), str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path) as file:
+        end = _mend_end(file)
+        raw = line.encode() + b"\n"
+        if os.write(file, raw) != len(raw):
+            os.ftruncate(file, end)
+            raise OSError(f"{path}: the disk took a part of a line only")
+        os.fsync(file)
+    if not end:  # the file may be new: its name must last too
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def kept(records: Sequence[Record], decisions: Decisions) -> Sequence[Record]:
+    """The records without the dropped ones, in their order, read when they are asked for."""
+    return apply_decisions(records, decisions).kept
+
+
+class Applied(NamedTuple):
+    """A dataset after its decisions.
+
+    Attributes:
+        kept: The rows that are not dropped.
+        stale: Decisions about rows whose content is another one now, and not decided about.
+    """
+
+    kept: Sequence[Record]
+    stale: list[Decision]
+
+
+def apply_decisions(records: Sequence[Record], decisions: Decisions) -> Applied:
+    """Leave the dropped rows out. Images are read only of rows whose id somebody decided about."""
+    rows = decided_rows(records, decisions)
+    now: dict[str, set[RowKey]] = {}
+    for row in rows.values():
+        now.setdefault(row.id, set()).add(row)
+    stale = [
+        decision
+        for row, decision in decisions.items()
+        if row.id in now and not now[row.id] & decisions.keys()
+    ]
+    dropped = {row for row, decision in decisions.items() if decision.decision == "drop"}
+    left = [i for i in range(len(records)) if rows.get(i) not in dropped]
+    return Applied(records if len(left) == len(records) else KeptRecords(records, left), stale)
+
+
+def decided_rows(records: Sequence[Record], decisions: Decisions) -> dict[int, RowKey]:
+    """Position to id and content of the rows whose id somebody decided about. A row that cannot
+    be read is none of them.
+    """
+    ids = {row.id for row in decisions}
+    texts = texts_of(records)
+    found: dict[int, RowKey] = {}
+    for index in range(len(records) if ids else 0):
+        # whoever reads the row for more than its decision is told what is wrong with it
+        with suppress(RefusedError):
+            if (row_id := texts[index].id) in ids:
+                found[index] = RowKey(row_id, records[index].key)
+    return found
+
+
+def positions(records: Sequence[Record]) -> Sequence[int]:
+    """Where each row stands in the dataset's file, from 0, whichever rows were left out."""
+    return records.indices if isinstance(records, KeptRecords) else range(len(records))
+
+
+class KeptRecords(LazyRecords):
+    """The rows of ``records`` at ``indices``."""
+
+    def __init__(self, records: Sequence[Record], indices: Sequence[int]) -> None:
+        self._records, self.indices = records, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def _read(self, index: int) -> Record:
+        return self._records[self.indices[index]]
+
+    def texts(self) -> Sequence[Record]:
+        """The same rows without their images."""
+        return KeptRecords(texts_of(self._records), self.indices)
+
+
+def _parse(raw: bytes, where: str) -> Decision:
+    try:
+        line: Any = json.loads(raw)
+    except ValueError:  # UnicodeDecodeError is one
+        line = None
+    if not isinstance(line, dict):
+        raise RefusedError(f"{where} must be a JSON object, got {raw[:60]!r}. Remove the line.")
+    if unknown := sorted(line.keys() - {*FIELDS}):
+        raise RefusedError(
+            f"{where}: fields must be of {list(FIELDS)}, got {unknown}. Remove them."
+        )
+    for name in FIELDS:
+        value = line.get(name, "" if name == "note" else None)
+        if not isinstance(value, str):
+            raise RefusedError(
+                f"{where}: {name} must be a text, got {value!r:.60}. Decide in `realign browse`."
+            )
+    if line["decision"] not in CHOICES:
+        raise RefusedError(
+            f"{where}: decision must be one of {list(CHOICES)}, got {line['decision']!r:.60}. "
+            "Choose one."
+        )
+    if not re.fullmatch("[0-9a-f]{64}", line["key"]):
+        raise RefusedError(
+            f"{where}: key must be the row's SHA-256 (Record.key), got {line['key']!r:.80}. "
+            "Decide in `realign browse`."
+        )
+    return Decision(**line)
+
+
+def _is_cut(tail: bytes) -> bool:
+    try:
+        json.loads(tail)
+    except ValueError:
+        return True
+    return False
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """The open file, which no other writer has until the block ends."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+    finally:
+        os.close(file)
+
+
+def _mend_end(file: int) -> int:
+    """Cut off an unfinished last line, or end a finished one; return the size."""
+    size = os.fstat(file).st_size
+    start = size
+    tail = b""
+    while start and b"\n" not in tail:
+        step = min(start, 4096)
+        start -= step
+        tail = os.pread(file, step, start) + tail
+    last = tail.rpartition(b"\n")[2]
+    if last and _is_cut(last):
+        os.ftruncate(file, size - len(last))
+    elif last:
+        os.write(file, b"\n")
+    return os.fstat(file).st_size

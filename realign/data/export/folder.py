@@ -1,0 +1,142 @@
+"""A folder that is whole or absent, and the image files in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+
+from realign.data.images import image_suffix
+from realign.errors import RefusedError
+
+# Linux takes paths of 4,096 bytes; the folder's own path needs some of them
+MAX_NAME_BYTES = 1024
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``out`` when the block ends, and disappears if it
+    fails. ``out`` must not exist, or be an empty folder.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # not by process id: in a container each run has the same one, and a killed run cleans nothing
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    try:
+        _follow_umask(temporary)
+        yield temporary
+        _sync(temporary)
+        temporary.replace(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync_one(out.parent)
+
+
+def _follow_umask(folder: Path) -> None:
+    """Give a folder the permissions that ``mkdir`` would have given it; ``mkdtemp`` gives 0700."""
+    mask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+
+
+def _sync(folder: Path) -> None:
+    """Bring files, then folders, to the disk: a name must not survive its content."""
+    for path in folder.rglob("*"):
+        _sync_one(path)
+    _sync_one(folder)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class ImageFolder:
+    """Writes image bytes under names: the wished one where it is safe and free, else the content's
+    hash.
+
+    Args:
+        folder: Where the images go.
+
+    Attributes:
+        renamed: How many wished names could not be given.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._contents: dict[PurePosixPath, str] = {}
+        self._parents: set[PurePosixPath] = set()
+        self.renamed = 0
+        folder.mkdir()
+
+    def __len__(self) -> int:
+        return len(self._contents)
+
+    def add(self, raw: bytes, wished: str | None) -> str:
+        """Write one image and return its name in the folder; equal bytes under an equal name are
+        one file.
+        """
+        digest = sha256(raw).hexdigest()
+        if wished and _is_inside(wished) and self._is_free(PurePosixPath(wished), digest):
+            name = wished
+        else:
+            self.renamed += wished is not None
+            name = digest + (image_suffix(raw) or "")
+            assert self._is_free(PurePosixPath(name), digest)
+        path = PurePosixPath(name)
+        if path not in self._contents:
+            target = self._folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(raw)
+            self._contents[path] = digest
+            self._parents.update(path.parents)
+        return name
+
+    def _is_free(self, path: PurePosixPath, digest: str) -> bool:
+        if path in self._contents:
+            return self._contents[path] == digest
+        return path not in self._parents and not any(
+            parent in self._contents for parent in path.parents
+        )
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name stays in its folder, and every reader takes it for a file."""
+    if not _is_unicode(name) or "\0" in name or "://" in name or name.startswith("data:"):
+        return False
+    parts = name.split("/")
+    return (
+        ".." not in parts
+        and parts[0] != ""
+        and parts[-1] not in ("", ".")
+        and len(name.encode()) <= MAX_NAME_BYTES
+        and all(len(part.encode()) <= 255 for part in parts)
+    )
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_new(out: Path) -> None:
+    """Refuse an output folder that holds something.
+
+    Raises:
+        RefusedError: Naming what is there.
+    """
+    there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if there:
+        raise RefusedError(
+            f"out must be a new or empty folder, got {out} with {', '.join(there[:8])}. Choose "
+            "another --out."
+        )

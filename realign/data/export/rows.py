@@ -1,0 +1,52 @@
+"""Files of rows, written as the rows come; for folders that appear as a whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from realign.data.export.folder import ImageFolder
+from realign.data.records import IMAGE_TOKEN, Message, Record
+
+
+def write_list(path: Path, rows: Iterable[Any]) -> int:
+    """Write a JSON list, one row a line; return how many."""
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(("[\n" if not count else ",\n") + json.dumps(row, ensure_ascii=False))
+            count += 1
+        file.write("\n]\n" if count else "[]\n")
+    return count
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> int:
+    """Write JSON lines; return how many."""
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def named(record: Record, images: ImageFolder, *, rejected: bool = False) -> list[str]:
+    """Write a record's images; return their paths relative to the export."""
+    which, key = (
+        (record.rejected_images, "retrieved_image") if rejected else (record.images, "image")
+    )
+    wished = record.source.get(key)
+    # provenance names one image
+    name = wished if isinstance(wished, str) and len(which) == 1 else None
+    return [f"images/{images.add(raw, name)}" for raw in which]
+
+
+def with_placeholders(record: Record) -> list[Message]:
+    """The prompt, with a placeholder for each image in front of its first user turn."""
+    turns = [dict(turn) for turn in record.prompt]
+    first = next((turn for turn in turns if turn["role"] == "user"), None)
+    if first and record.images:
+        first["content"] = IMAGE_TOKEN * len(record.images) + first["content"]
+    return turns

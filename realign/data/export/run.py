@@ -1,0 +1,110 @@
+"""The verb ``realign export``: a dataset in the layout of another trainer.
+
+<out>/export.json   what it was made from, counts, and how to use it
+<out>/...           the layout's own files
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal, get_args
+
+from realign.data.dataset import read_kept_records
+from realign.data.export import llamafactory, trl
+from realign.data.export import ms_swift as swift
+from realign.data.export.folder import check_new, new_folder
+from realign.data.formats import official
+from realign.data.records import Record
+from realign.errors import RefusedError
+from realign.runtime.files import canonical_json, content_sha256, read_json, write_json
+from realign.runtime.progress import Progress
+from realign.runtime.run_folder import check_out
+
+Target = Literal["official", "ms-swift", "llamafactory", "trl"]
+Writer = Callable[[Iterable[Record], Path], Counter[str]]
+WRITERS: Mapping[str, tuple[Writer, str]] = {
+    "official": (official.write_official, official.NOTE),
+    "ms-swift": (swift.write_swift, swift.NOTE),
+    "llamafactory": (llamafactory.write_llamafactory, llamafactory.NOTE),
+    "trl": (trl.write_trl, trl.NOTE),
+}
+MANIFEST = "export.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote: counts by what they count, and how to use it."""
+
+    counts: dict[str, int]
+    note: str
+
+
+def export(data: Path, images: Path | None, to: str, out: Path) -> Exported:
+    """Write a dataset in another layout, as a folder that is whole or absent. The same call again
+    changes nothing.
+
+    Args:
+        data: Parquet file, ``realign build`` folder, or the authors' JSON.
+        images: Image folder of the authors' JSON.
+        to: ``official``, ``ms-swift``, ``llamafactory`` or ``trl``.
+        out: A new or empty folder.
+    Raises:
+        RefusedError: An unknown layout, rows that it cannot hold, or a folder that holds anything
+            else.
+    """
+    if to not in WRITERS:
+        raise RefusedError(f"to must be one of {list(get_args(Target))}, got {to!r}. Correct --to.")
+    check_out(out)
+    write, note = WRITERS[to]
+    records = read_kept_records(data, images)
+    if not len(records):
+        raise RefusedError(f"data must have at least one row, got none in {data}. Add rows.")
+    if (out / MANIFEST).is_file():
+        stored = read_json(out / MANIFEST)
+        if isinstance(stored, dict) and stored.get("to") == to:
+            digest = Digest()
+            for record in records:
+                digest.add(record)
+            if stored.get("records") == digest.value:
+                return Exported(stored["counts"], note)
+            raise RefusedError(
+                f"out must hold an export of the rows of {data} as they are now, or nothing, got "
+                f"{out} with one of others. Remove that folder, or choose another --out."
+            )
+    check_new(out)
+    digest = Digest()
+    with new_folder(out) as folder, Progress(f"export to {to}", len(records)) as progress:
+
+        def passing() -> Iterator[Record]:
+            for record in records:
+                digest.add(record)
+                yield record
+                progress.advance()
+
+        counts = {name: count for name, count in write(passing(), folder).items() if count}
+        write_json(
+            folder / MANIFEST,
+            {"to": to, "records": digest.value, "counts": counts, "note": note},
+        )
+    return Exported(counts, note)
+
+
+class Digest:
+    """What records are, all together and in order."""
+
+    def __init__(self) -> None:
+        self._digest = sha256()
+
+    def add(self, record: Record) -> None:
+        """Take one record in."""
+        parts = (record.key, record.id, canonical_json(record.meta))
+        self._digest.update(content_sha256(*parts).encode())
+
+    @property
+    def value(self) -> str:
+        """SHA-256 of all so far."""
+        return self._digest.hexdigest()

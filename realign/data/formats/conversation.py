@@ -1,0 +1,145 @@
+"""Turns of a conversation in the spellings that datasets have: ``{from, value}`` of LLaVA,
+``{role, content}`` with a string, or with parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from realign.data.formats.layout import RefusedRowError
+from realign.data.records import IMAGE_TOKEN, Message
+
+ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"} | {
+    "system": "system"
+}
+
+
+def read_turns(value: Any, name: str) -> list[Message]:
+    """Messages with string contents; images and their placeholders stay out of the first user
+    turn.
+
+    Args:
+        value: A list of turns in any of the spellings.
+        name: The key that they stand under, for the message.
+    Raises:
+        RefusedRowError: Not such a list, an unknown role, or more than one image.
+    """
+    if not isinstance(value, list) or not value:
+        raise RefusedRowError(
+            name,
+            "wrong-type",
+            f"{name} must be a list of turns, got {value!r:.80}. Write them as "
+            '[{"role": "user", "content": ...}].',
+        )
+    turns: list[Message] = []
+    num_images = 0
+    for turn in value:
+        role, text, images = _turn(turn, name)
+        num_images += images
+        if role == "user" and not any(turn["role"] == "user" for turn in turns):
+            text, placeholders = without_placeholder(text, name)
+            num_images = max(num_images, placeholders)
+        turns.append({"role": role, "content": text.strip()})
+    if num_images > 1:
+        raise RefusedRowError(
+            name,
+            "image-count",
+            f"{name} must have one image, got {num_images}. Split the row or remove it.",
+        )
+    return turns
+
+
+def without_placeholder(text: str, name: str) -> tuple[str, int]:
+    """A user turn without its image placeholder, and how many it had.
+
+    Raises:
+        RefusedRowError: More than one: it speaks of more images than there are.
+    """
+    count = text.count(IMAGE_TOKEN)
+    if count > 1:
+        raise RefusedRowError(
+            name,
+            "image-count",
+            f"{name} must have at most one {IMAGE_TOKEN}, got {count}. Split the row or remove it.",
+        )
+    return text.replace(IMAGE_TOKEN, "").strip(), count
+
+
+def _turn(turn: Any, name: str) -> tuple[str, str, int]:
+    """Role, text and number of image parts of one turn."""
+    if isinstance(turn, Mapping):
+        role = turn.get("role", turn.get("from"))
+        content = turn.get("content", turn.get("value"))
+        if isinstance(role, str) and role in ROLES:
+            if isinstance(content, str):
+                return ROLES[role], content, 0
+            if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+                kinds = [part.get("type") for part in content]
+                texts = [part.get("text") for part in content if part.get("type") == "text"]
+                if all(isinstance(text, str) for text in texts) and {*kinds} <= {"text", "image"}:
+                    return ROLES[role], "".join(map(str, texts)), kinds.count("image")
+    raise RefusedRowError(
+        name,
+        "messages",
+        f"{name} must have turns of user and assistant with a text, got {turn!r:.80}. Correct the "
+        "turn or remove the row.",
+    )
+
+
+def check_prompt(turns: Sequence[Message], name: str) -> tuple[Message, ...]:
+    """Turns that an answer can follow: user and assistant alternate and the user has the last
+    word; a system turn may come first.
+
+    Raises:
+        RefusedRowError: They do not.
+    """
+    roles = [turn["role"] for turn in turns]
+    after_system = roles[1:] if roles[:1] == ["system"] else roles
+    if (
+        not after_system
+        or after_system != (["user", "assistant"] * len(roles))[: len(after_system)]
+    ):
+        raise _roles(name, roles)
+    if after_system[-1] != "user":
+        raise _roles(name, roles)
+    return tuple(turns)
+
+
+def split_answer(turns: Sequence[Message], name: str) -> tuple[tuple[Message, ...], str]:
+    """The prompt of a conversation and its last answer.
+
+    Raises:
+        RefusedRowError: It does not end with an answer, or its turns do not alternate.
+    """
+    if not turns or turns[-1]["role"] != "assistant":
+        raise _roles(name, [turn["role"] for turn in turns])
+    return check_prompt(turns[:-1], name), turns[-1]["content"]
+
+
+def only_answer(value: Any, name: str) -> str:
+    """An answer given as a string, as one assistant turn, or as a list of that turn.
+
+    Raises:
+        RefusedRowError: It is none of these.
+    """
+    if isinstance(value, str):
+        return value.strip()
+    turns = read_turns([value] if isinstance(value, Mapping) else value, name)
+    if [turn["role"] for turn in turns] != ["assistant"]:
+        raise RefusedRowError(
+            name,
+            "turns",
+            f"{name} must be one assistant turn, got {[turn['role'] for turn in turns]}. Move "
+            "other turns to the prompt.",
+        )
+    return turns[0]["content"]
+
+
+def _roles(name: str, roles: Sequence[str]) -> RefusedRowError:
+    return RefusedRowError(
+        name,
+        "turns",
+        f"{name} must alternate user and assistant turns, got {list(roles)[:8]}. Correct the turns "
+        "or remove the row.",
+    )

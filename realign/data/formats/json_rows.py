@@ -1,0 +1,230 @@
+"""Rows of JSON files, one at a time: JSON lines, and one JSON list of any size."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from realign.data.formats.layout import RefusedRowError
+from realign.data.records import COUNTED
+from realign.errors import RefusedError
+
+CHUNK = 1 << 20
+MAX_ROW = 16 << 20  # characters; a conversation has thousands
+
+
+@dataclass(frozen=True)
+class Found:
+    """What stands at one place of a file: a row, or why it is none."""
+
+    number: int  # from 1
+    where: str  # the place in the file: "line 3", "row 3"
+    row: Any = None
+    problem: RefusedRowError | None = None
+
+    def place(self, file: str) -> str:
+        """What messages call it."""
+        return f"{file}, {self.where}" + (COUNTED if "row" in self.where else "")
+
+
+class StrictDecoder:
+    """JSON whose objects have each key once and whose numbers are numbers. The first object that
+    breaks this is remembered, so that the end of the row is still found.
+    """
+
+    def __init__(self) -> None:
+        self._problem: RefusedRowError | None = None
+        self._decoder = json.JSONDecoder(
+            object_pairs_hook=self._object, parse_float=self._float, parse_constant=self._float
+        )
+
+    def decode(self, text: str, start: int = 0) -> tuple[Any, int, RefusedRowError | None]:
+        """The value that begins at ``start``, where it ends, and what is wrong with it.
+
+        Raises:
+            json.JSONDecodeError: There is no whole value.
+        """
+        self._problem = None
+        try:
+            value, end = self._decoder.raw_decode(text, start)
+        except json.JSONDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:  # too many digits, too many brackets
+            raise json.JSONDecodeError(str(error), text, start) from None
+        return value, end, self._problem
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            names = [name for name, _ in pairs]
+            again = next(name for name in names if names.count(name) > 1)
+            self._problem = RefusedRowError(
+                again, "duplicate-key", f"key {again!r:.60} must be given once. Remove one."
+            )
+        return value
+
+    def _float(self, number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            self._problem = RefusedRowError(
+                "", "number", f"numbers must be finite, got {number[:60]}. Replace it by null."
+            )
+        return value
+
+
+def read_lines(path: Path) -> Iterator[Found]:
+    """The rows of JSON lines; a bad line does not end them."""
+    decoder = StrictDecoder()
+    with path.open("rb") as file:
+        number = 0
+        empty: list[Found] = []  # those at the end of a file are nobody's mistake
+        while raw := file.readline(MAX_ROW):
+            number += 1
+            where = f"line {number}"
+            if number > 1 and not raw.strip(b" \t\r\n"):
+                empty.append(_line(decoder, raw, number, where))
+                continue
+            yield from empty
+            empty.clear()
+            if len(raw) == MAX_ROW and not raw.endswith(b"\n"):
+                while (rest := file.readline(MAX_ROW)) and not rest.endswith(b"\n"):
+                    pass
+                yield Found(number, where, problem=_too_long())
+                continue
+            if number == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
+            yield _line(decoder, raw, number, where)
+
+
+def _line(decoder: StrictDecoder, raw: bytes, number: int, where: str) -> Found:
+    try:
+        text = raw.decode("utf-8").strip(" \t\r\n")
+    except UnicodeDecodeError as error:
+        return Found(
+            number,
+            where,
+            problem=RefusedRowError(
+                "",
+                "utf-8",
+                f"the line must be UTF-8, got {raw[error.start : error.start + 8]!r} at byte "
+                f"{error.start}. Save the file as UTF-8.",
+            ),
+        )
+    if not text:
+        empty = RefusedRowError(
+            "", "empty-line", "the line must be JSON, got an empty one. Remove it."
+        )
+        return Found(number, where, problem=empty)
+    try:
+        value, end, problem = decoder.decode(text)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
+    except json.JSONDecodeError as error:
+        return Found(
+            number,
+            where,
+            problem=RefusedRowError(
+                "",
+                "json",
+                f"the line must be JSON, got {text[:60]!r} ({error.msg}). Correct it.",
+            ),
+        )
+    return Found(number, where, value, problem)
+
+
+def read_list(path: Path) -> Iterator[Found]:
+    """The rows of one JSON list, decoded as they come: the list is never in memory as a whole.
+
+    Raises:
+        RefusedError: The text between rows is no JSON list: what follows cannot be told apart.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = _ListReader(file, path)
+        number = 0
+        while rows.has_next(first=number == 0):
+            number += 1
+            value, problem = rows.decode(number)
+            yield Found(number, f"row {number}", value, problem)
+
+
+class _ListReader:
+    """A window on the text of a list."""
+
+    def __init__(self, file: TextIO, path: Path) -> None:
+        self._file, self._path = file, path
+        self._decoder = StrictDecoder()
+        self._text, self._at, self._is_whole = "", 0, False
+        if self._skip_space() != "[":
+            raise self._refusal("must begin with [", 1)
+        self._at += 1
+
+    def has_next(self, *, first: bool) -> bool:
+        """Whether another row follows; the window then begins with it."""
+        mark = self._skip_space()
+        if mark == "]":
+            self._at += 1
+            if self._skip_space():
+                raise self._refusal("must end with its list", 0)
+            return False
+        if first:
+            return True
+        if mark != ",":
+            raise self._refusal("must have , or ] after a row", 0)
+        self._at += 1
+        self._skip_space()
+        return True
+
+    def decode(self, number: int) -> tuple[Any, RefusedRowError | None]:
+        """The row that the window begins with."""
+        while True:
+            try:
+                value, end, problem = self._decoder.decode(self._text, self._at)
+                # a number at the window's end may go on, also as 1.5 or 1e5 after a whole 1
+                rest = self._text[end : end + 8]
+                if (rest and rest[0] in " \t\r\n,]") or len(rest) == 8 or self._is_whole:
+                    self._at = end
+                    return value, problem
+            except json.JSONDecodeError as error:
+                if self._is_whole or len(self._text) - self._at > MAX_ROW:
+                    raise self._refusal(f"must be JSON ({error.msg})", number) from None
+            self._read(max(CHUNK, len(self._text) - self._at))  # twice as much: linear in total
+
+    def _skip_space(self) -> str:
+        """The next character that is no space; empty at the end."""
+        while True:
+            while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
+                self._at += 1
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if self._is_whole:
+                return ""
+            self._read(CHUNK)
+
+    def _read(self, size: int) -> None:
+        try:
+            more = self._file.read(size)
+        except UnicodeDecodeError as error:
+            raise RefusedError(
+                f"{self._path} must be UTF-8 ({error.reason}). Save it so."
+            ) from None
+        self._text = self._text[self._at :] + more
+        self._at = 0
+        self._is_whole = not more
+
+    def _refusal(self, rule: str, number: int) -> RefusedError:
+        place = f", row {number}" if number else ""
+        found = self._text[self._at : self._at + 60]
+        return RefusedError(
+            f"{self._path.name}{place}: the file {rule}, got {found!r}. Correct it; rows after it "
+            "cannot be told apart."
+        )
+
+
+def _too_long() -> RefusedRowError:
+    return RefusedRowError(
+        "", "long-line", f"a row must have at most {MAX_ROW} bytes, got more. Shorten it."
+    )

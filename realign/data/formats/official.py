@@ -1,0 +1,333 @@
+"""Preference records in the authors' published layout: a JSON list of ``{image, retrieved_image,
+chosen, rejected}`` and one image folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from realign.data.export.folder import ImageFolder
+from realign.data.export.rows import write_list
+from realign.data.images import MAX_BYTES, RefusedImage, check_image_root, resolve_image
+from realign.data.records import (
+    COUNTED,
+    IMAGE_TOKEN,
+    LazyRecords,
+    Message,
+    Problem,
+    Record,
+    check_messages,
+    refuse_problems,
+)
+from realign.errors import RefusedError
+from realign.runtime.files import read_json
+
+FILE = "pref_data.json"
+NOTE = "train with --data pref_data.json --images images; the authors' code reads the same files"
+
+
+def read_official_json(path: Path, image_root: Path) -> OfficialRecords:
+    """Open the published layout: a list of ``{image, retrieved_image, chosen, rejected}`` and one
+    image folder.
+
+    Raises:
+        RefusedError: The file or rows do not have that layout, or images are missing; all are
+            counted and the first twenty named.
+    """
+    records, problems = read_official_rows(path, image_root)
+    refuse_problems(
+        [problem.message for row in problems for problem in row], len(records) + len(problems)
+    )
+    return records
+
+
+def read_official_rows(path: Path, image_root: Path) -> tuple[OfficialRecords, list[list[Problem]]]:
+    """Open the published layout; return its good rows, and the problems of each bad one.
+
+    Raises:
+        RefusedError: The file does not hold a list, or the image folder is none.
+    """
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise RefusedError(
+            f"{path} must be a list of rows, got {type(rows).__name__}. Put the rows into []."
+        )
+    check_image_root(image_root)
+    read: list[OfficialRow] = []
+    problems: list[list[Problem]] = []
+    for number, row in enumerate(rows, start=1):
+        # its own name where it has one; else its number, from 1 as the lines of a file
+        has_id = isinstance(row, dict) and "id" in row
+        row_id = str(row["id"] if has_id else number)
+        where = f"{path.name}, row {row_id}" + ("" if has_id else COUNTED)
+        try:
+            result = _official_row(row, row_id, where, image_root)
+        except RefusedError as error:
+            problems.append([Problem.of(error, row_id, where)])
+            continue
+        if isinstance(result, OfficialRow):
+            meta = {"file": path.name, "index": number - 1, **result.record.source}
+            record = dataclasses.replace(result.record, meta={"source": meta})
+            if not _spells(row, plain_row(record)):
+                # unknown keys, their order, where the placeholder stands: kept for export
+                record.source["row"] = json.dumps(row)
+            read.append(dataclasses.replace(result, record=record))
+        else:
+            problems.append(result)
+    return OfficialRecords(read), problems
+
+
+@dataclass(frozen=True)
+class OfficialRow:
+    """One checked row: a record without its images, and where these are."""
+
+    record: Record
+    image: Path | None
+    retrieved_image: Path | None
+
+
+class OfficialRecords(LazyRecords):
+    """Rows whose image files are read when a row is."""
+
+    def __init__(self, rows: Sequence[OfficialRow]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def texts(self) -> Sequence[Record]:
+        """The same rows; no image file is read."""
+        return [row.record for row in self._rows]
+
+    def _read(self, index: int) -> Record:
+        row = self._rows[index]
+        return dataclasses.replace(
+            row.record,
+            images=_read_limited(row.image),
+            rejected_images=_read_limited(row.retrieved_image),
+        )
+
+
+def _read_limited(path: Path | None) -> tuple[bytes, ...]:
+    if path is None:
+        return ()
+    with path.open("rb") as file:
+        return (file.read(MAX_BYTES + 1),)
+
+
+def _official_row(
+    row: Any, row_id: str, where: str, image_root: Path
+) -> OfficialRow | list[Problem]:
+    """The row, or what is wrong with its images; anything else that is wrong is raised."""
+    if not isinstance(row, dict):
+        raise RefusedError(
+            f"{where} must be an object, got {row!r:.80}. Correct it or remove it.",
+            code="not-an-object",
+        )
+    if missing := [name for name in ("chosen", "rejected") if name not in row]:
+        raise RefusedError(
+            f"{where}: keys {missing} are missing, found {sorted(row)}. Add them.",
+            code="missing-key",
+            field=missing[0],
+        )
+    names = {name: row[name] for name in ("image", "retrieved_image") if name in row}
+    if len(names) == 1:
+        ((there, value),) = names.items()
+        missing_name = "retrieved_image" if there == "image" else "image"
+        raise RefusedError(
+            f"{where}: {missing_name} is missing beside {there} {value!r}. Add it.",
+            code="missing-key",
+            field=missing_name,
+        )
+    for name, value in names.items():
+        if not isinstance(value, str):
+            raise RefusedError(
+                f"{where}: {name} must be a file name, got {value!r:.80}. Name one of --images.",
+                code="image-name",
+                field=name,
+            )
+    _check_placeholders(row, len(names) // 2, where)
+    prompt, chosen = split_conversation(row["chosen"], where, "chosen")
+    rejected_prompt, rejected = split_conversation(row["rejected"], where, "rejected")
+    if prompt != rejected_prompt:
+        raise RefusedError(
+            f"{where}: chosen and rejected must differ in the last answer only. Make their turns "
+            "equal.",
+            code="turns",
+            field="rejected",
+        )
+    paths, problems = {}, []
+    for name, file in names.items():
+        try:
+            paths[name] = resolve_image(image_root, file, where)
+        except RefusedImage as error:
+            problems.append(Problem(row_id, where, name, error.code, str(error)))
+    if problems:
+        return problems
+    record = Record(
+        id=row_id,
+        images=(),
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        meta={"source": names},
+        place=where,
+    )
+    return OfficialRow(record, paths.get("image"), paths.get("retrieved_image"))
+
+
+def plain_row(record: Record) -> dict[str, Any]:
+    """A record as the layout spells it: images by the names in its provenance, ``<image>`` on a
+    line of its own in front of the first turn, and an id unless that is the row's number.
+    """
+    source = record.source
+    names: dict[str, Any] = {
+        name: source[name] for name in ("image", "retrieved_image") if name in source
+    }
+    index = source.get("index")
+    first, *others = record.prompt
+    content = f"{IMAGE_TOKEN}\n{first['content']}" if names else first["content"]
+    prompt = [{**first, "content": content}, *others]
+    is_number = isinstance(index, int) and record.id == str(index + 1)
+    row_id: dict[str, Any] = {} if is_number else {"id": record.id}
+    return {
+        **row_id,
+        **names,
+        "chosen": [*prompt, {"role": "assistant", "content": record.chosen}],
+        "rejected": [*prompt, {"role": "assistant", "content": record.rejected}],
+    }
+
+
+def _spells(row: Any, other: Any) -> bool:
+    """Whether two JSON values are equal, the order of keys included."""
+    return json.dumps(row) == json.dumps(other)
+
+
+def _check_placeholders(row: dict[str, Any], num_images: int, where: str) -> None:
+    """A turn that speaks of an image which is not there would be trained on without it."""
+    for name in ("chosen", "rejected"):
+        turns = row[name] if isinstance(row[name], list) else []
+        texts = [turn.get("content") for turn in turns[:-1] if isinstance(turn, dict)]
+        count = sum(text.count(IMAGE_TOKEN) for text in texts if isinstance(text, str))
+        if count > num_images:
+            raise RefusedError(
+                f"{where}: {name} must have at most one {IMAGE_TOKEN} an image, got {count} for "
+                f"{num_images}. Name the images in image and retrieved_image, or remove "
+                f"{IMAGE_TOKEN}.",
+                code="image-slot",
+                field=name,
+            )
+
+
+def split_conversation(turns: Any, where: str, name: str) -> tuple[tuple[Message, ...], str]:
+    """The turns before the last answer, without image placeholders, and that answer.
+
+    Raises:
+        RefusedError: Not a conversation of the layout.
+    """
+    check_messages(turns, where, name)
+    roles = [turn.get("role") for turn in turns] if isinstance(turns, list) else []
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise RefusedError(
+            f"{where}: {name} must alternate user and assistant turns, got {roles or turns!r}. "
+            "Remove system turns and end with an answer.",
+            code="turns",
+            field=name,
+        )
+    if any(IMAGE_TOKEN in turn["content"] for turn in turns[1:-1]):
+        raise RefusedError(
+            f"{where}: {name} must have {IMAGE_TOKEN} in its first turn only. Move it there.",
+            code="image-slot",
+            field=name,
+        )
+    prompt = [{"role": turn["role"], "content": turn["content"]} for turn in turns[:-1]]
+    prompt[0]["content"] = prompt[0]["content"].replace(IMAGE_TOKEN, "").strip()
+    return tuple(prompt), cast("str", turns[-1]["content"])
+
+
+def write_official(records: Iterable[Record], folder: Path) -> Counter[str]:
+    """Write ``pref_data.json`` and ``images/`` into ``folder``; return counts.
+
+    Raises:
+        RefusedError: A row that the layout cannot hold: an image without a retrieved one, several
+            images, or turns other than user and assistant in alternation.
+    """
+    images = ImageFolder(folder / "images")
+    counts: Counter[str] = Counter()
+    problems: list[str] = []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for record in records:
+            counts["rows read"] += 1
+            try:
+                _check(record)
+            except RefusedError as error:
+                problems.append(str(error))
+                continue
+            counts["rows without an image"] += not record.images
+            yield _row(record, images)
+
+    counts["rows written"] = write_list(folder / FILE, rows())
+    refuse_problems(problems, counts["rows read"])
+    counts["images written"] = len(images)
+    counts["images renamed"] = images.renamed
+    return counts
+
+
+def _check(record: Record) -> None:
+    found = (len(record.images), len(record.rejected_images))
+    if found not in ((0, 0), (1, 1)):
+        raise RefusedError(
+            f"{record.where}: the official layout needs one image and one retrieved image, or "
+            f"none, got {found[0]} and {found[1]}. Build retrieved images, or export to ms-swift "
+            "or llamafactory."
+        )
+    if not record.prompt:
+        raise RefusedError(f"{record.where}: prompt must not be empty. Add a question.")
+    row = plain_row(record)
+    for name in ("chosen", "rejected"):
+        split_conversation(row[name], record.where, name)
+
+
+def _row(record: Record, images: ImageFolder) -> dict[str, Any]:
+    names = {}
+    for name, raw in (("image", record.images), ("retrieved_image", record.rejected_images)):
+        if raw:
+            wished = record.source.get(name)
+            names[name] = images.add(raw[0], wished if isinstance(wished, str) else None)
+    plain = plain_row(_named(record, names))
+    row = _as_read(record)
+    if row is None:
+        return plain
+    said = (record.prompt, record.chosen, record.rejected)
+    is_edited = ("image" in row) != bool(names) or _said(row) != said
+    row = {k: v for k, v in row.items() if names or k not in ("image", "retrieved_image")} | names
+    return row | {name: plain[name] for name in ("chosen", "rejected") if is_edited}
+
+
+def _as_read(record: Record) -> dict[str, Any] | None:
+    """The row that the record was read from, where its provenance holds one of the layout."""
+    try:
+        row = json.loads(record.source.get("row", ""))
+        _said(row)
+    except (ValueError, TypeError, KeyError):
+        return None
+    return row
+
+
+def _named(record: Record, names: dict[str, str]) -> Record:
+    """The record with the names that its images have now."""
+    others = {k: v for k, v in record.source.items() if k not in ("image", "retrieved_image")}
+    return dataclasses.replace(record, meta={**record.meta, "source": {**others, **names}})
+
+
+def _said(row: dict[str, Any]) -> Any:
+    """Prompt and answers of a row."""
+    prompt, chosen = split_conversation(row["chosen"], "", "chosen")
+    return prompt, chosen, split_conversation(row["rejected"], "", "rejected")[1]

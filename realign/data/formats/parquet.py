@@ -1,0 +1,206 @@
+"""Preference records as parquet: written and read a row group at a time, so that neither needs the
+memory of the whole.
+
+Columns are the ones that TRL's DPOTrainer reads (``images``, ``prompt``, ``chosen``, ``rejected``)
+plus ``id``, ``rejected_images`` and ``meta``.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from realign.data.records import COUNTED, LazyRecords, Record, check_messages
+from realign.errors import RefusedError
+from realign.runtime.files import canonical_json, replacing
+
+# Reading one row reads its group. Arrow's limit of 2 GiB an array is far above.
+ROW_GROUP_BYTES = 16 << 20
+REQUIRED = ("images", "prompt", "chosen", "rejected")
+IMAGES = ("images", "rejected_images")
+OPTIONAL = ("id", "rejected_images", "meta")
+
+
+def write_parquet(
+    records: Iterable[Record], path: Path, *, row_group_bytes: int = ROW_GROUP_BYTES
+) -> None:
+    """Write records as parquet with ``datasets`` image columns, whole or not at all. Equal
+    records, equal bytes.
+
+    Args:
+        records: Consumed one by one; a generator will do.
+        path: The file.
+        row_group_bytes: A row group ends when its images and texts have that many bytes.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Features, Image, List, Value
+
+    turn = {"role": Value("string"), "content": Value("string")}
+    schema = Features(
+        {
+            "id": Value("string"),
+            "images": List(Image()),
+            "prompt": List(turn),
+            "chosen": List(turn),
+            "rejected": List(turn),
+            "rejected_images": List(Image()),
+            "meta": Value("string"),
+        }
+    ).arrow_schema
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for group in _groups(records, row_group_bytes):
+            writer.write_table(pa.Table.from_pylist([*map(_row, group)], schema=schema))
+
+
+def _groups(records: Iterable[Record], row_group_bytes: int) -> Iterator[list[Record]]:
+    group: list[Record] = []
+    size = 0
+    for record in records:
+        group.append(record)
+        texts = (record.chosen, record.rejected, *(turn["content"] for turn in record.prompt))
+        size += sum(map(len, (*record.images, *record.rejected_images, *texts)))
+        if size >= row_group_bytes:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _row(record: Record) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        "images": [{"bytes": raw, "path": None} for raw in record.images],
+        "prompt": list(record.prompt),
+        "chosen": [{"role": "assistant", "content": record.chosen}],
+        "rejected": [{"role": "assistant", "content": record.rejected}],
+        "rejected_images": [{"bytes": raw, "path": None} for raw in record.rejected_images],
+        "meta": canonical_json(record.meta),
+    }
+
+
+def read_parquet(path: Path) -> ParquetRecords:
+    """Open the records of :func:`write_parquet`, or of any parquet file with the same columns.
+
+    Raises:
+        RefusedError: The file is not parquet or lacks a column. Rows are checked when they are
+            read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(path)
+    except pa.ArrowInvalid as error:
+        raise RefusedError(
+            f"{path} must be a parquet file ({error}). Build it with `realign build`."
+        ) from None
+    names = metadata.schema.to_arrow_schema().names
+    if missing := [name for name in REQUIRED if name not in names]:
+        raise RefusedError(
+            f"{path} must have columns {list(REQUIRED)}, lacks {missing}. Build it with `realign "
+            f"build`."
+        )
+    return ParquetRecords(path, metadata, [n for n in (*REQUIRED, *OPTIONAL) if n in names])
+
+
+class ParquetRecords(LazyRecords):
+    """Records of a parquet file; the row group that was read last is kept.
+
+    Args:
+        path: The file. It is opened at each read, so that worker processes can share the object.
+        metadata: Its ``pyarrow.parquet.FileMetaData``.
+        columns: The columns to read.
+    """
+
+    def __init__(self, path: Path, metadata: Any, columns: list[str]) -> None:
+        self._path, self._metadata, self._columns = path, metadata, columns
+        groups = range(metadata.num_row_groups)
+        sizes = [metadata.row_group(group).num_rows for group in groups]
+        self._starts = [0, *accumulate(sizes)]
+        self._group, self._table = -1, None
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def texts(self) -> ParquetRecords:
+        """The same rows; the columns of images are not read."""
+        columns = [name for name in self._columns if name not in IMAGES]
+        return ParquetRecords(self._path, self._metadata, columns)
+
+    def _read(self, index: int) -> Record:
+        group = bisect_right(self._starts, index) - 1
+        row = self._read_group(group).slice(index - self._starts[group], 1).to_pylist()[0]
+        row_id = str(row.get("id", index + 1))
+        where = f"{self._path.name}, row {row_id}" + ("" if "id" in row else COUNTED)
+        return Record(
+            id=row_id,
+            images=_image_bytes(row.get("images"), where, "images"),
+            prompt=check_messages(row["prompt"], where, "prompt"),
+            chosen=_only_answer(row["chosen"], where, "chosen"),
+            rejected=_only_answer(row["rejected"], where, "rejected"),
+            rejected_images=_image_bytes(row.get("rejected_images"), where, "rejected_images"),
+            meta=_meta(row.get("meta") or "{}", where),
+            place=where,
+        )
+
+    def _read_group(self, group: int) -> Any:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if group != self._group:
+            try:
+                with pq.ParquetFile(self._path, metadata=self._metadata) as file:
+                    self._table = file.read_row_group(group, columns=self._columns)
+            except (pa.ArrowException, OSError) as error:
+                first, last = self._starts[group] + 1, self._starts[group + 1]
+                raise RefusedError(
+                    f"{self._path.name}: rows {first} to {last} are damaged ({error!s:.200}). "
+                    "Copy or build the file again.",
+                    code="damaged",
+                ) from None
+            self._group = group
+        return self._table
+
+
+def _image_bytes(images: Any, where: str, name: str) -> tuple[bytes, ...]:
+    if not isinstance(images, list | None) or not all(
+        isinstance(image, dict) and isinstance(image.get("bytes"), bytes) for image in images or []
+    ):
+        raise RefusedError(
+            f"{where}: {name} must be embedded as bytes, got a path. Embed them when saving.",
+            code="not-embedded",
+            field=name,
+        )
+    return tuple(image["bytes"] for image in images or [])
+
+
+def _only_answer(turns: Any, where: str, name: str) -> str:
+    (answer, *more) = check_messages(turns, where, name) or [{"role": "", "content": ""}]
+    if more or answer["role"] != "assistant":
+        raise RefusedError(
+            f"{where}: {name} must be one assistant turn, got {[t['role'] for t in turns]}. "
+            "Move other turns to prompt.",
+            code="turns",
+            field=name,
+        )
+    return answer["content"]
+
+
+def _meta(text: Any, where: str) -> dict[str, Any]:
+    try:
+        meta = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        meta = None
+    if not isinstance(meta, dict):
+        raise RefusedError(
+            f"{where}: meta must be a JSON object as text, got {text!r:.80}. Correct it or drop "
+            "the column.",
+            code="meta",
+            field="meta",
+        )
+    return meta

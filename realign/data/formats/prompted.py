@@ -1,0 +1,62 @@
+"""Rows of an image, a prompt and, where there is one, an answer: this project's own JSONL, and
+tables with such columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from realign.data.formats.conversation import check_prompt, read_turns
+from realign.data.formats.layout import (
+    Draft,
+    Layout,
+    RawRow,
+    RefusedRowError,
+    Turns,
+    image_of,
+    text_of,
+)
+from realign.data.records import IMAGE_TOKEN, Message
+
+
+def _matches(row: Mapping[str, Any]) -> bool:
+    return "prompt" in row and bool({"image", "images"} & row.keys()) and "chosen" not in row
+
+
+def _drafts(row: RawRow, _: Turns) -> Iterator[Draft]:
+    image = image_of(row)
+    prompt = _prompt(row)
+    answer = text_of(row, "answer", needed=False)
+    rejected = text_of(row, "rejected", needed=False)
+    if rejected and not answer:
+        raise RefusedRowError(
+            "answer",
+            "empty",
+            f"answer must not be empty beside rejected {rejected!r:.80}. Fill it in or remove "
+            "rejected.",
+        )
+    yield Draft(image, prompt, answer, rejected)
+
+
+def _prompt(row: RawRow) -> tuple[Message, ...]:
+    if not isinstance(row.get("prompt"), list):
+        return ({"role": "user", "content": text_of(row, "prompt")},)
+    if IMAGE_TOKEN in str(row["prompt"]):  # of our own rows the image goes before the prompt
+        raise RefusedRowError(
+            "prompt",
+            "special-token",
+            f"prompt must not contain {IMAGE_TOKEN}, got {row['prompt']!r:.80}. Remove it; the "
+            "image goes before the prompt by itself.",
+        )
+    return check_prompt(read_turns(row["prompt"], "prompt"), "prompt")
+
+
+PROMPTED = Layout(
+    name="realign",
+    summary="image, prompt, answer",
+    keys=frozenset({"id", "image", "images", "prompt", "answer", "rejected"}),
+    matches=_matches,
+    drafts=_drafts,
+    ids_repeat=False,
+)

@@ -1,0 +1,132 @@
+"""Reads a source whatever it is: recognises its file and its layout, checks every row, reports
+the bad ones and goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+from realign.data.formats.json_rows import Found, read_lines, read_list
+from realign.data.formats.layout import RefusedRowError, Turns
+from realign.data.formats.layouts import recognise
+from realign.data.formats.row_reader import RowReader
+from realign.data.formats.source_row import SourceRow
+from realign.data.formats.table_rows import parquet_files, read_parquet_files, read_saved
+from realign.data.images import check_image_root
+from realign.data.records import Problem
+from realign.errors import RefusedError
+from realign.runtime.progress import announce
+
+LOOKED_AT = 100  # rows that may be bad before one shows its layout
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a source gave.
+
+    Attributes:
+        rows: The good rows; those without an answer are still to be annotated.
+        problems: One for each row that was refused.
+        format: Name of the layout.
+        num_read: How many rows the file has, good and bad.
+    """
+
+    rows: list[SourceRow]
+    problems: list[Problem]
+    format: str
+    num_read: int
+
+
+def read_source(
+    path: Path,
+    image_root: Path | None,
+    *,
+    special: Iterable[str] = (),
+    turns: Turns = "first",
+    extract_to: Path | None = None,
+    format: str | None = None,
+    image_name: str = "{name}",
+) -> Source:
+    """Read a source: JSON lines, a JSON list, parquet, a folder of parquet, or a saved dataset.
+
+    Image files are found, not opened.
+
+    Args:
+        path: The file or folder.
+        image_root: The folder of its images; None where all are embedded.
+        special: The model's special tokens; no text may contain one.
+        turns: Which answers of a LLaVA conversation become rows: the ``first``, the ``last`` with
+            the earlier turns as its prompt, or ``each`` with its earlier turns.
+        extract_to: Folder for embedded images, named by their content; those that are there are
+            not written again.
+        format: Name of the layout; recognised by the first rows by default.
+        image_name: What the file of an image called ``{name}`` is called in the folder.
+    Raises:
+        RefusedError: No such file, an unknown layout, no row at all, or a file in which rows cannot
+            be told apart.
+    """
+    if turns not in ("first", "last", "each"):
+        raise RefusedError(f"turns must be first, last or each, got {turns!r}. Correct it.")
+    if image_root is not None:
+        check_image_root(image_root)
+    found = iter(_open(path))
+    first = list(islice(found, LOOKED_AT))
+    if not first:
+        raise RefusedError(f"source must have at least one row, got none in {path}. Add rows.")
+    layout = recognise((item.row for item in first), format, path.name)
+    announce(f"source {path.name}: read as {layout.name} ({layout.summary})")
+    if layout.note:
+        announce(f"source {path.name}: {layout.note}")
+    reader = RowReader(
+        path,
+        layout,
+        image_root,
+        special=special,
+        turns=turns,
+        extract_to=extract_to,
+        image_name=image_name,
+    )
+    rows: list[SourceRow] = []
+    problems: list[Problem] = []
+    num_read = 0
+    for item in chain(first, found):
+        num_read += 1
+        try:
+            rows += reader.read(item)
+        except RefusedRowError as error:
+            problems.append(_problem(path, item, error))
+    if reader.left_out:
+        announce(
+            f"source {path.name}: not kept, because JSON cannot hold them: "
+            f"{', '.join(sorted(reader.left_out))}"
+        )
+    return Source(rows, problems, layout.name, num_read)
+
+
+def _open(path: Path) -> Iterator[Found]:
+    if path.is_dir():
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return read_saved(path)
+        return read_parquet_files(parquet_files(path))
+    if not path.is_file():
+        raise RefusedError(
+            f"source must be a file or folder, got {path}, which does not exist. Check --source."
+        )
+    with path.open("rb") as file:
+        beginning = file.read(4096)
+    if beginning.startswith(b"PAR1"):
+        return read_parquet_files([path])
+    is_list = beginning.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").startswith(b"[")
+    return read_list(path) if is_list else read_lines(path)
+
+
+def _problem(path: Path, item: Found, error: RefusedRowError) -> Problem:
+    place = item.place(path.name)
+    row_id = item.row.get("id") if isinstance(item.row, dict) else None
+    row = str(row_id) if isinstance(row_id, str | int) else str(item.number)
+    # half a character in a key or an id must not stop the report from being written
+    row, field = (text.encode(errors="backslashreplace").decode() for text in (row, error.field))
+    return Problem(row, place, field, error.code, f"{place}: {error}")

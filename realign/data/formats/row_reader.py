@@ -1,0 +1,277 @@
+"""Turns what stands at one place of a source into checked rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from realign.data.formats.json_rows import Found
+from realign.data.formats.layout import Draft, Layout, RefusedRowError, Turns
+from realign.data.formats.source_row import SourceRow
+from realign.data.images import FORMATS, MAX_BYTES, RefusedImage, image_suffix, resolve_image
+from realign.data.records import IMAGE_TOKEN, surroundings
+from realign.errors import RefusedError
+
+
+class ImageFiles:
+    """Finds or makes the file of each image; each name is looked up once.
+
+    Args:
+        root: Folder of named images; None where all are embedded.
+        extract_to: Folder for embedded images; None where none is.
+        file_name: What the file of ``{name}`` is called under the root.
+    """
+
+    def __init__(
+        self, root: Path | None, extract_to: Path | None, file_name: str = "{name}"
+    ) -> None:
+        self._root, self._extract_to, self._file_name = root, extract_to, file_name
+        self._named: dict[str, Path | RefusedRowError] = {}
+        self._extracted: set[str] = set()
+
+    def find(self, image: Any) -> tuple[str, Path, str | None]:
+        """Name, file, and the source's own name of an embedded image.
+
+        Raises:
+            RefusedRowError: No such file, a name that leaves the folder, or no image bytes.
+            RefusedError: A folder that the source needs was not given.
+        """
+        if isinstance(image, Mapping):
+            raw = image.get("bytes")
+            if isinstance(raw, bytes) and raw:
+                return (*self._extract(raw), image.get("path"))
+            image = image.get("path")
+        if isinstance(image, bytes):
+            return (*self._extract(image), None)
+        if not isinstance(image, str) or not image:
+            raise RefusedRowError(
+                "image",
+                "wrong-type",
+                f"image must be a file name, got {image!r:.80}. Name a file of the image folder.",
+            )
+        found = self._named.get(image)
+        if found is None:
+            found = self._named[image] = self._resolve(image)
+        if isinstance(found, RefusedRowError):
+            raise found
+        return image, found, None
+
+    def _resolve(self, name: str) -> Path | RefusedRowError:
+        if self._root is None:
+            raise RefusedError(
+                f"images must name the folder of the source's images such as {name!r:.80}. Pass "
+                "--images FOLDER."
+            )
+        try:
+            return resolve_image(self._root, self._file_name.replace("{name}", name), "")
+        except RefusedImage as error:
+            return RefusedRowError("image", error.code, str(error).removeprefix(": "))
+        except (OSError, UnicodeError) as error:  # longer than names can be, or half a character
+            text = f"image must be a file name, got {name!r:.80} ({error}). Rename it."
+            return RefusedRowError("image", "unreadable", text)
+
+    def _extract(self, raw: bytes) -> tuple[str, Path]:
+        suffix = image_suffix(raw)
+        if suffix is None:
+            raise RefusedRowError(
+                "image",
+                "format",
+                f"image must be {', '.join(FORMATS)} bytes, got {len(raw)} that begin with "
+                f"{raw[:12]!r}. Replace it or remove the row.",
+            )
+        if len(raw) > MAX_BYTES:
+            raise RefusedRowError(
+                "image",
+                "too-many-bytes",
+                f"image must have at most {MAX_BYTES} bytes, got {len(raw)}. Shrink it.",
+            )
+        if self._extract_to is None:
+            raise RefusedError(
+                "source has embedded images and extract_to names no folder to keep them in. Give "
+                "one."
+            )
+        name = hashlib.sha256(raw).hexdigest() + suffix
+        path = self._extract_to / name
+        if name not in self._extracted:
+            # no fsync an image: what a power cut leaves is compared, and written again
+            if not path.is_file() or path.read_bytes() != raw:
+                self._extract_to.mkdir(parents=True, exist_ok=True)
+                temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
+                try:
+                    temporary.write_bytes(raw)
+                    temporary.replace(path)
+                finally:
+                    temporary.unlink(missing_ok=True)
+            self._extracted.add(name)
+        return name, path
+
+
+class RowReader:
+    """Reads rows of one layout, each with an id of its own.
+
+    Args:
+        path: The source, for provenance.
+        layout: What its rows are.
+        image_root: Folder of named images.
+        special: Tokens that no text may contain.
+        turns: Which answers of a conversation become rows.
+        extract_to: Folder for embedded images.
+
+    Attributes:
+        left_out: Keys whose values could not be kept.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        layout: Layout,
+        image_root: Path | None,
+        *,
+        special: Iterable[str],
+        turns: Turns,
+        extract_to: Path | None,
+        image_name: str,
+    ) -> None:
+        self._file, self._layout, self._turns = path.name, layout, turns
+        self._tokens = sorted({*special, IMAGE_TOKEN} - {""})
+        self._images = ImageFiles(image_root, extract_to, image_name)
+        self._ids: set[str] = set()
+        self._repeated: dict[str, int] = {}
+        self.left_out: set[str] = set()
+
+    def read(self, found: Found) -> list[SourceRow]:
+        """The rows of one place.
+
+        Raises:
+            RefusedRowError: Why there are none.
+        """
+        if found.problem:
+            raise found.problem
+        raw = found.row
+        if not isinstance(raw, dict):
+            raise RefusedRowError(
+                "",
+                "not-an-object",
+                f"a row must be an object, got {raw!r:.80}. Correct or remove it.",
+            )
+        place = found.place(self._file)
+        base = self._id(raw, found.number)
+        drafts = list(self._layout.drafts(raw, self._turns))
+        extra = self._extra(raw)
+        checked = [(draft, *self._check(draft)) for draft in drafts]
+        rows = []
+        for draft, name, path, own_name in checked:
+            source: dict[str, Any] = {"file": self._file, "index": found.number - 1}
+            source |= {"format": self._layout.name, **draft.source}
+            if own_name:
+                source["image"] = own_name
+            if "id" in raw:
+                source["id"] = raw["id"]
+            if draft.turn:
+                source["turn"] = draft.turn
+            if extra:
+                source["extra"] = extra
+            row_id = f"{base}-{draft.turn}" if self._turns == "each" and draft.turn else base
+            prompt, answer, rejected = draft.prompt, draft.answer, draft.rejected
+            rows.append(
+                SourceRow(self._unique(row_id), name, path, prompt, answer, rejected, source, place)
+            )
+        return rows
+
+    def _id(self, raw: dict[str, Any], number: int) -> str:
+        row_id = raw.get("id")
+        if row_id is None:
+            row_id = number - 1
+        if isinstance(row_id, bool) or not isinstance(row_id, str | int) or row_id == "":
+            raise RefusedRowError(
+                "id",
+                "wrong-type",
+                f"id must be a string or a number, got {row_id!r:.80}. Correct it.",
+            )
+        row_id = str(row_id)
+        _check_unicode(row_id, "id")
+        if row_id in self._ids and not self._layout.ids_repeat:
+            raise RefusedRowError(
+                "id",
+                "duplicate-id",
+                f"id must be unique, got {row_id!r:.80} again. Rename one; without an id a row is "
+                "named by its number.",
+            )
+        return row_id
+
+    def _unique(self, row_id: str) -> str:
+        """``row_id``, with a number where it has been used before: the same in every run."""
+        unique = row_id
+        while unique in self._ids:
+            self._repeated[row_id] = self._repeated.get(row_id, 1) + 1
+            unique = f"{row_id}#{self._repeated[row_id]}"
+        self._ids.add(unique)
+        return unique
+
+    def _check(self, draft: Draft) -> tuple[str, Path, str | None]:
+        for turn in draft.prompt:
+            self._check_text(turn["content"], "prompt")
+            if not turn["content"]:
+                raise RefusedRowError(
+                    "prompt",
+                    "empty",
+                    f"prompt must have no empty turn, got one of {turn['role']}. Fill it in or "
+                    "remove the row.",
+                )
+        for name in ("answer", "rejected"):
+            self._check_text(getattr(draft, name), name)
+        if draft.answer and draft.answer == draft.rejected:
+            raise RefusedRowError(
+                "rejected",
+                "equal-answers",
+                f"rejected must differ from the answer, got {draft.answer[:80]!r} twice. Remove "
+                "the row.",
+            )
+        return self._images.find(draft.image)
+
+    def _check_text(self, text: str, name: str) -> None:
+        _check_unicode(text, name)
+        for token in self._tokens:
+            if token in text:
+                raise RefusedRowError(
+                    name,
+                    "special-token",
+                    f"{name} must not contain the special token {token!r}, got "
+                    f"{surroundings(text, token)!r}. Remove it; the image goes before the prompt "
+                    "by itself.",
+                )
+
+    def _extra(self, raw: dict[str, Any]) -> dict[str, Any]:
+        """Keys that the layout does not know, as far as JSON can hold them."""
+        kept = {}
+        for name in raw.keys() - self._layout.keys:
+            if _fits_json([name, raw[name]]):
+                kept[name] = raw[name]
+            else:
+                self.left_out.add(name.encode(errors="backslashreplace").decode())
+        return {name: kept[name] for name in raw if name in kept}
+
+
+def _fits_json(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _check_unicode(text: str, name: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RefusedRowError(
+            name,
+            "surrogate",
+            f"{name} must be Unicode text, got half a character in {text[:80]!r}. Correct it.",
+        ) from None

@@ -1,0 +1,43 @@
+"""One row of what a dataset is built from, whatever file it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from realign.data.records import Message
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """One instruction about one image, with as much of the pair as the source has.
+
+    Attributes:
+        id: Unique in the source.
+        image: The image as the source names it.
+        path: The image file.
+        prompt: Turns before the answer, string contents, no image placeholders; the last is the
+            user's.
+        answer: The good answer y_w; empty where it is still to be asked for.
+        rejected: The bad answer y_l of a source that has text pairs; empty where it is still to be
+            induced.
+        source: The source's own names, index and unknown keys, for provenance and export.
+        place: File and line or row, as messages name it.
+        is_annotated: Whether the answer was asked for, not given.
+    """
+
+    id: str
+    image: str
+    path: Path
+    prompt: tuple[Message, ...]
+    answer: str = ""
+    rejected: str = ""
+    source: dict[str, Any] = field(default_factory=dict)
+    place: str = ""
+    is_annotated: bool = False
+
+    @property
+    def instruction(self) -> str:
+        """The last user turn: x of the paper."""
+        return self.prompt[-1]["content"]

@@ -1,0 +1,109 @@
+"""Pairs of plain texts: a question with a chosen and a rejected answer (RLAIF-V, SPA-VL, MMPR),
+the same as one JSON string (RLHF-V), or with the prompt as a finished template (mDPO).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from realign.data.formats.conversation import without_placeholder
+from realign.data.formats.layout import (
+    Draft,
+    Layout,
+    RawRow,
+    RefusedRowError,
+    Turns,
+    image_of,
+    text_of,
+)
+from realign.data.records import Message
+
+PAIR = {"question", "chosen", "rejected"}
+# The sentence that Vicuna's template begins with; mDPO's published rows hold it written out.
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
+TEMPLATE = re.compile(
+    rf"(?:{re.escape(VICUNA_SYSTEM)}\s+)?USER:\s*(?P<question>.+?)\s*ASSISTANT:\s*", re.DOTALL
+)
+
+
+def _question(text: str, name: str) -> tuple[Message, ...]:
+    question, _ = without_placeholder(text, name)
+    if not question:
+        raise RefusedRowError(
+            name, "empty", f"{name} must not be empty, got {text!r}. Fill it in or remove the row."
+        )
+    return ({"role": "user", "content": question},)
+
+
+def _pair(row: RawRow, _: Turns) -> Iterator[Draft]:
+    prompt = _question(text_of(row, "question"), "question")
+    yield Draft(image_of(row), prompt, text_of(row, "chosen"), text_of(row, "rejected"))
+
+
+def _rlhf_v(row: RawRow, turns: Turns) -> Iterator[Draft]:
+    text = row.get("text")
+    try:
+        pair = json.loads(text) if isinstance(text, str) else text
+    except (ValueError, RecursionError):  # no JSON, too many digits, too many brackets
+        pair = None
+    if not isinstance(pair, dict) or not pair.keys() >= PAIR:
+        raise RefusedRowError(
+            "text",
+            "wrong-type",
+            f"text must be a JSON object with {sorted(PAIR)}, got {text!r:.80}. Correct it or "
+            "remove the row.",
+        )
+    yield from _pair(
+        {**pair, **{name: row[name] for name in ("image", "images") if name in row}}, turns
+    )
+
+
+def _mdpo(row: RawRow, _: Turns) -> Iterator[Draft]:
+    prompt = text_of(row, "prompt")
+    found = TEMPLATE.fullmatch(prompt)
+    question = found["question"] if found else ""
+    if not found or any(word in question for word in ("USER:", "ASSISTANT:", "</s>")):
+        raise RefusedRowError(
+            "prompt",
+            "template",
+            f"prompt must be 'USER: question ASSISTANT:' with at most Vicuna's system sentence "
+            f"before it, got {prompt!r:.80}. Put the question alone into question, the image into "
+            "image, or remove the row.",
+        )
+    image = image_of({"image": row.get("img_path")})
+    yield Draft(
+        image, _question(question, "prompt"), text_of(row, "chosen"), text_of(row, "rejected")
+    )
+
+
+def _has_image(row: Mapping[str, Any]) -> bool:
+    return bool({"image", "images"} & row.keys())
+
+
+QUESTION = Layout(
+    name="question",
+    summary="image, question, chosen, rejected: RLAIF-V, SPA-VL, MMPR",
+    keys=frozenset({"id", "image", "images", *PAIR}),
+    matches=lambda row: row.keys() >= PAIR and _has_image(row),
+    drafts=_pair,
+)
+RLHF_V = Layout(
+    name="rlhf-v",
+    summary="image, text with question, chosen, rejected: RLHF-V",
+    keys=frozenset({"id", "image", "images", "text"}),
+    matches=lambda row: "text" in row and _has_image(row) and not {"prompt", *PAIR} & row.keys(),
+    drafts=_rlhf_v,
+)
+MDPO = Layout(
+    name="mdpo",
+    summary="img_path, prompt as a finished template, chosen, rejected: mDPO",
+    keys=frozenset({"id", "img_path", "prompt", "chosen", "rejected"}),
+    matches=lambda row: "img_path" in row and "prompt" in row,
+    drafts=_mdpo,
+)

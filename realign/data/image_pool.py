@@ -1,0 +1,216 @@
+"""Decoding untrusted images in a bounded pool of processes: each image is read, hashed and decoded
+once.
+
+An image that hangs, crashes or fills the memory costs itself alone: its worker is replaced.
+Workers are fresh interpreters (:mod:`realign.data.image_worker`), neither forks nor children of
+``multiprocessing``, so that they import nothing of the caller and share two pipes with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import select
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from realign.data.images import RefusedImage
+from realign.runtime.memory import usable_cores
+
+# A worker ends by itself at its time limit; one that cannot (stuck in the kernel, stopped) is given
+# up so much later.
+GRACE_SECONDS = 5.0
+START_SECONDS = 60.0  # its imports, on a machine that does other things
+# how many images a worker may be ahead of who asks for the facts
+_AHEAD = 8
+_ENVIRONMENT = {
+    # a thread pool for every core would fill the address space before the first image
+    **dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+    # glibc would give the pages of every image back and fault them in again for the next
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
+}
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What is known of an image that was decoded.
+
+    Attributes:
+        sha256: Of the file's bytes.
+        width: Of the decoded image, its EXIF rotation applied.
+        height: Of the decoded image.
+        perceptual_hash: See :func:`realign.data.perceptual_hash.perceptual_hash`.
+    """
+
+    sha256: str
+    width: int
+    height: int
+    perceptual_hash: int
+
+
+def inspect_images(
+    paths: Sequence[Path], *, workers: int, timeout_s: float = 10, memory_bytes: int = 2 << 30
+) -> Iterator[ImageFacts | RefusedImage]:
+    """Decode image files and say what they are, in the order of ``paths``, as they are asked for.
+
+    Args:
+        paths: The files. One that is there twice is decoded twice.
+        workers: How many processes decode; 0 for one a usable core.
+        timeout_s: Longest time for one image; code ``timeout``.
+        memory_bytes: Largest address space of a worker; code ``memory``, or ``crashed`` where a
+            decoder does not survive it.
+    """
+    with ImagePool(workers, timeout_s=timeout_s, memory_bytes=memory_bytes) as pool:
+        asked: deque[Future[ImageFacts | RefusedImage]] = deque()
+        for path in paths:
+            asked.append(pool.submit(path, str(path)))
+            if len(asked) >= pool.ahead:
+                yield asked.popleft().result()
+        while asked:
+            yield asked.popleft().result()
+
+
+class ImagePool:
+    """Context manager of worker processes that decode images, one each at a time.
+
+    Args and codes are those of :func:`inspect_images`.
+
+    Attributes:
+        ahead: How many images may wait so that no worker does; more take memory alone.
+    """
+
+    def __init__(self, workers: int, *, timeout_s: float = 10, memory_bytes: int = 2 << 30) -> None:
+        self._crew = [
+            _Worker(timeout_s, memory_bytes)
+            for _ in range(workers if workers > 0 else usable_cores())
+        ]
+        self.ahead = _AHEAD * len(self._crew)
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for worker in self._crew:
+            self._idle.put(worker)
+        # a thread a worker, which waits for it; the work is in the processes
+        self._threads = ThreadPoolExecutor(len(self._crew))
+
+    def __enter__(self) -> ImagePool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._crew:
+            worker.close()
+        self._threads.shutdown()
+
+    def submit(self, image: Path | bytes, where: str) -> Future[ImageFacts | RefusedImage]:
+        """Inspect a file, or the bytes of one; ``where`` names it in a refusal."""
+        return self._threads.submit(self._inspect, image, where)
+
+    def _inspect(self, image: Path | bytes, where: str) -> ImageFacts | RefusedImage:
+        worker = self._idle.get()
+        try:
+            return worker.inspect(where, image)
+        finally:
+            self._idle.put(worker)
+
+
+class _Worker:
+    """One process, started when it is first needed and again after it died."""
+
+    def __init__(self, timeout_s: float, memory_bytes: int) -> None:
+        self._timeout_s, self._memory_bytes = timeout_s, memory_bytes
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_closed = False
+
+    def inspect(self, where: str, image: Path | bytes) -> ImageFacts | RefusedImage:
+        if self._is_closed:
+            return RefusedImage(where, "image was not looked at. Start again.", "crashed")
+        is_new = self._process is None
+        self._process = process = self._process or self._start()
+        line = self._ask(process, where, image, START_SECONDS if is_new else 0.0)
+        if self._is_closed:  # meanwhile; nobody waits for the answer
+            _end(process)
+        if line:
+            answer = json.loads(line)
+            if "code" in answer:
+                return RefusedImage(where, answer["reason"], answer["code"])
+            return ImageFacts(**answer)
+        self._process = None
+        return self._post_mortem(process, where)
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        self._is_closed = True
+        if self._process is not None:
+            _end(self._process)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # -P: a file in the current folder is no module
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-P", "-m", "realign.data.image_worker"),
+                *(str(float(self._timeout_s)), str(self._memory_bytes)),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
+            | _ENVIRONMENT,
+        )
+
+    def _ask(
+        self, process: subprocess.Popen[bytes], where: str, image: Path | bytes, extra_s: float
+    ) -> bytes:
+        """The answer's line; empty where none came, with the process dead or to be ended."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        request: dict[str, Any]
+        if isinstance(image, Path):
+            request, raw = {"where": where, "path": str(image)}, b""
+        else:
+            request, raw = {"where": where, "bytes": len(image)}, image
+        try:
+            process.stdin.write(json.dumps(request).encode() + b"\n" + raw)
+            process.stdin.flush()
+        except OSError:  # it died before it read
+            return b""
+        # answers are short and come one at a time, so nothing of this one is buffered yet
+        limit_s = self._timeout_s + GRACE_SECONDS + extra_s
+        ready = select.poll()  # select() is for the first 1024 descriptors
+        ready.register(process.stdout, select.POLLIN | select.POLLHUP)
+        return process.stdout.readline() if ready.poll(limit_s * 1000) else b""
+
+    def _post_mortem(self, process: subprocess.Popen[bytes], where: str) -> RefusedImage:
+        try:
+            status = process.wait(timeout=GRACE_SECONDS)  # the pipe ends a moment before
+        except subprocess.TimeoutExpired:
+            status = -signal.SIGALRM
+        _end(process)
+        if status == -signal.SIGALRM:
+            reason = (
+                f"image must decode in {self._timeout_s:g} seconds, got no end. Replace it or "
+                "remove the row."
+            )
+            return RefusedImage(where, reason, "timeout")
+        how = f"ended the process that decoded it (status {status})"
+        reason = f"image {how}. Replace it or remove the row."
+        return RefusedImage(where, reason, "crashed")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=GRACE_SECONDS)
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):  # what was not sent yet cannot be
+            if pipe:
+                pipe.close()

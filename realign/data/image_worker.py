@@ -1,0 +1,82 @@
+"""The process that decodes one untrusted image after another for :mod:`realign.data.image_pool`.
+
+It reads requests from its standard input, ``{"where", "path"}`` or ``{"where", "bytes": N}`` with N
+bytes after the line, and answers each with one line. What it must not know: torch, transformers,
+anything whose import takes longer than decoding. It ends with its parent: its input ends then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from realign.data.images import RefusedImage, decode_image, read_image
+from realign.data.perceptual_hash import perceptual_hash
+
+
+def serve(requests: BinaryIO, answers: BinaryIO, timeout_s: float, memory_bytes: int) -> None:
+    """Answer requests until there are no more.
+
+    Args:
+        requests: Requests, as above.
+        answers: Where the answers go.
+        timeout_s: An image that takes longer ends the process by SIGALRM, also inside a decoder.
+        memory_bytes: Limit of the address space, where the system has one.
+    """
+    _limit_memory(memory_bytes)
+    while line := requests.readline():
+        request = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, timeout_s)
+        answer = _inspect(request, requests)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.flush()
+
+
+def _inspect(request: dict[str, Any], requests: BinaryIO) -> dict[str, Any]:
+    where = request["where"]
+    try:
+        if "path" in request:
+            raw = read_image(Path(request["path"]), where)
+        else:
+            raw = requests.read(request["bytes"])
+        image = decode_image(raw, where)
+        return {
+            "sha256": hashlib.sha256(raw).hexdigest(),
+            "width": image.width,
+            "height": image.height,
+            "perceptual_hash": perceptual_hash(image),
+        }
+    except RefusedImage as error:
+        return {"reason": error.reason, "code": error.code}
+    except MemoryError:
+        reason = "image takes too much memory to decode. Shrink it."
+        return {"reason": reason, "code": "memory"}
+
+
+def _limit_memory(memory_bytes: int) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = memory_bytes if most == resource.RLIM_INFINITY else min(memory_bytes, most)
+    with contextlib.suppress(OSError, ValueError):  # macOS has the constant and refuses the call
+        resource.setrlimit(resource.RLIMIT_AS, (limit, most))
+
+
+if __name__ == "__main__":
+    # an alarm that was blocked or ignored where the parent was started would never come
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    # an interrupt goes to the whole group; the parent ends its workers itself
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a decoder prints is no answer
+    try:
+        serve(sys.stdin.buffer, answers, float(sys.argv[1]), int(sys.argv[2]))
+    except BrokenPipeError:  # the parent is gone
+        os._exit(1)

@@ -1,0 +1,45 @@
+"""What an image looks like, in 64 bits: copies that were resized or recompressed differ in few."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+# copies of an image differ in at most so many bits, see tests/realign/data/test_perceptual_hash.py
+NEAR_BITS = 6
+_SIDE = 32
+_KEPT = 8  # lowest frequencies a direction
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """64 signs of the image's lowest frequencies (pHash): the discrete cosine transform of the
+    grey image at 32 x 32, its first 8 x 8 coefficients against their median.
+
+    The constant coefficient, which is brightness alone, is replaced by the next diagonal one.
+    """
+    grey = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    cosines = _cosines()
+    frequencies = cosines @ np.asarray(grey, dtype=np.float64) @ cosines.T
+    low = frequencies[:_KEPT, :_KEPT].copy()
+    low[0, 0] = frequencies[_KEPT, _KEPT]
+    # an even image has none but rounding: its signs would be noise
+    low = np.round(low, 3)
+    bits = (low > np.median(low)).ravel()
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def hamming(a: int, b: int) -> int:
+    """In how many bits two hashes differ."""
+    return (a ^ b).bit_count()
+
+
+@cache
+def _cosines() -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The first rows of the orthonormal DCT-II of 32 values."""
+    angles = np.outer(np.arange(_KEPT + 1.0), 2 * np.arange(_SIDE) + 1.0) * np.pi / (2 * _SIDE)
+    rows: np.ndarray[Any, np.dtype[np.float64]] = np.cos(angles) * np.sqrt(2 / _SIDE)
+    rows[0] /= np.sqrt(2)
+    return rows

@@ -1,0 +1,266 @@
+"""Preference records: what they are and what is refused. Image bytes travel undecoded; rows are
+known by their content.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, overload
+
+from PIL import Image
+
+from realign.data.images import RefusedImage, decode_image
+from realign.errors import RefusedError
+from realign.runtime.files import canonical_json, content_sha256
+
+Message = dict[str, str]  # {"role": ..., "content": ...}
+COUNTED = " (counting from 1)"  # after the number of a row that has no id
+IMAGE_TOKEN = "<image>"  # how the authors' JSON says where the image goes
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One reason to refuse one row.
+
+    Attributes:
+        row: The row's id, or its number from 1 where it has none.
+        place: File and line or row, as messages name it.
+        field: What of the row is wrong: ``image``, ``chosen``, ...; empty for the whole row.
+        code: Short name of the kind of problem, such as ``empty``; stable across releases.
+        message: Place, value and remedy, as a sentence for people.
+    """
+
+    row: str
+    place: str
+    field: str
+    code: str
+    message: str
+
+    @classmethod
+    def of(cls, error: RefusedError, row: str, place: str) -> Problem:
+        """The problem that a refusal of a row names."""
+        return cls(row, place, error.field, error.code, str(error))
+
+
+@dataclass(frozen=True)
+class Record:
+    """One dual-preference pair.
+
+    Attributes:
+        id: Names the row in messages and provenance; any string.
+        images: Bytes of the original image files.
+        prompt: Turns before the answer, string contents, without image placeholders.
+        chosen: The preferred answer y_w.
+        rejected: The induced answer y_l.
+        rejected_images: Bytes of the retrieved image files v_l; empty when there is no image pair.
+        meta: Provenance; anything JSON can hold.
+        place: The row's file and place in it, for messages; no part of what the row is.
+    """
+
+    id: str
+    images: tuple[bytes, ...]
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    rejected_images: tuple[bytes, ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+    place: str = field(default="", compare=False)
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of everything that a reference log-probability depends on in the row, and of
+        nothing else.
+        """
+        return content_sha256(
+            canonical_json([list(self.prompt), self.chosen, self.rejected]),
+            *map(content_sha256, self.images),
+            "rejected",
+            *map(content_sha256, self.rejected_images),
+        )
+
+    @property
+    def where(self) -> str:
+        """What a message calls the row."""
+        return self.place or f"row {self.id}"
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Names of the files that the row was made from, where its provenance holds them."""
+        source = self.meta.get("source")
+        return source if isinstance(source, dict) else {}
+
+    def open_images(self, *, rejected: bool = False) -> list[Image.Image]:
+        """Decode the original or the retrieved images to RGB."""
+        which = self.rejected_images if rejected else self.images
+        return [decode_image(raw, self.image_place(rejected=rejected)) for raw in which]
+
+    def image_place(self, *, rejected: bool) -> str:
+        """What a message calls the original or the retrieved images."""
+        file = self.source.get("retrieved_image" if rejected else "image")
+        name = "rejected_images" if rejected else "images"
+        return f"{self.where}, {name}" + (f" {file!r}" if file else "")
+
+
+class LazyRecords(Sequence[Record]):
+    """Records that are read when they are asked for: a dataset need not fit into memory."""
+
+    @abstractmethod
+    def _read(self, index: int) -> Record:
+        """Read row ``index``, which is in range and not negative."""
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        numbers = range(len(self))[index]  # wraps and raises as a list does
+        return self._read(numbers) if isinstance(numbers, int) else [*map(self._read, numbers)]
+
+    def texts(self) -> Sequence[Record]:
+        """The same rows without the bytes of their images, which are most of a dataset. Their
+        ``key`` is not the rows' own.
+        """
+        return self
+
+
+def texts_of(records: Sequence[Record]) -> Sequence[Record]:
+    """The rows for looking through them, their images left on the disk where they are there."""
+    return records.texts() if isinstance(records, LazyRecords) else records
+
+
+def check_records(records: Sequence[Record], placeholders: Iterable[str]) -> None:
+    """Refuse what would train on nothing or on the wrong thing, before anything is loaded.
+
+    Args:
+        records: The rows.
+        placeholders: Image and other special tokens of the model; an answer must contain none.
+    Raises:
+        RefusedError: The first bad rows, one a line, each with its id, the value and the remedy.
+    """
+    special = special_tokens(placeholders)
+    problems = [
+        problem.message
+        for record in records
+        for problem in (*content_problems(record, special), *_image_problems(record))
+    ]
+    refuse_problems(problems, len(records))
+    if not records:
+        raise RefusedError(
+            "data must have at least one row, got none. Add rows or give another --data."
+        )
+
+
+def special_tokens(placeholders: Iterable[str]) -> list[str]:
+    """What no text may contain: a model's own tokens and the authors' image placeholder."""
+    return sorted({token for token in (*placeholders, IMAGE_TOKEN) if token})
+
+
+def refuse_problems(problems: Sequence[str], num_rows: int) -> None:
+    """Refuse what was found in a dataset, if anything: all counted, the first twenty shown.
+
+    Raises:
+        RefusedError: There is a problem.
+    """
+    if problems:
+        shown = "\n".join(problems[:20])
+        more = f"\n... and {len(problems) - 20} more." if len(problems) > 20 else ""
+        raise RefusedError(f"{len(problems)} problem(s) in {num_rows} rows:\n{shown}{more}")
+
+
+def content_problems(record: Record, special: Sequence[str]) -> Iterator[Problem]:
+    """What is wrong with a row, its images not decoded.
+
+    Codes: ``empty``, ``special-token``, ``equal-answers``, ``image-slot``, ``image-count``,
+    ``equal-images``.
+
+    Args:
+        record: The row.
+        special: From :func:`special_tokens`.
+    """
+
+    def problem(field: str, code: str, message: str) -> Problem:
+        return Problem(record.id, record.where, field, code, f"{record.where}: {message}")
+
+    for name in ("chosen", "rejected"):
+        text = getattr(record, name)
+        if not text.strip():
+            yield problem(name, "empty", f"{name} must not be empty, got {text!r}. Remove the row.")
+    texts = [("chosen", record.chosen), ("rejected", record.rejected)]
+    texts += [("prompt", message["content"]) for message in record.prompt]
+    for name, text in texts:
+        for token in special:
+            if token in text:
+                remedy = "Remove it." if name != "prompt" else "Remove it from the text."
+                said = f"got {surroundings(text, token)!r}. {remedy}"
+                message = f"{name} must not contain the special token {token!r}, {said}"
+                yield problem(name, "special-token", message)
+    chosen, rejected = _normalised(record.chosen), _normalised(record.rejected)
+    if chosen and chosen == rejected:
+        said = f"got {record.chosen[:80]!r} twice. Remove the row."
+        yield problem("rejected", "equal-answers", f"rejected must differ from chosen, {said}")
+    if record.images and not any(message["role"] == "user" for message in record.prompt):
+        roles = [message["role"] for message in record.prompt]
+        said = f"got {roles}. Add it or remove the images."
+        yield problem("prompt", "image-slot", f"prompt must have a user turn for the image, {said}")
+    if record.rejected_images and len(record.rejected_images) != len(record.images):
+        said = f"got {len(record.rejected_images)} for {len(record.images)}. Add or remove some."
+        message = f"rejected_images must be as many as images, or none, {said}"
+        yield problem("rejected_images", "image-count", message)
+    if record.rejected_images and record.rejected_images == record.images:
+        said = f"got the same file content{_image_names(record)}. "
+        remedy = "Retrieve another image or remove the row."
+        message = f"retrieved_image must differ from image, {said}{remedy}"
+        yield problem("rejected_images", "equal-images", message)
+
+
+def image_problem(record: Record, error: RefusedImage, *, rejected: bool) -> Problem:
+    """The problem that a refusal of one of the row's images is."""
+    field = "rejected_images" if rejected else "images"
+    message = str(error.at(record.image_place(rejected=rejected)))
+    return Problem(record.id, record.where, field, error.code, message)
+
+
+def _image_problems(record: Record) -> Iterator[Problem]:
+    for rejected in (False, True):
+        try:
+            record.open_images(rejected=rejected)
+        except RefusedImage as error:
+            yield image_problem(record, error, rejected=rejected)
+
+
+def _normalised(text: str) -> str:
+    """What remains of a text when spaces and ways to encode the same characters are one."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def surroundings(text: str, token: str) -> str:
+    """The part of a text around a token, for messages."""
+    start = text.index(token)
+    first, last = max(0, start - 30), start + len(token) + 30
+    return ("..." if first else "") + text[first:last] + ("..." if last < len(text) else "")
+
+
+def _image_names(record: Record) -> str:
+    names = [record.source.get(name) for name in ("image", "retrieved_image")]
+    return f" ({names[0]!r} and {names[1]!r})" if any(names) else ""
+
+
+def check_messages(turns: Any, where: str, name: str) -> tuple[Message, ...]:
+    """Messages whose contents are plain strings; anything else would be trained on as its repr."""
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict)
+        and isinstance(turn.get("role"), str)
+        and isinstance(turn.get("content"), str)
+        for turn in turns
+    ):
+        raise RefusedError(
+            f"{where}: {name} must be a list of messages with a role and a string content, "
+            f"got {turns!r:.120}. Put the text itself into content.",
+            code="messages",
+            field=name,
+        )
+    return tuple(turns)

@@ -1,0 +1,326 @@
+"""Asking an OpenAI-compatible server one question: the client, bounded in size and time, and when
+to ask again.
+
+Servers are asked for what vLLM, SGLang, ``transformers serve`` and OpenAI all take: chat
+completions with ``max_completion_tokens``, ``temperature`` and ``seed``, images as data URLs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from realign.errors import RefusedError
+from realign.generation.generator import Answer
+
+# vLLM and SGLang end with these when they gave a request up; its text is not what the model says
+_GIVEN_UP = ("abort", "error")
+# Shorter ones are no secrets ("EMPTY", "none") and could be words of an answer
+_SHORTEST_SECRET = 8
+# An answer of 8,192 tokens with its reasoning has some 100 kB
+MAX_RESPONSE_BYTES = 4_000_000
+LONGEST_BACKOFF_S = 30.0
+LONGEST_RETRY_AFTER_S = 300.0
+_jitter = random.SystemRandom()  # workers that were forked must not draw the same
+# About this one request: too long, filtered, image refused
+_OF_ONE_REQUEST = (400, 413, 415, 422)
+_NO_KEY = "none"  # the client insists on one
+_ABOUT_THIS_MACHINE = [
+    *("X-Stainless-OS", "X-Stainless-Arch", "X-Stainless-Runtime", "X-Stainless-Runtime-Version"),
+    *("X-Stainless-Lang", "X-Stainless-Package-Version"),
+]
+_PASSING = (408, 409, 425, 429)  # and 5xx
+
+
+class Reply(NamedTuple):
+    """An answer (status 200) or the refusal of one request (400, 413, 415, 422)."""
+
+    status: int
+    body: Any  # the server's JSON, or its text where it is none
+
+
+class MalformedError(Exception):
+    """A response that is no chat completion: cut, not JSON, or without an answer."""
+
+
+def read_completion(raw: bytes) -> dict[str, Any]:
+    """Parse a response and check that an answer is in it.
+
+    Raises:
+        MalformedError: Saying what is wrong.
+    """
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise MalformedError(f"not JSON ({error}): {raw[:200]!r}") from None
+    choice = _first_choice(body)
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(message, dict) or "content" not in message:
+        raise MalformedError(f"no choices[0].message.content: {raw[:200]!r}")
+    if not isinstance(message["content"], str | None):
+        raise MalformedError(f"choices[0].message.content is no text: {raw[:200]!r}")
+    ending = choice.get("finish_reason")
+    if not isinstance(ending, str) or ending in _GIVEN_UP:
+        raise MalformedError(f"no whole answer, finish_reason {ending!r}: {raw[:200]!r}")
+    assert isinstance(body, dict)
+    return body
+
+
+def _first_choice(body: Any) -> Any:
+    choices = body.get("choices") if isinstance(body, dict) else None
+    return choices[0] if isinstance(choices, list) and choices else None
+
+
+def read_answer(reply: Reply) -> Answer:
+    """Return what the model says in a reply."""
+    if reply.status != 200:
+        return Answer("", problem=f"refused by the server: {error_message(reply.body)}")
+    choice = reply.body["choices"][0]
+    refusal = choice["message"].get("refusal")
+    if choice["finish_reason"] == "content_filter" or refusal:
+        return Answer("", problem=f"refused by the server: {refusal or 'content filter'}")
+    # JSON can hold half a surrogate pair, UTF-8 cannot
+    text = (choice["message"]["content"] or "").encode("utf-16", "surrogatepass")
+    return Answer(text.decode("utf-16", "replace").strip(), choice["finish_reason"] == "length")
+
+
+def error_message(body: Any) -> str:
+    """Return the sentence in a server's error, in whichever of the usual places it is."""
+    if isinstance(body, dict):
+        for name in ("message", "error", "detail"):
+            if body.get(name):
+                return error_message(body[name])
+    text = body if isinstance(body, str) else json.dumps(body)
+    return " ".join(text.split())[:300] or "no reason given"
+
+
+def count_tokens(body: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the prompt and completion tokens that a server says it used, 0 where it does not."""
+    usage = body.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    return (
+        prompt if isinstance(prompt, int) else 0,
+        completion if isinstance(completion, int) else 0,
+    )
+
+
+def without_secret(value: Any, secret: str) -> Any:
+    """Return JSON data with a secret that the server repeated replaced by ``***``."""
+    if len(secret) < _SHORTEST_SECRET:
+        return value
+    return json.loads(json.dumps(value).replace(json.dumps(secret)[1:-1], "***"))
+
+
+try:
+    import httpx2  # the openai client's own
+    import openai
+except ImportError:
+    raise RefusedError(
+        "An endpoint needs the openai client. Install 'realign[pipeline,endpoint]'."
+    ) from None
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a server is and how patiently it is asked. Nothing here changes an answer.
+
+    Attributes:
+        base_url: Where ``/chat/completions`` is below, such as ``http://127.0.0.1:8000/v1``.
+        api_key_env: Environment variable that holds the key; where it is unset no key is sent.
+        concurrency: Requests under way at a time.
+        timeout_s: Longest time from a request to the end of its answer, queueing included.
+        max_retries: How often one request is asked again after a passing failure.
+        backoff_s: Longest wait before the first retry; doubled for each further one.
+    """
+
+    base_url: str
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = 8
+    timeout_s: float = 120.0
+    max_retries: int = 6
+    backoff_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        url = urlsplit(self.base_url)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise RefusedError(
+                f"base_url must be an http or https URL, got {self.base_url!r}. For example "
+                "http://127.0.0.1:8000/v1."
+            )
+        if "@" in url.netloc or url.query or url.fragment:
+            # not shown: what is in the way may be a password
+            raise RefusedError(
+                f"base_url must be a plain URL, got one of {url.hostname} with user, query or "
+                f"fragment. Put the key into the environment variable {self.api_key_env}."
+            )
+
+    def longest_wait_s(self, attempt: int) -> float:
+        """Seconds after a failed attempt, from 0, where the server does not ask for more."""
+        return min(self.backoff_s * 2**attempt, LONGEST_BACKOFF_S)
+
+    def key(self) -> str:
+        """Read the key; empty where there is none.
+
+        Raises:
+            RefusedError: It cannot be sent in a header. The message does not show it.
+        """
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise RefusedError(
+                f"{self.api_key_env} must hold a key of printable ASCII without spaces. Set it "
+                "again."
+            )
+        return key
+
+
+def open_client(endpoint: Endpoint) -> openai.AsyncOpenAI:
+    """Return a client that follows no redirect, reads bounded bodies and leaves retrying to
+    :func:`ask`.
+    """
+    return openai.AsyncOpenAI(
+        base_url=endpoint.base_url,
+        api_key=endpoint.key() or _NO_KEY,
+        max_retries=0,
+        default_headers={"Accept-Encoding": "identity"},
+        http_client=openai.DefaultAsyncHttpxClient(
+            follow_redirects=False,  # the key is for this host alone
+            timeout=endpoint.timeout_s,
+            event_hooks={"request": [_say_less], "response": [_bound]},
+        ),
+    )
+
+
+async def _say_less(request: httpx2.Request) -> None:
+    """Send no key where there is none, and nothing about this machine."""
+    if request.headers.get("Authorization") == f"Bearer {_NO_KEY}":
+        del request.headers["Authorization"]
+    for name in _ABOUT_THIS_MACHINE:
+        request.headers.pop(name, None)
+
+
+class _TooLargeError(Exception):
+    """A response that does not end."""
+
+
+class _BoundedStream(httpx2.AsyncByteStream):
+    def __init__(self, stream: httpx2.AsyncByteStream) -> None:
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        size = 0
+        async for chunk in self._stream:
+            size += len(chunk)
+            if size > MAX_RESPONSE_BYTES:
+                raise _TooLargeError(f"more than {MAX_RESPONSE_BYTES} bytes")
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+async def _bound(response: httpx2.Response) -> None:
+    """Replace the body, before any of it is read, by one that stops at the limit."""
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise _TooLargeError("a compressed body, whose size cannot be bounded")
+    assert isinstance(response.stream, httpx2.AsyncByteStream)
+    response.stream = _BoundedStream(response.stream)
+
+
+async def ask(
+    client: openai.AsyncOpenAI,
+    endpoint: Endpoint,
+    body: Mapping[str, Any],
+    was_reached: bool,
+    on_retry: Callable[[str, float], None],
+) -> Reply:
+    """Ask until there is an answer or a refusal.
+
+    Args:
+        client: Of :func:`open_client`.
+        endpoint: The same.
+        body: The request.
+        was_reached: Whether the server has answered before: then it may come back.
+        on_retry: Called before each further attempt, with what happened, free of the key, and the
+            seconds until it.
+    Raises:
+        RefusedError: The server cannot be reached, refuses every request (401, 403, 404, ...), or
+            has failed too often.
+    """
+    key = endpoint.key()
+    for attempt in range(endpoint.max_retries + 1):
+        # not all at once again
+        wait = endpoint.longest_wait_s(attempt) * _jitter.uniform(0.5, 1)
+        try:
+            async with asyncio.timeout(endpoint.timeout_s):  # also of a body that trickles
+                response = await client.chat.completions.with_raw_response.create(**body)
+            return Reply(200, without_secret(read_completion(response.content), key))
+        except openai.APIStatusError as error:
+            was_reached = True
+            if error.status_code in _OF_ONE_REQUEST:
+                answer = error.body if error.body is not None else error.response.text
+                return Reply(error.status_code, without_secret(answer, key))
+            failure = without_secret(f"{error.status_code}, {_reason(error)}", key)
+            if error.status_code not in _PASSING and error.status_code < 500:
+                raise RefusedError(_refused(endpoint, error.status_code, failure)) from None
+            if error.code == "insufficient_quota":
+                raise RefusedError(
+                    f"{endpoint.base_url} answers {failure}. Buy or free quota, then start again."
+                ) from None
+            wait = max(wait, _retry_after(error.response.headers.get("retry-after", "")))
+        except (openai.APITimeoutError, TimeoutError):
+            failure = f"no answer within {endpoint.timeout_s:g} s"
+        except openai.APIConnectionError as error:
+            failure = f"{type(error.__cause__).__name__}: {error.__cause__}"
+            if isinstance(error.__cause__, httpx2.ConnectError) and not was_reached:
+                raise RefusedError(
+                    f"base_url must be of a server that can be reached, got {endpoint.base_url} "
+                    f"({failure}). Start the server, or correct base_url."
+                ) from None
+        except (MalformedError, _TooLargeError) as error:
+            failure = without_secret(f"a response that is {error}", key)
+        if wait > LONGEST_RETRY_AFTER_S:
+            raise RefusedError(
+                f"{endpoint.base_url} asks to wait {wait:.0f} s ({failure}). Start again then."
+            )
+        if attempt < endpoint.max_retries:
+            on_retry(failure, wait)
+            await asyncio.sleep(wait)
+    raise RefusedError(
+        f"{endpoint.base_url} failed {endpoint.max_retries + 1} times for one request, at last "
+        f"with {failure}. Look at the server, then start again: what it answered is kept."
+    )
+
+
+def _reason(error: openai.APIStatusError) -> str:
+    return error_message(error.body if error.body is not None else error.response.text)
+
+
+def _refused(endpoint: Endpoint, status: int, failure: str) -> str:
+    remedy = "Correct base_url."
+    if status in (401, 403):
+        state = "set to another key" if endpoint.key() else "not set"
+        remedy = f"Set the environment variable {endpoint.api_key_env}, which is {state}."
+    elif status == 404:
+        remedy = "Correct base_url, which usually ends in /v1, or the model's name."
+    elif 300 <= status < 400:
+        remedy = "Redirects are not followed; set base_url to where the server is."
+    return f"{endpoint.base_url} refuses every request with {failure}. {remedy}"
+
+
+def _retry_after(header: str) -> float:
+    """Seconds that a server asks to wait, given as a number or as a date."""
+    try:
+        wait = float(header)
+    except ValueError:
+        parsed = email.utils.parsedate_tz(header)
+        wait = email.utils.mktime_tz(parsed) - time.time() if parsed else 0.0
+    return wait if wait > 0 else 0.0  # nan too

@@ -1,0 +1,338 @@
+"""Generation by an OpenAI-compatible server: vLLM, SGLang, ``transformers serve``, OpenAI."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import math
+import time
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from PIL import ExifTags, Image
+
+from realign.data.images import FORMATS, decode_image
+from realign.errors import RefusedError
+from realign.generation.endpoint import (
+    Endpoint,
+    Reply,
+    ask,
+    count_tokens,
+    error_message,
+    open_client,
+    read_answer,
+)
+from realign.generation.generator import Answer, Request
+from realign.generation.journal import Journal
+from realign.runtime.files import canonical_json, content_sha256, file_sha256
+from realign.runtime.progress import announce
+
+if TYPE_CHECKING:
+    import openai
+
+# OpenAI takes 50 MB in one request; base64 makes three bytes four
+MAX_SENT_BYTES = 20_000_000
+# So many requests refused with none answered between them: the fault is not theirs
+MAX_REFUSED_IN_A_ROW = 16
+# A server that is asked too much fails and answers by turns
+ANNOUNCE_INTERVAL_S = 60.0
+_OURS = ("messages", "model", "stream", "n")  # and what is a field of Sampling
+
+
+class TooLargeError(RefusedError):
+    """An image that cannot be sent whatever its encoding: the fault of one request."""
+
+
+def image_url(path: Path, max_bytes: int = MAX_SENT_BYTES) -> str:
+    """Encode an image file as ``data:image/...;base64,...``.
+
+    The file's own bytes are sent where every decoder makes the same picture of them: RGB or grey of
+    eight bits, no rotation in EXIF, no transparency. Others are decoded by
+    :func:`realign.data.images.decode_image` and sent as PNG, or as JPEG of quality 95 where that or
+    the file has more than ``max_bytes``.
+
+    Raises:
+        TooLargeError: The image is too large as JPEG too.
+        RefusedError: The image cannot be read.
+    """
+    raw = path.read_bytes()
+    decoded = decode_image(raw, path.name)  # what would be refused in training is not asked about
+    with Image.open(io.BytesIO(raw)) as image:
+        mime = f"image/{(image.format or '').lower()}"
+        is_plain = (
+            image.format in FORMATS  # a JPEG with a preview beside it calls itself MPO
+            and image.mode in ("RGB", "L")
+            and "transparency" not in image.info
+            and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        )
+    if not is_plain:
+        raw, mime = _encoded(decoded, "PNG"), "image/png"
+    if len(raw) > max_bytes:
+        raw, mime = _encoded(decoded, "JPEG"), "image/jpeg"
+    if len(raw) > max_bytes:
+        raise TooLargeError(
+            f"{path.name}: image must fit into {max_bytes} bytes as JPEG to be sent, got "
+            f"{len(raw)}. Shrink it."
+        )
+    return f"data:{mime};base64,{base64.b64encode(raw).decode()}"
+
+
+def _encoded(image: Image.Image, form: str) -> bytes:
+    buffer = io.BytesIO()
+    options = {"quality": 95, "subsampling": 0} if form == "JPEG" else {}
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What is asked for. A change of anything here asks every request anew.
+
+    Attributes:
+        model: The name the server knows the model by.
+        max_new_tokens: Longest answer.
+        temperature: 0 is greedy; None leaves it to the server, for models that take no other.
+        seed: None sends none.
+        length_field: ``max_tokens`` for servers older than 2025.
+        extra_body: Further fields of the request that the server knows, such as
+            ``{"chat_template_kwargs": {"enable_thinking": False}}``. They are kept in the journal:
+            no place for secrets.
+    """
+
+    model: str
+    max_new_tokens: int
+    temperature: float | None = 0.0
+    seed: int | None = 0
+    length_field: Literal["max_completion_tokens", "max_tokens"] = "max_completion_tokens"
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        fields = (*_OURS, "temperature", "seed", "max_tokens", "max_completion_tokens")
+        if taken := [name for name in self.extra_body if name in fields]:
+            raise RefusedError(
+                f"extra_body must not hold {taken[0]!r}, which has an option of its own or cannot "
+                "be changed. Remove it."
+            )
+
+    def body(self) -> dict[str, Any]:
+        """Return the request without its messages, as arguments of the client."""
+        fields = {
+            "model": self.model,
+            self.length_field: self.max_new_tokens,
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "extra_body": dict(self.extra_body) or None,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+@dataclass
+class Counts:
+    """What a generator has done so far.
+
+    Attributes:
+        asked: Requests that the server answered or refused.
+        from_journal: Requests whose answer was there, or that equal another of their call.
+        refused: Of those asked, the ones the server refused.
+        unsent: Requests whose image is too large to be sent.
+        retries: Further attempts after passing failures.
+        prompt_tokens: As the server counts them; images included where it does.
+        completion_tokens: Likewise.
+    """
+
+    asked: int = 0
+    from_journal: int = 0
+    refused: int = 0
+    unsent: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class _Question:
+    key: str
+    request: Request
+    image_sha256: str
+
+
+class EndpointGenerator:
+    """Answers prompts about images by asking a server, each request once.
+
+    What the server says is in the journal before it is used, so that another run with the same
+    journal asks only what is missing. It can be called from any thread or process, one call at a
+    time, also where an event loop runs; it holds no connection between calls.
+
+    A request that the server refuses (too long, filtered) gets an ``Answer`` with a ``problem``.
+    Refusals are journalled once another request was answered or the call ends, and the run stops at
+    ``MAX_REFUSED_IN_A_ROW`` of them with nothing answered between: a wrong model name is no fault
+    of the rows. One whose image is too large to be sent gets a ``problem`` too, but no line in the
+    journal: nothing was asked.
+
+    A server that fails is announced once until it answers again, and at most once in
+    ``ANNOUNCE_INTERVAL_S``.
+
+    Args:
+        endpoint: Where the server is.
+        sampling: What it is asked for.
+        journal: File of its answers, held until :meth:`close`.
+    Raises:
+        RefusedError: The journal is in use or damaged, or the key cannot be sent.
+    """
+
+    def __init__(self, endpoint: Endpoint, sampling: Sampling, journal: Path) -> None:
+        endpoint.key()
+        self.counts = Counts()
+        self._endpoint = endpoint
+        self._sampling = sampling
+        self._refused: list[tuple[_Question, Reply]] = []  # not yet journalled
+        self._refused_in_a_row = 0
+        self._is_failing = False  # since it last answered
+        self._announced_at = -math.inf
+        self._unsent: dict[str, str] = {}  # key to why, of the call under way
+        self._journal = Journal(journal)
+
+    def __enter__(self) -> EndpointGenerator:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the journal."""
+        self._journal.close()
+
+    def __call__(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer each request, in order.
+
+        Raises:
+            RefusedError: An image cannot be read, or the server cannot be reached, refuses every
+                request or keeps failing. The same call later asks only what is missing.
+        """
+        hashes = {path: file_sha256(path) for path in {request.image for request in requests}}
+        questions = [self._question(request, hashes[request.image]) for request in requests]
+        missing = {
+            question.key: question for question in questions if question.key not in self._journal
+        }
+        self.counts.from_journal += len(questions) - len(missing)
+        self._unsent.clear()
+        try:
+            if missing:
+                _run(self._ask_all(list(missing.values())))
+            self._keep_refused()
+        finally:
+            self._refused.clear()
+            self._journal.sync()
+        return [self._answer(question.key) for question in questions]
+
+    def _question(self, request: Request, image_sha256: str) -> _Question:
+        asked = {
+            "prompt": request.prompt,
+            "image_sha256": image_sha256,
+            "sampling": asdict(self._sampling),
+        }
+        # not the server's address: the same model elsewhere is asked nothing again
+        return _Question(content_sha256(canonical_json(asked)), request, image_sha256)
+
+    def _answer(self, key: str) -> Answer:
+        if key in self._unsent:
+            return Answer("", problem=f"image too large to send: {self._unsent[key]}")
+        entry = self._journal[key]
+        return read_answer(Reply(entry["status"], entry["response"]))
+
+    async def _ask_all(self, questions: Sequence[_Question]) -> None:
+        waiting = iter(questions)
+        try:
+            async with open_client(self._endpoint) as client, asyncio.TaskGroup() as group:
+                for _ in range(min(self._endpoint.concurrency, len(questions))):
+                    group.create_task(self._ask_waiting(client, waiting))
+        except ExceptionGroup as failures:  # the first ended the others
+            raise failures.exceptions[0] from None
+
+    async def _ask_waiting(self, client: openai.AsyncOpenAI, waiting: Iterator[_Question]) -> None:
+        for question in waiting:
+            try:
+                url = await asyncio.to_thread(image_url, question.request.image)
+            except TooLargeError as error:
+                self._unsent[question.key] = str(error)
+                self.counts.unsent += 1
+                continue
+            content = [
+                {"type": "image_url", "image_url": {"url": url}},
+                {"type": "text", "text": question.request.prompt},
+            ]
+            messages = [{"role": "user", "content": content}]
+            body = {**self._sampling.body(), "messages": messages}
+            was_reached = self.counts.asked > 0
+            reply = await ask(client, self._endpoint, body, was_reached, self._on_retry)
+            self._take(question, reply)
+
+    def _on_retry(self, failure: str, wait_s: float) -> None:
+        self.counts.retries += 1
+        if self._is_failing or time.monotonic() - self._announced_at < ANNOUNCE_INTERVAL_S:
+            return
+        self._is_failing, self._announced_at = True, time.monotonic()
+        tries = self._endpoint.max_retries
+        waits = sum(map(self._endpoint.longest_wait_s, range(tries)))
+        announce(
+            f"{self._endpoint.base_url} fails: {failure}. It is asked again in "
+            f"{math.ceil(wait_s)} s, and up to {tries} times ({math.ceil(waits)} s of waiting) "
+            "before the run stops"
+        )
+
+    def _take(self, question: _Question, reply: Reply) -> None:
+        self.counts.asked += 1
+        self._is_failing = False
+        if reply.status != 200:
+            self.counts.refused += 1
+            self._refused.append((question, reply))
+            self._refused_in_a_row += 1
+            if self._refused_in_a_row == MAX_REFUSED_IN_A_ROW:
+                raise RefusedError(
+                    f"{self._endpoint.base_url} has refused {MAX_REFUSED_IN_A_ROW} requests in a "
+                    f"row, the last with {reply.status}, {error_message(reply.body)}. Correct the "
+                    "model's name or the options of the request, or look at the server."
+                )
+            return
+        self._refused_in_a_row = 0
+        self._keep_refused()
+        self._keep(question, reply)
+        prompt_tokens, completion_tokens = count_tokens(reply.body)
+        self.counts.prompt_tokens += prompt_tokens
+        self.counts.completion_tokens += completion_tokens
+
+    def _keep_refused(self) -> None:
+        for question, reply in self._refused:
+            self._keep(question, reply)
+        self._refused.clear()
+
+    def _keep(self, question: _Question, reply: Reply) -> None:
+        asked = {
+            "prompt": question.request.prompt,
+            "image": question.request.image.name,
+            "image_sha256": question.image_sha256,
+            **asdict(self._sampling),
+        }
+        entry = {"request": asked, "status": reply.status, "response": reply.body}
+        self._journal.append(question.key, entry)
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    """Run to the end from synchronous code, also below a running event loop (a notebook)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(work)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, work).result()

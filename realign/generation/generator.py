@@ -1,0 +1,37 @@
+"""What the pipeline asks of a model, wherever it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+
+class Answer(NamedTuple):
+    """One generated answer."""
+
+    text: str
+    is_cut: bool = False  # stopped by the limit on its length, not by an end-of-turn token
+    problem: str = ""  # why this request can have no answer (a server refused it); empty normally
+
+    @property
+    def short_problem(self) -> str:
+        """The kind of problem, which can be counted; what the server said differs by request."""
+        return self.problem.partition(":")[0]
+
+
+class Request(NamedTuple):
+    """One user turn about one image file."""
+
+    prompt: str
+    image: Path
+
+
+class Generator(Protocol):
+    """Answers requests: a model in this process, or a server."""
+
+    def __call__(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer each request, in order. The same requests in the same order give the same
+        answers.
+        """
+        ...

@@ -1,0 +1,97 @@
+"""Greedy generation with a transformers VLM in this process: batched, left-padded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from realign.data.images import decode_image
+from realign.generation.generator import Answer, Request
+from realign.modeling.chat_template import Renderer, user_turns
+from realign.modeling.families import process
+from realign.modeling.loading import load_model
+from realign.modeling.processors import load_processor
+
+
+class TransformersGenerator:
+    """Answers prompts about images. The same batch gives the same answers.
+
+    Args:
+        model: A VLM, in evaluation mode on its device.
+        processor: Its processor.
+        max_new_tokens: Longest answer.
+        batch_size: Requests in one call of the model, from the first.
+    """
+
+    def __init__(
+        self, model: nn.Module, processor: Any, max_new_tokens: int, batch_size: int = 32
+    ) -> None:
+        self.model: Any = model
+        self.processor = processor
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self._renderer = Renderer(processor)
+
+    @classmethod
+    def load(
+        cls, folder: Path, dtype: torch.dtype, max_new_tokens: int, batch_size: int = 32
+    ) -> TransformersGenerator:
+        """Load a model folder onto the GPU, or the CPU where there is none."""
+        model: Any = load_model(folder, dtype, scoring=False)
+        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        return cls(model, load_processor(folder), max_new_tokens, batch_size)
+
+    def __call__(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer each request greedily.
+
+        Raises:
+            RefusedError: An image cannot be read.
+        """
+        return [
+            answer
+            for start in range(0, len(requests), self.batch_size)
+            for answer in self._batch(requests[start : start + self.batch_size])
+        ]
+
+    @torch.inference_mode()
+    def _batch(self, requests: Sequence[Request]) -> list[Answer]:
+        texts = [
+            self.processor.apply_chat_template(
+                user_turns([{"role": "user", "content": request.prompt}], num_images=1),
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+            for request in requests
+        ]
+        images = [
+            decode_image(request.image.read_bytes(), request.image.name) for request in requests
+        ]
+        batch = process(
+            self.processor,
+            texts,
+            [[image] for image in images],
+            add_special_tokens=self._renderer.adds_special_tokens(texts[0]),
+            padding_side="left",
+        )
+        batch = {name: value.to(self.model.device) for name, value in batch.items()}
+        tokens = self.model.generate(
+            **batch,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )
+        answers = tokens[:, batch["input_ids"].shape[1] :]
+        ends = torch.tensor(self._end_tokens(), device=answers.device)
+        is_cut = ~torch.isin(answers, ends).any(dim=1)
+        texts = self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [Answer(text.strip(), cut) for text, cut in zip(texts, is_cut.tolist(), strict=True)]
+
+    def _end_tokens(self) -> list[int]:
+        ends = self.model.generation_config.eos_token_id
+        return ends if isinstance(ends, list) else [] if ends is None else [ends]

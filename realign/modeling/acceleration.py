@@ -1,0 +1,137 @@
+"""What makes a model compute faster or smaller, by packages that need a GPU: flash-attention,
+Liger's layers, 4-bit weights. What cannot be had is refused, never replaced.
+
+None of it has run on a GPU in this project yet; docs/training.md says what was tested how.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from realign.errors import RefusedError
+from realign.modeling.parts import PROJECTOR_MODULES, VISION_MODULES, part_of
+
+# option value -> the package that it needs, and its module
+_PACKAGES = {
+    "flash": ("flash-attn", "flash_attn"),
+    "liger": ("liger-kernel", "liger_kernel"),
+    "nf4": ("bitsandbytes", "bitsandbytes"),
+}
+# transformers' names; its own choice is SDPA but where a part cannot: Gemma-2 bounds its scores
+_ATTENTIONS = {"sdpa": None, "flash": "flash_attention_2"}
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """How a model computes beside the dtype of its weights. Policy and reference must not differ
+    in it.
+
+    Attributes:
+        attention: ``sdpa``, or ``flash`` for flash-attention 2.
+        liger: Whether the layers of the body are Liger's.
+        quantization: ``nf4`` for 4-bit weights of the language model, or None.
+        autocast: Whether products are computed in bfloat16 over weights in float32.
+    """
+
+    attention: str = "sdpa"
+    liger: bool = False
+    quantization: str | None = None
+    autocast: bool = False
+
+    def check(self, dtype: torch.dtype) -> None:
+        """Refuse what this machine cannot do.
+
+        Args:
+            dtype: Of the weights.
+        Raises:
+            RefusedError: A package or a GPU is missing, or the dtype does not fit.
+        """
+        wanted = {
+            "flash": ("attention: flash", self.attention == "flash"),
+            "liger": ("liger: true", self.liger),
+            "nf4": ("quantization: nf4", self.quantization == "nf4"),
+        }
+        for name, (option, is_wanted) in wanted.items():
+            if not is_wanted:
+                continue
+            package, module = _PACKAGES[name]
+            if find_spec(module) is None:
+                raise RefusedError(
+                    f"{option} must have the package {package}, which is not installed. Install "
+                    f"it (pip install {package}), or drop the option."
+                )
+            if not torch.cuda.is_available():
+                raise RefusedError(
+                    f"{option} must have a GPU, got a machine without one. Drop the option."
+                )
+        if self.attention == "flash" and dtype == torch.float32 and not self.autocast:
+            raise RefusedError(
+                "attention: flash must compute in bfloat16, got float32. Use lora or autocast, or "
+                "drop it."
+            )
+
+    def loading(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What ``from_pretrained`` takes for it.
+
+        Args:
+            dtype: Of the weights that are not quantised, and of products with those that are.
+        """
+        options: dict[str, Any] = {"attn_implementation": _ATTENTIONS[self.attention]}
+        if self.quantization is not None:
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=self.quantization,
+                bnb_4bit_use_double_quant=True,  # as QLoRA does
+                bnb_4bit_compute_dtype=dtype,
+                bnb_4bit_quant_storage=dtype,  # FSDP shards tensors of one dtype together
+                # small and sensitive: only the language model's layers are in 4 bits
+                llm_int8_skip_modules=["lm_head", *VISION_MODULES, *PROJECTOR_MODULES],
+            )
+        return options
+
+
+def quantized_weights(model: Any) -> set[str]:
+    """Names of the weights of a model's outline that :class:`Acceleration` has in 4 bits."""
+    head = model.get_output_embeddings()
+    return {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and part_of(name) == "language"
+        and not module.weight.requires_grad  # adapters are linear layers too
+    }
+
+
+def use_liger_layers(model: PreTrainedModel) -> None:
+    """Replace the layers of a model's body by Liger's fused ones: normalisation, rotary embedding,
+    MLP. Its losses are left alone, the head here has its own.
+
+    Raises:
+        RefusedError: Liger knows neither the model's family nor that of its language model.
+    """
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    body: Any = model.model
+    candidates = (
+        (model.config.model_type, model),
+        (model.config.get_text_config().model_type, getattr(body, "language_model", None)),
+    )
+    for model_type, module in candidates:
+        if model_type in MODEL_TYPE_TO_APPLY_LIGER_FN and module is not None:
+            apply = MODEL_TYPE_TO_APPLY_LIGER_FN[model_type]
+            known = inspect.signature(apply).parameters
+            losses = ("cross_entropy", "fused_linear_cross_entropy")
+            apply(model=module, **{name: False for name in losses if name in known})
+            return
+    raise RefusedError(
+        f"liger: true must have a model that liger-kernel knows, got {model.config.model_type!r}. "
+        "Drop it."
+    )

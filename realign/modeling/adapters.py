@@ -1,0 +1,168 @@
+"""Low-rank adapters on a VLM, and the projector that trains in full beside them."""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from realign.errors import RefusedError
+from realign.modeling.parts import frozen_parts, part_of, parts_pattern, projector_modules
+
+_HALVES = (torch.bfloat16, torch.float16)
+ALL_LINEAR = "all-linear"
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Silence what peft 0.21 says of itself: it reads a property that transformers 5.23 renamed,
+    and asks the hub for the base's configuration whenever it saves, to compare vocabularies.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )
+        for message in ("Could not find a config file in", "Unable to fetch remote file"):
+            warnings.filterwarnings("ignore", message=message, category=UserWarning)
+        yield
+
+
+def keep_adapters_in_float32(model: nn.Module, folder: Path | None = None) -> None:
+    """Keep adapters and modules that train in full beside them (peft's ``modules_to_save``) in
+    float32, and compute with them in the base's own 16 bits.
+
+    An update of 1e-5 vanishes in bfloat16. A module that has not moved must compute what the
+    reference does, to the last bit. And products in float32, which peft has of its adapters, cost
+    a GPU some fifteen times those in bfloat16: with rank 128 as much as the base's.
+
+    Args:
+        model: A peft model; one in float32 computes as before.
+        folder: Where the adapter was loaded from, in the base's dtype; the weights of its saved
+            modules are read again.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    is_changed = False
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+            for layer in (*module.lora_A.values(), *module.lora_B.values()):
+                layer.forward = functools.partial(_in_dtype_of_input, layer.forward)
+        if not isinstance(module, ModulesToSaveWrapper):
+            continue
+        for copy in module.modules_to_save.values():
+            dtype = next(copy.parameters()).dtype
+            if dtype in _HALVES:
+                copy.float()
+                copy.forward = functools.partial(_computed_in, dtype, copy.forward)
+                is_changed = True
+    if is_changed and folder is not None:
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+
+
+def _computed_in(dtype: torch.dtype, forward: Callable[..., Tensor], *args: Any) -> Tensor:
+    with torch.autocast(args[0].device.type, dtype):
+        return forward(*args).to(dtype)
+
+
+def _in_dtype_of_input(forward: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
+    """An adapter's product; in float32, or under an autocast of the caller's, as it is."""
+    if states.dtype not in _HALVES:
+        return forward(states)
+    with torch.autocast(states.device.type, states.dtype):
+        return forward(states)
+
+
+def add_adapter(
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: int,
+    targets: str | Sequence[str],
+    freeze_vision: bool,
+    freeze_projector: bool = False,
+    freeze_language: bool = False,
+    train_projector: bool = False,
+) -> Any:
+    """Put a new adapter on a model, which then trains alone, or with the projector.
+
+    Args:
+        model: The base; on the meta device too.
+        rank: Of the adapter.
+        alpha: Scaling numerator.
+        targets: Module names, ``all-linear``, or a regular expression of full module names. The
+            output projection is none of ``all-linear``.
+        freeze_vision: Whether the vision tower gets none.
+        freeze_projector: Whether the projector gets none.
+        freeze_language: Whether the language model gets none.
+        train_projector: Whether the projector's own weights train, in float32, and are saved with
+            the adapter.
+    Raises:
+        RefusedError: A target matches no layer that may train; there is no projector to train.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    excluded = parts_pattern(
+        frozen_parts(vision=freeze_vision, projector=freeze_projector, language=freeze_language)
+    )
+    # peft overlooks a name that matches nothing, as long as another matches something
+    _check_targets(model, targets, excluded)
+    projectors = [name for name, _ in projector_modules(model)] if train_projector else []
+    if train_projector and not projectors:
+        raise RefusedError(
+            f"train_projector must not be set for {type(model).__name__}, which has no "
+            "projector. Drop it."
+        )
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        # it warns of a pattern that matches nothing
+        exclude_modules=excluded if _any_matches(model, excluded) else None,
+        modules_to_save=projectors or None,
+    )
+    with quiet_peft():
+        adapted = get_peft_model(model, lora)
+    keep_adapters_in_float32(adapted)
+    return adapted
+
+
+def _any_matches(model: nn.Module, pattern: str) -> bool:
+    return any(re.fullmatch(pattern, name) for name, _ in model.named_modules())
+
+
+def _check_targets(model: nn.Module, targets: str | Sequence[str], excluded: str) -> None:
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d | nn.Conv3d)
+    ]
+    trainable = [name for name in layers if not re.fullmatch(excluded, name)]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    for target in [targets] if isinstance(targets, str) else targets:
+        if target == ALL_LINEAR:
+            is_found = any(model.get_submodule(name) is not head for name in trainable)
+        elif isinstance(targets, str):
+            is_found = any(re.fullmatch(target, name) for name in trainable)
+        else:
+            is_found = any(f".{name}".endswith(f".{target}") for name in trainable)
+        if is_found:
+            continue
+        known = sorted({name.rpartition(".")[2] for name in trainable if not name[-1].isdigit()})
+        parts = sorted({part_of(name) for name in layers} - {part_of(name) for name in trainable})
+        raise RefusedError(
+            f"lora.targets must name layers of the parts that train, got {target!r}, which matches "
+            f"none. Layers: {', '.join(known) or 'none'}"
+            + (f"; frozen: {', '.join(parts)}." if parts else ".")
+            + " Name some of them, or all-linear."
+        )

@@ -1,0 +1,310 @@
+"""From records to the batch that the loss reads: C cells of P pairs in one of two layouts
+(:mod:`realign.modeling.packing`).
+
+Cell c of pair p is sequence ``c * P + p``. What is scored is the last assistant turn and the
+template's end-of-turn token, nothing after it; image tokens are never cut and answers never
+truncated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from realign.data.records import Record
+from realign.errors import RefusedError
+from realign.modeling.chat_template import Renderer
+from realign.modeling.packing import Packing
+from realign.modeling.prefixes import Prefix, Prefixes, encode_prefixes
+
+DIGEST_BYTES = 16
+# Which answer and which images each cell scores (DESIGN: chosen, text_rejected, image_rejected,
+# both_rejected).
+CELLS = (("chosen", False), ("rejected", False), ("chosen", True), ("rejected", True))
+
+
+def token_digest(prompt_ids: Sequence[int] | Tensor, scored_ids: Sequence[int]) -> bytes:
+    """Return 16 bytes that stand for the token ids of one cell and for which of them are scored.
+
+    Args:
+        prompt_ids: Everything before the answer, image tokens included, without padding.
+        scored_ids: The answer and its end of turn.
+    """
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for ids in (prompt_ids, scored_ids):
+        array = np.asarray(ids, dtype="<i4")
+        digest.update(len(array).to_bytes(8, "little"))
+        digest.update(array.tobytes())
+    return digest.digest()
+
+
+def pixel_digest(images: Mapping[str, Tensor]) -> bytes:
+    """Return 16 bytes that stand for what a processor made of images: names, dtypes, shapes and
+    values of its tensors.
+    """
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for name in sorted(images):
+        tensor = images[name].detach().cpu().contiguous()
+        what = f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+        digest.update(len(what).to_bytes(8, "little"))
+        digest.update(what)
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Sequence:
+    """A cell of a pair: what is read and what is scored."""
+
+    id: int  # cell * P + pair
+    pair: int
+    retrieved: bool  # whether the images are the retrieved ones
+    prefix: Prefix
+    answer: list[int]
+    record: Record
+
+    def open_images(self) -> list[Image.Image]:
+        """Decode the images of the prefix."""
+        return self.record.open_images(rejected=self.retrieved)
+
+
+# the sequences that one row holds, the longest answer first
+_Row = list[_Sequence]
+
+
+class Watch(Protocol):
+    """Compares or keeps what is fed, see :mod:`realign.modeling.collate`."""
+
+    def __call__(
+        self, collator: PreferenceCollator, record: Record, digests: Sequence[bytes]
+    ) -> None:
+        """Be told the digests of a record's cells."""
+
+
+class PreferenceCollator:
+    """Collates records into what ``model(**batch)`` takes, once ``ids`` are taken out.
+
+    Args:
+        processor: The model's processor.
+        cells: How many of chosen, text_rejected, image_rejected, both_rejected a pair has, 1 to 4.
+        reference: ``record.key`` to log-probabilities of the reference, shape ``(cells,)``; None
+            leaves them out.
+        max_length: Longest sequence in tokens, image tokens included.
+        shared_prefix: Whether the answers of a pair share their images and prompt, for models that
+            :func:`realign.modeling.packed_attention.why_not_shared` has nothing against.
+        watch: Told of every record what the model will read, before it does; see :class:`Watch`.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        cells: int,
+        reference: Mapping[str, Tensor] | None = None,
+        max_length: int | None = None,
+        *,
+        shared_prefix: bool = False,
+        watch: Watch | None = None,
+    ) -> None:
+        self.renderer = Renderer(processor)
+        self.processor = processor
+        self.cells = cells
+        self.reference = reference
+        self.max_length = max_length
+        self.shared_prefix = shared_prefix
+        self.watch = watch
+
+    def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Return a batch: tensors, and plain values that stay on the host.
+
+        ``input_ids`` and what else the model takes of each token, shape ``(rows, T)``; what the
+        processor makes of each distinct set of images; for N answer tokens ``answer_labels``,
+        ``answer_index`` (which token of the flattened rows predicts it) and ``sequence_ids``, each
+        ``(N,)``; ``num_tokens``, C lists of P numbers; ``ref_logps`` (C, P) if they are known;
+        ``packing`` and ``images``, the layout; and ``ids``, the records' own.
+
+        Raises:
+            RefusedError: A sequence is longer than ``max_length``, or its template does not do.
+        """
+        sequences = self._sequences(records)
+        rows = _shared_rows(sequences) if self.shared_prefix else [[one] for one in sequences]
+        prefixes = self._encode(rows)
+        num_tokens = [[0] * len(records) for _ in range(self.cells)]
+        for sequence in sequences:
+            self._check_length(sequence, prefixes)
+            num_tokens[sequence.id // len(records)][sequence.pair] = len(sequence.answer)
+        if self.watch is not None:
+            for record, digests in zip(
+                records, self._digests(sequences, prefixes, len(records)), strict=True
+            ):
+                self.watch(self, record, digests)
+        batch = (self._packed if self.shared_prefix else self._padded)(rows, prefixes)
+        batch |= {
+            **prefixes.image_inputs,
+            "images": prefixes.use([row[0].prefix for row in rows]),
+            "answer_labels": _joined([one.answer for row in rows for one in row]),
+            "sequence_ids": _joined([[one.id] * len(one.answer) for row in rows for one in row]),
+            "num_tokens": num_tokens,
+            "ids": [record.id for record in records],
+        }
+        if self.reference is not None:
+            batch["ref_logps"] = torch.stack(
+                [self.reference[record.key][: self.cells] for record in records], dim=1
+            ).float()
+        return batch
+
+    def lengths(self, records: Sequence[Record]) -> list[int]:
+        """Tokens of every record's longest sequence, image tokens included."""
+        sequences = self._sequences(records)
+        prefixes = self._encode([sequences])
+        longest = [0] * len(records)
+        for one in sequences:
+            longest[one.pair] = max(longest[one.pair], _length(one, prefixes))
+        return longest
+
+    def pixel_digest(self, record: Record, *, retrieved: bool) -> bytes:
+        """Digest of what the processor makes of a record's images when it is given nothing else;
+        zeros without images.
+        """
+        of_images = [one for one in self._sequences([record]) if one.retrieved == retrieved]
+        if not of_images or not of_images[0].prefix.images:
+            return bytes(DIGEST_BYTES)
+        return pixel_digest(self._encode([of_images[:1]]).image_inputs)
+
+    def _digests(
+        self, sequences: Sequence[_Sequence], prefixes: Prefixes, pairs: int
+    ) -> list[list[bytes]]:
+        """Of every cell of every pair; zeros for cells that are not there."""
+        digests = [[bytes(DIGEST_BYTES)] * self.cells for _ in range(pairs)]
+        for one in sequences:
+            prompt = prefixes.tokens[one.prefix]["input_ids"]
+            digests[one.pair][one.id // pairs] = token_digest(prompt, one.answer)
+        return digests
+
+    def check_processor(self, record: Record) -> None:
+        """Check that the processor only puts tokens of images in.
+
+        Raises:
+            RefusedError: It alters the text.
+        """
+        (first, *_) = self._sequences([record])
+        tokenizer = self.renderer.tokenizer
+        found, said = (
+            "".join(tokenizer.decode(ids, skip_special_tokens=True).split())
+            for ids in (
+                self._encode([[first]]).tokens[first.prefix]["input_ids"],
+                # what the last image may have been expanded to is not known in general
+                tokenizer(
+                    first.prefix.text.rpartition(getattr(self.processor, "image_token", "\0"))[2],
+                    add_special_tokens=False,
+                ).input_ids,
+            )
+        )
+        if not found.endswith(said):
+            raise RefusedError(
+                f"{record.where}: {type(self.processor).__name__} must leave the prompt as the "
+                f"chat template writes it, got {found[-len(said) :]!r} instead of {said!r} "
+                "(without spaces). Use another processor; only image tokens may be added."
+            )
+
+    def _sequences(self, records: Sequence[Record]) -> list[_Sequence]:
+        """Those that there are: a pair without a retrieved image has no image cells."""
+        sequences = []
+        for cell, (answer, retrieved) in enumerate(CELLS[: self.cells]):
+            for pair, record in enumerate(records):
+                images = record.rejected_images if retrieved else record.images
+                if retrieved and not images:
+                    continue
+                rendered = self.renderer.render(
+                    record.prompt, getattr(record, answer), len(images), record.where
+                )
+                sequences.append(
+                    _Sequence(
+                        cell * len(records) + pair,
+                        pair,
+                        retrieved,
+                        Prefix(rendered.prompt, images),
+                        rendered.scored_ids,
+                        record,
+                    )
+                )
+        return sequences
+
+    def _encode(self, rows: Sequence[_Row]) -> Prefixes:
+        return encode_prefixes(
+            self.processor,
+            {one.prefix: one.open_images for row in rows for one in row},
+            add_special_tokens=self.renderer.adds_special_tokens(rows[0][0].prefix.text),
+        )
+
+    def _check_length(self, sequence: _Sequence, prefixes: Prefixes) -> None:
+        length = _length(sequence, prefixes)
+        if self.max_length is not None and length > self.max_length:
+            raise RefusedError(
+                f"{sequence.record.where}: must have at most max_length = {self.max_length} "
+                f"tokens, got {length}. Raise max_length or remove the row; nothing is cut."
+            )
+
+    def _padded(self, rows: list[_Row], prefixes: Prefixes) -> dict[str, Any]:
+        """One sequence a row, padded on the right."""
+        tokens = [prefixes.with_answers(row[0].prefix, [one.answer for one in row]) for row in rows]
+        fill = {"input_ids": self.renderer.tokenizer.pad_token_id or 0}
+        batch: dict[str, Any] = {
+            name: pad_sequence(
+                [line[name] for line in tokens], batch_first=True, padding_value=fill.get(name, 0)
+            )
+            for name in tokens[0]
+        }
+        lengths = torch.tensor([len(line["input_ids"]) for line in tokens])
+        width = int(lengths.max())
+        batch["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
+        batch["packing"] = None
+        batch["answer_index"] = torch.cat(
+            [
+                torch.arange(len(one.answer)) + row * width + prefixes.length(one.prefix) - 1
+                for row, (one,) in enumerate(rows)
+            ]
+        )
+        return batch
+
+    def _packed(self, rows: list[_Row], prefixes: Prefixes) -> dict[str, Any]:
+        """All rows one after the other."""
+        tokens = [prefixes.with_answers(row[0].prefix, [one.answer for one in row]) for row in rows]
+        packing = Packing.of(
+            [(prefixes.length(row[0].prefix), [len(one.answer) for one in row]) for row in rows]
+        )
+        batch: dict[str, Any] = {
+            name: torch.cat([line[name] for line in tokens])[None] for name in tokens[0]
+        }
+        # without it transformers looks for packed sequences in the positions
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["packing"] = packing
+        batch["answer_index"] = _joined(
+            [row.predicting(answer) for row in packing.rows for answer in range(len(row.answers))]
+        )
+        return batch
+
+
+def _length(sequence: _Sequence, prefixes: Prefixes) -> int:
+    return prefixes.length(sequence.prefix) + len(sequence.answer)
+
+
+def _shared_rows(sequences: Sequence[_Sequence]) -> list[_Row]:
+    """Answers of a pair to the same images in one row, pair after pair."""
+    rows: dict[tuple[int, bool], _Row] = {}
+    for sequence in sequences:
+        rows.setdefault((sequence.pair, sequence.retrieved), []).append(sequence)
+    return [
+        sorted(rows[place], key=lambda one: len(one.answer), reverse=True) for place in sorted(rows)
+    ]
+
+
+def _joined(parts: Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor([value for part in parts for value in part], dtype=torch.int64)

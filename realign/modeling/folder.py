@@ -1,0 +1,94 @@
+"""Folders of models: where they are, which files they hold, and what an adapter stands on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from realign.errors import RefusedError
+from realign.runtime.files import file_sha256
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+
+
+def resolve_model(model: str, option: str = "model") -> Path:
+    """Return the folder of a model: a folder as it is, a hub id downloaded.
+
+    Args:
+        model: Folder or hub id.
+        option: What named it, for messages.
+    Raises:
+        RefusedError: Neither a folder with a config nor something that the hub or its local cache
+            has.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise RefusedError(
+                f"{option} must be a folder with config.json or adapter_config.json, got {model}. "
+                f"Check --{option}."
+            )
+        return folder
+    if folder.is_absolute() or model.startswith(".") or model.count("/") > 1:
+        raise RefusedError(
+            f"{option} must be an existing folder or a hub id, got {model}, which does not exist. "
+            f"Check --{option}."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(MODEL_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise RefusedError(
+            f"{option} must be a folder or a hub id, got {model!r} "
+            f"({str(error).strip().splitlines()[0]}). Check --{option}."
+        ) from None
+
+
+def model_identity(folder: Path, *, generates: bool = False) -> dict[str, str]:
+    """SHA-256 of every file of a model folder that its outputs depend on, base model included for
+    an adapter.
+
+    Args:
+        folder: From :func:`resolve_model`.
+        generates: Whether it will be asked for answers, which ``generation_config.json`` shapes;
+            log-probabilities do not depend on it.
+    """
+    without = {"README.md"} | (set() if generates else {"generation_config.json"})
+    files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
+    identity = {path.name: file_sha256(path) for path in files if path.name not in without}
+    if is_adapter(folder):
+        base = resolve_base(folder)
+        of_base = model_identity(base, generates=generates)
+        identity |= {f"base/{name}": digest for name, digest in of_base.items()}
+    return identity
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a model folder is an adapter on another one."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def adapter_base(folder: Path) -> str:
+    """What an adapter calls its base."""
+    return str(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+
+
+def resolve_base(folder: Path) -> Path:
+    base = adapter_base(folder)
+    try:
+        return resolve_model(base)
+    except RefusedError as error:
+        raise RefusedError(
+            f"adapter {folder} must have its base model, got {base!r}, which was not found. "
+            f"Set base_model_name_or_path in {folder / 'adapter_config.json'} to the "
+            f"base's folder or hub id.\n{error}"
+        ) from None
+
+
+def lasting_name(model: str) -> str:
+    """What an adapter can call its base from any directory: a folder's absolute path, a hub id as
+    it is.
+    """
+    return str(Path(model).absolute()) if Path(model).is_dir() else model

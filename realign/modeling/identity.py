@@ -1,0 +1,190 @@
+"""What reference log-probabilities depend on outside a row: semantics, which say what they mean,
+and numerics, which say how they were rounded.
+
+Learning rate, beta, batch size, seed, workers and folders are not part of it: they change nothing.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText
+
+from realign.modeling.folder import model_identity
+from realign.modeling.loading import load_model_config
+from realign.modeling.packed_attention import why_not_shared
+from realign.modeling.packing import Layout
+from realign.modeling.processors import load_processor
+from realign.runtime.files import canonical_json, content_sha256
+from realign_kernels import describe_backends
+
+NUMERIC_PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "peft", "pillow")
+SCHEMA = 3
+Identity = dict[str, Any]
+PACKAGES = ("realign", "numpy", "safetensors", "triton", "flash-attn", "liger-kernel")
+
+
+def numerics() -> dict[str, Any]:
+    """Names and versions, for the identity of a result."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "float32": _float32_precision(),
+        "packages": {name: version_of(name) for name in NUMERIC_PACKAGES},
+    }
+
+
+def is_float32_exact() -> bool:
+    """Whether float32 products and convolutions are computed in float32."""
+    return {*_float32_precision().values()} <= {"ieee", "none"}
+
+
+def _float32_precision() -> dict[str, str]:
+    """How float32 products are computed: TF32 has ten bits of mantissa."""
+    backends: Any = torch.backends
+    used = (
+        {"matmul": backends.cuda.matmul, "convolution": backends.cudnn.conv}
+        if torch.cuda.is_available()
+        else {"matmul": backends.mkldnn.matmul, "convolution": backends.mkldnn.conv}
+    )
+    return {name: backend.fp32_precision for name, backend in used.items()}
+
+
+def version_of(package: str) -> str:
+    """A package's version, or that it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def reference_identity(
+    folder: Path,
+    *,
+    cells: int,
+    rejected_scoring: str,
+    dtype: torch.dtype,
+    shared_prefix: bool | None = None,
+    attention: str = "sdpa",
+    liger: bool = False,
+    quantization: str | None = None,
+    autocast: bool = False,
+) -> Identity:
+    """Everything outside a row that its reference log-probabilities depend on.
+
+    Args:
+        folder: The reference model, from :func:`realign.modeling.folder.resolve_model`.
+        cells: How many of chosen, text_rejected, image_rejected, both_rejected are scored.
+        rejected_scoring: ``label`` or ``top_non_label``.
+        dtype: Of the weights.
+        shared_prefix: Whether the answers of a pair stand behind one prefix; None where the model
+            can.
+        attention: ``sdpa`` or ``flash``.
+        liger: Whether the layers are liger-kernel's.
+        quantization: ``nf4`` for 4-bit weights, or None.
+        autocast: Whether float32 weights are computed with in bfloat16.
+    """
+    layout = row_layout(folder, shared_prefix)
+    processor = load_processor(folder)
+    ours = numerics()
+    packages = ours.pop("packages")
+    return {
+        "schema": SCHEMA,
+        "semantics": {
+            "cells": cells,
+            "rejected_scoring": rejected_scoring,
+            "scored": "last assistant turn and its end-of-turn token, summed",
+            "images": "before the text of the first user turn",
+            "max_length": "longer rows are refused, nothing is cut",
+            "dropout": "off",
+            "files": model_identity(folder),
+        },
+        "numerics": {
+            "dtype": str(dtype).removeprefix("torch."),
+            "autocast": "bfloat16" if autocast else "off",
+            "quantization": quantization or "off",
+            "attention": attention,
+            "liger_layers": liger,
+            "rows": layout,
+            "padding": "none" if layout == "shared prefix" else "right, to the longest row",
+            # the same configuration is another class, with other pixels, where torchvision is
+            "processor": type(processor).__name__,
+            "image_processor": type(getattr(processor, "image_processor", None)).__name__,
+            "tokenizer": type(processor.tokenizer).__name__,
+            "kernel_backend": describe_backends()["auto"],
+            "accelerator": _accelerator(),
+            **ours,
+            "packages": packages | {name: version_of(name) for name in PACKAGES},
+        },
+    }
+
+
+def row_layout(folder: Path, shared_prefix: bool | None = None) -> Layout:
+    """The layout that :func:`realign.modeling.packed_attention.choose_layout` will choose for a
+    model, known without its weights.
+    """
+    if shared_prefix is False:
+        return "separate"
+    with torch.device("meta"):
+        # attention as :func:`realign.modeling.loading.load_model` leaves it to transformers
+        model = AutoModelForImageTextToText.from_config(load_model_config(folder))
+    return "shared prefix" if why_not_shared(model) is None else "separate"
+
+
+def _accelerator() -> dict[str, Any]:
+    """Architecture, libraries and switches that choose among kernels of one product."""
+    if not torch.cuda.is_available():
+        return {"machine": platform.machine(), "vectors": torch.backends.cpu.get_cpu_capability()}
+    cuda, backends = torch.backends.cuda, torch.backends
+    return {
+        "machine": platform.machine(),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "runtime": torch.version.cuda or torch.version.hip,
+        "cudnn": backends.cudnn.version(),
+        "cudnn_benchmark": backends.cudnn.benchmark,
+        "bf16_reduced_precision": cuda.matmul.allow_bf16_reduced_precision_reduction,
+        "fp16_reduced_precision": cuda.matmul.allow_fp16_reduced_precision_reduction,
+        "sdp_flash": cuda.flash_sdp_enabled(),
+        "sdp_mem_efficient": cuda.mem_efficient_sdp_enabled(),
+        "sdp_cudnn": cuda.cudnn_sdp_enabled(),
+        "sdp_math": cuda.math_sdp_enabled(),
+    }
+
+
+def identity_sha256(identity: Identity) -> str:
+    """SHA-256 of an identity's one spelling."""
+    return content_sha256(canonical_json(identity))
+
+
+def identity_folder(root: Path, identity: Identity) -> Path:
+    """Where the values of one identity live."""
+    return root / identity_sha256(identity)[:16]
+
+
+def identity_differences(stored: Identity, needed: Identity) -> list[str]:
+    """Fields that differ, each as ``name: cached ..., needed ...``."""
+    return [
+        f"{name}: cached {_short(old)}, needed {_short(new)}"
+        for name, old, new in differing_fields(stored, needed)
+    ]
+
+
+def differing_fields(
+    stored: Identity, needed: Identity, prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name, stored and needed value of every field that differs."""
+    for name in sorted(stored.keys() | needed.keys()):
+        old, new = stored.get(name, "nothing"), needed.get(name, "nothing")
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from differing_fields(old, new, f"{prefix}{name}.")
+        elif old != new:
+            yield f"{prefix}{name}", old, new
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text

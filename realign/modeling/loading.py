@@ -1,0 +1,105 @@
+"""Loading a VLM and its processor, and knowing which one it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+from realign.errors import RefusedError
+from realign.modeling.acceleration import Acceleration, use_liger_layers
+from realign.modeling.adapters import keep_adapters_in_float32, quiet_peft
+from realign.modeling.folder import adapter_base, is_adapter, resolve_base
+from realign.modeling.parts import disable_dropout
+from realign.modeling.preference_forward import attach_preference_forward
+
+LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+
+
+def choose_dtype(dtype: str) -> torch.dtype:
+    """``auto`` is bfloat16 on a GPU and float32 on a CPU, where bfloat16 products are slow."""
+    if dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def load_model(
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    trainable_adapter: bool = False,
+    name: str | None = None,
+    scoring: bool = True,
+    acceleration: Acceleration | None = None,
+) -> PreTrainedModel:
+    """Load a VLM, or an adapter on its base, with dropout off. No remote code is run.
+
+    Args:
+        folder: From :func:`resolve_model`.
+        dtype: Of the weights.
+        trainable_adapter: Whether an adapter will be trained on.
+        name: What adapters trained on the model call it; a hub id is good on other machines too.
+        scoring: Whether it will score answers; a model that only speaks need not be one of those
+            whose logits are understood.
+        acceleration: How it computes; as transformers does with SDPA attention by default.
+    """
+    acceleration = acceleration or Acceleration()
+    if is_adapter(folder):
+        from peft import PeftModel
+
+        base = load_model(
+            resolve_base(folder),
+            dtype,
+            name=adapter_base(folder),
+            scoring=scoring,
+            acceleration=acceleration,
+        )
+        with quiet_peft():
+            model = PeftModel.from_pretrained(base, folder, is_trainable=trainable_adapter)
+        keep_adapters_in_float32(model, folder)
+        return model
+    if not any(folder.glob("*.safetensors")):
+        raise RefusedError(f"model {folder} must hold safetensors weights, has none. Convert it.")
+    model, found = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        output_loading_info=True,
+        **acceleration.loading(dtype),
+    )
+    if lacking := sorted([*found["missing_keys"], *found["mismatched_keys"]]):
+        raise RefusedError(
+            f"model {folder} must hold every weight, lacks {len(lacking)}, first: {lacking[0]}. "
+            "Download it again."
+        )
+    if name:
+        model.name_or_path = model.config._name_or_path = name
+    disable_dropout(model)
+    if acceleration.liger:
+        use_liger_layers(model)
+    if scoring:
+        attach_preference_forward(model)
+    return model
+
+
+def load_model_config(folder: Path) -> Any:
+    """Load the configuration of a model folder, or of an adapter's base."""
+    return AutoConfig.from_pretrained(resolve_base(folder) if is_adapter(folder) else folder)
+
+
+@contextmanager
+def every_rank_loads() -> Iterator[None]:
+    """Within it every rank loads all weights, also where it is configured that the first one loads
+    them for all (fsdp_cpu_ram_efficient_loading): what is not sharded is not sent to the others.
+    """
+    setting = os.environ.pop(LOADING, None)
+    try:
+        yield
+    finally:
+        if setting is not None:
+            os.environ[LOADING] = setting

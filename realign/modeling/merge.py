@@ -1,0 +1,53 @@
+"""The verb ``realign merge``: an adapter and its base become one model, for servers that take no
+adapters.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from realign.errors import RefusedError
+from realign.modeling.folder import is_adapter, resolve_model
+from realign.modeling.loading import load_model
+from realign.modeling.processors import load_processor
+from realign.runtime.files import publish
+from realign.runtime.run_folder import check_out
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def merge(model: str, out: Path, dtype: str = "bfloat16") -> Path:
+    """Add an adapter to its base's weights, in float32, and write the model and its processor.
+
+    Args:
+        model: Folder or hub id of an adapter, such as the checkpoint of ``realign train``.
+        out: A new folder.
+        dtype: Of the written weights, ``bfloat16`` or ``float32``. What it rounds is the merged
+            weights, not the adapter.
+    Returns:
+        The folder.
+    Raises:
+        RefusedError: The model is no adapter, the dtype is unknown, or the folder exists.
+    """
+    if dtype not in _DTYPES:
+        raise RefusedError(
+            f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}. Name one of them."
+        )
+    check_out(out)
+    if out.exists():
+        raise RefusedError(f"out must be a new folder, got {out}, which exists. Name another.")
+    folder = resolve_model(model)
+    if not is_adapter(folder):
+        raise RefusedError(f"model must be an adapter, got {model}, which is whole. Use it as is.")
+    adapted: Any = load_model(folder, torch.float32, scoring=False)
+    merged = adapted.merge_and_unload().to(_DTYPES[dtype])
+    unfinished = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    merged.save_pretrained(unfinished)
+    load_processor(folder).save_pretrained(unfinished)
+    publish(unfinished, out)
+    return out

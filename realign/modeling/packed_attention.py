@@ -1,0 +1,325 @@
+"""Attention over a packed row (:class:`realign.modeling.packing.Packing`): every answer sees its
+own prefix and itself, by itself, so nothing is masked out of a large matrix and nothing is padded.
+
+It is one of transformers' attention functions, named ``realign_sdpa`` or ``realign_flash``. Without
+a packing in its arguments it is the one that it is built on, so generation and other calls of the
+model are as they were. What a family's layers see (sliding windows, image blocks that are seen in
+both directions) comes from the family's own mask function, which transformers hands to
+:func:`_keep_mask_function` instead of having it made into a matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.sdpa_attention import (
+    repeat_kv,
+    sdpa_attention_forward,
+    use_gqa_in_sdpa,
+)
+from transformers.masking_utils import causal_mask_function, flash_attention_mask, sdpa_mask
+
+from realign.errors import RefusedError
+from realign.modeling.packing import Layout, Packing, SharedRow
+from realign.runtime.progress import announce
+
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+ATTENTIONS = {"sdpa": "realign_sdpa", "flash_attention_2": "realign_flash"}
+# Layers that see tokens through attention alone; a recurrent layer would carry one answer's state
+# into the next.
+SHARING_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class PackedAttention:
+    """What the layers of one forward need of the packing, and of its backward where layers are
+    computed again.
+
+    Args:
+        packing: The layout.
+    """
+
+    def __init__(self, packing: Packing) -> None:
+        self.packing = packing
+        # one a kind of layer, in the order in which the model asked for masks
+        self.mask_functions: list[MaskFunction] = []
+        self._masks: dict[tuple[int, SharedRow, int], Tensor | None] = {}
+
+    def mask(self, kind: int, row: SharedRow, answer: int, device: torch.device) -> Tensor | None:
+        """What an answer's queries see, shape ``(queries, prefix + answer)``, True for seen; the
+        first answer's queries include the prefix. None for a causal mask of a square.
+        """
+        key = (kind, row, answer)
+        if key not in self._masks:
+            self._masks[key] = self._make_mask(self.mask_functions[kind], row, answer, device)
+        return self._masks[key]
+
+    def _make_mask(
+        self, sees: MaskFunction, row: SharedRow, answer: int, device: torch.device
+    ) -> Tensor | None:
+        if answer == 0 and sees is causal_mask_function:
+            return None
+        keys = torch.arange(row.start, row.start + row.prefix + row.answers[answer], device=device)
+        queries = keys if answer == 0 else keys[row.prefix :]
+        # not a number: an index of none dimensions is one that the host reads, and waits for
+        zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        return sees(zero, zero, queries[:, None], keys[None, :]).expand(len(queries), len(keys))
+
+
+_active: ContextVar[PackedAttention | None] = ContextVar("packed_attention", default=None)
+
+
+@contextmanager
+def packed_attention(packing: Packing) -> Iterator[dict[str, PackedAttention]]:
+    """Within it, a model's masks are left to attention; yields what the model's call takes."""
+    packed = PackedAttention(packing)
+    token = _active.set(packed)
+    try:
+        yield {"packed": packed}
+    finally:
+        _active.reset(token)
+
+
+def _keep_mask_function(make_mask: Callable[..., Any]) -> Callable[..., Any]:
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        packed = _active.get()
+        if packed is None:
+            return make_mask(*args, **kwargs)
+        packed.mask_functions.append(kwargs.get("mask_function", causal_mask_function))
+        # Models hand a mask of four dimensions on as it is. The last one's length says which
+        # function it stands for, without a value that the host would have to wait for.
+        kind = len(packed.mask_functions) - 1
+        return torch.empty(1, 1, 0, kind, dtype=torch.bool, device=kwargs.get("device"))
+
+    return keep
+
+
+class _Segment(NamedTuple):
+    """Consecutive queries of a row: its prefix together with the first answer, as one sequence, or
+    another answer.
+    """
+
+    row: SharedRow
+    answer: int
+    length: int
+
+
+def _segments(packing: Packing) -> list[_Segment]:
+    """Those of all rows, in order and without gaps."""
+    return [
+        _Segment(row, answer, length + (row.prefix if answer == 0 else 0))
+        for row in packing.rows
+        for answer, length in enumerate(row.answers)
+    ]
+
+
+def _seen(tensor: Tensor, segments: list[_Segment]) -> Iterator[Tensor]:
+    """Keys or values that each segment sees, shape ``(1, heads, keys, head_dim)``."""
+    # split once: a slice's gradient would be as long as the whole row
+    first: Tensor | None = None
+    for segment, own in zip(segments, _split(tensor, segments), strict=True):
+        if segment.answer == 0:
+            first = own
+            yield own
+        else:
+            assert first is not None
+            yield torch.cat([first[:, :, : segment.row.prefix], own], dim=2)
+
+
+def _split(tensor: Tensor, segments: list[_Segment]) -> tuple[Tensor, ...]:
+    return tensor.split([segment.length for segment in segments], dim=2)
+
+
+def _sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed: PackedAttention | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    if packed is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    assert attention_mask is not None
+    _check_arguments(kwargs)
+    groups = query.shape[1] // key.shape[1]
+    segments = _segments(packed.packing)
+    outputs = []
+    for segment, queries, keys, values in zip(
+        segments,
+        _split(query, segments),
+        _seen(key, segments),
+        _seen(value, segments),
+        strict=True,
+    ):
+        mask = packed.mask(attention_mask.shape[-1], segment.row, segment.answer, query.device)
+        # as transformers: only kernels without a mask read the heads of a group in place
+        if not (enable_gqa := groups > 1 and use_gqa_in_sdpa(mask, keys, values)):
+            keys, values = repeat_kv(keys, groups), repeat_kv(values, groups)
+        outputs.append(
+            scaled_dot_product_attention(
+                queries,
+                keys,
+                values,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=enable_gqa,
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _flash(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packed: PackedAttention | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The same through flash-attention's kernel for sequences of several lengths, whose causal
+    mask is aligned to the last key. Never run on a GPU so far.
+    """
+    if packed is None:
+        if attention_mask is not None and attention_mask.dim() == 4:
+            raise ValueError(
+                f"flash-attention must have a mask of two dimensions, got "
+                f"{tuple(attention_mask.shape)}: it would be ignored. Use SDPA."
+            )
+        return flash_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            **kwargs,
+        )
+    from flash_attn import flash_attn_varlen_func
+
+    assert attention_mask is not None
+    softcap = kwargs.pop("softcap", None)
+    _check_arguments(kwargs)
+    # under autocast, positions are turned in float32
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    sees = packed.mask_functions[attention_mask.shape[-1]]
+    if sees is not causal_mask_function and sliding_window is None:
+        raise NotImplementedError(
+            f"flash-attention must have causal layers, got {type(module).__name__} with a mask of "
+            "its own. Use SDPA."
+        )
+    segments = _segments(packed.packing)
+    keys, values = (
+        torch.cat([*_seen(tensor, segments)], dim=2)[0].transpose(0, 1) for tensor in (key, value)
+    )
+    query_lengths = [segment.length for segment in segments]
+    key_lengths = [
+        segment.length + (segment.row.prefix if segment.answer else 0) for segment in segments
+    ]
+    output = flash_attn_varlen_func(
+        query[0].transpose(0, 1),
+        keys,
+        values,
+        cu_seqlens_q=_offsets(query_lengths, query.device),
+        cu_seqlens_k=_offsets(key_lengths, query.device),
+        max_seqlen_q=max(query_lengths),
+        max_seqlen_k=max(key_lengths),
+        softmax_scale=scaling,
+        causal=True,
+        window_size=(-1, -1) if sliding_window is None else (sliding_window - 1, 0),
+        softcap=softcap or 0.0,
+    )
+    return output[None], None
+
+
+def _offsets(lengths: list[int], device: torch.device) -> Tensor:
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return ends.to(device, non_blocking=True)
+
+
+def _check_arguments(kwargs: dict[str, Any]) -> None:
+    """Refuse what would change the result if it were left out."""
+    for name in ("softcap", "s_aux", "position_bias", "cache"):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"attention over packed rows must not have {name}, got one. Set shared_prefix to "
+                "false."
+            )
+    if kwargs.get("dropout"):
+        raise ValueError(f"attention dropout must be 0, got {kwargs['dropout']}.")
+
+
+AttentionInterface.register("realign_sdpa", _sdpa)
+AttentionInterface.register("realign_flash", _flash)
+AttentionMaskInterface.register("realign_sdpa", _keep_mask_function(sdpa_mask))
+AttentionMaskInterface.register("realign_flash", _keep_mask_function(flash_attention_mask))
+
+
+def why_not_shared(model: PreTrainedModel) -> str | None:
+    """Why a model's answers cannot share a prefix; None where they can."""
+    config = model.config.get_text_config()
+    decoder = model.model.get_decoder() if hasattr(model.model, "get_decoder") else model.model
+    name = type(decoder).__name__
+    attention = config._attn_implementation
+    if attention not in (*ATTENTIONS, *ATTENTIONS.values()):
+        return f"attention {attention!r} is not one of {', '.join(ATTENTIONS)}"
+    if others := set(getattr(config, "layer_types", None) or ()) - SHARING_LAYERS:
+        return f"{name} has layers of type {', '.join(sorted(others))}"
+    if getattr(decoder, "_is_stateful", False):
+        return f"{name} is recurrent"
+    if not getattr(decoder, "_supports_attention_backend", False):
+        return f"{name} does not take an attention function"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return f"{name} bounds its attention scores"
+    return None
+
+
+def choose_layout(model: nn.Module, shared_prefix: bool | None = None) -> Layout:
+    """Return the layout of a model's batches, and say why where it is the slower one.
+
+    Args:
+        model: A VLM, or an adapter on one.
+        shared_prefix: What was asked for; None for shared where the model can.
+    Raises:
+        RefusedError: It was asked for and the model cannot.
+    """
+    vlm: Any = model
+    base = vlm.get_base_model() if hasattr(vlm, "get_base_model") else vlm
+    reason = why_not_shared(base)
+    if shared_prefix is False:
+        return "separate"
+    if reason is None:
+        return "shared prefix"
+    if shared_prefix:
+        raise RefusedError(
+            f"shared_prefix must not be true for this model: {reason}. Leave it out for a row a "
+            "sequence."
+        )
+    announce(f"a row for every answer instead of a shared prefix: {reason}")
+    return "separate"
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Let a model's decoder take packed rows, see :func:`why_not_shared`."""
+    config = model.config.get_text_config()
+    config._attn_implementation = ATTENTIONS.get(
+        config._attn_implementation, config._attn_implementation
+    )

@@ -1,0 +1,145 @@
+"""Giving a VLM's forward the preference loss.
+
+The loss is computed inside the model's own forward, because DDP, FSDP and ZeRO hook that call.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from realign.modeling.families import refuse_flash
+from realign.modeling.image_features import ImageUse, image_features_by_row, unseen_images_encoded
+from realign.modeling.logit_transform import LogitTransform, find_logit_transform
+from realign.modeling.packed_attention import packed_attention, use_packed_attention, why_not_shared
+from realign.modeling.packing import Packing
+from realign.modeling.positions import rope_positions
+from realign_kernels import Objective, RdpoOutput, rdpo_loss
+
+
+def attach_preference_forward(model: PreTrainedModel) -> None:
+    """Let ``model(**batch)`` of a :class:`realign.modeling.collate.PreferenceCollator` return an
+    :class:`RdpoOutput`; other calls stay as they were.
+
+    Raises:
+        RefusedError: What the model does to its logits is not understood, or its attention would
+            leave out a part of its mask.
+    """
+    refuse_flash(model)
+    transform = find_logit_transform(model)
+    if why_not_shared(model) is None:
+        use_packed_attention(model)
+    original = type(model).forward
+
+    @functools.wraps(original)  # generate() and Trainer read the signature
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        answer_labels: Tensor | None = None,
+        answer_index: Tensor | None = None,
+        sequence_ids: Tensor | None = None,
+        num_tokens: Sequence[Sequence[int]] | None = None,
+        packing: Packing | None = None,
+        images: ImageUse | None = None,
+        unseen_images: Mapping[str, Tensor] | None = None,
+        ref_logps: Tensor | None = None,
+        objective: Objective | None = None,
+        rejected_scoring: str = "label",
+        **inputs: Any,
+    ) -> Any:
+        if answer_labels is None:
+            return original(self, *args, **inputs)
+        assert answer_index is not None
+        hidden_states = body_states(
+            self, inputs, packing=packing, images=images, unseen_images=unseen_images
+        )
+        return head_loss(
+            self,
+            # the state that predicts the first token of both answers is there twice
+            hidden_states.flatten(0, 1).index_select(0, answer_index),
+            answer_labels,
+            ref_logps,
+            transform,
+            sequence_ids=sequence_ids,
+            sequence_lengths=torch.tensor(num_tokens, dtype=torch.int64),
+            objective=objective,
+            rejected_scoring=rejected_scoring,
+        )
+
+    model.forward = types.MethodType(forward, model)
+
+
+def body_states(
+    model: PreTrainedModel,
+    inputs: dict[str, Any],
+    *,
+    packing: Packing | None,
+    images: ImageUse | None,
+    unseen_images: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """Last hidden states of a collated batch, shape ``(rows, T, D)``.
+
+    Args:
+        model: The VLM.
+        inputs: What the batch brings for the model itself.
+        packing: Layout of a packed row; None for separate ones.
+        images: Which images the rows show.
+        unseen_images: Inputs of images to encode where the rows show none but those of other ranks
+            may.
+    """
+    body: Any = model.model
+    positions = rope_positions(body, inputs, packing, images)
+    if positions is not None:
+        inputs = {**inputs, "position_ids": positions}
+    with ExitStack() as stack:
+        if images is not None:
+            stack.enter_context(image_features_by_row(body, images))
+        if unseen_images is not None:
+            stack.enter_context(unseen_images_encoded(body, unseen_images))
+        if packing is not None:
+            inputs = {**inputs, **stack.enter_context(packed_attention(packing))}
+        return body(**inputs, use_cache=False).last_hidden_state
+
+
+def head_loss(
+    model: PreTrainedModel,
+    hidden_states: Tensor,
+    labels: Tensor,
+    ref_logps: Tensor | None,
+    transform: LogitTransform,
+    *,
+    sequence_ids: Tensor | None,
+    sequence_lengths: Tensor,
+    objective: Objective | None,
+    rejected_scoring: str,
+) -> RdpoOutput:
+    """Apply :func:`realign_kernels.rdpo_loss` to packed tokens with the model's own head: bias,
+    LoRA, scale and softcap included.
+    """
+    head: Any = model.get_output_embeddings()
+    lora = None
+    if hasattr(head, "lora_A"):  # peft's wrapper of a linear layer
+        (adapter,) = head.active_adapters
+        lora = (head.lora_A[adapter].weight, head.lora_B[adapter].weight, head.scaling[adapter])
+        head = head.get_base_layer()
+    return rdpo_loss(
+        hidden_states,
+        head.weight,
+        labels,
+        ref_logps,
+        sequence_ids=sequence_ids,
+        sequence_lengths=sequence_lengths,
+        objective=objective,
+        rejected_scoring=rejected_scoring,
+        lm_head_bias=getattr(head, "bias", None),
+        lm_head_lora=lora,
+        logit_scale=transform.scale,
+        logit_softcap=transform.softcap,
+    )

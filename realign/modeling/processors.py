@@ -1,0 +1,123 @@
+"""Processors of families that also take videos, where torchvision is missing: the video part needs
+it, images do not.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import transformers
+from transformers import (
+    PROCESSOR_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+)
+from transformers.utils import is_torchvision_available
+
+from realign.errors import RefusedError
+from realign.modeling.families import CHAT_TEMPLATES
+from realign.modeling.folder import is_adapter, resolve_base
+
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+VIDEO_FILES = ("video_preprocessor_config.json", "preprocessor_config.json")
+
+
+def image_only(processor_class: type) -> Any:
+    """A processor class without its video part. What it makes of images and text is the same."""
+
+    class ImageOnly(processor_class):
+        video_config: dict[str, Any] | None = None
+        # SmolVLM asks for these whenever it fills a template
+        video_processor = SimpleNamespace(num_frames=None, fps=None)
+
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in super().get_attributes() if name != "video_processor"]
+
+        def to_dict(self) -> dict[str, Any]:
+            # a saved processor is whole again where torchvision is
+            video = {"video_processor": self.video_config} if self.video_config else {}
+            return super().to_dict() | video
+
+    ImageOnly.__name__ = ImageOnly.__qualname__ = processor_class.__name__  # it is saved by name
+    return ImageOnly
+
+
+def load_without_videos(folder: Path) -> Any | None:
+    """Load a processor without its video part; None where it has none, or torchvision is there.
+
+    Raises:
+        RefusedError: It needs another package, too.
+    """
+    processor_class = _processor_class(folder)
+    if (
+        is_torchvision_available()
+        or processor_class is None
+        or "video_processor" not in processor_class.get_attributes()
+    ):
+        return None
+    processor_class = image_only(processor_class)
+    parts = [AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)]
+    options, _ = processor_class.get_processor_dict(folder)
+    options.pop("video_processor", None)
+    try:
+        processor = processor_class.from_args_and_dict([*parts, None], options)
+    except ImportError as error:  # SmolVLM's, which spells numbers of frames
+        raise RefusedError(
+            f"{folder} must have all that its processor needs, got {' '.join(str(error).split())}. "
+            "Install what is missing."
+        ) from None
+    processor.video_config = _video_config(folder)
+    return processor
+
+
+def _processor_class(folder: Path) -> Any | None:
+    for name in PROCESSOR_FILES:
+        if (folder / name).is_file():
+            found = json.loads((folder / name).read_text(encoding="utf-8")).get("processor_class")
+            if found:
+                return getattr(transformers, found, None)
+    if not (folder / "config.json").is_file():
+        return None
+    return PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(folder)))
+
+
+def _video_config(folder: Path) -> dict[str, Any] | None:
+    path = folder / "processor_config.json"
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8")).get("video_processor")
+        if found:
+            return dict(found)
+    for name in VIDEO_FILES:
+        if (folder / name).is_file():
+            return dict(json.loads((folder / name).read_text(encoding="utf-8")))
+    return None
+
+
+def load_processor(folder: Path) -> Any:
+    """Load the processor of a model folder, or of an adapter's base when the adapter has none of
+    its own.
+
+    Raises:
+        RefusedError: It has no chat template, or no fast tokenizer.
+    """
+    if not (folder / "processor_config.json").is_file() and is_adapter(folder):
+        folder = resolve_base(folder)
+    processor = load_without_videos(folder) or AutoProcessor.from_pretrained(folder)
+    if not getattr(processor, "chat_template", None):
+        processor.chat_template = CHAT_TEMPLATES.get(type(processor).__name__)
+    if not processor.chat_template:
+        raise RefusedError(
+            f"{folder} must have a chat template, has none. Add chat_template.jinja to the folder."
+        )
+    if not processor.tokenizer.is_fast:
+        raise RefusedError(
+            f"{folder} must have a fast tokenizer, got {type(processor.tokenizer).__name__}. "
+            "Add tokenizer.json to the folder."
+        )
+    return processor

@@ -1,0 +1,97 @@
+"""LLaVA-1.6 as the paper's authors train it: ``python -m realign.modeling.single_view MODEL OUT``.
+
+Their code shows it one padded square view, 576 tokens, and not the tiles of its own processor, up
+to 2,880. That is the architecture of LLaVA-1.5 with the weights of LLaVA-1.6.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaImageProcessor,
+    LlavaNextForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from realign.errors import RefusedError
+from realign.modeling.folder import resolve_model
+from realign.modeling.processors import load_processor
+
+# of LlavaNextConfig, which LlavaConfig has as well
+SHARED_OPTIONS = (
+    "image_token_index",
+    "projector_hidden_act",
+    "vision_feature_select_strategy",
+    "vision_feature_layer",
+    "multimodal_projector_bias",
+    "tie_word_embeddings",
+)
+
+
+def save_single_view(model: str, out: Path) -> None:
+    """Write a LLaVA-1.6 model as one of a single padded view, in the precision that it has.
+
+    Args:
+        model: Folder or hub id of a ``LlavaNextForConditionalGeneration``.
+        out: New folder.
+    Raises:
+        RefusedError: It is another model, or ``out`` is there already.
+    """
+    if out.exists():
+        raise RefusedError(f"out must be a new folder, got {out}. Remove it or name another.")
+    folder = resolve_model(model)
+    tiled = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", use_safetensors=True)
+    if not isinstance(tiled, LlavaNextForConditionalGeneration):
+        raise RefusedError(
+            f"model must be a LLaVA-1.6 (llava_next), got {model}, a {type(tiled).__name__}. Other "
+            "families have no second way to see an image."
+        )
+    config: Any = tiled.config
+    with torch.device("meta"):
+        single = LlavaForConditionalGeneration(
+            LlavaConfig(
+                text_config=config.text_config,
+                vision_config=config.vision_config,
+                **{name: getattr(config, name) for name in SHARED_OPTIONS},
+            )
+        )
+    weights = tiled.state_dict()
+    del weights["model.image_newline"]  # it ends a row of tiles
+    single.load_state_dict(weights, assign=True)
+    single.generation_config = tiled.generation_config
+    single.save_pretrained(out)
+    _single_view_processor(load_processor(folder), config).save_pretrained(out)
+
+
+def _single_view_processor(processor: Any, config: Any) -> LlavaProcessor:
+    side = config.vision_config.image_size
+    return LlavaProcessor(
+        LlavaImageProcessor(
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            do_pad=True,  # to a square, in the mean colour
+            image_mean=processor.image_processor.image_mean,
+            image_std=processor.image_processor.image_std,
+        ),
+        processor.tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,  # CLIP's class token
+        image_token=processor.image_token,
+        chat_template=processor.chat_template,
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="folder or hub id of a LLaVA-1.6")
+    parser.add_argument("out", type=Path, help="new folder")
+    arguments = parser.parse_args()
+    save_single_view(arguments.model, arguments.out)

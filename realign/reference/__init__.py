@@ -1,0 +1,38 @@
+"""Reference log-probabilities, computed once a row and never used for anything else than they were
+computed from.
+
+    <root>/<identity, 16 digits>/identity.json   what the numbers depend on
+    <root>/<identity>/shards/*.safetensors       rows, found by the hash of their content
+    <root>/<identity>/manifest.json              written last: every shard with its hash
+    <root>/<identity>/build.lock                 held while it is built
+
+A row is found by its content, never by its position, so order, filtering and repetition of the
+dataset do not matter. docs/cache.md says what is promised.
+"""
+
+from realign.modeling.identity import (
+    Identity,
+    identity_differences,
+    identity_folder,
+    reference_identity,
+)
+from realign.reference.build import build_cache, fill
+from realign.reference.read import read_cache
+from realign.reference.reference import BatchVariance, CacheReference
+from realign.reference.scoring import Scorer, Scoring
+from realign.runtime.ranks import Ranks
+
+__all__ = [
+    "BatchVariance",
+    "CacheReference",
+    "Identity",
+    "Ranks",
+    "Scorer",
+    "Scoring",
+    "build_cache",
+    "fill",
+    "identity_differences",
+    "identity_folder",
+    "read_cache",
+    "reference_identity",
+]

@@ -1,0 +1,222 @@
+"""Computes what a cache lacks, a shard at a time; a build that was killed goes on where it stopped.
+
+Rows are cut into shards, and shards dealt to ranks, in whole batches, so a row is computed in the
+same batch whatever the size of shards and the number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from realign.data.records import Record
+from realign.errors import RefusedError
+from realign.modeling.identity import (
+    Identity,
+    identity_differences,
+    identity_folder,
+    identity_sha256,
+)
+from realign.reference.probe import probe_rows, run_probe
+from realign.reference.reference import CacheReference
+from realign.reference.scoring import Scorer, Scoring, free_reference
+from realign.reference.shards import MAX_ROWS, DamagedError, Rows, write_shard
+from realign.reference.store import Workshop, read_committed
+from realign.runtime.lock import building
+from realign.runtime.progress import Progress
+from realign.runtime.ranks import Ranks
+
+PIXEL_INTERVAL = 256  # rows for one whose pixels are compared in training
+
+
+def fill(
+    records: Sequence[Record],
+    root: Path,
+    scoring: Scoring,
+    identity: Identity,
+    *,
+    shard_size: int,
+    ranks: Ranks,
+) -> Path:
+    """Compute what is missing, commit it, and return the identity's folder.
+
+    Args:
+        records: The rows; equal ones are computed once.
+        root: The cache, which may hold other identities too.
+        scoring: How rows are scored.
+        identity: Of the values that ``scoring`` gives.
+        shard_size: Rows a shard, rounded up to whole batches.
+        ranks: The processes that share the work.
+    Raises:
+        RefusedError: Two rows have one id and different content; a row is too long; the file
+            system refuses; or the probe finds the values wrong.
+        FloatingPointError: A log-probability is not finite; nothing of its shard is stored.
+    """
+    _check_agreement(identity, ranks)
+    place = identity_folder(root, identity)
+    wanted = ranks.together(lambda: _unique(records))
+    found = ranks.gather((_has_all(place, wanted), place.exists()))
+    if all(has_all for has_all, _ in found):
+        return place
+    # a model may be refused, so nothing is written before it is loaded
+    scorer = None if any(exists for _, exists in found) else ranks.together(scoring.load)
+    with _held(place, ranks):
+        plan = ranks.together(lambda: _plan(place, identity, wanted) if ranks.is_first else None)
+        ranks.check_folder_is_shared(place)
+        # one rank's view for all: file systems of several machines may lag behind
+        missing, first = ranks.gather(plan)[0] or ([], 0)
+        if missing and scorer is None:
+            scorer = ranks.together(scoring.load)
+
+        def write() -> None:
+            if missing:
+                assert scorer is not None
+                _write(records, missing, first, place, identity, scorer, shard_size, ranks)
+
+        ranks.together(write)
+        ranks.together(
+            lambda: (
+                _commit(records, wanted, place, identity, scorer or scoring.load())
+                if ranks.is_first
+                else None
+            )
+        )
+    scorer = None
+    free_reference()
+    return place
+
+
+def build_cache(
+    records: Sequence[Record],
+    folder: Path,
+    root: Path,
+    *,
+    batch_size: int,
+    shard_size: int,
+    **options: Any,
+) -> Path:
+    """Compute what is missing, commit it, and return the identity's folder.
+
+    Args:
+        records: The rows.
+        folder: The reference model, from :func:`realign.modeling.folder.resolve_model`.
+        root: The cache.
+        batch_size: Pairs in one forward.
+        shard_size: Rows a shard.
+        options: The other attributes of :class:`realign.reference.Scoring`: ``cells``,
+            ``rejected_scoring``, ``dtype``, ``max_length`` and so on.
+    Raises:
+        RefusedError, FloatingPointError: As :func:`fill`.
+    """
+    scoring = Scoring(folder=folder, batch_size=batch_size, **options)
+    return fill(records, root, scoring, scoring.identity(), shard_size=shard_size, ranks=Ranks())
+
+
+def _check_agreement(identity: Identity, ranks: Ranks) -> None:
+    """Refuse ranks on machines that compute differently."""
+    for rank, other in enumerate(ranks.gather(identity)):
+        if lines := identity_differences(other, identity):
+            raise RefusedError(
+                f"ranks must compute alike, got on rank {rank} (cached) and rank {ranks.rank} "
+                "(needed):" + "".join(f"\n  {line}" for line in lines) + "\nUse equal machines."
+            )
+
+
+def _unique(records: Sequence[Record]) -> dict[str, int]:
+    """Key to position of the first row that has it."""
+    wanted: dict[str, int] = {}
+    ids: dict[str, str] = {}
+    for index, record in enumerate(records):
+        if ids.setdefault(record.id, record.key) != record.key:
+            first = wanted[ids[record.id]]
+            raise RefusedError(
+                f"{record.where}: id must be unique, got {record.id!r} again with other content, "
+                f"first in row {first + 1} (counting from 1). Rename one."
+            )
+        wanted.setdefault(record.key, index)
+    return wanted
+
+
+def _has_all(place: Path, wanted: dict[str, int]) -> bool:
+    """Whether there is nothing to do. A folder that is damaged is mended by the builder."""
+    try:
+        committed = read_committed(place)
+    except DamagedError:
+        return False
+    if committed is None:
+        return False
+    return bool((CacheReference(committed.rows).positions(list(wanted)) >= 0).all())
+
+
+@contextmanager
+def _held(place: Path, ranks: Ranks) -> Iterator[None]:
+    """The builder's lock, which rank 0 holds for all."""
+    with ExitStack() as stack:
+        ranks.together(lambda: stack.enter_context(building(place)) if ranks.is_first else None)
+        yield
+
+
+def _plan(place: Path, identity: Identity, wanted: dict[str, int]) -> tuple[list[int], int]:
+    """Positions of the rows to compute, and the number of their first shard."""
+    work = Workshop.open(place, identity, repairs=True)
+    return _missing(wanted, work), work.next_index
+
+
+def _missing(wanted: dict[str, int], work: Workshop) -> list[int]:
+    keys = list(wanted)
+    found = CacheReference(work.rows).positions(keys)
+    return [wanted[key] for key, position in zip(keys, found, strict=True) if position < 0]
+
+
+def _write(
+    records: Sequence[Record],
+    missing: list[int],
+    first_shard: int,
+    place: Path,
+    identity: Identity,
+    scorer: Scorer,
+    shard_size: int,
+    ranks: Ranks,
+) -> None:
+    """Score this rank's share of the missing rows, and write it shard by shard."""
+    batch = scorer.scoring.batch_size
+    share = min(shard_size, math.ceil(len(missing) / ranks.world_size), MAX_ROWS - batch + 1)
+    size = math.ceil(share / batch) * batch
+    shards = list(enumerate(range(0, len(missing), size), start=first_shard))
+    mine = shards[ranks.rank :: ranks.world_size]
+    total = sum(min(size, len(missing) - start) for _, start in mine)
+    with Progress("cache", total) if ranks.is_first else nullcontext() as progress:
+        for number, start in mine:
+            parts = []
+            for first in range(start, min(start + size, len(missing)), batch):
+                indices = missing[first : min(first + batch, start + size)]
+                parts.append(scorer.score([records[index] for index in indices]))
+                if progress:
+                    progress.advance(len(indices))
+            rows = Rows.concat(parts, scorer.scoring.cells)
+            for index in range(0, len(rows), PIXEL_INTERVAL):
+                record = records[missing[start + index]]
+                rows.pixel_digest[index] = scorer.pixel_digests(record)
+            write_shard(place, rows, identity_sha256(identity), number)
+
+
+def _commit(
+    records: Sequence[Record],
+    wanted: dict[str, int],
+    place: Path,
+    identity: Identity,
+    scorer: Scorer,
+) -> None:
+    """Read back what is there, probe it, and write the manifest."""
+    work = Workshop.open(place, identity, repairs=False)
+    if lost := _missing(wanted, work):
+        raise RefusedError(
+            f"{place} must hold every row, lacks {len(lost)} that were written, first: "
+            f"{records[lost[0]].where}. Check the file system, and run the same command again."
+        )
+    probed = [records[wanted[key]] for key in probe_rows(wanted)]
+    probe = run_probe(CacheReference(work.rows), probed, scorer, identity)
+    work.commit(probe)

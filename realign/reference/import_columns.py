@@ -1,0 +1,100 @@
+"""Reference log-probabilities that another trainer computed: columns of the dataset's parquet file,
+named as TRL names them.
+
+They are values of unknown numerics, so a run takes them only with accept_numerics, after 64 rows
+were computed again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import torch
+
+from realign.data.dataset import read_records
+from realign.errors import RefusedError
+from realign.modeling.folder import resolve_model
+from realign.modeling.identity import identity_folder
+from realign.modeling.processors import load_processor
+from realign.modeling.row_checks import check_rows
+from realign.reference.scoring import RowReader, Scoring
+from realign.reference.shards import Rows
+from realign.reference.store import Workshop
+from realign.runtime.lock import building
+from realign.runtime.run_folder import check_out
+
+# the first two are TRL's
+COLUMNS = (
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+    "ref_image_rejected_logps",
+    "ref_both_rejected_logps",
+)
+
+
+def import_columns(data: Path, model: str, out: Path) -> Path:
+    """Make a cache of the columns ``ref_chosen_logps`` and ``ref_rejected_logps``, and
+    ``ref_image_rejected_logps`` and ``ref_both_rejected_logps`` where they are there. Returns the
+    cache's folder.
+
+    Args:
+        data: Parquet file, or a folder with ``dataset.parquet``: rows and columns.
+        model: The model that the values are of: folder or hub id.
+        out: Cache folder.
+    Raises:
+        RefusedError: A column is missing, or holds what no log-probability is.
+    """
+    check_out(out)
+    folder = resolve_model(model)
+    file = data / "dataset.parquet" if data.is_dir() else data
+    if file.suffix != ".parquet":
+        raise RefusedError(
+            f"data must be a parquet file to import columns of, got {data}. "
+            "Give the dataset that holds them."
+        )
+    records = read_records(file, None)
+    logps = _read_columns(file, len(records))
+    check_rows(records, load_processor(folder), cells=logps.shape[1], max_length=None)
+    scoring = Scoring(folder, logps.shape[1], "label", torch.float32, batch_size=1)
+    identity = scoring.identity()
+    identity["numerics"] = {"imported": ", ".join(COLUMNS[: logps.shape[1]])}
+    place = identity_folder(out, identity)
+    reader = RowReader(load_processor(folder), scoring.cells)
+    rows = Rows.concat([reader.read([record])[1] for record in records], scoring.cells)
+    rows = replace(rows, logps=np.where(rows.num_tokens > 0, logps, 0.0))
+    with building(place):
+        work = Workshop.open(place, identity, repairs=True)
+        work.add(rows)
+        work.commit(None)
+    return place
+
+
+def _read_columns(file: Path, num_rows: int) -> np.ndarray:
+    """Values, shape ``(rows, C)``."""
+    schema = pyarrow.parquet.read_schema(file)
+    there = [name for name in COLUMNS if name in schema.names]
+    if there[:2] != list(COLUMNS[:2]) or there != list(COLUMNS[: len(there)]):
+        raise RefusedError(
+            f"{file} must have the columns {COLUMNS[0]} and {COLUMNS[1]} (then {COLUMNS[2]} and "
+            f"{COLUMNS[3]}), got {there or 'none of them'}. Add them."
+        )
+    table = pyarrow.parquet.read_table(file, columns=there)
+    values: Any = np.stack(
+        [table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in there], axis=1
+    )
+    if len(values) != num_rows:
+        raise RefusedError(
+            f"{file} must have a value a row, got {len(values)} of {num_rows}. Compute the others."
+        )
+    bad = ~(np.isfinite(values) & (values <= 0))
+    if bad.any():
+        row, cell = (int(index) for index in np.argwhere(bad)[0])
+        raise RefusedError(
+            f"{file}, row {row + 1} (counting from 1): {there[cell]} must be a summed log-"
+            f"probability, finite and not positive, got {values[row, cell]}. Compute it again."
+        )
+    return values

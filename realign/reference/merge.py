@@ -1,0 +1,74 @@
+"""Several caches of one identity into one, such as those of machines that share no file system."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from realign.errors import RefusedError
+from realign.modeling.identity import identity_differences, identity_folder
+from realign.reference.inspect import cache_folders
+from realign.reference.store import Committed, Workshop, read_committed
+from realign.runtime.lock import building
+from realign.runtime.run_folder import check_out
+
+
+def merge_caches(sources: Sequence[Path], out: Path) -> Path:
+    """Put the rows of several caches into one and return the identity's folder. Rows that ``out``
+    has already stay as they are; of rows in several sources the first one's values are taken.
+
+    Raises:
+        RefusedError: A source holds no finished cache or several, or is of another identity; each
+            field that differs is named.
+    """
+    check_out(out)
+    caches = [_read_only_one(source) for source in sources]
+    first = caches[0]
+    for other in caches[1:]:
+        if lines := identity_differences(first.identity, other.identity):
+            raise RefusedError(
+                f"caches must be of one identity to be merged, got {first.place} (cached) and "
+                f"{other.place} (needed):"
+                + "".join(f"\n  {line}" for line in lines)
+                + "\nMerge those that agree, or build one cache of all rows."
+            )
+    place = identity_folder(out, first.identity)
+    with building(place):
+        there = read_committed(place)
+        work = Workshop.open(place, first.identity, repairs=True)
+        for cache in caches:
+            work.add(cache.rows)
+        probes = [cache.manifest.probe for cache in (there, *caches) if cache is not None]
+        work.commit(_joined(probes))
+    return place
+
+
+def _read_only_one(source: Path) -> Committed:
+    folders = cache_folders(source)
+    if len(folders) > 1:
+        raise RefusedError(
+            f"a merged cache must be of one identity, got {source} with {len(folders)}. Give one "
+            f"of {', '.join(folder.name for folder in folders)} in it."
+        )
+    committed = read_committed(folders[0])
+    if committed is None:
+        raise RefusedError(f"cache {source} must be finished, is not. Run `realign cache` again.")
+    return committed
+
+
+def _joined(probes: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """What all probes say together; None where nothing was probed."""
+    done = [probe for probe in probes if probe is not None]
+    if not done:
+        return None
+    weights = np.array([probe["rows"] for probe in done], float)
+    squares = np.array([probe["rms"] for probe in done]) ** 2
+    rms = np.sqrt((weights[:, None] * squares).sum(0) / weights.sum())
+    return {
+        "rows": int(weights.sum()),
+        "rms": [float(value) for value in rms],
+        "max": [float(value) for value in np.max([probe["max"] for probe in done], axis=0)],
+    }

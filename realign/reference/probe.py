@@ -1,0 +1,92 @@
+"""Recomputes a few cached rows alone, a row of its own for every answer: how far log-probabilities
+move with the batch and the layout, and whether the shared prefix is right for a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from realign.data.records import Record
+from realign.errors import RefusedError
+from realign.modeling.identity import Identity
+from realign.reference.reference import CacheReference
+from realign.reference.scoring import Scorer
+
+PROBE_ROWS = 64
+SEED = 0
+# what float32 sums of a few hundred tokens may differ by, in nats, and a share of the sum
+ABSOLUTE, RELATIVE = 1e-4, 1e-6
+
+
+def probe_rows(keys: Mapping[str, int] | Sequence[str]) -> list[str]:
+    """Choose the rows of a probe: the same of the same rows, whatever their order."""
+    ordered = sorted(keys)
+    return sorted(Random(SEED).sample(ordered, min(PROBE_ROWS, len(ordered))))
+
+
+def rounding(logps: np.ndarray) -> np.ndarray:
+    """How far float32 may be off, in nats."""
+    return ABSOLUTE + RELATIVE * np.abs(logps)
+
+
+def deviations(
+    reference: CacheReference, records: Sequence[Record], scorer: Scorer
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cached and recomputed log-probabilities, both ``(rows, C)``."""
+    cached = np.stack([reference[record.key].numpy() for record in records])
+    alone = np.concatenate([scorer.score_alone(record).logps for record in records])
+    return cached, alone[:, : cached.shape[1]]
+
+
+def run_probe(
+    reference: CacheReference, records: Sequence[Record], scorer: Scorer, identity: Identity
+) -> dict[str, Any]:
+    """Measure the batch variance and check it.
+
+    Args:
+        reference: The cached values.
+        records: Rows of :func:`probe_rows`.
+        scorer: What computed them.
+        identity: Of the values.
+    Returns:
+        What a manifest keeps: ``rows``, ``rms`` and ``max`` in nats by cell.
+    Raises:
+        RefusedError: Float32 values differ by more than rounding, so one of the two layouts is
+            wrong for this model.
+    """
+    cached, alone = deviations(reference, records, scorer)
+    off = np.abs(cached - alone)
+    if is_exact(identity) and (bad := off > rounding(alone)).any():
+        row, cell = (int(index) for index in np.argwhere(bad)[0])
+        layout = identity["numerics"]["rows"]
+        raise RefusedError(
+            f"{bad.any(axis=1).sum()} of {len(records)} probed rows must have the same log-"
+            f"probabilities alone as in a batch ({layout}), first: {records[row].where}, cell "
+            f"{cell}, got {cached[row, cell]:.6f} and {alone[row, cell]:.6f} alone, more than "
+            f"{ABSOLUTE} + {RELATIVE} of it apart. This model cannot be computed so; "
+            + (
+                "set cache.shared_prefix and train.shared_prefix to false."
+                if layout == "shared prefix"
+                else "set cache.batch_size and train.batch_size to 1, and report it."
+            )
+        )
+    return {
+        "rows": len(records),
+        "rms": [float(value) for value in np.sqrt((off**2).mean(axis=0))],
+        "max": [float(value) for value in off.max(axis=0)],
+    }
+
+
+def is_exact(identity: Identity) -> bool:
+    """Whether products are computed in float32 all the way."""
+    numerics = identity["numerics"]
+    precision = {*numerics["float32"].values()}
+    return (
+        numerics["dtype"] == "float32"
+        and numerics["autocast"] == "off"
+        and precision <= {"ieee", "none"}
+    )

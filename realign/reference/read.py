@@ -1,0 +1,232 @@
+"""Opening a cache for a run: the right one, whole, or a refusal that names what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from realign.data.records import Record
+from realign.errors import RefusedError
+from realign.modeling.identity import (
+    Identity,
+    differing_fields,
+    identity_differences,
+    identity_folder,
+)
+from realign.reference.probe import deviations, probe_rows, rounding
+from realign.reference.reference import BatchVariance, CacheReference
+from realign.reference.scoring import Scorer, free_reference
+from realign.reference.store import IDENTITY, MANIFEST, Committed, read_committed, read_identity
+from realign.runtime.progress import announce
+from realign.runtime.ranks import Ranks
+
+# of what a value moves with the batch, on the machine of the cache or on this one
+TOLERATED_VARIANCES = 2.0
+
+
+def accept_numerics(
+    reference: CacheReference,
+    probed: Sequence[Record],
+    stored: Identity,
+    needed: Identity,
+    load: Callable[[], Scorer],
+) -> dict[str, Any]:
+    """Compute rows here and compare them with the cached ones.
+
+    The tolerance of each value is 1e-4 nats + 1e-6 of it, and twice the most that any probed value
+    moves when its row is computed alone: on the machine of the cache, or on this one.
+
+    Args:
+        reference: The cached values.
+        probed: Rows of :func:`realign.reference.probe.probe_rows`.
+        stored: Identity of the values.
+        needed: Identity of this run.
+        load: Loads the reference model.
+    Returns:
+        What is to be recorded: what differs, how many rows were compared, the largest difference,
+        the tolerance and the most that a value moves, all in nats.
+    Raises:
+        RefusedError: A value differs by more.
+    """
+    scorer = load()
+    batch = scorer.scoring.batch_size
+    here = np.concatenate(
+        [
+            scorer.score(probed[start : start + batch]).logps
+            for start in range(0, len(probed), batch)
+        ]
+    )
+    cached, alone = deviations(reference, probed, scorer)
+    del scorer
+    free_reference()
+    here = here[:, : cached.shape[1]]
+    moved = [float(np.abs(here - alone).max())]
+    if reference.variance is not None:
+        moved.append(max(reference.variance.max))
+    tolerance = rounding(here) + TOLERATED_VARIANCES * max(moved)
+    off = np.abs(cached - here)
+    differences = identity_differences(stored["numerics"], needed["numerics"])
+    if (bad := off > tolerance).any():
+        row, cell = (int(index) for index in np.argwhere(bad)[0])
+        raise RefusedError(
+            f"{bad.any(axis=1).sum()} of {len(probed)} rows must have the cached log-probabilities "
+            f"here too, first: {probed[row].where}, cell {cell}, got {here[row, cell]:.6f} where "
+            f"{cached[row, cell]:.6f} is cached; {tolerance[row, cell]:.2g} nats are accepted."
+            + "".join(f"\n  {line}" for line in differences)
+            + "\nRun `realign cache` for this model on this machine."
+        )
+    accepted = {
+        "differences": differences,
+        "rows": len(probed),
+        "max_difference_nats": float(off.max()),
+        "tolerance_nats": float(tolerance.min()),
+        "batch_variance_nats": max(moved),
+    }
+    announce(
+        f"cached log-probabilities of other numerics accepted: {len(probed)} rows computed here "
+        f"differ by {off.max():.2g} nats at most, {tolerance.min():.2g} were allowed"
+    )
+    return accepted
+
+
+def read_cache(
+    root: Path,
+    records: Sequence[Record],
+    identity: Identity,
+    *,
+    num_cells: int | None = None,
+    accepting: Callable[[], Scorer] | None = None,
+) -> CacheReference:
+    """Return ``record.key`` to reference log-probabilities, shape ``(C,)`` float64, for all
+    records. Every byte of the cache is checked against its manifest.
+
+    Args:
+        root: Folder of ``realign cache``, or one identity's folder in it.
+        records: The rows; no others are returned.
+        identity: What the run needs the values to be computed from.
+        num_cells: How many cells the run reads; imported values may have no more than these.
+        accepting: Loads the reference model, to accept values that differ in numerics alone once
+            64 rows have been computed again; None refuses them.
+    Raises:
+        RefusedError: The cache is of another model, template, scoring or numerics (each difference
+            is named), it does not exist, is unfinished, damaged, of another schema, lacks a row,
+            or is another one on another rank.
+    """
+    ranks = Ranks()
+    reference, found = ranks.together(
+        lambda: _read(
+            root, records, identity, num_cells or identity["semantics"]["cells"], accepting
+        )
+    )
+    ranks.check_agreement(found.manifest.root, root)
+    return reference
+
+
+def _read(
+    root: Path,
+    records: Sequence[Record],
+    identity: Identity,
+    num_cells: int,
+    accepting: Callable[[], Scorer] | None,
+) -> tuple[CacheReference, Committed]:
+    place = _find(root, identity, num_cells, is_accepting=accepting is not None)
+    committed = read_committed(place)
+    if committed is None:
+        raise _unfit(root, "it is unfinished")
+    reference = CacheReference(committed.rows, BatchVariance.of(committed.manifest.probe))
+    keys, ids = [], []
+    for record in records:  # once: it may read them from the disk
+        keys.append(record.key)
+        ids.append(record.id)
+    positions = reference.positions(keys)
+    if (lacking := positions < 0).any():
+        raise RefusedError(
+            f"cache {root} lacks {lacking.sum()} of {len(keys)} rows, first: row "
+            f"{ids[int(lacking.argmax())]}. The row was edited or added since; run `realign cache` "
+            "again."
+        )
+    reference = reference.only(positions)
+    if committed.identity != identity:
+        assert accepting is not None
+        probed = {keys[index]: index for index in range(len(keys))}
+        reference.acceptance = accept_numerics(
+            reference,
+            [records[probed[key]] for key in probe_rows(probed)],
+            committed.identity,
+            identity,
+            accepting,
+        )
+    return reference, committed
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A folder that is not of the identity, and in what."""
+
+    place: Path
+    fields: tuple[str, ...]
+    lines: tuple[str, ...]
+
+    def is_acceptable(self) -> bool:
+        """Whether only the numerics differ."""
+        return all(name.startswith("numerics.") for name in self.fields)
+
+
+def _find(root: Path, identity: Identity, num_cells: int, *, is_accepting: bool) -> Path:
+    """The folder to read."""
+    if not root.is_dir():
+        raise RefusedError(
+            f"cache must be a folder of `realign cache`, got {root}, which does not exist. Check "
+            "--cache, or leave it out to have the references computed."
+        )
+    # what `realign cache` prints is one identity's folder; --out, which may hold several, is above
+    is_identity = (root / IDENTITY).is_file()
+    exact = identity_folder(root, identity)
+    if not is_identity and (exact / MANIFEST).is_file():
+        return exact
+    candidates, refusals = [], []
+    for path in [root / IDENTITY] if is_identity else sorted(root.glob(f"*/{IDENTITY}")):
+        try:
+            stored = read_identity(path.parent)
+        except RefusedError as error:
+            if path.parent in (root, exact):
+                raise
+            refusals.append(error)
+            continue
+        if stored == identity:
+            if not (path.parent / MANIFEST).is_file():
+                raise _unfit(root, "it is unfinished")
+            return path.parent
+        candidates.append(_compare(path.parent, stored, identity, num_cells))
+    if not candidates and refusals:
+        raise refusals[0]
+    if not candidates:
+        raise _unfit(root, "it is empty")
+    nearest = min(candidates, key=lambda one: (not one.is_acceptable(), len(one.lines)))
+    if nearest.is_acceptable() and is_accepting:
+        return nearest.place
+    remedy = (
+        "Only the numerics differ: --accept-numerics uses it if 64 rows computed here agree."
+        if nearest.is_acceptable()
+        else ""
+    )
+    raise _unfit(root, "it was computed from something else", nearest.lines, remedy)
+
+
+def _compare(place: Path, stored: Identity, needed: Identity, num_cells: int) -> _Candidate:
+    if "imported" in stored["numerics"]:
+        stored_cells = stored["semantics"]["cells"]
+        if num_cells <= stored_cells < needed["semantics"]["cells"]:
+            needed = {**needed, "semantics": {**needed["semantics"], "cells": stored_cells}}
+    fields = tuple(name for name, *_ in differing_fields(stored, needed))
+    return _Candidate(place, fields, tuple(identity_differences(stored, needed)))
+
+
+def _unfit(root: Path, why: str, lines: Sequence[str] = (), remedy: str = "") -> RefusedError:
+    detail = "".join(f"\n  {line}" for line in lines)
+    said = "\n".join(part for part in (remedy, "Run `realign cache` for this model.") if part)
+    return RefusedError(f"cache {root} does not fit this run: {why}.{detail}\n{said}")

@@ -1,0 +1,169 @@
+"""Cached values as training reads them: found by a record's key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from realign.data.records import Record
+from realign.errors import RefusedError
+from realign.modeling.collate import PreferenceCollator
+from realign.reference.shards import Rows
+from realign_kernels import CELL_NAMES
+
+REBUILD = "Run `realign cache` again, into another --out; nothing of this step was trained on."
+
+
+@dataclass(frozen=True)
+class BatchVariance:
+    """How far a log-probability moves when the same row is computed in another batch and layout,
+    in nats, by cell; measured when the cache was built.
+
+    Attributes:
+        rows: How many rows were measured.
+        rms: Root mean square, of each cell.
+        max: Largest, of each cell.
+    """
+
+    rows: int
+    rms: tuple[float, ...]
+    max: tuple[float, ...]
+
+    @classmethod
+    def of(cls, probe: Mapping[str, Any] | None) -> BatchVariance | None:
+        """From a manifest's probe."""
+        if probe is None:
+            return None
+        return cls(probe["rows"], tuple(probe["rms"]), tuple(probe["max"]))
+
+
+class CacheReference(Mapping[str, Tensor]):
+    """``record.key`` to reference log-probabilities, shape ``(C,)`` float64.
+
+    Arrays, not dictionaries: a million rows are 150 MB, and worker processes share them.
+
+    Args:
+        rows: The values; of equal keys the first counts.
+        variance: From the cache's probe; None for imported values.
+        acceptance: What was accepted in spite of other numerics, for the run's log; None if
+            nothing was.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        variance: BatchVariance | None = None,
+        acceptance: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.variance = variance
+        self.acceptance = acceptance
+        prefix = _prefixes(rows.key)
+        order = np.argsort(prefix, kind="stable")  # equal keys stay in their order
+        self._prefix, self._rows = prefix[order], rows.take(order)
+
+    @property
+    def batch_variance(self) -> float | None:
+        """Root mean square in nats of what batching and layout change in a log-probability, of the
+        cell where it is largest; None where it was not measured.
+        """
+        return None if self.variance is None else max(self.variance.rms)
+
+    def find(self, key: str) -> int | None:
+        """Position of a key, or None."""
+        raw = bytes.fromhex(key)
+        prefix = int.from_bytes(raw[:8], "big")
+        position = int(np.searchsorted(self._prefix, np.uint64(prefix)))
+        while position < len(self._prefix) and self._prefix[position] == prefix:
+            if self._rows.key[position].tobytes() == raw:
+                return position
+            position += 1
+        return None
+
+    def _position(self, key: str) -> int:
+        position = self.find(key)
+        if position is None:
+            raise KeyError(key)
+        return position
+
+    def __getitem__(self, key: str) -> Tensor:
+        return torch.from_numpy(self._rows.logps[self._position(key)].copy())
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self.find(key) is not None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return (key.tobytes().hex() for key in self._rows.key)
+
+    def num_tokens(self, key: str) -> list[int]:
+        """How many tokens each cell of a row was scored over."""
+        return [int(count) for count in self._rows.num_tokens[self._position(key)]]
+
+    def token_digests(self, key: str) -> list[bytes]:
+        """Of each cell of a row, see :func:`realign.modeling.collate.token_digest`."""
+        return [digest.tobytes() for digest in self._rows.token_digest[self._position(key)]]
+
+    def pixel_digests(self, key: str) -> list[bytes]:
+        """Of a row's original and retrieved images; zeros where they were not
+        taken."""
+        return [digest.tobytes() for digest in self._rows.pixel_digest[self._position(key)]]
+
+    def check_inputs(
+        self, collator: PreferenceCollator, record: Record, digests: Sequence[bytes]
+    ) -> None:
+        """Refuse a row that is fed to the model in another way than when its values were computed;
+        a ``watch`` of :class:`realign.modeling.collate.PreferenceCollator`. Tokens and labels
+        of every row are compared, pixels of one in 256.
+
+        Raises:
+            RefusedError: Naming the row and what differs.
+        """
+        position = self._position(record.key)
+        for cell, digest in enumerate(digests):
+            if digest != self._rows.token_digest[position, cell].tobytes():
+                raise RefusedError(
+                    f"{record.where}: the tokens or labels of its {CELL_NAMES[cell]} are not those "
+                    f"that its cached log-probability was computed from. {REBUILD}"
+                )
+        if self.acceptance is not None:
+            return  # other versions may decode other last bits; the probe has seen what they do
+        for number, retrieved in enumerate((False, True)[: 1 if len(digests) < 3 else 2]):
+            stored = self._rows.pixel_digest[position, number]
+            if stored.any() and collator.pixel_digest(record, retrieved=retrieved) != (
+                stored.tobytes()
+            ):
+                raise RefusedError(
+                    f"{record.where}: the pixels of its {'retrieved' if retrieved else 'original'} "
+                    "image are not those that its cached log-probability was computed from. "
+                    f"{REBUILD}"
+                )
+
+    def positions(self, keys: Sequence[str]) -> np.ndarray:
+        """Positions of many keys, int64, -1 where one is not here."""
+        raw = np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(len(keys), 32)
+        found = np.searchsorted(self._prefix, _prefixes(raw)).astype(np.int64)
+        is_inside = found < len(self)
+        is_found = np.zeros(len(keys), bool)
+        is_found[is_inside] = (self._rows.key[found[is_inside]] == raw[is_inside]).all(axis=1)
+        # absent, or behind another key of the same prefix
+        for index in np.flatnonzero(~is_found).tolist():
+            position = self.find(keys[index])
+            found[index] = -1 if position is None else position
+        return found
+
+    def only(self, positions: np.ndarray) -> CacheReference:
+        """The rows at some positions, each once."""
+        rows = self._rows.take(np.unique(positions))
+        return CacheReference(rows, self.variance, self.acceptance)
+
+
+def _prefixes(keys: np.ndarray) -> np.ndarray:
+    """The first eight bytes of each key as a number: enough to search by."""
+    return np.ascontiguousarray(keys[:, :8]).view(">u8")[:, 0].astype(np.uint64)

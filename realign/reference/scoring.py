@@ -1,0 +1,193 @@
+"""From records to rows of a cache: the reference model's log-probabilities and what it was fed."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+
+from realign.data.records import Record
+from realign.errors import RefusedError
+from realign.modeling.acceleration import Acceleration
+from realign.modeling.collate import PreferenceCollator
+from realign.modeling.identity import Identity, reference_identity
+from realign.modeling.loading import every_rank_loads, load_model
+from realign.modeling.memory import is_out_of_memory
+from realign.modeling.packed_attention import choose_layout
+from realign.modeling.processors import load_processor
+from realign.reference.shards import Rows
+from realign.runtime.ranks import local_device
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How rows are scored. What of it changes a value is in the identity.
+
+    Attributes:
+        folder: The reference model, from :func:`realign.modeling.folder.resolve_model`.
+        cells: How many of chosen, text_rejected, image_rejected, both_rejected are scored.
+        rejected_scoring: ``label`` or ``top_non_label``.
+        dtype: Of the weights.
+        batch_size: Pairs in one forward.
+        max_length: Longest sequence in tokens; a longer one is refused.
+        shared_prefix: Whether the answers of a pair stand behind one prefix; None where the model
+            can.
+        attention: ``sdpa`` or ``flash``.
+        liger: Whether the layers are liger-kernel's.
+        quantization: ``nf4`` for 4-bit weights, or None.
+        autocast: Whether float32 weights are computed with in bfloat16.
+    """
+
+    folder: Path
+    cells: int
+    rejected_scoring: str
+    dtype: torch.dtype
+    batch_size: int
+    max_length: int | None = None
+    shared_prefix: bool | None = None
+    attention: str = "sdpa"
+    liger: bool = False
+    quantization: str | None = None
+    autocast: bool = False
+
+    def identity(self) -> Identity:
+        """What the values depend on outside a row."""
+        options = asdict(self)
+        for name in ("folder", "batch_size", "max_length"):
+            del options[name]
+        return reference_identity(self.folder, **options)
+
+    def load(self) -> Scorer:
+        """Load the model."""
+        return Scorer(self)
+
+
+class RowReader:
+    """Collates records and keeps what is known of a row without the model.
+
+    Args:
+        processor: The model's processor.
+        cells: Values a row.
+        max_length: Longest sequence in tokens.
+        shared_prefix: Layout.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        cells: int,
+        max_length: int | None = None,
+        *,
+        shared_prefix: bool = False,
+    ) -> None:
+        self._digests: list[list[int]] = []
+        self.collator = PreferenceCollator(
+            processor, cells, max_length=max_length, shared_prefix=shared_prefix, watch=self._keep
+        )
+
+    def _keep(self, collator: PreferenceCollator, record: Record, digests: Sequence[bytes]) -> None:
+        self._digests.append([byte for digest in digests for byte in digest])
+
+    def read(self, records: Sequence[Record]) -> tuple[dict[str, Any], Rows]:
+        """Return the model's inputs and the rows, log-probabilities and pixel digests zero.
+
+        Raises:
+            RefusedError: A sequence is longer than ``max_length``.
+        """
+        self._digests.clear()
+        batch = self.collator(records)
+        del batch["ids"]
+        shape = (len(records), self.collator.cells)
+        rows = Rows(
+            key=np.array([list(bytes.fromhex(record.key)) for record in records], np.uint8),
+            logps=np.zeros(shape),
+            num_tokens=np.array(batch["num_tokens"], np.int32).T.copy(),
+            token_digest=np.array(self._digests, np.uint8).reshape(*shape, 16),
+            pixel_digest=np.zeros((len(records), 2, 16), np.uint8),
+        )
+        return batch, rows
+
+
+class Scorer:
+    """Scores records with the reference model, in evaluation mode and without gradients."""
+
+    def __init__(self, scoring: Scoring) -> None:
+        self.scoring = scoring
+        self._device = local_device()
+        with every_rank_loads():
+            self._model = _load(scoring).eval()
+            if scoring.quantization is None:  # else it is on its GPU, and cannot be moved
+                self._model.to(self._device)
+        processor = load_processor(scoring.folder)
+        shares = choose_layout(self._model, scoring.shared_prefix) == "shared prefix"
+        self._batches, self._alone = (
+            RowReader(processor, scoring.cells, scoring.max_length, shared_prefix=shared)
+            for shared in (shares, False)
+        )
+
+    def score(self, records: Sequence[Record]) -> Rows:
+        """Score one batch as training will feed it.
+
+        Raises:
+            FloatingPointError: A log-probability is not finite; the message names the row.
+            RefusedError: A sequence is longer than ``max_length``.
+        """
+        return self._score(self._batches, records)
+
+    def score_alone(self, record: Record) -> Rows:
+        """Score one record with a row of its own for every cell."""
+        return self._score(self._alone, [record])
+
+    def pixel_digests(self, record: Record) -> np.ndarray:
+        """What the processor makes of the original and of the retrieved images, ``(2, 16)``."""
+        collator = self._alone.collator
+        digests = [
+            collator.pixel_digest(record, retrieved=retrieved) for retrieved in (False, True)
+        ]
+        return np.array([list(digest) for digest in digests], np.uint8)
+
+    @torch.inference_mode()
+    def _score(self, reader: RowReader, records: Sequence[Record]) -> Rows:
+        batch, rows = reader.read(records)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.scoring.autocast):
+            try:
+                output = self._model(
+                    **send_to_device(batch, self._device),
+                    rejected_scoring=self.scoring.rejected_scoring,
+                )
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise RefusedError(
+                    f"the reference must fit into memory, {len(records)} pairs in one forward did "
+                    "not. Run `realign cache` with a smaller --set cache.batch_size, and pass "
+                    "--cache."
+                ) from error
+        bad = ~torch.isfinite(output.logps).all(dim=0)
+        if bad.any():
+            record = records[int(bad.nonzero()[0])]
+            raise FloatingPointError(
+                f"reference log-probabilities of row {record.id} must be finite, got "
+                f"{output.logps[:, bad][:, 0].tolist()}. Nothing of its shard was stored."
+            )
+        return replace(rows, logps=output.logps.double().T.cpu().contiguous().numpy())
+
+
+def free_reference() -> None:
+    """Give back the memory of scorers that are gone: a model whose forward is bound to it is found
+    by the collector only, and the policy is loaded next.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _load(scoring: Scoring) -> Any:
+    how = Acceleration(scoring.attention, scoring.liger, scoring.quantization, scoring.autocast)
+    return load_model(scoring.folder, scoring.dtype, acceleration=how)

@@ -1,0 +1,248 @@
+"""One file of rows: immutable, named after its content, checked before anything in it is used.
+
+    shards/00017-<sha256, 16 digits>.safetensors
+        key           u8[n, 32]     SHA-256 of the row's content
+        logps         f64[n, C]     summed log-probabilities
+        num_tokens    i32[n, C]     scored tokens; 0 where the cell does not exist
+        token_digest  u8[n, C, 16]  of the ids and labels that were fed, see modeling/collate.py
+        pixel_digest  u8[n, 2, 16]  of the pixels of the original and of the retrieved images
+
+The header holds one entry, ``realign``: canonical JSON, because safetensors writes several entries
+in any order and equal rows must be equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.numpy
+
+from realign.errors import RefusedError
+from realign.modeling.identity import SCHEMA
+from realign.runtime.files import canonical_json, explained, replacing
+
+MAX_ROWS = 10_000
+MAX_HEADER_BYTES = 1 << 20
+MAX_SHARD_BYTES = MAX_HEADER_BYTES + MAX_ROWS * 200  # a row of four cells has 176
+WRITER = f"realign {version('realign')}"
+# name -> safetensors' dtype and the shape after the rows; None stands for C
+COLUMNS: dict[str, tuple[str, tuple[int | None, ...]]] = {
+    "key": ("U8", (32,)),
+    "logps": ("F64", (None,)),
+    "num_tokens": ("I32", (None,)),
+    "token_digest": ("U8", (None, 16)),
+    "pixel_digest": ("U8", (2, 16)),
+}
+REPAIR = "Run `realign cache` with the same options: it sets the file aside and computes its rows."
+ITEM_BYTES = {"U8": 1, "I32": 4, "F64": 8}
+_NAME = re.compile(r"(\d{5,})-([0-9a-f]{16})\.safetensors")
+
+
+class DamagedError(RefusedError):
+    """A committed file is not what was written."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Cached values, a row an index; arrays as in the file."""
+
+    key: np.ndarray
+    logps: np.ndarray
+    num_tokens: np.ndarray
+    token_digest: np.ndarray
+    pixel_digest: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    @property
+    def columns(self) -> tuple[np.ndarray, ...]:
+        """The arrays, in the order of ``COLUMNS``."""
+        return (self.key, self.logps, self.num_tokens, self.token_digest, self.pixel_digest)
+
+    def take(self, indices: np.ndarray | slice) -> Rows:
+        """Some of the rows, in the order given."""
+        return Rows(*(array[indices] for array in self.columns))
+
+    @staticmethod
+    def concat(parts: list[Rows], cells: int) -> Rows:
+        """All rows of several; of none, no rows of ``cells`` cells."""
+        columns = zip(*(part.columns for part in [Rows.empty(cells), *parts]), strict=True)
+        return Rows(*(np.concatenate(arrays) for arrays in columns))
+
+    @staticmethod
+    def empty(cells: int) -> Rows:
+        """No rows."""
+        dtypes = {"U8": np.uint8, "I32": np.int32, "F64": np.float64}
+        return Rows(
+            *(
+                np.zeros((0, *(cells if size is None else size for size in shape)), dtypes[dtype])
+                for dtype, shape in COLUMNS.values()
+            )
+        )
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What a manifest says of a shard."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+    @property
+    def index(self) -> int:
+        """The shard's number."""
+        return int(self.file.partition("-")[0])
+
+
+def shard_paths(place: Path) -> Iterator[Path]:
+    """Files of an identity's folder that are named as shards are, by number."""
+    found = [path for path in (place / "shards").glob("*") if _NAME.fullmatch(path.name)]
+    return iter(sorted(found, key=lambda path: (int(path.name.partition("-")[0]), path.name)))
+
+
+def encode_shard(rows: Rows, identity: str, index: int) -> bytes:
+    """A shard file's bytes; equal rows give equal bytes.
+
+    Raises:
+        FloatingPointError: A log-probability is not finite.
+    """
+    if not np.isfinite(rows.logps).all():
+        raise FloatingPointError("log-probabilities must be finite to be stored, got others.")
+    tensors = {
+        name: np.ascontiguousarray(array) for name, array in zip(COLUMNS, rows.columns, strict=True)
+    }
+    plain = safetensors.numpy.save(tensors)
+    payload = plain[8 + int.from_bytes(plain[:8], "little") :]
+    about = {
+        "schema": SCHEMA,
+        "written_by": WRITER,
+        "identity": identity,
+        "index": index,
+        "rows": len(rows),
+        "payload_sha256": hashlib.sha256(payload).hexdigest(),
+    }
+    return safetensors.numpy.save(tensors, metadata={"realign": canonical_json(about)})
+
+
+def write_shard(place: Path, rows: Rows, identity: str, index: int) -> ShardEntry:
+    """Write rows as shard ``index``, synced to the disk; whole or not at all.
+
+    Raises:
+        RefusedError: The file system refuses: full, read-only, or failing.
+        FloatingPointError: A log-probability is not finite.
+    """
+    data = encode_shard(rows, identity, index)
+    sha256 = hashlib.sha256(data).hexdigest()
+    path = place / "shards" / f"{index:05d}-{sha256[:16]}.safetensors"
+    with explained(path), replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # the descriptor that wrote is told of a failed write
+    return ShardEntry(path.name, len(rows), len(data), sha256)
+
+
+class Shard(NamedTuple):
+    """A shard that was read and checked."""
+
+    entry: ShardEntry  # what a manifest should say of it
+    rows: Rows
+    cells: int
+    identity: str  # hash of the one that it belongs to
+
+
+def read_shard(path: Path, entry: ShardEntry | None = None) -> Shard:
+    """Read a shard and check all of it.
+
+    Args:
+        path: The file.
+        entry: What the manifest says of it; without one its own name and header are believed, if
+            they fit its content.
+    Raises:
+        DamagedError: It is not the file that was written.
+        RefusedError: It is of another schema, or cannot be read.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_SHARD_BYTES:
+            raise DamagedError(
+                f"{path} must have at most {MAX_SHARD_BYTES} bytes, got {size}. {REPAIR}"
+            )
+        if entry is not None and size != entry.bytes:
+            raise DamagedError(f"{path} must have {entry.bytes} bytes, got {size}. {REPAIR}")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DamagedError(f"{path} is in the manifest but not there. {REPAIR}") from None
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read ({error.strerror}). {REPAIR}") from None
+    sha256 = hashlib.sha256(data).hexdigest()
+    named = _NAME.fullmatch(path.name)
+    if (entry is not None and sha256 != entry.sha256) or not named or named[2] != sha256[:16]:
+        raise DamagedError(f"{path} was changed after it was written. {REPAIR}")
+    about, cells = _check_header(data, path, is_known=entry is not None)
+    if int(named[1]) != about["index"]:
+        raise DamagedError(f"{path} is shard {about['index']} by its header. {REPAIR}")
+    tensors = safetensors.numpy.load(data)
+    rows = Rows(*(tensors[name] for name in COLUMNS))
+    if not np.isfinite(rows.logps).all():
+        raise DamagedError(f"{path} holds a log-probability that is not finite. {REPAIR}")
+    found = ShardEntry(path.name, len(rows), len(data), sha256)
+    return Shard(found, rows, cells, str(about["identity"]))
+
+
+def _check_header(data: bytes, path: Path, *, is_known: bool = False) -> tuple[dict[str, Any], int]:
+    """What the header says of the rows, and C, after every dtype, shape and size was checked; also
+    its hash of the payload, unless a manifest knows the hash of the file.
+    """
+
+    def damaged(what: str) -> DamagedError:
+        return DamagedError(f"{path} is not a shard of `realign cache`: {what}. {REPAIR}")
+
+    length = int.from_bytes(data[:8], "little")
+    if length > MAX_HEADER_BYTES or 8 + length > len(data):
+        raise damaged(f"its header has {length} bytes, of at most {MAX_HEADER_BYTES}")
+    try:
+        header = json.loads(data[8 : 8 + length])
+        about = json.loads(header.pop("__metadata__")["realign"])
+        found = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+        offsets = sorted(tuple(entry["data_offsets"]) for entry in header.values())
+        schema, num_rows, _ = about["schema"], int(about["rows"]), about["identity"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged(f"its header is of something else ({error!r})") from None
+    if schema != SCHEMA:
+        raise RefusedError(
+            f"{path} must be of cache schema {SCHEMA}, got {schema}, written by "
+            f"{about.get('written_by', 'an older realign')}. Use that version, or build again."
+        )
+    cells = found.get("logps", ("", (0, 0)))[1][-1]
+    if not 1 <= cells <= 4 or not 0 <= num_rows <= MAX_ROWS:
+        raise damaged(f"it has {num_rows} rows of {cells} cells")
+    expected = {
+        name: (dtype, (num_rows, *(cells if size is None else size for size in shape)))
+        for name, (dtype, shape) in COLUMNS.items()
+    }
+    if found != expected:
+        raise damaged(f"its columns must be {expected}, got {found}")
+    end = 0
+    for start, stop in offsets:
+        if start != end:
+            raise damaged(f"its columns overlap or leave gaps at byte {start}")
+        end = stop
+    payload = memoryview(data)[8 + length :]
+    needed = sum(ITEM_BYTES[dtype] * int(np.prod(shape)) for dtype, shape in expected.values())
+    if not end == needed == len(payload):
+        raise damaged(f"its columns need {needed} bytes, got {len(payload)}")
+    if not is_known and hashlib.sha256(payload).hexdigest() != about["payload_sha256"]:
+        raise damaged("its header holds another content's hash")
+    return about, cells

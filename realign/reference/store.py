@@ -1,0 +1,324 @@
+"""An identity's folder: what is committed in it, and what a builder finds there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from realign.errors import RefusedError
+from realign.modeling.identity import SCHEMA, Identity, identity_sha256
+from realign.reference.shards import (
+    MAX_ROWS,
+    REPAIR,
+    WRITER,
+    DamagedError,
+    Rows,
+    Shard,
+    ShardEntry,
+    read_shard,
+    shard_paths,
+    write_shard,
+)
+from realign.runtime.files import canonical_json, content_sha256, explained, write_text
+from realign.runtime.progress import announce
+
+MANIFEST, IDENTITY = "manifest.json", "identity.json"
+MAX_JSON_BYTES = 64 << 20
+DAMAGED = "damaged"  # where a builder puts what does not fit its hash
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a cache holds.
+
+    Attributes:
+        identity: SHA-256 of the identity.
+        shards: Its shards, by number. Where two hold a row, the first counts.
+        probe: How far the values move with the batch, see :mod:`realign.reference.probe`; None for
+            imported values.
+        written_by: Name and version of the program.
+    """
+
+    identity: str
+    shards: tuple[ShardEntry, ...]
+    probe: Mapping[str, Any] | None
+    written_by: str = WRITER
+
+    @property
+    def rows(self) -> int:
+        """How many rows the shards hold, a row in two of them counted twice."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def root(self) -> str:
+        """One hash for all of it."""
+        return content_sha256(canonical_json(self._content()))
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "written_by": self.written_by,
+            "identity": self.identity,
+            "rows": self.rows,
+            "shards": [asdict(shard) for shard in self.shards],
+            "probe": self.probe,
+            "complete": True,  # a build that was stopped leaves none, or the one before it
+        }
+
+    def text(self) -> str:
+        """The file's content."""
+        return _spell(self._content() | {"root": self.root})
+
+
+def write_manifest(place: Path, manifest: Manifest) -> None:
+    """Commit; from here on readers see these shards and no others."""
+    with explained(place / MANIFEST):
+        write_text(place / MANIFEST, manifest.text())
+
+
+def read_manifest(place: Path) -> Manifest | None:
+    """What is committed in a folder; None if nothing is.
+
+    Raises:
+        DamagedError: It was changed after it was written.
+        RefusedError: It is of another schema; the message says what wrote it.
+    """
+    path = place / MANIFEST
+    if not path.is_file():
+        return None
+    content, text = _read(path)
+    if content.get("schema") != SCHEMA:
+        raise RefusedError(_other_schema(path, content))
+    try:
+        manifest = Manifest(
+            identity=content["identity"],
+            shards=tuple(ShardEntry(**shard) for shard in content["shards"]),
+            probe=content["probe"],
+            written_by=content["written_by"],
+        )
+        is_whole = manifest.text() == text
+    except (KeyError, TypeError, AttributeError, ValueError):
+        is_whole = False
+    if not is_whole:
+        raise DamagedError(f"{path} was changed after it was written. {REPAIR}")
+    return manifest
+
+
+def write_identity(place: Path, identity: Identity) -> None:
+    """Write what a folder's values are computed from."""
+    with explained(place / IDENTITY):
+        write_text(place / IDENTITY, _spell(identity))
+
+
+def read_identity(place: Path) -> Identity:
+    """What the values in a folder were computed from.
+
+    Raises:
+        DamagedError: It was changed after it was written.
+        RefusedError: It is of another schema.
+    """
+    path = place / IDENTITY
+    content, text = _read(path)
+    if content.get("schema") != SCHEMA:
+        raise RefusedError(_other_schema(path, content))
+    if _spell(content) != text:
+        raise DamagedError(f"{path} was changed after it was written. {REPAIR}")
+    return content
+
+
+def check_identity(place: Path, identity: Identity, manifest: Manifest) -> None:
+    """Refuse a manifest that commits the values of another identity."""
+    if identity_sha256(identity) != manifest.identity:
+        raise DamagedError(
+            f"{place / MANIFEST} is of identity {manifest.identity[:16]}, {place / IDENTITY} of "
+            f"{identity_sha256(identity)[:16]}. {REPAIR}"
+        )
+
+
+def _read(path: Path) -> tuple[dict[str, Any], str]:
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise DamagedError(f"{path} must have at most {MAX_JSON_BYTES} bytes. {REPAIR}")
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, RefusedError):
+            raise
+        raise DamagedError(f"{path} cannot be read ({error}). {REPAIR}") from None
+    if not isinstance(content, dict):
+        raise DamagedError(f"{path} must hold a JSON object. {REPAIR}")
+    return content, text
+
+
+def _spell(content: Mapping[str, Any]) -> str:
+    """The one spelling of a file, so that any changed byte shows."""
+    return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=True) + "\n"
+
+
+def _other_schema(path: Path, content: Mapping[str, Any]) -> str:
+    writer = content.get("written_by", "realign 0.1.0 or older")
+    return (
+        f"{path} must be of cache schema {SCHEMA}, got {content.get('schema')!r}, written by "
+        f"{writer}; this is {WRITER}. Use that version, or build the cache again with this one."
+    )
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A cache that was read and checked.
+
+    Attributes:
+        place: Its folder.
+        identity: What it was computed from.
+        manifest: What it holds.
+        rows: The values.
+    """
+
+    place: Path
+    identity: Identity
+    manifest: Manifest
+    rows: Rows
+
+    @property
+    def cells(self) -> int:
+        """Values a row."""
+        return self.rows.logps.shape[1]
+
+
+def read_committed(place: Path) -> Committed | None:
+    """Read what a folder's manifest commits, and check every byte of it; None without a manifest.
+
+    Raises:
+        DamagedError: Something was changed after it was written.
+        RefusedError: It is of another schema.
+    """
+    manifest = read_manifest(place)
+    if manifest is None:
+        return None
+    identity = read_identity(place)
+    check_identity(place, identity, manifest)
+    cells = int(identity["semantics"]["cells"])
+    shards = [read_committed_shard(place, entry, manifest, cells) for entry in manifest.shards]
+    return Committed(place, identity, manifest, Rows.concat([s.rows for s in shards], cells))
+
+
+def read_committed_shard(place: Path, entry: ShardEntry, manifest: Manifest, cells: int) -> Shard:
+    """Read one of a manifest's shards.
+
+    Raises:
+        DamagedError: It is not what the manifest says.
+    """
+    path = place / "shards" / entry.file
+    shard = read_shard(path, entry)
+    if (shard.cells, shard.identity, shard.entry) != (cells, manifest.identity, entry):
+        raise DamagedError(
+            f"{path} must be what {MANIFEST} says, got {shard.entry.rows} rows of {shard.cells} "
+            f"cells of identity {shard.identity[:16]}. {REPAIR}"
+        )
+    return shard
+
+
+@dataclass
+class Workshop:
+    """An identity's folder under the builder's lock.
+
+    Attributes:
+        place: The folder.
+        identity: What its values are computed from.
+        entries: Good shards in it, by number.
+        rows: Their rows.
+    """
+
+    place: Path
+    identity: Identity
+    entries: list[ShardEntry]
+    rows: Rows
+
+    @classmethod
+    def open(cls, place: Path, identity: Identity, *, repairs: bool) -> Workshop:
+        """Look at every shard there, committed or left by a build that was stopped.
+
+        Args:
+            place: The folder.
+            identity: What its values are computed from.
+            repairs: Whether to move what is damaged aside, and to remove temporary files of dead
+                processes; one process does.
+        """
+        if repairs:
+            _clean(place, identity)
+        cells = int(identity["semantics"]["cells"])
+        sha256 = identity_sha256(identity)
+        shards = []
+        for path in shard_paths(place):
+            try:
+                shard = read_shard(path)
+                if (shard.cells, shard.identity) != (cells, sha256):
+                    raise DamagedError(f"{path} is of another identity.")
+            except DamagedError as error:
+                if repairs:
+                    _set_aside(path)
+                    announce(_without_remedy(error))
+                continue
+            shards.append(shard)
+        rows = Rows.concat([shard.rows for shard in shards], cells)
+        return cls(place, identity, [shard.entry for shard in shards], rows)
+
+    @property
+    def next_index(self) -> int:
+        """The first number above all shards'."""
+        return max((entry.index for entry in self.entries), default=-1) + 1
+
+    def add(self, rows: Rows) -> None:
+        """Write the rows that are not there yet; of equal keys the first."""
+        every = Rows.concat([self.rows, rows], self.rows.logps.shape[1])
+        keys = np.ascontiguousarray(every.key).view("V32")[:, 0]
+        first = np.unique(keys, return_index=True)[1]
+        new = np.sort(first[first >= len(self.rows)])
+        for start in range(0, len(new), MAX_ROWS):
+            part = every.take(new[start : start + MAX_ROWS])
+            sha256 = identity_sha256(self.identity)
+            self.entries.append(write_shard(self.place, part, sha256, self.next_index))
+        self.rows = every.take(np.concatenate([np.arange(len(self.rows)), new]))
+
+    def commit(self, probe: Mapping[str, Any] | None) -> None:
+        """Let readers see what is there."""
+        manifest = Manifest(identity_sha256(self.identity), tuple(self.entries), probe)
+        write_manifest(self.place, manifest)
+
+
+def _clean(place: Path, identity: Identity) -> None:
+    with explained(place):
+        (place / "shards").mkdir(parents=True, exist_ok=True)
+        for left in (*place.glob(".*.tmp"), *(place / "shards").glob(".*.tmp")):
+            left.unlink(missing_ok=True)
+    try:
+        if read_identity(place) == identity:
+            if (manifest := read_manifest(place)) is not None:
+                check_identity(place, identity, manifest)
+            return
+    except DamagedError as error:
+        if there := [place / name for name in (IDENTITY, MANIFEST) if (place / name).exists()]:
+            for path in there:
+                _set_aside(path)
+            announce(_without_remedy(error))
+    write_identity(place, identity)
+
+
+def _set_aside(path: Path) -> None:
+    """Move a file to where nothing reads it, for whoever wants to know what happened to it."""
+    folder = path.parent.parent / DAMAGED if path.parent.name == "shards" else path.parent / DAMAGED
+    with explained(folder):
+        folder.mkdir(exist_ok=True)
+        number = sum(1 for _ in folder.iterdir())
+        os.replace(path, folder / f"{number}-{path.name}")
+
+
+def _without_remedy(error: DamagedError) -> str:
+    """The remedy is what happens now."""
+    return f"{str(error).removesuffix(REPAIR).rstrip()} Set aside in {DAMAGED}/, computed again"

@@ -1,0 +1,218 @@
+"""The rows of a dataset for browsing: small facts of all in memory, the rest read when a page asks
+for it, and what was decided about them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import RLock
+
+from realign.data.decisions import Decision, RowKey, append_decision, read_decisions
+from realign.data.records import Record, texts_of
+from realign.errors import RefusedError
+from realign.review.pair_view import PairFacts
+from realign.runtime.progress import Progress
+
+SORTS = ("index", "similarity", "cosine", "rank", "words")
+STATUSES = ("undecided", "keep", "drop", "flag")
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a page shows.
+
+    Attributes:
+        sort: One of ``SORTS``, with ``-`` before it for high values first.
+        status: One of ``STATUSES``, or empty for all rows.
+        reason: Rows with a candidate refused for it before.
+        least: Lowest similarity.
+        most: Highest similarity.
+        rank: Of the retrieved image.
+        find: Part of a row's id.
+    """
+
+    sort: str = "index"
+    status: str = ""
+    reason: str = ""
+    least: float | None = None
+    most: float | None = None
+    rank: int | None = None
+    find: str = ""
+
+
+@dataclass(frozen=True)
+class Page:
+    """Rows of a query.
+
+    Attributes:
+        rows: Their numbers in the dataset.
+        total: How many fit in all.
+        before: How many of these come before.
+        previous: Where the page before it starts among the sorted rows of any status, so that
+            deciding about rows moves no other row to another page; None for the first page.
+        next: Where the next page starts; None for the last page.
+    """
+
+    rows: Sequence[int]
+    total: int
+    before: int
+    previous: int | None
+    next: int | None
+
+
+class Rows:
+    """Rows and decisions, safe to use from the threads of a server.
+
+    Args:
+        records: The dataset.
+        decisions: The decision file.
+        reasons: Row id to the reasons for which candidates were refused before.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        decisions: Path,
+        reasons: dict[str, tuple[str, ...]] | None = None,
+    ) -> None:
+        self._records, self._path = records, decisions
+        self._tried = reasons or {}
+        self.facts: list[PairFacts] = []
+        self._numbers: dict[str, list[int]] = {}
+        texts = texts_of(records)
+        with Progress("open", len(records)) as progress:
+            for number in range(len(records)):
+                self.facts.append(self._read_facts(texts, number))
+                progress.advance()
+        self.reasons = sorted({name for found in self._tried.values() for name in found})
+        self.ranks = sorted({fact.rank for fact in self.facts if fact.rank is not None})
+        self._keys: dict[int, str] = {}
+        self._statuses: dict[int, Decision] = {}
+        self._seen: tuple[int, int] | None = None
+        self._lock = RLock()  # reading a record moves the reader's place in the file
+        self._refresh()
+
+    def _read_facts(self, texts: Sequence[Record], number: int) -> PairFacts:
+        try:
+            fact = PairFacts.of(texts[number])
+        except RefusedError as error:  # :meth:`record` says it where the row is shown
+            place = str(error).partition(": ")[0]
+            return PairFacts(place, None, None, None, words=0, rejected_words=0)
+        self._numbers.setdefault(fact.id, []).append(number)
+        return fact
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+    def record(self, number: int) -> Record:
+        """Read one row.
+
+        Raises:
+            RefusedError: It is damaged.
+        """
+        with self._lock:
+            return self._records[number]
+
+    def tried(self, number: int) -> tuple[str, ...]:
+        """Why candidates of the row were refused before."""
+        return self._tried.get(self.facts[number].id, ())
+
+    def decision(self, number: int) -> Decision | None:
+        """What was decided about the row as it is now."""
+        with self._lock:
+            return self._statuses.get(number)
+
+    def decide(self, number: int, key: str, decision: str, note: str) -> bool:
+        """Write a decision; False, and nothing written, if the row's content is not ``key``."""
+        with self._lock:
+            self._refresh()  # a damaged file is found before anything is added to it
+            if key != self._key(number):
+                return False
+            append_decision(self._path, Decision(self.facts[number].id, key, decision, note))
+            self._refresh()
+            return True
+
+    def counts(self) -> dict[str, int]:
+        """How many rows have each status."""
+        with self._lock:
+            self._refresh()
+            found = Counter(decision.decision for decision in self._statuses.values())
+            found["undecided"] = len(self.facts) - found.total()
+            return {status: found[status] for status in STATUSES}
+
+    def page(self, query: Query, start: int, size: int) -> Page:
+        """The rows of a query from place ``start`` of the sorted rows on."""
+        with self._lock:
+            self._refresh()
+            order = self._order(query)
+            fits = [place for place, number in enumerate(order) if self._has_status(number, query)]
+        before = sum(place < start for place in fits)
+        shown = fits[before : before + size]
+        more = before + size < len(fits)
+        return Page(
+            [order[place] for place in shown],
+            len(fits),
+            before,
+            fits[max(0, before - size)] if before else None,
+            fits[before + size] if more else None,
+        )
+
+    def _order(self, query: Query) -> list[int]:
+        numbers: Iterable[int] = (n for n in range(len(self.facts)) if self._fits(n, query))
+        name = query.sort.removeprefix("-")
+        if name == "index":
+            ordered = list(numbers)
+            return ordered[::-1] if query.sort != name else ordered
+        sign = -1 if query.sort != name else 1
+
+        def place(number: int) -> tuple[bool, float, int]:
+            value = getattr(self.facts[number], name)
+            return (value is None, 0 if value is None else sign * value, number)
+
+        return sorted(numbers, key=place)
+
+    def _fits(self, number: int, query: Query) -> bool:
+        fact = self.facts[number]
+        value = fact.similarity
+        return (
+            query.find in fact.id
+            and (query.rank is None or fact.rank == query.rank)
+            and (query.least is None or (value is not None and value >= query.least))
+            and (query.most is None or (value is not None and value <= query.most))
+            and (not query.reason or query.reason in self.tried(number))
+        )
+
+    def _has_status(self, number: int, query: Query) -> bool:
+        decision = self._statuses.get(number)
+        return query.status in ("", decision.decision if decision else "undecided")
+
+    def _key(self, number: int) -> str:
+        """The row's content, which only its images tell."""
+        if number not in self._keys:
+            self._keys[number] = self._records[number].key
+        return self._keys[number]
+
+    def _refresh(self) -> None:
+        """Read the decision file again if it changed: others may write to it too."""
+        try:
+            status = os.stat(self._path)
+        except FileNotFoundError:
+            self._statuses, self._seen = {}, None
+            return
+        seen = (status.st_mtime_ns, status.st_size)
+        if seen == self._seen:
+            return
+        decisions = read_decisions(self._path)
+        ids = {row.id for row in decisions}
+        self._statuses = {}
+        for number in sorted(n for row_id in ids for n in self._numbers.get(row_id, ())):
+            with suppress(RefusedError):  # about a row that cannot be read nothing is decided
+                row = RowKey(self.facts[number].id, self._key(number))
+                if row in decisions:
+                    self._statuses[number] = decisions[row]
+        self._seen = seen

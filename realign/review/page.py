@@ -1,0 +1,75 @@
+"""Writing a page: a template with everything that it shows inside, and nothing else allowed."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from realign.data.images import data_uri
+from realign.data.records import Record
+from realign.errors import RefusedError
+from realign.review.pair_view import PairView
+from realign.runtime.files import write_text
+
+HERE = Path(__file__).parent
+SHARED = HERE / "templates"
+Picture = dict[str, str]
+
+
+def write_page(out: Path, template: str, values: Mapping[str, Any], script: str = "") -> Path:
+    """Render a template of this folder into a self-contained file.
+
+    The page's own policy forbids every request and every script but ``script``, so that no text
+    of a dataset can become one.
+
+    Args:
+        out: The page.
+        template: File name.
+        values: What it shows; strings are escaped.
+        script: File name of its script, if it has one.
+    """
+    code = (HERE / script).read_text(encoding="utf-8") if script else ""
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    allowed = f"'sha256-{digest}'" if script else "'none'"
+    policy = (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
+        f"form-action 'none'; script-src {allowed}"
+    )
+    environment = Environment(
+        loader=FileSystemLoader([HERE, SHARED]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    page = {"policy": policy, "script": code, **values}
+    write_text(out, environment.get_template(template).render(page))
+    return out
+
+
+def shown_pair(record: Record) -> dict[str, object]:
+    """What the template ``pair.html.j2`` takes."""
+    return {
+        "view": PairView.of(record),
+        "original": _picture(record.images, f"{record.where}, images"),
+        "retrieved": _picture(record.rejected_images, f"{record.where}, rejected_images"),
+    }
+
+
+def _picture(images: Sequence[bytes], where: str) -> Picture | None:
+    if not images:
+        return None
+    try:
+        return {"src": data_uri(images[0], where), "full": "", "problem": ""}
+    except RefusedError as error:
+        return {"src": "", "full": "", "problem": str(error)}
+
+
+def spread(records: Sequence[Record], count: int) -> list[Record]:
+    """Evenly spaced, so that the sample is neither the head of the file nor anybody's choice."""
+    count = min(count, len(records))
+    return [records[i * len(records) // count] for i in range(count)]

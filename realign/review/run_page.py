@@ -1,0 +1,189 @@
+"""The page of a run's folder: the scores, the curves, and a short look at the dataset."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from realign.data.build_folder import read_funnel, row_lines
+from realign.data.dataset import read_records
+from realign.data.images import data_uri
+from realign.errors import RefusedError
+from realign.evaluation.table import cut_note, difference, percent, score_rows
+from realign.review.page import shown_pair, spread, write_page
+from realign.review.pair_view import marked
+from realign.review.plots import bar_plot, count_plot, line_plot
+from realign.runtime.files import read_jsonl
+
+NUM_PAIRS = 8
+
+
+def score_part(folder: Path, tiles: list[dict[str, str]]) -> dict[str, Any]:
+    """What the template needs of ``eval/``; the headline scores are added to ``tiles``."""
+    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    rows = list(score_rows(scores))
+    models = list(rows[0][2])
+    items = {task: values["items"] for task, values in scores["tasks"].items()}
+    table = []
+    for label, more_is_better, by_model in rows:
+        cells = [
+            {
+                "value": percent(score["value"]),
+                "difference": difference(score) if model != scores["baseline"] else "",
+                "verdict": _verdict(score, more_is_better) if model != scores["baseline"] else "",
+            }
+            for model, score in by_model.items()
+        ]
+        table.append({"label": label, "cells": cells})
+    last = models[-1]
+    for label, _, by_model in rows:
+        if label.startswith(("CHAIR_i", "POPE adversarial, balanced", "recall")):
+            before, after = by_model[models[0]]["value"], by_model[last]["value"]
+            name = label.partition(",")[0] if label.startswith("CHAIR") else label
+            tiles.append(
+                {
+                    "value": f"{percent(before)} → {percent(after)}",
+                    "label": f"{name}, {models[0]} → {last}, %",
+                }
+            )
+    bars = [
+        bar_plot(
+            label,
+            {model: (score["value"], *score["interval"]) for model, score in by_model.items()},
+        )
+        for label, _, by_model in rows
+        if "F1" not in label
+    ]
+    note = (
+        f"{', '.join(f'{task}: {count:,} items' for task, count in items.items())}. Percent; "
+        f"below each value its "
+        f"difference from {models[0]} in points with a 95 % interval (paired bootstrap over "
+        f"images), coloured where the "
+        f"interval excludes 0. {cut_note(scores)}"
+    )
+    return {
+        "models": models,
+        "score_rows": table,
+        "score_plots": bars,
+        "score_note": note,
+        "samples": [_sample(sample, folder) for sample in scores["samples"]],
+        "samples_model": last,
+    }
+
+
+def _verdict(score: Mapping[str, Any], more_is_better: bool) -> str:
+    low, high = score["difference_interval"]
+    if low <= 0 <= high:
+        return ""
+    return "better" if (low > 0) == more_is_better else "worse"
+
+
+def _sample(sample: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    answers = []
+    for model, answer in sample["answers"].items():
+        absent = answer["absent_words"]
+        text = Markup()
+        for word in re.findall(r"\w+|\W+", answer["text"]):
+            text += marked(word, "lost" if word.lower() in absent else "")
+        verdict = "chosen" if answer["is_right"] else "rejected"
+        answers.append({"model": model, "text": text, "verdict": verdict})
+    picture = folder / "samples" / sample["picture"]
+    return {
+        "picture": data_uri(picture.read_bytes(), str(picture)),
+        "prompt": sample["prompt"],
+        "truth": sample["truth"],
+        "answers": answers,
+    }
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether there is anything of a run to show."""
+    return any(
+        (folder / name).is_file()
+        for name in ("dataset/dataset.parquet", "eval/scores.json", "metrics.jsonl")
+    )
+
+
+def run_page(run: Path, out: Path) -> Path:
+    """Write the page and return its path.
+
+    Args:
+        run: Folder with any of ``dataset/``, ``metrics.jsonl``, ``eval/``.
+        out: The page.
+    Raises:
+        RefusedError: The folder holds none of them.
+    """
+    if not holds_run(run):
+        raise RefusedError(
+            f"run {run} must hold dataset/, metrics.jsonl or eval/, holds none of them, and is no "
+            "dataset. Give the folder of a run, a build folder or a dataset file."
+        )
+    page: dict[str, Any] = {"title": run.resolve().name, "tiles": [], "models": []}
+    page |= dict.fromkeys(
+        ("score_rows", "score_plots", "samples", "curves", "pairs", "funnel", "rank_plot")
+    )
+    page |= {"score_note": "", "samples_model": ""}
+    found = []
+    if (run / "dataset" / "dataset.parquet").is_file():
+        found.append("dataset")
+        page |= _dataset_part(run / "dataset", page["tiles"])
+    if (run / "eval" / "scores.json").is_file():
+        found.append("evaluation")
+        page |= score_part(run / "eval", page["tiles"])
+    if (run / "metrics.jsonl").is_file():
+        found.append("training")
+        page["curves"] = _curves(read_jsonl(run / "metrics.jsonl"))
+    page["subtitle"] = _subtitle(run, found)
+    return write_page(out, "run.html.j2", page)
+
+
+def _subtitle(run: Path, found: Sequence[str]) -> str:
+    path = run / "train.json"
+    if not path.is_file():
+        return f"What this run holds: {', '.join(found)}."
+    config = json.loads(path.read_text())["config"]
+    names = ("objective", "beta", "image_weight", "nll_weight", "learning_rate", "epochs", "seed")
+    return ", ".join(f"{name} {config[name]}" for name in names)
+
+
+def _dataset_part(folder: Path, tiles: list[dict[str, str]]) -> dict[str, Any]:
+    records = read_records(folder, None)
+    part: dict[str, Any] = {"pairs": [shown_pair(record) for record in spread(records, NUM_PAIRS)]}
+    if counts := read_funnel(folder):
+        tiles.append(
+            {"value": f"{counts['accepted']:,}", "label": f"pairs from {counts['rows']:,} answers"}
+        )
+        part["funnel"] = row_lines(counts)
+        part["rank_plot"] = count_plot(
+            "Accepted pairs by rank of the retrieved image", counts["accepted_by_rank"]
+        )
+    return part
+
+
+def _curves(lines: Sequence[Mapping[str, Any]]) -> list[Markup]:
+    def series(*names: str) -> dict[str, list[tuple[float, float]]]:
+        points = {
+            name: [(line["step"], line[name]) for line in lines if name in line] for name in names
+        }
+        return {
+            name.removeprefix("rewards/").replace("_", " "): values
+            for name, values in points.items()
+            if values
+        }
+
+    plots = [
+        ("Loss", series("loss"), None),
+        ("Reward margins", series("rewards/text_margins", "rewards/image_margins"), 0.0),
+        ("Reward accuracies", series("rewards/text_accuracies", "rewards/image_accuracies"), 0.5),
+        (
+            "Rewards",
+            series("rewards/chosen", "rewards/text_rejected", "rewards/image_rejected"),
+            0.0,
+        ),
+    ]
+    return [line_plot(title, data, zero) for title, data, zero in plots if data]

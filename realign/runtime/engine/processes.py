@@ -1,0 +1,135 @@
+"""Runs a task in processes of this machine, one a GPU or several a CPU.
+
+A worker that dies is an error that names its shard; workers end when the parent does, however it
+does.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from realign.runtime.engine.task import REMEDY, Task, WorkerError, told
+
+END_SECONDS = 10.0
+
+
+def run_in_processes(
+    task: Task, items: Mapping[int, Any], environments: Sequence[Mapping[str, str]], threads: int
+) -> Iterator[tuple[int, bytes]]:
+    """Yield the number and result of every item as they get done, in any order.
+
+    Args:
+        task: What is done.
+        items: Number to item.
+        environments: One a worker: variables that it sets before it opens the task.
+        threads: CPU threads a worker.
+    Raises:
+        WorkerError: A worker died.
+        RefusedError: The task refused its input.
+        RuntimeError: The task failed; the message has its traceback.
+    """
+    context = multiprocessing.get_context("spawn")
+    waiting = iter(items.items())
+    left = len(items)
+    # what each works at; None while it opens its task
+    busy: dict[Connection, int | None] = {}
+    processes: dict[Connection, Any] = {}
+    try:
+        for environment in environments[: len(items)]:
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(task, theirs, dict(environment), threads), daemon=True
+            )
+            process.start()
+            theirs.close()  # so that its end shows here
+            processes[ours] = process
+            busy[ours] = None
+        while left:
+            for ready in wait([*busy]):
+                assert isinstance(ready, Connection)
+                number = busy.pop(ready)
+                try:
+                    result, error = ready.recv()
+                except (EOFError, OSError):  # before, or in the middle of, an answer
+                    raise WorkerError(_obituary(processes[ready], number)) from None
+                if error is not None:
+                    raise error
+                if number is not None:
+                    left -= 1
+                    yield number, result
+                _hand_out(ready, waiting, busy)
+        # with nothing left to read, a worker ends by itself; one that opens its task does not look
+        idle = [connection for connection in processes if connection not in busy]
+        for connection in idle:
+            connection.close()
+        for connection in idle:
+            processes[connection].join(END_SECONDS)
+    finally:
+        for connection, process in processes.items():
+            process.kill()
+            process.join()
+            connection.close()
+
+
+def _hand_out(
+    worker: Connection, waiting: Iterator[tuple[int, Any]], busy: dict[Connection, int | None]
+) -> None:
+    """Give a worker its next item. It waits for one, so a large item is read as it is sent."""
+    if following := next(waiting, None):
+        number, item = following
+        busy[worker] = number
+        # a worker that is dead already is noticed when its answer is read
+        try:
+            worker.send(item)
+        except (BrokenPipeError, ConnectionResetError):
+            return
+
+
+def _obituary(process: Any, number: int | None) -> str:
+    process.join()
+    code = process.exitcode
+    cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    place = "before its first shard" if number is None else f"at shard {number}"
+    return (
+        f"A worker ended by {cause} {place}. A script that calls this must do so below `if "
+        f"__name__ == '__main__':`. {REMEDY}"
+    )
+
+
+def _serve(task: Task, parent: Connection, environment: dict[str, str], threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    os.environ.update(environment)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        with task.open() as work:
+            parent.send((None, None))  # ready
+            for item in _received(parent):
+                parent.send((work(item), None))
+    except Exception as error:  # whatever it is, the parent raises it
+        parent.send((None, told(error)))
+
+
+def _received(parent: Connection) -> Iterator[Any]:
+    """Items until the parent closes its end."""
+    while True:
+        try:
+            item = parent.recv()
+        except (EOFError, ConnectionResetError):
+            return
+        yield item
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,40 @@
+"""What went wrong in a worker, as whoever started it is told."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+from realign.errors import RefusedError
+
+# how every message about a worker that is gone ends
+REMEDY = (
+    "If it was SIGKILL, memory ran out: use fewer workers or smaller batches. Finished shards are "
+    "kept; run the same command again."
+)
+# what a shard's file will hold; engines carry it and know nothing of it
+Work = Callable[[Any], bytes]
+
+
+class WorkerError(RuntimeError):
+    """A worker died without a word: killed, or out of memory."""
+
+
+def told(error: Exception) -> Exception:
+    """The error as the caller raises it: others than ours may not survive the way."""
+    if isinstance(error, RefusedError):
+        return error
+    lines = "".join(traceback.format_exception(error))
+    return RuntimeError(f"A worker failed:\n{lines}")
+
+
+class Task(Protocol):
+    """Picklable description of work."""
+
+    def open(self) -> AbstractContextManager[Work]:
+        """Load what the work needs, such as a model, and let go of it at the end. Called in the
+        worker, once.
+        """
+        ...

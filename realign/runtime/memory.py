@@ -1,0 +1,48 @@
+"""How much memory this process may use: the machine's, or less where a container is limited."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def usable_memory(root: Path = Path("/")) -> int:
+    """Bytes of physical memory, or of the strictest memory limit of this process's control groups.
+
+    Args:
+        root: Where ``proc`` and ``sys`` are.
+    """
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([physical, *_limits(root)])
+
+
+def _limits(root: Path) -> list[int]:
+    """Limits of the process's groups and of those above them, version 2 or 1.
+
+    Source: Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
+    """
+    groups = root / "proc/self/cgroup"
+    if not groups.is_file():  # another system than Linux
+        return []
+    limits = []
+    for line in groups.read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        if not controllers:
+            top, name = root / "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        # in a container the group may be named as the host sees it, and only the top be there
+        inner = top / group.strip("/")
+        for folder in (inner, *inner.parents[: len(inner.parts) - len(top.parts)]):
+            if (folder / name).is_file():
+                said = (folder / name).read_text().strip()
+                limits += [int(said)] if said != "max" else []
+    return limits
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -1,0 +1,148 @@
+"""Several processes that build or read one cache, as `accelerate launch` and `torchrun` start them.
+
+What they say to each other here is small and goes through gloo, on the host, with a patience of a
+day: one of them may compute for hours.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+from realign.errors import RefusedError
+from realign.runtime.files import explained
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=1)
+# network file systems show a new file to other machines after their cache of the folder expires
+FILE_SECONDS = 60.0
+
+
+def is_distributed() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def local_device() -> torch.device:
+    """Where this process computes: its own GPU, or the CPU."""
+    if is_distributed():
+        # accelerate chooses the backend that training will use too
+        return _state().device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _state() -> PartialState:
+    # the first one makes the group of training too, where all wait for the one that writes
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+
+
+class Ranks:
+    """The processes of this run; one process is a run of one rank.
+
+    Attributes:
+        rank: This process's number.
+        world_size: How many there are.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.world_size = 0, 1
+        self._group: Any = None
+        if is_distributed():
+            state = _state()
+            self.rank, self.world_size = state.process_index, state.num_processes
+        if self.world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank; all wait for all. Values are plain Python."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do something that may fail on any rank; then it fails on all, with the first one's
+        message.
+
+        Raises:
+            RefusedError: On every rank, or FloatingPointError.
+        """
+        result, failure = None, None
+        try:
+            result = work()
+        except (RefusedError, FloatingPointError) as error:
+            if self._group is None:
+                raise
+            failure = (isinstance(error, RefusedError), str(error))
+        for rank, said in enumerate(self.gather(failure)):
+            if said is not None:
+                kind = RefusedError if said[0] else FloatingPointError
+                raise kind(f"rank {rank}: {said[1]}")
+        return result  # type: ignore[return-value]
+
+    def first(self, work: Callable[[], T]) -> T:
+        """What the first rank finds; it alone does the work, and the others wait for it.
+
+        Raises:
+            RefusedError: On every rank, or FloatingPointError.
+        """
+        found = self.together(lambda: work() if self.is_first else None)
+        return self.gather(found)[0]  # type: ignore[return-value]
+
+    def check_folder_is_shared(self, folder: Path) -> None:
+        """Refuse a folder that is another one on another machine: its shards would be lost.
+
+        Raises:
+            RefusedError: On every rank.
+        """
+        if self._group is None:
+            return
+        token = folder / f".shared-{self.gather(uuid.uuid4().hex)[0]}"
+
+        def leave() -> None:
+            if self.is_first:
+                with explained(token):
+                    token.touch()
+
+        self.together(leave)
+        deadline = time.monotonic() + FILE_SECONDS
+        while not token.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        blind = [rank for rank, sees in enumerate(self.gather(token.exists())) if not sees]
+        if self.is_first:
+            token.unlink(missing_ok=True)
+        if blind:
+            raise RefusedError(
+                f"out {folder} must be on a file system that all ranks share, ranks "
+                f"{', '.join(map(str, blind))} do not see what rank 0 writes there. Choose a "
+                "shared --out, or build on one machine and copy the cache."
+            )
+
+    def check_agreement(self, root: str, what: Path) -> None:
+        """Refuse to read different caches: ranks would train towards different references.
+
+        Raises:
+            RefusedError: On every rank.
+        """
+        roots = self.gather(root)
+        if len(set(roots)) > 1:
+            other = next(rank for rank, found in enumerate(roots) if found != roots[0])
+            raise RefusedError(
+                f"cache {what} must be the same on every rank, got root hash {roots[0][:16]} on "
+                f"rank 0 and {roots[other][:16]} on rank {other}. Copy one to all machines."
+            )

@@ -1,0 +1,203 @@
+"""A folder belongs to one run: the same command continues it, another one is refused before it
+writes anything.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from realign.errors import RefusedError
+from realign.runtime.files import canonical_json, content_sha256, is_unfinished, write_json
+
+# What each verb writes into its folder beside <verb>.json, and another run of it would mix up.
+# Reference log-probabilities are not among it: they are known by their content.
+WRITES: Mapping[str, tuple[str, ...]] = {
+    "build": (
+        *("rejected.jsonl", "images", "source_images", "annotated", "masked", "embeddings"),
+        *("neighbours", "shards", "journal", "dataset.parquet", "funnel.json"),
+    ),
+    "train": (
+        *("checked_rows.json", "accepted_numerics.json", "steps", ".checkpoint.tmp"),
+        *("checkpoint", "metrics.jsonl"),
+    ),
+    "eval": ("answers", "samples", "scores.json"),
+    "demo": (
+        *("world", "dataset", "train.json", "checked_rows.json", "steps", ".checkpoint.tmp"),
+        *("checkpoint", "metrics.jsonl", "compare", "eval", "summary.json", "report.html"),
+    ),
+}
+
+# known by their content, so they may be there before a run has its folder
+WRITTEN_BEFORE = {"images", "source_images"}
+
+
+def check_out(folder: Path) -> None:
+    """Refuse an output folder that is a file or lies below one.
+
+    Raises:
+        RefusedError: Naming the file.
+    """
+    for place in (folder, *folder.parents):
+        if place.is_dir():
+            return
+        if place.exists() or place.is_symlink():
+            raise RefusedError(
+                f"out must be a folder, got {folder}, but {place} is a file. Choose another --out."
+            )
+
+
+Labels = Mapping[str, Sequence[str]]
+
+
+def claim(folder: Path, verb: str, what: Mapping[str, Any], labels: Labels | None = None) -> bool:
+    """Write ``<verb>.json`` into ``folder``; return whether the same run had claimed it before.
+
+    Arguments and errors are those of :func:`is_claimed`.
+    """
+    if is_claimed(folder, verb, what, labels):
+        return True
+    write_json(folder / f"{verb}.json", {name: _brief(value) for name, value in what.items()})
+    return False
+
+
+@contextmanager
+def only_run(folder: Path, verb: str) -> Iterator[None]:
+    """Hold a folder, so that the same command given twice does not do the same work twice. The
+    system lets go of it when the process ends, however it does. Files that a killed run left half
+    written are removed.
+
+    Raises:
+        RefusedError: Another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f".{verb}.lock", timeout=0)
+    try:
+        with lock:
+            _remove_unfinished(folder, verb)
+            yield
+    except Timeout:
+        raise RefusedError(
+            f"out {folder} must be written by one `realign {verb}` at a time, another one is "
+            "running. Wait for it, or choose another folder."
+        ) from None
+
+
+def _remove_unfinished(folder: Path, verb: str) -> None:
+    """Remove what a killed run of the verb was writing; nobody else is, the folder being held."""
+    for name in {f"{verb}.json", *WRITES[verb]} - WRITTEN_BEFORE:
+        for path in (*folder.glob(f".{name}.*.tmp"), *(folder / name).rglob(".*.tmp")):
+            if is_unfinished(path):
+                path.unlink(missing_ok=True)
+
+
+def is_claimed(
+    folder: Path, verb: str, what: Mapping[str, Any], labels: Labels | None = None
+) -> bool:
+    """Return whether the same run has claimed ``folder``. Nothing is written, so what can still
+    be refused may be checked before :func:`claim`.
+
+    Args:
+        folder: The output folder.
+        verb: The stage.
+        what: Everything that the result depends on. Long lists and mappings are kept as their hash.
+        labels: Name of a list of hashes in ``what`` to what a message calls its items, such as row
+            ids.
+    Raises:
+        RefusedError: The folder holds another run of the verb; the message names what differs.
+    """
+    path = folder / f"{verb}.json"
+    needed = {name: _brief(value) for name, value in what.items()}
+    if not path.is_file():
+        _check_leftovers(folder, verb)
+        return False
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if stored == needed:
+        return True
+    lines = list(_differences(stored, needed, what, labels or {}))
+    raise RefusedError(
+        f"out {folder} holds another run of `realign {verb}`:\n" + "\n".join(lines) + "\n"
+        f"Choose another folder, or {_how_to_remove(folder, verb)}; nothing of it was changed."
+    )
+
+
+def _check_leftovers(folder: Path, verb: str) -> None:
+    """Shards of a run that nobody knows the settings of would be taken for this run's."""
+    written = set(WRITES[verb]) - WRITTEN_BEFORE
+    if left := sorted(name for name in written if (folder / name).exists()):
+        raise RefusedError(
+            f"out {folder} holds {', '.join(left)} of a run of `realign {verb}` without its "
+            f"{verb}.json. Choose another folder, or remove them."
+        )
+
+
+def _how_to_remove(folder: Path, verb: str) -> str:
+    """Which files make up the run. The folder itself may hold a dataset or another verb's run."""
+    there = {path.name: path.is_dir() for path in sorted(folder.iterdir())}
+    its = [name for name in (f"{verb}.json", *WRITES[verb]) if name in there]
+    names = ", ".join(f"{name}/" if there[name] else name for name in its)
+    others = [f"{name}/" if there[name] else name for name in there if name not in its]
+    keep = f" and keep {', '.join(others)}, not part of that run" if others else ""
+    return f"remove {names} of that run{keep}"
+
+
+def _brief(value: Any) -> Any:
+    plain = json.loads(canonical_json(value))
+    if isinstance(plain, dict):
+        return {name: _brief(item) for name, item in plain.items()}
+    return (
+        content_sha256(canonical_json(plain))[:16]
+        if isinstance(plain, list) and len(plain) > 8
+        else plain
+    )
+
+
+def _differences(
+    stored: Mapping[str, Any], needed: Mapping[str, Any], what: Mapping[str, Any], labels: Labels
+) -> Iterator[str]:
+    """A line for everything that differs."""
+    for name in sorted(stored.keys() | needed.keys()):
+        if stored.get(name) == needed.get(name):
+            continue
+        if name in labels and name in stored:
+            yield f"  {name}: {_of_items(stored[name], what[name], labels[name])}"
+        else:
+            yield from _lines(name, stored.get(name, _ABSENT), needed.get(name, _ABSENT))
+
+
+_ABSENT: Any = object()
+
+
+def _lines(name: str, old: Any, new: Any) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key, _ABSENT) != new.get(key, _ABSENT):
+                yield from _lines(f"{name}.{key}", old.get(key, _ABSENT), new.get(key, _ABSENT))
+    elif old is _ABSENT:
+        yield f"  {name}: not there, {'asked' if isinstance(new, dict) else f'{new} asked'}"
+    elif new is _ABSENT:
+        yield f"  {name}: {'there' if isinstance(old, dict) else f'{old} there'}, not asked"
+    else:
+        yield f"  {name}: {old} there, {new} asked"
+
+
+def _of_items(old: list[str] | str, new: Sequence[str], labels: Sequence[str]) -> str:
+    """How many items of a list differ and the first of them; of a long one only its hash is there
+    to compare with.
+    """
+    if isinstance(old, str):
+        return f"others there, or in another order, {len(new)} asked"
+    known = set(old)
+    added = [label for key, label in zip(new, labels, strict=True) if key not in known]
+    removed = len(known - {*new})
+    found = f"{len(old)} there, {len(new)} asked"
+    if added:
+        found += f"; {len(added)} asked but not there, first: {added[0]}"
+    if removed:
+        found += f"; {removed} there but not asked"
+    return found if added or removed else f"{found}; repeated or in another order"

@@ -1,0 +1,83 @@
+"""What hears of a trainer's progress: the log file, the bar, the last line, the epoch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from realign.runtime.files import write_jsonl
+from realign.runtime.progress import Progress
+from realign.training.augmentation import RecordDataset
+
+
+class TellEpoch(TrainerCallback):
+    """Has an epoch's augmentation drawn anew, also in the middle of one after a resume."""
+
+    def __init__(self, dataset: RecordDataset) -> None:
+        self._dataset = dataset
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the dataset."""
+        self._dataset.set_epoch(int(state.epoch))
+
+
+def _ordered(line: Mapping[str, Any]) -> dict[str, Any]:
+    """One order of keys, whether the line was just logged or read from a checkpoint."""
+    return dict(sorted(line.items()))
+
+
+class LogLastStep(TrainerCallback):
+    """Logs the last step, whatever ``logging_steps`` is: a short run has an end as well."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a line."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+class MetricsFile(TrainerCallback):
+    """Keeps ``metrics.jsonl``: one line a logged step, rewritten from the trainer's own history
+    after a resume.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start from what the resumed checkpoint remembers."""
+        if not state.is_world_process_zero:
+            return
+        write_jsonl(self.path, [_ordered(line) for line in state.log_history if "loss" in line])
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Append the newest line."""
+        if state.is_world_process_zero and "loss" in state.log_history[-1]:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_ordered(state.log_history[-1])) + "\n")
+
+
+class ShowProgress(TrainerCallback):
+    """Steps with rate and time left, instead of the Trainer's dump of every log line."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start at the resumed step."""
+        if state.is_world_process_zero:
+            self._progress = Progress("train", state.max_steps, done=state.global_step)
+            self._progress.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count a step."""
+        if self._progress:
+            self._progress.advance()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Finish the bar."""
+        if self._progress:
+            self._progress.__exit__(None, None, None)

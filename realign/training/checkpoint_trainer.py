@@ -1,0 +1,286 @@
+"""transformers.Trainer with the checkpoints of :mod:`realign.training.checkpoints`: whole or
+absent, without pickle, also when the process is asked to end in the middle of a step.
+
+Where a model is sharded (FSDP, DeepSpeed) its weights and optimizer are saved by accelerate in the
+engine's own format; folder, manifest and random state are as everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
+
+from realign.errors import RefusedError
+from realign.runtime.progress import announce
+from realign.training.checkpoints import (
+    SAVING,
+    checkpoint_step,
+    damage,
+    newest_checkpoint,
+    prune,
+    seal,
+)
+from realign.training.preemption import SIGTERM_EXIT, Preemption
+from realign.training.state_file import random_state, read_state, set_random_state, write_state
+
+STATE = "state"  # the folder of a checkpoint that no loader of weights looks into
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written. The older ones are as they were."""
+
+
+class CheckpointTrainer(Trainer):
+    """A Trainer that is never lost.
+
+    A subclass that keeps anything between two steps returns it from :meth:`kept_state` and takes
+    it back in :meth:`restore_kept_state`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._preemption = Preemption()
+        self._must_stop = False  # on all processes alike
+        self._run_folder: str | None = None  # where Trainer writes while a checkpoint is made
+        # what a step began with, while one is under way that has several micro-steps
+        self._step_began: dict[str, Any] | None = None
+        self._flos_before = 0.0
+        self._verified: str | None = None
+        self._saved_step = 0  # before the first step there is nothing to lose
+        super().__init__(*args, **kwargs)
+        self.add_callback(_StopWhenAsked(self))
+
+    def kept_state(self) -> Any:
+        """What this trainer keeps between steps, made of what :func:`write_state` takes."""
+        return None
+
+    def restore_kept_state(self, state: Any) -> None:
+        """Take back what :meth:`kept_state` returned."""
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Train, from a checkpoint where one is given.
+
+        Args:
+            resume_from_checkpoint: A checkpoint folder, or True for the newest in ``output_dir``
+                that is as it was written.
+            *args: As :meth:`transformers.Trainer.train`.
+            **kwargs: As :meth:`transformers.Trainer.train`.
+        Raises:
+            RefusedError: The checkpoint is damaged, or there is none.
+            CheckpointError: A checkpoint could not be written.
+            SystemExit: With code 143 after SIGTERM, when the state was saved.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self.newest_checkpoint()
+            if resume_from_checkpoint is None:
+                raise RefusedError(
+                    f"output_dir must hold a checkpoint to continue from, {self.args.output_dir} "
+                    "holds none that is whole. Start without resume_from_checkpoint."
+                )
+        elif resume_from_checkpoint and resume_from_checkpoint != self._verified:
+            self._verify(resume_from_checkpoint)
+        self._must_stop, self._step_began = False, None
+        self._saved_step = checkpoint_step(Path(resume_from_checkpoint or "checkpoint-0"))
+        with self._preemption:
+            output = super().train(resume_from_checkpoint or None, *args, **kwargs)
+            if self._agrees_to_stop():
+                self._save_now()
+        if self._must_stop:
+            raise SystemExit(SIGTERM_EXIT)
+        return output
+
+    def newest_checkpoint(self) -> str | None:
+        """The newest checkpoint in ``output_dir`` that is as it was written, or None; newer ones
+        that are not are named on stderr. One process looks for all.
+        """
+        step = torch.tensor(-1, device=self.args.device)
+        folder = Path(self.args.output_dir)
+        if self.is_world_process_zero() and (found := newest_checkpoint(folder, announce)):
+            step.fill_(checkpoint_step(found))
+        chosen = int(broadcast(step))
+        self._verified = str(folder / f"checkpoint-{chosen}") if chosen >= 0 else None
+        return self._verified
+
+    def _verify(self, checkpoint: str) -> None:
+        """Hashing a large model takes a while: one process does."""
+        why = damage(Path(checkpoint)) if self.is_world_process_zero() else None
+        if self.any_process(why is not None):
+            raise RefusedError(
+                f"resume_from_checkpoint must be a checkpoint as it was written, got {checkpoint}, "
+                f"but {why or 'the first process found it damaged'}. Name another one."
+            )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's; then the processes tell each other whether one was asked to end."""
+        loss = super().training_step(*args, **kwargs)
+        self._agrees_to_stop()
+        return loss
+
+    def any_process(self, flag: bool) -> bool:
+        """Whether ``flag`` is true on any process; all of them must ask."""
+        if self.args.world_size == 1:
+            return flag
+        count: Tensor = self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device))
+        return bool(count.item() > 0)
+
+    def _agrees_to_stop(self) -> bool:
+        self._must_stop = self._must_stop or self.any_process(self._preemption.is_requested)
+        return self._must_stop
+
+    def _save_now(self) -> None:
+        """Save the last finished step, if there is one that is not saved."""
+        if self.state.global_step != self._saved_step:
+            if self._step_began:
+                self.current_flos = self._flos_before
+            self._save_checkpoint(self.model_wrapped, None)
+
+    def _position(self) -> dict[str, Any]:
+        return {"random": random_state(), "kept": self.kept_state()}
+
+    # ---- Trainer's own steps of saving and loading
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._run_folder or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial))
+        place = folder / f"checkpoint-{self.state.global_step}"
+        saving = folder / SAVING
+        try:
+            if self.args.should_save:
+                shutil.rmtree(saving, ignore_errors=True)  # of a run that was killed
+            self.accelerator.wait_for_everyone()
+            self._run_folder = str(saving)
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seal(saving / place.name, place)
+                keep = self.args.save_total_limit
+                # the newest may turn out to be damaged
+                prune(folder, place, None if keep is None else max(2, keep))
+                shutil.rmtree(saving)
+            self._saved_step = self.state.global_step
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(saving, ignore_errors=True)
+            raise CheckpointError(
+                f"{place} could not be written: {error}. Older checkpoints are as they were; make "
+                "room or repair the disk, and give the same command again."
+            ) from error
+        finally:
+            self._run_folder = None
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        if backend := getattr(tokenizer, "backend_tokenizer", None):
+            # what the last call asked for would be saved as the tokenizer's own
+            backend.no_padding()
+            backend.no_truncation()
+        super()._save(output_dir, state_dict)
+        # a pickle, and nothing reads it
+        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            folder = _state_folder(output_dir)
+            write_state(folder / "optimizer.safetensors", self.optimizer.state_dict())
+            write_state(folder / "schedule.safetensors", self.lr_scheduler.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            folder = _state_folder(checkpoint)
+            self.optimizer.load_state_dict(read_state(folder / "optimizer.safetensors"))
+            self.lr_scheduler.load_state_dict(read_state(folder / "schedule.safetensors"))
+        self.restore_kept_state(self._read_position(checkpoint)["kept"])
+
+    def _save_scaler(self, output_dir: str) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and self.args.should_save:
+            write_state(_state_folder(output_dir) / "scaler.safetensors", scaler.state_dict())
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and checkpoint is not None:
+            scaler.load_state_dict(read_state(_state_folder(checkpoint) / "scaler.safetensors"))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # in the middle of an accumulation the last finished step is saved, and what follows it is
+        # done again from where it began
+        path = _state_folder(output_dir) / f"process-{self.args.process_index}.safetensors"
+        write_state(path, self._step_began or self._position())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            set_random_state(self._read_position(checkpoint)["random"])
+
+    def _read_position(self, checkpoint: str) -> dict[str, Any]:
+        folder = _state_folder(checkpoint)
+        path = folder / f"process-{self.args.process_index}.safetensors"
+        # fewer processes wrote it: rows come in another order than they would have
+        return read_state(path if path.is_file() else folder / "process-0.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load a full checkpoint through ``from_pretrained``, which knows the saved names of the
+        weights.
+
+        Trainer's own loading does not: it finds no weight by its name and goes on from the first
+        ones (huggingface/transformers#43701).
+        """
+        target: Any = model or self.model
+        if self.is_fsdp_enabled or not isinstance(target, PreTrainedModel):
+            # shards and adapters it loads rightly
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        # a dtype that every weight fits into, or some would be rounded on the way
+        dtypes = {p.dtype for p in target.parameters() if p.is_floating_point()}
+        saved = type(target).from_pretrained(
+            resume_from_checkpoint, dtype=functools.reduce(torch.promote_types, dtypes)
+        )
+        target.load_state_dict(saved.state_dict())
+
+
+class _StopWhenAsked(TrainerCallback):
+    """Saves and ends between two micro-steps."""
+
+    def __init__(self, trainer: CheckpointTrainer) -> None:
+        self._trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.gradient_accumulation_steps > 1:
+            self._trainer._step_began = self._trainer._position()
+            self._trainer._flos_before = self._trainer.current_flos
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._trainer._must_stop:
+            self._trainer._save_now()
+            control.should_training_stop = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer._step_began = None
+        if self._trainer._must_stop:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # not earlier: the checkpoint holds this flag
+        if self._trainer._must_stop:
+            control.should_training_stop = True
+
+
+def _state_folder(checkpoint: str) -> Path:
+    return Path(checkpoint) / STATE

@@ -1,0 +1,92 @@
+"""What a log line says of training: means over all pairs since the last line, on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from realign_kernels import CELL_NAMES, Objective, RdpoOutput
+
+MAX_PENDING = 1024  # micro-batches; a run that never logs must not grow
+
+
+class PairMetrics:
+    """Sums and weights of every metric since the last log line.
+
+    A micro-batch costs no synchronisation: its sums stay on the device and are added up over ranks
+    when somebody asks. They are added one by one, in float64 and in their order, so that a line
+    does not depend on when checkpoints were written in between.
+
+    Args:
+        objective: Which metrics there are.
+        sum_over_ranks: Adds a tensor up elementwise over the ranks; called by all of them or none.
+    """
+
+    def __init__(self, objective: Objective, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        self.objective = objective
+        self._sum_over_ranks = sum_over_ranks
+        self._names: list[str] = []
+        self._pending: list[Tensor] = []  # (metrics, 2) each: sum and weight of this rank's pairs
+        self._sums: dict[str, tuple[float, float]] = {}  # of all ranks
+
+    def add(self, output: RdpoOutput, *, counted: bool = True) -> None:
+        """Take in a micro-batch; one that is not counted weighs nothing.
+
+        Every rank must have added as many when :meth:`sums` or :meth:`take_means` is called.
+        """
+        by_pair = metrics_by_pair(output, self.objective)
+        self._names = list(by_pair)
+        pairs = torch.stack(
+            [torch.stack((values.float(), weights.float())) for values, weights in by_pair.values()]
+        ).detach()  # (metrics, 2, P)
+        sums = torch.stack((pairs.prod(dim=1).sum(-1), pairs[:, 1].sum(-1)), dim=1)
+        self._pending.append(sums if counted else torch.zeros_like(sums))
+        if len(self._pending) == MAX_PENDING:
+            self.sums()
+
+    def sums(self) -> dict[str, tuple[float, float]]:
+        """Name to sum and weight since the last line, the same on every rank."""
+        if self._pending:
+            for step in self._sum_over_ranks(torch.stack(self._pending)).tolist():
+                for name, (total, weight) in zip(self._names, step, strict=True):
+                    before = self._sums.get(name, (0.0, 0.0))
+                    self._sums[name] = (before[0] + total, before[1] + weight)
+            self._pending.clear()
+        return self._sums
+
+    def restore(self, sums: Mapping[str, tuple[float, float]]) -> None:
+        """Go on from what :meth:`sums` returned when a checkpoint was written."""
+        self._pending.clear()
+        self._sums = {name: (total, weight) for name, (total, weight) in sums.items()}
+
+    def take_means(self) -> dict[str, float]:
+        """Return the means and begin a new line; a metric that no pair had is left out."""
+        means = {name: total / weight for name, (total, weight) in self.sums().items() if weight}
+        self._sums = {}
+        return means
+
+
+def metrics_by_pair(output: RdpoOutput, objective: Objective) -> dict[str, tuple[Tensor, Tensor]]:
+    """Name to values and weights, shape ``(P,)`` each; the weight is 0 where a pair lacks the cell.
+
+    Names and their order depend on the objective alone, so that ranks can add them up.
+    """
+    is_present = (output.num_tokens > 0).to(output.logps.device)
+    loss = output.loss.expand(output.logps.shape[1])
+    by_pair = {"loss": (loss, torch.ones_like(loss))}
+    if objective.nll_weight > 0:
+        nll = -output.logps[0] / output.num_tokens[0].clamp(min=1).to(output.logps)
+        by_pair["nll"] = (nll, is_present[0])
+    for cell, name in enumerate(CELL_NAMES[: len(output.logps)]):
+        by_pair[f"logps/{name}"] = (output.logps[cell], is_present[cell])
+        by_pair[f"rewards/{name}"] = (output.rewards[cell], is_present[cell])
+    for cell, kind, margins in (
+        (1, "text", output.text_margins),
+        (2, "image", output.image_margins),
+    ):
+        if len(output.logps) > cell:
+            by_pair[f"rewards/{kind}_margins"] = (margins, is_present[cell])
+            by_pair[f"rewards/{kind}_accuracies"] = (margins > 0, is_present[cell])
+    return by_pair

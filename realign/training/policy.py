@@ -1,0 +1,110 @@
+"""The model that trains: loaded, and its parts frozen or given adapters, as ``realign train`` is
+told.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText
+
+from realign.config import TrainConfig
+from realign.errors import RefusedError
+from realign.modeling.acceleration import Acceleration
+from realign.modeling.adapters import add_adapter, keep_adapters_in_float32, quiet_peft
+from realign.modeling.folder import is_adapter, lasting_name
+from realign.modeling.loading import choose_dtype, load_model, load_model_config
+from realign.modeling.parts import check_projector_rate, freeze_parts, frozen_parts
+
+
+def weights_dtype(config: TrainConfig) -> torch.dtype:
+    """Full fine-tuning needs float32 weights: updates of 1e-5 vanish in bfloat16."""
+    if config.dtype == "auto" and not config.lora:
+        return torch.float32
+    return choose_dtype(config.dtype)
+
+
+def acceleration_of(config: TrainConfig) -> Acceleration:
+    """How the policy computes, and its reference."""
+    return Acceleration(config.attention, config.liger, config.quantization, config.autocast)
+
+
+def load_policy(config: TrainConfig, folder: Path) -> Any:
+    """Load the model with its weights and make ready what trains of it.
+
+    Raises:
+        RefusedError: The folder lacks weights, or the options fit no part of the model.
+    """
+    model: Any = load_model(
+        folder,
+        weights_dtype(config),
+        trainable_adapter=True,
+        name=lasting_name(config.model),
+        acceleration=acceleration_of(config),
+    )
+    model = _prepare(model, config, is_adapted=is_adapter(folder))
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
+    return model
+
+
+def outline_policy(config: TrainConfig, folder: Path) -> nn.Module:
+    """The same model without weights, on torch's meta device: what would train, of what size.
+
+    Raises:
+        RefusedError: The options fit no part of the model.
+    """
+    with torch.device("meta"):
+        model: Any = AutoModelForImageTextToText.from_config(
+            load_model_config(folder), dtype=weights_dtype(config)
+        )
+        if is_adapter(folder):
+            from peft import PeftConfig, get_peft_model
+
+            adapter = PeftConfig.from_pretrained(str(folder))
+            adapter.inference_mode = False
+            model.name_or_path = adapter.base_model_name_or_path  # else peft says it was renamed
+            with quiet_peft():
+                model = get_peft_model(model, adapter)
+            keep_adapters_in_float32(model)
+        return _prepare(model, config, is_adapted=is_adapter(folder))
+
+
+def _prepare(model: Any, config: TrainConfig, *, is_adapted: bool) -> Any:
+    if config.lora and is_adapted:
+        raise RefusedError(
+            f"train.lora must not be set when model {config.model} is an adapter already: it would "
+            "be overwritten. Drop train.lora to train that adapter on, or `realign merge` it first."
+        )
+    frozen = {
+        "freeze_vision": config.freeze_vision,
+        "freeze_projector": config.freeze_projector,
+        "freeze_language": config.freeze_language,
+    }
+    if config.lora:
+        model = add_adapter(
+            model,
+            rank=config.lora.r,
+            alpha=config.lora.alpha,
+            targets=config.lora.targets,
+            train_projector=config.train_projector,
+            **frozen,
+        )
+    freeze_parts(
+        model, frozen_parts(**{name.removeprefix("freeze_"): on for name, on in frozen.items()})
+    )
+    check_projector_rate(model, config.projector_learning_rate)
+    return model
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Compute activations again in the backward instead of keeping them."""
+    options = {"use_reentrant": False}  # the other kind needs inputs with a gradient
+    # transformers 5.23 renamed it
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)

@@ -1,0 +1,111 @@
+"""Which pairs every rank trains on: the same optimizer steps whatever the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+from realign.data.records import Record
+
+
+class PairSampler(Sampler[list[int]]):
+    """Micro-batches of one rank.
+
+    An epoch is one shuffled order of all pairs, drawn from the seed and the epoch. Micro-step i
+    takes the next ``batch_size * num_ranks`` of them, cut evenly among the ranks. So an optimizer
+    step is a run of ``batch_size * accumulation * num_ranks`` neighbours in that order, and only
+    this product matters to what it learns. Every rank has as many micro-steps as the others and no
+    pair comes twice: at the end of an epoch a micro-batch may be short, or empty (see
+    :class:`FilledCollator`).
+
+    Args:
+        num_pairs: In the dataset; > 0.
+        batch_size: Pairs of a full micro-batch of one rank.
+        rank: This process, in ``[0, num_ranks)``.
+        num_ranks: Processes that share the pairs.
+        seed: Of the order.
+        shuffle: Whether there is an order other than the dataset's own.
+        drop_last: Leave out the micro-step at the end that is not full.
+    """
+
+    def __init__(
+        self,
+        num_pairs: int,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        num_ranks: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+    ) -> None:
+        self.num_pairs = num_pairs
+        self.pairs_per_step = batch_size * num_ranks
+        self.rank, self.num_ranks = rank, num_ranks
+        self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        rest = 0 if self.drop_last else self.pairs_per_step - 1
+        return (self.num_pairs + rest) // self.pairs_per_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self._order()
+        for step in range(len(self)):
+            pairs = order[step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
+            start, end = (len(pairs) * i // self.num_ranks for i in (self.rank, self.rank + 1))
+            yield pairs[start:end]
+
+    def _order(self) -> list[int]:
+        if not self.shuffle:
+            return list(range(self.num_pairs))
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return torch.randperm(self.num_pairs, generator=generator).tolist()
+
+
+class FilledCollator:
+    """Collates so that every rank computes with the modules that the others compute with; they
+    would wait for it in their collectives.
+
+    The micro-batch of a rank that has no pairs left is ``filler``, with no ``ids``: the trainer
+    counts pairs by them, so it weighs nothing. A micro-batch without an image brings those of
+    ``filler`` as ``unseen_images`` (:mod:`realign.modeling.image_features`).
+
+    Args:
+        collator: A :class:`realign.modeling.collate.PreferenceCollator`.
+        filler: A row, with images if any row has them.
+    """
+
+    def __init__(
+        self, collator: Callable[[Sequence[Record]], dict[str, Any]], filler: Record
+    ) -> None:
+        self.collator = collator
+        self.filler = filler
+        self._filler_batch: dict[str, Any] | None = None
+
+    def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Return the collator's batch, made complete."""
+        if not records:
+            return {**self._filled(), "ids": []}
+        batch = self.collator(records)
+        if batch["images"] is None and self.filler.images:
+            filled = self._filled()
+            batch["unseen_images"] = {name: filled[name] for name in filled.keys() - batch.keys()}
+        return batch
+
+    def _filled(self) -> dict[str, Any]:
+        if self._filler_batch is None:
+            self._filler_batch = self.collator([self.filler])
+        return self._filler_batch
+
+
+def choose_filler(records: Sequence[Record]) -> Record:
+    """The first row with an image, or the first one where none has any."""
+    return next((record for record in records if record.images), records[0])

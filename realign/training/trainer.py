@@ -1,0 +1,398 @@
+"""RDPOTrainer: rDPO on ``transformers.Trainer``. Ours are the collator, the loss, the metrics and
+the guards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import TrainOutput, seed_worker
+
+from realign.data.records import Record
+from realign.errors import RefusedError
+from realign.modeling.collate import PreferenceCollator
+from realign.modeling.memory import Footprint, is_out_of_memory
+from realign.modeling.packed_attention import choose_layout
+from realign.modeling.parts import (
+    disable_dropout,
+    freeze_parts,
+    frozen_parts,
+    give_projector_its_rate,
+)
+from realign.training.augmentation import Augment, RecordDataset
+from realign.training.callbacks import TellEpoch
+from realign.training.checkpoint_trainer import CheckpointTrainer
+from realign.training.guards import (
+    computes_exactly,
+    first_bad_gradient,
+    gradients_are_finite,
+    not_finite,
+    off_reference,
+)
+from realign.training.metrics import PairMetrics
+from realign.training.objectives import make_objective
+from realign.training.out_of_memory import out_of_memory
+from realign.training.preemption import ignore_sigterm
+from realign.training.sampler import FilledCollator, PairSampler, choose_filler
+from realign.training.sharding import GatherHead, check_data_parallel, set_up_fsdp, whole_weights
+from realign_kernels import RdpoOutput
+
+
+@dataclass
+class RDPOConfig(TrainingArguments):
+    """TrainingArguments with the objective; loss defaults are the paper's."""
+
+    objective: str = field(default="rdpo", metadata={"help": "rdpo, dpo, mdpo, symmetric or sft"})
+    beta: float = field(default=0.1, metadata={"help": "tie to the reference in the answer pair"})
+    image_beta: float | None = field(
+        default=None, metadata={"help": "the same in the image pair; beta by default"}
+    )
+    image_weight: float = field(default=1.0, metadata={"help": "weight of the image pair"})
+    nll_weight: float = field(
+        default=0.0, metadata={"help": "weight of the chosen answer's mean NLL"}
+    )
+    rejected_scoring: str = field(
+        default="label", metadata={"help": "label, or top_non_label (the authors' code)"}
+    )
+    freeze_vision: bool = field(default=True, metadata={"help": "leave the vision tower as it is"})
+    freeze_projector: bool = field(default=False, metadata={"help": "leave the projector as it is"})
+    freeze_language: bool = field(
+        default=False, metadata={"help": "leave the language model and its head as they are"}
+    )
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "of the projector; learning_rate by default"}
+    )
+    shared_prefix: bool | None = field(
+        default=None,
+        metadata={"help": "compute image and prompt once for both answers; None: where it can be"},
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "longest sequence in tokens; longer is an error"}
+    )
+    check_first_step: bool = field(
+        default=True, metadata={"help": "stop where the first loss is not that of the reference"}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "must stay false: rows are records"}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a NaN must be seen"})
+
+    def __post_init__(self) -> None:
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise RefusedError(
+                "train_sampling_strategy must be random or sequential, got "
+                f"{self.train_sampling_strategy!r}: the pairs of a step must not depend on lengths "
+                "or ranks. Drop it."
+            )
+        if self.save_only_model:
+            raise RefusedError(
+                "save_only_model must be false: a run cannot go on from weights alone. Drop it."
+            )
+        super().__post_init__()
+
+
+class RDPOTrainer(CheckpointTrainer):
+    """Trains a VLM on dual-preference records with cached reference log-probabilities.
+
+    Args:
+        model: From :func:`realign.modeling.loading.load_model`, or a peft model around it.
+        args: The configuration.
+        train_dataset: Records, as a sequence.
+        processing_class: The model's processor.
+        reference: ``record.key`` to log-probabilities of the reference, shape ``(C,)``, from
+            :func:`realign.reference.read_cache`; C at least the objective's number of cells. Its
+            attribute ``batch_variance``, if it has one, is that of
+            :func:`realign.training.guards.off_reference`.
+        callbacks: Of the Trainer.
+        augment: Changes every training image; the reference saw it unchanged, so
+            ``check_first_step`` must be false. See :data:`realign.training.augmentation.Augment`.
+    Raises:
+        ValueError: The reference lacks a record, or the objective is unknown.
+        RefusedError: ``auto_find_batch_size`` is set, or ``augment`` with ``check_first_step``;
+            nothing is left to train, or no projector for ``projector_learning_rate``.
+    """
+
+    args: RDPOConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module,
+        args: RDPOConfig,
+        train_dataset: Sequence[Record],
+        processing_class: Any,
+        reference: Mapping[str, Tensor],
+        callbacks: list[TrainerCallback] | None = None,
+        augment: Augment | None = None,
+    ) -> None:
+        if args.auto_find_batch_size:
+            raise RefusedError(
+                "auto_find_batch_size must be false: it changes the pairs of a step unasked. Set "
+                "per_device_train_batch_size and gradient_accumulation_steps."
+            )
+        if augment and args.check_first_step:
+            raise RefusedError(
+                "check_first_step must be false with augment: the reference was computed from the "
+                "images as they are. Set it to false."
+            )
+        # DataParallel would scatter a packed row over the GPUs of a process
+        args._n_gpu = min(args.n_gpu, 1)
+        self.objective = make_objective(
+            args.objective,
+            beta=args.beta,
+            image_beta=args.image_beta,
+            image_weight=args.image_weight,
+            nll_weight=args.nll_weight,
+        )
+        if missing := [record.id for record in train_dataset if record.key not in reference]:
+            raise ValueError(
+                f"reference must have every record, lacks {len(missing)}, first: row {missing[0]}."
+            )
+        disable_dropout(model)
+        freeze_parts(
+            model,
+            frozen_parts(
+                vision=args.freeze_vision,
+                projector=args.freeze_projector,
+                language=args.freeze_language,
+            ),
+        )
+        self._batch_variance: float | None = getattr(reference, "batch_variance", None)
+        self._step_ids: list[str] = []  # rows of the step so far, for messages
+        dataset = RecordDataset(train_dataset, augment, args.seed)
+        collator: Any = PreferenceCollator(
+            processing_class,
+            self.objective.num_cells,
+            reference,
+            args.max_length,
+            shared_prefix=choose_layout(model, args.shared_prefix) == "shared prefix",
+            # a cache knows what its values were computed from; a plain mapping does not
+            watch=getattr(reference, "check_inputs", None),
+        )
+        if args.world_size > 1:
+            filler = choose_filler(train_dataset)
+            collator = FilledCollator(collator, filler)
+            if args.ddp_find_unused_parameters is None:
+                # the last layers of a vision tower have no gradient, nor has a projector without
+                # images; any other weight has one on every rank
+                args.ddp_find_unused_parameters = not (args.freeze_vision and filler.images)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collator,
+            train_dataset=dataset,
+            processing_class=processing_class,
+            callbacks=[TellEpoch(dataset), GatherHead(), *(callbacks or [])],
+        )
+        check_data_parallel(self.accelerator)
+        if self.is_fsdp_enabled:
+            set_up_fsdp(self.accelerator, model)
+        # part of every checkpoint
+        self._metrics = PairMetrics(
+            self.objective, lambda sums: self.accelerator.reduce(sums, reduction="sum")
+        )
+        # compute_loss divides by the pairs of the whole step; Trainer must not by its micro-batches
+        self.model_accepts_loss_kwargs = True
+
+    def get_train_dataloader(self) -> DataLoader[Record]:
+        """Micro-batches of this rank, in an order that does not depend on the number of ranks."""
+        args, dataset = self.args, self.train_dataset
+        assert isinstance(dataset, RecordDataset)
+        sampler = PairSampler(
+            len(dataset),
+            self._train_batch_size,
+            rank=self.accelerator.process_index,
+            num_ranks=self.accelerator.num_processes,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=args.train_sampling_strategy == "random",
+            drop_last=args.dataloader_drop_last,
+        )
+        seed = partial(
+            seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+        )
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
+            worker_init_fn=partial(ignore_sigterm, seed, self._preemption.is_waited_for),
+            # its own: how often a loader began is not to move the global one
+            generator=torch.Generator(),
+        )
+        # the sampler has shared the pairs out; what is left is to tell it the epoch
+        return prepare_data_loader(loader, num_processes=1, process_index=0)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The micro-batches of an optimizer step, and its number of pairs over all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        num_pairs = torch.tensor(sum(len(batch["ids"]) for batch in batches), device=device)
+        return batches, self.accelerator.reduce(num_pairs, reduction="sum")
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer, with groups of the projector's own where it has a learning rate."""
+        is_new, rate = self.optimizer is None, self.args.projector_learning_rate
+        optimizer = super().create_optimizer(model)
+        if is_new and rate is not None:
+            give_projector_its_rate(optimizer, model or self.model, rate)
+        return optimizer
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """As Trainer's, which rounds floating-point inputs to DeepSpeed's dtype: not the
+        reference's log-probabilities, whose last digits are what the loss is about.
+        """
+        reference = inputs.get("ref_logps")
+        inputs = super()._prepare_inputs(inputs)
+        if reference is not None:
+            inputs["ref_logps"] = reference.to(self.args.device)
+        return inputs
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, RdpoOutput]:
+        """The micro-batch's share of the mean loss over all pairs of the optimizer step, over all
+        micro-batches and ranks; the mean over its own pairs where ``num_items_in_batch`` is None.
+        """
+        ids = inputs.pop("ids")
+        output: RdpoOutput = model(
+            **inputs, objective=self.objective, rejected_scoring=self.args.rejected_scoring
+        )
+        self._check_before_backward(output, inputs, ids)
+        self._metrics.add(output, counted=bool(ids))
+        loss = output.loss
+        if num_items_in_batch is not None:
+            # DDP, FSDP and ZeRO take the mean of the ranks' gradients: times their number, a sum
+            loss = loss * (len(ids) * self.accelerator.num_processes / num_items_in_batch)
+        return (loss, output) if return_outputs else loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's; sharded weights are gathered and saved by the first rank, like any others.
+
+        Those of a checkpoint stay sharded: they are to go on from, with their optimizer.
+        """
+        if _internal_call or not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = whole_weights(self.accelerator, self.model)
+        if self.args.should_save:
+            self._save(output_dir, weights)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Put in the means over all pairs since the last line.
+
+        The loss is one of them: Trainer's own is the mean since it was last started.
+        """
+        if "loss" in logs:
+            logs = {**logs, **self._metrics.take_means()}
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As :meth:`CheckpointTrainer.train`.
+
+        Raises:
+            FloatingPointError: A loss, an input or a gradient is not finite; no weight was changed
+                by that step.
+            RefusedError: The first loss is not that of the reference, memory is full, or the
+                checkpoint to continue from is damaged.
+        """
+        try:
+            return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._out_of_memory(error) from error
+
+    def kept_state(self) -> Any:
+        """The sums of the metrics since the last line."""
+        return dict(self._metrics.sums())
+
+    def restore_kept_state(self, state: Any) -> None:
+        """Take back what :meth:`kept_state` returned."""
+        self._metrics.restore(state)
+
+    def _check_before_backward(
+        self, output: RdpoOutput, inputs: Mapping[str, Any], ids: Sequence[str]
+    ) -> None:
+        """Stop all processes where one has a number that is not finite, or begins elsewhere."""
+        self._step_ids += ids
+        step = self.state.global_step + 1
+        problem = not_finite(output, inputs, ids)
+        if self.any_process(problem is not None):
+            problem = problem or "all numbers must be finite, another process has one that is not."
+            raise FloatingPointError(f"step {step}: {problem} No weight was changed by this step.")
+        if step > 1 or not self.args.check_first_step:
+            return
+        problem = self._off_reference(output, ids) if ids else None
+        if self.any_process(problem is not None):
+            raise RefusedError(problem or "another process begins off its reference; see there.")
+
+    def _off_reference(self, output: RdpoOutput, ids: Sequence[str]) -> str | None:
+        autocast = self.accelerator.mixed_precision != "no"  # of the arguments or of accelerate
+        return off_reference(
+            output,
+            self.objective,
+            ids,
+            is_exact=computes_exactly(self.model, autocast=autocast),
+            batch_variance=self._batch_variance,
+        )
+
+    def _check_gradient(self) -> None:
+        """Stop all processes before a gradient that is not finite is used or even scaled."""
+        ids, self._step_ids = self._step_ids, []
+        if self.accelerator.scaler is not None:
+            return  # float16 overflows now and then; its scaler leaves the step out
+        if self.any_process(not gradients_are_finite(self.model_wrapped.parameters())):
+            name = first_bad_gradient(self.model_wrapped.named_parameters())
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1}: the gradient must be finite, got "
+                f"{name or 'one that is not on another process'}, for rows {', '.join(ids)}. "
+                "No weight was changed by this step."
+            )
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self._check_gradient()
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None:  # nothing is clipped
+            self._check_gradient()
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.scaler is None and norm is not None and not math.isfinite(norm):
+            # finite numbers whose squares are not; or DeepSpeed, which has made its step by now
+            changed = "may have been" if self.is_deepspeed_enabled else "was not"
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1}: the gradient's norm must be finite, got "
+                f"{float(norm)}. The model {changed} changed by this step; earlier checkpoints "
+                "are as they were."
+            )
+        return norm
+
+    def _out_of_memory(self, error: BaseException) -> RefusedError:
+        device = self.args.device
+        on_gpu = device.type == "cuda"
+        return out_of_memory(
+            error,
+            Footprint.of(self.model),
+            batch_size=self.args.per_device_train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            held=torch.cuda.max_memory_allocated(device) if on_gpu else None,
+            capacity=torch.cuda.mem_get_info(device)[1] if on_gpu else None,
+        )

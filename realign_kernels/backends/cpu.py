@@ -1,0 +1,235 @@
+"""The C++ kernels of ``csrc/``: tensors in, pointers out.  Knows no autograd, no users' errors.
+
+The library is found beside this file, or where an editable installation has put it, and loaded at
+the first call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int32, c_int64, c_void_p
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from realign_kernels.backends.kernel_set import PairBatch, PairResults, Tile
+
+_ABI_VERSION = 1
+_WEIGHT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class _Tile(Structure):
+    """``RealignTile`` of csrc/realign_kernels.h."""
+
+    _fields_: ClassVar = [
+        ("is_double", c_int32),
+        ("num_threads", c_int32),
+        ("num_rows", c_int64),
+        ("num_columns", c_int64),
+        ("first_column", c_int64),
+        ("logits", c_void_p),
+        ("logits_stride", c_int64),
+        ("keeps_exponentials", c_int32),
+        ("replays", c_int32),
+        ("bias", c_void_p),
+        ("labels", c_void_p),
+        ("logit_scale", c_double),
+        ("logit_softcap", c_double),
+        ("temperature", c_double),
+        ("bound", c_double),
+        ("shift", c_void_p),
+        ("rest_sum", c_void_p),
+        ("tile_shift", c_void_p),
+        ("accumulator", c_void_p),
+        ("accumulator_columns", c_int64),
+        ("accumulator_stride", c_int64),
+        ("low_rank_accumulator", c_void_p),
+        ("low_rank_columns", c_int64),
+        ("low_rank_stride", c_int64),
+        ("logit_sum", c_void_p),
+        ("label_logits", c_void_p),
+        ("rest_entropy_sum", c_void_p),
+        ("rest_square_sum", c_void_p),
+        ("top_logits", c_void_p),
+        ("top_ids", c_void_p),
+        ("released_ids", c_void_p),
+        ("released_values", c_void_p),
+    ]
+
+
+class _Pairs(Structure):
+    """``RealignPairs`` of csrc/realign_kernels.h."""
+
+    _fields_: ClassVar = [
+        ("is_double", c_int32),
+        ("num_tokens", c_int64),
+        ("tokens_per_sequence", c_int64),
+        ("token_logps", c_void_p),
+        ("labels", c_void_p),
+        ("ignore_index", c_int64),
+        ("sequence_ids", c_void_p),
+        ("num_cells", c_int64),
+        ("num_pairs", c_int64),
+        ("ref_logps", c_void_p),
+        ("terms", c_void_p),
+        ("num_terms", c_int64),
+        ("nll_weight", c_double),
+        ("beta", c_double),
+        ("image_beta", c_double),
+        ("loss", c_void_p),
+        ("logps", c_void_p),
+        ("counts", c_void_p),
+        ("rewards", c_void_p),
+        ("text_margins", c_void_p),
+        ("image_margins", c_void_p),
+        ("coefficients", c_void_p),
+    ]
+
+
+@functools.cache
+def library_path() -> str | None:
+    """Return where the compiled library lies, or None where it was not built."""
+    spec = importlib.util.find_spec("realign_kernels._csrc")
+    return None if spec is None else spec.origin
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    path = library_path()
+    assert path is not None  # dispatch.py does not choose this backend without one
+    library = ctypes.CDLL(path)
+    library.realign_abi_version.restype = c_int32
+    version = library.realign_abi_version()
+    if version != _ABI_VERSION:
+        raise RuntimeError(
+            f"{path} must have version {_ABI_VERSION} of the interface, got {version}. "
+            "Install the package again."
+        )
+    library.realign_instruction_set.restype = c_char_p
+    library.realign_epilogue.argtypes = [POINTER(_Tile)]
+    library.realign_pair_loss.argtypes = [POINTER(_Pairs)]
+    sizes = (c_int32, c_int32, c_int64, c_int64)
+    weight = (c_int32, c_void_p, c_int64, c_int64)
+    library.realign_label_dot.argtypes = [
+        *sizes, c_void_p, c_int64, *weight, c_int64, c_void_p, c_void_p,
+    ]  # fmt: skip
+    library.realign_combine.argtypes = [
+        *sizes, c_void_p, c_int64, c_void_p, *weight, c_int64, c_void_p, c_void_p,
+    ]  # fmt: skip
+    library.realign_add_entries.argtypes = [
+        *sizes, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64,
+    ]  # fmt: skip
+    for name in ("epilogue", "pair_loss", "label_dot", "combine", "add_entries"):
+        getattr(library, f"realign_{name}").restype = None
+    return library
+
+
+def instruction_set() -> str:
+    """Return the widest instruction set that the library uses here."""
+    return str(_library().realign_instruction_set().decode())
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _sizes(matrix: Tensor, num_rows: int | None = None) -> tuple[int, int, int, int]:
+    rows = matrix.shape[0] if num_rows is None else num_rows
+    return matrix.dtype == torch.float64, torch.get_num_threads(), rows, matrix.shape[1]
+
+
+def _weight(weight: Tensor) -> tuple[int, int, int, int, int]:
+    kind = _WEIGHT_TYPES[weight.dtype]
+    return kind, weight.data_ptr(), weight.stride(0), weight.stride(1), weight.shape[0]
+
+
+def epilogue(tile: Tile) -> None:
+    """Fold a tile of logits into the sums of its rows."""
+    state, transform = tile.state, tile.transform
+    assert tile.exponentials is None or tile.exponentials.data_ptr() == tile.logits.data_ptr()
+    assert tile.logits.stride(1) == 1
+    argument = _Tile(
+        is_double=tile.logits.dtype == torch.float64,
+        num_threads=torch.get_num_threads(),
+        num_rows=tile.logits.shape[0],
+        num_columns=tile.logits.shape[1],
+        first_column=tile.first_column,
+        logits=tile.logits.data_ptr(),
+        logits_stride=tile.logits.stride(0),
+        keeps_exponentials=tile.exponentials is not None,
+        replays=tile.replays,
+        bias=_pointer(tile.bias),
+        labels=tile.labels.data_ptr(),
+        logit_scale=transform.logit_scale,
+        logit_softcap=transform.logit_softcap or 0.0,
+        temperature=transform.temperature,
+        bound=tile.bound,
+        tile_shift=_pointer(tile.tile_shift),
+        **{name: _pointer(value) for name, value in state.tensors().items()},
+    )
+    for name, matrix in (
+        ("accumulator", tile.accumulator),
+        ("low_rank", tile.low_rank_accumulator),
+    ):
+        if matrix is not None:
+            pointer = "accumulator" if name == "accumulator" else "low_rank_accumulator"
+            setattr(argument, pointer, matrix.data_ptr())
+            setattr(argument, f"{name}_columns", matrix.shape[1])
+            setattr(argument, f"{name}_stride", matrix.stride(0))
+    _library().realign_epilogue(byref(argument))
+
+
+def label_dot(hidden: Tensor, weight: Tensor, ids: Tensor, out: Tensor) -> None:
+    """Add ``hidden[n] . weight[ids[n]]`` to ``out[n]`` where the id is a row of the weight."""
+    _library().realign_label_dot(
+        *_sizes(hidden), hidden.data_ptr(), hidden.stride(0), *_weight(weight), ids.data_ptr(),
+        out.data_ptr(),
+    )  # fmt: skip
+
+
+def combine(
+    accumulator: Tensor, scale: Tensor, weight: Tensor, ids: Tensor, coefficient: Tensor
+) -> None:
+    """Set each row to ``scale * row + coefficient * weight[id]``, the latter where id is a row."""
+    _library().realign_combine(
+        *_sizes(accumulator), accumulator.data_ptr(), accumulator.stride(0), scale.data_ptr(),
+        *_weight(weight), ids.data_ptr(), coefficient.data_ptr(),
+    )  # fmt: skip
+
+
+def add_entries(
+    out: Tensor, starts: Tensor, order: Tensor, coefficient: Tensor, hidden: Tensor
+) -> None:
+    """Add ``coefficient * hidden`` of the entries ``order[starts[v]:starts[v + 1]]`` to row v."""
+    _library().realign_add_entries(
+        *_sizes(out), out.data_ptr(), out.stride(0), starts.data_ptr(), order.data_ptr(),
+        coefficient.data_ptr(), hidden.data_ptr(), hidden.stride(0), hidden.shape[0],
+    )  # fmt: skip
+
+
+def pair_loss(batch: PairBatch, results: PairResults) -> None:
+    """Fill in the results of a preference batch."""
+    terms = torch.tensor(batch.objective.table(), dtype=torch.float64)
+    argument = _Pairs(
+        is_double=batch.token_logps.dtype == torch.float64,
+        num_tokens=batch.token_logps.numel(),
+        tokens_per_sequence=batch.labels.shape[-1],
+        token_logps=batch.token_logps.data_ptr(),
+        labels=batch.labels.data_ptr(),
+        ignore_index=batch.ignore_index,
+        sequence_ids=_pointer(batch.sequence_ids),
+        num_cells=batch.num_cells,
+        num_pairs=batch.num_pairs,
+        ref_logps=_pointer(batch.ref_logps),
+        terms=terms.data_ptr(),
+        num_terms=len(terms),
+        nll_weight=batch.objective.nll_weight,
+        beta=batch.objective.beta,
+        image_beta=batch.objective.image_beta,
+        **{name: value.data_ptr() for name, value in results._asdict().items()},
+    )
+    _library().realign_pair_loss(byref(argument))

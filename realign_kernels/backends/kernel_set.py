@@ -1,0 +1,136 @@
+"""What a fused backend has to provide: small kernels around the products of a BLAS.
+
+Says what goes in and out; knows no backend.  Letters: **N** rows, **D** hidden size, **V**
+vocabulary of this shard, **r** rank.  Ids of tokens are those of the shard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from realign_kernels.objective import Objective
+    from realign_kernels.options import LogitTransform
+
+_INF = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class RowState:
+    """What the pass over the vocabulary keeps for every row, (N,) each.
+
+    With x the transformed logits and e = exp(x - shift), sums run over every column but the label's
+    and, where ``top_ids`` is tracked, but the top one's.
+    """
+
+    shift: Tensor
+    rest_sum: Tensor  # of e
+    logit_sum: Tensor | None = None  # of x, over every column
+    label_logits: Tensor | None = None  # x at the label as the tiles have it
+    rest_entropy_sum: Tensor | None = None  # of -e * log(e)
+    rest_square_sum: Tensor | None = None  # of e ** 2
+    top_logits: Tensor | None = None  # largest x but for the label
+    top_ids: Tensor | None = None  # int64, where it is reached first
+    released_ids: Tensor | None = None  # int64, the token that a tile's top one has replaced, or -1
+    released_values: Tensor | None = None  # its e * phi
+
+    @classmethod
+    def start(
+        cls, shift: Tensor, *, statistics: bool, tracks_top: bool, releases: bool
+    ) -> RowState:
+        """Return the sums over no columns."""
+        top_ids = torch.full_like(shift, -1, dtype=torch.int64) if tracks_top else None
+        return cls(
+            shift=shift,
+            rest_sum=torch.zeros_like(shift),
+            logit_sum=torch.zeros_like(shift) if statistics else None,
+            label_logits=torch.full_like(shift, -_INF) if statistics else None,
+            rest_entropy_sum=torch.zeros_like(shift) if statistics else None,
+            rest_square_sum=torch.zeros_like(shift) if statistics else None,
+            top_logits=torch.full_like(shift, -_INF) if tracks_top else None,
+            top_ids=top_ids,
+            released_ids=None if top_ids is None or not releases else top_ids.clone(),
+            released_values=torch.zeros_like(shift) if tracks_top and releases else None,
+        )
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """Return the entries by name, which is that of csrc as well."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def view(self, rows: slice) -> RowState:
+        """Return the entries of some rows; updates go through to these."""
+        parts = {name: None if v is None else v[rows] for name, v in self.tensors().items()}
+        return RowState(**parts)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One tile of raw logits, (rows, columns), and all that is done with it."""
+
+    logits: Tensor  # overwritten
+    exponentials: Tensor | None  # out: e * phi, 0 where left out; `logits` itself on CPUs
+    first_column: int
+    bias: Tensor | None  # (columns,)
+    labels: Tensor  # (rows,); outside of the tile where another has the label
+    transform: LogitTransform
+    bound: float  # an x more than this above the shift moves the shift
+    state: RowState
+    tile_shift: Tensor | None = None  # out: what the exponentials are relative to
+    accumulator: Tensor | None = None  # (rows, D), rescaled where the shift moves
+    low_rank_accumulator: Tensor | None = None  # (rows, r), the same
+    replays: bool = False  # shifts are final and nothing is summed
+
+
+class PairBatch(NamedTuple):
+    """A preference batch before its reduction."""
+
+    token_logps: Tensor  # (tokens,) or (S, T), contiguous
+    labels: Tensor
+    ignore_index: int
+    sequence_ids: Tensor | None  # (tokens,)
+    num_cells: int
+    num_pairs: int
+    ref_logps: Tensor | None  # (C, P), float64
+    objective: Objective
+
+
+class PairResults(NamedTuple):
+    """Where a preference batch is reduced to; float64 but for the counts."""
+
+    loss: Tensor  # (1,)
+    logps: Tensor  # (C, P)
+    counts: Tensor  # (C, P), int64
+    rewards: Tensor  # (C, P)
+    text_margins: Tensor  # (P,)
+    image_margins: Tensor  # (P,)
+    coefficients: Tensor  # (C, P): derivative of the loss in logps
+
+
+class KernelSet(Protocol):
+    """A module of kernels; every one is deterministic and waits for no device."""
+
+    def epilogue(self, tile: Tile) -> None:
+        """Fold a tile of logits into the sums of its rows."""
+
+    def label_dot(self, hidden: Tensor, weight: Tensor, ids: Tensor, out: Tensor) -> None:
+        """Add ``hidden[n] . weight[ids[n]]`` to ``out[n]`` where the id is a row of the weight."""
+
+    def combine(
+        self, accumulator: Tensor, scale: Tensor, weight: Tensor, ids: Tensor, coefficient: Tensor
+    ) -> None:
+        """Set a row to ``scale * row + coefficient * weight[id]``, the latter where id is a row."""
+
+    def add_entries(
+        self, out: Tensor, starts: Tensor, order: Tensor, coefficient: Tensor, hidden: Tensor
+    ) -> None:
+        """Add the entries ``order[starts[v]:starts[v + 1]]`` to row v of ``out``.
+
+        Entry e is ``coefficient[e] * hidden[e % N]``.
+        """
+
+    def pair_loss(self, batch: PairBatch, results: PairResults) -> None:
+        """Fill in the results of a preference batch."""

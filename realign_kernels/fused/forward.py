@@ -1,0 +1,397 @@
+"""The forward of the fused backends: one pass over the vocabulary, relative to the label.
+
+With x the transformed logits, y the label and phi = dx/dz, every tile adds
+
+    e = exp(x - shift), 0 at y        s += sum(e)        E = e * phi        A += E @ W
+
+where ``shift`` is ``x[y]`` itself, so that ``log p(y) = -log1p(s)`` and the derivative of log p(y)
+in the hidden state is ``(s * phi[y] * W[y] - A) / (1 + s)``: tiles add up in any order, and the
+value keeps its relative accuracy where p(y) is close to 1.  Where some x lies so far above the
+label that exp could overflow, the kernels move that row's shift and rescale what has been summed; 1
+becomes ``t = exp(x[y] - shift)``.  If the best other token ("top") is scored too, it is left out of
+s and A like the label.
+
+Products belong to the BLAS, everything else to a kernel set.  Knows no autograd.  Letters: **N**
+answer tokens, **D** hidden size, **V** vocabulary of this shard, **r** rank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from realign_kernels.backends.kernel_set import KernelSet, RowState, Tile
+from realign_kernels.fused.products import addmm_into, mm_into
+from realign_kernels.tiling import TileShape, padded_rows, spans
+
+if TYPE_CHECKING:
+    from realign_kernels.head import Head, HeadTile
+    from realign_kernels.options import LogitTransform
+    from realign_kernels.vocabulary import VocabularyShard
+
+_INF = float("inf")
+NO_TOKEN = -1
+
+# How far above the shift a logit may lie, in nats: V * exp(bound) * |W| must not overflow the
+# operand of the second product.  With statistics the squares must not overflow either.
+_BOUNDS = {torch.float16: 8.0, torch.bfloat16: 60.0, torch.float32: 60.0, torch.float64: 600.0}
+
+
+class Keeps(Enum):
+    """What a forward leaves for the backward."""
+
+    NOTHING = "nothing"
+    SLOPES = "slopes"  # the derivative in the hidden states, which follows from A
+    STASH = "stash"  # E of every tile
+    NUMBERS = "numbers"  # enough of every row to compute E again
+    STASH_IF_IT_FITS = "stash if it fits"  # or else NUMBERS; the number of rows decides
+
+
+@dataclass(frozen=True, slots=True)
+class FusedCall:
+    """What the forward and the backward of one call share."""
+
+    head: Head
+    transform: LogitTransform
+    vocabulary: VocabularyShard
+    shape: TileShape
+    kernels: KernelSet
+
+    @property
+    def accumulation(self) -> torch.dtype:
+        """The dtype of logits, sums and gradients while they are summed."""
+        return self.head.precision.accumulation
+
+    @property
+    def operand(self) -> torch.dtype:
+        """The dtype of hidden states, weight and exponentials in products."""
+        return self.head.precision.operand
+
+
+class Rows(NamedTuple):
+    """The rows that carry a label, gathered; a few empty ones may follow."""
+
+    hidden: Tensor  # (rows, D), as products take it
+    low_rank: Tensor | None  # (rows, r), hidden @ A.T
+    ids: Tensor  # (rows,), label in this shard's numbering
+
+
+class PassResult(NamedTuple):
+    """What one pass over the vocabulary leaves."""
+
+    label_logits: Tensor  # (rows,), x[y]
+    state: RowState
+    accumulator: Tensor | None  # (rows, D), E @ W
+    low_rank_accumulator: Tensor | None  # (rows, r)
+    stash: Tensor | None  # (rows, V), E
+
+
+def gather_rows(call: FusedCall, hidden_states: Tensor, labels: Tensor, positions: Tensor) -> Rows:
+    """Gather the rows at ``positions`` of ``labels`` (M,) and of ``hidden_states`` (..., D)."""
+    num_rows = positions.shape[0]
+    total = padded_rows(num_rows, call.shape)
+    precision = call.head.precision
+    hidden_size = hidden_states.shape[-1]
+    if total == num_rows == len(labels):
+        hidden = precision.of_operand(hidden_states).reshape(-1, hidden_size).contiguous()
+    else:
+        # Indexed as they are: flattening a slice of a batch would copy all of it.
+        hidden = hidden_states.new_zeros(total, hidden_size, dtype=call.operand)
+        for block in spans(num_rows, call.shape.rows):
+            index = _unravelled(positions[block], hidden_states.shape[:-1])
+            hidden[block] = precision.of_operand(hidden_states[index])
+    ids = torch.full((total,), NO_TOKEN, dtype=torch.int64, device=labels.device)
+    torch.sub(labels[positions], call.vocabulary.start, out=ids[:num_rows])
+    low_rank = None
+    if call.head.lora_a is not None:
+        low_rank = hidden.new_empty(total, len(call.head.lora_a), dtype=call.accumulation)
+        for block in spans(total, call.shape.rows):
+            torch.mm(hidden[block].to(call.accumulation), call.head.lora_a.T, out=low_rank[block])
+    return Rows(hidden, low_rank, ids)
+
+
+def _unravelled(positions: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+    """Return flat positions as an index of a shape, one tensor a dimension.
+
+    ``torch.unravel_index`` copies the shape to the device and waits for it.
+    """
+    index = []
+    for size in reversed(shape):
+        index.append(positions % size)
+        positions = positions // size
+    return tuple(reversed(index))
+
+
+def walk_vocabulary(
+    call: FusedCall, rows: Rows, keeps: Keeps, *, with_statistics: bool, tracks_top: bool
+) -> PassResult:
+    """Pass over the vocabulary once, then over the group."""
+    vocabulary, head, kernels = call.vocabulary, call.head, call.kernels
+    label_logits = _label_logits(call, rows)
+    # Exponentials far below 1 would be lost in float16: there the first tile sets the shift.
+    start = torch.full_like(label_logits, -_INF)
+    state = RowState.start(
+        start if call.operand == torch.float16 else label_logits.clone(),
+        statistics=with_statistics,
+        tracks_top=tracks_top,
+        releases=tracks_top and keeps is Keeps.SLOPES,
+    )
+    scratch = _Scratch(call, rows, keeps)
+    for columns in spans(vocabulary.size, call.shape.columns):
+        head_tile = head.tile(columns)
+        for block in spans(len(rows.ids), call.shape.rows):
+            tile = scratch.tile(block, columns, head_tile, state, halve_bound=with_statistics)
+            logits_into(tile.logits, rows, block, head_tile)
+            kernels.epilogue(tile)
+            scratch.accumulate(block, tile, head_tile)
+        del head_tile  # or two casts of the head would be alive at once
+    scratch.restore_moved_rows(state.shift)
+    _reduce_over_group(call, state, scratch)
+    if scratch.stash is not None and state.top_ids is not None:
+        _drop_entries(scratch.stash, state.top_ids)
+    return PassResult(
+        label_logits, state, scratch.accumulator, scratch.low_rank_accumulator, scratch.stash
+    )
+
+
+def logits_into(out: Tensor, rows: Rows, block: slice, tile: HeadTile) -> None:
+    """Set ``out`` to the raw logits of a tile, but for the bias, which the epilogue adds."""
+    mm_into(out, rows.hidden[block], tile.weight.T)
+    if tile.lora_b is not None and rows.low_rank is not None:
+        out.addmm_(rows.low_rank[block], tile.lora_b.T)
+
+
+def add_weight_rows(
+    call: FusedCall,
+    accumulator: Tensor,
+    low_rank_accumulator: Tensor | None,
+    scale: Tensor,
+    ids: Tensor,
+    coefficient: Tensor,
+) -> None:
+    """Set each row of the accumulators to ``scale * row + coefficient * weight[id]``."""
+    head = call.head
+    for block in spans(len(ids), call.shape.rows):
+        call.kernels.combine(
+            accumulator[block],
+            scale[block],
+            *_rounded_rows(call, head.weight, ids[block]),
+            coefficient[block],
+        )
+        if low_rank_accumulator is not None and head.lora_b is not None:
+            call.kernels.combine(
+                low_rank_accumulator[block],
+                scale[block],
+                *_rounded_rows(call, head.lora_b, ids[block]),
+                coefficient[block] * head.lora_scaling,
+            )
+
+
+def _label_logits(call: FusedCall, rows: Rows) -> Tensor:
+    """Return x at the label of every row, from whichever rank has it; NaN where it is no token."""
+    head = call.head
+    logits = torch.zeros(len(rows.ids), dtype=call.accumulation, device=rows.ids.device)
+    for block in spans(len(rows.ids), call.shape.rows):
+        ids, out = rows.ids[block], logits[block]
+        call.kernels.label_dot(rows.hidden[block], *_rounded_rows(call, head.weight, ids), out)
+        if rows.low_rank is not None and head.lora_b is not None:
+            low_rank = rows.low_rank[block] * head.lora_scaling
+            call.kernels.label_dot(low_rank, *_rounded_rows(call, head.lora_b, ids), out)
+    if head.bias is not None:
+        is_here = (rows.ids >= 0) & (rows.ids < call.vocabulary.size)
+        bias = head.bias[torch.where(is_here, rows.ids, 0)].to(call.accumulation)
+        logits.add_(torch.where(is_here, bias, 0.0))
+    call.vocabulary.all_reduce_sum_(logits)
+    labels = rows.ids + call.vocabulary.start
+    is_token = (labels >= 0) & (labels < call.vocabulary.total)
+    return torch.where(is_token, call.transform.apply_(logits), torch.nan)
+
+
+def _rounded_rows(call: FusedCall, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a weight and ids into it; a rounded copy of these rows where autocast rounds."""
+    precision = call.head.precision
+    if precision.autocast is None or weight.dtype == precision.autocast:
+        return weight, ids
+    is_row = (ids >= 0) & (ids < weight.shape[0])
+    rows = precision.rounded(weight[torch.where(is_row, ids, 0)])
+    numbers = torch.arange(len(ids), device=ids.device)
+    return rows, torch.where(is_row, numbers, NO_TOKEN)
+
+
+class _Scratch:
+    """The buffers of a pass, and what it accumulates."""
+
+    def __init__(self, call: FusedCall, rows: Rows, keeps: Keeps) -> None:
+        self.call, self.rows, self.keeps = call, rows, keeps
+        num_rows, hidden_size = rows.hidden.shape
+        new = rows.hidden.new_empty
+        height = min(call.shape.rows, num_rows)
+        width = min(call.shape.columns, call.vocabulary.size)
+        in_place = call.operand == call.accumulation
+        stashes = keeps is Keeps.STASH
+        self.stash = new(num_rows, call.vocabulary.size, dtype=call.operand) if stashes else None
+        self.logits = None
+        if not (stashes and in_place):
+            self.logits = new(height * width, dtype=call.accumulation)
+        self.exponentials = None
+        if keeps is Keeps.SLOPES and not in_place:
+            self.exponentials = new(height * width, dtype=call.operand)
+        self.accumulator = self.low_rank_accumulator = None
+        if keeps is Keeps.SLOPES:
+            self.accumulator = new(num_rows, hidden_size, dtype=call.accumulation).zero_()
+            if rows.low_rank is not None:
+                self.low_rank_accumulator = torch.zeros_like(rows.low_rank)
+        num_tiles = -(-call.vocabulary.size // call.shape.columns)
+        self.tile_shifts = new(num_tiles, num_rows, dtype=call.accumulation) if stashes else None
+
+    def tile(
+        self,
+        block: slice,
+        columns: slice,
+        head_tile: HeadTile,
+        state: RowState,
+        *,
+        halve_bound: bool,
+    ) -> Tile:
+        """Return the tile of some rows and columns, its logits not yet computed."""
+        call = self.call
+        shape = block.stop - block.start, columns.stop - columns.start
+        count = shape[0] * shape[1]
+        exponentials: Tensor | None = None
+        if self.stash is not None:
+            exponentials = self.stash[block, columns]
+        elif self.exponentials is not None:
+            exponentials = self.exponentials[:count].view(shape)
+        if self.logits is not None:
+            logits = self.logits[:count].view(shape)
+        else:
+            assert exponentials is not None
+            logits = exponentials
+        if self.keeps is Keeps.SLOPES and exponentials is None:
+            exponentials = logits
+        tile_shift = None
+        if self.tile_shifts is not None:
+            tile_shift = self.tile_shifts[columns.start // call.shape.columns, block]
+        # What is stored is e * phi, and phi is at most scale / temperature.
+        largest_slope = call.transform.logit_scale / call.transform.temperature
+        bound = max(0.0, _BOUNDS[call.operand] - math.log(max(1.0, largest_slope)))
+        return Tile(
+            logits=logits,
+            exponentials=exponentials,
+            first_column=columns.start,
+            bias=None if head_tile.bias is None else head_tile.bias.contiguous(),
+            labels=self.rows.ids[block],
+            transform=call.transform,
+            bound=bound / 2 if halve_bound else bound,
+            state=state.view(block),
+            tile_shift=tile_shift,
+            accumulator=None if self.accumulator is None else self.accumulator[block],
+            low_rank_accumulator=None
+            if self.low_rank_accumulator is None
+            else self.low_rank_accumulator[block],
+        )
+
+    def accumulate(self, block: slice, tile: Tile, head_tile: HeadTile) -> None:
+        """Add ``E @ W`` of a tile, and the tokens that it has released."""
+        if self.accumulator is None or tile.exponentials is None:
+            return
+        addmm_into(self.accumulator[block], tile.exponentials, head_tile.weight)
+        low_rank = self.low_rank_accumulator
+        if low_rank is not None and head_tile.lora_b is not None:
+            low_rank[block].addmm_(tile.exponentials.to(low_rank.dtype), head_tile.lora_b)
+        if tile.state.released_ids is not None and tile.state.released_values is not None:
+            self.add_back(block, tile.state.released_ids, tile.state.released_values)
+
+    def add_back(self, block: slice, ids: Tensor, values: Tensor) -> None:
+        """Add ``value * weight[id]`` to rows whose id is one."""
+        assert self.accumulator is not None
+        low_rank = self.low_rank_accumulator
+        add_weight_rows(
+            self.call,
+            self.accumulator[block],
+            None if low_rank is None else low_rank[block],
+            torch.ones_like(values),
+            ids,
+            values,
+        )
+
+    def restore_moved_rows(self, shift: Tensor) -> None:
+        """Make the stash relative to the final shift; nearly always that is what it is."""
+        if self.stash is None or self.tile_shifts is None:
+            return
+        for number, columns in enumerate(spans(self.call.vocabulary.size, self.call.shape.columns)):
+            self.rescale(self.stash[:, columns], self.tile_shifts[number], shift)
+
+    def rescale(self, matrix: Tensor | None, old_shift: Tensor, new_shift: Tensor) -> None:
+        """Make rows relative to another shift."""
+        if matrix is not None:
+            scale = torch.where(old_shift == new_shift, 1.0, torch.exp(old_shift - new_shift))
+            nowhere = torch.full_like(scale, NO_TOKEN, dtype=torch.int64)
+            self.call.kernels.combine(matrix, scale, matrix[:0], nowhere, torch.zeros_like(scale))
+
+
+def _drop_entries(stash: Tensor, ids: Tensor) -> None:
+    """Set ``stash[n, ids[n]]`` to 0 where the id is a column."""
+    is_column = (ids >= 0) & (ids < stash.shape[1])
+    index = torch.where(is_column, ids, 0)[:, None]
+    kept = stash.gather(1, index).masked_fill(is_column[:, None], 0.0)
+    stash.scatter_(1, index, kept)
+
+
+def _reduce_over_group(call: FusedCall, state: RowState, scratch: _Scratch) -> None:
+    """Merge the sums of every rank: MAX of shifts and tops, MIN of top ids, SUM of the sums.
+
+    Accumulators stay apart, relative to the common shift: they are summed once labels are in.
+    """
+    vocabulary = call.vocabulary
+    if vocabulary.group is None:
+        return
+    own_shift = state.shift.clone()
+    vocabulary.all_reduce_max_(state.shift)
+    for matrix in (scratch.accumulator, scratch.low_rank_accumulator, scratch.stash):
+        scratch.rescale(matrix, own_shift, state.shift)
+    log_decay = torch.where(own_shift == state.shift, 0.0, own_shift - state.shift)
+    decay = torch.exp(log_decay)
+    if state.rest_entropy_sum is not None and state.rest_square_sum is not None:
+        moved = decay * state.rest_entropy_sum - decay * log_decay * state.rest_sum
+        state.rest_entropy_sum.copy_(torch.where(decay == 0, 0.0, moved))
+        state.rest_square_sum.mul_(decay.square())
+    state.rest_sum.mul_(decay)
+    if state.label_logits is not None:
+        vocabulary.all_reduce_max_(state.label_logits)
+    if state.top_logits is not None and state.top_ids is not None:
+        _keep_one_top(call, state, scratch, state.top_logits, state.top_ids)
+    summed = (state.rest_sum, state.rest_entropy_sum, state.rest_square_sum, state.logit_sum)
+    parts = [part for part in summed if part is not None]
+    for part, total in zip(parts, vocabulary.all_reduce_sum_(torch.stack(parts)), strict=True):
+        part.copy_(total)
+
+
+def _keep_one_top(
+    call: FusedCall, state: RowState, scratch: _Scratch, top_logits: Tensor, top_ids: Tensor
+) -> None:
+    """Find the best token of all ranks; the best of every other rank joins the rest."""
+    vocabulary = call.vocabulary
+    own_logits = top_logits.clone()
+    past_any = torch.iinfo(torch.int64).max
+    vocabulary.all_reduce_max_(top_logits)
+    is_candidate = (top_ids >= 0) & (own_logits == top_logits)
+    winners = torch.where(is_candidate, top_ids + vocabulary.start, past_any)
+    vocabulary.all_reduce_min_(winners)
+    is_beaten = (top_ids >= 0) & (top_ids + vocabulary.start != winners)
+    log_e = torch.where(is_beaten, own_logits - state.shift, -_INF)
+    e = torch.exp(log_e)
+    state.rest_sum.add_(e)
+    if state.rest_entropy_sum is not None and state.rest_square_sum is not None:
+        state.rest_entropy_sum.add_(torch.where(e == 0, 0.0, -e * log_e))
+        state.rest_square_sum.add_(e.square())
+    if scratch.accumulator is not None:
+        values = torch.where(is_beaten, e * call.transform.slope(own_logits), 0.0)
+        ids = torch.where(is_beaten, top_ids, NO_TOKEN)
+        scratch.add_back(slice(0, len(ids)), ids, values)
+    top_ids.copy_(torch.where(winners == past_any, NO_TOKEN, winners - vocabulary.start))

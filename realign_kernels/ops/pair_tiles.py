@@ -1,0 +1,175 @@
+"""``memory="tile"``: loss and gradients of a few whole pairs at a time.
+
+A pair's loss needs the sums of its own sequences only, so that gradients can be taken while the
+exponentials of its tokens are still there: 6NVD operations for a trainable head, and room for
+about 4096 rows of the vocabulary instead of all.  Letters as in ``fused.py``; **P** pairs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from realign_kernels.fused.forward import Keeps, gather_rows, walk_vocabulary
+from realign_kernels.fused.gradients import Gradients, Needed, head_gradients
+from realign_kernels.fused.scores import (
+    RowNumbers,
+    by_scoring,
+    logit_gradient,
+    token_log_probs,
+    top_log_probs,
+)
+from realign_kernels.ops.pair_loss_op import reduce_pairs
+from realign_kernels.sequences import PairShape
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from realign_kernels.fused.forward import FusedCall
+    from realign_kernels.objective import Objective
+
+# Enough rows for a product at full speed; more only cost memory.
+_ROWS_PER_TILE = 4096
+
+
+class TiledBatch(NamedTuple):
+    """A batch with its rows flattened."""
+
+    hidden_states: Tensor  # (..., D)
+    labels: Tensor  # (M,)
+    sequence_ids: Tensor  # (M,)
+    top_rows: Tensor | None  # (M,) bool
+    ref_logps: Tensor | None  # (C, P)
+    ignore_index: int
+    pairs: PairShape
+    objective: Objective
+
+
+class TiledResult(NamedTuple):
+    """What the tiles leave: scores of every position, and gradients for a loss of slope 1."""
+
+    token_logps: Tensor  # (M,)
+    gradients: Gradients  # in the accumulation dtype; `hidden` is (..., D)
+    positions: Tensor  # (N,)
+    numbers: Tensor  # (3 or 4, N)
+    top_ids: Tensor  # (N,)
+
+
+def score_and_differentiate(
+    call: FusedCall,
+    batch: TiledBatch,
+    positions: Tensor,
+    tokens_per_pair: list[int],
+    needed: Needed,
+    stash_bytes: int,
+    backend: str,
+) -> TiledResult:
+    """Score all tokens and differentiate the mean loss, group of pairs by group of pairs.
+
+    A group is as large as ``stash_bytes`` lets it; where one pair alone is larger, its exponentials
+    are computed twice.
+    """
+    stashed_rows = stash_bytes // (call.vocabulary.size * call.operand.itemsize)
+    largest = min(_ROWS_PER_TILE, max(1, stashed_rows))
+    tracks_top = batch.top_rows is not None
+    wide = call.accumulation
+    token_logps = batch.hidden_states.new_zeros(len(batch.labels), dtype=wide)
+    numbers = token_logps.new_empty(4 if tracks_top else 3, len(positions))
+    top_ids = torch.empty_like(positions) if tracks_top else positions[:0].clone()
+    totals = _zero_gradients(call, batch, needed)
+    for first, last, index in _groups_of_pairs(batch, positions, tokens_per_pair, largest):
+        chosen = positions[index]
+        rows = gather_rows(call, batch.hidden_states, batch.labels, chosen)
+        result = walk_vocabulary(
+            call,
+            rows,
+            Keeps.STASH if len(chosen) <= stashed_rows else Keeps.NUMBERS,
+            with_statistics=False,
+            tracks_top=tracks_top,
+        )
+        row_numbers = RowNumbers.of(result, len(chosen))
+        labels = batch.labels[chosen]
+        logps = token_log_probs(row_numbers)
+        is_top = None if batch.top_rows is None else batch.top_rows[chosen]
+        if is_top is not None:
+            logps = torch.where(is_top, top_log_probs(row_numbers), logps)
+        grad = _slopes_of_tokens(batch, logps, labels, chosen, first, last, backend)
+        grad_label, grad_top = (grad, None) if is_top is None else by_scoring(is_top, grad)
+        gradient = logit_gradient(row_numbers, call.transform, grad_label, grad_top)
+        stash = None if result.stash is None else result.stash[: len(chosen)]
+        grads = head_gradients(call, rows, row_numbers, gradient, stash, needed, totals)
+        if totals.hidden is not None and grads.hidden is not None:
+            totals.hidden.view(-1, grads.hidden.shape[1])[chosen] = grads.hidden
+        if totals.lora_a is not None and grads.lora_a is not None:
+            totals.lora_a.add_(grads.lora_a)
+        token_logps[chosen] = logps
+        for number, part in zip(numbers, row_numbers, strict=False):
+            if part is not None:
+                number[index] = part
+        if row_numbers.top_ids is not None:
+            top_ids[index] = row_numbers.top_ids
+    return TiledResult(token_logps, totals, positions, numbers, top_ids)
+
+
+def _zero_gradients(call: FusedCall, batch: TiledBatch, needed: Needed) -> Gradients:
+    head, wide = call.head, call.accumulation
+
+    def zeros(tensor: Tensor | None, is_needed: bool) -> Tensor | None:
+        if tensor is None or not is_needed:
+            return None
+        # Not rounded before the slope of the loss is known: float16 would lose what scaling keeps.
+        return tensor.new_zeros(tensor.shape, dtype=wide)
+
+    hidden = batch.hidden_states
+    return Gradients(
+        hidden=zeros(hidden, needed.hidden),
+        weight=zeros(head.weight, needed.weight),
+        bias=zeros(head.bias, needed.bias),
+        lora_a=zeros(head.lora_a, needed.lora_a),
+        lora_b=zeros(head.lora_b, needed.lora_b),
+    )
+
+
+def _groups_of_pairs(
+    batch: TiledBatch, positions: Tensor, tokens_per_pair: list[int], largest: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield first and last pair of each group, and which of ``positions`` are theirs, in order."""
+    pair_of_row = batch.sequence_ids[positions] % max(1, batch.pairs.num_pairs)
+    first, num_rows = 0, 0
+    for pair, count in enumerate([*tokens_per_pair, largest]):
+        if num_rows > 0 and num_rows + count > largest:
+            is_theirs = (pair_of_row >= first) & (pair_of_row < pair)
+            yield first, pair, torch.nonzero_static(is_theirs, size=num_rows).squeeze(1)
+            first, num_rows = pair, 0
+        num_rows += count
+
+
+def _slopes_of_tokens(
+    batch: TiledBatch,
+    logps: Tensor,
+    labels: Tensor,
+    chosen: Tensor,
+    first: int,
+    last: int,
+    backend: str,
+) -> Tensor:
+    """Return the derivative of the batch's mean loss in every token of a group of pairs."""
+    num_cells, num_pairs = batch.pairs
+    cells = batch.sequence_ids[chosen] // num_pairs
+    pairs = PairShape(num_cells, last - first)
+    own_ids = cells * pairs.num_pairs + batch.sequence_ids[chosen] % num_pairs - first
+    outputs = reduce_pairs(
+        logps,
+        labels,
+        own_ids,
+        None if batch.ref_logps is None else batch.ref_logps[:, first:last],
+        batch.ignore_index,
+        pairs,
+        batch.objective,
+        backend,
+    )
+    share = pairs.num_pairs / num_pairs
+    slopes: Tensor = outputs.coefficients.reshape(-1)[own_ids] * share
+    return slopes.to(logps.dtype)

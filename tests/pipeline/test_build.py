@@ -1,0 +1,428 @@
+"""Building: the whole verb on the embedded model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+from realign.building.run import build
+from realign.building.staging import Staging
+from realign.config import BuildConfig
+from realign.data.dataset import read_records
+from realign.data.decisions import Decision, append_decision, decisions_path
+from realign.demo.data import write_training_data
+from realign.demo.tasks import LEXICON_PATH
+from realign.demo.world import DESCRIBE
+from realign.errors import RefusedError
+from realign.generation.generator import Answer, Request
+from realign.generation.transformers_generator import TransformersGenerator
+from realign.modeling.lengths import PromptLength, position_limit
+from realign.runtime.run_folder import only_run
+
+
+@pytest.fixture
+def config(tmp_path: Path, model_dir: Path) -> BuildConfig:
+    write_training_data(tmp_path / "world", 20, seed=0)
+    return BuildConfig(
+        source=tmp_path / "world" / "train.jsonl",
+        images=tmp_path / "world" / "images",
+        model=str(model_dir),
+        out=tmp_path / "out",
+        lexicon=LEXICON_PATH,
+        window=16,
+        shard_size=16,
+        workers=1,
+        batch_size=8,
+        top_k=3,
+        max_new_tokens=72,
+    )
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_the_verb_builds_records_with_provenance(config: BuildConfig) -> None:
+    dataset = build(config)
+    funnel = json.loads((config.out / "funnel.json").read_text())
+    records = read_records(dataset, None)
+    assert funnel["rows"] == 40
+    assert funnel["accepted"] == len(records) == sum(funnel["accepted_by_rank"].values()) > 20
+    assert funnel["accepted"] + sum(funnel["dropped"].values()) == 40
+    for record in records:
+        source = record.meta["source"]
+        assert record.images == ((config.images / source["image"]).read_bytes(),)
+        assert record.rejected_images == ((config.images / source["retrieved_image"]).read_bytes(),)
+        assert source["image"] != source["retrieved_image"]
+        assert record.meta["similarity"]["value"] < 0.95
+        assert 1 <= record.meta["retrieval"]["rank"] <= 3
+        assert "[MASK]" in record.meta["masked"]
+
+
+def test_a_stopped_build_continues_to_the_same_bytes(config: BuildConfig, tmp_path: Path) -> None:
+    build(config)
+    whole = files(config.out)
+    (config.out / "dataset.parquet").unlink()
+    (config.out / "funnel.json").unlink()
+    (config.out / "shards" / "00002.jsonl").unlink()
+    kept = (config.out / "shards" / "00000.jsonl").stat().st_mtime_ns
+    build(config)
+    assert files(config.out) == whole
+    assert (config.out / "shards" / "00000.jsonl").stat().st_mtime_ns == kept
+    again = config.model_copy(update={"out": tmp_path / "again"})
+    build(again)
+    assert files(again.out) == whole
+
+
+def test_a_folder_of_another_build_is_refused_and_kept(config: BuildConfig) -> None:
+    build(config)
+    before = files(config.out)
+    with pytest.raises(
+        RefusedError, match=r"holds another run.*(\n.*)*config\.threshold: 0\.95 th"
+    ):
+        build(config.model_copy(update={"threshold": 0.5}))
+    assert files(config.out) == before
+
+
+def test_masking_by_the_model(config: BuildConfig) -> None:
+    build(config.model_copy(update={"mask": "model"}))
+    masked_by = json.loads((config.out / "funnel.json").read_text())["masked_by"]
+    assert sum(masked_by.values()) == 40
+    assert masked_by["model"] >= 20  # the embedded model knows the masking prompt
+
+
+def test_the_funnel_counts_completions_that_were_cut(config: BuildConfig) -> None:
+    with pytest.raises(
+        RefusedError, match=r"at least one pair, got none from 40 rows: .*mostly cut"
+    ):
+        build(config.model_copy(update={"max_new_tokens": 3}))
+    funnel = json.loads((config.out / "funnel.json").read_text())
+    assert funnel["accepted"] == 0
+    assert funnel["refused_candidates"] == {"cut at max_new_tokens": 40 * 3}
+    assert funnel["dropped"] == {"no candidate passed, mostly cut at max_new_tokens": 40}
+
+
+@pytest.mark.parametrize("mask", ["rule", "model"])
+def test_a_row_that_is_too_long_is_dropped_counted_and_never_given_to_the_model(
+    config: BuildConfig, mask: str, monkeypatch
+) -> None:
+    lines = config.source.read_text().splitlines()
+    row = json.loads(lines[0])
+    row["answer"] = " ".join([row["answer"]] * 400)
+    config.source.write_text("\n".join([json.dumps(row), *lines[1:]]) + "\n")
+    asked: list[str] = []
+    call = TransformersGenerator.__call__
+    monkeypatch.setattr(
+        TransformersGenerator,
+        "__call__",
+        lambda self, requests: (
+            asked.extend(request.prompt for request in requests) or call(self, requests)
+        ),
+    )
+    build(config.model_copy(update={"mask": mask}))
+    assert max(map(len, asked)) < 2000
+    funnel = json.loads((config.out / "funnel.json").read_text())
+    reason = "no candidate passed, mostly prompt longer than max_length"
+    assert funnel["dropped"][reason] == 1
+    assert funnel["refused_candidates"]["prompt longer than max_length"] == config.top_k
+    assert "max_length" not in json.loads((config.out / "build.json").read_text())["config"]
+
+
+def test_prompts_are_measured_as_the_generator_reads_them(config: BuildConfig) -> None:
+    generator = TransformersGenerator.load(Path(config.model), torch.float32, max_new_tokens=1)
+    path = config.images / "train-00000.png"
+    read: list[int] = []
+    generate = generator.model.generate
+    generator.model.generate = lambda **inputs: (
+        read.append(inputs["input_ids"].shape[1]) or generate(**inputs)
+    )
+    generator([Request(DESCRIBE, path)])
+    measured = PromptLength(generator.processor, limit=read[0])
+    assert measured.tokens(DESCRIBE, path) == read[0]
+    assert measured.fits(DESCRIBE, path)
+    assert not PromptLength(generator.processor, limit=read[0] - 1).fits(DESCRIBE, path)
+    assert position_limit(generator.model.config) == 512
+
+
+def test_a_limit_on_the_prompt_is_part_of_what_the_run_is(config: BuildConfig) -> None:
+    with pytest.raises(RefusedError, match=r"none from 40 rows: .*mostly prompt longer than max_l"):
+        build(config.model_copy(update={"max_length": 20}))
+    assert json.loads((config.out / "build.json").read_text())["config"]["max_length"] == 20
+
+
+def test_an_answer_is_cut_when_no_end_of_turn_token_came(model_dir: Path, tmp_path: Path) -> None:
+    generator = TransformersGenerator.load(model_dir, torch.float32, max_new_tokens=72)
+    Image.new("RGB", (96, 96), "white").save(tmp_path / "white.png")
+    request = Request(DESCRIBE, tmp_path / "white.png")
+    (whole,) = generator([request])
+    assert not whole.is_cut
+    tokens = generator.processor.tokenizer(whole.text, add_special_tokens=False).input_ids
+    for limit, cut in ((len(tokens), True), (len(tokens) + 1, False)):
+        generator.max_new_tokens = limit
+        assert generator([request]) == [Answer(whole.text, cut)]
+    generator.model.generation_config.eos_token_id = None  # nothing ends a turn
+    generator.max_new_tokens = len(tokens) + 1
+    assert generator([request])[0].is_cut
+
+
+def test_mask_rates_of_no_category_are_refused(config: BuildConfig) -> None:
+    said = r"must name categories of \['attributes', 'objects', .*got 'object'"
+    with pytest.raises(RefusedError, match=said):
+        build(config.model_copy(update={"mask_rates": {"object": 0.1}}))
+    assert not config.out.exists()
+
+
+def test_the_models_special_tokens_are_refused_in_the_source(config: BuildConfig) -> None:
+    text = config.source.read_text()
+    config.source.write_text(text.replace('"prompt": "', '"prompt": "<pad>', 1))
+    with pytest.raises(RefusedError, match=r"line 1: prompt must not contain .* '<pad>'"):
+        build(config)
+    assert not config.out.exists()
+
+
+def test_one_image_is_not_enough(config: BuildConfig) -> None:
+    line = config.source.read_text().splitlines()[0]
+    config.source.write_text(line + "\n")
+    with pytest.raises(RefusedError, match="at least 2 different images"):
+        build(config)
+    assert not (config.out / "build.json").exists()
+
+
+def test_embedded_images_of_a_parquet_source_with_text_pairs_get_retrieval_alone(
+    config: BuildConfig, tmp_path: Path
+) -> None:
+    """A dataset of ours is such a source: its pairs keep their texts and get images anew."""
+    first = read_records(build(config), None)
+    again = config.model_copy(
+        update={"source": config.out / "dataset.parquet", "images": None, "out": tmp_path / "again"}
+    )
+    records = read_records(build(again), None)
+    assert [(r.id, r.prompt, r.chosen, r.rejected) for r in records] == [
+        (r.id, r.prompt, r.chosen, r.rejected) for r in first
+    ]
+    for record in records:
+        assert record.rejected_images
+        assert record.rejected_images != record.images
+        assert record.meta["retrieval"]["rank"] == 1
+        assert "masked" not in record.meta
+        assert "generator" not in record.meta
+    assert json.loads((again.out / "funnel.json").read_text())["masked_by"] == {}
+
+
+def test_decisions_take_effect_when_the_build_is_called_again(config: BuildConfig) -> None:
+    dataset = build(config)
+    records = list(read_records(dataset, None))
+    whole = dataset.read_bytes()
+    path = decisions_path(dataset)
+    for record, choice in zip(records, ("drop", "keep", "flag"), strict=False):
+        append_decision(path, Decision(record.id, record.key, choice))
+    build(config)
+    assert [r.id for r in read_records(dataset, None)] == [r.id for r in records[1:]]
+    funnel = json.loads((config.out / "funnel.json").read_text())
+    assert funnel["accepted"] == len(records)
+    assert funnel["decisions"]["dropped"] == 1
+    append_decision(path, Decision(records[0].id, records[0].key, "keep"))
+    build(config)
+    assert dataset.read_bytes() == whole
+
+
+def test_a_clip_model_retrieves_within_a_band(config: BuildConfig, tmp_path: Path) -> None:
+    folder = tiny_clip(tmp_path / "clip")
+    options = {"encoder": str(folder), "min_cosine": 0.2, "max_cosine": 0.9999, "top_k": 5}
+    records = read_records(build(config.model_copy(update=options)), None)
+    cosines = [record.meta["retrieval"]["cosine"] for record in records]
+    assert all(0.2 <= cosine <= 0.9999 for cosine in cosines)
+    assert {record.meta["retrieval"]["encoder"] for record in records} == {"clip"}
+    identity = json.loads((config.out / "build.json").read_text())["models"]["encoder"]
+    assert "model.safetensors" in identity["model"]
+
+
+def tiny_clip(folder: Path) -> Path:
+    """A real CLIPModel with random weights."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2}
+    torch.manual_seed(0)
+    CLIPModel(
+        CLIPConfig(
+            text_config={**small, "vocab_size": 99, "max_position_embeddings": 8},
+            vision_config={**small, "image_size": 32, "patch_size": 8},
+            projection_dim=8,
+        )
+    ).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    CLIPImageProcessorPil(crop_size=size, size=size).save_pretrained(folder)
+    return folder
+
+
+def test_the_index_does_not_change_the_result(config: BuildConfig, tmp_path: Path) -> None:
+    exact = build(config).read_bytes()
+    flat = config.model_copy(update={"index": "flat", "out": tmp_path / "flat"})
+    assert build(flat).read_bytes() == exact
+
+
+def test_a_row_that_shows_another_image_is_another_run(config: BuildConfig) -> None:
+    """Also where the set of images stays the same."""
+    rows = [json.loads(line) for line in config.source.read_text().splitlines()]
+    first, second, *_ = dict.fromkeys(row["image"] for row in rows)
+    images = config.images
+    assert images is not None
+    copy = images / "copy.png"
+    shutil.copy(images / first, copy)
+    last = rows[-1]["image"]
+    for row in rows:
+        if row["image"] == last:
+            row["image"] = "copy.png"
+    config.source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = build(config)
+    whole = dataset.read_bytes()
+    shutil.copy(images / second, copy)
+    for is_finished in (True, False):
+        if not is_finished:
+            dataset.unlink()
+        with pytest.raises(RefusedError, match=r"holds another run(.|\n)*\n +rows: "):
+            build(config)
+    copy.unlink()
+    with pytest.raises(RefusedError, match="holds another run"):
+        build(config.model_copy(update={"max_reject": 0.5}))
+    shutil.copy(images / first, copy)
+    assert build(config).read_bytes() == whole
+
+
+def test_a_dataset_without_its_funnel_is_not_finished(config: BuildConfig) -> None:
+    dataset = build(config)
+    whole = files(config.out)
+    (config.out / "funnel.json").unlink()
+    dataset.write_bytes(b"half")
+    assert build(config) == dataset
+    assert files(config.out) == whole
+
+
+def test_decisions_that_drop_all_are_refused_and_damaged_ones_at_once(
+    config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = build(config)
+    path = decisions_path(dataset)
+    for record in read_records(dataset, None):
+        append_decision(path, Decision(record.id, record.key, "drop"))
+    for _ in range(2):
+        with pytest.raises(RefusedError, match=r"decisions\.jsonl must keep at least one row"):
+            build(config)
+    path.write_text("{}\n" + path.read_text())
+    monkeypatch.setattr(Staging, "retrieve", lambda *_: pytest.fail("too late"))
+    with pytest.raises(RefusedError, match=r"decisions\.jsonl, line 1"):
+        build(config)
+
+
+def test_an_image_that_changes_during_a_build_is_refused(
+    config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    induce = Staging.induce
+
+    def then_change(self: Staging, *arguments: Any) -> Any:
+        outcomes = induce(self, *arguments)
+        for path in config.images.iterdir():
+            Image.new("RGB", (8, 8)).save(path)
+        return outcomes
+
+    monkeypatch.setattr(Staging, "induce", then_change)
+    with pytest.raises(RefusedError, match=r"train-0.*png must stay as it is during a build"):
+        build(config)
+    assert not (config.out / "dataset.parquet").exists()
+
+
+def test_a_damaged_shard_is_named(config: BuildConfig) -> None:
+    dataset = build(config)
+    dataset.unlink()
+    shard = config.out / "masked" / "00001.jsonl"
+    shard.write_text("".join(shard.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(RefusedError, match=r"00001\.jsonl must have 16 lines, has 15\. Delete it"):
+        build(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_cosine": 0.9, "max_cosine": 0.1}, "min_cosine must be at most max_cosine"),
+        ({"similarity": "./none"}, "similarity"),
+        ({"encoder": "./none"}, "none"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_claimed(
+    config: BuildConfig, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RefusedError, match=message):
+        build(config.model_copy(update=options))
+    assert not (config.out / "build.json").exists()
+    assert not (config.out / "embeddings").exists()
+
+
+def test_the_share_of_bad_rows_that_is_suggested_is_enough(config: BuildConfig) -> None:
+    lines = config.source.read_text().splitlines()[:11]
+    lines[0] = "{}"
+    config.source.write_text("\n".join(lines) + "\n")
+    with pytest.raises(RefusedError, match=r"1 of 11 rows .* bad") as refused:
+        build(config)
+    share = float(re.search(r"max_reject=(\S+)", str(refused.value))[1])
+    assert build(config.model_copy(update={"max_reject": share})).is_file()
+
+
+def test_turns_of_one_bad_row_are_one_bad_row(config: BuildConfig, tmp_path: Path) -> None:
+    (config.images / "broken.png").write_bytes(b"GIF89a")
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A red dog."}] * 3
+    names = ["broken.png", *sorted(path.name for path in config.images.glob("train*"))]
+    conversations = [{"id": n, "image": n, "conversations": turns} for n in names[:4]]
+    source = tmp_path / "llava.json"
+    source.write_text(json.dumps(conversations))
+    each = config.model_copy(update={"source": source, "turns": "each"})
+    with pytest.raises(RefusedError, match=r"^1 of 4 rows (.|\n)*max_reject=0\.25"):
+        build(each)
+
+
+def test_own_names_of_embedded_images_survive(config: BuildConfig, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in config.source.read_text().splitlines()]
+    table = {
+        "image": [
+            {"bytes": (config.images / row["image"]).read_bytes(), "path": f"own-{row['image']}"}
+            for row in rows
+        ],
+        "prompt": [row["prompt"] for row in rows],
+        "answer": [row["answer"] for row in rows],
+    }
+    text = Value("string")
+    features = Features({"image": ImageFeature(), "prompt": text, "answer": text})
+    Dataset.from_dict(table, features=features).to_parquet(tmp_path / "rows.parquet")
+    embedded = config.model_copy(update={"source": tmp_path / "rows.parquet", "images": None})
+    for record in read_records(build(embedded), None):
+        assert record.source["image"].startswith("own-train-")
+        assert record.source["retrieved_image"].startswith("own-train-")
+        assert record.source["image"] != record.source["retrieved_image"]
+
+
+def test_one_build_at_a_time_writes_into_a_folder(config: BuildConfig) -> None:
+    with (
+        only_run(config.out, "build"),
+        pytest.raises(RefusedError, match="another one is running"),
+    ):
+        build(config)
+    assert not (config.out / "build.json").exists()
+    assert build(config).is_file()
+
+
+def test_paths_that_are_not_there_are_refused_before_the_model_is_looked_at(
+    config: BuildConfig,
+) -> None:
+    for name in ("source", "images"):
+        with pytest.raises(RefusedError, match=rf"{name} must be .*nothing"):
+            build(config.model_copy(update={name: Path("nothing"), "model": "./none"}))
+    with pytest.raises(RefusedError, match=r"^encoder must be .* Check --encoder\."):
+        build(config.model_copy(update={"encoder": "./none"}))

@@ -1,0 +1,155 @@
+"""The same input gives the same bytes, whatever the engine, workers and size of a shard, and
+however often the run was killed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+import yaml
+
+from realign.building.run import build
+from realign.config import BuildConfig
+from realign.demo.data import write_training_data
+from realign.demo.run import build_config
+
+# what a build leaves behind that must not depend on how it was run
+RESULTS = ("dataset.parquet", "funnel.json", "rejected.jsonl", "images/00000.jsonl")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_training_data(folder, 20, seed=0)
+    return folder
+
+
+def small(world: Path, out: Path, **options: object) -> BuildConfig:
+    """40 rows in windows of 8."""
+    config = build_config(world, out, seed=0)
+    return config.model_copy(
+        update={"batch_size": 8, "window": 8, "shard_size": 8, "workers": 1, "top_k": 3, **options}
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return results(build(small(world, tmp_path_factory.mktemp("expected") / "out")).parent)
+
+
+def results(out: Path) -> dict[str, bytes]:
+    return {name: (out / name).read_bytes() for name in RESULTS}
+
+
+def joined(out: Path) -> bytes:
+    """All outcomes, whatever shards they are in."""
+    return b"".join(path.read_bytes() for path in sorted((out / "shards").iterdir()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"workers": 2},
+        {"shard_size": 1},  # rounded up to a window
+        {"shard_size": 24, "workers": 2},
+        {"shard_size": 1000},
+    ],
+    ids=lambda options: ",".join(f"{key}={value}" for key, value in options.items()),
+)
+def test_neither_engine_nor_workers_nor_shards_change_the_result(
+    world: Path, tmp_path: Path, expected: dict[str, bytes], options: dict[str, object]
+) -> None:
+    build(small(world, tmp_path / "out", **options))
+    assert results(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        pytest.param(("shards",), id="last-stage"),
+        pytest.param(("embeddings", "neighbours", "shards"), id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_two_workers_of_a_local_ray_make_the_same(
+    world: Path, tmp_path: Path, expected: dict[str, bytes], stages: tuple[str, ...]
+) -> None:
+    """A build goes on with Ray, in a process of its own: Ray warns about itself when it is
+    imported. Every actor of every stage imports all libraries, which is what takes the time.
+    """
+    config = small(world, tmp_path / "out", engine="ray", workers=2)
+    dataset = build(config.model_copy(update={"engine": "process", "workers": 1}))
+    dataset.unlink()
+    for stage in stages:
+        shutil.rmtree(config.out / stage)
+    assert run(config).wait() == 0
+    assert results(config.out) == expected
+
+
+def test_what_the_result_is_made_of_does_not_ask_how_it_was_made(
+    world: Path, tmp_path: Path
+) -> None:
+    """A run may go on with other workers; another window is another run."""
+    config = small(world, tmp_path / "out")
+    build(config)
+    (config.out / "dataset.parquet").unlink()
+    (config.out / "shards" / "00001.jsonl").unlink()
+    build(config.model_copy(update={"workers": 2, "threads": 1}))
+    with pytest.raises(ValueError, match=r"config\.window: 8 there, 16 asked"):
+        build(config.model_copy(update={"window": 16}))
+
+
+KILLS = int(os.environ.get("REALIGN_KILLS", "50"))
+SCENES = int(os.environ.get("REALIGN_KILL_SCENES", "200"))
+
+
+@pytest.mark.slow
+def test_a_build_that_was_killed_often_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    """kill -9 at random moments, workers included, until so many kills were survived."""
+    world, killed, whole = tmp_path / "world", tmp_path / "killed", tmp_path / "whole"
+    write_training_data(world, SCENES, seed=100)
+    options = {"workers": 2, "batch_size": 32, "window": 32, "shard_size": 32}
+    started = time.monotonic()
+    assert run(small(world, whole, **options)).wait() == 0
+    seconds = time.monotonic() - started
+    rng = Random(0)
+    kills = 0
+    while kills < KILLS:
+        process = run(small(world, killed, **options))
+        try:
+            # short lives see the start and the stages one by one; a build that ends is begun anew
+            process.wait(timeout=rng.uniform(0.1, 1.2) * min(seconds, 30))
+            assert process.returncode == 0
+            remove_some(killed, rng)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert run(small(world, killed, **options)).wait() == 0
+    assert results(killed) == results(whole)
+    assert joined(killed) == joined(whole)
+
+
+def run(config: BuildConfig) -> subprocess.Popen[bytes]:
+    """The build in a process of its own, as the command line starts it."""
+    options = config.out.with_suffix(".yaml")
+    options.write_text(yaml.safe_dump({"build": config.model_dump(mode="json")}))
+    return subprocess.Popen(
+        [sys.executable, "-m", "realign.cli", "build", "--config", str(options)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def remove_some(out: Path, rng: Random) -> None:
+    """Take back the end of a build and a few of its shards."""
+    shards = [*out.rglob("*.jsonl"), *out.rglob("*.safetensors")]
+    for path in (out / "dataset.parquet", *rng.sample(sorted(shards), 3)):
+        path.unlink()

@@ -1,0 +1,170 @@
+"""A build whose models are behind a server: every role, each question asked once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from realign.building.prompts import COMPLETION_PROMPT, MASK_PROMPT
+from realign.building.run import build
+from realign.config import BuildConfig, GeneratorSection
+from realign.data.dataset import read_records
+from realign.demo.data import write_training_data
+from realign.demo.run import build_config
+from realign.errors import RefusedError
+
+
+class Server:
+    """An OpenAI-compatible server of a model that answers, masks one word and fills it in."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.annotation = "There is a dog next to a blue house."
+        self.has_room = True  # for completions
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                parts = body["messages"][-1]["content"]
+                text = next(part["text"] for part in parts if part["type"] == "text")
+                image = next(part["image_url"]["url"] for part in parts if "image_url" in part)
+                server.asked.append((text, image))
+                message = {"role": "assistant", "content": say(text, server.annotation)}
+                choice = {"index": 0, "message": message, "finish_reason": "stop"}
+                reply = json.dumps({"id": "1", "model": body["model"], "choices": [choice]})
+                is_refused = COMPLETION_PROMPT in text and not server.has_room
+                if is_refused:
+                    reply = json.dumps({"error": {"message": f"{len(server.asked)} tokens"}})
+                self.send_response(400 if is_refused else 200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(reply)))
+                self.end_headers()
+                self.wfile.write(reply.encode())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
+        Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+
+
+def say(text: str, annotation: str) -> str:
+    """What the model says."""
+    if MASK_PROMPT in text:
+        return text.rpartition("\n")[2].replace("dog", "[MASK]", 1)
+    if COMPLETION_PROMPT in text:
+        return text.rpartition("\n")[2].replace("[MASK]", "submarine")
+    return annotation
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def config(tmp_path: Path, server: Server) -> BuildConfig:
+    """Eight descriptions, the first without an answer."""
+    write_training_data(tmp_path / "world", 8, seed=0)
+    source = tmp_path / "world" / "train.jsonl"
+    rows = [json.loads(line) for line in source.read_text().splitlines()][::2]
+    for row in rows:
+        row["answer"] = "A red dog and a cat."
+    del rows[0]["answer"]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    served = GeneratorSection(model="scripted", endpoint=server.url)
+    update = {"annotator": served, "masker": served, "inducer": served, "mask": "model"}
+    return build_config(tmp_path / "world", tmp_path / "out", seed=0).model_copy(update=update)
+
+
+def test_a_server_annotates_masks_and_completes(config: BuildConfig, server: Server) -> None:
+    records = read_records(build(config), None)
+    assert len(records) == 8
+    assert records[0].chosen == "There is a dog next to a blue house."
+    assert records[0].rejected == "There is a submarine next to a blue house."
+    assert records[1].rejected == "A red submarine and a cat."
+    said = {"engine": "endpoint", "model": "scripted", "decoding": "greedy", "seed": 0}
+    assert records[0].meta["annotator"] == said
+    assert "annotator" not in records[1].meta
+    assert records[1].meta["masker"] == said
+    assert records[1].meta["generator"] == said
+    assert records[1].meta["masked_by"] == "model"
+    funnel = json.loads((config.out / "funnel.json").read_text())
+    assert (funnel["annotated"], funnel["accepted"], funnel["rejected"]) == (1, 8, {})
+    assert len(server.asked) == len({*server.asked})
+
+
+def test_nothing_is_asked_twice(config: BuildConfig, server: Server) -> None:
+    whole = build(config).read_bytes()
+    server.asked.clear()
+    for folder in ("annotated", "masked", "shards"):
+        (config.out / folder / "00000.jsonl").unlink()
+    (config.out / "dataset.parquet").unlink()
+    assert build(config).read_bytes() == whole
+    assert server.asked == []
+
+
+def test_patience_is_no_part_of_what_a_run_is_and_the_model_is(config: BuildConfig) -> None:
+    build(config)
+    assert config.inducer is not None
+    patient = config.inducer.model_copy(update={"timeout_s": 9.0, "concurrency": 2})
+    build(config.model_copy(update={"inducer": patient}))
+    other = config.inducer.model_copy(update={"model": "another"})
+    with pytest.raises(RefusedError, match="scripted there, another asked"):
+        build(config.model_copy(update={"inducer": other}))
+
+
+def test_rows_without_an_answer_need_an_annotator(config: BuildConfig) -> None:
+    with pytest.raises(RefusedError, match=r"1 of 8 rows .*\n.*line 1: answer must not be empty"):
+        build(config.model_copy(update={"annotator": None}))
+    assert not (config.out / "build.json").exists()
+
+
+def test_a_build_goes_without_bad_rows_where_they_are_allowed(
+    config: BuildConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    allowed = {"annotator": None, "max_reject": 0.2}
+    assert len(read_records(build(config.model_copy(update=allowed)), None)) == 7
+    assert "1 of 8 source rows are bad and left out" in capsys.readouterr().err
+    (line,) = (config.out / "rejected.jsonl").read_text().splitlines()
+    problem = json.loads(line)
+    assert (problem["field"], problem["code"]) == ("answer", "empty-answer")
+    assert json.loads((config.out / "funnel.json").read_text())["rejected"] == {"empty-answer": 1}
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("I'm sorry, but I cannot see any image.", "no answer: refused to answer"),
+        ("An <image> of a dog.", "no answer: special token"),
+        ("", "no answer: empty"),
+    ],
+)
+def test_an_annotation_that_is_none_is_no_chosen_answer(
+    config: BuildConfig, server: Server, said: str, reason: str
+) -> None:
+    server.annotation = said
+    assert len(read_records(build(config), None)) == 7
+    assert json.loads((config.out / "funnel.json").read_text())["dropped"] == {reason: 1}
+
+
+def test_what_a_server_refuses_is_counted_by_kind(config: BuildConfig, server: Server) -> None:
+    """Its message differs by request: the numbers of tokens, for one."""
+    server.has_room = False
+    with pytest.raises(RefusedError, match="got none from 8 rows"):
+        build(config.model_copy(update={"top_k": 1}))
+    refused = json.loads((config.out / "funnel.json").read_text())["refused_candidates"]
+    assert refused == {"refused by the server": 8}

@@ -1,0 +1,33 @@
+"""Every family has a recipe that `realign train` reads, and a row in the table of families."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from realign.config import TrainConfig
+from realign.config_file import load_config
+from tests.realign.modeling.families.registry import FAMILIES, SEPARATE
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+RECIPES = {path.stem: path for path in (ROOT / "recipes" / "families").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_recipe_trains_adapters_as_the_paper(name: str) -> None:
+    config = load_config(TrainConfig, RECIPES[name], flags={"data": "d", "out": "o"})
+    assert config.lora is not None
+    assert (config.lora.r, config.lora.alpha, config.lora.targets) == (128, 256, "all-linear")
+    assert config.max_length is not None
+    assert f"recipes/families/{name}.yaml" in RECIPES[name].read_text(encoding="utf-8")
+
+
+def test_there_is_no_recipe_of_another_family() -> None:
+    assert RECIPES.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *SEPARATE])
+def test_a_family_is_in_the_table(name: str) -> None:
+    assert f"| `{name}` |" in PAGE

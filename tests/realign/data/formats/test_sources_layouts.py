@@ -1,0 +1,324 @@
+"""Each layout from a small file: what a row becomes, and which rows are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from realign.data.formats.layouts import LAYOUTS
+from realign.data.formats.text_pairs import VICUNA_SYSTEM
+from realign.errors import RefusedError
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def human(text: str) -> dict[str, str]:
+    return {"from": "human", "value": text}
+
+
+def gpt(text: str) -> dict[str, str]:
+    return {"from": "gpt", "value": text}
+
+
+def parts(role: str, text: str, *, images: int = 0) -> dict[str, Any]:
+    image = [{"type": "image", "text": None}] * images
+    return {"role": role, "content": [*image, {"type": "text", "text": text}]}
+
+
+PAIR = {"chosen": "A red car.", "rejected": "A blue car."}
+QUESTION = "What is there?"
+# name of the layout -> a row of it that asks QUESTION about a.jpg and has PAIR
+ROWS: dict[str, dict[str, Any]] = {
+    "question": {"image": "a.jpg", "question": f"<image>\n{QUESTION}", **PAIR},
+    "rlhf-v": {"image": "a.jpg", "text": json.dumps({"question": QUESTION, **PAIR})},
+    "mdpo": {
+        "img_path": "a.jpg",
+        "prompt": f"{VICUNA_SYSTEM} USER: <image>\n{QUESTION} ASSISTANT:",
+        **PAIR,
+    },
+    "povid": {
+        "image": "a.jpg",
+        "conversations": [human(f"<image>\n{QUESTION}"), gpt(PAIR["chosen"])],
+        "rejected_conversations": [human(f"<image>\n{QUESTION}"), gpt(PAIR["rejected"])],
+    },
+    "llamafactory": {
+        "images": ["a.jpg"],
+        "conversations": [human(f"<image>{QUESTION}")],
+        "chosen": gpt(PAIR["chosen"]),
+        "rejected": gpt(PAIR["rejected"]),
+    },
+    "ms-swift": {
+        "images": ["a.jpg"],
+        "messages": [user(f"<image>{QUESTION}"), assistant(PAIR["chosen"])],
+        "rejected_response": PAIR["rejected"],
+    },
+    "trl": {
+        "images": ["a.jpg"],
+        "prompt": [parts("user", QUESTION, images=1)],
+        "chosen": [parts("assistant", PAIR["chosen"])],
+        "rejected": [parts("assistant", PAIR["rejected"])],
+    },
+    "official": {
+        "image": "a.jpg",
+        "retrieved_image": "b.jpg",
+        "chosen": [user(f"<image>\n{QUESTION}"), assistant(PAIR["chosen"])],
+        "rejected": [user(f"<image>\n{QUESTION}"), assistant(PAIR["rejected"])],
+    },
+    "realign": {
+        "image": "a.jpg",
+        "prompt": QUESTION,
+        "answer": PAIR["chosen"],
+        "rejected": PAIR["rejected"],
+    },
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_layout_is_recognised_and_its_pair_read(name: str, as_list: bool, read, images, capsys):
+    source = read([{**ROWS[name], "idx": 7, "split": ["x"]}], as_list=as_list)
+    assert (source.problems, source.format, source.num_read) == ([], name, 1)
+    (row,) = source.rows
+    assert row.prompt == (user(QUESTION),)
+    assert (row.answer, row.rejected) == (PAIR["chosen"], PAIR["rejected"])
+    assert (row.image, row.path) == ("a.jpg", images / "a.jpg")
+    assert row.source["extra"] == {"idx": 7, "split": ["x"]}
+    file = "source.json" if as_list else "source.jsonl"
+    assert (row.source["file"], row.source["index"], row.id) == (file, 0, "0")
+    assert f"source {file}: read as {name} (" in capsys.readouterr().err
+
+
+def test_every_layout_has_a_row_here() -> None:
+    assert {layout.name for layout in LAYOUTS} == {*ROWS, "llava"}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("trl", {"prompt": QUESTION, **PAIR}),
+        ("trl", {"prompt": [user(f"<image>{QUESTION}")], "chosen": [assistant(PAIR["chosen"])]}),
+        ("trl", {"images": None, "image": "a.jpg"}),
+        ("llamafactory", PAIR),
+        ("rlhf-v", {"text": {"question": QUESTION, **PAIR}}),
+        ("mdpo", {"prompt": f"USER: <image>\n{QUESTION} ASSISTANT:"}),
+        ("mdpo", {"prompt": f"USER: {QUESTION}\n<image> ASSISTANT:"}),
+        (
+            "ms-swift",
+            {
+                "rejected_response": None,
+                "rejected_messages": [user(QUESTION), assistant(PAIR["rejected"])],
+            },
+        ),
+        ("realign", {"prompt": [user(QUESTION)]}),
+        ("realign", {"prompt": [parts("user", QUESTION)], "answer": " A red car.\n"}),
+    ],
+)
+def test_other_spellings_of_a_layout(name: str, change: dict[str, Any], read) -> None:
+    source = read([ROWS[name] | change])
+    (row,) = source.rows
+    assert (source.format, row.prompt) == (name, (user(QUESTION),))
+    assert (row.answer, row.rejected) == (PAIR["chosen"], PAIR["rejected"])
+
+
+MULTI = [user("Hi. <image>"), assistant("Hello."), user(QUESTION)]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("trl", {"prompt": MULTI}),
+        ("llamafactory", {"conversations": [{"from": "system", "value": "Be kind."}, *MULTI]}),
+        ("ms-swift", {"messages": [*MULTI, assistant(PAIR["chosen"])]}),
+        ("official", {name: [*MULTI, assistant(text)] for name, text in PAIR.items()}),
+        ("povid", {
+            "conversations": [*MULTI, assistant(PAIR["chosen"])],
+            "rejected_conversations": [*MULTI, assistant(PAIR["rejected"])],
+        }),
+    ],
+)  # fmt: skip
+def test_earlier_turns_are_the_prompt(name: str, change: dict[str, Any], read) -> None:
+    (row,) = read([ROWS[name] | change]).rows
+    turns = [turn for turn in row.prompt if turn["role"] != "system"]
+    assert turns == [user("Hi."), assistant("Hello."), user(QUESTION)]
+    assert row.prompt[0]["role"] == ("system" if name == "llamafactory" else "user")
+    assert (row.instruction, row.answer, row.rejected) == (QUESTION, *PAIR.values())
+
+
+def test_a_row_without_an_answer_is_to_be_annotated(read) -> None:
+    rows = [{"image": "a.jpg", "prompt": QUESTION}, {"image": "b.jpg", "prompt": "x", "answer": ""}]
+    source = read([*rows, {"image": "c.jpg", "prompt": "x", "answer": None}])
+    assert [(row.answer, row.rejected) for row in source.rows] == [("", "")] * 3
+    asked = {"image": "a.jpg", "conversations": [human(QUESTION)]}
+    assert read([asked], as_list=True).rows[0].answer == ""
+    asked = {"images": ["a.jpg"], "messages": [user(QUESTION)]}
+    assert read([asked]).rows[0].prompt == (user(QUESTION),)
+
+
+def test_retrieved_images_of_a_source_are_named_and_retrieved_anew(read, capsys) -> None:
+    (row,) = read([ROWS["official"]]).rows
+    assert row.source["retrieved_image"] == "b.jpg"
+    assert "retrieved images of the source are not used" in capsys.readouterr().err
+
+
+def test_an_image_pair_of_ms_swift_has_no_rejected_answer(read) -> None:
+    row = ROWS["ms-swift"] | {"rejected_response": None, "rejected_images": ["b.jpg"]}
+    (read_row,) = read([row]).rows
+    assert (read_row.answer, read_row.rejected) == (PAIR["chosen"], "")
+    again = row | {"rejected_messages": [user(QUESTION), assistant(PAIR["chosen"])]}
+    assert read([again]).rows[0].rejected == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "field", "code"),
+    [
+        ("question", {"question": 3}, "question", "wrong-type"),
+        ("question", {"question": "<image>"}, "question", "empty"),
+        ("question", {"question": "<image><image>x"}, "question", "image-count"),
+        ("question", {"chosen": " "}, "chosen", "empty"),
+        ("question", {"rejected": None}, "rejected", "missing-key"),
+        ("question", {"rejected": PAIR["chosen"]}, "rejected", "equal-answers"),
+        ("question", {"image": None}, "image", "missing-key"),
+        ("question", {"image": ["a.jpg", "b.jpg"]}, "image", "image-count"),
+        ("question", {"image": 5}, "image", "wrong-type"),
+        ("question", {"image": {"bytes": "a.jpg"}}, "image", "wrong-type"),
+        ("question", {"image": "none.jpg"}, "image", "missing"),
+        ("question", {"image": "../x.jpg"}, "image", "outside-root"),
+        ("question", {"image": "http://h/x.jpg"}, "image", "url"),
+        ("question", {"image": "a\0.jpg"}, "image", "image-name"),
+        ("question", {"image": "x" * 300}, "image", "unreadable"),
+        ("question", {"image": "\ud800.jpg"}, "image", "unreadable"),
+        ("question", {"chosen": "Half \ud800."}, "answer", "surrogate"),
+        ("question", {"chosen": "An <image>."}, "answer", "special-token"),
+        ("question", {"chosen": "Bye</s>"}, "answer", "special-token"),
+        ("question", {"id": ["x"]}, "id", "wrong-type"),
+        ("rlhf-v", {"text": "{"}, "text", "wrong-type"),
+        ("rlhf-v", {"text": '{"question": "x"}'}, "text", "wrong-type"),
+        ("rlhf-v", {"text": "[" * 100_000}, "text", "wrong-type"),
+        ("rlhf-v", {"text": "1" * 5000}, "text", "wrong-type"),
+        ("mdpo", {"prompt": QUESTION}, "prompt", "template"),
+        ("mdpo", {"prompt": "Be brief. USER: x ASSISTANT:"}, "prompt", "template"),
+        ("mdpo", {"prompt": "USER: a ASSISTANT: b USER: c ASSISTANT:"}, "prompt", "template"),
+        ("mdpo", {"prompt": "USER: <image> ASSISTANT:"}, "prompt", "empty"),
+        ("mdpo", {"prompt": "USER: x ASSISTANT: y"}, "prompt", "template"),
+        ("povid", {"rejected_conversations": [human("Other?"), gpt("x")]},
+         "rejected_conversations", "different-prompts"),
+        ("povid", {"rejected_conversations": None}, "rejected_conversations", "wrong-type"),
+        ("povid", {"conversations": [human("x")]}, "conversations", "turns"),
+        ("llamafactory", {"conversations": [gpt("x")]}, "conversations", "turns"),
+        ("llamafactory", {"chosen": human("x")}, "chosen", "turns"),
+        ("llamafactory", {"chosen": gpt("")}, "chosen", "empty"),
+        ("llamafactory", {"images": []}, "images", "missing-key"),
+        ("ms-swift", {"messages": [user("x"), user("y")]}, "messages", "turns"),
+        ("ms-swift", {"messages": [{"role": "tool", "content": "x"}]}, "messages", "messages"),
+        ("ms-swift", {"messages": []}, "messages", "wrong-type"),
+        ("ms-swift", {"rejected_messages": [user("y"), assistant("z")]},
+         "rejected_messages", "different-prompts"),
+        ("trl", {"prompt": [parts("user", "x", images=2)]}, "prompt", "image-count"),
+        ("trl", {"prompt": [{"role": "user", "content": [{"type": "video"}]}]},
+         "prompt", "messages"),
+        ("trl", {"prompt": 3}, "prompt", "wrong-type"),
+        ("trl", {"prompt": [user("x"), assistant("y"), user("What <image>?")]},
+         "prompt", "special-token"),
+        ("trl", {"chosen": [user("x"), assistant("y")]}, "chosen", "turns"),
+        ("official", {"rejected": [user("Other?"), assistant("x")]},
+         "rejected", "different-prompts"),
+        ("realign", {"prompt": " "}, "prompt", "empty"),
+        ("realign", {"prompt": "<image> x"}, "prompt", "special-token"),
+        ("realign", {"prompt": [user("<image> x")]}, "prompt", "special-token"),
+        ("realign", {"prompt": [assistant("x")]}, "prompt", "turns"),
+        ("realign", {"prompt": [user("")]}, "prompt", "empty"),
+        ("realign", {"answer": 3}, "answer", "wrong-type"),
+        ("realign", {"answer": ""}, "answer", "empty"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_reported_and_the_others_are_read(
+    name: str, change: dict[str, Any], field: str, code: str, read
+) -> None:
+    good = ROWS[name]
+    source = read([good, good | {"id": "bad"} | change, good | {"id": "z"}], special=["</s>", ""])
+    assert [row.id for row in source.rows] == ["0", "z"]
+    (problem,) = source.problems
+    assert (problem.field, problem.code) == (field, code)
+    assert problem.row == ("2" if field == "id" else "bad")
+    assert problem.place == "source.jsonl, line 2"
+    assert problem.message.startswith("source.jsonl, line 2: ")
+    assert problem.message.endswith(".")
+    assert source.num_read == 3
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_any_key_of_a_row_can_be_missing_or_odd(name: str, read) -> None:
+    """A row without a key, or with another type under it, is good or refused, never an error."""
+    rows: list[Any] = [ROWS[name]]
+    for key in ROWS[name]:
+        rows.append({k: v for k, v in ROWS[name].items() if k != key})
+        odd = (3, True, [], {}, [3], [[]], [{}], [None], {"content": 3}, [{"role": [], "value": 3}])
+        rows += [ROWS[name] | {key: value} for value in odd]
+    source = read(rows, as_list=True)
+    assert source.format == name
+    assert len(source.rows) + len(source.problems) == source.num_read == len(rows)
+    assert len(source.problems) >= len(rows) // 2
+
+
+def test_ids_of_our_own_rows_are_unique(read) -> None:
+    row = {"id": 1, "image": "a.jpg", "prompt": "x", "answer": "y"}
+    source = read([row, row, row | {"id": "2"}])
+    assert [row.id for row in source.rows] == ["1", "2"]
+    (problem,) = source.problems
+    assert (problem.code, problem.row) == ("duplicate-id", "1")
+    assert "id must be unique, got '1' again" in problem.message
+
+
+def test_repeated_ids_of_others_get_a_number(read) -> None:
+    row = ROWS["question"] | {"id": "x"}
+    source = read([row, row, row | {"id": "x#2"}, row])
+    assert [row.id for row in source.rows] == ["x", "x#2", "x#2#2", "x#3"]
+    assert [row.source["id"] for row in source.rows] == ["x", "x", "x#2", "x"]
+
+
+def test_a_format_can_be_named(read) -> None:
+    row = ROWS["trl"] | {"prompt": QUESTION, **PAIR, "question": "Which?"}
+    assert read([row]).format == "question"
+    source = read([row], format="trl")
+    assert (source.format, source.rows[0].instruction) == ("trl", QUESTION)
+    assert source.rows[0].source["extra"] == {"question": "Which?"}
+    with pytest.raises(RefusedError, match=r"format must be one of \['llamafactory', .*got 'x'\."):
+        read([row], format="x")
+
+
+def test_the_first_row_with_a_layout_decides(read) -> None:
+    source = read([{"image": "a.jpg"}, 3, ROWS["trl"]])
+    assert (source.format, len(source.rows)) == ("trl", 1)
+    assert [problem.code for problem in source.problems] == ["wrong-type", "not-an-object"]
+
+
+def test_an_unknown_layout_is_refused_with_the_known_ones(read) -> None:
+    with pytest.raises(RefusedError) as refused:
+        read([{"picture": "a.jpg"}])
+    text = str(refused.value)
+    assert "got rows with keys ['picture'] in source.jsonl" in text
+    assert all(f"  {layout.name}: {layout.summary}" in text for layout in LAYOUTS)
+    with pytest.raises(RefusedError, match="got no row that is an object in"):
+        read([[1]])
+
+
+def test_values_that_json_cannot_hold_are_named(read, capsys) -> None:
+    odd = {"odd": "\ud800", "\udfff": 1}
+    (row,) = read([ROWS["question"] | odd | {"fine": {"a": [1, None]}}]).rows
+    assert row.source["extra"] == {"fine": {"a": [1, None]}}
+    assert "not kept, because JSON cannot hold them: \\udfff, odd\n" in capsys.readouterr().err
+
+
+def test_half_a_character_in_an_id_is_reported_in_text_that_can_be_written(read) -> None:
+    (problem,) = read([ROWS["question"], ROWS["question"] | {"id": "\ud800"}]).problems
+    assert (problem.field, problem.code, problem.row) == ("id", "surrogate", "\\ud800")
+    assert all(text.encode() for text in dataclasses.astuple(problem))

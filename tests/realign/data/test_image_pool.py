@@ -1,0 +1,236 @@
+"""Untrusted images in worker processes: in order, bounded, and none costs more than itself."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from realign.data.image_pool import ImageFacts, ImagePool, inspect_images
+from realign.data.images import RefusedImage, decode_image
+from realign.data.perceptual_hash import perceptual_hash
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    """Twenty different images of different sizes."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for number in range(20):
+        shape = (10 + 7 * (number % 5), 12 + number, 3)
+        path = tmp_path / f"{number}.{('png', 'jpg', 'webp')[number % 3]}"
+        Image.fromarray(rng.integers(0, 255, shape, dtype=np.uint8)).save(path)
+        paths.append(path)
+    return paths
+
+
+def facts(path: Path) -> ImageFacts:
+    raw = path.read_bytes()
+    image = decode_image(raw, "here")
+    digest = hashlib.sha256(raw).hexdigest()
+    return ImageFacts(digest, image.width, image.height, perceptual_hash(image))
+
+
+def fifo(folder: Path) -> Path:
+    """A file that never opens: what reads it hangs."""
+    path = folder / "hangs.png"
+    os.mkfifo(path)
+    return path
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while running := [pid for pid in pids if is_running(pid)]:
+        assert time.monotonic() < end, running
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_facts_come_in_the_order_of_the_paths(paths: list[Path], workers: int) -> None:
+    assert list(inspect_images(paths, workers=workers)) == [facts(path) for path in paths]
+    assert list(inspect_images([], workers=workers)) == []
+
+
+def test_a_refusal_takes_the_place_of_the_facts(paths: list[Path], tmp_path: Path) -> None:
+    bad, gone = tmp_path / "bad.png", tmp_path / "gone.png"
+    bad.write_bytes(b"no image")
+    found = list(inspect_images([paths[0], bad, gone, paths[1]], workers=2))
+    assert [found[0], found[3]] == [facts(paths[0]), facts(paths[1])]
+    assert isinstance(found[1], RefusedImage)
+    with pytest.raises(RefusedImage) as refused:
+        decode_image(b"no image", str(bad))
+    assert (str(found[1]), found[1].code) == (str(refused.value), "format")
+    assert isinstance(found[2], RefusedImage)
+    assert (found[2].code, found[2].where) == ("missing", str(gone))
+
+
+def test_an_image_that_hangs_costs_itself_alone(paths: list[Path], tmp_path: Path) -> None:
+    order = [paths[0], fifo(tmp_path), *paths[1:6]]
+    found = list(inspect_images(order, workers=1, timeout_s=0.5))
+    assert isinstance(found[1], RefusedImage)
+    assert found[1].code == "timeout"
+    assert "must decode in 0.5 seconds" in str(found[1])
+    assert [found[0], *found[2:]] == [facts(path) for path in (paths[0], *paths[1:6])]
+
+
+def test_a_decoder_that_takes_too_long_is_stopped_inside(tmp_path: Path) -> None:
+    Image.new("RGB", (6000, 6000)).save(tmp_path / "large.png", compress_level=1)
+    (found,) = inspect_images([tmp_path / "large.png"], workers=1, timeout_s=0.02)
+    assert isinstance(found, RefusedImage)
+    assert found.code == "timeout"
+
+
+def test_an_image_that_crashes_its_worker_costs_itself_alone(
+    paths: list[Path], tmp_path: Path
+) -> None:
+    with ImagePool(1) as pool:
+        assert pool.submit(paths[0], "a").result() == facts(paths[0])
+        hanging = pool.submit(fifo(tmp_path), "b")
+        process = pool._crew[0]._process
+        assert process is not None
+        threading.Timer(0.2, lambda: os.kill(process.pid, signal.SIGSEGV)).start()
+        found = hanging.result()
+        assert isinstance(found, RefusedImage)
+        assert found.code == "crashed"
+        assert "status -11" in str(found)
+        assert pool.submit(paths[1], "c").result() == facts(paths[1])
+
+
+def test_memory_is_bounded(tmp_path: Path, paths: list[Path]) -> None:
+    Image.new("RGBA", (6000, 6000)).save(tmp_path / "large.png", compress_level=1)
+    order = [tmp_path / "large.png", paths[0]]
+    large, small = inspect_images(order, workers=1, memory_bytes=400 << 20)
+    assert isinstance(large, RefusedImage)
+    assert large.code == "memory"
+    assert small == facts(paths[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16", "P", "CMYK"])
+def test_the_largest_image_fits_into_the_default_memory(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("large.jpg" if mode == "CMYK" else "large.png")
+    options = {"transparency": 0} if mode == "P" else {}
+    Image.new(mode, (6324, 6324)).save(path, compress_level=1, **options)
+    (found,) = inspect_images([path], workers=1, timeout_s=60)
+    assert isinstance(found, ImageFacts)
+
+
+def test_bytes_are_inspected_as_files_are(paths: list[Path]) -> None:
+    with ImagePool(2) as pool:
+        futures = [pool.submit(path.read_bytes(), "image") for path in paths]
+        assert [future.result() for future in futures] == [facts(path) for path in paths]
+        large = pool.submit(bytes(3_000_000), "image").result()  # many times a pipe's buffer
+    assert isinstance(large, RefusedImage)
+    assert str(large.at("row 3, images")).startswith("row 3, images: image must be a readable")
+    assert large.code == large.at("row 3, images").code == "format"
+
+
+def test_what_is_not_asked_for_is_not_waited_for(paths: list[Path], tmp_path: Path) -> None:
+    images = inspect_images([*paths, fifo(tmp_path)], workers=2, timeout_s=60)
+    assert next(images) == facts(paths[0])
+    started = time.monotonic()
+    images.close()
+    assert time.monotonic() - started < 10
+
+
+def test_results_stream(paths: list[Path]) -> None:
+    """A million paths are not a million results in memory: few are asked ahead of their use."""
+    seen: list[int] = []
+
+    class Watched(list[Path]):
+        def __iter__(self):
+            for number, path in enumerate(paths * 50):
+                seen.append(number)
+                yield path
+
+    images = inspect_images(Watched(), workers=1)
+    next(images)
+    assert len(seen) <= 16
+    images.close()
+
+
+def test_workers_import_neither_torch_nor_transformers() -> None:
+    code = (
+        "import realign.data.image_worker, sys\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'pyarrow', 'scipy', 'yaml', 'rich'}\n"
+        "assert not heavy & {name.partition('.')[0] for name in sys.modules}, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_module_in_the_current_folder_is_not_imported(
+    paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hashlib.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    assert list(inspect_images(paths[:1], workers=1)) == [facts(paths[0])]
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from realign.data.image_pool import ImagePool
+
+with ImagePool(3, timeout_s=2) as pool:
+    good, hangs = map(Path, sys.argv[1:])
+    for future in [pool.submit(good, "a") for _ in range(12)]:
+        future.result()
+    stuck = pool.submit(hangs, "b")
+    print(*[w._process.pid for w in pool._crew if w._process], flush=True)
+    stuck.result()
+    stuck = pool.submit(hangs, "b").result()
+"""
+
+
+def test_killing_the_parent_leaves_no_worker(paths: list[Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PARENT, str(paths[0]), str(fifo(tmp_path))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert pids
+        assert all(map(is_running, pids))
+        parent.kill()
+    # the one that hangs ends at its time limit, the others at once
+    wait_until_gone(pids, 10)
+
+
+def test_the_end_of_the_pool_leaves_no_worker(paths: list[Path]) -> None:
+    with ImagePool(2) as pool:
+        for future in [pool.submit(path, "a") for path in paths]:
+            future.result()
+        pids = [worker._process.pid for worker in pool._crew if worker._process]
+        assert pids
+    wait_until_gone(pids, 5)
+
+
+def test_a_refusal_travels_between_processes() -> None:
+    import pickle
+
+    error = RefusedImage("row 1", "image is damaged. Replace it.", "damaged")
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.code, again.field) == (str(error), "damaged", "image")
+
+
+def test_png_of_a_stranger_prints_nothing(capfd, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
+    (tmp_path / "a.jpg").write_bytes(buffer.getvalue()[:300])
+    list(inspect_images([tmp_path / "a.jpg"], workers=1))
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,268 @@
+"""Scores against counts made by hand, and the paired bootstrap against theory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from realign.config import EvalConfig
+from realign.demo.data import write_eval_data
+from realign.errors import RefusedError
+from realign.evaluation.bootstrap import paired_scores
+from realign.evaluation.chair import caption_counts, chair_metrics, mentioned
+from realign.evaluation.pope import confusion, pope_metrics, says_yes
+from realign.evaluation.run import evaluate, score
+from realign.evaluation.samples import caption_samples, question_samples
+from realign.evaluation.table import cut_note, difference
+from realign.generation.generator import Answer
+from realign.review.report import write_report
+
+
+@pytest.mark.parametrize(
+    ("answer", "yes"),
+    [
+        ("Yes, there is a dog.", True),
+        ("No, there is no dog.", False),
+        ("There is no dog in the image.", False),
+        ("There is not. Yes.", False),  # the first sentence decides
+        ("Yes. No.", True),
+        ("There isn't a dog.", True),  # the official rule misses this, and so do we under its name
+        ("", True),
+    ],
+)
+def test_official_pope_rule(answer: str, yes: bool) -> None:
+    assert says_yes(answer) is yes
+
+
+def test_pope_metrics_by_hand() -> None:
+    assert confusion("yes", "No.") == [0, 1, 0, 0]
+    scores = pope_metrics(np.array([8.0, 2.0, 6.0, 4.0]))  # true yes, false no, true no, false yes
+    assert scores["balanced_accuracy"] == pytest.approx(0.5 * (0.8 + 0.6))
+    assert scores["f1"] == pytest.approx(2 * 8 / (2 * 8 + 4 + 2))
+    assert scores["yes_rate"] == pytest.approx(12 / 20)
+
+
+def test_chair_by_hand() -> None:
+    synonyms = {"dog": ["dog", "puppy"], "bus": ["bus"], "cat": ["cat"]}
+    assert mentioned("Two puppies? A puppy and two buses, catalogue.", synonyms) == {"dog", "bus"}
+    counts = caption_counts("A puppy, a dog and a cat.", ["dog", "bus"], synonyms)
+    assert counts == [2, 1, 2, 1]
+    scores = chair_metrics(np.array(counts, dtype=float))
+    assert (scores["chair_i"], scores["recall"]) == (0.5, 0.5)
+
+
+def accuracy(counts):
+    return {"accuracy": counts[..., 0] / counts.sum(-1)}
+
+
+def test_interval_of_a_proportion_is_the_normal_one() -> None:
+    hits = np.zeros((1000, 2))
+    hits[:700, 0] = hits[700:, 1] = 1
+    scores = paired_scores({"m": hits}, accuracy, baseline="m", resamples=4000, seed=0)
+    half = 1.96 * np.sqrt(0.7 * 0.3 / 1000)
+    assert scores["m"]["accuracy"]["value"] == 0.7
+    assert scores["m"]["accuracy"]["interval"] == pytest.approx([0.7 - half, 0.7 + half], abs=2e-3)
+    assert scores["m"]["accuracy"]["difference_interval"] == [0, 0]
+
+
+def test_pairing_narrows_the_interval_of_a_difference() -> None:
+    rng = np.random.default_rng(0)
+    base = np.eye(2)[(rng.random(1000) < 0.5).astype(int)]
+    better = base.copy()
+    better[np.flatnonzero(base[:, 1])[:50]] = [1, 0]  # right wherever the base is, and 50 more
+    scores = paired_scores({"a": base, "b": better}, accuracy, baseline="a", resamples=2000, seed=0)
+    low, high = scores["b"]["accuracy"]["difference_interval"]
+    assert scores["b"]["accuracy"]["difference"] == pytest.approx(0.05)
+    assert 0.03 < low < 0.05 < high < 0.07
+
+
+def test_score_pairs_models_by_image() -> None:
+    rows = [
+        {"image": "a", "text": "dog?", "label": "yes"},
+        {"image": "a", "text": "cat?", "label": "no"},
+        {"image": "b", "text": "dog?", "label": "no"},
+    ]
+    said = {("a", "dog?"): "Yes.", ("a", "cat?"): "No.", ("b", "dog?"): "Yes."}
+    right = {**said, ("b", "dog?"): "No."}
+    answers = {
+        "x": {question: Answer(text) for question, text in said.items()},
+        "y": {question: Answer(text, text == "No.") for question, text in right.items()},
+    }
+    scores = score({"pope_random": rows}, answers, {}, resamples=10, seed=0)
+    task = scores["tasks"]["pope_random"]
+    assert (task["items"], task["images"], scores["baseline"]) == (3, 2, "x")
+    assert task["models"]["x"]["balanced_accuracy"]["value"] == 0.75
+    assert task["models"]["y"]["balanced_accuracy"]["difference"] == 0.25
+    assert task["cut"] == {"x": 0, "y": 2}
+    assert cut_note(scores) == "Of 3 answers, cut at max_new_tokens: x 0, y 2."
+    assert cut_note({"tasks": {"pope_random": {**task, "cut": {"x": 0, "y": 0}}}}) == ""
+
+
+def test_a_difference_of_nothing_has_no_minus() -> None:
+    score = {"difference": 0.0, "difference_interval": [-0.0, -0.0004]}
+    assert difference(score) == "+0.0 [+0.0, +0.0]"
+    assert difference({"difference": -0.01, "difference_interval": [-0.02, 0]}) == (
+        "-1.0 [-2.0, +0.0]"
+    )
+
+
+def test_samples_are_the_first_on_which_first_and_last_differ() -> None:
+    questions = [
+        {"image": "a", "text": "dog?", "label": "yes"},
+        {"image": "a", "text": "cat?", "label": "no"},
+    ]
+    caption = {"image": "a", "text": "Describe.", "objects": ["dog"]}
+    base = {("a", "dog?"): "Yes.", ("a", "cat?"): "Yes.", ("a", "Describe."): "A dog, a kitten."}
+    other = {**base, ("a", "cat?"): "No.", ("a", "Describe."): "A dog."}
+    answers = {
+        model: {question: Answer(text) for question, text in said.items()}
+        for model, said in (("base", base), ("between", base), ("last", other))
+    }
+    synonyms = {"dog": ["dog"], "cat": ["cat", "kitten"]}
+    (sample,) = caption_samples([caption], answers, synonyms)
+    assert sample["truth"] == "in the image: dog"
+    assert sample["answers"] == {
+        "base": {"text": "A dog, a kitten.", "is_right": False, "absent_words": ["cat", "kitten"]},
+        "last": {"text": "A dog.", "is_right": True, "absent_words": []},
+    }
+    (sample,) = question_samples(questions, answers)
+    assert (sample["prompt"], sample["truth"]) == ("cat?", "right answer: no")
+    assert [said["is_right"] for said in sample["answers"].values()] == [False, True]
+    alone = {"base": answers["base"]}
+    assert question_samples(questions, alone) == caption_samples([caption], alone, synonyms) == []
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    write_eval_data(tmp_path / "world", 6, seed=0)
+    return tmp_path / "world"
+
+
+def test_answers_are_stored_once_and_reused(tmp_path: Path, model_dir, world) -> None:
+    config = EvalConfig(
+        models={"base": str(model_dir), "same": str(model_dir)},
+        data=world / "eval",
+        images=world / "images",
+        out=tmp_path / "eval",
+        bootstrap=20,
+    )
+    scores = evaluate(config)
+    answers = (tmp_path / "eval" / "answers" / "base.jsonl").read_bytes()
+    rows = [json.loads(line) for line in answers.splitlines()]
+    assert len({(row["image"], row["text"]) for row in rows}) == len(rows)
+    assert answers == (tmp_path / "eval" / "answers" / "same.jsonl").read_bytes()
+    models = scores["tasks"]["chair"]["models"]
+    assert models["same"]["recall"]["difference"] == 0
+    assert scores["samples"] == []  # two equal models have no different captions
+    assert evaluate(config) == json.loads((tmp_path / "eval" / "scores.json").read_text())
+
+
+def test_other_images_or_generation_settings_are_another_run(
+    tmp_path: Path, model_dir, world
+) -> None:
+    model = Path(shutil.copytree(model_dir, tmp_path / "model"))
+    config = EvalConfig(
+        models={"base": str(model)},
+        data=world / "eval",
+        images=world / "images",
+        out=tmp_path / "eval",
+        bootstrap=20,
+    )
+    evaluate(config)
+    settings = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps({**settings, "num_beams": 2}))
+    with pytest.raises(RefusedError, match=r"models\.base\.generation_config\.json: .* asked"):
+        evaluate(config)
+    (model / "generation_config.json").write_bytes(
+        (model_dir / "generation_config.json").read_bytes()
+    )
+    evaluate(config)
+    shutil.copy(world / "images" / "eval-00001.png", world / "images" / "eval-00000.png")
+    with pytest.raises(RefusedError, match=r"holds another run.*\n  images: .* there, .* asked"):
+        evaluate(config)
+
+
+def test_eval_refuses_what_is_missing_or_malformed(tmp_path: Path, model_dir, world) -> None:
+    def run(**options):
+        base = {"models": {"base": str(model_dir)}, "data": world / "eval"}
+        base |= {"images": world / "images", "out": tmp_path / "eval"}
+        evaluate(EvalConfig(**{**base, **options}))
+
+    with pytest.raises(RefusedError, match="at least one model"):
+        run(models={})
+    with pytest.raises(RefusedError, match=r"must hold pope_random\.jsonl"):
+        run(data=tmp_path)
+    path = world / "eval" / "pope_popular.jsonl"
+    good = path.read_text()
+    path.write_text(good.replace('"label": "yes"', '"label": "maybe"', 1))
+    with pytest.raises(RefusedError, match=r"popular\.jsonl, line 1: label must be yes or no"):
+        run()
+    path.write_text('{"image": "a.png", "text": "x"}\n')
+    with pytest.raises(RefusedError, match=r"line 1: keys \['label'\] are missing"):
+        run()
+    path.write_text(good)
+    (world / "images" / "eval-00003.png").unlink()
+    with pytest.raises(RefusedError, match=r"'eval-00003\.png' does not exist"):
+        run()
+    (world / "images" / "eval-00003.png").write_text("junk")
+    with pytest.raises(RefusedError, match=r"line \d+, eval-00003\.png: image must be a readable"):
+        run()
+    (world / "eval" / "chair_objects.json").unlink()
+    with pytest.raises(RefusedError, match=r"must hold chair_objects\.json"):
+        run()
+    assert not (tmp_path / "eval").exists()
+
+
+@pytest.mark.parametrize("tasks", [["pope_popular"], ["pope_adversarial"], ["chair"]], ids=str)
+def test_what_is_there_is_measured_and_what_is_not_is_named(
+    tmp_path: Path, model_dir, world, tasks: list[str], capsys
+) -> None:
+    files = ("pope_random", "pope_popular", "pope_adversarial", "chair")
+    absent = [f"{name}.jsonl" for name in files if name not in tasks]
+    for name in absent:
+        (world / "eval" / name).unlink()
+    if "chair" not in tasks:
+        (world / "eval" / "chair_objects.json").unlink()
+    config = EvalConfig(
+        models={"base": str(model_dir)},
+        data=world / "eval",
+        images=world / "images",
+        out=tmp_path / "eval",
+        bootstrap=20,
+    )
+    assert list(evaluate(config)["tasks"]) == tasks
+    assert f"does not hold them: {', '.join(absent)}\n" in capsys.readouterr().err
+    assert write_report(tmp_path, tmp_path / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("pope_random.jsonl", "{", r"pope_random\.jsonl, line 1 must be JSON, got '\{'"),
+        ("pope_random.jsonl", "", r"pope_random\.jsonl must have at least one line"),
+        ("pope_random.jsonl", "3\n", r"pope_random\.jsonl, line 1 must be an object .* got 3"),
+        ("pope_random.jsonl", '{"image": "a", "text": 1, "label": "no"}', "line 1: text must be"),
+        ("pope_random.jsonl", '{"image": 1, "text": "x", "label": "no"}', "must be a file name"),
+        ("chair.jsonl", '{"image": "a", "text": "x", "objects": "dog"}', "objects must be a list"),
+        ("chair.jsonl", '{"image": "a", "text": "x", "objects": ["emu"]}', "line 1: .* got 'emu'"),
+        ("chair_objects.json", "{\n[", r"chair_objects\.json, line 2 must be JSON"),
+        ("chair_objects.json", '{"dog": "dog"}', r"chair_objects\.json must map each object to a"),
+    ],
+)
+def test_malformed_files_are_named(
+    tmp_path: Path, model_dir, world, file: str, text: str, message: str
+) -> None:
+    (world / "eval" / file).write_text(text)
+    config = EvalConfig(
+        models={"base": str(model_dir)},
+        data=world / "eval",
+        images=world / "images",
+        out=tmp_path / "eval",
+    )
+    with pytest.raises(RefusedError, match=message):
+        evaluate(config)
+    assert not config.out.exists()

@@ -1,0 +1,106 @@
+"""Loading a model: whole safetensors weights or a refusal; an identity that sees every byte."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from realign.config import LoraSection, TrainConfig
+from realign.data.formats.parquet import write_parquet
+from realign.errors import RefusedError
+from realign.modeling.folder import model_identity
+from realign.modeling.loading import load_model
+from realign.training.run import train
+
+
+@pytest.fixture
+def copy(model_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_dir, tmp_path / "model"))
+
+
+def test_a_missing_weight_is_refused_by_name(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    name = next(name for name in weights if name.endswith("up_proj.weight"))
+    del weights[name]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RefusedError, match=r"must hold every weight, lacks 1, first: .*up_proj"):
+        load_model(copy, torch.float32)
+
+
+def test_weights_in_a_pickle_are_refused(copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(RefusedError, match="must hold safetensors weights, has none"):
+        load_model(copy, torch.float32)
+
+
+def test_identity_changes_with_any_byte_of_the_weights(copy: Path) -> None:
+    before = model_identity(copy)
+    raw = bytearray((copy / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(raw)
+    after = model_identity(copy)
+    assert {name for name in before if before[name] != after[name]} == {"model.safetensors"}
+
+
+def test_generation_settings_are_part_of_what_answers_and_not_of_what_scores(copy: Path) -> None:
+    before = model_identity(copy), model_identity(copy, generates=True)
+    (copy / "generation_config.json").write_text("{}")
+    assert model_identity(copy) == before[0]
+    assert model_identity(copy, generates=True) != before[1]
+
+
+def test_lora_on_an_adapter_is_refused(tmp_path: Path, model_dir: Path, records) -> None:
+    write_parquet(records(2), tmp_path / "d.parquet")
+    options = {"data": tmp_path / "d.parquet", "lora": LoraSection(r=2, alpha=4), "batch_size": 2}
+    first = train(TrainConfig(model=str(model_dir), out=tmp_path / "a", **options))
+    with pytest.raises(RefusedError, match=r"train\.lora must not be set when .* is an adapter"):
+        train(TrainConfig(model=str(first), out=tmp_path / "b", **options))
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_adapter_names_its_base_as_the_user_did(
+    tmp_path: Path, model_dir: Path, records, monkeypatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(model_dir))
+    write_parquet(records(2), tmp_path / "d.parquet")
+    options = {"data": tmp_path / "d.parquet", "batch_size": 2}
+    lora = LoraSection(r=2, alpha=4)
+    first = train(TrainConfig(model="org/vlm", out=tmp_path / "a", lora=lora, **options))
+    second = train(TrainConfig(model=str(first), out=tmp_path / "b", **options))  # trained on
+    for adapter in (first, second):
+        stored = json.loads((adapter / "adapter_config.json").read_text())
+        assert stored["base_model_name_or_path"] == "org/vlm"
+        card = (adapter / "README.md").read_text()
+        assert str(model_dir) not in card
+        assert str(tmp_path) not in card
+        assert "More Information Needed" not in card
+        assert "- Objective: rdpo; beta 0.1, image_weight 1.0" in card
+        assert "- Data: d.parquet, 2 pairs" in card
+        assert "\nbase_model: org/vlm\n" in card
+        assert load_model(adapter, torch.float32)
+
+
+def test_an_adapter_on_a_local_base_loads_from_any_directory(
+    tmp_path: Path, copy: Path, records, monkeypatch
+) -> None:
+    write_parquet(records(2), tmp_path / "d.parquet")
+    monkeypatch.chdir(tmp_path)
+    lora = LoraSection(r=2, alpha=4)
+    options = {"data": tmp_path / "d.parquet", "lora": lora, "batch_size": 2}
+    adapter = train(TrainConfig(model="model", out=tmp_path / "a", **options))
+    monkeypatch.chdir(tmp_path / "a")
+    assert load_model(adapter, torch.float32)
+    copy.rename(tmp_path / "moved")
+    message = (
+        rf"adapter {adapter} must have its base model, got '{copy}', which was not found\. "
+        rf"Set base_model_name_or_path in {adapter / 'adapter_config.json'} to"
+    )
+    for use in (model_identity, lambda folder: load_model(folder, torch.float32)):
+        with pytest.raises(RefusedError, match=message):
+            use(adapter)

@@ -1,0 +1,229 @@
+"""Both pages in a real Chromium: `make test-browser`."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from realign.building.run import build
+from realign.data.dataset import read_kept_records, read_records
+from realign.data.decisions import read_decisions
+from realign.demo.data import write_training_data
+from realign.demo.run import build_config
+from realign.review.report import write_report
+
+pytestmark = pytest.mark.browser
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update"),
+]
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """The browser of this machine; a test that was asked for fails where there is none."""
+    path = next(filter(None, map(shutil.which, CHROMIUMS)), None)
+    if path is None:
+        pytest.fail(f"no Chromium on the PATH: looked for {', '.join(CHROMIUMS)}. Install one.")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        pytest.fail("playwright is not installed. Install it: pip install -e '.[browser]'.")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium):
+    """A tab in which an error of a script or of the policy fails the test."""
+    tab = chromium.new_page(viewport={"width": 1280, "height": 900})
+    problems: list[str] = []
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.on("console", lambda line: problems.append(line.text) if line.type == "error" else None)
+    yield tab
+    tab.close()
+    assert problems == []
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("built")
+    write_training_data(folder / "world", 24, 0)
+    return build(build_config(folder / "world", folder / "run" / "dataset", 0)).parent
+
+
+@pytest.fixture
+def dataset(built: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(built, tmp_path / "dataset"))
+
+
+@pytest.fixture
+def address(dataset: Path) -> Iterator[str]:
+    """The real server on a free port."""
+    command = [sys.executable, "-m", "realign.cli", "browse", str(dataset), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        for line in process.stderr:
+            if found := re.search(r"http://127\.0\.0\.1:\d+/\S+", line):
+                break
+        else:
+            pytest.fail("the server did not start")
+        yield found[0]
+        process.send_signal(signal.SIGTERM)
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode in (143, -signal.SIGTERM)
+
+
+def decided(dataset: Path) -> dict[str, tuple[str, str]]:
+    found = read_decisions(dataset / "decisions.jsonl").values()
+    return {decision.id: (decision.decision, decision.note) for decision in found}
+
+
+def test_clicks_and_keys_become_decisions(page, dataset: Path, address: str) -> None:
+    ids = [record.id for record in read_records(dataset, None)]
+    page.goto(address)
+    assert "token" not in page.url
+    cards = page.locator("#pairs > article")
+    widths = page.eval_on_selector_all("#pairs img", "images => images.map(i => i.naturalWidth)")
+    assert len(widths) == 2 * cards.count()
+    assert min(widths) > 0
+
+    def saved(index: int, decision: str) -> None:
+        page.wait_for_selector(f"article[data-number='{index}'][data-decision={decision}]")
+
+    cards.nth(0).get_by_role("button", name="drop").click()
+    saved(0, "drop")
+    cards.nth(1).locator("[name=note]").fill('looks <b>odd</b> & "so"')
+    cards.nth(1).get_by_role("button", name="flag").click()
+    saved(1, "flag")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("k")
+    saved(2, "keep")
+    page.keyboard.press("d")  # the next one was selected
+    saved(3, "drop")
+    page.keyboard.press("n")
+    page.keyboard.type("d k f", delay=5)  # typed, not decided
+    page.keyboard.press("Escape")
+    page.keyboard.press("f")
+    saved(4, "flag")
+    assert decided(dataset) == {
+        ids[0]: ("drop", ""),
+        ids[1]: ("flag", 'looks <b>odd</b> & "so"'),
+        ids[2]: ("keep", ""),
+        ids[3]: ("drop", ""),
+        ids[4]: ("flag", "d k f"),
+    }
+    assert page.locator("[data-count=drop]").text_content() == "2"
+    left = [record.id for record in read_kept_records(dataset, None)]
+    assert left == [row for row in ids if row not in (ids[0], ids[3])]
+
+    page.get_by_role("link", name="flagged").click()
+    assert [text.split()[1] for text in page.locator(".row-id").all_text_contents()] == [
+        ids[1], ids[4],
+    ]  # fmt: skip
+    assert cards.nth(0).locator("[name=note]").input_value() == 'looks <b>odd</b> & "so"'
+    cards.nth(0).get_by_role("button", name="keep").click()
+    saved(1, "keep")
+    page.reload()
+    assert page.locator(".row-id").count() == 1
+    assert decided(dataset)[ids[1]][0] == "keep"
+
+
+def test_filters_and_pages_of_the_gallery(page, dataset: Path, address: str) -> None:
+    records = read_records(dataset, None)
+    page.goto(address)
+    page.locator("[name=sort]").select_option("-similarity")
+    page.wait_for_url("**sort=-similarity**")
+    values = page.locator(".facts").all_text_contents()
+    shown = [float(re.findall(r"similarity ([\d.]+)", text)[0]) for text in values]
+    assert shown == sorted(shown, reverse=True)
+    with page.expect_navigation():
+        page.keyboard.press("ArrowRight")
+    assert page.locator(".row-id").count() == min(24, len(records) - 24)
+    page.goto(page.url.partition("?")[0] + "?rank=2")
+    expected = sum(record.meta["retrieval"]["rank"] == 2 for record in records)
+    assert page.locator(".row-id").count() == expected > 0
+
+
+def test_a_stopped_server_is_said(chromium, dataset: Path, tmp_path: Path, address: str) -> None:
+    tab = chromium.new_page()
+    tab.goto(address)
+    tab.route("**/decide", lambda route: route.abort())
+    tab.locator("#pairs > article").nth(0).get_by_role("button", name="drop").click()
+    tab.wait_for_selector("#problem:not([hidden])")
+    assert "Not saved: the server does not answer" in tab.locator("#problem").inner_text()
+    assert tab.locator("article[data-decision=drop]").count() == 0
+    assert not (dataset / "decisions.jsonl").exists()
+    tab.close()
+
+
+def test_another_page_of_this_machine_cannot_decide(chromium, dataset: Path, address: str) -> None:
+    record = read_records(dataset, None)[0]
+    context = chromium.new_context()
+    tab = context.new_page()
+    tab.goto(address)
+    port = address.split(":")[2].partition("/")[0]
+    other = context.new_page()
+    other.route("http://127.0.0.1:1/**", lambda route: route.fulfill(body="<p>other", status=200))
+    other.goto("http://127.0.0.1:1/")
+    body = f'{{"number": 0, "key": "{record.key}", "decision": "drop"}}'
+    other.evaluate(
+        """([port, body]) => fetch(`http://127.0.0.1:${port}/decide`, {
+            method: "POST", mode: "no-cors", credentials: "include", body}).catch(() => 0)""",
+        [port, body],
+    )
+    loads = other.evaluate(
+        """port => new Promise((done) => {
+            const image = new Image();
+            image.onload = () => done(true);
+            image.onerror = () => done(false);
+            image.src = `http://127.0.0.1:${port}/image/0/original`;
+        })""",
+        port,
+    )
+    context.close()
+    assert loads is False
+    assert not (dataset / "decisions.jsonl").exists()
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_reports_gallery_sorts_and_filters(page, dataset: Path, width: int) -> None:
+    records = read_records(dataset, None)
+    page.set_viewport_size({"width": width, "height": 900})
+    page.goto(write_report(dataset).as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    visible = page.locator("#pairs > article:not([hidden])")
+
+    def ids() -> list[str]:
+        return visible.evaluate_all("cards => cards.map(card => card.dataset.id)")
+
+    assert ids() == [record.id for record in records]
+    for sort, name in (("-similarity", "similarity"), ("-cosine", "retrieval")):
+        page.locator("[name=sort]").select_option(sort)
+        part = "value" if name == "similarity" else "cosine"
+        expected = sorted(records, key=lambda record: -record.meta[name][part])
+        assert ids() == [record.id for record in expected]
+    page.locator("[name=sort]").select_option("index")
+    page.locator("[name=rank]").select_option("1")
+    page.locator("[name=most]").fill("0.5")
+    expected = [
+        record.id
+        for record in records
+        if record.meta["retrieval"]["rank"] == 1 and record.meta["similarity"]["value"] <= 0.5
+    ]
+    assert ids() == expected
+    shown = page.locator("output[name=shown]").text_content()
+    assert shown == f"{len(expected)} of {len(records)}"
+    page.locator("[name=text]").fill("no such words")
+    assert ids() == []
+    assert page.locator("#nothing").is_visible()

@@ -1,0 +1,81 @@
+"""The report: self-contained, escaped, and true to the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+from markupsafe import Markup
+
+from realign.data.formats.parquet import write_parquet
+from realign.errors import RefusedError
+from realign.review.pair_view import word_diff
+from realign.review.plots import bar_plot
+from realign.review.report import write_report
+
+
+def test_word_diff_marks_the_words_that_differ() -> None:
+    chosen, rejected = word_diff("There is a red house.", "There is a blue house.")
+    assert chosen == Markup('There is a <mark class="kept">red</mark> house.')
+    assert rejected == Markup('There is a <mark class="lost">blue</mark> house.')
+
+
+def test_word_diff_escapes_what_a_model_wrote() -> None:
+    chosen, rejected = word_diff("a <b>", "a <script>alert(1)</script>")
+    assert "<script>" not in rejected
+    assert "<b>" not in chosen
+
+
+@pytest.fixture
+def run(tmp_path: Path, records) -> Path:
+    rows = records(10)
+    rows[0] = dataclasses.replace(rows[0], rejected="<img src=x onerror=alert(1)>")
+    write_parquet(rows, tmp_path / "run" / "dataset" / "dataset.parquet")
+    funnel = {
+        "rows": 12, "masked_by": {"rule": 12}, "accepted": 10, "accepted_by_rank": {"1": 7, "2": 3},
+        "dropped": {"no candidate passed, mostly identical": 2}, "refused_candidates": {},
+    }  # fmt: skip
+    (tmp_path / "run" / "dataset" / "funnel.json").write_text(json.dumps(funnel))
+    lines = [
+        {"step": step, "loss": 1.4 - step / 10, "rewards/text_margins": step / 10,
+         "rewards/image_margins": step / 20, "rewards/text_accuracies": 0.5}
+        for step in range(1, 4)
+    ]  # fmt: skip
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return tmp_path / "run"
+
+
+def test_one_file_without_outside_references(run: Path) -> None:
+    page = write_report(run, run / "report.html").read_text()
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)[^"']+""", page)
+    assert "://" not in re.sub(r'xmlns(:\w+)?="[^"]+"', "", page)
+    assert "<script" not in page
+    assert "onerror=alert(1)&gt;" in page
+
+
+def test_it_shows_pairs_curves_and_counts(run: Path) -> None:
+    page = write_report(run, run / "report.html").read_text()
+    assert page.count('alt="original image"') == page.count('alt="retrieved image"') == 8
+    for text in ("Reward margins", "Reward accuracies", "Loss", "10", "83.3 %", "mostly identical"):
+        assert text in page
+
+
+def test_bars_start_at_zero_and_carry_their_values() -> None:
+    plot = bar_plot("recall", {"base": (0.935, 0.92, 0.95), "rDPO": (0.929, 0.91, 0.94)})
+    for text in ("0", "80", "93.5", "92.9"):
+        assert f">{text}</text>" in plot
+    assert bar_plot("nothing", {"base": (0.0, 0.0, 0.0)})
+    assert bar_plot("one value", {"base": (0.5, 0.5, 0.5)})
+
+
+def test_equal_runs_give_equal_pages(run: Path) -> None:
+    first = write_report(run, run / "a.html").read_bytes()
+    assert write_report(run, run / "b.html").read_bytes() == first
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match=r"must hold dataset/, metrics\.jsonl or eval/"):
+        write_report(tmp_path, tmp_path / "report.html")

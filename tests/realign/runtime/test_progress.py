@@ -1,0 +1,38 @@
+"""Progress as lines: what a log file shows."""
+
+from __future__ import annotations
+
+import pytest
+
+from realign.runtime import progress
+from realign.runtime.progress import Progress
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+def test_the_last_line_is_said_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LINE_INTERVAL_SECONDS", -1.0)  # a line an item
+    with Progress("work", 3) as bar:
+        for _ in range(3):
+            bar.advance()
+    assert [line.partition(",")[0] for line in lines(capsys)] == [
+        "work: 1/3",
+        "work: 2/3",
+        "work: 3/3",
+    ]
+
+
+def test_what_was_done_before_has_no_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("work", 3, done=3):
+        pass
+    assert lines(capsys) == ["work: 3/3, done before"]
+
+
+def test_nothing_is_said_of_what_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), Progress("work", 3):
+        raise KeyboardInterrupt
+    assert lines(capsys) == []

@@ -1,0 +1,106 @@
+"""An output folder belongs to one run a verb: what differs is named, and what may be removed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from realign.errors import RefusedError
+from realign.runtime.run_folder import WRITES, claim, only_run
+
+
+def refusal(folder: Path, verb: str, what: dict[str, object], **options) -> str:
+    with pytest.raises(RefusedError) as refused:
+        claim(folder, verb, what, **options)
+    return str(refused.value)
+
+
+def test_the_remedy_names_the_files_of_that_run_and_what_to_keep(tmp_path: Path) -> None:
+    claim(tmp_path, "train", {"beta": 0.1})
+    for name in ("checkpoint", "dataset", "cache", "eval"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert refusal(tmp_path, "train", {"beta": 0.5}).splitlines()[1:] == [
+        "  beta: 0.1 there, 0.5 asked",
+        "Choose another folder, or remove train.json, checkpoint/, metrics.jsonl of that run and "
+        "keep cache/, dataset/, eval/, not part of that run; nothing of it was changed.",
+    ]
+
+
+@pytest.mark.parametrize("name", ["dataset.parquet", "shards/00003.jsonl", "build.json"])
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path, name: str) -> None:
+    code = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from realign.runtime.files import replacing\n"
+        f"with replacing(Path({str(tmp_path / name)!r})) as temporary:\n"
+        "    temporary.write_bytes(b'half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code])
+    (left,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    others = [
+        *(".mine.tmp", ".dataset.parquet.tmp", "dataset.parquet.1.tmp", ".notes.12.tmp"),
+        *("mine/.dataset.parquet.12.tmp", "shards/00001.jsonl", "shards/.00001.jsonl.mine.tmp"),
+        "images/.a.png.12.tmp",  # of a run that reads its source, which does not hold the folder
+    ]
+    for other in others:
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        (tmp_path / other).write_text("")
+    with only_run(tmp_path, "build"):
+        assert not left.exists()
+        assert all((tmp_path / other).is_file() for other in others)
+
+
+def test_what_the_remedy_names_is_what_the_verb_writes(tmp_path: Path, model_dir, records) -> None:
+    from realign.config import TrainConfig
+    from realign.data.formats.parquet import write_parquet
+    from realign.training.run import train
+
+    write_parquet(records(2), tmp_path / "d.parquet")
+    out = tmp_path / "run"
+    train(TrainConfig(model=str(model_dir), data=tmp_path / "d.parquet", out=out, batch_size=2))
+    names = {path.name for path in out.iterdir()} - {".train.lock"}  # held, and holds nothing
+    assert names == {"train.json", "checked_rows.json", "checkpoint", "metrics.jsonl", "cache"}
+    assert names - {"train.json", "cache"} <= {*WRITES["train"]}
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "line"),
+    [
+        ("abc", "abd", "3 there, 3 asked; 1 asked but not there, first: row r2; 1 there but not"),
+        ("abc", "ab", "3 there, 2 asked; 1 there but not asked"),
+        ("abc", "acb", "3 there, 3 asked; repeated or in another order"),
+        ("a" * 9, "b" * 9, "others there, or in another order, 9 asked"),
+    ],
+)
+def test_rows_that_differ_are_counted_and_the_first_is_named(
+    tmp_path: Path, there: str, asked: str, line: str
+) -> None:
+    claim(tmp_path, "train", {"rows": [f"hash {key}" for key in there]})
+    labels = {"rows": [f"row r{i}" for i in range(len(asked))]}
+    message = refusal(tmp_path, "train", {"rows": [f"hash {key}" for key in asked]}, labels=labels)
+    assert f"\n  rows: {line}" in message
+    assert "hash" not in message
+
+
+def test_a_model_that_is_not_asked_for_is_named_without_its_files(tmp_path: Path) -> None:
+    files = {"model.safetensors": "0a1b"}
+    claim(tmp_path, "eval", {"models": {"base": files, "x": files}})
+    message = refusal(tmp_path, "eval", {"models": {"base": files, "y": files}})
+    assert message.splitlines()[1:3] == [
+        "  models.x: there, not asked",
+        "  models.y: not there, asked",
+    ]
+
+
+def test_shards_of_nobody_knows_which_run_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "source_images").mkdir()  # known by their content
+    with pytest.raises(RefusedError, match=r"holds shards of a run of `realign build` without"):
+        claim(tmp_path, "build", {"seed": 0})
+    (tmp_path / "shards").rmdir()
+    assert not claim(tmp_path, "build", {"seed": 0})

@@ -1,0 +1,271 @@
+"""Processes that train together end with the weights of one process that trained alone (T07, T08).
+
+Real processes over gloo: DDP, and FSDP2 with accelerate's own preparation. Every comparison is of
+numbers; an exit code of 0 proves nothing here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from realign.modeling.loading import load_model
+from tests.realign.training import pair_training
+from tests.realign.training.pair_training import Run, run, write_pairs
+
+# Optimizer steps of eight pairs, then five: with two ranks the last micro-step has one pair, so
+# one rank has none.
+PAIRS, PAIRS_PER_STEP = 13, 8
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launch(folder: Path, num_ranks: int, engines: dict[str, dict[str, dict]]) -> None:
+    """Train every run on ``num_ranks`` processes, as torchrun starts them."""
+    cases = folder / "cases.json"
+    of_a_step = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": PAIRS_PER_STEP // 2 // num_ranks,
+    }
+    with_batches = {
+        engine: {name: {**of_a_step, **options} for name, options in runs.items()}
+        for engine, runs in engines.items()
+    }
+    cases.write_text(json.dumps({"folder": str(folder), "engines": with_batches}))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, pair_training.__file__, str(cases)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(num_ranks)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[1] for process in ranks]
+        # of all: one that fails takes the others with it
+        assert {process.returncode for process in ranks} == {0}, "\n".join(said)
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+class Seen:
+    """What every rank wrote of a run."""
+
+    def __init__(self, folder: Path, name: str, num_ranks: int) -> None:
+        ranks = range(num_ranks)
+        self.said = [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in ranks]
+        self.gradients, self.weights = (
+            [load_file(folder / f"{name}.{what}.{rank}.safetensors") for rank in ranks]
+            for what in ("gradients", "weights")
+        )
+
+    def check_ranks_agree(self) -> None:
+        """To the last bit."""
+        for what in (self.gradients, self.weights):
+            for other in what[1:]:
+                assert what[0].keys() == other.keys()
+                assert all(torch.equal(what[0][name], other[name]) for name in other)
+        assert all(said["lines"] == self.said[0]["lines"] for said in self.said)
+
+    def check_pairs(self, expected: list[str]) -> None:
+        """Every pair was on one rank, once, and every rank had others."""
+        shares = [list(chain(*said["ids"])) for said in self.said]
+        assert sorted(chain(*shares)) == sorted(expected)
+        assert all(shares)
+
+    def check_equals(self, alone: Run) -> None:
+        """The gradient of every step, the weights and the log."""
+        first = [name for name in alone.gradients if name.startswith("0/")]
+        assert difference(self.gradients[0], alone.gradients, first) <= 1e-6
+        # rounding of the first step moves the second one
+        assert difference(self.gradients[0], alone.gradients, list(alone.gradients)) <= 5e-6
+        assert difference(self.weights[0], alone.weights, list(alone.weights)) <= 1e-6
+        assert self.gradients[0].keys() == alone.gradients.keys()
+        for line, expected in zip(self.said[0]["lines"], alone.lines, strict=True):
+            assert line.keys() == expected.keys()
+            assert line == pytest.approx(expected, rel=1e-4, abs=1e-4)
+            assert line["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+
+
+def difference(a: dict, b: dict, names: list[str]) -> float:
+    """Of some tensors together, relative."""
+    off = sum((a[name] - b[name]).double().square().sum() for name in names)
+    return float((off / sum(b[name].double().square().sum() for name in names)).sqrt())
+
+
+class Alone:
+    """Runs of one process, each done once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._runs: dict[str, Run] = {}
+
+    def __call__(self, name: str) -> Run:
+        options = ALONE[name]
+        key = repr(options)
+        if key not in self._runs:
+            self._runs[key] = run(
+                self._folder, f"alone-{name}", per_device_train_batch_size=PAIRS_PER_STEP, **options
+            )
+        return self._runs[key]
+
+
+def first_of_rank_zero(count: int) -> list[int]:
+    """The pairs of its first micro-batches, by the order that seed 42 gives."""
+    order = torch.randperm(PAIRS, generator=torch.Generator().manual_seed(42)).tolist()
+    return order[:count]
+
+
+RUNS = {
+    "ddp": {
+        "full": {"save_strategy": "steps", "save_steps": 1},
+        "continued": {"resume": "full/checkpoint-1"},
+        "vision": {"freeze_vision": False},
+    },
+    "fsdp2": {
+        "tied": {"save": "whole", "save_strategy": "steps", "save_steps": 1},
+        "resumed": {"resume": "tied/checkpoint-1"},
+        "adapter": {"lora": True, "tied": False, "save": "whole-adapter"},
+    },
+}
+MORE_RUNS = {
+    "ddp": {
+        "full": {"save_strategy": "steps", "save_steps": 1},
+        "continued": {"resume": "full/checkpoint-1"},
+        "checkpointing": {"checkpointing": True},
+        "vision": {"freeze_vision": False, "checkpointing": True},
+        "lora": {"lora": True, "tied": False},
+    },
+    "fsdp2": {
+        "tied": {},
+        "adapter": {"lora": True, "tied": False},
+        "untied": {"tied": False, "checkpointing": True},
+        "sharded-vision": {"freeze_vision": False},
+    },
+}
+# the same on one process
+ALONE = {
+    "full": {}, "tied": {}, "checkpointing": {}, "untied": {"tied": False},
+    "vision": {"freeze_vision": False}, "sharded-vision": {"freeze_vision": False},
+    "lora": {"lora": True, "tied": False}, "adapter": {"lora": True, "tied": False},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    """All runs, by one start of two processes; rank 0's first micro-batch is text only."""
+    folder = tmp_path_factory.mktemp("two")
+    write_pairs(folder, PAIRS, without_images=first_of_rank_zero(2), without_retrieved=(5,))
+    launch(folder, 2, RUNS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(two_ranks: Path) -> Callable[[str], Run]:
+    """The same run on one process, with a full batch a step."""
+    return Alone(two_ranks)
+
+
+IDS = [f"r{index}" for index in range(PAIRS)]
+
+
+@pytest.mark.parametrize("name", ["full", "vision", "tied", "adapter"])
+def test_two_ranks_learn_what_one_does(two_ranks: Path, alone, name: str) -> None:
+    seen = Seen(two_ranks, name, 2)
+    wrapper = "DistributedDataParallel" if name in RUNS["ddp"] else "FSDP"
+    assert all(said["model"].startswith(wrapper) for said in seen.said)
+    seen.check_ranks_agree()
+    seen.check_pairs(IDS)
+    seen.check_equals(alone(name))
+
+
+def test_a_rank_without_pairs_took_part_and_weighed_nothing(two_ranks: Path) -> None:
+    sizes = [[len(ids) for ids in said["ids"]] for said in Seen(two_ranks, "full", 2).said]
+    assert sizes == [[2, 2, 2, 0], [2, 2, 2, 1]]
+
+
+def test_sharded_weights_are_saved_like_any_others(two_ranks: Path, alone) -> None:
+    """The names, the tied weight once, the class in the configuration, and the values."""
+    alone("full").trainer.save_model(str(two_ranks / "one"))
+    whole, expected = (
+        load_file(two_ranks / name / "model.safetensors") for name in ("whole", "one")
+    )
+    assert whole.keys() == expected.keys()
+    assert difference(whole, expected, list(whole)) <= 1e-6
+    for name in ("config.json", "generation_config.json", "processor_config.json"):
+        assert (two_ranks / "whole" / name).read_text() == (two_ranks / "one" / name).read_text()
+    loaded = dict(load_model(two_ranks / "whole", torch.float32).named_parameters())
+    trained = Seen(two_ranks, "tied", 2).weights[0]
+    assert all(torch.equal(loaded[name], value) for name, value in trained.items())
+
+
+def test_a_sharded_adapter_is_saved_alone(two_ranks: Path, alone) -> None:
+    alone("adapter").trainer.save_model(str(two_ranks / "one-adapter"))
+    whole, expected = (
+        load_file(two_ranks / name / "adapter_model.safetensors")
+        for name in ("whole-adapter", "one-adapter")
+    )
+    assert whole.keys() == expected.keys()
+    assert difference(whole, expected, list(whole)) <= 1e-6
+
+
+@pytest.mark.parametrize(("whole", "resumed"), [("full", "continued"), ("tied", "resumed")])
+def test_a_run_goes_on_from_its_checkpoint(two_ranks: Path, whole: str, resumed: str) -> None:
+    """Equal to the bit."""
+    before, after = Seen(two_ranks, whole, 2), Seen(two_ranks, resumed, 2)
+    after.check_ranks_agree()
+    assert all(torch.equal(before.weights[0][n], w) for n, w in after.weights[0].items())
+    assert before.said[0]["lines"] == after.said[0]["lines"]
+    assert [said["ids"] for said in after.said] == [said["ids"][2:] for said in before.said]
+
+
+def test_a_model_that_is_not_sharded_is_loaded_by_every_rank(two_ranks: Path, model_dir) -> None:
+    """Where the first rank loads for all, the reference would be nothing on the others."""
+    expected = dict(load_model(model_dir, torch.float32).named_parameters())
+    for rank in range(2):
+        loaded = load_file(two_ranks / f"reference-model.{rank}.safetensors")
+        assert all(torch.equal(value, expected[name]) for name, value in loaded.items())
+
+
+@pytest.mark.slow
+def test_four_ranks_learn_what_one_does(tmp_path: Path) -> None:
+    """The last micro-step has five pairs: one rank has two, three have one."""
+    write_pairs(tmp_path, PAIRS, without_images=first_of_rank_zero(2), without_retrieved=(5,))
+    launch(tmp_path, 4, MORE_RUNS)
+    alone = Alone(tmp_path)
+    # DDP sums in another order once it has seen which gradients come first, and starts so anew
+    before, after = Seen(tmp_path, "full", 4), Seen(tmp_path, "continued", 4)
+    after.check_ranks_agree()
+    assert difference(after.weights[0], before.weights[0], list(before.weights[0])) <= 1e-6
+    for name in (name for runs in MORE_RUNS.values() for name in runs if name in ALONE):
+        seen = Seen(tmp_path, name, 4)
+        seen.check_ranks_agree()
+        seen.check_pairs(IDS)
+        seen.check_equals(alone(name))
+        assert [[len(ids) for ids in said["ids"]] for said in seen.said] == [[2, 1]] * 3 + [[2, 2]]

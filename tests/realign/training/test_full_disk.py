@@ -1,0 +1,57 @@
+"""A checkpoint that cannot be written costs the run, never an older checkpoint."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
+from realign.modeling.loading import load_model
+from realign.modeling.processors import load_processor
+from realign.training.checkpoint_trainer import CheckpointError
+from realign.training.checkpoints import checkpoints, newest_checkpoint
+from realign.training.trainer import RDPOConfig, RDPOTrainer
+
+
+class FullDisk(TrainerCallback):
+    """No file may become longer, from the first checkpoint on."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+    def on_save(self, args, state, control, **kwargs):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, resource.RLIM_INFINITY))
+
+
+# the first file, one in the middle, and the weights
+@pytest.mark.parametrize("limit", [10, 2000, 1_000_000])
+def test_a_full_disk_leaves_the_older_checkpoint(
+    tmp_path: Path, model_dir, records, make_reference, limit
+) -> None:
+    def trainer(*callbacks: TrainerCallback) -> RDPOTrainer:
+        args = RDPOConfig(
+            output_dir=str(tmp_path / "steps"), report_to="none", use_cpu=True,
+            disable_tqdm=True, per_device_train_batch_size=2, num_train_epochs=1,
+            save_strategy="steps", save_steps=1, logging_steps=1,
+        )  # fmt: skip
+        model, rows = load_model(model_dir, torch.float32), records(4)
+        reference = make_reference(model_dir, 4)
+        made = RDPOTrainer(model, args, rows, load_processor(model_dir), reference, [*callbacks])
+        made.remove_callback(PrinterCallback)
+        return made
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(CheckpointError, match=r"steps/checkpoint-2 could not be written: "):
+            trainer(FullDisk(limit)).train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in (tmp_path / "steps").iterdir()] == ["checkpoint-1"]
+    assert newest_checkpoint(tmp_path / "steps") == tmp_path / "steps" / "checkpoint-1"
+    again = trainer()
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+    assert len(checkpoints(tmp_path / "steps")) == 2

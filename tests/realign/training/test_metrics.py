@@ -1,0 +1,106 @@
+"""Metrics: means over pairs, whatever the micro-batches, the ranks and the checkpoints between."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from realign.training.metrics import MAX_PENDING, PairMetrics, metrics_by_pair
+from realign_kernels import Objective, RdpoOutput
+
+RDPO = Objective.rdpo(0.1, 0.1, 1.0)
+
+
+def output(*losses: float, images: bool = True) -> RdpoOutput:
+    """As many pairs as losses; what else there is follows from them."""
+    values = torch.tensor(losses)
+    num_tokens = torch.ones(3, len(losses), dtype=torch.int64)
+    num_tokens[2] *= images
+    cells = torch.stack((values, -values, values / 2))
+    return RdpoOutput(values.mean(), -cells, num_tokens, cells, values, -values)
+
+
+def metrics(sum_over_ranks=lambda sums: sums) -> PairMetrics:
+    return PairMetrics(RDPO, sum_over_ranks)
+
+
+def test_means_are_over_pairs_not_over_micro_batches() -> None:
+    line = metrics()
+    for batch in (output(1.0, 2.0, 3.0), output(6.0)):
+        line.add(batch)
+    means = line.take_means()
+    assert means["loss"] == means["rewards/chosen"] == means["rewards/text_margins"] == 3
+    assert means["rewards/text_accuracies"] == 1
+    assert means["rewards/image_accuracies"] == 0
+    assert line.take_means() == {}
+
+
+def test_a_pair_without_the_cell_has_no_part_in_its_mean() -> None:
+    line = metrics()
+    line.add(output(1.0, 1.0))
+    line.add(output(3.0, images=False))
+    means = line.take_means()
+    assert means["logps/image_rejected"] == -0.5
+    assert means["logps/chosen"] == pytest.approx(-5 / 3)
+    line.add(output(3.0, images=False))
+    assert "logps/image_rejected" not in line.take_means()
+
+
+def test_a_filler_weighs_nothing_even_where_it_is_not_a_number() -> None:
+    line = metrics()
+    line.add(output(2.0))
+    line.add(output(float("nan")), counted=False)
+    assert line.take_means()["loss"] == 2
+
+
+def test_ranks_are_added_up_when_somebody_asks() -> None:
+    calls = []
+
+    def other_rank_has_the_same(sums: torch.Tensor) -> torch.Tensor:
+        calls.append(len(sums))
+        return 2 * sums
+
+    line = metrics(other_rank_has_the_same)
+    for loss in (1.0, 2.0):
+        line.add(output(loss))
+    assert not calls
+    assert line.sums()["loss"] == (6.0, 4.0)
+    assert line.take_means()["loss"] == 1.5
+    assert calls == [2]
+
+
+def test_a_line_does_not_depend_on_when_it_was_looked_at() -> None:
+    losses = torch.rand(50, generator=torch.Generator().manual_seed(0)).tolist()
+    lines = []
+    for interval in (1, 7, 50):
+        line = metrics()
+        for number, loss in enumerate(losses):
+            line.add(output(loss, loss * 3))
+            if number % interval == 0:  # a checkpoint, and a new process that goes on from it
+                saved = line.sums()
+                line = metrics()
+                line.restore(saved)
+        lines.append(line.take_means())
+    assert lines[0] == lines[1] == lines[2]
+
+
+def test_a_run_that_never_logs_does_not_grow() -> None:
+    line = metrics()
+    for _ in range(MAX_PENDING):
+        line.add(output(1.0))
+    assert not line._pending
+    assert line.sums()["loss"] == (MAX_PENDING, MAX_PENDING)
+
+
+@pytest.mark.parametrize("objective", [Objective.dpo(0.1), RDPO, Objective.symmetric(0.1, 0.1, 1)])
+def test_names_depend_on_the_objective_alone(objective: Objective) -> None:
+    """Ranks add them up by their place."""
+    cells = objective.num_cells
+
+    def of(images: bool) -> RdpoOutput:
+        num_tokens = torch.ones(cells, 2, dtype=torch.int64)
+        num_tokens[2:] *= images
+        zeros = torch.zeros(cells, 2)
+        return RdpoOutput(zeros.mean(), zeros, num_tokens, zeros, zeros[0], zeros[0])
+
+    assert list(metrics_by_pair(of(True), objective)) == list(metrics_by_pair(of(False), objective))

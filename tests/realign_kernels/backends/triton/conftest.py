@@ -1,0 +1,27 @@
+"""Blocks as small as inputs, for Triton's interpreter, which ../../conftest.py switches on."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+
+# on a GPU a block has at least one element a thread, see backends/triton/launches.py
+BLOCK = 4 if os.environ.get("TRITON_INTERPRET") == "1" else 64
+
+
+@pytest.fixture(autouse=True)
+def quiet_numpy():
+    """Let the interpreter compute with infinities, as a GPU does, without a warning."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Make every kernel handle few elements at a time, and 2 entries: small inputs cross edges."""
+    from realign_kernels.backends.triton import launches as configs
+
+    monkeypatch.setattr(configs, "launch_of", lambda *_: configs.Launch(BLOCK, 1))
+    monkeypatch.setattr(configs, "ENTRIES_AT_A_TIME", 2)
