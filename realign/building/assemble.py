@@ -1,4 +1,4 @@
-"""From outcomes to preference records with their provenance."""
+"""Turns outcomes into preference records with their provenance, and counts what became of rows."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The paper's two prompts, word for word (arXiv 2502.13146, Appendix A), the token they share, and
-our reminders for a mask that changed more than it should.
+"""The paper's two prompts, word for word (arXiv 2502.13146, Appendix A), how replies to them are
+read, and our reminders for a mask that changed more than it should.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Asking an OpenAI-compatible server one question: the client, bounded in size and time, and when
-to ask again.
+"""Asks an OpenAI-compatible server one question: the client, bounded in size and time, when to ask
+again, and what a response holds.
 
 Servers are asked for what vLLM, SGLang, ``transformers serve`` and OpenAI all take: chat
 completions with ``max_completion_tokens``, ``temperature`` and ``seed``, images as data URLs.
@@ -20,6 +20,14 @@ from urllib.parse import urlsplit
 
 from realign.errors import RefusedError
 from realign.generation.generator import Answer
+
+try:
+    import httpx2  # the openai client's own
+    import openai
+except ImportError:
+    raise RefusedError(
+        "An endpoint needs the openai client. Install 'realign[pipeline,endpoint]'."
+    ) from None
 
 # vLLM and SGLang end with these when they gave a request up; its text is not what the model says
 _GIVEN_UP = ("abort", "error")
@@ -118,15 +126,6 @@ def without_secret(value: Any, secret: str) -> Any:
     if len(secret) < _SHORTEST_SECRET:
         return value
     return json.loads(json.dumps(value).replace(json.dumps(secret)[1:-1], "***"))
-
-
-try:
-    import httpx2  # the openai client's own
-    import openai
-except ImportError:
-    raise RefusedError(
-        "An endpoint needs the openai client. Install 'realign[pipeline,endpoint]'."
-    ) from None
 
 
 @dataclass(frozen=True)

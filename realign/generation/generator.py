@@ -1,4 +1,4 @@
-"""What the pipeline asks of a model, wherever it runs."""
+"""The protocol of a generator: requests in, answers out, wherever the model runs."""
 
 from __future__ import annotations
 

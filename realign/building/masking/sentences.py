@@ -1,4 +1,4 @@
-"""Where the sentences of a text are."""
+"""Finds the words and the sentences of a text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image encoders: a VLM's own vision path, or a CLIP or SigLIP model. Rows of length 1."""
+"""Image encoders: a VLM's own vision path, or a CLIP or SigLIP model; vectors have length 1."""
 
 from __future__ import annotations
 

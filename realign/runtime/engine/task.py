@@ -1,4 +1,4 @@
-"""What went wrong in a worker, as whoever started it is told."""
+"""The protocol of a task that an engine runs, and the errors of its workers."""
 
 from __future__ import annotations
 
