@@ -74,7 +74,7 @@ def demo_block(results: Path) -> str:
     """Return what stands between the marks of the demo's table."""
     path = results / "demo_seeds.json"
     if not path.is_file():
-        return "*Three seeds have not been measured yet: `python -m realign.demo.seeds`.*"
+        return "*Three seeds have not been measured yet: `python -m benchmarks.demo.seeds`.*"
     return demo_table(json.loads(path.read_text()))
 
 

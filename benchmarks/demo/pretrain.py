@@ -1,4 +1,4 @@
-"""Trains the embedded model: ``python -m realign.demo.pretrain --out FOLDER``, seeded, under a
+"""Trains the embedded model: ``python -m benchmarks.demo.pretrain --out FOLDER``, seeded, under a
 quarter of an hour on two cores.
 
 As for larger models, the vision tower is trained first, to recognise what stands in each cell; then

@@ -1,6 +1,6 @@
 """Repeats the demo for three seeds with every named objective and writes how each came out.
 
-``python -m realign.demo.seeds``. Nothing is chosen after the fact:
+``python -m benchmarks.demo.seeds``. Nothing is chosen after the fact:
 the recommended objective was settled on seed 100, the seeds reported here are 0, 1 and 2.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import datasets
 import torch
 import transformers
 
+from benchmarks.result_files import RESULTS, current_commit
 from realign.demo.run import MODEL, OBJECTIVES, RECOMMENDED, run_demo
 from realign.runtime.files import file_sha256, write_json
 from realign_kernels import describe_backends
@@ -41,24 +41,12 @@ def verdict(scores: dict[str, Any], model: str) -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
-    """Return the commit of the source tree, marked where files differ from it, if it is one."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return described.stdout.strip() or None
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=Path, default=Path("runs/seeds"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/demo_seeds.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "demo_seeds.json")
     args = parser.parse_args()
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
@@ -73,8 +61,8 @@ def main() -> None:
     write_json(
         args.out,
         {
-            "command": "python -m realign.demo.seeds",
-            "commit": _commit(),
+            "command": "python -m benchmarks.demo.seeds",
+            "commit": current_commit(),
             "head": describe_backends()["auto"],
             "model_sha256": file_sha256(MODEL / "model.safetensors"),
             "torch": torch.__version__,
