@@ -387,7 +387,7 @@ def evaluate(
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder with the files of benchmarks." + REQUIRED)
+        Path | None, typer.Option(help="Folder with files of benchmarks." + REQUIRED)
     ] = None,
     images: NeededImages = None,
     out: Out = None,

@@ -94,6 +94,9 @@ class Key(NamedTuple):
     remedy: str
 
 
+IMAGE = Key(
+    lambda image: isinstance(image, str), "be a file name", "Name a file of the image folder."
+)
 TEXT = Key(
     lambda text: isinstance(text, str) and text.strip() != "",
     "be a non-empty string",
@@ -105,29 +108,34 @@ def read_rows(path: Path, **keys: Key) -> list[Row]:
     """Read a JSON lines file whose rows have ``image``, ``text`` and ``keys``.
 
     Raises:
-        RefusedError: It is empty or not JSON lines, or a row lacks a key or has an invalid value.
+        RefusedError: It is empty or not JSON lines, or :func:`check_row` refuses a row.
     """
-    keys = {"text": TEXT, **keys}
-    names = ["image", *keys]
+    keys = {"image": IMAGE, "text": TEXT, **keys}
     rows = []
     for number, row in iter_jsonl(path):
-        where = f"{path.name}, line {number}"
         if isinstance(row, RefusedError):
             raise row
-        if not isinstance(row, dict):
-            raise RefusedError(
-                f"{where} must be an object with {names}, got {row!r:.80}. Correct the line."
-            )
-        if missing := [name for name in names if name not in row]:
-            raise RefusedError(
-                f"{where}: keys {missing} are missing, found {sorted(row)}. Add them."
-            )
-        for name, key in keys.items():
-            if not key.is_valid(row[name]):
-                raise RefusedError(
-                    f"{where}: {name} must {key.rule}, got {row[name]!r:.80}. {key.remedy}"
-                )
-        rows.append({**row, "where": where})
+        rows.append(check_row(row, f"{path.name}, line {number}", keys))
     if not rows:
         raise RefusedError(f"{path} must have at least one line, has none. Add some or remove it.")
     return rows
+
+
+def check_row(row: Any, where: str, keys: Mapping[str, Key]) -> Row:
+    """Return a row with ``where`` added, which names its place in a file.
+
+    Raises:
+        RefusedError: It is no object, lacks a key or has an invalid value.
+    """
+    if not isinstance(row, dict):
+        raise RefusedError(
+            f"{where} must be an object with {[*keys]}, got {row!r:.80}. Correct the line."
+        )
+    if missing := [name for name in keys if name not in row]:
+        raise RefusedError(f"{where}: keys {missing} are missing, found {sorted(row)}. Add them.")
+    for name, key in keys.items():
+        if not key.is_valid(row[name]):
+            raise RefusedError(
+                f"{where}: {name} must {key.rule}, got {row[name]!r:.80}. {key.remedy}"
+            )
+    return {**row, "where": where}

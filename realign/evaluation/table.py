@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.table import Table
+from rich.text import Text
 
 from realign.errors import RefusedError
 
 SCHEMA = 2  # of scores.json
+STYLES = {"better": "bold green", "worse": "", "": ""}
 Scores = Mapping[str, Any]
 
 
@@ -102,10 +104,9 @@ def scores_table(scores: Scores) -> Table:
     for model in rows[0][1]:
         table.add_column(model, justify="right")
     for row, cells in rows:
-        texts = [f"{cell.value}  {cell.difference}".rstrip() for cell in cells.values()]
-        marked = [
-            f"[bold green]{text}[/]" if cell.verdict == "better" else text
-            for text, cell in zip(texts, cells.values(), strict=True)
+        texts = [
+            Text(f"{cell.value}  {cell.difference}".rstrip(), STYLES[cell.verdict])
+            for cell in cells.values()
         ]
-        table.add_row(row["label"], *marked)
+        table.add_row(row["label"], *texts)
     return table
