@@ -387,14 +387,14 @@ def evaluate(
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder with POPE and CHAIR files." + REQUIRED)
+        Path | None, typer.Option(help="Folder with files of benchmarks." + REQUIRED)
     ] = None,
     images: NeededImages = None,
     out: Out = None,
     config: Config = None,
     set_: Overrides = None,
 ) -> None:
-    """Models and questions -> raw answers, POPE and CHAIR, paired differences with intervals."""
+    """Models and benchmarks -> raw answers, scores, paired differences with intervals."""
     with _exit_codes():
         from realign.config import EvalConfig
         from realign.config_file import load_config

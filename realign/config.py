@@ -444,9 +444,7 @@ class EvalConfig(Section):
     models: dict[str, str]
     """Name to model or adapter folder; the first is what the others are compared with."""
     data: Path
-    """Folder with any of pope_{random,popular,adversarial}.jsonl, and chair.jsonl with
-    chair_objects.json.
-    """
+    """Folder with the files of at least one benchmark; docs/evaluation.md lists them."""
     images: Path
     """Image folder."""
     out: Path

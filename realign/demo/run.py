@@ -108,7 +108,11 @@ def run_demo(out: Path, seed: int, compared: Sequence[str] = ("DPO", "SFT")) -> 
         "recommended": RECOMMENDED,
         "objectives": {name: OBJECTIVES[name] for name in (*compared, RECOMMENDED)},
         "first_logged_loss": read_jsonl(out / "metrics.jsonl")[0]["loss"],
-        "scores": scores["tasks"],
+        "scores": {
+            name: {"items": task["items"], "rule": rule, "models": models}
+            for name, task in scores["tasks"].items()
+            for rule, models in [*task["rules"].items()][:1]
+        },
         "seconds": seconds,
     }
     write_json(out / "summary.json", summary)

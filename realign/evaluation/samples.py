@@ -4,77 +4,56 @@ right.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
-from realign.evaluation.chair import mentioned
-from realign.evaluation.pope import confusion
-from realign.evaluation.tasks import Question
+from realign.evaluation.benchmark import Row, Task, View
 from realign.generation.generator import Answer
 
-NUM_SAMPLES = 4  # of each kind
+NUM_SAMPLES = 4  # per task
+Question = tuple[str, str]  # image name, text
 Answers = Mapping[str, Mapping[Question, Answer]]  # model -> question -> answer
 Sample = dict[str, Any]
 
 
-def caption_samples(
-    rows: Sequence[Mapping[str, Any]], answers: Answers, synonyms: Mapping[str, list[str]]
-) -> list[Sample]:
-    """The first captions that name different absent objects."""
-    samples: list[Sample] = []
-    for row in rows:
-        said = _first_and_last(row, answers)
-        absent = {
-            model: mentioned(text, synonyms) - set(row["objects"]) for model, text in said.items()
-        }
-        if _differ(absent) and len(samples) < NUM_SAMPLES:
-            shown = {
-                model: {
-                    "text": text,
-                    "is_right": not absent[model],
-                    "absent_words": sorted(
-                        {word.lower() for name in absent[model] for word in synonyms[name]}
-                    ),
-                }
-                for model, text in said.items()
-            }
-            truth = f"in the image: {', '.join(row['objects'])}"
-            samples.append(
-                {"image": row["image"], "prompt": row["text"], "truth": truth, "answers": shown}
-            )
-    return samples
+def sample_answers(tasks: Mapping[str, Task], answers: Answers) -> list[Sample]:
+    """Return the first differing answers of every task that its benchmark shows; those with marked
+    words come first.
+    """
+    samples = [
+        sample
+        for name, task in tasks.items()
+        if (show := task.benchmark.samples.get(name))
+        for sample in islice(_differing(task.rows, show, answers), NUM_SAMPLES)
+    ]
+    return sorted(
+        samples,
+        key=lambda sample: not any(said["absent_words"] for said in sample["answers"].values()),
+    )
 
 
-def question_samples(rows: Sequence[Mapping[str, Any]], answers: Answers) -> list[Sample]:
-    """The first yes/no questions that one of the two gets wrong."""
-    samples: list[Sample] = []
-    for row in rows:
-        said = _first_and_last(row, answers)
-        is_right = {
-            # the official rule: true yes and true no
-            model: sum(confusion(row["label"], text)[::2]) == 1
-            for model, text in said.items()
-        }
-        if _differ(is_right) and len(samples) < NUM_SAMPLES:
-            shown = {
-                model: {"text": text, "is_right": is_right[model], "absent_words": []}
-                for model, text in said.items()
-            }
-            truth = f"right answer: {row['label']}"
-            samples.append(
-                {"image": row["image"], "prompt": row["text"], "truth": truth, "answers": shown}
-            )
-    return samples
-
-
-def _first_and_last(row: Mapping[str, Any], answers: Answers) -> dict[str, str]:
+def _differing(
+    rows: Sequence[Row], show: Callable[[Row, str], View], answers: Answers
+) -> Iterator[Sample]:
     models = list(answers)
-    return {
-        model: answers[model][row["image"], row["text"]].text
-        for model in dict.fromkeys((models[0], models[-1]))
-    }
-
-
-def _differ(by_model: Mapping[str, Any]) -> bool:
-    first, *others = by_model.values()
-    return any(other != first for other in others)
+    for row in rows:
+        texts = {
+            model: answers[model][row["image"], row["text"]].text
+            for model in (models[0], models[-1])
+        }
+        shown = {model: show(row, text) for model, text in texts.items()}
+        if len({*shown.values()}) > 1:
+            yield {
+                "image": row["image"],
+                "prompt": row["text"],
+                "truth": shown[models[0]].truth,
+                "answers": {
+                    model: {
+                        "text": texts[model],
+                        "is_right": judged.is_right,
+                        "absent_words": list(judged.absent_words),
+                    }
+                    for model, judged in shown.items()
+                },
+            }

@@ -2,79 +2,111 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich.table import Table
+from rich.text import Text
 
-from realign.evaluation.pope import SPLITS
+from realign.errors import RefusedError
 
-# (task, metric, label, whether more is better); what is shown first everywhere
-ROWS = (
-    *(
-        (f"pope_{split}", "balanced_accuracy", f"POPE {split}, balanced accuracy", True)
-        for split in SPLITS
-    ),
-    *((f"pope_{split}", "f1", f"POPE {split}, F1", True) for split in SPLITS),
-    ("chair", "chair_i", "CHAIR_i, named objects that are not there", False),
-    ("chair", "recall", "recall, objects there that are named", True),
-)
+SCHEMA = 2  # of scores.json
+STYLES = {"better": "bold green", "worse": "", "": ""}
+Scores = Mapping[str, Any]
 
 
-def percent(value: float) -> str:
-    """A fraction as a percentage with one decimal."""
-    return f"{100 * value:.1f}"
+def read_scores(path: Path) -> Scores:
+    """Read ``scores.json``.
+
+    Raises:
+        RefusedError: Another version wrote it.
+    """
+    scores: Scores = json.loads(path.read_text(encoding="utf-8"))
+    if scores.get("schema") != SCHEMA:
+        raise RefusedError(
+            f"{path} must have schema {SCHEMA}, got {scores.get('schema', 1)}. Give the same "
+            "`realign eval` or `realign demo` again; it scores the stored answers anew."
+        )
+    return scores
 
 
-def difference(score: Mapping[str, Any]) -> str:
-    """Difference from the baseline in points, with its 95 % interval."""
+class Cell(NamedTuple):
+    """A score as it is printed."""
+
+    value: str
+    difference: str  # from the baseline, with its 95 % interval; empty for the baseline
+    verdict: str  # "better" or "worse" where that interval excludes 0
+    bar: tuple[float, float, float]  # value and interval
+
+
+def score_rows(scores: Scores) -> Iterator[tuple[Scores, dict[str, Cell]]]:
+    """Yield each row of the table (see :class:`~realign.evaluation.benchmark.TableRow`) with its
+    cell by model.
+    """
+    for row in scores["table"]:
+        models = scores["tasks"][row["task"]]["rules"][row["rule"]]
+        cells = {model: _cell(metrics[row["metric"]], row) for model, metrics in models.items()}
+        cells[scores["baseline"]] = cells[scores["baseline"]]._replace(difference="")
+        yield row, cells
+
+
+def _cell(score: Scores, row: Scores) -> Cell:
+    low, high = score["difference_interval"]
+    verdict = ""
+    if low > 0 or high < 0:
+        verdict = "better" if (low > 0) == row["more_is_better"] else "worse"
+    value = f"{row['scale'] * score['value']:.1f}"
+    bar = (score["value"], *score["interval"])
+    return Cell(value, difference(score, row["scale"]), verdict, bar)
+
+
+def difference(score: Scores, scale: int = 100) -> str:
+    """Return the difference from the baseline, multiplied by ``scale``, with its 95 % interval."""
     low, high = score["difference_interval"]
     # z: no minus before a zero
-    return f"{100 * score['difference']:+z.1f} [{100 * low:+z.1f}, {100 * high:+z.1f}]"
+    return f"{scale * score['difference']:+z.1f} [{scale * low:+z.1f}, {scale * high:+z.1f}]"
 
 
-def score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, bool, dict[str, dict[str, Any]]]]:
-    """Label, whether more is better, and model -> score, for every metric that was measured."""
-    for task, metric, label, more_is_better in ROWS:
-        if task in scores["tasks"]:
-            models = scores["tasks"][task]["models"]
-            yield label, more_is_better, {model: values[metric] for model, values in models.items()}
+def units_note(scores: Scores) -> str:
+    """Return the units of the table and what its intervals rest on."""
+    clusters = dict.fromkeys(task["cluster"] for task in scores["tasks"].values())
+    return (
+        "percent unless the label names a unit; differences from the baseline in points, "
+        f"95 % paired bootstrap by {' and '.join(clusters)}"
+    )
 
 
-def cut_note(scores: Mapping[str, Any]) -> str:
-    """How many answers of each model reached the limit on their length; empty when none did."""
-    cut: dict[str, int] = {}
-    for task in scores["tasks"].values():
-        for model, count in task["cut"].items():
-            cut[model] = cut.get(model, 0) + count
+def cut_note(scores: Scores) -> str:
+    """Return how many answers of each model reached the limit on their length; empty when none
+    did.
+    """
+    tasks = scores["tasks"].values()
+    cut: Counter[str] = Counter()
+    for task in tasks:
+        cut.update(task["cut"])
     if not any(cut.values()):
         return ""
-    items = sum(task["items"] for task in scores["tasks"].values())
     counts = ", ".join(f"{model} {count:,}" for model, count in cut.items())
+    items = sum(task["items"] for task in tasks)
     return f"Of {items:,} answers, cut at max_new_tokens: {counts}."
 
 
-def scores_table(scores: Mapping[str, Any]) -> Table:
-    """The paired comparison as a rich table; bold where the interval excludes 0 on the better
-    side.
+def scores_table(scores: Scores) -> Table:
+    """Return the paired comparison as a rich table; bold where the interval excludes 0 on the
+    better side.
     """
-    table = Table(
-        title="percent; differences from the baseline in points, 95 % paired bootstrap over images",
-        caption=cut_note(scores) or None,
-    )
+    table = Table(title=units_note(scores), caption=cut_note(scores) or None)
     table.add_column("")
-    for row, (label, more_is_better, models) in enumerate(score_rows(scores)):
-        if row == 0:
-            for model in models:
-                table.add_column(model, justify="right")
-        cells = []
-        for model, score in models.items():
-            text = percent(score["value"])
-            if model != scores["baseline"]:
-                low, high = score["difference_interval"]
-                better = low > 0 if more_is_better else high < 0
-                text = f"{text}  {difference(score)}"
-                text = f"[bold green]{text}[/]" if better else text
-            cells.append(text)
-        table.add_row(label, *cells)
+    rows = list(score_rows(scores))
+    for model in rows[0][1]:
+        table.add_column(model, justify="right")
+    for row, cells in rows:
+        texts = [
+            Text(f"{cell.value}  {cell.difference}".rstrip(), STYLES[cell.verdict])
+            for cell in cells.values()
+        ]
+        table.add_row(row["label"], *texts)
     return table

@@ -75,29 +75,32 @@ def line_plot(
     return _svg(figure)
 
 
-def bar_plot(title: str, bars: Mapping[str, tuple[float, float, float]]) -> Markup:
-    """One bar a model with its interval and its value, in percent, from 0.
+def bar_plot(
+    title: str, bars: Mapping[str, tuple[float, float, float]], scale: int = 100
+) -> Markup:
+    """Return one bar per model with its interval and its value, from 0.
 
     Args:
         title: Above the plot.
-        bars: Label to (value, low, high), fractions.
+        bars: Label to (value, low, high).
+        scale: Factor of the values; 100 plots fractions in percent.
     """
     figure = Figure(figsize=(4.6, 2.7))
     axes = figure.subplots()
-    values = [100 * value for value, _, _ in bars.values()]
+    values = [scale * value for value, _, _ in bars.values()]
     errors = [
-        [100 * (v - low) for v, low, _ in bars.values()],
-        [100 * (high - v) for v, _, high in bars.values()],
+        [scale * (v - low) for v, low, _ in bars.values()],
+        [scale * (high - v) for v, _, high in bars.values()],
     ]
     colors = [COLORS[i % len(COLORS)] for i in range(len(bars))]
     # a bar's length is its value; small differences are read from the numbers and the intervals
     axes.bar(list(bars), values, color=colors, width=0.6, yerr=errors, ecolor="#344054", capsize=3)
     for position, (value, (_, _, high)) in enumerate(zip(values, bars.values(), strict=True)):
         axes.annotate(
-            f"{value:.1f}", (position, 100 * high), (0, 3), textcoords="offset points",
+            f"{value:.1f}", (position, scale * high), (0, 3), textcoords="offset points",
             ha="center", fontsize=9, color="#344054",
         )  # fmt: skip
-    highest = max(100 * high for _, _, high in bars.values())
+    highest = max(scale * high for _, _, high in bars.values())
     axes.set_ylim(0, 1.12 * highest or 1.0)
     axes.grid(axis="x", visible=False)
     axes.set_title(title)

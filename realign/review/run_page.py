@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from realign.data.build_folder import read_funnel, row_lines
 from realign.data.dataset import read_records
 from realign.data.images import data_uri
 from realign.errors import RefusedError
-from realign.evaluation.table import cut_note, difference, percent, score_rows
+from realign.evaluation.table import cut_note, read_scores, score_rows, units_note
 from realign.review.page import shown_pair, spread, write_page
 from realign.review.pair_view import marked
 from realign.review.plots import bar_plot, count_plot, line_plot
@@ -24,63 +25,34 @@ NUM_PAIRS = 8
 
 
 def score_part(folder: Path, tiles: list[dict[str, str]]) -> dict[str, Any]:
-    """What the template needs of ``eval/``; the headline scores are added to ``tiles``."""
-    scores = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    """Return what the template shows of ``eval/``; the headline scores are added to ``tiles``."""
+    scores = read_scores(folder / "scores.json")
     rows = list(score_rows(scores))
-    models = list(rows[0][2])
-    items = {task: values["items"] for task, values in scores["tasks"].items()}
-    table = []
-    for label, more_is_better, by_model in rows:
-        cells = [
-            {
-                "value": percent(score["value"]),
-                "difference": difference(score) if model != scores["baseline"] else "",
-                "verdict": _verdict(score, more_is_better) if model != scores["baseline"] else "",
-            }
-            for model, score in by_model.items()
-        ]
-        table.append({"label": label, "cells": cells})
-    last = models[-1]
-    for label, _, by_model in rows:
-        if label.startswith(("CHAIR_i", "POPE adversarial, balanced", "recall")):
-            before, after = by_model[models[0]]["value"], by_model[last]["value"]
-            name = label.partition(",")[0] if label.startswith("CHAIR") else label
+    models = list(rows[0][1])
+    baseline, last = models[0], models[-1]
+    plots = []
+    for row, cells in rows:
+        if row["is_headline"]:
+            label = f"{row['label']}, {baseline} → {last}"
             tiles.append(
-                {
-                    "value": f"{percent(before)} → {percent(after)}",
-                    "label": f"{name}, {models[0]} → {last}, %",
-                }
+                {"value": f"{cells[baseline].value} → {cells[last].value}", "label": label}
             )
-    bars = [
-        bar_plot(
-            label,
-            {model: (score["value"], *score["interval"]) for model, score in by_model.items()},
-        )
-        for label, _, by_model in rows
-        if "F1" not in label
-    ]
-    note = (
-        f"{', '.join(f'{task}: {count:,} items' for task, count in items.items())}. Percent; "
-        f"below each value its "
-        f"difference from {models[0]} in points with a 95 % interval (paired bootstrap over "
-        f"images), coloured where the "
-        f"interval excludes 0. {cut_note(scores)}"
+            bars = {m: cell.bar for m, cell in cells.items() if math.isfinite(sum(cell.bar))}
+            if bars:
+                plots.append(bar_plot(row["label"], bars, row["scale"]))
+    items = (
+        f"{name}: {task['items']:,} items, rule {', '.join(task['rules'])}"
+        for name, task in scores["tasks"].items()
     )
     return {
         "models": models,
-        "score_rows": table,
-        "score_plots": bars,
-        "score_note": note,
+        "score_rows": rows,
+        "score_plots": plots,
+        "score_note": f"{'; '.join(items)}. Below each value is its difference from {baseline}, "
+        f"coloured where its interval excludes 0 ({units_note(scores)}). {cut_note(scores)}",
         "samples": [_sample(sample, folder) for sample in scores["samples"]],
         "samples_model": last,
     }
-
-
-def _verdict(score: Mapping[str, Any], more_is_better: bool) -> str:
-    low, high = score["difference_interval"]
-    if low <= 0 <= high:
-        return ""
-    return "better" if (low > 0) == more_is_better else "worse"
 
 
 def _sample(sample: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -102,7 +74,7 @@ def _sample(sample: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether there is anything of a run to show."""
+    """Return whether there is anything of a run to show."""
     return any(
         (folder / name).is_file()
         for name in ("dataset/dataset.parquet", "eval/scores.json", "metrics.jsonl")

@@ -12,11 +12,13 @@ import pytest
 from realign.config import EvalConfig
 from realign.demo.data import write_eval_data
 from realign.errors import RefusedError
-from realign.evaluation.bootstrap import paired_scores
-from realign.evaluation.chair import caption_counts, chair_metrics, mentioned
-from realign.evaluation.pope import confusion, pope_metrics, says_yes
-from realign.evaluation.run import evaluate, score
-from realign.evaluation.samples import caption_samples, question_samples
+from realign.evaluation.benchmark import Task
+from realign.evaluation.benchmarks.chair import CHAIR, caption_counts, chair_metrics, mentioned
+from realign.evaluation.benchmarks.pope import POPE, confusion, pope_metrics, says_yes
+from realign.evaluation.run import evaluate
+from realign.evaluation.samples import sample_answers
+from realign.evaluation.score import score
+from realign.evaluation.statistics import paired_scores
 from realign.evaluation.table import cut_note, difference
 from realign.generation.generator import Answer
 from realign.review.report import write_report
@@ -39,7 +41,7 @@ def test_official_pope_rule(answer: str, yes: bool) -> None:
 
 
 def test_pope_metrics_by_hand() -> None:
-    assert confusion("yes", "No.") == [0, 1, 0, 0]
+    assert confusion({"label": "yes"}, "No.") == [0, 1, 0, 0]
     scores = pope_metrics(np.array([8.0, 2.0, 6.0, 4.0]))  # true yes, false no, true no, false yes
     assert scores["balanced_accuracy"] == pytest.approx(0.5 * (0.8 + 0.6))
     assert scores["f1"] == pytest.approx(2 * 8 / (2 * 8 + 4 + 2))
@@ -49,7 +51,8 @@ def test_pope_metrics_by_hand() -> None:
 def test_chair_by_hand() -> None:
     synonyms = {"dog": ["dog", "puppy"], "bus": ["bus"], "cat": ["cat"]}
     assert mentioned("Two puppies? A puppy and two buses, catalogue.", synonyms) == {"dog", "bus"}
-    counts = caption_counts("A puppy, a dog and a cat.", ["dog", "bus"], synonyms)
+    row = {"objects": ["dog", "bus"], "synonyms": synonyms}
+    counts = caption_counts(row, "A puppy, a dog and a cat.")
     assert counts == [2, 1, 2, 1]
     scores = chair_metrics(np.array(counts, dtype=float))
     assert (scores["chair_i"], scores["recall"]) == (0.5, 0.5)
@@ -92,11 +95,12 @@ def test_score_pairs_models_by_image() -> None:
         "x": {question: Answer(text) for question, text in said.items()},
         "y": {question: Answer(text, text == "No.") for question, text in right.items()},
     }
-    scores = score({"pope_random": rows}, answers, {}, resamples=10, seed=0)
+    scores = score({"pope_random": Task(POPE, rows)}, answers, resamples=10, seed=0)
     task = scores["tasks"]["pope_random"]
     assert (task["items"], task["images"], scores["baseline"]) == (3, 2, "x")
-    assert task["models"]["x"]["balanced_accuracy"]["value"] == 0.75
-    assert task["models"]["y"]["balanced_accuracy"]["difference"] == 0.25
+    models = task["rules"]["official"]
+    assert models["x"]["balanced_accuracy"]["value"] == 0.75
+    assert models["y"]["balanced_accuracy"]["difference"] == 0.25
     assert task["cut"] == {"x": 0, "y": 2}
     assert cut_note(scores) == "Of 3 answers, cut at max_new_tokens: x 0, y 2."
     assert cut_note({"tasks": {"pope_random": {**task, "cut": {"x": 0, "y": 0}}}}) == ""
@@ -115,25 +119,25 @@ def test_samples_are_the_first_on_which_first_and_last_differ() -> None:
         {"image": "a", "text": "dog?", "label": "yes"},
         {"image": "a", "text": "cat?", "label": "no"},
     ]
-    caption = {"image": "a", "text": "Describe.", "objects": ["dog"]}
+    synonyms = {"dog": ["dog"], "cat": ["cat", "kitten"]}
+    caption = {"image": "a", "text": "Describe.", "objects": ["dog"], "synonyms": synonyms}
+    tasks = {"pope_adversarial": Task(POPE, questions), "chair": Task(CHAIR, [caption])}
     base = {("a", "dog?"): "Yes.", ("a", "cat?"): "Yes.", ("a", "Describe."): "A dog, a kitten."}
     other = {**base, ("a", "cat?"): "No.", ("a", "Describe."): "A dog."}
     answers = {
         model: {question: Answer(text) for question, text in said.items()}
         for model, said in (("base", base), ("between", base), ("last", other))
     }
-    synonyms = {"dog": ["dog"], "cat": ["cat", "kitten"]}
-    (sample,) = caption_samples([caption], answers, synonyms)
+    sample, second = sample_answers(tasks, answers)  # marked words come first
     assert sample["truth"] == "in the image: dog"
     assert sample["answers"] == {
         "base": {"text": "A dog, a kitten.", "is_right": False, "absent_words": ["cat", "kitten"]},
         "last": {"text": "A dog.", "is_right": True, "absent_words": []},
     }
-    (sample,) = question_samples(questions, answers)
-    assert (sample["prompt"], sample["truth"]) == ("cat?", "right answer: no")
-    assert [said["is_right"] for said in sample["answers"].values()] == [False, True]
-    alone = {"base": answers["base"]}
-    assert question_samples(questions, alone) == caption_samples([caption], alone, synonyms) == []
+    assert (second["prompt"], second["truth"]) == ("cat?", "right answer: no")
+    assert [said["is_right"] for said in second["answers"].values()] == [False, True]
+    assert sample_answers(tasks, {"base": answers["base"]}) == []
+    assert sample_answers({"pope_random": Task(POPE, questions)}, answers) == []
 
 
 @pytest.fixture
@@ -155,7 +159,7 @@ def test_answers_are_stored_once_and_reused(tmp_path: Path, model_dir, world) ->
     rows = [json.loads(line) for line in answers.splitlines()]
     assert len({(row["image"], row["text"]) for row in rows}) == len(rows)
     assert answers == (tmp_path / "eval" / "answers" / "same.jsonl").read_bytes()
-    models = scores["tasks"]["chair"]["models"]
+    models = scores["tasks"]["chair"]["rules"]["object-list"]
     assert models["same"]["recall"]["difference"] == 0
     assert scores["samples"] == []  # two equal models have no different captions
     assert evaluate(config) == json.loads((tmp_path / "eval" / "scores.json").read_text())

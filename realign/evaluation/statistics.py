@@ -1,17 +1,15 @@
-"""Paired bootstrap over images: several models answered about the same ones, so they are resampled
-together.
+"""Paired bootstrap over clusters: several models answered about the same ones, so they are
+resampled together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
-Metrics = Callable[[Array], Mapping[str, Array]]
+from realign.evaluation.benchmark import Array, Metrics
 
 
 def paired_scores(
@@ -20,25 +18,27 @@ def paired_scores(
     """Score every model with 95 % intervals, and its difference from the baseline with one of its
     own.
 
-    Questions about one image are not independent, so images are drawn, with everything asked about
-    them.
+    Questions about one image are not independent, so clusters are drawn, with everything asked
+    about them.
 
     Args:
-        counts: Model name to counts, shape ``(images, K)``, the same images in the same order.
-        metrics: Counts summed over images, shape ``(..., K)``, to named scores, shape ``(...)``.
+        counts: Model name to score vectors, shape ``(clusters, K)``, the same clusters in the same
+            order.
+        metrics: Vectors summed over clusters, shape ``(..., K)``, to named scores, shape ``(...)``.
         baseline: The model that the others are compared with.
-        resamples: How many draws.
+        resamples: Number of draws.
         seed: Of the draws.
     Returns:
         model -> metric -> value, interval, difference, difference_interval (percentile intervals).
     """
-    images = len(counts[baseline])
+    clusters = len(counts[baseline])
     rng = np.random.default_rng(seed)
-    weights = rng.multinomial(images, np.full(images, 1 / images), size=resamples).astype(
+    weights = rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples).astype(
         np.float64
     )
-    point = {model: metrics(values.sum(0)) for model, values in counts.items()}
-    drawn = {model: metrics(weights @ values) for model, values in counts.items()}
+    with np.errstate(invalid="ignore", divide="ignore"):
+        point = {model: metrics(values.sum(0)) for model, values in counts.items()}
+        drawn = {model: metrics(weights @ values) for model, values in counts.items()}
     return {
         model: {
             name: {
@@ -54,4 +54,5 @@ def paired_scores(
 
 
 def _interval(draws: Array) -> list[float]:
-    return [float(x) for x in np.nanpercentile(draws, [2.5, 97.5])]
+    defined = draws[~np.isnan(draws)]
+    return np.percentile(defined, [2.5, 97.5]).tolist() if defined.size else [np.nan, np.nan]

@@ -1,0 +1,108 @@
+"""CHAIR: which objects of a caption are not in the image (Rohrbach et al. 2018), and which of the
+image it names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from realign.errors import RefusedError
+from realign.evaluation.benchmark import Array, Benchmark, Key, Row, Rule, TableRow, View, read_rows
+from realign.runtime.files import read_json
+
+Synonyms = Mapping[str, list[str]]
+FILES = ("chair.jsonl", "chair_objects.json")
+CHAIR_I = "CHAIR_i, named objects that are not there"
+RECALL = "recall, objects there that are named"
+
+
+def _is_list_of_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+OBJECTS = Key(
+    _is_list_of_strings, "be a list of strings", "Put each into quotes and all into brackets."
+)
+
+
+def read(path: Path) -> list[Row]:
+    """Read the captions to ask for; every row holds the synonyms of all objects.
+
+    Raises:
+        RefusedError: A file is missing or has another form, or a row names an object without
+            synonyms, which would count as never named.
+    """
+    rows = read_rows(path, objects=OBJECTS)
+    synonyms_path = path.with_name(FILES[1])
+    if not synonyms_path.is_file():
+        raise RefusedError(
+            f"data must hold {FILES[1]} beside {FILES[0]}, {path.parent} does not. Write "
+            'object -> synonyms, as in {"dog": ["dog", "puppy"]}.'
+        )
+    synonyms = read_json(synonyms_path)
+    if not isinstance(synonyms, dict) or not all(map(_is_list_of_strings, synonyms.values())):
+        raise RefusedError(
+            f"{synonyms_path} must map each object to a list of its synonyms. Correct it."
+        )
+    for row in rows:
+        if unknown := sorted({*row["objects"]} - synonyms.keys()):
+            raise RefusedError(
+                f"{row['where']}: objects must be keys of {FILES[1]}, got {unknown[0]!r}. "
+                "Add it there."
+            )
+        row["synonyms"] = synonyms
+    return rows
+
+
+def mentioned(caption: str, synonyms: Synonyms) -> set[str]:
+    """Return the objects that a caption names, by whole words of their synonyms; plurals in s and
+    es count.
+    """
+    text = caption.lower()
+    return {
+        name
+        for name, words in synonyms.items()
+        if any(re.search(rf"\b{re.escape(word.lower())}(?:e?s)?\b", text) for word in words)
+    }
+
+
+def caption_counts(row: Row, caption: str) -> list[int]:
+    """Count the objects named, named but absent, present, present and named."""
+    named, present = mentioned(caption, row["synonyms"]), {*row["objects"]}
+    return [len(named), len(named - present), len(present), len(named & present)]
+
+
+def chair_metrics(counts: Array) -> Mapping[str, Array]:
+    """Return, from summed counts, the share of the named objects that are absent and the share of
+    the present objects that are named.
+    """
+    named, absent, present, found = np.moveaxis(counts, -1, 0)
+    return {"chair_i": absent / named, "recall": found / present}
+
+
+def show(row: Row, caption: str) -> View:
+    """Mark every word for an absent object."""
+    absent = mentioned(caption, row["synonyms"]) - {*row["objects"]}
+    words = {word.lower() for name in absent for word in row["synonyms"][name]}
+    truth = f"in the image: {', '.join(row['objects'])}"
+    return View(truth, not absent, tuple(sorted(words)))
+
+
+CHAIR = Benchmark(
+    name="CHAIR",
+    files={"chair": FILES},
+    read=read,
+    rules={"object-list": Rule(caption_counts, chair_metrics)},
+    table=[
+        TableRow(
+            "chair", "object-list", "chair_i", CHAIR_I, more_is_better=False, is_headline=True
+        ),
+        TableRow("chair", "object-list", "recall", RECALL, is_headline=True),
+    ],
+    samples={"chair": show},
+)

@@ -1,0 +1,236 @@
+"""A benchmark is one object in the registry: everything else follows from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from realign.cli import app
+from realign.config import EvalConfig
+from realign.demo.data import write_eval_data
+from realign.errors import RefusedError
+from realign.evaluation import registry
+from realign.evaluation.benchmark import Benchmark, Key, Rule, TableRow, Task, View, read_rows
+from realign.evaluation.run import evaluate
+from realign.evaluation.score import score
+from realign.evaluation.table import scores_table
+from realign.generation.generator import Answer
+from realign.review.report import write_report
+
+ROOT = Path(__file__).parents[3]
+
+
+def length_and_word(row, answer):
+    """Return five columns: one, the words, whether the awaited word is among them, its position."""
+    words = answer.lower().rstrip(".").split()
+    found = row["word"] in words
+    return [1, len(words), found, words.index(row["word"]) + 1 if found else 0, len(answer)]
+
+
+def pairs_both_right(rows):
+    """Return two columns of a figure: pairs of questions, and pairs with both answers right."""
+    right = [scores[0] for _, scores in rows]
+    pairs = list(zip(right[::2], right[1::2], strict=True))
+    return [len(pairs), sum(map(all, pairs))]
+
+
+WORDS = Benchmark(
+    name="Words",
+    files={"words": ("words.jsonl",)},
+    read=partial(
+        read_rows,
+        word=Key(lambda word: isinstance(word, str), "be a string", "Put it into quotes."),
+        figure=Key(lambda figure: isinstance(figure, int), "be an integer", "Count figures."),
+    ),
+    rules={
+        "official": Rule(
+            length_and_word,
+            lambda sums: {
+                "hits": sums[..., 2] / sums[..., 0],
+                "words": sums[..., 1] / sums[..., 0],
+            },
+        ),
+        "paired": Rule(
+            lambda row, answer: [row["word"] in answer.lower()],
+            lambda sums: {"both": sums[..., 1] / sums[..., 0]},
+            combine=pairs_both_right,
+        ),
+    },
+    table=[
+        TableRow("words", "official", "hits", "Words, share that is found", is_headline=True),
+        TableRow("words", "official", "words", "Words, length in words", False, True, scale=1),
+        TableRow("words", "paired", "both", "Words, both of a pair"),
+    ],
+    cluster="figure",
+    samples={"words": lambda row, answer: View(f"holds {row['word']}", row["word"] in answer)},
+)
+ROWS = [
+    {"image": "eval-00000.png", "text": "Is there a moon?", "word": "yes", "figure": 1},
+    {"image": "eval-00000.png", "text": "Is there a cup?", "word": "no", "figure": 1},
+    {"image": "eval-00001.png", "text": "Is there a moon?", "word": "yes", "figure": 2},
+    {"image": "eval-00001.png", "text": "Is there a cup?", "word": "no", "figure": 2},
+]
+
+
+@pytest.fixture
+def config(tmp_path: Path, model_dir, monkeypatch) -> EvalConfig:
+    """Return the options of a run on the world's files and those of a benchmark that is new."""
+    monkeypatch.setattr(registry, "BENCHMARKS", (*registry.BENCHMARKS, WORDS))
+    world = tmp_path / "world"
+    write_eval_data(world, 2, seed=0)
+    for name in ("pope_random.jsonl", "pope_popular.jsonl", "pope_adversarial.jsonl"):
+        (world / "eval" / name).unlink()
+    lines = "".join(f"{json.dumps(row)}\n" for row in ROWS)
+    (world / "eval" / "words.jsonl").write_text(lines)
+    shutil.copytree(model_dir, tmp_path / "other")
+    return EvalConfig(
+        models={"base": str(model_dir), "other": str(tmp_path / "other")},
+        data=world / "eval",
+        images=world / "images",
+        out=tmp_path / "run" / "eval",
+        bootstrap=50,
+    )
+
+
+def write_answers(config: EvalConfig, model: str, texts: list[str]) -> None:
+    """Replace the stored answers to the questions of the new benchmark."""
+    path = config.out / "answers" / f"{model}.jsonl"
+    by_question = {(row["image"], row["text"]): text for row, text in zip(ROWS, texts, strict=True)}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["answer"] = by_question.get((row["image"], row["text"]), row["answer"])
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def test_a_benchmark_is_one_object_and_a_line_of_the_registry(config, tmp_path) -> None:
+    evaluate(config)
+    asked = (config.out / "answers" / "base.jsonl").read_text()
+    assert asked.count("Is there a moon?") == asked.count("Is there a cup?") == 2
+    write_answers(config, "base", ["yes", "yes", "yes", "no"])
+    write_answers(config, "other", ["yes", "no", "yes", "it is no"])
+
+    scores = evaluate(config)
+    assert scores == json.loads((config.out / "scores.json").read_text())
+    task = scores["tasks"]["words"]
+    assert (task["benchmark"], task["items"], task["images"], task["cluster"]) == (
+        *("Words", 4, 2, "figure"),
+    )
+    official, paired = task["rules"]["official"], task["rules"]["paired"]
+    assert official["base"]["hits"]["value"] == 0.75
+    assert official["other"]["hits"]["difference"] == 0.25
+    assert official["other"]["words"]["value"] == 1.5
+    assert paired["base"]["both"]["value"] == 0.5
+    assert paired["other"]["both"]["difference"] == 0.5
+    # two figures are drawn: none, one or both of them may be the one with a wrong answer
+    assert paired["base"]["both"]["interval"] == [0, 1]
+    assert paired["other"]["both"]["difference_interval"] == [0, 1]
+    assert "chair" in scores["tasks"]
+    assert [sample["truth"] for sample in scores["samples"]] == ["holds no"]
+
+    console = Console(file=StringIO(), width=200)
+    console.print(scores_table(scores))
+    printed = console.file.getvalue()
+    page = write_report(tmp_path / "run", tmp_path / "report.html").read_text()
+    for text in ("Words, share that is found", "75.0", "+25.0", "1.5", "+0.5", "+50.0"):
+        assert text in printed
+        assert text in page
+    assert "image and figure" in printed
+    assert "words: 4 items, rule official, paired" in page
+    assert "Words, length in words, base → other" in page
+    assert "holds no" in page
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("figure", "1", r"words\.jsonl, line 1: figure must be an integer, got '1'\. Count"),
+        ("text", " ", r"words\.jsonl, line 1: text must be a non-empty string, got ' '\. Fill"),
+        ("word", None, r"words\.jsonl, line 1: keys \['word'\] are missing"),
+        ("image", "none.png", r"words\.jsonl, line 1: .*'none\.png' does not exist"),
+    ],
+)
+def test_its_rows_are_checked_before_any_model(config, key, value, message) -> None:
+    row = {**ROWS[0], key: value}
+    if value is None:
+        del row[key]
+    (config.data / "words.jsonl").write_text(json.dumps(row))
+    with pytest.raises(RefusedError, match=message):
+        evaluate(config)
+    assert not config.out.exists()
+
+
+def test_its_data_is_part_of_what_a_run_is(config) -> None:
+    evaluate(config)
+    (config.data / "notes.json").write_text("{}")  # of no benchmark
+    evaluate(config)
+    (config.data / "words.jsonl").write_text(json.dumps(ROWS[0]))
+    with pytest.raises(RefusedError, match=r"data\.words\.jsonl: .* there, .* asked"):
+        evaluate(config)
+
+
+def test_scores_of_another_schema_are_refused(config, tmp_path) -> None:
+    evaluate(config)
+    path = config.out / "scores.json"
+    scores = json.loads(path.read_text())
+    for schema in (1, 3):
+        old = {**scores, "schema": schema}
+        if schema == 1:
+            del old["schema"]  # the first one had no number
+        path.write_text(json.dumps(old))
+        with pytest.raises(RefusedError, match=rf"scores\.json must have schema 2, got {schema}"):
+            write_report(tmp_path / "run", tmp_path / "report.html")
+    assert evaluate(config) == scores == json.loads(path.read_text())
+    assert write_report(tmp_path / "run", tmp_path / "report.html").is_file()
+
+
+def test_registered_benchmarks_are_whole_and_documented() -> None:
+    help_text = CliRunner().invoke(app, ["eval", "--help"]).output
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    tasks = [task for benchmark in registry.BENCHMARKS for task in benchmark.files]
+    assert len(tasks) == len({*tasks})
+    for benchmark in registry.BENCHMARKS:
+        assert benchmark.table
+        for row in benchmark.table:
+            assert row.task in benchmark.files
+            assert row.rule in benchmark.rules
+        assert benchmark.samples.keys() <= benchmark.files.keys()
+        assert benchmark.name in page
+        assert benchmark.name not in help_text  # which would be a list to keep
+        for files in benchmark.files.values():
+            for file in files:
+                assert f"`{file}`" in page
+
+
+@pytest.mark.parametrize("benchmark", registry.BENCHMARKS, ids=lambda benchmark: benchmark.name)
+def test_every_shown_metric_exists(benchmark: Benchmark) -> None:
+    row = {"image": "a", "text": "x", "label": "yes", "objects": ["dog"], "synonyms": {"dog": []}}
+    for name in benchmark.files:
+        scores = score(
+            {name: Task(benchmark, [row])}, {"m": {("a", "x"): Answer("Yes")}}, resamples=2, seed=0
+        )
+        assert scores_table(scores).row_count == sum(
+            shown.task == name for shown in benchmark.table
+        )
+
+
+def test_an_undefined_value_is_shown_and_neither_better_nor_worse(tmp_path) -> None:
+    rows = [{"image": "a", "text": "x", "label": "yes"}]  # no question whose answer is no
+    task = {"pope_random": Task(registry.POPE, rows)}
+    answers = {model: {("a", "x"): Answer("Yes")} for model in ("base", "other")}
+    with np.errstate(all="raise"):
+        scores = score(task, answers, resamples=2, seed=0)
+    table = scores_table(scores)
+    assert str(next(iter(table.columns[2].cells))) == "nan  +nan [+nan, +nan]"
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "scores.json").write_text(json.dumps(scores))
+    page = write_report(tmp_path, tmp_path / "report.html").read_text()
+    assert "nan → nan" in page
+    assert 'class="worse"' not in page
