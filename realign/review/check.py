@@ -12,7 +12,7 @@ from realign.data.dataset import read_rows, without_dropped
 from realign.data.decisions import positions
 from realign.data.decoding import DecodedRow, decoded_rows
 from realign.data.image_pool import ImagePool
-from realign.data.images import RefusedImage
+from realign.data.images import RefusedImage, check_image_root
 from realign.data.records import (
     COUNTED,
     Problem,
@@ -22,6 +22,7 @@ from realign.data.records import (
     special_tokens,
 )
 from realign.errors import RefusedError
+from realign.modeling.folder import check_model
 from realign.review.findings import Findings
 from realign.review.repeats import EvalImages, Repeats, near_images
 from realign.runtime.progress import Progress
@@ -36,6 +37,10 @@ def check(config: CheckConfig) -> Findings:
     """
     if config.out:
         check_out(config.out)
+    if config.model:
+        check_model(config.model)
+    if config.eval_images:
+        check_image_root(config.eval_images)
     read, unreadable = read_rows(config.data, config.images)
     records = without_dropped(read, config.data)
     findings = Findings(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from realign.data.records import Problem
-from realign.modeling.memory import size
 from realign.runtime.files import write_json, write_jsonl
 
 PROBLEMS = "problems.json"
@@ -111,6 +110,8 @@ def _predicted(prediction: dict[str, Any]) -> Iterator[str]:
     memory = prediction.get("memory")
     if not memory:
         return
+    from realign.modeling.memory import size  # a check without a model needs no torch
+
     yield "memory before activations (weights + gradients + optimizer state of AdamW = all):"
     for entry in memory["training"]:
         parts = ("weights", "gradients", "optimizer_state")
