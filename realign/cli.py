@@ -210,13 +210,17 @@ def build(ctx: typer.Context) -> None:
     same command is given again.
     """
     from realign.config import BuildConfig
+    from realign.data.formats.layouts import recognise
     from realign.data.images import check_image_root
 
     options = _options(ctx, BuildConfig)
+    _check_out(options.out, options.model)
     _check_exists("source", options.source, "a file or folder")
+    _check_exists("lexicon", options.lexicon, "a YAML file")
     if options.images is not None:
         check_image_root(options.images)
-    _check_out(options.out, options.model)
+    if options.format is not None:
+        recognise((), options.format, options.source.name)
     from realign.building.run import build as run
 
     dataset = run(options)
