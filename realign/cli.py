@@ -12,7 +12,7 @@ import signal
 import sys
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
@@ -26,9 +26,8 @@ except ImportError:
 from realign.errors import RefusedError
 
 if TYPE_CHECKING:
-    from realign.config import Section
+    from realign.config import BuildConfig, CacheConfig, CheckConfig, EvalConfig, TrainConfig
 
-S = TypeVar("S", bound="Section")
 _Mixin: Any = object
 
 # for this process and its workers, before they import any of these libraries
@@ -161,10 +160,12 @@ def _common_options(
     """Declare the options of every command that has a section."""
 
 
-def _options(ctx: typer.Context, section: type[S]) -> S:
+def _options(ctx: typer.Context) -> Any:
     """Return the options of a command: YAML file, then ``--set``, then flags."""
+    from realign.config import SECTIONS
     from realign.config_file import flag_values, load_config
 
+    section = SECTIONS[str(ctx.command.name)]
     config, overrides = ctx.obj["config"], ctx.obj["set_"] or ()
     return load_config(section, config and Path(config), overrides, flag_values(section, ctx.obj))
 
@@ -209,11 +210,10 @@ def build(ctx: typer.Context) -> None:
     one of them. What it makes up becomes the rejected answer. A stopped build continues when the
     same command is given again.
     """
-    from realign.config import BuildConfig
     from realign.data.formats.layouts import recognise
     from realign.data.images import check_image_root
 
-    options = _options(ctx, BuildConfig)
+    options: BuildConfig = _options(ctx)
     _check_out(options.out, options.model)
     _check_exists("source", options.source, "a file or folder")
     _check_exists("lexicon", options.lexicon, "a YAML file")
@@ -252,10 +252,9 @@ def cache(ctx: typer.Context) -> None:
                 f"drop {command!r} to build."
             )
         return
-    from realign.config import CacheConfig
     from realign.data.dataset import check_dataset
 
-    options = _options(ctx, CacheConfig)
+    options: CacheConfig = _options(ctx)
     _check_out(options.out, options.model)
     check_dataset(options.data, options.images)
     from realign.reference.run import cache as run
@@ -334,10 +333,9 @@ def train(
 
     A stopped run continues when the same command is given again, and ends with the same result.
     """
-    from realign.config import TrainConfig
     from realign.data.dataset import check_dataset
 
-    options = _options(ctx, TrainConfig)
+    options: TrainConfig = _options(ctx)
     _check_out(options.out, options.model)
     check_dataset(options.data, options.images)
     _check_exists("cache", options.cache, A_CACHE)
@@ -355,9 +353,8 @@ def check(ctx: typer.Context) -> None:
     The exit code is 1 if more rows were rejected than --max-reject allows, and 2 if there was
     nothing to check.
     """
-    from realign.config import CheckConfig
 
-    options = _options(ctx, CheckConfig)
+    options: CheckConfig = _options(ctx)
     from realign.review.check import check as run
 
     findings = run(options)
@@ -376,10 +373,9 @@ def evaluate(ctx: typer.Context) -> None:
     Answers are stored, so that no question is asked twice. Differences from the first model are
     paired and have bootstrap intervals.
     """
-    from realign.config import EvalConfig
     from realign.data.images import check_image_root
 
-    options = _options(ctx, EvalConfig)
+    options: EvalConfig = _options(ctx)
     _check_out(options.out, *options.models.values())
     _check_exists("data", options.data, "a folder of questions")
     check_image_root(options.images)

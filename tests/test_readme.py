@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import realign
+import realign_kernels
 from realign.config import SECTIONS, BuildConfig
 from realign.config_file import load_config
 
@@ -96,6 +98,23 @@ def test_the_differences_from_sft_are_those_of_the_result_file() -> None:
 def test_linked_files_exist() -> None:
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_readme_docs_and_examples_import_from_the_two_packages_alone() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.py")]
+    names = {"realign": realign.__all__, "realign_kernels": realign_kernels.__all__}
+    imports = r"^\s*(?:from|import) (realign\S*)(?: import ([\w, \n()]+?)$)?"
+    seen: set[str] = set()
+    for page in pages:
+        if page.suffix == ".py":
+            seen |= {*re.findall(r"\brealign\.(\w+)", page.read_text(encoding="utf-8"))}
+        for module, imported in re.findall(imports, page.read_text(encoding="utf-8"), re.MULTILINE):
+            assert module in names, (page, module)
+            words = re.findall(r"\w+", imported)
+            assert set(words) <= {*names[module]}, (page, words)
+            seen |= {module, *words}
+    assert seen <= {"realign", "realign_kernels", *realign.__all__, *realign_kernels.__all__}
+    assert seen >= {"train", "TrainConfig", "rdpo_loss", "RDPOTrainer"}
 
 
 def test_contributing_is_short() -> None:
