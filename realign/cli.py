@@ -240,9 +240,10 @@ A_CACHE = "a folder of `realign cache`"
 def cache(ctx: typer.Context) -> None:
     """Compute the reference model's log-probabilities once.
 
-    Rows are found by their content, and rows that the cache has are not computed again. A stopped
-    command continues when it is given again. Processes of accelerate launch or torchrun share the
-    work. The commands below look at caches or combine them; their options follow their name.
+    Without a command it builds a cache. Rows are found by their content, and rows that are there
+    are not computed again, so a stopped build continues when the same command is given again.
+    Processes of accelerate launch or torchrun share the work. Options of a command below follow
+    its name.
     """
     if command := ctx.invoked_subcommand:
         if given := [name for name, value in ctx.obj.items() if value not in (None, (), [])]:

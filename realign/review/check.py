@@ -1,4 +1,4 @@
-"""``realign check``: every bad row of a dataset, without a GPU or a model's weights."""
+"""``realign check``: find every bad row of a dataset, without a GPU or a model's weights."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _notes(without: int, evaluation: EvalImages | None) -> Iterator[str]:
 
 
 class _Model:
-    """What is asked of a model: its processor and configuration, never its weights."""
+    """A model's processor and configuration. Its weights are never loaded."""
 
     def __init__(self, config: CheckConfig) -> None:
         from realign.modeling.chat_template import Renderer
@@ -165,7 +165,7 @@ class _Model:
 
 
 def _spread(values: Sequence[int]) -> dict[str, float]:
-    """Minimum, median, 95th percentile and maximum."""
+    """Return minimum, median, 95th percentile and maximum."""
     if not values:
         return {}
     points = np.percentile(values, [0, 50, 95, 100], method="higher")

@@ -1,4 +1,4 @@
-"""The verb ``realign export``: a dataset in the layout of another trainer.
+"""``realign export``: write a dataset in the layout of another trainer.
 
 <out>/export.json   what it was made from, counts, and how to use it
 <out>/...           the layout's own files
@@ -37,7 +37,7 @@ MANIFEST = "export.json"
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote: counts by what they count, and how to use it."""
+    """Counts of an export by their name, and a note on its use."""
 
     counts: dict[str, int]
     note: str
@@ -94,17 +94,17 @@ def export(data: Path, images: Path | None, to: str, out: Path) -> Exported:
 
 
 class Digest:
-    """What records are, all together and in order."""
+    """Hash of records in their order."""
 
     def __init__(self) -> None:
         self._digest = sha256()
 
     def add(self, record: Record) -> None:
-        """Take one record in."""
+        """Add one record."""
         parts = (record.key, record.id, canonical_json(record.meta))
         self._digest.update(content_sha256(*parts).encode())
 
     @property
     def value(self) -> str:
-        """SHA-256 of all so far."""
+        """Return the SHA-256 of all records so far."""
         return self._digest.hexdigest()
