@@ -28,6 +28,7 @@ from realign.errors import RefusedError
 if TYPE_CHECKING:
     from realign.config import BuildConfig, CacheConfig, CheckConfig, EvalConfig, TrainConfig
 
+OPTIONS = "Options"  # heading of those that have none
 _Mixin: Any = object
 
 # for this process and its workers, before they import any of these libraries
@@ -77,36 +78,33 @@ class _SectionOptions(_Mixin):
 
     @cached_property
     def section_params(self) -> list[Any]:
-        """Return the flags of the section's options, then those of every section."""
+        """Return the flags of the section's options, then --config and --set."""
         from realign.config import SECTIONS
         from realign.config_file import flag_name, inner_section, kinds, meaning, metavar, options
 
         parameters = []
+
+        def add(name: str, kind: Any, *flags: str, **shown: Any) -> None:
+            annotation = Annotated[kind | None, typer.Option(*flags, **shown)]
+            keyword = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(inspect.Parameter(name, keyword, default=None, annotation=annotation))
+
         for group, key, field in options(SECTIONS[self.name]):
-            if inner_section(field):
-                continue
-            flag, is_switch = flag_name(key, field), bool in kinds(field)
-            is_repeatable = bool({list, dict}.intersection(kinds(field)))
-            kind: Any = bool if is_switch else list[str] if is_repeatable else str
-            shown = typer.Option(
-                f"{flag}/--no-{flag[2:]}" if is_switch else flag,
-                metavar=None if is_switch else metavar(field) + "..." * is_repeatable,
-                help=meaning(field),
-                rich_help_panel=group or "Options",
-            )
-            parameters.append(
-                inspect.Parameter(
-                    key,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=None,
-                    annotation=Annotated[kind | None, shown],
-                )
-            )
-        common = inspect.signature(_common_options, eval_str=True).parameters.values()
+            flag, shown = flag_name(key, field), metavar(field)
+            info = {"help": meaning(field), "rich_help_panel": group or OPTIONS}
+            if bool in kinds(field.annotation):
+                add(key, bool, f"{flag}/--no-{flag[2:]}", **info)
+            elif {list, dict}.intersection(kinds(field.annotation)):
+                add(key, list[str], flag, metavar=f"{shown}...", **info)
+            elif not inner_section(field):
+                add(key, str, flag, metavar=shown, **info)
+        add("config", Path, metavar="FILE", help="YAML file with one section per command.")
+        help_ = "Set any option, also a nested one; repeatable."
+        add("set_", list[str], "--set", metavar="SECTION.KEY=VALUE", help=help_)
 
         def command() -> None: ...
 
-        command.__signature__ = inspect.Signature([*parameters, *common])  # type: ignore[attr-defined]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         holder = typer.Typer(add_completion=False)
         holder.command()(command)
         return list(typer.main.get_command(holder).params)
@@ -126,7 +124,7 @@ class _SectionOptions(_Mixin):
 
         groups: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
-            group = getattr(param, "rich_help_panel", None) or "Options"
+            group = getattr(param, "rich_help_panel", None) or OPTIONS
             groups.setdefault(group, []).append(param.get_help_record(ctx))
         for heading, rows in [*groups.items(), *nested_help(self.name)]:
             with formatter.section(heading):
@@ -141,23 +139,6 @@ class SectionCommand(_SectionOptions, TyperCommand):
 
 class SectionGroup(_SectionOptions, TyperGroup):
     """A command whose options are a section's, with commands of its own beside."""
-
-
-def _common_options(
-    *,
-    config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="YAML file with one section per command.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="SECTION.KEY=VALUE",
-            help="Set any option, also a nested one; repeatable.",
-        ),
-    ] = None,
-) -> None:
-    """Declare the options of every command that has a section."""
 
 
 def _options(ctx: typer.Context) -> Any:

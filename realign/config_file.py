@@ -152,7 +152,7 @@ def metavar(field: FieldInfo) -> str:
     """Return the placeholder of an option's value, such as ``<float>``."""
     names = [
         f"<{kind.__name__.lower()}>" if isinstance(kind, type) else str(kind)
-        for kind in kinds(field)
+        for kind in kinds(field.annotation)
         if kind is not NoneType
     ]
     return _shown(field, "metavar") or "|".join(names)
@@ -182,13 +182,15 @@ def flag_values(section: type[Section], given: Mapping[str, Any]) -> dict[str, A
     """
     values = {}
     for _, key, field in options(section):
-        value = given.get(key)
-        if value and dict in kinds(field):
-            values[key] = _read_pairs(value, flag_name(key, field), metavar(field))
-        elif value not in (None, (), []):
-            words: dict[Any, Any] = {"null": None} if NoneType in kinds(field) else {}
-            words |= {str(kind): kind for kind in kinds(field) if not isinstance(kind, type)}
-            values[key] = words.get(value, value) if isinstance(value, str) else value
+        value, allowed = given.get(key), [*kinds(field.annotation)]
+        if value in (None, (), []):
+            continue
+        words = {str(kind): kind for kind in allowed if not isinstance(kind, type)}
+        if NoneType in allowed:
+            words["null"] = None
+        if dict in allowed:
+            value = _read_pairs(value, flag_name(key, field), metavar(field))
+        values[key] = words.get(value, value) if isinstance(value, str) else value
     return values
 
 
@@ -219,22 +221,18 @@ def nested_help(verb: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
 
 def inner_section(field: FieldInfo) -> type[BaseModel] | None:
     """Return the section that an option holds, if it holds one."""
-    types = (kind for kind in kinds(field) if isinstance(kind, type))
+    types = (kind for kind in kinds(field.annotation) if isinstance(kind, type))
     return next((kind for kind in types if issubclass(kind, BaseModel)), None)
 
 
-def kinds(field: FieldInfo) -> list[Any]:
-    """Return the types and the literal values that an option takes."""
-    return [*_kinds(field.annotation)]
-
-
-def _kinds(annotation: Any) -> Iterator[Any]:
+def kinds(annotation: Any) -> Iterator[Any]:
+    """Yield the types and the literal values that an annotation allows."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        yield from _kinds(arguments[0])
+        yield from kinds(arguments[0])
     elif origin in (UnionType, typing.Union):
         for argument in arguments:
-            yield from _kinds(argument)
+            yield from kinds(argument)
     elif origin is typing.Literal:
         yield from arguments
     else:
