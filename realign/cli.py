@@ -161,12 +161,15 @@ def _check_out(out: Path, *models: str) -> None:
         check_model(model)
 
 
-def _check_exists(option: str, path: Path | None, kind: str) -> None:
+def _check_exists(option: str, path: Path | None, kind: str, remedy: str = "") -> None:
     """Refuse a missing file or folder before heavy libraries are imported."""
     if path is not None and not path.exists():
-        raise RefusedError(
-            f"{option} must be {kind}, got {path}, which does not exist. Check --{option}."
-        )
+        remedy = remedy or f"Check --{option}"
+        raise RefusedError(f"{option} must be {kind}, got {path}, which does not exist. {remedy}.")
+
+
+def _check_cache(folder: Path | None, remedy: str = "Check the path") -> None:
+    _check_exists("cache", folder, "a folder of `realign cache`", remedy)
 
 
 app = typer.Typer(
@@ -214,7 +217,6 @@ def build(ctx: typer.Context) -> None:
 cache_app = typer.Typer(rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
 CacheFolder = Annotated[Path, typer.Argument(help="Folder of `realign cache`, or one in it.")]
-A_CACHE = "a folder of `realign cache`"
 
 
 @cache_app.callback(cls=SectionGroup, invoke_without_command=True)
@@ -250,7 +252,7 @@ def cache_verify(folder: CacheFolder) -> None:
 
     Every damaged file is named. The exit code is 2 if there is one.
     """
-    _check_exists("cache", folder, A_CACHE)
+    _check_cache(folder)
     from realign.reference.inspect import verify_cache
 
     for line in verify_cache(folder):
@@ -260,7 +262,7 @@ def cache_verify(folder: CacheFolder) -> None:
 @cache_app.command("info")
 def cache_info(folder: CacheFolder) -> None:
     """Show what a cache was computed from, its size and its probe."""
-    _check_exists("cache", folder, A_CACHE)
+    _check_cache(folder)
     from realign.reference.inspect import describe_cache
 
     for line in describe_cache(folder):
@@ -279,7 +281,7 @@ def cache_merge(
     """
     _check_out(out)
     for folder in caches:
-        _check_exists("cache", folder, A_CACHE)
+        _check_cache(folder)
     from realign.reference.merge import merge_caches
 
     typer.echo(f"reference log-probabilities -> {merge_caches(caches, out)}")
@@ -320,7 +322,7 @@ def train(
     options: TrainConfig = _options(ctx)
     _check_out(options.out, options.model)
     check_dataset(options.data, options.images)
-    _check_exists("cache", options.cache, A_CACHE)
+    _check_cache(options.cache, "Check --cache, or leave it out to have the references computed")
     from realign.training.run import train as run
 
     checkpoint = run(options, dry_run=dry_run)
