@@ -13,13 +13,7 @@ from pathlib import Path
 
 import torch
 
-from realign import RDPOConfig, RDPOTrainer, read_records
-from realign.modeling.adapters import add_adapter
-from realign.modeling.folder import resolve_model
-from realign.modeling.loading import load_model
-from realign.modeling.processors import load_processor
-from realign.modeling.row_checks import check_rows
-from realign.reference import build_cache, read_cache, reference_identity
+import realign
 
 CELLS = 3  # chosen, text_rejected, image_rejected
 
@@ -37,24 +31,24 @@ def main(arguments: list[str] | None = None) -> Path:
     has_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if has_gpu else torch.float32
 
-    folder = resolve_model(options.model)
-    records, processor = read_records(options.data, options.images), load_processor(folder)
-    check_rows(records, processor, cells=CELLS, max_length=None)
+    folder = realign.resolve_model(options.model)
+    records = realign.read_records(options.data, options.images)
+    processor = realign.load_processor(folder)
+    realign.check_rows(records, processor, cells=CELLS, max_length=None)
 
     # the reference never runs again: a second run, with another rate or beta, reads this
-    what = {"cells": CELLS, "rejected_scoring": "label", "dtype": dtype}
-    build_cache(records, folder, options.out / "cache", batch_size=4, shard_size=1024, **what)
-    reference = read_cache(options.out / "cache", records, reference_identity(folder, **what))
+    cache = options.out / "cache"
+    scoring = {"cells": CELLS, "rejected_scoring": "label", "dtype": dtype}
+    realign.build_cache(records, folder, cache, batch_size=4, shard_size=1024, **scoring)
+    identity = realign.reference_identity(folder, **scoring)
+    reference = realign.read_cache(cache, records, identity)
 
-    model = load_model(folder, dtype, name=options.model)
-    model = add_adapter(
-        model,
-        rank=options.rank,
-        alpha=2 * options.rank,
-        targets="all-linear",
-        freeze_vision=True,
+    model = realign.load_model(folder, dtype, name=options.model)
+    rank, alpha = options.rank, 2 * options.rank
+    model = realign.add_adapter(
+        model, rank=rank, alpha=alpha, targets="all-linear", freeze_vision=True
     )
-    args = RDPOConfig(
+    args = realign.RDPOConfig(
         output_dir=str(options.out / "steps"),
         beta=0.1,
         learning_rate=options.learning_rate,
@@ -67,7 +61,7 @@ def main(arguments: list[str] | None = None) -> Path:
         report_to="none",
         use_cpu=not has_gpu,
     )
-    trainer = RDPOTrainer(model, args, records, processor, reference)
+    trainer = realign.RDPOTrainer(model, args, records, processor, reference)
     trainer.train()
     checkpoint = options.out / "checkpoint"
     trainer.save_model(str(checkpoint))

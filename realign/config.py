@@ -1,11 +1,13 @@
-"""What a run is told: a section a verb. :mod:`realign.config_file` reads them.
+"""Configuration: one pydantic section per command.
 
-Functions take these objects at the edge only; what computes gets plain arguments.
+A field is declared here and nowhere else: its name, type, default and docstring become the flag,
+the key of the YAML file and of ``--set``, and the help (:mod:`realign.config_file`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,8 +29,23 @@ RejectedScoring = Literal["label", "top_non_label"]
 NEAR_DUPLICATE_BITS = 6
 
 
+@dataclass(frozen=True)
+class Shown:
+    """How the command line shows a field, beyond its name, type, default and docstring.
+
+    Attributes:
+        group: Heading in the help of this field and of those after it, until the next heading.
+        flag: Name of the flag, if it is not the field's.
+        metavar: Placeholder of the value, if it is not the type.
+    """
+
+    group: str = ""
+    flag: str = ""
+    metavar: str = ""
+
+
 def _of_percent(value: Any) -> Any:
-    """0.1% is 0.001; anything else is left to pydantic."""
+    """Return 0.001 for "0.1%"; leave anything else to pydantic."""
     if isinstance(value, str) and value.strip().endswith("%"):
         try:
             return float(value.strip()[:-1]) / 100
@@ -37,14 +54,14 @@ def _of_percent(value: Any) -> Any:
     return value
 
 
-Share = Annotated[float, BeforeValidator(_of_percent), Field(ge=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy's, the narrowest
+Share = Annotated[float, BeforeValidator(_of_percent), Field(ge=0, le=1), Shown(metavar="SHARE")]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range of numpy's seeds, the narrowest
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 HammingDistance = Annotated[int, Field(ge=0, le=63)]  # of 64 bits; 64 would be any two images
 
 
 class Section(BaseModel):
-    """The options of one verb, or of a part of one; each has its meaning below it."""
+    """The options of one command, or of one part of it. A field's docstring is its help."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
@@ -52,26 +69,26 @@ class Section(BaseModel):
 
 
 class GeneratorSection(Section):
-    """A model that is asked: in this process, or behind an OpenAI-compatible server."""
+    """A model that answers: loaded here, or behind an OpenAI-compatible server."""
 
     model: str
-    """A folder or hub id; with ``endpoint``, the model's name there."""
+    """Model folder or hub id; with ``endpoint``, the model's name on the server."""
     endpoint: str | None = None
-    """Base URL of the server, such as http://localhost:8000/v1; None loads the model here."""
+    """Base URL of the server, such as http://localhost:8000/v1; by default the model runs here."""
     api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key; the key itself is never written anywhere."""
+    """Environment variable that holds the API key. The key itself is never written anywhere."""
     concurrency: PositiveInt = 8
-    """Requests under way at once. Endpoint only, as what follows."""
+    """Concurrent requests. This and the options below require an endpoint."""
     timeout_s: PositiveFloat = 120.0
-    """Seconds until a request counts as failed."""
+    """Seconds after which a request counts as failed."""
     max_retries: int = Field(default=6, ge=0, le=1000)
-    """Further tries of a request after 429, 5xx, time-outs and broken connections."""
+    """Retries of a request after status 429 or 5xx, a timeout or a broken connection."""
     temperature: NonNegativeFloat | None = 0.0
-    """0 is greedy; null leaves it to the server, for models that take no other."""
+    """Sampling temperature. 0 is greedy; null sends none, for models that accept no other."""
     length_field: Literal["max_completion_tokens", "max_tokens"] = "max_completion_tokens"
-    """``max_tokens`` for servers older than 2025."""
+    """Name of the length limit in a request. Use ``max_tokens`` for servers older than 2025."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
-    """Further fields of the request that the server understands; no place for secrets."""
+    """Additional fields of each request. Do not put secrets here: runs may record them."""
 
     @model_validator(mode="after")
     def _check_endpoint(self) -> GeneratorSection:
@@ -85,106 +102,108 @@ class GeneratorSection(Section):
 
 
 class BuildConfig(Section):
-    """``realign build``: images, prompts and answers in, a dual-preference dataset out."""
+    """``realign build``: make a dual-preference dataset from images, prompts and answers."""
 
     source: Path
-    """What to build from: JSONL of ``{"image", "prompt", "answer"}``, LLaVA-Instruct JSON, parquet
-    with images, or a set that has text pairs already.
+    """Source file or folder: JSONL of ``{"image", "prompt", "answer"}``, LLaVA-Instruct JSON,
+    parquet with images, or a dataset of text pairs.
     """
     images: Path | None = None
-    """Folder that the image names in ``source`` are relative to."""
+    """Image folder; not needed if the source contains the images."""
     image_name: str = Field(default="{name}", pattern=r"\{name\}")
-    """What the file of an image called ``{name}`` in the source is called in the folder, such as
-    COCO_train2014_{name} for LLaVA-Instruct's images in COCO's train2014.
+    """File name of the image that the source calls ``{name}``, such as COCO_train2014_{name} for
+    LLaVA-Instruct's images in COCO's train2014.
     """
     model: str
-    """The VLM to be aligned: a folder, or a hub id."""
+    """Vision-language model to be aligned: folder or hub id."""
     out: Path
     """Output folder."""
     format: str | None = None
-    """Name of the source's layout, see docs/formats.md, where it is not to be recognised."""
+    """Layout of the source, see docs/formats.md; detected if not given."""
     turns: Literal["first", "last", "each"] = "first"
-    """Which answers of a conversation become rows: the first, the last, or each with the turns
-    before it.
+    """Answers of a conversation that become rows: the first, the last, or each one together with
+    the turns before it.
     """
     max_reject: Share = 0.0
-    """Share of source rows that may be bad; they are listed in rejected.jsonl. Above it the build
-    is refused.
+    """Largest share of bad source rows, such as 0.001 or 0.1%. They are left out and listed in
+    rejected.jsonl; the build is refused if there are more.
     """
     annotator: GeneratorSection | None = None
-    """Who answers rows that have no answer."""
+    """Model that answers the rows without an answer."""
     annotation_prompt: str = Field(default="{instruction}", pattern=r"\{instruction\}")
-    """What the annotator is asked; ``{instruction}`` stands for the row's own."""
-    mask: Literal["rule", "model"] = "rule"
-    """Who masks: a lexicon, or a model with the paper's prompt (falls back to the lexicon,
-    counted).
+    """Prompt of the annotator; ``{instruction}`` stands for the prompt of the row."""
+    mask: Annotated[Literal["rule", "model"], Shown("Masking")] = "rule"
+    """How answers are masked: ``rule`` uses a lexicon, ``model`` a model with the paper's prompt;
+    answers that the model fails to mask are left to the lexicon.
     """
     mask_level: Literal["segment", "sentence"] = "segment"
-    """What becomes one [MASK]: a visual phrase, or a sentence that has one."""
+    """Text that one [MASK] replaces: a visual phrase, or a whole sentence that contains one."""
     mask_retries: int = Field(default=1, ge=0, le=3)
-    """Further tries of a model whose mask changes other words."""
+    """Retries when the masking model changes other words."""
     masker: GeneratorSection | None = None
-    """The model that masks; the one to be aligned by default."""
+    """Model that masks; by default the model to be aligned."""
     lexicon: Path | None = None
-    """Phrases that can be masked; the packaged English one by default."""
-    mask_rates: dict[str, Share] = Field(default_factory=dict)
-    """Share of segments to mask by lexicon category; 1, the paper's, where none is given. Rule
-    masking only.
+    """File of the phrases that can be masked; by default the packaged English lexicon."""
+    mask_rates: Annotated[dict[str, Share], Shown(metavar="CATEGORY=SHARE")] = Field(
+        default_factory=dict
+    )
+    """Share of the phrases of a lexicon category to mask, with ``mask`` rule; 1, as in the paper,
+    for a category that is not given.
     """
-    encoder: str = "model"
-    """Whose image embeddings are compared: ``model``, the vision path of the VLM, or a CLIP or
-    SigLIP model such as ``openai/clip-vit-large-patch14``, the paper's.
+    encoder: Annotated[str, Shown("Retrieval")] = "model"
+    """Model of the image embeddings: ``model`` for the vision tower of the model to be aligned, or
+    a CLIP or SigLIP model such as ``openai/clip-vit-large-patch14``, as in the paper.
     """
     index: Literal["exact", "flat", "ivf", "hnsw"] = "exact"
-    """How neighbours are found: exactly, in torch, or by FAISS."""
+    """Search for the nearest images: ``exact`` with PyTorch, the others with FAISS."""
     top_k: PositiveInt = 10
-    """How many nearest images may be tried."""
+    """Number of nearest images that may be tried."""
     min_cosine: float | None = Field(default=None, ge=-1, le=1)
-    """Images less alike than this are not candidates."""
+    """Smallest cosine similarity of a candidate image."""
     max_cosine: float | None = Field(default=None, ge=-1, le=1)
-    """Images more alike than this are not candidates."""
+    """Largest cosine similarity of a candidate image."""
     max_hamming: HammingDistance | None = NEAR_DUPLICATE_BITS
-    """Images whose perceptual hashes differ in at most so many of 64 bits are near duplicates, no
-    candidates for each other; null keeps them.
+    """Images whose perceptual hashes differ in at most this many of 64 bits count as near
+    duplicates and are no candidates for each other; null allows them.
     """
-    inducer: GeneratorSection | None = None
-    """Where the model to be aligned is asked, if not in this process: its server."""
+    inducer: Annotated[GeneratorSection | None, Shown("Rejected answers")] = None
+    """Server of the model to be aligned; without it the model is loaded here."""
     similarity: str = "lexical"
-    """``lexical``, or a sentence-transformers model such as
+    """Similarity of completion and answer: ``lexical``, or a sentence-transformers model such as
     ``sentence-transformers/all-mpnet-base-v2``.
     """
     threshold: float = Field(default=0.95, gt=0, le=1)
-    """A completion is accepted below this similarity to the answer (tau of the paper)."""
+    """Similarity to the answer below which a completion is accepted (tau in the paper)."""
     min_length_ratio: NonNegativeFloat = 1 / 3
-    """A completion with fewer words than this share of the answer's is refused."""
+    """Smallest length of a completion, as a multiple of the answer's number of words."""
     max_length_ratio: PositiveFloat = 3.0
-    """A completion with more words than so many times the answer's is refused."""
+    """Largest length of a completion, as a multiple of the answer's number of words."""
     keep_unmasked: bool = False
-    """Accept a completion only if it kept every word that was not masked."""
-    batch_size: PositiveInt = 32
-    """Rows in one generation call."""
+    """Accept only completions that keep every word that was not masked."""
+    batch_size: Annotated[PositiveInt, Shown("Generation and execution")] = 32
+    """Rows per generation call."""
     window: PositiveInt = 256
-    """Rows, by place in the source, whose generation batches are formed together."""
+    """Consecutive source rows that are sorted into generation batches together."""
     shard_size: PositiveInt = 256
-    """Rows in one shard, rounded up to whole windows: what a killed run can lose a worker."""
+    """Rows per shard, rounded up to whole windows. A killed worker loses at most one shard."""
     engine: Literal["process", "ray"] = "process"
-    """Where the work is done: processes of this machine, or a Ray cluster. It does not change the
-    result, nor do the number of workers and the size of a shard.
+    """Where the work runs: in processes on this machine, or on a Ray cluster. Engine, number of
+    workers and shard size do not change the result.
     """
     workers: PositiveInt | None = None
-    """Processes; by default one a GPU, else as many as cores and memory allow."""
+    """Processes or Ray actors; by default one per GPU, or as many as cores and memory allow."""
     threads: PositiveInt = 1
-    """CPU threads a worker; another number can change a result's last bits."""
+    """CPU threads per worker. Another number can change the last bits of a result."""
     max_new_tokens: PositiveInt = 512
-    """Longest completion."""
+    """Longest completion in tokens."""
     max_length: PositiveInt | None = None
-    """Longest prompt in tokens, image tokens included; the model's max_position_embeddings by
-    default. A row with a longer one is dropped and counted, and never given to the model.
+    """Longest prompt in tokens, image tokens included; by default the model's
+    max_position_embeddings. Rows with a longer prompt are dropped and counted.
     """
     dtype: Dtype = "auto"
-    """``auto``: bfloat16 on a GPU, float32 on a CPU."""
+    """Dtype of the weights; ``auto`` is bfloat16 on a GPU and float32 on a CPU."""
     seed: Seed = 0
-    """Of the masking draw; servers are sent it too."""
+    """Seed of the choice of masked phrases; it is also sent to servers."""
 
     @model_validator(mode="after")
     def _check_masker(self) -> BuildConfig:
@@ -203,159 +222,159 @@ class BuildConfig(Section):
 
 
 class CacheConfig(Section):
-    """``realign cache``: log-probabilities of the reference model, once a row."""
+    """``realign cache``: compute the reference log-probabilities of every row once."""
 
     model: str
-    """The reference: the model that training starts from."""
+    """Reference model, the one that training starts from: folder or hub id."""
     data: Path
-    """Dataset: parquet file, ``realign build`` folder, or the authors' JSON."""
+    """Dataset: parquet file, folder of ``realign build``, or the authors' JSON."""
     out: Path
-    """Cache folder; several models can share it."""
+    """Cache folder. Several models can share one."""
     images: Path | None = None
-    """Image folder of the authors' JSON."""
-    cells: Literal[3, 4] = 3
-    """chosen, text_rejected, image_rejected[, both_rejected, for the symmetric objective]."""
-    rejected_scoring: RejectedScoring = "label"
-    """``top_non_label`` is what the authors' code does, see docs/paper.md."""
-    batch_size: PositiveInt = 8
-    """Pairs in one forward."""
-    shard_size: PositiveInt = 1024
-    """Rows in one shard, rounded up to whole batches: what a killed run can lose."""
-    max_length: PositiveInt | None = None
-    """Longest row in tokens, image tokens included; a longer row is an error, never cut."""
-    dtype: Dtype = "auto"
-    """``auto``: bfloat16 on a GPU, float32 on a CPU."""
-    shared_prefix: bool | None = None
-    """Compute image and prompt once for both answers of a pair; null: where the model can. This
-    and what follows must be as in training.
+    """Image folder; required for the authors' JSON."""
+    cells: Annotated[Literal[3, 4], Shown("Scoring")] = 3
+    """Sequences per pair: chosen, text_rejected and image_rejected; 4 adds both_rejected for the
+    symmetric objective.
     """
+    rejected_scoring: RejectedScoring = "label"
+    """Scoring of rejected answers; ``top_non_label`` is the authors' way, see docs/paper.md."""
+    batch_size: PositiveInt = 8
+    """Pairs per forward pass."""
+    shard_size: PositiveInt = 1024
+    """Rows per shard, rounded up to whole batches. A killed run loses at most one shard."""
+    max_length: PositiveInt | None = None
+    """Longest row in tokens, image tokens included. A longer row is an error, never cut."""
+    dtype: Annotated[Dtype, Shown("Numerics (as in training)")] = "auto"
+    """Dtype of the weights; ``auto`` is bfloat16 on a GPU and float32 on a CPU."""
+    shared_prefix: bool | None = None
+    """Compute image and prompt once for both answers of a pair; by default where the model can."""
     attention: Literal["sdpa", "flash"] = "sdpa"
-    """``flash`` is flash-attention 2, which needs its package, a GPU and bfloat16."""
+    """Attention kernel; ``flash`` (FlashAttention-2) requires flash-attn, a GPU and bfloat16."""
     liger: bool = False
-    """Fused layers of liger-kernel; needs a GPU."""
+    """Use liger-kernel's fused layers; requires a GPU."""
     quantization: Literal["nf4"] | None = None
-    """``nf4`` keeps the language model's weights in 4 bits; needs a GPU and bitsandbytes."""
+    """``nf4`` keeps the language model's weights in 4 bits; requires a GPU and bitsandbytes."""
     autocast: bool = False
     """Compute in bfloat16 with float32 weights."""
 
 
 class LoraSection(Section):
-    """Low-rank adapters (peft)."""
+    """Low-rank adapters (LoRA, with peft)."""
 
     r: PositiveInt = 128
-    """Rank; the paper's."""
+    """Rank; 128 in the paper."""
     alpha: PositiveInt = 256
-    """Scaling numerator; the paper's."""
+    """Scaling numerator; 256 in the paper."""
     targets: str | list[str] = "all-linear"
-    """Names of layers, or all-linear as the paper; the authors' code uses q_proj, k_proj, v_proj,
-    o_proj. Frozen parts get no adapter. A name that matches nothing is refused.
+    """Names of the layers that get an adapter, or all-linear as in the paper; the authors' code
+    uses q_proj, k_proj, v_proj and o_proj. Frozen parts get none; a name that matches no layer is
+    refused.
     """
 
 
 class TrainConfig(Section):
     """``realign train``: rDPO on a dual-preference dataset.
 
-    The paper's are the defaults of the objective, beta, learning rate, schedule, epochs and batch;
-    the paper trains LoRA, here the weights train unless ``lora`` is set.
+    Objective, beta, learning rate, schedule, epochs and batch default to the paper's values. The
+    paper trains LoRA adapters; here all weights train unless ``lora`` is set.
     """
 
     model: str
-    """The VLM to align: a folder, or a hub id."""
+    """Vision-language model to align: folder or hub id."""
     data: Path
-    """Dataset: parquet file, ``realign build`` folder, or the authors' JSON."""
+    """Dataset: parquet file, folder of ``realign build``, or the authors' JSON."""
     out: Path
-    """Run folder: metrics.jsonl, steps/, checkpoint/."""
+    """Run folder, for metrics.jsonl, steps/ and checkpoint/."""
     images: Path | None = None
-    """Image folder of the authors' JSON."""
+    """Image folder; required for the authors' JSON."""
     cache: Path | None = None
-    """Folder of ``realign cache``, as given or as printed; without it the references are computed
-    into ``out/cache`` first.
+    """Folder of ``realign cache``; without it the reference log-probabilities are computed first,
+    into ``out/cache``.
     """
     accept_numerics: bool = False
-    """Use a cache that differs in numerics alone (machine, versions, layout), or an imported one,
-    if 64 of its rows computed here agree; accepted_numerics.json says how well.
+    """Accept an imported cache, or one that differs only in numerics (machine, versions, layout),
+    if 64 rows computed here agree; accepted_numerics.json records how well.
     """
-    objective: Literal["rdpo", "dpo", "mdpo", "symmetric", "sft"] = "rdpo"
-    """What is optimised; ``sft`` is the likelihood of the chosen answers alone, for comparison."""
+    objective: Annotated[Literal["rdpo", "dpo", "mdpo", "symmetric", "sft"], Shown("Objective")] = (
+        "rdpo"
+    )
+    """Loss to minimize. For comparison, ``sft`` is the likelihood of the chosen answers alone."""
     beta: PositiveFloat = 0.1
-    """Tie to the reference in the answer pair."""
+    """KL strength of the answer-pair term."""
     image_beta: PositiveFloat | None = None
-    """Tie to the reference in the image pair; ``beta`` by default. Not with dpo and sft."""
+    """KL strength of the image-pair term; by default ``beta``. Not with dpo and sft."""
     image_weight: NonNegativeFloat = 1.0
-    """Weight of the image pair. Not with dpo and sft."""
+    """Weight of the image-pair term. Not with dpo and sft."""
     nll_weight: NonNegativeFloat = 0.0
     """Weight of the chosen answer's mean negative log-likelihood; not in the paper."""
     rejected_scoring: RejectedScoring = "label"
-    """``top_non_label`` is what the authors' code does, see docs/paper.md."""
-    learning_rate: LearningRate = 1e-5
+    """Scoring of rejected answers; ``top_non_label`` is the authors' way, see docs/paper.md."""
+    learning_rate: Annotated[LearningRate, Shown("Optimization")] = 1e-5
     """Peak learning rate."""
     projector_learning_rate: LearningRate | None = None
-    """Peak of the projector, be it trained in full or by its adapter; ``learning_rate`` by
-    default.
-    """
+    """Peak learning rate of the projector or its adapter; by default ``learning_rate``."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rates go on after the warm-up: to 0 at the last step, or as they are."""
+    """Learning-rate schedule after the warm-up; all but constant end at 0."""
     epochs: PositiveFloat = 1.0
-    """Passes over the data."""
+    """Passes over the dataset."""
     batch_size: PositiveInt = 1
-    """Pairs a device and micro-step."""
+    """Pairs per device per micro-batch."""
     accumulation: PositiveInt = 8
-    """Micro-steps a step."""
+    """Micro-batches per optimizer step."""
     warmup_ratio: float = Field(default=0.03, ge=0, le=1)
-    """Share of steps with rising learning rate."""
+    """Share of the steps over which the learning rate rises from 0."""
     weight_decay: NonNegativeFloat = 0.0
-    """AdamW's."""
+    """Weight decay of AdamW."""
     max_grad_norm: NonNegativeFloat = 1.0
-    """Gradient clipping; 0 switches it off."""
-    lora: LoraSection | None = None
-    """Train adapters instead of the weights; the paper does, with rank 128 and alpha 256."""
+    """Gradient norm above which gradients are clipped; 0 disables clipping."""
+    lora: Annotated[LoraSection | None, Shown("Trained parts")] = None
+    """Train low-rank adapters instead of the weights; the paper does, with rank 128, alpha 256."""
     train_projector: bool = False
-    """With lora, train the projector's own weights, in float32, instead of an adapter on it; they
-    are saved with the adapter.
+    """With lora, train the projector's own weights in float32 instead of an adapter on it. They are
+    saved with the adapter.
     """
     quantization: Literal["nf4"] | None = None
-    """With lora, ``nf4`` keeps the language model's weights in 4 bits (QLoRA), for the references
-    too; needs a GPU and bitsandbytes.
+    """With lora, ``nf4`` keeps the language model's weights in 4 bits (QLoRA), also for the
+    reference; requires a GPU and bitsandbytes.
     """
     freeze_vision: bool = True
-    """Leave the vision tower as it is."""
+    """Do not train the vision tower."""
     freeze_projector: bool = False
-    """Leave the projector between vision tower and language model as it is."""
+    """Do not train the projector between vision tower and language model."""
     freeze_language: bool = False
-    """Leave the language model and its head as they are."""
-    gradient_checkpointing: bool = False
-    """Trade a second forward for activation memory."""
+    """Do not train the language model and its head."""
+    gradient_checkpointing: Annotated[bool, Shown("Speed, memory and precision")] = False
+    """Recompute activations in the backward pass, to save memory."""
     shared_prefix: bool | None = None
-    """Compute image and prompt once for both answers of a pair; null: where the model can."""
+    """Compute image and prompt once for both answers of a pair; by default where the model can."""
     attention: Literal["sdpa", "flash"] = "sdpa"
-    """``flash`` is flash-attention 2, which needs its package, a GPU and bfloat16."""
+    """Attention kernel; ``flash`` (FlashAttention-2) requires flash-attn, a GPU and bfloat16."""
     liger: bool = False
-    """Fused normalisation, rotary embedding and MLP of liger-kernel in the model's layers, for the
-    references too; needs a GPU. Its losses are not used.
+    """Use liger-kernel's fused normalization, rotary embedding and MLP, also for the reference;
+    requires a GPU. Its losses are not used.
     """
     check_first_step: bool = True
-    """Stop where the first loss is not that of a policy which is its own reference."""
+    """Stop if the first loss is not that of a policy that equals its reference."""
     workers: NonNegativeInt = 0
-    """Processes that prepare batches; 0 does it between the steps."""
+    """Processes that prepare batches; 0 prepares them between the steps."""
     max_length: PositiveInt | None = None
-    """Longest row in tokens, image tokens included; a longer row is an error, never cut."""
+    """Longest row in tokens, image tokens included. A longer row is an error, never cut."""
     dtype: Dtype = "auto"
-    """Of the weights. ``auto``: bfloat16 on a GPU with lora, else float32: without lora, updates of
-    1e-5 vanish in bfloat16. A given cache must have the same.
+    """Dtype of the weights; ``auto`` is bfloat16 on a GPU with lora, and float32 otherwise, because
+    bfloat16 weights lose updates of 1e-5. A given cache must have the same dtype.
     """
     autocast: bool = False
-    """Compute in bfloat16 while weights and optimizer stay float32; what full fine-tuning on a GPU
-    wants. The references are computed so too.
+    """Compute in bfloat16 while weights and optimizer stay in float32, also for the reference.
+    Recommended for full fine-tuning on a GPU.
     """
-    logging_steps: PositiveInt = 10
-    """Steps between lines of metrics.jsonl; the first and the last step are always there.
-    """
+    logging_steps: Annotated[PositiveInt, Shown("Logging and checkpoints")] = 10
+    """Steps between lines of metrics.jsonl. The first and the last step are always logged."""
     save_steps: PositiveInt = 100
-    """Steps between checkpoints: what a killed run can lose."""
+    """Steps between checkpoints. A killed run loses at most this many."""
     seed: Seed = 0
-    """Of the order of rows and of adapter initialisation."""
-    report_to: list[str] = Field(default_factory=list)
-    """Trackers of transformers.Trainer; none by default."""
+    """Seed of the order of rows and of the adapters' initial weights."""
+    report_to: Annotated[list[str], Shown(metavar="TRACKER")] = Field(default_factory=list)
+    """Experiment tracker of transformers.Trainer, such as tensorboard."""
 
     @model_validator(mode="after")
     def _check_parts(self) -> TrainConfig:
@@ -398,67 +417,67 @@ class TrainConfig(Section):
 
 
 class CheckConfig(Section):
-    """``realign check``: every bad row of a dataset, before any GPU time."""
+    """``realign check``: find every bad row of a dataset before any GPU time is spent."""
 
     data: Path
-    """Dataset: parquet file, ``realign build`` folder, or the authors' JSON."""
+    """Dataset: parquet file, folder of ``realign build``, or the authors' JSON."""
     images: Path | None = None
-    """Image folder of the authors' JSON."""
+    """Image folder; required for the authors' JSON."""
     model: str | None = None
-    """Also check template, special tokens and lengths for this model, and predict memory; only its
-    configuration and processor are loaded.
+    """Also check chat template, special tokens and lengths for this model, and predict its memory:
+    folder or hub id. No weights are loaded.
     """
     eval_images: Path | None = None
-    """Folder of an evaluation's images: a row that holds one of them is rejected, one that holds a
-    lookalike is reported.
+    """Folder of an evaluation's images. Rows with one of them are rejected, rows with a similar one
+    are reported.
     """
     out: Path | None = None
-    """Folder for problems.json, everything that was found, and rejected.jsonl, a rejected row a
-    line.
+    """Folder for problems.json (everything that was found) and rejected.jsonl (one rejected row per
+    line).
     """
     max_reject: Share = 0.0
-    """Share of rows that may be rejected, such as 0.001 or 0.1%; more, and the exit code is 1."""
-    max_hamming: HammingDistance | None = NEAR_DUPLICATE_BITS
-    """A retrieved image whose perceptual hash (64 bits) differs from the original's in at most so
-    many bits is a copy of it; null to allow copies.
+    """Largest share of rejected rows, such as 0.001 or 0.1%; with more the exit code is 1."""
+    max_hamming: Annotated[HammingDistance | None, Shown("Limits")] = NEAR_DUPLICATE_BITS
+    """A retrieved image whose perceptual hash differs from the original's in at most this many of
+    64 bits counts as a copy; null allows copies.
     """
     max_length: PositiveInt | None = None
-    """Longest row in tokens, image tokens included; beside the model's max_position_embeddings."""
-    lora: LoraSection = LoraSection()
-    """Adapter whose memory is predicted; the paper's by default."""
-    freeze_vision: bool = True
-    """Whether the vision tower is left as it is, for the predicted memory."""
-    workers: NonNegativeInt = 0
-    """Processes that decode images; 0 for one a core."""
+    """Longest row in tokens, image tokens included, beside the model's max_position_embeddings."""
     image_seconds: PositiveFloat = 10.0
-    """Longest time for decoding one image."""
+    """Longest time to decode one image, in seconds."""
+    workers: NonNegativeInt = 0
+    """Processes that decode images; 0 is one per core."""
     show: NonNegativeInt = 5
-    """Rows to print of each kind of problem; all are in problems.json."""
+    """Rows to print for each kind of problem; problems.json has all of them."""
+    lora: Annotated[LoraSection, Shown("Predicted memory")] = LoraSection()
+    """Adapter whose memory is predicted; by default the paper's."""
+    freeze_vision: bool = True
+    """Predict the memory of a run that does not train the vision tower."""
 
 
 class EvalConfig(Section):
-    """``realign eval``: raw answers of several models to the same questions, scored and compared
+    """``realign eval``: ask several models the same questions, score their answers and compare them
     in pairs.
     """
 
-    models: dict[str, str]
-    """Name to model or adapter folder; the first is what the others are compared with."""
+    models: Annotated[dict[str, str], Shown(flag="model", metavar="NAME=FOLDER")]
+    """Name and folder (or hub id) of a model or adapter. The others are compared with the first."""
     data: Path
     """Folder with the files of at least one benchmark; docs/evaluation.md lists them."""
     images: Path
-    """Image folder."""
+    """Folder of the questions' images."""
     out: Path
-    """Output folder: answers/NAME.jsonl, scores.json."""
-    batch_size: PositiveInt = 64
-    """Rows in one generation call."""
+    """Output folder, for answers/NAME.jsonl and scores.json."""
+    batch_size: Annotated[PositiveInt, Shown("Generation and scoring")] = 64
+    """Rows per generation call."""
     max_new_tokens: PositiveInt = 128
-    """Longest answer."""
+    """Longest answer in tokens."""
     bootstrap: PositiveInt = 2000
-    """Resamples of the images behind each interval."""
+    """Bootstrap resamples, over images, behind each interval."""
     dtype: Dtype = "auto"
-    """``auto``: bfloat16 on a GPU, float32 on a CPU."""
+    """Dtype of the weights; ``auto`` is bfloat16 on a GPU and float32 on a CPU."""
     seed: Seed = 0
-    """Of the bootstrap."""
+    """Seed of the bootstrap."""
 
 
 SECTIONS: Mapping[str, type[Section]] = {

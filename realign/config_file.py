@@ -1,15 +1,15 @@
-"""Reads a run's options: one YAML file with a section a verb, ``--set section.key=value``, then the
-verb's own flags.
+"""Reads a command's options: one YAML file with one section per command, then ``--set
+section.key=value``, then the command's own flags.
 
-An unknown key is an error that names the nearest known one.
+Flags and help are generated from the sections. An unknown key is an error that names the nearest
+known one.
 """
 
 from __future__ import annotations
 
 import difflib
-import textwrap
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar
@@ -18,12 +18,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from realign.config import SECTIONS, Section
+from realign.config import SECTIONS, Section, Shown
 from realign.errors import RefusedError
 from realign.runtime.files import read_utf8
 
 S = TypeVar("S", bound=Section)
-WIDTH = 80
 
 
 def load_config(
@@ -32,8 +31,13 @@ def load_config(
     overrides: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
 ) -> S:
-    """Read one section of a YAML file, apply ``--set`` overrides, then the flags that are not None.
+    """Read one section of a YAML file, apply ``--set`` overrides, then flags.
 
+    Args:
+        section: The section.
+        config: YAML file; it may hold sections of other commands too.
+        overrides: Texts ``section.key=value``.
+        flags: Field to value, such as :func:`flag_values` returns.
     Raises:
         RefusedError: A file, section, key or value is refused; the message names it and the nearest
             known key.
@@ -48,28 +52,26 @@ def load_config(
                 f"{config or '--set'} has an unknown section {other!r}.{_nearest(other, SECTIONS)}"
             )
         _check_keys(SECTIONS[other], content or {}, other)
-    values = {
-        **(raw.get(name) or {}),
-        **{key: value for key, value in (flags or {}).items() if value is not None},
-    }
     try:
-        return section(**values)
+        return section(**(raw.get(name) or {}) | dict(flags or {}))
     except ValidationError as error:
-        lines = [_what_is_wrong(name, problem) for problem in error.errors()]
+        lines = [_message(section, name, problem) for problem in error.errors()]
         raise RefusedError("\n".join(lines)) from None
 
 
-def _what_is_wrong(section: str, problem: Any) -> str:
-    place = ".".join(map(str, (section, *problem["loc"])))
+def _message(section: type[Section], name: str, problem: Any) -> str:
+    place = ".".join(map(str, (name, *problem["loc"])))
     if problem["type"] == "missing":
-        return f"{place} is required. Pass --{problem['loc'][-1]} or set it in the YAML file."
+        key, *inner = problem["loc"]
+        flag = f"--set {place}" if inner else flag_name(key, section.model_fields[key])
+        return f"{place} is required. Pass {flag} or set it in the YAML file."
     if problem["type"] == "value_error":  # of options that do not go together
         return f"{place}: {problem['ctx']['error']}."
     return f"{place}: {problem['msg']}, got {problem.get('input')!r}."
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of equal keys without a word."""
+    """A loader that refuses equal keys, of which PyYAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
@@ -128,57 +130,120 @@ def _check_keys(section: type[BaseModel], content: Mapping[str, Any], where: str
             raise RefusedError(
                 f"{where} has no option {key!r}.{_nearest(str(key), section.model_fields)}"
             )
-        inner = inner_section(section.model_fields[key].annotation)
+        inner = inner_section(section.model_fields[key])
         if inner and isinstance(value, dict):
             _check_keys(inner, value, f"{where}.{key}")
 
 
-def inner_section(annotation: Any) -> type[BaseModel] | None:
-    """The section that an option holds, if it holds one."""
-    parts = typing.get_args(annotation) or (annotation,)
-    sections = (part for part in parts if isinstance(part, type) and issubclass(part, BaseModel))
-    return next(sections, None)
+def options(section: type[BaseModel]) -> Iterator[tuple[str, str, FieldInfo]]:
+    """Yield heading, key and field of each option. A heading holds until the next one."""
+    group = ""
+    for key, field in section.model_fields.items():
+        group = _shown(field, "group") or group
+        yield group, key, field
+
+
+def flag_name(key: str, field: FieldInfo) -> str:
+    """Return the flag of an option, such as ``--learning-rate``."""
+    return f"--{_shown(field, 'flag') or key}".replace("_", "-")
+
+
+def metavar(field: FieldInfo) -> str:
+    """Return the placeholder of an option's value, such as ``<float>``."""
+    names = [
+        f"<{kind.__name__.lower()}>" if isinstance(kind, type) else str(kind)
+        for kind in kinds(field.annotation)
+        if kind is not NoneType
+    ]
+    return _shown(field, "metavar") or "|".join(names)
+
+
+def meaning(field: FieldInfo) -> str:
+    """Return the help of an option: its docstring and its default."""
+    text = " ".join((field.description or "").replace("``", "").split())
+    if field.is_required():
+        return f"{text} Required, here or in --config."
+    default = field.get_default(call_default_factory=True)
+    if default in (None, [], {}) or isinstance(default, BaseModel):
+        return text
+    shown = f"{default:g}" if isinstance(default, float) else str(default)
+    return f"{text}  [default: {shown.lower() if isinstance(default, bool) else shown}]"
+
+
+def flag_values(section: type[Section], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return key to value of the flags that were given; pydantic converts numbers and paths.
+
+    Args:
+        section: The section.
+        given: Key to the text of its flag, to the texts of a repeated flag, or to a switch's state.
+            Flags that were not given have None or nothing.
+    Raises:
+        RefusedError: A text is not ``NAME=VALUE`` where it has to be, or repeats a name.
+    """
+    values = {}
+    for _, key, field in options(section):
+        value, allowed = given.get(key), [*kinds(field.annotation)]
+        if value in (None, (), []):
+            continue
+        words = {str(kind): kind for kind in allowed if not isinstance(kind, type)}
+        if NoneType in allowed:
+            words["null"] = None
+        if dict in allowed:
+            value = _read_pairs(value, flag_name(key, field), metavar(field))
+        values[key] = words.get(value, value) if isinstance(value, str) else value
+    return values
+
+
+def _read_pairs(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if not (name and value):
+            raise RefusedError(f"{flag} must be {form}, got {text!r}. Put a name before it.")
+        if name in pairs:
+            raise RefusedError(f"{flag} must have different names, got {name!r} twice. Rename it.")
+        pairs[name] = value
+    return pairs
+
+
+def nested_help(verb: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Yield heading and rows of the help, for each kind of nested section of a command."""
+    places: dict[type[BaseModel], list[tuple[str, str]]] = {}
+    for _, key, field in options(SECTIONS[verb]):
+        if section := inner_section(field):
+            places.setdefault(section, []).append((f"{verb}.{key}", meaning(field)))
+    for section, rows in places.items():
+        keys = [
+            (f"  .{key} {metavar(field)}", meaning(field)) for _, key, field in options(section)
+        ]
+        yield f"Nested options, with --set {rows[0][0]}.KEY=VALUE or in --config", rows + keys
+
+
+def inner_section(field: FieldInfo) -> type[BaseModel] | None:
+    """Return the section that an option holds, if it holds one."""
+    types = (kind for kind in kinds(field.annotation) if isinstance(kind, type))
+    return next((kind for kind in types if issubclass(kind, BaseModel)), None)
+
+
+def kinds(annotation: Any) -> Iterator[Any]:
+    """Yield the types and the literal values that an annotation allows."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        yield from kinds(arguments[0])
+    elif origin in (UnionType, typing.Union):
+        for argument in arguments:
+            yield from kinds(argument)
+    elif origin is typing.Literal:
+        yield from arguments
+    else:
+        yield origin or annotation
+
+
+def _shown(field: FieldInfo, name: str) -> str:
+    marks = (getattr(mark, name) for mark in field.metadata if isinstance(mark, Shown))
+    return next(filter(None, marks), "")
 
 
 def _nearest(key: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(key, known, n=1)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(sorted(known))}."
-
-
-def option_list(verb: str) -> str:
-    """Every key that ``--set`` and the YAML file take, with type, default and meaning."""
-    lines = [f"Options of --set and of section {verb!r} in the YAML file:"]
-    for key, field in SECTIONS[verb].model_fields.items():
-        lines += _entry(f"{verb}.{key}", field)
-        if section := inner_section(field.annotation):
-            for inner, inner_field in section.model_fields.items():
-                lines += _entry(f"{verb}.{key}.{inner}", inner_field)
-    return "\n".join(lines) + "\n"
-
-
-def _entry(name: str, field: FieldInfo) -> list[str]:
-    default = "required" if field.is_required() else f"default {_value(field)}"
-    meaning = " ".join((field.description or "").replace("``", "").split())
-    indented = textwrap.wrap(meaning, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return [f"  {name}: {_type(field.annotation)}, {default}", *indented]
-
-
-def _value(field: FieldInfo) -> str:
-    value = field.get_default(call_default_factory=True)
-    # as YAML spells them
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
-def _type(annotation: Any) -> str:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
-        return _type(arguments[0])
-    if origin is typing.Literal:
-        return "|".join(map(str, arguments))
-    if origin in (UnionType, typing.Union):
-        return " or ".join(_type(part) for part in arguments if part is not NoneType)
-    if origin is not None:
-        return f"{origin.__name__} of {' to '.join(map(_type, arguments))}"
-    if issubclass(annotation, BaseModel):
-        return "section"
-    return str(annotation.__name__).lower()

@@ -1,4 +1,4 @@
-"""What is installed and what would be used, for bug reports."""
+"""``realign doctor``: list versions, device and kernel backends, for bug reports."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PACKAGES = (
 
 
 def diagnosis() -> Iterator[str]:
-    """Lines of ``realign doctor``."""
+    """Yield the lines of the report."""
     yield f"python {platform.python_version()} on {platform.platform()}"
     for package in PACKAGES:
         try:

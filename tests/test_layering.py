@@ -195,11 +195,22 @@ def test_public_names_of_realign() -> None:
         "RDPOTrainer",
         "Record",
         "RefusedError",
+        "TrainConfig",
+        "add_adapter",
+        "build_cache",
+        "check_rows",
+        "load_model",
+        "load_processor",
+        "read_cache",
         "read_records",
+        "reference_identity",
+        "resolve_model",
+        "train",
         "write_parquet",
     ]
     for name in realign.__all__:
         assert getattr(realign, name).__name__ == name
+        assert f"realign.{name}" not in MODULES  # importing such a module would take the name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = realign.nothing
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import realign
+import realign_kernels
 from realign.config import SECTIONS, BuildConfig
 from realign.config_file import load_config
 
@@ -96,6 +98,33 @@ def test_the_differences_from_sft_are_those_of_the_result_file() -> None:
 def test_linked_files_exist() -> None:
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_readme_docs_and_examples_import_from_the_two_packages_alone() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.py")]
+    public = {"realign": {*realign.__all__}, "realign_kernels": {*realign_kernels.__all__}}
+    imports = r"^ *(?:from|import) (realign\S*)(?: import (\([^)]*\)|.*))?$"
+    seen: set[str] = set()
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        text = re.sub(r"```python\n# realign/.*?```", "", text, flags=re.DOTALL)  # a file of ours
+        for package, names in re.findall(imports, text, re.MULTILINE):
+            words = {*re.findall(r"\w+", names)}
+            assert package in public, (page, package)
+            assert words <= public[package], (page, words)
+            seen |= {package, *words}
+        if page.suffix == ".py":
+            used = {*re.findall(r"\brealign\.(\w+)", text)}
+            assert used <= public["realign"], page
+            seen |= used
+    assert seen >= {
+        "realign",
+        "realign_kernels",
+        "train",
+        "TrainConfig",
+        "rdpo_loss",
+        "RDPOTrainer",
+    }
 
 
 def test_contributing_is_short() -> None:

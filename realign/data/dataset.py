@@ -8,6 +8,7 @@ from pathlib import Path
 from realign.data.decisions import apply_decisions, decisions_path, read_decisions
 from realign.data.formats.official import read_official_json, read_official_rows
 from realign.data.formats.parquet import read_parquet
+from realign.data.images import check_image_root
 from realign.data.records import Problem, Record
 from realign.errors import RefusedError
 from realign.runtime.progress import announce
@@ -33,6 +34,17 @@ def read_rows(data: Path, image_root: Path | None) -> tuple[Sequence[Record], li
     """
     file, root = _dataset_file(data, image_root)
     return (read_parquet(file), []) if root is None else read_official_rows(file, root)
+
+
+def check_dataset(data: Path, image_root: Path | None) -> None:
+    """Refuse a path that is no dataset, before anything is read.
+
+    Raises:
+        RefusedError: The path is no dataset, or JSON comes without an image folder.
+    """
+    _, root = _dataset_file(data, image_root)
+    if root is not None:
+        check_image_root(root)
 
 
 def _dataset_file(data: Path, image_root: Path | None) -> tuple[Path, Path | None]:

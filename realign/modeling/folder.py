@@ -11,15 +11,14 @@ from realign.runtime.files import file_sha256
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 
 
-def resolve_model(model: str, option: str = "model") -> Path:
-    """Return the folder of a model: a folder as it is, a hub id downloaded.
+def check_model(model: str, option: str = "model") -> None:
+    """Refuse a model whose folder is missing or holds no model. A hub id is not looked up.
 
     Args:
         model: Folder or hub id.
-        option: What named it, for messages.
+        option: Option that named it, for messages.
     Raises:
-        RefusedError: Neither a folder with a config nor something that the hub or its local cache
-            has.
+        RefusedError: The folder does not exist, or has no config.
     """
     folder = Path(model)
     if folder.is_dir():
@@ -28,12 +27,25 @@ def resolve_model(model: str, option: str = "model") -> Path:
                 f"{option} must be a folder with config.json or adapter_config.json, got {model}. "
                 f"Check --{option}."
             )
-        return folder
-    if folder.is_absolute() or model.startswith(".") or model.count("/") > 1:
+    elif folder.is_absolute() or model.startswith(".") or model.count("/") > 1:
         raise RefusedError(
             f"{option} must be an existing folder or a hub id, got {model}, which does not exist. "
             f"Check --{option}."
         )
+
+
+def resolve_model(model: str, option: str = "model") -> Path:
+    """Return the folder of a model; a hub id is downloaded.
+
+    Args:
+        model: Folder or hub id.
+        option: Option that named it, for messages.
+    Raises:
+        RefusedError: :func:`check_model` refuses it, or neither the hub nor its local cache has it.
+    """
+    check_model(model, option)
+    if Path(model).is_dir():
+        return Path(model)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -1,6 +1,4 @@
-"""The verb ``realign merge``: an adapter and its base become one model, for servers that take no
-adapters.
-"""
+"""``realign merge``: make one model of an adapter and its base, for servers without adapters."""
 
 from __future__ import annotations
 
@@ -8,16 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from realign.errors import RefusedError
 from realign.modeling.folder import is_adapter, resolve_model
-from realign.modeling.loading import load_model
-from realign.modeling.processors import load_processor
 from realign.runtime.files import publish
 from realign.runtime.run_folder import check_out
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = ("float32", "bfloat16")
 
 
 def merge(model: str, out: Path, dtype: str = "bfloat16") -> Path:
@@ -26,8 +20,8 @@ def merge(model: str, out: Path, dtype: str = "bfloat16") -> Path:
     Args:
         model: Folder or hub id of an adapter, such as the checkpoint of ``realign train``.
         out: A new folder.
-        dtype: Of the written weights, ``bfloat16`` or ``float32``. What it rounds is the merged
-            weights, not the adapter.
+        dtype: Dtype of the written weights, ``bfloat16`` or ``float32``. The merged weights are
+            rounded to it, not the adapter.
     Returns:
         The folder.
     Raises:
@@ -43,8 +37,13 @@ def merge(model: str, out: Path, dtype: str = "bfloat16") -> Path:
     folder = resolve_model(model)
     if not is_adapter(folder):
         raise RefusedError(f"model must be an adapter, got {model}, which is whole. Use it as is.")
+    import torch  # after all refusals
+
+    from realign.modeling.loading import load_model
+    from realign.modeling.processors import load_processor
+
     adapted: Any = load_model(folder, torch.float32, scoring=False)
-    merged = adapted.merge_and_unload().to(_DTYPES[dtype])
+    merged = adapted.merge_and_unload().to(getattr(torch, dtype))
     unfinished = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     merged.save_pretrained(unfinished)

@@ -1,4 +1,4 @@
-"""``realign check``: every bad row of a dataset, without a GPU or a model's weights."""
+"""``realign check``: find every bad row of a dataset, without a GPU or a model's weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from realign.data.dataset import read_rows, without_dropped
 from realign.data.decisions import positions
 from realign.data.decoding import DecodedRow, decoded_rows
 from realign.data.image_pool import ImagePool
-from realign.data.images import RefusedImage
+from realign.data.images import RefusedImage, check_image_root
 from realign.data.records import (
     COUNTED,
     Problem,
@@ -22,6 +22,7 @@ from realign.data.records import (
     special_tokens,
 )
 from realign.errors import RefusedError
+from realign.modeling.folder import check_model
 from realign.review.findings import Findings
 from realign.review.repeats import EvalImages, Repeats, near_images
 from realign.runtime.progress import Progress
@@ -36,6 +37,10 @@ def check(config: CheckConfig) -> Findings:
     """
     if config.out:
         check_out(config.out)
+    if config.model:
+        check_model(config.model)
+    if config.eval_images:
+        check_image_root(config.eval_images)
     read, unreadable = read_rows(config.data, config.images)
     records = without_dropped(read, config.data)
     findings = Findings(
@@ -116,7 +121,7 @@ def _notes(without: int, evaluation: EvalImages | None) -> Iterator[str]:
 
 
 class _Model:
-    """What is asked of a model: its processor and configuration, never its weights."""
+    """A model's processor and configuration. Its weights are never loaded."""
 
     def __init__(self, config: CheckConfig) -> None:
         from realign.modeling.chat_template import Renderer
@@ -160,7 +165,7 @@ class _Model:
 
 
 def _spread(values: Sequence[int]) -> dict[str, float]:
-    """Minimum, median, 95th percentile and maximum."""
+    """Return minimum, median, 95th percentile and maximum."""
     if not values:
         return {}
     points = np.percentile(values, [0, 50, 95, 100], method="higher")

@@ -1,4 +1,4 @@
-"""What a check found, as text for people and as files for programs."""
+"""Findings of a check, as text for people and as files for programs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from realign.data.records import Problem
-from realign.modeling.memory import size
 from realign.runtime.files import write_json, write_jsonl
 
 PROBLEMS = "problems.json"
@@ -18,7 +17,7 @@ REJECTED = "rejected.jsonl"
 
 @dataclass
 class Findings:
-    """All that one check found.
+    """Findings of one check.
 
     Attributes:
         data: What was checked.
@@ -40,16 +39,16 @@ class Findings:
 
     @property
     def problems(self) -> list[Problem]:
-        """Those of all rejected rows."""
+        """Return the problems of all rejected rows."""
         return [problem for row in self.rejected for problem in row]
 
     @property
     def has_passed(self) -> bool:
-        """Whether no more rows were rejected than may be."""
+        """Return whether at most the permitted share of rows was rejected."""
         return len(self.rejected) <= self.max_reject * self.num_rows
 
     def write(self, folder: Path) -> None:
-        """Write ``problems.json``, everything, and ``rejected.jsonl``, one rejected row a line."""
+        """Write ``problems.json`` (all findings) and ``rejected.jsonl`` (one row per line)."""
         write_json(
             folder / PROBLEMS,
             {
@@ -78,7 +77,7 @@ class Findings:
         )
 
     def lines(self, show: int) -> Iterator[str]:
-        """The findings as text; ``show`` of each kind."""
+        """Yield the findings as text, with ``show`` examples of each kind."""
         yield from _grouped(self.problems, show, "")
         yield from _grouped(self.warnings, show, "warning: ")
         yield from self.notes
@@ -111,6 +110,8 @@ def _predicted(prediction: dict[str, Any]) -> Iterator[str]:
     memory = prediction.get("memory")
     if not memory:
         return
+    from realign.modeling.memory import size  # a check without a model needs no torch
+
     yield "memory before activations (weights + gradients + optimizer state of AdamW = all):"
     for entry in memory["training"]:
         parts = ("weights", "gradients", "optimizer_state")

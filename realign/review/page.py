@@ -1,4 +1,4 @@
-"""Writing a page: a template with everything that it shows inside, and nothing else allowed."""
+"""Writes self-contained pages that may load nothing else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from realign.data.images import data_uri
 from realign.data.records import Record
@@ -40,19 +40,29 @@ def write_page(out: Path, template: str, values: Mapping[str, Any], script: str 
         "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
         f"form-action 'none'; script-src {allowed}"
     )
+    page = {"policy": policy, "script": code, **values}
+    write_text(out, load_template(template, HERE).render(page))
+    return out
+
+
+def load_template(name: str, folder: Path) -> Template:
+    """Load a template that escapes its values and may include the shared ones.
+
+    Args:
+        name: File name.
+        folder: Its folder.
+    """
     environment = Environment(
-        loader=FileSystemLoader([HERE, SHARED]),
+        loader=FileSystemLoader([folder, SHARED]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    page = {"policy": policy, "script": code, **values}
-    write_text(out, environment.get_template(template).render(page))
-    return out
+    return environment.get_template(name)
 
 
 def shown_pair(record: Record) -> dict[str, object]:
-    """What the template ``pair.html.j2`` takes."""
+    """Return the values of the template ``pair.html.j2``."""
     return {
         "view": PairView.of(record),
         "original": _picture(record.images, f"{record.where}, images"),
@@ -70,6 +80,6 @@ def _picture(images: Sequence[bytes], where: str) -> Picture | None:
 
 
 def spread(records: Sequence[Record], count: int) -> list[Record]:
-    """Evenly spaced, so that the sample is neither the head of the file nor anybody's choice."""
+    """Return evenly spaced records: neither the head of the file nor anyone's choice."""
     count = min(count, len(records))
     return [records[i * len(records) // count] for i in range(count)]

@@ -20,7 +20,7 @@ MAX_WORDS = 4000  # comparing two texts takes the product of their lengths
 
 @dataclass(frozen=True, slots=True)
 class PairFacts:
-    """What rows are sorted and filtered by. None where the row's ``meta`` does not say.
+    """Facts to sort and filter rows by; None if the row's ``meta`` lacks one.
 
     Attributes:
         id: The row.
@@ -54,7 +54,7 @@ class PairFacts:
 
 @dataclass(frozen=True)
 class PairView:
-    """A pair for a template: texts, marked; the images are the page's own matter."""
+    """The marked texts of a pair, for a template. Images are left to the page."""
 
     facts: PairFacts
     prompt: Sequence[Message]
@@ -88,7 +88,7 @@ class PairView:
 
 
 def _number(meta: dict[str, Any], part: str, name: str) -> float | None:
-    """A number of the provenance, which may hold anything."""
+    """Return a finite number of the provenance, which may hold anything."""
     inner = meta.get(part)
     value = inner.get(name) if isinstance(inner, dict) else None
     if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
@@ -97,7 +97,7 @@ def _number(meta: dict[str, Any], part: str, name: str) -> float | None:
 
 
 def word_diff(chosen: str, rejected: str) -> tuple[Markup, Markup]:
-    """Both texts as HTML with the words that differ marked; very long ones are marked whole."""
+    """Return both texts as HTML with differing words marked; very long ones are marked whole."""
     a, b = re.findall(r"\s+|\w+|[^\w\s]", chosen), re.findall(r"\s+|\w+|[^\w\s]", rejected)
     if max(len(a), len(b)) > MAX_WORDS:
         return marked(chosen, "kept"), marked(rejected, "lost")
@@ -109,7 +109,7 @@ def word_diff(chosen: str, rejected: str) -> tuple[Markup, Markup]:
 
 
 def marked(text: str, style: str) -> Markup:
-    """The text as HTML, in a mark of that style unless the style or the text is empty."""
+    """Return the text as HTML, in a mark of this style unless style or text is empty."""
     if not style or not text.strip():
         return escape(text)
     return Markup('<mark class="{}">{}</mark>').format(style, text)

@@ -39,9 +39,17 @@ matplotlib.rcParams.update(
 COLORS = ("#98a2b3", "#5b8def", "#117a4b", "#d98e04", "#8e3cbe", "#b42318")
 
 
-def _svg(figure: Any) -> Markup:
+def _axes(title: str, label: str = "", *, has_vertical_grid: bool = False) -> Any:
+    axes = Figure(figsize=(4.6, 2.7)).subplots()
+    axes.grid(axis="x", visible=has_vertical_grid)
+    axes.set_title(title)
+    axes.set_xlabel(label, color="#667085")
+    return axes
+
+
+def _svg(axes: Any) -> Markup:
     buffer = io.StringIO()
-    figure.savefig(
+    axes.figure.savefig(
         buffer,
         format="svg",
         metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
@@ -55,24 +63,21 @@ def _svg(figure: Any) -> Markup:
 def line_plot(
     title: str, lines: Mapping[str, Sequence[tuple[float, float]]], zero_line: float | None = None
 ) -> Markup:
-    """Curves over steps.
+    """Return curves over steps.
 
     Args:
         title: Above the plot.
         lines: Label to (step, value) points.
         zero_line: Height of a dashed reference line.
     """
-    figure = Figure(figsize=(4.6, 2.7))
-    axes = figure.subplots()
+    axes = _axes(title, "step", has_vertical_grid=True)
     if zero_line is not None:
         axes.axhline(zero_line, color="#98a2b3", linestyle="--", linewidth=1)
     for color, (label, points) in zip(COLORS[1:], lines.items(), strict=False):
         axes.plot(*zip(*points, strict=True), label=label, color=color, linewidth=1.6)
-    axes.set_title(title)
-    axes.set_xlabel("step", color="#667085")
     if len(lines) > 1:
         axes.legend(fontsize=9)
-    return _svg(figure)
+    return _svg(axes)
 
 
 def bar_plot(
@@ -85,8 +90,7 @@ def bar_plot(
         bars: Label to (value, low, high).
         scale: Factor of the values; 100 plots fractions in percent.
     """
-    figure = Figure(figsize=(4.6, 2.7))
-    axes = figure.subplots()
+    axes = _axes(title)
     values = [scale * value for value, _, _ in bars.values()]
     errors = [
         [scale * (v - low) for v, low, _ in bars.values()],
@@ -102,19 +106,14 @@ def bar_plot(
         )  # fmt: skip
     highest = max(scale * high for _, _, high in bars.values())
     axes.set_ylim(0, 1.12 * highest or 1.0)
-    axes.grid(axis="x", visible=False)
-    axes.set_title(title)
-    return _svg(figure)
+    return _svg(axes)
 
 
 def count_plot(title: str, counts: Mapping[str, int]) -> Markup:
-    """Counts by category."""
-    figure = Figure(figsize=(4.6, 2.7))
-    axes = figure.subplots()
+    """Return a bar plot of counts by category."""
+    axes = _axes(title)
     axes.bar(list(counts), list(counts.values()), color=COLORS[1], width=0.7)
-    axes.grid(axis="x", visible=False)
-    axes.set_title(title)
-    return _svg(figure)
+    return _svg(axes)
 
 
 def histogram(
@@ -124,7 +123,7 @@ def histogram(
     line: tuple[float, str] | None = None,
     bins: int = 30,
 ) -> Markup:
-    """How many values lie where, one series on top of the other.
+    """Return a histogram of several series, stacked.
 
     Args:
         title: Above the plot.
@@ -132,8 +131,7 @@ def histogram(
         line: A value to mark, and what it is called.
         bins: How many bars, over the range of all values.
     """
-    figure = Figure(figsize=(4.6, 2.7))
-    axes = figure.subplots()
+    axes = _axes(title)
     shown = {label: series for label, series in values.items() if len(series)}
     # green is what passed, red what did not, as everywhere on the page
     colors = {"accepted": COLORS[2], "chosen": COLORS[2], "refused": "#f0a8a0"}
@@ -146,17 +144,15 @@ def histogram(
     )
     if line:
         axes.axvline(line[0], color="#344054", linestyle="--", linewidth=1, label=line[1])
-    axes.grid(axis="x", visible=False)
-    axes.set_title(title)
     if len(shown) > 1 or line:
         axes.legend(fontsize=9)
-    return _svg(figure)
+    return _svg(axes)
 
 
 def compared_histogram(
     title: str, values: Mapping[str, Sequence[int]], label: str, bins: int = 30
 ) -> Markup:
-    """Outlines of several distributions of whole numbers over each other.
+    """Return the outlines of several distributions of whole numbers in one plot.
 
     Args:
         title: Above the plot.
@@ -164,8 +160,7 @@ def compared_histogram(
         label: Of the axis.
         bins: At most so many steps.
     """
-    figure = Figure(figsize=(4.6, 2.7))
-    axes = figure.subplots()
+    axes = _axes(title, label)
     low = min(map(min, values.values()))
     high = max(map(max, values.values())) + 1
     step = -(-(high - low) // bins)
@@ -175,8 +170,5 @@ def compared_histogram(
         axes.hist(
             series, bins=edges, histtype="step", label=name, color=colors.get(name), linewidth=1.6
         )
-    axes.grid(axis="x", visible=False)
-    axes.set_title(title)
-    axes.set_xlabel(label, color="#667085")
     axes.legend(fontsize=9)
-    return _svg(figure)
+    return _svg(axes)

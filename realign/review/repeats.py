@@ -1,6 +1,4 @@
-"""What is wrong with a row beside other rows or images: the same again, the original's copy, an
-image of the evaluation.
-"""
+"""Finds rows that repeat another row, their own original image, or an image of the evaluation."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 class Repeats:
-    """Finds ids and rows that were there before. Codes: ``duplicate-id``, ``duplicate-row``."""
+    """Finds repeated ids and rows. Codes: ``duplicate-id``, ``duplicate-row``."""
 
     def __init__(self) -> None:
         self._ids: dict[str, int] = {}
@@ -29,7 +27,7 @@ class Repeats:
         self._numbers = count(1)
 
     def problems(self, record: Record) -> Iterator[Problem]:
-        """Those of the next row."""
+        """Yield the problems of the next row."""
         number, where = next(self._numbers), record.where
         if (first := self._ids.setdefault(record.id, number)) != number:
             message = f"{where}: id must be unique, got {record.id!r} again, first in row {first}. "
@@ -40,8 +38,7 @@ class Repeats:
 
 
 def near_images(row: DecodedRow, max_hamming: int) -> Iterator[Problem]:
-    """Retrieved images that look like their original: there is nothing to tell apart. Code:
-    ``near-images``.
+    """Yield problems of retrieved images that look like their original. Code: ``near-images``.
 
     Args:
         row: The row.
@@ -96,8 +93,8 @@ class EvalImages:
         return len(self._names)
 
     def find(self, row: DecodedRow) -> tuple[list[Problem], list[Problem]]:
-        """Problems and warnings: images that are of the evaluation (code ``leak``), and those that
-        look like one of it (``near-leak``).
+        """Return problems and warnings: images of the evaluation (code ``leak``), and images that
+        look like one of them (``near-leak``).
         """
         leaks: list[Problem] = []
         near: list[Problem] = []

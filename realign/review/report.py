@@ -1,4 +1,4 @@
-"""The verb ``realign report``: one static HTML page of a run's folder or of a dataset."""
+"""``realign report``: write one static HTML page about a run or a dataset."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_report(path: Path, out: Path | None = None, images: Path | None = None
 
 
 def default_page(path: Path) -> Path:
-    """Where the page goes when nobody says."""
+    """Return the path of the page if ``out`` is not given."""
     if path.is_file() and path.name != "dataset.parquet":
         return path.with_name(f"{path.name}.html")
     return (path.parent if path.is_file() else path) / "report.html"

@@ -12,13 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
+from pydantic import PositiveFloat
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from realign.cli import app
-from realign.config import SECTIONS
+from realign.config import SECTIONS, BuildConfig, TrainConfig
+from realign.config_file import flag_name, inner_section, options
 from realign.data.dataset import read_records
 from realign.data.formats.parquet import write_parquet
+from realign.errors import RefusedError
 
 
 def realign(*arguments: object):
@@ -172,48 +175,134 @@ def test_a_page_that_is_a_folder_or_below_a_file_exits_with_2(tmp_path: Path) ->
     assert "metrics.jsonl is a file. Choose another --out." in result.output
 
 
-def test_every_option_of_the_help_is_an_option_of_the_section() -> None:
-    import inspect
+class WithOneMore(TrainConfig):
+    """A section with one option more than `realign train` has."""
 
-    from realign import cli
+    dummy_rate: PositiveFloat = 0.25
+    """Rate of nothing."""
 
-    verbs = {"build": cli.build, "cache": cli.cache, "train": cli.train}
-    for verb, function in verbs.items():
-        names = set(inspect.signature(function).parameters) - {"ctx", "config", "set_", "dry_run"}
-        assert names <= SECTIONS[verb].model_fields.keys()
+
+def test_a_field_of_a_section_is_an_option_everywhere(
+    tmp_path: Path, model_dir: Path, monkeypatch
+) -> None:
+    """Nothing but the section declares it."""
+    from realign.training import run
+
+    seen: list[WithOneMore] = []
+    monkeypatch.setitem(SECTIONS, "train", WithOneMore)
+    monkeypatch.setattr(run, "train", lambda section, dry_run: seen.append(section))
+    (tmp_path / "d.parquet").touch()
+    (tmp_path / "run.yaml").write_text("train: {dummy_rate: 0.5}")
+    needed = ["--model", model_dir, "--data", tmp_path / "d.parquet", "--out", tmp_path / "o"]
+    config = ["--config", tmp_path / "run.yaml"]
+    override = ["--set", "train.dummy_rate=2"]
+    for given in ([], config, config + override, [*config, *override, "--dummy-rate", "3e-1"]):
+        result = realign("train", *needed, *given)
+        assert result.exit_code == 0, result.output
+    assert [section.dummy_rate for section in seen] == [0.25, 0.5, 2.0, 0.3]
+    help_text = " ".join(realign("train", "--help").output.split())
+    assert "--dummy-rate <float> Rate of nothing. [default: 0.25]" in help_text
+    hinted = realign("train", *needed, "--set", "train.dummy_rat=1")
+    assert "train has no option 'dummy_rat'. Did you mean 'dummy_rate'?" in hinted.output
+    assert "--dummy-rate" in realign("train", *needed, "--dummy-rat", 1).output
+    refused = realign("train", *needed, "--dummy-rate", -1)
+    assert "train.dummy_rate: Input should be greater than 0, got '-1'." in refused.output
+
+
+def test_flags_of_every_kind_reach_the_section(
+    tmp_path: Path, model_dir: Path, monkeypatch
+) -> None:
+    from realign.building import run
+
+    seen: list[BuildConfig] = []
+
+    def build(section: BuildConfig) -> None:
+        seen.append(section)
+        raise RefusedError("enough.")
+
+    monkeypatch.setattr(run, "build", build)
+    needed = ["build", "--source", tmp_path, "--model", model_dir, "--out", tmp_path / "o"]
+    realign(
+        *needed, "--mask-rates", "objects=0.5", "--mask-rates", "colors=10%", "--keep-unmasked",
+        "--max-hamming", "null", "--max-reject", "0.1%", "--turns", "each", "--top-k", "07",
+        "--lexicon", tmp_path, "--set", "build.masker.model=m", "--mask", "model",
+    )  # fmt: skip
+    realign(*needed, "--no-keep-unmasked", "--set", "build.keep_unmasked=true")
+    first, second = seen
+    assert first.mask_rates == {"objects": 0.5, "colors": 0.1}
+    assert (first.keep_unmasked, second.keep_unmasked) == (True, False)
+    assert (first.max_hamming, first.max_reject, first.top_k) == (None, 0.001, 7)
+    assert (first.turns, first.lexicon, second.mask_rates) == ("each", tmp_path, {})
+    assert first.masker is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--mask-rates", "objects"], "--mask-rates must be CATEGORY=SHARE, got 'objects'. Put a"),
+        (
+            ["--mask-rates", "a=1", "--mask-rates", "a=1"],
+            "must have different names, got 'a' twice",
+        ),
+        (["--top-k", "many"], "build.top_k: Input should be a valid integer, unable to parse"),
+        (["--set", "build.masker.endpoint=e"], "Pass --set build.masker.model or set it in the YA"),
+    ],
+)
+def test_refused_flags(given: list[str], message: str) -> None:
+    result = realign("build", "--source", "s", "--model", "m", "--out", "o", *given)
+    assert result.exit_code == 2
+    assert message in result.output
 
 
 def test_help_names_every_verb_in_the_order_of_its_use() -> None:
     lines = realign("--help").output.splitlines()
-    verbs = [match[1] for line in lines if (match := re.match(r"\W+([a-z]+)   ? *[A-Z]", line))]
+    verbs = [match[1] for line in lines if (match := re.match(r"  ([a-z]+) +[A-Z]", line))]
     assert verbs[:5] == ["build", "check", "cache", "train", "eval"]
     assert sorted(verbs) == sorted(command for command in get_command(app).commands)
 
 
+@pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("verb", SECTIONS)
-def test_help_lists_every_option_of_the_section(verb: str) -> None:
-    result = realign(verb, "--help")
-    assert result.exit_code == 0
-    for key, field in SECTIONS[verb].model_fields.items():
-        (line,) = [x for x in result.output.splitlines() if x.startswith(f"  {verb}.{key}: ")]
-        assert line.endswith("required") == field.is_required()
-        assert line.endswith("required") or ", default " in line
-    shown = " ".join(result.output.replace("│", " ").split())
+def test_help_lists_every_option_of_the_section(verb: str, width: int, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    output = realign(verb, "--help").output
+    assert max(map(len, output.splitlines())) <= width
+    text = " ".join(output.split())
+    letters = "".join(output.split())  # lines break at hyphens too
+    for _, key, field in options(SECTIONS[verb]):
+        assert field.description
+        assert "".join(field.description.replace("``", "").split()) in letters
+        if section := inner_section(field):
+            assert f" {verb}.{key} " in text
+            assert all(f" .{inner} " in text for inner in section.model_fields)
+        else:
+            assert f" {flag_name(key, field)} " in text
     required = sum(field.is_required() for field in SECTIONS[verb].model_fields.values())
-    assert shown.count("Required, here or in --config.") == required
+    nested = text.partition("Nested options")[0]
+    assert nested.count("Required, here or in --config.") == required
 
 
-def test_help_spells_types_and_defaults_as_yaml() -> None:
-    lines = realign("train", "--help").output.splitlines()
+def test_help_begins_with_what_a_command_needs_and_has_headings() -> None:
+    output = realign("train", "--help").output
+    headings = re.findall(r"^(\w.*):$", output, re.MULTILINE)
+    assert headings[:3] == ["Options", "Objective", "Optimization"]
+    assert headings[-1] == "Nested options, with --set train.lora.KEY=VALUE or in --config"
+    first = output.partition("Objective:")[0]
+    assert all(f"--{name} " in first for name in ("model", "data", "out", "config", "set", "help"))
+    for section in output.split("\n\n"):
+        assert section.count("\n  --") <= 12  # few enough to look through
+
+
+def test_help_spells_types_and_defaults() -> None:
+    text = " ".join(realign("train", "--help").output.split())
     for line in (
-        "  train.beta: float, default 0.1",
-        "  train.objective: rdpo|dpo|mdpo|symmetric|sft, default rdpo",
-        "  train.lora: section, default none",
-        "  train.lora.targets: str or list of str, default all-linear",
-        "  train.freeze_vision: bool, default true",
-        "  train.report_to: list of str, default []",
+        "--beta <float> KL strength of the answer-pair term. [default: 0.1]",
+        "--objective rdpo|dpo|mdpo|symmetric|sft ",
+        "--freeze-vision / --no-freeze-vision Do not train the vision tower. [default: true]",
+        "--report-to TRACKER...",
+        ".targets <str>|<list>",
     ):
-        assert line in lines
+        assert line in text
 
 
 def run_process(*arguments: object, **options) -> subprocess.Popen[bytes]:

@@ -60,7 +60,7 @@ def test_refused_overrides(override: str, message: str) -> None:
 def numeric_options(section: type[BaseModel], path: str) -> Iterator[tuple[str, bool]]:
     """Path of each option that holds a number, and whether it may have a fraction."""
     for key, field in section.model_fields.items():
-        if inner := inner_section(field.annotation):
+        if inner := inner_section(field):
             yield from numeric_options(inner, f"{path}.{key}")
         elif re.search(r"\b(int|float)\b", str(field.annotation)):
             number = f"{path}.{key}.any" if "dict" in str(field.annotation) else f"{path}.{key}"

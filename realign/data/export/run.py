@@ -1,4 +1,4 @@
-"""The verb ``realign export``: a dataset in the layout of another trainer.
+"""``realign export``: write a dataset in the layout of another trainer.
 
 <out>/export.json   what it was made from, counts, and how to use it
 <out>/...           the layout's own files
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any
 
 from realign.data.dataset import read_kept_records
 from realign.data.export import llamafactory, trl
@@ -24,7 +24,6 @@ from realign.runtime.files import canonical_json, content_sha256, read_json, wri
 from realign.runtime.progress import Progress
 from realign.runtime.run_folder import check_out
 
-Target = Literal["official", "ms-swift", "llamafactory", "trl"]
 Writer = Callable[[Iterable[Record], Path], Counter[str]]
 WRITERS: Mapping[str, tuple[Writer, str]] = {
     "official": (official.write_official, official.NOTE),
@@ -37,7 +36,7 @@ MANIFEST = "export.json"
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote: counts by what they count, and how to use it."""
+    """Counts of an export by their name, and a note on its use."""
 
     counts: dict[str, int]
     note: str
@@ -57,7 +56,7 @@ def export(data: Path, images: Path | None, to: str, out: Path) -> Exported:
             else.
     """
     if to not in WRITERS:
-        raise RefusedError(f"to must be one of {list(get_args(Target))}, got {to!r}. Correct --to.")
+        raise RefusedError(f"to must be one of {[*WRITERS]}, got {to!r}. Correct --to.")
     check_out(out)
     write, note = WRITERS[to]
     records = read_kept_records(data, images)
@@ -66,45 +65,33 @@ def export(data: Path, images: Path | None, to: str, out: Path) -> Exported:
     if (out / MANIFEST).is_file():
         stored = read_json(out / MANIFEST)
         if isinstance(stored, dict) and stored.get("to") == to:
-            digest = Digest()
+            digest = sha256()
             for record in records:
-                digest.add(record)
-            if stored.get("records") == digest.value:
+                _add(digest, record)
+            if stored.get("records") == digest.hexdigest():
                 return Exported(stored["counts"], note)
             raise RefusedError(
                 f"out must hold an export of the rows of {data} as they are now, or nothing, got "
                 f"{out} with one of others. Remove that folder, or choose another --out."
             )
     check_new(out)
-    digest = Digest()
+    digest = sha256()
     with new_folder(out) as folder, Progress(f"export to {to}", len(records)) as progress:
 
         def passing() -> Iterator[Record]:
             for record in records:
-                digest.add(record)
+                _add(digest, record)
                 yield record
                 progress.advance()
 
         counts = {name: count for name, count in write(passing(), folder).items() if count}
         write_json(
             folder / MANIFEST,
-            {"to": to, "records": digest.value, "counts": counts, "note": note},
+            {"to": to, "records": digest.hexdigest(), "counts": counts, "note": note},
         )
     return Exported(counts, note)
 
 
-class Digest:
-    """What records are, all together and in order."""
-
-    def __init__(self) -> None:
-        self._digest = sha256()
-
-    def add(self, record: Record) -> None:
-        """Take one record in."""
-        parts = (record.key, record.id, canonical_json(record.meta))
-        self._digest.update(content_sha256(*parts).encode())
-
-    @property
-    def value(self) -> str:
-        """SHA-256 of all so far."""
-        return self._digest.hexdigest()
+def _add(digest: Any, record: Record) -> None:
+    """Add a record to a hash of all records in their order."""
+    digest.update(content_sha256(record.key, record.id, canonical_json(record.meta)).encode())

@@ -23,6 +23,19 @@ ROW_GROUP_BYTES = 16 << 20
 REQUIRED = ("images", "prompt", "chosen", "rejected")
 IMAGES = ("images", "rejected_images")
 OPTIONAL = ("id", "rejected_images", "meta")
+_TEXT = {"dtype": "string", "_type": "Value"}
+_TURNS = {"feature": {"role": _TEXT, "content": _TEXT}, "_type": "List"}
+_IMAGES = {"feature": {"_type": "Image"}, "_type": "List"}
+# as `datasets` describes the columns in a file, so that it loads images as images
+FEATURES = {
+    "id": _TEXT,
+    "images": _IMAGES,
+    "prompt": _TURNS,
+    "chosen": _TURNS,
+    "rejected": _TURNS,
+    "rejected_images": _IMAGES,
+    "meta": _TEXT,
+}
 
 
 def write_parquet(
@@ -38,20 +51,16 @@ def write_parquet(
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from datasets import Features, Image, List, Value
 
-    turn = {"role": Value("string"), "content": Value("string")}
-    schema = Features(
-        {
-            "id": Value("string"),
-            "images": List(Image()),
-            "prompt": List(turn),
-            "chosen": List(turn),
-            "rejected": List(turn),
-            "rejected_images": List(Image()),
-            "meta": Value("string"),
-        }
-    ).arrow_schema
+    text = pa.string()
+    turns = pa.list_(pa.struct({"role": text, "content": text}))
+    images = pa.list_(pa.struct({"bytes": pa.binary(), "path": text}))
+    types = {
+        name: text if feature is _TEXT else turns if feature is _TURNS else images
+        for name, feature in FEATURES.items()
+    }
+    description = json.dumps({"info": {"features": FEATURES}})
+    schema = pa.schema(types, {"huggingface": description})
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for group in _groups(records, row_group_bytes):
             writer.write_table(pa.Table.from_pylist([*map(_row, group)], schema=schema))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -23,10 +22,10 @@ from realign.data.images import MAX_BYTES, thumbnail
 from realign.errors import RefusedError
 from realign.review.browse.guard import Guard
 from realign.review.browse.rows import SORTS, STATUSES, Query, Rows
+from realign.review.page import SHARED, load_template
 from realign.review.pair_view import PairView
 
 HERE = Path(__file__).parent
-SHARED = HERE.parent / "templates"
 PAGE_SIZE = 24
 MAX_BODY = 16_384
 MAX_NOTE = 2000
@@ -45,7 +44,7 @@ MAGIC = ((b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"))
 
 
 def make_app(rows: Rows, title: str, token: str, cookie: str = "realign") -> Starlette:
-    """The application, guarded.
+    """Return the guarded application.
 
     Args:
         rows: The dataset and its decisions.
@@ -69,29 +68,23 @@ def make_app(rows: Rows, title: str, token: str, cookie: str = "realign") -> Sta
 
 
 def _failed(request: Request, error: Exception) -> Response:
-    """The decision file is damaged or cannot be written: the person must know."""
+    """Answer with the error, since a damaged decision file must not go unnoticed."""
     return PlainTextResponse(str(error), 500)
 
 
 class _Pages:
-    """The handlers; the synchronous ones run in threads."""
+    """Handlers of the routes. The synchronous ones run in threads."""
 
     def __init__(self, rows: Rows, title: str) -> None:
         self._rows, self._title = rows, title
-        environment = Environment(
-            loader=FileSystemLoader([HERE, SHARED]),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-        )
-        self._template = environment.get_template("gallery.html.j2")
+        self._template = load_template("gallery.html.j2", HERE)
         css = (SHARED / "style.css").read_text("utf-8") + (HERE / "browse.css").read_text("utf-8")
         self.style = Response(css, media_type="text/css")
         script = (HERE / "browse.js").read_text("utf-8")
         self.script = Response(script, media_type="text/javascript")
 
     def gallery(self, request: Request) -> Response:
-        """A page of pairs."""
+        """Return a page of pairs."""
         query, start = read_query(request.query_params)
         page = self._rows.page(query, start, PAGE_SIZE)
         asked = {name: value for name, value in request.query_params.items() if name != "start"}
@@ -134,14 +127,14 @@ class _Pages:
         }
 
     def thumbnail(self, request: Request) -> Response:
-        """A small image of a row."""
+        """Return a thumbnail of a row's image."""
         try:
             return Response(thumbnail(self._raw(request), "image"), media_type="image/webp")
         except RefusedError as error:
             raise HTTPException(415, str(error)) from None
 
     def image(self, request: Request) -> Response:
-        """An image of a row as it is in the dataset."""
+        """Return an image of a row as it is in the dataset."""
         raw = self._raw(request)
         media_type = image_type(raw)
         if media_type is None or len(raw) > MAX_BYTES:
@@ -180,7 +173,7 @@ def _source(number: int, which: str) -> dict[str, str]:
 
 
 def read_query(values: Mapping[str, str]) -> tuple[Query, int]:
-    """A query and the place where its page starts; what is none of the choices counts as unset."""
+    """Return a query and the start of its page. Values outside the choices count as unset."""
     sort, status = values.get("sort", ""), values.get("status", "")
     rank, start = _number(values.get("rank")), _number(values.get("start"))
     query = Query(
@@ -232,7 +225,7 @@ def _read_decision(
 
 
 def image_type(raw: bytes) -> str | None:
-    """Media type by the first bytes; None for anything but the permitted formats."""
+    """Return the media type that the first bytes show; None for a format that is not permitted."""
     if raw[:4] == b"RIFF" and raw[8:12] == b"WEBP":
         return "image/webp"
     return next((name for magic, name in MAGIC if raw.startswith(magic)), None)

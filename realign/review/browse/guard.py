@@ -1,4 +1,4 @@
-"""Who may talk to the local server: the browser that was given its address, and nobody through it.
+"""Guards the local server: only the browser that was given its address may use it.
 
 Every local program and every web page that the browser shows can reach a loopback port. So the
 address holds a token, random at each start and then kept in a cookie; the host must be this
@@ -34,7 +34,7 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class Guard:
-    """ASGI middleware that lets nothing else through.
+    """ASGI middleware that refuses every other request.
 
     Args:
         app: What is guarded.

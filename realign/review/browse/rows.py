@@ -24,7 +24,7 @@ STATUSES = ("undecided", "keep", "drop", "flag")
 
 @dataclass(frozen=True)
 class Query:
-    """What a page shows.
+    """Filters and order of the rows that a page shows.
 
     Attributes:
         sort: One of ``SORTS``, with ``-`` before it for high values first.
@@ -47,7 +47,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Page:
-    """Rows of a query.
+    """One page of the rows of a query.
 
     Attributes:
         rows: Their numbers in the dataset.
@@ -66,7 +66,7 @@ class Page:
 
 
 class Rows:
-    """Rows and decisions, safe to use from the threads of a server.
+    """Rows and their decisions, safe to use from a server's threads.
 
     Args:
         records: The dataset.
@@ -119,11 +119,11 @@ class Rows:
             return self._records[number]
 
     def tried(self, number: int) -> tuple[str, ...]:
-        """Why candidates of the row were refused before."""
+        """Return the reasons for which earlier candidates of a row were refused."""
         return self._tried.get(self.facts[number].id, ())
 
     def decision(self, number: int) -> Decision | None:
-        """What was decided about the row as it is now."""
+        """Return the decision about a row with its present content."""
         with self._lock:
             return self._statuses.get(number)
 
@@ -138,7 +138,7 @@ class Rows:
             return True
 
     def counts(self) -> dict[str, int]:
-        """How many rows have each status."""
+        """Return the number of rows by status."""
         with self._lock:
             self._refresh()
             found = Counter(decision.decision for decision in self._statuses.values())
@@ -192,7 +192,7 @@ class Rows:
         return query.status in ("", decision.decision if decision else "undecided")
 
     def _key(self, number: int) -> str:
-        """The row's content, which only its images tell."""
+        """Return the hash of a row's content; it depends on the images."""
         if number not in self._keys:
             self._keys[number] = self._records[number].key
         return self._keys[number]

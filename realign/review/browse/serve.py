@@ -1,4 +1,4 @@
-"""The verb ``realign browse``: a dataset in the browser of this machine, until it is stopped."""
+"""``realign browse``: show a dataset in this machine's browser until it is stopped."""
 
 from __future__ import annotations
 

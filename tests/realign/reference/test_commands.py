@@ -40,15 +40,16 @@ def built(tmp_path: Path, data: Path, model_dir) -> Path:
 
 
 def test_help_says_what_a_stranger_needs() -> None:
-    shown = " ".join(realign("cache", "--help").output.replace("│", " ").split())
+    shown = " ".join(realign("cache", "--help").output.split())
     for text in (
         "Usage: realign cache [OPTIONS] COMMAND [ARGS]...",
-        "Without a command it builds.",
+        "Without a command it builds a cache.",
         "verify Check every byte of a cache against its hashes.",
-        "info What a cache was computed from",
-        "merge Several caches of the same model and numerics -> one.",
-        "import Log-probabilities of another trainer",
-        "cache.shard_size: int, default 1024",
+        "info Show what a cache was computed from",
+        "merge Merge caches of the same model and numerics.",
+        "import Make a cache of log-probabilities from another trainer.",
+        "--shard-size <int> Rows per shard, rounded up to whole batches. A killed run loses at",
+        "[default: 1024]",
     ):
         assert text in shown.replace("root", "realign"), text
     for command in ("verify", "info", "merge", "import"):
