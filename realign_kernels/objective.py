@@ -273,6 +273,13 @@ def preference_loss(
     check_cells(logps, ref_logps, objective, num_tokens)
     if num_tokens is not None and num_tokens.device.type == "cpu":
         check_chosen_present(num_tokens)
+    return reduce_losses(logps, ref_logps, objective, num_tokens)
+
+
+def reduce_losses(
+    logps: Tensor, ref_logps: Tensor | None, objective: Objective, num_tokens: Tensor | None
+) -> PreferenceOutput:
+    """Compute :func:`preference_loss`, of arguments that have been checked."""
     is_present = torch.ones_like(logps, dtype=torch.bool) if num_tokens is None else num_tokens > 0
     log_ratios = logps if ref_logps is None else logps - ref_logps.detach().to(logps.dtype)
     log_ratios = torch.where(is_present, log_ratios, 0.0)
