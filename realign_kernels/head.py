@@ -1,4 +1,4 @@
-"""What lies between a hidden state and its logits: transform, dtypes, and the head in tiles.
+"""The way from a hidden state to its logits: transform, dtypes, and the head in tiles.
 
 Knows nothing of labels or probabilities.  Letters: **N** answer tokens, **D** hidden size, **V**
 vocabulary, **r** rank.

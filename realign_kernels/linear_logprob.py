@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class LogprobStats(NamedTuple):
-    """What :func:`linear_logprob_stats` returns; each entry has the shape of ``labels``.
+    """Results of :func:`linear_logprob_stats`; each entry has the shape of ``labels``.
 
     Probabilities are those after scale, softcap and temperature, over the whole vocabulary.  Only
     ``token_logps`` and ``top_non_label_logps`` carry gradients.  At ignored positions everything is
@@ -78,11 +78,13 @@ def linear_logprob(
         logit_softcap: Bound c on the logits, or None; > 0.
         temperature: Divisor of the logits, after the softcap; > 0.
         backend: ``"eager"``, ``"triton"`` or ``"cpu"``, which never fall back, or ``"auto"``.
-        memory: How gradients are paid for: ``"stash"``, ``"recompute"`` or ``"auto"``; ``"tile"``
-            needs to know the loss and belongs to :func:`rdpo_loss`.
-        workspace_bytes: Bound on scratch, forward and backward; inputs, outputs, gradients and up
-            to three ``(N, D)`` of rows and sums, N labels that are not ignored, are not scratch.
-        stash_bytes: Bound on the ``(N, V)`` that ``memory="stash"`` keeps for the backward.
+        memory: What the backward of a trained head is computed from: ``"stash"``, ``"recompute"``
+            or ``"auto"``; ``"tile"`` needs to know the loss and belongs to :func:`rdpo_loss`.
+        workspace_bytes: Limit on scratch memory in bytes, forward and backward; inputs, outputs,
+            gradients and up to three ``(N, D)`` of rows and sums, N labels that are not ignored,
+            are not scratch.
+        stash_bytes: Limit on the ``(N, V)`` that ``memory="stash"`` keeps for the backward, in
+            bytes.
         group: Tensor parallelism: every rank passes the same rows and global labels, and its own
             contiguous shard of the vocabulary (weight, bias, B), in rank order.  Each rank gets the
             whole result and the whole gradient of hidden states and A; the gradients of its shard

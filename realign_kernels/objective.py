@@ -219,12 +219,12 @@ class Objective:
 
     @property
     def needs_num_tokens(self) -> bool:
-        """Whether answer lengths enter the loss."""
+        """Return whether answer lengths enter the loss."""
         return self.nll_weight > 0 or any(term.link == "ipo" for term in self.terms)
 
 
 class PreferenceOutput(NamedTuple):
-    """What :func:`preference_loss` returns; only the first two carry gradients."""
+    """Results of :func:`preference_loss`; only the first two carry gradients."""
 
     loss: Tensor
     """Mean of ``losses``, (); 0 without pairs."""

@@ -13,7 +13,7 @@ LoraFactors = tuple[Tensor, Tensor, float]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadOptions:
-    """What a call says about its head; ``validation.check_options`` refuses what cannot be."""
+    """Options of one call; ``validation.check_options`` refuses those that no head can have."""
 
     lm_head_bias: Tensor | None
     lm_head_lora: LoraFactors | None

@@ -31,7 +31,7 @@ _DEFAULT_IMAGE_WEIGHT = 1.0
 
 
 class RdpoOutput(NamedTuple):
-    """What :func:`rdpo_loss` returns; only the first two carry gradients."""
+    """Results of :func:`rdpo_loss`; only the first two carry gradients."""
 
     loss: Tensor
     """Mean over pairs, ()."""

@@ -1,4 +1,4 @@
-"""Which token belongs to which sequence, and sums over sequences.  Knows no preferences.
+"""The sequence that each token belongs to.  Knows no preferences.
 
 Sequences are cell-major: sequence ``c * P + p`` is cell c of pair p.  Letters: **P** pairs, **C**
 cells, **S** = C * P sequences, **T** positions, **N** packed tokens.

@@ -152,7 +152,7 @@ def dense_rdpo_loss(
 
 
 class DensePairs(NamedTuple):
-    """What a preference loss has to be, in the order of ``RdpoOutput``."""
+    """The results that a preference loss must have, in the order of ``RdpoOutput``."""
 
     loss: Tensor
     logps: Tensor

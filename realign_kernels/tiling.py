@@ -1,4 +1,4 @@
-"""How rows and vocabulary are cut so that scratch stays within a budget.  Knows sizes, no maths.
+"""Tiles of rows and vocabulary whose scratch stays within a budget.  Knows sizes, no maths.
 
 The shape depends on the head and the budget, never on the number of rows or of vocabulary entries:
 adding rows to a batch, or splitting the vocabulary over ranks, leaves every other row's order of

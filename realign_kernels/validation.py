@@ -1,4 +1,4 @@
-"""What callers may pass: shapes, dtypes, devices, label values.  Knows no maths.
+"""Checks of what callers pass: options, shapes, dtypes, devices, label values.  Knows no maths.
 
 Values on a GPU are checked by a device-side assertion, never by waiting for the device.
 ``REALIGN_CHECK=0`` in the environment switches value checks off; metadata checks stay.

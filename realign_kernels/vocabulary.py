@@ -1,4 +1,4 @@
-"""Which part of the vocabulary this process holds, and how partial results meet.
+"""The part of the vocabulary that this process holds, and reductions over its group.
 
 Without a group the one shard is the whole vocabulary and every reduction is the identity.
 """

@@ -1,4 +1,4 @@
-"""Which implementation runs.  A pure choice: knows names and devices, no maths.
+"""The choice of a backend.  Knows names and devices, no maths.
 
 Explicit requests never fall back; only ``"auto"`` chooses.
 """
@@ -91,7 +91,7 @@ def kernels_of(backend: str) -> KernelSet:
 
 
 def describe_backends() -> dict[str, str]:
-    """Say, for every backend name, what it would do here and why.
+    """Describe what every backend name means on this machine, and why.
 
     Returns:
         descriptions: One sentence per name; ``"auto"`` comes first and starts with the backend that

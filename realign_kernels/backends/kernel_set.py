@@ -1,4 +1,4 @@
-"""What a backend has to provide: its tiles and dtypes, a product, and small kernels around it.
+"""The protocol of a backend: its tiles and dtypes, a product, and small kernels around it.
 
 Says what goes in and out; knows no backend.  Letters: **N** rows, **D** hidden size, **V**
 vocabulary of this shard, **r** rank.  Ids of tokens are those of the shard.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class RowState(NamedTuple):
-    """What the pass over the vocabulary keeps for every row, (N,) each.
+    """Sums of the pass over the vocabulary for every row, (N,) each.
 
     With x the transformed logits and e = exp(x - shift), sums run over every column but the label's
     and, where ``top_ids`` is tracked, but the top one's.
@@ -70,7 +70,7 @@ class PairBatch(NamedTuple):
 
 
 class PairResults(NamedTuple):
-    """Where a preference batch is reduced to; float64 but for the counts."""
+    """Tensors that a preference batch is reduced into; float64 except the counts."""
 
     loss: Tensor  # (1,)
     logps: Tensor  # (C, P)

@@ -42,7 +42,7 @@ _BOUNDS = {torch.float16: 8.0, torch.bfloat16: 60.0, torch.float32: 60.0, torch.
 
 
 class Keeps(Enum):
-    """What a forward leaves for the backward."""
+    """The part of a forward that is kept for the backward."""
 
     NOTHING = "nothing"
     SLOPES = "slopes"  # the derivative in the hidden states, which follows from A
@@ -53,7 +53,7 @@ class Keeps(Enum):
 
 @dataclass(frozen=True, slots=True)
 class FusedCall:
-    """What the forward and the backward of one call share."""
+    """Settings that the forward and the backward of one call share."""
 
     head: Head
     transform: LogitTransform
@@ -81,7 +81,7 @@ class Rows(NamedTuple):
 
 
 class PassResult(NamedTuple):
-    """What one pass over the vocabulary leaves."""
+    """Results of one pass over the vocabulary."""
 
     label_logits: Tensor  # (rows,), x[y]
     state: RowState

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class RowNumbers(NamedTuple):
-    """What a row leaves behind, (N,) each: enough for its results and its gradients.
+    """Numbers of every row, (N,) each: enough for its results and its gradients.
 
     ``rest_sum`` is relative to ``shift`` and leaves out the label and, where it is tracked, the top
     token, whose local id may lie outside of this shard.
@@ -41,7 +41,7 @@ class RowNumbers(NamedTuple):
 
     @classmethod
     def of(cls, result: PassResult, num_rows: int) -> RowNumbers:
-        """Take them from a pass, without the empty rows behind."""
+        """Take them from a pass, without the empty rows at the end."""
         state = result.state
         parts = (
             result.label_logits, state.shift, state.rest_sum, state.top_logits, state.top_ids
@@ -57,7 +57,7 @@ class RowNumbers(NamedTuple):
 
     @property
     def excess(self) -> Tensor:
-        """What to take off logarithms so that the label's exponential cannot overflow.
+        """Amount to take off logarithms so that the label's exponential cannot overflow.
 
         0 where the shift started at the label, which is everywhere but in float16.
         """
@@ -144,7 +144,7 @@ def by_scoring(is_top: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Needed(NamedTuple):
-    """Which inputs need a gradient."""
+    """The inputs that need a gradient."""
 
     hidden: bool
     weight: bool

@@ -44,7 +44,7 @@ class PairArguments(NamedTuple):
 
 
 class TokenArguments(NamedTuple):
-    """What a preference batch is reduced from, and what reduces it."""
+    """Scores of a preference batch, and the backend that reduces them."""
 
     token_logps: Tensor
     backend: str

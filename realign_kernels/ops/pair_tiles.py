@@ -36,7 +36,7 @@ _ROWS_PER_TILE = 4096
 
 
 class TiledResult(NamedTuple):
-    """What the tiles leave: scores of every position, and gradients for a loss of slope 1."""
+    """Results of the tiles: scores of every position, and gradients for a loss of slope 1."""
 
     token_logps: Tensor  # (M,)
     gradients: Gradients  # in the accumulation dtype; `hidden` is (..., D)

@@ -36,7 +36,7 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class TileArguments(NamedTuple):
-    """What ``memory="tile"`` needs besides the head and the preference batch, which is packed."""
+    """Inputs of ``memory="tile"`` besides the head and the preference batch, which is packed."""
 
     top_rows: Tensor | None
     needed: list[bool]

@@ -34,7 +34,7 @@ from realign_kernels.fused.gradients import (
     token_log_probs,
     top_log_probs,
 )
-from realign_kernels.fused.statistics import Statistics, statistics
+from realign_kernels.fused.statistics import statistics
 from realign_kernels.head import Head, LogitTransform, Precision
 from realign_kernels.ops.schema import operator
 from realign_kernels.options import HeadOptions
@@ -68,7 +68,7 @@ class HeadArguments(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """What may need a gradient."""
+        """The inputs that may need a gradient."""
         return self[:5]
 
     @property
@@ -84,7 +84,7 @@ _NUM_HEAD = len(HeadArguments._fields)
 
 
 class ScoreArguments(NamedTuple):
-    """What is scored, labels (M,) by hidden states (..., D), and what is kept of it."""
+    """Labels (M,) to score by hidden states (..., D), and what to keep for the backward."""
 
     labels: Tensor
     top_rows: Tensor | None  # (M,) bool: scored by their best token that is not the label
@@ -217,67 +217,53 @@ def _score_rows(
     call: FusedCall, hidden_states: Tensor, what: ScoreArguments, positions: Tensor, keeps: Keeps
 ) -> FusedScores:
     """Score the rows at ``positions``; ``keeps`` is settled."""
-    num_rows, labels, top_rows = len(positions), what.labels, what.top_rows
-    with_statistics = what.with_statistics
+    num_rows, labels, with_statistics = len(positions), what.labels, what.with_statistics
+    is_top = None if what.top_rows is None else what.top_rows[positions]
     rows = gather_rows(call, hidden_states, labels, positions)
-    tracks_top = with_statistics or top_rows is not None
+    tracks_top = with_statistics or is_top is not None
     result = walk_vocabulary(
         call, rows, keeps, with_statistics=with_statistics, tracks_top=tracks_top
     )
     numbers = RowNumbers.of(result, num_rows)
-    scored_labels = labels[positions]
-    row_logps = token_log_probs(numbers)
-    outputs = {name: row_logps.new_empty(0) for name in FusedScores._fields}
-    spread = _Spread(positions, len(labels))
+    logps = token_log_probs(numbers)
+    outputs: dict[str, Tensor] = {}
+
+    def spread(name: str, rows: Tensor, fill: float = 0) -> None:
+        """Put results of rows back where their labels are."""
+        outputs[name] = rows.new_full((len(labels),), fill)
+        outputs[name][positions] = rows
+
     if with_statistics:
-        row_statistics = statistics(result, numbers, row_logps, scored_labels, call.vocabulary)
-        top_logps = top_log_probs(numbers).masked_fill(row_logps.isnan(), torch.nan)
-        outputs["top_non_label_logps"] = spread(top_logps)
-        for name in Statistics._fields:
-            fill = -1 if name == "top_non_label_ids" else 0
-            outputs[name] = spread(getattr(row_statistics, name), fill)
+        named = statistics(result, numbers, logps, labels[positions], call.vocabulary)
+        for name, part in named._asdict().items():
+            spread(name, part, -1 if name == "top_non_label_ids" else 0)
+        top_logps = top_log_probs(numbers).masked_fill(logps.isnan(), torch.nan)
+        spread("top_non_label_logps", top_logps)
     else:
-        outputs |= _empty_statistics(row_logps)
+        dtypes = {"is_top1": torch.bool, "top_non_label_ids": torch.int64}
+        for name in FusedScores._fields[1:7]:
+            outputs[name] = logps.new_empty(0, dtype=dtypes.get(name))
+    slopes, top_slopes = logps.new_empty(0), logps.new_empty(0)
     if keeps is Keeps.SLOPES:
-        is_top = None if top_rows is None else top_rows[positions]
-        outputs["slopes"], outputs["top_slopes"] = _slopes(
-            call, rows, numbers, result, is_top, with_statistics
-        )
-    if top_rows is not None:
-        row_logps = torch.where(top_rows[positions], top_log_probs(numbers), row_logps)
-    outputs["token_logps"] = spread(row_logps)
-    is_saved = keeps in (Keeps.STASH, Keeps.NUMBERS)
-    saved = [number for number in numbers[:4] if number is not None]
-    outputs["numbers"] = torch.stack([part if is_saved else part[:0] for part in saved])
-    has_backward = keeps is not Keeps.NOTHING
-    outputs["positions"] = positions if has_backward else positions[:0].clone()
-    top_ids = positions[:0].clone() if numbers.top_ids is None else numbers.top_ids
-    outputs["top_ids"] = top_ids.clone() if is_saved else top_ids[:0].clone()
+        slopes, top_slopes = _slopes(call, rows, numbers, result, is_top, with_statistics)
+    if is_top is not None:
+        logps = torch.where(is_top, top_log_probs(numbers), logps)
+    spread("token_logps", logps)
+    num_saved = num_rows if keeps in (Keeps.STASH, Keeps.NUMBERS) else 0
+    top_ids = positions[:0] if numbers.top_ids is None else numbers.top_ids
     stash = result.stash
     if stash is None:
         stash = hidden_states.new_empty(0, call.vocabulary.size, dtype=call.operand)
-    outputs["stash"] = stash[:num_rows]
-    return FusedScores(**outputs)
-
-
-def _empty_statistics(like: Tensor) -> dict[str, Tensor]:
-    names = ("top_non_label_logps", "entropy", "log_sum_sq_probs", "mean_logits")
-    empty = {name: like.new_empty(0) for name in names}
-    empty["is_top1"] = like.new_empty(0, dtype=torch.bool)
-    empty["top_non_label_ids"] = like.new_empty(0, dtype=torch.int64)
-    return empty
-
-
-class _Spread:
-    """Puts results of rows back where their labels are."""
-
-    def __init__(self, positions: Tensor, num_positions: int) -> None:
-        self.positions, self.num_positions = positions, num_positions
-
-    def __call__(self, rows: Tensor, fill: float = 0) -> Tensor:
-        whole = rows.new_full((self.num_positions, *rows.shape[1:]), fill)
-        whole[self.positions] = rows
-        return whole
+    # Outputs of an operator may be no views of each other.
+    return FusedScores(
+        **outputs,
+        slopes=slopes,
+        top_slopes=top_slopes,
+        positions=positions[:0].clone() if keeps is Keeps.NOTHING else positions,
+        numbers=torch.stack([part[:num_saved] for part in numbers[:4] if part is not None]),
+        top_ids=top_ids[:num_saved].clone(),
+        stash=stash[:num_rows],
+    )
 
 
 def _slopes(
@@ -311,17 +297,15 @@ def _slopes(
 @score_tokens_op.register_fake
 def _score_tokens_fake(*values: Any) -> FusedScores:
     head, what = HeadArguments(*values[:_NUM_HEAD]), ScoreArguments(*values[_NUM_HEAD:])
-    hidden_states, labels, top_rows = head.hidden_states, what.labels, what.top_rows
     with_statistics, kept = what.with_statistics, Keeps(what.keeps)
-    number, operand = head.precision.accumulation, head.precision.operand
-    num_positions, hidden_size = labels.shape[0], hidden_states.shape[-1]
-    tracks_top = with_statistics or top_rows is not None
+    number, hidden_size = head.precision.accumulation, head.weight.shape[1]
+    tracks_top = with_statistics or what.top_rows is not None
 
     def empty(dtype: torch.dtype, is_there: bool, *shape: Any) -> Tensor:
-        return hidden_states.new_empty(shape if is_there else (0,), dtype=dtype)
+        return head.hidden_states.new_empty(shape if is_there else (0,), dtype=dtype)
 
     def per_position(dtype: torch.dtype) -> Tensor:
-        return empty(dtype, with_statistics, num_positions)
+        return empty(dtype, with_statistics, what.labels.shape[0])
 
     num_scored: Any = 0
     num_stashed: Any = 0
@@ -333,7 +317,7 @@ def _score_tokens_fake(*values: Any) -> FusedScores:
         num_stashed = torch.library.get_ctx().new_dynamic_size()
     has_slopes = kept is Keeps.SLOPES
     return FusedScores(
-        token_logps=empty(number, True, num_positions),
+        token_logps=empty(number, True, what.labels.shape[0]),
         top_non_label_logps=per_position(number),
         entropy=per_position(number),
         log_sum_sq_probs=per_position(number),
@@ -345,12 +329,12 @@ def _score_tokens_fake(*values: Any) -> FusedScores:
         positions=empty(torch.int64, True, num_scored),
         numbers=empty(number, True, 4 if tracks_top else 3, 0 if has_slopes else num_scored),
         top_ids=empty(torch.int64, True, num_scored if tracks_top and not has_slopes else 0),
-        stash=empty(operand, True, num_stashed, head.weight.shape[0]),
+        stash=empty(head.precision.operand, True, num_stashed, head.weight.shape[0]),
     )
 
 
 class BackwardArguments(NamedTuple):
-    """What a backward has besides the head: slopes from above, and what the forward has kept."""
+    """Inputs of the backward besides the head: slopes from above, and what the forward has kept."""
 
     grad_logps: Tensor | None  # (M,)
     grad_top_logps: Tensor | None
