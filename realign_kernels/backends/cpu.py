@@ -30,7 +30,7 @@ _WEIGHT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.fl
 
 # Terms of a sum that are multiplied at once.  MKL splits longer sums of small results over threads,
 # and sooner where the second factor is transposed.
-_INNER, _INNER_NARROW, _INNER_VECTOR = 256, 128, 64
+_INNER, _INNER_NARROW, _INNER_VECTOR = 256, 128, 16
 _WIDE = 2048
 
 

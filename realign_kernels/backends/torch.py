@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from realign_kernels.backends import cpu
-from realign_kernels.objective import PreferenceOutput, reduce_losses
+from realign_kernels.objective import differentiate_losses, reduce_losses
 from realign_kernels.tiling import TileShape, spans
 
 if TYPE_CHECKING:
@@ -206,22 +206,19 @@ def add_entries(
 
 
 def pair_loss(batch: PairBatch, results: PairResults) -> None:
-    """Fill in the results of a preference batch; the loss is differentiated by torch itself."""
+    """Fill in the results of a preference batch."""
     shape = batch.num_cells, batch.num_pairs
-    logps, counts = _sum_sequences(batch, results.logps.dtype)
-    results.logps.copy_(logps.view(shape))
-    results.counts.copy_(counts.view(shape))
-
-    def loss(logps: Tensor) -> tuple[Tensor, PreferenceOutput]:
-        output = reduce_losses(logps, batch.ref_logps, batch.objective, results.counts)
-        return output.loss, output
-
-    gradient, output = torch.func.grad(loss, has_aux=True)(results.logps)
-    results.coefficients.copy_(gradient)
+    logps, counts = (part.view(shape) for part in _sum_sequences(batch, results.logps.dtype))
+    log_ratios = logps if batch.ref_logps is None else logps - batch.ref_logps
+    log_ratios = torch.where(counts > 0, log_ratios, 0.0)
+    output = reduce_losses(logps, batch.ref_logps, batch.objective, counts)
+    results.logps.copy_(logps)
+    results.counts.copy_(counts)
     results.loss.copy_(output.loss)
     results.rewards.copy_(output.rewards)
     results.text_margins.copy_(output.text_margins)
     results.image_margins.copy_(output.image_margins)
+    results.coefficients.copy_(differentiate_losses(log_ratios, batch.objective, counts))
 
 
 def _sum_sequences(batch: PairBatch, wide: torch.dtype) -> tuple[Tensor, Tensor]:
