@@ -123,7 +123,7 @@ def _hinge_losses(term: Term, contrast: Tensor) -> Tensor:
 
 
 def _hinge_slopes(term: Term, contrast: Tensor) -> Tensor:
-    return torch.where(1 - term.beta * contrast > 0, -term.beta, 0.0).to(contrast.dtype)
+    return -term.beta * (1 - term.beta * contrast > 0).to(contrast.dtype)
 
 
 def _ipo_losses(term: Term, contrast: Tensor) -> Tensor:
@@ -337,7 +337,7 @@ def differentiate_losses(log_ratios: Tensor, objective: Objective, num_tokens: T
 
     For kernels, which run below autograd; of ``log_ratios`` those of absent cells are 0.
     """
-    is_present, counts = num_tokens > 0, num_tokens.clamp(min=1)
+    is_present, counts = num_tokens > 0, num_tokens.clamp(min=1).to(log_ratios.dtype)
     gradient = torch.zeros_like(log_ratios)
     for term in objective.terms:
         link = LINKS[term.link]
