@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from realign_kernels.options import LoraFactors
@@ -16,18 +15,16 @@ def gather_head(
 ) -> tuple[Tensor, Tensor | None, LoraFactors | None]:
     """Return the parts of a head, whole."""
     if lora is not None and len(lora) == 3:
-        lora = (gather_weight(lora[0]), gather_weight(lora[1]), lora[2])
-    return gather_weight(weight), gather_weight(bias), lora
+        lora = (_gather(lora[0]), _gather(lora[1]), lora[2])
+    return _gather(weight), _gather(bias), lora
 
 
-def gather_weight(tensor: Tensor | None) -> Any:
+def _gather(tensor: Tensor | None) -> Any:
     """Return a DTensor's whole value; anything else as it is.
 
     Every rank has rows of its own, so that the gradient is reduced back to the shards, as the mean
     over ranks that FSDP takes of every other parameter.
     """
-    if tensor is None or not dist.is_available():
-        return tensor
     from torch.distributed.tensor import DTensor, Partial
 
     if not isinstance(tensor, DTensor):

@@ -1,4 +1,4 @@
-"""What lies between a hidden state and its logits: options, transform, and the head in tiles.
+"""The way from a hidden state to its logits: transform, dtypes, and the head in tiles.
 
 Knows nothing of labels or probabilities.  Letters: **N** answer tokens, **D** hidden size, **V**
 vocabulary, **r** rank.
@@ -8,28 +8,68 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from realign_kernels.options import Precision
+
+@dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """``x = T(z)``: scale, softcap ``c * tanh(z / c)``, then divide by the temperature."""
+
+    logit_scale: float
+    logit_softcap: float | None
+    temperature: float
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """Turn raw logits z into x, in place."""
+        if self.logit_softcap is None:
+            slope = self.logit_scale / self.temperature
+            return logits if slope == 1.0 else logits.mul_(slope)
+        cap = self.logit_softcap
+        return logits.mul_(self.logit_scale / cap).tanh_().mul_(cap / self.temperature)
+
+    def slope(self, x: Tensor) -> Tensor:
+        """Return ``dx/dz`` as a function of x."""
+        linear = self.logit_scale / self.temperature
+        if self.logit_softcap is None:
+            return torch.full_like(x, linear)
+        # tanh(z * scale / c) is x * temperature / c, so that the raw logits need not be kept.
+        tanh = x * (self.temperature / self.logit_softcap)
+        return tanh.square_().neg_().add_(1).mul_(linear)
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """The dtype that autocast rounds operands to, if it is on, and the dtypes computed in."""
+
+    autocast: torch.dtype | None
+    accumulation: torch.dtype
+    operand: torch.dtype  # of hidden states and weight in products; results are never rounded to it
+
+    def rounded(self, tensor: Tensor) -> Tensor:
+        """Round as autocast asks."""
+        return tensor if self.autocast is None else tensor.to(self.autocast)
+
+    def of_operand(self, tensor: Tensor) -> Tensor:
+        """Round as autocast asks and cast to what products take."""
+        return self.rounded(tensor).to(self.operand)
+
+    def copies(self, dtype: torch.dtype) -> bool:
+        """Return whether :meth:`of_operand` makes a copy."""
+        return dtype != self.operand or self.autocast not in (None, dtype)
+
+    def of_factor(self, tensor: Tensor) -> Tensor:
+        """Cast a low-rank factor, whose products are small and never in half precision."""
+        return self.rounded(tensor).to(self.accumulation)
 
 
 @dataclass(frozen=True, slots=True)
 class HeadTile:
     """A range of vocabulary rows of the head, as products take them."""
 
-    columns: slice
     weight: Tensor  # (columns, D)
     bias: Tensor | None  # (columns,)
     lora_b: Tensor | None  # (columns, r), times the scaling
-
-    def logits(self, hidden: Tensor, low_rank: Tensor | None) -> Tensor:
-        """Return raw logits z, (rows, columns)."""
-        logits = hidden @ self.weight.T
-        if self.bias is not None:
-            logits.add_(self.bias)
-        if self.lora_b is not None and low_rank is not None:
-            logits.addmm_(low_rank, self.lora_b.T)
-        return logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +85,10 @@ class Head:
 
     def tile(self, columns: slice) -> HeadTile:
         """Cast a range of the vocabulary."""
-        return HeadTile(
-            columns,
-            weight=self.precision.of_operand(self.weight[columns]),
-            bias=None if self.bias is None else self.bias[columns].to(self.precision.accumulation),
-            lora_b=None
-            if self.lora_b is None
-            else self.precision.of_factor(self.lora_b[columns]).mul(self.lora_scaling),
-        )
-
-    def low_rank(self, hidden: Tensor) -> Tensor | None:
-        """Return ``hidden @ A.T``, (rows, r)."""
-        return None if self.lora_a is None else hidden.to(self.lora_a.dtype) @ self.lora_a.T
+        precision = self.precision
+        bias = lora_b = None
+        if self.bias is not None:
+            bias = self.bias[columns].to(precision.accumulation).contiguous()
+        if self.lora_b is not None:
+            lora_b = precision.of_factor(self.lora_b[columns]).mul(self.lora_scaling)
+        return HeadTile(precision.of_operand(self.weight[columns]), bias, lora_b)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch.distributed as dist
 
 from realign_kernels.data_parallel import gather_head
-from realign_kernels.ops.score_tokens import score_tokens
+from realign_kernels.ops.score_tokens import check_call, score_tokens
 from realign_kernels.options import HeadOptions, LoraFactors
+from realign_kernels.validation import check_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class LogprobStats(NamedTuple):
-    """What :func:`linear_logprob_stats` returns; each entry has the shape of ``labels``.
+    """Results of :func:`linear_logprob_stats`; each entry has the shape of ``labels``.
 
     Probabilities are those after scale, softcap and temperature, over the whole vocabulary.  Only
     ``token_logps`` and ``top_non_label_logps`` carry gradients.  At ignored positions everything is
@@ -75,12 +78,13 @@ def linear_logprob(
         logit_softcap: Bound c on the logits, or None; > 0.
         temperature: Divisor of the logits, after the softcap; > 0.
         backend: ``"eager"``, ``"triton"`` or ``"cpu"``, which never fall back, or ``"auto"``.
-        memory: How gradients are paid for: ``"stash"``, ``"recompute"`` or ``"auto"``; ``"tile"``
-            needs to know the loss and belongs to :func:`rdpo_loss`.  The eager backend always
-            recomputes.
-        workspace_bytes: Bound on scratch, forward and backward; inputs, outputs, gradients and up
-            to three ``(N, D)`` of rows and sums, N labels that are not ignored, are not scratch.
-        stash_bytes: Bound on the ``(N, V)`` that ``memory="stash"`` keeps for the backward.
+        memory: What the backward of a trained head is computed from: ``"stash"``, ``"recompute"``
+            or ``"auto"``; ``"tile"`` needs to know the loss and belongs to :func:`rdpo_loss`.
+        workspace_bytes: Limit on scratch memory in bytes, forward and backward; inputs, outputs,
+            gradients and up to three ``(N, D)`` of rows and sums, N labels that are not ignored,
+            are not scratch.
+        stash_bytes: Limit on the ``(N, V)`` that ``memory="stash"`` keeps for the backward, in
+            bytes.
         group: Tensor parallelism: every rank passes the same rows and global labels, and its own
             contiguous shard of the vocabulary (weight, bias, B), in rank order.  Each rank gets the
             whole result and the whole gradient of hidden states and A; the gradients of its shard
@@ -99,9 +103,8 @@ def linear_logprob(
     Note:
         First order only.  Computes in float32 (float64 for float64), also under autocast; products
         of half operands are summed and kept in float32; those of float32 follow
-        ``torch.set_float32_matmul_precision``.  Deterministic.  The eager backend saves its inputs
-        and some numbers a row, and takes 2NVD operations forward and 4 to 6NVD backward; what the
-        others take and keep is in docs/head.md.  Label values are checked: on GPUs by a
+        ``torch.set_float32_matmul_precision``.  Deterministic.  What a call takes and keeps
+        is in docs/head.md.  Label values are checked: on GPUs by a
         device-side assertion; ``REALIGN_CHECK=0`` in the environment turns that off.
     """
     if memory == "tile":
@@ -109,9 +112,10 @@ def linear_logprob(
             "memory must be 'auto', 'stash' or 'recompute' in linear_logprob, got 'tile'. "
             "Tiles need the loss: call rdpo_loss, or pass memory='auto'."
         )
-    lm_head_weight, lm_head_bias, lm_head_lora = gather_head(
-        lm_head_weight, lm_head_bias, lm_head_lora
-    )
+    if dist.is_available() and dist.is_initialized():
+        lm_head_weight, lm_head_bias, lm_head_lora = gather_head(
+            lm_head_weight, lm_head_bias, lm_head_lora
+        )
     options = HeadOptions(
         lm_head_bias=lm_head_bias,
         lm_head_lora=lm_head_lora,
@@ -125,9 +129,9 @@ def linear_logprob(
         stash_bytes=stash_bytes,
         group=group,
     )
-    return score_tokens(
-        hidden_states, lm_head_weight, labels, options, statistics=False
-    ).token_logps
+    check_options(options)
+    head = check_call(hidden_states, lm_head_weight, labels, options)
+    return score_tokens(head, labels, options).token_logps
 
 
 def linear_logprob_stats(
@@ -176,9 +180,10 @@ def linear_logprob_stats(
             "memory must be 'auto', 'stash' or 'recompute' in linear_logprob_stats, got 'tile'. "
             "Tiles need the loss: call rdpo_loss, or pass memory='auto'."
         )
-    lm_head_weight, lm_head_bias, lm_head_lora = gather_head(
-        lm_head_weight, lm_head_bias, lm_head_lora
-    )
+    if dist.is_available() and dist.is_initialized():
+        lm_head_weight, lm_head_bias, lm_head_lora = gather_head(
+            lm_head_weight, lm_head_bias, lm_head_lora
+        )
     options = HeadOptions(
         lm_head_bias=lm_head_bias,
         lm_head_lora=lm_head_lora,
@@ -192,7 +197,7 @@ def linear_logprob_stats(
         stash_bytes=stash_bytes,
         group=group,
     )
-    scores = score_tokens(hidden_states, lm_head_weight, labels, options, statistics=True)
-    return LogprobStats(
-        **{name: cast("Tensor", getattr(scores, name)) for name in LogprobStats._fields}
-    )
+    check_options(options)
+    head = check_call(hidden_states, lm_head_weight, labels, options)
+    scores = score_tokens(head, labels, options, with_statistics=True)
+    return LogprobStats(**{name: getattr(scores, name) for name in LogprobStats._fields})

@@ -83,37 +83,62 @@ class Term:
         """Indices of the cells that the term reads."""
         return tuple(cell for cell, coefficient in enumerate(self.coefficients) if coefficient != 0)
 
-    def contrast(self, log_ratios: Tensor) -> Tensor:
-        """Return ``coefficients . log_ratios``, (P,), reading no other cell."""
-        return torch.stack([self.coefficients[cell] * log_ratios[cell] for cell in self.cells]).sum(
-            dim=0
-        )
+    def contrast(self, log_ratios: Tensor, num_tokens: Tensor | None) -> Tensor:
+        """Return ``coefficients . log_ratios``, (P,), reading no other cell; per token for ipo."""
+        if LINKS[self.link].is_per_token:
+            assert num_tokens is not None  # checked by preference_loss
+            log_ratios = log_ratios / num_tokens.clamp(min=1)
+        parts = [self.coefficients[cell] * log_ratios[cell] for cell in self.cells]
+        return torch.stack(parts).sum(dim=0)
+
+    def is_readable(self, is_present: Tensor) -> Tensor:
+        """Return whether every cell that the term reads is present, (P,)."""
+        # Not indexed by a list of cells, which would be copied to the device on every call.
+        return torch.stack([is_present[cell] for cell in self.cells]).all(dim=0)
 
 
-def _logsigmoid_losses(term: Term, log_ratios: Tensor, num_tokens: Tensor | None) -> Tensor:
-    x = term.beta * term.contrast(log_ratios) - term.offset
+class Link(NamedTuple):
+    """A loss of a term's contrast, and its derivative in the contrast."""
+
+    losses: Callable[[Term, Tensor], Tensor]
+    slopes: Callable[[Term, Tensor], Tensor]
+    is_per_token: bool = False
+
+
+def _logsigmoid_losses(term: Term, contrast: Tensor) -> Tensor:
+    x = term.beta * contrast - term.offset
     if term.label_smoothing == 0:
         # Not multiplied by 0: logsigmoid(-x) is -inf where x is inf.
         return -F.logsigmoid(x)
     return -(1 - term.label_smoothing) * F.logsigmoid(x) - term.label_smoothing * F.logsigmoid(-x)
 
 
-def _hinge_losses(term: Term, log_ratios: Tensor, num_tokens: Tensor | None) -> Tensor:
-    return torch.relu(1 - term.beta * term.contrast(log_ratios))
+def _logsigmoid_slopes(term: Term, contrast: Tensor) -> Tensor:
+    x, smoothing = term.beta * contrast - term.offset, term.label_smoothing
+    return term.beta * (smoothing * torch.sigmoid(x) - (1 - smoothing) * torch.sigmoid(-x))
 
 
-def _ipo_losses(term: Term, log_ratios: Tensor, num_tokens: Tensor | None) -> Tensor:
-    assert num_tokens is not None  # checked by preference_loss
-    per_token = log_ratios / num_tokens.clamp(min=1)
-    return (term.contrast(per_token) - 1 / (2 * term.beta)).square()
+def _hinge_losses(term: Term, contrast: Tensor) -> Tensor:
+    return torch.relu(1 - term.beta * contrast)
 
 
-# Per-pair losses of a term, (P,), from log-ratios (C, P) and answer tokens (C, P).  Kernels know a
-# link by its place here.
-LINKS: dict[str, Callable[[Term, Tensor, Tensor | None], Tensor]] = {
-    "logsigmoid": _logsigmoid_losses,
-    "hinge": _hinge_losses,
-    "ipo": _ipo_losses,
+def _hinge_slopes(term: Term, contrast: Tensor) -> Tensor:
+    return -term.beta * (1 - term.beta * contrast > 0).to(contrast.dtype)
+
+
+def _ipo_losses(term: Term, contrast: Tensor) -> Tensor:
+    return (contrast - 1 / (2 * term.beta)).square()
+
+
+def _ipo_slopes(term: Term, contrast: Tensor) -> Tensor:
+    return 2 * (contrast - 1 / (2 * term.beta))
+
+
+# Per-pair losses of a term, (P,).  Kernels know a link by its place here.
+LINKS = {
+    "logsigmoid": Link(_logsigmoid_losses, _logsigmoid_slopes),
+    "hinge": Link(_hinge_losses, _hinge_slopes),
+    "ipo": Link(_ipo_losses, _ipo_slopes, is_per_token=True),
 }
 
 
@@ -219,12 +244,12 @@ class Objective:
 
     @property
     def needs_num_tokens(self) -> bool:
-        """Whether answer lengths enter the loss."""
+        """Return whether answer lengths enter the loss."""
         return self.nll_weight > 0 or any(term.link == "ipo" for term in self.terms)
 
 
 class PreferenceOutput(NamedTuple):
-    """What :func:`preference_loss` returns; only the first two carry gradients."""
+    """Results of :func:`preference_loss`; only the first two carry gradients."""
 
     loss: Tensor
     """Mean of ``losses``, (); 0 without pairs."""
@@ -273,15 +298,20 @@ def preference_loss(
     check_cells(logps, ref_logps, objective, num_tokens)
     if num_tokens is not None and num_tokens.device.type == "cpu":
         check_chosen_present(num_tokens)
+    return reduce_losses(logps, ref_logps, objective, num_tokens)
+
+
+def reduce_losses(
+    logps: Tensor, ref_logps: Tensor | None, objective: Objective, num_tokens: Tensor | None
+) -> PreferenceOutput:
+    """Compute :func:`preference_loss`, of arguments that have been checked."""
     is_present = torch.ones_like(logps, dtype=torch.bool) if num_tokens is None else num_tokens > 0
     log_ratios = logps if ref_logps is None else logps - ref_logps.detach().to(logps.dtype)
     log_ratios = torch.where(is_present, log_ratios, 0.0)
     losses = torch.zeros_like(log_ratios[0])
     for term in objective.terms:
-        term_losses = LINKS[term.link](term, log_ratios, num_tokens)
-        # Not indexed by a list of cells, which would be copied to the device on every call.
-        is_readable = torch.stack([is_present[cell] for cell in term.cells]).all(dim=0)
-        losses = losses + term.weight * torch.where(is_readable, term_losses, 0.0)
+        term_losses = LINKS[term.link].losses(term, term.contrast(log_ratios, num_tokens))
+        losses = losses + term.weight * torch.where(term.is_readable(is_present), term_losses, 0.0)
     if objective.nll_weight > 0 and num_tokens is not None:
         mean_nll = -logps[0] / num_tokens[0].clamp(min=1)
         losses = losses + objective.nll_weight * torch.where(is_present[0], mean_nll, 0.0)
@@ -300,6 +330,25 @@ def preference_loss(
         if len(logps) > 2
         else torch.zeros_like(losses).detach(),
     )
+
+
+def differentiate_losses(log_ratios: Tensor, objective: Objective, num_tokens: Tensor) -> Tensor:
+    """Return the derivative of the mean loss in the summed log-probabilities, (C, P).
+
+    For kernels, which run below autograd; of ``log_ratios`` those of absent cells are 0.
+    """
+    is_present, counts = num_tokens > 0, num_tokens.clamp(min=1).to(log_ratios.dtype)
+    gradient = torch.zeros_like(log_ratios)
+    for term in objective.terms:
+        link = LINKS[term.link]
+        slopes = term.weight * link.slopes(term, term.contrast(log_ratios, num_tokens))
+        slopes = torch.where(term.is_readable(is_present), slopes, 0.0)
+        for cell in term.cells:
+            factor = slopes / counts[cell] if link.is_per_token else slopes
+            gradient[cell] += term.coefficients[cell] * factor
+    if objective.nll_weight > 0:
+        gradient[0] -= torch.where(is_present[0], objective.nll_weight / counts[0], 0.0)
+    return gradient / max(1, gradient.shape[1])
 
 
 def check_cells(

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from realign_kernels.backends.dispatch import resolve_backend
 from realign_kernels.data_parallel import gather_head
-from realign_kernels.first_order import second_order_witness
-from realign_kernels.objective import Objective, check_cells, preference_loss
-from realign_kernels.ops.pair_loss_op import PairOutputs, pair_loss_op
-from realign_kernels.ops.rdpo_tiles_op import TileOutputs, rdpo_tiles_op
-from realign_kernels.ops.score_tokens import score_tokens
-from realign_kernels.options import HeadOptions, LoraFactors
-from realign_kernels.sequences import (
-    PairShape,
-    check_counts,
-    check_sequence_id_values,
-    check_sequence_ids,
-    resolve_pair_shape,
-    sum_per_sequence,
+from realign_kernels.objective import Objective, check_cells
+from realign_kernels.ops.pair_loss import PairArguments, PairOutputs, pair_loss_op
+from realign_kernels.ops.rdpo_tiles import TileArguments, TileOutputs, rdpo_tiles_op
+from realign_kernels.ops.score_tokens import (
+    HeadArguments,
+    check_call,
+    score_tokens,
+    second_order_witness,
 )
-from realign_kernels.validation import check_chosen_present, check_head
+from realign_kernels.options import HeadOptions, LoraFactors
+from realign_kernels.sequences import PairShape, check_sequence_ids, resolve_pair_shape
+from realign_kernels.validation import check_options
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,7 +31,7 @@ _DEFAULT_IMAGE_WEIGHT = 1.0
 
 
 class RdpoOutput(NamedTuple):
-    """What :func:`rdpo_loss` returns; only the first two carry gradients."""
+    """Results of :func:`rdpo_loss`; only the first two carry gradients."""
 
     loss: Tensor
     """Mean over pairs, ()."""
@@ -129,9 +125,10 @@ def rdpo_loss(
     Source: paper, eq. (1) -> docs/paper.md; ``top_non_label`` -> docs/paper.md 4.2.
     """
     objective = _resolve_objective(objective, beta, image_beta, image_weight)
-    lm_head_weight, lm_head_bias, lm_head_lora = gather_head(
-        lm_head_weight, lm_head_bias, lm_head_lora
-    )
+    if dist.is_available() and dist.is_initialized():
+        lm_head_weight, lm_head_bias, lm_head_lora = gather_head(
+            lm_head_weight, lm_head_bias, lm_head_lora
+        )
     options = HeadOptions(
         lm_head_bias=lm_head_bias,
         lm_head_lora=lm_head_lora,
@@ -145,10 +142,11 @@ def rdpo_loss(
         stash_bytes=stash_bytes,
         group=group,
     )
+    check_options(options)
     pairs = resolve_pair_shape(
         hidden_states, ref_logps, sequence_ids, sequence_lengths, objective.num_cells
     )
-    check_head(hidden_states, lm_head_weight, labels, options)
+    head = check_call(hidden_states, lm_head_weight, labels, options)
     shaped = hidden_states.new_empty(pairs, dtype=torch.float32)
     check_cells(shaped, ref_logps, objective, shaped)
     if sequence_ids is not None:
@@ -159,135 +157,54 @@ def rdpo_loss(
             "lm_head_weight must have V >= 2 for rejected_scoring='top_non_label', "
             f"got V = {len(lm_head_weight)}."
         )
-    batch = _Batch(
-        labels, ignore_index, sequence_ids, sequence_lengths, pairs, ref_logps, objective
-    )
-    is_eager = resolve_backend(backend, hidden_states.device.type) == "eager"
-    if not is_eager and _takes_tiles(hidden_states, lm_head_weight, labels, options, batch):
-        return _reduce_in_tiles(hidden_states, lm_head_weight, options, batch, top_rows)
-    token_logps = score_tokens(
-        hidden_states,
-        lm_head_weight,
-        labels,
-        options,
-        top_rows=top_rows,
+    batch = PairArguments(
+        labels=labels,
+        sequence_ids=sequence_ids,
         sequence_lengths=sequence_lengths,
+        ref_logps=None if ref_logps is None else ref_logps.detach(),
+        ignore_index=ignore_index,
+        pair_shape=list(pairs),
+        terms=[number for row in objective.table() for number in row],
+        nll_weight=objective.nll_weight,
+    )
+    if _takes_tiles(head, batch, memory):
+        return _reduce_in_tiles(head, batch, pairs, top_rows)
+    token_logps = score_tokens(
+        head, labels, options, top_rows=top_rows, sequence_lengths=sequence_lengths
     ).token_logps
-    return (_reduce_eagerly if is_eager else _reduce_fused)(batch, token_logps, backend)
+    outputs = PairOutputs(*pair_loss_op(token_logps, head.backend, *batch))
+    return RdpoOutput(*outputs[:6])
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """What a loss knows of a batch besides the scores of its tokens."""
-
-    labels: Tensor
-    ignore_index: int
-    sequence_ids: Tensor | None
-    sequence_lengths: Tensor | None
-    pairs: PairShape
-    ref_logps: Tensor | None
-    objective: Objective
-
-
-def _reduce_eagerly(batch: _Batch, token_logps: Tensor, backend: str) -> RdpoOutput:
-    is_scored = batch.labels != batch.ignore_index
-    if batch.sequence_ids is not None:
-        check_sequence_id_values(batch.sequence_ids, is_scored, batch.pairs.num_sequences)
-    if batch.sequence_lengths is not None:
-        check_chosen_present(batch.sequence_lengths)
-    logps, num_tokens = (
-        part.reshape(batch.pairs)
-        for part in sum_per_sequence(
-            token_logps, is_scored, batch.sequence_ids, batch.pairs.num_sequences
-        )
-    )
-    if batch.sequence_lengths is not None:
-        check_counts(num_tokens, batch.sequence_lengths)
-    output = preference_loss(logps, batch.ref_logps, batch.objective, num_tokens=num_tokens)
-    return RdpoOutput(
-        output.loss, logps, num_tokens, output.rewards, output.text_margins, output.image_margins
-    )
-
-
-def _reduce_fused(batch: _Batch, token_logps: Tensor, backend: str) -> RdpoOutput:
-    outputs = pair_loss_op(
-        token_logps,
-        batch.labels,
-        batch.sequence_ids,
-        batch.sequence_lengths,
-        None if batch.ref_logps is None else batch.ref_logps.detach(),
-        batch.ignore_index,
-        list(batch.pairs),
-        [number for row in batch.objective.table() for number in row],
-        batch.objective.nll_weight,
-        resolve_backend(backend, token_logps.device.type),
-    )
-    return RdpoOutput(*PairOutputs(*outputs)[:6])
-
-
-def _takes_tiles(
-    hidden_states: Tensor,
-    lm_head_weight: Tensor,
-    labels: Tensor,
-    options: HeadOptions,
-    batch: _Batch,
-) -> bool:
-    """Tell whether gradients of the head are taken pair by pair: asked for, or E would not fit."""
-    bias, (lora_a, lora_b, _) = options.lm_head_bias, options.lm_head_lora or (None, None, 1.0)
-    is_trained = any(
-        part is not None and part.requires_grad for part in (lm_head_weight, bias, lora_a, lora_b)
-    )
+def _takes_tiles(head: HeadArguments, batch: PairArguments, memory: str) -> bool:
+    """Return whether gradients of the head are taken pair by pair: E would not fit, or by wish."""
+    is_trained = any(part is not None and part.requires_grad for part in head.tensors[1:])
     if not (is_trained and torch.is_grad_enabled()):
         return False
-    if options.memory != "auto":
-        return options.memory == "tile"
+    if memory != "auto":
+        return memory == "tile"
     # Without lengths the number of answer tokens is not known here; positions are the most.
-    num_rows = labels.numel()
+    num_rows = batch.labels.numel()
     if batch.sequence_lengths is not None and not torch.compiler.is_compiling():
         num_rows = int(batch.sequence_lengths.sum())
-    itemsize = lm_head_weight.itemsize
-    if labels.device.type == "cpu":
-        itemsize = max(4, itemsize)  # products take upcast tiles there
-    return num_rows * len(lm_head_weight) * itemsize > options.stash_bytes
+    return num_rows * len(head.weight) * head.precision.operand.itemsize > head.budget[1]
 
 
 def _reduce_in_tiles(
-    hidden_states: Tensor,
-    lm_head_weight: Tensor,
-    options: HeadOptions,
-    batch: _Batch,
-    top_rows: Tensor | None,
+    head: HeadArguments, batch: PairArguments, pairs: PairShape, top_rows: Tensor | None
 ) -> RdpoOutput:
-    precision = check_head(hidden_states, lm_head_weight, batch.labels, options)
-    lora_a, lora_b, lora_scaling = options.lm_head_lora or (None, None, 1.0)
-    inputs = (hidden_states, lm_head_weight, options.lm_head_bias, lora_a, lora_b)
-    sequence_ids = batch.sequence_ids
+    labels, sequence_ids = batch.labels, batch.sequence_ids
     if sequence_ids is None:
-        sequence_ids = torch.arange(batch.pairs.num_sequences, device=batch.labels.device)
-        sequence_ids = sequence_ids[:, None].expand(batch.labels.shape)
-    outputs = rdpo_tiles_op(
-        hidden_states,
-        *inputs[1:],
-        batch.labels.reshape(-1),
-        sequence_ids.reshape(-1),
-        None if top_rows is None else top_rows.reshape(-1),
-        batch.sequence_lengths,
-        None if batch.ref_logps is None else batch.ref_logps.detach(),
-        lora_scaling,
-        options.ignore_index,
-        [options.logit_scale, options.logit_softcap or 0.0, options.temperature],
-        precision.autocast,
-        resolve_backend(options.backend, hidden_states.device.type),
-        [options.workspace_bytes, options.stash_bytes],
-        None if options.group is None else options.group.group_name,
-        list(batch.pairs),
-        [number for row in batch.objective.table() for number in row],
-        batch.objective.nll_weight,
-        [part is not None and part.requires_grad for part in inputs],
-        list(batch.labels.shape),
-        second_order_witness(*inputs),
+        sequence_ids = torch.arange(pairs.num_sequences, device=labels.device)
+        sequence_ids = sequence_ids[:, None].expand(labels.shape)
+    what = TileArguments(
+        top_rows=None if top_rows is None else top_rows.reshape(-1),
+        needed=[part is not None and part.requires_grad for part in head.tensors],
+        label_shape=list(labels.shape),
+        witness=second_order_witness(*head.tensors),
     )
-    return RdpoOutput(*TileOutputs(*outputs)[:6])
+    packed = batch._replace(labels=labels.reshape(-1), sequence_ids=sequence_ids.reshape(-1))
+    return RdpoOutput(*TileOutputs(*rdpo_tiles_op(*head, *packed, *what))[:6])
 
 
 def _top_rows(

@@ -1,4 +1,4 @@
-"""Which token belongs to which sequence, and sums over sequences.  Knows no preferences.
+"""The sequence that each token belongs to.  Knows no preferences.
 
 Sequences are cell-major: sequence ``c * P + p`` is cell c of pair p.  Letters: **P** pairs, **C**
 cells, **S** = C * P sequences, **T** positions, **N** packed tokens.
@@ -137,28 +137,3 @@ def check_counts(num_tokens: Tensor, sequence_lengths: Tensor) -> None:
             f"got {int(sequence_lengths[cell, pair])} for cell {cell} of pair {pair}, "
             f"which has {int(num_tokens[cell, pair])}."
         )
-
-
-def sum_per_sequence(
-    token_logps: Tensor, is_scored: Tensor, sequence_ids: Tensor | None, num_sequences: int
-) -> tuple[Tensor, Tensor]:
-    """Return sums of log-probabilities and numbers of scored tokens, (S,) each.
-
-    Sums are taken in float64 and rounded once, so that packed and padded batches agree whatever the
-    order of tokens.
-    """
-    wide = token_logps.to(_sum_dtype(token_logps))
-    if sequence_ids is None:
-        return wide.sum(dim=1).to(token_logps.dtype), is_scored.sum(dim=1)
-    # Ignored tokens go to a segment past the last, which is dropped.
-    segments, order = torch.where(is_scored, sequence_ids, num_sequences).sort(stable=True)
-    bounds = torch.searchsorted(segments, torch.arange(num_sequences + 1, device=segments.device))
-    # unsafe skips a check of the offsets that would wait for the device.
-    offsets = torch.cat([bounds, bounds.new_full((1,), segments.shape[0])])
-    sums = torch.segment_reduce(wide[order], "sum", offsets=offsets, unsafe=True, initial=0.0)
-    return sums[:num_sequences].to(token_logps.dtype), bounds.diff()
-
-
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    # Apple's GPUs have no float64.
-    return tensor.dtype if tensor.device.type == "mps" else torch.float64

@@ -6,13 +6,15 @@ Letters: **N** rows, **D** hidden size, **V** vocabulary, **r** rank.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from realign_kernels.objective import Objective, Term
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,91 @@ def dense_logprob(inputs: HeadInputs) -> Tensor:
     index = torch.where(is_scored, inputs.labels, 0).unsqueeze(-1)
     picked = dense_log_probs(inputs).gather(-1, index).squeeze(-1)
     return torch.where(is_scored, picked, 0.0)
+
+
+def dense_rdpo_loss(
+    inputs: HeadInputs,
+    ref_logps: Tensor,
+    objective: Objective,
+    *,
+    sequence_ids: Tensor | None = None,
+    rejected_scoring: str = "label",
+) -> DensePairs:
+    """Return the loss of pairs as anyone would write it, pair by pair; differentiable.
+
+    Without ``sequence_ids`` hidden states are padded, one sequence per row.
+    """
+    num_cells, num_pairs = ref_logps.shape
+    if sequence_ids is None:
+        sequence_ids = torch.arange(num_cells * num_pairs)[:, None].expand(inputs.labels.shape)
+    is_scored = inputs.labels != inputs.options.get("ignore_index", -100)
+    index = torch.where(is_scored, inputs.labels, 0).unsqueeze(-1)
+    log_probs = dense_log_probs(inputs)
+    scores = log_probs.gather(-1, index).squeeze(-1)
+    if rejected_scoring == "top_non_label":
+        others = log_probs.scatter(-1, index, -torch.inf).amax(dim=-1)
+        scores = torch.where(sequence_ids < num_pairs, scores, others)
+    chosen = [is_scored & (sequence_ids == number) for number in range(num_cells * num_pairs)]
+    logps = torch.stack([scores[tokens].sum() for tokens in chosen]).view(num_cells, num_pairs)
+    num_tokens = torch.stack([tokens.sum() for tokens in chosen]).view(num_cells, num_pairs)
+    return _dense_pairs(logps, num_tokens, ref_logps.to(logps.dtype), objective)
+
+
+class DensePairs(NamedTuple):
+    """The results that a preference loss must have, in the order of ``RdpoOutput``."""
+
+    loss: Tensor
+    logps: Tensor
+    num_tokens: Tensor
+    rewards: Tensor
+    text_margins: Tensor
+    image_margins: Tensor
+
+
+def _dense_pairs(
+    logps: Tensor, num_tokens: Tensor, ref_logps: Tensor, objective: Objective
+) -> DensePairs:
+    num_cells, num_pairs = logps.shape
+    rho = torch.where(num_tokens > 0, logps - ref_logps, 0.0)
+    losses = []
+    for pair in range(num_pairs):
+        loss = logps.new_zeros(())
+        for term in objective.terms:
+            cells = [cell for cell in range(4) if term.coefficients[cell] != 0]
+            if all(num_tokens[cell, pair] > 0 for cell in cells):
+                loss = loss + term.weight * _dense_link(term, rho[:, pair], num_tokens[:, pair])
+        if objective.nll_weight > 0 and num_tokens[0, pair] > 0:
+            loss = loss - objective.nll_weight * logps[0, pair] / num_tokens[0, pair]
+        losses.append(loss)
+
+    def margins(cell: int, beta: float) -> Tensor:
+        if cell >= num_cells:
+            return torch.zeros_like(rho[0])
+        is_there = (num_tokens[0] > 0) & (num_tokens[cell] > 0)
+        return torch.where(is_there, beta * (rho[0] - rho[cell]), 0.0)
+
+    return DensePairs(
+        torch.stack(losses).mean(),
+        logps,
+        num_tokens,
+        objective.beta * rho,
+        margins(1, objective.beta),
+        margins(2, objective.image_beta),
+    )
+
+
+def _dense_link(term: Term, rho: Tensor, num_tokens: Tensor) -> Tensor:
+    coefficients = rho.new_tensor(term.coefficients[: len(rho)])
+    if term.link == "ipo":
+        # Of an absent cell the coefficient is 0, and so is the product.
+        contrast = (coefficients * rho / num_tokens.clamp(min=1)).sum()
+        return (contrast - 1 / (2 * term.beta)) ** 2
+    contrast = (coefficients * rho).sum()
+    if term.link == "hinge":
+        return (1 - term.beta * contrast).clamp(min=0)
+    x, zero = term.beta * contrast - term.offset, torch.zeros_like(contrast)
+    smoothing = term.label_smoothing
+    return (1 - smoothing) * torch.logaddexp(-x, zero) + smoothing * torch.logaddexp(x, zero)
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:

@@ -1,4 +1,4 @@
-"""What callers may pass: shapes, dtypes, devices, label values.  Knows no maths.
+"""Checks of what callers pass: options, shapes, dtypes, devices, label values.  Knows no maths.
 
 Values on a GPU are checked by a device-side assertion, never by waiting for the device.
 ``REALIGN_CHECK=0`` in the environment switches value checks off; metadata checks stay.
@@ -6,13 +6,15 @@ Values on a GPU are checked by a device-side assertion, never by waiting for the
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from realign_kernels.options import HeadOptions, Precision
+from realign_kernels.options import MEMORY_MODES, HeadOptions
 
 if TYPE_CHECKING:
     from realign_kernels.vocabulary import VocabularyShard
@@ -22,14 +24,45 @@ _DTYPES = (*_HALF_DTYPES, torch.float32, torch.float64)
 
 
 def value_checks_enabled() -> bool:
-    """Tell whether values, not only shapes and dtypes, are to be checked."""
+    """Return whether values, not only shapes and dtypes, are to be checked."""
     return os.environ.get("REALIGN_CHECK", "1") != "0"
+
+
+def check_options(options: HeadOptions) -> None:
+    """Refuse numbers and names that no head can have."""
+    for name in ("logit_scale", "temperature", "logit_softcap"):
+        value = getattr(options, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be finite and > 0, got {value}.")
+    if options.lm_head_lora is not None:
+        if len(options.lm_head_lora) != 3:
+            raise ValueError(
+                f"lm_head_lora must be (A, B, scaling), got {len(options.lm_head_lora)} values."
+            )
+        scaling = options.lm_head_lora[2]
+        if not isinstance(scaling, int | float):
+            raise TypeError(
+                f"lm_head_lora must have a number as scaling, got {type(scaling).__name__}. "
+                "It gets no gradient."
+            )
+        if not math.isfinite(scaling):
+            raise ValueError(f"lm_head_lora must have a finite scaling, got {scaling}.")
+    for name in ("workspace_bytes", "stash_bytes"):
+        if getattr(options, name) < 0:
+            raise ValueError(f"{name} must be >= 0, got {getattr(options, name)}.")
+    if options.memory not in MEMORY_MODES:
+        raise ValueError(f"memory must be one of {list(MEMORY_MODES)}, got {options.memory!r}.")
+    if options.group is not None and not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "group must belong to an initialised torch.distributed, got one without it. "
+            "Call torch.distributed.init_process_group first, or pass group=None."
+        )
 
 
 def check_head(
     hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, options: HeadOptions
-) -> Precision:
-    """Check the tensors of a head against each other; return the dtypes that it computes in."""
+) -> torch.dtype | None:
+    """Check the tensors of a head against each other; return what autocast rounds them to."""
     if hidden_states.ndim < 1:
         raise ValueError(
             f"hidden_states must have shape (..., D), got {tuple(hidden_states.shape)}."
@@ -55,18 +88,16 @@ def check_head(
     _check_device("lm_head_weight", lm_head_weight, hidden_states)
     _check_device("labels", labels, hidden_states)
     check_int64("labels", labels)
-    precision = _resolve_precision(hidden_states, lm_head_weight)
+    allowed, autocast = _check_dtypes(hidden_states, lm_head_weight)
     vocabulary_size = lm_head_weight.shape[0]
     if options.lm_head_bias is not None:
-        _check_part(
-            "lm_head_bias", options.lm_head_bias, (vocabulary_size,), hidden_states, precision
-        )
+        _check_part("lm_head_bias", options.lm_head_bias, (vocabulary_size,), labels, allowed)
     if options.lm_head_lora is not None:
         lora_a, lora_b, _ = options.lm_head_lora
         rank = lora_a.shape[0] if lora_a.ndim == 2 else 0
-        _check_part("lm_head_lora[0]", lora_a, (rank, hidden_size), hidden_states, precision)
-        _check_part("lm_head_lora[1]", lora_b, (vocabulary_size, rank), hidden_states, precision)
-    return precision
+        _check_part("lm_head_lora[0]", lora_a, (rank, hidden_size), labels, allowed)
+        _check_part("lm_head_lora[1]", lora_b, (vocabulary_size, rank), labels, allowed)
+    return autocast
 
 
 def check_int64(name: str, tensor: Tensor) -> None:
@@ -136,7 +167,13 @@ def assert_on_device(condition: Tensor, message: str) -> None:
     torch._assert_async(condition, message)
 
 
-def _resolve_precision(hidden_states: Tensor, lm_head_weight: Tensor) -> Precision:
+def _check_dtypes(
+    hidden_states: Tensor, lm_head_weight: Tensor
+) -> tuple[set[torch.dtype], torch.dtype | None]:
+    """Return the dtypes that other parts of the head may have, and the one of autocast if on.
+
+    PEFT keeps low-rank factors in float32 beside a half-precision head.
+    """
     for name, tensor in (("hidden_states", hidden_states), ("lm_head_weight", lm_head_weight)):
         if tensor.dtype not in _DTYPES:
             raise TypeError(
@@ -146,34 +183,30 @@ def _resolve_precision(hidden_states: Tensor, lm_head_weight: Tensor) -> Precisi
     # Autocast leaves float64 alone, here as in torch's own operators.
     device_type = hidden_states.device.type
     if torch.is_autocast_enabled(device_type) and not has_float64:
-        return Precision(torch.get_autocast_dtype(device_type), torch.float32, torch.float32)
+        return {*_HALF_DTYPES, torch.float32}, torch.get_autocast_dtype(device_type)
     if lm_head_weight.dtype != hidden_states.dtype:
         raise TypeError(
             f"lm_head_weight must have dtype {hidden_states.dtype} to match hidden_states, "
             f"got {lm_head_weight.dtype}. Cast one of them, or call under torch.autocast."
         )
-    computed_in = torch.float64 if has_float64 else torch.float32
-    return Precision(None, computed_in, computed_in)
+    return {hidden_states.dtype, torch.float64 if has_float64 else torch.float32}, None
 
 
 def _check_part(
-    name: str, part: Tensor, shape: tuple[int, ...], hidden_states: Tensor, precision: Precision
+    name: str, part: Tensor, shape: tuple[int, ...], like: Tensor, allowed: set[torch.dtype]
 ) -> None:
-    """Check a bias or low-rank factor; PEFT keeps these in float32 beside a half-precision head."""
+    """Check a bias or low-rank factor."""
     if part.shape != shape:
         raise ValueError(
             f"{name} must have shape {shape} to match lm_head_weight, got {tuple(part.shape)}."
         )
-    _check_device(name, part, hidden_states)
-    allowed = {hidden_states.dtype, precision.accumulation}
-    if precision.autocast is not None:
-        allowed = {*_HALF_DTYPES, torch.float32}
+    _check_device(name, part, like)
     if part.dtype not in allowed:
         raise TypeError(f"{name} must be one of {sorted(map(str, allowed))}, got {part.dtype}.")
 
 
-def _check_device(name: str, tensor: Tensor, hidden_states: Tensor) -> None:
-    if tensor.device != hidden_states.device:
+def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
         raise ValueError(
-            f"{name} must be on {hidden_states.device} to match hidden_states, got {tensor.device}."
+            f"{name} must be on {like.device} to match hidden_states, got {tensor.device}."
         )

@@ -1,4 +1,4 @@
-"""Which part of the vocabulary this process holds, and how partial results meet.
+"""The part of the vocabulary that this process holds, and reductions over its group.
 
 Without a group the one shard is the whole vocabulary and every reduction is the identity.
 """
@@ -39,24 +39,16 @@ class VocabularyShard:
         return tensor
 
 
-def group_named(name: str | None) -> dist.ProcessGroup | None:
-    """Return the process group of a name: operators of torch take strings, not groups."""
-    if name is None:
-        return None
-    # What torch's own functional collectives call.
-    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
+def locate_shard(size: int, group_name: str, device: torch.device) -> VocabularyShard:
+    """Return this rank's shard; sizes may differ between ranks.  Nothing waits for a GPU.
 
-
-def locate_shard(
-    size: int, group: dist.ProcessGroup | None, device: torch.device
-) -> VocabularyShard:
-    """Return this rank's shard; sizes may differ between ranks.  No host sync."""
-    if group is None:
-        return VocabularyShard(size, start=0, total=size, group=None)
+    Operators of torch take the names of groups; they are resolved as torch's own functional
+    collectives do it.
+    """
+    group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
     own_size = torch.full((1,), size, dtype=torch.int64, device=device)
     sizes = [torch.empty_like(own_size) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, own_size, group=group)
     stops = torch.cat(sizes).cumsum(0)
-    return VocabularyShard(
-        size, start=stops[dist.get_rank(group)] - size, total=stops[-1], group=group
-    )
+    start = stops[dist.get_rank(group)] - size
+    return VocabularyShard(size, start=start, total=stops[-1], group=group)

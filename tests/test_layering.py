@@ -24,7 +24,6 @@ DATA = GROUND | {"runtime", "data"}
 MODELS = DATA | {"modeling"}
 COMMANDS = MODELS | {"config", "generation", "reference"}
 EVERYTHING = COMMANDS | {"training", "evaluation", "building", "review"}
-LOSS = {"ops", "sequences", "objective", "validation", "options", "data_parallel", "backends"}
 ROOMS = {
     "realign": {
         "errors": set[str](),
@@ -51,18 +50,18 @@ ROOMS = {
         "vocabulary": set[str](),
         "tiling": set[str](),
         "first_order": set[str](),
-        "testing": set[str](),
+        "head": set[str](),
         "validation": {"options", "vocabulary"},
-        "head": {"options"},
         "data_parallel": {"options"},
         "sequences": {"validation"},
         "objective": {"validation"},
-        "backends": {"objective", "options"},
-        "fused": {"backends", "head", "options", "tiling", "vocabulary"},
-        "eager": {"first_order", "head", "options", "tiling", "validation", "vocabulary"},
-        "ops": LOSS - {"ops"} | {"eager", "first_order", "fused", "head", "tiling", "vocabulary"},
-        "linear_logprob": {"ops", "options", "data_parallel"},
-        "rdpo_loss": LOSS | {"first_order"},
+        "testing": {"objective"},  # for types: it shares no code
+        "backends": {"head", "objective", "tiling"},
+        "fused": {"backends", "head", "tiling", "vocabulary"},
+        "ops": {"sequences", "objective", "validation", "options", "backends", "first_order"}
+        | {"fused", "head", "tiling", "vocabulary"},
+        "linear_logprob": {"ops", "options", "validation", "data_parallel"},
+        "rdpo_loss": {"ops", "options", "validation", "data_parallel", "objective", "sequences"},
         "__init__": {"backends", "linear_logprob", "objective", "rdpo_loss"},
     },
 }

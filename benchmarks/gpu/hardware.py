@@ -174,12 +174,12 @@ def _launches(device: torch.device, backend: str, *, tiny: bool) -> Iterator[Out
     if backend != "triton" or tiny:
         yield outcome("launch as chosen", _check_cases, device, cases[:1], "float32", backend)
         return
-    from realign_kernels.backends.triton import launches as configs
+    from realign_kernels.backends.triton import launches
 
     for block, num_warps in LAUNCHES:
-        launch = configs.Launch(block, num_warps)
+        launch = launches.Launch(block, num_warps)
         for dtype in ("bfloat16", "float32"):
-            with mock.patch.object(configs, "launch_of", return_value=launch):
+            with mock.patch.object(launches, "launch_of", return_value=launch):
                 name = f"{dtype} launch of {block} by {num_warps} warps"
                 yield outcome(name, _check_cases, device, cases, dtype, backend)
 

@@ -17,11 +17,11 @@ from benchmarks.gpu.hardware import LAUNCHES
 from benchmarks.measure import summary, time_one
 from benchmarks.shapes import HeadShape, make_inputs
 from realign_kernels import linear_logprob
-from realign_kernels import tiling as tiles
 from realign_kernels.backends.dispatch import kernels_of
-from realign_kernels.backends.kernel_set import RowState, Tile
-from realign_kernels.fused.products import addmm_into, mm_into
-from realign_kernels.options import LogitTransform
+from realign_kernels.backends.kernel_set import Tile
+from realign_kernels.fused.forward import start_rows
+from realign_kernels.head import LogitTransform
+from realign_kernels.tiling import TileShape
 
 Cell = tuple[str, Callable[[], dict[str, Any]]]
 _BOUND = 60.0  # nats, as for float32 and bfloat16
@@ -123,7 +123,7 @@ class ResidentTile:
             labels=self.labels,
             transform=LogitTransform(1.0, None, 1.0),
             bound=_BOUND,
-            state=RowState.start(
+            state=start_rows(
                 self.label_logits.clone(), statistics=False, tracks_top=False, releases=False
             ),
         )
@@ -165,18 +165,18 @@ def _tile(
             hidden, inputs.lm_head_weight, inputs.labels, backend=backend, workspace_bytes=16 << 30
         )
 
-    # the table is private; nothing else can ask for a tile that is not the library's choice
-    with mock.patch.dict(tiles._FUSED_SHAPES, {device.type: size}):
+    # nothing else can ask for a tile that is not the kernel set's choice
+    with mock.patch.object(kernels_of(backend), "LARGEST_TILE", TileShape(*size)):
         return {"status": "ok", **summary(time_one(call, device))}
 
 
 def _launch(
     device: torch.device, backend: str, size: tuple[int, int], launch: tuple[int, int]
 ) -> dict[str, Any]:
-    from realign_kernels.backends.triton import launches as configs
+    from realign_kernels.backends.triton import launches
 
     resident, kernels = ResidentTile(device, *size), kernels_of(backend)
-    with mock.patch.object(configs, "launch_of", return_value=configs.Launch(*launch)):
+    with mock.patch.object(launches, "launch_of", return_value=launches.Launch(*launch)):
         times = time_one(lambda: kernels.epilogue(resident.tile), device, prepare=resident.refresh)
     timing = summary(times)
     return {"status": "ok", **timing, "gb_per_s": resident.num_bytes / timing["ms"] / 1e6}
@@ -192,10 +192,10 @@ def _overlap(device: torch.device, backend: str, rows: int, columns: int, D: int
 
     def one(number: int) -> None:
         tile = residents[number].tile
-        mm_into(tile.logits, hidden, weight.T)
+        kernels.product(tile.logits, hidden, weight.T, adds=False)
         kernels.epilogue(tile)
         assert tile.exponentials is not None
-        addmm_into(sums[number], tile.exponentials, weight)
+        kernels.product(sums[number], tile.exponentials, weight, adds=True)
 
     def in_turn() -> None:
         for _ in range(_TILES_IN_TURN):

@@ -15,11 +15,47 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from realign_kernels.tiling import TileShape, spans
+
 if TYPE_CHECKING:
     from realign_kernels.backends.kernel_set import PairBatch, PairResults, Tile
 
+# A tile stays in the caches between the product and the epilogue.
+LARGEST_TILE = TileShape(512, 2048)
+TEMPORARIES = 0
+
 _ABI_VERSION = 1
 _WEIGHT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+# Terms of a sum that are multiplied at once.  MKL splits longer sums of small results over threads,
+# and sooner where the second factor is transposed.
+_INNER, _INNER_NARROW, _INNER_VECTOR = 256, 128, 16
+_WIDE = 2048
+
+
+def operand_dtype(computed: torch.dtype, rounded: torch.dtype) -> torch.dtype:
+    """Return the dtype that sums are taken in: products of half operands are slow on CPUs."""
+    return computed
+
+
+def product(out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:
+    """Set ``out`` to ``a @ b``, or add it, in an order that no number of threads changes."""
+    if out.shape[0] == 1:
+        out, a, b = out.T, b.T, a.T
+    if out.shape[1] == 1:
+        if not adds:
+            out.zero_()
+        for inner in spans(a.shape[1], _INNER_VECTOR):
+            out.add_((a[:, inner] * b[inner].T).sum(dim=1, keepdim=True))
+        return
+    is_transposed = b.stride(1) != 1
+    size = _INNER_NARROW if is_transposed and out.shape[1] < _WIDE else _INNER
+    if not adds:
+        torch.mm(a[:, :size], b[:size], out=out)
+    for inner in spans(a.shape[1], size):
+        if adds or inner.start > 0:
+            out.addmm_(a[:, inner], b[inner])
 
 
 class _Tile(Structure):
@@ -169,7 +205,7 @@ def epilogue(tile: Tile) -> None:
         temperature=transform.temperature,
         bound=tile.bound,
         tile_shift=_pointer(tile.tile_shift),
-        **{name: _pointer(value) for name, value in state.tensors().items()},
+        **{name: _pointer(value) for name, value in state._asdict().items()},
     )
     for name, matrix in (
         ("accumulator", tile.accumulator),

@@ -1,4 +1,4 @@
-"""Which implementation runs.  A pure choice: knows names and devices, no maths.
+"""The choice of a backend.  Knows names and devices, no maths.
 
 Explicit requests never fall back; only ``"auto"`` chooses.
 """
@@ -9,14 +9,32 @@ import ctypes
 import importlib
 import importlib.util
 import os
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch  # noqa: F401
 
 if TYPE_CHECKING:
     from realign_kernels.backends.kernel_set import KernelSet
 
-_MODULES = {"triton": "realign_kernels.backends.triton", "cpu": "realign_kernels.backends.cpu"}
+
+class Backend(NamedTuple):
+    """A kernel set: where it is, and what it is for."""
+
+    module: str
+    device_types: tuple[str, ...] | None  # None: any
+    purpose: str
+
+
+# In the order of messages; "auto" takes the first of a device type that it names.
+BACKENDS = {
+    "eager": Backend("realign_kernels.backends.torch", None, "plain PyTorch on any device"),
+    "triton": Backend(
+        "realign_kernels.backends.triton",
+        ("cuda", "xpu"),
+        "fused kernels for CUDA, ROCm and XPU",
+    ),
+    "cpu": Backend("realign_kernels.backends.cpu", ("cpu",), "fused C++ kernels for CPUs"),
+}
 # Why a backend cannot run.  Looked up once, here: torch.compile traces what is asked on each call.
 _REASONS = {}
 _library = importlib.util.find_spec("realign_kernels._csrc")
@@ -35,20 +53,23 @@ def resolve_backend(backend: str, device_type: str) -> str:
     """Return the backend that runs on a device.
 
     Raises:
+        ValueError: There is no backend of that name.
         RuntimeError: The backend was asked for by name and is not installed, or runs on other
             devices.
     """
     if backend == "auto":
         return auto_backend(device_type)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {backend!r}.")
     missing = _missing(backend)
     if missing is not None:
         raise RuntimeError(
             f"backend must be installed to be asked for by name, got {backend!r}: {missing}. "
             "Pass backend='auto' or backend='eager'."
         )
-    if (backend == "cpu" and device_type != "cpu") or (
-        backend == "triton" and not _is_gpu(device_type) and not interprets_triton()
-    ):
+    device_types = BACKENDS[backend].device_types
+    is_interpreted = backend == "triton" and _interprets_triton()
+    if device_types is not None and device_type not in device_types and not is_interpreted:
         raise RuntimeError(
             f"backend must fit the device {device_type!r} of hidden_states, got {backend!r}. "
             "Move the tensors, or pass backend='auto' or backend='eager'."
@@ -58,48 +79,38 @@ def resolve_backend(backend: str, device_type: str) -> str:
 
 def auto_backend(device_type: str) -> str:
     """Return the fused backend of a device where it is installed, or else eager."""
-    wanted = "triton" if _is_gpu(device_type) else device_type
-    return wanted if wanted in _MODULES and _missing(wanted) is None else "eager"
-
-
-def interprets_triton() -> bool:
-    """Tell whether Triton's interpreter is on, which runs its kernels on a CPU, slowly."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    for name, backend in BACKENDS.items():
+        if device_type in (backend.device_types or ()) and _missing(name) is None:
+            return name
+    return "eager"
 
 
 def kernels_of(backend: str) -> KernelSet:
-    """Load the kernels of a fused backend."""
-    return cast("KernelSet", importlib.import_module(_MODULES[backend]))
+    """Load the kernels of a backend."""
+    return cast("KernelSet", importlib.import_module(BACKENDS[backend].module))
 
 
 def describe_backends() -> dict[str, str]:
-    """Say, for every backend name, what it would do here and why.
+    """Describe what every backend name means on this machine, and why.
 
     Returns:
-        descriptions: One sentence a name, in the order of ``BACKENDS``; ``"auto"`` starts with the
-            backend that it chooses for tensors on the CPU.
+        descriptions: One sentence per name; ``"auto"`` comes first and starts with the backend that
+            it chooses for tensors on the CPU.
     """
     chosen = resolve_backend("auto", "cpu")
-    fused = {
-        "triton": "fused kernels for CUDA, ROCm and XPU",
-        "cpu": "fused C++ kernels for CPUs",
-    }
-    descriptions = {
-        "auto": f"{chosen} on CPUs, {resolve_backend('auto', 'cuda')} on GPUs",
-        "eager": "available: plain PyTorch on any device and dtype; recomputes logits tile by "
-        "tile in the backward",
-    }
-    for name, purpose in fused.items():
+    descriptions = {"auto": f"{chosen} on CPUs, {resolve_backend('auto', 'cuda')} on GPUs"}
+    for name, backend in BACKENDS.items():
         missing = _missing(name)
         state = "available" if missing is None else f"not installed ({missing})"
-        descriptions[name] = f"{state}: {purpose}"
+        descriptions[name] = f"{state}: {backend.purpose}"
     if _missing("cpu") is None:
         descriptions["cpu"] += f", {kernels_of('cpu').instruction_set()}"  # type: ignore[attr-defined]
     return descriptions
 
 
-def _is_gpu(device_type: str) -> bool:
-    return device_type in ("cuda", "xpu")
+def _interprets_triton() -> bool:
+    """Return whether Triton's interpreter is on, which runs its kernels on a CPU, slowly."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def _missing(backend: str) -> str | None:

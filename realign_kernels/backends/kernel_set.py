@@ -1,4 +1,4 @@
-"""What a fused backend has to provide: small kernels around the products of a BLAS.
+"""The protocol of a backend: its tiles and dtypes, a product, and small kernels around it.
 
 Says what goes in and out; knows no backend.  Letters: **N** rows, **D** hidden size, **V**
 vocabulary of this shard, **r** rank.  Ids of tokens are those of the shard.
@@ -6,22 +6,21 @@ vocabulary of this shard, **r** rank.  Ids of tokens are those of the shard.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    import torch
+
+    from realign_kernels.head import LogitTransform
     from realign_kernels.objective import Objective
-    from realign_kernels.options import LogitTransform
-
-_INF = float("inf")
+    from realign_kernels.tiling import TileShape
 
 
-@dataclass(frozen=True, slots=True)
-class RowState:
-    """What the pass over the vocabulary keeps for every row, (N,) each.
+class RowState(NamedTuple):
+    """Sums of the pass over the vocabulary for every row, (N,) each.
 
     With x the transformed logits and e = exp(x - shift), sums run over every column but the label's
     and, where ``top_ids`` is tracked, but the top one's.
@@ -33,38 +32,10 @@ class RowState:
     label_logits: Tensor | None = None  # x at the label as the tiles have it
     rest_entropy_sum: Tensor | None = None  # of -e * log(e)
     rest_square_sum: Tensor | None = None  # of e ** 2
-    top_logits: Tensor | None = None  # largest x but for the label
+    top_logits: Tensor | None = None  # largest x except the label's
     top_ids: Tensor | None = None  # int64, where it is reached first
     released_ids: Tensor | None = None  # int64, the token that a tile's top one has replaced, or -1
     released_values: Tensor | None = None  # its e * phi
-
-    @classmethod
-    def start(
-        cls, shift: Tensor, *, statistics: bool, tracks_top: bool, releases: bool
-    ) -> RowState:
-        """Return the sums over no columns."""
-        top_ids = torch.full_like(shift, -1, dtype=torch.int64) if tracks_top else None
-        return cls(
-            shift=shift,
-            rest_sum=torch.zeros_like(shift),
-            logit_sum=torch.zeros_like(shift) if statistics else None,
-            label_logits=torch.full_like(shift, -_INF) if statistics else None,
-            rest_entropy_sum=torch.zeros_like(shift) if statistics else None,
-            rest_square_sum=torch.zeros_like(shift) if statistics else None,
-            top_logits=torch.full_like(shift, -_INF) if tracks_top else None,
-            top_ids=top_ids,
-            released_ids=None if top_ids is None or not releases else top_ids.clone(),
-            released_values=torch.zeros_like(shift) if tracks_top and releases else None,
-        )
-
-    def tensors(self) -> dict[str, Tensor | None]:
-        """Return the entries by name, which is that of csrc as well."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def view(self, rows: slice) -> RowState:
-        """Return the entries of some rows; updates go through to these."""
-        parts = {name: None if v is None else v[rows] for name, v in self.tensors().items()}
-        return RowState(**parts)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +43,7 @@ class Tile:
     """One tile of raw logits, (rows, columns), and all that is done with it."""
 
     logits: Tensor  # overwritten
-    exponentials: Tensor | None  # out: e * phi, 0 where left out; `logits` itself on CPUs
+    exponentials: Tensor | None  # out: e * phi, 0 where left out; may be `logits` itself
     first_column: int
     bias: Tensor | None  # (columns,)
     labels: Tensor  # (rows,); outside of the tile where another has the label
@@ -99,7 +70,7 @@ class PairBatch(NamedTuple):
 
 
 class PairResults(NamedTuple):
-    """Where a preference batch is reduced to; float64 but for the counts."""
+    """Tensors that a preference batch is reduced into; float64 except the counts."""
 
     loss: Tensor  # (1,)
     logps: Tensor  # (C, P)
@@ -112,6 +83,19 @@ class PairResults(NamedTuple):
 
 class KernelSet(Protocol):
     """A module of kernels; every one is deterministic and waits for no device."""
+
+    LARGEST_TILE: TileShape  # where the workspace allows it
+    TEMPORARIES: int  # tiles of the accumulation dtype that the epilogue makes for itself
+
+    def operand_dtype(self, computed: torch.dtype, rounded: torch.dtype) -> torch.dtype:
+        """Return the dtype of hidden states, weight and exponentials in products.
+
+        ``computed`` is what sums are taken in, ``rounded`` what the weight is given in or rounded
+        to by autocast.
+        """
+
+    def product(self, out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:
+        """Set ``out`` to ``a @ b``, or add it, summed and stored in the dtype of ``out``."""
 
     def epilogue(self, tile: Tile) -> None:
         """Fold a tile of logits into the sums of its rows."""

@@ -1,4 +1,4 @@
-"""The forward of the fused backends: one pass over the vocabulary, relative to the label.
+"""The forward: one pass over the vocabulary, relative to the label.
 
 With x the transformed logits, y the label and phi = dx/dz, every tile adds
 
@@ -11,7 +11,7 @@ label that exp could overflow, the kernels move that row's shift and rescale wha
 becomes ``t = exp(x[y] - shift)``.  If the best other token ("top") is scored too, it is left out of
 s and A like the label.
 
-Products belong to the BLAS, everything else to a kernel set.  Knows no autograd.  Letters: **N**
+Tiles, dtypes, products and kernels are those of a kernel set.  Knows no autograd.  Letters: **N**
 answer tokens, **D** hidden size, **V** vocabulary of this shard, **r** rank.
 """
 
@@ -26,12 +26,11 @@ import torch
 from torch import Tensor
 
 from realign_kernels.backends.kernel_set import KernelSet, RowState, Tile
-from realign_kernels.fused.products import addmm_into, mm_into
+from realign_kernels.fused.group import reduce_over_group
 from realign_kernels.tiling import TileShape, padded_rows, spans
 
 if TYPE_CHECKING:
-    from realign_kernels.head import Head, HeadTile
-    from realign_kernels.options import LogitTransform
+    from realign_kernels.head import Head, HeadTile, LogitTransform
     from realign_kernels.vocabulary import VocabularyShard
 
 _INF = float("inf")
@@ -43,7 +42,7 @@ _BOUNDS = {torch.float16: 8.0, torch.bfloat16: 60.0, torch.float32: 60.0, torch.
 
 
 class Keeps(Enum):
-    """What a forward leaves for the backward."""
+    """The part of a forward that is kept for the backward."""
 
     NOTHING = "nothing"
     SLOPES = "slopes"  # the derivative in the hidden states, which follows from A
@@ -54,7 +53,7 @@ class Keeps(Enum):
 
 @dataclass(frozen=True, slots=True)
 class FusedCall:
-    """What the forward and the backward of one call share."""
+    """Settings that the forward and the backward of one call share."""
 
     head: Head
     transform: LogitTransform
@@ -82,7 +81,7 @@ class Rows(NamedTuple):
 
 
 class PassResult(NamedTuple):
-    """What one pass over the vocabulary leaves."""
+    """Results of one pass over the vocabulary."""
 
     label_logits: Tensor  # (rows,), x[y]
     state: RowState
@@ -111,7 +110,8 @@ def gather_rows(call: FusedCall, hidden_states: Tensor, labels: Tensor, position
     if call.head.lora_a is not None:
         low_rank = hidden.new_empty(total, len(call.head.lora_a), dtype=call.accumulation)
         for block in spans(total, call.shape.rows):
-            torch.mm(hidden[block].to(call.accumulation), call.head.lora_a.T, out=low_rank[block])
+            wide = hidden[block].to(call.accumulation)
+            call.kernels.product(low_rank[block], wide, call.head.lora_a.T, adds=False)
     return Rows(hidden, low_rank, ids)
 
 
@@ -135,7 +135,7 @@ def walk_vocabulary(
     label_logits = _label_logits(call, rows)
     # Exponentials far below 1 would be lost in float16: there the first tile sets the shift.
     start = torch.full_like(label_logits, -_INF)
-    state = RowState.start(
+    state = start_rows(
         start if call.operand == torch.float16 else label_logits.clone(),
         statistics=with_statistics,
         tracks_top=tracks_top,
@@ -146,12 +146,13 @@ def walk_vocabulary(
         head_tile = head.tile(columns)
         for block in spans(len(rows.ids), call.shape.rows):
             tile = scratch.tile(block, columns, head_tile, state, halve_bound=with_statistics)
-            logits_into(tile.logits, rows, block, head_tile)
+            logits_into(call, tile.logits, rows, block, head_tile)
             kernels.epilogue(tile)
             scratch.accumulate(block, tile, head_tile)
         del head_tile  # or two casts of the head would be alive at once
     scratch.restore_moved_rows(state.shift)
-    _reduce_over_group(call, state, scratch)
+    if vocabulary.group is not None:
+        reduce_over_group(vocabulary, call.transform, state, scratch.move_shifts, scratch.add_back)
     if scratch.stash is not None and state.top_ids is not None:
         _drop_entries(scratch.stash, state.top_ids)
     return PassResult(
@@ -159,11 +160,39 @@ def walk_vocabulary(
     )
 
 
-def logits_into(out: Tensor, rows: Rows, block: slice, tile: HeadTile) -> None:
-    """Set ``out`` to the raw logits of a tile, but for the bias, which the epilogue adds."""
-    mm_into(out, rows.hidden[block], tile.weight.T)
+def start_rows(shift: Tensor, *, statistics: bool, tracks_top: bool, releases: bool) -> RowState:
+    """Return the sums over no columns."""
+
+    def filled(value: float, is_there: bool) -> Tensor | None:
+        return torch.full_like(shift, value) if is_there else None
+
+    def no_tokens(is_there: bool) -> Tensor | None:
+        return torch.full_like(shift, NO_TOKEN, dtype=torch.int64) if is_there else None
+
+    return RowState(
+        shift=shift,
+        rest_sum=torch.zeros_like(shift),
+        logit_sum=filled(0.0, statistics),
+        label_logits=filled(-_INF, statistics),
+        rest_entropy_sum=filled(0.0, statistics),
+        rest_square_sum=filled(0.0, statistics),
+        top_logits=filled(-_INF, tracks_top),
+        top_ids=no_tokens(tracks_top),
+        released_ids=no_tokens(releases),
+        released_values=filled(0.0, releases),
+    )
+
+
+def view_rows(state: RowState, block: slice) -> RowState:
+    """Return the entries of some rows; updates go through to these."""
+    return RowState(*(None if part is None else part[block] for part in state))  # type: ignore[arg-type]
+
+
+def logits_into(call: FusedCall, out: Tensor, rows: Rows, block: slice, tile: HeadTile) -> None:
+    """Set ``out`` to the raw logits of a tile, except the bias, which the epilogue adds."""
+    call.kernels.product(out, rows.hidden[block], tile.weight.T, adds=False)
     if tile.lora_b is not None and rows.low_rank is not None:
-        out.addmm_(rows.low_rank[block], tile.lora_b.T)
+        call.kernels.product(out, rows.low_rank[block], tile.lora_b.T, adds=True)
 
 
 def add_weight_rows(
@@ -206,7 +235,8 @@ def _label_logits(call: FusedCall, rows: Rows) -> Tensor:
         is_here = (rows.ids >= 0) & (rows.ids < call.vocabulary.size)
         bias = head.bias[torch.where(is_here, rows.ids, 0)].to(call.accumulation)
         logits.add_(torch.where(is_here, bias, 0.0))
-    call.vocabulary.all_reduce_sum_(logits)
+    if call.vocabulary.group is not None:
+        call.vocabulary.all_reduce_sum_(logits)
     labels = rows.ids + call.vocabulary.start
     is_token = (labels >= 0) & (labels < call.vocabulary.total)
     return torch.where(is_token, call.transform.apply_(logits), torch.nan)
@@ -284,11 +314,11 @@ class _Scratch:
             logits=logits,
             exponentials=exponentials,
             first_column=columns.start,
-            bias=None if head_tile.bias is None else head_tile.bias.contiguous(),
+            bias=head_tile.bias,
             labels=self.rows.ids[block],
             transform=call.transform,
             bound=bound / 2 if halve_bound else bound,
-            state=state.view(block),
+            state=view_rows(state, block),
             tile_shift=tile_shift,
             accumulator=None if self.accumulator is None else self.accumulator[block],
             low_rank_accumulator=None
@@ -300,16 +330,19 @@ class _Scratch:
         """Add ``E @ W`` of a tile, and the tokens that it has released."""
         if self.accumulator is None or tile.exponentials is None:
             return
-        addmm_into(self.accumulator[block], tile.exponentials, head_tile.weight)
+        product = self.call.kernels.product
+        product(self.accumulator[block], tile.exponentials, head_tile.weight, adds=True)
         low_rank = self.low_rank_accumulator
         if low_rank is not None and head_tile.lora_b is not None:
-            low_rank[block].addmm_(tile.exponentials.to(low_rank.dtype), head_tile.lora_b)
+            wide = tile.exponentials.to(low_rank.dtype)
+            product(low_rank[block], wide, head_tile.lora_b, adds=True)
         if tile.state.released_ids is not None and tile.state.released_values is not None:
             self.add_back(block, tile.state.released_ids, tile.state.released_values)
 
     def add_back(self, block: slice, ids: Tensor, values: Tensor) -> None:
-        """Add ``value * weight[id]`` to rows whose id is one."""
-        assert self.accumulator is not None
+        """Add ``value * weight[id]`` to rows whose id is one, where that is accumulated."""
+        if self.accumulator is None:
+            return
         low_rank = self.low_rank_accumulator
         add_weight_rows(
             self.call,
@@ -327,6 +360,11 @@ class _Scratch:
         for number, columns in enumerate(spans(self.call.vocabulary.size, self.call.shape.columns)):
             self.rescale(self.stash[:, columns], self.tile_shifts[number], shift)
 
+    def move_shifts(self, old_shift: Tensor, new_shift: Tensor) -> None:
+        """Make all that is kept relative to another shift."""
+        for matrix in (self.accumulator, self.low_rank_accumulator, self.stash):
+            self.rescale(matrix, old_shift, new_shift)
+
     def rescale(self, matrix: Tensor | None, old_shift: Tensor, new_shift: Tensor) -> None:
         """Make rows relative to another shift."""
         if matrix is not None:
@@ -341,57 +379,3 @@ def _drop_entries(stash: Tensor, ids: Tensor) -> None:
     index = torch.where(is_column, ids, 0)[:, None]
     kept = stash.gather(1, index).masked_fill(is_column[:, None], 0.0)
     stash.scatter_(1, index, kept)
-
-
-def _reduce_over_group(call: FusedCall, state: RowState, scratch: _Scratch) -> None:
-    """Merge the sums of every rank: MAX of shifts and tops, MIN of top ids, SUM of the sums.
-
-    Accumulators stay apart, relative to the common shift: they are summed once labels are in.
-    """
-    vocabulary = call.vocabulary
-    if vocabulary.group is None:
-        return
-    own_shift = state.shift.clone()
-    vocabulary.all_reduce_max_(state.shift)
-    for matrix in (scratch.accumulator, scratch.low_rank_accumulator, scratch.stash):
-        scratch.rescale(matrix, own_shift, state.shift)
-    log_decay = torch.where(own_shift == state.shift, 0.0, own_shift - state.shift)
-    decay = torch.exp(log_decay)
-    if state.rest_entropy_sum is not None and state.rest_square_sum is not None:
-        moved = decay * state.rest_entropy_sum - decay * log_decay * state.rest_sum
-        state.rest_entropy_sum.copy_(torch.where(decay == 0, 0.0, moved))
-        state.rest_square_sum.mul_(decay.square())
-    state.rest_sum.mul_(decay)
-    if state.label_logits is not None:
-        vocabulary.all_reduce_max_(state.label_logits)
-    if state.top_logits is not None and state.top_ids is not None:
-        _keep_one_top(call, state, scratch, state.top_logits, state.top_ids)
-    summed = (state.rest_sum, state.rest_entropy_sum, state.rest_square_sum, state.logit_sum)
-    parts = [part for part in summed if part is not None]
-    for part, total in zip(parts, vocabulary.all_reduce_sum_(torch.stack(parts)), strict=True):
-        part.copy_(total)
-
-
-def _keep_one_top(
-    call: FusedCall, state: RowState, scratch: _Scratch, top_logits: Tensor, top_ids: Tensor
-) -> None:
-    """Find the best token of all ranks; the best of every other rank joins the rest."""
-    vocabulary = call.vocabulary
-    own_logits = top_logits.clone()
-    past_any = torch.iinfo(torch.int64).max
-    vocabulary.all_reduce_max_(top_logits)
-    is_candidate = (top_ids >= 0) & (own_logits == top_logits)
-    winners = torch.where(is_candidate, top_ids + vocabulary.start, past_any)
-    vocabulary.all_reduce_min_(winners)
-    is_beaten = (top_ids >= 0) & (top_ids + vocabulary.start != winners)
-    log_e = torch.where(is_beaten, own_logits - state.shift, -_INF)
-    e = torch.exp(log_e)
-    state.rest_sum.add_(e)
-    if state.rest_entropy_sum is not None and state.rest_square_sum is not None:
-        state.rest_entropy_sum.add_(torch.where(e == 0, 0.0, -e * log_e))
-        state.rest_square_sum.add_(e.square())
-    if scratch.accumulator is not None:
-        values = torch.where(is_beaten, e * call.transform.slope(own_logits), 0.0)
-        ids = torch.where(is_beaten, top_ids, NO_TOKEN)
-        scratch.add_back(slice(0, len(ids)), ids, values)
-    top_ids.copy_(torch.where(winners == past_any, NO_TOKEN, winners - vocabulary.start))

@@ -1,7 +1,7 @@
-"""Gradients of the fused backends: from what the forward kept to the inputs.
+"""From what the forward has summed to log-probabilities, and to the gradients of the inputs.
 
 The gradient by the raw logits of a row is ``scale * E``, with exact entries at the label and the
-top token, where E holds 0.  Letters as in ``fused.py``.
+top token, where E holds 0.  Letters as in ``forward.py``.
 """
 
 from __future__ import annotations
@@ -12,17 +12,139 @@ import torch
 from torch import Tensor
 
 from realign_kernels.backends.kernel_set import RowState, Tile
-from realign_kernels.fused.forward import FusedCall, Rows, add_weight_rows, logits_into
-from realign_kernels.fused.products import addmm_into, mm_into
+from realign_kernels.fused.forward import (
+    FusedCall,
+    PassResult,
+    Rows,
+    add_weight_rows,
+    logits_into,
+    view_rows,
+)
 from realign_kernels.tiling import spans
 
 if TYPE_CHECKING:
-    from realign_kernels.fused.scores import LogitGradient, RowNumbers
-    from realign_kernels.head import Head, HeadTile
+    from realign_kernels.head import Head, HeadTile, LogitTransform
+
+
+class RowNumbers(NamedTuple):
+    """Numbers of every row, (N,) each: enough for its results and its gradients.
+
+    ``rest_sum`` is relative to ``shift`` and leaves out the label and, where it is tracked, the top
+    token, whose local id may lie outside of this shard.
+    """
+
+    label_logits: Tensor
+    shift: Tensor
+    rest_sum: Tensor
+    top_logits: Tensor | None
+    top_ids: Tensor | None
+
+    @classmethod
+    def of(cls, result: PassResult, num_rows: int) -> RowNumbers:
+        """Take them from a pass, without the empty rows at the end."""
+        state = result.state
+        parts = (
+            result.label_logits, state.shift, state.rest_sum, state.top_logits, state.top_ids
+        )  # fmt: skip
+        return cls(*(None if part is None else part[:num_rows] for part in parts))  # type: ignore[arg-type]
+
+    @property
+    def log_label(self) -> Tensor:
+        """Logit of the label above the shift, or above itself where there is no other."""
+        base = torch.where(self.shift == -torch.inf, self.label_logits, self.shift)
+        # Equal infinities are a row without any finite logit: NaN, as it should be.
+        return self.label_logits - base
+
+    @property
+    def excess(self) -> Tensor:
+        """Amount to take off logarithms so that the label's exponential cannot overflow.
+
+        0 where the shift started at the label, which is everywhere but in float16.
+        """
+        return self.log_label.clamp(min=0)
+
+    @property
+    def log_top(self) -> Tensor | None:
+        """Logit of the top token above the shift."""
+        if self.top_logits is None:
+            return None
+        none = self.top_logits == -torch.inf
+        return torch.where(none, -torch.inf, self.top_logits - self.shift)
+
+    @property
+    def top(self) -> Tensor | float:
+        """Exponential of the top token."""
+        return 0.0 if self.log_top is None else torch.exp(self.log_top)
+
+
+class LogitGradient(NamedTuple):
+    """The gradient by raw logits of every row: ``scale * E`` but at the label and the top token."""
+
+    scale: Tensor
+    at_label: Tensor
+    at_top: Tensor | None
+
+
+def token_log_probs(numbers: RowNumbers) -> Tensor:
+    """Return log p(label), (N,); NaN where the label is no token or its logit is infinite."""
+    logps = _log_share(numbers.log_label, numbers.rest_sum + numbers.top)
+    return torch.where(numbers.label_logits == torch.inf, torch.nan, logps)
+
+
+def top_log_probs(numbers: RowNumbers) -> Tensor:
+    """Return log p(top), (N,); -inf where there is no other token."""
+    assert numbers.log_top is not None
+    return log_share_beside_label(numbers, numbers.log_top, numbers.rest_sum)
+
+
+def _log_share(log_part: Tensor, others: Tensor) -> Tensor:
+    """Return ``log(part / (part + others))``, exact where either is far larger."""
+    part = torch.exp(log_part)
+    large = -torch.log1p(others * torch.exp(-log_part))
+    return torch.where(log_part >= 0, large, log_part - torch.log(part + others))
+
+
+def log_share_beside_label(numbers: RowNumbers, log_part: Tensor, rest: Tensor) -> Tensor:
+    """Return ``log(part / (part + rest + label))``."""
+    excess = numbers.excess
+    others = rest * torch.exp(-excess) + torch.exp(numbers.log_label - excess)
+    return _log_share(log_part - excess, others)
+
+
+def logit_gradient(
+    numbers: RowNumbers, transform: LogitTransform, grad_label: Tensor, grad_top: Tensor | None
+) -> LogitGradient:
+    """Differentiate ``grad_label * log p(label) + grad_top * log p(top)`` by the raw logits."""
+    decay = torch.exp(-numbers.excess)
+    label = torch.exp(numbers.log_label - numbers.excess)
+    top, rest = decay * numbers.top, decay * numbers.rest_sum
+    total = label + top + rest
+    grad = grad_label if grad_top is None else grad_label + grad_top
+    # Products of what is left: 1 - p is never taken.
+    at_label = grad_label * ((rest + top) / total)
+    at_top = None
+    if grad_top is not None:
+        at_label = at_label - grad_top * (label / total)
+    if numbers.top_logits is not None:
+        at_top = -grad_label * (top / total)
+        if grad_top is not None:
+            at_top = at_top + grad_top * ((rest + label) / total)
+        at_top = at_top * transform.slope(numbers.top_logits)
+        at_top = torch.where(numbers.top_logits == -torch.inf, 0.0, at_top)
+    return LogitGradient(
+        scale=-grad * decay / total,
+        at_label=at_label * transform.slope(numbers.label_logits),
+        at_top=at_top,
+    )
+
+
+def by_scoring(is_top: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Split the gradient of what rows are scored by into that of the label and of the top token."""
+    return torch.where(is_top, 0.0, grad), torch.where(is_top, grad, 0.0)
 
 
 class Needed(NamedTuple):
-    """Which inputs need a gradient."""
+    """The inputs that need a gradient."""
 
     hidden: bool
     weight: bool
@@ -63,12 +185,16 @@ def hidden_gradient(
         add_weight_rows(
             call, accumulator, low_rank_accumulator, ones, top_ids[:num_rows], gradient.at_top
         )
-    call.vocabulary.all_reduce_sum_(accumulator)
+    if call.vocabulary.group is not None:
+        call.vocabulary.all_reduce_sum_(accumulator)
+        if low_rank_accumulator is not None:
+            call.vocabulary.all_reduce_sum_(low_rank_accumulator)
     if low_rank_accumulator is None or call.head.lora_a is None:
         return accumulator[:num_rows], None
-    call.vocabulary.all_reduce_sum_(low_rank_accumulator)
     for block in spans(len(accumulator), call.shape.rows):
-        accumulator[block].addmm_(low_rank_accumulator[block], call.head.lora_a)
+        call.kernels.product(
+            accumulator[block], low_rank_accumulator[block], call.head.lora_a, adds=True
+        )
     return accumulator[:num_rows], low_rank_accumulator[:num_rows]
 
 
@@ -137,17 +263,17 @@ class _Replayed:
         logits, exponentials = (
             buffer[: shape[0] * shape[1]].view(shape) for buffer in (self.logits, self.exponentials)
         )
-        logits_into(logits, self.rows, block, tile)
+        logits_into(self.call, logits, self.rows, block, tile)
         self.call.kernels.epilogue(
             Tile(
                 logits=logits,
                 exponentials=exponentials,
                 first_column=columns.start,
-                bias=None if tile.bias is None else tile.bias.contiguous(),
+                bias=tile.bias,
                 labels=self.rows.ids[block],
                 transform=self.call.transform,
                 bound=torch.inf,
-                state=self.state.view(block),
+                state=view_rows(self.state, block),
                 replays=True,
             )
         )
@@ -209,23 +335,20 @@ class _Sums:
 
     def add(self, block: slice, exponentials: Tensor, tile: HeadTile) -> None:
         """Add some rows of a tile."""
+        product, adds = self.call.kernels.product, not self.is_first
         if self.accumulator is not None:
-            addmm_into(self.accumulator[block], exponentials, tile.weight)
+            product(self.accumulator[block], exponentials, tile.weight, adds=True)
         if self.low_rank_accumulator is not None and tile.lora_b is not None:
             wide = exponentials.to(tile.lora_b.dtype)
-            self.low_rank_accumulator[block].addmm_(wide, tile.lora_b)
-        into = mm_into if self.is_first else addmm_into
+            product(self.low_rank_accumulator[block], wide, tile.lora_b, adds=True)
         if self.weight_tile is not None and self.scaled_hidden is not None:
-            into(self.weight_tile, exponentials.T, self.scaled_hidden[block])
+            product(self.weight_tile, exponentials.T, self.scaled_hidden[block], adds=adds)
         if self.bias_tile is not None:
             scale = self.gradient.scale[block, None].to(exponentials.dtype)
-            into(self.bias_tile, exponentials.T, scale)
+            product(self.bias_tile, exponentials.T, scale, adds=adds)
         if self.lora_b_tile is not None and self.scaled_low_rank is not None:
-            into(
-                self.lora_b_tile,
-                exponentials.T.to(self.call.accumulation),
-                self.scaled_low_rank[block],
-            )
+            wide = exponentials.T.to(self.call.accumulation)
+            product(self.lora_b_tile, wide, self.scaled_low_rank[block], adds=adds)
         self.is_first = False
 
     def end(self, columns: slice) -> None:
@@ -260,7 +383,9 @@ class _Sums:
                 self.low_rank_accumulator,
             )  # fmt: skip
         if self.needed.lora_a and low_rank is not None:
-            lora_a = low_rank.T @ self.rows.hidden[: len(low_rank)].to(low_rank.dtype)
+            wide = self.rows.hidden[: len(low_rank)].to(low_rank.dtype)
+            lora_a = wide.new_empty(low_rank.shape[1], wide.shape[1])
+            self.call.kernels.product(lora_a, low_rank.T, wide, adds=False)
         return Gradients(
             hidden if self.needed.hidden else None, self.weight, self.bias, lora_a, self.lora_b
         )

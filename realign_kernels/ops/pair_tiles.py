@@ -2,7 +2,7 @@
 
 A pair's loss needs the sums of its own sequences only, so that gradients can be taken while the
 exponentials of its tokens are still there: 6NVD operations for a trainable head, and room for
-about 4096 rows of the vocabulary instead of all.  Letters as in ``fused.py``; **P** pairs.
+about 4096 rows of the vocabulary instead of all.  Letters as in ``score_tokens.py``; **P** pairs.
 """
 
 from __future__ import annotations
@@ -13,42 +13,30 @@ import torch
 from torch import Tensor
 
 from realign_kernels.fused.forward import Keeps, gather_rows, walk_vocabulary
-from realign_kernels.fused.gradients import Gradients, Needed, head_gradients
-from realign_kernels.fused.scores import (
+from realign_kernels.fused.gradients import (
+    Gradients,
+    Needed,
     RowNumbers,
     by_scoring,
+    head_gradients,
     logit_gradient,
     token_log_probs,
     top_log_probs,
 )
-from realign_kernels.ops.pair_loss_op import reduce_pairs
-from realign_kernels.sequences import PairShape
+from realign_kernels.ops.pair_loss import PairArguments, reduce_pairs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from realign_kernels.fused.forward import FusedCall
-    from realign_kernels.objective import Objective
+    from realign_kernels.ops.score_tokens import HeadArguments
 
 # Enough rows for a product at full speed; more only cost memory.
 _ROWS_PER_TILE = 4096
 
 
-class TiledBatch(NamedTuple):
-    """A batch with its rows flattened."""
-
-    hidden_states: Tensor  # (..., D)
-    labels: Tensor  # (M,)
-    sequence_ids: Tensor  # (M,)
-    top_rows: Tensor | None  # (M,) bool
-    ref_logps: Tensor | None  # (C, P)
-    ignore_index: int
-    pairs: PairShape
-    objective: Objective
-
-
 class TiledResult(NamedTuple):
-    """What the tiles leave: scores of every position, and gradients for a loss of slope 1."""
+    """Results of the tiles: scores of every position, and gradients for a loss of slope 1."""
 
     token_logps: Tensor  # (M,)
     gradients: Gradients  # in the accumulation dtype; `hidden` is (..., D)
@@ -59,29 +47,30 @@ class TiledResult(NamedTuple):
 
 def score_and_differentiate(
     call: FusedCall,
-    batch: TiledBatch,
+    head: HeadArguments,
+    batch: PairArguments,
+    top_rows: Tensor | None,
     positions: Tensor,
     tokens_per_pair: list[int],
     needed: Needed,
-    stash_bytes: int,
-    backend: str,
 ) -> TiledResult:
     """Score all tokens and differentiate the mean loss, group of pairs by group of pairs.
 
-    A group is as large as ``stash_bytes`` lets it; where one pair alone is larger, its exponentials
+    A group is as large as the stash may be; where one pair alone is larger, its exponentials
     are computed twice.
     """
-    stashed_rows = stash_bytes // (call.vocabulary.size * call.operand.itemsize)
+    hidden_states, objective = head.hidden_states, batch.objective
+    stashed_rows = head.budget[1] // (call.vocabulary.size * call.operand.itemsize)
     largest = min(_ROWS_PER_TILE, max(1, stashed_rows))
-    tracks_top = batch.top_rows is not None
+    tracks_top = top_rows is not None
     wide = call.accumulation
-    token_logps = batch.hidden_states.new_zeros(len(batch.labels), dtype=wide)
+    token_logps = hidden_states.new_zeros(len(batch.labels), dtype=wide)
     numbers = token_logps.new_empty(4 if tracks_top else 3, len(positions))
     top_ids = torch.empty_like(positions) if tracks_top else positions[:0].clone()
-    totals = _zero_gradients(call, batch, needed)
+    totals = _zero_gradients(call, hidden_states, needed)
     for first, last, index in _groups_of_pairs(batch, positions, tokens_per_pair, largest):
         chosen = positions[index]
-        rows = gather_rows(call, batch.hidden_states, batch.labels, chosen)
+        rows = gather_rows(call, hidden_states, batch.labels, chosen)
         result = walk_vocabulary(
             call,
             rows,
@@ -90,12 +79,14 @@ def score_and_differentiate(
             tracks_top=tracks_top,
         )
         row_numbers = RowNumbers.of(result, len(chosen))
-        labels = batch.labels[chosen]
         logps = token_log_probs(row_numbers)
-        is_top = None if batch.top_rows is None else batch.top_rows[chosen]
+        is_top = None if top_rows is None else top_rows[chosen]
         if is_top is not None:
             logps = torch.where(is_top, top_log_probs(row_numbers), logps)
-        grad = _slopes_of_tokens(batch, logps, labels, chosen, first, last, backend)
+        own, own_ids = _pairs_between(batch, chosen, first, last)
+        slopes = reduce_pairs(logps, head.backend, own, objective).coefficients.reshape(-1)
+        share = own.pairs.num_pairs / batch.pairs.num_pairs
+        grad = (slopes[own_ids] * share).to(logps.dtype)
         grad_label, grad_top = (grad, None) if is_top is None else by_scoring(is_top, grad)
         gradient = logit_gradient(row_numbers, call.transform, grad_label, grad_top)
         stash = None if result.stash is None else result.stash[: len(chosen)]
@@ -113,7 +104,7 @@ def score_and_differentiate(
     return TiledResult(token_logps, totals, positions, numbers, top_ids)
 
 
-def _zero_gradients(call: FusedCall, batch: TiledBatch, needed: Needed) -> Gradients:
+def _zero_gradients(call: FusedCall, hidden_states: Tensor, needed: Needed) -> Gradients:
     head, wide = call.head, call.accumulation
 
     def zeros(tensor: Tensor | None, is_needed: bool) -> Tensor | None:
@@ -122,9 +113,8 @@ def _zero_gradients(call: FusedCall, batch: TiledBatch, needed: Needed) -> Gradi
         # Not rounded before the slope of the loss is known: float16 would lose what scaling keeps.
         return tensor.new_zeros(tensor.shape, dtype=wide)
 
-    hidden = batch.hidden_states
     return Gradients(
-        hidden=zeros(hidden, needed.hidden),
+        hidden=zeros(hidden_states, needed.hidden),
         weight=zeros(head.weight, needed.weight),
         bias=zeros(head.bias, needed.bias),
         lora_a=zeros(head.lora_a, needed.lora_a),
@@ -133,9 +123,10 @@ def _zero_gradients(call: FusedCall, batch: TiledBatch, needed: Needed) -> Gradi
 
 
 def _groups_of_pairs(
-    batch: TiledBatch, positions: Tensor, tokens_per_pair: list[int], largest: int
+    batch: PairArguments, positions: Tensor, tokens_per_pair: list[int], largest: int
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Yield first and last pair of each group, and which of ``positions`` are theirs, in order."""
+    assert batch.sequence_ids is not None
     pair_of_row = batch.sequence_ids[positions] % max(1, batch.pairs.num_pairs)
     first, num_rows = 0, 0
     for pair, count in enumerate([*tokens_per_pair, largest]):
@@ -146,30 +137,18 @@ def _groups_of_pairs(
         num_rows += count
 
 
-def _slopes_of_tokens(
-    batch: TiledBatch,
-    logps: Tensor,
-    labels: Tensor,
-    chosen: Tensor,
-    first: int,
-    last: int,
-    backend: str,
-) -> Tensor:
-    """Return the derivative of the batch's mean loss in every token of a group of pairs."""
-    num_cells, num_pairs = batch.pairs
-    cells = batch.sequence_ids[chosen] // num_pairs
-    pairs = PairShape(num_cells, last - first)
-    own_ids = cells * pairs.num_pairs + batch.sequence_ids[chosen] % num_pairs - first
-    outputs = reduce_pairs(
-        logps,
-        labels,
-        own_ids,
-        None if batch.ref_logps is None else batch.ref_logps[:, first:last],
-        batch.ignore_index,
-        pairs,
-        batch.objective,
-        backend,
+def _pairs_between(
+    batch: PairArguments, chosen: Tensor, first: int, last: int
+) -> tuple[PairArguments, Tensor]:
+    """Return some pairs as a batch of their own, with the sequence of each chosen token in it."""
+    assert batch.sequence_ids is not None
+    num_cells, num_pairs = batch.pair_shape
+    ids = batch.sequence_ids[chosen]
+    own_ids = ids // num_pairs * (last - first) + ids % num_pairs - first
+    own = batch._replace(
+        labels=batch.labels[chosen],
+        sequence_ids=own_ids,
+        ref_logps=None if batch.ref_logps is None else batch.ref_logps[:, first:last],
+        pair_shape=[num_cells, last - first],
     )
-    share = pairs.num_pairs / num_pairs
-    slopes: Tensor = outputs.coefficients.reshape(-1)[own_ids] * share
-    return slopes.to(logps.dtype)
+    return own, own_ids

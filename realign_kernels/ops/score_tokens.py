@@ -1,88 +1,174 @@
-"""One call of the head: checks it, chooses a backend, and what its forward has to keep.
+"""The head as operators of torch: schemas, shapes under tracing, derivatives.
 
-Knows neither how scores are computed nor what they are for.
+What an operator computes is in ``fused/``.  Rows are compacted inside: what is kept for a backward
+has as many rows as labels are scored, a size that tracing does not know.  Letters: **M** positions,
+**N** of them scored, **D** hidden size, **V** vocabulary of this shard, **r** rank.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from realign_kernels.backends.dispatch import resolve_backend
-from realign_kernels.eager.autograd import score_tokens as score_tokens_eagerly
-from realign_kernels.eager.reference import RowScores
-from realign_kernels.first_order import second_order_witness
-from realign_kernels.fused.forward import Keeps
-from realign_kernels.fused.results import FusedScores
-from realign_kernels.ops.score_tokens_op import score_tokens_op
-from realign_kernels.validation import check_head, known_number
+from realign_kernels.backends.dispatch import kernels_of, resolve_backend
+from realign_kernels.first_order import differentiate_once
+from realign_kernels.fused.forward import (
+    FusedCall,
+    Keeps,
+    PassResult,
+    Rows,
+    gather_rows,
+    walk_vocabulary,
+)
+from realign_kernels.fused.gradients import (
+    Needed,
+    RowNumbers,
+    by_scoring,
+    head_gradients,
+    hidden_gradient,
+    logit_gradient,
+    token_log_probs,
+    top_log_probs,
+)
+from realign_kernels.fused.statistics import statistics
+from realign_kernels.head import Head, LogitTransform, Precision
+from realign_kernels.ops.schema import operator
+from realign_kernels.options import HeadOptions
+from realign_kernels.tiling import spans, tile_shape
+from realign_kernels.validation import (
+    check_head,
+    check_labels,
+    known_number,
+    scored_positions,
+)
+from realign_kernels.vocabulary import VocabularyShard, locate_shard
 
-if TYPE_CHECKING:
-    from torch import Tensor
+# Of a frozen head's gradient: the product is not rounded before both terms are in.
+_ROWS_AT_A_TIME = 1024
 
-    from realign_kernels.options import HeadOptions
+
+class HeadArguments(NamedTuple):
+    """A head that has been checked, as every operator of one takes it."""
+
+    hidden_states: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    lora_scaling: float
+    transform: list[float]  # scale, softcap (0: none), temperature
+    autocast_dtype: torch.dtype | None
+    backend: str
+    budget: list[int]  # workspace and stash, in bytes
+    group_name: str | None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The inputs that may need a gradient."""
+        return self[:5]
+
+    @property
+    def precision(self) -> Precision:
+        """The dtypes that are computed in."""
+        computed = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        rounded = self.autocast_dtype or self.weight.dtype
+        operand = kernels_of(self.backend).operand_dtype(computed, rounded)
+        return Precision(self.autocast_dtype, computed, operand)
+
+
+_NUM_HEAD = len(HeadArguments._fields)
+
+
+class ScoreArguments(NamedTuple):
+    """Labels (M,) to score by hidden states (..., D), and what to keep for the backward."""
+
+    labels: Tensor
+    top_rows: Tensor | None  # (M,) bool: scored by their best token that is not the label
+    sequence_lengths: Tensor | None  # on the CPU; sums to the number of scored labels
+    ignore_index: int
+    keeps: str
+    with_statistics: bool
+    label_shape: list[int]  # what callers index their labels by, for messages
+    witness: Tensor | None  # of second_order_witness
+
+
+class FusedScores(NamedTuple):
+    """Outputs of the forward, in the order of its schema; empty where they were not asked for."""
+
+    token_logps: Tensor  # (M,), like those down to top_non_label_ids
+    top_non_label_logps: Tensor
+    entropy: Tensor
+    log_sum_sq_probs: Tensor
+    mean_logits: Tensor
+    is_top1: Tensor
+    top_non_label_ids: Tensor
+    slopes: Tensor  # (N, D): derivative of token_logps in the hidden states; not yet rounded
+    top_slopes: Tensor  # (N, D): derivative of top_non_label_logps
+    positions: Tensor  # (N,) int64, of scored rows
+    numbers: Tensor  # (3 or 4, N): floating entries of RowNumbers; without slopes, as are the rest
+    top_ids: Tensor  # (N,) int64
+    stash: Tensor  # (N, V); (0, V) where it is computed anew
+
+
+def check_call(
+    hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, options: HeadOptions
+) -> HeadArguments:
+    """Check the tensors of a call, and choose what computes it."""
+    autocast = check_head(hidden_states, lm_head_weight, labels, options)
+    lora_a, lora_b, lora_scaling = options.lm_head_lora or (None, None, 1.0)
+    return HeadArguments(
+        hidden_states=hidden_states if labels.ndim else hidden_states[None],
+        weight=lm_head_weight,
+        bias=options.lm_head_bias,
+        lora_a=lora_a,
+        lora_b=lora_b,
+        lora_scaling=lora_scaling,
+        transform=[options.logit_scale, options.logit_softcap or 0.0, options.temperature],
+        autocast_dtype=autocast,
+        backend=resolve_backend(options.backend, hidden_states.device.type),
+        budget=[options.workspace_bytes, options.stash_bytes],
+        group_name=None if options.group is None else options.group.group_name,
+    )
 
 
 def score_tokens(
-    hidden_states: Tensor,
-    lm_head_weight: Tensor,
+    head: HeadArguments,
     labels: Tensor,
     options: HeadOptions,
     *,
-    statistics: bool = False,
+    with_statistics: bool = False,
     top_rows: Tensor | None = None,
     sequence_lengths: Tensor | None = None,
-) -> RowScores:
-    """Score every position; entries have the shape of ``labels`` and are 0 where those are ignored.
+) -> FusedScores:
+    """Score every position; the first seven entries have the shape of ``labels``.
 
-    ``is_top1`` is False there and ids are -1.  Positions of ``top_rows``, of the same shape, are
-    scored by their best token that is not the label.  ``sequence_lengths``, on the CPU, sums to the
-    number of labels that are not ignored, and saves a GPU's host from waiting for it.
+    They are 0 where labels are ignored, ``is_top1`` False and ids -1.  Positions of ``top_rows``,
+    of the same shape, are scored by their best token that is not the label.  ``sequence_lengths``,
+    on the CPU, sums to the number of labels that are not ignored, and saves a GPU's host from
+    waiting for it.
     """
-    precision = check_head(hidden_states, lm_head_weight, labels, options)
-    backend = resolve_backend(options.backend, hidden_states.device.type)
-    if backend == "eager":
-        scores = score_tokens_eagerly(
-            hidden_states, lm_head_weight, labels, options, precision,
-            statistics=statistics or top_rows is not None,
-            num_rows=known_number(sequence_lengths, labels.device),
-        )  # fmt: skip
-        if top_rows is None or scores.top_non_label_logps is None:
-            return scores
-        return RowScores(torch.where(top_rows, scores.top_non_label_logps, scores.token_logps))
-    lora_a, lora_b, lora_scaling = options.lm_head_lora or (None, None, 1.0)
-    inputs = (hidden_states, lm_head_weight, options.lm_head_bias, lora_a, lora_b)
-    outputs = FusedScores(
-        *score_tokens_op(
-            hidden_states if labels.ndim else hidden_states[None],
-            *inputs[1:],
-            labels.reshape(-1),
-            None if top_rows is None else top_rows.reshape(-1),
-            lora_scaling,
-            options.ignore_index,
-            [options.logit_scale, options.logit_softcap or 0.0, options.temperature],
-            precision.autocast,
-            backend,
-            _keeps(inputs, options.memory).value,
-            statistics,
-            sequence_lengths,
-            [options.workspace_bytes, options.stash_bytes],
-            None if options.group is None else options.group.group_name,
-            list(labels.shape),
-            second_order_witness(*inputs),
-        )
+    arguments = ScoreArguments(
+        labels=labels.reshape(-1),
+        top_rows=None if top_rows is None else top_rows.reshape(-1),
+        sequence_lengths=sequence_lengths,
+        ignore_index=options.ignore_index,
+        keeps=_keeps(head.tensors, options.memory).value,
+        with_statistics=with_statistics,
+        label_shape=list(labels.shape),
+        witness=second_order_witness(*head.tensors),
     )
-    if not statistics:
-        return RowScores(outputs.token_logps.reshape(labels.shape))
-    return RowScores(
-        **{name: getattr(outputs, name).reshape(labels.shape) for name in RowScores._fields}
-    )
+    scores = FusedScores(*score_tokens_op(*head, *arguments))
+    shaped = scores[: 7 if with_statistics else 1]
+    return FusedScores(*(part.reshape(labels.shape) for part in shaped), *scores[len(shaped) :])
 
 
-def _keeps(inputs: tuple[Tensor | None, ...], memory: str) -> Keeps:
+def _keeps(tensors: tuple[Tensor | None, ...], memory: str) -> Keeps:
     """Choose what the backward will need, if there is going to be one."""
-    needs = [tensor is not None and tensor.requires_grad for tensor in inputs]
+    needs = [tensor is not None and tensor.requires_grad for tensor in tensors]
     if not torch.is_grad_enabled() or not any(needs):
         return Keeps.NOTHING
     if memory == "recompute":
@@ -90,3 +176,366 @@ def _keeps(inputs: tuple[Tensor | None, ...], memory: str) -> Keeps:
     if memory == "stash":
         return Keeps.STASH
     return Keeps.STASH_IF_IT_FITS if any(needs[1:]) else Keeps.SLOPES
+
+
+def second_order_witness(*inputs: Tensor | None) -> Tensor | None:
+    """Return a 0 that autograd knows to come from the inputs, without keeping their memory.
+
+    A gradient that was taken in the forward depends on nothing that autograd knows of.  An operator
+    that takes the witness too has a derivative, which is refused.
+    """
+    if not torch.is_grad_enabled():
+        return None
+    zeros = [part[:0].sum() for part in inputs if part is not None and part.requires_grad]
+    return torch.stack([zero.float() for zero in zeros]).sum() if zeros else None
+
+
+@operator("score_tokens", HeadArguments, ScoreArguments, returns=FusedScores)
+def score_tokens_op(*values: Any) -> FusedScores:
+    """Score labels by hidden states."""
+    head, what = HeadArguments(*values[:_NUM_HEAD]), ScoreArguments(*values[_NUM_HEAD:])
+    labels = what.labels
+    with plain(head.hidden_states):
+        call = fused_call(head, sums_head_gradient=False)
+        check_labels(labels.view(what.label_shape), what.ignore_index, call.vocabulary)
+        num_rows = known_number(what.sequence_lengths, labels.device)
+        positions = scored_positions(labels != what.ignore_index, num_rows)
+        keeps = Keeps(what.keeps)
+        needed = len(positions) * len(head.weight) * call.operand.itemsize
+        if keeps is Keeps.STASH_IF_IT_FITS:
+            keeps = Keeps.STASH if needed <= head.budget[1] else Keeps.NUMBERS
+        elif keeps is Keeps.STASH and needed > head.budget[1]:
+            raise ValueError(
+                f"stash_bytes must be >= {needed} for memory='stash' with {len(positions)} answer "
+                f"tokens and {len(head.weight)} of vocabulary, got {head.budget[1]}. "
+                "Raise it, or pass memory='auto'."
+            )
+        return _score_rows(call, head.hidden_states, what, positions, keeps)
+
+
+def _score_rows(
+    call: FusedCall, hidden_states: Tensor, what: ScoreArguments, positions: Tensor, keeps: Keeps
+) -> FusedScores:
+    """Score the rows at ``positions``; ``keeps`` is settled."""
+    num_rows, labels, with_statistics = len(positions), what.labels, what.with_statistics
+    is_top = None if what.top_rows is None else what.top_rows[positions]
+    rows = gather_rows(call, hidden_states, labels, positions)
+    tracks_top = with_statistics or is_top is not None
+    result = walk_vocabulary(
+        call, rows, keeps, with_statistics=with_statistics, tracks_top=tracks_top
+    )
+    numbers = RowNumbers.of(result, num_rows)
+    logps = token_log_probs(numbers)
+    outputs: dict[str, Tensor] = {}
+
+    def spread(name: str, rows: Tensor, fill: float = 0) -> None:
+        """Put results of rows back where their labels are."""
+        outputs[name] = rows.new_full((len(labels),), fill)
+        outputs[name][positions] = rows
+
+    if with_statistics:
+        named = statistics(result, numbers, logps, labels[positions], call.vocabulary)
+        for name, part in named._asdict().items():
+            spread(name, part, -1 if name == "top_non_label_ids" else 0)
+        top_logps = top_log_probs(numbers).masked_fill(logps.isnan(), torch.nan)
+        spread("top_non_label_logps", top_logps)
+    else:
+        dtypes = {"is_top1": torch.bool, "top_non_label_ids": torch.int64}
+        for name in FusedScores._fields[1:7]:
+            outputs[name] = logps.new_empty(0, dtype=dtypes.get(name))
+    slopes, top_slopes = logps.new_empty(0), logps.new_empty(0)
+    if keeps is Keeps.SLOPES:
+        slopes, top_slopes = _slopes(call, rows, numbers, result, is_top, with_statistics)
+    if is_top is not None:
+        logps = torch.where(is_top, top_log_probs(numbers), logps)
+    spread("token_logps", logps)
+    num_saved = num_rows if keeps in (Keeps.STASH, Keeps.NUMBERS) else 0
+    top_ids = positions[:0] if numbers.top_ids is None else numbers.top_ids
+    stash = result.stash
+    if stash is None:
+        stash = hidden_states.new_empty(0, call.vocabulary.size, dtype=call.operand)
+    # Outputs of an operator may be no views of each other.
+    return FusedScores(
+        **outputs,
+        slopes=slopes,
+        top_slopes=top_slopes,
+        positions=positions[:0].clone() if keeps is Keeps.NOTHING else positions,
+        numbers=torch.stack([part[:num_saved] for part in numbers[:4] if part is not None]),
+        top_ids=top_ids[:num_saved].clone(),
+        stash=stash[:num_rows],
+    )
+
+
+def _slopes(
+    call: FusedCall,
+    rows: Rows,
+    numbers: RowNumbers,
+    result: PassResult,
+    is_top: Tensor | None,
+    with_statistics: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return derivatives in the hidden states: of what a row is scored by, and of its top token."""
+    accumulator, low_rank = result.accumulator, result.low_rank_accumulator
+    assert accumulator is not None
+    ones = torch.ones_like(numbers.shift)
+
+    def slopes_of(
+        grad_label: Tensor, grad_top: Tensor | None, total: Tensor, low_rank_total: Tensor | None
+    ) -> Tensor:
+        gradient = logit_gradient(numbers, call.transform, grad_label, grad_top)
+        hidden, _ = hidden_gradient(call, rows, gradient, numbers.top_ids, total, low_rank_total)
+        return hidden
+
+    top_slopes = accumulator.new_empty(0)
+    if with_statistics:
+        low_rank_copy = None if low_rank is None else low_rank.clone()
+        top_slopes = slopes_of(torch.zeros_like(ones), ones, accumulator.clone(), low_rank_copy)
+    grad_label, grad_top = (ones, None) if is_top is None else by_scoring(is_top, ones)
+    return slopes_of(grad_label, grad_top, accumulator, low_rank), top_slopes
+
+
+@score_tokens_op.register_fake
+def _score_tokens_fake(*values: Any) -> FusedScores:
+    head, what = HeadArguments(*values[:_NUM_HEAD]), ScoreArguments(*values[_NUM_HEAD:])
+    with_statistics, kept = what.with_statistics, Keeps(what.keeps)
+    number, hidden_size = head.precision.accumulation, head.weight.shape[1]
+    tracks_top = with_statistics or what.top_rows is not None
+
+    def empty(dtype: torch.dtype, is_there: bool, *shape: Any) -> Tensor:
+        return head.hidden_states.new_empty(shape if is_there else (0,), dtype=dtype)
+
+    def per_position(dtype: torch.dtype) -> Tensor:
+        return empty(dtype, with_statistics, what.labels.shape[0])
+
+    num_scored: Any = 0
+    num_stashed: Any = 0
+    if kept is not Keeps.NOTHING:
+        num_scored = torch.library.get_ctx().new_dynamic_size()
+    if kept is Keeps.STASH:
+        num_stashed = num_scored
+    elif kept is Keeps.STASH_IF_IT_FITS:
+        num_stashed = torch.library.get_ctx().new_dynamic_size()
+    has_slopes = kept is Keeps.SLOPES
+    return FusedScores(
+        token_logps=empty(number, True, what.labels.shape[0]),
+        top_non_label_logps=per_position(number),
+        entropy=per_position(number),
+        log_sum_sq_probs=per_position(number),
+        mean_logits=per_position(number),
+        is_top1=per_position(torch.bool),
+        top_non_label_ids=per_position(torch.int64),
+        slopes=empty(number, has_slopes, num_scored, hidden_size),
+        top_slopes=empty(number, has_slopes and with_statistics, num_scored, hidden_size),
+        positions=empty(torch.int64, True, num_scored),
+        numbers=empty(number, True, 4 if tracks_top else 3, 0 if has_slopes else num_scored),
+        top_ids=empty(torch.int64, True, num_scored if tracks_top and not has_slopes else 0),
+        stash=empty(head.precision.operand, True, num_stashed, head.weight.shape[0]),
+    )
+
+
+class BackwardArguments(NamedTuple):
+    """Inputs of the backward besides the head: slopes from above, and what the forward has kept."""
+
+    grad_logps: Tensor | None  # (M,)
+    grad_top_logps: Tensor | None
+    labels: Tensor
+    top_rows: Tensor | None
+    positions: Tensor
+    numbers: Tensor
+    top_ids: Tensor
+    stash: Tensor
+    needed: list[bool]
+
+
+class HeadGradients(NamedTuple):
+    """Gradients in the dtypes of the inputs; empty where not needed."""
+
+    hidden_states: Tensor
+    weight: Tensor
+    bias: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+
+
+@operator("score_tokens_backward", HeadArguments, BackwardArguments, returns=HeadGradients)
+def score_tokens_backward_op(*values: Any) -> HeadGradients:
+    """Differentiate what the forward has scored."""
+    head, kept = HeadArguments(*values[:_NUM_HEAD]), BackwardArguments(*values[_NUM_HEAD:])
+    positions = kept.positions
+    with plain(head.hidden_states):
+        call = fused_call(head, sums_head_gradient=any(kept.needed[1:]))
+        rows = gather_rows(call, head.hidden_states, kept.labels, positions)
+        # Hooks on saved tensors may hand them back in another layout.
+        numbers, top_ids = kept.numbers.contiguous(), kept.top_ids.contiguous()
+        tracks_top = len(numbers) == 4
+        row_numbers = RowNumbers(
+            *numbers[:3], *((numbers[3], top_ids) if tracks_top else (None, None))
+        )
+
+        def per_row(grad: Tensor | None) -> Tensor:
+            if grad is None or grad.numel() == 0:
+                return numbers.new_zeros(len(positions))
+            return grad[positions].to(numbers.dtype)
+
+        grad_label, grad_top = per_row(kept.grad_logps), None
+        if tracks_top:
+            grad_top = per_row(kept.grad_top_logps)
+        if kept.top_rows is not None:
+            grad_label, grad_top = by_scoring(kept.top_rows[positions], grad_label)
+        gradient = logit_gradient(row_numbers, call.transform, grad_label, grad_top)
+        stash = kept.stash if len(kept.stash) == len(positions) > 0 else None
+        grads = head_gradients(call, rows, row_numbers, gradient, stash, Needed(*kept.needed))
+        grad_hidden = None
+        if grads.hidden is not None:
+            grad_hidden = head.hidden_states.new_zeros(head.hidden_states.shape)
+            rows_of_grad = grad_hidden.view(-1, grad_hidden.shape[-1])
+            rows_of_grad[positions] = grads.hidden.to(grad_hidden.dtype)
+        given = (grad_hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b)
+        return HeadGradients(
+            *(
+                head.hidden_states.new_empty(0) if grad is None or like is None
+                else grad.to(like.dtype)
+                for grad, like in zip(given, head.tensors, strict=True)
+            )
+        )  # fmt: skip
+
+
+@score_tokens_backward_op.register_fake
+def _score_tokens_backward_fake(*values: Any) -> HeadGradients:
+    head, kept = HeadArguments(*values[:_NUM_HEAD]), BackwardArguments(*values[_NUM_HEAD:])
+    return HeadGradients(
+        *(
+            head.hidden_states.new_empty(0) if like is None or not is_needed
+            else torch.empty_like(like, memory_format=torch.contiguous_format)
+            for like, is_needed in zip(head.tensors, kept.needed, strict=True)
+        )
+    )  # fmt: skip
+
+
+class SlopeArguments(NamedTuple):
+    """Derivatives that the forward has taken, and the slopes that they are multiplied by."""
+
+    grad_logps: Tensor | None
+    grad_top_logps: Tensor | None
+    slopes: Tensor
+    top_slopes: Tensor
+    positions: Tensor
+    shape: list[int]
+    dtype: torch.dtype
+    witness: Tensor | None
+
+
+@operator("scale_slopes", SlopeArguments, returns="Tensor")
+def scale_slopes_op(*values: Any) -> Tensor:
+    """Return the gradient by hidden states from derivatives that the forward has taken.
+
+    An operator of its own, whose derivative is refused: it would be wrong in silence.
+    """
+    given = SlopeArguments(*values)
+    positions = given.positions
+    grad = torch.zeros(given.shape, dtype=given.dtype, device=positions.device)
+    rows_of_grad = grad.view(-1, given.shape[-1])
+    terms = [
+        (upstream[positions][:, None], slope)
+        for upstream, slope in (
+            (given.grad_logps, given.slopes),
+            (given.grad_top_logps, given.top_slopes),
+        )
+        if upstream is not None and slope.numel() > 0
+    ]
+    for block in spans(len(positions) if terms else 0, _ROWS_AT_A_TIME):
+        upstream, slope = terms[0]
+        rows = upstream[block] * slope[block]
+        for upstream, slope in terms[1:]:
+            rows.addcmul_(upstream[block], slope[block])
+        rows_of_grad[positions[block]] = rows.to(given.dtype)
+        del rows
+    return grad
+
+
+@scale_slopes_op.register_fake
+def _scale_slopes_fake(*values: Any) -> Tensor:
+    given = SlopeArguments(*values)
+    return given.slopes.new_empty(given.shape, dtype=given.dtype)
+
+
+@contextmanager
+def plain(tensor: Tensor) -> Iterator[None]:
+    """Run below autograd and autocast: what is rounded, and where, is explicit."""
+    # Triton launches on the current device, which need not be that of the tensors.
+    device = torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
+    with device, torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+        yield
+
+
+def fused_call(head: HeadArguments, *, sums_head_gradient: bool) -> FusedCall:
+    """Gather what does not change over a call; ``sums_head_gradient`` takes room from its tiles."""
+    kernels, precision = kernels_of(head.backend), head.precision
+    weight, lora_a, group_name = head.weight, head.lora_a, head.group_name
+    shape = tile_shape(
+        kernels.LARGEST_TILE,
+        weight.shape[1],
+        0 if lora_a is None else lora_a.shape[0],
+        (precision.accumulation.itemsize, precision.operand.itemsize),
+        head.budget[0],
+        temporaries=kernels.TEMPORARIES,
+        casts_head=precision.copies(weight.dtype),
+        sums_head_gradient=sums_head_gradient,
+    )
+    size = len(weight)
+    vocabulary = VocabularyShard(size, start=0, total=size, group=None)
+    if group_name is not None:
+        vocabulary = locate_shard(size, group_name, weight.device)
+    factor = None if lora_a is None else precision.of_factor(lora_a)
+    scale, softcap, temperature = head.transform
+    return FusedCall(
+        head=Head(weight, head.bias, factor, head.lora_b, head.lora_scaling, precision),
+        transform=LogitTransform(scale, softcap or None, temperature),
+        vocabulary=vocabulary,
+        shape=shape,
+        kernels=kernels,
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    head, what = HeadArguments(*inputs[:_NUM_HEAD]), ScoreArguments(*inputs[_NUM_HEAD:])
+    scores = FusedScores(*output)
+    ctx.keeps = Keeps(what.keeps)
+    ctx.options = head[5:]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[2:])
+    if ctx.keeps is Keeps.SLOPES:
+        ctx.save_for_backward(scores.slopes, scores.top_slopes, scores.positions, what.witness)
+        ctx.hidden = list(head.hidden_states.shape), head.hidden_states.dtype
+    else:
+        ctx.save_for_backward(
+            *head.tensors, what.labels, what.top_rows, scores.positions, scores.numbers,
+            scores.top_ids, scores.stash,
+        )  # fmt: skip
+
+
+def _backward(
+    ctx: Any, grad_logps: Tensor | None, grad_top_logps: Tensor | None = None, *_: None
+) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * (_NUM_HEAD + len(ScoreArguments._fields))
+    if grad_logps is None and grad_top_logps is None:
+        return nothing
+    needed = list(ctx.needs_input_grad[:5])
+    # Read once: hooks of checkpointing and offloading unpack at every access.
+    saved = ctx.saved_tensors
+    if ctx.keeps is Keeps.SLOPES:
+        *slopes, witness = saved
+        grad = scale_slopes_op(grad_logps, grad_top_logps, *slopes, *ctx.hidden, witness)
+        return (grad, *nothing[1:])
+    grads = score_tokens_backward_op(
+        *saved[:5], *ctx.options, grad_logps, grad_top_logps, *saved[5:], needed
+    )
+    gradients = zip(grads, needed, strict=True)
+    return (*(grad if is_needed else None for grad, is_needed in gradients), *nothing[5:])
+
+
+score_tokens_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+for _operator in (score_tokens_backward_op, scale_slopes_op):
+    differentiate_once(_operator)

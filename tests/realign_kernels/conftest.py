@@ -8,9 +8,13 @@ import os
 import pytest
 import torch
 
-from realign_kernels.tiling import TileShape, scratch_bytes, tile_shape
+from realign_kernels.backends.dispatch import kernels_of
+from realign_kernels.tiling import TileShape
 
 DEVICE = os.environ.get("REALIGN_TEST_DEVICE", "cpu")  # cuda: see CONTRIBUTING.md
+
+# The plain kernels, and those of the device that tests run on.
+BACKENDS = ["eager", "cpu" if DEVICE == "cpu" else "triton"]
 
 torch.set_num_threads(1)
 if DEVICE != "cpu":
@@ -23,7 +27,7 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module", params=["eager", "cpu" if DEVICE == "cpu" else "triton"])
+@pytest.fixture(scope="module", params=BACKENDS)
 def each_backend(request):
     """Run with each backend where a call leaves the choice open."""
     with pytest.MonkeyPatch.context() as patch:
@@ -50,13 +54,7 @@ def poison_empty(monkeypatch):
 
 
 @pytest.fixture
-def small_workspace():
-    """Return the budget for tiles of 4 rows by 16 columns: small inputs cross their edges."""
-
-    def workspace_bytes(hidden_size, dtype=torch.float64, rank=0):
-        itemsize = 8 if dtype == torch.float64 else 4
-        budget = scratch_bytes(TileShape(4, 16), hidden_size, rank, itemsize)
-        assert tile_shape(hidden_size, rank, itemsize, budget) == TileShape(4, 16)
-        return budget
-
-    return workspace_bytes
+def small_tiles(monkeypatch):
+    """Cut into tiles of 4 rows by 16 columns: small inputs cross their edges."""
+    for name in BACKENDS:
+        monkeypatch.setattr(kernels_of(name), "LARGEST_TILE", TileShape(4, 16))

@@ -35,15 +35,13 @@ def ours(inputs, **extra):
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=str)
-def test_gradcheck(head, transform, small_workspace):
+@pytest.mark.usefixtures("small_tiles")
+def test_gradcheck(head, transform):
     inputs = make_head_inputs(6, 19, 3, ignored=0.2, logit_std=1.0, **head, **transform)
     leaves = inputs.as_leaves()
-    workspace_bytes = small_workspace(3, rank=head["rank"])
 
     def scores(*tensors):
-        stats = inputs.replace_tensors(tensors).call(
-            linear_logprob_stats, workspace_bytes=workspace_bytes
-        )
+        stats = inputs.replace_tensors(tensors).call(linear_logprob_stats)
         return stats.token_logps, stats.top_non_label_logps
 
     assert torch.autograd.gradcheck(scores, leaves.tensors)
@@ -70,7 +68,8 @@ def test_gradcheck_of_random_shapes(start):
 
 
 @pytest.mark.parametrize("upstream", ["random", "ones", "zeros", "one hot", "stride 0"])
-def test_any_upstream_gradient(upstream, small_workspace):
+@pytest.mark.usefixtures("small_tiles")
+def test_any_upstream_gradient(upstream):
     inputs = make_head_inputs(11, 37, 5, ignored=0.2, bias=True, rank=2, logit_softcap=6.0)
     grad = {
         "random": torch.randn(11, dtype=torch.float64),
@@ -79,7 +78,7 @@ def test_any_upstream_gradient(upstream, small_workspace):
         "one hot": torch.eye(11, dtype=torch.float64)[7],
         "stride 0": torch.tensor(-0.3, dtype=torch.float64).expand(11),
     }[upstream]
-    actual = gradients(ours, inputs, grad, workspace_bytes=small_workspace(5, rank=2))
+    actual = gradients(ours, inputs, grad)
     expected = gradients(dense_logprob, inputs, grad)
     torch.testing.assert_close(actual, expected)
 
@@ -156,12 +155,10 @@ def test_one_token_vocabulary_has_zero_gradients():
 
 
 @pytest.mark.usefixtures("poison_empty")
-def test_uninitialised_memory_is_never_read(small_workspace):
+@pytest.mark.usefixtures("small_tiles")
+def test_uninitialised_memory_is_never_read():
     inputs = make_head_inputs(11, 37, 5, ignored=0.3, bias=True, rank=2)
-    workspace_bytes = small_workspace(5, rank=2)
-    actual = gradients(
-        ours, inputs, torch.ones(11, dtype=torch.float64), workspace_bytes=workspace_bytes
-    )
+    actual = gradients(ours, inputs, torch.ones(11, dtype=torch.float64))
     assert all(torch.isfinite(grad).all() for grad in actual)
 
 

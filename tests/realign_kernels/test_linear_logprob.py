@@ -46,10 +46,10 @@ def from_logits(logits, labels, **options):
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_equals_log_softmax_of_dense_logits(head, transform, small_workspace):
+@pytest.mark.usefixtures("small_tiles")
+def test_equals_log_softmax_of_dense_logits(head, transform):
     inputs = make_head_inputs(11, 37, 5, ignored=0.2, **head, **transform)
-    workspace_bytes = small_workspace(5, rank=head.get("rank", 0))
-    actual = inputs.call(linear_logprob, workspace_bytes=workspace_bytes)
+    actual = inputs.call(linear_logprob)
     torch.testing.assert_close(actual, dense_logprob(inputs))
 
 
@@ -128,18 +128,20 @@ def test_layout_does_not_matter(layout, seed):
 
 
 @pytest.mark.parametrize("position", [0, 5, 15, 16, 17, 36])
-def test_minus_infinity_in_the_bias_removes_a_token(position, small_workspace):
+@pytest.mark.usefixtures("small_tiles")
+def test_minus_infinity_in_the_bias_removes_a_token(position):
     inputs = make_head_inputs(7, 37, 5, bias=True)
     inputs.options["lm_head_bias"][position] = -INF
-    actual = inputs.call(linear_logprob, workspace_bytes=small_workspace(5))
+    actual = inputs.call(linear_logprob)
     torch.testing.assert_close(actual, dense_logprob(inputs))
 
 
 @pytest.mark.parametrize("removed", [slice(0, 16), slice(16, 32), slice(32, 37), slice(0, 36)])
-def test_whole_tiles_of_minus_infinity(removed, small_workspace):
+@pytest.mark.usefixtures("small_tiles")
+def test_whole_tiles_of_minus_infinity(removed):
     inputs = make_head_inputs(7, 37, 5, bias=True)
     inputs.options["lm_head_bias"][removed] = -INF
-    actual = inputs.call(linear_logprob, workspace_bytes=small_workspace(5))
+    actual = inputs.call(linear_logprob)
     torch.testing.assert_close(actual, dense_logprob(inputs))
 
 
@@ -154,10 +156,11 @@ def test_rows_without_a_distribution_are_nan(logits):
     assert math.isnan(from_logits([logits], [0]).item())
 
 
-def test_nan_stays_in_its_row(small_workspace):
+@pytest.mark.usefixtures("small_tiles")
+def test_nan_stays_in_its_row():
     inputs = make_head_inputs(7, 37, 5)
     inputs.hidden_states[3] = NAN
-    actual = inputs.call(linear_logprob, workspace_bytes=small_workspace(5))
+    actual = inputs.call(linear_logprob)
     assert torch.isnan(actual).tolist() == [row == 3 for row in range(7)]
 
 

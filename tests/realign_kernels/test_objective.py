@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from realign_kernels import Objective, Term, preference_loss
+from realign_kernels.objective import differentiate_losses
 from realign_kernels.testing import seeded
 
 LN2 = math.log(2)
@@ -306,3 +307,27 @@ def test_preference_loss_refuses(arguments, error, message):
     objective = Objective(objective.terms, nll_weight=arguments.pop("nll", 0.0))
     with pytest.raises(error, match=message):
         preference_loss(objective=objective, **arguments)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective.rdpo(0.2, 0.3, 0.7),
+        Objective.symmetric(0.3, 0.1, 2.0),
+        Objective((Term((1, -1), label_smoothing=0.1), Term((1, 0, -1), offset=-0.3))),
+        Objective((Term((1, -1), beta=0.7, link="hinge"), Term((0.5, 0, 0, -2), weight=3.1))),
+        Objective((Term((1, -1), link="ipo"), Term((1, 0, -1), link="ipo")), nll_weight=0.4),
+    ],
+    ids=["rdpo", "symmetric", "smoothed", "hinge", "ipo"],
+)
+def test_the_derivative_for_kernels_is_that_of_autograd(objective):
+    generator = seeded(0)
+    policy = torch.randn(objective.num_cells, 7, generator=generator, dtype=torch.float64)
+    policy.requires_grad_()
+    num_tokens = torch.randint(4, policy.shape, generator=generator)
+    num_tokens[0] = 3
+    loss = preference_loss(policy, None, objective, num_tokens=num_tokens).loss
+    (expected,) = torch.autograd.grad(loss, policy)
+    log_ratios = torch.where(num_tokens > 0, policy.detach(), 0.0)
+    actual = differentiate_losses(log_ratios, objective, num_tokens)
+    torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-15)

@@ -33,10 +33,11 @@ def label_logits(inputs):
 
 @pytest.mark.parametrize(("N", "V", "D"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-def test_every_row_crosses_every_tile_edge_accurately(N, V, D, dtype, small_workspace):
+@pytest.mark.usefixtures("small_tiles")
+def test_every_row_crosses_every_tile_edge_accurately(N, V, D, dtype):
     inputs = make_head_inputs(N, V, D, dtype, bias=True, rank=2)
     oracle = dense_logprob(exact := inputs.as_leaves(torch.float64)).detach()
-    actual = inputs.call(linear_logprob, workspace_bytes=small_workspace(D, dtype, rank=2))
+    actual = inputs.call(linear_logprob)
     assert actual.dtype == torch.float32
     assert ((actual - oracle).abs() <= bound(oracle, label_logits(exact).detach(), dtype)).all()
 
@@ -80,30 +81,31 @@ def relative_error(actual, oracle):
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-def test_gradients_are_no_worse_than_eager(dtype, frozen, small_workspace):
+@pytest.mark.usefixtures("small_tiles")
+def test_gradients_are_no_worse_than_dense_float32(dtype, frozen):
     """Within 1.2 times the error of dense autograd in float32, plus the rounding of the result."""
     inputs = make_head_inputs(40, 203, 24, dtype, bias=True, rank=3, ignored=0.2)
     upstream = torch.randn(40)
     leaves, exact, dense = (inputs.as_leaves(d) for d in (None, torch.float64, torch.float32))
     for tensor in leaves.tensors[1:] if frozen else ():
         tensor.requires_grad_(False)
-    workspace_bytes = small_workspace(24, dtype, rank=3)
-    leaves.call(linear_logprob, workspace_bytes=workspace_bytes).backward(upstream)
+    leaves.call(linear_logprob).backward(upstream)
     dense_logprob(exact).backward(upstream.double())
     dense_logprob(dense).backward(upstream)
     limit = 3e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
-    for ours, oracle, eager in zip(leaves.tensors, exact.tensors, dense.tensors, strict=True):
+    for ours, oracle, plain in zip(leaves.tensors, exact.tensors, dense.tensors, strict=True):
         if not ours.requires_grad:
             continue
         assert ours.grad.dtype == dtype
         error = relative_error(ours.grad, oracle.grad)
-        assert error <= 1.2 * relative_error(eager.grad.to(dtype), oracle.grad) + 1e-7
+        assert error <= 1.2 * relative_error(plain.grad.to(dtype), oracle.grad) + 1e-7
         assert error <= limit
 
 
-def test_float64_stays_float64(small_workspace):
+@pytest.mark.usefixtures("small_tiles")
+def test_float64_stays_float64():
     inputs = make_head_inputs(11, 37, 5)
-    stats = inputs.call(linear_logprob_stats, workspace_bytes=small_workspace(5))
+    stats = inputs.call(linear_logprob_stats)
     assert stats.token_logps.dtype == stats.entropy.dtype == torch.float64
     assert (stats.token_logps - dense_logprob(inputs)).abs().max() < 1e-13
 

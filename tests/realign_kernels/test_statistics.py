@@ -37,9 +37,10 @@ def dense_stats(inputs):
 @pytest.mark.parametrize(
     "options", [{}, {"logit_softcap": 3.0, "logit_scale": 1.2, "temperature": 0.8}], ids=str
 )
-def test_equal_the_dense_definitions(V, options, small_workspace):
+@pytest.mark.usefixtures("small_tiles")
+def test_equal_the_dense_definitions(V, options):
     inputs = make_head_inputs(23, V, 5, ignored=0.2, bias=True, rank=2, **options)
-    actual = inputs.call(linear_logprob_stats, workspace_bytes=small_workspace(5, rank=2))
+    actual = inputs.call(linear_logprob_stats)
     for name, ours, expected in zip(actual._fields, actual, dense_stats(inputs), strict=True):
         torch.testing.assert_close(ours, expected, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -60,7 +61,8 @@ def test_uniform_distribution():
 
 
 @pytest.mark.parametrize("label", [3, 17, 20, 36])
-def test_ties_go_to_the_lowest_id_across_tiles(label, small_workspace):
+@pytest.mark.usefixtures("small_tiles")
+def test_ties_go_to_the_lowest_id_across_tiles(label):
     """Three equal maxima, one of them in another tile."""
     weight = torch.zeros(37, 1, dtype=torch.float64)
     weight[[3, 17, 20]] = 1.0
@@ -68,7 +70,6 @@ def test_ties_go_to_the_lowest_id_across_tiles(label, small_workspace):
         torch.ones(1, 1, dtype=torch.float64),
         weight,
         torch.tensor([label]),
-        workspace_bytes=small_workspace(1),
     )
     assert stats.top_non_label_ids.item() == (17 if label == 3 else 3)
     assert stats.is_top1.item() == (label == 3)
@@ -84,10 +85,11 @@ def test_one_token_vocabulary_has_no_other_token():
 
 
 @pytest.mark.parametrize("removed", [[0], [0, 1, 2], list(range(16)), list(range(16, 37))])
-def test_removed_tokens_count_for_nothing(removed, small_workspace):
+@pytest.mark.usefixtures("small_tiles")
+def test_removed_tokens_count_for_nothing(removed):
     inputs = make_head_inputs(9, 37, 5, bias=True)
     inputs.options["lm_head_bias"][removed] = -torch.inf
-    actual = inputs.call(linear_logprob_stats, workspace_bytes=small_workspace(5))
+    actual = inputs.call(linear_logprob_stats)
     expected = dense_stats(inputs)
     for name in ("token_logps", "entropy", "log_sum_sq_probs", "top_non_label_logps"):
         torch.testing.assert_close(getattr(actual, name), getattr(expected, name))

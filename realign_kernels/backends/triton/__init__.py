@@ -5,6 +5,22 @@ Know no autograd and no errors of users.  Imported at the first call that needs 
 
 from realign_kernels.backends.triton.epilogue import epilogue
 from realign_kernels.backends.triton.pairs import pair_loss
+from realign_kernels.backends.triton.products import (
+    LARGEST_TILE,
+    TEMPORARIES,
+    operand_dtype,
+    product,
+)
 from realign_kernels.backends.triton.rows import add_entries, combine, label_dot
 
-__all__ = ["add_entries", "combine", "epilogue", "label_dot", "pair_loss"]
+__all__ = [
+    "LARGEST_TILE",
+    "TEMPORARIES",
+    "add_entries",
+    "combine",
+    "epilogue",
+    "label_dot",
+    "operand_dtype",
+    "pair_loss",
+    "product",
+]

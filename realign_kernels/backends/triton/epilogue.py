@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from realign_kernels.backends.triton import launches as configs
+from realign_kernels.backends.triton import launches
 
 if TYPE_CHECKING:
     from realign_kernels.backends.kernel_set import Tile
@@ -273,9 +273,9 @@ def epilogue(tile: Tile) -> None:
     num_rows, num_columns = logits.shape
     if num_rows == 0:
         return
-    assert configs.has_dense_rows(logits)
-    assert exponentials is None or configs.has_dense_rows(exponentials)
-    block, num_warps = configs.launch_of("epilogue", logits.dtype, num_columns, logits.device)
+    assert launches.has_dense_rows(logits)
+    assert exponentials is None or launches.has_dense_rows(exponentials)
+    block, num_warps = launches.launch_of("epilogue", logits.dtype, num_columns, logits.device)
     # Compiled in: a float argument would be rounded to float32.
     transform = {
         "SCALE": float(tile.transform.logit_scale),

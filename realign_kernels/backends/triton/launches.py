@@ -1,4 +1,4 @@
-"""How every kernel is launched: a table and a pure choice from it.  Knows no maths.
+"""Launches of every kernel: a table and a pure choice from it.  Knows no maths.
 
 NOTHING HERE HAS BEEN MEASURED ON A GPU.  The numbers follow from the arithmetic of registers and
 memory transactions, for an NVIDIA GPU of 64 K registers a multiprocessor.
@@ -76,5 +76,5 @@ def launch_of(kernel: str, dtype: torch.dtype, width: int, device: torch.device)
 
 
 def has_dense_rows(matrix: Tensor) -> bool:
-    """Tell whether neighbours of a row lie side by side, as the kernels take for granted."""
+    """Return whether neighbours of a row lie side by side, as the kernels take for granted."""
     return matrix.shape[1] <= 1 or matrix.stride(1) == 1

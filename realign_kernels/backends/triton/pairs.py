@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from realign_kernels.backends.triton import launches as configs
+from realign_kernels.backends.triton import launches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -185,7 +185,7 @@ def pair_loss(batch: PairBatch, results: PairResults) -> None:
     if batch.sequence_ids is not None:
         starts, order = _sort_tokens(batch, batch.sequence_ids)
     token_logps, num_positions = batch.token_logps, batch.labels.shape[-1]
-    block, num_warps = configs.launch_of(
+    block, num_warps = launches.launch_of(
         "sum_sequences", token_logps.dtype, num_positions, token_logps.device
     )
     _sum_sequences_kernel[(num_cells * num_pairs,)](

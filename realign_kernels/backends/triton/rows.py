@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from realign_kernels.backends.triton import launches as configs
+from realign_kernels.backends.triton import launches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,8 +118,8 @@ def label_dot(hidden: Tensor, weight: Tensor, ids: Tensor, out: Tensor) -> None:
     num_rows, hidden_size = hidden.shape
     if num_rows == 0:
         return
-    assert configs.has_dense_rows(hidden)
-    block, num_warps = configs.launch_of("label_dot", out.dtype, hidden_size, out.device)
+    assert launches.has_dense_rows(hidden)
+    block, num_warps = launches.launch_of("label_dot", out.dtype, hidden_size, out.device)
     _label_dot_kernel[(num_rows,)](
         hidden, weight, ids, out,
         weight.shape[0], hidden_size,
@@ -136,8 +136,8 @@ def combine(
     num_rows, hidden_size = accumulator.shape
     if num_rows == 0:
         return
-    assert configs.has_dense_rows(accumulator)
-    block, num_warps = configs.launch_of("combine", scale.dtype, hidden_size, scale.device)
+    assert launches.has_dense_rows(accumulator)
+    block, num_warps = launches.launch_of("combine", scale.dtype, hidden_size, scale.device)
     _combine_kernel[(num_rows,)](
         accumulator, scale, weight, ids, coefficient,
         weight.shape[0], hidden_size,
@@ -154,13 +154,13 @@ def add_entries(
     num_columns, hidden_size = out.shape
     if num_columns == 0 or hidden_size == 0 or len(order) == 0:
         return
-    assert configs.has_dense_rows(out)
-    assert configs.has_dense_rows(hidden)
-    block, num_warps = configs.launch_of("add_entries", out.dtype, hidden_size, out.device)
+    assert launches.has_dense_rows(out)
+    assert launches.has_dense_rows(hidden)
+    block, num_warps = launches.launch_of("add_entries", out.dtype, hidden_size, out.device)
     _add_entries_kernel[(num_columns, triton.cdiv(hidden_size, block))](
         out, starts, order, coefficient, hidden,
         hidden_size, hidden.shape[0],
         out.stride(0), hidden.stride(0),
-        BLOCK_E=configs.ENTRIES_AT_A_TIME, BLOCK_D=block,
+        BLOCK_E=launches.ENTRIES_AT_A_TIME, BLOCK_D=block,
         num_warps=num_warps,
     )  # fmt: skip

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from realign_kernels import linear_logprob, rdpo_loss
-from realign_kernels.options import Precision
+from realign_kernels.backends import cpu
+from realign_kernels.head import Precision
 from realign_kernels.testing import make_head_inputs, peak_bytes
-from realign_kernels.tiling import fused_tile_shape
+from realign_kernels.tiling import TileShape, tile_shape
 
 N, V, D = 1024, 8192, 256
 WORKSPACE_BYTES = 256 << 20
@@ -18,8 +19,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 def tile_bytes(dtype, workspace_bytes=WORKSPACE_BYTES):
     """One tile of logits and, where it is cast, of the head."""
     number = 8 if dtype == torch.float64 else 4
-    rows, columns = fused_tile_shape(
-        "cpu", D, 0, (number, number), workspace_bytes,
+    rows, columns = tile_shape(
+        cpu.LARGEST_TILE, D, 0, (number, number), workspace_bytes, temporaries=cpu.TEMPORARIES,
         casts_head=dtype.itemsize != number, sums_head_gradient=False,
     )  # fmt: skip
     cast = 0 if dtype.itemsize == number else columns * D * number
@@ -29,11 +30,13 @@ def tile_bytes(dtype, workspace_bytes=WORKSPACE_BYTES):
 @pytest.mark.parametrize("hidden_size", [2048, 4096, 8192])
 def test_a_gpu_takes_the_whole_tile_where_nothing_of_the_head_is_copied(hidden_size):
     """A frozen head in half precision: logits and exponentials alone are scratch."""
-    arguments = ("cuda", hidden_size, 0, (4, 2), WORKSPACE_BYTES)
-    frozen = fused_tile_shape(*arguments, casts_head=False, sums_head_gradient=False)
+    arguments = (TileShape(4096, 8192), hidden_size, 0, (4, 2), WORKSPACE_BYTES)
+    frozen = tile_shape(*arguments, temporaries=0, casts_head=False, sums_head_gradient=False)
     assert frozen == (4096, 8192)
     for casts, sums in ((True, False), (False, True), (True, True)):
-        rows, columns = fused_tile_shape(*arguments, casts_head=casts, sums_head_gradient=sums)
+        rows, columns = tile_shape(
+            *arguments, temporaries=0, casts_head=casts, sums_head_gradient=sums
+        )
         head = columns * (2 * hidden_size * casts + 4 * (hidden_size + 1) * sums)
         assert WORKSPACE_BYTES / 4 < rows * columns * 6 + head <= WORKSPACE_BYTES
 
@@ -99,9 +102,9 @@ def test_trainable_head(dtype, memory):
     gradients = V * D * dtype.itemsize
     tile = tile_bytes(dtype)
     if memory == "stash":
-        rows, columns = fused_tile_shape(
-            "cpu", D, 0, (number, number), WORKSPACE_BYTES, casts_head=False,
-            sums_head_gradient=False,
+        rows, columns = tile_shape(
+            cpu.LARGEST_TILE, D, 0, (number, number), WORKSPACE_BYTES, temporaries=0,
+            casts_head=False, sums_head_gradient=False,
         )  # fmt: skip
         tile += N * V * number - rows * columns * number
     # Of the gradient by the weight, one tile is summed before it is rounded.

@@ -1,4 +1,4 @@
-"""The fused backend's ways to a gradient agree with the dense formula, row by row."""
+"""Every way to a gradient agrees with the dense formula, row by row."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ import torch.utils.checkpoint
 
 from realign_kernels import Objective, Term, linear_logprob, linear_logprob_stats, rdpo_loss
 from realign_kernels.backends.dispatch import resolve_backend
-from realign_kernels.ops.rdpo_tiles_op import rdpo_tiles_op
-from realign_kernels.testing import dense_log_probs, dense_logprob, make_head_inputs, seeded
+from realign_kernels.ops.rdpo_tiles import rdpo_tiles_op
+from realign_kernels.testing import (
+    HeadInputs,
+    dense_log_probs,
+    dense_logprob,
+    dense_rdpo_loss,
+    make_head_inputs,
+    seeded,
+)
 
 MODES = ["auto", "stash", "recompute"]
 TRANSFORMS = [{}, {"logit_softcap": 5.0, "logit_scale": 0.7, "temperature": 1.3}]
@@ -165,43 +172,62 @@ def pair_batch(num_cells, num_pairs=5, num_positions=9, hidden_size=12, vocabula
     return tensors, labels, normal(num_cells, num_pairs)
 
 
-def loss_and_gradients(tensors, labels, ref_logps, **options):
-    hidden, weight, bias, lora_a, lora_b = leaves = [t.clone().requires_grad_() for t in tensors]
-    output = rdpo_loss(
-        hidden, weight, labels, ref_logps, lm_head_bias=bias, lm_head_lora=(lora_a, lora_b, 0.5),
-        workspace_bytes=WORKSPACE_BYTES, **options,
-    )  # fmt: skip
-    # Through both differentiable outputs, with a slope that is not 1.
+def through_both_outputs(output, leaves):
+    """Differentiate loss and logps together, with a slope that is not 1."""
     slopes = torch.linspace(-1, 1, output.logps.numel(), dtype=torch.float64).view_as(output.logps)
     (1.7 * output.loss + (slopes * output.logps).sum()).backward()
     return [part.detach() for part in output], [leaf.grad for leaf in leaves]
+
+
+def loss_and_gradients(tensors, labels, ref_logps, **options):
+    hidden, weight, bias, lora_a, lora_b = leaves = [t.clone().requires_grad_() for t in tensors]
+    options = {"workspace_bytes": WORKSPACE_BYTES} | options
+    output = rdpo_loss(
+        hidden, weight, labels, ref_logps, lm_head_bias=bias, lm_head_lora=(lora_a, lora_b, 0.5),
+        **options,
+    )  # fmt: skip
+    return through_both_outputs(output, leaves)
+
+
+def dense_loss_and_gradients(tensors, labels, ref_logps, objective=None, **options):
+    hidden, weight, bias, lora_a, lora_b = leaves = [t.clone().requires_grad_() for t in tensors]
+    head = {"lm_head_bias": bias, "lm_head_lora": (lora_a, lora_b, 0.5)}
+    inputs = HeadInputs(hidden, weight, labels, head)
+    output = dense_rdpo_loss(inputs, ref_logps, objective or Objective.rdpo(), **options)
+    return through_both_outputs(output, leaves)
 
 
 @pytest.mark.parametrize("rows_per_tile", [11, 4096])
 @pytest.mark.parametrize("memory", ["stash", "recompute", "tile"])
 @pytest.mark.parametrize("scoring", ["label", "top_non_label"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_rdpo_loss_equals_eager(objective, scoring, memory, rows_per_tile, monkeypatch):
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_rdpo_loss_equals_the_dense_loss(
+    backend, objective, scoring, memory, rows_per_tile, monkeypatch
+):
+    """K31."""
     monkeypatch.setattr("realign_kernels.ops.pair_tiles._ROWS_PER_TILE", rows_per_tile)
-    table = OBJECTIVES[objective]
     tensors, labels, ref_logps = pair_batch(num_cells=4 if objective == "symmetric" else 3)
-    options = {"objective": table, "rejected_scoring": scoring}
-    eager = loss_and_gradients(tensors, labels, ref_logps, backend="eager", **options)
-    fused = loss_and_gradients(tensors, labels, ref_logps, backend="cpu", memory=memory, **options)
-    torch.testing.assert_close(fused, eager, rtol=1e-10, atol=1e-12)
+    options = {"objective": OBJECTIVES[objective], "rejected_scoring": scoring}
+    expected = dense_loss_and_gradients(tensors, labels, ref_logps, **options)
+    actual = loss_and_gradients(
+        tensors, labels, ref_logps, backend=backend, memory=memory, **options
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("memory", ["stash", "tile"])
-def test_packed_in_any_order_with_lengths(memory, monkeypatch):
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_packed_in_any_order_with_lengths(backend, memory, monkeypatch):
     monkeypatch.setattr("realign_kernels.ops.pair_tiles._ROWS_PER_TILE", 13)
     tensors, labels, ref_logps = pair_batch(num_cells=3)
-    expected, grads = loss_and_gradients(tensors, labels, ref_logps, backend="eager")
+    expected, grads = dense_loss_and_gradients(tensors, labels, ref_logps)
     order = torch.randperm(labels.numel(), generator=seeded(1))
     ids = torch.arange(15)[:, None].expand(labels.shape).reshape(-1)[order]
     lengths = (labels != -100).sum(1).view(3, 5)
     packed = (tensors[0].reshape(-1, 12)[order], *tensors[1:])
     actual, packed_grads = loss_and_gradients(
-        packed, labels.reshape(-1)[order], ref_logps, backend="cpu", memory=memory,
+        packed, labels.reshape(-1)[order], ref_logps, backend=backend, memory=memory,
         sequence_ids=ids, sequence_lengths=lengths,
     )  # fmt: skip
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
@@ -275,7 +301,8 @@ def test_the_slope_from_above_is_not_rounded(dtype, scale, memory):
     """A gradient scaler's factor overflows float16; a third is no bfloat16 number."""
     hidden, weight, labels, ref_logps = half_batch(dtype)
     exact = [part.detach().double().requires_grad_() for part in (hidden, weight)]
-    oracle = rdpo_loss(*exact, labels, ref_logps, backend="eager", beta=1e-3).loss
+    objective = Objective.rdpo(beta=1e-3)
+    oracle = dense_rdpo_loss(HeadInputs(*exact, labels, {}), ref_logps, objective).loss
     loss = rdpo_loss(
         hidden, weight, labels, ref_logps, beta=1e-3, memory=memory, backend="cpu"
     ).loss
@@ -363,7 +390,7 @@ def test_a_stash_that_was_asked_for_and_does_not_fit_is_refused():
 
 def test_a_pair_larger_than_the_stash_is_computed_twice():
     tensors, labels, ref_logps = pair_batch(num_cells=3)
-    expected = loss_and_gradients(tensors, labels, ref_logps, backend="eager")
+    expected = dense_loss_and_gradients(tensors, labels, ref_logps)
     actual = loss_and_gradients(
         tensors, labels, ref_logps, backend="cpu", memory="tile", stash_bytes=1000
     )

@@ -9,12 +9,18 @@ import torch
 from torch.library import opcheck
 
 from realign_kernels import linear_logprob, linear_logprob_stats, rdpo_loss
-from realign_kernels.ops.pair_loss_op import pair_loss_backward_op, pair_loss_op
-from realign_kernels.ops.rdpo_tiles_op import rdpo_tiles_op, scale_gradients_op
-from realign_kernels.ops.score_tokens_op import scale_slopes_op, score_tokens_op
+from realign_kernels.ops.pair_loss import PairArguments, pair_loss_backward_op, pair_loss_op
+from realign_kernels.ops.rdpo_tiles import TileArguments, rdpo_tiles_op, scale_gradients_op
+from realign_kernels.ops.score_tokens import (
+    HeadArguments,
+    ScoreArguments,
+    scale_slopes_op,
+    score_tokens_op,
+)
 from realign_kernels.testing import make_head_inputs, seeded
 
 N, V, D = 11, 29, 6
+BACKENDS = ["cpu", "eager"]
 KEEPS = ["nothing", "slopes", "numbers", "stash", "stash if it fits"]
 TERMS = [1.0, -1.0, 0.0, 0.0, 1.0, 0.1, 0.0, 0.0, 0.0, 1.0, 0.0, -1.0, 0.0, 1.0, 0.1, 0.0, 0.0, 0.0]
 
@@ -22,9 +28,18 @@ TERMS = [1.0, -1.0, 0.0, 0.0, 1.0, 0.1, 0.0, 0.0, 0.0, 1.0, 0.0, -1.0, 0.0, 1.0,
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+def head_of(tensors, bias=None, lora_a=None, lora_b=None, backend="cpu", transform=(1.0, 4.0, 1.5)):
+    hidden, weight = tensors
+    return HeadArguments(
+        hidden, weight, bias, lora_a, lora_b, lora_scaling=0.5, transform=list(transform),
+        autocast_dtype=None, backend=backend, budget=[1 << 14, 1 << 20], group_name=None,
+    )  # fmt: skip
+
+
 def head_arguments(
-    *, keeps="slopes", statistics=False, top=False, dtype=torch.float64, rank=2, bias=True
-):
+    *, keeps="slopes", statistics=False, top=False, dtype=torch.float64, rank=2, bias=True,
+    backend="cpu",
+):  # fmt: skip
     inputs = make_head_inputs(N, V, D, dtype, bias=bias, rank=rank, ignored=0.3)
     needs_head = keeps not in ("nothing", "slopes")
     hidden, weight, *others = inputs.tensors
@@ -34,17 +49,20 @@ def head_arguments(
     bias_tensor = others.pop(0) if bias else None
     lora_a, lora_b = others if rank else (None, None)
     top_rows = torch.arange(N) % 2 == 0 if top else None
-    return (
-        hidden, weight, bias_tensor, lora_a, lora_b, inputs.labels, top_rows, 0.5, -100,
-        [1.0, 4.0, 1.5], None, "cpu", keeps, statistics, None, [1 << 14, 1 << 20], None, [N], None,
+    arguments = ScoreArguments(
+        labels=inputs.labels, top_rows=top_rows, sequence_lengths=None, ignore_index=-100,
+        keeps=keeps, with_statistics=statistics, label_shape=[N], witness=None,
     )  # fmt: skip
+    return *head_of((hidden, weight), bias_tensor, lora_a, lora_b, backend), *arguments
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("keeps", KEEPS)
-def test_opcheck_of_the_head(keeps, dtype):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_the_head(backend, keeps, dtype):
     """K02."""
-    opcheck(score_tokens_op, head_arguments(keeps=keeps, dtype=dtype), atol=1e-2, rtol=1e-2)
+    arguments = head_arguments(keeps=keeps, dtype=dtype, backend=backend)
+    opcheck(score_tokens_op, arguments, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("keeps", ["slopes", "stash"])
@@ -57,7 +75,7 @@ def test_opcheck_without_optional_inputs():
     opcheck(score_tokens_op, head_arguments(rank=0, bias=False))
 
 
-def pair_arguments(*, packed):
+def pair_arguments(*, packed, backend):
     generator = seeded(0)
     token_logps = -torch.rand(6, 4, generator=generator, dtype=torch.float64)
     labels = torch.randint(5, (6, 4), generator=generator)
@@ -65,32 +83,38 @@ def pair_arguments(*, packed):
     ids = torch.arange(6)[:, None].expand(6, 4)
     if packed:
         token_logps, labels, ids = (part.reshape(-1) for part in (token_logps, labels, ids))
-    return (
-        token_logps.clone().requires_grad_(), labels, ids.contiguous() if packed else None,
-        torch.full((3, 2), 3), torch.randn(3, 2, generator=generator), -100, [3, 2], TERMS, 0.1,
-        "cpu",
+    batch = PairArguments(
+        labels=labels, sequence_ids=ids.contiguous() if packed else None,
+        sequence_lengths=torch.full((3, 2), 3), ref_logps=torch.randn(3, 2, generator=generator),
+        ignore_index=-100, pair_shape=[3, 2], terms=TERMS, nll_weight=0.1,
     )  # fmt: skip
+    return token_logps.clone().requires_grad_(), backend, *batch
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_opcheck_of_the_pair_loss(packed):
-    opcheck(pair_loss_op, pair_arguments(packed=packed))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_the_pair_loss(backend, packed):
+    opcheck(pair_loss_op, pair_arguments(packed=packed, backend=backend))
 
 
 @pytest.mark.parametrize("top", [False, True])
-def test_opcheck_of_the_tiles(top):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_the_tiles(backend, top):
     inputs = make_head_inputs(12, V, D, bias=True, rank=2, ignored=0.2)
     inputs.labels[:2] = 1
-    tensors = [tensor.requires_grad_() for tensor in inputs.tensors]
+    hidden, weight, *others = (tensor.requires_grad_() for tensor in inputs.tensors)
     sequence_ids = torch.arange(12) % 6
-    opcheck(
-        rdpo_tiles_op,
-        (
-            *tensors, inputs.labels, sequence_ids, sequence_ids >= 2 if top else None, None,
-            torch.zeros(3, 2), 0.5, -100, [1.0, 0.0, 1.0], None, "cpu", [1 << 14, 1 << 20], None,
-            [3, 2], TERMS, 0.0, [True] * 5, [12], None,
-        ),
+    batch = PairArguments(
+        labels=inputs.labels, sequence_ids=sequence_ids, sequence_lengths=None,
+        ref_logps=torch.zeros(3, 2), ignore_index=-100, pair_shape=[3, 2], terms=TERMS,
+        nll_weight=0.0,
     )  # fmt: skip
+    what = TileArguments(
+        top_rows=sequence_ids >= 2 if top else None, needed=[True] * 5, label_shape=[12],
+        witness=None,
+    )  # fmt: skip
+    head = head_of((hidden, weight), *others, backend=backend, transform=(1.0, 0.0, 1.0))
+    opcheck(rdpo_tiles_op, (*head, *batch, *what))
 
 
 def test_opcheck_of_the_backwards():
@@ -106,7 +130,8 @@ def test_opcheck_of_the_backwards():
 
 @pytest.mark.parametrize("memory", ["auto", "stash", "recompute"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
-def test_compiles_into_one_graph(frozen, memory):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_into_one_graph(backend, frozen, memory):
     """K22."""
     inputs = make_head_inputs(37, 101, 24, torch.float32, bias=True, ignored=0.2).as_leaves()
     if frozen:
@@ -115,8 +140,9 @@ def test_compiles_into_one_graph(frozen, memory):
 
     def square(hidden_states, weight, bias):
         logps = linear_logprob(
-            hidden_states * 2, weight, inputs.labels, lm_head_bias=bias, memory=memory
-        )
+            hidden_states * 2, weight, inputs.labels, lm_head_bias=bias, memory=memory,
+            backend=backend,
+        )  # fmt: skip
         return logps.square()
 
     tensors = [tensor for tensor in inputs.tensors if tensor.requires_grad]
@@ -132,7 +158,8 @@ def test_compiles_into_one_graph(frozen, memory):
         assert torch.equal(grad, oracle)
 
 
-def test_the_loss_compiles_into_one_graph_for_any_length():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_loss_compiles_into_one_graph_for_any_length(backend):
     """K22: padded and packed, with lengths, and no more than one recompilation by length."""
     torch._dynamo.reset()
     weight = torch.randn(50, 8)
@@ -140,7 +167,7 @@ def test_the_loss_compiles_into_one_graph_for_any_length():
     def loss(hidden_states, labels, ref_logps, sequence_ids, sequence_lengths):
         return rdpo_loss(
             hidden_states, weight, labels, ref_logps, sequence_ids=sequence_ids,
-            sequence_lengths=sequence_lengths,
+            sequence_lengths=sequence_lengths, backend=backend,
         ).loss  # fmt: skip
 
     compilations = []
@@ -162,7 +189,7 @@ def test_the_loss_compiles_into_one_graph_for_any_length():
     assert len(compilations) <= 2
 
 
-@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("memory", ["stash", "recompute", "tile"])
 def test_a_second_derivative_in_the_weight_is_refused(memory, backend):
     """K21, where the body is frozen."""
@@ -176,7 +203,7 @@ def test_a_second_derivative_in_the_weight_is_refused(memory, backend):
         torch.autograd.grad(grad.sum(), weight)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("memory", ["auto", "stash", "tile"])
 def test_a_second_derivative_is_refused(memory, backend):
     """K21: also where other terms have one, which alone would be a wrong number."""

@@ -21,7 +21,7 @@ def quiet_numpy():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Make every kernel handle few elements at a time, and 2 entries: small inputs cross edges."""
-    from realign_kernels.backends.triton import launches as configs
+    from realign_kernels.backends.triton import launches
 
-    monkeypatch.setattr(configs, "launch_of", lambda *_: configs.Launch(BLOCK, 1))
-    monkeypatch.setattr(configs, "ENTRIES_AT_A_TIME", 2)
+    monkeypatch.setattr(launches, "launch_of", lambda *_: launches.Launch(BLOCK, 1))
+    monkeypatch.setattr(launches, "ENTRIES_AT_A_TIME", 2)

@@ -7,7 +7,7 @@ import torch
 
 from realign_kernels import linear_logprob, linear_logprob_stats, preference_loss, rdpo_loss
 from realign_kernels import objective as objectives
-from realign_kernels.ops import score_tokens_op as ops
+from realign_kernels.backends import triton as kernels
 from realign_kernels.testing import (
     dense_log_probs,
     dense_logits,
@@ -41,7 +41,7 @@ HEADS = {
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Cut into tiles of 4 rows by 8 columns."""
-    monkeypatch.setattr(ops, "fused_tile_shape", lambda *_, **__: TileShape(4, 8))
+    monkeypatch.setattr(kernels, "LARGEST_TILE", TileShape(4, 8))
 
 
 def compare(inputs, *, memory, bound=None, trainable=True):

@@ -12,7 +12,8 @@ import triton.language as tl
 from realign_kernels.backends import triton as kernels
 from realign_kernels.backends.kernel_set import RowState, Tile
 from realign_kernels.backends.triton.epilogue import _tanh
-from realign_kernels.options import LogitTransform
+from realign_kernels.fused.forward import start_rows
+from realign_kernels.head import LogitTransform
 from realign_kernels.testing import seeded
 
 pytestmark = pytest.mark.usefixtures("small_blocks", "poison_empty")
@@ -91,7 +92,7 @@ def run(case):
     if operand == torch.float16:
         start = torch.full_like(start, -INF)
     keeps_slopes = case.mode == "slopes"
-    state = RowState.start(
+    state = start_rows(
         start, statistics=case.statistics, tracks_top=case.tracks_top,
         releases=case.tracks_top and keeps_slopes,
     )  # fmt: skip
@@ -319,7 +320,7 @@ def test_logits_that_are_not_finite_stay_in_their_row(mode, dtype, transform):
     broken.logits[6, case.labels[6]] = INF
     result = run(broken)
     is_clean = torch.tensor([True, False, True, False, True, False, False, True])
-    for name, value in result.state.tensors().items():
+    for name, value in result.state._asdict().items():
         if value is not None:
             assert torch.equal(value[is_clean], getattr(clean.state, name)[is_clean]), name
     assert torch.equal(result.accumulator[is_clean], clean.accumulator[is_clean])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import realign_kernels
-from realign_kernels.backends.triton import launches as configs
+from realign_kernels.backends.triton import launches
 
 KERNELS = ("epilogue", "label_dot", "combine", "add_entries", "sum_sequences")
 
@@ -21,16 +21,16 @@ KERNELS = ("epilogue", "label_dot", "combine", "add_entries", "sum_sequences")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("width", [0, 1, 63, 64, 65, 1000, 8192])
 def test_every_thread_has_an_element(kernel, dtype, width):
-    launch = configs.choose_launch(kernel, dtype, width, (9, 0))
+    launch = launches.choose_launch(kernel, dtype, width, (9, 0))
     assert launch.block >= 64 * launch.num_warps
     assert launch.block & (launch.block - 1) == 0
     assert launch.block <= max(64, 2 * width)
 
 
 def test_launches_depend_on_nothing_but_the_arguments():
-    first = configs.choose_launch("epilogue", torch.float32, 8192, (8, 0))
-    assert first == configs.choose_launch("epilogue", torch.float32, 8192, (12, 0))
-    assert first == configs.launch_of("epilogue", torch.float32, 8192, torch.device("cpu"))
+    first = launches.choose_launch("epilogue", torch.float32, 8192, (8, 0))
+    assert first == launches.choose_launch("epilogue", torch.float32, 8192, (12, 0))
+    assert first == launches.launch_of("epilogue", torch.float32, 8192, torch.device("cpu"))
 
 
 COMPILATION = """

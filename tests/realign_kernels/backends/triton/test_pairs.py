@@ -1,4 +1,4 @@
-"""The reduction of a preference batch, against the eager loss and autograd in float64."""
+"""The reduction of a preference batch, against ``preference_loss`` and autograd in float64."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def check(batch, *, rtol=1e-12):
         results.logps, sums.reshape(shape).to(batch.token_logps.dtype).double(), rtol=1e-7, atol=0.0
     )
     logps = results.logps.clone().requires_grad_()
-    # The eager loss is in the dtype of its logps: float64 here, from the sums as they were rounded.
+    # That loss is in the dtype of its logps: float64 here, from the sums as they were rounded.
     expected = preference_loss(logps, batch.ref_logps, batch.objective, num_tokens=results.counts)
     (gradient,) = torch.autograd.grad(expected.loss, logps, allow_unused=True)
 
@@ -157,7 +157,7 @@ def test_a_broken_pair_breaks_the_loss_and_no_other_pair(name):
     assert torch.equal(results.coefficients[:, others], clean.coefficients[:, others])
 
 
-def test_minus_infinity_is_as_in_the_eager_loss():
+def test_minus_infinity_is_as_in_preference_loss():
     batch = make_batch(OBJECTIVES["rdpo"], 2)
     batch.token_logps[2, :] = -float("inf")  # text_rejected: as far below as can be
     batch.labels[2, :] = 1

@@ -1,0 +1,225 @@
+"""``memory="tile"`` as an operator of torch: hidden states in, loss and its gradients out.
+
+Gradients are those of a loss of slope 1, which the backward scales.  A gradient that comes through
+``logps`` is added by computing the logits again.  Letters as in ``score_tokens.py``; **P** pairs,
+**C** cells.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from realign_kernels.first_order import differentiate_once
+from realign_kernels.fused.gradients import Needed
+from realign_kernels.ops.pair_loss import PairArguments, reduce_pairs
+from realign_kernels.ops.pair_tiles import score_and_differentiate
+from realign_kernels.ops.schema import operator
+from realign_kernels.ops.score_tokens import (
+    HeadArguments,
+    fused_call,
+    plain,
+    score_tokens_backward_op,
+)
+from realign_kernels.sequences import check_counts, check_sequence_id_values
+from realign_kernels.validation import (
+    check_chosen_present,
+    check_labels,
+    known_number,
+    scored_positions,
+)
+
+# Operators take no lists of dtypes, but of numbers.
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class TileArguments(NamedTuple):
+    """Inputs of ``memory="tile"`` besides the head and the preference batch, which is packed."""
+
+    top_rows: Tensor | None
+    needed: list[bool]
+    label_shape: list[int]
+    witness: Tensor | None
+
+
+class TileOutputs(NamedTuple):
+    """Outputs of the operator, in the order of its schema."""
+
+    loss: Tensor  # as PairOutputs, down to image_margins
+    logps: Tensor
+    num_tokens: Tensor
+    rewards: Tensor
+    text_margins: Tensor
+    image_margins: Tensor
+    grad_hidden: Tensor  # (M, D), or empty where not needed, as are the others
+    grad_weight: Tensor
+    grad_bias: Tensor
+    grad_lora_a: Tensor
+    grad_lora_b: Tensor
+    positions: Tensor  # (N,)
+    numbers: Tensor  # (3 or 4, N)
+    top_ids: Tensor  # (N,)
+
+
+_NUM_HEAD = len(HeadArguments._fields)
+_NUM_BATCH = len(PairArguments._fields)
+
+
+def _parts_of(values: tuple[Any, ...]) -> tuple[HeadArguments, PairArguments, TileArguments]:
+    """Sort the inputs of the operator."""
+    stop = _NUM_HEAD + _NUM_BATCH
+    return (
+        HeadArguments(*values[:_NUM_HEAD]),
+        PairArguments(*values[_NUM_HEAD:stop]),
+        TileArguments(*values[stop:]),
+    )
+
+
+@operator("rdpo_tiles", HeadArguments, PairArguments, TileArguments, returns=TileOutputs)
+def rdpo_tiles_op(*values: Any) -> TileOutputs:
+    """Reduce labels (M,) and hidden states (..., D) to a loss, and differentiate it."""
+    head, batch, what = _parts_of(values)
+    labels, sequence_ids, lengths = batch.labels, batch.sequence_ids, batch.sequence_lengths
+    assert sequence_ids is not None
+    with plain(head.hidden_states):
+        call = fused_call(head, sums_head_gradient=any(what.needed[1:]))
+        check_labels(labels.view(what.label_shape), batch.ignore_index, call.vocabulary)
+        is_scored = labels != batch.ignore_index
+        check_sequence_id_values(sequence_ids, is_scored, batch.pairs.num_sequences)
+        if lengths is not None:
+            check_chosen_present(lengths)
+            check_counts(_tokens_per_sequence(batch, sequence_ids), lengths)
+        positions = scored_positions(is_scored, known_number(lengths, labels.device))
+        if lengths is None or labels.device.type == "cpu":
+            # A GPU's host waits for the counts if it was not told.
+            lengths = _tokens_per_sequence(batch, sequence_ids)
+        result = score_and_differentiate(
+            call,
+            head,
+            batch,
+            what.top_rows,
+            positions,
+            lengths.sum(dim=0).tolist(),
+            Needed(*what.needed),
+        )
+        outputs = reduce_pairs(result.token_logps, head.backend, batch, batch.objective)
+        if batch.sequence_lengths is None and labels.device.type == "cpu":
+            check_chosen_present(outputs.num_tokens)
+        grads = (
+            head.hidden_states.new_empty(0, dtype=call.accumulation) if grad is None else grad
+            for grad in result.gradients
+        )
+        rows = (positions, result.numbers, result.top_ids)
+        return TileOutputs._make((*outputs[:6], *grads, *rows))
+
+
+def _tokens_per_sequence(batch: PairArguments, sequence_ids: Tensor) -> Tensor:
+    """Count the answer tokens, (C, P); ids that are none are left out."""
+    size = batch.pairs.num_sequences
+    is_scored = batch.labels != batch.ignore_index
+    is_counted = is_scored & (sequence_ids >= 0) & (sequence_ids < size)
+    ids = torch.where(is_counted, sequence_ids, size)
+    # not bincount, whose size depends on the ids: a GPU's host waits for them
+    counts = ids.new_zeros(size + 1).scatter_add_(0, ids, torch.ones_like(ids))
+    return counts[:size].view(batch.pairs)
+
+
+@rdpo_tiles_op.register_fake
+def _rdpo_tiles_fake(*values: Any) -> TileOutputs:
+    head, batch, what = _parts_of(values)
+    number = head.precision.accumulation
+    num_scored: Any = torch.library.get_ctx().new_dynamic_size()
+    new = head.hidden_states.new_empty
+    grads = (
+        new(0, dtype=number)
+        if tensor is None
+        else tensor.new_empty(tensor.shape if is_needed else (0,), dtype=number)
+        for tensor, is_needed in zip(head.tensors, what.needed, strict=True)
+    )
+    num_pairs = batch.pair_shape[1]
+    losses = (
+        new((), dtype=number),
+        new(batch.pair_shape, dtype=number),
+        new(batch.pair_shape, dtype=torch.int64),
+        new(batch.pair_shape, dtype=number),
+        new(num_pairs, dtype=number),
+        new(num_pairs, dtype=number),
+    )
+    rows = (
+        new(num_scored, dtype=torch.int64),
+        new((3 if what.top_rows is None else 4, num_scored), dtype=number),
+        new(0 if what.top_rows is None else num_scored, dtype=torch.int64),
+    )
+    return TileOutputs._make((*losses, *grads, *rows))
+
+
+class ScaleArguments(NamedTuple):
+    """The slope from above, and gradients for a slope of 1."""
+
+    grad_loss: Tensor
+    gradients: list[Tensor]
+    dtypes: list[int]  # places in _DTYPES
+    witness: Tensor | None
+
+
+@operator("scale_gradients", ScaleArguments, returns="Tensor[]")
+def scale_gradients_op(*values: Any) -> list[Tensor]:
+    """Return every gradient times the slope from above, rounded once."""
+    given = ScaleArguments(*values)
+    return [
+        (gradient * given.grad_loss.to(gradient.dtype)).to(_DTYPES[dtype])
+        for gradient, dtype in zip(given.gradients, given.dtypes, strict=True)
+    ]
+
+
+@scale_gradients_op.register_fake
+def _scale_gradients_fake(*values: Any) -> list[Tensor]:
+    given = ScaleArguments(*values)
+    pairs = zip(given.gradients, given.dtypes, strict=True)
+    return [torch.empty_like(gradient, dtype=_DTYPES[dtype]) for gradient, dtype in pairs]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    head, batch, what = _parts_of(inputs)
+    outputs = TileOutputs(*output)
+    ctx.options, ctx.needed, ctx.ignore_index = head[5:], what.needed, batch.ignore_index
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(
+        *head.tensors, batch.labels, batch.sequence_ids, what.top_rows,
+        outputs.positions, outputs.numbers, outputs.top_ids, what.witness, *output[6:11],
+    )  # fmt: skip
+
+
+def _backward(
+    ctx: Any, grad_loss: Tensor | None, grad_logps: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    # Read once: hooks of checkpointing and offloading unpack at every access.
+    saved = ctx.saved_tensors
+    *inputs, labels, sequence_ids, top_rows, positions, numbers, top_ids, witness = saved[:12]
+    total: list[Tensor] | None = None
+    if grad_loss is not None:
+        dtypes = [0 if tensor is None else _DTYPES.index(tensor.dtype) for tensor in inputs]
+        total = scale_gradients_op(grad_loss, list(saved[12:]), dtypes, witness)
+    if grad_logps is not None:
+        is_scored = labels != ctx.ignore_index
+        grad_tokens = grad_logps.new_zeros(labels.shape)
+        if grad_logps.numel() > 0:
+            grad_tokens = grad_logps.reshape(-1)[torch.where(is_scored, sequence_ids, 0)]
+        stash = inputs[0].new_empty(0, inputs[1].shape[0])
+        more = score_tokens_backward_op(
+            *inputs, *ctx.options, torch.where(is_scored, grad_tokens, 0.0), None, labels, top_rows,
+            positions, numbers, top_ids, stash, ctx.needed,
+        )  # fmt: skip
+        total = [a + b for a, b in zip(total, more, strict=True)] if total else list(more)
+    nothing = (None,) * (_NUM_HEAD + _NUM_BATCH + len(TileArguments._fields))
+    if total is None:
+        return nothing
+    grads = zip(total, ctx.needed, strict=True)
+    return (*(grad if is_needed else None for grad, is_needed in grads), *nothing[5:])
+
+
+rdpo_tiles_op.register_autograd(_backward, setup_context=_setup_context)
+differentiate_once(scale_gradients_op)
