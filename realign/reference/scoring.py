@@ -19,7 +19,7 @@ from realign.modeling.collate import PreferenceCollator
 from realign.modeling.identity import Identity, reference_identity
 from realign.modeling.loading import every_rank_loads, load_model
 from realign.modeling.memory import is_out_of_memory
-from realign.modeling.packed_attention import choose_layout
+from realign.modeling.packing import choose_layout
 from realign.modeling.processors import load_processor
 from realign.reference.shards import Rows
 from realign.runtime.ranks import local_device

@@ -144,7 +144,7 @@ class _Model:
         )
 
     def prediction(self) -> dict[str, Any]:
-        from realign.modeling.memory import predict_memory
+        from realign.modeling.memory_forecast import predict_memory
 
         rows, images = self.lengths.rows, self.lengths.images
         lora = self._options.lora

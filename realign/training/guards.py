@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from realign.modeling.identity import is_float32_exact
 from realign_kernels import CELL_NAMES, Objective, RdpoOutput, preference_loss
 
 # Nats by which two computations of one pair's margin may differ.
@@ -151,11 +150,3 @@ def _loss_tolerance(objective: Objective, tolerance: float) -> float:
         return math.inf  # other slopes; the margins say it all
     slope = sum(term.weight * term.beta / 2 for term in objective.terms)  # of logsigmoid at 0
     return max(LOSS_TOLERANCE, slope * tolerance)
-
-
-def computes_exactly(model: nn.Module, *, autocast: bool) -> bool:
-    """Whether a model's products are of float32 or better."""
-    floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    quantized = any(not p.is_floating_point() for p in model.parameters())
-    is_wide = all(torch.finfo(dtype).bits >= 32 for dtype in floats)
-    return is_wide and is_float32_exact() and not (autocast or quantized)
