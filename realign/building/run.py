@@ -42,9 +42,10 @@ from realign.modeling.chat_template import Renderer
 from realign.modeling.folder import resolve_model
 from realign.modeling.identity import numerics
 from realign.modeling.processors import load_processor
-from realign.runtime.files import content_sha256, file_sha256, read_json, write_json, write_jsonl
+from realign.runtime.files import content_sha256, file_sha256, write_json, write_jsonl
 from realign.runtime.progress import announce
 from realign.runtime.run_folder import check_out, claim, is_claimed, only_run
+from realign.runtime.strict_json import read_json
 
 ENGLISH_LEXICON = Path(__file__).parent / "masking" / "lexicon.yaml"
 REFUSALS = Path(__file__).with_name("refusals.yaml")

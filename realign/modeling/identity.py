@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
-from realign.modeling.folder import model_identity
 from realign.modeling.float32 import float32_precision
+from realign.modeling.folder import model_identity
 from realign.modeling.loading import load_model_config
 from realign.modeling.packing import Layout, why_not_shared
 from realign.modeling.processors import load_processor

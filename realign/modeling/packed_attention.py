@@ -268,7 +268,7 @@ AttentionMaskInterface.register("realign_flash", _keep_mask_function(flash_atten
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Let a model's decoder take packed rows, see :func:`realign.modeling.packing.why_not_shared`."""
+    """Let a model's decoder take packed rows, where it can."""
     config = model.config.get_text_config()
     config._attn_implementation = ATTENTIONS.get(
         config._attn_implementation, config._attn_implementation

@@ -17,8 +17,9 @@ from realign.modeling.chat_template import Renderer
 from realign.modeling.collate import PreferenceCollator
 from realign.modeling.identity import Identity, version_of
 from realign.modeling.lengths import RowLengths
-from realign.runtime.files import canonical_json, content_sha256, read_json, write_json
+from realign.runtime.files import canonical_json, content_sha256, write_json
 from realign.runtime.progress import Progress, announce
+from realign.runtime.strict_json import read_json
 
 
 @dataclass

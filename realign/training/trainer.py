@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
@@ -21,7 +22,7 @@ from realign.data.records import Record
 from realign.errors import RefusedError
 from realign.modeling.collate import PreferenceCollator
 from realign.modeling.float32 import computes_exactly
-from realign.modeling.memory import Footprint, is_out_of_memory
+from realign.modeling.memory import Footprint
 from realign.modeling.packing import choose_layout
 from realign.modeling.parts import (
     disable_dropout,
@@ -304,7 +305,7 @@ class RDPOTrainer(CheckpointTrainer):
         try:
             return super().train(*args, **kwargs)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not should_reduce_batch_size(error):
                 raise
             raise self._out_of_memory(error) from error
 

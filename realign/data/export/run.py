@@ -20,9 +20,10 @@ from realign.data.export.folder import check_new, new_folder
 from realign.data.formats import official
 from realign.data.records import Record
 from realign.errors import RefusedError
-from realign.runtime.files import canonical_json, content_sha256, read_json, write_json
+from realign.runtime.files import canonical_json, content_sha256, write_json
 from realign.runtime.progress import Progress
 from realign.runtime.run_folder import check_out
+from realign.runtime.strict_json import read_json
 
 Writer = Callable[[Iterable[Record], Path], Counter[str]]
 WRITERS: Mapping[str, tuple[Writer, str]] = {

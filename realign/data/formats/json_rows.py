@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, TextIO
 from realign.data.formats.layout import RefusedRowError
 from realign.data.records import COUNTED
 from realign.errors import RefusedError
+from realign.runtime.strict_json import Flaw, StrictDecoder
 
 CHUNK = 1 << 20
 MAX_ROW = 16 << 20  # characters; a conversation has thousands
@@ -32,48 +32,14 @@ class Found:
         return f"{file}, {self.where}" + (COUNTED if "row" in self.where else "")
 
 
-class StrictDecoder:
-    """JSON whose objects have each key once and whose numbers are numbers. The first object that
-    breaks this is remembered, so that the end of the row is still found.
-    """
-
-    def __init__(self) -> None:
-        self._problem: RefusedRowError | None = None
-        self._decoder = json.JSONDecoder(
-            object_pairs_hook=self._object, parse_float=self._float, parse_constant=self._float
-        )
-
-    def decode(self, text: str, start: int = 0) -> tuple[Any, int, RefusedRowError | None]:
-        """The value that begins at ``start``, where it ends, and what is wrong with it.
-
-        Raises:
-            json.JSONDecodeError: There is no whole value.
-        """
-        self._problem = None
-        try:
-            value, end = self._decoder.raw_decode(text, start)
-        except json.JSONDecodeError:
-            raise
-        except (ValueError, RecursionError) as error:  # too many digits, too many brackets
-            raise json.JSONDecodeError(str(error), text, start) from None
-        return value, end, self._problem
-
-    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(pairs)
-        if len(value) < len(pairs):
-            names = [name for name, _ in pairs]
-            again = next(name for name in names if names.count(name) > 1)
-            self._problem = RefusedRowError(
-                again, "duplicate-key", f"key {again!r:.60} must be given once. Remove one."
-            )
-        return value
-
-    def _float(self, number: str) -> float:
-        if not math.isfinite(value := float(number)):
-            self._problem = RefusedRowError(
-                "", "number", f"numbers must be finite, got {number[:60]}. Replace it by null."
-            )
-        return value
+def _problem(flaw: Flaw | None) -> RefusedRowError | None:
+    if flaw is None:
+        return None
+    if flaw.code == "number":
+        reason = f"numbers must be finite, got {flaw.value[:60]}. Replace it by null."
+        return RefusedRowError("", flaw.code, reason)
+    reason = f"key {flaw.value!r:.60} must be given once. Remove one."
+    return RefusedRowError(flaw.value, flaw.code, reason)
 
 
 def read_lines(path: Path) -> Iterator[Found]:
@@ -120,9 +86,7 @@ def _line(decoder: StrictDecoder, raw: bytes, number: int, where: str) -> Found:
         )
         return Found(number, where, problem=empty)
     try:
-        value, end, problem = decoder.decode(text)
-        if end < len(text):
-            raise json.JSONDecodeError("Extra data", text, end)
+        value, flaw = decoder.decode_all(text)
     except json.JSONDecodeError as error:
         return Found(
             number,
@@ -133,7 +97,7 @@ def _line(decoder: StrictDecoder, raw: bytes, number: int, where: str) -> Found:
                 f"the line must be JSON, got {text[:60]!r} ({error.msg}). Correct it.",
             ),
         )
-    return Found(number, where, value, problem)
+    return Found(number, where, value, _problem(flaw))
 
 
 def read_list(path: Path) -> Iterator[Found]:
@@ -182,12 +146,12 @@ class _ListReader:
         """The row that the window begins with."""
         while True:
             try:
-                value, end, problem = self._decoder.decode(self._text, self._at)
+                value, end, flaw = self._decoder.decode(self._text, self._at)
                 # a number at the window's end may go on, also as 1.5 or 1e5 after a whole 1
                 rest = self._text[end : end + 8]
                 if (rest and rest[0] in " \t\r\n,]") or len(rest) == 8 or self._is_whole:
                     self._at = end
-                    return value, problem
+                    return value, _problem(flaw)
             except json.JSONDecodeError as error:
                 if self._is_whole or len(self._text) - self._at > MAX_ROW:
                     raise self._refusal(f"must be JSON ({error.msg})", number) from None

@@ -26,7 +26,7 @@ from realign.data.records import (
     refuse_problems,
 )
 from realign.errors import RefusedError
-from realign.runtime.files import read_json
+from realign.runtime.strict_json import read_json
 
 FILE = "pref_data.json"
 NOTE = "train with --data pref_data.json --images images; the authors' code reads the same files"
