@@ -31,53 +31,55 @@ class Flaw(NamedTuple):
 
 
 class StrictDecoder:
-    """JSON decoder for objects that have each key once and numbers that are finite. The first flaw
-    is returned beside the value, so that the end of a flawed value is known too.
+    """JSON decoder that notices objects with a key twice and numbers that are not finite, and goes
+    on, so that the end of a flawed value is known too.
+
+    Attributes:
+        flaw: The first flaw of the text that was decoded last.
     """
 
     def __init__(self) -> None:
-        self._flaw: Flaw | None = None
+        self.flaw: Flaw | None = None
         self._decoder = json.JSONDecoder(
             object_pairs_hook=self._object, parse_float=self._number, parse_constant=self._number
         )
 
-    def decode(self, text: str, start: int = 0) -> tuple[Any, int, Flaw | None]:
-        """Return the value that begins at ``start``, where it ends, and its flaw if it has one.
+    def decode(self, text: str, start: int = 0) -> tuple[Any, int]:
+        """Return the value that begins at ``start``, and where it ends.
 
         Raises:
             json.JSONDecodeError: There is no whole value.
         """
-        self._flaw = None
+        self.flaw = None
         try:
-            value, end = self._decoder.raw_decode(text, start)
+            return self._decoder.raw_decode(text, start)
         except json.JSONDecodeError:
             raise
         except (ValueError, RecursionError) as error:  # too many digits, too many brackets
             raise json.JSONDecodeError(str(error), text, start) from None
-        return value, end, self._flaw
 
-    def decode_all(self, text: str) -> tuple[Any, Flaw | None]:
-        """Return the only value of a text, and its flaw if it has one.
+    def decode_all(self, text: str) -> Any:
+        """Return the only value of a text.
 
         Raises:
             json.JSONDecodeError: The text is not one value.
         """
         spaces = " \t\r\n"
-        value, end, flaw = self.decode(text, len(text) - len(text.lstrip(spaces)))
+        value, end = self.decode(text, len(text) - len(text.lstrip(spaces)))
         if text[end:].strip(spaces):
             raise json.JSONDecodeError("Extra data", text, end)
-        return value, flaw
+        return value
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):
             again = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            self._flaw = self._flaw or Flaw("duplicate-key", again)
+            self.flaw = self.flaw or Flaw("duplicate-key", again)
         return value
 
     def _number(self, number: str) -> float:
         if not math.isfinite(value := float(number)):
-            self._flaw = self._flaw or Flaw("number", number)
+            self.flaw = self.flaw or Flaw("number", number)
         return value
 
 
@@ -150,9 +152,11 @@ def read_json(path: Path) -> Any:
 
 
 def _parse(text: str, where: str, *, has_lines: bool = False) -> Any:
+    decoder = StrictDecoder()
     try:
-        value, flaw = StrictDecoder().decode_all(text)
+        value = decoder.decode_all(text)
     except json.JSONDecodeError as error:
+        _check_flaw(decoder.flaw, where)
         place = f"{where}, line {error.lineno}" if has_lines else where
         near = text[max(0, error.pos - 20) : error.pos + 20]
         raise RefusedError(
@@ -160,6 +164,13 @@ def _parse(text: str, where: str, *, has_lines: bool = False) -> Any:
             "Correct it.",
             code="json",
         ) from None
+    _check_flaw(decoder.flaw, where)
+    if _SURROGATE.search(text):
+        _check_surrogates(value, where)
+    return value
+
+
+def _check_flaw(flaw: Flaw | None, where: str) -> None:
     if flaw:
         found = {
             "duplicate-key": f"a key twice in one object, got {flaw.value[:60]!r} again",
@@ -168,9 +179,6 @@ def _parse(text: str, where: str, *, has_lines: bool = False) -> Any:
         raise RefusedError(
             f"{where}: JSON must not have {found[flaw.code]}. Correct it.", code=flaw.code
         )
-    if _SURROGATE.search(text):
-        _check_surrogates(value, where)
-    return value
 
 
 def _check_surrogates(value: Any, where: str) -> None:

@@ -86,7 +86,7 @@ def _line(decoder: StrictDecoder, raw: bytes, number: int, where: str) -> Found:
         )
         return Found(number, where, problem=empty)
     try:
-        value, flaw = decoder.decode_all(text)
+        value = decoder.decode_all(text)
     except json.JSONDecodeError as error:
         return Found(
             number,
@@ -97,7 +97,7 @@ def _line(decoder: StrictDecoder, raw: bytes, number: int, where: str) -> Found:
                 f"the line must be JSON, got {text[:60]!r} ({error.msg}). Correct it.",
             ),
         )
-    return Found(number, where, value, _problem(flaw))
+    return Found(number, where, value, _problem(decoder.flaw))
 
 
 def read_list(path: Path) -> Iterator[Found]:
@@ -146,12 +146,12 @@ class _ListReader:
         """The row that the window begins with."""
         while True:
             try:
-                value, end, flaw = self._decoder.decode(self._text, self._at)
+                value, end = self._decoder.decode(self._text, self._at)
                 # a number at the window's end may go on, also as 1.5 or 1e5 after a whole 1
                 rest = self._text[end : end + 8]
                 if (rest and rest[0] in " \t\r\n,]") or len(rest) == 8 or self._is_whole:
                     self._at = end
-                    return value, _problem(flaw)
+                    return value, _problem(self._decoder.flaw)
             except json.JSONDecodeError as error:
                 if self._is_whole or len(self._text) - self._at > MAX_ROW:
                     raise self._refusal(f"must be JSON ({error.msg})", number) from None
