@@ -6,18 +6,20 @@ applied: the person saw something else.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from realign.data.records import LazyRecords, Record, texts_of
 from realign.errors import RefusedError
+from realign.runtime.files import sync
+from realign.runtime.lock import locked
 from realign.runtime.progress import announce
 
 CHOICES = ("keep", "drop", "flag")
@@ -97,19 +99,15 @@ def append_decision(path: Path, decision: Decision) -> None:
     line = json.dumps(fields | ({"note": decision.note} if decision.note else {}))
     _parse(line.encode(), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path) as file:
+    with locked(path.with_name(f".{path.name}.lock")), path.open("ab+", buffering=0) as file:
         end = _mend_end(file)
         raw = line.encode() + b"\n"
-        if os.write(file, raw) != len(raw):
-            os.ftruncate(file, end)
+        if file.write(raw) != len(raw):
+            file.truncate(end)
             raise OSError(f"{path}: the disk took a part of a line only")
-        os.fsync(file)
+        os.fsync(file.fileno())
     if not end:  # the file may be new: its name must last too
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync(path.parent)
 
 
 def kept(records: Sequence[Record], decisions: Decisions) -> Sequence[Record]:
@@ -220,29 +218,15 @@ def _is_cut(tail: bytes) -> bool:
     return False
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """The open file, which no other writer has until the block ends."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
-    finally:
-        os.close(file)
-
-
-def _mend_end(file: int) -> int:
+def _mend_end(file: FileIO) -> int:
     """Cut off an unfinished last line, or end a finished one; return the size."""
-    size = os.fstat(file).st_size
-    start = size
-    tail = b""
+    size = file.seek(0, os.SEEK_END)
+    start, tail = size, b""
     while start and b"\n" not in tail:
         step = min(start, 4096)
         start -= step
-        tail = os.pread(file, step, start) + tail
+        tail = os.pread(file.fileno(), step, start) + tail
     last = tail.rpartition(b"\n")[2]
     if last and _is_cut(last):
-        os.ftruncate(file, size - len(last))
-    elif last:
-        os.write(file, b"\n")
-    return os.fstat(file).st_size
+        return file.truncate(size - len(last))
+    return size + (file.write(b"\n") if last else 0)

@@ -11,8 +11,7 @@ import numpy as np
 from realign.errors import RefusedError
 from realign.modeling.identity import identity_differences, identity_folder
 from realign.reference.inspect import cache_folders
-from realign.reference.store import Committed, Workshop, read_committed
-from realign.runtime.lock import building
+from realign.reference.store import Committed, Workshop, building, read_committed
 from realign.runtime.run_folder import check_out
 
 

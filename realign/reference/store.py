@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ from realign.reference.shards import (
     write_shard,
 )
 from realign.runtime.files import canonical_json, content_sha256, explained, write_text
+from realign.runtime.lock import locked
 from realign.runtime.progress import announce
 
-MANIFEST, IDENTITY = "manifest.json", "identity.json"
+MANIFEST, IDENTITY, LOCK = "manifest.json", "identity.json", "build.lock"
 MAX_JSON_BYTES = 64 << 20
 DAMAGED = "damaged"  # where a builder puts what does not fit its hash
 
@@ -222,6 +224,21 @@ def read_committed_shard(place: Path, entry: ShardEntry, manifest: Manifest, cel
             f"cells of identity {shard.identity[:16]}. {REPAIR}"
         )
     return shard
+
+
+@contextmanager
+def building(place: Path) -> Iterator[None]:
+    """Hold an identity's folder for writing; wait while another build has it.
+
+    Raises:
+        RefusedError: The folder cannot be written.
+    """
+    with ExitStack() as stack:
+        with explained(place / LOCK):
+            place.mkdir(parents=True, exist_ok=True)
+            waiting = f"another build writes {place}; waiting for it"
+            stack.enter_context(locked(place / LOCK, waiting=waiting))
+        yield
 
 
 @dataclass

@@ -1,5 +1,5 @@
-"""Files that are whole or absent: written beside their place, synced, then renamed. Also their
-content hashes.
+"""Durable writing: files and folders that are whole or absent, because they are written under a
+temporary name, synced and renamed. Also the hashes of their content.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,28 +31,25 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         follow_umask(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync(path.parent)
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether a path is a temporary one of :func:`replacing`; a killed process leaves it behind."""
+    """Return whether a path is one that a killed process left in :func:`replacing`."""
     return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None and path.is_file()
 
 
 def follow_umask(path: Path) -> None:
-    """Give a file the permissions that ``open`` would have given it; safetensors writes 0600."""
+    """Give a file or a folder the permissions that ``open`` or ``mkdir`` would have given it;
+    safetensors writes 0600, and ``mkdtemp`` makes folders of 0700.
+    """
     mask = os.umask(0o077)  # it can only be read by setting it
     os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -123,30 +121,53 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until everything in a folder is on the disk: a name must not survive its content."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+        if path.is_file():
+            follow_umask(path)
+        sync(path)
+    sync(folder)
+
+
 def publish(written: Path, place: Path) -> None:
     """Give a finished folder its name, once everything in it is on the disk.
 
     Raises:
         OSError: Something could not be written; ``place`` is as it was.
     """
-    for path in sorted(written.rglob("*"), reverse=True):  # what is in a folder before the folder
-        if path.is_file():
-            follow_umask(path)
-        _sync(path)
-    _sync(written)
+    sync_folder(written)
     if place.exists():  # damaged, or of a course that was left for an older checkpoint
         remove_folder(place)
     written.replace(place)
-    _sync(place.parent)
+    sync(place.parent)
 
 
-def _sync(path: Path) -> None:
-    """Have the disk hold what a file or a folder holds."""
-    descriptor = os.open(path, os.O_RDONLY)
+@contextmanager
+def new_folder(place: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``place`` when the block ends, and disappears if it
+    fails. ``place`` must not exist, or be an empty folder.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # not by process id: in a container each run has the same one, and a killed run cleans nothing
+    temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent))
     try:
-        os.fsync(descriptor)
+        follow_umask(temporary)
+        yield temporary
+        sync_folder(temporary)
+        temporary.replace(place)
     finally:
-        os.close(descriptor)
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync(place.parent)
 
 
 def remove_folder(place: Path) -> None:

@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from realign.errors import RefusedError
 from realign.runtime.files import canonical_json, content_sha256, is_unfinished, write_json
+from realign.runtime.lock import locked
 
 # What each verb writes into its folder beside <verb>.json, and another run of it would mix up.
 # Reference log-probabilities are not among it: they are known by their content.
@@ -76,16 +75,13 @@ def only_run(folder: Path, verb: str) -> Iterator[None]:
         RefusedError: Another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f".{verb}.lock", timeout=0)
-    try:
-        with lock:
-            _remove_unfinished(folder, verb)
-            yield
-    except Timeout:
-        raise RefusedError(
-            f"out {folder} must be written by one `realign {verb}` at a time, another one is "
-            "running. Wait for it, or choose another folder."
-        ) from None
+    refusal = (
+        f"out {folder} must be written by one `realign {verb}` at a time, another one is "
+        "running. Wait for it, or choose another folder."
+    )
+    with locked(folder / f".{verb}.lock", refusal=refusal):
+        _remove_unfinished(folder, verb)
+        yield
 
 
 def _remove_unfinished(folder: Path, verb: str) -> None:

@@ -16,11 +16,11 @@ from typing import Any
 from realign.data.dataset import read_kept_records
 from realign.data.export import llamafactory, trl
 from realign.data.export import ms_swift as swift
-from realign.data.export.folder import check_new, new_folder
+from realign.data.export.folder import check_new
 from realign.data.formats import official
 from realign.data.records import Record
 from realign.errors import RefusedError
-from realign.runtime.files import canonical_json, content_sha256, write_json
+from realign.runtime.files import canonical_json, content_sha256, new_folder, write_json
 from realign.runtime.progress import Progress
 from realign.runtime.run_folder import check_out
 from realign.runtime.strict_json import read_json
