@@ -3,35 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 
-from realign.data.image_pool import ImageFacts, ImagePool
-from realign.data.images import RefusedImage, image_size
-from realign.data.records import Problem, Record
-
-Inspected = ImageFacts | RefusedImage
-
-
-@dataclass(frozen=True)
-class DecodedRow:
-    """A record and what each of its images is."""
-
-    record: Record
-    images: tuple[Inspected, ...]
-    rejected_images: tuple[Inspected, ...]
-
-
-def sized_row(record: Record) -> DecodedRow:
-    """A record whose images are known to be good, with their sizes alone, read from the headers."""
-
-    def sizes(images: tuple[bytes, ...]) -> tuple[ImageFacts, ...]:
-        return tuple(ImageFacts("", *image_size(io.BytesIO(raw)), 0) for raw in images)
-
-    return DecodedRow(record, sizes(record.images), sizes(record.rejected_images))
+from realign.data.image_pool import ImagePool
+from realign.data.records import DecodedRow, Inspected, Problem, Record
 
 
 def decoded_rows(

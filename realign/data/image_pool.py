@@ -19,11 +19,10 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from realign.data.images import RefusedImage
+from realign.data.images import ImageFacts, RefusedImage
 from realign.runtime.memory import usable_cores
 
 # A worker ends by itself at its time limit; one that cannot (stuck in the kernel, stopped) is given
@@ -39,23 +38,6 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
 }
-
-
-@dataclass(frozen=True)
-class ImageFacts:
-    """What is known of an image that was decoded.
-
-    Attributes:
-        sha256: Of the file's bytes.
-        width: Of the decoded image, its EXIF rotation applied.
-        height: Of the decoded image.
-        perceptual_hash: See :func:`realign.data.perceptual_hash.perceptual_hash`.
-    """
-
-    sha256: str
-    width: int
-    height: int
-    perceptual_hash: int
 
 
 def inspect_images(

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -53,6 +54,23 @@ class RefusedImage(RefusedError):
     def at(self, where: str) -> RefusedImage:
         """The same refusal of the same image in another place."""
         return RefusedImage(where, self.reason, self.code)
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What is known of an image that was decoded.
+
+    Attributes:
+        sha256: Of the file's bytes.
+        width: Of the decoded image, its EXIF rotation applied.
+        height: Of the decoded image.
+        perceptual_hash: See :func:`realign.data.perceptual_hash.perceptual_hash`.
+    """
+
+    sha256: str
+    width: int
+    height: int
+    perceptual_hash: int
 
 
 def check_image_root(root: Path) -> None:

@@ -11,10 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from realign.data.decoding import DecodedRow
-from realign.data.image_pool import ImageFacts
-from realign.data.images import image_size
-from realign.data.records import Problem
+from realign.data.images import ImageFacts, image_size
+from realign.data.records import DecodedRow, Problem
 from realign.errors import RefusedError
 from realign.modeling.chat_template import Renderer, user_turns
 from realign.modeling.collate import CELLS, PreferenceCollator

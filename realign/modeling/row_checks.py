@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from realign.data.decoding import sized_row
-from realign.data.records import Record, check_records, refuse_problems
+from realign.data.records import Record, check_records, refuse_problems, sized_row
 from realign.errors import RefusedError
 from realign.modeling.chat_template import Renderer
 from realign.modeling.collate import PreferenceCollator
