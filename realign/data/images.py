@@ -4,7 +4,6 @@ data root.
 
 from __future__ import annotations
 
-import base64
 import io
 import posixpath
 import re
@@ -30,7 +29,6 @@ _URL = re.compile(
 )
 # what Pillow says of text and profiles that unpack to more than it allows
 _METADATA = ("MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY", "too much memory used in text chunks")
-SIDE = 264  # pixels; shown at half of it, sharp on dense screens
 
 
 class RefusedImage(RefusedError):
@@ -237,21 +235,3 @@ def image_suffix(raw: bytes) -> str | None:
     if raw.startswith(b"\x89PNG\r\n\x1a\n"):
         return ".png"
     return ".webp" if raw[:4] == b"RIFF" and raw[8:12] == b"WEBP" else None
-
-
-def thumbnail(raw: bytes, where: str, side: int = SIDE) -> bytes:
-    """WebP bytes of an image reduced to at most ``side`` pixels.
-
-    Raises:
-        RefusedError: The image is none that the project opens; the message names ``where``.
-    """
-    image = decode_image(raw, where)
-    image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=80)
-    return buffer.getvalue()
-
-
-def data_uri(raw: bytes, where: str, side: int = SIDE) -> str:
-    """The thumbnail inside a page."""
-    return "data:image/webp;base64," + base64.b64encode(thumbnail(raw, where, side)).decode()
