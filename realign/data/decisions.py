@@ -1,4 +1,4 @@
-"""What a person decided about the rows of a dataset: one line a decision in a file beside it.
+"""Decisions of a person about the rows of a dataset: one line per decision in a file beside it.
 
 A decision is about a row's id and content together. One whose row has another content now is not
 applied: the person saw something else.
@@ -27,7 +27,7 @@ FIELDS = ("id", "key", "decision", "note")
 
 
 class RowKey(NamedTuple):
-    """What a decision is about: the row's id and :attr:`Record.key`, the hash of its content."""
+    """The row that a decision is about: its id, and :attr:`Record.key`, the hash of its content."""
 
     id: str
     key: str
@@ -52,7 +52,7 @@ class Decision:
 
     @property
     def row(self) -> RowKey:
-        """What the decision is about."""
+        """The row that the decision is about."""
         return RowKey(self.id, self.key)
 
 
@@ -60,7 +60,7 @@ Decisions = Mapping[RowKey, Decision]
 
 
 def decisions_path(data: Path) -> Path:
-    """The decision file of a dataset: ``decisions.jsonl`` in a build folder,
+    """Return the decision file of a dataset: ``decisions.jsonl`` in a build folder,
     ``<file name>.decisions.jsonl`` beside any other file.
     """
     if data.is_dir():
@@ -111,7 +111,7 @@ def append_decision(path: Path, decision: Decision) -> None:
 
 
 def kept(records: Sequence[Record], decisions: Decisions) -> Sequence[Record]:
-    """The records without the dropped ones, in their order, read when they are asked for."""
+    """Return the records that are not dropped, in their order, read when they are asked for."""
     return apply_decisions(records, decisions).kept
 
 
@@ -159,7 +159,7 @@ def decided_rows(records: Sequence[Record], decisions: Decisions) -> dict[int, R
 
 
 def positions(records: Sequence[Record]) -> Sequence[int]:
-    """Where each row stands in the dataset's file, from 0, whichever rows were left out."""
+    """Return where each row stands in the dataset's file, from 0, whichever were left out."""
     return records.indices if isinstance(records, KeptRecords) else range(len(records))
 
 
@@ -176,7 +176,7 @@ class KeptRecords(LazyRecords):
         return self._records[self.indices[index]]
 
     def texts(self) -> Sequence[Record]:
-        """The same rows without their images."""
+        """Return the same rows without their images."""
         return KeptRecords(texts_of(self._records), self.indices)
 
 

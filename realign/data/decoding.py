@@ -1,4 +1,4 @@
-"""The rows of a dataset with what their images are, in order, while workers decode ahead."""
+"""Decodes the images of a dataset's rows, in order, while workers are ahead."""
 
 from __future__ import annotations
 

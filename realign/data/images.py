@@ -56,7 +56,7 @@ class RefusedImage(RefusedError):
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What is known of an image that was decoded.
+    """Facts of an image that was decoded.
 
     Attributes:
         sha256: Of the file's bytes.
@@ -117,7 +117,7 @@ def resolve_image(root: Path, name: str, where: str) -> Path:
 
 
 def is_outside_name(name: str) -> bool:
-    """Whether a name leaves its folder without any link."""
+    """Return whether a name leaves its folder without any link."""
     path = posixpath.normpath(name.replace("\\", "/"))
     return path.startswith(("/", "../")) or path == ".."
 
@@ -229,7 +229,7 @@ def _refusing(raw: bytes, where: str) -> Iterator[None]:
 
 
 def image_suffix(raw: bytes) -> str | None:
-    """The suffix of a JPEG, PNG or WebP file by how its bytes begin; None for anything else."""
+    """Return the suffix of a JPEG, PNG or WebP file by its first bytes; None for others."""
     if raw.startswith(b"\xff\xd8\xff"):
         return ".jpg"
     if raw.startswith(b"\x89PNG\r\n\x1a\n"):

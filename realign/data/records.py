@@ -111,7 +111,7 @@ Inspected = ImageFacts | RefusedImage
 
 @dataclass(frozen=True)
 class DecodedRow:
-    """A record and what each of its images is."""
+    """A record and the facts, or the refusal, of each of its images."""
 
     record: Record
     images: tuple[Inspected, ...]
@@ -119,7 +119,7 @@ class DecodedRow:
 
 
 def sized_row(record: Record) -> DecodedRow:
-    """A record whose images are known to be good, with their sizes alone, read from the headers."""
+    """Return a record whose images are known to be good, with their sizes from the headers."""
 
     def sizes(images: tuple[bytes, ...]) -> tuple[ImageFacts, ...]:
         return tuple(ImageFacts("", *image_size(io.BytesIO(raw)), 0) for raw in images)

@@ -1,4 +1,4 @@
-"""What a server has answered, in an append-only file: nothing is asked twice, also after
+"""Answers of a server in an append-only file: nothing is asked twice, also after
 ``kill -9``.
 
 One JSON object a line, known by its request's hash. An answer is in the file before it is used. It

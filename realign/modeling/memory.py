@@ -1,4 +1,4 @@
-"""How much of a model trains and the memory that this takes before any activation."""
+"""Memory of training: weights, gradients and optimizer state, and an estimate of activations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Footprint:
 
     @classmethod
     def of(cls, model: nn.Module, quantized: Collection[str] = ()) -> Footprint:
-        """Of a model whose parameters say whether they train; it may be on the meta device.
+        """Return the footprint of a model, which may be on the meta device.
 
         Args:
             model: The model.
@@ -43,7 +43,7 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of the three."""
         return self.weights + self.gradients + self.optimizer_state
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ def footprint(model: nn.Module, quantized: Collection[str] = ()) -> str:
 
 
 def size(num_bytes: int) -> str:
-    """Bytes as people read them."""
+    """Return bytes as people read them."""
     units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
     unit, name = next((pair for pair in units if num_bytes >= pair[0]), units[-1])
     return f"{num_bytes / unit:.1f} {name}"

@@ -25,7 +25,7 @@ def predict_memory(
     sequences: int,
     longest: int | None,
 ) -> dict[str, Any]:
-    """Bytes by kind of training and dtype, and estimates of what comes on top.
+    """Return bytes by kind of training and dtype, and estimates of what comes on top.
 
     Args:
         config: The model's configuration.
@@ -66,7 +66,7 @@ def _entry(kind: str, dtype: torch.dtype, footprint: Footprint) -> dict[str, Any
 
 
 def _estimates(config: Any, sequences: int, longest: int | None) -> list[dict[str, Any]]:
-    """What a micro-step of the longest row keeps, and what generation keeps a token."""
+    """Return what a micro-step of the longest row keeps, and what generation keeps per token."""
     shape = decoder_shape(config)
     if shape is None:
         return []

@@ -47,7 +47,7 @@ _NAME = re.compile(r"(\d{5,})-([0-9a-f]{16})\.safetensors")
 
 
 class DamagedError(RefusedError):
-    """A committed file is not what was written."""
+    """Raised where a committed file is not what was written."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,18 @@ class Rows:
         return (self.key, self.logps, self.num_tokens, self.token_digest, self.pixel_digest)
 
     def take(self, indices: np.ndarray | slice) -> Rows:
-        """Some of the rows, in the order given."""
+        """Return some of the rows, in the order given."""
         return Rows(*(array[indices] for array in self.columns))
 
     @staticmethod
     def concat(parts: list[Rows], cells: int) -> Rows:
-        """All rows of several; of none, no rows of ``cells`` cells."""
+        """Return all rows of several; of none, no rows of ``cells`` cells."""
         columns = zip(*(part.columns for part in [Rows.empty(cells), *parts]), strict=True)
         return Rows(*(np.concatenate(arrays) for arrays in columns))
 
     @staticmethod
     def empty(cells: int) -> Rows:
-        """No rows."""
+        """Return no rows."""
         return Rows(
             *(
                 np.zeros((0, *(cells if size is None else size for size in shape)), dtype)
@@ -91,7 +91,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What a manifest says of a shard."""
+    """Entry of a manifest for one shard."""
 
     file: str
     rows: int
@@ -111,7 +111,7 @@ def shard_paths(place: Path) -> Iterator[Path]:
 
 
 def encode_shard(rows: Rows, identity: str, index: int) -> bytes:
-    """A shard file's bytes; equal rows give equal bytes.
+    """Return a shard file's bytes; equal rows give equal bytes.
 
     Raises:
         FloatingPointError: A log-probability is not finite.

@@ -1,4 +1,4 @@
-"""An identity's folder: what is committed in it, and what a builder finds there."""
+"""The folder of one identity: its committed manifest and shards, and the builder's view of it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DAMAGED = "damaged"  # where a builder puts what does not fit its hash
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache holds.
+    """The shards of a cache, as its manifest lists them.
 
     Attributes:
         identity: SHA-256 of the identity.
@@ -54,7 +54,7 @@ class Manifest:
 
     @property
     def rows(self) -> int:
-        """How many rows the shards hold, a row in two of them counted twice."""
+        """Rows of all shards; a row in two of them counts twice."""
         return sum(shard.rows for shard in self.shards)
 
     @property
@@ -74,7 +74,7 @@ class Manifest:
         }
 
     def text(self) -> str:
-        """The file's content."""
+        """Return the file's content."""
         return _spell(self._content() | {"root": self.root})
 
 
@@ -85,7 +85,7 @@ def write_manifest(place: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(place: Path) -> Manifest | None:
-    """What is committed in a folder; None if nothing is.
+    """Return what is committed in a folder; None if nothing is.
 
     Raises:
         DamagedError: It was changed after it was written.
@@ -119,7 +119,7 @@ def write_identity(place: Path, identity: Identity) -> None:
 
 
 def read_identity(place: Path) -> Identity:
-    """What the values in a folder were computed from.
+    """Return what the values in a folder were computed from.
 
     Raises:
         DamagedError: It was changed after it was written.
@@ -159,7 +159,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _spell(content: Mapping[str, Any]) -> str:
-    """The one spelling of a file, so that any changed byte shows."""
+    """Return the one spelling of a file, so that any changed byte shows."""
     return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=True) + "\n"
 
 
@@ -337,5 +337,5 @@ def _set_aside(path: Path) -> None:
 
 
 def _without_remedy(error: DamagedError) -> str:
-    """The remedy is what happens now."""
+    """Return the message; its remedy is what happens now."""
     return f"{str(error).removesuffix(REPAIR).rstrip()} Set aside in {DAMAGED}/, computed again"

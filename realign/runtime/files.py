@@ -101,13 +101,13 @@ def read_utf8(path: Path) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_sha256(*parts: str | bytes) -> str:
-    """SHA-256 over length-framed parts, so that ("ab", "c") and ("a", "bc") differ."""
+    """Return the SHA-256 of length-framed parts: ("ab", "c") and ("a", "bc") differ."""
     digest = hashlib.sha256()
     for part in parts:
         raw = part.encode() if isinstance(part, str) else part

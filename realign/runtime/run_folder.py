@@ -1,5 +1,5 @@
-"""A folder belongs to one run: the same command continues it, another one is refused before it
-writes anything.
+"""Output folders that belong to one run: the same command continues it, another one is refused
+before it writes anything.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _check_leftovers(folder: Path, verb: str) -> None:
 
 
 def _how_to_remove(folder: Path, verb: str) -> str:
-    """Which files make up the run. The folder itself may hold a dataset or another verb's run."""
+    """Name the files of the run. The folder may also hold a dataset or another command's run."""
     there = {path.name: path.is_dir() for path in sorted(folder.iterdir())}
     its = [name for name in (f"{verb}.json", *WRITES[verb]) if name in there]
     names = ", ".join(f"{name}/" if there[name] else name for name in its)
@@ -156,7 +156,7 @@ def _brief(value: Any) -> Any:
 def _differences(
     stored: Mapping[str, Any], needed: Mapping[str, Any], what: Mapping[str, Any], labels: Labels
 ) -> Iterator[str]:
-    """A line for everything that differs."""
+    """Yield one line for everything that differs."""
     for name in sorted(stored.keys() | needed.keys()):
         if stored.get(name) == needed.get(name):
             continue
@@ -183,8 +183,8 @@ def _lines(name: str, old: Any, new: Any) -> Iterator[str]:
 
 
 def _of_items(old: list[str] | str, new: Sequence[str], labels: Sequence[str]) -> str:
-    """How many items of a list differ and the first of them; of a long one only its hash is there
-    to compare with.
+    """Return how many items of a list differ, and the first of them; of a long list only its hash
+    is stored.
     """
     if isinstance(old, str):
         return f"others there, or in another order, {len(new)} asked"

@@ -1,4 +1,4 @@
-"""The folder of an export: that it is new, and the image files in it."""
+"""Output folders of exports: refused where they hold something, and their image files."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class ImageFolder:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name stays in its folder, and every reader takes it for a file."""
+    """Return whether a name stays in its folder, and every reader takes it for a file."""
     if not _is_unicode(name) or "\0" in name or "://" in name or name.startswith("data:"):
         return False
     parts = name.split("/")

@@ -20,7 +20,7 @@ MAX_ROW = 16 << 20  # characters; a conversation has thousands
 
 @dataclass(frozen=True)
 class Found:
-    """What stands at one place of a file: a row, or why it is none."""
+    """A row at one place of a file, or the reason why there is none."""
 
     number: int  # from 1
     where: str  # the place in the file: "line 3", "row 3"
@@ -28,7 +28,7 @@ class Found:
     problem: RefusedRowError | None = None
 
     def place(self, file: str) -> str:
-        """What messages call it."""
+        """Return what messages call the place."""
         return f"{file}, {self.where}" + (COUNTED if "row" in self.where else "")
 
 
@@ -43,7 +43,7 @@ def _problem(flaw: Flaw | None) -> RefusedRowError | None:
 
 
 def read_lines(path: Path) -> Iterator[Found]:
-    """The rows of JSON lines; a bad line does not end them."""
+    """Yield the rows of JSON lines; a bad line does not end them."""
     decoder = StrictDecoder()
     with path.open("rb") as file:
         number = 0
@@ -101,7 +101,7 @@ def _line(decoder: StrictDecoder, raw: bytes, number: int, where: str) -> Found:
 
 
 def read_list(path: Path) -> Iterator[Found]:
-    """The rows of one JSON list, decoded as they come: the list is never in memory as a whole.
+    """Yield the rows of one JSON list, decoded as they come: it is never in memory as a whole.
 
     Raises:
         RefusedError: The text between rows is no JSON list: what follows cannot be told apart.
@@ -127,7 +127,7 @@ class _ListReader:
         self._at += 1
 
     def has_next(self, *, first: bool) -> bool:
-        """Whether another row follows; the window then begins with it."""
+        """Return whether another row follows; the window then begins with it."""
         mark = self._skip_space()
         if mark == "]":
             self._at += 1
@@ -143,7 +143,7 @@ class _ListReader:
         return True
 
     def decode(self, number: int) -> tuple[Any, RefusedRowError | None]:
-        """The row that the window begins with."""
+        """Return the row that the window begins with."""
         while True:
             try:
                 value, end = self._decoder.decode(self._text, self._at)
@@ -158,7 +158,7 @@ class _ListReader:
             self._read(max(CHUNK, len(self._text) - self._at))  # twice as much: linear in total
 
     def _skip_space(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """Return the next character that is no space, or an empty string at the end."""
         while True:
             while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
                 self._at += 1

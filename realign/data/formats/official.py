@@ -96,7 +96,7 @@ class OfficialRecords(LazyRecords):
         return len(self._rows)
 
     def texts(self) -> Sequence[Record]:
-        """The same rows; no image file is read."""
+        """Return the same rows; no image file is read."""
         return [row.record for row in self._rows]
 
     def _read(self, index: int) -> Record:
@@ -118,7 +118,7 @@ def _read_limited(path: Path | None) -> tuple[bytes, ...]:
 def _official_row(
     row: Any, row_id: str, where: str, image_root: Path
 ) -> OfficialRow | list[Problem]:
-    """The row, or what is wrong with its images; anything else that is wrong is raised."""
+    """Return the row, or the problems of its images; anything else that is wrong is raised."""
     if not isinstance(row, dict):
         raise RefusedError(
             f"{where} must be an object, got {row!r:.80}. Correct it or remove it.",
@@ -177,8 +177,8 @@ def _official_row(
 
 
 def plain_row(record: Record) -> dict[str, Any]:
-    """A record as the layout spells it: images by the names in its provenance, ``<image>`` on a
-    line of its own in front of the first turn, and an id unless that is the row's number.
+    """Return a record as the layout spells it: images by the names in its provenance, ``<image>``
+    on a line of its own in front of the first turn, and an id unless that is the row's number.
     """
     source = record.source
     names: dict[str, Any] = {
@@ -199,12 +199,12 @@ def plain_row(record: Record) -> dict[str, Any]:
 
 
 def _spells(row: Any, other: Any) -> bool:
-    """Whether two JSON values are equal, the order of keys included."""
+    """Return whether two JSON values are equal, the order of keys included."""
     return json.dumps(row) == json.dumps(other)
 
 
 def _check_placeholders(row: dict[str, Any], num_images: int, where: str) -> None:
-    """A turn that speaks of an image which is not there would be trained on without it."""
+    """Refuse a turn about an image that is missing: it would be trained on without it."""
     for name in ("chosen", "rejected"):
         turns = row[name] if isinstance(row[name], list) else []
         texts = [turn.get("content") for turn in turns[:-1] if isinstance(turn, dict)]
@@ -220,7 +220,7 @@ def _check_placeholders(row: dict[str, Any], num_images: int, where: str) -> Non
 
 
 def split_conversation(turns: Any, where: str, name: str) -> tuple[tuple[Message, ...], str]:
-    """The turns before the last answer, without image placeholders, and that answer.
+    """Return the turns before the last answer, without image placeholders, and that answer.
 
     Raises:
         RefusedError: Not a conversation of the layout.
