@@ -35,7 +35,7 @@ from realign.data.decisions import RowKey, decisions_path, read_decisions
 from realign.data.formats.parquet import write_parquet
 from realign.data.formats.read_source import read_source
 from realign.data.formats.source_row import SourceRow
-from realign.data.images import check_image_root
+from realign.data.image_names import check_image_root
 from realign.data.records import Problem, Record
 from realign.errors import RefusedError
 from realign.modeling.chat_template import Renderer

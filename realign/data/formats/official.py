@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from realign.data.images import MAX_BYTES, RefusedImage, check_image_root, resolve_image
+from realign.data.image_names import check_image_root, resolve_image
+from realign.data.images import MAX_BYTES, RefusedImage
 from realign.data.records import (
     COUNTED,
     IMAGE_TOKEN,
