@@ -191,6 +191,12 @@ def test_nothing_imports_tests_or_benchmarks() -> None:
         assert not [name for name in imported(path) if name.startswith(("tests", "benchmarks"))]
 
 
+def test_locks_have_one_wrapper() -> None:
+    libraries = {"fcntl", "filelock"}
+    users = {name for name, path in MODULES.items() if libraries & {*imported(path)}}
+    assert users == {"realign.runtime.lock"}
+
+
 def test_no_module_is_a_drawer() -> None:
     names = {path.name for path in MODULES.values()}
     assert not names & {"utils.py", "common.py", "helpers.py", "misc.py"}
