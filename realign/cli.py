@@ -195,7 +195,7 @@ def build(ctx: typer.Context) -> None:
     same command is given again.
     """
     from realign.data.formats.layouts import recognise
-    from realign.data.images import check_image_root
+    from realign.data.image_names import check_image_root
 
     options: BuildConfig = _options(ctx)
     _check_out(options.out, options.model)
@@ -357,7 +357,7 @@ def evaluate(ctx: typer.Context) -> None:
     Answers are stored, so that no question is asked twice. Differences from the first model are
     paired and have bootstrap intervals.
     """
-    from realign.data.images import check_image_root
+    from realign.data.image_names import check_image_root
 
     options: EvalConfig = _options(ctx)
     _check_out(options.out, *options.models.values())

@@ -65,6 +65,8 @@ ROOMS = {
         "__init__": {"backends", "linear_logprob", "objective", "rdpo_loss"},
     },
 }
+# What a module may pull in of its package: lines of all files, comments and docstrings included.
+MOST_LINES = {"realign.training.trainer": 3_700}
 FORBIDDEN_CALLS = {
     "eval",
     "exec",
@@ -88,9 +90,24 @@ def modules(package: str) -> dict[str, Path]:
 MODULES = {name: path for package in ROOMS for name, path in modules(package).items()}
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Names that a file imports anywhere: modules where they are ours, else as they are written."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imported(path: Path, *, for_types: bool = True) -> Iterator[str]:
+    """Names that a file imports anywhere: modules where they are ours, else as they are written.
+
+    Args:
+        path: The file.
+        for_types: Whether to include the imports that only a type checker makes.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    left_out = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+        if not for_types
+    }
+    for node in ast.walk(tree):
+        if node in left_out:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -141,6 +158,26 @@ def test_the_tables_hold_no_room_that_is_gone_and_no_circle() -> None:
         TopologicalSorter(table).prepare()
 
 
+def closure(module: str) -> set[str]:
+    """A module, the packages that it is in, and what they import, and so on."""
+    seen: set[str] = set()
+    todo = [module]
+    while todo:
+        name = todo.pop()
+        parts = name.split(".")
+        packages = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        for found in {*packages} & MODULES.keys() - seen:
+            seen.add(found)
+            todo += imported(MODULES[found], for_types=False)
+    return {name for name in seen if room(name)[0] == room(module)[0]}
+
+
+@pytest.mark.parametrize(("module", "most"), MOST_LINES.items())
+def test_what_a_module_pulls_in_stays_small(module: str, most: int) -> None:
+    lines = {name: len(MODULES[name].read_text().splitlines()) for name in closure(module)}
+    assert sum(lines.values()) <= most, sorted(lines.items(), key=lambda item: -item[1])
+
+
 def test_kernels_import_torch_alone() -> None:
     for name, path in modules("realign_kernels").items():
         others: tuple[str, ...] = ("transformers", "numpy")
@@ -152,6 +189,12 @@ def test_kernels_import_torch_alone() -> None:
 def test_nothing_imports_tests_or_benchmarks() -> None:
     for path in MODULES.values():
         assert not [name for name in imported(path) if name.startswith(("tests", "benchmarks"))]
+
+
+def test_locks_have_one_wrapper() -> None:
+    libraries = {"fcntl", "filelock"}
+    users = {name for name, path in MODULES.items() if libraries & {*imported(path)}}
+    assert users == {"realign.runtime.lock"}
 
 
 def test_no_module_is_a_drawer() -> None:

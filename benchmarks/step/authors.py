@@ -23,7 +23,6 @@ from benchmarks.step.setup import Job, lora_config, training_options
 from realign.data.records import Record
 from realign.modeling.adapters import quiet_peft
 from realign.modeling.chat_template import user_turns
-from realign.training.augmentation import RecordDataset
 
 BETA = 0.1
 IGNORE_INDEX = -100
@@ -131,7 +130,7 @@ def make_trainer(
         reference,
         args=TrainingArguments(**training_options(job)),
         data_collator=BranchCollator(processor),
-        train_dataset=RecordDataset(records),
+        train_dataset=records,
         processing_class=processor,
     )
     return trainer, {}

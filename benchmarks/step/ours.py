@@ -13,7 +13,7 @@ from benchmarks.step.setup import Job, lora_config, training_options
 from realign.data.records import Record
 from realign.modeling.adapters import quiet_peft
 from realign.modeling.collate import PreferenceCollator
-from realign.modeling.packed_attention import why_not_shared
+from realign.modeling.packing import why_not_shared
 from realign.modeling.preference_forward import attach_preference_forward
 from realign.training.trainer import RDPOConfig, RDPOTrainer
 

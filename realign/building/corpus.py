@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from realign.data.formats.source_row import SourceRow
-from realign.data.image_pool import ImageFacts, inspect_images
-from realign.data.images import MAX_BYTES, RefusedImage
+from realign.data.image_pool import inspect_images
+from realign.data.images import MAX_BYTES, ImageFacts, RefusedImage
 from realign.runtime.files import file_sha256, read_jsonl, write_jsonl
 from realign.runtime.progress import Progress
 

@@ -12,9 +12,10 @@ import torch
 
 from realign.building.masking.masker import Fits
 from realign.config import BuildConfig, GeneratorSection
+from realign.data.images import image_size
 from realign.generation.generator import Generator
 from realign.modeling.folder import model_identity, resolve_model
-from realign.modeling.lengths import PromptLength, position_limit
+from realign.modeling.lengths import ImageTokens, position_limit
 from realign.modeling.loading import choose_dtype
 
 if TYPE_CHECKING:
@@ -146,3 +147,30 @@ def asked_model(section: GeneratorSection | None, role: str, config: BuildConfig
         config.batch_size,
         config.max_length,
     )
+
+
+class PromptLength:
+    """Measures prompts as the generator will see them.
+
+    Args:
+        processor: The model's processor.
+        limit: Longest prompt in tokens, image tokens included; None for any.
+    """
+
+    def __init__(self, processor: Any, limit: int | None) -> None:
+        self.processor, self.limit = processor, limit
+        self._image_tokens = ImageTokens(processor)
+        self._sizes: dict[Path, tuple[int, int]] = {}
+        # prompt and its tokens: one is asked about all candidates in a row
+        self._last: tuple[str | None, int] = (None, 0)
+
+    def fits(self, prompt: str, image: Path) -> bool:
+        """Whether the prompt about the image is no longer than the limit."""
+        return self.limit is None or self.tokens(prompt, image) <= self.limit
+
+    def tokens(self, prompt: str, image: Path) -> int:
+        """How many tokens the model would read."""
+        size = self._sizes.get(image) or self._sizes.setdefault(image, image_size(image))
+        if prompt != self._last[0]:
+            self._last = (prompt, self._image_tokens.prompt_tokens(prompt))
+        return self._last[1] + self._image_tokens(size)

@@ -35,16 +35,17 @@ from realign.data.decisions import RowKey, decisions_path, read_decisions
 from realign.data.formats.parquet import write_parquet
 from realign.data.formats.read_source import read_source
 from realign.data.formats.source_row import SourceRow
-from realign.data.images import check_image_root
+from realign.data.image_names import check_image_root
 from realign.data.records import Problem, Record
 from realign.errors import RefusedError
 from realign.modeling.chat_template import Renderer
 from realign.modeling.folder import resolve_model
 from realign.modeling.identity import numerics
 from realign.modeling.processors import load_processor
-from realign.runtime.files import content_sha256, file_sha256, read_json, write_json, write_jsonl
+from realign.runtime.files import content_sha256, file_sha256, write_json, write_jsonl
 from realign.runtime.progress import announce
 from realign.runtime.run_folder import check_out, claim, is_claimed, only_run
+from realign.runtime.strict_json import read_json
 
 ENGLISH_LEXICON = Path(__file__).parent / "masking" / "lexicon.yaml"
 REFUSALS = Path(__file__).with_name("refusals.yaml")

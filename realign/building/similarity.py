@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from realign.errors import RefusedError
-from realign.runtime.files import file_sha256, read_json
+from realign.runtime.files import file_sha256
+from realign.runtime.strict_json import read_json
 
 Similarity = Callable[[Sequence[str], Sequence[str]], list[float]]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from realign.errors import RefusedError
-from realign.runtime.files import read_json
+from realign.runtime.strict_json import read_json
 
 Counts = Mapping[str, Any]
 # what the folders of earlier builds lack

@@ -8,7 +8,7 @@ from pathlib import Path
 from realign.data.decisions import apply_decisions, decisions_path, read_decisions
 from realign.data.formats.official import read_official_json, read_official_rows
 from realign.data.formats.parquet import read_parquet
-from realign.data.images import check_image_root
+from realign.data.image_names import check_image_root
 from realign.data.records import Problem, Record
 from realign.errors import RefusedError
 from realign.runtime.progress import announce

@@ -1,4 +1,4 @@
-"""What a person decided about the rows of a dataset: one line a decision in a file beside it.
+"""Decisions of a person about the rows of a dataset: one line per decision in a file beside it.
 
 A decision is about a row's id and content together. One whose row has another content now is not
 applied: the person saw something else.
@@ -6,18 +6,20 @@ applied: the person saw something else.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from realign.data.records import LazyRecords, Record, texts_of
 from realign.errors import RefusedError
+from realign.runtime.files import sync
+from realign.runtime.lock import locked
 from realign.runtime.progress import announce
 
 CHOICES = ("keep", "drop", "flag")
@@ -25,7 +27,7 @@ FIELDS = ("id", "key", "decision", "note")
 
 
 class RowKey(NamedTuple):
-    """What a decision is about: the row's id and :attr:`Record.key`, the hash of its content."""
+    """The row that a decision is about: its id, and :attr:`Record.key`, the hash of its content."""
 
     id: str
     key: str
@@ -50,7 +52,7 @@ class Decision:
 
     @property
     def row(self) -> RowKey:
-        """What the decision is about."""
+        """The row that the decision is about."""
         return RowKey(self.id, self.key)
 
 
@@ -58,7 +60,7 @@ Decisions = Mapping[RowKey, Decision]
 
 
 def decisions_path(data: Path) -> Path:
-    """The decision file of a dataset: ``decisions.jsonl`` in a build folder,
+    """Return the decision file of a dataset: ``decisions.jsonl`` in a build folder,
     ``<file name>.decisions.jsonl`` beside any other file.
     """
     if data.is_dir():
@@ -97,23 +99,19 @@ def append_decision(path: Path, decision: Decision) -> None:
     line = json.dumps(fields | ({"note": decision.note} if decision.note else {}))
     _parse(line.encode(), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path) as file:
+    with locked(path.with_name(f".{path.name}.lock")), path.open("ab+", buffering=0) as file:
         end = _mend_end(file)
         raw = line.encode() + b"\n"
-        if os.write(file, raw) != len(raw):
-            os.ftruncate(file, end)
+        if file.write(raw) != len(raw):
+            file.truncate(end)
             raise OSError(f"{path}: the disk took a part of a line only")
-        os.fsync(file)
+        os.fsync(file.fileno())
     if not end:  # the file may be new: its name must last too
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync(path.parent)
 
 
 def kept(records: Sequence[Record], decisions: Decisions) -> Sequence[Record]:
-    """The records without the dropped ones, in their order, read when they are asked for."""
+    """Return the records that are not dropped, in their order, read when they are asked for."""
     return apply_decisions(records, decisions).kept
 
 
@@ -161,7 +159,7 @@ def decided_rows(records: Sequence[Record], decisions: Decisions) -> dict[int, R
 
 
 def positions(records: Sequence[Record]) -> Sequence[int]:
-    """Where each row stands in the dataset's file, from 0, whichever rows were left out."""
+    """Return where each row stands in the dataset's file, from 0, whichever were left out."""
     return records.indices if isinstance(records, KeptRecords) else range(len(records))
 
 
@@ -178,7 +176,7 @@ class KeptRecords(LazyRecords):
         return self._records[self.indices[index]]
 
     def texts(self) -> Sequence[Record]:
-        """The same rows without their images."""
+        """Return the same rows without their images."""
         return KeptRecords(texts_of(self._records), self.indices)
 
 
@@ -220,29 +218,15 @@ def _is_cut(tail: bytes) -> bool:
     return False
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """The open file, which no other writer has until the block ends."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
-    finally:
-        os.close(file)
-
-
-def _mend_end(file: int) -> int:
+def _mend_end(file: FileIO) -> int:
     """Cut off an unfinished last line, or end a finished one; return the size."""
-    size = os.fstat(file).st_size
-    start = size
-    tail = b""
+    size = file.seek(0, os.SEEK_END)
+    start, tail = size, b""
     while start and b"\n" not in tail:
         step = min(start, 4096)
         start -= step
-        tail = os.pread(file, step, start) + tail
+        tail = os.pread(file.fileno(), step, start) + tail
     last = tail.rpartition(b"\n")[2]
     if last and _is_cut(last):
-        os.ftruncate(file, size - len(last))
-    elif last:
-        os.write(file, b"\n")
-    return os.fstat(file).st_size
+        return file.truncate(size - len(last))
+    return size + (file.write(b"\n") if last else 0)

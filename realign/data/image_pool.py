@@ -9,6 +9,7 @@ Workers are fresh interpreters (:mod:`realign.data.image_worker`), neither forks
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import queue
@@ -17,13 +18,13 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from realign.data.images import RefusedImage
+from realign.data.images import ImageFacts, RefusedImage
+from realign.data.records import DecodedRow, Inspected, Problem, Record
 from realign.runtime.memory import usable_cores
 
 # A worker ends by itself at its time limit; one that cannot (stuck in the kernel, stopped) is given
@@ -39,23 +40,6 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
 }
-
-
-@dataclass(frozen=True)
-class ImageFacts:
-    """What is known of an image that was decoded.
-
-    Attributes:
-        sha256: Of the file's bytes.
-        width: Of the decoded image, its EXIF rotation applied.
-        height: Of the decoded image.
-        perceptual_hash: See :func:`realign.data.perceptual_hash.perceptual_hash`.
-    """
-
-    sha256: str
-    width: int
-    height: int
-    perceptual_hash: int
 
 
 def inspect_images(
@@ -120,6 +104,45 @@ class ImagePool:
             return worker.inspect(where, image)
         finally:
             self._idle.put(worker)
+
+
+def decoded_rows(
+    rows: Iterable[Record | list[Problem]], pool: ImagePool
+) -> Iterator[DecodedRow | list[Problem]]:
+    """Decode every image once, by content; rows that could not be read pass through."""
+    known: dict[str, Inspected] = {}
+    asked: dict[str, Future[Inspected]] = {}
+    waiting: deque[list[Problem] | tuple[Record, list[str], list[str]]] = deque()
+
+    def ask(raw: bytes) -> str:
+        digest = hashlib.sha256(raw).hexdigest()
+        if digest not in known and digest not in asked:
+            asked[digest] = pool.submit(raw, "image")
+        return digest
+
+    def answer(digest: str) -> Inspected:
+        if digest not in known:
+            known[digest] = asked.pop(digest).result()
+        return known[digest]
+
+    def next_row() -> DecodedRow | list[Problem]:
+        row = waiting.popleft()
+        if isinstance(row, list):
+            return row
+        record, images, rejected = row
+        return DecodedRow(record, tuple(map(answer, images)), tuple(map(answer, rejected)))
+
+    for row in rows:
+        if isinstance(row, Record):
+            waiting.append(
+                (row, [ask(raw) for raw in row.images], [ask(raw) for raw in row.rejected_images])
+            )
+        else:
+            waiting.append(row)
+        if len(waiting) >= pool.ahead:
+            yield next_row()
+    while waiting:
+        yield next_row()
 
 
 class _Worker:

@@ -1,16 +1,12 @@
-"""Opening images from untrusted datasets: three formats, bounded size, one frame, RGB, inside the
-data root.
-"""
+"""Opens images of untrusted datasets: three formats, bounded size, one frame, RGB."""
 
 from __future__ import annotations
 
-import base64
 import io
-import posixpath
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -23,13 +19,8 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_BYTES = 50_000_000
 MAX_PIXELS = 40_000_000
 MIN_SIDE, MAX_SIDE = 2, 20_000
-# a scheme and a slash, a scheme that needs none, or a host without a scheme; any case
-_URL = re.compile(
-    r"\s*([a-z][a-z0-9+.-]*:[/\\]|(data|file|https?|ftp|blob|javascript|urn):|[/\\]{2})", re.I
-)
 # what Pillow says of text and profiles that unpack to more than it allows
 _METADATA = ("MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY", "too much memory used in text chunks")
-SIDE = 264  # pixels; shown at half of it, sharp on dense screens
 
 
 class RefusedImage(RefusedError):
@@ -55,55 +46,21 @@ class RefusedImage(RefusedError):
         return RefusedImage(where, self.reason, self.code)
 
 
-def check_image_root(root: Path) -> None:
-    """Refuse an image folder that is none: every image would be missing from it.
+@dataclass(frozen=True)
+class ImageFacts:
+    """Facts of an image that was decoded.
 
-    Raises:
-        RefusedError: Naming the folder.
+    Attributes:
+        sha256: Of the file's bytes.
+        width: Of the decoded image, its EXIF rotation applied.
+        height: Of the decoded image.
+        perceptual_hash: See :func:`realign.data.perceptual_hash.perceptual_hash`.
     """
-    if not root.is_dir():
-        raise RefusedError(f"images must be an existing folder, got {root}. Check --images.")
 
-
-def resolve_image(root: Path, name: str, where: str) -> Path:
-    """Return the path of image ``name`` under ``root``.
-
-    Args:
-        root: The image folder.
-        name: A relative path from the dataset. URLs and paths that leave ``root``, by themselves
-            or through a link, are refused.
-        where: The row, for the message.
-    Raises:
-        RefusedImage: The name is absolute, a URL, leaves the folder, or no such file exists.
-    """
-    if not isinstance(name, str) or not name or "\0" in name:
-        reason = f"image must be a file name, got {name!r:.80}. Name a file of the image folder."
-        raise RefusedImage(where, reason, "image-name")
-    if "://" in name or _URL.match(name):
-        reason = f"image must be a file name, got the URL {name[:80]!r}. Download it first."
-        raise RefusedImage(where, reason, "url")
-    try:
-        path = (root / name).resolve()
-        is_inside, is_file = path.is_relative_to(root.resolve()), path.is_file()
-    # too long, not in the file system's encoding, a loop of links, a folder that is locked
-    except (OSError, ValueError, RuntimeError) as error:
-        said = f"{name[:80]!r} ({error!s:.80})"
-        reason = f"image must be a file that can be opened, got {said}. Rename it."
-        raise RefusedImage(where, reason, "unreadable") from None
-    if not is_inside:
-        by_link = ", a link that leaves it" if not is_outside_name(name) else ""
-        reason = f"image must lie inside {root}, got {name[:200]!r}{by_link}. Copy it there."
-        raise RefusedImage(where, reason, "outside-root")
-    if not is_file:
-        reason = f"image {name!r} does not exist in {root}. Check --images or remove the row."
-        raise RefusedImage(where, reason, "missing")
-    return path
-
-
-def is_outside_name(name: str) -> bool:
-    """Whether a name leaves its folder without any link."""
-    path = posixpath.normpath(name.replace("\\", "/"))
-    return path.startswith(("/", "../")) or path == ".."
+    sha256: str
+    width: int
+    height: int
+    perceptual_hash: int
 
 
 def read_image(path: Path, where: str) -> bytes:
@@ -213,27 +170,9 @@ def _refusing(raw: bytes, where: str) -> Iterator[None]:
 
 
 def image_suffix(raw: bytes) -> str | None:
-    """The suffix of a JPEG, PNG or WebP file by how its bytes begin; None for anything else."""
+    """Return the suffix of a JPEG, PNG or WebP file by its first bytes; None for others."""
     if raw.startswith(b"\xff\xd8\xff"):
         return ".jpg"
     if raw.startswith(b"\x89PNG\r\n\x1a\n"):
         return ".png"
     return ".webp" if raw[:4] == b"RIFF" and raw[8:12] == b"WEBP" else None
-
-
-def thumbnail(raw: bytes, where: str, side: int = SIDE) -> bytes:
-    """WebP bytes of an image reduced to at most ``side`` pixels.
-
-    Raises:
-        RefusedError: The image is none that the project opens; the message names ``where``.
-    """
-    image = decode_image(raw, where)
-    image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=80)
-    return buffer.getvalue()
-
-
-def data_uri(raw: bytes, where: str, side: int = SIDE) -> str:
-    """The thumbnail inside a page."""
-    return "data:image/webp;base64," + base64.b64encode(thumbnail(raw, where, side)).decode()

@@ -4,6 +4,7 @@ known by their content.
 
 from __future__ import annotations
 
+import io
 import unicodedata
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any, overload
 
 from PIL import Image
 
-from realign.data.images import RefusedImage, decode_image
+from realign.data.images import ImageFacts, RefusedImage, decode_image, image_size
 from realign.errors import RefusedError
 from realign.runtime.files import canonical_json, content_sha256
 
@@ -103,6 +104,27 @@ class Record:
         file = self.source.get("retrieved_image" if rejected else "image")
         name = "rejected_images" if rejected else "images"
         return f"{self.where}, {name}" + (f" {file!r}" if file else "")
+
+
+Inspected = ImageFacts | RefusedImage
+
+
+@dataclass(frozen=True)
+class DecodedRow:
+    """A record and the facts, or the refusal, of each of its images."""
+
+    record: Record
+    images: tuple[Inspected, ...]
+    rejected_images: tuple[Inspected, ...]
+
+
+def sized_row(record: Record) -> DecodedRow:
+    """Return a record whose images are known to be good, with their sizes from the headers."""
+
+    def sizes(images: tuple[bytes, ...]) -> tuple[ImageFacts, ...]:
+        return tuple(ImageFacts("", *image_size(io.BytesIO(raw)), 0) for raw in images)
+
+    return DecodedRow(record, sizes(record.images), sizes(record.rejected_images))
 
 
 class LazyRecords(Sequence[Record]):

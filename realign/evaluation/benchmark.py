@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from realign.errors import RefusedError
-from realign.runtime.files import iter_jsonl
+from realign.runtime.strict_json import iter_jsonl
 
 Array = NDArray[np.float64]
 Metrics = Callable[[Array], Mapping[str, Array]]

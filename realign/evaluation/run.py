@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from realign.config import EvalConfig
-from realign.data.images import check_image_root, decode_image, resolve_image
+from realign.data.image_names import check_image_root, resolve_image
+from realign.data.images import decode_image
 from realign.errors import RefusedError
 from realign.evaluation.benchmark import Task
 from realign.evaluation.registry import read_tasks

@@ -1,4 +1,4 @@
-"""What a server has answered, in an append-only file: nothing is asked twice, also after
+"""Answers of a server in an append-only file: nothing is asked twice, also after
 ``kill -9``.
 
 One JSON object a line, known by its request's hash. An answer is in the file before it is used. It
@@ -12,13 +12,14 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from realign.errors import RefusedError
+from realign.runtime.files import sync
+from realign.runtime.lock import locked
 
 SYNC_INTERVAL_S = 1.0
 
@@ -41,21 +42,18 @@ class Journal:
         self._offsets: dict[str, int] = {}
         self._synced_at = time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
-        # not thread-local: who closes the journal need not be the thread that opened it
-        self._lock = FileLock(path.with_name(f"{path.name}.lock"), thread_local=False)
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            raise RefusedError(
-                f"journal {path} is being written by another run. Wait for it, or choose another "
-                "output folder."
-            ) from None
+        self._lock = ExitStack()
+        refusal = (
+            f"journal {path} is being written by another run. Wait for it, or choose another "
+            "output folder."
+        )
+        self._lock.enter_context(locked(path.with_name(f"{path.name}.lock"), refusal=refusal))
         try:
             self._end = self._read()
             self._file = path.open("ab", buffering=0)
-            _sync_folder(path.parent)  # a new file has a name on the disk
+            sync(path.parent)  # a new file has a name on the disk
         except BaseException:
-            self._lock.release()
+            self._lock.close()
             raise
 
     def __enter__(self) -> Journal:
@@ -112,7 +110,7 @@ class Journal:
             self.sync()
         finally:
             self._file.close()
-            self._lock.release()
+            self._lock.close()
 
     def _read(self) -> int:
         """Index the lines; return where the last whole one ends, and cut the file there."""
@@ -140,12 +138,3 @@ class Journal:
                 "the line: its request is then asked again."
             )
         return key
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names of new files survive the machine."""
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -6,7 +6,6 @@ None of it has run on a GPU in this project yet; docs/training.md says what was 
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.integrations.liger import apply_liger_kernel
 
 from realign.errors import RefusedError
 from realign.modeling.parts import PROJECTOR_MODULES, VISION_MODULES, part_of
@@ -120,16 +120,11 @@ def use_liger_layers(model: PreTrainedModel) -> None:
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     body: Any = model.model
-    candidates = (
-        (model.config.model_type, model),
-        (model.config.get_text_config().model_type, getattr(body, "language_model", None)),
-    )
-    for model_type, module in candidates:
-        if model_type in MODEL_TYPE_TO_APPLY_LIGER_FN and module is not None:
-            apply = MODEL_TYPE_TO_APPLY_LIGER_FN[model_type]
-            known = inspect.signature(apply).parameters
-            losses = ("cross_entropy", "fused_linear_cross_entropy")
-            apply(model=module, **{name: False for name in losses if name in known})
+    for module in (model, getattr(body, "language_model", None)):
+        # it leaves a model that it does not know as it is
+        if module is not None and module.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
+            losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+            apply_liger_kernel(module, losses)
             return
     raise RefusedError(
         f"liger: true must have a model that liger-kernel knows, got {model.config.model_type!r}. "

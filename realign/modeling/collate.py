@@ -99,7 +99,7 @@ class PreferenceCollator:
             leaves them out.
         max_length: Longest sequence in tokens, image tokens included.
         shared_prefix: Whether the answers of a pair share their images and prompt, for models that
-            :func:`realign.modeling.packed_attention.why_not_shared` has nothing against.
+            :func:`realign.modeling.packing.why_not_shared` has nothing against.
         watch: Told of every record what the model will read, before it does; see :class:`Watch`.
     """
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
+from realign.modeling.float32 import float32_precision
 from realign.modeling.folder import model_identity
 from realign.modeling.loading import load_model_config
-from realign.modeling.packed_attention import why_not_shared
-from realign.modeling.packing import Layout
+from realign.modeling.packing import Layout, why_not_shared
 from realign.modeling.processors import load_processor
 from realign.runtime.files import canonical_json, content_sha256
 from realign_kernels import describe_backends
@@ -33,25 +33,9 @@ def numerics() -> dict[str, Any]:
     """Names and versions, for the identity of a result."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "float32": _float32_precision(),
+        "float32": float32_precision(),
         "packages": {name: version_of(name) for name in NUMERIC_PACKAGES},
     }
-
-
-def is_float32_exact() -> bool:
-    """Whether float32 products and convolutions are computed in float32."""
-    return {*_float32_precision().values()} <= {"ieee", "none"}
-
-
-def _float32_precision() -> dict[str, str]:
-    """How float32 products are computed: TF32 has ten bits of mantissa."""
-    backends: Any = torch.backends
-    used = (
-        {"matmul": backends.cuda.matmul, "convolution": backends.cudnn.conv}
-        if torch.cuda.is_available()
-        else {"matmul": backends.mkldnn.matmul, "convolution": backends.mkldnn.conv}
-    )
-    return {name: backend.fp32_precision for name, backend in used.items()}
 
 
 def version_of(package: str) -> str:
@@ -124,7 +108,7 @@ def reference_identity(
 
 
 def row_layout(folder: Path, shared_prefix: bool | None = None) -> Layout:
-    """The layout that :func:`realign.modeling.packed_attention.choose_layout` will choose for a
+    """The layout that :func:`realign.modeling.packing.choose_layout` will choose for a
     model, known without its weights.
     """
     if shared_prefix is False:

@@ -6,15 +6,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from realign.data.decoding import DecodedRow
-from realign.data.image_pool import ImageFacts
-from realign.data.images import image_size
-from realign.data.records import Problem
+from realign.data.images import ImageFacts
+from realign.data.records import DecodedRow, Problem
 from realign.errors import RefusedError
 from realign.modeling.chat_template import Renderer, user_turns
 from realign.modeling.collate import CELLS, PreferenceCollator
@@ -67,33 +64,6 @@ class ImageTokens:
 def position_limit(config: Any) -> int | None:
     """The longest sequence that a model was made for; None where its config does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-class PromptLength:
-    """Measures prompts as the generator will see them.
-
-    Args:
-        processor: The model's processor.
-        limit: Longest prompt in tokens, image tokens included; None for any.
-    """
-
-    def __init__(self, processor: Any, limit: int | None) -> None:
-        self.processor, self.limit = processor, limit
-        self._image_tokens = ImageTokens(processor)
-        self._sizes: dict[Path, tuple[int, int]] = {}
-        # prompt and its tokens: one is asked about all candidates in a row
-        self._last: tuple[str | None, int] = (None, 0)
-
-    def fits(self, prompt: str, image: Path) -> bool:
-        """Whether the prompt about the image is no longer than the limit."""
-        return self.limit is None or self.tokens(prompt, image) <= self.limit
-
-    def tokens(self, prompt: str, image: Path) -> int:
-        """How many tokens the model would read."""
-        size = self._sizes.get(image) or self._sizes.setdefault(image, image_size(image))
-        if prompt != self._last[0]:
-            self._last = (prompt, self._image_tokens.prompt_tokens(prompt))
-        return self._last[1] + self._image_tokens(size)
 
 
 class RowLengths:

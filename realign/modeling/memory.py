@@ -1,23 +1,18 @@
-"""How much of a model trains and the memory that this takes before any activation."""
+"""Memory of training: weights, gradients and optimizer state, and an estimate of activations."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText
-
-from realign.modeling.adapters import add_adapter
-from realign.modeling.parts import freeze_parts, frozen_parts
 
 # AdamW keeps two moments a trained weight, in its dtype
 OPTIMIZER_COPIES = 2
 # bits of a 4-bit weight with its doubly quantised scale: QLoRA, arXiv 2305.14314, section 3
 NF4_BITS = 4.127
-_DTYPES = (torch.float32, torch.bfloat16)
 # Bytes that a decoder layer keeps for the backward, a token and hidden unit, in 16 bits and without
 # the attention matrix, which SDPA does not keep: Korthikanti et al. 2022, arXiv 2205.05198, eq. 2.
 _LAYER_BYTES_16_BIT = 34
@@ -33,7 +28,7 @@ class Footprint:
 
     @classmethod
     def of(cls, model: nn.Module, quantized: Collection[str] = ()) -> Footprint:
-        """Of a model whose parameters say whether they train; it may be on the meta device.
+        """Return the footprint of a model, which may be on the meta device.
 
         Args:
             model: The model.
@@ -48,7 +43,7 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of the three."""
         return self.weights + self.gradients + self.optimizer_state
 
     def __str__(self) -> str:
@@ -72,67 +67,10 @@ def footprint(model: nn.Module, quantized: Collection[str] = ()) -> str:
 
 
 def size(num_bytes: int) -> str:
-    """Bytes as people read them."""
+    """Return bytes as people read them."""
     units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
     unit, name = next((pair for pair in units if num_bytes >= pair[0]), units[-1])
     return f"{num_bytes / unit:.1f} {name}"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is a GPU's or the CPU allocator's lack of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    )
-
-
-def predict_memory(
-    config: Any,
-    *,
-    rank: int,
-    alpha: int,
-    targets: str | Sequence[str],
-    freeze_vision: bool,
-    sequences: int,
-    longest: int | None,
-) -> dict[str, Any]:
-    """Bytes by kind of training and dtype, and estimates of what comes on top.
-
-    Args:
-        config: The model's configuration.
-        rank: Of the LoRA adapter that would train.
-        alpha: Numerator of its scaling.
-        targets: The layers that it adapts.
-        freeze_vision: Whether the vision tower trains.
-        sequences: How many sequences one micro-step holds.
-        longest: Tokens of the longest; None where it is not known.
-    """
-    training = []
-    for dtype in _DTYPES:
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-        freeze_parts(model, frozen_parts(vision=freeze_vision, projector=False, language=False))
-        training.append(_entry("full", dtype, Footprint.of(model)))
-        with torch.device("meta"):
-            adapted = add_adapter(
-                model,
-                rank=rank,
-                alpha=alpha,
-                targets=targets,
-                freeze_vision=freeze_vision,
-            )
-        training.append(_entry("lora", dtype, Footprint.of(adapted)))
-    return {"training": training, "estimates": _estimates(config, sequences, longest)}
-
-
-def _entry(kind: str, dtype: torch.dtype, footprint: Footprint) -> dict[str, Any]:
-    return {
-        "kind": kind,
-        "dtype": str(dtype).removeprefix("torch."),
-        "weights_bytes": footprint.weights,
-        "gradients_bytes": footprint.gradients,
-        "optimizer_state_bytes": footprint.optimizer_state,
-        "total_bytes": footprint.total,
-    }
 
 
 def micro_step_bytes(
@@ -147,7 +85,7 @@ def micro_step_bytes(
         tokens: Of all sequences of the micro-step, as if nothing were shared.
         is_checkpointed: Whether the layers are computed again for the backward.
     """
-    shape = _decoder_shape(config)
+    shape = decoder_shape(config)
     if shape is None:
         return None
     layers, hidden, _ = shape
@@ -158,7 +96,7 @@ def micro_step_bytes(
     return tokens * layers * per_layer
 
 
-def _decoder_shape(config: Any) -> tuple[int, int, int] | None:
+def decoder_shape(config: Any) -> tuple[int, int, int] | None:
     """Layers, hidden units, and units of the keys (or values) of a token in one layer."""
     text = config.get_text_config()
     layers = getattr(text, "num_hidden_layers", None)
@@ -170,30 +108,3 @@ def _decoder_shape(config: Any) -> tuple[int, int, int] | None:
     key_value_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or hidden // heads
     return layers, hidden, key_value_heads * head_dim
-
-
-def _estimates(config: Any, sequences: int, longest: int | None) -> list[dict[str, Any]]:
-    """What a micro-step of the longest row keeps, and what generation keeps a token."""
-    shape = _decoder_shape(config)
-    if shape is None:
-        return []
-    layers, _, key_units = shape
-    estimates = []
-    for dtype in _DTYPES:
-        plain, checkpointed = (
-            None
-            if longest is None
-            else micro_step_bytes(
-                config, dtype, tokens=sequences * longest, is_checkpointed=is_checkpointed
-            )
-            for is_checkpointed in (False, True)
-        )
-        estimates.append(
-            {
-                "dtype": str(dtype).removeprefix("torch."),
-                "activations_bytes": plain,
-                "activations_with_checkpointing_bytes": checkpointed,
-                "generation_cache_bytes_a_token": 2 * layers * key_units * dtype.itemsize,
-            }
-        )
-    return estimates

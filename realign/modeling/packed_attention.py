@@ -27,15 +27,9 @@ from transformers.integrations.sdpa_attention import (
 )
 from transformers.masking_utils import causal_mask_function, flash_attention_mask, sdpa_mask
 
-from realign.errors import RefusedError
-from realign.modeling.packing import Layout, Packing, SharedRow
-from realign.runtime.progress import announce
+from realign.modeling.packing import ATTENTIONS, Packing, SharedRow
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-ATTENTIONS = {"sdpa": "realign_sdpa", "flash_attention_2": "realign_flash"}
-# Layers that see tokens through attention alone; a recurrent layer would carry one answer's state
-# into the next.
-SHARING_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class PackedAttention:
@@ -273,52 +267,8 @@ AttentionMaskInterface.register("realign_sdpa", _keep_mask_function(sdpa_mask))
 AttentionMaskInterface.register("realign_flash", _keep_mask_function(flash_attention_mask))
 
 
-def why_not_shared(model: PreTrainedModel) -> str | None:
-    """Why a model's answers cannot share a prefix; None where they can."""
-    config = model.config.get_text_config()
-    decoder = model.model.get_decoder() if hasattr(model.model, "get_decoder") else model.model
-    name = type(decoder).__name__
-    attention = config._attn_implementation
-    if attention not in (*ATTENTIONS, *ATTENTIONS.values()):
-        return f"attention {attention!r} is not one of {', '.join(ATTENTIONS)}"
-    if others := set(getattr(config, "layer_types", None) or ()) - SHARING_LAYERS:
-        return f"{name} has layers of type {', '.join(sorted(others))}"
-    if getattr(decoder, "_is_stateful", False):
-        return f"{name} is recurrent"
-    if not getattr(decoder, "_supports_attention_backend", False):
-        return f"{name} does not take an attention function"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return f"{name} bounds its attention scores"
-    return None
-
-
-def choose_layout(model: nn.Module, shared_prefix: bool | None = None) -> Layout:
-    """Return the layout of a model's batches, and say why where it is the slower one.
-
-    Args:
-        model: A VLM, or an adapter on one.
-        shared_prefix: What was asked for; None for shared where the model can.
-    Raises:
-        RefusedError: It was asked for and the model cannot.
-    """
-    vlm: Any = model
-    base = vlm.get_base_model() if hasattr(vlm, "get_base_model") else vlm
-    reason = why_not_shared(base)
-    if shared_prefix is False:
-        return "separate"
-    if reason is None:
-        return "shared prefix"
-    if shared_prefix:
-        raise RefusedError(
-            f"shared_prefix must not be true for this model: {reason}. Leave it out for a row a "
-            "sequence."
-        )
-    announce(f"a row for every answer instead of a shared prefix: {reason}")
-    return "separate"
-
-
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Let a model's decoder take packed rows, see :func:`why_not_shared`."""
+    """Let a model's decoder take packed rows, where it can."""
     config = model.config.get_text_config()
     config._attn_implementation = ATTENTIONS.get(
         config._attn_implementation, config._attn_implementation

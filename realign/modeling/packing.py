@@ -12,7 +12,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from realign.errors import RefusedError
+from realign.runtime.progress import announce
+
+# transformers' attention functions to those over packed rows that are built on them
+ATTENTIONS = {"sdpa": "realign_sdpa", "flash_attention_2": "realign_flash"}
+# Layers that see tokens through attention alone; a recurrent layer would carry one answer's state
+# into the next.
+SHARING_LAYERS = {"full_attention", "sliding_attention"}
 
 Layout = Literal["shared prefix", "separate"]
 
@@ -71,3 +83,47 @@ class Packing:
                 raise ValueError(f"answers must be sorted, the longest first, got {answers}.")
             rows.append(SharedRow(rows[-1].end if rows else 0, prefix, tuple(answers)))
         return cls(tuple(rows))
+
+
+def why_not_shared(model: PreTrainedModel) -> str | None:
+    """Why a model's answers cannot share a prefix; None where they can."""
+    config = model.config.get_text_config()
+    decoder = model.model.get_decoder() if hasattr(model.model, "get_decoder") else model.model
+    name = type(decoder).__name__
+    attention = config._attn_implementation
+    if attention not in (*ATTENTIONS, *ATTENTIONS.values()):
+        return f"attention {attention!r} is not one of {', '.join(ATTENTIONS)}"
+    if others := set(getattr(config, "layer_types", None) or ()) - SHARING_LAYERS:
+        return f"{name} has layers of type {', '.join(sorted(others))}"
+    if getattr(decoder, "_is_stateful", False):
+        return f"{name} is recurrent"
+    if not getattr(decoder, "_supports_attention_backend", False):
+        return f"{name} does not take an attention function"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return f"{name} bounds its attention scores"
+    return None
+
+
+def choose_layout(model: nn.Module, shared_prefix: bool | None = None) -> Layout:
+    """Return the layout of a model's batches, and say why where it is the slower one.
+
+    Args:
+        model: A VLM, or an adapter on one.
+        shared_prefix: What was asked for; None for shared where the model can.
+    Raises:
+        RefusedError: It was asked for and the model cannot.
+    """
+    vlm: Any = model
+    base = vlm.get_base_model() if hasattr(vlm, "get_base_model") else vlm
+    reason = why_not_shared(base)
+    if shared_prefix is False:
+        return "separate"
+    if reason is None:
+        return "shared prefix"
+    if shared_prefix:
+        raise RefusedError(
+            f"shared_prefix must not be true for this model: {reason}. Leave it out for a row a "
+            "sequence."
+        )
+    announce(f"a row for every answer instead of a shared prefix: {reason}")
+    return "separate"

@@ -30,7 +30,7 @@ UNUSED_MODULES = ("vqmodel", "generation_embeddings", "generation_aligner", "gen
 
 
 def part_of(name: str) -> Part:
-    """The part of a module or parameter, by its dotted name, peft's names included."""
+    """Return the part of a module or parameter, by its dotted name, peft's names included."""
     path = set(name.split("."))
     if not path.isdisjoint(PROJECTOR_MODULES):
         return "projector"
@@ -40,7 +40,7 @@ def part_of(name: str) -> Part:
 
 
 def frozen_parts(*, vision: bool, projector: bool, language: bool) -> set[Part]:
-    """The parts that stay as they are; what scoring does not use is always one of them."""
+    """Return the parts that stay as they are; what scoring does not use is always one of them."""
     wanted: dict[Part, bool] = {"vision": vision, "projector": projector, "language": language}
     return {part for part, is_frozen in wanted.items() if is_frozen} | {"unused"}
 
@@ -77,8 +77,8 @@ def freeze_parts(model: nn.Module, frozen: Iterable[Part]) -> None:
 
 
 def parts_pattern(parts: Iterable[Part]) -> str:
-    """A regular expression for the full names of the modules of these parts, as peft excludes
-    them.
+    """Return a regular expression for the full names of the modules of these parts, as peft
+    excludes them.
     """
     projector = rf"(.*\.)?({'|'.join(PROJECTOR_MODULES)})(\..*)?"
     vision = rf"(?!{projector}$)(.*\.)?({'|'.join(VISION_MODULES)})(\..*)?"
@@ -113,7 +113,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def trains_projector(model: nn.Module) -> bool:
-    """Whether a parameter of the projector, or an adapter on it, trains."""
+    """Return whether a parameter of the projector, or an adapter on it, trains."""
     return any(
         parameter.requires_grad and part_of(name) == "projector"
         for name, parameter in model.named_parameters()

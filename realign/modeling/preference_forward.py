@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from realign.modeling.families import refuse_flash
 from realign.modeling.image_features import ImageUse, image_features_by_row, unseen_images_encoded
 from realign.modeling.logit_transform import LogitTransform, find_logit_transform
-from realign.modeling.packed_attention import packed_attention, use_packed_attention, why_not_shared
-from realign.modeling.packing import Packing
+from realign.modeling.packed_attention import packed_attention, use_packed_attention
+from realign.modeling.packing import Packing, why_not_shared
 from realign.modeling.positions import rope_positions
 from realign_kernels import Objective, RdpoOutput, rdpo_loss
 

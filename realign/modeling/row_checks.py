@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from realign.data.decoding import sized_row
-from realign.data.records import Record, check_records, refuse_problems
+from realign.data.records import Record, check_records, refuse_problems, sized_row
 from realign.errors import RefusedError
 from realign.modeling.chat_template import Renderer
 from realign.modeling.collate import PreferenceCollator
 from realign.modeling.identity import Identity, version_of
 from realign.modeling.lengths import RowLengths
-from realign.runtime.files import canonical_json, content_sha256, read_json, write_json
+from realign.runtime.files import canonical_json, content_sha256, write_json
 from realign.runtime.progress import Progress, announce
+from realign.runtime.strict_json import read_json
 
 
 @dataclass

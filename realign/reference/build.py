@@ -24,8 +24,7 @@ from realign.reference.probe import probe_rows, run_probe
 from realign.reference.reference import CacheReference
 from realign.reference.scoring import Scorer, Scoring, free_reference
 from realign.reference.shards import MAX_ROWS, DamagedError, Rows, write_shard
-from realign.reference.store import Workshop, read_committed
-from realign.runtime.lock import building
+from realign.reference.store import Workshop, building, read_committed
 from realign.runtime.progress import Progress
 from realign.runtime.ranks import Ranks
 

@@ -23,8 +23,7 @@ from realign.modeling.processors import load_processor
 from realign.modeling.row_checks import check_rows
 from realign.reference.scoring import RowReader, Scoring
 from realign.reference.shards import Rows
-from realign.reference.store import Workshop
-from realign.runtime.lock import building
+from realign.reference.store import Workshop, building
 from realign.runtime.run_folder import check_out
 
 # the first two are TRL's

@@ -1,4 +1,4 @@
-"""Looking at caches without a model: what they are, and whether they are as written."""
+"""Describes and verifies caches without loading a model."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def verify_cache(root: Path) -> list[str]:
 
 
 def _problems(place: Path) -> Iterator[str]:
-    """Everything that is wrong with an identity's folder, not only the first."""
+    """Yield everything that is wrong with an identity's folder, not only the first."""
     try:
         manifest, identity = read_manifest(place), read_identity(place)
         if manifest is None:

@@ -1,4 +1,4 @@
-"""Several caches of one identity into one, such as those of machines that share no file system."""
+"""Merges several caches of one identity, such as those of machines that share no file system."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import numpy as np
 from realign.errors import RefusedError
 from realign.modeling.identity import identity_differences, identity_folder
 from realign.reference.inspect import cache_folders
-from realign.reference.store import Committed, Workshop, read_committed
-from realign.runtime.lock import building
+from realign.reference.store import Committed, Workshop, building, read_committed
 from realign.runtime.run_folder import check_out
 
 
@@ -60,7 +59,7 @@ def _read_only_one(source: Path) -> Committed:
 
 
 def _joined(probes: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
-    """What all probes say together; None where nothing was probed."""
+    """Return what all probes say together; None where nothing was probed."""
     done = [probe for probe in probes if probe is not None]
     if not done:
         return None

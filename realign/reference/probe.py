@@ -12,6 +12,7 @@ import numpy as np
 
 from realign.data.records import Record
 from realign.errors import RefusedError
+from realign.modeling.float32 import EXACT
 from realign.modeling.identity import Identity
 from realign.reference.reference import CacheReference
 from realign.reference.scoring import Scorer
@@ -82,11 +83,10 @@ def run_probe(
 
 
 def is_exact(identity: Identity) -> bool:
-    """Whether products are computed in float32 all the way."""
+    """Return whether products are computed in float32 all the way."""
     numerics = identity["numerics"]
-    precision = {*numerics["float32"].values()}
     return (
         numerics["dtype"] == "float32"
         and numerics["autocast"] == "off"
-        and precision <= {"ieee", "none"}
+        and {*numerics["float32"].values()} <= EXACT
     )

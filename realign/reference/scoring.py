@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from accelerate.utils.memory import should_reduce_batch_size
 
 from realign.data.records import Record
 from realign.errors import RefusedError
@@ -18,8 +19,7 @@ from realign.modeling.acceleration import Acceleration
 from realign.modeling.collate import PreferenceCollator
 from realign.modeling.identity import Identity, reference_identity
 from realign.modeling.loading import every_rank_loads, load_model
-from realign.modeling.memory import is_out_of_memory
-from realign.modeling.packed_attention import choose_layout
+from realign.modeling.packing import choose_layout
 from realign.modeling.processors import load_processor
 from realign.reference.shards import Rows
 from realign.runtime.ranks import local_device
@@ -162,7 +162,7 @@ class Scorer:
                     rejected_scoring=self.scoring.rejected_scoring,
                 )
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if not should_reduce_batch_size(error):
                     raise
                 raise RefusedError(
                     f"the reference must fit into memory, {len(records)} pairs in one forward did "

@@ -34,21 +34,20 @@ MAX_ROWS = 10_000
 MAX_HEADER_BYTES = 1 << 20
 MAX_SHARD_BYTES = MAX_HEADER_BYTES + MAX_ROWS * 200  # a row of four cells has 176
 WRITER = f"realign {version('realign')}"
-# name -> safetensors' dtype and the shape after the rows; None stands for C
-COLUMNS: dict[str, tuple[str, tuple[int | None, ...]]] = {
-    "key": ("U8", (32,)),
-    "logps": ("F64", (None,)),
-    "num_tokens": ("I32", (None,)),
-    "token_digest": ("U8", (None, 16)),
-    "pixel_digest": ("U8", (2, 16)),
+# name -> dtype and the shape after the rows; None stands for C
+COLUMNS: dict[str, tuple[type[np.generic], tuple[int | None, ...]]] = {
+    "key": (np.uint8, (32,)),
+    "logps": (np.float64, (None,)),
+    "num_tokens": (np.int32, (None,)),
+    "token_digest": (np.uint8, (None, 16)),
+    "pixel_digest": (np.uint8, (2, 16)),
 }
 REPAIR = "Run `realign cache` with the same options: it sets the file aside and computes its rows."
-ITEM_BYTES = {"U8": 1, "I32": 4, "F64": 8}
 _NAME = re.compile(r"(\d{5,})-([0-9a-f]{16})\.safetensors")
 
 
 class DamagedError(RefusedError):
-    """A committed file is not what was written."""
+    """Raised where a committed file is not what was written."""
 
 
 @dataclass(frozen=True)
@@ -70,22 +69,21 @@ class Rows:
         return (self.key, self.logps, self.num_tokens, self.token_digest, self.pixel_digest)
 
     def take(self, indices: np.ndarray | slice) -> Rows:
-        """Some of the rows, in the order given."""
+        """Return some of the rows, in the order given."""
         return Rows(*(array[indices] for array in self.columns))
 
     @staticmethod
     def concat(parts: list[Rows], cells: int) -> Rows:
-        """All rows of several; of none, no rows of ``cells`` cells."""
+        """Return all rows of several; of none, no rows of ``cells`` cells."""
         columns = zip(*(part.columns for part in [Rows.empty(cells), *parts]), strict=True)
         return Rows(*(np.concatenate(arrays) for arrays in columns))
 
     @staticmethod
     def empty(cells: int) -> Rows:
-        """No rows."""
-        dtypes = {"U8": np.uint8, "I32": np.int32, "F64": np.float64}
+        """Return no rows."""
         return Rows(
             *(
-                np.zeros((0, *(cells if size is None else size for size in shape)), dtypes[dtype])
+                np.zeros((0, *(cells if size is None else size for size in shape)), dtype)
                 for dtype, shape in COLUMNS.values()
             )
         )
@@ -93,7 +91,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What a manifest says of a shard."""
+    """Entry of a manifest for one shard."""
 
     file: str
     rows: int
@@ -113,7 +111,7 @@ def shard_paths(place: Path) -> Iterator[Path]:
 
 
 def encode_shard(rows: Rows, identity: str, index: int) -> bytes:
-    """A shard file's bytes; equal rows give equal bytes.
+    """Return a shard file's bytes; equal rows give equal bytes.
 
     Raises:
         FloatingPointError: A log-probability is not finite.
@@ -190,33 +188,28 @@ def read_shard(path: Path, entry: ShardEntry | None = None) -> Shard:
     named = _NAME.fullmatch(path.name)
     if (entry is not None and sha256 != entry.sha256) or not named or named[2] != sha256[:16]:
         raise DamagedError(f"{path} was changed after it was written. {REPAIR}")
-    about, cells = _check_header(data, path, is_known=entry is not None)
+    about, rows = _decode(data, path, is_known=entry is not None)
     if int(named[1]) != about["index"]:
         raise DamagedError(f"{path} is shard {about['index']} by its header. {REPAIR}")
-    tensors = safetensors.numpy.load(data)
-    rows = Rows(*(tensors[name] for name in COLUMNS))
     if not np.isfinite(rows.logps).all():
         raise DamagedError(f"{path} holds a log-probability that is not finite. {REPAIR}")
     found = ShardEntry(path.name, len(rows), len(data), sha256)
-    return Shard(found, rows, cells, str(about["identity"]))
+    return Shard(found, rows, rows.logps.shape[1], str(about["identity"]))
 
 
-def _check_header(data: bytes, path: Path, *, is_known: bool = False) -> tuple[dict[str, Any], int]:
-    """What the header says of the rows, and C, after every dtype, shape and size was checked; also
-    its hash of the payload, unless a manifest knows the hash of the file.
+def _decode(data: bytes, path: Path, *, is_known: bool) -> tuple[dict[str, Any], Rows]:
+    """Return what the header says of the rows, and the rows, after every dtype and shape was
+    checked; also the header's hash of the payload, unless a manifest knows the hash of the file.
     """
 
-    def damaged(what: str) -> DamagedError:
-        return DamagedError(f"{path} is not a shard of `realign cache`: {what}. {REPAIR}")
+    def damaged(reason: str) -> DamagedError:
+        return DamagedError(f"{path} is not a shard of `realign cache`: {reason}. {REPAIR}")
 
     length = int.from_bytes(data[:8], "little")
-    if length > MAX_HEADER_BYTES or 8 + length > len(data):
+    if length > MAX_HEADER_BYTES:
         raise damaged(f"its header has {length} bytes, of at most {MAX_HEADER_BYTES}")
     try:
-        header = json.loads(data[8 : 8 + length])
-        about = json.loads(header.pop("__metadata__")["realign"])
-        found = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
-        offsets = sorted(tuple(entry["data_offsets"]) for entry in header.values())
+        about = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["realign"])
         schema, num_rows, _ = about["schema"], int(about["rows"]), about["identity"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged(f"its header is of something else ({error!r})") from None
@@ -225,24 +218,20 @@ def _check_header(data: bytes, path: Path, *, is_known: bool = False) -> tuple[d
             f"{path} must be of cache schema {SCHEMA}, got {schema}, written by "
             f"{about.get('written_by', 'an older realign')}. Use that version, or build again."
         )
-    cells = found.get("logps", ("", (0, 0)))[1][-1]
+    try:
+        tensors = safetensors.numpy.load(data)  # refuses columns that overlap or leave gaps
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise damaged(f"its columns do not fit its bytes ({error})") from None
+    cells = tensors["logps"].shape[-1] if "logps" in tensors and tensors["logps"].ndim else 0
     if not 1 <= cells <= 4 or not 0 <= num_rows <= MAX_ROWS:
         raise damaged(f"it has {num_rows} rows of {cells} cells")
     expected = {
-        name: (dtype, (num_rows, *(cells if size is None else size for size in shape)))
+        name: (np.dtype(dtype), (num_rows, *(cells if size is None else size for size in shape)))
         for name, (dtype, shape) in COLUMNS.items()
     }
-    if found != expected:
+    if (found := {name: (array.dtype, array.shape) for name, array in tensors.items()}) != expected:
         raise damaged(f"its columns must be {expected}, got {found}")
-    end = 0
-    for start, stop in offsets:
-        if start != end:
-            raise damaged(f"its columns overlap or leave gaps at byte {start}")
-        end = stop
     payload = memoryview(data)[8 + length :]
-    needed = sum(ITEM_BYTES[dtype] * int(np.prod(shape)) for dtype, shape in expected.values())
-    if not end == needed == len(payload):
-        raise damaged(f"its columns need {needed} bytes, got {len(payload)}")
     if not is_known and hashlib.sha256(payload).hexdigest() != about["payload_sha256"]:
         raise damaged("its header holds another content's hash")
-    return about, cells
+    return about, Rows(*(tensors[name] for name in COLUMNS))

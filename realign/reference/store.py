@@ -1,10 +1,11 @@
-"""An identity's folder: what is committed in it, and what a builder finds there."""
+"""The folder of one identity: its committed manifest and shards, and the builder's view of it."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,17 @@ from realign.reference.shards import (
     write_shard,
 )
 from realign.runtime.files import canonical_json, content_sha256, explained, write_text
+from realign.runtime.lock import locked
 from realign.runtime.progress import announce
 
-MANIFEST, IDENTITY = "manifest.json", "identity.json"
+MANIFEST, IDENTITY, LOCK = "manifest.json", "identity.json", "build.lock"
 MAX_JSON_BYTES = 64 << 20
 DAMAGED = "damaged"  # where a builder puts what does not fit its hash
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache holds.
+    """The shards of a cache, as its manifest lists them.
 
     Attributes:
         identity: SHA-256 of the identity.
@@ -52,7 +54,7 @@ class Manifest:
 
     @property
     def rows(self) -> int:
-        """How many rows the shards hold, a row in two of them counted twice."""
+        """Rows of all shards; a row in two of them counts twice."""
         return sum(shard.rows for shard in self.shards)
 
     @property
@@ -72,7 +74,7 @@ class Manifest:
         }
 
     def text(self) -> str:
-        """The file's content."""
+        """Return the file's content."""
         return _spell(self._content() | {"root": self.root})
 
 
@@ -83,7 +85,7 @@ def write_manifest(place: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(place: Path) -> Manifest | None:
-    """What is committed in a folder; None if nothing is.
+    """Return what is committed in a folder; None if nothing is.
 
     Raises:
         DamagedError: It was changed after it was written.
@@ -117,7 +119,7 @@ def write_identity(place: Path, identity: Identity) -> None:
 
 
 def read_identity(place: Path) -> Identity:
-    """What the values in a folder were computed from.
+    """Return what the values in a folder were computed from.
 
     Raises:
         DamagedError: It was changed after it was written.
@@ -157,7 +159,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _spell(content: Mapping[str, Any]) -> str:
-    """The one spelling of a file, so that any changed byte shows."""
+    """Return the one spelling of a file, so that any changed byte shows."""
     return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=True) + "\n"
 
 
@@ -222,6 +224,21 @@ def read_committed_shard(place: Path, entry: ShardEntry, manifest: Manifest, cel
             f"cells of identity {shard.identity[:16]}. {REPAIR}"
         )
     return shard
+
+
+@contextmanager
+def building(place: Path) -> Iterator[None]:
+    """Hold an identity's folder for writing; wait while another build has it.
+
+    Raises:
+        RefusedError: The folder cannot be written.
+    """
+    with ExitStack() as stack:
+        with explained(place / LOCK):
+            place.mkdir(parents=True, exist_ok=True)
+            waiting = f"another build writes {place}; waiting for it"
+            stack.enter_context(locked(place / LOCK, waiting=waiting))
+        yield
 
 
 @dataclass
@@ -320,5 +337,5 @@ def _set_aside(path: Path) -> None:
 
 
 def _without_remedy(error: DamagedError) -> str:
-    """The remedy is what happens now."""
+    """Return the message; its remedy is what happens now."""
     return f"{str(error).removesuffix(REPAIR).rstrip()} Set aside in {DAMAGED}/, computed again"

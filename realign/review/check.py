@@ -10,11 +10,12 @@ import numpy as np
 from realign.config import CheckConfig
 from realign.data.dataset import read_rows, without_dropped
 from realign.data.decisions import positions
-from realign.data.decoding import DecodedRow, decoded_rows
-from realign.data.image_pool import ImagePool
-from realign.data.images import RefusedImage, check_image_root
+from realign.data.image_names import check_image_root
+from realign.data.image_pool import ImagePool, decoded_rows
+from realign.data.images import RefusedImage
 from realign.data.records import (
     COUNTED,
+    DecodedRow,
     Problem,
     Record,
     content_problems,
@@ -144,7 +145,7 @@ class _Model:
         )
 
     def prediction(self) -> dict[str, Any]:
-        from realign.modeling.memory import predict_memory
+        from realign.modeling.memory_forecast import predict_memory
 
         rows, images = self.lengths.rows, self.lengths.images
         lora = self._options.lora

@@ -27,7 +27,7 @@ from realign.errors import RefusedError
 from realign.review.page import shown_pair, spread, write_page
 from realign.review.pair_view import PairFacts
 from realign.review.plots import compared_histogram, count_plot, histogram
-from realign.runtime.files import read_json
+from realign.runtime.strict_json import read_json
 
 EXAMPLES = 4  # a reason
 MAX_PAIRS = 300  # some 6 MB of photographs

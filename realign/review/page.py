@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from realign.data.images import data_uri
+from realign.data.images import decode_image
 from realign.data.records import Record
 from realign.errors import RefusedError
 from realign.review.pair_view import PairView
@@ -18,6 +19,7 @@ from realign.runtime.files import write_text
 
 HERE = Path(__file__).parent
 SHARED = HERE / "templates"
+SIDE = 264  # pixels of a thumbnail; shown at half of it, sharp on dense screens
 Picture = dict[str, str]
 
 
@@ -83,3 +85,21 @@ def spread(records: Sequence[Record], count: int) -> list[Record]:
     """Return evenly spaced records: neither the head of the file nor anyone's choice."""
     count = min(count, len(records))
     return [records[i * len(records) // count] for i in range(count)]
+
+
+def thumbnail(raw: bytes, where: str, side: int = SIDE) -> bytes:
+    """Return WebP bytes of an image reduced to at most ``side`` pixels.
+
+    Raises:
+        RefusedError: The project does not open the image; the message names ``where``.
+    """
+    image = decode_image(raw, where)
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=80)
+    return buffer.getvalue()
+
+
+def data_uri(raw: bytes, where: str, side: int = SIDE) -> str:
+    """Return the thumbnail as a URI, for the inside of a page."""
+    return "data:image/webp;base64," + base64.b64encode(thumbnail(raw, where, side)).decode()

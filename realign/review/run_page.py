@@ -13,10 +13,9 @@ from markupsafe import Markup
 
 from realign.data.build_folder import read_funnel, row_lines
 from realign.data.dataset import read_records
-from realign.data.images import data_uri
 from realign.errors import RefusedError
 from realign.evaluation.table import cut_note, read_scores, score_rows, units_note
-from realign.review.page import shown_pair, spread, write_page
+from realign.review.page import data_uri, shown_pair, spread, write_page
 from realign.review.pair_view import marked
 from realign.review.plots import bar_plot, count_plot, line_plot
 from realign.runtime.files import read_jsonl

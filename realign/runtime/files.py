@@ -1,5 +1,5 @@
-"""Files that are whole or absent: written beside their place, synced, then renamed. Also their
-content hashes.
+"""Durable writing: files and folders that are whole or absent, because they are written under a
+temporary name, synced and renamed. Also the hashes of their content.
 """
 
 from __future__ import annotations
@@ -7,21 +7,17 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
-from collections import Counter
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from realign.errors import RefusedError
 
-MAX_LINE_BYTES = 1 << 20
-# half of a pair cannot be tokenized or written
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 REMOVING = ".removing"
 
 
@@ -35,28 +31,25 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         follow_umask(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync(path.parent)
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether a path is a temporary one of :func:`replacing`; a killed process leaves it behind."""
+    """Return whether a path is one that a killed process left in :func:`replacing`."""
     return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None and path.is_file()
 
 
 def follow_umask(path: Path) -> None:
-    """Give a file the permissions that ``open`` would have given it; safetensors writes 0600."""
+    """Give a file or a folder the permissions that ``open`` or ``mkdir`` would have given it;
+    safetensors writes 0600, and ``mkdtemp`` makes folders of 0700.
+    """
     mask = os.umask(0o077)  # it can only be read by setting it
     os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -76,8 +69,8 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    """Read one JSON value a line of a file that this project wrote; see :func:`iter_jsonl` for
-    those of others.
+    """Read a JSON lines file that this project wrote. Files of others are read by
+    :func:`realign.runtime.strict_json.iter_jsonl`.
 
     Raises:
         RefusedError: The file is not UTF-8, or a line is not JSON; the message names it.
@@ -95,122 +88,6 @@ def read_jsonl(path: Path) -> list[Any]:
     return rows
 
 
-def iter_jsonl(path: Path) -> Iterator[tuple[int, Any | RefusedError]]:
-    """Read a JSON lines file that others wrote, a line at a time, and go on after a bad line.
-
-    Strict, since what is guessed here is trained on: UTF-8 (with or without a byte order mark),
-    at most ``MAX_LINE_BYTES`` a line, one value a line, no key twice in an object, no NaN or
-    Infinity, no half of a surrogate pair.
-
-    Yields:
-        The line's number, from 1, and its value, or the refusal that names file and line. Codes:
-        ``long-line``, ``utf-8``, ``empty-line``, ``json``, ``duplicate-key``, ``number``,
-        ``surrogate``.
-    """
-    with path.open("rb") as file:
-        number = 0
-        while raw := file.readline(MAX_LINE_BYTES + 2):  # with its line end, as on Windows
-            number += 1
-            line = raw.removesuffix(b"\n").removesuffix(b"\r")
-            where = f"{path.name}, line {number}"
-            if len(line) > MAX_LINE_BYTES:
-                length = len(raw) + (0 if raw.endswith(b"\n") else _skip_line(file))
-                yield (
-                    number,
-                    RefusedError(
-                        f"{where}: a line must have at most {MAX_LINE_BYTES} bytes, got {length}. "
-                        "Shorten it; images are named, not embedded.",
-                        code="long-line",
-                    ),
-                )
-                continue
-            try:
-                yield number, _parse_strictly(line, where, is_first=number == 1)
-            except RefusedError as error:
-                yield number, error
-
-
-def _skip_line(file: BinaryIO) -> int:
-    """Read to the end of the line; return how many bytes that was."""
-    skipped = 0
-    while part := file.readline(MAX_LINE_BYTES):
-        skipped += len(part)
-        if part.endswith(b"\n"):
-            break
-    return skipped
-
-
-def _parse_strictly(line: bytes, where: str, *, is_first: bool) -> Any:
-    try:
-        text = line.decode("utf-8-sig" if is_first else "utf-8")
-    except UnicodeDecodeError as error:
-        what = f"byte {line[error.start]:#04x} at position {error.start + 1} of the line"
-        if is_first and line.startswith((b"\xff\xfe", b"\xfe\xff")):
-            what = "the byte order mark of UTF-16"
-        raise RefusedError(
-            f"{where} must be UTF-8, got {what}. Save the file as UTF-8.", code="utf-8"
-        ) from None
-    if not text.strip():
-        raise RefusedError(
-            f"{where} must be JSON, got an empty line. Remove it.", code="empty-line"
-        )
-    return _strict_json(text, where)
-
-
-class _NotStrict(ValueError):
-    """What json accepts and this project does not: what it is, and its code."""
-
-
-def _strict_json(text: str, where: str, *, has_lines: bool = False) -> Any:
-    try:
-        value = json.loads(
-            text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite
-        )
-        if _SURROGATE.search(text):
-            canonical_json(value).encode()
-    except json.JSONDecodeError as error:
-        place = f"{where}, line {error.lineno}" if has_lines else where
-        near = text[max(0, error.pos - 20) : error.pos + 20]
-        said = f"got {near!r} around column {error.colno} ({error.msg})"
-        raise RefusedError(f"{place} must be JSON, {said}. Correct it.", code="json") from None
-    except _NotStrict as error:
-        what, code = error.args
-        raise RefusedError(f"{where}: JSON must not have {what}. Correct it.", code=code) from None
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise RefusedError(
-            f"{where}: text must have surrogates in pairs, got {half!r} alone. Remove it.",
-            code="surrogate",
-        ) from None
-    except (ValueError, RecursionError) as error:  # too many digits, too many brackets
-        raise RefusedError(f"{where} must be JSON ({error}). Correct it.", code="json") from None
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        again = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise _NotStrict(f"a key twice in one object, got {again[:60]!r} again", "duplicate-key")
-    return value
-
-
-def _finite(number: str) -> float:
-    if not math.isfinite(value := float(number)):
-        raise _NotStrict(f"a number that is not finite, got {number[:60]}", "number")
-    return value
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file that others wrote, as strictly as :func:`iter_jsonl` a line.
-
-    Raises:
-        RefusedError: It is not UTF-8 or not JSON, or has a key twice in an object, or a number
-            that is not finite.
-    """
-    return _strict_json(read_utf8(path).removeprefix("\ufeff"), str(path), has_lines=True)
-
-
 def read_utf8(path: Path) -> str:
     """Read a text file.
 
@@ -224,13 +101,13 @@ def read_utf8(path: Path) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_sha256(*parts: str | bytes) -> str:
-    """SHA-256 over length-framed parts, so that ("ab", "c") and ("a", "bc") differ."""
+    """Return the SHA-256 of length-framed parts: ("ab", "c") and ("a", "bc") differ."""
     digest = hashlib.sha256()
     for part in parts:
         raw = part.encode() if isinstance(part, str) else part
@@ -244,30 +121,53 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until everything in a folder is on the disk: a name must not survive its content."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+        if path.is_file():
+            follow_umask(path)
+        sync(path)
+    sync(folder)
+
+
 def publish(written: Path, place: Path) -> None:
     """Give a finished folder its name, once everything in it is on the disk.
 
     Raises:
         OSError: Something could not be written; ``place`` is as it was.
     """
-    for path in sorted(written.rglob("*"), reverse=True):  # what is in a folder before the folder
-        if path.is_file():
-            follow_umask(path)
-        _sync(path)
-    _sync(written)
+    sync_folder(written)
     if place.exists():  # damaged, or of a course that was left for an older checkpoint
         remove_folder(place)
     written.replace(place)
-    _sync(place.parent)
+    sync(place.parent)
 
 
-def _sync(path: Path) -> None:
-    """Have the disk hold what a file or a folder holds."""
-    descriptor = os.open(path, os.O_RDONLY)
+@contextmanager
+def new_folder(place: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``place`` when the block ends, and disappears if it
+    fails. ``place`` must not exist, or be an empty folder.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # not by process id: in a container each run has the same one, and a killed run cleans nothing
+    temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent))
     try:
-        os.fsync(descriptor)
+        follow_umask(temporary)
+        yield temporary
+        sync_folder(temporary)
+        temporary.replace(place)
     finally:
-        os.close(descriptor)
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync(place.parent)
 
 
 def remove_folder(place: Path) -> None:

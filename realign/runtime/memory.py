@@ -1,4 +1,4 @@
-"""How much memory this process may use: the machine's, or less where a container is limited."""
+"""Memory and cores that this process may use: a container may have less than its machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 def usable_memory(root: Path = Path("/")) -> int:
-    """Bytes of physical memory, or of the strictest memory limit of this process's control groups.
+    """Return the bytes of physical memory, or of the strictest limit of this process's control
+    groups.
 
     Args:
         root: Where ``proc`` and ``sys`` are.
@@ -43,6 +44,6 @@ def _limits(root: Path) -> list[int]:
 
 
 def usable_cores() -> int:
-    """How many cores this process may use."""
+    """Return how many cores this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
     return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -1,5 +1,5 @@
-"""What a run says while it works. Progress is a rich bar on a terminal, plain lines with rate and
-time left otherwise.
+"""Messages of a run on stderr: decisions as they are made, and progress as a rich bar on a
+terminal, as plain lines with rate and time left elsewhere.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LINE_INTERVAL_SECONDS = 10.0
 
 
 def announce(line: str) -> None:
-    """Say what a run decided for itself."""
+    """Print a line on stderr, such as what a run decided for itself."""
     print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the program's output
 
 
@@ -71,12 +71,11 @@ class Progress:
     def _print_line(self) -> None:
         self._printed, self._printed_done = time.monotonic(), self._done
         if self._done_before == self._total:
-            line = f"{self._what}: {self._done}/{self._total}, done before"
-            print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the program's output
+            announce(f"{self._what}: {self._done}/{self._total}, done before")
             return
         seconds = self._printed - self._started
         rate = (self._done - self._done_before) / max(seconds, 1e-9)
         left = (self._total - self._done) / max(rate, 1e-9)
         line = f"{self._what}: {self._done}/{self._total}, {rate:.1f}/s, {seconds:.0f} s"
         line += f", {left:.0f} s left" if self._done < self._total else ""
-        print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the program's output
+        announce(line)

@@ -28,12 +28,12 @@ FILE_SECONDS = 60.0
 
 
 def is_distributed() -> bool:
-    """Whether a launcher started this process as one of several."""
+    """Return whether a launcher started this process as one of several."""
     return dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def local_device() -> torch.device:
-    """Where this process computes: its own GPU, or the CPU."""
+    """Return where this process computes: its own GPU, or the CPU."""
     if is_distributed():
         # accelerate chooses the backend that training will use too
         return _state().device
@@ -96,7 +96,7 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def first(self, work: Callable[[], T]) -> T:
-        """What the first rank finds; it alone does the work, and the others wait for it.
+        """Return what the first rank finds; it alone does the work, and the others wait for it.
 
         Raises:
             RefusedError: On every rank, or FloatingPointError.

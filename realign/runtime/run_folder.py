@@ -1,5 +1,5 @@
-"""A folder belongs to one run: the same command continues it, another one is refused before it
-writes anything.
+"""Output folders that belong to one run: the same command continues it, another one is refused
+before it writes anything.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from realign.errors import RefusedError
 from realign.runtime.files import canonical_json, content_sha256, is_unfinished, write_json
+from realign.runtime.lock import locked
 
 # What each verb writes into its folder beside <verb>.json, and another run of it would mix up.
 # Reference log-probabilities are not among it: they are known by their content.
@@ -76,16 +75,13 @@ def only_run(folder: Path, verb: str) -> Iterator[None]:
         RefusedError: Another process holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f".{verb}.lock", timeout=0)
-    try:
-        with lock:
-            _remove_unfinished(folder, verb)
-            yield
-    except Timeout:
-        raise RefusedError(
-            f"out {folder} must be written by one `realign {verb}` at a time, another one is "
-            "running. Wait for it, or choose another folder."
-        ) from None
+    refusal = (
+        f"out {folder} must be written by one `realign {verb}` at a time, another one is "
+        "running. Wait for it, or choose another folder."
+    )
+    with locked(folder / f".{verb}.lock", refusal=refusal):
+        _remove_unfinished(folder, verb)
+        yield
 
 
 def _remove_unfinished(folder: Path, verb: str) -> None:
@@ -137,7 +133,7 @@ def _check_leftovers(folder: Path, verb: str) -> None:
 
 
 def _how_to_remove(folder: Path, verb: str) -> str:
-    """Which files make up the run. The folder itself may hold a dataset or another verb's run."""
+    """Name the files of the run. The folder may also hold a dataset or another command's run."""
     there = {path.name: path.is_dir() for path in sorted(folder.iterdir())}
     its = [name for name in (f"{verb}.json", *WRITES[verb]) if name in there]
     names = ", ".join(f"{name}/" if there[name] else name for name in its)
@@ -160,7 +156,7 @@ def _brief(value: Any) -> Any:
 def _differences(
     stored: Mapping[str, Any], needed: Mapping[str, Any], what: Mapping[str, Any], labels: Labels
 ) -> Iterator[str]:
-    """A line for everything that differs."""
+    """Yield one line for everything that differs."""
     for name in sorted(stored.keys() | needed.keys()):
         if stored.get(name) == needed.get(name):
             continue
@@ -187,8 +183,8 @@ def _lines(name: str, old: Any, new: Any) -> Iterator[str]:
 
 
 def _of_items(old: list[str] | str, new: Sequence[str], labels: Sequence[str]) -> str:
-    """How many items of a list differ and the first of them; of a long one only its hash is there
-    to compare with.
+    """Return how many items of a list differ, and the first of them; of a long list only its hash
+    is stored.
     """
     if isinstance(old, str):
         return f"others there, or in another order, {len(new)} asked"

@@ -1,4 +1,4 @@
-"""What hears of a trainer's progress: the log file, the bar, the last line, the epoch."""
+"""Callbacks that report a trainer's progress: the log file, the bar and the last line."""
 
 from __future__ import annotations
 
@@ -11,18 +11,6 @@ from transformers import TrainerCallback
 
 from realign.runtime.files import write_jsonl
 from realign.runtime.progress import Progress
-from realign.training.augmentation import RecordDataset
-
-
-class TellEpoch(TrainerCallback):
-    """Has an epoch's augmentation drawn anew, also in the middle of one after a resume."""
-
-    def __init__(self, dataset: RecordDataset) -> None:
-        self._dataset = dataset
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Tell the dataset."""
-        self._dataset.set_epoch(int(state.epoch))
 
 
 def _ordered(line: Mapping[str, Any]) -> dict[str, Any]:

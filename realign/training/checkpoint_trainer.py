@@ -36,11 +36,12 @@ STATE = "state"  # the folder of a checkpoint that no loader of weights looks in
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written. The older ones are as they were."""
+    """Raised when a checkpoint could not be written. The older ones are as they were."""
 
 
 class CheckpointTrainer(Trainer):
-    """A Trainer that is never lost.
+    """A Trainer with atomic, pickle-free checkpoints. It resumes bit for bit after SIGKILL, and on
+    SIGTERM it saves before it exits with 143.
 
     A subclass that keeps anything between two steps returns it from :meth:`kept_state` and takes
     it back in :meth:`restore_kept_state`.
@@ -59,7 +60,7 @@ class CheckpointTrainer(Trainer):
         self.add_callback(_StopWhenAsked(self))
 
     def kept_state(self) -> Any:
-        """What this trainer keeps between steps, made of what :func:`write_state` takes."""
+        """Return what this trainer keeps between steps, made of what :func:`write_state` takes."""
         return None
 
     def restore_kept_state(self, state: Any) -> None:
@@ -100,8 +101,8 @@ class CheckpointTrainer(Trainer):
         return output
 
     def newest_checkpoint(self) -> str | None:
-        """The newest checkpoint in ``output_dir`` that is as it was written, or None; newer ones
-        that are not are named on stderr. One process looks for all.
+        """Return the newest checkpoint in ``output_dir`` that is as it was written, or None; newer
+        ones that are damaged are named on stderr. One process looks for all.
         """
         step = torch.tensor(-1, device=self.args.device)
         folder = Path(self.args.output_dir)
@@ -127,7 +128,7 @@ class CheckpointTrainer(Trainer):
         return loss
 
     def any_process(self, flag: bool) -> bool:
-        """Whether ``flag`` is true on any process; all of them must ask."""
+        """Return whether ``flag`` is true on any process; all of them must ask."""
         if self.args.world_size == 1:
             return flag
         count: Tensor = self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device))

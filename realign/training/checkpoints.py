@@ -29,7 +29,7 @@ _HASHING_THREADS = 4  # hashing leaves the interpreter lock; a large model has s
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step of a checkpoint folder, by its name.
+    """Return the step of a checkpoint folder, by its name.
 
     Raises:
         ValueError: It is not called ``checkpoint-STEP``.
@@ -41,7 +41,7 @@ def checkpoint_step(path: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders in a folder, whole or not, oldest step first."""
+    """Return the checkpoint folders in a folder, whole or not, oldest step first."""
     found = (path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name))
     return sorted((path for path in found if path.is_dir()), key=checkpoint_step)
 
@@ -69,12 +69,12 @@ def seal(written: Path, place: Path) -> None:
 
 
 def _rendered(manifest: dict[str, Any]) -> str:
-    """The one text that a manifest has, so that no byte of it changes unseen."""
+    """Return the one spelling of a manifest, so that no byte of it changes unseen."""
     return json.dumps(manifest, indent=2) + "\n"
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint: the first file that is not as it was written, or None."""
+    """Return how a checkpoint's first damaged file differs from what was written, or None."""
     manifest = checkpoint / MANIFEST
     try:
         text = manifest.read_text(encoding="utf-8")
@@ -111,7 +111,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def newest_checkpoint(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Path | None:
-    """The newest checkpoint in which every file is as it was written, or None. Nothing is changed.
+    """Return the newest checkpoint whose files are all as they were written, or None.
 
     Args:
         folder: Where the checkpoints of a run are.

@@ -1,5 +1,5 @@
-"""What must hold before a step may change a weight: finite numbers, and at the first step a policy
-that is its reference.
+"""Guards before a step changes a weight: finite numbers, and at the first step a policy that is
+its reference.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from realign.modeling.identity import is_float32_exact
 from realign_kernels import CELL_NAMES, Objective, RdpoOutput, preference_loss
 
 # Nats by which two computations of one pair's margin may differ.
@@ -61,13 +60,13 @@ def not_finite(output: RdpoOutput, batch: Mapping[str, Any], ids: Sequence[str])
 
 
 def gradients_are_finite(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether no gradient that this process holds has a NaN or an infinity."""
+    """Return whether no gradient of this process has a NaN or an infinity."""
     largest = _largest([_local(p.grad) for p in parameters if p.grad is not None])
     return math.isfinite(largest)
 
 
 def first_bad_gradient(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> str | None:
-    """Name of the first parameter whose gradient is not finite, with the value; or None."""
+    """Return the first parameter whose gradient is not finite, with the value; or None."""
     for name, parameter in named_parameters:
         if parameter.grad is not None:
             values = _local(parameter.grad)
@@ -83,7 +82,7 @@ def _largest(gradients: list[Tensor]) -> float:
 
 
 def _local(gradient: Tensor) -> Tensor:
-    """This process's shard of a DTensor."""
+    """Return this process's shard of a DTensor."""
     to_local = getattr(gradient, "to_local", None)
     return gradient if to_local is None else to_local()
 
@@ -146,16 +145,8 @@ def _tolerance(logps: Tensor, *, is_exact: bool, batch_variance: float | None) -
 
 
 def _loss_tolerance(objective: Objective, tolerance: float) -> float:
-    """What margins within ``tolerance`` may do to the loss: 1e-5 for rDPO at beta 0.1."""
+    """Return what margins within ``tolerance`` may do to the loss: 1e-5 for rDPO at beta 0.1."""
     if any(term.link != "logsigmoid" for term in objective.terms):
         return math.inf  # other slopes; the margins say it all
     slope = sum(term.weight * term.beta / 2 for term in objective.terms)  # of logsigmoid at 0
     return max(LOSS_TOLERANCE, slope * tolerance)
-
-
-def computes_exactly(model: nn.Module, *, autocast: bool) -> bool:
-    """Whether a model's products are of float32 or better."""
-    floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    quantized = any(not p.is_floating_point() for p in model.parameters())
-    is_wide = all(torch.finfo(dtype).bits >= 32 for dtype in floats)
-    return is_wide and is_float32_exact() and not (autocast or quantized)

@@ -1,4 +1,4 @@
-"""What a log line says of training: means over all pairs since the last line, on all ranks."""
+"""Metrics of a log line: means over all pairs since the last line, on all ranks."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class PairMetrics:
             self.sums()
 
     def sums(self) -> dict[str, tuple[float, float]]:
-        """Name to sum and weight since the last line, the same on every rank."""
+        """Return name to sum and weight since the last line, the same on every rank."""
         if self._pending:
             for step in self._sum_over_ranks(torch.stack(self._pending)).tolist():
                 for name, (total, weight) in zip(self._names, step, strict=True):
@@ -69,7 +69,7 @@ class PairMetrics:
 
 
 def metrics_by_pair(output: RdpoOutput, objective: Objective) -> dict[str, tuple[Tensor, Tensor]]:
-    """Name to values and weights, shape ``(P,)`` each; the weight is 0 where a pair lacks the cell.
+    """Return name to values and weights, shape ``(P,)``; the weight is 0 where a cell is missing.
 
     Names and their order depend on the objective alone, so that ranks can add them up.
     """

@@ -1,5 +1,5 @@
-"""SIGTERM while a model trains: remembered, so that the run can save and end; the second one ends
-it at once.
+"""Handles SIGTERM while a model trains: the first one is remembered, so that the run can save and
+end; the second one ends it at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SECONDS_OF_ONE = 2.0
 
 
 class Preemption:
-    """Whether this process was asked to end since the ``with`` block began.
+    """Remembers whether this process was asked to end since the ``with`` block began.
 
     The handler is set in the main thread of a program only, where Python runs handlers.
 

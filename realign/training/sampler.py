@@ -1,4 +1,4 @@
-"""Which pairs every rank trains on: the same optimizer steps whatever the number of ranks."""
+"""Deals pairs to ranks: the optimizer steps are the same whatever the number of ranks."""
 
 from __future__ import annotations
 
@@ -107,5 +107,5 @@ class FilledCollator:
 
 
 def choose_filler(records: Sequence[Record]) -> Record:
-    """The first row with an image, or the first one where none has any."""
+    """Return the first row with an image, or the first one where none has any."""
     return next((record for record in records if record.images), records[0])

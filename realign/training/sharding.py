@@ -84,7 +84,7 @@ def check_data_parallel(accelerator: Any) -> None:
 
 
 def whole_weights(accelerator: Any, model: nn.Module) -> dict[str, Tensor]:
-    """Name to gathered weight, on the CPU of the first rank; all ranks must call it.
+    """Return name to gathered weight, on the CPU of the first rank; all ranks must call it.
 
     Tied weights are one tensor again, as ``save_pretrained`` must see them to write one.
     """

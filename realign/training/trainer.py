@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
@@ -20,19 +21,17 @@ from transformers.trainer_utils import TrainOutput, seed_worker
 from realign.data.records import Record
 from realign.errors import RefusedError
 from realign.modeling.collate import PreferenceCollator
-from realign.modeling.memory import Footprint, is_out_of_memory
-from realign.modeling.packed_attention import choose_layout
+from realign.modeling.float32 import computes_exactly
+from realign.modeling.memory import Footprint
+from realign.modeling.packing import choose_layout
 from realign.modeling.parts import (
     disable_dropout,
     freeze_parts,
     frozen_parts,
     give_projector_its_rate,
 )
-from realign.training.augmentation import Augment, RecordDataset
-from realign.training.callbacks import TellEpoch
 from realign.training.checkpoint_trainer import CheckpointTrainer
 from realign.training.guards import (
-    computes_exactly,
     first_bad_gradient,
     gradients_are_finite,
     not_finite,
@@ -113,12 +112,10 @@ class RDPOTrainer(CheckpointTrainer):
             attribute ``batch_variance``, if it has one, is that of
             :func:`realign.training.guards.off_reference`.
         callbacks: Of the Trainer.
-        augment: Changes every training image; the reference saw it unchanged, so
-            ``check_first_step`` must be false. See :data:`realign.training.augmentation.Augment`.
     Raises:
         ValueError: The reference lacks a record, or the objective is unknown.
-        RefusedError: ``auto_find_batch_size`` is set, or ``augment`` with ``check_first_step``;
-            nothing is left to train, or no projector for ``projector_learning_rate``.
+        RefusedError: ``auto_find_batch_size`` is set, nothing is left to train, or there is no
+            projector for ``projector_learning_rate``.
     """
 
     args: RDPOConfig
@@ -131,17 +128,11 @@ class RDPOTrainer(CheckpointTrainer):
         processing_class: Any,
         reference: Mapping[str, Tensor],
         callbacks: list[TrainerCallback] | None = None,
-        augment: Augment | None = None,
     ) -> None:
         if args.auto_find_batch_size:
             raise RefusedError(
                 "auto_find_batch_size must be false: it changes the pairs of a step unasked. Set "
                 "per_device_train_batch_size and gradient_accumulation_steps."
-            )
-        if augment and args.check_first_step:
-            raise RefusedError(
-                "check_first_step must be false with augment: the reference was computed from the "
-                "images as they are. Set it to false."
             )
         # DataParallel would scatter a packed row over the GPUs of a process
         args._n_gpu = min(args.n_gpu, 1)
@@ -167,7 +158,6 @@ class RDPOTrainer(CheckpointTrainer):
         )
         self._batch_variance: float | None = getattr(reference, "batch_variance", None)
         self._step_ids: list[str] = []  # rows of the step so far, for messages
-        dataset = RecordDataset(train_dataset, augment, args.seed)
         collator: Any = PreferenceCollator(
             processing_class,
             self.objective.num_cells,
@@ -188,9 +178,9 @@ class RDPOTrainer(CheckpointTrainer):
             model=model,
             args=args,
             data_collator=collator,
-            train_dataset=dataset,
+            train_dataset=train_dataset,
             processing_class=processing_class,
-            callbacks=[TellEpoch(dataset), GatherHead(), *(callbacks or [])],
+            callbacks=[GatherHead(), *(callbacks or [])],
         )
         check_data_parallel(self.accelerator)
         if self.is_fsdp_enabled:
@@ -205,7 +195,6 @@ class RDPOTrainer(CheckpointTrainer):
     def get_train_dataloader(self) -> DataLoader[Record]:
         """Micro-batches of this rank, in an order that does not depend on the number of ranks."""
         args, dataset = self.args, self.train_dataset
-        assert isinstance(dataset, RecordDataset)
         sampler = PairSampler(
             len(dataset),
             self._train_batch_size,
@@ -316,7 +305,7 @@ class RDPOTrainer(CheckpointTrainer):
         try:
             return super().train(*args, **kwargs)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if not should_reduce_batch_size(error):
                 raise
             raise self._out_of_memory(error) from error
 

@@ -15,6 +15,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
+from realign.building.models import PromptLength
 from realign.building.run import build
 from realign.building.staging import Staging
 from realign.config import BuildConfig
@@ -26,7 +27,7 @@ from realign.demo.world import DESCRIBE
 from realign.errors import RefusedError
 from realign.generation.generator import Answer, Request
 from realign.generation.transformers_generator import TransformersGenerator
-from realign.modeling.lengths import PromptLength, position_limit
+from realign.modeling.lengths import position_limit
 from realign.runtime.run_folder import only_run
 
 

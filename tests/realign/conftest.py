@@ -74,7 +74,7 @@ def make_reference() -> Callable[..., dict[str, torch.Tensor]]:
     """References of the first rows, computed as the policy is: ``(model_dir, count, dtype)``."""
     from realign.modeling.collate import PreferenceCollator
     from realign.modeling.loading import load_model
-    from realign.modeling.packed_attention import choose_layout
+    from realign.modeling.packing import choose_layout
     from realign.modeling.processors import load_processor
 
     def compute(

@@ -3,7 +3,6 @@
     <folder>/00003.safetensors   embeddings (images of the shard, D), float32 or, on demand, float16
         encoder   hash of what the vectors depend on besides the images
         images    hash of the digests of the shard's images, in order
-        vectors   hash of the vectors' own bytes
 
 float16 halves the memory and moves a cosine by about 1e-5. A shard is written by one process and
 read by another; nothing but its number and its images connects them.
@@ -11,20 +10,19 @@ read by another; nothing but its number and its images connects them.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
+from realign.building.retrieval.sealed_arrays import encode_arrays, load_arrays, read_origin
 from realign.errors import RefusedError
 from realign.runtime.files import canonical_json, content_sha256, replacing
 
 NAME = "embeddings"
+DIFFERENCES = {"encoder": "it is of another encoder", "images": "it is of other images"}
 
 
 class EmbeddingStore:
@@ -78,10 +76,9 @@ class EmbeddingStore:
         if not embeddings.isfinite().all():
             raise ValueError(f"embeddings must be finite, shard {number} has others.")
         stored = embeddings.detach().cpu().to(self.dtype).contiguous()
-        # one entry: safetensors writes several in an order that changes
-        metadata = {NAME: canonical_json(self._origin(stored, digests))}
+        content = encode_arrays({NAME: stored.numpy()}, self._origin(digests))
         with replacing(self.path(number)) as temporary:
-            save_file({NAME: stored}, temporary, metadata=metadata)
+            temporary.write_bytes(content)
 
     def read(self, digest_shards: Sequence[Sequence[str]]) -> Tensor:
         """Return all vectors, shape ``(images, D)``, in the stored dtype; in memory once, and a
@@ -114,9 +111,8 @@ class EmbeddingStore:
         parts = []
         for number in range(len(digest_shards)):
             try:
-                with safe_open(self.path(number), framework="pt") as file:
-                    parts.append(file.metadata()[NAME])
-            except (SafetensorError, OSError, KeyError, TypeError) as error:
+                parts.append(canonical_json(read_origin(self.path(number))))
+            except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
                 raise RefusedError(
                     f"{self.path(number)} must hold the vectors of shard {number} ({error}). "
                     "Delete it and run again."
@@ -125,27 +121,8 @@ class EmbeddingStore:
 
     def _load(self, number: int, digests: Sequence[str]) -> Tensor | str:
         """Return a shard as it was written, or what is wrong with it."""
-        path = self.path(number)
-        if not path.is_file():
-            return "it does not exist"
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = json.loads((file.metadata() or {})[NAME])
-                if metadata["encoder"] != self.encoder:
-                    return "it is of another encoder"
-                if metadata["images"] != content_sha256(*digests):
-                    return "it is of other images"
-                stored = file.get_tensor(NAME)
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            return f"it is damaged ({error})"
-        if metadata != self._origin(stored, digests):
-            return "it is damaged (its bytes are not those of its hash)"
-        return stored
+        found = load_arrays(self.path(number), self._origin(digests), DIFFERENCES)
+        return found if isinstance(found, str) else torch.from_numpy(found[NAME])
 
-    def _origin(self, stored: Tensor, digests: Sequence[str]) -> dict[str, str]:
-        raw = hashlib.sha256(stored.numpy().tobytes()).hexdigest()
-        return {
-            "encoder": self.encoder,
-            "images": content_sha256(*digests),
-            "vectors": content_sha256(str(stored.dtype), str(tuple(stored.shape)), raw),
-        }
+    def _origin(self, digests: Sequence[str]) -> dict[str, str]:
+        return {"encoder": self.encoder, "images": content_sha256(*digests)}

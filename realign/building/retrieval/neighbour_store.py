@@ -6,30 +6,25 @@ from.
                                  counts, of each of REASONS
         origin    hash of what neighbours depend on: rule, index, embeddings, duplicates
         images    the range
-        content   hash of the arrays' own bytes
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from realign.building.retrieval.neighbours import EXCLUDED, REASONS, Neighbours
+from realign.building.retrieval.sealed_arrays import Arrays, encode_arrays, load_arrays
 from realign.errors import RefusedError
 from realign.runtime.files import canonical_json, content_sha256, replacing
 
-NAME = "neighbours"
-ARRAYS = ("indices", "cosines", "counts")
-Arrays = dict[str, NDArray[Any]]
+DIFFERENCES = {
+    "origin": "it was made from other images, embeddings or rules",
+    "images": "it is of other images",
+}
 
 
 class NeighbourStore:
@@ -64,8 +59,7 @@ class NeighbourStore:
             "cosines": found.cosines.astype(np.float32),
             "counts": np.array([counts[reason] for reason in REASONS], dtype=np.int64),
         }
-        # one entry: safetensors writes several in an order that changes
-        return save(arrays, {NAME: canonical_json(self._metadata(images, arrays))})
+        return encode_arrays(arrays, self._origin(images))
 
     def write(self, number: int, content: bytes) -> None:
         """Write what :meth:`encode` returned, whole or not at all."""
@@ -100,34 +94,7 @@ class NeighbourStore:
 
     def _load(self, number: int) -> Arrays | str:
         """Return the arrays of a shard, or what is wrong with it."""
-        path = self.path(number)
-        if not path.is_file():
-            return "it does not exist"
-        try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = json.loads((file.metadata() or {})[NAME])
-                if metadata["origin"] != self.origin:
-                    return "it was made from other images, embeddings or rules"
-                arrays = {name: file.get_tensor(name) for name in ARRAYS}
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            return f"it is damaged ({error})"
-        if metadata != self._metadata(self.ranges[number], arrays):
-            return "it is damaged or of other images"
-        return arrays
+        return load_arrays(self.path(number), self._origin(self.ranges[number]), DIFFERENCES)
 
-    def _metadata(self, images: range, arrays: Arrays) -> dict[str, object]:
-        parts = [
-            part
-            for name, array in arrays.items()
-            for part in (name, str(array.dtype), str(array.shape), array.tobytes())
-        ]
-        return {
-            "origin": self.origin,
-            "images": [images.start, images.stop],
-            "content": content_sha256(*parts),
-        }
-
-
-def array_sha256(array: np.ndarray) -> str:
-    """SHA-256 of an array's bytes."""
-    return hashlib.sha256(array.tobytes()).hexdigest()
+    def _origin(self, images: range) -> dict[str, object]:
+        return {"origin": self.origin, "images": [images.start, images.stop]}

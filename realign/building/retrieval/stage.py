@@ -26,8 +26,9 @@ from realign.building.retrieval.encoders import (
 )
 from realign.building.retrieval.index import make_index
 from realign.building.retrieval.neighbour_search import NeighbourSearch
-from realign.building.retrieval.neighbour_store import NeighbourStore, array_sha256
+from realign.building.retrieval.neighbour_store import NeighbourStore
 from realign.building.retrieval.neighbours import Neighbours, Rule
+from realign.building.retrieval.sealed_arrays import array_sha256
 from realign.config import BuildConfig
 from realign.modeling.folder import model_identity, resolve_model
 from realign.modeling.loading import choose_dtype, load_model

@@ -1,12 +1,7 @@
-"""A folder that is whole or absent, and the image files in it."""
+"""Output folders of exports: refused where they hold something, and their image files."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
@@ -15,46 +10,6 @@ from realign.errors import RefusedError
 
 # Linux takes paths of 4,096 bytes; the folder's own path needs some of them
 MAX_NAME_BYTES = 1024
-
-
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``out`` when the block ends, and disappears if it
-    fails. ``out`` must not exist, or be an empty folder.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # not by process id: in a container each run has the same one, and a killed run cleans nothing
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-    try:
-        _follow_umask(temporary)
-        yield temporary
-        _sync(temporary)
-        temporary.replace(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _sync_one(out.parent)
-
-
-def _follow_umask(folder: Path) -> None:
-    """Give a folder the permissions that ``mkdir`` would have given it; ``mkdtemp`` gives 0700."""
-    mask = os.umask(0o077)  # it can only be read by setting it
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-
-
-def _sync(folder: Path) -> None:
-    """Bring files, then folders, to the disk: a name must not survive its content."""
-    for path in folder.rglob("*"):
-        _sync_one(path)
-    _sync_one(folder)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class ImageFolder:
@@ -107,7 +62,7 @@ class ImageFolder:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name stays in its folder, and every reader takes it for a file."""
+    """Return whether a name stays in its folder, and every reader takes it for a file."""
     if not _is_unicode(name) or "\0" in name or "://" in name or name.startswith("data:"):
         return False
     parts = name.split("/")

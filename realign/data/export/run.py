@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from realign.data.dataset import read_kept_records
-from realign.data.export import llamafactory, trl
+from realign.data.export import llamafactory, official, trl
 from realign.data.export import ms_swift as swift
-from realign.data.export.folder import check_new, new_folder
-from realign.data.formats import official
+from realign.data.export.folder import check_new
 from realign.data.records import Record
 from realign.errors import RefusedError
-from realign.runtime.files import canonical_json, content_sha256, read_json, write_json
+from realign.runtime.files import canonical_json, content_sha256, new_folder, write_json
 from realign.runtime.progress import Progress
 from realign.runtime.run_folder import check_out
+from realign.runtime.strict_json import read_json
 
 Writer = Callable[[Iterable[Record], Path], Counter[str]]
 WRITERS: Mapping[str, tuple[Writer, str]] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, TextIO
 from realign.data.formats.layout import RefusedRowError
 from realign.data.records import COUNTED
 from realign.errors import RefusedError
+from realign.runtime.strict_json import Flaw, StrictDecoder
 
 CHUNK = 1 << 20
 MAX_ROW = 16 << 20  # characters; a conversation has thousands
@@ -20,7 +20,7 @@ MAX_ROW = 16 << 20  # characters; a conversation has thousands
 
 @dataclass(frozen=True)
 class Found:
-    """What stands at one place of a file: a row, or why it is none."""
+    """A row at one place of a file, or the reason why there is none."""
 
     number: int  # from 1
     where: str  # the place in the file: "line 3", "row 3"
@@ -28,56 +28,22 @@ class Found:
     problem: RefusedRowError | None = None
 
     def place(self, file: str) -> str:
-        """What messages call it."""
+        """Return what messages call the place."""
         return f"{file}, {self.where}" + (COUNTED if "row" in self.where else "")
 
 
-class StrictDecoder:
-    """JSON whose objects have each key once and whose numbers are numbers. The first object that
-    breaks this is remembered, so that the end of the row is still found.
-    """
-
-    def __init__(self) -> None:
-        self._problem: RefusedRowError | None = None
-        self._decoder = json.JSONDecoder(
-            object_pairs_hook=self._object, parse_float=self._float, parse_constant=self._float
-        )
-
-    def decode(self, text: str, start: int = 0) -> tuple[Any, int, RefusedRowError | None]:
-        """The value that begins at ``start``, where it ends, and what is wrong with it.
-
-        Raises:
-            json.JSONDecodeError: There is no whole value.
-        """
-        self._problem = None
-        try:
-            value, end = self._decoder.raw_decode(text, start)
-        except json.JSONDecodeError:
-            raise
-        except (ValueError, RecursionError) as error:  # too many digits, too many brackets
-            raise json.JSONDecodeError(str(error), text, start) from None
-        return value, end, self._problem
-
-    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(pairs)
-        if len(value) < len(pairs):
-            names = [name for name, _ in pairs]
-            again = next(name for name in names if names.count(name) > 1)
-            self._problem = RefusedRowError(
-                again, "duplicate-key", f"key {again!r:.60} must be given once. Remove one."
-            )
-        return value
-
-    def _float(self, number: str) -> float:
-        if not math.isfinite(value := float(number)):
-            self._problem = RefusedRowError(
-                "", "number", f"numbers must be finite, got {number[:60]}. Replace it by null."
-            )
-        return value
+def _problem(flaw: Flaw | None) -> RefusedRowError | None:
+    if flaw is None:
+        return None
+    if flaw.code == "number":
+        reason = f"numbers must be finite, got {flaw.value[:60]}. Replace it by null."
+        return RefusedRowError("", flaw.code, reason)
+    reason = f"key {flaw.value!r:.60} must be given once. Remove one."
+    return RefusedRowError(flaw.value, flaw.code, reason)
 
 
 def read_lines(path: Path) -> Iterator[Found]:
-    """The rows of JSON lines; a bad line does not end them."""
+    """Yield the rows of JSON lines; a bad line does not end them."""
     decoder = StrictDecoder()
     with path.open("rb") as file:
         number = 0
@@ -120,9 +86,7 @@ def _line(decoder: StrictDecoder, raw: bytes, number: int, where: str) -> Found:
         )
         return Found(number, where, problem=empty)
     try:
-        value, end, problem = decoder.decode(text)
-        if end < len(text):
-            raise json.JSONDecodeError("Extra data", text, end)
+        value = decoder.decode_all(text)
     except json.JSONDecodeError as error:
         return Found(
             number,
@@ -133,11 +97,11 @@ def _line(decoder: StrictDecoder, raw: bytes, number: int, where: str) -> Found:
                 f"the line must be JSON, got {text[:60]!r} ({error.msg}). Correct it.",
             ),
         )
-    return Found(number, where, value, problem)
+    return Found(number, where, value, _problem(decoder.flaw))
 
 
 def read_list(path: Path) -> Iterator[Found]:
-    """The rows of one JSON list, decoded as they come: the list is never in memory as a whole.
+    """Yield the rows of one JSON list, decoded as they come: it is never in memory as a whole.
 
     Raises:
         RefusedError: The text between rows is no JSON list: what follows cannot be told apart.
@@ -163,7 +127,7 @@ class _ListReader:
         self._at += 1
 
     def has_next(self, *, first: bool) -> bool:
-        """Whether another row follows; the window then begins with it."""
+        """Return whether another row follows; the window then begins with it."""
         mark = self._skip_space()
         if mark == "]":
             self._at += 1
@@ -179,22 +143,22 @@ class _ListReader:
         return True
 
     def decode(self, number: int) -> tuple[Any, RefusedRowError | None]:
-        """The row that the window begins with."""
+        """Return the row that the window begins with."""
         while True:
             try:
-                value, end, problem = self._decoder.decode(self._text, self._at)
+                value, end = self._decoder.decode(self._text, self._at)
                 # a number at the window's end may go on, also as 1.5 or 1e5 after a whole 1
                 rest = self._text[end : end + 8]
                 if (rest and rest[0] in " \t\r\n,]") or len(rest) == 8 or self._is_whole:
                     self._at = end
-                    return value, problem
+                    return value, _problem(self._decoder.flaw)
             except json.JSONDecodeError as error:
                 if self._is_whole or len(self._text) - self._at > MAX_ROW:
                     raise self._refusal(f"must be JSON ({error.msg})", number) from None
             self._read(max(CHUNK, len(self._text) - self._at))  # twice as much: linear in total
 
     def _skip_space(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """Return the next character that is no space, or an empty string at the end."""
         while True:
             while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
                 self._at += 1

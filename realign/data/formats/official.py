@@ -6,15 +6,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from realign.data.export.folder import ImageFolder
-from realign.data.export.rows import write_list
-from realign.data.images import MAX_BYTES, RefusedImage, check_image_root, resolve_image
+from realign.data.image_names import check_image_root, resolve_image
+from realign.data.images import MAX_BYTES, RefusedImage
 from realign.data.records import (
     COUNTED,
     IMAGE_TOKEN,
@@ -26,10 +24,7 @@ from realign.data.records import (
     refuse_problems,
 )
 from realign.errors import RefusedError
-from realign.runtime.files import read_json
-
-FILE = "pref_data.json"
-NOTE = "train with --data pref_data.json --images images; the authors' code reads the same files"
+from realign.runtime.strict_json import read_json
 
 
 def read_official_json(path: Path, image_root: Path) -> OfficialRecords:
@@ -102,7 +97,7 @@ class OfficialRecords(LazyRecords):
         return len(self._rows)
 
     def texts(self) -> Sequence[Record]:
-        """The same rows; no image file is read."""
+        """Return the same rows; no image file is read."""
         return [row.record for row in self._rows]
 
     def _read(self, index: int) -> Record:
@@ -124,7 +119,7 @@ def _read_limited(path: Path | None) -> tuple[bytes, ...]:
 def _official_row(
     row: Any, row_id: str, where: str, image_root: Path
 ) -> OfficialRow | list[Problem]:
-    """The row, or what is wrong with its images; anything else that is wrong is raised."""
+    """Return the row, or the problems of its images; anything else that is wrong is raised."""
     if not isinstance(row, dict):
         raise RefusedError(
             f"{where} must be an object, got {row!r:.80}. Correct it or remove it.",
@@ -183,8 +178,8 @@ def _official_row(
 
 
 def plain_row(record: Record) -> dict[str, Any]:
-    """A record as the layout spells it: images by the names in its provenance, ``<image>`` on a
-    line of its own in front of the first turn, and an id unless that is the row's number.
+    """Return a record as the layout spells it: images by the names in its provenance, ``<image>``
+    on a line of its own in front of the first turn, and an id unless that is the row's number.
     """
     source = record.source
     names: dict[str, Any] = {
@@ -205,12 +200,12 @@ def plain_row(record: Record) -> dict[str, Any]:
 
 
 def _spells(row: Any, other: Any) -> bool:
-    """Whether two JSON values are equal, the order of keys included."""
+    """Return whether two JSON values are equal, the order of keys included."""
     return json.dumps(row) == json.dumps(other)
 
 
 def _check_placeholders(row: dict[str, Any], num_images: int, where: str) -> None:
-    """A turn that speaks of an image which is not there would be trained on without it."""
+    """Refuse a turn about an image that is missing: it would be trained on without it."""
     for name in ("chosen", "rejected"):
         turns = row[name] if isinstance(row[name], list) else []
         texts = [turn.get("content") for turn in turns[:-1] if isinstance(turn, dict)]
@@ -226,7 +221,7 @@ def _check_placeholders(row: dict[str, Any], num_images: int, where: str) -> Non
 
 
 def split_conversation(turns: Any, where: str, name: str) -> tuple[tuple[Message, ...], str]:
-    """The turns before the last answer, without image placeholders, and that answer.
+    """Return the turns before the last answer, without image placeholders, and that answer.
 
     Raises:
         RefusedError: Not a conversation of the layout.
@@ -249,85 +244,3 @@ def split_conversation(turns: Any, where: str, name: str) -> tuple[tuple[Message
     prompt = [{"role": turn["role"], "content": turn["content"]} for turn in turns[:-1]]
     prompt[0]["content"] = prompt[0]["content"].replace(IMAGE_TOKEN, "").strip()
     return tuple(prompt), cast("str", turns[-1]["content"])
-
-
-def write_official(records: Iterable[Record], folder: Path) -> Counter[str]:
-    """Write ``pref_data.json`` and ``images/`` into ``folder``; return counts.
-
-    Raises:
-        RefusedError: A row that the layout cannot hold: an image without a retrieved one, several
-            images, or turns other than user and assistant in alternation.
-    """
-    images = ImageFolder(folder / "images")
-    counts: Counter[str] = Counter()
-    problems: list[str] = []
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for record in records:
-            counts["rows read"] += 1
-            try:
-                _check(record)
-            except RefusedError as error:
-                problems.append(str(error))
-                continue
-            counts["rows without an image"] += not record.images
-            yield _row(record, images)
-
-    counts["rows written"] = write_list(folder / FILE, rows())
-    refuse_problems(problems, counts["rows read"])
-    counts["images written"] = len(images)
-    counts["images renamed"] = images.renamed
-    return counts
-
-
-def _check(record: Record) -> None:
-    found = (len(record.images), len(record.rejected_images))
-    if found not in ((0, 0), (1, 1)):
-        raise RefusedError(
-            f"{record.where}: the official layout needs one image and one retrieved image, or "
-            f"none, got {found[0]} and {found[1]}. Build retrieved images, or export to ms-swift "
-            "or llamafactory."
-        )
-    if not record.prompt:
-        raise RefusedError(f"{record.where}: prompt must not be empty. Add a question.")
-    row = plain_row(record)
-    for name in ("chosen", "rejected"):
-        split_conversation(row[name], record.where, name)
-
-
-def _row(record: Record, images: ImageFolder) -> dict[str, Any]:
-    names = {}
-    for name, raw in (("image", record.images), ("retrieved_image", record.rejected_images)):
-        if raw:
-            wished = record.source.get(name)
-            names[name] = images.add(raw[0], wished if isinstance(wished, str) else None)
-    plain = plain_row(_named(record, names))
-    row = _as_read(record)
-    if row is None:
-        return plain
-    said = (record.prompt, record.chosen, record.rejected)
-    is_edited = ("image" in row) != bool(names) or _said(row) != said
-    row = {k: v for k, v in row.items() if names or k not in ("image", "retrieved_image")} | names
-    return row | {name: plain[name] for name in ("chosen", "rejected") if is_edited}
-
-
-def _as_read(record: Record) -> dict[str, Any] | None:
-    """The row that the record was read from, where its provenance holds one of the layout."""
-    try:
-        row = json.loads(record.source.get("row", ""))
-        _said(row)
-    except (ValueError, TypeError, KeyError):
-        return None
-    return row
-
-
-def _named(record: Record, names: dict[str, str]) -> Record:
-    """The record with the names that its images have now."""
-    others = {k: v for k, v in record.source.items() if k not in ("image", "retrieved_image")}
-    return dataclasses.replace(record, meta={**record.meta, "source": {**others, **names}})
-
-
-def _said(row: dict[str, Any]) -> Any:
-    """Prompt and answers of a row."""
-    prompt, chosen = split_conversation(row["chosen"], "", "chosen")
-    return prompt, chosen, split_conversation(row["rejected"], "", "rejected")[1]

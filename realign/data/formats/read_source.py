@@ -15,7 +15,7 @@ from realign.data.formats.layouts import recognise
 from realign.data.formats.row_reader import RowReader
 from realign.data.formats.source_row import SourceRow
 from realign.data.formats.table_rows import parquet_files, read_parquet_files, read_saved
-from realign.data.images import check_image_root
+from realign.data.image_names import check_image_root
 from realign.data.records import Problem
 from realign.errors import RefusedError
 from realign.runtime.progress import announce

@@ -12,7 +12,8 @@ from typing import Any
 from realign.data.formats.json_rows import Found
 from realign.data.formats.layout import Draft, Layout, RefusedRowError, Turns
 from realign.data.formats.source_row import SourceRow
-from realign.data.images import FORMATS, MAX_BYTES, RefusedImage, image_suffix, resolve_image
+from realign.data.image_names import resolve_image
+from realign.data.images import FORMATS, MAX_BYTES, RefusedImage, image_suffix
 from realign.data.records import IMAGE_TOKEN, surroundings
 from realign.errors import RefusedError
 

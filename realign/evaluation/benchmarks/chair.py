@@ -13,7 +13,7 @@ import numpy as np
 
 from realign.errors import RefusedError
 from realign.evaluation.benchmark import Array, Benchmark, Key, Row, Rule, TableRow, View, read_rows
-from realign.runtime.files import read_json
+from realign.runtime.strict_json import read_json
 
 Synonyms = Mapping[str, list[str]]
 FILES = ("chair.jsonl", "chair_objects.json")

@@ -18,11 +18,11 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from realign.data.decisions import CHOICES
-from realign.data.images import MAX_BYTES, thumbnail
+from realign.data.images import MAX_BYTES
 from realign.errors import RefusedError
 from realign.review.browse.guard import Guard
 from realign.review.browse.rows import SORTS, STATUSES, Query, Rows
-from realign.review.page import SHARED, load_template
+from realign.review.page import SHARED, load_template, thumbnail
 from realign.review.pair_view import PairView
 
 HERE = Path(__file__).parent

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from realign.data.images import RefusedImage, resolve_image
+from realign.data.image_names import resolve_image
+from realign.data.images import RefusedImage
 
 ESCAPES = [
     *("../secret.png", "../../secret.png", "./../secret.png", "a/../../secret.png", ".."),

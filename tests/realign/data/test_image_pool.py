@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from realign.data.image_pool import ImageFacts, ImagePool, inspect_images
-from realign.data.images import RefusedImage, decode_image
+from realign.data.image_pool import ImagePool, inspect_images
+from realign.data.images import ImageFacts, RefusedImage, decode_image
 from realign.data.perceptual_hash import perceptual_hash
 
 

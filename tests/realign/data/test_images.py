@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from realign.data import images as images_module
-from realign.data.images import decode_image, image_size, resolve_image
+from realign.data.image_names import resolve_image
+from realign.data.images import decode_image, image_size
 from realign.errors import RefusedError
 
 

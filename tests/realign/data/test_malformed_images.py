@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from realign.data.image_pool import ImageFacts, ImagePool
-from realign.data.images import MAX_PIXELS, RefusedImage
+from realign.data.image_pool import ImagePool
+from realign.data.images import MAX_PIXELS, ImageFacts, RefusedImage
 
 KINDS = ("JPEG", "PNG", "WEBP")
 TIMES = 50

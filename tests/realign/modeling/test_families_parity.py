@@ -12,7 +12,7 @@ from realign.data.images import decode_image
 from realign.errors import RefusedError
 from realign.modeling.adapters import add_adapter
 from realign.modeling.families import process
-from realign.modeling.packed_attention import choose_layout, why_not_shared
+from realign.modeling.packing import choose_layout, why_not_shared
 from realign.modeling.parts import VISION_MODULES, part_of
 from realign.modeling.positions import rope_positions
 from realign.modeling.preference_forward import attach_preference_forward

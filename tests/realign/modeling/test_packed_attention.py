@@ -14,13 +14,8 @@ from realign.data.records import Record
 from realign.errors import RefusedError
 from realign.modeling.collate import PreferenceCollator
 from realign.modeling.loading import load_model
-from realign.modeling.packed_attention import (
-    PackedAttention,
-    choose_layout,
-    packed_attention,
-    why_not_shared,
-)
-from realign.modeling.packing import Packing
+from realign.modeling.packed_attention import PackedAttention, packed_attention
+from realign.modeling.packing import Packing, choose_layout, why_not_shared
 from realign.modeling.processors import load_processor
 from realign_kernels import Objective
 

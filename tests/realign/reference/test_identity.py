@@ -185,7 +185,7 @@ def test_float32_products_of_another_precision_are_refused(
 
 def test_the_layout_is_what_training_chooses(model_dir) -> None:
     from realign.modeling.loading import load_model
-    from realign.modeling.packed_attention import choose_layout
+    from realign.modeling.packing import choose_layout
 
     assert row_layout(model_dir) == choose_layout(load_model(model_dir, torch.float32))
     assert row_layout(model_dir, shared_prefix=False) == "separate"

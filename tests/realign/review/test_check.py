@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from realign.cli import app
 from realign.config import CheckConfig, LoraSection
 from realign.config_file import load_config
-from realign.data.decoding import DecodedRow
 from realign.data.formats.parquet import write_parquet
-from realign.data.image_pool import ImageFacts
+from realign.data.images import ImageFacts
+from realign.data.records import DecodedRow
 from realign.modeling.adapters import add_adapter
 from realign.modeling.collate import PreferenceCollator
 from realign.modeling.lengths import RowLengths

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import random
 import shutil
 from pathlib import Path
@@ -9,16 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageOps
+from torch.utils.data import Dataset
 from transformers import PrinterCallback
 
 from realign.config import LoraSection
 from realign.data.records import Record
 from realign.errors import RefusedError
 from realign.modeling.adapters import add_adapter
-from realign.modeling.collate import PreferenceCollator
 from realign.modeling.loading import load_model
 from realign.modeling.processors import load_processor
-from realign.training.augmentation import RecordDataset, augmented
 from realign.training.callbacks import LogLastStep, MetricsFile
 from realign.training.checkpoints import checkpoints, newest_checkpoint
 from realign.training.trainer import RDPOConfig, RDPOTrainer
@@ -33,14 +34,46 @@ def flipped(image: Image.Image, rng: random.Random) -> Image.Image:
     return ImageOps.mirror(image) if rng.random() < 0.5 else image.rotate(rng.choice([0, 90, 180]))
 
 
+class FlippedImages(Dataset[Record]):
+    """Records whose images are changed at random, by seed, epoch and row."""
+
+    def __init__(self, rows: list[Record], seed: int = 3) -> None:
+        self.rows, self.seed = rows, seed
+        # in shared memory: workers that live longer than an epoch see the next one
+        self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's loader when an epoch begins."""
+        self.epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Record:
+        row = self.rows[index]
+        rng = random.Random(f"{self.seed} {int(self.epoch)} {row.id}")
+        images, rejected = (
+            tuple(png(flipped(image, rng)) for image in row.open_images(rejected=is_rejected))
+            for is_rejected in (False, True)
+        )
+        changed = dataclasses.replace(row, images=images, rejected_images=rejected)
+        vars(changed)["key"] = row.key  # a cached property: the reference is found by the original
+        return changed
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
 def train(
     model_dir: Path,
     folder: Path,
-    rows: list[Record],
+    rows: list[Record] | FlippedImages,
     reference: dict[str, torch.Tensor],
     *,
     resume: Path | bool | None = None,
-    augment=None,
     lora: LoraSection | None = None,
     dtype: torch.dtype = torch.float32,
     **options,
@@ -57,13 +90,11 @@ def train(
         **{
             "num_train_epochs": 2, "learning_rate": 3e-4, "lr_scheduler_type": "cosine",
             "save_strategy": "steps", "save_steps": 1, "logging_steps": 1,
-            "check_first_step": augment is None, "seed": 3, **options,
+            "check_first_step": not isinstance(rows, FlippedImages), "seed": 3, **options,
         },
     )  # fmt: skip
     callbacks = [LogLastStep(), MetricsFile(folder / "metrics.jsonl")]
-    trainer = RDPOTrainer(
-        model, args, rows, load_processor(model_dir), reference, callbacks, augment
-    )
+    trainer = RDPOTrainer(model, args, rows, load_processor(model_dir), reference, callbacks)
     folder.mkdir(exist_ok=True)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(resume) if isinstance(resume, Path) else resume)
@@ -106,8 +137,8 @@ CASES = [
 def test_a_resumed_run_ends_bit_by_bit_the_same_with_augmented_images(
     tmp_path: Path, model_dir, records, reference, options, resumed
 ) -> None:
-    rows = records(12)
-    train(model_dir, tmp_path / "whole", rows, reference, augment=flipped, **options)
+    rows = FlippedImages(records(12))
+    train(model_dir, tmp_path / "whole", rows, reference, **options)
     last = checkpoints(tmp_path / "whole" / "steps")[-1].name
     expected = files(tmp_path / "whole" / "steps" / last)
     assert not [file for file in expected if file.endswith((".pt", ".pth", ".bin"))]
@@ -117,7 +148,7 @@ def test_a_resumed_run_ends_bit_by_bit_the_same_with_augmented_images(
         shutil.copytree(tmp_path / "whole" / start, folder / start)
         random.seed(step)  # what other code does to the global generators is of no importance
         torch.manual_seed(step)
-        train(model_dir, folder, rows, reference, resume=folder / start, augment=flipped, **options)
+        train(model_dir, folder, rows, reference, resume=folder / start, **options)
         assert files(folder / "steps" / last) == expected
         log = (folder / "metrics.jsonl").read_text()
         assert log == (tmp_path / "whole" / "metrics.jsonl").read_text()
@@ -220,34 +251,17 @@ def test_at_least_two_checkpoints_stay(
     assert kept == [f"checkpoint-{step}" for step in range(5 - left, 5)]
 
 
-def test_an_image_is_changed_by_seed_epoch_and_row_alone(records) -> None:
-    rows = records(3)
-    dataset = RecordDataset(rows, flipped, seed=5)
-    random.seed(1)
-    state = random.getstate()
-    first = [dataset[index] for index in (2, 0, 1)]
-    assert random.getstate() == state
-    assert [dataset[index].images for index in (0, 1, 2)] == [
-        first[1].images,
-        first[2].images,
-        first[0].images,
-    ]
-    assert all(new.key == rows[index].key for new, index in zip(first, (2, 0, 1), strict=True))
-    drawn = {augmented(rows[0], flipped, 5, epoch).images for epoch in range(12)}
-    assert len(drawn) > 2
-    drawn = {augmented(rows[0], flipped, seed, 0).images for seed in range(12)}
-    assert len(drawn) > 2
-    dataset.set_epoch(1)
-    assert dataset[0].images == augmented(rows[0], flipped, 5, 1).images
-    assert RecordDataset(rows)[1] is rows[1]
-
-
-def test_augmented_images_are_what_the_model_sees(
-    tmp_path: Path, model_dir, records, reference
-) -> None:
-    row = records(1)[0]
-    white = augmented(row, lambda image, _: Image.new("RGB", image.size, "white"), 0, 0)
-    seen = PreferenceCollator(load_processor(model_dir), 3)([white])["pixel_values"]
-    assert (seen == seen.flatten()[0]).float().mean() > 0.3  # one colour, a value a channel
-    with pytest.raises(RefusedError, match="check_first_step must be false with augment"):
-        train(model_dir, tmp_path, records(12), reference, augment=flipped, check_first_step=True)
+def test_images_are_drawn_anew_for_every_epoch(records, model_dir, tmp_path, reference) -> None:
+    """Or the runs above would prove nothing of random changes."""
+    rows = records(12)
+    changed = FlippedImages(rows)
+    by_epoch = []
+    for epoch in range(2):
+        changed.set_epoch(epoch)
+        by_epoch.append([row.images for row in (changed[index] for index in range(12))])
+        assert by_epoch[-1] == [changed[index].images for index in range(12)]
+    original = [row.images for row in rows]
+    assert len({str(images) for images in (*by_epoch, original)}) == 3
+    assert [changed[index].key for index in range(12)] == [row.key for row in rows]
+    train(model_dir, tmp_path, changed, reference, per_device_train_batch_size=6)
+    assert int(changed.epoch) == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from realign.building.retrieval.embedding_store import EmbeddingStore
 from realign.errors import RefusedError
@@ -108,13 +109,20 @@ def test_every_damaged_byte_and_every_cut_is_noticed(store: EmbeddingStore) -> N
         store.read(SHARDS)
 
 
+def test_shards_of_the_older_format_are_named_and_made_again(store: EmbeddingStore) -> None:
+    save_file({"embeddings": vectors(1)}, store.path(1), {"embeddings": "{}"})
+    assert store.missing(SHARDS) == [1]
+    with pytest.raises(RefusedError, match="it is of schema 1, this version reads 2"):
+        store.read(SHARDS)
+
+
 def test_a_failed_write_leaves_the_shard_as_it_was(
     store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full_disk(*_: object, **__: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("realign.building.retrieval.embedding_store.save_file", full_disk)
+    monkeypatch.setattr("realign.building.retrieval.embedding_store.encode_arrays", full_disk)
     with pytest.raises(OSError, match="no space"):
         store.write(1, vectors(1) + 1, SHARDS[1])
     assert store.missing(SHARDS) == []

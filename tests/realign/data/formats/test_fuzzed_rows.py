@@ -14,7 +14,7 @@ import pytest
 from realign.data.formats.official import read_official_rows
 from realign.data.records import content_problems, special_tokens
 from realign.errors import RefusedError
-from realign.runtime.files import iter_jsonl
+from realign.runtime.strict_json import iter_jsonl
 
 ROWS = 5_000  # as lines of bytes, and as many as parsed values
 

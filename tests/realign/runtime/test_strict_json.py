@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from realign.errors import RefusedError
-from realign.runtime.files import MAX_LINE_BYTES, iter_jsonl, read_json, read_jsonl, write_jsonl
+from realign.runtime.files import read_jsonl, write_jsonl
+from realign.runtime.strict_json import MAX_LINE_BYTES, iter_jsonl, read_json
 
 
 def test_any_character_survives_json_lines(tmp_path: Path) -> None:

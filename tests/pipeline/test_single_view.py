@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from realign.data.images import decode_image
 from realign.errors import RefusedError
 from realign.modeling.loading import load_model
 from realign.modeling.processors import load_processor
-from realign.modeling.single_view import save_single_view
 from tests.realign.modeling.families.pairs import SQUARE, WIDE
 from tests.realign.modeling.families.registry import FAMILIES
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "llava_next_single_view.py"
+save_single_view = runpy.run_path(str(SCRIPT))["save_single_view"]
 
 
 @pytest.mark.parametrize("name", ["llava-1.6-mistral", "llava-1.6-vicuna"])

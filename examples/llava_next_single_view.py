@@ -1,4 +1,6 @@
-"""LLaVA-1.6 as the paper's authors train it: ``python -m realign.modeling.single_view MODEL OUT``.
+"""Convert LLaVA-1.6 to what the paper's authors train.
+
+    python examples/llava_next_single_view.py MODEL OUT
 
 Their code shows it one padded square view, 576 tokens, and not the tiles of its own processor, up
 to 2,880. That is the architecture of LLaVA-1.5 with the weights of LLaVA-1.6.
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForImageTextToText,
+    AutoProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaImageProcessor,
@@ -20,9 +23,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from realign.errors import RefusedError
-from realign.modeling.folder import resolve_model
-from realign.modeling.processors import load_processor
+from realign import RefusedError
 
 # of LlavaNextConfig, which LlavaConfig has as well
 SHARED_OPTIONS = (
@@ -46,8 +47,7 @@ def save_single_view(model: str, out: Path) -> None:
     """
     if out.exists():
         raise RefusedError(f"out must be a new folder, got {out}. Remove it or name another.")
-    folder = resolve_model(model)
-    tiled = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto", use_safetensors=True)
+    tiled = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", use_safetensors=True)
     if not isinstance(tiled, LlavaNextForConditionalGeneration):
         raise RefusedError(
             f"model must be a LLaVA-1.6 (llava_next), got {model}, a {type(tiled).__name__}. Other "
@@ -67,7 +67,7 @@ def save_single_view(model: str, out: Path) -> None:
     single.load_state_dict(weights, assign=True)
     single.generation_config = tiled.generation_config
     single.save_pretrained(out)
-    _single_view_processor(load_processor(folder), config).save_pretrained(out)
+    _single_view_processor(AutoProcessor.from_pretrained(model), config).save_pretrained(out)
 
 
 def _single_view_processor(processor: Any, config: Any) -> LlavaProcessor:

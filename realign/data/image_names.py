@@ -1,0 +1,66 @@
+"""Names of images in untrusted datasets: files inside one folder, never a URL or a way out."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+
+from realign.data.images import RefusedImage
+from realign.errors import RefusedError
+
+# a scheme and a slash, a scheme that needs none, or a host without a scheme; any case
+_URL = re.compile(
+    r"\s*([a-z][a-z0-9+.-]*:[/\\]|(data|file|https?|ftp|blob|javascript|urn):|[/\\]{2})", re.I
+)
+
+
+def check_image_root(root: Path) -> None:
+    """Refuse an image folder that is none: every image would be missing from it.
+
+    Raises:
+        RefusedError: Naming the folder.
+    """
+    if not root.is_dir():
+        raise RefusedError(f"images must be an existing folder, got {root}. Check --images.")
+
+
+def resolve_image(root: Path, name: str, where: str) -> Path:
+    """Return the path of image ``name`` under ``root``.
+
+    Args:
+        root: The image folder.
+        name: A relative path from the dataset. URLs and paths that leave ``root``, by themselves
+            or through a link, are refused.
+        where: The row, for the message.
+    Raises:
+        RefusedImage: The name is absolute, a URL, leaves the folder, or no such file exists.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        reason = f"image must be a file name, got {name!r:.80}. Name a file of the image folder."
+        raise RefusedImage(where, reason, "image-name")
+    if "://" in name or _URL.match(name):
+        reason = f"image must be a file name, got the URL {name[:80]!r}. Download it first."
+        raise RefusedImage(where, reason, "url")
+    try:
+        path = (root / name).resolve()
+        is_inside, is_file = path.is_relative_to(root.resolve()), path.is_file()
+    # too long, not in the file system's encoding, a loop of links, a folder that is locked
+    except (OSError, ValueError, RuntimeError) as error:
+        said = f"{name[:80]!r} ({error!s:.80})"
+        reason = f"image must be a file that can be opened, got {said}. Rename it."
+        raise RefusedImage(where, reason, "unreadable") from None
+    if not is_inside:
+        by_link = ", a link that leaves it" if not is_outside_name(name) else ""
+        reason = f"image must lie inside {root}, got {name[:200]!r}{by_link}. Copy it there."
+        raise RefusedImage(where, reason, "outside-root")
+    if not is_file:
+        reason = f"image {name!r} does not exist in {root}. Check --images or remove the row."
+        raise RefusedImage(where, reason, "missing")
+    return path
+
+
+def is_outside_name(name: str) -> bool:
+    """Return whether a name leaves its folder without any link."""
+    path = posixpath.normpath(name.replace("\\", "/"))
+    return path.startswith(("/", "../")) or path == ".."
