@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
+from realign.modeling.acceleration import Numerics
 from realign.modeling.folder import model_identity
 from realign.modeling.loading import load_model_config
 from realign.modeling.packed_attention import why_not_shared
@@ -24,13 +25,13 @@ from realign.runtime.files import canonical_json, content_sha256
 from realign_kernels import describe_backends
 
 NUMERIC_PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "peft", "pillow")
-SCHEMA = 3
+SCHEMA = 4
 Identity = dict[str, Any]
 PACKAGES = ("realign", "numpy", "safetensors", "triton", "flash-attn", "liger-kernel")
 
 
-def numerics() -> dict[str, Any]:
-    """Names and versions, for the identity of a result."""
+def machine_numerics() -> dict[str, Any]:
+    """Return the device and the versions of what computes, for the identity of a result."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "float32": _float32_precision(),
@@ -67,31 +68,20 @@ def reference_identity(
     *,
     cells: int,
     rejected_scoring: str,
-    dtype: torch.dtype,
-    shared_prefix: bool | None = None,
-    attention: str = "sdpa",
-    liger: bool = False,
-    quantization: str | None = None,
-    autocast: bool = False,
+    numerics: Numerics,
 ) -> Identity:
-    """Everything outside a row that its reference log-probabilities depend on.
+    """Return everything outside a row that its reference log-probabilities depend on.
 
     Args:
         folder: The reference model, from :func:`realign.modeling.folder.resolve_model`.
         cells: How many of chosen, text_rejected, image_rejected, both_rejected are scored.
         rejected_scoring: ``label`` or ``top_non_label``.
-        dtype: Of the weights.
-        shared_prefix: Whether the answers of a pair stand behind one prefix; None where the model
-            can.
-        attention: ``sdpa`` or ``flash``.
-        liger: Whether the layers are liger-kernel's.
-        quantization: ``nf4`` for 4-bit weights, or None.
-        autocast: Whether float32 weights are computed with in bfloat16.
+        numerics: How the reference computes.
     """
-    layout = row_layout(folder, shared_prefix)
+    layout = row_layout(folder, numerics.shared_prefix)
     processor = load_processor(folder)
-    ours = numerics()
-    packages = ours.pop("packages")
+    machine = machine_numerics()
+    packages = machine.pop("packages")
     return {
         "schema": SCHEMA,
         "semantics": {
@@ -104,11 +94,7 @@ def reference_identity(
             "files": model_identity(folder),
         },
         "numerics": {
-            "dtype": str(dtype).removeprefix("torch."),
-            "autocast": "bfloat16" if autocast else "off",
-            "quantization": quantization or "off",
-            "attention": attention,
-            "liger_layers": liger,
+            **numerics.identity(),
             "rows": layout,
             "padding": "none" if layout == "shared prefix" else "right, to the longest row",
             # the same configuration is another class, with other pixels, where torchvision is
@@ -117,7 +103,7 @@ def reference_identity(
             "tokenizer": type(processor.tokenizer).__name__,
             "kernel_backend": describe_backends()["auto"],
             "accelerator": _accelerator(),
-            **ours,
+            **machine,
             "packages": packages | {name: version_of(name) for name in PACKAGES},
         },
     }

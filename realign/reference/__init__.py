@@ -14,7 +14,6 @@ from realign.modeling.identity import (
     Identity,
     identity_differences,
     identity_folder,
-    reference_identity,
 )
 from realign.reference.build import build_cache, fill
 from realign.reference.read import read_cache
@@ -34,5 +33,4 @@ __all__ = [
     "identity_differences",
     "identity_folder",
     "read_cache",
-    "reference_identity",
 ]

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 from realign.data.records import Record
 from realign.errors import RefusedError
@@ -90,28 +89,18 @@ def fill(
 
 
 def build_cache(
-    records: Sequence[Record],
-    folder: Path,
-    root: Path,
-    *,
-    batch_size: int,
-    shard_size: int,
-    **options: Any,
+    records: Sequence[Record], scoring: Scoring, root: Path, *, shard_size: int = 1024
 ) -> Path:
     """Compute what is missing, commit it, and return the identity's folder.
 
     Args:
         records: The rows.
-        folder: The reference model, from :func:`realign.modeling.folder.resolve_model`.
-        root: The cache.
-        batch_size: Pairs in one forward.
-        shard_size: Rows a shard.
-        options: The other attributes of :class:`realign.reference.Scoring`: ``cells``,
-            ``rejected_scoring``, ``dtype``, ``max_length`` and so on.
+        scoring: How rows are scored.
+        root: The cache, which may hold other identities too.
+        shard_size: Rows per shard, rounded up to whole batches.
     Raises:
         RefusedError, FloatingPointError: As :func:`fill`.
     """
-    scoring = Scoring(folder=folder, batch_size=batch_size, **options)
     return fill(records, root, scoring, scoring.identity(), shard_size=shard_size, ranks=Ranks())
 
 

@@ -17,6 +17,7 @@ import torch
 
 from realign.data.dataset import read_records
 from realign.errors import RefusedError
+from realign.modeling.acceleration import Numerics
 from realign.modeling.folder import resolve_model
 from realign.modeling.identity import identity_folder
 from realign.modeling.processors import load_processor
@@ -59,7 +60,7 @@ def import_columns(data: Path, model: str, out: Path) -> Path:
     records = read_records(file, None)
     logps = _read_columns(file, len(records))
     check_rows(records, load_processor(folder), cells=logps.shape[1], max_length=None)
-    scoring = Scoring(folder, logps.shape[1], "label", torch.float32, batch_size=1)
+    scoring = Scoring(folder, logps.shape[1], "label", Numerics(torch.float32))
     identity = scoring.identity()
     identity["numerics"] = {"imported": ", ".join(COLUMNS[: logps.shape[1]])}
     place = identity_folder(out, identity)

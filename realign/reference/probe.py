@@ -87,6 +87,6 @@ def is_exact(identity: Identity) -> bool:
     precision = {*numerics["float32"].values()}
     return (
         numerics["dtype"] == "float32"
-        and numerics["autocast"] == "off"
+        and not numerics["autocast"]
         and precision <= {"ieee", "none"}
     )

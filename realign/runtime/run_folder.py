@@ -119,6 +119,12 @@ def is_claimed(
     stored = json.loads(path.read_text(encoding="utf-8"))
     if stored == needed:
         return True
+    if stored.get("schema", 1) != needed.get("schema", 1):
+        raise RefusedError(
+            f"{path} must be of schema {needed.get('schema', 1)}, got {stored.get('schema', 1)}: "
+            "another version of realign began this run. Go on with that version, or choose "
+            "another --out."
+        )
     lines = list(_differences(stored, needed, what, labels or {}))
     raise RefusedError(
         f"out {folder} holds another run of `realign {verb}`:\n" + "\n".join(lines) + "\n"

@@ -11,25 +11,21 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from realign.config import TrainConfig
+from realign.config import Effect, TrainConfig
 from realign.errors import RefusedError
-from realign.modeling.acceleration import Acceleration
+from realign.modeling.acceleration import Numerics
 from realign.modeling.adapters import add_adapter, keep_adapters_in_float32, quiet_peft
 from realign.modeling.folder import is_adapter, lasting_name
 from realign.modeling.loading import choose_dtype, load_model, load_model_config
 from realign.modeling.parts import check_projector_rate, freeze_parts, frozen_parts
 
 
-def weights_dtype(config: TrainConfig) -> torch.dtype:
-    """Full fine-tuning needs float32 weights: updates of 1e-5 vanish in bfloat16."""
-    if config.dtype == "auto" and not config.lora:
-        return torch.float32
-    return choose_dtype(config.dtype)
-
-
-def acceleration_of(config: TrainConfig) -> Acceleration:
-    """How the policy computes, and its reference."""
-    return Acceleration(config.attention, config.liger, config.quantization, config.autocast)
+def numerics_of(config: TrainConfig) -> Numerics:
+    """Return how the policy and its reference compute."""
+    # full fine-tuning requires float32 weights: updates of 1e-5 vanish in bfloat16
+    is_full = config.dtype == "auto" and not config.lora
+    dtype = torch.float32 if is_full else choose_dtype(config.dtype)
+    return Numerics.of(config.marked(Effect.NUMBERS), dtype)
 
 
 def load_policy(config: TrainConfig, folder: Path) -> Any:
@@ -39,11 +35,7 @@ def load_policy(config: TrainConfig, folder: Path) -> Any:
         RefusedError: The folder lacks weights, or the options fit no part of the model.
     """
     model: Any = load_model(
-        folder,
-        weights_dtype(config),
-        trainable_adapter=True,
-        name=lasting_name(config.model),
-        acceleration=acceleration_of(config),
+        folder, numerics_of(config), trainable_adapter=True, name=lasting_name(config.model)
     )
     model = _prepare(model, config, is_adapted=is_adapter(folder))
     if config.gradient_checkpointing:
@@ -59,7 +51,7 @@ def outline_policy(config: TrainConfig, folder: Path) -> nn.Module:
     """
     with torch.device("meta"):
         model: Any = AutoModelForImageTextToText.from_config(
-            load_model_config(folder), dtype=weights_dtype(config)
+            load_model_config(folder), dtype=numerics_of(config).dtype
         )
         if is_adapter(folder):
             from peft import PeftConfig, get_peft_model

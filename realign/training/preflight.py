@@ -23,7 +23,7 @@ from realign.modeling.row_checks import CheckedRows, check_rows
 from realign.runtime.memory import usable_memory
 from realign.runtime.progress import announce
 from realign.training.arguments import num_steps, num_warmup_steps, pairs_per_step, world_size
-from realign.training.policy import acceleration_of, outline_policy, weights_dtype
+from realign.training.policy import numerics_of, outline_policy
 from realign_kernels import Objective
 
 
@@ -72,8 +72,9 @@ def preflight(
     """
     model_config = load_model_config(folder)
     # cheap first: a wrong option need not wait for every row
-    dtype = torch.bfloat16 if config.autocast else weights_dtype(config)
-    acceleration_of(config).check(weights_dtype(config))
+    numerics = numerics_of(config)
+    numerics.check()
+    dtype = torch.bfloat16 if config.autocast else numerics.dtype
     model = outline_policy(config, folder)
     quantized = quantized_weights(model) if config.quantization else set()
     said, held = footprint(model, quantized), Footprint.of(model, quantized).total

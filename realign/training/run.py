@@ -7,12 +7,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
 from transformers import PrinterCallback, set_seed
 
-from realign.config import TrainConfig
+from realign.config import Effect, TrainConfig
 from realign.data.dataset import read_kept_records
 from realign.data.records import Record
 from realign.modeling.adapters import quiet_peft
@@ -25,12 +26,14 @@ from realign.runtime.progress import announce
 from realign.runtime.run_folder import check_out, claim, is_claimed, only_run
 from realign.training.arguments import training_arguments
 from realign.training.callbacks import LogLastStep, MetricsFile, ShowProgress
-from realign.training.objectives import make_objective
-from realign.training.policy import load_policy, weights_dtype
+from realign.training.objectives import ObjectiveOptions, make_objective
+from realign.training.policy import load_policy, numerics_of
 from realign.training.preflight import announce_missing_images, preflight
 from realign.training.sharding import check_precision
 from realign.training.trainer import RDPOTrainer
 from realign_kernels import Objective
+
+SCHEMA = 2  # what a run folder holds, and what its train.json says
 
 
 def adapter_card(config: TrainConfig, base: str, num_rows: int) -> str:
@@ -45,16 +48,9 @@ def adapter_card(config: TrainConfig, base: str, num_rows: int) -> str:
     base = Path(base).name if is_local else base
     # a folder's name is no hub id, which is what the hub would take it for
     metadata = ["---", "library_name: peft", *([] if is_local else [f"base_model: {base}"]), "---"]
-    options = {
-        "beta": config.beta,
-        "image_beta": config.image_beta,
-        "image_weight": config.image_weight,
-        "nll_weight": config.nll_weight,
-        "rejected_scoring": config.rejected_scoring,
-        "learning_rate": config.learning_rate,
-        "epochs": config.epochs,
-        "seed": config.seed,
-    }
+    options = asdict(ObjectiveOptions.of(config))
+    objective = options.pop("objective")
+    options |= {name: getattr(config, name) for name in ("learning_rate", "epochs", "seed")}
     settings = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
     lines = [
         f"# LoRA adapter of {base}",
@@ -62,7 +58,7 @@ def adapter_card(config: TrainConfig, base: str, num_rows: int) -> str:
         "Trained with `realign train` (Re-Align, arXiv 2502.13146).",
         "",
         f"- Base: {base}" + (" (a local folder)" if is_local else ""),
-        f"- Objective: {config.objective}; {settings}",
+        f"- Objective: {objective}; {settings}",
         f"- Data: {config.data.name}, {num_rows:,} pairs",
     ]
     return "\n".join([*metadata, "", *lines]) + "\n"
@@ -82,7 +78,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
     check_out(config.out)
     ranks = Ranks()  # first of all: how weights are loaded depends on who shares them
     folder = resolve_model(config.model)
-    objective = _objective(config)
+    objective = make_objective(ObjectiveOptions.of(config))
     cells = max(objective.num_cells, 3)  # one cache serves dpo, rdpo and mdpo
     records = read_kept_records(config.data, config.images)
     processor = load_processor(folder)
@@ -91,18 +87,12 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
     checkpoint = config.out / "checkpoint"
     rows = [_RowSummary.of(record) for record in records]  # once: it may read them from the disk
     what = {
-        "config": config.model_dump(
-            mode="json",
-            # what the result does not depend on, and what is here by its content
-            exclude={
-                "out", "model", "data", "images", "cache", "report_to", "max_length", "workers",
-                "check_first_step",
-            },
-        ),
+        "schema": SCHEMA,
+        "config": config.model_dump(mode="json", exclude=set(config.marked(Effect.NONE))),
         "model": identity["semantics"]["files"],
         "rows": [row.key for row in rows],
         "processes": ranks.world_size,
-    }  # fmt: skip
+    }
     labels = {"rows": [f"row {row.id}" for row in rows]}
     checked = CheckedRows.of(config.out / "checked_rows.json", what["rows"], identity)
 
@@ -113,7 +103,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
         return True
 
     def check() -> None:
-        check_precision(weights_dtype(config), autocast=config.autocast)
+        check_precision(scoring.numerics.dtype, autocast=config.autocast)
         announce_missing_images(sum(not row.has_retrieved for row in rows), len(rows), objective)
         found = preflight(
             config,
@@ -189,30 +179,15 @@ class _RowSummary(NamedTuple):
         return cls(record.id, record.key, bool(record.rejected_images))
 
 
-def _objective(config: TrainConfig) -> Objective:
-    return make_objective(
-        config.objective,
-        beta=config.beta,
-        image_beta=config.image_beta,
-        image_weight=config.image_weight,
-        nll_weight=config.nll_weight,
-    )
-
-
 def _scoring(config: TrainConfig, folder: Path, cells: int) -> Scoring:
     """The reference computes as the policy will."""
     return Scoring(
         folder,
         cells,
         config.rejected_scoring,
-        weights_dtype(config),
+        numerics_of(config),
         batch_size=max(config.batch_size, 4),
         max_length=config.max_length,
-        shared_prefix=config.shared_prefix,
-        attention=config.attention,
-        liger=config.liger,
-        quantization=config.quantization,
-        autocast=config.autocast,
     )
 
 

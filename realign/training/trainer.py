@@ -39,7 +39,7 @@ from realign.training.guards import (
     off_reference,
 )
 from realign.training.metrics import PairMetrics
-from realign.training.objectives import make_objective
+from realign.training.objectives import ObjectiveOptions, make_objective
 from realign.training.out_of_memory import out_of_memory
 from realign.training.preemption import ignore_sigterm
 from realign.training.sampler import FilledCollator, PairSampler, choose_filler
@@ -48,21 +48,9 @@ from realign_kernels import RdpoOutput
 
 
 @dataclass
-class RDPOConfig(TrainingArguments):
+class RDPOConfig(ObjectiveOptions, TrainingArguments):
     """TrainingArguments with the objective; loss defaults are the paper's."""
 
-    objective: str = field(default="rdpo", metadata={"help": "rdpo, dpo, mdpo, symmetric or sft"})
-    beta: float = field(default=0.1, metadata={"help": "tie to the reference in the answer pair"})
-    image_beta: float | None = field(
-        default=None, metadata={"help": "the same in the image pair; beta by default"}
-    )
-    image_weight: float = field(default=1.0, metadata={"help": "weight of the image pair"})
-    nll_weight: float = field(
-        default=0.0, metadata={"help": "weight of the chosen answer's mean NLL"}
-    )
-    rejected_scoring: str = field(
-        default="label", metadata={"help": "label, or top_non_label (the authors' code)"}
-    )
     freeze_vision: bool = field(default=True, metadata={"help": "leave the vision tower as it is"})
     freeze_projector: bool = field(default=False, metadata={"help": "leave the projector as it is"})
     freeze_language: bool = field(
@@ -145,13 +133,7 @@ class RDPOTrainer(CheckpointTrainer):
             )
         # DataParallel would scatter a packed row over the GPUs of a process
         args._n_gpu = min(args.n_gpu, 1)
-        self.objective = make_objective(
-            args.objective,
-            beta=args.beta,
-            image_beta=args.image_beta,
-            image_weight=args.image_weight,
-            nll_weight=args.nll_weight,
-        )
+        self.objective = make_objective(args)
         if missing := [record.id for record in train_dataset if record.key not in reference]:
             raise ValueError(
                 f"reference must have every record, lacks {len(missing)}, first: row {missing[0]}."

@@ -22,11 +22,11 @@ from realign.runtime.ranks import Ranks
 
 CELLS = 3
 IDENTITY: dict[str, Any] = {
-    "schema": 3,
+    "schema": 4,
     "semantics": {"cells": CELLS, "rejected_scoring": "label", "files": {"model": "a" * 64}},
     "numerics": {
         "dtype": "float32",
-        "autocast": "off",
+        "autocast": False,
         "rows": "separate",
         "float32": {"matmul": "ieee"},
     },

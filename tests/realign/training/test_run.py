@@ -19,10 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from realign.config import CacheConfig, LoraSection, TrainConfig
 from realign.data.formats.parquet import write_parquet
 from realign.errors import RefusedError
+from realign.modeling.acceleration import Numerics
 from realign.modeling.collate import PreferenceCollator
 from realign.modeling.loading import load_model
 from realign.modeling.processors import load_processor
-from realign.reference import build_cache
+from realign.reference import Scoring, build_cache
 from realign.reference.run import cache
 from realign.runtime.run_folder import only_run
 from realign.training.policy import load_policy
@@ -205,13 +206,8 @@ def test_authors_scoring_has_its_own_cache_and_starts_at_two_log_two(
 def test_a_given_cache_is_used_and_never_written(tmp_path: Path, model_dir, data, records) -> None:
     place = build_cache(
         records(12),
-        model_dir,
+        Scoring(model_dir, 3, "label", Numerics(torch.float32), batch_size=4),
         tmp_path / "cache",
-        cells=3,
-        rejected_scoring="label",
-        dtype=torch.float32,
-        batch_size=4,
-        shard_size=1024,
     )
     before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     train(config(model_dir, data, tmp_path / "run", cache=tmp_path / "cache"))
