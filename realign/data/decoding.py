@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from realign.data.image_pool import ImageFacts, ImagePool
-from realign.data.images import RefusedImage, image_size
+from realign.data.images import RefusedImage
 from realign.data.records import Problem, Record
 
 Inspected = ImageFacts | RefusedImage
@@ -26,12 +25,12 @@ class DecodedRow:
 
 
 def sized_row(record: Record) -> DecodedRow:
-    """A record whose images are known to be good, with their sizes alone, read from the headers."""
-
-    def sizes(images: tuple[bytes, ...]) -> tuple[ImageFacts, ...]:
-        return tuple(ImageFacts("", *image_size(io.BytesIO(raw)), 0) for raw in images)
-
-    return DecodedRow(record, sizes(record.images), sizes(record.rejected_images))
+    """Return a record whose images are known to be good, with their sizes alone."""
+    images, rejected_images = (
+        tuple(ImageFacts("", *image.size, 0) for image in record.open_images(rejected=rejected))
+        for rejected in (False, True)
+    )
+    return DecodedRow(record, images, rejected_images)
 
 
 def decoded_rows(

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import unicodedata
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, overload
 
@@ -105,6 +105,39 @@ class Record:
         return f"{self.where}, {name}" + (f" {file!r}" if file else "")
 
 
+@dataclass(frozen=True)
+class OpenedRecord(Record):
+    """A record whose images are decoded once and kept, for as long as one piece of work takes."""
+
+    original: Record | None = None
+
+    @classmethod
+    def of(cls, record: Record) -> OpenedRecord:
+        """Return the record itself where it is one already."""
+        if isinstance(record, OpenedRecord):
+            return record
+        values = {one.name: getattr(record, one.name) for one in fields(Record)}
+        return cls(**values, original=record)
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of the record's content, which the record itself keeps too."""
+        assert self.original is not None
+        return self.original.key
+
+    def open_images(self, *, rejected: bool = False) -> list[Image.Image]:
+        """Return the original or the retrieved images as RGB."""
+        return self._rejected_pixels if rejected else self._pixels
+
+    @cached_property
+    def _pixels(self) -> list[Image.Image]:
+        return super().open_images()
+
+    @cached_property
+    def _rejected_pixels(self) -> list[Image.Image]:
+        return super().open_images(rejected=True)
+
+
 class LazyRecords(Sequence[Record]):
     """Records that are read when they are asked for: a dataset need not fit into memory."""
 
@@ -132,21 +165,32 @@ def texts_of(records: Sequence[Record]) -> Sequence[Record]:
     return records.texts() if isinstance(records, LazyRecords) else records
 
 
-def check_records(records: Sequence[Record], placeholders: Iterable[str]) -> None:
+def check_records(
+    records: Sequence[Record],
+    placeholders: Iterable[str],
+    *,
+    visit: Callable[[Record], object] | None = None,
+    advance: Callable[[], object] | None = None,
+) -> None:
     """Refuse what would train on nothing or on the wrong thing, before anything is loaded.
 
     Args:
         records: The rows.
         placeholders: Image and other special tokens of the model; an answer must contain none.
+        visit: Called with every row, its images decoded, until one is bad.
+        advance: Called after every row.
     Raises:
         RefusedError: The first bad rows, one a line, each with its id, the value and the remedy.
     """
     special = special_tokens(placeholders)
-    problems = [
-        problem.message
-        for record in records
-        for problem in (*content_problems(record, special), *_image_problems(record))
-    ]
+    problems: list[str] = []
+    for record in map(OpenedRecord.of, records):
+        found = (*content_problems(record, special), *_image_problems(record))
+        problems += [problem.message for problem in found]
+        if visit is not None and not problems:
+            visit(record)
+        if advance is not None:
+            advance()
     refuse_problems(problems, len(records))
     if not records:
         raise RefusedError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
-from realign.modeling.acceleration import Numerics
+from realign.modeling.acceleration import Numerics, float32_precision
 from realign.modeling.folder import model_identity
 from realign.modeling.loading import load_model_config
-from realign.modeling.packed_attention import why_not_shared
+from realign.modeling.packed_attention import choose_layout
 from realign.modeling.packing import Layout
 from realign.modeling.processors import load_processor
 from realign.runtime.files import canonical_json, content_sha256
@@ -34,25 +35,9 @@ def machine_numerics() -> dict[str, Any]:
     """Return the device and the versions of what computes, for the identity of a result."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "float32": _float32_precision(),
+        "float32": float32_precision(),
         "packages": {name: version_of(name) for name in NUMERIC_PACKAGES},
     }
-
-
-def is_float32_exact() -> bool:
-    """Whether float32 products and convolutions are computed in float32."""
-    return {*_float32_precision().values()} <= {"ieee", "none"}
-
-
-def _float32_precision() -> dict[str, str]:
-    """How float32 products are computed: TF32 has ten bits of mantissa."""
-    backends: Any = torch.backends
-    used = (
-        {"matmul": backends.cuda.matmul, "convolution": backends.cudnn.conv}
-        if torch.cuda.is_available()
-        else {"matmul": backends.mkldnn.matmul, "convolution": backends.mkldnn.conv}
-    )
-    return {name: backend.fp32_precision for name, backend in used.items()}
 
 
 def version_of(package: str) -> str:
@@ -63,23 +48,49 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
-def reference_identity(
-    folder: Path,
-    *,
-    cells: int,
-    rejected_scoring: str,
-    numerics: Numerics,
-) -> Identity:
+class ModelFacts:
+    """What is known of a model without its weights, each fact found once.
+
+    Args:
+        folder: The model's folder, from :func:`realign.modeling.folder.resolve_model`.
+        numerics: How it computes.
+    """
+
+    def __init__(self, folder: Path, numerics: Numerics) -> None:
+        self.folder, self.numerics = folder, numerics
+
+    @cached_property
+    def processor(self) -> Any:
+        """The model's processor."""
+        return load_processor(self.folder)
+
+    @cached_property
+    def config(self) -> Any:
+        """The configuration of the model, or of an adapter's base."""
+        return load_model_config(self.folder)
+
+    @cached_property
+    def outline(self) -> Any:
+        """The model, or an adapter's base, without weights, on torch's meta device."""
+        with torch.device("meta"):
+            # attention as :func:`realign.modeling.loading.load_model` leaves it to transformers
+            return AutoModelForImageTextToText.from_config(self.config, dtype=self.numerics.dtype)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The layout of its rows, see :func:`realign.modeling.packed_attention.choose_layout`."""
+        return choose_layout(self.outline, self.numerics.shared_prefix)
+
+
+def reference_identity(model: ModelFacts, *, cells: int, rejected_scoring: str) -> Identity:
     """Return everything outside a row that its reference log-probabilities depend on.
 
     Args:
-        folder: The reference model, from :func:`realign.modeling.folder.resolve_model`.
+        model: The reference model.
         cells: How many of chosen, text_rejected, image_rejected, both_rejected are scored.
         rejected_scoring: ``label`` or ``top_non_label``.
-        numerics: How the reference computes.
     """
-    layout = row_layout(folder, numerics.shared_prefix)
-    processor = load_processor(folder)
+    processor = model.processor
     machine = machine_numerics()
     packages = machine.pop("packages")
     return {
@@ -91,12 +102,12 @@ def reference_identity(
             "images": "before the text of the first user turn",
             "max_length": "longer rows are refused, nothing is cut",
             "dropout": "off",
-            "files": model_identity(folder),
+            "files": model_identity(model.folder),
         },
         "numerics": {
-            **numerics.identity(),
-            "rows": layout,
-            "padding": "none" if layout == "shared prefix" else "right, to the longest row",
+            **model.numerics.identity(),
+            "rows": model.layout,
+            "padding": "none" if model.layout == "shared prefix" else "right, to the longest row",
             # the same configuration is another class, with other pixels, where torchvision is
             "processor": type(processor).__name__,
             "image_processor": type(getattr(processor, "image_processor", None)).__name__,
@@ -107,18 +118,6 @@ def reference_identity(
             "packages": packages | {name: version_of(name) for name in PACKAGES},
         },
     }
-
-
-def row_layout(folder: Path, shared_prefix: bool | None = None) -> Layout:
-    """The layout that :func:`realign.modeling.packed_attention.choose_layout` will choose for a
-    model, known without its weights.
-    """
-    if shared_prefix is False:
-        return "separate"
-    with torch.device("meta"):
-        # attention as :func:`realign.modeling.loading.load_model` leaves it to transformers
-        model = AutoModelForImageTextToText.from_config(load_model_config(folder))
-    return "shared prefix" if why_not_shared(model) is None else "separate"
 
 
 def _accelerator() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from realign.modeling.identity import (
     identity_folder,
     identity_sha256,
 )
+from realign.modeling.row_index import RowIndex
 from realign.reference.probe import probe_rows, run_probe
 from realign.reference.reference import CacheReference
 from realign.reference.scoring import Scorer, Scoring, free_reference
@@ -39,6 +40,7 @@ def fill(
     *,
     shard_size: int,
     ranks: Ranks,
+    rows: RowIndex | None = None,
 ) -> Path:
     """Compute what is missing, commit it, and return the identity's folder.
 
@@ -49,6 +51,7 @@ def fill(
         identity: Of the values that ``scoring`` gives.
         shard_size: Rows a shard, rounded up to whole batches.
         ranks: The processes that share the work.
+        rows: Facts of the records where they are known.
     Raises:
         RefusedError: Two rows have one id and different content; a row is too long; the file
             system refuses; or the probe finds the values wrong.
@@ -56,7 +59,7 @@ def fill(
     """
     _check_agreement(identity, ranks)
     place = identity_folder(root, identity)
-    wanted = ranks.together(lambda: _unique(records))
+    wanted = ranks.together(lambda: _unique(records, rows or RowIndex.of(records)))
     found = ranks.gather((_has_all(place, wanted), place.exists()))
     if all(has_all for has_all, _ in found):
         return place
@@ -89,7 +92,12 @@ def fill(
 
 
 def build_cache(
-    records: Sequence[Record], scoring: Scoring, root: Path, *, shard_size: int = 1024
+    records: Sequence[Record],
+    scoring: Scoring,
+    root: Path,
+    *,
+    shard_size: int = 1024,
+    rows: RowIndex | None = None,
 ) -> Path:
     """Compute what is missing, commit it, and return the identity's folder.
 
@@ -98,10 +106,12 @@ def build_cache(
         scoring: How rows are scored.
         root: The cache, which may hold other identities too.
         shard_size: Rows per shard, rounded up to whole batches.
+        rows: Facts of the records, from :func:`realign.modeling.row_checks.check_rows`.
     Raises:
         RefusedError, FloatingPointError: As :func:`fill`.
     """
-    return fill(records, root, scoring, scoring.identity(), shard_size=shard_size, ranks=Ranks())
+    identity = scoring.identity()
+    return fill(records, root, scoring, identity, shard_size=shard_size, ranks=Ranks(), rows=rows)
 
 
 def _check_agreement(identity: Identity, ranks: Ranks) -> None:
@@ -114,18 +124,18 @@ def _check_agreement(identity: Identity, ranks: Ranks) -> None:
             )
 
 
-def _unique(records: Sequence[Record]) -> dict[str, int]:
-    """Key to position of the first row that has it."""
+def _unique(records: Sequence[Record], rows: RowIndex) -> dict[str, int]:
+    """Return key to position of the first row that has it."""
     wanted: dict[str, int] = {}
     ids: dict[str, str] = {}
-    for index, record in enumerate(records):
-        if ids.setdefault(record.id, record.key) != record.key:
-            first = wanted[ids[record.id]]
+    for index, row in enumerate(rows.rows):
+        if ids.setdefault(row.id, row.key) != row.key:
+            first = wanted[ids[row.id]]
             raise RefusedError(
-                f"{record.where}: id must be unique, got {record.id!r} again with other content, "
-                f"first in row {first + 1} (counting from 1). Rename one."
+                f"{records[index].where}: id must be unique, got {row.id!r} again with other "
+                f"content, first in row {first + 1} (counting from 1). Rename one."
             )
-        wanted.setdefault(record.key, index)
+        wanted.setdefault(row.key, index)
     return wanted
 
 

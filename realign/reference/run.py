@@ -1,4 +1,4 @@
-"""The verb ``realign cache``."""
+"""The command ``realign cache``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from realign.data.dataset import read_kept_records
 from realign.modeling.acceleration import Numerics
 from realign.modeling.folder import resolve_model
 from realign.modeling.loading import choose_dtype
-from realign.modeling.processors import load_processor
 from realign.modeling.row_checks import check_rows
 from realign.reference.build import build_cache
 from realign.reference.scoring import Scoring
@@ -17,13 +16,12 @@ from realign.runtime.run_folder import check_out
 
 
 def cache(config: CacheConfig) -> Path:
-    """Compute the reference log-probabilities of a dataset. Returns the cache's folder."""
+    """Compute the reference log-probabilities of a dataset and return the cache's folder."""
     check_out(config.out)
     folder = resolve_model(config.model)
     numerics = Numerics.of(config.marked(Effect.NUMBERS), choose_dtype(config.dtype))
     numerics.check()
     records = read_kept_records(config.data, config.images)
-    check_rows(records, load_processor(folder), cells=config.cells, max_length=config.max_length)
     scoring = Scoring(
         folder,
         config.cells,
@@ -32,4 +30,7 @@ def cache(config: CacheConfig) -> Path:
         config.batch_size,
         config.max_length,
     )
-    return build_cache(records, scoring, config.out, shard_size=config.shard_size)
+    rows = check_rows(
+        records, scoring.model.processor, cells=config.cells, max_length=config.max_length
+    )
+    return build_cache(records, scoring, config.out, shard_size=config.shard_size, rows=rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,9 @@ from realign.data.records import Record
 from realign.errors import RefusedError
 from realign.modeling.acceleration import Numerics
 from realign.modeling.collate import PreferenceCollator
-from realign.modeling.identity import Identity, reference_identity
+from realign.modeling.identity import Identity, ModelFacts, reference_identity
 from realign.modeling.loading import every_rank_loads, load_model
 from realign.modeling.memory import is_out_of_memory
-from realign.modeling.packed_attention import choose_layout
-from realign.modeling.processors import load_processor
 from realign.reference.shards import Rows
 from realign.runtime.ranks import local_device
 
@@ -48,11 +47,13 @@ class Scoring:
     def identity(self) -> Identity:
         """Return what the values depend on outside a row."""
         return reference_identity(
-            self.folder,
-            cells=self.cells,
-            rejected_scoring=self.rejected_scoring,
-            numerics=self.numerics,
+            self.model, cells=self.cells, rejected_scoring=self.rejected_scoring
         )
+
+    @cached_property
+    def model(self) -> ModelFacts:
+        """What is known of the model without its weights."""
+        return ModelFacts(self.folder, self.numerics)
 
     def load(self) -> Scorer:
         """Load the model."""
@@ -115,11 +116,10 @@ class Scorer:
             self._model: Any = load_model(scoring.folder, scoring.numerics).eval()
             if scoring.numerics.quantization is None:  # else it is on its GPU, and cannot be moved
                 self._model.to(self._device)
-        processor = load_processor(scoring.folder)
-        shares = choose_layout(self._model, scoring.numerics.shared_prefix) == "shared prefix"
+        processor, cells = scoring.model.processor, scoring.cells
         self._batches, self._alone = (
-            RowReader(processor, scoring.cells, scoring.max_length, shared_prefix=shared)
-            for shared in (shares, False)
+            RowReader(processor, cells, scoring.max_length, shared_prefix=shared)
+            for shared in (scoring.model.layout == "shared prefix", False)
         )
 
     def score(self, records: Sequence[Record]) -> Rows:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from realign.modeling.identity import is_float32_exact
+from realign.modeling.acceleration import is_float32_exact
 from realign_kernels import CELL_NAMES, Objective, RdpoOutput, preference_loss
 
 # Nats by which two computations of one pair's margin may differ.

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -45,6 +45,10 @@ from realign.training.preemption import ignore_sigterm
 from realign.training.sampler import FilledCollator, PairSampler, choose_filler
 from realign.training.sharding import GatherHead, check_data_parallel, set_up_fsdp, whole_weights
 from realign_kernels import RdpoOutput
+
+if TYPE_CHECKING:
+    from realign.modeling.row_index import RowFacts
+    from realign.training.plan import TrainPlan
 
 
 @dataclass
@@ -103,6 +107,7 @@ class RDPOTrainer(CheckpointTrainer):
         callbacks: Of the Trainer.
         augment: Changes every training image; the reference saw it unchanged, so
             ``check_first_step`` must be false. See :data:`realign.training.augmentation.Augment`.
+        plan: What a run knows of its rows, objective and layout; found here where it is None.
     Raises:
         ValueError: The reference lacks a record, or the objective is unknown.
         RefusedError: ``auto_find_batch_size`` is set, or ``augment`` with ``check_first_step``;
@@ -120,6 +125,7 @@ class RDPOTrainer(CheckpointTrainer):
         reference: Mapping[str, Tensor],
         callbacks: list[TrainerCallback] | None = None,
         augment: Augment | None = None,
+        plan: TrainPlan | None = None,
     ) -> None:
         if args.auto_find_batch_size:
             raise RefusedError(
@@ -133,8 +139,9 @@ class RDPOTrainer(CheckpointTrainer):
             )
         # DataParallel would scatter a packed row over the GPUs of a process
         args._n_gpu = min(args.n_gpu, 1)
-        self.objective = make_objective(args)
-        if missing := [record.id for record in train_dataset if record.key not in reference]:
+        self.objective = plan.objective if plan else make_objective(args)
+        rows: Sequence[Record | RowFacts] = plan.rows.rows if plan else train_dataset
+        if missing := [row.id for row in rows if row.key not in reference]:
             raise ValueError(
                 f"reference must have every record, lacks {len(missing)}, first: row {missing[0]}."
             )
@@ -149,23 +156,27 @@ class RDPOTrainer(CheckpointTrainer):
         )
         self._batch_variance: float | None = getattr(reference, "batch_variance", None)
         self._step_ids: list[str] = []  # rows of the step so far, for messages
+        layout = plan.model.layout if plan else choose_layout(model, args.shared_prefix)
         dataset = RecordDataset(train_dataset, augment, args.seed)
         collator: Any = PreferenceCollator(
             processing_class,
             self.objective.num_cells,
             reference,
             args.max_length,
-            shared_prefix=choose_layout(model, args.shared_prefix) == "shared prefix",
+            shared_prefix=layout == "shared prefix",
             # a cache knows what its values were computed from; a plain mapping does not
             watch=getattr(reference, "check_inputs", None),
         )
         if args.world_size > 1:
-            filler = choose_filler(train_dataset)
-            collator = FilledCollator(collator, filler)
+            filler = choose_filler(rows)
+            has_images = bool(rows[filler].images)
+            collator = FilledCollator(
+                collator, partial(train_dataset.__getitem__, filler), has_images=has_images
+            )
             if args.ddp_find_unused_parameters is None:
                 # the last layers of a vision tower have no gradient, nor has a projector without
                 # images; any other weight has one on every rank
-                args.ddp_find_unused_parameters = not (args.freeze_vision and filler.images)
+                args.ddp_find_unused_parameters = not (args.freeze_vision and has_images)
         super().__init__(
             model=model,
             args=args,

@@ -16,7 +16,6 @@ from realign.config import CacheConfig, TrainConfig
 from realign.data.formats.parquet import write_parquet
 from realign.errors import RefusedError
 from realign.modeling.acceleration import Numerics
-from realign.modeling.identity import row_layout
 from realign.modeling.processors import load_processor
 from realign.reference import Scoring, read_cache
 from realign.reference.run import cache
@@ -192,8 +191,8 @@ def test_the_layout_is_what_training_chooses(model_dir) -> None:
     from realign.modeling.loading import load_model
     from realign.modeling.packed_attention import choose_layout
 
-    assert row_layout(model_dir) == choose_layout(load_model(model_dir, torch.float32))
-    assert row_layout(model_dir, shared_prefix=False) == "separate"
+    assert scoring(model_dir).model.layout == choose_layout(load_model(model_dir, torch.float32))
+    assert scoring(model_dir, shared_prefix=False).model.layout == "separate"
 
 
 def test_the_nearest_of_several_is_named(tmp_path: Path, model_dir, synthetic) -> None:

@@ -428,9 +428,9 @@ def test_the_reference_is_gone_before_the_policy_is_loaded(
         models.append(weakref.ref(load(*args, **kwargs)))
         return models[-1]()
 
-    def load_policy_alone(config, folder):
+    def load_policy_alone(plan):
         assert [model() for model in models] == [None]
-        return load_policy(config, folder)
+        return load_policy(plan)
 
     monkeypatch.setattr("realign.reference.scoring.load_model", remember)
     monkeypatch.setattr("realign.training.run.load_policy", load_policy_alone)
