@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from realign.data.image_pool import ImageFacts, ImagePool
-from realign.data.images import RefusedImage
+from realign.data.images import RefusedImage, Size
 from realign.data.records import Problem, Record
 
 Inspected = ImageFacts | RefusedImage
@@ -23,14 +23,14 @@ class DecodedRow:
     images: tuple[Inspected, ...]
     rejected_images: tuple[Inspected, ...]
 
-
-def sized_row(record: Record) -> DecodedRow:
-    """Return a record whose images are known to be good, with their sizes alone."""
-    images, rejected_images = (
-        tuple(ImageFacts("", *image.size, 0) for image in record.open_images(rejected=rejected))
-        for rejected in (False, True)
-    )
-    return DecodedRow(record, images, rejected_images)
+    @property
+    def sizes(self) -> tuple[list[Size], list[Size]]:
+        """Width and height of the original and of the retrieved images that are good."""
+        images, rejected_images = (
+            [(one.width, one.height) for one in found if isinstance(one, ImageFacts)]
+            for found in (self.images, self.rejected_images)
+        )
+        return images, rejected_images
 
 
 def decoded_rows(

@@ -169,16 +169,14 @@ def check_records(
     records: Sequence[Record],
     placeholders: Iterable[str],
     *,
-    visit: Callable[[Record], object] | None = None,
-    advance: Callable[[], object] | None = None,
+    visit: Callable[[Record, bool], object] = lambda record, is_good: None,
 ) -> None:
     """Refuse what would train on nothing or on the wrong thing, before anything is loaded.
 
     Args:
         records: The rows.
         placeholders: Image and other special tokens of the model; an answer must contain none.
-        visit: Called with every row, its images decoded, until one is bad.
-        advance: Called after every row.
+        visit: Called with every row, its images decoded, and whether all rows so far are good.
     Raises:
         RefusedError: The first bad rows, one a line, each with its id, the value and the remedy.
     """
@@ -187,10 +185,7 @@ def check_records(
     for record in map(OpenedRecord.of, records):
         found = (*content_problems(record, special), *_image_problems(record))
         problems += [problem.message for problem in found]
-        if visit is not None and not problems:
-            visit(record)
-        if advance is not None:
-            advance()
+        visit(record, not problems)
     refuse_problems(problems, len(records))
     if not records:
         raise RefusedError(

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from realign.data.decoding import sized_row
 from realign.data.records import Record, check_records, refuse_problems
 from realign.errors import RefusedError
 from realign.modeling.chat_template import Renderer
@@ -60,21 +59,23 @@ def _checked(records: Sequence[Record], processor: Any, cells: int) -> RowIndex:
     facts: list[RowFacts] = []
     problems: list[str] = []
 
-    def measure(record: Record) -> None:
+    def measure(record: Record, is_good: bool) -> None:
+        progress.advance()
+        if not is_good:
+            return
         if not facts:  # a processor that alters texts alters every one
             collator.check_processor(record)
-        problems.extend(problem.message for problem in lengths.problems(sized_row(record)))
         images, rejected_images = (
             tuple(image.size for image in record.open_images(rejected=rejected))
             for rejected in (False, True)
         )
+        found = lengths.problems(record, images, rejected_images)
+        problems.extend(problem.message for problem in found)
         tokens = lengths.rows[-1] if lengths.rows else 0
         facts.append(RowFacts(record.id, record.key, images, rejected_images, tokens))
 
     with Progress("check rows", len(records)) as progress:
-        check_records(
-            records, Renderer(processor).placeholders(), visit=measure, advance=progress.advance
-        )
+        check_records(records, Renderer(processor).placeholders(), visit=measure)
     refuse_problems(problems, len(records))
     return RowIndex(facts, cells, lengths.images)
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from realign.data.dataset import dataset_file
 from realign.data.decisions import positions
+from realign.data.images import Size
 from realign.data.records import Record
 from realign.errors import RefusedError
 from realign.modeling.identity import Identity, version_of
@@ -22,7 +23,7 @@ from realign.runtime.files import (
 )
 
 SCHEMA = 1
-Sizes = tuple[tuple[int, int] | None, ...]
+Sizes = tuple[Size | None, ...]
 
 
 class RowFacts(NamedTuple):

@@ -15,7 +15,7 @@ from realign.modeling.identity import (
     identity_differences,
     identity_folder,
 )
-from realign.reference.build import build_cache, fill
+from realign.reference.build import build_cache
 from realign.reference.read import read_cache
 from realign.reference.reference import BatchVariance, CacheReference
 from realign.reference.scoring import Scorer, Scoring
@@ -29,7 +29,6 @@ __all__ = [
     "Scorer",
     "Scoring",
     "build_cache",
-    "fill",
     "identity_differences",
     "identity_folder",
     "read_cache",

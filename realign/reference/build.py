@@ -32,31 +32,33 @@ from realign.runtime.ranks import Ranks
 PIXEL_INTERVAL = 256  # rows for one whose pixels are compared in training
 
 
-def fill(
+def build_cache(
     records: Sequence[Record],
-    root: Path,
     scoring: Scoring,
-    identity: Identity,
+    root: Path,
     *,
-    shard_size: int,
-    ranks: Ranks,
+    shard_size: int = 1024,
+    identity: Identity | None = None,
+    ranks: Ranks | None = None,
     rows: RowIndex | None = None,
 ) -> Path:
     """Compute what is missing, commit it, and return the identity's folder.
 
     Args:
         records: The rows; equal ones are computed once.
-        root: The cache, which may hold other identities too.
         scoring: How rows are scored.
-        identity: Of the values that ``scoring`` gives.
-        shard_size: Rows a shard, rounded up to whole batches.
-        ranks: The processes that share the work.
-        rows: Facts of the records where they are known.
+        root: The cache, which may hold other identities too.
+        shard_size: Rows per shard, rounded up to whole batches.
+        identity: Identity of the values that ``scoring`` gives, where it is known.
+        ranks: The processes that share the work; those of the launcher by default.
+        rows: Facts of the records, from :func:`realign.modeling.row_checks.check_rows`, where they
+            are known.
     Raises:
         RefusedError: Two rows have one id and different content; a row is too long; the file
             system refuses; or the probe finds the values wrong.
         FloatingPointError: A log-probability is not finite; nothing of its shard is stored.
     """
+    identity, ranks = identity or scoring.identity(), ranks or Ranks()
     _check_agreement(identity, ranks)
     place = identity_folder(root, identity)
     wanted = ranks.together(lambda: _unique(records, rows or RowIndex.of(records)))
@@ -89,29 +91,6 @@ def fill(
     scorer = None
     free_reference()
     return place
-
-
-def build_cache(
-    records: Sequence[Record],
-    scoring: Scoring,
-    root: Path,
-    *,
-    shard_size: int = 1024,
-    rows: RowIndex | None = None,
-) -> Path:
-    """Compute what is missing, commit it, and return the identity's folder.
-
-    Args:
-        records: The rows.
-        scoring: How rows are scored.
-        root: The cache, which may hold other identities too.
-        shard_size: Rows per shard, rounded up to whole batches.
-        rows: Facts of the records, from :func:`realign.modeling.row_checks.check_rows`.
-    Raises:
-        RefusedError, FloatingPointError: As :func:`fill`.
-    """
-    identity = scoring.identity()
-    return fill(records, root, scoring, identity, shard_size=shard_size, ranks=Ranks(), rows=rows)
 
 
 def _check_agreement(identity: Identity, ranks: Ranks) -> None:

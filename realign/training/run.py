@@ -15,7 +15,7 @@ from realign.config import TrainConfig
 from realign.modeling.adapters import quiet_peft
 from realign.modeling.folder import adapter_base, is_adapter
 from realign.modeling.row_index import RowFile, RowIndex
-from realign.reference import CacheReference, Ranks, fill, read_cache
+from realign.reference import CacheReference, Ranks, build_cache, read_cache
 from realign.runtime.files import publish, write_json, write_text
 from realign.runtime.progress import announce
 from realign.runtime.run_folder import check_out, claim, is_begun, is_claimed, only_run
@@ -97,16 +97,11 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
         return checkpoint
     if reference is None:
         # known by its content, so the folder stays free while the model may be refused
-        fill(
-            plan.records,
-            config.out / "cache",
-            plan.scoring,
-            plan.identity,
-            shard_size=1024,
-            ranks=ranks,
-            rows=plan.rows,
+        root, rows = config.out / "cache", plan.rows
+        build_cache(
+            plan.records, plan.scoring, root, identity=plan.identity, ranks=ranks, rows=rows
         )
-        reference = read_cache(config.out / "cache", plan.records, plan.identity, rows=plan.rows)
+        reference = read_cache(root, plan.records, plan.identity, rows=rows)
 
     # DeepSpeed reads them before the weights
     arguments = training_arguments(config, len(plan.records))

@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 
 from realign.data.records import Record
-from realign.reference.build import fill
+from realign.reference.build import build_cache
 from realign.reference.shards import Rows
-from realign.runtime.ranks import Ranks
 
 CELLS = 3
 IDENTITY: dict[str, Any] = {
@@ -105,13 +104,12 @@ def build(
     identity: dict[str, Any] = IDENTITY,
 ) -> Path:
     """Build with the real builder."""
-    return fill(
+    return build_cache(
         records,
-        root,
         scoring or Arithmetic(),  # type: ignore[arg-type]
-        identity,
+        root,
+        identity=identity,
         shard_size=shard_size,
-        ranks=Ranks(),
     )
 
 
