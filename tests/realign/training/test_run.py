@@ -296,7 +296,7 @@ def test_image_metrics_are_means_over_pairs_with_a_retrieved_image(
     text_only = [dataclasses.replace(row, rejected_images=()) for row in rows[2:]]
     names = ("logps/image_rejected", "rewards/image_margins", "rewards/image_accuracies")
     lines = {}
-    monkeypatch.setattr("realign.training.run.announce_missing_images", lambda *_: None)
+    monkeypatch.setattr("realign.training.preflight._say_missing_images", lambda *_: ())
     for name, data in (("all", rows[:2]), ("half", [*rows[:2], *text_only]), ("none", text_only)):
         write_parquet(data, tmp_path / f"{name}.parquet")
         options = {"batch_size": len(data), "epochs": 3, "learning_rate": 3e-4}
