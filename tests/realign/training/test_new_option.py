@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
+from typer.testing import CliRunner
 
-from realign import config_file
+from realign import config, config_file
+from realign.cli import app
 from realign.config import CacheConfig, Effect, TrainConfig
-from realign.config_file import load_config, option_list
+from realign.config_file import load_config
 from realign.data.formats.parquet import write_parquet
 from realign.errors import RefusedError
 from realign.modeling import loading
@@ -51,7 +53,8 @@ class Arguments(RDPOConfig):
 @pytest.fixture
 def options(monkeypatch, tmp_path: Path, model_dir: Path, records) -> dict[str, Any]:
     """Declare both options and use each in one function; return what a run requires."""
-    monkeypatch.setattr(config_file, "SECTIONS", config_file.SECTIONS | {"train": Train})
+    for module in (config, config_file):
+        monkeypatch.setattr(module, "SECTIONS", {**config.SECTIONS, "train": Train})
     monkeypatch.setattr(arguments, "RDPOConfig", Arguments)
     compute_loss, load = RDPOTrainer.compute_loss, Numerics.loading
 
@@ -81,17 +84,27 @@ def weights(checkpoint: Path) -> bytes:
     return (checkpoint / "model.safetensors").read_bytes()
 
 
-def test_a_new_option_is_known_everywhere_it_is_asked_for(tmp_path: Path, options) -> None:
+def test_a_new_option_is_known_everywhere_it_is_asked_for(
+    tmp_path: Path, options, monkeypatch
+) -> None:
     del options["scales"]
-    assert "train.loss_scale: float, default 1.0" in option_list("train")
-    assert "Factor of the weights of the head." in option_list("train")
+    shown = CliRunner().invoke(app, ["train", "--help"]).output
+    for flag, meaning in (("--loss-scale", "Factor of the loss."), ("--weight-scale", "of the")):
+        assert flag in shown
+        assert meaning in shown
     file = tmp_path / "run.yaml"
     file.write_text("train: {loss_scale: 0.5}")
-    given = {name: str(value) for name, value in options.items()} | {"out": "run"}
+    given = {"model": options["model"], "data": str(options["data"]), "out": str(tmp_path / "run")}
     read = load_config(Train, file, ["train.weight_scale=2"], given)
     assert (read.loss_scale, read.weight_scale) == (0.5, 2.0)
     with pytest.raises(RefusedError, match=r"no option 'los_scale'\. Did you mean 'loss_scale'\?"):
         load_config(Train, None, ["train.los_scale=2"], given)
+    asked: list[Train] = []
+    monkeypatch.setattr("realign.training.run.train", lambda config, dry_run: asked.append(config))
+    flags = [part for name, value in given.items() for part in (f"--{name}", value)]
+    result = CliRunner().invoke(app, ["train", *flags, "--loss-scale", "0.25"])
+    assert result.exit_code == 0, result.output
+    assert asked[0].loss_scale == 0.25
 
 
 def test_new_options_reach_the_trainer_the_identity_and_the_run_folder(
