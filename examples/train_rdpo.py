@@ -38,10 +38,9 @@ def main(arguments: list[str] | None = None) -> Path:
 
     # the reference never runs again: a second run, with another rate or beta, reads this
     cache = options.out / "cache"
-    scoring = {"cells": CELLS, "rejected_scoring": "label", "dtype": dtype}
-    realign.build_cache(records, folder, cache, batch_size=4, shard_size=1024, **scoring)
-    identity = realign.reference_identity(folder, **scoring)
-    reference = realign.read_cache(cache, records, identity)
+    scoring = realign.Scoring(folder, CELLS, "label", realign.Numerics(dtype), batch_size=4)
+    realign.build_cache(records, scoring, cache)
+    reference = realign.read_cache(cache, records, scoring.identity())
 
     model = realign.load_model(folder, dtype, name=options.model)
     rank, alpha = options.rank, 2 * options.rank

@@ -14,15 +14,16 @@ if TYPE_CHECKING:
     from realign.data.formats.parquet import write_parquet as write_parquet
     from realign.data.records import Record as Record
     from realign.errors import RefusedError as RefusedError
+    from realign.modeling.acceleration import Numerics as Numerics
     from realign.modeling.adapters import add_adapter as add_adapter
     from realign.modeling.collate import PreferenceCollator as PreferenceCollator
     from realign.modeling.folder import resolve_model as resolve_model
-    from realign.modeling.identity import reference_identity as reference_identity
     from realign.modeling.loading import load_model as load_model
     from realign.modeling.processors import load_processor as load_processor
     from realign.modeling.row_checks import check_rows as check_rows
     from realign.reference.build import build_cache as build_cache
     from realign.reference.read import read_cache as read_cache
+    from realign.reference.scoring import Scoring as Scoring
     from realign.training.run import train as train
     from realign.training.trainer import RDPOConfig as RDPOConfig
     from realign.training.trainer import RDPOTrainer as RDPOTrainer
@@ -30,11 +31,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Numerics": "realign.modeling.acceleration",
     "PreferenceCollator": "realign.modeling.collate",
     "RDPOConfig": "realign.training.trainer",
     "RDPOTrainer": "realign.training.trainer",
     "Record": "realign.data.records",
     "RefusedError": "realign.errors",
+    "Scoring": "realign.reference.scoring",
     "TrainConfig": "realign.config",
     "add_adapter": "realign.modeling.adapters",
     "build_cache": "realign.reference.build",
@@ -43,7 +46,6 @@ _HOMES = {
     "load_processor": "realign.modeling.processors",
     "read_cache": "realign.reference.read",
     "read_records": "realign.data.dataset",
-    "reference_identity": "realign.modeling.identity",
     "resolve_model": "realign.modeling.folder",
     "train": "realign.training.run",
     "write_parquet": "realign.data.formats.parquet",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +24,6 @@ from pydantic import (
     model_validator,
 )
 
-Dtype = Literal["auto", "float32", "bfloat16"]
 RejectedScoring = Literal["label", "top_non_label"]
 # resized and recompressed copies are within 6 of 64 bits, see realign/data/perceptual_hash.py
 NEAR_DUPLICATE_BITS = 6
@@ -60,12 +60,35 @@ LearningRate = Annotated[float, Field(gt=0, le=1)]
 HammingDistance = Annotated[int, Field(ge=0, le=63)]  # of 64 bits; 64 would be any two images
 
 
+class Effect(Enum):
+    """How an option bears on results. One without a mark changes what a run does and is part of
+    what its folder belongs to.
+    """
+
+    NUMBERS = "numbers"
+    """Policy and reference must compute alike: part of the reference cache's identity."""
+    NONE = "none"
+    """Results do not depend on it, or know it by its content."""
+
+
+Dtype = Annotated[Literal["auto", "float32", "bfloat16"], Effect.NUMBERS]
+Attention = Annotated[Literal["sdpa", "flash"], Effect.NUMBERS]
+Quantization = Annotated[Literal["nf4"] | None, Effect.NUMBERS]
+SharedPrefix = Annotated[bool | None, Effect.NUMBERS]
+ChangesNumbers = Annotated[bool, Effect.NUMBERS]
+
+
 class Section(BaseModel):
     """The options of one command, or of one part of it. A field's docstring is its help."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    def marked(self, effect: Effect) -> dict[str, Any]:
+        """Return the options that are declared with ``effect``, by name."""
+        fields = type(self).model_fields
+        return {name: getattr(self, name) for name in fields if effect in fields[name].metadata}
 
 
 class GeneratorSection(Section):
@@ -246,15 +269,15 @@ class CacheConfig(Section):
     """Longest row in tokens, image tokens included. A longer row is an error, never cut."""
     dtype: Annotated[Dtype, Shown("Numerics (as in training)")] = "auto"
     """Dtype of the weights; ``auto`` is bfloat16 on a GPU and float32 on a CPU."""
-    shared_prefix: bool | None = None
+    shared_prefix: SharedPrefix = None
     """Compute image and prompt once for both answers of a pair; by default where the model can."""
-    attention: Literal["sdpa", "flash"] = "sdpa"
+    attention: Attention = "sdpa"
     """Attention kernel; ``flash`` (FlashAttention-2) requires flash-attn, a GPU and bfloat16."""
-    liger: bool = False
+    liger: ChangesNumbers = False
     """Use liger-kernel's fused layers; requires a GPU."""
-    quantization: Literal["nf4"] | None = None
+    quantization: Quantization = None
     """``nf4`` keeps the language model's weights in 4 bits; requires a GPU and bitsandbytes."""
-    autocast: bool = False
+    autocast: ChangesNumbers = False
     """Compute in bfloat16 with float32 weights."""
 
 
@@ -279,15 +302,15 @@ class TrainConfig(Section):
     paper trains LoRA adapters; here all weights train unless ``lora`` is set.
     """
 
-    model: str
+    model: Annotated[str, Effect.NONE]
     """Vision-language model to align: folder or hub id."""
-    data: Path
+    data: Annotated[Path, Effect.NONE]
     """Dataset: parquet file, folder of ``realign build``, or the authors' JSON."""
-    out: Path
+    out: Annotated[Path, Effect.NONE]
     """Run folder, for metrics.jsonl, steps/ and checkpoint/."""
-    images: Path | None = None
+    images: Annotated[Path | None, Effect.NONE] = None
     """Image folder; required for the authors' JSON."""
-    cache: Path | None = None
+    cache: Annotated[Path | None, Effect.NONE] = None
     """Folder of ``realign cache``; without it the reference log-probabilities are computed first,
     into ``out/cache``.
     """
@@ -333,7 +356,7 @@ class TrainConfig(Section):
     """With lora, train the projector's own weights in float32 instead of an adapter on it. They are
     saved with the adapter.
     """
-    quantization: Literal["nf4"] | None = None
+    quantization: Quantization = None
     """With lora, ``nf4`` keeps the language model's weights in 4 bits (QLoRA), also for the
     reference; requires a GPU and bitsandbytes.
     """
@@ -345,25 +368,25 @@ class TrainConfig(Section):
     """Do not train the language model and its head."""
     gradient_checkpointing: Annotated[bool, Shown("Speed, memory and precision")] = False
     """Recompute activations in the backward pass, to save memory."""
-    shared_prefix: bool | None = None
+    shared_prefix: SharedPrefix = None
     """Compute image and prompt once for both answers of a pair; by default where the model can."""
-    attention: Literal["sdpa", "flash"] = "sdpa"
+    attention: Attention = "sdpa"
     """Attention kernel; ``flash`` (FlashAttention-2) requires flash-attn, a GPU and bfloat16."""
-    liger: bool = False
+    liger: ChangesNumbers = False
     """Use liger-kernel's fused normalization, rotary embedding and MLP, also for the reference;
     requires a GPU. Its losses are not used.
     """
-    check_first_step: bool = True
+    check_first_step: Annotated[bool, Effect.NONE] = True
     """Stop if the first loss is not that of a policy that equals its reference."""
-    workers: NonNegativeInt = 0
+    workers: Annotated[NonNegativeInt, Effect.NONE] = 0
     """Processes that prepare batches; 0 prepares them between the steps."""
-    max_length: PositiveInt | None = None
+    max_length: Annotated[PositiveInt | None, Effect.NONE] = None
     """Longest row in tokens, image tokens included. A longer row is an error, never cut."""
     dtype: Dtype = "auto"
     """Dtype of the weights; ``auto`` is bfloat16 on a GPU with lora, and float32 otherwise, because
     bfloat16 weights lose updates of 1e-5. A given cache must have the same dtype.
     """
-    autocast: bool = False
+    autocast: ChangesNumbers = False
     """Compute in bfloat16 while weights and optimizer stay in float32, also for the reference.
     Recommended for full fine-tuning on a GPU.
     """
@@ -373,7 +396,9 @@ class TrainConfig(Section):
     """Steps between checkpoints. A killed run loses at most this many."""
     seed: Seed = 0
     """Seed of the order of rows and of the adapters' initial weights."""
-    report_to: Annotated[list[str], Shown(metavar="TRACKER")] = Field(default_factory=list)
+    report_to: Annotated[list[str], Effect.NONE, Shown(metavar="TRACKER")] = Field(
+        default_factory=list
+    )
     """Experiment tracker of transformers.Trainer, such as tensorboard."""
 
     @model_validator(mode="after")

@@ -232,11 +232,13 @@ def test_public_names_of_realign() -> None:
     import realign
 
     assert realign.__all__ == [
+        "Numerics",
         "PreferenceCollator",
         "RDPOConfig",
         "RDPOTrainer",
         "Record",
         "RefusedError",
+        "Scoring",
         "TrainConfig",
         "add_adapter",
         "build_cache",
@@ -245,7 +247,6 @@ def test_public_names_of_realign() -> None:
         "load_processor",
         "read_cache",
         "read_records",
-        "reference_identity",
         "resolve_model",
         "train",
         "write_parquet",

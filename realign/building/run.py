@@ -40,7 +40,7 @@ from realign.data.records import Problem, Record
 from realign.errors import RefusedError
 from realign.modeling.chat_template import Renderer
 from realign.modeling.folder import resolve_model
-from realign.modeling.identity import numerics
+from realign.modeling.identity import machine_numerics
 from realign.modeling.processors import load_processor
 from realign.runtime.files import content_sha256, file_sha256, write_json, write_jsonl
 from realign.runtime.progress import announce
@@ -95,7 +95,7 @@ def build(config: BuildConfig) -> Path:
         "refusals": file_sha256(REFUSALS),
         "similarity": similarity,
         "models": staging.identities(),
-        "numerics": numerics(),
+        "numerics": machine_numerics(),
     }
     labels = {"images": corpus.names, "rows": [row.id for row in rows]}
     dataset = config.out / "dataset.parquet"

@@ -21,7 +21,7 @@ def read_records(data: Path, image_root: Path | None) -> Sequence[Record]:
     Raises:
         RefusedError: The path is none of these, or JSON comes without an image folder.
     """
-    file, root = _dataset_file(data, image_root)
+    file, root = dataset_file(data, image_root)
     return read_parquet(file) if root is None else read_official_json(file, root)
 
 
@@ -32,7 +32,7 @@ def read_rows(data: Path, image_root: Path | None) -> tuple[Sequence[Record], li
     Raises:
         RefusedError: The path is none of these, or JSON comes without an image folder.
     """
-    file, root = _dataset_file(data, image_root)
+    file, root = dataset_file(data, image_root)
     return (read_parquet(file), []) if root is None else read_official_rows(file, root)
 
 
@@ -42,13 +42,17 @@ def check_dataset(data: Path, image_root: Path | None) -> None:
     Raises:
         RefusedError: The path is no dataset, or JSON comes without an image folder.
     """
-    _, root = _dataset_file(data, image_root)
+    _, root = dataset_file(data, image_root)
     if root is not None:
         check_image_root(root)
 
 
-def _dataset_file(data: Path, image_root: Path | None) -> tuple[Path, Path | None]:
-    """The dataset's file and, where it is JSON, its image folder."""
+def dataset_file(data: Path, image_root: Path | None) -> tuple[Path, Path | None]:
+    """Return the dataset's file and, where it is JSON, its image folder.
+
+    Raises:
+        RefusedError: As :func:`read_records`.
+    """
     if data.is_dir():
         data = data / "dataset.parquet"
     if not data.is_file():

@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from realign.errors import RefusedError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+Size = tuple[int, int]  # width and height
 MAX_BYTES = 50_000_000
 MAX_PIXELS = 40_000_000
 MIN_SIDE, MAX_SIDE = 2, 20_000

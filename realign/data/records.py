@@ -4,17 +4,16 @@ known by their content.
 
 from __future__ import annotations
 
-import io
 import unicodedata
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, overload
 
 from PIL import Image
 
-from realign.data.images import ImageFacts, RefusedImage, decode_image, image_size
+from realign.data.images import ImageFacts, RefusedImage, Size, decode_image
 from realign.errors import RefusedError
 from realign.runtime.files import canonical_json, content_sha256
 
@@ -117,14 +116,47 @@ class DecodedRow:
     images: tuple[Inspected, ...]
     rejected_images: tuple[Inspected, ...]
 
+    @property
+    def sizes(self) -> tuple[list[Size], list[Size]]:
+        """Width and height of the original and of the retrieved images that are good."""
+        images, rejected_images = (
+            [(one.width, one.height) for one in found if isinstance(one, ImageFacts)]
+            for found in (self.images, self.rejected_images)
+        )
+        return images, rejected_images
 
-def sized_row(record: Record) -> DecodedRow:
-    """Return a record whose images are known to be good, with their sizes from the headers."""
 
-    def sizes(images: tuple[bytes, ...]) -> tuple[ImageFacts, ...]:
-        return tuple(ImageFacts("", *image_size(io.BytesIO(raw)), 0) for raw in images)
+@dataclass(frozen=True)
+class OpenedRecord(Record):
+    """A record whose images are decoded once and kept, for as long as one piece of work takes."""
 
-    return DecodedRow(record, sizes(record.images), sizes(record.rejected_images))
+    original: Record | None = None
+
+    @classmethod
+    def of(cls, record: Record) -> OpenedRecord:
+        """Return the record itself where it is one already."""
+        if isinstance(record, OpenedRecord):
+            return record
+        values = {one.name: getattr(record, one.name) for one in fields(Record)}
+        return cls(**values, original=record)
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of the record's content, which the record itself keeps too."""
+        assert self.original is not None
+        return self.original.key
+
+    def open_images(self, *, rejected: bool = False) -> list[Image.Image]:
+        """Return the original or the retrieved images as RGB."""
+        return self._rejected_pixels if rejected else self._pixels
+
+    @cached_property
+    def _pixels(self) -> list[Image.Image]:
+        return super().open_images()
+
+    @cached_property
+    def _rejected_pixels(self) -> list[Image.Image]:
+        return super().open_images(rejected=True)
 
 
 class LazyRecords(Sequence[Record]):
@@ -154,21 +186,27 @@ def texts_of(records: Sequence[Record]) -> Sequence[Record]:
     return records.texts() if isinstance(records, LazyRecords) else records
 
 
-def check_records(records: Sequence[Record], placeholders: Iterable[str]) -> None:
+def check_records(
+    records: Sequence[Record],
+    placeholders: Iterable[str],
+    *,
+    visit: Callable[[Record, bool], object] = lambda record, is_good: None,
+) -> None:
     """Refuse what would train on nothing or on the wrong thing, before anything is loaded.
 
     Args:
         records: The rows.
         placeholders: Image and other special tokens of the model; an answer must contain none.
+        visit: Called with every row, its images decoded, and whether all rows so far are good.
     Raises:
         RefusedError: The first bad rows, one a line, each with its id, the value and the remedy.
     """
     special = special_tokens(placeholders)
-    problems = [
-        problem.message
-        for record in records
-        for problem in (*content_problems(record, special), *_image_problems(record))
-    ]
+    problems: list[str] = []
+    for record in map(OpenedRecord.of, records):
+        found = (*content_problems(record, special), *_image_problems(record))
+        problems += [problem.message for problem in found]
+        visit(record, not problems)
     refuse_problems(problems, len(records))
     if not records:
         raise RefusedError(

@@ -1,12 +1,14 @@
-"""What makes a model compute faster or smaller, by packages that need a GPU: flash-attention,
-Liger's layers, 4-bit weights. What cannot be had is refused, never replaced.
+"""How a model computes: the dtype of its weights, the layout of its rows, and what makes it faster
+or smaller by packages that need a GPU (flash-attention, Liger's layers, 4-bit weights). What is not
+available is refused, never replaced.
 
-None of it has run on a GPU in this project yet; docs/training.md says what was tested how.
+None of the latter has run on a GPU in this project yet; docs/training.md says what was tested how.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from typing import Any
 
@@ -29,27 +31,55 @@ _ATTENTIONS = {"sdpa": None, "flash": "flash_attention_2"}
 
 
 @dataclass(frozen=True)
-class Acceleration:
-    """How a model computes beside the dtype of its weights. Policy and reference must not differ
-    in it.
+class Numerics:
+    """How a model computes. Policy and reference must not differ in it.
 
     Attributes:
+        dtype: The dtype of the weights.
+        shared_prefix: Whether the answers of a pair share one prefix; None where the model can.
         attention: ``sdpa``, or ``flash`` for flash-attention 2.
         liger: Whether the layers of the body are Liger's.
         quantization: ``nf4`` for 4-bit weights of the language model, or None.
         autocast: Whether products are computed in bfloat16 over weights in float32.
+        more: Further options that a section declares as changing numbers, by name; the file that
+            uses one reads it here.
     """
 
+    dtype: torch.dtype
+    shared_prefix: bool | None = None
     attention: str = "sdpa"
     liger: bool = False
     quantization: str | None = None
     autocast: bool = False
+    more: Mapping[str, Any] = field(default_factory=dict)
 
-    def check(self, dtype: torch.dtype) -> None:
-        """Refuse what this machine cannot do.
+    @classmethod
+    def of(cls, options: Mapping[str, Any], dtype: torch.dtype) -> Numerics:
+        """Return the numerics of a section's options that change numbers.
 
         Args:
-            dtype: Of the weights.
+            options: From :meth:`realign.config.Section.marked`.
+            dtype: The dtype of the weights, which the section may have left open.
+        """
+        own = {one.name for one in fields(cls)} & options.keys()
+        more = {name: options[name] for name in options.keys() - own}
+        return cls(**{name: options[name] for name in own} | {"dtype": dtype}, more=more)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what is recorded with the values that were computed so.
+
+        ``shared_prefix`` is not: what counts is the layout that it led to.
+        """
+        unsaid = ("dtype", "shared_prefix", "more")
+        return {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            **{one.name: getattr(self, one.name) for one in fields(self) if one.name not in unsaid},
+            **self.more,
+        }
+
+    def check(self) -> None:
+        """Refuse what this machine cannot do.
+
         Raises:
             RefusedError: A package or a GPU is missing, or the dtype does not fit.
         """
@@ -71,34 +101,49 @@ class Acceleration:
                 raise RefusedError(
                     f"{option} must have a GPU, got a machine without one. Drop the option."
                 )
-        if self.attention == "flash" and dtype == torch.float32 and not self.autocast:
+        if self.attention == "flash" and self.dtype == torch.float32 and not self.autocast:
             raise RefusedError(
                 "attention: flash must compute in bfloat16, got float32. Use lora or autocast, or "
                 "drop it."
             )
 
-    def loading(self, dtype: torch.dtype) -> dict[str, Any]:
-        """What ``from_pretrained`` takes for it.
-
-        Args:
-            dtype: Of the weights that are not quantised, and of products with those that are.
-        """
-        options: dict[str, Any] = {"attn_implementation": _ATTENTIONS[self.attention]}
+    def loading(self) -> dict[str, Any]:
+        """Return what ``from_pretrained`` takes for it."""
+        options: dict[str, Any] = {
+            "dtype": self.dtype,
+            "attn_implementation": _ATTENTIONS[self.attention],
+        }
         if self.quantization is not None:
             options["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type=self.quantization,
                 bnb_4bit_use_double_quant=True,  # as QLoRA does
-                bnb_4bit_compute_dtype=dtype,
-                bnb_4bit_quant_storage=dtype,  # FSDP shards tensors of one dtype together
+                bnb_4bit_compute_dtype=self.dtype,
+                bnb_4bit_quant_storage=self.dtype,  # FSDP shards tensors of one dtype together
                 # small and sensitive: only the language model's layers are in 4 bits
                 llm_int8_skip_modules=["lm_head", *VISION_MODULES, *PROJECTOR_MODULES],
             )
         return options
 
 
+def is_float32_exact() -> bool:
+    """Return whether float32 products and convolutions are computed in float32."""
+    return {*float32_precision().values()} <= {"ieee", "none"}
+
+
+def float32_precision() -> dict[str, str]:
+    """Return how float32 products are computed: TF32 has ten bits of mantissa."""
+    backends: Any = torch.backends
+    used = (
+        {"matmul": backends.cuda.matmul, "convolution": backends.cudnn.conv}
+        if torch.cuda.is_available()
+        else {"matmul": backends.mkldnn.matmul, "convolution": backends.mkldnn.conv}
+    )
+    return {name: backend.fp32_precision for name, backend in used.items()}
+
+
 def quantized_weights(model: Any) -> set[str]:
-    """Names of the weights of a model's outline that :class:`Acceleration` has in 4 bits."""
+    """Return the names of the weights of a model's outline that :class:`Numerics` has in 4 bits."""
     head = model.get_output_embeddings()
     return {
         f"{name}.weight"

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from realign.data.records import Record
+from realign.data.records import OpenedRecord, Record
 from realign.errors import RefusedError
 from realign.modeling.chat_template import Renderer
 from realign.modeling.packing import Packing
@@ -133,6 +133,7 @@ class PreferenceCollator:
         Raises:
             RefusedError: A sequence is longer than ``max_length``, or its template does not do.
         """
+        records = [OpenedRecord.of(record) for record in records]
         sequences = self._sequences(records)
         rows = _shared_rows(sequences) if self.shared_prefix else [[one] for one in sequences]
         prefixes = self._encode(rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,23 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
+from realign.modeling.acceleration import Numerics
 from realign.modeling.float32 import float32_precision
 from realign.modeling.folder import model_identity
 from realign.modeling.loading import load_model_config
-from realign.modeling.packing import Layout, why_not_shared
+from realign.modeling.packing import Layout, choose_layout
 from realign.modeling.processors import load_processor
 from realign.runtime.files import canonical_json, content_sha256
 from realign_kernels import describe_backends
 
 NUMERIC_PACKAGES = ("torch", "torchvision", "transformers", "tokenizers", "peft", "pillow")
-SCHEMA = 3
+SCHEMA = 4
 Identity = dict[str, Any]
 PACKAGES = ("realign", "numpy", "safetensors", "triton", "flash-attn", "liger-kernel")
 
 
-def numerics() -> dict[str, Any]:
-    """Names and versions, for the identity of a result."""
+def machine_numerics() -> dict[str, Any]:
+    """Return the device and the versions of what computes, for the identity of a result."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "float32": float32_precision(),
@@ -46,36 +48,51 @@ def version_of(package: str) -> str:
         return "not installed"
 
 
-def reference_identity(
-    folder: Path,
-    *,
-    cells: int,
-    rejected_scoring: str,
-    dtype: torch.dtype,
-    shared_prefix: bool | None = None,
-    attention: str = "sdpa",
-    liger: bool = False,
-    quantization: str | None = None,
-    autocast: bool = False,
-) -> Identity:
-    """Everything outside a row that its reference log-probabilities depend on.
+class ModelFacts:
+    """What is known of a model without its weights, each fact found once.
 
     Args:
-        folder: The reference model, from :func:`realign.modeling.folder.resolve_model`.
+        folder: The model's folder, from :func:`realign.modeling.folder.resolve_model`.
+        numerics: How it computes.
+    """
+
+    def __init__(self, folder: Path, numerics: Numerics) -> None:
+        self.folder, self.numerics = folder, numerics
+
+    @cached_property
+    def processor(self) -> Any:
+        """The model's processor."""
+        return load_processor(self.folder)
+
+    @cached_property
+    def config(self) -> Any:
+        """The configuration of the model, or of an adapter's base."""
+        return load_model_config(self.folder)
+
+    @cached_property
+    def outline(self) -> Any:
+        """The model, or an adapter's base, without weights, on torch's meta device."""
+        with torch.device("meta"):
+            # attention as :func:`realign.modeling.loading.load_model` leaves it to transformers
+            return AutoModelForImageTextToText.from_config(self.config, dtype=self.numerics.dtype)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The layout of its rows, see :func:`realign.modeling.packed_attention.choose_layout`."""
+        return choose_layout(self.outline, self.numerics.shared_prefix)
+
+
+def reference_identity(model: ModelFacts, *, cells: int, rejected_scoring: str) -> Identity:
+    """Return everything outside a row that its reference log-probabilities depend on.
+
+    Args:
+        model: The reference model.
         cells: How many of chosen, text_rejected, image_rejected, both_rejected are scored.
         rejected_scoring: ``label`` or ``top_non_label``.
-        dtype: Of the weights.
-        shared_prefix: Whether the answers of a pair stand behind one prefix; None where the model
-            can.
-        attention: ``sdpa`` or ``flash``.
-        liger: Whether the layers are liger-kernel's.
-        quantization: ``nf4`` for 4-bit weights, or None.
-        autocast: Whether float32 weights are computed with in bfloat16.
     """
-    layout = row_layout(folder, shared_prefix)
-    processor = load_processor(folder)
-    ours = numerics()
-    packages = ours.pop("packages")
+    processor = model.processor
+    machine = machine_numerics()
+    packages = machine.pop("packages")
     return {
         "schema": SCHEMA,
         "semantics": {
@@ -85,38 +102,22 @@ def reference_identity(
             "images": "before the text of the first user turn",
             "max_length": "longer rows are refused, nothing is cut",
             "dropout": "off",
-            "files": model_identity(folder),
+            "files": model_identity(model.folder),
         },
         "numerics": {
-            "dtype": str(dtype).removeprefix("torch."),
-            "autocast": "bfloat16" if autocast else "off",
-            "quantization": quantization or "off",
-            "attention": attention,
-            "liger_layers": liger,
-            "rows": layout,
-            "padding": "none" if layout == "shared prefix" else "right, to the longest row",
+            **model.numerics.identity(),
+            "rows": model.layout,
+            "padding": "none" if model.layout == "shared prefix" else "right, to the longest row",
             # the same configuration is another class, with other pixels, where torchvision is
             "processor": type(processor).__name__,
             "image_processor": type(getattr(processor, "image_processor", None)).__name__,
             "tokenizer": type(processor.tokenizer).__name__,
             "kernel_backend": describe_backends()["auto"],
             "accelerator": _accelerator(),
-            **ours,
+            **machine,
             "packages": packages | {name: version_of(name) for name in PACKAGES},
         },
     }
-
-
-def row_layout(folder: Path, shared_prefix: bool | None = None) -> Layout:
-    """The layout that :func:`realign.modeling.packing.choose_layout` will choose for a
-    model, known without its weights.
-    """
-    if shared_prefix is False:
-        return "separate"
-    with torch.device("meta"):
-        # attention as :func:`realign.modeling.loading.load_model` leaves it to transformers
-        model = AutoModelForImageTextToText.from_config(load_model_config(folder))
-    return "shared prefix" if why_not_shared(model) is None else "separate"
 
 
 def _accelerator() -> dict[str, Any]:

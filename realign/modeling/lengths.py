@@ -5,13 +5,13 @@ a size, with an empty image.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from PIL import Image
 
-from realign.data.images import ImageFacts
-from realign.data.records import DecodedRow, Problem
+from realign.data.images import Size
+from realign.data.records import Problem, Record
 from realign.errors import RefusedError
 from realign.modeling.chat_template import Renderer, user_turns
 from realign.modeling.collate import CELLS, PreferenceCollator
@@ -98,17 +98,24 @@ class RowLengths:
         """Tokens of the rows that are within the limits."""
         return [row for row in self.rows if all(row <= most for most in self._limits.values())]
 
-    def problems(self, row: DecodedRow) -> Iterator[Problem]:
-        """Those of the next row, whose texts and images are good. Codes: ``template``,
-        ``no-scored-token``, ``too-long``.
+    def problems(
+        self, record: Record, images: Sequence[Size], rejected_images: Sequence[Size]
+    ) -> Iterator[Problem]:
+        """Yield the problems of the next row, whose texts and images are good.
+
+        Codes: ``template``, ``no-scored-token``, ``too-long``.
+
+        Args:
+            record: The row.
+            images: Sizes of its original images.
+            rejected_images: Sizes of its retrieved images.
         """
-        record = row.record
 
         def problem(field: str, code: str, message: str) -> Problem:
             return Problem(record.id, record.where, field, code, f"{record.where}: {message}")
 
         try:
-            length, unscored = self._measure(row)
+            length, unscored = self._measure(record, images, rejected_images)
         except RefusedError as error:
             yield Problem(record.id, record.where, "", "template", str(error))
             return
@@ -121,38 +128,35 @@ class RowLengths:
                 said = f"got {length}. Shorten or remove the row; nothing is cut."
                 yield problem("", "too-long", f"must have at most {name} = {limit} tokens, {said}")
 
-    def _measure(self, row: DecodedRow) -> tuple[int, list[str]]:
-        """Tokens of the longest cell, and the answers that have none."""
-        record = row.record
+    def _measure(
+        self, record: Record, images: Sequence[Size], rejected_images: Sequence[Size]
+    ) -> tuple[int, list[str]]:
+        """Return the tokens of the longest cell, and the answers that have none."""
         unscored = []
         lengths = []
         for answer, retrieved in CELLS[: self.cells]:
             if retrieved and not record.rejected_images:
                 continue
-            images = row.rejected_images if retrieved else row.images
+            sizes = rejected_images if retrieved else images
             rendered = self._renderer.render(
-                record.prompt, getattr(record, answer), len(images), record.where
+                record.prompt, getattr(record, answer), len(sizes), record.where
             )
             # all that is scored but the end of turn
             answer_ids = rendered.scored_ids[:-1]
             if not retrieved and not self._renderer.tokenizer.decode(answer_ids).strip():
                 unscored.append(answer)
-            tokens = [
-                self._image_tokens((facts.width, facts.height))
-                for facts in images
-                if isinstance(facts, ImageFacts)
-            ]
+            tokens = [*map(self._image_tokens, sizes)]
             if answer == "chosen":
                 self.images.update(1 + more for more in tokens)  # with the placeholder
             prompt = self._image_tokens.text_tokens(rendered.prompt)
             lengths.append(prompt + len(rendered.scored_ids) + sum(tokens))
-        return self._confirmed(row, max(lengths)), unscored
+        return self._confirmed(record, max(lengths)), unscored
 
-    def _confirmed(self, row: DecodedRow, predicted: int) -> int:
-        shape = (len(row.images), len(row.rejected_images))
+    def _confirmed(self, record: Record, predicted: int) -> int:
+        shape = (len(record.images), len(record.rejected_images))
         if self.is_predicted and self._compared[shape] == _COMPARED:
             return predicted
         self._compared[shape] += 1
-        (length,) = self._collator.lengths([row.record])
+        (length,) = self._collator.lengths([record])
         self.is_predicted = self.is_predicted and length == predicted
         return length

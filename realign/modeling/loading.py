@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from realign.errors import RefusedError
-from realign.modeling.acceleration import Acceleration, use_liger_layers
+from realign.modeling.acceleration import Numerics, use_liger_layers
 from realign.modeling.adapters import keep_adapters_in_float32, quiet_peft
 from realign.modeling.folder import adapter_base, is_adapter, resolve_base
 from realign.modeling.parts import disable_dropout
@@ -22,7 +22,9 @@ LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 def choose_dtype(dtype: str) -> torch.dtype:
-    """``auto`` is bfloat16 on a GPU and float32 on a CPU, where bfloat16 products are slow."""
+    """Return the dtype of a name; ``auto`` is bfloat16 on a GPU and float32 on a CPU, where
+    bfloat16 products are slow.
+    """
     if dtype == "auto":
         return torch.bfloat16 if torch.cuda.is_available() else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
@@ -30,34 +32,30 @@ def choose_dtype(dtype: str) -> torch.dtype:
 
 def load_model(
     folder: Path,
-    dtype: torch.dtype,
+    numerics: Numerics | torch.dtype,
     *,
     trainable_adapter: bool = False,
     name: str | None = None,
     scoring: bool = True,
-    acceleration: Acceleration | None = None,
 ) -> PreTrainedModel:
     """Load a VLM, or an adapter on its base, with dropout off. No remote code is run.
 
     Args:
         folder: From :func:`resolve_model`.
-        dtype: Of the weights.
+        numerics: How it computes; a dtype alone stands for its weights, with all else as
+            transformers does.
         trainable_adapter: Whether an adapter will be trained on.
         name: What adapters trained on the model call it; a hub id is good on other machines too.
         scoring: Whether it will score answers; a model that only speaks need not be one of those
             whose logits are understood.
-        acceleration: How it computes; as transformers does with SDPA attention by default.
     """
-    acceleration = acceleration or Acceleration()
+    if isinstance(numerics, torch.dtype):
+        numerics = Numerics(numerics)
     if is_adapter(folder):
         from peft import PeftModel
 
         base = load_model(
-            resolve_base(folder),
-            dtype,
-            name=adapter_base(folder),
-            scoring=scoring,
-            acceleration=acceleration,
+            resolve_base(folder), numerics, name=adapter_base(folder), scoring=scoring
         )
         with quiet_peft():
             model = PeftModel.from_pretrained(base, folder, is_trainable=trainable_adapter)
@@ -66,11 +64,7 @@ def load_model(
     if not any(folder.glob("*.safetensors")):
         raise RefusedError(f"model {folder} must hold safetensors weights, has none. Convert it.")
     model, found = AutoModelForImageTextToText.from_pretrained(
-        folder,
-        dtype=dtype,
-        use_safetensors=True,
-        output_loading_info=True,
-        **acceleration.loading(dtype),
+        folder, use_safetensors=True, output_loading_info=True, **numerics.loading()
     )
     if lacking := sorted([*found["missing_keys"], *found["mismatched_keys"]]):
         raise RefusedError(
@@ -80,7 +74,7 @@ def load_model(
     if name:
         model.name_or_path = model.config._name_or_path = name
     disable_dropout(model)
-    if acceleration.liger:
+    if numerics.liger:
         use_liger_layers(model)
     if scoring:
         attach_preference_forward(model)

@@ -1,67 +1,19 @@
-"""Everything that can be wrong with a dataset for a model, found before the model is loaded and
-anything is written.
+"""Everything that can be wrong with a dataset for a model, found in one pass over its rows, before
+the model is loaded and anything is written.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from realign.data.records import Record, check_records, refuse_problems, sized_row
+from realign.data.records import Record, check_records, refuse_problems
 from realign.errors import RefusedError
 from realign.modeling.chat_template import Renderer
 from realign.modeling.collate import PreferenceCollator
-from realign.modeling.identity import Identity, version_of
 from realign.modeling.lengths import RowLengths
-from realign.runtime.files import canonical_json, content_sha256, write_json
+from realign.modeling.row_index import RowFacts, RowIndex
 from realign.runtime.progress import Progress, announce
-from realign.runtime.strict_json import read_json
-
-
-@dataclass
-class CheckedRows:
-    """A file that knows the lengths of rows that were good, by what they were found good for.
-
-    Args:
-        path: The file.
-        identity: Everything that the check depends on, as a hash.
-        lengths: What was found, once the rows are known to be good.
-    """
-
-    path: Path
-    identity: str
-    lengths: RowLengths | None = None
-
-    @classmethod
-    def of(cls, path: Path, keys: Sequence[str], model: Identity) -> CheckedRows:
-        """The file for rows, by their keys as they are read now, and the model that scores them,
-        whose processor is part of it.
-        """
-        return cls(path, content_sha256(canonical_json(model), version_of("jinja2"), *keys))
-
-    def restore(self, lengths: RowLengths) -> bool:
-        """Put in the lengths of the same rows; False where there are none, or damaged ones."""
-        try:
-            stored = read_json(self.path)
-            rows, images = stored["rows"], {int(key): n for key, n in stored["images"].items()}
-        except (OSError, RefusedError, LookupError, TypeError, AttributeError, ValueError):
-            return False
-        if stored != self._content(rows, images):
-            return False
-        lengths.rows, lengths.images = rows, Counter(images)
-        return True
-
-    def keep(self) -> None:
-        """Write the file, once the run has its folder."""
-        if self.lengths is not None:
-            write_json(self.path, self._content(self.lengths.rows, self.lengths.images))
-
-    def _content(self, rows: list[int], images: dict[int, int]) -> dict[str, Any]:
-        found = {"rows": rows, "images": {str(tokens): images[tokens] for tokens in sorted(images)}}
-        return {**found, "sha256": content_sha256(self.identity, canonical_json(found))}
 
 
 def check_rows(
@@ -71,9 +23,9 @@ def check_rows(
     cells: int,
     max_length: int | None,
     position_limit: int | None = None,
-    checked: CheckedRows | None = None,
-) -> RowLengths:
-    """Check every row's content, images, template and length, and return the lengths.
+    known: RowIndex | None = None,
+) -> RowIndex:
+    """Check every row's content, images, template and length, and return the rows' facts.
 
     Args:
         records: The rows.
@@ -81,47 +33,58 @@ def check_rows(
         cells: How many cells of a pair will be used.
         max_length: Longest row in tokens, image tokens included; None for any.
         position_limit: Longest row that the model was made for; None where that is not known.
-        checked: Where it is kept that they were good, limits aside; is told the lengths.
+        known: Facts of the same rows; where they were checked for as many cells, limits alone are
+            checked again.
     Raises:
         RefusedError: Naming the rows.
     """
-    lengths = RowLengths(processor, {}, cells)
-    if checked is not None and checked.restore(lengths):
+    if known is not None and known.cells == cells:
         announce(f"{len(records):,} rows are those that were good before; not checked again")
     else:
-        _measure(records, processor, lengths)
+        known = _checked(records, processor, cells)
     limits = (
         ("max_length", max_length, "Raise max_length or remove them"),
         ("max_position_embeddings", position_limit, "Shorten or remove them"),
     )
     for name, limit, remedy in limits:
-        if limit is not None and max(lengths.rows) > limit:
-            _refuse_long(records, lengths.rows, name, limit, remedy)
-    if checked is not None:
-        checked.lengths = lengths
-    return lengths
+        if limit is not None and max(known.tokens) > limit:
+            _refuse_long(known.rows, name, limit, remedy)
+    return known
 
 
-def _measure(records: Sequence[Record], processor: Any, lengths: RowLengths) -> None:
-    """Check all but the limits, and put the lengths in."""
-    check_records(records, Renderer(processor).placeholders())
-    # one that alters texts alters every one
-    PreferenceCollator(processor, lengths.cells).check_processor(records[0])
+def _checked(records: Sequence[Record], processor: Any, cells: int) -> RowIndex:
+    """Check all but the limits: every row is read, hashed and decoded once."""
+    lengths = RowLengths(processor, {}, cells)
+    collator = PreferenceCollator(processor, cells)
+    facts: list[RowFacts] = []
     problems: list[str] = []
-    with Progress("check lengths", len(records)) as progress:
-        for record in records:
-            problems += [problem.message for problem in lengths.problems(sized_row(record))]
-            progress.advance()
+
+    def measure(record: Record, is_good: bool) -> None:
+        progress.advance()
+        if not is_good:
+            return
+        if not facts:  # a processor that alters texts alters every one
+            collator.check_processor(record)
+        images, rejected_images = (
+            tuple(image.size for image in record.open_images(rejected=rejected))
+            for rejected in (False, True)
+        )
+        found = lengths.problems(record, images, rejected_images)
+        problems.extend(problem.message for problem in found)
+        tokens = lengths.rows[-1] if lengths.rows else 0
+        facts.append(RowFacts(record.id, record.key, images, rejected_images, tokens))
+
+    with Progress("check rows", len(records)) as progress:
+        check_records(records, Renderer(processor).placeholders(), visit=measure)
     refuse_problems(problems, len(records))
+    return RowIndex(facts, cells, lengths.images)
 
 
-def _refuse_long(
-    records: Sequence[Record], lengths: Sequence[int], name: str, limit: int, remedy: str
-) -> None:
-    too_long = [index for index, length in enumerate(lengths) if length > limit]
-    longest = max(too_long, key=lambda index: lengths[index])
+def _refuse_long(rows: Sequence[RowFacts], name: str, limit: int, remedy: str) -> None:
+    too_long = [row for row in rows if row.tokens > limit]
+    longest = max(too_long, key=lambda row: row.tokens)
     raise RefusedError(
-        f"{len(too_long)} of {len(lengths)} rows are longer than {name} = {limit} tokens: first "
-        f"row {records[too_long[0]].id}, longest row {records[longest].id} with "
-        f"{lengths[longest]}. {remedy}; nothing is cut."
+        f"{len(too_long)} of {len(rows)} rows are longer than {name} = {limit} tokens: first "
+        f"row {too_long[0].id}, longest row {longest.id} with {longest.tokens}. {remedy}; nothing "
+        "is cut."
     )

@@ -14,9 +14,8 @@ from realign.modeling.identity import (
     Identity,
     identity_differences,
     identity_folder,
-    reference_identity,
 )
-from realign.reference.build import build_cache, fill
+from realign.reference.build import build_cache
 from realign.reference.read import read_cache
 from realign.reference.reference import BatchVariance, CacheReference
 from realign.reference.scoring import Scorer, Scoring
@@ -30,9 +29,7 @@ __all__ = [
     "Scorer",
     "Scoring",
     "build_cache",
-    "fill",
     "identity_differences",
     "identity_folder",
     "read_cache",
-    "reference_identity",
 ]

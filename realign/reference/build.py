@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 from realign.data.records import Record
 from realign.errors import RefusedError
@@ -20,6 +19,7 @@ from realign.modeling.identity import (
     identity_folder,
     identity_sha256,
 )
+from realign.modeling.row_index import RowIndex
 from realign.reference.probe import probe_rows, run_probe
 from realign.reference.reference import CacheReference
 from realign.reference.scoring import Scorer, Scoring, free_reference
@@ -31,32 +31,36 @@ from realign.runtime.ranks import Ranks
 PIXEL_INTERVAL = 256  # rows for one whose pixels are compared in training
 
 
-def fill(
+def build_cache(
     records: Sequence[Record],
-    root: Path,
     scoring: Scoring,
-    identity: Identity,
+    root: Path,
     *,
-    shard_size: int,
-    ranks: Ranks,
+    shard_size: int = 1024,
+    identity: Identity | None = None,
+    ranks: Ranks | None = None,
+    rows: RowIndex | None = None,
 ) -> Path:
     """Compute what is missing, commit it, and return the identity's folder.
 
     Args:
         records: The rows; equal ones are computed once.
-        root: The cache, which may hold other identities too.
         scoring: How rows are scored.
-        identity: Of the values that ``scoring`` gives.
-        shard_size: Rows a shard, rounded up to whole batches.
-        ranks: The processes that share the work.
+        root: The cache, which may hold other identities too.
+        shard_size: Rows per shard, rounded up to whole batches.
+        identity: Identity of the values that ``scoring`` gives, where it is known.
+        ranks: The processes that share the work; those of the launcher by default.
+        rows: Facts of the records, from :func:`realign.modeling.row_checks.check_rows`, where they
+            are known.
     Raises:
         RefusedError: Two rows have one id and different content; a row is too long; the file
             system refuses; or the probe finds the values wrong.
         FloatingPointError: A log-probability is not finite; nothing of its shard is stored.
     """
+    identity, ranks = identity or scoring.identity(), ranks or Ranks()
     _check_agreement(identity, ranks)
     place = identity_folder(root, identity)
-    wanted = ranks.together(lambda: _unique(records))
+    wanted = ranks.together(lambda: _unique(records, rows or RowIndex.of(records)))
     found = ranks.gather((_has_all(place, wanted), place.exists()))
     if all(has_all for has_all, _ in found):
         return place
@@ -88,32 +92,6 @@ def fill(
     return place
 
 
-def build_cache(
-    records: Sequence[Record],
-    folder: Path,
-    root: Path,
-    *,
-    batch_size: int,
-    shard_size: int,
-    **options: Any,
-) -> Path:
-    """Compute what is missing, commit it, and return the identity's folder.
-
-    Args:
-        records: The rows.
-        folder: The reference model, from :func:`realign.modeling.folder.resolve_model`.
-        root: The cache.
-        batch_size: Pairs in one forward.
-        shard_size: Rows a shard.
-        options: The other attributes of :class:`realign.reference.Scoring`: ``cells``,
-            ``rejected_scoring``, ``dtype``, ``max_length`` and so on.
-    Raises:
-        RefusedError, FloatingPointError: As :func:`fill`.
-    """
-    scoring = Scoring(folder=folder, batch_size=batch_size, **options)
-    return fill(records, root, scoring, scoring.identity(), shard_size=shard_size, ranks=Ranks())
-
-
 def _check_agreement(identity: Identity, ranks: Ranks) -> None:
     """Refuse ranks on machines that compute differently."""
     for rank, other in enumerate(ranks.gather(identity)):
@@ -124,18 +102,18 @@ def _check_agreement(identity: Identity, ranks: Ranks) -> None:
             )
 
 
-def _unique(records: Sequence[Record]) -> dict[str, int]:
-    """Key to position of the first row that has it."""
+def _unique(records: Sequence[Record], rows: RowIndex) -> dict[str, int]:
+    """Return key to position of the first row that has it."""
     wanted: dict[str, int] = {}
     ids: dict[str, str] = {}
-    for index, record in enumerate(records):
-        if ids.setdefault(record.id, record.key) != record.key:
-            first = wanted[ids[record.id]]
+    for index, row in enumerate(rows.rows):
+        if ids.setdefault(row.id, row.key) != row.key:
+            first = wanted[ids[row.id]]
             raise RefusedError(
-                f"{record.where}: id must be unique, got {record.id!r} again with other content, "
-                f"first in row {first + 1} (counting from 1). Rename one."
+                f"{records[index].where}: id must be unique, got {row.id!r} again with other "
+                f"content, first in row {first + 1} (counting from 1). Rename one."
             )
-        wanted.setdefault(record.key, index)
+        wanted.setdefault(row.key, index)
     return wanted
 
 

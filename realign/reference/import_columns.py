@@ -17,9 +17,9 @@ import torch
 
 from realign.data.dataset import read_records
 from realign.errors import RefusedError
+from realign.modeling.acceleration import Numerics
 from realign.modeling.folder import resolve_model
 from realign.modeling.identity import identity_folder
-from realign.modeling.processors import load_processor
 from realign.modeling.row_checks import check_rows
 from realign.reference.scoring import RowReader, Scoring
 from realign.reference.shards import Rows
@@ -57,12 +57,12 @@ def import_columns(data: Path, model: str, out: Path) -> Path:
         )
     records = read_records(file, None)
     logps = _read_columns(file, len(records))
-    check_rows(records, load_processor(folder), cells=logps.shape[1], max_length=None)
-    scoring = Scoring(folder, logps.shape[1], "label", torch.float32, batch_size=1)
+    scoring = Scoring(folder, logps.shape[1], "label", Numerics(torch.float32))
+    check_rows(records, scoring.model.processor, cells=scoring.cells, max_length=None)
     identity = scoring.identity()
     identity["numerics"] = {"imported": ", ".join(COLUMNS[: logps.shape[1]])}
     place = identity_folder(out, identity)
-    reader = RowReader(load_processor(folder), scoring.cells)
+    reader = RowReader(scoring.model.processor, scoring.cells)
     rows = Rows.concat([reader.read([record])[1] for record in records], scoring.cells)
     rows = replace(rows, logps=np.where(rows.num_tokens > 0, logps, 0.0))
     with building(place):

@@ -87,6 +87,6 @@ def is_exact(identity: Identity) -> bool:
     numerics = identity["numerics"]
     return (
         numerics["dtype"] == "float32"
-        and numerics["autocast"] == "off"
+        and not numerics["autocast"]
         and {*numerics["float32"].values()} <= EXACT
     )

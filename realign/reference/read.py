@@ -17,6 +17,7 @@ from realign.modeling.identity import (
     identity_differences,
     identity_folder,
 )
+from realign.modeling.row_index import RowIndex
 from realign.reference.probe import deviations, probe_rows, rounding
 from realign.reference.reference import BatchVariance, CacheReference
 from realign.reference.scoring import Scorer, free_reference
@@ -100,6 +101,7 @@ def read_cache(
     *,
     num_cells: int | None = None,
     accepting: Callable[[], Scorer] | None = None,
+    rows: RowIndex | None = None,
 ) -> CacheReference:
     """Return ``record.key`` to reference log-probabilities, shape ``(C,)`` float64, for all
     records. Every byte of the cache is checked against its manifest.
@@ -111,6 +113,7 @@ def read_cache(
         num_cells: How many cells the run reads; imported values may have no more than these.
         accepting: Loads the reference model, to accept values that differ in numerics alone once
             64 rows have been computed again; None refuses them.
+        rows: Facts of the records where they are known.
     Raises:
         RefusedError: The cache is of another model, template, scoring or numerics (each difference
             is named), it does not exist, is unfinished, damaged, of another schema, lacks a row,
@@ -119,7 +122,12 @@ def read_cache(
     ranks = Ranks()
     reference, found = ranks.together(
         lambda: _read(
-            root, records, identity, num_cells or identity["semantics"]["cells"], accepting
+            root,
+            records,
+            rows or RowIndex.of(records),
+            identity,
+            num_cells or identity["semantics"]["cells"],
+            accepting,
         )
     )
     ranks.check_agreement(found.manifest.root, root)
@@ -129,6 +137,7 @@ def read_cache(
 def _read(
     root: Path,
     records: Sequence[Record],
+    rows: RowIndex,
     identity: Identity,
     num_cells: int,
     accepting: Callable[[], Scorer] | None,
@@ -138,16 +147,13 @@ def _read(
     if committed is None:
         raise _unfit(root, "it is unfinished")
     reference = CacheReference(committed.rows, BatchVariance.of(committed.manifest.probe))
-    keys, ids = [], []
-    for record in records:  # once: it may read them from the disk
-        keys.append(record.key)
-        ids.append(record.id)
+    keys = rows.keys
     positions = reference.positions(keys)
     if (lacking := positions < 0).any():
+        first = rows.rows[int(lacking.argmax())].id
         raise RefusedError(
-            f"cache {root} lacks {lacking.sum()} of {len(keys)} rows, first: row "
-            f"{ids[int(lacking.argmax())]}. The row was edited or added since; run `realign cache` "
-            "again."
+            f"cache {root} lacks {lacking.sum()} of {len(keys)} rows, first: row {first}. The row "
+            "was edited or added since; run `realign cache` again."
         )
     reference = reference.only(positions)
     if committed.identity != identity:

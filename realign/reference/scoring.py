@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,10 @@ from accelerate.utils.memory import should_reduce_batch_size
 
 from realign.data.records import Record
 from realign.errors import RefusedError
-from realign.modeling.acceleration import Acceleration
+from realign.modeling.acceleration import Numerics
 from realign.modeling.collate import PreferenceCollator
-from realign.modeling.identity import Identity, reference_identity
+from realign.modeling.identity import Identity, ModelFacts, reference_identity
 from realign.modeling.loading import every_rank_loads, load_model
-from realign.modeling.packing import choose_layout
-from realign.modeling.processors import load_processor
 from realign.reference.shards import Rows
 from realign.runtime.ranks import local_device
 
@@ -33,35 +32,28 @@ class Scoring:
         folder: The reference model, from :func:`realign.modeling.folder.resolve_model`.
         cells: How many of chosen, text_rejected, image_rejected, both_rejected are scored.
         rejected_scoring: ``label`` or ``top_non_label``.
-        dtype: Of the weights.
+        numerics: How the model computes.
         batch_size: Pairs in one forward.
         max_length: Longest sequence in tokens; a longer one is refused.
-        shared_prefix: Whether the answers of a pair stand behind one prefix; None where the model
-            can.
-        attention: ``sdpa`` or ``flash``.
-        liger: Whether the layers are liger-kernel's.
-        quantization: ``nf4`` for 4-bit weights, or None.
-        autocast: Whether float32 weights are computed with in bfloat16.
     """
 
     folder: Path
     cells: int
     rejected_scoring: str
-    dtype: torch.dtype
-    batch_size: int
+    numerics: Numerics
+    batch_size: int = 8
     max_length: int | None = None
-    shared_prefix: bool | None = None
-    attention: str = "sdpa"
-    liger: bool = False
-    quantization: str | None = None
-    autocast: bool = False
 
     def identity(self) -> Identity:
-        """What the values depend on outside a row."""
-        options = asdict(self)
-        for name in ("folder", "batch_size", "max_length"):
-            del options[name]
-        return reference_identity(self.folder, **options)
+        """Return what the values depend on outside a row."""
+        return reference_identity(
+            self.model, cells=self.cells, rejected_scoring=self.rejected_scoring
+        )
+
+    @cached_property
+    def model(self) -> ModelFacts:
+        """What is known of the model without its weights."""
+        return ModelFacts(self.folder, self.numerics)
 
     def load(self) -> Scorer:
         """Load the model."""
@@ -121,14 +113,13 @@ class Scorer:
         self.scoring = scoring
         self._device = local_device()
         with every_rank_loads():
-            self._model = _load(scoring).eval()
-            if scoring.quantization is None:  # else it is on its GPU, and cannot be moved
+            self._model: Any = load_model(scoring.folder, scoring.numerics).eval()
+            if scoring.numerics.quantization is None:  # else it is on its GPU, and cannot be moved
                 self._model.to(self._device)
-        processor = load_processor(scoring.folder)
-        shares = choose_layout(self._model, scoring.shared_prefix) == "shared prefix"
+        processor, cells = scoring.model.processor, scoring.cells
         self._batches, self._alone = (
-            RowReader(processor, scoring.cells, scoring.max_length, shared_prefix=shared)
-            for shared in (shares, False)
+            RowReader(processor, cells, scoring.max_length, shared_prefix=shared)
+            for shared in (scoring.model.layout == "shared prefix", False)
         )
 
     def score(self, records: Sequence[Record]) -> Rows:
@@ -155,7 +146,8 @@ class Scorer:
     @torch.inference_mode()
     def _score(self, reader: RowReader, records: Sequence[Record]) -> Rows:
         batch, rows = reader.read(records)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.scoring.autocast):
+        is_cast = self.scoring.numerics.autocast
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=is_cast):
             try:
                 output = self._model(
                     **send_to_device(batch, self._device),
@@ -186,8 +178,3 @@ def free_reference() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _load(scoring: Scoring) -> Any:
-    how = Acceleration(scoring.attention, scoring.liger, scoring.quantization, scoring.autocast)
-    return load_model(scoring.folder, scoring.dtype, acceleration=how)

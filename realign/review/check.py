@@ -78,7 +78,7 @@ def check(config: CheckConfig) -> Findings:
             if config.max_hamming is not None:
                 problems += near_images(row, config.max_hamming)
             if model and not problems:
-                problems += model.lengths.problems(row)
+                problems += model.lengths.problems(record, *row.sizes)
             if evaluation:
                 leaks, near = evaluation.find(row)
                 problems += leaks

@@ -22,12 +22,12 @@ WRITES: Mapping[str, tuple[str, ...]] = {
         *("neighbours", "shards", "journal", "dataset.parquet", "funnel.json"),
     ),
     "train": (
-        *("checked_rows.json", "accepted_numerics.json", "steps", ".checkpoint.tmp"),
+        *("row_index.json", "accepted_numerics.json", "steps", ".checkpoint.tmp"),
         *("checkpoint", "metrics.jsonl"),
     ),
     "eval": ("answers", "samples", "scores.json"),
     "demo": (
-        *("world", "dataset", "train.json", "checked_rows.json", "steps", ".checkpoint.tmp"),
+        *("world", "dataset", "train.json", "row_index.json", "steps", ".checkpoint.tmp"),
         *("checkpoint", "metrics.jsonl", "compare", "eval", "summary.json", "report.html"),
     ),
 }
@@ -49,6 +49,18 @@ def check_out(folder: Path) -> None:
             raise RefusedError(
                 f"out must be a folder, got {folder}, but {place} is a file. Choose another --out."
             )
+
+
+def is_begun(folder: Path, verb: str) -> bool:
+    """Return whether a run of the verb has claimed the folder, this one or another.
+
+    Raises:
+        RefusedError: It has not, and the folder holds what such a run writes.
+    """
+    if (folder / f"{verb}.json").is_file():
+        return True
+    _check_leftovers(folder, verb)
+    return False
 
 
 Labels = Mapping[str, Sequence[str]]
@@ -109,12 +121,17 @@ def is_claimed(
     """
     path = folder / f"{verb}.json"
     needed = {name: _brief(value) for name, value in what.items()}
-    if not path.is_file():
-        _check_leftovers(folder, verb)
+    if not is_begun(folder, verb):
         return False
     stored = json.loads(path.read_text(encoding="utf-8"))
     if stored == needed:
         return True
+    if stored.get("schema", 1) != needed.get("schema", 1):
+        raise RefusedError(
+            f"{path} must be of schema {needed.get('schema', 1)}, got {stored.get('schema', 1)}: "
+            "another version of realign began this run. Go on with that version, or choose "
+            "another --out."
+        )
     lines = list(_differences(stored, needed, what, labels or {}))
     raise RefusedError(
         f"out {folder} holds another run of `realign {verb}`:\n" + "\n".join(lines) + "\n"

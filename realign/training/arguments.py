@@ -1,9 +1,10 @@
-"""What transformers.Trainer is told for the options of ``realign train``."""
+"""The arguments of transformers.Trainer for the options of ``realign train``."""
 
 from __future__ import annotations
 
 import math
 import os
+from dataclasses import fields
 
 import torch
 
@@ -11,6 +12,16 @@ from realign.config import TrainConfig
 from realign.training.trainer import RDPOConfig
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+# options that Trainer has under another name; all that have one name here and there are handed on
+_RENAMED = {
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "accumulation": "gradient_accumulation_steps",
+    "workers": "dataloader_num_workers",
+    "autocast": "bf16",  # else the weights' own dtype
+}
+# what the policy does itself
+_NOT_HANDED_ON = {"gradient_checkpointing"}
 
 
 def world_size() -> int:
@@ -35,43 +46,21 @@ def num_warmup_steps(config: TrainConfig, num_records: int) -> int:
 
 
 def training_arguments(config: TrainConfig, num_records: int) -> RDPOConfig:
-    """The arguments of a run on ``num_records`` pairs."""
-    arguments = RDPOConfig(
-        output_dir=str(config.out / "steps"),
-        objective=config.objective,
-        beta=config.beta,
-        image_beta=config.image_beta,
-        image_weight=config.image_weight,
-        nll_weight=config.nll_weight,
-        rejected_scoring=config.rejected_scoring,
-        freeze_vision=config.freeze_vision,
-        freeze_projector=config.freeze_projector,
-        freeze_language=config.freeze_language,
-        projector_learning_rate=config.projector_learning_rate,
-        shared_prefix=config.shared_prefix,
-        max_length=config.max_length,
-        num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=_SCHEDULES[config.schedule],
-        warmup_steps=num_warmup_steps(config, num_records),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        bf16=config.autocast,  # else the weights' own dtype
-        check_first_step=config.check_first_step,
-        dataloader_num_workers=config.workers,
-        use_cpu=not torch.cuda.is_available(),
-        logging_strategy="steps",
-        logging_first_step=True,
-        logging_steps=config.logging_steps,
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        save_total_limit=2,
-        seed=config.seed,
-        data_seed=config.seed,
-        report_to=config.report_to or "none",
-        disable_tqdm=True,
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would cut cell-major batches
-    return arguments
+    """Return the arguments of a run on ``num_records`` pairs."""
+    known = {one.name for one in fields(RDPOConfig)} - _NOT_HANDED_ON
+    options = {_RENAMED.get(name, name): value for name, value in config}
+    options = {name: value for name, value in options.items() if name in known}
+    options |= {
+        "output_dir": str(config.out / "steps"),
+        "lr_scheduler_type": _SCHEDULES[config.schedule],
+        "warmup_steps": num_warmup_steps(config, num_records),
+        "use_cpu": not torch.cuda.is_available(),
+        "logging_strategy": "steps",
+        "logging_first_step": True,
+        "save_strategy": "steps",
+        "save_total_limit": 2,
+        "data_seed": config.seed,
+        "report_to": config.report_to or "none",
+        "disable_tqdm": True,
+    }
+    return RDPOConfig(**options)

@@ -1,9 +1,11 @@
-"""The objectives that a run can name: tables of realign_kernels."""
+"""The objectives that a run can name, as tables of realign_kernels, and their options."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 from realign.errors import RefusedError
 from realign_kernels import Objective
@@ -26,24 +28,49 @@ OBJECTIVES: dict[str, Callable[[float, float, float], Objective]] = {
 WITHOUT_IMAGE_PAIR = ("dpo", "sft")
 
 
-def make_objective(
-    name: str, *, beta: float, image_beta: float | None, image_weight: float, nll_weight: float
-) -> Objective:
-    """Return the objective of a name, with ``nll_weight`` added to it.
+@dataclass
+class ObjectiveOptions:
+    """What is optimised; the defaults are the paper's."""
+
+    objective: str = field(default="rdpo", metadata={"help": "rdpo, dpo, mdpo, symmetric or sft"})
+    beta: float = field(default=0.1, metadata={"help": "KL strength of the answer pair"})
+    image_beta: float | None = field(
+        default=None, metadata={"help": "KL strength of the image pair; beta by default"}
+    )
+    image_weight: float = field(default=1.0, metadata={"help": "weight of the image pair"})
+    nll_weight: float = field(
+        default=0.0, metadata={"help": "weight of the chosen answer's mean NLL"}
+    )
+    rejected_scoring: str = field(
+        default="label", metadata={"help": "label, or top_non_label (the authors' code)"}
+    )
+
+    @classmethod
+    def of(cls, options: Any) -> ObjectiveOptions:
+        """Return the options that a configuration has under these names."""
+        names = (one.name for one in dataclasses.fields(ObjectiveOptions))
+        return ObjectiveOptions(**{name: getattr(options, name) for name in names})
+
+
+def make_objective(options: ObjectiveOptions) -> Objective:
+    """Return the objective of the options, with ``nll_weight`` added to it.
 
     Raises:
         RefusedError: The name is unknown, or it does not read an option that was set.
     """
+    name, image_beta = options.objective, options.image_beta
     if name not in OBJECTIVES:
         raise RefusedError(
             f"objective must be one of {sorted(OBJECTIVES)}, got {name!r}. Name one of them."
         )
-    image_options = (("image_beta", image_beta, None), ("image_weight", image_weight, 1.0))
-    for option, value, default in image_options:
-        if name in WITHOUT_IMAGE_PAIR and value != default:
+    unread = ("image_beta", "image_weight") if name in WITHOUT_IMAGE_PAIR else ()
+    for option in unread:
+        value = getattr(options, option)
+        if value != getattr(ObjectiveOptions, option):
             raise RefusedError(
                 f"{option} must not be set with objective {name!r}, which has no image pair, got "
                 f"{value}. Drop it."
             )
-    objective = OBJECTIVES[name](beta, beta if image_beta is None else image_beta, image_weight)
-    return dataclasses.replace(objective, nll_weight=nll_weight or objective.nll_weight)
+    image_beta = options.beta if image_beta is None else image_beta
+    objective = OBJECTIVES[name](options.beta, image_beta, options.image_weight)
+    return dataclasses.replace(objective, nll_weight=options.nll_weight or objective.nll_weight)

@@ -1,76 +1,56 @@
-"""The model that trains: loaded, and its parts frozen or given adapters, as ``realign train`` is
-told.
-"""
+"""The model that trains: loaded, with its parts frozen or given adapters."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText
 
 from realign.config import TrainConfig
 from realign.errors import RefusedError
-from realign.modeling.acceleration import Acceleration
 from realign.modeling.adapters import add_adapter, keep_adapters_in_float32, quiet_peft
 from realign.modeling.folder import is_adapter, lasting_name
-from realign.modeling.loading import choose_dtype, load_model, load_model_config
+from realign.modeling.loading import load_model
 from realign.modeling.parts import check_projector_rate, freeze_parts, frozen_parts
+from realign.training.plan import TrainPlan
 
 
-def weights_dtype(config: TrainConfig) -> torch.dtype:
-    """Full fine-tuning needs float32 weights: updates of 1e-5 vanish in bfloat16."""
-    if config.dtype == "auto" and not config.lora:
-        return torch.float32
-    return choose_dtype(config.dtype)
-
-
-def acceleration_of(config: TrainConfig) -> Acceleration:
-    """How the policy computes, and its reference."""
-    return Acceleration(config.attention, config.liger, config.quantization, config.autocast)
-
-
-def load_policy(config: TrainConfig, folder: Path) -> Any:
+def load_policy(plan: TrainPlan) -> Any:
     """Load the model with its weights and make ready what trains of it.
 
     Raises:
         RefusedError: The folder lacks weights, or the options fit no part of the model.
     """
     model: Any = load_model(
-        folder,
-        weights_dtype(config),
-        trainable_adapter=True,
-        name=lasting_name(config.model),
-        acceleration=acceleration_of(config),
+        plan.folder, plan.numerics, trainable_adapter=True, name=lasting_name(plan.config.model)
     )
-    model = _prepare(model, config, is_adapted=is_adapter(folder))
-    if config.gradient_checkpointing:
+    model = _prepare(model, plan.config, is_adapted=is_adapter(plan.folder))
+    if plan.config.gradient_checkpointing:
         checkpoint_activations(model)
     return model
 
 
-def outline_policy(config: TrainConfig, folder: Path) -> nn.Module:
-    """The same model without weights, on torch's meta device: what would train, of what size.
+def outline_policy(plan: TrainPlan) -> nn.Module:
+    """Return the same model without weights, on torch's meta device: what would train, and of what
+    size. The plan's outline of the model becomes it.
 
     Raises:
         RefusedError: The options fit no part of the model.
     """
+    model = plan.model.outline
     with torch.device("meta"):
-        model: Any = AutoModelForImageTextToText.from_config(
-            load_model_config(folder), dtype=weights_dtype(config)
-        )
-        if is_adapter(folder):
+        if is_adapter(plan.folder):
             from peft import PeftConfig, get_peft_model
 
-            adapter = PeftConfig.from_pretrained(str(folder))
+            adapter = PeftConfig.from_pretrained(str(plan.folder))
             adapter.inference_mode = False
             model.name_or_path = adapter.base_model_name_or_path  # else peft says it was renamed
             with quiet_peft():
                 model = get_peft_model(model, adapter)
             keep_adapters_in_float32(model)
-        return _prepare(model, config, is_adapted=is_adapter(folder))
+        prepared: nn.Module = _prepare(model, plan.config, is_adapted=is_adapter(plan.folder))
+        return prepared
 
 
 def _prepare(model: Any, config: TrainConfig, *, is_adapted: bool) -> Any:

@@ -1,105 +1,84 @@
-"""What a training run would be, found out and said before any weight is loaded: rows, steps, what
-trains, memory, cache.
-"""
+"""Checks and estimates of a run before any weight is loaded: rows, steps, what trains, memory."""
 
 from __future__ import annotations
 
 import os
 import statistics
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from realign.config import TrainConfig
-from realign.data.records import Record
 from realign.errors import RefusedError
 from realign.modeling.acceleration import quantized_weights
-from realign.modeling.lengths import RowLengths, position_limit
-from realign.modeling.loading import load_model_config
+from realign.modeling.lengths import position_limit
 from realign.modeling.memory import Footprint, footprint, micro_step_bytes, size
-from realign.modeling.row_checks import CheckedRows, check_rows
+from realign.modeling.row_checks import check_rows
+from realign.modeling.row_index import RowIndex
 from realign.runtime.memory import usable_memory
-from realign.runtime.progress import announce
 from realign.training.arguments import num_steps, num_warmup_steps, pairs_per_step, world_size
-from realign.training.policy import acceleration_of, outline_policy, weights_dtype
+from realign.training.plan import TrainPlan
+from realign.training.policy import outline_policy
+from realign.training.sharding import check_precision
 from realign_kernels import Objective
 
 
-def announce_missing_images(without: int, num_rows: int, objective: Objective) -> None:
-    """Say how many pairs have no image term; refuse an objective with one when none has it.
+def preflight(plan: TrainPlan, known: RowIndex | None = None) -> tuple[RowIndex, list[str]]:
+    """Check a run's rows and options against its model's configuration and this machine.
 
     Args:
-        without: How many rows have no retrieved image.
-        num_rows: How many rows there are.
-        objective: What will be trained.
+        plan: The run.
+        known: Facts of its rows, where some are known.
+    Returns:
+        The facts of the rows, and the findings, one line each.
     Raises:
-        RefusedError: No row has a retrieved image and the objective needs one.
+        RefusedError: Naming the row or option, the value and the remedy.
     """
-    if not without or objective.num_cells < 3:
+    config, numerics = plan.config, plan.numerics
+    # cheap first: a wrong option need not wait for every row
+    check_precision(numerics.dtype, autocast=numerics.autocast)
+    numerics.check()
+    model = outline_policy(plan)
+    quantized = quantized_weights(model) if numerics.quantization else set()
+    memory_summary, held = footprint(model, quantized), Footprint.of(model, quantized).total
+    _check_memory(held, memory_summary)
+    rows = check_rows(
+        plan.records,
+        plan.model.processor,
+        cells=plan.scoring.cells,
+        max_length=config.max_length,
+        position_limit=position_limit(plan.model.config),
+        known=known,
+    )
+    return rows, [
+        *_say_missing_images(rows, plan.objective),
+        _say_rows(rows),
+        _say_steps(config, len(rows.rows)),
+        memory_summary,
+        *_say_memory(plan, rows, held),
+    ]
+
+
+def _say_missing_images(rows: RowIndex, objective: Objective) -> Iterator[str]:
+    """Say how many pairs have no image term; refuse an objective with one when none has it."""
+    num_rows = len(rows.rows)
+    missing = sum(not row.rejected_images for row in rows.rows)
+    if not missing or objective.num_cells < 3:
         return
-    if without == num_rows:
+    if missing == num_rows:
         raise RefusedError(
             f"data must have retrieved images for this objective, got none in {num_rows} rows. "
             "Fill rejected_images (retrieved_image in JSON), or pass --objective dpo."
         )
-    announce(f"{without} of {num_rows} rows have no retrieved image; their image term is dropped")
+    yield f"{missing} of {num_rows} rows have no retrieved image; their image term is dropped"
 
 
-def preflight(
-    config: TrainConfig,
-    folder: Path,
-    records: Sequence[Record],
-    processor: Any,
-    *,
-    cells: int,
-    checked: CheckedRows | None = None,
-) -> list[str]:
-    """Check a run's rows and options against its model's configuration and this machine.
-
-    Args:
-        config: The run.
-        folder: The model's, from :func:`realign.modeling.folder.resolve_model`.
-        records: The rows.
-        processor: The model's.
-        cells: How many sequences a pair is.
-        checked: Where it is kept that the rows were good.
-    Returns:
-        The findings, a line each.
-    Raises:
-        RefusedError: Naming the row or option, the value and the remedy.
-    """
-    model_config = load_model_config(folder)
-    # cheap first: a wrong option need not wait for every row
-    dtype = torch.bfloat16 if config.autocast else weights_dtype(config)
-    acceleration_of(config).check(weights_dtype(config))
-    model = outline_policy(config, folder)
-    quantized = quantized_weights(model) if config.quantization else set()
-    said, held = footprint(model, quantized), Footprint.of(model, quantized).total
-    _check_memory(held, said)
-    lengths = check_rows(
-        records,
-        processor,
-        cells=cells,
-        max_length=config.max_length,
-        position_limit=position_limit(model_config),
-        checked=checked,
-    )
-    return [
-        _say_rows(lengths),
-        _say_steps(config, len(records)),
-        said,
-        *_say_memory(config, model_config, lengths, dtype, held),
-    ]
-
-
-def _say_rows(lengths: RowLengths) -> str:
-    images = sorted(lengths.images)
+def _say_rows(rows: RowIndex) -> str:
+    images, tokens = sorted(rows.image_tokens), rows.tokens
     of_images = f"; images of {_range(images)} tokens" if images else "; no images"
     return (
-        f"{len(lengths.rows):,} pairs; sequences of {_range(lengths.rows)} tokens, "
-        f"median {statistics.median_low(lengths.rows):,}{of_images}"
+        f"{len(tokens):,} pairs; sequences of {_range(tokens)} tokens, "
+        f"median {statistics.median_low(tokens):,}{of_images}"
     )
 
 
@@ -121,25 +100,24 @@ def _say_steps(config: TrainConfig, num_records: int) -> str:
     return text
 
 
-def _check_memory(held: int, said: str) -> None:
-    """What weights, gradients and optimizer state exceed cannot hold them."""
+def _check_memory(held: int, memory_summary: str) -> None:
+    """Refuse weights, gradients and optimizer state that are larger than the memory."""
     if _is_sharded():
         return
     where, available = _device_memory()
     if held > available:
         raise RefusedError(
-            f"training must fit into {size(available)} of {where}, got {said}. Use "
+            f"training must fit into {size(available)} of {where}, got {memory_summary}. Use "
             "lora (with quantization: nf4 if need be), or shard over more processes."
         )
 
 
-def _say_memory(
-    config: TrainConfig, model_config: Any, lengths: RowLengths, dtype: torch.dtype, held: int
-) -> Iterator[str]:
+def _say_memory(plan: TrainPlan, rows: RowIndex, held: int) -> Iterator[str]:
+    config = plan.config
     activations = micro_step_bytes(
-        model_config,
-        dtype,
-        tokens=config.batch_size * lengths.cells * max(lengths.rows),
+        plan.model.config,
+        torch.bfloat16 if plan.numerics.autocast else plan.numerics.dtype,
+        tokens=config.batch_size * rows.cells * max(rows.tokens),
         is_checkpointed=config.gradient_checkpointing,
     )
     if activations is None:
@@ -162,13 +140,13 @@ def _say_memory(
 
 
 def _is_sharded() -> bool:
-    """Whether a launcher splits weights and optimizer over processes, so that each holds less."""
+    """Return whether a launcher splits weights and optimizer over processes."""
     names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
     return any(os.environ.get(name, "false").lower() in ("true", "1") for name in names)
 
 
 def _device_memory() -> tuple[str, int]:
-    """What training would run on, and its memory in bytes."""
+    """Return what training would run on, and its memory in bytes."""
     if torch.cuda.is_available():
         device = torch.cuda.current_device()
         return torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]

@@ -1,36 +1,31 @@
-"""The verb ``realign train``: dataset, cache and VLM in; checkpoint and metrics out; continued
+"""The command ``realign train``: dataset, cache and VLM in; checkpoint and metrics out; continued
 after a kill.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from transformers import PrinterCallback, set_seed
 
 from realign.config import TrainConfig
-from realign.data.dataset import read_kept_records
-from realign.data.records import Record
 from realign.modeling.adapters import quiet_peft
-from realign.modeling.folder import adapter_base, is_adapter, resolve_model
-from realign.modeling.processors import load_processor
-from realign.modeling.row_checks import CheckedRows
-from realign.reference import CacheReference, Identity, Ranks, Scoring, fill, read_cache
+from realign.modeling.folder import adapter_base, is_adapter
+from realign.modeling.row_index import RowFile, RowIndex
+from realign.reference import CacheReference, Ranks, build_cache, read_cache
 from realign.runtime.files import publish, write_json, write_text
 from realign.runtime.progress import announce
-from realign.runtime.run_folder import check_out, claim, is_claimed, only_run
+from realign.runtime.run_folder import check_out, claim, is_begun, is_claimed, only_run
 from realign.training.arguments import training_arguments
 from realign.training.callbacks import LogLastStep, MetricsFile, ShowProgress
-from realign.training.objectives import make_objective
-from realign.training.policy import load_policy, weights_dtype
-from realign.training.preflight import announce_missing_images, preflight
-from realign.training.sharding import check_precision
+from realign.training.objectives import ObjectiveOptions
+from realign.training.plan import TrainPlan
+from realign.training.policy import load_policy
+from realign.training.preflight import preflight
 from realign.training.trainer import RDPOTrainer
-from realign_kernels import Objective
 
 
 def adapter_card(config: TrainConfig, base: str, num_rows: int) -> str:
@@ -45,16 +40,9 @@ def adapter_card(config: TrainConfig, base: str, num_rows: int) -> str:
     base = Path(base).name if is_local else base
     # a folder's name is no hub id, which is what the hub would take it for
     metadata = ["---", "library_name: peft", *([] if is_local else [f"base_model: {base}"]), "---"]
-    options = {
-        "beta": config.beta,
-        "image_beta": config.image_beta,
-        "image_weight": config.image_weight,
-        "nll_weight": config.nll_weight,
-        "rejected_scoring": config.rejected_scoring,
-        "learning_rate": config.learning_rate,
-        "epochs": config.epochs,
-        "seed": config.seed,
-    }
+    options = asdict(ObjectiveOptions.of(config))
+    objective = options.pop("objective")
+    options |= {name: getattr(config, name) for name in ("learning_rate", "epochs", "seed")}
     settings = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
     lines = [
         f"# LoRA adapter of {base}",
@@ -62,7 +50,7 @@ def adapter_card(config: TrainConfig, base: str, num_rows: int) -> str:
         "Trained with `realign train` (Re-Align, arXiv 2502.13146).",
         "",
         f"- Base: {base}" + (" (a local folder)" if is_local else ""),
-        f"- Objective: {config.objective}; {settings}",
+        f"- Objective: {objective}; {settings}",
         f"- Data: {config.data.name}, {num_rows:,} pairs",
     ]
     return "\n".join([*metadata, "", *lines]) + "\n"
@@ -81,69 +69,48 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
     """
     check_out(config.out)
     ranks = Ranks()  # first of all: how weights are loaded depends on who shares them
-    folder = resolve_model(config.model)
-    objective = _objective(config)
-    cells = max(objective.num_cells, 3)  # one cache serves dpo, rdpo and mdpo
-    records = read_kept_records(config.data, config.images)
-    processor = load_processor(folder)
-    scoring = _scoring(config, folder, cells)
-    identity = scoring.identity()
+    plan = TrainPlan.of(config)
     checkpoint = config.out / "checkpoint"
-    rows = [_RowSummary.of(record) for record in records]  # once: it may read them from the disk
-    what = {
-        "config": config.model_dump(
-            mode="json",
-            # what the result does not depend on, and what is here by its content
-            exclude={
-                "out", "model", "data", "images", "cache", "report_to", "max_length", "workers",
-                "check_first_step",
-            },
-        ),
-        "model": identity["semantics"]["files"],
-        "rows": [row.key for row in rows],
-        "processes": ranks.world_size,
-    }  # fmt: skip
-    labels = {"rows": [f"row {row.id}" for row in rows]}
-    checked = CheckedRows.of(config.out / "checked_rows.json", what["rows"], identity)
+    file = RowFile(
+        config.out / "row_index.json", config.data, config.images, plan.records, plan.identity
+    )
+    known: RowIndex | None = None
+    if ranks.first(lambda: is_begun(config.out, "train")):
+        known = ranks.together(file.restore)
+        claimed = replace(plan, rows=known)
+        if ranks.first(lambda: _is_finished(claimed, ranks)):
+            return checkpoint
 
-    def is_finished() -> bool:
-        if not is_claimed(config.out, "train", what, labels) or not checkpoint.is_dir():
-            return False
-        shutil.rmtree(config.out / "steps", ignore_errors=True)  # of a run killed at its very end
-        return True
-
-    def check() -> None:
-        check_precision(weights_dtype(config), autocast=config.autocast)
-        announce_missing_images(sum(not row.has_retrieved for row in rows), len(rows), objective)
-        found = preflight(
-            config,
-            folder,
-            records,
-            processor,
-            cells=cells,
-            checked=None if dry_run else checked,  # whoever asks for a dry run asks for the check
-        )
-        for line in found:
+    def find_rows() -> RowIndex:
+        """Read the rows once: on the first rank they are checked too."""
+        if not ranks.is_first:
+            return known or RowIndex.of(plan.records)
+        # whoever asks for a dry run asks for the check
+        rows, findings = preflight(plan, None if dry_run else known)
+        for line in findings:
             announce(line)
+        return rows
 
-    if ranks.first(is_finished):
-        return checkpoint
-    ranks.first(check)
-    reference = _read_reference(config, records, scoring, identity, objective, dry_run=dry_run)
+    plan = replace(plan, rows=ranks.together(find_rows))
+    reference = _read_reference(plan, dry_run=dry_run)
     if dry_run:
         return checkpoint
     if reference is None:
         # known by its content, so the folder stays free while the model may be refused
-        fill(records, config.out / "cache", scoring, identity, shard_size=1024, ranks=ranks)
-        reference = read_cache(config.out / "cache", records, identity)
+        root, rows = config.out / "cache", plan.rows
+        build_cache(
+            plan.records, plan.scoring, root, identity=plan.identity, ranks=ranks, rows=rows
+        )
+        reference = read_cache(root, plan.records, plan.identity, rows=rows)
 
-    arguments = training_arguments(config, len(records))  # DeepSpeed reads them before the weights
+    # DeepSpeed reads them before the weights
+    arguments = training_arguments(config, len(plan.records))
     set_seed(config.seed)
-    model = ranks.together(lambda: load_policy(config, folder))
+    model = ranks.together(lambda: load_policy(plan))
 
     def claim_folder() -> None:
-        claim(config.out, "train", what, labels)
-        checked.keep()
+        claim(config.out, "train", plan.claim(ranks.world_size), _labels(plan))
+        file.keep(plan.rows)
         if reference.acceptance is not None:
             write_json(config.out / "accepted_numerics.json", reference.acceptance)
 
@@ -154,10 +121,11 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
         trainer = RDPOTrainer(
             model,
             arguments,
-            records,
-            processor,
+            plan.records,
+            plan.model.processor,
             reference,
             callbacks=[LogLastStep(), MetricsFile(config.out / "metrics.jsonl"), ShowProgress()],
+            plan=plan,
         )
         trainer.remove_callback(PrinterCallback)
         unfinished = config.out / ".checkpoint.tmp"
@@ -170,70 +138,39 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
             if is_adapter(unfinished):
                 write_text(
                     unfinished / "README.md",
-                    adapter_card(config, adapter_base(unfinished), len(records)),
+                    adapter_card(config, adapter_base(unfinished), len(plan.records)),
                 )
             publish(unfinished, checkpoint)
             shutil.rmtree(config.out / "steps")
         return checkpoint
 
 
-class _RowSummary(NamedTuple):
-    """What a run needs of every row before it starts."""
-
-    id: str
-    key: str
-    has_retrieved: bool
-
-    @classmethod
-    def of(cls, record: Record) -> _RowSummary:
-        return cls(record.id, record.key, bool(record.rejected_images))
+def _labels(plan: TrainPlan) -> dict[str, list[str]]:
+    return {"rows": [f"row {row.id}" for row in plan.rows.rows]}
 
 
-def _objective(config: TrainConfig) -> Objective:
-    return make_objective(
-        config.objective,
-        beta=config.beta,
-        image_beta=config.image_beta,
-        image_weight=config.image_weight,
-        nll_weight=config.nll_weight,
-    )
+def _is_finished(plan: TrainPlan, ranks: Ranks) -> bool:
+    """Return whether the run's folder is this run's and has its checkpoint."""
+    out = plan.config.out
+    is_ours = is_claimed(out, "train", plan.claim(ranks.world_size), _labels(plan))
+    if not is_ours or not (out / "checkpoint").is_dir():
+        return False
+    shutil.rmtree(out / "steps", ignore_errors=True)  # of a run killed at its very end
+    return True
 
 
-def _scoring(config: TrainConfig, folder: Path, cells: int) -> Scoring:
-    """The reference computes as the policy will."""
-    return Scoring(
-        folder,
-        cells,
-        config.rejected_scoring,
-        weights_dtype(config),
-        batch_size=max(config.batch_size, 4),
-        max_length=config.max_length,
-        shared_prefix=config.shared_prefix,
-        attention=config.attention,
-        liger=config.liger,
-        quantization=config.quantization,
-        autocast=config.autocast,
-    )
-
-
-def _read_reference(
-    config: TrainConfig,
-    records: Sequence[Record],
-    scoring: Scoring,
-    identity: Identity,
-    objective: Objective,
-    *,
-    dry_run: bool,
-) -> CacheReference | None:
+def _read_reference(plan: TrainPlan, *, dry_run: bool) -> CacheReference | None:
     """Read a given cache; None where there is none, or where accepting it would load the model in
     a dry run.
     """
+    config = plan.config
     if config.cache is None or (dry_run and config.accept_numerics):
         return None
     return read_cache(
         config.cache,
-        records,
-        identity,
-        num_cells=objective.num_cells,
-        accepting=scoring.load if config.accept_numerics else None,
+        plan.records,
+        plan.identity,
+        num_cells=plan.objective.num_cells,
+        accepting=plan.scoring.load if config.accept_numerics else None,
+        rows=plan.rows,
     )

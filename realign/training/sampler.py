@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Sampler
@@ -70,6 +70,14 @@ class PairSampler(Sampler[list[int]]):
         return torch.randperm(self.num_pairs, generator=generator).tolist()
 
 
+class HasImages(Protocol):
+    """A record, or the facts of one."""
+
+    @property
+    def images(self) -> Sequence[Any]:
+        """The row's images."""
+
+
 class FilledCollator:
     """Collates so that every rank computes with the modules that the others compute with; they
     would wait for it in their collectives.
@@ -80,14 +88,20 @@ class FilledCollator:
 
     Args:
         collator: A :class:`realign.modeling.collate.PreferenceCollator`.
-        filler: A row, with images if any row has them.
+        filler: Reads a row, with images if any row has them; called when it is needed.
+        has_images: Whether that row has images.
     """
 
     def __init__(
-        self, collator: Callable[[Sequence[Record]], dict[str, Any]], filler: Record
+        self,
+        collator: Callable[[Sequence[Record]], dict[str, Any]],
+        filler: Callable[[], Record],
+        *,
+        has_images: bool,
     ) -> None:
         self.collator = collator
         self.filler = filler
+        self.has_images = has_images
         self._filler_batch: dict[str, Any] | None = None
 
     def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
@@ -95,17 +109,17 @@ class FilledCollator:
         if not records:
             return {**self._filled(), "ids": []}
         batch = self.collator(records)
-        if batch["images"] is None and self.filler.images:
+        if batch["images"] is None and self.has_images:
             filled = self._filled()
             batch["unseen_images"] = {name: filled[name] for name in filled.keys() - batch.keys()}
         return batch
 
     def _filled(self) -> dict[str, Any]:
         if self._filler_batch is None:
-            self._filler_batch = self.collator([self.filler])
+            self._filler_batch = self.collator([self.filler()])
         return self._filler_batch
 
 
-def choose_filler(records: Sequence[Record]) -> Record:
-    """Return the first row with an image, or the first one where none has any."""
-    return next((record for record in records if record.images), records[0])
+def choose_filler(rows: Iterable[HasImages]) -> int:
+    """Return the position of the first row with an image, or 0 where none has any."""
+    return next((index for index, row in enumerate(rows) if row.images), 0)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -38,30 +38,22 @@ from realign.training.guards import (
     off_reference,
 )
 from realign.training.metrics import PairMetrics
-from realign.training.objectives import make_objective
+from realign.training.objectives import ObjectiveOptions, make_objective
 from realign.training.out_of_memory import out_of_memory
 from realign.training.preemption import ignore_sigterm
 from realign.training.sampler import FilledCollator, PairSampler, choose_filler
 from realign.training.sharding import GatherHead, check_data_parallel, set_up_fsdp, whole_weights
 from realign_kernels import RdpoOutput
 
+if TYPE_CHECKING:
+    from realign.modeling.row_index import RowFacts
+    from realign.training.plan import TrainPlan
+
 
 @dataclass
-class RDPOConfig(TrainingArguments):
+class RDPOConfig(ObjectiveOptions, TrainingArguments):
     """TrainingArguments with the objective; loss defaults are the paper's."""
 
-    objective: str = field(default="rdpo", metadata={"help": "rdpo, dpo, mdpo, symmetric or sft"})
-    beta: float = field(default=0.1, metadata={"help": "tie to the reference in the answer pair"})
-    image_beta: float | None = field(
-        default=None, metadata={"help": "the same in the image pair; beta by default"}
-    )
-    image_weight: float = field(default=1.0, metadata={"help": "weight of the image pair"})
-    nll_weight: float = field(
-        default=0.0, metadata={"help": "weight of the chosen answer's mean NLL"}
-    )
-    rejected_scoring: str = field(
-        default="label", metadata={"help": "label, or top_non_label (the authors' code)"}
-    )
     freeze_vision: bool = field(default=True, metadata={"help": "leave the vision tower as it is"})
     freeze_projector: bool = field(default=False, metadata={"help": "leave the projector as it is"})
     freeze_language: bool = field(
@@ -112,6 +104,7 @@ class RDPOTrainer(CheckpointTrainer):
             attribute ``batch_variance``, if it has one, is that of
             :func:`realign.training.guards.off_reference`.
         callbacks: Of the Trainer.
+        plan: What a run knows of its rows, objective and layout; found here where it is None.
     Raises:
         ValueError: The reference lacks a record, or the objective is unknown.
         RefusedError: ``auto_find_batch_size`` is set, nothing is left to train, or there is no
@@ -128,6 +121,7 @@ class RDPOTrainer(CheckpointTrainer):
         processing_class: Any,
         reference: Mapping[str, Tensor],
         callbacks: list[TrainerCallback] | None = None,
+        plan: TrainPlan | None = None,
     ) -> None:
         if args.auto_find_batch_size:
             raise RefusedError(
@@ -136,14 +130,9 @@ class RDPOTrainer(CheckpointTrainer):
             )
         # DataParallel would scatter a packed row over the GPUs of a process
         args._n_gpu = min(args.n_gpu, 1)
-        self.objective = make_objective(
-            args.objective,
-            beta=args.beta,
-            image_beta=args.image_beta,
-            image_weight=args.image_weight,
-            nll_weight=args.nll_weight,
-        )
-        if missing := [record.id for record in train_dataset if record.key not in reference]:
+        self.objective = plan.objective if plan else make_objective(args)
+        rows: Sequence[Record | RowFacts] = plan.rows.rows if plan else train_dataset
+        if missing := [row.id for row in rows if row.key not in reference]:
             raise ValueError(
                 f"reference must have every record, lacks {len(missing)}, first: row {missing[0]}."
             )
@@ -158,22 +147,26 @@ class RDPOTrainer(CheckpointTrainer):
         )
         self._batch_variance: float | None = getattr(reference, "batch_variance", None)
         self._step_ids: list[str] = []  # rows of the step so far, for messages
+        layout = plan.model.layout if plan else choose_layout(model, args.shared_prefix)
         collator: Any = PreferenceCollator(
             processing_class,
             self.objective.num_cells,
             reference,
             args.max_length,
-            shared_prefix=choose_layout(model, args.shared_prefix) == "shared prefix",
+            shared_prefix=layout == "shared prefix",
             # a cache knows what its values were computed from; a plain mapping does not
             watch=getattr(reference, "check_inputs", None),
         )
         if args.world_size > 1:
-            filler = choose_filler(train_dataset)
-            collator = FilledCollator(collator, filler)
+            filler = choose_filler(rows)
+            has_images = bool(rows[filler].images)
+            collator = FilledCollator(
+                collator, partial(train_dataset.__getitem__, filler), has_images=has_images
+            )
             if args.ddp_find_unused_parameters is None:
                 # the last layers of a vision tower have no gradient, nor has a projector without
                 # images; any other weight has one on every rank
-                args.ddp_find_unused_parameters = not (args.freeze_vision and filler.images)
+                args.ddp_find_unused_parameters = not (args.freeze_vision and has_images)
         super().__init__(
             model=model,
             args=args,

@@ -63,7 +63,7 @@ def _extra(scene: Scene) -> tuple[Thing, ...]:
     return (Thing(next(kind for kind in KINDS if kind not in scene.kinds), "red", free),)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def records() -> Callable[..., list[Record]]:
     """The factory :func:`make_records`."""
     return make_records

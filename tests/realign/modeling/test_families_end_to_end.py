@@ -60,7 +60,7 @@ def test_lengths_are_known_without_collating(folder: Path) -> None:
     with ImagePool(1) as pool:
         for row in decoded_rows(all_kinds(), pool):
             assert isinstance(row, DecodedRow)
-            assert list(lengths.problems(row)) == []
+            assert list(lengths.problems(row.record, *row.sizes)) == []
     assert lengths.rows == PreferenceCollator(processor, 3).lengths(all_kinds())
 
 

@@ -16,17 +16,16 @@ import numpy as np
 import pytest
 
 from realign.data.records import Record
-from realign.reference.build import fill
+from realign.reference.build import build_cache
 from realign.reference.shards import Rows
-from realign.runtime.ranks import Ranks
 
 CELLS = 3
 IDENTITY: dict[str, Any] = {
-    "schema": 3,
+    "schema": 4,
     "semantics": {"cells": CELLS, "rejected_scoring": "label", "files": {"model": "a" * 64}},
     "numerics": {
         "dtype": "float32",
-        "autocast": "off",
+        "autocast": False,
         "rows": "separate",
         "float32": {"matmul": "ieee"},
     },
@@ -105,13 +104,12 @@ def build(
     identity: dict[str, Any] = IDENTITY,
 ) -> Path:
     """Build with the real builder."""
-    return fill(
+    return build_cache(
         records,
-        root,
         scoring or Arithmetic(),  # type: ignore[arg-type]
-        identity,
+        root,
+        identity=identity,
         shard_size=shard_size,
-        ranks=Ranks(),
     )
 
 

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from realign.cli import app
 from realign.data.formats.parquet import write_parquet
-from realign.reference import Scoring, read_cache, reference_identity
+from realign.modeling.acceleration import Numerics
+from realign.reference import Scoring, read_cache
 from realign.reference.import_columns import COLUMNS
 
 
@@ -161,7 +162,7 @@ def with_columns(data: Path, values: dict[str, list[float]]) -> Path:
 @pytest.fixture
 def live(model_dir, records) -> dict[str, list[float]]:
     """What the model says, computed row by row, as another trainer would."""
-    scorer = Scoring(model_dir, 3, "label", torch.float32, batch_size=1).load()
+    scorer = Scoring(model_dir, 3, "label", Numerics(torch.float32), batch_size=1).load()
     logps = torch.tensor([scorer.score_alone(row).logps[0].tolist() for row in records(4)])
     return {name: logps[:, cell].tolist() for cell, name in enumerate(COLUMNS[:3])}
 
@@ -243,6 +244,6 @@ def test_columns_that_are_none_are_refused(
 def test_a_cache_that_was_moved_is_the_same(
     tmp_path: Path, built: Path, model_dir, records
 ) -> None:
-    identity = reference_identity(model_dir, cells=3, rejected_scoring="label", dtype=torch.float32)
+    identity = Scoring(model_dir, 3, "label", Numerics(torch.float32)).identity()
     shutil.move(built, tmp_path / "elsewhere")
     assert len(read_cache(tmp_path / "elsewhere", records(4), identity)) == 4

@@ -406,19 +406,22 @@ def test_a_newer_schema_says_what_wrote_it(tmp_path: Path, synthetic) -> None:
     manifest = json.loads((place / "manifest.json").read_text())
     manifest |= {"schema": 9, "written_by": "realign 7.0"}
     (place / "manifest.json").write_text(json.dumps(manifest))
-    message = r"cache schema 3, got 9, written by realign 7\.0; this is realign .*Use that version"
+    message = r"cache schema 4, got 9, written by realign 7\.0; this is realign .*Use that version"
     with pytest.raises(RefusedError, match=message):
         read_cache(tmp_path, rows, synthetic.identity)
     with pytest.raises(RefusedError, match=message):
         synthetic.build(rows, tmp_path)  # and is not overwritten
 
 
-def test_an_old_cache_says_what_wrote_it(tmp_path: Path, synthetic) -> None:
+@pytest.mark.parametrize("schema", [2, 3])
+def test_an_old_cache_says_what_wrote_it(tmp_path: Path, synthetic, schema: int) -> None:
     place = tmp_path / "0123456789abcdef"
     (place / "shards").mkdir(parents=True)
-    (place / "identity.json").write_text('{"schema": 2, "semantics": {}, "numerics": {}}')
+    (place / "identity.json").write_text(
+        json.dumps({"schema": schema, "semantics": {}, "numerics": {}})
+    )
     (place / "manifest.json").write_text('{"rows": 0, "shards": {}}')
-    with pytest.raises(RefusedError, match=r"got 2, written by realign 0\.1\.0 or older; this is"):
+    with pytest.raises(RefusedError, match=rf"got {schema}, written by realign 0\.1\.0 or older"):
         read_cache(tmp_path, synthetic.rows(1), synthetic.identity)
 
 
@@ -462,7 +465,7 @@ def test_shards_whose_columns_do_not_fit_are_refused(tmp_path: Path, synthetic) 
     other = json.loads(about["realign"]) | {"schema": 2, "written_by": "realign 0.0.1"}
     refused(
         safetensors.numpy.save(tensors, metadata={"realign": json.dumps(other)}),
-        r"cache schema 3, got 2, written by realign 0\.0\.1",
+        r"cache schema 4, got 2, written by realign 0\.0\.1",
     )
 
 

@@ -15,17 +15,21 @@ from transformers import SiglipImageProcessorPil
 from realign.config import CacheConfig, TrainConfig
 from realign.data.formats.parquet import write_parquet
 from realign.errors import RefusedError
-from realign.modeling.identity import row_layout
+from realign.modeling.acceleration import Numerics
 from realign.modeling.processors import load_processor
-from realign.reference import Scoring, build_cache, read_cache, reference_identity
+from realign.reference import Scoring, read_cache
 from realign.reference.run import cache
 from realign.training.run import train
 
-OPTIONS = {"cells": 3, "rejected_scoring": "label", "dtype": torch.float32}
+
+def scoring(folder: Path, **options) -> Scoring:
+    scored = {"cells": 3, "rejected_scoring": "label", "batch_size": 4}
+    scored = {name: options.pop(name, default) for name, default in scored.items()}
+    return Scoring(folder, numerics=Numerics(**{"dtype": torch.float32, **options}), **scored)
 
 
 def identity(folder: Path, **options):
-    return reference_identity(folder, **{**OPTIONS, **options})
+    return scoring(folder, **options).identity()
 
 
 def leaves(value: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -109,9 +113,9 @@ def test_an_adapter_and_its_base_are_in_the_identity(tmp_path: Path, model_dir) 
         ({"dtype": torch.bfloat16}, "numerics.dtype: float32 bfloat16"),
         ({"shared_prefix": False}, "numerics.rows: shared prefix separate"),
         ({"attention": "flash"}, "numerics.attention: sdpa flash"),
-        ({"liger": True}, "numerics.liger_layers: False True"),
-        ({"quantization": "nf4"}, "numerics.quantization: off nf4"),
-        ({"autocast": True}, "numerics.autocast: off bfloat16"),
+        ({"liger": True}, "numerics.liger: False True"),
+        ({"quantization": "nf4"}, "numerics.quantization: None nf4"),
+        ({"autocast": True}, "numerics.autocast: False True"),
     ],
 )
 def test_options_that_change_a_value_change_the_identity(
@@ -187,8 +191,8 @@ def test_the_layout_is_what_training_chooses(model_dir) -> None:
     from realign.modeling.loading import load_model
     from realign.modeling.packing import choose_layout
 
-    assert row_layout(model_dir) == choose_layout(load_model(model_dir, torch.float32))
-    assert row_layout(model_dir, shared_prefix=False) == "separate"
+    assert scoring(model_dir).model.layout == choose_layout(load_model(model_dir, torch.float32))
+    assert scoring(model_dir, shared_prefix=False).model.layout == "separate"
 
 
 def test_the_nearest_of_several_is_named(tmp_path: Path, model_dir, synthetic) -> None:
@@ -232,8 +236,3 @@ def test_what_changes_no_value_computes_nothing_again(
         run = {**options, "out": tmp_path / str(number), "cache": root}
         train(TrainConfig(**run, **change))
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
-
-
-def test_build_cache_takes_what_scoring_takes(tmp_path: Path, model_dir) -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'celsl'"):
-        build_cache([], model_dir, tmp_path, batch_size=1, shard_size=1, celsl=3)

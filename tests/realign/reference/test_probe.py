@@ -13,30 +13,33 @@ import torch
 from realign.config import CacheConfig, TrainConfig
 from realign.data.formats.parquet import write_parquet
 from realign.errors import RefusedError
+from realign.modeling.acceleration import Numerics
 from realign.modeling.collate import PreferenceCollator
 from realign.modeling.loading import load_model
 from realign.modeling.processors import load_processor
-from realign.reference import Scoring, build_cache, read_cache, reference_identity
+from realign.reference import Scoring, build_cache, read_cache
 from realign.reference.probe import probe_rows
 from realign.reference.run import cache
 from realign.training.run import train
 from realign_kernels import Objective
 
-OPTIONS = {"cells": 3, "rejected_scoring": "label", "dtype": torch.float32}
+
+def scoring(folder: Path, **options) -> Scoring:
+    scored = {"cells": 3, "rejected_scoring": "label", "batch_size": 4}
+    scored = {name: options.pop(name, default) for name, default in scored.items()}
+    return Scoring(folder, numerics=Numerics(**{"dtype": torch.float32, **options}), **scored)
 
 
-def build(records, folder: Path, root: Path, **options) -> Path:
-    return build_cache(
-        records, folder, root, **{**OPTIONS, "batch_size": 4, "shard_size": 8, **options}
-    )
+def build(records, folder: Path, root: Path, shard_size: int = 8, **options) -> Path:
+    return build_cache(records, scoring(folder, **options), root, shard_size=shard_size)
 
 
 def identity(folder: Path, **options):
-    return reference_identity(folder, **{**OPTIONS, **options})
+    return scoring(folder, **options).identity()
 
 
 def scorer(folder: Path, **options):
-    return Scoring(folder=folder, batch_size=4, **{**OPTIONS, **options}).load
+    return scoring(folder, **options).load
 
 
 def test_a_probe_is_of_the_same_rows_in_any_order() -> None:

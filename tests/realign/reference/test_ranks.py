@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 
 from realign.data.formats.parquet import write_parquet
-from realign.reference import Ranks, fill, identity_folder, read_cache
+from realign.reference import Ranks, build_cache, identity_folder, read_cache
 from realign.reference.inspect import verify_cache
 
 FORK = multiprocessing.get_context("fork")
@@ -61,7 +61,9 @@ def test_ranks_share_the_work_and_make_the_rows_of_one_process(tmp_path: Path, s
     def work(ranks: Ranks) -> list[str]:
         scoring = synthetic.Scoring(batch_size=2)
         for _ in range(2):  # the second time there is nothing to do
-            fill(rows, tmp_path, scoring, synthetic.identity, shard_size=6, ranks=ranks)
+            build_cache(
+                rows, scoring, tmp_path, identity=synthetic.identity, shard_size=6, ranks=ranks
+            )
         assert len(read_cache(tmp_path, rows, synthetic.identity)) == 45
         return scoring.scored
 
@@ -85,7 +87,9 @@ def test_what_one_rank_is_refused_all_are(tmp_path: Path, synthetic) -> None:
             return super().score(records)
 
     def work(ranks: Ranks) -> None:
-        fill(rows, tmp_path, Failing(), synthetic.identity, shard_size=2, ranks=ranks)
+        build_cache(
+            rows, Failing(), tmp_path, identity=synthetic.identity, shard_size=2, ranks=ranks
+        )
 
     assert on_ranks(2, work) == ["FloatingPointError: rank 1: row t6 is not finite"] * 2
     place = identity_folder(tmp_path, synthetic.identity)
@@ -98,7 +102,9 @@ def test_ranks_that_compute_differently_are_refused(tmp_path: Path, synthetic) -
         numerics = synthetic.identity["numerics"] | {"device": f"GPU {ranks.rank}"}
         identity = synthetic.identity | {"numerics": numerics}
         rows = synthetic.rows(4)
-        fill(rows, tmp_path, synthetic.Scoring(), identity, shard_size=2, ranks=ranks)
+        build_cache(
+            rows, synthetic.Scoring(), tmp_path, identity=identity, shard_size=2, ranks=ranks
+        )
 
     for refused in on_ranks(2, work):
         assert "ranks must compute alike" in refused
@@ -112,7 +118,9 @@ def test_folders_that_are_not_shared_are_refused(tmp_path: Path, synthetic, monk
 
     def work(ranks: Ranks) -> None:
         root = tmp_path / f"node{ranks.rank}"
-        fill(rows, root, synthetic.Scoring(), synthetic.identity, shard_size=2, ranks=ranks)
+        build_cache(
+            rows, synthetic.Scoring(), root, identity=synthetic.identity, shard_size=2, ranks=ranks
+        )
 
     for refused in on_ranks(2, work):
         assert "must be on a file system that all ranks share, ranks 1 do not see" in refused

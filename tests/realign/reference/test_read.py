@@ -16,22 +16,25 @@ from safetensors.torch import load_file, save_file
 
 from realign.data.formats.official import read_official_json
 from realign.errors import RefusedError
+from realign.modeling.acceleration import Numerics
 from realign.modeling.collate import PreferenceCollator
 from realign.modeling.loading import load_model
 from realign.modeling.processors import load_processor
-from realign.reference import build_cache, identity_folder, read_cache, reference_identity
-
-OPTIONS = {"cells": 3, "rejected_scoring": "label", "dtype": torch.float32}
+from realign.reference import Scoring, build_cache, identity_folder, read_cache
 
 
-def build(records, folder: Path, root: Path, **options) -> Path:
-    return build_cache(
-        records, folder, root, **{**OPTIONS, "batch_size": 2, "shard_size": 4, **options}
-    )
+def scoring(folder: Path, **options) -> Scoring:
+    scored = {"cells": 3, "rejected_scoring": "label", "batch_size": 2}
+    scored = {name: options.pop(name, default) for name, default in scored.items()}
+    return Scoring(folder, numerics=Numerics(**{"dtype": torch.float32, **options}), **scored)
+
+
+def build(records, folder: Path, root: Path, shard_size: int = 4, **options) -> Path:
+    return build_cache(records, scoring(folder, **options), root, shard_size=shard_size)
 
 
 def identity(folder: Path, **options):
-    return reference_identity(folder, **{**OPTIONS, **options})
+    return scoring(folder, **options).identity()
 
 
 @pytest.fixture

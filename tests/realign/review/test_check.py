@@ -17,8 +17,6 @@ from realign.cli import app
 from realign.config import CheckConfig, LoraSection
 from realign.config_file import load_config
 from realign.data.formats.parquet import write_parquet
-from realign.data.images import ImageFacts
-from realign.data.records import DecodedRow
 from realign.modeling.adapters import add_adapter
 from realign.modeling.collate import PreferenceCollator
 from realign.modeling.lengths import RowLengths
@@ -311,10 +309,9 @@ def test_predicted_memory_is_that_of_the_loaded_model(tmp_path: Path, records, m
 
 
 def problems_for(processor, record) -> list[tuple[str, str]]:
-    facts = ImageFacts("", 96, 96, 0)
     lengths = RowLengths(processor, {})
-    row = DecodedRow(record, (facts,), (facts,))
-    return [(problem.field, problem.code) for problem in lengths.problems(row)]
+    found = lengths.problems(record, [(96, 96)], [(96, 96)])
+    return [(problem.field, problem.code) for problem in found]
 
 
 def test_an_answer_that_the_tokenizer_drops_has_nothing_to_score(records, model_dir) -> None:

@@ -18,7 +18,7 @@ from realign.modeling.loading import load_model
 from realign.modeling.memory import Footprint
 from realign.modeling.processors import load_processor
 from realign.training.guards import gradients_are_finite, off_reference
-from realign.training.objectives import OBJECTIVES, make_objective
+from realign.training.objectives import OBJECTIVES, ObjectiveOptions, make_objective
 from realign.training.out_of_memory import out_of_memory
 from realign.training.trainer import RDPOConfig, RDPOTrainer
 from realign_kernels import Objective, RdpoOutput, Term, preference_loss
@@ -216,7 +216,7 @@ def output_of(logps: torch.Tensor, ref: torch.Tensor, tokens, objective: Objecti
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_has_its_own_first_loss(name) -> None:
-    objective = make_objective(name, beta=0.3, image_beta=None, image_weight=1.0, nll_weight=0.5)
+    objective = make_objective(ObjectiveOptions(name, beta=0.3, nll_weight=0.5))
     ref = -20 * torch.rand(4, 3, dtype=torch.float64) - 1
     tokens = torch.full((4, 3), 7)
     tokens[2:, 1] = 0  # the second pair has no retrieved image

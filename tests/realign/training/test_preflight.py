@@ -20,6 +20,7 @@ from realign.modeling.acceleration import quantized_weights
 from realign.modeling.memory import Footprint
 from realign.training import preflight as module
 from realign.training.arguments import num_steps, num_warmup_steps, training_arguments
+from realign.training.plan import TrainPlan
 from realign.training.policy import load_policy, outline_policy
 from realign.training.run import train
 
@@ -113,23 +114,23 @@ def test_a_continued_run_checks_nothing_again_but_limits(
 
     run = tmp_path / "run"
     first = again(without=run)
-    assert "check lengths: 12/12" in first
+    assert "check rows: 12/12" in first
     second = again(without=run / "checkpoint")
     assert "12 rows are those that were good before; not checked again" in second
-    assert "check lengths" not in second
+    assert "check rows" not in second
     said = "12 pairs; sequences of"
     assert [line for line in first.splitlines() if line.startswith(said)] == [
         line for line in second.splitlines() if line.startswith(said)
     ]
     with pytest.raises(RefusedError, match="12 of 12 rows are longer than max_length = 20 tokens"):
         again(without=run / "checkpoint", max_length=20)
-    file = run / "checked_rows.json"
+    file = run / "row_index.json"
     for raw in (file.read_text().replace("1", "2", 1), "[", "[]", '{"rows": [1], "images": []}'):
         file.write_text(raw)
-        assert "check lengths: 12/12" in again(without=run / "checkpoint")
+        assert "check rows: 12/12" in again(without=run / "checkpoint")
         assert "not checked again" in again(without=run / "checkpoint")
     monkeypatch.setattr("realign.modeling.identity.version_of", lambda name: "99")
-    assert "check lengths: 12/12" in again(without=run / "checkpoint")
+    assert "check rows: 12/12" in again(without=run / "checkpoint")
 
 
 def test_rows_longer_than_the_model_was_made_for_are_refused(
@@ -175,12 +176,12 @@ def test_the_outline_is_what_trains(
     if is_adapted:  # an adapter that trains on
         if "lora" not in options:
             return
-        made = load_policy(config(model_dir, data, tmp_path, **options), model_dir)
+        made = load_policy(TrainPlan.of(config(model_dir, data, tmp_path, **options)))
         folder = tmp_path / "adapter"
         made.save_pretrained(folder)
         options = {name: value for name, value in options.items() if name == "dtype"}
     run = config(folder, data, tmp_path, **options)
-    outline, loaded = outline_policy(run, folder), load_policy(run, folder)
+    outline, loaded = outline_policy(TrainPlan.of(run)), load_policy(TrainPlan.of(run))
 
     def trained(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
         return {n: (p.shape, p.dtype) for n, p in model.named_parameters() if p.requires_grad}
@@ -215,7 +216,7 @@ def test_more_memory_than_there_is_is_refused_and_close_calls_are_named(
     tmp_path: Path, without_weights: Path, data: Path, capsys, monkeypatch
 ) -> None:
     run = config(without_weights, data, tmp_path, batch_size=2)
-    held = Footprint.of(outline_policy(run, without_weights)).total
+    held = Footprint.of(outline_policy(TrainPlan.of(run))).total
     monkeypatch.setattr(module, "_device_memory", lambda: ("a toy", held - 1))
     with pytest.raises(
         RefusedError, match=r"must fit into 17\.\d MB of a toy, got full .* Use lora"
@@ -231,9 +232,11 @@ def test_more_memory_than_there_is_is_refused_and_close_calls_are_named(
     train(run, dry_run=True)
 
 
-def test_four_bit_weights_are_the_language_models(tmp_path: Path, model_dir: Path) -> None:
-    run = config(model_dir, tmp_path, tmp_path, lora=LORA, dtype="bfloat16", quantization="nf4")
-    model = outline_policy(run, model_dir)
+def test_four_bit_weights_are_the_language_models(
+    tmp_path: Path, model_dir: Path, data: Path
+) -> None:
+    run = config(model_dir, data, tmp_path, lora=LORA, dtype="bfloat16", quantization="nf4")
+    model = outline_policy(TrainPlan.of(run))
     names = quantized_weights(model)
     parameters = dict(model.named_parameters())
     assert names

@@ -19,10 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from realign.config import CacheConfig, LoraSection, TrainConfig
 from realign.data.formats.parquet import write_parquet
 from realign.errors import RefusedError
+from realign.modeling.acceleration import Numerics
 from realign.modeling.collate import PreferenceCollator
 from realign.modeling.loading import load_model
 from realign.modeling.processors import load_processor
-from realign.reference import build_cache
+from realign.reference import Scoring, build_cache
 from realign.reference.run import cache
 from realign.runtime.run_folder import only_run
 from realign.training.policy import load_policy
@@ -205,13 +206,8 @@ def test_authors_scoring_has_its_own_cache_and_starts_at_two_log_two(
 def test_a_given_cache_is_used_and_never_written(tmp_path: Path, model_dir, data, records) -> None:
     place = build_cache(
         records(12),
-        model_dir,
+        Scoring(model_dir, 3, "label", Numerics(torch.float32), batch_size=4),
         tmp_path / "cache",
-        cells=3,
-        rejected_scoring="label",
-        dtype=torch.float32,
-        batch_size=4,
-        shard_size=1024,
     )
     before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     train(config(model_dir, data, tmp_path / "run", cache=tmp_path / "cache"))
@@ -300,7 +296,7 @@ def test_image_metrics_are_means_over_pairs_with_a_retrieved_image(
     text_only = [dataclasses.replace(row, rejected_images=()) for row in rows[2:]]
     names = ("logps/image_rejected", "rewards/image_margins", "rewards/image_accuracies")
     lines = {}
-    monkeypatch.setattr("realign.training.run.announce_missing_images", lambda *_: None)
+    monkeypatch.setattr("realign.training.preflight._say_missing_images", lambda *_: ())
     for name, data in (("all", rows[:2]), ("half", [*rows[:2], *text_only]), ("none", text_only)):
         write_parquet(data, tmp_path / f"{name}.parquet")
         options = {"batch_size": len(data), "epochs": 3, "learning_rate": 3e-4}
@@ -432,9 +428,9 @@ def test_the_reference_is_gone_before_the_policy_is_loaded(
         models.append(weakref.ref(load(*args, **kwargs)))
         return models[-1]()
 
-    def load_policy_alone(config, folder):
+    def load_policy_alone(plan):
         assert [model() for model in models] == [None]
-        return load_policy(config, folder)
+        return load_policy(plan)
 
     monkeypatch.setattr("realign.reference.scoring.load_model", remember)
     monkeypatch.setattr("realign.training.run.load_policy", load_policy_alone)

@@ -8,6 +8,7 @@ from itertools import chain
 import pytest
 import torch
 
+from realign.data.records import Record
 from realign.modeling.collate import PreferenceCollator
 from realign.modeling.processors import load_processor
 from realign.training.sampler import FilledCollator, PairSampler, choose_filler
@@ -18,6 +19,11 @@ def ranks(num_pairs: int, batch_size: int, num_ranks: int, **options) -> list[Pa
         PairSampler(num_pairs, batch_size, rank=rank, num_ranks=num_ranks, **options)
         for rank in range(num_ranks)
     ]
+
+
+def filled_collator(collator: PreferenceCollator, rows: list[Record]) -> FilledCollator:
+    filler = rows[choose_filler(rows)]
+    return FilledCollator(collator, lambda: filler, has_images=bool(filler.images))
 
 
 def cut(items: list, size: int) -> list[list]:
@@ -76,7 +82,7 @@ def test_a_rank_without_pairs_or_images_collates_what_it_needs(
     rows = records(3)
     text = [dataclasses.replace(row, images=(), rejected_images=()) for row in rows]
     collator = PreferenceCollator(load_processor(model_dir), 3, shared_prefix=shared_prefix)
-    filled = FilledCollator(collator, choose_filler([text[0], *rows]))
+    filled = filled_collator(collator, [text[0], *rows])
     assert filled([])["ids"] == []
     assert torch.equal(filled([])["input_ids"], collator([rows[0]])["input_ids"])
     assert "unseen_images" not in filled([text[1], rows[1]])
@@ -85,4 +91,4 @@ def test_a_rank_without_pairs_or_images_collates_what_it_needs(
     assert torch.equal(unseen["pixel_values"][:1], collator([rows[0]])["pixel_values"][:1])
     assert filled(text)["ids"] == ["r0", "r1", "r2"]
     # nobody has an image: nothing to wait for
-    assert "unseen_images" not in FilledCollator(collator, choose_filler(text))(text)
+    assert "unseen_images" not in filled_collator(collator, text)(text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,11 +18,12 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForImageTextToText
 
 from realign.data.records import Record
+from realign.modeling.acceleration import Numerics
 from realign.modeling.collate import PreferenceCollator
 from realign.modeling.loading import load_model
 from realign.modeling.parts import freeze_parts
 from realign.modeling.processors import load_processor
-from realign.reference import build_cache, read_cache, reference_identity
+from realign.reference import Scoring, build_cache, read_cache
 from realign_kernels import Objective
 
 BETA, PAIRS = 0.1, 2
@@ -55,10 +56,10 @@ def train(model: nn.Module, losses: Iterator[Tensor]) -> Trajectory:
 def ours(model_dir: Path, batches: Sequence[list[Record]], root: Path) -> Trajectory:
     """As ``realign cache`` and ``realign train`` compute it."""
     records = list({record.key: record for batch in batches for record in batch}.values())
-    settings: dict[str, Any] = {"cells": 3, "rejected_scoring": "label", "dtype": torch.float32}
     # batches of another size than those of training
-    build_cache(records, model_dir, root, batch_size=5, shard_size=7, **settings)
-    reference = read_cache(root, records, reference_identity(model_dir, **settings))
+    scoring = Scoring(model_dir, 3, "label", Numerics(torch.float32), batch_size=5)
+    build_cache(records, scoring, root, shard_size=7)
+    reference = read_cache(root, records, scoring.identity())
     collator = PreferenceCollator(load_processor(model_dir), 3, reference, shared_prefix=True)
     model = load_model(model_dir, torch.float32).train()
 

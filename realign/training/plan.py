@@ -1,0 +1,102 @@
+"""The facts of a training run, each found once: model, numerics, objective, rows, reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from realign.config import Effect, TrainConfig
+from realign.data.dataset import read_kept_records
+from realign.data.records import Record
+from realign.modeling.acceleration import Numerics
+from realign.modeling.folder import resolve_model
+from realign.modeling.identity import Identity, ModelFacts
+from realign.modeling.loading import choose_dtype
+from realign.modeling.row_index import RowIndex
+from realign.reference.scoring import Scoring
+from realign.training.objectives import ObjectiveOptions, make_objective
+from realign_kernels import Objective
+
+SCHEMA = 2  # what a run folder holds, and what its train.json says
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """What is known of a run before it starts.
+
+    Attributes:
+        config: The run's options.
+        objective: What is optimised.
+        records: The rows of the dataset without the dropped ones.
+        scoring: How the reference scores rows; it computes as the policy will.
+        identity: Identity of the reference log-probabilities.
+        rows: The facts of the records, once they were read.
+    """
+
+    config: TrainConfig
+    objective: Objective
+    records: Sequence[Record]
+    scoring: Scoring
+    identity: Identity
+    rows: RowIndex = field(default_factory=RowIndex)
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> TrainPlan:
+        """Find the facts of a run; of the dataset, which rows there are.
+
+        Raises:
+            RefusedError: The model or the dataset cannot be opened, or options do not fit.
+        """
+        folder = resolve_model(config.model)
+        objective = make_objective(ObjectiveOptions.of(config))
+        records = read_kept_records(config.data, config.images)
+        scoring = Scoring(
+            folder,
+            max(objective.num_cells, 3),  # one cache serves dpo, rdpo and mdpo
+            config.rejected_scoring,
+            Numerics.of(config.marked(Effect.NUMBERS), weights_dtype(config)),
+            batch_size=max(config.batch_size, 4),
+            max_length=config.max_length,
+        )
+        return cls(config, objective, records, scoring, scoring.identity())
+
+    @property
+    def folder(self) -> Path:
+        """The model's folder."""
+        return self.scoring.folder
+
+    @property
+    def model(self) -> ModelFacts:
+        """What is known of the model without its weights."""
+        return self.scoring.model
+
+    @property
+    def numerics(self) -> Numerics:
+        """How policy and reference compute."""
+        return self.scoring.numerics
+
+    def claim(self, num_processes: int) -> dict[str, Any]:
+        """Return everything that the result depends on, for the run folder."""
+        return {
+            "schema": SCHEMA,
+            "config": self.config.model_dump(
+                mode="json", exclude=set(self.config.marked(Effect.NONE))
+            ),
+            "model": self.identity["semantics"]["files"],
+            "rows": self.rows.keys,
+            "processes": num_processes,
+        }
+
+
+def weights_dtype(config: TrainConfig) -> torch.dtype:
+    """Return the dtype of the policy's weights.
+
+    Full fine-tuning requires float32: updates of 1e-5 vanish in bfloat16.
+    """
+    if config.dtype == "auto" and not config.lora:
+        return torch.float32
+    return choose_dtype(config.dtype)
