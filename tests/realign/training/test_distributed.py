@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from realign.modeling.loading import load_model
+from tests.conftest import running
 from tests.realign.training import pair_training
 from tests.realign.training.pair_training import Run, run, write_pairs
 
@@ -57,22 +59,21 @@ def launch(folder: Path, num_ranks: int, engines: dict[str, dict[str, dict]]) ->
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, pair_training.__file__, str(cases)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    try:
+    with ExitStack() as stack:
+        ranks = [
+            stack.enter_context(
+                running(
+                    [sys.executable, pair_training.__file__, cases],
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for rank in range(num_ranks)
+        ]
         said = [process.communicate(timeout=300)[1] for process in ranks]
         # of all: one that fails takes the others with it
         assert {process.returncode for process in ranks} == {0}, "\n".join(said)
-    finally:
-        for process in ranks:
-            process.kill()
 
 
 class Seen:

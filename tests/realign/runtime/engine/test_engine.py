@@ -21,6 +21,7 @@ from realign.runtime.engine.engine import Engine, fill_shards
 from realign.runtime.engine.processes import run_in_processes
 from realign.runtime.engine.task import WorkerError
 from realign.runtime.memory import usable_cores, usable_memory
+from tests.conftest import running
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Squares:
         yield work
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 2, pytest.param(3, marks=pytest.mark.full)])
 def test_every_item_is_done_once_with_one_thread(workers: int) -> None:
     results = dict(Engine(workers=workers).run(Squares(), {i: i for i in range(7)}))
     assert {number: int(said.split()[0]) for number, said in results.items()} == {
@@ -130,6 +131,7 @@ def test_a_task_may_meet_an_end_of_file_of_its_own() -> None:
         list(run_in_processes(Dies("end of file"), {0: b"", 1: b""}, [{}, {}], 1))
 
 
+@pytest.mark.full
 def test_a_script_without_a_guard_is_told_to_have_one(tmp_path: Path) -> None:
     script = tmp_path / "unguarded.py"
     script.write_text(dedent(SLEEPERS).partition("if __name__")[0] + UNGUARDED)
@@ -187,15 +189,17 @@ SLEEPERS = """
 """
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "sent", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.full)]
+)
 def test_workers_end_with_their_parent(tmp_path: Path, sent: signal.Signals) -> None:
     script, pids = tmp_path / "sleepers.py", tmp_path / "pids"
     pids.mkdir()
     script.write_text(dedent(SLEEPERS).replace("FOLDER", str(pids)))
-    parent = subprocess.Popen([sys.executable, str(script)])
-    wait_until(lambda: len(list(pids.iterdir())) == 2)
-    parent.send_signal(sent)
-    parent.wait(timeout=30)
+    with running([sys.executable, script]) as parent:
+        wait_until(lambda: len(list(pids.iterdir())) == 2)
+        parent.send_signal(sent)
+        parent.wait(timeout=30)
     wait_until(lambda: not any(is_running(int(path.name)) for path in pids.iterdir()))
 
 
