@@ -75,6 +75,7 @@ def test_a_scheme_does_the_work_that_the_prediction_counts(tmp_path, scheme, sha
     assert counters[0].encodes == 2 * expected.encodes
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mode", MODES)
 def test_all_schemes_train_the_same_thing(tmp_path, monkeypatch, mode):
     losses = {}

@@ -124,7 +124,9 @@ def main(rank, init_file, backend):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("backend", ["eager", "cpu", "triton"])
+@pytest.mark.parametrize(
+    "backend", ["eager", "cpu", pytest.param("triton", marks=pytest.mark.full)]
+)
 def test_two_ranks_equal_one(tmp_path, backend):
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
     # Triton's interpreter computes with infinities by NumPy, which warns.
