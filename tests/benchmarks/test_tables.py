@@ -165,6 +165,7 @@ def test_the_gpu_script_runs_at_tiny_shapes_and_continues(tmp_path, capsys):
     assert load(tmp_path / "gpu_cpu.json")["cells"].keys() == cells.keys()
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not HAS_KERNELS, reason="needs the C++ kernels")
 def test_what_only_hardware_can_show_runs_at_tiny_sizes(tmp_path, monkeypatch, capsys):
     call = ["--device", "cpu", "--only", "hardware", "--out", str(tmp_path), "--commit", "abc"]

@@ -125,7 +125,8 @@ def main(rank, init_file, backend):
 
 
 @pytest.mark.parametrize(
-    "backend", ["eager", "cpu", pytest.param("triton", marks=pytest.mark.full)]
+    "backend",
+    ["cpu", *(pytest.param(name, marks=pytest.mark.full) for name in ("eager", "triton"))],
 )
 def test_two_ranks_equal_one(tmp_path, backend):
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))

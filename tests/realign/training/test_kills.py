@@ -88,7 +88,7 @@ def test_workers_leave_sigterm_to_the_process_that_saves() -> None:
         assert len([*seen, *iterator]) == 20
 
 
-@pytest.mark.parametrize("is_persistent", [False, True])
+@pytest.mark.parametrize("is_persistent", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_workers_end_with_a_run_that_fails(is_persistent: bool) -> None:
     """In the middle of an epoch; the traceback holds what held the workers."""
     code = (

@@ -106,14 +106,14 @@ def test_a_continued_run_checks_nothing_again_but_limits(
 ) -> None:
     same = config(model_dir, data, tmp_path, batch_size=6)
 
-    def killed(*_) -> None:
+    def killed(*_, **__) -> None:
         raise KeyboardInterrupt
 
     def again() -> str:
-        """Return what the same command says until it is killed before training."""
+        """Return what the same command says until it is killed as its training begins."""
         capsys.readouterr()
         with monkeypatch.context() as patch:
-            patch.setattr("realign.training.run.load_policy", killed)
+            patch.setattr("realign.training.run.RDPOTrainer.train", killed)
             with pytest.raises(KeyboardInterrupt):
                 train(same)
         return capsys.readouterr().err

@@ -57,7 +57,7 @@ def test_every_item_is_done_once_with_one_thread(workers: int) -> None:
     assert len(pids) <= workers
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     ("trouble", "message"), [("open", "cannot open"), ("raise", "item 3 is bad")]
 )
@@ -120,6 +120,7 @@ def test_a_worker_that_dies_as_it_opens_its_task_is_named() -> None:
         list(run_in_processes(Dies("open"), items, [{}, {}], 1))
 
 
+@pytest.mark.full
 def test_items_and_results_may_be_larger_than_a_pipe() -> None:
     items = {i: bytes(5 << 20) for i in range(4)}
     results = dict(run_in_processes(Dies("never"), items, [{}, {}], 1))
