@@ -353,7 +353,7 @@ def tree(folder: Path, *without: str) -> dict[str, bytes]:
 
 def wait_for(process: subprocess.Popen[bytes], pattern: str, folder: Path) -> None:
     """Until a file of that name appears in the folder."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600  # of a machine that does other things
     while not list(folder.glob(pattern)):
         assert process.poll() is None, "the process ended before it could be killed"
         assert time.monotonic() < deadline

@@ -101,7 +101,7 @@ def test_workers_end_with_a_run_that_fails(is_persistent: bool) -> None:
         f"                   persistent_workers={is_persistent}))\n"
         "    next(batches), 1 / 0\n"
     )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300)
     assert process.returncode == 1
     assert b"ZeroDivisionError" in process.stderr
 

@@ -200,11 +200,11 @@ def test_workers_end_with_their_parent(tmp_path: Path, sent: signal.Signals) -> 
     with running([sys.executable, script]) as parent:
         wait_until(lambda: len(list(pids.iterdir())) == 2)
         parent.send_signal(sent)
-        parent.wait(timeout=30)
+        parent.wait(timeout=120)
     wait_until(lambda: not any(is_running(int(path.name)) for path in pids.iterdir()))
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(is_so: Callable[[], bool], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < end, "waited in vain"
