@@ -2,16 +2,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-browser lint clean
+# idle processes take tests from the end of the longer queue
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
+
+.PHONY: demo test test-full test-slow test-browser lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/realign demo --out runs/demo
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n 2 -m "not slow and not browser"
+	REALIGN_EXAMPLES=100 $(PYTEST) -m "not full and not slow and not browser"
+
+# what `test` leaves out
+test-full: $(VENV)/.test
+	$(PYTEST) -m "(full or drawn) and not slow and not browser"
 
 test-slow: $(VENV)/.test
-	REALIGN_EXAMPLES=5000 $(BIN)/python -m pytest -n 2 -m "not browser"
+	REALIGN_EXAMPLES=5000 $(PYTEST) -m "not browser"
 
 test-browser: $(VENV)/.browser
 	$(BIN)/python -m pytest -m browser

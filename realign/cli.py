@@ -451,6 +451,9 @@ def demo(
 ) -> None:
     """Run every stage on a small embedded model; no GPU, no network."""
     _check_out(out)
+    from realign.runtime.spinning import limit_spinning
+
+    limit_spinning()  # before torch is loaded
     from realign.demo.run import run_demo
 
     run_demo(out, seed)

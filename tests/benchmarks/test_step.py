@@ -75,6 +75,7 @@ def test_a_scheme_does_the_work_that_the_prediction_counts(tmp_path, scheme, sha
     assert counters[0].encodes == 2 * expected.encodes
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mode", MODES)
 def test_all_schemes_train_the_same_thing(tmp_path, monkeypatch, mode):
     losses = {}
@@ -137,6 +138,7 @@ def test_the_prediction_is_token_arithmetic():
     assert ratio("trl", "full", False, True) == pytest.approx(3024 * 5 / (1632 * 3))
 
 
+@pytest.mark.full
 def test_the_script_measures_in_turn_and_writes_a_table(tmp_path, capsys):
     call = ["--shape", "tiny", "--modes", "lora", "--schemes", "ours", "authors"]
     call += ["--repeats", "2", "--warm-steps", "1", "--threads", "1", "--out", str(tmp_path)]
@@ -197,6 +199,7 @@ def test_a_contender_that_fails_is_named_and_the_others_go_on(tmp_path, capsys, 
     }  # fmt: skip
 
 
+@pytest.mark.full
 def test_a_process_that_ends_says_why():
     with step.Worker(Job("ours", "none", "lora", 1, 1)) as worker:
         with pytest.raises(RuntimeError, match="KeyError: 'none'"):

@@ -145,6 +145,7 @@ def test_timing_alternates_and_ends():
     assert math.isnan(quantile(torch.tensor([1.0, math.nan]), 0.5))
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not HAS_KERNELS, reason="needs the C++ kernels")
 def test_the_gpu_script_runs_at_tiny_shapes_and_continues(tmp_path, capsys):
     call = ["--device", "cpu", "--providers", "ours", "quack", "--out", str(tmp_path)]
@@ -164,6 +165,7 @@ def test_the_gpu_script_runs_at_tiny_shapes_and_continues(tmp_path, capsys):
     assert load(tmp_path / "gpu_cpu.json")["cells"].keys() == cells.keys()
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not HAS_KERNELS, reason="needs the C++ kernels")
 def test_what_only_hardware_can_show_runs_at_tiny_sizes(tmp_path, monkeypatch, capsys):
     call = ["--device", "cpu", "--only", "hardware", "--out", str(tmp_path), "--commit", "abc"]
@@ -183,6 +185,7 @@ def test_what_only_hardware_can_show_runs_at_tiny_sizes(tmp_path, monkeypatch, c
     assert "FAILED repeats, 1 x 1031 x 64, frozen\n  2 of 3 repeats differ" in printed
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not HAS_KERNELS, reason="needs the C++ kernels")
 def test_wrong_kernels_stop_the_gpu_script(tmp_path, monkeypatch, capsys):
     true_logprob = gpu_checks.linear_logprob

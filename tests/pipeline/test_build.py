@@ -113,7 +113,7 @@ def test_the_funnel_counts_completions_that_were_cut(config: BuildConfig) -> Non
     assert funnel["dropped"] == {"no candidate passed, mostly cut at max_new_tokens": 40}
 
 
-@pytest.mark.parametrize("mask", ["rule", "model"])
+@pytest.mark.parametrize("mask", ["rule", pytest.param("model", marks=pytest.mark.full)])
 def test_a_row_that_is_too_long_is_dropped_counted_and_never_given_to_the_model(
     config: BuildConfig, mask: str, monkeypatch
 ) -> None:
@@ -265,6 +265,7 @@ def tiny_clip(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_the_index_does_not_change_the_result(config: BuildConfig, tmp_path: Path) -> None:
     exact = build(config).read_bytes()
     flat = config.model_copy(update={"index": "flat", "out": tmp_path / "flat"})

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from random import Random
 
@@ -20,6 +21,7 @@ from realign.building.run import build
 from realign.config import BuildConfig
 from realign.demo.data import write_training_data
 from realign.demo.run import build_config
+from tests.conftest import running
 
 # what a build leaves behind that must not depend on how it was run
 RESULTS = ("dataset.parquet", "funnel.json", "rejected.jsonl", "images/00000.jsonl")
@@ -57,10 +59,10 @@ def joined(out: Path) -> bytes:
 @pytest.mark.parametrize(
     "options",
     [
-        {"workers": 2},
+        pytest.param({"workers": 2}, marks=pytest.mark.full, id="workers=2"),
         {"shard_size": 1},  # rounded up to a window
         {"shard_size": 24, "workers": 2},
-        {"shard_size": 1000},
+        pytest.param({"shard_size": 1000}, marks=pytest.mark.full, id="shard_size=1000"),
     ],
     ids=lambda options: ",".join(f"{key}={value}" for key, value in options.items()),
 )
@@ -74,7 +76,7 @@ def test_neither_engine_nor_workers_nor_shards_change_the_result(
 @pytest.mark.parametrize(
     "stages",
     [
-        pytest.param(("shards",), id="last-stage"),
+        pytest.param(("shards",), id="last-stage", marks=pytest.mark.full),
         pytest.param(("embeddings", "neighbours", "shards"), id="all", marks=pytest.mark.slow),
     ],
 )
@@ -89,7 +91,8 @@ def test_two_workers_of_a_local_ray_make_the_same(
     dataset.unlink()
     for stage in stages:
         shutil.rmtree(config.out / stage)
-    assert run(config).wait() == 0
+    with run(config) as process:
+        assert process.wait() == 0
     assert results(config.out) == expected
 
 
@@ -117,32 +120,34 @@ def test_a_build_that_was_killed_often_ends_with_the_same_bytes(tmp_path: Path) 
     write_training_data(world, SCENES, seed=100)
     options = {"workers": 2, "batch_size": 32, "window": 32, "shard_size": 32}
     started = time.monotonic()
-    assert run(small(world, whole, **options)).wait() == 0
+    with run(small(world, whole, **options)) as process:
+        assert process.wait() == 0
     seconds = time.monotonic() - started
     rng = Random(0)
     kills = 0
     while kills < KILLS:
-        process = run(small(world, killed, **options))
-        try:
-            # short lives see the start and the stages one by one; a build that ends is begun anew
-            process.wait(timeout=rng.uniform(0.1, 1.2) * min(seconds, 30))
-            assert process.returncode == 0
-            remove_some(killed, rng)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-    assert run(small(world, killed, **options)).wait() == 0
+        with run(small(world, killed, **options)) as process:
+            try:
+                # short lives see the start and the stages one by one; one that ends is begun anew
+                process.wait(timeout=rng.uniform(0.1, 1.2) * min(seconds, 30))
+                assert process.returncode == 0
+                remove_some(killed, rng)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+    with run(small(world, killed, **options)) as process:
+        assert process.wait() == 0
     assert results(killed) == results(whole)
     assert joined(killed) == joined(whole)
 
 
-def run(config: BuildConfig) -> subprocess.Popen[bytes]:
+def run(config: BuildConfig) -> AbstractContextManager[subprocess.Popen[bytes]]:
     """The build in a process of its own, as the command line starts it."""
     options = config.out.with_suffix(".yaml")
     options.write_text(yaml.safe_dump({"build": config.model_dump(mode="json")}))
-    return subprocess.Popen(
-        [sys.executable, "-m", "realign.cli", "build", "--config", str(options)],
+    return running(
+        [sys.executable, "-m", "realign.cli", "build", "--config", options],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

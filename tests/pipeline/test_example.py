@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -14,6 +15,7 @@ from realign.modeling.loading import load_model
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_rdpo.py"
 
 
+@pytest.mark.full
 def test_it_trains_an_adapter_on_the_embedded_model(tmp_path: Path, model_dir, records) -> None:
     write_parquet(records(16), tmp_path / "d.parquet")
     main = runpy.run_path(str(SCRIPT))["main"]

@@ -124,7 +124,10 @@ def main(rank, init_file, backend):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("backend", ["eager", "cpu", "triton"])
+@pytest.mark.parametrize(
+    "backend",
+    ["cpu", *(pytest.param(name, marks=pytest.mark.full) for name in ("eager", "triton"))],
+)
 def test_two_ranks_equal_one(tmp_path, backend):
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
     # Triton's interpreter computes with infinities by NumPy, which warns.

@@ -20,7 +20,7 @@ PROPERTY = settings(
     derandomize=True,
     database=None,
 )
-# 1,000 in CI; `make test-slow` asks for 5,000.
+# `make test` asks for 100, `make test-slow` for 5,000.
 EXAMPLES = int(os.environ.get("REALIGN_EXAMPLES", "1000"))
 LARGEST_WORKSPACE = 1 << 20
 
@@ -47,6 +47,7 @@ def permutation(size, seed):
     return torch.randperm(size, generator=seeded(seed))
 
 
+@pytest.mark.drawn
 @settings(PROPERTY, max_examples=EXAMPLES)
 @given(calls(), st.integers(1_000, LARGEST_WORKSPACE))
 def test_value_and_gradients_are_those_of_the_dense_formula(inputs, workspace_bytes):

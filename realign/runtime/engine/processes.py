@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from realign.runtime.engine.task import REMEDY, Task, WorkerError, told
+from realign.runtime.spinning import limit_spinning
 
 END_SECONDS = 10.0
 
@@ -34,6 +35,7 @@ def run_in_processes(
         RefusedError: The task refused its input.
         RuntimeError: The task failed; the message has its traceback.
     """
+    limit_spinning()
     context = multiprocessing.get_context("spawn")
     waiting = iter(items.items())
     left = len(items)

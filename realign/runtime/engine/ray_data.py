@@ -19,6 +19,7 @@ from typing import Any
 
 from realign.errors import RefusedError
 from realign.runtime.engine.task import REMEDY, Task, WorkerError, told
+from realign.runtime.spinning import limit_spinning
 
 # How often an actor that died is started again, and a shard is tried again. Ray Data's default is
 # for ever, which a shard that is too large for memory would take.
@@ -86,6 +87,7 @@ def _start() -> None:
     import ray
 
     before = signal.getsignal(signal.SIGTERM)
+    limit_spinning()
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     if callable(before) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, before)

@@ -217,6 +217,7 @@ def test_dropping_everything_is_refused(data: Path, records) -> None:
         read_kept_records(data, None)
 
 
+@pytest.mark.full
 def test_training_leaves_dropped_rows_out_and_is_another_run(
     tmp_path: Path, data: Path, records, model_dir: Path, capsys
 ) -> None:

@@ -36,6 +36,7 @@ def client(
     return [sys.executable, str(CLIENT), *map(str, arguments)]
 
 
+@pytest.mark.full
 def test_500_requests_with_random_faults(server: Any, image: Path, tmp_path: Path) -> None:
     def fault(prompt: str, attempt: int) -> str:
         rng = Random(f"{prompt}:{attempt}")
@@ -64,7 +65,7 @@ def test_500_requests_with_random_faults(server: Any, image: Path, tmp_path: Pat
     assert not [text for text in (journalled, result.stdout, result.stderr) if KEY in text]
 
 
-@pytest.mark.parametrize("fault", ["huge", "huge|500"])
+@pytest.mark.parametrize("fault", ["huge", pytest.param("huge|500", marks=pytest.mark.full)])
 def test_bodies_without_end_do_not_fill_memory(
     server: Any, image: Path, tmp_path: Path, fault: str
 ) -> None:

@@ -26,6 +26,7 @@ from realign.generation.generator import Request
 from realign.generation.transformers_generator import TransformersGenerator
 
 pytest.importorskip("fastapi")  # of transformers[serving]
+pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")

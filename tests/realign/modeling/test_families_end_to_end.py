@@ -33,7 +33,13 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("folder", NAMES, indirect=True)
-@pytest.mark.parametrize("lora", [LoraSection(r=2, alpha=4), None], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        pytest.param(LoraSection(r=2, alpha=4), id="lora"),
+        pytest.param(None, id="full", marks=pytest.mark.full),
+    ],
+)
 def test_two_steps_from_a_folder(folder: Path, lora: LoraSection | None, tmp_path: Path) -> None:
     write_parquet(all_kinds(), tmp_path / "data.parquet")
     config = TrainConfig(

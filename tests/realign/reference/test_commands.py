@@ -167,7 +167,7 @@ def live(model_dir, records) -> dict[str, list[float]]:
     return {name: logps[:, cell].tolist() for cell, name in enumerate(COLUMNS[:3])}
 
 
-@pytest.mark.parametrize("cells", [2, 3])
+@pytest.mark.parametrize("cells", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_columns_of_trl_are_imported(
     tmp_path: Path, data: Path, model_dir, live, records, cells: int
 ) -> None:

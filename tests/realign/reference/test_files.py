@@ -111,7 +111,15 @@ def remove(path: Path, rng: random.Random) -> None:
 
 @pytest.mark.parametrize("count", [4, pytest.param(0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("damage", "full"), [(cut, 200), (zero, 50), (swap, 20), (lengthen, 20), (remove, 20)]
+    ("damage", "full"),
+    [
+        (cut, 200),
+        (swap, 20),
+        *(
+            pytest.param(damage, count, marks=pytest.mark.full)
+            for damage, count in ((zero, 50), (lengthen, 20), (remove, 20))
+        ),
+    ],
 )
 def test_damage_is_found_and_mended(
     tmp_path: Path, synthetic, damage, full: int, count: int

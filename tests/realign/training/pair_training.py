@@ -32,7 +32,8 @@ from realign.training.trainer import RDPOConfig, RDPOTrainer
 from tests.realign.conftest import make_records
 
 REFERENCE = "reference.safetensors"
-NOISE = 1e-6  # nats; no pair's gradient is exactly another's with the sign changed
+# nats between policy and reference; where both are equal, the signs of margins are rounding
+DISTANCE = 0.1
 
 
 @dataclasses.dataclass
@@ -72,7 +73,7 @@ def write_pairs(
     without_retrieved: Sequence[int] = (),
     without_images: Sequence[int] = (),
 ) -> list[str]:
-    """Write drawn pairs and their reference log-probabilities for :func:`run`; return their ids.
+    """Write drawn pairs and the policy's log-probabilities for :func:`run`; return their ids.
 
     Args:
         folder: Where.
@@ -91,7 +92,6 @@ def write_pairs(
         batch = PreferenceCollator(load_processor(MODEL), cells=3, shared_prefix=True)(rows)
         del batch["ids"]
         logps = model(**batch).logps.double()
-    logps += torch.randn(logps.shape, generator=torch.Generator().manual_seed(0)) * NOISE
     save_file(
         {row.key: logps[:, index].contiguous() for index, row in enumerate(rows)},
         folder / REFERENCE,
@@ -101,9 +101,12 @@ def write_pairs(
 
 def run(
     folder: Path, name: str, *, lora=False, tied=True, checkpointing=False, resume=None, save=False,
-    **options,
+    is_own_reference=False, **options,
 ) -> Run:  # fmt: skip
-    """Train on ``folder/pairs.parquet`` with SGD, so that weights differ as gradients do."""
+    """Train on ``folder/pairs.parquet`` with SGD, so that weights differ as gradients do.
+
+    The reference is another model's, ``DISTANCE`` away, unless ``is_own_reference``.
+    """
     watch = Watch()
     args = RDPOConfig(
         **{
@@ -111,7 +114,8 @@ def run(
             "use_cpu": os.environ.get("ACCELERATE_USE_FSDP") != "true",
             "dataloader_pin_memory": False, "num_train_epochs": 1, "optim": "sgd",
             "learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
-            "logging_steps": 1, "save_strategy": "no", "ddp_timeout": 60, **options,
+            "logging_steps": 1, "save_strategy": "no", "ddp_timeout": 60,
+            "check_first_step": is_own_reference, **options,
         }
     )  # fmt: skip
     torch.manual_seed(0)
@@ -125,6 +129,10 @@ def run(
         checkpoint_activations(model)
         model.enable_input_require_grads()
     reference = load_file(folder / REFERENCE)
+    if not is_own_reference:
+        generator = torch.Generator().manual_seed(0)
+        for logps in reference.values():
+            logps += torch.randn(logps.shape, generator=generator) * DISTANCE
     trainer = RDPOTrainer(
         model, args, read_parquet(folder / "pairs.parquet"), load_processor(MODEL), reference,
         callbacks=[watch],

@@ -55,13 +55,21 @@ def uneven(tmp_path_factory) -> tuple[Path, Run]:
     return folder, step(folder, 13, 1)
 
 
-@pytest.mark.parametrize("accumulation", [2, 4, 8, 32])
+@pytest.mark.parametrize(
+    "accumulation", [4, *(pytest.param(number, marks=pytest.mark.full) for number in (2, 8, 32))]
+)
 def test_accumulation_is_the_full_batch(ragged, accumulation: int) -> None:
     folder, whole = ragged
     check_equal(step(folder, 32 // accumulation, accumulation), whole)
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 4), (12, 2)], ids=["4+4+4+1", "12+1"])
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation"),
+    [
+        pytest.param(4, 4, id="4+4+4+1"),
+        pytest.param(12, 2, id="12+1", marks=pytest.mark.full),
+    ],
+)
 def test_an_uneven_last_batch_counts_its_pairs(uneven, batch_size: int, accumulation: int) -> None:
     """Averaging micro-batches would weigh the one pair of the last as much as four others."""
     folder, whole = uneven

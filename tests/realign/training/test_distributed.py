@@ -7,10 +7,12 @@ numbers; an exit code of 0 proves nothing here.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from realign.modeling.loading import load_model
+from tests.conftest import running
 from tests.realign.training import pair_training
 from tests.realign.training.pair_training import Run, run, write_pairs
 
@@ -56,22 +59,21 @@ def launch(folder: Path, num_ranks: int, engines: dict[str, dict[str, dict]]) ->
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, pair_training.__file__, str(cases)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    try:
+    with ExitStack() as stack:
+        ranks = [
+            stack.enter_context(
+                running(
+                    [sys.executable, pair_training.__file__, cases],
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for rank in range(num_ranks)
+        ]
         said = [process.communicate(timeout=300)[1] for process in ranks]
         # of all: one that fails takes the others with it
         assert {process.returncode for process in ranks} == {0}, "\n".join(said)
-    finally:
-        for process in ranks:
-            process.kill()
 
 
 class Seen:
@@ -147,11 +149,13 @@ RUNS = {
         "full": {"save_strategy": "steps", "save_steps": 1},
         "continued": {"resume": "full/checkpoint-1"},
         "vision": {"freeze_vision": False},
+        "checked": {"is_own_reference": True, "max_steps": 1},
     },
     "fsdp2": {
         "tied": {"save": "whole", "save_strategy": "steps", "save_steps": 1},
         "resumed": {"resume": "tied/checkpoint-1"},
         "adapter": {"lora": True, "tied": False, "save": "whole-adapter"},
+        "checked-shards": {"is_own_reference": True, "max_steps": 1},
     },
 }
 MORE_RUNS = {
@@ -203,6 +207,16 @@ def test_two_ranks_learn_what_one_does(two_ranks: Path, alone, name: str) -> Non
     seen.check_ranks_agree()
     seen.check_pairs(IDS)
     seen.check_equals(alone(name))
+
+
+@pytest.mark.parametrize("name", ["checked", "checked-shards"])
+def test_the_first_step_is_checked_on_every_rank(two_ranks: Path, name: str) -> None:
+    """A policy that is its own reference passes, and every margin's loss is log two."""
+    without_retrieved = {*first_of_rank_zero(2), 5} & {*first_of_rank_zero(PAIRS_PER_STEP)}
+    margins_per_pair = 2 - len(without_retrieved) / PAIRS_PER_STEP
+    for said in Seen(two_ranks, name, 2).said:
+        (line,) = said["lines"]
+        assert line["loss"] == pytest.approx(margins_per_pair * math.log(2), abs=1e-6)
 
 
 def test_a_rank_without_pairs_took_part_and_weighed_nothing(two_ranks: Path) -> None:

@@ -27,7 +27,14 @@ class FullDisk(TrainerCallback):
 
 
 # the first file, one in the middle, and the weights
-@pytest.mark.parametrize("limit", [10, 2000, 1_000_000])
+@pytest.mark.parametrize(
+    "limit",
+    [
+        pytest.param(10, marks=pytest.mark.full),
+        2000,
+        pytest.param(1_000_000, marks=pytest.mark.full),
+    ],
+)
 def test_a_full_disk_leaves_the_older_checkpoint(
     tmp_path: Path, model_dir, records, make_reference, limit
 ) -> None:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from realign.data.formats.parquet import write_parquet
 from realign.training.preemption import Preemption, ignore_sigterm
+from tests.conftest import running
 
 SCRIPT = Path(__file__).with_name("kill_runs.py")
 
@@ -87,7 +88,7 @@ def test_workers_leave_sigterm_to_the_process_that_saves() -> None:
         assert len([*seen, *iterator]) == 20
 
 
-@pytest.mark.parametrize("is_persistent", [False, True])
+@pytest.mark.parametrize("is_persistent", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_workers_end_with_a_run_that_fails(is_persistent: bool) -> None:
     """In the middle of an epoch; the traceback holds what held the workers."""
     code = (
@@ -100,7 +101,7 @@ def test_workers_end_with_a_run_that_fails(is_persistent: bool) -> None:
         f"                   persistent_workers={is_persistent}))\n"
         "    next(batches), 1 / 0\n"
     )
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=300)
     assert process.returncode == 1
     assert b"ZeroDivisionError" in process.stderr
 
@@ -125,13 +126,13 @@ def test_the_second_sigterm_ends_it_at_once() -> None:
         "    print('asked', flush=True)\n"
         "    time.sleep(60)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in ("ready\n", "asked\n"):
-        assert process.stdout.readline() == line
-        assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
-    started = time.monotonic()
-    assert process.wait() == 143
-    process.stdout.close()
-    assert time.monotonic() - started < 5
+    command = [sys.executable, "-c", code]
+    with running(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in ("ready\n", "asked\n"):
+            assert process.stdout.readline() == line
+            assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        assert process.wait() == 143
+        assert time.monotonic() - started < 5

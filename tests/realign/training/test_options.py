@@ -26,12 +26,12 @@ LORA = LoraSection(r=4, alpha=8)
 @pytest.fixture
 def data(tmp_path: Path, records) -> Path:
     path = tmp_path / "dataset.parquet"
-    write_parquet(records(8), path)
+    write_parquet(records(4), path)
     return path
 
 
 def run(model_dir: Path, data: Path, out: Path, **options: Any) -> Path:
-    given = {"batch_size": 4, "accumulation": 1, "learning_rate": 1e-3, "logging_steps": 1}
+    given = {"batch_size": 2, "accumulation": 1, "learning_rate": 1e-3, "logging_steps": 1}
     return train(TrainConfig(model=str(model_dir), data=data, out=out, **given | options))
 
 

@@ -105,17 +105,24 @@ def test_a_package_without_a_gpu_is_refused(
 def test_a_continued_run_checks_nothing_again_but_limits(
     tmp_path: Path, model_dir: Path, data: Path, monkeypatch, capsys
 ) -> None:
-    def again(**options) -> str:
-        """What is said to the same command after a kill during training or before."""
-        shutil.rmtree(options.pop("without"), ignore_errors=True)
+    same = config(model_dir, data, tmp_path, batch_size=6)
+
+    def killed(*_, **__) -> None:
+        raise KeyboardInterrupt
+
+    def again() -> str:
+        """Return what the same command says until it is killed as its training begins."""
         capsys.readouterr()
-        train(config(model_dir, data, tmp_path, batch_size=6, **options))
+        with monkeypatch.context() as patch:
+            patch.setattr("realign.training.run.RDPOTrainer.train", killed)
+            with pytest.raises(KeyboardInterrupt):
+                train(same)
         return capsys.readouterr().err
 
     run = tmp_path / "run"
-    first = again(without=run)
+    first = again()
     assert "check rows: 12/12" in first
-    second = again(without=run / "checkpoint")
+    second = again()
     assert "12 rows are those that were good before; not checked again" in second
     assert "check rows" not in second
     said = "12 pairs; sequences of"
@@ -123,14 +130,17 @@ def test_a_continued_run_checks_nothing_again_but_limits(
         line for line in second.splitlines() if line.startswith(said)
     ]
     with pytest.raises(RefusedError, match="12 of 12 rows are longer than max_length = 20 tokens"):
-        again(without=run / "checkpoint", max_length=20)
+        train(same.model_copy(update={"max_length": 20}))
+    train(same)
+    shutil.rmtree(run / "checkpoint")
+    assert "not checked again" in again()
     file = run / "row_index.json"
     for raw in (file.read_text().replace("1", "2", 1), "[", "[]", '{"rows": [1], "images": []}'):
         file.write_text(raw)
-        assert "check rows: 12/12" in again(without=run / "checkpoint")
-        assert "not checked again" in again(without=run / "checkpoint")
+        assert "check rows: 12/12" in again()
+        assert "not checked again" in again()
     monkeypatch.setattr("realign.modeling.identity.version_of", lambda name: "99")
-    assert "check rows: 12/12" in again(without=run / "checkpoint")
+    assert "check rows: 12/12" in again()
 
 
 def test_rows_longer_than_the_model_was_made_for_are_refused(

@@ -120,10 +120,10 @@ def case(name: str, batch_size: int, accumulation: int, steps: tuple[int, ...], 
 
 
 CASES = [
-    case("plain", 4, 1, (2, 3, 4)),
-    case("workers", 4, 1, (4,), dataloader_num_workers=2),
-    case("accumulation 2", 2, 2, (2,)),
-    case("accumulation 8", 1, 8, (1, 2)),
+    case("plain", 4, 1, (2, 3, 4), marks=pytest.mark.full),
+    case("workers", 4, 1, (4,), dataloader_num_workers=2, save_steps=2),
+    case("accumulation 2", 2, 2, (2,), save_steps=2),
+    case("accumulation 8", 1, 8, (1, 2), marks=pytest.mark.full),
     case("workers, all", 4, 1, (1, 2, 3, 5), dataloader_num_workers=2, marks=pytest.mark.slow),
     case("accumulation 2, all", 2, 2, (1, 3, 4, 5), marks=pytest.mark.slow),
     case("accumulation 8, workers", 1, 8, (1, 2, 3), dataloader_num_workers=2,
@@ -154,12 +154,20 @@ def test_a_resumed_run_ends_bit_by_bit_the_same_with_augmented_images(
         assert log == (tmp_path / "whole" / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize("kind", ["lora", "lora on bfloat16", "full bfloat16"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("lora", marks=pytest.mark.full),
+        "lora on bfloat16",
+        pytest.param("full bfloat16", marks=pytest.mark.full),
+    ],
+)
 def test_adapters_and_16_bits_resume_as_well(
     tmp_path: Path, model_dir, records, reference, kind
 ) -> None:
     options = {
         "per_device_train_batch_size": 6,
+        "save_steps": 2,
         "lora": LoraSection(r=4, alpha=8) if "lora" in kind else None,
         "dtype": torch.bfloat16 if "bfloat16" in kind else torch.float32,
     }
@@ -171,6 +179,7 @@ def test_adapters_and_16_bits_resume_as_well(
     assert files(steps / "checkpoint-4") == files(tmp_path / "whole" / "steps" / "checkpoint-4")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("saving", "logging"), [(2, 3), pytest.param(4, 3, marks=pytest.mark.slow)]
 )
@@ -194,6 +203,7 @@ def test_the_log_is_the_same_for_any_intervals(
         assert log == (tmp_path / "whole" / "metrics.jsonl").read_text()
 
 
+@pytest.mark.full
 def test_a_damaged_newest_checkpoint_costs_a_step_and_no_exactness(
     tmp_path: Path, model_dir, records, reference, capsys
 ) -> None:
@@ -241,7 +251,7 @@ def test_continuing_from_nothing_is_refused(tmp_path: Path, model_dir, records, 
         train(model_dir, tmp_path, records(12), reference, resume=True)
 
 
-@pytest.mark.parametrize(("limit", "left"), [(1, 2), (3, 3)])
+@pytest.mark.parametrize(("limit", "left"), [(1, 2), pytest.param(3, 3, marks=pytest.mark.full)])
 def test_at_least_two_checkpoints_stay(
     tmp_path: Path, model_dir, records, reference, limit, left
 ) -> None:

@@ -64,7 +64,6 @@ def config(model_dir: Path, data: Path, out: Path, **options) -> TrainConfig:
             "accumulation": 1,
             "learning_rate": 1e-4,
             "logging_steps": 1,
-            "save_steps": 1,
             **options,
         }
     )

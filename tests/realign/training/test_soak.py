@@ -30,7 +30,7 @@ class Watch(TrainerCallback):
         self.files.append(len(os.listdir("/proc/self/fd")))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_memory_and_files_stay_flat(tmp_path: Path, model_dir, records, make_reference) -> None:
     args = RDPOConfig(
         output_dir=str(tmp_path / "steps"), report_to="none", use_cpu=True, disable_tqdm=True,

@@ -140,6 +140,7 @@ print(json.dumps([line for line in trainer.state.log_history if "loss" in line])
 """
 
 
+@pytest.mark.full
 def test_trl_trains_on_the_parquet_as_it_is(tmp_path: Path, records, model_dir: Path) -> None:
     """No column renamed or removed: the file goes into DPOTrainer as `realign` wrote it. In a
     process of its own: TRL's warnings are not ours.

@@ -21,6 +21,7 @@ from realign.runtime.engine.engine import Engine, fill_shards
 from realign.runtime.engine.processes import run_in_processes
 from realign.runtime.engine.task import WorkerError
 from realign.runtime.memory import usable_cores, usable_memory
+from tests.conftest import running
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Squares:
         yield work
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 2, pytest.param(3, marks=pytest.mark.full)])
 def test_every_item_is_done_once_with_one_thread(workers: int) -> None:
     results = dict(Engine(workers=workers).run(Squares(), {i: i for i in range(7)}))
     assert {number: int(said.split()[0]) for number, said in results.items()} == {
@@ -56,7 +57,7 @@ def test_every_item_is_done_once_with_one_thread(workers: int) -> None:
     assert len(pids) <= workers
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     ("trouble", "message"), [("open", "cannot open"), ("raise", "item 3 is bad")]
 )
@@ -119,6 +120,7 @@ def test_a_worker_that_dies_as_it_opens_its_task_is_named() -> None:
         list(run_in_processes(Dies("open"), items, [{}, {}], 1))
 
 
+@pytest.mark.full
 def test_items_and_results_may_be_larger_than_a_pipe() -> None:
     items = {i: bytes(5 << 20) for i in range(4)}
     results = dict(run_in_processes(Dies("never"), items, [{}, {}], 1))
@@ -130,6 +132,7 @@ def test_a_task_may_meet_an_end_of_file_of_its_own() -> None:
         list(run_in_processes(Dies("end of file"), {0: b"", 1: b""}, [{}, {}], 1))
 
 
+@pytest.mark.full
 def test_a_script_without_a_guard_is_told_to_have_one(tmp_path: Path) -> None:
     script = tmp_path / "unguarded.py"
     script.write_text(dedent(SLEEPERS).partition("if __name__")[0] + UNGUARDED)
@@ -187,19 +190,21 @@ SLEEPERS = """
 """
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "sent", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.full)]
+)
 def test_workers_end_with_their_parent(tmp_path: Path, sent: signal.Signals) -> None:
     script, pids = tmp_path / "sleepers.py", tmp_path / "pids"
     pids.mkdir()
     script.write_text(dedent(SLEEPERS).replace("FOLDER", str(pids)))
-    parent = subprocess.Popen([sys.executable, str(script)])
-    wait_until(lambda: len(list(pids.iterdir())) == 2)
-    parent.send_signal(sent)
-    parent.wait(timeout=30)
+    with running([sys.executable, script]) as parent:
+        wait_until(lambda: len(list(pids.iterdir())) == 2)
+        parent.send_signal(sent)
+        parent.wait(timeout=120)
     wait_until(lambda: not any(is_running(int(path.name)) for path in pids.iterdir()))
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(is_so: Callable[[], bool], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < end, "waited in vain"

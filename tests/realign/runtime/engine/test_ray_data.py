@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ import torch
 
 from realign.errors import RefusedError
 from realign.runtime.engine.ray_data import _Actor, _Boxed, _fitting
+from tests.conftest import running
 
 TROUBLES = """
     import json
@@ -102,10 +102,10 @@ def test_ray_says_what_went_wrong(tmp_path: Path) -> None:
     script.write_text(dedent(TROUBLES))
     # the one warning that is ours to answer for
     strict = ("-W", "error:`ray_remote_args`")
-    process = subprocess.Popen([sys.executable, *strict, str(script), str(tmp_path)])
-    wait_until(lambda: (tmp_path / "pid").is_file() or process.poll() is not None, 300)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143  # the script's handler, not Ray's
+    with running([sys.executable, *strict, script, tmp_path]) as process:
+        wait_until(lambda: (tmp_path / "pid").is_file() or process.poll() is not None, 300)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 143  # the script's handler, not Ray's
     actor = int((tmp_path / "pid").read_text())
     wait_until(lambda: not Path(f"/proc/{actor}").exists(), 60)
 

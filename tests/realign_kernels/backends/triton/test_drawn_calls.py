@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 from realign_kernels import linear_logprob
 from realign_kernels.testing import dense_logprob, make_head_inputs
 
-# 200 in CI; `make test-slow` asks for 1,000.
+# `make test` asks for 20, `make test-slow` for 1,000.
 EXAMPLES = int(os.environ.get("REALIGN_EXAMPLES", "1000")) // 5
 
 
+@pytest.mark.drawn
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 @given(
     shape=st.tuples(st.integers(0, 3), st.integers(1, 11), st.integers(1, 5)),
