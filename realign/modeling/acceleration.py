@@ -126,22 +126,6 @@ class Numerics:
         return options
 
 
-def is_float32_exact() -> bool:
-    """Return whether float32 products and convolutions are computed in float32."""
-    return {*float32_precision().values()} <= {"ieee", "none"}
-
-
-def float32_precision() -> dict[str, str]:
-    """Return how float32 products are computed: TF32 has ten bits of mantissa."""
-    backends: Any = torch.backends
-    used = (
-        {"matmul": backends.cuda.matmul, "convolution": backends.cudnn.conv}
-        if torch.cuda.is_available()
-        else {"matmul": backends.mkldnn.matmul, "convolution": backends.mkldnn.conv}
-    )
-    return {name: backend.fp32_precision for name, backend in used.items()}
-
-
 def quantized_weights(model: Any) -> set[str]:
     """Return the names of the weights of a model's outline that :class:`Numerics` has in 4 bits."""
     head = model.get_output_embeddings()

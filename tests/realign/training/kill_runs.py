@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import realign.training.run
-from realign.cli import _exit_codes
+from realign.cli import app
 from realign.config import TrainConfig
 from realign.training.checkpoints import SAVING, checkpoints, newest_checkpoint
 from realign.training.trainer import RDPOTrainer
@@ -53,9 +53,9 @@ def life(config: TrainConfig, before: Callable[[], None] | None = None) -> int:
             return result
 
         RDPOTrainer.train = train_and_keep
-        with _exit_codes():
-            realign.training.run.train(config)
-        code = 0
+        options = config.out.parent / f"{config.out.name}.json"  # JSON is YAML
+        options.write_text(json.dumps({"train": config.model_dump(mode="json")}))
+        app(["train", "--config", str(options)])
     except SystemExit as stop:
         code = int(stop.code or 0)
     except BaseException:

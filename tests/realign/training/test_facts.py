@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from realign.config import CacheConfig, TrainConfig
-from realign.data.formats.official import write_official
+from realign.data.export.official import write_official
 from realign.data.formats.parquet import write_parquet
 from realign.errors import RefusedError
 from realign.modeling.row_index import RowFile, RowIndex
