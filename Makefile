@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 	$(BIN)/realign demo --out runs/demo
 
 test: $(VENV)/.test lint
-	REALIGN_EXAMPLES=100 $(PYTEST) -m "not full and not slow and not browser"
+	REALIGN_EXAMPLES=50 $(PYTEST) -m "not full and not slow and not browser"
 
 # what `test` leaves out
 test-full: $(VENV)/.test

@@ -61,7 +61,9 @@ def joined(out: Path) -> bytes:
     [
         pytest.param({"workers": 2}, marks=pytest.mark.full, id="workers=2"),
         {"shard_size": 1},  # rounded up to a window
-        {"shard_size": 24, "workers": 2},
+        pytest.param(
+            {"shard_size": 24, "workers": 2}, marks=pytest.mark.full, id="shard_size=24,workers=2"
+        ),
         pytest.param({"shard_size": 1000}, marks=pytest.mark.full, id="shard_size=1000"),
     ],
     ids=lambda options: ",".join(f"{key}={value}" for key, value in options.items()),

@@ -388,6 +388,7 @@ def test_sigterm_exits_with_143_and_the_same_command_ends_the_same(
     assert tree(tmp_path / "stopped") == tree(tmp_path / "whole")
 
 
+@pytest.mark.full
 def test_kill_9_then_the_same_command_ends_the_same(tmp_path: Path, model_dir: Path) -> None:
     from realign.demo.data import write_training_data
     from realign.demo.tasks import LEXICON_PATH

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-import realign.training.run
+import realign.training.run  # noqa: F401  (before the forks, not in each)
 from realign.cli import app
 from realign.config import TrainConfig
 from realign.training.checkpoints import SAVING, checkpoints, newest_checkpoint
