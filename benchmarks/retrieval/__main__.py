@@ -34,7 +34,7 @@ _ROUNDING = 1e-6
 _MEMORY = """
 import sys, torch
 from pathlib import Path
-from benchmarks.retrieval import digest_shards, unit_rows
+from benchmarks.retrieval.__main__ import digest_shards, unit_rows
 from realign.building.retrieval.exact import ExactIndex
 from realign.building.retrieval.embedding_store import EmbeddingStore
 

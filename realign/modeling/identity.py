@@ -78,7 +78,7 @@ class ModelFacts:
 
     @cached_property
     def layout(self) -> Layout:
-        """The layout of its rows, see :func:`realign.modeling.packed_attention.choose_layout`."""
+        """The layout of its rows, see :func:`realign.modeling.packing.choose_layout`."""
         return choose_layout(self.outline, self.numerics.shared_prefix)
 
 

@@ -58,13 +58,18 @@ def _checked(records: Sequence[Record], processor: Any, cells: int) -> RowIndex:
     collator = PreferenceCollator(processor, cells)
     facts: list[RowFacts] = []
     problems: list[str] = []
+    refusals: list[RefusedError] = []
 
     def measure(record: Record, is_good: bool) -> None:
         progress.advance()
-        if not is_good:
+        if not is_good or refusals:
             return
         if not facts:  # a processor that alters texts alters every one
-            collator.check_processor(record)
+            try:
+                collator.check_processor(record)
+            except RefusedError as refusal:  # the rows' own problems are listed first
+                refusals.append(refusal)
+                return
         images, rejected_images = (
             tuple(image.size for image in record.open_images(rejected=rejected))
             for rejected in (False, True)
@@ -76,6 +81,8 @@ def _checked(records: Sequence[Record], processor: Any, cells: int) -> RowIndex:
 
     with Progress("check rows", len(records)) as progress:
         check_records(records, Renderer(processor).placeholders(), visit=measure)
+    if refusals:
+        raise refusals[0]
     refuse_problems(problems, len(records))
     return RowIndex(facts, cells, lengths.images)
 

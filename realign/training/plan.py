@@ -51,8 +51,8 @@ class TrainPlan:
         Raises:
             RefusedError: The model or the dataset cannot be opened, or options do not fit.
         """
+        objective = make_objective(ObjectiveOptions.of(config))  # before a model is downloaded
         folder = resolve_model(config.model)
-        objective = make_objective(ObjectiveOptions.of(config))
         records = read_kept_records(config.data, config.images)
         scoring = Scoring(
             folder,

@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
@@ -94,7 +95,7 @@ def test_two_workers_of_a_local_ray_make_the_same(
     for stage in stages:
         shutil.rmtree(config.out / stage)
     with run(config) as process:
-        assert process.wait() == 0
+        assert process.wait() == 0, config.out.with_suffix(".log").read_text()
     assert results(config.out) == expected
 
 
@@ -144,15 +145,17 @@ def test_a_build_that_was_killed_often_ends_with_the_same_bytes(tmp_path: Path) 
     assert joined(killed) == joined(whole)
 
 
-def run(config: BuildConfig) -> AbstractContextManager[subprocess.Popen[bytes]]:
-    """The build in a process of its own, as the command line starts it."""
-    options = config.out.with_suffix(".yaml")
+@contextmanager
+def run(config: BuildConfig) -> Iterator[subprocess.Popen[bytes]]:
+    """The build in a process of its own, as the command line starts it; it writes OUT.log."""
+    options, log = config.out.with_suffix(".yaml"), config.out.with_suffix(".log")
     options.write_text(yaml.safe_dump({"build": config.model_dump(mode="json")}))
-    return running(
-        [sys.executable, "-m", "realign.cli", "build", "--config", options],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    command = [sys.executable, "-m", "realign.cli", "build", "--config", options]
+    with (
+        log.open("wb") as file,
+        running(command, stdout=subprocess.DEVNULL, stderr=file) as process,
+    ):
+        yield process
 
 
 def remove_some(out: Path, rng: Random) -> None:

@@ -64,7 +64,7 @@ def export(data: Path, images: Path | None, to: str, out: Path) -> Exported:
         raise RefusedError(f"data must have at least one row, got none in {data}. Add rows.")
     if (out / MANIFEST).is_file():
         stored = read_json(out / MANIFEST)
-        if isinstance(stored, dict) and stored.get("to") == to:
+        if isinstance(stored, dict) and stored.get("to") == to and "counts" in stored:
             digest = sha256()
             for record in records:
                 _add(digest, record)

@@ -30,7 +30,7 @@ ACCUMULATION = 2
 ONCE = {
     "processor": ("realign.modeling.processors", "load_processor"),
     "dtype": ("realign.training.plan", "weights_dtype"),
-    "row layout": ("realign.modeling.packed_attention", "choose_layout"),
+    "row layout": ("realign.modeling.packing", "choose_layout"),
     "objective": ("realign.training.objectives", "make_objective"),
 }
 # what is counted, and of which row or image

@@ -26,9 +26,21 @@ def run(function, inputs, **options):
         total.backward(torch.ones_like(total))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        pytest.param(torch.float32, marks=pytest.mark.full),
+        pytest.param(torch.float64, marks=pytest.mark.full),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("function", [linear_logprob, linear_logprob_stats])
-@pytest.mark.parametrize("transform", [{}, {"logit_softcap": 5.0, "temperature": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "transform",
+    [{}, pytest.param({"logit_softcap": 5.0, "temperature": 0.9}, marks=pytest.mark.full)],
+    ids=str,
+)
 def test_scratch_stays_within_workspace_bytes(function, dtype, transform):
     leaves = make_head_inputs(
         N, V, D, dtype, bias=True, rank=R, ignored=0.1, **transform
@@ -45,6 +57,7 @@ def test_without_gradients_there_is_nothing_but_scratch():
         assert peak_bytes(lambda: run(linear_logprob, inputs)) <= WORKSPACE_BYTES + ROWS
 
 
+@pytest.mark.full
 def test_a_row_wider_than_the_workspace_is_cut_too():
     inputs = make_head_inputs(3, 8_000, 4, torch.float32)
     workspace_bytes = 16 << 10

@@ -70,7 +70,9 @@ def compare(inputs, *, memory, bound=None, trainable=True):
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("memory", ["stash", "recompute"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.full)], ids=str
+)
 def test_trainable_head(head, memory, dtype):
     compare(make_head_inputs(6, 18, 5, dtype, **HEADS[head]), memory=memory)
 
@@ -119,7 +121,7 @@ def test_nothing_to_score(num_rows):
 
 @pytest.mark.parametrize("head", ["plain", "everything"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("trainable", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_statistics(head, dtype, trainable):
     inputs = make_head_inputs(6, 21, 6, dtype, **HEADS[head])
     exact, leaves = inputs.as_leaves(torch.float64), inputs.as_leaves()
