@@ -9,6 +9,7 @@ to 2,880. That is the architecture of LLaVA-1.5 with the weights of LLaVA-1.6.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,4 +95,7 @@ if __name__ == "__main__":
     parser.add_argument("model", help="folder or hub id of a LLaVA-1.6")
     parser.add_argument("out", type=Path, help="new folder")
     arguments = parser.parse_args()
-    save_single_view(arguments.model, arguments.out)
+    try:
+        save_single_view(arguments.model, arguments.out)
+    except RefusedError as refusal:
+        sys.exit(str(refusal))
