@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -94,16 +96,29 @@ def test_rows_that_float32_cannot_tell_apart() -> None:
     assert (cosines.diff() <= 0).all()
 
 
+@contextmanager
+def product_precision(name: str) -> Iterator[None]:
+    """Set the precision of float32 products. It is part of a build's identity, so that torch's own
+    "highest", which leaves "ieee" where nothing was set, would make other tests' builds others.
+    """
+    backends: Any = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
 def test_a_coarser_product_gives_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trainer may have allowed bfloat16 inside float32 products."""
     embeddings, queries = unit(2000, 512), unit(20, 512, seed=1)
     expected = ExactIndex(embeddings).search(queries, 10)
-    torch.set_float32_matmul_precision("medium")
-    try:
+    with product_precision("medium"):
         assert exact.product_error(512) > 2**-8
         coarse = ExactIndex(embeddings).search(queries, 10)
-    finally:
-        torch.set_float32_matmul_precision("highest")
     assert torch.equal(expected[1], coarse[1])
     # whatever this processor does with "medium": a product that is off by what bfloat16 is off
     rounded = exact._Product.__call__
@@ -154,12 +169,9 @@ def test_what_is_skipped_or_above_a_bound_is_not_there(
     expected = cosines.masked_fill(is_above, -torch.inf).sort(dim=1, descending=True, stable=True)
     order = expected.indices.masked_fill(expected.values == -torch.inf, -1)
     index = ExactIndex(embeddings, query_rows=4, corpus_rows=64)
-    torch.set_float32_matmul_precision(precision)
-    try:
+    with product_precision(precision):
         found = index.search_others(asked, 20, rows, skipped, most)
         error = exact.product_error(24)
-    finally:
-        torch.set_float32_matmul_precision("highest")
     assert torch.equal(found.cosines, expected.values[:, :20].float())
     assert torch.equal(found.indices, order[:, :20])
     assert torch.equal(found.above, is_above.sum(1))
