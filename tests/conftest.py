@@ -48,3 +48,16 @@ def running(command: Sequence[object], **options: Any) -> Iterator[subprocess.Po
             yield process
         finally:
             process.kill()
+
+
+@pytest.fixture(autouse=True)
+def _float32_precision() -> Iterator[None]:
+    """Put the precision of float32 products back: it is part of the identity of builds and caches,
+    and torch leaves "ieee" where nothing was set when it is asked for the highest.
+    """
+    backends: Any = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    yield
+    for backend, precision in zip(backends, before, strict=True):
+        if backend.fp32_precision != precision:
+            backend.fp32_precision = precision

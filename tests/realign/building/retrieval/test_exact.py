@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
@@ -98,18 +97,12 @@ def test_rows_that_float32_cannot_tell_apart() -> None:
 
 @contextmanager
 def product_precision(name: str) -> Iterator[None]:
-    """Set the precision of float32 products. It is part of a build's identity, so that torch's own
-    "highest", which leaves "ieee" where nothing was set, would make other tests' builds others.
-    """
-    backends: Any = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
-    before = [backend.fp32_precision for backend in backends]
+    """Set the precision of float32 products for a while."""
     torch.set_float32_matmul_precision(name)
     try:
         yield
     finally:
         torch.set_float32_matmul_precision("highest")
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def test_a_coarser_product_gives_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
