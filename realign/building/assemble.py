@@ -130,7 +130,7 @@ def funnel(
 
 
 def _most_first(counts: Counter[str]) -> dict[str, int]:
-    """What was counted at all, the most frequent first."""
+    """Return the counts above zero, the most frequent first."""
     return {
         reason: count
         for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))

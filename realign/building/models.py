@@ -165,11 +165,11 @@ class PromptLength:
         self._last: tuple[str | None, int] = (None, 0)
 
     def fits(self, prompt: str, image: Path) -> bool:
-        """Whether the prompt about the image is no longer than the limit."""
+        """Return whether the prompt about the image is within the limit."""
         return self.limit is None or self.tokens(prompt, image) <= self.limit
 
     def tokens(self, prompt: str, image: Path) -> int:
-        """How many tokens the model would read."""
+        """Return the number of tokens that the model would read."""
         size = self._sizes.get(image) or self._sizes.setdefault(image, image_size(image))
         if prompt != self._last[0]:
             self._last = (prompt, self._image_tokens.prompt_tokens(prompt))

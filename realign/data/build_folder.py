@@ -1,4 +1,4 @@
-"""What `realign build` tried: its shard files read back, a line at a time, for looking at them."""
+"""Reads back the shard files of `realign build`: every attempt, and how many rows got how far."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def sum_scores(rows: Sequence[ScoredRow]) -> ArrayLike:
 
 @dataclass(frozen=True)
 class Rule:
-    """How stored answers are scored."""
+    """A named way to score stored answers."""
 
     score: Callable[[Row, str], Sequence[float]]
     """A row and its answer to a score vector, whose length K is the rule's own."""
@@ -87,7 +87,7 @@ class Task(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What a value of a row must be."""
+    """The rule for one value of a row."""
 
     is_valid: Callable[[Any], bool]
     rule: str

@@ -78,7 +78,7 @@ def model_identity(folder: Path, *, generates: bool = False) -> dict[str, str]:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a model folder is an adapter on another one."""
+    """Return whether a model folder is an adapter on another model."""
     return (folder / "adapter_config.json").is_file()
 
 
