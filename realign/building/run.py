@@ -28,6 +28,7 @@ from realign.building.assemble import assemble, funnel
 from realign.building.corpus import Corpus, inspect_corpus
 from realign.building.masking.lexicon import Lexicon
 from realign.building.masking.masker import MaskRules
+from realign.building.masking.remnants import GAPS
 from realign.building.similarity import similarity_identity
 from realign.building.staging import Staging
 from realign.config import BuildConfig
@@ -93,6 +94,7 @@ def build(config: BuildConfig) -> Path:
         "special": sorted({*special} - {""}),
         "lexicon": file_sha256(lexicon_path),
         "refusals": file_sha256(REFUSALS),
+        "gaps": file_sha256(GAPS),
         "similarity": similarity,
         "models": staging.identities(),
         "numerics": machine_numerics(),
