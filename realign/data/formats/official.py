@@ -24,6 +24,7 @@ from realign.data.records import (
     refuse_problems,
 )
 from realign.errors import RefusedError
+from realign.runtime.files import json_text
 from realign.runtime.strict_json import read_json
 
 
@@ -71,7 +72,7 @@ def read_official_rows(path: Path, image_root: Path) -> tuple[OfficialRecords, l
             record = dataclasses.replace(result.record, meta={"source": meta})
             if not _spells(row, plain_row(record)):
                 # unknown keys, their order, where the placeholder stands: kept for export
-                record.source["row"] = json.dumps(row)
+                record.source["row"] = json_text(row, ensure_ascii=True)
             read.append(dataclasses.replace(result, record=record))
         else:
             problems.append(result)

@@ -16,7 +16,7 @@ from typing import Any
 
 from realign.data.records import COUNTED, LazyRecords, Record, check_messages
 from realign.errors import RefusedError
-from realign.runtime.files import canonical_json, replacing
+from realign.runtime.files import canonical_json, finite_or_null, json_text, replacing
 
 # Reading one row reads its group. Arrow's limit of 2 GiB an array is far above.
 ROW_GROUP_BYTES = 16 << 20
@@ -59,7 +59,7 @@ def write_parquet(
         name: text if feature is _TEXT else turns if feature is _TURNS else images
         for name, feature in FEATURES.items()
     }
-    description = json.dumps({"info": {"features": FEATURES}})
+    description = json_text({"info": {"features": FEATURES}})
     schema = pa.schema(types, {"huggingface": description})
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for group in _groups(records, row_group_bytes):
@@ -202,7 +202,7 @@ def _only_answer(turns: Any, where: str, name: str) -> str:
 
 def _meta(text: Any, where: str) -> dict[str, Any]:
     try:
-        meta = json.loads(text)
+        meta = finite_or_null(json.loads(text))
     except (TypeError, ValueError, RecursionError):
         meta = None
     if not isinstance(meta, dict):

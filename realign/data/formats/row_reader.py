@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from realign.data.image_names import resolve_image
 from realign.data.images import FORMATS, MAX_BYTES, RefusedImage, image_suffix
 from realign.data.records import IMAGE_TOKEN, surroundings
 from realign.errors import RefusedError
+from realign.runtime.files import json_text
 
 
 class ImageFiles:
@@ -259,7 +259,7 @@ class RowReader:
 
 def _fits_json(value: Any) -> bool:
     try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        json_text(value).encode()
     except (TypeError, ValueError, RecursionError):
         return False
     return True

@@ -100,9 +100,22 @@ CHAIR = Benchmark(
     rules={"object-list": Rule(caption_counts, chair_metrics)},
     table=[
         TableRow(
-            "chair", "object-list", "chair_i", CHAIR_I, more_is_better=False, is_headline=True
+            "chair",
+            "object-list",
+            "chair_i",
+            CHAIR_I,
+            more_is_better=False,
+            is_headline=True,
+            undefined="no object was named",
         ),
-        TableRow("chair", "object-list", "recall", RECALL, is_headline=True),
+        TableRow(
+            "chair",
+            "object-list",
+            "recall",
+            RECALL,
+            is_headline=True,
+            undefined="no image has an object to name",
+        ),
     ],
     samples={"chair": show},
 )
