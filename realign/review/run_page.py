@@ -66,10 +66,7 @@ def score_part(folder: Path, tiles: list[dict[str, str]]) -> dict[str, Any]:
 def _sample(sample: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     answers = []
     for model, answer in sample["answers"].items():
-        absent = answer["absent_words"]
-        text = Markup()
-        for word in re.findall(r"\w+|\W+", answer["text"]):
-            text += marked(word, "lost" if word.lower() in absent else "")
+        text = _marked_phrases(answer["text"], answer["absent_words"])
         verdict = "chosen" if answer["is_right"] else "rejected"
         answers.append({"model": model, "text": text, "verdict": verdict})
     picture = folder / "samples" / sample["picture"]
@@ -79,6 +76,18 @@ def _sample(sample: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "truth": sample["truth"],
         "answers": answers,
     }
+
+
+def _marked_phrases(text: str, phrases: Sequence[str]) -> Markup:
+    """Mark the whole words of phrases; where a Chinese or Japanese word ends cannot be seen."""
+    whole = [
+        re.escape(phrase) if phrase[-1] > "\u3000" else rf"(?<!\w){re.escape(phrase)}(?!\w)"
+        for phrase in sorted(filter(None, phrases), key=len, reverse=True)  # the longest one first
+    ]
+    if not whole:
+        return marked(text, "")
+    pieces = re.split(f"({'|'.join(whole)})", text, flags=re.IGNORECASE)
+    return Markup().join(marked(piece, "lost" if i % 2 else "") for i, piece in enumerate(pieces))
 
 
 def holds_run(folder: Path) -> bool:

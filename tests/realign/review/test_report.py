@@ -15,6 +15,7 @@ from realign.errors import RefusedError
 from realign.review.pair_view import word_diff
 from realign.review.plots import bar_plot
 from realign.review.report import write_report
+from realign.review.run_page import _marked_phrases
 
 
 def test_word_diff_marks_the_words_that_differ() -> None:
@@ -61,6 +62,21 @@ def test_it_shows_pairs_curves_and_counts(run: Path) -> None:
     assert page.count('alt="original image"') == page.count('alt="retrieved image"') == 8
     for text in ("Reward margins", "Reward accuracies", "Loss", "10", "83.3 %", "mostly identical"):
         assert text in page
+
+
+@pytest.mark.parametrize(
+    ("text", "phrases", "shown"),
+    [
+        ("A Cat, a catalogue.", ["cat"], 'A <mark class="lost">Cat</mark>, a catalogue.'),
+        ("A hot dog, a dog.", ["hot dog"], 'A <mark class="lost">hot dog</mark>, a dog.'),
+        ("Hot dogs.", ["dogs", "hot dogs"], '<mark class="lost">Hot dogs</mark>.'),
+        ("一只狗。", ["狗"], '一只<mark class="lost">狗</mark>。'),
+        ("<b> T.V.", ["t.v", ""], '&lt;b&gt; <mark class="lost">T.V</mark>.'),
+        ("A cat.", [], "A cat."),
+    ],
+)
+def test_words_for_absent_objects_are_marked(text: str, phrases: list[str], shown: str) -> None:
+    assert _marked_phrases(text, phrases) == shown
 
 
 def test_bars_start_at_zero_and_carry_their_values() -> None:
