@@ -24,10 +24,18 @@ def read_scores(path: Path) -> Scores:
     """Read ``scores.json``.
 
     Raises:
-        RefusedError: Another version wrote it.
+        RefusedError: Another version wrote it, or it is no JSON object.
     """
-    # NaN was written for what is not defined before null was
-    scores: Scores = finite_or_null(json.loads(read_utf8(path)))
+    try:
+        # NaN was written for what is not defined before null was
+        scores: Any = finite_or_null(json.loads(read_utf8(path)))
+    except json.JSONDecodeError as error:
+        scores = str(error)
+    if not isinstance(scores, dict):
+        raise RefusedError(
+            f"{path} must hold a JSON object, got {scores!r:.80}. Give the same `realign eval` "
+            "again; it scores the stored answers anew."
+        )
     if scores.get("schema") != SCHEMA:
         raise RefusedError(
             f"{path} must have schema {SCHEMA}, got {scores.get('schema', 1)}. Give the same "

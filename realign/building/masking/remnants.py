@@ -19,8 +19,10 @@ The rule, with examples of each item in ``tests/realign/building/masking/remnant
 from __future__ import annotations
 
 import functools
+import html
 import re
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -50,7 +52,7 @@ _AT_BRACKET = re.compile(
 _SQUARE = re.compile(r"(?<![:;=])(?<![:;=]['^-])[\[\]]|[:;=]['^-]?[\[\]](?=\w)")
 _LIST_MARKER = re.compile(r"^[ \t]*(?:[0-9]{1,2}|[a-z])\]", re.MULTILINE)
 _NUMBERED = re.compile(r"(?<![^\W_Ġ])mask(?:ed)?_?[0-9]{1,3}(?![^\W_])", re.IGNORECASE)
-_LABEL = re.compile(rf"{_DECORATION}mask(?:ed)?[\s_0-9]{{0,4}}[:=|]", re.IGNORECASE)
+_QUOTED = re.compile(r"[\"“«„][^\"“”«»„\n]{1,80}[\"”»]")
 _MARKED_UP = re.compile(r"(?:[|%$~^]|__)mask(?:ed)?(?![^\W_])", re.IGNORECASE)
 _BLANK = re.compile(
     r"_{3,}|(?<![^\W_])__(?![^\W_])|[█□▁]{2,}|(?<!\S)_(?=[\s.,;:!?]|\Z)"
@@ -114,7 +116,7 @@ def _plain(text: str) -> str:
     """``text`` with letters and marks of full width made plain, without escapes and without
     characters that have no width.
     """
-    folded = unicodedata.normalize("NFKC", text).replace("\\", "")
+    folded = unicodedata.normalize("NFKC", html.unescape(text)).replace("\\", "")
     return "".join(letter for letter in folded if unicodedata.category(letter) != "Cf")
 
 
@@ -128,6 +130,9 @@ def _is_gap(pair: str, match: re.Match[str]) -> bool:
         before = match.string[match.start() - 1 : match.start()]
         is_code = before.isascii() and before.isalnum()  # f()
         return re.fullmatch(marks, content) is not None and not is_code
+    label, colon, _ = content.lower().replace("=", ":").partition(":")
+    if colon:
+        words = _LETTERS.findall(label) or words  # the filling follows
     gaps = _gaps()
     is_order = words[0] in gaps.orders
     is_known = (gaps.names | gaps.beside | gaps.orders).issuperset(words)
@@ -138,24 +143,27 @@ def _is_gap(pair: str, match: re.Match[str]) -> bool:
         return True
     if joined in gaps.fragments and content.isupper():
         return True
-    if _LABEL.match(content):
-        return True  # the filling follows
     return is_known and not gaps.names.isdisjoint(words)
 
 
 def _bare_capitals(text: str) -> Iterator[str]:
     """Yield each MASK in capitals that is not text in the image."""
     words = list(_WORD.finditer(text))
+    # a completion that is a quotation as a whole quotes nothing of the image
+    found = (match for match in _QUOTED.finditer(text) if match.group() != text.strip())
+    quoted = [match.span() for match in found]
     for i, word in enumerate(words):
-        if _CAPITALS.fullmatch(word.group()) and not _is_text_in_image(text, words, i):
+        if not _CAPITALS.fullmatch(word.group()):
+            continue
+        before = bisect_left(quoted, word.span()) - 1
+        is_quoted = before >= 0 and word.end() <= quoted[before][1]
+        if not is_quoted and not _is_text_in_image(text, words, i):
             yield word.group()
 
 
 def _is_text_in_image(text: str, words: list[re.Match[str]], i: int) -> bool:
     start, stop = words[i].span()
-    is_quoted = text[start - 1 : start] in {*"\"'“‘«„「『"} and text[stop : stop + 1] in {
-        *"\"'”’»“」』"
-    }
+    is_quoted = f"{text[start - 1 : start]}{text[stop : stop + 1]}" in ("''", "‘’", "「」", "『』")
     if is_quoted or _BEFORE_WRITING.search(text, max(0, start - 40), start):
         return True
     return any(_is_beside_capitals(text, words, i, step) for step in (-1, 1))

@@ -11,6 +11,7 @@ import pytest
 
 from realign.config import EvalConfig
 from realign.demo.data import write_eval_data
+from realign.errors import RefusedError
 from realign.evaluation.benchmark import Array, Benchmark, Rule, TableRow, Task
 from realign.evaluation.benchmarks.chair import CHAIR
 from realign.evaluation.benchmarks.pope import POPE
@@ -200,6 +201,13 @@ def test_scores_of_an_earlier_version_hold_nan(tmp_path: Path) -> None:
     page = write_report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
     assert "— → 0.0" in page
     assert "not defined" in page
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema": 2'])
+def test_scores_that_are_no_json_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "scores.json").write_text(text)
+    with pytest.raises(RefusedError, match=r"scores\.json must hold a JSON object, got"):
+        read_scores(tmp_path / "scores.json")
 
 
 def test_commands_on_images_of_which_nothing_is_named(tmp_path: Path, model_dir: Path) -> None:

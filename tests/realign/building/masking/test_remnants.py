@@ -100,3 +100,4 @@ def test_completions_of_the_embedded_model(tmp_path: Path, model_dir: Path) -> N
 def test_long_completions_take_time_in_proportion(unit: str) -> None:
     remnants(unit * (20000 // len(unit)))
     remnants("[" * 9000 + unit + "]" * 9000)
+    remnants(f"[{unit.replace(']', '') * (20000 // len(unit))}]")
