@@ -1,4 +1,6 @@
-"""Names of images in untrusted datasets: files inside one folder, never a URL or a way out."""
+"""Names of images in untrusted datasets: files inside one folder, never a URL or a way out; and the
+suffix of images without a name.
+"""
 
 from __future__ import annotations
 
@@ -64,3 +66,12 @@ def is_outside_name(name: str) -> bool:
     """Return whether a name leaves its folder without any link."""
     path = posixpath.normpath(name.replace("\\", "/"))
     return path.startswith(("/", "../")) or path == ".."
+
+
+def image_suffix(raw: bytes) -> str | None:
+    """Return the suffix of a JPEG, PNG or WebP file by its first bytes; None for others."""
+    if raw.startswith(b"\xff\xd8\xff"):
+        return ".jpg"
+    if raw.startswith(b"\x89PNG\r\n\x1a\n"):
+        return ".png"
+    return ".webp" if raw[:4] == b"RIFF" and raw[8:12] == b"WEBP" else None

@@ -13,7 +13,7 @@ from typing import Any, overload
 
 from PIL import Image
 
-from realign.data.images import ImageFacts, RefusedImage, Size, decode_image
+from realign.data.images import RefusedImage, decode_image
 from realign.errors import RefusedError
 from realign.runtime.files import canonical_json, content_sha256
 
@@ -103,27 +103,6 @@ class Record:
         file = self.source.get("retrieved_image" if rejected else "image")
         name = "rejected_images" if rejected else "images"
         return f"{self.where}, {name}" + (f" {file!r}" if file else "")
-
-
-Inspected = ImageFacts | RefusedImage
-
-
-@dataclass(frozen=True)
-class DecodedRow:
-    """A record and the facts, or the refusal, of each of its images."""
-
-    record: Record
-    images: tuple[Inspected, ...]
-    rejected_images: tuple[Inspected, ...]
-
-    @property
-    def sizes(self) -> tuple[list[Size], list[Size]]:
-        """Width and height of the original and of the retrieved images that are good."""
-        images, rejected_images = (
-            [(one.width, one.height) for one in found if isinstance(one, ImageFacts)]
-            for found in (self.images, self.rejected_images)
-        )
-        return images, rejected_images
 
 
 @dataclass(frozen=True)

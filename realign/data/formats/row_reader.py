@@ -12,8 +12,8 @@ from typing import Any
 from realign.data.formats.json_rows import Found
 from realign.data.formats.layout import Draft, Layout, RefusedRowError, Turns
 from realign.data.formats.source_row import SourceRow
-from realign.data.image_names import resolve_image
-from realign.data.images import FORMATS, MAX_BYTES, RefusedImage, image_suffix
+from realign.data.image_names import image_suffix, resolve_image
+from realign.data.images import MAX_BYTES, RefusedImage, format_problem
 from realign.data.records import IMAGE_TOKEN, surroundings
 from realign.errors import RefusedError
 
@@ -78,12 +78,7 @@ class ImageFiles:
     def _extract(self, raw: bytes) -> tuple[str, Path]:
         suffix = image_suffix(raw)
         if suffix is None:
-            raise RefusedRowError(
-                "image",
-                "format",
-                f"image must be {', '.join(FORMATS)} bytes, got {len(raw)} that begin with "
-                f"{raw[:12]!r}. Replace it or remove the row.",
-            )
+            raise RefusedRowError("image", "format", format_problem(raw))
         if len(raw) > MAX_BYTES:
             raise RefusedRowError(
                 "image",
