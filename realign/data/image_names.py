@@ -41,7 +41,7 @@ def resolve_image(root: Path, name: str, where: str) -> Path:
     if not isinstance(name, str) or not name or "\0" in name:
         reason = f"image must be a file name, got {name!r:.80}. Name a file of the image folder."
         raise RefusedImage(where, reason, "image-name")
-    if "://" in name or _URL.match(name):
+    if is_url(name):
         reason = f"image must be a file name, got the URL {name[:80]!r}. Download it first."
         raise RefusedImage(where, reason, "url")
     try:
@@ -60,6 +60,11 @@ def resolve_image(root: Path, name: str, where: str) -> Path:
         reason = f"image {name!r} does not exist in {root}. Check --images or remove the row."
         raise RefusedImage(where, reason, "missing")
     return path
+
+
+def is_url(name: str) -> bool:
+    """Return whether a name is an address, of whatever scheme."""
+    return "://" in name or _URL.match(name) is not None
 
 
 def is_outside_name(name: str) -> bool:

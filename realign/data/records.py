@@ -4,6 +4,7 @@ known by their content.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -233,8 +234,7 @@ def content_problems(record: Record, special: Sequence[str]) -> Iterator[Problem
     for name, text in texts:
         for token in special:
             if token in text:
-                remedy = "Remove it." if name != "prompt" else "Remove it from the text."
-                said = f"got {surroundings(text, token)!r}. {remedy}"
+                said = f"got {surroundings(text, token)!r}. {token_remedy(name, text, token)}"
                 message = f"{name} must not contain the special token {token!r}, {said}"
                 yield problem(name, "special-token", message)
     chosen, rejected = _normalised(record.chosen), _normalised(record.rejected)
@@ -274,6 +274,15 @@ def _image_problems(record: Record) -> Iterator[Problem]:
 def _normalised(text: str) -> str:
     """What remains of a text when spaces and ways to encode the same characters are one."""
     return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def token_remedy(name: str, text: str, token: str) -> str:
+    """What to do about a special token in a text, by what the token is for."""
+    if re.search("image|img|vision", token, re.IGNORECASE):
+        return "Remove it; the image goes before the prompt by itself."
+    if name != "prompt" and text.rstrip().endswith(token):
+        return "Remove it; the template ends the answer by itself."
+    return "Remove it from the text."
 
 
 def surroundings(text: str, token: str) -> str:
