@@ -22,6 +22,7 @@ from realign.data.formats.layout import (
     lone_image_pair,
     retrieved_of,
 )
+from realign.data.formats.layouts import FORMATS
 from realign.data.formats.parquet import ParquetRecords, image_bytes, parts_without_bytes
 from realign.data.formats.row_reader import check_unicode, id_of, object_of
 from realign.data.image_names import resolve_image
@@ -185,11 +186,12 @@ class PairParquet(ParquetRecords):
         columns = [name for name in metadata.schema.to_arrow_schema().names if name in keys]
         columns = columns if is_whole else parts_without_bytes(metadata, columns)
         super().__init__(path, metadata, columns, image_root)
-        self._layout, self._is_whole = layout, is_whole
+        # by its name: worker processes are sent the object, and layouts hold functions
+        self._format, self._is_whole = layout.name, is_whole
 
     def texts(self) -> PairParquet:
         """Return the same rows; the bytes of images are not read."""
-        parts = (self._path, self._metadata, self._image_root, self._layout)
+        parts = (self._path, self._metadata, self._image_root, FORMATS[self._format])
         return PairParquet(*parts, is_whole=False)
 
     def _read(self, index: int) -> Record:
@@ -199,12 +201,12 @@ class PairParquet(ParquetRecords):
             row_id = id_of(row, index + 1)
             if row.get("id") is not None:
                 place = f"{self._path.name}, row {row_id}"
-            pair = read_pair(row, self._layout)
+            pair = read_pair(row, FORMATS[self._format])
             if pair.is_image_pair:
                 raise lone_image_pair()
         except RefusedRowError as error:
             raise RefusedError(f"{place}: {error}", code=error.code, field=error.field) from None
-        source = {"file": self._path.name, "index": index, "format": self._layout.name}
+        source = {"file": self._path.name, "index": index, "format": self._format}
         record = pair.record(row_id, place, source)
         if not self._is_whole:
             return record

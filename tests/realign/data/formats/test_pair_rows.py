@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def test_both_pairs_of_every_layout_are_read(
     assert rows[0].id == "1"
     texts = rows.texts()[0]  # type: ignore[attr-defined]
     assert shown(texts) == (*shown(rows[0])[:3], (), ())
+    assert [shown(row) for row in pickle.loads(pickle.dumps(rows))] == [expected(images)]
     assert rows[0].image_place(rejected=True).endswith("rejected_images 'b.jpg'")
 
 
