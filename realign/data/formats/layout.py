@@ -26,6 +26,11 @@ class RefusedRowError(RefusedError):
         super().__init__(text)
         self.field, self.code = field, code
 
+    def at(self, place: str) -> RefusedError:
+        """The refusal as it is said of a whole file: with the row's place in front."""
+        said = f"{place}: {self}"
+        return RefusedError(said, code=self.code, field=self.field)
+
 
 @dataclass(frozen=True)
 class Draft:

@@ -12,6 +12,8 @@ from typing import Any, cast
 
 from realign.data.formats.file_records import FileRecords, FileRow
 from realign.data.formats.json_rows import Found, is_json_list, read_lines
+from realign.data.formats.layout import RefusedRowError
+from realign.data.formats.row_reader import check_unicode
 from realign.data.image_names import check_image_root, resolve_image
 from realign.data.images import RefusedImage
 from realign.data.records import (
@@ -20,27 +22,12 @@ from realign.data.records import (
     Problem,
     Record,
     check_messages,
-    refuse_problems,
 )
 from realign.errors import RefusedError
+from realign.runtime.files import canonical_json
 from realign.runtime.strict_json import read_json
 
 IMAGE_NAMES = ("image", "retrieved_image")
-
-
-def read_official_json(path: Path, image_root: Path) -> FileRecords:
-    """Open the published layout: a list of ``{image, retrieved_image, chosen, rejected}`` and one
-    image folder.
-
-    Raises:
-        RefusedError: The file or rows do not have that layout, or images are missing; all are
-            counted and the first twenty named.
-    """
-    records, problems = read_official_rows(path, image_root)
-    refuse_problems(
-        [problem.message for row in problems for problem in row], len(records) + len(problems)
-    )
-    return records
 
 
 def read_official_rows(path: Path, image_root: Path) -> tuple[FileRecords, list[list[Problem]]]:
@@ -67,9 +54,8 @@ def read_official_rows(path: Path, image_root: Path) -> tuple[FileRecords, list[
         where = f"{path.name}, row {row_id}" if has_id else item.place(path.name)
         try:
             if item.problem:
-                raise RefusedError(
-                    f"{where}: {item.problem}", code=item.problem.code, field=item.problem.field
-                )
+                raise item.problem.at(where)
+            _check_unicode(row, where)
             result = _official_row(row, row_id, where, image_root)
         except RefusedError as error:
             problems.append([Problem.of(error, row_id, where)])
@@ -84,6 +70,13 @@ def read_official_rows(path: Path, image_root: Path) -> tuple[FileRecords, list[
         else:
             problems.append(result)
     return FileRecords(read), problems
+
+
+def _check_unicode(row: Any, where: str) -> None:
+    try:
+        check_unicode(canonical_json(row), "the row")
+    except RefusedRowError as error:
+        raise error.at(where) from None
 
 
 def _official_row(row: Any, row_id: str, where: str, image_root: Path) -> FileRow | list[Problem]:

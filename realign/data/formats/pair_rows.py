@@ -28,7 +28,6 @@ from realign.data.formats.row_reader import check_unicode, id_of, object_of
 from realign.data.image_names import resolve_image
 from realign.data.images import RefusedImage
 from realign.data.records import Problem, Record
-from realign.errors import RefusedError
 
 
 @dataclass(frozen=True)
@@ -111,14 +110,11 @@ def read_pair_rows(
         except RefusedImage as error:
             problems.append([Problem.of(error, row_id, place)])
         except RefusedRowError as error:
-            problems.append([_problem(error, row_id, place)])
+            problems.append([Problem.of(error.at(place), row_id, place)])
     for row in _join(rows, halves):
-        problems.append([_problem(lone_image_pair(), row.record.id, row.record.place)])
+        alone = lone_image_pair().at(row.record.place)
+        problems.append([Problem.of(alone, row.record.id, row.record.place)])
     return FileRecords(rows), problems
-
-
-def _problem(error: RefusedRowError, row_id: str, place: str) -> Problem:
-    return Problem(row_id, place, error.field, error.code, f"{place}: {error}")
 
 
 def _resolve(root: Path, image: Any, where: str) -> Path:
@@ -205,7 +201,7 @@ class PairParquet(ParquetRecords):
             if pair.is_image_pair:
                 raise lone_image_pair()
         except RefusedRowError as error:
-            raise RefusedError(f"{place}: {error}", code=error.code, field=error.field) from None
+            raise error.at(place) from None
         source = {"file": self._path.name, "index": index, "format": self._format}
         record = pair.record(row_id, place, source)
         if not self._is_whole:

@@ -100,10 +100,7 @@ def read_source(
         except RefusedRowError as error:
             problems.append(_problem(path, item, error))
     rows, alone = _without_image_pairs(rows)
-    why = lone_image_pair()
-    problems += [
-        Problem(row.id, row.place, why.field, why.code, f"{row.place}: {why}") for row in alone
-    ]
+    problems += [Problem.of(lone_image_pair().at(row.place), row.id, row.place) for row in alone]
     if reader.num_retrieved:
         announce(
             f"source {path.name}: retrieved images of the source are not used "

@@ -180,6 +180,25 @@ def test_bad_rows_of_parquet_are_refused_when_they_are_read(write: Write, images
         read_records(write([good | {"image": "https://h/a.jpg"}], "parquet"), None)[0]
 
 
+def test_the_authors_rows_can_be_lines(write: Write, images: Path) -> None:
+    good = ROWS["official"]
+    half = good | {"id": "x", "chosen": [user(QUESTION), assistant("Half \ud800.")]}
+    path = write([good, half, good | {"image": "none.jpg"}, 3, good | {"id": "y"}])
+    path.write_text(path.read_text() + "\n{")
+    records, problems = read_rows(path, images)
+    assert [(row.id, *shown(row)) for row in records] == [
+        ("1", *expected(images)),
+        ("y", *expected(images)),
+    ]
+    assert [(problem.code, problem.row) for (problem,) in problems] == [
+        ("surrogate", "x"),
+        ("missing", "3"),
+        ("not-an-object", "4"),
+        ("json", "6"),
+    ]
+    assert problems[1][0].message.startswith("data.jsonl, line 3: image 'none.jpg' does not exist")
+
+
 def test_rows_of_no_layout_are_refused_with_those_that_can_be_trained_on(
     write: Write, images: Path
 ) -> None:
