@@ -187,12 +187,14 @@ def _read(
         if row.answer or config.annotator:
             answered.append(row)
             continue
+        unread = sorted(row.source.get("extra", {}))
         message = (
-            f"{row.place}: answer must not be empty without an annotator. Fill it in, or say who "
-            "answers with build.annotator."
+            f"{row.place}: answer must not be empty without an annotator"
+            f"{f', got a row whose keys {unread[:8]} are not read' if unread else ''}. Fill it in, "
+            "or say who answers with build.annotator."
         )
         problems.append(Problem(row.id, row.place, "answer", "empty-answer", message))
-    _check_share(problems, source.num_read, config, "; no image was decoded yet")
+    _check_share(problems, source.num_read, config, answered, "; no image was decoded yet")
     corpus, unreadable = inspect_corpus(answered, config.out / "images", config.workers or 0)
     rows: list[SourceRow] = []
     for row in answered:
@@ -201,16 +203,17 @@ def _read(
             problems.append(Problem(row.id, row.place, "image", refused.code, str(refused)))
         else:
             rows.append(row)
-    _check_share(problems, source.num_read, config)
+    _check_share(problems, source.num_read, config, rows)
+    if len(corpus) < 2:
+        bad = f", and these bad rows:\n{_shown(problems)}\n" if problems else ". "
+        raise RefusedError(
+            f"source must show at least 2 different images to retrieve from, got {len(corpus)}{bad}"
+            "Add rows of other images; equal files are one image."
+        )
     if problems:
         announce(
             f"{len(problems)} of {source.num_read} source rows are bad and left out; see "
             "rejected.jsonl"
-        )
-    if len(corpus) < 2:
-        raise RefusedError(
-            f"source must show at least 2 different images to retrieve from, got {len(corpus)}. "
-            "Add rows of other images; equal files are one image."
         )
     return rows, corpus, problems
 
@@ -237,17 +240,27 @@ def _check_paths(config: BuildConfig) -> None:
 
 
 def _check_share(
-    problems: Sequence[Problem], num_rows: int, config: BuildConfig, note: str = ""
+    problems: Sequence[Problem],
+    num_rows: int,
+    config: BuildConfig,
+    good: Sequence[SourceRow],
+    note: str = "",
 ) -> None:
+    """Refuse too many bad rows; leaving them out is advised only where enough images are left."""
     bad = len({problem.place for problem in problems})  # one row may give several
     if bad > config.max_reject * num_rows:
-        shown = "\n".join(problem.message for problem in problems[:20])
-        more = f"\n... and {len(problems) - 20} more." if len(problems) > 20 else ""
+        share = math.ceil(1000 * bad / num_rows) / 1000
+        is_enough = len({row.path for row in good}) >= 2
+        leave_out = f", or pass --set build.max_reject={share} to leave them out" * is_enough
         raise RefusedError(
             f"{bad} of {num_rows} rows of {config.source.name} are bad{note}, allowed are "
-            f"{config.max_reject:.2%}:\n{shown}{more}\nCorrect them, or pass --set "
-            f"build.max_reject={math.ceil(1000 * bad / num_rows) / 1000} to leave them out."
+            f"{config.max_reject:.2%}:\n{_shown(problems)}\nCorrect them{leave_out}."
         )
+
+
+def _shown(problems: Sequence[Problem]) -> str:
+    more = f"\n... and {len(problems) - 20} more." if len(problems) > 20 else ""
+    return "\n".join(problem.message for problem in problems[:20]) + more
 
 
 def _is_written(out: Path, dropped: _Dropped) -> bool:

@@ -92,7 +92,7 @@ class RowFile:
     Args:
         path: The file.
         data: The dataset, as ``realign train`` takes it.
-        image_root: Image folder of the authors' JSON.
+        image_root: Image folder of JSON.
         records: The rows of the dataset that are used.
         model: Identity of the model that scores them, with its processor.
     """

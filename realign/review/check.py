@@ -11,11 +11,10 @@ from realign.config import CheckConfig
 from realign.data.dataset import read_rows, without_dropped
 from realign.data.decisions import positions
 from realign.data.image_names import check_image_root
-from realign.data.image_pool import ImagePool, decoded_rows
+from realign.data.image_pool import DecodedRow, ImagePool, decoded_rows
 from realign.data.images import RefusedImage
 from realign.data.records import (
     COUNTED,
-    DecodedRow,
     Problem,
     Record,
     content_problems,

@@ -68,7 +68,7 @@ def _say_missing_images(rows: RowIndex, objective: Objective) -> Iterator[str]:
     if missing == num_rows:
         raise RefusedError(
             f"data must have retrieved images for this objective, got none in {num_rows} rows. "
-            "Fill rejected_images (retrieved_image in JSON), or pass --objective dpo."
+            "Fill rejected_images (retrieved_image in the authors' JSON), or pass --objective dpo."
         )
     yield f"{missing} of {num_rows} rows have no retrieved image; their image term is dropped"
 
