@@ -14,6 +14,7 @@ from realign.building.masking.masker import Fits
 from realign.config import BuildConfig, GeneratorSection
 from realign.data.images import image_size
 from realign.generation.generator import Generator
+from realign.modeling.adapter_folder import check_adapter
 from realign.modeling.folder import model_identity, resolve_model
 from realign.modeling.lengths import ImageTokens, position_limit
 from realign.modeling.loading import choose_dtype
@@ -138,10 +139,14 @@ def asked_model(section: GeneratorSection | None, role: str, config: BuildConfig
         served = ServedModel(section, journal, config.max_new_tokens, config.seed)
         served.check()
         return served
-    return LocalModel(
+    folder = (
         resolve_model(section.model, f"set build.{role}.model")
         if section
-        else resolve_model(config.model),
+        else resolve_model(config.model)
+    )
+    check_adapter(folder)
+    return LocalModel(
+        folder,
         choose_dtype(config.dtype),
         config.max_new_tokens,
         config.batch_size,

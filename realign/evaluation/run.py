@@ -26,6 +26,7 @@ from realign.evaluation.samples import Question
 from realign.evaluation.score import score
 from realign.generation.generator import Answer, Request
 from realign.generation.transformers_generator import TransformersGenerator
+from realign.modeling.adapter_folder import check_adapter
 from realign.modeling.folder import model_identity, resolve_model
 from realign.modeling.loading import choose_dtype
 from realign.runtime.files import (
@@ -55,6 +56,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         )
     if bad := [name for name in folders if not re.fullmatch(r"[\w .+-]+", name)]:
         raise RefusedError(f"eval.models must have plain names, got {bad[0]!r}. Rename it.")
+    for folder in folders.values():
+        check_adapter(folder)
     digests = _check_images(tasks, config.images)
     claim(
         config.out,

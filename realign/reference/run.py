@@ -7,6 +7,7 @@ from pathlib import Path
 from realign.config import CacheConfig, Effect
 from realign.data.dataset import read_kept_records
 from realign.modeling.acceleration import Numerics
+from realign.modeling.adapter_folder import check_adapter
 from realign.modeling.folder import resolve_model
 from realign.modeling.loading import choose_dtype
 from realign.modeling.row_checks import check_rows
@@ -21,6 +22,7 @@ def cache(config: CacheConfig) -> Path:
     folder = resolve_model(config.model)
     numerics = Numerics.of(config.marked(Effect.NUMBERS), choose_dtype(config.dtype))
     numerics.check()
+    check_adapter(folder)
     records = read_kept_records(config.data, config.images)
     scoring = Scoring(
         folder,
