@@ -11,6 +11,7 @@ from realign.modeling.adapter_folder import check_adapter
 from realign.modeling.folder import resolve_model
 from realign.modeling.loading import choose_dtype
 from realign.modeling.row_checks import check_rows
+from realign.modeling.vocabulary import Vocabulary
 from realign.reference.build import build_cache
 from realign.reference.scoring import Scoring
 from realign.runtime.run_folder import check_out
@@ -32,7 +33,12 @@ def cache(config: CacheConfig) -> Path:
         config.batch_size,
         config.max_length,
     )
+    processor = scoring.model.processor
     rows = check_rows(
-        records, scoring.model.processor, cells=config.cells, max_length=config.max_length
+        records,
+        processor,
+        cells=config.cells,
+        max_length=config.max_length,
+        vocabulary=Vocabulary(processor, scoring.model.config),
     )
     return build_cache(records, scoring, config.out, shard_size=config.shard_size, rows=rows)
