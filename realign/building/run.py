@@ -29,6 +29,7 @@ from realign.building.corpus import Corpus, inspect_corpus
 from realign.building.masking.lexicon import Lexicon
 from realign.building.masking.masker import MaskRules
 from realign.building.masking.remnants import GAPS
+from realign.building.models import Readers
 from realign.building.similarity import similarity_identity
 from realign.building.staging import Staging
 from realign.config import BuildConfig
@@ -69,7 +70,8 @@ def build(config: BuildConfig) -> Path:
     check_out(config.out)
     _check_paths(config)
     similarity = similarity_identity(config.similarity)
-    special = tuple(Renderer(load_processor(resolve_model(config.model))).placeholders())
+    folder = resolve_model(config.model)
+    special = tuple(Renderer(load_processor(folder)).placeholders())
     lexicon_path = config.lexicon or ENGLISH_LEXICON
     rules = MaskRules(
         config.mask,
@@ -81,7 +83,7 @@ def build(config: BuildConfig) -> Path:
     )
     rules.lexicon.check_rates(config.mask_rates)
     staging = Staging(config, special)
-    rows, corpus, problems = _read(config, special)
+    rows, corpus, problems = _read(config, special, staging.readers(folder))
     what = {
         "config": config.model_dump(
             mode="json",
@@ -169,7 +171,7 @@ class _Dropped:
 
 
 def _read(
-    config: BuildConfig, special: Sequence[str]
+    config: BuildConfig, special: Sequence[str], readers: Readers
 ) -> tuple[list[SourceRow], Corpus, list[Problem]]:
     """Good rows, their images, and what is wrong with the others."""
     source = read_source(
@@ -184,6 +186,11 @@ def _read(
     problems = [*source.problems]
     answered: list[SourceRow] = []
     for row in source.rows:
+        text = "\n".join((row.instruction, row.answer, row.rejected))
+        if said := readers.refusal_of_text(text):
+            message = f"{row.place}: {said}"
+            problems.append(Problem(row.id, row.place, "", "token-id", message))
+            continue
         if row.answer or config.annotator:
             answered.append(row)
             continue
@@ -195,7 +202,9 @@ def _read(
         )
         problems.append(Problem(row.id, row.place, "answer", "empty-answer", message))
     _check_share(problems, source.num_read, config, answered, "; no image was decoded yet")
-    corpus, unreadable = inspect_corpus(answered, config.out / "images", config.workers or 0)
+    corpus, unreadable = inspect_corpus(
+        answered, config.out / "images", config.workers or 0, readers.refusal_of_image
+    )
     rows: list[SourceRow] = []
     for row in answered:
         if row.path in unreadable:

@@ -71,10 +71,15 @@ class Renderer:
         """
         turns = user_turns(prompt, num_images)
         reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        prompt_text = self.processor.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=False
-        )
-        text = self.processor.apply_chat_template([*turns, reply], tokenize=False)
+        template = self.processor.apply_chat_template
+        try:
+            prompt_text = template(turns, add_generation_prompt=True, tokenize=False)
+            text = template([*turns, reply], tokenize=False)
+        except Exception as error:  # a template raises what it likes of turns it does not take
+            raise RefusedError(
+                f"{where}: prompt must be what the chat template takes, got "
+                f"{str(error).rstrip('.')}. Correct its turns or use another template."
+            ) from None
         text = _with_white_space_of(prompt_text, text)
         start = text.find(answer.strip(), len(prompt_text))
         if not text.startswith(prompt_text) or start < 0:

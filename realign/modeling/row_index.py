@@ -22,7 +22,7 @@ from realign.runtime.files import (
 )
 from realign.runtime.strict_json import read_json
 
-SCHEMA = 1
+SCHEMA = 2
 Sizes = tuple[Size | None, ...]
 
 

@@ -86,6 +86,7 @@ def check(config: CheckConfig) -> Findings:
                 findings.rejected.append(problems)
     findings.notes += _notes(without, evaluation)
     if model:
+        findings.notes += [model.note] if model.note else []
         findings.prediction = model.prediction()
     if config.out:
         findings.write(config.out)
@@ -129,6 +130,7 @@ class _Model:
         from realign.modeling.lengths import RowLengths, position_limit
         from realign.modeling.loading import load_model_config
         from realign.modeling.processors import load_processor
+        from realign.modeling.vocabulary import Vocabulary
 
         assert config.model is not None
         folder = resolve_model(config.model)
@@ -139,8 +141,12 @@ class _Model:
             "max_position_embeddings": position_limit(self._config),
         }
         self.placeholders = Renderer(processor).placeholders()
+        vocabulary = Vocabulary(processor, self._config)
+        self.note = vocabulary.surplus()
         self.lengths = RowLengths(
-            processor, {name: limit for name, limit in limits.items() if limit is not None}
+            processor,
+            {name: limit for name, limit in limits.items() if limit is not None},
+            vocabulary=vocabulary,
         )
 
     def prediction(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from realign.modeling.lengths import position_limit
 from realign.modeling.memory import Footprint, footprint, micro_step_bytes, size
 from realign.modeling.row_checks import check_rows
 from realign.modeling.row_index import RowIndex
+from realign.modeling.vocabulary import Vocabulary
 from realign.runtime.memory import usable_memory
 from realign.training.arguments import num_steps, num_warmup_steps, pairs_per_step, world_size
 from realign.training.plan import TrainPlan
@@ -48,6 +49,7 @@ def preflight(plan: TrainPlan, known: RowIndex | None = None) -> tuple[RowIndex,
         cells=plan.scoring.cells,
         max_length=config.max_length,
         position_limit=position_limit(plan.model.config),
+        vocabulary=Vocabulary(plan.model.processor, plan.model.config),
         known=known,
     )
     return rows, [
