@@ -24,7 +24,7 @@ from realign.data.formats.layout import (
 )
 from realign.data.formats.layouts import FORMATS
 from realign.data.formats.parquet import ParquetRecords, image_bytes, parts_without_bytes
-from realign.data.formats.row_reader import check_unicode, id_of, object_of
+from realign.data.formats.row_reader import UniqueIds, check_unicode, id_of, object_of
 from realign.data.image_names import resolve_image
 from realign.data.images import RefusedImage
 from realign.data.records import Problem, Record
@@ -114,6 +114,14 @@ def read_pair_rows(
     for row in _join(rows, halves):
         alone = lone_image_pair().at(row.record.place)
         problems.append([Problem.of(alone, row.record.id, row.record.place)])
+    if layout.ids_repeat:  # as the conversations about one image do
+        ids = UniqueIds()
+        rows = [
+            dataclasses.replace(
+                row, record=dataclasses.replace(row.record, id=ids.add(row.record.id))
+            )
+            for row in rows
+        ]
     return FileRecords(rows), problems
 
 

@@ -116,6 +116,28 @@ class ImageFiles:
         return name, path
 
 
+class UniqueIds:
+    """The ids that rows have been given; one that comes again gets a number: the same in every
+    run.
+    """
+
+    def __init__(self) -> None:
+        self._given: set[str] = set()
+        self._repeated: dict[str, int] = {}
+
+    def __contains__(self, row_id: str) -> bool:
+        return row_id in self._given
+
+    def add(self, row_id: str) -> str:
+        """Return ``row_id``, with a number where it has been given before."""
+        unique = row_id
+        while unique in self._given:
+            self._repeated[row_id] = self._repeated.get(row_id, 1) + 1
+            unique = f"{row_id}#{self._repeated[row_id]}"
+        self._given.add(unique)
+        return unique
+
+
 class RowReader:
     """Reads rows of one layout, each with an id of its own.
 
@@ -146,8 +168,7 @@ class RowReader:
         self._file, self._layout, self._turns = path.name, layout, turns
         self._tokens = sorted({*special, IMAGE_TOKEN} - {""})
         self._images = ImageFiles(image_root, extract_to, image_name)
-        self._ids: set[str] = set()
-        self._repeated: dict[str, int] = {}
+        self._ids = UniqueIds()
         self.left_out: set[str] = set()
         self.num_retrieved = 0
 
@@ -182,7 +203,7 @@ class RowReader:
             rows.append(
                 SourceRow(
                     # the id belongs to the answer pair, wherever that stands
-                    row_id if is_pair else self._unique(row_id),
+                    row_id if is_pair else self._ids.add(row_id),
                     *(name, path, draft.prompt, draft.answer),
                     "" if is_pair else draft.rejected,
                     source,
@@ -202,15 +223,6 @@ class RowReader:
                 "named by its number.",
             )
         return row_id
-
-    def _unique(self, row_id: str) -> str:
-        """``row_id``, with a number where it has been used before: the same in every run."""
-        unique = row_id
-        while unique in self._ids:
-            self._repeated[row_id] = self._repeated.get(row_id, 1) + 1
-            unique = f"{row_id}#{self._repeated[row_id]}"
-        self._ids.add(unique)
-        return unique
 
     def _check(
         self, draft: Draft, raw: Mapping[str, Any], image: Any

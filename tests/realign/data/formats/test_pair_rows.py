@@ -180,6 +180,13 @@ def test_bad_rows_of_parquet_are_refused_when_they_are_read(write: Write, images
         read_records(write([good | {"image": "https://h/a.jpg"}], "parquet"), None)[0]
 
 
+def test_repeated_ids_get_a_number_as_in_a_build(write: Write, images: Path) -> None:
+    row = ROWS["povid"] | {"id": "x"}
+    assert [r.id for r in read_records(write([row, row, row]), images)] == ["x", "x#2", "x#3"]
+    row = ROWS["realign"] | {"id": "x"}
+    assert [r.id for r in read_records(write([row, row]), images)] == ["x", "x"]
+
+
 def test_the_authors_rows_can_be_lines(write: Write, images: Path) -> None:
     good = ROWS["official"]
     half = good | {"id": "x", "chosen": [user(QUESTION), assistant("Half \ud800.")]}
