@@ -52,7 +52,8 @@ class Renderer:
     def placeholders(self) -> list[str]:
         """Tokens that no answer may contain."""
         special = self.tokenizer.convert_ids_to_tokens(sorted(self._special))
-        return [*special, getattr(self.processor, "image_token", "")]
+        named = (getattr(self.processor, f"{kind}_token", "") for kind in ("image", "video"))
+        return [*special, *named]
 
     def adds_special_tokens(self, text: str) -> bool:
         """Whether the tokenizer must still add its own: a template that wrote the first one has

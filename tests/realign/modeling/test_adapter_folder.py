@@ -157,8 +157,12 @@ def test_other_kinds_that_adapt_layers_are_loaded_whole(tmp_path: Path, model_di
             lambda all_: {**all_, FIRST: torch.full((2, 128), torch.nan)},
             f"finite weights, got NaN or infinity in {FIRST}",
         ),
+        (
+            lambda all_: {**all_, FIRST: torch.full((2, 128), -torch.inf)},
+            f"finite weights, got NaN or infinity in {FIRST}",
+        ),
     ],
-    ids=["half", "none", "extra", "renamed", "rank", "dimensions", "twice", "nan"],
+    ids=["half", "none", "extra", "renamed", "rank", "dimensions", "twice", "nan", "infinity"],
 )
 def test_weights_that_are_not_the_adapters_are_refused_by_name(
     good: Path, change: Callable[[Weights], Weights], said: str, monkeypatch

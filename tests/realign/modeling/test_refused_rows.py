@@ -114,6 +114,16 @@ def test_what_only_several_images_together_are_refused_for_is_told_too(
         check_rows([first, both], processor, cells=3, max_length=None)
 
 
+def test_a_placeholder_of_videos_is_a_special_token_too(records) -> None:
+    rows = records(5)  # more than are collated to be measured
+    prompt = ({"role": "user", "content": "What is a <video>?"},)
+    rows[4] = dataclasses.replace(rows[4], prompt=prompt)
+    with pytest.raises(
+        RefusedError, match=r"row r4: prompt must not contain the special .*<video>"
+    ):
+        check_rows(rows, FAMILIES["smolvlm"]().processor, cells=3, max_length=None)
+
+
 def test_turns_that_a_template_does_not_take_are_told_of_the_row(model_dir: Path, records) -> None:
     processor = load_processor(model_dir)
     processor.chat_template = (

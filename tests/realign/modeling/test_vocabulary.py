@@ -13,7 +13,10 @@ import torch
 from tokenizers import AddedToken
 from typer.testing import CliRunner
 
+from realign.building.run import build
 from realign.cli import app
+from realign.config import BuildConfig
+from realign.data.dataset import read_records
 from realign.data.formats.parquet import write_parquet
 from realign.errors import RefusedError
 from realign.modeling.collate import PreferenceCollator
@@ -95,6 +98,28 @@ def test_a_question_is_refused_before_the_first_is_asked(
     assert "1 problem(s) in 2 rows" in result.output
     assert "pope_random.jsonl, line 2, 0.png, model m: text must have tokens below" in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_source_row_with_such_a_token_is_left_out(tmp_path: Path, larger: Path, rows) -> None:
+    lines = []
+    for number, row in enumerate(rows):
+        (tmp_path / f"{number}.png").write_bytes(row.images[0])
+        pair = {"question": "What is there?", "chosen": row.chosen, "rejected": row.rejected}
+        lines.append(json.dumps({"id": row.id, "image": f"{number}.png", **pair}))
+    (tmp_path / "source.jsonl").write_text("\n".join(lines) + "\n")
+    config = BuildConfig(
+        source=tmp_path / "source.jsonl",
+        images=tmp_path,
+        model=str(larger),
+        out=tmp_path / "out",
+        workers=1,
+    )
+    with pytest.raises(
+        RefusedError, match=r"^1 of 4 rows .*\nsource.jsonl, line 2: text must have"
+    ):
+        build(config)
+    records = read_records(build(config.model_copy(update={"max_reject": 0.25})), None)
+    assert [record.id for record in records] == ["r0", "r2", "r3"]
 
 
 def with_image_token_outside(name: str) -> tuple[Any, Any]:
