@@ -66,7 +66,7 @@ ROOMS = {
     },
 }
 # What a module may pull in of its package: lines of all files, comments and docstrings included.
-MOST_LINES = {"realign.training.trainer": 3_750}
+MOST_LINES = {"realign.training.trainer": 3_700}
 FORBIDDEN_CALLS = {
     "eval",
     "exec",

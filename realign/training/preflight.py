@@ -12,7 +12,8 @@ from realign.config import TrainConfig
 from realign.errors import RefusedError
 from realign.modeling.acceleration import quantized_weights
 from realign.modeling.lengths import position_limit
-from realign.modeling.memory import Footprint, footprint, micro_step_bytes, size
+from realign.modeling.memory import Footprint, footprint, size
+from realign.modeling.memory_forecast import micro_step_bytes
 from realign.modeling.row_checks import check_rows
 from realign.modeling.row_index import RowIndex
 from realign.modeling.vocabulary import Vocabulary
