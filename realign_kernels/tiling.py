@@ -62,7 +62,7 @@ def tile_shape(
     if workspace_bytes < least:
         raise ValueError(
             f"workspace_bytes must be >= {least} to hold one logit of hidden size {hidden_size}, "
-            f"got {workspace_bytes}."
+            f"got {workspace_bytes}. Leave it out for the default."
         )
     return TileShape(rows, columns)
 
