@@ -19,7 +19,7 @@ from realign.errors import RefusedError
 FORMATS = ("JPEG", "PNG", "WEBP")
 Size = tuple[int, int]  # width and height
 MAX_BYTES = 50_000_000
-MAX_PIXELS = 40_000_000
+MAX_PIXELS = 89_478_485  # Pillow's own limit; phones write 48 million and more
 MIN_SIDE, MAX_SIDE = 2, 20_000
 # how files begin that cameras and programs write instead
 _OTHERS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from realign.data.image_pool import ImagePool, inspect_images
-from realign.data.images import ImageFacts, RefusedImage, decode_image
+from realign.data.images import MAX_PIXELS, ImageFacts, RefusedImage, decode_image
 from realign.data.perceptual_hash import perceptual_hash
 
 
@@ -127,7 +128,8 @@ def test_memory_is_bounded(tmp_path: Path, paths: list[Path]) -> None:
 def test_the_largest_image_fits_into_the_default_memory(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("large.jpg" if mode == "CMYK" else "large.png")
     options = {"transparency": 0} if mode == "P" else {}
-    Image.new(mode, (6324, 6324)).save(path, compress_level=1, **options)
+    side = math.isqrt(MAX_PIXELS)
+    Image.new(mode, (side, side)).save(path, compress_level=1, **options)
     (found,) = inspect_images([path], workers=1, timeout_s=60)
     assert isinstance(found, ImageFacts)
 

@@ -150,6 +150,11 @@ def test_a_jpeg_for_print_is_converted() -> None:
     assert np.abs(np.subtract(pixel, (200, 30, 60))).max() <= 3
 
 
+def test_photographs_of_phones_are_within_the_limit() -> None:
+    raw = encoded(Image.new("L", (8064, 6048)), "JPEG")  # 48 megapixels
+    assert decode_image(raw, "row 0").size == (8064, 6048)
+
+
 def test_size_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = encoded(Image.new("RGB", (20, 20)))
     monkeypatch.setattr(images_module, "MAX_PIXELS", 399)

@@ -97,7 +97,7 @@ def wrong_extension(rng: Random, number: int) -> Malformed:
 
 
 def bombs_by_header(rng: Random, number: int) -> Malformed:
-    width = rng.randrange(4000, 20_001)
+    width = rng.randrange(4500, 20_001)
     height = rng.randrange(min(20_000, MAX_PIXELS // width + 1), 20_001)
     make = (png, jpeg, webp)[number % 3]
     # of a canvas and a frame that differ, libwebp says that the file is damaged
