@@ -32,8 +32,8 @@ def check_adapter(folder: Path) -> None:
     if is_adapter(folder):
         base = AutoConfig.from_pretrained(resolve_base(folder))
         with torch.device("meta"):
-            outline = wrap_model(AutoModelForImageTextToText.from_config(base), folder)
-        read_weights(folder, outline)
+            outline = AutoModelForImageTextToText.from_config(base)
+        read_weights(folder, wrap_model(outline, folder))
 
 
 def load_adapter(base: Any, folder: Path, *, is_trainable: bool = False) -> Any:
@@ -80,7 +80,8 @@ def wrap_model(base: Any, folder: Path, *, is_trainable: bool = True) -> Any:
         kind = str(config.peft_type).rpartition(".")[2]
         remedy = "Give a LoRA adapter, or a whole model."
         raise refusal("adapt the layers of a model", f"the type {kind}", remedy)
-    trained_on = (config.auto_mapping or {}).get("base_model_class", "")
+    mapping = config.auto_mapping if isinstance(config.auto_mapping, dict) else {}
+    trained_on = str(mapping.get("base_model_class", ""))
     known: Any = getattr(transformers, trained_on, None)
     trained_on_type = getattr(getattr(known, "config_class", None), "model_type", None)
     if trained_on_type not in (None, base.config.model_type):
@@ -90,11 +91,14 @@ def wrap_model(base: Any, folder: Path, *, is_trainable: bool = True) -> Any:
             "Set base_model_name_or_path to the base that it was trained on.",
         )
     config.inference_mode = not is_trainable
-    if base.device.type == "meta" and hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = True  # other ways decompose the weights, which are not there
+    if base.device.type == "meta":
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True  # other ways decompose the weights, which are not there
+        else:  # other kinds read values when they are made; memory is reserved, not filled
+            base.to_empty(device="cpu")
     base.name_or_path = config.base_model_name_or_path  # else peft says that it was renamed
     try:
-        with quiet_peft():
+        with quiet_peft(), torch.device("meta" if base.device.type == "meta" else "cpu"):
             # names of layers that the base does not have: their ranks and scalings would be lost
             warnings.filterwarnings("error", message=".*_pattern keys did not match any")
             model = get_peft_model(base, config)

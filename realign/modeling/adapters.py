@@ -55,7 +55,8 @@ def keep_adapters_in_float32(model: nn.Module, weights: Mapping[str, Tensor] | N
         if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = False
             for layer in (*module.lora_A.values(), *module.lora_B.values()):
-                layer.forward = functools.partial(_in_dtype_of_input, layer.forward)
+                if isinstance(layer, nn.Module):  # AdaLoRA has parameters
+                    layer.forward = functools.partial(_in_dtype_of_input, layer.forward)
         if not isinstance(module, ModulesToSaveWrapper):
             continue
         for copy in module.modules_to_save.values():

@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PromptTuningConfig,
+    ShiraConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -33,6 +42,7 @@ pytestmark = [
         ".lora_bias=True",
         "Setting .save_emb",
         "Adapter 'default':",
+        "Sparse invariant checks",
     )
 ]
 Weights = dict[str, Tensor]
@@ -115,11 +125,28 @@ def test_what_peft_writes_is_loaded_whole(
     assert torch.equal(logits(loaded), logits(adapted))
 
 
-def test_other_kinds_that_adapt_layers_are_loaded_whole(tmp_path: Path, model_dir: Path) -> None:
-    adapted = save(
-        tmp_path / "a", model_dir, IA3Config(target_modules=["q_proj"], feedforward_modules=[])
-    )
+@pytest.mark.parametrize(
+    "config",
+    [
+        IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        # its halves are parameters, not layers
+        AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["q_proj"]),
+        # these read values of the layers, or make some, when they are put on a model
+        ShiraConfig(r=2, target_modules=["q_proj"]),
+        VeraConfig(r=2, target_modules=["q_proj"]),
+    ],
+    ids=lambda config: config.peft_type,
+)
+def test_other_kinds_that_adapt_layers_are_loaded_whole(
+    tmp_path: Path, model_dir: Path, config: PeftConfig
+) -> None:
+    adapted = save(tmp_path / "a", model_dir, config)
     assert torch.equal(logits(load_model(tmp_path / "a", torch.float32)), logits(adapted))
+
+
+@pytest.mark.parametrize("mapping", [[], ["LlavaModel"], {}, {"base_model_class": None}])
+def test_a_mapping_that_says_nothing_of_the_base_is_no_fault(good: Path, mapping: Any) -> None:
+    check_adapter(with_config(good, auto_mapping=mapping))
 
 
 @pytest.mark.parametrize(
