@@ -54,10 +54,17 @@ def read_rows(data: Path, image_root: Path | None) -> tuple[Sequence[Record], li
         _check_rows(file)
     # rows that are none have no layout; the authors' reader says what is wrong with each
     layout = _layout(first, file) if any(isinstance(row, dict) for row in first) else OFFICIAL
-    if layout is OFFICIAL:
+    # the same conversations beside one image are pairs of answers, as TRL takes them
+    if layout is OFFICIAL and not _is_without_retrieved(first):
         return read_official_rows(file, root)
     check_image_root(root)
     return read_pair_rows(open_rows(file), file.name, layout, root)
+
+
+def _is_without_retrieved(rows: list[Any]) -> bool:
+    """Return whether rows name images and none of them a retrieved one."""
+    keys = [row.keys() for row in rows if isinstance(row, dict)]
+    return any("image" in row for row in keys) and not any("retrieved_image" in row for row in keys)
 
 
 def _check_rows(file: Path) -> None:

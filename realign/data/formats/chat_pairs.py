@@ -60,18 +60,27 @@ def _conversations(row: RawRow, _: Turns, num_images: int) -> Iterator[Draft]:
 
 
 def _split(row: RawRow, name: str, num_images: int) -> tuple[tuple[Message, ...], str]:
-    prompt, answer = split_answer(read_turns(row.get(name), name, num_images), name)
+    prompt, answer = split_answer(_turns(row, name, num_images), name)
     return prompt, text_of({name: answer}, name)
+
+
+def _turns(row: RawRow, name: str, num_images: int) -> list[Message]:
+    """The turns of a row; behind its system prompt where that has a key of its own."""
+    turns = read_turns(row.get(name), name, num_images)
+    system = text_of(row, "system", needed=False)
+    if system.strip() and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": system})
+    return turns
 
 
 def _llamafactory(row: RawRow, _: Turns, num_images: int) -> Iterator[Draft]:
     name = "conversations" if "conversations" in row else "messages"
-    prompt = check_prompt(read_turns(row.get(name), name, num_images), name)
+    prompt = check_prompt(_turns(row, name, num_images), name)
     yield Draft(prompt, _answer(row, "chosen"), _answer(row, "rejected"))
 
 
 def _swift(row: RawRow, _: Turns, num_images: int) -> Iterator[Draft]:
-    turns = read_turns(row.get("messages"), "messages", num_images)
+    turns = _turns(row, "messages", num_images)
     if turns[-1]["role"] == "user":  # a question alone
         yield Draft(check_prompt(turns, "messages"))
         return
@@ -117,7 +126,7 @@ OFFICIAL = Layout(
 LLAMAFACTORY = Layout(
     name="llamafactory",
     summary="images, conversations, chosen, rejected: LLaMA-Factory",
-    keys=IMAGE_KEYS | {"conversations", "messages", "chosen", "rejected"},
+    keys=IMAGE_KEYS | {"conversations", "messages", "chosen", "rejected", "system"},
     matches=lambda row: (
         ({"chosen", "rejected"} <= row.keys() and _is_list(row, "conversations"))
         or ({"chosen", "rejected"} <= row.keys() and _is_list(row, "messages"))
@@ -127,7 +136,8 @@ LLAMAFACTORY = Layout(
 SWIFT = Layout(
     name="ms-swift",
     summary="images, messages, rejected_response: ms-swift",
-    keys=IMAGE_KEYS | {"messages", "rejected_response", "rejected_messages", "rejected_images"},
+    keys=IMAGE_KEYS
+    | {"messages", "rejected_response", "rejected_messages", "rejected_images", "system"},
     matches=lambda row: _is_list(row, "messages") and "chosen" not in row,
     drafts=_swift,
 )

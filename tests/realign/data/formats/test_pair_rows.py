@@ -75,6 +75,30 @@ def test_both_pairs_of_every_layout_are_read(
     assert rows[0].image_place(rejected=True).endswith("rejected_images 'b.jpg'")
 
 
+@pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
+def test_conversations_beside_one_image_are_answer_pairs(
+    kind: str, write: Write, images: Path
+) -> None:
+    row = {name: ROWS["official"][name] for name in ("image", "chosen", "rejected")}
+    (read,) = read_records(write([row], kind), images)
+    assert shown(read) == (*expected(images)[:4], ())
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("name", ["llamafactory", "ms-swift"])
+def test_a_system_prompt_with_a_key_of_its_own_is_read(
+    name: str, kind: str, write: Write, images: Path
+) -> None:
+    rows = [{**with_retrieved(name), "system": text} for text in ("Be brief.", "")]
+    if name == "ms-swift":
+        rejected = [user(f"<image>{QUESTION}"), assistant(PAIR["rejected"])]
+        rows[0] = {**rows[0], "rejected_response": "", "rejected_messages": rejected}
+    first, second = read_records(write(rows, kind), images)
+    assert first.prompt == ({"role": "system", "content": "Be brief."}, user(QUESTION))
+    assert first.rejected == PAIR["rejected"]
+    assert second.prompt == (user(QUESTION),)
+
+
 def test_the_layout_is_announced(write: Write, images: Path, capsys) -> None:
     read_records(write([with_retrieved("ms-swift")]), images)
     assert "data data.jsonl: read as ms-swift (images, messages," in capsys.readouterr().err
