@@ -450,7 +450,7 @@ class CheckConfig(Section):
     """Image folder; required for JSON."""
     model: str | None = None
     """Also check chat template, special tokens and lengths for this model, and predict its memory:
-    folder or hub id. No weights are loaded.
+    folder or hub id. No weights are loaded but those of an adapter.
     """
     eval_images: Path | None = None
     """Folder of an evaluation's images. Rows with one of them are rejected, rows with a similar one

@@ -7,8 +7,8 @@ A phrase does not cross the end of a line, nor punctuation that it does not have
 be in the plural, by the rules of English, unless the plural is itself a phrase.
 
 Chinese characters and hiragana are words of one character each, so that phrases of them are found
-within a sentence; a run of katakana is one word. Thai, Lao, Burmese and Khmer write no spaces and
-no such words, and are refused.
+within a sentence; a run of katakana is one word. Thai, Lao, Burmese, Khmer, Javanese and scripts
+like them write no spaces and no such words, and are refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ _UNSPACED = re.compile(
     r"[\u3005-\u3007\u3041-\u309f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
 _KATAKANA = re.compile(r"[\u30a1-\u30fa\u30fc-\u30ff]")
-_REFUSED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
+_REFUSED = re.compile(  # Thai and Lao, Burmese, Khmer, and others of their family
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\ua980-\ua9ff\uaa60-\uaadf]"
+)
 # between the words of a phrase; nothing where one of them is of an unspaced script
 _SPACE = re.compile(r"[ \t]*|[-\u2010_]")
 _APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc\u2032`\u00b4", "'"))

@@ -122,9 +122,10 @@ def _notes(without: int, evaluation: EvalImages | None) -> Iterator[str]:
 
 
 class _Model:
-    """A model's processor and configuration. Its weights are never loaded."""
+    """A model's processor and configuration. Its weights are never loaded, an adapter's own are."""
 
     def __init__(self, config: CheckConfig) -> None:
+        from realign.modeling.adapter_folder import check_adapter
         from realign.modeling.chat_template import Renderer
         from realign.modeling.folder import resolve_model
         from realign.modeling.lengths import RowLengths, position_limit
@@ -134,6 +135,7 @@ class _Model:
 
         assert config.model is not None
         folder = resolve_model(config.model)
+        check_adapter(folder)
         processor = load_processor(folder)
         self._options, self._config = config, load_model_config(folder)
         limits = {

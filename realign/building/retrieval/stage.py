@@ -30,8 +30,9 @@ from realign.building.retrieval.neighbour_store import NeighbourStore
 from realign.building.retrieval.neighbours import Neighbours, Rule
 from realign.building.retrieval.sealed_arrays import array_sha256
 from realign.config import BuildConfig
+from realign.errors import RefusedError
 from realign.modeling.adapter_folder import check_adapter
-from realign.modeling.folder import model_identity, resolve_model
+from realign.modeling.folder import is_adapter, model_identity, resolve_model
 from realign.modeling.loading import choose_dtype, load_model
 from realign.modeling.processors import load_processor
 from realign.runtime.engine.engine import Engine, make_shards
@@ -60,10 +61,20 @@ class EncoderModel:
 
     @classmethod
     def of(cls, config: BuildConfig) -> EncoderModel:
-        """What the configuration names."""
+        """What the configuration names.
+
+        Raises:
+            RefusedError: An adapter is not its base's, or is an encoder of its own.
+        """
         is_own = config.encoder == OWN_ENCODER
         folder = resolve_model(config.model) if is_own else resolve_model(config.encoder, "encoder")
-        check_adapter(folder)
+        if is_own:
+            check_adapter(folder)
+        elif is_adapter(folder):
+            raise RefusedError(
+                f"encoder must be a whole model, got {folder}, an adapter. Merge it into its base "
+                "with peft, save both with the base's image processor, and give that folder."
+            )
         given = folder.name if Path(config.encoder).is_dir() else config.encoder
         name = VisionPathEncoder.name if is_own else given
         return cls(name, folder, is_own, choose_dtype(config.dtype))

@@ -205,6 +205,7 @@ def test_objects_of_rows_are_read_by_the_rule_for_captions(tmp_path: Path) -> No
         (["ໝາ"], r"Lao writes no spaces"),
         (["ခွေး"], r"Myanmar writes no spaces"),
         (["ឆ្កែ"], r"Khmer writes no spaces"),
+        (["ꦱꦺꦒꦮꦺꦴꦤ꧀"], r"Javanese writes no spaces"),
     ],
 )
 def test_words_that_no_caption_could_name_are_refused(

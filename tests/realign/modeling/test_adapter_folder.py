@@ -322,6 +322,7 @@ def test_every_command_refuses_before_it_writes(
     before = {*tmp_path.rglob("*")}
     for command in (
         ["merge", "--model", half],
+        ["check", "--model", half, "--data", "d.parquet"],
         ["cache", "--model", half, "--data", "d.parquet"],
         ["train", "--model", half, "--data", "d.parquet"],
         ["train", "--model", half, "--data", "d.parquet", "--dry-run"],

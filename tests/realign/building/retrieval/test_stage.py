@@ -19,6 +19,7 @@ from realign.building.retrieval.encoders import ClipEncoder, embed_shard
 from realign.building.retrieval.stage import EncoderModel, Neighbourhood, find_neighbourhood
 from realign.config import BuildConfig
 from realign.data.formats.source_row import SourceRow
+from realign.errors import RefusedError
 from realign.modeling.processors import load_processor
 
 NUM_IMAGES = 12
@@ -120,6 +121,13 @@ def test_the_identity_of_an_encoder_needs_no_weights(
     assert EncoderModel.of(config).identity["model"] != own["model"]
     half = config.model_copy(update={"dtype": "bfloat16"})
     assert EncoderModel.of(half).identity["dtype"] == "torch.bfloat16"
+
+
+def test_an_adapter_is_no_encoder_of_its_own(config: BuildConfig, tmp_path: Path) -> None:
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip/adapter_config.json").write_text('{"base_model_name_or_path": "clip"}')
+    with pytest.raises(RefusedError, match=r"encoder must be a whole model, got .*clip, an adap"):
+        EncoderModel.of(config.model_copy(update={"encoder": str(tmp_path / "clip")}))
 
 
 def test_a_worker_hashes_no_weights(
