@@ -170,14 +170,15 @@ def check_records(
     records: Sequence[Record],
     placeholders: Iterable[str],
     *,
-    visit: Callable[[Record, bool], object] = lambda record, is_good: None,
+    visit: Callable[[Record, bool], Iterable[str]] = lambda record, is_good: (),
 ) -> None:
     """Refuse what would train on nothing or on the wrong thing, before anything is loaded.
 
     Args:
         records: The rows.
         placeholders: Image and other special tokens of the model; an answer must contain none.
-        visit: Called with every row, its images decoded, and whether all rows so far are good.
+        visit: Called with every row, its images decoded, and whether it is good so far; returns
+            what else is wrong with it.
     Raises:
         RefusedError: The first bad rows, one a line, each with its id, the value and the remedy.
     """
@@ -186,7 +187,7 @@ def check_records(
     for record in map(OpenedRecord.of, records):
         found = (*content_problems(record, special), *_image_problems(record))
         problems += [problem.message for problem in found]
-        visit(record, not problems)
+        problems += visit(record, not found)
     refuse_problems(problems, len(records))
     if not records:
         raise RefusedError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from realign.data.records import Record, check_records, refuse_problems
+from realign.data.records import Record, check_records
 from realign.errors import RefusedError
 from realign.modeling.chat_template import Renderer
 from realign.modeling.lengths import RowLengths
@@ -61,32 +61,29 @@ def _checked(
     """Check all but the limits: every row is read, hashed and decoded once."""
     lengths = RowLengths(processor, {}, cells, vocabulary)
     facts: list[RowFacts] = []
-    problems: list[str] = []
     refusals: list[RefusedError] = []
 
-    def measure(record: Record, is_good: bool) -> None:
+    def measure(record: Record, is_good: bool) -> list[str]:
         progress.advance()
         if not is_good or refusals:
-            return
+            return []
         images, rejected_images = (
             tuple(image.size for image in record.open_images(rejected=rejected))
             for rejected in (False, True)
         )
-        found = [*lengths.problems(record, images, rejected_images)]
-        problems.extend(problem.message for problem in found)
-        if found:
-            return
+        if found := [*lengths.problems(record, images, rejected_images)]:
+            return [problem.message for problem in found]
         if not facts:  # a processor that alters texts alters every one
             try:
                 check_processor(processor, record)
             except RefusedError as refusal:  # the rows' own problems are listed first
                 refusals.append(refusal)
-                return
+                return []
         facts.append(RowFacts(record.id, record.key, images, rejected_images, lengths.rows[-1]))
+        return []
 
     with Progress("check rows", len(records)) as progress:
         check_records(records, Renderer(processor).placeholders(), visit=measure)
-    refuse_problems(problems, len(records))
     if refusals:
         raise refusals[0]
     return RowIndex(facts, cells, lengths.images)

@@ -93,6 +93,16 @@ def test_whatever_a_processor_raises_is_told_of_the_row(model_dir: Path, records
         check_rows(rows, processor, cells=3, max_length=None)
 
 
+def test_problems_of_every_kind_are_listed_together(qwen: Path, rows) -> None:
+    rows[1] = dataclasses.replace(rows[1], chosen="A cat.<|im_end|>")
+    with pytest.raises(RefusedError) as refused:
+        check_rows(rows, load_processor(qwen), cells=3, max_length=None)
+    first, *others = str(refused.value).splitlines()
+    assert first == "3 problem(s) in 5 rows:"
+    said = ("row r0, images: image of", "row r1: chosen must not", "row r2, rejected_images: image")
+    assert [line.startswith(start) for line, start in zip(others, said, strict=True)] == [True] * 3
+
+
 def test_what_only_several_images_together_are_refused_for_is_told_too(
     model_dir: Path, records
 ) -> None:
