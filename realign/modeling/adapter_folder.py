@@ -20,6 +20,7 @@ WEIGHTS = "adapter_model.safetensors"
 # what other programs write beside an adapter, with the projector that they trained in full
 PICKLES = ("non_lora_trainables.bin", "non_lora_state_dict.bin")
 _PREFIX = "base_model.model."
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_adapter(folder: Path) -> None:
@@ -119,7 +120,7 @@ def read_weights(folder: Path, model: Any) -> dict[str, Tensor]:
         model: From :func:`wrap_model`; its weights are not looked at.
     Raises:
         RefusedError: The folder lacks a weight of the adapter, or holds one that the model has not
-            or has in another shape, or one that is not finite, or a pickle.
+            or has in another shape, or one that is not finite or of 8 bits, or a pickle.
     """
     from peft import get_peft_model_state_dict
 
@@ -149,6 +150,13 @@ def read_weights(folder: Path, model: Any) -> dict[str, Tensor]:
             f"in {folder / 'adapter_config.json'} to the base that it was trained on."
         )
     for name, weight in weights.items():
+        if not known[name].is_floating_point():  # places of values, of some kinds of adapters
+            continue
+        if weight.dtype not in _DTYPES:  # quantized, with scales that are not known here
+            raise RefusedError(
+                f"adapter {folder} must hold weights of 16, 32 or 64 bits, got {weight.dtype} in "
+                f"{name}. Convert them to float32."
+            )
         # one pass over gigabytes; both are NaN where any value is
         if weight.numel() and not all(bool(bound.isfinite()) for bound in weight.aminmax()):
             raise RefusedError(

@@ -202,6 +202,24 @@ def test_weights_that_are_not_the_adapters_are_refused_by_name(
         load_model(changed, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_sizes_are_those_that_peft_reads(good: Path, dtype: torch.dtype) -> None:
+    rounded = with_weights(good, lambda all_: {name: all_[name].to(dtype) for name in all_})
+    weights = load_file(rounded / WEIGHTS)
+    loaded = load_model(rounded, torch.float32).state_dict()
+    name = FIRST.replace(".weight", ".default.weight")
+    assert torch.equal(loaded[name], weights[FIRST].float())
+    assert loaded[name].dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.complex64])
+def test_weights_that_are_no_floats_are_refused(good: Path, dtype: torch.dtype) -> None:
+    changed = with_weights(good, lambda all_: {**all_, FIRST: all_[FIRST].to(dtype)})
+    said = rf"must hold weights of 16, 32 or 64 bits, got {dtype} in {FIRST}\. Convert"
+    with pytest.raises(RefusedError, match=said):
+        check_adapter(changed)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
