@@ -133,7 +133,15 @@ def only_answer(value: Any, name: str) -> str:
     """
     if isinstance(value, str):
         return value
-    turns = read_turns([value] if isinstance(value, Mapping) else value, name, 0)
+    value = [value] if isinstance(value, Mapping) else value
+    if isinstance(value, list) and any(_turn(turn, name)[2] for turn in value):
+        raise RefusedRowError(
+            name,
+            "image-count",
+            f"{name} must have no image parts, got {value!r:.80}. Move them to the prompt or "
+            "remove the row.",
+        )
+    turns = read_turns(value, name, 0)
     if [turn["role"] for turn in turns] != ["assistant"]:
         raise RefusedRowError(
             name,

@@ -104,3 +104,6 @@ def test_an_adapter_on_a_local_base_loads_from_any_directory(
     for use in (model_identity, lambda folder: load_model(folder, torch.float32)):
         with pytest.raises(RefusedError, match=message):
             use(adapter)
+        with pytest.raises(RefusedError) as refused:
+            use(adapter)
+        assert str(refused.value).endswith("which does not exist.")  # --model is not at fault

@@ -192,6 +192,12 @@ def test_bad_rows_are_named_and_the_others_read(
     assert message in str(refused.value)
 
 
+def test_an_answer_has_no_image(write: Write, images: Path) -> None:
+    bad = ROWS["trl"] | {"chosen": [parts("assistant", "A tree.", images=1)]}
+    with pytest.raises(RefusedError, match=r"line 1: chosen must have no image parts, got .* Move"):
+        read_records(write([bad]), images)
+
+
 def test_bad_rows_of_parquet_are_refused_when_they_are_read(write: Write, images: Path) -> None:
     good = with_retrieved("question")
     rows = read_records(write([good, good | {"question": " "}], "parquet"), images)
