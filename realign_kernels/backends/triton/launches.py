@@ -46,8 +46,31 @@ _LAUNCHES: dict[Capability, dict[tuple[str, int], Launch]] = {
         # Tokens of one answer, summed in float64: some hundred in one or two blocks.  Not measured.
         ("sum_sequences", 4): Launch(256, 4),
         ("sum_sequences", 8): Launch(256, 4),  # the sums are the same; not measured
+        # The blocks of one row of a tile: 64 of 128 columns.  Not measured.
+        ("settle", 4): Launch(256, 1),
     }
 }
+
+
+class ProductLaunch(NamedTuple):
+    """A block of a product that one program computes, and how it is run."""
+
+    rows: int
+    columns: int
+    depth: int  # of the hidden size, loaded at a time
+    num_warps: int
+    num_stages: int
+
+
+# By bytes of the operands.  128 x 128 float32 sums are 64 registers a thread of 8 warps, twice that
+# with the partial sums beside them.  Not measured.
+_PRODUCT_LAUNCHES = {2: ProductLaunch(128, 128, 64, 8, 3), 4: ProductLaunch(64, 64, 32, 4, 3)}
+
+# Hidden size that is summed on a tensor core before the sum is added in float32.
+PARTIAL_SUM = 1024
+
+# Blocks of rows that programs walk together, so that their columns come from the cache.
+BLOCKS_AT_A_TIME = 8
 
 # Entries that a program of add_entries gathers at a time: rows in flight against registers (above).
 ENTRIES_AT_A_TIME = 8
@@ -73,6 +96,11 @@ def launch_of(kernel: str, dtype: torch.dtype, width: int, device: torch.device)
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
     return choose_launch(kernel, dtype, width, capability)
+
+
+def product_launch(dtype: torch.dtype, device: torch.device) -> ProductLaunch:
+    """Return how to launch the product of operands of a dtype."""
+    return _PRODUCT_LAUNCHES[dtype.itemsize]
 
 
 def has_dense_rows(matrix: Tensor) -> bool:
