@@ -203,7 +203,7 @@ def _settle_rows_kernel(
             _scale_columns(accumulator_ptr + n * stride_an, hidden_size, decay, BLOCK)
         if exponentials_ptr is not None:
             shifts_ptr = block_shifts_ptr + n
-            for b in range(0, num_blocks):
+            for b in range(num_blocks):
                 block_shift = tl.load(shifts_ptr)
                 shifts_ptr += num_rows
                 if block_shift != shift:

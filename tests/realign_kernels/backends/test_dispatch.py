@@ -67,3 +67,32 @@ def test_the_loss_runs_through_a_new_backend(recording, memory, trains_head):
     torch.testing.assert_close(*results, rtol=2e-2, atol=2e-3)
     assert any(a == torch.bfloat16 for _, a, _ in recording.products)
     assert all(shape[0] <= 3 or shape[1] == 4 for shape, *_ in recording.products)
+
+
+@pytest.fixture
+def rocm_without_wide_products(monkeypatch):
+    """A build of torch for ROCm whose device, here the CPU, has no product of two dtypes."""
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    row = dispatch.BACKENDS["triton"]._replace(device_types=("cpu",))
+    monkeypatch.setattr(dispatch, "BACKENDS", {**dispatch.BACKENDS, "triton": row})
+    monkeypatch.setattr(dispatch, "_REASONS", {})
+
+
+@pytest.mark.usefixtures("rocm_without_wide_products")
+def test_auto_passes_over_kernels_whose_products_torch_lacks():
+    assert dispatch.auto_backend("cpu") == "cpu"
+    dispatch.BACKENDS.pop("cpu")
+    assert dispatch.auto_backend("cpu") == "eager"
+
+
+@pytest.mark.usefixtures("rocm_without_wide_products")
+def test_a_backend_whose_products_torch_lacks_is_refused_by_name():
+    with pytest.raises(RuntimeError, match=r"requires torch\.mm .* lacks on 'cpu'"):
+        dispatch.resolve_backend("triton", "cpu")
+
+
+def test_cuda_builds_are_not_probed(monkeypatch):
+    monkeypatch.setattr(dispatch, "_REASONS", {})
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert dispatch.auto_backend("cuda") == "triton"  # there is no such device here to ask
