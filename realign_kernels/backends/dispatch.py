@@ -106,9 +106,13 @@ def _has_products(backend: str, device_type: str) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
 def _multiplies_to_float32(device_type: str) -> bool:
     """Return whether a product of half operands can be had in float32 on a device."""
+    return _probe_product(device_type)
+
+
+@functools.cache
+def _probe_product(device_type: str) -> bool:
     ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device_type)
     try:
         torch.mm(ones, ones, out_dtype=torch.float32)

@@ -87,6 +87,17 @@ def test_auto_passes_over_kernels_whose_products_torch_lacks():
 
 
 @pytest.mark.usefixtures("rocm_without_wide_products")
+def test_the_probe_runs_outside_of_a_compiled_graph():
+    dispatch.BACKENDS.pop("cpu")
+    inputs = make_head_inputs(5, 11, 4, torch.float32)
+    compiled = torch.compile(
+        lambda *tensors: linear_logprob(*tensors), fullgraph=True, backend="aot_eager"
+    )
+    actual = compiled(inputs.hidden_states, inputs.lm_head_weight, inputs.labels)
+    torch.testing.assert_close(actual, dense_logprob(inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("rocm_without_wide_products")
 def test_a_backend_whose_products_torch_lacks_is_refused_by_name():
     with pytest.raises(RuntimeError, match=r"requires torch\.mm .* lacks on 'cpu'"):
         dispatch.resolve_backend("triton", "cpu")
