@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from realign_kernels.backends.triton import launches
-from realign_kernels.backends.triton.epilogue import _slope, _tanh
+from realign_kernels.backends.triton.epilogue import _row_stride, _slope, _tanh, _width
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,10 +165,10 @@ def _scale_columns(row_ptr, num_columns, factor, BLOCK: tl.constexpr):
 
 @triton.jit
 def _settle_rows_kernel(
-    block_sums_ptr, block_shifts_ptr, exponentials_ptr, accumulator_ptr,
+    block_sums_ptr, block_shifts_ptr, exponentials_ptr, accumulator_ptr, low_rank_ptr,
     shift_ptr, rest_sum_ptr, tile_shift_ptr,
-    num_rows, num_columns, hidden_size, num_blocks,
-    stride_en, stride_an,
+    num_rows, num_columns, hidden_size, rank, num_blocks,
+    stride_en, stride_an, stride_rn,
     BLOCK_V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add up the blocks of one row, relative to the largest shift of any of them."""
@@ -201,6 +201,8 @@ def _settle_rows_kernel(
         rest_sum *= decay
         if accumulator_ptr is not None:
             _scale_columns(accumulator_ptr + n * stride_an, hidden_size, decay, BLOCK)
+        if low_rank_ptr is not None:
+            _scale_columns(low_rank_ptr + n * stride_rn, rank, decay, BLOCK)
         if exponentials_ptr is not None:
             shifts_ptr = block_shifts_ptr + n
             for b in range(num_blocks):
@@ -239,20 +241,18 @@ def fused_product(tile: Tile, hidden: Tensor, weight: Tensor) -> None:
         return
     assert math.isfinite(tile.bound)
     assert state.top_ids is None
-    assert tile.low_rank_accumulator is None
     shape = launches.product_launch(hidden.dtype, hidden.device)
     num_blocks = triton.cdiv(num_columns, shape.columns)
     sums = state.rest_sum.new_empty(num_blocks, num_rows)
     shifts = torch.empty_like(sums)
     _launch(exponentials, hidden, weight, tile, sums, shifts, mode=_SUM)
-    accumulator = tile.accumulator
+    accumulator, low_rank = tile.accumulator, tile.low_rank_accumulator
     block, num_warps = launches.launch_of("settle", sums.dtype, num_blocks, sums.device)
     _settle_rows_kernel[(num_rows,)](
-        sums, shifts, exponentials, accumulator,
+        sums, shifts, exponentials, accumulator, low_rank,
         state.shift, state.rest_sum, tile.tile_shift,
-        num_rows, num_columns, 0 if accumulator is None else accumulator.shape[1], num_blocks,
-        0 if exponentials is None else exponentials.stride(0),
-        0 if accumulator is None else accumulator.stride(0),
+        num_rows, num_columns, _width(accumulator), _width(low_rank), num_blocks,
+        _row_stride(exponentials), _row_stride(accumulator), _row_stride(low_rank),
         BLOCK_V=shape.columns, BLOCK=block,
         num_warps=num_warps,
     )  # fmt: skip
@@ -288,7 +288,7 @@ def _launch(
         None if state is None else state.shift,
         out, sums, shifts,
         num_rows, num_columns, hidden_size, 0 if tile is None else tile.first_column,
-        hidden.stride(0), weight.stride(0), weight.stride(1), 0 if out is None else out.stride(0),
+        hidden.stride(0), weight.stride(0), weight.stride(1), _row_stride(out),
         SCALE=1.0 if transform is None else float(transform.logit_scale),
         SOFTCAP=0.0 if transform is None else float(transform.logit_softcap or 0.0),
         TEMPERATURE=1.0 if transform is None else float(transform.temperature),
