@@ -7,6 +7,7 @@ from realign_kernels.backends.triton.epilogue import epilogue
 from realign_kernels.backends.triton.pairs import pair_loss
 from realign_kernels.backends.triton.products import (
     LARGEST_TILE,
+    STRIDE_MULTIPLE,
     TEMPORARIES,
     operand_dtype,
     product,
@@ -15,6 +16,7 @@ from realign_kernels.backends.triton.rows import add_entries, combine, label_dot
 
 __all__ = [
     "LARGEST_TILE",
+    "STRIDE_MULTIPLE",
     "TEMPORARIES",
     "add_entries",
     "combine",
