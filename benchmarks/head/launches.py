@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,14 +30,15 @@ from realign_kernels import linear_logprob, rdpo_loss
 
 # Operators that compute nothing on a device: they look at memory, reserve it, or ask for sizes; a
 # conversion that does something calls `copy_`, and numbers of `where` stay on the host.
-_FREE = frozenset(
+_FREE_NAMES = (
     "view slice t T numpy_T select unsqueeze squeeze expand detach detach_ alias transpose "
     "as_strided unbind split _unsafe_view reshape empty empty_like new_empty empty_strided "
     "new_empty_strided lift_fresh is_same_size view_as permute narrow result_type resize_ set_ "
-    "resolve_conj resolve_neg flatten data_ptr to as_strided_ scalar_tensor".split()
+    "item is_nonzero resolve_conj resolve_neg flatten data_ptr to as_strided_ scalar_tensor"
 )
+_FREE = frozenset(_FREE_NAMES.split())
 # Operators that make the host wait for a device.
-_WAITS = frozenset(["item", "is_nonzero", "_local_scalar_dense", "nonzero", "equal"])
+_WAITS = frozenset(["_local_scalar_dense", "nonzero", "equal"])
 _EPILOGUES = frozenset(["_epilogue_kernel", "_replay_kernel"])
 HIDDEN_SIZE = 64  # no count depends on it
 
@@ -61,8 +63,8 @@ class Launches:
 class _Kernel:
     """Stands for a Triton kernel: counts its launches and does what its callers rely on."""
 
-    def __init__(self, name: str, counted: Launches) -> None:
-        self.name, self.counted = name, counted
+    def __init__(self, name: str, arg_names: list[str], counted: Launches) -> None:
+        self.name, self.arg_names, self.counted = name, arg_names, counted
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return self.launch
@@ -74,23 +76,36 @@ class _Kernel:
             self.counted.kernels[self.name] += 1
         effect = _EFFECTS.get(self.name)
         if effect is not None:
-            effect(*arguments)
+            effect(**dict(zip(self.arg_names, arguments, strict=False)))
 
 
-def _copy(target: Tensor, source: Tensor) -> None:
-    """Copy bytes in a way that the profiler does not see."""
-    assert target.nbytes == source.nbytes
-    ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
+def _find_rows(
+    positions_ptr: Tensor, fits_ptr: Tensor, count_ptr: Tensor, num_positions: int, **_: Any
+) -> None:
+    """Every position is scored, and nothing is wrong."""
+    _fill(positions_ptr, array("q", range(num_positions)))
+    _fill(count_ptr, array("i", [num_positions]))
+    _fill(fits_ptr, array("b", [1, 1]))
 
 
-def _sum_sequences(*arguments: Any) -> None:
+def _sum_sequences(
+    counts_ptr: Tensor, fits_ptr: Tensor, num_tokens: int, num_sequences: int, **_: Any
+) -> None:
     """Every sequence has as many tokens as another."""
-    labels, counts = arguments[1], arguments[5]
-    _copy(counts, _COUNTS[counts.numel(), labels.numel() // counts.numel()])
+    _fill(counts_ptr, array("q", [num_tokens // num_sequences] * num_sequences))
+    _fill(fits_ptr, array("b", [1, 1]))
 
 
-_COUNTS = {(6, length): torch.full((6,), length) for length in range(1, 4096)}
-_EFFECTS: dict[str, Callable[..., None]] = {"_sum_sequences_kernel": _sum_sequences}
+def _fill(tensor: Tensor, numbers: array[int]) -> None:
+    """Set a tensor in a way that the profiler does not see."""
+    assert tensor.nbytes == numbers.itemsize * len(numbers)
+    ctypes.memmove(tensor.data_ptr(), numbers.buffer_info()[0], tensor.nbytes)
+
+
+_EFFECTS: dict[str, Callable[..., None]] = {
+    "_find_rows_kernel": _find_rows,
+    "_sum_sequences_kernel": _sum_sequences,
+}
 
 
 @contextmanager
@@ -115,7 +130,7 @@ def _counting() -> Iterator[Launches]:
             for attribute, value in list(vars(module).items()):
                 is_kernel = isinstance(value, JITFunction | InterpretedFunction)
                 if is_kernel and attribute.endswith("_kernel"):
-                    stub = _Kernel(attribute, counted)
+                    stub = _Kernel(attribute, value.arg_names, counted)
                     stack.enter_context(mock.patch.object(module, attribute, stub))
         yield counted
 
@@ -133,15 +148,7 @@ def count(call: Callable[[], object], *, repeats: int = 0) -> Launches:
             products=counted.products,
         )
         for event in profiled.events() or []:
-            name = event.name.removeprefix("aten::")
-            inner = [child.name.removeprefix("aten::") for child in event.cpu_children]
-            if name == event.name or name in _FREE:
-                continue
-            if name in _WAITS:
-                result.waits += name not in ("item", "is_nonzero")  # which call another of them
-            if not all(child in _FREE for child in inner) or name == "_local_scalar_dense":
-                continue
-            result.operators[name] += 1
+            _count_event(event, result)
         times = []
         for _ in range(repeats):
             start = time.thread_time()
@@ -150,6 +157,23 @@ def count(call: Callable[[], object], *, repeats: int = 0) -> Launches:
         if times:
             result.host_ms = statistics.median(times) * 1e3
     return result
+
+
+def _count_event(event: Any, result: Launches) -> None:
+    """Count an event of the profiler if it would launch a kernel or wait for a device."""
+    name = event.name.removeprefix("aten::")
+    if name == event.name or name in _FREE:
+        return
+    parent = event.cpu_parent
+    while parent is not None and parent.name != "aten::_assert_async":
+        parent = parent.cpu_parent
+    if parent is not None:
+        return  # on a device an assertion is one kernel, and nothing waits for it
+    inner = {child.name.removeprefix("aten::") for child in event.cpu_children}
+    if name in _WAITS:
+        result.waits += 1
+    elif name == "_assert_async" or inner <= _FREE:
+        result.operators[name] += 1
 
 
 def calls(num_rows: int, vocabulary: int) -> dict[str, Callable[[], object]]:

@@ -46,6 +46,12 @@ _LAUNCHES: dict[Capability, dict[tuple[str, int], Launch]] = {
         # Tokens of one answer, summed in float64: some hundred in one or two blocks.  Not measured.
         ("sum_sequences", 4): Launch(256, 4),
         ("sum_sequences", 8): Launch(256, 4),  # the sums are the same; not measured
+        # 32 pairs of four cells in float64, one cell a thread: with more of them some of the 128
+        # registers of an objective of four terms are spilled.  Not measured.
+        ("pair_loss", 8): Launch(256, 4),
+        # All labels of a micro-batch in one or two blocks, 16 a thread.  Not measured.
+        ("find_rows", 4): Launch(4096, 8),
+        ("find_rows", 8): Launch(4096, 8),  # the same labels; not measured
     }
 }
 

@@ -11,17 +11,10 @@ import triton
 import triton.language as tl
 
 from realign_kernels.backends.triton import launches
+from realign_kernels.backends.triton.transform import narrow, widen
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@triton.jit
-def _widen(x, dtype: tl.constexpr):
-    # By way of float32, since the interpreter reads bfloat16 as integers in any other conversion.
-    if x.dtype == tl.bfloat16:
-        x = x.to(tl.float32)
-    return x.to(dtype)
 
 
 @triton.jit
@@ -44,7 +37,7 @@ def _label_dot_kernel(
             weight = tl.load(
                 weight_ptr + token * stride_wv + offs_d * stride_wd, mask=mask, other=0.0
             )
-            sums += _widen(hidden, dtype) * _widen(weight, dtype)
+            sums += widen(hidden, dtype) * widen(weight, dtype)
         tl.store(out_ptr + n, tl.load(out_ptr + n) + tl.sum(sums, axis=0))
 
 
@@ -67,20 +60,13 @@ def _combine_kernel(
             offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
             mask = offs_d < hidden_size
             pointers = accumulator_ptr + n * stride_an + offs_d
-            row = scale * _widen(tl.load(pointers, mask=mask, other=0.0), dtype)
+            row = scale * widen(tl.load(pointers, mask=mask, other=0.0), dtype)
             if has_token:
                 weight = tl.load(
                     weight_ptr + token * stride_wv + offs_d * stride_wd, mask=mask, other=0.0
                 )
-                row += coefficient * _widen(weight, dtype)
-            tl.store(pointers, _narrow(row, accumulator_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _narrow(x, dtype: tl.constexpr):
-    if dtype == tl.bfloat16:
-        x = x.to(tl.float32)
-    return x.to(dtype)
+                row += coefficient * widen(weight, dtype)
+            tl.store(pointers, narrow(row, accumulator_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
