@@ -143,7 +143,7 @@ _NUMBER_RULE = "sequence_lengths must sum to the number of answer tokens"
 
 
 def known_number(
-    sequence_lengths: Tensor | None, device: torch.device, *, waits: bool = False
+    sequence_lengths: Tensor | None, device: torch.device, waits: bool = False
 ) -> int | None:
     """Return the number of scored rows where the host knows it and would have to wait for it.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import os
 import statistics
 import sys
@@ -83,17 +84,27 @@ def _find_rows(
     positions_ptr: Tensor, fits_ptr: Tensor, count_ptr: Tensor, num_positions: int, **_: Any
 ) -> None:
     """Every position is scored, and nothing is wrong."""
-    _fill(positions_ptr, array("q", range(num_positions)))
-    _fill(count_ptr, array("i", [num_positions]))
-    _fill(fits_ptr, array("b", [1, 1]))
+    _fill(positions_ptr, _ascending(num_positions))
+    _fill(count_ptr, _repeated("i", num_positions, 1))
+    _fill(fits_ptr, _repeated("b", 1, 2))
 
 
 def _sum_sequences(
     counts_ptr: Tensor, fits_ptr: Tensor, num_tokens: int, num_sequences: int, **_: Any
 ) -> None:
     """Every sequence has as many tokens as another."""
-    _fill(counts_ptr, array("q", [num_tokens // num_sequences] * num_sequences))
-    _fill(fits_ptr, array("b", [1, 1]))
+    _fill(counts_ptr, _repeated("q", num_tokens // num_sequences, num_sequences))
+    _fill(fits_ptr, _repeated("b", 1, 2))
+
+
+@functools.cache
+def _ascending(stop: int) -> array[int]:
+    return array("q", range(stop))
+
+
+@functools.cache
+def _repeated(kind: str, number: int, count: int) -> array[int]:
+    return array(kind, [number] * count)
 
 
 def _fill(tensor: Tensor, numbers: array[int]) -> None:

@@ -6,6 +6,7 @@ Explicit requests never fall back; only ``"auto"`` chooses.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import importlib.util
 import os
@@ -85,6 +86,7 @@ def auto_backend(device_type: str) -> str:
     return "eager"
 
 
+@functools.cache
 def kernels_of(backend: str) -> KernelSet:
     """Load the kernels of a backend."""
     return cast("KernelSet", importlib.import_module(BACKENDS[backend].module))

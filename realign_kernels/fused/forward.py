@@ -235,6 +235,8 @@ def start_rows(shift: Tensor, *, statistics: bool, tracks_top: bool, releases: b
 
 def view_rows(state: RowState, block: slice) -> RowState:
     """Return the entries of some rows; updates go through to these."""
+    if block.stop - block.start == len(state.shift):
+        return state
     return RowState(*(None if part is None else part[block] for part in state))  # type: ignore[arg-type]
 
 

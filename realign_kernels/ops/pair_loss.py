@@ -5,6 +5,7 @@ Knows no vocabulary.  Letters: **P** pairs, **C** cells.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from realign_kernels.backends.dispatch import kernels_of
 from realign_kernels.backends.kernel_set import PairBatch, PairGradient, PairResults
 from realign_kernels.first_order import differentiate_once
 from realign_kernels.objective import Objective
-from realign_kernels.ops.schema import operator
+from realign_kernels.ops.schema import differentiable, operator
 from realign_kernels.sequences import (
     PairShape,
     assert_pairs_fit,
@@ -45,8 +46,13 @@ class PairArguments(NamedTuple):
     @property
     def objective(self) -> Objective:
         """The objective of the table."""
-        rows = [self.terms[start : start + 9] for start in range(0, len(self.terms), 9)]
-        return Objective.from_table(rows, self.nll_weight)
+        return _objective_of(tuple(self.terms), self.nll_weight)
+
+
+@functools.lru_cache(maxsize=64)
+def _objective_of(terms: tuple[float, ...], nll_weight: float) -> Objective:
+    rows = [list(terms[start : start + 9]) for start in range(0, len(terms), 9)]
+    return Objective.from_table(rows, nll_weight)
 
 
 class TokenArguments(NamedTuple):
@@ -222,5 +228,5 @@ def _backward(
     return (grad, None, *(None,) * len(PairArguments._fields))
 
 
-pair_loss_op.register_autograd(_backward, setup_context=_setup_context)
+pair_loss_kept = differentiable(pair_loss_op, _backward, setup_context=_setup_context)
 differentiate_once(pair_loss_backward_op)

@@ -16,7 +16,7 @@ from realign_kernels.first_order import differentiate_once
 from realign_kernels.fused.gradients import Needed
 from realign_kernels.ops.pair_loss import PairArguments, reduce_pairs
 from realign_kernels.ops.pair_tiles import score_and_differentiate
-from realign_kernels.ops.schema import operator
+from realign_kernels.ops.schema import differentiable, operator
 from realign_kernels.ops.score_tokens import (
     HeadArguments,
     find_rows,
@@ -220,5 +220,5 @@ def _backward(
     return (*(grad if is_needed else None for grad, is_needed in grads), *nothing[5:])
 
 
-rdpo_tiles_op.register_autograd(_backward, setup_context=_setup_context)
+rdpo_tiles_kept = differentiable(rdpo_tiles_op, _backward, setup_context=_setup_context)
 differentiate_once(scale_gradients_op)

@@ -37,7 +37,7 @@ from realign_kernels.fused.gradients import (
 )
 from realign_kernels.fused.statistics import statistics
 from realign_kernels.head import Head, LogitTransform, Precision
-from realign_kernels.ops.schema import operator
+from realign_kernels.ops.schema import differentiable, operator
 from realign_kernels.options import HeadOptions
 from realign_kernels.tiling import fitted, spans, tile_shape
 from realign_kernels.validation import (
@@ -170,7 +170,7 @@ def score_tokens(
         label_shape=list(labels.shape),
         witness=second_order_witness(*head.tensors),
     )
-    scores = FusedScores(*score_tokens_op(*head, *arguments))
+    scores = FusedScores(*score_tokens_kept(*head, *arguments))
     shaped = scores[: 7 if with_statistics else 1]
     return FusedScores(*(part.reshape(labels.shape) for part in shaped), *scores[len(shaped) :])
 
@@ -234,7 +234,7 @@ def find_rows(
     """Check labels (M,); return where they are scored, (N,), and zeros for scores if at hand."""
     row_kernels = kernels_of(head.backend).ROW_KERNELS
     waits = row_kernels is not None
-    num_rows = known_number(sequence_lengths, labels.device, waits=waits)
+    num_rows = known_number(sequence_lengths, labels.device, waits)
     is_whole = vocabulary.group is None
     if row_kernels is not None and is_whole and len(labels) <= row_kernels.MOST_POSITIONS:
         found = row_kernels.find_rows(
@@ -610,7 +610,7 @@ def _backward(
     return (*(grad if is_needed else None for grad, is_needed in gradients), *nothing[5:])
 
 
-score_tokens_op.register_autograd(_backward, setup_context=_setup_context)
+score_tokens_kept = differentiable(score_tokens_op, _backward, setup_context=_setup_context)
 
 
 for _operator in (score_tokens_backward_op, scale_slopes_op):

@@ -6,6 +6,7 @@ memory transactions, for an NVIDIA GPU of 64 K registers a multiprocessor.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,7 @@ _LAUNCHES: dict[Capability, dict[tuple[str, int], Launch]] = {
 ENTRIES_AT_A_TIME = 8
 
 
+@functools.lru_cache(maxsize=1024)
 def choose_launch(kernel: str, dtype: torch.dtype, width: int, capability: Capability) -> Launch:
     """Return the launch of the newest row that the capability allows, no wider than it need be.
 
