@@ -15,7 +15,7 @@ from realign_kernels.backends.dispatch import kernels_of
 from realign_kernels.backends.kernel_set import PairBatch, PairGradient, PairResults
 from realign_kernels.first_order import differentiate_once
 from realign_kernels.objective import Objective
-from realign_kernels.ops.schema import differentiable, operator
+from realign_kernels.ops.schema import operator
 from realign_kernels.sequences import (
     PairShape,
     assert_pairs_fit,
@@ -228,5 +228,26 @@ def _backward(
     return (grad, None, *(None,) * len(PairArguments._fields))
 
 
-pair_loss_kept = differentiable(pair_loss_op, _backward, setup_context=_setup_context)
+pair_loss_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _KeptLoss(torch.autograd.Function):
+    """What eager code calls in place of the operator, for the reason that score_tokens.py has."""
+
+    @staticmethod
+    def forward(ctx: Any, *values: Any) -> Any:
+        output = pair_loss_op(*values)
+        _setup_context(ctx, values, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def pair_loss_kept(*values: Any) -> Any:
+    """Call the operator, and keep what its derivative needs."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return pair_loss_op(*values)
+    return _KeptLoss.apply(*values)
+
+
 differentiate_once(pair_loss_backward_op)

@@ -16,7 +16,7 @@ from realign_kernels.first_order import differentiate_once
 from realign_kernels.fused.gradients import Needed
 from realign_kernels.ops.pair_loss import PairArguments, reduce_pairs
 from realign_kernels.ops.pair_tiles import score_and_differentiate
-from realign_kernels.ops.schema import differentiable, operator
+from realign_kernels.ops.schema import operator
 from realign_kernels.ops.score_tokens import (
     HeadArguments,
     find_rows,
@@ -220,5 +220,26 @@ def _backward(
     return (*(grad if is_needed else None for grad, is_needed in grads), *nothing[5:])
 
 
-rdpo_tiles_kept = differentiable(rdpo_tiles_op, _backward, setup_context=_setup_context)
+rdpo_tiles_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _KeptTiles(torch.autograd.Function):
+    """What eager code calls in place of the operator, for the reason that score_tokens.py has."""
+
+    @staticmethod
+    def forward(ctx: Any, *values: Any) -> Any:
+        output = rdpo_tiles_op(*values)
+        _setup_context(ctx, values, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def rdpo_tiles_kept(*values: Any) -> Any:
+    """Call the operator, and keep what its derivative needs."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return rdpo_tiles_op(*values)
+    return _KeptTiles.apply(*values)
+
+
 differentiate_once(scale_gradients_op)

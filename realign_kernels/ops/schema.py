@@ -27,35 +27,6 @@ _TYPES: dict[Any, str] = {
 }
 
 
-def differentiable(
-    operator: CustomOpDef,
-    backward: Callable[..., Any],
-    *,
-    setup_context: Callable[..., None],
-) -> Callable[..., Any]:
-    """Register the derivative of an operator; return the operator as callers should call it.
-
-    Traced, it is itself.  Otherwise a plain autograd function keeps its derivative: torch would
-    read the schema anew at every call, which for twenty arguments takes the host 0.1 ms.
-    """
-    operator.register_autograd(backward, setup_context=setup_context)
-
-    def forward(ctx: Any, *values: Any) -> Any:
-        output = operator(*values)
-        setup_context(ctx, values, output)
-        return output
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Any = type(f"_{operator._name}", (torch.autograd.Function,), members)
-
-    def call(*values: Any) -> Any:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return operator(*values)
-        return function.apply(*values)
-
-    return call
-
-
 def operator(
     name: str, *arguments: type, returns: type | str
 ) -> Callable[[Callable[..., Any]], CustomOpDef]:

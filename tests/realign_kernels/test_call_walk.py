@@ -50,7 +50,7 @@ def test_a_call_walks_through_the_files_that_the_page_names(entered):
     section = PAGE.read_text(encoding="utf-8").split("## The files of a call")[1].split("\n## ")[0]
     named = re.findall(r"^\d+\. `([\w/]+\.py)`", section, flags=re.MULTILINE)
     assert walked == named
-    assert len(walked) <= 13
+    assert len(walked) <= 12
 
 
 def test_head_and_options_are_checked_once(entered):
