@@ -47,8 +47,8 @@ _LAUNCHES: dict[Capability, dict[tuple[str, int], Launch]] = {
         # Tokens of one answer, summed in float64: some hundred in one or two blocks.  Not measured.
         ("sum_sequences", 4): Launch(256, 4),
         ("sum_sequences", 8): Launch(256, 4),  # the sums are the same; not measured
-        # 32 pairs of four cells in float64, one cell a thread: with more of them some of the 128
-        # registers of an objective of four terms are spilled.  Not measured.
+        # 32 pairs of four cells in float64, one cell a thread: an objective of four terms takes 128
+        # registers, of which the one program spills a few bytes.  Not measured.
         ("pair_loss", 8): Launch(256, 4),
         # All labels of a micro-batch in one or two blocks, 16 a thread.  Not measured.
         ("find_rows", 4): Launch(4096, 8),

@@ -161,9 +161,9 @@ def _finish_rows_kernel(
     if accumulator_ptr is not None:
         dtype: tl.constexpr = numbers_ptr.dtype.element_ty
         numbers = rounded_numbers(inner, outer, inverse, linear, dtype)
-        at_label *= slope_of(label_logit, numbers, CAPS)
         token = tl.load(ids_ptr + n)
         is_token = (token >= 0) & (token < vocabulary_size)
+        at_label = tl.where(is_token, at_label * slope_of(label_logit, numbers, CAPS), 0.0)
         row = tl.where(is_token, token, 0)
         for start in range(0, hidden_size, BLOCK_D):
             offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)

@@ -117,22 +117,20 @@ def _margin(log_ratios, is_present, offs_c, CELL: tl.constexpr):
 
 
 @triton.jit
-def _number(halves, INDEX: tl.constexpr):
-    """Return a number of the table from the halves of its bits."""
-    low, high = halves[2 * INDEX], halves[2 * INDEX + 1]
-    bits = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
-    return bits.to(tl.float64, bitcast=True)
+def _number(table, INDEX: tl.constexpr):
+    """Return a number of the table from the pieces of its bits."""
+    low = (table[3 * INDEX] - 3).to(tl.int64) >> 1
+    middle = (table[3 * INDEX + 1] - 3).to(tl.int64) >> 1
+    high = (table[3 * INDEX + 2] - 3).to(tl.int64) >> 1
+    return (low | (middle << 22) | (high << 44)).to(tl.float64, bitcast=True)
 
 
 @triton.jit
-def _term_number(halves, TERM: tl.constexpr, INDEX: tl.constexpr):
-    return _number(halves, _HEADER_SIZE + TERM * _TERM_SIZE + INDEX)
+def _term_number(table, TERM: tl.constexpr, INDEX: tl.constexpr):
+    return _number(table, _HEADER_SIZE + TERM * _TERM_SIZE + INDEX)
 
 
-@triton.jit(
-    do_not_specialize=["table", "num_cells", "num_pairs"],
-    do_not_specialize_on_alignment=["table"],
-)
+@triton.jit(do_not_specialize=["num_cells", "num_pairs"])
 def _pair_loss_kernel(
     logps_ptr, counts_ptr, ref_logps_ptr, lengths_ptr, table,
     loss_ptr, rewards_ptr, text_margins_ptr, image_margins_ptr, coefficients_ptr, fits_ptr,
@@ -230,14 +228,16 @@ def _spread_gradient_kernel(
 
 @functools.lru_cache(maxsize=64)
 def _table(objective: Objective) -> tuple[int, ...]:
-    """Return an objective as arguments of a kernel: low and high half of the bits of every number.
+    """Return an objective as arguments of a kernel: the bits of every number in three pieces.
 
-    Nothing is copied to a device, which a CUDA graph could not capture; an argument that is a
-    float would be rounded to 32 bits.
+    Nothing is copied to a device, which a CUDA graph could not capture.  An argument that is a
+    float would be rounded to 32 bits, and one that is an integer compiles anew where it is 1 or a
+    multiple of 16, which twice a piece plus 3 never is.
     """
     numbers = [objective.nll_weight, objective.beta, objective.image_beta]
     numbers += [number for row in objective.table() for number in row]
-    return struct.unpack(f"<{2 * len(numbers)}i", struct.pack(f"<{len(numbers)}d", *numbers))
+    bits = struct.unpack(f"<{len(numbers)}Q", struct.pack(f"<{len(numbers)}d", *numbers))
+    return tuple((whole >> start & 0x3FFFFF) * 2 + 3 for whole in bits for start in (0, 22, 44))
 
 
 def _sort_tokens(batch: PairBatch, sequence_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
