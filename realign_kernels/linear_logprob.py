@@ -100,18 +100,15 @@ def linear_logprob(
         TypeError: A dtype does not fit.
         RuntimeError: ``backend`` names one that is not installed, or ``group`` is used without
             torch.distributed.
+        NotImplementedError: An argument carries a forward-mode tangent, or ``torch.func`` would
+            have to transform it.
     Note:
-        First order only.  Computes in float32 (float64 for float64), also under autocast; products
-        of half operands are summed and kept in float32; those of float32 follow
-        ``torch.set_float32_matmul_precision``.  Deterministic.  What a call takes and keeps
-        is in docs/head.md.  Label values are checked: on GPUs by a
+        First order, in reverse mode only.  Computes in float32 (float64 for float64), also under
+        autocast; products of half operands are summed and kept in float32; those of float32 follow
+        ``torch.set_float32_matmul_precision``.  Deterministic.  What a call takes and keeps is in
+        docs/head.md.  Label values are checked: on GPUs by a
         device-side assertion; ``REALIGN_CHECK=0`` in the environment turns that off.
     """
-    if memory == "tile":
-        raise ValueError(
-            "memory must be 'auto', 'stash' or 'recompute' in linear_logprob, got 'tile'. "
-            "Tiles need the loss: call rdpo_loss, or pass memory='auto'."
-        )
     if dist.is_available() and dist.is_initialized():
         lm_head_weight, lm_head_bias, lm_head_lora = gather_head(
             lm_head_weight, lm_head_bias, lm_head_lora
@@ -129,7 +126,7 @@ def linear_logprob(
         stash_bytes=stash_bytes,
         group=group,
     )
-    check_options(options)
+    _check_options(options, "linear_logprob")
     head = check_call(hidden_states, lm_head_weight, labels, options)
     return score_tokens(head, labels, options).token_logps
 
@@ -172,14 +169,10 @@ def linear_logprob_stats(
         stats: :class:`LogprobStats`; floating entries are float32 (float64 for float64 inputs).
     Raises:
         ValueError: As :func:`linear_logprob`.  TypeError: As there.  RuntimeError: As there.
+        NotImplementedError: As there.
     Note: ``token_logps`` and ``top_non_label_logps`` are differentiable, first order; the other
         entries are detached.
     """
-    if memory == "tile":
-        raise ValueError(
-            "memory must be 'auto', 'stash' or 'recompute' in linear_logprob_stats, got 'tile'. "
-            "Tiles need the loss: call rdpo_loss, or pass memory='auto'."
-        )
     if dist.is_available() and dist.is_initialized():
         lm_head_weight, lm_head_bias, lm_head_lora = gather_head(
             lm_head_weight, lm_head_bias, lm_head_lora
@@ -197,7 +190,16 @@ def linear_logprob_stats(
         stash_bytes=stash_bytes,
         group=group,
     )
-    check_options(options)
+    _check_options(options, "linear_logprob_stats")
     head = check_call(hidden_states, lm_head_weight, labels, options)
     scores = score_tokens(head, labels, options, with_statistics=True)
     return LogprobStats(**{name: getattr(scores, name) for name in LogprobStats._fields})
+
+
+def _check_options(options: HeadOptions, function: str) -> None:
+    check_options(options)
+    if options.memory == "tile":
+        raise ValueError(
+            f"memory must be 'auto', 'stash' or 'recompute' in {function}, got 'tile'. "
+            "Tiles need the loss: call rdpo_loss, or pass memory='auto'."
+        )

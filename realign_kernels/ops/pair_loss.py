@@ -23,7 +23,7 @@ from realign_kernels.sequences import (
     check_sequence_id_values,
     checks_counts,
 )
-from realign_kernels.validation import check_chosen_present, value_checks_enabled
+from realign_kernels.validation import check_chosen_present, check_no_tangent, value_checks_enabled
 
 
 class PairArguments(NamedTuple):
@@ -222,6 +222,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     ctx: Any, grad_loss: Tensor | None, grad_logps: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
+    for given in (grad_loss, grad_logps):
+        check_no_tangent("the gradient from above", given)
     grad = None
     if grad_loss is not None or grad_logps is not None:
         grad = pair_loss_backward_op(grad_loss, grad_logps, *ctx.saved_tensors, *ctx.options)

@@ -25,7 +25,7 @@ from realign_kernels.ops.score_tokens import (
     score_tokens_backward_op,
 )
 from realign_kernels.sequences import check_counts, check_sequence_id_values
-from realign_kernels.validation import check_chosen_present
+from realign_kernels.validation import check_chosen_present, check_no_tangent
 
 # Operators take no lists of dtypes, but of numbers.
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -195,6 +195,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     ctx: Any, grad_loss: Tensor | None, grad_logps: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
+    for given in (grad_loss, grad_logps):
+        check_no_tangent("the gradient from above", given)
     # Read once: hooks of checkpointing and offloading unpack at every access.
     saved = ctx.saved_tensors
     *inputs, labels, sequence_ids, top_rows, positions, numbers, top_ids, witness = saved[:12]

@@ -39,11 +39,12 @@ from realign_kernels.fused.statistics import statistics
 from realign_kernels.head import Head, LogitTransform, Precision
 from realign_kernels.ops.schema import operator
 from realign_kernels.options import HeadOptions
-from realign_kernels.tiling import fitted, spans, tile_shape
+from realign_kernels.tiling import fitted, row_stride, spans, tile_shape
 from realign_kernels.validation import (
     assert_rows_fit,
     check_head,
     check_labels,
+    check_no_tangent,
     known_number,
     scored_positions,
 )
@@ -80,6 +81,17 @@ class HeadArguments(NamedTuple):
         rounded = self.autocast_dtype or self.weight.dtype
         operand = kernels_of(self.backend).operand_dtype(computed, rounded)
         return Precision(self.autocast_dtype, computed, operand)
+
+    @property
+    def stash_width(self) -> int:
+        """Elements of a row of the stash."""
+        multiple = getattr(kernels_of(self.backend), "STRIDE_MULTIPLE", 1)
+        return row_stride(self.weight.shape[0], multiple)
+
+    @property
+    def stash_row_bytes(self) -> int:
+        """Bytes of a row of the stash."""
+        return self.stash_width * self.precision.operand.itemsize
 
     def vocabulary(self) -> VocabularyShard:
         """Find the part of the vocabulary that the weight is."""
@@ -120,7 +132,7 @@ class FusedScores(NamedTuple):
     positions: Tensor  # (N,) int64, of scored rows
     numbers: Tensor  # (3 or 4, N): floating entries of RowNumbers; without slopes, as are the rest
     top_ids: Tensor  # (N,) int64
-    stash: Tensor  # (N, V); (0, V) where it is computed anew
+    stash: Tensor  # (N, stash_width); without rows where it is computed anew
 
 
 def check_call(
@@ -211,7 +223,7 @@ def score_tokens_op(*values: Any) -> FusedScores:
         )  # fmt: skip
         call = fused_call(head, vocabulary, len(positions), sums_head_gradient=False)
         keeps = Keeps(what.keeps)
-        needed = len(positions) * len(head.weight) * call.operand.itemsize
+        needed = len(positions) * head.stash_row_bytes
         if keeps is Keeps.STASH_IF_IT_FITS:
             keeps = Keeps.STASH if needed <= head.budget[1] else Keeps.NUMBERS
         elif keeps is Keeps.STASH and needed > head.budget[1]:
@@ -321,7 +333,7 @@ def _scores_of(
             outputs[name] = scores.new_empty(0, dtype=dtypes.get(name))
     stash = result.stash
     if stash is None:
-        stash = scores.new_empty(0, call.vocabulary.size, dtype=call.operand)
+        stash = scores.new_empty(0, call.stash_width, dtype=call.operand)
     return FusedScores(
         **outputs,
         slopes=slopes[0],
@@ -396,7 +408,7 @@ def _score_tokens_fake(*values: Any) -> FusedScores:
         positions=empty(torch.int64, True, num_scored),
         numbers=empty(number, True, 4 if tracks_top else 3, 0 if has_slopes else num_scored),
         top_ids=empty(torch.int64, True, num_scored if tracks_top and not has_slopes else 0),
-        stash=empty(head.precision.operand, True, num_stashed, head.weight.shape[0]),
+        stash=empty(head.precision.operand, True, num_stashed, head.stash_width),
     )
 
 
@@ -594,7 +606,10 @@ def _backward(
     nothing = (None,) * (_NUM_HEAD + len(ScoreArguments._fields))
     if grad_logps is None and grad_top_logps is None:
         return nothing
+    for grad in (grad_logps, grad_top_logps):
+        check_no_tangent("the gradient from above", grad)
     needed = list(ctx.needs_input_grad[:5])
+    assert ctx.keeps is not Keeps.NOTHING  # which would give zeros in silence
     # Read once: hooks of checkpointing and offloading unpack at every access.
     saved = ctx.saved_tensors
     if ctx.keeps is Keeps.SLOPES:

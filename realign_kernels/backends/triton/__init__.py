@@ -8,6 +8,7 @@ from realign_kernels.backends.triton.epilogue import epilogue
 from realign_kernels.backends.triton.pairs import pair_loss
 from realign_kernels.backends.triton.products import (
     LARGEST_TILE,
+    STRIDE_MULTIPLE,
     TEMPORARIES,
     operand_dtype,
     product,
@@ -22,6 +23,7 @@ __all__ = [
     "FITS_TILES",
     "LARGEST_TILE",
     "ROW_KERNELS",
+    "STRIDE_MULTIPLE",
     "TEMPORARIES",
     "add_entries",
     "combine",
