@@ -10,8 +10,8 @@ from torch import Tensor
 
 from realign_kernels.data_parallel import gather_head
 from realign_kernels.objective import MAX_CELLS, Objective, check_objective, check_reference
-from realign_kernels.ops.pair_loss import PairArguments, PairOutputs, pair_loss_op
-from realign_kernels.ops.rdpo_tiles import TileArguments, TileOutputs, rdpo_tiles_op
+from realign_kernels.ops.pair_loss import PairArguments, PairOutputs, pair_loss_kept
+from realign_kernels.ops.rdpo_tiles import TileArguments, TileOutputs, rdpo_tiles_kept
 from realign_kernels.ops.score_tokens import (
     HeadArguments,
     check_call,
@@ -184,7 +184,7 @@ def rdpo_loss(
     token_logps = score_tokens(
         head, labels, options, top_rows=top_rows, sequence_lengths=sequence_lengths
     ).token_logps
-    outputs = PairOutputs(*pair_loss_op(token_logps, head.backend, *batch))
+    outputs = PairOutputs(*pair_loss_kept(token_logps, head.backend, *batch))
     return RdpoOutput(*outputs[:6])
 
 
@@ -216,7 +216,7 @@ def _reduce_in_tiles(
         witness=second_order_witness(*head.tensors),
     )
     packed = batch._replace(labels=labels.reshape(-1), sequence_ids=sequence_ids.reshape(-1))
-    return RdpoOutput(*TileOutputs(*rdpo_tiles_op(*head, *packed, *what))[:6])
+    return RdpoOutput(*TileOutputs(*rdpo_tiles_kept(*head, *packed, *what))[:6])
 
 
 def _top_rows(

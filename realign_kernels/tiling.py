@@ -1,8 +1,9 @@
 """Tiles of rows and vocabulary whose scratch stays within a budget.  Knows sizes, no maths.
 
-The shape depends on the head and the budget, never on the number of rows or of vocabulary entries:
-adding rows to a batch, or splitting the vocabulary over ranks, leaves every other row's order of
-summation as it was.
+The shape depends on the head and the budget, not on the number of vocabulary entries: splitting
+the vocabulary over ranks leaves every row's order of summation as it was.  Nor does it depend on
+the number of rows, so that adding some to a batch changes no other; but for backends that ask for
+tiles that fit (GPUs), where it depends on the power of two above that number.
 """
 
 from __future__ import annotations
@@ -23,6 +24,16 @@ class TileShape(NamedTuple):
 
     rows: int
     columns: int
+
+
+def fitted(largest: TileShape, num_rows: int) -> TileShape:
+    """Return a tile as large as ``largest``, wider where there are few rows.
+
+    Rows are counted in powers of two: within one, the order of summation stays as it is.
+    """
+    rows = 1 << max(0, num_rows - 1).bit_length()
+    rows = min(largest.rows, max(LEAST_ROWS, rows))
+    return TileShape(rows, largest.rows * largest.columns // rows)
 
 
 def tile_shape(

@@ -329,8 +329,7 @@ def check_labels(labels: Tensor, ignore_index: int, vocabulary: VocabularyShard)
     if not value_checks_enabled():
         return
     is_bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary.total))
-    remedy = "Are the labels those of this tokenizer, and already shifted?"
-    rule = f"labels must be in [0, V) or ignore_index {ignore_index}"
+    rule, remedy = _label_rule(ignore_index)
     if is_bad.is_cuda:
         assert_on_device(~is_bad.any(), f"{rule}. {remedy}")
     elif is_bad.any():
@@ -341,11 +340,36 @@ def check_labels(labels: Tensor, ignore_index: int, vocabulary: VocabularyShard)
         )
 
 
-def known_number(sequence_lengths: Tensor | None, device: torch.device) -> int | None:
-    """Return the number of scored rows where the host knows it and would have to wait for it."""
-    if sequence_lengths is None or device.type == "cpu":
+def _label_rule(ignore_index: int) -> tuple[str, str]:
+    """Return what labels must be, and what to look at where they are not."""
+    remedy = "Are the labels those of this tokenizer, and already shifted?"
+    return f"labels must be in [0, V) or ignore_index {ignore_index}", remedy
+
+
+def assert_rows_fit(
+    labels_fit: Tensor, number_fits: Tensor | None, ignore_index: int, num_rows: int | None
+) -> None:
+    """Stop the device where a kernel has found labels that are no tokens, or another number."""
+    if not value_checks_enabled():
+        return
+    assert_on_device(labels_fit, ". ".join(_label_rule(ignore_index)))
+    if number_fits is not None:
+        assert_on_device(number_fits, f"{_NUMBER_RULE}, got {num_rows}.")
+
+
+_NUMBER_RULE = "sequence_lengths must sum to the number of answer tokens"
+
+
+def known_number(
+    sequence_lengths: Tensor | None, device: torch.device, waits: bool = False
+) -> int | None:
+    """Return the number of scored rows where the host knows it and would have to wait for it.
+
+    ``waits`` says that it would also on a CPU, as kernels in an interpreter do.
+    """
+    if sequence_lengths is None or (device.type == "cpu" and not waits):
         return None
-    return int(sequence_lengths.sum())
+    return sum(map(sum, sequence_lengths.tolist()))
 
 
 def scored_positions(is_scored: Tensor, num_rows: int | None) -> Tensor:
@@ -358,7 +382,7 @@ def scored_positions(is_scored: Tensor, num_rows: int | None) -> Tensor:
     if is_scored.is_cuda and value_checks_enabled():
         assert_on_device(
             is_scored.sum() == num_rows,
-            f"sequence_lengths must sum to the number of answer tokens, got {num_rows}.",
+            f"{_NUMBER_RULE}, got {num_rows}.",
         )
     return torch.nonzero_static(is_scored, size=num_rows).squeeze(1)
 
@@ -392,7 +416,7 @@ def check_cell_shape(name: str, tensor: Tensor, least: int, most: int) -> None:
 
 def check_chosen_present(num_tokens: Tensor) -> None:
     """Refuse pairs without a chosen answer; call with counts that are on the host."""
-    empty_pairs = torch.nonzero(num_tokens[0] <= 0).flatten().tolist()
+    empty_pairs = [pair for pair, count in enumerate(num_tokens[0].tolist()) if count <= 0]
     if empty_pairs:
         raise ValueError(
             "num_tokens must be > 0 in cell 0 (chosen) of every pair, "

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # A tile stays in the caches between the product and the epilogue.
 LARGEST_TILE = TileShape(512, 2048)
 TEMPORARIES = 0
+FITS_TILES = False
+ROW_KERNELS = None
 
 _ABI_VERSION = 1
 _WEIGHT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -250,6 +252,13 @@ def add_entries(
 def pair_loss(batch: PairBatch, results: PairResults) -> None:
     """Fill in the results of a preference batch."""
     terms = torch.tensor(batch.objective.table(), dtype=torch.float64)
+    ref_logps = batch.ref_logps
+    if ref_logps is not None:
+        ref_logps = ref_logps.to(torch.float64).contiguous()
+    wide = {
+        name: part if part.dtype == torch.int64 else part.to(torch.float64)
+        for name, part in results._asdict().items()
+    }
     argument = _Pairs(
         is_double=batch.token_logps.dtype == torch.float64,
         num_tokens=batch.token_logps.numel(),
@@ -260,12 +269,15 @@ def pair_loss(batch: PairBatch, results: PairResults) -> None:
         sequence_ids=_pointer(batch.sequence_ids),
         num_cells=batch.num_cells,
         num_pairs=batch.num_pairs,
-        ref_logps=_pointer(batch.ref_logps),
+        ref_logps=_pointer(ref_logps),
         terms=terms.data_ptr(),
         num_terms=len(terms),
         nll_weight=batch.objective.nll_weight,
         beta=batch.objective.beta,
         image_beta=batch.objective.image_beta,
-        **{name: value.data_ptr() for name, value in results._asdict().items()},
+        **{name: value.data_ptr() for name, value in wide.items()},
     )
     _library().realign_pair_loss(byref(argument))
+    for name, part in results._asdict().items():
+        if wide[name] is not part:
+            part.copy_(wide[name])

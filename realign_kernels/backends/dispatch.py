@@ -124,6 +124,7 @@ def _probe_product(device_type: str) -> bool:
     return True
 
 
+@functools.cache
 def kernels_of(backend: str) -> KernelSet:
     """Load the kernels of a backend."""
     return cast("KernelSet", importlib.import_module(BACKENDS[backend].module))

@@ -14,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     import torch
 
-    from realign_kernels.head import LogitTransform
+    from realign_kernels.head import Head, LogitTransform
     from realign_kernels.objective import Objective
     from realign_kernels.tiling import TileShape
 
@@ -65,20 +65,107 @@ class PairBatch(NamedTuple):
     sequence_ids: Tensor | None  # (tokens,)
     num_cells: int
     num_pairs: int
-    ref_logps: Tensor | None  # (C, P), float64
+    ref_logps: Tensor | None  # (C, P), of any floating dtype and layout
     objective: Objective
+    lengths: Tensor | None = None  # (C, P): what the counts should be, where that is to be checked
 
 
 class PairResults(NamedTuple):
-    """Tensors that a preference batch is reduced into; float64 except the counts."""
+    """Tensors that a preference batch is reduced into, in whatever floating dtypes they have."""
 
-    loss: Tensor  # (1,)
+    loss: Tensor  # (), or one element
     logps: Tensor  # (C, P)
     counts: Tensor  # (C, P), int64
     rewards: Tensor  # (C, P)
     text_margins: Tensor  # (P,)
     image_margins: Tensor  # (P,)
     coefficients: Tensor  # (C, P): derivative of the loss in logps
+
+
+class PairGradient(NamedTuple):
+    """The gradient of a preference batch, before it goes to the tokens."""
+
+    grad_loss: Tensor | None  # ()
+    grad_logps: Tensor | None  # (C, P)
+    coefficients: Tensor  # (C, P), contiguous
+    labels: Tensor  # of any shape, contiguous
+    sequence_ids: Tensor | None  # None: the rows of `labels`
+    ignore_index: int
+
+
+class FoundRows(NamedTuple):
+    """Where labels are scored."""
+
+    positions: Tensor  # (N,) int64, ascending
+    scores: Tensor  # (M,), zeros
+    labels_fit: Tensor  # () bool: all labels are tokens or ignored
+    number_fits: Tensor | None  # () bool: there are as many as was said
+
+
+class StartedRows(NamedTuple):
+    """The rows that carry a label, gathered, before any column has been seen."""
+
+    hidden: Tensor  # (rows, D), as products take it
+    ids: Tensor  # (rows,), the label's token
+    numbers: Tensor  # (3, rows): x at the label, shift, sum of the others
+
+
+class RowKernels(Protocol):
+    """What is done once a call, one launch each; for a whole vocabulary without low-rank factors.
+
+    PyTorch's operators do the same where a backend has none of these: ``fused/`` and ``ops/`` say
+    what is computed.
+    """
+
+    MOST_POSITIONS: int  # of labels that `find_rows` is for
+
+    def find_rows(
+        self,
+        labels: Tensor,
+        ignore_index: int,
+        vocabulary_size: int,
+        num_rows: int | None,
+        dtype: torch.dtype,
+    ) -> FoundRows:
+        """Find the labels (M,) that are scored; wait for their number only if it is None."""
+
+    def start_rows(
+        self,
+        head: Head,
+        transform: LogitTransform,
+        hidden_states: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        total_rows: int,
+        *,
+        with_numbers: bool,
+    ) -> StartedRows:
+        """Gather the rows at ``positions`` of ``hidden_states`` (..., D), then empty ones.
+
+        Without numbers, these are left uninitialised.
+        """
+
+    def finish_rows(
+        self,
+        head: Head,
+        transform: LogitTransform,
+        started: StartedRows,
+        positions: Tensor,
+        accumulator: Tensor | None,
+        scores: Tensor,
+    ) -> None:
+        """Put scores to their positions, and turn ``E @ W`` into their derivative."""
+
+    def scale_slopes(
+        self, upstream: Tensor, slopes: Tensor, positions: Tensor, out: Tensor
+    ) -> None:
+        """Set rows ``positions[n]`` of ``out`` to ``upstream[positions[n]] * slopes[n]``.
+
+        The others are set to 0.
+        """
+
+    def spread_gradient(self, gradient: PairGradient, out: Tensor) -> None:
+        """Set every scored token of ``out`` to the slope of its sequence, any other to 0."""
 
 
 class KernelSet(Protocol):
@@ -90,6 +177,8 @@ class KernelSet(Protocol):
 
     LARGEST_TILE: TileShape  # where the workspace allows it
     TEMPORARIES: int  # tiles of the accumulation dtype that the epilogue makes for itself
+    FITS_TILES: bool  # whether few rows get wider tiles, and so sums in another order than many
+    ROW_KERNELS: RowKernels | None  # for devices whose launches cost more than this work
 
     def operand_dtype(self, computed: torch.dtype, rounded: torch.dtype) -> torch.dtype:
         """Return the dtype of hidden states, weight and exponentials in products.
@@ -120,5 +209,9 @@ class KernelSet(Protocol):
         Entry e is ``coefficient[e] * hidden[e % N]``.
         """
 
-    def pair_loss(self, batch: PairBatch, results: PairResults) -> None:
-        """Fill in the results of a preference batch."""
+    def pair_loss(self, batch: PairBatch, results: PairResults) -> Tensor | None:
+        """Fill in the results of a preference batch.
+
+        Returns whether all ids are in range, and whether the counts are the lengths, (2,) bool;
+        None where the caller has to look.
+        """

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 LARGEST_TILE = TileShape(1024, 4096)
 STRIDE_MULTIPLE = 64  # as in the Triton kernels, for products on GPUs
 TEMPORARIES = 2
+FITS_TILES = False
+ROW_KERNELS = None
 
 _INF = float("inf")
 # Of a copy of rows of the weight or of hidden states.
@@ -208,11 +210,12 @@ def add_entries(
 
 def pair_loss(batch: PairBatch, results: PairResults) -> None:
     """Fill in the results of a preference batch."""
-    shape = batch.num_cells, batch.num_pairs
-    logps, counts = (part.view(shape) for part in _sum_sequences(batch, results.logps.dtype))
-    log_ratios = logps if batch.ref_logps is None else logps - batch.ref_logps
+    shape, wide = (batch.num_cells, batch.num_pairs), results.coefficients.dtype
+    logps, counts = (part.view(shape) for part in _sum_sequences(batch, wide))
+    ref_logps = None if batch.ref_logps is None else batch.ref_logps.to(wide)
+    log_ratios = logps if ref_logps is None else logps - ref_logps
     log_ratios = torch.where(counts > 0, log_ratios, 0.0)
-    output = reduce_losses(logps, batch.ref_logps, batch.objective, counts)
+    output = reduce_losses(logps, ref_logps, batch.objective, counts)
     results.logps.copy_(logps)
     results.counts.copy_(counts)
     results.loss.copy_(output.loss)

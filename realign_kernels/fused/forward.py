@@ -25,7 +25,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from realign_kernels.backends.kernel_set import KernelSet, RowState, Tile
+from realign_kernels.backends.kernel_set import (
+    KernelSet,
+    RowKernels,
+    RowState,
+    StartedRows,
+    Tile,
+)
 from realign_kernels.fused.group import reduce_over_group
 from realign_kernels.tiling import TileShape, padded_rows, row_stride, spans, with_stride
 
@@ -82,6 +88,13 @@ class FusedCall:
         """The dtype of hidden states, weight and exponentials in products."""
         return self.head.precision.operand
 
+    @property
+    def row_kernels(self) -> RowKernels | None:
+        """The kernels for what is done once a call, where there are some for this head."""
+        if self.head.lora_a is not None or self.vocabulary.group is not None:
+            return None
+        return self.kernels.ROW_KERNELS
+
 
 class Rows(NamedTuple):
     """The rows that carry a label, gathered; a few empty ones may follow."""
@@ -89,6 +102,15 @@ class Rows(NamedTuple):
     hidden: Tensor  # (rows, D), as products take it
     low_rank: Tensor | None  # (rows, r), hidden @ A.T
     ids: Tensor  # (rows,), label in this shard's numbering
+
+
+class PassStart(NamedTuple):
+    """Rows with the logits of their labels, before any column has been seen."""
+
+    rows: Rows
+    label_logits: Tensor  # (rows,), x[y]
+    state: RowState
+    started: StartedRows | None  # what a kernel made all of it from
 
 
 class PassResult(NamedTuple):
@@ -138,20 +160,48 @@ def _unravelled(positions: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
     return tuple(reversed(index))
 
 
-def walk_vocabulary(
-    call: FusedCall, rows: Rows, keeps: Keeps, *, with_statistics: bool, tracks_top: bool
-) -> PassResult:
-    """Pass over the vocabulary once, then over the group."""
-    vocabulary, head, kernels = call.vocabulary, call.head, call.kernels
-    label_logits = _label_logits(call, rows)
+def start_pass(
+    call: FusedCall,
+    hidden_states: Tensor,
+    labels: Tensor,
+    positions: Tensor,
+    keeps: Keeps,
+    *,
+    with_statistics: bool,
+    tracks_top: bool,
+) -> PassStart:
+    """Gather rows as :func:`gather_rows` does, and start their sums."""
     # Exponentials far below 1 would be lost in float16: there the first tile sets the shift.
-    start = torch.full_like(label_logits, -_INF)
+    starts_low = call.operand == torch.float16
+    started = None
+    if call.row_kernels is not None:
+        total = padded_rows(len(positions), call.shape)
+        started = call.row_kernels.start_rows(
+            call.head, call.transform, hidden_states, labels, positions, total, with_numbers=True
+        )
+        rows = Rows(started.hidden, None, started.ids)
+        label_logits, shift, rest_sum = started.numbers.unbind()
+        if not (with_statistics or tracks_top):
+            return PassStart(rows, label_logits, RowState(shift, rest_sum), started)
+    else:
+        rows = gather_rows(call, hidden_states, labels, positions)
+        label_logits = _label_logits(call, rows)
+        shift = torch.full_like(label_logits, -_INF) if starts_low else label_logits.clone()
     state = start_rows(
-        start if call.operand == torch.float16 else label_logits.clone(),
+        shift,
         statistics=with_statistics,
         tracks_top=tracks_top,
         releases=tracks_top and keeps is Keeps.SLOPES,
     )
+    return PassStart(rows, label_logits, state, started)
+
+
+def walk_vocabulary(
+    call: FusedCall, start: PassStart, keeps: Keeps, *, with_statistics: bool
+) -> PassResult:
+    """Pass over the vocabulary once, then over the group."""
+    vocabulary, head, kernels = call.vocabulary, call.head, call.kernels
+    rows, label_logits, state, _ = start
     scratch = _Scratch(call, rows, keeps)
     for columns in spans(vocabulary.size, call.shape.columns):
         head_tile = head.tile(columns)
@@ -196,6 +246,8 @@ def start_rows(shift: Tensor, *, statistics: bool, tracks_top: bool, releases: b
 
 def view_rows(state: RowState, block: slice) -> RowState:
     """Return the entries of some rows; updates go through to these."""
+    if block.stop - block.start == len(state.shift):
+        return state
     return RowState(*(None if part is None else part[block] for part in state))  # type: ignore[arg-type]
 
 
@@ -288,9 +340,9 @@ class _Scratch:
             self.exponentials = new(height * width, dtype=call.operand)
         self.accumulator = self.low_rank_accumulator = None
         if keeps is Keeps.SLOPES:
-            self.accumulator = new(num_rows, hidden_size, dtype=call.accumulation).zero_()
+            self.accumulator = new(num_rows, hidden_size, dtype=call.accumulation)
             if rows.low_rank is not None:
-                self.low_rank_accumulator = torch.zeros_like(rows.low_rank)
+                self.low_rank_accumulator = torch.empty_like(rows.low_rank)
         num_tiles = -(-call.vocabulary.size // call.shape.columns)
         self.tile_shifts = new(num_tiles, num_rows, dtype=call.accumulation) if stashes else None
 
@@ -325,6 +377,9 @@ class _Scratch:
         # What is stored is e * phi, and phi is at most scale / temperature.
         largest_slope = call.transform.logit_scale / call.transform.temperature
         bound = max(0.0, _BOUNDS[call.operand] - math.log(max(1.0, largest_slope)))
+        accumulator, low_rank = self.accumulator, self.low_rank_accumulator
+        if columns.start == 0:  # the first product sets them: there is nothing to rescale yet
+            accumulator = low_rank = None
         return Tile(
             logits=logits,
             exponentials=exponentials,
@@ -335,22 +390,20 @@ class _Scratch:
             bound=bound / 2 if halve_bound else bound,
             state=view_rows(state, block),
             tile_shift=tile_shift,
-            accumulator=None if self.accumulator is None else self.accumulator[block],
-            low_rank_accumulator=None
-            if self.low_rank_accumulator is None
-            else self.low_rank_accumulator[block],
+            accumulator=None if accumulator is None else accumulator[block],
+            low_rank_accumulator=None if low_rank is None else low_rank[block],
         )
 
     def accumulate(self, block: slice, tile: Tile, head_tile: HeadTile) -> None:
         """Add ``E @ W`` of a tile, and the tokens that it has released."""
         if self.accumulator is None or tile.exponentials is None:
             return
-        product = self.call.kernels.product
-        product(self.accumulator[block], tile.exponentials, head_tile.weight, adds=True)
+        product, adds = self.call.kernels.product, tile.first_column > 0
+        product(self.accumulator[block], tile.exponentials, head_tile.weight, adds=adds)
         low_rank = self.low_rank_accumulator
         if low_rank is not None and head_tile.lora_b is not None:
             wide = tile.exponentials.to(low_rank.dtype)
-            product(low_rank[block], wide, head_tile.lora_b, adds=True)
+            product(low_rank[block], wide, head_tile.lora_b, adds=adds)
         if tile.state.released_ids is not None and tile.state.released_values is not None:
             self.add_back(block, tile.state.released_ids, tile.state.released_values)
 

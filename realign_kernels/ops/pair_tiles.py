@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from realign_kernels.fused.forward import Keeps, gather_rows, walk_vocabulary
+from realign_kernels.fused.forward import Keeps, start_pass, walk_vocabulary
 from realign_kernels.fused.gradients import (
     Gradients,
     Needed,
@@ -70,21 +70,21 @@ def score_and_differentiate(
     totals = _zero_gradients(call, hidden_states, needed)
     for first, last, index in _groups_of_pairs(batch, positions, tokens_per_pair, largest):
         chosen = positions[index]
-        rows = gather_rows(call, hidden_states, batch.labels, chosen)
-        result = walk_vocabulary(
-            call,
-            rows,
-            Keeps.STASH if len(chosen) <= stashed_rows else Keeps.NUMBERS,
-            with_statistics=False,
-            tracks_top=tracks_top,
-        )
+        keeps = Keeps.STASH if len(chosen) <= stashed_rows else Keeps.NUMBERS
+        start = start_pass(
+            call, hidden_states, batch.labels, chosen, keeps,
+            with_statistics=False, tracks_top=tracks_top,
+        )  # fmt: skip
+        rows = start.rows
+        result = walk_vocabulary(call, start, keeps, with_statistics=False)
         row_numbers = RowNumbers.of(result, len(chosen))
         logps = token_log_probs(row_numbers)
         is_top = None if top_rows is None else top_rows[chosen]
         if is_top is not None:
             logps = torch.where(is_top, top_log_probs(row_numbers), logps)
         own, own_ids = _pairs_between(batch, chosen, first, last)
-        slopes = reduce_pairs(logps, head.backend, own, objective).coefficients.reshape(-1)
+        outputs, _ = reduce_pairs(logps, head.backend, own, objective)
+        slopes = outputs.coefficients.reshape(-1)
         share = own.pairs.num_pairs / batch.pairs.num_pairs
         grad = (slopes[own_ids] * share).to(logps.dtype)
         grad_label, grad_top = (grad, None) if is_top is None else by_scoring(is_top, grad)

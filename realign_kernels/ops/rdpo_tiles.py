@@ -19,18 +19,13 @@ from realign_kernels.ops.pair_tiles import score_and_differentiate
 from realign_kernels.ops.schema import operator
 from realign_kernels.ops.score_tokens import (
     HeadArguments,
+    find_rows,
     fused_call,
     plain,
     score_tokens_backward_op,
 )
 from realign_kernels.sequences import check_counts, check_sequence_id_values
-from realign_kernels.validation import (
-    check_chosen_present,
-    check_labels,
-    check_no_tangent,
-    known_number,
-    scored_positions,
-)
+from realign_kernels.validation import check_chosen_present, check_no_tangent
 
 # Operators take no lists of dtypes, but of numbers.
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -85,14 +80,17 @@ def rdpo_tiles_op(*values: Any) -> TileOutputs:
     labels, sequence_ids, lengths = batch.labels, batch.sequence_ids, batch.sequence_lengths
     assert sequence_ids is not None
     with plain(head.hidden_states):
-        call = fused_call(head, sums_head_gradient=any(what.needed[1:]))
-        check_labels(labels.view(what.label_shape), batch.ignore_index, call.vocabulary)
+        vocabulary = head.vocabulary()
         is_scored = labels != batch.ignore_index
         check_sequence_id_values(sequence_ids, is_scored, batch.pairs.num_sequences)
         if lengths is not None:
             check_chosen_present(lengths)
             check_counts(_tokens_per_sequence(batch, sequence_ids), lengths)
-        positions = scored_positions(is_scored, known_number(lengths, labels.device))
+        positions, _ = find_rows(
+            head, vocabulary, labels, batch.ignore_index, lengths, what.label_shape
+        )
+        sums_head = any(what.needed[1:])
+        call = fused_call(head, vocabulary, len(positions), sums_head_gradient=sums_head)
         if lengths is None or labels.device.type == "cpu":
             # A GPU's host waits for the counts if it was not told.
             lengths = _tokens_per_sequence(batch, sequence_ids)
@@ -105,7 +103,7 @@ def rdpo_tiles_op(*values: Any) -> TileOutputs:
             lengths.sum(dim=0).tolist(),
             Needed(*what.needed),
         )
-        outputs = reduce_pairs(result.token_logps, head.backend, batch, batch.objective)
+        outputs, _ = reduce_pairs(result.token_logps, head.backend, batch, batch.objective)
         if batch.sequence_lengths is None and labels.device.type == "cpu":
             check_chosen_present(outputs.num_tokens)
         grads = (
@@ -225,4 +223,25 @@ def _backward(
 
 
 rdpo_tiles_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _KeptTiles(torch.autograd.Function):
+    """What eager code calls in place of the operator, for the reason that score_tokens.py has."""
+
+    @staticmethod
+    def forward(ctx: Any, *values: Any) -> Any:
+        output = rdpo_tiles_op(*values)
+        _setup_context(ctx, values, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def rdpo_tiles_kept(*values: Any) -> Any:
+    """Call the operator, and keep what its derivative needs."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return rdpo_tiles_op(*values)
+    return _KeptTiles.apply(*values)
+
+
 differentiate_once(scale_gradients_op)

@@ -22,6 +22,7 @@ from realign_kernels.fused.forward import (
     PassResult,
     Rows,
     gather_rows,
+    start_pass,
     walk_vocabulary,
 )
 from realign_kernels.fused.gradients import (
@@ -38,8 +39,9 @@ from realign_kernels.fused.statistics import statistics
 from realign_kernels.head import Head, LogitTransform, Precision
 from realign_kernels.ops.schema import operator
 from realign_kernels.options import HeadOptions
-from realign_kernels.tiling import row_stride, spans, tile_shape
+from realign_kernels.tiling import fitted, row_stride, spans, tile_shape
 from realign_kernels.validation import (
+    assert_rows_fit,
     check_head,
     check_labels,
     check_no_tangent,
@@ -90,6 +92,13 @@ class HeadArguments(NamedTuple):
     def stash_row_bytes(self) -> int:
         """Bytes of a row of the stash."""
         return self.stash_width * self.precision.operand.itemsize
+
+    def vocabulary(self) -> VocabularyShard:
+        """Find the part of the vocabulary that the weight is."""
+        size = len(self.weight)
+        if self.group_name is None:
+            return VocabularyShard(size, start=0, total=size, group=None)
+        return locate_shard(size, self.group_name, self.weight.device)
 
 
 _NUM_HEAD = len(HeadArguments._fields)
@@ -173,7 +182,7 @@ def score_tokens(
         label_shape=list(labels.shape),
         witness=second_order_witness(*head.tensors),
     )
-    scores = FusedScores(*score_tokens_op(*head, *arguments))
+    scores = FusedScores(*score_tokens_kept(*head, *arguments))
     shaped = scores[: 7 if with_statistics else 1]
     return FusedScores(*(part.reshape(labels.shape) for part in shaped), *scores[len(shaped) :])
 
@@ -191,27 +200,28 @@ def _keeps(tensors: tuple[Tensor | None, ...], memory: str) -> Keeps:
 
 
 def second_order_witness(*inputs: Tensor | None) -> Tensor | None:
-    """Return a 0 that autograd knows to come from the inputs, without keeping their memory.
+    """Return no numbers that autograd knows to come from the inputs, without keeping their memory.
 
     A gradient that was taken in the forward depends on nothing that autograd knows of.  An operator
     that takes the witness too has a derivative, which is refused.
     """
     if not torch.is_grad_enabled():
         return None
-    zeros = [part[:0].sum() for part in inputs if part is not None and part.requires_grad]
-    return torch.stack([zero.float() for zero in zeros]).sum() if zeros else None
+    parts = [part[:0].reshape(-1) for part in inputs if part is not None and part.requires_grad]
+    return torch.cat(parts) if parts else None
 
 
 @operator("score_tokens", HeadArguments, ScoreArguments, returns=FusedScores)
 def score_tokens_op(*values: Any) -> FusedScores:
     """Score labels by hidden states."""
     head, what = HeadArguments(*values[:_NUM_HEAD]), ScoreArguments(*values[_NUM_HEAD:])
-    labels = what.labels
     with plain(head.hidden_states):
-        call = fused_call(head, sums_head_gradient=False)
-        check_labels(labels.view(what.label_shape), what.ignore_index, call.vocabulary)
-        num_rows = known_number(what.sequence_lengths, labels.device)
-        positions = scored_positions(labels != what.ignore_index, num_rows)
+        vocabulary = head.vocabulary()
+        positions, scores = find_rows(
+            head, vocabulary, what.labels, what.ignore_index, what.sequence_lengths,
+            what.label_shape,
+        )  # fmt: skip
+        call = fused_call(head, vocabulary, len(positions), sums_head_gradient=False)
         keeps = Keeps(what.keeps)
         needed = len(positions) * head.stash_row_bytes
         if keeps is Keeps.STASH_IF_IT_FITS:
@@ -222,21 +232,61 @@ def score_tokens_op(*values: Any) -> FusedScores:
                 f"tokens and {len(head.weight)} of vocabulary, got {head.budget[1]}. "
                 "Raise it, or pass memory='auto'."
             )
-        return _score_rows(call, head.hidden_states, what, positions, keeps)
+        return _score_rows(call, head.hidden_states, what, positions, scores, keeps)
+
+
+def find_rows(
+    head: HeadArguments,
+    vocabulary: VocabularyShard,
+    labels: Tensor,
+    ignore_index: int,
+    sequence_lengths: Tensor | None,
+    label_shape: list[int],
+) -> tuple[Tensor, Tensor | None]:
+    """Check labels (M,); return where they are scored, (N,), and zeros for scores if at hand."""
+    row_kernels = kernels_of(head.backend).ROW_KERNELS
+    waits = row_kernels is not None
+    num_rows = known_number(sequence_lengths, labels.device, waits)
+    is_whole = vocabulary.group is None
+    if row_kernels is not None and is_whole and len(labels) <= row_kernels.MOST_POSITIONS:
+        found = row_kernels.find_rows(
+            labels, ignore_index, len(head.weight), num_rows, head.precision.accumulation
+        )
+        assert_rows_fit(found.labels_fit, found.number_fits, ignore_index, num_rows)
+        return found.positions, found.scores
+    check_labels(labels.view(label_shape), ignore_index, vocabulary)
+    return scored_positions(labels != ignore_index, num_rows), None
 
 
 def _score_rows(
-    call: FusedCall, hidden_states: Tensor, what: ScoreArguments, positions: Tensor, keeps: Keeps
+    call: FusedCall,
+    hidden_states: Tensor,
+    what: ScoreArguments,
+    positions: Tensor,
+    scores: Tensor | None,
+    keeps: Keeps,
 ) -> FusedScores:
     """Score the rows at ``positions``; ``keeps`` is settled."""
     num_rows, labels, with_statistics = len(positions), what.labels, what.with_statistics
     is_top = None if what.top_rows is None else what.top_rows[positions]
-    rows = gather_rows(call, hidden_states, labels, positions)
     tracks_top = with_statistics or is_top is not None
-    result = walk_vocabulary(
-        call, rows, keeps, with_statistics=with_statistics, tracks_top=tracks_top
-    )
-    numbers = RowNumbers.of(result, num_rows)
+    start = start_pass(
+        call, hidden_states, labels, positions, keeps,
+        with_statistics=with_statistics, tracks_top=tracks_top,
+    )  # fmt: skip
+    result = walk_vocabulary(call, start, keeps, with_statistics=with_statistics)
+    if call.row_kernels is not None and start.started is not None and not tracks_top:
+        if scores is None:
+            scores = start.label_logits.new_zeros(len(labels))
+        call.row_kernels.finish_rows(
+            call.head, call.transform, start.started, positions, result.accumulator, scores
+        )
+        slopes = scores[:0].clone() if result.accumulator is None else result.accumulator
+        return _scores_of(
+            call, {"token_logps": scores}, (slopes[:num_rows], scores.new_empty(0)), positions,
+            result, start.started.numbers, None, keeps,
+        )  # fmt: skip
+    rows, numbers = start.rows, RowNumbers.of(result, num_rows)
     logps = token_log_probs(numbers)
     outputs: dict[str, Tensor] = {}
 
@@ -251,29 +301,46 @@ def _score_rows(
             spread(name, part, -1 if name == "top_non_label_ids" else 0)
         top_logps = top_log_probs(numbers).masked_fill(logps.isnan(), torch.nan)
         spread("top_non_label_logps", top_logps)
-    else:
-        dtypes = {"is_top1": torch.bool, "top_non_label_ids": torch.int64}
-        for name in FusedScores._fields[1:7]:
-            outputs[name] = logps.new_empty(0, dtype=dtypes.get(name))
     slopes, top_slopes = logps.new_empty(0), logps.new_empty(0)
     if keeps is Keeps.SLOPES:
         slopes, top_slopes = _slopes(call, rows, numbers, result, is_top, with_statistics)
     if is_top is not None:
         logps = torch.where(is_top, top_log_probs(numbers), logps)
     spread("token_logps", logps)
+    parts = [part for part in numbers[:4] if part is not None]
+    return _scores_of(
+        call, outputs, (slopes, top_slopes), positions, result, torch.stack(parts), numbers.top_ids,
+        keeps,
+    )  # fmt: skip
+
+
+def _scores_of(
+    call: FusedCall,
+    outputs: dict[str, Tensor],
+    slopes: tuple[Tensor, Tensor],
+    positions: Tensor,
+    result: PassResult,
+    numbers: Tensor,
+    top_ids: Tensor | None,
+    keeps: Keeps,
+) -> FusedScores:
+    """Return the outputs of the operator, of which none may be a view of another."""
+    scores, num_rows = outputs["token_logps"], len(positions)
     num_saved = num_rows if keeps in (Keeps.STASH, Keeps.NUMBERS) else 0
-    top_ids = positions[:0] if numbers.top_ids is None else numbers.top_ids
+    dtypes = {"is_top1": torch.bool, "top_non_label_ids": torch.int64}
+    for name in FusedScores._fields[1:7]:
+        if name not in outputs:
+            outputs[name] = scores.new_empty(0, dtype=dtypes.get(name))
     stash = result.stash
     if stash is None:
-        stash = hidden_states.new_empty(0, call.stash_width, dtype=call.operand)
-    # Outputs of an operator may be no views of each other.
+        stash = scores.new_empty(0, call.stash_width, dtype=call.operand)
     return FusedScores(
         **outputs,
-        slopes=slopes,
-        top_slopes=top_slopes,
-        positions=positions[:0].clone() if keeps is Keeps.NOTHING else positions,
-        numbers=torch.stack([part[:num_saved] for part in numbers[:4] if part is not None]),
-        top_ids=top_ids[:num_saved].clone(),
+        slopes=slopes[0],
+        top_slopes=slopes[1],
+        positions=positions.new_empty(0) if keeps is Keeps.NOTHING else positions,
+        numbers=numbers[:, :num_saved].contiguous(),
+        top_ids=positions.new_empty(0) if top_ids is None else top_ids[:num_saved].clone(),
         stash=stash[:num_rows],
     )
 
@@ -375,7 +442,8 @@ def score_tokens_backward_op(*values: Any) -> HeadGradients:
     head, kept = HeadArguments(*values[:_NUM_HEAD]), BackwardArguments(*values[_NUM_HEAD:])
     positions = kept.positions
     with plain(head.hidden_states):
-        call = fused_call(head, sums_head_gradient=any(kept.needed[1:]))
+        sums_head = any(kept.needed[1:])
+        call = fused_call(head, head.vocabulary(), len(positions), sums_head_gradient=sums_head)
         rows = gather_rows(call, head.hidden_states, kept.labels, positions)
         # Hooks on saved tensors may hand them back in another layout.
         numbers, top_ids = kept.numbers.contiguous(), kept.top_ids.contiguous()
@@ -435,6 +503,7 @@ class SlopeArguments(NamedTuple):
     shape: list[int]
     dtype: torch.dtype
     witness: Tensor | None
+    backend: str
 
 
 @operator("scale_slopes", SlopeArguments, returns="Tensor")
@@ -444,7 +513,12 @@ def scale_slopes_op(*values: Any) -> Tensor:
     An operator of its own, whose derivative is refused: it would be wrong in silence.
     """
     given = SlopeArguments(*values)
-    positions = given.positions
+    positions, row_kernels = given.positions, kernels_of(given.backend).ROW_KERNELS
+    if row_kernels is not None and given.grad_logps is not None and given.top_slopes.numel() == 0:
+        grad = given.slopes.new_empty(given.shape, dtype=given.dtype)
+        rows = grad.view(-1, given.shape[-1])
+        row_kernels.scale_slopes(given.grad_logps, given.slopes, positions, rows)
+        return grad
     grad = torch.zeros(given.shape, dtype=given.dtype, device=positions.device)
     rows_of_grad = grad.view(-1, given.shape[-1])
     terms = [
@@ -480,12 +554,15 @@ def plain(tensor: Tensor) -> Iterator[None]:
         yield
 
 
-def fused_call(head: HeadArguments, *, sums_head_gradient: bool) -> FusedCall:
+def fused_call(
+    head: HeadArguments, vocabulary: VocabularyShard, num_rows: int, *, sums_head_gradient: bool
+) -> FusedCall:
     """Gather what does not change over a call; ``sums_head_gradient`` takes room from its tiles."""
     kernels, precision = kernels_of(head.backend), head.precision
-    weight, lora_a, group_name = head.weight, head.lora_a, head.group_name
+    weight, lora_a = head.weight, head.lora_a
+    largest = kernels.LARGEST_TILE
     shape = tile_shape(
-        kernels.LARGEST_TILE,
+        fitted(largest, num_rows) if kernels.FITS_TILES else largest,
         weight.shape[1],
         0 if lora_a is None else lora_a.shape[0],
         (precision.accumulation.itemsize, precision.operand.itemsize),
@@ -494,10 +571,6 @@ def fused_call(head: HeadArguments, *, sums_head_gradient: bool) -> FusedCall:
         casts_head=precision.copies(weight.dtype),
         sums_head_gradient=sums_head_gradient,
     )
-    size = len(weight)
-    vocabulary = VocabularyShard(size, start=0, total=size, group=None)
-    if group_name is not None:
-        vocabulary = locate_shard(size, group_name, weight.device)
     factor = None if lora_a is None else precision.of_factor(lora_a)
     scale, softcap, temperature = head.transform
     return FusedCall(
@@ -519,6 +592,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     if ctx.keeps is Keeps.SLOPES:
         ctx.save_for_backward(scores.slopes, scores.top_slopes, scores.positions, what.witness)
         ctx.hidden = list(head.hidden_states.shape), head.hidden_states.dtype
+        ctx.backend = head.backend
     else:
         ctx.save_for_backward(
             *head.tensors, what.labels, what.top_rows, scores.positions, scores.numbers,
@@ -540,7 +614,9 @@ def _backward(
     saved = ctx.saved_tensors
     if ctx.keeps is Keeps.SLOPES:
         *slopes, witness = saved
-        grad = scale_slopes_op(grad_logps, grad_top_logps, *slopes, *ctx.hidden, witness)
+        grad = scale_slopes_op(
+            grad_logps, grad_top_logps, *slopes, *ctx.hidden, witness, ctx.backend
+        )
         return (grad, *nothing[1:])
     grads = score_tokens_backward_op(
         *saved[:5], *ctx.options, grad_logps, grad_top_logps, *saved[5:], needed
@@ -550,6 +626,27 @@ def _backward(
 
 
 score_tokens_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _KeptScores(torch.autograd.Function):
+    """What eager code calls in place of the operator: to keep a derivative of that, torch reads the
+    schema anew at every call, which for twenty arguments takes the host 0.1 ms.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *values: Any) -> Any:
+        output = score_tokens_op(*values)
+        _setup_context(ctx, values, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def score_tokens_kept(*values: Any) -> Any:
+    """Call the operator, and keep what its derivative needs."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return score_tokens_op(*values)
+    return _KeptScores.apply(*values)
 
 
 for _operator in (score_tokens_backward_op, scale_slopes_op):

@@ -22,7 +22,7 @@ from realign_kernels import (
     preference_loss,
     rdpo_loss,
 )
-from realign_kernels.tiling import TileShape, spans, tile_shape
+from realign_kernels.tiling import TileShape, fitted, spans, tile_shape
 
 HEAD = (
     "*, lm_head_bias=None, lm_head_lora=None, ignore_index=-100, logit_scale=1.0, "
@@ -153,6 +153,15 @@ def test_tiles_fill_the_workspace_and_no_more(hidden_size, rank, itemsize, works
 def test_the_largest_tile_is_taken_where_it_fits():
     assert shape_of(64, 0, 4, 1 << 30) == (1024, 4096)
     assert shape_of(64, 0, 4, 1 << 30, largest=(7, 300)) == (7, 300)
+
+
+def test_few_rows_get_wider_tiles_and_those_of_a_power_of_two_the_same():
+    largest = TileShape(4096, 8192)
+    assert fitted(largest, 0) == fitted(largest, 1) == fitted(largest, 64) == (64, 1 << 19)
+    assert fitted(largest, 65) == fitted(largest, 128) == (128, 1 << 18)
+    assert fitted(largest, 1025) == fitted(largest, 2048) == (2048, 16384)
+    assert fitted(largest, 4096) == fitted(largest, 10**6) == largest
+    assert fitted(TileShape(4, 8), 1) == (4, 8)
 
 
 def test_the_smallest_workspace_holds_one_logit():

@@ -6,6 +6,7 @@ memory transactions, for an NVIDIA GPU of 64 K registers a multiprocessor.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,12 @@ _LAUNCHES: dict[Capability, dict[tuple[str, int], Launch]] = {
         ("sum_sequences", 8): Launch(256, 4),  # the sums are the same; not measured
         # The blocks of one row of a tile: 64 of 128 columns.  Not measured.
         ("settle", 4): Launch(256, 1),
+        # 32 pairs of four cells in float64, one cell a thread: an objective of four terms takes 128
+        # registers, of which the one program spills a few bytes.  Not measured.
+        ("pair_loss", 8): Launch(256, 4),
+        # All labels of a micro-batch in one or two blocks, 16 a thread.  Not measured.
+        ("find_rows", 4): Launch(4096, 8),
+        ("find_rows", 8): Launch(4096, 8),  # the same labels; not measured
     }
 }
 
@@ -76,6 +83,7 @@ BLOCKS_AT_A_TIME = 8
 ENTRIES_AT_A_TIME = 8
 
 
+@functools.lru_cache(maxsize=1024)
 def choose_launch(kernel: str, dtype: torch.dtype, width: int, capability: Capability) -> Launch:
     """Return the launch of the newest row that the capability allows, no wider than it need be.
 

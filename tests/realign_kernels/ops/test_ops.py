@@ -120,12 +120,12 @@ def test_opcheck_of_the_tiles(backend, top):
 def test_opcheck_of_the_backwards():
     labels = torch.tensor([1, -100, 2])
     slopes = torch.randn(2, 4), torch.empty(0), torch.tensor([0, 2]), [3, 4], torch.bfloat16, None
-    opcheck(scale_slopes_op, (torch.ones(3), None, *slopes))
+    opcheck(scale_slopes_op, (torch.ones(3), None, *slopes, "cpu"))
     opcheck(scale_gradients_op, (torch.tensor(2.0), [torch.randn(3), torch.randn(2, 2)],
                                  [0, 3], None))  # fmt: skip
     grads = torch.tensor(1.0), torch.ones(3, 1)
     opcheck(pair_loss_backward_op, (*grads, torch.ones(3, 1).double(), labels[:, None], None, -100,
-                                    torch.float32))  # fmt: skip
+                                    torch.float32, "cpu"))  # fmt: skip
 
 
 @pytest.mark.parametrize("memory", ["auto", "stash", "recompute"])
