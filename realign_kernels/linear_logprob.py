@@ -55,6 +55,7 @@ def linear_logprob(
     memory: str = "auto",
     workspace_bytes: int = 256 << 20,
     stash_bytes: int = 2 << 30,
+    accumulate: str = "auto",
     group: ProcessGroup | None = None,
 ) -> Tensor:
     """Return the log-probability of each label, never storing the logits nor rounding them to half.
@@ -85,6 +86,10 @@ def linear_logprob(
             are not scratch.
         stash_bytes: Limit on the ``(N, V)`` that ``memory="stash"`` keeps for the backward, in
             bytes.
+        accumulate: ``"exact"`` bounds the sums of tensor cores, which cut off what they cannot
+            hold: logits of half operands are added in float32 after every 1,024 of D.  ``"auto"``
+            takes the faster product.  They are the same where products round to nearest: on CPUs,
+            and for float32 operands.
         group: Tensor parallelism: every rank passes the same rows and global labels, and its own
             contiguous shard of the vocabulary (weight, bias, B), in rank order.  Each rank gets the
             whole result and the whole gradient of hidden states and A; the gradients of its shard
@@ -124,6 +129,7 @@ def linear_logprob(
         memory=memory,
         workspace_bytes=workspace_bytes,
         stash_bytes=stash_bytes,
+        accumulate=accumulate,
         group=group,
     )
     _check_options(options, "linear_logprob")
@@ -146,6 +152,7 @@ def linear_logprob_stats(
     memory: str = "auto",
     workspace_bytes: int = 256 << 20,
     stash_bytes: int = 2 << 30,
+    accumulate: str = "auto",
     group: ProcessGroup | None = None,
 ) -> LogprobStats:
     """Return the log-probability of each label and statistics of its distribution, in one pass.
@@ -164,6 +171,7 @@ def linear_logprob_stats(
         memory: ``"tile"`` is refused here too.
         workspace_bytes: Bound on scratch.
         stash_bytes: Bound on the stash.
+        accumulate: ``"auto"`` or ``"exact"``.
         group: Tensor parallelism; every statistic is that of the whole vocabulary.
     Returns:
         stats: :class:`LogprobStats`; floating entries are float32 (float64 for float64 inputs).
@@ -188,6 +196,7 @@ def linear_logprob_stats(
         memory=memory,
         workspace_bytes=workspace_bytes,
         stash_bytes=stash_bytes,
+        accumulate=accumulate,
         group=group,
     )
     _check_options(options, "linear_logprob_stats")

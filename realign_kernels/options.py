@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 MEMORY_MODES = ("auto", "stash", "tile", "recompute")
+ACCUMULATE_MODES = ("auto", "exact")
 LoraFactors = tuple[Tensor, Tensor, float]
 
 
@@ -25,4 +26,5 @@ class HeadOptions:
     memory: str
     workspace_bytes: int
     stash_bytes: int
+    accumulate: str
     group: dist.ProcessGroup | None

@@ -75,6 +75,7 @@ def rdpo_loss(
     memory: str = "auto",
     workspace_bytes: int = 256 << 20,
     stash_bytes: int = 2 << 30,
+    accumulate: str = "auto",
     group: ProcessGroup | None = None,
 ) -> RdpoOutput:
     """Return the rDPO loss of a batch of pairs, never storing the logits nor rounding them to half.
@@ -114,6 +115,7 @@ def rdpo_loss(
         memory: ``"tile"`` is allowed here.
         workspace_bytes: Bound on scratch.
         stash_bytes: Bound on the stash.
+        accumulate: ``"auto"`` or ``"exact"``.
         group: Tensor parallelism; every rank gets the whole loss.
     Returns:
         output: :class:`RdpoOutput`, float32 (float64 for float64 inputs).  A cell without answer
@@ -147,6 +149,7 @@ def rdpo_loss(
         memory=memory,
         workspace_bytes=workspace_bytes,
         stash_bytes=stash_bytes,
+        accumulate=accumulate,
         group=group,
     )
     check_options(options)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from realign_kernels.options import MEMORY_MODES, HeadOptions
+from realign_kernels.options import ACCUMULATE_MODES, MEMORY_MODES, HeadOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,6 +45,7 @@ def check_options(options: HeadOptions) -> None:
     for name in ("workspace_bytes", "stash_bytes"):
         check_integer(name, getattr(options, name), least=0)
     check_choice("memory", options.memory, MEMORY_MODES)
+    check_choice("accumulate", options.accumulate, ACCUMULATE_MODES)
     check_choice("backend", options.backend, None)
     _check_group(options.group)
 

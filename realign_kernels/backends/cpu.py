@@ -25,6 +25,7 @@ LARGEST_TILE = TileShape(512, 2048)
 TEMPORARIES = 0
 FITS_TILES = False
 ROW_KERNELS = None
+PRODUCT_KERNELS = None
 
 _ABI_VERSION = 1
 _WEIGHT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}

@@ -168,6 +168,26 @@ class RowKernels(Protocol):
         """Set every scored token of ``out`` to the slope of its sequence, any other to 0."""
 
 
+class ProductKernels(Protocol):
+    """Products of hidden states and weight whose sums are bounded, beside those of a BLAS.
+
+    Tensor cores cut off what their sums cannot hold; these are added in float32, which rounds to
+    nearest, before they grow long.
+    """
+
+    def is_faster(self, operand: torch.dtype, device: torch.device) -> bool:
+        """Return whether :meth:`fused_product` is faster than a BLAS followed by an epilogue."""
+
+    def exact_product(self, out: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """Set ``out``, float32, to ``hidden @ weight.T``."""
+
+    def fused_product(self, tile: Tile, hidden: Tensor, weight: Tensor) -> None:
+        """Compute the logits of a tile and fold them into the sums of its rows.
+
+        The logits are stored nowhere.  Takes no statistics, and tracks no best token.
+        """
+
+
 class KernelSet(Protocol):
     """A module of kernels; every one is deterministic and waits for no device.
 
@@ -179,6 +199,7 @@ class KernelSet(Protocol):
     TEMPORARIES: int  # tiles of the accumulation dtype that the epilogue makes for itself
     FITS_TILES: bool  # whether few rows get wider tiles, and so sums in another order than many
     ROW_KERNELS: RowKernels | None  # for devices whose launches cost more than this work
+    PRODUCT_KERNELS: ProductKernels | None  # for devices whose products cut sums off
 
     def operand_dtype(self, computed: torch.dtype, rounded: torch.dtype) -> torch.dtype:
         """Return the dtype of hidden states, weight and exponentials in products.

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from realign_kernels.backends.kernel_set import (
     KernelSet,
+    ProductKernels,
     RowKernels,
     RowState,
     StartedRows,
@@ -66,6 +67,7 @@ class FusedCall:
     vocabulary: VocabularyShard
     shape: TileShape
     kernels: KernelSet
+    accumulates_exactly: bool = False
 
     @property
     def accumulation(self) -> torch.dtype:
@@ -94,6 +96,16 @@ class FusedCall:
         if self.head.lora_a is not None or self.vocabulary.group is not None:
             return None
         return self.kernels.ROW_KERNELS
+
+    @property
+    def product_kernels(self) -> ProductKernels | None:
+        """The kernels for logits where these are faster than a BLAS, or more exact and asked for."""
+        kernels, weight = self.kernels.PRODUCT_KERNELS, self.head.weight
+        if kernels is None or self.accumulation != torch.float32:
+            return None
+        # Products of float32 are not cut off, but where TF32 is asked for.
+        is_wanted = self.accumulates_exactly and self.operand != torch.float32
+        return kernels if is_wanted or kernels.is_faster(self.operand, weight.device) else None
 
 
 class Rows(NamedTuple):
@@ -200,15 +212,14 @@ def walk_vocabulary(
     call: FusedCall, start: PassStart, keeps: Keeps, *, with_statistics: bool
 ) -> PassResult:
     """Pass over the vocabulary once, then over the group."""
-    vocabulary, head, kernels = call.vocabulary, call.head, call.kernels
+    vocabulary, head = call.vocabulary, call.head
     rows, label_logits, state, _ = start
     scratch = _Scratch(call, rows, keeps)
     for columns in spans(vocabulary.size, call.shape.columns):
         head_tile = head.tile(columns)
         for block in spans(len(rows.ids), call.shape.rows):
             tile = scratch.tile(block, columns, head_tile, state, halve_bound=with_statistics)
-            logits_into(call, tile.logits, rows, block, head_tile)
-            kernels.epilogue(tile)
+            fold_tile(call, tile, rows, block, head_tile)
             scratch.accumulate(block, tile, head_tile)
         del head_tile  # or two casts of the head would be alive at once
     scratch.restore_moved_rows(state.shift)
@@ -251,11 +262,29 @@ def view_rows(state: RowState, block: slice) -> RowState:
     return RowState(*(None if part is None else part[block] for part in state))  # type: ignore[arg-type]
 
 
-def logits_into(call: FusedCall, out: Tensor, rows: Rows, block: slice, tile: HeadTile) -> None:
-    """Set ``out`` to the raw logits of a tile, except the bias, which the epilogue adds."""
-    call.kernels.product(out, rows.hidden[block], tile.weight.T, adds=False)
-    if tile.lora_b is not None and rows.low_rank is not None:
-        call.kernels.product(out, rows.low_rank[block], tile.lora_b.T, adds=True)
+def fold_tile(call: FusedCall, tile: Tile, rows: Rows, block: slice, head_tile: HeadTile) -> None:
+    """Compute the logits of a tile and fold them into the sums of its rows."""
+    hidden, kernels = rows.hidden[block], call.product_kernels
+    if kernels is not None and _has_fused_product(tile, head_tile):
+        kernels.fused_product(tile, hidden, head_tile.weight)
+        return
+    # The bias is left to the epilogue.
+    if kernels is not None:
+        kernels.exact_product(tile.logits, hidden, head_tile.weight)
+    else:
+        call.kernels.product(tile.logits, hidden, head_tile.weight.T, adds=False)
+    if head_tile.lora_b is not None and rows.low_rank is not None:
+        call.kernels.product(tile.logits, rows.low_rank[block], head_tile.lora_b.T, adds=True)
+    call.kernels.epilogue(tile)
+
+
+def _has_fused_product(tile: Tile, head_tile: HeadTile) -> bool:
+    """Return whether the kernels of products can do all that an epilogue does to a tile."""
+    has_statistics, tracks_top = (
+        part is not None for part in (tile.state.rest_entropy_sum, tile.state.top_ids)
+    )
+    is_summed = has_statistics or (tracks_top and not tile.replays)
+    return head_tile.lora_b is None and not is_summed
 
 
 def add_weight_rows(

@@ -17,7 +17,7 @@ from realign_kernels.fused.forward import (
     PassResult,
     Rows,
     add_weight_rows,
-    logits_into,
+    fold_tile,
     view_rows,
 )
 from realign_kernels.tiling import row_stride, spans, with_stride
@@ -267,20 +267,18 @@ class _Replayed:
             with_stride(buffer, shape, self.call.stride_multiple)
             for buffer in (self.logits, self.exponentials)
         )
-        logits_into(self.call, logits, self.rows, block, tile)
-        self.call.kernels.epilogue(
-            Tile(
-                logits=logits,
-                exponentials=exponentials,
-                first_column=columns.start,
-                bias=tile.bias,
-                labels=self.rows.ids[block],
-                transform=self.call.transform,
-                bound=torch.inf,
-                state=view_rows(self.state, block),
-                replays=True,
-            )
+        replayed = Tile(
+            logits=logits,
+            exponentials=exponentials,
+            first_column=columns.start,
+            bias=tile.bias,
+            labels=self.rows.ids[block],
+            transform=self.call.transform,
+            bound=torch.inf,
+            state=view_rows(self.state, block),
+            replays=True,
         )
+        fold_tile(self.call, replayed, self.rows, block, tile)
         return exponentials
 
 

@@ -68,6 +68,7 @@ class HeadArguments(NamedTuple):
     backend: str
     budget: list[int]  # workspace and stash, in bytes
     group_name: str | None
+    accumulates_exactly: bool
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -153,6 +154,7 @@ def check_call(
         backend=resolve_backend(options.backend, hidden_states.device.type),
         budget=[options.workspace_bytes, options.stash_bytes],
         group_name=None if options.group is None else options.group.group_name,
+        accumulates_exactly=options.accumulate == "exact",
     )
 
 
@@ -579,6 +581,7 @@ def fused_call(
         vocabulary=vocabulary,
         shape=shape,
         kernels=kernels,
+        accumulates_exactly=head.accumulates_exactly,
     )
 
 

@@ -27,7 +27,7 @@ from realign_kernels.tiling import TileShape, fitted, spans, tile_shape
 HEAD = (
     "*, lm_head_bias=None, lm_head_lora=None, ignore_index=-100, logit_scale=1.0, "
     "logit_softcap=None, temperature=1.0, backend='auto', memory='auto', "
-    f"workspace_bytes={256 << 20}, stash_bytes={2 << 30}, group=None"
+    f"workspace_bytes={256 << 20}, stash_bytes={2 << 30}, accumulate='auto', group=None"
 )
 SIGNATURES = {
     linear_logprob: f"(hidden_states, lm_head_weight, labels, {HEAD})",

@@ -23,7 +23,15 @@ import triton
 import triton.language as tl
 
 from realign_kernels.backends.triton import launches
-from realign_kernels.backends.triton.epilogue import _row_stride, _slope, _tanh, _width
+from realign_kernels.backends.triton.transform import (
+    narrow,
+    rounded_numbers,
+    slope_of,
+    transform_numbers,
+    transformed,
+    widen,
+)
+from realign_kernels.head import LogitTransform
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +39,7 @@ if TYPE_CHECKING:
     from realign_kernels.backends.kernel_set import Tile
 
 _RAW, _SUM, _REPLAY = 0, 1, 2
+_IDENTITY = LogitTransform(1.0, None, 1.0)
 
 
 @triton.jit
@@ -81,12 +90,14 @@ def _fused_product_kernel(
     out_ptr, block_sums_ptr, block_shifts_ptr,
     num_rows, num_columns, hidden_size, first_column,
     stride_hn, stride_wv, stride_wd, stride_on,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr, BOUND: tl.constexpr,
-    MODE: tl.constexpr, PRECISION: tl.constexpr,
+    bound: tl.float64, inner: tl.float64, outer: tl.float64, inverse: tl.float64,
+    linear: tl.float64,
+    CAPS: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PARTIAL_D: tl.constexpr,
     HAS_WHOLE_BLOCKS: tl.constexpr, BLOCKS_AT_A_TIME: tl.constexpr, NUM_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Each program walks every ``NUM_PROGRAMS``-th block; no two write the same place."""
+    numbers = rounded_numbers(inner, outer, inverse, linear, tl.float32)
     num_blocks_n = tl.cdiv(num_rows, BLOCK_N)
     num_blocks_v = tl.cdiv(num_columns, BLOCK_V)
     for block in range(tl.program_id(0), num_blocks_n * num_blocks_v, NUM_PROGRAMS):
@@ -121,10 +132,7 @@ def _fused_product_kernel(
             if bias_ptr is not None:
                 bias = tl.load(bias_ptr + first_v + offs_v, mask=is_column, other=0.0)
                 logits += bias[None, :]
-            if SOFTCAP > 0:
-                x = _tanh(logits * (SCALE / SOFTCAP)) * (SOFTCAP / TEMPERATURE)
-            else:
-                x = logits * (SCALE / TEMPERATURE)
+            x = transformed(logits, numbers, CAPS)
             own_columns = first_column + first_v
             label = _column_in_block(labels_ptr + first_n + offs_n, is_row, own_columns, BLOCK_V)
             is_counted = is_inside & (offs_v[None, :] != label[:, None])
@@ -136,7 +144,9 @@ def _fused_product_kernel(
                 # NaN never wins a comparison; it reaches the sums through exp instead.
                 is_number = is_counted & (x == x)
                 largest = tl.max(tl.where(is_number, x, -float("inf")), axis=1)
-                moves = (largest - shift > BOUND) | (shift == -float("inf"))
+                moves = (largest - shift > tl.full((), bound, tl.float32)) | (
+                    shift == -float("inf")
+                )
                 shift = tl.where(moves & (largest != -float("inf")), largest, shift)
             # All -inf so far: every exponential is 0, and -inf - -inf would not be.
             finite_shift = tl.where(shift == -float("inf"), 0.0, shift)
@@ -146,10 +156,11 @@ def _fused_product_kernel(
                 tl.store(block_sums_ptr + place, tl.sum(e, axis=1), mask=is_row)
                 tl.store(block_shifts_ptr + place, shift, mask=is_row)
             if out_ptr is not None:
-                entry = e * _slope(x, SCALE, SOFTCAP, TEMPERATURE)
+                entry = e * slope_of(x, numbers, CAPS)
                 # Not left to exp(-inf): a slope may be infinite, and 0 * inf is NaN.
                 entry = tl.where(is_counted, entry, 0.0)
-                tl.store(out_ptrs, entry.to(out_ptr.dtype.element_ty), mask=is_inside)
+                entry = narrow(entry, out_ptr.dtype.element_ty)
+                tl.store(out_ptrs, entry, mask=is_inside)
 
 
 @triton.jit
@@ -157,10 +168,8 @@ def _scale_columns(row_ptr, num_columns, factor, BLOCK: tl.constexpr):
     for start in range(0, num_columns, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         row = tl.load(row_ptr + offs, mask=offs < num_columns, other=0.0)
-        if row.dtype == tl.bfloat16:  # the interpreter reads it as integers in any other conversion
-            row = row.to(tl.float32)
-        scaled = row.to(factor.dtype) * factor
-        tl.store(row_ptr + offs, scaled.to(row_ptr.dtype.element_ty), mask=offs < num_columns)
+        scaled = narrow(widen(row, factor.dtype) * factor, row_ptr.dtype.element_ty)
+        tl.store(row_ptr + offs, scaled, mask=offs < num_columns)
 
 
 @triton.jit
@@ -220,6 +229,11 @@ def _settle_rows_kernel(
         tl.store(tile_shift_ptr + n, shift)
 
 
+def is_faster(operand: torch.dtype, device: torch.device) -> bool:
+    """Return whether the product with the epilogue inside is faster than a BLAS and an epilogue."""
+    return launches.fuses_product(operand, device)
+
+
 def exact_product(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
     """Set ``out`` (N, V), float32, to ``hidden @ weight.T``, by bounded partial sums."""
     _launch(out, hidden, weight, None, None, None, mode=_RAW)
@@ -274,12 +288,13 @@ def _launch(
         return
     assert out is None or launches.has_dense_rows(out)
     assert launches.has_dense_rows(hidden)
+    if hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16:
+        # The interpreter multiplies bfloat16 as integers.
+        hidden, weight = hidden.float(), weight.float()
     shape = launches.product_launch(hidden.dtype, hidden.device)
     num_blocks = triton.cdiv(num_rows, shape.rows) * triton.cdiv(num_columns, shape.columns)
     num_programs = min(num_blocks, _num_multiprocessors(hidden.device))
-    transform = None if tile is None else tile.transform
     state = None if tile is None else tile.state
-    has_bound = tile is not None and mode == _SUM
     uses_tf32 = hidden.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     _fused_product_kernel[(num_programs,)](
         hidden, weight, None if tile is None else tile.bias,
@@ -289,10 +304,8 @@ def _launch(
         out, sums, shifts,
         num_rows, num_columns, hidden_size, 0 if tile is None else tile.first_column,
         hidden.stride(0), weight.stride(0), weight.stride(1), _row_stride(out),
-        SCALE=1.0 if transform is None else float(transform.logit_scale),
-        SOFTCAP=0.0 if transform is None else float(transform.logit_softcap or 0.0),
-        TEMPERATURE=1.0 if transform is None else float(transform.temperature),
-        BOUND=tile.bound if has_bound else 0.0,
+        bound=tile.bound if tile is not None and mode == _SUM else 0.0,
+        **transform_numbers(_IDENTITY if tile is None else tile.transform),
         MODE=mode,
         PRECISION="tf32" if uses_tf32 else "ieee",
         BLOCK_N=shape.rows, BLOCK_V=shape.columns, BLOCK_D=shape.depth,
@@ -310,3 +323,11 @@ def _num_multiprocessors(device: torch.device) -> int:
     if device.type == "xpu":
         return torch.xpu.get_device_properties(device).gpu_subslice_count
     return 2  # in the interpreter: each of two programs walks several blocks
+
+
+def _width(matrix: Tensor | None) -> int:
+    return 0 if matrix is None else matrix.shape[1]
+
+
+def _row_stride(matrix: Tensor | None) -> int:
+    return 0 if matrix is None else matrix.stride(0)

@@ -73,6 +73,10 @@ class ProductLaunch(NamedTuple):
 # with the partial sums beside them.  Not measured.
 _PRODUCT_LAUNCHES = {2: ProductLaunch(128, 128, 64, 8, 3), 4: ProductLaunch(64, 64, 32, 4, 3)}
 
+# Dtypes of operands whose product has the epilogue inside, by the least capability that a row is
+# for.  None before a GPU has been measured.
+_FUSED_PRODUCTS: dict[Capability, frozenset[torch.dtype]] = {(0, 0): frozenset()}
+
 # Hidden size that is summed on a tensor core before the sum is added in float32.
 PARTIAL_SUM = 1024
 
@@ -100,10 +104,19 @@ def choose_launch(kernel: str, dtype: torch.dtype, width: int, capability: Capab
 
 def launch_of(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> Launch:
     """Return how to launch a kernel over ``width`` elements a row on a device."""
-    capability = (0, 0)
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-    return choose_launch(kernel, dtype, width, capability)
+    return choose_launch(kernel, dtype, width, _capability(device))
+
+
+def fuses_product(operand: torch.dtype, device: torch.device) -> bool:
+    """Return whether the product of a tile has the epilogue inside, as measured."""
+    capability = _capability(device)
+    return (
+        operand in _FUSED_PRODUCTS[max(least for least in _FUSED_PRODUCTS if least <= capability)]
+    )
+
+
+def _capability(device: torch.device) -> Capability:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def product_launch(dtype: torch.dtype, device: torch.device) -> ProductLaunch:

@@ -15,7 +15,15 @@ from realign_kernels.backends.dispatch import Backend
 from realign_kernels.testing import dense_logprob, make_head_inputs
 from realign_kernels.tiling import TileShape
 
-KERNELS = ("TEMPORARIES", "epilogue", "label_dot", "combine", "add_entries", "pair_loss")
+KERNELS = (
+    "PRODUCT_KERNELS",
+    "TEMPORARIES",
+    "epilogue",
+    "label_dot",
+    "combine",
+    "add_entries",
+    "pair_loss",
+)
 
 
 @pytest.fixture

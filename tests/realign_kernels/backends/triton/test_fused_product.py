@@ -7,7 +7,6 @@ import torch
 
 from realign_kernels.backends import triton as kernels
 from realign_kernels.backends.kernel_set import RowState, Tile
-from realign_kernels.backends.triton import launches
 from realign_kernels.backends.triton.fused_product import exact_product, fused_product
 from realign_kernels.head import LogitTransform
 from realign_kernels.testing import seeded
@@ -21,17 +20,9 @@ from tests.realign_kernels.backends.triton.test_epilogue import (
     run,
 )
 
-pytestmark = pytest.mark.usefixtures("small_blocks", "poison_empty", "small_products")
+pytestmark = pytest.mark.usefixtures("small_blocks", "poison_empty", "fused_product")
 
 OPERANDS = {"fp32": torch.float32, "fp16": torch.float16}
-
-
-@pytest.fixture
-def small_products(monkeypatch):
-    """Multiply blocks of 16, the smallest that a tensor core takes, by partial sums of 32."""
-    small = launches.ProductLaunch(16, 16, 16, 1, 1)
-    monkeypatch.setattr(launches, "product_launch", lambda *_: small)
-    monkeypatch.setattr(launches, "PARTIAL_SUM", 32)
 
 
 @pytest.fixture
