@@ -6,10 +6,10 @@ Explicit requests never fall back; only ``"auto"`` chooses.
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib
 import importlib.util
 import os
+import sys
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch  # noqa: F401
@@ -89,10 +89,11 @@ def auto_backend(device_type: str) -> str:
     return "eager"
 
 
-@functools.cache
 def kernels_of(backend: str) -> KernelSet:
     """Load the kernels of a backend."""
-    return cast("KernelSet", importlib.import_module(BACKENDS[backend].module))
+    name = BACKENDS[backend].module
+    # Looked up before it is imported, which takes longer and happens several times a call.
+    return cast("KernelSet", sys.modules.get(name) or importlib.import_module(name))
 
 
 def describe_backends() -> dict[str, str]:

@@ -168,17 +168,22 @@ class RowKernels(Protocol):
         """Set every scored token of ``out`` to the slope of its sequence, any other to 0."""
 
 
+def row_kernels_of(kernels: KernelSet) -> RowKernels | None:
+    """Return the kernels of a set for what is done once a call, if it has any."""
+    row_kernels: RowKernels | None = getattr(kernels, "ROW_KERNELS", None)
+    return row_kernels
+
+
 class KernelSet(Protocol):
     """A module of kernels; every one is deterministic and waits for no device.
 
     It may also state ``STRIDE_MULTIPLE``: rows of tiles and of E lie a multiple of so many elements
-    apart.
+    apart; ``FITS_TILES``: few rows get wider tiles, and so sums in another order than many have;
+    and ``ROW_KERNELS``, for devices whose launches cost more than the work.
     """
 
     LARGEST_TILE: TileShape  # where the workspace allows it
     TEMPORARIES: int  # tiles of the accumulation dtype that the epilogue makes for itself
-    FITS_TILES: bool  # whether few rows get wider tiles, and so sums in another order than many
-    ROW_KERNELS: RowKernels | None  # for devices whose launches cost more than this work
 
     def operand_dtype(self, computed: torch.dtype, rounded: torch.dtype) -> torch.dtype:
         """Return the dtype of hidden states, weight and exponentials in products.

@@ -31,6 +31,7 @@ from realign_kernels.backends.kernel_set import (
     RowState,
     StartedRows,
     Tile,
+    row_kernels_of,
 )
 from realign_kernels.fused.group import reduce_over_group
 from realign_kernels.tiling import TileShape, padded_rows, row_stride, spans, with_stride
@@ -93,7 +94,7 @@ class FusedCall:
         """The kernels for what is done once a call, where there are some for this head."""
         if self.head.lora_a is not None or self.vocabulary.group is not None:
             return None
-        return self.kernels.ROW_KERNELS
+        return row_kernels_of(self.kernels)
 
 
 class Rows(NamedTuple):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from realign_kernels.backends.dispatch import kernels_of, resolve_backend
+from realign_kernels.backends.kernel_set import row_kernels_of
 from realign_kernels.first_order import differentiate_once
 from realign_kernels.fused.forward import (
     FusedCall,
@@ -244,7 +245,7 @@ def find_rows(
     label_shape: list[int],
 ) -> tuple[Tensor, Tensor | None]:
     """Check labels (M,); return where they are scored, (N,), and zeros for scores if at hand."""
-    row_kernels = kernels_of(head.backend).ROW_KERNELS
+    row_kernels = row_kernels_of(kernels_of(head.backend))
     waits = row_kernels is not None
     num_rows = known_number(sequence_lengths, labels.device, waits)
     is_whole = vocabulary.group is None
@@ -513,7 +514,7 @@ def scale_slopes_op(*values: Any) -> Tensor:
     An operator of its own, whose derivative is refused: it would be wrong in silence.
     """
     given = SlopeArguments(*values)
-    positions, row_kernels = given.positions, kernels_of(given.backend).ROW_KERNELS
+    positions, row_kernels = given.positions, row_kernels_of(kernels_of(given.backend))
     if row_kernels is not None and given.grad_logps is not None and given.top_slopes.numel() == 0:
         grad = given.slopes.new_empty(given.shape, dtype=given.dtype)
         rows = grad.view(-1, given.shape[-1])
@@ -560,9 +561,9 @@ def fused_call(
     """Gather what does not change over a call; ``sums_head_gradient`` takes room from its tiles."""
     kernels, precision = kernels_of(head.backend), head.precision
     weight, lora_a = head.weight, head.lora_a
-    largest = kernels.LARGEST_TILE
+    largest, fits = kernels.LARGEST_TILE, getattr(kernels, "FITS_TILES", False)
     shape = tile_shape(
-        fitted(largest, num_rows) if kernels.FITS_TILES else largest,
+        fitted(largest, num_rows) if fits else largest,
         weight.shape[1],
         0 if lora_a is None else lora_a.shape[0],
         (precision.accumulation.itemsize, precision.operand.itemsize),
