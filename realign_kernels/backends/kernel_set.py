@@ -150,28 +150,40 @@ class RowKernels(Protocol):
         head: Head,
         transform: LogitTransform,
         started: StartedRows,
-        positions: Tensor,
+        positions: Tensor | None,
         accumulator: Tensor | None,
         scores: Tensor,
     ) -> None:
-        """Put scores to their positions, and turn ``E @ W`` into their derivative."""
+        """Put scores to their positions, and turn ``E @ W`` into their derivative.
 
-    def scale_slopes(
-        self, upstream: Tensor, slopes: Tensor, positions: Tensor, out: Tensor
+        Without positions ``scores`` has an entry a row.
+        """
+
+    def grade_rows(
+        self,
+        transform: LogitTransform,
+        numbers: Tensor,
+        upstream: Tensor,
+        positions: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Differentiate scores by raw logits: return the factor of E, and the label's entry.
+
+        ``upstream`` has an entry a position, or without positions a row.
+        """
+
+    def rescale_rows(self, matrix: Tensor, old_shift: Tensor, new_shift: Tensor) -> None:
+        """Make rows of E, relative to the old shift, relative to the new one."""
+
+    def spread_rows(
+        self, upstream: Tensor | None, rows: Tensor, positions: Tensor, out: Tensor
     ) -> None:
-        """Set rows ``positions[n]`` of ``out`` to ``upstream[positions[n]] * slopes[n]``.
+        """Set rows ``positions[n]`` of ``out`` to ``upstream[positions[n]] * rows[n]``.
 
-        The others are set to 0.
+        The others are set to 0.  Without ``upstream`` its entries are 1.
         """
 
     def spread_gradient(self, gradient: PairGradient, out: Tensor) -> None:
         """Set every scored token of ``out`` to the slope of its sequence, any other to 0."""
-
-
-def row_kernels_of(kernels: KernelSet) -> RowKernels | None:
-    """Return the kernels of a set for what is done once a call, if it has any."""
-    row_kernels: RowKernels | None = getattr(kernels, "ROW_KERNELS", None)
-    return row_kernels
 
 
 class KernelSet(Protocol):

@@ -31,7 +31,6 @@ from realign_kernels.backends.kernel_set import (
     RowState,
     StartedRows,
     Tile,
-    row_kernels_of,
 )
 from realign_kernels.fused.group import reduce_over_group
 from realign_kernels.tiling import TileShape, padded_rows, row_stride, spans, with_stride
@@ -94,7 +93,8 @@ class FusedCall:
         """The kernels for what is done once a call, where there are some for this head."""
         if self.head.lora_a is not None or self.vocabulary.group is not None:
             return None
-        return row_kernels_of(self.kernels)
+        row_kernels: RowKernels | None = getattr(self.kernels, "ROW_KERNELS", None)
+        return row_kernels
 
 
 class Rows(NamedTuple):
@@ -128,6 +128,11 @@ def gather_rows(call: FusedCall, hidden_states: Tensor, labels: Tensor, position
     """Gather the rows at ``positions`` of ``labels`` (M,) and of ``hidden_states`` (..., D)."""
     num_rows = positions.shape[0]
     total = padded_rows(num_rows, call.shape)
+    if call.row_kernels is not None:
+        started = call.row_kernels.start_rows(
+            call.head, call.transform, hidden_states, labels, positions, total, with_numbers=False
+        )
+        return Rows(started.hidden, None, started.ids)
     precision = call.head.precision
     hidden_size = hidden_states.shape[-1]
     if total == num_rows == len(labels):
@@ -436,7 +441,11 @@ class _Scratch:
 
     def rescale(self, matrix: Tensor | None, old_shift: Tensor, new_shift: Tensor) -> None:
         """Make rows relative to another shift."""
-        if matrix is not None:
+        if matrix is None:
+            return
+        if self.call.row_kernels is not None:
+            self.call.row_kernels.rescale_rows(matrix, old_shift, new_shift)
+        else:
             scale = torch.where(old_shift == new_shift, 1.0, torch.exp(old_shift - new_shift))
             nowhere = torch.full_like(scale, NO_TOKEN, dtype=torch.int64)
             self.call.kernels.combine(matrix, scale, matrix[:0], nowhere, torch.zeros_like(scale))

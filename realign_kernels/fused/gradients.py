@@ -313,8 +313,6 @@ class _Sums:
             self.scaled_ones, bias_unit = _in_range(scale, call.operand)
         if needed.lora_b and rows.low_rank is not None:
             self.scaled_low_rank = rows.low_rank[:num_rows] * scale * head.lora_scaling
-        # What the entries of labels are made of; a copy on GPUs alone, whose operands are half.
-        self.wide_hidden = rows.hidden.to(call.accumulation) if needed.weight else rows.hidden
         self.accumulator = self.low_rank_accumulator = None
         if needed.hidden or (has_low_rank and needed.lora_a):
             shape = len(rows.hidden), head.weight.shape[1]  # with the empty rows, as in the forward
@@ -357,8 +355,10 @@ class _Sums:
         num_rows, low_rank = len(self.gradient.scale), self.rows.low_rank
         if low_rank is not None:
             low_rank = low_rank[:num_rows] * self.call.head.lora_scaling
-        ones = self.gradient.scale.new_ones(num_rows, 1)
-        self.weight_sum.end(columns, self.entries, self.wide_hidden[:num_rows])
+        ones = None
+        if self.bias is not None:
+            ones = self.gradient.scale.new_ones(num_rows, 1)
+        self.weight_sum.end(columns, self.entries, self.rows.hidden[:num_rows])
         self.bias_sum.end(columns, self.entries, ones)
         self.lora_b_sum.end(columns, self.entries, low_rank)
 

@@ -16,7 +16,6 @@ from realign_kernels.backends.kernel_set import (
     PairBatch,
     PairGradient,
     PairResults,
-    row_kernels_of,
 )
 from realign_kernels.first_order import differentiate_once
 from realign_kernels.objective import Objective
@@ -86,7 +85,7 @@ def pair_loss_op(token_logps: Tensor, backend: str, *values: Any) -> PairOutputs
     labels, sequence_ids, lengths = batch.labels, batch.sequence_ids, batch.sequence_lengths
     if lengths is not None:
         check_chosen_present(lengths)
-    looks = row_kernels_of(kernels_of(backend)) is not None
+    looks = getattr(kernels_of(backend), "ROW_KERNELS", None) is not None
     if not looks and sequence_ids is not None:
         is_scored = labels != batch.ignore_index
         check_sequence_id_values(sequence_ids, is_scored, batch.pairs.num_sequences)
@@ -180,7 +179,7 @@ class PairBackwardArguments(NamedTuple):
 def pair_loss_backward_op(*values: Any) -> Tensor:
     """Return the gradient by token scores: that of its sequence for every scored token."""
     kept = PairBackwardArguments(*values)
-    labels, row_kernels = kept.labels, row_kernels_of(kernels_of(kept.backend))
+    labels, row_kernels = kept.labels, getattr(kernels_of(kept.backend), "ROW_KERNELS", None)
     if row_kernels is not None:
         # Hooks on saved tensors may hand them back in another layout.
         ids = None if kept.sequence_ids is None else kept.sequence_ids.contiguous()

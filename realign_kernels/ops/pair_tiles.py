@@ -15,6 +15,7 @@ from torch import Tensor
 from realign_kernels.fused.forward import Keeps, start_pass, walk_vocabulary
 from realign_kernels.fused.gradients import (
     Gradients,
+    LogitGradient,
     Needed,
     RowNumbers,
     by_scoring,
@@ -78,7 +79,12 @@ def score_and_differentiate(
         rows = start.rows
         result = walk_vocabulary(call, start, keeps, with_statistics=False)
         row_numbers = RowNumbers.of(result, len(chosen))
-        logps = token_log_probs(row_numbers)
+        row_kernels = None if tracks_top else call.row_kernels
+        if row_kernels is not None and start.started is not None:
+            logps = start.label_logits.new_empty(len(chosen))
+            row_kernels.finish_rows(call.head, call.transform, start.started, None, None, logps)
+        else:
+            logps = token_log_probs(row_numbers)
         is_top = None if top_rows is None else top_rows[chosen]
         if is_top is not None:
             logps = torch.where(is_top, top_log_probs(row_numbers), logps)
@@ -88,7 +94,12 @@ def score_and_differentiate(
         share = own.pairs.num_pairs / batch.pairs.num_pairs
         grad = (slopes[own_ids] * share).to(logps.dtype)
         grad_label, grad_top = (grad, None) if is_top is None else by_scoring(is_top, grad)
-        gradient = logit_gradient(row_numbers, call.transform, grad_label, grad_top)
+        if row_kernels is not None and start.started is not None:
+            floating = start.started.numbers[:, : len(chosen)].contiguous()
+            graded = row_kernels.grade_rows(call.transform, floating, grad_label, None)
+            gradient = LogitGradient(*graded, None)
+        else:
+            gradient = logit_gradient(row_numbers, call.transform, grad_label, grad_top)
         stash = None if result.stash is None else result.stash[: len(chosen)]
         grads = head_gradients(call, rows, row_numbers, gradient, stash, needed, totals)
         if totals.hidden is not None and grads.hidden is not None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from realign_kernels.backends.dispatch import kernels_of, resolve_backend
-from realign_kernels.backends.kernel_set import row_kernels_of
 from realign_kernels.first_order import differentiate_once
 from realign_kernels.fused.forward import (
     FusedCall,
@@ -27,6 +26,7 @@ from realign_kernels.fused.forward import (
     walk_vocabulary,
 )
 from realign_kernels.fused.gradients import (
+    LogitGradient,
     Needed,
     RowNumbers,
     by_scoring,
@@ -245,7 +245,7 @@ def find_rows(
     label_shape: list[int],
 ) -> tuple[Tensor, Tensor | None]:
     """Check labels (M,); return where they are scored, (N,), and zeros for scores if at hand."""
-    row_kernels = row_kernels_of(kernels_of(head.backend))
+    row_kernels = getattr(kernels_of(head.backend), "ROW_KERNELS", None)
     waits = row_kernels is not None
     num_rows = known_number(sequence_lengths, labels.device, waits)
     is_whole = vocabulary.group is None
@@ -446,6 +446,7 @@ def score_tokens_backward_op(*values: Any) -> HeadGradients:
         sums_head = any(kept.needed[1:])
         call = fused_call(head, head.vocabulary(), len(positions), sums_head_gradient=sums_head)
         rows = gather_rows(call, head.hidden_states, kept.labels, positions)
+        row_kernels = call.row_kernels
         # Hooks on saved tensors may hand them back in another layout.
         numbers, top_ids = kept.numbers.contiguous(), kept.top_ids.contiguous()
         tracks_top = len(numbers) == 4
@@ -458,16 +459,24 @@ def score_tokens_backward_op(*values: Any) -> HeadGradients:
                 return numbers.new_zeros(len(positions))
             return grad[positions].to(numbers.dtype)
 
-        grad_label, grad_top = per_row(kept.grad_logps), None
-        if tracks_top:
-            grad_top = per_row(kept.grad_top_logps)
-        if kept.top_rows is not None:
-            grad_label, grad_top = by_scoring(kept.top_rows[positions], grad_label)
-        gradient = logit_gradient(row_numbers, call.transform, grad_label, grad_top)
+        if row_kernels is not None and kept.grad_logps is not None and not tracks_top:
+            graded = row_kernels.grade_rows(call.transform, numbers, kept.grad_logps, positions)
+            gradient = LogitGradient(*graded, None)
+        else:
+            grad_label, grad_top = per_row(kept.grad_logps), None
+            if tracks_top:
+                grad_top = per_row(kept.grad_top_logps)
+            if kept.top_rows is not None:
+                grad_label, grad_top = by_scoring(kept.top_rows[positions], grad_label)
+            gradient = logit_gradient(row_numbers, call.transform, grad_label, grad_top)
         stash = kept.stash if len(kept.stash) == len(positions) > 0 else None
         grads = head_gradients(call, rows, row_numbers, gradient, stash, Needed(*kept.needed))
         grad_hidden = None
-        if grads.hidden is not None:
+        if grads.hidden is not None and row_kernels is not None:
+            grad_hidden = head.hidden_states.new_empty(head.hidden_states.shape)
+            rows_of_grad = grad_hidden.view(-1, grad_hidden.shape[-1])
+            row_kernels.spread_rows(None, grads.hidden, positions, rows_of_grad)
+        elif grads.hidden is not None:
             grad_hidden = head.hidden_states.new_zeros(head.hidden_states.shape)
             rows_of_grad = grad_hidden.view(-1, grad_hidden.shape[-1])
             rows_of_grad[positions] = grads.hidden.to(grad_hidden.dtype)
@@ -514,11 +523,14 @@ def scale_slopes_op(*values: Any) -> Tensor:
     An operator of its own, whose derivative is refused: it would be wrong in silence.
     """
     given = SlopeArguments(*values)
-    positions, row_kernels = given.positions, row_kernels_of(kernels_of(given.backend))
+    positions, row_kernels = (
+        given.positions,
+        getattr(kernels_of(given.backend), "ROW_KERNELS", None),
+    )
     if row_kernels is not None and given.grad_logps is not None and given.top_slopes.numel() == 0:
         grad = given.slopes.new_empty(given.shape, dtype=given.dtype)
         rows = grad.view(-1, given.shape[-1])
-        row_kernels.scale_slopes(given.grad_logps, given.slopes, positions, rows)
+        row_kernels.spread_rows(given.grad_logps, given.slopes, positions, rows)
         return grad
     grad = torch.zeros(given.shape, dtype=given.dtype, device=positions.device)
     rows_of_grad = grad.view(-1, given.shape[-1])
