@@ -18,7 +18,7 @@ from realign_kernels.ops.score_tokens import (
     score_tokens,
     second_order_witness,
 )
-from realign_kernels.options import HeadOptions, LoraFactors
+from realign_kernels.options import NO_INDEX, HeadOptions, LoraFactors
 from realign_kernels.sequences import (
     PairShape,
     check_batch,
@@ -67,8 +67,8 @@ def rdpo_loss(
     rejected_scoring: str = "label",
     lm_head_bias: Tensor | None = None,
     lm_head_lora: LoraFactors | None = None,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
+    ignore_index: int | None = -100,
+    logit_scale: float | None = 1.0,
     logit_softcap: float | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
@@ -106,8 +106,8 @@ def rdpo_loss(
             ``ref_logps`` must have been scored the same way.
         lm_head_bias: As for :func:`linear_logprob`, like all that follow.
         lm_head_lora: ``(A, B, scaling)``.
-        ignore_index: Label of positions that are no answer; they cost nothing.
-        logit_scale: Factor on the logits.
+        ignore_index: Label of positions that are no answer, which cost nothing; None for none.
+        logit_scale: Factor on the logits; None for 1.
         logit_softcap: Bound on the logits.
         temperature: Divisor of the logits.
         backend: Implementation.
@@ -139,8 +139,8 @@ def rdpo_loss(
     options = HeadOptions(
         lm_head_bias=lm_head_bias,
         lm_head_lora=lm_head_lora,
-        ignore_index=ignore_index,
-        logit_scale=logit_scale,
+        ignore_index=NO_INDEX if ignore_index is None else ignore_index,
+        logit_scale=1.0 if logit_scale is None else logit_scale,
         logit_softcap=logit_softcap,
         temperature=temperature,
         backend=backend,
@@ -174,7 +174,7 @@ def rdpo_loss(
         sequence_ids=sequence_ids,
         sequence_lengths=sequence_lengths,
         ref_logps=None if ref_logps is None else ref_logps.detach(),
-        ignore_index=ignore_index,
+        ignore_index=options.ignore_index,
         pair_shape=list(pairs),
         terms=[number for row in objective.table() for number in row],
         nll_weight=objective.nll_weight,

@@ -17,6 +17,7 @@ from realign_kernels.fused.gradients import (
     Gradients,
     Needed,
     RowNumbers,
+    Upstream,
     by_scoring,
     head_gradients,
     logit_gradient,
@@ -88,7 +89,7 @@ def score_and_differentiate(
         share = own.pairs.num_pairs / batch.pairs.num_pairs
         grad = (slopes[own_ids] * share).to(logps.dtype)
         grad_label, grad_top = (grad, None) if is_top is None else by_scoring(is_top, grad)
-        gradient = logit_gradient(row_numbers, call.transform, grad_label, grad_top)
+        gradient = logit_gradient(row_numbers, call.transform, Upstream(grad_label, grad_top))
         stash = None if result.stash is None else result.stash[: len(chosen)]
         grads = head_gradients(call, rows, row_numbers, gradient, stash, needed, totals)
         if totals.hidden is not None and grads.hidden is not None:

@@ -213,8 +213,8 @@ def _backward(
             grad_tokens = grad_logps.reshape(-1)[torch.where(is_scored, sequence_ids, 0)]
         stash = inputs[0].new_empty(0, inputs[1].shape[0])
         more = score_tokens_backward_op(
-            *inputs, *ctx.options, torch.where(is_scored, grad_tokens, 0.0), None, labels, top_rows,
-            positions, numbers, top_ids, stash, ctx.needed,
+            *inputs, *ctx.options, torch.where(is_scored, grad_tokens, 0.0), None, None, None, None,
+            labels, top_rows, positions, numbers, top_ids, stash, ctx.needed,
         )  # fmt: skip
         total = [a + b for a, b in zip(total, more, strict=True)] if total else list(more)
     nothing = (None,) * (_NUM_HEAD + _NUM_BATCH + len(TileArguments._fields))

@@ -29,9 +29,10 @@ HEAD = (
     "logit_softcap=None, temperature=1.0, backend='auto', memory='auto', "
     f"workspace_bytes={256 << 20}, stash_bytes={2 << 30}, group=None"
 )
+SCORES = HEAD.replace("group", "num_scored=None, group")
 SIGNATURES = {
-    linear_logprob: f"(hidden_states, lm_head_weight, labels, {HEAD})",
-    linear_logprob_stats: f"(hidden_states, lm_head_weight, labels, {HEAD})",
+    linear_logprob: f"(hidden_states, lm_head_weight, labels, {SCORES})",
+    linear_logprob_stats: f"(hidden_states, lm_head_weight, labels, {SCORES})",
     rdpo_loss: "(hidden_states, lm_head_weight, labels, ref_logps, *, sequence_ids=None, "
     "sequence_lengths=None, beta=0.1, image_beta=None, image_weight=1.0, objective=None, "
     "rejected_scoring='label', " + HEAD.removeprefix("*, ") + ")",
@@ -48,7 +49,7 @@ SIGNATURES = {
 }
 FIELDS = {
     LogprobStats: "token_logps entropy log_sum_sq_probs mean_logits is_top1 top_non_label_logps "
-    "top_non_label_ids",
+    "top_non_label_ids lse",
     RdpoOutput: "loss logps num_tokens rewards text_margins image_margins",
     PreferenceOutput: "loss losses rewards text_margins image_margins",
 }
