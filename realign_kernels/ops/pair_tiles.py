@@ -24,12 +24,14 @@ from realign_kernels.fused.gradients import (
     token_log_probs,
     top_log_probs,
 )
+from realign_kernels.fused.statistics import statistics
 from realign_kernels.ops.pair_loss import PairArguments, reduce_pairs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from realign_kernels.fused.forward import FusedCall
+    from realign_kernels.ops.rdpo_tiles import TileArguments
     from realign_kernels.ops.score_tokens import HeadArguments
 
 # Enough rows for a product at full speed; more only cost memory.
@@ -44,16 +46,24 @@ class TiledResult(NamedTuple):
     positions: Tensor  # (N,)
     numbers: Tensor  # (3 or 4, N)
     top_ids: Tensor  # (N,)
+    statistics: TokenStatistics | None
+
+
+class TokenStatistics(NamedTuple):
+    """Statistics of every position, (M,), 0 where the label is ignored; in the dtype of scores."""
+
+    entropy: Tensor
+    mean_logits: Tensor
+    is_top1: Tensor
 
 
 def score_and_differentiate(
     call: FusedCall,
     head: HeadArguments,
     batch: PairArguments,
-    top_rows: Tensor | None,
+    what: TileArguments,
     positions: Tensor,
     tokens_per_pair: list[int],
-    needed: Needed,
 ) -> TiledResult:
     """Score all tokens and differentiate the mean loss, group of pairs by group of pairs.
 
@@ -61,11 +71,15 @@ def score_and_differentiate(
     are computed twice.
     """
     hidden_states, objective = head.hidden_states, batch.objective
+    top_rows, needed, with_statistics = what.top_rows, Needed(*what.needed), what.with_statistics
     stashed_rows = head.budget[1] // head.stash_row_bytes
     largest = min(_ROWS_PER_TILE, max(1, stashed_rows))
-    tracks_top = top_rows is not None
+    tracks_top = top_rows is not None or with_statistics
     wide = call.accumulation
     token_logps = hidden_states.new_zeros(len(batch.labels), dtype=wide)
+    found = None
+    if with_statistics:
+        found = TokenStatistics(*(torch.zeros_like(token_logps) for _ in TokenStatistics._fields))
     numbers = token_logps.new_empty(4 if tracks_top else 3, len(positions))
     top_ids = torch.empty_like(positions) if tracks_top else positions[:0].clone()
     totals = _zero_gradients(call, hidden_states, needed)
@@ -76,18 +90,26 @@ def score_and_differentiate(
             call,
             rows,
             Keeps.STASH if len(chosen) <= stashed_rows else Keeps.NUMBERS,
-            with_statistics=False,
+            with_statistics=with_statistics,
             tracks_top=tracks_top,
         )
         row_numbers = RowNumbers.of(result, len(chosen))
         logps = token_log_probs(row_numbers)
+        if found is not None:
+            named = statistics(result, row_numbers, logps, batch.labels[chosen], call.vocabulary)
+            for name, values in found._asdict().items():
+                values[chosen] = getattr(named, name).to(values.dtype)
         is_top = None if top_rows is None else top_rows[chosen]
         if is_top is not None:
             logps = torch.where(is_top, top_log_probs(row_numbers), logps)
         own, own_ids = _pairs_between(batch, chosen, first, last)
-        slopes = reduce_pairs(logps, head.backend, own, objective).coefficients.reshape(-1)
+        weights = None if what.token_weights is None else what.token_weights[chosen].to(logps.dtype)
+        weighted = logps if weights is None else logps * weights
+        slopes = reduce_pairs(weighted, head.backend, own, objective).coefficients.reshape(-1)
         share = own.pairs.num_pairs / batch.pairs.num_pairs
         grad = (slopes[own_ids] * share).to(logps.dtype)
+        if weights is not None:
+            grad = grad * weights
         grad_label, grad_top = (grad, None) if is_top is None else by_scoring(is_top, grad)
         gradient = logit_gradient(row_numbers, call.transform, Upstream(grad_label, grad_top))
         stash = None if result.stash is None else result.stash[: len(chosen)]
@@ -102,7 +124,7 @@ def score_and_differentiate(
                 number[index] = part
         if row_numbers.top_ids is not None:
             top_ids[index] = row_numbers.top_ids
-    return TiledResult(token_logps, totals, positions, numbers, top_ids)
+    return TiledResult(token_logps, totals, positions, numbers, top_ids, found)
 
 
 def _zero_gradients(call: FusedCall, hidden_states: Tensor, needed: Needed) -> Gradients:
