@@ -42,7 +42,7 @@ SIGNATURES = {
     preference_loss: "(logps, ref_logps, objective, *, num_tokens=None)",
     Objective: "(terms, nll_weight=0.0)",
     Term: "(coefficients, weight=1.0, beta=0.1, offset=0.0, link='logsigmoid', "
-    "label_smoothing=0.0)",
+    "label_smoothing=0.0, normalize='none')",
     Objective.dpo: "(beta=0.1)",
     Objective.rdpo: "(beta=0.1, image_beta=None, image_weight=1.0)",
     Objective.mdpo: "(beta=0.1, image_beta=None, image_weight=1.0, anchor_weight=1.0, "

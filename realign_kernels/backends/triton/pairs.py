@@ -139,9 +139,11 @@ def _pair_loss_kernel(
         factors = tl.load(term_ptr + offs_c)
         weight = tl.load(term_ptr + 4)
         link = tl.load(term_ptr + 8).to(tl.int32)
+        is_per_token = link >= 2  # ipo, and the links counted on from there: by length
+        link = link % 3
         is_read = factors != 0
         is_readable = tl.sum((is_read & (is_present == 0)).to(tl.int32), axis=0) == 0
-        factors = tl.where(link == 2, factors / counts, factors)  # ipo is per token
+        factors = tl.where(is_per_token, factors / counts, factors)
         contrast = tl.sum(tl.where(is_read, factors * log_ratios, 0.0), axis=0)
         term_loss, slope = _link(
             contrast, tl.load(term_ptr + 5), tl.load(term_ptr + 6), tl.load(term_ptr + 7), link
