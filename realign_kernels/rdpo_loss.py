@@ -11,7 +11,8 @@ from torch import Tensor
 from realign_kernels.data_parallel import gather_head
 from realign_kernels.objective import MAX_CELLS, Objective, check_objective, check_reference
 from realign_kernels.ops.pair_loss import PairArguments, PairOutputs, pair_loss_op
-from realign_kernels.ops.rdpo_tiles import TileArguments, TileOutputs, rdpo_tiles_op
+from realign_kernels.ops.pair_tiles import TileArguments
+from realign_kernels.ops.rdpo_tiles import TileOutputs, rdpo_tiles_op
 from realign_kernels.ops.score_tokens import (
     HeadArguments,
     check_call,

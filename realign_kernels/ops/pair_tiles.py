@@ -31,11 +31,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from realign_kernels.fused.forward import FusedCall
-    from realign_kernels.ops.rdpo_tiles import TileArguments
     from realign_kernels.ops.score_tokens import HeadArguments
 
 # Enough rows for a product at full speed; more only cost memory.
 _ROWS_PER_TILE = 4096
+
+
+class TileArguments(NamedTuple):
+    """Inputs of ``memory="tile"`` besides the head and the preference batch, which is packed."""
+
+    top_rows: Tensor | None
+    needed: list[bool]
+    label_shape: list[int]
+    witness: Tensor | None
+    token_weights: Tensor | None = None  # (M,), 0 where the label is ignored
+    with_statistics: bool = False
 
 
 class TiledResult(NamedTuple):

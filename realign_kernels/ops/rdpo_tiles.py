@@ -14,7 +14,7 @@ from torch import Tensor
 
 from realign_kernels.first_order import differentiate_once
 from realign_kernels.ops.pair_loss import PairArguments, reduce_pairs
-from realign_kernels.ops.pair_tiles import score_and_differentiate
+from realign_kernels.ops.pair_tiles import TileArguments, score_and_differentiate
 from realign_kernels.ops.schema import operator
 from realign_kernels.ops.score_tokens import (
     HeadArguments,
@@ -33,17 +33,6 @@ from realign_kernels.validation import (
 
 # Operators take no lists of dtypes, but of numbers.
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-class TileArguments(NamedTuple):
-    """Inputs of ``memory="tile"`` besides the head and the preference batch, which is packed."""
-
-    top_rows: Tensor | None
-    needed: list[bool]
-    label_shape: list[int]
-    witness: Tensor | None
-    token_weights: Tensor | None = None  # (M,), 0 where the label is ignored
-    with_statistics: bool = False
 
 
 class TileOutputs(NamedTuple):
