@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 MEMORY_MODES = ("auto", "stash", "tile", "recompute")
+# In place of an ignore_index of None: no label has it, for it is refused as one.
+NO_INDEX = -(2**63)
 LoraFactors = tuple[Tensor, Tensor, float]
 
 

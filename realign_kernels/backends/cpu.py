@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LARGEST_TILE = TileShape(512, 2048)
 TEMPORARIES = 0
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _WEIGHT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 

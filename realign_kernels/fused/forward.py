@@ -285,7 +285,7 @@ def add_weight_rows(
             call.kernels.combine(
                 low_rank_accumulator[block],
                 scale[block],
-                *_rounded_rows(call, head.lora_b, ids[block]),
+                *_rounded_rows(call, head.lora_b, ids[block], is_factor=True),
                 coefficient[block] * head.lora_scaling,
             )
 
@@ -299,7 +299,9 @@ def _label_logits(call: FusedCall, rows: Rows) -> Tensor:
         call.kernels.label_dot(rows.hidden[block], *_rounded_rows(call, head.weight, ids), out)
         if rows.low_rank is not None and head.lora_b is not None:
             low_rank = rows.low_rank[block] * head.lora_scaling
-            call.kernels.label_dot(low_rank, *_rounded_rows(call, head.lora_b, ids), out)
+            call.kernels.label_dot(
+                low_rank, *_rounded_rows(call, head.lora_b, ids, is_factor=True), out
+            )
     if head.bias is not None:
         is_here = (rows.ids >= 0) & (rows.ids < call.vocabulary.size)
         bias = head.bias[torch.where(is_here, rows.ids, 0)].to(call.accumulation)
@@ -311,9 +313,13 @@ def _label_logits(call: FusedCall, rows: Rows) -> Tensor:
     return torch.where(is_token, call.transform.apply_(logits), torch.nan)
 
 
-def _rounded_rows(call: FusedCall, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a weight and ids into it; a rounded copy of these rows where autocast rounds."""
+def _rounded_rows(
+    call: FusedCall, weight: Tensor, ids: Tensor, *, is_factor: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return a weight and ids into it; a rounded copy of these rows where they are rounded."""
     precision = call.head.precision
+    if is_factor and not precision.rounds_factors:
+        return weight, ids
     if precision.autocast is None or weight.dtype == precision.autocast:
         return weight, ids
     is_row = (ids >= 0) & (ids < weight.shape[0])
