@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#define REALIGN_ABI_VERSION 1
+#define REALIGN_ABI_VERSION 2
 
 extern "C" {
 
@@ -57,7 +57,8 @@ struct RealignTile {
 };
 
 // One preference batch.  S = num_cells * num_pairs; a term is a row of `terms`: four coefficients,
-// weight, beta, offset, label smoothing, link (0 logsigmoid, 1 hinge, 2 ipo).
+// weight, beta, offset, label smoothing, link (0 logsigmoid, 1 hinge, 2 ipo, which
+// is by length; 3 logsigmoid and 4 hinge by length).
 struct RealignPairs {
   int32_t is_double;
   int64_t num_tokens;

@@ -9,6 +9,8 @@ from torch import Tensor
 
 MEMORY_MODES = ("auto", "stash", "tile", "recompute")
 ACCUMULATE_MODES = ("auto", "exact")
+# In place of an ignore_index of None: no label has it, for it is refused as one.
+NO_INDEX = -(2**63)
 LoraFactors = tuple[Tensor, Tensor, float]
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from realign_kernels.options import ACCUMULATE_MODES, MEMORY_MODES, HeadOptions
+from realign_kernels.options import ACCUMULATE_MODES, MEMORY_MODES, NO_INDEX, HeadOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -201,7 +201,7 @@ def _remedy_of_tensor(value: Any) -> str:
 def check_head(
     hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, options: HeadOptions
 ) -> torch.dtype | None:
-    """Check the tensors of a head against each other; return what autocast rounds them to."""
+    """Check the tensors of a head against each other; return what the weight is rounded to."""
     check_tensor("hidden_states", hidden_states)
     check_tensor("lm_head_weight", lm_head_weight)
     check_tensor("labels", labels)
@@ -329,7 +329,9 @@ def check_labels(labels: Tensor, ignore_index: int, vocabulary: VocabularyShard)
     """Refuse a label that is neither a token id nor ``ignore_index``."""
     if not value_checks_enabled():
         return
-    is_bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary.total))
+    is_bad = (labels < 0) | (labels >= vocabulary.total)
+    if ignore_index != NO_INDEX:
+        is_bad &= labels != ignore_index
     rule, remedy = _label_rule(ignore_index)
     if is_bad.is_cuda:
         assert_on_device(~is_bad.any(), f"{rule}. {remedy}")
@@ -343,8 +345,10 @@ def check_labels(labels: Tensor, ignore_index: int, vocabulary: VocabularyShard)
 
 def _label_rule(ignore_index: int) -> tuple[str, str]:
     """Return what labels must be, and what to look at where they are not."""
-    remedy = "Are the labels those of this tokenizer, and already shifted?"
-    return f"labels must be in [0, V) or ignore_index {ignore_index}", remedy
+    rule = "labels must be in [0, V)"
+    if ignore_index != NO_INDEX:
+        rule = f"{rule} or ignore_index {ignore_index}"
+    return rule, "Are the labels those of this tokenizer, and already shifted?"
 
 
 def assert_rows_fit(
@@ -358,7 +362,9 @@ def assert_rows_fit(
         assert_on_device(number_fits, f"{_NUMBER_RULE}, got {num_rows}.")
 
 
-_NUMBER_RULE = "sequence_lengths must sum to the number of answer tokens"
+_NUMBER_RULE = (
+    "num_scored, or the sum of sequence_lengths, must be the number of labels that are not ignored"
+)
 
 
 def known_number(
@@ -370,7 +376,8 @@ def known_number(
     """
     if sequence_lengths is None or (device.type == "cpu" and not waits):
         return None
-    return sum(map(sum, sequence_lengths.tolist()))
+    numbers = sequence_lengths.tolist()
+    return numbers if isinstance(numbers, int) else sum(map(sum, numbers))
 
 
 def scored_positions(is_scored: Tensor, num_rows: int | None) -> Tensor:
@@ -386,6 +393,15 @@ def scored_positions(is_scored: Tensor, num_rows: int | None) -> Tensor:
             f"{_NUMBER_RULE}, got {num_rows}.",
         )
     return torch.nonzero_static(is_scored, size=num_rows).squeeze(1)
+
+
+def check_num_scored(num_scored: int, positions: Tensor) -> None:
+    """Refuse a number of scored labels that is not theirs; on a GPU an assertion has done it."""
+    if value_checks_enabled() and num_scored != len(positions):
+        raise ValueError(
+            f"num_scored must be the number of labels that are not ignored, {len(positions)}, "
+            f"got {num_scored}. Count them on the host, or leave it out."
+        )
 
 
 def check_floating(name: str, tensor: Tensor, remedy: str = "") -> None:
@@ -434,7 +450,9 @@ def assert_on_device(condition: Tensor, message: str) -> None:
 def _check_dtypes(
     hidden_states: Tensor, lm_head_weight: Tensor, swapped: str
 ) -> tuple[set[torch.dtype], torch.dtype | None]:
-    """Return the dtypes that other parts of the head may have, and the one of autocast if on.
+    """Return the dtypes that other parts of the head may have, and what the weight is rounded to.
+
+    That is the dtype of autocast, or of hidden states that have another one than the weight.
 
     PEFT keeps low-rank factors in float32 beside a half-precision head.
     """
@@ -450,10 +468,12 @@ def _check_dtypes(
     if torch.is_autocast_enabled(device_type) and not has_float64:
         return {*_HALF_DTYPES, torch.float32}, torch.get_autocast_dtype(device_type)
     if lm_head_weight.dtype != hidden_states.dtype:
-        raise TypeError(
-            f"lm_head_weight must have dtype {hidden_states.dtype} to match hidden_states, "
-            f"got {lm_head_weight.dtype}. Cast one of them, or call under torch.autocast."
-        )
+        if has_float64:
+            raise TypeError(
+                f"lm_head_weight must have dtype {hidden_states.dtype} to match hidden_states, "
+                f"got {lm_head_weight.dtype}. Cast one of them: float64 mixes with nothing."
+            )
+        return {*_HALF_DTYPES, torch.float32}, hidden_states.dtype
     return {hidden_states.dtype, torch.float64 if has_float64 else torch.float32}, None
 
 

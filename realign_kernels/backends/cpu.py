@@ -23,11 +23,8 @@ if TYPE_CHECKING:
 # A tile stays in the caches between the product and the epilogue.
 LARGEST_TILE = TileShape(512, 2048)
 TEMPORARIES = 0
-FITS_TILES = False
-ROW_KERNELS = None
-PRODUCT_KERNELS = None
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _WEIGHT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 

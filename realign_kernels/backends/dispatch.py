@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -124,10 +125,11 @@ def _probe_product(device_type: str) -> bool:
     return True
 
 
-@functools.cache
 def kernels_of(backend: str) -> KernelSet:
     """Load the kernels of a backend."""
-    return cast("KernelSet", importlib.import_module(BACKENDS[backend].module))
+    name = BACKENDS[backend].module
+    # Looked up before it is imported, which takes longer and happens several times a call.
+    return cast("KernelSet", sys.modules.get(name) or importlib.import_module(name))
 
 
 def describe_backends() -> dict[str, str]:

@@ -150,18 +150,36 @@ class RowKernels(Protocol):
         head: Head,
         transform: LogitTransform,
         started: StartedRows,
-        positions: Tensor,
+        positions: Tensor | None,
         accumulator: Tensor | None,
         scores: Tensor,
     ) -> None:
-        """Put scores to their positions, and turn ``E @ W`` into their derivative."""
+        """Put scores to their positions, and turn ``E @ W`` into their derivative.
 
-    def scale_slopes(
-        self, upstream: Tensor, slopes: Tensor, positions: Tensor, out: Tensor
+        Without positions ``scores`` has an entry a row.
+        """
+
+    def grade_rows(
+        self,
+        transform: LogitTransform,
+        numbers: Tensor,
+        upstream: Tensor,
+        positions: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Differentiate scores by raw logits: return the factor of E, and the label's entry.
+
+        ``upstream`` has an entry a position, or without positions a row.
+        """
+
+    def rescale_rows(self, matrix: Tensor, old_shift: Tensor, new_shift: Tensor) -> None:
+        """Make rows of E, relative to the old shift, relative to the new one."""
+
+    def spread_rows(
+        self, upstream: Tensor | None, rows: Tensor, positions: Tensor, out: Tensor
     ) -> None:
-        """Set rows ``positions[n]`` of ``out`` to ``upstream[positions[n]] * slopes[n]``.
+        """Set rows ``positions[n]`` of ``out`` to ``upstream[positions[n]] * rows[n]``.
 
-        The others are set to 0.
+        The others are set to 0.  Without ``upstream`` its entries are 1.
         """
 
     def spread_gradient(self, gradient: PairGradient, out: Tensor) -> None:
@@ -192,14 +210,13 @@ class KernelSet(Protocol):
     """A module of kernels; every one is deterministic and waits for no device.
 
     It may also state ``STRIDE_MULTIPLE``: rows of tiles and of E lie a multiple of so many elements
-    apart.
+    apart; ``FITS_TILES``: few rows get wider tiles, and so sums in another order than many have;
+    ``ROW_KERNELS``, for devices whose launches cost more than the work; and ``PRODUCT_KERNELS``,
+    for devices whose products cut sums off.
     """
 
     LARGEST_TILE: TileShape  # where the workspace allows it
     TEMPORARIES: int  # tiles of the accumulation dtype that the epilogue makes for itself
-    FITS_TILES: bool  # whether few rows get wider tiles, and so sums in another order than many
-    ROW_KERNELS: RowKernels | None  # for devices whose launches cost more than this work
-    PRODUCT_KERNELS: ProductKernels | None  # for devices whose products cut sums off
 
     def operand_dtype(self, computed: torch.dtype, rounded: torch.dtype) -> torch.dtype:
         """Return the dtype of hidden states, weight and exponentials in products.

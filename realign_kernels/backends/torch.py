@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 LARGEST_TILE = TileShape(1024, 4096)
 STRIDE_MULTIPLE = 64  # as in the Triton kernels, for products on GPUs
 TEMPORARIES = 2
-FITS_TILES = False
-ROW_KERNELS = None
-PRODUCT_KERNELS = None
 
 _INF = float("inf")
 # Of a copy of rows of the weight or of hidden states.

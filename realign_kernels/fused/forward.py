@@ -95,17 +95,22 @@ class FusedCall:
         """The kernels for what is done once a call, where there are some for this head."""
         if self.head.lora_a is not None or self.vocabulary.group is not None:
             return None
-        return self.kernels.ROW_KERNELS
+        row_kernels: RowKernels | None = getattr(self.kernels, "ROW_KERNELS", None)
+        return row_kernels
 
     @property
     def product_kernels(self) -> ProductKernels | None:
         """The kernels for logits where these are faster than a BLAS, or more exact and asked for."""
-        kernels, weight = self.kernels.PRODUCT_KERNELS, self.head.weight
+        kernels: ProductKernels | None = getattr(self.kernels, "PRODUCT_KERNELS", None)
         if kernels is None or self.accumulation != torch.float32:
             return None
         # Products of float32 are not cut off, but where TF32 is asked for.
         is_wanted = self.accumulates_exactly and self.operand != torch.float32
-        return kernels if is_wanted or kernels.is_faster(self.operand, weight.device) else None
+        return (
+            kernels
+            if is_wanted or kernels.is_faster(self.operand, self.head.weight.device)
+            else None
+        )
 
 
 class Rows(NamedTuple):
@@ -139,6 +144,11 @@ def gather_rows(call: FusedCall, hidden_states: Tensor, labels: Tensor, position
     """Gather the rows at ``positions`` of ``labels`` (M,) and of ``hidden_states`` (..., D)."""
     num_rows = positions.shape[0]
     total = padded_rows(num_rows, call.shape)
+    if call.row_kernels is not None:
+        started = call.row_kernels.start_rows(
+            call.head, call.transform, hidden_states, labels, positions, total, with_numbers=False
+        )
+        return Rows(started.hidden, None, started.ids)
     precision = call.head.precision
     hidden_size = hidden_states.shape[-1]
     if total == num_rows == len(labels):
@@ -264,18 +274,23 @@ def view_rows(state: RowState, block: slice) -> RowState:
 
 def fold_tile(call: FusedCall, tile: Tile, rows: Rows, block: slice, head_tile: HeadTile) -> None:
     """Compute the logits of a tile and fold them into the sums of its rows."""
-    hidden, kernels = rows.hidden[block], call.product_kernels
+    kernels = call.product_kernels
     if kernels is not None and _has_fused_product(tile, head_tile):
-        kernels.fused_product(tile, hidden, head_tile.weight)
-        return
-    # The bias is left to the epilogue.
-    if kernels is not None:
-        kernels.exact_product(tile.logits, hidden, head_tile.weight)
+        kernels.fused_product(tile, rows.hidden[block], head_tile.weight)
     else:
-        call.kernels.product(tile.logits, hidden, head_tile.weight.T, adds=False)
-    if head_tile.lora_b is not None and rows.low_rank is not None:
-        call.kernels.product(tile.logits, rows.low_rank[block], head_tile.lora_b.T, adds=True)
-    call.kernels.epilogue(tile)
+        logits_into(call, tile.logits, rows, block, head_tile)
+        call.kernels.epilogue(tile)
+
+
+def logits_into(call: FusedCall, out: Tensor, rows: Rows, block: slice, tile: HeadTile) -> None:
+    """Set ``out`` to the raw logits of a tile, except the bias, which the epilogue adds."""
+    kernels = call.product_kernels
+    if kernels is not None:
+        kernels.exact_product(out, rows.hidden[block], tile.weight)
+    else:
+        call.kernels.product(out, rows.hidden[block], tile.weight.T, adds=False)
+    if tile.lora_b is not None and rows.low_rank is not None:
+        call.kernels.product(out, rows.low_rank[block], tile.lora_b.T, adds=True)
 
 
 def _has_fused_product(tile: Tile, head_tile: HeadTile) -> bool:
@@ -308,7 +323,7 @@ def add_weight_rows(
             call.kernels.combine(
                 low_rank_accumulator[block],
                 scale[block],
-                *_rounded_rows(call, head.lora_b, ids[block]),
+                *_rounded_rows(call, head.lora_b, ids[block], is_factor=True),
                 coefficient[block] * head.lora_scaling,
             )
 
@@ -322,7 +337,9 @@ def _label_logits(call: FusedCall, rows: Rows) -> Tensor:
         call.kernels.label_dot(rows.hidden[block], *_rounded_rows(call, head.weight, ids), out)
         if rows.low_rank is not None and head.lora_b is not None:
             low_rank = rows.low_rank[block] * head.lora_scaling
-            call.kernels.label_dot(low_rank, *_rounded_rows(call, head.lora_b, ids), out)
+            call.kernels.label_dot(
+                low_rank, *_rounded_rows(call, head.lora_b, ids, is_factor=True), out
+            )
     if head.bias is not None:
         is_here = (rows.ids >= 0) & (rows.ids < call.vocabulary.size)
         bias = head.bias[torch.where(is_here, rows.ids, 0)].to(call.accumulation)
@@ -334,9 +351,13 @@ def _label_logits(call: FusedCall, rows: Rows) -> Tensor:
     return torch.where(is_token, call.transform.apply_(logits), torch.nan)
 
 
-def _rounded_rows(call: FusedCall, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a weight and ids into it; a rounded copy of these rows where autocast rounds."""
+def _rounded_rows(
+    call: FusedCall, weight: Tensor, ids: Tensor, *, is_factor: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return a weight and ids into it; a rounded copy of these rows where they are rounded."""
     precision = call.head.precision
+    if is_factor and not precision.rounds_factors:
+        return weight, ids
     if precision.autocast is None or weight.dtype == precision.autocast:
         return weight, ids
     is_row = (ids >= 0) & (ids < weight.shape[0])
@@ -464,7 +485,11 @@ class _Scratch:
 
     def rescale(self, matrix: Tensor | None, old_shift: Tensor, new_shift: Tensor) -> None:
         """Make rows relative to another shift."""
-        if matrix is not None:
+        if matrix is None:
+            return
+        if self.call.row_kernels is not None:
+            self.call.row_kernels.rescale_rows(matrix, old_shift, new_shift)
+        else:
             scale = torch.where(old_shift == new_shift, 1.0, torch.exp(old_shift - new_shift))
             nowhere = torch.full_like(scale, NO_TOKEN, dtype=torch.int64)
             self.call.kernels.combine(matrix, scale, matrix[:0], nowhere, torch.zeros_like(scale))

@@ -12,7 +12,11 @@ import torch
 from torch import Tensor
 
 from realign_kernels.backends.dispatch import kernels_of
-from realign_kernels.backends.kernel_set import PairBatch, PairGradient, PairResults
+from realign_kernels.backends.kernel_set import (
+    PairBatch,
+    PairGradient,
+    PairResults,
+)
 from realign_kernels.first_order import differentiate_once
 from realign_kernels.objective import Objective
 from realign_kernels.ops.schema import operator
@@ -81,7 +85,7 @@ def pair_loss_op(token_logps: Tensor, backend: str, *values: Any) -> PairOutputs
     labels, sequence_ids, lengths = batch.labels, batch.sequence_ids, batch.sequence_lengths
     if lengths is not None:
         check_chosen_present(lengths)
-    looks = kernels_of(backend).ROW_KERNELS is not None
+    looks = getattr(kernels_of(backend), "ROW_KERNELS", None) is not None
     if not looks and sequence_ids is not None:
         is_scored = labels != batch.ignore_index
         check_sequence_id_values(sequence_ids, is_scored, batch.pairs.num_sequences)
@@ -175,7 +179,7 @@ class PairBackwardArguments(NamedTuple):
 def pair_loss_backward_op(*values: Any) -> Tensor:
     """Return the gradient by token scores: that of its sequence for every scored token."""
     kept = PairBackwardArguments(*values)
-    labels, row_kernels = kept.labels, kernels_of(kept.backend).ROW_KERNELS
+    labels, row_kernels = kept.labels, getattr(kernels_of(kept.backend), "ROW_KERNELS", None)
     if row_kernels is not None:
         # Hooks on saved tensors may hand them back in another layout.
         ids = None if kept.sequence_ids is None else kept.sequence_ids.contiguous()

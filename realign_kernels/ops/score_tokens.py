@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from realign_kernels.backends.dispatch import kernels_of, resolve_backend
 from realign_kernels.first_order import differentiate_once
 from realign_kernels.fused.forward import (
+    NO_TOKEN,
     FusedCall,
     Keeps,
     PassResult,
@@ -26,8 +28,10 @@ from realign_kernels.fused.forward import (
     walk_vocabulary,
 )
 from realign_kernels.fused.gradients import (
+    LogitGradient,
     Needed,
     RowNumbers,
+    Upstream,
     by_scoring,
     head_gradients,
     hidden_gradient,
@@ -45,6 +49,7 @@ from realign_kernels.validation import (
     check_head,
     check_labels,
     check_no_tangent,
+    check_num_scored,
     known_number,
     scored_positions,
 )
@@ -64,11 +69,12 @@ class HeadArguments(NamedTuple):
     lora_b: Tensor | None
     lora_scaling: float
     transform: list[float]  # scale, softcap (0: none), temperature
-    autocast_dtype: torch.dtype | None
+    autocast_dtype: torch.dtype | None  # what the weight is rounded to, tile by tile
     backend: str
     budget: list[int]  # workspace and stash, in bytes
     group_name: str | None
     accumulates_exactly: bool
+    rounds_factors: bool = True  # low-rank factors too, as autocast does
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -81,7 +87,7 @@ class HeadArguments(NamedTuple):
         computed = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         rounded = self.autocast_dtype or self.weight.dtype
         operand = kernels_of(self.backend).operand_dtype(computed, rounded)
-        return Precision(self.autocast_dtype, computed, operand)
+        return Precision(self.autocast_dtype, computed, operand, self.rounds_factors)
 
     @property
     def stash_width(self) -> int:
@@ -103,6 +109,9 @@ class HeadArguments(NamedTuple):
 
 
 _NUM_HEAD = len(HeadArguments._fields)
+_NUM_SCORES, _NUM_DIFFERENTIABLE = 8, 4  # of FusedScores
+# Of the gradient of entropies, beside the tile of logits: e, the slope of a softcap, and a mask.
+_ENTROPY_TEMPORARIES = 3
 
 
 class ScoreArguments(NamedTuple):
@@ -110,7 +119,7 @@ class ScoreArguments(NamedTuple):
 
     labels: Tensor
     top_rows: Tensor | None  # (M,) bool: scored by their best token that is not the label
-    sequence_lengths: Tensor | None  # on the CPU; sums to the number of scored labels
+    sequence_lengths: Tensor | None  # on the CPU; sums to the number of scored labels, or is it, ()
     ignore_index: int
     keeps: str
     with_statistics: bool
@@ -121,9 +130,10 @@ class ScoreArguments(NamedTuple):
 class FusedScores(NamedTuple):
     """Outputs of the forward, in the order of its schema; empty where they were not asked for."""
 
-    token_logps: Tensor  # (M,), like those down to top_non_label_ids
+    token_logps: Tensor  # (M,), like those down to top_non_label_ids; four are differentiable
     top_non_label_logps: Tensor
     entropy: Tensor
+    lse: Tensor
     log_sum_sq_probs: Tensor
     mean_logits: Tensor
     is_top1: Tensor
@@ -155,6 +165,7 @@ def check_call(
         budget=[options.workspace_bytes, options.stash_bytes],
         group_name=None if options.group is None else options.group.group_name,
         accumulates_exactly=options.accumulate == "exact",
+        rounds_factors=torch.is_autocast_enabled(hidden_states.device.type),
     )
 
 
@@ -167,7 +178,7 @@ def score_tokens(
     top_rows: Tensor | None = None,
     sequence_lengths: Tensor | None = None,
 ) -> FusedScores:
-    """Score every position; the first seven entries have the shape of ``labels``.
+    """Score every position; the first eight entries have the shape of ``labels``.
 
     They are 0 where labels are ignored, ``is_top1`` False and ids -1.  Positions of ``top_rows``,
     of the same shape, are scored by their best token that is not the label.  ``sequence_lengths``,
@@ -185,7 +196,7 @@ def score_tokens(
         witness=second_order_witness(*head.tensors),
     )
     scores = FusedScores(*score_tokens_kept(*head, *arguments))
-    shaped = scores[: 7 if with_statistics else 1]
+    shaped = scores[: _NUM_SCORES if with_statistics else 1]
     return FusedScores(*(part.reshape(labels.shape) for part in shaped), *scores[len(shaped) :])
 
 
@@ -223,7 +234,15 @@ def score_tokens_op(*values: Any) -> FusedScores:
             head, vocabulary, what.labels, what.ignore_index, what.sequence_lengths,
             what.label_shape,
         )  # fmt: skip
-        call = fused_call(head, vocabulary, len(positions), sums_head_gradient=False)
+        num_rows = len(positions)
+        call = fused_call(head, vocabulary, num_rows, sums_head_gradient=False)
+        if what.with_statistics and what.keeps != Keeps.NOTHING.value:
+            # Refuses beforehand a workspace that the backward would refuse.
+            fused_call(
+                head, vocabulary, num_rows, sums_head_gradient=True, differentiates_entropy=True
+            )
+        if what.sequence_lengths is not None and what.sequence_lengths.ndim == 0:
+            check_num_scored(int(what.sequence_lengths), positions)
         keeps = Keeps(what.keeps)
         needed = len(positions) * head.stash_row_bytes
         if keeps is Keeps.STASH_IF_IT_FITS:
@@ -246,7 +265,7 @@ def find_rows(
     label_shape: list[int],
 ) -> tuple[Tensor, Tensor | None]:
     """Check labels (M,); return where they are scored, (N,), and zeros for scores if at hand."""
-    row_kernels = kernels_of(head.backend).ROW_KERNELS
+    row_kernels = getattr(kernels_of(head.backend), "ROW_KERNELS", None)
     waits = row_kernels is not None
     num_rows = known_number(sequence_lengths, labels.device, waits)
     is_whole = vocabulary.group is None
@@ -328,9 +347,11 @@ def _scores_of(
 ) -> FusedScores:
     """Return the outputs of the operator, of which none may be a view of another."""
     scores, num_rows = outputs["token_logps"], len(positions)
-    num_saved = num_rows if keeps in (Keeps.STASH, Keeps.NUMBERS) else 0
+    # Statistics have gradients that the forward has not taken.
+    is_saved = keeps in (Keeps.STASH, Keeps.NUMBERS) or (top_ids is not None and "lse" in outputs)
+    num_saved = num_rows if is_saved and keeps is not Keeps.NOTHING else 0
     dtypes = {"is_top1": torch.bool, "top_non_label_ids": torch.int64}
-    for name in FusedScores._fields[1:7]:
+    for name in FusedScores._fields[1:_NUM_SCORES]:
         if name not in outputs:
             outputs[name] = scores.new_empty(0, dtype=dtypes.get(name))
     stash = result.stash
@@ -363,7 +384,7 @@ def _slopes(
     def slopes_of(
         grad_label: Tensor, grad_top: Tensor | None, total: Tensor, low_rank_total: Tensor | None
     ) -> Tensor:
-        gradient = logit_gradient(numbers, call.transform, grad_label, grad_top)
+        gradient = logit_gradient(numbers, call.transform, Upstream(grad_label, grad_top))
         hidden, _ = hidden_gradient(call, rows, gradient, numbers.top_ids, total, low_rank_total)
         return hidden
 
@@ -397,10 +418,12 @@ def _score_tokens_fake(*values: Any) -> FusedScores:
     elif kept is Keeps.STASH_IF_IT_FITS:
         num_stashed = torch.library.get_ctx().new_dynamic_size()
     has_slopes = kept is Keeps.SLOPES
+    num_saved = 0 if has_slopes and not with_statistics else num_scored
     return FusedScores(
         token_logps=empty(number, True, what.labels.shape[0]),
         top_non_label_logps=per_position(number),
         entropy=per_position(number),
+        lse=per_position(number),
         log_sum_sq_probs=per_position(number),
         mean_logits=per_position(number),
         is_top1=per_position(torch.bool),
@@ -408,8 +431,8 @@ def _score_tokens_fake(*values: Any) -> FusedScores:
         slopes=empty(number, has_slopes, num_scored, hidden_size),
         top_slopes=empty(number, has_slopes and with_statistics, num_scored, hidden_size),
         positions=empty(torch.int64, True, num_scored),
-        numbers=empty(number, True, 4 if tracks_top else 3, 0 if has_slopes else num_scored),
-        top_ids=empty(torch.int64, True, num_scored if tracks_top and not has_slopes else 0),
+        numbers=empty(number, True, 4 if tracks_top else 3, num_saved),
+        top_ids=empty(torch.int64, True, num_saved if tracks_top else 0),
         stash=empty(head.precision.operand, True, num_stashed, head.stash_width),
     )
 
@@ -419,6 +442,9 @@ class BackwardArguments(NamedTuple):
 
     grad_logps: Tensor | None  # (M,)
     grad_top_logps: Tensor | None
+    grad_entropy: Tensor | None
+    grad_lse: Tensor | None
+    entropy: Tensor | None  # (M,), where it has a slope
     labels: Tensor
     top_rows: Tensor | None
     positions: Tensor
@@ -445,33 +471,64 @@ def score_tokens_backward_op(*values: Any) -> HeadGradients:
     positions = kept.positions
     with plain(head.hidden_states):
         sums_head = any(kept.needed[1:])
-        call = fused_call(head, head.vocabulary(), len(positions), sums_head_gradient=sums_head)
+        call = fused_call(
+            head,
+            head.vocabulary(),
+            len(positions),
+            sums_head_gradient=sums_head,
+            differentiates_entropy=kept.grad_entropy is not None,
+        )
         rows = gather_rows(call, head.hidden_states, kept.labels, positions)
+        has_stash = len(kept.stash) == len(positions) > 0 and kept.grad_entropy is None
+        tracks_top = len(kept.numbers) == 4
+        row_kernels = call.row_kernels
+        is_graded = row_kernels is not None and kept.grad_logps is not None and not tracks_top
+        # With a frozen head a row's gradient does not depend on how many others there are.
+        is_padded = not (sums_head or has_stash or is_graded)
+        num_empty = len(rows.ids) - len(positions) if is_padded else 0
         # Hooks on saved tensors may hand them back in another layout.
         numbers, top_ids = kept.numbers.contiguous(), kept.top_ids.contiguous()
-        tracks_top = len(numbers) == 4
+        if num_empty > 0:
+            numbers = pad(numbers, (0, num_empty))
+            top_ids = pad(top_ids, (0, num_empty), value=NO_TOKEN)
         row_numbers = RowNumbers(
             *numbers[:3], *((numbers[3], top_ids) if tracks_top else (None, None))
         )
 
         def per_row(grad: Tensor | None) -> Tensor:
             if grad is None or grad.numel() == 0:
-                return numbers.new_zeros(len(positions))
-            return grad[positions].to(numbers.dtype)
+                return numbers.new_zeros(numbers.shape[1])
+            return pad(grad[positions].to(numbers.dtype), (0, num_empty))
 
-        grad_label, grad_top = per_row(kept.grad_logps), None
-        if tracks_top:
-            grad_top = per_row(kept.grad_top_logps)
-        if kept.top_rows is not None:
-            grad_label, grad_top = by_scoring(kept.top_rows[positions], grad_label)
-        gradient = logit_gradient(row_numbers, call.transform, grad_label, grad_top)
-        stash = kept.stash if len(kept.stash) == len(positions) > 0 else None
+        if row_kernels is not None and is_graded:
+            graded = row_kernels.grade_rows(call.transform, numbers, kept.grad_logps, positions)
+            gradient = LogitGradient(*graded, None)
+        else:
+            grad_label, grad_top = per_row(kept.grad_logps), None
+            if tracks_top:
+                grad_top = per_row(kept.grad_top_logps)
+            if kept.top_rows is not None:
+                is_top = pad(kept.top_rows[positions], (0, num_empty))
+                grad_label, grad_top = by_scoring(is_top, grad_label)
+            upstream = Upstream(
+                grad_label,
+                grad_top,
+                None if kept.grad_lse is None else per_row(kept.grad_lse),
+                None if kept.grad_entropy is None else per_row(kept.grad_entropy),
+            )
+            entropy = None if kept.entropy is None else per_row(kept.entropy)
+            gradient = logit_gradient(row_numbers, call.transform, upstream, entropy)
+        stash = kept.stash if has_stash else None
         grads = head_gradients(call, rows, row_numbers, gradient, stash, Needed(*kept.needed))
         grad_hidden = None
-        if grads.hidden is not None:
+        if grads.hidden is not None and row_kernels is not None:
+            grad_hidden = head.hidden_states.new_empty(head.hidden_states.shape)
+            rows_of_grad = grad_hidden.view(-1, grad_hidden.shape[-1])
+            row_kernels.spread_rows(None, grads.hidden[: len(positions)], positions, rows_of_grad)
+        elif grads.hidden is not None:
             grad_hidden = head.hidden_states.new_zeros(head.hidden_states.shape)
             rows_of_grad = grad_hidden.view(-1, grad_hidden.shape[-1])
-            rows_of_grad[positions] = grads.hidden.to(grad_hidden.dtype)
+            rows_of_grad[positions] = grads.hidden[: len(positions)].to(grad_hidden.dtype)
         given = (grad_hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b)
         return HeadGradients(
             *(
@@ -515,11 +572,14 @@ def scale_slopes_op(*values: Any) -> Tensor:
     An operator of its own, whose derivative is refused: it would be wrong in silence.
     """
     given = SlopeArguments(*values)
-    positions, row_kernels = given.positions, kernels_of(given.backend).ROW_KERNELS
+    positions, row_kernels = (
+        given.positions,
+        getattr(kernels_of(given.backend), "ROW_KERNELS", None),
+    )
     if row_kernels is not None and given.grad_logps is not None and given.top_slopes.numel() == 0:
         grad = given.slopes.new_empty(given.shape, dtype=given.dtype)
         rows = grad.view(-1, given.shape[-1])
-        row_kernels.scale_slopes(given.grad_logps, given.slopes, positions, rows)
+        row_kernels.spread_rows(given.grad_logps, given.slopes, positions, rows)
         return grad
     grad = torch.zeros(given.shape, dtype=given.dtype, device=positions.device)
     rows_of_grad = grad.view(-1, given.shape[-1])
@@ -557,19 +617,24 @@ def plain(tensor: Tensor) -> Iterator[None]:
 
 
 def fused_call(
-    head: HeadArguments, vocabulary: VocabularyShard, num_rows: int, *, sums_head_gradient: bool
+    head: HeadArguments,
+    vocabulary: VocabularyShard,
+    num_rows: int,
+    *,
+    sums_head_gradient: bool,
+    differentiates_entropy: bool = False,
 ) -> FusedCall:
-    """Gather what does not change over a call; ``sums_head_gradient`` takes room from its tiles."""
+    """Gather what does not change over a call; both flags take room from its tiles."""
     kernels, precision = kernels_of(head.backend), head.precision
     weight, lora_a = head.weight, head.lora_a
-    largest = kernels.LARGEST_TILE
+    largest, fits = kernels.LARGEST_TILE, getattr(kernels, "FITS_TILES", False)
     shape = tile_shape(
-        fitted(largest, num_rows) if kernels.FITS_TILES else largest,
+        fitted(largest, num_rows) if fits else largest,
         weight.shape[1],
         0 if lora_a is None else lora_a.shape[0],
         (precision.accumulation.itemsize, precision.operand.itemsize),
         head.budget[0],
-        temporaries=kernels.TEMPORARIES,
+        temporaries=max(kernels.TEMPORARIES, _ENTROPY_TEMPORARIES if differentiates_entropy else 0),
         casts_head=precision.copies(weight.dtype),
         sums_head_gradient=sums_head_gradient,
     )
@@ -591,39 +656,59 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.keeps = Keeps(what.keeps)
     ctx.options = head[5:]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[2:])
+    ctx.mark_non_differentiable(*output[_NUM_DIFFERENTIABLE:])
+    ctx.has_statistics = what.with_statistics
+    slopes: tuple[Tensor | None, ...] = ()
     if ctx.keeps is Keeps.SLOPES:
-        ctx.save_for_backward(scores.slopes, scores.top_slopes, scores.positions, what.witness)
+        slopes = scores.slopes, scores.top_slopes, what.witness
         ctx.hidden = list(head.hidden_states.shape), head.hidden_states.dtype
         ctx.backend = head.backend
-    else:
-        ctx.save_for_backward(
-            *head.tensors, what.labels, what.top_rows, scores.positions, scores.numbers,
-            scores.top_ids, scores.stash,
-        )  # fmt: skip
+        if not what.with_statistics:
+            # The hidden states need not stay.
+            ctx.save_for_backward(*slopes, scores.positions)
+            return
+    entropy = scores.entropy if what.with_statistics else None
+    ctx.save_for_backward(
+        *slopes, scores.positions, scores.numbers, scores.top_ids, scores.stash, *head.tensors,
+        what.labels, what.top_rows, entropy,
+    )  # fmt: skip
 
 
 def _backward(
-    ctx: Any, grad_logps: Tensor | None, grad_top_logps: Tensor | None = None, *_: None
+    ctx: Any,
+    grad_logps: Tensor | None,
+    grad_top_logps: Tensor | None = None,
+    grad_entropy: Tensor | None = None,
+    grad_lse: Tensor | None = None,
+    *_: None,
 ) -> tuple[Tensor | None, ...]:
     nothing = (None,) * (_NUM_HEAD + len(ScoreArguments._fields))
-    if grad_logps is None and grad_top_logps is None:
+    if not ctx.has_statistics:
+        # Outputs that were not asked for are empty, and so are their gradients.
+        grad_top_logps = grad_entropy = grad_lse = None
+    upstream = (grad_logps, grad_top_logps, grad_entropy, grad_lse)
+    if all(grad is None for grad in upstream):
         return nothing
-    for grad in (grad_logps, grad_top_logps):
+    for grad in upstream:
         check_no_tangent("the gradient from above", grad)
-    needed = list(ctx.needs_input_grad[:5])
     assert ctx.keeps is not Keeps.NOTHING  # which would give zeros in silence
+    needed = list(ctx.needs_input_grad[:5])
     # Read once: hooks of checkpointing and offloading unpack at every access.
-    saved = ctx.saved_tensors
+    saved = list(ctx.saved_tensors)
     if ctx.keeps is Keeps.SLOPES:
-        *slopes, witness = saved
-        grad = scale_slopes_op(
-            grad_logps, grad_top_logps, *slopes, *ctx.hidden, witness, ctx.backend
-        )
-        return (grad, *nothing[1:])
+        slopes, top_slopes, witness, *saved = saved
+        if grad_entropy is None and grad_lse is None:
+            grad = scale_slopes_op(
+                grad_logps, grad_top_logps, slopes, top_slopes, saved[0], *ctx.hidden, witness,
+                ctx.backend,
+            )  # fmt: skip
+            return (grad, *nothing[1:])
+    positions, numbers, top_ids, stash, *rest = saved
+    tensors, (labels, top_rows, entropy) = rest[:5], rest[5:]
     grads = score_tokens_backward_op(
-        *saved[:5], *ctx.options, grad_logps, grad_top_logps, *saved[5:], needed
-    )
+        *tensors, *ctx.options, *upstream, None if grad_entropy is None else entropy, labels,
+        top_rows, positions, numbers, top_ids, stash, needed,
+    )  # fmt: skip
     gradients = zip(grads, needed, strict=True)
     return (*(grad if is_needed else None for grad, is_needed in gradients), *nothing[5:])
 

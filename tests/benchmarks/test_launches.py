@@ -16,6 +16,7 @@ MOST = {
     "rdpo_loss, packed, lengths unknown": 10,
     "linear_logprob": 6,
 }
+MOST_OF_TRAINED = {"rdpo_loss, stash": 32, "rdpo_loss, tile": 88}  # 167 and 230 before
 
 
 @pytest.mark.parametrize("num_rows", [258, 1020])
@@ -27,6 +28,13 @@ def test_a_frozen_head_launches_few_kernels(name, num_rows):
     assert (found.products, found.epilogues) == (2, 1)
     knows = "rdpo_loss" in name and "unknown" not in name
     assert found.waits == (0 if knows else 1)
+
+
+@pytest.mark.parametrize("name", MOST_OF_TRAINED)
+def test_a_trained_head_launches_few_kernels(name):
+    found = launches.count(launches.calls(66, 4096)[name])
+    assert found.small <= MOST_OF_TRAINED[name], (found.operators, found.kernels)
+    assert (found.products, found.epilogues) == (3, 1)
 
 
 def test_what_launches_is_counted():

@@ -15,6 +15,7 @@ from realign_kernels import (
     Objective,
     PreferenceOutput,
     RdpoOutput,
+    RdpoStatsOutput,
     Term,
     describe_backends,
     linear_logprob,
@@ -29,16 +30,19 @@ HEAD = (
     "logit_softcap=None, temperature=1.0, backend='auto', memory='auto', "
     f"workspace_bytes={256 << 20}, stash_bytes={2 << 30}, accumulate='auto', group=None"
 )
+SCORES = HEAD.replace("group", "num_scored=None, group")
 SIGNATURES = {
-    linear_logprob: f"(hidden_states, lm_head_weight, labels, {HEAD})",
-    linear_logprob_stats: f"(hidden_states, lm_head_weight, labels, {HEAD})",
+    linear_logprob: f"(hidden_states, lm_head_weight, labels, {SCORES})",
+    linear_logprob_stats: f"(hidden_states, lm_head_weight, labels, {SCORES})",
     rdpo_loss: "(hidden_states, lm_head_weight, labels, ref_logps, *, sequence_ids=None, "
     "sequence_lengths=None, beta=0.1, image_beta=None, image_weight=1.0, objective=None, "
-    "rejected_scoring='label', " + HEAD.removeprefix("*, ") + ")",
+    "rejected_scoring='label', token_weights=None, statistics=False, "
+    + HEAD.removeprefix("*, ")
+    + ")",
     preference_loss: "(logps, ref_logps, objective, *, num_tokens=None)",
     Objective: "(terms, nll_weight=0.0)",
     Term: "(coefficients, weight=1.0, beta=0.1, offset=0.0, link='logsigmoid', "
-    "label_smoothing=0.0)",
+    "label_smoothing=0.0, normalize='none')",
     Objective.dpo: "(beta=0.1)",
     Objective.rdpo: "(beta=0.1, image_beta=None, image_weight=1.0)",
     Objective.mdpo: "(beta=0.1, image_beta=None, image_weight=1.0, anchor_weight=1.0, "
@@ -48,8 +52,10 @@ SIGNATURES = {
 }
 FIELDS = {
     LogprobStats: "token_logps entropy log_sum_sq_probs mean_logits is_top1 top_non_label_logps "
-    "top_non_label_ids",
+    "top_non_label_ids lse",
     RdpoOutput: "loss logps num_tokens rewards text_margins image_margins",
+    RdpoStatsOutput: "loss logps num_tokens rewards text_margins image_margins entropy mean_logits "
+    "top1_rate",
     PreferenceOutput: "loss losses rewards text_margins image_margins",
 }
 PACKAGE = Path(realign_kernels.__file__).parent
@@ -62,6 +68,7 @@ def test_all():
         "Objective",
         "PreferenceOutput",
         "RdpoOutput",
+        "RdpoStatsOutput",
         "Term",
         "describe_backends",
         "linear_logprob",

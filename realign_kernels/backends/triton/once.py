@@ -37,8 +37,10 @@ __all__ = [
     "MOST_POSITIONS",
     "find_rows",
     "finish_rows",
-    "scale_slopes",
+    "grade_rows",
+    "rescale_rows",
     "spread_gradient",
+    "spread_rows",
     "start_rows",
 ]
 
@@ -157,7 +159,10 @@ def _finish_rows_kernel(
     label_logit = tl.load(numbers_ptr + n)
     shift = tl.load(numbers_ptr + total_rows + n)
     logp, at_label, of_rest = _shares(label_logit, shift, tl.load(numbers_ptr + 2 * total_rows + n))
-    tl.store(scores_ptr + tl.load(positions_ptr + n), logp)
+    position = n
+    if positions_ptr is not None:
+        position = tl.load(positions_ptr + n)
+    tl.store(scores_ptr + position, logp)
     if accumulator_ptr is not None:
         dtype: tl.constexpr = numbers_ptr.dtype.element_ty
         numbers = rounded_numbers(inner, outer, inverse, linear, dtype)
@@ -179,7 +184,47 @@ def _finish_rows_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _scale_slopes_kernel(
+def _grade_rows_kernel(
+    numbers_ptr, positions_ptr, upstream_ptr, scale_ptr, at_label_ptr,
+    num_rows, stride_u,
+    inner: tl.float64, outer: tl.float64, inverse: tl.float64, linear: tl.float64,
+    CAPS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = numbers_ptr.dtype.element_ty
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_row = n < num_rows
+    label_logit = tl.load(numbers_ptr + n, mask=is_row, other=0.0)
+    shift = tl.load(numbers_ptr + num_rows + n, mask=is_row, other=0.0)
+    rest = tl.load(numbers_ptr + 2 * num_rows + n, mask=is_row, other=0.0)
+    _, at_label, of_rest = _shares(label_logit, shift, rest)
+    position = n
+    if positions_ptr is not None:
+        position = tl.load(positions_ptr + n, mask=is_row, other=0)
+    upstream = tl.load(upstream_ptr + position * stride_u, mask=is_row, other=0.0).to(dtype)
+    slope = slope_of(label_logit, rounded_numbers(inner, outer, inverse, linear, dtype), CAPS)
+    tl.store(scale_ptr + n, -upstream * of_rest, mask=is_row)
+    tl.store(at_label_ptr + n, upstream * at_label * slope, mask=is_row)
+
+
+@triton.jit
+def _rescale_rows_kernel(
+    matrix_ptr, old_shift_ptr, new_shift_ptr, num_columns, stride_mn, BLOCK_V: tl.constexpr
+):  # fmt: skip
+    """One program owns a row, which nearly always is what it should be."""
+    n = tl.program_id(0).to(tl.int64)
+    old_shift, new_shift = tl.load(old_shift_ptr + n), tl.load(new_shift_ptr + n)
+    if old_shift != new_shift:
+        factor = tl.exp(old_shift - new_shift)
+        for start in range(0, num_columns, BLOCK_V):
+            offs_v = start + tl.arange(0, BLOCK_V)
+            mask = offs_v < num_columns
+            pointers = matrix_ptr + n * stride_mn + offs_v
+            row = widen(tl.load(pointers, mask=mask, other=0.0), factor.dtype)
+            tl.store(pointers, narrow(row * factor, matrix_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _spread_rows_kernel(
     upstream_ptr, slopes_ptr, positions_ptr, out_ptr,
     num_rows, hidden_size,
     stride_u, stride_sn,
@@ -196,8 +241,9 @@ def _scale_slopes_kernel(
         high = tl.where(is_below, high, middle)
     position = tl.load(positions_ptr + low, mask=low < num_rows, other=-1)
     is_scored = position == m
-    factor = tl.load(upstream_ptr + m * stride_u, mask=is_scored, other=0.0)
-    factor = factor.to(slopes_ptr.dtype.element_ty)
+    factor = tl.full((), 1.0, slopes_ptr.dtype.element_ty)
+    if upstream_ptr is not None:
+        factor = tl.load(upstream_ptr + m * stride_u, mask=is_scored, other=0.0).to(factor.dtype)
     for start in range(0, hidden_size, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
         mask = offs_d < hidden_size
@@ -280,12 +326,12 @@ def finish_rows(
     head: Head,
     transform: LogitTransform,
     started: StartedRows,
-    positions: Tensor,
+    positions: Tensor | None,
     accumulator: Tensor | None,
     scores: Tensor,
 ) -> None:
     """Put scores to their positions, and turn E @ W into their derivative, where it is kept."""
-    weight, num_rows = head.weight, len(positions)
+    weight, num_rows = head.weight, len(scores) if positions is None else len(positions)
     if num_rows == 0:
         return
     assert accumulator is None or launches.has_dense_rows(accumulator)
@@ -302,18 +348,50 @@ def finish_rows(
     )  # fmt: skip
 
 
-def scale_slopes(upstream: Tensor, slopes: Tensor, positions: Tensor, out: Tensor) -> None:
-    """Set a scored row of ``out`` to its slope times what comes from above, any other to 0."""
+def grade_rows(
+    transform: LogitTransform, numbers: Tensor, upstream: Tensor, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Differentiate scores by raw logits: return the factor of E, and the label's entry."""
+    num_rows = numbers.shape[1]
+    scale, at_label = numbers.new_empty(num_rows), numbers.new_empty(num_rows)
+    if num_rows > 0:
+        block, num_warps = launches.launch_of("label_dot", numbers.dtype, num_rows, scale.device)
+        _grade_rows_kernel[(triton.cdiv(num_rows, block),)](
+            numbers, positions, upstream, scale, at_label,
+            num_rows, upstream.stride(0),
+            BLOCK_N=block,
+            num_warps=num_warps,
+            **transform_numbers(transform),
+        )  # fmt: skip
+    return scale, at_label
+
+
+def rescale_rows(matrix: Tensor, old_shift: Tensor, new_shift: Tensor) -> None:
+    """Make rows of E, relative to the old shift, relative to the new one."""
+    num_rows, num_columns = matrix.shape
+    if num_rows == 0:
+        return
+    assert launches.has_dense_rows(matrix)
+    block, num_warps = launches.launch_of("combine", new_shift.dtype, num_columns, matrix.device)
+    _rescale_rows_kernel[(num_rows,)](
+        matrix, old_shift, new_shift, num_columns, matrix.stride(0),
+        BLOCK_V=block,
+        num_warps=num_warps,
+    )  # fmt: skip
+
+
+def spread_rows(upstream: Tensor | None, rows: Tensor, positions: Tensor, out: Tensor) -> None:
+    """Set a scored row of ``out`` to its row times what comes from above, any other to 0."""
     num_positions, hidden_size = out.shape
     if num_positions == 0 or hidden_size == 0:
         return
-    if not launches.has_dense_rows(slopes):  # hooks on saved tensors may hand back another layout
-        slopes = slopes.contiguous()
-    block, num_warps = launches.launch_of("combine", slopes.dtype, hidden_size, out.device)
-    _scale_slopes_kernel[(num_positions,)](
-        upstream, slopes, positions.contiguous(), out,
+    if not launches.has_dense_rows(rows):  # hooks on saved tensors may hand back another layout
+        rows = rows.contiguous()
+    block, num_warps = launches.launch_of("combine", rows.dtype, hidden_size, out.device)
+    _spread_rows_kernel[(num_positions,)](
+        upstream, rows, positions.contiguous(), out,
         len(positions), hidden_size,
-        upstream.stride(0), slopes.stride(0),
+        0 if upstream is None else upstream.stride(0), rows.stride(0),
         BLOCK_D=block,
         num_warps=num_warps,
     )  # fmt: skip

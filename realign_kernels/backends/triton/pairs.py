@@ -177,10 +177,12 @@ def _pair_loss_kernel(
             factors = tl.where(offs_c == 2, _term_number(table, t, 2), factors)
             factors = tl.where(offs_c == 3, _term_number(table, t, 3), factors)
             weight, link = _term_number(table, t, 4), _term_number(table, t, 8).to(tl.int32)
+            is_per_token = link >= 2  # ipo, and the links counted on from there: by length
+            link = link % 3
             is_read = factors != 0
             num_unread = tl.sum((is_read & (is_present == 0)).to(tl.int32), axis=1)
             is_readable = is_pair & (num_unread == 0)
-            factors = tl.where(link == 2, factors / counts, factors)  # ipo is per token
+            factors = tl.where(is_per_token, factors / counts, factors)
             contrast = tl.sum(tl.where(is_read, factors * log_ratios, 0.0), axis=1)
             beta_t, offset = _term_number(table, t, 5), _term_number(table, t, 6)
             smoothing = _term_number(table, t, 7)

@@ -108,7 +108,7 @@ def _add_entries_kernel(
                 mask=is_entry[:, None] & is_column[None, :],
                 other=0.0,
             )  # [BLOCK_E, BLOCK_D]
-            sums += tl.sum(factors[:, None] * rows, axis=0)
+            sums += tl.sum(factors[:, None] * widen(rows, sums.dtype), axis=0)
         tl.store(pointers, sums, mask=is_column)
 
 

@@ -16,7 +16,6 @@ from realign_kernels.testing import dense_logprob, make_head_inputs
 from realign_kernels.tiling import TileShape
 
 KERNELS = (
-    "PRODUCT_KERNELS",
     "TEMPORARIES",
     "epilogue",
     "label_dot",

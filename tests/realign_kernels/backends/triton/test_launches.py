@@ -100,18 +100,21 @@ COMPILATION = """
     row, entries = {"BLOCK_D": 1024}, {"BLOCK_D": 256, "BLOCK_E": 8}
     owner = row | {"CAPS": True, "OPERAND": tl.bfloat16}
     start = owner | {"STARTS_AT_LABEL": True}
-    scaled = pointers("out", "*bf16")
+    scaled, matrix = pointers("out", "*bf16"), pointers("matrix", "*bf16")
+    graded = {"CAPS": True, "BLOCK_N": 1024}
     for ptx in (
         build("epilogue", "_epilogue_kernel", lazy, 4, "*fp32", **half, **ids | nothing),
         build("epilogue", "_epilogue_kernel", whole, 4, "*fp32", **ids | half),
         build("epilogue", "_replay_kernel", transform, 4, "*fp32", **ids | half),
         build("rows", "_label_dot_kernel", row, 4, "*fp32", **ids | half),
         build("rows", "_combine_kernel", row, 4, "*fp32", **ids | half | stash),
-        build("rows", "_add_entries_kernel", entries, 1, "*fp32", **ids),
+        build("rows", "_add_entries_kernel", entries, 1, "*fp32", **ids | half),
         build("once", "_find_rows_kernel", {"BLOCK_M": 4096}, 8, "*fp32", **ids),
         build("once", "_start_rows_kernel", start, 4, "*fp32", **ids | half),
         build("once", "_finish_rows_kernel", owner, 4, "*fp32", **ids | half),
-        build("once", "_scale_slopes_kernel", row, 4, "*fp32", **ids | scaled),
+        build("once", "_spread_rows_kernel", row, 4, "*fp32", **ids | scaled),
+        build("once", "_grade_rows_kernel", graded, 4, "*fp32", **ids),
+        build("once", "_rescale_rows_kernel", {"BLOCK_V": 1024}, 4, "*fp32", **ids | matrix),
     ):
         # Nothing is promoted on the way: only the arguments have 64 bits.
         assert not re.search(r"(?<!cvt)[.]rn[.]f64|(add|mul|fma|div|neg|abs|setp[.]..)[.]f64", ptx)
@@ -151,6 +154,7 @@ COMPILATION = """
     for module, kernel in (
         ("epilogue", "_epilogue_kernel"), ("epilogue", "_replay_kernel"),
         ("once", "_start_rows_kernel"), ("once", "_finish_rows_kernel"),
+        ("once", "_grade_rows_kernel"),
     ):
         found = {
             str(compiled_for(module, kernel, **numbers_of(LogitTransform(scale, None, warmth))))

@@ -194,6 +194,57 @@ def test_rows_are_finished_as_the_formulas_say(dtype, operand, rounding, transfo
     assert torch.equal(again.nan_to_num(7), scores.nan_to_num(7))
 
 
+@pytest.mark.parametrize(("dtype", "operand", "rounding"), DTYPES)
+@pytest.mark.parametrize("transform", [PLAIN, CAPPED])
+@pytest.mark.parametrize("has_positions", [False, True])
+def test_rows_are_graded_as_the_formulas_say(dtype, operand, rounding, transform, has_positions):
+    numbers = torch.tensor(NUMBERS, dtype=dtype).T.contiguous()
+    count = len(NUMBERS)
+    upstream = normal(2 * count, 2).to(torch.float32)[:, 0]
+    positions = torch.arange(count) * 2 + 1 if has_positions else None
+    grad = upstream[positions] if has_positions else upstream[:count]
+    exact = RowNumbers(*numbers.double(), None, None)
+    expected = logit_gradient(exact, transform, grad.double(), None)
+    actual = once.grade_rows(transform, numbers, upstream, positions)
+    for one, other in zip(actual, expected[:2], strict=True):
+        torch.testing.assert_close(
+            one.double(), other, rtol=60 * rounding, atol=rounding, equal_nan=True
+        )
+    empty = torch.zeros(3, 0, dtype=dtype)
+    assert [len(part) for part in once.grade_rows(transform, empty, upstream, None)] == [0, 0]
+
+
+@pytest.mark.parametrize("width", [1, BLOCK - 1, BLOCK, 2 * BLOCK + 3])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8),
+                                                 (torch.float32, 2**-23)])  # fmt: skip
+def test_rows_are_rescaled(width, dtype, rounding):
+    whole = normal(4, width + 6).to(dtype)
+    before, part = whole.clone(), whole[:, 2 : width + 2]
+    old_shift = torch.tensor([1.0, 2.0, -INF, -3.0])
+    new_shift = torch.tensor([1.0, 3.5, 4.0, -3.0])
+    once.rescale_rows(part, old_shift, new_shift)
+    factor = torch.tensor([1.0, -1.5, -INF, 0.0]).double().exp()
+    factor[0] = 1.0
+    expected = before[:, 2 : width + 2].double() * factor[:, None]
+    # The interpreter cuts bfloat16 off, where a GPU rounds to nearest.
+    assert ((part - expected).abs() <= 2 * rounding * expected.abs() + 2**-24).all()
+    assert torch.equal(part[[0, 3]], before[[0, 3], 2 : width + 2])
+    assert torch.equal(whole[:, :2], before[:, :2])
+    assert torch.equal(whole[:, width + 2 :], before[:, width + 2 :])
+    once.rescale_rows(part[:0], old_shift[:0], new_shift[:0])
+
+
+@pytest.mark.parametrize("positions", [[], [0], [1, 2, 4]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_rows_are_spread(positions, dtype):
+    rows, where = normal(len(positions), 5).float(), torch.tensor(positions, dtype=torch.int64)
+    out = torch.full((6, 5), NAN, dtype=dtype)
+    once.spread_rows(None, rows.T.contiguous().T, where, out)
+    expected = torch.zeros(6, 5, dtype=dtype)
+    expected[where] = rows.to(dtype)
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("width", [1, BLOCK, 2 * BLOCK + 3])
 @pytest.mark.parametrize("positions", [[], [0], [4], [0, 1, 2, 3, 4], [1, 2, 4]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
