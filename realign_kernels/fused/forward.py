@@ -100,7 +100,7 @@ class FusedCall:
 
     @property
     def product_kernels(self) -> ProductKernels | None:
-        """The kernels for logits where these are faster than a BLAS, or more exact and asked for."""
+        """The kernels of products, where these are faster than a BLAS or asked to be more exact."""
         kernels: ProductKernels | None = getattr(self.kernels, "PRODUCT_KERNELS", None)
         if kernels is None or self.accumulation != torch.float32:
             return None
