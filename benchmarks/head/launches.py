@@ -213,16 +213,21 @@ def calls(num_rows: int, vocabulary: int) -> dict[str, Callable[[], object]]:
 
         return call
 
-    def scores() -> object:
-        h = hidden.detach().requires_grad_()
-        return torch.autograd.grad(linear_logprob(h, weight, labels, backend="triton"), h, slopes)
+    def scores(num_scored: int | None) -> Callable[[], object]:
+        def call() -> object:
+            h = hidden.detach().requires_grad_()
+            logps = linear_logprob(h, weight, labels, num_scored=num_scored, backend="triton")
+            return torch.autograd.grad(logps, h, slopes)
+
+        return call
 
     return {
         "rdpo_loss, padded": loss(),
         "rdpo_loss, padded, lengths unknown": loss(knows=False),
         "rdpo_loss, packed": loss(packed=True),
         "rdpo_loss, packed, lengths unknown": loss(packed=True, knows=False),
-        "linear_logprob": scores,
+        "linear_logprob": scores(labels.numel()),
+        "linear_logprob, number unknown": scores(None),
         "rdpo_loss, stash": loss(trains=True, memory="stash"),
         "rdpo_loss, tile": loss(trains=True, memory="tile"),
     }
