@@ -81,11 +81,12 @@ class _Kernel:
 
 
 def _find_rows(
-    positions_ptr: Tensor, fits_ptr: Tensor, count_ptr: Tensor, num_positions: int, **_: Any
+    positions_ptr: Tensor, fits_ptr: Tensor, count_ptr: Tensor | None, num_positions: int, **_: Any
 ) -> None:
     """Every position is scored, and nothing is wrong."""
     _fill(positions_ptr, _ascending(num_positions))
-    _fill(count_ptr, _repeated("i", num_positions, 1))
+    if count_ptr is not None:
+        _fill(count_ptr, _repeated("i", num_positions, 1))
     _fill(fits_ptr, _repeated("b", 1, 2))
 
 

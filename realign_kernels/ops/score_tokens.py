@@ -218,8 +218,10 @@ def second_order_witness(*inputs: Tensor | None) -> Tensor | None:
     """
     if not torch.is_grad_enabled():
         return None
-    parts = [part[:0].reshape(-1) for part in inputs if part is not None and part.requires_grad]
-    return torch.cat(parts) if parts else None
+    parts = [part[:0] for part in inputs if part is not None and part.requires_grad]
+    if len(parts) < 2:
+        return parts[0].clone() if parts else None
+    return torch.cat([part.reshape(-1) for part in parts])
 
 
 @operator("score_tokens", HeadArguments, ScoreArguments, returns=FusedScores)
@@ -611,7 +613,11 @@ def plain(tensor: Tensor) -> Iterator[None]:
     """Run below autograd and autocast: what is rounded, and where, is explicit."""
     # Triton launches on the current device, which need not be that of the tensors.
     device = torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
-    with device, torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+    device_type = tensor.device.type
+    autocast: Any = nullcontext()
+    if torch.is_autocast_enabled(device_type):
+        autocast = torch.autocast(device_type, enabled=False)
+    with device, torch.no_grad(), autocast:
         yield
 
 
