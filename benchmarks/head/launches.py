@@ -81,11 +81,12 @@ class _Kernel:
 
 
 def _find_rows(
-    positions_ptr: Tensor, fits_ptr: Tensor, count_ptr: Tensor, num_positions: int, **_: Any
+    positions_ptr: Tensor, fits_ptr: Tensor, count_ptr: Tensor | None, num_positions: int, **_: Any
 ) -> None:
     """Every position is scored, and nothing is wrong."""
     _fill(positions_ptr, _ascending(num_positions))
-    _fill(count_ptr, _repeated("i", num_positions, 1))
+    if count_ptr is not None:
+        _fill(count_ptr, _repeated("i", num_positions, 1))
     _fill(fits_ptr, _repeated("b", 1, 2))
 
 
@@ -213,16 +214,21 @@ def calls(num_rows: int, vocabulary: int) -> dict[str, Callable[[], object]]:
 
         return call
 
-    def scores() -> object:
-        h = hidden.detach().requires_grad_()
-        return torch.autograd.grad(linear_logprob(h, weight, labels, backend="triton"), h, slopes)
+    def scores(num_scored: int | None) -> Callable[[], object]:
+        def call() -> object:
+            h = hidden.detach().requires_grad_()
+            logps = linear_logprob(h, weight, labels, num_scored=num_scored, backend="triton")
+            return torch.autograd.grad(logps, h, slopes)
+
+        return call
 
     return {
         "rdpo_loss, padded": loss(),
         "rdpo_loss, padded, lengths unknown": loss(knows=False),
         "rdpo_loss, packed": loss(packed=True),
         "rdpo_loss, packed, lengths unknown": loss(packed=True, knows=False),
-        "linear_logprob": scores,
+        "linear_logprob": scores(labels.numel()),
+        "linear_logprob, number unknown": scores(None),
         "rdpo_loss, stash": loss(trains=True, memory="stash"),
         "rdpo_loss, tile": loss(trains=True, memory="tile"),
     }

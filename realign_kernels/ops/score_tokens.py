@@ -220,8 +220,10 @@ def second_order_witness(*inputs: Tensor | None) -> Tensor | None:
     """
     if not torch.is_grad_enabled():
         return None
-    parts = [part[:0].reshape(-1) for part in inputs if part is not None and part.requires_grad]
-    return torch.cat(parts) if parts else None
+    parts = [part[:0] for part in inputs if part is not None and part.requires_grad]
+    if len(parts) < 2:
+        return parts[0].clone() if parts else None
+    return torch.cat([part.reshape(-1) for part in parts])
 
 
 @operator("score_tokens", HeadArguments, ScoreArguments, returns=FusedScores)
@@ -241,8 +243,6 @@ def score_tokens_op(*values: Any) -> FusedScores:
             fused_call(
                 head, vocabulary, num_rows, sums_head_gradient=True, differentiates_entropy=True
             )
-        if what.sequence_lengths is not None and what.sequence_lengths.ndim == 0:
-            check_num_scored(int(what.sequence_lengths), positions)
         keeps = Keeps(what.keeps)
         needed = len(positions) * head.stash_row_bytes
         if keeps is Keeps.STASH_IF_IT_FITS:
@@ -276,7 +276,10 @@ def find_rows(
         assert_rows_fit(found.labels_fit, found.number_fits, ignore_index, num_rows)
         return found.positions, found.scores
     check_labels(labels.view(label_shape), ignore_index, vocabulary)
-    return scored_positions(labels != ignore_index, num_rows), None
+    positions = scored_positions(labels != ignore_index, num_rows)
+    if sequence_lengths is not None and sequence_lengths.ndim == 0:
+        check_num_scored(int(sequence_lengths), positions)
+    return positions, None
 
 
 def _score_rows(
@@ -482,9 +485,9 @@ def score_tokens_backward_op(*values: Any) -> HeadGradients:
         has_stash = len(kept.stash) == len(positions) > 0 and kept.grad_entropy is None
         tracks_top = len(kept.numbers) == 4
         row_kernels = call.row_kernels
-        is_graded = row_kernels is not None and kept.grad_logps is not None and not tracks_top
+        grad_logps = None if tracks_top or row_kernels is None else kept.grad_logps
         # With a frozen head a row's gradient does not depend on how many others there are.
-        is_padded = not (sums_head or has_stash or is_graded)
+        is_padded = not (sums_head or has_stash or grad_logps is not None)
         num_empty = len(rows.ids) - len(positions) if is_padded else 0
         # Hooks on saved tensors may hand them back in another layout.
         numbers, top_ids = kept.numbers.contiguous(), kept.top_ids.contiguous()
@@ -500,8 +503,8 @@ def score_tokens_backward_op(*values: Any) -> HeadGradients:
                 return numbers.new_zeros(numbers.shape[1])
             return pad(grad[positions].to(numbers.dtype), (0, num_empty))
 
-        if row_kernels is not None and is_graded:
-            graded = row_kernels.grade_rows(call.transform, numbers, kept.grad_logps, positions)
+        if row_kernels is not None and grad_logps is not None:
+            graded = row_kernels.grade_rows(call.transform, numbers, grad_logps, positions)
             gradient = LogitGradient(*graded, None)
         else:
             grad_label, grad_top = per_row(kept.grad_logps), None
@@ -612,7 +615,11 @@ def plain(tensor: Tensor) -> Iterator[None]:
     """Run below autograd and autocast: what is rounded, and where, is explicit."""
     # Triton launches on the current device, which need not be that of the tensors.
     device = torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
-    with device, torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+    device_type = tensor.device.type
+    autocast: Any = nullcontext()
+    if torch.is_autocast_enabled(device_type):
+        autocast = torch.autocast(device_type, enabled=False)
+    with device, torch.no_grad(), autocast:
         yield
 
 

@@ -14,7 +14,8 @@ MOST = {
     "rdpo_loss, padded, lengths unknown": 9,
     "rdpo_loss, packed": 12,
     "rdpo_loss, packed, lengths unknown": 10,
-    "linear_logprob": 6,
+    "linear_logprob": 8,  # one of them on the host, where the number is a tensor
+    "linear_logprob, number unknown": 6,
 }
 MOST_OF_TRAINED = {"rdpo_loss, stash": 32, "rdpo_loss, tile": 88}  # 167 and 230 before
 
@@ -26,8 +27,7 @@ def test_a_frozen_head_launches_few_kernels(name, num_rows):
     assert found.small <= MOST[name], (found.operators, found.kernels)
     # The vocabulary is one tile: logits, their epilogue, and the sum of weight rows.
     assert (found.products, found.epilogues) == (2, 1)
-    knows = "rdpo_loss" in name and "unknown" not in name
-    assert found.waits == (0 if knows else 1)
+    assert found.waits == (1 if "unknown" in name else 0)
 
 
 @pytest.mark.parametrize("name", MOST_OF_TRAINED)

@@ -80,7 +80,8 @@ def _find_rows_kernel(
         tl.store(positions_ptr + places, repeated, mask=places < num_rows)
     tl.store(fits_ptr, tl.sum(num_bad, axis=0) == 0)
     tl.store(fits_ptr + 1, found == num_rows)
-    tl.store(count_ptr, found)
+    if count_ptr is not None:
+        tl.store(count_ptr, found)
 
 
 @triton.jit(do_not_specialize=["num_rows", "total_rows", "inner_size", "vocabulary_size"])
@@ -266,7 +267,7 @@ def find_rows(
     positions = labels.new_empty(size if num_rows is None else num_rows)
     scores = labels.new_empty(size, dtype=dtype)
     fits = labels.new_empty(2, dtype=torch.bool)
-    count = labels.new_empty((), dtype=torch.int32)
+    count = labels.new_empty((), dtype=torch.int32) if num_rows is None else None
     block, num_warps = launches.launch_of("find_rows", dtype, size, labels.device)
     _find_rows_kernel[(1,)](
         labels, positions, scores, fits, count,
@@ -274,7 +275,7 @@ def find_rows(
         BLOCK_M=block,
         num_warps=num_warps,
     )  # fmt: skip
-    if num_rows is None:
+    if count is not None:
         return FoundRows(positions[: int(count)], scores, fits[0], None)
     return FoundRows(positions, scores, fits[0], fits[1])
 

@@ -9,7 +9,7 @@ from realign_kernels import linear_logprob, rdpo_loss
 from realign_kernels.backends import triton as kernels
 from realign_kernels.backends.kernel_set import StartedRows
 from realign_kernels.backends.triton import once
-from realign_kernels.fused.gradients import RowNumbers, logit_gradient, token_log_probs
+from realign_kernels.fused.gradients import RowNumbers, Upstream, logit_gradient, token_log_probs
 from realign_kernels.head import Head, LogitTransform, Precision
 from realign_kernels.ops.pair_loss import pair_loss_backward_op
 from realign_kernels.ops.score_tokens import scale_slopes_op
@@ -167,7 +167,7 @@ def test_rows_are_finished_as_the_formulas_say(dtype, operand, rounding, transfo
     accumulator = normal(count, width, seed=1).abs().to(dtype)
     exact = RowNumbers(*numbers.double(), None, None)
     expected = token_log_probs(exact)
-    gradient = logit_gradient(exact, transform, torch.ones(count).double(), None)
+    gradient = logit_gradient(exact, transform, Upstream(torch.ones(count).double()))
     rows = torch.where((ids >= 0)[:, None], weight[ids.clamp(min=0)].double(), 0.0)
     slopes = gradient.scale[:, None] * accumulator.double()
     slopes += torch.where((ids >= 0)[:, None], gradient.at_label[:, None] * rows, 0.0)
@@ -204,7 +204,7 @@ def test_rows_are_graded_as_the_formulas_say(dtype, operand, rounding, transform
     positions = torch.arange(count) * 2 + 1 if has_positions else None
     grad = upstream[positions] if has_positions else upstream[:count]
     exact = RowNumbers(*numbers.double(), None, None)
-    expected = logit_gradient(exact, transform, grad.double(), None)
+    expected = logit_gradient(exact, transform, Upstream(grad.double()))
     actual = once.grade_rows(transform, numbers, upstream, positions)
     for one, other in zip(actual, expected[:2], strict=True):
         torch.testing.assert_close(
@@ -319,7 +319,10 @@ def score_pairs(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lengths": torch.tensor([[3, 3], [3, 3], [3, 4]])}, "sequence_lengths must sum to"),
+        (
+            {"lengths": torch.tensor([[3, 3], [3, 3], [3, 4]])},
+            "the sum of sequence_lengths, must be",
+        ),
         ({"lengths": torch.tensor([[3, 3], [3, 3], [4, 2]])}, "sequence_lengths must equal"),
         ({"ids": torch.arange(18) // 3 + 1}, r"sequence_ids must be in \[0, 6\)"),
         ({"ids": torch.arange(18) // 3 - 1}, r"sequence_ids must be in \[0, 6\)"),
