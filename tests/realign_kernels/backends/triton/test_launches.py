@@ -62,9 +62,11 @@ COMPILATION = """
         print(usage.strip().splitlines()[-1].strip())
         return sum(map(int, re.search(r"STACK:(\\d+) .*LOCAL:(\\d+)", usage).groups()))
 
-    def build(module, kernel, constants, num_warps, floats, may_spill=0, **types):
+    def build(
+        module, kernel, constants, num_warps, floats, may_spill=0, aligned=(), options=(), **types
+    ):
         function = getattr(module_of(module), kernel)
-        signature, values = {}, {}
+        signature, values, attributes = {}, {}, {}
         for index, parameter in enumerate(function.params):
             name = parameter.name
             if name in constants or types.get(name, "") is None:
@@ -75,8 +77,10 @@ COMPILATION = """
             else:
                 named = parameter.annotation_type or "i32"
                 signature[name] = floats if name.endswith("_ptr") else named
-        source = ASTSource(fn=function, signature=signature, constexprs=values)
-        options = {"num_warps": num_warps}
+            if aligned and (name.endswith("_ptr") or name in aligned) and (index,) not in values:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(fn=function, signature=signature, constexprs=values, attrs=attributes)
+        options = {"num_warps": num_warps, **dict(options)}
         compile(source, target=GPUTarget("hip", "gfx942", 64), options=options)
         for capability in (80, 90):
             built = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -96,12 +100,16 @@ COMPILATION = """
     lazy = transform | flags
     whole = lazy | {"FINDS_TOP_FIRST": True, "HAS_STATISTICS": True, "TRACKS_TOP": True}
     half = pointers("exponentials weight hidden rows", "*bf16")
+"""
+PARTS = {
+    "plain": """
     stash = pointers("accumulator", "*bf16")
     row, entries = {"BLOCK_D": 1024}, {"BLOCK_D": 256, "BLOCK_E": 8}
     owner = row | {"CAPS": True, "OPERAND": tl.bfloat16}
     start = owner | {"STARTS_AT_LABEL": True}
     scaled, matrix = pointers("out", "*bf16"), pointers("matrix", "*bf16")
     graded = {"CAPS": True, "BLOCK_N": 1024}
+
     for ptx in (
         build("epilogue", "_epilogue_kernel", lazy, 4, "*fp32", **half, **ids | nothing),
         build("epilogue", "_epilogue_kernel", whole, 4, "*fp32", **ids | half),
@@ -153,6 +161,7 @@ COMPILATION = """
     numbers_of = module_of("transform").transform_numbers
     for module, kernel in (
         ("epilogue", "_epilogue_kernel"), ("epilogue", "_replay_kernel"),
+        ("fused_product", "_fused_product_kernel"),
         ("once", "_start_rows_kernel"), ("once", "_finish_rows_kernel"),
         ("once", "_grade_rows_kernel"),
     ):
@@ -167,10 +176,28 @@ COMPILATION = """
         for objective in (Objective.rdpo(0.1), Objective.rdpo(1.0, 16.0), Objective.rdpo(0.3, 2e-9))
     }
     assert len(found) == 1
-"""
+""",
+    "product": """
+    # The product with the epilogue inside, of whole and of ragged blocks of the hidden size.
+    shape = module_of("launches")._PRODUCT_LAUNCHES[2]
+    blocks = {"BLOCK_N": shape.rows, "BLOCK_V": shape.columns, "BLOCK_D": shape.depth}
+    blocks |= {"PARTIAL_D": 1024, "BLOCKS_AT_A_TIME": 8, "NUM_PROGRAMS": 132, "stride_wd": 1}
+    strides = ("stride_hn", "stride_wv", "stride_on", "hidden_size", "num_columns")
+    staged = {"aligned": strides, "options": {"num_stages": shape.num_stages}.items()}
+    mixed = half | ids | pointers("top_ids bias", None)
+    for mode, out, is_whole in ((0, "*fp32", True), (1, "*bf16", True), (2, "*bf16", False)):
+        product = blocks | {"CAPS": True, "MODE": mode, "PRECISION": "ieee"}
+        product |= {"HAS_WHOLE_BLOCKS": is_whole}
+        build("fused_product", "_fused_product_kernel", product, shape.num_warps, "*fp32",
+              **staged, **mixed | {"out_ptr": out})
+    build("fused_product", "_settle_rows_kernel", {"BLOCK_V": 128, "BLOCK": 256}, 1, "*fp32",
+          **half)
+""",
+}
 
 
-def test_kernels_compile_for_a_gpu(tmp_path):
+@pytest.mark.parametrize("part", ["plain", pytest.param("product", marks=pytest.mark.full)])
+def test_kernels_compile_for_a_gpu(tmp_path, part):
     """In a process of its own: the interpreter, once on, stays on."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {
@@ -179,5 +206,5 @@ def test_kernels_compile_for_a_gpu(tmp_path):
         "TRITON_CACHE_DIR": str(tmp_path),
     }
     script = tmp_path / "compilation.py"  # Triton reads the source of what it compiles
-    script.write_text(textwrap.dedent(COMPILATION), encoding="utf-8")
-    subprocess.run([sys.executable, str(script)], env=environment, check=True, timeout=120)
+    script.write_text(textwrap.dedent(COMPILATION + PARTS[part]), encoding="utf-8")
+    subprocess.run([sys.executable, str(script)], env=environment, check=True, timeout=600)
