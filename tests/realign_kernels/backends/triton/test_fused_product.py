@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+from realign_kernels import linear_logprob, rdpo_loss
 from realign_kernels.backends import triton as kernels
 from realign_kernels.backends.kernel_set import RowState, Tile
+from realign_kernels.backends.triton import launches
 from realign_kernels.backends.triton.fused_product import exact_product, fused_product
 from realign_kernels.head import LogitTransform
-from realign_kernels.testing import seeded
+from realign_kernels.testing import make_head_inputs, seeded
 from tests.realign_kernels.backends.triton.test_epilogue import (
     CAPPED,
     INF,
@@ -171,6 +178,59 @@ def test_replay(dtype, tracks_top, transform: LogitTransform):
         assert (error <= (rounding + 2e-5) * expected[:, columns].abs() + tiny).all()
     assert torch.equal(state.shift, shift)
     assert (state.rest_sum == 7.0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("rejected_scoring", ["label", "top_non_label"])
+def test_exact_sums_are_taken_where_tensor_cores_multiply(monkeypatch, dtype, rejected_scoring):
+    """Logits that are summed relative to the label alone have the epilogue inside."""
+    monkeypatch.setattr(launches, "fuses_product", lambda *_: False)
+    calls = []
+    for name in ("fused_product", "exact_product"):
+        kernel = getattr(kernels.PRODUCT_KERNELS, name)
+
+        def noted(*args, name=name, kernel=kernel):
+            calls.append(name)
+            kernel(*args)
+
+        monkeypatch.setattr(kernels.PRODUCT_KERNELS, name, noted)
+    inputs = make_head_inputs(6, 40, 70, dtype)
+    results = [
+        rdpo_loss(
+            inputs.hidden_states, inputs.lm_head_weight, inputs.labels, torch.zeros(3, 2),
+            sequence_ids=torch.arange(6), rejected_scoring=rejected_scoring, backend="triton",
+            accumulate=accumulate,
+        ).logps
+        for accumulate in ("auto", "exact")
+    ]  # fmt: skip
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    if dtype == torch.float32:
+        assert not calls  # float32 is not cut off
+    else:
+        tracks_top = rejected_scoring == "top_non_label"
+        assert set(calls) == {"exact_product" if tracks_top else "fused_product"}
+
+
+def test_exact_sums_are_those_of_a_cpu_already():
+    inputs = make_head_inputs(6, 40, 70, torch.float32)
+    for backend in ("cpu", "eager"):
+        exact = inputs.call(linear_logprob, backend=backend, accumulate="exact")
+        assert torch.equal(exact, inputs.call(linear_logprob, backend=backend))
+
+
+def test_other_ways_to_sum_are_refused():
+    inputs = make_head_inputs(6, 40, 70, torch.float32)
+    with pytest.raises(ValueError, match=r"accumulate must be one of \['auto', 'exact'\], got"):
+        inputs.call(linear_logprob, accumulate="fast")
+
+
+@pytest.mark.full
+def test_everything_runs_with_the_product_that_has_the_epilogue_inside():
+    here = Path(__file__).parent
+    files = [here / f"test_{name}.py" for name in ("end_to_end", "drawn_calls", "memory_modes")]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", "not full and not slow"]
+    environment = {**os.environ, "REALIGN_TEST_PRODUCT": "fused", "REALIGN_EXAMPLES": "20"}
+    subprocess.run([*command, *map(str, files)], env=environment, check=True, timeout=1200)
 
 
 def test_no_rows():
