@@ -3,6 +3,15 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "products.h"
+
+#ifdef REALIGN_X86
+#include <cpuid.h>
+#endif
+#if defined(REALIGN_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -31,6 +40,52 @@ const Choice& choice() {
   return chosen;
 }
 
+struct ProductChoice {
+  const char* name;
+  const Products* products;
+};
+
+#ifdef REALIGN_AMX
+// Whether there are tiles of bfloat16, and Linux lets this process use them.
+bool has_amx() {
+  unsigned a, b, c, d;
+  const unsigned bits = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & bits) != bits) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
+
+#ifdef REALIGN_AVX512BF16
+bool has_avx512bf16() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5) != 0;
+}
+
+// Where a multiplication of pairs in bfloat16 takes no longer than one in float32: not on Intel's.
+bool is_avx512bf16_fast() { return !__builtin_cpu_is("intel"); }
+#endif
+
+ProductChoice choose_products() {
+  // REALIGN_CPU_PRODUCTS=amx, avx512, portable or none asks for one of those that run here, for tests.
+  const char* wanted = std::getenv("REALIGN_CPU_PRODUCTS");
+  const auto asks = [&](const char* name) { return wanted != nullptr && std::strcmp(wanted, name) == 0; };
+  if (asks("portable")) return {"portable", &products_portable};
+  if (asks("none") || std::strcmp(choice().name, "avx512") != 0) return {"none", nullptr};
+#ifdef REALIGN_AMX
+  if (!asks("avx512") && has_avx512bf16() && has_amx()) return {"amx", &products_amx};
+#endif
+#ifdef REALIGN_AVX512BF16
+  if (!asks("amx") && has_avx512bf16() && (asks("avx512") || is_avx512bf16_fast())) return {"avx512", &products_avx512};
+#endif
+  return {"none", nullptr};
+}
+
+const ProductChoice& product_choice() {
+  static const ProductChoice chosen = choose_products();
+  return chosen;
+}
+
 }  // namespace
 
 extern "C" {
@@ -38,6 +93,10 @@ extern "C" {
 int32_t realign_abi_version() { return REALIGN_ABI_VERSION; }
 
 const char* realign_instruction_set() { return choice().name; }
+
+const char* realign_product_set() { return product_choice().name; }
+
+int32_t realign_product(const RealignProduct* product) { return product_choice().products->product(product); }
 
 void realign_epilogue(const RealignTile* tile) { choice().kernels->epilogue(tile); }
 

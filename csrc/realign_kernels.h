@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#define REALIGN_ABI_VERSION 1
+#define REALIGN_ABI_VERSION 2
 
 extern "C" {
 
@@ -83,10 +83,40 @@ struct RealignPairs {
   double* coefficients;   // (cells, pairs): derivative of the loss in logps
 };
 
+// out = a @ b, or out += a @ b: a (rows, terms), b (terms, columns) in bfloat16, out (rows, columns) in
+// float32, which sums are taken in.  A float32 `a` is rounded to bfloat16; what rounding takes off its
+// entries that reach a limit is added as well, so that a few large entries keep their digits.
+struct RealignProduct {
+  int32_t num_threads;
+  int32_t adds;
+  int64_t num_rows;
+  int64_t num_columns;
+  int64_t num_terms;
+  int32_t a_type;  // REALIGN_BFLOAT16 or REALIGN_FLOAT32
+  const void* a;
+  int64_t a_row_stride;
+  int64_t a_term_stride;
+  const float* scale;   // * (terms,): multiplies the columns of a float32 `a` before they are rounded
+  const float* limits;  // * of the entries of a float32 `a` before they are scaled
+  int32_t limits_are_of_rows;  // (rows,), else (terms,)
+  const void* b;
+  int64_t b_term_stride;
+  int64_t b_column_stride;
+  float* out;
+  int64_t out_stride;
+};
+
 int32_t realign_abi_version();
 
 // The instruction set in use: "avx512", "avx2" or "baseline".
 const char* realign_instruction_set();
+
+// The instructions that products of bfloat16 use: "amx" or "avx512", or "none" where a BLAS in float32 is
+// faster and realign_product may not be called.
+const char* realign_product_set();
+
+// Returns whether there was memory for packed copies: 1 MiB, and 0.5 MiB a thread.
+int32_t realign_product(const RealignProduct* product);
 
 // Folds a tile into the sums of its rows.
 void realign_epilogue(const RealignTile* tile);
