@@ -100,11 +100,13 @@ def linear_logprob(
         TypeError: A dtype does not fit.
         RuntimeError: ``backend`` names one that is not installed, or ``group`` is used without
             torch.distributed.
+        NotImplementedError: An argument carries a forward-mode tangent, or ``torch.func`` would
+            have to transform it.
     Note:
-        First order only.  Computes in float32 (float64 for float64), also under autocast; products
-        of half operands are summed and kept in float32; those of float32 follow
-        ``torch.set_float32_matmul_precision``.  Deterministic.  What a call takes and keeps
-        is in docs/head.md.  Label values are checked: on GPUs by a
+        First order, in reverse mode only.  Computes in float32 (float64 for float64), also under
+        autocast; products of half operands are summed and kept in float32; those of float32 follow
+        ``torch.set_float32_matmul_precision``.  Deterministic.  What a call takes and keeps is in
+        docs/head.md.  Label values are checked: on GPUs by a
         device-side assertion; ``REALIGN_CHECK=0`` in the environment turns that off.
     """
     if memory == "tile":
@@ -172,6 +174,7 @@ def linear_logprob_stats(
         stats: :class:`LogprobStats`; floating entries are float32 (float64 for float64 inputs).
     Raises:
         ValueError: As :func:`linear_logprob`.  TypeError: As there.  RuntimeError: As there.
+        NotImplementedError: As there.
     Note: ``token_logps`` and ``top_non_label_logps`` are differentiable, first order; the other
         entries are detached.
     """

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from realign_kernels.validation import check_chosen_present, check_floating
+from realign_kernels.validation import check_chosen_present, check_floating, check_no_tangent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -292,6 +292,7 @@ def preference_loss(
         ValueError: Shapes disagree, there are too few cells, ``num_tokens`` is missing, or it is on
             the host and says that a chosen answer is absent.
         TypeError: A dtype cannot hold sums of log-probabilities.
+        NotImplementedError: ``ref_logps`` carries a forward-mode tangent, which would be dropped.
     Note: deterministic; nothing waits for a GPU.
     Source: paper, eq. (1) -> docs/paper.md.
     """
@@ -375,5 +376,6 @@ def check_cells(
             )
     if ref_logps is not None:
         check_floating("ref_logps", ref_logps)
+        check_no_tangent("ref_logps", ref_logps)
     if num_tokens is None and objective.needs_num_tokens:
         raise ValueError("num_tokens must be given for link 'ipo' and for nll_weight, got None.")

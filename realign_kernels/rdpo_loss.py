@@ -20,7 +20,7 @@ from realign_kernels.ops.score_tokens import (
 )
 from realign_kernels.options import HeadOptions, LoraFactors
 from realign_kernels.sequences import PairShape, check_sequence_ids, resolve_pair_shape
-from realign_kernels.validation import check_options
+from realign_kernels.validation import check_options, check_transforms
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -120,8 +120,10 @@ def rdpo_loss(
             image_beta or image_weight.
         TypeError: A dtype does not fit.
         RuntimeError: As :func:`linear_logprob`.
-    Note: first order only; deterministic.  ``loss`` and ``logps`` are differentiable in the inputs;
-        the loss is not a function of ``logps`` for autograd.  No gradient reaches ``ref_logps``.
+        NotImplementedError: As there.
+    Note: first order, in reverse mode only; deterministic.  ``loss`` and ``logps`` are
+        differentiable in the inputs; the loss is not a function of ``logps`` for autograd.  No
+        gradient reaches ``ref_logps``.
     Source: paper, eq. (1) -> docs/paper.md; ``top_non_label`` -> docs/paper.md 4.2.
     """
     objective = _resolve_objective(objective, beta, image_beta, image_weight)
@@ -146,6 +148,7 @@ def rdpo_loss(
     pairs = resolve_pair_shape(
         hidden_states, ref_logps, sequence_ids, sequence_lengths, objective.num_cells
     )
+    check_transforms(ref_logps=ref_logps, sequence_ids=sequence_ids)
     head = check_call(hidden_states, lm_head_weight, labels, options)
     shaped = hidden_states.new_empty(pairs, dtype=torch.float32)
     check_cells(shaped, ref_logps, objective, shaped)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from realign_kernels.options import MEMORY_MODES, HeadOptions
 
@@ -85,6 +86,14 @@ def check_head(
             f"labels must have shape {tuple(hidden_states.shape[:-1])} to match hidden_states, "
             f"got {tuple(labels.shape)}."
         )
+    lora_a, lora_b, _ = options.lm_head_lora or (None, None, None)
+    check_transforms(
+        hidden_states=hidden_states,
+        lm_head_weight=lm_head_weight,
+        labels=labels,
+        lm_head_bias=options.lm_head_bias,
+        **{"lm_head_lora[0]": lora_a, "lm_head_lora[1]": lora_b},
+    )
     _check_device("lm_head_weight", lm_head_weight, hidden_states)
     _check_device("labels", labels, hidden_states)
     check_int64("labels", labels)
@@ -92,12 +101,46 @@ def check_head(
     vocabulary_size = lm_head_weight.shape[0]
     if options.lm_head_bias is not None:
         _check_part("lm_head_bias", options.lm_head_bias, (vocabulary_size,), labels, allowed)
-    if options.lm_head_lora is not None:
-        lora_a, lora_b, _ = options.lm_head_lora
+    if lora_a is not None and lora_b is not None:
         rank = lora_a.shape[0] if lora_a.ndim == 2 else 0
         _check_part("lm_head_lora[0]", lora_a, (rank, hidden_size), labels, allowed)
         _check_part("lm_head_lora[1]", lora_b, (vocabulary_size, rank), labels, allowed)
     return autocast
+
+
+def check_transforms(**tensors: Tensor | None) -> None:
+    """Refuse what ``torch.func`` transforms, and what carries a forward-mode tangent.
+
+    An operator without a forward-mode rule returns no tangent, and under vmap tensors do not say
+    that they need a gradient: both would give zeros in silence.
+    """
+    for name, tensor in tensors.items():
+        check_no_tangent(name, tensor)
+    if not torch._C._are_functorch_transforms_active():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and (torch.compiler.is_compiling() or _is_transformed(tensor)):
+            raise NotImplementedError(
+                f"{name} must be outside of the transforms of torch.func (grad, jvp, vmap and the "
+                "like), got it inside of one. Call torch.autograd.grad or backward(); in place of "
+                "vmap, hidden_states and labels take any number of leading dimensions."
+            )
+
+
+def check_no_tangent(name: str, tensor: Tensor | None) -> None:
+    """Refuse a tensor that carries a forward-mode tangent."""
+    if forward_ad._current_level < 0 or tensor is None:
+        return
+    if forward_ad.unpack_dual(tensor).tangent is not None:
+        raise NotImplementedError(
+            f"{name} must carry no forward-mode tangent, got one. Take the derivative in reverse "
+            "mode, by torch.autograd.grad or backward(), or detach what is constant."
+        )
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Return whether a transform that is active would have to differentiate or map a tensor."""
+    return tensor.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def check_int64(name: str, tensor: Tensor) -> None:

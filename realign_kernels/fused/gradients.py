@@ -23,6 +23,8 @@ from realign_kernels.fused.forward import (
 from realign_kernels.tiling import spans
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from realign_kernels.head import Head, HeadTile, LogitTransform
 
 
@@ -300,9 +302,13 @@ class _Sums:
         new = rows.hidden.new_zeros
         # Rows are scaled before the products over rows, after those over columns.
         scale = gradient.scale[:, None]
-        self.scaled_hidden = self.scaled_low_rank = None
+        self.scaled_hidden = self.scaled_low_rank = self.scaled_ones = None
+        weight_unit = bias_unit = None
         if needed.weight:
-            self.scaled_hidden = (rows.hidden[:num_rows] * scale).to(call.operand)
+            hidden = rows.hidden[:num_rows] * scale
+            self.scaled_hidden, weight_unit = _in_range(hidden, call.operand)
+        if needed.bias:
+            self.scaled_ones, bias_unit = _in_range(scale, call.operand)
         if needed.lora_b and rows.low_rank is not None:
             self.scaled_low_rank = rows.low_rank[:num_rows] * scale * head.lora_scaling
         # What the entries of labels are made of; a copy on GPUs alone, whose operands are half.
@@ -317,62 +323,42 @@ class _Sums:
         self.weight, self.bias, self.lora_b = _new_gradients(head, needed)
         if onto is not None:
             self.weight, self.bias, self.lora_b = onto.weight, onto.bias, onto.lora_b
+        column = None if self.bias is None else self.bias[:, None]
+        wide, continues = call.accumulation, onto is not None
+        self.weight_sum = _Sum(self.weight, wide, weight_unit, continues=continues)
+        self.bias_sum = _Sum(column, wide, bias_unit, continues=continues)
+        self.lora_b_sum = _Sum(self.lora_b, wide, None, continues=continues)
 
     def begin(self, columns: slice) -> None:
         """Start the parts of a range of the vocabulary."""
-        self.weight_tile = self._tile(self.weight, columns)
-        self.bias_tile = self._tile(None if self.bias is None else self.bias[:, None], columns)
-        self.lora_b_tile = self._tile(self.lora_b, columns)
-        self.is_first = self.onto is None
-
-    def _tile(self, whole: Tensor | None, columns: slice) -> Tensor | None:
-        if whole is None:
-            return None
-        part = whole[columns]
-        if part.dtype == self.call.accumulation and part.stride(1) == 1:
-            return part
-        return torch.empty(part.shape, dtype=self.call.accumulation, device=part.device)
+        for part in (self.weight_sum, self.bias_sum, self.lora_b_sum):
+            part.begin(columns)
 
     def add(self, block: slice, exponentials: Tensor, tile: HeadTile) -> None:
         """Add some rows of a tile."""
-        product, adds = self.call.kernels.product, not self.is_first
+        product = self.call.kernels.product
         if self.accumulator is not None:
             product(self.accumulator[block], exponentials, tile.weight, adds=True)
         if self.low_rank_accumulator is not None and tile.lora_b is not None:
             wide = exponentials.to(tile.lora_b.dtype)
             product(self.low_rank_accumulator[block], wide, tile.lora_b, adds=True)
-        if self.weight_tile is not None and self.scaled_hidden is not None:
-            product(self.weight_tile, exponentials.T, self.scaled_hidden[block], adds=adds)
-        if self.bias_tile is not None:
-            scale = self.gradient.scale[block, None].to(exponentials.dtype)
-            product(self.bias_tile, exponentials.T, scale, adds=adds)
-        if self.lora_b_tile is not None and self.scaled_low_rank is not None:
+        if self.scaled_hidden is not None:
+            self.weight_sum.add(product, exponentials.T, self.scaled_hidden[block])
+        if self.scaled_ones is not None:
+            self.bias_sum.add(product, exponentials.T, self.scaled_ones[block])
+        if self.scaled_low_rank is not None:
             wide = exponentials.T.to(self.call.accumulation)
-            product(self.lora_b_tile, wide, self.scaled_low_rank[block], adds=adds)
-        self.is_first = False
+            self.lora_b_sum.add(product, wide, self.scaled_low_rank[block])
 
     def end(self, columns: slice) -> None:
         """Add the entries of labels and top tokens, then round once."""
-        hidden, low_rank = self.wide_hidden, self.rows.low_rank
-        num_rows = len(self.gradient.scale)
+        num_rows, low_rank = len(self.gradient.scale), self.rows.low_rank
+        if low_rank is not None:
+            low_rank = low_rank[:num_rows] * self.call.head.lora_scaling
         ones = self.gradient.scale.new_ones(num_rows, 1)
-        for whole, part, factor in (
-            (self.weight, self.weight_tile, hidden),
-            (None if self.bias is None else self.bias[:, None], self.bias_tile, ones),
-            (
-                self.lora_b,
-                self.lora_b_tile,
-                None if low_rank is None else low_rank * self.call.head.lora_scaling,
-            ),
-        ):
-            if whole is None or part is None or factor is None:
-                continue
-            if self.is_first:
-                part.zero_()
-            self.entries.add(part, columns, factor[:num_rows])
-            if part.data_ptr() != whole[columns].data_ptr():
-                whole[columns] = part
-        self.weight_tile = self.bias_tile = self.lora_b_tile = part = None
+        self.weight_sum.end(columns, self.entries, self.wide_hidden[:num_rows])
+        self.bias_sum.end(columns, self.entries, ones)
+        self.lora_b_sum.end(columns, self.entries, low_rank)
 
     def finish(self) -> Gradients:
         """Go from the low-rank product back to its factor, and return everything."""
@@ -389,6 +375,67 @@ class _Sums:
         return Gradients(
             hidden if self.needed.hidden else None, self.weight, self.bias, lora_a, self.lora_b
         )
+
+
+def _in_range(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return rows as products take them, and the power of two that these are fewer of, if any.
+
+    Before the slope of a loss is known its scaled rows may be tiny: float16 keeps all digits only
+    of what is larger than 6e-5.
+    """
+    if dtype != torch.float16 or rows.numel() == 0:
+        return rows.to(dtype), None
+    _, exponent = torch.frexp(torch.linalg.vector_norm(rows, torch.inf))
+    # The largest becomes 2^13: sums are float32, and what is 2^27 times smaller keeps its digits.
+    exponent = (exponent - 13).clamp(-100, 100)
+    one = rows.new_ones(())
+    return (rows * torch.ldexp(one, -exponent)).to(dtype), torch.ldexp(one, exponent)
+
+
+class _Sum:
+    """One gradient of the head, of which a range of the vocabulary is summed at a time."""
+
+    def __init__(
+        self, whole: Tensor | None, dtype: torch.dtype, unit: Tensor | None, *, continues: bool
+    ) -> None:
+        self.whole, self.dtype, self.unit = whole, dtype, unit
+        self.continues = continues  # adds to what is there
+        self.tile: Tensor | None = None
+        self.is_in_place = self.adds = False
+
+    def begin(self, columns: slice) -> None:
+        """Start a range, where the sum belongs if it need be neither rounded nor scaled."""
+        if self.whole is None:
+            return
+        part = self.whole[columns]
+        is_plain = part.dtype == self.dtype and part.stride(1) == 1
+        self.is_in_place = is_plain and not (self.continues and self.unit is not None)
+        if self.is_in_place:
+            self.tile = part
+        else:
+            self.tile = torch.empty(part.shape, dtype=self.dtype, device=part.device)
+        self.adds = self.continues and self.is_in_place
+
+    def add(self, product: Callable[..., None], a: Tensor, b: Tensor) -> None:
+        """Add ``a @ b``, in units of ``unit``."""
+        if self.tile is not None:
+            product(self.tile, a, b, adds=self.adds)
+            self.adds = True
+
+    def end(self, columns: slice, entries: _Entries, rows: Tensor | None) -> None:
+        """Add exact entries, multiples of ``rows``, and put the sum where it belongs."""
+        if self.whole is None or self.tile is None or rows is None:
+            return
+        if not self.adds:
+            self.tile.zero_()
+        elif self.unit is not None:
+            self.tile.mul_(self.unit)
+        entries.add(self.tile, columns, rows)
+        if self.continues and not self.is_in_place:
+            self.whole[columns] += self.tile
+        elif not self.is_in_place:
+            self.whole[columns] = self.tile
+        self.tile = None
 
 
 def _new_gradients(

@@ -16,7 +16,7 @@ from realign_kernels.first_order import differentiate_once
 from realign_kernels.objective import Objective
 from realign_kernels.ops.schema import operator
 from realign_kernels.sequences import PairShape, check_counts, check_sequence_id_values
-from realign_kernels.validation import check_chosen_present
+from realign_kernels.validation import check_chosen_present, check_no_tangent
 
 
 class PairArguments(NamedTuple):
@@ -190,6 +190,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     ctx: Any, grad_loss: Tensor | None, grad_logps: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
+    for given in (grad_loss, grad_logps):
+        check_no_tangent("the gradient from above", given)
     grad = None
     if grad_loss is not None or grad_logps is not None:
         grad = pair_loss_backward_op(grad_loss, grad_logps, *ctx.saved_tensors, *ctx.options)

@@ -27,6 +27,7 @@ from realign_kernels.sequences import check_counts, check_sequence_id_values
 from realign_kernels.validation import (
     check_chosen_present,
     check_labels,
+    check_no_tangent,
     known_number,
     scored_positions,
 )
@@ -196,6 +197,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(
     ctx: Any, grad_loss: Tensor | None, grad_logps: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
+    for given in (grad_loss, grad_logps):
+        check_no_tangent("the gradient from above", given)
     # Read once: hooks of checkpointing and offloading unpack at every access.
     saved = ctx.saved_tensors
     *inputs, labels, sequence_ids, top_rows, positions, numbers, top_ids, witness = saved[:12]

@@ -42,6 +42,7 @@ from realign_kernels.tiling import spans, tile_shape
 from realign_kernels.validation import (
     check_head,
     check_labels,
+    check_no_tangent,
     known_number,
     scored_positions,
 )
@@ -520,7 +521,10 @@ def _backward(
     nothing = (None,) * (_NUM_HEAD + len(ScoreArguments._fields))
     if grad_logps is None and grad_top_logps is None:
         return nothing
+    for grad in (grad_logps, grad_top_logps):
+        check_no_tangent("the gradient from above", grad)
     needed = list(ctx.needs_input_grad[:5])
+    assert ctx.keeps is not Keeps.NOTHING  # which would give zeros in silence
     # Read once: hooks of checkpointing and offloading unpack at every access.
     saved = ctx.saved_tensors
     if ctx.keeps is Keeps.SLOPES:
