@@ -8,9 +8,12 @@
 #ifdef REALIGN_X86
 #include <cpuid.h>
 #endif
-#if defined(REALIGN_AMX)
+#ifdef REALIGN_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
+#ifdef __linux__
+#include <sys/mman.h>
 #endif
 
 namespace {
@@ -98,13 +101,25 @@ const char* realign_product_set() { return product_choice().name; }
 
 int32_t realign_product(const RealignProduct* product) { return product_choice().products->product(product); }
 
+void realign_use_large_pages(void* start, int64_t num_bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 4096;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(start) + static_cast<uintptr_t>(num_bytes)) / page * page;
+  // Without large pages, or with pages of another size, nothing changes.
+  if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+  (void)start, (void)num_bytes;
+#endif
+}
+
 void realign_epilogue(const RealignTile* tile) { choice().kernels->epilogue(tile); }
 
-void realign_label_dot(int32_t is_double, int32_t num_threads, int64_t num_rows, int64_t hidden_size,
+void realign_label_dot(int32_t hidden_type, int32_t num_threads, int64_t num_rows, int64_t hidden_size,
                        const void* hidden, int64_t hidden_stride, int32_t weight_type, const void* weight,
                        int64_t weight_stride, int64_t weight_column_stride, int64_t num_ids, const int64_t* ids,
                        void* out) {
-  choice().kernels->label_dot(is_double, num_threads, num_rows, hidden_size, hidden, hidden_stride, weight_type,
+  choice().kernels->label_dot(hidden_type, num_threads, num_rows, hidden_size, hidden, hidden_stride, weight_type,
                               weight, weight_stride, weight_column_stride, num_ids, ids, out);
 }
 

@@ -294,24 +294,24 @@ void with_type(int32_t weight_type, const void* weight, F f) {
   }
 }
 
-template <typename T, typename W>
-T dot(const T* a, const W* b, int64_t b_stride, int64_t size) {
+template <typename T, typename H, typename W>
+T dot(const H* a, const W* b, int64_t b_stride, int64_t size) {
   // As many partial sums as lanes; the compiler turns the inner loop into vectors.
   constexpr int lanes = Traits<T>::lanes;
   T sums[lanes] = {};
   int64_t i = 0;
   if (b_stride == 1) {
     for (; i + lanes <= size; i += lanes)
-      for (int lane = 0; lane < lanes; ++lane) sums[lane] += a[i + lane] * static_cast<T>(widen(b[i + lane]));
+      for (int lane = 0; lane < lanes; ++lane) sums[lane] += static_cast<T>(widen(a[i + lane])) * static_cast<T>(widen(b[i + lane]));
   }
-  for (; i < size; ++i) sums[i % lanes] += a[i] * static_cast<T>(widen(b[i * b_stride]));
+  for (; i < size; ++i) sums[i % lanes] += static_cast<T>(widen(a[i])) * static_cast<T>(widen(b[i * b_stride]));
   for (int width = lanes / 2; width > 0; width /= 2)
     for (int lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
   return sums[0];
 }
 
-template <typename T>
-void run_label_dot(int32_t num_threads, int64_t num_rows, int64_t hidden_size, const T* hidden,
+template <typename T, typename H>
+void run_label_dot(int32_t num_threads, int64_t num_rows, int64_t hidden_size, const H* hidden,
                    int64_t hidden_stride, int32_t weight_type, const void* weight, int64_t weight_stride,
                    int64_t weight_column_stride, int64_t num_ids, const int64_t* ids, T* out) {
   with_type(weight_type, weight, [&](const auto* rows) {
@@ -323,15 +323,19 @@ void run_label_dot(int32_t num_threads, int64_t num_rows, int64_t hidden_size, c
   });
 }
 
-void label_dot(int32_t is_double, int32_t num_threads, int64_t num_rows, int64_t hidden_size, const void* hidden,
+void label_dot(int32_t hidden_type, int32_t num_threads, int64_t num_rows, int64_t hidden_size, const void* hidden,
                int64_t hidden_stride, int32_t weight_type, const void* weight, int64_t weight_stride,
                int64_t weight_column_stride, int64_t num_ids, const int64_t* ids, void* out) {
-  if (is_double)
-    run_label_dot(num_threads, num_rows, hidden_size, static_cast<const double*>(hidden), hidden_stride, weight_type,
-                  weight, weight_stride, weight_column_stride, num_ids, ids, static_cast<double*>(out));
+  const auto run = [&](const auto* rows, auto* sums) {
+    run_label_dot(num_threads, num_rows, hidden_size, rows, hidden_stride, weight_type, weight, weight_stride,
+                  weight_column_stride, num_ids, ids, sums);
+  };
+  if (hidden_type == REALIGN_FLOAT64)
+    run(static_cast<const double*>(hidden), static_cast<double*>(out));
+  else if (hidden_type == REALIGN_BFLOAT16)
+    run(static_cast<const Bfloat16*>(hidden), static_cast<float*>(out));
   else
-    run_label_dot(num_threads, num_rows, hidden_size, static_cast<const float*>(hidden), hidden_stride, weight_type,
-                  weight, weight_stride, weight_column_stride, num_ids, ids, static_cast<float*>(out));
+    run(static_cast<const float*>(hidden), static_cast<float*>(out));
 }
 
 template <typename T>

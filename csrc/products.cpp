@@ -26,6 +26,7 @@ constexpr int64_t columns = 32;          // of a block that a kernel computes
 constexpr int64_t cache_bytes = 1 << 20;  // of packed rows that are gone through for every panel
 constexpr int64_t mark_rows = 16;         // rows by `step` terms that share a mark
 constexpr int64_t packed_rows = 64;       // at once
+constexpr int64_t ahead = 128;            // terms of b that are asked for before they are read
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -342,37 +343,57 @@ class Product {
     }
   }
 
-  // A panel of b: pairs of terms, [terms / 2][columns][2], for each `columns` of it and each chunk.
+  // A panel of b: pairs of terms, [terms / 2][columns][2], for each `columns` of it and each chunk.  Read
+  // in the direction in which it lies.
   void pack_panel(Bits* out, int64_t n) const {
+    const int64_t width = round_up(std::min(panel_, p_.num_columns - n), columns);
     for (int64_t first = 0; first < num_terms_; first += chunk) {
       const int64_t count = std::min(chunk, num_terms_ - first), filled = round_up(count, step);
-      for (int64_t j = 0; j < panel_ && n + j < round_up(p_.num_columns, columns); j += 16) {
-        Bits* const part = out + first * panel_ + j / columns * columns * filled + j % columns * 2;
-        for (int64_t k = 0; k < filled; k += step)
-          pack_block(part + k * columns, term_ + first + k, std::min(step, count - k), n + j,
-                     std::min<int64_t>(16, p_.num_columns - n - j));
-      }
+      const auto part = [&](int64_t k, int64_t j) {
+        return out + first * panel_ + j / columns * columns * filled + k * columns + j % columns * 2;
+      };
+      if (p_.b_column_stride == 1)
+        for (int64_t k = 0; k < filled; k += 2)
+          for (int64_t j = 0; j < width; j += columns) pack_pair(part(k, j), term_ + first + k, count - k, n + j);
+      else
+        for (int64_t j = 0; j < width; j += 16)
+          for (int64_t k = 0; k < filled; k += step)
+            pack_block(part(k, j), term_ + first + k, std::min(step, count - k), n + j);
     }
   }
 
+  // Two terms of `columns` columns, of which some are there.
+  void pack_pair(Bits* out, int64_t k, int64_t num_terms, int64_t n) const {
+    const int64_t num_columns = std::min(columns, p_.num_columns - n);
+#if defined(__AVX512BF16__)
+    if (num_terms >= 2 && num_columns == columns) {
+      __builtin_prefetch(b(k + ahead, n));
+      __builtin_prefetch(b(k + ahead + 1, n));
+      const __m512i even = _mm512_loadu_si512(b(k, n)), odd = _mm512_loadu_si512(b(k + 1, n));
+      const __m512i low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);
+      const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+      _mm512_storeu_si512(out, _mm512_permutex2var_epi64(low, first, high));
+      _mm512_storeu_si512(out + columns, _mm512_permutex2var_epi64(low, second, high));
+      return;
+    }
+#endif
+    for (int64_t i = 0; i < 2; ++i)
+      for (int64_t j = 0; j < columns; ++j)
+        out[2 * j + i] = i < num_terms && j < num_columns ? *b(k + i, n + j) : Bits{0};
+  }
+
   // `step` terms of 16 columns, of which some are there.
-  void pack_block(Bits* out, int64_t k, int64_t num_terms, int64_t n, int64_t num_columns) const {
+  void pack_block(Bits* out, int64_t k, int64_t num_terms, int64_t n) const {
+    const int64_t num_columns = std::min<int64_t>(16, p_.num_columns - n);
 #if defined(__AVX512BF16__)
     if (num_terms == step && num_columns == 16 && p_.b_term_stride == 1) {
       __m512i pairs[16];
-      for (int64_t j = 0; j < 16; ++j) pairs[j] = _mm512_loadu_si512(b(k, n + j));
+      for (int64_t j = 0; j < 16; ++j) {
+        pairs[j] = _mm512_loadu_si512(b(k, n + j));
+        __builtin_prefetch(b(k + ahead, n + j));
+      }
       transpose(pairs);
       for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(out + 2 * columns * i, pairs[i]);
-      return;
-    }
-    if (num_terms == step && num_columns == 16 && p_.b_column_stride == 1) {
-      for (int64_t i = 0; i < 16; ++i) {
-        const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b(k + 2 * i, n)));
-        const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b(k + 2 * i + 1, n)));
-        const __m512i pairs =
-            _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-        _mm512_storeu_si512(out + 2 * columns * i, pairs);
-      }
       return;
     }
 #endif
@@ -415,14 +436,39 @@ class Product {
   void add_remainders(int64_t begin, int64_t end) const {
     for (int64_t k = 0; k < p_.num_terms; k += step) {
       if (!mark(begin, k)) continue;
-      for (int64_t m = begin; m < end; ++m)
-        for (int64_t i = k; i < std::min(k + step, p_.num_terms); ++i) {
-          if (!(*a<float>(m, i) >= limit(m, i))) continue;
-          const float x = scaled(m, i), remainder = x - widen(rounded(x));
-          if (remainder == 0 || !std::isfinite(remainder)) continue;
-          add_multiple(p_.out + m * p_.out_stride, remainder, b(i, 0));
-        }
+      const int64_t last = std::min(k + step, p_.num_terms);
+      if (p_.a_term_stride == 1)
+        for (int64_t m = begin; m < end; ++m)
+          for (int64_t i = k; i < last; i += 16)
+            for (uint32_t large = find_large(m, i, std::min<int64_t>(16, last - i), true); large != 0; large &= large - 1)
+              add_remainder(m, i + __builtin_ctz(large));
+      else
+        for (int64_t i = k; i < last; ++i)
+          for (uint32_t large = find_large(begin, i, end - begin, false); large != 0; large &= large - 1)
+            add_remainder(begin + __builtin_ctz(large), i);
     }
+  }
+
+  // One bit for each of up to 16 entries, along terms or rows, that reaches its limit.
+  uint32_t find_large(int64_t m, int64_t k, int64_t count, bool along_terms) const {
+#if defined(__AVX512BF16__)
+    if (count == 16 && (along_terms || p_.a_row_stride == 1)) {
+      const bool is_one = along_terms == (p_.limits_are_of_rows != 0);
+      const __m512 limits = is_one ? _mm512_set1_ps(limit(m, k)) : _mm512_loadu_ps(&p_.limits[along_terms ? k : m]);
+      return _mm512_cmp_ps_mask(_mm512_loadu_ps(a<float>(m, k)), limits, _CMP_GE_OQ);
+    }
+#endif
+    uint32_t large = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = along_terms ? m : m + i, term = along_terms ? k + i : k;
+      large |= static_cast<uint32_t>(*a<float>(row, term) >= limit(row, term)) << i;
+    }
+    return large;
+  }
+
+  void add_remainder(int64_t m, int64_t k) const {
+    const float x = scaled(m, k), remainder = x - widen(rounded(x));
+    if (remainder != 0 && std::isfinite(remainder)) add_multiple(p_.out + m * p_.out_stride, remainder, b(k, 0));
   }
 
   void add_multiple(float* out, float factor, const Bits* row) const {

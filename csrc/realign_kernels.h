@@ -118,11 +118,15 @@ const char* realign_product_set();
 // Returns whether there was memory for packed copies: 1 MiB, and 0.5 MiB a thread.
 int32_t realign_product(const RealignProduct* product);
 
+// Asks for large pages where memory is about to be written for the first time: each page costs a fault.
+void realign_use_large_pages(void* start, int64_t num_bytes);
+
 // Folds a tile into the sums of its rows.
 void realign_epilogue(const RealignTile* tile);
 
-// out[n] += dot(hidden[n], weight[ids[n]]); rows whose id is outside [0, num_ids) are left alone.
-void realign_label_dot(int32_t is_double, int32_t num_threads, int64_t num_rows, int64_t hidden_size,
+// out[n] += dot(hidden[n], weight[ids[n]]); rows whose id is outside [0, num_ids) are left alone.  `out` is
+// double where hidden states are, else float.
+void realign_label_dot(int32_t hidden_type, int32_t num_threads, int64_t num_rows, int64_t hidden_size,
                        const void* hidden, int64_t hidden_stride, int32_t weight_type, const void* weight,
                        int64_t weight_stride, int64_t weight_column_stride, int64_t num_ids,
                        const int64_t* ids, void* out);

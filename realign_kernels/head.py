@@ -45,6 +45,7 @@ class Precision:
     autocast: torch.dtype | None
     accumulation: torch.dtype
     operand: torch.dtype  # of hidden states and weight in products; results are never rounded to it
+    exponential: torch.dtype  # of exponentials in products
 
     def rounded(self, tensor: Tensor) -> Tensor:
         """Round as autocast asks."""

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LARGEST_TILE = TileShape(512, 2048)
 TEMPORARIES = 0
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _WEIGHT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -34,13 +34,31 @@ _INNER, _INNER_NARROW, _INNER_VECTOR = 256, 128, 16
 _WIDE = 2048
 
 
-def operand_dtype(computed: torch.dtype, rounded: torch.dtype) -> torch.dtype:
-    """Return the dtype that sums are taken in: products of half operands are slow on CPUs."""
+# Exponentials that are no smaller part of their row's total are multiplied in full, others as they
+# are in bfloat16: the error of the sum stays far below that of rounding it.
+_LARGE_PART = 1 / 64
+_LARGE_BYTES = 32 << 20
+
+
+def operand_dtype(computed: torch.dtype, rounded: torch.dtype, *, is_given: bool) -> torch.dtype:
+    """Return bfloat16 where there are instructions for it, or else the dtype of sums.
+
+    Gradients of what autocast rounds are float32 themselves, and are computed in float32.
+    """
+    is_bfloat16 = is_given and rounded == torch.bfloat16
+    return rounded if is_bfloat16 and product_set() != "none" else computed
+
+
+def exponential_dtype(computed: torch.dtype, operand: torch.dtype) -> torch.dtype:
+    """Return the dtype of logits, in whose place exponentials are written."""
     return computed
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:
     """Set ``out`` to ``a @ b``, or add it, in an order that no number of threads changes."""
+    if b.dtype == torch.bfloat16:
+        _narrow_product(out, a, b, adds=adds)
+        return
     if out.shape[0] == 1:
         out, a, b = out.T, b.T, a.T
     if out.shape[1] == 1:
@@ -56,6 +74,83 @@ def product(out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:
     for inner in spans(a.shape[1], size):
         if adds or inner.start > 0:
             out.addmm_(a[:, inner], b[inner])
+
+
+def exponential_product(
+    out: Tensor,
+    exponentials: Tensor,
+    b: Tensor,
+    totals: Tensor,
+    *,
+    scale: Tensor | None = None,
+    adds: bool,
+) -> None:
+    """Set ``out`` to ``exponentials @ b``, or with a scale to ``(scale * exponentials).T @ b``."""
+    limits = totals * _LARGE_PART
+    if scale is None:
+        _narrow_product(out, exponentials, b, adds=adds, row_limits=limits)
+    else:
+        _narrow_product(out, exponentials.T, b, adds=adds, scale=scale, term_limits=limits)
+
+
+def _narrow_product(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    adds: bool,
+    scale: Tensor | None = None,
+    row_limits: Tensor | None = None,
+    term_limits: Tensor | None = None,
+) -> None:
+    """Multiply by a bfloat16 matrix."""
+    assert out.dtype == torch.float32
+    assert out.stride(1) == 1
+    argument = _Product(
+        num_threads=torch.get_num_threads(),
+        adds=adds,
+        num_rows=out.shape[0],
+        num_columns=out.shape[1],
+        num_terms=a.shape[1],
+        a_type=_WEIGHT_TYPES[a.dtype],
+        a=a.data_ptr(),
+        a_row_stride=a.stride(0),
+        a_term_stride=a.stride(1),
+        scale=_pointer(scale),
+        limits=_pointer(term_limits if row_limits is None else row_limits),
+        limits_are_of_rows=row_limits is not None,
+        b=b.data_ptr(),
+        b_term_stride=b.stride(0),
+        b_column_stride=b.stride(1),
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+    )
+    if not _library().realign_product(byref(argument)):
+        raise MemoryError("There is no memory for the copies that a product packs.")
+
+
+class _Product(Structure):
+    """``RealignProduct`` of csrc/realign_kernels.h."""
+
+    _fields_: ClassVar = [
+        ("num_threads", c_int32),
+        ("adds", c_int32),
+        ("num_rows", c_int64),
+        ("num_columns", c_int64),
+        ("num_terms", c_int64),
+        ("a_type", c_int32),
+        ("a", c_void_p),
+        ("a_row_stride", c_int64),
+        ("a_term_stride", c_int64),
+        ("scale", c_void_p),
+        ("limits", c_void_p),
+        ("limits_are_of_rows", c_int32),
+        ("b", c_void_p),
+        ("b_term_stride", c_int64),
+        ("b_column_stride", c_int64),
+        ("out", c_void_p),
+        ("out_stride", c_int64),
+    ]
 
 
 class _Tile(Structure):
@@ -146,12 +241,17 @@ def _library() -> ctypes.CDLL:
             "Install the package again."
         )
     library.realign_instruction_set.restype = c_char_p
+    library.realign_product_set.restype = c_char_p
+    library.realign_product.argtypes = [POINTER(_Product)]
+    library.realign_product.restype = c_int32
+    library.realign_use_large_pages.argtypes = [c_void_p, c_int64]
+    library.realign_use_large_pages.restype = None
     library.realign_epilogue.argtypes = [POINTER(_Tile)]
     library.realign_pair_loss.argtypes = [POINTER(_Pairs)]
     sizes = (c_int32, c_int32, c_int64, c_int64)
     weight = (c_int32, c_void_p, c_int64, c_int64)
     library.realign_label_dot.argtypes = [
-        *sizes, c_void_p, c_int64, *weight, c_int64, c_void_p, c_void_p,
+        c_int32, *sizes[1:], c_void_p, c_int64, *weight, c_int64, c_void_p, c_void_p,
     ]  # fmt: skip
     library.realign_combine.argtypes = [
         *sizes, c_void_p, c_int64, c_void_p, *weight, c_int64, c_void_p, c_void_p,
@@ -169,6 +269,11 @@ def instruction_set() -> str:
     return str(_library().realign_instruction_set().decode())
 
 
+def product_set() -> str:
+    """Return what multiplies bfloat16 here: "amx", "avx512" or "none"."""
+    return str(_library().realign_product_set().decode())
+
+
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -181,6 +286,15 @@ def _sizes(matrix: Tensor, num_rows: int | None = None) -> tuple[int, int, int, 
 def _weight(weight: Tensor) -> tuple[int, int, int, int, int]:
     kind = _WEIGHT_TYPES[weight.dtype]
     return kind, weight.data_ptr(), weight.stride(0), weight.stride(1), weight.shape[0]
+
+
+def expect_writes(tensor: Tensor) -> None:
+    """Ask for large pages below large tensors: the faults of small ones cost as much as a product.
+
+    Smaller ones lie in memory that is used again.
+    """
+    if tensor.nbytes >= _LARGE_BYTES:
+        _library().realign_use_large_pages(tensor.data_ptr(), tensor.nbytes)
 
 
 def epilogue(tile: Tile) -> None:
@@ -221,9 +335,10 @@ def epilogue(tile: Tile) -> None:
 
 def label_dot(hidden: Tensor, weight: Tensor, ids: Tensor, out: Tensor) -> None:
     """Add ``hidden[n] . weight[ids[n]]`` to ``out[n]`` where the id is a row of the weight."""
+    _, *sizes = _sizes(hidden)
     _library().realign_label_dot(
-        *_sizes(hidden), hidden.data_ptr(), hidden.stride(0), *_weight(weight), ids.data_ptr(),
-        out.data_ptr(),
+        _WEIGHT_TYPES[hidden.dtype], *sizes, hidden.data_ptr(), hidden.stride(0), *_weight(weight),
+        ids.data_ptr(), out.data_ptr(),
     )  # fmt: skip
 
 

@@ -68,8 +68,17 @@ class FusedCall:
 
     @property
     def operand(self) -> torch.dtype:
-        """The dtype of hidden states, weight and exponentials in products."""
+        """The dtype of hidden states and weight in products."""
         return self.head.precision.operand
+
+    @property
+    def exponential(self) -> torch.dtype:
+        """The dtype of exponentials in products."""
+        return self.head.precision.exponential
+
+    def totals(self, rest_sum: Tensor) -> Tensor:
+        """Return what the entries of E in each row sum to, at most."""
+        return rest_sum * (self.transform.logit_scale / self.transform.temperature)
 
 
 class Rows(NamedTuple):
@@ -195,6 +204,16 @@ def logits_into(call: FusedCall, out: Tensor, rows: Rows, block: slice, tile: He
         call.kernels.product(out, rows.low_rank[block], tile.lora_b.T, adds=True)
 
 
+def add_by_weight(
+    call: FusedCall, accumulator: Tensor, exponentials: Tensor, weight: Tensor, totals: Tensor
+) -> None:
+    """Add ``E @ W`` of a tile."""
+    if call.exponential == call.operand:
+        call.kernels.product(accumulator, exponentials, weight, adds=True)
+    else:
+        call.kernels.exponential_product(accumulator, exponentials, weight, totals, adds=True)
+
+
 def add_weight_rows(
     call: FusedCall,
     accumulator: Tensor,
@@ -262,15 +281,18 @@ class _Scratch:
         new = rows.hidden.new_empty
         height = min(call.shape.rows, num_rows)
         width = min(call.shape.columns, call.vocabulary.size)
-        in_place = call.operand == call.accumulation
+        in_place = call.exponential == call.accumulation
         stashes = keeps is Keeps.STASH
-        self.stash = new(num_rows, call.vocabulary.size, dtype=call.operand) if stashes else None
+        self.stash = None
+        if stashes:
+            self.stash = new(num_rows, call.vocabulary.size, dtype=call.exponential)
+            call.kernels.expect_writes(self.stash)
         self.logits = None
         if not (stashes and in_place):
             self.logits = new(height * width, dtype=call.accumulation)
         self.exponentials = None
         if keeps is Keeps.SLOPES and not in_place:
-            self.exponentials = new(height * width, dtype=call.operand)
+            self.exponentials = new(height * width, dtype=call.exponential)
         self.accumulator = self.low_rank_accumulator = None
         if keeps is Keeps.SLOPES:
             self.accumulator = new(num_rows, hidden_size, dtype=call.accumulation).zero_()
@@ -330,12 +352,14 @@ class _Scratch:
         """Add ``E @ W`` of a tile, and the tokens that it has released."""
         if self.accumulator is None or tile.exponentials is None:
             return
-        product = self.call.kernels.product
-        product(self.accumulator[block], tile.exponentials, head_tile.weight, adds=True)
+        totals = self.call.totals(tile.state.rest_sum)
+        add_by_weight(
+            self.call, self.accumulator[block], tile.exponentials, head_tile.weight, totals
+        )
         low_rank = self.low_rank_accumulator
         if low_rank is not None and head_tile.lora_b is not None:
             wide = tile.exponentials.to(low_rank.dtype)
-            product(low_rank[block], wide, head_tile.lora_b, adds=True)
+            self.call.kernels.product(low_rank[block], wide, head_tile.lora_b, adds=True)
         if tile.state.released_ids is not None and tile.state.released_values is not None:
             self.add_back(block, tile.state.released_ids, tile.state.released_values)
 

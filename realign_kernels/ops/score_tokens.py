@@ -77,8 +77,11 @@ class HeadArguments(NamedTuple):
         """The dtypes that are computed in."""
         computed = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         rounded = self.autocast_dtype or self.weight.dtype
-        operand = kernels_of(self.backend).operand_dtype(computed, rounded)
-        return Precision(self.autocast_dtype, computed, operand)
+        kernels = kernels_of(self.backend)
+        is_given = self.hidden_states.dtype == self.weight.dtype == rounded
+        operand = kernels.operand_dtype(computed, rounded, is_given=is_given)
+        exponential = kernels.exponential_dtype(computed, operand)
+        return Precision(self.autocast_dtype, computed, operand, exponential)
 
 
 _NUM_HEAD = len(HeadArguments._fields)
@@ -202,7 +205,7 @@ def score_tokens_op(*values: Any) -> FusedScores:
         num_rows = known_number(what.sequence_lengths, labels.device)
         positions = scored_positions(labels != what.ignore_index, num_rows)
         keeps = Keeps(what.keeps)
-        needed = len(positions) * len(head.weight) * call.operand.itemsize
+        needed = len(positions) * len(head.weight) * call.exponential.itemsize
         if keeps is Keeps.STASH_IF_IT_FITS:
             keeps = Keeps.STASH if needed <= head.budget[1] else Keeps.NUMBERS
         elif keeps is Keeps.STASH and needed > head.budget[1]:
@@ -254,7 +257,7 @@ def _score_rows(
     top_ids = positions[:0] if numbers.top_ids is None else numbers.top_ids
     stash = result.stash
     if stash is None:
-        stash = hidden_states.new_empty(0, call.vocabulary.size, dtype=call.operand)
+        stash = hidden_states.new_empty(0, call.vocabulary.size, dtype=call.exponential)
     # Outputs of an operator may be no views of each other.
     return FusedScores(
         **outputs,
@@ -330,7 +333,7 @@ def _score_tokens_fake(*values: Any) -> FusedScores:
         positions=empty(torch.int64, True, num_scored),
         numbers=empty(number, True, 4 if tracks_top else 3, 0 if has_slopes else num_scored),
         top_ids=empty(torch.int64, True, num_scored if tracks_top and not has_slopes else 0),
-        stash=empty(head.precision.operand, True, num_stashed, head.weight.shape[0]),
+        stash=empty(head.precision.exponential, True, num_stashed, head.weight.shape[0]),
     )
 
 
@@ -477,7 +480,11 @@ def fused_call(head: HeadArguments, *, sums_head_gradient: bool) -> FusedCall:
         kernels.LARGEST_TILE,
         weight.shape[1],
         0 if lora_a is None else lora_a.shape[0],
-        (precision.accumulation.itemsize, precision.operand.itemsize),
+        (
+            precision.accumulation.itemsize,
+            precision.operand.itemsize,
+            precision.exponential.itemsize,
+        ),
         head.budget[0],
         temporaries=kernels.TEMPORARIES,
         casts_head=precision.copies(weight.dtype),

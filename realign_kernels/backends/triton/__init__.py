@@ -8,6 +8,8 @@ from realign_kernels.backends.triton.pairs import pair_loss
 from realign_kernels.backends.triton.products import (
     LARGEST_TILE,
     TEMPORARIES,
+    expect_writes,
+    exponential_dtype,
     operand_dtype,
     product,
 )
@@ -19,6 +21,8 @@ __all__ = [
     "add_entries",
     "combine",
     "epilogue",
+    "expect_writes",
+    "exponential_dtype",
     "label_dot",
     "operand_dtype",
     "pair_loss",
