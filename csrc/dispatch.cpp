@@ -138,4 +138,11 @@ void realign_add_entries(int32_t is_double, int32_t num_threads, int64_t num_col
                                 coefficient, hidden, hidden_stride, num_rows);
 }
 
+void realign_vector_product(int32_t is_double, int32_t num_threads, int32_t adds, int64_t num_rows,
+                            int64_t num_terms, const void* a, int64_t row_stride, int64_t term_stride,
+                            const void* b, int64_t b_stride, void* out, int64_t out_stride) {
+  choice().kernels->vector_product(is_double, num_threads, adds, num_rows, num_terms, a, row_stride, term_stride, b,
+                                   b_stride, out, out_stride);
+}
+
 }

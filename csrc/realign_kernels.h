@@ -143,6 +143,11 @@ void realign_add_entries(int32_t is_double, int32_t num_threads, int64_t num_col
                          void* out, int64_t out_stride, const int64_t* starts, const int64_t* order,
                          const void* coefficient, const void* hidden, int64_t hidden_stride, int64_t num_rows);
 
+// out[m] = sum over k of a[m, k] * b[k], or added to it.
+void realign_vector_product(int32_t is_double, int32_t num_threads, int32_t adds, int64_t num_rows,
+                            int64_t num_terms, const void* a, int64_t row_stride, int64_t term_stride,
+                            const void* b, int64_t b_stride, void* out, int64_t out_stride);
+
 // Sums per sequence, log-ratios, terms, loss, and the coefficient of every sequence.
 void realign_pair_loss(const RealignPairs* pairs);
 

@@ -62,10 +62,7 @@ def product(out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:
     if out.shape[0] == 1:
         out, a, b = out.T, b.T, a.T
     if out.shape[1] == 1:
-        if not adds:
-            out.zero_()
-        for inner in spans(a.shape[1], _INNER_VECTOR):
-            out.add_((a[:, inner] * b[inner].T).sum(dim=1, keepdim=True))
+        _vector_product(out, a, b, adds=adds)
         return
     is_transposed = b.stride(1) != 1
     size = _INNER_NARROW if is_transposed and out.shape[1] < _WIDE else _INNER
@@ -74,6 +71,20 @@ def product(out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:
     for inner in spans(a.shape[1], size):
         if adds or inner.start > 0:
             out.addmm_(a[:, inner], b[inner])
+
+
+def _vector_product(out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:
+    """Multiply by a single column."""
+    if not has_library():
+        if not adds:
+            out.zero_()
+        for inner in spans(a.shape[1], _INNER_VECTOR):
+            out.add_((a[:, inner] * b[inner].T).sum(dim=1, keepdim=True))
+        return
+    _library().realign_vector_product(
+        out.dtype == torch.float64, torch.get_num_threads(), adds, *a.shape, a.data_ptr(),
+        *a.stride(), b.data_ptr(), b.stride(0), out.data_ptr(), out.stride(0),
+    )  # fmt: skip
 
 
 def exponential_product(
@@ -229,6 +240,18 @@ def library_path() -> str | None:
 
 
 @functools.cache
+def has_library() -> bool:
+    """Return whether the compiled library is there and loads; the eager backend does without."""
+    if library_path() is None:
+        return False
+    try:
+        _library()
+    except (OSError, RuntimeError):
+        return False
+    return True
+
+
+@functools.cache
 def _library() -> ctypes.CDLL:
     path = library_path()
     assert path is not None  # dispatch.py does not choose this backend without one
@@ -259,7 +282,12 @@ def _library() -> ctypes.CDLL:
     library.realign_add_entries.argtypes = [
         *sizes, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64,
     ]  # fmt: skip
-    for name in ("epilogue", "pair_loss", "label_dot", "combine", "add_entries"):
+    library.realign_vector_product.argtypes = [
+        *sizes[:2], c_int32, *sizes[2:], c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p,
+        c_int64,
+    ]  # fmt: skip
+    names = ("epilogue", "pair_loss", "label_dot", "combine", "add_entries", "vector_product")
+    for name in names:
         getattr(library, f"realign_{name}").restype = None
     return library
 
