@@ -255,6 +255,10 @@ def has_library() -> bool:
 def _library() -> ctypes.CDLL:
     path = library_path()
     assert path is not None  # dispatch.py does not choose this backend without one
+    return _load(path)
+
+
+def _load(path: str) -> ctypes.CDLL:
     library = ctypes.CDLL(path)
     library.realign_abi_version.restype = c_int32
     version = library.realign_abi_version()
