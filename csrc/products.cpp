@@ -3,7 +3,8 @@
 //
 // Sums are taken `chunk` terms at a time; the sums of chunks are added in float32, first to last.  Rows
 // and columns beyond the edges are zeros in the packed copies, so that no entry of the result depends on
-// how many others there are, or on the number of threads.
+// how many others there are, or on the number of threads.  The instructions read and write subnormal
+// numbers as zeros; plain C++ does not.
 #include "products.h"
 
 #include <algorithm>

@@ -59,7 +59,7 @@ def product(out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:
     if b.dtype == torch.bfloat16:
         _narrow_product(out, a, b, adds=adds)
         return
-    if out.shape[0] == 1:
+    if out.shape[0] == 1 and out.shape[1] != 1:
         out, a, b = out.T, b.T, a.T
     if out.shape[1] == 1:
         _vector_product(out, a, b, adds=adds)

@@ -61,6 +61,9 @@ MUTANTS = {
     "bias of another column": ("kernels.cpp", "load<T>(bias + i)", "load<T>(bias)"),
     "entries one early": ("kernels.cpp", "e < starts[v + 1]; ++e", "e + 1 < starts[v + 1]; ++e"),
     "dot without its tail": ("kernels.cpp", "i < size; ++i) sums", "i < i; ++i) sums"),
+    "column without what was": ("kernels.cpp", "if (adds)\n      for", "if (false)\n      for"),
+    "sum of the last terms": ("kernels.cpp", "totals[i] += sums[i]", "totals[i] = sums[i]"),
+    "factor of the first term": ("kernels.cpp", "factor = b[k * b_stride]", "factor = b[0]"),
     "half read as bfloat16": ("kernels.cpp", "result *= 0x1p112f;", ""),
     "absent cell counted": ("pairs.cpp", "if (!is_present_[cell]) return 0;", ""),
     "mean over one pair less": ("pairs.cpp", "total / static_cast<double>(pairs->num_pairs)",
@@ -111,6 +114,18 @@ def check_float32():
     inputs = make_head_inputs(33, 97, 16, torch.float32)
     exact = dense_logprob(inputs.as_leaves(torch.float64))
     assert_close(inputs.call(linear_logprob, backend="cpu"), exact, 1e-5)
+
+
+def check_vectors():
+    """A single row or column is not for the BLAS, which splits its sum over threads."""
+    a, b = torch.randn(70, 600, generator=seeded(0)), torch.randn(600, 1, generator=seeded(1))
+    for one in (a, a.T.contiguous().T):
+        out = torch.ones(70, 1)
+        cpu.product(out, one, b, adds=True)
+        assert_close(out - 1, a.double() @ b.double(), 1e-4)
+        row = torch.ones(1, 70)
+        cpu.product(row, b.T, one.T, adds=False)
+        assert_close(row, (a.double() @ b.double()).T, 1e-4)
 
 
 def check_ties():
@@ -210,7 +225,7 @@ def assert_near(actual, a, b):
     assert ((actual.double() - a @ b).abs() <= 1e-5 * (a.abs() @ b.abs() + 1)).all()
 
 
-CHECKS = [check_heads, check_float32, check_ties, check_moved_rows, check_pairs]
+CHECKS = [check_heads, check_float32, check_vectors, check_ties, check_moved_rows, check_pairs]
 
 
 def build(sources: Path, library: Path) -> None:

@@ -148,6 +148,31 @@ def test_other_users_of_the_tiles_are_left_alone():
         assert torch.equal(a @ b, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("rows", "terms"), [(1, 1), (63, 255), (64, 256), (65, 257), (200, 1030)])
+def test_products_with_a_single_row_or_column(rows, terms, dtype):
+    a, b = normal(rows, terms).to(dtype), normal(terms, 1, seed=1).to(dtype)
+    tolerance = 100 * torch.finfo(dtype).eps
+    results = []
+    for one, other, threads in itertools.product(layouts(a), layouts(b), (1, 3)):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        column, row = torch.full((rows, 1), 2, dtype=dtype), torch.empty(1, rows, dtype=dtype)
+        cpu.product(column, one, other, adds=True)
+        cpu.product(row, other.T, one.T, adds=False)
+        torch.set_num_threads(before)
+        expected = a.double() @ b.double()
+        torch.testing.assert_close((column - 2).double(), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(row.T.double(), expected, rtol=tolerance, atol=tolerance)
+        results.append(column)
+    assert torch.equal(*results[:2])
+    # The part of a few rows is that of all.
+    for first in range(0, rows, 7):
+        part = torch.full((len(a[first : first + 5]), 1), 2, dtype=dtype)
+        cpu.product(part, a[first : first + 5], b, adds=True)
+        assert torch.equal(part, results[0][first : first + 5])
+
+
 HEADS = [(40, 203, 24), (1, 2, 1), (70, 1003, 300), (130, 2049, 33), (65, 64, 257), (9, 4099, 130)]
 
 
