@@ -271,7 +271,8 @@ class Product {
       const int64_t count = std::min(chunk, num_terms_ - first), stride = round_up(count, step);
       const int64_t k = term_ + first;
       if (!is_transposed) {
-        for (int64_t m = begin; m < end; ++m) pack_row(packed(m, first, stride), m, k, m < last ? count : 0, stride);
+        for (int64_t m = begin; m < last; ++m) pack_row(packed(m, first, stride), m, k, count, stride);
+        std::fill(packed(std::max(begin, last), first, stride), packed(end, first, stride), Bits{0});
         continue;
       }
       for (int64_t i = 0; i < stride; i += step)
