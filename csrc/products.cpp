@@ -195,17 +195,19 @@ class Product {
  public:
   explicit Product(const RealignProduct& given) : p_(given), num_marks_(round_up(given.num_terms, step) / step) {
     const int64_t packed_terms = std::min(group, round_up(std::max<int64_t>(given.num_terms, 1), step));
-    // As many rows as stay in the cache while every panel passes by.
-    cached_rows_ = std::max(rows, cache_bytes / int64_t{sizeof(Bits)} / packed_terms / packed_rows * packed_rows);
-    cached_rows_ = std::min(round_up(cached_rows_, rows), round_up(given.num_rows, rows));
+    // As many rows as stay in the cache while every panel passes by; no mark belongs to two such parts.
+    constexpr int64_t unit = 4 * rows;
+    static_assert(unit % mark_rows == 0 && packed_rows % mark_rows == 0, "marks are of one thread each");
+    cached_rows_ = std::max(unit, cache_bytes / int64_t{sizeof(Bits)} / packed_terms / unit * unit);
+    cached_rows_ = std::min(cached_rows_, round_up(std::max<int64_t>(given.num_rows, 1), rows));
     // Fewer columns or rows at once where there would be less to do than threads.
     panel_ = widest_panel;
     task_rows_ = cached_rows_;
     while (num_tasks() < given.num_threads && panel_ > 2 * columns) panel_ /= 2;
     while (num_tasks() < given.num_threads && task_rows_ > rows) task_rows_ = round_up(task_rows_ / 2, rows);
     const int64_t num_packed = cached_rows_ * packed_terms, num_panels = given.num_threads * panel_ * group;
-    const int64_t num_blocks = given.limits == nullptr ? 0 : round_up(given.num_rows, mark_rows) / mark_rows * num_marks_;
-    const int64_t bytes = (num_packed + num_panels) * int64_t{sizeof(Bits)} + num_blocks;
+    int64_t bytes = (num_packed + num_panels) * int64_t{sizeof(Bits)};
+    if (given.limits != nullptr) bytes += round_up(given.num_rows, mark_rows) / mark_rows * num_marks_;
     a_ = static_cast<Bits*>(std::aligned_alloc(64, static_cast<std::size_t>(round_up(bytes, 64))));
     panels_ = a_ + num_packed;
     marks_ = reinterpret_cast<uint8_t*>(panels_ + num_panels);
@@ -252,7 +254,9 @@ class Product {
     return static_cast<const Bits*>(p_.b) + k * p_.b_term_stride + n * p_.b_column_stride;
   }
   float limit(int64_t m, int64_t k) const { return p_.limits[p_.limits_are_of_rows ? m : k]; }
-  float scaled(int64_t m, int64_t k) const { return p_.scale == nullptr ? *a<float>(m, k) : *a<float>(m, k) * p_.scale[k]; }
+  float scaled(int64_t m, int64_t k) const {
+    return p_.scale == nullptr ? *a<float>(m, k) : *a<float>(m, k) * p_.scale[k];
+  }
   uint8_t& mark(int64_t m, int64_t k) const { return marks_[m / mark_rows * num_marks_ + k / step]; }
 
   // Rows of a chunk lie one after the other, `step`-filled; chunks as well.
@@ -373,7 +377,8 @@ class Product {
       __builtin_prefetch(b(k + ahead + 1, n));
       const __m512i even = _mm512_loadu_si512(b(k, n)), odd = _mm512_loadu_si512(b(k + 1, n));
       const __m512i low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);
-      const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+      const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+      const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
       _mm512_storeu_si512(out, _mm512_permutex2var_epi64(low, first, high));
       _mm512_storeu_si512(out + columns, _mm512_permutex2var_epi64(low, second, high));
       return;
@@ -441,9 +446,10 @@ class Product {
       const int64_t last = std::min(k + step, p_.num_terms);
       if (p_.a_term_stride == 1)
         for (int64_t m = begin; m < end; ++m)
-          for (int64_t i = k; i < last; i += 16)
-            for (uint32_t large = find_large(m, i, std::min<int64_t>(16, last - i), true); large != 0; large &= large - 1)
-              add_remainder(m, i + __builtin_ctz(large));
+          for (int64_t i = k; i < last; i += 16) {
+            uint32_t large = find_large(m, i, std::min<int64_t>(16, last - i), true);
+            for (; large != 0; large &= large - 1) add_remainder(m, i + __builtin_ctz(large));
+          }
       else
         for (int64_t i = k; i < last; ++i)
           for (uint32_t large = find_large(begin, i, end - begin, false); large != 0; large &= large - 1)
