@@ -14,7 +14,7 @@ def gather_head(
     weight: Tensor, bias: Tensor | None, lora: LoraFactors | None
 ) -> tuple[Tensor, Tensor | None, LoraFactors | None]:
     """Return the parts of a head, whole."""
-    if lora is not None and len(lora) == 3:
+    if isinstance(lora, tuple | list) and len(lora) == 3:  # or it is refused later
         lora = (_gather(lora[0]), _gather(lora[1]), lora[2])
     return _gather(weight), _gather(bias), lora
 

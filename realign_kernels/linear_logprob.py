@@ -109,11 +109,6 @@ def linear_logprob(
         docs/head.md.  Label values are checked: on GPUs by a
         device-side assertion; ``REALIGN_CHECK=0`` in the environment turns that off.
     """
-    if memory == "tile":
-        raise ValueError(
-            "memory must be 'auto', 'stash' or 'recompute' in linear_logprob, got 'tile'. "
-            "Tiles need the loss: call rdpo_loss, or pass memory='auto'."
-        )
     if dist.is_available() and dist.is_initialized():
         lm_head_weight, lm_head_bias, lm_head_lora = gather_head(
             lm_head_weight, lm_head_bias, lm_head_lora
@@ -131,7 +126,7 @@ def linear_logprob(
         stash_bytes=stash_bytes,
         group=group,
     )
-    check_options(options)
+    _check_options(options, "linear_logprob")
     head = check_call(hidden_states, lm_head_weight, labels, options)
     return score_tokens(head, labels, options).token_logps
 
@@ -178,11 +173,6 @@ def linear_logprob_stats(
     Note: ``token_logps`` and ``top_non_label_logps`` are differentiable, first order; the other
         entries are detached.
     """
-    if memory == "tile":
-        raise ValueError(
-            "memory must be 'auto', 'stash' or 'recompute' in linear_logprob_stats, got 'tile'. "
-            "Tiles need the loss: call rdpo_loss, or pass memory='auto'."
-        )
     if dist.is_available() and dist.is_initialized():
         lm_head_weight, lm_head_bias, lm_head_lora = gather_head(
             lm_head_weight, lm_head_bias, lm_head_lora
@@ -200,7 +190,16 @@ def linear_logprob_stats(
         stash_bytes=stash_bytes,
         group=group,
     )
-    check_options(options)
+    _check_options(options, "linear_logprob_stats")
     head = check_call(hidden_states, lm_head_weight, labels, options)
     scores = score_tokens(head, labels, options, with_statistics=True)
     return LogprobStats(**{name: getattr(scores, name) for name in LogprobStats._fields})
+
+
+def _check_options(options: HeadOptions, function: str) -> None:
+    check_options(options)
+    if options.memory == "tile":
+        raise ValueError(
+            f"memory must be 'auto', 'stash' or 'recompute' in {function}, got 'tile'. "
+            "Tiles need the loss: call rdpo_loss, or pass memory='auto'."
+        )

@@ -15,7 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from realign_kernels.validation import check_chosen_present, check_floating, check_no_tangent
+from realign_kernels.validation import (
+    check_cell_shape,
+    check_choice,
+    check_chosen_present,
+    check_floating,
+    check_no_tangent,
+    check_number,
+    check_tensor,
+    describe,
+    is_number,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +58,16 @@ class Term:
     """Assumed share of flipped preferences, in [0, 0.5); 0 for hinge and ipo."""
 
     def __post_init__(self) -> None:
-        coefficients = tuple(float(coefficient) for coefficient in self.coefficients)
+        is_sequence = hasattr(self.coefficients, "__iter__") and not isinstance(
+            self.coefficients, str | dict | Tensor
+        )
+        coefficients = tuple(self.coefficients) if is_sequence else ()
+        if not is_sequence or not all(map(is_number, coefficients)):
+            raise TypeError(
+                f"coefficients must be numbers, one a cell, got {describe(self.coefficients)}. "
+                "Pass a tuple such as (1, -1)."
+            )
+        coefficients = tuple(float(coefficient) for coefficient in coefficients)
         if not (
             1 <= len(coefficients) <= MAX_CELLS
             and any(coefficients)
@@ -56,26 +75,26 @@ class Term:
         ):
             raise ValueError(
                 f"coefficients must be 1 to {MAX_CELLS} finite numbers that are not all 0, "
-                f"got {self.coefficients}."
+                f"got {self.coefficients}. Chosen minus rejected is (1, -1)."
             )
         object.__setattr__(
             self, "coefficients", coefficients + (0.0,) * (MAX_CELLS - len(coefficients))
         )
-        if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise ValueError(f"weight must be finite and >= 0, got {self.weight}.")
-        if not (math.isfinite(self.beta) and self.beta > 0):
-            raise ValueError(f"beta must be finite and > 0, got {self.beta}.")
-        if not math.isfinite(self.offset):
-            raise ValueError(f"offset must be finite, got {self.offset}.")
+        check_number("weight", self.weight, least=0.0)
+        check_number("beta", self.beta, above=0.0)
+        check_number("offset", self.offset)
+        check_number("label_smoothing", self.label_smoothing)
+        check_choice("link", self.link, sorted(LINKS))
         if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}.")
-        if self.link not in LINKS:
-            raise ValueError(f"link must be one of {sorted(LINKS)}, got {self.link!r}.")
+            raise ValueError(
+                f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}. Pass 0."
+            )
         if self.link != "logsigmoid":
             for name in ("offset", "label_smoothing"):
                 if getattr(self, name) != 0:
                     raise ValueError(
-                        f"{name} must be 0 for link {self.link!r}, got {getattr(self, name)}."
+                        f"{name} must be 0 for link {self.link!r}, got {getattr(self, name)}. "
+                        "Leave it out, or take link 'logsigmoid'."
                     )
 
     @property
@@ -150,14 +169,18 @@ class Objective:
     nll_weight: float = 0.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.terms, tuple | list):
+            raise TypeError(
+                f"terms must be a tuple of Term objects, got {describe(self.terms)}. "
+                "Pass (term,) for a single one."
+            )
         object.__setattr__(self, "terms", tuple(self.terms))
         if not self.terms:
-            raise ValueError("terms must hold at least one Term, got none.")
+            raise ValueError("terms must hold at least one Term, got none. Pass Term((1, -1)).")
         for term in self.terms:
             if not isinstance(term, Term):
-                raise TypeError(f"terms must be Term objects, got {type(term).__name__}.")
-        if not (math.isfinite(self.nll_weight) and self.nll_weight >= 0):
-            raise ValueError(f"nll_weight must be finite and >= 0, got {self.nll_weight}.")
+                raise TypeError(f"terms must be Term objects, got {describe(term)}. Call Term.")
+        check_number("nll_weight", self.nll_weight, least=0.0)
 
     @classmethod
     def dpo(cls, beta: float = 0.1) -> Objective:
@@ -169,7 +192,7 @@ class Objective:
         cls, beta: float = 0.1, image_beta: float | None = None, image_weight: float = 1.0
     ) -> Objective:
         """Prefer the better answer, and the right image to the retrieved one (three cells)."""
-        image_beta = beta if image_beta is None else image_beta
+        image_beta = _checked_image_beta(beta, image_beta, image_weight)
         return cls((Term(_TEXT, beta=beta), Term(_IMAGE, weight=image_weight, beta=image_beta)))
 
     @classmethod
@@ -184,6 +207,8 @@ class Objective:
         """rDPO plus an anchor that keeps the chosen answer likelier than under the reference (three
         cells).
         """
+        check_number("anchor_weight", anchor_weight, least=0.0)
+        check_number("anchor_offset", anchor_offset)
         anchor = Term(_ANCHOR, weight=anchor_weight, beta=beta, offset=anchor_offset)
         return cls((*cls.rdpo(beta, image_beta, image_weight).terms, anchor))
 
@@ -194,7 +219,7 @@ class Objective:
         """rDPO, and the same the other way round: each answer belongs to the image that it
         describes (four cells).
         """
-        image_beta = beta if image_beta is None else image_beta
+        image_beta = _checked_image_beta(beta, image_beta, image_weight)
         return cls(
             (
                 Term(_TEXT, beta=beta),
@@ -352,30 +377,69 @@ def differentiate_losses(log_ratios: Tensor, objective: Objective, num_tokens: T
     return gradient / max(1, gradient.shape[1])
 
 
+def _checked_image_beta(beta: float, image_beta: float | None, image_weight: float) -> float:
+    """Check the numbers of an image term by their own names; return its beta."""
+    check_number("image_weight", image_weight, least=0.0)
+    if image_beta is None:
+        return beta
+    check_number("image_beta", image_beta, above=0.0)
+    return image_beta
+
+
+def check_objective(objective: Objective, wanted: str) -> None:
+    """Refuse what is no objective, and say how to make one."""
+    if isinstance(objective, Objective):
+        return
+    remedy = "Pass Objective.rdpo(), Objective.dpo() or another table of terms."
+    if isinstance(objective, Term):
+        remedy = "Pass Objective((term,))."
+    raise TypeError(f"objective must be an {wanted}, got {describe(objective)}. {remedy}")
+
+
 def check_cells(
     logps: Tensor, ref_logps: Tensor | None, objective: Objective, num_tokens: Tensor | None
 ) -> None:
-    """Check shapes, dtypes and devices of a preference batch; no values."""
+    """Check types, shapes, dtypes and devices of a preference batch; no values."""
+    check_objective(objective, "Objective")
+    check_tensor("logps", logps)
+    check_tensor("ref_logps", ref_logps, optional=True)
+    check_tensor("num_tokens", num_tokens, optional=True)
     check_floating("logps", logps)
-    if logps.ndim != 2 or not objective.num_cells <= logps.shape[0] <= MAX_CELLS:
-        raise ValueError(
-            f"logps must have shape (C, P) with C in [{objective.num_cells}, {MAX_CELLS}] "
-            f"to match objective, got {tuple(logps.shape)}."
-        )
+    check_cell_shape("logps", logps, objective.num_cells, MAX_CELLS)
     for name, other in (("ref_logps", ref_logps), ("num_tokens", num_tokens)):
-        if other is None:
-            continue
-        if other.shape != logps.shape:
+        if other is not None and other.shape != logps.shape:
+            looks_transposed = other.ndim == 2 and other.T.shape == logps.shape
+            remedy = "It looks transposed: pass its .T." if looks_transposed else "Both are (C, P)."
             raise ValueError(
                 f"{name} must have shape {tuple(logps.shape)} to match logps, "
-                f"got {tuple(other.shape)}."
+                f"got {tuple(other.shape)}. {remedy}"
             )
-        if other.device != logps.device:
-            raise ValueError(
-                f"{name} must be on {logps.device} to match logps, got {other.device}."
+    check_reference(ref_logps, logps, "logps")
+    if num_tokens is not None:
+        if num_tokens.dtype == torch.bool or num_tokens.is_complex():
+            raise TypeError(
+                f"num_tokens must hold counts, int64, got {num_tokens.dtype}. Sum the mask."
             )
-    if ref_logps is not None:
-        check_floating("ref_logps", ref_logps)
-        check_no_tangent("ref_logps", ref_logps)
+        _check_device("num_tokens", num_tokens, logps, "logps")
     if num_tokens is None and objective.needs_num_tokens:
-        raise ValueError("num_tokens must be given for link 'ipo' and for nll_weight, got None.")
+        raise ValueError(
+            "num_tokens must be given for link 'ipo' and for nll_weight, got None. "
+            "Count the answer tokens of every cell and pair, (C, P)."
+        )
+
+
+def check_reference(ref_logps: Tensor | None, like: Tensor, name: str) -> None:
+    """Check dtype and device of a reference, which is a constant."""
+    if ref_logps is None:
+        return
+    check_floating("ref_logps", ref_logps)
+    check_no_tangent("ref_logps", ref_logps)
+    _check_device("ref_logps", ref_logps, like, name)
+
+
+def _check_device(name: str, tensor: Tensor, like: Tensor, other: str) -> None:
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name} must be on {like.device} to match {other}, got {tensor.device}. "
+            f"Call .to({str(like.device)!r})."
+        )

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from realign_kernels.data_parallel import gather_head
-from realign_kernels.objective import Objective, check_cells
+from realign_kernels.objective import MAX_CELLS, Objective, check_objective, check_reference
 from realign_kernels.ops.pair_loss import PairArguments, PairOutputs, pair_loss_op
 from realign_kernels.ops.rdpo_tiles import TileArguments, TileOutputs, rdpo_tiles_op
 from realign_kernels.ops.score_tokens import (
@@ -19,8 +19,13 @@ from realign_kernels.ops.score_tokens import (
     second_order_witness,
 )
 from realign_kernels.options import HeadOptions, LoraFactors
-from realign_kernels.sequences import PairShape, check_sequence_ids, resolve_pair_shape
-from realign_kernels.validation import check_options, check_transforms
+from realign_kernels.sequences import (
+    PairShape,
+    check_batch,
+    check_sequence_ids,
+    resolve_pair_shape,
+)
+from realign_kernels.validation import check_choice, check_options, check_transforms
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -145,20 +150,24 @@ def rdpo_loss(
         group=group,
     )
     check_options(options)
+    check_choice("rejected_scoring", rejected_scoring, REJECTED_SCORINGS)
+    check_batch(hidden_states, lm_head_weight, labels, ref_logps, sequence_ids, sequence_lengths)
     pairs = resolve_pair_shape(
-        hidden_states, ref_logps, sequence_ids, sequence_lengths, objective.num_cells
+        len(hidden_states) if sequence_ids is None else None,
+        ref_logps,
+        sequence_lengths,
+        (objective.num_cells, MAX_CELLS),
     )
     check_transforms(ref_logps=ref_logps, sequence_ids=sequence_ids)
     head = check_call(hidden_states, lm_head_weight, labels, options)
-    shaped = hidden_states.new_empty(pairs, dtype=torch.float32)
-    check_cells(shaped, ref_logps, objective, shaped)
+    check_reference(ref_logps, hidden_states, "hidden_states")
     if sequence_ids is not None:
         check_sequence_ids(sequence_ids, labels)
     top_rows = _top_rows(rejected_scoring, labels, sequence_ids, pairs)
     if top_rows is not None and options.group is None and len(lm_head_weight) < 2:
         raise ValueError(
             "lm_head_weight must have V >= 2 for rejected_scoring='top_non_label', "
-            f"got V = {len(lm_head_weight)}."
+            f"got V = {len(lm_head_weight)}. Pass rejected_scoring='label'."
         )
     batch = PairArguments(
         labels=labels,
@@ -190,7 +199,7 @@ def _takes_tiles(head: HeadArguments, batch: PairArguments, memory: str) -> bool
     num_rows = batch.labels.numel()
     if batch.sequence_lengths is not None and not torch.compiler.is_compiling():
         num_rows = int(batch.sequence_lengths.sum())
-    return num_rows * len(head.weight) * head.precision.operand.itemsize > head.budget[1]
+    return num_rows * head.stash_row_bytes > head.budget[1]
 
 
 def _reduce_in_tiles(
@@ -214,10 +223,6 @@ def _top_rows(
     rejected_scoring: str, labels: Tensor, sequence_ids: Tensor | None, pairs: PairShape
 ) -> Tensor | None:
     """Return which positions are scored by their best token that is not the label."""
-    if rejected_scoring not in REJECTED_SCORINGS:
-        raise ValueError(
-            f"rejected_scoring must be one of {list(REJECTED_SCORINGS)}, got {rejected_scoring!r}."
-        )
     if rejected_scoring == "label":
         return None
     if sequence_ids is None:
@@ -228,7 +233,9 @@ def _top_rows(
 def _resolve_objective(
     objective: Objective | None, beta: float, image_beta: float | None, image_weight: float
 ) -> Objective:
-    if objective is None:
+    if objective is not None:
+        check_objective(objective, "Objective or None")
+    else:
         return Objective.rdpo(beta, image_beta, image_weight)
     defaults = {"beta": _DEFAULT_BETA, "image_beta": None, "image_weight": _DEFAULT_IMAGE_WEIGHT}
     given = {"beta": beta, "image_beta": image_beta, "image_weight": image_weight}

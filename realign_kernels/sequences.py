@@ -11,7 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from realign_kernels.validation import assert_on_device, check_int64, value_checks_enabled
+from realign_kernels.validation import (
+    assert_on_device,
+    check_cell_shape,
+    check_floating,
+    check_int64,
+    check_tensor,
+    find_swapped,
+    value_checks_enabled,
+)
 
 
 class PairShape(NamedTuple):
@@ -26,66 +34,103 @@ class PairShape(NamedTuple):
         return self.num_cells * self.num_pairs
 
 
-def resolve_pair_shape(
+def check_batch(
     hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
     ref_logps: Tensor | None,
     sequence_ids: Tensor | None,
     sequence_lengths: Tensor | None,
-    default_num_cells: int,
+) -> None:
+    """Refuse what are no tensors, hidden states of another form, and swapped arguments."""
+    check_tensor("hidden_states", hidden_states)
+    check_tensor("lm_head_weight", lm_head_weight)
+    check_tensor("labels", labels)
+    check_tensor("ref_logps", ref_logps, optional=True)
+    check_tensor("sequence_ids", sequence_ids, optional=True)
+    check_tensor("sequence_lengths", sequence_lengths, optional=True)
+    swapped = find_swapped(hidden_states, lm_head_weight, labels)
+    if lm_head_weight.ndim == 3 and hidden_states.ndim == 2:
+        swapped = " hidden_states and lm_head_weight seem swapped."
+    if ref_logps is not None:
+        are_swapped = labels.is_floating_point() and not ref_logps.is_floating_point()
+        check_floating(
+            "ref_logps", ref_logps, " labels and ref_logps seem swapped." if are_swapped else ""
+        )
+    form, is_packed = tuple(hidden_states.shape), sequence_ids is not None
+    if is_packed and len(form) != 2:
+        raise ValueError(
+            f"hidden_states must have shape (N, D) with sequence_ids, got {form}."
+            f"{swapped or ' Leave sequence_ids out for padded batches.'}"
+        )
+    if not is_packed and len(form) != 3:
+        raise ValueError(
+            f"hidden_states must have shape (C * P, T, D) without sequence_ids, got {form}."
+            f"{swapped or ' Pass sequence_ids for packed tokens.'}"
+        )
+
+
+def resolve_pair_shape(
+    num_sequences: int | None,
+    ref_logps: Tensor | None,
+    sequence_lengths: Tensor | None,
+    num_cells: tuple[int, int],
 ) -> PairShape:
-    """Return (C, P) from whichever argument says it, and refuse those that disagree."""
-    is_packed = sequence_ids is not None
-    _check_form(hidden_states, is_packed=is_packed)
+    """Return (C, P) from whichever argument says it, and refuse those that disagree.
+
+    ``num_sequences`` is that of a padded batch; ``num_cells`` are the fewest and the most of an
+    objective.
+    """
+    name, given = "ref_logps", ref_logps
+    if given is None:
+        name, given = "sequence_lengths", sequence_lengths
+    if given is not None and given.ndim != 2:
+        raise ValueError(
+            f"{name} must have shape (C, P), got {tuple(given.shape)}. "
+            "Stack one row a cell: chosen, rejected and so on."
+        )
     if sequence_lengths is not None:
         _check_lengths(sequence_lengths, ref_logps)
-        shape = PairShape(*sequence_lengths.shape)
-    elif ref_logps is not None:
-        if ref_logps.ndim != 2:
-            raise ValueError(f"ref_logps must have shape (C, P), got {tuple(ref_logps.shape)}.")
-        shape = PairShape(*ref_logps.shape)
-    elif is_packed:
+    if given is not None:
+        check_cell_shape(name, given, *num_cells)
+        shape = PairShape(*given.shape)
+    elif num_sequences is None:
         raise ValueError(
-            "sequence_lengths must be given for packed tokens without ref_logps, got None."
+            "sequence_lengths must be given for packed tokens without ref_logps, got None. "
+            "Pass the number of answer tokens of every cell and pair, (C, P), int64, on the CPU."
         )
     else:
-        num_sequences = hidden_states.shape[0]
-        if num_sequences % default_num_cells != 0:
+        if num_sequences % num_cells[0] != 0:
+            remedy = " 2 cells are DPO: pass objective=Objective.dpo()."
             raise ValueError(
-                f"hidden_states must hold a multiple of {default_num_cells} sequences "
+                f"hidden_states must hold a multiple of {num_cells[0]} sequences "
                 f"to match objective, got {num_sequences}."
+                f"{remedy if num_sequences % 2 == 0 else ' Leave no cell out: mask its labels.'}"
             )
-        shape = PairShape(default_num_cells, num_sequences // default_num_cells)
-    if not is_packed and hidden_states.shape[0] != shape.num_sequences:
+        shape = PairShape(num_cells[0], num_sequences // num_cells[0])
+    if num_sequences is not None and num_sequences != shape.num_sequences:
         raise ValueError(
-            f"hidden_states must hold {shape.num_sequences} sequences to match "
-            f"{shape.num_cells} cells of {shape.num_pairs} pairs, got {hidden_states.shape[0]}."
+            f"hidden_states must hold {shape.num_sequences} sequences to match {shape.num_cells} "
+            f"cells of {shape.num_pairs} pairs in {name}, got {num_sequences}. "
+            "Sequence c * P + p is cell c of pair p."
         )
     return shape
-
-
-def _check_form(hidden_states: Tensor, *, is_packed: bool) -> None:
-    if is_packed and hidden_states.ndim != 2:
-        raise ValueError(
-            f"hidden_states must have shape (N, D) with sequence_ids, "
-            f"got {tuple(hidden_states.shape)}. Leave sequence_ids out for padded batches."
-        )
-    if not is_packed and hidden_states.ndim != 3:
-        raise ValueError(
-            f"hidden_states must have shape (C * P, T, D) without sequence_ids, "
-            f"got {tuple(hidden_states.shape)}. Pass sequence_ids for packed tokens."
-        )
 
 
 def _check_lengths(sequence_lengths: Tensor, ref_logps: Tensor | None) -> None:
     check_int64("sequence_lengths", sequence_lengths)
     if sequence_lengths.device.type != "cpu":
-        raise ValueError(f"sequence_lengths must be on the CPU, got {sequence_lengths.device}.")
-    if sequence_lengths.ndim != 2 or (
-        ref_logps is not None and sequence_lengths.shape != ref_logps.shape
-    ):
-        expected = "(C, P)" if ref_logps is None else f"{tuple(ref_logps.shape)} to match ref_logps"
         raise ValueError(
-            f"sequence_lengths must have shape {expected}, got {tuple(sequence_lengths.shape)}."
+            f"sequence_lengths must be on the CPU, got {sequence_lengths.device}. "
+            "Count there, or leave it out."
+        )
+    if ref_logps is not None and sequence_lengths.shape != ref_logps.shape:
+        remedy = "Give one length for every cell and pair."
+        if sequence_lengths.ndim == 2 and sequence_lengths.T.shape == ref_logps.shape:
+            remedy = "One of the two looks transposed: both are (C, P)."
+        raise ValueError(
+            f"sequence_lengths must have shape {tuple(ref_logps.shape)} to match ref_logps, "
+            f"got {tuple(sequence_lengths.shape)}. {remedy}"
         )
 
 
@@ -94,12 +139,13 @@ def check_sequence_ids(sequence_ids: Tensor, labels: Tensor) -> None:
     if sequence_ids.shape != labels.shape:
         raise ValueError(
             f"sequence_ids must have shape {tuple(labels.shape)} to match labels, "
-            f"got {tuple(sequence_ids.shape)}."
+            f"got {tuple(sequence_ids.shape)}. Give one id for every label."
         )
     check_int64("sequence_ids", sequence_ids)
     if sequence_ids.device != labels.device:
         raise ValueError(
-            f"sequence_ids must be on {labels.device} to match labels, got {sequence_ids.device}."
+            f"sequence_ids must be on {labels.device} to match labels, got {sequence_ids.device}. "
+            f"Call .to({str(labels.device)!r})."
         )
 
 

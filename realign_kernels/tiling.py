@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from torch import Tensor
+
 # A BLAS multiplies very few rows by other kernels, which sum in another order.
 LEAST_ROWS = 64
 
@@ -62,7 +64,7 @@ def tile_shape(
     if workspace_bytes < least:
         raise ValueError(
             f"workspace_bytes must be >= {least} to hold one logit of hidden size {hidden_size}, "
-            f"got {workspace_bytes}."
+            f"got {workspace_bytes}. Leave it out for the default."
         )
     return TileShape(rows, columns)
 
@@ -75,6 +77,18 @@ def padded_rows(num_rows: int, shape: TileShape) -> int:
     rest = num_rows % shape.rows
     least = min(LEAST_ROWS, shape.rows)
     return num_rows if rest == 0 or rest >= least else num_rows - rest + least
+
+
+def row_stride(columns: int, multiple: int) -> int:
+    """Return how many elements rows of ``columns`` lie apart, so that each of them is aligned."""
+    return -(-columns // multiple) * multiple
+
+
+def with_stride(buffer: Tensor, shape: tuple[int, int], multiple: int) -> Tensor:
+    """View the start of a flat buffer as a matrix whose rows are aligned."""
+    rows, columns = shape
+    stride = row_stride(columns, multiple)
+    return buffer[: rows * stride].view(rows, stride)[:, :columns]
 
 
 def spans(total: int, size: int) -> Iterator[slice]:

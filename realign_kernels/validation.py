@@ -7,8 +7,9 @@ Values on a GPU are checked by a device-side assertion, never by waiting for the
 from __future__ import annotations
 
 import math
+import numbers
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,10 +19,14 @@ from torch.autograd import forward_ad
 from realign_kernels.options import MEMORY_MODES, HeadOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from realign_kernels.vocabulary import VocabularyShard
 
 _HALF_DTYPES = (torch.float16, torch.bfloat16)
 _DTYPES = (*_HALF_DTYPES, torch.float32, torch.float64)
+_SHAPES_OF_PARTS = "A bias has shape (V,), A has (r, D) and B has (V, r)."
+_DEFAULT = "Leave it out for the default."
 
 
 def value_checks_enabled() -> bool:
@@ -33,40 +38,178 @@ def check_options(options: HeadOptions) -> None:
     """Refuse numbers and names that no head can have."""
     for name in ("logit_scale", "temperature", "logit_softcap"):
         value = getattr(options, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be finite and > 0, got {value}.")
-    if options.lm_head_lora is not None:
-        if len(options.lm_head_lora) != 3:
-            raise ValueError(
-                f"lm_head_lora must be (A, B, scaling), got {len(options.lm_head_lora)} values."
-            )
-        scaling = options.lm_head_lora[2]
-        if not isinstance(scaling, int | float):
-            raise TypeError(
-                f"lm_head_lora must have a number as scaling, got {type(scaling).__name__}. "
-                "It gets no gradient."
-            )
-        if not math.isfinite(scaling):
-            raise ValueError(f"lm_head_lora must have a finite scaling, got {scaling}.")
+        if name != "logit_softcap" or value is not None:
+            check_number(name, value, above=0.0)
+    _check_lora(options.lm_head_lora)
+    check_integer("ignore_index", options.ignore_index)
     for name in ("workspace_bytes", "stash_bytes"):
-        if getattr(options, name) < 0:
-            raise ValueError(f"{name} must be >= 0, got {getattr(options, name)}.")
-    if options.memory not in MEMORY_MODES:
-        raise ValueError(f"memory must be one of {list(MEMORY_MODES)}, got {options.memory!r}.")
-    if options.group is not None and not (dist.is_available() and dist.is_initialized()):
+        check_integer(name, getattr(options, name), least=0)
+    check_choice("memory", options.memory, MEMORY_MODES)
+    check_choice("backend", options.backend, None)
+    _check_group(options.group)
+
+
+def check_number(
+    name: str, value: Any, *, least: float = -math.inf, above: float = -math.inf
+) -> None:
+    """Refuse what is no finite number, or one that is too small."""
+    if not is_number(value):
+        raise TypeError(
+            f"{name} must be a number, got {describe(value)}.{_remedy_of_number(value)}"
+        )
+    if not (math.isfinite(value) and value >= least and value > above):
+        bound = f" and > {above:g}" if above > -math.inf else ""
+        bound = f" and >= {least:g}" if least > -math.inf else bound
+        raise ValueError(f"{name} must be finite{bound}, got {value}. {_DEFAULT}")
+
+
+def check_integer(name: str, value: Any, *, least: int | None = None) -> None:
+    """Refuse what is no whole number, or one that is too small."""
+    if not is_number(value, int, numbers.Integral):
+        raise TypeError(f"{name} must be an int, got {describe(value)}.{_remedy_of_number(value)}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit 64 bits, got {value}. {_DEFAULT}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}. {_DEFAULT}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {describe(value)}. {_DEFAULT}")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str] | None) -> None:
+    """Refuse what is no string, or none of the choices where they are given."""
+    if not isinstance(value, str):
+        wanted = "a string" if choices is None else f"one of {list(choices)}"
+        raise TypeError(
+            f"{name} must be {wanted}, got {describe(value)}. Leave it out, or name one."
+        )
+    if choices is not None and value not in choices:
+        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}. {_DEFAULT}")
+
+
+def is_number(value: Any, builtin: Any = float | int, general: type = numbers.Real) -> bool:
+    """Return whether a value is a number of Python's or NumPy's, but no truth value."""
+    # The general kind last: torch.compile does not know it, and NumPy's numbers alone need it.
+    return not isinstance(value, bool) and (
+        isinstance(value, builtin) or (not isinstance(value, Tensor) and isinstance(value, general))
+    )
+
+
+def _remedy_of_number(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return " It would get no gradient: pass its .item()."
+    return f" {_DEFAULT}" if value is None else " Pass the number itself."
+
+
+def _check_lora(lora: Any) -> None:
+    """Check ``(A, B, scaling)``; shapes and dtypes wait for those of the head."""
+    if lora is None:
+        return
+    if not isinstance(lora, tuple | list):
+        raise TypeError(
+            f"lm_head_lora must be (A, B, scaling), got {describe(lora)}. "
+            "Of a PEFT layer that is (lora_A.weight, lora_B.weight, scaling)."
+        )
+    if len(lora) != 3:
+        raise ValueError(
+            f"lm_head_lora must be (A, B, scaling), got {len(lora)} values. "
+            "A has shape (r, D), B has shape (V, r), and scaling is a number."
+        )
+    lora_a, lora_b, scaling = lora
+    check_tensor("lm_head_lora[0]", lora_a)
+    check_tensor("lm_head_lora[1]", lora_b)
+    if not is_number(scaling):
+        raise TypeError(
+            f"lm_head_lora must have a number as scaling, got {describe(scaling)}."
+            f"{_remedy_of_number(scaling)}"
+        )
+    if not math.isfinite(scaling):
+        raise ValueError(f"lm_head_lora must have a finite scaling, got {scaling}. Pass 1.0.")
+
+
+def _check_group(group: Any) -> None:
+    if group is None:
+        return
+    if isinstance(group, str | int | float | list | tuple | dict | Tensor):
+        raise TypeError(
+            f"group must be a torch.distributed.ProcessGroup or None, got {describe(group)}. "
+            "Pass what torch.distributed.new_group returns."
+        )
+    if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             "group must belong to an initialised torch.distributed, got one without it. "
             "Call torch.distributed.init_process_group first, or pass group=None."
         )
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group must be a torch.distributed.ProcessGroup or None, got {describe(group)}. "
+            "Of a DeviceMesh pass get_group()."
+        )
+
+
+def describe(value: Any) -> str:
+    """Say what a value is, for messages."""
+    if isinstance(value, Tensor):
+        return "a nested tensor" if value.is_nested else f"Tensor of shape {tuple(value.shape)}"
+    if isinstance(value, list | tuple) and value and all(isinstance(x, Tensor) for x in value):
+        return f"{type(value).__name__} of {len(value)} tensors"
+    if isinstance(value, str):
+        return repr(value)
+    kind = type(value)
+    module = kind.__module__
+    name = kind.__qualname__
+    return name if module == "builtins" else f"{module.partition('.')[0]}'s {name}"
+
+
+def check_tensor(name: str, value: Any, *, optional: bool = False) -> None:
+    """Refuse what is no dense tensor, and say how to make one of it."""
+    if value is None and optional:
+        return
+    wanted = "a torch.Tensor or None" if optional else "a torch.Tensor"
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be {wanted}, got {describe(value)}.{_remedy_of_tensor(value)}"
+        )
+    if type(value).__name__ == "DTensor":
+        raise TypeError(f"{name} must be a plain tensor, got a DTensor. Call .full_tensor().")
+    if value.is_nested:
+        raise TypeError(f"{name} must be a plain tensor, got a nested one. Pad or pack its rows.")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got layout {value.layout}. Call .to_dense().")
+
+
+def _remedy_of_tensor(value: Any) -> str:
+    """Return how a tensor is made of a value."""
+    if isinstance(value, torch.nn.Module):
+        return " Pass its .weight." if hasattr(value, "weight") else " Pass one of its parameters."
+    for attribute in ("last_hidden_state", "logits", "input_ids"):
+        if hasattr(value, attribute):
+            return " Pass one of its tensors, such as .last_hidden_state."
+    if isinstance(value, list | tuple):
+        if value and all(isinstance(entry, Tensor) for entry in value):
+            return " Call torch.stack, or pass one of them."
+        return " Call torch.as_tensor."
+    if hasattr(value, "__array__") or isinstance(value, int | float):
+        return " Call torch.as_tensor."
+    return " Pass the tensor itself."
 
 
 def check_head(
     hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, options: HeadOptions
 ) -> torch.dtype | None:
     """Check the tensors of a head against each other; return what autocast rounds them to."""
+    check_tensor("hidden_states", hidden_states)
+    check_tensor("lm_head_weight", lm_head_weight)
+    check_tensor("labels", labels)
+    check_tensor("lm_head_bias", options.lm_head_bias, optional=True)
+    swapped = find_swapped(hidden_states, lm_head_weight, labels)
     if hidden_states.ndim < 1:
         raise ValueError(
             f"hidden_states must have shape (..., D), got {tuple(hidden_states.shape)}."
+            f"{swapped or ' Pass what the last layer returns.'}"
         )
     hidden_size = hidden_states.shape[-1]
     if (
@@ -74,17 +217,23 @@ def check_head(
         or lm_head_weight.shape[1] != hidden_size
         or lm_head_weight.shape[0] < 1
     ):
-        # A weight that ZeRO-3 has partitioned is empty outside of its context.
-        remedy = " Gather it by deepspeed.zero.GatheredParameters."
+        remedy = swapped
+        if lm_head_weight.numel() == 0:
+            # A weight that ZeRO-3 has partitioned is empty outside of its context.
+            remedy = " Gather it by deepspeed.zero.GatheredParameters."
+        elif not swapped and lm_head_weight.ndim == 2 and lm_head_weight.shape[0] == hidden_size:
+            remedy = " It looks transposed: pass its .T."
+        elif not swapped and lm_head_weight.ndim != 2:
+            remedy = " Pass the .weight of the output projection."
         raise ValueError(
             f"lm_head_weight must have shape (V, {hidden_size}) with V >= 1 "
-            f"to match hidden_states, got {tuple(lm_head_weight.shape)}."
-            f"{remedy if lm_head_weight.numel() == 0 else ''}"
+            f"to match hidden_states, got {tuple(lm_head_weight.shape)}.{remedy}"
         )
     if labels.shape != hidden_states.shape[:-1]:
+        remedy = swapped or _remedy_of_labels(labels, hidden_states.shape[:-1])
         raise ValueError(
             f"labels must have shape {tuple(hidden_states.shape[:-1])} to match hidden_states, "
-            f"got {tuple(labels.shape)}."
+            f"got {tuple(labels.shape)}.{remedy}"
         )
     lora_a, lora_b, _ = options.lm_head_lora or (None, None, None)
     check_transforms(
@@ -96,8 +245,8 @@ def check_head(
     )
     _check_device("lm_head_weight", lm_head_weight, hidden_states)
     _check_device("labels", labels, hidden_states)
-    check_int64("labels", labels)
-    allowed, autocast = _check_dtypes(hidden_states, lm_head_weight)
+    check_int64("labels", labels, swapped)
+    allowed, autocast = _check_dtypes(hidden_states, lm_head_weight, swapped)
     vocabulary_size = lm_head_weight.shape[0]
     if options.lm_head_bias is not None:
         _check_part("lm_head_bias", options.lm_head_bias, (vocabulary_size,), labels, allowed)
@@ -143,10 +292,36 @@ def _is_transformed(tensor: Tensor) -> bool:
     return tensor.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def check_int64(name: str, tensor: Tensor) -> None:
-    """Refuse ids of any other integer type rather than copy them on every call."""
+def find_swapped(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor) -> str:
+    """Return which two arguments are the other's, by shapes and dtypes, for messages."""
+    given = {"hidden_states": hidden_states, "lm_head_weight": lm_head_weight, "labels": labels}
+    other = {name for name, tensor in given.items() if not tensor.is_floating_point()}
+    names = None
+    if len(other) == 1 and "labels" not in other:
+        names = other.pop(), "labels"
+    elif (
+        labels.shape == lm_head_weight.shape[:-1]
+        and labels.shape != hidden_states.shape[:-1]
+        and hidden_states.ndim == 2
+    ):
+        names = "hidden_states", "lm_head_weight"
+    return "" if names is None else f" {names[0]} and {names[1]} seem swapped."
+
+
+def _remedy_of_labels(labels: Tensor, expected: torch.Size) -> str:
+    if labels.shape[:-1] == expected:
+        return " Leave out the last dimension: one id for a position."
+    if labels.ndim == len(expected) and labels.shape[:-1] == expected[:-1]:
+        return " Shift both alike: hidden_states[:, :-1] and labels[:, 1:]."
+    return " Give one label for every hidden state."
+
+
+def check_int64(name: str, tensor: Tensor, remedy: str = "") -> None:
+    """Refuse ids of any other type rather than copy them on every call."""
     if tensor.dtype != torch.int64:
-        raise TypeError(f"{name} must be torch.int64, got {tensor.dtype}.")
+        raise TypeError(
+            f"{name} must be torch.int64, got {tensor.dtype}.{remedy or ' Call .long().'}"
+        )
 
 
 def check_labels(labels: Tensor, ignore_index: int, vocabulary: VocabularyShard) -> None:
@@ -188,10 +363,31 @@ def scored_positions(is_scored: Tensor, num_rows: int | None) -> Tensor:
     return torch.nonzero_static(is_scored, size=num_rows).squeeze(1)
 
 
-def check_floating(name: str, tensor: Tensor) -> None:
+def check_floating(name: str, tensor: Tensor, remedy: str = "") -> None:
     """Refuse half precision for sums: at -500 nats, neighbours in bfloat16 are two nats apart."""
     if tensor.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name} must be torch.float32 or torch.float64, got {tensor.dtype}.")
+        remedy = remedy or " Sum in float32: call .float() before."
+        raise TypeError(
+            f"{name} must be torch.float32 or torch.float64, got {tensor.dtype}.{remedy}"
+        )
+
+
+def check_cell_shape(name: str, tensor: Tensor, least: int, most: int) -> None:
+    """Refuse what is not cells by pairs, (C, P), with as many cells as an objective reads."""
+    shape = tuple(tensor.shape)
+    if len(shape) == 2 and least <= shape[0] <= most:
+        return
+    remedies = {2: " 2 cells are DPO: pass objective=Objective.dpo().",
+                3: " 3 cells are rDPO: pass objective=Objective.rdpo()."}  # fmt: skip
+    remedy = " Stack one row a cell: chosen, rejected and so on."
+    if len(shape) == 2:
+        remedy = remedies.get(shape[0], "")
+        if least <= shape[1] <= most:
+            remedy += " It looks transposed, with one row a pair: pass its .T."
+    raise ValueError(
+        f"{name} must have shape (C, P) with C in [{least}, {most}] to match objective, "
+        f"got {shape}.{remedy}"
+    )
 
 
 def check_chosen_present(num_tokens: Tensor) -> None:
@@ -211,7 +407,7 @@ def assert_on_device(condition: Tensor, message: str) -> None:
 
 
 def _check_dtypes(
-    hidden_states: Tensor, lm_head_weight: Tensor
+    hidden_states: Tensor, lm_head_weight: Tensor, swapped: str
 ) -> tuple[set[torch.dtype], torch.dtype | None]:
     """Return the dtypes that other parts of the head may have, and the one of autocast if on.
 
@@ -221,6 +417,7 @@ def _check_dtypes(
         if tensor.dtype not in _DTYPES:
             raise TypeError(
                 f"{name} must be one of {[str(dtype) for dtype in _DTYPES]}, got {tensor.dtype}."
+                f"{swapped or _remedy_of_dtype(tensor)}"
             )
     has_float64 = torch.float64 in (hidden_states.dtype, lm_head_weight.dtype)
     # Autocast leaves float64 alone, here as in torch's own operators.
@@ -235,21 +432,31 @@ def _check_dtypes(
     return {hidden_states.dtype, torch.float64 if has_float64 else torch.float32}, None
 
 
+def _remedy_of_dtype(tensor: Tensor) -> str:
+    if tensor.dtype in (torch.uint8, torch.int8):
+        return " Dequantize a quantized head first."
+    return " Take its real part." if tensor.is_complex() else " Call .float()."
+
+
 def _check_part(
     name: str, part: Tensor, shape: tuple[int, ...], like: Tensor, allowed: set[torch.dtype]
 ) -> None:
     """Check a bias or low-rank factor."""
     if part.shape != shape:
         raise ValueError(
-            f"{name} must have shape {shape} to match lm_head_weight, got {tuple(part.shape)}."
+            f"{name} must have shape {shape} to match lm_head_weight, got {tuple(part.shape)}. "
+            f"{_SHAPES_OF_PARTS}"
         )
     _check_device(name, part, like)
     if part.dtype not in allowed:
-        raise TypeError(f"{name} must be one of {sorted(map(str, allowed))}, got {part.dtype}.")
+        raise TypeError(
+            f"{name} must be one of {sorted(map(str, allowed))}, got {part.dtype}. Cast it."
+        )
 
 
 def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.device != like.device:
         raise ValueError(
-            f"{name} must be on {like.device} to match hidden_states, got {tensor.device}."
+            f"{name} must be on {like.device} to match hidden_states, got {tensor.device}. "
+            f"Call .to({str(like.device)!r})."
         )

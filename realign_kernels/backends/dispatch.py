@@ -60,7 +60,10 @@ def resolve_backend(backend: str, device_type: str) -> str:
     if backend == "auto":
         return auto_backend(device_type)
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {['auto', *BACKENDS]}, got {backend!r}.")
+        names = ["auto", *BACKENDS]
+        raise ValueError(
+            f"backend must be one of {names}, got {backend!r}. Leave it out for the default."
+        )
     missing = _missing(backend)
     if missing is not None:
         raise RuntimeError(

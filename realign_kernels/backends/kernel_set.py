@@ -82,7 +82,11 @@ class PairResults(NamedTuple):
 
 
 class KernelSet(Protocol):
-    """A module of kernels; every one is deterministic and waits for no device."""
+    """A module of kernels; every one is deterministic and waits for no device.
+
+    It may also state ``STRIDE_MULTIPLE``: rows of tiles and of E lie a multiple of so many elements
+    apart.
+    """
 
     LARGEST_TILE: TileShape  # where the workspace allows it
     TEMPORARIES: int  # tiles of the accumulation dtype that the epilogue makes for itself

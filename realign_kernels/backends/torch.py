@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from realign_kernels.backends.kernel_set import PairBatch, PairResults, Tile
 
 LARGEST_TILE = TileShape(1024, 4096)
+STRIDE_MULTIPLE = 64  # as in the Triton kernels, for products on GPUs
 TEMPORARIES = 2
 
 _INF = float("inf")

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from realign_kernels.backends.kernel_set import KernelSet, RowState, Tile
 from realign_kernels.fused.group import reduce_over_group
-from realign_kernels.tiling import TileShape, padded_rows, spans
+from realign_kernels.tiling import TileShape, padded_rows, row_stride, spans, with_stride
 
 if TYPE_CHECKING:
     from realign_kernels.head import Head, HeadTile, LogitTransform
@@ -67,6 +67,17 @@ class FusedCall:
         return self.head.precision.accumulation
 
     @property
+    def stash_width(self) -> int:
+        """Elements of a row of the stash: the vocabulary, and what aligns the next row."""
+        return row_stride(self.vocabulary.size, getattr(self.kernels, "STRIDE_MULTIPLE", 1))
+
+    @property
+    def stride_multiple(self) -> int:
+        """Multiple of elements that rows of a tile lie apart; small tiles have no room to spare."""
+        multiple: int = getattr(self.kernels, "STRIDE_MULTIPLE", 1)
+        return multiple if min(self.shape.columns, self.vocabulary.size) >= multiple else 1
+
+    @property
     def operand(self) -> torch.dtype:
         """The dtype of hidden states and weight in products."""
         return self.head.precision.operand
@@ -96,7 +107,7 @@ class PassResult(NamedTuple):
     state: RowState
     accumulator: Tensor | None  # (rows, D), E @ W
     low_rank_accumulator: Tensor | None  # (rows, r)
-    stash: Tensor | None  # (rows, V), E
+    stash: Tensor | None  # (rows, stash_width), E; zeros past the vocabulary
 
 
 def gather_rows(call: FusedCall, hidden_states: Tensor, labels: Tensor, positions: Tensor) -> Rows:
@@ -165,7 +176,7 @@ def walk_vocabulary(
     if scratch.stash is not None and state.top_ids is not None:
         _drop_entries(scratch.stash, state.top_ids)
     return PassResult(
-        label_logits, state, scratch.accumulator, scratch.low_rank_accumulator, scratch.stash
+        label_logits, state, scratch.accumulator, scratch.low_rank_accumulator, scratch.whole_stash
     )
 
 
@@ -280,13 +291,15 @@ class _Scratch:
         num_rows, hidden_size = rows.hidden.shape
         new = rows.hidden.new_empty
         height = min(call.shape.rows, num_rows)
-        width = min(call.shape.columns, call.vocabulary.size)
+        width = row_stride(min(call.shape.columns, call.vocabulary.size), call.stride_multiple)
         in_place = call.exponential == call.accumulation
         stashes = keeps is Keeps.STASH
-        self.stash = None
+        self.stash = self.whole_stash = None
         if stashes:
-            self.stash = new(num_rows, call.vocabulary.size, dtype=call.exponential)
-            call.kernels.expect_writes(self.stash)
+            self.whole_stash = new(num_rows, call.stash_width, dtype=call.exponential)
+            call.kernels.expect_writes(self.whole_stash)
+            self.whole_stash[:, call.vocabulary.size :].zero_()
+            self.stash = self.whole_stash[:, : call.vocabulary.size]
         self.logits = None
         if not (stashes and in_place):
             self.logits = new(height * width, dtype=call.accumulation)
@@ -313,14 +326,14 @@ class _Scratch:
         """Return the tile of some rows and columns, its logits not yet computed."""
         call = self.call
         shape = block.stop - block.start, columns.stop - columns.start
-        count = shape[0] * shape[1]
+        multiple = call.stride_multiple
         exponentials: Tensor | None = None
         if self.stash is not None:
             exponentials = self.stash[block, columns]
         elif self.exponentials is not None:
-            exponentials = self.exponentials[:count].view(shape)
+            exponentials = with_stride(self.exponentials, shape, multiple)
         if self.logits is not None:
-            logits = self.logits[:count].view(shape)
+            logits = with_stride(self.logits, shape, multiple)
         else:
             assert exponentials is not None
             logits = exponentials

@@ -22,7 +22,7 @@ from realign_kernels.fused.forward import (
     logits_into,
     view_rows,
 )
-from realign_kernels.tiling import spans
+from realign_kernels.tiling import row_stride, spans, with_stride
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -253,7 +253,8 @@ class _Replayed:
             top_ids=numbers.top_ids,
         )
         height = min(call.shape.rows, len(numbers.shift))
-        width = min(call.shape.columns, call.vocabulary.size)
+        multiple = call.stride_multiple
+        width = row_stride(min(call.shape.columns, call.vocabulary.size), multiple)
         self.logits = rows.hidden.new_empty(height * width, dtype=call.accumulation)
         self.exponentials = self.logits
         if call.exponential != call.accumulation:
@@ -265,7 +266,8 @@ class _Replayed:
     def get(self, block: slice, columns: slice, tile: HeadTile) -> Tensor:
         shape = block.stop - block.start, columns.stop - columns.start
         logits, exponentials = (
-            buffer[: shape[0] * shape[1]].view(shape) for buffer in (self.logits, self.exponentials)
+            with_stride(buffer, shape, self.call.stride_multiple)
+            for buffer in (self.logits, self.exponentials)
         )
         logits_into(self.call, logits, self.rows, block, tile)
         self.call.kernels.epilogue(

@@ -60,7 +60,7 @@ def score_and_differentiate(
     are computed twice.
     """
     hidden_states, objective = head.hidden_states, batch.objective
-    stashed_rows = head.budget[1] // (call.vocabulary.size * call.exponential.itemsize)
+    stashed_rows = head.budget[1] // head.stash_row_bytes
     largest = min(_ROWS_PER_TILE, max(1, stashed_rows))
     tracks_top = top_rows is not None
     wide = call.accumulation

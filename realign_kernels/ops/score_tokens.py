@@ -38,7 +38,7 @@ from realign_kernels.fused.statistics import statistics
 from realign_kernels.head import Head, LogitTransform, Precision
 from realign_kernels.ops.schema import operator
 from realign_kernels.options import HeadOptions
-from realign_kernels.tiling import spans, tile_shape
+from realign_kernels.tiling import row_stride, spans, tile_shape
 from realign_kernels.validation import (
     check_head,
     check_labels,
@@ -83,6 +83,17 @@ class HeadArguments(NamedTuple):
         exponential = kernels.exponential_dtype(computed, operand)
         return Precision(self.autocast_dtype, computed, operand, exponential)
 
+    @property
+    def stash_width(self) -> int:
+        """Elements of a row of the stash."""
+        multiple = getattr(kernels_of(self.backend), "STRIDE_MULTIPLE", 1)
+        return row_stride(self.weight.shape[0], multiple)
+
+    @property
+    def stash_row_bytes(self) -> int:
+        """Bytes of a row of the stash."""
+        return self.stash_width * self.precision.exponential.itemsize
+
 
 _NUM_HEAD = len(HeadArguments._fields)
 
@@ -115,7 +126,7 @@ class FusedScores(NamedTuple):
     positions: Tensor  # (N,) int64, of scored rows
     numbers: Tensor  # (3 or 4, N): floating entries of RowNumbers; without slopes, as are the rest
     top_ids: Tensor  # (N,) int64
-    stash: Tensor  # (N, V); (0, V) where it is computed anew
+    stash: Tensor  # (N, stash_width); without rows where it is computed anew
 
 
 def check_call(
@@ -205,7 +216,7 @@ def score_tokens_op(*values: Any) -> FusedScores:
         num_rows = known_number(what.sequence_lengths, labels.device)
         positions = scored_positions(labels != what.ignore_index, num_rows)
         keeps = Keeps(what.keeps)
-        needed = len(positions) * len(head.weight) * call.exponential.itemsize
+        needed = len(positions) * head.stash_row_bytes
         if keeps is Keeps.STASH_IF_IT_FITS:
             keeps = Keeps.STASH if needed <= head.budget[1] else Keeps.NUMBERS
         elif keeps is Keeps.STASH and needed > head.budget[1]:
@@ -257,7 +268,7 @@ def _score_rows(
     top_ids = positions[:0] if numbers.top_ids is None else numbers.top_ids
     stash = result.stash
     if stash is None:
-        stash = hidden_states.new_empty(0, call.vocabulary.size, dtype=call.exponential)
+        stash = hidden_states.new_empty(0, call.stash_width, dtype=call.exponential)
     # Outputs of an operator may be no views of each other.
     return FusedScores(
         **outputs,
@@ -333,7 +344,7 @@ def _score_tokens_fake(*values: Any) -> FusedScores:
         positions=empty(torch.int64, True, num_scored),
         numbers=empty(number, True, 4 if tracks_top else 3, 0 if has_slopes else num_scored),
         top_ids=empty(torch.int64, True, num_scored if tracks_top and not has_slopes else 0),
-        stash=empty(head.precision.exponential, True, num_stashed, head.weight.shape[0]),
+        stash=empty(head.precision.exponential, True, num_stashed, head.stash_width),
     )
 
 

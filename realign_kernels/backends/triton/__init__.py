@@ -7,6 +7,7 @@ from realign_kernels.backends.triton.epilogue import epilogue
 from realign_kernels.backends.triton.pairs import pair_loss
 from realign_kernels.backends.triton.products import (
     LARGEST_TILE,
+    STRIDE_MULTIPLE,
     TEMPORARIES,
     expect_writes,
     exponential_dtype,
@@ -17,6 +18,7 @@ from realign_kernels.backends.triton.rows import add_entries, combine, label_dot
 
 __all__ = [
     "LARGEST_TILE",
+    "STRIDE_MULTIPLE",
     "TEMPORARIES",
     "add_entries",
     "combine",

@@ -11,6 +11,9 @@ from realign_kernels.tiling import TileShape
 
 # Feeds every multiprocessor, and few launches are needed.
 LARGEST_TILE = TileShape(4096, 8192)
+# 128 bytes in half precision: vectors of 16 bytes stay aligned whatever the size of the vocabulary
+# is, and a BLAS keeps its fastest kernels, which ask for that.
+STRIDE_MULTIPLE = 64
 TEMPORARIES = 0
 
 
