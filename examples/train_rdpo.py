@@ -21,8 +21,8 @@ CELLS = 3  # chosen, text_rejected, image_rejected
 def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder or hub id")
-    parser.add_argument("--data", type=Path, required=True, help="parquet, or the authors' JSON")
-    parser.add_argument("--images", type=Path, help="image folder of the authors' JSON")
+    parser.add_argument("--data", type=Path, required=True, help="parquet, or JSON")
+    parser.add_argument("--images", type=Path, help="image folder of JSON")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--epochs", type=float, default=1)

@@ -183,7 +183,7 @@ app = typer.Typer(
     context_settings={"max_content_width": 100},
 )
 
-Images = Annotated[Path | None, typer.Option(help="Image folder; required for the authors' JSON.")]
+Images = Annotated[Path | None, typer.Option(help="Image folder; required for JSON.")]
 
 
 @app.command(cls=SectionCommand)
@@ -394,7 +394,7 @@ def report(
 def browse(
     data: Annotated[
         Path,
-        typer.Argument(help="Dataset: folder of `realign build`, parquet, or the authors' JSON."),
+        typer.Argument(help="Dataset: folder of `realign build`, parquet, or JSON."),
     ],
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 is any free one.")] = 8770,
     decisions: Annotated[
@@ -413,7 +413,7 @@ def browse(
 def export(
     data: Annotated[
         Path,
-        typer.Option(help="Dataset: parquet, folder of `realign build`, or the authors' JSON."),
+        typer.Option(help="Dataset: parquet, folder of `realign build`, or JSON."),
     ],
     to: Annotated[
         str, typer.Option(metavar="FORMAT", help="official, ms-swift, llamafactory or trl.")

@@ -250,11 +250,11 @@ class CacheConfig(Section):
     model: str
     """Reference model, the one that training starts from: folder or hub id."""
     data: Path
-    """Dataset: parquet file, folder of ``realign build``, or the authors' JSON."""
+    """Dataset: parquet file, folder of ``realign build``, or JSON."""
     out: Path
     """Cache folder. Several models can share one."""
     images: Path | None = None
-    """Image folder; required for the authors' JSON."""
+    """Image folder; required for JSON."""
     cells: Annotated[Literal[3, 4], Shown("Scoring")] = 3
     """Sequences per pair: chosen, text_rejected and image_rejected; 4 adds both_rejected for the
     symmetric objective.
@@ -305,11 +305,11 @@ class TrainConfig(Section):
     model: Annotated[str, Effect.NONE]
     """Vision-language model to align: folder or hub id."""
     data: Annotated[Path, Effect.NONE]
-    """Dataset: parquet file, folder of ``realign build``, or the authors' JSON."""
+    """Dataset: parquet file, folder of ``realign build``, or JSON."""
     out: Annotated[Path, Effect.NONE]
     """Run folder, for metrics.jsonl, steps/ and checkpoint/."""
     images: Annotated[Path | None, Effect.NONE] = None
-    """Image folder; required for the authors' JSON."""
+    """Image folder; required for JSON."""
     cache: Annotated[Path | None, Effect.NONE] = None
     """Folder of ``realign cache``; without it the reference log-probabilities are computed first,
     into ``out/cache``.
@@ -445,9 +445,9 @@ class CheckConfig(Section):
     """``realign check``: find every bad row of a dataset before any GPU time is spent."""
 
     data: Path
-    """Dataset: parquet file, folder of ``realign build``, or the authors' JSON."""
+    """Dataset: parquet file, folder of ``realign build``, or JSON."""
     images: Path | None = None
-    """Image folder; required for the authors' JSON."""
+    """Image folder; required for JSON."""
     model: str | None = None
     """Also check chat template, special tokens and lengths for this model, and predict its memory:
     folder or hub id. No weights are loaded.

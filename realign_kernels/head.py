@@ -45,6 +45,7 @@ class Precision:
     autocast: torch.dtype | None  # or the dtype of hidden states that is not the weight's
     accumulation: torch.dtype
     operand: torch.dtype  # of hidden states and weight in products; results are never rounded to it
+    exponential: torch.dtype  # of exponentials in products
     rounds_factors: bool = True  # low-rank factors too
 
     def rounded(self, tensor: Tensor) -> Tensor:

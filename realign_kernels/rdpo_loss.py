@@ -282,7 +282,7 @@ def _takes_tiles(head: HeadArguments, batch: PairArguments, memory: str) -> bool
     num_rows = batch.labels.numel()
     if batch.sequence_lengths is not None and not torch.compiler.is_compiling():
         num_rows = int(batch.sequence_lengths.sum())
-    return num_rows * len(head.weight) * head.precision.operand.itemsize > head.budget[1]
+    return num_rows * head.stash_row_bytes > head.budget[1]
 
 
 def _reduce_in_tiles(

@@ -40,7 +40,7 @@ def tile_shape(
     largest: TileShape,
     hidden_size: int,
     rank: int,
-    itemsizes: tuple[int, int],
+    itemsizes: tuple[int, int, int],
     workspace_bytes: int,
     *,
     temporaries: int,
@@ -49,17 +49,17 @@ def tile_shape(
 ) -> TileShape:
     """Return the largest tile within the budget, of those that are no larger than ``largest``.
 
-    Scratch for one tile: logits, as many temporaries as its kernels make and, where products take
-    another dtype than they give, the exponentials; of the head what is cast, its low-rank factor,
-    and its gradient until that is rounded.  ``itemsizes`` are those of accumulation and of
-    operands.
+    Scratch for one tile: logits, as many temporaries as its kernels make and, where they have
+    another dtype, the exponentials; of the head what is cast, its low-rank factor, and its gradient
+    until that is rounded.  ``itemsizes`` are those of accumulation, of operands and of
+    exponentials.
     """
     rows, columns = largest
-    accumulation, operand = itemsizes
+    accumulation, operand, exponential = itemsizes
     per_logit = accumulation * (1 + temporaries)
-    if operand != accumulation:
+    if exponential != accumulation:
         # low-rank products take the exponentials widened again
-        per_logit += operand + (accumulation if rank else 0)
+        per_logit += exponential + (accumulation if rank else 0)
     gradient = accumulation * (hidden_size + rank + 1)
     per_column = 2 * accumulation * rank  # cast, then scaled
     per_column += operand * hidden_size if casts_head else 0

@@ -7,11 +7,11 @@ answer to something else, what is not the masked answer refilled, what differs t
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from dataclasses import dataclass
 
 from realign.building.masking.masks import fits_mask
-from realign.building.prompts import MASK_TOKEN
+from realign.building.masking.remnants import remnants
 from realign.building.similarity import Similarity
 from realign.building.speech import chats, echoes, refuses, words
 from realign.data.formats.source_row import SourceRow
@@ -35,11 +35,6 @@ REASONS = (
     CUT, EMPTY, UNFILLED, SPECIAL, REFUSED, ECHO, CHATTER, IDENTICAL, CHANGED, TOO_FEW_WORDS,
     TOO_MANY_WORDS, TOO_SIMILAR,
 )  # fmt: skip
-
-# [MASK], [mask], [MASK ], [MASK_1], <mask>, {mask}, [blank], ____
-_UNFILLED = re.compile(
-    r"[\[<{]\s{0,3}(?:mask(?:ed)?|blank)[\s_-]{0,3}[0-9]{0,3}\s{0,3}[\]>}]|_{3,}", re.IGNORECASE
-)
 
 
 @dataclass(frozen=True)
@@ -84,7 +79,7 @@ def refusal(
         return CUT
     if not completion:
         return EMPTY
-    if MASK_TOKEN in completion or has_unfilled(completion, answer):
+    if has_unfilled(completion, answer):
         return UNFILLED
     if any(token in completion for token in (*acceptance.special, IMAGE_TOKEN) if token):
         return SPECIAL  # written out in ordinary tokens; training would refuse the row
@@ -107,5 +102,5 @@ def refusal(
 
 
 def has_unfilled(completion: str, answer: str) -> bool:
-    """Whether a completion has a mask, in any spelling of it that the answer has not."""
-    return any(match.group() not in answer for match in _UNFILLED.finditer(completion))
+    """Whether a completion has remnants of masks that the answer does not have, or more of them."""
+    return bool(Counter(remnants(completion)) - Counter(remnants(answer)))

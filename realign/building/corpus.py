@@ -4,7 +4,7 @@ are one image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from realign.data.formats.source_row import SourceRow
 from realign.data.image_pool import inspect_images
-from realign.data.images import MAX_BYTES, ImageFacts, RefusedImage
+from realign.data.images import MAX_BYTES, ImageFacts, RefusedImage, Size
+from realign.errors import RefusedError
 from realign.runtime.files import file_sha256, read_jsonl, write_jsonl
 from realign.runtime.progress import Progress
 
@@ -59,7 +60,10 @@ class Corpus:
 
 
 def inspect_corpus(
-    rows: Sequence[SourceRow], folder: Path, workers: int
+    rows: Sequence[SourceRow],
+    folder: Path,
+    workers: int,
+    refusal: Callable[[Size], RefusedError | None] = lambda size: None,
 ) -> tuple[Corpus, dict[Path, RefusedImage]]:
     """Hash every image of ``rows``, and decode those not seen before.
 
@@ -68,6 +72,7 @@ def inspect_corpus(
         folder: Where it is kept what was seen, a file for some thousand images: a killed
             inspection goes on, and images are known again by their content.
         workers: Processes that decode; 0 for one a core.
+        refusal: Says why an image of a size, which can be decoded, is not taken.
     Returns:
         The readable images, and why the others are not.
     """
@@ -89,12 +94,21 @@ def inspect_corpus(
             if good:
                 write_jsonl(folder / f"{len(parts) + start // PART:05d}.jsonl", good)
     refused = {path: facts for path, facts in found.items() if isinstance(facts, RefusedImage)}
+    taken = [found[path] if path in found else known[digests[path] or ""] for path in paths]
+    sizes = {(one.width, one.height) for one in taken if isinstance(one, ImageFacts)}
+    refusals: dict[Size, RefusedError | None] = {}
+    with Progress("check sizes of images", len(sizes)) as progress:
+        for size in sorted(sizes):
+            refusals[size] = refusal(size)
+            progress.advance()
     place: dict[str, int] = {}
     position: dict[Path, int] = {}
     corpus = Corpus([], [], [], [], position)
-    for path in paths:
-        facts = found[path] if path in found else known[digests[path] or ""]
+    for path, facts in zip(paths, taken, strict=True):
         if isinstance(facts, RefusedImage):
+            continue
+        if error := refusals[facts.width, facts.height]:
+            refused[path] = RefusedImage(str(path), str(error), error.code)
             continue
         if facts.sha256 not in place:
             place[facts.sha256] = len(corpus)

@@ -16,6 +16,7 @@ from realign.building.prompts import completion_request, unwrap_completion
 from realign.building.similarity import Similarity
 from realign.data.formats.source_row import SourceRow
 from realign.generation.generator import Generator, Request
+from realign.runtime.files import finite_or_null
 
 TOO_LONG = "prompt longer than max_length"
 NOTHING_TO_MASK = "nothing to mask"
@@ -62,8 +63,9 @@ class Outcome:
     refused: list[dict[str, Any]] = field(default_factory=list)
 
     def as_row(self) -> dict[str, Any]:
-        """For a shard file."""
-        return asdict(self)
+        """For a shard file. A similarity that is not a number is null."""
+        row: dict[str, Any] = finite_or_null(asdict(self))
+        return row
 
     def accept(self, candidate: Candidate, completion: str, similarity: float) -> None:
         """Make ``candidate`` the retrieved image."""

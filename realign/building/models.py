@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 
 from realign.building.masking.masker import Fits
 from realign.config import BuildConfig, GeneratorSection
-from realign.data.images import image_size
+from realign.data.images import Size, image_size
+from realign.errors import RefusedError
 from realign.generation.generator import Generator
+from realign.modeling.adapter_folder import check_adapter
 from realign.modeling.folder import model_identity, resolve_model
 from realign.modeling.lengths import ImageTokens, position_limit
-from realign.modeling.loading import choose_dtype
+from realign.modeling.loading import choose_dtype, load_model_config
+from realign.modeling.processors import load_processor
+from realign.modeling.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from realign.generation.endpoint import Endpoint
@@ -138,10 +143,14 @@ def asked_model(section: GeneratorSection | None, role: str, config: BuildConfig
         served = ServedModel(section, journal, config.max_new_tokens, config.seed)
         served.check()
         return served
-    return LocalModel(
+    folder = (
         resolve_model(section.model, f"set build.{role}.model")
         if section
-        else resolve_model(config.model),
+        else resolve_model(config.model)
+    )
+    check_adapter(folder)
+    return LocalModel(
+        folder,
         choose_dtype(config.dtype),
         config.max_new_tokens,
         config.batch_size,
@@ -172,5 +181,50 @@ class PromptLength:
         """Return the number of tokens that the model would read."""
         size = self._sizes.get(image) or self._sizes.setdefault(image, image_size(image))
         if prompt != self._last[0]:
-            self._last = (prompt, self._image_tokens.prompt_tokens(prompt))
+            self._last = (prompt, len(self._image_tokens.prompt_ids(prompt)))
         return self._last[1] + self._image_tokens(size)
+
+
+class Readers:
+    """The models that read a source, asked before any is loaded.
+
+    Args:
+        folders: Of the models.
+        encoders: Image processors of those that read images alone.
+    """
+
+    def __init__(self, folders: Iterable[Path], encoders: Iterable[Any] = ()) -> None:
+        self._models = []
+        self._encoders = [*encoders]
+        for folder in dict.fromkeys(folders):
+            processor = load_processor(folder)
+            vocabulary = Vocabulary(processor, load_model_config(folder))
+            self._models.append((ImageTokens(processor, vocabulary), vocabulary))
+
+    def refusal_of_image(self, size: Size) -> RefusedError | None:
+        """Say why a model cannot read an image of that size; None where all can."""
+        for reader, _ in self._models:
+            try:
+                reader(size)
+            except RefusedError as error:
+                return error
+        for images in self._encoders:
+            try:
+                images(images=[Image.new("RGB", size)], return_tensors="pt")
+            except Exception as error:  # what it does not take, it raises in many ways
+                return RefusedError(
+                    f"image of {size[0]} x {size[1]} pixels must be what {type(images).__name__} "
+                    f"takes, got {type(error).__name__}: {error}. Replace it or remove the row.",
+                    code="processor",
+                )
+        return None
+
+    def refusal_of_text(self, text: str) -> str:
+        """Say which token of a text a model has not; empty where all have each."""
+        for reader, vocabulary in self._models:
+            # most tokenizers have no token too many, and a source is long
+            if vocabulary.surplus() and (
+                said := vocabulary.problem("text", reader.prompt_ids(text))
+            ):
+                return said
+        return ""

@@ -28,6 +28,8 @@ from realign.building.assemble import assemble, funnel
 from realign.building.corpus import Corpus, inspect_corpus
 from realign.building.masking.lexicon import Lexicon
 from realign.building.masking.masker import MaskRules
+from realign.building.masking.remnants import GAPS
+from realign.building.models import Readers
 from realign.building.similarity import similarity_identity
 from realign.building.staging import Staging
 from realign.config import BuildConfig
@@ -68,7 +70,8 @@ def build(config: BuildConfig) -> Path:
     check_out(config.out)
     _check_paths(config)
     similarity = similarity_identity(config.similarity)
-    special = tuple(Renderer(load_processor(resolve_model(config.model))).placeholders())
+    folder = resolve_model(config.model)
+    special = tuple(Renderer(load_processor(folder)).placeholders())
     lexicon_path = config.lexicon or ENGLISH_LEXICON
     rules = MaskRules(
         config.mask,
@@ -80,7 +83,7 @@ def build(config: BuildConfig) -> Path:
     )
     rules.lexicon.check_rates(config.mask_rates)
     staging = Staging(config, special)
-    rows, corpus, problems = _read(config, special)
+    rows, corpus, problems = _read(config, special, staging.readers(folder))
     what = {
         "config": config.model_dump(
             mode="json",
@@ -93,6 +96,7 @@ def build(config: BuildConfig) -> Path:
         "special": sorted({*special} - {""}),
         "lexicon": file_sha256(lexicon_path),
         "refusals": file_sha256(REFUSALS),
+        "gaps": file_sha256(GAPS),
         "similarity": similarity,
         "models": staging.identities(),
         "numerics": machine_numerics(),
@@ -167,7 +171,7 @@ class _Dropped:
 
 
 def _read(
-    config: BuildConfig, special: Sequence[str]
+    config: BuildConfig, special: Sequence[str], readers: Readers
 ) -> tuple[list[SourceRow], Corpus, list[Problem]]:
     """Good rows, their images, and what is wrong with the others."""
     source = read_source(
@@ -182,16 +186,25 @@ def _read(
     problems = [*source.problems]
     answered: list[SourceRow] = []
     for row in source.rows:
+        text = "\n".join((row.instruction, row.answer, row.rejected))
+        if said := readers.refusal_of_text(text):
+            message = f"{row.place}: {said}"
+            problems.append(Problem(row.id, row.place, "", "token-id", message))
+            continue
         if row.answer or config.annotator:
             answered.append(row)
             continue
+        unread = sorted(row.source.get("extra", {}))
         message = (
-            f"{row.place}: answer must not be empty without an annotator. Fill it in, or say who "
-            "answers with build.annotator."
+            f"{row.place}: answer must not be empty without an annotator"
+            f"{f', got a row whose keys {unread[:8]} are not read' if unread else ''}. Fill it in, "
+            "or say who answers with build.annotator."
         )
         problems.append(Problem(row.id, row.place, "answer", "empty-answer", message))
-    _check_share(problems, source.num_read, config, "; no image was decoded yet")
-    corpus, unreadable = inspect_corpus(answered, config.out / "images", config.workers or 0)
+    _check_share(problems, source.num_read, config, answered, "; no image was decoded yet")
+    corpus, unreadable = inspect_corpus(
+        answered, config.out / "images", config.workers or 0, readers.refusal_of_image
+    )
     rows: list[SourceRow] = []
     for row in answered:
         if row.path in unreadable:
@@ -199,16 +212,17 @@ def _read(
             problems.append(Problem(row.id, row.place, "image", refused.code, str(refused)))
         else:
             rows.append(row)
-    _check_share(problems, source.num_read, config)
+    _check_share(problems, source.num_read, config, rows)
+    if len(corpus) < 2:
+        bad = f", and these bad rows:\n{_shown(problems)}\n" if problems else ". "
+        raise RefusedError(
+            f"source must show at least 2 different images to retrieve from, got {len(corpus)}{bad}"
+            "Add rows of other images; equal files are one image."
+        )
     if problems:
         announce(
             f"{len(problems)} of {source.num_read} source rows are bad and left out; see "
             "rejected.jsonl"
-        )
-    if len(corpus) < 2:
-        raise RefusedError(
-            f"source must show at least 2 different images to retrieve from, got {len(corpus)}. "
-            "Add rows of other images; equal files are one image."
         )
     return rows, corpus, problems
 
@@ -235,17 +249,27 @@ def _check_paths(config: BuildConfig) -> None:
 
 
 def _check_share(
-    problems: Sequence[Problem], num_rows: int, config: BuildConfig, note: str = ""
+    problems: Sequence[Problem],
+    num_rows: int,
+    config: BuildConfig,
+    good: Sequence[SourceRow],
+    note: str = "",
 ) -> None:
+    """Refuse too many bad rows; leaving them out is advised only where enough images are left."""
     bad = len({problem.place for problem in problems})  # one row may give several
     if bad > config.max_reject * num_rows:
-        shown = "\n".join(problem.message for problem in problems[:20])
-        more = f"\n... and {len(problems) - 20} more." if len(problems) > 20 else ""
+        share = math.ceil(1000 * bad / num_rows) / 1000
+        is_enough = len({row.path for row in good}) >= 2
+        leave_out = f", or pass --set build.max_reject={share} to leave them out" * is_enough
         raise RefusedError(
             f"{bad} of {num_rows} rows of {config.source.name} are bad{note}, allowed are "
-            f"{config.max_reject:.2%}:\n{shown}{more}\nCorrect them, or pass --set "
-            f"build.max_reject={math.ceil(1000 * bad / num_rows) / 1000} to leave them out."
+            f"{config.max_reject:.2%}:\n{_shown(problems)}\nCorrect them{leave_out}."
         )
+
+
+def _shown(problems: Sequence[Problem]) -> str:
+    more = f"\n... and {len(problems) - 20} more." if len(problems) > 20 else ""
+    return "\n".join(problem.message for problem in problems[:20]) + more
 
 
 def _is_written(out: Path, dropped: _Dropped) -> bool:

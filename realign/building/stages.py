@@ -6,7 +6,6 @@ depends neither on the size of a shard nor on who makes it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from realign.building.speech import refuses
 from realign.data.formats.source_row import SourceRow
 from realign.data.records import IMAGE_TOKEN
 from realign.generation.generator import Answer, Generator, Request
+from realign.runtime.files import json_text
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ def windows(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 def jsonl_bytes(rows: Iterable[Any]) -> bytes:
     """One JSON value a line."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    return "".join(json_text(row) + "\n" for row in rows).encode()
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from safetensors.torch import load
 from realign.building.acceptance import Acceptance
 from realign.building.corpus import Corpus
 from realign.building.masking.masker import Masked, MaskRules
-from realign.building.models import Asked, asked_model
+from realign.building.models import Asked, LocalModel, Readers, asked_model
 from realign.building.retrieval.embedding_store import EmbeddingStore
+from realign.building.retrieval.encoders import load_image_processor
 from realign.building.retrieval.index import make_index
 from realign.building.retrieval.stage import (
     Embed,
@@ -81,6 +82,19 @@ class Staging:
             require_ray()
         if config.index != "exact":
             make_index("flat", torch.eye(2))  # says now if FAISS is missing
+
+    def readers(self, model: Path) -> Readers:
+        """Everyone in this process who reads images of the source.
+
+        Args:
+            model: Folder of the model to be aligned, which will be trained on them.
+        """
+        asked = (self._inducer, self._masker, self._annotator)
+        encoder = self._encoder
+        return Readers(
+            [model, *(each.folder for each in asked if isinstance(each, LocalModel))],
+            [] if encoder.is_own else [load_image_processor(encoder.folder, encoder.name)],
+        )
 
     def identities(self) -> dict[str, Any]:
         """Everything about the models that the result depends on."""

@@ -3,37 +3,91 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from realign.data.decisions import apply_decisions, decisions_path, read_decisions
-from realign.data.formats.official import read_official_json, read_official_rows
-from realign.data.formats.parquet import read_parquet
+from realign.data.formats.chat_pairs import OFFICIAL
+from realign.data.formats.json_rows import is_json_list
+from realign.data.formats.layout import Layout
+from realign.data.formats.layouts import recognise
+from realign.data.formats.official import read_official_rows
+from realign.data.formats.pair_rows import PairParquet, read_pair_rows
+from realign.data.formats.parquet import ParquetRecords, is_own, read_metadata, read_parquet
+from realign.data.formats.read_source import LOOKED_AT, open_rows
 from realign.data.image_names import check_image_root
-from realign.data.records import Problem, Record
+from realign.data.records import Problem, Record, refuse_problems
 from realign.errors import RefusedError
 from realign.runtime.progress import announce
+from realign.runtime.strict_json import read_json
 
 
 def read_records(data: Path, image_root: Path | None) -> Sequence[Record]:
-    """Read a dataset by what it is: a parquet file, a folder made by ``realign build``, or the
-    authors' JSON.
+    """Read a dataset by what it is: a parquet file, a folder made by ``realign build``, or JSON;
+    its rows are of this project, the authors' layout, or any other layout with both answers.
 
     Raises:
-        RefusedError: The path is none of these, or JSON comes without an image folder.
+        RefusedError: The path is none of these, JSON comes without an image folder, or rows are
+            bad; all are counted and the first twenty named.
     """
-    file, root = dataset_file(data, image_root)
-    return read_parquet(file) if root is None else read_official_json(file, root)
+    records, problems = read_rows(data, image_root)
+    refuse_problems(
+        [problem.message for row in problems for problem in row], len(records) + len(problems)
+    )
+    return records
 
 
 def read_rows(data: Path, image_root: Path | None) -> tuple[Sequence[Record], list[list[Problem]]]:
-    """As :func:`read_records`, but bad rows of the authors' JSON are returned beside the good
-    ones, each as its problems. Those of a parquet file are refused when they are read.
+    """As :func:`read_records`, but bad rows of JSON are returned beside the good ones, each as its
+    problems. Those of a parquet file are refused when they are read.
 
     Raises:
-        RefusedError: The path is none of these, or JSON comes without an image folder.
+        RefusedError: The path is no dataset, or JSON comes without an image folder.
     """
     file, root = dataset_file(data, image_root)
-    return (read_parquet(file), []) if root is None else read_official_rows(file, root)
+    if file.suffix == ".parquet":
+        return _read_parquet(file, root), []
+    assert root is not None
+    first = _first_rows(file)
+    if not any(isinstance(row, dict) for row in first):
+        _check_rows(file)
+    # rows that are none have no layout; the authors' reader says what is wrong with each
+    layout = _layout(first, file) if any(isinstance(row, dict) for row in first) else OFFICIAL
+    if layout is OFFICIAL:
+        return read_official_rows(file, root)
+    check_image_root(root)
+    return read_pair_rows(open_rows(file), file.name, layout, root)
+
+
+def _check_rows(file: Path) -> None:
+    """Refuse a JSON file that is one value, and neither a list nor lines."""
+    if file.suffix == ".json" and not is_json_list(file):
+        value = read_json(file)
+        raise RefusedError(
+            f"{file} must be a list of rows, or have one row a line, got {type(value).__name__}. "
+            "Put the rows into []."
+        )
+
+
+def _read_parquet(file: Path, root: Path | None) -> ParquetRecords:
+    if is_own(metadata := read_metadata(file)):
+        return read_parquet(file, root)
+    if not metadata.num_rows:
+        return ParquetRecords(file, metadata, [], root)
+    layout = _layout(_first_rows(file), file)
+    return PairParquet(file, metadata, root, layout)
+
+
+def _first_rows(file: Path) -> list[Any]:
+    return [item.row for item in islice(open_rows(file), LOOKED_AT)]
+
+
+def _layout(rows: list[Any], file: Path) -> Layout:
+    layout = recognise(rows, None, file.name, option="data")
+    if layout is not OFFICIAL:
+        announce(f"data {file.name}: read as {layout.name} ({layout.summary})")
+    return layout
 
 
 def check_dataset(data: Path, image_root: Path | None) -> None:
@@ -48,7 +102,7 @@ def check_dataset(data: Path, image_root: Path | None) -> None:
 
 
 def dataset_file(data: Path, image_root: Path | None) -> tuple[Path, Path | None]:
-    """Return the dataset's file and, where it is JSON, its image folder.
+    """Return the dataset's file and its image folder, which JSON always has.
 
     Raises:
         RefusedError: As :func:`read_records`.
@@ -62,15 +116,16 @@ def dataset_file(data: Path, image_root: Path | None) -> tuple[Path, Path | None
             "a folder must be one that `realign build` has finished."
         )
     if data.suffix == ".parquet":
-        return data, None
-    if data.suffix == ".json":
+        return data, image_root
+    if data.suffix in (".json", ".jsonl"):
         if image_root is None:
             raise RefusedError(
                 f"images must name the image folder for {data.name}. Pass --images FOLDER."
             )
         return data, image_root
     raise RefusedError(
-        f"data must end in .parquet or .json, got {data.name}. Convert it to one of them."
+        f"data must end in .parquet, .json or .jsonl, got {data.name}. Rename it to what it is, or "
+        "convert it."
     )
 
 

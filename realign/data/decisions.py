@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from realign.data.records import LazyRecords, Record, texts_of
 from realign.errors import RefusedError
-from realign.runtime.files import sync
+from realign.runtime.files import json_text, sync
 from realign.runtime.lock import locked
 from realign.runtime.progress import announce
 
@@ -96,7 +96,7 @@ def append_decision(path: Path, decision: Decision) -> None:
         RefusedError: The decision is none that :func:`read_decisions` would read.
     """
     fields = {"id": decision.id, "key": decision.key, "decision": decision.decision}
-    line = json.dumps(fields | ({"note": decision.note} if decision.note else {}))
+    line = json_text(fields | ({"note": decision.note} if decision.note else {}), ensure_ascii=True)
     _parse(line.encode(), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_name(f".{path.name}.lock")), path.open("ab+", buffering=0) as file:

@@ -1,4 +1,6 @@
-"""Names of images in untrusted datasets: files inside one folder, never a URL or a way out."""
+"""Names of images in untrusted datasets: files inside one folder, never a URL or a way out; and the
+suffix of images without a name.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ def resolve_image(root: Path, name: str, where: str) -> Path:
     if not isinstance(name, str) or not name or "\0" in name:
         reason = f"image must be a file name, got {name!r:.80}. Name a file of the image folder."
         raise RefusedImage(where, reason, "image-name")
-    if "://" in name or _URL.match(name):
+    if is_url(name):
         reason = f"image must be a file name, got the URL {name[:80]!r}. Download it first."
         raise RefusedImage(where, reason, "url")
     try:
@@ -60,7 +62,21 @@ def resolve_image(root: Path, name: str, where: str) -> Path:
     return path
 
 
+def is_url(name: str) -> bool:
+    """Return whether a name is an address, of whatever scheme."""
+    return "://" in name or _URL.match(name) is not None
+
+
 def is_outside_name(name: str) -> bool:
     """Return whether a name leaves its folder without any link."""
     path = posixpath.normpath(name.replace("\\", "/"))
     return path.startswith(("/", "../")) or path == ".."
+
+
+def image_suffix(raw: bytes) -> str | None:
+    """Return the suffix of a JPEG, PNG or WebP file by its first bytes; None for others."""
+    if raw.startswith(b"\xff\xd8\xff"):
+        return ".jpg"
+    if raw.startswith(b"\x89PNG\r\n\x1a\n"):
+        return ".png"
+    return ".webp" if raw[:4] == b"RIFF" and raw[8:12] == b"WEBP" else None

@@ -20,11 +20,12 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from realign.data.images import ImageFacts, RefusedImage
-from realign.data.records import DecodedRow, Inspected, Problem, Record
+from realign.data.images import ImageFacts, RefusedImage, Size
+from realign.data.records import Problem, Record
 from realign.runtime.memory import usable_cores
 
 # A worker ends by itself at its time limit; one that cannot (stuck in the kernel, stopped) is given
@@ -40,6 +41,26 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
 }
+
+Inspected = ImageFacts | RefusedImage
+
+
+@dataclass(frozen=True)
+class DecodedRow:
+    """A record and the facts, or the refusal, of each of its images."""
+
+    record: Record
+    images: tuple[Inspected, ...]
+    rejected_images: tuple[Inspected, ...]
+
+    @property
+    def sizes(self) -> tuple[list[Size], list[Size]]:
+        """Width and height of the original and of the retrieved images that are good."""
+        images, rejected_images = (
+            [(one.width, one.height) for one in found if isinstance(one, ImageFacts)]
+            for found in (self.images, self.rejected_images)
+        )
+        return images, rejected_images
 
 
 def inspect_images(

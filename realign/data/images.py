@@ -1,8 +1,9 @@
-"""Opens images of untrusted datasets: three formats, bounded size, one frame, RGB."""
+"""Opens images of untrusted datasets: three formats, bounded size, one picture, RGB."""
 
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,15 @@ Size = tuple[int, int]  # width and height
 MAX_BYTES = 50_000_000
 MAX_PIXELS = 40_000_000
 MIN_SIDE, MAX_SIDE = 2, 20_000
+# how files begin that cameras and programs write instead
+_OTHERS = {
+    "HEIC": rb"....ftyp(he|m[is]f1)",
+    "AVIF": rb"....ftypavi",
+    "TIFF or camera raw": rb"II\*\0|MM\0\*|....ftypcrx|FUJIFILM",
+    "GIF": rb"GIF8",
+    "BMP": rb"BM",
+    "JPEG 2000 or XL": rb"....(jP  |JXL )|\xff(\x4f|\x0a)",
+}
 # what Pillow says of text and profiles that unpack to more than it allows
 _METADATA = ("MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY", "too much memory used in text chunks")
 
@@ -84,7 +94,10 @@ def read_image(path: Path, where: str) -> bytes:
 
 def image_size(file: Path | IO[bytes]) -> tuple[int, int]:
     """Width and height as :func:`decode_image` would give them, read from the header."""
-    with Image.open(file, formats=FORMATS) as image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as decode_image, which says what is wrong
+        image = Image.open(file, formats=FORMATS)
+    with image:
         # 5 to 8 are the EXIF orientations with a quarter turn
         is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return image.size[::-1] if is_turned else image.size
@@ -94,9 +107,11 @@ def decode_image(raw: bytes, where: str) -> Image.Image:
     """Decode image bytes to RGB: EXIF rotation applied, transparency over white, 16-bit grey
     scaled down.
 
+    Of a JPEG that holds further pictures (MPO: previews, depth, the other eye), the first one is
+    the photograph.
+
     Raises:
-        RefusedImage: Not a JPEG, PNG or WebP file, damaged, too small or large, or more than one
-            frame.
+        RefusedImage: Not a JPEG, PNG or WebP file, damaged, too small or large, or an animation.
     """
     _check_bytes(len(raw), where)
     with _refusing(raw, where), warnings.catch_warnings():
@@ -104,7 +119,7 @@ def decode_image(raw: bytes, where: str) -> Image.Image:
         warnings.simplefilter("ignore")
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
         _check_size(image, where)
-        if (frames := getattr(image, "n_frames", 1)) != 1:
+        if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) != 1:
             reason = f"image must have one frame, got {frames}. Save one frame."
             raise RefusedImage(where, reason, "frames")
         image.load()
@@ -159,10 +174,7 @@ def _refusing(raw: bytes, where: str) -> Iterator[None]:
         reason = f"image must have at most {MAX_PIXELS} pixels ({error}). Shrink it."
         raise RefusedImage(where, reason, "too-many-pixels") from None
     except UnidentifiedImageError:  # its text is the address of our buffer
-        begins = f"{len(raw)} bytes that begin with {raw[:12]!r}" if raw else "no bytes"
-        kind = f"readable {', '.join(FORMATS)} file"
-        reason = f"image must be a {kind}, got {begins}. Replace it or remove the row."
-        raise RefusedImage(where, reason, "format") from None
+        raise RefusedImage(where, format_problem(raw), "format") from None
     except Exception as error:  # on damaged files, decoders raise any
         is_metadata = any(said in str(error) for said in _METADATA)
         what = "has too much metadata" if is_metadata else "is damaged"
@@ -170,10 +182,11 @@ def _refusing(raw: bytes, where: str) -> Iterator[None]:
         raise RefusedImage(where, reason, "metadata" if is_metadata else "damaged") from None
 
 
-def image_suffix(raw: bytes) -> str | None:
-    """Return the suffix of a JPEG, PNG or WebP file by its first bytes; None for others."""
-    if raw.startswith(b"\xff\xd8\xff"):
-        return ".jpg"
-    if raw.startswith(b"\x89PNG\r\n\x1a\n"):
-        return ".png"
-    return ".webp" if raw[:4] == b"RIFF" and raw[8:12] == b"WEBP" else None
+def format_problem(raw: bytes) -> str:
+    """Return rule, value and remedy for bytes that are no readable JPEG, PNG or WebP file."""
+    rule, remedy = f"image must be a readable {', '.join(FORMATS)} file", "Replace it"
+    found = f"{len(raw)} bytes that begin with {raw[:12]!r}" if raw else "no bytes"
+    for name, beginning in _OTHERS.items():
+        if re.match(beginning, raw, re.DOTALL):
+            found, remedy = f"a file of the format {name}", "Convert it to JPEG or PNG"
+    return f"{rule}, got {found}. {remedy} or remove the row."

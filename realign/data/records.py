@@ -4,6 +4,7 @@ known by their content.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any, overload
 
 from PIL import Image
 
-from realign.data.images import ImageFacts, RefusedImage, Size, decode_image
+from realign.data.images import RefusedImage, decode_image
 from realign.errors import RefusedError
 from realign.runtime.files import canonical_json, content_sha256
 
@@ -103,27 +104,6 @@ class Record:
         file = self.source.get("retrieved_image" if rejected else "image")
         name = "rejected_images" if rejected else "images"
         return f"{self.where}, {name}" + (f" {file!r}" if file else "")
-
-
-Inspected = ImageFacts | RefusedImage
-
-
-@dataclass(frozen=True)
-class DecodedRow:
-    """A record and the facts, or the refusal, of each of its images."""
-
-    record: Record
-    images: tuple[Inspected, ...]
-    rejected_images: tuple[Inspected, ...]
-
-    @property
-    def sizes(self) -> tuple[list[Size], list[Size]]:
-        """Width and height of the original and of the retrieved images that are good."""
-        images, rejected_images = (
-            [(one.width, one.height) for one in found if isinstance(one, ImageFacts)]
-            for found in (self.images, self.rejected_images)
-        )
-        return images, rejected_images
 
 
 @dataclass(frozen=True)
@@ -254,8 +234,7 @@ def content_problems(record: Record, special: Sequence[str]) -> Iterator[Problem
     for name, text in texts:
         for token in special:
             if token in text:
-                remedy = "Remove it." if name != "prompt" else "Remove it from the text."
-                said = f"got {surroundings(text, token)!r}. {remedy}"
+                said = f"got {surroundings(text, token)!r}. {token_remedy(name, text, token)}"
                 message = f"{name} must not contain the special token {token!r}, {said}"
                 yield problem(name, "special-token", message)
     chosen, rejected = _normalised(record.chosen), _normalised(record.rejected)
@@ -295,6 +274,15 @@ def _image_problems(record: Record) -> Iterator[Problem]:
 def _normalised(text: str) -> str:
     """What remains of a text when spaces and ways to encode the same characters are one."""
     return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def token_remedy(name: str, text: str, token: str) -> str:
+    """What to do about a special token in a text, by what the token is for."""
+    if re.search("image|img|vision", token, re.IGNORECASE):
+        return "Remove it; the image goes before the prompt by itself."
+    if name != "prompt" and text.rstrip().endswith(token):
+        return "Remove it; the template ends the answer by itself."
+    return "Remove it from the text."
 
 
 def surroundings(text: str, token: str) -> str:

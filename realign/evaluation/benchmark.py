@@ -34,7 +34,7 @@ class Rule:
     """A row and its answer to a score vector, whose length K is the rule's own."""
     metrics: Metrics
     """Score vectors summed over clusters, shape ``(..., K)``, to named values, shape ``(...)``. A
-    value that is not defined, 0/0, is NaN.
+    value that is not defined, because its denominator is 0, is NaN or infinite; numpy is silent.
     """
     combine: Callable[[Sequence[ScoredRow]], ArrayLike] = sum_scores
     """The scored rows of a cluster to the score vector of the cluster. A rule that counts groups in
@@ -52,6 +52,7 @@ class TableRow(NamedTuple):
     more_is_better: bool = True
     is_headline: bool = False  # also shown as a tile and a plot
     scale: int = 100  # 100 prints a fraction in percent; with 1 the label names the unit
+    undefined: str = "there was nothing to count"  # why there is no value, where there is none
 
 
 class View(NamedTuple):

@@ -18,7 +18,8 @@ import torch
 
 from realign.config import EvalConfig
 from realign.data.image_names import check_image_root, resolve_image
-from realign.data.images import decode_image
+from realign.data.images import Size, decode_image
+from realign.data.records import refuse_problems
 from realign.errors import RefusedError
 from realign.evaluation.benchmark import Task
 from realign.evaluation.registry import read_tasks
@@ -26,8 +27,12 @@ from realign.evaluation.samples import Question
 from realign.evaluation.score import score
 from realign.generation.generator import Answer, Request
 from realign.generation.transformers_generator import TransformersGenerator
+from realign.modeling.adapter_folder import check_adapter
 from realign.modeling.folder import model_identity, resolve_model
-from realign.modeling.loading import choose_dtype
+from realign.modeling.lengths import ImageTokens
+from realign.modeling.loading import choose_dtype, load_model_config
+from realign.modeling.processors import load_processor
+from realign.modeling.vocabulary import Vocabulary
 from realign.runtime.files import (
     content_sha256,
     file_sha256,
@@ -43,8 +48,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Answer, score and compare; return what ``scores.json`` holds.
 
     Raises:
-        RefusedError: A file or image is missing, a row lacks a key, or the output folder holds
-            another run.
+        RefusedError: A file or image is missing, a row lacks a key, a model cannot read a question,
+            or the output folder holds another run.
     """
     check_out(config.out)
     tasks = read_tasks(config.data)
@@ -55,7 +60,12 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         )
     if bad := [name for name in folders if not re.fullmatch(r"[\w .+-]+", name)]:
         raise RefusedError(f"eval.models must have plain names, got {bad[0]!r}. Rename it.")
-    digests = _check_images(tasks, config.images)
+    for folder in folders.values():
+        check_adapter(folder)
+    images = _read_images(tasks, config.images)
+    digests = {name: digest for name, (digest, _) in images.items()}
+    for name, folder in folders.items():
+        _check_questions(name, folder, tasks, {image: size for image, (_, size) in images.items()})
     claim(
         config.out,
         "eval",
@@ -88,22 +98,46 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     return scores
 
 
-def _check_images(tasks: Mapping[str, Task], images: Path) -> dict[str, str]:
-    """Decode every image once; return image name to SHA-256 of the file.
+def _read_images(tasks: Mapping[str, Task], images: Path) -> dict[str, tuple[str, Size]]:
+    """Decode every image once; return image name to SHA-256 of the file and size.
 
     Raises:
         RefusedError: An image is missing or unreadable.
     """
     check_image_root(images)
-    digests: dict[str, str] = {}
+    found: dict[str, tuple[str, Size]] = {}
     for task in tasks.values():
         for row in task.rows:
             path = resolve_image(images, row["image"], row["where"])
-            if row["image"] not in digests:
+            if row["image"] not in found:
                 raw = path.read_bytes()
-                decode_image(raw, f"{row['where']}, {row['image']}")
-                digests[row["image"]] = content_sha256(raw)
-    return digests
+                decoded = decode_image(raw, f"{row['where']}, {row['image']}")
+                found[row["image"]] = (content_sha256(raw), decoded.size)
+    return found
+
+
+def _check_questions(
+    name: str, folder: Path, tasks: Mapping[str, Task], sizes: Mapping[str, Size]
+) -> None:
+    """Refuse questions that a model cannot read, before any is asked.
+
+    Raises:
+        RefusedError: Its processor does not take an image, or a token is none of the model's.
+    """
+    processor = load_processor(folder)
+    reader = ImageTokens(processor, Vocabulary(processor, load_model_config(folder)))
+    questions = {
+        (row["image"], row["text"]): row["where"] for task in tasks.values() for row in task.rows
+    }
+    problems = []
+    with Progress(f"check questions for {name}", len(questions)) as progress:
+        for (image, text), where in questions.items():
+            try:
+                reader.check(text, sizes[image])
+            except RefusedError as error:
+                problems.append(f"{where}, {image}, model {name}: {error}")
+            progress.advance()
+    refuse_problems(problems, len(questions))
 
 
 def _answers(

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from realign.evaluation.benchmark import Array, Metrics
+from realign.runtime.files import finite_or_null
 
 
 def paired_scores(
@@ -29,7 +31,9 @@ def paired_scores(
         resamples: Number of draws.
         seed: Of the draws.
     Returns:
-        model -> metric -> value, interval, difference, difference_interval (percentile intervals).
+        model -> metric -> value, interval, difference, difference_interval (percentile intervals),
+        each None where it is not defined; undefined_draws, how many draws an interval leaves out
+        because the metric is not defined in them.
     """
     clusters = len(counts[baseline])
     rng = np.random.default_rng(seed)
@@ -39,20 +43,28 @@ def paired_scores(
     with np.errstate(invalid="ignore", divide="ignore"):
         point = {model: metrics(values.sum(0)) for model, values in counts.items()}
         drawn = {model: metrics(weights @ values) for model, values in counts.items()}
-    return {
-        model: {
-            name: {
-                "value": float(point[model][name]),
-                "interval": _interval(drawn[model][name]),
-                "difference": float(point[model][name] - point[baseline][name]),
-                "difference_interval": _interval(drawn[model][name] - drawn[baseline][name]),
+    scores: dict[str, dict[str, dict[str, Any]]] = {}
+    for model in counts:
+        scores[model] = {}
+        for name in point[model]:
+            values = {m: _undefined_as_nan(point[m][name]) for m in (model, baseline)}
+            draws = {m: _undefined_as_nan(drawn[m][name]) for m in (model, baseline)}
+            scores[model][name] = {
+                "value": finite_or_null(float(values[model])),
+                "interval": _interval(draws[model]),
+                "difference": finite_or_null(float(values[model] - values[baseline])),
+                "difference_interval": _interval(draws[model] - draws[baseline]),
+                "undefined_draws": int(np.isnan(draws[model]).sum()),
             }
-            for name in point[model]
-        }
-        for model in counts
-    }
+    return scores
 
 
-def _interval(draws: Array) -> list[float]:
+def _undefined_as_nan(values: ArrayLike) -> Array:
+    """Return the values, with NaN for those that are not finite: their denominator is 0."""
+    array = np.asarray(values, dtype=np.float64)
+    return np.where(np.isfinite(array), array, np.nan)
+
+
+def _interval(draws: Array) -> list[float] | None:
     defined = draws[~np.isnan(draws)]
-    return np.percentile(defined, [2.5, 97.5]).tolist() if defined.size else [np.nan, np.nan]
+    return np.percentile(defined, [2.5, 97.5]).tolist() if defined.size else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from realign.errors import RefusedError
+from realign.runtime.files import finite_or_null, read_utf8
 
 SCHEMA = 2  # of scores.json
+UNDEFINED = "—"  # in place of a value, with the reason behind it
 STYLES = {"better": "bold green", "worse": "", "": ""}
 Scores = Mapping[str, Any]
 
@@ -22,9 +24,18 @@ def read_scores(path: Path) -> Scores:
     """Read ``scores.json``.
 
     Raises:
-        RefusedError: Another version wrote it.
+        RefusedError: Another version wrote it, or it is no JSON object.
     """
-    scores: Scores = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        # NaN was written for what is not defined before null was
+        scores: Any = finite_or_null(json.loads(read_utf8(path)))
+    except json.JSONDecodeError as error:
+        scores = str(error)
+    if not isinstance(scores, dict):
+        raise RefusedError(
+            f"{path} must hold a JSON object, got {scores!r:.80}. Give the same `realign eval` "
+            "again; it scores the stored answers anew."
+        )
     if scores.get("schema") != SCHEMA:
         raise RefusedError(
             f"{path} must have schema {SCHEMA}, got {scores.get('schema', 1)}. Give the same "
@@ -37,9 +48,10 @@ class Cell(NamedTuple):
     """A score as it is printed."""
 
     value: str
-    difference: str  # from the baseline, with its 95 % interval; empty for the baseline
+    # from the baseline, with its 95 % interval; empty for the baseline; why one is not defined
+    difference: str
     verdict: str  # "better" or "worse" where that interval excludes 0
-    bar: tuple[float, float, float]  # value and interval
+    bar: tuple[float, float, float] | None  # value and interval; None where they are not defined
 
 
 def score_rows(scores: Scores) -> Iterator[tuple[Scores, dict[str, Cell]]]:
@@ -48,23 +60,42 @@ def score_rows(scores: Scores) -> Iterator[tuple[Scores, dict[str, Cell]]]:
     """
     for row in scores["table"]:
         models = scores["tasks"][row["task"]]["rules"][row["rule"]]
-        cells = {model: _cell(metrics[row["metric"]], row) for model, metrics in models.items()}
-        cells[scores["baseline"]] = cells[scores["baseline"]]._replace(difference="")
+        metric, baseline = row["metric"], scores["baseline"]
+        cells = {
+            model: _cell(metrics[metric], row, baseline, is_baseline=model == baseline)
+            for model, metrics in models.items()
+        }
         yield row, cells
 
 
-def _cell(score: Scores, row: Scores) -> Cell:
-    low, high = score["difference_interval"]
+def _cell(score: Scores, row: Scores, baseline: str, *, is_baseline: bool) -> Cell:
+    value, interval = score["value"], _defined(score["interval"])
+    if value is None:
+        reason = row.get("undefined", "not defined")  # a table of an earlier version has none
+        return Cell(UNDEFINED, reason, "", None)
+    shown = f"{row['scale'] * value:.1f}"
+    bar = (value, *(interval or (value, value)))
+    if is_baseline:
+        return Cell(shown, "", "", bar)
+    found = _defined(score["difference_interval"])
+    if not found or score["difference"] is None:
+        return Cell(shown, f"{UNDEFINED} {baseline} has no value to compare with", "", bar)
     verdict = ""
-    if low > 0 or high < 0:
-        verdict = "better" if (low > 0) == row["more_is_better"] else "worse"
-    value = f"{row['scale'] * score['value']:.1f}"
-    bar = (score["value"], *score["interval"])
-    return Cell(value, difference(score, row["scale"]), verdict, bar)
+    if found[0] > 0 or found[1] < 0:
+        verdict = "better" if (found[0] > 0) == row["more_is_better"] else "worse"
+    return Cell(shown, difference(score, row["scale"]), verdict, bar)
+
+
+def _defined(interval: Sequence[float | None] | None) -> tuple[float, float] | None:
+    """Return an interval, None where it is not defined; earlier versions wrote two NaN."""
+    low, high = interval or (None, None)
+    return None if low is None or high is None else (low, high)
 
 
 def difference(score: Scores, scale: int = 100) -> str:
-    """Return the difference from the baseline, multiplied by ``scale``, with its 95 % interval."""
+    """Return the difference from the baseline, multiplied by ``scale``, with its 95 % interval;
+    both are defined.
+    """
     low, high = score["difference_interval"]
     # z: no minus before a zero
     return f"{scale * score['difference']:+z.1f} [{scale * low:+z.1f}, {scale * high:+z.1f}]"
@@ -94,11 +125,30 @@ def cut_note(scores: Scores) -> str:
     return f"Of {items:,} answers, cut at max_new_tokens: {counts}."
 
 
+def draws_note(scores: Scores) -> str:
+    """Return which intervals leave out draws of the bootstrap, in which a shown metric is not
+    defined; empty when none does.
+    """
+    found = []
+    for row in scores["table"]:
+        models = scores["tasks"][row["task"]]["rules"][row["rule"]]
+        counts = {
+            model: score.get("undefined_draws", 0)
+            for model, metrics in models.items()
+            if (score := metrics[row["metric"]])["value"] is not None
+        }
+        if any(counts.values()):
+            shown = ", ".join(f"{model} {count:,}" for model, count in counts.items())
+            found.append(f"{row['label']} ({row.get('undefined')}): {shown}")
+    return f"Draws left out of intervals: {'; '.join(found)}." if found else ""
+
+
 def scores_table(scores: Scores) -> Table:
     """Return the paired comparison as a rich table; bold where the interval excludes 0 on the
     better side.
     """
-    table = Table(title=units_note(scores), caption=cut_note(scores) or None)
+    notes = [note for note in (cut_note(scores), draws_note(scores)) if note]
+    table = Table(title=units_note(scores), caption=" ".join(notes) or None)
     table.add_column("")
     rows = list(score_rows(scores))
     for model in rows[0][1]:

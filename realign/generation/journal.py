@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from realign.errors import RefusedError
-from realign.runtime.files import sync
+from realign.runtime.files import finite_or_null, json_text, sync
 from realign.runtime.lock import locked
 
 SYNC_INTERVAL_S = 1.0
@@ -84,7 +84,8 @@ class Journal:
         survive the machine, and is called once a second from here.
         """
         assert key not in self._offsets, key
-        line = json.dumps({"key": key, **entry}).encode() + b"\n"
+        # a server's numbers need not be finite
+        line = json_text(finite_or_null({"key": key, **entry}), ensure_ascii=True).encode() + b"\n"
         left = memoryview(line)
         try:
             while left:

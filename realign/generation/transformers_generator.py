@@ -78,17 +78,21 @@ class TransformersGenerator:
             padding_side="left",
         )
         batch = {name: value.to(self.model.device) for name, value in batch.items()}
+        # a pad token may be no token of the model; any other one does where it is masked
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        batch["input_ids"] = ids.where(mask != 0, ids[:, -1:])
+        ends = self._end_tokens()
         tokens = self.model.generate(
             **batch,
             max_new_tokens=self.max_new_tokens,
+            pad_token_id=ends[0] if ends else None,
             do_sample=False,
             temperature=None,
             top_p=None,
             top_k=None,
         )
         answers = tokens[:, batch["input_ids"].shape[1] :]
-        ends = torch.tensor(self._end_tokens(), device=answers.device)
-        is_cut = ~torch.isin(answers, ends).any(dim=1)
+        is_cut = ~torch.isin(answers, torch.tensor(ends, device=answers.device)).any(dim=1)
         texts = self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [Answer(text.strip(), cut) for text, cut in zip(texts, is_cut.tolist(), strict=True)]
 

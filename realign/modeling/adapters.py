@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
-def keep_adapters_in_float32(model: nn.Module, folder: Path | None = None) -> None:
+def keep_adapters_in_float32(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> None:
     """Keep adapters and modules that train in full beside them (peft's ``modules_to_save``) in
     float32, and compute with them in the base's own 16 bits.
 
@@ -44,10 +43,10 @@ def keep_adapters_in_float32(model: nn.Module, folder: Path | None = None) -> No
 
     Args:
         model: A peft model; one in float32 computes as before.
-        folder: Where the adapter was loaded from, in the base's dtype; the weights of its saved
-            modules are read again.
+        weights: What the adapter was given in the base's dtype; its saved modules are given it
+            again.
     """
-    from peft import load_peft_weights, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
 
@@ -65,8 +64,8 @@ def keep_adapters_in_float32(model: nn.Module, folder: Path | None = None) -> No
                 copy.float()
                 copy.forward = functools.partial(_computed_in, dtype, copy.forward)
                 is_changed = True
-    if is_changed and folder is not None:
-        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    if is_changed and weights is not None:
+        set_peft_model_state_dict(model, weights)
 
 
 def _computed_in(dtype: torch.dtype, forward: Callable[..., Tensor], *args: Any) -> Tensor:

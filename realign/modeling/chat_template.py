@@ -52,7 +52,8 @@ class Renderer:
     def placeholders(self) -> list[str]:
         """Tokens that no answer may contain."""
         special = self.tokenizer.convert_ids_to_tokens(sorted(self._special))
-        return [*special, getattr(self.processor, "image_token", "")]
+        named = (getattr(self.processor, f"{kind}_token", "") for kind in ("image", "video"))
+        return [*special, *named]
 
     def adds_special_tokens(self, text: str) -> bool:
         """Whether the tokenizer must still add its own: a template that wrote the first one has
@@ -71,10 +72,15 @@ class Renderer:
         """
         turns = user_turns(prompt, num_images)
         reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        prompt_text = self.processor.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=False
-        )
-        text = self.processor.apply_chat_template([*turns, reply], tokenize=False)
+        template = self.processor.apply_chat_template
+        try:
+            prompt_text = template(turns, add_generation_prompt=True, tokenize=False)
+            text = template([*turns, reply], tokenize=False)
+        except Exception as error:  # a template raises what it likes of turns it does not take
+            raise RefusedError(
+                f"{where}: prompt must be what the chat template takes, got "
+                f"{str(error).rstrip('.')}. Correct its turns or use another template."
+            ) from None
         text = _with_white_space_of(prompt_text, text)
         start = text.find(answer.strip(), len(prompt_text))
         if not text.startswith(prompt_text) or start < 0:

@@ -189,32 +189,6 @@ class PreferenceCollator:
             digests[one.pair][one.id // pairs] = token_digest(prompt, one.answer)
         return digests
 
-    def check_processor(self, record: Record) -> None:
-        """Check that the processor only puts tokens of images in.
-
-        Raises:
-            RefusedError: It alters the text.
-        """
-        (first, *_) = self._sequences([record])
-        tokenizer = self.renderer.tokenizer
-        found, said = (
-            "".join(tokenizer.decode(ids, skip_special_tokens=True).split())
-            for ids in (
-                self._encode([[first]]).tokens[first.prefix]["input_ids"],
-                # what the last image may have been expanded to is not known in general
-                tokenizer(
-                    first.prefix.text.rpartition(getattr(self.processor, "image_token", "\0"))[2],
-                    add_special_tokens=False,
-                ).input_ids,
-            )
-        )
-        if not found.endswith(said):
-            raise RefusedError(
-                f"{record.where}: {type(self.processor).__name__} must leave the prompt as the "
-                f"chat template writes it, got {found[-len(said) :]!r} instead of {said!r} "
-                "(without spaces). Use another processor; only image tokens may be added."
-            )
-
     def _sequences(self, records: Sequence[Record]) -> list[_Sequence]:
         """Those that there are: a pair without a retrieved image has no image cells."""
         sequences = []
@@ -256,7 +230,9 @@ class PreferenceCollator:
     def _padded(self, rows: list[_Row], prefixes: Prefixes) -> dict[str, Any]:
         """One sequence a row, padded on the right."""
         tokens = [prefixes.with_answers(row[0].prefix, [one.answer for one in row]) for row in rows]
-        fill = {"input_ids": self.renderer.tokenizer.pad_token_id or 0}
+        fill = {
+            "input_ids": rows[0][0].answer[-1]
+        }  # masked; a pad token may be no token of the model
         batch: dict[str, Any] = {
             name: pad_sequence(
                 [line[name] for line in tokens], batch_first=True, padding_value=fill.get(name, 0)

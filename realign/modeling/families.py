@@ -28,21 +28,8 @@ CHAT_TEMPLATES = {
 # What a family sees in both directions, which flash-attention's causal kernel would not: by itself
 # transformers drops that part of the mask.
 SEEN_BOTH_WAYS = {"gemma3": "images", "paligemma": "prompts"}
-
-
-def refuse_flash(model: Any) -> None:
-    """Refuse flash-attention where it would score another model.
-
-    Raises:
-        RefusedError: The family needs a mask of its own.
-    """
-    attention = model.config.get_text_config()._attn_implementation or ""
-    seen = SEEN_BOTH_WAYS.get(model.config.model_type)
-    if seen and "flash" in attention:
-        raise RefusedError(
-            f"attention must be sdpa for {type(model).__name__}, which sees {seen} in both "
-            f"directions, got {attention}. Drop that option."
-        )
+# Whose image token may be no row of the embedding: they put another token in its place.
+IMAGE_TOKEN_WITHOUT_ROW = ("gemma3", "gemma4", "gemma4_unified", "paligemma")
 
 
 def process(
@@ -62,8 +49,36 @@ def process(
         add_special_tokens: Whether the tokenizer adds its own.
         padding_side: Where shorter texts are padded.
     Returns:
-        Tensors.
+        Tensors. Where the mask is 0 no id means anything: a tokenizer may have none for padding.
+    Raises:
+        RefusedError: The processor raises, whatever; code ``processor``.
     """
+    tokenizer, pad_token = processor.tokenizer, processor.tokenizer.pad_token
+    if pad_token is None:  # as those of Llama and Mistral
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    try:
+        return _process(processor, texts, images, add_special_tokens, padding_side)
+    except MemoryError:
+        raise
+    except Exception as error:  # what a processor does not take, it raises in many ways
+        sizes = sorted({f"{image.width} x {image.height}" for row in images or () for image in row})
+        what = f"image of {' or '.join(sizes)} pixels" if sizes else f"text {texts[0]!r:.80}"
+        raise RefusedError(
+            f"{what} must be what {type(processor).__name__} takes, got {type(error).__name__}: "
+            f"{str(error).strip().rstrip('.')}. Replace it or remove the row.",
+            code="processor",
+        ) from error
+    finally:
+        tokenizer.pad_token = pad_token
+
+
+def _process(
+    processor: Any,
+    texts: Sequence[str],
+    images: Sequence[Sequence[Image.Image]] | None,
+    add_special_tokens: bool,
+    padding_side: str,
+) -> dict[str, Any]:
     options = {
         "padding": True,
         "padding_side": padding_side,

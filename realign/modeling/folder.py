@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from realign.errors import RefusedError
 from realign.runtime.files import file_sha256
+from realign.runtime.strict_json import read_json
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 
@@ -83,20 +83,43 @@ def is_adapter(folder: Path) -> bool:
 
 
 def adapter_base(folder: Path) -> str:
-    """What an adapter calls its base."""
-    return str(json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"])
+    """What an adapter calls its base.
+
+    Raises:
+        RefusedError: Its configuration is damaged, or names none.
+    """
+    file = folder / "adapter_config.json"
+    config = read_json(file)
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(base, str) or not base:
+        raise RefusedError(
+            f"{file} must name the adapter's base in base_model_name_or_path, got {base!r}. Set it "
+            "to the base's folder or hub id."
+        )
+    return base
 
 
 def resolve_base(folder: Path) -> Path:
+    """Return the folder of an adapter's base.
+
+    Raises:
+        RefusedError: It is not found, or is an adapter itself.
+    """
     base = adapter_base(folder)
     try:
-        return resolve_model(base)
+        found = resolve_model(base)
     except RefusedError as error:
         raise RefusedError(
             f"adapter {folder} must have its base model, got {base!r}, which was not found. "
             f"Set base_model_name_or_path in {folder / 'adapter_config.json'} to the "
             f"base's folder or hub id.\n{error}"
         ) from None
+    if is_adapter(found):
+        raise RefusedError(
+            f"adapter {folder} must stand on a whole model, got {base!r}, which is an adapter. "
+            "`realign merge` that one first, and name the merged model."
+        )
+    return found
 
 
 def lasting_name(model: str) -> str:

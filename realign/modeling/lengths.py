@@ -6,16 +6,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from realign.data.images import Size
-from realign.data.records import Problem, Record
+from realign.data.records import Problem, Record, special_tokens, surroundings
 from realign.errors import RefusedError
 from realign.modeling.chat_template import Renderer, user_turns
 from realign.modeling.collate import CELLS, PreferenceCollator
 from realign.modeling.families import process
+from realign.modeling.vocabulary import Vocabulary
 
 # rows of each number of images whose predicted length is compared with the collator's
 _COMPARED = 3
@@ -26,14 +27,22 @@ class ImageTokens:
 
     Args:
         processor: The model's processor.
+        vocabulary: The tokens that the model has; None where its configuration is not known.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, vocabulary: Vocabulary | None = None) -> None:
         self._processor, self._renderer = processor, Renderer(processor)
+        self._vocabulary = vocabulary
+        self._special = special_tokens(self._renderer.placeholders())
         self._known: dict[tuple[int, int], int] = {}
 
     def __call__(self, size: tuple[int, int]) -> int:
-        """How many tokens an image of ``(width, height)`` adds to its text."""
+        """How many tokens an image of ``(width, height)`` adds to its text.
+
+        Raises:
+            RefusedError: The processor does not take such an image (code ``processor``), or puts a
+                token in that the model has not (``token-id``).
+        """
         if size not in self._known:
             text = self._render("")
             inputs = process(
@@ -42,18 +51,39 @@ class ImageTokens:
                 [[Image.new("RGB", size)]],
                 add_special_tokens=self._renderer.adds_special_tokens(text),
             )
+            ids = inputs["input_ids"][0].tolist()
+            if self._vocabulary and (said := self._vocabulary.problem("prompt", ids)):
+                raise RefusedError(said, code="token-id")
             # the text's own placeholder is counted with the text
-            self._known[size] = len(inputs["input_ids"][0]) - self.text_tokens(text)
+            self._known[size] = len(ids) - len(self.text_ids(text))
         return self._known[size]
 
-    def text_tokens(self, text: str) -> int:
-        """How many tokens a templated text has, a placeholder for one."""
-        special = self._renderer.adds_special_tokens(text)
-        return len(self._processor.tokenizer(text, add_special_tokens=special).input_ids)
+    def check(self, prompt: str, size: Size) -> None:
+        """Refuse a prompt about an image that the model cannot read.
 
-    def prompt_tokens(self, prompt: str) -> int:
-        """How many tokens a prompt about one image has, its placeholder for one."""
-        return self.text_tokens(self._render(prompt))
+        Raises:
+            RefusedError: It holds a special token (code ``special-token``), or as for a call.
+        """
+        for token in self._special:
+            if token in prompt:
+                raise RefusedError(
+                    f"text must not contain the special token {token!r}, got "
+                    f"{surroundings(prompt, token)!r}. Remove it from the text.",
+                    code="special-token",
+                )
+        if self._vocabulary and (said := self._vocabulary.problem("text", self.prompt_ids(prompt))):
+            raise RefusedError(said, code="token-id")
+        self(size)
+
+    def text_ids(self, text: str) -> list[int]:
+        """The tokens of a templated text, a placeholder for each image."""
+        special = self._renderer.adds_special_tokens(text)
+        ids: list[int] = self._processor.tokenizer(text, add_special_tokens=special).input_ids
+        return ids
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The tokens of a prompt about one image, a placeholder for the image."""
+        return self.text_ids(self._render(prompt))
 
     def _render(self, prompt: str) -> str:
         turns = user_turns([{"role": "user", "content": prompt}], num_images=1)
@@ -66,6 +96,16 @@ def position_limit(config: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+class _Cell(NamedTuple):
+    """A sequence of a row before its image tokens are put in."""
+
+    answer: str  # chosen or rejected
+    is_retrieved: bool
+    sizes: Sequence[Size]
+    prompt_ids: list[int]
+    scored_ids: list[int]
+
+
 class RowLengths:
     """Predicts lengths: tokens of the templated text, and those that images of that size become.
 
@@ -76,6 +116,7 @@ class RowLengths:
         processor: The model's processor.
         limits: What a row must not be longer than: name to tokens.
         cells: How many sequences a row is, 1 to 4.
+        vocabulary: The tokens that the model has; None where its configuration is not known.
     Attributes:
         cells: How many sequences a row is.
         rows: Tokens of each row's longest cell.
@@ -83,8 +124,15 @@ class RowLengths:
         is_predicted: Whether the prediction has been true so far.
     """
 
-    def __init__(self, processor: Any, limits: dict[str, int], cells: int = 3) -> None:
-        self._renderer, self._image_tokens = Renderer(processor), ImageTokens(processor)
+    def __init__(
+        self,
+        processor: Any,
+        limits: dict[str, int],
+        cells: int = 3,
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
+        self._renderer = Renderer(processor)
+        self._image_tokens, self._vocabulary = ImageTokens(processor, vocabulary), vocabulary
         self._collator = PreferenceCollator(processor, cells)
         self._limits = limits
         self._compared: Counter[tuple[int, int]] = Counter()
@@ -103,7 +151,7 @@ class RowLengths:
     ) -> Iterator[Problem]:
         """Yield the problems of the next row, whose texts and images are good.
 
-        Codes: ``template``, ``no-scored-token``, ``too-long``.
+        Codes: ``processor``, ``template``, ``token-id``, ``no-scored-token``, ``too-long``.
 
         Args:
             record: The row.
@@ -115,42 +163,69 @@ class RowLengths:
             return Problem(record.id, record.where, field, code, f"{record.where}: {message}")
 
         try:
-            length, unscored = self._measure(record, images, rejected_images)
+            cells = self._cells(record, images, rejected_images)
         except RefusedError as error:
             yield Problem(record.id, record.where, "", "template", str(error))
             return
-        for name in unscored:
-            said = f"got {getattr(record, name)[:80]!r}, which its tokenizer drops. Remove the row."
-            yield problem(name, "no-scored-token", f"{name} must have a token to score, {said}")
+        found = {}
+        for cell in cells:
+            for name, ids in (("prompt", cell.prompt_ids), (cell.answer, cell.scored_ids)):
+                if self._vocabulary and (said := self._vocabulary.problem(name, ids)):
+                    found[name] = problem(name, "token-id", said)
+            for size in cell.sizes:
+                try:
+                    self._image_tokens(size)
+                except RefusedError as error:
+                    field = "rejected_images" if cell.is_retrieved else "images"
+                    place = record.image_place(rejected=cell.is_retrieved)
+                    message = f"{place}: {error}"
+                    found[place] = Problem(record.id, record.where, field, error.code, message)
+        if found:
+            yield from found.values()
+            return
+        try:
+            length = self._measure(record, cells)
+        except RefusedError as error:  # of the row's images together
+            yield problem("", error.code, str(error))
+            return
+        for cell in cells:
+            # all that is scored but the end of turn
+            said = self._renderer.tokenizer.decode(cell.scored_ids[:-1])
+            if not cell.is_retrieved and not said.strip():
+                answer = getattr(record, cell.answer)[:80]
+                said = f"got {answer!r}, which its tokenizer drops. Remove the row."
+                message = f"{cell.answer} must have a token to score, {said}"
+                yield problem(cell.answer, "no-scored-token", message)
         self.rows.append(length)
         for name, limit in self._limits.items():
             if length > limit:
                 said = f"got {length}. Shorten or remove the row; nothing is cut."
                 yield problem("", "too-long", f"must have at most {name} = {limit} tokens, {said}")
 
-    def _measure(
+    def _cells(
         self, record: Record, images: Sequence[Size], rejected_images: Sequence[Size]
-    ) -> tuple[int, list[str]]:
-        """Return the tokens of the longest cell, and the answers that have none."""
-        unscored = []
-        lengths = []
-        for answer, retrieved in CELLS[: self.cells]:
-            if retrieved and not record.rejected_images:
+    ) -> list[_Cell]:
+        cells = []
+        for answer, is_retrieved in CELLS[: self.cells]:
+            if is_retrieved and not record.rejected_images:
                 continue
-            sizes = rejected_images if retrieved else images
+            sizes = rejected_images if is_retrieved else images
             rendered = self._renderer.render(
                 record.prompt, getattr(record, answer), len(sizes), record.where
             )
-            # all that is scored but the end of turn
-            answer_ids = rendered.scored_ids[:-1]
-            if not retrieved and not self._renderer.tokenizer.decode(answer_ids).strip():
-                unscored.append(answer)
-            tokens = [*map(self._image_tokens, sizes)]
-            if answer == "chosen":
+            prompt_ids = self._image_tokens.text_ids(rendered.prompt)
+            cells.append(_Cell(answer, is_retrieved, sizes, prompt_ids, rendered.scored_ids))
+        return cells
+
+    def _measure(self, record: Record, cells: Sequence[_Cell]) -> int:
+        """Return the tokens of the longest cell."""
+        lengths = []
+        for cell in cells:
+            tokens = [*map(self._image_tokens, cell.sizes)]
+            lengths.append(len(cell.prompt_ids) + len(cell.scored_ids) + sum(tokens))
+            if cell.answer == "chosen":
                 self.images.update(1 + more for more in tokens)  # with the placeholder
-            prompt = self._image_tokens.text_tokens(rendered.prompt)
-            lengths.append(prompt + len(rendered.scored_ids) + sum(tokens))
-        return self._confirmed(record, max(lengths)), unscored
+        return self._confirmed(record, max(lengths))
 
     def _confirmed(self, record: Record, predicted: int) -> int:
         shape = (len(record.images), len(record.rejected_images))

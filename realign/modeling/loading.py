@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from realign.errors import RefusedError
 from realign.modeling.acceleration import Numerics, use_liger_layers
-from realign.modeling.adapters import keep_adapters_in_float32, quiet_peft
+from realign.modeling.adapter_folder import check_adapter, load_adapter
 from realign.modeling.folder import adapter_base, is_adapter, resolve_base
 from realign.modeling.parts import disable_dropout
 from realign.modeling.preference_forward import attach_preference_forward
@@ -48,19 +48,17 @@ def load_model(
         name: What adapters trained on the model call it; a hub id is good on other machines too.
         scoring: Whether it will score answers; a model that only speaks need not be one of those
             whose logits are understood.
+    Raises:
+        RefusedError: The folder lacks a weight, or holds one that is not the model's.
     """
     if isinstance(numerics, torch.dtype):
         numerics = Numerics(numerics)
     if is_adapter(folder):
-        from peft import PeftModel
-
+        check_adapter(folder)  # reading the base takes longer
         base = load_model(
             resolve_base(folder), numerics, name=adapter_base(folder), scoring=scoring
         )
-        with quiet_peft():
-            model = PeftModel.from_pretrained(base, folder, is_trainable=trainable_adapter)
-        keep_adapters_in_float32(model, folder)
-        return model
+        return load_adapter(base, folder, is_trainable=trainable_adapter)
     if not any(folder.glob("*.safetensors")):
         raise RefusedError(f"model {folder} must hold safetensors weights, has none. Convert it.")
     model, found = AutoModelForImageTextToText.from_pretrained(

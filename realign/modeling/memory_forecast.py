@@ -9,9 +9,12 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from realign.modeling.adapters import add_adapter
-from realign.modeling.memory import Footprint, decoder_shape, micro_step_bytes
+from realign.modeling.memory import Footprint
 from realign.modeling.parts import freeze_parts, frozen_parts
 
+# Bytes that a decoder layer keeps for the backward, a token and hidden unit, in 16 bits and without
+# the attention matrix, which SDPA does not keep: Korthikanti et al. 2022, arXiv 2205.05198, eq. 2.
+_LAYER_BYTES_16_BIT = 34
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -90,3 +93,40 @@ def _estimates(config: Any, sequences: int, longest: int | None) -> list[dict[st
             }
         )
     return estimates
+
+
+def micro_step_bytes(
+    config: Any, dtype: torch.dtype, *, tokens: int, is_checkpointed: bool
+) -> int | None:
+    """Estimate of what a micro-step keeps for its backward; None where the configuration does not
+    say enough.
+
+    Args:
+        config: The model's configuration.
+        dtype: That the layers compute in.
+        tokens: Of all sequences of the micro-step, as if nothing were shared.
+        is_checkpointed: Whether the layers are computed again for the backward.
+    """
+    shape = decoder_shape(config)
+    if shape is None:
+        return None
+    layers, hidden, _ = shape
+    per_layer = hidden * _LAYER_BYTES_16_BIT * dtype.itemsize // 2
+    if is_checkpointed:
+        # the input of every layer, and all of the one that is computed again
+        return tokens * (layers * hidden * dtype.itemsize + per_layer)
+    return tokens * layers * per_layer
+
+
+def decoder_shape(config: Any) -> tuple[int, int, int] | None:
+    """Layers, hidden units, and units of the keys (or values) of a token in one layer."""
+    text = config.get_text_config()
+    layers = getattr(text, "num_hidden_layers", None)
+    hidden = getattr(text, "hidden_size", None)
+    heads = getattr(text, "num_attention_heads", None)
+    if not layers or not hidden or not heads:
+        return None
+    # some configurations have the keys and no values
+    key_value_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    return layers, hidden, key_value_heads * head_dim

@@ -25,7 +25,8 @@ def merge(model: str, out: Path, dtype: str = "bfloat16") -> Path:
     Returns:
         The folder.
     Raises:
-        RefusedError: The model is no adapter, the dtype is unknown, or the folder exists.
+        RefusedError: The model is no adapter or one that cannot be merged, the dtype is unknown,
+            or the folder exists.
     """
     if dtype not in _DTYPES:
         raise RefusedError(
@@ -43,10 +44,32 @@ def merge(model: str, out: Path, dtype: str = "bfloat16") -> Path:
     from realign.modeling.processors import load_processor
 
     adapted: Any = load_model(folder, torch.float32, scoring=False)
-    merged = adapted.merge_and_unload().to(getattr(torch, dtype))
+    _check_tied(adapted, folder)
+    try:
+        merged = adapted.merge_and_unload().to(getattr(torch, dtype))
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # such as biases of its own
+        raise RefusedError(
+            f"adapter {folder} must be of a kind that can be merged, got {error} Use it as it is."
+        ) from None
     unfinished = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     merged.save_pretrained(unfinished)
     load_processor(folder).save_pretrained(unfinished)
     publish(unfinished, out)
     return out
+
+
+def _check_tied(adapted: Any, folder: Path) -> None:
+    """Refuse low-rank adapters of layers that share a weight: merged, each would change both."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    base = adapted.get_base_model()
+    layers = {"embedding": base.get_input_embeddings(), "head": base.get_output_embeddings()}
+    tuned = {name: layer for name, layer in layers.items() if isinstance(layer, BaseTunerLayer)}
+    weights = [getattr(layer, "base_layer", layer).weight for layer in layers.values()]
+    if tuned and weights[0] is weights[1]:
+        raise RefusedError(
+            f"adapter {folder} must leave the embedding and the head as they are to be merged, "
+            f"because they share one weight in this model, got an adapted {min(tuned)}. Use it as "
+            "it is, or train one without that layer."
+        )

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from realign.modeling.families import refuse_flash
+from realign.errors import RefusedError
+from realign.modeling.families import SEEN_BOTH_WAYS
 from realign.modeling.image_features import ImageUse, image_features_by_row, unseen_images_encoded
 from realign.modeling.logit_transform import LogitTransform, find_logit_transform
 from realign.modeling.packed_attention import packed_attention, use_packed_attention
@@ -74,6 +75,21 @@ def attach_preference_forward(model: PreTrainedModel) -> None:
         )
 
     model.forward = types.MethodType(forward, model)
+
+
+def refuse_flash(model: Any) -> None:
+    """Refuse flash-attention where it would score another model.
+
+    Raises:
+        RefusedError: The family needs a mask of its own.
+    """
+    attention = model.config.get_text_config()._attn_implementation or ""
+    seen = SEEN_BOTH_WAYS.get(model.config.model_type)
+    if seen and "flash" in attention:
+        raise RefusedError(
+            f"attention must be sdpa for {type(model).__name__}, which sees {seen} in both "
+            f"directions, got {attention}. Drop that option."
+        )
 
 
 def body_states(

@@ -10,9 +10,10 @@ from typing import Any
 from realign.data.records import Record, check_records, refuse_problems
 from realign.errors import RefusedError
 from realign.modeling.chat_template import Renderer
-from realign.modeling.collate import PreferenceCollator
 from realign.modeling.lengths import RowLengths
+from realign.modeling.prefixes import Prefix, encode_prefixes
 from realign.modeling.row_index import RowFacts, RowIndex
+from realign.modeling.vocabulary import Vocabulary
 from realign.runtime.progress import Progress, announce
 
 
@@ -23,9 +24,10 @@ def check_rows(
     cells: int,
     max_length: int | None,
     position_limit: int | None = None,
+    vocabulary: Vocabulary | None = None,
     known: RowIndex | None = None,
 ) -> RowIndex:
-    """Check every row's content, images, template and length, and return the rows' facts.
+    """Check every row's content, images, template, tokens and length, and return the rows' facts.
 
     Args:
         records: The rows.
@@ -33,6 +35,7 @@ def check_rows(
         cells: How many cells of a pair will be used.
         max_length: Longest row in tokens, image tokens included; None for any.
         position_limit: Longest row that the model was made for; None where that is not known.
+        vocabulary: The tokens that the model has; None where its configuration is not known.
         known: Facts of the same rows; where they were checked for as many cells, limits alone are
             checked again.
     Raises:
@@ -41,7 +44,7 @@ def check_rows(
     if known is not None and known.cells == cells:
         announce(f"{len(records):,} rows are those that were good before; not checked again")
     else:
-        known = _checked(records, processor, cells)
+        known = _checked(records, processor, cells, vocabulary)
     limits = (
         ("max_length", max_length, "Raise max_length or remove them"),
         ("max_position_embeddings", position_limit, "Shorten or remove them"),
@@ -52,10 +55,11 @@ def check_rows(
     return known
 
 
-def _checked(records: Sequence[Record], processor: Any, cells: int) -> RowIndex:
+def _checked(
+    records: Sequence[Record], processor: Any, cells: int, vocabulary: Vocabulary | None
+) -> RowIndex:
     """Check all but the limits: every row is read, hashed and decoded once."""
-    lengths = RowLengths(processor, {}, cells)
-    collator = PreferenceCollator(processor, cells)
+    lengths = RowLengths(processor, {}, cells, vocabulary)
     facts: list[RowFacts] = []
     problems: list[str] = []
     refusals: list[RefusedError] = []
@@ -64,27 +68,59 @@ def _checked(records: Sequence[Record], processor: Any, cells: int) -> RowIndex:
         progress.advance()
         if not is_good or refusals:
             return
-        if not facts:  # a processor that alters texts alters every one
-            try:
-                collator.check_processor(record)
-            except RefusedError as refusal:  # the rows' own problems are listed first
-                refusals.append(refusal)
-                return
         images, rejected_images = (
             tuple(image.size for image in record.open_images(rejected=rejected))
             for rejected in (False, True)
         )
-        found = lengths.problems(record, images, rejected_images)
+        found = [*lengths.problems(record, images, rejected_images)]
         problems.extend(problem.message for problem in found)
-        tokens = lengths.rows[-1] if lengths.rows else 0
-        facts.append(RowFacts(record.id, record.key, images, rejected_images, tokens))
+        if found:
+            return
+        if not facts:  # a processor that alters texts alters every one
+            try:
+                check_processor(processor, record)
+            except RefusedError as refusal:  # the rows' own problems are listed first
+                refusals.append(refusal)
+                return
+        facts.append(RowFacts(record.id, record.key, images, rejected_images, lengths.rows[-1]))
 
     with Progress("check rows", len(records)) as progress:
         check_records(records, Renderer(processor).placeholders(), visit=measure)
+    refuse_problems(problems, len(records))
     if refusals:
         raise refusals[0]
-    refuse_problems(problems, len(records))
     return RowIndex(facts, cells, lengths.images)
+
+
+def check_processor(processor: Any, record: Record) -> None:
+    """Check that a processor only puts tokens of images in.
+
+    Raises:
+        RefusedError: It alters the text.
+    """
+    renderer = Renderer(processor)
+    rendered = renderer.render(record.prompt, record.chosen, len(record.images), record.where)
+    prefix = Prefix(rendered.prompt, record.images)
+    encoded = encode_prefixes(
+        processor,
+        {prefix: record.open_images},
+        add_special_tokens=renderer.adds_special_tokens(prefix.text),
+    )
+    # what the last image may have been expanded to is not known in general
+    after = prefix.text.rpartition(getattr(processor, "image_token", "\0"))[2]
+    found, said = (
+        "".join(processor.tokenizer.decode(ids, skip_special_tokens=True).split())
+        for ids in (
+            encoded.tokens[prefix]["input_ids"],
+            processor.tokenizer(after, add_special_tokens=False).input_ids,
+        )
+    )
+    if not found.endswith(said):
+        raise RefusedError(
+            f"{record.where}: {type(processor).__name__} must leave the prompt as the chat "
+            f"template writes it, got {found[-len(said) :]!r} instead of {said!r} (without "
+            "spaces). Use another processor; only image tokens may be added."
+        )
 
 
 def _refuse_long(rows: Sequence[RowFacts], name: str, limit: int, remedy: str) -> None:

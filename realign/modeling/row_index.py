@@ -22,7 +22,7 @@ from realign.runtime.files import (
 )
 from realign.runtime.strict_json import read_json
 
-SCHEMA = 1
+SCHEMA = 2
 Sizes = tuple[Size | None, ...]
 
 
@@ -92,7 +92,7 @@ class RowFile:
     Args:
         path: The file.
         data: The dataset, as ``realign train`` takes it.
-        image_root: Image folder of the authors' JSON.
+        image_root: Image folder of JSON.
         records: The rows of the dataset that are used.
         model: Identity of the model that scores them, with its processor.
     """

@@ -26,7 +26,7 @@ from realign.reference.shards import (
     shard_paths,
     write_shard,
 )
-from realign.runtime.files import canonical_json, content_sha256, explained, write_text
+from realign.runtime.files import canonical_json, content_sha256, explained, json_text, write_text
 from realign.runtime.lock import locked
 from realign.runtime.progress import announce
 
@@ -160,7 +160,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
 
 def _spell(content: Mapping[str, Any]) -> str:
     """Return the one spelling of a file, so that any changed byte shows."""
-    return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=True) + "\n"
+    return json_text(content, indent=1, sort_keys=True, ensure_ascii=True) + "\n"
 
 
 def _other_schema(path: Path, content: Mapping[str, Any]) -> str:

@@ -11,11 +11,10 @@ from realign.config import CheckConfig
 from realign.data.dataset import read_rows, without_dropped
 from realign.data.decisions import positions
 from realign.data.image_names import check_image_root
-from realign.data.image_pool import ImagePool, decoded_rows
+from realign.data.image_pool import DecodedRow, ImagePool, decoded_rows
 from realign.data.images import RefusedImage
 from realign.data.records import (
     COUNTED,
-    DecodedRow,
     Problem,
     Record,
     content_problems,
@@ -87,6 +86,7 @@ def check(config: CheckConfig) -> Findings:
                 findings.rejected.append(problems)
     findings.notes += _notes(without, evaluation)
     if model:
+        findings.notes += [model.note] if model.note else []
         findings.prediction = model.prediction()
     if config.out:
         findings.write(config.out)
@@ -130,6 +130,7 @@ class _Model:
         from realign.modeling.lengths import RowLengths, position_limit
         from realign.modeling.loading import load_model_config
         from realign.modeling.processors import load_processor
+        from realign.modeling.vocabulary import Vocabulary
 
         assert config.model is not None
         folder = resolve_model(config.model)
@@ -140,8 +141,12 @@ class _Model:
             "max_position_embeddings": position_limit(self._config),
         }
         self.placeholders = Renderer(processor).placeholders()
+        vocabulary = Vocabulary(processor, self._config)
+        self.note = vocabulary.surplus()
         self.lengths = RowLengths(
-            processor, {name: limit for name, limit in limits.items() if limit is not None}
+            processor,
+            {name: limit for name, limit in limits.items() if limit is not None},
+            vocabulary=vocabulary,
         )
 
     def prediction(self) -> dict[str, Any]:

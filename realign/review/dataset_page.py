@@ -82,9 +82,9 @@ def dataset_page(data: Path, out: Path, images: Path | None = None) -> Path:
     """Write the page and return its path.
 
     Args:
-        data: Build folder, parquet or the authors' JSON.
+        data: Build folder, parquet or JSON.
         out: The page.
-        images: Image folder of the authors' JSON.
+        images: Image folder of JSON.
     Raises:
         RefusedError: There is no such dataset, or it has no rows.
     """

@@ -74,38 +74,47 @@ def line_plot(
     if zero_line is not None:
         axes.axhline(zero_line, color="#98a2b3", linestyle="--", linewidth=1)
     for color, (label, points) in zip(COLORS[1:], lines.items(), strict=False):
-        axes.plot(*zip(*points, strict=True), label=label, color=color, linewidth=1.6)
+        # a line of one point has no length
+        marker = "o" if len(points) == 1 else None
+        axes.plot(
+            *zip(*points, strict=True), label=label, color=color, linewidth=1.6, marker=marker
+        )
     if len(lines) > 1:
         axes.legend(fontsize=9)
     return _svg(axes)
 
 
 def bar_plot(
-    title: str, bars: Mapping[str, tuple[float, float, float]], scale: int = 100
+    title: str,
+    bars: Mapping[str, tuple[float, float, float] | None],
+    scale: int = 100,
+    note: str = "",
 ) -> Markup:
     """Return one bar per model with its interval and its value, from 0.
 
     Args:
         title: Above the plot.
-        bars: Label to (value, low, high).
+        bars: Label to (value, low, high); None, which is not defined, is a dash.
         scale: Factor of the values; 100 plots fractions in percent.
+        note: Below the plot, such as why a value is not defined.
     """
-    axes = _axes(title)
-    values = [scale * value for value, _, _ in bars.values()]
-    errors = [
-        [scale * (v - low) for v, low, _ in bars.values()],
-        [scale * (high - v) for v, _, high in bars.values()],
-    ]
-    colors = [COLORS[i % len(COLORS)] for i in range(len(bars))]
-    # a bar's length is its value; small differences are read from the numbers and the intervals
-    axes.bar(list(bars), values, color=colors, width=0.6, yerr=errors, ecolor="#344054", capsize=3)
-    for position, (value, (_, _, high)) in enumerate(zip(values, bars.values(), strict=True)):
+    axes = _axes(title, note)
+    axes.set_xticks(range(len(bars)), list(bars))
+    axes.set_xlim(-0.5, max(1, len(bars)) - 0.5)
+    ends = [0.0]
+    for position, bar in enumerate(bars.values()):
+        value, low, high = (scale * end for end in bar or (0.0, 0.0, 0.0))
+        ends += [value, low, high]
+        if bar:
+            # a bar's length is its value; small differences are read from the numbers and the
+            # intervals, which need not hold the value where draws are left out of them
+            axes.bar(position, value, color=COLORS[position % len(COLORS)], width=0.6)
+            axes.plot([position, position], [low, high], color="#344054", marker="_", markersize=6)
         axes.annotate(
-            f"{value:.1f}", (position, scale * high), (0, 3), textcoords="offset points",
-            ha="center", fontsize=9, color="#344054",
+            f"{value:.1f}" if bar else "—", (position, max(value, high)), (0, 3),
+            textcoords="offset points", ha="center", fontsize=9, color="#344054",
         )  # fmt: skip
-    highest = max(scale * high for _, _, high in bars.values())
-    axes.set_ylim(0, 1.12 * highest or 1.0)
+    axes.set_ylim(1.12 * min(ends), 1.12 * max(ends) or float(min(ends) == 0))
     return _svg(axes)
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from realign.data.image_names import check_image_root
-from realign.data.image_pool import inspect_images
+from realign.data.image_pool import DecodedRow, inspect_images
 from realign.data.images import ImageFacts, RefusedImage
 from realign.data.perceptual_hash import NEAR_BITS, hamming
-from realign.data.records import DecodedRow, Problem, Record
+from realign.data.records import Problem, Record
 from realign.errors import RefusedError
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp"}
 
 
 class Repeats:

@@ -15,9 +15,9 @@ def write_report(path: Path, out: Path | None = None, images: Path | None = None
 
     Args:
         path: Folder of a run with any of ``dataset/``, ``metrics.jsonl``, ``eval/``; or a dataset:
-            a build folder, parquet, the authors' JSON.
+            a build folder, parquet, JSON.
         out: The page; by default ``report.html`` in the folder, ``<name>.html`` beside a file.
-        images: Image folder of the authors' JSON.
+        images: Image folder of JSON.
     Raises:
         RefusedError: There is nothing to report on, or the page cannot be written there.
     """

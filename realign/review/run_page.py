@@ -14,7 +14,14 @@ from markupsafe import Markup
 from realign.data.build_folder import read_funnel, row_lines
 from realign.data.dataset import read_records
 from realign.errors import RefusedError
-from realign.evaluation.table import cut_note, read_scores, score_rows, units_note
+from realign.evaluation.table import (
+    UNDEFINED,
+    cut_note,
+    draws_note,
+    read_scores,
+    score_rows,
+    units_note,
+)
 from realign.review.page import data_uri, shown_pair, spread, write_page
 from realign.review.pair_view import marked
 from realign.review.plots import bar_plot, count_plot, line_plot
@@ -32,13 +39,15 @@ def score_part(folder: Path, tiles: list[dict[str, str]]) -> dict[str, Any]:
     plots = []
     for row, cells in rows:
         if row["is_headline"]:
-            label = f"{row['label']}, {baseline} → {last}"
+            reasons = dict.fromkeys(c.difference for c in cells.values() if c.bar is None)
+            note = f"{UNDEFINED} {', '.join(reasons)}" if reasons else ""
+            label = f"{row['label']}, {baseline} → {last}" + (f" ({note})" if note else "")
+            bars = {model: cell.bar for model, cell in cells.items()}
+            plots.append(bar_plot(row["label"], bars, row["scale"], note))
             tiles.append(
                 {"value": f"{cells[baseline].value} → {cells[last].value}", "label": label}
             )
-            bars = {m: cell.bar for m, cell in cells.items() if math.isfinite(sum(cell.bar))}
-            if bars:
-                plots.append(bar_plot(row["label"], bars, row["scale"]))
+    notes = " ".join(note for note in (cut_note(scores), draws_note(scores)) if note)
     items = (
         f"{name}: {task['items']:,} items, rule {', '.join(task['rules'])}"
         for name, task in scores["tasks"].items()
@@ -48,7 +57,7 @@ def score_part(folder: Path, tiles: list[dict[str, str]]) -> dict[str, Any]:
         "score_rows": rows,
         "score_plots": plots,
         "score_note": f"{'; '.join(items)}. Below each value is its difference from {baseline}, "
-        f"coloured where its interval excludes 0 ({units_note(scores)}). {cut_note(scores)}",
+        f"coloured where its interval excludes 0 ({units_note(scores)}). {notes}",
         "samples": [_sample(sample, folder) for sample in scores["samples"]],
         "samples_model": last,
     }
@@ -57,10 +66,7 @@ def score_part(folder: Path, tiles: list[dict[str, str]]) -> dict[str, Any]:
 def _sample(sample: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     answers = []
     for model, answer in sample["answers"].items():
-        absent = answer["absent_words"]
-        text = Markup()
-        for word in re.findall(r"\w+|\W+", answer["text"]):
-            text += marked(word, "lost" if word.lower() in absent else "")
+        text = _marked_phrases(answer["text"], answer["absent_words"])
         verdict = "chosen" if answer["is_right"] else "rejected"
         answers.append({"model": model, "text": text, "verdict": verdict})
     picture = folder / "samples" / sample["picture"]
@@ -70,6 +76,18 @@ def _sample(sample: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "truth": sample["truth"],
         "answers": answers,
     }
+
+
+def _marked_phrases(text: str, phrases: Sequence[str]) -> Markup:
+    """Mark the whole words of phrases; where a Chinese or Japanese word ends cannot be seen."""
+    whole = [
+        re.escape(phrase) if phrase[-1] > "\u3000" else rf"(?<!\w){re.escape(phrase)}(?!\w)"
+        for phrase in sorted(filter(None, phrases), key=len, reverse=True)  # the longest one first
+    ]
+    if not whole:
+        return marked(text, "")
+    pieces = re.split(f"({'|'.join(whole)})", text, flags=re.IGNORECASE)
+    return Markup().join(marked(piece, "lost" if i % 2 else "") for i, piece in enumerate(pieces))
 
 
 def holds_run(folder: Path) -> bool:
@@ -136,10 +154,16 @@ def _dataset_part(folder: Path, tiles: list[dict[str, str]]) -> dict[str, Any]:
     return part
 
 
+def _is_number(value: Any) -> bool:
+    """Return whether a metric is defined: null, and NaN of an earlier version, are not."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def _curves(lines: Sequence[Mapping[str, Any]]) -> list[Markup]:
     def series(*names: str) -> dict[str, list[tuple[float, float]]]:
         points = {
-            name: [(line["step"], line[name]) for line in lines if name in line] for name in names
+            name: [(line["step"], line[name]) for line in lines if _is_number(line.get(name))]
+            for name in names
         }
         return {
             name.removeprefix("rewards/").replace("_", " "): values

@@ -7,11 +7,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,14 +59,36 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def json_text(value: Any, **options: Any) -> str:
+    """Return ``value`` as JSON. Whatever this package writes as JSON is spelled here.
+
+    Args:
+        value: What JSON can hold. A measurement that may be undefined passes
+            :func:`finite_or_null` before.
+        options: Of ``json.dumps``. Letters stay as they are by default.
+    Raises:
+        ValueError: A number is not finite. ``NaN`` is no JSON, and other readers refuse it.
+    """
+    return json.dumps(value, **{"ensure_ascii": False, **options}, allow_nan=False)
+
+
+def finite_or_null(value: Any) -> Any:
+    """Return a copy of JSON data in which each number that is not finite is None: undefined."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite_or_null(item) for key, item in value.items()}
+    return [*map(finite_or_null, value)] if isinstance(value, list | tuple) else value
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value, indent=2) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     """Write one JSON value a line, whole or not at all."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json_text(row) + "\n" for row in rows))
 
 
 def read_jsonl(path: Path) -> list[Any]:
@@ -118,7 +141,7 @@ def content_sha256(*parts: str | bytes) -> str:
 
 def canonical_json(value: Any) -> str:
     """JSON with one spelling a value: sorted keys, no spaces."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return json_text(value, sort_keys=True, separators=(",", ":"))
 
 
 def sync(path: Path) -> None:

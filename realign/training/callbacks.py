@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from realign.runtime.files import write_jsonl
+from realign.runtime.files import finite_or_null, json_text, write_jsonl
 from realign.runtime.progress import Progress
 
 
 def _ordered(line: Mapping[str, Any]) -> dict[str, Any]:
-    """One order of keys, whether the line was just logged or read from a checkpoint."""
-    return dict(sorted(line.items()))
+    """One order of keys, whether the line was just logged or read from a checkpoint. What is not
+    finite, such as the norm of a gradient that a loss scaler skips, is null.
+    """
+    values: dict[str, Any] = finite_or_null(line)
+    return dict(sorted(values.items()))
 
 
 class LogLastStep(TrainerCallback):
@@ -45,7 +47,7 @@ class MetricsFile(TrainerCallback):
         """Append the newest line."""
         if state.is_world_process_zero and "loss" in state.log_history[-1]:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_ordered(state.log_history[-1])) + "\n")
+                file.write(json_text(_ordered(state.log_history[-1]), ensure_ascii=True) + "\n")
 
 
 class ShowProgress(TrainerCallback):

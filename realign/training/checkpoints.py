@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from realign.runtime.files import file_sha256, publish, remove_folder, write_text
+from realign.runtime.files import file_sha256, json_text, publish, remove_folder, write_text
 
 MANIFEST = "manifest.json"
 SAVING = ".saving"
@@ -70,7 +70,7 @@ def seal(written: Path, place: Path) -> None:
 
 def _rendered(manifest: dict[str, Any]) -> str:
     """Return the one spelling of a manifest, so that no byte of it changes unseen."""
-    return json.dumps(manifest, indent=2) + "\n"
+    return json_text(manifest, indent=2, ensure_ascii=True) + "\n"
 
 
 def damage(checkpoint: Path) -> str | None:

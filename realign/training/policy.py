@@ -9,7 +9,8 @@ from torch import nn
 
 from realign.config import TrainConfig
 from realign.errors import RefusedError
-from realign.modeling.adapters import add_adapter, keep_adapters_in_float32, quiet_peft
+from realign.modeling.adapter_folder import read_weights, wrap_model
+from realign.modeling.adapters import add_adapter, keep_adapters_in_float32
 from realign.modeling.folder import is_adapter, lasting_name
 from realign.modeling.loading import load_model
 from realign.modeling.parts import check_projector_rate, freeze_parts, frozen_parts
@@ -36,18 +37,13 @@ def outline_policy(plan: TrainPlan) -> nn.Module:
     size. The plan's outline of the model becomes it.
 
     Raises:
-        RefusedError: The options fit no part of the model.
+        RefusedError: The options fit no part of the model, or an adapter does not fit its base.
     """
     model = plan.model.outline
     with torch.device("meta"):
         if is_adapter(plan.folder):
-            from peft import PeftConfig, get_peft_model
-
-            adapter = PeftConfig.from_pretrained(str(plan.folder))
-            adapter.inference_mode = False
-            model.name_or_path = adapter.base_model_name_or_path  # else peft says it was renamed
-            with quiet_peft():
-                model = get_peft_model(model, adapter)
+            model = wrap_model(model, plan.folder)
+            read_weights(plan.folder, model)
             keep_adapters_in_float32(model)
         prepared: nn.Module = _prepare(model, plan.config, is_adapted=is_adapter(plan.folder))
         return prepared

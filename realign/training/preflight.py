@@ -12,9 +12,11 @@ from realign.config import TrainConfig
 from realign.errors import RefusedError
 from realign.modeling.acceleration import quantized_weights
 from realign.modeling.lengths import position_limit
-from realign.modeling.memory import Footprint, footprint, micro_step_bytes, size
+from realign.modeling.memory import Footprint, footprint, size
+from realign.modeling.memory_forecast import micro_step_bytes
 from realign.modeling.row_checks import check_rows
 from realign.modeling.row_index import RowIndex
+from realign.modeling.vocabulary import Vocabulary
 from realign.runtime.memory import usable_memory
 from realign.training.arguments import num_steps, num_warmup_steps, pairs_per_step, world_size
 from realign.training.plan import TrainPlan
@@ -48,6 +50,7 @@ def preflight(plan: TrainPlan, known: RowIndex | None = None) -> tuple[RowIndex,
         cells=plan.scoring.cells,
         max_length=config.max_length,
         position_limit=position_limit(plan.model.config),
+        vocabulary=Vocabulary(plan.model.processor, plan.model.config),
         known=known,
     )
     return rows, [
@@ -68,7 +71,7 @@ def _say_missing_images(rows: RowIndex, objective: Objective) -> Iterator[str]:
     if missing == num_rows:
         raise RefusedError(
             f"data must have retrieved images for this objective, got none in {num_rows} rows. "
-            "Fill rejected_images (retrieved_image in JSON), or pass --objective dpo."
+            "Fill rejected_images (retrieved_image in the authors' JSON), or pass --objective dpo."
         )
     yield f"{missing} of {num_rows} rows have no retrieved image; their image term is dropped"
 

@@ -7,6 +7,7 @@ pickle them, and a pickle runs code when it is read.
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from realign.runtime.files import json_text
 
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -31,7 +34,7 @@ def write_state(path: Path, state: Any) -> None:
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, "state", tensors, {})
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"tree": json.dumps(tree)})
+    save_file(tensors, path, metadata={"tree": json_text(tree, ensure_ascii=True)})
 
 
 def read_state(path: Path, device: str = "cpu") -> Any:
@@ -56,6 +59,8 @@ def _pack(value: Any, where: str, tensors: dict[str, Tensor], names: dict[int, s
     if isinstance(value, (list, tuple)):
         items = [_pack(item, f"{where}[{i}]", tensors, names) for i, item in enumerate(value)]
         return items if isinstance(value, list) else {"tuple": items}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}  # such as the best value of a schedule that has seen none
     if isinstance(value, _PLAIN):
         return value
     raise TypeError(
@@ -72,6 +77,8 @@ def _unpack(tree: Any, file: Any) -> Any:
     ((kind, content),) = tree.items()
     if kind == "tensor":
         return file.get_tensor(content)
+    if kind == "float":
+        return float(content)
     if kind == "tuple":
         return tuple(_unpack(item, file) for item in content)
     return {key: _unpack(value, file) for key, value in content}

@@ -146,7 +146,8 @@ def describe_backends() -> dict[str, str]:
         state = "available" if missing is None else f"not installed ({missing})"
         descriptions[name] = f"{state}: {backend.purpose}"
     if _missing("cpu") is None:
-        descriptions["cpu"] += f", {kernels_of('cpu').instruction_set()}"  # type: ignore[attr-defined]
+        cpu = importlib.import_module(BACKENDS["cpu"].module)
+        descriptions["cpu"] += f", {cpu.instruction_set()}, bfloat16: {cpu.product_set()}"
     return descriptions
 
 

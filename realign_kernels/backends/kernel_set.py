@@ -218,15 +218,40 @@ class KernelSet(Protocol):
     LARGEST_TILE: TileShape  # where the workspace allows it
     TEMPORARIES: int  # tiles of the accumulation dtype that the epilogue makes for itself
 
-    def operand_dtype(self, computed: torch.dtype, rounded: torch.dtype) -> torch.dtype:
-        """Return the dtype of hidden states, weight and exponentials in products.
+    def operand_dtype(
+        self, computed: torch.dtype, rounded: torch.dtype, *, is_given: bool
+    ) -> torch.dtype:
+        """Return the dtype of hidden states and weight in products.
 
         ``computed`` is what sums are taken in, ``rounded`` what the weight is given in or rounded
-        to by autocast.
+        to by autocast.  ``is_given`` says that hidden states and weight are both given in it, so
+        that their gradients are rounded to it too.
         """
+
+    def exponential_dtype(self, computed: torch.dtype, operand: torch.dtype) -> torch.dtype:
+        """Return the dtype of exponentials, which is one of the two."""
+
+    def expect_writes(self, tensor: Tensor) -> None:
+        """Prepare a tensor that may be large, and has not been written to, for being filled."""
 
     def product(self, out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:
         """Set ``out`` to ``a @ b``, or add it, summed and stored in the dtype of ``out``."""
+
+    def exponential_product(
+        self,
+        out: Tensor,
+        exponentials: Tensor,
+        b: Tensor,
+        totals: Tensor,
+        *,
+        scale: Tensor | None = None,
+        adds: bool,
+    ) -> None:
+        """Set ``out`` to ``exponentials @ b``, or add it, where ``b`` is narrower.
+
+        With a scale (rows,) it is ``(scale * exponentials).T @ b``.  Exponentials that are no small
+        part of their row's total keep all digits.
+        """
 
     def epilogue(self, tile: Tile) -> None:
         """Fold a tile of logits into the sums of its rows."""

@@ -28,9 +28,18 @@ _INF = float("inf")
 _MAX_ELEMENTS = 1 << 18
 
 
-def operand_dtype(computed: torch.dtype, rounded: torch.dtype) -> torch.dtype:
+def operand_dtype(computed: torch.dtype, rounded: torch.dtype, *, is_given: bool) -> torch.dtype:
     """Return the dtype that sums are taken in, which every device has a product of."""
     return computed
+
+
+def exponential_dtype(computed: torch.dtype, operand: torch.dtype) -> torch.dtype:
+    """Return the dtype that everything else has too."""
+    return computed
+
+
+def expect_writes(tensor: Tensor) -> None:
+    """Do nothing."""
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:

@@ -87,7 +87,7 @@ class FusedCall:
 
     @property
     def operand(self) -> torch.dtype:
-        """The dtype of hidden states, weight and exponentials in products."""
+        """The dtype of hidden states and weight in products."""
         return self.head.precision.operand
 
     @property
@@ -111,6 +111,15 @@ class FusedCall:
             if is_wanted or kernels.is_faster(self.operand, self.head.weight.device)
             else None
         )
+
+    @property
+    def exponential(self) -> torch.dtype:
+        """The dtype of exponentials in products."""
+        return self.head.precision.exponential
+
+    def totals(self, rest_sum: Tensor) -> Tensor:
+        """Return what the entries of E in each row sum to, at most."""
+        return rest_sum * (self.transform.logit_scale / self.transform.temperature)
 
 
 class Rows(NamedTuple):
@@ -302,6 +311,17 @@ def _has_fused_product(tile: Tile, head_tile: HeadTile) -> bool:
     return head_tile.lora_b is None and not is_summed
 
 
+def add_by_weight(
+    call: FusedCall, accumulator: Tensor, exponentials: Tensor, weight: Tensor, totals: Tensor,
+    *, adds: bool = True,
+) -> None:  # fmt: skip
+    """Add ``E @ W`` of a tile, or set it."""
+    if call.exponential == call.operand:
+        call.kernels.product(accumulator, exponentials, weight, adds=adds)
+    else:
+        call.kernels.exponential_product(accumulator, exponentials, weight, totals, adds=adds)
+
+
 def add_weight_rows(
     call: FusedCall,
     accumulator: Tensor,
@@ -375,11 +395,12 @@ class _Scratch:
         new = rows.hidden.new_empty
         height = min(call.shape.rows, num_rows)
         width = row_stride(min(call.shape.columns, call.vocabulary.size), call.stride_multiple)
-        in_place = call.operand == call.accumulation
+        in_place = call.exponential == call.accumulation
         stashes = keeps is Keeps.STASH
         self.stash = self.whole_stash = None
         if stashes:
-            self.whole_stash = new(num_rows, call.stash_width, dtype=call.operand)
+            self.whole_stash = new(num_rows, call.stash_width, dtype=call.exponential)
+            call.kernels.expect_writes(self.whole_stash)
             self.whole_stash[:, call.vocabulary.size :].zero_()
             self.stash = self.whole_stash[:, : call.vocabulary.size]
         self.logits = None
@@ -387,7 +408,7 @@ class _Scratch:
             self.logits = new(height * width, dtype=call.accumulation)
         self.exponentials = None
         if keeps is Keeps.SLOPES and not in_place:
-            self.exponentials = new(height * width, dtype=call.operand)
+            self.exponentials = new(height * width, dtype=call.exponential)
         self.accumulator = self.low_rank_accumulator = None
         if keeps is Keeps.SLOPES:
             self.accumulator = new(num_rows, hidden_size, dtype=call.accumulation)
@@ -448,12 +469,19 @@ class _Scratch:
         """Add ``E @ W`` of a tile, and the tokens that it has released."""
         if self.accumulator is None or tile.exponentials is None:
             return
-        product, adds = self.call.kernels.product, tile.first_column > 0
-        product(self.accumulator[block], tile.exponentials, head_tile.weight, adds=adds)
+        adds, totals = tile.first_column > 0, self.call.totals(tile.state.rest_sum)
+        add_by_weight(
+            self.call,
+            self.accumulator[block],
+            tile.exponentials,
+            head_tile.weight,
+            totals,
+            adds=adds,
+        )
         low_rank = self.low_rank_accumulator
         if low_rank is not None and head_tile.lora_b is not None:
             wide = tile.exponentials.to(low_rank.dtype)
-            product(low_rank[block], wide, head_tile.lora_b, adds=adds)
+            self.call.kernels.product(low_rank[block], wide, head_tile.lora_b, adds=adds)
         if tile.state.released_ids is not None and tile.state.released_values is not None:
             self.add_back(block, tile.state.released_ids, tile.state.released_values)
 

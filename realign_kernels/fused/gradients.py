@@ -6,6 +6,7 @@ top token, where E holds 0.  Letters as in ``forward.py``.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from realign_kernels.fused.forward import (
     FusedCall,
     PassResult,
     Rows,
+    add_by_weight,
     add_weight_rows,
     fold_tile,
     logits_into,
@@ -279,7 +281,7 @@ def head_gradients(
 
     ``onto`` holds gradients of the head, in the accumulation dtype, that these are added to.
     """
-    sums = _Sums(call, rows, gradient, numbers.top_ids, needed, onto)
+    sums = _Sums(call, rows, numbers, gradient, needed, onto)
     exponentials: _Stashed | _Replayed
     if gradient.entropy is not None:
         exponentials = _Weighted(call, rows, numbers, gradient.entropy)
@@ -327,8 +329,8 @@ class _Replayed:
         width = row_stride(min(call.shape.columns, call.vocabulary.size), multiple)
         self.logits = rows.hidden.new_empty(height * width, dtype=call.accumulation)
         self.exponentials = self.logits
-        if call.operand != call.accumulation:
-            self.exponentials = rows.hidden.new_empty(height * width, dtype=call.operand)
+        if call.exponential != call.accumulation:
+            self.exponentials = rows.hidden.new_empty(height * width, dtype=call.exponential)
 
     def block_rows(self, call: FusedCall) -> int:
         return call.shape.rows
@@ -402,11 +404,12 @@ class _Sums:
         self,
         call: FusedCall,
         rows: Rows,
+        numbers: RowNumbers,
         gradient: LogitGradient,
-        top_ids: Tensor | None,
         needed: Needed,
         onto: Gradients | None,
     ) -> None:
+        top_ids = numbers.top_ids
         self.call, self.rows, self.gradient, self.top_ids = call, rows, gradient, top_ids
         self.onto = onto
         head, num_rows = call.head, len(gradient.scale)
@@ -417,11 +420,12 @@ class _Sums:
         scale = gradient.scale[:, None]
         self.scaled_hidden = self.scaled_low_rank = self.scaled_ones = None
         weight_unit = bias_unit = None
-        if needed.weight:
+        self.totals = call.totals(numbers.rest_sum)
+        if needed.weight and call.exponential == call.operand:
             hidden = rows.hidden[:num_rows] * scale
             self.scaled_hidden, weight_unit = _in_range(hidden, call.operand)
         if needed.bias:
-            self.scaled_ones, bias_unit = _in_range(scale, call.operand)
+            self.scaled_ones, bias_unit = _in_range(scale, call.exponential)
         if needed.lora_b and rows.low_rank is not None:
             self.scaled_low_rank = rows.low_rank[:num_rows] * scale * head.lora_scaling
         self.accumulator = self.low_rank_accumulator = None
@@ -432,6 +436,8 @@ class _Sums:
                 self.low_rank_accumulator = new(shape[0], len(head.lora_a), dtype=call.accumulation)
         self.entries = _Entries(call, rows.ids[:num_rows], gradient, top_ids)
         self.weight, self.bias, self.lora_b = _new_gradients(head, needed)
+        if onto is None and self.weight is not None:
+            call.kernels.expect_writes(self.weight)
         if onto is not None:
             self.weight, self.bias, self.lora_b = onto.weight, onto.bias, onto.lora_b
         column = None if self.bias is None else self.bias[:, None]
@@ -447,14 +453,23 @@ class _Sums:
 
     def add(self, block: slice, exponentials: Tensor, tile: HeadTile) -> None:
         """Add some rows of a tile."""
-        product = self.call.kernels.product
+        product, totals = self.call.kernels.product, self.totals[block]
         if self.accumulator is not None:
-            product(self.accumulator[block], exponentials, tile.weight, adds=True)
+            accumulator = self.accumulator[block]
+            add_by_weight(self.call, accumulator, exponentials, tile.weight, totals)
         if self.low_rank_accumulator is not None and tile.lora_b is not None:
             wide = exponentials.to(tile.lora_b.dtype)
             product(self.low_rank_accumulator[block], wide, tile.lora_b, adds=True)
         if self.scaled_hidden is not None:
             self.weight_sum.add(product, exponentials.T, self.scaled_hidden[block])
+        elif self.needed.weight:
+            # Hidden states are narrower than exponentials, and exact: these are scaled instead.
+            scaled_product = functools.partial(
+                self.call.kernels.exponential_product,
+                totals=totals,
+                scale=self.gradient.scale[block],
+            )
+            self.weight_sum.add(scaled_product, exponentials, self.rows.hidden[block])
         if self.scaled_ones is not None:
             self.bias_sum.add(product, exponentials.T, self.scaled_ones[block])
         if self.scaled_low_rank is not None:
@@ -514,6 +529,7 @@ class _Sum:
         self.whole, self.dtype, self.unit = whole, dtype, unit
         self.continues = continues  # adds to what is there
         self.tile: Tensor | None = None
+        self.scratch: Tensor | None = None  # of the first range, which is the largest
         self.is_in_place = self.adds = False
 
     def begin(self, columns: slice) -> None:
@@ -526,11 +542,13 @@ class _Sum:
         if self.is_in_place:
             self.tile = part
         else:
-            self.tile = torch.empty(part.shape, dtype=self.dtype, device=part.device)
+            if self.scratch is None:
+                self.scratch = torch.empty(part.shape, dtype=self.dtype, device=part.device)
+            self.tile = self.scratch[: len(part)]
         self.adds = self.continues and self.is_in_place
 
     def add(self, product: Callable[..., None], a: Tensor, b: Tensor) -> None:
-        """Add ``a @ b``, in units of ``unit``."""
+        """Add a product of two, in units of ``unit``."""
         if self.tile is not None:
             product(self.tile, a, b, adds=self.adds)
             self.adds = True

@@ -86,8 +86,11 @@ class HeadArguments(NamedTuple):
         """The dtypes that are computed in."""
         computed = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         rounded = self.autocast_dtype or self.weight.dtype
-        operand = kernels_of(self.backend).operand_dtype(computed, rounded)
-        return Precision(self.autocast_dtype, computed, operand, self.rounds_factors)
+        kernels = kernels_of(self.backend)
+        is_given = self.hidden_states.dtype == self.weight.dtype == rounded
+        operand = kernels.operand_dtype(computed, rounded, is_given=is_given)
+        exponential = kernels.exponential_dtype(computed, operand)
+        return Precision(self.autocast_dtype, computed, operand, exponential, self.rounds_factors)
 
     @property
     def stash_width(self) -> int:
@@ -98,7 +101,7 @@ class HeadArguments(NamedTuple):
     @property
     def stash_row_bytes(self) -> int:
         """Bytes of a row of the stash."""
-        return self.stash_width * self.precision.operand.itemsize
+        return self.stash_width * self.precision.exponential.itemsize
 
     def vocabulary(self) -> VocabularyShard:
         """Find the part of the vocabulary that the weight is."""
@@ -359,7 +362,7 @@ def _scores_of(
             outputs[name] = scores.new_empty(0, dtype=dtypes.get(name))
     stash = result.stash
     if stash is None:
-        stash = scores.new_empty(0, call.stash_width, dtype=call.operand)
+        stash = scores.new_empty(0, call.stash_width, dtype=call.exponential)
     return FusedScores(
         **outputs,
         slopes=slopes[0],
@@ -436,7 +439,7 @@ def _score_tokens_fake(*values: Any) -> FusedScores:
         positions=empty(torch.int64, True, num_scored),
         numbers=empty(number, True, 4 if tracks_top else 3, num_saved),
         top_ids=empty(torch.int64, True, num_saved if tracks_top else 0),
-        stash=empty(head.precision.operand, True, num_stashed, head.stash_width),
+        stash=empty(head.precision.exponential, True, num_stashed, head.stash_width),
     )
 
 
@@ -639,7 +642,11 @@ def fused_call(
         fitted(largest, num_rows) if fits else largest,
         weight.shape[1],
         0 if lora_a is None else lora_a.shape[0],
-        (precision.accumulation.itemsize, precision.operand.itemsize),
+        (
+            precision.accumulation.itemsize,
+            precision.operand.itemsize,
+            precision.exponential.itemsize,
+        ),
         head.budget[0],
         temporaries=max(kernels.TEMPORARIES, _ENTROPY_TEMPORARIES if differentiates_entropy else 0),
         casts_head=precision.copies(weight.dtype),

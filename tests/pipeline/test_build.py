@@ -378,6 +378,26 @@ def test_the_share_of_bad_rows_that_is_suggested_is_enough(config: BuildConfig) 
     assert build(config.model_copy(update={"max_reject": share})).is_file()
 
 
+def test_leaving_bad_rows_out_is_not_advised_where_it_leads_nowhere(config: BuildConfig) -> None:
+    good = [json.loads(line) for line in config.source.read_text().splitlines()]
+    (first, *_), others = good, [row for row in good if row["image"] != good[0]["image"]]
+    bad = {"id": "bad", "image": first["image"], "prompt": "What?", "scores": [1], "note": "x"}
+    for rows, is_advised in (([bad], False), ([bad, first], False), ([bad, first, *others], True)):
+        config.source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(RefusedError, match=r"^1 of \d+ rows .* bad") as refused:
+            build(config)
+        assert ("max_reject" in str(refused.value)) == is_advised
+        assert "got a row whose keys ['note', 'scores'] are not read. Fill it in" in str(
+            refused.value
+        )
+    config.source.write_text(json.dumps(bad) + "\n" + json.dumps(first) + "\n")
+    with pytest.raises(
+        RefusedError, match=r"2 different images .*got 1, and these bad rows:\n.*li"
+    ):
+        build(config.model_copy(update={"max_reject": 1.0}))
+    assert not (config.out / "rejected.jsonl").exists()
+
+
 def test_turns_of_one_bad_row_are_one_bad_row(config: BuildConfig, tmp_path: Path) -> None:
     (config.images / "broken.png").write_bytes(b"GIF89a")
     turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A red dog."}] * 3

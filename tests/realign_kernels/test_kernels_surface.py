@@ -134,7 +134,7 @@ def test_a_missing_backend_is_described(monkeypatch):
 
 def shape_of(hidden_size, rank, itemsize, workspace_bytes, largest=(1024, 4096)):
     return tile_shape(
-        TileShape(*largest), hidden_size, rank, (itemsize, itemsize), workspace_bytes,
+        TileShape(*largest), hidden_size, rank, (itemsize,) * 3, workspace_bytes,
         temporaries=2, casts_head=True, sums_head_gradient=True,
     )  # fmt: skip
 

@@ -30,6 +30,7 @@ from realign.building.retrieval.neighbour_store import NeighbourStore
 from realign.building.retrieval.neighbours import Neighbours, Rule
 from realign.building.retrieval.sealed_arrays import array_sha256
 from realign.config import BuildConfig
+from realign.modeling.adapter_folder import check_adapter
 from realign.modeling.folder import model_identity, resolve_model
 from realign.modeling.loading import choose_dtype, load_model
 from realign.modeling.processors import load_processor
@@ -62,6 +63,7 @@ class EncoderModel:
         """What the configuration names."""
         is_own = config.encoder == OWN_ENCODER
         folder = resolve_model(config.model) if is_own else resolve_model(config.encoder, "encoder")
+        check_adapter(folder)
         given = folder.name if Path(config.encoder).is_dir() else config.encoder
         name = VisionPathEncoder.name if is_own else given
         return cls(name, folder, is_own, choose_dtype(config.dtype))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
-from realign.data.images import image_suffix
+from realign.data.image_names import image_suffix
 from realign.errors import RefusedError
 
 # Linux takes paths of 4,096 bytes; the folder's own path needs some of them

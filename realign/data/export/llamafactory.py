@@ -4,7 +4,6 @@ pair.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from realign.data.export.folder import ImageFolder
 from realign.data.export.rows import named, with_placeholders, write_list
 from realign.data.records import Record
+from realign.runtime.files import json_text
 
 FILE = "data.json"
 NOTE = (
@@ -57,7 +57,7 @@ def write_llamafactory(records: Iterable[Record], folder: Path) -> Counter[str]:
 
     counts["rows written"] = write_list(folder / FILE, rows())
     (folder / "dataset_info.json").write_text(
-        json.dumps(DESCRIPTION, indent=2) + "\n", encoding="utf-8"
+        json_text(DESCRIPTION, indent=2) + "\n", encoding="utf-8"
     )
     counts["images written"] = len(images)
     counts["images renamed"] = images.renamed

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from realign.data.export.folder import ImageFolder
 from realign.data.records import IMAGE_TOKEN, Message, Record
+from realign.runtime.files import json_text
 
 
 def write_list(path: Path, rows: Iterable[Any]) -> int:
@@ -16,7 +16,7 @@ def write_list(path: Path, rows: Iterable[Any]) -> int:
     count = 0
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(("[\n" if not count else ",\n") + json.dumps(row, ensure_ascii=False))
+            file.write(("[\n" if not count else ",\n") + json_text(row))
             count += 1
         file.write("\n]\n" if count else "[]\n")
     return count
@@ -27,7 +27,7 @@ def write_lines(path: Path, rows: Iterable[Any]) -> int:
     count = 0
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json_text(row) + "\n")
             count += 1
     return count
 

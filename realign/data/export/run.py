@@ -47,8 +47,8 @@ def export(data: Path, images: Path | None, to: str, out: Path) -> Exported:
     changes nothing.
 
     Args:
-        data: Parquet file, ``realign build`` folder, or the authors' JSON.
-        images: Image folder of the authors' JSON.
+        data: Parquet file, ``realign build`` folder, or JSON.
+        images: Image folder of JSON.
         to: ``official``, ``ms-swift``, ``llamafactory`` or ``trl``.
         out: A new or empty folder.
     Raises:

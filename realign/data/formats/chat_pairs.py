@@ -7,49 +7,47 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from realign.data.formats.conversation import check_prompt, only_answer, read_turns, split_answer
+from realign.data.formats.conversation import (
+    check_prompt,
+    only_answer,
+    read_turns,
+    same_turns,
+    split_answer,
+)
 from realign.data.formats.layout import (
     Draft,
     Layout,
     RawRow,
     RefusedRowError,
     Turns,
-    image_of,
     text_of,
 )
 from realign.data.records import Message
 
 IMAGE_KEYS = frozenset({"id", "image", "images"})
-RE_RETRIEVED = "retrieved images of the source are not used; they are retrieved anew"
+LISTS = frozenset({"images", "rejected_images"})  # of TRL; the authors name one image each
 
 
-def _trl(row: RawRow, _: Turns) -> Iterator[Draft]:
-    image = image_of(row)
+def _trl(row: RawRow, turns: Turns, num_images: int) -> Iterator[Draft]:
     prompt = row.get("prompt")
-    turns = read_turns(
-        [{"role": "user", "content": text_of(row, "prompt")}]
-        if isinstance(prompt, str)
-        else prompt,
-        "prompt",
-    )
-    yield Draft(
-        image,
-        check_prompt(turns, "prompt"),
-        _answer(row, "chosen"),
-        _answer(row, "rejected"),
-    )
+    if prompt is None:  # both answers repeat it
+        yield from _conversations(row, turns, num_images)
+        return
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": text_of(row, "prompt")}]
+    read = read_turns(prompt, "prompt", num_images)
+    yield Draft(check_prompt(read, "prompt"), _answer(row, "chosen"), _answer(row, "rejected"))
 
 
 def _answer(row: RawRow, name: str) -> str:
     return text_of({name: only_answer(row.get(name), name)}, name)
 
 
-def _conversations(row: RawRow, _: Turns) -> Iterator[Draft]:
+def _conversations(row: RawRow, _: Turns, num_images: int) -> Iterator[Draft]:
     """Both conversations whole, as in the authors' JSON."""
-    image = image_of(row)
-    prompt, answer = _split(row, "chosen")
-    other, rejected = _split(row, "rejected")
-    if prompt != other:
+    prompt, answer = _split(row, "chosen", num_images)
+    other, rejected = _split(row, "rejected", num_images)
+    if not same_turns(prompt, other):
         raise RefusedRowError(
             "rejected",
             "different-prompts",
@@ -58,42 +56,37 @@ def _conversations(row: RawRow, _: Turns) -> Iterator[Draft]:
         )
     retrieved = row.get("retrieved_image")
     source = {"retrieved_image": retrieved} if isinstance(retrieved, str) else {}
-    yield Draft(image, prompt, answer, rejected, source=source)
+    yield Draft(prompt, answer, rejected, source=source)
 
 
-def _split(row: RawRow, name: str) -> tuple[tuple[Message, ...], str]:
-    prompt, answer = split_answer(read_turns(row.get(name), name), name)
+def _split(row: RawRow, name: str, num_images: int) -> tuple[tuple[Message, ...], str]:
+    prompt, answer = split_answer(read_turns(row.get(name), name, num_images), name)
     return prompt, text_of({name: answer}, name)
 
 
-def _llamafactory(row: RawRow, _: Turns) -> Iterator[Draft]:
-    image = image_of(row)
+def _llamafactory(row: RawRow, _: Turns, num_images: int) -> Iterator[Draft]:
     name = "conversations" if "conversations" in row else "messages"
-    prompt = check_prompt(read_turns(row.get(name), name), name)
-    yield Draft(image, prompt, _answer(row, "chosen"), _answer(row, "rejected"))
+    prompt = check_prompt(read_turns(row.get(name), name, num_images), name)
+    yield Draft(prompt, _answer(row, "chosen"), _answer(row, "rejected"))
 
 
-def _swift(row: RawRow, _: Turns) -> Iterator[Draft]:
-    image = image_of(row)
-    turns = read_turns(row.get("messages"), "messages")
+def _swift(row: RawRow, _: Turns, num_images: int) -> Iterator[Draft]:
+    turns = read_turns(row.get("messages"), "messages", num_images)
     if turns[-1]["role"] == "user":  # a question alone
-        yield Draft(image, check_prompt(turns, "messages"))
+        yield Draft(check_prompt(turns, "messages"))
         return
     prompt, answer = split_answer(turns, "messages")
     rejected = text_of(row, "rejected_response", needed=False)
     if row.get("rejected_messages"):
-        other, rejected = _split(row, "rejected_messages")
-        if other != prompt:
+        other, rejected = _split(row, "rejected_messages", num_images)
+        if not same_turns(other, prompt):
             raise RefusedRowError(
                 "rejected_messages",
                 "different-prompts",
                 "rejected_messages must differ from messages in the last answer only. Make their "
                 "turns equal or remove the row.",
             )
-    # equal answers beside other images are ms-swift's spelling of an image pair
-    if rejected == answer and row.get("rejected_images"):
-        rejected = ""
-    yield Draft(image, prompt, text_of({"messages": answer}, "messages"), rejected)
+    yield Draft(prompt, text_of({"messages": answer}, "messages"), rejected)
 
 
 def _is_list(row: Mapping[str, Any], *names: str) -> bool:
@@ -104,9 +97,12 @@ TRL = Layout(
     name="trl",
     summary="images, prompt, chosen, rejected: TRL, rlaif-v_formatted, a parquet of this project",
     keys=IMAGE_KEYS | {"prompt", "chosen", "rejected", "rejected_images"},
-    matches=lambda row: {"prompt", "chosen", "rejected"} <= row.keys() and "img_path" not in row,
+    matches=lambda row: (
+        {"chosen", "rejected"} <= row.keys()
+        and "img_path" not in row
+        and ("prompt" in row or bool(LISTS & row.keys() and _is_list(row, "chosen", "rejected")))
+    ),
     drafts=_trl,
-    note=RE_RETRIEVED,
 )
 OFFICIAL = Layout(
     name="official",
@@ -114,10 +110,9 @@ OFFICIAL = Layout(
     keys=IMAGE_KEYS | {"chosen", "rejected", "retrieved_image"},
     matches=lambda row: (
         _is_list(row, "chosen", "rejected")
-        and not {"prompt", "question", "messages", "conversations"} & row.keys()
+        and not {"prompt", "question", "messages", "conversations", *LISTS} & row.keys()
     ),
     drafts=_conversations,
-    note=RE_RETRIEVED,
 )
 LLAMAFACTORY = Layout(
     name="llamafactory",
@@ -135,5 +130,4 @@ SWIFT = Layout(
     keys=IMAGE_KEYS | {"messages", "rejected_response", "rejected_messages", "rejected_images"},
     matches=lambda row: _is_list(row, "messages") and "chosen" not in row,
     drafts=_swift,
-    note=RE_RETRIEVED,
 )

@@ -15,15 +15,16 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 }
 
 
-def read_turns(value: Any, name: str) -> list[Message]:
+def read_turns(value: Any, name: str, num_images: int) -> list[Message]:
     """Messages with string contents; images and their placeholders stay out of the first user
     turn.
 
     Args:
         value: A list of turns in any of the spellings.
         name: The key that they stand under, for the message.
+        num_images: How many images the row has.
     Raises:
-        RefusedRowError: Not such a list, an unknown role, or more than one image.
+        RefusedRowError: Not such a list, an unknown role, or more placeholders than images.
     """
     if not isinstance(value, list) or not value:
         raise RefusedRowError(
@@ -33,37 +34,44 @@ def read_turns(value: Any, name: str) -> list[Message]:
             '[{"role": "user", "content": ...}].',
         )
     turns: list[Message] = []
-    num_images = 0
+    num_parts = 0
     for turn in value:
         role, text, images = _turn(turn, name)
-        num_images += images
+        num_parts += images
         if role == "user" and not any(turn["role"] == "user" for turn in turns):
-            text, placeholders = without_placeholder(text, name)
-            num_images = max(num_images, placeholders)
-        turns.append({"role": role, "content": text.strip()})
-    if num_images > 1:
-        raise RefusedRowError(
-            name,
-            "image-count",
-            f"{name} must have one image, got {num_images}. Split the row or remove it.",
-        )
+            text = without_placeholders(text, name, num_images)
+        turns.append({"role": role, "content": text})
+    _check_count(num_parts, "image parts", name, num_images)
     return turns
 
 
-def without_placeholder(text: str, name: str) -> tuple[str, int]:
-    """A user turn without its image placeholder, and how many it had.
+def same_turns(turns: Sequence[Message], others: Sequence[Message]) -> bool:
+    """Whether turns differ in the white space around their texts at most."""
+    first, second = (
+        [(turn["role"], turn["content"].strip()) for turn in one] for one in (turns, others)
+    )
+    return first == second
+
+
+def without_placeholders(text: str, name: str, num_images: int) -> str:
+    """A user turn without its image placeholders.
 
     Raises:
-        RefusedRowError: More than one: it speaks of more images than there are.
+        RefusedRowError: It speaks of more images than the row has.
     """
     count = text.count(IMAGE_TOKEN)
-    if count > 1:
+    _check_count(count, IMAGE_TOKEN, name, num_images)
+    return text.replace(IMAGE_TOKEN, "").strip() if count else text
+
+
+def _check_count(count: int, what: str, name: str, num_images: int) -> None:
+    if count > num_images:
         raise RefusedRowError(
             name,
             "image-count",
-            f"{name} must have at most one {IMAGE_TOKEN}, got {count}. Split the row or remove it.",
+            f"{name} must have at most as many {what} as the row has images, {num_images}, got "
+            f"{count}. Remove the others, or the row.",
         )
-    return text.replace(IMAGE_TOKEN, "").strip(), count
 
 
 def _turn(turn: Any, name: str) -> tuple[str, str, int]:
@@ -124,8 +132,8 @@ def only_answer(value: Any, name: str) -> str:
         RefusedRowError: It is none of these.
     """
     if isinstance(value, str):
-        return value.strip()
-    turns = read_turns([value] if isinstance(value, Mapping) else value, name)
+        return value
+    turns = read_turns([value] if isinstance(value, Mapping) else value, name, 0)
     if [turn["role"] for turn in turns] != ["assistant"]:
         raise RefusedRowError(
             name,

@@ -42,6 +42,13 @@ def _problem(flaw: Flaw | None) -> RefusedRowError | None:
     return RefusedRowError(flaw.value, flaw.code, reason)
 
 
+def is_json_list(path: Path) -> bool:
+    """Return whether a JSON file is one list; if not, its lines are its rows."""
+    with path.open("rb") as file:
+        beginning = file.read(4096)
+    return beginning.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n").startswith(b"[")
+
+
 def read_lines(path: Path) -> Iterator[Found]:
     """Yield the rows of JSON lines; a bad line does not end them."""
     decoder = StrictDecoder()

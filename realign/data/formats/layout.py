@@ -26,13 +26,17 @@ class RefusedRowError(RefusedError):
         super().__init__(text)
         self.field, self.code = field, code
 
+    def at(self, place: str) -> RefusedError:
+        """The refusal as it is said of a whole file: with the row's place in front."""
+        said = f"{place}: {self}"
+        return RefusedError(said, code=self.code, field=self.field)
+
 
 @dataclass(frozen=True)
 class Draft:
-    """One instruction of a row, its layout gone, its texts and image still unchecked.
+    """One instruction of a row, its layout gone, its texts still unchecked and as they are.
 
     Attributes:
-        image: A file name, or ``{"bytes", "path"}`` of an image column.
         prompt: Turns before the answer, without image placeholders.
         answer: Empty where it is still to be asked for.
         rejected: Empty where it is still to be induced.
@@ -40,7 +44,6 @@ class Draft:
         source: Names that the row gives, for provenance.
     """
 
-    image: Any
     prompt: tuple[Message, ...]
     answer: str = ""
     rejected: str = ""
@@ -57,22 +60,23 @@ class Layout:
         summary: Its keys and who publishes such rows, for the announcement.
         keys: Keys that are understood; the others are kept beside the row.
         matches: Whether a row looks like it.
-        drafts: The instructions of a row; raises :class:`RefusedRowError`.
+        drafts: The instructions of a row, given how many images it has; raises
+            :class:`RefusedRowError`.
+        images: The images of a row: file names, or ``{"bytes", "path"}`` of an image column.
         ids_repeat: Whether rows may share an id, as the conversations about one image do in LLaVA.
-        note: What a user should know about how it is read.
     """
 
     name: str
     summary: str
     keys: frozenset[str]
     matches: Callable[[Mapping[str, Any]], bool]
-    drafts: Callable[[RawRow, Turns], Iterable[Draft]]
+    drafts: Callable[[RawRow, Turns, int], Iterable[Draft]]
+    images: Callable[[RawRow], list[Any]] = lambda row: images_of(row)
     ids_repeat: bool = True
-    note: str = ""
 
 
 def text_of(row: Mapping[str, Any], name: str, *, needed: bool = True) -> str:
-    """A string of a row, stripped; empty where it is missing and not needed.
+    """A string of a row; empty where it is missing and not needed.
 
     Raises:
         RefusedRowError: It is no string, or it is needed and empty.
@@ -81,7 +85,7 @@ def text_of(row: Mapping[str, Any], name: str, *, needed: bool = True) -> str:
     if value is None and not needed:
         return ""
     if isinstance(value, str) and (value.strip() or not needed):
-        return value.strip()
+        return value
     code = "empty" if isinstance(value, str) else "wrong-type"
     raise RefusedRowError(
         name,
@@ -96,26 +100,33 @@ def shown(value: Any, row: Mapping[str, Any], name: str) -> str:
     return f"{value!r:.80}" if name in row else f"none among {sorted(map(str, row))[:12]}"
 
 
-def image_of(row: Mapping[str, Any]) -> Any:
-    """The one image of a row, under ``image`` or ``images``.
+def images_of(row: Mapping[str, Any]) -> list[Any]:
+    """The images of a row, under ``image`` or ``images``."""
+    return _as_list(row.get("images") if row.get("image") is None else row["image"])
 
-    Raises:
-        RefusedRowError: There is none, or more than one.
-    """
-    name = "images" if row.get("image") is None and "images" in row else "image"
-    value = row.get(name)
-    images = value if isinstance(value, list) else [] if value is None else [value]
-    if not images:
-        raise RefusedRowError(
-            name,
-            "missing-key",
-            f"{name} must be one image, got {shown(value, row, name)}. Name a file of the image "
-            "folder or remove the row.",
-        )
-    if len(images) > 1:
-        raise RefusedRowError(
-            name,
-            "image-count",
-            f"{name} must be one image, got {len(images)}. Split the row or remove it.",
-        )
-    return images[0]
+
+def retrieved_of(row: Mapping[str, Any]) -> list[Any]:
+    """The retrieved images of a row, under ``rejected_images`` or ``retrieved_image``."""
+    retrieved = row.get("retrieved_image")
+    return _as_list(row.get("rejected_images") if retrieved is None else retrieved)
+
+
+def is_image_pair(draft: Draft, row: Mapping[str, Any]) -> bool:
+    """Whether a row compares two images under one answer, as rows of ms-swift do."""
+    has_answer_pair = draft.rejected.strip() not in ("", draft.answer.strip())
+    return bool(retrieved_of(row)) and not has_answer_pair
+
+
+def lone_image_pair() -> RefusedRowError:
+    """The refusal of an image pair whose answer pair is nowhere."""
+    return RefusedRowError(
+        "rejected_images",
+        "image-pair",
+        "rejected_images must stand beside a rejected answer, or beside a row of the same images "
+        "and messages that has one, got an image pair alone. Add the rejected answer or remove "
+        "the row.",
+    )
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]

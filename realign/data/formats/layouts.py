@@ -17,13 +17,20 @@ LAYOUTS = (MDPO, POVID, QUESTION, RLHF_V, LLAMAFACTORY, OFFICIAL, TRL, SWIFT, LL
 FORMATS = {layout.name: layout for layout in LAYOUTS}
 
 
-def recognise(rows: Iterable[Any], format: str | None, source: str) -> Layout:
+# under which rows of an image and a prompt have several answers of models
+UNREAD_ANSWERS = ("completions", "responses", "candidates")
+
+
+def recognise(
+    rows: Iterable[Any], format: str | None, source: str, *, option: str = "source"
+) -> Layout:
     """The layout that the first rows have, or the one that is asked for.
 
     Args:
         rows: The first rows; the first one that has a layout decides.
         format: Name of a layout; None to look at the rows.
         source: What a message calls the file.
+        option: The option that names the file. Layouts can be named for a ``source`` alone.
     Raises:
         RefusedError: The name is unknown, or no row has a known layout.
     """
@@ -34,15 +41,35 @@ def recognise(rows: Iterable[Any], format: str | None, source: str) -> Layout:
             )
         return FORMATS[format]
     seen = [row for row in rows if isinstance(row, dict)]
+    is_source = option == "source"
     for row in seen:
         for layout in LAYOUTS:
             if layout.matches(row):
+                if layout is PROMPTED:
+                    _check_read(row, source, option)
                 return layout
-    known = "\n".join(f"  {layout.name}: {layout.summary}" for layout in LAYOUTS)
+    known = "\n".join(
+        f"  {layout.name}: {layout.summary}"
+        for layout in LAYOUTS
+        if is_source or layout is not LLAVA  # without rejected answers
+    )
     keys = (
         f"rows with keys {sorted(map(str, seen[0]))[:12]}" if seen else "no row that is an object"
     )
     raise RefusedError(
-        f"source must have rows of a known layout, got {keys} in {source}. Rename their keys to "
-        f"one of these, or name the layout by --format:\n{known}"
+        f"{option} must have rows of a known layout, got {keys} in {source}. Rename their keys to "
+        f"one of these{', or name the layout by --format' * is_source}:\n{known}"
     )
+
+
+def _check_read(row: dict[str, Any], source: str, option: str) -> None:
+    """Refuse rows whose answers stand where no layout has any: they would be asked for anew."""
+    unread = [name for name in UNREAD_ANSWERS if row.get(name)]
+    if unread and not row.get("answer"):
+        anew = ", or pass --format realign and build.annotator to have all prompts answered anew"
+        raise RefusedError(
+            f"{option} must have its answers in chosen and rejected, got rows with {unread[0]} (as "
+            f"in VLFeedback) in {source}, which are not read. Convert each row to {{image, "
+            "question, chosen, rejected} with a good and a bad answer"
+            f"{anew * (option == 'source')}."
+        )

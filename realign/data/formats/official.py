@@ -6,119 +6,80 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
+from realign.data.formats.file_records import FileRecords, FileRow
+from realign.data.formats.json_rows import Found, is_json_list, read_lines
+from realign.data.formats.layout import RefusedRowError
+from realign.data.formats.row_reader import check_unicode
 from realign.data.image_names import check_image_root, resolve_image
-from realign.data.images import MAX_BYTES, RefusedImage
+from realign.data.images import RefusedImage
 from realign.data.records import (
-    COUNTED,
     IMAGE_TOKEN,
-    LazyRecords,
     Message,
     Problem,
     Record,
     check_messages,
-    refuse_problems,
 )
 from realign.errors import RefusedError
+from realign.runtime.files import canonical_json, json_text
 from realign.runtime.strict_json import read_json
 
-
-def read_official_json(path: Path, image_root: Path) -> OfficialRecords:
-    """Open the published layout: a list of ``{image, retrieved_image, chosen, rejected}`` and one
-    image folder.
-
-    Raises:
-        RefusedError: The file or rows do not have that layout, or images are missing; all are
-            counted and the first twenty named.
-    """
-    records, problems = read_official_rows(path, image_root)
-    refuse_problems(
-        [problem.message for row in problems for problem in row], len(records) + len(problems)
-    )
-    return records
+IMAGE_NAMES = ("image", "retrieved_image")
 
 
-def read_official_rows(path: Path, image_root: Path) -> tuple[OfficialRecords, list[list[Problem]]]:
-    """Open the published layout; return its good rows, and the problems of each bad one.
+def read_official_rows(path: Path, image_root: Path) -> tuple[FileRecords, list[list[Problem]]]:
+    """Open the published layout, a list or lines; return its good rows, and the problems of each
+    bad one.
 
     Raises:
-        RefusedError: The file does not hold a list, or the image folder is none.
+        RefusedError: The file holds neither, or the image folder is none.
     """
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise RefusedError(
-            f"{path} must be a list of rows, got {type(rows).__name__}. Put the rows into []."
-        )
+    found: Iterable[Found]
+    if is_json_list(path):
+        rows = read_json(path)
+        found = (Found(number, f"row {number}", row) for number, row in enumerate(rows, start=1))
+    else:
+        found = read_lines(path)
     check_image_root(image_root)
-    read: list[OfficialRow] = []
+    read: list[FileRow] = []
     problems: list[list[Problem]] = []
-    for number, row in enumerate(rows, start=1):
+    for item in found:
+        number, row = item.number, item.row
         # its own name where it has one; else its number, from 1 as the lines of a file
         has_id = isinstance(row, dict) and "id" in row
         row_id = str(row["id"] if has_id else number)
-        where = f"{path.name}, row {row_id}" + ("" if has_id else COUNTED)
+        where = f"{path.name}, row {row_id}" if has_id else item.place(path.name)
         try:
+            if item.problem:
+                raise item.problem.at(where)
+            _check_unicode(row, where)
             result = _official_row(row, row_id, where, image_root)
         except RefusedError as error:
             problems.append([Problem.of(error, row_id, where)])
             continue
-        if isinstance(result, OfficialRow):
+        if isinstance(result, FileRow):
             meta = {"file": path.name, "index": number - 1, **result.record.source}
             record = dataclasses.replace(result.record, meta={"source": meta})
             if not _spells(row, plain_row(record)):
                 # unknown keys, their order, where the placeholder stands: kept for export
-                record.source["row"] = json.dumps(row)
+                record.source["row"] = json_text(row, ensure_ascii=True)
             read.append(dataclasses.replace(result, record=record))
         else:
             problems.append(result)
-    return OfficialRecords(read), problems
+    return FileRecords(read), problems
 
 
-@dataclass(frozen=True)
-class OfficialRow:
-    """One checked row: a record without its images, and where these are."""
-
-    record: Record
-    image: Path | None
-    retrieved_image: Path | None
+def _check_unicode(row: Any, where: str) -> None:
+    try:
+        check_unicode(canonical_json(row), "the row")
+    except RefusedRowError as error:
+        raise error.at(where) from None
 
 
-class OfficialRecords(LazyRecords):
-    """Rows whose image files are read when a row is."""
-
-    def __init__(self, rows: Sequence[OfficialRow]) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def texts(self) -> Sequence[Record]:
-        """Return the same rows; no image file is read."""
-        return [row.record for row in self._rows]
-
-    def _read(self, index: int) -> Record:
-        row = self._rows[index]
-        return dataclasses.replace(
-            row.record,
-            images=_read_limited(row.image),
-            rejected_images=_read_limited(row.retrieved_image),
-        )
-
-
-def _read_limited(path: Path | None) -> tuple[bytes, ...]:
-    if path is None:
-        return ()
-    with path.open("rb") as file:
-        return (file.read(MAX_BYTES + 1),)
-
-
-def _official_row(
-    row: Any, row_id: str, where: str, image_root: Path
-) -> OfficialRow | list[Problem]:
+def _official_row(row: Any, row_id: str, where: str, image_root: Path) -> FileRow | list[Problem]:
     """Return the row, or the problems of its images; anything else that is wrong is raised."""
     if not isinstance(row, dict):
         raise RefusedError(
@@ -131,7 +92,7 @@ def _official_row(
             code="missing-key",
             field=missing[0],
         )
-    names = {name: row[name] for name in ("image", "retrieved_image") if name in row}
+    names = {name: row[name] for name in IMAGE_NAMES if name in row}
     if len(names) == 1:
         ((there, value),) = names.items()
         missing_name = "retrieved_image" if there == "image" else "image"
@@ -174,7 +135,10 @@ def _official_row(
         meta={"source": names},
         place=where,
     )
-    return OfficialRow(record, paths.get("image"), paths.get("retrieved_image"))
+    return FileRow(
+        record,
+        *(tuple(paths[key] for key in (name,) if key in paths) for name in IMAGE_NAMES),
+    )
 
 
 def plain_row(record: Record) -> dict[str, Any]:
@@ -182,9 +146,7 @@ def plain_row(record: Record) -> dict[str, Any]:
     on a line of its own in front of the first turn, and an id unless that is the row's number.
     """
     source = record.source
-    names: dict[str, Any] = {
-        name: source[name] for name in ("image", "retrieved_image") if name in source
-    }
+    names: dict[str, Any] = {name: source[name] for name in IMAGE_NAMES if name in source}
     index = source.get("index")
     first, *others = record.prompt
     content = f"{IMAGE_TOKEN}\n{first['content']}" if names else first["content"]

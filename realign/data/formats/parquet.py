@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from realign.data.formats.file_records import read_limited
+from realign.data.image_names import is_url, resolve_image
 from realign.data.records import COUNTED, LazyRecords, Record, check_messages
 from realign.errors import RefusedError
-from realign.runtime.files import canonical_json, replacing
+from realign.runtime.files import canonical_json, finite_or_null, json_text, replacing
 
 # Reading one row reads its group. Arrow's limit of 2 GiB an array is far above.
 ROW_GROUP_BYTES = 16 << 20
@@ -59,7 +61,7 @@ def write_parquet(
         name: text if feature is _TEXT else turns if feature is _TURNS else images
         for name, feature in FEATURES.items()
     }
-    description = json.dumps({"info": {"features": FEATURES}})
+    description = json_text({"info": {"features": FEATURES}})
     schema = pa.schema(types, {"huggingface": description})
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for group in _groups(records, row_group_bytes):
@@ -92,29 +94,62 @@ def _row(record: Record) -> dict[str, Any]:
     }
 
 
-def read_parquet(path: Path) -> ParquetRecords:
-    """Open the records of :func:`write_parquet`, or of any parquet file with the same columns.
+def read_metadata(path: Path) -> Any:
+    """The ``pyarrow.parquet.FileMetaData`` of a file.
 
     Raises:
-        RefusedError: The file is not parquet or lacks a column. Rows are checked when they are
-            read.
+        RefusedError: It is not parquet.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        metadata = pq.read_metadata(path)
+        return pq.read_metadata(path)
     except pa.ArrowInvalid as error:
         raise RefusedError(
             f"{path} must be a parquet file ({error}). Build it with `realign build`."
         ) from None
+
+
+def read_parquet(path: Path, image_root: Path | None = None) -> ParquetRecords:
+    """Open the records of :func:`write_parquet`, or of any parquet file with the same columns.
+
+    Args:
+        path: The file.
+        image_root: Folder of images that are named and not embedded.
+    Raises:
+        RefusedError: The file is not parquet or lacks a column. Rows are checked when they are
+            read.
+    """
+    metadata = read_metadata(path)
     names = metadata.schema.to_arrow_schema().names
     if missing := [name for name in REQUIRED if name not in names]:
         raise RefusedError(
             f"{path} must have columns {list(REQUIRED)}, lacks {missing}. Build it with `realign "
             f"build`."
         )
-    return ParquetRecords(path, metadata, [n for n in (*REQUIRED, *OPTIONAL) if n in names])
+    columns = [name for name in (*REQUIRED, *OPTIONAL) if name in names]
+    return ParquetRecords(path, metadata, columns, image_root)
+
+
+def is_own(metadata: Any) -> bool:
+    """Return whether a file has the columns of :func:`write_parquet`, with texts as contents."""
+    names = metadata.schema.to_arrow_schema().names
+    leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    return {*REQUIRED, "meta"} <= {*names} and all(
+        any(leaf.startswith(f"{name}.") and leaf.endswith(".content") for leaf in leaves)
+        for name in ("prompt", "chosen", "rejected")
+    )
+
+
+def parts_without_bytes(metadata: Any, columns: Sequence[str]) -> list[str]:
+    """Columns in their parts, without the bytes of images that have a path too."""
+    leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    found = []
+    for name in columns:
+        parts = [leaf for leaf in leaves if leaf.partition(".")[0] == name]
+        found += [part for part in parts if not part.endswith(".bytes")] or parts
+    return found
 
 
 class ParquetRecords(LazyRecords):
@@ -124,10 +159,14 @@ class ParquetRecords(LazyRecords):
         path: The file. It is opened at each read, so that worker processes can share the object.
         metadata: Its ``pyarrow.parquet.FileMetaData``.
         columns: The columns to read.
+        image_root: Folder of images that are named and not embedded.
     """
 
-    def __init__(self, path: Path, metadata: Any, columns: list[str]) -> None:
+    def __init__(
+        self, path: Path, metadata: Any, columns: list[str], image_root: Path | None
+    ) -> None:
         self._path, self._metadata, self._columns = path, metadata, columns
+        self._image_root = image_root
         groups = range(metadata.num_row_groups)
         sizes = [metadata.row_group(group).num_rows for group in groups]
         self._starts = [0, *accumulate(sizes)]
@@ -139,20 +178,27 @@ class ParquetRecords(LazyRecords):
     def texts(self) -> ParquetRecords:
         """The same rows; the columns of images are not read."""
         columns = [name for name in self._columns if name not in IMAGES]
-        return ParquetRecords(self._path, self._metadata, columns)
+        return ParquetRecords(self._path, self._metadata, columns, self._image_root)
+
+    def _row(self, index: int) -> dict[str, Any]:
+        group = bisect_right(self._starts, index) - 1
+        rows = self._read_group(group).slice(index - self._starts[group], 1).to_pylist()
+        row: dict[str, Any] = rows[0]
+        return row
 
     def _read(self, index: int) -> Record:
-        group = bisect_right(self._starts, index) - 1
-        row = self._read_group(group).slice(index - self._starts[group], 1).to_pylist()[0]
+        row = self._row(index)
         row_id = str(row.get("id", index + 1))
         where = f"{self._path.name}, row {row_id}" + ("" if "id" in row else COUNTED)
         return Record(
             id=row_id,
-            images=_image_bytes(row.get("images"), where, "images"),
+            images=image_bytes(row.get("images"), self._image_root, where, "images"),
             prompt=check_messages(row["prompt"], where, "prompt"),
             chosen=_only_answer(row["chosen"], where, "chosen"),
             rejected=_only_answer(row["rejected"], where, "rejected"),
-            rejected_images=_image_bytes(row.get("rejected_images"), where, "rejected_images"),
+            rejected_images=image_bytes(
+                row.get("rejected_images"), self._image_root, where, "rejected_images"
+            ),
             meta=_meta(row.get("meta") or "{}", where),
             place=where,
         )
@@ -176,16 +222,35 @@ class ParquetRecords(LazyRecords):
         return self._table
 
 
-def _image_bytes(images: Any, where: str, name: str) -> tuple[bytes, ...]:
-    if not isinstance(images, list | None) or not all(
-        isinstance(image, dict) and isinstance(image.get("bytes"), bytes) for image in images or []
-    ):
-        raise RefusedError(
-            f"{where}: {name} must be embedded as bytes, got a path. Embed them when saving.",
-            code="not-embedded",
-            field=name,
-        )
-    return tuple(image["bytes"] for image in images or [])
+def image_bytes(images: Any, image_root: Path | None, where: str, name: str) -> tuple[bytes, ...]:
+    """The bytes of the images of a row: embedded, or of files of the image folder.
+
+    Raises:
+        RefusedError: They are neither.
+    """
+    if not isinstance(images, list | None):
+        images = [None]
+    return tuple(_one_image(image, image_root, where, name) for image in images or [])
+
+
+def _one_image(image: Any, image_root: Path | None, where: str, name: str) -> bytes:
+    raw, path = (
+        (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, image)
+    )
+    if isinstance(raw, bytes):
+        return raw
+    if isinstance(path, str) and (image_root is not None or is_url(path)):
+        return read_limited(resolve_image(image_root or Path(), path, f"{where}, {name}"))
+    found, remedy = (
+        ("a path", "Name their folder by --images, or embed")
+        if isinstance(path, str)
+        else (f"{image!r:.60}", "Embed")
+    )
+    raise RefusedError(
+        f"{where}: {name} must be embedded as bytes, got {found}. {remedy} them when saving.",
+        code="not-embedded",
+        field=name,
+    )
 
 
 def _only_answer(turns: Any, where: str, name: str) -> str:
@@ -202,7 +267,7 @@ def _only_answer(turns: Any, where: str, name: str) -> str:
 
 def _meta(text: Any, where: str) -> dict[str, Any]:
     try:
-        meta = json.loads(text)
+        meta = finite_or_null(json.loads(text))
     except (TypeError, ValueError, RecursionError):
         meta = None
     if not isinstance(meta, dict):

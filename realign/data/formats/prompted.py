@@ -14,7 +14,6 @@ from realign.data.formats.layout import (
     RawRow,
     RefusedRowError,
     Turns,
-    image_of,
     text_of,
 )
 from realign.data.records import IMAGE_TOKEN, Message
@@ -24,22 +23,21 @@ def _matches(row: Mapping[str, Any]) -> bool:
     return "prompt" in row and bool({"image", "images"} & row.keys()) and "chosen" not in row
 
 
-def _drafts(row: RawRow, _: Turns) -> Iterator[Draft]:
-    image = image_of(row)
-    prompt = _prompt(row)
+def _drafts(row: RawRow, _: Turns, num_images: int) -> Iterator[Draft]:
+    prompt = _prompt(row, num_images)
     answer = text_of(row, "answer", needed=False)
     rejected = text_of(row, "rejected", needed=False)
-    if rejected and not answer:
+    if rejected.strip() and not answer.strip():
         raise RefusedRowError(
             "answer",
             "empty",
             f"answer must not be empty beside rejected {rejected!r:.80}. Fill it in or remove "
             "rejected.",
         )
-    yield Draft(image, prompt, answer, rejected)
+    yield Draft(prompt, answer, rejected)
 
 
-def _prompt(row: RawRow) -> tuple[Message, ...]:
+def _prompt(row: RawRow, num_images: int) -> tuple[Message, ...]:
     if not isinstance(row.get("prompt"), list):
         return ({"role": "user", "content": text_of(row, "prompt")},)
     if IMAGE_TOKEN in str(row["prompt"]):  # of our own rows the image goes before the prompt
@@ -49,12 +47,12 @@ def _prompt(row: RawRow) -> tuple[Message, ...]:
             f"prompt must not contain {IMAGE_TOKEN}, got {row['prompt']!r:.80}. Remove it; the "
             "image goes before the prompt by itself.",
         )
-    return check_prompt(read_turns(row["prompt"], "prompt"), "prompt")
+    return check_prompt(read_turns(row["prompt"], "prompt", num_images), "prompt")
 
 
 PROMPTED = Layout(
     name="realign",
-    summary="image, prompt, answer",
+    summary="image, prompt, answer, rejected where there is one",
     keys=frozenset({"id", "image", "images", "prompt", "answer", "rejected"}),
     matches=_matches,
     drafts=_drafts,

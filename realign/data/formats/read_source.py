@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-from realign.data.formats.json_rows import Found, read_lines, read_list
-from realign.data.formats.layout import RefusedRowError, Turns
+from realign.data.formats.json_rows import Found, is_json_list, read_lines, read_list
+from realign.data.formats.layout import RefusedRowError, Turns, lone_image_pair
 from realign.data.formats.layouts import recognise
-from realign.data.formats.row_reader import RowReader
+from realign.data.formats.row_reader import RowReader, object_of
 from realign.data.formats.source_row import SourceRow
 from realign.data.formats.table_rows import parquet_files, read_parquet_files, read_saved
 from realign.data.image_names import check_image_root
-from realign.data.records import Problem
+from realign.data.records import Problem, refuse_problems
 from realign.errors import RefusedError
+from realign.runtime.files import canonical_json
 from realign.runtime.progress import announce
 
 LOOKED_AT = 100  # rows that may be bad before one shows its layout
@@ -72,14 +73,14 @@ def read_source(
         raise RefusedError(f"turns must be first, last or each, got {turns!r}. Correct it.")
     if image_root is not None:
         check_image_root(image_root)
-    found = iter(_open(path))
+    found = iter(open_rows(path))
     first = list(islice(found, LOOKED_AT))
     if not first:
         raise RefusedError(f"source must have at least one row, got none in {path}. Add rows.")
+    if format is None and not any(isinstance(item.row, dict) for item in first):
+        _refuse_rows(path, first)
     layout = recognise((item.row for item in first), format, path.name)
     announce(f"source {path.name}: read as {layout.name} ({layout.summary})")
-    if layout.note:
-        announce(f"source {path.name}: {layout.note}")
     reader = RowReader(
         path,
         layout,
@@ -98,6 +99,13 @@ def read_source(
             rows += reader.read(item)
         except RefusedRowError as error:
             problems.append(_problem(path, item, error))
+    rows, alone = _without_image_pairs(rows)
+    problems += [Problem.of(lone_image_pair().at(row.place), row.id, row.place) for row in alone]
+    if reader.num_retrieved:
+        announce(
+            f"source {path.name}: retrieved images of the source are not used "
+            f"({reader.num_retrieved} rows have some); they are retrieved anew"
+        )
     if reader.left_out:
         announce(
             f"source {path.name}: not kept, because JSON cannot hold them: "
@@ -106,7 +114,37 @@ def read_source(
     return Source(rows, problems, layout.name, num_read)
 
 
-def _open(path: Path) -> Iterator[Found]:
+def _refuse_rows(path: Path, found: list[Found]) -> None:
+    """Refuse a file whose first rows are no objects, by what is wrong with each."""
+    problems = []
+    for item in found:
+        try:
+            object_of(item)
+        except RefusedRowError as error:
+            problems.append(_problem(path, item, error).message)
+    refuse_problems(problems, len(found))
+
+
+def _without_image_pairs(rows: list[SourceRow]) -> tuple[list[SourceRow], list[SourceRow]]:
+    """Rows that are no image pairs, and the image pairs that belong to none of them: each other
+    one is the second half of an answer pair.
+    """
+    whole = [row for row in rows if not row.is_image_pair]
+    halves = {_half(row) for row in whole if row.rejected}
+    return whole, [row for row in rows if row.is_image_pair and _half(row) not in halves]
+
+
+def _half(row: SourceRow) -> tuple[Path, str, str]:
+    """What both halves of a pair share."""
+    return row.path, canonical_json(list(row.prompt)), row.answer
+
+
+def open_rows(path: Path) -> Iterator[Found]:
+    """The rows of a file or folder, recognised by its first bytes.
+
+    Raises:
+        RefusedError: There is none, or rows cannot be told apart.
+    """
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return read_saved(path)
@@ -116,11 +154,9 @@ def _open(path: Path) -> Iterator[Found]:
             f"source must be a file or folder, got {path}, which does not exist. Check --source."
         )
     with path.open("rb") as file:
-        beginning = file.read(4096)
-    if beginning.startswith(b"PAR1"):
-        return read_parquet_files([path])
-    is_list = beginning.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n").startswith(b"[")
-    return read_list(path) if is_list else read_lines(path)
+        if file.read(4) == b"PAR1":
+            return read_parquet_files([path])
+    return read_list(path) if is_json_list(path) else read_lines(path)
 
 
 def _problem(path: Path, item: Found, error: RefusedRowError) -> Problem:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from realign.data.formats.json_rows import Found
-from realign.data.formats.layout import Draft, Layout, RefusedRowError, Turns
+from realign.data.formats.layout import (
+    Draft,
+    Layout,
+    RefusedRowError,
+    Turns,
+    is_image_pair,
+    retrieved_of,
+    shown,
+)
 from realign.data.formats.source_row import SourceRow
-from realign.data.image_names import resolve_image
-from realign.data.images import FORMATS, MAX_BYTES, RefusedImage, image_suffix
-from realign.data.records import IMAGE_TOKEN, surroundings
+from realign.data.image_names import image_suffix, is_url, resolve_image
+from realign.data.images import MAX_BYTES, RefusedImage, format_problem
+from realign.data.records import IMAGE_TOKEN, surroundings, token_remedy
 from realign.errors import RefusedError
+from realign.runtime.files import json_text
 
 
 class ImageFiles:
@@ -62,13 +71,14 @@ class ImageFiles:
         return image, found, None
 
     def _resolve(self, name: str) -> Path | RefusedRowError:
-        if self._root is None:
+        if self._root is None and not is_url(name):
             raise RefusedError(
                 f"images must name the folder of the source's images such as {name!r:.80}. Pass "
                 "--images FOLDER."
             )
         try:
-            return resolve_image(self._root, self._file_name.replace("{name}", name), "")
+            # where there is no folder, the name is refused before one is looked into
+            return resolve_image(self._root or Path(), self._file_name.replace("{name}", name), "")
         except RefusedImage as error:
             return RefusedRowError("image", error.code, str(error).removeprefix(": "))
         except (OSError, UnicodeError) as error:  # longer than names can be, or half a character
@@ -78,12 +88,7 @@ class ImageFiles:
     def _extract(self, raw: bytes) -> tuple[str, Path]:
         suffix = image_suffix(raw)
         if suffix is None:
-            raise RefusedRowError(
-                "image",
-                "format",
-                f"image must be {', '.join(FORMATS)} bytes, got {len(raw)} that begin with "
-                f"{raw[:12]!r}. Replace it or remove the row.",
-            )
+            raise RefusedRowError("image", "format", format_problem(raw))
         if len(raw) > MAX_BYTES:
             raise RefusedRowError(
                 "image",
@@ -111,6 +116,28 @@ class ImageFiles:
         return name, path
 
 
+class UniqueIds:
+    """The ids that rows have been given; one that comes again gets a number: the same in every
+    run.
+    """
+
+    def __init__(self) -> None:
+        self._given: set[str] = set()
+        self._repeated: dict[str, int] = {}
+
+    def __contains__(self, row_id: str) -> bool:
+        return row_id in self._given
+
+    def add(self, row_id: str) -> str:
+        """Return ``row_id``, with a number where it has been given before."""
+        unique = row_id
+        while unique in self._given:
+            self._repeated[row_id] = self._repeated.get(row_id, 1) + 1
+            unique = f"{row_id}#{self._repeated[row_id]}"
+        self._given.add(unique)
+        return unique
+
+
 class RowReader:
     """Reads rows of one layout, each with an id of its own.
 
@@ -124,6 +151,7 @@ class RowReader:
 
     Attributes:
         left_out: Keys whose values could not be kept.
+        num_retrieved: How many rows had retrieved images.
     """
 
     def __init__(
@@ -140,9 +168,9 @@ class RowReader:
         self._file, self._layout, self._turns = path.name, layout, turns
         self._tokens = sorted({*special, IMAGE_TOKEN} - {""})
         self._images = ImageFiles(image_root, extract_to, image_name)
-        self._ids: set[str] = set()
-        self._repeated: dict[str, int] = {}
+        self._ids = UniqueIds()
         self.left_out: set[str] = set()
+        self.num_retrieved = 0
 
     def read(self, found: Found) -> list[SourceRow]:
         """The rows of one place.
@@ -150,20 +178,14 @@ class RowReader:
         Raises:
             RefusedRowError: Why there are none.
         """
-        if found.problem:
-            raise found.problem
-        raw = found.row
-        if not isinstance(raw, dict):
-            raise RefusedRowError(
-                "",
-                "not-an-object",
-                f"a row must be an object, got {raw!r:.80}. Correct or remove it.",
-            )
+        raw = object_of(found)
         place = found.place(self._file)
         base = self._id(raw, found.number)
-        drafts = list(self._layout.drafts(raw, self._turns))
+        image = _one_image(raw, self._layout)
+        drafts = [*map(_stripped, self._layout.drafts(raw, self._turns, 1))]
         extra = self._extra(raw)
-        checked = [(draft, *self._check(draft)) for draft in drafts]
+        self.num_retrieved += bool(retrieved_of(raw))
+        checked = [(draft, *self._check(draft, raw, image)) for draft in drafts]
         rows = []
         for draft, name, path, own_name in checked:
             source: dict[str, Any] = {"file": self._file, "index": found.number - 1}
@@ -177,24 +199,22 @@ class RowReader:
             if extra:
                 source["extra"] = extra
             row_id = f"{base}-{draft.turn}" if self._turns == "each" and draft.turn else base
-            prompt, answer, rejected = draft.prompt, draft.answer, draft.rejected
+            is_pair = is_image_pair(draft, raw)
             rows.append(
-                SourceRow(self._unique(row_id), name, path, prompt, answer, rejected, source, place)
+                SourceRow(
+                    # the id belongs to the answer pair, wherever that stands
+                    row_id if is_pair else self._ids.add(row_id),
+                    *(name, path, draft.prompt, draft.answer),
+                    "" if is_pair else draft.rejected,
+                    source,
+                    place,
+                    is_image_pair=is_pair,
+                )
             )
         return rows
 
     def _id(self, raw: dict[str, Any], number: int) -> str:
-        row_id = raw.get("id")
-        if row_id is None:
-            row_id = number - 1
-        if isinstance(row_id, bool) or not isinstance(row_id, str | int) or row_id == "":
-            raise RefusedRowError(
-                "id",
-                "wrong-type",
-                f"id must be a string or a number, got {row_id!r:.80}. Correct it.",
-            )
-        row_id = str(row_id)
-        _check_unicode(row_id, "id")
+        row_id = id_of(raw, number - 1)
         if row_id in self._ids and not self._layout.ids_repeat:
             raise RefusedRowError(
                 "id",
@@ -204,16 +224,9 @@ class RowReader:
             )
         return row_id
 
-    def _unique(self, row_id: str) -> str:
-        """``row_id``, with a number where it has been used before: the same in every run."""
-        unique = row_id
-        while unique in self._ids:
-            self._repeated[row_id] = self._repeated.get(row_id, 1) + 1
-            unique = f"{row_id}#{self._repeated[row_id]}"
-        self._ids.add(unique)
-        return unique
-
-    def _check(self, draft: Draft) -> tuple[str, Path, str | None]:
+    def _check(
+        self, draft: Draft, raw: Mapping[str, Any], image: Any
+    ) -> tuple[str, Path, str | None]:
         for turn in draft.prompt:
             self._check_text(turn["content"], "prompt")
             if not turn["content"]:
@@ -225,25 +238,25 @@ class RowReader:
                 )
         for name in ("answer", "rejected"):
             self._check_text(getattr(draft, name), name)
-        if draft.answer and draft.answer == draft.rejected:
+        is_pair = is_image_pair(draft, raw)
+        if draft.answer and draft.answer == draft.rejected and not is_pair:
             raise RefusedRowError(
                 "rejected",
                 "equal-answers",
                 f"rejected must differ from the answer, got {draft.answer[:80]!r} twice. Remove "
                 "the row.",
             )
-        return self._images.find(draft.image)
+        return self._images.find(image)
 
     def _check_text(self, text: str, name: str) -> None:
-        _check_unicode(text, name)
+        check_unicode(text, name)
         for token in self._tokens:
             if token in text:
                 raise RefusedRowError(
                     name,
                     "special-token",
                     f"{name} must not contain the special token {token!r}, got "
-                    f"{surroundings(text, token)!r}. Remove it; the image goes before the prompt "
-                    "by itself.",
+                    f"{surroundings(text, token)!r}. {token_remedy(name, text, token)}",
                 )
 
     def _extra(self, raw: dict[str, Any]) -> dict[str, Any]:
@@ -257,15 +270,90 @@ class RowReader:
         return {name: kept[name] for name in raw if name in kept}
 
 
+def object_of(found: Found) -> dict[str, Any]:
+    """The row at one place of a file.
+
+    Raises:
+        RefusedRowError: There is none, or it is no object.
+    """
+    if found.problem:
+        raise found.problem
+    if not isinstance(found.row, dict):
+        raise RefusedRowError(
+            "",
+            "not-an-object",
+            f"a row must be an object, got {found.row!r:.80}. Correct or remove it.",
+        )
+    return found.row
+
+
+def id_of(raw: Mapping[str, Any], number: int) -> str:
+    """The id of a row, or its number.
+
+    Raises:
+        RefusedRowError: The id is neither a text nor a number.
+    """
+    row_id = raw.get("id")
+    if row_id is None:
+        row_id = number
+    if isinstance(row_id, bool) or not isinstance(row_id, str | int) or row_id == "":
+        raise RefusedRowError(
+            "id",
+            "wrong-type",
+            f"id must be a string or a number, got {row_id!r:.80}. Correct it.",
+        )
+    check_unicode(str(row_id), "id")
+    return str(row_id)
+
+
+def _one_image(raw: Mapping[str, Any], layout: Layout) -> Any:
+    """The one image of a row.
+
+    Raises:
+        RefusedRowError: There is none, or more than one.
+    """
+    images = layout.images(dict(raw))
+    name = "images" if raw.get("image") is None and "images" in raw else "image"
+    if not images:
+        raise RefusedRowError(
+            name,
+            "missing-key",
+            f"{name} must be one image, got {shown(raw.get(name), raw, name)}. Name a file of the "
+            "image folder or remove the row.",
+        )
+    if len(images) > 1:
+        raise RefusedRowError(
+            name,
+            "image-count",
+            f"{name} must be one image, got {len(images)}. Split the row or remove it.",
+        )
+    return images[0]
+
+
+def _stripped(draft: Draft) -> Draft:
+    """The draft without white space around its texts."""
+    return dataclasses.replace(
+        draft,
+        prompt=tuple({**turn, "content": turn["content"].strip()} for turn in draft.prompt),
+        answer=draft.answer.strip(),
+        rejected=draft.rejected.strip(),
+    )
+
+
 def _fits_json(value: Any) -> bool:
     try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        json_text(value).encode()
     except (TypeError, ValueError, RecursionError):
         return False
     return True
 
 
-def _check_unicode(text: str, name: str) -> None:
+def check_unicode(text: str, name: str) -> None:
+    """Refuse half a character, which no file can hold.
+
+    Raises:
+        RefusedRowError: The text has one.
+    """
     if text.isascii():
         return
     try:

@@ -25,6 +25,8 @@ class SourceRow:
         source: The source's own names, index and unknown keys, for provenance and export.
         place: File and line or row, as messages name it.
         is_annotated: Whether the answer was asked for, not given.
+        is_image_pair: Whether the source compares two images here and no answers, as rows of
+            ms-swift with ``rejected_images`` alone do.
     """
 
     id: str
@@ -36,6 +38,7 @@ class SourceRow:
     source: dict[str, Any] = field(default_factory=dict)
     place: str = ""
     is_annotated: bool = False
+    is_image_pair: bool = False
 
     @property
     def instruction(self) -> str:

@@ -9,14 +9,14 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from realign.data.formats.conversation import without_placeholder
+from realign.data.formats.conversation import without_placeholders
 from realign.data.formats.layout import (
     Draft,
     Layout,
     RawRow,
     RefusedRowError,
     Turns,
-    image_of,
+    images_of,
     text_of,
 )
 from realign.data.records import Message
@@ -32,8 +32,8 @@ TEMPLATE = re.compile(
 )
 
 
-def _question(text: str, name: str) -> tuple[Message, ...]:
-    question, _ = without_placeholder(text, name)
+def _question(text: str, name: str, num_images: int) -> tuple[Message, ...]:
+    question = without_placeholders(text, name, num_images)
     if not question:
         raise RefusedRowError(
             name, "empty", f"{name} must not be empty, got {text!r}. Fill it in or remove the row."
@@ -41,12 +41,12 @@ def _question(text: str, name: str) -> tuple[Message, ...]:
     return ({"role": "user", "content": question},)
 
 
-def _pair(row: RawRow, _: Turns) -> Iterator[Draft]:
-    prompt = _question(text_of(row, "question"), "question")
-    yield Draft(image_of(row), prompt, text_of(row, "chosen"), text_of(row, "rejected"))
+def _pair(row: RawRow, _: Turns, num_images: int) -> Iterator[Draft]:
+    prompt = _question(text_of(row, "question"), "question", num_images)
+    yield Draft(prompt, text_of(row, "chosen"), text_of(row, "rejected"))
 
 
-def _rlhf_v(row: RawRow, turns: Turns) -> Iterator[Draft]:
+def _rlhf_v(row: RawRow, turns: Turns, num_images: int) -> Iterator[Draft]:
     text = row.get("text")
     try:
         pair = json.loads(text) if isinstance(text, str) else text
@@ -59,13 +59,11 @@ def _rlhf_v(row: RawRow, turns: Turns) -> Iterator[Draft]:
             f"text must be a JSON object with {sorted(PAIR)}, got {text!r:.80}. Correct it or "
             "remove the row.",
         )
-    yield from _pair(
-        {**pair, **{name: row[name] for name in ("image", "images") if name in row}}, turns
-    )
+    yield from _pair(pair, turns, num_images)
 
 
-def _mdpo(row: RawRow, _: Turns) -> Iterator[Draft]:
-    prompt = text_of(row, "prompt")
+def _mdpo(row: RawRow, _: Turns, num_images: int) -> Iterator[Draft]:
+    prompt = text_of(row, "prompt").strip()
     found = TEMPLATE.fullmatch(prompt)
     question = found["question"] if found else ""
     if not found or any(word in question for word in ("USER:", "ASSISTANT:", "</s>")):
@@ -73,13 +71,11 @@ def _mdpo(row: RawRow, _: Turns) -> Iterator[Draft]:
             "prompt",
             "template",
             f"prompt must be 'USER: question ASSISTANT:' with at most Vicuna's system sentence "
-            f"before it, got {prompt!r:.80}. Put the question alone into question, the image into "
-            "image, or remove the row.",
+            f"before it, got {prompt!r:.80}. Write it so or remove the row; where all rows have "
+            "another template, put each question alone into question and its image into image.",
         )
-    image = image_of({"image": row.get("img_path")})
-    yield Draft(
-        image, _question(question, "prompt"), text_of(row, "chosen"), text_of(row, "rejected")
-    )
+    asked = _question(question, "prompt", num_images)
+    yield Draft(asked, text_of(row, "chosen"), text_of(row, "rejected"))
 
 
 def _has_image(row: Mapping[str, Any]) -> bool:
@@ -106,4 +102,5 @@ MDPO = Layout(
     keys=frozenset({"id", "img_path", "prompt", "chosen", "rejected"}),
     matches=lambda row: "img_path" in row and "prompt" in row,
     drafts=_mdpo,
+    images=lambda row: images_of({"image": row.get("img_path")}),
 )

@@ -51,11 +51,16 @@ POPE = Benchmark(
     rules={"official": Rule(confusion, pope_metrics)},
     table=[
         TableRow(
-            f"pope_{split}", "official", metric, f"POPE {split}, {label}", is_headline=is_headline
+            f"pope_{split}",
+            "official",
+            metric,
+            f"POPE {split}, {label}",
+            is_headline=is_headline,
+            undefined=undefined,
         )
-        for metric, label, is_headline in (
-            ("balanced_accuracy", "balanced accuracy", True),
-            ("f1", "F1", False),
+        for metric, label, is_headline, undefined in (
+            ("balanced_accuracy", "balanced accuracy", True, "all questions have one right answer"),
+            ("f1", "F1", False, "yes is neither said nor right"),
         )
         for split in SPLITS
     ],

@@ -22,8 +22,8 @@ def serve(
     """Serve the gallery on the loopback address until SIGINT or SIGTERM.
 
     Args:
-        data: Build folder, parquet or the authors' JSON.
-        images: Image folder of the authors' JSON.
+        data: Build folder, parquet or JSON.
+        images: Image folder of JSON.
         decisions: The decision file; the dataset's own where None.
         port: 0 for any free one.
     Raises:

@@ -10,6 +10,8 @@ from realign_kernels.backends.triton.products import (
     LARGEST_TILE,
     STRIDE_MULTIPLE,
     TEMPORARIES,
+    expect_writes,
+    exponential_dtype,
     operand_dtype,
     product,
 )
@@ -30,6 +32,8 @@ __all__ = [
     "add_entries",
     "combine",
     "epilogue",
+    "expect_writes",
+    "exponential_dtype",
     "label_dot",
     "operand_dtype",
     "pair_loss",

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from realign.building.acceptance import REASONS, Acceptance
-from realign.building.induction import Candidate, attach, induce
+from realign.building.induction import Candidate, Outcome, attach, induce
 from realign.building.masking.lexicon import Lexicon
 from realign.building.masking.masker import Masked, MaskRules, mask_rows
 from realign.building.prompts import COMPLETION_PROMPT
@@ -261,3 +261,11 @@ def test_rows_with_and_without_a_rejected_answer_share_a_group(five_images) -> N
     first, second = induce(rows, masked, order, acceptance(), Scripted(said), always)
     assert [first] == attach(rows[:1], order[:1], load_similarity("lexical"))
     assert (second.completion, second.image) == ("A tan cat sits on it.", "2.png")
+
+
+def test_a_similarity_that_is_not_a_number_is_null_in_files() -> None:
+    outcome = Outcome("0", similarity=float("nan"))
+    outcome.refuse(Candidate("b", Path("b"), 1, 0.5), "too similar", "A cat.", float("nan"))
+    row = outcome.as_row()
+    assert (row["similarity"], row["refused"][0]["similarity"]) == (None, None)
+    assert row["refused"][0]["cosine"] == 0.5

@@ -91,6 +91,65 @@ def test_animations_are_refused() -> None:
         decode_image(raw, "row 0")
 
 
+def photograph(orientation: int = 1) -> tuple[bytes, Image.Image]:
+    """A JPEG as phones write it, with a smaller picture behind it; and its first picture."""
+    noise = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
+    first = Image.fromarray(noise)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    preview = Image.new("RGB", (20, 10), "blue")
+    raw = encoded(first, "MPO", save_all=True, append_images=[preview], exif=exif)
+    with Image.open(io.BytesIO(raw)) as image:
+        assert (image.format, image.n_frames) == ("MPO", 2)
+    alone = decode_image(encoded(first, "JPEG", exif=exif), "row 0")
+    return raw, alone
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_first_picture_of_a_jpeg_with_several_is_the_photograph(orientation: int) -> None:
+    raw, alone = photograph(orientation)
+    decoded = decode_image(raw, "row 0")
+    assert decoded.size == ((40, 30) if orientation == 1 else (30, 40))
+    assert decoded.size == image_size(io.BytesIO(raw))
+    assert decoded.tobytes() == alone.tobytes()
+
+
+def test_the_photograph_needs_neither_the_picture_behind_it_nor_their_index() -> None:
+    raw, alone = photograph()
+    behind = raw.index(b"\xff\xd8\xff", 3)
+    index = raw.index(b"MPF\0") + 4
+    broken_index = raw[:index] + b"\xff" * 40 + raw[index + 40 :]
+    for changed in (raw[: behind + 200], raw[:behind], raw + b"a film" * 99, broken_index):
+        assert decode_image(changed, "row 0").tobytes() == alone.tobytes()
+        assert image_size(io.BytesIO(changed)) == alone.size
+    with pytest.raises(RefusedError, match="row 0: image is damaged"):
+        decode_image(raw[: behind - 200], "row 0")
+
+
+@pytest.mark.parametrize(
+    ("begins", "kind"),
+    [
+        (b"\0\0\0\x18ftypheic", "HEIC"),
+        (b"\0\0\0\x18ftypmif1", "HEIC"),
+        (b"\0\0\0\x18ftypavif", "AVIF"),
+        (b"\0\0\0\x18ftypcrx ", "TIFF or camera raw"),
+        (b"II*\0", "TIFF or camera raw"),
+        (b"GIF89a", "GIF"),
+        (b"BM", "BMP"),
+        (b"\xff\x4f\xff\x51", "JPEG 2000 or XL"),
+    ],
+)
+def test_other_formats_are_named_with_what_to_do(begins: bytes, kind: str) -> None:
+    with pytest.raises(RefusedError, match=f"got a file of the format {kind}. Convert it to JPEG"):
+        decode_image(begins + bytes(100), "row 0")
+
+
+def test_a_jpeg_for_print_is_converted() -> None:
+    raw = encoded(Image.new("RGB", (16, 16), (200, 30, 60)).convert("CMYK"), "JPEG")
+    pixel = decode_image(raw, "row 0").getpixel((8, 8))
+    assert np.abs(np.subtract(pixel, (200, 30, 60))).max() <= 3
+
+
 def test_size_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = encoded(Image.new("RGB", (20, 20)))
     monkeypatch.setattr(images_module, "MAX_PIXELS", 399)

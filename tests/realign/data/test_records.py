@@ -43,7 +43,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"rejected": "A house <image>."},
         r"row r0: rejected must not contain the special token '<image>', got 'A house <image>\.'",
     ),
-    "special": ({"chosen": "A house.</s>"}, r"must not contain the special token '</s>'"),
+    "special": ({"chosen": "A house.</s>"}, r"token '</s>', got .*; the template ends the ans"),
     "prompt": (
         {"prompt": ({"role": "user", "content": "<image> What?"},)},
         r"row r0: prompt must not contain the special token '<image>'",
@@ -257,13 +257,19 @@ def test_refused_files(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="which does not exist"):
         read_records(tmp_path / "none.json", tmp_path)
     (tmp_path / "d.txt").write_text("")
-    with pytest.raises(RefusedError, match=r"must end in \.parquet or \.json, got d\.txt"):
+    with pytest.raises(RefusedError, match=r"must end in \.parquet, \.json or \.jsonl, got d"):
         read_records(tmp_path / "d.txt", None)
     (tmp_path / "d.json").write_text("[")
     with pytest.raises(RefusedError, match="Pass --images FOLDER"):
         read_records(tmp_path / "d.json", None)
-    with pytest.raises(RefusedError, match=r"d\.json, line 1 must be JSON"):
+    with pytest.raises(RefusedError, match=r"d\.json, row 1: the file must be JSON"):
         read_records(tmp_path / "d.json", tmp_path)
-    (tmp_path / "d.json").write_text("{}")
-    with pytest.raises(RefusedError, match="must be a list of rows, got dict"):
-        read_records(tmp_path / "d.json", tmp_path)
+    for text, message in (
+        ("", r"d\.json, line 1 must be JSON, got ''"),
+        ('{\n"rows": []\n}', "must be a list of rows, or have one row a line, got dict"),
+        ("3", "must be a list of rows, or have one row a line, got int"),
+        ("{}", r"data must have rows of a known layout, got rows with keys \[\] in d\.json"),
+    ):
+        (tmp_path / "d.json").write_text(text)
+        with pytest.raises(RefusedError, match=message):
+            read_records(tmp_path / "d.json", tmp_path)

@@ -8,7 +8,6 @@ from functools import partial
 from io import StringIO
 from pathlib import Path
 
-import numpy as np
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -219,18 +218,3 @@ def test_every_shown_metric_exists(benchmark: Benchmark) -> None:
         assert scores_table(scores).row_count == sum(
             shown.task == name for shown in benchmark.table
         )
-
-
-def test_an_undefined_value_is_shown_and_neither_better_nor_worse(tmp_path) -> None:
-    rows = [{"image": "a", "text": "x", "label": "yes"}]  # no question whose answer is no
-    task = {"pope_random": Task(registry.POPE, rows)}
-    answers = {model: {("a", "x"): Answer("Yes")} for model in ("base", "other")}
-    with np.errstate(all="raise"):
-        scores = score(task, answers, resamples=2, seed=0)
-    table = scores_table(scores)
-    assert str(next(iter(table.columns[2].cells))) == "nan  +nan [+nan, +nan]"
-    (tmp_path / "eval").mkdir()
-    (tmp_path / "eval" / "scores.json").write_text(json.dumps(scores))
-    page = write_report(tmp_path, tmp_path / "report.html").read_text()
-    assert "nan → nan" in page
-    assert 'class="worse"' not in page

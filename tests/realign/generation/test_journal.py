@@ -114,3 +114,10 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_numbers_of_a_server_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        journal.append("a", {"status": 200, "response": {"logprobs": [float("-inf"), -0.5]}})
+        assert journal["a"]["response"] == {"logprobs": [None, -0.5]}
+    assert b"Infinity" not in (tmp_path / "journal.jsonl").read_bytes()

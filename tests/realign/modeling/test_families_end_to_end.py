@@ -10,8 +10,7 @@ import torch
 
 from realign.config import LoraSection, TrainConfig
 from realign.data.formats.parquet import write_parquet
-from realign.data.image_pool import ImagePool, decoded_rows
-from realign.data.records import DecodedRow
+from realign.data.image_pool import DecodedRow, ImagePool, decoded_rows
 from realign.generation.generator import Request
 from realign.generation.transformers_generator import TransformersGenerator
 from realign.modeling.collate import PreferenceCollator

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from realign.data.formats.official import read_official_json
+from realign.data.dataset import read_records
 from realign.errors import RefusedError
 from realign.modeling.acceleration import Numerics
 from realign.modeling.collate import PreferenceCollator
@@ -108,14 +108,14 @@ def test_an_image_file_that_was_replaced_is_a_miss(tmp_path: Path, model_dir, re
     names = {"image": "a.png", "retrieved_image": "b.png"}
     data = tmp_path / "data.json"
     data.write_text(json.dumps([names | answers]))
-    build(read_official_json(data, folder), model_dir, tmp_path / "cache")
+    build(read_records(data, folder), model_dir, tmp_path / "cache")
     times = os.stat(folder / "b.png")
     changed = bytearray(row.rejected_images[0])
     changed[-1] ^= 1  # the checksum of PNG's last chunk, which no decoder looks at
     (folder / "b.png").write_bytes(changed)
     os.utime(folder / "b.png", ns=(times.st_atime_ns, times.st_mtime_ns))
     with pytest.raises(RefusedError, match="lacks 1 of 1 rows"):
-        read_cache(tmp_path / "cache", read_official_json(data, folder), identity(model_dir))
+        read_cache(tmp_path / "cache", read_records(data, folder), identity(model_dir))
 
 
 def test_the_printed_folder_is_a_cache_too(tmp_path: Path, model_dir, records) -> None:

@@ -15,6 +15,7 @@ from realign.errors import RefusedError
 from realign.review.pair_view import word_diff
 from realign.review.plots import bar_plot
 from realign.review.report import write_report
+from realign.review.run_page import _marked_phrases
 
 
 def test_word_diff_marks_the_words_that_differ() -> None:
@@ -63,12 +64,55 @@ def test_it_shows_pairs_curves_and_counts(run: Path) -> None:
         assert text in page
 
 
+@pytest.mark.parametrize(
+    ("text", "phrases", "shown"),
+    [
+        ("A Cat, a catalogue.", ["cat"], 'A <mark class="lost">Cat</mark>, a catalogue.'),
+        ("A hot dog, a dog.", ["hot dog"], 'A <mark class="lost">hot dog</mark>, a dog.'),
+        ("Hot dogs.", ["dogs", "hot dogs"], '<mark class="lost">Hot dogs</mark>.'),
+        ("一只狗。", ["狗"], '一只<mark class="lost">狗</mark>。'),
+        ("<b> T.V.", ["t.v", ""], '&lt;b&gt; <mark class="lost">T.V</mark>.'),
+        ("A cat.", [], "A cat."),
+    ],
+)
+def test_words_for_absent_objects_are_marked(text: str, phrases: list[str], shown: str) -> None:
+    assert _marked_phrases(text, phrases) == shown
+
+
 def test_bars_start_at_zero_and_carry_their_values() -> None:
     plot = bar_plot("recall", {"base": (0.935, 0.92, 0.95), "rDPO": (0.929, 0.91, 0.94)})
     for text in ("0", "80", "93.5", "92.9"):
         assert f">{text}</text>" in plot
+    dashed = bar_plot("undefined", {"base": None, "rDPO": (0.9, 0.8, 0.95)}, note="— a reason")
+    for text in ("base", "rDPO", "—", "90.0", "— a reason"):
+        assert f">{text}</text>" in dashed
+    assert bar_plot("undefined", {"base": None})
+    assert bar_plot("nothing to show", {})
+    assert bar_plot("outside of its interval", {"base": (0.5, 0.6, 0.7), "rDPO": (0.5, 0.3, 0.4)})
+    assert ">-2.0</text>" in bar_plot("below 0", {"base": (-2.0, -3.0, -1.0)}, 1).replace("−", "-")
     assert bar_plot("nothing", {"base": (0.0, 0.0, 0.0)})
     assert bar_plot("one value", {"base": (0.5, 0.5, 0.5)})
+
+
+def test_metrics_that_are_not_defined_are_left_out_of_curves(tmp_path: Path) -> None:
+    lines = [
+        '{"step": 1, "loss": 1.5, "rewards/text_margins": NaN, "rewards/chosen": null}',
+        '{"step": 2, "loss": Infinity, "rewards/text_margins": null}',
+        '{"step": 3, "loss": NaN, "rewards/text_margins": null, "rewards/chosen": -Infinity}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    page = write_report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert ">Loss</text>" in page  # of one point
+    assert page.count("<svg") == 1
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "<svg" not in write_report(tmp_path, tmp_path / "report.html").read_text()
+
+
+def test_no_pair_was_accepted_at_any_rank(run: Path) -> None:
+    funnel = json.loads((run / "dataset" / "funnel.json").read_text())
+    funnel["accepted_by_rank"] = {}
+    (run / "dataset" / "funnel.json").write_text(json.dumps(funnel))
+    assert write_report(run, run / "report.html").is_file()
 
 
 def test_equal_runs_give_equal_pages(run: Path) -> None:

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText
 import realign.training.run  # noqa: F401 - its modules are patched below
 from realign.config import TrainConfig
 from realign.data import records
-from realign.data.formats.official import OfficialRecords
+from realign.data.formats.file_records import FileRecords
 from realign.data.formats.parquet import ParquetRecords
 from realign.training.run import train
 from realign.training.trainer import RDPOTrainer
@@ -58,7 +58,7 @@ def snapshot(name: str) -> None:
 
 def patch() -> None:
     """Count in every module that uses a name."""
-    for kind in (ParquetRecords, OfficialRecords):
+    for kind in (ParquetRecords, FileRecords):
         kind._read = counted(counts["reads"], lambda self, index: str(index), kind._read)  # type: ignore[method-assign]
     key: Any = vars(records.Record)["key"]
     key.func = counted(counts["hashes"], lambda record: record.id, key.func)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import zipfile
@@ -139,6 +140,7 @@ def test_state_comes_back_bit_by_bit_and_type_by_type(tmp_path: Path) -> None:
         "again": shared,
         "nothing": {},
         "infinite": float("inf"),
+        "not finite": [float("nan"), (-float("inf"), 1.5)],
         "empty": torch.zeros(0, 4),
     }
     write_state(tmp_path / "new" / "state.safetensors", state)
@@ -152,6 +154,10 @@ def test_state_comes_back_bit_by_bit_and_type_by_type(tmp_path: Path) -> None:
     assert found["groups"] == state["groups"]
     assert type(found["groups"][0]["betas"]) is tuple
     assert (found["nothing"], found["infinite"]) == ({}, float("inf"))
+    nan, rest = found["not finite"]
+    assert math.isnan(nan)
+    assert rest == (-float("inf"), 1.5)
+    assert b"Infinity" not in (tmp_path / "new" / "state.safetensors").read_bytes()
     assert not zipfile.is_zipfile(tmp_path / "new" / "state.safetensors")
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import TrainerState
 
+from realign.runtime.strict_json import iter_jsonl
+from realign.training.callbacks import MetricsFile
 from realign.training.metrics import MAX_PENDING, PairMetrics, metrics_by_pair
 from realign_kernels import Objective, RdpoOutput
 
@@ -104,3 +109,16 @@ def test_names_depend_on_the_objective_alone(objective: Objective) -> None:
         return RdpoOutput(zeros.mean(), zeros, num_tokens, zeros, zeros[0], zeros[0])
 
     assert list(metrics_by_pair(of(True), objective)) == list(metrics_by_pair(of(False), objective))
+
+
+def test_what_is_not_finite_is_null_in_the_file(tmp_path: Path) -> None:
+    """A loss scaler skips the step of a gradient whose norm is infinite, and the line is logged."""
+    path = tmp_path / "metrics.jsonl"
+    line = {"loss": 1.5, "grad_norm": float("inf"), "step": 1}
+    state = TrainerState(log_history=[line, {**line, "rewards/chosen": float("nan"), "step": 2}])
+    callback = MetricsFile(path)
+    callback.on_train_begin(None, state, None)
+    callback.on_log(None, state, None)
+    first, second, again = [row for _, row in iter_jsonl(path)]
+    assert first == {"loss": 1.5, "grad_norm": None, "step": 1}
+    assert second == again == {**first, "rewards/chosen": None, "step": 2}

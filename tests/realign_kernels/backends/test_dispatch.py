@@ -16,13 +16,8 @@ from realign_kernels.testing import dense_logprob, make_head_inputs
 from realign_kernels.tiling import TileShape
 
 KERNELS = (
-    "TEMPORARIES",
-    "epilogue",
-    "label_dot",
-    "combine",
-    "add_entries",
-    "pair_loss",
-)
+    "TEMPORARIES", "expect_writes", "epilogue", "label_dot", "combine", "add_entries", "pair_loss",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -37,7 +32,8 @@ def recording(monkeypatch):
 
     vars(kernels).update({name: getattr(plain, name) for name in KERNELS})
     kernels.LARGEST_TILE = TileShape(3, 5)
-    kernels.operand_dtype = lambda computed, rounded: torch.bfloat16
+    kernels.operand_dtype = lambda computed, rounded, *, is_given: torch.bfloat16
+    kernels.exponential_dtype = lambda computed, operand: operand
     kernels.product = product
     monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
     row = Backend(kernels.__name__, ("cpu",), "notes its products")

@@ -104,9 +104,9 @@ def test_what_is_exported_is_a_source(data: Path, tmp_path: Path, to: str, file:
     export(data, None, to, tmp_path / "out")
     source = read_source(tmp_path / "out" / file, tmp_path / "out")
     assert (source.format, source.problems) == (to, [])
-    pairs = [(row.prompt, row.answer, row.rejected) for row in source.rows if row.rejected]
+    pairs = [(row.id, row.prompt, row.answer, row.rejected) for row in source.rows]
     records = read_records(data, None)
-    assert pairs == [(record.prompt, record.chosen, record.rejected) for record in records]
+    assert pairs == [(row.id, row.prompt, row.chosen, row.rejected) for row in records]
 
 
 def test_a_row_without_an_image_has_no_placeholder(tmp_path: Path, built) -> None:

@@ -24,6 +24,19 @@ def test_parquet_round_trip_keeps_everything(tmp_path: Path, records) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_numbers_of_meta_that_are_not_finite_are_null(tmp_path: Path, records) -> None:
+    """Earlier versions wrote NaN, which is no JSON."""
+    path = tmp_path / "dataset.parquet"
+    write_parquet(records(1), path)
+    table = pq.read_table(path).to_pylist()
+    table[0]["meta"] = '{"similarity": {"value": NaN}, "big": 1e999}'
+    pq.write_table(pa.Table.from_pylist(table), path)
+    (record,) = read_parquet(path)
+    assert record.meta == {"similarity": {"value": None}, "big": None}
+    write_parquet([record], path)
+    assert [*read_parquet(path)] == [record]
+
+
 def test_equal_records_give_equal_bytes(tmp_path: Path, records) -> None:
     for name in ("a.parquet", "b.parquet"):
         write_parquet(records(5), tmp_path / name)

@@ -9,77 +9,18 @@ from typing import Any
 import pytest
 
 from realign.data.formats.layouts import LAYOUTS
-from realign.data.formats.text_pairs import VICUNA_SYSTEM
+from realign.data.formats.read_source import read_source
 from realign.errors import RefusedError
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
-
-
-def human(text: str) -> dict[str, str]:
-    return {"from": "human", "value": text}
-
-
-def gpt(text: str) -> dict[str, str]:
-    return {"from": "gpt", "value": text}
-
-
-def parts(role: str, text: str, *, images: int = 0) -> dict[str, Any]:
-    image = [{"type": "image", "text": None}] * images
-    return {"role": role, "content": [*image, {"type": "text", "text": text}]}
-
-
-PAIR = {"chosen": "A red car.", "rejected": "A blue car."}
-QUESTION = "What is there?"
-# name of the layout -> a row of it that asks QUESTION about a.jpg and has PAIR
-ROWS: dict[str, dict[str, Any]] = {
-    "question": {"image": "a.jpg", "question": f"<image>\n{QUESTION}", **PAIR},
-    "rlhf-v": {"image": "a.jpg", "text": json.dumps({"question": QUESTION, **PAIR})},
-    "mdpo": {
-        "img_path": "a.jpg",
-        "prompt": f"{VICUNA_SYSTEM} USER: <image>\n{QUESTION} ASSISTANT:",
-        **PAIR,
-    },
-    "povid": {
-        "image": "a.jpg",
-        "conversations": [human(f"<image>\n{QUESTION}"), gpt(PAIR["chosen"])],
-        "rejected_conversations": [human(f"<image>\n{QUESTION}"), gpt(PAIR["rejected"])],
-    },
-    "llamafactory": {
-        "images": ["a.jpg"],
-        "conversations": [human(f"<image>{QUESTION}")],
-        "chosen": gpt(PAIR["chosen"]),
-        "rejected": gpt(PAIR["rejected"]),
-    },
-    "ms-swift": {
-        "images": ["a.jpg"],
-        "messages": [user(f"<image>{QUESTION}"), assistant(PAIR["chosen"])],
-        "rejected_response": PAIR["rejected"],
-    },
-    "trl": {
-        "images": ["a.jpg"],
-        "prompt": [parts("user", QUESTION, images=1)],
-        "chosen": [parts("assistant", PAIR["chosen"])],
-        "rejected": [parts("assistant", PAIR["rejected"])],
-    },
-    "official": {
-        "image": "a.jpg",
-        "retrieved_image": "b.jpg",
-        "chosen": [user(f"<image>\n{QUESTION}"), assistant(PAIR["chosen"])],
-        "rejected": [user(f"<image>\n{QUESTION}"), assistant(PAIR["rejected"])],
-    },
-    "realign": {
-        "image": "a.jpg",
-        "prompt": QUESTION,
-        "answer": PAIR["chosen"],
-        "rejected": PAIR["rejected"],
-    },
-}
+from tests.realign.data.formats.layout_rows import (
+    PAIR,
+    QUESTION,
+    ROWS,
+    assistant,
+    gpt,
+    human,
+    parts,
+    user,
+)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -166,15 +107,44 @@ def test_a_row_without_an_answer_is_to_be_annotated(read) -> None:
 def test_retrieved_images_of_a_source_are_named_and_retrieved_anew(read, capsys) -> None:
     (row,) = read([ROWS["official"]]).rows
     assert row.source["retrieved_image"] == "b.jpg"
-    assert "retrieved images of the source are not used" in capsys.readouterr().err
+    said = "retrieved images of the source are not used"
+    assert f"{said} (1 rows have some)" in capsys.readouterr().err
+    for name in ("trl", "ms-swift", "question"):
+        read([ROWS[name]])
+        assert said not in capsys.readouterr().err
+        read([ROWS[name], ROWS[name] | {"rejected_images": ["b.jpg"]}])
+        assert f"{said} (1 rows have some)" in capsys.readouterr().err
 
 
-def test_an_image_pair_of_ms_swift_has_no_rejected_answer(read) -> None:
-    row = ROWS["ms-swift"] | {"rejected_response": None, "rejected_images": ["b.jpg"]}
-    (read_row,) = read([row]).rows
-    assert (read_row.answer, read_row.rejected) == (PAIR["chosen"], "")
-    again = row | {"rejected_messages": [user(QUESTION), assistant(PAIR["chosen"])]}
-    assert read([again]).rows[0].rejected == ""
+@pytest.mark.parametrize("is_first", [False, True])
+def test_an_image_pair_of_ms_swift_becomes_no_answer_pair(is_first: bool, read) -> None:
+    answers = ROWS["ms-swift"] | {"id": "x"}
+    images = answers | {"rejected_response": None, "rejected_images": ["b.jpg"]}
+    again = images | {"rejected_messages": [user(QUESTION), assistant(PAIR["chosen"])]}
+    for half in (images, again):
+        source = read([half, answers] if is_first else [answers, half])
+        assert (source.problems, source.num_read) == ([], 2)
+        assert [(row.id, row.rejected) for row in source.rows] == [("x", PAIR["rejected"])]
+    other = images | {"messages": [user(QUESTION), assistant("Another answer.")], "id": "y"}
+    source = read([other, answers])
+    assert [row.id for row in source.rows] == ["x"]
+    (problem,) = source.problems
+    assert (problem.row, problem.field, problem.code) == ("y", "rejected_images", "image-pair")
+    assert problem.message.startswith("source.jsonl, line 1: rejected_images must stand beside")
+
+
+@pytest.mark.parametrize("is_text", [False, True])
+def test_a_prompt_that_both_conversations_repeat(is_text: bool, read) -> None:
+    """TRL's implicit prompt, as parts or as texts."""
+    asked = user(f"<image>{QUESTION}") if is_text else parts("user", QUESTION, images=1)
+    row: dict[str, Any] = {"images": ["a.jpg"]}
+    for name, text in PAIR.items():
+        row[name] = [asked, assistant(text) if is_text else parts("assistant", text)]
+    source = read([row])
+    assert (source.format, source.rows[0].prompt) == ("trl", (user(QUESTION),))
+    assert (source.rows[0].answer, source.rows[0].rejected) == (*PAIR.values(),)
+    (problem,) = read([row, row | {"chosen": "Red.", "rejected": "Blue."}]).problems
+    assert "chosen must be a list of turns, got 'Red.'" in problem.message
 
 
 @pytest.mark.parametrize(
@@ -307,8 +277,47 @@ def test_an_unknown_layout_is_refused_with_the_known_ones(read) -> None:
     text = str(refused.value)
     assert "got rows with keys ['picture'] in source.jsonl" in text
     assert all(f"  {layout.name}: {layout.summary}" in text for layout in LAYOUTS)
-    with pytest.raises(RefusedError, match="got no row that is an object in"):
+    # rows that are no objects have no keys that could be renamed
+    with pytest.raises(RefusedError, match=r"row 1 .*: a row must be an object, got 1\. Corr"):
         read([[1]])
+    with pytest.raises(RefusedError, match=r"^2 problem.* in 2 rows:(?s:.*)line 2: a row must"):
+        read([3, "x"])
+
+
+@pytest.mark.parametrize("name", ["completions", "responses", "candidates"])
+def test_answers_that_are_not_read_are_said_to_be(name: str, read) -> None:
+    """As in VLFeedback, as JSON or as `datasets` writes it into parquet."""
+    for answers in ([{"model": "m", "response": "A."}], {"model": ["m"], "response": ["A."]}):
+        row = {"image": "a.jpg", "prompt": QUESTION, name: answers}
+        with pytest.raises(RefusedError, match=rf"got rows with {name} .* which are not read\. C"):
+            read([row])
+        assert read([row | {"answer": "A car."}]).rows[0].answer == "A car."
+        assert read([row], format="realign").rows[0].source["extra"] == {name: answers}
+
+
+@pytest.mark.parametrize(
+    ("change", "token", "remedy"),
+    [
+        ({"chosen": "A car.</s>"}, "</s>", "Remove it; the template ends the answer by itself."),
+        ({"rejected": "A </s> car."}, "</s>", "Remove it from the text."),
+        ({"question": "What? </s>"}, "</s>", "Remove it from the text."),
+        ({"chosen": "An <image>."}, "", "Remove it; the image goes before the prompt by itself."),
+        ({"question": "A <|vision_start|> b?"}, "<|vision_start|>", "the image goes before the"),
+    ],
+)
+def test_the_remedy_for_a_special_token_fits_it(
+    change: dict[str, Any], token: str, remedy: str, read
+) -> None:
+    (problem,) = read([ROWS["question"] | change], special=[token]).problems
+    assert remedy in problem.message
+    assert problem.message.count("Remove") == 1
+
+
+def test_a_url_without_an_image_folder_is_refused_as_one(tmp_path, read) -> None:
+    path = tmp_path / "urls.jsonl"
+    path.write_text(json.dumps(ROWS["question"] | {"image": "https://h/a.jpg"}))
+    (problem,) = read_source(path, None).problems
+    assert (problem.code, "Download it first" in problem.message) == ("url", True)
 
 
 def test_values_that_json_cannot_hold_are_named(read, capsys) -> None:

@@ -1,0 +1,48 @@
+"""Records whose texts are in memory and whose images are files, read when a row is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from realign.data.images import MAX_BYTES
+from realign.data.records import LazyRecords, Record
+
+
+@dataclass(frozen=True)
+class FileRow:
+    """One checked row: a record without its images, and where these are."""
+
+    record: Record
+    images: tuple[Path, ...] = ()
+    rejected_images: tuple[Path, ...] = ()
+
+
+class FileRecords(LazyRecords):
+    """Rows whose image files are read when a row is."""
+
+    def __init__(self, rows: Sequence[FileRow]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def texts(self) -> Sequence[Record]:
+        """Return the same rows; no image file is read."""
+        return [row.record for row in self._rows]
+
+    def _read(self, index: int) -> Record:
+        row = self._rows[index]
+        return dataclasses.replace(
+            row.record,
+            images=tuple(map(read_limited, row.images)),
+            rejected_images=tuple(map(read_limited, row.rejected_images)),
+        )
+
+
+def read_limited(path: Path) -> bytes:
+    """The bytes of an image file, of one that is too large enough to be refused as such."""
+    with path.open("rb") as file:
+        return file.read(MAX_BYTES + 1)
