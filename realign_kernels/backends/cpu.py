@@ -388,6 +388,14 @@ def add_entries(
     out: Tensor, starts: Tensor, order: Tensor, coefficient: Tensor, hidden: Tensor
 ) -> None:
     """Add ``coefficient * hidden`` of the entries ``order[starts[v]:starts[v + 1]]`` to row v."""
+    if hidden.dtype != out.dtype:  # only the rows that are read are widened
+        first = starts[0].clone()
+        entries = order[first : starts[-1]]
+        if len(entries) == 0:
+            return
+        hidden = hidden[entries % len(hidden)].to(out.dtype)
+        coefficient, starts = coefficient[entries], starts - first
+        order = torch.arange(len(entries))
     _library().realign_add_entries(
         *_sizes(out), out.data_ptr(), out.stride(0), starts.data_ptr(), order.data_ptr(),
         coefficient.data_ptr(), hidden.data_ptr(), hidden.stride(0), hidden.shape[0],
