@@ -12,7 +12,7 @@ from realign_kernels.data_parallel import gather_head
 from realign_kernels.objective import MAX_CELLS, Objective, check_objective, check_reference
 from realign_kernels.ops.pair_loss import PairArguments, PairOutputs, pair_loss_kept
 from realign_kernels.ops.pair_tiles import TileArguments
-from realign_kernels.ops.rdpo_tiles import TileOutputs, rdpo_tiles_kept
+from realign_kernels.ops.rdpo_tiles import TileOutputs, rdpo_tiles_op
 from realign_kernels.ops.score_tokens import (
     HeadArguments,
     check_call,
@@ -305,7 +305,7 @@ def _reduce_in_tiles(
         with_statistics=with_statistics,
     )
     packed = batch._replace(labels=labels.reshape(-1), sequence_ids=sequence_ids.reshape(-1))
-    outputs = TileOutputs(*rdpo_tiles_kept(*head, *packed, *what))
+    outputs = TileOutputs(*rdpo_tiles_op(*head, *packed, *what))
     return outputs[:6], outputs[-3:]
 
 
