@@ -164,6 +164,12 @@ def rdpo_loss(
         differentiable in the inputs; the loss is not a function of ``logps`` for autograd.  No
         gradient reaches ``ref_logps``.
     Source: paper, eq. (1) -> docs/paper.md; ``top_non_label`` -> docs/paper.md 4.2.
+
+    Example::
+
+        # (3 * P, T, D), (V, D), (3 * P, T), (3, P); cell by cell, chosen answers first
+        output = rdpo_loss(hidden_states, lm_head.weight, labels, ref_logps, beta=0.1)
+        output.loss.backward()
     """
     objective = _resolve_objective(objective, beta, image_beta, image_weight)
     if dist.is_available() and dist.is_initialized():
