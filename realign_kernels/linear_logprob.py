@@ -97,8 +97,8 @@ def linear_logprob(
             hold: logits of half operands are added in float32 after every 1,024 of D.  ``"auto"``
             takes the faster product.  They are the same where products round to nearest: on CPUs,
             and for float32 operands.
-        num_scored: Number of labels that are not ignored, where the host knows it: with it nothing
-            waits for a GPU, and the call can be captured in a CUDA graph.
+        num_scored: Number of labels that are not ignored, where the host knows it; with it nothing
+            waits for a GPU.  Checked like label values.
         group: Tensor parallelism: every rank passes the same rows and global labels, and its own
             contiguous shard of the vocabulary (weight, bias, B), in rank order.  Each rank gets the
             whole result and the whole gradient of hidden states and A; the gradients of its shard
@@ -122,6 +122,12 @@ def linear_logprob(
         ``torch.set_float32_matmul_precision``.  Deterministic.  What a call takes and keeps is in
         docs/head.md.  Label values are checked: on GPUs by a
         device-side assertion; ``REALIGN_CHECK=0`` in the environment turns that off.
+
+    Example::
+
+        hidden_states = model.model(**inputs).last_hidden_state[:, :-1]  # (B, T, D)
+        logps = linear_logprob(hidden_states, model.lm_head.weight, labels[:, 1:])  # (B, T)
+        loss = -logps.sum() / (labels[:, 1:] != -100).sum()
     """
     if dist.is_available() and dist.is_initialized():
         lm_head_weight, lm_head_bias, lm_head_lora = gather_head(

@@ -12,7 +12,7 @@ from realign_kernels.data_parallel import gather_head
 from realign_kernels.objective import MAX_CELLS, Objective, check_objective, check_reference
 from realign_kernels.ops.pair_loss import PairArguments, PairOutputs, pair_loss_kept
 from realign_kernels.ops.pair_tiles import TileArguments
-from realign_kernels.ops.rdpo_tiles import TileOutputs, rdpo_tiles_kept
+from realign_kernels.ops.rdpo_tiles import TileOutputs, rdpo_tiles_op
 from realign_kernels.ops.score_tokens import (
     HeadArguments,
     check_call,
@@ -166,6 +166,12 @@ def rdpo_loss(
         differentiable in the inputs; the loss is not a function of ``logps`` for autograd.  No
         gradient reaches ``ref_logps``.
     Source: paper, eq. (1) -> docs/paper.md; ``top_non_label`` -> docs/paper.md 4.2.
+
+    Example::
+
+        # (3 * P, T, D), (V, D), (3 * P, T), (3, P); cell by cell, chosen answers first
+        output = rdpo_loss(hidden_states, lm_head.weight, labels, ref_logps, beta=0.1)
+        output.loss.backward()
     """
     objective = _resolve_objective(objective, beta, image_beta, image_weight)
     if dist.is_available() and dist.is_initialized():
@@ -308,7 +314,7 @@ def _reduce_in_tiles(
         with_statistics=with_statistics,
     )
     packed = batch._replace(labels=labels.reshape(-1), sequence_ids=sequence_ids.reshape(-1))
-    outputs = TileOutputs(*rdpo_tiles_kept(*head, *packed, *what))
+    outputs = TileOutputs(*rdpo_tiles_op(*head, *packed, *what))
     return outputs[:6], outputs[-3:]
 
 

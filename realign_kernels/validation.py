@@ -58,7 +58,8 @@ def check_number(
         raise TypeError(
             f"{name} must be a number, got {describe(value)}.{_remedy_of_number(value)}"
         )
-    if not (math.isfinite(value) and value >= least and value > above):
+    # Not math.isfinite, which torch.compile does not trace for a number that changes.
+    if not (-math.inf < value < math.inf and value >= least and value > above):
         bound = f" and > {above:g}" if above > -math.inf else ""
         bound = f" and >= {least:g}" if least > -math.inf else bound
         raise ValueError(f"{name} must be finite{bound}, got {value}. {_DEFAULT}")
@@ -127,7 +128,7 @@ def _check_lora(lora: Any) -> None:
             f"lm_head_lora must have a number as scaling, got {describe(scaling)}."
             f"{_remedy_of_number(scaling)}"
         )
-    if not math.isfinite(scaling):
+    if not -math.inf < scaling < math.inf:
         raise ValueError(f"lm_head_lora must have a finite scaling, got {scaling}. Pass 1.0.")
 
 

@@ -226,25 +226,4 @@ def _backward(
 
 
 rdpo_tiles_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-class _KeptTiles(torch.autograd.Function):
-    """What eager code calls in place of the operator, for the reason that score_tokens.py has."""
-
-    @staticmethod
-    def forward(ctx: Any, *values: Any) -> Any:
-        output = rdpo_tiles_op(*values)
-        _setup_context(ctx, values, output)
-        return output
-
-    backward = staticmethod(_backward)
-
-
-def rdpo_tiles_kept(*values: Any) -> Any:
-    """Call the operator, and keep what its derivative needs."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return rdpo_tiles_op(*values)
-    return _KeptTiles.apply(*values)
-
-
 differentiate_once(scale_gradients_op)

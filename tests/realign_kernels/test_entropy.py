@@ -8,7 +8,13 @@ from torch.library import opcheck
 
 from realign_kernels import linear_logprob_stats
 from realign_kernels.ops import score_tokens as operators
-from realign_kernels.testing import dense_log_probs, dense_logits, dense_logprob, make_head_inputs
+from realign_kernels.testing import (
+    dense_log_probs,
+    dense_logits,
+    dense_logprob,
+    make_head_inputs,
+    peak_bytes,
+)
 
 pytestmark = pytest.mark.usefixtures("each_backend")
 
@@ -204,3 +210,14 @@ def test_gradients_do_not_depend_on_other_rows(rows):
     part = gradient(inputs.hidden_states[:rows], inputs.labels[:rows])
     for ours, all_rows in zip(part, whole, strict=True):
         assert torch.equal(ours, all_rows[:rows])
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_backward_stays_within_the_workspace(softcap):
+    N, V, D, workspace_bytes = 512, 4096, 64, 4 << 20
+    inputs = make_head_inputs(N, V, D, torch.float32, logit_softcap=softcap).as_leaves()
+    entropy = inputs.call(linear_logprob_stats, workspace_bytes=workspace_bytes).entropy.sum()
+    peak = peak_bytes(entropy.backward)
+    gradients = 4 * (V * D + N * D)
+    rows = 2 * 4 * N * D
+    assert peak <= 1.05 * (workspace_bytes + gradients + rows)

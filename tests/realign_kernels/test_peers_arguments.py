@@ -84,3 +84,21 @@ def test_any_number_compiles_into_one_graph():
         labels[:number] = 2
         expected = linear_logprob(hidden, weight, labels)
         assert torch.equal(compiled(hidden, labels, number), expected)
+
+
+def test_numbers_that_change_compile_into_one_graph():
+    """A schedule of temperatures or betas: traced as open numbers from the second value on."""
+    torch._dynamo.reset()
+    hidden, weight = torch.randn(6, 2, 4), torch.randn(11, 4)
+    factors = torch.randn(2, 4), torch.randn(11, 2)
+    labels, ref_logps = torch.arange(12).reshape(6, 2) % 11, torch.zeros(3, 2)
+
+    def loss(temperature, beta, scaling):
+        return rdpo_loss(
+            hidden, weight, labels, ref_logps, temperature=temperature, beta=beta,
+            logit_softcap=2.0 * temperature, lm_head_lora=(*factors, scaling),
+        ).loss  # fmt: skip
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for numbers in ((1.0, 0.1, 0.5), (1.5, 0.2, 0.6), (2.25, 0.4, 0.7)):
+        assert torch.equal(compiled(*numbers), loss(*numbers))

@@ -13,7 +13,7 @@ from realign_kernels.fused.gradients import RowNumbers, Upstream, logit_gradient
 from realign_kernels.head import Head, LogitTransform, Precision
 from realign_kernels.ops.pair_loss import pair_loss_backward_op
 from realign_kernels.ops.score_tokens import scale_slopes_op
-from realign_kernels.testing import dense_logprob, make_head_inputs, seeded
+from realign_kernels.testing import make_head_inputs, seeded
 
 pytestmark = pytest.mark.usefixtures("small_blocks", "poison_empty")
 
@@ -288,23 +288,10 @@ def test_the_gradient_of_pairs_is_spread(form, parts, num_pairs):
     )
 
 
-def test_labels_out_of_range_stop_the_device(monkeypatch):
-    inputs = make_head_inputs(7, 11, 5, torch.float32)
-    expected = dense_logprob(inputs.as_leaves(torch.float64)).detach()
-    inputs.labels[3] = 11
-    with pytest.raises(RuntimeError, match=r"labels must be in \[0, V\) or ignore_index -100\."):
-        inputs.call(linear_logprob, backend="triton")
-    monkeypatch.setenv("REALIGN_CHECK", "0")
-    actual = inputs.call(linear_logprob, backend="triton")
-    assert actual[3].isnan()
-    expected[3] = actual[3]
-    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
-
-
 def score_pairs(**changes):
     options = {
         "labels": torch.arange(18).view(6, 3) % 11,
-        "lengths": torch.full((3, 2), 3),
+        "lengths": torch.full((3, 2), 3, device="cpu"),
         "ids": None,
     } | changes
     hidden, labels = normal(6, 3, 5).float(), options["labels"]
@@ -314,30 +301,6 @@ def score_pairs(**changes):
         hidden, normal(11, 5, seed=1).float(), labels, torch.zeros(3, 2),
         sequence_ids=options["ids"], sequence_lengths=options["lengths"], backend="triton",
     )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"lengths": torch.tensor([[3, 3], [3, 3], [3, 4]])},
-            "the sum of sequence_lengths, must be",
-        ),
-        ({"lengths": torch.tensor([[3, 3], [3, 3], [4, 2]])}, "sequence_lengths must equal"),
-        ({"ids": torch.arange(18) // 3 + 1}, r"sequence_ids must be in \[0, 6\)"),
-        ({"ids": torch.arange(18) // 3 - 1}, r"sequence_ids must be in \[0, 6\)"),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("is_sorted", [False, True])
-def test_what_does_not_fit_stops_the_device(changes, message, is_sorted, monkeypatch):
-    from realign_kernels.backends.triton import pairs
-
-    monkeypatch.setattr(pairs, "SCANNED_TOKENS", 0 if is_sorted else 100)
-    with pytest.raises(RuntimeError, match=message):
-        score_pairs(**changes)
-    monkeypatch.setenv("REALIGN_CHECK", "0")
-    assert score_pairs(**changes).loss.isfinite()
 
 
 def test_sorted_and_scanned_tokens_give_the_same_sums(monkeypatch):

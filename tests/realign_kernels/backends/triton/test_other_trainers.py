@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from realign_kernels import linear_logprob, linear_logprob_stats
+from realign_kernels import (
+    Objective,
+    Term,
+    linear_logprob,
+    linear_logprob_stats,
+    preference_loss,
+    rdpo_loss,
+)
 from realign_kernels.backends import triton as kernels
 from realign_kernels.testing import dense_log_probs, dense_logits, dense_logprob, make_head_inputs
 from realign_kernels.tiling import TileShape
@@ -70,3 +77,38 @@ def test_a_weight_of_another_dtype(dtypes, frozen):
             assert tensor.grad.dtype == tensor.dtype
             error = (tensor.grad.double() - oracle.grad).norm()
             assert error <= bound[tensor.dtype] * oracle.grad.norm()
+
+
+@pytest.mark.parametrize("memory", ["stash", "tile"])
+@pytest.mark.parametrize(("dtype", "bound"), [(F32, 1e-5), (F16, 2e-3)], ids=str)
+def test_weights_of_tokens_statistics_and_terms_by_length(memory, dtype, bound, monkeypatch):
+    monkeypatch.setattr("realign_kernels.ops.pair_tiles._ROWS_PER_TILE", 5)
+    objective = Objective((Term((1, -1), beta=2.0, offset=0.5, normalize="length"),))
+    inputs = make_head_inputs(12, 13, 4, dtype, ignored=0.3)
+    inputs.labels[::3] = 5  # of every answer
+    weights = torch.linspace(0.5, 2.0, 12)
+    ours, exact = inputs.as_leaves(), inputs.as_leaves(torch.float64)
+    output = rdpo_loss(
+        ours.hidden_states.reshape(4, 3, 4), ours.lm_head_weight, inputs.labels.reshape(4, 3), None,
+        objective=objective, token_weights=weights.reshape(4, 3), statistics=True, memory=memory,
+        backend="triton",
+    )  # fmt: skip
+    is_scored = inputs.labels != -100
+    counts = is_scored.reshape(2, 2, 3).sum(dim=2)
+    logps = (dense_logprob(exact) * weights).reshape(2, 2, 3).sum(dim=2)
+    loss = preference_loss(logps, None, objective, num_tokens=counts).loss
+    torch.testing.assert_close(output.loss.double(), loss, rtol=1e-5, atol=1e-5)
+    log_probs = dense_log_probs(exact).detach()
+    expected = {
+        "entropy": -(log_probs.exp() * log_probs).sum(dim=1),
+        "mean_logits": dense_logits(exact).detach().mean(dim=1),
+        "top1_rate": (log_probs.argmax(dim=1) == inputs.labels).double(),
+    }
+    for name, tokens in expected.items():
+        wanted = torch.where(is_scored, tokens, 0.0).reshape(2, 2, 3).sum(dim=2) / counts
+        torch.testing.assert_close(getattr(output, name).double(), wanted, rtol=1e-5, atol=1e-4)
+    wanted_grads = torch.autograd.grad(loss, exact.tensors)
+    for grad, oracle in zip(
+        torch.autograd.grad(output.loss, ours.tensors), wanted_grads, strict=True
+    ):
+        assert (grad.double() - oracle).norm() <= bound * oracle.norm()
