@@ -294,44 +294,95 @@ void with_type(int32_t weight_type, const void* weight, F f) {
   }
 }
 
-template <typename T, typename W>
-T dot(const T* a, const W* b, int64_t b_stride, int64_t size) {
+template <typename T, typename H, typename W>
+T dot(const H* a, const W* b, int64_t a_stride, int64_t b_stride, int64_t size) {
   // As many partial sums as lanes; the compiler turns the inner loop into vectors.
   constexpr int lanes = Traits<T>::lanes;
   T sums[lanes] = {};
   int64_t i = 0;
-  if (b_stride == 1) {
+  if (a_stride == 1 && b_stride == 1) {
     for (; i + lanes <= size; i += lanes)
-      for (int lane = 0; lane < lanes; ++lane) sums[lane] += a[i + lane] * static_cast<T>(widen(b[i + lane]));
+      for (int lane = 0; lane < lanes; ++lane) sums[lane] += static_cast<T>(widen(a[i + lane])) * static_cast<T>(widen(b[i + lane]));
   }
-  for (; i < size; ++i) sums[i % lanes] += a[i] * static_cast<T>(widen(b[i * b_stride]));
+  for (; i < size; ++i) sums[i % lanes] += static_cast<T>(widen(a[i * a_stride])) * static_cast<T>(widen(b[i * b_stride]));
   for (int width = lanes / 2; width > 0; width /= 2)
     for (int lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
   return sums[0];
 }
 
+// Sums of 256 terms are added one after the other: neighbours that lie side by side, or terms that do.
 template <typename T>
-void run_label_dot(int32_t num_threads, int64_t num_rows, int64_t hidden_size, const T* hidden,
+void run_vector_product(int32_t num_threads, int32_t adds, int64_t num_rows, int64_t num_terms, const T* a,
+                        int64_t row_stride, int64_t term_stride, const T* b, int64_t b_stride, T* out,
+                        int64_t out_stride) {
+  constexpr int64_t width = 64, chunk = 256;
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+  for (int64_t begin = 0; begin < num_rows; begin += width) {
+    const int64_t count = std::min(width, num_rows - begin);
+    T totals[width] = {};
+    if (adds)
+      for (int64_t i = 0; i < count; ++i) totals[i] = out[(begin + i) * out_stride];
+    for (int64_t first = 0; first < num_terms; first += chunk) {
+      const int64_t last = std::min(first + chunk, num_terms);
+      T sums[width] = {};
+      if (row_stride == 1) {
+        for (int64_t k = first; k < last; ++k) {
+          const T* terms = a + begin + k * term_stride;
+          const T factor = b[k * b_stride];
+          for (int64_t i = 0; i < count; ++i) sums[i] += terms[i] * factor;
+        }
+      } else {
+        for (int64_t i = 0; i < count; ++i) {
+          const T* terms = a + (begin + i) * row_stride + first * term_stride;
+          sums[i] = dot<T>(b + first * b_stride, terms, b_stride, term_stride, last - first);
+        }
+      }
+      for (int64_t i = 0; i < count; ++i) totals[i] += sums[i];
+    }
+    for (int64_t i = 0; i < count; ++i) out[(begin + i) * out_stride] = totals[i];
+  }
+}
+
+void vector_product(int32_t is_double, int32_t num_threads, int32_t adds, int64_t num_rows, int64_t num_terms,
+                    const void* a, int64_t row_stride, int64_t term_stride, const void* b, int64_t b_stride,
+                    void* out, int64_t out_stride) {
+  const auto run = [&](const auto* rows, const auto* factors, auto* sums) {
+    run_vector_product(num_threads, adds, num_rows, num_terms, rows, row_stride, term_stride, factors, b_stride, sums,
+                       out_stride);
+  };
+  if (is_double)
+    run(static_cast<const double*>(a), static_cast<const double*>(b), static_cast<double*>(out));
+  else
+    run(static_cast<const float*>(a), static_cast<const float*>(b), static_cast<float*>(out));
+}
+
+template <typename T, typename H>
+void run_label_dot(int32_t num_threads, int64_t num_rows, int64_t hidden_size, const H* hidden,
                    int64_t hidden_stride, int32_t weight_type, const void* weight, int64_t weight_stride,
                    int64_t weight_column_stride, int64_t num_ids, const int64_t* ids, T* out) {
   with_type(weight_type, weight, [&](const auto* rows) {
 #pragma omp parallel for schedule(static) num_threads(num_threads)
     for (int64_t n = 0; n < num_rows; ++n) {
       if (ids[n] < 0 || ids[n] >= num_ids) continue;
-      out[n] += dot<T>(hidden + n * hidden_stride, rows + ids[n] * weight_stride, weight_column_stride, hidden_size);
+      out[n] += dot<T>(hidden + n * hidden_stride, rows + ids[n] * weight_stride, 1, weight_column_stride,
+                       hidden_size);
     }
   });
 }
 
-void label_dot(int32_t is_double, int32_t num_threads, int64_t num_rows, int64_t hidden_size, const void* hidden,
+void label_dot(int32_t hidden_type, int32_t num_threads, int64_t num_rows, int64_t hidden_size, const void* hidden,
                int64_t hidden_stride, int32_t weight_type, const void* weight, int64_t weight_stride,
                int64_t weight_column_stride, int64_t num_ids, const int64_t* ids, void* out) {
-  if (is_double)
-    run_label_dot(num_threads, num_rows, hidden_size, static_cast<const double*>(hidden), hidden_stride, weight_type,
-                  weight, weight_stride, weight_column_stride, num_ids, ids, static_cast<double*>(out));
+  const auto run = [&](const auto* rows, auto* sums) {
+    run_label_dot(num_threads, num_rows, hidden_size, rows, hidden_stride, weight_type, weight, weight_stride,
+                  weight_column_stride, num_ids, ids, sums);
+  };
+  if (hidden_type == REALIGN_FLOAT64)
+    run(static_cast<const double*>(hidden), static_cast<double*>(out));
+  else if (hidden_type == REALIGN_BFLOAT16)
+    run(static_cast<const Bfloat16*>(hidden), static_cast<float*>(out));
   else
-    run_label_dot(num_threads, num_rows, hidden_size, static_cast<const float*>(hidden), hidden_stride, weight_type,
-                  weight, weight_stride, weight_column_stride, num_ids, ids, static_cast<float*>(out));
+    run(static_cast<const float*>(hidden), static_cast<float*>(out));
 }
 
 template <typename T>
@@ -403,4 +454,4 @@ void add_entries(int32_t is_double, int32_t num_threads, int64_t num_columns, in
 
 }  // namespace
 
-const Kernels REALIGN_KERNELS = {epilogue, label_dot, combine, add_entries};
+const Kernels REALIGN_KERNELS = {epilogue, label_dot, combine, add_entries, vector_product};

@@ -8,6 +8,7 @@ struct Kernels {
   decltype(&realign_label_dot) label_dot;
   decltype(&realign_combine) combine;
   decltype(&realign_add_entries) add_entries;
+  decltype(&realign_vector_product) vector_product;
 };
 
 extern const Kernels kernels_baseline;

@@ -22,6 +22,7 @@ struct Term {
   const double* coefficients;  // 4
   double weight, beta, offset, smoothing;
   int kind;
+  bool is_per_token;
 
   explicit Term(const double* row)
       : coefficients(row),
@@ -29,9 +30,8 @@ struct Term {
         beta(row[5]),
         offset(row[6]),
         smoothing(row[7]),
-        kind(static_cast<int>(row[8])) {}
-
-  bool is_per_token() const { return kind == 2; }
+        kind(static_cast<int>(row[8]) % 3),
+        is_per_token(row[8] >= 2) {}  // ipo, and the links counted on from there: by length
 
   Link link(double contrast) const {
     if (kind == 1) {
@@ -120,7 +120,7 @@ class Pair {
 
   double factor(const Term& term, int64_t cell) const {
     const double count = static_cast<double>(pairs_.counts[index(cell)]);
-    return term.is_per_token() ? term.coefficients[cell] / count : term.coefficients[cell];
+    return term.is_per_token ? term.coefficients[cell] / count : term.coefficients[cell];
   }
 
   const RealignPairs& pairs_;

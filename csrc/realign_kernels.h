@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#define REALIGN_ABI_VERSION 1
+#define REALIGN_ABI_VERSION 2
 
 extern "C" {
 
@@ -57,7 +57,8 @@ struct RealignTile {
 };
 
 // One preference batch.  S = num_cells * num_pairs; a term is a row of `terms`: four coefficients,
-// weight, beta, offset, label smoothing, link (0 logsigmoid, 1 hinge, 2 ipo).
+// weight, beta, offset, label smoothing, link (0 logsigmoid, 1 hinge, 2 ipo, which
+// is by length; 3 logsigmoid and 4 hinge by length).
 struct RealignPairs {
   int32_t is_double;
   int64_t num_tokens;
@@ -83,16 +84,50 @@ struct RealignPairs {
   double* coefficients;   // (cells, pairs): derivative of the loss in logps
 };
 
+// out = a @ b, or out += a @ b: a (rows, terms), b (terms, columns) in bfloat16, out (rows, columns) in
+// float32, which sums are taken in.  A float32 `a` is rounded to bfloat16; what rounding takes off its
+// entries that reach a limit is added as well, so that a few large entries keep their digits.
+struct RealignProduct {
+  int32_t num_threads;
+  int32_t adds;
+  int64_t num_rows;
+  int64_t num_columns;
+  int64_t num_terms;
+  int32_t a_type;  // REALIGN_BFLOAT16 or REALIGN_FLOAT32
+  const void* a;
+  int64_t a_row_stride;
+  int64_t a_term_stride;
+  const float* scale;   // * (terms,): multiplies the columns of a float32 `a` before they are rounded
+  const float* limits;  // * of the entries of a float32 `a` before they are scaled
+  int32_t limits_are_of_rows;  // (rows,), else (terms,)
+  const void* b;
+  int64_t b_term_stride;
+  int64_t b_column_stride;
+  float* out;
+  int64_t out_stride;
+};
+
 int32_t realign_abi_version();
 
 // The instruction set in use: "avx512", "avx2" or "baseline".
 const char* realign_instruction_set();
 
+// The instructions that products of bfloat16 use: "amx" or "avx512", or "none" where a BLAS in float32 is
+// faster and realign_product may not be called.
+const char* realign_product_set();
+
+// Returns whether there was memory for packed copies: 1 MiB, and 0.5 MiB a thread.
+int32_t realign_product(const RealignProduct* product);
+
+// Asks for large pages where memory is about to be written for the first time: each page costs a fault.
+void realign_use_large_pages(void* start, int64_t num_bytes);
+
 // Folds a tile into the sums of its rows.
 void realign_epilogue(const RealignTile* tile);
 
-// out[n] += dot(hidden[n], weight[ids[n]]); rows whose id is outside [0, num_ids) are left alone.
-void realign_label_dot(int32_t is_double, int32_t num_threads, int64_t num_rows, int64_t hidden_size,
+// out[n] += dot(hidden[n], weight[ids[n]]); rows whose id is outside [0, num_ids) are left alone.  `out` is
+// double where hidden states are, else float.
+void realign_label_dot(int32_t hidden_type, int32_t num_threads, int64_t num_rows, int64_t hidden_size,
                        const void* hidden, int64_t hidden_stride, int32_t weight_type, const void* weight,
                        int64_t weight_stride, int64_t weight_column_stride, int64_t num_ids,
                        const int64_t* ids, void* out);
@@ -108,6 +143,11 @@ void realign_combine(int32_t is_double, int32_t num_threads, int64_t num_rows, i
 void realign_add_entries(int32_t is_double, int32_t num_threads, int64_t num_columns, int64_t hidden_size,
                          void* out, int64_t out_stride, const int64_t* starts, const int64_t* order,
                          const void* coefficient, const void* hidden, int64_t hidden_stride, int64_t num_rows);
+
+// out[m] = sum over k of a[m, k] * b[k], or added to it.
+void realign_vector_product(int32_t is_double, int32_t num_threads, int32_t adds, int64_t num_rows,
+                            int64_t num_terms, const void* a, int64_t row_stride, int64_t term_stride,
+                            const void* b, int64_t b_stride, void* out, int64_t out_stride);
 
 // Sums per sequence, log-ratios, terms, loss, and the coefficient of every sequence.
 void realign_pair_loss(const RealignPairs* pairs);

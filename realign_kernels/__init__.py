@@ -14,7 +14,7 @@ from realign_kernels.objective import (
     Term,
     preference_loss,
 )
-from realign_kernels.rdpo_loss import RdpoOutput, rdpo_loss
+from realign_kernels.rdpo_loss import RdpoOutput, RdpoStatsOutput, rdpo_loss
 
 __all__ = [
     "CELL_NAMES",
@@ -22,6 +22,7 @@ __all__ = [
     "Objective",
     "PreferenceOutput",
     "RdpoOutput",
+    "RdpoStatsOutput",
     "Term",
     "describe_backends",
     "linear_logprob",

@@ -40,18 +40,20 @@ class LogitTransform:
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """The dtype that autocast rounds operands to, if it is on, and the dtypes computed in."""
+    """The dtype that operands are rounded to, if any, and the dtypes computed in."""
 
-    autocast: torch.dtype | None
+    autocast: torch.dtype | None  # or the dtype of hidden states that is not the weight's
     accumulation: torch.dtype
     operand: torch.dtype  # of hidden states and weight in products; results are never rounded to it
+    exponential: torch.dtype  # of exponentials in products
+    rounds_factors: bool = True  # low-rank factors too
 
     def rounded(self, tensor: Tensor) -> Tensor:
-        """Round as autocast asks."""
+        """Round as autocast, or another dtype of the hidden states, asks."""
         return tensor if self.autocast is None else tensor.to(self.autocast)
 
     def of_operand(self, tensor: Tensor) -> Tensor:
-        """Round as autocast asks and cast to what products take."""
+        """Round in that way and cast to what products take."""
         return self.rounded(tensor).to(self.operand)
 
     def copies(self, dtype: torch.dtype) -> bool:
@@ -60,7 +62,8 @@ class Precision:
 
     def of_factor(self, tensor: Tensor) -> Tensor:
         """Cast a low-rank factor, whose products are small and never in half precision."""
-        return self.rounded(tensor).to(self.accumulation)
+        rounded = self.rounded(tensor) if self.rounds_factors else tensor
+        return rounded.to(self.accumulation)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from realign_kernels.data_parallel import gather_head
 from realign_kernels.ops.score_tokens import check_call, score_tokens
-from realign_kernels.options import HeadOptions, LoraFactors
-from realign_kernels.validation import check_options
+from realign_kernels.options import NO_INDEX, HeadOptions, LoraFactors
+from realign_kernels.validation import check_integer, check_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 class LogprobStats(NamedTuple):
     """Results of :func:`linear_logprob_stats`; each entry has the shape of ``labels``.
 
-    Probabilities are those after scale, softcap and temperature, over the whole vocabulary.  Only
-    ``token_logps`` and ``top_non_label_logps`` carry gradients.  At ignored positions everything is
-    0, ``is_top1`` False and ``top_non_label_ids`` -1.
+    Probabilities are those after scale, softcap and temperature, over the whole vocabulary.
+    ``token_logps``, ``top_non_label_logps``, ``entropy`` and ``lse`` carry gradients.  At ignored
+    positions everything is 0, ``is_top1`` False and ``top_non_label_ids`` -1.
     """
 
     token_logps: Tensor
@@ -38,6 +39,8 @@ class LogprobStats(NamedTuple):
     """Log-probability of the most probable token that is not the label; -inf if there is none."""
     top_non_label_ids: Tensor
     """Its id (of equals, the lowest); int64, -1 if there is none."""
+    lse: Tensor
+    """Log of the sum of the exponentials of the transformed logits."""
 
 
 def linear_logprob(
@@ -47,14 +50,16 @@ def linear_logprob(
     *,
     lm_head_bias: Tensor | None = None,
     lm_head_lora: LoraFactors | None = None,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
+    ignore_index: int | None = -100,
+    logit_scale: float | None = 1.0,
     logit_softcap: float | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
     memory: str = "auto",
     workspace_bytes: int = 256 << 20,
     stash_bytes: int = 2 << 30,
+    accumulate: str = "auto",
+    num_scored: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
     """Return the log-probability of each label, never storing the logits nor rounding them to half.
@@ -65,16 +70,19 @@ def linear_logprob(
 
     Args:
         hidden_states: Backbone outputs, shape ``(..., D)``; float16, bfloat16, float32 or float64.
-        lm_head_weight: Output projection, shape ``(V, D)``, device and dtype of ``hidden_states``
-            (under ``torch.autocast`` the dtypes may differ: both are rounded to autocast's).
+        lm_head_weight: Output projection, shape ``(V, D)``, on the device of ``hidden_states``.  Of
+            another half or float32 dtype it is rounded to theirs, tile by tile, without a copy of
+            the whole; each gradient has the dtype of its own tensor.  Under ``torch.autocast`` both
+            are rounded to autocast's dtype.  float64 mixes with nothing.
         labels: Token ids, already shifted, shape ``(...)``, int64, each in ``[0, V)`` or
             ``ignore_index``.
-        lm_head_bias: Shape ``(V,)``, dtype of ``hidden_states`` or the one accumulated in; added
-            before T.
+        lm_head_bias: Shape ``(V,)``, dtype of ``hidden_states`` or the one accumulated in (beside a
+            weight of another dtype, any half or float32); added before T, never rounded.
         lm_head_lora: ``(A, B, scaling)`` with A ``(r, D)`` and B ``(V, r)``, dtypes as for the
             bias; adds ``scaling * hidden_states @ A.T @ B.T`` to the logits.
-        ignore_index: Label of positions that get 0 and exactly no gradient, and that cost nothing.
-        logit_scale: Factor on the logits; > 0.
+        ignore_index: Label of positions that get 0 and exactly no gradient, and that cost nothing;
+            None for none.
+        logit_scale: Factor on the logits; > 0.  None for 1.
         logit_softcap: Bound c on the logits, or None; > 0.
         temperature: Divisor of the logits, after the softcap; > 0.
         backend: ``"eager"``, ``"triton"`` or ``"cpu"``, which never fall back, or ``"auto"``.
@@ -85,6 +93,12 @@ def linear_logprob(
             are not scratch.
         stash_bytes: Limit on the ``(N, V)`` that ``memory="stash"`` keeps for the backward, in
             bytes.
+        accumulate: ``"exact"`` bounds the sums of tensor cores, which cut off what they cannot
+            hold: logits of half operands are added in float32 after every 1,024 of D.  ``"auto"``
+            takes the faster product.  They are the same where products round to nearest: on CPUs,
+            and for float32 operands.
+        num_scored: Number of labels that are not ignored, where the host knows it; with it nothing
+            waits for a GPU.  Checked like label values.
         group: Tensor parallelism: every rank passes the same rows and global labels, and its own
             contiguous shard of the vocabulary (weight, bias, B), in rank order.  Each rank gets the
             whole result and the whole gradient of hidden states and A; the gradients of its shard
@@ -108,6 +122,12 @@ def linear_logprob(
         ``torch.set_float32_matmul_precision``.  Deterministic.  What a call takes and keeps is in
         docs/head.md.  Label values are checked: on GPUs by a
         device-side assertion; ``REALIGN_CHECK=0`` in the environment turns that off.
+
+    Example::
+
+        hidden_states = model.model(**inputs).last_hidden_state[:, :-1]  # (B, T, D)
+        logps = linear_logprob(hidden_states, model.lm_head.weight, labels[:, 1:])  # (B, T)
+        loss = -logps.sum() / (labels[:, 1:] != -100).sum()
     """
     if dist.is_available() and dist.is_initialized():
         lm_head_weight, lm_head_bias, lm_head_lora = gather_head(
@@ -116,19 +136,21 @@ def linear_logprob(
     options = HeadOptions(
         lm_head_bias=lm_head_bias,
         lm_head_lora=lm_head_lora,
-        ignore_index=ignore_index,
-        logit_scale=logit_scale,
+        ignore_index=NO_INDEX if ignore_index is None else ignore_index,
+        logit_scale=1.0 if logit_scale is None else logit_scale,
         logit_softcap=logit_softcap,
         temperature=temperature,
         backend=backend,
         memory=memory,
         workspace_bytes=workspace_bytes,
         stash_bytes=stash_bytes,
+        accumulate=accumulate,
         group=group,
     )
     _check_options(options, "linear_logprob")
     head = check_call(hidden_states, lm_head_weight, labels, options)
-    return score_tokens(head, labels, options).token_logps
+    lengths = _as_lengths(num_scored)
+    return score_tokens(head, labels, options, sequence_lengths=lengths).token_logps
 
 
 def linear_logprob_stats(
@@ -138,14 +160,16 @@ def linear_logprob_stats(
     *,
     lm_head_bias: Tensor | None = None,
     lm_head_lora: LoraFactors | None = None,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
+    ignore_index: int | None = -100,
+    logit_scale: float | None = 1.0,
     logit_softcap: float | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
     memory: str = "auto",
     workspace_bytes: int = 256 << 20,
     stash_bytes: int = 2 << 30,
+    accumulate: str = "auto",
+    num_scored: int | None = None,
     group: ProcessGroup | None = None,
 ) -> LogprobStats:
     """Return the log-probability of each label and statistics of its distribution, in one pass.
@@ -164,14 +188,25 @@ def linear_logprob_stats(
         memory: ``"tile"`` is refused here too.
         workspace_bytes: Bound on scratch.
         stash_bytes: Bound on the stash.
+        accumulate: ``"auto"`` or ``"exact"``.
+        num_scored: Number of labels that are not ignored.
         group: Tensor parallelism; every statistic is that of the whole vocabulary.
     Returns:
         stats: :class:`LogprobStats`; floating entries are float32 (float64 for float64 inputs).
     Raises:
         ValueError: As :func:`linear_logprob`.  TypeError: As there.  RuntimeError: As there.
         NotImplementedError: As there.
-    Note: ``token_logps`` and ``top_non_label_logps`` are differentiable, first order; the other
-        entries are detached.
+    Note: ``token_logps``, ``top_non_label_logps``, ``entropy`` and ``lse`` are differentiable,
+        first order; the other entries are detached.  A backward that no gradient of the entropy
+        reaches costs what it would cost without it; one that it reaches computes the logits again,
+        8NVD in all.  Hidden states are kept until the backward.
+
+    Example::
+
+        # (B, T, D), (V, D), (B, T) -> entries of shape (B, T)
+        stats = linear_logprob_stats(hidden_states, lm_head.weight, labels)
+        loss = -(advantages * stats.token_logps).mean() - 0.01 * stats.entropy.mean()
+        loss = loss + 1e-4 * stats.lse.square().mean()  # z-loss
     """
     if dist.is_available() and dist.is_initialized():
         lm_head_weight, lm_head_bias, lm_head_lora = gather_head(
@@ -180,20 +215,31 @@ def linear_logprob_stats(
     options = HeadOptions(
         lm_head_bias=lm_head_bias,
         lm_head_lora=lm_head_lora,
-        ignore_index=ignore_index,
-        logit_scale=logit_scale,
+        ignore_index=NO_INDEX if ignore_index is None else ignore_index,
+        logit_scale=1.0 if logit_scale is None else logit_scale,
         logit_softcap=logit_softcap,
         temperature=temperature,
         backend=backend,
         memory=memory,
         workspace_bytes=workspace_bytes,
         stash_bytes=stash_bytes,
+        accumulate=accumulate,
         group=group,
     )
     _check_options(options, "linear_logprob_stats")
     head = check_call(hidden_states, lm_head_weight, labels, options)
-    scores = score_tokens(head, labels, options, with_statistics=True)
+    scores = score_tokens(
+        head, labels, options, with_statistics=True, sequence_lengths=_as_lengths(num_scored)
+    )
     return LogprobStats(**{name: getattr(scores, name) for name in LogprobStats._fields})
+
+
+def _as_lengths(num_scored: int | None) -> Tensor | None:
+    """Return a number as the operator takes it: a tensor of the host, which tracing keeps open."""
+    if num_scored is None:
+        return None
+    check_integer("num_scored", num_scored, least=0)
+    return torch.full((), num_scored, dtype=torch.int64, device="cpu")
 
 
 def _check_options(options: HeadOptions, function: str) -> None:

@@ -8,7 +8,7 @@ A pair has up to four cells, in this order everywhere: ``chosen`` (y_w, original
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MAX_CELLS = 4
+NORMALIZATIONS = ("none", "length")
 _TEXT = (1.0, -1.0, 0.0, 0.0)
 _IMAGE = (1.0, 0.0, -1.0, 0.0)
 _ANCHOR = (1.0, 0.0, 0.0, 0.0)
@@ -56,6 +57,8 @@ class Term:
     """A key of ``LINKS``: logsigmoid, hinge or ipo."""
     label_smoothing: float = 0.0
     """Assumed share of flipped preferences, in [0, 0.5); 0 for hinge and ipo."""
+    normalize: str = "none"
+    """``"length"`` divides each cell's log-ratio by its answer tokens, as ipo always does."""
 
     def __post_init__(self) -> None:
         is_sequence = hasattr(self.coefficients, "__iter__") and not isinstance(
@@ -85,6 +88,7 @@ class Term:
         check_number("offset", self.offset)
         check_number("label_smoothing", self.label_smoothing)
         check_choice("link", self.link, sorted(LINKS))
+        check_choice("normalize", self.normalize, NORMALIZATIONS)
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(
                 f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}. Pass 0."
@@ -102,9 +106,14 @@ class Term:
         """Indices of the cells that the term reads."""
         return tuple(cell for cell, coefficient in enumerate(self.coefficients) if coefficient != 0)
 
+    @property
+    def is_per_token(self) -> bool:
+        """Whether log-ratios are divided by the length of their answer."""
+        return LINKS[self.link].is_per_token or self.normalize == "length"
+
     def contrast(self, log_ratios: Tensor, num_tokens: Tensor | None) -> Tensor:
-        """Return ``coefficients . log_ratios``, (P,), reading no other cell; per token for ipo."""
-        if LINKS[self.link].is_per_token:
+        """Return ``coefficients . log_ratios``, (P,), reading no other cell; per token if so."""
+        if self.is_per_token:
             assert num_tokens is not None  # checked by preference_loss
             log_ratios = log_ratios / num_tokens.clamp(min=1)
         parts = [self.coefficients[cell] * log_ratios[cell] for cell in self.cells]
@@ -231,12 +240,13 @@ class Objective:
 
     def table(self) -> list[list[float]]:
         """Return the terms as numbers, for kernels: four coefficients, weight, beta, offset, label
-        smoothing, and the place of the link in ``LINKS``.
+        smoothing, and the place of the link in ``LINKS``, counted on where a term of another link
+        than ipo is normalised by length: kernels take places from that of ipo on for per token.
         """
         links = list(LINKS)
         return [
             [*term.coefficients, term.weight, term.beta, term.offset, term.label_smoothing,
-             float(links.index(term.link))]
+             float(links.index(term.link) + len(links) * (term.normalize == "length"))]
             for term in self.terms
         ]  # fmt: skip
 
@@ -244,10 +254,13 @@ class Objective:
     def from_table(cls, table: list[list[float]], nll_weight: float) -> Objective:
         """Return the objective of a table."""
         links = list(LINKS)
-        terms = (
-            Term(tuple(row[:4]), row[4], row[5], row[6], links[int(row[8])], row[7])
-            for row in table
-        )
+        terms = []
+        for row in table:
+            place = int(row[8])
+            term = Term(tuple(row[:4]), row[4], row[5], row[6], links[place % len(links)], row[7])
+            if place >= len(links):
+                term = replace(term, normalize="length")
+            terms.append(term)
         return cls(tuple(terms), nll_weight)
 
     @property
@@ -270,7 +283,7 @@ class Objective:
     @property
     def needs_num_tokens(self) -> bool:
         """Return whether answer lengths enter the loss."""
-        return self.nll_weight > 0 or any(term.link == "ipo" for term in self.terms)
+        return self.nll_weight > 0 or any(term.is_per_token for term in self.terms)
 
 
 class PreferenceOutput(NamedTuple):
@@ -300,7 +313,9 @@ def preference_loss(
     With ``rho = logps - ref_logps``, ``losses`` is the sum over terms of ``weight * link(beta *
     (coefficients . rho) - offset)``, minus ``nll_weight * logps[0] / num_tokens[0]``.  Links:
     logsigmoid ``-(1 - eps) * logsigmoid(x) - eps * logsigmoid(-x)``, hinge ``relu(1 - x)``, ipo
-    ``(coefficients . (rho / num_tokens) - 1 / (2 * beta)) ** 2``.
+    ``(coefficients . (rho / num_tokens) - 1 / (2 * beta)) ** 2``.  With ``normalize="length"`` a
+    term of another link reads ``rho / num_tokens`` too.  SimPO, without a reference, is
+    ``Objective((Term((1, -1), beta=2.0, offset=1.0, normalize="length"),))``.
 
     Args:
         logps: Summed answer log-probabilities, shape ``(C, P)``, float32 or float64; C from the
@@ -308,7 +323,8 @@ def preference_loss(
         ref_logps: The frozen model's, same shape, treated as constant; None for reference-free
             objectives (0).
         objective: The table of terms.
-        num_tokens: Answer tokens, shape ``(C, P)``; needed by ipo and ``nll_weight``.  A cell with
+        num_tokens: Answer tokens, shape ``(C, P)``; needed by ipo, ``normalize="length"`` and
+            ``nll_weight``.  A cell with
             0 is absent: its reward is 0 and every term that reads it adds 0 for that pair, while
             means stay over P.
     Returns:
@@ -370,7 +386,7 @@ def differentiate_losses(log_ratios: Tensor, objective: Objective, num_tokens: T
         slopes = term.weight * link.slopes(term, term.contrast(log_ratios, num_tokens))
         slopes = torch.where(term.is_readable(is_present), slopes, 0.0)
         for cell in term.cells:
-            factor = slopes / counts[cell] if link.is_per_token else slopes
+            factor = slopes / counts[cell] if term.is_per_token else slopes
             gradient[cell] += term.coefficients[cell] * factor
     if objective.nll_weight > 0:
         gradient[0] -= torch.where(is_present[0], objective.nll_weight / counts[0], 0.0)
@@ -423,7 +439,8 @@ def check_cells(
         _check_device("num_tokens", num_tokens, logps, "logps")
     if num_tokens is None and objective.needs_num_tokens:
         raise ValueError(
-            "num_tokens must be given for link 'ipo' and for nll_weight, got None. "
+            "num_tokens must be given for link 'ipo' and for nll_weight, and for "
+            "normalize='length', got None. "
             "Count the answer tokens of every cell and pair, (C, P)."
         )
 

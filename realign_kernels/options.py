@@ -8,6 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 MEMORY_MODES = ("auto", "stash", "tile", "recompute")
+ACCUMULATE_MODES = ("auto", "exact")
+# In place of an ignore_index of None: no label has it, for it is refused as one.
+NO_INDEX = -(2**63)
 LoraFactors = tuple[Tensor, Tensor, float]
 
 
@@ -25,4 +28,5 @@ class HeadOptions:
     memory: str
     workspace_bytes: int
     stash_bytes: int
+    accumulate: str
     group: dist.ProcessGroup | None

@@ -10,22 +10,30 @@ from torch import Tensor
 
 from realign_kernels.data_parallel import gather_head
 from realign_kernels.objective import MAX_CELLS, Objective, check_objective, check_reference
-from realign_kernels.ops.pair_loss import PairArguments, PairOutputs, pair_loss_op
-from realign_kernels.ops.rdpo_tiles import TileArguments, TileOutputs, rdpo_tiles_op
+from realign_kernels.ops.pair_loss import PairArguments, PairOutputs, pair_loss_kept
+from realign_kernels.ops.pair_tiles import TileArguments
+from realign_kernels.ops.rdpo_tiles import TileOutputs, rdpo_tiles_op
 from realign_kernels.ops.score_tokens import (
     HeadArguments,
     check_call,
     score_tokens,
     second_order_witness,
 )
-from realign_kernels.options import HeadOptions, LoraFactors
+from realign_kernels.options import NO_INDEX, HeadOptions, LoraFactors
 from realign_kernels.sequences import (
     PairShape,
     check_batch,
     check_sequence_ids,
     resolve_pair_shape,
 )
-from realign_kernels.validation import check_choice, check_options, check_transforms
+from realign_kernels.validation import (
+    check_choice,
+    check_flag,
+    check_floating,
+    check_options,
+    check_tensor,
+    check_transforms,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -52,6 +60,25 @@ class RdpoOutput(NamedTuple):
     """The same against ``image_rejected``, at ``image_beta``, (P,); zeros for two cells."""
 
 
+class RdpoStatsOutput(NamedTuple):
+    """Results of :func:`rdpo_loss` with ``statistics=True``: those of :class:`RdpoOutput`, and the
+    means over the answer tokens of every cell, which carry no gradient and are 0 for absent cells.
+    """
+
+    loss: Tensor
+    logps: Tensor
+    num_tokens: Tensor
+    rewards: Tensor
+    text_margins: Tensor
+    image_margins: Tensor
+    entropy: Tensor
+    """Mean entropy of the distribution, in nats, (C, P)."""
+    mean_logits: Tensor
+    """Mean over tokens and vocabulary of the transformed logits, (C, P)."""
+    top1_rate: Tensor
+    """Share of labels that are the most probable token, (C, P)."""
+
+
 def rdpo_loss(
     hidden_states: Tensor,
     lm_head_weight: Tensor,
@@ -65,18 +92,21 @@ def rdpo_loss(
     image_weight: float = _DEFAULT_IMAGE_WEIGHT,
     objective: Objective | None = None,
     rejected_scoring: str = "label",
+    token_weights: Tensor | None = None,
+    statistics: bool = False,
     lm_head_bias: Tensor | None = None,
     lm_head_lora: LoraFactors | None = None,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
+    ignore_index: int | None = -100,
+    logit_scale: float | None = 1.0,
     logit_softcap: float | None = None,
     temperature: float = 1.0,
     backend: str = "auto",
     memory: str = "auto",
     workspace_bytes: int = 256 << 20,
     stash_bytes: int = 2 << 30,
+    accumulate: str = "auto",
     group: ProcessGroup | None = None,
-) -> RdpoOutput:
+) -> RdpoOutput | RdpoStatsOutput:
     """Return the rDPO loss of a batch of pairs, never storing the logits nor rounding them to half.
 
     With ``rho = logps - ref_logps``, the mean over pairs of ``-logsigmoid(beta * (rho[0] - rho[1]))
@@ -104,21 +134,27 @@ def rdpo_loss(
             paper has it. ``"top_non_label"`` sums, in cells 1 to 3, those of the most probable
             token that is not the label (of equals, the lowest id), as the authors' code does;
             ``ref_logps`` must have been scored the same way.
+        token_weights: Factor of each token's log-probability in ``logps``, shape of ``labels``,
+            float32 or float64; not read where the label is ignored, without a gradient.  Lengths
+            still count tokens.  ``ref_logps`` must have been summed with the same factors.
+        statistics: Whether to add means of entropy, logits and top-1 of every cell, from the same
+            pass.
         lm_head_bias: As for :func:`linear_logprob`, like all that follow.
         lm_head_lora: ``(A, B, scaling)``.
-        ignore_index: Label of positions that are no answer; they cost nothing.
-        logit_scale: Factor on the logits.
+        ignore_index: Label of positions that are no answer, which cost nothing; None for none.
+        logit_scale: Factor on the logits; None for 1.
         logit_softcap: Bound on the logits.
         temperature: Divisor of the logits.
         backend: Implementation.
         memory: ``"tile"`` is allowed here.
         workspace_bytes: Bound on scratch.
         stash_bytes: Bound on the stash.
+        accumulate: ``"auto"`` or ``"exact"``.
         group: Tensor parallelism; every rank gets the whole loss.
     Returns:
-        output: :class:`RdpoOutput`, float32 (float64 for float64 inputs).  A cell without answer
-            tokens is absent: every term that reads it adds 0 for that pair.  Without pairs the loss
-            is 0.
+        output: :class:`RdpoOutput`, or :class:`RdpoStatsOutput` with ``statistics``; float32
+            (float64 for float64 inputs).  A cell without answer tokens is absent: every term that
+            reads it adds 0 for that pair.  Without pairs the loss is 0.
     Raises:
         ValueError: A shape, device, id, length, option name or number does not fit; a chosen answer
             is absent (found where lengths are on the host); ``objective`` comes with beta,
@@ -130,6 +166,12 @@ def rdpo_loss(
         differentiable in the inputs; the loss is not a function of ``logps`` for autograd.  No
         gradient reaches ``ref_logps``.
     Source: paper, eq. (1) -> docs/paper.md; ``top_non_label`` -> docs/paper.md 4.2.
+
+    Example::
+
+        # (3 * P, T, D), (V, D), (3 * P, T), (3, P); cell by cell, chosen answers first
+        output = rdpo_loss(hidden_states, lm_head.weight, labels, ref_logps, beta=0.1)
+        output.loss.backward()
     """
     objective = _resolve_objective(objective, beta, image_beta, image_weight)
     if dist.is_available() and dist.is_initialized():
@@ -139,18 +181,20 @@ def rdpo_loss(
     options = HeadOptions(
         lm_head_bias=lm_head_bias,
         lm_head_lora=lm_head_lora,
-        ignore_index=ignore_index,
-        logit_scale=logit_scale,
+        ignore_index=NO_INDEX if ignore_index is None else ignore_index,
+        logit_scale=1.0 if logit_scale is None else logit_scale,
         logit_softcap=logit_softcap,
         temperature=temperature,
         backend=backend,
         memory=memory,
         workspace_bytes=workspace_bytes,
         stash_bytes=stash_bytes,
+        accumulate=accumulate,
         group=group,
     )
     check_options(options)
     check_choice("rejected_scoring", rejected_scoring, REJECTED_SCORINGS)
+    check_flag("statistics", statistics)
     check_batch(hidden_states, lm_head_weight, labels, ref_logps, sequence_ids, sequence_lengths)
     pairs = resolve_pair_shape(
         len(hidden_states) if sequence_ids is None else None,
@@ -174,18 +218,63 @@ def rdpo_loss(
         sequence_ids=sequence_ids,
         sequence_lengths=sequence_lengths,
         ref_logps=None if ref_logps is None else ref_logps.detach(),
-        ignore_index=ignore_index,
+        ignore_index=options.ignore_index,
         pair_shape=list(pairs),
         terms=[number for row in objective.table() for number in row],
         nll_weight=objective.nll_weight,
     )
+    weights = _checked_weights(token_weights, labels, options.ignore_index)
+    outputs: tuple[Tensor, ...]
     if _takes_tiles(head, batch, memory):
-        return _reduce_in_tiles(head, batch, pairs, top_rows)
-    token_logps = score_tokens(
-        head, labels, options, top_rows=top_rows, sequence_lengths=sequence_lengths
-    ).token_logps
-    outputs = PairOutputs(*pair_loss_op(token_logps, head.backend, *batch))
-    return RdpoOutput(*outputs[:6])
+        outputs, found = _reduce_in_tiles(
+            head, batch, pairs, top_rows, weights, with_statistics=statistics
+        )
+    else:
+        scores = score_tokens(
+            head, labels, options, with_statistics=statistics, top_rows=top_rows,
+            sequence_lengths=sequence_lengths,
+        )  # fmt: skip
+        token_logps = scores.token_logps
+        if weights is not None:
+            token_logps = token_logps * weights.to(token_logps.dtype)
+        outputs = PairOutputs(*pair_loss_kept(token_logps, head.backend, *batch))[:6]
+        found = (scores.entropy, scores.mean_logits, scores.is_top1)
+    if not statistics:
+        return RdpoOutput(*outputs)
+    counts = outputs[2].clamp(min=1)
+    means = []
+    for values in found:
+        # The sums of the loss: in one order, without atomics, and a graph of one operator.
+        values = values.detach().to(outputs[0].dtype).view(labels.shape)
+        means.append(PairOutputs(*pair_loss_kept(values, head.backend, *batch)).logps / counts)
+    return RdpoStatsOutput(*outputs, *means)
+
+
+def _checked_weights(
+    token_weights: Tensor | None, labels: Tensor, ignore_index: int
+) -> Tensor | None:
+    """Check weights of tokens; return them with 0 where the label is ignored."""
+    if token_weights is None:
+        return None
+    check_tensor("token_weights", token_weights)
+    check_transforms(token_weights=token_weights)
+    check_floating("token_weights", token_weights)
+    if token_weights.shape != labels.shape:
+        raise ValueError(
+            f"token_weights must have shape {tuple(labels.shape)} to match labels, "
+            f"got {tuple(token_weights.shape)}. Give one for every label."
+        )
+    if token_weights.device != labels.device:
+        raise ValueError(
+            f"token_weights must be on {labels.device} to match labels, "
+            f"got {token_weights.device}. Call .to({str(labels.device)!r})."
+        )
+    if token_weights.requires_grad:
+        raise ValueError(
+            "token_weights must need no gradient, got one that does. Call .detach(), or weigh what "
+            "linear_logprob returns."
+        )
+    return torch.where(labels != ignore_index, token_weights, 0.0)
 
 
 def _takes_tiles(head: HeadArguments, batch: PairArguments, memory: str) -> bool:
@@ -199,12 +288,19 @@ def _takes_tiles(head: HeadArguments, batch: PairArguments, memory: str) -> bool
     num_rows = batch.labels.numel()
     if batch.sequence_lengths is not None and not torch.compiler.is_compiling():
         num_rows = int(batch.sequence_lengths.sum())
-    return num_rows * len(head.weight) * head.precision.operand.itemsize > head.budget[1]
+    return num_rows * head.stash_row_bytes > head.budget[1]
 
 
 def _reduce_in_tiles(
-    head: HeadArguments, batch: PairArguments, pairs: PairShape, top_rows: Tensor | None
-) -> RdpoOutput:
+    head: HeadArguments,
+    batch: PairArguments,
+    pairs: PairShape,
+    top_rows: Tensor | None,
+    token_weights: Tensor | None,
+    *,
+    with_statistics: bool,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return the results of the loss, and statistics of tokens."""
     labels, sequence_ids = batch.labels, batch.sequence_ids
     if sequence_ids is None:
         sequence_ids = torch.arange(pairs.num_sequences, device=labels.device)
@@ -214,9 +310,12 @@ def _reduce_in_tiles(
         needed=[part is not None and part.requires_grad for part in head.tensors],
         label_shape=list(labels.shape),
         witness=second_order_witness(*head.tensors),
+        token_weights=None if token_weights is None else token_weights.reshape(-1),
+        with_statistics=with_statistics,
     )
     packed = batch._replace(labels=labels.reshape(-1), sequence_ids=sequence_ids.reshape(-1))
-    return RdpoOutput(*TileOutputs(*rdpo_tiles_op(*head, *packed, *what))[:6])
+    outputs = TileOutputs(*rdpo_tiles_op(*head, *packed, *what))
+    return outputs[:6], outputs[-3:]
 
 
 def _top_rows(

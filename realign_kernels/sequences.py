@@ -155,7 +155,7 @@ def check_sequence_id_values(sequence_ids: Tensor, is_scored: Tensor, num_sequen
         return
     is_bad = is_scored & ((sequence_ids < 0) | (sequence_ids >= num_sequences))
     if is_bad.is_cuda:
-        assert_on_device(~is_bad.any(), f"sequence_ids must be in [0, {num_sequences}).")
+        assert_on_device(~is_bad.any(), _ids_rule(num_sequences))
     elif is_bad.any():
         index = int(torch.nonzero(is_bad)[0])
         raise ValueError(
@@ -164,22 +164,39 @@ def check_sequence_id_values(sequence_ids: Tensor, is_scored: Tensor, num_sequen
         )
 
 
+def checks_counts(device: torch.device) -> bool:
+    """Return whether lengths that lie on the host are compared with counts on a device."""
+    # A graph would read the host's memory again at every replay.
+    is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return value_checks_enabled() and not is_captured
+
+
 def check_counts(num_tokens: Tensor, sequence_lengths: Tensor) -> None:
     """Refuse lengths that are not those of the labels."""
-    if not value_checks_enabled():
+    if not checks_counts(num_tokens.device):
         return
     if num_tokens.is_cuda:
-        if torch.cuda.is_current_stream_capturing():
-            return  # a graph would read the host's memory again at every replay
         expected = sequence_lengths.to(num_tokens.device, non_blocking=True)
-        assert_on_device(
-            (num_tokens == expected).all(),
-            "sequence_lengths must equal the answer tokens in labels.",
-        )
+        assert_on_device((num_tokens == expected).all(), _COUNTS_RULE)
     elif not torch.equal(num_tokens, sequence_lengths):
         cell, pair = torch.nonzero(num_tokens != sequence_lengths)[0].tolist()
         raise ValueError(
-            "sequence_lengths must equal the answer tokens in labels, "
+            f"{_COUNTS_RULE}, "
             f"got {int(sequence_lengths[cell, pair])} for cell {cell} of pair {pair}, "
             f"which has {int(num_tokens[cell, pair])}."
         )
+
+
+def assert_pairs_fit(ids_fit: Tensor | None, counts_fit: Tensor | None, num_sequences: int) -> None:
+    """Stop the device where a kernel has found ids or counts that do not fit."""
+    if ids_fit is not None:
+        assert_on_device(ids_fit, _ids_rule(num_sequences))
+    if counts_fit is not None:
+        assert_on_device(counts_fit, f"{_COUNTS_RULE}.")
+
+
+_COUNTS_RULE = "sequence_lengths must equal the answer tokens in labels"
+
+
+def _ids_rule(num_sequences: int) -> str:
+    return f"sequence_ids must be in [0, {num_sequences})."

@@ -1,8 +1,9 @@
 """Tiles of rows and vocabulary whose scratch stays within a budget.  Knows sizes, no maths.
 
-The shape depends on the head and the budget, never on the number of rows or of vocabulary entries:
-adding rows to a batch, or splitting the vocabulary over ranks, leaves every other row's order of
-summation as it was.
+The shape depends on the head and the budget, not on the number of vocabulary entries: splitting
+the vocabulary over ranks leaves every row's order of summation as it was.  Nor does it depend on
+the number of rows, so that adding some to a batch changes no other; but for backends that ask for
+tiles that fit (GPUs), where it depends on the power of two above that number.
 """
 
 from __future__ import annotations
@@ -25,11 +26,21 @@ class TileShape(NamedTuple):
     columns: int
 
 
+def fitted(largest: TileShape, num_rows: int) -> TileShape:
+    """Return a tile as large as ``largest``, wider where there are few rows.
+
+    Rows are counted in powers of two: within one, the order of summation stays as it is.
+    """
+    rows = 1 << max(0, num_rows - 1).bit_length()
+    rows = min(largest.rows, max(LEAST_ROWS, rows))
+    return TileShape(rows, largest.rows * largest.columns // rows)
+
+
 def tile_shape(
     largest: TileShape,
     hidden_size: int,
     rank: int,
-    itemsizes: tuple[int, int],
+    itemsizes: tuple[int, int, int],
     workspace_bytes: int,
     *,
     temporaries: int,
@@ -38,17 +49,17 @@ def tile_shape(
 ) -> TileShape:
     """Return the largest tile within the budget, of those that are no larger than ``largest``.
 
-    Scratch for one tile: logits, as many temporaries as its kernels make and, where products take
-    another dtype than they give, the exponentials; of the head what is cast, its low-rank factor,
-    and its gradient until that is rounded.  ``itemsizes`` are those of accumulation and of
-    operands.
+    Scratch for one tile: logits, as many temporaries as its kernels make and, where they have
+    another dtype, the exponentials; of the head what is cast, its low-rank factor, and its gradient
+    until that is rounded.  ``itemsizes`` are those of accumulation, of operands and of
+    exponentials.
     """
     rows, columns = largest
-    accumulation, operand = itemsizes
+    accumulation, operand, exponential = itemsizes
     per_logit = accumulation * (1 + temporaries)
-    if operand != accumulation:
+    if exponential != accumulation:
         # low-rank products take the exponentials widened again
-        per_logit += operand + (accumulation if rank else 0)
+        per_logit += exponential + (accumulation if rank else 0)
     gradient = accumulation * (hidden_size + rank + 1)
     per_column = 2 * accumulation * rank  # cast, then scaled
     per_column += operand * hidden_size if casts_head else 0

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from realign_kernels.options import MEMORY_MODES, HeadOptions
+from realign_kernels.options import ACCUMULATE_MODES, MEMORY_MODES, NO_INDEX, HeadOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,6 +45,7 @@ def check_options(options: HeadOptions) -> None:
     for name in ("workspace_bytes", "stash_bytes"):
         check_integer(name, getattr(options, name), least=0)
     check_choice("memory", options.memory, MEMORY_MODES)
+    check_choice("accumulate", options.accumulate, ACCUMULATE_MODES)
     check_choice("backend", options.backend, None)
     _check_group(options.group)
 
@@ -57,7 +58,8 @@ def check_number(
         raise TypeError(
             f"{name} must be a number, got {describe(value)}.{_remedy_of_number(value)}"
         )
-    if not (math.isfinite(value) and value >= least and value > above):
+    # Not math.isfinite, which torch.compile does not trace for a number that changes.
+    if not (-math.inf < value < math.inf and value >= least and value > above):
         bound = f" and > {above:g}" if above > -math.inf else ""
         bound = f" and >= {least:g}" if least > -math.inf else bound
         raise ValueError(f"{name} must be finite{bound}, got {value}. {_DEFAULT}")
@@ -126,7 +128,7 @@ def _check_lora(lora: Any) -> None:
             f"lm_head_lora must have a number as scaling, got {describe(scaling)}."
             f"{_remedy_of_number(scaling)}"
         )
-    if not math.isfinite(scaling):
+    if not -math.inf < scaling < math.inf:
         raise ValueError(f"lm_head_lora must have a finite scaling, got {scaling}. Pass 1.0.")
 
 
@@ -200,7 +202,7 @@ def _remedy_of_tensor(value: Any) -> str:
 def check_head(
     hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, options: HeadOptions
 ) -> torch.dtype | None:
-    """Check the tensors of a head against each other; return what autocast rounds them to."""
+    """Check the tensors of a head against each other; return what the weight is rounded to."""
     check_tensor("hidden_states", hidden_states)
     check_tensor("lm_head_weight", lm_head_weight)
     check_tensor("labels", labels)
@@ -328,9 +330,10 @@ def check_labels(labels: Tensor, ignore_index: int, vocabulary: VocabularyShard)
     """Refuse a label that is neither a token id nor ``ignore_index``."""
     if not value_checks_enabled():
         return
-    is_bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary.total))
-    remedy = "Are the labels those of this tokenizer, and already shifted?"
-    rule = f"labels must be in [0, V) or ignore_index {ignore_index}"
+    is_bad = (labels < 0) | (labels >= vocabulary.total)
+    if ignore_index != NO_INDEX:
+        is_bad &= labels != ignore_index
+    rule, remedy = _label_rule(ignore_index)
     if is_bad.is_cuda:
         assert_on_device(~is_bad.any(), f"{rule}. {remedy}")
     elif is_bad.any():
@@ -341,11 +344,41 @@ def check_labels(labels: Tensor, ignore_index: int, vocabulary: VocabularyShard)
         )
 
 
-def known_number(sequence_lengths: Tensor | None, device: torch.device) -> int | None:
-    """Return the number of scored rows where the host knows it and would have to wait for it."""
-    if sequence_lengths is None or device.type == "cpu":
+def _label_rule(ignore_index: int) -> tuple[str, str]:
+    """Return what labels must be, and what to look at where they are not."""
+    rule = "labels must be in [0, V)"
+    if ignore_index != NO_INDEX:
+        rule = f"{rule} or ignore_index {ignore_index}"
+    return rule, "Are the labels those of this tokenizer, and already shifted?"
+
+
+def assert_rows_fit(
+    labels_fit: Tensor, number_fits: Tensor | None, ignore_index: int, num_rows: int | None
+) -> None:
+    """Stop the device where a kernel has found labels that are no tokens, or another number."""
+    if not value_checks_enabled():
+        return
+    assert_on_device(labels_fit, ". ".join(_label_rule(ignore_index)))
+    if number_fits is not None:
+        assert_on_device(number_fits, f"{_NUMBER_RULE}, got {num_rows}.")
+
+
+_NUMBER_RULE = (
+    "num_scored, or the sum of sequence_lengths, must be the number of labels that are not ignored"
+)
+
+
+def known_number(
+    sequence_lengths: Tensor | None, device: torch.device, waits: bool = False
+) -> int | None:
+    """Return the number of scored rows where the host knows it and would have to wait for it.
+
+    ``waits`` says that it would also on a CPU, as kernels in an interpreter do.
+    """
+    if sequence_lengths is None or (device.type == "cpu" and not waits):
         return None
-    return int(sequence_lengths.sum())
+    numbers = sequence_lengths.tolist()
+    return numbers if isinstance(numbers, int) else sum(map(sum, numbers))
 
 
 def scored_positions(is_scored: Tensor, num_rows: int | None) -> Tensor:
@@ -358,9 +391,18 @@ def scored_positions(is_scored: Tensor, num_rows: int | None) -> Tensor:
     if is_scored.is_cuda and value_checks_enabled():
         assert_on_device(
             is_scored.sum() == num_rows,
-            f"sequence_lengths must sum to the number of answer tokens, got {num_rows}.",
+            f"{_NUMBER_RULE}, got {num_rows}.",
         )
     return torch.nonzero_static(is_scored, size=num_rows).squeeze(1)
+
+
+def check_num_scored(num_scored: int, positions: Tensor) -> None:
+    """Refuse a number of scored labels that is not theirs; on a GPU an assertion has done it."""
+    if value_checks_enabled() and num_scored != len(positions):
+        raise ValueError(
+            f"num_scored must be the number of labels that are not ignored, {len(positions)}, "
+            f"got {num_scored}. Count them on the host, or leave it out."
+        )
 
 
 def check_floating(name: str, tensor: Tensor, remedy: str = "") -> None:
@@ -392,7 +434,7 @@ def check_cell_shape(name: str, tensor: Tensor, least: int, most: int) -> None:
 
 def check_chosen_present(num_tokens: Tensor) -> None:
     """Refuse pairs without a chosen answer; call with counts that are on the host."""
-    empty_pairs = torch.nonzero(num_tokens[0] <= 0).flatten().tolist()
+    empty_pairs = [pair for pair, count in enumerate(num_tokens[0].tolist()) if count <= 0]
     if empty_pairs:
         raise ValueError(
             "num_tokens must be > 0 in cell 0 (chosen) of every pair, "
@@ -409,7 +451,9 @@ def assert_on_device(condition: Tensor, message: str) -> None:
 def _check_dtypes(
     hidden_states: Tensor, lm_head_weight: Tensor, swapped: str
 ) -> tuple[set[torch.dtype], torch.dtype | None]:
-    """Return the dtypes that other parts of the head may have, and the one of autocast if on.
+    """Return the dtypes that other parts of the head may have, and what the weight is rounded to.
+
+    That is the dtype of autocast, or of hidden states that have another one than the weight.
 
     PEFT keeps low-rank factors in float32 beside a half-precision head.
     """
@@ -425,10 +469,12 @@ def _check_dtypes(
     if torch.is_autocast_enabled(device_type) and not has_float64:
         return {*_HALF_DTYPES, torch.float32}, torch.get_autocast_dtype(device_type)
     if lm_head_weight.dtype != hidden_states.dtype:
-        raise TypeError(
-            f"lm_head_weight must have dtype {hidden_states.dtype} to match hidden_states, "
-            f"got {lm_head_weight.dtype}. Cast one of them, or call under torch.autocast."
-        )
+        if has_float64:
+            raise TypeError(
+                f"lm_head_weight must have dtype {hidden_states.dtype} to match hidden_states, "
+                f"got {lm_head_weight.dtype}. Cast one of them: float64 mixes with nothing."
+            )
+        return {*_HALF_DTYPES, torch.float32}, hidden_states.dtype
     return {hidden_states.dtype, torch.float64 if has_float64 else torch.float32}, None
 
 

@@ -115,6 +115,7 @@ def _statistics(inputs: HeadInputs, dtype: str, backend: str) -> None:
         "log_sum_sq_probs": (2 * log_probs).logsumexp(-1),
         "mean_logits": logits.mean(-1),
         "top_non_label_logps": others.amax(-1),
+        "lse": logits.logsumexp(-1),
     }
     relative = 1e-6 * logits.abs().amax(-1)
     bound = LOGP_BOUND[dtype]

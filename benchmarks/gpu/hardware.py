@@ -212,7 +212,7 @@ def _step(device: torch.device, dtype: str) -> tuple[HeadInputs, Tensor, Tensor]
 def _waits(device: torch.device, dtype: str, memory: str, backend: str) -> None:
     """With ``sequence_lengths`` nothing of loss and gradients waits for the device."""
     pairs, ref_logps, lengths = _step(device, dtype)
-    _loss_and_gradients(pairs, ref_logps, lengths, memory, backend)  # compiles, fills its tables
+    _loss_and_gradients(pairs, ref_logps, lengths, memory, backend)  # compiles
     torch.cuda.synchronize(device)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -166,7 +166,11 @@ def _tile(
         )
 
     # nothing else can ask for a tile that is not the kernel set's choice
-    with mock.patch.object(kernels_of(backend), "LARGEST_TILE", TileShape(*size)):
+    kernels = kernels_of(backend)
+    with (
+        mock.patch.object(kernels, "LARGEST_TILE", TileShape(*size)),
+        mock.patch.object(kernels, "FITS_TILES", False, create=True),
+    ):
         return {"status": "ok", **summary(time_one(call, device))}
 
 

@@ -145,7 +145,7 @@ def head_loss(
         (adapter,) = head.active_adapters
         lora = (head.lora_A[adapter].weight, head.lora_B[adapter].weight, head.scaling[adapter])
         head = head.get_base_layer()
-    return rdpo_loss(
+    output = rdpo_loss(
         hidden_states,
         head.weight,
         labels,
@@ -159,3 +159,5 @@ def head_loss(
         logit_scale=transform.scale,
         logit_softcap=transform.softcap,
     )
+    assert isinstance(output, RdpoOutput)  # of a call without statistics
+    return output

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 LARGEST_TILE = TileShape(512, 2048)
 TEMPORARIES = 0
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _WEIGHT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -34,20 +34,35 @@ _INNER, _INNER_NARROW, _INNER_VECTOR = 256, 128, 16
 _WIDE = 2048
 
 
-def operand_dtype(computed: torch.dtype, rounded: torch.dtype) -> torch.dtype:
-    """Return the dtype that sums are taken in: products of half operands are slow on CPUs."""
+# Exponentials that are no smaller part of their row's total are multiplied in full, others as they
+# are in bfloat16: the error of the sum stays far below that of rounding it.
+_LARGE_PART = 1 / 64
+_LARGE_BYTES = 32 << 20
+
+
+def operand_dtype(computed: torch.dtype, rounded: torch.dtype, *, is_given: bool) -> torch.dtype:
+    """Return bfloat16 where there are instructions for it, or else the dtype of sums.
+
+    Gradients of what autocast rounds are float32 themselves, and are computed in float32.
+    """
+    is_bfloat16 = is_given and rounded == torch.bfloat16
+    return rounded if is_bfloat16 and product_set() != "none" else computed
+
+
+def exponential_dtype(computed: torch.dtype, operand: torch.dtype) -> torch.dtype:
+    """Return the dtype of logits, in whose place exponentials are written."""
     return computed
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:
     """Set ``out`` to ``a @ b``, or add it, in an order that no number of threads changes."""
-    if out.shape[0] == 1:
+    if b.dtype == torch.bfloat16:
+        _narrow_product(out, a, b, adds=adds)
+        return
+    if out.shape[0] == 1 and out.shape[1] != 1:
         out, a, b = out.T, b.T, a.T
     if out.shape[1] == 1:
-        if not adds:
-            out.zero_()
-        for inner in spans(a.shape[1], _INNER_VECTOR):
-            out.add_((a[:, inner] * b[inner].T).sum(dim=1, keepdim=True))
+        _vector_product(out, a, b, adds=adds)
         return
     is_transposed = b.stride(1) != 1
     size = _INNER_NARROW if is_transposed and out.shape[1] < _WIDE else _INNER
@@ -56,6 +71,97 @@ def product(out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:
     for inner in spans(a.shape[1], size):
         if adds or inner.start > 0:
             out.addmm_(a[:, inner], b[inner])
+
+
+def _vector_product(out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:
+    """Multiply by a single column."""
+    if not has_library():
+        if not adds:
+            out.zero_()
+        for inner in spans(a.shape[1], _INNER_VECTOR):
+            out.add_((a[:, inner] * b[inner].T).sum(dim=1, keepdim=True))
+        return
+    _library().realign_vector_product(
+        out.dtype == torch.float64, torch.get_num_threads(), adds, *a.shape, a.data_ptr(),
+        *a.stride(), b.data_ptr(), b.stride(0), out.data_ptr(), out.stride(0),
+    )  # fmt: skip
+
+
+def exponential_product(
+    out: Tensor,
+    exponentials: Tensor,
+    b: Tensor,
+    totals: Tensor,
+    *,
+    scale: Tensor | None = None,
+    adds: bool,
+) -> None:
+    """Set ``out`` to ``exponentials @ b``, or with a scale to ``(scale * exponentials).T @ b``."""
+    limits = totals * _LARGE_PART
+    if scale is None:
+        _narrow_product(out, exponentials, b, adds=adds, row_limits=limits)
+    else:
+        _narrow_product(out, exponentials.T, b, adds=adds, scale=scale, term_limits=limits)
+
+
+def _narrow_product(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    adds: bool,
+    scale: Tensor | None = None,
+    row_limits: Tensor | None = None,
+    term_limits: Tensor | None = None,
+) -> None:
+    """Multiply by a bfloat16 matrix."""
+    assert out.dtype == torch.float32
+    assert out.stride(1) == 1
+    argument = _Product(
+        num_threads=torch.get_num_threads(),
+        adds=adds,
+        num_rows=out.shape[0],
+        num_columns=out.shape[1],
+        num_terms=a.shape[1],
+        a_type=_WEIGHT_TYPES[a.dtype],
+        a=a.data_ptr(),
+        a_row_stride=a.stride(0),
+        a_term_stride=a.stride(1),
+        scale=_pointer(scale),
+        limits=_pointer(term_limits if row_limits is None else row_limits),
+        limits_are_of_rows=row_limits is not None,
+        b=b.data_ptr(),
+        b_term_stride=b.stride(0),
+        b_column_stride=b.stride(1),
+        out=out.data_ptr(),
+        out_stride=out.stride(0),
+    )
+    if not _library().realign_product(byref(argument)):
+        raise MemoryError("There is no memory for the copies that a product packs.")
+
+
+class _Product(Structure):
+    """``RealignProduct`` of csrc/realign_kernels.h."""
+
+    _fields_: ClassVar = [
+        ("num_threads", c_int32),
+        ("adds", c_int32),
+        ("num_rows", c_int64),
+        ("num_columns", c_int64),
+        ("num_terms", c_int64),
+        ("a_type", c_int32),
+        ("a", c_void_p),
+        ("a_row_stride", c_int64),
+        ("a_term_stride", c_int64),
+        ("scale", c_void_p),
+        ("limits", c_void_p),
+        ("limits_are_of_rows", c_int32),
+        ("b", c_void_p),
+        ("b_term_stride", c_int64),
+        ("b_column_stride", c_int64),
+        ("out", c_void_p),
+        ("out_stride", c_int64),
+    ]
 
 
 class _Tile(Structure):
@@ -134,9 +240,25 @@ def library_path() -> str | None:
 
 
 @functools.cache
+def has_library() -> bool:
+    """Return whether the compiled library is there and loads; the eager backend does without."""
+    if library_path() is None:
+        return False
+    try:
+        _library()
+    except (OSError, RuntimeError):
+        return False
+    return True
+
+
+@functools.cache
 def _library() -> ctypes.CDLL:
     path = library_path()
     assert path is not None  # dispatch.py does not choose this backend without one
+    return _load(path)
+
+
+def _load(path: str) -> ctypes.CDLL:
     library = ctypes.CDLL(path)
     library.realign_abi_version.restype = c_int32
     version = library.realign_abi_version()
@@ -146,12 +268,17 @@ def _library() -> ctypes.CDLL:
             "Install the package again."
         )
     library.realign_instruction_set.restype = c_char_p
+    library.realign_product_set.restype = c_char_p
+    library.realign_product.argtypes = [POINTER(_Product)]
+    library.realign_product.restype = c_int32
+    library.realign_use_large_pages.argtypes = [c_void_p, c_int64]
+    library.realign_use_large_pages.restype = None
     library.realign_epilogue.argtypes = [POINTER(_Tile)]
     library.realign_pair_loss.argtypes = [POINTER(_Pairs)]
     sizes = (c_int32, c_int32, c_int64, c_int64)
     weight = (c_int32, c_void_p, c_int64, c_int64)
     library.realign_label_dot.argtypes = [
-        *sizes, c_void_p, c_int64, *weight, c_int64, c_void_p, c_void_p,
+        c_int32, *sizes[1:], c_void_p, c_int64, *weight, c_int64, c_void_p, c_void_p,
     ]  # fmt: skip
     library.realign_combine.argtypes = [
         *sizes, c_void_p, c_int64, c_void_p, *weight, c_int64, c_void_p, c_void_p,
@@ -159,7 +286,12 @@ def _library() -> ctypes.CDLL:
     library.realign_add_entries.argtypes = [
         *sizes, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64,
     ]  # fmt: skip
-    for name in ("epilogue", "pair_loss", "label_dot", "combine", "add_entries"):
+    library.realign_vector_product.argtypes = [
+        *sizes[:2], c_int32, *sizes[2:], c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p,
+        c_int64,
+    ]  # fmt: skip
+    names = ("epilogue", "pair_loss", "label_dot", "combine", "add_entries", "vector_product")
+    for name in names:
         getattr(library, f"realign_{name}").restype = None
     return library
 
@@ -167,6 +299,11 @@ def _library() -> ctypes.CDLL:
 def instruction_set() -> str:
     """Return the widest instruction set that the library uses here."""
     return str(_library().realign_instruction_set().decode())
+
+
+def product_set() -> str:
+    """Return what multiplies bfloat16 here: "amx", "avx512" or "none"."""
+    return str(_library().realign_product_set().decode())
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -181,6 +318,15 @@ def _sizes(matrix: Tensor, num_rows: int | None = None) -> tuple[int, int, int, 
 def _weight(weight: Tensor) -> tuple[int, int, int, int, int]:
     kind = _WEIGHT_TYPES[weight.dtype]
     return kind, weight.data_ptr(), weight.stride(0), weight.stride(1), weight.shape[0]
+
+
+def expect_writes(tensor: Tensor) -> None:
+    """Ask for large pages below large tensors: the faults of small ones cost as much as a product.
+
+    Smaller ones lie in memory that is used again.
+    """
+    if tensor.nbytes >= _LARGE_BYTES:
+        _library().realign_use_large_pages(tensor.data_ptr(), tensor.nbytes)
 
 
 def epilogue(tile: Tile) -> None:
@@ -221,9 +367,10 @@ def epilogue(tile: Tile) -> None:
 
 def label_dot(hidden: Tensor, weight: Tensor, ids: Tensor, out: Tensor) -> None:
     """Add ``hidden[n] . weight[ids[n]]`` to ``out[n]`` where the id is a row of the weight."""
+    _, *sizes = _sizes(hidden)
     _library().realign_label_dot(
-        *_sizes(hidden), hidden.data_ptr(), hidden.stride(0), *_weight(weight), ids.data_ptr(),
-        out.data_ptr(),
+        _WEIGHT_TYPES[hidden.dtype], *sizes, hidden.data_ptr(), hidden.stride(0), *_weight(weight),
+        ids.data_ptr(), out.data_ptr(),
     )  # fmt: skip
 
 
@@ -241,6 +388,14 @@ def add_entries(
     out: Tensor, starts: Tensor, order: Tensor, coefficient: Tensor, hidden: Tensor
 ) -> None:
     """Add ``coefficient * hidden`` of the entries ``order[starts[v]:starts[v + 1]]`` to row v."""
+    if hidden.dtype != out.dtype:  # only the rows that are read are widened
+        first = starts[0].clone()
+        entries = order[first : starts[-1]]
+        if len(entries) == 0:
+            return
+        hidden = hidden[entries % len(hidden)].to(out.dtype)
+        coefficient, starts = coefficient[entries], starts - first
+        order = torch.arange(len(entries))
     _library().realign_add_entries(
         *_sizes(out), out.data_ptr(), out.stride(0), starts.data_ptr(), order.data_ptr(),
         coefficient.data_ptr(), hidden.data_ptr(), hidden.stride(0), hidden.shape[0],
@@ -250,6 +405,13 @@ def add_entries(
 def pair_loss(batch: PairBatch, results: PairResults) -> None:
     """Fill in the results of a preference batch."""
     terms = torch.tensor(batch.objective.table(), dtype=torch.float64)
+    ref_logps = batch.ref_logps
+    if ref_logps is not None:
+        ref_logps = ref_logps.to(torch.float64).contiguous()
+    wide = {
+        name: part if part.dtype == torch.int64 else part.to(torch.float64)
+        for name, part in results._asdict().items()
+    }
     argument = _Pairs(
         is_double=batch.token_logps.dtype == torch.float64,
         num_tokens=batch.token_logps.numel(),
@@ -260,12 +422,15 @@ def pair_loss(batch: PairBatch, results: PairResults) -> None:
         sequence_ids=_pointer(batch.sequence_ids),
         num_cells=batch.num_cells,
         num_pairs=batch.num_pairs,
-        ref_logps=_pointer(batch.ref_logps),
+        ref_logps=_pointer(ref_logps),
         terms=terms.data_ptr(),
         num_terms=len(terms),
         nll_weight=batch.objective.nll_weight,
         beta=batch.objective.beta,
         image_beta=batch.objective.image_beta,
-        **{name: value.data_ptr() for name, value in results._asdict().items()},
+        **{name: value.data_ptr() for name, value in wide.items()},
     )
     _library().realign_pair_loss(byref(argument))
+    for name, part in results._asdict().items():
+        if wide[name] is not part:
+            part.copy_(wide[name])

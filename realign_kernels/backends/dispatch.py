@@ -6,12 +6,14 @@ Explicit requests never fall back; only ``"auto"`` chooses.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import importlib.util
 import os
+import sys
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-import torch  # noqa: F401
+import torch
 
 if TYPE_CHECKING:
     from realign_kernels.backends.kernel_set import KernelSet
@@ -77,20 +79,57 @@ def resolve_backend(backend: str, device_type: str) -> str:
             f"backend must fit the device {device_type!r} of hidden_states, got {backend!r}. "
             "Move the tensors, or pass backend='auto' or backend='eager'."
         )
+    if not is_interpreted and not _has_products(backend, device_type):
+        raise RuntimeError(
+            f"backend {backend!r} requires torch.mm with half operands and a float32 result, which "
+            f"this build of torch lacks on {device_type!r}. "
+            "Pass backend='auto' or backend='eager', or install a newer torch."
+        )
     return backend
 
 
 def auto_backend(device_type: str) -> str:
     """Return the fused backend of a device where it is installed, or else eager."""
     for name, backend in BACKENDS.items():
-        if device_type in (backend.device_types or ()) and _missing(name) is None:
+        if (
+            device_type in (backend.device_types or ())
+            and _missing(name) is None
+            and _has_products(name, device_type)
+        ):
             return name
     return "eager"
 
 
+def _has_products(backend: str, device_type: str) -> bool:
+    """Return whether torch has the products that a backend takes from it on a device.
+
+    CUDA builds have them; of ROCm and XPU builds older ones do not.
+    """
+    may_lack_them = device_type == "xpu" or torch.version.hip is not None
+    return backend != "triton" or not may_lack_them or _multiplies_to_float32(device_type)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _multiplies_to_float32(device_type: str) -> bool:
+    """Return whether a product of half operands can be had in float32 on a device."""
+    return _probe_product(device_type)
+
+
+@functools.cache
+def _probe_product(device_type: str) -> bool:
+    ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device_type)
+    try:
+        torch.mm(ones, ones, out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True
+
+
 def kernels_of(backend: str) -> KernelSet:
     """Load the kernels of a backend."""
-    return cast("KernelSet", importlib.import_module(BACKENDS[backend].module))
+    name = BACKENDS[backend].module
+    # Looked up before it is imported, which takes longer and happens several times a call.
+    return cast("KernelSet", sys.modules.get(name) or importlib.import_module(name))
 
 
 def describe_backends() -> dict[str, str]:
@@ -107,7 +146,8 @@ def describe_backends() -> dict[str, str]:
         state = "available" if missing is None else f"not installed ({missing})"
         descriptions[name] = f"{state}: {backend.purpose}"
     if _missing("cpu") is None:
-        descriptions["cpu"] += f", {kernels_of('cpu').instruction_set()}"  # type: ignore[attr-defined]
+        cpu = importlib.import_module(BACKENDS["cpu"].module)
+        descriptions["cpu"] += f", {cpu.instruction_set()}, bfloat16: {cpu.product_set()}"
     return descriptions
 
 

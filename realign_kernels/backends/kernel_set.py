@@ -14,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     import torch
 
-    from realign_kernels.head import LogitTransform
+    from realign_kernels.head import Head, LogitTransform
     from realign_kernels.objective import Objective
     from realign_kernels.tiling import TileShape
 
@@ -65,14 +65,15 @@ class PairBatch(NamedTuple):
     sequence_ids: Tensor | None  # (tokens,)
     num_cells: int
     num_pairs: int
-    ref_logps: Tensor | None  # (C, P), float64
+    ref_logps: Tensor | None  # (C, P), of any floating dtype and layout
     objective: Objective
+    lengths: Tensor | None = None  # (C, P): what the counts should be, where that is to be checked
 
 
 class PairResults(NamedTuple):
-    """Tensors that a preference batch is reduced into; float64 except the counts."""
+    """Tensors that a preference batch is reduced into, in whatever floating dtypes they have."""
 
-    loss: Tensor  # (1,)
+    loss: Tensor  # (), or one element
     logps: Tensor  # (C, P)
     counts: Tensor  # (C, P), int64
     rewards: Tensor  # (C, P)
@@ -81,25 +82,176 @@ class PairResults(NamedTuple):
     coefficients: Tensor  # (C, P): derivative of the loss in logps
 
 
+class PairGradient(NamedTuple):
+    """The gradient of a preference batch, before it goes to the tokens."""
+
+    grad_loss: Tensor | None  # ()
+    grad_logps: Tensor | None  # (C, P)
+    coefficients: Tensor  # (C, P), contiguous
+    labels: Tensor  # of any shape, contiguous
+    sequence_ids: Tensor | None  # None: the rows of `labels`
+    ignore_index: int
+
+
+class FoundRows(NamedTuple):
+    """Where labels are scored."""
+
+    positions: Tensor  # (N,) int64, ascending
+    scores: Tensor  # (M,), zeros
+    labels_fit: Tensor  # () bool: all labels are tokens or ignored
+    number_fits: Tensor | None  # () bool: there are as many as was said
+
+
+class StartedRows(NamedTuple):
+    """The rows that carry a label, gathered, before any column has been seen."""
+
+    hidden: Tensor  # (rows, D), as products take it
+    ids: Tensor  # (rows,), the label's token
+    numbers: Tensor  # (3, rows): x at the label, shift, sum of the others
+
+
+class RowKernels(Protocol):
+    """What is done once a call, one launch each; for a whole vocabulary without low-rank factors.
+
+    PyTorch's operators do the same where a backend has none of these: ``fused/`` and ``ops/`` say
+    what is computed.
+    """
+
+    MOST_POSITIONS: int  # of labels that `find_rows` is for
+
+    def find_rows(
+        self,
+        labels: Tensor,
+        ignore_index: int,
+        vocabulary_size: int,
+        num_rows: int | None,
+        dtype: torch.dtype,
+    ) -> FoundRows:
+        """Find the labels (M,) that are scored; wait for their number only if it is None."""
+
+    def start_rows(
+        self,
+        head: Head,
+        transform: LogitTransform,
+        hidden_states: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        total_rows: int,
+        *,
+        with_numbers: bool,
+    ) -> StartedRows:
+        """Gather the rows at ``positions`` of ``hidden_states`` (..., D), then empty ones.
+
+        Without numbers, these are left uninitialised.
+        """
+
+    def finish_rows(
+        self,
+        head: Head,
+        transform: LogitTransform,
+        started: StartedRows,
+        positions: Tensor | None,
+        accumulator: Tensor | None,
+        scores: Tensor,
+    ) -> None:
+        """Put scores to their positions, and turn ``E @ W`` into their derivative.
+
+        Without positions ``scores`` has an entry a row.
+        """
+
+    def grade_rows(
+        self,
+        transform: LogitTransform,
+        numbers: Tensor,
+        upstream: Tensor,
+        positions: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Differentiate scores by raw logits: return the factor of E, and the label's entry.
+
+        ``upstream`` has an entry a position, or without positions a row.
+        """
+
+    def rescale_rows(self, matrix: Tensor, old_shift: Tensor, new_shift: Tensor) -> None:
+        """Make rows of E, relative to the old shift, relative to the new one."""
+
+    def spread_rows(
+        self, upstream: Tensor | None, rows: Tensor, positions: Tensor, out: Tensor
+    ) -> None:
+        """Set rows ``positions[n]`` of ``out`` to ``upstream[positions[n]] * rows[n]``.
+
+        The others are set to 0.  Without ``upstream`` its entries are 1.
+        """
+
+    def spread_gradient(self, gradient: PairGradient, out: Tensor) -> None:
+        """Set every scored token of ``out`` to the slope of its sequence, any other to 0."""
+
+
+class ProductKernels(Protocol):
+    """Products of hidden states and weight whose sums are bounded, beside those of a BLAS.
+
+    Tensor cores cut off what their sums cannot hold; these are added in float32, which rounds to
+    nearest, before they grow long.
+    """
+
+    def is_faster(self, operand: torch.dtype, device: torch.device) -> bool:
+        """Return whether :meth:`fused_product` is faster than a BLAS followed by an epilogue."""
+
+    def exact_product(self, out: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        """Set ``out``, float32, to ``hidden @ weight.T``."""
+
+    def fused_product(self, tile: Tile, hidden: Tensor, weight: Tensor) -> None:
+        """Compute the logits of a tile and fold them into the sums of its rows.
+
+        The logits are stored nowhere.  Takes no statistics, and tracks no best token.
+        """
+
+
 class KernelSet(Protocol):
     """A module of kernels; every one is deterministic and waits for no device.
 
     It may also state ``STRIDE_MULTIPLE``: rows of tiles and of E lie a multiple of so many elements
-    apart.
+    apart; ``FITS_TILES``: few rows get wider tiles, and so sums in another order than many have;
+    ``ROW_KERNELS``, for devices whose launches cost more than the work; and ``PRODUCT_KERNELS``,
+    for devices whose products cut sums off.
     """
 
     LARGEST_TILE: TileShape  # where the workspace allows it
     TEMPORARIES: int  # tiles of the accumulation dtype that the epilogue makes for itself
 
-    def operand_dtype(self, computed: torch.dtype, rounded: torch.dtype) -> torch.dtype:
-        """Return the dtype of hidden states, weight and exponentials in products.
+    def operand_dtype(
+        self, computed: torch.dtype, rounded: torch.dtype, *, is_given: bool
+    ) -> torch.dtype:
+        """Return the dtype of hidden states and weight in products.
 
         ``computed`` is what sums are taken in, ``rounded`` what the weight is given in or rounded
-        to by autocast.
+        to by autocast.  ``is_given`` says that hidden states and weight are both given in it, so
+        that their gradients are rounded to it too.
         """
+
+    def exponential_dtype(self, computed: torch.dtype, operand: torch.dtype) -> torch.dtype:
+        """Return the dtype of exponentials, which is one of the two."""
+
+    def expect_writes(self, tensor: Tensor) -> None:
+        """Prepare a tensor that may be large, and has not been written to, for being filled."""
 
     def product(self, out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:
         """Set ``out`` to ``a @ b``, or add it, summed and stored in the dtype of ``out``."""
+
+    def exponential_product(
+        self,
+        out: Tensor,
+        exponentials: Tensor,
+        b: Tensor,
+        totals: Tensor,
+        *,
+        scale: Tensor | None = None,
+        adds: bool,
+    ) -> None:
+        """Set ``out`` to ``exponentials @ b``, or add it, where ``b`` is narrower.
+
+        With a scale (rows,) it is ``(scale * exponentials).T @ b``.  Exponentials that are no small
+        part of their row's total keep all digits.
+        """
 
     def epilogue(self, tile: Tile) -> None:
         """Fold a tile of logits into the sums of its rows."""
@@ -120,5 +272,9 @@ class KernelSet(Protocol):
         Entry e is ``coefficient[e] * hidden[e % N]``.
         """
 
-    def pair_loss(self, batch: PairBatch, results: PairResults) -> None:
-        """Fill in the results of a preference batch."""
+    def pair_loss(self, batch: PairBatch, results: PairResults) -> Tensor | None:
+        """Fill in the results of a preference batch.
+
+        Returns whether all ids are in range, and whether the counts are the lengths, (2,) bool;
+        None where the caller has to look.
+        """

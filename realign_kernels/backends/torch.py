@@ -28,9 +28,18 @@ _INF = float("inf")
 _MAX_ELEMENTS = 1 << 18
 
 
-def operand_dtype(computed: torch.dtype, rounded: torch.dtype) -> torch.dtype:
+def operand_dtype(computed: torch.dtype, rounded: torch.dtype, *, is_given: bool) -> torch.dtype:
     """Return the dtype that sums are taken in, which every device has a product of."""
     return computed
+
+
+def exponential_dtype(computed: torch.dtype, operand: torch.dtype) -> torch.dtype:
+    """Return the dtype that everything else has too."""
+    return computed
+
+
+def expect_writes(tensor: Tensor) -> None:
+    """Do nothing."""
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:
@@ -208,11 +217,12 @@ def add_entries(
 
 def pair_loss(batch: PairBatch, results: PairResults) -> None:
     """Fill in the results of a preference batch."""
-    shape = batch.num_cells, batch.num_pairs
-    logps, counts = (part.view(shape) for part in _sum_sequences(batch, results.logps.dtype))
-    log_ratios = logps if batch.ref_logps is None else logps - batch.ref_logps
+    shape, wide = (batch.num_cells, batch.num_pairs), results.coefficients.dtype
+    logps, counts = (part.view(shape) for part in _sum_sequences(batch, wide))
+    ref_logps = None if batch.ref_logps is None else batch.ref_logps.to(wide)
+    log_ratios = logps if ref_logps is None else logps - ref_logps
     log_ratios = torch.where(counts > 0, log_ratios, 0.0)
-    output = reduce_losses(logps, batch.ref_logps, batch.objective, counts)
+    output = reduce_losses(logps, ref_logps, batch.objective, counts)
     results.logps.copy_(logps)
     results.counts.copy_(counts)
     results.loss.copy_(output.loss)

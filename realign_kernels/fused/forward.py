@@ -25,7 +25,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from realign_kernels.backends.kernel_set import KernelSet, RowState, Tile
+from realign_kernels.backends.kernel_set import (
+    KernelSet,
+    ProductKernels,
+    RowKernels,
+    RowState,
+    StartedRows,
+    Tile,
+)
 from realign_kernels.fused.group import reduce_over_group
 from realign_kernels.tiling import TileShape, padded_rows, row_stride, spans, with_stride
 
@@ -60,6 +67,7 @@ class FusedCall:
     vocabulary: VocabularyShard
     shape: TileShape
     kernels: KernelSet
+    accumulates_exactly: bool = False
 
     @property
     def accumulation(self) -> torch.dtype:
@@ -79,8 +87,39 @@ class FusedCall:
 
     @property
     def operand(self) -> torch.dtype:
-        """The dtype of hidden states, weight and exponentials in products."""
+        """The dtype of hidden states and weight in products."""
         return self.head.precision.operand
+
+    @property
+    def row_kernels(self) -> RowKernels | None:
+        """The kernels for what is done once a call, where there are some for this head."""
+        if self.head.lora_a is not None or self.vocabulary.group is not None:
+            return None
+        row_kernels: RowKernels | None = getattr(self.kernels, "ROW_KERNELS", None)
+        return row_kernels
+
+    @property
+    def product_kernels(self) -> ProductKernels | None:
+        """The kernels of products, where these are faster than a BLAS or asked to be more exact."""
+        kernels: ProductKernels | None = getattr(self.kernels, "PRODUCT_KERNELS", None)
+        if kernels is None or self.accumulation != torch.float32:
+            return None
+        # Products of float32 are not cut off, but where TF32 is asked for.
+        is_wanted = self.accumulates_exactly and self.operand != torch.float32
+        return (
+            kernels
+            if is_wanted or kernels.is_faster(self.operand, self.head.weight.device)
+            else None
+        )
+
+    @property
+    def exponential(self) -> torch.dtype:
+        """The dtype of exponentials in products."""
+        return self.head.precision.exponential
+
+    def totals(self, rest_sum: Tensor) -> Tensor:
+        """Return what the entries of E in each row sum to, at most."""
+        return rest_sum * (self.transform.logit_scale / self.transform.temperature)
 
 
 class Rows(NamedTuple):
@@ -89,6 +128,15 @@ class Rows(NamedTuple):
     hidden: Tensor  # (rows, D), as products take it
     low_rank: Tensor | None  # (rows, r), hidden @ A.T
     ids: Tensor  # (rows,), label in this shard's numbering
+
+
+class PassStart(NamedTuple):
+    """Rows with the logits of their labels, before any column has been seen."""
+
+    rows: Rows
+    label_logits: Tensor  # (rows,), x[y]
+    state: RowState
+    started: StartedRows | None  # what a kernel made all of it from
 
 
 class PassResult(NamedTuple):
@@ -105,6 +153,11 @@ def gather_rows(call: FusedCall, hidden_states: Tensor, labels: Tensor, position
     """Gather the rows at ``positions`` of ``labels`` (M,) and of ``hidden_states`` (..., D)."""
     num_rows = positions.shape[0]
     total = padded_rows(num_rows, call.shape)
+    if call.row_kernels is not None:
+        started = call.row_kernels.start_rows(
+            call.head, call.transform, hidden_states, labels, positions, total, with_numbers=False
+        )
+        return Rows(started.hidden, None, started.ids)
     precision = call.head.precision
     hidden_size = hidden_states.shape[-1]
     if total == num_rows == len(labels):
@@ -138,27 +191,54 @@ def _unravelled(positions: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
     return tuple(reversed(index))
 
 
-def walk_vocabulary(
-    call: FusedCall, rows: Rows, keeps: Keeps, *, with_statistics: bool, tracks_top: bool
-) -> PassResult:
-    """Pass over the vocabulary once, then over the group."""
-    vocabulary, head, kernels = call.vocabulary, call.head, call.kernels
-    label_logits = _label_logits(call, rows)
+def start_pass(
+    call: FusedCall,
+    hidden_states: Tensor,
+    labels: Tensor,
+    positions: Tensor,
+    keeps: Keeps,
+    *,
+    with_statistics: bool,
+    tracks_top: bool,
+) -> PassStart:
+    """Gather rows as :func:`gather_rows` does, and start their sums."""
     # Exponentials far below 1 would be lost in float16: there the first tile sets the shift.
-    start = torch.full_like(label_logits, -_INF)
+    starts_low = call.operand == torch.float16
+    started = None
+    if call.row_kernels is not None:
+        total = padded_rows(len(positions), call.shape)
+        started = call.row_kernels.start_rows(
+            call.head, call.transform, hidden_states, labels, positions, total, with_numbers=True
+        )
+        rows = Rows(started.hidden, None, started.ids)
+        label_logits, shift, rest_sum = started.numbers.unbind()
+        if not (with_statistics or tracks_top):
+            return PassStart(rows, label_logits, RowState(shift, rest_sum), started)
+    else:
+        rows = gather_rows(call, hidden_states, labels, positions)
+        label_logits = _label_logits(call, rows)
+        shift = torch.full_like(label_logits, -_INF) if starts_low else label_logits.clone()
     state = start_rows(
-        start if call.operand == torch.float16 else label_logits.clone(),
+        shift,
         statistics=with_statistics,
         tracks_top=tracks_top,
         releases=tracks_top and keeps is Keeps.SLOPES,
     )
+    return PassStart(rows, label_logits, state, started)
+
+
+def walk_vocabulary(
+    call: FusedCall, start: PassStart, keeps: Keeps, *, with_statistics: bool
+) -> PassResult:
+    """Pass over the vocabulary once, then over the group."""
+    vocabulary, head = call.vocabulary, call.head
+    rows, label_logits, state, _ = start
     scratch = _Scratch(call, rows, keeps)
     for columns in spans(vocabulary.size, call.shape.columns):
         head_tile = head.tile(columns)
         for block in spans(len(rows.ids), call.shape.rows):
             tile = scratch.tile(block, columns, head_tile, state, halve_bound=with_statistics)
-            logits_into(call, tile.logits, rows, block, head_tile)
-            kernels.epilogue(tile)
+            fold_tile(call, tile, rows, block, head_tile)
             scratch.accumulate(block, tile, head_tile)
         del head_tile  # or two casts of the head would be alive at once
     scratch.restore_moved_rows(state.shift)
@@ -196,14 +276,50 @@ def start_rows(shift: Tensor, *, statistics: bool, tracks_top: bool, releases: b
 
 def view_rows(state: RowState, block: slice) -> RowState:
     """Return the entries of some rows; updates go through to these."""
+    if block.stop - block.start == len(state.shift):
+        return state
     return RowState(*(None if part is None else part[block] for part in state))  # type: ignore[arg-type]
+
+
+def fold_tile(call: FusedCall, tile: Tile, rows: Rows, block: slice, head_tile: HeadTile) -> None:
+    """Compute the logits of a tile and fold them into the sums of its rows."""
+    kernels = call.product_kernels
+    if kernels is not None and _has_fused_product(tile, head_tile):
+        kernels.fused_product(tile, rows.hidden[block], head_tile.weight)
+    else:
+        logits_into(call, tile.logits, rows, block, head_tile)
+        call.kernels.epilogue(tile)
 
 
 def logits_into(call: FusedCall, out: Tensor, rows: Rows, block: slice, tile: HeadTile) -> None:
     """Set ``out`` to the raw logits of a tile, except the bias, which the epilogue adds."""
-    call.kernels.product(out, rows.hidden[block], tile.weight.T, adds=False)
+    kernels = call.product_kernels
+    if kernels is not None:
+        kernels.exact_product(out, rows.hidden[block], tile.weight)
+    else:
+        call.kernels.product(out, rows.hidden[block], tile.weight.T, adds=False)
     if tile.lora_b is not None and rows.low_rank is not None:
         call.kernels.product(out, rows.low_rank[block], tile.lora_b.T, adds=True)
+
+
+def _has_fused_product(tile: Tile, head_tile: HeadTile) -> bool:
+    """Return whether the kernels of products can do all that an epilogue does to a tile."""
+    has_statistics, tracks_top = (
+        part is not None for part in (tile.state.rest_entropy_sum, tile.state.top_ids)
+    )
+    is_summed = has_statistics or (tracks_top and not tile.replays)
+    return head_tile.lora_b is None and not is_summed
+
+
+def add_by_weight(
+    call: FusedCall, accumulator: Tensor, exponentials: Tensor, weight: Tensor, totals: Tensor,
+    *, adds: bool = True,
+) -> None:  # fmt: skip
+    """Add ``E @ W`` of a tile, or set it."""
+    if call.exponential == call.operand:
+        call.kernels.product(accumulator, exponentials, weight, adds=adds)
+    else:
+        call.kernels.exponential_product(accumulator, exponentials, weight, totals, adds=adds)
 
 
 def add_weight_rows(
@@ -227,7 +343,7 @@ def add_weight_rows(
             call.kernels.combine(
                 low_rank_accumulator[block],
                 scale[block],
-                *_rounded_rows(call, head.lora_b, ids[block]),
+                *_rounded_rows(call, head.lora_b, ids[block], is_factor=True),
                 coefficient[block] * head.lora_scaling,
             )
 
@@ -241,7 +357,9 @@ def _label_logits(call: FusedCall, rows: Rows) -> Tensor:
         call.kernels.label_dot(rows.hidden[block], *_rounded_rows(call, head.weight, ids), out)
         if rows.low_rank is not None and head.lora_b is not None:
             low_rank = rows.low_rank[block] * head.lora_scaling
-            call.kernels.label_dot(low_rank, *_rounded_rows(call, head.lora_b, ids), out)
+            call.kernels.label_dot(
+                low_rank, *_rounded_rows(call, head.lora_b, ids, is_factor=True), out
+            )
     if head.bias is not None:
         is_here = (rows.ids >= 0) & (rows.ids < call.vocabulary.size)
         bias = head.bias[torch.where(is_here, rows.ids, 0)].to(call.accumulation)
@@ -253,9 +371,13 @@ def _label_logits(call: FusedCall, rows: Rows) -> Tensor:
     return torch.where(is_token, call.transform.apply_(logits), torch.nan)
 
 
-def _rounded_rows(call: FusedCall, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a weight and ids into it; a rounded copy of these rows where autocast rounds."""
+def _rounded_rows(
+    call: FusedCall, weight: Tensor, ids: Tensor, *, is_factor: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return a weight and ids into it; a rounded copy of these rows where they are rounded."""
     precision = call.head.precision
+    if is_factor and not precision.rounds_factors:
+        return weight, ids
     if precision.autocast is None or weight.dtype == precision.autocast:
         return weight, ids
     is_row = (ids >= 0) & (ids < weight.shape[0])
@@ -273,11 +395,12 @@ class _Scratch:
         new = rows.hidden.new_empty
         height = min(call.shape.rows, num_rows)
         width = row_stride(min(call.shape.columns, call.vocabulary.size), call.stride_multiple)
-        in_place = call.operand == call.accumulation
+        in_place = call.exponential == call.accumulation
         stashes = keeps is Keeps.STASH
         self.stash = self.whole_stash = None
         if stashes:
-            self.whole_stash = new(num_rows, call.stash_width, dtype=call.operand)
+            self.whole_stash = new(num_rows, call.stash_width, dtype=call.exponential)
+            call.kernels.expect_writes(self.whole_stash)
             self.whole_stash[:, call.vocabulary.size :].zero_()
             self.stash = self.whole_stash[:, : call.vocabulary.size]
         self.logits = None
@@ -285,12 +408,12 @@ class _Scratch:
             self.logits = new(height * width, dtype=call.accumulation)
         self.exponentials = None
         if keeps is Keeps.SLOPES and not in_place:
-            self.exponentials = new(height * width, dtype=call.operand)
+            self.exponentials = new(height * width, dtype=call.exponential)
         self.accumulator = self.low_rank_accumulator = None
         if keeps is Keeps.SLOPES:
-            self.accumulator = new(num_rows, hidden_size, dtype=call.accumulation).zero_()
+            self.accumulator = new(num_rows, hidden_size, dtype=call.accumulation)
             if rows.low_rank is not None:
-                self.low_rank_accumulator = torch.zeros_like(rows.low_rank)
+                self.low_rank_accumulator = torch.empty_like(rows.low_rank)
         num_tiles = -(-call.vocabulary.size // call.shape.columns)
         self.tile_shifts = new(num_tiles, num_rows, dtype=call.accumulation) if stashes else None
 
@@ -325,6 +448,9 @@ class _Scratch:
         # What is stored is e * phi, and phi is at most scale / temperature.
         largest_slope = call.transform.logit_scale / call.transform.temperature
         bound = max(0.0, _BOUNDS[call.operand] - math.log(max(1.0, largest_slope)))
+        accumulator, low_rank = self.accumulator, self.low_rank_accumulator
+        if columns.start == 0:  # the first product sets them: there is nothing to rescale yet
+            accumulator = low_rank = None
         return Tile(
             logits=logits,
             exponentials=exponentials,
@@ -335,22 +461,27 @@ class _Scratch:
             bound=bound / 2 if halve_bound else bound,
             state=view_rows(state, block),
             tile_shift=tile_shift,
-            accumulator=None if self.accumulator is None else self.accumulator[block],
-            low_rank_accumulator=None
-            if self.low_rank_accumulator is None
-            else self.low_rank_accumulator[block],
+            accumulator=None if accumulator is None else accumulator[block],
+            low_rank_accumulator=None if low_rank is None else low_rank[block],
         )
 
     def accumulate(self, block: slice, tile: Tile, head_tile: HeadTile) -> None:
         """Add ``E @ W`` of a tile, and the tokens that it has released."""
         if self.accumulator is None or tile.exponentials is None:
             return
-        product = self.call.kernels.product
-        product(self.accumulator[block], tile.exponentials, head_tile.weight, adds=True)
+        adds, totals = tile.first_column > 0, self.call.totals(tile.state.rest_sum)
+        add_by_weight(
+            self.call,
+            self.accumulator[block],
+            tile.exponentials,
+            head_tile.weight,
+            totals,
+            adds=adds,
+        )
         low_rank = self.low_rank_accumulator
         if low_rank is not None and head_tile.lora_b is not None:
             wide = tile.exponentials.to(low_rank.dtype)
-            product(low_rank[block], wide, head_tile.lora_b, adds=True)
+            self.call.kernels.product(low_rank[block], wide, head_tile.lora_b, adds=adds)
         if tile.state.released_ids is not None and tile.state.released_values is not None:
             self.add_back(block, tile.state.released_ids, tile.state.released_values)
 
@@ -382,7 +513,11 @@ class _Scratch:
 
     def rescale(self, matrix: Tensor | None, old_shift: Tensor, new_shift: Tensor) -> None:
         """Make rows relative to another shift."""
-        if matrix is not None:
+        if matrix is None:
+            return
+        if self.call.row_kernels is not None:
+            self.call.row_kernels.rescale_rows(matrix, old_shift, new_shift)
+        else:
             scale = torch.where(old_shift == new_shift, 1.0, torch.exp(old_shift - new_shift))
             nowhere = torch.full_like(scale, NO_TOKEN, dtype=torch.int64)
             self.call.kernels.combine(matrix, scale, matrix[:0], nowhere, torch.zeros_like(scale))

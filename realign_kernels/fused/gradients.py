@@ -6,6 +6,7 @@ top token, where E holds 0.  Letters as in ``forward.py``.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from realign_kernels.fused.forward import (
     FusedCall,
     PassResult,
     Rows,
+    add_by_weight,
     add_weight_rows,
+    fold_tile,
     logits_into,
     view_rows,
 )
@@ -66,6 +69,20 @@ class RowNumbers(NamedTuple):
         return self.log_label.clamp(min=0)
 
     @property
+    def log_total(self) -> Tensor:
+        """Logarithm of the sum of all exponentials, relative to the shift."""
+        label = torch.exp(self.log_label)
+        rest = self.rest_sum + self.top
+        large = self.log_label + torch.log1p(rest * torch.exp(-self.log_label))
+        return torch.where(self.log_label >= 0, large, torch.log(label + rest))
+
+    @property
+    def lse(self) -> Tensor:
+        """Logarithm of the sum of the exponentials of x."""
+        base = torch.where(self.shift == -torch.inf, self.label_logits, self.shift)
+        return base + self.log_total
+
+    @property
     def log_top(self) -> Tensor | None:
         """Logit of the top token above the shift."""
         if self.top_logits is None:
@@ -80,11 +97,33 @@ class RowNumbers(NamedTuple):
 
 
 class LogitGradient(NamedTuple):
-    """The gradient by raw logits of every row: ``scale * E`` but at the label and the top token."""
+    """The gradient by raw logits of every row: ``scale * E`` but at the label and the top token.
+
+    With ``entropy`` it is ``scale * E * (entropy.constant + entropy.factor * (log p + H))``.
+    """
 
     scale: Tensor
     at_label: Tensor
     at_top: Tensor | None
+    entropy: EntropyGradient | None = None
+
+
+class EntropyGradient(NamedTuple):
+    """What the gradient of entropies multiplies E by, (N,) each; the largest is about 1."""
+
+    constant: Tensor
+    factor: Tensor
+    log_total: Tensor  # of the exponentials, relative to the shift
+    entropy: Tensor  # H
+
+
+class Upstream(NamedTuple):
+    """Slopes from above of what a row results in, (N,) each; None where there are none."""
+
+    label: Tensor  # of log p(label)
+    top: Tensor | None = None  # of log p(top)
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 def token_log_probs(numbers: RowNumbers) -> Tensor:
@@ -114,30 +153,59 @@ def log_share_beside_label(numbers: RowNumbers, log_part: Tensor, rest: Tensor) 
 
 
 def logit_gradient(
-    numbers: RowNumbers, transform: LogitTransform, grad_label: Tensor, grad_top: Tensor | None
+    numbers: RowNumbers,
+    transform: LogitTransform,
+    upstream: Upstream,
+    entropy: Tensor | None = None,
 ) -> LogitGradient:
-    """Differentiate ``grad_label * log p(label) + grad_top * log p(top)`` by the raw logits."""
+    """Differentiate what rows result in, times the slopes from above, by the raw logits.
+
+    ``entropy`` of every row is needed where it has a slope.
+    """
     decay = torch.exp(-numbers.excess)
     label = torch.exp(numbers.log_label - numbers.excess)
     top, rest = decay * numbers.top, decay * numbers.rest_sum
     total = label + top + rest
+    grad_label, grad_top, grad_lse, grad_entropy = upstream
     grad = grad_label if grad_top is None else grad_label + grad_top
     # Products of what is left: 1 - p is never taken.
     at_label = grad_label * ((rest + top) / total)
     at_top = None
     if grad_top is not None:
         at_label = at_label - grad_top * (label / total)
+    if grad_lse is not None:
+        grad = grad - grad_lse
+        at_label = at_label + grad_lse * (label / total)
     if numbers.top_logits is not None:
         at_top = -grad_label * (top / total)
         if grad_top is not None:
             at_top = at_top + grad_top * ((rest + label) / total)
+        if grad_lse is not None:
+            at_top = at_top + grad_lse * (top / total)
+    scale, entropy_gradient = -grad, None
+    if grad_entropy is not None and entropy is not None:
+        at_label = at_label + grad_entropy * _entropy_slope(token_log_probs(numbers), entropy)
+        if at_top is not None:
+            at_top = at_top + grad_entropy * _entropy_slope(top_log_probs(numbers), entropy)
+        size = grad.abs() + grad_entropy.abs()
+        scale = torch.where(size == 0, 1.0, size)
+        entropy_gradient = EntropyGradient(
+            -grad / scale, -grad_entropy / scale, numbers.log_total, entropy
+        )
+    if numbers.top_logits is not None and at_top is not None:
         at_top = at_top * transform.slope(numbers.top_logits)
         at_top = torch.where(numbers.top_logits == -torch.inf, 0.0, at_top)
     return LogitGradient(
-        scale=-grad * decay / total,
+        scale=scale * decay / total,
         at_label=at_label * transform.slope(numbers.label_logits),
         at_top=at_top,
+        entropy=entropy_gradient,
     )
+
+
+def _entropy_slope(log_p: Tensor, entropy: Tensor) -> Tensor:
+    """Return the derivative of the entropy in x of a token: ``-p * (log p + H)``."""
+    return torch.where(log_p == -torch.inf, 0.0, -torch.exp(log_p) * (log_p + entropy))
 
 
 def by_scoring(is_top: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,8 +281,14 @@ def head_gradients(
 
     ``onto`` holds gradients of the head, in the accumulation dtype, that these are added to.
     """
-    sums = _Sums(call, rows, gradient, numbers.top_ids, needed, onto)
-    exponentials = _Stashed(stash) if stash is not None else _Replayed(call, rows, numbers)
+    sums = _Sums(call, rows, numbers, gradient, needed, onto)
+    exponentials: _Stashed | _Replayed
+    if gradient.entropy is not None:
+        exponentials = _Weighted(call, rows, numbers, gradient.entropy)
+    elif stash is not None:
+        exponentials = _Stashed(stash)
+    else:
+        exponentials = _Replayed(call, rows, numbers)
     for columns in spans(call.vocabulary.size, call.shape.columns):
         tile = call.head.tile(columns)
         sums.begin(columns)
@@ -255,33 +329,72 @@ class _Replayed:
         width = row_stride(min(call.shape.columns, call.vocabulary.size), multiple)
         self.logits = rows.hidden.new_empty(height * width, dtype=call.accumulation)
         self.exponentials = self.logits
-        if call.operand != call.accumulation:
-            self.exponentials = rows.hidden.new_empty(height * width, dtype=call.operand)
+        if call.exponential != call.accumulation:
+            self.exponentials = rows.hidden.new_empty(height * width, dtype=call.exponential)
 
     def block_rows(self, call: FusedCall) -> int:
         return call.shape.rows
 
-    def get(self, block: slice, columns: slice, tile: HeadTile) -> Tensor:
+    def buffers(self, block: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """Return room for the raw logits of a tile, and for their exponentials."""
         shape = block.stop - block.start, columns.stop - columns.start
         logits, exponentials = (
             with_stride(buffer, shape, self.call.stride_multiple)
             for buffer in (self.logits, self.exponentials)
         )
-        logits_into(self.call, logits, self.rows, block, tile)
-        self.call.kernels.epilogue(
-            Tile(
-                logits=logits,
-                exponentials=exponentials,
-                first_column=columns.start,
-                bias=tile.bias,
-                labels=self.rows.ids[block],
-                transform=self.call.transform,
-                bound=torch.inf,
-                state=view_rows(self.state, block),
-                replays=True,
-            )
+        return logits, exponentials
+
+    def get(self, block: slice, columns: slice, tile: HeadTile) -> Tensor:
+        logits, exponentials = self.buffers(block, columns)
+        replayed = Tile(
+            logits=logits,
+            exponentials=exponentials,
+            first_column=columns.start,
+            bias=tile.bias,
+            labels=self.rows.ids[block],
+            transform=self.call.transform,
+            bound=torch.inf,
+            state=view_rows(self.state, block),
+            replays=True,
         )
+        fold_tile(self.call, replayed, self.rows, block, tile)
         return exponentials
+
+
+class _Weighted(_Replayed):
+    """E times what the gradient of entropies asks for, in plain torch: few calls need it."""
+
+    def __init__(
+        self, call: FusedCall, rows: Rows, numbers: RowNumbers, entropy: EntropyGradient
+    ) -> None:
+        super().__init__(call, rows, numbers)
+        self.entropy = entropy
+
+    def get(self, block: slice, columns: slice, tile: HeadTile) -> Tensor:
+        x, out = self.buffers(block, columns)
+        logits_into(self.call, x, self.rows, block, tile)
+        if tile.bias is not None:
+            x.add_(tile.bias)
+        transform, shift = self.call.transform, self.state.shift[block]
+        transform.apply_(x)
+        linear = transform.logit_scale / transform.temperature
+        slope = linear if transform.logit_softcap is None else transform.slope(x)
+        # Only labels have a probability where the shift is not finite.
+        x.sub_(torch.where(shift == -torch.inf, 0.0, shift)[:, None])
+        e = torch.exp(x)
+        is_nothing = e == 0
+        constant, factor, log_total, entropy = (part[block, None] for part in self.entropy)
+        x.sub_(log_total).add_(entropy).mul_(factor).add_(constant)
+        e.mul_(x).mul_(slope).masked_fill_(is_nothing, 0.0)
+        top_ids = self.state.top_ids
+        for ids in (self.rows.ids, *(() if top_ids is None else (top_ids,))):
+            # Their entries are exact, and are added apart.
+            ids = ids[block] - columns.start
+            is_here = (ids >= 0) & (ids < e.shape[1])
+            index = torch.where(is_here, ids, 0)[:, None]
+            kept = e.gather(1, index).masked_fill_(is_here[:, None], 0.0)
+            e.scatter_(1, index, kept)
+        return out.copy_(e)
 
 
 class _Sums:
@@ -291,11 +404,12 @@ class _Sums:
         self,
         call: FusedCall,
         rows: Rows,
+        numbers: RowNumbers,
         gradient: LogitGradient,
-        top_ids: Tensor | None,
         needed: Needed,
         onto: Gradients | None,
     ) -> None:
+        top_ids = numbers.top_ids
         self.call, self.rows, self.gradient, self.top_ids = call, rows, gradient, top_ids
         self.onto = onto
         head, num_rows = call.head, len(gradient.scale)
@@ -306,15 +420,14 @@ class _Sums:
         scale = gradient.scale[:, None]
         self.scaled_hidden = self.scaled_low_rank = self.scaled_ones = None
         weight_unit = bias_unit = None
-        if needed.weight:
+        self.totals = call.totals(numbers.rest_sum)
+        if needed.weight and call.exponential == call.operand:
             hidden = rows.hidden[:num_rows] * scale
             self.scaled_hidden, weight_unit = _in_range(hidden, call.operand)
         if needed.bias:
-            self.scaled_ones, bias_unit = _in_range(scale, call.operand)
+            self.scaled_ones, bias_unit = _in_range(scale, call.exponential)
         if needed.lora_b and rows.low_rank is not None:
             self.scaled_low_rank = rows.low_rank[:num_rows] * scale * head.lora_scaling
-        # What the entries of labels are made of; a copy on GPUs alone, whose operands are half.
-        self.wide_hidden = rows.hidden.to(call.accumulation) if needed.weight else rows.hidden
         self.accumulator = self.low_rank_accumulator = None
         if needed.hidden or (has_low_rank and needed.lora_a):
             shape = len(rows.hidden), head.weight.shape[1]  # with the empty rows, as in the forward
@@ -323,6 +436,8 @@ class _Sums:
                 self.low_rank_accumulator = new(shape[0], len(head.lora_a), dtype=call.accumulation)
         self.entries = _Entries(call, rows.ids[:num_rows], gradient, top_ids)
         self.weight, self.bias, self.lora_b = _new_gradients(head, needed)
+        if onto is None and self.weight is not None:
+            call.kernels.expect_writes(self.weight)
         if onto is not None:
             self.weight, self.bias, self.lora_b = onto.weight, onto.bias, onto.lora_b
         column = None if self.bias is None else self.bias[:, None]
@@ -338,14 +453,23 @@ class _Sums:
 
     def add(self, block: slice, exponentials: Tensor, tile: HeadTile) -> None:
         """Add some rows of a tile."""
-        product = self.call.kernels.product
+        product, totals = self.call.kernels.product, self.totals[block]
         if self.accumulator is not None:
-            product(self.accumulator[block], exponentials, tile.weight, adds=True)
+            accumulator = self.accumulator[block]
+            add_by_weight(self.call, accumulator, exponentials, tile.weight, totals)
         if self.low_rank_accumulator is not None and tile.lora_b is not None:
             wide = exponentials.to(tile.lora_b.dtype)
             product(self.low_rank_accumulator[block], wide, tile.lora_b, adds=True)
         if self.scaled_hidden is not None:
             self.weight_sum.add(product, exponentials.T, self.scaled_hidden[block])
+        elif self.needed.weight:
+            # Hidden states are narrower than exponentials, and exact: these are scaled instead.
+            scaled_product = functools.partial(
+                self.call.kernels.exponential_product,
+                totals=totals,
+                scale=self.gradient.scale[block],
+            )
+            self.weight_sum.add(scaled_product, exponentials, self.rows.hidden[block])
         if self.scaled_ones is not None:
             self.bias_sum.add(product, exponentials.T, self.scaled_ones[block])
         if self.scaled_low_rank is not None:
@@ -357,8 +481,10 @@ class _Sums:
         num_rows, low_rank = len(self.gradient.scale), self.rows.low_rank
         if low_rank is not None:
             low_rank = low_rank[:num_rows] * self.call.head.lora_scaling
-        ones = self.gradient.scale.new_ones(num_rows, 1)
-        self.weight_sum.end(columns, self.entries, self.wide_hidden[:num_rows])
+        ones = None
+        if self.bias is not None:
+            ones = self.gradient.scale.new_ones(num_rows, 1)
+        self.weight_sum.end(columns, self.entries, self.rows.hidden[:num_rows])
         self.bias_sum.end(columns, self.entries, ones)
         self.lora_b_sum.end(columns, self.entries, low_rank)
 
@@ -403,6 +529,7 @@ class _Sum:
         self.whole, self.dtype, self.unit = whole, dtype, unit
         self.continues = continues  # adds to what is there
         self.tile: Tensor | None = None
+        self.scratch: Tensor | None = None  # of the first range, which is the largest
         self.is_in_place = self.adds = False
 
     def begin(self, columns: slice) -> None:
@@ -415,11 +542,13 @@ class _Sum:
         if self.is_in_place:
             self.tile = part
         else:
-            self.tile = torch.empty(part.shape, dtype=self.dtype, device=part.device)
+            if self.scratch is None:
+                self.scratch = torch.empty(part.shape, dtype=self.dtype, device=part.device)
+            self.tile = self.scratch[: len(part)]
         self.adds = self.continues and self.is_in_place
 
     def add(self, product: Callable[..., None], a: Tensor, b: Tensor) -> None:
-        """Add ``a @ b``, in units of ``unit``."""
+        """Add a product of two, in units of ``unit``."""
         if self.tile is not None:
             product(self.tile, a, b, adds=self.adds)
             self.adds = True

@@ -5,18 +5,29 @@ Knows no vocabulary.  Letters: **P** pairs, **C** cells.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from realign_kernels.backends.dispatch import kernels_of
-from realign_kernels.backends.kernel_set import PairBatch, PairResults
+from realign_kernels.backends.kernel_set import (
+    PairBatch,
+    PairGradient,
+    PairResults,
+)
 from realign_kernels.first_order import differentiate_once
 from realign_kernels.objective import Objective
 from realign_kernels.ops.schema import operator
-from realign_kernels.sequences import PairShape, check_counts, check_sequence_id_values
-from realign_kernels.validation import check_chosen_present, check_no_tangent
+from realign_kernels.sequences import (
+    PairShape,
+    assert_pairs_fit,
+    check_counts,
+    check_sequence_id_values,
+    checks_counts,
+)
+from realign_kernels.validation import check_chosen_present, check_no_tangent, value_checks_enabled
 
 
 class PairArguments(NamedTuple):
@@ -39,8 +50,13 @@ class PairArguments(NamedTuple):
     @property
     def objective(self) -> Objective:
         """The objective of the table."""
-        rows = [self.terms[start : start + 9] for start in range(0, len(self.terms), 9)]
-        return Objective.from_table(rows, self.nll_weight)
+        return _objective_of(tuple(self.terms), self.nll_weight)
+
+
+@functools.lru_cache(maxsize=64)
+def _objective_of(terms: tuple[float, ...], nll_weight: float) -> Objective:
+    rows = [list(terms[start : start + 9]) for start in range(0, len(terms), 9)]
+    return Objective.from_table(rows, nll_weight)
 
 
 class TokenArguments(NamedTuple):
@@ -66,15 +82,26 @@ class PairOutputs(NamedTuple):
 def pair_loss_op(token_logps: Tensor, backend: str, *values: Any) -> PairOutputs:
     """Sum per sequence and apply an objective."""
     batch = PairArguments(*values)
-    labels, sequence_lengths = batch.labels, batch.sequence_lengths
-    if batch.sequence_ids is not None:
+    labels, sequence_ids, lengths = batch.labels, batch.sequence_ids, batch.sequence_lengths
+    if lengths is not None:
+        check_chosen_present(lengths)
+    looks = getattr(kernels_of(backend), "ROW_KERNELS", None) is not None
+    if not looks and sequence_ids is not None:
         is_scored = labels != batch.ignore_index
-        check_sequence_id_values(batch.sequence_ids, is_scored, batch.pairs.num_sequences)
-    outputs = reduce_pairs(token_logps, backend, batch, batch.objective)
-    if sequence_lengths is not None:
-        check_chosen_present(sequence_lengths)
-        check_counts(outputs.num_tokens, sequence_lengths)
-    elif labels.device.type == "cpu":
+        check_sequence_id_values(sequence_ids, is_scored, batch.pairs.num_sequences)
+    expected = None
+    if looks and lengths is not None and checks_counts(labels.device):
+        expected = lengths.to(labels.device, non_blocking=True)
+    outputs, fits = reduce_pairs(token_logps, backend, batch, batch.objective, expected)
+    if fits is not None and value_checks_enabled():
+        assert_pairs_fit(
+            fits[0] if sequence_ids is not None else None,
+            fits[1] if expected is not None else None,
+            batch.pairs.num_sequences,
+        )
+    if not looks and lengths is not None:
+        check_counts(outputs.num_tokens, lengths)
+    if lengths is None and labels.device.type == "cpu":
         check_chosen_present(outputs.num_tokens)
     return outputs
 
@@ -96,21 +123,24 @@ def _pair_loss_fake(token_logps: Tensor, backend: str, *values: Any) -> PairOutp
 
 
 def reduce_pairs(
-    token_logps: Tensor, backend: str, batch: PairArguments, objective: Objective
-) -> PairOutputs:
-    """Run the kernel of a backend; nothing is checked."""
-    pairs, ref_logps = batch.pairs, batch.ref_logps
-    wide: Any = {"dtype": _sum_dtype(token_logps.device), "device": token_logps.device}
+    token_logps: Tensor,
+    backend: str,
+    batch: PairArguments,
+    objective: Objective,
+    lengths: Tensor | None = None,
+) -> tuple[PairOutputs, Tensor | None]:
+    """Run the kernel of a backend; return what it says of ids and of counts beside ``lengths``."""
+    pairs, new = batch.pairs, token_logps.new_empty
     results = PairResults(
-        loss=torch.empty(1, **wide),
-        logps=torch.empty(pairs, **wide),
-        counts=torch.empty(pairs, dtype=torch.int64, device=token_logps.device),
-        rewards=torch.empty(pairs, **wide),
-        text_margins=torch.empty(pairs.num_pairs, **wide),
-        image_margins=torch.empty(pairs.num_pairs, **wide),
-        coefficients=torch.empty(pairs, **wide),
+        loss=new(()),
+        logps=new(pairs),
+        counts=batch.labels.new_empty(pairs),
+        rewards=new(pairs),
+        text_margins=new(pairs.num_pairs),
+        image_margins=new(pairs.num_pairs),
+        coefficients=new(pairs, dtype=_sum_dtype(token_logps.device)),
     )
-    kernels_of(backend).pair_loss(
+    fits = kernels_of(backend).pair_loss(
         PairBatch(
             token_logps=token_logps.contiguous(),
             labels=batch.labels.contiguous(),
@@ -118,21 +148,13 @@ def reduce_pairs(
             sequence_ids=None if batch.sequence_ids is None else batch.sequence_ids.contiguous(),
             num_cells=pairs.num_cells,
             num_pairs=pairs.num_pairs,
-            ref_logps=None if ref_logps is None else ref_logps.to(wide["dtype"]).contiguous(),
+            ref_logps=batch.ref_logps,
             objective=objective,
+            lengths=lengths,
         ),
         results,
     )
-    dtype = token_logps.dtype
-    return PairOutputs(
-        loss=results.loss.to(dtype, copy=True).reshape(()),
-        logps=results.logps.to(dtype),
-        num_tokens=results.counts,
-        rewards=results.rewards.to(dtype),
-        text_margins=results.text_margins.to(dtype),
-        image_margins=results.image_margins.to(dtype),
-        coefficients=results.coefficients,
-    )
+    return PairOutputs(*results), fits
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:
@@ -150,13 +172,27 @@ class PairBackwardArguments(NamedTuple):
     sequence_ids: Tensor | None
     ignore_index: int
     dtype: torch.dtype
+    backend: str
 
 
 @operator("pair_loss_backward", PairBackwardArguments, returns="Tensor")
 def pair_loss_backward_op(*values: Any) -> Tensor:
     """Return the gradient by token scores: that of its sequence for every scored token."""
     kept = PairBackwardArguments(*values)
-    labels, grad = kept.labels, torch.zeros_like(kept.coefficients)
+    labels, row_kernels = kept.labels, getattr(kernels_of(kept.backend), "ROW_KERNELS", None)
+    if row_kernels is not None:
+        # Hooks on saved tensors may hand them back in another layout.
+        ids = None if kept.sequence_ids is None else kept.sequence_ids.contiguous()
+        out = labels.new_empty(labels.shape, dtype=kept.dtype)
+        row_kernels.spread_gradient(
+            PairGradient(
+                kept.grad_loss, kept.grad_logps, kept.coefficients.contiguous(),
+                labels.contiguous(), ids, kept.ignore_index,
+            ),
+            out,
+        )  # fmt: skip
+        return out
+    grad = torch.zeros_like(kept.coefficients)
     if kept.grad_loss is not None:
         grad = grad + kept.grad_loss.to(grad.dtype) * kept.coefficients
     if kept.grad_logps is not None:
@@ -179,9 +215,9 @@ def _pair_loss_backward_fake(*values: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    token_logps, _, *values = inputs
+    token_logps, backend, *values = inputs
     batch = PairArguments(*values)
-    ctx.options = batch.ignore_index, token_logps.dtype
+    ctx.options = batch.ignore_index, token_logps.dtype, backend
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(PairOutputs(*output).coefficients, batch.labels, batch.sequence_ids)
@@ -199,4 +235,25 @@ def _backward(
 
 
 pair_loss_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _KeptLoss(torch.autograd.Function):
+    """What eager code calls in place of the operator, for the reason that score_tokens.py has."""
+
+    @staticmethod
+    def forward(ctx: Any, *values: Any) -> Any:
+        output = pair_loss_op(*values)
+        _setup_context(ctx, values, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def pair_loss_kept(*values: Any) -> Any:
+    """Call the operator, and keep what its derivative needs."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return pair_loss_op(*values)
+    return _KeptLoss.apply(*values)
+
+
 differentiate_once(pair_loss_backward_op)

@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from realign_kernels.fused.forward import Keeps, gather_rows, walk_vocabulary
+from realign_kernels.fused.forward import Keeps, start_pass, walk_vocabulary
 from realign_kernels.fused.gradients import (
     Gradients,
+    LogitGradient,
     Needed,
     RowNumbers,
+    Upstream,
     by_scoring,
     head_gradients,
     logit_gradient,
     token_log_probs,
     top_log_probs,
 )
+from realign_kernels.fused.statistics import statistics
 from realign_kernels.ops.pair_loss import PairArguments, reduce_pairs
 
 if TYPE_CHECKING:
@@ -35,6 +38,17 @@ if TYPE_CHECKING:
 _ROWS_PER_TILE = 4096
 
 
+class TileArguments(NamedTuple):
+    """Inputs of ``memory="tile"`` besides the head and the preference batch, which is packed."""
+
+    top_rows: Tensor | None
+    needed: list[bool]
+    label_shape: list[int]
+    witness: Tensor | None
+    token_weights: Tensor | None = None  # (M,), 0 where the label is ignored
+    with_statistics: bool = False
+
+
 class TiledResult(NamedTuple):
     """Results of the tiles: scores of every position, and gradients for a loss of slope 1."""
 
@@ -43,16 +57,24 @@ class TiledResult(NamedTuple):
     positions: Tensor  # (N,)
     numbers: Tensor  # (3 or 4, N)
     top_ids: Tensor  # (N,)
+    statistics: TokenStatistics | None
+
+
+class TokenStatistics(NamedTuple):
+    """Statistics of every position, (M,), 0 where the label is ignored; in the dtype of scores."""
+
+    entropy: Tensor
+    mean_logits: Tensor
+    is_top1: Tensor
 
 
 def score_and_differentiate(
     call: FusedCall,
     head: HeadArguments,
     batch: PairArguments,
-    top_rows: Tensor | None,
+    what: TileArguments,
     positions: Tensor,
     tokens_per_pair: list[int],
-    needed: Needed,
 ) -> TiledResult:
     """Score all tokens and differentiate the mean loss, group of pairs by group of pairs.
 
@@ -60,35 +82,57 @@ def score_and_differentiate(
     are computed twice.
     """
     hidden_states, objective = head.hidden_states, batch.objective
+    top_rows, needed, with_statistics = what.top_rows, Needed(*what.needed), what.with_statistics
     stashed_rows = head.budget[1] // head.stash_row_bytes
     largest = min(_ROWS_PER_TILE, max(1, stashed_rows))
-    tracks_top = top_rows is not None
+    tracks_top = top_rows is not None or with_statistics
     wide = call.accumulation
     token_logps = hidden_states.new_zeros(len(batch.labels), dtype=wide)
+    found = None
+    if with_statistics:
+        found = TokenStatistics(*(torch.zeros_like(token_logps) for _ in TokenStatistics._fields))
     numbers = token_logps.new_empty(4 if tracks_top else 3, len(positions))
     top_ids = torch.empty_like(positions) if tracks_top else positions[:0].clone()
     totals = _zero_gradients(call, hidden_states, needed)
     for first, last, index in _groups_of_pairs(batch, positions, tokens_per_pair, largest):
         chosen = positions[index]
-        rows = gather_rows(call, hidden_states, batch.labels, chosen)
-        result = walk_vocabulary(
-            call,
-            rows,
-            Keeps.STASH if len(chosen) <= stashed_rows else Keeps.NUMBERS,
-            with_statistics=False,
-            tracks_top=tracks_top,
-        )
+        keeps = Keeps.STASH if len(chosen) <= stashed_rows else Keeps.NUMBERS
+        start = start_pass(
+            call, hidden_states, batch.labels, chosen, keeps,
+            with_statistics=with_statistics, tracks_top=tracks_top,
+        )  # fmt: skip
+        rows = start.rows
+        result = walk_vocabulary(call, start, keeps, with_statistics=with_statistics)
         row_numbers = RowNumbers.of(result, len(chosen))
-        logps = token_log_probs(row_numbers)
+        row_kernels = None if tracks_top else call.row_kernels
+        if row_kernels is not None and start.started is not None:
+            logps = start.label_logits.new_empty(len(chosen))
+            row_kernels.finish_rows(call.head, call.transform, start.started, None, None, logps)
+        else:
+            logps = token_log_probs(row_numbers)
+        if found is not None:
+            named = statistics(result, row_numbers, logps, batch.labels[chosen], call.vocabulary)
+            for name, values in found._asdict().items():
+                values[chosen] = getattr(named, name).to(values.dtype)
         is_top = None if top_rows is None else top_rows[chosen]
         if is_top is not None:
             logps = torch.where(is_top, top_log_probs(row_numbers), logps)
         own, own_ids = _pairs_between(batch, chosen, first, last)
-        slopes = reduce_pairs(logps, head.backend, own, objective).coefficients.reshape(-1)
+        weights = None if what.token_weights is None else what.token_weights[chosen].to(logps.dtype)
+        weighted = logps if weights is None else logps * weights
+        outputs, _ = reduce_pairs(weighted, head.backend, own, objective)
+        slopes = outputs.coefficients.reshape(-1)
         share = own.pairs.num_pairs / batch.pairs.num_pairs
         grad = (slopes[own_ids] * share).to(logps.dtype)
+        if weights is not None:
+            grad = grad * weights
         grad_label, grad_top = (grad, None) if is_top is None else by_scoring(is_top, grad)
-        gradient = logit_gradient(row_numbers, call.transform, grad_label, grad_top)
+        if row_kernels is not None and start.started is not None:
+            floating = start.started.numbers[:, : len(chosen)].contiguous()
+            graded = row_kernels.grade_rows(call.transform, floating, grad_label, None)
+            gradient = LogitGradient(*graded, None)
+        else:
+            gradient = logit_gradient(row_numbers, call.transform, Upstream(grad_label, grad_top))
         stash = None if result.stash is None else result.stash[: len(chosen)]
         grads = head_gradients(call, rows, row_numbers, gradient, stash, needed, totals)
         if totals.hidden is not None and grads.hidden is not None:
@@ -101,7 +145,7 @@ def score_and_differentiate(
                 number[index] = part
         if row_numbers.top_ids is not None:
             top_ids[index] = row_numbers.top_ids
-    return TiledResult(token_logps, totals, positions, numbers, top_ids)
+    return TiledResult(token_logps, totals, positions, numbers, top_ids, found)
 
 
 def _zero_gradients(call: FusedCall, hidden_states: Tensor, needed: Needed) -> Gradients:

@@ -13,36 +13,21 @@ import torch
 from torch import Tensor
 
 from realign_kernels.first_order import differentiate_once
-from realign_kernels.fused.gradients import Needed
 from realign_kernels.ops.pair_loss import PairArguments, reduce_pairs
-from realign_kernels.ops.pair_tiles import score_and_differentiate
+from realign_kernels.ops.pair_tiles import TileArguments, score_and_differentiate
 from realign_kernels.ops.schema import operator
 from realign_kernels.ops.score_tokens import (
     HeadArguments,
+    find_rows,
     fused_call,
     plain,
     score_tokens_backward_op,
 )
 from realign_kernels.sequences import check_counts, check_sequence_id_values
-from realign_kernels.validation import (
-    check_chosen_present,
-    check_labels,
-    check_no_tangent,
-    known_number,
-    scored_positions,
-)
+from realign_kernels.validation import check_chosen_present, check_no_tangent
 
 # Operators take no lists of dtypes, but of numbers.
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-class TileArguments(NamedTuple):
-    """Inputs of ``memory="tile"`` besides the head and the preference batch, which is packed."""
-
-    top_rows: Tensor | None
-    needed: list[bool]
-    label_shape: list[int]
-    witness: Tensor | None
 
 
 class TileOutputs(NamedTuple):
@@ -62,6 +47,9 @@ class TileOutputs(NamedTuple):
     positions: Tensor  # (N,)
     numbers: Tensor  # (3 or 4, N)
     top_ids: Tensor  # (N,)
+    entropy: Tensor  # (M,), or empty where it was not asked for, as are the others
+    mean_logits: Tensor
+    is_top1: Tensor
 
 
 _NUM_HEAD = len(HeadArguments._fields)
@@ -85,14 +73,17 @@ def rdpo_tiles_op(*values: Any) -> TileOutputs:
     labels, sequence_ids, lengths = batch.labels, batch.sequence_ids, batch.sequence_lengths
     assert sequence_ids is not None
     with plain(head.hidden_states):
-        call = fused_call(head, sums_head_gradient=any(what.needed[1:]))
-        check_labels(labels.view(what.label_shape), batch.ignore_index, call.vocabulary)
+        vocabulary = head.vocabulary()
         is_scored = labels != batch.ignore_index
         check_sequence_id_values(sequence_ids, is_scored, batch.pairs.num_sequences)
         if lengths is not None:
             check_chosen_present(lengths)
             check_counts(_tokens_per_sequence(batch, sequence_ids), lengths)
-        positions = scored_positions(is_scored, known_number(lengths, labels.device))
+        positions, _ = find_rows(
+            head, vocabulary, labels, batch.ignore_index, lengths, what.label_shape
+        )
+        sums_head = any(what.needed[1:])
+        call = fused_call(head, vocabulary, len(positions), sums_head_gradient=sums_head)
         if lengths is None or labels.device.type == "cpu":
             # A GPU's host waits for the counts if it was not told.
             lengths = _tokens_per_sequence(batch, sequence_ids)
@@ -100,12 +91,14 @@ def rdpo_tiles_op(*values: Any) -> TileOutputs:
             call,
             head,
             batch,
-            what.top_rows,
+            what,
             positions,
             lengths.sum(dim=0).tolist(),
-            Needed(*what.needed),
         )
-        outputs = reduce_pairs(result.token_logps, head.backend, batch, batch.objective)
+        token_logps = result.token_logps
+        if what.token_weights is not None:
+            token_logps = token_logps * what.token_weights.to(token_logps.dtype)
+        outputs, _ = reduce_pairs(token_logps, head.backend, batch, batch.objective)
         if batch.sequence_lengths is None and labels.device.type == "cpu":
             check_chosen_present(outputs.num_tokens)
         grads = (
@@ -113,7 +106,8 @@ def rdpo_tiles_op(*values: Any) -> TileOutputs:
             for grad in result.gradients
         )
         rows = (positions, result.numbers, result.top_ids)
-        return TileOutputs._make((*outputs[:6], *grads, *rows))
+        found = result.statistics or [token_logps.new_empty(0) for _ in range(3)]
+        return TileOutputs._make((*outputs[:6], *grads, *rows, *found))
 
 
 def _tokens_per_sequence(batch: PairArguments, sequence_ids: Tensor) -> Tensor:
@@ -148,12 +142,15 @@ def _rdpo_tiles_fake(*values: Any) -> TileOutputs:
         new(num_pairs, dtype=number),
         new(num_pairs, dtype=number),
     )
+    tracks_top = what.top_rows is not None or what.with_statistics
     rows = (
         new(num_scored, dtype=torch.int64),
-        new((3 if what.top_rows is None else 4, num_scored), dtype=number),
-        new(0 if what.top_rows is None else num_scored, dtype=torch.int64),
+        new((4 if tracks_top else 3, num_scored), dtype=number),
+        new(num_scored if tracks_top else 0, dtype=torch.int64),
     )
-    return TileOutputs._make((*losses, *grads, *rows))
+    num_found = batch.labels.shape[0] if what.with_statistics else 0
+    found = (new(num_found, dtype=number) for _ in range(3))
+    return TileOutputs._make((*losses, *grads, *rows, *found))
 
 
 class ScaleArguments(NamedTuple):
@@ -190,7 +187,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(
         *head.tensors, batch.labels, batch.sequence_ids, what.top_rows,
-        outputs.positions, outputs.numbers, outputs.top_ids, what.witness, *output[6:11],
+        outputs.positions, outputs.numbers, outputs.top_ids, what.witness, what.token_weights,
+        *output[6:11],
     )  # fmt: skip
 
 
@@ -201,20 +199,23 @@ def _backward(
         check_no_tangent("the gradient from above", given)
     # Read once: hooks of checkpointing and offloading unpack at every access.
     saved = ctx.saved_tensors
-    *inputs, labels, sequence_ids, top_rows, positions, numbers, top_ids, witness = saved[:12]
+    *inputs, labels, sequence_ids, top_rows, positions, numbers, top_ids = saved[:11]
+    witness, token_weights, *gradients = saved[11:]
     total: list[Tensor] | None = None
     if grad_loss is not None:
         dtypes = [0 if tensor is None else _DTYPES.index(tensor.dtype) for tensor in inputs]
-        total = scale_gradients_op(grad_loss, list(saved[12:]), dtypes, witness)
+        total = scale_gradients_op(grad_loss, gradients, dtypes, witness)
     if grad_logps is not None:
         is_scored = labels != ctx.ignore_index
         grad_tokens = grad_logps.new_zeros(labels.shape)
         if grad_logps.numel() > 0:
             grad_tokens = grad_logps.reshape(-1)[torch.where(is_scored, sequence_ids, 0)]
+        if token_weights is not None:
+            grad_tokens = grad_tokens * token_weights.to(grad_tokens.dtype)
         stash = inputs[0].new_empty(0, inputs[1].shape[0])
         more = score_tokens_backward_op(
-            *inputs, *ctx.options, torch.where(is_scored, grad_tokens, 0.0), None, labels, top_rows,
-            positions, numbers, top_ids, stash, ctx.needed,
+            *inputs, *ctx.options, torch.where(is_scored, grad_tokens, 0.0), None, None, None, None,
+            labels, top_rows, positions, numbers, top_ids, stash, ctx.needed,
         )  # fmt: skip
         total = [a + b for a, b in zip(total, more, strict=True)] if total else list(more)
     nothing = (None,) * (_NUM_HEAD + _NUM_BATCH + len(TileArguments._fields))

@@ -13,20 +13,25 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from realign_kernels.backends.dispatch import kernels_of, resolve_backend
 from realign_kernels.first_order import differentiate_once
 from realign_kernels.fused.forward import (
+    NO_TOKEN,
     FusedCall,
     Keeps,
     PassResult,
     Rows,
     gather_rows,
+    start_pass,
     walk_vocabulary,
 )
 from realign_kernels.fused.gradients import (
+    LogitGradient,
     Needed,
     RowNumbers,
+    Upstream,
     by_scoring,
     head_gradients,
     hidden_gradient,
@@ -38,11 +43,13 @@ from realign_kernels.fused.statistics import statistics
 from realign_kernels.head import Head, LogitTransform, Precision
 from realign_kernels.ops.schema import operator
 from realign_kernels.options import HeadOptions
-from realign_kernels.tiling import row_stride, spans, tile_shape
+from realign_kernels.tiling import fitted, row_stride, spans, tile_shape
 from realign_kernels.validation import (
+    assert_rows_fit,
     check_head,
     check_labels,
     check_no_tangent,
+    check_num_scored,
     known_number,
     scored_positions,
 )
@@ -62,10 +69,12 @@ class HeadArguments(NamedTuple):
     lora_b: Tensor | None
     lora_scaling: float
     transform: list[float]  # scale, softcap (0: none), temperature
-    autocast_dtype: torch.dtype | None
+    autocast_dtype: torch.dtype | None  # what the weight is rounded to, tile by tile
     backend: str
     budget: list[int]  # workspace and stash, in bytes
     group_name: str | None
+    accumulates_exactly: bool
+    rounds_factors: bool = True  # low-rank factors too, as autocast does
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -77,8 +86,11 @@ class HeadArguments(NamedTuple):
         """The dtypes that are computed in."""
         computed = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         rounded = self.autocast_dtype or self.weight.dtype
-        operand = kernels_of(self.backend).operand_dtype(computed, rounded)
-        return Precision(self.autocast_dtype, computed, operand)
+        kernels = kernels_of(self.backend)
+        is_given = self.hidden_states.dtype == self.weight.dtype == rounded
+        operand = kernels.operand_dtype(computed, rounded, is_given=is_given)
+        exponential = kernels.exponential_dtype(computed, operand)
+        return Precision(self.autocast_dtype, computed, operand, exponential, self.rounds_factors)
 
     @property
     def stash_width(self) -> int:
@@ -89,10 +101,20 @@ class HeadArguments(NamedTuple):
     @property
     def stash_row_bytes(self) -> int:
         """Bytes of a row of the stash."""
-        return self.stash_width * self.precision.operand.itemsize
+        return self.stash_width * self.precision.exponential.itemsize
+
+    def vocabulary(self) -> VocabularyShard:
+        """Find the part of the vocabulary that the weight is."""
+        size = len(self.weight)
+        if self.group_name is None:
+            return VocabularyShard(size, start=0, total=size, group=None)
+        return locate_shard(size, self.group_name, self.weight.device)
 
 
 _NUM_HEAD = len(HeadArguments._fields)
+_NUM_SCORES, _NUM_DIFFERENTIABLE = 8, 4  # of FusedScores
+# Of the gradient of entropies, beside the tile of logits: e, the slope of a softcap, and a mask.
+_ENTROPY_TEMPORARIES = 3
 
 
 class ScoreArguments(NamedTuple):
@@ -100,7 +122,7 @@ class ScoreArguments(NamedTuple):
 
     labels: Tensor
     top_rows: Tensor | None  # (M,) bool: scored by their best token that is not the label
-    sequence_lengths: Tensor | None  # on the CPU; sums to the number of scored labels
+    sequence_lengths: Tensor | None  # on the CPU; sums to the number of scored labels, or is it, ()
     ignore_index: int
     keeps: str
     with_statistics: bool
@@ -111,9 +133,10 @@ class ScoreArguments(NamedTuple):
 class FusedScores(NamedTuple):
     """Outputs of the forward, in the order of its schema; empty where they were not asked for."""
 
-    token_logps: Tensor  # (M,), like those down to top_non_label_ids
+    token_logps: Tensor  # (M,), like those down to top_non_label_ids; four are differentiable
     top_non_label_logps: Tensor
     entropy: Tensor
+    lse: Tensor
     log_sum_sq_probs: Tensor
     mean_logits: Tensor
     is_top1: Tensor
@@ -144,6 +167,8 @@ def check_call(
         backend=resolve_backend(options.backend, hidden_states.device.type),
         budget=[options.workspace_bytes, options.stash_bytes],
         group_name=None if options.group is None else options.group.group_name,
+        accumulates_exactly=options.accumulate == "exact",
+        rounds_factors=torch.is_autocast_enabled(hidden_states.device.type),
     )
 
 
@@ -156,7 +181,7 @@ def score_tokens(
     top_rows: Tensor | None = None,
     sequence_lengths: Tensor | None = None,
 ) -> FusedScores:
-    """Score every position; the first seven entries have the shape of ``labels``.
+    """Score every position; the first eight entries have the shape of ``labels``.
 
     They are 0 where labels are ignored, ``is_top1`` False and ids -1.  Positions of ``top_rows``,
     of the same shape, are scored by their best token that is not the label.  ``sequence_lengths``,
@@ -173,8 +198,8 @@ def score_tokens(
         label_shape=list(labels.shape),
         witness=second_order_witness(*head.tensors),
     )
-    scores = FusedScores(*score_tokens_op(*head, *arguments))
-    shaped = scores[: 7 if with_statistics else 1]
+    scores = FusedScores(*score_tokens_kept(*head, *arguments))
+    shaped = scores[: _NUM_SCORES if with_statistics else 1]
     return FusedScores(*(part.reshape(labels.shape) for part in shaped), *scores[len(shaped) :])
 
 
@@ -191,27 +216,36 @@ def _keeps(tensors: tuple[Tensor | None, ...], memory: str) -> Keeps:
 
 
 def second_order_witness(*inputs: Tensor | None) -> Tensor | None:
-    """Return a 0 that autograd knows to come from the inputs, without keeping their memory.
+    """Return no numbers that autograd knows to come from the inputs, without keeping their memory.
 
     A gradient that was taken in the forward depends on nothing that autograd knows of.  An operator
     that takes the witness too has a derivative, which is refused.
     """
     if not torch.is_grad_enabled():
         return None
-    zeros = [part[:0].sum() for part in inputs if part is not None and part.requires_grad]
-    return torch.stack([zero.float() for zero in zeros]).sum() if zeros else None
+    parts = [part[:0] for part in inputs if part is not None and part.requires_grad]
+    if len(parts) < 2:
+        return parts[0].clone() if parts else None
+    return torch.cat([part.reshape(-1) for part in parts])
 
 
 @operator("score_tokens", HeadArguments, ScoreArguments, returns=FusedScores)
 def score_tokens_op(*values: Any) -> FusedScores:
     """Score labels by hidden states."""
     head, what = HeadArguments(*values[:_NUM_HEAD]), ScoreArguments(*values[_NUM_HEAD:])
-    labels = what.labels
     with plain(head.hidden_states):
-        call = fused_call(head, sums_head_gradient=False)
-        check_labels(labels.view(what.label_shape), what.ignore_index, call.vocabulary)
-        num_rows = known_number(what.sequence_lengths, labels.device)
-        positions = scored_positions(labels != what.ignore_index, num_rows)
+        vocabulary = head.vocabulary()
+        positions, scores = find_rows(
+            head, vocabulary, what.labels, what.ignore_index, what.sequence_lengths,
+            what.label_shape,
+        )  # fmt: skip
+        num_rows = len(positions)
+        call = fused_call(head, vocabulary, num_rows, sums_head_gradient=False)
+        if what.with_statistics and what.keeps != Keeps.NOTHING.value:
+            # Refuses beforehand a workspace that the backward would refuse.
+            fused_call(
+                head, vocabulary, num_rows, sums_head_gradient=True, differentiates_entropy=True
+            )
         keeps = Keeps(what.keeps)
         needed = len(positions) * head.stash_row_bytes
         if keeps is Keeps.STASH_IF_IT_FITS:
@@ -222,21 +256,64 @@ def score_tokens_op(*values: Any) -> FusedScores:
                 f"tokens and {len(head.weight)} of vocabulary, got {head.budget[1]}. "
                 "Raise it, or pass memory='auto'."
             )
-        return _score_rows(call, head.hidden_states, what, positions, keeps)
+        return _score_rows(call, head.hidden_states, what, positions, scores, keeps)
+
+
+def find_rows(
+    head: HeadArguments,
+    vocabulary: VocabularyShard,
+    labels: Tensor,
+    ignore_index: int,
+    sequence_lengths: Tensor | None,
+    label_shape: list[int],
+) -> tuple[Tensor, Tensor | None]:
+    """Check labels (M,); return where they are scored, (N,), and zeros for scores if at hand."""
+    row_kernels = getattr(kernels_of(head.backend), "ROW_KERNELS", None)
+    waits = row_kernels is not None
+    num_rows = known_number(sequence_lengths, labels.device, waits)
+    is_whole = vocabulary.group is None
+    if row_kernels is not None and is_whole and len(labels) <= row_kernels.MOST_POSITIONS:
+        found = row_kernels.find_rows(
+            labels, ignore_index, len(head.weight), num_rows, head.precision.accumulation
+        )
+        assert_rows_fit(found.labels_fit, found.number_fits, ignore_index, num_rows)
+        return found.positions, found.scores
+    check_labels(labels.view(label_shape), ignore_index, vocabulary)
+    positions = scored_positions(labels != ignore_index, num_rows)
+    if sequence_lengths is not None and sequence_lengths.ndim == 0:
+        check_num_scored(int(sequence_lengths), positions)
+    return positions, None
 
 
 def _score_rows(
-    call: FusedCall, hidden_states: Tensor, what: ScoreArguments, positions: Tensor, keeps: Keeps
+    call: FusedCall,
+    hidden_states: Tensor,
+    what: ScoreArguments,
+    positions: Tensor,
+    scores: Tensor | None,
+    keeps: Keeps,
 ) -> FusedScores:
     """Score the rows at ``positions``; ``keeps`` is settled."""
     num_rows, labels, with_statistics = len(positions), what.labels, what.with_statistics
     is_top = None if what.top_rows is None else what.top_rows[positions]
-    rows = gather_rows(call, hidden_states, labels, positions)
     tracks_top = with_statistics or is_top is not None
-    result = walk_vocabulary(
-        call, rows, keeps, with_statistics=with_statistics, tracks_top=tracks_top
-    )
-    numbers = RowNumbers.of(result, num_rows)
+    start = start_pass(
+        call, hidden_states, labels, positions, keeps,
+        with_statistics=with_statistics, tracks_top=tracks_top,
+    )  # fmt: skip
+    result = walk_vocabulary(call, start, keeps, with_statistics=with_statistics)
+    if call.row_kernels is not None and start.started is not None and not tracks_top:
+        if scores is None:
+            scores = start.label_logits.new_zeros(len(labels))
+        call.row_kernels.finish_rows(
+            call.head, call.transform, start.started, positions, result.accumulator, scores
+        )
+        slopes = scores[:0].clone() if result.accumulator is None else result.accumulator
+        return _scores_of(
+            call, {"token_logps": scores}, (slopes[:num_rows], scores.new_empty(0)), positions,
+            result, start.started.numbers, None, keeps,
+        )  # fmt: skip
+    rows, numbers = start.rows, RowNumbers.of(result, num_rows)
     logps = token_log_probs(numbers)
     outputs: dict[str, Tensor] = {}
 
@@ -251,29 +328,48 @@ def _score_rows(
             spread(name, part, -1 if name == "top_non_label_ids" else 0)
         top_logps = top_log_probs(numbers).masked_fill(logps.isnan(), torch.nan)
         spread("top_non_label_logps", top_logps)
-    else:
-        dtypes = {"is_top1": torch.bool, "top_non_label_ids": torch.int64}
-        for name in FusedScores._fields[1:7]:
-            outputs[name] = logps.new_empty(0, dtype=dtypes.get(name))
     slopes, top_slopes = logps.new_empty(0), logps.new_empty(0)
     if keeps is Keeps.SLOPES:
         slopes, top_slopes = _slopes(call, rows, numbers, result, is_top, with_statistics)
     if is_top is not None:
         logps = torch.where(is_top, top_log_probs(numbers), logps)
     spread("token_logps", logps)
-    num_saved = num_rows if keeps in (Keeps.STASH, Keeps.NUMBERS) else 0
-    top_ids = positions[:0] if numbers.top_ids is None else numbers.top_ids
+    parts = [part for part in numbers[:4] if part is not None]
+    return _scores_of(
+        call, outputs, (slopes, top_slopes), positions, result, torch.stack(parts), numbers.top_ids,
+        keeps,
+    )  # fmt: skip
+
+
+def _scores_of(
+    call: FusedCall,
+    outputs: dict[str, Tensor],
+    slopes: tuple[Tensor, Tensor],
+    positions: Tensor,
+    result: PassResult,
+    numbers: Tensor,
+    top_ids: Tensor | None,
+    keeps: Keeps,
+) -> FusedScores:
+    """Return the outputs of the operator, of which none may be a view of another."""
+    scores, num_rows = outputs["token_logps"], len(positions)
+    # Statistics have gradients that the forward has not taken.
+    is_saved = keeps in (Keeps.STASH, Keeps.NUMBERS) or (top_ids is not None and "lse" in outputs)
+    num_saved = num_rows if is_saved and keeps is not Keeps.NOTHING else 0
+    dtypes = {"is_top1": torch.bool, "top_non_label_ids": torch.int64}
+    for name in FusedScores._fields[1:_NUM_SCORES]:
+        if name not in outputs:
+            outputs[name] = scores.new_empty(0, dtype=dtypes.get(name))
     stash = result.stash
     if stash is None:
-        stash = hidden_states.new_empty(0, call.stash_width, dtype=call.operand)
-    # Outputs of an operator may be no views of each other.
+        stash = scores.new_empty(0, call.stash_width, dtype=call.exponential)
     return FusedScores(
         **outputs,
-        slopes=slopes,
-        top_slopes=top_slopes,
-        positions=positions[:0].clone() if keeps is Keeps.NOTHING else positions,
-        numbers=torch.stack([part[:num_saved] for part in numbers[:4] if part is not None]),
-        top_ids=top_ids[:num_saved].clone(),
+        slopes=slopes[0],
+        top_slopes=slopes[1],
+        positions=positions.new_empty(0) if keeps is Keeps.NOTHING else positions,
+        numbers=numbers[:, :num_saved].contiguous(),
+        top_ids=positions.new_empty(0) if top_ids is None else top_ids[:num_saved].clone(),
         stash=stash[:num_rows],
     )
 
@@ -294,7 +390,7 @@ def _slopes(
     def slopes_of(
         grad_label: Tensor, grad_top: Tensor | None, total: Tensor, low_rank_total: Tensor | None
     ) -> Tensor:
-        gradient = logit_gradient(numbers, call.transform, grad_label, grad_top)
+        gradient = logit_gradient(numbers, call.transform, Upstream(grad_label, grad_top))
         hidden, _ = hidden_gradient(call, rows, gradient, numbers.top_ids, total, low_rank_total)
         return hidden
 
@@ -328,10 +424,12 @@ def _score_tokens_fake(*values: Any) -> FusedScores:
     elif kept is Keeps.STASH_IF_IT_FITS:
         num_stashed = torch.library.get_ctx().new_dynamic_size()
     has_slopes = kept is Keeps.SLOPES
+    num_saved = 0 if has_slopes and not with_statistics else num_scored
     return FusedScores(
         token_logps=empty(number, True, what.labels.shape[0]),
         top_non_label_logps=per_position(number),
         entropy=per_position(number),
+        lse=per_position(number),
         log_sum_sq_probs=per_position(number),
         mean_logits=per_position(number),
         is_top1=per_position(torch.bool),
@@ -339,9 +437,9 @@ def _score_tokens_fake(*values: Any) -> FusedScores:
         slopes=empty(number, has_slopes, num_scored, hidden_size),
         top_slopes=empty(number, has_slopes and with_statistics, num_scored, hidden_size),
         positions=empty(torch.int64, True, num_scored),
-        numbers=empty(number, True, 4 if tracks_top else 3, 0 if has_slopes else num_scored),
-        top_ids=empty(torch.int64, True, num_scored if tracks_top and not has_slopes else 0),
-        stash=empty(head.precision.operand, True, num_stashed, head.stash_width),
+        numbers=empty(number, True, 4 if tracks_top else 3, num_saved),
+        top_ids=empty(torch.int64, True, num_saved if tracks_top else 0),
+        stash=empty(head.precision.exponential, True, num_stashed, head.stash_width),
     )
 
 
@@ -350,6 +448,9 @@ class BackwardArguments(NamedTuple):
 
     grad_logps: Tensor | None  # (M,)
     grad_top_logps: Tensor | None
+    grad_entropy: Tensor | None
+    grad_lse: Tensor | None
+    entropy: Tensor | None  # (M,), where it has a slope
     labels: Tensor
     top_rows: Tensor | None
     positions: Tensor
@@ -375,33 +476,65 @@ def score_tokens_backward_op(*values: Any) -> HeadGradients:
     head, kept = HeadArguments(*values[:_NUM_HEAD]), BackwardArguments(*values[_NUM_HEAD:])
     positions = kept.positions
     with plain(head.hidden_states):
-        call = fused_call(head, sums_head_gradient=any(kept.needed[1:]))
+        sums_head = any(kept.needed[1:])
+        call = fused_call(
+            head,
+            head.vocabulary(),
+            len(positions),
+            sums_head_gradient=sums_head,
+            differentiates_entropy=kept.grad_entropy is not None,
+        )
         rows = gather_rows(call, head.hidden_states, kept.labels, positions)
+        has_stash = len(kept.stash) == len(positions) > 0 and kept.grad_entropy is None
+        tracks_top = len(kept.numbers) == 4
+        row_kernels = call.row_kernels
+        grad_logps = None if tracks_top or row_kernels is None else kept.grad_logps
+        # With a frozen head a row's gradient does not depend on how many others there are.
+        is_padded = not (sums_head or has_stash or grad_logps is not None)
+        num_empty = len(rows.ids) - len(positions) if is_padded else 0
         # Hooks on saved tensors may hand them back in another layout.
         numbers, top_ids = kept.numbers.contiguous(), kept.top_ids.contiguous()
-        tracks_top = len(numbers) == 4
+        if num_empty > 0:
+            numbers = pad(numbers, (0, num_empty))
+            top_ids = pad(top_ids, (0, num_empty), value=NO_TOKEN)
         row_numbers = RowNumbers(
             *numbers[:3], *((numbers[3], top_ids) if tracks_top else (None, None))
         )
 
         def per_row(grad: Tensor | None) -> Tensor:
             if grad is None or grad.numel() == 0:
-                return numbers.new_zeros(len(positions))
-            return grad[positions].to(numbers.dtype)
+                return numbers.new_zeros(numbers.shape[1])
+            return pad(grad[positions].to(numbers.dtype), (0, num_empty))
 
-        grad_label, grad_top = per_row(kept.grad_logps), None
-        if tracks_top:
-            grad_top = per_row(kept.grad_top_logps)
-        if kept.top_rows is not None:
-            grad_label, grad_top = by_scoring(kept.top_rows[positions], grad_label)
-        gradient = logit_gradient(row_numbers, call.transform, grad_label, grad_top)
-        stash = kept.stash if len(kept.stash) == len(positions) > 0 else None
+        if row_kernels is not None and grad_logps is not None:
+            graded = row_kernels.grade_rows(call.transform, numbers, grad_logps, positions)
+            gradient = LogitGradient(*graded, None)
+        else:
+            grad_label, grad_top = per_row(kept.grad_logps), None
+            if tracks_top:
+                grad_top = per_row(kept.grad_top_logps)
+            if kept.top_rows is not None:
+                is_top = pad(kept.top_rows[positions], (0, num_empty))
+                grad_label, grad_top = by_scoring(is_top, grad_label)
+            upstream = Upstream(
+                grad_label,
+                grad_top,
+                None if kept.grad_lse is None else per_row(kept.grad_lse),
+                None if kept.grad_entropy is None else per_row(kept.grad_entropy),
+            )
+            entropy = None if kept.entropy is None else per_row(kept.entropy)
+            gradient = logit_gradient(row_numbers, call.transform, upstream, entropy)
+        stash = kept.stash if has_stash else None
         grads = head_gradients(call, rows, row_numbers, gradient, stash, Needed(*kept.needed))
         grad_hidden = None
-        if grads.hidden is not None:
+        if grads.hidden is not None and row_kernels is not None:
+            grad_hidden = head.hidden_states.new_empty(head.hidden_states.shape)
+            rows_of_grad = grad_hidden.view(-1, grad_hidden.shape[-1])
+            row_kernels.spread_rows(None, grads.hidden[: len(positions)], positions, rows_of_grad)
+        elif grads.hidden is not None:
             grad_hidden = head.hidden_states.new_zeros(head.hidden_states.shape)
             rows_of_grad = grad_hidden.view(-1, grad_hidden.shape[-1])
-            rows_of_grad[positions] = grads.hidden.to(grad_hidden.dtype)
+            rows_of_grad[positions] = grads.hidden[: len(positions)].to(grad_hidden.dtype)
         given = (grad_hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b)
         return HeadGradients(
             *(
@@ -435,6 +568,7 @@ class SlopeArguments(NamedTuple):
     shape: list[int]
     dtype: torch.dtype
     witness: Tensor | None
+    backend: str
 
 
 @operator("scale_slopes", SlopeArguments, returns="Tensor")
@@ -444,7 +578,15 @@ def scale_slopes_op(*values: Any) -> Tensor:
     An operator of its own, whose derivative is refused: it would be wrong in silence.
     """
     given = SlopeArguments(*values)
-    positions = given.positions
+    positions, row_kernels = (
+        given.positions,
+        getattr(kernels_of(given.backend), "ROW_KERNELS", None),
+    )
+    if row_kernels is not None and given.grad_logps is not None and given.top_slopes.numel() == 0:
+        grad = given.slopes.new_empty(given.shape, dtype=given.dtype)
+        rows = grad.view(-1, given.shape[-1])
+        row_kernels.spread_rows(given.grad_logps, given.slopes, positions, rows)
+        return grad
     grad = torch.zeros(given.shape, dtype=given.dtype, device=positions.device)
     rows_of_grad = grad.view(-1, given.shape[-1])
     terms = [
@@ -476,28 +618,40 @@ def plain(tensor: Tensor) -> Iterator[None]:
     """Run below autograd and autocast: what is rounded, and where, is explicit."""
     # Triton launches on the current device, which need not be that of the tensors.
     device = torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
-    with device, torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+    device_type = tensor.device.type
+    autocast: Any = nullcontext()
+    if torch.is_autocast_enabled(device_type):
+        autocast = torch.autocast(device_type, enabled=False)
+    with device, torch.no_grad(), autocast:
         yield
 
 
-def fused_call(head: HeadArguments, *, sums_head_gradient: bool) -> FusedCall:
-    """Gather what does not change over a call; ``sums_head_gradient`` takes room from its tiles."""
+def fused_call(
+    head: HeadArguments,
+    vocabulary: VocabularyShard,
+    num_rows: int,
+    *,
+    sums_head_gradient: bool,
+    differentiates_entropy: bool = False,
+) -> FusedCall:
+    """Gather what does not change over a call; both flags take room from its tiles."""
     kernels, precision = kernels_of(head.backend), head.precision
-    weight, lora_a, group_name = head.weight, head.lora_a, head.group_name
+    weight, lora_a = head.weight, head.lora_a
+    largest, fits = kernels.LARGEST_TILE, getattr(kernels, "FITS_TILES", False)
     shape = tile_shape(
-        kernels.LARGEST_TILE,
+        fitted(largest, num_rows) if fits else largest,
         weight.shape[1],
         0 if lora_a is None else lora_a.shape[0],
-        (precision.accumulation.itemsize, precision.operand.itemsize),
+        (
+            precision.accumulation.itemsize,
+            precision.operand.itemsize,
+            precision.exponential.itemsize,
+        ),
         head.budget[0],
-        temporaries=kernels.TEMPORARIES,
+        temporaries=max(kernels.TEMPORARIES, _ENTROPY_TEMPORARIES if differentiates_entropy else 0),
         casts_head=precision.copies(weight.dtype),
         sums_head_gradient=sums_head_gradient,
     )
-    size = len(weight)
-    vocabulary = VocabularyShard(size, start=0, total=size, group=None)
-    if group_name is not None:
-        vocabulary = locate_shard(size, group_name, weight.device)
     factor = None if lora_a is None else precision.of_factor(lora_a)
     scale, softcap, temperature = head.transform
     return FusedCall(
@@ -506,6 +660,7 @@ def fused_call(head: HeadArguments, *, sums_head_gradient: bool) -> FusedCall:
         vocabulary=vocabulary,
         shape=shape,
         kernels=kernels,
+        accumulates_exactly=head.accumulates_exactly,
     )
 
 
@@ -515,41 +670,85 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.keeps = Keeps(what.keeps)
     ctx.options = head[5:]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[2:])
+    ctx.mark_non_differentiable(*output[_NUM_DIFFERENTIABLE:])
+    ctx.has_statistics = what.with_statistics
+    slopes: tuple[Tensor | None, ...] = ()
     if ctx.keeps is Keeps.SLOPES:
-        ctx.save_for_backward(scores.slopes, scores.top_slopes, scores.positions, what.witness)
+        slopes = scores.slopes, scores.top_slopes, what.witness
         ctx.hidden = list(head.hidden_states.shape), head.hidden_states.dtype
-    else:
-        ctx.save_for_backward(
-            *head.tensors, what.labels, what.top_rows, scores.positions, scores.numbers,
-            scores.top_ids, scores.stash,
-        )  # fmt: skip
+        ctx.backend = head.backend
+        if not what.with_statistics:
+            # The hidden states need not stay.
+            ctx.save_for_backward(*slopes, scores.positions)
+            return
+    entropy = scores.entropy if what.with_statistics else None
+    ctx.save_for_backward(
+        *slopes, scores.positions, scores.numbers, scores.top_ids, scores.stash, *head.tensors,
+        what.labels, what.top_rows, entropy,
+    )  # fmt: skip
 
 
 def _backward(
-    ctx: Any, grad_logps: Tensor | None, grad_top_logps: Tensor | None = None, *_: None
+    ctx: Any,
+    grad_logps: Tensor | None,
+    grad_top_logps: Tensor | None = None,
+    grad_entropy: Tensor | None = None,
+    grad_lse: Tensor | None = None,
+    *_: None,
 ) -> tuple[Tensor | None, ...]:
     nothing = (None,) * (_NUM_HEAD + len(ScoreArguments._fields))
-    if grad_logps is None and grad_top_logps is None:
+    if not ctx.has_statistics:
+        # Outputs that were not asked for are empty, and so are their gradients.
+        grad_top_logps = grad_entropy = grad_lse = None
+    upstream = (grad_logps, grad_top_logps, grad_entropy, grad_lse)
+    if all(grad is None for grad in upstream):
         return nothing
-    for grad in (grad_logps, grad_top_logps):
+    for grad in upstream:
         check_no_tangent("the gradient from above", grad)
-    needed = list(ctx.needs_input_grad[:5])
     assert ctx.keeps is not Keeps.NOTHING  # which would give zeros in silence
+    needed = list(ctx.needs_input_grad[:5])
     # Read once: hooks of checkpointing and offloading unpack at every access.
-    saved = ctx.saved_tensors
+    saved = list(ctx.saved_tensors)
     if ctx.keeps is Keeps.SLOPES:
-        *slopes, witness = saved
-        grad = scale_slopes_op(grad_logps, grad_top_logps, *slopes, *ctx.hidden, witness)
-        return (grad, *nothing[1:])
+        slopes, top_slopes, witness, *saved = saved
+        if grad_entropy is None and grad_lse is None:
+            grad = scale_slopes_op(
+                grad_logps, grad_top_logps, slopes, top_slopes, saved[0], *ctx.hidden, witness,
+                ctx.backend,
+            )  # fmt: skip
+            return (grad, *nothing[1:])
+    positions, numbers, top_ids, stash, *rest = saved
+    tensors, (labels, top_rows, entropy) = rest[:5], rest[5:]
     grads = score_tokens_backward_op(
-        *saved[:5], *ctx.options, grad_logps, grad_top_logps, *saved[5:], needed
-    )
+        *tensors, *ctx.options, *upstream, None if grad_entropy is None else entropy, labels,
+        top_rows, positions, numbers, top_ids, stash, needed,
+    )  # fmt: skip
     gradients = zip(grads, needed, strict=True)
     return (*(grad if is_needed else None for grad, is_needed in gradients), *nothing[5:])
 
 
 score_tokens_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _KeptScores(torch.autograd.Function):
+    """What eager code calls in place of the operator: to keep a derivative of that, torch reads the
+    schema anew at every call, which for twenty arguments takes the host 0.1 ms.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *values: Any) -> Any:
+        output = score_tokens_op(*values)
+        _setup_context(ctx, values, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def score_tokens_kept(*values: Any) -> Any:
+    """Call the operator, and keep what its derivative needs."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return score_tokens_op(*values)
+    return _KeptScores.apply(*values)
 
 
 for _operator in (score_tokens_backward_op, scale_slopes_op):

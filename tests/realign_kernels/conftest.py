@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
+from realign_kernels.backends import cpu
 from realign_kernels.backends.dispatch import kernels_of
 from realign_kernels.tiling import TileShape
 
@@ -35,6 +39,47 @@ def each_backend(request):
             "realign_kernels.backends.dispatch.auto_backend", lambda device_type: request.param
         )
         yield request.param
+
+
+@pytest.fixture
+def use_library(monkeypatch):
+    """Make the CPU backend load another library."""
+
+    def use(path):
+        monkeypatch.setattr(cpu, "library_path", lambda: str(path))
+        cpu._library.cache_clear()
+
+    yield use
+    monkeypatch.undo()
+    cpu._library.cache_clear()
+
+
+def product_sets():
+    """Return the ways to multiply bfloat16 that this machine and this library have."""
+    if cpu.library_path() is None:
+        return []
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        return [
+            name
+            for name in ("portable", "avx512", "amx")
+            if choose_products(name, patch, Path(folder)) == name
+        ]
+
+
+def choose_products(name, monkeypatch, folder):
+    """Load a copy of the library, which chooses its instructions once, and ask it for some."""
+    library = cpu._load(str(shutil.copy(cpu.library_path(), Path(folder) / f"{name}.so")))
+    monkeypatch.setattr(cpu, "_library", functools.cache(lambda: library))
+    with monkeypatch.context() as patch:
+        patch.setenv("REALIGN_CPU_PRODUCTS", name)
+        return cpu.product_set()
+
+
+@pytest.fixture(params=product_sets())
+def each_product_set(request, monkeypatch, tmp_path):
+    """Run with every way to multiply bfloat16 that there is here."""
+    assert choose_products(request.param, monkeypatch, tmp_path) == request.param
+    return request.param
 
 
 @pytest.fixture

@@ -50,7 +50,8 @@ def stats_and_gradients(inputs, group=None):
     leaves = inputs.as_leaves()
     stats = leaves.call(linear_logprob_stats, group=group, workspace_bytes=3000)
     weights = torch.linspace(-1, 1, 24, dtype=torch.float64)
-    (weights @ stats.token_logps + (weights.flip(0) @ stats.top_non_label_logps)).backward()
+    total = weights @ stats.token_logps + weights.flip(0) @ stats.top_non_label_logps
+    (total + weights @ stats.entropy + 0.3 * stats.lse.sum()).backward()
     return [part.detach() for part in stats], [tensor.grad for tensor in leaves.tensors]
 
 

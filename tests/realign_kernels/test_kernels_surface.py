@@ -15,6 +15,7 @@ from realign_kernels import (
     Objective,
     PreferenceOutput,
     RdpoOutput,
+    RdpoStatsOutput,
     Term,
     describe_backends,
     linear_logprob,
@@ -22,23 +23,26 @@ from realign_kernels import (
     preference_loss,
     rdpo_loss,
 )
-from realign_kernels.tiling import TileShape, spans, tile_shape
+from realign_kernels.tiling import TileShape, fitted, spans, tile_shape
 
 HEAD = (
     "*, lm_head_bias=None, lm_head_lora=None, ignore_index=-100, logit_scale=1.0, "
     "logit_softcap=None, temperature=1.0, backend='auto', memory='auto', "
-    f"workspace_bytes={256 << 20}, stash_bytes={2 << 30}, group=None"
+    f"workspace_bytes={256 << 20}, stash_bytes={2 << 30}, accumulate='auto', group=None"
 )
+SCORES = HEAD.replace("group", "num_scored=None, group")
 SIGNATURES = {
-    linear_logprob: f"(hidden_states, lm_head_weight, labels, {HEAD})",
-    linear_logprob_stats: f"(hidden_states, lm_head_weight, labels, {HEAD})",
+    linear_logprob: f"(hidden_states, lm_head_weight, labels, {SCORES})",
+    linear_logprob_stats: f"(hidden_states, lm_head_weight, labels, {SCORES})",
     rdpo_loss: "(hidden_states, lm_head_weight, labels, ref_logps, *, sequence_ids=None, "
     "sequence_lengths=None, beta=0.1, image_beta=None, image_weight=1.0, objective=None, "
-    "rejected_scoring='label', " + HEAD.removeprefix("*, ") + ")",
+    "rejected_scoring='label', token_weights=None, statistics=False, "
+    + HEAD.removeprefix("*, ")
+    + ")",
     preference_loss: "(logps, ref_logps, objective, *, num_tokens=None)",
     Objective: "(terms, nll_weight=0.0)",
     Term: "(coefficients, weight=1.0, beta=0.1, offset=0.0, link='logsigmoid', "
-    "label_smoothing=0.0)",
+    "label_smoothing=0.0, normalize='none')",
     Objective.dpo: "(beta=0.1)",
     Objective.rdpo: "(beta=0.1, image_beta=None, image_weight=1.0)",
     Objective.mdpo: "(beta=0.1, image_beta=None, image_weight=1.0, anchor_weight=1.0, "
@@ -48,8 +52,10 @@ SIGNATURES = {
 }
 FIELDS = {
     LogprobStats: "token_logps entropy log_sum_sq_probs mean_logits is_top1 top_non_label_logps "
-    "top_non_label_ids",
+    "top_non_label_ids lse",
     RdpoOutput: "loss logps num_tokens rewards text_margins image_margins",
+    RdpoStatsOutput: "loss logps num_tokens rewards text_margins image_margins entropy mean_logits "
+    "top1_rate",
     PreferenceOutput: "loss losses rewards text_margins image_margins",
 }
 PACKAGE = Path(realign_kernels.__file__).parent
@@ -62,6 +68,7 @@ def test_all():
         "Objective",
         "PreferenceOutput",
         "RdpoOutput",
+        "RdpoStatsOutput",
         "Term",
         "describe_backends",
         "linear_logprob",
@@ -127,7 +134,7 @@ def test_a_missing_backend_is_described(monkeypatch):
 
 def shape_of(hidden_size, rank, itemsize, workspace_bytes, largest=(1024, 4096)):
     return tile_shape(
-        TileShape(*largest), hidden_size, rank, (itemsize, itemsize), workspace_bytes,
+        TileShape(*largest), hidden_size, rank, (itemsize,) * 3, workspace_bytes,
         temporaries=2, casts_head=True, sums_head_gradient=True,
     )  # fmt: skip
 
@@ -153,6 +160,15 @@ def test_tiles_fill_the_workspace_and_no_more(hidden_size, rank, itemsize, works
 def test_the_largest_tile_is_taken_where_it_fits():
     assert shape_of(64, 0, 4, 1 << 30) == (1024, 4096)
     assert shape_of(64, 0, 4, 1 << 30, largest=(7, 300)) == (7, 300)
+
+
+def test_few_rows_get_wider_tiles_and_those_of_a_power_of_two_the_same():
+    largest = TileShape(4096, 8192)
+    assert fitted(largest, 0) == fitted(largest, 1) == fitted(largest, 64) == (64, 1 << 19)
+    assert fitted(largest, 65) == fitted(largest, 128) == (128, 1 << 18)
+    assert fitted(largest, 1025) == fitted(largest, 2048) == (2048, 16384)
+    assert fitted(largest, 4096) == fitted(largest, 10**6) == largest
+    assert fitted(TileShape(4, 8), 1) == (4, 8)
 
 
 def test_the_smallest_workspace_holds_one_logit():

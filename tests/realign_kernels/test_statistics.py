@@ -27,8 +27,9 @@ def dense_stats(inputs):
         is_top1=log_probs.argmax(1) == index[:, 0],
         top_non_label_logps=tops.values,
         top_non_label_ids=tops.indices,
+        lse=logits.logsumexp(1),
     )
-    fills = LogprobStats(0.0, 0.0, 0.0, 0.0, False, 0.0, -1)
+    fills = LogprobStats(0.0, 0.0, 0.0, 0.0, False, 0.0, -1, 0.0)
     pairs = zip(values, fills, strict=True)
     return LogprobStats(*(torch.where(is_scored, value, fill) for value, fill in pairs))
 
@@ -119,15 +120,18 @@ def test_nan_stays_in_its_row():
         "log_sum_sq_probs",
         "mean_logits",
         "top_non_label_logps",
+        "lse",
     ):
         assert torch.isnan(getattr(stats, name)).tolist() == [row == 2 for row in range(5)]
 
 
-def test_only_the_two_log_probabilities_are_differentiable():
+def test_what_is_differentiable():
     stats = make_head_inputs(5, 11, 4).as_leaves().call(linear_logprob_stats)
     assert [name for name in stats._fields if getattr(stats, name).requires_grad] == [
         "token_logps",
+        "entropy",
         "top_non_label_logps",
+        "lse",
     ]
 
 

@@ -93,8 +93,8 @@ def test_values_are_refused(function, changes, message):
             "lm_head_weight must be one of .*complex64",
         ),
         (
-            {"lm_head_weight": torch.zeros(V, D).bfloat16()},
-            "lm_head_weight must have dtype torch.float32 .* got torch.bfloat16. Cast one of them",
+            {"lm_head_weight": torch.zeros(V, D).double()},
+            "lm_head_weight must have dtype torch.float32 .* got torch.float64. Cast one of them",
         ),
         (
             {"labels": torch.zeros(N, dtype=torch.int32)},
@@ -275,7 +275,7 @@ def test_rdpo_loss_refuses_values(arguments, message):
             batch(ref_logps=torch.zeros(3, 2).half()),
             "ref_logps must be torch.float32 or torch.floa",
         ),
-        (batch(lm_head_weight=torch.zeros(V, D).half()), "lm_head_weight must have dtype"),
+        (batch(lm_head_weight=torch.zeros(V, D).double()), "lm_head_weight must have dtype"),
     ],
 )
 def test_rdpo_loss_refuses_dtypes(arguments, message):

@@ -15,64 +15,30 @@ import triton
 import triton.language as tl
 
 from realign_kernels.backends.triton import launches
+from realign_kernels.backends.triton.transform import (
+    rounded_numbers,
+    slope_of,
+    transform_numbers,
+    transformed,
+)
 
 if TYPE_CHECKING:
     from realign_kernels.backends.kernel_set import Tile
 
 
 @triton.jit
-def _tanh(x):
-    """tanh to an ulp or two, odd, and without cancellation near 0.
-
-    Source: Cephes (Moshier), tanhf.c and tanh.c.  Not libdevice's, which the interpreter lacks.
-    """
-    square = x * x
-    if x.dtype == tl.float64:
-        top = (-9.64399179425052238628e-1 * square - 9.92877231001918586564e1) * square
-        top = top - 1.61468768441708447952e3
-        bottom = ((square + 1.12811678491632931402e2) * square + 2.23548839060100448583e3) * square
-        bottom = bottom + 4.84406305325125486048e3
-        rest = top / bottom
-    else:
-        rest = (-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2
-        rest = (rest * square + 1.33314422036e-1) * square - 3.33332819422e-1
-    near = x + x * square * rest
-    # 2 / (inf + 1) is 0, as it should be.
-    magnitude = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
-    far = tl.where(x < 0, -magnitude, magnitude)
-    return tl.where(tl.abs(x) < 0.625, near, far)
-
-
-@triton.jit
-def _load_transformed(
-    logits_ptr, bias_ptr, offs_v, num_columns,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr,
-):  # fmt: skip
+def _load_transformed(logits_ptr, bias_ptr, offs_v, num_columns, numbers, CAPS: tl.constexpr):
     """Return x of a block; what lies past the tile is no logit and has to be masked."""
     is_column = offs_v < num_columns
-    x = tl.load(logits_ptr + offs_v, mask=is_column, other=0.0)
+    z = tl.load(logits_ptr + offs_v, mask=is_column, other=0.0)
     if bias_ptr is not None:
-        x += tl.load(bias_ptr + offs_v, mask=is_column, other=0.0)
-    if SOFTCAP > 0:
-        return _tanh(x * (SCALE / SOFTCAP)) * (SOFTCAP / TEMPERATURE)
-    else:
-        return x * (SCALE / TEMPERATURE)
-
-
-@triton.jit
-def _slope(x, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr):
-    """Return phi = dx/dz as a function of x."""
-    if SOFTCAP > 0:
-        tanh = x * (TEMPERATURE / SOFTCAP)
-        return (1.0 - tanh * tanh) * (SCALE / TEMPERATURE)
-    else:
-        return tl.zeros_like(x) + SCALE / TEMPERATURE
+        z += tl.load(bias_ptr + offs_v, mask=is_column, other=0.0)
+    return transformed(z, numbers, CAPS)
 
 
 @triton.jit
 def _survey(
-    logits_ptr, bias_ptr, label, num_columns,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr,
+    logits_ptr, bias_ptr, label, num_columns, numbers, CAPS: tl.constexpr, BLOCK_V: tl.constexpr
 ):  # fmt: skip
     """Return the largest x but for the label, its first column, the sum of x, and the label's x."""
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
@@ -82,9 +48,7 @@ def _survey(
     label_logits = tl.zeros((BLOCK_V,), dtype)
     for start in range(0, num_columns, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        x = _load_transformed(
-            logits_ptr, bias_ptr, offs_v, num_columns, SCALE, SOFTCAP, TEMPERATURE
-        )
+        x = _load_transformed(logits_ptr, bias_ptr, offs_v, num_columns, numbers, CAPS)
         is_column = offs_v < num_columns
         is_label = offs_v == label
         totals += tl.where(is_column, x, 0.0)
@@ -101,7 +65,7 @@ def _survey(
 @triton.jit
 def _exponentiate(
     logits_ptr, exponentials_ptr, bias_ptr, shift, label, own_top, top_entry, num_columns,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr,
+    numbers, CAPS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Write E of a row; return its largest x but for the label, and sums of e, -e log e, e ** 2.
 
@@ -116,9 +80,7 @@ def _exponentiate(
     finite_shift = tl.where(shift == -float("inf"), 0.0, shift)
     for start in range(0, num_columns, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        x = _load_transformed(
-            logits_ptr, bias_ptr, offs_v, num_columns, SCALE, SOFTCAP, TEMPERATURE
-        )
+        x = _load_transformed(logits_ptr, bias_ptr, offs_v, num_columns, numbers, CAPS)
         is_column = offs_v < num_columns
         is_counted = is_column & (offs_v != label) & (offs_v != own_top)
         largest = tl.where(is_counted & (x > largest), x, largest)
@@ -128,7 +90,7 @@ def _exponentiate(
         entropy_sums += tl.where(e == 0, 0.0, -e * log_e)
         square_sums += e * e
         if exponentials_ptr is not None:
-            entry = e * _slope(x, SCALE, SOFTCAP, TEMPERATURE)
+            entry = e * slope_of(x, numbers, CAPS)
             # Not left to exp(-inf): a slope may be infinite, and 0 * inf is NaN.
             entry = tl.where(is_counted, entry, tl.where(offs_v == own_top, top_entry, 0.0))
             out_dtype: tl.constexpr = exponentials_ptr.dtype.element_ty
@@ -160,12 +122,14 @@ def _epilogue_kernel(
     top_logits_ptr, top_ids_ptr, released_ids_ptr, released_values_ptr,
     first_column, num_columns, hidden_size, rank,
     stride_ln, stride_en, stride_an, stride_rn,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr, BOUND: tl.constexpr,
-    FINDS_TOP_FIRST: tl.constexpr, HAS_STATISTICS: tl.constexpr, TRACKS_TOP: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    bound: tl.float64, inner: tl.float64, outer: tl.float64, inverse: tl.float64,
+    linear: tl.float64,
+    CAPS: tl.constexpr, FINDS_TOP_FIRST: tl.constexpr, HAS_STATISTICS: tl.constexpr,
+    TRACKS_TOP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Fold one row of a tile into its sums."""
     n = tl.program_id(0).to(tl.int64)  # n * stride overflows int32
+    numbers = rounded_numbers(inner, outer, inverse, linear, logits_ptr.dtype.element_ty)
     logits_ptr += n * stride_ln
     if exponentials_ptr is not None:
         exponentials_ptr += n * stride_en
@@ -177,13 +141,13 @@ def _epilogue_kernel(
     entropy_sum, square_sum = tl.zeros_like(shift), tl.zeros_like(shift)
     if FINDS_TOP_FIRST:
         top, column, total, label_logit = _survey(
-            logits_ptr, bias_ptr, label, num_columns, SCALE, SOFTCAP, TEMPERATURE, BLOCK_V
+            logits_ptr, bias_ptr, label, num_columns, numbers, CAPS, BLOCK_V
         )
         added, added_entropy, added_square = top_entry, top_entry, top_entry
     else:
         top, added, added_entropy, added_square = _exponentiate(
             logits_ptr, exponentials_ptr, bias_ptr, shift, label, own_top, top_entry, num_columns,
-            SCALE, SOFTCAP, TEMPERATURE, BLOCK_V,
+            numbers, CAPS, BLOCK_V,
         )  # fmt: skip
     if HAS_STATISTICS:
         entropy_sum, square_sum = tl.load(entropy_sum_ptr + n), tl.load(square_sum_ptr + n)
@@ -192,7 +156,8 @@ def _epilogue_kernel(
             tl.store(label_logits_ptr + n, label_logit)
 
     # The second condition is the start of a row whose label has probability 0.
-    if ((top - shift > BOUND) | (shift == -float("inf"))) & (top != -float("inf")):
+    is_far = (top - shift > tl.full((), bound, shift.dtype)) | (shift == -float("inf"))
+    if is_far & (top != -float("inf")):
         log_decay = shift - top
         decay = tl.exp(log_decay)
         # -(a e) log(a e) = a (-e log e) - a log(a) e
@@ -208,7 +173,7 @@ def _epilogue_kernel(
             tl.debug_barrier()  # what the first walk has stored is stored again
             top, added, added_entropy, added_square = _exponentiate(
                 logits_ptr, exponentials_ptr, bias_ptr, shift, label, own_top, top_entry,
-                num_columns, SCALE, SOFTCAP, TEMPERATURE, BLOCK_V,
+                num_columns, numbers, CAPS, BLOCK_V,
             )  # fmt: skip
 
     if TRACKS_TOP:
@@ -225,17 +190,17 @@ def _epilogue_kernel(
         tl.store(top_logits_ptr + n, tl.where(is_new, top, old_top))
         tl.store(top_ids_ptr + n, tl.where(is_new, first_column + column, old_id))
         if released_ids_ptr is not None:
-            value = tl.where(is_released, e * _slope(old_top, SCALE, SOFTCAP, TEMPERATURE), 0.0)
+            value = tl.where(is_released, e * slope_of(old_top, numbers, CAPS), 0.0)
             tl.store(released_ids_ptr + n, tl.where(is_released, old_id, -1))
             tl.store(released_values_ptr + n, value)
         else:
             # Entries of a stash are final, while an accumulator can take the token back.
-            top_entry = tl.exp(top - shift) * _slope(top, SCALE, SOFTCAP, TEMPERATURE)
+            top_entry = tl.exp(top - shift) * slope_of(top, numbers, CAPS)
     if FINDS_TOP_FIRST:
         tl.debug_barrier()  # exponentials may replace logits that the survey has read
         top, added, added_entropy, added_square = _exponentiate(
             logits_ptr, exponentials_ptr, bias_ptr, shift, label, own_top, top_entry, num_columns,
-            SCALE, SOFTCAP, TEMPERATURE, BLOCK_V,
+            numbers, CAPS, BLOCK_V,
         )  # fmt: skip
     tl.store(shift_ptr + n, shift)
     tl.store(rest_sum_ptr + n, rest_sum + added)
@@ -251,10 +216,12 @@ def _replay_kernel(
     logits_ptr, exponentials_ptr, bias_ptr, labels_ptr, shift_ptr, top_ids_ptr,
     first_column, num_columns,
     stride_ln, stride_en,
-    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, TEMPERATURE: tl.constexpr, BLOCK_V: tl.constexpr,
+    inner: tl.float64, outer: tl.float64, inverse: tl.float64, linear: tl.float64,
+    CAPS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Write E of one row again, relative to its final shift, and sum nothing."""
     n = tl.program_id(0).to(tl.int64)
+    numbers = rounded_numbers(inner, outer, inverse, linear, logits_ptr.dtype.element_ty)
     shift = tl.load(shift_ptr + n)
     label = _column_of(tl.load(labels_ptr + n), first_column, num_columns)
     top = tl.full((), -1, tl.int32)
@@ -263,7 +230,7 @@ def _replay_kernel(
     _exponentiate(
         logits_ptr + n * stride_ln, exponentials_ptr + n * stride_en, bias_ptr, shift, label, top,
         tl.zeros_like(shift), num_columns,
-        SCALE, SOFTCAP, TEMPERATURE, BLOCK_V,
+        numbers, CAPS, BLOCK_V,
     )  # fmt: skip
 
 
@@ -276,14 +243,7 @@ def epilogue(tile: Tile) -> None:
     assert launches.has_dense_rows(logits)
     assert exponentials is None or launches.has_dense_rows(exponentials)
     block, num_warps = launches.launch_of("epilogue", logits.dtype, num_columns, logits.device)
-    # Compiled in: a float argument would be rounded to float32.
-    transform = {
-        "SCALE": float(tile.transform.logit_scale),
-        "SOFTCAP": float(tile.transform.logit_softcap or 0.0),
-        "TEMPERATURE": float(tile.transform.temperature),
-        "BLOCK_V": block,
-        "num_warps": num_warps,
-    }
+    options = transform_numbers(tile.transform) | {"BLOCK_V": block, "num_warps": num_warps}
     stride_en = 0 if exponentials is None else exponentials.stride(0)
     if tile.replays:
         assert exponentials is not None
@@ -291,7 +251,7 @@ def epilogue(tile: Tile) -> None:
             logits, exponentials, tile.bias, tile.labels, state.shift, state.top_ids,
             tile.first_column, num_columns,
             logits.stride(0), stride_en,
-            **transform,
+            **options,
         )  # fmt: skip
         return
     assert math.isfinite(tile.bound)
@@ -306,11 +266,11 @@ def epilogue(tile: Tile) -> None:
         state.top_logits, state.top_ids, state.released_ids, state.released_values,
         tile.first_column, num_columns, _width(accumulator), _width(low_rank),
         logits.stride(0), stride_en, _row_stride(accumulator), _row_stride(low_rank),
-        BOUND=tile.bound,
+        bound=tile.bound,
         FINDS_TOP_FIRST=is_in_place or has_statistics or tracks_top,
         HAS_STATISTICS=has_statistics,
         TRACKS_TOP=tracks_top,
-        **transform,
+        **options,
     )  # fmt: skip
 
 

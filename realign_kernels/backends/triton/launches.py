@@ -6,6 +6,7 @@ memory transactions, for an NVIDIA GPU of 64 K registers a multiprocessor.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -46,13 +47,47 @@ _LAUNCHES: dict[Capability, dict[tuple[str, int], Launch]] = {
         # Tokens of one answer, summed in float64: some hundred in one or two blocks.  Not measured.
         ("sum_sequences", 4): Launch(256, 4),
         ("sum_sequences", 8): Launch(256, 4),  # the sums are the same; not measured
+        # The blocks of one row of a tile: 64 of 128 columns.  Not measured.
+        ("settle", 4): Launch(256, 1),
+        # 32 pairs of four cells in float64, one cell a thread: an objective of four terms takes 128
+        # registers, of which the one program spills a few bytes.  Not measured.
+        ("pair_loss", 8): Launch(256, 4),
+        # All labels of a micro-batch in one or two blocks, 16 a thread.  Not measured.
+        ("find_rows", 4): Launch(4096, 8),
+        ("find_rows", 8): Launch(4096, 8),  # the same labels; not measured
     }
 }
+
+
+class ProductLaunch(NamedTuple):
+    """A block of a product that one program computes, and how it is run."""
+
+    rows: int
+    columns: int
+    depth: int  # of the hidden size, loaded at a time
+    num_warps: int
+    num_stages: int
+
+
+# By bytes of the operands.  128 x 128 float32 sums are 64 registers a thread of 8 warps, twice that
+# with the partial sums beside them.  Not measured.
+_PRODUCT_LAUNCHES = {2: ProductLaunch(128, 128, 64, 8, 3), 4: ProductLaunch(64, 64, 32, 4, 3)}
+
+# Dtypes of operands whose product has the epilogue inside, by the least capability that a row is
+# for.  None before a GPU has been measured.
+_FUSED_PRODUCTS: dict[Capability, frozenset[torch.dtype]] = {(0, 0): frozenset()}
+
+# Hidden size that is summed on a tensor core before the sum is added in float32.
+PARTIAL_SUM = 1024
+
+# Blocks of rows that programs walk together, so that their columns come from the cache.
+BLOCKS_AT_A_TIME = 8
 
 # Entries that a program of add_entries gathers at a time: rows in flight against registers (above).
 ENTRIES_AT_A_TIME = 8
 
 
+@functools.lru_cache(maxsize=1024)
 def choose_launch(kernel: str, dtype: torch.dtype, width: int, capability: Capability) -> Launch:
     """Return the launch of the newest row that the capability allows, no wider than it need be.
 
@@ -69,10 +104,24 @@ def choose_launch(kernel: str, dtype: torch.dtype, width: int, capability: Capab
 
 def launch_of(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> Launch:
     """Return how to launch a kernel over ``width`` elements a row on a device."""
-    capability = (0, 0)
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-    return choose_launch(kernel, dtype, width, capability)
+    return choose_launch(kernel, dtype, width, _capability(device))
+
+
+def fuses_product(operand: torch.dtype, device: torch.device) -> bool:
+    """Return whether the product of a tile has the epilogue inside, as measured."""
+    capability = _capability(device)
+    return (
+        operand in _FUSED_PRODUCTS[max(least for least in _FUSED_PRODUCTS if least <= capability)]
+    )
+
+
+def _capability(device: torch.device) -> Capability:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def product_launch(dtype: torch.dtype, device: torch.device) -> ProductLaunch:
+    """Return how to launch the product of operands of a dtype."""
+    return _PRODUCT_LAUNCHES[dtype.itemsize]
 
 
 def has_dense_rows(matrix: Tensor) -> bool:

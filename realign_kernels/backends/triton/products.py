@@ -17,9 +17,18 @@ STRIDE_MULTIPLE = 64
 TEMPORARIES = 0
 
 
-def operand_dtype(computed: torch.dtype, rounded: torch.dtype) -> torch.dtype:
+def operand_dtype(computed: torch.dtype, rounded: torch.dtype, *, is_given: bool) -> torch.dtype:
     """Return the dtype of the weight: a GPU sums products of half operands in float32."""
     return rounded
+
+
+def exponential_dtype(computed: torch.dtype, operand: torch.dtype) -> torch.dtype:
+    """Return the dtype of both operands of a product."""
+    return operand
+
+
+def expect_writes(tensor: Tensor) -> None:
+    """Do nothing."""
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:

@@ -11,17 +11,10 @@ import triton
 import triton.language as tl
 
 from realign_kernels.backends.triton import launches
+from realign_kernels.backends.triton.transform import narrow, widen
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@triton.jit
-def _widen(x, dtype: tl.constexpr):
-    # By way of float32, since the interpreter reads bfloat16 as integers in any other conversion.
-    if x.dtype == tl.bfloat16:
-        x = x.to(tl.float32)
-    return x.to(dtype)
 
 
 @triton.jit
@@ -44,7 +37,7 @@ def _label_dot_kernel(
             weight = tl.load(
                 weight_ptr + token * stride_wv + offs_d * stride_wd, mask=mask, other=0.0
             )
-            sums += _widen(hidden, dtype) * _widen(weight, dtype)
+            sums += widen(hidden, dtype) * widen(weight, dtype)
         tl.store(out_ptr + n, tl.load(out_ptr + n) + tl.sum(sums, axis=0))
 
 
@@ -67,33 +60,39 @@ def _combine_kernel(
             offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
             mask = offs_d < hidden_size
             pointers = accumulator_ptr + n * stride_an + offs_d
-            row = scale * _widen(tl.load(pointers, mask=mask, other=0.0), dtype)
+            row = scale * widen(tl.load(pointers, mask=mask, other=0.0), dtype)
             if has_token:
                 weight = tl.load(
                     weight_ptr + token * stride_wv + offs_d * stride_wd, mask=mask, other=0.0
                 )
-                row += coefficient * _widen(weight, dtype)
-            tl.store(pointers, _narrow(row, accumulator_ptr.dtype.element_ty), mask=mask)
+                row += coefficient * widen(weight, dtype)
+            tl.store(pointers, narrow(row, accumulator_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _narrow(x, dtype: tl.constexpr):
-    if dtype == tl.bfloat16:
-        x = x.to(tl.float32)
-    return x.to(dtype)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["num_columns", "num_rows"])
 def _add_entries_kernel(
     out_ptr, starts_ptr, order_ptr, coefficient_ptr, hidden_ptr,
-    hidden_size, num_rows,
+    num_columns, hidden_size, num_rows,
     stride_ov, stride_hn,
     BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program owns a block of one vocabulary entry's row, so that sums have one order."""
-    v = tl.program_id(0).to(tl.int64)
-    start, stop = tl.load(starts_ptr + v), tl.load(starts_ptr + v + 1)
-    if start < stop:
+    """One program owns a block of one vocabulary entry's row, so that sums have one order.
+
+    There is one for every entry of the order, of which the first of a row does the work: most rows
+    of the vocabulary have no entry.
+    """
+    entry = tl.program_id(0).to(tl.int64)
+    low, high = tl.zeros((), tl.int32), tl.full((), num_columns + 1, tl.int32)
+    while low < high:  # the first row that starts after this entry
+        middle = (low + high) // 2
+        is_past = tl.load(starts_ptr + middle) > entry
+        high = tl.where(is_past, middle, high)
+        low = tl.where(is_past, low, middle + 1)
+    v = low.to(tl.int64) - 1  # the row of this entry, or one outside of the tile
+    is_row = (v >= 0) & (v < num_columns)
+    start = tl.load(starts_ptr + v, mask=is_row, other=-1)
+    stop = tl.load(starts_ptr + v + 1, mask=is_row, other=-1)
+    if start == entry:
         offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         is_column = offs_d < hidden_size
         pointers = out_ptr + v * stride_ov + offs_d
@@ -109,7 +108,7 @@ def _add_entries_kernel(
                 mask=is_entry[:, None] & is_column[None, :],
                 other=0.0,
             )  # [BLOCK_E, BLOCK_D]
-            sums += tl.sum(factors[:, None] * rows, axis=0)
+            sums += tl.sum(factors[:, None] * widen(rows, sums.dtype), axis=0)
         tl.store(pointers, sums, mask=is_column)
 
 
@@ -157,9 +156,9 @@ def add_entries(
     assert launches.has_dense_rows(out)
     assert launches.has_dense_rows(hidden)
     block, num_warps = launches.launch_of("add_entries", out.dtype, hidden_size, out.device)
-    _add_entries_kernel[(num_columns, triton.cdiv(hidden_size, block))](
+    _add_entries_kernel[(len(order), triton.cdiv(hidden_size, block))](
         out, starts, order, coefficient, hidden,
-        hidden_size, hidden.shape[0],
+        num_columns, hidden_size, hidden.shape[0],
         out.stride(0), hidden.stride(0),
         BLOCK_E=launches.ENTRIES_AT_A_TIME, BLOCK_D=block,
         num_warps=num_warps,

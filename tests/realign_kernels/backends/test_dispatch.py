@@ -15,7 +15,9 @@ from realign_kernels.backends.dispatch import Backend
 from realign_kernels.testing import dense_logprob, make_head_inputs
 from realign_kernels.tiling import TileShape
 
-KERNELS = ("TEMPORARIES", "epilogue", "label_dot", "combine", "add_entries", "pair_loss")
+KERNELS = (
+    "TEMPORARIES", "expect_writes", "epilogue", "label_dot", "combine", "add_entries", "pair_loss",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -30,7 +32,8 @@ def recording(monkeypatch):
 
     vars(kernels).update({name: getattr(plain, name) for name in KERNELS})
     kernels.LARGEST_TILE = TileShape(3, 5)
-    kernels.operand_dtype = lambda computed, rounded: torch.bfloat16
+    kernels.operand_dtype = lambda computed, rounded, *, is_given: torch.bfloat16
+    kernels.exponential_dtype = lambda computed, operand: operand
     kernels.product = product
     monkeypatch.setitem(sys.modules, kernels.__name__, kernels)
     row = Backend(kernels.__name__, ("cpu",), "notes its products")
@@ -67,3 +70,43 @@ def test_the_loss_runs_through_a_new_backend(recording, memory, trains_head):
     torch.testing.assert_close(*results, rtol=2e-2, atol=2e-3)
     assert any(a == torch.bfloat16 for _, a, _ in recording.products)
     assert all(shape[0] <= 3 or shape[1] == 4 for shape, *_ in recording.products)
+
+
+@pytest.fixture
+def rocm_without_wide_products(monkeypatch):
+    """A build of torch for ROCm whose device, here the CPU, has no product of two dtypes."""
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    row = dispatch.BACKENDS["triton"]._replace(device_types=("cpu",))
+    monkeypatch.setattr(dispatch, "BACKENDS", {**dispatch.BACKENDS, "triton": row})
+    monkeypatch.setattr(dispatch, "_REASONS", {})
+
+
+@pytest.mark.usefixtures("rocm_without_wide_products")
+def test_auto_passes_over_kernels_whose_products_torch_lacks():
+    assert dispatch.auto_backend("cpu") == "cpu"
+    dispatch.BACKENDS.pop("cpu")
+    assert dispatch.auto_backend("cpu") == "eager"
+
+
+@pytest.mark.usefixtures("rocm_without_wide_products")
+def test_the_probe_runs_outside_of_a_compiled_graph():
+    dispatch.BACKENDS.pop("cpu")
+    inputs = make_head_inputs(5, 11, 4, torch.float32)
+    compiled = torch.compile(
+        lambda *tensors: linear_logprob(*tensors), fullgraph=True, backend="aot_eager"
+    )
+    actual = compiled(inputs.hidden_states, inputs.lm_head_weight, inputs.labels)
+    torch.testing.assert_close(actual, dense_logprob(inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("rocm_without_wide_products")
+def test_a_backend_whose_products_torch_lacks_is_refused_by_name():
+    with pytest.raises(RuntimeError, match=r"requires torch\.mm .* lacks on 'cpu'"):
+        dispatch.resolve_backend("triton", "cpu")
+
+
+def test_cuda_builds_are_not_probed(monkeypatch):
+    monkeypatch.setattr(dispatch, "_REASONS", {})
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert dispatch.auto_backend("cuda") == "triton"  # there is no such device here to ask

@@ -23,8 +23,15 @@ from realign_kernels.testing import (
     make_head_inputs,
     seeded,
 )
+from tests.realign_kernels.conftest import choose_products, product_sets
 
 CSRC = Path(__file__).parents[3] / "csrc"
+AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mavx512bf16"]
+PRODUCT_FLAGS = {
+    "portable": [],
+    "avx512": AVX512,
+    "amx": [*AVX512, "-mamx-tile", "-mamx-bf16"],
+}
 
 # Name: file, what stands there, what is put instead.
 MUTANTS = {
@@ -54,6 +61,9 @@ MUTANTS = {
     "bias of another column": ("kernels.cpp", "load<T>(bias + i)", "load<T>(bias)"),
     "entries one early": ("kernels.cpp", "e < starts[v + 1]; ++e", "e + 1 < starts[v + 1]; ++e"),
     "dot without its tail": ("kernels.cpp", "i < size; ++i) sums", "i < i; ++i) sums"),
+    "column without what was": ("kernels.cpp", "if (adds)\n      for", "if (false)\n      for"),
+    "sum of the last terms": ("kernels.cpp", "totals[i] += sums[i]", "totals[i] = sums[i]"),
+    "factor of the first term": ("kernels.cpp", "factor = b[k * b_stride]", "factor = b[0]"),
     "half read as bfloat16": ("kernels.cpp", "result *= 0x1p112f;", ""),
     "absent cell counted": ("pairs.cpp", "if (!is_present_[cell]) return 0;", ""),
     "mean over one pair less": ("pairs.cpp", "total / static_cast<double>(pairs->num_pairs)",
@@ -104,6 +114,18 @@ def check_float32():
     inputs = make_head_inputs(33, 97, 16, torch.float32)
     exact = dense_logprob(inputs.as_leaves(torch.float64))
     assert_close(inputs.call(linear_logprob, backend="cpu"), exact, 1e-5)
+
+
+def check_vectors():
+    """A single row or column is not for the BLAS, which splits its sum over threads."""
+    a, b = torch.randn(70, 600, generator=seeded(0)), torch.randn(600, 1, generator=seeded(1))
+    for one in (a, a.T.contiguous().T):
+        out = torch.ones(70, 1)
+        cpu.product(out, one, b, adds=True)
+        assert_close(out - 1, a.double() @ b.double(), 1e-4)
+        row = torch.ones(1, 70)
+        cpu.product(row, b.T, one.T, adds=False)
+        assert_close(row, (a.double() @ b.double()).T, 1e-4)
 
 
 def check_ties():
@@ -168,30 +190,129 @@ def assert_close(actual, expected, tolerance):
     assert (error <= tolerance * (1 + expected.double().abs())).all()
 
 
-CHECKS = [check_heads, check_float32, check_ties, check_moved_rows, check_pairs]
+def check_products():
+    """Compare products of bfloat16 with float64: two chunks, two groups, all edges."""
+    for rows, columns, terms in ((37, 70, 300), (20, 40, 1100), (66, 300, 64)):
+        a = torch.randn(rows, terms, generator=seeded(0)).bfloat16()
+        b = torch.randn(terms, columns, generator=seeded(1)).bfloat16()
+        for factor in (b, b.T.contiguous().T):
+            out = torch.ones(rows, columns)
+            cpu.product(out, a, factor, adds=True)
+            assert_near(out - 1, a, b)
+            cpu.product(out, a.T.contiguous().T, factor, adds=False)
+            assert_near(out, a, b)
+        exponentials = (2 * torch.randn(rows, terms, generator=seeded(2))).exp()
+        exponentials[:, ::5] = 1 + 2.0**-8  # between two numbers of bfloat16
+        totals = torch.linspace(0.5, 2, rows) * exponentials.sum(1)
+        is_large = exponentials >= totals[:, None] / 64
+        scale = torch.linspace(-1, 2, rows)
+        scaled = exponentials * scale[:, None]
+        exact, exact_scaled = (
+            torch.where(is_large, part, part.bfloat16().float()) for part in (exponentials, scaled)
+        )
+        other = torch.randn(rows, columns, generator=seeded(3)).bfloat16()
+        for given in (exponentials, exponentials.T.contiguous().T):
+            out = torch.ones(rows, columns)
+            cpu.exponential_product(out, given, b, totals, adds=True)
+            assert_near(out - 1, exact, b)
+            out = torch.ones(terms, columns)
+            cpu.exponential_product(out, given, other, totals, scale=scale, adds=False)
+            assert_near(out, exact_scaled.T, other)
+
+
+def assert_near(actual, a, b):
+    a, b = a.double(), b.double()
+    assert ((actual.double() - a @ b).abs() <= 1e-5 * (a.abs() @ b.abs() + 1)).all()
+
+
+CHECKS = [check_heads, check_float32, check_vectors, check_ties, check_moved_rows, check_pairs]
 
 
 def build(sources: Path, library: Path) -> None:
-    objects = ["-DREALIGN_KERNELS=kernels_baseline", *(str(sources / name) for name in (
-        "kernels.cpp", "pairs.cpp", "dispatch.cpp"))]  # fmt: skip
+    names = ("kernels.cpp", "pairs.cpp", "dispatch.cpp", "products.cpp")
+    compile_library([*TABLES, *(str(sources / name) for name in names)], library)
+
+
+TABLES = ["-DREALIGN_KERNELS=kernels_baseline", "-DREALIGN_PRODUCTS=products_portable"]
+
+
+def compile_library(arguments: list[str], library: Path) -> None:
     subprocess.run(
-        ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *objects, "-o", str(library)],
+        ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *arguments, "-o", str(library)],
         check=True,
         timeout=120,
     )
 
 
-@pytest.fixture
-def use_library(monkeypatch):
-    """Make the CPU backend load another library."""
+@pytest.fixture(scope="module")
+def other_objects(tmp_path_factory):
+    """All but the products, compiled once."""
+    folder = tmp_path_factory.mktemp("objects")
+    objects = [folder / f"{name}.o" for name in ("kernels", "pairs", "dispatch")]
+    for path in objects:
+        source = str(CSRC / f"{path.stem}.cpp")
+        compile_library(["-c", *TABLES, source], path)
+    return [str(path) for path in objects]
 
-    def use(path: Path) -> None:
-        monkeypatch.setattr(cpu, "library_path", lambda: str(path))
-        cpu._library.cache_clear()
 
-    yield use
-    monkeypatch.undo()
-    cpu._library.cache_clear()
+# Name: what stands in products.cpp, what is put instead, and with which instructions.
+PRODUCT_MUTANTS = {
+    "first chunk alone": ("panel_ + j + column] += partial",
+                          "panel_ + j + column] = partial", "portable"),
+    "never adds": ("p_.adds || term_ > 0", "term_ > 0", "portable"),
+    "last group alone": ("= p_.adds || term_ > 0", "= p_.adds", "portable"),
+    "panel at the first column": ("first * panel_ + j * filled", "first * panel_", "portable"),
+    "chunks in one place": ("a_ + first_of_chunk * cached_rows_", "a_", "portable"),
+    "limits of one row": ("p_.limits_are_of_rows ? m : k", "p_.limits_are_of_rows ? 0 : k",
+                          "portable"),
+    "no remainders": ("if (remainder != 0 &&", "if (false &&", "portable"),
+    "first remainder alone": ("large &= large - 1)\n            add_remainder(begin",
+                         "large = 0)\n            add_remainder(begin", "portable"),
+    "scale left out": ("*a<float>(m, k) * p_.scale[k]", "*a<float>(m, k)", "portable"),
+    "truncated": ("bits + 0x7fffu + ((bits >> 16) & 1u)", "bits", "portable"),
+    "half away from zero": ("0x7fffu + ((bits >> 16) & 1u)", "0x8000u", "portable"),
+    "odd term repeated": ("b_pair = b + k / 2 * 2 * columns + k % 2",
+                          "b_pair = b + k / 2 * 2 * columns", "portable"),
+    "last odd term": ("out[2 * j + i] = i < num_terms &&",
+                      "out[2 * j + i] = i < num_terms - 1 &&", "portable"),
+    "transposed wrongly": ("r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);",
+                           "r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);", "avx512"),
+    "halves exchanged": ("_mm512_cvtne2ps_pbh(high, low)", "_mm512_cvtne2ps_pbh(low, high)",
+                         "avx512"),
+    "large ones not marked": ("if (is_large && p_.limits != nullptr) mark(m, k + i) = 1;", ";",
+                              "avx512"),
+    "large ones not marked in columns": ("if (is_large) mark(begin, k) = 1;", ";", "avx512"),
+    "rows not scaled": ("if (p_.scale != nullptr) x = _mm512_mul_ps(x",
+                        "if (false) x = _mm512_mul_ps(x", "avx512"),
+    "columns repeated": ("b + k * columns + columns)", "b + k * columns)", "avx512"),
+    "limits of neighbours": ("along_terms == (p_.limits_are_of_rows != 0)", "true", "avx512"),
+    "pairs exchanged": ("_mm512_unpackhi_epi16(even, odd)", "_mm512_unpackhi_epi16(odd, even)",
+                        "avx512"),
+    "rows repeated": ("_tile_loadd(5, a + 16 * a_stride + k", "_tile_loadd(5, a + k", "amx"),
+    "tile of other columns": ("_tile_dpbf16ps(3, 5, 7)", "_tile_dpbf16ps(3, 5, 6)", "amx"),
+    "sums kept": ("_tile_zero(2);", "", "amx"),
+    "tile stored elsewhere": ("_tile_stored(1, sums + 16,", "_tile_stored(1, sums,", "amx"),
+}  # fmt: skip
+SETS = product_sets()
+
+
+def test_the_product_checks_pass_as_they_stand(each_product_set):
+    check_products()
+
+
+@pytest.mark.parametrize("name", [n for n, mutant in PRODUCT_MUTANTS.items() if mutant[2] in SETS])
+def test_a_broken_product_is_caught(name, other_objects, use_library, monkeypatch, tmp_path):
+    old, new, instructions = PRODUCT_MUTANTS[name]
+    text = (CSRC / "products.cpp").read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times"
+    source = tmp_path / "products.cpp"
+    source.write_text(text.replace(old, new), encoding="utf-8")
+    # Whatever the instructions, under the name that is chosen without a look at the machine.
+    flags = [*PRODUCT_FLAGS[instructions], *TABLES, f"-I{CSRC}"]
+    compile_library([*flags, str(source), *other_objects], tmp_path / "library.so")
+    monkeypatch.setenv("REALIGN_CPU_PRODUCTS", "portable")
+    use_library(tmp_path / "library.so")
+    assert fails(check_products)
 
 
 def test_the_checks_pass_as_it_stands(use_library, tmp_path):
@@ -221,13 +342,32 @@ DRIVER_MUTANTS = {
     "top kept in the stash": ("realign_kernels.fused.forward._drop_entries", lambda *_: None),
     "no exact entries": ("realign_kernels.fused.gradients._Entries.add", lambda *_: None),
     "tokens never given back": ("realign_kernels.fused.forward._Scratch.add_back", lambda *_: None),
+    "no exponential is large": ("realign_kernels.backends.cpu._LARGE_PART", 1e9),
+    "other rows' exponentials": (
+        "realign_kernels.fused.forward.FusedCall.totals",
+        lambda _, rest_sum: torch.full_like(rest_sum, 1e9),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", DRIVER_MUTANTS)
-def test_a_broken_driver_is_caught(name, monkeypatch):
+def test_a_broken_driver_is_caught(name, monkeypatch, tmp_path):
     monkeypatch.setattr(*DRIVER_MUTANTS[name])
-    assert any(fails(check) for check in [*CHECKS, check_moved_stash])
+    checks = [*CHECKS, check_moved_stash, check_bfloat16_gradients]
+    choose_products("portable", monkeypatch, tmp_path)
+    assert any(fails(check) for check in checks)
+
+
+def check_bfloat16_gradients():
+    """Where one token that is not the label has nearly all of the probability, and W a mean."""
+    inputs = make_head_inputs(32, 300, 64, torch.bfloat16, logit_std=6.0)
+    inputs.lm_head_weight.add_(3 * torch.randn(1, 64, generator=seeded(3)).bfloat16())
+    leaves, exact = inputs.as_leaves(), inputs.as_leaves(torch.float64)
+    leaves.call(linear_logprob, backend="cpu").sum().backward()
+    dense_logprob(exact).sum().backward()
+    for ours, oracle in zip(leaves.tensors, exact.tensors, strict=True):
+        rounded = torch.linalg.norm(oracle.grad.bfloat16() - oracle.grad)
+        assert torch.linalg.norm(ours.grad - oracle.grad) <= 1.2 * rounded
 
 
 def check_moved_stash():

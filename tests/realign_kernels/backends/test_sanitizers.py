@@ -36,9 +36,19 @@ def test_no_access_out_of_bounds_and_no_undefined_behaviour(tmp_path):
              str(ROOT / "csrc/kernels.cpp"), "-o", objects[-1]],
             check=True,
         )  # fmt: skip
+    product_sets = {"portable": [], "avx512": [*sets["avx512"], "-mavx512bf16"]}
+    product_sets["amx"] = [*product_sets["avx512"], "-mamx-tile", "-mamx-bf16"]
+    for name, flags in product_sets.items():
+        objects.append(str(tmp_path / f"products_{name}.o"))
+        subprocess.run(
+            ["g++", *FLAGS, *sanitize, *flags, f"-DREALIGN_PRODUCTS=products_{name}", "-c",
+             str(ROOT / "csrc/products.cpp"), "-o", objects[-1]],
+            check=True,
+        )  # fmt: skip
     others = [str(ROOT / "csrc" / name) for name in ("pairs.cpp", "dispatch.cpp")]
+    defined = ["-DREALIGN_X86", "-DREALIGN_AVX512BF16", "-DREALIGN_AMX"]
     subprocess.run(
-        ["g++", *FLAGS, *sanitize, "-DREALIGN_X86", *objects, *others, "-o", str(library)],
+        ["g++", *FLAGS, *sanitize, *defined, *objects, *others, "-o", str(library)],
         check=True,
     )
     # Exceptions that torch throws need the C++ runtime to be there when the sanitizer starts.
@@ -50,9 +60,10 @@ def test_no_access_out_of_bounds_and_no_undefined_behaviour(tmp_path):
     )
     names = ("fused/test_modes", "test_linear_logprob", "test_statistics", "test_rdpo_loss")
     tests = [str(ROOT / f"tests/realign_kernels/{name}.py") for name in names]
-    for name in sets:
+    products = str(ROOT / "tests/realign_kernels/backends/test_products.py")
+    for name, files in [*((name, tests) for name in sets), ("avx512", [products])]:
         subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(library), *tests],
+            [sys.executable, "-c", SCRIPT, str(library), *files],
             env={
                 **os.environ,
                 "LD_PRELOAD": runtime,

@@ -117,15 +117,31 @@ def test_opcheck_of_the_tiles(backend, top):
     opcheck(rdpo_tiles_op, (*head, *batch, *what))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_the_tiles_with_weights_and_statistics(backend):
+    inputs = make_head_inputs(12, V, D)
+    hidden, weight = (tensor.requires_grad_() for tensor in inputs.tensors)
+    batch = PairArguments(
+        labels=inputs.labels, sequence_ids=torch.arange(12) % 6, sequence_lengths=None,
+        ref_logps=torch.zeros(3, 2), ignore_index=-100, pair_shape=[3, 2], terms=TERMS,
+        nll_weight=0.0,
+    )  # fmt: skip
+    what = TileArguments(
+        top_rows=None, needed=[True, True, False, False, False], label_shape=[12], witness=None,
+        token_weights=torch.linspace(0, 1, 12), with_statistics=True,
+    )  # fmt: skip
+    opcheck(rdpo_tiles_op, (*head_of((hidden, weight), backend=backend), *batch, *what))
+
+
 def test_opcheck_of_the_backwards():
     labels = torch.tensor([1, -100, 2])
     slopes = torch.randn(2, 4), torch.empty(0), torch.tensor([0, 2]), [3, 4], torch.bfloat16, None
-    opcheck(scale_slopes_op, (torch.ones(3), None, *slopes))
+    opcheck(scale_slopes_op, (torch.ones(3), None, *slopes, "cpu"))
     opcheck(scale_gradients_op, (torch.tensor(2.0), [torch.randn(3), torch.randn(2, 2)],
                                  [0, 3], None))  # fmt: skip
     grads = torch.tensor(1.0), torch.ones(3, 1)
     opcheck(pair_loss_backward_op, (*grads, torch.ones(3, 1).double(), labels[:, None], None, -100,
-                                    torch.float32))  # fmt: skip
+                                    torch.float32, "cpu"))  # fmt: skip
 
 
 @pytest.mark.parametrize("memory", ["auto", "stash", "recompute"])

@@ -10,12 +10,27 @@ import pytest
 # on a GPU a block has at least one element a thread, see backends/triton/launches.py
 BLOCK = 4 if os.environ.get("TRITON_INTERPRET") == "1" else 64
 
+# "fused": every test with the product that has the epilogue inside
+PRODUCT = os.environ.get("REALIGN_TEST_PRODUCT", "blas")
+
 
 @pytest.fixture(autouse=True)
 def quiet_numpy():
     """Let the interpreter compute with infinities, as a GPU does, without a warning."""
     with np.errstate(all="ignore"):
         yield
+
+
+@pytest.fixture(autouse=PRODUCT == "fused")
+def fused_product(monkeypatch):
+    """Compute logits by the product with the epilogue inside, by blocks and sums that are small."""
+    from realign_kernels.backends.triton import launches
+
+    # 16 is the least that a tensor core takes
+    small = launches.ProductLaunch(16, 16, 16, 1, 1)
+    monkeypatch.setattr(launches, "product_launch", lambda *_: small)
+    monkeypatch.setattr(launches, "PARTIAL_SUM", 32)
+    monkeypatch.setattr(launches, "fuses_product", lambda *_: True)
 
 
 @pytest.fixture

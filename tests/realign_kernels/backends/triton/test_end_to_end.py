@@ -222,7 +222,7 @@ def test_nothing_is_called_that_a_gpu_waits_for(monkeypatch):
     shape, ref_logps = (6, 2), -torch.arange(6.0).reshape(3, 2)
     lengths = (inputs.labels != -100).reshape(shape).sum(dim=1).reshape(3, 2).cpu()
 
-    def score():
+    def score(beta):
         leaves = inputs.as_leaves()
         leaves.call(linear_logprob, backend="triton").sum().backward()
         inputs.call(linear_logprob_stats, backend="triton")
@@ -231,10 +231,11 @@ def test_nothing_is_called_that_a_gpu_waits_for(monkeypatch):
             hidden, weight, *_ = leaves.tensors
             rdpo_loss(
                 hidden.reshape(*shape, 4), weight, inputs.labels.reshape(shape), ref_logps,
-                sequence_lengths=lengths, backend="triton", memory=memory, **leaves.options,
+                sequence_lengths=lengths, backend="triton", memory=memory, beta=beta,
+                **leaves.options,
             ).loss.backward()  # fmt: skip
 
-    score()  # the objective's numbers are copied once
+    score(0.1)
     called = []
 
     def recorded(name):
@@ -248,7 +249,7 @@ def test_nothing_is_called_that_a_gpu_waits_for(monkeypatch):
 
     for name in ("tensor", "bincount", "unique", "masked_select", "repeat_interleave"):
         monkeypatch.setattr(torch, name, recorded(name))
-    score()
+    score(0.2)  # nor are the numbers of an objective that is new
     assert called == []
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from realign_kernels.backends import triton as kernels
 from realign_kernels.backends.kernel_set import RowState, Tile
-from realign_kernels.backends.triton.epilogue import _tanh
+from realign_kernels.backends.triton.transform import _tanh
 from realign_kernels.fused.forward import start_rows
 from realign_kernels.head import LogitTransform
 from realign_kernels.testing import seeded

@@ -22,6 +22,13 @@ OBJECTIVES = {
     "smoothed": Objective((Term((1, -1), label_smoothing=0.1), Term((1, 0, -1), offset=-0.3))),
     "hinge": Objective((Term((1, -1), beta=0.5, link="hinge"), Term((0.5, 0, 0, -2), weight=3.0))),
     "ipo": Objective((Term((1, -1), link="ipo"), Term((1, 0, -1), weight=0.2, link="ipo"))),
+    "by length": Objective(
+        (
+            Term((1, -1), beta=2.0, offset=1.6, normalize="length"),
+            Term((1, 0, -1), label_smoothing=0.2, normalize="length"),
+            Term((1, -1), link="hinge", beta=2.0, normalize="length"),
+        )
+    ),
     "nll": Objective(Objective.rdpo().terms, nll_weight=0.6),
 }
 

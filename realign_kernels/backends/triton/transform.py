@@ -1,0 +1,120 @@
+"""The logit transform inside kernels, and conversions of numbers.  Knows no rows.
+
+Scale, softcap and temperature are arguments of 64 bits, so that no value of them compiles anew and
+none is rounded before it meets the dtype that is computed in.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from realign_kernels.head import LogitTransform
+
+# What torch calls the dtypes of operands.
+DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+def transform_numbers(transform: LogitTransform) -> dict[str, float | bool]:
+    """Return the arguments of a kernel that say what a transform multiplies by."""
+    softcap, temperature = transform.logit_softcap, transform.temperature
+    linear = transform.logit_scale / temperature
+    if softcap is None:
+        return {"inner": linear, "outer": 1.0, "inverse": 1.0, "linear": linear, "CAPS": False}
+    return {
+        "inner": transform.logit_scale / softcap,
+        "outer": softcap / temperature,
+        "inverse": temperature / softcap,
+        "linear": linear,
+        "CAPS": True,
+    }
+
+
+@triton.jit
+def rounded_numbers(inner, outer, inverse, linear, dtype: tl.constexpr):
+    """Return the numbers of a transform in the dtype that is computed in."""
+    return (
+        tl.full((), inner, dtype),
+        tl.full((), outer, dtype),
+        tl.full((), inverse, dtype),
+        tl.full((), linear, dtype),
+    )
+
+
+@triton.jit
+def _tanh(x):
+    """tanh to an ulp or two, odd, and without cancellation near 0.
+
+    Source: Cephes (Moshier), tanhf.c and tanh.c.  Not libdevice's, which the interpreter lacks.
+    """
+    square = x * x
+    if x.dtype == tl.float64:
+        top = (-9.64399179425052238628e-1 * square - 9.92877231001918586564e1) * square
+        top = top - 1.61468768441708447952e3
+        bottom = ((square + 1.12811678491632931402e2) * square + 2.23548839060100448583e3) * square
+        bottom = bottom + 4.84406305325125486048e3
+        rest = top / bottom
+    else:
+        rest = (-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2
+        rest = (rest * square + 1.33314422036e-1) * square - 3.33332819422e-1
+    near = x + x * square * rest
+    # 2 / (inf + 1) is 0, as it should be.
+    magnitude = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    far = tl.where(x < 0, -magnitude, magnitude)
+    return tl.where(tl.abs(x) < 0.625, near, far)
+
+
+@triton.jit
+def transformed(z, numbers, CAPS: tl.constexpr):
+    """Return x of raw logits."""
+    if CAPS:
+        return _tanh(z * numbers[0]) * numbers[1]
+    else:
+        return z * numbers[0]
+
+
+@triton.jit
+def slope_of(x, numbers, CAPS: tl.constexpr):
+    """Return phi = dx/dz as a function of x."""
+    if CAPS:
+        tanh = x * numbers[2]
+        return (1.0 - tanh * tanh) * numbers[3]
+    else:
+        return tl.zeros_like(x) + numbers[3]
+
+
+@triton.jit
+def log1p(y):
+    """Return log(1 + y) for y >= 0; infinity and NaN are what they were.
+
+    Without a library: the rounding of 1 + y cancels.  Source: Goldberg 1991, theorem 4.
+    """
+    u = 1.0 + y
+    is_plain = (u == 1.0) | (u == float("inf"))
+    return tl.where(is_plain, y, tl.log(u) * (y / tl.where(is_plain, 1.0, u - 1.0)))
+
+
+@triton.jit
+def widen(x, dtype: tl.constexpr):
+    """Convert to the dtype that is computed in."""
+    # By way of float32, since the interpreter reads bfloat16 as integers in any other conversion.
+    if x.dtype == tl.bfloat16:
+        x = x.to(tl.float32)
+    return x.to(dtype)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """Round to the dtype that is stored."""
+    if dtype == tl.bfloat16:
+        x = x.to(tl.float32)
+    return x.to(dtype)
