@@ -123,7 +123,11 @@ def reference_identity(model: ModelFacts, *, cells: int, rejected_scoring: str) 
 def _accelerator() -> dict[str, Any]:
     """Architecture, libraries and switches that choose among kernels of one product."""
     if not torch.cuda.is_available():
-        return {"machine": platform.machine(), "vectors": torch.backends.cpu.get_cpu_capability()}
+        return {
+            "machine": platform.machine(),
+            "vectors": torch.backends.cpu.get_cpu_capability(),
+            "kernels": describe_backends()["cpu"],  # with the instructions that multiply bfloat16
+        }
     cuda, backends = torch.backends.cuda, torch.backends
     return {
         "machine": platform.machine(),

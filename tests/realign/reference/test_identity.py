@@ -20,6 +20,7 @@ from realign.modeling.processors import load_processor
 from realign.reference import Scoring, read_cache
 from realign.reference.run import cache
 from realign.training.run import train
+from realign_kernels import describe_backends
 
 
 def scoring(folder: Path, **options) -> Scoring:
@@ -133,6 +134,7 @@ def processor_with_other_images(folder: str | Path):
     return processor
 
 
+BACKENDS = "realign.modeling.identity.describe_backends"
 VERSION = "realign.modeling.identity.version"
 CUDA = "numerics.accelerator.capability: cached nothing, needed 9.0"
 MACHINES = {
@@ -142,8 +144,10 @@ MACHINES = {
                 "numerics.accelerator.vectors: cached "),
     "Pillow": ({VERSION: lambda name: "0"}, "numerics.packages.pillow: cached "),
     "peft": ({VERSION: lambda name: "0"}, "numerics.packages.peft: cached "),
-    "kernels": ({"realign.modeling.identity.describe_backends": lambda: {"auto": "eager on CPUs"}},
+    "kernels": ({BACKENDS: lambda: {"auto": "eager on CPUs", "cpu": "not installed"}},
                 "numerics.kernel_backend: cached "),
+    "products": ({BACKENDS: lambda: describe_backends() | {"cpu": "bfloat16: portable"}},
+                 "numerics.accelerator.kernels: cached "),
     "image processor": ({"realign.modeling.identity.load_processor": processor_with_other_images},
                         "numerics.image_processor: cached CLIPImageProcessor"),
 }  # fmt: skip
