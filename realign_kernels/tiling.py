@@ -26,11 +26,14 @@ class TileShape(NamedTuple):
     columns: int
 
 
-def fitted(largest: TileShape, num_rows: int) -> TileShape:
+def fitted(largest: TileShape, num_rows: int | None) -> TileShape:
     """Return a tile as large as ``largest``, wider where there are few rows.
 
-    Rows are counted in powers of two: within one, the order of summation stays as it is.
+    Rows are counted in powers of two: within one, the order of summation stays as it is.  It does
+    for any number of rows where that is not told.
     """
+    if num_rows is None:
+        return largest
     rows = 1 << max(0, num_rows - 1).bit_length()
     rows = min(largest.rows, max(LEAST_ROWS, rows))
     return TileShape(rows, largest.rows * largest.columns // rows)

@@ -73,8 +73,8 @@ class HeadArguments(NamedTuple):
     backend: str
     budget: list[int]  # workspace and stash, in bytes
     group_name: str | None
-    accumulates_exactly: bool
     rounds_factors: bool = True  # low-rank factors too, as autocast does
+    accumulates_exactly: bool = False  # logits, where products cut sums off
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -101,7 +101,7 @@ class HeadArguments(NamedTuple):
     @property
     def stash_row_bytes(self) -> int:
         """Bytes of a row of the stash."""
-        return self.stash_width * self.precision.exponential.itemsize
+        return self.precision.exponential.itemsize * self.stash_width
 
     def vocabulary(self) -> VocabularyShard:
         """Find the part of the vocabulary that the weight is."""
@@ -637,9 +637,9 @@ def fused_call(
     """Gather what does not change over a call; both flags take room from its tiles."""
     kernels, precision = kernels_of(head.backend), head.precision
     weight, lora_a = head.weight, head.lora_a
-    largest, fits = kernels.LARGEST_TILE, getattr(kernels, "FITS_TILES", False)
+    fits = getattr(kernels, "FITS_TILES", False)
     shape = tile_shape(
-        fitted(largest, num_rows) if fits else largest,
+        fitted(kernels.LARGEST_TILE, num_rows if fits else None),
         weight.shape[1],
         0 if lora_a is None else lora_a.shape[0],
         (

@@ -36,7 +36,7 @@ def normal(*shape, seed=0):
 
 
 def head_of(weight, dtype, operand, bias=None, autocast=None):
-    return Head(weight, bias, None, None, 1.0, Precision(autocast, dtype, operand))
+    return Head(weight, bias, None, None, 1.0, Precision(autocast, dtype, operand, operand))
 
 
 @pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 3])
