@@ -312,13 +312,19 @@ def _has_fused_product(tile: Tile, head_tile: HeadTile) -> bool:
 
 
 def add_by_weight(
-    call: FusedCall, accumulator: Tensor, exponentials: Tensor, weight: Tensor, totals: Tensor,
-    *, adds: bool = True,
-) -> None:  # fmt: skip
-    """Add ``E @ W`` of a tile, or set it."""
+    call: FusedCall,
+    accumulator: Tensor,
+    exponentials: Tensor,
+    weight: Tensor,
+    rest_sum: Tensor,
+    *,
+    adds: bool = True,
+) -> None:
+    """Set the accumulator to ``E @ W`` of a tile, or add it."""
     if call.exponential == call.operand:
         call.kernels.product(accumulator, exponentials, weight, adds=adds)
     else:
+        totals = call.totals(rest_sum)
         call.kernels.exponential_product(accumulator, exponentials, weight, totals, adds=adds)
 
 
@@ -469,15 +475,9 @@ class _Scratch:
         """Add ``E @ W`` of a tile, and the tokens that it has released."""
         if self.accumulator is None or tile.exponentials is None:
             return
-        adds, totals = tile.first_column > 0, self.call.totals(tile.state.rest_sum)
-        add_by_weight(
-            self.call,
-            self.accumulator[block],
-            tile.exponentials,
-            head_tile.weight,
-            totals,
-            adds=adds,
-        )
+        adds, rest_sum = tile.first_column > 0, tile.state.rest_sum
+        accumulator, weight = self.accumulator[block], head_tile.weight
+        add_by_weight(self.call, accumulator, tile.exponentials, weight, rest_sum, adds=adds)
         low_rank = self.low_rank_accumulator
         if low_rank is not None and head_tile.lora_b is not None:
             wide = tile.exponentials.to(low_rank.dtype)

@@ -420,7 +420,7 @@ class _Sums:
         scale = gradient.scale[:, None]
         self.scaled_hidden = self.scaled_low_rank = self.scaled_ones = None
         weight_unit = bias_unit = None
-        self.totals = call.totals(numbers.rest_sum)
+        self.rest_sum = numbers.rest_sum
         if needed.weight and call.exponential == call.operand:
             hidden = rows.hidden[:num_rows] * scale
             self.scaled_hidden, weight_unit = _in_range(hidden, call.operand)
@@ -453,10 +453,10 @@ class _Sums:
 
     def add(self, block: slice, exponentials: Tensor, tile: HeadTile) -> None:
         """Add some rows of a tile."""
-        product, totals = self.call.kernels.product, self.totals[block]
+        product, rest_sum = self.call.kernels.product, self.rest_sum[block]
         if self.accumulator is not None:
             accumulator = self.accumulator[block]
-            add_by_weight(self.call, accumulator, exponentials, tile.weight, totals)
+            add_by_weight(self.call, accumulator, exponentials, tile.weight, rest_sum)
         if self.low_rank_accumulator is not None and tile.lora_b is not None:
             wide = exponentials.to(tile.lora_b.dtype)
             product(self.low_rank_accumulator[block], wide, tile.lora_b, adds=True)
@@ -466,7 +466,7 @@ class _Sums:
             # Hidden states are narrower than exponentials, and exact: these are scaled instead.
             scaled_product = functools.partial(
                 self.call.kernels.exponential_product,
-                totals=totals,
+                totals=self.call.totals(rest_sum),
                 scale=self.gradient.scale[block],
             )
             self.weight_sum.add(scaled_product, exponentials, self.rows.hidden[block])
