@@ -251,9 +251,10 @@ class _KeptLoss(torch.autograd.Function):
 
 def pair_loss_kept(*values: Any) -> Any:
     """Call the operator, and keep what its derivative needs."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return pair_loss_op(*values)
-    return _KeptLoss.apply(*values)
+    needs = values[0].requires_grad
+    if needs and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _KeptLoss.apply(*values)
+    return pair_loss_op(*values)
 
 
 differentiate_once(pair_loss_backward_op)

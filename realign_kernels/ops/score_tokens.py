@@ -746,9 +746,10 @@ class _KeptScores(torch.autograd.Function):
 
 def score_tokens_kept(*values: Any) -> Any:
     """Call the operator, and keep what its derivative needs."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return score_tokens_op(*values)
-    return _KeptScores.apply(*values)
+    needs = any(part is not None and part.requires_grad for part in values[:5])
+    if needs and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _KeptScores.apply(*values)
+    return score_tokens_op(*values)
 
 
 for _operator in (score_tokens_backward_op, scale_slopes_op):
