@@ -112,8 +112,8 @@ int32_t realign_abi_version();
 // The instruction set in use: "avx512", "avx2" or "baseline".
 const char* realign_instruction_set();
 
-// The instructions that products of bfloat16 use: "amx" or "avx512", or "none" where a BLAS in float32 is
-// faster and realign_product may not be called.
+// The instructions that products of bfloat16 use: "amx" or "avx512", in tests "portable", or "none" where a BLAS
+// in float32 is faster and realign_product may not be called.
 const char* realign_product_set();
 
 // Returns whether there was memory for packed copies: 1 MiB, and 0.5 MiB a thread.

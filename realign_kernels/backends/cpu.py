@@ -306,7 +306,7 @@ def instruction_set() -> str:
 
 
 def product_set() -> str:
-    """Return what multiplies bfloat16 here: "amx", "avx512" or "none"."""
+    """Return what multiplies bfloat16 here: "amx", "avx512", "none", or in tests "portable"."""
     return str(_library().realign_product_set().decode())
 
 
