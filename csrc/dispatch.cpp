@@ -131,10 +131,10 @@ void realign_combine(int32_t is_double, int32_t num_threads, int64_t num_rows, i
                             weight_type, weight, weight_stride, weight_column_stride, num_ids, ids, coefficient);
 }
 
-void realign_add_entries(int32_t is_double, int32_t num_threads, int64_t num_columns, int64_t hidden_size, void* out,
+void realign_add_entries(int32_t hidden_type, int32_t num_threads, int64_t num_columns, int64_t hidden_size, void* out,
                          int64_t out_stride, const int64_t* starts, const int64_t* order, const void* coefficient,
                          const void* hidden, int64_t hidden_stride, int64_t num_rows) {
-  choice().kernels->add_entries(is_double, num_threads, num_columns, hidden_size, out, out_stride, starts, order,
+  choice().kernels->add_entries(hidden_type, num_threads, num_columns, hidden_size, out, out_stride, starts, order,
                                 coefficient, hidden, hidden_stride, num_rows);
 }
 

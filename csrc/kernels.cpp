@@ -424,32 +424,37 @@ void combine(int32_t is_double, int32_t num_threads, int64_t num_rows, int64_t h
                 ids, static_cast<const float*>(coefficient));
 }
 
-template <typename T>
+template <typename T, typename H>
 void run_add_entries(int32_t num_threads, int64_t num_columns, int64_t hidden_size, T* out, int64_t out_stride,
-                     const int64_t* starts, const int64_t* order, const T* coefficient, const T* hidden,
+                     const int64_t* starts, const int64_t* order, const T* coefficient, const H* hidden,
                      int64_t hidden_stride, int64_t num_rows) {
 #pragma omp parallel for schedule(static) num_threads(num_threads)
   for (int64_t v = 0; v < num_columns; ++v) {
     T* sum = out + v * out_stride;
     for (int64_t e = starts[v]; e < starts[v + 1]; ++e) {
       const T factor = coefficient[order[e]];
-      const T* row = hidden + (order[e] % num_rows) * hidden_stride;
-      for (int64_t i = 0; i < hidden_size; ++i) sum[i] += factor * row[i];
+      const H* row = hidden + (order[e] % num_rows) * hidden_stride;
+      for (int64_t i = 0; i < hidden_size; ++i) sum[i] += factor * widen(row[i]);
     }
   }
 }
 
-void add_entries(int32_t is_double, int32_t num_threads, int64_t num_columns, int64_t hidden_size, void* out,
+void add_entries(int32_t hidden_type, int32_t num_threads, int64_t num_columns, int64_t hidden_size, void* out,
                  int64_t out_stride, const int64_t* starts, const int64_t* order, const void* coefficient,
                  const void* hidden, int64_t hidden_stride, int64_t num_rows) {
-  if (is_double)
-    run_add_entries(num_threads, num_columns, hidden_size, static_cast<double*>(out), out_stride, starts, order,
-                    static_cast<const double*>(coefficient), static_cast<const double*>(hidden), hidden_stride,
+  const auto run = [&](const auto* rows, const auto* factors, auto* sums) {
+    run_add_entries(num_threads, num_columns, hidden_size, sums, out_stride, starts, order, factors, rows, hidden_stride,
                     num_rows);
+  };
+  const auto run_in_float = [&](const auto* rows) {
+    run(rows, static_cast<const float*>(coefficient), static_cast<float*>(out));
+  };
+  if (hidden_type == REALIGN_FLOAT64)
+    run(static_cast<const double*>(hidden), static_cast<const double*>(coefficient), static_cast<double*>(out));
+  else if (hidden_type == REALIGN_BFLOAT16)
+    run_in_float(static_cast<const Bfloat16*>(hidden));
   else
-    run_add_entries(num_threads, num_columns, hidden_size, static_cast<float*>(out), out_stride, starts, order,
-                    static_cast<const float*>(coefficient), static_cast<const float*>(hidden), hidden_stride,
-                    num_rows);
+    run_in_float(static_cast<const float*>(hidden));
 }
 
 }  // namespace

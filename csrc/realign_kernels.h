@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#define REALIGN_ABI_VERSION 2
+#define REALIGN_ABI_VERSION 3
 
 extern "C" {
 
@@ -112,8 +112,8 @@ int32_t realign_abi_version();
 // The instruction set in use: "avx512", "avx2" or "baseline".
 const char* realign_instruction_set();
 
-// The instructions that products of bfloat16 use: "amx" or "avx512", or "none" where a BLAS in float32 is
-// faster and realign_product may not be called.
+// The instructions that products of bfloat16 use: "amx" or "avx512", in tests "portable", or "none" where a BLAS
+// in float32 is faster and realign_product may not be called.
 const char* realign_product_set();
 
 // Returns whether there was memory for packed copies: 1 MiB, and 0.5 MiB a thread.
@@ -125,8 +125,8 @@ void realign_use_large_pages(void* start, int64_t num_bytes);
 // Folds a tile into the sums of its rows.
 void realign_epilogue(const RealignTile* tile);
 
-// out[n] += dot(hidden[n], weight[ids[n]]); rows whose id is outside [0, num_ids) are left alone.  `out` is
-// double where hidden states are, else float.
+// out[n] += dot(hidden[n], weight[ids[n]]); rows whose id is outside [0, num_ids) are left alone.  Hidden
+// states are REALIGN_FLOAT32, REALIGN_FLOAT64 or REALIGN_BFLOAT16; `out` is double where they are, else float.
 void realign_label_dot(int32_t hidden_type, int32_t num_threads, int64_t num_rows, int64_t hidden_size,
                        const void* hidden, int64_t hidden_stride, int32_t weight_type, const void* weight,
                        int64_t weight_stride, int64_t weight_column_stride, int64_t num_ids,
@@ -140,7 +140,9 @@ void realign_combine(int32_t is_double, int32_t num_threads, int64_t num_rows, i
                      int64_t num_ids, const int64_t* ids, const void* coefficient);
 
 // out[v] += sum over e in [starts[v], starts[v + 1]) of coefficient[order[e]] * hidden[order[e] % num_rows].
-void realign_add_entries(int32_t is_double, int32_t num_threads, int64_t num_columns, int64_t hidden_size,
+// Hidden states are REALIGN_FLOAT32, REALIGN_FLOAT64 or REALIGN_BFLOAT16, as in realign_label_dot; `out` and
+// coefficients are double where hidden states are, else float.
+void realign_add_entries(int32_t hidden_type, int32_t num_threads, int64_t num_columns, int64_t hidden_size,
                          void* out, int64_t out_stride, const int64_t* starts, const int64_t* order,
                          const void* coefficient, const void* hidden, int64_t hidden_stride, int64_t num_rows);
 

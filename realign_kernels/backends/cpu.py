@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 LARGEST_TILE = TileShape(512, 2048)
 TEMPORARIES = 0
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
+_ID_NAMES = ("top_ids", "released_ids")  # of RowState
+_SUM_TYPES = (torch.float32, torch.float64)
 _WEIGHT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -81,6 +83,7 @@ def _vector_product(out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:
         for inner in spans(a.shape[1], _INNER_VECTOR):
             out.add_((a[:, inner] * b[inner].T).sum(dim=1, keepdim=True))
         return
+    assert a.dtype == b.dtype == out.dtype in _SUM_TYPES
     _library().realign_vector_product(
         out.dtype == torch.float64, torch.get_num_threads(), adds, *a.shape, a.data_ptr(),
         *a.stride(), b.data_ptr(), b.stride(0), out.data_ptr(), out.stride(0),
@@ -115,8 +118,9 @@ def _narrow_product(
     term_limits: Tensor | None = None,
 ) -> None:
     """Multiply by a bfloat16 matrix."""
-    assert out.dtype == torch.float32
-    assert out.stride(1) == 1
+    limits = term_limits if row_limits is None else row_limits
+    assert b.dtype == torch.bfloat16
+    assert a.dtype == torch.float32 or (a.dtype == b.dtype and scale is None and limits is None)
     argument = _Product(
         num_threads=torch.get_num_threads(),
         adds=adds,
@@ -127,13 +131,13 @@ def _narrow_product(
         a=a.data_ptr(),
         a_row_stride=a.stride(0),
         a_term_stride=a.stride(1),
-        scale=_pointer(scale),
-        limits=_pointer(term_limits if row_limits is None else row_limits),
+        scale=_vector(scale, torch.float32),
+        limits=_vector(limits, torch.float32),
         limits_are_of_rows=row_limits is not None,
         b=b.data_ptr(),
         b_term_stride=b.stride(0),
         b_column_stride=b.stride(1),
-        out=out.data_ptr(),
+        out=_matrix(out, torch.float32),
         out_stride=out.stride(0),
     )
     if not _library().realign_product(byref(argument)):
@@ -275,10 +279,10 @@ def _load(path: str) -> ctypes.CDLL:
     library.realign_use_large_pages.restype = None
     library.realign_epilogue.argtypes = [POINTER(_Tile)]
     library.realign_pair_loss.argtypes = [POINTER(_Pairs)]
-    sizes = (c_int32, c_int32, c_int64, c_int64)
+    sizes = (c_int32, c_int32, c_int64, c_int64)  # a dtype, threads, rows and columns
     weight = (c_int32, c_void_p, c_int64, c_int64)
     library.realign_label_dot.argtypes = [
-        c_int32, *sizes[1:], c_void_p, c_int64, *weight, c_int64, c_void_p, c_void_p,
+        *sizes, c_void_p, c_int64, *weight, c_int64, c_void_p, c_void_p,
     ]  # fmt: skip
     library.realign_combine.argtypes = [
         *sizes, c_void_p, c_int64, c_void_p, *weight, c_int64, c_void_p, c_void_p,
@@ -302,17 +306,30 @@ def instruction_set() -> str:
 
 
 def product_set() -> str:
-    """Return what multiplies bfloat16 here: "amx", "avx512" or "none"."""
+    """Return what multiplies bfloat16 here: "amx", "avx512", "none", or in tests "portable"."""
     return str(_library().realign_product_set().decode())
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _vector(tensor: Tensor | None, dtype: torch.dtype) -> int | None:
+    """Return the address of numbers that lie side by side, or None."""
+    if tensor is None:
+        return None
+    assert tensor.device.type == "cpu"
+    assert tensor.dtype == dtype
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
 
 
-def _sizes(matrix: Tensor, num_rows: int | None = None) -> tuple[int, int, int, int]:
-    rows = matrix.shape[0] if num_rows is None else num_rows
-    return matrix.dtype == torch.float64, torch.get_num_threads(), rows, matrix.shape[1]
+def _matrix(tensor: Tensor, *dtypes: torch.dtype) -> int:
+    """Return the address of a matrix whose rows have their numbers side by side."""
+    assert tensor.device.type == "cpu"
+    assert tensor.dtype in dtypes
+    assert tensor.shape[1] <= 1 or tensor.stride(1) == 1
+    return tensor.data_ptr()
+
+
+def _sizes(matrix: Tensor) -> tuple[int, int, int]:
+    return torch.get_num_threads(), *matrix.shape
 
 
 def _weight(weight: Tensor) -> tuple[int, int, int, int, int]:
@@ -333,25 +350,28 @@ def epilogue(tile: Tile) -> None:
     """Fold a tile of logits into the sums of its rows."""
     state, transform = tile.state, tile.transform
     assert tile.exponentials is None or tile.exponentials.data_ptr() == tile.logits.data_ptr()
-    assert tile.logits.stride(1) == 1
+    dtype = tile.logits.dtype
     argument = _Tile(
-        is_double=tile.logits.dtype == torch.float64,
+        is_double=dtype == torch.float64,
         num_threads=torch.get_num_threads(),
         num_rows=tile.logits.shape[0],
         num_columns=tile.logits.shape[1],
         first_column=tile.first_column,
-        logits=tile.logits.data_ptr(),
+        logits=_matrix(tile.logits, *_SUM_TYPES),
         logits_stride=tile.logits.stride(0),
         keeps_exponentials=tile.exponentials is not None,
         replays=tile.replays,
-        bias=_pointer(tile.bias),
-        labels=tile.labels.data_ptr(),
+        bias=_vector(tile.bias, dtype),
+        labels=_vector(tile.labels, torch.int64),
         logit_scale=transform.logit_scale,
         logit_softcap=transform.logit_softcap or 0.0,
         temperature=transform.temperature,
         bound=tile.bound,
-        tile_shift=_pointer(tile.tile_shift),
-        **{name: _pointer(value) for name, value in state._asdict().items()},
+        tile_shift=_vector(tile.tile_shift, dtype),
+        **{
+            name: _vector(value, torch.int64 if name in _ID_NAMES else dtype)
+            for name, value in state._asdict().items()
+        },
     )
     for name, matrix in (
         ("accumulator", tile.accumulator),
@@ -359,7 +379,7 @@ def epilogue(tile: Tile) -> None:
     ):
         if matrix is not None:
             pointer = "accumulator" if name == "accumulator" else "low_rank_accumulator"
-            setattr(argument, pointer, matrix.data_ptr())
+            setattr(argument, pointer, _matrix(matrix, dtype))
             setattr(argument, f"{name}_columns", matrix.shape[1])
             setattr(argument, f"{name}_stride", matrix.stride(0))
     _library().realign_epilogue(byref(argument))
@@ -367,20 +387,29 @@ def epilogue(tile: Tile) -> None:
 
 def label_dot(hidden: Tensor, weight: Tensor, ids: Tensor, out: Tensor) -> None:
     """Add ``hidden[n] . weight[ids[n]]`` to ``out[n]`` where the id is a row of the weight."""
-    _, *sizes = _sizes(hidden)
     _library().realign_label_dot(
-        _WEIGHT_TYPES[hidden.dtype], *sizes, hidden.data_ptr(), hidden.stride(0), *_weight(weight),
-        ids.data_ptr(), out.data_ptr(),
+        _hidden_type(hidden, out), *_sizes(hidden), _matrix(hidden, hidden.dtype),
+        hidden.stride(0), *_weight(weight), _vector(ids, torch.int64), _vector(out, out.dtype),
     )  # fmt: skip
+
+
+def _hidden_type(hidden: Tensor, sums: Tensor) -> int:
+    """Return the dtype of hidden states as C takes it: that of sums, or bfloat16 for float32."""
+    assert sums.dtype in _SUM_TYPES
+    is_narrow = (hidden.dtype, sums.dtype) == (torch.bfloat16, torch.float32)
+    assert hidden.dtype == sums.dtype or is_narrow
+    return _WEIGHT_TYPES[hidden.dtype]
 
 
 def combine(
     accumulator: Tensor, scale: Tensor, weight: Tensor, ids: Tensor, coefficient: Tensor
 ) -> None:
     """Set each row to ``scale * row + coefficient * weight[id]``, the latter where id is a row."""
+    dtype = accumulator.dtype
     _library().realign_combine(
-        *_sizes(accumulator), accumulator.data_ptr(), accumulator.stride(0), scale.data_ptr(),
-        *_weight(weight), ids.data_ptr(), coefficient.data_ptr(),
+        dtype == torch.float64, *_sizes(accumulator), _matrix(accumulator, *_SUM_TYPES),
+        accumulator.stride(0), _vector(scale, dtype), *_weight(weight), _vector(ids, torch.int64),
+        _vector(coefficient, dtype),
     )  # fmt: skip
 
 
@@ -388,23 +417,17 @@ def add_entries(
     out: Tensor, starts: Tensor, order: Tensor, coefficient: Tensor, hidden: Tensor
 ) -> None:
     """Add ``coefficient * hidden`` of the entries ``order[starts[v]:starts[v + 1]]`` to row v."""
-    if hidden.dtype != out.dtype:  # only the rows that are read are widened
-        first = starts[0].clone()
-        entries = order[first : starts[-1]]
-        if len(entries) == 0:
-            return
-        hidden = hidden[entries % len(hidden)].to(out.dtype)
-        coefficient, starts = coefficient[entries], starts - first
-        order = torch.arange(len(entries))
     _library().realign_add_entries(
-        *_sizes(out), out.data_ptr(), out.stride(0), starts.data_ptr(), order.data_ptr(),
-        coefficient.data_ptr(), hidden.data_ptr(), hidden.stride(0), hidden.shape[0],
+        _hidden_type(hidden, out), *_sizes(out), _matrix(out, out.dtype), out.stride(0),
+        _vector(starts, torch.int64), _vector(order, torch.int64), _vector(coefficient, out.dtype),
+        _matrix(hidden, hidden.dtype), hidden.stride(0), hidden.shape[0],
     )  # fmt: skip
 
 
 def pair_loss(batch: PairBatch, results: PairResults) -> None:
     """Fill in the results of a preference batch."""
-    terms = torch.tensor(batch.objective.table(), dtype=torch.float64)
+    assert batch.token_logps.dtype in _SUM_TYPES
+    terms = torch.tensor(batch.objective.table(), dtype=torch.float64, device="cpu")
     ref_logps = batch.ref_logps
     if ref_logps is not None:
         ref_logps = ref_logps.to(torch.float64).contiguous()
@@ -416,19 +439,19 @@ def pair_loss(batch: PairBatch, results: PairResults) -> None:
         is_double=batch.token_logps.dtype == torch.float64,
         num_tokens=batch.token_logps.numel(),
         tokens_per_sequence=batch.labels.shape[-1],
-        token_logps=batch.token_logps.data_ptr(),
-        labels=batch.labels.data_ptr(),
+        token_logps=_vector(batch.token_logps, batch.token_logps.dtype),
+        labels=_vector(batch.labels, torch.int64),
         ignore_index=batch.ignore_index,
-        sequence_ids=_pointer(batch.sequence_ids),
+        sequence_ids=_vector(batch.sequence_ids, torch.int64),
         num_cells=batch.num_cells,
         num_pairs=batch.num_pairs,
-        ref_logps=_pointer(ref_logps),
-        terms=terms.data_ptr(),
+        ref_logps=_vector(ref_logps, torch.float64),
+        terms=_vector(terms, torch.float64),
         num_terms=len(terms),
         nll_weight=batch.objective.nll_weight,
         beta=batch.objective.beta,
         image_beta=batch.objective.image_beta,
-        **{name: value.data_ptr() for name, value in wide.items()},
+        **{name: _vector(value, value.dtype) for name, value in wide.items()},
     )
     _library().realign_pair_loss(byref(argument))
     for name, part in results._asdict().items():

@@ -238,7 +238,7 @@ pair_loss_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _KeptLoss(torch.autograd.Function):
-    """What eager code calls in place of the operator, for the reason that score_tokens.py has."""
+    """The operator with its derivative, for eager code, as ``score_tokens.py`` has one."""
 
     @staticmethod
     def forward(ctx: Any, *values: Any) -> Any:

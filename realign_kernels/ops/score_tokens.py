@@ -59,6 +59,24 @@ from realign_kernels.vocabulary import VocabularyShard, locate_shard
 _ROWS_AT_A_TIME = 1024
 
 
+# What a backend states is constant: torch.compile follows neither its import nor a call to C++.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _product_dtypes(
+    backend: str, computed: torch.dtype, rounded: torch.dtype, is_given: bool
+) -> tuple[torch.dtype, torch.dtype]:
+    """Return the dtype of operands in products of a backend, and that of exponentials."""
+    kernels = kernels_of(backend)
+    operand = kernels.operand_dtype(computed, rounded, is_given=is_given)
+    return operand, kernels.exponential_dtype(computed, operand)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _stride_multiple(backend: str) -> int:
+    """Return the multiple of elements that rows of E lie apart on a backend."""
+    multiple: int = getattr(kernels_of(backend), "STRIDE_MULTIPLE", 1)
+    return multiple
+
+
 class HeadArguments(NamedTuple):
     """A head that has been checked, as every operator of one takes it."""
 
@@ -86,17 +104,14 @@ class HeadArguments(NamedTuple):
         """The dtypes that are computed in."""
         computed = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         rounded = self.autocast_dtype or self.weight.dtype
-        kernels = kernels_of(self.backend)
         is_given = self.hidden_states.dtype == self.weight.dtype == rounded
-        operand = kernels.operand_dtype(computed, rounded, is_given=is_given)
-        exponential = kernels.exponential_dtype(computed, operand)
+        operand, exponential = _product_dtypes(self.backend, computed, rounded, is_given)
         return Precision(self.autocast_dtype, computed, operand, exponential, self.rounds_factors)
 
     @property
     def stash_width(self) -> int:
         """Elements of a row of the stash."""
-        multiple = getattr(kernels_of(self.backend), "STRIDE_MULTIPLE", 1)
-        return row_stride(self.weight.shape[0], multiple)
+        return row_stride(self.weight.shape[0], _stride_multiple(self.backend))
 
     @property
     def stash_row_bytes(self) -> int:
@@ -731,8 +746,10 @@ score_tokens_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _KeptScores(torch.autograd.Function):
-    """What eager code calls in place of the operator: to keep a derivative of that, torch reads the
-    schema anew at every call, which for twenty arguments takes the host 0.1 ms.
+    """The operator with its derivative, for eager code.
+
+    Where a derivative is registered with an operator, torch reads the operator's schema again at
+    every call, which takes the host 0.1 ms for twenty arguments.
     """
 
     @staticmethod

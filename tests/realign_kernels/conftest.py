@@ -75,11 +75,13 @@ def choose_products(name, monkeypatch, folder):
         return cpu.product_set()
 
 
-@pytest.fixture(params=product_sets())
-def each_product_set(request, monkeypatch, tmp_path):
+@pytest.fixture(scope="module", params=product_sets())
+def each_product_set(request, tmp_path_factory):
     """Run with every way to multiply bfloat16 that there is here."""
-    assert choose_products(request.param, monkeypatch, tmp_path) == request.param
-    return request.param
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("products")
+        assert choose_products(request.param, patch, folder) == request.param
+        yield request.param
 
 
 @pytest.fixture

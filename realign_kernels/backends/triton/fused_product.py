@@ -288,10 +288,10 @@ def _launch(
         return
     assert out is None or launches.has_dense_rows(out)
     assert launches.has_dense_rows(hidden)
-    if hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16:
-        # The interpreter multiplies bfloat16 as integers.
-        hidden, weight = hidden.float(), weight.float()
     shape = launches.product_launch(hidden.dtype, hidden.device)
+    if hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16:
+        # The interpreter multiplies bfloat16 as integers.  Blocks stay those of the sums.
+        hidden, weight = hidden.float(), weight.float()
     num_blocks = triton.cdiv(num_rows, shape.rows) * triton.cdiv(num_columns, shape.columns)
     num_programs = min(num_blocks, _num_multiprocessors(hidden.device))
     state = None if tile is None else tile.state

@@ -293,7 +293,8 @@ def start_rows(
     """Gather rows and start their sums, whose shift is the label's logit but in float16."""
     weight, precision = head.weight, head.precision
     num_rows, hidden_size = len(positions), hidden_states.shape[-1]
-    labels = labels.contiguous()
+    labels, positions = labels.contiguous(), positions.contiguous()
+    bias = None if head.bias is None else head.bias.contiguous()
     if hidden_states.ndim == 2:
         hidden_states = hidden_states[None]
     elif hidden_states.ndim > 3:
@@ -310,7 +311,7 @@ def start_rows(
     if total_rows > 0:
         block, num_warps = launches.launch_of("label_dot", numbers.dtype, hidden_size, ids.device)
         _start_rows_kernel[(total_rows,)](
-            hidden_states, labels, positions, weight if with_numbers else None, head.bias,
+            hidden_states, labels, positions, weight if with_numbers else None, bias,
             rows if hidden is None else None, ids, numbers,
             num_rows, total_rows, hidden_states.shape[1], len(weight), hidden_size,
             *hidden_states.stride(), *weight.stride(),
@@ -357,6 +358,8 @@ def grade_rows(
     scale, at_label = numbers.new_empty(num_rows), numbers.new_empty(num_rows)
     if num_rows > 0:
         block, num_warps = launches.launch_of("label_dot", numbers.dtype, num_rows, scale.device)
+        if positions is not None:  # hooks on saved tensors may hand back another layout
+            positions = positions.contiguous()
         _grade_rows_kernel[(triton.cdiv(num_rows, block),)](
             numbers, positions, upstream, scale, at_label,
             num_rows, upstream.stride(0),

@@ -114,7 +114,10 @@ def widen(x, dtype: tl.constexpr):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """Round to the dtype that is stored."""
+    """Round to the dtype that is stored.
+
+    To the nearest number, except that the interpreter cuts off what bfloat16 does not hold.
+    """
     if dtype == tl.bfloat16:
         x = x.to(tl.float32)
     return x.to(dtype)

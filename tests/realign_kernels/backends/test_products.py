@@ -253,6 +253,27 @@ def test_every_memory_mode_of_the_loss_agrees(memory, rejected_scoring, monkeypa
         assert torch.linalg.norm((one - other).double()) <= 4e-3 * torch.linalg.norm(other.double())
 
 
+@pytest.mark.parametrize("statistics", [False, True])
+def test_the_loss_compiles_into_one_graph(statistics):
+    """How the head is kept depends on the dtype of products, which C++ is asked for."""
+    leaves = make_head_inputs(12, 31, 16, torch.bfloat16).as_leaves()
+
+    def loss(hidden, weight):
+        return rdpo_loss(
+            hidden, weight, leaves.labels, torch.zeros(3, 2), sequence_ids=torch.arange(12) % 6,
+            statistics=statistics, backend="cpu",
+        ).loss  # fmt: skip
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    actual, expected = (
+        torch.autograd.grad(function(*leaves.tensors), leaves.tensors)
+        for function in (compiled, loss)
+    )
+    for grad, oracle in zip(actual, expected, strict=True):
+        assert torch.equal(grad, oracle)
+
+
 def test_float32_inputs_keep_their_digits():
     """What is not given in bfloat16 is multiplied in float32, under autocast too."""
     inputs = make_head_inputs(9, 37, 6, torch.bfloat16)

@@ -134,6 +134,27 @@ def test_columns_of_minus_infinity_add_nothing(mode, dtype):
     check(case, run(case))
 
 
+def test_blocks_of_bfloat16_have_one_size(monkeypatch):
+    """The interpreter computes them in float32, whose blocks would be more."""
+    monkeypatch.setattr(
+        launches, "product_launch",
+        lambda dtype, _: launches.ProductLaunch(16, 16 * (4 // dtype.itemsize), 16, 1, 1),
+    )  # fmt: skip
+    hidden, weight = operands(5, 70, 8, torch.bfloat16)
+    logits = hidden.double() @ weight.double().T
+    labels = torch.arange(5)
+    shift = logits[labels, labels].float()
+    state = RowState(shift=shift.clone(), rest_sum=torch.zeros(5))
+    tile = Tile(
+        logits=torch.empty(5, 70), exponentials=None, first_column=0, bias=None, labels=labels,
+        transform=PLAIN, bound=60.0, state=state,
+    )  # fmt: skip
+    fused_product(tile, hidden, weight)
+    exponentials = (logits - shift.double()[:, None]).exp()
+    exponentials[labels, labels] = 0
+    torch.testing.assert_close(state.rest_sum.double(), exponentials.sum(1), rtol=1e-5, atol=0)
+
+
 @pytest.mark.usefixtures("through_the_product")
 def test_a_label_that_is_no_token_leaves_its_row_undefined_and_no_other():
     case = rounded_case(20, 40, dtype="fp32", width=20)

@@ -13,7 +13,7 @@ from realign_kernels.fused.gradients import RowNumbers, Upstream, logit_gradient
 from realign_kernels.head import Head, LogitTransform, Precision
 from realign_kernels.ops.pair_loss import pair_loss_backward_op
 from realign_kernels.ops.score_tokens import scale_slopes_op
-from realign_kernels.testing import make_head_inputs, seeded
+from realign_kernels.testing import dense_logprob, make_head_inputs, seeded
 
 pytestmark = pytest.mark.usefixtures("small_blocks", "poison_empty")
 
@@ -155,6 +155,29 @@ NUMBERS = [
     (40.0, -20.0, 1e8), (-50.0, 30.0, 2.0), (3.0, 2.0, 1e-12),
     (40.0, -50.0, 1e38),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+def test_a_bias_of_any_layout_is_read(layout):
+    bias = normal(22)[::2] if layout == "strided" else torch.tensor(2.0).double().expand(11)
+    inputs = make_head_inputs(6, 11, 5, lm_head_bias=bias)
+    actual = inputs.call(linear_logprob, backend="triton")
+    torch.testing.assert_close(actual, dense_logprob(inputs), rtol=1e-12, atol=1e-12)
+
+
+def test_saved_positions_of_another_layout_are_read():
+    """Hooks on saved tensors may hand them back so."""
+    plain, other = (make_head_inputs(6, 11, 5, ignored=0.4).as_leaves() for _ in range(2))
+    plain.call(linear_logprob, backend="triton", memory="recompute").sum().backward()
+
+    def unpack(tensor):
+        return torch.stack([tensor, torch.zeros_like(tensor)], dim=-1)[..., 0]
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        scores = other.call(linear_logprob, backend="triton", memory="recompute")
+    scores.sum().backward()
+    for one, two in zip(plain.tensors, other.tensors, strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("dtype", "operand", "rounding"), DTYPES)
