@@ -87,7 +87,7 @@ def run_hardware_checks(
         yield outcome(f"{dtype} compiled", _compiled, device, dtype, backend)
     for is_frozen in (True, False):
         name = f"{STEPS} steps, {'frozen' if is_frozen else 'trainable'}"
-        yield outcome(name, _trajectory, device, is_frozen, 3 if tiny else STEPS, backend)
+        yield outcome(name, _trajectory, device, is_frozen, STEPS, backend)
 
 
 def _large(device: torch.device, sizes: Large, backend: str) -> None:
