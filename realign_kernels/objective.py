@@ -74,7 +74,8 @@ class Term:
         if not (
             1 <= len(coefficients) <= MAX_CELLS
             and any(coefficients)
-            and all(map(math.isfinite, coefficients))
+            # Not math.isfinite, which torch.compile does not trace for a number that changes.
+            and all(-math.inf < coefficient < math.inf for coefficient in coefficients)
         ):
             raise ValueError(
                 f"coefficients must be 1 to {MAX_CELLS} finite numbers that are not all 0, "

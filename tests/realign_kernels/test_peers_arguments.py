@@ -61,7 +61,7 @@ def test_a_known_number_is_not_counted_on_a_device(monkeypatch):
     num_scored = int((inputs.labels != -100).sum())
     expected = inputs.call(linear_logprob)
 
-    def known(lengths, device, waits=False):
+    def known(lengths, device, waits):
         return int(lengths.sum())
 
     monkeypatch.setattr("realign_kernels.ops.score_tokens.known_number", known)
@@ -102,3 +102,22 @@ def test_numbers_that_change_compile_into_one_graph():
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for numbers in ((1.0, 0.1, 0.5), (1.5, 0.2, 0.6), (2.25, 0.4, 0.7)):
         assert torch.equal(compiled(*numbers), loss(*numbers))
+
+
+def test_one_graph_for_every_size():
+    """With ``dynamic=True`` the numbers of an objective are open as well."""
+
+    def loss(hidden, weight, labels):
+        ids = torch.arange(len(labels)) % 6
+        return rdpo_loss(hidden, weight, labels, torch.zeros(3, 2), sequence_ids=ids).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for num_rows, vocabulary in ((12, 31), (18, 40)):
+        inputs = make_head_inputs(num_rows, vocabulary, 5).as_leaves()
+        actual, expected = (
+            torch.autograd.grad(function(*inputs.tensors, inputs.labels), inputs.tensors)
+            for function in (compiled, loss)
+        )
+        for grad, oracle in zip(actual, expected, strict=True):
+            assert torch.equal(grad, oracle)
