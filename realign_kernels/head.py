@@ -60,10 +60,31 @@ class Precision:
         """Return whether :meth:`of_operand` makes a copy."""
         return dtype != self.operand or self.autocast not in (None, dtype)
 
+    @property
+    def splits_factors(self) -> bool:
+        """Return whether low-rank factors are multiplied as a sum of parts in bfloat16.
+
+        Where exponentials are bfloat16, a float32 factor would ask for a wide copy of every tile.
+        """
+        return self.operand == self.exponential == torch.bfloat16
+
     def of_factor(self, tensor: Tensor) -> Tensor:
         """Cast a low-rank factor, whose products are small and never in half precision."""
         rounded = self.rounded(tensor) if self.rounds_factors else tensor
         return rounded.to(self.accumulation)
+
+
+def split(factor: Tensor, num_parts: int) -> list[Tensor]:
+    """Return parts in bfloat16, each 2^-8 of the one before, whose sum is the factor rounded."""
+    parts = []
+    for _ in range(num_parts):
+        parts.append(factor.to(torch.bfloat16))
+        factor = factor - parts[-1]
+    return parts
+
+
+# The products of three parts of either factor that are not lost beside the first of them.
+PARTS_OF_ROWS, PARTS_OF_FACTOR = (0, 0, 1, 1, 0, 2), (0, 1, 0, 1, 2, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +94,7 @@ class HeadTile:
     weight: Tensor  # (columns, D)
     bias: Tensor | None  # (columns,)
     lora_b: Tensor | None  # (columns, r), times the scaling
+    lora_b_parts: Tensor | None = None  # (columns, 6r): PARTS_OF_FACTOR, side by side
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,4 +116,8 @@ class Head:
             bias = self.bias[columns].to(precision.accumulation).contiguous()
         if self.lora_b is not None:
             lora_b = precision.of_factor(self.lora_b[columns]).mul(self.lora_scaling)
-        return HeadTile(precision.of_operand(self.weight[columns]), bias, lora_b)
+        lora_b_parts = None
+        if lora_b is not None and precision.splits_factors:
+            parts = split(lora_b, 3)
+            lora_b_parts = torch.cat([parts[i] for i in PARTS_OF_FACTOR], dim=1)
+        return HeadTile(precision.of_operand(self.weight[columns]), bias, lora_b, lora_b_parts)

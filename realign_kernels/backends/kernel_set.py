@@ -196,10 +196,25 @@ class ProductKernels(Protocol):
     def is_faster(self, operand: torch.dtype, device: torch.device) -> bool:
         """Return whether :meth:`fused_product` is faster than a BLAS followed by an epilogue."""
 
-    def exact_product(self, out: Tensor, hidden: Tensor, weight: Tensor) -> None:
-        """Set ``out``, float32, to ``hidden @ weight.T``."""
+    def exact_product(
+        self,
+        out: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        low_rank: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Set ``out``, float32, to ``hidden @ weight.T``.
 
-    def fused_product(self, tile: Tile, hidden: Tensor, weight: Tensor) -> None:
+        The product of two more operands of the same dtype, (rows, K) and (columns, K), is added.
+        """
+
+    def fused_product(
+        self,
+        tile: Tile,
+        hidden: Tensor,
+        weight: Tensor,
+        low_rank: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """Compute the logits of a tile and fold them into the sums of its rows.
 
         The logits are stored nowhere.  Takes no statistics, and tracks no best token.

@@ -34,6 +34,7 @@ from realign_kernels.backends.kernel_set import (
     Tile,
 )
 from realign_kernels.fused.group import reduce_over_group
+from realign_kernels.head import PARTS_OF_ROWS, split
 from realign_kernels.tiling import TileShape, padded_rows, row_stride, spans, with_stride
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class Rows(NamedTuple):
 
     hidden: Tensor  # (rows, D), as products take it
     low_rank: Tensor | None  # (rows, r), hidden @ A.T
+    low_rank_parts: Tensor | None  # (rows, 6r): PARTS_OF_ROWS, side by side
     ids: Tensor  # (rows,), label in this shard's numbering
 
 
@@ -157,7 +159,7 @@ def gather_rows(call: FusedCall, hidden_states: Tensor, labels: Tensor, position
         started = call.row_kernels.start_rows(
             call.head, call.transform, hidden_states, labels, positions, total, with_numbers=False
         )
-        return Rows(started.hidden, None, started.ids)
+        return Rows(started.hidden, None, None, started.ids)
     precision = call.head.precision
     hidden_size = hidden_states.shape[-1]
     if total == num_rows == len(labels):
@@ -176,7 +178,11 @@ def gather_rows(call: FusedCall, hidden_states: Tensor, labels: Tensor, position
         for block in spans(total, call.shape.rows):
             wide = hidden[block].to(call.accumulation)
             call.kernels.product(low_rank[block], wide, call.head.lora_a.T, adds=False)
-    return Rows(hidden, low_rank, ids)
+    low_rank_parts = None
+    if low_rank is not None and precision.splits_factors:
+        parts = split(low_rank, 3)
+        low_rank_parts = torch.cat([parts[i] for i in PARTS_OF_ROWS], dim=1)
+    return Rows(hidden, low_rank, low_rank_parts, ids)
 
 
 def _unravelled(positions: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
@@ -210,7 +216,7 @@ def start_pass(
         started = call.row_kernels.start_rows(
             call.head, call.transform, hidden_states, labels, positions, total, with_numbers=True
         )
-        rows = Rows(started.hidden, None, started.ids)
+        rows = Rows(started.hidden, None, None, started.ids)
         label_logits, shift, rest_sum = started.numbers.unbind()
         if not (with_statistics or tracks_top):
             return PassStart(rows, label_logits, RowState(shift, rest_sum), started)
@@ -284,8 +290,9 @@ def view_rows(state: RowState, block: slice) -> RowState:
 def fold_tile(call: FusedCall, tile: Tile, rows: Rows, block: slice, head_tile: HeadTile) -> None:
     """Compute the logits of a tile and fold them into the sums of its rows."""
     kernels = call.product_kernels
-    if kernels is not None and _has_fused_product(tile, head_tile):
-        kernels.fused_product(tile, rows.hidden[block], head_tile.weight)
+    if kernels is not None and _has_fused_product(call, tile, head_tile):
+        low_rank = _low_rank_operands(call, rows, block, head_tile)
+        kernels.fused_product(tile, rows.hidden[block], head_tile.weight, low_rank)
     else:
         logits_into(call, tile.logits, rows, block, head_tile)
         call.kernels.epilogue(tile)
@@ -293,22 +300,69 @@ def fold_tile(call: FusedCall, tile: Tile, rows: Rows, block: slice, head_tile: 
 
 def logits_into(call: FusedCall, out: Tensor, rows: Rows, block: slice, tile: HeadTile) -> None:
     """Set ``out`` to the raw logits of a tile, except the bias, which the epilogue adds."""
-    kernels = call.product_kernels
+    kernels, low_rank = call.product_kernels, _low_rank_operands(call, rows, block, tile)
     if kernels is not None:
-        kernels.exact_product(out, rows.hidden[block], tile.weight)
+        is_operand = low_rank is None or low_rank[0].dtype == call.operand
+        kernels.exact_product(
+            out, rows.hidden[block], tile.weight, low_rank if is_operand else None
+        )
+        if is_operand:
+            return
     else:
         call.kernels.product(out, rows.hidden[block], tile.weight.T, adds=False)
-    if tile.lora_b is not None and rows.low_rank is not None:
-        call.kernels.product(out, rows.low_rank[block], tile.lora_b.T, adds=True)
+    if low_rank is not None:
+        call.kernels.product(out, low_rank[0], low_rank[1].T, adds=True)
 
 
-def _has_fused_product(tile: Tile, head_tile: HeadTile) -> bool:
+def _low_rank_operands(
+    call: FusedCall, rows: Rows, block: slice, tile: HeadTile
+) -> tuple[Tensor, Tensor] | None:
+    """Return what is multiplied for the low-rank part of logits, (rows, K) and (columns, K)."""
+    if rows.low_rank_parts is not None and tile.lora_b_parts is not None:
+        return rows.low_rank_parts[block], tile.lora_b_parts
+    if rows.low_rank is not None and tile.lora_b is not None:
+        return rows.low_rank[block], tile.lora_b
+    return None
+
+
+def _has_fused_product(call: FusedCall, tile: Tile, head_tile: HeadTile) -> bool:
     """Return whether the kernels of products can do all that an epilogue does to a tile."""
     has_statistics, tracks_top = (
         part is not None for part in (tile.state.rest_entropy_sum, tile.state.top_ids)
     )
     is_summed = has_statistics or (tracks_top and not tile.replays)
-    return head_tile.lora_b is None and not is_summed
+    factor = head_tile.lora_b if head_tile.lora_b_parts is None else head_tile.lora_b_parts
+    return (factor is None or factor.dtype == call.operand) and not is_summed
+
+
+def add_by_lora(
+    call: FusedCall,
+    accumulator: Tensor,
+    exponentials: Tensor,
+    tile: HeadTile,
+    *,
+    adds: bool = True,
+) -> None:
+    """Set the accumulator to ``E @ B`` of a tile, or add it."""
+    assert tile.lora_b is not None
+    if tile.lora_b_parts is None:
+        wide = exponentials.to(accumulator.dtype)
+        call.kernels.product(accumulator, wide, tile.lora_b, adds=adds)
+    else:
+        # E is bfloat16 itself: two parts have more digits than it.
+        parts = tile.lora_b_parts[:, : 2 * tile.lora_b.shape[1]]
+        multiply_parts(call, accumulator, exponentials, parts, adds=adds)
+
+
+def multiply_parts(call: FusedCall, out: Tensor, a: Tensor, parts: Tensor, *, adds: bool) -> None:
+    """Set ``out`` to ``a @ (high + low)``, or add it, where the two are side by side."""
+    products = out.new_empty(out.shape[0], parts.shape[1])
+    call.kernels.product(products, a, parts, adds=False)
+    high, low = products.chunk(2, dim=1)
+    if adds:
+        out.add_(high).add_(low)
+    else:
+        torch.add(high, low, out=out)
 
 
 def add_by_weight(
@@ -480,8 +534,7 @@ class _Scratch:
         add_by_weight(self.call, accumulator, tile.exponentials, weight, rest_sum, adds=adds)
         low_rank = self.low_rank_accumulator
         if low_rank is not None and head_tile.lora_b is not None:
-            wide = tile.exponentials.to(low_rank.dtype)
-            self.call.kernels.product(low_rank[block], wide, head_tile.lora_b, adds=adds)
+            add_by_lora(self.call, low_rank[block], tile.exponentials, head_tile, adds=adds)
         if tile.state.released_ids is not None and tile.state.released_values is not None:
             self.add_back(block, tile.state.released_ids, tile.state.released_values)
 

@@ -17,12 +17,15 @@ from realign_kernels.fused.forward import (
     FusedCall,
     PassResult,
     Rows,
+    add_by_lora,
     add_by_weight,
     add_weight_rows,
     fold_tile,
     logits_into,
+    multiply_parts,
     view_rows,
 )
+from realign_kernels.head import split
 from realign_kernels.tiling import row_stride, spans, with_stride
 
 if TYPE_CHECKING:
@@ -419,6 +422,7 @@ class _Sums:
         # Rows are scaled before the products over rows, after those over columns.
         scale = gradient.scale[:, None]
         self.scaled_hidden = self.scaled_low_rank = self.scaled_ones = None
+        self.scaled_low_rank_parts = None
         weight_unit = bias_unit = None
         self.rest_sum = numbers.rest_sum
         if needed.weight and call.exponential == call.operand:
@@ -428,6 +432,8 @@ class _Sums:
             self.scaled_ones, bias_unit = _in_range(scale, call.exponential)
         if needed.lora_b and rows.low_rank is not None:
             self.scaled_low_rank = rows.low_rank[:num_rows] * scale * head.lora_scaling
+            if head.precision.splits_factors:
+                self.scaled_low_rank_parts = torch.cat(split(self.scaled_low_rank, 2), dim=1)
         self.accumulator = self.low_rank_accumulator = None
         if needed.hidden or (has_low_rank and needed.lora_a):
             shape = len(rows.hidden), head.weight.shape[1]  # with the empty rows, as in the forward
@@ -458,8 +464,7 @@ class _Sums:
             accumulator = self.accumulator[block]
             add_by_weight(self.call, accumulator, exponentials, tile.weight, rest_sum)
         if self.low_rank_accumulator is not None and tile.lora_b is not None:
-            wide = exponentials.to(tile.lora_b.dtype)
-            product(self.low_rank_accumulator[block], wide, tile.lora_b, adds=True)
+            add_by_lora(self.call, self.low_rank_accumulator[block], exponentials, tile)
         if self.scaled_hidden is not None:
             self.weight_sum.add(product, exponentials.T, self.scaled_hidden[block])
         elif self.needed.weight:
@@ -472,7 +477,10 @@ class _Sums:
             self.weight_sum.add(scaled_product, exponentials, self.rows.hidden[block])
         if self.scaled_ones is not None:
             self.bias_sum.add(product, exponentials.T, self.scaled_ones[block])
-        if self.scaled_low_rank is not None:
+        if self.scaled_low_rank_parts is not None:
+            by_parts = functools.partial(multiply_parts, self.call)
+            self.lora_b_sum.add(by_parts, exponentials.T, self.scaled_low_rank_parts[block])
+        elif self.scaled_low_rank is not None:
             wide = exponentials.T.to(self.call.accumulation)
             self.lora_b_sum.add(product, wide, self.scaled_low_rank[block])
 

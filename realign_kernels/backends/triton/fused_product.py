@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from realign_kernels.backends.kernel_set import Tile
 
 _RAW, _SUM, _REPLAY = 0, 1, 2
+_LEAST_DEPTH = 16  # of operands that a tensor core multiplies
 _IDENTITY = LogitTransform(1.0, None, 1.0)
 
 
@@ -86,15 +87,16 @@ def _column_in_block(ids_ptrs, is_row, first_column, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def _fused_product_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, labels_ptr, top_ids_ptr, shift_ptr,
+    hidden_ptr, weight_ptr, low_rank_ptr, factor_ptr, bias_ptr, labels_ptr, top_ids_ptr, shift_ptr,
     out_ptr, block_sums_ptr, block_shifts_ptr,
-    num_rows, num_columns, hidden_size, first_column,
-    stride_hn, stride_wv, stride_wd, stride_on,
+    num_rows, num_columns, hidden_size, rank, first_column,
+    stride_hn, stride_wv, stride_wd, stride_rn, stride_fv, stride_fr, stride_on,
     bound: tl.float64, inner: tl.float64, outer: tl.float64, inverse: tl.float64,
     linear: tl.float64,
     CAPS: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, PARTIAL_D: tl.constexpr,
-    HAS_WHOLE_BLOCKS: tl.constexpr, BLOCKS_AT_A_TIME: tl.constexpr, NUM_PROGRAMS: tl.constexpr,
+    LEAST_DEPTH: tl.constexpr, HAS_WHOLE_BLOCKS: tl.constexpr, BLOCKS_AT_A_TIME: tl.constexpr,
+    NUM_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Each program walks every ``NUM_PROGRAMS``-th block; no two write the same place."""
     numbers = rounded_numbers(inner, outer, inverse, linear, tl.float32)
@@ -119,6 +121,12 @@ def _fused_product_kernel(
             last_n, last_v, hidden_size, stride_hn, stride_wv, stride_wd,
             PRECISION, BLOCK_N, BLOCK_V, BLOCK_D, PARTIAL_D, HAS_WHOLE_BLOCKS,
         )  # fmt: skip
+        if low_rank_ptr is not None:
+            logits += _product_block(
+                low_rank_ptr + first_n * stride_rn, factor_ptr + first_v * stride_fv,
+                last_n, last_v, rank, stride_rn, stride_fv, stride_fr,
+                PRECISION, BLOCK_N, BLOCK_V, LEAST_DEPTH, PARTIAL_D, False,
+            )  # fmt: skip
         offs_n, offs_v = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)
         is_row, is_column = offs_n <= last_n, offs_v <= last_v
         is_inside = is_row[:, None] & is_column[None, :]
@@ -234,12 +242,19 @@ def is_faster(operand: torch.dtype, device: torch.device) -> bool:
     return launches.fuses_product(operand, device)
 
 
-def exact_product(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
-    """Set ``out`` (N, V), float32, to ``hidden @ weight.T``, by bounded partial sums."""
-    _launch(out, hidden, weight, None, None, None, mode=_RAW)
+def exact_product(
+    out: Tensor, hidden: Tensor, weight: Tensor, low_rank: tuple[Tensor, Tensor] | None = None
+) -> None:
+    """Set ``out`` (N, V), float32, to ``hidden @ weight.T``, by bounded partial sums.
+
+    The product of two more operands of the same dtype, (N, K) and (V, K), is added.
+    """
+    _launch(out, (hidden, weight), low_rank, None, None, None, mode=_RAW)
 
 
-def fused_product(tile: Tile, hidden: Tensor, weight: Tensor) -> None:
+def fused_product(
+    tile: Tile, hidden: Tensor, weight: Tensor, low_rank: tuple[Tensor, Tensor] | None = None
+) -> None:
     """Compute the logits of a tile and fold them into the sums of its rows.
 
     As a product followed by ``epilogue.epilogue``, except that the logits are stored nowhere:
@@ -251,22 +266,22 @@ def fused_product(tile: Tile, hidden: Tensor, weight: Tensor) -> None:
         return
     assert state.rest_entropy_sum is None
     if tile.replays:
-        _launch(exponentials, hidden, weight, tile, None, None, mode=_REPLAY)
+        _launch(exponentials, (hidden, weight), low_rank, tile, None, None, mode=_REPLAY)
         return
     assert math.isfinite(tile.bound)
     assert state.top_ids is None
-    shape = launches.product_launch(hidden.dtype, hidden.device)
+    shape = _shape(hidden, low_rank)
     num_blocks = triton.cdiv(num_columns, shape.columns)
     sums = state.rest_sum.new_empty(num_blocks, num_rows)
     shifts = torch.empty_like(sums)
-    _launch(exponentials, hidden, weight, tile, sums, shifts, mode=_SUM)
-    accumulator, low_rank = tile.accumulator, tile.low_rank_accumulator
+    _launch(exponentials, (hidden, weight), low_rank, tile, sums, shifts, mode=_SUM)
+    accumulator, other = tile.accumulator, tile.low_rank_accumulator
     block, num_warps = launches.launch_of("settle", sums.dtype, num_blocks, sums.device)
     _settle_rows_kernel[(num_rows,)](
-        sums, shifts, exponentials, accumulator, low_rank,
+        sums, shifts, exponentials, accumulator, other,
         state.shift, state.rest_sum, tile.tile_shift,
-        num_rows, num_columns, _width(accumulator), _width(low_rank), num_blocks,
-        _row_stride(exponentials), _row_stride(accumulator), _row_stride(low_rank),
+        num_rows, num_columns, _width(accumulator), _width(other), num_blocks,
+        _row_stride(exponentials), _row_stride(accumulator), _row_stride(other),
         BLOCK_V=shape.columns, BLOCK=block,
         num_warps=num_warps,
     )  # fmt: skip
@@ -274,46 +289,59 @@ def fused_product(tile: Tile, hidden: Tensor, weight: Tensor) -> None:
 
 def _launch(
     out: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
+    operands: tuple[Tensor, Tensor],
+    low_rank: tuple[Tensor, Tensor] | None,
     tile: Tile | None,
     sums: Tensor | None,
     shifts: Tensor | None,
     *,
     mode: int,
 ) -> None:
+    (hidden, weight), (others, factor) = operands, low_rank or (None, None)
     num_rows, hidden_size = hidden.shape
     num_columns = weight.shape[0]
     if num_rows == 0 or num_columns == 0:
         return
     assert out is None or launches.has_dense_rows(out)
     assert launches.has_dense_rows(hidden)
-    shape = launches.product_launch(hidden.dtype, hidden.device)
+    assert others is None or (others.dtype == hidden.dtype and launches.has_dense_rows(others))
+    shape = _shape(hidden, low_rank)
     if hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16:
         # The interpreter multiplies bfloat16 as integers.  Blocks stay those of the sums.
         hidden, weight = hidden.float(), weight.float()
+        if others is not None and factor is not None:
+            others, factor = others.float(), factor.float()
     num_blocks = triton.cdiv(num_rows, shape.rows) * triton.cdiv(num_columns, shape.columns)
     num_programs = min(num_blocks, _num_multiprocessors(hidden.device))
     state = None if tile is None else tile.state
     uses_tf32 = hidden.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     _fused_product_kernel[(num_programs,)](
-        hidden, weight, None if tile is None else tile.bias,
+        hidden, weight, others, factor, None if tile is None else tile.bias,
         None if tile is None else tile.labels,
         None if state is None else state.top_ids,
         None if state is None else state.shift,
         out, sums, shifts,
-        num_rows, num_columns, hidden_size, 0 if tile is None else tile.first_column,
-        hidden.stride(0), weight.stride(0), weight.stride(1), _row_stride(out),
+        num_rows, num_columns, hidden_size, _width(others),
+        0 if tile is None else tile.first_column,
+        hidden.stride(0), weight.stride(0), weight.stride(1),
+        _row_stride(others), _row_stride(factor), 0 if factor is None else factor.stride(1),
+        _row_stride(out),
         bound=tile.bound if tile is not None and mode == _SUM else 0.0,
         **transform_numbers(_IDENTITY if tile is None else tile.transform),
         MODE=mode,
         PRECISION="tf32" if uses_tf32 else "ieee",
         BLOCK_N=shape.rows, BLOCK_V=shape.columns, BLOCK_D=shape.depth,
         PARTIAL_D=max(launches.PARTIAL_SUM, shape.depth),
+        LEAST_DEPTH=_LEAST_DEPTH,
         HAS_WHOLE_BLOCKS=hidden_size % shape.depth == 0,
         BLOCKS_AT_A_TIME=launches.BLOCKS_AT_A_TIME, NUM_PROGRAMS=num_programs,
         num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip
+
+
+def _shape(hidden: Tensor, low_rank: tuple[Tensor, Tensor] | None) -> launches.ProductLaunch:
+    has_low_rank = low_rank is not None
+    return launches.product_launch(hidden.dtype, hidden.device, has_low_rank=has_low_rank)
 
 
 @functools.cache

@@ -70,8 +70,10 @@ class ProductLaunch(NamedTuple):
 
 
 # By bytes of the operands.  128 x 128 float32 sums are 64 registers a thread of 8 warps, twice that
-# with the partial sums beside them.  Not measured.
+# with the partial sums beside them.  With the addresses of low-rank factors as well, half as many
+# columns spill no register.  Not measured.
 _PRODUCT_LAUNCHES = {2: ProductLaunch(128, 128, 64, 8, 3), 4: ProductLaunch(64, 64, 32, 4, 3)}
+_LOW_RANK_LAUNCHES = {2: ProductLaunch(128, 64, 64, 8, 3), 4: ProductLaunch(64, 32, 32, 4, 3)}
 
 # Dtypes of operands whose product has the epilogue inside, by the least capability that a row is
 # for.  None before a GPU has been measured.
@@ -119,9 +121,11 @@ def _capability(device: torch.device) -> Capability:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
-def product_launch(dtype: torch.dtype, device: torch.device) -> ProductLaunch:
-    """Return how to launch the product of operands of a dtype."""
-    return _PRODUCT_LAUNCHES[dtype.itemsize]
+def product_launch(
+    dtype: torch.dtype, device: torch.device, *, has_low_rank: bool
+) -> ProductLaunch:
+    """Return how to launch the product of operands of a dtype, and of low-rank ones beside them."""
+    return (_LOW_RANK_LAUNCHES if has_low_rank else _PRODUCT_LAUNCHES)[dtype.itemsize]
 
 
 def has_dense_rows(matrix: Tensor) -> bool:

@@ -28,7 +28,7 @@ def fused_product(monkeypatch):
 
     # 16 is the least that a tensor core takes
     small = launches.ProductLaunch(16, 16, 16, 1, 1)
-    monkeypatch.setattr(launches, "product_launch", lambda *_: small)
+    monkeypatch.setattr(launches, "product_launch", lambda *_, **__: small)
     monkeypatch.setattr(launches, "PARTIAL_SUM", 32)
     monkeypatch.setattr(launches, "fuses_product", lambda *_: True)
 

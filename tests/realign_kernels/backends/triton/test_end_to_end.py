@@ -83,6 +83,26 @@ def test_trainable_head_in_other_dtypes(memory, dtype):
     compare(make_head_inputs(6, 18, 5, dtype, **HEADS["everything"]), memory=memory)
 
 
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("memory", ["stash", "recompute"])
+def test_no_tile_is_widened_for_low_rank_factors_in_bfloat16(monkeypatch, trainable, memory):
+    """Tensor cores multiply two parts of each factor; a float32 one would copy every tile."""
+    product, seen = kernels.product, []
+
+    def noted(out, a, b, *, adds):
+        seen.append((tuple(a.shape), a.dtype, tuple(b.shape), b.dtype))
+        product(out, a, b, adds=adds)
+
+    monkeypatch.setattr(kernels, "product", noted)
+    inputs = make_head_inputs(6, 18, 5, torch.bfloat16, rank=3)
+    compare(inputs, memory=memory, trainable=trainable)
+    tiles = {(rows, columns) for rows in (4, 2) for columns in (8, 2)}
+    tiles |= {(columns, rows) for rows, columns in tiles}
+    wide = [one for one in seen if one[0] in tiles and one[1] == torch.float32]
+    assert not wide
+    assert any(a == torch.bfloat16 and shape[1] == 6 for _, a, shape, _ in seen)  # two parts of B
+
+
 @pytest.mark.parametrize("head", ["plain", "everything"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_frozen_head(head, dtype):

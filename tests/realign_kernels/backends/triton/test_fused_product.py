@@ -81,6 +81,17 @@ def test_product_of_a_weight_of_any_strides_into_a_part_of_a_matrix():
     assert (whole[:, 23:] == 7).all()
 
 
+@pytest.mark.parametrize("rank", [1, 16, 33])
+@pytest.mark.parametrize("dtype", OPERANDS.values(), ids=OPERANDS)
+def test_a_second_product_is_added(rank, dtype):
+    hidden, weight = operands(20, 35, 40, dtype)
+    low_rank, factor = operands(20, 35, rank, dtype, seed=1)
+    out = torch.empty(20, 35)
+    exact_product(out, hidden, weight, (low_rank, factor))
+    expected = hidden.double() @ weight.double().T + low_rank.double() @ factor.double().T
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_sums_are_the_same_every_time_and_in_any_batch():
     hidden, weight = operands(40, 50, 70, torch.float32)
     whole, again, one = torch.empty(40, 50), torch.empty(40, 50), torch.empty(1, 50)

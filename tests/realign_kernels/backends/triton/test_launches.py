@@ -182,14 +182,19 @@ PARTS = {
     shape = module_of("launches")._PRODUCT_LAUNCHES[2]
     blocks = {"BLOCK_N": shape.rows, "BLOCK_V": shape.columns, "BLOCK_D": shape.depth}
     blocks |= {"PARTIAL_D": 1024, "BLOCKS_AT_A_TIME": 8, "NUM_PROGRAMS": 132, "stride_wd": 1}
+    blocks |= {"stride_fr": 1, "LEAST_DEPTH": 16}
     strides = ("stride_hn", "stride_wv", "stride_on", "hidden_size", "num_columns")
     staged = {"aligned": strides, "options": {"num_stages": shape.num_stages}.items()}
-    mixed = half | ids | pointers("top_ids bias", None)
+    mixed = half | ids | pointers("top_ids bias low_rank factor", None)
+    lora = pointers("low_rank factor", "*bf16")
+    narrow = blocks | {"BLOCK_V": module_of("launches")._LOW_RANK_LAUNCHES[2].columns}
     for mode, out, is_whole in ((0, "*fp32", True), (1, "*bf16", True), (2, "*bf16", False)):
         product = blocks | {"CAPS": True, "MODE": mode, "PRECISION": "ieee"}
         product |= {"HAS_WHOLE_BLOCKS": is_whole}
         build("fused_product", "_fused_product_kernel", product, shape.num_warps, "*fp32",
               **staged, **mixed | {"out_ptr": out})
+        build("fused_product", "_fused_product_kernel", product | narrow, shape.num_warps, "*fp32",
+              **staged, **mixed | {"out_ptr": out} | lora)
     build("fused_product", "_settle_rows_kernel", {"BLOCK_V": 128, "BLOCK": 256}, 1, "*fp32",
           **half)
 """,
