@@ -14,6 +14,7 @@ from benchmarks.promises import DTYPES
 from benchmarks.shapes import HeadShape, make_inputs
 
 _ROUNDS = 5
+_LINES = pytest.StashKey[list[str]]()
 
 
 @pytest.fixture(autouse=True)
@@ -21,8 +22,22 @@ def _two_threads() -> None:
     torch.set_num_threads(2)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the lines that are printed in the end."""
+    config.stash[_LINES] = []
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print what belongs beside each time, which the table of pytest-benchmark has no room for."""
+    lines = config.stash[_LINES]
+    if lines:
+        terminalreporter.section("beside one product hidden @ W.T, timed in turn")
+        for line in lines:
+            terminalreporter.line(line)
+
+
 @pytest.fixture
-def measure(benchmark: Any) -> Callable[..., None]:
+def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
     """Time one provider, with everything that belongs beside a time in ``extra_info``."""
 
     def run(name: str, mode: str, shape: HeadShape, dtype: str = "float32") -> None:
@@ -37,6 +52,11 @@ def measure(benchmark: Any) -> Callable[..., None]:
         benchmark.extra_info.update({**shape._asdict(), "dtype": dtype, **cell})
         benchmark.group = f"{provider.job} {mode} {shape.key} {dtype}"
         benchmark.pedantic(lambda: provider.run(mode, inputs), rounds=_ROUNDS)
+        found = ", ".join(f"{kind} {error:.1e}" for kind, error in cell["errors"].items())
+        request.config.stash[_LINES].append(
+            f"{benchmark.group} {name}: {cell['ms']:.1f} ms, {cell['ratio_to_gemm']:.2f} products; "
+            f"errors {found}; peak {cell['peak_bytes'] / 2**20:.0f} MiB"
+        )
         assert cell["errors"]["logp_max"] < 1e-3  # no number without a right result
 
     return run

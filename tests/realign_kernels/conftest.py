@@ -47,11 +47,10 @@ def use_library(monkeypatch):
 
     def use(path):
         monkeypatch.setattr(cpu, "library_path", lambda: str(path))
-        cpu._library.cache_clear()
+        # Not only cleared: another fixture may have put one in its place, for all of a module.
+        monkeypatch.setattr(cpu, "_library", functools.cache(lambda: cpu._load(str(path))))
 
-    yield use
-    monkeypatch.undo()
-    cpu._library.cache_clear()
+    return use
 
 
 def product_sets():

@@ -117,7 +117,9 @@ def test_trainable_head(dtype, memory):
         tile += N * V * number - rows * columns * number
     # Of the gradient by the weight, one tile is summed before it is rounded.
     tile += 0 if dtype.itemsize == number else 2048 * D * number
-    expected = tile + gradients + gathered(dtype) + row_bytes(dtype, 2)
+    # Where bfloat16 is multiplied as it is, no hidden state is widened for the entries of labels.
+    num_wide = 1 if dtype == torch.bfloat16 and not is_cast(dtype) else 2
+    expected = tile + gradients + gathered(dtype) + row_bytes(dtype, num_wide)
     assert_within(peak_bytes(run), expected)
 
 
