@@ -149,7 +149,7 @@ def test_blocks_of_bfloat16_have_one_size(monkeypatch):
     """The interpreter computes them in float32, whose blocks would be more."""
     monkeypatch.setattr(
         launches, "product_launch",
-        lambda dtype, _: launches.ProductLaunch(16, 16 * (4 // dtype.itemsize), 16, 1, 1),
+        lambda dtype, _, **__: launches.ProductLaunch(16, 16 * (4 // dtype.itemsize), 16, 1, 1),
     )  # fmt: skip
     hidden, weight = operands(5, 70, 8, torch.bfloat16)
     logits = hidden.double() @ weight.double().T
