@@ -109,7 +109,7 @@ class Term:
 
     @property
     def is_per_token(self) -> bool:
-        """Whether log-ratios are divided by the length of their answer."""
+        """Return whether log-ratios are divided by the length of their answer."""
         return LINKS[self.link].is_per_token or self.normalize == "length"
 
     def contrast(self, log_ratios: Tensor, num_tokens: Tensor | None) -> Tensor:

@@ -153,7 +153,7 @@ def _check_group(group: Any) -> None:
 
 
 def describe(value: Any) -> str:
-    """Say what a value is, for messages."""
+    """Describe a value for a message."""
     if isinstance(value, Tensor):
         return "a nested tensor" if value.is_nested else f"Tensor of shape {tuple(value.shape)}"
     if isinstance(value, list | tuple) and value and all(isinstance(x, Tensor) for x in value):

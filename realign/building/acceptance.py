@@ -102,5 +102,5 @@ def refusal(
 
 
 def has_unfilled(completion: str, answer: str) -> bool:
-    """Whether a completion has remnants of masks that the answer does not have, or more of them."""
+    """Return whether a completion has more remnants of masks than the answer has."""
     return bool(Counter(remnants(completion)) - Counter(remnants(answer)))

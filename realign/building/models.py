@@ -202,7 +202,7 @@ class Readers:
             self._models.append((ImageTokens(processor, vocabulary), vocabulary))
 
     def refusal_of_image(self, size: Size) -> RefusedError | None:
-        """Say why a model cannot read an image of that size; None where all can."""
+        """Return why a model cannot read an image of that size, or None."""
         for reader, _ in self._models:
             try:
                 reader(size)
@@ -220,7 +220,7 @@ class Readers:
         return None
 
     def refusal_of_text(self, text: str) -> str:
-        """Say which token of a text a model has not; empty where all have each."""
+        """Return a message on the first token that a model does not have, or an empty text."""
         for reader, vocabulary in self._models:
             # most tokenizers have no token too many, and a source is long
             if vocabulary.surplus() and (

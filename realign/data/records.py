@@ -278,7 +278,7 @@ def _normalised(text: str) -> str:
 
 
 def token_remedy(name: str, text: str, token: str) -> str:
-    """What to do about a special token in a text, by what the token is for."""
+    """Return the remedy for a special token in a text, which depends on its purpose."""
     if re.search("image|img|vision", token, re.IGNORECASE):
         return "Remove it; the image goes before the prompt by itself."
     if name != "prompt" and text.rstrip().endswith(token):

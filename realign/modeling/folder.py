@@ -83,10 +83,10 @@ def is_adapter(folder: Path) -> bool:
 
 
 def adapter_base(folder: Path) -> str:
-    """What an adapter calls its base.
+    """Return the name of an adapter's base from its configuration.
 
     Raises:
-        RefusedError: Its configuration is damaged, or names none.
+        RefusedError: The configuration is damaged or names no base.
     """
     file = folder / "adapter_config.json"
     config = read_json(file)

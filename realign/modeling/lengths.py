@@ -37,11 +37,11 @@ class ImageTokens:
         self._known: dict[tuple[int, int], int] = {}
 
     def __call__(self, size: tuple[int, int]) -> int:
-        """How many tokens an image of ``(width, height)`` adds to its text.
+        """Return the number of tokens that an image of ``(width, height)`` adds to its text.
 
         Raises:
-            RefusedError: The processor does not take such an image (code ``processor``), or puts a
-                token in that the model has not (``token-id``).
+            RefusedError: The processor does not take such an image (code ``processor``), or adds
+                a token that the model does not have (``token-id``).
         """
         if size not in self._known:
             text = self._render("")

@@ -26,10 +26,10 @@ class Vocabulary:
         self._replaced = image_token_id(processor) if replaces else None
 
     def problem(self, name: str, ids: Iterable[int]) -> str:
-        """Say which token has no row; empty where each has one.
+        """Return a message on a token without a row in the embedding, or an empty text.
 
         Args:
-            name: What the tokens are of.
+            name: The text that the tokens belong to, for the message.
             ids: The tokens.
         """
         if self._num_tokens <= self._rows:
@@ -45,7 +45,7 @@ class Vocabulary:
         )
 
     def surplus(self) -> str:
-        """Say that the tokenizer has more tokens than there are rows; empty where it has not."""
+        """Return a note if the tokenizer has more tokens than rows, or an empty text."""
         if self._num_tokens <= self._rows:
             return ""
         return (

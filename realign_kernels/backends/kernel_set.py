@@ -94,7 +94,7 @@ class PairGradient(NamedTuple):
 
 
 class FoundRows(NamedTuple):
-    """Where labels are scored."""
+    """Positions of the labels that are scored, and the outcome of the checks."""
 
     positions: Tensor  # (N,) int64, ascending
     scores: Tensor  # (M,), zeros
@@ -111,7 +111,7 @@ class StartedRows(NamedTuple):
 
 
 class RowKernels(Protocol):
-    """What is done once a call, one launch each; for a whole vocabulary without low-rank factors.
+    """Work that is done once per call, one launch each, for a whole vocabulary without LoRA.
 
     PyTorch's operators do the same where a backend has none of these: ``fused/`` and ``ops/`` say
     what is computed.

@@ -112,7 +112,7 @@ class LogitGradient(NamedTuple):
 
 
 class EntropyGradient(NamedTuple):
-    """What the gradient of entropies multiplies E by, (N,) each; the largest is about 1."""
+    """Factors of E in the gradient of entropies, (N,) each; the largest is about 1."""
 
     constant: Tensor
     factor: Tensor

@@ -70,7 +70,7 @@ _BEFORE_WRITING = re.compile(
 
 
 class _Gaps(NamedTuple):
-    """What brackets may hold that is a name for a gap."""
+    """Words that name a gap when brackets hold nothing else."""
 
     names: frozenset[str]
     beside: frozenset[str]
@@ -121,7 +121,7 @@ def _plain(text: str) -> str:
 
 
 def _is_gap(pair: str, match: re.Match[str]) -> bool:
-    """Whether brackets hold a name for a gap, a piece of one, or nothing."""
+    """Return whether brackets hold a name for a gap, a piece of one, or nothing."""
     content = match.group(1)
     is_round = pair == "()"
     words = _LETTERS.findall(content.lower())
@@ -170,8 +170,8 @@ def _is_text_in_image(text: str, words: list[re.Match[str]], i: int) -> bool:
 
 
 def _is_beside_capitals(text: str, words: list[re.Match[str]], i: int, step: int) -> bool:
-    """Whether a run of words in capitals, within one sentence, goes on from word ``i`` to a word
-    that is not a mask.
+    """Return whether words in capitals lead from word ``i``, within its sentence, to one that is
+    not a mask.
     """
     for _ in range(MAX_RUN):
         if not 0 <= i + step < len(words):

@@ -61,10 +61,10 @@ class EncoderModel:
 
     @classmethod
     def of(cls, config: BuildConfig) -> EncoderModel:
-        """What the configuration names.
+        """Return the encoder that the configuration names.
 
         Raises:
-            RefusedError: An adapter is not its base's, or is an encoder of its own.
+            RefusedError: The adapter does not fit its base, or the encoder is an adapter.
         """
         is_own = config.encoder == OWN_ENCODER
         folder = resolve_model(config.model) if is_own else resolve_model(config.encoder, "encoder")

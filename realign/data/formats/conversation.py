@@ -46,7 +46,7 @@ def read_turns(value: Any, name: str, num_images: int) -> list[Message]:
 
 
 def same_turns(turns: Sequence[Message], others: Sequence[Message]) -> bool:
-    """Whether turns differ in the white space around their texts at most."""
+    """Return whether turns are equal apart from white space around their texts."""
     first, second = (
         [(turn["role"], turn["content"].strip()) for turn in one] for one in (turns, others)
     )

@@ -112,7 +112,7 @@ def retrieved_of(row: Mapping[str, Any]) -> list[Any]:
 
 
 def is_image_pair(draft: Draft, row: Mapping[str, Any]) -> bool:
-    """Whether a row compares two images under one answer, as rows of ms-swift do."""
+    """Return whether a row compares two images under one answer, as in ms-swift."""
     has_answer_pair = draft.rejected.strip() not in ("", draft.answer.strip())
     return bool(retrieved_of(row)) and not has_answer_pair
 

@@ -158,7 +158,7 @@ def _join(rows: list[FileRow], halves: list[FileRow]) -> list[FileRow]:
 
 
 def _shared(row: FileRow, has_id: bool) -> tuple[Any, ...]:
-    """What both halves of a pair have in common."""
+    """Return the values that an answer pair and its image pair have in common."""
     record = row.record
     turns = tuple((turn["role"], turn["content"]) for turn in record.prompt)
     return record.source.get("id") if has_id else None, row.images, turns, record.chosen

@@ -126,8 +126,9 @@ def _refuse_rows(path: Path, found: list[Found]) -> None:
 
 
 def _without_image_pairs(rows: list[SourceRow]) -> tuple[list[SourceRow], list[SourceRow]]:
-    """Rows that are no image pairs, and the image pairs that belong to none of them: each other
-    one is the second half of an answer pair.
+    """Return the rows that are not image pairs, and the image pairs without an answer pair.
+
+    An image pair whose answer pair is there is the second half of it, and is left out.
     """
     whole = [row for row in rows if not row.is_image_pair]
     halves = {_half(row) for row in whole if row.rejected}
@@ -135,7 +136,7 @@ def _without_image_pairs(rows: list[SourceRow]) -> tuple[list[SourceRow], list[S
 
 
 def _half(row: SourceRow) -> tuple[Path, str, str]:
-    """What both halves of a pair share."""
+    """Return the values that an answer pair and its image pair have in common."""
     return row.path, canonical_json(list(row.prompt)), row.answer
 
 

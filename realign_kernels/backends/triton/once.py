@@ -1,4 +1,4 @@
-"""What is done once a call: rows are found and started, finished, and gradients spread.
+"""Kernels that run once per call: find, start and finish rows, and spread gradients.
 
 Few launches, since with a few hundred rows the host's time for a launch is longer than the work.
 One kernel does what a dozen operators of PyTorch would; what it computes is written down in
