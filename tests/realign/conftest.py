@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from realign.config import BuildConfig
 from realign.data.records import Record
 from realign.demo.drawing import draw
 from realign.demo.run import MODEL
@@ -61,6 +63,23 @@ def _extra(scene: Scene) -> tuple[Thing, ...]:
     """One more object, so that no retrieved image equals its original."""
     free = next(cell for cell in range(9) if cell not in {thing.cell for thing in scene.things})
     return (Thing(next(kind for kind in KINDS if kind not in scene.kinds), "red", free),)
+
+
+def build_config(rows: Sequence[Record], folder: Path, model: Path) -> BuildConfig:
+    """Write rows as a source of answer pairs, and return the configuration of its build."""
+    lines = []
+    for number, row in enumerate(rows):
+        (folder / f"{number}.png").write_bytes(row.images[0])
+        pair = {"question": "What is there?", "chosen": row.chosen, "rejected": row.rejected}
+        lines.append(json.dumps({"id": row.id, "image": f"{number}.png", **pair}))
+    (folder / "source.jsonl").write_text("\n".join(lines) + "\n")
+    return BuildConfig(
+        source=folder / "source.jsonl",
+        images=folder,
+        model=str(model),
+        out=folder / "out",
+        workers=1,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 from realign.building.run import build
 from realign.cli import app
-from realign.config import BuildConfig
 from realign.data.dataset import read_records
 from realign.data.formats.parquet import write_parquet
 from realign.data.records import Record
 from realign.errors import RefusedError
 from realign.modeling.processors import load_processor
 from realign.modeling.row_checks import check_rows
+from tests.realign.conftest import build_config
 from tests.realign.modeling.families.registry import FAMILIES
 
 THIN = "image of 600 x 2 pixels must be what Qwen2_5_VLProcessor takes, got ValueError: absolute"
@@ -183,19 +183,7 @@ def test_a_question_with_a_special_token_is_refused(tmp_path: Path, model_dir: P
 def test_a_source_row_of_an_image_that_is_not_taken_is_left_out(
     tmp_path: Path, qwen: Path, rows: list[Record]
 ) -> None:
-    lines = []
-    for number, row in enumerate(rows):
-        (tmp_path / f"{number}.png").write_bytes(row.images[0])
-        pair = {"question": "What is there?", "chosen": row.chosen, "rejected": row.rejected}
-        lines.append(json.dumps({"id": row.id, "image": f"{number}.png", **pair}))
-    (tmp_path / "source.jsonl").write_text("\n".join(lines) + "\n")
-    config = BuildConfig(
-        source=tmp_path / "source.jsonl",
-        images=tmp_path,
-        model=str(qwen),
-        out=tmp_path / "out",
-        workers=1,
-    )
+    config = build_config(rows, tmp_path, qwen)
     said = rf"^1 of 5 rows of source\.jsonl are bad, .*\nsource\.jsonl, line 1, 0\.png: {THIN}"
     with pytest.raises(RefusedError, match=said):
         build(config)

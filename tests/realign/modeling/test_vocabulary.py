@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from realign.building.run import build
 from realign.cli import app
-from realign.config import BuildConfig
 from realign.data.dataset import read_records
 from realign.data.formats.parquet import write_parquet
 from realign.errors import RefusedError
@@ -25,6 +24,7 @@ from realign.modeling.preference_forward import attach_preference_forward
 from realign.modeling.processors import load_processor
 from realign.modeling.row_checks import check_rows
 from realign.modeling.vocabulary import Vocabulary
+from tests.realign.conftest import build_config
 from tests.realign.modeling.families.registry import FAMILIES
 
 WORD = "griffin"
@@ -101,19 +101,7 @@ def test_a_question_is_refused_before_the_first_is_asked(
 
 
 def test_a_source_row_with_such_a_token_is_left_out(tmp_path: Path, larger: Path, rows) -> None:
-    lines = []
-    for number, row in enumerate(rows):
-        (tmp_path / f"{number}.png").write_bytes(row.images[0])
-        pair = {"question": "What is there?", "chosen": row.chosen, "rejected": row.rejected}
-        lines.append(json.dumps({"id": row.id, "image": f"{number}.png", **pair}))
-    (tmp_path / "source.jsonl").write_text("\n".join(lines) + "\n")
-    config = BuildConfig(
-        source=tmp_path / "source.jsonl",
-        images=tmp_path,
-        model=str(larger),
-        out=tmp_path / "out",
-        workers=1,
-    )
+    config = build_config(rows, tmp_path, larger)
     with pytest.raises(
         RefusedError, match=r"^1 of 4 rows .*\nsource.jsonl, line 2: text must have"
     ):

@@ -183,6 +183,33 @@ def test_a_label_that_is_no_token_leaves_its_row_undefined_and_no_other():
     assert torch.equal(tile.exponentials.isnan().any(dim=1), is_undefined)
 
 
+def test_logits_that_are_not_finite_stay_in_their_row():
+    hidden, weight = operands(20, 40, 8, torch.float32)
+    labels = torch.arange(20)
+    clean, broken = (RowState(torch.zeros(20), torch.zeros(20)) for _ in range(2))
+    entries = torch.empty(20, 40)
+    fused_product(Tile(entries, entries, 0, None, labels, PLAIN, 60.0, clean), hidden, weight)
+    hidden[4], hidden[7] = float("nan"), INF
+    again = torch.empty(20, 40)
+    fused_product(Tile(again, again, 0, None, labels, PLAIN, 60.0, broken), hidden, weight)
+    is_clean = torch.ones(20, dtype=torch.bool)
+    is_clean[[4, 7]] = False
+    assert torch.equal(broken.rest_sum.isfinite(), is_clean)
+    assert torch.equal(broken.rest_sum[is_clean], clean.rest_sum[is_clean])
+    assert torch.equal(again[is_clean], entries[is_clean])
+    assert broken.shift[4] == 0.0  # NaN is no reason to move it
+
+
+def test_left_out_entries_are_0_where_slopes_are_infinite():
+    """A transform may be so steep that 0 times its slope is no number."""
+    hidden, weight = operands(3, 20, 8, torch.float32)
+    labels, steep = torch.arange(3), LogitTransform(3e38, None, 1e-3)
+    state = RowState(torch.full((3,), INF), torch.zeros(3))
+    entries = torch.empty(3, 20)
+    fused_product(Tile(entries, entries, 0, None, labels, steep, 60.0, state), hidden, weight)
+    assert (entries[torch.arange(3), labels] == 0).all()
+
+
 @pytest.mark.parametrize("tracks_top", [False, True])
 @pytest.mark.parametrize("dtype", OPERANDS)
 @pytest.mark.parametrize("transform", [PLAIN, CAPPED], ids=["plain", "capped"])

@@ -8,33 +8,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from realign_kernels import linear_logprob, rdpo_loss
-from realign_kernels.testing import dense_logprob, make_head_inputs, seeded
+from realign_kernels import linear_logprob
+from realign_kernels.testing import dense_logprob, make_head_inputs
+from tests.realign_kernels.backends.triton.test_once import score_pairs
 
 pytestmark = pytest.mark.usefixtures("small_blocks", "poison_empty")
 
 
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
-
-
 def lengths_of(*last):
     return torch.tensor([[3, 3], [3, 3], last])
-
-
-def score_pairs(**changes):
-    options = {
-        "labels": torch.arange(18).view(6, 3) % 11,
-        "lengths": torch.full((3, 2), 3, device="cpu"),
-        "ids": None,
-    } | changes
-    hidden, labels = normal(6, 3, 5).float(), options["labels"]
-    if options["ids"] is not None:
-        hidden, labels = hidden.view(-1, 5), labels.view(-1)
-    return rdpo_loss(
-        hidden, normal(11, 5, seed=1).float(), labels, torch.zeros(3, 2),
-        sequence_ids=options["ids"], sequence_lengths=options["lengths"], backend="triton",
-    )  # fmt: skip
 
 
 def test_labels_out_of_range_stop_the_device(monkeypatch):
