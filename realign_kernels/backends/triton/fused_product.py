@@ -152,10 +152,9 @@ def _fused_product_kernel(
                 # NaN never wins a comparison; it reaches the sums through exp instead.
                 is_number = is_counted & (x == x)
                 largest = tl.max(tl.where(is_number, x, -float("inf")), axis=1)
-                moves = (largest - shift > tl.full((), bound, tl.float32)) | (
-                    shift == -float("inf")
-                )
-                shift = tl.where(moves & (largest != -float("inf")), largest, shift)
+                # True where the shift is -inf, as it starts in float16, and a logit is finite.
+                moves = largest - shift > tl.full((), bound, tl.float32)
+                shift = tl.where(moves, largest, shift)
             # All -inf so far: every exponential is 0, and -inf - -inf would not be.
             finite_shift = tl.where(shift == -float("inf"), 0.0, shift)
             e = tl.exp(tl.where(is_counted, x - finite_shift[:, None], -float("inf")))

@@ -180,6 +180,7 @@ def test_a_label_that_is_no_token_leaves_its_row_undefined_and_no_other():
     fused_product(tile, hidden, weight)
     is_undefined = torch.arange(20) == 4
     assert torch.equal(state.rest_sum.isnan(), is_undefined)
+    assert torch.equal(state.shift.isnan(), is_undefined)
     assert torch.equal(tile.exponentials.isnan().any(dim=1), is_undefined)
 
 
