@@ -73,7 +73,8 @@ def linear_cross_entropy(
         loss.backward()
     """
     check_tensor("input", input)
-    check_tensor("linear_weight", linear_weight)
+    if type(linear_weight).__name__ != "DTensor":  # which the head gathers
+        check_tensor("linear_weight", linear_weight)
     check_tensor("target", target)
     check_choice("reduction", reduction, REDUCTIONS)
     if ignore_index is None:

@@ -1,18 +1,11 @@
-"""Cut Cross-Entropy's signature against dense cross entropy in float64.
-
-Run as a script, this file is one of two processes that share a vocabulary.
-"""
+"""Cut Cross-Entropy's signature against dense cross entropy in float64."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from realign_kernels.compat.cce import LinearCrossEntropy, linear_cross_entropy
@@ -20,7 +13,6 @@ from realign_kernels.compat.cce import LinearCrossEntropy, linear_cross_entropy
 B, T, V, D = 3, 7, 61, 16
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 REDUCTIONS = ("none", "mean", "sum")
-WORLD_SIZE = 2
 
 
 def make_call(dtype, *, bias=False):
@@ -270,47 +262,3 @@ def test_a_fourth_positional_argument_has_two_meanings(fourth):
     )
     with pytest.raises(TypeError, match=message):
         linear_cross_entropy(e, c, targets, fourth)
-
-
-def main(rank, init_file):
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{init_file}", rank=rank, world_size=WORLD_SIZE
-    )
-    tensors, targets = make_call(F64, bias=True)
-    columns = slice(0, 20) if rank == 0 else slice(20, V)
-    e, c, bias = tensors
-    options = {"shift": 1, "softcap": 3.0}
-    shard = [e, c[columns], bias[columns]]
-    loss, lse, grads = with_gradients(ours, shard, targets, F64, group=dist.group.WORLD, **options)
-    whole, whole_lse, whole_grads = with_gradients(ours, tensors, targets, F64, **options)
-    torch.testing.assert_close([loss, lse], [whole, whole_lse])
-    expected = [whole_grads[0], whole_grads[1][columns], whole_grads[2][columns]]
-    torch.testing.assert_close(list(grads), expected)
-    dist.destroy_process_group()
-
-
-def test_two_ranks_equal_one(tmp_path):
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
-    rendezvous = str(tmp_path / "rendezvous")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", __file__, str(rank), rendezvous],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORLD_SIZE)
-    ]
-    try:
-        for process in ranks:
-            _, stderr = process.communicate(timeout=120)
-            assert process.returncode == 0, stderr
-    finally:
-        for process in ranks:
-            process.kill()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
