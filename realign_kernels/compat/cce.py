@@ -204,6 +204,6 @@ def _checked_shift(shift: bool | int, targets: Tensor) -> int:
     if not 0 <= shift < max(num_positions, 1):
         raise ValueError(
             f"shift must be in [0, {num_positions}) to match the last dimension of targets, "
-            f"got {shift}. Pass 1, or True, for the next token."
+            f"got {shift}. Pass 1 for the next token, of two positions at least."
         )
     return int(shift)

@@ -190,9 +190,14 @@ REFUSED = {
     "a negative shift": (
         {"shift": -1},
         ValueError,
-        r"shift must be in \[0, 7\) to match the last dimension of targets, got -1\. Pass 1",
+        r"shift must be in \[0, 7\) to match the last dimension of targets, got -1\. Pass 1 for",
     ),
     "a shift past the end": ({"shift": T}, ValueError, r"shift must be in \[0, 7\) .*, got 7\."),
+    "a shift of one position": (
+        {"e": torch.zeros(B, 1, D), "targets": torch.zeros(B, 1, dtype=torch.int64), "shift": True},
+        ValueError,
+        r"shift must be in \[0, 1\) .*, got True\. Pass 1 for the next token, of two positions at",
+    ),
     "a shift of no whole number": ({"shift": 1.0}, TypeError, "shift must be an int, got float"),
     "targets that are shifted already": (
         {"shift": 1, "targets": torch.zeros(B, T - 1, dtype=torch.int64)},
