@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # idle processes take tests from the end of the longer queue
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
-.PHONY: demo test test-full test-slow test-browser lint clean
+.PHONY: demo test test-full test-slow test-browser test-peers lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/realign demo --out runs/demo
@@ -22,6 +22,10 @@ test-slow: $(VENV)/.test
 
 test-browser: $(VENV)/.browser
 	$(BIN)/python -m pytest -m browser
+
+# tests of another library, from a folder of it: docs/trainers/other-heads.md
+test-peers: $(VENV)/.test
+	$(BIN)/python -m tests.peers $(PEER) $(SOURCE)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
