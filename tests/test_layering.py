@@ -62,6 +62,7 @@ ROOMS = {
         | {"fused", "head", "tiling", "vocabulary"},
         "linear_logprob": {"ops", "options", "validation", "data_parallel"},
         "rdpo_loss": {"ops", "options", "validation", "data_parallel", "objective", "sequences"},
+        "compat": {"linear_logprob", "rdpo_loss", "objective", "validation", "options"},
         "__init__": {"backends", "linear_logprob", "objective", "rdpo_loss"},
     },
 }

@@ -1,0 +1,1 @@
+"""Our head behind other libraries' signatures; imports none of them."""

@@ -1,0 +1,29 @@
+"""Errors of the head in the argument names of another signature."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+
+def call_with_names(
+    function: Callable[..., Any], names: Mapping[str, str], *args: Any, **options: Any
+) -> Any:
+    """Call a function of the head; where it refuses, speak of its arguments by other names.
+
+    Args:
+        function: The function.
+        names: From the name of an argument here to the name that the caller knows.
+        args: Positional arguments of the function.
+        options: Keyword arguments of the function.
+    """
+    try:
+        return function(*args, **options)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        # "the labels" is a word of the sentence.
+        pattern = rf"(?<!the )\b({'|'.join(names)})\b"
+        message = re.sub(pattern, lambda found: names[found[0]], str(error))
+        raise type(error)(message) from error
