@@ -9,7 +9,10 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from realign_kernels import rdpo_loss
 from realign_kernels.compat.liger import (
@@ -408,6 +411,35 @@ def test_refused(change, error, message):
         liger_fused_linear_dpo(**arguments | change)
 
 
+def test_it_compiles_into_one_graph():
+    torch._dynamo.reset()
+    (hidden, weight, bias), reference, labels = make_tensors()
+    module = LigerFusedLinearDPOLoss(compute_nll_loss=True, average_log_prob=True)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    arguments = (weight.requires_grad_(), hidden.requires_grad_(), labels, bias, *reference)
+    results = [call(*arguments) for call in (compiled, module)]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(loss, [hidden, weight]) for loss, _ in results)
+    )
+
+
+def test_a_weight_of_fsdp_is_gathered():
+    (hidden, weight, bias), reference, labels = make_tensors()
+    expected = liger_fused_linear_dpo(hidden, weight, labels, bias, *reference)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        parts = [distribute_tensor(part, mesh, [Shard(0)]) for part in (weight, bias)]
+        sharded, sharded_bias = (torch.nn.Parameter(part) for part in parts)
+        actual = liger_fused_linear_dpo(hidden, sharded, labels, sharded_bias, *reference)
+        torch.testing.assert_close(actual, expected)
+        actual[0].backward()
+        assert sharded.grad.full_tensor().any()
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("return_entropy", [False, True])
 @pytest.mark.parametrize("ignore_index", [-100, 42])
@@ -453,9 +485,9 @@ def test_scaled_cross_entropy_refuses():
         apply(hidden, weight, labels[:, 1:])
 
 
-def test_the_import_brings_no_other_library():
+def test_the_entries_import_no_other_library():
     code = (
-        "import sys, realign_kernels.compat.liger\n"
+        "import sys, realign_kernels.compat.liger, realign_kernels.compat.verl\n"
         "found = {'liger_kernel', 'transformers', 'verl'} & sys.modules.keys()\n"
         "assert not found, found\n"
     )
