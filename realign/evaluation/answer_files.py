@@ -15,7 +15,7 @@ from realign.evaluation.benchmark import (
     Benchmark,
     Record,
 )
-from realign.evaluation.rows import Row, read_records
+from realign.evaluation.rows import Row, read_records, read_table
 
 Tasks = dict[str, list[Row]]
 
@@ -40,7 +40,7 @@ def read_answers(
     unknown: list[str] = []
     repeated: list[str] = []
     for path in paths:
-        records = _records(path)
+        records = benchmark.answer_reader(path) or _records(path)
         form = _format_of(records, benchmark, path)
         pairs = (
             _in_order(form, records, tasks, path, allows_subset=allows_subset)
@@ -68,6 +68,13 @@ def read_answers(
 def _records(path: Path) -> list[tuple[str, Record]]:
     if not path.is_file():
         raise RefusedError(f"answers must be a file, got {path}, which is none. Check --answers.")
+    if path.suffix in (".tsv", ".csv"):
+        return [*read_table(path)]
+    if path.suffix == ".xlsx":
+        raise RefusedError(
+            f"answers must be JSON, JSON lines, .tsv or .csv, got {path.name}. Save the sheet as "
+            "tab-separated values."
+        )
     records = read_records(path)
     for where, record in records:
         if not isinstance(record, dict):

@@ -99,6 +99,12 @@ class Layout:
     """Task to the names of its files. A task is measured where the first of them is."""
     read: Callable[[Path], list[Row]]
     """Read and check the first file of a task, and those beside it that the task needs."""
+    are_folders: bool = False
+    """Whether the names are of folders."""
+
+    def holds(self, path: Path) -> bool:
+        """Return whether the first file or folder of a task is there."""
+        return path.is_dir() if self.are_folders else path.is_file()
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,8 @@ class Benchmark:
     """:func:`realign.evaluation.rows.rows_digest` of the published rows of a task, by those keys,
     to the name of that version.
     """
+    answer_reader: Callable[[Path], list[tuple[str, Record]] | None] = lambda path: None
+    """Read the records of an answer file that is neither JSON nor a table; None where it is one."""
     answer_formats: Sequence[AnswerFormat] = ()
     """The formats of answer files that others write; those above are always understood."""
     constants: Mapping[str, str] = field(default_factory=dict)
@@ -167,7 +175,7 @@ class Benchmark:
             MissingData: There is none.
         """
         for layout in self.layouts:
-            if any((data / names[0]).is_file() for names in layout.files.values()):
+            if any(layout.holds(data / names[0]) for names in layout.files.values()):
                 return layout
         wanted = "; or ".join(
             ", ".join(names[0] for names in layout.files.values()) for layout in self.layouts
@@ -186,7 +194,7 @@ class Benchmark:
         """
         layout, tasks = self.find_layout(data), {}
         for name, files in layout.files.items():
-            if (data / files[0]).is_file():
+            if layout.holds(data / files[0]):
                 rows = layout.read(data / files[0])
                 for row in rows:
                     row["splits"] = self.splits(name, row)

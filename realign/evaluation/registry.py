@@ -10,7 +10,11 @@ from realign.evaluation.benchmark import Benchmark, MissingData, Task
 from realign.evaluation.benchmarks.amber import AMBER_DISCRIMINATIVE
 from realign.evaluation.benchmarks.chair import CHAIR
 from realign.evaluation.benchmarks.hallusionbench import HALLUSIONBENCH
+from realign.evaluation.benchmarks.mmbench import MMBENCH
+from realign.evaluation.benchmarks.mme import MME
 from realign.evaluation.benchmarks.pope import POPE
+from realign.evaluation.benchmarks.scienceqa import SCIENCEQA
+from realign.evaluation.benchmarks.textvqa import TEXTVQA, VIZWIZ
 from realign.runtime.progress import announce
 
 BENCHMARKS: tuple[Benchmark, ...] = (
@@ -18,6 +22,11 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     HALLUSIONBENCH,
     AMBER_DISCRIMINATIVE,
     CHAIR,
+    MME,
+    MMBENCH,
+    SCIENCEQA,
+    TEXTVQA,
+    VIZWIZ,
 )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from realign.errors import RefusedError
-from realign.runtime.files import canonical_json, content_sha256
+from realign.runtime.files import canonical_json, content_sha256, read_utf8
 from realign.runtime.strict_json import iter_jsonl, read_json
 
 Row = dict[str, Any]  # "image", "text", "where" (its file and line), and keys of its benchmark
@@ -32,6 +34,32 @@ def read_records(path: Path) -> list[tuple[str, Any]]:
             if isinstance(value, RefusedError):
                 raise value
             records.append((f"{path.name}, line {number}", value))
+    if not records:
+        raise RefusedError(f"{path} must have at least one row, has none. Add some or remove it.")
+    return records
+
+
+def read_table(path: Path) -> list[tuple[str, dict[str, str]]]:
+    """Read a table with a header, of tabs (``.tsv``) or commas (``.csv``).
+
+    Returns:
+        records: The place of each row, as messages name it, and its values by column.
+    Raises:
+        RefusedError: It is not UTF-8, has no row, or a row of another length than the header.
+    """
+    csv.field_size_limit(1 << 30)  # images lie in such tables
+    dialect = "excel-tab" if path.suffix == ".tsv" else "excel"
+    lines = csv.reader(io.StringIO(read_utf8(path).removeprefix("\ufeff"), newline=""), dialect)
+    header, *rows = [*lines] or [[]]
+    records = []
+    for number, values in enumerate(rows, start=1):
+        where = f"{path.name}, row {number}"
+        if len(values) != len(header):
+            raise RefusedError(
+                f"{where} must have {len(header)} columns as the header has, got {len(values)}. "
+                "Correct it."
+            )
+        records.append((where, dict(zip(header, values, strict=True))))
     if not records:
         raise RefusedError(f"{path} must have at least one row, has none. Add some or remove it.")
     return records
