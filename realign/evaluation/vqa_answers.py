@@ -36,8 +36,8 @@ _CONTRACTED = (
     "someone'll someone's something'd something'd've something'll that's there'd there'd've "
     "there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't "
     "what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's "
-    "who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd "
-    "you'd've you'll you're you've"
+    "who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've "
+    "you'd you'd've you'll you're you've"
 )
 _CONTRACTIONS = {
     word[:i] + word[i + 1 :]: word
