@@ -219,6 +219,20 @@ app.add_typer(cache_app, name="cache")
 CacheFolder = Annotated[Path, typer.Argument(help="Folder of `realign cache`, or one in it.")]
 
 
+def _is_for_command(ctx: typer.Context, purpose: str) -> bool:
+    """Return whether a command of a group follows; options before it are refused, as lost."""
+    command = ctx.invoked_subcommand
+    if command is None:
+        return False
+    if given := [name for name, value in ctx.obj.items() if value not in (None, (), [])]:
+        flag = given[0].strip("_").replace("_", "-")
+        raise RefusedError(
+            f"--{flag} must stand behind {command!r} if it is for that command. Move it, or drop "
+            f"{command!r} {purpose}."
+        )
+    return True
+
+
 @cache_app.callback(cls=SectionGroup, invoke_without_command=True)
 def cache(ctx: typer.Context) -> None:
     """Compute the reference model's log-probabilities once.
@@ -228,13 +242,7 @@ def cache(ctx: typer.Context) -> None:
     Processes of accelerate launch or torchrun share the work. Options of a command below follow
     its name.
     """
-    if command := ctx.invoked_subcommand:
-        if given := [name for name, value in ctx.obj.items() if value not in (None, (), [])]:
-            flag = given[0].strip("_").replace("_", "-")
-            raise RefusedError(
-                f"--{flag} must stand behind {command!r} if it is for that command. Move it, or "
-                f"drop {command!r} to build."
-            )
+    if _is_for_command(ctx, "to build"):
         return
     from realign.data.dataset import check_dataset
 
@@ -350,13 +358,20 @@ def check(ctx: typer.Context) -> None:
         raise typer.Exit(1)
 
 
-@app.command(name="eval", cls=SectionCommand)
+eval_app = typer.Typer()
+app.add_typer(eval_app, name="eval")
+
+
+@eval_app.callback(cls=SectionGroup, invoke_without_command=True)
 def evaluate(ctx: typer.Context) -> None:
     """Ask models the same questions, score and compare them.
 
-    Answers are stored, so that no question is asked twice. Differences from the first model are
-    paired and have bootstrap intervals.
+    Without a command it asks. Answers are stored, so that no question is asked twice. Differences
+    from the first model are paired and have bootstrap intervals. Options of a command below follow
+    its name.
     """
+    if _is_for_command(ctx, "to ask models"):
+        return
     from realign.data.image_names import check_image_root
 
     options: EvalConfig = _options(ctx)
@@ -369,6 +384,40 @@ def evaluate(ctx: typer.Context) -> None:
     from realign.evaluation.table import scores_table
 
     rich_print(scores_table(run(options)))
+
+
+@eval_app.command("score")
+def eval_score(
+    benchmark: Annotated[str, typer.Option(help="Name of the benchmark, such as pope.")],
+    data: Annotated[Path, typer.Option(help="Folder with the benchmark's published files.")],
+    answers: Annotated[
+        list[Path], typer.Option(help="File of answers, in a format of the benchmark; repeatable.")
+    ],
+    rule: Annotated[str, typer.Option(help="Rule that scores the answers.")] = "official",
+    allow_subset: Annotated[
+        bool, typer.Option("--allow-subset", help="Score a part where answers are missing.")
+    ] = False,
+    bootstrap: Annotated[
+        int, typer.Option(min=0, help="Draws behind 95 % intervals; 0 for none.")
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Score answers that any program has written, without a model.
+
+    docs/evaluation.md lists the benchmarks, their files, rules and formats of answers.
+    """
+    _check_exists("data", data, "a folder with the benchmark's files")
+    from realign.evaluation.answer_scores import score
+
+    scores = score(benchmark, answers, data, rule, allow_subset=allow_subset, bootstrap=bootstrap)
+    if as_json:
+        typer.echo(json.dumps(scores, indent=1, ensure_ascii=False, allow_nan=False))
+        return
+    from rich import print as rich_print
+
+    from realign.evaluation.answer_table import answer_table
+
+    rich_print(answer_table(scores))
 
 
 @app.command()

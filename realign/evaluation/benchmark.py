@@ -4,7 +4,7 @@ named rule, and what the table shows of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from realign.errors import RefusedError
-from realign.runtime.strict_json import iter_jsonl
+from realign.evaluation.rows import Row
 
 Array = NDArray[np.float64]
 Metrics = Callable[[Array], Mapping[str, Array]]
-Row = dict[str, Any]  # "image", "text", "where" (its file and line), and keys of its benchmark
 ScoredRow = tuple[Row, Sequence[float]]
+Record = Mapping[str, Any]  # of an answer file
 
 
 def sum_scores(rows: Sequence[ScoredRow]) -> ArrayLike:
@@ -36,10 +36,38 @@ class Rule:
     """Score vectors summed over clusters, shape ``(..., K)``, to named values, shape ``(...)``. A
     value that is not defined, because its denominator is 0, is NaN or infinite; numpy is silent.
     """
+    split_metrics: Mapping[str, Metrics] = field(default_factory=dict)
+    """The metrics of splits in which the published program computes them in another way."""
     combine: Callable[[Sequence[ScoredRow]], ArrayLike] = sum_scores
     """The scored rows of a cluster to the score vector of the cluster. A rule that counts groups in
     which every answer is right does that here.
     """
+    cluster: str = ""
+    """The key of a row that names its cluster under this rule; the benchmark's where it is empty.
+    Groups that a rule counts never cross clusters.
+    """
+    unit: str = "fraction"
+    """The unit of the values that are no counts: ``fraction``, ``percent`` or ``points``."""
+    says_yes: Callable[[str], bool] | None = None
+    """Whether the rule reads an answer as yes; None where answers are not yes or no."""
+    covers: Callable[[Row], bool] = lambda row: True
+    """Whether the rule scores a row at all."""
+    strips: bool = True
+    """Whether answers lose the white space around them before they are scored."""
+    text: Callable[[Record, str], str] = lambda record, answer: answer
+    """What the rule scores of an answer's record; another field than the answer for verdicts."""
+    scores_constants: bool = True
+    """Whether a constant answer can be scored; a judge's verdicts cannot be made up."""
+    note: str = ""
+    """What a reader has to know of its numbers: faults of the published program among them."""
+
+    def prepare(self, answer: str) -> str:
+        """Return an answer as the rule reads it."""
+        return answer.strip() if self.strips else answer
+
+
+class MissingData(RefusedError):
+    """A folder holds no file of a benchmark."""
 
 
 class TableRow(NamedTuple):
@@ -63,21 +91,115 @@ class View(NamedTuple):
     absent_words: tuple[str, ...] = ()  # marked in the answer
 
 
+@dataclass(frozen=True)
+class Layout:
+    """One way in which the files of a benchmark lie in a folder."""
+
+    files: Mapping[str, tuple[str, ...]]
+    """Task to the names of its files. A task is measured where the first of them is."""
+    read: Callable[[Path], list[Row]]
+    """Read and check the first file of a task, and those beside it that the task needs."""
+    are_folders: bool = False
+    """Whether the names are of folders."""
+
+    def holds(self, path: Path) -> bool:
+        """Return whether the first file or folder of a task is there."""
+        return path.is_dir() if self.are_folders else path.is_file()
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """One form of the records of answer files. A record is joined to its question by a key."""
+
+    fields: tuple[str, ...]
+    """What a record must have."""
+    answer: str
+    """The field that holds the answer."""
+    key: Callable[[Record], Hashable]
+    """The key of the question that a record answers."""
+    row_key: Callable[[Row], Hashable | None]
+    """The same key of a row; None where rows of a layout have none."""
+    is_in_order: bool = False
+    """Whether the records of a file are those of one task, or of all, in its order. Their keys must
+    then be those of the rows in the same order, and need not be unique.
+    """
+
+
+OWN_ANSWERS = AnswerFormat(
+    ("image", "text", "answer"),
+    "answer",
+    lambda record: (record["image"], record["text"]),
+    lambda row: (row["image"], row["text"]),
+)
+"""What ``realign eval`` stores; an answer is that of every row with its image and text."""
+ANSWERS_BY_ID = AnswerFormat(
+    ("id", "answer"), "answer", lambda record: str(record["id"]), lambda row: row.get("id")
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Benchmark:
     """Everything in which one benchmark differs from another."""
 
     name: str
-    files: Mapping[str, tuple[str, ...]]
-    """Task to the names of its files. A task is measured where the first of them is."""
-    read: Callable[[Path], list[Row]]
-    """Read and check the first file of a task, and those beside it that the task needs."""
+    """What commands call it."""
+    title: str
+    """What readers call it."""
+    layouts: Sequence[Layout]
+    """The first one that a folder holds is read."""
     rules: Mapping[str, Rule]
     table: Sequence[TableRow]
     cluster: str = "image"
     """The key of a row that names its cluster. The bootstrap draws clusters."""
     samples: Mapping[str, Callable[[Row, str], View]] = field(default_factory=dict)
     """Task to the view of a row's answer, where the report shows answers side by side."""
+    splits: Callable[[str, Row], Sequence[str]] = lambda task, row: ("all",)
+    """The splits that a row of a task belongs to."""
+    version_keys: tuple[str, ...] = ("image", "text")
+    """The keys of a row that its score depends on."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """:func:`realign.evaluation.rows.rows_digest` of the published rows of a task, by those keys,
+    to the name of that version.
+    """
+    answer_reader: Callable[[Path], list[tuple[str, Record]] | None] = lambda path: None
+    """Read the records of an answer file that is neither JSON nor a table; None where it is one."""
+    answer_formats: Sequence[AnswerFormat] = ()
+    """The formats of answer files that others write; those above are always understood."""
+    constants: Mapping[str, str] = field(default_factory=dict)
+    """Answers that need no model, whose scores are shown beside every score."""
+
+    def find_layout(self, data: Path) -> Layout:
+        """Return the first layout of which a folder holds a file.
+
+        Raises:
+            MissingData: There is none.
+        """
+        for layout in self.layouts:
+            if any(layout.holds(data / names[0]) for names in layout.files.values()):
+                return layout
+        wanted = "; or ".join(
+            ", ".join(names[0] for names in layout.files.values()) for layout in self.layouts
+        )
+        raise MissingData(
+            f"data must hold the files of {self.title} ({wanted}), got {data}, which has none of "
+            "them. Check --data."
+        )
+
+    def read_tasks(self, data: Path) -> dict[str, Task]:
+        """Read the rows of every task whose files a folder holds.
+
+        Raises:
+            MissingData: The folder has none.
+            RefusedError: A file has another form.
+        """
+        layout, tasks = self.find_layout(data), {}
+        for name, files in layout.files.items():
+            if layout.holds(data / files[0]):
+                rows = layout.read(data / files[0])
+                for row in rows:
+                    row["splits"] = self.splits(name, row)
+                tasks[name] = Task(self, rows, files)
+        return tasks
 
 
 class Task(NamedTuple):
@@ -85,58 +207,5 @@ class Task(NamedTuple):
 
     benchmark: Benchmark
     rows: list[Row]
-
-
-class Key(NamedTuple):
-    """The rule for one value of a row."""
-
-    is_valid: Callable[[Any], bool]
-    rule: str
-    remedy: str
-
-
-IMAGE = Key(
-    lambda image: isinstance(image, str), "be a file name", "Name a file of the image folder."
-)
-TEXT = Key(
-    lambda text: isinstance(text, str) and text.strip() != "",
-    "be a non-empty string",
-    "Fill it in.",
-)
-
-
-def read_rows(path: Path, **keys: Key) -> list[Row]:
-    """Read a JSON lines file whose rows have ``image``, ``text`` and ``keys``.
-
-    Raises:
-        RefusedError: It is empty or not JSON lines, or :func:`check_row` refuses a row.
-    """
-    keys = {"image": IMAGE, "text": TEXT, **keys}
-    rows = []
-    for number, row in iter_jsonl(path):
-        if isinstance(row, RefusedError):
-            raise row
-        rows.append(check_row(row, f"{path.name}, line {number}", keys))
-    if not rows:
-        raise RefusedError(f"{path} must have at least one line, has none. Add some or remove it.")
-    return rows
-
-
-def check_row(row: Any, where: str, keys: Mapping[str, Key]) -> Row:
-    """Return a row with ``where`` added, which names its place in a file.
-
-    Raises:
-        RefusedError: It is no object, lacks a key or has an invalid value.
-    """
-    if not isinstance(row, dict):
-        raise RefusedError(
-            f"{where} must be an object with {[*keys]}, got {row!r:.80}. Correct the line."
-        )
-    if missing := [name for name in keys if name not in row]:
-        raise RefusedError(f"{where}: keys {missing} are missing, found {sorted(row)}. Add them.")
-    for name, key in keys.items():
-        if not key.is_valid(row[name]):
-            raise RefusedError(
-                f"{where}: {name} must {key.rule}, got {row[name]!r:.80}. {key.remedy}"
-            )
-    return {**row, "where": where}
+    files: tuple[str, ...] = ()
+    """Names of the files that they were read from."""

@@ -2,42 +2,69 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from realign.errors import RefusedError
-from realign.evaluation.benchmark import Benchmark, Task
+from realign.evaluation.benchmark import Benchmark, MissingData, Task
+from realign.evaluation.benchmarks.amber import AMBER_DISCRIMINATIVE
 from realign.evaluation.benchmarks.chair import CHAIR
+from realign.evaluation.benchmarks.hallusionbench import HALLUSIONBENCH
+from realign.evaluation.benchmarks.mmbench import MMBENCH
+from realign.evaluation.benchmarks.mme import MME
 from realign.evaluation.benchmarks.pope import POPE
+from realign.evaluation.benchmarks.scienceqa import SCIENCEQA
+from realign.evaluation.benchmarks.textvqa import TEXTVQA, VIZWIZ
 from realign.runtime.progress import announce
 
 BENCHMARKS: tuple[Benchmark, ...] = (
     POPE,
+    HALLUSIONBENCH,
+    AMBER_DISCRIMINATIVE,
     CHAIR,
+    MME,
+    MMBENCH,
+    SCIENCEQA,
+    TEXTVQA,
+    VIZWIZ,
 )
 
 
+def find_benchmark(name: str) -> Benchmark:
+    """Return the benchmark of a name.
+
+    Raises:
+        RefusedError: There is none.
+    """
+    known = {benchmark.name: benchmark for benchmark in BENCHMARKS}
+    if name not in known:
+        raise RefusedError(
+            f"benchmark must be one of {', '.join(known)}, got {name!r}. Name one of them."
+        )
+    return known[name]
+
+
 def read_tasks(data: Path) -> dict[str, Task]:
-    """Read the tasks whose files a folder holds, and announce the missing ones.
+    """Read the tasks to ask a model whose files a folder holds, and announce the missing ones.
 
     Raises:
         RefusedError: All are missing, or a file has another form than its benchmark requires.
     """
-    paths = {
-        task: (benchmark, data / files[0])
-        for benchmark in BENCHMARKS
-        for task, files in benchmark.files.items()
-    }
-    tasks = {
-        task: Task(benchmark, benchmark.read(path))
-        for task, (benchmark, path) in paths.items()
-        if path.is_file()
-    }
-    names = [path.name for _, path in paths.values()]
+    asked = [benchmark for benchmark in BENCHMARKS if benchmark.table]
+    tasks: dict[str, Task] = {}
+    absent: list[str] = []
+    for benchmark in asked:
+        found: dict[str, Task] = {}
+        with suppress(MissingData):
+            found = benchmark.read_tasks(data)
+        first = benchmark.layouts[0].files
+        absent += [names[0] for task, names in first.items() if task not in found]
+        tasks |= found
     if not tasks:
         raise RefusedError(
-            f"data must hold {', '.join(names[:-1])} or {names[-1]}, got {data}, which has none. "
+            f"data must hold {', '.join(absent[:-1])} or {absent[-1]}, got {data}, which has none. "
             "Write at least one; docs/evaluation.md says what a line holds."
         )
-    if absent := [path.name for task, (_, path) in paths.items() if task not in tasks]:
+    if absent:
         announce(f"not measured, since {data} does not hold them: {', '.join(absent)}")
     return tasks

@@ -22,9 +22,9 @@ from realign.data.images import Size, decode_image
 from realign.data.records import refuse_problems
 from realign.errors import RefusedError
 from realign.evaluation.benchmark import Task
+from realign.evaluation.comparison import score
 from realign.evaluation.registry import read_tasks
 from realign.evaluation.samples import Question
-from realign.evaluation.score import score
 from realign.generation.generator import Answer, Request
 from realign.generation.transformers_generator import TransformersGenerator
 from realign.modeling.adapter_folder import check_adapter
@@ -76,8 +76,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             "images": [digests[name] for name in sorted(digests)],
             "data": {
                 file: file_sha256(config.data / file)
-                for name, task in tasks.items()
-                for file in task.benchmark.files[name]
+                for task in tasks.values()
+                for file in task.files
             },
             "max_new_tokens": config.max_new_tokens,
             "bootstrap": [config.bootstrap, config.seed],

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from realign.evaluation.benchmark import Row, Task, View
+from realign.evaluation.benchmark import Task, View
+from realign.evaluation.rows import Row
 from realign.generation.generator import Answer
 
 NUM_SAMPLES = 4  # per task

@@ -13,6 +13,8 @@ from numpy.typing import ArrayLike
 from realign.evaluation.benchmark import Array, Metrics
 from realign.runtime.files import finite_or_null
 
+DRAWS_AT_ONCE = 500  # so that the weights of a thousand clusters take 4 MB
+
 
 def paired_scores(
     counts: Mapping[str, Array], metrics: Metrics, *, baseline: str, resamples: int, seed: int
@@ -57,6 +59,37 @@ def paired_scores(
                 "undefined_draws": int(np.isnan(draws[model]).sum()),
             }
     return scores
+
+
+def intervals(
+    sums: Mapping[str, Array], metrics: Mapping[str, Metrics], *, resamples: int, seed: int
+) -> dict[str, dict[str, list[float] | None]]:
+    """Return 95 % percentile intervals of the metrics of several splits.
+
+    Splits may share clusters, so one draw of clusters weights all of them.
+
+    Args:
+        sums: Split to score vectors, shape ``(clusters, K)``, the same clusters in each.
+        metrics: Split to its metrics.
+        resamples: Number of draws.
+        seed: Of the draws.
+    Returns:
+        Split to metric to interval, None where no draw defines it.
+    """
+    clusters = len(next(iter(sums.values())))
+    rng = np.random.default_rng(seed)
+    drawn: dict[str, list[Array]] = {split: [] for split in sums}
+    for start in range(0, resamples, DRAWS_AT_ONCE):
+        size = min(DRAWS_AT_ONCE, resamples - start)
+        weights = rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=size)
+        for split, vectors in sums.items():
+            drawn[split].append(weights.astype(np.float64) @ vectors)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = {split: metrics[split](np.concatenate(parts)) for split, parts in drawn.items()}
+    return {
+        split: {name: _interval(_undefined_as_nan(draws)) for name, draws in values.items()}
+        for split, values in found.items()
+    }
 
 
 def _undefined_as_nan(values: ArrayLike) -> Array:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from realign.errors import RefusedError
-from realign.evaluation.benchmark import Array, Benchmark, Key, Row, Rule, TableRow, View, read_rows
+from realign.evaluation.benchmark import Array, Benchmark, Layout, Rule, TableRow, View
 from realign.evaluation.object_words import check_words, mentioned, mentions, object_of
+from realign.evaluation.rows import Key, Row, read_rows
 from realign.runtime.strict_json import read_json
 
 FILES = ("chair.jsonl", "chair_objects.json")
@@ -87,9 +88,9 @@ def show(row: Row, caption: str) -> View:
 
 
 CHAIR = Benchmark(
-    name="CHAIR",
-    files={"chair": FILES},
-    read=read,
+    name="chair",
+    title="CHAIR",
+    layouts=[Layout({"chair": FILES}, read)],
     rules={"object-list": Rule(caption_counts, chair_metrics)},
     table=[
         TableRow(

@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 
-from realign.evaluation.benchmark import Array, Benchmark, Key, Row, Rule, TableRow, View, read_rows
+from realign.evaluation.answer_words import yes_or_no
+from realign.evaluation.benchmark import (
+    AnswerFormat,
+    Array,
+    Benchmark,
+    Layout,
+    Record,
+    Rule,
+    TableRow,
+    View,
+)
+from realign.evaluation.rows import Key, Row, read_rows
 
 SPLITS = ("random", "popular", "adversarial")
 LABEL = Key(lambda label: label in ("yes", "no"), "be yes or no", "Correct it or remove the line.")
 
+# LLaVA numbers its copy of the questions of all splits in one file
+LLAVA_FIRST_ID = {"adversarial": 1, "random": 10_000_001, "popular": 20_000_001}
 
-def says_yes(answer: str) -> bool:
+# rows_digest of image, text and label of every published split
+VERSIONS = {
+    "old": ("3d80b74a67afe102", "941f411ac3194f6e", "49e51ec30442f5bd"),
+    "7ef3026": ("5d01387f682d9956", "f85a23ea0115bd36", "d375b74ab53fadb6"),
+    "HEAD": ("5ec17945fed33c32", "4509f7279c54e389", "50c056a5306c0a26", "3178b9c3201e31cd"),
+    "aokvqa": ("dbb9f1d82d018d0a", "5cdf273cdd78491c", "8620d99577732718"),
+    "gqa": ("9796009949f7c992", "9ec7e30697c222b0", "53e7bdce62758513"),
+}
+
+
+def read(path: Path) -> list[Row]:
+    """Read the questions of one split, as POPE publishes them or in this project's lines."""
+    split = next(name for name in SPLITS if name in path.name)
+    rows = read_rows(path, label=LABEL)
+    for number, row in enumerate(rows):
+        row["id"] = f"{split}-{row.get('question_id', number + 1)}"
+        row["llava_id"] = LLAVA_FIRST_ID[split] + number
+    return rows
+
+
+def official_yes(answer: str) -> bool:
     """Return whether an answer says yes by the official rule: none of the words of its first
     sentence is No, not or no.
     """
@@ -21,34 +54,113 @@ def says_yes(answer: str) -> bool:
     return not {"No", "not", "no"} & set(words)
 
 
-def confusion(row: Row, answer: str) -> list[int]:
-    """Return the one-hot vector over (true yes, false no, true no, false yes)."""
-    yes = says_yes(answer)
-    cells = (("yes", True), ("yes", False), ("no", False), ("no", True))
-    return [int((row["label"], yes) == cell) for cell in cells]
+def exact_word(answer: str) -> bool | None:
+    """Return whether a whole answer is yes or no, as lmms-eval does; None for any other."""
+    return {"yes": True, "no": False}.get(answer.lower().strip())
 
 
-def pope_metrics(counts: Array) -> Mapping[str, Array]:
-    """Return balanced accuracy, F1 of yes and the rate of yes from summed one-hot vectors."""
-    true_yes, false_no, true_no, false_yes = np.moveaxis(counts, -1, 0)
-    recall, specificity = true_yes / (true_yes + false_no), true_no / (true_no + false_yes)
+def counts_of(parse: Callable[[str], bool | None]) -> Callable[[Row, str], list[int]]:
+    """Return the score of a rule: labels yes read as yes, no and neither, then labels no."""
+
+    def score(row: Row, answer: str) -> list[int]:
+        said = parse(answer)
+        cells = [(label, reading) for label in ("yes", "no") for reading in (True, False, None)]
+        return [int((row["label"], said) == cell) for cell in cells]
+
+    return score
+
+
+def official_metrics(counts: Array) -> Mapping[str, Array]:
+    """Return accuracy, precision, recall, F1 of yes and the rate of yes, and balanced accuracy."""
+    tp, fn, _, fp, tn, _ = np.moveaxis(counts, -1, 0)
+    return _metrics(tp, fp, tn, fn, total=counts.sum(-1), said_yes=tp + fp)
+
+
+def lmms_metrics(counts: Array) -> Mapping[str, Array]:
+    """Return what lmms-eval does: precision and recall leave out what is neither yes nor no, and
+    its rate of yes is that of the labels.
+    """
+    tp, fn, other_yes, fp, tn, _ = np.moveaxis(counts, -1, 0)
+    return _metrics(tp, fp, tn, fn, total=counts.sum(-1), said_yes=tp + fn + other_yes)
+
+
+def vlmevalkit_metrics(counts: Array) -> Mapping[str, Array]:
+    """Return what VLMEvalKit does, in percent: an answer that is neither is wrong, and counts as no
+    in precision and recall.
+    """
+    tp, fn, other_yes, fp, tn, other_no = np.moveaxis(counts, -1, 0)
+    total = counts.sum(-1)
+    metrics = _metrics(tp, fp, tn + other_no, fn + other_yes, total=total, said_yes=tp + fp)
+    metrics["accuracy"] = (tp + tn) / total
+    plain = ("tp", "fp", "tn", "fn")
+    return {name: value if name in plain else 100 * value for name, value in metrics.items()}
+
+
+def _metrics(
+    tp: Array, fp: Array, tn: Array, fn: Array, *, total: Array, said_yes: Array
+) -> dict[str, Array]:
+    precision, recall = tp / (tp + fp), tp / (tp + fn)
     return {
-        "balanced_accuracy": 0.5 * (recall + specificity),
-        "f1": 2 * true_yes / (2 * true_yes + false_yes + false_no),
-        "yes_rate": (true_yes + false_yes) / counts.sum(-1),
+        "accuracy": (tp + tn) / total,
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * tp / (2 * tp + fp + fn),
+        "balanced_accuracy": 0.5 * (recall + tn / (tn + fp)),
+        "yes_ratio": said_yes / total,
+        "tp": tp,
+        "fp": fp,
+        "tn": tn,
+        "fn": fn,
     }
 
 
 def show(row: Row, answer: str) -> View:
     """Judge an answer by the official rule."""
-    return View(f"right answer: {row['label']}", says_yes(answer) == (row["label"] == "yes"))
+    return View(f"right answer: {row['label']}", official_yes(answer) == (row["label"] == "yes"))
+
+
+def _llava_key(record: Record) -> tuple[object, str]:
+    # the prompt is the question, and a line that asks for a short answer
+    return record["question_id"], str(record["prompt"]).split("\n")[0]
+
+
+def _layout(pattern: str) -> Layout:
+    return Layout({f"pope_{split}": (pattern.format(split),) for split in SPLITS}, read)
 
 
 POPE = Benchmark(
-    name="POPE",
-    files={f"pope_{split}": (f"pope_{split}.jsonl",) for split in SPLITS},
-    read=partial(read_rows, label=LABEL),
-    rules={"official": Rule(confusion, pope_metrics)},
+    name="pope",
+    title="POPE",
+    layouts=[
+        _layout("pope_{}.jsonl"),
+        _layout("coco_pope_{}.json"),
+        _layout("aokvqa_pope_seem_{}.json"),
+        _layout("gqa_pope_seem_{}.json"),
+    ],
+    rules={
+        "official": Rule(
+            counts_of(official_yes),
+            official_metrics,
+            says_yes=official_yes,
+            note="Every answer without the word No, not or no in its first sentence is a yes, also "
+            "an empty one. The published script scores each split alone; `all` pools them.",
+        ),
+        "lmms-eval": Rule(
+            counts_of(exact_word),
+            lmms_metrics,
+            says_yes=lambda answer: exact_word(answer) is True,
+            note="An answer must be yes or no as a whole. The metric yes_ratio is that of the "
+            "labels, as pope_yes_ratio of lmms-eval is.",
+        ),
+        "vlmevalkit": Rule(
+            counts_of(yes_or_no),
+            vlmevalkit_metrics,
+            unit="percent",
+            says_yes=lambda answer: yes_or_no(answer) is True,
+            note="What is neither yes nor no is wrong in the accuracy, and a no in precision, "
+            "recall and F1.",
+        ),
+    },
     table=[
         TableRow(
             f"pope_{split}",
@@ -65,4 +177,23 @@ POPE = Benchmark(
         for split in SPLITS
     ],
     samples={"pope_adversarial": show},
+    splits=lambda task, row: (task.removeprefix("pope_"), "all"),
+    version_keys=("image", "text", "label"),
+    versions={digest: name for name, digests in VERSIONS.items() for digest in digests},
+    answer_formats=[
+        AnswerFormat(
+            ("question_id", "prompt", "text"),  # LLaVA's
+            "text",
+            _llava_key,
+            lambda row: (row["llava_id"], row["text"]),
+        ),
+        AnswerFormat(
+            ("question", "answer"),  # POPE's own
+            "answer",
+            lambda record: str(record["question"]).strip().lower(),
+            lambda row: row["text"].strip().lower(),
+            is_in_order=True,
+        ),
+    ],
+    constants={"yes": "Yes", "no": "No"},
 )

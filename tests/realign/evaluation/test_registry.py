@@ -17,9 +17,10 @@ from realign.config import EvalConfig
 from realign.demo.data import write_eval_data
 from realign.errors import RefusedError
 from realign.evaluation import registry
-from realign.evaluation.benchmark import Benchmark, Key, Rule, TableRow, Task, View, read_rows
+from realign.evaluation.benchmark import Benchmark, Layout, Rule, TableRow, Task, View
+from realign.evaluation.comparison import score
+from realign.evaluation.rows import Key, read_rows
 from realign.evaluation.run import evaluate
-from realign.evaluation.score import score
 from realign.evaluation.table import scores_table
 from realign.generation.generator import Answer
 from realign.review.report import write_report
@@ -42,13 +43,20 @@ def pairs_both_right(rows):
 
 
 WORDS = Benchmark(
-    name="Words",
-    files={"words": ("words.jsonl",)},
-    read=partial(
-        read_rows,
-        word=Key(lambda word: isinstance(word, str), "be a string", "Put it into quotes."),
-        figure=Key(lambda figure: isinstance(figure, int), "be an integer", "Count figures."),
-    ),
+    name="words",
+    title="Words",
+    layouts=[
+        Layout(
+            {"words": ("words.jsonl",)},
+            partial(
+                read_rows,
+                word=Key(lambda word: isinstance(word, str), "be a string", "Put it into quotes."),
+                figure=Key(
+                    lambda figure: isinstance(figure, int), "be an integer", "Count figures."
+                ),
+            ),
+        )
+    ],
     rules={
         "official": Rule(
             length_and_word,
@@ -193,25 +201,28 @@ def test_scores_of_another_schema_are_refused(config, tmp_path) -> None:
 def test_registered_benchmarks_are_whole_and_documented() -> None:
     help_text = CliRunner().invoke(app, ["eval", "--help"]).output
     page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    tasks = [task for benchmark in registry.BENCHMARKS for task in benchmark.files]
+    tasks = [task for benchmark in registry.BENCHMARKS for task in benchmark.layouts[0].files]
     assert len(tasks) == len({*tasks})
     for benchmark in registry.BENCHMARKS:
-        assert benchmark.table
-        for row in benchmark.table:
-            assert row.task in benchmark.files
-            assert row.rule in benchmark.rules
-        assert benchmark.samples.keys() <= benchmark.files.keys()
-        assert benchmark.name in page
-        assert benchmark.name not in help_text  # which would be a list to keep
-        for files in benchmark.files.values():
-            for file in files:
-                assert f"`{file}`" in page
+        names = benchmark.layouts[0].files.keys()
+        assert all(layout.files.keys() == names for layout in benchmark.layouts)
+        assert all(row.task in names and row.rule in benchmark.rules for row in benchmark.table)
+        assert benchmark.samples.keys() <= names
+        assert f"`{benchmark.name}`" in page
+        assert benchmark.title not in help_text  # which would be a list to keep
+        for layout in benchmark.layouts:
+            for files in layout.files.values():
+                for file in files:
+                    assert f"`{file}`" in page
 
 
-@pytest.mark.parametrize("benchmark", registry.BENCHMARKS, ids=lambda benchmark: benchmark.name)
+ASKED = [benchmark for benchmark in registry.BENCHMARKS if benchmark.table]
+
+
+@pytest.mark.parametrize("benchmark", ASKED, ids=lambda benchmark: benchmark.name)
 def test_every_shown_metric_exists(benchmark: Benchmark) -> None:
     row = {"image": "a", "text": "x", "label": "yes", "objects": ["dog"], "synonyms": {"dog": []}}
-    for name in benchmark.files:
+    for name in benchmark.layouts[0].files:
         scores = score(
             {name: Task(benchmark, [row])}, {"m": {("a", "x"): Answer("Yes")}}, resamples=2, seed=0
         )

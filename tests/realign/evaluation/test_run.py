@@ -14,10 +14,10 @@ from realign.demo.data import write_eval_data
 from realign.errors import RefusedError
 from realign.evaluation.benchmark import Task
 from realign.evaluation.benchmarks.chair import CHAIR, caption_counts, chair_metrics, mentioned
-from realign.evaluation.benchmarks.pope import POPE, confusion, pope_metrics, says_yes
+from realign.evaluation.benchmarks.pope import POPE, counts_of, official_metrics, official_yes
+from realign.evaluation.comparison import score
 from realign.evaluation.run import evaluate
 from realign.evaluation.samples import sample_answers
-from realign.evaluation.score import score
 from realign.evaluation.statistics import paired_scores
 from realign.evaluation.table import cut_note, difference
 from realign.generation.generator import Answer
@@ -37,15 +37,15 @@ from realign.review.report import write_report
     ],
 )
 def test_official_pope_rule(answer: str, yes: bool) -> None:
-    assert says_yes(answer) is yes
+    assert official_yes(answer) is yes
 
 
 def test_pope_metrics_by_hand() -> None:
-    assert confusion({"label": "yes"}, "No.") == [0, 1, 0, 0]
-    scores = pope_metrics(np.array([8.0, 2.0, 6.0, 4.0]))  # true yes, false no, true no, false yes
+    assert counts_of(official_yes)({"label": "yes"}, "No.") == [0, 1, 0, 0, 0, 0]
+    scores = official_metrics(np.array([8.0, 2.0, 0.0, 4.0, 6.0, 0.0]))  # tp, fn, -, fp, tn, -
     assert scores["balanced_accuracy"] == pytest.approx(0.5 * (0.8 + 0.6))
     assert scores["f1"] == pytest.approx(2 * 8 / (2 * 8 + 4 + 2))
-    assert scores["yes_rate"] == pytest.approx(12 / 20)
+    assert scores["yes_ratio"] == pytest.approx(12 / 20)
 
 
 def test_chair_by_hand() -> None:
@@ -247,7 +247,7 @@ def test_what_is_there_is_measured_and_what_is_not_is_named(
     ("file", "text", "message"),
     [
         ("pope_random.jsonl", "{", r"pope_random\.jsonl, line 1 must be JSON, got '\{'"),
-        ("pope_random.jsonl", "", r"pope_random\.jsonl must have at least one line"),
+        ("pope_random.jsonl", "", r"pope_random\.jsonl must have at least one row"),
         ("pope_random.jsonl", "3\n", r"pope_random\.jsonl, line 1 must be an object .* got 3"),
         ("pope_random.jsonl", '{"image": "a", "text": 1, "label": "no"}', "line 1: text must be"),
         ("pope_random.jsonl", '{"image": 1, "text": "x", "label": "no"}', "must be a file name"),

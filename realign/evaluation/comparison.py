@@ -37,7 +37,7 @@ def score(
             for model, stored in answers.items()
         }
         scored[name] = {
-            "benchmark": task.benchmark.name,
+            "benchmark": task.benchmark.title,
             "items": len(task.rows),
             "images": len({row["image"] for row in task.rows}),
             "cluster": task.benchmark.cluster,

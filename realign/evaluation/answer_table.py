@@ -1,0 +1,61 @@
+"""Scores of an answer file as a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+UNDEFINED = "—"
+UNCOMPARED = ("tp", "fp", "tn", "fn", "yes_ratio")  # counts, and what a constant answer fixes
+
+
+def answer_table(scores: Mapping[str, Any]) -> RenderableType:
+    """Return what :func:`realign.evaluation.score` returns as a table, with what it rests on."""
+    splits, intervals = scores["splits"], scores["intervals"]
+    table = Table(title=_title(scores))
+    table.add_column("")
+    for split in splits:
+        table.add_column(split, justify="right")
+    for metric in dict.fromkeys(name for values in splits.values() for name in values):
+        cells = [_number(values.get(metric)) for values in splits.values()]
+        table.add_row(metric, *cells, style="bold")
+        if metric in UNCOMPARED:
+            continue
+        if intervals:
+            cells = [_interval(intervals[split].get(metric)) for split in splits]
+            table.add_row("  95 %", *cells)
+        for answer, constant in scores["baselines"].items():
+            cells = [_number(constant[split].get(metric)) for split in splits]
+            table.add_row(f"  all {answer}", *cells, style="dim")
+    return Group(table, *(Text(line) for line in _notes(scores)))
+
+
+def _title(scores: Mapping[str, Any]) -> str:
+    part = f", subset {scores['subset']}" if scores["subset"] else ""
+    return (
+        f"{scores['benchmark']}, rule {scores['rule']}, data version {scores['version']}: "
+        f"{scores['items']:,} answers on {scores['images']:,} images{part}"
+    )
+
+
+def _number(value: float | int | None) -> str:
+    if value is None:
+        return UNDEFINED
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def _interval(interval: list[float] | None) -> str:
+    return f"{interval[0]:.3f}-{interval[1]:.3f}" if interval else UNDEFINED
+
+
+def _notes(scores: Mapping[str, Any]) -> list[str]:
+    notes = [f"Unit of what is no count: {scores['unit']}. {scores['note']}"]
+    if scores["yes_ratio"] is not None:
+        notes.append(f"Answers that this rule reads as yes: {scores['yes_ratio']:.4f} of all.")
+    if scores["baselines"]:
+        notes.append("Below a score stand those of a constant answer, which needs no image.")
+    return notes

@@ -1,0 +1,185 @@
+"""AMBER: yes/no questions about what is in an image and what is not, and descriptions of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from realign.errors import RefusedError
+from realign.evaluation.answer_words import yes_or_no
+from realign.evaluation.benchmark import AnswerFormat, Array, Benchmark, Layout, Metrics, Rule
+from realign.evaluation.rows import Key, Row, check_row, read_records
+
+ANNOTATIONS = "annotations.json"
+QUESTIONS = "query_discriminative.json"
+SPLITS = {
+    "discriminative-hallucination": ("existence",),
+    "discriminative-attribute-state": ("attribute", "state"),
+    "discriminative-attribute-number": ("attribute", "number"),
+    "discriminative-attribute-action": ("attribute", "action"),
+    "discriminative-relation": ("relation",),
+    "relation": ("relation",),
+}
+DIMENSIONS = ("attribute", "existence", "relation")
+START = 0.001  # where every denominator of the official script begins
+
+_ID = Key(lambda value: isinstance(value, int), "be an integer", "Take the published file.")
+_STRING = Key(lambda value: isinstance(value, str), "be a string", "Put it into quotes.")
+_TRUTH = Key(lambda value: value in ("yes", "no"), 'be "yes" or "no"', "Take the published file.")
+_TYPE = Key(lambda value: value in SPLITS, f"be one of {', '.join(SPLITS)}", "Correct it.")
+
+
+def read_questions(path: Path) -> list[Row]:
+    """Read the yes/no questions and, from the annotations, their types and right answers.
+
+    Raises:
+        RefusedError: The annotations are missing or lack a question.
+    """
+    places = [path.with_name(ANNOTATIONS), path.parents[1] / ANNOTATIONS]
+    annotations = next((place for place in places if place.is_file()), None)
+    if annotations is None:
+        raise RefusedError(
+            f"data requires {ANNOTATIONS} beside {path.name} or in the folder above it, got none "
+            f"for {path}. Add the published file."
+        )
+    truths = {
+        record["id"]: (where, record)
+        for where, record in read_records(annotations)
+        if isinstance(record, dict) and isinstance(record.get("id"), int)
+    }
+    rows = []
+    for where, record in read_records(path):
+        row = check_row(record, where, {"id": _ID, "image": _STRING, "query": _STRING})
+        if row["id"] not in truths:
+            raise RefusedError(
+                f"{where}: {annotations.name} must hold its id, got none of {row['id']}. Take both "
+                "files of one publication."
+            )
+        truth = check_row(*truths[row["id"]][::-1], {"type": _TYPE, "truth": _TRUTH})
+        row |= {"text": row["query"], "type": truth["type"], "truth": truth["truth"]}
+        rows.append({**row, "id": str(row["id"])})
+    return rows
+
+
+def official_word(answer: str) -> bool | None:
+    """Return whether an answer is Yes (True) or No (False) to the letter; None for any other."""
+    return {"Yes": True, "No": False}.get(answer)
+
+
+def counts_of(parse: Callable[[str], bool | None]) -> Callable[[Row, str], list[int]]:
+    """Return the score of a rule: questions, right answers, and with No as the positive class tp,
+    fp, tn and fn, and what is right to be denied; an answer that is neither is none of them.
+    """
+
+    def score(row: Row, answer: str) -> list[int]:
+        said, is_no = parse(answer), row["truth"] == "no"
+        return [
+            1,
+            int(said is not None and said != is_no),
+            int(said is False and is_no),
+            int(said is False and not is_no),
+            int(said is True and not is_no),
+            int(said is not False and is_no),
+        ]
+
+    return score
+
+
+def official_metrics(*, starts: int = 1, epsilon: float = 0.0001) -> Metrics:
+    """Return the metrics of the official script, in percent with one decimal.
+
+    Args:
+        starts: How many denominators, each of which begins at 0.001, are added.
+        epsilon: What the denominator of F1, which is computed from rounded numbers, begins at.
+    """
+
+    def metrics(counts: Array) -> Mapping[str, Array]:
+        total, right, tp, fp, tn, fn = np.moveaxis(counts, -1, 0)
+        start = START * starts
+        accuracy = _rounded(100 * right / (total + start))
+        precision = _rounded(100 * tp / (tp + fp + start))
+        recall = _rounded(100 * tp / (tp + fn + start))
+        f1 = 2 * (precision / 100) * (recall / 100)
+        f1 = _rounded(100 * f1 / (precision / 100 + recall / 100 + epsilon))
+        return {
+            "accuracy": accuracy,
+            "precision": precision,
+            "recall": recall,
+            "f1": f1,
+            "yes_ratio": (total - tp - fp) / total,
+            "tp": tp,
+            "fp": fp,
+            "tn": tn,
+            "fn": fn,
+        }
+
+    return metrics
+
+
+def right_by_dimension(row: Row, answer: str) -> list[int]:
+    """Return the score of VLMEvalKit: questions and right answers of each dimension."""
+    is_right = yes_or_no(answer) is (row["truth"] == "yes")
+    return [
+        int(SPLITS[row["type"]][0] == dimension and counts)
+        for dimension in DIMENSIONS
+        for counts in (True, is_right)
+    ]
+
+
+def mean_accuracy(counts: Array) -> Mapping[str, Array]:
+    """Return the mean of the accuracies of the dimensions that there are, in percent."""
+    totals, rights = counts[..., ::2], counts[..., 1::2]
+    return {"accuracy": np.nanmean(100 * rights / totals, axis=-1)}
+
+
+def _rounded(values: Array) -> Array:
+    return np.vectorize(lambda value: round(float(value), 1), otypes=[np.float64])(values)
+
+
+def _splits(task: str, row: Row) -> tuple[str, ...]:
+    return ("all", *SPLITS[row["type"]])
+
+
+def _id(record: Mapping[str, Any]) -> str:
+    return str(record["id"])
+
+
+AMBER_DISCRIMINATIVE = Benchmark(
+    name="amber-discriminative",
+    title="AMBER discriminative",
+    layouts=[
+        Layout({"amber-discriminative": (QUESTIONS,)}, read_questions),
+        Layout({"amber-discriminative": (f"query/{QUESTIONS}",)}, read_questions),
+    ],
+    rules={
+        "official": Rule(
+            counts_of(official_word),
+            official_metrics(),
+            split_metrics={
+                "attribute": official_metrics(starts=3),
+                "existence": official_metrics(epsilon=0.001),
+            },
+            unit="percent",
+            says_yes=lambda answer: official_word(answer) is True,
+            strips=False,
+            note="No is the positive class. Only the answers Yes and No to the letter count; F1 is "
+            "computed from rounded precision and recall.",
+        ),
+        "vlmevalkit": Rule(
+            right_by_dimension,
+            mean_accuracy,
+            unit="percent",
+            says_yes=lambda answer: yes_or_no(answer) is True,
+            note="The accuracy of `all` is the mean of those of attribute, existence and relation.",
+        ),
+    },
+    table=[],
+    splits=_splits,
+    version_keys=("id", "image", "text", "type", "truth"),
+    versions={"6bb6111800188396": "534babf"},
+    answer_formats=[AnswerFormat(("id", "response"), "response", _id, lambda row: row["id"])],
+    constants={"yes": "Yes", "no": "No"},
+)

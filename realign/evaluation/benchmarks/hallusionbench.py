@@ -1,0 +1,234 @@
+"""HallusionBench: yes/no questions about figures and about edited copies of them, in groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from realign.errors import RefusedError
+from realign.evaluation.answer_words import yes_or_no
+from realign.evaluation.benchmark import (
+    AnswerFormat,
+    Array,
+    Benchmark,
+    Layout,
+    Record,
+    Rule,
+    ScoredRow,
+)
+from realign.evaluation.rows import Key, Row, check_row, read_records
+
+FILE = "HallusionBench.json"
+VERDICT = "gpt4v_output_gpt_check"  # how the official script calls the judge's verdict
+REPLY = "judge_reply"
+WRONG, RIGHT, UNCLEAR = 0, 1, 2  # verdicts of the judge
+
+_STRING = Key(lambda value: isinstance(value, str), "be a string", "Put it into quotes.")
+_GROUP = ("category", "subcategory", "set_id", "figure_id", "question_id")
+KEYS = {
+    **dict.fromkeys(_GROUP, _STRING),
+    "visual_input": Key(
+        lambda value: value in ("0", "1", "2"), 'be "0", "1" or "2"', "Take the published file."
+    ),
+    "question": _STRING,
+    "gt_answer": Key(lambda value: value in ("0", "1"), 'be "0" or "1"', "Correct it."),
+    "filename": Key(
+        lambda value: value is None or isinstance(value, str), "be null or a file name", "Fix it."
+    ),
+}
+
+
+def read(path: Path) -> list[Row]:
+    """Read the published list of questions; those without an image have None there."""
+    rows = []
+    for where, record in read_records(path):
+        row = check_row(record, where, KEYS)
+        row["text"], row["image"] = row["question"], row["filename"]
+        row["id"] = _id(row)
+        row["set"] = "_".join(row[key] for key in ("category", "subcategory", "set_id"))
+        row["merged_set"] = "_".join(row[key] for key in ("subcategory", "set_id"))
+        row["may_be_unclear"] = row["category"] == "VS" and row["figure_id"] == "0"
+        rows.append(row)
+    return rows
+
+
+def _id(record: Mapping[str, Any]) -> str:
+    return "_".join(str(record[key]) for key in _GROUP)
+
+
+def verdict_of(reply: str) -> int:
+    """Return the verdict that the official script reads in a judge's reply."""
+    lower = reply.lower()
+    if "incorrect" in lower:
+        return WRONG
+    return RIGHT if "correct" in lower else UNCLEAR
+
+
+def verdict_text(record: Record, answer: str) -> str:
+    """Return the verdict on an answer, which a judge has added to its record.
+
+    Raises:
+        RefusedError: There is none.
+    """
+    if REPLY in record:
+        return str(verdict_of(str(record[REPLY])))
+    verdict = str(record.get(VERDICT))
+    if verdict not in ("0", "1", "2"):
+        raise RefusedError(
+            f"the official rule requires a judge's verdict (0, 1 or 2) as {VERDICT} in every "
+            f"record, question {_id(record)} has {record.get(VERDICT)!r}. Have the answers "
+            "judged, or pass --rule exact, which reads yes and no without a judge."
+        )
+    return verdict
+
+
+def judged(row: Row, verdict: str) -> list[int]:
+    """Score a verdict; unclear is right where there is no figure to see it in."""
+    right = int(verdict) == RIGHT or (int(verdict) == UNCLEAR and row["may_be_unclear"])
+    return [int(right)]
+
+
+def judged_strictly(row: Row, verdict: str) -> list[int]:
+    """Score a verdict as lmms-eval does, which asks about figures alone."""
+    return [int(int(verdict) == RIGHT)]
+
+
+def exact(row: Row, answer: str) -> list[int]:
+    """Score the word yes or no; neither is unclear."""
+    said = yes_or_no(answer)
+    verdict = UNCLEAR if said is None else int(said == (row["gt_answer"] == "1"))
+    return judged(row, str(verdict))
+
+
+def word(row: Row, answer: str) -> list[int]:
+    """Score the word yes or no as VLMEvalKit does; neither is wrong."""
+    return [int(yes_or_no(answer) is (row["gt_answer"] == "1"))]
+
+
+def has_yes(row: Row, answer: str) -> list[int]:
+    """Score whether the letters yes are anywhere in the answer, a rule that lmms-eval has but does
+    not use.
+    """
+    return [int(("yes" in answer.lower()) == (row["gt_answer"] == "1"))]
+
+
+def group_counts(
+    *, counts_figure: Callable[[Row], bool], set_key: str
+) -> Callable[[Sequence[ScoredRow]], list[int]]:
+    """Return the score vector of a set of questions: how many questions, figures, question pairs,
+    easy pairs and hard pairs it has, and how many of each are wholly right.
+    """
+
+    def combine(rows: Sequence[ScoredRow]) -> list[int]:
+        groups: list[dict[Any, list[bool]]] = [{} for _ in range(5)]
+        for row, (right,) in rows:
+            kinds = [
+                (0, row["id"]),
+                (2, row["question_id"]),
+                (4, row["question_id"]) if row["visual_input"] == "2" else (3, row["question_id"]),
+            ]
+            if counts_figure(row):
+                kinds.append((1, row["figure_id"]))
+            for kind, key in kinds:
+                groups[kind].setdefault((row[set_key], key), []).append(bool(right))
+        return [
+            number
+            for kind in groups
+            for number in (len(kind), sum(all(rights) for rights in kind.values()))
+        ]
+
+    return combine
+
+
+def group_metrics(counts: Array) -> Mapping[str, Array]:
+    """Return the share of questions, figures and pairs that are wholly right, in percent."""
+    totals, rights = counts[..., ::2], counts[..., 1::2]
+    shares = np.moveaxis(np.round(100 * rights / totals, 4), -1, 0)
+    return dict(zip(("aacc", "facc", "qacc", "easy", "hard"), shares, strict=True))
+
+
+def image_metrics(counts: Array) -> Mapping[str, Array]:
+    """Return the three metrics that other programs have."""
+    metrics = group_metrics(counts)
+    return {name: metrics[name] for name in ("aacc", "facc", "qacc")}
+
+
+def _has_image(row: Row) -> bool:
+    return row["image"] is not None
+
+
+_OFFICIAL = group_counts(counts_figure=lambda row: not row["may_be_unclear"], set_key="set")
+_ALL_FIGURES = group_counts(counts_figure=lambda row: True, set_key="set")
+_PAIRS = (
+    "easy and hard are shares of question pairs that are wholly right, not of questions; easy "
+    "holds questions about original figures too."
+)
+_FIELDS = (*_GROUP, "model_prediction")
+
+HALLUSIONBENCH = Benchmark(
+    name="hallusionbench",
+    title="HallusionBench",
+    layouts=[Layout({"hallusionbench": (FILE,)}, read)],
+    rules={
+        "official": Rule(
+            judged,
+            group_metrics,
+            combine=_OFFICIAL,
+            unit="percent",
+            text=verdict_text,
+            scores_constants=False,
+            note=f"By a judge's verdicts. {_PAIRS}",
+        ),
+        "exact": Rule(
+            exact,
+            group_metrics,
+            combine=_OFFICIAL,
+            unit="percent",
+            says_yes=lambda answer: yes_or_no(answer) is True,
+            note="Reads the words yes and no instead of asking a judge, so that its numbers are "
+            f"not those of the published tables. {_PAIRS}",
+        ),
+        "lmms-eval": Rule(
+            judged_strictly,
+            image_metrics,
+            combine=_ALL_FIGURES,
+            unit="percent",
+            covers=_has_image,
+            text=verdict_text,
+            scores_constants=False,
+            note="By a judge's verdicts, questions with an image alone. lmms-eval itself repeats "
+            "the verdict before where its judge cannot be reached.",
+        ),
+        "lmms-eval-intern": Rule(
+            has_yes,
+            image_metrics,
+            combine=_ALL_FIGURES,
+            unit="percent",
+            covers=_has_image,
+            says_yes=lambda answer: "yes" in answer.lower(),
+            note="An answer with the letters yes anywhere is a yes, any other a no. lmms-eval has "
+            "this rule, but does not use it.",
+        ),
+        "vlmevalkit": Rule(
+            word,
+            image_metrics,
+            combine=group_counts(counts_figure=lambda row: True, set_key="merged_set"),
+            cluster="merged_set",
+            unit="percent",
+            covers=_has_image,
+            says_yes=lambda answer: yes_or_no(answer) is True,
+            note="Questions with an image alone. Sets of VD and VS that have the same subcategory "
+            "and number are one set in the split `all`.",
+        ),
+    },
+    table=[],
+    cluster="set",
+    splits=lambda task, row: ("all", row["category"]),
+    version_keys=(*_GROUP, "visual_input", "question", "gt_answer"),
+    versions={"b270f491235d043e": "744007c"},
+    answer_formats=[AnswerFormat(_FIELDS, "model_prediction", _id, lambda row: row["id"])],
+    constants={"yes": "Yes", "no": "No"},
+)

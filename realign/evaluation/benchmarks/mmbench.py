@@ -1,0 +1,111 @@
+"""MMBench (EN dev): multiple-choice questions, each asked with every rotation of its choices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from realign.errors import RefusedError
+from realign.evaluation.answer_letters import vlmevalkit_letter
+from realign.evaluation.benchmark import AnswerFormat, Array, Benchmark, Layout, Rule, ScoredRow
+from realign.evaluation.rows import Row, read_table
+
+FILES = ("mmbench_dev_20230712.tsv", "mmbench_dev_20231003.tsv", "MMBench_DEV_EN.tsv")
+ROTATION = 1_000_000  # what is added to the index of a question at each rotation
+LETTERS = "ABCD"
+
+
+def read(path: Path) -> list[Row]:
+    """Read the published table; its images stay behind."""
+    rows = []
+    for where, record in read_table(path):
+        try:
+            index, label = int(record["index"]), record["answer"]
+            question = record["question"]
+        except (KeyError, ValueError) as error:
+            raise RefusedError(
+                f"{where} must have index, question and answer, got {error}. Take the published "
+                "file with the answers of the dev split."
+            ) from None
+        choices = {
+            letter: record[letter]
+            for letter in LETTERS
+            if record.get(letter, "") not in ("", "nan", "NaN")
+        }
+        if label not in choices:
+            raise RefusedError(
+                f"{where}: answer must be one of {', '.join(choices)}, got {label!r}. Take the "
+                "published file with the answers of the dev split."
+            )
+        rows.append(
+            {
+                "id": str(index),
+                "group": index % ROTATION,
+                "is_rotated": index >= ROTATION,
+                "image": f"{index % ROTATION}",
+                "text": question,
+                "choices": choices,
+                "label": label,
+                "kinds": [record[name] for name in ("l2-category", "category") if record.get(name)],
+                "where": where,
+            }
+        )
+    return rows
+
+
+def is_right(row: Row, answer: str) -> list[int]:
+    """Score the letter or the choice that is found without a judge."""
+    return [int(vlmevalkit_letter(answer, row["choices"]) == row["label"])]
+
+
+def group_counts(rows: Sequence[ScoredRow]) -> list[int]:
+    """Return groups, groups with every rotation right, and questions not rotated and right ones."""
+    plain = [right for row, (right,) in rows if not row["is_rotated"]]
+    return [1, int(all(right for _, (right,) in rows)), len(plain), int(sum(plain))]
+
+
+def metrics(scale: float) -> Callable[[Array], Mapping[str, Array]]:
+    """Return the two accuracies, times a scale."""
+
+    def of_counts(counts: Array) -> Mapping[str, Array]:
+        groups, whole, plain, right = np.moveaxis(counts, -1, 0)
+        return {"circular_accuracy": scale * whole / groups, "accuracy": scale * right / plain}
+
+    return of_counts
+
+
+_NOTE = (
+    "A question is right where the answers to all its rotations are. An answer without a letter or "
+    "the text of one choice is wrong; the published tables ask a judge about it."
+)
+
+MMBENCH = Benchmark(
+    name="mmbench",
+    title="MMBench",
+    layouts=[Layout({"mmbench": (file,)}, read) for file in FILES],
+    rules={
+        "official": Rule(is_right, metrics(100), combine=group_counts, unit="percent", note=_NOTE),
+        "vlmevalkit": Rule(is_right, metrics(1), combine=group_counts, note=_NOTE),
+    },
+    table=[],
+    cluster="group",
+    splits=lambda task, row: ("all", *dict.fromkeys(row["kinds"])),
+    version_keys=("id", "text", "choices", "label"),
+    answer_formats=[
+        AnswerFormat(
+            ("question_id", "text"),
+            "text",
+            lambda record: str(record["question_id"]),
+            lambda row: row["id"],
+        ),
+        AnswerFormat(
+            ("index", "prediction"),
+            "prediction",
+            lambda record: str(record["index"]),
+            lambda row: row["id"],
+        ),
+    ],
+    constants={letter: letter for letter in "AB"},
+)

@@ -1,0 +1,170 @@
+"""TextVQA (validation 0.5.1) and VizWiz-VQA: questions with the answers of ten people each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from realign.evaluation.benchmark import AnswerFormat, Array, Benchmark, Layout, Record, Rule
+from realign.evaluation.rows import Key, Row, check_row, read_records
+from realign.evaluation.vqa_answers import (
+    Normalizer,
+    official_form,
+    soft_accuracy,
+    vlmevalkit_form,
+)
+from realign.runtime.strict_json import read_json
+
+PEOPLE = 10
+_TEN = Key(
+    lambda value: isinstance(value, list) and len(value) == PEOPLE,
+    f"be a list of {PEOPLE} answers",
+    "Take the published file.",
+)
+_STRING = Key(lambda value: isinstance(value, str), "be a string", "Take the published file.")
+_OCR_LINE = "Reference OCR token: "
+
+
+def read_textvqa(path: Path) -> list[Row]:
+    """Read the published questions with their ten answers."""
+    content = read_json(path)
+    rows = []
+    for number, record in enumerate(content["data"], start=1):
+        keys = {"image_id": _STRING, "question": _STRING, "answers": _TEN}
+        row = check_row(record, f"{path.name}, question {number}", keys)
+        rows.append(
+            {
+                "id": str(row.get("question_id", number)),
+                "image": f"{row['image_id']}.jpg",
+                "image_id": row["image_id"],
+                "text": row["question"],
+                "references": tuple(row["answers"]),
+                "where": row["where"],
+            }
+        )
+    return rows
+
+
+def read_vizwiz(path: Path) -> list[Row]:
+    """Read the published questions of the validation split."""
+    rows = []
+    for number, (where, record) in enumerate(read_records(path)):
+        row = check_row(record, where, {"image": _STRING, "question": _STRING, "answers": _TEN})
+        rows.append(
+            {
+                "id": str(number),
+                "image": row["image"],
+                "text": row["question"],
+                "references": tuple(answer["answer"] for answer in row["answers"]),
+                "type": str(row.get("answer_type", "")),
+                "where": where,
+            }
+        )
+    return rows
+
+
+def accuracy_by(form: Normalizer) -> Callable[[Row, str], list[float]]:
+    """Return the score of a rule: the share of people who agree, as the benchmark counts it."""
+    known = cache(form)
+
+    def score(row: Row, answer: str) -> list[float]:
+        return [1.0, soft_accuracy(form(answer), [known(said) for said in row["references"]])]
+
+    return score
+
+
+def _fraction(sums: Array) -> Mapping[str, Array]:
+    return {"accuracy": sums[..., 1] / sums[..., 0]}
+
+
+def _percent(sums: Array) -> Mapping[str, Array]:
+    return {"accuracy": 100 * sums[..., 1] / sums[..., 0]}
+
+
+def _question(prompt: str) -> str:
+    """Return the question of LLaVA's prompt, in small letters."""
+    first, *others = str(prompt).split("\n")
+    return (others[0] if first.startswith(_OCR_LINE) and others else first).lower()
+
+
+def _textvqa_key(record: Record) -> tuple[str, str]:
+    return str(record["question_id"]), _question(record["prompt"])
+
+
+def _vizwiz_key(record: Record) -> tuple[str, str]:
+    return str(record["question_id"]), _question(record["prompt"])
+
+
+RULES = {
+    "official": Rule(
+        accuracy_by(official_form),
+        _percent,
+        unit="percent",
+        note="Three of ten people give 0.9, four 1. Prompts with and without the tokens of an OCR "
+        "system are not comparable.",
+    ),
+    "lmms-eval": Rule(
+        accuracy_by(official_form),
+        _fraction,
+        note="The official numbers; its prompt has no OCR tokens unless one asks for them.",
+    ),
+    "vlmevalkit": Rule(
+        accuracy_by(vlmevalkit_form),
+        _percent,
+        unit="percent",
+        note="Commas and a possessive s stay, and so does a period after a digit.",
+    ),
+}
+
+TEXTVQA = Benchmark(
+    name="textvqa",
+    title="TextVQA",
+    layouts=[Layout({"textvqa": ("TextVQA_0.5.1_val.json",)}, read_textvqa)],
+    rules=RULES,
+    table=[],
+    version_keys=("id", "image", "text", "references"),
+    answer_formats=[
+        AnswerFormat(
+            ("question_id", "prompt", "text"),
+            "text",
+            _textvqa_key,
+            lambda row: (row["image_id"], row["text"].lower()),
+        ),
+        AnswerFormat(
+            ("question_id", "answer"),
+            "answer",
+            lambda record: str(record["question_id"]),
+            lambda row: row["id"],
+        ),
+    ],
+    constants={"unanswerable": "unanswerable"},
+)
+
+
+def _vizwiz_splits(task: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("all", row["type"]) if row["type"] else ("all",)
+
+
+VIZWIZ = Benchmark(
+    name="vizwiz",
+    title="VizWiz-VQA",
+    layouts=[Layout({"vizwiz": ("val.json",)}, read_vizwiz)],
+    rules=RULES,
+    table=[],
+    splits=_vizwiz_splits,
+    version_keys=("image", "text", "references"),
+    answer_formats=[
+        AnswerFormat(
+            ("question_id", "prompt", "text"),
+            "text",
+            _vizwiz_key,
+            lambda row: (row["id"], row["text"].split("\n")[0].lower()),
+        ),
+        AnswerFormat(
+            ("image", "answer"), "answer", lambda record: record["image"], lambda row: row["image"]
+        ),
+    ],
+    constants={"unanswerable": "unanswerable"},
+)

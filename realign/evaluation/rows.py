@@ -1,0 +1,121 @@
+"""Rows of benchmark files: read, checked, and known by their content."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from realign.errors import RefusedError
+from realign.runtime.files import canonical_json, content_sha256, read_utf8
+from realign.runtime.strict_json import iter_jsonl, read_json
+
+Row = dict[str, Any]  # "image", "text", "where" (its file and line), and keys of its benchmark
+
+
+def read_records(path: Path) -> list[tuple[str, Any]]:
+    """Read the values of a file that is one JSON list or holds one value on each line.
+
+    Returns:
+        records: The place of each value, as messages name it, and the value.
+    Raises:
+        RefusedError: The file is empty, not UTF-8, or neither of the two.
+    """
+    with path.open("rb") as file:
+        is_list = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    records = []
+    if is_list:
+        values = read_json(path)
+        records = [(f"{path.name}, entry {i}", value) for i, value in enumerate(values, start=1)]
+    else:
+        for number, value in iter_jsonl(path):
+            if isinstance(value, RefusedError):
+                raise value
+            records.append((f"{path.name}, line {number}", value))
+    if not records:
+        raise RefusedError(f"{path} must have at least one row, has none. Add some or remove it.")
+    return records
+
+
+def read_table(path: Path) -> list[tuple[str, dict[str, str]]]:
+    """Read a table with a header, of tabs (``.tsv``) or commas (``.csv``).
+
+    Returns:
+        records: The place of each row, as messages name it, and its values by column.
+    Raises:
+        RefusedError: It is not UTF-8, has no row, or a row of another length than the header.
+    """
+    csv.field_size_limit(1 << 30)  # images lie in such tables
+    dialect = "excel-tab" if path.suffix == ".tsv" else "excel"
+    lines = csv.reader(io.StringIO(read_utf8(path).removeprefix("\ufeff"), newline=""), dialect)
+    header, *rows = [*lines] or [[]]
+    records = []
+    for number, values in enumerate(rows, start=1):
+        where = f"{path.name}, row {number}"
+        if len(values) != len(header):
+            raise RefusedError(
+                f"{where} must have {len(header)} columns as the header has, got {len(values)}. "
+                "Correct it."
+            )
+        records.append((where, dict(zip(header, values, strict=True))))
+    if not records:
+        raise RefusedError(f"{path} must have at least one row, has none. Add some or remove it.")
+    return records
+
+
+def rows_digest(rows: Iterable[Mapping[str, Any]], *keys: str) -> str:
+    """Return 16 hexadecimal digits that stand for the values of some keys of all rows, in any
+    order.
+    """
+    lines = sorted(canonical_json([row[key] for key in keys]) for row in rows)
+    return content_sha256(*lines)[:16]
+
+
+class Key(NamedTuple):
+    """The rule for one value of a row."""
+
+    is_valid: Callable[[Any], bool]
+    rule: str
+    remedy: str
+
+
+IMAGE = Key(
+    lambda image: isinstance(image, str), "be a file name", "Name a file of the image folder."
+)
+TEXT = Key(
+    lambda text: isinstance(text, str) and text.strip() != "",
+    "be a non-empty string",
+    "Fill it in.",
+)
+
+
+def read_rows(path: Path, **keys: Key) -> list[Row]:
+    """Read a file of JSON lines or of one JSON list; rows have ``image``, ``text`` and ``keys``.
+
+    Raises:
+        RefusedError: As :func:`read_records`, or :func:`check_row` refuses a row.
+    """
+    keys = {"image": IMAGE, "text": TEXT, **keys}
+    return [check_row(row, where, keys) for where, row in read_records(path)]
+
+
+def check_row(row: Any, where: str, keys: Mapping[str, Key]) -> Row:
+    """Return a row with ``where`` added, which names its place in a file.
+
+    Raises:
+        RefusedError: It is no object, lacks a key or has an invalid value.
+    """
+    if not isinstance(row, dict):
+        raise RefusedError(
+            f"{where} must be an object with {[*keys]}, got {row!r:.80}. Correct the line."
+        )
+    if missing := [name for name in keys if name not in row]:
+        raise RefusedError(f"{where}: keys {missing} are missing, found {sorted(row)}. Add them.")
+    for name, key in keys.items():
+        if not key.is_valid(row[name]):
+            raise RefusedError(
+                f"{where}: {name} must {key.rule}, got {row[name]!r:.80}. {key.remedy}"
+            )
+    return {**row, "where": where}

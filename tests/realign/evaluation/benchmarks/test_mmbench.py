@@ -1,0 +1,118 @@
+"""MMBench: letters as VLMEvalKit finds them, and questions right in every rotation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from realign.errors import RefusedError
+from realign.evaluation import score
+from realign.evaluation.answer_letters import vlmevalkit_letter
+
+ANIMALS = ["teddy bear", "rabbit", "cat", "dog"]
+CHOICES = dict(zip("ABCD", ANIMALS, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"),
+        ("B.", "B"),
+        ("(B)", "B"),
+        ("B. rabbit", "B"),
+        ("rabbit", "B"),
+        ("The answer is B", "B"),
+        ("I think it is B", "B"),
+        ("b", "Z"),
+        ("A cat is in the picture", "C"),
+        ("It is a cat", "C"),
+        ("Option D: dog", "D"),
+        ("none of them", "Z"),
+        ("Answer: C", "C"),
+        ("C) cat", "C"),
+        ("", "Z"),
+        ("The correct answer is **B**. Here is why it is not the cat: ears.", "B"),
+        ("a dog and a cat", "Z"),  # two choices
+        ("I can't process this file. B", "Z"),
+        ("dog " * 40, "Z"),  # longer than twice all choices
+    ],
+)
+def test_letters(answer: str, letter: str) -> None:
+    assert vlmevalkit_letter(answer, CHOICES) == letter
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Return a table of two questions with their rotations; rabbit is right."""
+    header = ["index", "question", "hint", *"ABCD", "answer", "category", "l2-category", "image"]
+    lines = ["\t".join(header)]
+    for index, kind in ((7, "attribute"), (8, "relation")):
+        for turn in range(4):
+            turned = ANIMALS[turn:] + ANIMALS[:turn]
+            label = "ABCD"[turned.index("rabbit")]
+            number = str(index + 1_000_000 * turn)
+            row = [number, "Which?", "", *turned, label, kind, kind, "x" * 200_000]
+            lines.append("\t".join(row))
+    (tmp_path / "mmbench_dev_20230712.tsv").write_text("\n".join(lines))
+    return tmp_path
+
+
+def write_answers(path: Path, answers: dict[int, list[str]]) -> Path:
+    rows = [
+        {"question_id": index + 1_000_000 * turn, "round_id": 0, "prompt": "", "text": text}
+        for index, texts in answers.items()
+        for turn, text in enumerate(texts)
+    ]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("texts", "is_whole"),
+    [
+        ("BADC", True),
+        ("BADA", False),
+        (["rabbit", "rabbit", "It is a rabbit.", "the rabbit"], True),
+        ("BBBB", False),
+        (["B", "A", "D", "hmm"], False),
+    ],
+)
+def test_a_question_is_right_in_every_rotation(
+    data: Path, texts: list[str] | str, is_whole: bool
+) -> None:
+    path = write_answers(data / "a.jsonl", {7: [*texts], 8: [*"BADC"]})
+    scores = score("mmbench", path, data)
+    assert scores["splits"]["all"] == {
+        "circular_accuracy": 100.0 if is_whole else 50.0,
+        "accuracy": 100.0,
+    }
+    assert scores["splits"]["attribute"]["circular_accuracy"] == 100.0 * is_whole
+    assert score("mmbench", path, data, "vlmevalkit")["splits"]["relation"] == {
+        "circular_accuracy": 1.0,
+        "accuracy": 1.0,
+    }
+    assert scores["items"] == 8
+    assert scores["images"] == 2
+
+
+def test_the_sheet_that_is_uploaded(data: Path) -> None:
+    lines = ["index,question,prediction"]
+    for index in (7, 8):
+        lines += [f'{index + 1_000_000 * i},"Which, then?",{"BADC"[i]}' for i in range(4)]
+    (data / "upload.csv").write_text("\n".join(lines))
+    assert score("mmbench", data / "upload.csv", data)["splits"]["all"]["accuracy"] == 100.0
+    (data / "upload.xlsx").touch()
+    with pytest.raises(RefusedError, match=r"upload\.xlsx\. Save the sheet as tab-separated"):
+        score("mmbench", data / "upload.xlsx", data)
+    (data / "short.csv").write_text("index,prediction\n7\n")
+    with pytest.raises(RefusedError, match=r"short\.csv, row 1 must have 2 columns.*got 1"):
+        score("mmbench", data / "short.csv", data)
+
+
+def test_a_table_without_answers_is_refused(data: Path) -> None:
+    path = data / "mmbench_dev_20230712.tsv"
+    path.write_text(path.read_text().replace("\tanswer\t", "\tsecret\t"))
+    with pytest.raises(RefusedError, match="row 1 must have index, question and answer"):
+        score("mmbench", data / "none.jsonl", data)

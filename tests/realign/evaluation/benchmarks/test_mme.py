@@ -1,0 +1,141 @@
+"""MME against the published evaluation tool's values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from realign.errors import RefusedError
+from realign.evaluation import score
+from realign.evaluation.answer_words import yes_or_no
+from realign.evaluation.benchmarks.mme import lmms_word, official_word
+
+YES, NO, OTHER = True, False, None
+WHOLE = [  # image, label, answer
+    ("1", "Yes", "Yes"),
+    ("1", "No", "No"),
+    ("2", "Yes", "yes it is"),
+    ("2", "No", "Yes"),
+    ("3", "Yes", "Unknown"),
+    ("3", "No", "no."),
+    ("4", "Yes", "No"),
+    ("4", "No", "Yes"),
+]
+
+
+@pytest.mark.parametrize(
+    ("answer", "official", "lmms", "vlmevalkit"),
+    [
+        ("Yes", YES, YES, YES),
+        ("No.", NO, NO, NO),
+        ("no, it is not", NO, NO, NO),
+        ("Y", OTHER, YES, OTHER),
+        ("n", OTHER, NO, OTHER),
+        ("Not sure", NO, NO, OTHER),
+        ("None of these", NO, NO, OTHER),
+        ("The answer is yes", OTHER, OTHER, YES),
+        ("Unknown", OTHER, OTHER, OTHER),
+        ("nope", NO, NO, OTHER),
+        ("yes and no", YES, YES, OTHER),
+        ("I think no", OTHER, OTHER, NO),
+        ("Now it is red", NO, NO, OTHER),
+        ("", OTHER, OTHER, OTHER),
+    ],
+)
+def test_readings(
+    answer: str, official: bool | None, lmms: bool | None, vlmevalkit: bool | None
+) -> None:
+    assert official_word(answer) is official
+    assert lmms_word(answer) is lmms
+    assert yes_or_no(answer) is vlmevalkit
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Return a folder in the layout of the evaluation tool, with one task."""
+    folder = tmp_path / "tool"
+    folder.mkdir()
+    lines = [
+        f"{image}.jpg\tIs it {label}? Please answer yes or no.\t{label}"
+        for image, label, _ in WHOLE
+    ]
+    (folder / "color.txt").write_text("\n".join(lines))
+    return folder
+
+
+def llava_answers(path: Path) -> Path:
+    rows = [
+        {
+            "question_id": f"color/{image}.jpg",
+            "prompt": f"Is it  {label}?\nAnswer the question using a single word or phrase.",
+            "text": answer,
+        }
+        for image, label, answer in WHOLE
+    ]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in reversed(rows)))
+    return path
+
+
+@pytest.mark.parametrize("rule", ["official", "lmms-eval", "vlmevalkit"])
+def test_a_task(data: Path, tmp_path: Path, rule: str) -> None:
+    scores = score("mme", llava_answers(tmp_path / "a.jsonl"), data, rule)
+    assert scores["splits"]["color"] == {"acc": 50.0, "acc_plus": 25.0, "score": 75.0}
+    assert scores["splits"]["perception"] == {"score": 75.0}
+    assert (scores["unit"], scores["items"], scores["images"]) == ("points", 8, 4)
+    # of each image one answer is right whatever is said
+    assert scores["baselines"]["yes"]["color"] == {"acc": 50.0, "acc_plus": 0.0, "score": 50.0}
+
+
+def test_the_tool_s_own_folder_of_answers_and_folders_of_images(data: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    lines = [
+        f"{line}\t{answer}"
+        for line, (*_, answer) in zip(
+            (data / "color.txt").read_text().splitlines(), WHOLE, strict=True
+        )
+    ]
+    (results / "color.txt").write_text("\n".join(lines))
+    from_tool = score("mme", results, data)
+
+    images = tmp_path / "mme" / "color"
+    (images / "questions_answers_YN").mkdir(parents=True)
+    (images / "images").mkdir()
+    for number in "1234":
+        (images / "images" / f"{number}.jpg").touch()
+        text = "\n".join(
+            f"Is it {label}? Please answer yes or no.\t{label}"
+            for image, label, _ in WHOLE
+            if image == number
+        )
+        (images / "questions_answers_YN" / f"{number}.txt").write_text(text)
+    from_folders = score("mme", results, tmp_path / "mme")
+    assert from_tool == from_folders
+    assert from_tool["splits"]["color"]["score"] == 75.0
+
+    (results / "color.txt").write_text("\n".join([*lines[:-1], lines[-1] + "\tmore"]))
+    with pytest.raises(RefusedError, match=r"color\.txt, line 8 must have four columns.*no tab"):
+        score("mme", results, data)
+
+
+def test_perception_is_the_sum_of_its_tasks(data: Path, tmp_path: Path) -> None:
+    (data / "count.txt").write_text("9.jpg\tOne?\tYes\n9.jpg\tTwo?\tNo")
+    (data / "code_reasoning.txt").write_text("9.jpg\tOne?\tYes\n9.jpg\tTwo?\tNo")
+    answers = llava_answers(tmp_path / "a.jsonl")
+    with answers.open("a") as file:
+        for task in ("count", "code_reasoning"):
+            for question, text in (("One?", "Yes"), ("Two?", "No")):
+                row = {"question_id": f"{task}/9.jpg", "prompt": question, "text": text}
+                file.write(f"{json.dumps(row)}\n")
+    splits = score("mme", answers, data)["splits"]
+    assert splits["perception"] == {"score": 275.0}
+    assert splits["cognition"] == {"score": 200.0}
+
+
+def test_data_without_pairs_is_refused(data: Path, tmp_path: Path) -> None:
+    text = (data / "color.txt").read_text()
+    (data / "color.txt").write_text("\n".join(text.splitlines()[:-1]))
+    with pytest.raises(RefusedError, match=r"two questions for each image, got 1 for color/4\.jpg"):
+        score("mme", llava_answers(tmp_path / "a.jsonl"), data)
