@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 import realign
+import realign.evaluation
 import realign_kernels.compat
 from realign.config import SECTIONS, BuildConfig
 from realign.config_file import load_config
@@ -104,7 +105,11 @@ def test_linked_files_exist() -> None:
 
 def test_readme_docs_and_examples_import_from_the_two_packages_alone() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.py")]
-    public = {"realign": {*realign.__all__}, "realign_kernels": {*realign_kernels.__all__}}
+    public = {
+        "realign": {*realign.__all__},
+        "realign.evaluation": {*realign.evaluation.__all__},
+        "realign_kernels": {*realign_kernels.__all__},
+    }
     for entry in pkgutil.iter_modules(realign_kernels.compat.__path__, "realign_kernels.compat."):
         names = vars(importlib.import_module(entry.name)).items()
         own = {name for name, value in names if getattr(value, "__module__", "") == entry.name}
