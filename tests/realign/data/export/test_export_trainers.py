@@ -71,7 +71,13 @@ def test_ms_swift_has_a_row_a_pair(data: Path, tmp_path: Path) -> None:
 def test_llamafactory_has_the_answer_pairs(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = export(data, None, "llamafactory", out)
-    description = json.loads((out / "dataset_info.json").read_text())["realign"]
+    descriptions = json.loads((out / "dataset_info.json").read_text())
+    description = descriptions["realign"]
+    assert descriptions["realign_rdpo"] == {
+        **description,
+        "file_name": "rdpo.jsonl",
+        "formatting": "rdpo",
+    }
     assert description == {
         "file_name": "data.json",
         "formatting": "sharegpt",
