@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from realign_kernels import Objective
 
@@ -48,6 +49,29 @@ def test_the_own_loop_starts_at_the_known_loss_and_falls(image_weight: float) ->
     assert sum(losses[-2:]) < 0.8 * sum(losses[:2])
 
 
+def test_the_own_loop_scores_the_answers_on_the_right_images() -> None:
+    """Against the model's own logits, and the texts of the pairs."""
+    loop = runpy.run_path(str(EXAMPLES / "own_loop.py"))
+    pairs, num_pairs = loop["PAIRS"], len(loop["PAIRS"])
+    processor = AutoProcessor.from_pretrained(loop["MODEL"])
+    inputs, labels = loop["collate"](processor, pairs)
+    answers = [processor.tokenizer.decode(row[row != -100]).strip() for row in labels]
+    chosen, rejected = ([f"{pair[place]}</s>" for pair in pairs] for place in (1, 2))
+    assert answers == [*chosen, *rejected, *chosen]
+    original, of_rejected, retrieved = inputs["pixel_values"].split(num_pairs)
+    assert torch.equal(original, of_rejected)
+    assert all(not torch.equal(one, other) for one, other in zip(original, retrieved, strict=True))
+
+    model = AutoModelForImageTextToText.from_pretrained(loop["MODEL"], dtype=torch.float32)
+    with torch.no_grad():
+        logps = loop["RdpoModel"](model, 0.1, 1.0)(inputs, labels, None)
+        log_probs = model(**inputs).logits[:, :-1].double().log_softmax(-1)
+    targets = labels[:, 1:]
+    token_logps = log_probs.gather(2, targets.clamp(min=0)[..., None]).squeeze(2)
+    expected = token_logps.where(targets != -100, 0.0).sum(1).view(3, num_pairs)
+    torch.testing.assert_close(logps.double(), expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Loads an example by its name, with stand-ins for the trainer that it is for."""
@@ -58,7 +82,9 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Any:
             monkeypatch.setitem(sys.modules, name, sys.modules.get(name, ModuleType(name)))
         for name in names:
             value: Any = SimpleNamespace(**{CLASSES.get(name, "name"): type(name, (), {})})
-            if name[0].isupper():
+            if name == "IGNORE_INDEX":
+                value = -100
+            elif name[0].isupper():
                 value = type(name, (), {"TRAINER_MAPPING": {}})
             setattr(sys.modules[module], name, value)
 
@@ -124,6 +150,29 @@ def test_llama_factory_gets_sequences_cell_by_cell(example: Any, monkeypatch: An
         ("image_rejected input_ids 0", "retrieved 0"),
         ("image_rejected input_ids 1", "retrieved 1"),
     ]
+
+
+def test_llama_factory_reads_the_good_answer_on_the_retrieved_image(
+    example: Any, monkeypatch: Any
+) -> None:
+    processor = example("llama_factory_rdpo").RdpoProcessor
+
+    def preprocess_dataset(self: Any, examples: dict[str, Any]) -> dict[str, Any]:
+        keys = ("chosen_input_ids", "chosen_attention_mask", "chosen_labels")
+        return {**dict.fromkeys(keys, examples["_images"]), "images": examples["_images"]}
+
+    monkeypatch.setattr(
+        processor.__mro__[1], "preprocess_dataset", preprocess_dataset, raising=False
+    )
+    ignored = sys.modules["llamafactory.extras.constants"].IGNORE_INDEX
+    examples = {"_images": [[ignored, 7]], "_rejected_images": [[ignored, ignored, 7]]}
+    rows = processor().preprocess_dataset(examples)
+    assert rows["chosen_input_ids"] == rows["images"] == examples["_images"]
+    assert rows["image_rejected_input_ids"] == rows["rejected_images"] == [[ignored, ignored, 7]]
+    with pytest.raises(ValueError, match=r"cutoff_len must leave the answer whole on both images"):
+        processor().preprocess_dataset({**examples, "_rejected_images": [[ignored, 7, 8]]})
+    with pytest.raises(ValueError, match=r"Every row must have rejected_images, got a row without"):
+        processor().preprocess_dataset({**examples, "_rejected_images": [None]})
 
 
 def test_ms_swift_gets_the_losses_of_three_cells(example: Any) -> None:

@@ -49,7 +49,7 @@ def write_llamafactory(records: Iterable[Record], folder: Path) -> Counter[str]:
     def rows() -> Iterator[dict[str, Any]]:
         for record in records:
             counts["rows read"] += 1
-            counts["image pairs left out"] += bool(record.rejected_images)
+            counts["image pairs, in rdpo.jsonl alone"] += bool(record.rejected_images)
             row = {
                 "id": record.id,
                 "conversations": [
@@ -67,7 +67,7 @@ def write_llamafactory(records: Iterable[Record], folder: Path) -> Counter[str]:
 
     with (folder / WHOLE_PAIRS).open("w", encoding="utf-8") as whole_pairs:
         counts["rows written"] = write_list(folder / FILE, rows())
-    if not counts["image pairs left out"]:
+    if not counts["image pairs, in rdpo.jsonl alone"]:
         (folder / WHOLE_PAIRS).unlink()
     (folder / "dataset_info.json").write_text(
         json_text(DESCRIPTION, indent=2) + "\n", encoding="utf-8"

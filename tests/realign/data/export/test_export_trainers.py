@@ -90,7 +90,7 @@ def test_llamafactory_has_the_answer_pairs(data: Path, tmp_path: Path) -> None:
         },
     }
     rows = json.loads((out / description["file_name"]).read_text())
-    assert result.counts["image pairs left out"] == 4
+    assert result.counts["image pairs, in rdpo.jsonl alone"] == 4
     assert "answer pairs alone: LLaMA-Factory has no image pair" in result.note
     for row, record in zip(rows, read_records(data, None), strict=True):
         assert row["chosen"] == {"from": "gpt", "value": record.chosen}
