@@ -142,9 +142,15 @@ class RdpoTrainer(trainer.CustomDPOTrainer):
 def main() -> None:
     """Put the classes where LLaMA-Factory looks for its own, and run it."""
     converter.register_dataset_converter("rdpo", RdpoConverter)
-    loader.PairwiseDatasetProcessor = RdpoProcessor
-    workflow.PairwiseDataCollatorWithPadding = RdpoCollator
-    trainer.CustomDPOTrainer = RdpoTrainer
+    # Names of 0.9.5: replacing one that another version does not have would change nothing.
+    for module, name, replacement in (
+        (loader, "PairwiseDatasetProcessor", RdpoProcessor),
+        (workflow, "PairwiseDataCollatorWithPadding", RdpoCollator),
+        (trainer, "CustomDPOTrainer", RdpoTrainer),
+    ):
+        if not hasattr(module, name):
+            raise ImportError(f"{module.__name__} must have {name}. Install llamafactory==0.9.5.")
+        setattr(module, name, replacement)
     run_exp()
 
 

@@ -137,6 +137,14 @@ class RdpoTrainer(DPOTrainer):
         return output.losses, output.rewards[0], output.rewards[1]
 
 
-Template._rlhf_encode = encode_three_cells
-Template._rlhf_data_collator = collate_three_cells
+# Names of 4.6.0: replacing one that another version does not have would change nothing, in silence.
+for name, function in (
+    ("_rlhf_encode", encode_three_cells),
+    ("_rlhf_data_collator", collate_three_cells),
+):
+    if not hasattr(Template, name):
+        raise ImportError(
+            f"ms-swift must be 4.6, whose Template has {name}. Install ms-swift==4.6.*."
+        )
+    setattr(Template, name, function)
 TrainerFactory.TRAINER_MAPPING["dpo"] = f"{__name__}.RdpoTrainer"

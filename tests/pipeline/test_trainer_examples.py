@@ -85,7 +85,8 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Any:
             if name == "IGNORE_INDEX":
                 value = -100
             elif name[0].isupper():
-                value = type(name, (), {"TRAINER_MAPPING": {}})
+                methods = {"_rlhf_encode": None, "_rlhf_data_collator": None}
+                value = type(name, (), {"TRAINER_MAPPING": {}, **methods})
             setattr(sys.modules[module], name, value)
 
     def load(name: str) -> SimpleNamespace:
@@ -214,6 +215,15 @@ def test_ms_swift_reads_the_answers_on_the_right_images(example: Any) -> None:
     row = module.encode_three_cells(template, SimpleNamespace(chosen=chosen, rejected=rejected))
     with pytest.raises(ValueError, match=r"must have rejected_response and rejected_images that"):
         module.collate_three_cells(template, [row])
+
+
+def test_another_ms_swift_is_refused(example: Any) -> None:
+    """A method of another name would not be replaced, and train the answer pair in silence."""
+    delattr(sys.modules["swift.template"].Template, "_rlhf_encode")
+    with pytest.raises(
+        ImportError, match=r"ms-swift must be 4\.6, whose Template has _rlhf_encode"
+    ):
+        example("ms_swift_plugin")
 
 
 def test_ms_swift_options_that_change_the_loss_are_refused(example: Any) -> None:
