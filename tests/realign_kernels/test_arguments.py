@@ -251,6 +251,13 @@ def test_wrong_values_are_refused_by_name(call, name):
         ),
         (
             "rdpo_loss",
+            {"hidden_states": torch.zeros(N, T, V)},
+            ValueError,
+            r"lm_head_weight must have shape \(V, 11\) .*, got \(11, 4\)\. hidden_states look like "
+            "logits: pass what the last layer returns",
+        ),
+        (
+            "rdpo_loss",
             {"ref_logps": torch.zeros(2, 3)},
             ValueError,
             r"ref_logps must have shape \(C, P\) .*, got \(2, 3\)\. .*looks transposed",

@@ -117,6 +117,29 @@ def test_importing_needs_torch_alone():
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
 
 
+def test_every_module_works_where_the_trainers_are_absent():
+    """In an environment of another trainer, of which transformers may be any version or none."""
+    absent = ["transformers", "trl", "peft", "accelerate", "datasets", "liger_kernel", "verl"]
+    absent += ["cut_cross_entropy", "swift", "llamafactory", "numpy", "safetensors", "realign"]
+    files = (path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*.py"))
+    modules = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in files]
+    # Triton's kernels are loaded at the first call on a GPU.
+    modules = [name for name in modules if not name.startswith("realign_kernels.backends.triton")]
+    assert len(modules) > 25
+    code = (
+        "import sys\n"
+        f"for name in {absent}: sys.modules[name] = None\n"
+        f"for name in {modules}: __import__(name)\n"
+        "import realign_kernels, torch\n"
+        "hidden_states = torch.zeros(6, 2, 4, requires_grad=True)\n"
+        "labels = torch.zeros(6, 2, dtype=torch.long)\n"
+        "output = realign_kernels.rdpo_loss(hidden_states, torch.ones(5, 4), labels, None)\n"
+        "output.loss.backward()\n"
+    )
+    environment = {"PYTHONPATH": str(PACKAGE.parent), "PYTHONWARNINGS": "ignore"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
+
+
 def test_backends_are_described():
     descriptions = describe_backends()
     assert list(descriptions) == ["auto", "eager", "triton", "cpu"]

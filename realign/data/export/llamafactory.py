@@ -1,5 +1,5 @@
 """LLaMA-Factory's ShareGPT layout with ``ranking``: the answer pair alone, for it knows no image
-pair.
+pair; and once more with the retrieved images, for examples/llama_factory_rdpo.py.
 """
 
 from __future__ import annotations
@@ -15,36 +15,42 @@ from realign.data.records import Record
 from realign.runtime.files import json_text
 
 FILE = "data.json"
+WHOLE_PAIRS = "rdpo.jsonl"
 NOTE = (
     "answer pairs alone: LLaMA-Factory has no image pair; train with dataset_dir: this folder and "
-    "dataset: realign"
+    "dataset: realign; for rDPO see docs/trainers/llama-factory.md"
 )
 FROM = {"user": "human", "assistant": "gpt", "system": "system"}
+_ANSWER_PAIRS = {
+    "file_name": FILE,
+    "formatting": "sharegpt",
+    "ranking": True,
+    "columns": {
+        "messages": "conversations",
+        "chosen": "chosen",
+        "rejected": "rejected",
+        "images": "images",
+    },
+}
 DESCRIPTION = {
-    "realign": {
-        "file_name": FILE,
-        "formatting": "sharegpt",
-        "ranking": True,
-        "columns": {
-            "messages": "conversations",
-            "chosen": "chosen",
-            "rejected": "rejected",
-            "images": "images",
-        },
-    }
+    "realign": _ANSWER_PAIRS,
+    # The example registers this formatting, which keeps the retrieved images.
+    "realign_rdpo": {**_ANSWER_PAIRS, "file_name": WHOLE_PAIRS, "formatting": "rdpo"},
 }
 
 
 def write_llamafactory(records: Iterable[Record], folder: Path) -> Counter[str]:
-    """Write ``data.json``, ``dataset_info.json`` and ``images/`` into ``folder``; return counts."""
+    """Write ``data.json``, ``rdpo.jsonl``, ``dataset_info.json`` and ``images/`` into ``folder``;
+    return counts.
+    """
     images = ImageFolder(folder / "images")
     counts: Counter[str] = Counter()
 
     def rows() -> Iterator[dict[str, Any]]:
         for record in records:
             counts["rows read"] += 1
-            counts["image pairs left out"] += bool(record.rejected_images)
-            yield {
+            counts["image pairs, in rdpo.jsonl alone"] += bool(record.rejected_images)
+            row = {
                 "id": record.id,
                 "conversations": [
                     {"from": FROM[turn["role"]], "value": turn["content"]}
@@ -54,8 +60,15 @@ def write_llamafactory(records: Iterable[Record], folder: Path) -> Counter[str]:
                 "rejected": {"from": "gpt", "value": record.rejected},
                 "images": named(record, images),
             }
+            yield row
+            if record.rejected_images:
+                retrieved = named(record, images, rejected=True)
+                whole_pairs.write(json_text({**row, "rejected_images": retrieved}) + "\n")
 
-    counts["rows written"] = write_list(folder / FILE, rows())
+    with (folder / WHOLE_PAIRS).open("w", encoding="utf-8") as whole_pairs:
+        counts["rows written"] = write_list(folder / FILE, rows())
+    if not counts["image pairs, in rdpo.jsonl alone"]:
+        (folder / WHOLE_PAIRS).unlink()
     (folder / "dataset_info.json").write_text(
         json_text(DESCRIPTION, indent=2) + "\n", encoding="utf-8"
     )

@@ -1,5 +1,6 @@
 """ms-swift's JSON lines, as documented for its versions 3.8 and later: a row with
-``rejected_response`` for the answer pair, a row with ``rejected_images`` for the image pair.
+``rejected_response`` for the answer pair, a row with ``rejected_images`` for the image pair; and
+once more with both in one row, for examples/ms_swift_plugin.py.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from typing import Any
 from realign.data.export.folder import ImageFolder
 from realign.data.export.rows import named, with_placeholders, write_lines
 from realign.data.records import Record
+from realign.runtime.files import json_text
 
 FILE = "data.jsonl"
+WHOLE_PAIRS = "rdpo.jsonl"
 NOTE = (
     "image paths are relative to this folder: run `swift rlhf --rlhf_type dpo --dataset "
-    "data.jsonl` in it; both pairs weigh the same there"
+    "data.jsonl` in it, where both pairs weigh the same; for rDPO see docs/trainers/ms-swift.md"
 )
 
 
 def write_swift(records: Iterable[Record], folder: Path) -> Counter[str]:
-    """Write ``data.jsonl`` and ``images/`` into ``folder``; return counts."""
+    """Write ``data.jsonl``, ``rdpo.jsonl`` and ``images/`` into ``folder``; return counts."""
     images = ImageFolder(folder / "images")
     counts: Counter[str] = Counter()
 
@@ -41,10 +44,15 @@ def write_swift(records: Iterable[Record], folder: Path) -> Counter[str]:
                 counts["image pairs"] += 1
                 retrieved = named(record, images, rejected=True)
                 yield {"id": record.id, **answered, "rejected_images": retrieved}
+                whole = {"rejected_response": record.rejected, "rejected_images": retrieved}
+                whole_pairs.write(json_text({"id": record.id, **answered, **whole}) + "\n")
             else:
                 counts["rows without an image pair"] += 1
 
-    counts["rows written"] = write_lines(folder / FILE, rows())
+    with (folder / WHOLE_PAIRS).open("w", encoding="utf-8") as whole_pairs:
+        counts["rows written"] = write_lines(folder / FILE, rows())
+    if not counts["image pairs"]:
+        (folder / WHOLE_PAIRS).unlink()
     counts["images written"] = len(images)
     counts["images renamed"] = images.renamed
     return counts

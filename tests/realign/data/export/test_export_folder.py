@@ -134,7 +134,7 @@ def test_the_verb(data: Path, tmp_path: Path) -> None:
     arguments = ["export", "--data", data, "--to", "llamafactory", "--out", tmp_path / "out"]
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
-    assert "4 image pairs left out" in result.output
+    assert "4 image pairs, in rdpo.jsonl alone" in result.output
     assert f"llamafactory -> {tmp_path / 'out'}: answer pairs alone" in result.output
     result = CliRunner().invoke(app, [str(a) for a in arguments[:-1]] + [str(tmp_path)])
     assert result.exit_code == 2

@@ -71,7 +71,13 @@ def test_ms_swift_has_a_row_a_pair(data: Path, tmp_path: Path) -> None:
 def test_llamafactory_has_the_answer_pairs(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = export(data, None, "llamafactory", out)
-    description = json.loads((out / "dataset_info.json").read_text())["realign"]
+    descriptions = json.loads((out / "dataset_info.json").read_text())
+    description = descriptions["realign"]
+    assert descriptions["realign_rdpo"] == {
+        **description,
+        "file_name": "rdpo.jsonl",
+        "formatting": "rdpo",
+    }
     assert description == {
         "file_name": "data.json",
         "formatting": "sharegpt",
@@ -84,7 +90,7 @@ def test_llamafactory_has_the_answer_pairs(data: Path, tmp_path: Path) -> None:
         },
     }
     rows = json.loads((out / description["file_name"]).read_text())
-    assert result.counts["image pairs left out"] == 4
+    assert result.counts["image pairs, in rdpo.jsonl alone"] == 4
     assert "answer pairs alone: LLaMA-Factory has no image pair" in result.note
     for row, record in zip(rows, read_records(data, None), strict=True):
         assert row["chosen"] == {"from": "gpt", "value": record.chosen}

@@ -260,6 +260,20 @@ def test_rows_of_no_layout_are_refused_with_those_that_can_be_trained_on(
 FILES = {"ms-swift": "data.jsonl", "llamafactory": "data.json", "official": "pref_data.json"}
 
 
+@pytest.mark.parametrize("to", ["ms-swift", "llamafactory"])
+def test_whole_pairs_are_exported_in_one_row(to: str, tmp_path: Path, records) -> None:
+    """For the examples of these trainers, which make three sequences of a row."""
+    one, two, three = records(3)
+    alone = dataclasses.replace(two, id="alone", rejected_images=())
+    write_parquet([one, alone, three], tmp_path / "d.parquet")
+    export(tmp_path / "d.parquet", None, to, tmp_path / "out")
+    read = read_records(tmp_path / "out" / "rdpo.jsonl", tmp_path / "out")
+    assert [row.key for row in read] == [one.key, three.key]
+    write_parquet([alone], tmp_path / "alone.parquet")
+    export(tmp_path / "alone.parquet", None, to, tmp_path / "none")
+    assert not (tmp_path / "none" / "rdpo.jsonl").exists()
+
+
 @pytest.mark.parametrize("to", ["ms-swift", "llamafactory", "official", "trl"])
 def test_what_is_exported_is_read_as_it_was(to: str, tmp_path: Path, records) -> None:
     """LLaMA-Factory's layout alone has no place for the retrieved images."""
