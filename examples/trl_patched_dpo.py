@@ -1,4 +1,4 @@
-"""TRL's own DPOTrainer with exact log-probabilities, on the embedded model and drawn images.
+"""TRL's own DPOTrainer with exact log-probabilities, on the embedded model and coloured images.
 
 python examples/trl_patched_dpo.py
 
@@ -9,32 +9,33 @@ hold until the program ends. The rest is TRL as its users write it.
 from __future__ import annotations
 
 import tempfile
-from random import Random
+from importlib.resources import files
+from itertools import permutations
 
 import datasets
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import DPOConfig, DPOTrainer
 
-from realign.demo.drawing import draw
-from realign.demo.run import MODEL
-from realign.demo.world import DESCRIBE, free_scene
 from realign.integrations.trl import patch_trl
 
+MODEL = str(files("realign") / "demo" / "model")
+COLORS = ("red", "green", "blue", "yellow", "black", "white")
 
-def drawn_pairs(count: int) -> datasets.Dataset:
-    """Return images with a description that is true and one of another scene."""
-    rng, rows = Random(0), []
-    for _ in range(count):
-        scene, other = free_scene(rng), free_scene(rng)
-        rows.append(
+
+def colour_pairs() -> datasets.Dataset:
+    """Return images of one colour, each with an answer that names it and one that does not."""
+    return datasets.Dataset.from_list(
+        [
             {
-                "images": [draw(scene)],
-                "prompt": [{"role": "user", "content": DESCRIBE}],
-                "chosen": [{"role": "assistant", "content": scene.caption()}],
-                "rejected": [{"role": "assistant", "content": other.caption()}],
+                "images": [Image.new("RGB", (48, 48), color)],
+                "prompt": [{"role": "user", "content": "What colour is the image?"}],
+                "chosen": [{"role": "assistant", "content": f"The image is {color}."}],
+                "rejected": [{"role": "assistant", "content": f"The image is {other}."}],
             }
-        )
-    return datasets.Dataset.from_list(rows)
+            for color, other in permutations(COLORS, 2)
+        ]
+    )
 
 
 def main(steps: int = 20) -> tuple[list[float], int]:
@@ -58,7 +59,7 @@ def main(steps: int = 20) -> tuple[list[float], int]:
             AutoModelForImageTextToText.from_pretrained(MODEL),
             ref_model=AutoModelForImageTextToText.from_pretrained(MODEL),
             args=args,
-            train_dataset=drawn_pairs(32),
+            train_dataset=colour_pairs(),
             processing_class=AutoProcessor.from_pretrained(MODEL),
         )
         trainer.train()
