@@ -19,7 +19,13 @@ import realign.integrations.trl
 from realign.errors import RefusedError
 from realign.integrations.trl import patch as patching
 from realign.integrations.trl import patch_trl
-from realign_kernels.testing import HeadInputs, dense_log_probs, dense_logits, make_head_inputs
+from realign_kernels.testing import (
+    HeadInputs,
+    dense_log_probs,
+    dense_logits,
+    make_head_inputs,
+    peak_bytes,
+)
 
 STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 CASES: dict[str, dict[str, Any]] = {
@@ -41,7 +47,7 @@ def _is_undone() -> Any:
     assert utils._use_triton is USES_TRITON
 
 
-def call(function: Any, inputs: HeadInputs, *outputs: tuple[str, ...]) -> Any:
+def call(function: Any, inputs: HeadInputs, *outputs: tuple[str, ...], chunk_size: int = 32) -> Any:
     """Call TRL's function, or what is in its place."""
     options = inputs.options
     return function.apply(
@@ -50,7 +56,7 @@ def call(function: Any, inputs: HeadInputs, *outputs: tuple[str, ...]) -> Any:
         options.get("lm_head_bias"),
         inputs.labels,
         options.get("temperature", 1.0),
-        32,
+        chunk_size,
         options.get("logit_softcap"),
         options.get("logit_scale", 1.0),
         *outputs,
@@ -201,6 +207,22 @@ def test_targets_of_32_bits_and_no_gradient_at_all():
     with torch.inference_mode():
         results = patched(inputs)
     assert not results[0].requires_grad
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_it_takes_less_memory_than_trls_function(frozen):
+    """At the size of chunks that TRL passes: what fits without the patch fits with it."""
+    inputs = make_head_inputs(512, 8_000, 32, torch.float32).as_leaves()
+    inputs.lm_head_weight.requires_grad_(not frozen)
+    leaves = [tensor for tensor in inputs.tensors if tensor.requires_grad]
+
+    def differentiate(function: Any) -> Any:
+        results = call(function, inputs, chunk_size=utils._CHUNKED_LOGPROB_CHUNK_SIZE)
+        return torch.autograd.grad(results[0].sum(), leaves)
+
+    stock = peak_bytes(lambda: differentiate(ChunkedLogProbFunction))
+    with patch_trl():
+        assert peak_bytes(lambda: differentiate(utils._ChunkedLogProbFunction)) < stock
 
 
 def other_class(tensor: Tensor) -> Tensor:
