@@ -115,7 +115,7 @@ def _check_signature() -> None:
     found = "no such function"
     if hasattr(function, "forward"):
         names = [*inspect.signature(function.forward).parameters][1:]  # without ctx
-        if names == _ARGUMENTS and hasattr(utils, _CHOICE):
+        if names == _ARGUMENTS:
             return
         found = f"({', '.join(names)})"
     version = getattr(sys.modules["trl"], "__version__", "of an unknown version")
@@ -135,8 +135,11 @@ def _bind() -> None:
     elif not _patches:
         _rebind(ExactLogProbFunction, _originals[_FUNCTION])
     # Bound elsewhere for other functions, which it must not change.
-    if getattr(utils, _CHOICE) is not _scores_answers_alone:
-        _originals[_CHOICE] = getattr(utils, _CHOICE)
+    choice = getattr(utils, _CHOICE, None)
+    if choice is None:  # TRL 1.15 scores answers alone, anywhere
+        return
+    if choice is not _scores_answers_alone:
+        _originals[_CHOICE] = choice
     is_compact = bool(_patches) and _patches[-1].compact
     setattr(utils, _CHOICE, _scores_answers_alone if is_compact else _originals[_CHOICE])
 

@@ -401,11 +401,13 @@ def test_a_function_with_other_arguments_is_refused(monkeypatch, function, found
         assert patch.calls == 0
 
 
-def test_a_trl_without_the_choice_of_positions_is_refused(monkeypatch):
+def test_a_trl_without_the_choice_of_positions_is_patched(monkeypatch):
+    """As TRL 1.15, which has no other way than to score answers alone."""
+    inputs = make_head_inputs(5, 61, 8, torch.float32)
     with monkeypatch.context() as changed:
         changed.delattr(utils, "_use_triton")
-        with pytest.raises(RefusedError, match="or train without the patch"):
-            patch_trl()
+        patched(inputs)
+        assert not hasattr(utils, "_use_triton")
 
 
 def test_without_trl_the_package_to_install_is_named(monkeypatch):
