@@ -1,0 +1,316 @@
+"""Exact log-probabilities in TRL's own trainers.
+
+TRL's fused head (``trl.trainer.utils.add_fused_lm_head``) looks up the function that scores its
+labels at every call.  The patch puts one with the same arguments and results in its place.
+Letters: **N** labels, **D** hidden size, **V** vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Callable, Collection
+from functools import partial
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from realign.errors import RefusedError
+from realign_kernels import linear_logprob, linear_logprob_stats
+
+_UTILS = "trl.trainer.utils"
+_FUNCTION, _CHOICE = "_ChunkedLogProbFunction", "_use_triton"  # as they are called there
+_ARGUMENTS = [
+    "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
+    "logit_scale", "outputs",
+]  # fmt: skip
+# What TRL asks for by name, beside the log-probabilities, in the order of the results.
+_STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+_HALF_OR_FLOAT32 = {torch.float16, torch.bfloat16, torch.float32}
+# Elsewhere TRL's function is written for its compiler, and the exact head has not been tried.
+_DEVICE_TYPES = ("cpu", "cuda", "xpu")
+
+Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class TrlPatch:
+    """The patch of TRL that :func:`patch_trl` has made.
+
+    Attributes:
+        calls: Number of calls of TRL's function that the exact head has answered meanwhile.
+        passed_on: Number of those that went to TRL's own function, which takes more than the head.
+    """
+
+    def __init__(self, compact: bool) -> None:
+        self.compact = compact
+        self.calls = 0
+        self.passed_on = 0
+
+    def undo(self) -> None:
+        """End this patch.  TRL's own functions return once no other patch is left."""
+        if self in _patches:
+            _patches.remove(self)
+            _bind()
+
+    def __enter__(self) -> Self:
+        if self not in _patches:
+            _check_signature()
+            _patches.append(self)
+            _bind()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.undo()
+
+
+def patch_trl(*, compact: bool = True) -> TrlPatch:
+    """Let TRL's trainers compute log-probabilities by the exact head, in this process.
+
+    DPO, KTO, SFT, GRPO, RLOO and the experimental asynchronous GRPO change; trainers that were made
+    before do too.  The patch holds until the program ends, or until the end of a ``with`` block.
+    To call it twice is to call it once.
+
+    Args:
+        compact: Whether to score answers alone on CPUs too, as TRL does on GPUs.  TRL scores every
+            position there, and throws away what is not of an answer.
+    Returns:
+        patch: Counts its calls; ``patch.undo()`` ends it.
+    Raises:
+        RefusedError: TRL is not installed, or its function has other arguments.
+
+    Example::
+
+        patch = patch_trl()
+        trainer = DPOTrainer(model, args=args, train_dataset=dataset, processing_class=processor)
+        trainer.train()
+        assert patch.calls and not patch.passed_on
+    """
+    if not isinstance(compact, bool):
+        raise RefusedError(
+            f"compact must be True or False, got {compact!r}. Leave it out for the default."
+        )
+    return TrlPatch(compact).__enter__()
+
+
+_patches: list[TrlPatch] = []  # that have not been undone; the last one decides what is compact
+_originals: dict[str, Any] = {}
+
+
+def _check_signature() -> None:
+    """Refuse a TRL whose function cannot be replaced."""
+    try:
+        utils = import_module(_UTILS)
+    except ImportError as error:
+        raise RefusedError(
+            f"patch_trl requires trl >= 1.15, got none: {error}. Call pip install 'trl>=1.15'."
+        ) from error
+    function: Any = getattr(utils, _FUNCTION, None)
+    if function is ExactLogProbFunction:
+        return
+    found = "no such function"
+    if hasattr(function, "forward"):
+        names = [*inspect.signature(function.forward).parameters][1:]  # without ctx
+        if names == _ARGUMENTS:
+            return
+        found = f"({', '.join(names)})"
+    version = getattr(sys.modules["trl"], "__version__", "of an unknown version")
+    raise RefusedError(
+        "patch_trl needs the log-prob function of TRL >= 1.15 with arguments "
+        f"({', '.join(_ARGUMENTS)}), found {found} in TRL {version}. Install a TRL that has it, "
+        "or train without the patch."
+    )
+
+
+def _bind() -> None:
+    """Bind in TRL what the patches ask for, or its own functions where there is no patch."""
+    utils: Any = import_module(_UTILS)
+    if _patches and getattr(utils, _FUNCTION) is not ExactLogProbFunction:
+        _originals[_FUNCTION] = getattr(utils, _FUNCTION)
+        _rebind(_originals[_FUNCTION], ExactLogProbFunction)
+    elif not _patches:
+        _rebind(ExactLogProbFunction, _originals[_FUNCTION])
+    # Bound elsewhere for other functions, which it must not change.
+    choice = getattr(utils, _CHOICE, None)
+    if choice is None:  # TRL 1.15 scores answers alone, anywhere
+        return
+    if choice is not _scores_answers_alone:
+        _originals[_CHOICE] = choice
+    is_compact = bool(_patches) and _patches[-1].compact
+    setattr(utils, _CHOICE, _scores_answers_alone if is_compact else _originals[_CHOICE])
+
+
+def _rebind(old: Any, new: Any) -> None:
+    """Replace an object in every module of TRL that has been imported."""
+    for name, module in [*sys.modules.items()]:
+        if name.partition(".")[0] == "trl" and isinstance(module, ModuleType):
+            for attribute in [key for key, value in vars(module).items() if value is old]:
+                setattr(module, attribute, new)
+
+
+def _scores_answers_alone(device: torch.device) -> bool:
+    """Stand in for the function by which TRL chooses what to score."""
+    return device.type == "cpu" or _originals[_CHOICE](device)
+
+
+class ExactLogProbFunction:
+    """Stands in for TRL's ``ChunkedLogProbFunction``."""
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: Collection[str] = _STATISTICS,
+    ) -> Results:
+        """Return log-probabilities, entropy, log sum of squares, mean logits and whether targets
+        are the most probable tokens, (N,) each; None where ``outputs`` does not name one.
+
+        Hidden states are (N, D) and the weight is (V, D).  ``chunk_size`` is TRL's own business.
+        """
+        is_ours = bool(_patches) and _is_for_the_head(
+            hidden, weight, bias, targets, (temperature, logit_scale, final_logit_softcapping)
+        )
+        for patch in _patches:
+            if is_ours:
+                patch.calls += 1
+            else:
+                patch.passed_on += 1
+        if not is_ours:
+            return _originals[_FUNCTION].apply(
+                hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping,
+                logit_scale, outputs,
+            )  # fmt: skip
+        is_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        score = partial(
+            _score,
+            targets.long(),
+            outputs,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            logit_softcap=final_logit_softcapping,
+            # A trained head keeps nothing of size N x V, as TRL's does not.
+            memory="recompute" if is_trained else "auto",
+        )
+        if hasattr(weight, "ds_id"):
+            return _GatheredHead.apply(score, hidden, weight, bias)
+        return score(hidden, weight, bias)
+
+
+def _is_for_the_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    numbers: tuple[float, float, float | None],
+) -> bool:
+    """Return whether the exact head takes what TRL's function is given, which takes more."""
+    if not all(number is None or _is_positive(number) for number in numbers):
+        return False
+    tensors = [hidden, weight] if bias is None else [hidden, weight, bias]
+    dtypes = {tensor.dtype for tensor in tensors}
+    return (
+        hidden.device.type in _DEVICE_TYPES
+        and (dtypes <= _HALF_OR_FLOAT32 or dtypes == {torch.float64})
+        # Of quantized weights, say, products are defined by their class.
+        and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+        and _are_tokens(targets, len(weight))
+    )
+
+
+def _is_positive(number: Any) -> bool:
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    return is_number and 0 < number < math.inf
+
+
+def _are_tokens(targets: Tensor, vocabulary_size: int) -> bool:
+    """Return whether all targets have a row of the head: TRL's function takes others too.
+
+    Labels at image tokens have none where a model has no output for these.
+    """
+    return not ((targets < 0) | (targets >= vocabulary_size)).any()
+
+
+def _score(
+    targets: Tensor,
+    outputs: Collection[str],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    **options: Any,
+) -> Results:
+    """Call the head for what is asked for.  TRL's results are float32, of float64 inputs too."""
+    if bias is not None and bias.dtype not in (hidden.dtype, torch.float32):
+        bias = bias.to(hidden.dtype)  # as TRL rounds it
+    # How many are scored is known: nothing waits for a GPU.
+    options |= {"lm_head_bias": bias, "ignore_index": None, "num_scored": len(targets)}
+    if not any(name in outputs for name in _STATISTICS):
+        logps = linear_logprob(hidden, weight, targets, **options)
+        return logps.float(), None, None, None, None
+    stats = linear_logprob_stats(hidden, weight, targets, **options)
+    return (
+        stats.token_logps.float(),
+        stats.entropy.float() if "entropy" in outputs else None,
+        stats.log_sum_sq_probs.float() if "log_sum_sq_probs" in outputs else None,
+        stats.mean_logits.float() if "mean_logits" in outputs else None,
+        stats.is_top1 if "is_top1" in outputs else None,
+    )
+
+
+class _GatheredHead(torch.autograd.Function):
+    """The head of ZeRO-3, whose weight is whole only inside of a context of TRL's.
+
+    TRL is in it around the forward.  The backward enters it again, as that of TRL's function does,
+    and scores anew, so that nothing reads a weight that has been released.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        score: Callable[..., Results],
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Results:
+        results = score(hidden, weight, bias)
+        device_type = hidden.device.type
+        ctx.score = score
+        ctx.autocast = {
+            "device_type": device_type,
+            "enabled": torch.is_autocast_enabled(device_type),
+            "dtype": torch.get_autocast_dtype(device_type),
+        }
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.mark_non_differentiable(*(part for part in results[2:] if part is not None))
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = ctx.saved_tensors
+        gather = import_module(_UTILS).maybe_gather_lm_head_ctx
+        with gather(weight, bias), torch.enable_grad(), torch.autocast(**ctx.autocast):
+            leaves = [
+                None if tensor is None else tensor.detach().requires_grad_(is_needed)
+                for tensor, is_needed in zip(
+                    (hidden, weight, bias), ctx.needs_input_grad[1:], strict=True
+                )
+            ]
+            results = ctx.score(*leaves)
+            given = [pair for pair in zip(results[:2], grads, strict=False) if pair[1] is not None]
+            wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+            outputs, slopes = zip(*given, strict=True)
+            found = iter(torch.autograd.grad(outputs, wanted, slopes))
+        return (
+            None,
+            *(next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves),
+        )

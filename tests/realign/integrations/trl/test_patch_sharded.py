@@ -1,0 +1,72 @@
+"""The patch under FSDP2: two processes over gloo, against TRL there and against one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import running
+from tests.realign.integrations.trl import sharded_dpo
+from tests.realign.integrations.trl.dpo_training import difference
+from tests.realign.integrations.trl.sharded_dpo import CASES, take_step
+from tests.realign.training.test_distributed import free_port
+
+RANKS = ("0", "1")
+# transformers and trl on each other's names
+pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What both processes wrote."""
+    folder = tmp_path_factory.mktemp("sharded")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                running(
+                    [sys.executable, sharded_dpo.__file__, folder],
+                    env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+                    stderr=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    text=True,
+                )
+            )
+            for rank in RANKS
+        ]
+        said = [process.communicate(timeout=300)[1] for process in processes]
+        assert {process.returncode for process in processes} == {0}, "\n".join(said)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_sharded_step_is_the_stock_step(folder: Path, tmp_path: Path, case) -> None:
+    """Weights that are gathered for the forward alone are there again for the backward."""
+    alone, alone_loss, _ = take_step(tmp_path, is_tied=CASES[case])
+    # TRL 1.16 leaves every rank with its own share of its own gradient here, not of the mean.
+    is_mean = [name for name in alone if case == "tied" or name != "lm_head.weight"]
+    for rank in RANKS:
+        said = json.loads((folder / f"{case}.{rank}.json").read_text())
+        assert said["calls"] == [2, 0]
+        assert said["model"].startswith("FSDP")
+        assert said["loss"] == pytest.approx(said["stock_loss"], abs=1e-6)
+        assert said["loss"] == pytest.approx(alone_loss, abs=1e-6)
+        found = load_file(folder / f"{case}.patched.{rank}.safetensors")
+        assert difference(found, load_file(folder / f"{case}.stock.{rank}.safetensors")) <= 3e-6
+        expected = {name: alone[name] for name in is_mean}
+        assert difference({name: found[name] for name in is_mean}, expected) <= 3e-6
