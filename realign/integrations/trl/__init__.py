@@ -1,0 +1,24 @@
+"""TRL: exact log-probabilities in the trainers that it has, and rDPO as one of them.
+
+Public names are loaded when first used, so that each needs no more of TRL than it uses.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from realign.integrations.trl.patch import patch_trl as patch_trl
+
+_HOMES = {
+    "RdpoTrainer": "realign.integrations.trl.trainer",
+    "patch_trl": "realign.integrations.trl.patch",
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'realign.integrations.trl' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
