@@ -180,14 +180,24 @@ def check_rows(
             if reference is not None:
                 if record.key not in reference:
                     lacking.append(place)
-                elif (cells := len(reference[record.key])) < num_cells:
-                    raise RefusedError(
-                        f"reference must have {num_cells} values a row, got {cells} of {place}. "
-                        "Run `realign cache` with an objective of as many cells."
-                    )
+                else:
+                    _check_values(reference[record.key], num_cells, place)
             progress.advance()
     if lacking:
         raise RefusedError(
             f"reference must have every row, lacks {len(lacking)} of {len(dataset)}, first: "
             f"{lacking[0]}. {LACKING}"
+        )
+
+
+def _check_values(values: Any, num_cells: int, place: str) -> None:
+    if not isinstance(values, Tensor):
+        raise RefusedError(
+            f"reference must map record.key to a tensor of log-probabilities, got "
+            f"{type(values).__name__} for {place}. Call torch.tensor."
+        )
+    if values.ndim != 1 or len(values) < num_cells:
+        raise RefusedError(
+            f"reference must have {num_cells} values a row, got shape {tuple(values.shape)} for "
+            f"{place}. Run `realign cache` with as many --cells."
         )

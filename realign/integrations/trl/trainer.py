@@ -30,9 +30,11 @@ from realign.integrations.trl.options import (
 )
 from realign.integrations.trl.rows import RowCollator, check_rows, with_image_bytes
 from realign.integrations.trl.step_metrics import NUM_TOKENS, step_metrics
+from realign.modeling.float32 import computes_exactly
 from realign.modeling.packing import choose_layout
 from realign.modeling.preference_forward import attach_preference_forward, lora_of_head
 from realign.training.checkpoint_trainer import load_saved_weights
+from realign.training.guards import off_reference
 from realign.training.sharding import GatherHead, check_data_parallel, set_up_fsdp
 from realign_kernels import Objective, RdpoStatsOutput
 
@@ -120,9 +122,15 @@ class RdpoTrainer(DPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = DPOConfig(f"{name.rstrip('/').rpartition('/')[2]}-rDPO")
+        if reference is not None and not isinstance(reference, Mapping):
+            raise RefusedError(
+                f"reference must map record.key to log-probabilities, got "
+                f"{type(reference).__name__}. Pass what read_cache returns."
+            )
         check_options(args, is_cached=reference is not None, data_path=data_path)
         self.objective = make_objective(args, objective, image_beta, image_weight)
         self.reference = reference
+        self._is_compared = False  # the first loss with that of the reference
         self._is_own = data_path == "own"
         if self._is_own:
             check_own(data_collator=data_collator, compute_metrics=compute_metrics)
@@ -302,13 +310,36 @@ class RdpoTrainer(DPOTrainer):
     def _own_loss(
         self, model: nn.Module, inputs: Mapping[str, Any]
     ) -> tuple[Tensor, RdpoStatsOutput]:
+        ids = inputs["ids"]
         inputs = {name: value for name, value in inputs.items() if name != "ids"}
         if "ref_logps" not in inputs:
             inputs["ref_logps"] = self._of_reference(
                 lambda reference: reference(**inputs, objective=self.objective).logps
             )
         output = model(**inputs, objective=self.objective, statistics=True)
+        if self.reference is not None and self.model.training and not self._is_compared:
+            self._is_compared = True
+            self._warn_off_reference(output, ids)
         return output.loss, output
+
+    def _warn_off_reference(self, output: RdpoStatsOutput, ids: list[str]) -> None:
+        """Log that a policy does not begin at its cached reference, as one of another model or
+        precision would not. It may be meant to.
+        """
+        problem = off_reference(
+            output,
+            self.objective,
+            [one or "(without an id)" for one in ids],
+            is_exact=computes_exactly(
+                self.model, autocast=self.accelerator.mixed_precision != "no"
+            ),
+            batch_variance=getattr(self.reference, "batch_variance", None),
+        )
+        if problem and self.state.global_step == 0:
+            said = problem.splitlines()[:2]  # what follows names an option of realign train
+            logger.warning(
+                "\n".join([*said, "Go on only if the policy is meant to begin elsewhere."])
+            )
 
     def _native_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], mode: str, return_outputs: bool

@@ -80,6 +80,10 @@ def test_options_of_the_configuration(
             "from 1). Run `realign cache` for this dataset",
         ),
         (
+            {"reference": [1.0]},
+            "reference must map record.key to log-probabilities, got list. Pass what read_cache",
+        ),
+        (
             {"reference": {}, "ref_model": "a model"},
             "ref_model must be None beside reference=, got str: ",
         ),
@@ -136,7 +140,7 @@ def test_a_dataset_without_retrieved_images(tmp_path: Path, data_path: str, stre
 
 
 def test_a_reference_of_fewer_cells(tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match="reference must have 4 values a row, got 3 of train"):
+    with pytest.raises(RefusedError, match=r"reference must have 4 values a row, got shape \(3,\)"):
         ours(tmp_path, model=None, reference=cached_reference(), objective=Objective.symmetric())
 
 
@@ -224,6 +228,17 @@ def test_label_smoothing_is_ignored_as_trl_does(tmp_path: Path, caplog, data_pat
     trainer = ours(tmp_path, data_path=data_path, training={"label_smoothing": 0.1})
     assert trainer.objective == Objective.rdpo(0.1)
     assert "label_smoothing = 0.1 is ignored: TRL reads it for" in caplog.text
+
+
+def test_a_policy_that_does_not_begin_at_its_cache_is_said_once(tmp_path: Path, caplog) -> None:
+    said = "the first loss must be 1.386294, that of a policy which is its own reference"
+    options = {"reference": cached_reference(), "training": {"max_steps": 2}}
+    ours(tmp_path, model=reference_model(), **options).train()
+    assert said not in caplog.text
+    ours(tmp_path, model=policy_model(), **options).train()
+    assert caplog.text.count(said) == 1
+    assert "Go on only if the policy is meant to begin elsewhere." in caplog.text
+    assert "check_first_step" not in caplog.text
 
 
 def test_two_options_are_set_and_said(tmp_path: Path, caplog) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 
 from realign.data.dataset import read_records
 from realign.data.formats.parquet import write_parquet
@@ -92,14 +93,17 @@ def test_rows_that_are_refused(changes: dict[str, Any], message: str) -> None:
 def test_a_dataset_is_checked_row_by_row() -> None:
     dataset = with_image_bytes(pairs(3))
     keys = [as_record(row).key for row in dataset]
-    known = dict.fromkeys(keys, [0.0] * 3)
+    known = dict.fromkeys(keys, torch.zeros(3))
     check_rows(dataset, "train_dataset", known, 3)
     check_rows({"a": dataset}, "eval_dataset", None, 3)
     del known[keys[1]]
     with pytest.raises(RefusedError, match=r"lacks 1 of 3, first: eval_dataset\['a'\], row 2 "):
         check_rows({"a": dataset}, "eval_dataset", known, 3)
-    with pytest.raises(RefusedError, match="reference must have 4 values a row, got 3"):
-        check_rows(dataset, "train_dataset", dict.fromkeys(keys, [0.0] * 3), 4)
+    with pytest.raises(RefusedError, match=r"reference must have 4 values a row, got shape \(3,\)"):
+        check_rows(dataset, "train_dataset", dict.fromkeys(keys, torch.zeros(3)), 4)
+    values: Any = dict.fromkeys(keys, [0.0] * 3)
+    with pytest.raises(RefusedError, match=r"to a tensor of log-probabilities, got list for train"):
+        check_rows(dataset, "train_dataset", values, 3)
 
 
 def test_images_are_left_undecoded_in_every_kind_of_dataset() -> None:
