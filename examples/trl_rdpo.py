@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> Path:
         reference=reference,
     )
     trainer.train()
-    trainer.evaluate()
+    print(trainer.evaluate())
     adapter = options.out / "adapter"
     trainer.save_model(str(adapter))
     return adapter

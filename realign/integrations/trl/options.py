@@ -99,23 +99,17 @@ def check_data_path(data_path: str) -> None:
         )
 
 
-def check_native(**own_arguments: Any) -> None:
-    """Refuse arguments that the native data path does not read; None stands for one left out."""
-    for name, value in own_arguments.items():
+def check_left_out(data_path: str, other: str, **arguments: Any) -> None:
+    """Refuse arguments that a data path does not read; None stands for one left out.
+
+    Raises:
+        RefusedError: Naming the other path, which reads it.
+    """
+    for name, value in arguments.items():
         if value is not None:
             raise RefusedError(
-                f"{name} must be left out with data_path='native', got {value!r:.60}. Drop it, or "
-                "use data_path='own'."
-            )
-
-
-def check_own(**native_arguments: Any) -> None:
-    """Refuse arguments that the own data path does not read; None stands for one left out."""
-    for name, value in native_arguments.items():
-        if value is not None:
-            raise RefusedError(
-                f"{name} must be left out with data_path='own', got {value!r:.60}. Drop it, or "
-                "pass data_path='native'."
+                f"{name} must be left out with data_path={data_path!r}, got {value!r:.60}. Drop "
+                f"it, or pass data_path={other!r}."
             )
 
 
@@ -132,10 +126,10 @@ def set_options(args: DPOConfig) -> None:
 
 
 def check_columns(dataset: Any, name: str, num_cells: int) -> None:
-    """Refuse a dataset without retrieved images where the objective reads them.
+    """Refuse a dataset without images, or without retrieved ones where the objective reads them.
 
     Raises:
-        RefusedError: The first row has no ``rejected_images``.
+        RefusedError: The first row has no ``images`` or ``image``, or no ``rejected_images``.
     """
     if isinstance(dataset, dict):
         for key, part in dataset.items():
@@ -144,9 +138,13 @@ def check_columns(dataset: Any, name: str, num_cells: int) -> None:
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         return  # TRL refuses what is none
     columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not say them
-    if num_cells > 2 and not {"rejected_images", "retrieved_image"} & {*columns}:
-        raise RefusedError(
-            f"{name} must have the column rejected_images, the retrieved image of each pair, got "
-            f"the columns {', '.join(columns)}. Add it (`realign build` makes it), or use TRL's "
-            "own DPOTrainer for pairs of answers alone."
-        )
+    needed: list[tuple[tuple[str, ...], str]] = [(("images", "image"), "the image of each pair")]
+    if num_cells > 2:
+        needed.append((("rejected_images",), "the retrieved image of each pair"))
+    for names, what in needed:
+        if not {*names} & {*columns}:
+            raise RefusedError(
+                f"{name} must have the column {names[0]}, {what}, got the columns "
+                f"{', '.join(columns)}. Add it (`realign build` makes both), or use TRL's own "
+                "DPOTrainer for pairs of answers alone."
+            )

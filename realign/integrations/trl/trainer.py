@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import trl
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer import dpo_trainer
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from realign.errors import RefusedError
 from realign.integrations.trl.native import NativeBatch, NativeCollator
 from realign.integrations.trl.options import (
     check_columns,
-    check_native,
+    check_left_out,
     check_options,
-    check_own,
     make_objective,
     set_options,
+)
+from realign.integrations.trl.own_models import (
+    USE_NATIVE,
+    check_adapter,
+    give_own_forward,
+    own_models,
 )
 from realign.integrations.trl.rows import RowCollator, check_rows, with_image_bytes
 from realign.integrations.trl.step_metrics import NUM_TOKENS, step_metrics
 from realign.modeling.float32 import computes_exactly
 from realign.modeling.packing import choose_layout
-from realign.modeling.preference_forward import attach_preference_forward, lora_of_head
+from realign.modeling.preference_forward import lora_of_head
 from realign.training.checkpoint_trainer import load_saved_weights
 from realign.training.guards import off_reference
 from realign.training.sharding import GatherHead, check_data_parallel, set_up_fsdp
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 logger = get_logger(__name__)
-USE_NATIVE = "Pass data_path='native', TRL's own forward."
 
 
 class RdpoTrainer(DPOTrainer):
@@ -133,10 +134,12 @@ class RdpoTrainer(DPOTrainer):
         self._is_compared = False  # the first loss with that of the reference
         self._is_own = data_path == "own"
         if self._is_own:
-            check_own(data_collator=data_collator, compute_metrics=compute_metrics)
-            _check_adapter(peft_config)
+            check_left_out(
+                "own", "native", data_collator=data_collator, compute_metrics=compute_metrics
+            )
+            check_adapter(peft_config)
         else:
-            check_native(reference=reference, shared_prefix=shared_prefix)
+            check_left_out("native", "own", reference=reference, shared_prefix=shared_prefix)
         if reference is not None and ref_model is not None:
             raise RefusedError(
                 f"ref_model must be None beside reference=, got {type(ref_model).__name__}: the "
@@ -147,11 +150,12 @@ class RdpoTrainer(DPOTrainer):
         if self._is_own:
             for given in (model, ref_model):
                 if isinstance(given, nn.Module):
-                    _attach(given)
+                    give_own_forward(given)
             callbacks = [GatherHead(), *(callbacks or [])]
         set_options(args)
         is_given_adapter = isinstance(model, nn.Module) and is_peft_model(model)
-        with self._own_loading(has_policy=not isinstance(model, str)):
+        loading = own_models(model, loads_reference=reference is None)
+        with loading if self._is_own else nullcontext():
             super().__init__(
                 model=model,
                 ref_model=ref_model,
@@ -184,35 +188,9 @@ class RdpoTrainer(DPOTrainer):
         check_rows(dataset, name, self.reference, self.objective.num_cells)
         return dataset
 
-    @contextmanager
-    def _own_loading(self, *, has_policy: bool) -> Iterator[None]:
-        """Within it TRL's constructor gives every model that it loads our forward, loads no
-        reference whose values are known, and lets LoRA on the output projection pass.
-        """
-        if not self._is_own:
-            yield
-            return
-        num_loaded = int(has_policy)
-
-        def load_own(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            nonlocal num_loaded
-            num_loaded += 1
-            if num_loaded > 1 and self.reference is not None:
-                return None  # which TRL takes for no reference
-            model = load(*args, **kwargs)
-            _attach(model)
-            return model
-
-        with (
-            _replaced("create_model_from_path", lambda load: partial(load_own, load)),
-            # isinstance(head, ()) is false: our forward reads the adapter of the output projection
-            _replaced("BaseTunerLayer", lambda _: ()),
-        ):
-            yield
-
     def _set_up_own(self, shared_prefix: bool | None) -> None:
         """Put our collator in place of TRL's, and refuse what our forward would leave out."""
-        _check_adapter(getattr(self.model, "active_peft_config", None))
+        check_adapter(getattr(self.model, "active_peft_config", None))
         lora_of_head(self.model.get_output_embeddings())
         if self.aux_loss_enabled:
             raise RefusedError(
@@ -387,40 +365,3 @@ class RdpoTrainer(DPOTrainer):
         self._metrics[mode][NUM_TOKENS] = [self._total_train_tokens]
         for name, value in found.items():
             self._metrics[mode][name].append(value)
-
-
-def _attach(model: Any) -> None:
-    """Give a model, or the base of an adapter, our forward.
-
-    Raises:
-        RefusedError: The model is none that it can score.
-    """
-    try:
-        attach_preference_forward(model.get_base_model() if is_peft_model(model) else model)
-    except RefusedError as error:
-        raise RefusedError(f"{error} Or: {USE_NATIVE[0].lower()}{USE_NATIVE[1:]}") from None
-
-
-def _check_adapter(config: Any) -> None:
-    """Refuse adapters that put virtual tokens before a row: our rows say which token is which."""
-    if getattr(config, "is_prompt_learning", False):
-        raise RefusedError(
-            f"peft_config must not add virtual tokens with data_path='own', got "
-            f"{type(config).__name__}. {USE_NATIVE}"
-        )
-
-
-@contextmanager
-def _replaced(name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Within it a name of TRL's module of the DPOTrainer stands for what is made of its value."""
-    if not hasattr(dpo_trainer, name):
-        raise RefusedError(
-            f"trl must be a version whose DPOTrainer uses {name}, got {trl.__version__}. Install "
-            "trl 1.16, with which this was tested."
-        )
-    before = getattr(dpo_trainer, name)
-    setattr(dpo_trainer, name, make(before))
-    try:
-        yield
-    finally:
-        setattr(dpo_trainer, name, before)

@@ -89,7 +89,7 @@ def test_options_of_the_configuration(
         ),
         (
             {"reference": {}, "data_path": "native"},
-            "reference must be left out with data_path='native', got {}. Drop it, or use data_path",
+            "reference must be left out with data_path='native', got {}. Drop it, or pass data_pat",
         ),
         (
             {"shared_prefix": True, "data_path": "native"},
@@ -137,6 +137,15 @@ def test_a_dataset_without_retrieved_images(tmp_path: Path, data_path: str, stre
             ours(tmp_path, model=None, data_path=data_path, **options)  # fmt: skip
     trainer = ours(tmp_path, data_path=data_path, train_dataset=dataset, objective=Objective.dpo())
     assert trainer.objective.num_cells == 2
+
+
+@pytest.mark.parametrize("data_path", ["own", "native"])
+def test_a_dataset_without_images(tmp_path: Path, data_path: str) -> None:
+    """TRL takes it for text, and would change its answers."""
+    dataset = pairs(4).remove_columns("images")
+    options = {"data_path": data_path, "train_dataset": dataset, "objective": Objective.dpo()}
+    with pytest.raises(RefusedError, match="train_dataset must have the column images, the image"):
+        ours(tmp_path, model=None, **options)
 
 
 def test_a_reference_of_fewer_cells(tmp_path: Path) -> None:

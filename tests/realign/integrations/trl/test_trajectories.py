@@ -74,7 +74,7 @@ def test_an_adapter_with_accumulation_and_evaluation(tmp_path: Path, is_text: bo
     lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "exclude_modules": ["lm_head"]}
     options = {
         "train_dataset": pairs(PAIRS, 3),
-        "eval_dataset": pairs(6, 4),
+        "eval_dataset": pairs(5, 4),
         "training": {
             "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 6,
             "learning_rate": 1e-3, "eval_strategy": "steps", "eval_steps": 3,
