@@ -196,6 +196,26 @@ RESUMED = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_numerics_of_a_cache_are_those_of_the_configuration(
+    tmp_path: Path, caplog, bf16: bool
+) -> None:
+    """What docs/trainers/trl.md says of both; another cache is said to be off."""
+    pairs().to_parquet(str(tmp_path / "pairs.parquet"))
+    records = realign.read_records(tmp_path / "pairs.parquet", None)
+    for autocast in (bf16, not bf16):
+        scoring = realign.Scoring(
+            MODEL, 3, "label", realign.Numerics(torch.float32, autocast=autocast)
+        )
+        realign.build_cache(records, scoring, tmp_path / "cache")
+        reference = realign.read_cache(tmp_path / "cache", records, scoring.identity())
+        options = {"model": str(MODEL), "reference": reference, "training": {"bf16": bf16}}
+        trainer = ours(tmp_path / "run", **options)
+        trainer.train()
+        is_off = abs(trainer.state.log_history[0]["loss"] - 2 * math.log(2)) > 1e-6
+        assert is_off == ("the first loss must be" in caplog.text) == (autocast != bf16)
+
+
 def test_a_full_model_is_saved_and_resumed(tmp_path: Path) -> None:
     options: dict[str, Any] = {"train_dataset": pairs(8), "reference": cached_reference(8)}
     training = RESUMED

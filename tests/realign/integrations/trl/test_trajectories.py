@@ -26,7 +26,7 @@ OF_EVALUATION = [
     f"eval_{name}"
     for name in ("rewards/chosen", "rewards/margins", "logps/chosen", "logps/rejected", "entropy")
 ]
-TRAINING = {"per_device_train_batch_size": 1, "max_steps": 50, "learning_rate": 5e-5}
+TRAINING = {"per_device_train_batch_size": 2, "max_steps": 50, "learning_rate": 5e-5}
 
 
 def lines(trainer: Any) -> list[dict[str, float]]:
