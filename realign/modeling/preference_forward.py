@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from realign.errors import RefusedError
@@ -22,17 +22,19 @@ from realign.modeling.logit_transform import LogitTransform, find_logit_transfor
 from realign.modeling.packed_attention import packed_attention, use_packed_attention
 from realign.modeling.packing import Packing, why_not_shared
 from realign.modeling.positions import rope_positions
-from realign_kernels import Objective, RdpoOutput, rdpo_loss
+from realign_kernels import Objective, RdpoOutput, RdpoStatsOutput, rdpo_loss
 
 
 def attach_preference_forward(model: PreTrainedModel) -> None:
     """Let ``model(**batch)`` of a :class:`realign.modeling.collate.PreferenceCollator` return an
-    :class:`RdpoOutput`; other calls stay as they were.
+    :class:`RdpoOutput`, or with ``statistics=True`` an :class:`RdpoStatsOutput`; other calls stay
+    as they were.
 
     Raises:
-        RefusedError: What the model does to its logits is not understood, or its attention would
-            leave out a part of its mask.
+        RefusedError: What the model does to its logits is not understood, its attention would
+            leave out a part of its mask, or a trainer of TRL has given it a forward of its own.
     """
+    refuse_fused_head(model)
     refuse_flash(model)
     transform = find_logit_transform(model)
     if why_not_shared(model) is None:
@@ -53,6 +55,7 @@ def attach_preference_forward(model: PreTrainedModel) -> None:
         ref_logps: Tensor | None = None,
         objective: Objective | None = None,
         rejected_scoring: str = "label",
+        statistics: bool = False,
         **inputs: Any,
     ) -> Any:
         if answer_labels is None:
@@ -72,9 +75,26 @@ def attach_preference_forward(model: PreTrainedModel) -> None:
             sequence_lengths=torch.tensor(num_tokens, dtype=torch.int64),
             objective=objective,
             rejected_scoring=rejected_scoring,
+            statistics=statistics,
         )
 
     model.forward = types.MethodType(forward, model)
+
+
+def refuse_fused_head(model: Any) -> None:
+    """Refuse a model whose forward is that of TRL's fused head: the preference forward would take
+    its place, and calls with ``fused_lm_head=True`` would return plain outputs.
+
+    Raises:
+        RefusedError: A trainer of TRL was made with this model.
+    """
+    code = getattr(model.__dict__.get("forward"), "__code__", None)  # of a method: its function's
+    if code is not None and "fused_lm_head" in code.co_varnames:
+        raise RefusedError(
+            f"model must not have been given to a trainer of TRL before, got a "
+            f"{type(model).__name__} with TRL's fused head. Load the model again, and attach the "
+            "preference forward before a trainer is made."
+        )
 
 
 def refuse_flash(model: Any) -> None:
@@ -135,17 +155,19 @@ def head_loss(
     sequence_lengths: Tensor,
     objective: Objective | None,
     rejected_scoring: str,
-) -> RdpoOutput:
+    statistics: bool = False,
+) -> RdpoOutput | RdpoStatsOutput:
     """Apply :func:`realign_kernels.rdpo_loss` to packed tokens with the model's own head: bias,
     LoRA, scale and softcap included.
+
+    Raises:
+        RefusedError: The head has an adapter that :func:`lora_of_head` does not take.
     """
     head: Any = model.get_output_embeddings()
-    lora = None
-    if hasattr(head, "lora_A"):  # peft's wrapper of a linear layer
-        (adapter,) = head.active_adapters
-        lora = (head.lora_A[adapter].weight, head.lora_B[adapter].weight, head.scaling[adapter])
+    lora = lora_of_head(head)
+    if hasattr(head, "get_base_layer"):  # peft's wrapper of a linear layer
         head = head.get_base_layer()
-    output = rdpo_loss(
+    return rdpo_loss(
         hidden_states,
         head.weight,
         labels,
@@ -154,10 +176,43 @@ def head_loss(
         sequence_lengths=sequence_lengths,
         objective=objective,
         rejected_scoring=rejected_scoring,
+        statistics=statistics,
         lm_head_bias=getattr(head, "bias", None),
         lm_head_lora=lora,
         logit_scale=transform.scale,
         logit_softcap=transform.softcap,
     )
-    assert isinstance(output, RdpoOutput)  # of a call without statistics
-    return output
+
+
+def lora_of_head(head: Any) -> tuple[Tensor, Tensor, float] | None:
+    """Return A, B and the scaling of the LoRA adapter that is active on an output projection; None
+    where there is none, or it is switched off.
+
+    Raises:
+        RefusedError: Another adapter of peft is on it, several are active, or its LoRA computes
+            more than ``B A``: the loss would leave that out.
+    """
+    if not hasattr(head, "get_base_layer") or head.disable_adapters or head.merged:
+        return None
+    from peft.tuners.lora import LoraLayer
+
+    factors = getattr(head, "lora_A", head.active_adapters)
+    active = [name for name in head.active_adapters if name in factors]
+    if not active:
+        return None  # the adapter that is active has no part here
+    (name, *others) = active
+    is_plain = (
+        not others
+        and isinstance(head, LoraLayer)
+        and isinstance(head.lora_A[name], nn.Linear)
+        and name not in head.lora_variant
+        and not head.lora_bias[name]
+        and not (head.training and getattr(head.lora_dropout[name], "p", 0.0))
+    )
+    if not is_plain:
+        raise RefusedError(
+            "the adapter of the output projection must be one plain LoRA without dropout, bias or "
+            f"variant, got {type(head).__name__} of peft with {', '.join(active)}. Leave the "
+            "output projection out of target_modules, or make its adapter a plain one."
+        )
+    return head.lora_A[name].weight, head.lora_B[name].weight, head.scaling[name]

@@ -237,23 +237,25 @@ class CheckpointTrainer(Trainer):
         return read_state(path if path.is_file() else folder / "process-0.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load a full checkpoint through ``from_pretrained``, which knows the saved names of the
-        weights.
-
-        Trainer's own loading does not: it finds no weight by its name and goes on from the first
-        ones (huggingface/transformers#43701).
-        """
+        """Load a full checkpoint by :func:`load_saved_weights`."""
         target: Any = model or self.model
         if self.is_fsdp_enabled or not isinstance(target, PreTrainedModel):
             # shards and adapters it loads rightly
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        # a dtype that every weight fits into, or some would be rounded on the way
-        dtypes = {p.dtype for p in target.parameters() if p.is_floating_point()}
-        saved = type(target).from_pretrained(
-            resume_from_checkpoint, dtype=functools.reduce(torch.promote_types, dtypes)
-        )
-        target.load_state_dict(saved.state_dict())
+        load_saved_weights(target, resume_from_checkpoint)
+
+
+def load_saved_weights(model: PreTrainedModel, folder: str) -> None:
+    """Load the weights of a folder through ``from_pretrained``, which knows their saved names.
+
+    Trainer's own loading does not: it finds no weight by its name and goes on from the first ones
+    (huggingface/transformers#43701).
+    """
+    # a dtype that every weight fits into, or some would be rounded on the way
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    saved = type(model).from_pretrained(folder, dtype=functools.reduce(torch.promote_types, dtypes))
+    model.load_state_dict(saved.state_dict())
 
 
 class _StopWhenAsked(TrainerCallback):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from realign_kernels import CELL_NAMES, Objective, RdpoOutput, preference_loss
+from realign_kernels import CELL_NAMES, Objective, RdpoOutput, RdpoStatsOutput, preference_loss
 
 # Nats by which two computations of one pair's margin may differ.
 FLOAT32_TOLERANCE = 1e-4  # for answers of up to 100 nats; rounding grows with the sum
@@ -88,7 +88,7 @@ def _local(gradient: Tensor) -> Tensor:
 
 
 def off_reference(
-    output: RdpoOutput,
+    output: RdpoOutput | RdpoStatsOutput,
     objective: Objective,
     ids: Sequence[str],
     *,

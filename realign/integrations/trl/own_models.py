@@ -1,0 +1,84 @@
+"""Our forward on the models of TRL's constructor: those that it is given or loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import trl
+from accelerate.utils import is_peft_model
+from trl.trainer import dpo_trainer
+
+from realign.errors import RefusedError
+from realign.modeling.preference_forward import attach_preference_forward
+
+USE_NATIVE = "Pass data_path='native', TRL's own forward."
+
+
+def give_own_forward(model: Any) -> None:
+    """Give a model, or the base of an adapter, our forward.
+
+    Raises:
+        RefusedError: The model is none that it can score.
+    """
+    try:
+        attach_preference_forward(model.get_base_model() if is_peft_model(model) else model)
+    except RefusedError as error:
+        raise RefusedError(f"{error} Or: {USE_NATIVE[0].lower()}{USE_NATIVE[1:]}") from None
+
+
+def check_adapter(config: Any) -> None:
+    """Refuse adapters that put virtual tokens before a row: our rows say which token is which."""
+    if getattr(config, "is_prompt_learning", False):
+        raise RefusedError(
+            f"peft_config must not add virtual tokens with data_path='own', got "
+            f"{type(config).__name__}. {USE_NATIVE}"
+        )
+
+
+@contextmanager
+def own_models(policy: Any, *, loads_reference: bool) -> Iterator[None]:
+    """Within it TRL's constructor gives every model that it loads our forward, and lets LoRA on the
+    output projection pass.
+
+    Args:
+        policy: What the constructor is given: a model, or the name of the first one that it loads.
+        loads_reference: Whether it may load a reference beside the policy.
+    Raises:
+        RefusedError: TRL is another version, or our forward cannot score a model.
+    """
+    num_loaded = 0 if isinstance(policy, str) else 1
+
+    def load_own(load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal num_loaded
+        num_loaded += 1
+        if num_loaded > 1 and not loads_reference:
+            return None  # which TRL takes for no reference
+        model = load(*args, **kwargs)
+        give_own_forward(model)
+        return model
+
+    with (
+        _replaced("create_model_from_path", lambda load: partial(load_own, load)),
+        # isinstance(head, ()) is false: our forward reads the adapter of the output projection
+        _replaced("BaseTunerLayer", lambda _: ()),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Within it a name of TRL's module of the DPOTrainer stands for what is made of its value."""
+    if not hasattr(dpo_trainer, name):
+        raise RefusedError(
+            f"trl must be a version whose DPOTrainer uses {name}, got {trl.__version__}. Install "
+            "trl 1.16, with which this was tested."
+        )
+    before = getattr(dpo_trainer, name)
+    setattr(dpo_trainer, name, make(before))
+    try:
+        yield
+    finally:
+        setattr(dpo_trainer, name, before)

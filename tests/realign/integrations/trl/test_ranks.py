@@ -1,0 +1,70 @@
+"""Two processes that train together (DDP over gloo) end with the weights of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import running
+from tests.realign.integrations.trl import ranks
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+# which pairs a rank gets changes these by nothing but the order of sums
+LOGGED = ("loss", "rewards/margins", "rewards/image_margins", "logps/chosen", "entropy")
+LOGGED = (*LOGGED, "logits/chosen", "mean_token_accuracy", "rewards/image_accuracies")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.full
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                running(
+                    [sys.executable, "-W", "ignore", ranks.__file__, tmp_path],
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                )
+            )
+            for rank in range(2)
+        ]
+        for data_path in ranks.DATA_PATHS:
+            ranks.run(tmp_path, data_path)
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    for data_path in ranks.DATA_PATHS:
+        alone, *both = [
+            json.loads((tmp_path / f"{data_path}.{rank}.json").read_text())
+            for rank in ("alone", 0, 1)
+        ]
+        assert [one["model"] for one in both] == ["DistributedDataParallel"] * 2
+        for found in both:
+            for line, expected in zip(found["lines"], alone["lines"], strict=True):
+                prefix = "eval_" if "eval_loss" in line else ""
+                for name in LOGGED:
+                    assert line[prefix + name] == pytest.approx(
+                        expected[prefix + name], abs=2e-6, rel=2e-6
+                    ), (data_path, name)
+                assert line.get("num_tokens") == expected.get("num_tokens")
+        expected = load_file(tmp_path / f"{data_path}.alone.safetensors")
+        for rank in (0, 1):
+            weights = load_file(tmp_path / f"{data_path}.{rank}.safetensors")
+            for name, value in expected.items():
+                assert (weights[name] - value).abs().max() < 1e-6, (data_path, name)
