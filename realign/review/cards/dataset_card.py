@@ -19,7 +19,7 @@ from realign.data.records import Record, texts_of
 from realign.errors import RefusedError
 from realign.review.cards.licence import Licence
 from realign.review.cards.place import PARQUET, DatasetPlace
-from realign.review.cards.template import code, plain, render
+from realign.review.cards.template import UNNAMED, code, plain, render
 from realign.runtime.files import json_text
 from realign.runtime.strict_json import read_json
 
@@ -29,7 +29,7 @@ COLUMNS = {
     "prompt": "turns before the answer, as role and content",
     "chosen": "the preferred answer, one turn of the assistant",
     "rejected": "the rejected answer, one turn of the assistant",
-    "rejected_images": "retrieved images, for which the chosen answer is wrong; may be empty",
+    "rejected_images": "retrieved images, the rejected side of the image pair; may be empty",
     "meta": "how the row was made, as JSON",
 }
 # the hub's names of sizes, by the number of rows from which the next one holds
@@ -130,7 +130,8 @@ def dataset_card(
         "dataset_card.md.j2",
         {
             "title": title,
-            "repo": repo or "REPOSITORY",
+            "repo": repo or UNNAMED,
+            "is_named": repo is not None,
             "rows": len(records),
             "with_image_pair": with_image_pair,
             "columns": [(name, COLUMNS.get(name, "of the source")) for name in schema.names],

@@ -18,7 +18,7 @@ from realign.review.cards.eval_scores import EvalScores
 from realign.review.cards.licence import Licence, licence_of_base
 from realign.review.cards.place import PARQUET, ModelPlace
 from realign.review.cards.run_facts import WEIGHTS, RunFacts
-from realign.review.cards.template import code, plain, render
+from realign.review.cards.template import UNNAMED, code, plain, render
 from realign.runtime.files import file_sha256
 from realign.runtime.strict_json import read_json
 
@@ -94,7 +94,7 @@ def model_card(place: ModelPlace, options: CardOptions) -> tuple[ModelCard, list
     licence = options.licence or (licence_of_base(base.place) if base.place else None)
     scores, notes = _find_scores(place, options)
     title = (options.repo or "").rpartition("/")[2] or (place.run or place.folder).resolve().name
-    repo = options.repo or "REPOSITORY"
+    repo = options.repo or UNNAMED
     adapter = read_json(place.folder / "adapter_config.json") if is_adapter(place.folder) else None
     values: dict[str, Any] = {
         "title": title,
@@ -145,7 +145,7 @@ def _names_to_fill(options: CardOptions, base: Base, *, is_adapter: bool) -> str
     """Return what the names in capitals of the examples stand for."""
     meanings = []
     if options.repo is None:
-        meanings.append("`REPOSITORY` stands for the name of this repository, or its folder")
+        meanings.append(f"`{UNNAMED}` stands for the name of this repository, or its folder")
     if is_adapter and base.hub_id is None:
         meanings.append(f"`BASE` stands for {_shown_base(base)}")
     return "; ".join(meanings) + "." if meanings else ""
@@ -259,7 +259,6 @@ def _data(facts: RunFacts, options: CardOptions) -> Iterator[str]:
         file = folder.name if folder.is_file() else f"{folder.name}/{PARQUET}"
         yield f"The file is {code(file)} of the run; no place where it is published is recorded."
     if folder.is_dir() and (counts := read_funnel(folder)):
-        yield (
-            f"Built by `realign build`: {counts['accepted']:,} pairs from "
-            f"{counts['rows'] + sum(counts['rejected'].values()):,} rows."
-        )
+        pairs = counts["accepted"] - counts["decisions"]["dropped"]
+        rows = counts["rows"] + sum(counts["rejected"].values())
+        yield f"Built by `realign build`: {pairs:,} pairs from {rows:,} rows."

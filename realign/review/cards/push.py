@@ -8,8 +8,11 @@ from pathlib import Path
 
 from realign.errors import RefusedError
 from realign.review.cards.card import check_repo_id
-from realign.review.cards.place import find_place
+from realign.review.cards.place import CARD, find_place
+from realign.review.cards.template import UNNAMED
 from realign.review.cards.upload import Upload
+from realign.runtime.files import read_utf8
+from realign.runtime.progress import announce
 
 LOGIN = "Run `hf auth login`, or set HF_TOKEN to a token that may write"
 
@@ -25,7 +28,10 @@ def prepare(path: Path, repo: str) -> Upload:
         RefusedError: Something is missing, damaged or must not leave this machine.
     """
     check_repo_id(repo, "repo")
-    return Upload.of(find_place(path))
+    upload = Upload.of(find_place(path))
+    if f'"{UNNAMED}"' in read_utf8(upload.folder / CARD):
+        announce(f"the card's examples say {UNNAMED}: realign card --repo {repo} writes the name")
+    return upload
 
 
 def push(upload: Upload, repo: str, *, public: bool = False) -> str:
@@ -39,8 +45,7 @@ def push(upload: Upload, repo: str, *, public: bool = False) -> str:
         RefusedError: There is no token or no network, the repository is visible to others than
             asked, or the hub does not take the files.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
-    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token, is_offline_mode
 
     if is_offline_mode():
         raise RefusedError("push requires the network, got HF_HUB_OFFLINE. Unset it.")
@@ -63,6 +68,12 @@ def push(upload: Upload, repo: str, *, public: bool = False) -> str:
             [CommitOperationAdd(name, upload.folder / name) for name in upload.files],
             commit_message="Upload with realign push",
             repo_type=upload.repo_type,
+        )
+        there = {*api.list_repo_files(repo, repo_type=upload.repo_type)}
+    if missing := sorted(upload.files.keys() - there):
+        raise RefusedError(
+            f"{repo} must take every file, has left out {', '.join(missing)}, which its .gitignore "
+            "names. Remove them from that file on the hub, and give the same command again."
         )
     return commit.commit_url
 

@@ -28,8 +28,10 @@ def check_replaceable(path: Path, *, overwrite: bool) -> None:
         path: The card.
         overwrite: Whether it may be replaced all the same.
     Raises:
-        RefusedError: The card is there without the seal of its text.
+        RefusedError: The card is there without the seal of its text, or a folder has its name.
     """
+    if path.is_dir():
+        raise RefusedError(f"{path} must be a file, got a folder. Move it away.")
     if overwrite or not path.exists():
         return
     text = read_utf8(path)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
+# outside the language model, as a reader knows them
+_PARTS = {"vision": "vision tower", "projector": "projector", "unused": "image generator"}
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_[AB]\.weight")
 
 
@@ -59,7 +61,7 @@ def _obstacles(config: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]
     if None in modules and not saved:
         yield "it has weights beside lora_A and lora_B, which vLLM refuses"
     found = [module for module in modules if module]
-    outside = {part_of(module) for module in found} - {"language"}
+    outside = {_PARTS.get(part_of(module), "") for module in found} - {""}
     if outside:
         yield (
             f"it adapts layers of the {' and the '.join(sorted(outside))}, which vLLM leaves out "

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 HERE = Path(__file__).parent
+UNNAMED = "REPOSITORY"  # in place of a repository's name that is not known
 
 
 def render(template: str, values: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from realign.data.dataset import read_records
@@ -158,11 +159,11 @@ def _check_card(folder: Path) -> None:
     card = folder / CARD
     if not card.is_file():
         raise RefusedError(
-            f"{folder} requires a card, has no {CARD}. Write one: realign card {folder} "
-            "--license ID."
+            f"{folder} requires a card, has no {CARD}. Write one: realign card "
+            f"{quote(str(folder))} --license ID."
         )
     if not read_metadata(card).get("license"):
         raise RefusedError(
-            f"{card} requires a licence, has none. Write it again with realign card {folder} "
-            "--license ID, or add a line `license: ID` to its metadata."
+            f"{card} requires a licence, has none. Write it again with realign card "
+            f"{quote(str(folder))} --license ID, or add a line `license: ID` to its metadata."
         )

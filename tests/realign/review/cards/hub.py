@@ -30,6 +30,7 @@ class Hub:
         commits: Repository to the files of each commit.
         requests: Method and path of every request.
         failing: Paths that are answered with status 500.
+        ignored: Files that a ``.gitignore`` of the repositories names.
     """
 
     def __init__(self) -> None:
@@ -37,6 +38,7 @@ class Hub:
         self.commits: dict[str, list[dict[str, bytes]]] = {}
         self.requests: list[str] = []
         self.failing: tuple[str, ...] = ()
+        self.ignored: tuple[str, ...] = ()
         self._blobs: dict[str, bytes] = {}
         kind = "/api/{kind:str}/{user:str}/{name:str}"
         post = {"methods": ["POST"]}
@@ -47,6 +49,7 @@ class Hub:
             Route(kind, self._info),
             Route(f"{kind}/preupload/main", self._preupload, **post),
             Route(f"{kind}/commit/main", self._commit, **post),
+            Route(f"{kind}/tree/main", self._tree),
             Route(f"/{batch}", self._batch, **post),
             Route(f"/datasets/{batch}", self._batch, **post),
             Route("/blobs/{digest:str}", self._blob, methods=["PUT"]),
@@ -121,11 +124,23 @@ class Hub:
             {
                 "path": file["path"],
                 "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
-                "shouldIgnore": False,
+                "shouldIgnore": file["path"] in self.ignored,
             }
             for file in (await request.json())["files"]
         ]
         return JSONResponse({"files": files})
+
+    async def _tree(self, request: Request) -> Response:
+        if refusal := self._refusal(request):
+            return refusal
+        commits = self.commits.get(self._place(request), [])
+        files = {name: content for commit in commits for name, content in commit.items()}
+        return JSONResponse(
+            [
+                {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
+                for name, content in files.items()
+            ]
+        )
 
     async def _batch(self, request: Request) -> Response:
         if refusal := self._refusal(request):

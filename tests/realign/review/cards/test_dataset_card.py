@@ -102,7 +102,7 @@ def test_pairs_without_a_second_image_are_counted(tmp_path: Path, records) -> No
 
     rows = [replace(row, rejected_images=()) if i < 3 else row for i, row in enumerate(records(5))]
     write_parquet(rows, tmp_path / "dataset.parquet")
-    assert "; 2 of them have a second image" in " ".join(written(tmp_path)[1].split())
+    assert "and in 2 of them a retrieved image" in " ".join(written(tmp_path)[1].split())
 
 
 @pytest.mark.parametrize(

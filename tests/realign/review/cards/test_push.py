@@ -143,6 +143,13 @@ def test_what_the_hub_says_of_the_card_is_passed_on(ready: Path, hub: Hub) -> No
     assert hub.commits == {}
 
 
+def test_a_file_that_the_hub_leaves_out_is_told(ready: Path, hub: Hub) -> None:
+    hub.ignored = ("tokenizer.json",)
+    result = realign("push", ready, "--repo", "user/aligned")
+    assert result.exit_code == 2
+    assert "must take every file, has left out tokenizer.json, which its .git" in result.output
+
+
 def spoil_weights(checkpoint: Path) -> None:
     file = checkpoint / "adapter_model.safetensors"
     raw = bytearray(file.read_bytes())

@@ -73,7 +73,7 @@ def test_the_card_says_how_it_is_served(run: Path) -> None:
         ({}, ["it adapts layers of the projector, which vLLM leaves out without an error"]),
         (
             {"freeze_vision": False},
-            ["it adapts layers of the projector and the vision, which vLLM leaves out without"],
+            ["it adapts layers of the projector and the vision tower, which vLLM leaves out"],
         ),
     ],
 )
