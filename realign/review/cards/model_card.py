@@ -220,7 +220,8 @@ def _facts(facts: RunFacts) -> Iterator[tuple[str, str]]:
     if revision := facts.written.get("revision"):
         yield "revision of the base", code(revision)
     yield "objective", f"`{chosen['objective']}`"
-    yield "beta", f"{chosen['beta']:g}"
+    if chosen["objective"] != "sft":
+        yield "beta", f"{chosen['beta']:g}"
     if chosen["objective"] not in WITHOUT_IMAGE_PAIR:
         yield "beta of the image pair", f"{chosen['image_beta'] or chosen['beta']:g}"
         yield "weight of the image pair", f"{chosen['image_weight']:g}"
@@ -231,14 +232,16 @@ def _facts(facts: RunFacts) -> Iterator[tuple[str, str]]:
             lora["targets"] if isinstance(lora["targets"], str) else ", ".join(lora["targets"])
         )
         yield "LoRA", f"rank {lora['r']}, alpha {lora['alpha']}, on {plain(targets)}"
-    frozen = [part for part in ("vision", "projector", "language") if chosen.get(f"freeze_{part}")]
+    parts = {"vision": "vision tower", "projector": "projector", "language": "language model"}
+    frozen = [part for name, part in parts.items() if chosen.get(f"freeze_{name}")]
     yield "parts that did not train", ", ".join(frozen) or "none"
+    yield "optimizer", "AdamW"
     yield "learning rate", f"{chosen['learning_rate']:g}, {chosen['schedule']}"
     if "pairs" in facts.written:
         yield "pairs", f"{facts.written['pairs']:,}"
     yield "pairs per step", f"{facts.pairs_per_step:,}"
     if steps := facts.written.get("steps", last.get("step")):
-        yield "steps", f"{steps:,} ({chosen['epochs']:g} epochs)"
+        yield "steps", f"{steps:,}; epochs: {chosen['epochs']:g}"
     yield "seed", f"{chosen['seed']}"
     for name, label in (
         ("loss", "loss, mean over the last logged steps"),
@@ -257,7 +260,7 @@ def _data(facts: RunFacts, options: CardOptions) -> Iterator[str]:
     folder = Path(data) if data else facts.folder / "dataset"
     if data and not options.dataset:
         file = folder.name if folder.is_file() else f"{folder.name}/{PARQUET}"
-        yield f"The file is {code(file)} of the run; no place where it is published is recorded."
+        yield f"Trained on {code(file)}; no place where it is published is recorded."
     if folder.is_dir() and (counts := read_funnel(folder)):
         pairs = counts["accepted"] - counts["decisions"]["dropped"]
         rows = counts["rows"] + sum(counts["rejected"].values())

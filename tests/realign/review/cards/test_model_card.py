@@ -112,10 +112,11 @@ def test_the_recipe_trains_the_same(run: Path, tmp_path: Path) -> None:
     for line in (
         f"| pairs | {pairs} |",
         "| pairs per step | 4 |",
-        f"| steps | {steps} (1 epochs) |",
+        f"| steps | {steps}; epochs: 1 |",
     ):
         assert line in text
     assert "| LoRA | rank 4, alpha 8, on all-linear |" in text
+    assert "| parts that did not train | vision tower, projector |" in text
 
 
 def test_no_path_of_this_machine_is_in_it(run: Path, tmp_path: Path, finished: Path) -> None:
