@@ -19,7 +19,7 @@ def answer_table(scores: Mapping[str, Any]) -> RenderableType:
     table = Table(title=_title(scores))
     table.add_column("")
     for split in splits:
-        table.add_column(split, justify="right")
+        table.add_column(Text(split), justify="right")  # data may hold what rich takes for styles
     for metric in dict.fromkeys(name for values in splits.values() for name in values):
         cells = [_number(values.get(metric)) for values in splits.values()]
         table.add_row(metric, *cells, style="bold")
