@@ -125,7 +125,7 @@ def _split_sums(benchmark: Benchmark, rule: Rule, answered: Answered) -> dict[st
     for row, text in answered:
         number = clusters.setdefault(row[rule.cluster or benchmark.cluster], len(clusters))
         scores = rule.score(row, text)
-        for split in {*row["splits"]}:
+        for split in dict.fromkeys(row["splits"]):
             scored.setdefault(split, {}).setdefault(number, []).append((row, scores))
     sums = {}
     for split, rows_of in sorted(scored.items(), key=lambda item: item[0] != "all"):

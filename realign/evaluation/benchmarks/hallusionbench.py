@@ -230,6 +230,15 @@ HALLUSIONBENCH = Benchmark(
     splits=lambda task, row: ("all", row["category"]),
     version_keys=(*_GROUP, "visual_input", "question", "gt_answer", "filename"),
     versions={"013085538019ce9e": "744007c"},
-    answer_formats=[AnswerFormat(_FIELDS, "model_prediction", _id, lambda row: row["id"])],
+    answer_formats=[
+        AnswerFormat(
+            # an id may be that of another question in another release
+            ("question", *_FIELDS),
+            "model_prediction",
+            lambda record: (_id(record), record["question"]),
+            lambda row: (row["id"], row["question"]),
+        ),
+        AnswerFormat(_FIELDS, "model_prediction", _id, lambda row: row["id"]),
+    ],
     constants={"yes": "Yes", "no": "No"},
 )

@@ -368,6 +368,18 @@ def test_a_rule_for_questions_with_an_image_asks_for_no_others(tmp_path: Path) -
     assert found["subset"] == "13 of 14"
 
 
+def test_an_id_of_another_release_is_of_no_question(tmp_path: Path) -> None:
+    rows = case_a()
+    write_list(tmp_path / "HallusionBench.json", rows)
+    other = [{**rows[0], "question": "Is it another question?"}, *rows[1:]]
+    with pytest.raises(RefusedError, match=r"to no question of the data, first a\.json, entry 1"):
+        score("hallusionbench", write_list(tmp_path / "a.json", other), tmp_path)
+    for row in rows:
+        row.pop("question")  # the ids are enough where there is none
+    scores = score("hallusionbench", write_list(tmp_path / "b.json", rows), tmp_path)
+    assert scores["items"] == 18
+
+
 def test_the_version_depends_on_which_questions_have_an_image(tmp_path: Path) -> None:
     rows = case_a()
     write_list(tmp_path / "HallusionBench.json", rows)

@@ -153,3 +153,12 @@ def test_categories_are_printed_as_they_are(data: Path) -> None:
     console = Console(file=StringIO(), width=120)
     console.print(answer_table(score("mmbench", answers, data)))
     assert "[/red]" in console.file.getvalue()
+
+
+def test_a_category_with_the_name_of_the_whole_counts_once(data: Path) -> None:
+    path = data / "mmbench_dev_20230712.tsv"
+    path.write_text(path.read_text().replace("attribute", "all"))
+    answers = write_answers(data / "a.jsonl", {7: [*"BADC"], 8: [*"DDDD"]})
+    splits = score("mmbench", answers, data)["splits"]
+    assert [*splits] == ["all", "relation"]
+    assert splits["all"]["accuracy"] == 50.0
