@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from realign.errors import RefusedError
 from realign.evaluation import score
+from realign.evaluation.answer_table import answer_table
 from realign.evaluation.answer_words import yes_or_no
 from realign.evaluation.benchmarks.mme import PERCEPTION, lmms_word, official_word
 
@@ -171,3 +174,23 @@ def test_a_question_id_without_a_task_is_of_no_question(
     path.write_text("\n".join([changed, *others]))
     with pytest.raises(RefusedError, match=r"to no question of the data, first a\.jsonl, line 1"):
         score("mme", path, data)
+
+
+def test_every_task_is_a_row_whose_numbers_are_whole(data: Path, tmp_path: Path) -> None:
+    for task in PERCEPTION[:4]:
+        (data / f"{task}.txt").write_text((data / "color.txt").read_text())
+    answers = tmp_path / "a.json"
+    rows = [
+        {"task": task, "image": image, "question": f"Is it {label}?", "answer": answer}
+        for task in PERCEPTION[:4]
+        for image, label, answer in WHOLE
+    ]
+    answers.write_text(json.dumps(rows))
+    console = Console(file=StringIO(), width=60)
+    console.print(answer_table(score("mme", answers, data, bootstrap=10)))
+    printed = console.file.getvalue()
+    assert "…" not in printed
+    cells = [line.split("│")[1:-1] for line in printed.splitlines() if line.startswith("│")]
+    table = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in cells}
+    assert table["count"] == ["75.0000", "50.0000", "25.0000"]
+    assert table["perception"] == ["—", "—", "—"]
