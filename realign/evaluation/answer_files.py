@@ -4,7 +4,7 @@ position alone.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 
 from realign.errors import RefusedError
@@ -21,7 +21,12 @@ Tasks = dict[str, list[Row]]
 
 
 def read_answers(
-    benchmark: Benchmark, paths: Sequence[Path], tasks: Tasks, *, allows_subset: bool
+    benchmark: Benchmark,
+    paths: Sequence[Path],
+    tasks: Tasks,
+    *,
+    covers: Callable[[Row], bool],
+    allows_subset: bool,
 ) -> list[tuple[Row, Record, str]]:
     """Read the answers to a benchmark's questions.
 
@@ -29,13 +34,16 @@ def read_answers(
         benchmark: Which formats are understood.
         paths: One or more files, which together hold the answers.
         tasks: Task to its rows.
+        covers: Whether a row is scored. Answers to other rows may be there or not.
         allows_subset: Whether questions may be left out.
     Returns:
-        answered: Each row that has an answer, in the order of the rows, with the record that holds
-            it and the answer.
+        answered: Each row to score that has an answer, in the order of the rows, with the record
+            that holds it and the answer.
     Raises:
-        RefusedError: A file has no known format, or its answers are not those of the questions.
+        RefusedError: A file has no known format, its answers are not those of the questions, or two
+            questions have one id.
     """
+    _check_ids(tasks)
     found: dict[int, tuple[Record, str]] = {}  # by id() of a row
     unknown: list[str] = []
     repeated: list[str] = []
@@ -58,11 +66,25 @@ def read_answers(
             if any(id(row) in found for row in rows):
                 repeated.append(where)
             found.update({id(row): (record, answer) for row in rows})
-    all_rows = [row for rows in tasks.values() for row in rows]
+    all_rows = [row for rows in tasks.values() for row in rows if covers(row)]
     missing = [row for row in all_rows if id(row) not in found]
     if unknown or repeated or (missing and not allows_subset):
         _refuse(paths, len(all_rows), len(all_rows) - len(missing), missing, unknown, repeated)
     return [(row, *found[id(row)]) for row in all_rows if id(row) in found]
+
+
+def _check_ids(tasks: Tasks) -> None:
+    places: dict[str, str] = {}
+    for rows in tasks.values():
+        for row in rows:
+            if "id" not in row:
+                continue
+            if row["id"] in places:
+                raise RefusedError(
+                    f"{row['where']} must have an id of its own, got {row['id']}, which "
+                    f"{places[row['id']]} has too. Take the published file."
+                )
+            places[row["id"]] = row["where"]
 
 
 def _records(path: Path) -> list[tuple[str, Record]]:
@@ -103,12 +125,23 @@ def _format_of(
                         f"{where} requires {' and '.join(lacking)}, as the first record of "
                         f"{path.name} has, got only {sorted(record)}. Add what is missing."
                     )
+                _check_fields(record, form, where)
             return form
     known = "; ".join(" and ".join(form.fields) for form in formats)
     raise RefusedError(
         f"{records[0][0]}: an answer of {benchmark.title} must have one of these sets of fields: "
         f"{known}; got {sorted(first)}. docs/evaluation.md describes the formats."
     )
+
+
+def _check_fields(record: Record, form: AnswerFormat, where: str) -> None:
+    """Refuse what no question can be found by; the answer is checked with its question."""
+    for name in form.fields:
+        if name != form.answer and isinstance(record[name], (dict, list)):
+            raise RefusedError(
+                f"{where}: {name} must be a string or a number, got {record[name]!r:.80}. Correct "
+                "it."
+            )
 
 
 def _by_key(

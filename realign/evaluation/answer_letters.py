@@ -10,6 +10,7 @@ _SEPARATORS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _LAST_WORDS = 5  # a letter before them is taken for a word
 _STATED = re.compile(r"answer\s+is\s+\**([ABCD])\**", re.IGNORECASE)
 _LLAVA_STATED = re.compile(r"The answer is ([A-Z]).")
+_NO_REPLY = "Failed to obtain answer via API"  # what VLMEvalKit stores where a request failed
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",
     "I can't process this file.",
@@ -40,6 +41,18 @@ def vlmevalkit_letter(answer: str, choices: Mapping[str, str]) -> str:
     """
     if any(refusal in answer for refusal in _REFUSALS):
         return NO_LETTER
+    if _NO_REPLY not in answer and (letter := _named_letter(answer, choices)):
+        return letter
+    lower = answer.lower()
+    if len(lower) <= 2 * sum(len(choice) for choice in choices.values()):
+        quoted = [letter for letter, choice in choices.items() if choice.lower() in lower]
+        if len(quoted) == 1:
+            return quoted[0]
+    return NO_LETTER
+
+
+def _named_letter(answer: str, choices: Mapping[str, str]) -> str | None:
+    """Return the only letter among the last words, or the stated one; None without either."""
     words = answer.translate(_SEPARATORS).split()
     named = [letter for letter in choices if letter in words]
     if len(named) == 1 and words.index(named[0]) > len(words) - _LAST_WORDS:
@@ -47,11 +60,4 @@ def vlmevalkit_letter(answer: str, choices: Mapping[str, str]) -> str:
     if not named and NO_LETTER in words:
         return NO_LETTER
     stated = _STATED.search(answer)
-    if stated and stated.group(1).upper() in choices:
-        return stated.group(1).upper()
-    lower = answer.lower()
-    if len(lower) <= 2 * sum(len(choice) for choice in choices.values()):
-        quoted = [letter for letter, choice in choices.items() if choice.lower() in lower]
-        if len(quoted) == 1:
-            return quoted[0]
-    return NO_LETTER
+    return stated.group(1).upper() if stated and stated.group(1).upper() in choices else None

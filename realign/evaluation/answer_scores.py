@@ -61,15 +61,18 @@ def score(
     """
     chosen = find_benchmark(benchmark)
     by = _find_rule(chosen, rule)
+    if bootstrap < 0:
+        raise RefusedError(
+            f"bootstrap must be at least 0, got {bootstrap}. Pass 0 for no intervals."
+        )
     tasks = {name: task.rows for name, task in chosen.read_tasks(Path(data)).items()}
     paths = [answers] if isinstance(answers, (str, Path)) else list(answers)
     answered = read_answers(
-        chosen, [Path(path) for path in paths], tasks, allows_subset=allow_subset
+        chosen, [Path(path) for path in paths], tasks, covers=by.covers, allows_subset=allow_subset
     )
-    total = sum(map(len, tasks.values()))
+    total = sum(by.covers(row) for rows in tasks.values() for row in rows)
     is_subset = len(answered) < total
-    texts = [(row, by.prepare(by.text(record, text))) for row, record, text in answered]
-    covered = [(row, text) for row, text in texts if by.covers(row)]
+    covered = [(row, by.prepare(by.text(record, text))) for row, record, text in answered]
     if not covered:
         raise RefusedError(
             f"{', '.join(map(str, paths))} must answer a question that the rule {rule} scores, got "
@@ -84,7 +87,7 @@ def score(
         "unit": by.unit,
         "items": len(covered),
         "images": len({row["image"] for row, _ in covered if row["image"] is not None}),
-        "subset": f"{len(answered)} of {total}" if is_subset else None,
+        "subset": f"{len(covered)} of {total}" if is_subset else None,
         "splits": _values(by, splits),
         "intervals": _intervals(by, splits, bootstrap, seed) if bootstrap else None,
         "baselines": {
@@ -122,7 +125,7 @@ def _split_sums(benchmark: Benchmark, rule: Rule, answered: Answered) -> dict[st
     for row, text in answered:
         number = clusters.setdefault(row[rule.cluster or benchmark.cluster], len(clusters))
         scores = rule.score(row, text)
-        for split in row["splits"]:
+        for split in dict.fromkeys(row["splits"]):
             scored.setdefault(split, {}).setdefault(number, []).append((row, scores))
     sums = {}
     for split, rows_of in sorted(scored.items(), key=lambda item: item[0] != "all"):

@@ -14,22 +14,30 @@ UNCOMPARED = ("tp", "fp", "tn", "fn", "yes_ratio")  # counts, and what a constan
 
 
 def answer_table(scores: Mapping[str, Any]) -> RenderableType:
-    """Return what :func:`realign.evaluation.score` returns as a table, with what it rests on."""
+    """Return what :func:`realign.evaluation.score` returns as a table, with what it rests on.
+
+    Splits are columns, or rows where there are more of them than metrics, as of MME's tasks.
+    """
     splits, intervals = scores["splits"], scores["intervals"]
+    metrics = [*dict.fromkeys(name for values in splits.values() for name in values)]
+    has_split_rows = len(metrics) < len(splits)
+    columns, rows = (metrics, splits) if has_split_rows else (splits, metrics)
     table = Table(title=_title(scores))
-    table.add_column("")
-    for split in splits:
-        table.add_column(split, justify="right")
-    for metric in dict.fromkeys(name for values in splits.values() for name in values):
-        cells = [_number(values.get(metric)) for values in splits.values()]
-        table.add_row(metric, *cells, style="bold")
-        if metric in UNCOMPARED:
+    table.add_column("", overflow="fold")
+    for name in columns:
+        # data may hold what rich takes for styles; a number is never cut
+        table.add_column(Text(name), justify="right", overflow="fold")
+    for row in rows:
+        places = [(row, name) if has_split_rows else (name, row) for name in columns]
+        shown = [_number(splits[split].get(metric)) for split, metric in places]
+        table.add_row(Text(row), *shown, style="bold")
+        if all(metric in UNCOMPARED for _, metric in places):
             continue
         if intervals:
-            cells = [_interval(intervals[split].get(metric)) for split in splits]
+            cells = [_interval(intervals[split].get(metric)) for split, metric in places]
             table.add_row("  95 %", *cells)
         for answer, constant in scores["baselines"].items():
-            cells = [_number(constant[split].get(metric)) for split in splits]
+            cells = [_number(constant[split].get(metric)) for split, metric in places]
             table.add_row(f"  all {answer}", *cells, style="dim")
     return Group(table, *(Text(line) for line in _notes(scores)))
 

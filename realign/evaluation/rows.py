@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import io
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from realign.errors import RefusedError
-from realign.runtime.files import canonical_json, content_sha256, read_utf8
+from realign.runtime.files import canonical_json, content_sha256
 from realign.runtime.strict_json import iter_jsonl, read_json
 
 Row = dict[str, Any]  # "image", "text", "where" (its file and line), and keys of its benchmark
@@ -23,6 +22,8 @@ def read_records(path: Path) -> list[tuple[str, Any]]:
     Raises:
         RefusedError: The file is empty, not UTF-8, or neither of the two.
     """
+    if not path.is_file():
+        raise RefusedError(f"{path} must be a file, but is none. Put the file there.")
     with path.open("rb") as file:
         is_list = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     records = []
@@ -39,30 +40,58 @@ def read_records(path: Path) -> list[tuple[str, Any]]:
     return records
 
 
-def read_table(path: Path) -> list[tuple[str, dict[str, str]]]:
-    """Read a table with a header, of tabs (``.tsv``) or commas (``.csv``).
+def read_member(path: Path, key: str) -> list[Any]:
+    """Read the list that a JSON object holds under a key.
 
-    Returns:
-        records: The place of each row, as messages name it, and its values by column.
     Raises:
-        RefusedError: It is not UTF-8, has no row, or a row of another length than the header.
+        RefusedError: The file is not JSON or no such object, or the list is empty.
     """
-    csv.field_size_limit(1 << 30)  # images lie in such tables
+    content = read_json(path)
+    values = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(values, list) or not values:
+        raise RefusedError(
+            f"{path} must be a JSON object whose {key} is a list that is not empty, got "
+            f"{content!r:.80}. Take the published file."
+        )
+    return values
+
+
+def read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Read a table with a header, of tabs (``.tsv``) or commas (``.csv``), a row at a time, since
+    images lie in such tables.
+
+    Yields:
+        The place of each row, as messages name it, and its values by column.
+    Raises:
+        RefusedError: It is not UTF-8, has no row, a column twice, an open quotation mark, or a row
+            of another length than the header.
+    """
+    csv.field_size_limit(1 << 30)
     dialect = "excel-tab" if path.suffix == ".tsv" else "excel"
-    lines = csv.reader(io.StringIO(read_utf8(path).removeprefix("\ufeff"), newline=""), dialect)
-    header, *rows = [*lines] or [[]]
-    records = []
-    for number, values in enumerate(rows, start=1):
-        where = f"{path.name}, row {number}"
-        if len(values) != len(header):
-            raise RefusedError(
-                f"{where} must have {len(header)} columns as the header has, got {len(values)}. "
-                "Correct it."
-            )
-        records.append((where, dict(zip(header, values, strict=True))))
-    if not records:
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = csv.reader(file, dialect, strict=True)
+            header = next(lines, [])
+            if len(header) > len({*header}):
+                raise RefusedError(f"{path} must have every column once, got {header}. Correct it.")
+            for number, values in enumerate(lines, start=1):
+                where = f"{path.name}, row {number}"
+                if len(values) != len(header):
+                    raise RefusedError(
+                        f"{where} must have {len(header)} columns as the header has, got "
+                        f"{len(values)}. Correct it."
+                    )
+                yield where, dict(zip(header, values, strict=True))
+    except UnicodeDecodeError as error:
+        raise RefusedError(f"{path} must be UTF-8 ({error}). Save it so.", code="utf-8") from None
+    except csv.Error as error:
+        raise RefusedError(
+            f"{path.name}, row {number + 1} must be a row of a table, got one that is not "
+            f"({error}). Correct its quotation marks."
+        ) from None
+    if not number:
         raise RefusedError(f"{path} must have at least one row, has none. Add some or remove it.")
-    return records
 
 
 def rows_digest(rows: Iterable[Mapping[str, Any]], *keys: str) -> str:

@@ -26,10 +26,14 @@ SPLITS = {
 DIMENSIONS = ("attribute", "existence", "relation")
 START = 0.001  # where every denominator of the official script begins
 
-_ID = Key(lambda value: isinstance(value, int), "be an integer", "Take the published file.")
+_ID = Key(
+    lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "be an integer",
+    "Take the published file.",
+)
 _STRING = Key(lambda value: isinstance(value, str), "be a string", "Put it into quotes.")
 _TRUTH = Key(lambda value: value in ("yes", "no"), 'be "yes" or "no"', "Take the published file.")
-_TYPE = Key(lambda value: value in SPLITS, f"be one of {', '.join(SPLITS)}", "Correct it.")
+_TYPE = Key(lambda value: value in [*SPLITS], f"be one of {', '.join(SPLITS)}", "Correct it.")
 
 
 def read_questions(path: Path) -> list[Row]:
@@ -70,8 +74,9 @@ def official_word(answer: str) -> bool | None:
 
 
 def counts_of(parse: Callable[[str], bool | None]) -> Callable[[Row, str], list[int]]:
-    """Return the score of a rule: questions, right answers, and with No as the positive class tp,
-    fp, tn and fn, and what is right to be denied; an answer that is neither is none of them.
+    """Return the score of a rule: questions, right answers, with No as the positive class tp, fp,
+    tn and fn, and answers that are Yes. An answer that is neither is wrong, and where No is right
+    it is a false negative.
     """
 
     def score(row: Row, answer: str) -> list[int]:
@@ -83,6 +88,7 @@ def counts_of(parse: Callable[[str], bool | None]) -> Callable[[Row, str], list[
             int(said is False and not is_no),
             int(said is True and not is_no),
             int(said is not False and is_no),
+            int(said is True),
         ]
 
     return score
@@ -97,19 +103,20 @@ def official_metrics(*, starts: int = 1, epsilon: float = 0.0001) -> Metrics:
     """
 
     def metrics(counts: Array) -> Mapping[str, Array]:
-        total, right, tp, fp, tn, fn = np.moveaxis(counts, -1, 0)
+        total, right, tp, fp, tn, fn, said_yes = np.moveaxis(counts, -1, 0)
         start = START * starts
         accuracy = _rounded(100 * right / (total + start))
         precision = _rounded(100 * tp / (tp + fp + start))
         recall = _rounded(100 * tp / (tp + fn + start))
+        # in the order of the script, since many values lie halfway between two decimals
         f1 = 2 * (precision / 100) * (recall / 100)
-        f1 = _rounded(100 * f1 / (precision / 100 + recall / 100 + epsilon))
+        f1 = _rounded(f1 / (precision / 100 + recall / 100 + epsilon) * 100)
         return {
             "accuracy": accuracy,
             "precision": precision,
             "recall": recall,
             "f1": f1,
-            "yes_ratio": (total - tp - fp) / total,
+            "yes_ratio": 100 * said_yes / total,
             "tp": tp,
             "fp": fp,
             "tn": tn,
@@ -132,7 +139,8 @@ def right_by_dimension(row: Row, answer: str) -> list[int]:
 def mean_accuracy(counts: Array) -> Mapping[str, Array]:
     """Return the mean of the accuracies of the dimensions that there are, in percent."""
     totals, rights = counts[..., ::2], counts[..., 1::2]
-    return {"accuracy": np.nanmean(100 * rights / totals, axis=-1)}
+    accuracies = 100 * rights / totals  # NaN where there is no question
+    return {"accuracy": np.nansum(accuracies, axis=-1) / np.count_nonzero(totals, axis=-1)}
 
 
 def _rounded(values: Array) -> Array:

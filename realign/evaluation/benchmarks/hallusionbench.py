@@ -56,7 +56,7 @@ def read(path: Path) -> list[Row]:
 
 
 def _id(record: Mapping[str, Any]) -> str:
-    return "_".join(str(record[key]) for key in _GROUP)
+    return "_".join(str(record.get(key)) for key in _GROUP)
 
 
 def verdict_of(reply: str) -> int:
@@ -73,14 +73,15 @@ def verdict_text(record: Record, answer: str) -> str:
     Raises:
         RefusedError: There is none.
     """
-    if REPLY in record:
-        return str(verdict_of(str(record[REPLY])))
+    if isinstance(record.get(REPLY), str):
+        return str(verdict_of(record[REPLY]))
     verdict = str(record.get(VERDICT))
     if verdict not in ("0", "1", "2"):
+        question = _id(record) if "id" not in record else record["id"]
         raise RefusedError(
-            f"the official rule requires a judge's verdict (0, 1 or 2) as {VERDICT} in every "
-            f"record, question {_id(record)} has {record.get(VERDICT)!r}. Have the answers "
-            "judged, or pass --rule exact, which reads yes and no without a judge."
+            f"this rule requires a judge's verdict (0, 1 or 2) as {VERDICT}, or its reply as "
+            f"{REPLY}, in every record, question {question} has {record.get(VERDICT)!r:.40}. Have "
+            "the answers judged, or pass --rule exact, which reads yes and no without a judge."
         )
     return verdict
 
@@ -227,8 +228,17 @@ HALLUSIONBENCH = Benchmark(
     table=[],
     cluster="set",
     splits=lambda task, row: ("all", row["category"]),
-    version_keys=(*_GROUP, "visual_input", "question", "gt_answer"),
-    versions={"b270f491235d043e": "744007c"},
-    answer_formats=[AnswerFormat(_FIELDS, "model_prediction", _id, lambda row: row["id"])],
+    version_keys=(*_GROUP, "visual_input", "question", "gt_answer", "filename"),
+    versions={"013085538019ce9e": "744007c"},
+    answer_formats=[
+        AnswerFormat(
+            # an id may be that of another question in another release
+            ("question", *_FIELDS),
+            "model_prediction",
+            lambda record: (_id(record), record["question"]),
+            lambda row: (row["id"], row["question"]),
+        ),
+        AnswerFormat(_FIELDS, "model_prediction", _id, lambda row: row["id"]),
+    ],
     constants={"yes": "Yes", "no": "No"},
 )

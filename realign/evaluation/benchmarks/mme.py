@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from realign.evaluation.benchmark import (
     Array,
     Benchmark,
     Layout,
+    Metrics,
     Record,
     Rule,
     ScoredRow,
@@ -90,7 +92,9 @@ def read_folder(path: Path) -> list[Row]:
 
 
 def _lines(path: Path) -> list[str]:
-    return [line for line in read_utf8(path).removeprefix("\ufeff").splitlines() if line.strip()]
+    # not splitlines(): an answer may hold U+2028 and other characters that it takes for line ends
+    lines = read_utf8(path).removeprefix("\ufeff").split("\n")
+    return [line for line in lines if line.strip()]
 
 
 def _row(task: str, image: str, question: str, label: str, where: str) -> Row:
@@ -108,10 +112,10 @@ def _row(task: str, image: str, question: str, label: str, where: str) -> Row:
     }
 
 
-def _key(task: str, image: str, question: str) -> tuple[str, str, str]:
+def _key(task: Any, image: Any, question: Any) -> tuple[str, str, str]:
     """Return what is the same of a question in every program's wording of the prompt."""
-    plain = question.split("\n")[0].replace("Please answer yes or no.", "")
-    return task, Path(image).stem, " ".join(plain.split())
+    plain = str(question).split("\n")[0].replace("Please answer yes or no.", "")
+    return str(task), Path(str(image)).stem, " ".join(plain.split())
 
 
 def _check_pairs(rows: list[Row], path: Path) -> list[Row]:
@@ -139,7 +143,7 @@ def read_answer_lists(path: Path) -> list[tuple[str, Record]] | None:
                 f"answers must be a folder with files such as {TASKS[0]}.txt, got {path}, which "
                 "has none. Check --answers."
             )
-    elif path.suffix == ".txt":
+    elif path.suffix == ".txt" and path.is_file():
         files = [path]
     else:
         return None
@@ -155,6 +159,8 @@ def read_answer_lists(path: Path) -> list[tuple[str, Record]] | None:
                 )
             names = ("image", "question", "label", "answer")
             records.append((where, {"task": file.stem, **dict(zip(names, columns, strict=True))}))
+    if not records:
+        raise RefusedError(f"{path} must have at least one answer, has none. Give another file.")
     return records
 
 
@@ -197,10 +203,15 @@ def task_metrics(counts: Array) -> Mapping[str, Array]:
     return {"acc": acc, "acc_plus": acc_plus, "score": acc + acc_plus}
 
 
-def sum_metrics(counts: Array) -> Mapping[str, Array]:
-    """Return the sum of the scores of all tasks that there are."""
-    questions, right, images, both = _columns(counts)
-    return {"score": np.nansum(100 * right / questions + 100 * both / images, axis=-1)}
+def sum_metrics(tasks: Sequence[str]) -> Metrics:
+    """Return the sum of the scores of some tasks, not defined where one of them is missing."""
+    places = [TASKS.index(task) for task in tasks]
+
+    def metrics(counts: Array) -> Mapping[str, Array]:
+        questions, right, images, both = _columns(counts)[..., places]
+        return {"score": (100 * right / questions + 100 * both / images).sum(axis=-1)}
+
+    return metrics
 
 
 def _columns(counts: Array) -> Array:
@@ -209,8 +220,8 @@ def _columns(counts: Array) -> Array:
 
 
 def _llava_key(record: Record) -> tuple[str, str, str]:
-    name = Path(str(record["question_id"]))
-    return _key(name.parts[0], name.name, str(record["prompt"]))
+    task, _, image = str(record["question_id"]).partition("/")
+    return _key(task, image, record["prompt"])
 
 
 def _rule(parse: Callable[[str], bool | None], note: str) -> Rule:
@@ -218,7 +229,7 @@ def _rule(parse: Callable[[str], bool | None], note: str) -> Rule:
         right_by(parse),
         task_metrics,
         combine=image_counts,
-        split_metrics={"perception": sum_metrics, "cognition": sum_metrics},
+        split_metrics={"perception": sum_metrics(PERCEPTION), "cognition": sum_metrics(COGNITION)},
         unit="points",
         says_yes=lambda answer: parse(answer) is True,
         note=note,
@@ -253,7 +264,7 @@ MME = Benchmark(
         AnswerFormat(
             ("task", "image", "question", "answer"),
             "answer",
-            lambda record: _key(record["task"], record["image"], record["question"]),
+            lambda record: _key(*(record[name] for name in ("task", "image", "question"))),
             lambda row: row["key"],
         ),
         AnswerFormat(("question_id", "prompt", "text"), "text", _llava_key, lambda row: row["key"]),

@@ -81,7 +81,8 @@ def lmms_metrics(counts: Array) -> Mapping[str, Array]:
     its rate of yes is that of the labels.
     """
     tp, fn, other_yes, fp, tn, _ = np.moveaxis(counts, -1, 0)
-    return _metrics(tp, fp, tn, fn, total=counts.sum(-1), said_yes=tp + fn + other_yes)
+    said_yes = tp + fn + other_yes
+    return _undefined_as_0(_metrics(tp, fp, tn, fn, total=counts.sum(-1), said_yes=said_yes))
 
 
 def vlmevalkit_metrics(counts: Array) -> Mapping[str, Array]:
@@ -91,9 +92,18 @@ def vlmevalkit_metrics(counts: Array) -> Mapping[str, Array]:
     tp, fn, other_yes, fp, tn, other_no = np.moveaxis(counts, -1, 0)
     total = counts.sum(-1)
     metrics = _metrics(tp, fp, tn + other_no, fn + other_yes, total=total, said_yes=tp + fp)
+    metrics = _undefined_as_0(metrics)
     metrics["accuracy"] = (tp + tn) / total
     plain = ("tp", "fp", "tn", "fn")
     return {name: value if name in plain else 100 * value for name, value in metrics.items()}
+
+
+def _undefined_as_0(metrics: dict[str, Array]) -> dict[str, Array]:
+    """Return metrics with 0 for a precision, recall or F1 whose denominator is 0, as lmms-eval and
+    VLMEvalKit have it.
+    """
+    zeroed = {name: np.nan_to_num(metrics[name]) for name in ("precision", "recall", "f1")}
+    return metrics | zeroed
 
 
 def _metrics(
@@ -150,7 +160,8 @@ POPE = Benchmark(
             lmms_metrics,
             says_yes=lambda answer: exact_word(answer) is True,
             note="An answer must be yes or no as a whole. The metric yes_ratio is that of the "
-            "labels, as pope_yes_ratio of lmms-eval is.",
+            "labels, as pope_yes_ratio of lmms-eval is. Precision, recall and F1 are 0 where they "
+            "are not defined.",
         ),
         "vlmevalkit": Rule(
             counts_of(yes_or_no),
@@ -158,7 +169,7 @@ POPE = Benchmark(
             unit="percent",
             says_yes=lambda answer: yes_or_no(answer) is True,
             note="What is neither yes nor no is wrong in the accuracy, and a no in precision, "
-            "recall and F1.",
+            "recall and F1; these are 0 where they are not defined.",
         ),
     },
     table=[

@@ -12,25 +12,41 @@ import numpy as np
 from realign.errors import RefusedError
 from realign.evaluation.answer_letters import llava_letter, vlmevalkit_letter
 from realign.evaluation.benchmark import AnswerFormat, Array, Benchmark, Layout, Rule
-from realign.evaluation.rows import Key, Row, check_row, read_records
+from realign.evaluation.rows import Key, Row, check_row, read_member, read_records
 from realign.runtime.strict_json import read_json
 
 PROBLEMS, SPLITS = "problems.json", "pid_splits.json"
 QUESTIONS = "llava_test_CQM-A.json"
 LETTERS = "ABCDE"
-_CHOICE = re.compile(r"^([A-E])\. (.*)$", re.MULTILINE)
+# a choice may have several lines
+_CHOICE = re.compile(r"^([A-E])\. (.*?)(?=\n[A-E]\. |\Z)", re.MULTILINE | re.DOTALL)
 _SUFFIX = "Answer with the option's letter from the given choices directly."
 
-_CHOICES = Key(
-    lambda value: isinstance(value, list) and 2 <= len(value) <= len(LETTERS),
-    "be a list of two to five strings",
-    "Take the published file.",
+_TAKE = "Take the published file."
+_TURNS = Key(
+    lambda value: (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in value)
+    ),
+    "be a question and an answer, each with a string as value",
+    _TAKE,
 )
-_STRING = Key(lambda value: isinstance(value, str), "be a string", "Take the published file.")
+_CHOICES = Key(
+    lambda value: (
+        isinstance(value, list)
+        and 2 <= len(value) <= len(LETTERS)
+        and all(isinstance(choice, str) for choice in value)
+    ),
+    "be a list of two to five strings",
+    _TAKE,
+)
+_STRING = Key(lambda value: isinstance(value, str), "be a string", _TAKE)
+_IMAGE = Key(lambda value: value is None or isinstance(value, str), "be null or a file name", _TAKE)
 _INDEX = Key(
-    lambda value: isinstance(value, int) and 0 <= value < len(LETTERS),
+    lambda value: type(value) is int and 0 <= value < len(LETTERS),
     "be the index of a choice",
-    "Take the published file.",
+    _TAKE,
 )
 
 
@@ -43,14 +59,23 @@ def read_problems(path: Path) -> list[Row]:
     splits = path.with_name(SPLITS)
     if not splits.is_file():
         raise RefusedError(f"data requires {SPLITS} beside {PROBLEMS}, got none. Add it.")
-    problems, numbers = read_json(path), read_json(splits)
+    problems = read_json(path)
+    if not isinstance(problems, dict):
+        raise RefusedError(
+            f"{path} must be a JSON object, got a {type(problems).__name__}. {_TAKE}"
+        )
     rows = []
-    for pid in numbers["test"]:
-        if pid not in problems:
-            raise RefusedError(f"{path} must hold problem {pid} of the test split. Download again.")
+    for pid in read_member(splits, "test"):
+        if not isinstance(pid, str) or pid not in problems:
+            raise RefusedError(f"{path} must hold problem {pid!r:.40} of the test split. {_TAKE}")
         keys = {"question": _STRING, "choices": _CHOICES, "answer": _INDEX}
-        row = check_row(problems[pid], f"{path.name}, problem {pid}", keys)
-        image = f"{pid}/{row['image']}" if row.get("image") else None
+        row = _check(problems[pid], f"{path.name}, problem {pid}", keys)
+        if row["answer"] >= len(row["choices"]):
+            raise RefusedError(
+                f"{row['where']}: answer must be the index of a choice, got {row['answer']} of "
+                f"{len(row['choices'])}. {_TAKE}"
+            )
+        image = f"{pid}/{row['image']}" if row["image"] else None
         hint = f"Context: {row['hint']}\n" if row.get("hint") else ""
         choices = dict(zip(LETTERS, row["choices"], strict=False))
         listed = "\n".join(f"{letter}. {choice}" for letter, choice in choices.items())
@@ -64,14 +89,23 @@ def read_questions(path: Path) -> list[Row]:
     """Read LLaVA's list of questions, which holds the right letters."""
     rows = []
     for where, record in read_records(path):
-        question, answer = (turn["value"] for turn in record["conversations"])
+        row = _check(record, where, {"id": _STRING, "conversations": _TURNS})
+        question, answer = (turn["value"] for turn in row["conversations"])
         text = question.replace("<image>", "").strip()
-        rows.append(
-            _row(
-                record["id"], record.get("image"), text, dict(_CHOICE.findall(text)), answer, where
+        choices = dict(_CHOICE.findall(text))
+        if answer not in choices:
+            raise RefusedError(
+                f"{where}: the answer must be the letter of a choice, got {answer!r:.40}. {_TAKE}"
             )
-        )
+        rows.append(_row(row["id"], row["image"], text, choices, answer, where))
     return rows
+
+
+def _check(record: Any, where: str, keys: Mapping[str, Key]) -> Row:
+    """Check a record, whose image may be left out."""
+    if isinstance(record, dict):
+        record = {"image": None, **record}
+    return check_row(record, where, {**keys, "image": _IMAGE})
 
 
 def _row(
@@ -81,7 +115,7 @@ def _row(
         "id": str(number),
         "image": image,
         "text": text,
-        "choices": dict(choices),
+        "choices": {letter: choice.strip() for letter, choice in choices.items()},
         "label": label,
         "has_image": image is not None,
         "cluster": str(number),
@@ -150,8 +184,8 @@ SCIENCEQA = Benchmark(
     },
     table=[],
     cluster="cluster",
-    version_keys=("id", "label", "has_image"),
-    versions={"44ff3cf5fdca4ddf": "test"},
+    version_keys=("id", "label", "has_image", "choices"),
+    versions={"41f8ae49161c2fd3": "test"},
     answer_formats=[
         AnswerFormat(("question_id", "text"), "text", _question_id, lambda row: row["id"]),
         AnswerFormat(("question_id", "pred"), "pred", _question_id, lambda row: row["id"]),

@@ -8,30 +8,37 @@ from pathlib import Path
 from typing import Any
 
 from realign.evaluation.benchmark import AnswerFormat, Array, Benchmark, Layout, Record, Rule
-from realign.evaluation.rows import Key, Row, check_row, read_records
+from realign.evaluation.rows import Key, Row, check_row, read_member, read_records
 from realign.evaluation.vqa_answers import (
     Normalizer,
     official_form,
     soft_accuracy,
     vlmevalkit_form,
 )
-from realign.runtime.strict_json import read_json
 
 PEOPLE = 10
-_TEN = Key(
-    lambda value: isinstance(value, list) and len(value) == PEOPLE,
-    f"be a list of {PEOPLE} answers",
-    "Take the published file.",
-)
+
+
+def _ten(is_answer: Callable[[Any], bool]) -> Key:
+    return Key(
+        lambda value: (
+            isinstance(value, list) and len(value) == PEOPLE and all(map(is_answer, value))
+        ),
+        f"be a list of {PEOPLE} answers",
+        "Take the published file.",
+    )
+
+
+_TEN = _ten(lambda said: isinstance(said, str))
+_TEN_OBJECTS = _ten(lambda said: isinstance(said, dict) and isinstance(said.get("answer"), str))
 _STRING = Key(lambda value: isinstance(value, str), "be a string", "Take the published file.")
 _OCR_LINE = "Reference OCR token: "
 
 
 def read_textvqa(path: Path) -> list[Row]:
     """Read the published questions with their ten answers."""
-    content = read_json(path)
     rows = []
-    for number, record in enumerate(content["data"], start=1):
+    for number, record in enumerate(read_member(path, "data"), start=1):
         keys = {"image_id": _STRING, "question": _STRING, "answers": _TEN}
         row = check_row(record, f"{path.name}, question {number}", keys)
         rows.append(
@@ -51,7 +58,9 @@ def read_vizwiz(path: Path) -> list[Row]:
     """Read the published questions of the validation split."""
     rows = []
     for number, (where, record) in enumerate(read_records(path)):
-        row = check_row(record, where, {"image": _STRING, "question": _STRING, "answers": _TEN})
+        row = check_row(
+            record, where, {"image": _STRING, "question": _STRING, "answers": _TEN_OBJECTS}
+        )
         rows.append(
             {
                 "id": str(number),
@@ -89,11 +98,7 @@ def _question(prompt: str) -> str:
     return (others[0] if first.startswith(_OCR_LINE) and others else first).lower()
 
 
-def _textvqa_key(record: Record) -> tuple[str, str]:
-    return str(record["question_id"]), _question(record["prompt"])
-
-
-def _vizwiz_key(record: Record) -> tuple[str, str]:
+def _llava_key(record: Record) -> tuple[str, str]:
     return str(record["question_id"]), _question(record["prompt"])
 
 
@@ -129,7 +134,7 @@ TEXTVQA = Benchmark(
         AnswerFormat(
             ("question_id", "prompt", "text"),
             "text",
-            _textvqa_key,
+            _llava_key,
             lambda row: (row["image_id"], row["text"].lower()),
         ),
         AnswerFormat(
@@ -159,7 +164,7 @@ VIZWIZ = Benchmark(
         AnswerFormat(
             ("question_id", "prompt", "text"),
             "text",
-            _vizwiz_key,
+            _llava_key,
             lambda row: (row["id"], row["text"].split("\n")[0].lower()),
         ),
         AnswerFormat(

@@ -15,6 +15,9 @@ from typer.testing import CliRunner
 from realign.cli import app
 from realign.errors import RefusedError
 from realign.evaluation import score
+from realign.evaluation.benchmarks.amber import official_metrics
+from realign.evaluation.benchmarks.hallusionbench import HALLUSIONBENCH
+from realign.evaluation.rows import rows_digest
 
 POPE_CASES = [  # answer, label
     ("Yes", "yes"),
@@ -115,6 +118,15 @@ def test_baselines_and_what_is_not_defined(pope: tuple[Path, Path]) -> None:
     json.dumps(scores, allow_nan=False)
 
 
+@pytest.mark.parametrize("rule", ["lmms-eval", "vlmevalkit"])
+def test_what_is_not_defined_is_0_where_the_program_has_it_so(
+    pope: tuple[Path, Path], rule: str
+) -> None:
+    data, answers = pope
+    never = score("pope", answers, data, rule)["baselines"]["no"]["all"]
+    assert (never["precision"], never["recall"], never["f1"]) == (0, 0, 0)
+
+
 def llava_answers(rows: list[dict[str, Any]], first_id: int) -> list[dict[str, Any]]:
     suffix = "\nAnswer the question using a single word or phrase."
     return [
@@ -192,6 +204,31 @@ def test_names_and_folders_that_do_not_exist(pope: tuple[Path, Path], tmp_path: 
         score("hallusionbench", answers, data)
     with pytest.raises(RefusedError, match="answers must be a file"):
         score("pope", tmp_path / "none.jsonl", data)
+
+
+@pytest.mark.parametrize("field", ["image", "text"])
+@pytest.mark.parametrize("value", [[], {}, ["0.jpg"]])
+def test_lists_and_objects_name_no_question(tmp_path: Path, field: str, value: Any) -> None:
+    rows = pope_data(tmp_path / "pope", ["yes"])
+    record = {"image": rows[0]["image"], "text": rows[0]["text"], "answer": "Yes", field: value}
+    with pytest.raises(RefusedError, match=f"line 1: {field} must be a string or a number"):
+        score("pope", write_lines(tmp_path / "a.jsonl", [record]), tmp_path / "pope")
+
+
+def test_two_questions_with_one_id_are_refused(tmp_path: Path) -> None:
+    rows = case_a()[4:6]
+    rows[1]["question_id"] = rows[0]["question_id"]
+    write_list(tmp_path / "HallusionBench.json", rows)
+    answers = write_list(tmp_path / "a.json", rows)
+    message = r"entry 2 must have an id of its own, got VS_map_0_1_0, which .* entry 1 has too"
+    with pytest.raises(RefusedError, match=message):
+        score("hallusionbench", answers, tmp_path)
+
+
+def test_draws_below_0_are_refused(pope: tuple[Path, Path]) -> None:
+    data, answers = pope
+    with pytest.raises(RefusedError, match="bootstrap must be at least 0, got -1"):
+        score("pope", answers, data, bootstrap=-1)
 
 
 def case_a() -> list[dict[str, Any]]:
@@ -300,6 +337,60 @@ def test_replies_of_the_judge_are_read_as_the_official_script_does(
         score("hallusionbench", unjudged, tmp_path)
 
 
+@pytest.mark.parametrize("fields", [{}, {"judge_reply": None}, {"gpt4v_output_gpt_check": 3}])
+def test_answers_by_id_without_a_verdict_are_refused(tmp_path: Path, fields: Any) -> None:
+    (row, *_) = case_a()
+    write_list(tmp_path / "HallusionBench.json", [row])
+    record = {"id": "VS_map_0_0_0", "answer": "No", **fields}
+    answers = write_list(tmp_path / "a.json", [record])
+    with pytest.raises(RefusedError, match=r"question VS_map_0_0_0 has .*--rule exact"):
+        score("hallusionbench", answers, tmp_path)
+    judged = write_list(tmp_path / "b.json", [{**record, "judge_reply": "correct"}])
+    assert score("hallusionbench", judged, tmp_path)["splits"]["all"]["aacc"] == 100.0
+
+
+def test_a_rule_for_questions_with_an_image_asks_for_no_others(tmp_path: Path) -> None:
+    rows = case_a()
+    write_list(tmp_path / "HallusionBench.json", rows)
+    shown = [row for row in rows if row["filename"]]
+    part = write_list(tmp_path / "a.json", shown)
+    for row in rows:
+        if not row["filename"]:
+            del row["gpt4v_output_gpt_check"]
+    whole = write_list(tmp_path / "b.json", rows)
+    scores = score("hallusionbench", part, tmp_path, "lmms-eval")
+    assert (scores["items"], scores["subset"]) == (14, None)
+    assert score("hallusionbench", whole, tmp_path, "lmms-eval") == scores
+    with pytest.raises(RefusedError, match=r"each of the 18 questions .* 4 have no answer"):
+        score("hallusionbench", part, tmp_path, "exact")
+    fewer = write_list(tmp_path / "c.json", shown[1:])
+    found = score("hallusionbench", fewer, tmp_path, "lmms-eval", allow_subset=True)
+    assert found["subset"] == "13 of 14"
+
+
+def test_an_id_of_another_release_is_of_no_question(tmp_path: Path) -> None:
+    rows = case_a()
+    write_list(tmp_path / "HallusionBench.json", rows)
+    other = [{**rows[0], "question": "Is it another question?"}, *rows[1:]]
+    with pytest.raises(RefusedError, match=r"to no question of the data, first a\.json, entry 1"):
+        score("hallusionbench", write_list(tmp_path / "a.json", other), tmp_path)
+    for row in rows:
+        row.pop("question")  # the ids are enough where there is none
+    scores = score("hallusionbench", write_list(tmp_path / "b.json", rows), tmp_path)
+    assert scores["items"] == 18
+
+
+def test_the_version_depends_on_which_questions_have_an_image(tmp_path: Path) -> None:
+    rows = case_a()
+    write_list(tmp_path / "HallusionBench.json", rows)
+    (task,) = HALLUSIONBENCH.read_tasks(tmp_path).values()
+    before = rows_digest(task.rows, *HALLUSIONBENCH.version_keys)
+    rows[-1]["filename"] = None
+    write_list(tmp_path / "HallusionBench.json", rows)
+    (task,) = HALLUSIONBENCH.read_tasks(tmp_path).values()
+    assert rows_digest(task.rows, *HALLUSIONBENCH.version_keys) != before
+
+
 AMBER_CASES = [  # id, type, truth, answer
     (1005, "discriminative-attribute-state", "yes", "Yes"),
     (1006, "discriminative-attribute-state", "no", "No"),
@@ -351,6 +442,25 @@ def test_amber_by_the_official_rule(amber: tuple[Path, Path]) -> None:
     constant = scores["baselines"]["no"]["existence"]
     assert (constant["accuracy"], constant["recall"]) == (100.0, 100.0)
     assert scores["splits"]["all"]["tp"] == 3
+    # two of the twelve are Yes to the letter
+    assert scores["splits"]["all"]["yes_ratio"] == pytest.approx(100 * scores["yes_ratio"])
+    assert scores["yes_ratio"] == pytest.approx(2 / 12)
+
+
+def test_amber_rounds_a_half_as_the_official_script_does() -> None:
+    # precision 98.9, recall 66.6: the script prints 79.5, other orders of the same steps 79.6
+    counts = np.array([1346.0, 890, 890, 10, 0, 446, 0])
+    metrics = official_metrics(epsilon=0.001)(counts)
+    assert [metrics[name] for name in ("precision", "recall", "f1")] == [98.9, 66.6, 79.5]
+
+
+def test_draws_without_a_question_of_any_dimension_are_left_out(
+    amber: tuple[Path, Path],
+) -> None:
+    data, answers = amber
+    scores = score("amber-discriminative", answers, data, "vlmevalkit", bootstrap=200)
+    low, high = scores["intervals"]["existence"]["accuracy"]
+    assert 0 <= low <= high <= 100
 
 
 def test_amber_by_the_rule_of_vlmevalkit(amber: tuple[Path, Path]) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from realign.errors import RefusedError
 from realign.evaluation import score
 from realign.evaluation.answer_letters import vlmevalkit_letter
+from realign.evaluation.answer_table import answer_table
 
 ANIMALS = ["teddy bear", "rabbit", "cat", "dog"]
 CHOICES = dict(zip("ABCD", ANIMALS, strict=True))
@@ -36,6 +39,8 @@ CHOICES = dict(zip("ABCD", ANIMALS, strict=True))
         ("The correct answer is **B**. Here is why it is not the cat: ears.", "B"),
         ("a dog and a cat", "Z"),  # two choices
         ("I can't process this file. B", "Z"),
+        ("Failed to obtain answer via API B", "Z"),  # no letter is read, but a choice is
+        ("Failed to obtain answer via API: rabbit D", "B"),
         ("dog " * 40, "Z"),  # longer than twice all choices
     ],
 )
@@ -116,3 +121,44 @@ def test_a_table_without_answers_is_refused(data: Path) -> None:
     path.write_text(path.read_text().replace("\tanswer\t", "\tsecret\t"))
     with pytest.raises(RefusedError, match="row 1 must have index, question and answer"):
         score("mmbench", data / "none.jsonl", data)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'index,prediction\n7,"B\n', "row 1 must be a row of a table"),
+        (b"index,prediction,prediction\n7,A,B\n", "must have every column once"),
+        (b"index,prediction\n7,\xff\n", "must be UTF-8"),
+        (b"", "must have at least one row"),
+    ],
+)
+def test_a_sheet_that_is_not_whole_is_refused(data: Path, content: bytes, message: str) -> None:
+    (data / "upload.csv").write_bytes(content)
+    with pytest.raises(RefusedError, match=message):
+        score("mmbench", data / "upload.csv", data)
+
+
+def test_a_sheet_of_another_system(data: Path) -> None:
+    letters = {7: "BADC", 8: "BADC"}
+    lines = [f"{i + 1_000_000 * k},{a}" for i, said in letters.items() for k, a in enumerate(said)]
+    text = "\r\n".join(["\ufeffindex,prediction", *lines])
+    (data / "upload.csv").write_bytes(text.encode())
+    assert score("mmbench", data / "upload.csv", data)["splits"]["all"]["accuracy"] == 100.0
+
+
+def test_categories_are_printed_as_they_are(data: Path) -> None:
+    path = data / "mmbench_dev_20230712.tsv"
+    path.write_text(path.read_text().replace("attribute", "[/red]"))
+    answers = write_answers(data / "a.jsonl", {7: [*"BADC"], 8: [*"BADC"]})
+    console = Console(file=StringIO(), width=120)
+    console.print(answer_table(score("mmbench", answers, data)))
+    assert "[/red]" in console.file.getvalue()
+
+
+def test_a_category_with_the_name_of_the_whole_counts_once(data: Path) -> None:
+    path = data / "mmbench_dev_20230712.tsv"
+    path.write_text(path.read_text().replace("attribute", "all"))
+    answers = write_answers(data / "a.jsonl", {7: [*"BADC"], 8: [*"DDDD"]})
+    splits = score("mmbench", answers, data)["splits"]
+    assert [*splits] == ["all", "relation"]
+    assert splits["all"]["accuracy"] == 50.0

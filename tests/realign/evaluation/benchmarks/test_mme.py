@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from realign.errors import RefusedError
 from realign.evaluation import score
+from realign.evaluation.answer_table import answer_table
 from realign.evaluation.answer_words import yes_or_no
-from realign.evaluation.benchmarks.mme import lmms_word, official_word
+from realign.evaluation.benchmarks.mme import PERCEPTION, lmms_word, official_word
 
 YES, NO, OTHER = True, False, None
 WHOLE = [  # image, label, answer
@@ -82,7 +85,7 @@ def llava_answers(path: Path) -> Path:
 def test_a_task(data: Path, tmp_path: Path, rule: str) -> None:
     scores = score("mme", llava_answers(tmp_path / "a.jsonl"), data, rule)
     assert scores["splits"]["color"] == {"acc": 50.0, "acc_plus": 25.0, "score": 75.0}
-    assert scores["splits"]["perception"] == {"score": 75.0}
+    assert scores["splits"]["perception"] == {"score": None}  # nine of its tasks are missing
     assert (scores["unit"], scores["items"], scores["images"]) == ("points", 8, 4)
     # of each image one answer is right whatever is said
     assert scores["baselines"]["yes"]["color"] == {"acc": 50.0, "acc_plus": 0.0, "score": 50.0}
@@ -120,18 +123,20 @@ def test_the_tool_s_own_folder_of_answers_and_folders_of_images(data: Path, tmp_
         score("mme", results, data)
 
 
-def test_perception_is_the_sum_of_its_tasks(data: Path, tmp_path: Path) -> None:
-    (data / "count.txt").write_text("9.jpg\tOne?\tYes\n9.jpg\tTwo?\tNo")
-    (data / "code_reasoning.txt").write_text("9.jpg\tOne?\tYes\n9.jpg\tTwo?\tNo")
+def test_perception_is_the_sum_of_all_its_tasks(data: Path, tmp_path: Path) -> None:
+    others = [task for task in (*PERCEPTION, "code_reasoning") if task != "color"]
+    for task in others:
+        (data / f"{task}.txt").write_text("9.jpg\tOne?\tYes\n9.jpg\tTwo?\tNo")
     answers = llava_answers(tmp_path / "a.jsonl")
     with answers.open("a") as file:
-        for task in ("count", "code_reasoning"):
+        for task in others:
             for question, text in (("One?", "Yes"), ("Two?", "No")):
                 row = {"question_id": f"{task}/9.jpg", "prompt": question, "text": text}
                 file.write(f"{json.dumps(row)}\n")
     splits = score("mme", answers, data)["splits"]
-    assert splits["perception"] == {"score": 275.0}
-    assert splits["cognition"] == {"score": 200.0}
+    assert splits["perception"] == {"score": 1875.0}
+    assert splits["code_reasoning"]["score"] == 200.0
+    assert splits["cognition"] == {"score": None}  # three of its tasks are missing
 
 
 def test_data_without_pairs_is_refused(data: Path, tmp_path: Path) -> None:
@@ -139,3 +144,53 @@ def test_data_without_pairs_is_refused(data: Path, tmp_path: Path) -> None:
     (data / "color.txt").write_text("\n".join(text.splitlines()[:-1]))
     with pytest.raises(RefusedError, match=r"two questions for each image, got 1 for color/4\.jpg"):
         score("mme", llava_answers(tmp_path / "a.jsonl"), data)
+
+
+def test_an_answer_may_hold_any_character_but_a_tab_and_a_line_break(
+    data: Path, tmp_path: Path
+) -> None:
+    lines = (data / "color.txt").read_text().splitlines()
+    said = ["No\u2028\x0b\x85 it is not", *(answer for *_, answer in WHOLE[1:])]
+    answers = tmp_path / "color.txt"
+    rows = [f"{line}\t{answer}" for line, answer in zip(lines, said, strict=True)]
+    answers.write_text("\n".join(rows), encoding="utf-8")
+    assert score("mme", answers, data)["splits"]["color"]["acc"] == 37.5  # one fewer is right
+
+
+@pytest.mark.parametrize("name", ["missing.txt", "color.txt"])
+def test_a_list_that_is_missing_or_empty_is_refused(data: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "color.txt").write_text("\n")
+    with pytest.raises(RefusedError, match=name):
+        score("mme", tmp_path / name, data)
+
+
+@pytest.mark.parametrize("value", ["", "/", None, 3])
+def test_a_question_id_without_a_task_is_of_no_question(
+    data: Path, tmp_path: Path, value: object
+) -> None:
+    path = llava_answers(tmp_path / "a.jsonl")
+    first, *others = path.read_text().splitlines()
+    changed = json.dumps(json.loads(first) | {"question_id": value})
+    path.write_text("\n".join([changed, *others]))
+    with pytest.raises(RefusedError, match=r"to no question of the data, first a\.jsonl, line 1"):
+        score("mme", path, data)
+
+
+def test_every_task_is_a_row_whose_numbers_are_whole(data: Path, tmp_path: Path) -> None:
+    for task in PERCEPTION[:4]:
+        (data / f"{task}.txt").write_text((data / "color.txt").read_text())
+    answers = tmp_path / "a.json"
+    rows = [
+        {"task": task, "image": image, "question": f"Is it {label}?", "answer": answer}
+        for task in PERCEPTION[:4]
+        for image, label, answer in WHOLE
+    ]
+    answers.write_text(json.dumps(rows))
+    console = Console(file=StringIO(), width=60)
+    console.print(answer_table(score("mme", answers, data, bootstrap=10)))
+    printed = console.file.getvalue()
+    assert "…" not in printed
+    cells = [line.split("│")[1:-1] for line in printed.splitlines() if line.startswith("│")]
+    table = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in cells}
+    assert table["count"] == ["75.0000", "50.0000", "25.0000"]
+    assert table["perception"] == ["—", "—", "—"]

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from realign.evaluation import score
+from realign.evaluation.benchmarks.scienceqa import SCIENCEQA
+from realign.evaluation.rows import rows_digest
 
 CASES = [  # text, number of choices, right letter, has an image, right by each rule
     ("A", 2, "A", True, 1, 1, 1),
@@ -87,3 +89,29 @@ def score_of_one(folder: Path, row: dict[str, object], rule: str) -> float:
     path.write_text(json.dumps(row))
     found = score("scienceqa", path, folder / "data", rule, allow_subset=True)
     return found["splits"]["all"]["accuracy"]
+
+
+def test_choices_of_several_lines(tmp_path: Path) -> None:
+    choices = ["See you soon,\nJanet", "See You Soon,\nJim"]
+    text = "Which is right?\n" + "\n".join(
+        f"{letter}. {choice}" for letter, choice in zip("AB", choices, strict=True)
+    )
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "B"}]
+    (tmp_path / "llava_test_CQM-A.json").write_text(
+        json.dumps([{"id": "1", "conversations": turns}])
+    )
+    (row,) = SCIENCEQA.read_tasks(tmp_path)["scienceqa"].rows
+    assert [*row["choices"].values()] == choices
+    # the first lines are equal but for case, so that the whole choice has to be compared
+    answers = tmp_path / "a.jsonl"
+    answers.write_text(json.dumps({"question_id": "1", "text": choices[1]}))
+    splits = score("scienceqa", answers, tmp_path, "vlmevalkit")["splits"]
+    assert splits["all"]["accuracy"] == 1.0
+
+
+def test_the_version_depends_on_the_choices(tmp_path: Path) -> None:
+    problems(tmp_path / "data")
+    rows = SCIENCEQA.read_tasks(tmp_path / "data")["scienceqa"].rows
+    before = rows_digest(rows, *SCIENCEQA.version_keys)
+    rows[0]["choices"]["A"] = "another"
+    assert rows_digest(rows, *SCIENCEQA.version_keys) != before
