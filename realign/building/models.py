@@ -32,9 +32,11 @@ class LocalModel:
     """A model folder and how it generates.
 
     Attributes:
+        name: For the provenance of a row: a hub id, or the folder's name.
         max_length: Longest prompt in tokens; None for the model's own limit.
     """
 
+    name: str
     folder: Path
     dtype: torch.dtype
     max_new_tokens: int
@@ -49,7 +51,7 @@ class LocalModel:
     @property
     def provenance(self) -> dict[str, Any]:
         """How answers came about, for ``meta``."""
-        return {"engine": "transformers", "model": self.folder.name, "decoding": "greedy"}
+        return {"engine": "transformers", "model": self.name, "decoding": "greedy"}
 
     @contextmanager
     def open(self) -> Iterator[tuple[Generator, Fits]]:
@@ -143,13 +145,13 @@ def asked_model(section: GeneratorSection | None, role: str, config: BuildConfig
         served = ServedModel(section, journal, config.max_new_tokens, config.seed)
         served.check()
         return served
-    folder = (
-        resolve_model(section.model, f"set build.{role}.model")
-        if section
-        else resolve_model(config.model)
+    model, option = (
+        (section.model, f"set build.{role}.model") if section else (config.model, "model")
     )
+    folder = resolve_model(model, option)
     check_adapter(folder)
     return LocalModel(
+        folder.name if Path(model).is_dir() else model,
         folder,
         choose_dtype(config.dtype),
         config.max_new_tokens,

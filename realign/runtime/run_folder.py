@@ -23,12 +23,13 @@ WRITES: Mapping[str, tuple[str, ...]] = {
     ),
     "train": (
         *("row_index.json", "accepted_numerics.json", "steps", ".checkpoint.tmp"),
-        *("checkpoint", "metrics.jsonl"),
+        *("checkpoint.json", "checkpoint", "metrics.jsonl"),
     ),
     "eval": ("answers", "samples", "scores.json"),
     "demo": (
         *("world", "dataset", "train.json", "row_index.json", "steps", ".checkpoint.tmp"),
-        *("checkpoint", "metrics.jsonl", "compare", "eval", "summary.json", "report.html"),
+        *("checkpoint.json", "checkpoint", "metrics.jsonl"),
+        *("compare", "eval", "summary.json", "report.html"),
     ),
 }
 

@@ -6,54 +6,48 @@ from __future__ import annotations
 
 import shutil
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PrinterCallback, set_seed
 
 from realign.config import TrainConfig
 from realign.modeling.adapters import quiet_peft
-from realign.modeling.folder import adapter_base, is_adapter
+from realign.modeling.folder import lasting_name
+from realign.modeling.identity import version_of
 from realign.modeling.row_index import RowFile, RowIndex
 from realign.reference import CacheReference, Ranks, build_cache, read_cache
-from realign.runtime.files import publish, write_json, write_text
+from realign.runtime.files import file_sha256, publish, write_json
 from realign.runtime.progress import announce
 from realign.runtime.run_folder import check_out, claim, is_begun, is_claimed, only_run
 from realign.training.arguments import training_arguments
 from realign.training.callbacks import LogLastStep, MetricsFile, ShowProgress
-from realign.training.objectives import ObjectiveOptions
 from realign.training.plan import TrainPlan
 from realign.training.policy import load_policy
 from realign.training.preflight import preflight
 from realign.training.trainer import RDPOTrainer
 
 
-def adapter_card(config: TrainConfig, base: str, num_rows: int) -> str:
-    """Return the card of an adapter.
+def checkpoint_facts(plan: TrainPlan, folder: Path, steps: int) -> dict[str, Any]:
+    """Return what is known of a finished checkpoint and stands in none of its files, for
+    ``checkpoint.json``. The places of model and data stay in the run's folder.
 
     Args:
-        config: What it was trained with.
-        base: Hub id or folder of its base.
-        num_rows: How many pairs it was trained on.
+        plan: The run.
+        folder: The finished checkpoint.
+        steps: Updates of the weights.
     """
-    is_local = Path(base).is_dir()
-    base = Path(base).name if is_local else base
-    # a folder's name is no hub id, which is what the hub would take it for
-    metadata = ["---", "library_name: peft", *([] if is_local else [f"base_model: {base}"]), "---"]
-    options = asdict(ObjectiveOptions.of(config))
-    objective = options.pop("objective")
-    options |= {name: getattr(config, name) for name in ("learning_rate", "epochs", "seed")}
-    settings = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
-    lines = [
-        f"# LoRA adapter of {base}",
-        "",
-        "Trained with `realign train` (Re-Align, arXiv 2502.13146).",
-        "",
-        f"- Base: {base}" + (" (a local folder)" if is_local else ""),
-        f"- Objective: {objective}; {settings}",
-        f"- Data: {config.data.name}, {num_rows:,} pairs",
-    ]
-    return "\n".join([*metadata, "", *lines]) + "\n"
+    snapshot = plan.folder
+    return {
+        "realign": version_of("realign"),
+        "model": lasting_name(plan.config.model),
+        "revision": snapshot.name if snapshot.parent.name == "snapshots" else None,
+        "data": str(plan.config.data.absolute()),
+        "pairs": len(plan.records),
+        "steps": steps,
+        "weights": {path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors"))},
+    }
 
 
 def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
@@ -135,11 +129,10 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
             trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
             trainer.save_model(str(unfinished))
         if trainer.is_world_process_zero():
-            if is_adapter(unfinished):
-                write_text(
-                    unfinished / "README.md",
-                    adapter_card(config, adapter_base(unfinished), len(plan.records)),
-                )
+            # a form of peft's with everything still to be filled in; `realign card` writes a card
+            (unfinished / "README.md").unlink(missing_ok=True)
+            facts = checkpoint_facts(plan, unfinished, trainer.state.global_step)
+            write_json(config.out / "checkpoint.json", facts)
             publish(unfinished, checkpoint)
             shutil.rmtree(config.out / "steps")
         return checkpoint

@@ -141,6 +141,16 @@ def test_report_and_export_work_without_heavy_libraries(
     assert not watched.imported()
 
 
+def test_card_works_without_heavy_libraries(tmp_path: Path, run: Path) -> None:
+    watched = Watched(tmp_path / "watched", HEAVY)
+    lines = [["card", run, "--overwrite"], ["card", run / "dataset", "--overwrite"]]
+    for code, output in watched.run(*lines):
+        assert code == 0, output
+    (run / "checkpoint" / "README.md").unlink()  # other tests take the run as it was
+    (run / "dataset" / "README.md").unlink()
+    assert not watched.imported()
+
+
 def test_check_works_without_heavy_libraries_and_so_do_its_workers(
     tmp_path: Path, run: Path
 ) -> None:
@@ -187,6 +197,9 @@ REFUSED = {
         ("export", *("--data", "DATASET", "--to", "none", "--out", "o")),
         ("browse", *("DATASET", "--port", "70000")),
         ("merge", *("--model", "m", "--out", "o", "--dtype", "int8")),
+        ("card", *("RUN", "--license", "MIT")),
+        ("card", *("RUN", "--base-model", "base")),
+        ("push", *("RUN", "--repo", "name")),
     ],
     "a missing option": [(verb,) for verb in ("build", "cache", "train", "check", "eval")],
     "a missing file or folder": [
@@ -214,6 +227,11 @@ REFUSED = {
         ("browse", "NONE"),
         ("export", *("--data", "NONE", "--to", "trl", "--out", "o")),
         ("merge", *("--model", "NONE", "--out", "o")),
+        ("card", "NONE"),
+        ("card", *("RUN", "--eval", "NONE")),
+        ("card", *("RUN", "--run", "NONE")),
+        ("push", *("NONE", "--repo", "user/name")),
+        ("push", *("RUN", "--repo", "user/name")),  # without a card
     ],
     "an output that is a file": [
         ("build", *("--source", "RUN", "--model", "m", "--out", "FILE")),

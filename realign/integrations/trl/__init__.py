@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from realign.integrations.trl.patch import patch_trl as patch_trl
+    from realign.integrations.trl.trainer import RdpoTrainer as RdpoTrainer
 
 _HOMES = {
     "RdpoTrainer": "realign.integrations.trl.trainer",

@@ -76,13 +76,7 @@ def test_an_adapter_names_its_base_as_the_user_did(
     for adapter in (first, second):
         stored = json.loads((adapter / "adapter_config.json").read_text())
         assert stored["base_model_name_or_path"] == "org/vlm"
-        card = (adapter / "README.md").read_text()
-        assert str(model_dir) not in card
-        assert str(tmp_path) not in card
-        assert "More Information Needed" not in card
-        assert "- Objective: rdpo; beta 0.1, image_weight 1.0" in card
-        assert "- Data: d.parquet, 2 pairs" in card
-        assert "\nbase_model: org/vlm\n" in card
+        assert not (adapter / "README.md").exists()  # peft's form; `realign card` writes a card
         assert load_model(adapter, torch.float32)
 
 

@@ -64,7 +64,8 @@ def test_what_the_remedy_names_is_what_the_verb_writes(tmp_path: Path, model_dir
     out = tmp_path / "run"
     train(TrainConfig(model=str(model_dir), data=tmp_path / "d.parquet", out=out, batch_size=2))
     names = {path.name for path in out.iterdir()} - {".train.lock"}  # held, and holds nothing
-    assert names == {"train.json", "row_index.json", "checkpoint", "metrics.jsonl", "cache"}
+    files = {"train.json", "row_index.json", "metrics.jsonl", "checkpoint.json"}
+    assert names == files | {"checkpoint", "cache"}
     assert names - {"train.json", "cache"} <= {*WRITES["train"]}
 
 

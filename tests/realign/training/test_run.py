@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import hashlib
 import json
 import math
 import os
 import shutil
 import weakref
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,21 @@ def metrics(out: Path) -> list[dict[str, float]]:
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / "model.safetensors")
+
+
+def test_the_facts_of_the_checkpoint_are_kept_beside_it(tmp_path: Path, model_dir, data) -> None:
+    checkpoint = train(config(model_dir, data, tmp_path / "run", epochs=2))
+    facts = json.loads((tmp_path / "run" / "checkpoint.json").read_text())
+    raw = (checkpoint / "model.safetensors").read_bytes()
+    assert facts == {
+        "realign": version("realign"),
+        "model": str(model_dir),
+        "revision": None,
+        "data": str(data),
+        "pairs": 12,
+        "steps": metrics(tmp_path / "run")[-1]["step"],
+        "weights": {"model.safetensors": hashlib.sha256(raw).hexdigest()},
+    }
 
 
 def test_rdpo_starts_at_two_log_two_and_learns(tmp_path: Path, model_dir, data) -> None:

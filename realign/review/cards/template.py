@@ -1,0 +1,44 @@
+"""Markdown of cards from templates, with nothing in it that a value could break."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+HERE = Path(__file__).parent
+UNNAMED = "REPOSITORY"  # in place of a repository's name that is not known
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """Return the text of a template of this folder.
+
+    Args:
+        template: File name.
+        values: What it shows. A name or text from outside goes through the filter ``plain``, or
+            ``code`` where it stands as code.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=False,  # Markdown, not HTML
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"plain": plain, "code": code}
+    return environment.get_template(template).render(values)
+
+
+def plain(value: object) -> str:
+    """Return a text as Markdown that shows it as it is, on one line, also in a table."""
+    text = " ".join(str(value).split())
+    return "".join(f"\\{letter}" if letter in "\\`*_[]<>|#" else letter for letter in text)
+
+
+def code(value: object) -> str:
+    """Return a text as Markdown code on one line, also in a table."""
+    text = " ".join(str(value).split()).replace("`", "'")
+    return f"`{text}`".replace("|", "\\|")
