@@ -67,19 +67,18 @@ def check_gathered_weight(rank):
 
 
 def check_mean_logits():
-    """The means are those of the whole weight, of which the ranks have parts of other sizes."""
+    """The means are those of the whole weight, whether the ranks' parts are of one size or not."""
     (e, c, bias), targets = make_case()
-    e, targets = e[:2], targets[:2]
     mesh = init_device_mesh("cpu", (2,))
-    parts = [torch.nn.Parameter(distribute_tensor(part, mesh, [Shard(0)])) for part in (c, bias)]
-    for whole, sharded in zip(
-        *(
-            liger.liger_fused_linear_dpo(e, weight, targets, offset, use_ref_model=False)[1]
-            for weight, offset in ((c, bias), parts)
-        ),
-        strict=True,
-    ):
-        torch.testing.assert_close(sharded, whole)
+    for size in (V - 1, V):
+        whole = [c[:size], bias[:size]]
+        sharded = [torch.nn.Parameter(distribute_tensor(part, mesh, [Shard(0)])) for part in whole]
+        labels = targets[:2].clamp(max=size - 1)
+        expected, actual = (
+            liger.liger_fused_linear_dpo(e[:2], weight, labels, offset, use_ref_model=False)[1]
+            for weight, offset in (whole, sharded)
+        )
+        torch.testing.assert_close(actual, expected)
 
 
 def main(rank, init_file):
