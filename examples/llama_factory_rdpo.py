@@ -42,6 +42,11 @@ class RdpoProcessor(loader.PairwiseDatasetProcessor):
     """Tokenizes the good answer a second time, on the retrieved images."""
 
     def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        if "_rejected_images" not in examples:
+            raise ValueError(
+                "dataset must be of the formatting rdpo, got another one. Name realign_rdpo, as in "
+                "dataset_info.json."
+            )
         retrieved = examples["_rejected_images"]
         if not all(retrieved):
             raise ValueError(

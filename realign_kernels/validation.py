@@ -224,10 +224,9 @@ def check_head(
             # A weight that ZeRO-3 has partitioned is empty outside of its context.
             remedy = " Gather it by deepspeed.zero.GatheredParameters."
         elif not swapped and lm_head_weight.ndim == 2 and lm_head_weight.shape[0] == hidden_size:
-            # A vocabulary is larger than a hidden size: which of the two has V as its last?
             remedy = " It looks transposed: pass its .T."
-            if hidden_size > lm_head_weight.shape[1]:
-                remedy = " hidden_states look like logits: pass what the last layer returns."
+            if hidden_size > lm_head_weight.shape[1]:  # the larger one is the vocabulary's size
+                remedy = " Pass what the last layer returns, not logits."
         elif not swapped and lm_head_weight.ndim != 2:
             remedy = " Pass the .weight of the output projection."
         raise ValueError(

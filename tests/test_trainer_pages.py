@@ -135,7 +135,7 @@ CALLS: list[Callable[[], Any]] = [
 
 def test_every_message_is_raised() -> None:
     page = (PAGES / "README.md").read_text("utf-8")
-    table = page.split("## When it says")[1].split("Of other trainers")[0]
+    table = page.split("## Error messages")[1].split("Those of other trainers")[0]
     messages = re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE)
     assert len(messages) == len(CALLS)
     for message, call in zip(messages, CALLS, strict=True):
@@ -147,8 +147,13 @@ def test_every_message_is_raised() -> None:
 
 
 def test_files_that_they_link_to_exist() -> None:
-    own = {page.name for page in PAGES.glob("*.md")}
-    assert own >= {"README.md", "ms-swift.md", "llama-factory.md", "authors-code.md"}
-    for page in PAGES.glob("*.md"):
-        for target in re.findall(r"\]\((\.\./[^)#]+)", page.read_text("utf-8")):
-            assert (PAGES / target).exists(), (page.name, target)
+    pages = {page.name: page.read_text("utf-8") for page in PAGES.glob("*.md")}
+    assert pages.keys() >= {"README.md", "ms-swift.md", "llama-factory.md", "authors-code.md"}
+    for name, text in pages.items():
+        for target, heading in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+            linked = PAGES / (target or name)
+            assert linked.exists(), (name, target)
+            if heading:
+                headings = re.findall(r"^#+ (.*)", linked.read_text("utf-8"), re.MULTILINE)
+                words = [re.sub(r"[^\w -]", "", title).lower() for title in headings]
+                assert heading.replace("-", " ") in words, (name, target, heading)

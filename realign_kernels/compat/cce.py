@@ -118,6 +118,7 @@ def linear_cross_entropy(
     check_tensor("targets", targets)
     check_choice("reduction", reduction, REDUCTIONS)
     check_flag("return_lse", return_lse)
+    check_integer("ignore_index", ignore_index)
     num_shifted = _checked_shift(shift, targets)
     if num_shifted:
         if e.shape[:-1] != targets.shape:
@@ -164,7 +165,7 @@ class LinearCrossEntropy(nn.Module):
         *positional: Any,
         **options: Any,
     ) -> None:
-        """Keep the options."""
+        """Keep the options as attributes, which may be set afterwards too."""
         super().__init__()
         if positional:
             raise TypeError(
@@ -172,28 +173,41 @@ class LinearCrossEntropy(nn.Module):
                 f"{3 + len(positional)} positional ones. The fourth is filter_eps in Cut "
                 "Cross-Entropy 25.1.1 and shift in 25.6.4: pass shift= and so on."
             )
-        if unknown := options.keys() - _OPTIONS:
+        if unknown := options.keys() - _OPTIONS.keys():
             raise TypeError(
                 "LinearCrossEntropy must get options of linear_cross_entropy, "
                 f"got {min(unknown)!r}. It takes {sorted(_OPTIONS)}."
             )
-        self.options = {
-            "ignore_index": ignore_index, "softcap": softcap, "reduction": reduction, **options
-        }  # fmt: skip
+        self.ignore_index = ignore_index
+        self.softcap = softcap
+        self.reduction = reduction
+        for name, default in _OPTIONS.items():
+            setattr(self, name, options.get(name, default))
 
     def forward(
         self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return what :func:`linear_cross_entropy` returns."""
-        return linear_cross_entropy(e, c, targets, bias=bias, **self.options)
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        return linear_cross_entropy(
+            e,
+            c,
+            targets,
+            bias=bias,
+            ignore_index=self.ignore_index,
+            softcap=self.softcap,
+            reduction=self.reduction,
+            **options,
+        )
 
 
-# What the class takes by name.
+# What the class takes by name alone, and the defaults.
 _OPTIONS = {
-    name
+    name: parameter.default
     for name, parameter in inspect.signature(linear_cross_entropy).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY
-} - {"bias", "ignore_index", "softcap", "reduction"}
+    and name not in {"bias", "ignore_index", "softcap", "reduction"}
+}
 
 
 def _checked_shift(shift: bool | int, targets: Tensor) -> int:

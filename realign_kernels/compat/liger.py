@@ -38,6 +38,7 @@ _NAMES = {
     "lm_head_weight": "weight",
     "labels": "target",
     "lm_head_bias": "bias",
+    "num_tokens": "the number of scored tokens in target",
 }
 _NAMES_OF_REFERENCE = {
     "hidden_states": "ref_input",
@@ -116,7 +117,7 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
             ref_input: The reference model's hidden states, shape ``(2P, T, D)``.
             ref_weight: The reference model's projection, shape ``(V, D)``.
             ref_bias: The reference model's bias, shape ``(V,)``.
-            ref_logps: What stands in place of the three, shape ``(2, P)``.
+            ref_logps: What stands in place of the three, shape ``(2, P)``; no gradient.
         Returns:
             loss: As of :func:`liger_fused_linear_dpo`.
             extras: As there.
@@ -192,7 +193,7 @@ def liger_fused_linear_dpo(
         discopop_tau: Ignored: it belongs to a loss that is refused.
         alpha: Factor of the negative log-probability.
         ref_logps: The reference's log-probabilities, shape ``(2, P)``, float32 or float64, in place
-            of the three ``ref_`` arguments: sums, or means with ``average_log_prob``.
+            of the three ``ref_`` arguments: sums, or means with ``average_log_prob``; no gradient.
     Returns:
         loss: Mean over pairs, (), with a gradient in ``_input``, ``weight`` and ``bias``.
         extras: chosen_logps (P,), rejected_logps (P,), the mean chosen and rejected logit of all
@@ -234,7 +235,8 @@ def liger_fused_linear_dpo(
     # A mean is a sum of parts: the head weighs each token, and nothing else knows of it.
     shares = (1 / num_tokens.clamp(min=1).to(floating))[:, None].expand(target.shape)
     if ref_logps is not None or not use_ref_model:
-        ref_logps = _given_reference(ref_logps, ref_input, use_ref_model, num_tokens, floating)
+        model = {"ref_input": ref_input, "ref_weight": ref_weight, "ref_bias": ref_bias}
+        ref_logps = _given_reference(ref_logps, model, use_ref_model, num_tokens, floating)
     else:
         with torch.no_grad():
             ref_token_logps = call_with_names(
@@ -338,7 +340,8 @@ class LigerFusedLinearScaledCrossEntropyFunction:
             temperature=temperature,
             ignore_index=ignore_index,
         )
-        return (-result.token_logps, result.entropy) if return_entropy else -result
+        nll = 0 - (result.token_logps if return_entropy else result)  # not -0.0 where ignored
+        return (nll, result.entropy) if return_entropy else nll
 
 
 def _check_loss_type(loss_type: str, label_smoothing: float) -> None:
@@ -398,7 +401,7 @@ def _reference_head(ref_input: Tensor | None, ref_weight: Tensor | None) -> tupl
 
 def _given_reference(
     ref_logps: Tensor | None,
-    ref_input: Tensor | None,
+    model: dict[str, Tensor | None],
     use_ref_model: bool,
     num_tokens: Tensor,
     dtype: torch.dtype,
@@ -406,10 +409,12 @@ def _given_reference(
     """Return the reference's log-probabilities where no model computes them, (2, P)."""
     if ref_logps is None:
         return num_tokens.new_zeros(2, len(num_tokens) // 2, dtype=dtype)
-    if ref_input is not None or not use_ref_model:
-        other = "use_ref_model=False" if not use_ref_model else "ref_input"
+    others = [name for name, part in model.items() if part is not None]
+    if not use_ref_model:
+        others = ["use_ref_model=False"]
+    if others:
         raise ValueError(
-            f"ref_logps must be the only reference, got {other} as well. Leave one of them out."
+            f"ref_logps must be the only reference, got {others[0]} as well. Leave one of them out."
         )
     check_tensor("ref_logps", ref_logps)
     expected = (2, len(num_tokens) // 2)

@@ -22,8 +22,10 @@ def call_with_names(
     """
     try:
         return function(*args, **options)
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         # "the labels" is a word of the sentence.
         pattern = rf"(?<!the )\b({'|'.join(names)})\b"
         message = re.sub(pattern, lambda found: names[found[0]], str(error))
+        if message == str(error):
+            raise
         raise type(error)(message) from error

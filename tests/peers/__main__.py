@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if source is None:
         parser.error(f"source is required for {given.peer}. Pass the root of its checkout.")
     try:
-        report = run(peer, source.resolve(), read_left_out(given.peer))
+        report = run(peer, source.resolve(), read_left_out().get(given.peer, []))
     except RefusedSourceError as error:
         print(error, file=sys.stderr)
         return 2

@@ -174,6 +174,8 @@ def test_llama_factory_reads_the_good_answer_on_the_retrieved_image(
         processor().preprocess_dataset({**examples, "_rejected_images": [[ignored, 7, 8]]})
     with pytest.raises(ValueError, match=r"Every row must have rejected_images, got a row without"):
         processor().preprocess_dataset({**examples, "_rejected_images": [None]})
+    with pytest.raises(ValueError, match=r"dataset must be of the formatting rdpo, got another"):
+        processor().preprocess_dataset({"_images": examples["_images"]})
 
 
 def test_ms_swift_gets_the_losses_of_three_cells(example: Any) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ import torch
 from realign_kernels.backends import cpu
 from realign_kernels.backends.dispatch import kernels_of
 from realign_kernels.tiling import TileShape
+from tests.conftest import running
 
 DEVICE = os.environ.get("REALIGN_TEST_DEVICE", "cpu")  # cuda: see CONTRIBUTING.md
 
@@ -39,6 +43,35 @@ def each_backend(request):
             "realign_kernels.backends.dispatch.auto_backend", lambda device_type: request.param
         )
         yield request.param
+
+
+@pytest.fixture
+def run_two_ranks(tmp_path):
+    """Run a file as the two processes of a group: as a script that is given its rank and a file to
+    meet at, then the arguments.
+    """
+
+    def run(script, *arguments, warnings="error"):
+        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+        command = [sys.executable, "-W", warnings, script]
+        rendezvous = tmp_path / "rendezvous"
+        with ExitStack() as stack:
+            ranks = [
+                stack.enter_context(
+                    running(
+                        [*command, rank, rendezvous, *arguments],
+                        env=environment,
+                        stderr=subprocess.PIPE,
+                        text=True,
+                    )
+                )
+                for rank in range(2)
+            ]
+            for process in ranks:
+                _, stderr = process.communicate(timeout=120)
+                assert process.returncode == 0, stderr
+
+    return run
 
 
 @pytest.fixture

@@ -253,8 +253,8 @@ def test_wrong_values_are_refused_by_name(call, name):
             "rdpo_loss",
             {"hidden_states": torch.zeros(N, T, V)},
             ValueError,
-            r"lm_head_weight must have shape \(V, 11\) .*, got \(11, 4\)\. hidden_states look like "
-            "logits: pass what the last layer returns",
+            r"lm_head_weight must have shape \(V, 11\) .*, got \(11, 4\)\. "
+            "Pass what the last layer returns, not logits",
         ),
         (
             "rdpo_loss",

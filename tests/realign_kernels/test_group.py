@@ -5,8 +5,6 @@ Run as a script, this file is one of the two processes.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import pytest
@@ -129,27 +127,10 @@ def main(rank, init_file, backend):
     "backend",
     ["cpu", *(pytest.param(name, marks=pytest.mark.full) for name in ("eager", "triton"))],
 )
-def test_two_ranks_equal_one(tmp_path, backend):
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
+def test_two_ranks_equal_one(run_two_ranks, backend):
     # Triton's interpreter computes with infinities by NumPy, which warns.
     warnings = "ignore" if backend == "triton" else "error"
-    rendezvous = str(tmp_path / "rendezvous")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", warnings, __file__, str(rank), rendezvous, backend],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORLD_SIZE)
-    ]
-    try:
-        for process in ranks:
-            _, stderr = process.communicate(timeout=120)
-            assert process.returncode == 0, stderr
-    finally:
-        for process in ranks:
-            process.kill()
+    run_two_ranks(__file__, backend, warnings=warnings)
 
 
 if __name__ == "__main__":

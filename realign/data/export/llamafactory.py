@@ -32,11 +32,8 @@ _ANSWER_PAIRS = {
         "images": "images",
     },
 }
-DESCRIPTION = {
-    "realign": _ANSWER_PAIRS,
-    # The example registers this formatting, which keeps the retrieved images.
-    "realign_rdpo": {**_ANSWER_PAIRS, "file_name": WHOLE_PAIRS, "formatting": "rdpo"},
-}
+# The example registers this formatting, which keeps the retrieved images.
+_RDPO_PAIRS = {**_ANSWER_PAIRS, "file_name": WHOLE_PAIRS, "formatting": "rdpo"}
 
 
 def write_llamafactory(records: Iterable[Record], folder: Path) -> Counter[str]:
@@ -67,10 +64,12 @@ def write_llamafactory(records: Iterable[Record], folder: Path) -> Counter[str]:
 
     with (folder / WHOLE_PAIRS).open("w", encoding="utf-8") as whole_pairs:
         counts["rows written"] = write_list(folder / FILE, rows())
+    descriptions = {"realign": _ANSWER_PAIRS, "realign_rdpo": _RDPO_PAIRS}
     if not counts["image pairs, in rdpo.jsonl alone"]:
         (folder / WHOLE_PAIRS).unlink()
+        del descriptions["realign_rdpo"]
     (folder / "dataset_info.json").write_text(
-        json_text(DESCRIPTION, indent=2) + "\n", encoding="utf-8"
+        json_text(descriptions, indent=2) + "\n", encoding="utf-8"
     )
     counts["images written"] = len(images)
     counts["images renamed"] = images.renamed

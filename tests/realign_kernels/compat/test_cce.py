@@ -168,6 +168,16 @@ def test_compiles_into_one_graph():
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
 
 
+def test_an_option_of_the_module_can_be_set_afterwards():
+    """As in Cut Cross-Entropy, where options are attributes."""
+    (e, c), targets = make_call(F32)
+    module = LinearCrossEntropy()
+    assert (module.reduction, module.ignore_index, module.filter_eps) == ("mean", -100, "auto")
+    module.reduction, module.shift = "none", 1
+    expected = linear_cross_entropy(e, c, targets, reduction="none", shift=1)
+    assert torch.equal(module(e, c, targets), expected)
+
+
 def test_the_module_holds_the_options():
     (e, c, bias), targets = make_call(F32, bias=True)
     module = LinearCrossEntropy(-100, 4.0, "none", shift=1, return_lse=True, filter_eps=None)
@@ -236,8 +246,18 @@ REFUSED = {
         ValueError,
         r"reduction must be one of \['none', 'mean', 'sum'\], got 'average'",
     ),
+    "logits": (
+        {"e": torch.zeros(B, T, V)},
+        ValueError,
+        r"c must have shape \(V, 61\) .*, got \(61, 16\)\. Pass what the last layer returns, not",
+    ),
     "a flag": ({"return_lse": 1}, TypeError, "return_lse must be True or False, got int"),
     "no tensor": ({"e": None}, TypeError, r"e must be a torch\.Tensor, got NoneType"),
+    "no index": (
+        {"ignore_index": None, "targets": torch.zeros(B, T, dtype=torch.int64)},
+        TypeError,
+        "ignore_index must be an int, got NoneType",
+    ),
     "an index": (
         {"ignore_index": 0.5},
         TypeError,

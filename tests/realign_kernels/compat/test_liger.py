@@ -260,7 +260,8 @@ def test_an_answer_without_tokens_adds_nothing():
         torch.testing.assert_close(loss, part * 2 / 3)
         assert extras[1][1] == extras[6][1] == 0
     labels[1] = -100
-    with pytest.raises(ValueError, match=r"must be > 0 in cell 0 .* got 0 in pairs \[1\]"):
+    message = r"^the number of scored tokens in target must be > 0 in cell 0 .* in pairs \[1\]"
+    with pytest.raises(ValueError, match=message):
         liger_fused_linear_dpo(hidden, weight, labels, bias, *reference)
 
 
@@ -321,6 +322,7 @@ def test_label_smoothing_that_is_not_read_is_warned_about():
     torch.testing.assert_close(actual, expected)
 
 
+NO_MODEL = {"ref_input": None, "ref_weight": None, "ref_bias": None}
 REFUSED = {
     "another type of loss": ({"loss_type": None}, TypeError, "loss_type must be a string, got Non"),
     "a number as flag": (
@@ -343,18 +345,23 @@ REFUSED = {
         ValueError,
         "ref_logps must be the only reference, got ref_input as well. Leave one of them out",
     ),
+    "a reference and a part of another": (
+        {"ref_logps": torch.zeros(2, P), "ref_input": None},
+        ValueError,
+        "ref_logps must be the only reference, got ref_weight as well. Leave one of them out",
+    ),
     "a reference and none": (
-        {"ref_logps": torch.zeros(2, P), "ref_input": None, "use_ref_model": False},
+        {"ref_logps": torch.zeros(2, P), **NO_MODEL, "use_ref_model": False},
         ValueError,
         "ref_logps must be the only reference, got use_ref_model=False as well.",
     ),
     "a transposed reference": (
-        {"ref_logps": torch.zeros(P, 2), "ref_input": None},
+        {"ref_logps": torch.zeros(P, 2), **NO_MODEL},
         ValueError,
         r"ref_logps must have shape \(2, 3\) to match _input, got \(3, 2\). Call torch.stack",
     ),
     "a pair of references": (
-        {"ref_logps": (torch.zeros(P), torch.zeros(P)), "ref_input": None},
+        {"ref_logps": (torch.zeros(P), torch.zeros(P)), **NO_MODEL},
         TypeError,
         r"ref_logps must be a torch.Tensor, got tuple of 2 tensors. Call torch.stack",
     ),
@@ -462,6 +469,7 @@ def test_scaled_cross_entropy(ignore_index, return_entropy, dtype):
     for value, right, slope in zip(results, expected, (1.0, -0.4), strict=False):
         assert (value.dtype, value.shape) == (torch.float32, labels.shape)
         assert (value - right).abs().max() <= bound
+        assert not value[~is_scored].signbit().any()
         total, oracle = total + slope * value.square().sum(), oracle + slope * right.square().sum()
     total.backward()
     oracle.backward()

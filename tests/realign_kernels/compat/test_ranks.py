@@ -5,8 +5,6 @@ Run as a script, this file is one of the two processes.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import torch
@@ -14,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from realign_kernels.compat import cce
+from realign_kernels.compat import cce, liger
 from realign_kernels.compat import torch as compat_torch
 
 WORLD_SIZE = 2
@@ -68,6 +66,21 @@ def check_gathered_weight(rank):
         torch.testing.assert_close(weight.grad.full_tensor(), whole.grad)
 
 
+def check_mean_logits():
+    """The means are those of the whole weight, whether the ranks' parts are of one size or not."""
+    (e, c, bias), targets = make_case()
+    mesh = init_device_mesh("cpu", (2,))
+    for size in (V - 1, V):
+        whole = [c[:size], bias[:size]]
+        sharded = [torch.nn.Parameter(distribute_tensor(part, mesh, [Shard(0)])) for part in whole]
+        labels = targets[:2].clamp(max=size - 1)
+        expected, actual = (
+            liger.liger_fused_linear_dpo(e[:2], weight, labels, offset, use_ref_model=False)[1]
+            for weight, offset in (whole, sharded)
+        )
+        torch.testing.assert_close(actual, expected)
+
+
 def main(rank, init_file):
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -75,28 +88,12 @@ def main(rank, init_file):
     )
     check_group(rank)
     check_gathered_weight(rank)
+    check_mean_logits()
     dist.destroy_process_group()
 
 
-def test_two_ranks_equal_one(tmp_path):
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
-    rendezvous = str(tmp_path / "rendezvous")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", __file__, str(rank), rendezvous],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORLD_SIZE)
-    ]
-    try:
-        for process in ranks:
-            _, stderr = process.communicate(timeout=120)
-            assert process.returncode == 0, stderr
-    finally:
-        for process in ranks:
-            process.kill()
+def test_two_ranks_equal_one(run_two_ranks):
+    run_two_ranks(__file__)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ Run as a script, this file is one of the two processes of a tensor-parallel grou
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import pytest
@@ -163,6 +161,11 @@ REFUSED = {
         ValueError,
         r"labels must have shape \(24,\) to match hidden, got \(23,\)",
     ),
+    "a group without its processes": (
+        {"dist_process_group": object()},
+        RuntimeError,
+        r"^dist_process_group must belong to an initialised .*, or pass dist_process_group=None",
+    ),
     "a number as group": (
         {"dist_process_group": 0},
         TypeError,
@@ -231,25 +234,8 @@ def main(rank, rendezvous):
     dist.destroy_process_group()
 
 
-def test_two_ranks_share_the_vocabulary(tmp_path):
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
-    command = [sys.executable, "-W", "error", __file__]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "rendezvous")],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        for process in ranks:
-            _, stderr = process.communicate(timeout=120)
-            assert process.returncode == 0, stderr
-    finally:
-        for process in ranks:
-            process.kill()
+def test_two_ranks_share_the_vocabulary(run_two_ranks):
+    run_two_ranks(__file__)
 
 
 if __name__ == "__main__":

@@ -272,6 +272,9 @@ def test_whole_pairs_are_exported_in_one_row(to: str, tmp_path: Path, records) -
     write_parquet([alone], tmp_path / "alone.parquet")
     export(tmp_path / "alone.parquet", None, to, tmp_path / "none")
     assert not (tmp_path / "none" / "rdpo.jsonl").exists()
+    if to == "llamafactory":  # names no file that is not there
+        description = json.loads((tmp_path / "none" / "dataset_info.json").read_text())
+        assert [entry["file_name"] for entry in description.values()] == ["data.json"]
 
 
 @pytest.mark.parametrize("to", ["ms-swift", "llamafactory", "official", "trl"])
