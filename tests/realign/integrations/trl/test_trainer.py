@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,22 @@ def test_public_names_are_loaded_when_they_are_used() -> None:
     assert realign.integrations.trl.RdpoTrainer.__name__ == "RdpoTrainer"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = realign.integrations.trl.nothing
+
+
+@pytest.mark.parametrize("missing", ["trl", "trl.models.utils"])
+def test_without_a_trl_that_fits_the_package_to_install_is_named(monkeypatch, missing: str) -> None:
+    for name in ("native", "own_models", "trainer"):
+        monkeypatch.delitem(sys.modules, f"realign.integrations.trl.{name}")
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(RefusedError, match=r"^RdpoTrainer requires trl, .*pip install 'trl>=1.16'"):
+        _ = realign.integrations.trl.RdpoTrainer
+
+
+def test_another_package_that_is_missing_keeps_its_error(monkeypatch) -> None:
+    monkeypatch.delitem(sys.modules, "realign.integrations.trl.trainer")
+    monkeypatch.setitem(sys.modules, "accelerate.logging", None)
+    with pytest.raises(ImportError, match=r"accelerate\.logging"):
+        _ = realign.integrations.trl.RdpoTrainer
 
 
 @pytest.mark.parametrize("data_path", ["own", "native"])
@@ -191,11 +208,7 @@ def test_a_cache_checks_what_the_model_reads(tmp_path: Path) -> None:
         step(other)
 
 
-RESUMED = {
-    "per_device_train_batch_size": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2
-}  # fmt: skip
-
-
+@pytest.mark.full
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_numerics_of_a_cache_are_those_of_the_configuration(
     tmp_path: Path, caplog, bf16: bool
@@ -214,6 +227,11 @@ def test_the_numerics_of_a_cache_are_those_of_the_configuration(
         trainer.train()
         is_off = abs(trainer.state.log_history[0]["loss"] - 2 * math.log(2)) > 1e-6
         assert is_off == ("the first loss must be" in caplog.text) == (autocast != bf16)
+
+
+RESUMED = {
+    "per_device_train_batch_size": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2
+}  # fmt: skip
 
 
 def test_a_full_model_is_saved_and_resumed(tmp_path: Path) -> None:
@@ -249,7 +267,7 @@ def test_an_adapter_is_resumed(tmp_path: Path) -> None:
     assert any(value.any() for name, value in runs[0].items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("data_path", ["own", "native"])
+@pytest.mark.parametrize("data_path", ["own", pytest.param("native", marks=pytest.mark.full)])
 def test_the_best_model_is_loaded_at_the_end(tmp_path: Path, data_path: str) -> None:
     """At this rate the loss of the second checkpoint is higher than that of the first."""
     training = {
