@@ -24,6 +24,10 @@ from realign.integrations.trl.rows import as_record, with_image_bytes
 from realign.modeling.adapters import quiet_peft
 from realign.modeling.collate import PreferenceCollator
 from realign.modeling.processors import load_processor
+from realign.review.cards.card import write_card
+from realign.review.cards.licence import Licence
+from realign.review.cards.model_card import CardOptions
+from realign.review.cards.push import prepare
 from realign_kernels import Objective, preference_loss
 from tests.realign.integrations.trl.stock import (
     cached_reference,
@@ -301,6 +305,24 @@ def test_an_adapter_is_saved_and_loaded_by_peft(tmp_path: Path) -> None:
     found, expected = loaded.state_dict(), trainer.model.state_dict()
     for name in (name for name in expected if "lora" in name):
         assert torch.equal(found[name], expected[name])
+
+
+def test_an_adapter_gets_a_card_and_is_pushed_once_its_pickle_is_gone(tmp_path: Path) -> None:
+    with quiet_peft():
+        trainer = ours(tmp_path, model=reference_model(), peft_config=lora("q_proj"))
+        trainer.save_model(str(tmp_path / "saved"))
+    folder, licence = tmp_path / "saved", Licence("mit")
+    with pytest.raises(RefusedError, match=r"README.md must be as .* Pass --overwrite to replace"):
+        write_card(folder, CardOptions(licence))  # that of peft
+    card = write_card(folder, CardOptions(licence), overwrite=True).read_text()
+    assert "A LoRA adapter for `model` (a local folder)." in card
+    assert "The folder of the run that made these weights is not known to this card." in card
+    with pytest.raises(RefusedError, match=r"got training_args.bin, a pickle. Move it away"):
+        prepare(folder, "user/name")
+    (folder / "training_args.bin").unlink()
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(MODEL), "user/base"))
+    assert "adapter_model.safetensors" in prepare(folder, "user/name").files
 
 
 @pytest.mark.parametrize("data_path", ["own", "native"])
