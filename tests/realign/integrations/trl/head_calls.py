@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 from trl.trainer import utils
@@ -32,3 +34,13 @@ def patched(inputs: HeadInputs, *outputs: tuple[str, ...]) -> Any:
         results = call(utils._ChunkedLogProbFunction, inputs, *outputs)
     assert (patch.calls, patch.passed_on) == (1, 0)
     return results
+
+
+def files_of_trl(text: str) -> set[str]:
+    """Files of the installed TRL that hold a text."""
+    (root,) = importlib.util.find_spec("trl").submodule_search_locations
+    return {
+        path.relative_to(root).as_posix()
+        for path in Path(root).rglob("*.py")
+        if text in path.read_text(encoding="utf-8")
+    }

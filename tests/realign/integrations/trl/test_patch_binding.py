@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +11,10 @@ from trl.kernels import ChunkedLogProbFunction, chunked_logprob
 from trl.trainer import distillation_trainer, utils
 
 from realign.errors import RefusedError
-from realign.integrations.trl import patch as patching
 from realign.integrations.trl import patch_trl
 from realign_kernels.testing import make_head_inputs
 from tests.realign.integrations.trl.conftest import USES_TRITON
-from tests.realign.integrations.trl.head_calls import call, patched
+from tests.realign.integrations.trl.head_calls import call, files_of_trl, patched
 
 
 def test_twice_is_once_and_the_last_to_end_restores_the_very_objects():
@@ -64,16 +60,6 @@ def test_answers_alone_are_scored_on_cpus_where_that_is_asked_for():
         assert utils._ChunkedLogProbFunction is not ChunkedLogProbFunction
 
 
-def files_of_trl(text: str) -> set[str]:
-    """Files of the installed TRL that hold a text."""
-    (root,) = importlib.util.find_spec("trl").submodule_search_locations
-    return {
-        path.relative_to(root).as_posix()
-        for path in Path(root).rglob("*.py")
-        if text in path.read_text(encoding="utf-8")
-    }
-
-
 def test_every_place_of_trl_that_names_the_function_is_known_and_patched():
     """A new one would escape the patch where it has bound the function before."""
     assert files_of_trl("ChunkedLogProbFunction") == {
@@ -85,24 +71,6 @@ def test_every_place_of_trl_that_names_the_function_is_known_and_patched():
         function = utils._ChunkedLogProbFunction
         assert sys.modules["trl.kernels"].ChunkedLogProbFunction is function
         assert chunked_logprob.ChunkedLogProbFunction is function
-
-
-def test_the_page_names_the_trainers_that_call_the_function():
-    callers = {Path(name).stem for name in files_of_trl("fused_lm_head=True")}
-    names = ["dpo", "kto", "sft", "grpo", "rloo", "async_grpo"]
-    assert callers == {"utils", *(f"{name}_trainer" for name in names)}
-    page = (Path(__file__).parents[4] / "docs" / "trainers" / "trl.md").read_text(encoding="utf-8")
-    assert "DPO, KTO, SFT, GRPO, RLOO; of the experimental ones the asynchronous GRPO" in page
-
-
-def test_the_block_of_the_page_patches():
-    page = (Path(__file__).parents[4] / "docs" / "trainers" / "trl.md").read_text(encoding="utf-8")
-    section = page.split("## Exact log-probabilities in TRL's trainers")[1]
-    (block, *_) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    exec(block, {})
-    assert utils._ChunkedLogProbFunction is not ChunkedLogProbFunction
-    (patch,) = patching._patches
-    patch.undo()
 
 
 def test_who_keeps_the_function_beyond_the_patch_has_trls_own():
