@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PrinterCallback
 from trl import DPOConfig, DPOTrainer
@@ -104,6 +105,11 @@ def untied_model(model: Any = None) -> Any:
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
     return model
+
+
+def lora(*targets: str) -> LoraConfig:
+    """An adapter whose two factors are both random: it changes what the base computes."""
+    return LoraConfig(r=4, target_modules=[*targets], init_lora_weights=False)
 
 
 @cache
