@@ -185,6 +185,19 @@ def test_it_takes_less_memory_than_trls_function(frozen):
         assert peak_bytes(lambda: differentiate(utils._ChunkedLogProbFunction)) < stock
 
 
+def test_a_head_that_trains_keeps_nothing_of_tokens_times_vocabulary():
+    inputs = make_head_inputs(512, 8_000, 32, torch.float32).as_leaves()
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        patched(inputs)
+    assert max(kept) < 512 * 8_000
+
+
 def other_class(tensor: Tensor) -> Tensor:
     """A tensor of a class that may define products of its own, as quantized weights have."""
 

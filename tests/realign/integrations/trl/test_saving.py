@@ -44,7 +44,7 @@ RESUMED = {
 }  # fmt: skip
 
 
-def test_a_full_model_is_saved_and_resumed(tmp_path: Path) -> None:
+def test_a_full_model_is_saved_and_resumed(tmp_path: Path, caplog) -> None:
     options: dict[str, Any] = {"train_dataset": pairs(8), "reference": cached_reference(8)}
     training = RESUMED
     whole = ours(tmp_path / "whole", **options, training=training)
@@ -53,7 +53,9 @@ def test_a_full_model_is_saved_and_resumed(tmp_path: Path) -> None:
     saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     assert_same(weights(saved), weights(whole.model))
     resumed = ours(tmp_path / "resumed", **options, training=training)
+    caplog.clear()
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert "the first loss must be" not in caplog.text  # of a policy that has been trained
     assert resumed.state.global_step == 4
     assert_same(weights(resumed.model), weights(whole.model))
     lines = [[line for line in run.state.log_history if "loss" in line] for run in (resumed, whole)]
