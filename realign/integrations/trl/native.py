@@ -4,7 +4,7 @@ pair.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,35 @@ class NativeCollator(DataCollatorForVisionPreference):
         pair = {name: value for name, value in example.items() if name != "image"}
         rejected = example["rejected"] if self.num_cells == 4 else example["chosen"]
         return {**pair, "images": retrieved, "rejected": rejected}
+
+
+@dataclass(frozen=True)
+class GivenCollator:
+    """A user's collator, of which every batch is checked for its number of rows: those of TRL's own
+    collator could be taken for other cells.
+
+    Attributes:
+        collate: The user's collator.
+        num_cells: How many cells of a pair the objective reads.
+    """
+
+    collate: Callable[[list[Any]], dict[str, Any]]
+    num_cells: int
+
+    def __call__(self, examples: list[Any]) -> dict[str, Any]:
+        """Return what the user's collator makes of the rows.
+
+        Raises:
+            RefusedError: It has not as many rows as the pairs have cells.
+        """
+        batch = self.collate(examples)
+        if len(batch["input_ids"]) != self.num_cells * len(examples):
+            raise RefusedError(
+                f"data_collator must return {self.num_cells} rows a pair, cell by cell, got "
+                f"{len(batch['input_ids'])} rows for {len(examples)} pairs. Leave it out for "
+                "[v y_w | v y_l | v_l y_w], or let it return as many."
+            )
+        return batch
 
 
 def _joined(values: Any, others: Any, fill: int) -> Any:

@@ -91,7 +91,7 @@ def check_options(args: DPOConfig, *, is_cached: bool, data_path: str) -> None:
 
 
 def check_data_path(data_path: str) -> None:
-    """Refuse a data path that there is not."""
+    """Refuse an unknown data path."""
     if data_path not in DATA_PATHS:
         raise RefusedError(
             f"data_path must be one of {', '.join(DATA_PATHS)}, got {data_path!r}. Choose own, or "
@@ -136,7 +136,7 @@ def check_columns(dataset: Any, name: str, num_cells: int) -> None:
             check_columns(part, f"{name}[{key!r}]", num_cells)
         return
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
-        return  # TRL refuses what is none
+        return  # TRL refuses anything else
     columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not say them
     needed: list[tuple[tuple[str, ...], str]] = [(("images", "image"), "the image of each pair")]
     if num_cells > 2:

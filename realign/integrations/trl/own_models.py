@@ -40,8 +40,8 @@ def check_adapter(config: Any) -> None:
 
 @contextmanager
 def own_models(policy: Any, *, loads_reference: bool) -> Iterator[None]:
-    """Within it TRL's constructor gives every model that it loads our forward, and lets LoRA on the
-    output projection pass.
+    """Within the block, let TRL's constructor give our forward to every model that it loads, and
+    accept LoRA on the output projection.
 
     Args:
         policy: What the constructor is given: a model, or the name of the first one that it loads.
@@ -70,7 +70,7 @@ def own_models(policy: Any, *, loads_reference: bool) -> Iterator[None]:
 
 @contextmanager
 def _replaced(name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Within it a name of TRL's module of the DPOTrainer stands for what is made of its value."""
+    """Within the block, replace a name in TRL's module of the DPOTrainer by ``make(value)``."""
     if not hasattr(dpo_trainer, name):
         raise RefusedError(
             f"trl must be a version whose DPOTrainer uses {name}, got {trl.__version__}. Install "

@@ -120,8 +120,8 @@ def _check_signature() -> None:
         found = f"({', '.join(names)})"
     version = getattr(sys.modules["trl"], "__version__", "of an unknown version")
     raise RefusedError(
-        "patch_trl needs the log-prob function of TRL >= 1.15 with arguments "
-        f"({', '.join(_ARGUMENTS)}), found {found} in TRL {version}. Install a TRL that has it, "
+        "patch_trl requires the log-prob function of trl >= 1.15 with the arguments "
+        f"({', '.join(_ARGUMENTS)}), got {found} in trl {version}. Install a trl that has it, "
         "or train without the patch."
     )
 

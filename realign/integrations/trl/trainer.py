@@ -16,7 +16,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import get_config_model_id, use_adapter
 
 from realign.errors import RefusedError
-from realign.integrations.trl.native import NativeBatch, NativeCollator
+from realign.integrations.trl.native import GivenCollator, NativeBatch, NativeCollator
 from realign.integrations.trl.options import (
     check_columns,
     check_left_out,
@@ -89,7 +89,7 @@ class RdpoTrainer(DPOTrainer):
         trainer.train()
     """
 
-    # of model cards; DPOTrainer reads them and changes nothing
+    # DPOTrainer writes these into model cards
     _tag_names = ["trl", "dpo", "rdpo"]  # noqa: RUF012
     _name = "rDPO"
     _paper = {  # noqa: RUF012
@@ -174,10 +174,14 @@ class RdpoTrainer(DPOTrainer):
             self.model.delete_adapter("ref")  # TRL's copy of the adapter, which nothing will read
         if self._is_own:
             self._set_up_own(shared_prefix)
-        elif data_collator is None:
-            self.data_collator = NativeCollator(
-                self.processing_class, num_cells=self.objective.num_cells
-            )
+            return
+        num_cells = self.objective.num_cells
+        collator: Any = (
+            NativeCollator(self.processing_class, num_cells=num_cells)
+            if data_collator is None
+            else GivenCollator(data_collator, num_cells)
+        )
+        self.data_collator = collator
 
     def _checked(self, dataset: Any, name: str) -> Any:
         """Return a dataset as its data path reads it, once its columns and rows are checked."""

@@ -35,7 +35,7 @@ HUB = "https://huggingface.co"
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What a card is told beside what the folder holds.
+    """Facts for a card that the files of the folder do not hold.
 
     Attributes:
         licence: The licence, where somebody gives one.

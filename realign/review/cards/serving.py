@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from realign.review.cards.weights import ADAPTER, open_weights
+
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
 # outside the language model, as a reader knows them
 _PARTS = {"vision": "vision tower", "projector": "projector", "unused": "image generator"}
@@ -20,10 +22,12 @@ _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_[AB]\.weight")
 
 
 def weight_names(adapter: Path) -> list[str]:
-    """Return the names of an adapter's weights, from the head of its file."""
-    from safetensors import safe_open
+    """Return the names of an adapter's weights, from the head of its file.
 
-    with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:
+    Raises:
+        RefusedError: The file is missing, or cut.
+    """
+    with open_weights(adapter / ADAPTER, "numpy") as file:
         return [*file.keys()]
 
 

@@ -1,4 +1,4 @@
-"""Markdown of cards from templates, with nothing in it that a value could break."""
+"""Render cards from templates, with every value escaped for Markdown."""
 
 from __future__ import annotations
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from realign.errors import RefusedError
 from realign.modeling.folder import is_adapter
@@ -59,20 +61,37 @@ def _indexed(folder: Path) -> set[str]:
 def _check_finite(file: Path) -> None:
     """Refuse a file that is cut or holds a number that is none."""
     import torch
-    from safetensors import SafetensorError, safe_open
 
     measurable = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    with open_weights(file, "pt") as weights:
+        for name in weights.keys():  # noqa: SIM118 - no mapping
+            tensor = weights.get_tensor(name)
+            if tensor.dtype not in measurable or not tensor.numel():
+                continue
+            if not all(bool(bound.isfinite()) for bound in tensor.aminmax()):
+                raise RefusedError(
+                    f"{file} must hold finite weights, got NaN or infinity in {name}. Give an "
+                    "earlier checkpoint."
+                )
+
+
+@contextmanager
+def open_weights(file: Path, framework: str) -> Iterator[Any]:
+    """Open a safetensors file within the block.
+
+    Raises:
+        RefusedError: It is missing, or cut.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise RefusedError(
+            f"{file.parent} must hold {file.name}, holds none. Give a folder that has it, such as "
+            "peft's save_pretrained writes it."
+        )
     try:
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 - no mapping
-                tensor = weights.get_tensor(name)
-                if tensor.dtype not in measurable or not tensor.numel():
-                    continue
-                if not all(bool(bound.isfinite()) for bound in tensor.aminmax()):
-                    raise RefusedError(
-                        f"{file} must hold finite weights, got NaN or infinity in {name}. Give an "
-                        "earlier checkpoint."
-                    )
+        with safe_open(file, framework=framework) as weights:
+            yield weights
     except SafetensorError as error:
         said = " ".join(str(error).split())
         raise RefusedError(

@@ -14,13 +14,17 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback
 from trl import DPOTrainer
 
 from realign.integrations.trl import patch_trl
-from tests.realign.conftest import make_records
-from tests.realign.integrations.trl.dpo_training import make_trainer, policy_and_reference
+from tests.realign.integrations.trl.stock import (
+    policy_model,
+    reference_model,
+    stock,
+    untied_model,
+)
 from tests.realign.training.pair_training import shard_on_the_cpu, whole
 
 # Whether the head is tied.  If not, it is sharded by itself: TRL finds a DTensor, and gathers it.
@@ -43,11 +47,11 @@ def take_step(
     folder: Path, is_tied: bool, **options: object
 ) -> tuple[dict[str, Tensor], float, DPOTrainer]:
     """Return gradients and loss of four pairs, and the trainer."""
-    models = policy_and_reference()
-    for model in () if is_tied else models:
-        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-        model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
-    trainer = make_trainer(folder, make_records(4), models, max_grad_norm=0.0, **options)
+    policy, reference = policy_model(), reference_model()
+    for model in () if is_tied else (policy, reference):
+        untied_model(model)
+    training = {"max_grad_norm": 0.0, "gradient_checkpointing": True, **options}
+    trainer = stock(folder, model=policy, ref_model=reference, training=training)
     watch = Watch()
     trainer.add_callback(watch)
     trainer.train()
@@ -60,12 +64,12 @@ def main(folder: Path) -> None:
     shard_on_the_cpu()
     rank = os.environ["RANK"]
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = "LlamaDecoderLayer"
-    options = {"pairs": 2, "use_cpu": False}
+    options = {"per_device_train_batch_size": 2, "use_cpu": False}
     for case, is_tied in CASES.items():
-        stock, stock_loss, _ = take_step(folder, is_tied, **options)
+        unpatched, stock_loss, _ = take_step(folder, is_tied, **options)
         with patch_trl() as patch:
             found, loss, trainer = take_step(folder, is_tied, **options)
-        save_file(stock, folder / f"{case}.stock.{rank}.safetensors")
+        save_file(unpatched, folder / f"{case}.stock.{rank}.safetensors")
         save_file(found, folder / f"{case}.patched.{rank}.safetensors")
         said = {
             "loss": loss,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PrinterCallback
 from trl import DPOConfig, DPOTrainer
@@ -22,6 +23,16 @@ from realign.modeling.preference_forward import attach_preference_forward
 from realign.modeling.processors import load_processor
 from realign_kernels import Objective, Term
 from tests.realign.conftest import make_records
+
+QUIET = {
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "dataloader_pin_memory": False,
+    "save_strategy": "no",
+    "logging_steps": 1,
+}
 
 
 class Step(NamedTuple):
@@ -59,11 +70,9 @@ def pairs(count: int = 4, seed: int = 0, **columns: list[Any]) -> datasets.Datas
 def config(folder: Path | str, **options: Any) -> DPOConfig:
     """A configuration for the CPU, in float32, without truncation."""
     defaults: dict[str, Any] = {
-        "output_dir": str(folder), "per_device_train_batch_size": 4, "max_steps": 1,
-        "learning_rate": 1e-4, "lr_scheduler_type": "constant", "report_to": "none",
-        "logging_steps": 1, "use_cpu": True, "max_length": None, "save_strategy": "no",
-        "bf16": False, "disable_tqdm": True, "remove_unused_columns": False,
-        "dataloader_pin_memory": False, "gradient_checkpointing": False,
+        **QUIET, "output_dir": str(folder), "per_device_train_batch_size": 4, "max_steps": 1,
+        "learning_rate": 1e-4, "lr_scheduler_type": "constant", "max_length": None,
+        "remove_unused_columns": False, "gradient_checkpointing": False,
         "logging_nan_inf_filter": False,
     }  # fmt: skip
     return DPOConfig(**{**defaults, **options})
@@ -88,12 +97,19 @@ def policy_model() -> Any:
     return model
 
 
-def untied_model() -> Any:
-    """The embedded model with an output projection of its own, so that an adapter of it is too."""
-    model = reference_model()
+def untied_model(model: Any = None) -> Any:
+    """A model, the embedded one where none is given, with an output projection of its own: an
+    adapter of it is its own, too.
+    """
+    model = model or reference_model()
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
     return model
+
+
+def lora(*targets: str) -> LoraConfig:
+    """An adapter whose two factors are both random: it changes what the base computes."""
+    return LoraConfig(r=4, target_modules=[*targets], init_lora_weights=False)
 
 
 @cache
@@ -150,6 +166,7 @@ def step(trainer: Any) -> Step:
     inputs = trainer._prepare_inputs(trainer.data_collator(rows))
     trainer.model.train()
     trainer.model.zero_grad()
+    trainer._total_train_tokens = 0
     loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
     metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from realign.integrations.trl import patch_trl
 from realign_kernels import Objective, Term
 from tests.realign.integrations.trl.stock import (
     Step,
@@ -81,8 +82,16 @@ PATHS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("loss_type", LINKS)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("path", "loss_type"),
+    [
+        # of links alone: the tests of the answer pair above try each on all rows
+        pytest.param(path, link, marks=[] if is_quick else pytest.mark.full)
+        for path in PATHS
+        for link in LINKS
+        for is_quick in [link == "sigmoid" or path in ("native", "own, shared rows")]
+    ],
+)
 def test_rdpo_is_stock_dpo_of_both_pairs_at_weight_two(
     tmp_path: Path, path: str, loss_type: str
 ) -> None:
@@ -123,17 +132,50 @@ def test_separate_rows_of_the_answer_pair_read_as_many_tokens_as_stock(tmp_path:
     assert shared.metrics["num_tokens"] < 0.8 * truth  # image and prompt once
 
 
-def test_both_paths_agree_on_four_cells_and_other_weights(tmp_path: Path) -> None:
-    """No trainer of TRL has these: two computations of one number stand for the truth."""
-    for objective in (
+@pytest.mark.parametrize(
+    "objective",
+    [
         Objective.symmetric(0.2, image_beta=0.3, image_weight=0.5),
-        Objective.mdpo(0.2, anchor_weight=0.5),
-        Objective((Term((1, -1), label_smoothing=0.1), Term((1, 0, -1))), nll_weight=0.3),
-    ):
-        native = step(ours(tmp_path, data_path="native", objective=objective))
-        for shared_prefix in (True, False):
-            own = step(ours(tmp_path, objective=objective, shared_prefix=shared_prefix))
-            check(own, native, loss=1e-6, gradient=3e-6)
+        pytest.param(Objective.mdpo(0.2, anchor_weight=0.5), marks=pytest.mark.full),
+        pytest.param(
+            Objective((Term((1, -1), label_smoothing=0.1), Term((1, 0, -1))), nll_weight=0.3),
+            marks=pytest.mark.full,
+        ),
+    ],
+    ids=["four cells", "mdpo", "smoothed"],
+)
+def test_both_paths_agree_on_four_cells_and_other_weights(
+    tmp_path: Path, objective: Objective
+) -> None:
+    """No trainer of TRL has these: two computations of one number stand for the truth."""
+    native = step(ours(tmp_path, data_path="native", objective=objective))
+    for shared_prefix in (True, False):
+        own = step(ours(tmp_path, objective=objective, shared_prefix=shared_prefix))
+        check(own, native, loss=1e-6, gradient=3e-6)
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path != "own, cached"])
+def test_gradient_checkpointing_which_trl_has_by_default_changes_nothing(
+    tmp_path: Path, path: str
+) -> None:
+    trainer = ours(tmp_path, **PATHS[path])
+    expected = step(trainer)
+    trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = step(trainer)
+    assert found.loss == expected.loss
+    assert distance(found.gradients, expected.gradients) == 0
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_under_the_patch_a_step_is_the_same(tmp_path: Path, path: str) -> None:
+    """The native path scores by the patch; the own path has the exact head without it."""
+    options = {name: value() if callable(value) else value for name, value in PATHS[path].items()}
+    with patch_trl() as patch:
+        found = step(ours(tmp_path, **options))
+    check(found, expected(image_pairs=True), loss=1e-6, gradient=3e-6)
+    assert (patch.calls, patch.passed_on) == (2 if path == "native" else 0, 0)
+    unpatched = step(ours(tmp_path, **options))
+    assert found.metrics == pytest.approx(unpatched.metrics, abs=1e-5)
 
 
 def test_numbers_of_the_image_pair_are_arguments(tmp_path: Path) -> None:

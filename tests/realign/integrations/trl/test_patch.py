@@ -1,23 +1,16 @@
-"""The patch of TRL's log-probability function: what it computes, binds, passes on and refuses."""
+"""The patch of TRL's log-probability function: what it computes, and what it passes on."""
 
 from __future__ import annotations
 
-import importlib.util
-import re
-import sys
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from trl.kernels import ChunkedLogProbFunction, chunked_logprob
-from trl.trainer import distillation_trainer, utils
+from trl.kernels import ChunkedLogProbFunction
+from trl.trainer import utils
 
-import realign.integrations.trl
-from realign.errors import RefusedError
-from realign.integrations.trl import patch as patching
 from realign.integrations.trl import patch_trl
 from realign_kernels.testing import (
     HeadInputs,
@@ -26,6 +19,7 @@ from realign_kernels.testing import (
     make_head_inputs,
     peak_bytes,
 )
+from tests.realign.integrations.trl.head_calls import call, patched
 
 STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 CASES: dict[str, dict[str, Any]] = {
@@ -35,40 +29,6 @@ CASES: dict[str, dict[str, Any]] = {
     "softcapped": {"logit_softcap": 4.0, "bias": True},
     "everything": {"logit_scale": 0.5, "logit_softcap": 5.0, "temperature": 0.7, "bias": True},
 }
-USES_TRITON = utils._use_triton
-
-
-@pytest.fixture(autouse=True)
-def _is_undone() -> Any:
-    """Every test leaves TRL as it was."""
-    yield
-    assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction
-    assert chunked_logprob.ChunkedLogProbFunction is ChunkedLogProbFunction
-    assert utils._use_triton is USES_TRITON
-
-
-def call(function: Any, inputs: HeadInputs, *outputs: tuple[str, ...], chunk_size: int = 32) -> Any:
-    """Call TRL's function, or what is in its place."""
-    options = inputs.options
-    return function.apply(
-        inputs.hidden_states,
-        inputs.lm_head_weight,
-        options.get("lm_head_bias"),
-        inputs.labels,
-        options.get("temperature", 1.0),
-        chunk_size,
-        options.get("logit_softcap"),
-        options.get("logit_scale", 1.0),
-        *outputs,
-    )
-
-
-def patched(inputs: HeadInputs, *outputs: tuple[str, ...]) -> Any:
-    """Call TRL's function with the patch on; the head must answer."""
-    with patch_trl() as patch:
-        results = call(utils._ChunkedLogProbFunction, inputs, *outputs)
-    assert (patch.calls, patch.passed_on) == (1, 0)
-    return results
 
 
 def dense(inputs: HeadInputs) -> list[Tensor]:
@@ -225,6 +185,19 @@ def test_it_takes_less_memory_than_trls_function(frozen):
         assert peak_bytes(lambda: differentiate(utils._ChunkedLogProbFunction)) < stock
 
 
+def test_a_head_that_trains_keeps_nothing_of_tokens_times_vocabulary():
+    inputs = make_head_inputs(512, 8_000, 32, torch.float32).as_leaves()
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        patched(inputs)
+    assert max(kept) < 512 * 8_000
+
+
 def other_class(tensor: Tensor) -> Tensor:
     """A tensor of a class that may define products of its own, as quantized weights have."""
 
@@ -279,175 +252,6 @@ def test_other_devices_are_left_to_trl():
     with patch_trl() as patch, pytest.raises(RuntimeError, match="unknown device type"):
         call(utils._ChunkedLogProbFunction, inputs)
     assert patch.passed_on == 1
-
-
-def test_twice_is_once_and_the_last_to_end_restores_the_very_objects():
-    inputs = make_head_inputs(5, 61, 8, torch.float32)
-    with patch_trl() as outer:
-        function = utils._ChunkedLogProbFunction
-        assert function is not ChunkedLogProbFunction
-        with patch_trl() as inner:
-            assert utils._ChunkedLogProbFunction is function
-            call(utils._ChunkedLogProbFunction, inputs)
-        assert utils._ChunkedLogProbFunction is function
-        call(utils._ChunkedLogProbFunction, inputs)
-    assert (outer.calls, inner.calls) == (2, 1)
-    first, second = patch_trl(), patch_trl()
-    first.undo()
-    first.undo()  # ends no other
-    assert utils._ChunkedLogProbFunction is function
-    with second, second:
-        pass
-    assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction
-    with first:  # again
-        call(utils._ChunkedLogProbFunction, inputs)
-    assert first.calls == 1
-
-
-def test_an_error_inside_ends_the_patch():
-    with pytest.raises(ZeroDivisionError), patch_trl():
-        _ = 1 / 0
-    assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction
-
-
-def test_answers_alone_are_scored_on_cpus_where_that_is_asked_for():
-    cpu, other = torch.device("cpu"), torch.device("cuda")
-    with patch_trl():
-        assert utils._use_triton(cpu)
-        assert utils._use_triton(other) == USES_TRITON(other)
-        assert distillation_trainer._use_triton is USES_TRITON  # of another function
-        with patch_trl(compact=False):
-            assert utils._use_triton is USES_TRITON
-        assert utils._use_triton(cpu)
-    with patch_trl(compact=False):
-        assert utils._use_triton is USES_TRITON
-        assert utils._ChunkedLogProbFunction is not ChunkedLogProbFunction
-
-
-def files_of_trl(text: str) -> set[str]:
-    """Files of the installed TRL that hold a text."""
-    (root,) = importlib.util.find_spec("trl").submodule_search_locations
-    return {
-        path.relative_to(root).as_posix()
-        for path in Path(root).rglob("*.py")
-        if text in path.read_text(encoding="utf-8")
-    }
-
-
-def test_every_place_of_trl_that_names_the_function_is_known_and_patched():
-    """A new one would escape the patch where it has bound the function before."""
-    assert files_of_trl("ChunkedLogProbFunction") == {
-        "kernels/__init__.py",
-        "kernels/chunked_logprob.py",
-        "trainer/utils.py",
-    }
-    with patch_trl():
-        function = utils._ChunkedLogProbFunction
-        assert sys.modules["trl.kernels"].ChunkedLogProbFunction is function
-        assert chunked_logprob.ChunkedLogProbFunction is function
-
-
-def test_the_page_names_the_trainers_that_call_the_function():
-    callers = {Path(name).stem for name in files_of_trl("fused_lm_head=True")}
-    names = ["dpo", "kto", "sft", "grpo", "rloo", "async_grpo"]
-    assert callers == {"utils", *(f"{name}_trainer" for name in names)}
-    page = (Path(__file__).parents[4] / "docs" / "trainers" / "trl.md").read_text(encoding="utf-8")
-    assert "DPO, KTO, SFT, GRPO, RLOO; of the experimental ones the asynchronous GRPO" in page
-
-
-def test_the_block_of_the_page_patches():
-    page = (Path(__file__).parents[4] / "docs" / "trainers" / "trl.md").read_text(encoding="utf-8")
-    section = page.split("## Exact log-probabilities in TRL's trainers")[1]
-    (block, *_) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    exec(block, {})
-    assert utils._ChunkedLogProbFunction is not ChunkedLogProbFunction
-    (patch,) = patching._patches
-    patch.undo()
-
-
-def test_who_keeps_the_function_beyond_the_patch_has_trls_own(monkeypatch):
-    """As a module has that imported it meanwhile."""
-    inputs = make_head_inputs(5, 61, 8, torch.float32)
-    with patch_trl() as patch:
-        kept = utils._ChunkedLogProbFunction
-    expected = call(ChunkedLogProbFunction, inputs)[0]
-    assert torch.equal(call(kept, inputs)[0], expected)
-    assert (patch.calls, patch.passed_on) == (0, 0)
-
-
-class Older:
-    """The function of TRL 1.10."""
-
-    @staticmethod
-    def forward(ctx, last_hidden, weight, targets, temperature, chunk_size):
-        """Nothing."""
-
-
-@pytest.mark.parametrize(
-    ("function", "found"),
-    [
-        (Older, r"found \(last_hidden, weight, targets, temperature, chunk_size\) in TRL 1\."),
-        (object(), r"found no such function in TRL 1\."),
-        (None, r"found no such function in TRL 1\."),
-    ],
-)
-def test_a_function_with_other_arguments_is_refused(monkeypatch, function, found):
-    with monkeypatch.context() as changed:
-        changed.setattr(utils, "_ChunkedLogProbFunction", function)
-        with pytest.raises(RefusedError, match=rf"TRL >= 1\.15 .*{found}"):
-            patch_trl()
-        assert utils._ChunkedLogProbFunction is function
-    with patch_trl() as patch:
-        assert patch.calls == 0
-
-
-def test_a_trl_without_the_choice_of_positions_is_patched(monkeypatch):
-    """As TRL 1.15, which has no other way than to score answers alone."""
-    inputs = make_head_inputs(5, 61, 8, torch.float32)
-    with monkeypatch.context() as changed:
-        changed.delattr(utils, "_use_triton")
-        patched(inputs)
-        assert not hasattr(utils, "_use_triton")
-
-
-def test_without_trl_the_package_to_install_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "trl.trainer.utils", None)
-    with pytest.raises(RefusedError, match=r"requires trl >= 1\.15.*pip install 'trl>=1\.15'"):
-        patch_trl()
-    monkeypatch.undo()
-
-
-def test_compact_must_be_a_truth_value():
-    with pytest.raises(RefusedError, match="compact must be True or False, got 'no'"):
-        patch_trl(compact="no")  # type: ignore[arg-type]
-
-
-def test_public_names_are_loaded_on_first_use():
-    assert realign.integrations.trl.__all__ == ["RdpoTrainer", "patch_trl"]
-    assert realign.integrations.trl.patch_trl is patch_trl
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = realign.integrations.trl.nothing
-
-
-@pytest.mark.full
-# Dynamo asks every tensor that it meets for its .grad.
-@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
-def test_it_compiles_as_far_as_trls_function_does():
-    """With a break of the graph, as TRL's own has."""
-    inputs = make_head_inputs(17, 61, 8, torch.float32).as_leaves()
-
-    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        results = utils._ChunkedLogProbFunction.apply(hidden, weight, None, labels, 0.7, 32)
-        return results[0].sum() + 0.5 * results[1].sum()
-
-    compiled = torch.compile(loss, backend="eager")
-    with patch_trl() as patch:
-        for count in (17, 11, 13):
-            arguments = inputs.hidden_states[:count], inputs.lm_head_weight, inputs.labels[:count]
-            (found,) = torch.autograd.grad(compiled(*arguments), arguments[1])
-            (expected,) = torch.autograd.grad(loss(*arguments), arguments[1])
-            torch.testing.assert_close(found, expected)
-    assert (patch.calls, patch.passed_on) == (6, 0)
 
 
 class Partitioned:

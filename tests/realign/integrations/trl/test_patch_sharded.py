@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import running
 from tests.realign.integrations.trl import sharded_dpo
-from tests.realign.integrations.trl.dpo_training import difference
 from tests.realign.integrations.trl.sharded_dpo import CASES, take_step
+from tests.realign.integrations.trl.stock import distance
 from tests.realign.training.test_distributed import free_port
 
 RANKS = ("0", "1")
@@ -67,6 +67,6 @@ def test_a_sharded_step_is_the_stock_step(folder: Path, tmp_path: Path, case) ->
         assert said["loss"] == pytest.approx(said["stock_loss"], abs=1e-6)
         assert said["loss"] == pytest.approx(alone_loss, abs=1e-6)
         found = load_file(folder / f"{case}.patched.{rank}.safetensors")
-        assert difference(found, load_file(folder / f"{case}.stock.{rank}.safetensors")) <= 3e-6
+        assert distance(found, load_file(folder / f"{case}.stock.{rank}.safetensors")) <= 3e-6
         expected = {name: alone[name] for name in is_mean}
-        assert difference({name: found[name] for name in is_mean}, expected) <= 3e-6
+        assert distance({name: found[name] for name in is_mean}, expected) <= 3e-6

@@ -13,7 +13,6 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import (
-    DPOTrainer,
     GRPOConfig,
     GRPOTrainer,
     KTOConfig,
@@ -26,42 +25,29 @@ from trl import (
 
 from realign.demo.run import MODEL
 from realign.integrations.trl import patch_trl
-from tests.realign.integrations.trl.dpo_training import (
+from tests.realign.integrations.trl.stock import (
     QUIET,
-    difference,
+    Step,
+    distance,
     gradients,
-    make_trainer,
-    policy_and_reference,
+    pairs,
+    reference_model,
+    step,
+    stock,
 )
 
 # transformers and trl on each other's names
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
-Step = tuple[float, dict[str, Tensor], dict[str, float]]
-
-
-def step(trainer: DPOTrainer) -> Step:
-    """Loss, gradients and metrics of the first batch."""
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    trainer.model.train()
-    trainer.model.zero_grad()
-    trainer._metrics["train"].clear()
-    trainer._total_train_tokens = 0
-    loss = trainer.compute_loss(trainer.model, batch)
-    loss.backward()
-    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
-    return loss.item(), gradients(trainer.model), metrics
-
 
 def check_equal(found: Step, expected: Step) -> None:
     """Up to rounding in float32."""
-    assert abs(found[0] - expected[0]) <= 1e-6
-    assert difference(found[1], expected[1]) <= 3e-6
-    metrics, stock = found[2], expected[2]
-    assert metrics.keys() == stock.keys()
-    assert metrics == pytest.approx(stock, abs=1e-5, rel=0)
+    assert abs(found.loss - expected.loss) <= 1e-6
+    assert distance(found.gradients, expected.gradients) <= 3e-6
+    assert found.metrics.keys() == expected.metrics.keys()
+    assert found.metrics == pytest.approx(expected.metrics, abs=1e-5, rel=0)
     for name in ("mean_token_accuracy", "num_tokens", "rewards/accuracies"):
-        assert metrics[name] == stock[name]
+        assert found.metrics[name] == expected.metrics[name]
 
 
 @pytest.fixture
@@ -72,26 +58,24 @@ def lora() -> LoraConfig:
 
 @pytest.mark.parametrize("is_made_before", [True, False], ids=["trainer-first", "patch-first"])
 @pytest.mark.parametrize("compact", [True, False])
-def test_a_step_of_dpo_is_the_stock_step(tmp_path: Path, records, compact, is_made_before) -> None:
+def test_a_step_of_dpo_is_the_stock_step(tmp_path: Path, compact, is_made_before) -> None:
     """The policy is off the reference, so that no term of the gradient vanishes."""
-    stock = make_trainer(tmp_path, records(4))
-    expected = step(stock)
+    unpatched = stock(tmp_path)
+    expected = step(unpatched)
     with patch_trl(compact=compact) as patch:
-        trainer = stock if is_made_before else make_trainer(tmp_path, records(4))
+        trainer = unpatched if is_made_before else stock(tmp_path)
         found = step(trainer)
     assert (patch.calls, patch.passed_on) == (2, 0)  # the policy and the reference
-    assert found[0] != pytest.approx(0.6931, abs=1e-3)
+    assert found.loss != pytest.approx(0.6931, abs=1e-3)
     check_equal(found, expected)
     check_equal(step(trainer), expected)  # after the patch: stock again
     assert patch.calls == 2
 
 
-def test_a_step_of_dpo_with_adapters_is_the_stock_step(tmp_path: Path, records, lora) -> None:
+def test_a_step_of_dpo_with_adapters_is_the_stock_step(tmp_path: Path, lora) -> None:
     """The head is frozen, and the reference is the model without its adapters."""
     torch.manual_seed(0)
-    trainer = make_trainer(
-        tmp_path, records(4), models=(policy_and_reference()[1], None), peft_config=lora
-    )
+    trainer = stock(tmp_path, model=reference_model(), ref_model=None, peft_config=lora)
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
@@ -100,13 +84,13 @@ def test_a_step_of_dpo_with_adapters_is_the_stock_step(tmp_path: Path, records, 
     with patch_trl() as patch:
         found = step(trainer)
     assert (patch.calls, patch.passed_on) == (2, 0)
-    assert all("lora" in name for name in found[1])
+    assert all("lora" in name for name in found.gradients)
     check_equal(found, expected)
 
 
-def test_a_batch_without_an_answer_token_is_the_stock_batch(tmp_path: Path, records) -> None:
-    trainer = make_trainer(tmp_path, records(2), pairs=2)
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+def test_a_batch_without_an_answer_token_is_the_stock_batch(tmp_path: Path) -> None:
+    trainer = stock(tmp_path, train_dataset=pairs(2))
+    batch = trainer._prepare_inputs(trainer.data_collator([*trainer.train_dataset]))
     batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
     seen = []
     for patching in (False, True):
@@ -200,20 +184,22 @@ def test_a_step_of_another_trainer_is_the_stock_step(tmp_path: Path, text_model,
         trainer.train()
         return trainer.state.log_history[0]["loss"], watch.gradients
 
-    stock, expected = train()
+    loss_before, expected = train()
     with patch_trl() as patch:
         loss, found = train()
     assert (patch.calls, patch.passed_on) == (calls, 0)
-    assert loss == pytest.approx(stock, abs=1e-6)
-    assert difference(found, expected) <= 3e-6
+    assert loss == pytest.approx(loss_before, abs=1e-6)
+    assert distance(found, expected) <= 3e-6
     assert "lm_head.weight" in found
 
 
 @pytest.mark.full
-def test_fifty_steps_of_dpo_are_the_stock_steps(tmp_path: Path, records) -> None:
+def test_fifty_steps_of_dpo_are_the_stock_steps(tmp_path: Path) -> None:
     curves: dict[bool, dict[str, Tensor]] = {}
     for patching in (False, True):
-        trainer = make_trainer(tmp_path, records(20), pairs=2, max_steps=50, seed=0)
+        training = {"per_device_train_batch_size": 2, "max_steps": 50}
+        training |= {"gradient_checkpointing": True, "lr_scheduler_type": "linear"}
+        trainer = stock(tmp_path, train_dataset=pairs(20), training=training)
         train: Callable[[], Any] = trainer.train
         if patching:
             with patch_trl() as patch:

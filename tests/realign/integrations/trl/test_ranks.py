@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,18 +13,13 @@ from safetensors.torch import load_file
 
 from tests.conftest import running
 from tests.realign.integrations.trl import ranks
+from tests.realign.training.test_distributed import free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 # which pairs a rank gets changes these by nothing but the order of sums
 LOGGED = ("loss", "rewards/margins", "rewards/image_margins", "logps/chosen", "entropy")
 LOGGED = (*LOGGED, "logits/chosen", "mean_token_accuracy", "rewards/image_accuracies")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.full

@@ -1,18 +1,19 @@
-"""RdpoTrainer keeps what DPOTrainer does: loading, adapters, evaluation, saving and resuming."""
+"""RdpoTrainer keeps what DPOTrainer does: loading, adapters, evaluation and collators."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import get_peft_model
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
 from trl.trainer import dpo_trainer
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 import realign
 import realign.integrations.trl
@@ -26,6 +27,7 @@ from realign.modeling.processors import load_processor
 from realign_kernels import Objective, preference_loss
 from tests.realign.integrations.trl.stock import (
     cached_reference,
+    lora,
     ours,
     pairs,
     policy_model,
@@ -37,25 +39,10 @@ from tests.realign.integrations.trl.stock import (
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
-def lora(*targets: str) -> LoraConfig:
-    """An adapter whose two factors are both random: it changes what the base computes."""
-    return LoraConfig(r=4, target_modules=[*targets], init_lora_weights=False)
-
-
 def adapted(model: Any, *targets: str) -> Any:
     torch.manual_seed(3)
     with quiet_peft():
         return get_peft_model(model, lora(*targets))
-
-
-def weights(model: Any) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 0.0) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=atol, rtol=0.0, msg=name)
 
 
 def test_public_names_are_loaded_when_they_are_used() -> None:
@@ -64,6 +51,22 @@ def test_public_names_are_loaded_when_they_are_used() -> None:
     assert realign.integrations.trl.RdpoTrainer.__name__ == "RdpoTrainer"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = realign.integrations.trl.nothing
+
+
+@pytest.mark.parametrize("missing", ["trl", "trl.models.utils"])
+def test_without_a_trl_that_fits_the_package_to_install_is_named(monkeypatch, missing: str) -> None:
+    for name in ("native", "own_models", "trainer"):
+        monkeypatch.delitem(sys.modules, f"realign.integrations.trl.{name}")
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(RefusedError, match=r"^RdpoTrainer requires trl, .*pip install 'trl>=1.16'"):
+        _ = realign.integrations.trl.RdpoTrainer
+
+
+def test_another_package_that_is_missing_keeps_its_error(monkeypatch) -> None:
+    monkeypatch.delitem(sys.modules, "realign.integrations.trl.trainer")
+    monkeypatch.setitem(sys.modules, "accelerate.logging", None)
+    with pytest.raises(ImportError, match=r"accelerate\.logging"):
+        _ = realign.integrations.trl.RdpoTrainer
 
 
 @pytest.mark.parametrize("data_path", ["own", "native"])
@@ -191,11 +194,7 @@ def test_a_cache_checks_what_the_model_reads(tmp_path: Path) -> None:
         step(other)
 
 
-RESUMED = {
-    "per_device_train_batch_size": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2
-}  # fmt: skip
-
-
+@pytest.mark.full
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_numerics_of_a_cache_are_those_of_the_configuration(
     tmp_path: Path, caplog, bf16: bool
@@ -214,75 +213,6 @@ def test_the_numerics_of_a_cache_are_those_of_the_configuration(
         trainer.train()
         is_off = abs(trainer.state.log_history[0]["loss"] - 2 * math.log(2)) > 1e-6
         assert is_off == ("the first loss must be" in caplog.text) == (autocast != bf16)
-
-
-def test_a_full_model_is_saved_and_resumed(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"train_dataset": pairs(8), "reference": cached_reference(8)}
-    training = RESUMED
-    whole = ours(tmp_path / "whole", **options, training=training)
-    whole.train()
-    whole.save_model(str(tmp_path / "saved"))
-    saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", dtype=torch.float32)
-    assert_same(weights(saved), weights(whole.model))
-    resumed = ours(tmp_path / "resumed", **options, training=training)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert resumed.state.global_step == 4
-    assert_same(weights(resumed.model), weights(whole.model))
-    lines = [[line for line in run.state.log_history if "loss" in line] for run in (resumed, whole)]
-    assert lines[0][-1]["loss"] == lines[1][-1]["loss"]
-    card = (tmp_path / "whole" / "README.md").read_text()
-    assert "2502.13146" in card
-    assert "rDPO" in card
-
-
-def test_an_adapter_is_resumed(tmp_path: Path) -> None:
-    training = {**RESUMED, "per_device_train_batch_size": 1}
-    runs = []
-    for name, start in (("whole", None), ("resumed", tmp_path / "whole" / "checkpoint-2")):
-        with quiet_peft():
-            config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
-            options = {"model": reference_model(), "peft_config": config}
-            run = ours(tmp_path / name, **options, training=training)
-            run.train(resume_from_checkpoint=start and str(start))
-        runs.append(weights(run.model))
-    assert_same(*runs)
-    assert any(value.any() for name, value in runs[0].items() if "lora_B" in name)
-
-
-@pytest.mark.parametrize("data_path", ["own", "native"])
-def test_the_best_model_is_loaded_at_the_end(tmp_path: Path, data_path: str) -> None:
-    """At this rate the loss of the second checkpoint is higher than that of the first."""
-    training = {
-        **RESUMED, "max_steps": 2, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1,
-        "load_best_model_at_end": True, "learning_rate": 3e-2,
-    }  # fmt: skip
-    trainer = ours(tmp_path, data_path=data_path, eval_dataset=pairs(4), training=training)
-    trainer.train()
-    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
-    assert losses[0] != losses[1]
-    best = tmp_path / f"checkpoint-{1 + losses.index(min(losses))}"
-    assert trainer.state.best_model_checkpoint == str(best)
-    saved = AutoModelForImageTextToText.from_pretrained(best, dtype=torch.float32)
-    assert_same(weights(trainer.model), weights(saved))
-
-
-def test_an_adapter_is_saved_and_loaded_by_peft(tmp_path: Path) -> None:
-    with quiet_peft():
-        trainer = ours(
-            tmp_path,
-            model=reference_model(),
-            peft_config=lora("q_proj"),
-            reference=cached_reference(),
-        )
-        trainer.train()
-        trainer.save_model(str(tmp_path / "saved"))
-        loaded = PeftModel.from_pretrained(reference_model(), str(tmp_path / "saved"))
-    files = {path.name for path in (tmp_path / "saved").iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= files
-    assert not any(name.startswith("model") for name in files)
-    found, expected = loaded.state_dict(), trainer.model.state_dict()
-    for name in (name for name in expected if "lora" in name):
-        assert torch.equal(found[name], expected[name])
 
 
 @pytest.mark.parametrize("data_path", ["own", "native"])
@@ -355,3 +285,16 @@ def test_rows_of_the_native_collator_are_cell_by_cell() -> None:
             expected = processor.image_processor(images, return_tensors="pt")["pixel_values"]
             assert torch.equal(batch["pixel_values"][2 * cell : 2 * cell + 2], expected)
     assert rows[0]["prompt"] == pairs(2)[0]["prompt"]  # as they were given
+
+
+def test_a_collator_that_is_given_makes_the_rows_of_every_cell(tmp_path: Path) -> None:
+    processor = load_processor(MODEL)
+    expected = step(ours(tmp_path, data_path="native")).loss
+    given = NativeCollator(processor, num_cells=3)
+    assert step(ours(tmp_path, data_path="native", data_collator=given)).loss == expected
+    # six rows of three pairs, which are also three cells of two pairs
+    trainer = ours(
+        tmp_path, data_path="native", data_collator=DataCollatorForVisionPreference(processor)
+    )
+    with pytest.raises(RefusedError, match=r"must return 3 rows a pair, .* got 6 rows for 3"):
+        trainer.data_collator([dict(row) for row in pairs(3)])

@@ -247,6 +247,17 @@ def test_paths_that_are_nothing_are_refused(run: Path, tmp_path: Path) -> None:
     assert "train.json must be one of `realign train`" in refusal(run)
 
 
+def test_an_adapter_without_whole_weights_is_refused(run: Path) -> None:
+    file = run / "checkpoint" / "adapter_model.safetensors"
+    shutil.rmtree(run / "eval")
+    file.write_bytes(file.read_bytes()[:1000])
+    for message in ("must be a whole safetensors file, got", "must hold adapter_model.safetensors"):
+        result = CliRunner().invoke(app, ["card", str(run)])
+        assert result.exit_code == 2
+        assert message in result.output
+        file.unlink(missing_ok=True)
+
+
 def test_texts_from_outside_stay_one_cell_and_one_line() -> None:
     assert plain("a | b\n# [x](y) <b> `c`") == r"a \| b \# \[x\](y) \<b\> \`c\`"
     assert code("a`b|c\nd") == r"`a'b\|c d`"

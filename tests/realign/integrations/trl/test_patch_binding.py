@@ -1,0 +1,151 @@
+"""What the patch binds in TRL, for how long, and which versions of TRL it refuses."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from trl.kernels import ChunkedLogProbFunction, chunked_logprob
+from trl.trainer import distillation_trainer, utils
+
+from realign.errors import RefusedError
+from realign.integrations.trl import patch_trl
+from realign_kernels.testing import make_head_inputs
+from tests.realign.integrations.trl.conftest import USES_TRITON
+from tests.realign.integrations.trl.head_calls import call, files_of_trl, patched
+
+
+def test_twice_is_once_and_the_last_to_end_restores_the_very_objects():
+    inputs = make_head_inputs(5, 61, 8, torch.float32)
+    with patch_trl() as outer:
+        function = utils._ChunkedLogProbFunction
+        assert function is not ChunkedLogProbFunction
+        with patch_trl() as inner:
+            assert utils._ChunkedLogProbFunction is function
+            call(utils._ChunkedLogProbFunction, inputs)
+        assert utils._ChunkedLogProbFunction is function
+        call(utils._ChunkedLogProbFunction, inputs)
+    assert (outer.calls, inner.calls) == (2, 1)
+    first, second = patch_trl(), patch_trl()
+    first.undo()
+    first.undo()  # ends no other
+    assert utils._ChunkedLogProbFunction is function
+    with second, second:
+        pass
+    assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction
+    with first:  # again
+        call(utils._ChunkedLogProbFunction, inputs)
+    assert first.calls == 1
+
+
+def test_an_error_inside_ends_the_patch():
+    with pytest.raises(ZeroDivisionError), patch_trl():
+        _ = 1 / 0
+    assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction
+
+
+def test_answers_alone_are_scored_on_cpus_where_that_is_asked_for():
+    cpu, other = torch.device("cpu"), torch.device("cuda")
+    with patch_trl():
+        assert utils._use_triton(cpu)
+        assert utils._use_triton(other) == USES_TRITON(other)
+        assert distillation_trainer._use_triton is USES_TRITON  # of another function
+        with patch_trl(compact=False):
+            assert utils._use_triton is USES_TRITON
+        assert utils._use_triton(cpu)
+    with patch_trl(compact=False):
+        assert utils._use_triton is USES_TRITON
+        assert utils._ChunkedLogProbFunction is not ChunkedLogProbFunction
+
+
+def test_every_place_of_trl_that_names_the_function_is_known_and_patched():
+    """A new one would escape the patch where it has bound the function before."""
+    assert files_of_trl("ChunkedLogProbFunction") == {
+        "kernels/__init__.py",
+        "kernels/chunked_logprob.py",
+        "trainer/utils.py",
+    }
+    with patch_trl():
+        function = utils._ChunkedLogProbFunction
+        assert sys.modules["trl.kernels"].ChunkedLogProbFunction is function
+        assert chunked_logprob.ChunkedLogProbFunction is function
+
+
+def test_who_keeps_the_function_beyond_the_patch_has_trls_own():
+    """As a module has that imported it meanwhile."""
+    inputs = make_head_inputs(5, 61, 8, torch.float32)
+    with patch_trl() as patch:
+        kept = utils._ChunkedLogProbFunction
+    expected = call(ChunkedLogProbFunction, inputs)[0]
+    assert torch.equal(call(kept, inputs)[0], expected)
+    assert (patch.calls, patch.passed_on) == (0, 0)
+
+
+class Older:
+    """The function of TRL 1.10."""
+
+    @staticmethod
+    def forward(ctx, last_hidden, weight, targets, temperature, chunk_size):
+        """Nothing."""
+
+
+@pytest.mark.parametrize(
+    ("function", "got"),
+    [
+        (Older, r"got \(last_hidden, weight, targets, temperature, chunk_size\) in trl 1\."),
+        (object(), r"got no such function in trl 1\."),
+        (None, r"got no such function in trl 1\."),
+    ],
+)
+def test_a_function_with_other_arguments_is_refused(monkeypatch, function, got):
+    with monkeypatch.context() as changed:
+        changed.setattr(utils, "_ChunkedLogProbFunction", function)
+        with pytest.raises(RefusedError, match=rf"requires .* trl >= 1\.15 .*{got}"):
+            patch_trl()
+        assert utils._ChunkedLogProbFunction is function
+    with patch_trl() as patch:
+        assert patch.calls == 0
+
+
+def test_a_trl_without_the_choice_of_positions_is_patched(monkeypatch):
+    """As TRL 1.15, which has no other way than to score answers alone."""
+    inputs = make_head_inputs(5, 61, 8, torch.float32)
+    with monkeypatch.context() as changed:
+        changed.delattr(utils, "_use_triton")
+        patched(inputs)
+        assert not hasattr(utils, "_use_triton")
+
+
+def test_without_trl_the_package_to_install_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl.trainer.utils", None)
+    with pytest.raises(RefusedError, match=r"requires trl >= 1\.15.*pip install 'trl>=1\.15'"):
+        patch_trl()
+    monkeypatch.undo()
+
+
+def test_compact_must_be_a_truth_value():
+    with pytest.raises(RefusedError, match="compact must be True or False, got 'no'"):
+        patch_trl(compact="no")  # type: ignore[arg-type]
+
+
+@pytest.mark.full
+# Dynamo asks every tensor that it meets for its .grad.
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_it_compiles_as_far_as_trls_function_does():
+    """With a break of the graph, as TRL's own has."""
+    inputs = make_head_inputs(17, 61, 8, torch.float32).as_leaves()
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        results = utils._ChunkedLogProbFunction.apply(hidden, weight, None, labels, 0.7, 32)
+        return results[0].sum() + 0.5 * results[1].sum()
+
+    compiled = torch.compile(loss, backend="eager")
+    with patch_trl() as patch:
+        for count in (17, 11, 13):
+            arguments = inputs.hidden_states[:count], inputs.lm_head_weight, inputs.labels[:count]
+            (found,) = torch.autograd.grad(compiled(*arguments), arguments[1])
+            (expected,) = torch.autograd.grad(loss(*arguments), arguments[1])
+            torch.testing.assert_close(found, expected)
+    assert (patch.calls, patch.passed_on) == (6, 0)
