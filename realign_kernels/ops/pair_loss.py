@@ -107,7 +107,8 @@ def pair_loss_op(token_logps: Tensor, backend: str, *values: Any) -> PairOutputs
 
 
 @pair_loss_op.register_fake
-def _pair_loss_fake(token_logps: Tensor, backend: str, *values: Any) -> PairOutputs:
+def pair_loss_fake(token_logps: Tensor, backend: str, *values: Any) -> PairOutputs:
+    """Return outputs without numbers, in the dtype of the token scores."""
     batch = PairArguments(*values)
     num_cells, num_pairs = batch.pair_shape
     new = token_logps.new_empty

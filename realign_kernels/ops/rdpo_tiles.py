@@ -1,8 +1,8 @@
 """``memory="tile"`` as an operator of torch: hidden states in, loss and its gradients out.
 
-Gradients are those of a loss of slope 1, which the backward scales.  A gradient that comes through
-``logps`` is added by computing the logits again.  Letters as in ``score_tokens.py``; **P** pairs,
-**C** cells.
+Gradients are those of a loss of slope 1, which the backward scales.  Where a gradient comes through
+``logps`` they are not used: the logits are computed again, and both gradients are taken at once, so
+that what is returned is rounded once.  Letters as in ``score_tokens.py``; **P** pairs, **C** cells.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from realign_kernels.first_order import differentiate_once
-from realign_kernels.ops.pair_loss import PairArguments, reduce_pairs
+from realign_kernels.ops.pair_loss import (
+    PairArguments,
+    PairOutputs,
+    pair_loss_backward_op,
+    pair_loss_fake,
+    reduce_pairs,
+)
 from realign_kernels.ops.pair_tiles import TileArguments, score_and_differentiate
 from realign_kernels.ops.schema import operator
 from realign_kernels.ops.score_tokens import (
@@ -33,12 +39,13 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 class TileOutputs(NamedTuple):
     """Outputs of the operator, in the order of its schema."""
 
-    loss: Tensor  # as PairOutputs, down to image_margins
+    loss: Tensor  # as PairOutputs, down to coefficients
     logps: Tensor
     num_tokens: Tensor
     rewards: Tensor
     text_margins: Tensor
     image_margins: Tensor
+    coefficients: Tensor
     grad_hidden: Tensor  # (M, D), or empty where not needed, as are the others
     grad_weight: Tensor
     grad_bias: Tensor
@@ -54,6 +61,7 @@ class TileOutputs(NamedTuple):
 
 _NUM_HEAD = len(HeadArguments._fields)
 _NUM_BATCH = len(PairArguments._fields)
+_NUM_LOSSES = len(PairOutputs._fields)
 
 
 def _parts_of(values: tuple[Any, ...]) -> tuple[HeadArguments, PairArguments, TileArguments]:
@@ -107,7 +115,7 @@ def rdpo_tiles_op(*values: Any) -> TileOutputs:
         )
         rows = (positions, result.numbers, result.top_ids)
         found = result.statistics or [token_logps.new_empty(0) for _ in range(3)]
-        return TileOutputs._make((*outputs[:6], *grads, *rows, *found))
+        return TileOutputs._make((*outputs, *grads, *rows, *found))
 
 
 def _tokens_per_sequence(batch: PairArguments, sequence_ids: Tensor) -> Tensor:
@@ -133,15 +141,7 @@ def _rdpo_tiles_fake(*values: Any) -> TileOutputs:
         else tensor.new_empty(tensor.shape if is_needed else (0,), dtype=number)
         for tensor, is_needed in zip(head.tensors, what.needed, strict=True)
     )
-    num_pairs = batch.pair_shape[1]
-    losses = (
-        new((), dtype=number),
-        new(batch.pair_shape, dtype=number),
-        new(batch.pair_shape, dtype=torch.int64),
-        new(batch.pair_shape, dtype=number),
-        new(num_pairs, dtype=number),
-        new(num_pairs, dtype=number),
-    )
+    losses = pair_loss_fake(new(0, dtype=number), head.backend, *batch)
     tracks_top = what.top_rows is not None or what.with_statistics
     rows = (
         new(num_scored, dtype=torch.int64),
@@ -182,13 +182,14 @@ def _scale_gradients_fake(*values: Any) -> list[Tensor]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     head, batch, what = _parts_of(inputs)
     outputs = TileOutputs(*output)
-    ctx.options, ctx.needed, ctx.ignore_index = head[5:], what.needed, batch.ignore_index
+    ctx.options, ctx.needed = head[5:], what.needed
+    ctx.spread = batch.ignore_index, outputs.loss.dtype, head.backend
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(
-        *head.tensors, batch.labels, batch.sequence_ids, what.top_rows,
+        *head.tensors, outputs.coefficients, batch.labels, batch.sequence_ids, what.top_rows,
         outputs.positions, outputs.numbers, outputs.top_ids, what.witness, what.token_weights,
-        *output[6:11],
+        *output[_NUM_LOSSES : _NUM_LOSSES + len(head.tensors)],
     )  # fmt: skip
 
 
@@ -199,25 +200,23 @@ def _backward(
         check_no_tangent("the gradient from above", given)
     # Read once: hooks of checkpointing and offloading unpack at every access.
     saved = ctx.saved_tensors
-    *inputs, labels, sequence_ids, top_rows, positions, numbers, top_ids = saved[:11]
-    witness, token_weights, *gradients = saved[11:]
-    total: list[Tensor] | None = None
-    if grad_loss is not None:
-        dtypes = [0 if tensor is None else _DTYPES.index(tensor.dtype) for tensor in inputs]
-        total = scale_gradients_op(grad_loss, gradients, dtypes, witness)
+    *inputs, coefficients, labels, sequence_ids, top_rows, positions, numbers, top_ids = saved[:12]
+    witness, token_weights, *gradients = saved[12:]
+    total: Any = None
     if grad_logps is not None:
-        is_scored = labels != ctx.ignore_index
-        grad_tokens = grad_logps.new_zeros(labels.shape)
-        if grad_logps.numel() > 0:
-            grad_tokens = grad_logps.reshape(-1)[torch.where(is_scored, sequence_ids, 0)]
+        grad_tokens = pair_loss_backward_op(
+            grad_loss, grad_logps, coefficients, labels, sequence_ids, *ctx.spread
+        )
         if token_weights is not None:
             grad_tokens = grad_tokens * token_weights.to(grad_tokens.dtype)
         stash = inputs[0].new_empty(0, inputs[1].shape[0])
-        more = score_tokens_backward_op(
-            *inputs, *ctx.options, torch.where(is_scored, grad_tokens, 0.0), None, None, None, None,
+        total = score_tokens_backward_op(
+            *inputs, *ctx.options, grad_tokens, None, None, None, None,
             labels, top_rows, positions, numbers, top_ids, stash, ctx.needed,
         )  # fmt: skip
-        total = [a + b for a, b in zip(total, more, strict=True)] if total else list(more)
+    elif grad_loss is not None:
+        dtypes = [0 if tensor is None else _DTYPES.index(tensor.dtype) for tensor in inputs]
+        total = scale_gradients_op(grad_loss, gradients, dtypes, witness)
     nothing = (None,) * (_NUM_HEAD + _NUM_BATCH + len(TileArguments._fields))
     if total is None:
         return nothing

@@ -312,6 +312,23 @@ def test_the_slope_from_above_is_not_rounded(dtype, scale, memory):
         assert error <= torch.finfo(dtype).eps / 2
 
 
+@pytest.mark.parametrize("memory", ALL_MODES)
+def test_gradients_through_loss_and_logps_are_rounded_once(memory):
+    """The two nearly cancel, so that rounding each of them would show in their sum."""
+    hidden, weight, labels, ref_logps = half_batch(torch.bfloat16)
+    exact = [part.detach().double().requires_grad_() for part in (hidden, weight)]
+    oracle = dense_rdpo_loss(HeadInputs(*exact, labels, {}), ref_logps, Objective.rdpo())
+    output = rdpo_loss(hidden, weight, labels, ref_logps, memory=memory, backend="cpu")
+    upstream = torch.tensor([[0.09], [-0.045], [-0.045]], dtype=torch.float64) / 5  # of 5 pairs
+    grads, expected = (
+        torch.autograd.grad(part.loss + (upstream * part.logps).sum(), inputs)
+        for part, inputs in ((output, (hidden, weight)), (oracle, exact))
+    )
+    for grad, exact_grad in zip(grads, expected, strict=True):
+        rounding = (exact_grad.bfloat16().double() - exact_grad).norm()
+        assert (grad.double() - exact_grad).norm() <= 1.2 * rounding
+
+
 @pytest.mark.parametrize("memory", ["auto", "stash", "tile"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 def test_no_pairs_but_ignored_tokens(frozen, memory):
