@@ -414,7 +414,9 @@ def eval_score(
 
     scores = score(benchmark, answers, data, rule, allow_subset=allow_subset, bootstrap=bootstrap)
     if as_json:
-        typer.echo(json.dumps(scores, indent=1, ensure_ascii=False, allow_nan=False))
+        from realign.runtime.files import json_text
+
+        typer.echo(json_text(scores, indent=1))
         return
     from rich import print as rich_print
 

@@ -26,7 +26,7 @@ def give_own_forward(model: Any) -> None:
     try:
         attach_preference_forward(model.get_base_model() if is_peft_model(model) else model)
     except RefusedError as error:
-        raise RefusedError(f"{error} Or: {USE_NATIVE[0].lower()}{USE_NATIVE[1:]}") from None
+        raise RefusedError(f"{error} Another way is data_path='native', TRL's forward.") from None
 
 
 def check_adapter(config: Any) -> None:
