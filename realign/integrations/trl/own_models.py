@@ -14,7 +14,7 @@ from trl.trainer import dpo_trainer
 from realign.errors import RefusedError
 from realign.modeling.preference_forward import attach_preference_forward
 
-USE_NATIVE = "Pass data_path='native', TRL's own forward."
+USE_NATIVE = "Pass data_path='native' to train with TRL's own forward."
 
 
 def give_own_forward(model: Any) -> None:
@@ -26,7 +26,7 @@ def give_own_forward(model: Any) -> None:
     try:
         attach_preference_forward(model.get_base_model() if is_peft_model(model) else model)
     except RefusedError as error:
-        raise RefusedError(f"{error} Another way is data_path='native', TRL's forward.") from None
+        raise RefusedError(f"{error} TRL's own forward may take it. {USE_NATIVE}") from None
 
 
 def check_adapter(config: Any) -> None:

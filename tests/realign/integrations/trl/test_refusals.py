@@ -179,7 +179,7 @@ def test_a_model_that_our_forward_cannot_score_is_sent_to_the_native_path(
         return output
 
     monkeypatch.setattr(LlavaForConditionalGeneration, "forward", shifted)
-    with pytest.raises(RefusedError, match="Another way is data_path='native', TRL's forward"):
+    with pytest.raises(RefusedError, match="own forward may take it"):
         ours(tmp_path, model=policy_model())
 
 
