@@ -81,7 +81,7 @@ def score(
     splits = _split_sums(chosen, by, covered)
     return {
         "benchmark": chosen.name,
-        "version": UNKNOWN if is_subset else _version(chosen, tasks),
+        "version": _version(chosen, tasks),
         "rule": rule,
         "note": by.note,
         "unit": by.unit,

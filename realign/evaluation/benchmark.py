@@ -49,17 +49,19 @@ class Rule:
     unit: str = "fraction"
     """The unit of the values that are no counts: ``fraction``, ``percent`` or ``points``."""
     says_yes: Callable[[str], bool] | None = None
-    """Whether the rule reads an answer as yes; None where answers are not yes or no."""
+    """Return whether an answer is read as yes. None for benchmarks without yes/no questions."""
     covers: Callable[[Row], bool] = lambda row: True
-    """Whether the rule scores a row at all."""
+    """Return whether the rule scores a row. Some programs leave out questions without an image."""
     strips: bool = True
-    """Whether answers lose the white space around them before they are scored."""
+    """True to remove the white space around an answer before it is scored."""
     text: Callable[[Record, str], str] = lambda record, answer: answer
-    """What the rule scores of an answer's record; another field than the answer for verdicts."""
+    """Return the text that is scored, from a record and its answer. A rule that scores a judge's
+    verdict takes the verdict from the record.
+    """
     scores_constants: bool = True
-    """Whether a constant answer can be scored; a judge's verdicts cannot be made up."""
+    """True if constant answers can be scored. They cannot where a judge has to read them."""
     note: str = ""
-    """What a reader has to know of its numbers: faults of the published program among them."""
+    """Text that is printed beside the scores, such as a fault of the published program."""
 
     def prepare(self, answer: str) -> str:
         """Return an answer as the rule reads it."""
@@ -100,7 +102,7 @@ class Layout:
     read: Callable[[Path], list[Row]]
     """Read and check the first file of a task, and those beside it that the task needs."""
     are_folders: bool = False
-    """Whether the names are of folders."""
+    """True if the names are those of folders instead of files."""
 
     def holds(self, path: Path) -> bool:
         """Return whether the first file or folder of a task is there."""
@@ -112,16 +114,16 @@ class AnswerFormat:
     """One form of the records of answer files. A record is joined to its question by a key."""
 
     fields: tuple[str, ...]
-    """What a record must have."""
+    """The fields that every record must have."""
     answer: str
     """The field that holds the answer."""
     key: Callable[[Record], Hashable]
     """The key of the question that a record answers."""
     row_key: Callable[[Row], Hashable | None]
-    """The same key of a row; None where rows of a layout have none."""
+    """Return the key of a row, or None if rows of this layout have no such key."""
     is_in_order: bool = False
-    """Whether the records of a file are those of one task, or of all, in its order. Their keys must
-    then be those of the rows in the same order, and need not be unique.
+    """True if a file holds the answers of one task, or of all tasks, in the order of the questions.
+    Its keys are compared with those of the questions one by one, so that they need not be unique.
     """
 
 
@@ -131,7 +133,7 @@ OWN_ANSWERS = AnswerFormat(
     lambda record: (record["image"], record["text"]),
     lambda row: (row["image"], row["text"]),
 )
-"""What ``realign eval`` stores; an answer is that of every row with its image and text."""
+"""The format that ``realign eval`` stores. One answer serves all rows with its image and text."""
 ANSWERS_BY_ID = AnswerFormat(
     ("id", "answer"), "answer", lambda record: str(record["id"]), lambda row: row.get("id")
 )
@@ -142,9 +144,9 @@ class Benchmark:
     """Everything in which one benchmark differs from another."""
 
     name: str
-    """What commands call it."""
+    """The name on the command line and in JSON, such as ``pope``."""
     title: str
-    """What readers call it."""
+    """The name in tables and messages, such as ``POPE``."""
     layouts: Sequence[Layout]
     """The first one that a folder holds is read."""
     rules: Mapping[str, Rule]

@@ -1,4 +1,4 @@
-"""What of a DPOConfig applies to rDPO: the objective that it names, and what is refused."""
+"""The options of a DPOConfig for rDPO: the objective that they name, and what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step logs, under the names of TRL's DPOTrainer and those of the image pair."""
+"""The metrics that a step logs, under TRL's names, and those of the image pair."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from realign.errors import RefusedError
 from realign.evaluation import score
 from realign.evaluation.benchmarks.amber import official_metrics
 from realign.evaluation.benchmarks.hallusionbench import HALLUSIONBENCH
+from realign.evaluation.benchmarks.pope import POPE
 from realign.evaluation.rows import rows_digest
 
 POPE_CASES = [  # answer, label
@@ -160,7 +161,7 @@ def test_answers_of_this_project_serve_every_split_that_asks_the_question(tmp_pa
     assert scores["splits"]["adversarial"]["tn"] == 1
 
 
-def test_what_does_not_fit_the_data_is_refused_with_counts(tmp_path: Path) -> None:
+def test_what_does_not_fit_the_data_is_refused_with_counts(tmp_path: Path, monkeypatch) -> None:
     data = tmp_path / "pope"
     rows = pope_data(data, ["yes", "no", "no"], "adversarial")
     answers = llava_answers(rows, 1)
@@ -190,6 +191,9 @@ def test_what_does_not_fit_the_data_is_refused_with_counts(tmp_path: Path) -> No
 
     part = score("pope", write_lines(tmp_path / "p.jsonl", answers[:2]), data, allow_subset=True)
     assert (part["subset"], part["items"], part["version"]) == ("2 of 3", 2, "unknown")
+    digest = rows_digest([*rows], *POPE.version_keys)
+    monkeypatch.setitem(POPE.versions, digest, "mine")  # the version is that of the data
+    assert score("pope", tmp_path / "p.jsonl", data, allow_subset=True)["version"] == "mine"
     prefix = write_lines(tmp_path / "q.jsonl", in_order[:2])
     assert score("pope", prefix, data, allow_subset=True)["subset"] == "2 of 3"
 
