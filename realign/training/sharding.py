@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,6 +44,14 @@ def set_up_fsdp(accelerator: Any, model: nn.Module) -> None:
         )
     # the loss and the log-probabilities; nothing changes them in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+def keep_reference(prepare: Callable[..., Any], inputs: dict[str, Any], device: Any) -> Any:
+    """Return a batch as a Trainer prepares it, with the log-probabilities of the reference as they
+    were: DeepSpeed rounds floating-point inputs to its dtype, and the loss needs their last digits.
+    """
+    reference, inputs = inputs.get("ref_logps"), prepare(inputs)
+    return inputs if reference is None else {**inputs, "ref_logps": reference.to(device)}
 
 
 def check_precision(dtype: torch.dtype, *, autocast: bool) -> None:

@@ -42,7 +42,13 @@ from realign.training.objectives import ObjectiveOptions, make_objective
 from realign.training.out_of_memory import out_of_memory
 from realign.training.preemption import ignore_sigterm
 from realign.training.sampler import FilledCollator, PairSampler, choose_filler
-from realign.training.sharding import GatherHead, check_data_parallel, set_up_fsdp, whole_weights
+from realign.training.sharding import (
+    GatherHead,
+    check_data_parallel,
+    keep_reference,
+    set_up_fsdp,
+    whole_weights,
+)
 from realign_kernels import RdpoOutput
 
 if TYPE_CHECKING:
@@ -234,14 +240,8 @@ class RDPOTrainer(CheckpointTrainer):
         return optimizer
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As Trainer's, which rounds floating-point inputs to DeepSpeed's dtype: not the
-        reference's log-probabilities, whose last digits are what the loss is about.
-        """
-        reference = inputs.get("ref_logps")
-        inputs = super()._prepare_inputs(inputs)
-        if reference is not None:
-            inputs["ref_logps"] = reference.to(self.args.device)
-        return inputs
+        """As Trainer's, but never rounds the log-probabilities of the reference."""
+        return keep_reference(super()._prepare_inputs, inputs, self.args.device)
 
     def compute_loss(
         self,

@@ -37,7 +37,12 @@ from realign.modeling.packing import choose_layout
 from realign.modeling.preference_forward import lora_of_head
 from realign.training.checkpoint_trainer import load_saved_weights
 from realign.training.guards import off_reference
-from realign.training.sharding import GatherHead, check_data_parallel, set_up_fsdp
+from realign.training.sharding import (
+    GatherHead,
+    check_data_parallel,
+    keep_reference,
+    set_up_fsdp,
+)
 from realign_kernels import Objective, RdpoStatsOutput
 
 if TYPE_CHECKING:
@@ -259,14 +264,8 @@ class RdpoTrainer(DPOTrainer):
         load_saved_weights(self.model, self.state.best_model_checkpoint)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As Trainer's, which rounds floating-point inputs to DeepSpeed's dtype: not the
-        reference's log-probabilities, whose last digits are what the loss is about.
-        """
-        reference = inputs.get("ref_logps")
-        inputs = super()._prepare_inputs(inputs)
-        if reference is not None:
-            inputs["ref_logps"] = reference.to(self.args.device)
-        return inputs
+        """As Trainer's, but never rounds the log-probabilities of the reference."""
+        return keep_reference(super()._prepare_inputs, inputs, self.args.device)
 
     def compute_loss(
         self,
