@@ -108,3 +108,17 @@ def make_reference() -> Callable[..., dict[str, torch.Tensor]]:
         return {row.key: logps[:, pair].double() for pair, row in enumerate(rows)}
 
     return compute
+
+
+@pytest.fixture
+def shifted_logits(monkeypatch) -> None:
+    """Let LLaVA add to its logits what its head does not: log-probabilities differ by up to 1."""
+    model = transformers.LlavaForConditionalGeneration
+    forward = model.forward
+
+    def shifted(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits + torch.linspace(0, 1, output.logits.shape[-1])
+        return output
+
+    monkeypatch.setattr(model, "forward", shifted)

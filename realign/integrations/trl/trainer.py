@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from accelerate.logging import get_logger
@@ -95,9 +95,9 @@ class RdpoTrainer(DPOTrainer):
     """
 
     # DPOTrainer writes these into model cards
-    _tag_names = ["trl", "dpo", "rdpo"]  # noqa: RUF012
+    _tag_names: ClassVar = ["trl", "dpo", "rdpo"]
     _name = "rDPO"
-    _paper = {  # noqa: RUF012
+    _paper: ClassVar = {
         "title": "Re-Align: Aligning Vision Language Models via Retrieval-Augmented Direct "
         "Preference Optimization",
         "id": "2502.13146",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,14 +17,9 @@ from accelerate import PartialState
 from realign.data.formats.parquet import write_parquet
 from realign.reference import Ranks, build_cache, identity_folder, read_cache
 from realign.reference.inspect import verify_cache
+from tests.rank_environment import free_port, rank_environment
 
 FORK = multiprocessing.get_context("fork")
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
 
 
 def on_ranks(count: int, work: Callable[[Ranks], Any]) -> list[Any]:
@@ -33,12 +27,10 @@ def on_ranks(count: int, work: Callable[[Ranks], Any]) -> list[Any]:
     port, results = free_port(), FORK.Queue()
 
     def run(rank: int) -> None:
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        values = (rank, rank, count, "127.0.0.1", port)
         os.environ["OMP_NUM_THREADS"] = "1"  # accelerate warns where it is not set
         # a forked child has none of the parent's threads, and would wait for them
         torch.set_num_threads(1)
-        os.environ |= {name: str(value) for name, value in zip(names, values, strict=True)}
+        os.environ |= rank_environment(rank, count, port)
         PartialState._reset_state()
         try:
             result = work(Ranks())

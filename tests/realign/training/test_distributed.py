@@ -22,20 +22,13 @@ from safetensors.torch import load_file
 
 from realign.modeling.loading import load_model
 from tests.conftest import running
+from tests.rank_environment import free_port, rank_environment
 from tests.realign.training import pair_training
 from tests.realign.training.pair_training import Run, run, write_pairs
 
 # Optimizer steps of eight pairs, then five: with two ranks the last micro-step has one pair, so
 # one rank has none.
 PAIRS, PAIRS_PER_STEP = 13, 8
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def launch(folder: Path, num_ranks: int, engines: dict[str, dict[str, dict]]) -> None:
@@ -54,17 +47,14 @@ def launch(folder: Path, num_ranks: int, engines: dict[str, dict[str, dict]]) ->
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
     }
+    port = free_port()
     with ExitStack() as stack:
         ranks = [
             stack.enter_context(
                 running(
                     [sys.executable, pair_training.__file__, cases],
-                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    env=environment | rank_environment(rank, num_ranks, port),
                     stderr=subprocess.PIPE,
                     text=True,
                 )

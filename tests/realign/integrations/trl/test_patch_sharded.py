@@ -13,10 +13,10 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import running
+from tests.rank_environment import free_port, rank_environment
 from tests.realign.integrations.trl import sharded_dpo
 from tests.realign.integrations.trl.sharded_dpo import CASES, take_step
 from tests.realign.integrations.trl.stock import distance
-from tests.realign.training.test_distributed import free_port
 
 RANKS = ("0", "1")
 # transformers and trl on each other's names
@@ -31,17 +31,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
     }
+    port = free_port()
     with ExitStack() as stack:
         processes = [
             stack.enter_context(
                 running(
                     [sys.executable, sharded_dpo.__file__, folder],
-                    env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+                    env=environment | rank_environment(int(rank), 2, port),
                     stderr=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,
                     text=True,

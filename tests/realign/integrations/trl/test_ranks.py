@@ -12,8 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import running
+from tests.rank_environment import free_port, rank_environment
 from tests.realign.integrations.trl import ranks
-from tests.realign.training.test_distributed import free_port
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -24,18 +24,14 @@ LOGGED = (*LOGGED, "logits/chosen", "mean_token_accuracy", "rewards/image_accura
 
 @pytest.mark.full
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    port = free_port()
     with ExitStack() as stack:
         processes = [
             stack.enter_context(
                 running(
                     [sys.executable, "-W", "ignore", ranks.__file__, tmp_path],
-                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    env=environment | rank_environment(rank, 2, port),
                 )
             )
             for rank in range(2)
