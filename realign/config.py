@@ -342,8 +342,10 @@ class TrainConfig(Section):
     """Passes over the dataset."""
     batch_size: PositiveInt = 1
     """Pairs per device per micro-batch."""
-    accumulation: PositiveInt = 8
-    """Micro-batches per optimizer step."""
+    pairs_per_step: PositiveInt = 32
+    """Pairs behind one update of the weights, over all devices; 32 in the paper. Each device
+    accumulates as many micro-batches as that takes.
+    """
     warmup_ratio: float = Field(default=0.03, ge=0, le=1)
     """Share of the steps over which the learning rate rises from 0."""
     weight_decay: NonNegativeFloat = 0.0

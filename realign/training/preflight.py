@@ -18,8 +18,8 @@ from realign.modeling.row_checks import check_rows
 from realign.modeling.row_index import RowIndex
 from realign.modeling.vocabulary import Vocabulary
 from realign.runtime.memory import usable_memory
-from realign.training.arguments import num_steps, num_warmup_steps, pairs_per_step, world_size
-from realign.training.plan import TrainPlan
+from realign.training.arguments import num_steps, num_warmup_steps
+from realign.training.plan import TrainPlan, accumulation_steps, world_size
 from realign.training.policy import outline_policy
 from realign.training.sharding import check_precision
 from realign_kernels import Objective
@@ -91,9 +91,9 @@ def _range(values: Sequence[int]) -> str:
 
 
 def _say_steps(config: TrainConfig, num_records: int) -> str:
-    factors = f"{config.batch_size} x {config.accumulation} accumulated"
+    factors = f"{config.batch_size} x {accumulation_steps(config)} accumulated"
     factors += f" x {world_size()} processes" if world_size() > 1 else ""
-    pairs, steps = pairs_per_step(config), num_steps(config, num_records)
+    pairs, steps = config.pairs_per_step, num_steps(config, num_records)
     text = (
         f"{pairs:,} pairs a step ({factors}); {steps:,} {'step' if steps == 1 else 'steps'}, "
         f"{num_warmup_steps(config, num_records):,} of them warm-up"

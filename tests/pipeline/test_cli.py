@@ -373,7 +373,7 @@ def test_sigterm_exits_with_143_and_the_same_command_ends_the_same(
     write_parquet(records(12), tmp_path / "d.parquet")
     train = [
         "train", "--model", model_dir, "--data", tmp_path / "d.parquet", "--epochs", 2,
-        "--set", "train.batch_size=4", "--set", "train.accumulation=1", "--learning-rate", "1e-4",
+        "--set", "train.batch_size=4", "--set", "train.pairs_per_step=4", "--learning-rate", "1e-4",
         "--set", "train.save_steps=1", "--set", "train.logging_steps=1",
     ]  # fmt: skip
     with run_process(*train, "--out", tmp_path / "stopped", stderr=subprocess.PIPE) as process:
@@ -418,7 +418,7 @@ def test_kill_9_then_the_same_command_ends_the_same(tmp_path: Path, model_dir: P
 
     train = [
         "train", "--model", model_dir, "--data", data, "--cache", tmp_path / "cache1",
-        "--set", "train.batch_size=4", "--set", "train.accumulation=1", "--learning-rate", "1e-4",
+        "--set", "train.batch_size=4", "--set", "train.pairs_per_step=4", "--learning-rate", "1e-4",
         "--epochs", 2, "--set", "train.save_steps=2", "--set", "train.logging_steps=3",
     ]  # fmt: skip
     with run_process(*train, "--out", tmp_path / "run1", stderr=subprocess.DEVNULL) as process:

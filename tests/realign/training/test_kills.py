@@ -26,7 +26,7 @@ SCRIPT = Path(__file__).with_name("kill_runs.py")
 
 def stop_runs(tmp_path: Path, records, model_dir: Path, **given: Any) -> dict[str, Any]:
     write_parquet(records(given.pop("rows", 12)), tmp_path / "data.parquet")
-    options = {"batch_size": 2, "accumulation": 2, "epochs": 2, "learning_rate": 1e-3}
+    options = {"batch_size": 2, "pairs_per_step": 4, "epochs": 2, "learning_rate": 1e-3}
     options |= {"logging_steps": 3, **given.pop("options")}
     argument = {
         "model": str(model_dir),
@@ -70,7 +70,7 @@ def test_kill_9_at_many_moments(tmp_path: Path, records, model_dir: Path, save_s
 def test_sigterm_at_many_moments(tmp_path: Path, records, model_dir: Path) -> None:
     """Nothing is saved but when it is asked to end, mostly in the middle of an accumulation."""
     count = int(os.environ.get("REALIGN_KILLS", "20")) // 2
-    options = {"save_steps": 4, "accumulation": 4, "batch_size": 1}
+    options = {"save_steps": 4, "pairs_per_step": 4, "batch_size": 1}
     result = stop_runs(
         tmp_path, records, model_dir, count=count, signal="SIGTERM", seed=2, options=options
     )
