@@ -21,6 +21,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -401,7 +402,17 @@ class TrainConfig(Section):
     report_to: Annotated[list[str], Effect.NONE, Shown(metavar="TRACKER")] = Field(
         default_factory=list
     )
-    """Experiment tracker of transformers.Trainer, such as tensorboard."""
+    """Experiment trackers of transformers.Trainer, such as tensorboard or wandb, whose packages are
+    installed.
+    """
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _read_one_name(cls, value: Any) -> Any:
+        """Take a name for a list of one; ``none`` is what transformers calls an empty one."""
+        if isinstance(value, str):
+            return [] if value == "none" else [value]
+        return value
 
     @model_validator(mode="after")
     def _check_parts(self) -> TrainConfig:

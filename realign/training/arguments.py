@@ -42,6 +42,7 @@ def training_arguments(config: TrainConfig, num_records: int) -> RDPOConfig:
     options |= {
         "gradient_accumulation_steps": accumulation_steps(config),
         "output_dir": str(config.out / "steps"),
+        "run_name": config.out.name,  # in trackers
         "lr_scheduler_type": _SCHEDULES[config.schedule],
         "warmup_steps": num_warmup_steps(config, num_records),
         "use_cpu": not torch.cuda.is_available(),

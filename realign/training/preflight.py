@@ -7,6 +7,10 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 import torch
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from realign.config import TrainConfig
 from realign.errors import RefusedError
@@ -40,6 +44,7 @@ def preflight(plan: TrainPlan, known: RowIndex | None = None) -> tuple[RowIndex,
     # cheap first: a wrong option need not wait for every row
     check_precision(numerics.dtype, autocast=numerics.autocast)
     numerics.check()
+    _check_trackers(config.report_to)
     model = outline_policy(plan)
     quantized = quantized_weights(model) if numerics.quantization else set()
     memory_summary, held = footprint(model, quantized), Footprint.of(model, quantized).total
@@ -60,6 +65,22 @@ def preflight(plan: TrainPlan, known: RowIndex | None = None) -> tuple[RowIndex,
         memory_summary,
         *_say_memory(plan, rows, held),
     ]
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that transformers does not know or that are not installed."""
+    available = {*get_available_reporting_integrations(), "flyte"}  # which it never looks for
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise RefusedError(
+                f"train.report_to must name trackers of {', '.join(INTEGRATION_TO_CALLBACK)}, got "
+                f"{name!r}. Name one of them."
+            )
+        if name not in available:
+            raise RefusedError(
+                f"train.report_to must name trackers that are installed, got {name!r}. Install its "
+                f"package, as by `pip install {name.replace('_', '-')}`."
+            )
 
 
 def _say_missing_images(rows: RowIndex, objective: Objective) -> Iterator[str]:

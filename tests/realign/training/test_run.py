@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import weakref
 from importlib.metadata import version
@@ -482,3 +483,16 @@ def test_one_run_at_a_time_trains_into_a_folder(tmp_path: Path, model_dir, data)
     ):
         train(config(model_dir, data, out))
     assert train(config(model_dir, data, out)).is_dir()
+
+
+def test_a_tracker_by_name_writes_into_the_run_and_stays(
+    tmp_path: Path, model_dir: Path, data: Path, capsys
+) -> None:
+    out = tmp_path / "run"
+    train(config(model_dir, data, out, report_to="tensorboard"))
+    (events,) = (out / "tensorboard").iterdir()
+    assert events.name.startswith("events.out.tfevents.")
+    assert b"train/rewards/text_margins" in events.read_bytes()
+    assert not (out / "steps").exists()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"train: 3/3, .*; loss [\d.]+, accuracy [\d.]+, margin ", last)
