@@ -109,8 +109,14 @@ def test_the_differences_from_sft_are_those_of_the_result_file() -> None:
 
 
 def test_linked_files_exist() -> None:
+    titles = {
+        "".join(c for c in title.lower() if c.isalnum() or c in " -").replace(" ", "-")
+        for title in re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    }
     for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+        path, _, anchor = target.partition("#")
+        assert (ROOT / path).exists(), target
+        assert path or anchor in titles, target
 
 
 def test_readme_docs_and_examples_import_from_the_two_packages_alone() -> None:
