@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from realign.errors import RefusedError
-from realign.runtime.files import finite_or_null, read_utf8
+from realign.runtime.files import read_utf8
 
-SCHEMA = 2  # of scores.json
+SCHEMA = 3  # of scores.json
 UNDEFINED = "—"  # in place of a value, with the reason behind it
 STYLES = {"better": "bold green", "worse": "", "": ""}
 Scores = Mapping[str, Any]
@@ -27,8 +27,7 @@ def read_scores(path: Path) -> Scores:
         RefusedError: Another version wrote it, or it is no JSON object.
     """
     try:
-        # NaN was written for what is not defined before null was
-        scores: Any = finite_or_null(json.loads(read_utf8(path)))
+        scores: Any = json.loads(read_utf8(path))
     except json.JSONDecodeError as error:
         scores = str(error)
     if not isinstance(scores, dict):
@@ -42,6 +41,13 @@ def read_scores(path: Path) -> Scores:
             "`realign eval` or `realign demo` again; it scores the stored answers anew."
         )
     return scores
+
+
+def split_of(scores: Scores, row: Scores) -> Scores:
+    """Return what ``scores.json`` holds of the split and the rule of a row of its table."""
+    found: Scores = scores["benchmarks"][row["benchmark"]]["rules"][row["rule"]]
+    split: Scores = found["splits"][row["split"]]
+    return split
 
 
 class Cell(NamedTuple):
@@ -59,37 +65,29 @@ def score_rows(scores: Scores) -> Iterator[tuple[Scores, dict[str, Cell]]]:
     cell by model.
     """
     for row in scores["table"]:
-        models = scores["tasks"][row["task"]]["rules"][row["rule"]]
         metric, baseline = row["metric"], scores["baseline"]
         cells = {
             model: _cell(metrics[metric], row, baseline, is_baseline=model == baseline)
-            for model, metrics in models.items()
+            for model, metrics in split_of(scores, row)["models"].items()
         }
         yield row, cells
 
 
 def _cell(score: Scores, row: Scores, baseline: str, *, is_baseline: bool) -> Cell:
-    value, interval = score["value"], _defined(score["interval"])
+    value, interval = score["value"], score["interval"]
     if value is None:
-        reason = row.get("undefined", "not defined")  # a table of an earlier version has none
-        return Cell(UNDEFINED, reason, "", None)
+        return Cell(UNDEFINED, row["undefined"], "", None)
     shown = f"{row['scale'] * value:.1f}"
     bar = (value, *(interval or (value, value)))
     if is_baseline:
         return Cell(shown, "", "", bar)
-    found = _defined(score["difference_interval"])
+    found = score["difference_interval"]
     if not found or score["difference"] is None:
         return Cell(shown, f"{UNDEFINED} {baseline} has no value to compare with", "", bar)
     verdict = ""
     if found[0] > 0 or found[1] < 0:
         verdict = "better" if (found[0] > 0) == row["more_is_better"] else "worse"
     return Cell(shown, difference(score, row["scale"]), verdict, bar)
-
-
-def _defined(interval: Sequence[float | None] | None) -> tuple[float, float] | None:
-    """Return an interval, None where it is not defined; earlier versions wrote two NaN."""
-    low, high = interval or (None, None)
-    return None if low is None or high is None else (low, high)
 
 
 def difference(score: Scores, scale: int = 100) -> str:
@@ -103,7 +101,7 @@ def difference(score: Scores, scale: int = 100) -> str:
 
 def units_note(scores: Scores) -> str:
     """Return the units of the table and what its intervals rest on."""
-    clusters = dict.fromkeys(task["cluster"] for task in scores["tasks"].values())
+    clusters = dict.fromkeys(found["cluster"] for found in scores["benchmarks"].values())
     return (
         "percent unless the label names a unit; differences from the baseline in points, "
         f"95 % paired bootstrap by {' and '.join(clusters)}"
@@ -131,15 +129,14 @@ def draws_note(scores: Scores) -> str:
     """
     found = []
     for row in scores["table"]:
-        models = scores["tasks"][row["task"]]["rules"][row["rule"]]
         counts = {
-            model: score.get("undefined_draws", 0)
-            for model, metrics in models.items()
+            model: score["undefined_draws"]
+            for model, metrics in split_of(scores, row)["models"].items()
             if (score := metrics[row["metric"]])["value"] is not None
         }
         if any(counts.values()):
             shown = ", ".join(f"{model} {count:,}" for model, count in counts.items())
-            found.append(f"{row['label']} ({row.get('undefined')}): {shown}")
+            found.append(f"{row['label']} ({row['undefined']}): {shown}")
     return f"Draws left out of intervals: {'; '.join(found)}." if found else ""
 
 

@@ -49,7 +49,8 @@ def score_part(folder: Path, tiles: list[dict[str, str]]) -> dict[str, Any]:
             )
     notes = " ".join(note for note in (cut_note(scores), draws_note(scores)) if note)
     items = (
-        f"{name}: {task['items']:,} items, rule {', '.join(task['rules'])}"
+        f"{name}: {task['items']:,} items, rule "
+        f"{', '.join(scores['benchmarks'][task['benchmark']]['rules'])}"
         for name, task in scores["tasks"].items()
     )
     return {

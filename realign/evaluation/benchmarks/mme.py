@@ -19,6 +19,8 @@ from realign.evaluation.benchmark import (
     Record,
     Rule,
     ScoredRow,
+    UnitValues,
+    of_items,
 )
 from realign.evaluation.rows import Row
 from realign.runtime.files import read_utf8
@@ -196,6 +198,11 @@ def image_counts(rows: Sequence[ScoredRow]) -> Array:
     return counts.ravel()
 
 
+def _both_right(rows: Sequence[ScoredRow]) -> list[float]:
+    right = [scores[0] for _, scores in rows]
+    return [float(len(right) == 2 and all(right))]
+
+
 def task_metrics(counts: Array) -> Mapping[str, Array]:
     """Return accuracy over questions, accuracy over images with both right, and their sum."""
     questions, right, images, both = _columns(counts).sum(axis=-1)
@@ -231,6 +238,10 @@ def _rule(parse: Callable[[str], bool | None], note: str) -> Rule:
         combine=image_counts,
         split_metrics={"perception": sum_metrics(PERCEPTION), "cognition": sum_metrics(COGNITION)},
         unit="points",
+        units={
+            "acc": of_items(lambda scores: scores[0], 100),
+            "acc_plus": UnitValues(_both_right, 100),
+        },
         says_yes=lambda answer: parse(answer) is True,
         note=note,
     )
@@ -257,6 +268,7 @@ MME = Benchmark(
         "perception" if row["task"] in PERCEPTION else "cognition",
         row["task"],
     ),
+    headline=("score",),
     version_keys=("key", "label"),
     versions=dict.fromkeys(VERSION_2023, "2023"),
     answer_reader=read_answer_lists,
