@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from realign.evaluation.answer_scores import data_version
 from realign.evaluation.benchmark import Benchmark, TableRow, Task
 from realign.evaluation.measured import Entry, Measured, Place, Run
 from realign.evaluation.rows import Row
@@ -38,7 +39,9 @@ def score(
         by_benchmark.setdefault(task.benchmark, {})[name] = task
     measured, table = [], []
     for benchmark, its_tasks in by_benchmark.items():
-        rows = with_splits(benchmark, {name: task.rows for name, task in its_tasks.items()})
+        by_task = {name: task.rows for name, task in its_tasks.items()}
+        rows = with_splits(benchmark, by_task)
+        facts = {"version": data_version(benchmark, by_task), "subset": None}
         rules = {
             name: rule for name, rule in benchmark.rules.items() if rule.scores_constants
         }  # the others need a judge
@@ -51,11 +54,11 @@ def score(
             for name, rule in rules.items()
             for model, stored in answers.items()
         }
-        measured.append(Measured(benchmark, rows, texts, rules, draws))
+        measured.append(Measured(benchmark, rows, texts, rules, draws, facts))
         table += [
             (measured[-1], row)
             for row in benchmark.table
-            if row.task in its_tasks and (row.split, row.metric) in _places(measured[-1], row.rule)
+            if row.task in its_tasks and (row.split, row.metric) in measured[-1].places(row.rule)
         ]
     return {
         **comparison_of(measured, table, draws),
@@ -122,16 +125,13 @@ def _num_images(rows: Sequence[Row]) -> int:
     return len({row["image"] for row in rows if row["image"] is not None})
 
 
-def _places(measured: Measured, rule: str) -> list[Place]:
-    return [*next(points for run, points in measured.points.items() if run.rule == rule)]
-
-
 def _entries(measured: Measured) -> dict[str, Any]:
     """Return what ``scores.json`` holds of one benchmark."""
     return {
         "title": measured.benchmark.title,
         "cluster": measured.benchmark.cluster,
         "clusters": measured.num_clusters,
+        **measured.facts,
         "rules": {
             name: {
                 "unit": rule.unit,
@@ -147,7 +147,7 @@ def _split_entries(measured: Measured, rule: str) -> dict[str, Any]:
     rows = [measured.all_rows[i] for i in measured.rows[rule]]
     constants = measured.constants(rule)
     splits: dict[str, Any] = {}
-    for place in _places(measured, rule):
+    for place in measured.places(rule):
         if place.split not in splits:
             parts = measured.benchmark.means.get(place.split, (place.split,))
             inside = [row for row in rows if not {*parts}.isdisjoint(row["splits"])]
@@ -172,7 +172,8 @@ def _adjust(
 
     The interval of the row with the smallest p value has the level of as many comparisons as there
     are, the next one that of one fewer. From the first one that contains 0 on, none is taken to
-    show a difference.
+    show a difference, nor is one whose adjusted p value is not small: the bootstrap excludes 0 too
+    soon where hardly any item is gained or lost.
     """
     tests = []
     for row, found in zip(rows, measured, strict=True):
@@ -188,7 +189,8 @@ def _adjust(
         level = 1 - (1 - CONFIDENCE) / (len(tests) - rank)
         place = Place(row["split"], row["metric"])
         interval = found.difference_interval(row["rule"], model, place, entry, level)
-        is_inside = is_inside or interval is None or interval[0] <= 0 <= interval[1]
+        holds_0 = interval is None or interval[0] <= 0 <= interval[1]
+        is_inside = is_inside or holds_0 or adjusted[rank] > 1 - CONFIDENCE + 1e-12
         row["comparisons"][model] = {
             "p": p,
             "p_holm": adjusted[rank],

@@ -65,6 +65,7 @@ class Measured:
             it. The first model is the baseline.
         rules: By which they are scored.
         draws: How often clusters are drawn.
+        facts: What else files and tables say of the benchmark, such as the version of the data.
     Raises:
         RefusedError: Training runs of two models do not pair.
     """
@@ -76,7 +77,9 @@ class Measured:
         texts: Mapping[Run, Sequence[str]],
         rules: Mapping[str, Rule],
         draws: Draws,
+        facts: Mapping[str, Any],
     ) -> None:
+        self.facts = facts
         self.benchmark, self.rules, self.draws = benchmark, rules, draws
         self.runs: dict[str, list[str]] = {}  # model to the names of its runs
         for run in texts:
@@ -165,6 +168,10 @@ class Measured:
                 # a draw in which the metric is not defined counts as large, so that p is no smaller
                 extremes[place] += int((~(found < least - 1e-9 * max(1.0, least))).sum())
         return extremes
+
+    def places(self, rule: str) -> list[Place]:
+        """Return every split and metric of a rule."""
+        return [*next(points for run, points in self.points.items() if run.rule == rule)]
 
     def constants(self, rule: str) -> dict[str, dict[Place, float]]:
         """Return the scores of the constant answers of the benchmark."""

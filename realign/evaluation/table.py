@@ -12,11 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from realign.errors import RefusedError
+from realign.evaluation.cluster_sums import SAID_YES
 from realign.runtime.files import read_utf8
 
 SCHEMA = 3  # of scores.json
 UNDEFINED = "—"  # in place of a value, with the reason behind it
-STYLES = {"better": "bold green", "worse": "", "": ""}
+STYLES = {"better": "bold green", "worse": "bold", "noise": "", "": ""}
 Scores = Mapping[str, Any]
 
 
@@ -56,7 +57,7 @@ class Cell(NamedTuple):
     value: str
     # from the baseline, with its 95 % interval; empty for the baseline; why one is not defined
     difference: str
-    verdict: str  # "better" or "worse" where that interval excludes 0
+    verdict: str  # "better", "worse" or "noise", adjusted for all comparisons of the table
     bar: tuple[float, float, float] | None  # value and interval; None where they are not defined
 
 
@@ -67,26 +68,29 @@ def score_rows(scores: Scores) -> Iterator[tuple[Scores, dict[str, Cell]]]:
     for row in scores["table"]:
         metric, baseline = row["metric"], scores["baseline"]
         cells = {
-            model: _cell(metrics[metric], row, baseline, is_baseline=model == baseline)
+            model: _cell(metrics[metric], row, baseline, row["comparisons"].get(model))
             for model, metrics in split_of(scores, row)["models"].items()
         }
         yield row, cells
 
 
-def _cell(score: Scores, row: Scores, baseline: str, *, is_baseline: bool) -> Cell:
+def _cell(score: Scores, row: Scores, baseline: str, test: Scores | None) -> Cell:
     value, interval = score["value"], score["interval"]
     if value is None:
         return Cell(UNDEFINED, row["undefined"], "", None)
     shown = f"{row['scale'] * value:.1f}"
     bar = (value, *(interval or (value, value)))
-    if is_baseline:
-        return Cell(shown, "", "", bar)
-    found = score["difference_interval"]
-    if not found or score["difference"] is None:
+    if score["difference"] is None:
         return Cell(shown, f"{UNDEFINED} {baseline} has no value to compare with", "", bar)
+    if score["paired"] is None:
+        return Cell(shown, "", "", bar)  # the baseline itself
+    if not score["difference_interval"]:
+        return Cell(shown, f"{row['scale'] * score['difference']:+z.1f}", "", bar)
     verdict = ""
-    if found[0] > 0 or found[1] < 0:
-        verdict = "better" if (found[0] > 0) == row["more_is_better"] else "worse"
+    if test is not None:
+        is_up = score["difference"] > 0
+        verdict = "better" if is_up == row["more_is_better"] else "worse"
+        verdict = "noise" if test["is_inside_noise"] else verdict
     return Cell(shown, difference(score, row["scale"]), verdict, bar)
 
 
@@ -106,6 +110,35 @@ def units_note(scores: Scores) -> str:
         "percent unless the label names a unit; differences from the baseline in points, "
         f"95 % paired bootstrap by {' and '.join(clusters)}"
     )
+
+
+def noise_note(scores: Scores) -> str:
+    """Return for how many comparisons verdicts are adjusted; empty where nothing is compared."""
+    number = scores["num_comparisons"]
+    if not number:
+        return ""
+    return (
+        "Inside the noise: the interval contains 0, or p is above 0.05, when adjusted for the "
+        f"{number:,} comparisons of this table (Holm)."
+    )
+
+
+def constants_note(scores: Scores, row: Scores) -> str:
+    """Return what constant answers score in a row of the table; empty where there are none."""
+    constants = split_of(scores, row)["constants"]
+    values = {name: metrics[row["metric"]] for name, metrics in constants.items()}
+    return ", ".join(
+        f"all {name} {UNDEFINED if value is None else format(row['scale'] * value, '.1f')}"
+        for name, value in values.items()
+    )
+
+
+def said_yes_note(scores: Scores, row: Scores, model: str) -> str:
+    """Return the share of a model's answers that a row's rule reads as yes; empty where answers are
+    not yes or no.
+    """
+    share = split_of(scores, row)["models"][model].get(SAID_YES, {}).get("value")
+    return "" if share is None else f"says yes {100 * share:.1f} %"
 
 
 def cut_note(scores: Scores) -> str:
@@ -141,19 +174,21 @@ def draws_note(scores: Scores) -> str:
 
 
 def scores_table(scores: Scores) -> Table:
-    """Return the paired comparison as a rich table; bold where the interval excludes 0 on the
-    better side.
+    """Return the paired comparison as a rich table; bold where a difference is not inside the
+    noise, green where it is for the better.
     """
-    notes = [note for note in (cut_note(scores), draws_note(scores)) if note]
-    table = Table(title=units_note(scores), caption=" ".join(notes) or None)
+    notes = [cut_note(scores), draws_note(scores), noise_note(scores)]
+    table = Table(title=units_note(scores), caption=" ".join(filter(None, notes)) or None)
     table.add_column("")
     rows = list(score_rows(scores))
     for model in rows[0][1]:
         table.add_column(model, justify="right")
     for row, cells in rows:
-        texts = [
-            Text(f"{cell.value}  {cell.difference}".rstrip(), STYLES[cell.verdict])
-            for cell in cells.values()
-        ]
-        table.add_row(row["label"], *texts)
+        texts = []
+        for model, cell in cells.items():
+            lines = [f"{cell.value}  {cell.difference}".rstrip(), said_yes_note(scores, row, model)]
+            lines += ["inside the noise"] if cell.verdict == "noise" else []
+            texts.append(Text("\n".join(filter(None, lines)), STYLES[cell.verdict]))
+        label = "\n".join(filter(None, (row["label"], constants_note(scores, row))))
+        table.add_row(Text(label), *texts)
     return table
