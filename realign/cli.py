@@ -485,6 +485,40 @@ def eval_compare(
     rich_print(comparison_table(scores))
 
 
+@eval_app.command("write")
+def eval_write(
+    benchmark: Annotated[str, typer.Option(help="Name of the benchmark, such as pope.")],
+    data: Annotated[Path, typer.Option(help="Folder with the benchmark's published files.")],
+    form: Annotated[
+        str, typer.Option("--format", help="Form to write: official, llava, llava-questions, ...")
+    ],
+    out: Annotated[Path, typer.Option(help="New file, or folder for forms of several files.")],
+    answers: Annotated[
+        list[Path] | None,
+        typer.Option(help="File of answers, in any format that is read; repeatable."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="What LLaVA's files call the model; by default the file's name.")
+    ] = "",
+    allow_subset: Annotated[
+        bool, typer.Option("--allow-subset", help="Write a part where answers are missing.")
+    ] = False,
+) -> None:
+    """Write answers, or LLaVA's questions, as the published programs read them.
+
+    docs/evaluation.md lists the forms.
+    """
+    _check_exists("data", data, "a folder with the benchmark's files")
+    from realign.evaluation.answer_writing import write
+
+    report = write(
+        benchmark, data, form, out, answers or (), model=model, allow_subset=allow_subset
+    )
+    for note in report.notes:
+        typer.echo(note)
+    typer.echo(f"{report.number:,} {'answers' if answers else 'questions'} -> {report.out}")
+
+
 @app.command()
 def report(
     run: Annotated[

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from realign.evaluation.answer_comparison import compare as compare
     from realign.evaluation.answer_scores import score as score
+    from realign.evaluation.answer_writing import write as write
 
-_PLACES = {"compare": "answer_comparison", "score": "answer_scores"}
-__all__ = ["compare", "score"]
+_PLACES = {"compare": "answer_comparison", "score": "answer_scores", "write": "answer_writing"}
+__all__ = ["compare", "score", "write"]
 
 
 def __getattr__(name: str) -> Any:

@@ -119,7 +119,7 @@ def noise_note(scores: Scores) -> str:
         return ""
     return (
         "Inside the noise: the interval contains 0, or p is above 0.05, when adjusted for the "
-        f"{number:,} comparisons of this table (Holm)."
+        f"{number:,} comparison{'s' if number > 1 else ''} of this table (Holm)."
     )
 
 

@@ -60,6 +60,7 @@ VERSION_2023 = (  # rows_digest of every task
     "6b751fb29ffba317",
     "b5f088363af65f40",
 )
+QUESTION_END = "Please answer yes or no."
 _WIDTH = 4  # questions, right ones, images, images with both right
 
 
@@ -116,7 +117,7 @@ def _row(task: str, image: str, question: str, label: str, where: str) -> Row:
 
 def _key(task: Any, image: Any, question: Any) -> tuple[str, str, str]:
     """Return what is the same of a question in every program's wording of the prompt."""
-    plain = str(question).split("\n")[0].replace("Please answer yes or no.", "")
+    plain = str(question).split("\n")[0].replace(QUESTION_END, "")
     return str(task), Path(str(image)).stem, " ".join(plain.split())
 
 
