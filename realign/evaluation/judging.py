@@ -73,9 +73,10 @@ class Judge:
     """How a judge is asked about the answers to a benchmark."""
 
     placeholders: tuple[str, ...]
-    """Names in the prompt that :attr:`values` fills in."""
+    """Names in the prompt, each of which stands for a text."""
     values: Callable[[Row, str], Mapping[str, str]]
-    """A row and its answer to the text of every placeholder.
+    """A row and its answer to the text of every placeholder. One that it leaves out, because the
+    files of the benchmark do not have it, has a text of ours.
 
     Raises:
         RefusedError: The files of the benchmark lack what the judge has to be shown.

@@ -168,14 +168,14 @@ def _rounded(values: Array, decimals: int) -> Array:
 
 
 def judge_values(row: Row, answer: str) -> dict[str, str]:
-    """Return what the judge is shown; its rule is empty where the data has none."""
-    return {
+    """Return what the judge is shown; the rule is left out where the data has none."""
+    shown = {
         "context": required(row, "context"),
         "question": row["text"],
         "reference": required(row, "reference"),
         "answer": answer,
-        "rule": row["rule"] or "",
     }
+    return shown | ({"rule": row["rule"]} if row["rule"] else {})
 
 
 def _rule(

@@ -247,6 +247,6 @@ MM_VET = Benchmark(
         max_tokens=3,
         tries=5,
         temperature_step=0.5,
-        reminder="\nPredict the correctness of the answer (digit): ",
+        reminder="\nThe grade, as a number alone: ",
     ),
 )
