@@ -12,6 +12,7 @@ from realign.evaluation.answer_scores import data_version, find_rule
 from realign.evaluation.benchmark import Benchmark, Rule, TableRow
 from realign.evaluation.cluster_sums import COUNTS, SAID_YES
 from realign.evaluation.comparison import comparison_of, with_splits
+from realign.evaluation.gradings import scored_texts
 from realign.evaluation.measured import Measured, Place, Run
 from realign.evaluation.registry import find_benchmark
 from realign.evaluation.statistics import Draws
@@ -136,9 +137,7 @@ def _measure(
             answered = read_answers(
                 benchmark, paths, tasks, covers=rule.covers, allows_subset=allow_subset
             )
-            said[Run(name, model, run)] = {
-                id(row): rule.prepare(rule.text(record, text)) for row, record, text in answered
-            }
+            said[Run(name, model, run)] = scored_texts(benchmark, rule, answered)
     shared = {
         task: [row for row in rows if all(id(row) in texts for texts in said.values())]
         for task, rows in tasks.items()

@@ -42,9 +42,7 @@ def score(
         by_task = {name: task.rows for name, task in its_tasks.items()}
         rows = with_splits(benchmark, by_task)
         facts = {"version": data_version(benchmark, by_task), "subset": None}
-        rules = {
-            name: rule for name, rule in benchmark.rules.items() if rule.scores_constants
-        }  # the others need a judge
+        rules = {name: rule for name, rule in benchmark.rules.items() if rule.judging is None}
         texts = {
             Run(name, model, RUN): [
                 rule.prepare(stored[row["image"], row["text"]].text)
