@@ -165,8 +165,10 @@ def amber_list(request: Request) -> Written:
     return written._replace(notes=(f"{note}.",) if other else ())
 
 
-_ADDED = {"where", "text", "image", "id", "set", "merged_set", "may_be_unclear", "splits"}
 _VERDICTS = ("gpt4v_output_gpt_check", "judge_reply")
+# of a row, but not of the published file, or of other answers
+_ADDED = {"where", "text", "image", "id", "set", "merged_set", "may_be_unclear", "splits"}
+_ADDED |= {"model_prediction", *_VERDICTS}
 
 
 def hallusionbench_list(request: Request) -> Written:
