@@ -67,10 +67,12 @@ def compare(
     by = find_rule(chosen, rule)
     if bootstrap < 1:
         raise RefusedError(f"bootstrap must be at least 1, got {bootstrap}. Pass 10000 or more.")
+    if seed < 0:
+        raise RefusedError(f"seed must be at least 0, got {seed}. Pass another.")
     draws = Draws(bootstrap, seed)
     measured = _measure(chosen, rule, by, _runs(answers), Path(data), draws, allow_subset)
     table = [(measured, row) for row in _table(measured, rule, metrics, splits)]
-    return comparison_of([measured], table, draws)
+    return comparison_of([measured], table, draws, [*answers])
 
 
 def named_files(options: Sequence[str]) -> Runs:

@@ -159,7 +159,9 @@ def amber_list(request: Request) -> Written:
     return written._replace(notes=(f"{note}.",) if other else ())
 
 
+# of a row, but not of the published file, or of other answers
 _ADDED = {"where", "text", "image", "id", "set", "merged_set", "may_be_unclear", "splits"}
+_ADDED |= {"model_prediction", VERDICT, REPLY}
 
 
 def hallusionbench_list(request: Request) -> Written:
