@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from realign.errors import RefusedError
-from realign.evaluation.answer_files import read_answers
+from realign.evaluation.answer_files import named_questions, read_answers
 from realign.evaluation.benchmark import Array, Benchmark, Metrics, Rule
 from realign.evaluation.registry import find_benchmark
 from realign.evaluation.rows import Row, rows_digest
@@ -59,17 +60,16 @@ def score(
         scores = score("pope", "answers.jsonl", "pope/output/coco")
         scores["splits"]["adversarial"]["accuracy"]
     """
-    chosen = find_benchmark(benchmark)
-    by = _find_rule(chosen, rule)
+    chosen = find_benchmark(benchmark, rule)
+    by = chosen.rules[rule]
     if bootstrap < 0:
         raise RefusedError(
             f"bootstrap must be at least 0, got {bootstrap}. Pass 0 for no intervals."
         )
-    tasks = {name: task.rows for name, task in chosen.read_tasks(Path(data)).items()}
-    paths = [answers] if isinstance(answers, (str, Path)) else list(answers)
-    answered = read_answers(
-        chosen, [Path(path) for path in paths], tasks, covers=by.covers, allows_subset=allow_subset
-    )
+    paths = [Path(path) for path in ([answers] if isinstance(answers, (str, Path)) else answers)]
+    found = chosen.read_tasks(Path(data), partial(named_questions, chosen, paths))
+    tasks = {name: task.rows for name, task in found.items()}
+    answered = read_answers(chosen, paths, tasks, covers=by.covers, allows_subset=allow_subset)
     total = sum(by.covers(row) for rows in tasks.values() for row in rows)
     is_subset = len(answered) < total
     covered = [(row, by.prepare(by.text(record, text))) for row, record, text in answered]
@@ -97,15 +97,6 @@ def score(
         },
         "yes_ratio": _yes_ratio(by, [text for _, text in covered]),
     }
-
-
-def _find_rule(benchmark: Benchmark, name: str) -> Rule:
-    if name not in benchmark.rules:
-        raise RefusedError(
-            f"rule must be one of {', '.join(benchmark.rules)} for {benchmark.title}, got "
-            f"{name!r}. Name one of them."
-        )
-    return benchmark.rules[name]
 
 
 def _version(benchmark: Benchmark, tasks: Mapping[str, Sequence[Row]]) -> str:

@@ -9,6 +9,7 @@ from realign.errors import RefusedError
 from realign.evaluation.benchmark import Benchmark, MissingData, Task
 from realign.evaluation.benchmarks.amber import AMBER_DISCRIMINATIVE
 from realign.evaluation.benchmarks.chair import CHAIR
+from realign.evaluation.benchmarks.chair_coco import CHAIR_COCO
 from realign.evaluation.benchmarks.hallusionbench import HALLUSIONBENCH
 from realign.evaluation.benchmarks.mmbench import MMBENCH
 from realign.evaluation.benchmarks.mme import MME
@@ -21,6 +22,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     POPE,
     HALLUSIONBENCH,
     AMBER_DISCRIMINATIVE,
+    CHAIR_COCO,
     CHAIR,
     MME,
     MMBENCH,
@@ -30,18 +32,27 @@ BENCHMARKS: tuple[Benchmark, ...] = (
 )
 
 
-def find_benchmark(name: str) -> Benchmark:
-    """Return the benchmark of a name.
+def find_benchmark(name: str, rule: str) -> Benchmark:
+    """Return the benchmark of a name that has a rule. Two may have one name, as CHAIR's published
+    data and data of one's own have, but then their rules differ.
 
     Raises:
         RefusedError: There is none.
     """
-    known = {benchmark.name: benchmark for benchmark in BENCHMARKS}
-    if name not in known:
+    named = [benchmark for benchmark in BENCHMARKS if benchmark.name == name]
+    if not named:
+        known = dict.fromkeys(benchmark.name for benchmark in BENCHMARKS)
         raise RefusedError(
             f"benchmark must be one of {', '.join(known)}, got {name!r}. Name one of them."
         )
-    return known[name]
+    for benchmark in named:
+        if rule in benchmark.rules:
+            return benchmark
+    rules = [rule for benchmark in named for rule in benchmark.rules]
+    raise RefusedError(
+        f"rule must be one of {', '.join(rules)} for {named[0].title}, got {rule!r}. Name one of "
+        "them."
+    )
 
 
 def read_tasks(data: Path) -> dict[str, Task]:
