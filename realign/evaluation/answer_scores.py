@@ -12,7 +12,7 @@ import numpy as np
 from realign.errors import RefusedError
 from realign.evaluation.answer_files import named_questions, read_answers
 from realign.evaluation.benchmark import Array, Benchmark, Metrics, Rule
-from realign.evaluation.registry import find_benchmark
+from realign.evaluation.registry import find_rule
 from realign.evaluation.rows import Row, rows_digest
 from realign.evaluation.statistics import intervals
 from realign.runtime.files import finite_or_null
@@ -60,8 +60,7 @@ def score(
         scores = score("pope", "answers.jsonl", "pope/output/coco")
         scores["splits"]["adversarial"]["accuracy"]
     """
-    chosen = find_benchmark(benchmark, rule)
-    by = chosen.rules[rule]
+    chosen, by = find_rule(benchmark, rule)
     if bootstrap < 0:
         raise RefusedError(
             f"bootstrap must be at least 0, got {bootstrap}. Pass 0 for no intervals."
@@ -81,7 +80,7 @@ def score(
     splits = _split_sums(chosen, by, covered)
     return {
         "benchmark": chosen.name,
-        "version": _version(chosen, tasks),
+        "version": data_version(chosen, tasks),
         "rule": rule,
         "note": by.note,
         "unit": by.unit,
@@ -99,7 +98,7 @@ def score(
     }
 
 
-def _version(benchmark: Benchmark, tasks: Mapping[str, Sequence[Row]]) -> str:
+def data_version(benchmark: Benchmark, tasks: Mapping[str, Sequence[Row]]) -> str:
     """Return the name of the published version that all tasks are of."""
     names = {
         benchmark.versions.get(rows_digest(rows, *benchmark.version_keys))

@@ -272,9 +272,7 @@ CHAIR_COCO = Benchmark(
     title="CHAIR",
     layouts=[
         Layout({"chair-coco": FILES}, read, takes_named=True),
-        Layout(
-            {"chair-coco": tuple(f"annotations/{name}" for name in FILES)}, read, takes_named=True
-        ),
+        Layout({"chair-coco": (f"annotations/{INSTANCES[0]}",)}, read, takes_named=True),
     ],
     rules={
         "official": Rule(
@@ -299,6 +297,8 @@ CHAIR_COCO = Benchmark(
         ),
     },
     table=[],
+    headline=("chair_s", "chair_i", "recall"),
+    less_is_better=("chair_s", "chair_i"),
     answer_reader=read_official_captions,
     answer_formats=[
         _format("image_id", "caption"),

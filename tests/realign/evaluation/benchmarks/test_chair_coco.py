@@ -226,8 +226,12 @@ def test_no_mention_is_null(tmp_path: Path, data: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["instances_train2014.json", "captions_val2014.json", "captions_train2014.json"]
-    + ["synonyms.txt"],
+    [
+        "instances_train2014.json",
+        "captions_val2014.json",
+        "captions_train2014.json",
+        "synonyms.txt",
+    ],
 )
 def test_a_missing_file_is_named(tmp_path: Path, data: Path, name: str) -> None:
     answers = write(tmp_path / "a.json", captions())
