@@ -81,7 +81,7 @@ def score(
     splits = _split_sums(chosen, by, covered)
     return {
         "benchmark": chosen.name,
-        "version": _version(chosen, tasks),
+        "version": data_version(chosen, tasks),
         "rule": rule,
         "note": by.note,
         "unit": by.unit,
@@ -108,7 +108,7 @@ def _find_rule(benchmark: Benchmark, name: str) -> Rule:
     return benchmark.rules[name]
 
 
-def _version(benchmark: Benchmark, tasks: Mapping[str, Sequence[Row]]) -> str:
+def data_version(benchmark: Benchmark, tasks: Mapping[str, Sequence[Row]]) -> str:
     """Return the name of the published version that all tasks are of."""
     names = {
         benchmark.versions.get(rows_digest(rows, *benchmark.version_keys))

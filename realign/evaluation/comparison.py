@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from realign.evaluation.benchmark import Array, Rule, ScoredRow, Task
+from realign.evaluation.probes import probes
+from realign.evaluation.rows import item_key
 from realign.evaluation.samples import Answers, sample_answers
 from realign.evaluation.statistics import paired_scores
 from realign.evaluation.table import SCHEMA
@@ -21,7 +23,8 @@ def score(
 
     Args:
         tasks: By name.
-        answers: Model to question to answer; the first model is the baseline.
+        answers: Model to answer by :func:`~realign.evaluation.rows.item_key`; the first model is
+            the baseline.
         resamples: How many draws of the bootstrap.
         seed: Of the draws.
     Returns:
@@ -33,18 +36,20 @@ def score(
     scored: dict[str, Any] = {}
     for name, task in tasks.items():
         by_model = {
-            model: [stored[row["image"], row["text"]] for row in task.rows]
-            for model, stored in answers.items()
+            model: [stored[item_key(row)] for row in task.rows] for model, stored in answers.items()
         }
         scored[name] = {
             "benchmark": task.benchmark.title,
             "items": len(task.rows),
-            "images": len({row["image"] for row in task.rows}),
+            "images": len({row["image"] for row in task.rows if row["image"] is not None}),
             "cluster": task.benchmark.cluster,
             "cut": {model: sum(said.is_cut for said in by_model[model]) for model in by_model},
+            "probes": {model: probes(task.benchmark, said) for model, said in by_model.items()},
             "rules": {},
         }
         for rule_name, rule in task.benchmark.rules.items():
+            if not rule.scores_constants:  # a judge has to read the answers first
+                continue
             scored[name]["rules"][rule_name] = paired_scores(
                 {model: _scores_by_cluster(task, rule, said) for model, said in by_model.items()},
                 rule.metrics,
@@ -70,6 +75,7 @@ def _scores_by_cluster(task: Task, rule: Rule, answers: Sequence[Answer]) -> Arr
     """Return the score vectors of the clusters, in the order of their first rows."""
     clusters: dict[Any, list[ScoredRow]] = {}
     for row, answer in zip(task.rows, answers, strict=True):
-        scored = (row, rule.score(row, answer.text))
-        clusters.setdefault(row[task.benchmark.cluster], []).append(scored)
+        if rule.covers(row):
+            scored = (row, rule.score(row, rule.prepare(answer.text)))
+            clusters.setdefault(row[rule.cluster or task.benchmark.cluster], []).append(scored)
     return np.array([rule.combine(rows) for rows in clusters.values()], dtype=np.float64)

@@ -219,7 +219,8 @@ class EndpointGenerator:
             RefusedError: An image cannot be read, or the server cannot be reached, refuses every
                 request or keeps failing. The same call later asks only what is missing.
         """
-        hashes = {path: file_sha256(path) for path in {request.image for request in requests}}
+        paths = {request.image for request in requests}
+        hashes = {path: file_sha256(path) if path else "" for path in paths}
         questions = [self._question(request, hashes[request.image]) for request in requests]
         missing = {
             question.key: question for question in questions if question.key not in self._journal
@@ -261,16 +262,15 @@ class EndpointGenerator:
 
     async def _ask_waiting(self, client: openai.AsyncOpenAI, waiting: Iterator[_Question]) -> None:
         for question in waiting:
+            content: list[dict[str, Any]] = [{"type": "text", "text": question.request.prompt}]
             try:
-                url = await asyncio.to_thread(image_url, question.request.image)
+                if question.request.image:
+                    url = await asyncio.to_thread(image_url, question.request.image)
+                    content.insert(0, {"type": "image_url", "image_url": {"url": url}})
             except TooLargeError as error:
                 self._unsent[question.key] = str(error)
                 self.counts.unsent += 1
                 continue
-            content = [
-                {"type": "image_url", "image_url": {"url": url}},
-                {"type": "text", "text": question.request.prompt},
-            ]
             messages = [{"role": "user", "content": content}]
             body = {**self._sampling.body(), "messages": messages}
             was_reached = self.counts.asked > 0
@@ -319,7 +319,7 @@ class EndpointGenerator:
     def _keep(self, question: _Question, reply: Reply) -> None:
         asked = {
             "prompt": question.request.prompt,
-            "image": question.request.image.name,
+            "image": question.request.image.name if question.request.image else None,
             "image_sha256": question.image_sha256,
             **asdict(self._sampling),
         }

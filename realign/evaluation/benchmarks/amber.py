@@ -10,7 +10,16 @@ import numpy as np
 
 from realign.errors import RefusedError
 from realign.evaluation.answer_words import yes_or_no
-from realign.evaluation.benchmark import AnswerFormat, Array, Benchmark, Layout, Metrics, Rule
+from realign.evaluation.benchmark import (
+    AnswerFormat,
+    Array,
+    Benchmark,
+    Layout,
+    Metrics,
+    Prompt,
+    Rule,
+    TableRow,
+)
 from realign.evaluation.rows import Key, Row, check_row, read_records
 
 ANNOTATIONS = "annotations.json"
@@ -184,7 +193,19 @@ AMBER_DISCRIMINATIVE = Benchmark(
             note="The accuracy of `all` is the mean of those of attribute, existence and relation.",
         ),
     },
-    table=[],
+    table=[
+        TableRow("amber-discriminative", rule, metric, f"AMBER discriminative, {label}", scale=1)
+        for rule, metric, label in (
+            ("official", "accuracy", "accuracy of Yes and No to the letter"),
+            ("official", "f1", "F1 of No to the letter"),
+            ("vlmevalkit", "accuracy", "mean accuracy of the words yes and no"),
+        )
+    ],
+    prompts={
+        "official": Prompt(),
+        "vlmevalkit": Prompt(lambda row: f"{row['text']}\nPlease answer yes or no."),
+    },
+    image_folder="amber",
     splits=_splits,
     version_keys=("id", "image", "text", "type", "truth"),
     versions={"6bb6111800188396": "534babf"},

@@ -16,10 +16,13 @@ from realign.evaluation.benchmark import (
     Benchmark,
     Layout,
     Metrics,
+    Prompt,
     Record,
     Rule,
     ScoredRow,
+    TableRow,
 )
+from realign.evaluation.prompt_texts import SHORT_ANSWER
 from realign.evaluation.rows import Row
 from realign.runtime.files import read_utf8
 
@@ -58,6 +61,7 @@ VERSION_2023 = (  # rows_digest of every task
     "6b751fb29ffba317",
     "b5f088363af65f40",
 )
+_YES_OR_NO = "Please answer yes or no."
 _WIDTH = 4  # questions, right ones, images, images with both right
 
 
@@ -102,19 +106,21 @@ def _row(task: str, image: str, question: str, label: str, where: str) -> Row:
         raise RefusedError(
             f"{where}: the label must be Yes or No, got {label!r:.40}. Take the published file."
         )
+    key = _key(task, image, question)
     return {
+        "id": "/".join(key),
         "task": task,
         "image": f"{task}/{image}",
         "text": question,
         "label": label.strip().lower(),
         "where": where,
-        "key": _key(task, image, question),
+        "key": key,
     }
 
 
 def _key(task: Any, image: Any, question: Any) -> tuple[str, str, str]:
     """Return what is the same of a question in every program's wording of the prompt."""
-    plain = str(question).split("\n")[0].replace("Please answer yes or no.", "")
+    plain = str(question).split("\n")[0].replace(_YES_OR_NO, "")
     return str(task), Path(str(image)).stem, " ".join(plain.split())
 
 
@@ -214,6 +220,16 @@ def sum_metrics(tasks: Sequence[str]) -> Metrics:
     return metrics
 
 
+def _short(row: Row) -> str:
+    question = str(row["text"]).strip().replace(f" {_YES_OR_NO}", "")
+    return f"{question}{SHORT_ANSWER}"
+
+
+def _image_places(row: Row) -> tuple[str, ...]:
+    task, _, image = row["image"].partition("/")
+    return row["image"], f"{task}/images/{image}"
+
+
 def _columns(counts: Array) -> Array:
     """Return the counts with the kind of count first and the task last."""
     return np.moveaxis(counts.reshape(*counts.shape[:-1], len(TASKS), _WIDTH), -1, 0)
@@ -252,7 +268,23 @@ MME = Benchmark(
         "lmms-eval": _rule(lmms_word, "As the official rule, without periods; y and n count."),
         "vlmevalkit": _rule(yes_or_no, "Reads the words yes and no."),
     },
-    table=[],
+    table=[
+        TableRow(
+            f"mme_{task}",
+            "official",
+            "score",
+            f"MME {task}, points of 200",
+            scale=1,
+        )
+        for task in TASKS
+    ],
+    prompts={
+        "official": Prompt(),
+        "llava": Prompt(_short),
+        "lmms-eval": Prompt(_short, 16),
+        "vlmevalkit": Prompt(),
+    },
+    image_places=_image_places,
     splits=lambda task, row: (
         "perception" if row["task"] in PERCEPTION else "cognition",
         row["task"],
