@@ -162,7 +162,9 @@ def _refuse(faults: Mapping[str, _Faults], images: Path) -> None:
             )
             lines += _first(found.missing)
         if found.unreadable:
-            lines.append(f"{name}: {len(found.unreadable):,} of {found.total:,} cannot be read")
+            lines.append(
+                f"{name}: {len(found.unreadable):,} of {found.total:,} images cannot be read"
+            )
             lines += _first(found.unreadable)
     if lines:
         shown = "\n".join(lines)

@@ -85,13 +85,13 @@ class ImageTokens:
         try:
             text = self._render(prompt, num_images=0)
         except Exception as error:  # a template raises what it likes of turns it does not take
-            raise RefusedError(
-                "text without an image must be what the chat template takes, got "
-                f"{str(error).rstrip('.')}. Use another template, or leave the question out.",
-                code="template",
-            ) from None
+            raise _without_image("the chat template", error, "template") from None
         special = self._renderer.adds_special_tokens(text)
-        inputs = process(self._processor, [text], None, add_special_tokens=special)
+        try:
+            inputs = process(self._processor, [text], None, add_special_tokens=special)
+        except RefusedError as error:
+            name = type(self._processor).__name__
+            raise _without_image(name, error.__cause__ or error, "processor") from None
         ids: list[int] = inputs["input_ids"][0].tolist()
         return ids
 
@@ -109,6 +109,15 @@ class ImageTokens:
         turns = user_turns([{"role": "user", "content": prompt}], num_images=num_images)
         template = self._processor.apply_chat_template
         return str(template(turns, add_generation_prompt=True, tokenize=False))
+
+
+def _without_image(reader: str, error: BaseException, code: str) -> RefusedError:
+    said = " ".join(str(error).split()).rstrip(".")
+    return RefusedError(
+        f"text must have an image, which {reader} needs, got none ({type(error).__name__}: "
+        f"{said}). Leave such questions out, or ask a model that takes text alone.",
+        code=code,
+    )
 
 
 def position_limit(config: Any) -> int | None:
