@@ -380,13 +380,16 @@ def evaluate(ctx: typer.Context) -> None:
     options: EvalConfig = _options(ctx)
     _check_out(options.out, *options.models.values())
     _check_exists("data", options.data, "a folder of questions")
-    check_image_root(options.images)
+    if options.images:
+        check_image_root(options.images)
     from rich import print as rich_print
 
     from realign.evaluation.run import evaluate as run
     from realign.evaluation.table import scores_table
 
-    rich_print(scores_table(run(options)))
+    scores = run(options)
+    if os.environ.get("RANK", "0") == "0":  # once, however many processes ask
+        rich_print(scores_table(scores))
 
 
 @eval_app.command("score")

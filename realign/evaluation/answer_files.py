@@ -12,6 +12,7 @@ from realign.errors import RefusedError
 from realign.evaluation.benchmark import (
     ANSWERS_BY_ID,
     OWN_ANSWERS,
+    STORED_ANSWERS,
     AnswerFormat,
     Benchmark,
     Record,
@@ -58,7 +59,7 @@ def read_answers(
     _check_ids(tasks)
     found = _Found()
     for path in paths:
-        records = benchmark.answer_reader(path) or _records(path)
+        records = benchmark.answer_reader(path) or _of_benchmark(_records(path), benchmark, path)
         form = _format_of(records, benchmark, path)
         pairs = (
             _in_order(form, records, tasks, path, allows_subset=allows_subset)
@@ -190,6 +191,20 @@ def _records(path: Path) -> list[tuple[str, Record]]:
     return records
 
 
+def _of_benchmark(
+    records: list[tuple[str, Record]], benchmark: Benchmark, path: Path
+) -> list[tuple[str, Record]]:
+    """Leave out the answers to other benchmarks, which ``realign eval`` stores in the same file."""
+    names = {record["benchmark"]: None for _, record in records if "benchmark" in record}
+    own = [pair for pair in records if pair[1].get("benchmark", benchmark.name) == benchmark.name]
+    if not own:
+        raise RefusedError(
+            f"{path} must hold answers of {benchmark.name}, got those of "
+            f"{', '.join(map(str, names))}. Name one of these as --benchmark."
+        )
+    return own
+
+
 def _format_of(
     records: Sequence[tuple[str, Record]], benchmark: Benchmark, path: Path
 ) -> AnswerFormat:
@@ -198,7 +213,8 @@ def _format_of(
     Raises:
         RefusedError: There is none; the record that lacks a field is named.
     """
-    formats = (*benchmark.answer_formats, OWN_ANSWERS, ANSWERS_BY_ID)
+    # of the other formats, some have fields that the stored ones have too
+    formats = (STORED_ANSWERS, *benchmark.answer_formats, OWN_ANSWERS, ANSWERS_BY_ID)
     first = records[0][1]
     for form in formats:
         names = (*form.fields, *form.reply_fields)

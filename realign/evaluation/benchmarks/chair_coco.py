@@ -297,6 +297,7 @@ CHAIR_COCO = Benchmark(
         ),
     },
     table=[],
+    prompts={},  # its questions are those of chair.jsonl
     headline=("chair_s", "chair_i", "recall"),
     less_is_better=("chair_s", "chair_i"),
     answer_reader=read_official_captions,
