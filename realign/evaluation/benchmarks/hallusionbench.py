@@ -208,6 +208,11 @@ def image_metrics(counts: Array) -> Mapping[str, Array]:
     return {name: metrics[name] for name in _IMAGE_KINDS}
 
 
+def _image_places(row: Row) -> tuple[str, str]:
+    name = row["image"].removeprefix("./")
+    return name, f"hallusion_bench/{name}"
+
+
 def _has_image(row: Row) -> bool:
     return row["image"] is not None
 
@@ -317,6 +322,7 @@ HALLUSIONBENCH = Benchmark(
         "lmms-eval": Prompt(max_new_tokens=128),
         "vlmevalkit": Prompt(max_new_tokens=1024),
     },
+    image_places=_image_places,
     cluster="set",
     splits=lambda task, row: ("all", row["category"]),
     version_keys=(*_GROUP, "visual_input", "question", "gt_answer", "filename"),

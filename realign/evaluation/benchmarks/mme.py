@@ -227,7 +227,13 @@ def sum_metrics(tasks: Sequence[str]) -> Metrics:
     return metrics
 
 
-def _short(row: Row) -> str:
+def _llava_prompt(row: Row) -> str:
+    question = str(row["text"]).replace(QUESTION_END, "").strip()
+    return f"{question}{SHORT_ANSWER}"
+
+
+def _lmms_prompt(row: Row) -> str:
+    """Return the prompt of lmms-eval, which keeps the second of two spaces."""
     question = str(row["text"]).strip().replace(f" {QUESTION_END}", "")
     return f"{question}{SHORT_ANSWER}"
 
@@ -303,8 +309,8 @@ MME = Benchmark(
     ],
     prompts={
         "official": Prompt(),
-        "llava": Prompt(_short),
-        "lmms-eval": Prompt(_short, 16),
+        "llava": Prompt(_llava_prompt),
+        "lmms-eval": Prompt(_lmms_prompt, 16),
         "vlmevalkit": Prompt(),
     },
     image_places=_image_places,

@@ -51,7 +51,7 @@ def _pope() -> tuple[Files, list[str]]:
 
 def _hallusionbench() -> tuple[Files, list[str]]:
     def row(visual_input: str, figure: str, question: str, text: str, truth: str) -> Any:
-        name = None if visual_input == "0" else f"./hallusion_bench/VS/map/0_{figure}.png"
+        name = None if visual_input == "0" else f"./VS/map/0_{figure}.png"
         return {
             "category": "VS", "subcategory": "map", "visual_input": visual_input, "set_id": "0",
             "figure_id": figure, "sample_note": "", "question_id": question, "question": text,
