@@ -113,6 +113,9 @@ def test_files_of_several_gradings(tmp_path: Path, data: Path) -> None:
     fewer = score("llava-bench", files, data)
     assert fewer["unjudged"] == {"items": 1, "ids": ["2"]}
     assert fewer["judging"]["gradings"][0]["splits"]["all"]["relative_score"] == 100.0
+    files[0].write_text("\n".join(lines[:2]))
+    unjudged = [run["unjudged"] for run in score("llava-bench", files, data)["judging"]["gradings"]]
+    assert unjudged == [["2"], [], ["2"]]  # a gap stays in the grading that has it
     answers = tmp_path / "a.jsonl"
     answers.write_text("".join(f'{{"id": {i}, "answer": "x"}}\n' for i in range(3)))
     with pytest.raises(RefusedError, match="3 answers are to a question again"):
