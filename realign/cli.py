@@ -397,7 +397,10 @@ def eval_score(
     benchmark: Annotated[str, typer.Option(help="Name of the benchmark, such as pope.")],
     data: Annotated[Path, typer.Option(help="Folder with the benchmark's published files.")],
     answers: Annotated[
-        list[Path], typer.Option(help="File of answers, in a format of the benchmark; repeatable.")
+        list[Path],
+        typer.Option(
+            help="File of answers, in a format of the benchmark; repeatable, also for gradings."
+        ),
     ],
     rule: Annotated[str, typer.Option(help="Rule that scores the answers.")] = "official",
     allow_subset: Annotated[
@@ -410,7 +413,8 @@ def eval_score(
 ) -> None:
     """Score answers that any program has written, without a model.
 
-    docs/evaluation.md lists the benchmarks, their files, rules and formats of answers.
+    docs/evaluation.md lists the benchmarks, their files, rules and formats of answers. Rules that
+    need a judge read its replies from the files; `realign eval judge` writes such a file.
     """
     _check_exists("data", data, "a folder with the benchmark's files")
     from realign.evaluation.answer_scores import score

@@ -58,6 +58,8 @@ def read_answers(
     """
     _check_ids(tasks)
     found = _Found()
+    if twice := [path for i, path in enumerate(paths) if path.resolve() in _resolved(paths[:i])]:
+        raise RefusedError(f"answers must be files named once, got {twice[0]} twice. Name it once.")
     for path in paths:
         records = benchmark.answer_reader(path) or _of_benchmark(_records(path), benchmark, path)
         form = _format_of(records, benchmark, path)
@@ -79,6 +81,10 @@ def read_answers(
         for row in all_rows
         if id(row) in found.answers
     ]
+
+
+def _resolved(paths: Sequence[Path]) -> set[Path]:
+    return {path.resolve() for path in paths}
 
 
 class _Found:
