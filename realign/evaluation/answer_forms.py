@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from realign.evaluation.answer_files import Answered
+from realign.evaluation.benchmarks.hallusionbench import UNCLEAR, VERDICT, verdict
 from realign.evaluation.benchmarks.mme import QUESTION_END
 from realign.evaluation.benchmarks.pope import LLAVA_FIRST_ID
+from realign.evaluation.judging import JUDGE, REPLY, Replies
 from realign.evaluation.rows import Row
 from realign.evaluation.vqa_answers import official_form
 from realign.runtime.files import content_sha256, json_text
@@ -19,19 +22,10 @@ SHORT = "\nAnswer the question using a single word or phrase."
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 
 
-class Said(NamedTuple):
-    """A question with the answer to it."""
-
-    row: Row
-    answer: str
-    record: Mapping[str, Any]
-    """The record that held the answer, which may hold a judge's verdict too."""
-
-
 class Request(NamedTuple):
     """What a form is made of."""
 
-    said: Mapping[str, Sequence[Said]]
+    said: Mapping[str, Sequence[Answered]]
     """Task to its answers, in the order of the data; without texts for a file of questions."""
     data: Path
     model: str
@@ -67,7 +61,7 @@ def _list(records: Iterable[Mapping[str, Any]]) -> Written:
     return Written({"": json_text([*records], indent=1) + "\n"})
 
 
-def _all(request: Request) -> list[Said]:
+def _all(request: Request) -> list[Answered]:
     return [said for found in request.said.values() for said in found]
 
 
@@ -165,10 +159,9 @@ def amber_list(request: Request) -> Written:
     return written._replace(notes=(f"{note}.",) if other else ())
 
 
-_VERDICTS = ("gpt4v_output_gpt_check", "judge_reply")
 # of a row, but not of the published file, or of other answers
 _ADDED = {"where", "text", "image", "id", "set", "merged_set", "may_be_unclear", "splits"}
-_ADDED |= {"model_prediction", *_VERDICTS}
+_ADDED |= {"model_prediction", VERDICT, REPLY, JUDGE}
 
 
 def hallusionbench_list(request: Request) -> Written:
@@ -176,9 +169,24 @@ def hallusionbench_list(request: Request) -> Written:
     return _list(
         {key: value for key, value in said.row.items() if key not in _ADDED}
         | {"model_prediction": said.answer.strip()}
-        | {key: said.record[key] for key in _VERDICTS if key in said.record}
+        | _judgement(said.replies)
         for said in _all(request)
     )
+
+
+def _judgement(replies: Replies) -> dict[str, Any]:
+    """Return the fields that hold a judge's replies; the published code of one, where it is one."""
+    if not replies:
+        return {}
+    texts = [reply.text for reply in replies]
+    found: dict[str, Any] = {REPLY: texts if len(texts) > 1 else texts[0]}
+    about = replies[0]._asdict()
+    del about["text"]
+    if any(about.values()):
+        found[JUDGE] = about
+    if len(texts) == 1 and texts[0] is not None:
+        found[VERDICT] = verdict(texts[0]) or str(UNCLEAR)  # as the published script has it
+    return found
 
 
 def mme_folder(request: Request) -> Written:

@@ -9,7 +9,8 @@ from typing import Any
 
 from realign.evaluation.answer_scores import data_version
 from realign.evaluation.benchmark import Benchmark, TableRow, Task
-from realign.evaluation.measured import Entry, Measured, Place, Run
+from realign.evaluation.cluster_sums import Run
+from realign.evaluation.measured import Entry, Measured, Place
 from realign.evaluation.rows import Row
 from realign.evaluation.samples import Answers, sample_answers
 from realign.evaluation.significance import CONFIDENCE, holm
@@ -43,15 +44,17 @@ def score(
         rows = with_splits(benchmark, by_task)
         facts = {"version": data_version(benchmark, by_task), "subset": None}
         rules = {
-            name: rule for name, rule in benchmark.rules.items() if rule.scores_constants
+            name: rule for name, rule in benchmark.rules.items() if rule.judging is None
         }  # the others need a judge
         if not rules:
             continue
         texts = {
             Run(name, model, RUN): [
-                rule.prepare(stored[row["image"], row["text"]].text)
-                for row in rows
-                if rule.covers(row)
+                [
+                    rule.prepare(stored[row["image"], row["text"]].text)
+                    for row in rows
+                    if rule.covers(row)
+                ]
             ]
             for name, rule in rules.items()
             for model, stored in answers.items()
