@@ -220,6 +220,11 @@ def test_gradings_of_a_judge_are_averaged_and_their_spread_is_shown(tmp_path: Pa
     assert entry["paired"]["units"] == 2
     assert entry["paired"]["gained"] is None  # grades are more than right and wrong
     assert entry["difference_interval"] == pytest.approx([20, 20])
+    options = [f"--answers={name}={path}" for name, path in files.items()]
+    command = ["eval", "compare", "--benchmark", "mm-vet", "--data", str(tmp_path)]
+    printed = CliRunner().invoke(app, [*command, "--bootstrap", "9", *options]).output
+    for text in ("3 gradings", "40.00 to 50.00", "sd 5.00"):
+        assert text in printed
     once = {**files, "new": graded(tmp_path, "once", [[0.5, 0.5]])}
     with pytest.raises(RefusedError, match=r"graded equally often .* base, run 1 3, new, run 1 1"):
         compare("mm-vet", once, tmp_path)
