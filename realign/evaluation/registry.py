@@ -8,6 +8,7 @@ from pathlib import Path
 from realign.errors import RefusedError
 from realign.evaluation.benchmark import Benchmark, MissingData, Rule, Task
 from realign.evaluation.benchmarks.amber import AMBER_DISCRIMINATIVE
+from realign.evaluation.benchmarks.amber_generative import AMBER_GENERATIVE
 from realign.evaluation.benchmarks.chair import CHAIR
 from realign.evaluation.benchmarks.chair_coco import CHAIR_COCO
 from realign.evaluation.benchmarks.hallusionbench import HALLUSIONBENCH
@@ -21,6 +22,7 @@ from realign.runtime.progress import announce
 BENCHMARKS: tuple[Benchmark, ...] = (
     POPE,
     HALLUSIONBENCH,
+    AMBER_GENERATIVE,
     AMBER_DISCRIMINATIVE,
     CHAIR_COCO,
     CHAIR,
