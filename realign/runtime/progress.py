@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
@@ -52,15 +51,10 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar:
             self._bar.stop()
-        elif kind is None and self._printed_done != self._done:
+        elif error[0] is None and self._printed_done != self._done:
             self._print_line()
 
     def advance(self, count: int = 1) -> None:
@@ -72,7 +66,7 @@ class Progress:
             self._print_line()
 
     def note(self, text: str) -> None:
-        """Set the text that follows the counts, such as the newest loss."""
+        """Set the text after the counts, such as the newest loss."""
         self._note = text
         if self._bar:
             self._bar.update(self._bar.task_ids[0], note=text)

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -43,40 +43,24 @@ class Preemption:
             self._previous = {one: signal.signal(one, self._handle) for one in SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.is_waited_for.value = 0
-        for one, previous in self._previous.items():
-            # None: it was not set from Python and cannot be set back
-            signal.signal(one, previous or signal.SIG_DFL)
-        self._previous = {}
+        while self._previous:
+            one, previous = self._previous.popitem()
+            signal.signal(one, previous or signal.SIG_DFL)  # None: it was not set from Python
 
     def end(self) -> NoReturn:
-        """End the program as the signal would have, after the run has saved.
-
-        Raises:
-            KeyboardInterrupt: After SIGINT.
-            SystemExit: With code 143 after SIGTERM, also where another process got the signal.
-        """
+        """Raise KeyboardInterrupt after SIGINT, and SystemExit with code 143 after SIGTERM."""
         if self._number == signal.SIGINT:
             raise KeyboardInterrupt
-        raise SystemExit(_exit_code(self._number))
+        raise SystemExit(128 + self._number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.is_requested:
             self.is_requested, self._number, self._first = True, number, time.monotonic()
             os.write(2, NOTICE)  # print could be what the signal interrupted
         elif time.monotonic() - self._first > SECONDS_OF_ONE:
-            os._exit(_exit_code(number))  # a save in progress is not there until it is whole
-
-
-def _exit_code(number: int) -> int:
-    """Return the exit code by which a shell reports a signal."""
-    return 128 + number
+            os._exit(128 + number)  # a save in progress is not there until it is whole
 
 
 def ignore_signals(then: Callable[[int], None] | None, is_waited_for: Any, worker: int) -> None:
