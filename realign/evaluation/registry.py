@@ -40,6 +40,10 @@ BENCHMARKS: tuple[Benchmark, ...] = (
 )
 
 
+PARTS = {"amber": (AMBER_GENERATIVE, AMBER_DISCRIMINATIVE)}
+"""Names that stand for several benchmarks, whose answers may lie in one file."""
+
+
 def find_benchmark(name: str) -> Benchmark:
     """Return the benchmark of a name; the one with published data where two have it.
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from realign.errors import RefusedError
 from realign.evaluation import nltk_words, score, word_vectors
+from realign.evaluation.answer_table import answer_table
 from realign.evaluation.benchmarks.amber_generative import any_nouns, counts, metrics, read
 
 CASES = {  # caption, chair, cover, hal and cog of the caption alone
@@ -224,3 +227,69 @@ def test_a_missing_file_is_named(tmp_path: Path, data: Path, name: str) -> None:
     (data / name).unlink()
     with pytest.raises(RefusedError, match=f"data requires {name} beside query_generative.json"):
         score("amber-generative", write(tmp_path / "a.json", [*CASES]), data, "exact-words")
+
+
+@pytest.fixture
+def both(data: Path) -> Path:
+    """Return data with two yes/no questions too."""
+    path = data / "annotations.json"
+    questions = [(1005, "discriminative-attribute-state", "yes"), (1006, "relation", "no")]
+    more = [{"id": number, "type": kind, "truth": truth} for number, kind, truth in questions]
+    path.write_text(json.dumps([*json.loads(path.read_text()), *more]))
+    queries = [
+        {"id": number, "image": "AMBER_1.jpg", "query": f"Is it {number}?"}
+        for number, _, _ in questions
+    ]
+    (data / "query" / "query_discriminative.json").write_text(json.dumps(queries))
+    return data
+
+
+def test_amber_is_both_parts(tmp_path: Path, both: Path) -> None:
+    captions = json.loads(write(tmp_path / "g.json", [*CASES]).read_text())
+    words = [{"id": 1006, "response": "No"}, {"id": 1005, "response": "No"}]
+    (tmp_path / "a.json").write_text(json.dumps([words[0], *captions, words[1]]))
+    (tmp_path / "d.json").write_text(json.dumps(words))
+    scores = score("amber", tmp_path / "a.json", both, "exact-words")
+    generative = score("amber-generative", tmp_path / "g.json", both, "exact-words")
+    discriminative = score("amber-discriminative", tmp_path / "d.json", both)
+    assert scores == {
+        "benchmark": "amber",
+        "rule": "exact-words",
+        "parts": {"amber-generative": generative, "amber-discriminative": discriminative},
+    }
+    assert discriminative["rule"] == "official"
+    # the two parts may lie in two files, and one part is scored as though it were named
+    apart = [tmp_path / "d.json", tmp_path / "g.json"]
+    assert score("amber", apart, both, "exact-words") == scores
+    assert score("amber", tmp_path / "g.json", both, "exact-words") == generative
+    assert score("amber", tmp_path / "d.json", both) == discriminative
+    (both / "query" / "query_discriminative.json").unlink()
+    assert score("amber", tmp_path / "g.json", both, "exact-words") == generative
+
+    console = Console(file=StringIO(), width=100)
+    console.print(answer_table(scores))
+    shown = " ".join(console.file.getvalue().split())
+    assert "amber-generative, rule exact-words" in shown
+    assert "amber-discriminative, rule official" in shown
+
+
+def test_amber_refuses_what_fits_no_part(tmp_path: Path, both: Path) -> None:
+    captions = json.loads(write(tmp_path / "g.json", [*CASES]).read_text())
+    words = [{"id": number, "response": "No"} for number in (1005, 1006)]
+
+    def refused(answers: list[dict[str, Any]], rule: str = "exact-words") -> str:
+        (tmp_path / "a.json").write_text(json.dumps(answers))
+        with pytest.raises(RefusedError) as error:
+            score("amber", tmp_path / "a.json", both, rule)
+        return str(error.value)
+
+    stranger = {"id": 99999, "response": "No"}
+    assert "1 answers are to no question" in refused([*captions, *words, stranger])
+    assert "must answer questions of AMBER generative or AMBER disc" in refused([stranger])
+    assert "each of the 2 questions of the data once, got answers to 1" in refused(
+        [*captions, words[0]]
+    )
+    assert "official, exact-words, lmms-eval, vlmevalkit for amber" in refused(
+        [*captions, *words], "mine"
+    )
+    assert "rule must be one of official, vlmevalkit" in refused(words)
