@@ -39,6 +39,7 @@ def read_answers(
     *,
     covers: Callable[[Row], bool],
     allows_subset: bool,
+    others: Sequence[Row] = (),
 ) -> list[Answered]:
     """Read the answers to a benchmark's questions.
 
@@ -50,6 +51,7 @@ def read_answers(
         tasks: Task to its rows.
         covers: Whether a row is scored. Answers to other rows may be there or not.
         allows_subset: Whether questions may be left out.
+        others: Rows of another part of the benchmark, whose answers may be there and are left out.
     Returns:
         answered: Each row to score that has an answer, in the order of the rows.
     Raises:
@@ -63,6 +65,8 @@ def read_answers(
     for path in paths:
         records = benchmark.answer_reader(path) or _of_benchmark(_records(path), benchmark, path)
         form = _format_of(records, benchmark, path)
+        keys = {form.row_key(row) for row in others}
+        records = [item for item in records if not keys or form.key(item[1]) not in keys]
         pairs = (
             _in_order(form, records, tasks, path, allows_subset=allows_subset)
             if form.is_in_order
@@ -149,6 +153,21 @@ def _replies(benchmark: Benchmark, record: Record, where: str) -> Replies:
         return benchmark.replies(record)
     except RefusedError as error:
         raise RefusedError(f"{where}: {error}") from None
+
+
+def holds_answers(benchmark: Benchmark, paths: Sequence[Path], rows: Sequence[Row]) -> bool:
+    """Return whether files hold an answer to one of some rows.
+
+    Raises:
+        RefusedError: A file has no known format.
+    """
+    for path in paths:
+        records = benchmark.answer_reader(path) or _records(path)
+        form = _format_of(records, benchmark, path)
+        keys = {form.row_key(row) for row in rows}
+        if any(form.key(record) in keys for _, record in records):
+            return True
+    return False
 
 
 def named_questions(benchmark: Benchmark, paths: Sequence[Path]) -> set[str]:

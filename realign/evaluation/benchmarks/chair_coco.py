@@ -92,12 +92,12 @@ def mentions(words: Sequence[str], objects: Mapping[str, str]) -> list[str]:
 
 def pattern_words(caption: str) -> list[str]:
     """Return the words of a caption as the official program has them."""
-    return [pattern_singular(token) for token in caption_tokens(caption)]
+    return [pattern_singular(token) for token in caption_tokens(caption.lower())]
 
 
 def noun_words(caption: str) -> list[str]:
     """Return the words of a caption with those of lmms-eval's lemmas that nouns have."""
-    return [wordnet_singular(token) for token in caption_tokens(caption)]
+    return [wordnet_singular(token) for token in caption_tokens(caption.lower())]
 
 
 def read(path: Path, named: Callable[[], Collection[str]]) -> list[Row]:
