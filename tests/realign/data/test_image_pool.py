@@ -195,8 +195,9 @@ from realign.data.image_pool import ImagePool
 
 with ImagePool(3, timeout_s=2) as pool:
     good, hangs = map(Path, sys.argv[1:])
-    for future in [pool.submit(good, "a") for _ in range(12)]:
-        future.result()
+    # a busy machine may take so long that a worker ends, and starts anew with another image
+    while not all(worker._process for worker in pool._crew):
+        pool.submit(good, "a").result()
     pids = [worker._process.pid for worker in pool._crew]
     pool.submit(hangs, "b")
     print(*pids, flush=True)
