@@ -20,7 +20,8 @@ try:
 except ImportError:
     sys.exit(
         "The realign command needs its pipeline packages. Install them: pip install "
-        "'realign[pipeline]'"
+        "'realign[pipeline]'. For the loss alone they are not needed: python -m realign_kernels "
+        "shows what it has here."
     )
 
 from realign.errors import RefusedError
@@ -833,11 +834,18 @@ def demo(
 
 @app.command()
 def doctor() -> None:
-    """Show what is installed and what this machine would use."""
+    """Show what is installed and what this machine would use, and check the kernels' numbers.
+
+    The exit code is 1 if a number is wrong. `python -m realign_kernels` shows and checks the
+    kernels alone; it needs PyTorch only.
+    """
     from realign.doctor import diagnosis
 
-    for line in diagnosis():
+    lines, is_sound = diagnosis()
+    for line in lines:
         typer.echo(line)
+    if not is_sound:
+        raise typer.Exit(1)
 
 
 def main() -> None:
