@@ -47,7 +47,7 @@ def read(path: Path) -> list[Row]:
     for where, record in read_records(path):
         row = check_row(record, where, KEYS)
         row["text"], row["image"] = row["question"], row["filename"]
-        row["id"] = _id(row)
+        row["id"] = question_id(row)
         row["set"] = "_".join(row[key] for key in ("category", "subcategory", "set_id"))
         row["merged_set"] = "_".join(row[key] for key in ("subcategory", "set_id"))
         row["may_be_unclear"] = row["category"] == "VS" and row["figure_id"] == "0"
@@ -55,7 +55,7 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def _id(record: Mapping[str, Any]) -> str:
+def question_id(record: Mapping[str, Any]) -> str:
     return "_".join(str(record.get(key)) for key in _GROUP)
 
 
@@ -77,7 +77,7 @@ def verdict_text(record: Record, answer: str) -> str:
         return str(verdict_of(record[REPLY]))
     verdict = str(record.get(VERDICT))
     if verdict not in ("0", "1", "2"):
-        question = _id(record) if "id" not in record else record["id"]
+        question = question_id(record) if "id" not in record else record["id"]
         raise RefusedError(
             f"this rule requires a judge's verdict (0, 1 or 2) as {VERDICT}, or its reply as "
             f"{REPLY}, in every record, question {question} has {record.get(VERDICT)!r:.40}. Have "
@@ -235,10 +235,10 @@ HALLUSIONBENCH = Benchmark(
             # an id may be that of another question in another release
             ("question", *_FIELDS),
             "model_prediction",
-            lambda record: (_id(record), record["question"]),
+            lambda record: (question_id(record), record["question"]),
             lambda row: (row["id"], row["question"]),
         ),
-        AnswerFormat(_FIELDS, "model_prediction", _id, lambda row: row["id"]),
+        AnswerFormat(_FIELDS, "model_prediction", question_id, lambda row: row["id"]),
     ],
     constants={"yes": "Yes", "no": "No"},
 )
