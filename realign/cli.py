@@ -437,6 +437,100 @@ def eval_score(
     rich_print(answer_table(scores))
 
 
+@eval_app.command("compare")
+def eval_compare(
+    benchmark: Annotated[str, typer.Option(help="Name of the benchmark, such as pope.")],
+    data: Annotated[Path, typer.Option(help="Folder with the benchmark's published files.")],
+    answers: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=FILE",
+            help="Model and its file of answers; repeatable. The first is the baseline. A name "
+            "that is repeated holds another training run; NAME@RUN=FILE names the run.",
+        ),
+    ],
+    rule: Annotated[str, typer.Option(help="Rule that scores the answers.")] = "official",
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="Metric to compare; repeatable. By default those of published tables."),
+    ] = None,
+    split: Annotated[
+        list[str] | None, typer.Option(help="Split to compare in; repeatable. By default all.")
+    ] = None,
+    allow_subset: Annotated[
+        bool,
+        typer.Option("--allow-subset", help="Compare on what all answered, where some is missing."),
+    ] = False,
+    bootstrap: Annotated[
+        int, typer.Option(min=1, help="Draws of the bootstrap and of the permutation test.")
+    ] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Compare models by stored answers, with intervals and tests, without a model.
+
+    docs/evaluation.md says what the numbers mean.
+    """
+    _check_exists("data", data, "a folder with the benchmark's files")
+    from realign.evaluation.answer_comparison import compare, named_files
+
+    scores = compare(
+        benchmark,
+        named_files(answers),
+        data,
+        rule,
+        metrics=metric or (),
+        splits=split or (),
+        allow_subset=allow_subset,
+        bootstrap=bootstrap,
+        seed=seed,
+    )
+    if as_json:
+        from realign.runtime.files import json_text
+
+        typer.echo(json_text(scores, indent=1))
+        return
+    from rich import print as rich_print
+
+    from realign.evaluation.comparison_table import comparison_table
+
+    rich_print(comparison_table(scores))
+
+
+@eval_app.command("write")
+def eval_write(
+    benchmark: Annotated[str, typer.Option(help="Name of the benchmark, such as pope.")],
+    data: Annotated[Path, typer.Option(help="Folder with the benchmark's published files.")],
+    form: Annotated[
+        str, typer.Option("--format", help="Form to write: official, llava, llava-questions, ...")
+    ],
+    out: Annotated[Path, typer.Option(help="New file, or folder for forms of several files.")],
+    answers: Annotated[
+        list[Path] | None,
+        typer.Option(help="File of answers, in any format that is read; repeatable."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="What LLaVA's files call the model; by default the file's name.")
+    ] = "",
+    allow_subset: Annotated[
+        bool, typer.Option("--allow-subset", help="Write a part where answers are missing.")
+    ] = False,
+) -> None:
+    """Write answers, or LLaVA's questions, as the published programs read them.
+
+    docs/evaluation.md lists the forms.
+    """
+    _check_exists("data", data, "a folder with the benchmark's files")
+    from realign.evaluation.answer_writing import write
+
+    report = write(
+        benchmark, data, form, out, answers or (), model=model, allow_subset=allow_subset
+    )
+    for note in report.notes:
+        typer.echo(note)
+    typer.echo(f"{report.number:,} {'answers' if answers else 'questions'} -> {report.out}")
+
+
 def _check_suite_flags(given: dict[str, Any]) -> None:
     """Refuse flags that only bear on asking, which a suite does in its own way."""
     for name, value in given.items():

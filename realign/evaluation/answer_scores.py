@@ -60,7 +60,7 @@ def score(
         scores["splits"]["adversarial"]["accuracy"]
     """
     chosen = find_benchmark(benchmark)
-    by = _find_rule(chosen, rule)
+    by = find_rule(chosen, rule)
     if bootstrap < 0:
         raise RefusedError(
             f"bootstrap must be at least 0, got {bootstrap}. Pass 0 for no intervals."
@@ -81,7 +81,7 @@ def score(
     splits = _split_sums(chosen, by, covered)
     return {
         "benchmark": chosen.name,
-        "version": _version(chosen, tasks),
+        "version": data_version(chosen, tasks),
         "rule": rule,
         "note": by.note,
         "unit": by.unit,
@@ -99,7 +99,12 @@ def score(
     }
 
 
-def _find_rule(benchmark: Benchmark, name: str) -> Rule:
+def find_rule(benchmark: Benchmark, name: str) -> Rule:
+    """Return the rule of a name.
+
+    Raises:
+        RefusedError: The benchmark has none.
+    """
     if name not in benchmark.rules:
         raise RefusedError(
             f"rule must be one of {', '.join(benchmark.rules)} for {benchmark.title}, got "
@@ -108,7 +113,7 @@ def _find_rule(benchmark: Benchmark, name: str) -> Rule:
     return benchmark.rules[name]
 
 
-def _version(benchmark: Benchmark, tasks: Mapping[str, Sequence[Row]]) -> str:
+def data_version(benchmark: Benchmark, tasks: Mapping[str, Sequence[Row]]) -> str:
     """Return the name of the published version that all tasks are of."""
     names = {
         benchmark.versions.get(rows_digest(rows, *benchmark.version_keys))

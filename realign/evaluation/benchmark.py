@@ -23,7 +23,24 @@ Record = Mapping[str, Any]  # of an answer file
 
 def sum_scores(rows: Sequence[ScoredRow]) -> ArrayLike:
     """Return the sum of the score vectors of a cluster."""
-    return np.sum([scores for _, scores in rows], axis=0)
+    # of a few short vectors, for which an array takes longer
+    return [sum(column) for column in zip(*(scores for _, scores in rows), strict=True)]
+
+
+class UnitValues(NamedTuple):
+    """What a metric is the mean of: questions, or groups that are right as a whole."""
+
+    of_cluster: Callable[[Sequence[ScoredRow]], Sequence[float]]
+    """The scored rows of a cluster to one value for each unit, in an order that does not depend on
+    the scores; 1 where the unit is right and 0 where it is wrong, if it can only be that.
+    """
+    scale: float = 1.0
+    """What the mean of the values is multiplied by to give the metric, such as 100 for percent."""
+
+
+def of_items(value: Callable[[Sequence[float]], float], scale: float = 1.0) -> UnitValues:
+    """Return the units of a metric that is the mean over rows of a value of the score vector."""
+    return UnitValues(lambda rows: [float(value(scores)) for _, scores in rows], scale)
 
 
 @dataclass(frozen=True)
@@ -60,6 +77,10 @@ class Rule:
     """
     scores_constants: bool = True
     """True if constant answers can be scored. They cannot where a judge has to read them."""
+    units: Mapping[str, UnitValues] = field(default_factory=dict)
+    """The units of each metric that is a mean: gained and lost ones are counted, and its standard
+    error has a closed form. Other metrics have intervals and permutation tests alone.
+    """
     note: str = ""
     """Text that is printed beside the scores, such as a fault of the published program."""
 
@@ -75,7 +96,7 @@ class MissingData(RefusedError):
 class TableRow(NamedTuple):
     """A metric that is shown; the others are in ``scores.json`` alone."""
 
-    task: str
+    task: str  # the row is shown where this task is measured
     rule: str
     metric: str
     label: str
@@ -83,6 +104,7 @@ class TableRow(NamedTuple):
     is_headline: bool = False  # also shown as a tile and a plot
     scale: int = 100  # 100 prints a fraction in percent; with 1 the label names the unit
     undefined: str = "there was nothing to count"  # why there is no value, where there is none
+    split: str = "all"  # whose metric it is
 
 
 class View(NamedTuple):
@@ -157,6 +179,14 @@ class Benchmark:
     """Task to the view of a row's answer, where the report shows answers side by side."""
     splits: Callable[[str, Row], Sequence[str]] = lambda task, row: ("all",)
     """The splits that a row of a task belongs to."""
+    means: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Name to the splits whose metrics are averaged under it, as published tables do."""
+    headline: tuple[str, ...] = ()
+    """The metrics that ``realign eval compare`` compares unless others are asked for; every metric
+    that is no count where it is empty.
+    """
+    less_is_better: tuple[str, ...] = ()
+    """The metrics of which less is better."""
     version_keys: tuple[str, ...] = ("image", "text")
     """The keys of a row that its score depends on."""
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -18,6 +18,7 @@ from realign.evaluation.benchmark import (
     Record,
     Rule,
     ScoredRow,
+    UnitValues,
 )
 from realign.evaluation.rows import Key, Row, check_row, read_records
 
@@ -116,15 +117,18 @@ def has_yes(row: Row, answer: str) -> list[int]:
     return [int(("yes" in answer.lower()) == (row["gt_answer"] == "1"))]
 
 
-def group_counts(
-    *, counts_figure: Callable[[Row], bool], set_key: str
-) -> Callable[[Sequence[ScoredRow]], list[int]]:
-    """Return the score vector of a set of questions: how many questions, figures, question pairs,
-    easy pairs and hard pairs it has, and how many of each are wholly right.
+_KINDS = ("aacc", "facc", "qacc", "easy", "hard")
+_IMAGE_KINDS = _KINDS[:3]  # which other programs have
+_Groups = Callable[[Sequence[ScoredRow]], list[list[bool]]]
+
+
+def groups(*, counts_figure: Callable[[Row], bool], set_key: str) -> _Groups:
+    """Return, for each kind of group (questions, figures, question pairs, easy pairs and hard
+    pairs), which of the groups of a set of questions are wholly right.
     """
 
-    def combine(rows: Sequence[ScoredRow]) -> list[int]:
-        groups: list[dict[Any, list[bool]]] = [{} for _ in range(5)]
+    def find(rows: Sequence[ScoredRow]) -> list[list[bool]]:
+        found: list[dict[Any, list[bool]]] = [{} for _ in _KINDS]
         for row, (right,) in rows:
             kinds = [
                 (0, row["id"]),
@@ -134,35 +138,48 @@ def group_counts(
             if counts_figure(row):
                 kinds.append((1, row["figure_id"]))
             for kind, key in kinds:
-                groups[kind].setdefault((row[set_key], key), []).append(bool(right))
-        return [
-            number
-            for kind in groups
-            for number in (len(kind), sum(all(rights) for rights in kind.values()))
-        ]
+                found[kind].setdefault((row[set_key], key), []).append(bool(right))
+        return [[all(rights) for rights in kind.values()] for kind in found]
 
-    return combine
+    return find
+
+
+def group_counts(find: _Groups) -> Callable[[Sequence[ScoredRow]], list[int]]:
+    """Return the score vector of a set of questions: how many groups of each kind it has, and how
+    many of them are wholly right.
+    """
+    return lambda rows: [number for kind in find(rows) for number in (len(kind), sum(kind))]
+
+
+def group_units(find: _Groups, kinds: Sequence[str] = _KINDS) -> dict[str, UnitValues]:
+    """Return the groups that each metric is the share of."""
+
+    def of_kind(place: int) -> UnitValues:
+        return UnitValues(lambda rows: [float(right) for right in find(rows)[place]], 100)
+
+    return {name: of_kind(_KINDS.index(name)) for name in kinds}
 
 
 def group_metrics(counts: Array) -> Mapping[str, Array]:
     """Return the share of questions, figures and pairs that are wholly right, in percent."""
     totals, rights = counts[..., ::2], counts[..., 1::2]
     shares = np.moveaxis(np.round(100 * rights / totals, 4), -1, 0)
-    return dict(zip(("aacc", "facc", "qacc", "easy", "hard"), shares, strict=True))
+    return dict(zip(_KINDS, shares, strict=True))
 
 
 def image_metrics(counts: Array) -> Mapping[str, Array]:
     """Return the three metrics that other programs have."""
     metrics = group_metrics(counts)
-    return {name: metrics[name] for name in ("aacc", "facc", "qacc")}
+    return {name: metrics[name] for name in _IMAGE_KINDS}
 
 
 def _has_image(row: Row) -> bool:
     return row["image"] is not None
 
 
-_OFFICIAL = group_counts(counts_figure=lambda row: not row["may_be_unclear"], set_key="set")
-_ALL_FIGURES = group_counts(counts_figure=lambda row: True, set_key="set")
+_OFFICIAL = groups(counts_figure=lambda row: not row["may_be_unclear"], set_key="set")
+_ALL_FIGURES = groups(counts_figure=lambda row: True, set_key="set")
+_MERGED_SETS = groups(counts_figure=lambda row: True, set_key="merged_set")
 _PAIRS = (
     "easy and hard are shares of question pairs that are wholly right, not of questions; easy "
     "holds questions about original figures too."
@@ -177,7 +194,8 @@ HALLUSIONBENCH = Benchmark(
         "official": Rule(
             judged,
             group_metrics,
-            combine=_OFFICIAL,
+            combine=group_counts(_OFFICIAL),
+            units=group_units(_OFFICIAL),
             unit="percent",
             text=verdict_text,
             scores_constants=False,
@@ -186,7 +204,8 @@ HALLUSIONBENCH = Benchmark(
         "exact": Rule(
             exact,
             group_metrics,
-            combine=_OFFICIAL,
+            combine=group_counts(_OFFICIAL),
+            units=group_units(_OFFICIAL),
             unit="percent",
             says_yes=lambda answer: yes_or_no(answer) is True,
             note="Reads the words yes and no instead of asking a judge, so that its numbers are "
@@ -195,7 +214,8 @@ HALLUSIONBENCH = Benchmark(
         "lmms-eval": Rule(
             judged_strictly,
             image_metrics,
-            combine=_ALL_FIGURES,
+            combine=group_counts(_ALL_FIGURES),
+            units=group_units(_ALL_FIGURES, _IMAGE_KINDS),
             unit="percent",
             covers=_has_image,
             text=verdict_text,
@@ -206,7 +226,8 @@ HALLUSIONBENCH = Benchmark(
         "lmms-eval-intern": Rule(
             has_yes,
             image_metrics,
-            combine=_ALL_FIGURES,
+            combine=group_counts(_ALL_FIGURES),
+            units=group_units(_ALL_FIGURES, _IMAGE_KINDS),
             unit="percent",
             covers=_has_image,
             says_yes=lambda answer: "yes" in answer.lower(),
@@ -216,7 +237,8 @@ HALLUSIONBENCH = Benchmark(
         "vlmevalkit": Rule(
             word,
             image_metrics,
-            combine=group_counts(counts_figure=lambda row: True, set_key="merged_set"),
+            combine=group_counts(_MERGED_SETS),
+            units=group_units(_MERGED_SETS, _IMAGE_KINDS),
             cluster="merged_set",
             unit="percent",
             covers=_has_image,

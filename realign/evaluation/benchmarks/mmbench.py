@@ -9,7 +9,15 @@ import numpy as np
 
 from realign.errors import RefusedError
 from realign.evaluation.answer_letters import vlmevalkit_letter
-from realign.evaluation.benchmark import AnswerFormat, Array, Benchmark, Layout, Rule, ScoredRow
+from realign.evaluation.benchmark import (
+    AnswerFormat,
+    Array,
+    Benchmark,
+    Layout,
+    Rule,
+    ScoredRow,
+    UnitValues,
+)
 from realign.evaluation.rows import Row, read_table
 
 FILES = ("mmbench_dev_20230712.tsv", "mmbench_dev_20231003.tsv", "MMBench_DEV_EN.tsv")
@@ -62,8 +70,20 @@ def is_right(row: Row, answer: str) -> list[int]:
 
 def group_counts(rows: Sequence[ScoredRow]) -> list[int]:
     """Return groups, groups with every rotation right, and questions not rotated and right ones."""
-    plain = [right for row, (right,) in rows if not row["is_rotated"]]
+    plain = _plain(rows)
     return [1, int(all(right for _, (right,) in rows)), len(plain), int(sum(plain))]
+
+
+def _plain(rows: Sequence[ScoredRow]) -> list[float]:
+    return [right for row, (right,) in rows if not row["is_rotated"]]
+
+
+def units(scale: float) -> dict[str, UnitValues]:
+    """Return the units of both accuracies: groups, and questions that are not rotated."""
+    return {
+        "circular_accuracy": UnitValues(lambda rows: [float(group_counts(rows)[1])], scale),
+        "accuracy": UnitValues(_plain, scale),
+    }
 
 
 def metrics(scale: float) -> Callable[[Array], Mapping[str, Array]]:
@@ -86,8 +106,15 @@ MMBENCH = Benchmark(
     title="MMBench",
     layouts=[Layout({"mmbench": (file,)}, read) for file in FILES],
     rules={
-        "official": Rule(is_right, metrics(100), combine=group_counts, unit="percent", note=_NOTE),
-        "vlmevalkit": Rule(is_right, metrics(1), combine=group_counts, note=_NOTE),
+        "official": Rule(
+            is_right,
+            metrics(100),
+            combine=group_counts,
+            unit="percent",
+            units=units(100),
+            note=_NOTE,
+        ),
+        "vlmevalkit": Rule(is_right, metrics(1), combine=group_counts, units=units(1), note=_NOTE),
     },
     table=[],
     cluster="group",
