@@ -531,6 +531,121 @@ def eval_write(
     typer.echo(f"{report.number:,} {'answers' if answers else 'questions'} -> {report.out}")
 
 
+@eval_app.command("judge")
+def eval_judge(
+    benchmark: Annotated[
+        str,
+        typer.Option(help="hallusionbench, mmhal, mm-vet, llava-bench or mmbench."),
+    ],
+    data: Annotated[Path, typer.Option(help="Folder with the benchmark's published files.")],
+    answers: Annotated[
+        list[Path], typer.Option(help="File of answers, in a format of the benchmark; repeatable.")
+    ],
+    endpoint: Annotated[
+        str, typer.Option(metavar="URL", help="Server, such as http://127.0.0.1:8000/v1.")
+    ],
+    judge: Annotated[str, typer.Option(metavar="MODEL", help="The judge's name on the server.")],
+    out: Annotated[
+        Path, typer.Option(help="File of answers and replies, which `realign eval score` reads.")
+    ],
+    prompt: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Template of the prompt, such as the published one; by default this project's.",
+        ),
+    ] = None,
+    repeat: Annotated[
+        int, typer.Option(min=1, help="Gradings of every answer; 3 show how far they differ.")
+    ] = 1,
+    allow_subset: Annotated[
+        bool, typer.Option("--allow-subset", help="Judge a part where answers are missing.")
+    ] = False,
+    temperature: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBER|none",
+            help="Sampling temperature; by default the one of the benchmark's judge. none sends "
+            "none, for models that accept no other than theirs.",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Longest reply; by default the one of the benchmark's judge."),
+    ] = None,
+    length_field: Annotated[
+        str, typer.Option(help="max_completion_tokens, or max_tokens for servers before 2025.")
+    ] = "max_completion_tokens",
+    api_key_env: Annotated[
+        str, typer.Option(metavar="NAME", help="Environment variable that holds the API key.")
+    ] = "OPENAI_API_KEY",
+    concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 8,
+    timeout_s: Annotated[
+        float, typer.Option(min=0.1, help="Seconds after which a request counts as failed.")
+    ] = 120.0,
+    max_retries: Annotated[
+        int,
+        typer.Option(min=0, help="Retries after status 429 or 5xx, or a broken connection."),
+    ] = 6,
+) -> None:
+    """Have a model behind a server judge answers.
+
+    The judge reads the question, the reference and the answer, but no image. Its replies are
+    stored beside the answers, and `realign eval score` takes the scores from them. Every reply is
+    kept in OUT.journal.jsonl as it comes: a stopped command continues when it is given again, and
+    asks nothing twice. What the judge did not answer is left unjudged.
+    """
+    _check_exists("data", data, "a folder with the benchmark's files")
+    _check_exists("prompt", prompt, "a file")
+    if length_field not in ("max_completion_tokens", "max_tokens"):
+        raise RefusedError(
+            f"length-field must be max_completion_tokens or max_tokens, got {length_field!r}. Name "
+            "one of them."
+        )
+    from realign.evaluation.judge import JudgeModel
+    from realign.evaluation.judge import judge as run
+    from realign.generation.endpoint import Endpoint
+
+    where = Endpoint(endpoint, api_key_env, concurrency, timeout_s, max_retries)
+    model = JudgeModel(
+        where,
+        judge,
+        None if temperature in (None, "none") else _temperature(str(temperature)),
+        temperature != "none",
+        max_tokens,
+        length_field,
+    )
+    done = run(
+        benchmark,
+        answers,
+        data,
+        out,
+        model,
+        prompt=prompt,
+        repeat=repeat,
+        allow_subset=allow_subset,
+    )
+    typer.echo(
+        f"{done.answers:,} answers, {done.read:,} of them read by {judge} in {repeat} "
+        f"{'grading' if repeat == 1 else 'gradings'} ({done.asked:,} requests asked, "
+        f"{done.from_journal:,} from the journal); {done.without_verdict:,} without a verdict -> "
+        f"{out}"
+    )
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 2:
+        raise RefusedError(
+            f"temperature must be a number from 0 to 2 or none, got {text!r}. Leave it out for the "
+            "one of the benchmark's judge."
+        )
+    return value
+
+
 def _check_suite_flags(given: dict[str, Any]) -> None:
     """Refuse flags that only bear on asking, which a suite does in its own way."""
     for name, value in given.items():

@@ -152,7 +152,7 @@ def train_config(name: str, dataset: Path, out: Path, cache_root: Path, seed: in
         cache=cache_root,
         learning_rate=2e-4,
         batch_size=16,
-        accumulation=1,
+        pairs_per_step=16,
         logging_steps=5,
         save_steps=50,
         seed=seed,

@@ -12,6 +12,7 @@ from realign.evaluation.answer_scores import data_version, find_rule
 from realign.evaluation.benchmark import Benchmark, Rule, TableRow
 from realign.evaluation.cluster_sums import COUNTS, SAID_YES
 from realign.evaluation.comparison import comparison_of, with_splits
+from realign.evaluation.gradings import scored_texts
 from realign.evaluation.measured import Measured, Place, Run
 from realign.evaluation.registry import find_benchmark
 from realign.evaluation.statistics import Draws
@@ -66,10 +67,12 @@ def compare(
     by = find_rule(chosen, rule)
     if bootstrap < 1:
         raise RefusedError(f"bootstrap must be at least 1, got {bootstrap}. Pass 10000 or more.")
+    if seed < 0:
+        raise RefusedError(f"seed must be at least 0, got {seed}. Pass another.")
     draws = Draws(bootstrap, seed)
     measured = _measure(chosen, rule, by, _runs(answers), Path(data), draws, allow_subset)
     table = [(measured, row) for row in _table(measured, rule, metrics, splits)]
-    return comparison_of([measured], table, draws)
+    return comparison_of([measured], table, draws, [*answers])
 
 
 def named_files(options: Sequence[str]) -> Runs:
@@ -136,9 +139,7 @@ def _measure(
             answered = read_answers(
                 benchmark, paths, tasks, covers=rule.covers, allows_subset=allow_subset
             )
-            said[Run(name, model, run)] = {
-                id(row): rule.prepare(rule.text(record, text)) for row, record, text in answered
-            }
+            said[Run(name, model, run)] = scored_texts(benchmark, rule, answered)
     shared = {
         task: [row for row in rows if all(id(row) in texts for texts in said.values())]
         for task, rows in tasks.items()

@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from realign.evaluation.answer_files import Answered
+from realign.evaluation.benchmarks.hallusionbench import VERDICT, verdict
 from realign.evaluation.benchmarks.mme import QUESTION_END
 from realign.evaluation.benchmarks.pope import LLAVA_FIRST_ID
+from realign.evaluation.judging import REPLY
 from realign.evaluation.rows import Row
 from realign.evaluation.vqa_answers import official_form
 from realign.runtime.files import content_sha256, json_text
@@ -19,19 +22,10 @@ SHORT = "\nAnswer the question using a single word or phrase."
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 
 
-class Said(NamedTuple):
-    """A question with the answer to it."""
-
-    row: Row
-    answer: str
-    record: Mapping[str, Any]
-    """The record that held the answer, which may hold a judge's verdict too."""
-
-
 class Request(NamedTuple):
     """What a form is made of."""
 
-    said: Mapping[str, Sequence[Said]]
+    said: Mapping[str, Sequence[Answered]]
     """Task to its answers, in the order of the data; without texts for a file of questions."""
     data: Path
     model: str
@@ -67,7 +61,7 @@ def _list(records: Iterable[Mapping[str, Any]]) -> Written:
     return Written({"": json_text([*records], indent=1) + "\n"})
 
 
-def _all(request: Request) -> list[Said]:
+def _all(request: Request) -> list[Answered]:
     return [said for found in request.said.values() for said in found]
 
 
@@ -165,8 +159,9 @@ def amber_list(request: Request) -> Written:
     return written._replace(notes=(f"{note}.",) if other else ())
 
 
+# of a row, but not of the published file, or of other answers
 _ADDED = {"where", "text", "image", "id", "set", "merged_set", "may_be_unclear", "splits"}
-_VERDICTS = ("gpt4v_output_gpt_check", "judge_reply")
+_ADDED |= {"model_prediction", VERDICT, REPLY}
 
 
 def hallusionbench_list(request: Request) -> Written:
@@ -174,9 +169,20 @@ def hallusionbench_list(request: Request) -> Written:
     return _list(
         {key: value for key, value in said.row.items() if key not in _ADDED}
         | {"model_prediction": said.answer.strip()}
-        | {key: said.record[key] for key in _VERDICTS if key in said.record}
+        | _judged(said)
         for said in _all(request)
     )
+
+
+def _judged(said: Answered) -> dict[str, Any]:
+    """Return the replies about an answer, and the verdict of a single one as a published code."""
+    texts = [reply.text for reply in said.replies]
+    if not texts:
+        return {}
+    if len(texts) > 1 or texts[0] is None:
+        return {REPLY: texts if len(texts) > 1 else None}
+    code = verdict(texts[0])
+    return {REPLY: texts[0]} | ({} if code is None else {VERDICT: code})
 
 
 def mme_folder(request: Request) -> Written:

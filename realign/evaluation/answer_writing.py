@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from realign.errors import RefusedError
-from realign.evaluation.answer_files import read_answers
-from realign.evaluation.answer_forms import FORMS, Form, Request, Said
+from realign.evaluation.answer_files import Answered, read_answers
+from realign.evaluation.answer_forms import FORMS, Form, Request
 from realign.evaluation.benchmark import Benchmark
 from realign.evaluation.registry import find_benchmark
 from realign.runtime.files import new_folder, write_text
@@ -74,7 +74,7 @@ def write(
             "program can save it as .xlsx."
         )
     tasks = {name: task.rows for name, task in chosen.read_tasks(data).items()}
-    said = {name: [Said(row, "", {}) for row in rows] for name, rows in tasks.items()}
+    said = {name: [Answered(row, "") for row in rows] for name, rows in tasks.items()}
     if form.needs_answers:
         found = read_answers(
             chosen,
@@ -83,7 +83,7 @@ def write(
             covers=lambda row: True,
             allows_subset=allow_subset and not form.needs_all,
         )
-        by_row = {id(row): Said(row, answer, record) for row, record, answer in found}
+        by_row = {id(item.row): item for item in found}
         said = {
             name: [by_row[id(row)] for row in rows if id(row) in by_row]
             for name, rows in tasks.items()

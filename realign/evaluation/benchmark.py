@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from realign.errors import RefusedError
+from realign.evaluation.judging import Judge, Judging, Replies, stored_replies
 from realign.evaluation.rows import Row
 
 Array = NDArray[np.float64]
@@ -71,12 +72,8 @@ class Rule:
     """Return whether the rule scores a row. Some programs leave out questions without an image."""
     strips: bool = True
     """True to remove the white space around an answer before it is scored."""
-    text: Callable[[Record, str], str] = lambda record, answer: answer
-    """Return the text that is scored, from a record and its answer. A rule that scores a judge's
-    verdict takes the verdict from the record.
-    """
-    scores_constants: bool = True
-    """True if constant answers can be scored. They cannot where a judge has to read them."""
+    judging: Judging | None = None
+    """How the rule reads the replies of a judge. None for a rule that reads the answers."""
     units: Mapping[str, UnitValues] = field(default_factory=dict)
     """The units of each metric that is a mean: gained and lost ones are counted, and its standard
     error has a closed form. Other metrics have intervals and permutation tests alone.
@@ -137,12 +134,14 @@ class AnswerFormat:
 
     fields: tuple[str, ...]
     """The fields that every record must have."""
-    answer: str
-    """The field that holds the answer."""
+    answer: str | None
+    """The field that holds the answer; None for files that hold the replies of a judge alone."""
     key: Callable[[Record], Hashable]
     """The key of the question that a record answers."""
     row_key: Callable[[Row], Hashable | None]
     """Return the key of a row, or None if rows of this layout have no such key."""
+    reply_fields: tuple[str, ...] = ()
+    """Further fields that every record must have, which hold the replies of a judge."""
     is_in_order: bool = False
     """True if a file holds the answers of one task, or of all tasks, in the order of the questions.
     Its keys are compared with those of the questions one by one, so that they need not be unique.
@@ -199,6 +198,12 @@ class Benchmark:
     """The formats of answer files that others write; those above are always understood."""
     constants: Mapping[str, str] = field(default_factory=dict)
     """Answers that need no model, whose scores are shown beside every score."""
+    replies: Callable[[Record], Replies] = stored_replies
+    """Return what judges replied about the answer of a record, a reply for each grading. None of
+    them means that the record is not of a judged file.
+    """
+    judge: Judge | None = None
+    """How a judge is asked about answers; None for benchmarks that need none."""
 
     def find_layout(self, data: Path) -> Layout:
         """Return the first layout of which a folder holds a file.

@@ -42,9 +42,9 @@ def score(
         by_task = {name: task.rows for name, task in its_tasks.items()}
         rows = with_splits(benchmark, by_task)
         facts = {"version": data_version(benchmark, by_task), "subset": None}
-        rules = {
-            name: rule for name, rule in benchmark.rules.items() if rule.scores_constants
-        }  # the others need a judge
+        rules = {name: rule for name, rule in benchmark.rules.items() if rule.judging is None}
+        if not rules:
+            continue
         texts = {
             Run(name, model, RUN): [
                 rule.prepare(stored[row["image"], row["text"]].text)
@@ -61,14 +61,17 @@ def score(
             if row.task in its_tasks and (row.split, row.metric) in measured[-1].places(row.rule)
         ]
     return {
-        **comparison_of(measured, table, draws),
+        **comparison_of(measured, table, draws, [*answers]),
         "tasks": {name: _task(task, answers) for name, task in tasks.items()},
         "samples": sample_answers(tasks, answers),
     }
 
 
 def comparison_of(
-    measured: Sequence[Measured], table: Sequence[tuple[Measured, TableRow]], draws: Draws
+    measured: Sequence[Measured],
+    table: Sequence[tuple[Measured, TableRow]],
+    draws: Draws,
+    models: Sequence[str],
 ) -> dict[str, Any]:
     """Return what ``scores.json`` holds of scores and comparisons.
 
@@ -76,6 +79,7 @@ def comparison_of(
         measured: One of each benchmark, all with the same models.
         table: The rows of the table. Their comparisons are adjusted for their number together.
         draws: Which the intervals rest on.
+        models: Their names, the baseline first.
     """
     benchmarks = {found.benchmark.name: _entries(found) for found in measured}
     rows = [
@@ -89,8 +93,8 @@ def comparison_of(
     ]
     return {
         "schema": SCHEMA,
-        "baseline": measured[0].baseline,
-        "models": [*measured[0].runs],
+        "baseline": models[0],
+        "models": [*models],
         "draws": {"bootstrap": draws.number, "permutation": draws.number, "seed": draws.seed},
         "confidence": CONFIDENCE,
         "benchmarks": benchmarks,

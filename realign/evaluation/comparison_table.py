@@ -15,7 +15,7 @@ from realign.evaluation.table import UNDEFINED, noise_note, split_of
 FEW_RUNS = 5
 Found = Mapping[str, Any]
 COLUMNS = (  # with their widths, 80 characters together
-    ("model\nsays yes", 14),
+    ("model", 14),
     ("score\n± SE\n[interval]", 16),
     ("difference\ndetectable\n[interval]", 18),
     ("gained\nlost\nnet", 6),
@@ -141,8 +141,13 @@ def _notes(scores: Found, benchmark: Found, by: Found) -> Iterator[str]:
         )
     if left_out := _left_out(scores):
         yield f"Draws left out of intervals, since the metric is not defined: {left_out}."
-    if any(split_of(scores, row)["constants"] for row in scores["table"]):
+    constants = [split_of(scores, row)["constants"] for row in scores["table"]]
+    if any(constants):
         yield "Below the models stand the scores of constant answers, which need no image."
+    if any(
+        SAID_YES in split_of(scores, row)["constants"].get("yes", ()) for row in scores["table"]
+    ):
+        yield "Below the name of a model: the share of its answers that the rule reads as yes."
 
 
 def _left_out(scores: Found) -> str:

@@ -176,7 +176,7 @@ class Measured:
     def constants(self, rule: str) -> dict[str, dict[Place, float]]:
         """Return the scores of the constant answers of the benchmark."""
         chosen = self.rules[rule]
-        if not chosen.scores_constants:
+        if chosen.judging is not None:
             return {}
         return {
             name: self._values(rule, self._sums(rule, [chosen.prepare(answer)] * len(places)))

@@ -10,8 +10,11 @@ from realign.evaluation.benchmark import Benchmark, MissingData, Task
 from realign.evaluation.benchmarks.amber import AMBER_DISCRIMINATIVE
 from realign.evaluation.benchmarks.chair import CHAIR
 from realign.evaluation.benchmarks.hallusionbench import HALLUSIONBENCH
+from realign.evaluation.benchmarks.llava_bench import LLAVA_BENCH
+from realign.evaluation.benchmarks.mm_vet import MM_VET
 from realign.evaluation.benchmarks.mmbench import MMBENCH
 from realign.evaluation.benchmarks.mme import MME
+from realign.evaluation.benchmarks.mmhal import MMHAL
 from realign.evaluation.benchmarks.pope import POPE
 from realign.evaluation.benchmarks.scienceqa import SCIENCEQA
 from realign.evaluation.benchmarks.textvqa import TEXTVQA, VIZWIZ
@@ -27,6 +30,9 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     SCIENCEQA,
     TEXTVQA,
     VIZWIZ,
+    MMHAL,
+    MM_VET,
+    LLAVA_BENCH,
 )
 
 

@@ -117,10 +117,14 @@ def noise_note(scores: Scores) -> str:
     number = scores["num_comparisons"]
     if not number:
         return ""
-    return (
+    note = (
         "Inside the noise: the interval contains 0, or p is above 0.05, when adjusted for the "
         f"{number:,} comparison{'s' if number > 1 else ''} of this table (Holm)."
     )
+    draws = scores["draws"]["permutation"]
+    if number / (draws + 1) > 1 - scores["confidence"]:
+        note += f" {draws:,} draws are too few for so many: no p by cluster can be small enough."
+    return note
 
 
 def constants_note(scores: Scores, row: Scores) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,24 @@ from realign.evaluation.benchmark import (
     ScoredRow,
     UnitValues,
 )
+from realign.evaluation.judging import (
+    Judge,
+    Judging,
+    Replies,
+    Reply,
+    constant,
+    parsed,
+    required,
+    stored_replies,
+)
 from realign.evaluation.rows import Key, Row, check_row, read_records
 
 FILE = "HallusionBench.json"
 VERDICT = "gpt4v_output_gpt_check"  # how the official script calls the judge's verdict
-REPLY = "judge_reply"
 WRONG, RIGHT, UNCLEAR = 0, 1, 2  # verdicts of the judge
 
+_WORDS = re.compile(r"\b(?:in)?correct\b|\bunclear\b", re.IGNORECASE)
+_DENIED = re.compile(r"(?:\bnot|n't)\s+(?:\w+\s+)?(?:in)?correct\b", re.IGNORECASE)
 _STRING = Key(lambda value: isinstance(value, str), "be a string", "Put it into quotes.")
 _GROUP = ("category", "subcategory", "set_id", "figure_id", "question_id")
 KEYS = {
@@ -60,31 +72,49 @@ def question_id(record: Mapping[str, Any]) -> str:
     return "_".join(str(record.get(key)) for key in _GROUP)
 
 
-def verdict_of(reply: str) -> int:
-    """Return the verdict that the official script reads in a judge's reply."""
+def verdict(reply: str) -> str | None:
+    """Return the verdict that the official script reads in a judge's reply; None where the reply
+    has none of the three words, which the script takes for unclear.
+    """
     lower = reply.lower()
     if "incorrect" in lower:
-        return WRONG
-    return RIGHT if "correct" in lower else UNCLEAR
+        return str(WRONG)
+    if "correct" in lower:
+        return str(RIGHT)
+    return str(UNCLEAR) if "unclear" in lower else None
 
 
-def verdict_text(record: Record, answer: str) -> str:
-    """Return the verdict on an answer, which a judge has added to its record.
+def strict_verdict(reply: str) -> str | None:
+    """Return the verdict if the reply has exactly one of the three words, and it is not denied."""
+    words = {word.lower() for word in _WORDS.findall(reply)}
+    if len(words) != 1 or _DENIED.search(reply):
+        return None
+    return str(("incorrect", "correct", "unclear").index(words.pop()))
+
+
+def replies(record: Record) -> Replies:
+    """Return the reply that is stored, or the one that a verdict of the official script stands for.
 
     Raises:
-        RefusedError: There is none.
+        RefusedError: The verdict is none of the three.
     """
-    if isinstance(record.get(REPLY), str):
-        return str(verdict_of(record[REPLY]))
-    verdict = str(record.get(VERDICT))
-    if verdict not in ("0", "1", "2"):
+    stored = stored_replies(record)
+    if stored or record.get(VERDICT) is None:
+        return stored
+    code = str(record[VERDICT])
+    if code not in ("0", "1", "2"):
         question = question_id(record) if "id" not in record else record["id"]
         raise RefusedError(
-            f"this rule requires a judge's verdict (0, 1 or 2) as {VERDICT}, or its reply as "
-            f"{REPLY}, in every record, question {question} has {record.get(VERDICT)!r:.40}. Have "
-            "the answers judged, or pass --rule exact, which reads yes and no without a judge."
+            f"{VERDICT} must be 0, 1 or 2, the verdict of a judge, question {question} has "
+            f"{record[VERDICT]!r:.40}. Correct it, or remove the field."
         )
-    return verdict
+    return [Reply(("incorrect", "correct", "unclear")[int(code)])]
+
+
+def judge_values(row: Row, answer: str) -> dict[str, str]:
+    """Return what the judge is shown."""
+    reference = required(row, "gt_answer_details")
+    return {"question": row["question"], "reference": reference, "answer": answer}
 
 
 def judged(row: Row, verdict: str) -> list[int]:
@@ -185,6 +215,7 @@ _PAIRS = (
     "holds questions about original figures too."
 )
 _FIELDS = (*_GROUP, "model_prediction")
+_BOUNDS: Any = {"worst": constant(str(WRONG)), "best": constant(str(RIGHT))}
 
 HALLUSIONBENCH = Benchmark(
     name="hallusionbench",
@@ -197,9 +228,20 @@ HALLUSIONBENCH = Benchmark(
             combine=group_counts(_OFFICIAL),
             units=group_units(_OFFICIAL),
             unit="percent",
-            text=verdict_text,
-            scores_constants=False,
-            note=f"By a judge's verdicts. {_PAIRS}",
+            judging=Judging(parsed(verdict), **_BOUNDS, fault=constant(str(UNCLEAR))),
+            note="By the replies of a judge: the letters incorrect, else correct, anywhere in a "
+            "reply, so that `not correct` is right; a reply without a verdict is unclear, as in "
+            f"the published script. {_PAIRS}",
+        ),
+        "strict": Rule(
+            judged,
+            group_metrics,
+            combine=group_counts(_OFFICIAL),
+            units=group_units(_OFFICIAL),
+            unit="percent",
+            judging=Judging(parsed(strict_verdict), **_BOUNDS),
+            note="As official, but an answer is unjudged where the reply has not exactly one of "
+            f"the words correct, incorrect and unclear, or denies it. {_PAIRS}",
         ),
         "exact": Rule(
             exact,
@@ -218,10 +260,10 @@ HALLUSIONBENCH = Benchmark(
             units=group_units(_ALL_FIGURES, _IMAGE_KINDS),
             unit="percent",
             covers=_has_image,
-            text=verdict_text,
-            scores_constants=False,
-            note="By a judge's verdicts, questions with an image alone. lmms-eval itself repeats "
-            "the verdict before where its judge cannot be reached.",
+            judging=Judging(parsed(verdict), **_BOUNDS, fault=constant(str(UNCLEAR))),
+            note="By the replies of a judge, questions with an image alone; a reply without a "
+            "verdict is unclear, and so wrong. lmms-eval itself repeats the verdict before where "
+            "its judge cannot be reached.",
         ),
         "lmms-eval-intern": Rule(
             has_yes,
@@ -263,4 +305,12 @@ HALLUSIONBENCH = Benchmark(
         AnswerFormat(_FIELDS, "model_prediction", question_id, lambda row: row["id"]),
     ],
     constants={"yes": "Yes", "no": "No"},
+    replies=replies,
+    judge=Judge(
+        placeholders=("question", "reference", "answer"),
+        values=judge_values,
+        rule="official",
+        temperature=1.0,  # the published script sets none, and this is what OpenAI then takes
+        max_tokens=None,
+    ),
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from realign.errors import RefusedError
-from realign.evaluation.answer_letters import vlmevalkit_letter
+from realign.evaluation.answer_letters import NO_LETTER, names_no_choice, vlmevalkit_letter
 from realign.evaluation.benchmark import (
     AnswerFormat,
     Array,
@@ -18,6 +18,7 @@ from realign.evaluation.benchmark import (
     ScoredRow,
     UnitValues,
 )
+from realign.evaluation.judging import Judge, Judging
 from realign.evaluation.rows import Row, read_table
 
 FILES = ("mmbench_dev_20230712.tsv", "mmbench_dev_20231003.tsv", "MMBench_DEV_EN.tsv")
@@ -68,6 +69,18 @@ def is_right(row: Row, answer: str) -> list[int]:
     return [int(vlmevalkit_letter(answer, row["choices"]) == row["label"])]
 
 
+def letter(row: Row, reply: str) -> str | None:
+    """Return the letter that a judge names, or Z where it says that the answer is no choice."""
+    found = vlmevalkit_letter(reply, row["choices"])
+    return found if found != NO_LETTER or names_no_choice(reply) else None
+
+
+def judge_values(row: Row, answer: str) -> dict[str, str]:
+    """Return what the judge is shown."""
+    options = "\n".join(f"{name}. {choice}" for name, choice in row["choices"].items())
+    return {"question": row["text"], "options": options, "answer": answer}
+
+
 def group_counts(rows: Sequence[ScoredRow]) -> list[int]:
     """Return groups, groups with every rotation right, and questions not rotated and right ones."""
     plain = _plain(rows)
@@ -115,6 +128,24 @@ MMBENCH = Benchmark(
             note=_NOTE,
         ),
         "vlmevalkit": Rule(is_right, metrics(1), combine=group_counts, units=units(1), note=_NOTE),
+        "judged": Rule(
+            is_right,
+            metrics(100),
+            combine=group_counts,
+            unit="percent",
+            units=units(100),
+            judging=Judging(
+                letter,
+                worst=lambda row: NO_LETTER,
+                best=lambda row: row["label"],
+                asks_about=lambda row, answer: (
+                    vlmevalkit_letter(answer, row["choices"]) == NO_LETTER
+                ),
+            ),
+            note="As official, but a judge names the choice of an answer without a letter or the "
+            "text of one choice. An answer whose choice it does not name is unjudged; the "
+            "published programs draw a random choice for it.",
+        ),
     },
     table=[],
     cluster="group",
@@ -134,5 +165,13 @@ MMBENCH = Benchmark(
             lambda row: row["id"],
         ),
     ],
-    constants={letter: letter for letter in "AB"},
+    constants={name: name for name in "AB"},
+    judge=Judge(
+        placeholders=("question", "options", "answer"),
+        values=judge_values,
+        rule="judged",
+        temperature=0.0,
+        max_tokens=None,
+        temperature_step=0.5,
+    ),
 )

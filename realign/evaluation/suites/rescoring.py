@@ -57,7 +57,7 @@ def rescore(
         ),
     )
     rules = find_benchmark(benchmark).rules
-    judged = [name for name, rule in rules.items() if not rule.scores_constants]
+    judged = [name for name, rule in rules.items() if rule.judging is not None]
     scores = {
         name: score(benchmark, path, data, name, allow_subset=True, bootstrap=bootstrap)
         for name in rules

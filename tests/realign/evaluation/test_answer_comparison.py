@@ -64,6 +64,9 @@ def test_a_comparison_holds_the_scores_of_each_model(data: Path) -> None:
         for split in ("all", *SPLITS):
             metrics = splits[split]["models"][model]
             assert {name: metrics[name]["value"] for name in alone[split]} == alone[split]
+        intervals = score("pope", path, data, bootstrap=200)["intervals"]["random"]
+        metrics = splits["random"]["models"][model]
+        assert metrics["f1"]["interval"] == pytest.approx(intervals["f1"])
     paired = splits["random"]["models"]["aligned"]["accuracy"]["paired"]
     assert (paired["gained"], paired["lost"], paired["net"]) == (3, 1, 2)
     assert paired["p_mcnemar"] == 0.625
@@ -134,6 +137,8 @@ def test_no_answers_are_refused(data: Path, answers: dict[str, Any]) -> None:
         compare("pope", answers, data)
     with pytest.raises(RefusedError, match="bootstrap must be at least 1, got 0"):
         compare("pope", {"base": "x"}, data, bootstrap=0)
+    with pytest.raises(RefusedError, match="seed must be at least 0, got -1"):
+        compare("pope", {"base": "x"}, data, seed=-1)
 
 
 def run(data: Path, *options: str) -> str:
@@ -151,11 +156,13 @@ def test_the_command_prints_a_table_or_json(data: Path) -> None:
     for text in (
         *("random, accuracy: 40 answers on 10 images", "all yes", "all no", "0.5000"),
         *("0.9750", "+0.0000", "yes 0.4750", "yes 0.5250", "2 comparisons", "seed 0"),
+        "share of its answers",
     ):
         assert text in printed
     found = json.loads(run(data, *files, "--json", "--seed", "4"))
     assert found["draws"]["seed"] == 4
     assert found["num_comparisons"] == 16
+    assert "100 draws are too few for so many" in run(data, *files)
     again = f"--answers=aligned={answer(data, 'again', {7})}"
     printed = run(data, *files[:2], again, "--split", "mean")
     assert "run 1" in printed

@@ -218,7 +218,7 @@ def test_runs_are_the_unit_of_a_method() -> None:
 
 def table_of(measured: Measured, *metrics: str) -> dict[str, Any]:
     rows = [(measured, TableRow("", "plain", metric, metric)) for metric in metrics]
-    return comparison_of([measured], rows, measured.draws)
+    return comparison_of([measured], rows, measured.draws, [*measured.runs])
 
 
 def test_a_table_is_adjusted_for_its_comparisons() -> None:

@@ -105,7 +105,7 @@ def test_the_recipe_trains_the_same(run: Path, tmp_path: Path) -> None:
     stored = json.loads((run / "train.json").read_text())["config"]
     assert {name: options.model_dump(mode="json")[name] for name in stored} == stored
     assert yaml.safe_load(recipe)["train"].keys() == {
-        *("accumulation", "batch_size", "freeze_projector", "learning_rate", "lora"),
+        *("batch_size", "freeze_projector", "learning_rate", "lora", "pairs_per_step"),
     }
     pairs = json.loads((run / "checkpoint.json").read_text())["pairs"]
     assert pairs == len(json.loads((run / "row_index.json").read_text())["rows"])
