@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from realign.errors import RefusedError
-from realign.evaluation.answer_files import read_answers
-from realign.evaluation.answer_scores import data_version, find_rule
+from realign.evaluation.answer_files import named_questions, read_answers
+from realign.evaluation.answer_scores import data_version
 from realign.evaluation.benchmark import Benchmark, Rule, TableRow
 from realign.evaluation.cluster_sums import COUNTS, SAID_YES
 from realign.evaluation.comparison import comparison_of, with_splits
 from realign.evaluation.gradings import scored_texts
 from realign.evaluation.measured import Measured, Place, Run
-from realign.evaluation.registry import find_benchmark
+from realign.evaluation.registry import find_rule
 from realign.evaluation.statistics import Draws
 
 Files = Path | str | Sequence[Path | str] | Mapping[str, Path | str | Sequence[Path | str]]
@@ -63,8 +64,7 @@ def compare(
         splits = found["benchmarks"]["pope"]["rules"]["official"]["splits"]
         splits["random"]["models"]["aligned"]["accuracy"]["difference_interval"]
     """
-    chosen = find_benchmark(benchmark)
-    by = find_rule(chosen, rule)
+    chosen, by = find_rule(benchmark, rule)
     if bootstrap < 1:
         raise RefusedError(f"bootstrap must be at least 1, got {bootstrap}. Pass 10000 or more.")
     if seed < 0:
@@ -132,7 +132,9 @@ def _measure(
     draws: Draws,
     allow_subset: bool,
 ) -> Measured:
-    tasks = {task: found.rows for task, found in benchmark.read_tasks(data).items()}
+    all_paths = [path for by_run in runs.values() for paths in by_run.values() for path in paths]
+    found_tasks = benchmark.read_tasks(data, partial(named_questions, benchmark, all_paths))
+    tasks = {task: found.rows for task, found in found_tasks.items()}
     said: dict[Run, dict[int, str]] = {}  # by id() of a row
     for model, by_run in runs.items():
         for run, paths in by_run.items():

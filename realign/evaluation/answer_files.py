@@ -142,6 +142,20 @@ def _replies(benchmark: Benchmark, record: Record, where: str) -> Replies:
         raise RefusedError(f"{where}: {error}") from None
 
 
+def named_questions(benchmark: Benchmark, paths: Sequence[Path]) -> set[str]:
+    """Return the keys of the questions that answer files name, as their formats have them.
+
+    Raises:
+        RefusedError: A file has no known format.
+    """
+    keys: set[str] = set()
+    for path in paths:
+        records = benchmark.answer_reader(path) or _records(path)
+        form = _format_of(records, benchmark, path)
+        keys.update(str(form.key(record)) for _, record in records)
+    return keys
+
+
 def _check_ids(tasks: Tasks) -> None:
     places: dict[str, str] = {}
     for rows in tasks.values():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from realign.evaluation.answer_files import Answered
-from realign.evaluation.benchmarks.hallusionbench import VERDICT, verdict
+from realign.evaluation.benchmarks.hallusionbench import CODE_WORDS, VERDICT, verdict
 from realign.evaluation.benchmarks.mme import QUESTION_END
 from realign.evaluation.benchmarks.pope import LLAVA_FIRST_ID
 from realign.evaluation.judging import REPLY
@@ -182,7 +182,8 @@ def _judged(said: Answered) -> dict[str, Any]:
     if len(texts) > 1 or texts[0] is None:
         return {REPLY: texts if len(texts) > 1 else None}
     code = verdict(texts[0])
-    return {REPLY: texts[0]} | ({} if code is None else {VERDICT: code})
+    kept = {} if texts[0] in CODE_WORDS else {REPLY: texts[0]}
+    return kept if code is None else kept | {VERDICT: code}
 
 
 def mme_folder(request: Request) -> Written:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from realign.errors import RefusedError
-from realign.evaluation.answer_files import Answered, read_answers
+from realign.evaluation.answer_files import Answered, named_questions, read_answers
 from realign.evaluation.benchmark import Array, Benchmark, Metrics, Rule
 from realign.evaluation.gradings import (
     averaged,
@@ -21,7 +22,7 @@ from realign.evaluation.gradings import (
     read_gradings,
     spread,
 )
-from realign.evaluation.registry import find_benchmark
+from realign.evaluation.registry import find_rule
 from realign.evaluation.rows import Row, rows_digest
 from realign.evaluation.statistics import intervals
 from realign.runtime.files import finite_or_null
@@ -76,17 +77,15 @@ def score(
         scores = score("pope", "answers.jsonl", "pope/output/coco")
         scores["splits"]["adversarial"]["accuracy"]
     """
-    chosen = find_benchmark(benchmark)
-    by = find_rule(chosen, rule)
+    chosen, by = find_rule(benchmark, rule)
     if bootstrap < 0:
         raise RefusedError(
             f"bootstrap must be at least 0, got {bootstrap}. Pass 0 for no intervals."
         )
-    tasks = {name: task.rows for name, task in chosen.read_tasks(Path(data)).items()}
-    paths = [answers] if isinstance(answers, (str, Path)) else list(answers)
-    answered = read_answers(
-        chosen, [Path(path) for path in paths], tasks, covers=by.covers, allows_subset=allow_subset
-    )
+    paths = [Path(path) for path in ([answers] if isinstance(answers, (str, Path)) else answers)]
+    read = chosen.read_tasks(Path(data), partial(named_questions, chosen, paths))
+    tasks = {name: task.rows for name, task in read.items()}
+    answered = read_answers(chosen, paths, tasks, covers=by.covers, allows_subset=allow_subset)
     total = sum(by.covers(row) for rows in tasks.values() for row in rows)
     is_subset = len(answered) < total
     if not answered:
@@ -174,20 +173,6 @@ def _baselines(benchmark: Benchmark, rule: Rule, rows: Sequence[Row]) -> dict[st
         for name, answer in benchmark.constants.items()
         if rule.judging is None or not any(rule.judging.asks_about(row, answer) for row in rows)
     }
-
-
-def find_rule(benchmark: Benchmark, name: str) -> Rule:
-    """Return the rule of a name.
-
-    Raises:
-        RefusedError: The benchmark has none.
-    """
-    if name not in benchmark.rules:
-        raise RefusedError(
-            f"rule must be one of {', '.join(benchmark.rules)} for {benchmark.title}, got "
-            f"{name!r}. Name one of them."
-        )
-    return benchmark.rules[name]
 
 
 def data_version(benchmark: Benchmark, tasks: Mapping[str, Sequence[Row]]) -> str:

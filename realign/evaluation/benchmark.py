@@ -4,7 +4,7 @@ named rule, and what the table shows of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -118,10 +118,14 @@ class Layout:
 
     files: Mapping[str, tuple[str, ...]]
     """Task to the names of its files. A task is measured where the first of them is."""
-    read: Callable[[Path], list[Row]]
+    read: Callable[..., list[Row]]
     """Read and check the first file of a task, and those beside it that the task needs."""
     are_folders: bool = False
     """True if the names are those of folders instead of files."""
+    takes_named: bool = False
+    """True if ``read`` also takes a function that returns the keys of the questions that answers
+    name. So it is where the files hold far more than a benchmark asks for.
+    """
 
     def holds(self, path: Path) -> bool:
         """Return whether the first file or folder of a task is there."""
@@ -222,9 +226,14 @@ class Benchmark:
             "them. Check --data."
         )
 
-    def read_tasks(self, data: Path) -> dict[str, Task]:
+    def read_tasks(
+        self, data: Path, named: Callable[[], Collection[str]] = tuple
+    ) -> dict[str, Task]:
         """Read the rows of every task whose files a folder holds.
 
+        Args:
+            data: The folder.
+            named: Returns the keys of the questions that answers name.
         Raises:
             MissingData: The folder has none.
             RefusedError: A file has another form.
@@ -232,7 +241,8 @@ class Benchmark:
         layout, tasks = self.find_layout(data), {}
         for name, files in layout.files.items():
             if layout.holds(data / files[0]):
-                rows = layout.read(data / files[0])
+                more = (named,) if layout.takes_named else ()
+                rows = layout.read(data / files[0], *more)
                 for row in rows:
                     row["splits"] = self.splits(name, row)
                 tasks[name] = Task(self, rows, files)

@@ -72,6 +72,9 @@ def question_id(record: Mapping[str, Any]) -> str:
     return "_".join(str(record.get(key)) for key in _GROUP)
 
 
+CODE_WORDS = ("incorrect", "correct", "unclear")  # the replies that stand for the codes 0, 1 and 2
+
+
 def verdict(reply: str) -> str | None:
     """Return the verdict that the official script reads in a judge's reply; None where the reply
     has none of the three words, which the script takes for unclear.
@@ -89,7 +92,7 @@ def strict_verdict(reply: str) -> str | None:
     words = {word.lower() for word in _WORDS.findall(reply)}
     if len(words) != 1 or _DENIED.search(reply):
         return None
-    return str(("incorrect", "correct", "unclear").index(words.pop()))
+    return str(CODE_WORDS.index(words.pop()))
 
 
 def replies(record: Record) -> Replies:
@@ -108,7 +111,7 @@ def replies(record: Record) -> Replies:
             f"{VERDICT} must be 0, 1 or 2, the verdict of a judge, question {question} has "
             f"{record[VERDICT]!r:.40}. Correct it, or remove the field."
         )
-    return [Reply(("incorrect", "correct", "unclear")[int(code)])]
+    return [Reply(CODE_WORDS[int(code)])]
 
 
 def judge_values(row: Row, answer: str) -> dict[str, str]:
