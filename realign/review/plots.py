@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -84,37 +84,48 @@ def line_plot(
     return _svg(axes)
 
 
-def bar_plot(
-    title: str,
-    bars: Mapping[str, tuple[float, float, float] | None],
-    scale: int = 100,
-    note: str = "",
-) -> Markup:
-    """Return one bar per model with its interval and its value, from 0.
+class Difference(NamedTuple):
+    """A difference with its interval, as it is plotted."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    verdict: str
+    """``better`` or ``worse`` where it is not inside the noise."""
+    more_is_better: bool
+
+
+def difference_plot(title: str, differences: Sequence[Difference]) -> Markup | None:
+    """Return a line for every difference: its interval, and a point that is filled where it is not
+    inside the noise. None where there is no difference.
 
     Args:
         title: Above the plot.
-        bars: Label to (value, low, high); None, which is not defined, is a dash.
-        scale: Factor of the values; 100 plots fractions in percent.
-        note: Below the plot, such as why a value is not defined.
+        differences: From the top to the bottom.
     """
-    axes = _axes(title, note)
-    axes.set_xticks(range(len(bars)), list(bars))
-    axes.set_xlim(-0.5, max(1, len(bars)) - 0.5)
-    ends = [0.0]
-    for position, bar in enumerate(bars.values()):
-        value, low, high = (scale * end for end in bar or (0.0, 0.0, 0.0))
-        ends += [value, low, high]
-        if bar:
-            # a bar's length is its value; small differences are read from the numbers and the
-            # intervals, which need not hold the value where draws are left out of them
-            axes.bar(position, value, color=COLORS[position % len(COLORS)], width=0.6)
-            axes.plot([position, position], [low, high], color="#344054", marker="_", markersize=6)
-        axes.annotate(
-            f"{value:.1f}" if bar else "—", (position, max(value, high)), (0, 3),
-            textcoords="offset points", ha="center", fontsize=9, color="#344054",
+    if not differences:
+        return None
+    axes = Figure(figsize=(4.4, 0.8 + 0.5 * len(differences))).subplots()
+    axes.grid(axis="y", visible=False)
+    axes.set_title(title)
+    axes.axvline(0, color="#98a2b3", linewidth=1)
+    for place, found in enumerate(differences):
+        is_clear = found.verdict in ("better", "worse")
+        color = {"better": COLORS[2], "worse": COLORS[5]}.get(found.verdict, "#667085")
+        axes.plot([found.low, found.high], [place, place], color=color, linewidth=1.6)
+        marker = {"better": "^", "worse": "v"}.get(found.verdict, "o")
+        face = color if is_clear else "none"
+        axes.plot(found.value, place, marker, color=color, markerfacecolor=face, markersize=7)
+        less = "" if found.more_is_better else " (less is better)"
+        axes.annotate(  # above its line, so that the plot is narrow enough for a phone
+            f"{found.label}{less}: {found.value:+.1f}", (0, place), (0, 7),
+            xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=9,
+            color="#344054",
         )  # fmt: skip
-    axes.set_ylim(1.12 * min(ends), 1.12 * max(ends) or float(min(ends) == 0))
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(len(differences) - 0.5, -0.9)
     return _svg(axes)
 
 
