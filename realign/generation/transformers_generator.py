@@ -57,8 +57,13 @@ class TransformersGenerator:
             for answer in self._batch(requests[start : start + self.batch_size])
         ]
 
-    @torch.inference_mode()
-    def _batch(self, requests: Sequence[Request]) -> list[Answer]:
+    def inputs(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
+        """Return what the model reads of some requests, padded on the left: the logits of the last
+        position are those of the first token of each answer.
+
+        Raises:
+            RefusedError: An image cannot be read.
+        """
         texts = [
             self.processor.apply_chat_template(
                 user_turns([{"role": "user", "content": request.prompt}], num_images=1),
@@ -81,6 +86,11 @@ class TransformersGenerator:
         # a pad token may be no token of the model; any other one does where it is masked
         ids, mask = batch["input_ids"], batch["attention_mask"]
         batch["input_ids"] = ids.where(mask != 0, ids[:, -1:])
+        return batch
+
+    @torch.inference_mode()
+    def _batch(self, requests: Sequence[Request]) -> list[Answer]:
+        batch = self.inputs(requests)
         ends = self._end_tokens()
         tokens = self.model.generate(
             **batch,

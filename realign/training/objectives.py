@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from realign.errors import RefusedError
-from realign_kernels import Objective
+from realign_kernels import Objective, Term
 
 
 def _sft(beta: float) -> Objective:
@@ -17,10 +17,16 @@ def _sft(beta: float) -> Objective:
     return Objective((dataclasses.replace(text, weight=0.0),), nll_weight=1.0)
 
 
+def _vdpo(beta: float, image_beta: float, image_weight: float) -> Objective:
+    """The image pair alone, L_vDPO of the paper; rewards are at its beta."""
+    return Objective((Term((1.0, 0.0, -1.0), weight=image_weight, beta=image_beta),))
+
+
 # name -> objective of (beta, image_beta, image_weight)
 OBJECTIVES: dict[str, Callable[[float, float, float], Objective]] = {
     "rdpo": Objective.rdpo,
     "dpo": lambda beta, image_beta, image_weight: Objective.dpo(beta),
+    "vdpo": _vdpo,
     "mdpo": Objective.mdpo,
     "symmetric": Objective.symmetric,
     "sft": lambda beta, image_beta, image_weight: _sft(beta),
@@ -32,7 +38,9 @@ WITHOUT_IMAGE_PAIR = ("dpo", "sft")
 class ObjectiveOptions:
     """What is optimised; the defaults are the paper's."""
 
-    objective: str = field(default="rdpo", metadata={"help": "rdpo, dpo, mdpo, symmetric or sft"})
+    objective: str = field(
+        default="rdpo", metadata={"help": "rdpo, dpo, vdpo, mdpo, symmetric or sft"}
+    )
     beta: float = field(default=0.1, metadata={"help": "KL strength of the answer pair"})
     image_beta: float | None = field(
         default=None, metadata={"help": "KL strength of the image pair; beta by default"}
