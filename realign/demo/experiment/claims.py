@@ -10,7 +10,6 @@ from typing import Any
 
 from realign.demo.experiment.intervals import Interval, image_intervals, t_interval
 from realign.demo.experiment.protocol import SMALLEST_EFFECT, Claim, View
-from realign.demo.experiment.scores import Said, scores
 from realign.demo.experiment.stages import Experiment
 
 HOLDS, SMALL, FAILS, OPEN = "holds", "holds, below 1 point", "does not hold", "cannot be told"
@@ -73,15 +72,13 @@ def judge(experiment: Experiment) -> list[dict[str, Any]]:
 
 
 def _differences(experiment: Experiment, claim: Claim) -> Mapping[int, float | None]:
-    better, than = (experiment.said_by(view) for view in (claim.better, claim.than))
+    better, than = (experiment.scores_of(view) for view in (claim.better, claim.than))
     found: dict[int, float | None] = {}
-    for seed, said in better.items():
+    for seed, one in better.items():
         other = than[seed]
-        found[seed] = (
-            None
-            if said is None or other is None
-            else scores(said)[claim.measure] - scores(other)[claim.measure]
-        )
+        found[seed] = None
+        if one is not None and other is not None:
+            found[seed] = one[claim.measure] - other[claim.measure]
     return found
 
 
@@ -90,8 +87,8 @@ def _over_images(
 ) -> dict[str, Any]:
     """Intervals over the images of the first reporting seed."""
     seed = experiment.protocol.reporting_seeds[0]
-    pair: list[Said | None] = [experiment.said_by(view)[seed] for view in (better, than)]
-    if pair[0] is None or pair[1] is None:
+    first, second = (experiment.said(*experiment.run_of(view, seed)) for view in (better, than))
+    if first is None or second is None:
         return dict.fromkeys(measures)
-    found = image_intervals(pair[0], pair[1], measures, resamples=experiment.protocol.resamples)
+    found = image_intervals(first, second, measures, resamples=experiment.protocol.resamples)
     return {name: None if one is None else one._asdict() for name, one in found.items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from realign.demo.experiment.intervals import t_interval
@@ -31,8 +32,14 @@ def _bars(results: Mapping[str, Any], measure: str) -> dict[str, tuple[float, fl
             continue
         values = [None if one is None else one[measure] for one in view["scores"].values()]
         known = [value for value in values if value is not None]
-        bars[view["condition"]] = tuple(t_interval(known)) if len(known) == len(values) else None
+        bars[view["condition"]] = _ends(known) if len(known) == len(values) else None
     return bars
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return mean and interval; a single seed, which has none, gets its value as both ends."""
+    mean, low, high = t_interval(values)
+    return (mean, low, high) if math.isfinite(high) else (mean, mean, mean)
 
 
 def _curves(results: Mapping[str, Any], measure: str) -> dict[str, list[tuple[float, float]]]:

@@ -66,11 +66,11 @@ def t_distribution(value: float, freedom: int) -> float:
     angle = math.atan(value / math.sqrt(freedom))
     sine, cosine = math.sin(angle), math.cos(angle)
     is_odd = freedom % 2 == 1
-    term = total = 0.0
-    for step in range(freedom // 2):
+    terms = [cosine if is_odd else 1.0][: freedom // 2]
+    for step in range(1, freedom // 2):
         factor = 2 * step / (2 * step + 1) if is_odd else (2 * step - 1) / (2 * step)
-        term = (cosine if is_odd else 1.0) if step == 0 else term * factor * cosine**2
-        total += term
+        terms.append(terms[-1] * factor * cosine**2)
+    total = math.fsum(terms)
     inside = 2 / math.pi * (angle + sine * total) if is_odd else sine * total
     return 0.5 + inside / 2
 

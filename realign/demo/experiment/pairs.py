@@ -34,9 +34,8 @@ Pair = dict[str, Any]
 # Kind of pipeline pairs to what it changes of the build.
 BUILDS: Mapping[str, Mapping[str, Any]] = {
     "pipeline": {},
-    "sentence": {"mask_level": "sentence", "keep_unmasked": False},
-    "tau 0.9": {"threshold": 0.9},
-    "tau 0.85": {"threshold": 0.85},
+    "sentence": {"mask_level": "sentence"},
+    "tau 0.51": {"threshold": 0.51},
 }
 
 
@@ -93,7 +92,7 @@ def _by_pipeline(
                 )
             ),
         )
-        config = {
+        config: dict[str, Any] = {
             "source": folder / "train.jsonl",
             "images": folder / "images",
             "model": str(base),
@@ -107,7 +106,7 @@ def _by_pipeline(
             "seed": seed,
             "workers": 1,
         }
-        records = read_kept_records(build(BuildConfig(**config | options)), None)
+        records = read_kept_records(build(BuildConfig(**{**config, **options})), None)
         return [
             {
                 "id": record.source["id"],

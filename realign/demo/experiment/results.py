@@ -6,7 +6,7 @@ from typing import Any
 
 from realign.demo.experiment.claims import judge
 from realign.demo.experiment.protocol import BASE, View
-from realign.demo.experiment.scores import object_f1, scores
+from realign.demo.experiment.scores import object_f1
 from realign.demo.experiment.search import edges
 from realign.demo.experiment.stages import Experiment
 from realign.runtime.files import finite_or_null
@@ -63,11 +63,10 @@ def _tuning(experiment: Experiment, name: str) -> dict[str, Any]:
 
 
 def _view(experiment: Experiment, view: View) -> dict[str, Any]:
-    said = experiment.said_by(view)
     row: dict[str, Any] = {
         "condition": view.condition,
         "at": view.at,
-        "scores": {str(seed): None if one is None else scores(one) for seed, one in said.items()},
+        "scores": {str(seed): one for seed, one in experiment.scores_of(view).items()},
     }
     if view.condition != BASE:
         setting = experiment.chosen(view.condition)

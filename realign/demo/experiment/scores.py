@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from realign.demo.experiment.scenes import SPLITS, Draw, Question
 from realign.demo.world import PARTNER
@@ -39,7 +40,7 @@ class Said:
     """
 
     counts: Mapping[str, Array]
-    odds: Mapping[str, tuple[Array, Array, Array]]
+    odds: Mapping[str, tuple[Array, Array, NDArray[np.int64]]]
     divergences: tuple[float | None, ...]
 
     @classmethod

@@ -11,9 +11,6 @@ from realign.demo.experiment.protocol import Grid
 RATE_FACTOR, BETA_FACTOR, ROWS_FACTOR, FEWER_ROWS = 2.0, 3.0, 2, 3
 
 
-Values = tuple[float, ...]
-
-
 class Trial(NamedTuple):
     """A training run of a search: its rate and beta, and the rows after which it is scored."""
 
@@ -30,40 +27,28 @@ class Setting(NamedTuple):
     rows: int
 
 
-def next_trials(grid: Grid, known: Mapping[Setting, float], max_extensions: int) -> list[Trial]:
+def next_trials(
+    grid: Grid, known: Mapping[Setting, float], num_done: int, max_extensions: int
+) -> list[Trial]:
     """Return the runs that a search asks for next; none where it is over.
 
-    First the learning rates at the first beta, then the other betas at the best rate, then values
-    beyond the grid while the best one is the last of its axis.
+    First the learning rates at the first beta, then the other betas at the best rate. Then the
+    neighbours of the best setting on every axis that were not tried, also those beyond the grid,
+    until the best one is better than all of its neighbours.
 
     Args:
         grid: Where the search begins.
         known: Settings to their score; more is better.
-        max_extensions: Values beyond the grid of each axis.
+        num_done: Runs that gave them.
+        max_extensions: Runs after those of the grid.
     """
-    tried = {(setting.learning_rate, setting.beta) for setting in known}
-    first = grid.betas[0]
-    if rates := [rate for rate in grid.learning_rates if (rate, first) not in tried]:
-        return [Trial(rate, first, grid.rows) for rate in rates]
-    rate = best_setting(
-        {setting: score for setting, score in known.items() if setting.beta == first}
-    ).learning_rate
-    if betas := [beta for beta in grid.betas if (rate, beta) not in tried]:
-        return [Trial(rate, beta, grid.rows) for beta in betas]
+    if not num_done:
+        return [Trial(rate, grid.betas[0], grid.rows) for rate in grid.learning_rates]
     best = best_setting(known)
-    trials = []
-    for axis, (declared, values) in _axes(grid, known).items():
-        beyond = _beyond(axis, best, declared, values)
-        if beyond is None or len(values - {*declared}) >= max_extensions:
-            continue
-        trials.append(
-            Trial(
-                beyond if axis == "learning_rate" else best.learning_rate,
-                beyond if axis == "beta" else best.beta,
-                (int(beyond),) if axis == "rows" else grid.rows,
-            )
-        )
-    return trials
+    if num_done == len(grid.learning_rates) and len(grid.betas) > 1:
+        return [Trial(best.learning_rate, beta, grid.rows) for beta in grid.betas[1:]]
+    num_of_grid = len(grid.learning_rates) + len(grid.betas) - 1
+    return [trial for _, trial in _untried(grid, known)][: num_of_grid + max_extensions - num_done]
 
 
 def best_setting(known: Mapping[Setting, float]) -> Setting:
@@ -77,31 +62,31 @@ def best_setting(known: Mapping[Setting, float]) -> Setting:
 
 
 def edges(grid: Grid, known: Mapping[Setting, float]) -> list[str]:
-    """Return the axes on which the best setting is the last value that was tried."""
+    """Return the axes on which a neighbour of the best setting was not tried."""
+    return sorted({axis for axis, _ in _untried(grid, known)})
+
+
+def _untried(grid: Grid, known: Mapping[Setting, float]) -> list[tuple[str, Trial]]:
+    """Return the axes and runs of the best setting's neighbours that were not tried."""
     best = best_setting(known)
-    return [
-        axis
-        for axis, (declared, values) in _axes(grid, known).items()
-        if _beyond(axis, best, declared, values) is not None
-    ]
-
-
-def _axes(grid: Grid, known: Mapping[Setting, float]) -> dict[str, tuple[Values, set[float]]]:
-    """Return, by axis, the values that were declared and those that were tried."""
-    return {
-        "learning_rate": (grid.learning_rates, {setting.learning_rate for setting in known}),
-        "beta": (grid.betas, {setting.beta for setting in known}),
-        "rows": (grid.rows, {setting.rows for setting in known}),
-    }
-
-
-def _beyond(axis: str, best: Setting, declared: Values, values: set[float]) -> float | None:
-    """Return the value beyond the best one; None where the best is not the last of the axis."""
-    value = getattr(best, axis)
-    if len(declared) == 1 or min(values) < value < max(values):
-        return None
-    is_last = value == max(values)
-    if axis == "rows":
-        return value * ROWS_FACTOR if is_last else value // FEWER_ROWS or None
-    factor = RATE_FACTOR if axis == "learning_rate" else BETA_FACTOR
-    return value * factor if is_last else value / factor
+    in_full = {(one.learning_rate, one.beta) for one in known if one.rows in grid.rows}
+    found = []
+    for axis, declared, factor in (
+        ("learning_rate", grid.learning_rates, RATE_FACTOR),
+        ("beta", grid.betas, BETA_FACTOR),
+        ("rows", grid.rows, ROWS_FACTOR),
+    ):
+        if len(declared) == 1:
+            continue
+        value = getattr(best, axis)
+        values = {getattr(setting, axis) for setting in known}
+        fewer = value // FEWER_ROWS if axis == "rows" else value / factor
+        below = max((other for other in values if other < value), default=fewer)
+        above = min((other for other in values if other > value), default=value * factor)
+        for other in (below, above):
+            neighbour = best._replace(**{axis: other})
+            if other and neighbour not in known:
+                place = (neighbour.learning_rate, neighbour.beta)
+                rows = {neighbour.rows} if place in in_full else {neighbour.rows, *grid.rows}
+                found.append((axis, Trial(*place, tuple(sorted(rows)))))
+    return found

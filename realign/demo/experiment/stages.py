@@ -12,9 +12,11 @@ processes as are asked for, and the next one reads them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import cached_property
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,11 @@ class Experiment:
             "numerics": machine_numerics(),
         }
         claim(out, "experiment", self.identity)
+        self._searched: dict[str, list[Trial]] = {}
+        # every file is read and scored once
+        self._draws: dict[int, Draw] = {}
+        self._said: dict[tuple[Run, int], Said] = {}
+        self._scores: dict[tuple[Run, int], dict[str, float] | None] = {}
 
     def make_pairs(self, wanted: Iterable[PairSet]) -> None:
         """Make the pairs that are missing."""
@@ -74,9 +81,7 @@ class Experiment:
         task = DoRun(self.protocol, self.base, self.out)
         self._fill(what, runs, [self._seconds(run) for run in runs], task)
 
-    def _fill(
-        self, what: str, items: Sequence[PairSet] | Sequence[Run], sizes: list[int], task: Any
-    ) -> None:
+    def _fill(self, what: str, items: Sequence[PairSet | Run], sizes: list[int], task: Any) -> None:
         paths = {number: item.file(self.out) for number, item in enumerate(items)}
         fill_shards(what, paths, dict(enumerate(sizes)), items.__getitem__, task, self.engine)
 
@@ -102,7 +107,10 @@ class Experiment:
             (condition, trial)
             for condition in conditions
             for trial in next_trials(
-                protocol.grid_of(condition), self.known(condition), protocol.max_extensions
+                protocol.grid_of(condition),
+                self.known(condition),
+                len(self._searched.get(condition.name, [])),
+                protocol.max_extensions,
             )
         ]:
             self.do_runs(
@@ -115,10 +123,6 @@ class Experiment:
             )
             for condition, trial in trials:
                 self._searched.setdefault(condition.name, []).append(trial)
-
-    @cached_property
-    def _searched(self) -> dict[str, list[Trial]]:
-        return {}
 
     def trial_run(self, condition: Condition, trial: Trial, seed: int) -> Run:
         """Return the run of a trial on one tuning seed."""
@@ -141,9 +145,9 @@ class Experiment:
             for seed in self.protocol.tuning_seeds:
                 run = self.trial_run(condition, trial, seed)
                 for rows in trial.rows:
-                    said = self.said(run, steps_for(rows, condition))
                     setting = Setting(trial.learning_rate, trial.beta, rows)
-                    found.setdefault(setting, []).append({} if said is None else scores(said))
+                    one = self.scored(run, steps_for(rows, condition))
+                    found.setdefault(setting, []).append(one or {})
         return found
 
     def known(self, condition: Condition) -> dict[Setting, float]:
@@ -164,11 +168,17 @@ class Experiment:
         """Do the runs that claims are about, the most worthwhile conditions first."""
         protocol = self.protocol
         self.do_runs("base", [self.base_run()])
-        for condition in protocol.conditions:
-            self.make_pairs(PairSet(condition.pairs, seed) for seed in protocol.reporting_seeds)
+        # starting the processes of a stage takes as long as a short run: few stages
+        for pairs, group in groupby(protocol.conditions, key=attrgetter("pairs")):
+            conditions = [*group]
+            self.make_pairs(PairSet(pairs, seed) for seed in protocol.reporting_seeds)
             self.do_runs(
-                condition.name,
-                (self.reporting_run(condition, seed) for seed in protocol.reporting_seeds),
+                f"runs on {pairs} pairs",
+                (
+                    self.reporting_run(condition, seed)
+                    for condition in conditions
+                    for seed in protocol.reporting_seeds
+                ),
             )
 
     def base_run(self) -> Run:
@@ -209,32 +219,38 @@ class Experiment:
 
     def said(self, run: Run, steps: int) -> Said | None:
         """Return what a run said after some steps; None where it stopped before."""
-        found = read_json(run.file(self.out))
-        draws = [self.draw(seed) for seed in run.draws]
-        for point in found["points"]:
-            if point["steps"] == steps:
-                return Said.of(draws, [point["draws"][str(draw.seed)] for draw in draws])
-        return None
+        if (run, steps) not in self._said:
+            draws = [self._draw(seed) for seed in run.draws]
+            for point in read_json(run.file(self.out))["points"]:
+                answers = [point["draws"][str(draw.seed)] for draw in draws]
+                self._said[run, point["steps"]] = Said.of(draws, answers)
+        return self._said.get((run, steps))
 
-    def draw(self, seed: int) -> Draw:
-        """Return the evaluation draw of a seed."""
+    def scored(self, run: Run, steps: int) -> dict[str, float] | None:
+        """Return the scores of what a run said after some steps; None where it stopped before."""
+        if (run, steps) not in self._scores:
+            said = self.said(run, steps)
+            self._scores[run, steps] = None if said is None else scores(said)
+        return self._scores[run, steps]
+
+    def _draw(self, seed: int) -> Draw:
         if seed not in self._draws:
             self._draws[seed] = Draw(seed, self.protocol.eval_scenes)
         return self._draws[seed]
 
-    @cached_property
-    def _draws(self) -> dict[int, Draw]:
-        return {}
-
-    def said_by(self, view: View) -> Mapping[int, Said | None]:
-        """Return what a view said, by reporting seed; the base says the same for all."""
-        seeds = self.protocol.reporting_seeds
+    def run_of(self, view: View, seed: int) -> tuple[Run, int]:
+        """Return the run of a view on a reporting seed and the steps after which it is taken; the
+        base is the same for all seeds.
+        """
         if view.condition == BASE:
-            said = self.said(self.base_run(), 0)
-            return dict.fromkeys(seeds, said)
-        condition = self.protocol.condition(view.condition)
-        steps = self.steps(view)
-        return {seed: self.said(self.reporting_run(condition, seed), steps) for seed in seeds}
+            return self.base_run(), 0
+        return self.reporting_run(self.protocol.condition(view.condition), seed), self.steps(view)
+
+    def scores_of(self, view: View) -> dict[int, dict[str, float] | None]:
+        """Return the scores of a view by reporting seed; None where the run stopped before."""
+        return {
+            seed: self.scored(*self.run_of(view, seed)) for seed in self.protocol.reporting_seeds
+        }
 
 
 def steps_for(rows: int, condition: Condition) -> int:
