@@ -38,9 +38,7 @@ WITHOUT_IMAGE_PAIR = ("dpo", "sft")
 class ObjectiveOptions:
     """What is optimised; the defaults are the paper's."""
 
-    objective: str = field(
-        default="rdpo", metadata={"help": "rdpo, dpo, vdpo, mdpo, symmetric or sft"}
-    )
+    objective: str = field(default="rdpo", metadata={"help": f"one of {', '.join(OBJECTIVES)}"})
     beta: float = field(default=0.1, metadata={"help": "KL strength of the answer pair"})
     image_beta: float | None = field(
         default=None, metadata={"help": "KL strength of the image pair; beta by default"}
