@@ -6,12 +6,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from realign.errors import RefusedError
-from realign.evaluation.benchmark import Benchmark, MissingData, Task
+from realign.evaluation.benchmark import Benchmark, MissingData, Rule, Task
 from realign.evaluation.benchmarks.amber import AMBER_DISCRIMINATIVE
 from realign.evaluation.benchmarks.chair import CHAIR
+from realign.evaluation.benchmarks.chair_coco import CHAIR_COCO
 from realign.evaluation.benchmarks.hallusionbench import HALLUSIONBENCH
+from realign.evaluation.benchmarks.llava_bench import LLAVA_BENCH
+from realign.evaluation.benchmarks.mm_vet import MM_VET
 from realign.evaluation.benchmarks.mmbench import MMBENCH
 from realign.evaluation.benchmarks.mme import MME
+from realign.evaluation.benchmarks.mmhal import MMHAL
 from realign.evaluation.benchmarks.pope import POPE
 from realign.evaluation.benchmarks.scienceqa import SCIENCEQA
 from realign.evaluation.benchmarks.textvqa import TEXTVQA, VIZWIZ
@@ -21,27 +25,54 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     POPE,
     HALLUSIONBENCH,
     AMBER_DISCRIMINATIVE,
+    CHAIR_COCO,
     CHAIR,
     MME,
     MMBENCH,
     SCIENCEQA,
     TEXTVQA,
     VIZWIZ,
+    MMHAL,
+    MM_VET,
+    LLAVA_BENCH,
 )
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """Return the benchmark of a name.
+    """Return the benchmark of a name; the one with published data where two have it.
 
     Raises:
         RefusedError: There is none.
     """
-    known = {benchmark.name: benchmark for benchmark in BENCHMARKS}
-    if name not in known:
+    return _named(name)[0]
+
+
+def find_rule(name: str, rule: str) -> tuple[Benchmark, Rule]:
+    """Return the benchmark of a name that has a rule, and the rule. CHAIR's published data and data
+    of one's own are two benchmarks with one name, whose rules differ.
+
+    Raises:
+        RefusedError: There is none.
+    """
+    named = _named(name)
+    for benchmark in named:
+        if rule in benchmark.rules:
+            return benchmark, benchmark.rules[rule]
+    known = [rule for benchmark in named for rule in benchmark.rules]
+    raise RefusedError(
+        f"rule must be one of {', '.join(known)} for {named[0].title}, got {rule!r}. Name one of "
+        "them."
+    )
+
+
+def _named(name: str) -> list[Benchmark]:
+    named = [benchmark for benchmark in BENCHMARKS if benchmark.name == name]
+    if not named:
+        known = dict.fromkeys(benchmark.name for benchmark in BENCHMARKS)
         raise RefusedError(
             f"benchmark must be one of {', '.join(known)}, got {name!r}. Name one of them."
         )
-    return known[name]
+    return named
 
 
 def read_tasks(data: Path) -> dict[str, Task]:

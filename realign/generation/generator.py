@@ -21,10 +21,11 @@ class Answer(NamedTuple):
 
 
 class Request(NamedTuple):
-    """One user turn about one image file."""
+    """One user turn about one image file, or about none."""
 
     prompt: str
-    image: Path
+    image: Path | None
+    system: str = ""  # text of a system turn before it, which only servers are sent
 
 
 class Generator(Protocol):

@@ -73,8 +73,11 @@ class TransformersGenerator:
             for request in requests
         ]
         images = [
-            decode_image(request.image.read_bytes(), request.image.name) for request in requests
+            decode_image(request.image.read_bytes(), request.image.name)
+            for request in requests
+            if request.image is not None
         ]
+        assert len(images) == len(requests), "requests without an image"
         batch = process(
             self.processor,
             texts,

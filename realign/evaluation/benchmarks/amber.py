@@ -10,7 +10,15 @@ import numpy as np
 
 from realign.errors import RefusedError
 from realign.evaluation.answer_words import yes_or_no
-from realign.evaluation.benchmark import AnswerFormat, Array, Benchmark, Layout, Metrics, Rule
+from realign.evaluation.benchmark import (
+    AnswerFormat,
+    Array,
+    Benchmark,
+    Layout,
+    Metrics,
+    Rule,
+    of_items,
+)
 from realign.evaluation.rows import Key, Row, check_row, read_records
 
 ANNOTATIONS = "annotations.json"
@@ -171,6 +179,7 @@ AMBER_DISCRIMINATIVE = Benchmark(
                 "existence": official_metrics(epsilon=0.001),
             },
             unit="percent",
+            units={"accuracy": of_items(lambda scores: scores[1], 100)},
             says_yes=lambda answer: official_word(answer) is True,
             strips=False,
             note="No is the positive class. Only the answers Yes and No to the letter count; F1 is "
@@ -186,6 +195,7 @@ AMBER_DISCRIMINATIVE = Benchmark(
     },
     table=[],
     splits=_splits,
+    headline=("accuracy", "f1"),
     version_keys=("id", "image", "text", "type", "truth"),
     versions={"6bb6111800188396": "534babf"},
     answer_formats=[AnswerFormat(("id", "response"), "response", _id, lambda row: row["id"])],

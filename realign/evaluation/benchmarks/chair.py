@@ -112,4 +112,5 @@ CHAIR = Benchmark(
         ),
     ],
     samples={"chair": show},
+    less_is_better=("chair_i",),
 )

@@ -19,6 +19,8 @@ from realign.evaluation.benchmark import (
     Record,
     Rule,
     ScoredRow,
+    UnitValues,
+    of_items,
 )
 from realign.evaluation.rows import Row
 from realign.runtime.files import read_utf8
@@ -58,6 +60,7 @@ VERSION_2023 = (  # rows_digest of every task
     "6b751fb29ffba317",
     "b5f088363af65f40",
 )
+QUESTION_END = "Please answer yes or no."
 _WIDTH = 4  # questions, right ones, images, images with both right
 
 
@@ -114,7 +117,7 @@ def _row(task: str, image: str, question: str, label: str, where: str) -> Row:
 
 def _key(task: Any, image: Any, question: Any) -> tuple[str, str, str]:
     """Return what is the same of a question in every program's wording of the prompt."""
-    plain = str(question).split("\n")[0].replace("Please answer yes or no.", "")
+    plain = str(question).split("\n")[0].replace(QUESTION_END, "")
     return str(task), Path(str(image)).stem, " ".join(plain.split())
 
 
@@ -196,6 +199,11 @@ def image_counts(rows: Sequence[ScoredRow]) -> Array:
     return counts.ravel()
 
 
+def _both_right(rows: Sequence[ScoredRow]) -> list[float]:
+    right = [scores[0] for _, scores in rows]
+    return [float(len(right) == 2 and all(right))]
+
+
 def task_metrics(counts: Array) -> Mapping[str, Array]:
     """Return accuracy over questions, accuracy over images with both right, and their sum."""
     questions, right, images, both = _columns(counts).sum(axis=-1)
@@ -231,6 +239,10 @@ def _rule(parse: Callable[[str], bool | None], note: str) -> Rule:
         combine=image_counts,
         split_metrics={"perception": sum_metrics(PERCEPTION), "cognition": sum_metrics(COGNITION)},
         unit="points",
+        units={
+            "acc": of_items(lambda scores: scores[0], 100),
+            "acc_plus": UnitValues(_both_right, 100),
+        },
         says_yes=lambda answer: parse(answer) is True,
         note=note,
     )
@@ -257,6 +269,7 @@ MME = Benchmark(
         "perception" if row["task"] in PERCEPTION else "cognition",
         row["task"],
     ),
+    headline=("score",),
     version_keys=("key", "label"),
     versions=dict.fromkeys(VERSION_2023, "2023"),
     answer_reader=read_answer_lists,

@@ -11,7 +11,15 @@ import numpy as np
 
 from realign.errors import RefusedError
 from realign.evaluation.answer_letters import llava_letter, vlmevalkit_letter
-from realign.evaluation.benchmark import AnswerFormat, Array, Benchmark, Layout, Rule
+from realign.evaluation.benchmark import (
+    AnswerFormat,
+    Array,
+    Benchmark,
+    Layout,
+    Rule,
+    UnitValues,
+    of_items,
+)
 from realign.evaluation.rows import Key, Row, check_row, read_member, read_records
 from realign.runtime.strict_json import read_json
 
@@ -156,6 +164,15 @@ def percents(counts: Array) -> Mapping[str, Array]:
     return {name: 100 * value for name, value in fractions(counts).items()}
 
 
+def _units(scale: float) -> dict[str, UnitValues]:
+    return {
+        "accuracy": of_items(lambda scores: scores[1], scale),
+        "image_accuracy": UnitValues(
+            lambda rows: [float(scores[1]) for row, scores in rows if row["has_image"]], scale
+        ),
+    }
+
+
 def _question_id(record: Mapping[str, Any]) -> str:
     return str(record["question_id"])
 
@@ -172,13 +189,20 @@ SCIENCEQA = Benchmark(
             official,
             percents,
             unit="percent",
+            units=_units(100),
             note="LLaVA's script: A, or A. with a space behind it, or The answer is A. to the "
             "letter; (A), a and B. are wrong.",
         ),
-        "lmms-eval": Rule(lmms, fractions, note="A letter of any case, or one before a period."),
+        "lmms-eval": Rule(
+            lmms,
+            fractions,
+            units=_units(1),
+            note="A letter of any case, or one before a period.",
+        ),
         "vlmevalkit": Rule(
             vlmevalkit,
             fractions,
+            units=_units(1),
             note="A letter among the last words, or the text of exactly one choice.",
         ),
     },

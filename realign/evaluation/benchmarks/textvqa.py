@@ -7,7 +7,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from realign.evaluation.benchmark import AnswerFormat, Array, Benchmark, Layout, Record, Rule
+from realign.evaluation.benchmark import (
+    AnswerFormat,
+    Array,
+    Benchmark,
+    Layout,
+    Record,
+    Rule,
+    UnitValues,
+    of_items,
+)
 from realign.evaluation.rows import Key, Row, check_row, read_member, read_records
 from realign.evaluation.vqa_answers import (
     Normalizer,
@@ -92,6 +101,10 @@ def _percent(sums: Array) -> Mapping[str, Array]:
     return {"accuracy": 100 * sums[..., 1] / sums[..., 0]}
 
 
+def _units(scale: float) -> dict[str, UnitValues]:
+    return {"accuracy": of_items(lambda scores: scores[1], scale)}
+
+
 def _question(prompt: str) -> str:
     """Return the question of LLaVA's prompt, in small letters."""
     first, *others = str(prompt).split("\n")
@@ -107,18 +120,21 @@ RULES = {
         accuracy_by(official_form),
         _percent,
         unit="percent",
+        units=_units(100),
         note="Three of ten people give 0.9, four 1. Prompts with and without the tokens of an OCR "
         "system are not comparable.",
     ),
     "lmms-eval": Rule(
         accuracy_by(official_form),
         _fraction,
+        units=_units(1),
         note="The official numbers; its prompt has no OCR tokens unless one asks for them.",
     ),
     "vlmevalkit": Rule(
         accuracy_by(vlmevalkit_form),
         _percent,
         unit="percent",
+        units=_units(100),
         note="Commas and a possessive s stay, and so does a period after a digit.",
     ),
 }
