@@ -322,9 +322,7 @@ class TrainConfig(Section):
     objective: Annotated[
         Literal["rdpo", "dpo", "vdpo", "mdpo", "symmetric", "sft"], Shown("Objective")
     ] = "rdpo"
-    """Loss to minimize. For comparison, ``vdpo`` is the image-pair term alone, and ``sft`` the
-    likelihood of the chosen answers alone.
-    """
+    """Loss to minimize; ``vdpo`` is the image pair alone, ``sft`` the chosen answers alone."""
     beta: PositiveFloat = 0.1
     """KL strength of the answer-pair term."""
     image_beta: PositiveFloat | None = None

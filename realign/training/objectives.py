@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from realign.errors import RefusedError
-from realign_kernels import Objective, Term
+from realign_kernels import Objective
 
 
 def _sft(beta: float) -> Objective:
@@ -17,16 +17,11 @@ def _sft(beta: float) -> Objective:
     return Objective((dataclasses.replace(text, weight=0.0),), nll_weight=1.0)
 
 
-def _vdpo(beta: float, image_beta: float, image_weight: float) -> Objective:
-    """The image pair alone, L_vDPO of the paper; rewards are at its beta."""
-    return Objective((Term((1.0, 0.0, -1.0), weight=image_weight, beta=image_beta),))
-
-
 # name -> objective of (beta, image_beta, image_weight)
 OBJECTIVES: dict[str, Callable[[float, float, float], Objective]] = {
     "rdpo": Objective.rdpo,
     "dpo": lambda beta, image_beta, image_weight: Objective.dpo(beta),
-    "vdpo": _vdpo,
+    "vdpo": lambda *options: Objective(Objective.rdpo(*options).terms[1:]),  # the image pair
     "mdpo": Objective.mdpo,
     "symmetric": Objective.symmetric,
     "sft": lambda beta, image_beta, image_weight: _sft(beta),
@@ -69,8 +64,7 @@ def make_objective(options: ObjectiveOptions) -> Objective:
         raise RefusedError(
             f"objective must be one of {sorted(OBJECTIVES)}, got {name!r}. Name one of them."
         )
-    unread = ("image_beta", "image_weight") if name in WITHOUT_IMAGE_PAIR else ()
-    for option in unread:
+    for option in ("image_beta", "image_weight") if name in WITHOUT_IMAGE_PAIR else ():
         value = getattr(options, option)
         if value != getattr(ObjectiveOptions, option):
             raise RefusedError(
