@@ -30,13 +30,17 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=usable_cores(), help="processes")
     parser.add_argument("--smoke", action="store_true", help="a small run that proves the code")
     parser.add_argument("--only-tune", action="store_true", help="end before the reporting runs")
+    parser.add_argument(
+        "--only-tables", action="store_true", help="after tuning, report the runs that are done"
+    )
     args = parser.parse_args()
     try:
         experiment = Experiment(SMOKE if args.smoke else FULL, args.base, args.out, args.workers)
         experiment.tune()
         if args.only_tune:
             return 0
-        experiment.report()
+        if not args.only_tables:
+            experiment.report()
         found = results(experiment)
     except RefusedError as error:
         announce(str(error))

@@ -218,7 +218,9 @@ class Experiment:
         return steps_for(rows, condition if view.at == "equal rows" else rdpo)
 
     def said(self, run: Run, steps: int) -> Said | None:
-        """Return what a run said after some steps; None where it stopped before."""
+        """Return what a run said after some steps; None where it stopped before or was not done."""
+        if not run.file(self.out).is_file():
+            return None
         if (run, steps) not in self._said:
             draws = [self._draw(seed) for seed in run.draws]
             for point in read_json(run.file(self.out))["points"]:
