@@ -129,6 +129,40 @@ def difference_plot(title: str, differences: Sequence[Difference]) -> Markup | N
     return _svg(axes)
 
 
+def bar_plot(
+    title: str,
+    bars: Mapping[str, tuple[float, float, float] | None],
+    scale: int = 100,
+    note: str = "",
+) -> Markup:
+    """Return one bar per model with its interval and its value, from 0.
+
+    Args:
+        title: Above the plot.
+        bars: Label to (value, low, high); None, which is not defined, is a dash.
+        scale: Factor of the values; 100 plots fractions in percent.
+        note: Below the plot, such as why a value is not defined.
+    """
+    axes = _axes(title, note)
+    axes.set_xticks(range(len(bars)), list(bars))
+    axes.set_xlim(-0.5, max(1, len(bars)) - 0.5)
+    ends = [0.0]
+    for position, bar in enumerate(bars.values()):
+        value, low, high = (scale * end for end in bar or (0.0, 0.0, 0.0))
+        ends += [value, low, high]
+        if bar:
+            # a bar's length is its value; small differences are read from the numbers and the
+            # intervals, which need not hold the value where draws are left out of them
+            axes.bar(position, value, color=COLORS[position % len(COLORS)], width=0.6)
+            axes.plot([position, position], [low, high], color="#344054", marker="_", markersize=6)
+        axes.annotate(
+            f"{value:.1f}" if bar else "—", (position, max(value, high)), (0, 3),
+            textcoords="offset points", ha="center", fontsize=9, color="#344054",
+        )  # fmt: skip
+    axes.set_ylim(1.12 * min(ends), 1.12 * max(ends) or float(min(ends) == 0))
+    return _svg(axes)
+
+
 def count_plot(title: str, counts: Mapping[str, int]) -> Markup:
     """Return a bar plot of counts by category."""
     axes = _axes(title)
