@@ -132,15 +132,17 @@ def _check_backend(backend: str, device_type: str, dtype: torch.dtype) -> _Check
 
     exact = inputs.as_leaves(torch.float64)
     dense_rdpo_loss(exact, ref_logps, Objective.rdpo()).loss.backward()
-    tensors = [part.detach().to(device_type).requires_grad_() for part in inputs.tensors]
-    moved = inputs.replace_tensors(tensors)
+    hidden_states, weight = (
+        part.detach().to(device_type).requires_grad_() for part in inputs.tensors
+    )
     labels, ref_logps = inputs.labels.to(device_type), ref_logps.to(device_type)
-    rdpo_loss(*tensors, labels, ref_logps, backend=backend).loss.backward()
+    rdpo_loss(hidden_states, weight, labels, ref_logps, backend=backend).loss.backward()
     with torch.no_grad():
-        token_logps = linear_logprob(*tensors, labels, backend=backend).cpu().double()
+        scores = linear_logprob(hidden_states, weight, labels, backend=backend)
+        token_logps = scores.cpu().double()
         logprob_error = (token_logps - dense_logprob(exact)).abs().max().item()
     errors = []
-    for tensor, right in zip(moved.tensors, exact.tensors, strict=True):
+    for tensor, right in zip((hidden_states, weight), exact.tensors, strict=True):
         assert tensor.grad is not None
         assert right.grad is not None
         difference = tensor.grad.cpu().double() - right.grad

@@ -15,6 +15,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from realign.data.records import Record
 from realign.demo.experiment.protocol import PAIRS_PER_STEP, WARMUP_STEPS, Condition
+from realign.errors import RefusedError
 from realign.modeling.acceleration import Numerics
 from realign.modeling.adapters import add_adapter
 from realign.modeling.loading import load_model
@@ -54,7 +55,13 @@ def align(
         The trainer's last log line: rewards, margins, log-probabilities and loss.
     Raises:
         FloatingPointError: A loss or a gradient is not finite.
+        RefusedError: There are fewer pairs than a step reads.
     """
+    if len(records) < PAIRS_PER_STEP:
+        raise RefusedError(
+            f"a seed must give at least {PAIRS_PER_STEP} pairs, got {len(records)}. Draw more "
+            "scenes."
+        )
     options = objective_options(condition, beta)
     set_seed(seed)
     model: Any = load_model(base, torch.float32)

@@ -238,7 +238,8 @@ class Protocol:
 FULL = Protocol()
 # Small enough for a test; it proves the code and says nothing about the world.
 SMOKE = Protocol(
-    conditions=(Condition("DPO", "dpo"), Condition("rDPO", "rdpo")),
+    # pairs of this kind need no generation
+    conditions=tuple(Condition(name, name.lower(), pairs="shortcut") for name in ("DPO", "rDPO")),
     claims=(
         _less(View("rDPO"), View("DPO"), is_primary=True),
         Claim(View("rDPO"), View(BASE), "free.recall", keeps_up=True),
@@ -247,9 +248,9 @@ SMOKE = Protocol(
     tuning_seeds=(11,),
     reporting_seeds=(21, 22),
     reporting_draws=(41,),
-    scenes=14,
-    eval_scenes=6,
-    kl_captions=3,
+    scenes=24,
+    eval_scenes=4,
+    kl_captions=2,
     grid=Grid((1e-4,), (0.1,), (6,)),
     max_extensions=0,
     resamples=20,

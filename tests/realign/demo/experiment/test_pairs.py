@@ -79,3 +79,16 @@ def test_texts_are_the_same_whatever_image_is_rejected(made: Mapping[str, Any]) 
         for name in ("retrieved", "random", "noised")
     ]
     assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.full
+def test_the_pipeline_makes_pairs_of_these_scenes(model_dir: Path) -> None:
+    scenes = training_scenes(SEED, 6)
+    made = make_pairs("pipeline", SEED, 6, model_dir)
+    assert made["pairs"]
+    for pair in made["pairs"]:
+        scene = scenes[pair["image"]]
+        assert pair["retrieved"] != pair["image"]
+        assert pair["chosen"] != pair["rejected"]
+        told = {scene.caption(), *(scene.answer(kind) for kind in KINDS)}
+        assert pair["chosen"] in told
