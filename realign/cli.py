@@ -428,6 +428,215 @@ def eval_score(
     rich_print(answer_table(scores))
 
 
+@eval_app.command("compare")
+def eval_compare(
+    benchmark: Annotated[str, typer.Option(help="Name of the benchmark, such as pope.")],
+    data: Annotated[Path, typer.Option(help="Folder with the benchmark's published files.")],
+    answers: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=FILE",
+            help="Model and its file of answers; repeatable. The first is the baseline. A name "
+            "that is repeated holds another training run; NAME@RUN=FILE names the run.",
+        ),
+    ],
+    rule: Annotated[str, typer.Option(help="Rule that scores the answers.")] = "official",
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="Metric to compare; repeatable. By default those of published tables."),
+    ] = None,
+    split: Annotated[
+        list[str] | None, typer.Option(help="Split to compare in; repeatable. By default all.")
+    ] = None,
+    allow_subset: Annotated[
+        bool,
+        typer.Option("--allow-subset", help="Compare on what all answered, where some is missing."),
+    ] = False,
+    bootstrap: Annotated[
+        int, typer.Option(min=1, help="Draws of the bootstrap and of the permutation test.")
+    ] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Compare models by stored answers, with intervals and tests, without a model.
+
+    docs/evaluation.md says what the numbers mean.
+    """
+    _check_exists("data", data, "a folder with the benchmark's files")
+    from realign.evaluation.answer_comparison import compare, named_files
+
+    scores = compare(
+        benchmark,
+        named_files(answers),
+        data,
+        rule,
+        metrics=metric or (),
+        splits=split or (),
+        allow_subset=allow_subset,
+        bootstrap=bootstrap,
+        seed=seed,
+    )
+    if as_json:
+        from realign.runtime.files import json_text
+
+        typer.echo(json_text(scores, indent=1))
+        return
+    from rich import print as rich_print
+
+    from realign.evaluation.comparison_table import comparison_table
+
+    rich_print(comparison_table(scores))
+
+
+@eval_app.command("write")
+def eval_write(
+    benchmark: Annotated[str, typer.Option(help="Name of the benchmark, such as pope.")],
+    data: Annotated[Path, typer.Option(help="Folder with the benchmark's published files.")],
+    form: Annotated[
+        str, typer.Option("--format", help="Form to write: official, llava, llava-questions, ...")
+    ],
+    out: Annotated[Path, typer.Option(help="New file, or folder for forms of several files.")],
+    answers: Annotated[
+        list[Path] | None,
+        typer.Option(help="File of answers, in any format that is read; repeatable."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="What LLaVA's files call the model; by default the file's name.")
+    ] = "",
+    allow_subset: Annotated[
+        bool, typer.Option("--allow-subset", help="Write a part where answers are missing.")
+    ] = False,
+) -> None:
+    """Write answers, or LLaVA's questions, as the published programs read them.
+
+    docs/evaluation.md lists the forms.
+    """
+    _check_exists("data", data, "a folder with the benchmark's files")
+    from realign.evaluation.answer_writing import write
+
+    report = write(
+        benchmark, data, form, out, answers or (), model=model, allow_subset=allow_subset
+    )
+    for note in report.notes:
+        typer.echo(note)
+    typer.echo(f"{report.number:,} {'answers' if answers else 'questions'} -> {report.out}")
+
+
+@eval_app.command("judge")
+def eval_judge(
+    benchmark: Annotated[
+        str,
+        typer.Option(help="hallusionbench, mmhal, mm-vet, llava-bench or mmbench."),
+    ],
+    data: Annotated[Path, typer.Option(help="Folder with the benchmark's published files.")],
+    answers: Annotated[
+        list[Path], typer.Option(help="File of answers, in a format of the benchmark; repeatable.")
+    ],
+    endpoint: Annotated[
+        str, typer.Option(metavar="URL", help="Server, such as http://127.0.0.1:8000/v1.")
+    ],
+    judge: Annotated[str, typer.Option(metavar="MODEL", help="The judge's name on the server.")],
+    out: Annotated[
+        Path, typer.Option(help="File of answers and replies, which `realign eval score` reads.")
+    ],
+    prompt: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Template of the prompt, such as the published one; by default this project's.",
+        ),
+    ] = None,
+    repeat: Annotated[
+        int, typer.Option(min=1, help="Gradings of every answer; 3 show how far they differ.")
+    ] = 1,
+    allow_subset: Annotated[
+        bool, typer.Option("--allow-subset", help="Judge a part where answers are missing.")
+    ] = False,
+    temperature: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBER|none",
+            help="Sampling temperature; by default the one of the benchmark's judge. none sends "
+            "none, for models that accept no other than theirs.",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Longest reply; by default the one of the benchmark's judge."),
+    ] = None,
+    length_field: Annotated[
+        str, typer.Option(help="max_completion_tokens, or max_tokens for servers before 2025.")
+    ] = "max_completion_tokens",
+    api_key_env: Annotated[
+        str, typer.Option(metavar="NAME", help="Environment variable that holds the API key.")
+    ] = "OPENAI_API_KEY",
+    concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 8,
+    timeout_s: Annotated[
+        float, typer.Option(min=0.1, help="Seconds after which a request counts as failed.")
+    ] = 120.0,
+    max_retries: Annotated[
+        int,
+        typer.Option(min=0, help="Retries after status 429 or 5xx, or a broken connection."),
+    ] = 6,
+) -> None:
+    """Have a model behind a server judge answers.
+
+    The judge reads the question, the reference and the answer, but no image. Its replies are
+    stored beside the answers, and `realign eval score` takes the scores from them. Every reply is
+    kept in OUT.journal.jsonl as it comes: a stopped command continues when it is given again, and
+    asks nothing twice. What the judge did not answer is left unjudged.
+    """
+    _check_exists("data", data, "a folder with the benchmark's files")
+    _check_exists("prompt", prompt, "a file")
+    if length_field not in ("max_completion_tokens", "max_tokens"):
+        raise RefusedError(
+            f"length-field must be max_completion_tokens or max_tokens, got {length_field!r}. Name "
+            "one of them."
+        )
+    from realign.evaluation.judge import JudgeModel
+    from realign.evaluation.judge import judge as run
+    from realign.generation.endpoint import Endpoint
+
+    where = Endpoint(endpoint, api_key_env, concurrency, timeout_s, max_retries)
+    model = JudgeModel(
+        where,
+        judge,
+        None if temperature in (None, "none") else _temperature(str(temperature)),
+        temperature != "none",
+        max_tokens,
+        length_field,
+    )
+    done = run(
+        benchmark,
+        answers,
+        data,
+        out,
+        model,
+        prompt=prompt,
+        repeat=repeat,
+        allow_subset=allow_subset,
+    )
+    typer.echo(
+        f"{done.answers:,} answers, {done.read:,} of them read by {judge} in {repeat} "
+        f"{'grading' if repeat == 1 else 'gradings'} ({done.asked:,} requests asked, "
+        f"{done.from_journal:,} from the journal); {done.without_verdict:,} without a verdict -> "
+        f"{out}"
+    )
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 2:
+        raise RefusedError(
+            f"temperature must be a number from 0 to 2 or none, got {text!r}. Leave it out for the "
+            "one of the benchmark's judge."
+        )
+    return value
+
+
 @app.command()
 def report(
     run: Annotated[

@@ -21,6 +21,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -342,8 +343,10 @@ class TrainConfig(Section):
     """Passes over the dataset."""
     batch_size: PositiveInt = 1
     """Pairs per device per micro-batch."""
-    accumulation: PositiveInt = 8
-    """Micro-batches per optimizer step."""
+    pairs_per_step: PositiveInt = 32
+    """Pairs behind one update of the weights, over all devices; 32 in the paper. Each device
+    accumulates as many micro-batches as that takes.
+    """
     warmup_ratio: float = Field(default=0.03, ge=0, le=1)
     """Share of the steps over which the learning rate rises from 0."""
     weight_decay: NonNegativeFloat = 0.0
@@ -399,7 +402,17 @@ class TrainConfig(Section):
     report_to: Annotated[list[str], Effect.NONE, Shown(metavar="TRACKER")] = Field(
         default_factory=list
     )
-    """Experiment tracker of transformers.Trainer, such as tensorboard."""
+    """Experiment trackers of transformers.Trainer, such as tensorboard or wandb, whose packages are
+    installed.
+    """
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _read_one_name(cls, value: Any) -> Any:
+        """Take a name for a list of one; ``none`` is what transformers calls an empty one."""
+        if isinstance(value, str):
+            return [] if value == "none" else [value]
+        return value
 
     @model_validator(mode="after")
     def _check_parts(self) -> TrainConfig:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from realign.errors import RefusedError
 from realign.evaluation.benchmark import (
@@ -16,9 +17,19 @@ from realign.evaluation.benchmark import (
     Benchmark,
     Record,
 )
+from realign.evaluation.judging import Replies, Reply
 from realign.evaluation.rows import Row, read_records, read_table
 
 Tasks = dict[str, list[Row]]
+
+
+class Answered(NamedTuple):
+    """A row with its answer and what judges replied about it."""
+
+    row: Row
+    answer: str
+    replies: Replies = ()
+    """A reply for each grading; those of a file that has none about this answer have no text."""
 
 
 def read_answers(
@@ -28,8 +39,10 @@ def read_answers(
     *,
     covers: Callable[[Row], bool],
     allows_subset: bool,
-) -> list[tuple[Row, Record, str]]:
+) -> list[Answered]:
     """Read the answers to a benchmark's questions.
+
+    Several files may hold gradings of the same answers by a judge.
 
     Args:
         benchmark: Which formats are understood.
@@ -38,16 +51,13 @@ def read_answers(
         covers: Whether a row is scored. Answers to other rows may be there or not.
         allows_subset: Whether questions may be left out.
     Returns:
-        answered: Each row to score that has an answer, in the order of the rows, with the record
-            that holds it and the answer.
+        answered: Each row to score that has an answer, in the order of the rows.
     Raises:
         RefusedError: A file has no known format, its answers are not those of the questions, or two
             questions have one id.
     """
     _check_ids(tasks)
-    found: dict[int, tuple[Record, str]] = {}  # by id() of a row
-    unknown: list[str] = []
-    repeated: list[str] = []
+    found = _Found()
     for path in paths:
         records = benchmark.answer_reader(path) or _of_benchmark(_records(path), benchmark, path)
         form = _format_of(records, benchmark, path)
@@ -56,22 +66,95 @@ def read_answers(
             if form.is_in_order
             else _by_key(form, records, tasks)
         )
+        found.begin_file()
         for where, record, rows in pairs:
-            answer = record[form.answer]
-            if not isinstance(answer, str):
-                raise RefusedError(
-                    f"{where}: {form.answer} must be a string, got {answer!r:.80}. Correct it."
-                )
-            if not rows:
-                unknown.append(where)
-            if any(id(row) in found for row in rows):
-                repeated.append(where)
-            found.update({id(row): (record, answer) for row in rows})
+            found.add(where, rows, _answer(form, record, where), _replies(benchmark, record, where))
     all_rows = [row for rows in tasks.values() for row in rows if covers(row)]
-    missing = [row for row in all_rows if id(row) not in found]
-    if unknown or repeated or (missing and not allows_subset):
-        _refuse(paths, len(all_rows), len(all_rows) - len(missing), missing, unknown, repeated)
-    return [(row, *found[id(row)]) for row in all_rows if id(row) in found]
+    missing = [row for row in all_rows if id(row) not in found.answers]
+    if found.unknown or found.repeated or (missing and not allows_subset):
+        faults = (missing, found.unknown, found.repeated)
+        _refuse(paths, len(all_rows), len(all_rows) - len(missing), *faults)
+    return [
+        Answered(row, found.answers[id(row)] or "", found.replies(row))
+        for row in all_rows
+        if id(row) in found.answers
+    ]
+
+
+class _Found:
+    """What the files read so far hold; rows are known by their ``id()``.
+
+    An answer may be there once, or in several files of which each but one holds the replies of a
+    judge about it: those are gradings of the same answer.
+    """
+
+    def __init__(self) -> None:
+        self.answers: dict[int, str | None] = {}
+        self.unknown: list[str] = []
+        self.repeated: list[str] = []
+        self._gradings: list[dict[int, Replies]] = []
+
+    def begin_file(self) -> None:
+        self._gradings.append({})
+
+    def add(self, where: str, rows: Sequence[Row], answer: str | None, replies: Replies) -> None:
+        if not rows:
+            self.unknown.append(where)
+        if any(self._is_repeated(id(row), answer, replies) for row in rows):
+            self.repeated.append(where)
+        for row in rows:
+            self._gradings[-1][id(row)] = replies
+            if self.answers.get(id(row)) is None:
+                self.answers[id(row)] = answer
+
+    def _is_repeated(self, key: int, answer: str | None, replies: Replies) -> bool:
+        if key not in self.answers:
+            return False
+        other = self.answers[key]
+        is_other = None not in (answer, other) and answer != other
+        is_graded = bool(replies) or any(found.get(key) for found in self._gradings)
+        return key in self._gradings[-1] or is_other or not is_graded
+
+    def replies(self, row: Row) -> Replies:
+        """Return the replies about a row's answer, as many for every row."""
+        gathered: list[Reply] = []
+        for found in self._gradings:
+            length = max(map(len, found.values()), default=0)
+            own = found.get(id(row), ())
+            gathered += [*own, *[Reply(None)] * (length - len(own))]
+        return gathered
+
+
+def _answer(form: AnswerFormat, record: Record, where: str) -> str | None:
+    if form.answer is None:
+        return None
+    answer = record[form.answer]
+    if not isinstance(answer, str):
+        raise RefusedError(
+            f"{where}: {form.answer} must be a string, got {answer!r:.80}. Correct it."
+        )
+    return answer
+
+
+def _replies(benchmark: Benchmark, record: Record, where: str) -> Replies:
+    try:
+        return benchmark.replies(record)
+    except RefusedError as error:
+        raise RefusedError(f"{where}: {error}") from None
+
+
+def named_questions(benchmark: Benchmark, paths: Sequence[Path]) -> set[str]:
+    """Return the keys of the questions that answer files name, as their formats have them.
+
+    Raises:
+        RefusedError: A file has no known format.
+    """
+    keys: set[str] = set()
+    for path in paths:
+        records = benchmark.answer_reader(path) or _records(path)
+        form = _format_of(records, benchmark, path)
+        keys.update(str(form.key(record)) for _, record in records)
+    return keys
 
 
 def _check_ids(tasks: Tasks) -> None:
@@ -134,16 +217,17 @@ def _format_of(
     formats = (STORED_ANSWERS, *benchmark.answer_formats, OWN_ANSWERS, ANSWERS_BY_ID)
     first = records[0][1]
     for form in formats:
-        if all(name in first for name in form.fields):
+        names = (*form.fields, *form.reply_fields)
+        if all(name in first for name in names):
             for where, record in records:
-                if lacking := [name for name in form.fields if name not in record]:
+                if lacking := [name for name in names if name not in record]:
                     raise RefusedError(
                         f"{where} requires {' and '.join(lacking)}, as the first record of "
                         f"{path.name} has, got only {sorted(record)}. Add what is missing."
                     )
                 _check_fields(record, form, where)
             return form
-    known = "; ".join(" and ".join(form.fields) for form in formats)
+    known = "; ".join(" and ".join((*form.fields, *form.reply_fields)) for form in formats)
     raise RefusedError(
         f"{records[0][0]}: an answer of {benchmark.title} must have one of these sets of fields: "
         f"{known}; got {sorted(first)}. docs/evaluation.md describes the formats."

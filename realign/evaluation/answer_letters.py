@@ -51,6 +51,13 @@ def vlmevalkit_letter(answer: str, choices: Mapping[str, str]) -> str:
     return NO_LETTER
 
 
+def names_no_choice(reply: str) -> bool:
+    """Return whether a judge's reply says that an answer is none of the choices, with the letter Z
+    alone.
+    """
+    return reply.translate(_SEPARATORS).split() == [NO_LETTER]
+
+
 def _named_letter(answer: str, choices: Mapping[str, str]) -> str | None:
     """Return the only letter among the last words, or the stated one; None without either."""
     words = answer.translate(_SEPARATORS).split()

@@ -26,6 +26,7 @@ class Request(NamedTuple):
 
     prompt: str
     image: Path | None
+    system: str = ""  # text of a system turn before it, which only servers are sent
 
 
 class Generator(Protocol):

@@ -18,6 +18,7 @@ from realign.evaluation.table import (
     UNDEFINED,
     cut_note,
     draws_note,
+    noise_note,
     read_scores,
     score_rows,
     units_note,
@@ -47,9 +48,11 @@ def score_part(folder: Path, tiles: list[dict[str, str]]) -> dict[str, Any]:
             tiles.append(
                 {"value": f"{cells[baseline].value} → {cells[last].value}", "label": label}
             )
-    notes = " ".join(note for note in (cut_note(scores), draws_note(scores)) if note)
+    about = (noise_note(scores), cut_note(scores), draws_note(scores))
+    notes = " ".join(note for note in about if note)
     items = (
-        f"{name}: {task['items']:,} items, rule {', '.join(task['rules'])}"
+        f"{name}: {task['items']:,} items, rule "
+        f"{', '.join(scores['benchmarks'][task['benchmark']]['rules'])}"
         for name, task in scores["tasks"].items()
     )
     return {
@@ -57,7 +60,7 @@ def score_part(folder: Path, tiles: list[dict[str, str]]) -> dict[str, Any]:
         "score_rows": rows,
         "score_plots": plots,
         "score_note": f"{'; '.join(items)}. Below each value is its difference from {baseline}, "
-        f"coloured where its interval excludes 0 ({units_note(scores)}). {notes}",
+        f"coloured where it is not inside the noise ({units_note(scores)}). {notes}",
         "samples": [_sample(sample, folder) for sample in scores["samples"]],
         "samples_model": last,
     }

@@ -19,6 +19,7 @@ from realign.evaluation.benchmark import (
     Prompt,
     Rule,
     TableRow,
+    of_items,
 )
 from realign.evaluation.rows import Key, Row, check_row, read_records
 
@@ -180,6 +181,7 @@ AMBER_DISCRIMINATIVE = Benchmark(
                 "existence": official_metrics(epsilon=0.001),
             },
             unit="percent",
+            units={"accuracy": of_items(lambda scores: scores[1], 100)},
             says_yes=lambda answer: official_word(answer) is True,
             strips=False,
             note="No is the positive class. Only the answers Yes and No to the letter count; F1 is "
@@ -207,6 +209,7 @@ AMBER_DISCRIMINATIVE = Benchmark(
     },
     image_folder="amber",
     splits=_splits,
+    headline=("accuracy", "f1"),
     version_keys=("id", "image", "text", "type", "truth"),
     versions={"6bb6111800188396": "534babf"},
     answer_formats=[AnswerFormat(("id", "response"), "response", _id, lambda row: row["id"])],

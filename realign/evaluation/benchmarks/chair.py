@@ -117,4 +117,5 @@ CHAIR = Benchmark(
     },
     image_places=lambda row: (row["image"], f"val2014/{row['image']}"),
     samples={"chair": show},
+    less_is_better=("chair_i",),
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from realign.errors import RefusedError
-from realign.evaluation.answer_letters import vlmevalkit_letter
+from realign.evaluation.answer_letters import NO_LETTER, names_no_choice, vlmevalkit_letter
 from realign.evaluation.benchmark import (
     AnswerFormat,
     Array,
@@ -21,7 +21,9 @@ from realign.evaluation.benchmark import (
     Rule,
     ScoredRow,
     TableRow,
+    UnitValues,
 )
+from realign.evaluation.judging import Judge, Judging
 from realign.evaluation.prompt_texts import LETTER, list_choices, vlmevalkit_choices
 from realign.evaluation.rows import Row, read_table
 
@@ -117,10 +119,34 @@ def is_right(row: Row, answer: str) -> list[int]:
     return [int(vlmevalkit_letter(answer, row["choices"]) == row["label"])]
 
 
+def letter(row: Row, reply: str) -> str | None:
+    """Return the letter that a judge names, or Z where it says that the answer is no choice."""
+    found = vlmevalkit_letter(reply, row["choices"])
+    return found if found != NO_LETTER or names_no_choice(reply) else None
+
+
+def judge_values(row: Row, answer: str) -> dict[str, str]:
+    """Return what the judge is shown."""
+    options = "\n".join(f"{name}. {choice}" for name, choice in row["choices"].items())
+    return {"question": row["text"], "options": options, "answer": answer}
+
+
 def group_counts(rows: Sequence[ScoredRow]) -> list[int]:
     """Return groups, groups with every rotation right, and questions not rotated and right ones."""
-    plain = [right for row, (right,) in rows if not row["is_rotated"]]
+    plain = _plain(rows)
     return [1, int(all(right for _, (right,) in rows)), len(plain), int(sum(plain))]
+
+
+def _plain(rows: Sequence[ScoredRow]) -> list[float]:
+    return [right for row, (right,) in rows if not row["is_rotated"]]
+
+
+def units(scale: float) -> dict[str, UnitValues]:
+    """Return the units of both accuracies: groups, and questions that are not rotated."""
+    return {
+        "circular_accuracy": UnitValues(lambda rows: [float(group_counts(rows)[1])], scale),
+        "accuracy": UnitValues(_plain, scale),
+    }
 
 
 def metrics(scale: float) -> Callable[[Array], Mapping[str, Array]]:
@@ -143,8 +169,33 @@ MMBENCH = Benchmark(
     title="MMBench",
     layouts=[Layout({"mmbench": (file,)}, read) for file in FILES],
     rules={
-        "official": Rule(is_right, metrics(100), combine=group_counts, unit="percent", note=_NOTE),
-        "vlmevalkit": Rule(is_right, metrics(1), combine=group_counts, note=_NOTE),
+        "official": Rule(
+            is_right,
+            metrics(100),
+            combine=group_counts,
+            unit="percent",
+            units=units(100),
+            note=_NOTE,
+        ),
+        "vlmevalkit": Rule(is_right, metrics(1), combine=group_counts, units=units(1), note=_NOTE),
+        "judged": Rule(
+            is_right,
+            metrics(100),
+            combine=group_counts,
+            unit="percent",
+            units=units(100),
+            judging=Judging(
+                letter,
+                worst=lambda row: NO_LETTER,
+                best=lambda row: row["label"],
+                asks_about=lambda row, answer: (
+                    vlmevalkit_letter(answer, row["choices"]) == NO_LETTER
+                ),
+            ),
+            note="As official, but a judge names the choice of an answer without a letter or the "
+            "text of one choice. An answer whose choice it does not name is unjudged; the "
+            "published programs draw a random choice for it.",
+        ),
     },
     table=[
         TableRow(
@@ -186,5 +237,13 @@ MMBENCH = Benchmark(
             lambda row: row["id"],
         ),
     ],
-    constants={letter: letter for letter in "AB"},
+    constants={name: name for name in "AB"},
+    judge=Judge(
+        placeholders=("question", "options", "answer"),
+        values=judge_values,
+        rule="judged",
+        temperature=0.0,
+        max_tokens=None,
+        temperature_step=0.5,
+    ),
 )

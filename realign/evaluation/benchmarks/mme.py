@@ -21,6 +21,8 @@ from realign.evaluation.benchmark import (
     Rule,
     ScoredRow,
     TableRow,
+    UnitValues,
+    of_items,
 )
 from realign.evaluation.prompt_texts import SHORT_ANSWER
 from realign.evaluation.rows import Row
@@ -61,7 +63,7 @@ VERSION_2023 = (  # rows_digest of every task
     "6b751fb29ffba317",
     "b5f088363af65f40",
 )
-_YES_OR_NO = "Please answer yes or no."
+QUESTION_END = "Please answer yes or no."
 _WIDTH = 4  # questions, right ones, images, images with both right
 
 
@@ -120,7 +122,7 @@ def _row(task: str, image: str, question: str, label: str, where: str) -> Row:
 
 def _key(task: Any, image: Any, question: Any) -> tuple[str, str, str]:
     """Return what is the same of a question in every program's wording of the prompt."""
-    plain = str(question).split("\n")[0].replace(_YES_OR_NO, "")
+    plain = str(question).split("\n")[0].replace(QUESTION_END, "")
     return str(task), Path(str(image)).stem, " ".join(plain.split())
 
 
@@ -202,6 +204,11 @@ def image_counts(rows: Sequence[ScoredRow]) -> Array:
     return counts.ravel()
 
 
+def _both_right(rows: Sequence[ScoredRow]) -> list[float]:
+    right = [scores[0] for _, scores in rows]
+    return [float(len(right) == 2 and all(right))]
+
+
 def task_metrics(counts: Array) -> Mapping[str, Array]:
     """Return accuracy over questions, accuracy over images with both right, and their sum."""
     questions, right, images, both = _columns(counts).sum(axis=-1)
@@ -221,13 +228,13 @@ def sum_metrics(tasks: Sequence[str]) -> Metrics:
 
 
 def _llava_prompt(row: Row) -> str:
-    question = str(row["text"]).replace(_YES_OR_NO, "").strip()
+    question = str(row["text"]).replace(QUESTION_END, "").strip()
     return f"{question}{SHORT_ANSWER}"
 
 
 def _lmms_prompt(row: Row) -> str:
     """Return the prompt of lmms-eval, which keeps the second of two spaces."""
-    question = str(row["text"]).strip().replace(f" {_YES_OR_NO}", "")
+    question = str(row["text"]).strip().replace(f" {QUESTION_END}", "")
     return f"{question}{SHORT_ANSWER}"
 
 
@@ -253,6 +260,10 @@ def _rule(parse: Callable[[str], bool | None], note: str) -> Rule:
         combine=image_counts,
         split_metrics={"perception": sum_metrics(PERCEPTION), "cognition": sum_metrics(COGNITION)},
         unit="points",
+        units={
+            "acc": of_items(lambda scores: scores[0], 100),
+            "acc_plus": UnitValues(_both_right, 100),
+        },
         says_yes=lambda answer: parse(answer) is True,
         note=note,
     )
@@ -279,10 +290,17 @@ MME = Benchmark(
             f"mme_{task}",
             "official",
             "score",
-            f"MME {task}, points of 200",
+            f"MME {split}, points of {most}",
+            is_headline=split != task,
             scale=1,
+            undefined="a task is missing",
+            split=split,
         )
-        for task in TASKS
+        for task, split, most in (
+            (PERCEPTION[0], "perception", "2,000"),
+            (COGNITION[0], "cognition", "800"),
+            *((task, task, "200") for task in TASKS),
+        )
     ],
     prompts={
         "official": Prompt(),
@@ -295,6 +313,7 @@ MME = Benchmark(
         "perception" if row["task"] in PERCEPTION else "cognition",
         row["task"],
     ),
+    headline=("score",),
     version_keys=("key", "label"),
     versions=dict.fromkeys(VERSION_2023, "2023"),
     answer_reader=read_answer_lists,

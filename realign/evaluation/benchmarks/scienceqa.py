@@ -19,6 +19,8 @@ from realign.evaluation.benchmark import (
     Prompt,
     Rule,
     TableRow,
+    UnitValues,
+    of_items,
 )
 from realign.evaluation.prompt_texts import LETTER, list_choices, vlmevalkit_choices
 from realign.evaluation.rows import Key, Row, check_row, read_member, read_records
@@ -178,6 +180,15 @@ def percents(counts: Array) -> Mapping[str, Array]:
     return {name: 100 * value for name, value in fractions(counts).items()}
 
 
+def _units(scale: float) -> dict[str, UnitValues]:
+    return {
+        "accuracy": of_items(lambda scores: scores[1], scale),
+        "image_accuracy": UnitValues(
+            lambda rows: [float(scores[1]) for row, scores in rows if row["has_image"]], scale
+        ),
+    }
+
+
 def _question_id(record: Mapping[str, Any]) -> str:
     return str(record["question_id"])
 
@@ -194,13 +205,20 @@ SCIENCEQA = Benchmark(
             official,
             percents,
             unit="percent",
+            units=_units(100),
             note="LLaVA's script: A, or A. with a space behind it, or The answer is A. to the "
             "letter; (A), a and B. are wrong.",
         ),
-        "lmms-eval": Rule(lmms, fractions, note="A letter of any case, or one before a period."),
+        "lmms-eval": Rule(
+            lmms,
+            fractions,
+            units=_units(1),
+            note="A letter of any case, or one before a period.",
+        ),
         "vlmevalkit": Rule(
             vlmevalkit,
             fractions,
+            units=_units(1),
             note="A letter among the last words, or the text of exactly one choice.",
         ),
     },

@@ -17,6 +17,8 @@ from realign.evaluation.benchmark import (
     Record,
     Rule,
     TableRow,
+    UnitValues,
+    of_items,
 )
 from realign.evaluation.prompt_texts import SHORT_ANSWER
 from realign.evaluation.rows import Key, Row, check_row, read_member, read_records
@@ -133,6 +135,10 @@ def _percent(sums: Array) -> Mapping[str, Array]:
     return {"accuracy": 100 * sums[..., 1] / sums[..., 0]}
 
 
+def _units(scale: float) -> dict[str, UnitValues]:
+    return {"accuracy": of_items(lambda scores: scores[1], scale)}
+
+
 def _question(prompt: str) -> str:
     """Return the question of LLaVA's prompt, in small letters."""
     first, *others = str(prompt).split("\n")
@@ -148,18 +154,21 @@ RULES = {
         accuracy_by(official_form),
         _percent,
         unit="percent",
+        units=_units(100),
         note="Three of ten people give 0.9, four 1. Prompts with and without the tokens of an OCR "
         "system are not comparable.",
     ),
     "lmms-eval": Rule(
         accuracy_by(official_form),
         _fraction,
+        units=_units(1),
         note="The official numbers; its prompt has no OCR tokens unless one asks for them.",
     ),
     "vlmevalkit": Rule(
         accuracy_by(vlmevalkit_form),
         _percent,
         unit="percent",
+        units=_units(100),
         note="Commas and a possessive s stay, and so does a period after a digit.",
     ),
 }

@@ -73,7 +73,7 @@ class FaultyServer:
         try:
             async for headers, raw in requests_of(reader):
                 body = json.loads(raw)
-                prompt = body["messages"][0]["content"][-1]["text"]
+                prompt = body["messages"][-1]["content"][-1]["text"]
                 attempt = self.asked[prompt]
                 self.asked[prompt] += 1
                 self.headers.append(headers)

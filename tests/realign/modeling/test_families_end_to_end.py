@@ -43,7 +43,7 @@ def test_two_steps_from_a_folder(folder: Path, lora: LoraSection | None, tmp_pat
     write_parquet(all_kinds(), tmp_path / "data.parquet")
     config = TrainConfig(
         model=str(folder), data=tmp_path / "data.parquet", out=tmp_path / "run", lora=lora,
-        batch_size=3, accumulation=1, logging_steps=1, learning_rate=1e-3, warmup_ratio=0,
+        batch_size=3, pairs_per_step=3, logging_steps=1, learning_rate=1e-3, warmup_ratio=0,
         gradient_checkpointing=lora is None,
     )  # fmt: skip
     checkpoint = train(config)

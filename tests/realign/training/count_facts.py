@@ -105,7 +105,11 @@ def run(options: dict[str, Any], rank: int, num_ranks: int, port: int) -> dict[s
     patch()
     train(
         TrainConfig(
-            **options, batch_size=1, accumulation=ACCUMULATION, epochs=2, learning_rate=1e-4
+            **options,
+            batch_size=1,
+            pairs_per_step=ACCUMULATION * num_ranks,
+            epochs=2,
+            learning_rate=1e-4,
         )
     )
     snapshot("after training")
