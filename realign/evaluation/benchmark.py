@@ -193,7 +193,9 @@ class Benchmark:
     rules: Mapping[str, Rule]
     table: Sequence[TableRow]
     prompts: Mapping[str, Prompt] = field(default_factory=lambda: {"official": Prompt()})
-    """Name of a program to how it asks. The first one is the default."""
+    """Name of a program to how it asks. The first one is the default. Without any, a benchmark is
+    scored from files and not asked.
+    """
     image_folder: str = ""
     """The folder below ``--images`` that may hold the images; the benchmark's name by default."""
     image_places: Callable[[Row], Sequence[str]] = lambda row: (row["image"],)

@@ -82,7 +82,7 @@ def _named(name: str) -> list[Benchmark]:
     return named
 
 
-def find_data(data: Path, names: Sequence[str]) -> dict[str, Path]:
+def find_data(data: Path, names: Sequence[str]) -> dict[Benchmark, Path]:
     """Return the folder with the files of each benchmark to ask: ``data`` itself, or the folder in
     it that has the benchmark's name.
 
@@ -91,32 +91,49 @@ def find_data(data: Path, names: Sequence[str]) -> dict[str, Path]:
         names: The benchmarks; none for all whose files are there, where the others are announced.
     Raises:
         RefusedError: A name is unknown or given twice, a named benchmark has no files or there is
-            none at all, or a benchmark has files in both places.
+            none at all, or a benchmark has files in both places or in two forms that cannot be
+            asked together.
     """
     if again := next((name for name in names if names.count(name) > 1), None):
         raise RefusedError(f"benchmark must name each one once, got {again!r} again. Drop one.")
-    chosen = [
-        asked_benchmark(name) for name in names or dict.fromkeys(one.name for one in BENCHMARKS)
-    ]
-    folders = {benchmark.name: _folder_of(benchmark, data) for benchmark in chosen}
-    absent = [name for name, folder in folders.items() if folder is None]
-    if absent and names:
-        asked_benchmark(absent[0]).find_layout(data)  # which says what it looks for
-    if len(absent) == len(folders):
-        files = "; ".join(
-            f"{benchmark.name}: {next(iter(benchmark.layouts[0].files.values()))[0]}"
-            for benchmark in chosen
-        )
+    known = dict.fromkeys(benchmark.name for benchmark in BENCHMARKS)
+    forms = {
+        name: [form for form in _named(name) if form.prompts]
+        for name in dict.fromkeys(names or known)
+    }
+    found = {
+        form: folder
+        for named in forms.values()
+        for form in named
+        if (folder := _folder_of(form, data))
+    }
+    there = [form.name for form in found]
+    if twice := next((name for name in there if there.count(name) > 1), None):
+        named = (form for form in found if form.name == twice)
+        both = " and ".join(str(form.find_layout(found[form]).first_in(data)) for form in named)
         raise RefusedError(
-            f"data must hold the files of a benchmark ({files}; and so on), got {data}, which has "
-            "none. Check --data; docs/evaluation.md lists all files."
+            f"data must hold {twice} in one form, got {both} in {data}. Move one of them into "
+            "another folder."
+        )
+    absent = [name for name in forms if name not in there]
+    if absent and names:
+        forms[absent[0]][-1].find_layout(data)  # which says what it looks for
+    if not found:
+        files = [
+            f"{form.name}: {next(iter(form.layouts[0].files.values()))[0]}"
+            for named in forms.values()
+            for form in named
+        ]
+        raise RefusedError(
+            f"data must hold the files of a benchmark ({'; '.join(files)}; and so on), got {data}, "
+            "which has none. Check --data; docs/evaluation.md lists all files."
         )
     if absent:
         announce(f"not asked, since {data} does not hold them: {', '.join(absent)}")
-    return {name: folder for name, folder in folders.items() if folder is not None}
+    return found
 
 
-def read_tasks(folders: Mapping[str, Path]) -> dict[str, Task]:
+def read_tasks(folders: Mapping[Benchmark, Path]) -> dict[str, Task]:
     """Read the tasks of benchmarks, and announce what of them is not there or not read.
 
     Args:
@@ -125,9 +142,14 @@ def read_tasks(folders: Mapping[str, Path]) -> dict[str, Task]:
         RefusedError: A file has another form than its benchmark requires.
     """
     tasks: dict[str, Task] = {}
-    for name, folder in folders.items():
-        benchmark = asked_benchmark(name)
+    for benchmark, folder in folders.items():
+        name = benchmark.name
         found, layout = benchmark.read_tasks(folder), benchmark.find_layout(folder)
+        if not any(task.rows for task in found.values()):  # of CHAIR without a list of images
+            raise RefusedError(
+                f"{name}: {folder} must say what is asked, got no question. Add the list of images "
+                "that docs/evaluation.md names."
+            )
         absent = [files[0] for task, files in layout.files.items() if task not in found]
         if absent:
             announce(f"{name}: {folder} does not hold {', '.join(absent)}")

@@ -85,8 +85,9 @@ class _Run:
     def __init__(self, config: EvalConfig) -> None:
         check_out(config.out)
         self.config = config
-        self.data = find_data(config.data, config.benchmarks)
-        self.tasks = read_tasks(self.data)
+        found = find_data(config.data, config.benchmarks)
+        self.tasks = read_tasks(found)
+        self.data = {benchmark.name: folder for benchmark, folder in found.items()}
         self.models = _find_models(config)
         self.prompts = choose_prompts(self.tasks, config.prompt)
         self.pictures = read_pictures(

@@ -14,7 +14,16 @@ import numpy as np
 
 from realign.errors import RefusedError
 from realign.evaluation import nltk_words
-from realign.evaluation.benchmark import AnswerFormat, Array, Benchmark, Layout, Record, Rule
+from realign.evaluation.benchmark import (
+    AnswerFormat,
+    Array,
+    Benchmark,
+    Layout,
+    Prompt,
+    Record,
+    Rule,
+    TableRow,
+)
 from realign.evaluation.caption_words import caption_tokens, pattern_singular, wordnet_singular
 from realign.evaluation.rows import Key, Row, check_row
 from realign.runtime.progress import announce
@@ -296,8 +305,25 @@ CHAIR_COCO = Benchmark(
             note=f"{_NOTE}As lmms-eval, but without NLTK: every word is taken for a noun.",
         ),
     },
-    table=[],
-    prompts={},  # its questions are those of chair.jsonl
+    table=[
+        TableRow(
+            "chair-coco",
+            "official",
+            metric,
+            label,
+            more_is_better=metric == "recall",
+            is_headline=True,
+            scale=1,
+            undefined=undefined,
+        )
+        for metric, label, undefined in (
+            ("chair_s", "CHAIR_s, captions that mention an absent object", "there is no caption"),
+            ("chair_i", "CHAIR_i, mentions of an absent object", "no object was mentioned"),
+            ("recall", "recall, objects there that are mentioned", "no image has an object"),
+        )
+    ],
+    prompts={"lmms-eval": Prompt(lambda row: "Please describe this image in detail.", 2048)},
+    image_places=lambda row: (row["image"], f"val2014/{row['image']}", f"train2014/{row['image']}"),
     headline=("chair_s", "chair_i", "recall"),
     less_is_better=("chair_s", "chair_i"),
     answer_reader=read_official_captions,

@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 
 from realign.errors import RefusedError
-from realign.evaluation.benchmark import AnswerFormat, Array, Benchmark, Layout, Record, Rule
+from realign.evaluation.benchmark import (
+    AnswerFormat,
+    Array,
+    Benchmark,
+    Layout,
+    Prompt,
+    Record,
+    Rule,
+)
 from realign.evaluation.judging import (
     Judge,
     Judging,
@@ -218,6 +226,8 @@ LLAVA_BENCH = Benchmark(
         ),
     },
     table=[],
+    prompts={"official": Prompt(max_new_tokens=1024)},
+    image_places=lambda row: (row["image"], f"images/{row['image']}"),
     cluster="id",
     splits=lambda task, row: ("all", row["category"]),
     version_keys=("id", "text", "category"),

@@ -290,22 +290,17 @@ MME = Benchmark(
             f"mme_{first}",
             "official",
             "score",
-            f"MME {split}, points of {points:,}",
-            is_headline=True,
+            f"MME {split}, points of {most}",
+            is_headline=split != task,
             scale=1,
-            undefined="one of its tasks is missing",
+            undefined="a task is missing",
             split=split,
         )
-        for split, first, points in (
-            ("perception", "existence", 2000),
-            ("cognition", "commonsense_reasoning", 800),
+        for task, split, most in (
+            (PERCEPTION[0], "perception", "2,000"),
+            (COGNITION[0], "cognition", "800"),
+            *((task, task, "200") for task in TASKS),
         )
-    ]
-    + [
-        TableRow(
-            f"mme_{task}", "official", "score", f"MME {task}, points of 200", scale=1, split=task
-        )
-        for task in TASKS
     ],
     prompts={
         "official": Prompt(),

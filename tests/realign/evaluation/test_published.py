@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from realign.cli import app
 from realign.evaluation import score
-from realign.evaluation.registry import BENCHMARKS, asked_benchmark
+from realign.evaluation.benchmark import Benchmark
+from realign.evaluation.registry import BENCHMARKS
 from realign.evaluation.table import scores_table
 from tests.realign.evaluation.published import PUBLISHED, picture, write_published
 
@@ -93,6 +94,11 @@ ITEMS: dict[str, tuple[int | None, set[str], str, str]] = {
 }  # fmt: skip
 
 
+def benchmark_of(name: str) -> Benchmark:
+    """Return a benchmark; of CHAIR the one with data of one's own, whose tests are here."""
+    return [benchmark for benchmark in BENCHMARKS if benchmark.name == name][-1]
+
+
 def ask(tmp_path: Path, model: Path, *options: str) -> str:
     """Run the command and return what it printed."""
     command = ["eval", "--model", f"base={model}", "--out", str(tmp_path / "eval")]
@@ -126,13 +132,13 @@ def test_a_benchmark_is_asked_from_its_published_files(
     assert lines[0]["image_sha256"] == sha256
     assert (lines[0]["image"] is None) is (seed is None)
     assert all(line["tokens"] <= 4 for line in lines)
-    assert header["prompts"] == {name: next(iter(asked_benchmark(name).prompts))}
+    assert header["prompts"] == {name: next(iter(benchmark_of(name).prompts))}
     assert not (tmp_path / "eval" / "journal").exists()
 
     scores = json.loads((tmp_path / "eval" / "scores.json").read_text())
-    shown = [row for row in asked_benchmark(name).table if row.task in scores["tasks"]]
-    assert shown
-    assert scores_table(scores).row_count == len(shown)
+    assert scores["table"]
+    assert scores_table(scores).row_count == len(scores["table"])
+    assert all(task["probes"]["base"]["mean_tokens"] <= 4 for task in scores["tasks"].values())
     rule = next(iter(scores["benchmarks"][name]["rules"]))
     assert score(name, tmp_path / "eval" / "answers" / "base.jsonl", data, rule)["items"] == len(
         lines
@@ -142,7 +148,7 @@ def test_a_benchmark_is_asked_from_its_published_files(
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_prompts_and_lengths_are_the_published_ones(name: str, tmp_path: Path) -> None:
     write_published(name, tmp_path, tmp_path)
-    benchmark = asked_benchmark(name)
+    benchmark = benchmark_of(name)
     row = next(iter(benchmark.read_tasks(tmp_path).values())).rows[0]
     found = {
         program: (prompt.text(row), prompt.max_new_tokens)
