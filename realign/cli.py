@@ -380,13 +380,16 @@ def evaluate(ctx: typer.Context) -> None:
     options: EvalConfig = _options(ctx)
     _check_out(options.out, *options.models.values())
     _check_exists("data", options.data, "a folder of questions")
-    check_image_root(options.images)
+    if options.images:
+        check_image_root(options.images)
     from rich import print as rich_print
 
     from realign.evaluation.run import evaluate as run
     from realign.evaluation.table import scores_table
 
-    rich_print(scores_table(run(options)))
+    scores = run(options)
+    if os.environ.get("RANK", "0") == "0":  # once, however many processes ask
+        rich_print(scores_table(scores))
 
 
 @eval_app.command("score")
@@ -394,7 +397,10 @@ def eval_score(
     benchmark: Annotated[str, typer.Option(help="Name of the benchmark, such as pope.")],
     data: Annotated[Path, typer.Option(help="Folder with the benchmark's published files.")],
     answers: Annotated[
-        list[Path], typer.Option(help="File of answers, in a format of the benchmark; repeatable.")
+        list[Path],
+        typer.Option(
+            help="File of answers, in a format of the benchmark; repeatable, also for gradings."
+        ),
     ],
     rule: Annotated[str, typer.Option(help="Rule that scores the answers.")] = "official",
     allow_subset: Annotated[
@@ -407,7 +413,8 @@ def eval_score(
 ) -> None:
     """Score answers that any program has written, without a model.
 
-    docs/evaluation.md lists the benchmarks, their files, rules and formats of answers.
+    docs/evaluation.md lists the benchmarks, their files, rules and formats of answers. Rules that
+    need a judge read its replies from the files; `realign eval judge` writes such a file.
     """
     _check_exists("data", data, "a folder with the benchmark's files")
     from realign.evaluation.answer_scores import score

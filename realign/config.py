@@ -501,15 +501,25 @@ class EvalConfig(Section):
     models: Annotated[dict[str, str], Shown(flag="model", metavar="NAME=FOLDER")]
     """Name and folder (or hub id) of a model or adapter. The others are compared with the first."""
     data: Path
-    """Folder with the files of at least one benchmark; docs/evaluation.md lists them."""
-    images: Path
-    """Folder of the questions' images."""
+    """Folder with the files of at least one benchmark, or with folders that are named after
+    benchmarks; docs/evaluation.md lists them."""
+    images: Path | None = None
+    """Folder of the questions' images, or with folders that are named after benchmarks; by default
+    data."""
+    benchmarks: Annotated[list[str], Shown(flag="benchmark", metavar="NAME")] = Field(
+        default_factory=list
+    )
+    """A benchmark to ask; repeatable. By default all whose files are there."""
     out: Path
     """Output folder, for answers/NAME.jsonl and scores.json."""
+    prompt: Literal["official", "llava", "lmms-eval", "vlmevalkit"] | None = None
+    """Whose prompts are used; by default those that docs/evaluation.md names for each benchmark."""
     batch_size: Annotated[PositiveInt, Shown("Generation and scoring")] = 64
     """Rows per generation call."""
-    max_new_tokens: PositiveInt = 128
-    """Longest answer in tokens."""
+    max_new_tokens: PositiveInt | None = None
+    """Longest answer in tokens; by default as the benchmark's prompt was published."""
+    allow_unchanged_adapter: bool = False
+    """Go on with an adapter that does not change the logits of its base."""
     bootstrap: PositiveInt = 2000
     """Bootstrap resamples, over images, behind each interval."""
     dtype: Dtype = "auto"

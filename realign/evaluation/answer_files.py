@@ -12,6 +12,7 @@ from realign.errors import RefusedError
 from realign.evaluation.benchmark import (
     ANSWERS_BY_ID,
     OWN_ANSWERS,
+    STORED_ANSWERS,
     AnswerFormat,
     Benchmark,
     Record,
@@ -59,8 +60,10 @@ def read_answers(
     """
     _check_ids(tasks)
     found = _Found()
+    if twice := [path for i, path in enumerate(paths) if path.resolve() in _resolved(paths[:i])]:
+        raise RefusedError(f"answers must be files named once, got {twice[0]} twice. Name it once.")
     for path in paths:
-        records = benchmark.answer_reader(path) or _records(path)
+        records = benchmark.answer_reader(path) or _of_benchmark(_records(path), benchmark, path)
         form = _format_of(records, benchmark, path)
         keys = {form.row_key(row) for row in others}
         records = [item for item in records if not keys or form.key(item[1]) not in keys]
@@ -82,6 +85,10 @@ def read_answers(
         for row in all_rows
         if id(row) in found.answers
     ]
+
+
+def _resolved(paths: Sequence[Path]) -> set[Path]:
+    return {path.resolve() for path in paths}
 
 
 class _Found:
@@ -209,6 +216,20 @@ def _records(path: Path) -> list[tuple[str, Record]]:
     return records
 
 
+def _of_benchmark(
+    records: list[tuple[str, Record]], benchmark: Benchmark, path: Path
+) -> list[tuple[str, Record]]:
+    """Leave out the answers to other benchmarks, which ``realign eval`` stores in the same file."""
+    names = {record["benchmark"]: None for _, record in records if "benchmark" in record}
+    own = [pair for pair in records if pair[1].get("benchmark", benchmark.name) == benchmark.name]
+    if not own:
+        raise RefusedError(
+            f"{path} must hold answers of {benchmark.name}, got those of "
+            f"{', '.join(map(str, names))}. Name one of these as --benchmark."
+        )
+    return own
+
+
 def _format_of(
     records: Sequence[tuple[str, Record]], benchmark: Benchmark, path: Path
 ) -> AnswerFormat:
@@ -217,7 +238,8 @@ def _format_of(
     Raises:
         RefusedError: There is none; the record that lacks a field is named.
     """
-    formats = (*benchmark.answer_formats, OWN_ANSWERS, ANSWERS_BY_ID)
+    # of the other formats, some have fields that the stored ones have too
+    formats = (STORED_ANSWERS, *benchmark.answer_formats, OWN_ANSWERS, ANSWERS_BY_ID)
     first = records[0][1]
     for form in formats:
         names = (*form.fields, *form.reply_fields)

@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 
 from realign.evaluation.answer_files import Answered
 from realign.evaluation.benchmarks.hallusionbench import CODE_WORDS, VERDICT, verdict
+from realign.evaluation.benchmarks.mmbench import MMBENCH
 from realign.evaluation.benchmarks.mme import QUESTION_END
 from realign.evaluation.benchmarks.pope import LLAVA_FIRST_ID
+from realign.evaluation.benchmarks.scienceqa import SCIENCEQA
+from realign.evaluation.benchmarks.textvqa import VIZWIZ
 from realign.evaluation.judging import REPLY
+from realign.evaluation.prompt_texts import SHORT_ANSWER
 from realign.evaluation.rows import Row
 from realign.evaluation.vqa_answers import official_form
 from realign.runtime.files import content_sha256, json_text
-
-SHORT = "\nAnswer the question using a single word or phrase."
-UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 
 
 class Request(NamedTuple):
@@ -124,11 +125,7 @@ def llava_questions(
 
 
 def _short(row: Row) -> str:
-    return str(row["text"]) + SHORT
-
-
-def _vizwiz_prompt(row: Row) -> str:
-    return str(row["text"]) + UNANSWERABLE + SHORT
+    return str(row["text"]) + SHORT_ANSWER
 
 
 def _pope_split(row: Row) -> str:
@@ -161,7 +158,7 @@ def amber_list(request: Request) -> Written:
 
 # of a row, but not of the published file, or of other answers
 _ADDED = {"where", "text", "image", "id", "set", "merged_set", "may_be_unclear", "splits"}
-_ADDED |= {"model_prediction", VERDICT, REPLY}
+_ADDED |= {"model_prediction", "item", VERDICT, REPLY}
 
 
 def hallusionbench_list(request: Request) -> Written:
@@ -208,7 +205,7 @@ def mme_folder(request: Request) -> Written:
 
 def mme_prompt(row: Row) -> str:
     """Return LLaVA's question: the published one with another end."""
-    return str(row["text"]).replace(QUESTION_END, "").strip() + SHORT
+    return str(row["text"]).replace(QUESTION_END, "").strip() + SHORT_ANSWER
 
 
 def mme_image(row: Row, data: Path) -> str:
@@ -231,15 +228,10 @@ def mmbench_table(request: Request) -> Written:
     return Written({"": text.getvalue()}, ("The server takes a sheet: save the table as .xlsx.",))
 
 
-def mmbench_prompt(row: Row) -> str:
-    """Return a question with its choices."""
-    listed = "".join(f"\n{letter}. {choice}" for letter, choice in row["choices"].items())
-    return f"{row['text']}{listed}"
-
-
 def science_prompt(row: Row) -> str:
     """Return a question, marked where it has an image: LLaVA's script counts images by that."""
-    return f"<image>\n{row['text']}" if row["has_image"] else str(row["text"])
+    prompt = SCIENCEQA.prompts["llava"].text(row)
+    return f"<image>\n{prompt}" if row["has_image"] else prompt
 
 
 def textvqa_list(request: Request) -> Written:
@@ -298,7 +290,7 @@ FORMS: dict[str, dict[str, Form]] = {
         ),
     },
     "mmbench": {
-        "llava": Form(llava_answers(lambda row: int(row["id"]), mmbench_prompt)),
+        "llava": Form(llava_answers(lambda row: int(row["id"]), MMBENCH.prompts["llava"].text)),
         "official": Form(mmbench_table, suffixes=(".tsv", ".csv")),
     },
     "scienceqa": {"llava": Form(llava_answers(lambda row: row["id"], science_prompt))},
@@ -315,11 +307,12 @@ FORMS: dict[str, dict[str, Form]] = {
         ),
     },
     "vizwiz": {
-        "llava": Form(llava_answers(lambda row: _number(row["id"]), _vizwiz_prompt)),
+        "llava": Form(llava_answers(lambda row: _number(row["id"]), VIZWIZ.prompts["llava"].text)),
         "official": Form(vizwiz_list(normalizes=False)),
         "llava-upload": Form(vizwiz_list(normalizes=True)),
         "llava-questions": Form(
-            llava_questions(lambda row: _number(row["id"]), _vizwiz_prompt), needs_answers=False
+            llava_questions(lambda row: _number(row["id"]), VIZWIZ.prompts["llava"].text),
+            needs_answers=False,
         ),
     },
 }

@@ -4,7 +4,7 @@ named rule, and what the table shows of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from realign.errors import RefusedError
 from realign.evaluation.judging import Judge, Judging, Replies, stored_replies
-from realign.evaluation.rows import Row
+from realign.evaluation.rows import Row, row_id
 
 Array = NDArray[np.float64]
 Metrics = Callable[[Array], Mapping[str, Array]]
@@ -74,6 +74,10 @@ class Rule:
     """True to remove the white space around an answer before it is scored."""
     judging: Judging | None = None
     """How the rule reads the replies of a judge. None for a rule that reads the answers."""
+    needs_packages: bool = False
+    """True if the rule requires packages that this project does not install. ``realign eval``
+    leaves it out, so that no score depends on the machine; stored answers can be scored by it.
+    """
     units: Mapping[str, UnitValues] = field(default_factory=dict)
     """The units of each metric that is a mean: gained and lost ones are counted, and its standard
     error has a closed form. Other metrics have intervals and permutation tests alone.
@@ -104,6 +108,13 @@ class TableRow(NamedTuple):
     split: str = "all"  # whose metric it is
 
 
+class Prompt(NamedTuple):
+    """The text that a program sends for a question, and how long it lets the answer be."""
+
+    text: Callable[[Row], str] = lambda row: str(row["text"])
+    max_new_tokens: int = 128
+
+
 class View(NamedTuple):
     """An answer as it is shown to a reader."""
 
@@ -131,6 +142,11 @@ class Layout:
         """Return whether the first file or folder of a task is there."""
         return path.is_dir() if self.are_folders else path.is_file()
 
+    def first_in(self, folder: Path) -> str | None:
+        """Return the first file or folder of a task that a folder holds, or None."""
+        first = (names[0] for names in self.files.values())
+        return next((name for name in first if self.holds(folder / name)), None)
+
 
 @dataclass(frozen=True)
 class AnswerFormat:
@@ -152,13 +168,17 @@ class AnswerFormat:
     """
 
 
+STORED_ANSWERS = AnswerFormat(
+    ("benchmark", "id", "answer"), "answer", lambda record: str(record["id"]), row_id
+)
+"""The format that ``realign eval`` stores."""
 OWN_ANSWERS = AnswerFormat(
     ("image", "text", "answer"),
     "answer",
     lambda record: (record["image"], record["text"]),
     lambda row: (row["image"], row["text"]),
 )
-"""The format that ``realign eval`` stores. One answer serves all rows with its image and text."""
+"""The format that it stored before. One answer serves all rows with its image and text."""
 ANSWERS_BY_ID = AnswerFormat(
     ("id", "answer"), "answer", lambda record: str(record["id"]), lambda row: row.get("id")
 )
@@ -176,6 +196,14 @@ class Benchmark:
     """The first one that a folder holds is read."""
     rules: Mapping[str, Rule]
     table: Sequence[TableRow]
+    prompts: Mapping[str, Prompt] = field(default_factory=lambda: {"official": Prompt()})
+    """Name of a program to how it asks. The first one is the default."""
+    image_folder: str = ""
+    """The folder below ``--images`` that may hold the images; the benchmark's name by default."""
+    image_places: Callable[[Row], Sequence[str]] = lambda row: (row["image"],)
+    """Where in that folder, or in ``--images`` itself, the image of a row may lie."""
+    read_images: Callable[[Path], Iterator[tuple[str, bytes]]] | None = None
+    """Read the images of a task's first file, by the names that rows have, where they lie in it."""
     cluster: str = "image"
     """The key of a row that names its cluster. The bootstrap draws clusters."""
     samples: Mapping[str, Callable[[Row, str], View]] = field(default_factory=dict)
@@ -216,7 +244,7 @@ class Benchmark:
             MissingData: There is none.
         """
         for layout in self.layouts:
-            if any(layout.holds(data / names[0]) for names in layout.files.values()):
+            if layout.first_in(data):
                 return layout
         wanted = "; or ".join(
             ", ".join(names[0] for names in layout.files.values()) for layout in self.layouts
@@ -245,6 +273,7 @@ class Benchmark:
                 rows = layout.read(data / files[0], *more)
                 for row in rows:
                     row["splits"] = self.splits(name, row)
+                    row["item"] = (self.name, row_id(row))
                 tasks[name] = Task(self, rows, files)
         return tasks
 

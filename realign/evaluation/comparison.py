@@ -10,7 +10,8 @@ from typing import Any
 from realign.evaluation.answer_scores import data_version
 from realign.evaluation.benchmark import Benchmark, TableRow, Task
 from realign.evaluation.measured import Entry, Measured, Place, Run
-from realign.evaluation.rows import Row
+from realign.evaluation.probes import probes
+from realign.evaluation.rows import Row, item_key
 from realign.evaluation.samples import Answers, sample_answers
 from realign.evaluation.significance import CONFIDENCE, holm
 from realign.evaluation.statistics import Draws
@@ -27,7 +28,8 @@ def score(
 
     Args:
         tasks: By name.
-        answers: Model to question to answer; the first model is the baseline.
+        answers: Model to answer by :func:`~realign.evaluation.rows.item_key`; the first model is
+            the baseline.
         resamples: How many draws of the bootstrap, and of the permutation test.
         seed: Of the draws.
     Returns:
@@ -42,14 +44,16 @@ def score(
         by_task = {name: task.rows for name, task in its_tasks.items()}
         rows = with_splits(benchmark, by_task)
         facts = {"version": data_version(benchmark, by_task), "subset": None}
-        rules = {name: rule for name, rule in benchmark.rules.items() if rule.judging is None}
+        rules = {
+            name: rule
+            for name, rule in benchmark.rules.items()
+            if rule.judging is None and not rule.needs_packages
+        }
         if not rules:
             continue
         texts = {
             Run(name, model, RUN): [
-                rule.prepare(stored[row["image"], row["text"]].text)
-                for row in rows
-                if rule.covers(row)
+                rule.prepare(stored[item_key(row)].text) for row in rows if rule.covers(row)
             ]
             for name, rule in rules.items()
             for model, stored in answers.items()
@@ -114,14 +118,14 @@ def with_splits(benchmark: Benchmark, tasks: Mapping[str, Sequence[Row]]) -> lis
 
 def _task(task: Task, answers: Answers) -> dict[str, Any]:
     said: dict[str, list[Answer]] = {
-        model: [stored[row["image"], row["text"]] for row in task.rows]
-        for model, stored in answers.items()
+        model: [stored[item_key(row)] for row in task.rows] for model, stored in answers.items()
     }
     return {
         "benchmark": task.benchmark.name,
         "items": len(task.rows),
         "images": _num_images(task.rows),
         "cut": {model: sum(answer.is_cut for answer in found) for model, found in said.items()},
+        "probes": {model: probes(task.benchmark, found) for model, found in said.items()},
     }
 
 

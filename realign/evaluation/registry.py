@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -81,27 +82,79 @@ def _named(name: str) -> list[Benchmark]:
     return named
 
 
-def read_tasks(data: Path) -> dict[str, Task]:
-    """Read the tasks to ask a model whose files a folder holds, and announce the missing ones.
+def find_data(data: Path, names: Sequence[str]) -> dict[str, Path]:
+    """Return the folder with the files of each benchmark to ask: ``data`` itself, or the folder in
+    it that has the benchmark's name.
 
+    Args:
+        data: The folder.
+        names: The benchmarks; none for all whose files are there, where the others are announced.
     Raises:
-        RefusedError: All are missing, or a file has another form than its benchmark requires.
+        RefusedError: A name is unknown or given twice, a named benchmark has no files or there is
+            none at all, or a benchmark has files in both places.
     """
-    asked = [benchmark for benchmark in BENCHMARKS if benchmark.table]
-    tasks: dict[str, Task] = {}
-    absent: list[str] = []
-    for benchmark in asked:
-        found: dict[str, Task] = {}
-        with suppress(MissingData):
-            found = benchmark.read_tasks(data)
-        first = benchmark.layouts[0].files
-        absent += [names[0] for task, names in first.items() if task not in found]
-        tasks |= found
-    if not tasks:
+    if again := next((name for name in names if names.count(name) > 1), None):
+        raise RefusedError(f"benchmark must name each one once, got {again!r} again. Drop one.")
+    chosen = [
+        asked_benchmark(name) for name in names or dict.fromkeys(one.name for one in BENCHMARKS)
+    ]
+    folders = {benchmark.name: _folder_of(benchmark, data) for benchmark in chosen}
+    absent = [name for name, folder in folders.items() if folder is None]
+    if absent and names:
+        asked_benchmark(absent[0]).find_layout(data)  # which says what it looks for
+    if len(absent) == len(folders):
+        files = "; ".join(
+            f"{benchmark.name}: {next(iter(benchmark.layouts[0].files.values()))[0]}"
+            for benchmark in chosen
+        )
         raise RefusedError(
-            f"data must hold {', '.join(absent[:-1])} or {absent[-1]}, got {data}, which has none. "
-            "Write at least one; docs/evaluation.md says what a line holds."
+            f"data must hold the files of a benchmark ({files}; and so on), got {data}, which has "
+            "none. Check --data; docs/evaluation.md lists all files."
         )
     if absent:
-        announce(f"not measured, since {data} does not hold them: {', '.join(absent)}")
+        announce(f"not asked, since {data} does not hold them: {', '.join(absent)}")
+    return {name: folder for name, folder in folders.items() if folder is not None}
+
+
+def read_tasks(folders: Mapping[str, Path]) -> dict[str, Task]:
+    """Read the tasks of benchmarks, and announce what of them is not there or not read.
+
+    Args:
+        folders: From :func:`find_data`.
+    Raises:
+        RefusedError: A file has another form than its benchmark requires.
+    """
+    tasks: dict[str, Task] = {}
+    for name, folder in folders.items():
+        benchmark = asked_benchmark(name)
+        found, layout = benchmark.read_tasks(folder), benchmark.find_layout(folder)
+        absent = [files[0] for task, files in layout.files.items() if task not in found]
+        if absent:
+            announce(f"{name}: {folder} does not hold {', '.join(absent)}")
+        others = [other for other in benchmark.layouts if other is not layout]
+        if unread := [file for other in others if (file := other.first_in(folder))]:
+            announce(
+                f"{name}: {layout.first_in(folder)} and so on are read; {' and '.join(unread)} in "
+                f"{folder} are not. Move what is to be asked into another folder"
+            )
+        tasks |= found
     return tasks
+
+
+def asked_benchmark(name: str) -> Benchmark:
+    """Return the benchmark of a name whose questions models are asked."""
+    return next(benchmark for benchmark in _named(name) if benchmark.prompts)
+
+
+def _folder_of(benchmark: Benchmark, data: Path) -> Path | None:
+    found = []
+    for folder in (data, data / benchmark.name):
+        with suppress(MissingData):
+            benchmark.find_layout(folder)
+            found.append(folder)
+    if len(found) > 1:
+        raise RefusedError(
+            f"data must hold {benchmark.title} once, got files of it in {found[0]} and in "
+            f"{found[1]}. Move those that are not to be asked."
+        )
+    return found[0] if found else None

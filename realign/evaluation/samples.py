@@ -4,17 +4,16 @@ right.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 from realign.evaluation.benchmark import Task, View
-from realign.evaluation.rows import Row
+from realign.evaluation.rows import Row, item_key
 from realign.generation.generator import Answer
 
 NUM_SAMPLES = 4  # per task
-Question = tuple[str, str]  # image name, text
-Answers = Mapping[str, Mapping[Question, Answer]]  # model -> question -> answer
+Answers = Mapping[str, Mapping[tuple[str, str], Answer]]  # model -> item_key of a row -> answer
 Sample = dict[str, Any]
 
 
@@ -26,7 +25,7 @@ def sample_answers(tasks: Mapping[str, Task], answers: Answers) -> list[Sample]:
         sample
         for name, task in tasks.items()
         if (show := task.benchmark.samples.get(name))
-        for sample in islice(_differing(task.rows, show, answers), NUM_SAMPLES)
+        for sample in islice(_differing(task, show, answers), NUM_SAMPLES)
     ]
     return sorted(
         samples,
@@ -34,18 +33,16 @@ def sample_answers(tasks: Mapping[str, Task], answers: Answers) -> list[Sample]:
     )
 
 
-def _differing(
-    rows: Sequence[Row], show: Callable[[Row, str], View], answers: Answers
-) -> Iterator[Sample]:
+def _differing(task: Task, show: Callable[[Row, str], View], answers: Answers) -> Iterator[Sample]:
     models = list(answers)
-    for row in rows:
+    for row in task.rows:
         texts = {
-            model: answers[model][row["image"], row["text"]].text
-            for model in (models[0], models[-1])
+            model: answers[model][item_key(row)].text.strip() for model in (models[0], models[-1])
         }
         shown = {model: show(row, text) for model, text in texts.items()}
         if len({*shown.values()}) > 1:
             yield {
+                "benchmark": task.benchmark.name,
                 "image": row["image"],
                 "prompt": row["text"],
                 "truth": shown[models[0]].truth,

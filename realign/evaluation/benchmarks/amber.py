@@ -16,7 +16,9 @@ from realign.evaluation.benchmark import (
     Benchmark,
     Layout,
     Metrics,
+    Prompt,
     Rule,
+    TableRow,
     of_items,
 )
 from realign.evaluation.rows import Key, Row, check_row, read_records
@@ -219,7 +221,19 @@ AMBER_DISCRIMINATIVE = Benchmark(
             note="The accuracy of `all` is the mean of those of attribute, existence and relation.",
         ),
     },
-    table=[],
+    table=[
+        TableRow("amber-discriminative", rule, metric, f"AMBER discriminative, {label}", scale=1)
+        for rule, metric, label in (
+            ("official", "accuracy", "accuracy of Yes and No to the letter"),
+            ("official", "f1", "F1 of No to the letter"),
+            ("vlmevalkit", "accuracy", "mean accuracy of the words yes and no"),
+        )
+    ],
+    prompts={
+        "official": Prompt(),
+        "vlmevalkit": Prompt(lambda row: f"{row['text']}\nPlease answer yes or no."),
+    },
+    image_folder="amber",
     splits=_splits,
     headline=("accuracy", "f1"),
     version_keys=("id", "image", "text", "type", "truth"),

@@ -286,6 +286,7 @@ CHAIR_COCO = Benchmark(
             partial(counts, nltk_words.lemmas),
             metrics,
             unit="percent",
+            needs_packages=True,
             note=f"{_NOTE}Lemmas of NLTK by part of speech: bus is seen, men and vases are not, "
             "and who is seated makes a chair.",
         ),
@@ -297,6 +298,7 @@ CHAIR_COCO = Benchmark(
         ),
     },
     table=[],
+    prompts={},  # its questions are those of chair.jsonl
     headline=("chair_s", "chair_i", "recall"),
     less_is_better=("chair_s", "chair_i"),
     answer_reader=read_official_captions,

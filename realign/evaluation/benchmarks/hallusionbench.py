@@ -16,9 +16,11 @@ from realign.evaluation.benchmark import (
     Array,
     Benchmark,
     Layout,
+    Prompt,
     Record,
     Rule,
     ScoredRow,
+    TableRow,
     UnitValues,
 )
 from realign.evaluation.judging import (
@@ -206,6 +208,11 @@ def image_metrics(counts: Array) -> Mapping[str, Array]:
     return {name: metrics[name] for name in _IMAGE_KINDS}
 
 
+def _image_places(row: Row) -> tuple[str, str]:
+    name = row["image"].removeprefix("./")
+    return name, f"hallusion_bench/{name}"
+
+
 def _has_image(row: Row) -> bool:
     return row["image"] is not None
 
@@ -292,7 +299,30 @@ HALLUSIONBENCH = Benchmark(
             "and number are one set in the split `all`.",
         ),
     },
-    table=[],
+    table=[
+        TableRow(
+            "hallusionbench",
+            "exact",
+            metric,
+            f"HallusionBench without a judge, {label}",
+            is_headline=metric == "qacc",
+            scale=1,
+            undefined="there is no such question",
+        )
+        for metric, label in (
+            ("aacc", "questions"),
+            ("facc", "figures"),
+            ("qacc", "question pairs"),
+            ("easy", "easy pairs"),
+            ("hard", "hard pairs"),
+        )
+    ],
+    prompts={
+        "official": Prompt(max_new_tokens=1024),
+        "lmms-eval": Prompt(max_new_tokens=128),
+        "vlmevalkit": Prompt(max_new_tokens=1024),
+    },
+    image_places=_image_places,
     cluster="set",
     splits=lambda task, row: ("all", row["category"]),
     version_keys=(*_GROUP, "visual_input", "question", "gt_answer", "filename"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import binascii
+import hashlib
+from base64 import b64decode
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,21 +22,29 @@ from realign.evaluation.benchmark import (
     Array,
     Benchmark,
     Layout,
+    Prompt,
     Rule,
     ScoredRow,
+    TableRow,
     UnitValues,
 )
 from realign.evaluation.judging import Judge, Judging
+from realign.evaluation.prompt_texts import LETTER, list_choices, vlmevalkit_choices
 from realign.evaluation.rows import Row, read_table
 
 FILES = ("mmbench_dev_20230712.tsv", "mmbench_dev_20231003.tsv", "MMBench_DEV_EN.tsv")
 ROTATION = 1_000_000  # what is added to the index of a question at each rotation
 LETTERS = "ABCD"
+_LONGEST_INDEX = 64  # a shorter value in place of an image is the index of the row that has it
+_NONE = ("", "nan", "NaN", "none", "None")
 
 
 def read(path: Path) -> list[Row]:
-    """Read the published table; its images stay behind."""
-    rows = []
+    """Read the published table. Its images stay behind; a row has the index of the first row with
+    its image as the name of it.
+    """
+    rows: list[Row] = []
+    images: dict[str, str] = {}
     for where, record in read_table(path):
         try:
             index, label = int(record["index"]), record["answer"]
@@ -46,7 +57,7 @@ def read(path: Path) -> list[Row]:
         choices = {
             letter: record[letter]
             for letter in LETTERS
-            if record.get(letter, "") not in ("", "nan", "NaN")
+            if record.get(letter, "") not in ("", "nan", "NaN")  # None may be a choice
         }
         if label not in choices:
             raise RefusedError(
@@ -58,15 +69,54 @@ def read(path: Path) -> list[Row]:
                 "id": str(index),
                 "group": index % ROTATION,
                 "is_rotated": index >= ROTATION,
-                "image": f"{index % ROTATION}",
+                "image": _image_name(record, images),
                 "text": question,
+                "hint": "" if record.get("hint", "") in _NONE else record["hint"],
                 "choices": choices,
                 "label": label,
                 "kinds": [record[name] for name in ("l2-category", "category") if record.get(name)],
                 "where": where,
             }
         )
+    names = {row["id"]: row["image"] for row in rows}
+    for row in rows:  # of which another row has the image
+        row["image"] = names.get(row["image"], row["image"])
     return rows
+
+
+def read_images(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield the name of each image of the table and its file, each once; one that is not in
+    base64 as it stands there.
+    """
+    images: dict[str, str] = {}
+    for _, record in read_table(path):
+        num_images, name = len(images), _image_name(record, images)
+        if len(images) > num_images:
+            try:
+                yield name, b64decode(record["image"], validate=True)
+            except (binascii.Error, ValueError):
+                yield name, record["image"].encode()
+
+
+def _image_name(record: Mapping[str, str], images: dict[str, str]) -> str:
+    """Return the name of a record's image; a new one is added to the names by content."""
+    image = record.get("image", "")
+    if not image:
+        return str(int(record["index"]) % ROTATION)
+    if len(image) <= _LONGEST_INDEX:
+        return image
+    return images.setdefault(hashlib.sha256(image.encode()).hexdigest(), str(int(record["index"])))
+
+
+def _llava_prompt(row: Row) -> str:
+    hint = f"{row['hint']}\n" if row["hint"] else ""
+    return f"{hint}{row['text']}\n{list_choices(row['choices'])}{LETTER}"
+
+
+def _lmms_prompt(row: Row) -> str:
+    hint = f"{row['hint']} " if row["hint"] else ""
+    choices = list_choices(row["choices"])
+    return f"{hint}{row['text']} There are several options:\n{choices}{LETTER}"
 
 
 def is_right(row: Row, answer: str) -> list[int]:
@@ -167,7 +217,29 @@ MMBENCH = Benchmark(
             "published programs draw a random choice for it.",
         ),
     },
-    table=[],
+    table=[
+        TableRow(
+            "mmbench",
+            "official",
+            metric,
+            f"MMBench without a judge, {label}",
+            is_headline=metric == "circular_accuracy",
+            scale=1,
+            undefined="there is no such question",
+        )
+        for metric, label in (
+            ("circular_accuracy", "questions right in every rotation"),
+            ("accuracy", "questions not rotated"),
+        )
+    ],
+    prompts={
+        "llava": Prompt(_llava_prompt, 1024),
+        "lmms-eval": Prompt(_lmms_prompt, 1024),
+        "vlmevalkit": Prompt(
+            lambda row: vlmevalkit_choices(row["text"], row["choices"], row["hint"]), 1024
+        ),
+    },
+    read_images=read_images,
     cluster="group",
     splits=lambda task, row: ("all", *dict.fromkeys(row["kinds"])),
     version_keys=("id", "text", "choices", "label"),

@@ -16,12 +16,15 @@ from realign.evaluation.benchmark import (
     Benchmark,
     Layout,
     Metrics,
+    Prompt,
     Record,
     Rule,
     ScoredRow,
+    TableRow,
     UnitValues,
     of_items,
 )
+from realign.evaluation.prompt_texts import SHORT_ANSWER
 from realign.evaluation.rows import Row
 from realign.runtime.files import read_utf8
 
@@ -105,13 +108,15 @@ def _row(task: str, image: str, question: str, label: str, where: str) -> Row:
         raise RefusedError(
             f"{where}: the label must be Yes or No, got {label!r:.40}. Take the published file."
         )
+    key = _key(task, image, question)
     return {
+        "id": "/".join(key),
         "task": task,
         "image": f"{task}/{image}",
         "text": question,
         "label": label.strip().lower(),
         "where": where,
-        "key": _key(task, image, question),
+        "key": key,
     }
 
 
@@ -222,6 +227,22 @@ def sum_metrics(tasks: Sequence[str]) -> Metrics:
     return metrics
 
 
+def _llava_prompt(row: Row) -> str:
+    question = str(row["text"]).replace(QUESTION_END, "").strip()
+    return f"{question}{SHORT_ANSWER}"
+
+
+def _lmms_prompt(row: Row) -> str:
+    """Return the prompt of lmms-eval, which keeps the second of two spaces."""
+    question = str(row["text"]).strip().replace(f" {QUESTION_END}", "")
+    return f"{question}{SHORT_ANSWER}"
+
+
+def _image_places(row: Row) -> tuple[str, ...]:
+    task, _, image = row["image"].partition("/")
+    return row["image"], f"{task}/images/{image}"
+
+
 def _columns(counts: Array) -> Array:
     """Return the counts with the kind of count first and the task last."""
     return np.moveaxis(counts.reshape(*counts.shape[:-1], len(TASKS), _WIDTH), -1, 0)
@@ -264,7 +285,35 @@ MME = Benchmark(
         "lmms-eval": _rule(lmms_word, "As the official rule, without periods; y and n count."),
         "vlmevalkit": _rule(yes_or_no, "Reads the words yes and no."),
     },
-    table=[],
+    table=[
+        TableRow(
+            f"mme_{first}",
+            "official",
+            "score",
+            f"MME {split}, points of {points:,}",
+            is_headline=True,
+            scale=1,
+            undefined="one of its tasks is missing",
+            split=split,
+        )
+        for split, first, points in (
+            ("perception", "existence", 2000),
+            ("cognition", "commonsense_reasoning", 800),
+        )
+    ]
+    + [
+        TableRow(
+            f"mme_{task}", "official", "score", f"MME {task}, points of 200", scale=1, split=task
+        )
+        for task in TASKS
+    ],
+    prompts={
+        "official": Prompt(),
+        "llava": Prompt(_llava_prompt),
+        "lmms-eval": Prompt(_lmms_prompt, 16),
+        "vlmevalkit": Prompt(),
+    },
+    image_places=_image_places,
     splits=lambda task, row: (
         "perception" if row["task"] in PERCEPTION else "cognition",
         row["task"],

@@ -13,12 +13,14 @@ from realign.evaluation.benchmark import (
     Array,
     Benchmark,
     Layout,
+    Prompt,
     Record,
     Rule,
     TableRow,
     View,
     of_items,
 )
+from realign.evaluation.prompt_texts import SHORT_ANSWER
 from realign.evaluation.rows import Key, Row, read_rows
 
 SPLITS = ("random", "popular", "adversarial")
@@ -139,6 +141,10 @@ def _llava_key(record: Record) -> tuple[object, str]:
     return record["question_id"], str(record["prompt"]).split("\n")[0]
 
 
+def _short(row: Row) -> str:
+    return f"{row['text']}{SHORT_ANSWER}"
+
+
 def _layout(pattern: str) -> Layout:
     return Layout({f"pope_{split}": (pattern.format(split),) for split in SPLITS}, read)
 
@@ -196,6 +202,13 @@ POPE = Benchmark(
         )
         for split in SPLITS
     ],
+    prompts={
+        "official": Prompt(),
+        "llava": Prompt(_short),
+        "lmms-eval": Prompt(_short),
+        "vlmevalkit": Prompt(),
+    },
+    image_places=lambda row: (row["image"], f"val2014/{row['image']}"),
     samples={"pope_adversarial": show},
     splits=lambda task, row: (task.removeprefix("pope_"), "all"),
     means={"mean": SPLITS},

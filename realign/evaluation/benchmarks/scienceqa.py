@@ -16,10 +16,13 @@ from realign.evaluation.benchmark import (
     Array,
     Benchmark,
     Layout,
+    Prompt,
     Rule,
+    TableRow,
     UnitValues,
     of_items,
 )
+from realign.evaluation.prompt_texts import LETTER, list_choices, vlmevalkit_choices
 from realign.evaluation.rows import Key, Row, check_row, read_member, read_records
 from realign.runtime.strict_json import read_json
 
@@ -28,7 +31,6 @@ QUESTIONS = "llava_test_CQM-A.json"
 LETTERS = "ABCDE"
 # a choice may have several lines
 _CHOICE = re.compile(r"^([A-E])\. (.*?)(?=\n[A-E]\. |\Z)", re.MULTILINE | re.DOTALL)
-_SUFFIX = "Answer with the option's letter from the given choices directly."
 
 _TAKE = "Take the published file."
 _TURNS = Key(
@@ -84,12 +86,13 @@ def read_problems(path: Path) -> list[Row]:
                 f"{len(row['choices'])}. {_TAKE}"
             )
         image = f"{pid}/{row['image']}" if row["image"] else None
-        hint = f"Context: {row['hint']}\n" if row.get("hint") else ""
+        hint = str(row.get("hint") or "")
         choices = dict(zip(LETTERS, row["choices"], strict=False))
-        listed = "\n".join(f"{letter}. {choice}" for letter, choice in choices.items())
-        text = f"{hint}{row['question']}\n{listed}\n{_SUFFIX}"
+        context = f"Context: {hint}\n" if hint else ""
+        text = f"{context}{row['question']}\n{list_choices(choices)}"
         label = LETTERS[row["answer"]]
-        rows.append(_row(pid, image, text, choices, label, row["where"]))
+        parts = {"question": row["question"], "hint": hint}
+        rows.append(_row(pid, image, text, choices, label, row["where"]) | parts)
     return rows
 
 
@@ -129,6 +132,19 @@ def _row(
         "cluster": str(number),
         "where": where,
     }
+
+
+def _llava_prompt(row: Row) -> str:
+    return f"{row['text']}{LETTER}"
+
+
+def _vlmevalkit_prompt(row: Row) -> str:
+    if "question" not in row:
+        raise RefusedError(
+            f"data requires {PROBLEMS} for the prompt vlmevalkit, got {QUESTIONS}, in which the "
+            "hint and the question are one text. Add that file, or name another --prompt."
+        )
+    return vlmevalkit_choices(row["question"], row["choices"], row["hint"])
 
 
 def official(row: Row, answer: str) -> list[int]:
@@ -206,7 +222,27 @@ SCIENCEQA = Benchmark(
             note="A letter among the last words, or the text of exactly one choice.",
         ),
     },
-    table=[],
+    table=[
+        TableRow(
+            "scienceqa",
+            "official",
+            metric,
+            f"ScienceQA, accuracy of {label}",
+            is_headline=metric == "accuracy",
+            scale=1,
+            undefined="no question has an image",
+        )
+        for metric, label in (
+            ("accuracy", "all questions"),
+            ("image_accuracy", "questions with an image"),
+        )
+    ],
+    prompts={
+        "llava": Prompt(_llava_prompt, 1024),
+        "lmms-eval": Prompt(_llava_prompt, 16),
+        "vlmevalkit": Prompt(_vlmevalkit_prompt, 1024),
+    },
+    image_places=lambda row: (row["image"], f"test/{row['image']}"),
     cluster="cluster",
     version_keys=("id", "label", "has_image", "choices"),
     versions={"41f8ae49161c2fd3": "test"},

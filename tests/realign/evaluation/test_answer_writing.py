@@ -317,7 +317,7 @@ def test_a_prompt_of_scienceqa_says_whether_there_is_an_image(tmp_path: Path) ->
     data, answers = world("scienceqa", tmp_path)
     write("scienceqa", data, "llava", tmp_path / "out.jsonl", answers)
     found = {row["question_id"]: row["prompt"] for row in records(tmp_path / "out.jsonl")}
-    assert found["1"].startswith("<image>\nContext: Look.\n1?\nA. cat\nB. dog\nC. x\n")
+    assert found["1"].startswith("<image>\nContext: Look.\n1?\nA. cat\nB. dog\nC. x\nAnswer with")
     assert "<image>" not in found["3"]
 
 

@@ -77,6 +77,15 @@ def test_options_that_a_server_does_not_know_can_be_left_out(
     assert "authorization" not in server.headers[0]
 
 
+def test_a_request_without_an_image_is_sent_as_text(server: Any, generator: Any) -> None:
+    with generator(server.url) as generate:
+        assert generate([Request("p", None)]) == [Answer("answer to p")]
+        assert generate([Request("p", None)]) == [Answer("answer to p")]
+    (message,) = server.bodies["p"]["messages"]
+    assert message == {"role": "user", "content": [{"type": "text", "text": "p"}]}
+    assert server.asked == {"p": 1}
+
+
 def test_nothing_is_asked_twice(
     server: Any, generator: Any, ask_about: Ask, image: Path, tmp_path: Path
 ) -> None:

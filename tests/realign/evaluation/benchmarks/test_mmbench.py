@@ -92,7 +92,7 @@ def data(tmp_path: Path) -> Path:
             turned = ANIMALS[turn:] + ANIMALS[:turn]
             label = "ABCD"[turned.index("rabbit")]
             number = str(index + 1_000_000 * turn)
-            row = [number, "Which?", "", *turned, label, kind, kind, "x" * 200_000]
+            row = [number, "Which?", "", *turned, label, kind, kind, f"{index}" + "x" * 200_000]
             lines.append("\t".join(row))
     (tmp_path / "mmbench_dev_20230712.tsv").write_text("\n".join(lines))
     return tmp_path
