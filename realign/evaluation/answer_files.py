@@ -103,15 +103,18 @@ class _Found:
         self.unknown: list[str] = []
         self.repeated: list[str] = []
         self._gradings: list[dict[int, Replies]] = []
+        self._numbers: list[int] = []  # of gradings in each file
 
     def begin_file(self) -> None:
         self._gradings.append({})
+        self._numbers.append(0)
 
     def add(self, where: str, rows: Sequence[Row], answer: str | None, replies: Replies) -> None:
         if not rows:
             self.unknown.append(where)
         if any(self._is_repeated(id(row), answer, replies) for row in rows):
             self.repeated.append(where)
+        self._numbers[-1] = max(self._numbers[-1], len(replies))
         for row in rows:
             self._gradings[-1][id(row)] = replies
             if self.answers.get(id(row)) is None:
@@ -128,10 +131,9 @@ class _Found:
     def replies(self, row: Row) -> Replies:
         """Return the replies about a row's answer, as many for every row."""
         gathered: list[Reply] = []
-        for found in self._gradings:
-            length = max(map(len, found.values()), default=0)
+        for found, number in zip(self._gradings, self._numbers, strict=True):
             own = found.get(id(row), ())
-            gathered += [*own, *[Reply(None)] * (length - len(own))]
+            gathered += [*own, *[Reply(None)] * (number - len(own))]
         return gathered
 
 

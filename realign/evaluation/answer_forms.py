@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from realign.evaluation.answer_files import Answered
-from realign.evaluation.benchmarks.hallusionbench import CODE_WORDS, VERDICT, verdict
+from realign.evaluation.benchmarks.hallusionbench import UNCLEAR, VERDICT, verdict
 from realign.evaluation.benchmarks.mmbench import MMBENCH
 from realign.evaluation.benchmarks.mme import QUESTION_END
 from realign.evaluation.benchmarks.pope import LLAVA_FIRST_ID
 from realign.evaluation.benchmarks.scienceqa import SCIENCEQA
 from realign.evaluation.benchmarks.textvqa import VIZWIZ
-from realign.evaluation.judging import REPLY
+from realign.evaluation.judging import JUDGE, REPLY, Replies
 from realign.evaluation.prompt_texts import SHORT_ANSWER
 from realign.evaluation.rows import Row
 from realign.evaluation.vqa_answers import official_form
@@ -158,7 +158,7 @@ def amber_list(request: Request) -> Written:
 
 # of a row, but not of the published file, or of other answers
 _ADDED = {"where", "text", "image", "id", "set", "merged_set", "may_be_unclear", "splits"}
-_ADDED |= {"model_prediction", "item", VERDICT, REPLY}
+_ADDED |= {"model_prediction", "item", VERDICT, REPLY, JUDGE}
 
 
 def hallusionbench_list(request: Request) -> Written:
@@ -166,21 +166,24 @@ def hallusionbench_list(request: Request) -> Written:
     return _list(
         {key: value for key, value in said.row.items() if key not in _ADDED}
         | {"model_prediction": said.answer.strip()}
-        | _judged(said)
+        | _judgement(said.replies)
         for said in _all(request)
     )
 
 
-def _judged(said: Answered) -> dict[str, Any]:
-    """Return the replies about an answer, and the verdict of a single one as a published code."""
-    texts = [reply.text for reply in said.replies]
-    if not texts:
+def _judgement(replies: Replies) -> dict[str, Any]:
+    """Return the fields that hold a judge's replies; the published code of one, where it is one."""
+    if not replies:
         return {}
-    if len(texts) > 1 or texts[0] is None:
-        return {REPLY: texts if len(texts) > 1 else None}
-    code = verdict(texts[0])
-    kept = {} if texts[0] in CODE_WORDS else {REPLY: texts[0]}
-    return kept if code is None else kept | {VERDICT: code}
+    texts = [reply.text for reply in replies]
+    found: dict[str, Any] = {REPLY: texts if len(texts) > 1 else texts[0]}
+    about = replies[0]._asdict()
+    del about["text"]
+    if any(about.values()):
+        found[JUDGE] = about
+    if len(texts) == 1 and texts[0] is not None:
+        found[VERDICT] = verdict(texts[0]) or str(UNCLEAR)  # as the published script has it
+    return found
 
 
 def mme_folder(request: Request) -> Written:

@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 
 from realign.errors import RefusedError
-from realign.evaluation.benchmark import AnswerFormat, Array, Benchmark, Layout, Record, Rule
+from realign.evaluation.benchmark import (
+    AnswerFormat,
+    Array,
+    Benchmark,
+    Layout,
+    Record,
+    Rule,
+    of_items,
+)
 from realign.evaluation.judging import (
     Judge,
     Judging,
@@ -138,6 +146,10 @@ def judge_values(row: Row, answer: str) -> dict[str, str]:
     }
 
 
+UNITS = {
+    "mean_score": of_items(lambda scores: scores[1]),
+    "hallucination_rate": of_items(lambda scores: scores[2]),
+}
 _UNIT = "mean_score is of 0 to 6 points, hallucination_rate a fraction (ratings below 3)."
 
 MMHAL = Benchmark(
@@ -149,6 +161,7 @@ MMHAL = Benchmark(
             judged,
             metrics,
             unit="points",
+            units=UNITS,
             judging=Judging(parsed(rating), constant("0"), constant("6"), fault=constant("0")),
             note=f"{_UNIT} A reply in which the published script finds no rating, or several, is a "
             "0 and so a hallucination.",
@@ -157,11 +170,13 @@ MMHAL = Benchmark(
             judged,
             metrics,
             unit="points",
+            units=UNITS,
             judging=Judging(parsed(strict_rating), constant("0"), constant("6")),
             note=f"{_UNIT} An answer whose reply has not exactly one whole rating is unjudged.",
         ),
     },
     table=[],
+    less_is_better=("hallucination_rate",),
     cluster="id",
     splits=lambda task, row: ("all", row["question_type"]),
     version_keys=("image_id", "question", "question_type"),
