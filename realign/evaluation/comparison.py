@@ -49,7 +49,7 @@ def score(
             name: rule
             for name, rule in benchmark.rules.items()
             if rule.judging is None and not rule.needs_packages
-        }
+        }  # the others need a judge, or packages that may be missing
         if not rules:
             continue
         texts = {
