@@ -32,8 +32,8 @@ __version__ = "0.1.0"
 
 if getattr(util.find_spec("realign_kernels"), "origin", None) is None:
     raise ImportError(
-        "realign requires realign_kernels, which is missing or was removed with another package. "
-        "Run pip install --force-reinstall --no-deps realign-kernels, or `.` in a clone of realign."
+        "realign requires realign_kernels, which is missing. Run pip install --force-reinstall "
+        "--no-deps realign-kernels, or `.` in a clone of realign."
     )
 
 _HOMES = {

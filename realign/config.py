@@ -21,6 +21,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -318,10 +319,10 @@ class TrainConfig(Section):
     """Accept an imported cache, or one that differs only in numerics (machine, versions, layout),
     if 64 rows computed here agree; accepted_numerics.json records how well.
     """
-    objective: Annotated[Literal["rdpo", "dpo", "mdpo", "symmetric", "sft"], Shown("Objective")] = (
-        "rdpo"
-    )
-    """Loss to minimize. For comparison, ``sft`` is the likelihood of the chosen answers alone."""
+    objective: Annotated[
+        Literal["rdpo", "dpo", "vdpo", "mdpo", "symmetric", "sft"], Shown("Objective")
+    ] = "rdpo"
+    """Loss to minimize; ``vdpo`` is the image pair alone, ``sft`` the chosen answers alone."""
     beta: PositiveFloat = 0.1
     """KL strength of the answer-pair term."""
     image_beta: PositiveFloat | None = None
@@ -342,8 +343,10 @@ class TrainConfig(Section):
     """Passes over the dataset."""
     batch_size: PositiveInt = 1
     """Pairs per device per micro-batch."""
-    accumulation: PositiveInt = 8
-    """Micro-batches per optimizer step."""
+    pairs_per_step: PositiveInt = 32
+    """Pairs behind one update of the weights, over all devices; 32 in the paper. Each device
+    accumulates as many micro-batches as that takes.
+    """
     warmup_ratio: float = Field(default=0.03, ge=0, le=1)
     """Share of the steps over which the learning rate rises from 0."""
     weight_decay: NonNegativeFloat = 0.0
@@ -399,7 +402,17 @@ class TrainConfig(Section):
     report_to: Annotated[list[str], Effect.NONE, Shown(metavar="TRACKER")] = Field(
         default_factory=list
     )
-    """Experiment tracker of transformers.Trainer, such as tensorboard."""
+    """Experiment trackers of transformers.Trainer, such as tensorboard or wandb, whose packages are
+    installed.
+    """
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _read_one_name(cls, value: Any) -> Any:
+        """Take a name for a list of one; ``none`` is what transformers calls an empty one."""
+        if isinstance(value, str):
+            return [] if value == "none" else [value]
+        return value
 
     @model_validator(mode="after")
     def _check_parts(self) -> TrainConfig:
@@ -488,15 +501,25 @@ class EvalConfig(Section):
     models: Annotated[dict[str, str], Shown(flag="model", metavar="NAME=FOLDER")]
     """Name and folder (or hub id) of a model or adapter. The others are compared with the first."""
     data: Path
-    """Folder with the files of at least one benchmark; docs/evaluation.md lists them."""
-    images: Path
-    """Folder of the questions' images."""
+    """Folder with the files of at least one benchmark, or with folders that are named after
+    benchmarks; docs/evaluation.md lists them."""
+    images: Path | None = None
+    """Folder of the questions' images, or with folders that are named after benchmarks; by default
+    data."""
+    benchmarks: Annotated[list[str], Shown(flag="benchmark", metavar="NAME")] = Field(
+        default_factory=list
+    )
+    """A benchmark to ask; repeatable. By default all whose files are there."""
     out: Path
     """Output folder, for answers/NAME.jsonl and scores.json."""
+    prompt: Literal["official", "llava", "lmms-eval", "vlmevalkit"] | None = None
+    """Whose prompts are used; by default those that docs/evaluation.md names for each benchmark."""
     batch_size: Annotated[PositiveInt, Shown("Generation and scoring")] = 64
     """Rows per generation call."""
-    max_new_tokens: PositiveInt = 128
-    """Longest answer in tokens."""
+    max_new_tokens: PositiveInt | None = None
+    """Longest answer in tokens; by default as the benchmark's prompt was published."""
+    allow_unchanged_adapter: bool = False
+    """Go on with an adapter that does not change the logits of its base."""
     bootstrap: PositiveInt = 2000
     """Bootstrap resamples, over images, behind each interval."""
     dtype: Dtype = "auto"

@@ -1,7 +1,7 @@
 """Speed, memory and error of every head on this CPU: ``python -m benchmarks.head.cpu``.
 
 Writes ``benchmarks/results/cpu_head.json``.  A product of fixed size is timed before and after; if
-the machine was busy the file says so, and README shows no speed from it.
+the machine was busy the file says so, and no page shows a speed from it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The README's tables of heads: errors, speed on CPU and GPU.  Formats, measures nothing."""
+"""The tables of docs/results/head.md: errors, speed on CPU and GPU.  Formats, measures nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's table of retrieval, from ``benchmarks/results/cpu_retrieval.json``."""
+"""The table of docs/results/retrieval.md, from ``benchmarks/results/cpu_retrieval.json``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's table of training steps, from ``cpu_step.json`` and ``step_<device>.json``.
+"""The table of docs/results/step.md, from ``cpu_step.json`` and ``step_<device>.json``.
 
 Formats, measures nothing.
 """

@@ -64,7 +64,11 @@ class Annotate:
             for row in rows
             if not row.answer
         }
-        fitting = {row_id: request for row_id, request in requests.items() if fits(*request)}
+        fitting = {
+            row.id: requests[row.id]
+            for row in rows
+            if row.id in requests and fits(requests[row.id].prompt, row.path)
+        }
         answers = dict(zip(fitting, generator([*fitting.values()]), strict=True))
         for row in rows:
             if row.id in requests:

@@ -25,7 +25,7 @@ from realign.config import BuildConfig, CacheConfig, EvalConfig, TrainConfig
 from realign.demo.data import write_eval_data, write_training_data
 from realign.demo.tasks import LEXICON_PATH
 from realign.evaluation.run import evaluate
-from realign.evaluation.table import scores_table
+from realign.evaluation.table import scores_table, split_of
 from realign.reference.run import cache
 from realign.review.report import write_report
 from realign.runtime.files import read_jsonl, write_json
@@ -109,9 +109,9 @@ def run_demo(out: Path, seed: int, compared: Sequence[str] = ("DPO", "SFT")) -> 
         "objectives": {name: OBJECTIVES[name] for name in (*compared, RECOMMENDED)},
         "first_logged_loss": read_jsonl(out / "metrics.jsonl")[0]["loss"],
         "scores": {
-            name: {"items": task["items"], "rule": rule, "models": models}
-            for name, task in scores["tasks"].items()
-            for rule, models in [*task["rules"].items()][:1]
+            row["task"]: {"items": split["items"], "rule": row["rule"], "models": split["models"]}
+            for row in scores["table"]
+            for split in [split_of(scores, row)]
         },
         "seconds": seconds,
     }
@@ -152,7 +152,7 @@ def train_config(name: str, dataset: Path, out: Path, cache_root: Path, seed: in
         cache=cache_root,
         learning_rate=2e-4,
         batch_size=16,
-        accumulation=1,
+        pairs_per_step=16,
         logging_steps=5,
         save_steps=50,
         seed=seed,

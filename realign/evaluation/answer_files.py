@@ -6,18 +6,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from realign.errors import RefusedError
 from realign.evaluation.benchmark import (
     ANSWERS_BY_ID,
     OWN_ANSWERS,
+    STORED_ANSWERS,
     AnswerFormat,
     Benchmark,
     Record,
 )
+from realign.evaluation.judging import Replies, Reply
 from realign.evaluation.rows import Row, read_records, read_table
 
 Tasks = dict[str, list[Row]]
+
+
+class Answered(NamedTuple):
+    """A row with its answer and what judges replied about it."""
+
+    row: Row
+    answer: str
+    replies: Replies = ()
+    """A reply for each grading; those of a file that has none about this answer have no text."""
 
 
 def read_answers(
@@ -27,8 +39,11 @@ def read_answers(
     *,
     covers: Callable[[Row], bool],
     allows_subset: bool,
-) -> list[tuple[Row, Record, str]]:
+    others: Sequence[Row] = (),
+) -> list[Answered]:
     """Read the answers to a benchmark's questions.
+
+    Several files may hold gradings of the same answers by a judge.
 
     Args:
         benchmark: Which formats are understood.
@@ -36,41 +51,137 @@ def read_answers(
         tasks: Task to its rows.
         covers: Whether a row is scored. Answers to other rows may be there or not.
         allows_subset: Whether questions may be left out.
+        others: Rows of another part of the benchmark, whose answers may be there and are left out.
     Returns:
-        answered: Each row to score that has an answer, in the order of the rows, with the record
-            that holds it and the answer.
+        answered: Each row to score that has an answer, in the order of the rows.
     Raises:
         RefusedError: A file has no known format, its answers are not those of the questions, or two
             questions have one id.
     """
     _check_ids(tasks)
-    found: dict[int, tuple[Record, str]] = {}  # by id() of a row
-    unknown: list[str] = []
-    repeated: list[str] = []
+    found = _Found()
+    if twice := [path for i, path in enumerate(paths) if path.resolve() in _resolved(paths[:i])]:
+        raise RefusedError(f"answers must be files named once, got {twice[0]} twice. Name it once.")
     for path in paths:
-        records = benchmark.answer_reader(path) or _records(path)
+        records = benchmark.answer_reader(path) or _of_benchmark(_records(path), benchmark, path)
         form = _format_of(records, benchmark, path)
+        keys = {form.row_key(row) for row in others}
+        records = [item for item in records if not keys or form.key(item[1]) not in keys]
         pairs = (
             _in_order(form, records, tasks, path, allows_subset=allows_subset)
             if form.is_in_order
             else _by_key(form, records, tasks)
         )
+        found.begin_file()
         for where, record, rows in pairs:
-            answer = record[form.answer]
-            if not isinstance(answer, str):
-                raise RefusedError(
-                    f"{where}: {form.answer} must be a string, got {answer!r:.80}. Correct it."
-                )
-            if not rows:
-                unknown.append(where)
-            if any(id(row) in found for row in rows):
-                repeated.append(where)
-            found.update({id(row): (record, answer) for row in rows})
+            found.add(where, rows, _answer(form, record, where), _replies(benchmark, record, where))
     all_rows = [row for rows in tasks.values() for row in rows if covers(row)]
-    missing = [row for row in all_rows if id(row) not in found]
-    if unknown or repeated or (missing and not allows_subset):
-        _refuse(paths, len(all_rows), len(all_rows) - len(missing), missing, unknown, repeated)
-    return [(row, *found[id(row)]) for row in all_rows if id(row) in found]
+    missing = [row for row in all_rows if id(row) not in found.answers]
+    if found.unknown or found.repeated or (missing and not allows_subset):
+        faults = (missing, found.unknown, found.repeated)
+        _refuse(paths, len(all_rows), len(all_rows) - len(missing), *faults)
+    return [
+        Answered(row, found.answers[id(row)] or "", found.replies(row))
+        for row in all_rows
+        if id(row) in found.answers
+    ]
+
+
+def _resolved(paths: Sequence[Path]) -> set[Path]:
+    return {path.resolve() for path in paths}
+
+
+class _Found:
+    """What the files read so far hold; rows are known by their ``id()``.
+
+    An answer may be there once, or in several files of which each but one holds the replies of a
+    judge about it: those are gradings of the same answer.
+    """
+
+    def __init__(self) -> None:
+        self.answers: dict[int, str | None] = {}
+        self.unknown: list[str] = []
+        self.repeated: list[str] = []
+        self._gradings: list[dict[int, Replies]] = []
+        self._numbers: list[int] = []  # of gradings in each file
+
+    def begin_file(self) -> None:
+        self._gradings.append({})
+        self._numbers.append(0)
+
+    def add(self, where: str, rows: Sequence[Row], answer: str | None, replies: Replies) -> None:
+        if not rows:
+            self.unknown.append(where)
+        if any(self._is_repeated(id(row), answer, replies) for row in rows):
+            self.repeated.append(where)
+        self._numbers[-1] = max(self._numbers[-1], len(replies))
+        for row in rows:
+            self._gradings[-1][id(row)] = replies
+            if self.answers.get(id(row)) is None:
+                self.answers[id(row)] = answer
+
+    def _is_repeated(self, key: int, answer: str | None, replies: Replies) -> bool:
+        if key not in self.answers:
+            return False
+        other = self.answers[key]
+        is_other = None not in (answer, other) and answer != other
+        is_graded = bool(replies) or any(found.get(key) for found in self._gradings)
+        return key in self._gradings[-1] or is_other or not is_graded
+
+    def replies(self, row: Row) -> Replies:
+        """Return the replies about a row's answer, as many for every row."""
+        gathered: list[Reply] = []
+        for found, number in zip(self._gradings, self._numbers, strict=True):
+            own = found.get(id(row), ())
+            gathered += [*own, *[Reply(None)] * (number - len(own))]
+        return gathered
+
+
+def _answer(form: AnswerFormat, record: Record, where: str) -> str | None:
+    if form.answer is None:
+        return None
+    answer = record[form.answer]
+    if not isinstance(answer, str):
+        raise RefusedError(
+            f"{where}: {form.answer} must be a string, got {answer!r:.80}. Correct it."
+        )
+    return answer
+
+
+def _replies(benchmark: Benchmark, record: Record, where: str) -> Replies:
+    try:
+        return benchmark.replies(record)
+    except RefusedError as error:
+        raise RefusedError(f"{where}: {error}") from None
+
+
+def holds_answers(benchmark: Benchmark, paths: Sequence[Path], rows: Sequence[Row]) -> bool:
+    """Return whether files hold an answer to one of some rows.
+
+    Raises:
+        RefusedError: A file has no known format.
+    """
+    for path in paths:
+        records = benchmark.answer_reader(path) or _records(path)
+        form = _format_of(records, benchmark, path)
+        keys = {form.row_key(row) for row in rows}
+        if any(form.key(record) in keys for _, record in records):
+            return True
+    return False
+
+
+def named_questions(benchmark: Benchmark, paths: Sequence[Path]) -> set[str]:
+    """Return the keys of the questions that answer files name, as their formats have them.
+
+    Raises:
+        RefusedError: A file has no known format.
+    """
+    keys: set[str] = set()
+    for path in paths:
+        records = benchmark.answer_reader(path) or _records(path)
+        form = _format_of(records, benchmark, path)
+        keys.update(str(form.key(record)) for _, record in records)
+    return keys
 
 
 def _check_ids(tasks: Tasks) -> None:
@@ -107,6 +218,20 @@ def _records(path: Path) -> list[tuple[str, Record]]:
     return records
 
 
+def _of_benchmark(
+    records: list[tuple[str, Record]], benchmark: Benchmark, path: Path
+) -> list[tuple[str, Record]]:
+    """Leave out the answers to other benchmarks, which ``realign eval`` stores in the same file."""
+    names = {record["benchmark"]: None for _, record in records if "benchmark" in record}
+    own = [pair for pair in records if pair[1].get("benchmark", benchmark.name) == benchmark.name]
+    if not own:
+        raise RefusedError(
+            f"{path} must hold answers of {benchmark.name}, got those of "
+            f"{', '.join(map(str, names))}. Name one of these as --benchmark."
+        )
+    return own
+
+
 def _format_of(
     records: Sequence[tuple[str, Record]], benchmark: Benchmark, path: Path
 ) -> AnswerFormat:
@@ -115,19 +240,21 @@ def _format_of(
     Raises:
         RefusedError: There is none; the record that lacks a field is named.
     """
-    formats = (*benchmark.answer_formats, OWN_ANSWERS, ANSWERS_BY_ID)
+    # of the other formats, some have fields that the stored ones have too
+    formats = (STORED_ANSWERS, *benchmark.answer_formats, OWN_ANSWERS, ANSWERS_BY_ID)
     first = records[0][1]
     for form in formats:
-        if all(name in first for name in form.fields):
+        names = (*form.fields, *form.reply_fields)
+        if all(name in first for name in names):
             for where, record in records:
-                if lacking := [name for name in form.fields if name not in record]:
+                if lacking := [name for name in names if name not in record]:
                     raise RefusedError(
                         f"{where} requires {' and '.join(lacking)}, as the first record of "
                         f"{path.name} has, got only {sorted(record)}. Add what is missing."
                     )
                 _check_fields(record, form, where)
             return form
-    known = "; ".join(" and ".join(form.fields) for form in formats)
+    known = "; ".join(" and ".join((*form.fields, *form.reply_fields)) for form in formats)
     raise RefusedError(
         f"{records[0][0]}: an answer of {benchmark.title} must have one of these sets of fields: "
         f"{known}; got {sorted(first)}. docs/evaluation.md describes the formats."

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from realign.errors import RefusedError
-from realign.evaluation.answer_files import read_answers
-from realign.evaluation.benchmark import Array, Benchmark, Metrics, Rule
-from realign.evaluation.registry import find_benchmark
+from realign.evaluation.answer_files import Answered, holds_answers, named_questions, read_answers
+from realign.evaluation.benchmark import Array, Benchmark, Metrics, MissingData, Rule
+from realign.evaluation.gradings import (
+    averaged,
+    counted,
+    joined,
+    judges,
+    ordered_bounds,
+    read_gradings,
+    spread,
+)
+from realign.evaluation.registry import PARTS, find_rule
 from realign.evaluation.rows import Row, rows_digest
 from realign.evaluation.statistics import intervals
 from realign.runtime.files import finite_or_null
 
+OFFICIAL = "official"
 UNKNOWN = "unknown"  # version of data that is none of the published ones
 COUNTS = ("tp", "fp", "tn", "fn")
-Answered = Sequence[tuple[Row, str]]
+Scored = Sequence[tuple[Row, str]]  # a row and its answer, or the verdict on it
 
 
 def score(
@@ -48,6 +61,16 @@ def score(
         to value, None where it is not defined), ``intervals`` of the same form or None,
         ``baselines`` (a constant answer to ``splits``) and ``yes_ratio`` (share of answers that the
         rule reads as yes, or None where answers are not yes or no).
+
+        Of a rule that reads the replies of a judge, and None otherwise: ``unjudged`` (the number of
+        answers without a verdict as ``items`` and their ``ids``; while there is one every value is
+        None), ``bounds`` (split to metric to the lowest and the highest value that verdicts on
+        these could give; None where all are judged) and ``judging`` (``unparsed``, the answers that
+        the rule scores though a reply holds no verdict; ``gradings``, the ``splits`` of each one,
+        of which those above are the means; their ``spread``, None for one grading; ``judges``).
+
+        Of ``amber`` with answers to both of its parts, ``benchmark``, ``rule`` and ``parts``, which
+        has all of that by the name of each part.
     Raises:
         RefusedError: A name is unknown, a file is missing or has another form, or the answers are
             not those of the data.
@@ -59,56 +82,158 @@ def score(
         scores = score("pope", "answers.jsonl", "pope/output/coco")
         scores["splits"]["adversarial"]["accuracy"]
     """
-    chosen = find_benchmark(benchmark)
-    by = _find_rule(chosen, rule)
     if bootstrap < 0:
         raise RefusedError(
             f"bootstrap must be at least 0, got {bootstrap}. Pass 0 for no intervals."
         )
-    tasks = {name: task.rows for name, task in chosen.read_tasks(Path(data)).items()}
-    paths = [answers] if isinstance(answers, (str, Path)) else list(answers)
+    paths = [Path(path) for path in ([answers] if isinstance(answers, (str, Path)) else answers)]
+    options = _Options(paths, Path(data), allow_subset, bootstrap, seed)
+    if benchmark in PARTS:
+        return _score_parts(benchmark, rule, options)
+    return _score_one(*find_rule(benchmark, rule), rule, options)
+
+
+class _Options(NamedTuple):
+    paths: list[Path]
+    data: Path
+    allow_subset: bool
+    bootstrap: int
+    seed: int
+
+
+def _score_parts(name: str, rule: str, options: _Options) -> dict[str, Any]:
+    """Score the parts of a benchmark that the answers belong to, each as though it were alone. A
+    part that lacks the rule is scored by its official one where another part has it.
+    """
+    rows: dict[str, list[Row]] = {}
+    for part in PARTS[name]:
+        with suppress(MissingData):
+            tasks = part.read_tasks(options.data).values()
+            found = [row for task in tasks for row in task.rows]
+            if holds_answers(part, options.paths, found):
+                rows[part.name] = found
+    answered = [part for part in PARTS[name] if part.name in rows]
+    if not answered:
+        raise RefusedError(
+            f"{', '.join(map(str, options.paths))} must answer questions of "
+            f"{' or '.join(part.title for part in PARTS[name])} in {options.data}, got none of "
+            "them. Give the answers to this data."
+        )
+    if len(answered) == 1:
+        return _score_one(*find_rule(answered[0].name, rule), rule, options)
+    if not any(rule in part.rules for part in answered):
+        known = dict.fromkeys(rule for part in answered for rule in part.rules)
+        raise RefusedError(
+            f"rule must be one of {', '.join(known)} for {name}, got {rule!r}. Name one of them."
+        )
+    parts = {}
+    for part in answered:
+        used = rule if rule in part.rules else OFFICIAL
+        others = [row for other in answered if other is not part for row in rows[other.name]]
+        parts[part.name] = _score_one(part, part.rules[used], used, options, others)
+    return {"benchmark": name, "rule": rule, "parts": parts}
+
+
+def _score_one(
+    chosen: Benchmark, by: Rule, rule: str, options: _Options, others: Sequence[Row] = ()
+) -> dict[str, Any]:
+    """Score the answers to one benchmark; those to other rows are left out."""
+    paths, data, allow_subset, bootstrap, seed = options
+    read = chosen.read_tasks(data, partial(named_questions, chosen, paths))
+    tasks = {name: task.rows for name, task in read.items()}
     answered = read_answers(
-        chosen, [Path(path) for path in paths], tasks, covers=by.covers, allows_subset=allow_subset
+        chosen, paths, tasks, covers=by.covers, allows_subset=allow_subset, others=others
     )
     total = sum(by.covers(row) for rows in tasks.values() for row in rows)
     is_subset = len(answered) < total
-    covered = [(row, by.prepare(by.text(record, text))) for row, record, text in answered]
-    if not covered:
+    if not answered:
         raise RefusedError(
             f"{', '.join(map(str, paths))} must answer a question that the rule {rule} scores, got "
             "none. Name another --rule."
         )
-    splits = _split_sums(chosen, by, covered)
+    if by.judging is None:
+        covered = [(item.row, by.prepare(item.answer)) for item in answered]
+        measured = _Measured(by, _split_sums(chosen, by, covered))
+        found = {
+            "splits": _values(measured.rule, measured.sums),
+            "yes_ratio": _yes_ratio(by, [text for _, text in covered]),
+            "unjudged": None,
+            "bounds": None,
+            "judging": None,
+        }
+    else:
+        measured, found = _judged(chosen, by, answered)
+    has_values = found["bounds"] is None
     return {
         "benchmark": chosen.name,
-        "version": _version(chosen, tasks),
+        "version": data_version(chosen, tasks),
         "rule": rule,
         "note": by.note,
         "unit": by.unit,
-        "items": len(covered),
-        "images": len({row["image"] for row, _ in covered if row["image"] is not None}),
-        "subset": f"{len(covered)} of {total}" if is_subset else None,
-        "splits": _values(by, splits),
-        "intervals": _intervals(by, splits, bootstrap, seed) if bootstrap else None,
-        "baselines": {
-            name: _values(by, _split_sums(chosen, by, [(row, answer) for row, _ in covered]))
-            for name, answer in chosen.constants.items()
-            if by.scores_constants
-        },
-        "yes_ratio": _yes_ratio(by, [text for _, text in covered]),
+        "items": len(answered),
+        "images": len({item.row["image"] for item in answered if item.row["image"] is not None}),
+        "subset": f"{len(answered)} of {total}" if is_subset else None,
+        **found,
+        "intervals": _intervals(*measured, bootstrap, seed) if bootstrap and has_values else None,
+        "baselines": _baselines(chosen, by, [item.row for item in answered]),
     }
 
 
-def _find_rule(benchmark: Benchmark, name: str) -> Rule:
-    if name not in benchmark.rules:
-        raise RefusedError(
-            f"rule must be one of {', '.join(benchmark.rules)} for {benchmark.title}, got "
-            f"{name!r}. Name one of them."
-        )
-    return benchmark.rules[name]
+class _Measured(NamedTuple):
+    rule: Rule
+    sums: dict[str, Array]
 
 
-def _version(benchmark: Benchmark, tasks: Mapping[str, Sequence[Row]]) -> str:
+def _judged(
+    benchmark: Benchmark, rule: Rule, answered: Sequence[Answered]
+) -> tuple[_Measured, dict[str, Any]]:
+    """Return the score vectors of a rule that reads verdicts, and what a result holds of them."""
+    gradings = read_gradings(benchmark, rule, answered)
+    metrics, split_metrics = averaged(rule, len(gradings))
+    mean = replace(rule, metrics=metrics, split_metrics=split_metrics)
+    worst = [_split_sums(benchmark, rule, grading.worst) for grading in gradings]
+    best = [_split_sums(benchmark, rule, grading.best) for grading in gradings]
+    runs: list[dict[str, Any]] = [
+        {
+            "splits": _without_values(values) if grading.unjudged else values,
+            "unjudged": grading.unjudged,
+            "unparsed": grading.unparsed,
+        }
+        for grading, sums in zip(gradings, worst, strict=True)
+        for values in [_values(rule, sums)]
+    ]
+    lowest = _values(mean, joined(worst))
+    unjudged = counted(grading.unjudged for grading in gradings)
+    is_whole = not unjudged["items"]
+    found = {
+        "splits": lowest if is_whole else _without_values(lowest),
+        "yes_ratio": None,
+        "unjudged": unjudged,
+        "bounds": None if is_whole else ordered_bounds(lowest, _values(mean, joined(best))),
+        "judging": {
+            "unparsed": counted(grading.unparsed for grading in gradings),
+            "gradings": runs,
+            "spread": spread([run["splits"] for run in runs]) if len(runs) > 1 else None,
+            "judges": judges(answered),
+        },
+    }
+    return _Measured(mean, joined(worst)), found
+
+
+def _without_values(splits: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, None]]:
+    return {split: dict.fromkeys(values) for split, values in splits.items()}
+
+
+def _baselines(benchmark: Benchmark, rule: Rule, rows: Sequence[Row]) -> dict[str, Any]:
+    """Return the scores of the constant answers that no judge has to read."""
+    return {
+        name: _values(rule, _split_sums(benchmark, rule, [(row, answer) for row in rows]))
+        for name, answer in benchmark.constants.items()
+        if rule.judging is None or not any(rule.judging.asks_about(row, answer) for row in rows)
+    }
+
+
+def data_version(benchmark: Benchmark, tasks: Mapping[str, Sequence[Row]]) -> str:
     """Return the name of the published version that all tasks are of."""
     names = {
         benchmark.versions.get(rows_digest(rows, *benchmark.version_keys))
@@ -118,7 +243,7 @@ def _version(benchmark: Benchmark, tasks: Mapping[str, Sequence[Row]]) -> str:
     return UNKNOWN if names or name is None else name
 
 
-def _split_sums(benchmark: Benchmark, rule: Rule, answered: Answered) -> dict[str, Array]:
+def _split_sums(benchmark: Benchmark, rule: Rule, answered: Scored) -> dict[str, Array]:
     """Return the score vectors of all clusters by split, zero where a split has none of one."""
     clusters: dict[Any, int] = {}
     scored: dict[str, dict[int, list[tuple[Row, Sequence[float]]]]] = {}

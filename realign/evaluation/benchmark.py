@@ -4,7 +4,7 @@ named rule, and what the table shows of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from realign.errors import RefusedError
-from realign.evaluation.rows import Row
+from realign.evaluation.judging import Judge, Judging, Replies, stored_replies
+from realign.evaluation.rows import Row, row_id
 
 Array = NDArray[np.float64]
 Metrics = Callable[[Array], Mapping[str, Array]]
@@ -23,7 +24,24 @@ Record = Mapping[str, Any]  # of an answer file
 
 def sum_scores(rows: Sequence[ScoredRow]) -> ArrayLike:
     """Return the sum of the score vectors of a cluster."""
-    return np.sum([scores for _, scores in rows], axis=0)
+    # of a few short vectors, for which an array takes longer
+    return [sum(column) for column in zip(*(scores for _, scores in rows), strict=True)]
+
+
+class UnitValues(NamedTuple):
+    """What a metric is the mean of: questions, or groups that are right as a whole."""
+
+    of_cluster: Callable[[Sequence[ScoredRow]], Sequence[float]]
+    """The scored rows of a cluster to one value for each unit, in an order that does not depend on
+    the scores; 1 where the unit is right and 0 where it is wrong, if it can only be that.
+    """
+    scale: float = 1.0
+    """What the mean of the values is multiplied by to give the metric, such as 100 for percent."""
+
+
+def of_items(value: Callable[[Sequence[float]], float], scale: float = 1.0) -> UnitValues:
+    """Return the units of a metric that is the mean over rows of a value of the score vector."""
+    return UnitValues(lambda rows: [float(value(scores)) for _, scores in rows], scale)
 
 
 @dataclass(frozen=True)
@@ -54,12 +72,12 @@ class Rule:
     """Return whether the rule scores a row. Some programs leave out questions without an image."""
     strips: bool = True
     """True to remove the white space around an answer before it is scored."""
-    text: Callable[[Record, str], str] = lambda record, answer: answer
-    """Return the text that is scored, from a record and its answer. A rule that scores a judge's
-    verdict takes the verdict from the record.
+    judging: Judging | None = None
+    """How the rule reads the replies of a judge. None for a rule that reads the answers."""
+    units: Mapping[str, UnitValues] = field(default_factory=dict)
+    """The units of each metric that is a mean: gained and lost ones are counted, and its standard
+    error has a closed form. Other metrics have intervals and permutation tests alone.
     """
-    scores_constants: bool = True
-    """True if constant answers can be scored. They cannot where a judge has to read them."""
     note: str = ""
     """Text that is printed beside the scores, such as a fault of the published program."""
 
@@ -75,7 +93,7 @@ class MissingData(RefusedError):
 class TableRow(NamedTuple):
     """A metric that is shown; the others are in ``scores.json`` alone."""
 
-    task: str
+    task: str  # the row is shown where this task is measured
     rule: str
     metric: str
     label: str
@@ -83,6 +101,14 @@ class TableRow(NamedTuple):
     is_headline: bool = False  # also shown as a tile and a plot
     scale: int = 100  # 100 prints a fraction in percent; with 1 the label names the unit
     undefined: str = "there was nothing to count"  # why there is no value, where there is none
+    split: str = "all"  # whose metric it is
+
+
+class Prompt(NamedTuple):
+    """The text that a program sends for a question, and how long it lets the answer be."""
+
+    text: Callable[[Row], str] = lambda row: str(row["text"])
+    max_new_tokens: int = 128
 
 
 class View(NamedTuple):
@@ -99,14 +125,23 @@ class Layout:
 
     files: Mapping[str, tuple[str, ...]]
     """Task to the names of its files. A task is measured where the first of them is."""
-    read: Callable[[Path], list[Row]]
+    read: Callable[..., list[Row]]
     """Read and check the first file of a task, and those beside it that the task needs."""
     are_folders: bool = False
     """True if the names are those of folders instead of files."""
+    takes_named: bool = False
+    """True if ``read`` also takes a function that returns the keys of the questions that answers
+    name. So it is where the files hold far more than a benchmark asks for.
+    """
 
     def holds(self, path: Path) -> bool:
         """Return whether the first file or folder of a task is there."""
         return path.is_dir() if self.are_folders else path.is_file()
+
+    def first_in(self, folder: Path) -> str | None:
+        """Return the first file or folder of a task that a folder holds, or None."""
+        first = (names[0] for names in self.files.values())
+        return next((name for name in first if self.holds(folder / name)), None)
 
 
 @dataclass(frozen=True)
@@ -115,25 +150,31 @@ class AnswerFormat:
 
     fields: tuple[str, ...]
     """The fields that every record must have."""
-    answer: str
-    """The field that holds the answer."""
+    answer: str | None
+    """The field that holds the answer; None for files that hold the replies of a judge alone."""
     key: Callable[[Record], Hashable]
     """The key of the question that a record answers."""
     row_key: Callable[[Row], Hashable | None]
     """Return the key of a row, or None if rows of this layout have no such key."""
+    reply_fields: tuple[str, ...] = ()
+    """Further fields that every record must have, which hold the replies of a judge."""
     is_in_order: bool = False
     """True if a file holds the answers of one task, or of all tasks, in the order of the questions.
     Its keys are compared with those of the questions one by one, so that they need not be unique.
     """
 
 
+STORED_ANSWERS = AnswerFormat(
+    ("benchmark", "id", "answer"), "answer", lambda record: str(record["id"]), row_id
+)
+"""The format that ``realign eval`` stores."""
 OWN_ANSWERS = AnswerFormat(
     ("image", "text", "answer"),
     "answer",
     lambda record: (record["image"], record["text"]),
     lambda row: (row["image"], row["text"]),
 )
-"""The format that ``realign eval`` stores. One answer serves all rows with its image and text."""
+"""The format that it stored before. One answer serves all rows with its image and text."""
 ANSWERS_BY_ID = AnswerFormat(
     ("id", "answer"), "answer", lambda record: str(record["id"]), lambda row: row.get("id")
 )
@@ -151,12 +192,30 @@ class Benchmark:
     """The first one that a folder holds is read."""
     rules: Mapping[str, Rule]
     table: Sequence[TableRow]
+    prompts: Mapping[str, Prompt] = field(default_factory=lambda: {"official": Prompt()})
+    """Name of a program to how it asks. The first one is the default. Without any, a benchmark is
+    scored from files and not asked.
+    """
+    image_folder: str = ""
+    """The folder below ``--images`` that may hold the images; the benchmark's name by default."""
+    image_places: Callable[[Row], Sequence[str]] = lambda row: (row["image"],)
+    """Where in that folder, or in ``--images`` itself, the image of a row may lie."""
+    read_images: Callable[[Path], Iterator[tuple[str, bytes]]] | None = None
+    """Read the images of a task's first file, by the names that rows have, where they lie in it."""
     cluster: str = "image"
     """The key of a row that names its cluster. The bootstrap draws clusters."""
     samples: Mapping[str, Callable[[Row, str], View]] = field(default_factory=dict)
     """Task to the view of a row's answer, where the report shows answers side by side."""
     splits: Callable[[str, Row], Sequence[str]] = lambda task, row: ("all",)
     """The splits that a row of a task belongs to."""
+    means: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Name to the splits whose metrics are averaged under it, as published tables do."""
+    headline: tuple[str, ...] = ()
+    """The metrics that ``realign eval compare`` compares unless others are asked for; every metric
+    that is no count where it is empty.
+    """
+    less_is_better: tuple[str, ...] = ()
+    """The metrics of which less is better."""
     version_keys: tuple[str, ...] = ("image", "text")
     """The keys of a row that its score depends on."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -169,6 +228,12 @@ class Benchmark:
     """The formats of answer files that others write; those above are always understood."""
     constants: Mapping[str, str] = field(default_factory=dict)
     """Answers that need no model, whose scores are shown beside every score."""
+    replies: Callable[[Record], Replies] = stored_replies
+    """Return what judges replied about the answer of a record, a reply for each grading. None of
+    them means that the record is not of a judged file.
+    """
+    judge: Judge | None = None
+    """How a judge is asked about answers; None for benchmarks that need none."""
 
     def find_layout(self, data: Path) -> Layout:
         """Return the first layout of which a folder holds a file.
@@ -177,7 +242,7 @@ class Benchmark:
             MissingData: There is none.
         """
         for layout in self.layouts:
-            if any(layout.holds(data / names[0]) for names in layout.files.values()):
+            if layout.first_in(data):
                 return layout
         wanted = "; or ".join(
             ", ".join(names[0] for names in layout.files.values()) for layout in self.layouts
@@ -187,9 +252,14 @@ class Benchmark:
             "them. Check --data."
         )
 
-    def read_tasks(self, data: Path) -> dict[str, Task]:
+    def read_tasks(
+        self, data: Path, named: Callable[[], Collection[str]] = tuple
+    ) -> dict[str, Task]:
         """Read the rows of every task whose files a folder holds.
 
+        Args:
+            data: The folder.
+            named: Returns the keys of the questions that answers name.
         Raises:
             MissingData: The folder has none.
             RefusedError: A file has another form.
@@ -197,9 +267,11 @@ class Benchmark:
         layout, tasks = self.find_layout(data), {}
         for name, files in layout.files.items():
             if layout.holds(data / files[0]):
-                rows = layout.read(data / files[0])
+                more = (named,) if layout.takes_named else ()
+                rows = layout.read(data / files[0], *more)
                 for row in rows:
                     row["splits"] = self.splits(name, row)
+                    row["item"] = (self.name, row_id(row))
                 tasks[name] = Task(self, rows, files)
         return tasks
 

@@ -1,17 +1,25 @@
-"""Scores stored answers under the named rules of their benchmarks."""
+"""Compares models on benchmarks: what ``scores.json`` holds, and what ``realign eval compare``
+prints.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from realign.evaluation.benchmark import Array, Rule, ScoredRow, Task
+from realign.evaluation.answer_scores import data_version
+from realign.evaluation.benchmark import Benchmark, TableRow, Task
+from realign.evaluation.cluster_sums import Run
+from realign.evaluation.measured import Entry, Measured, Place
+from realign.evaluation.probes import probes
+from realign.evaluation.rows import Row, item_key
 from realign.evaluation.samples import Answers, sample_answers
-from realign.evaluation.statistics import paired_scores
+from realign.evaluation.significance import CONFIDENCE, holm
+from realign.evaluation.statistics import Draws
 from realign.evaluation.table import SCHEMA
 from realign.generation.generator import Answer
+
+RUN = "1"  # the name of the run of a model that has one
 
 
 def score(
@@ -21,55 +29,180 @@ def score(
 
     Args:
         tasks: By name.
-        answers: Model to question to answer; the first model is the baseline.
-        resamples: How many draws of the bootstrap.
+        answers: Model to answer by :func:`~realign.evaluation.rows.item_key`; the first model is
+            the baseline.
+        resamples: How many draws of the bootstrap, and of the permutation test.
         seed: Of the draws.
     Returns:
-        What ``scores.json`` holds: under ``tasks`` the values of every model by task and rule (see
-        :func:`~realign.evaluation.statistics.paired_scores`), under ``table`` what is shown of
-        them and how, under ``samples`` answers to look at.
+        What ``scores.json`` holds; docs/evaluation.md has its keys.
     """
-    baseline = next(iter(answers))
-    scored: dict[str, Any] = {}
+    draws = Draws(resamples, seed)
+    by_benchmark: dict[Benchmark, dict[str, Task]] = {}
     for name, task in tasks.items():
-        by_model = {
-            model: [stored[row["image"], row["text"]] for row in task.rows]
+        by_benchmark.setdefault(task.benchmark, {})[name] = task
+    measured, table = [], []
+    for benchmark, its_tasks in by_benchmark.items():
+        by_task = {name: task.rows for name, task in its_tasks.items()}
+        rows = with_splits(benchmark, by_task)
+        facts = {"version": data_version(benchmark, by_task), "subset": None}
+        rules = {
+            name: rule for name, rule in benchmark.rules.items() if rule.judging is None
+        }  # the others need a judge
+        if not rules:
+            continue
+        texts = {
+            Run(name, model, RUN): [
+                [rule.prepare(stored[item_key(row)].text) for row in rows if rule.covers(row)]
+            ]
+            for name, rule in rules.items()
             for model, stored in answers.items()
         }
-        scored[name] = {
-            "benchmark": task.benchmark.title,
-            "items": len(task.rows),
-            "images": len({row["image"] for row in task.rows}),
-            "cluster": task.benchmark.cluster,
-            "cut": {model: sum(said.is_cut for said in by_model[model]) for model in by_model},
-            "rules": {},
-        }
-        for rule_name, rule in task.benchmark.rules.items():
-            scored[name]["rules"][rule_name] = paired_scores(
-                {model: _scores_by_cluster(task, rule, said) for model, said in by_model.items()},
-                rule.metrics,
-                baseline=baseline,
-                resamples=resamples,
-                seed=seed,
-            )
-    return {
-        "schema": SCHEMA,
-        "baseline": baseline,
-        "tasks": scored,
-        "table": [
-            row._asdict()
-            for benchmark in dict.fromkeys(task.benchmark for task in tasks.values())
+        measured.append(Measured(benchmark, rows, texts, rules, draws, facts))
+        table += [
+            (measured[-1], row)
             for row in benchmark.table
-            if row.task in tasks
-        ],
+            if row.task in its_tasks and (row.split, row.metric) in measured[-1].places(row.rule)
+        ]
+    return {
+        **comparison_of(measured, table, draws, [*answers]),
+        "tasks": {name: _task(task, answers) for name, task in tasks.items()},
         "samples": sample_answers(tasks, answers),
     }
 
 
-def _scores_by_cluster(task: Task, rule: Rule, answers: Sequence[Answer]) -> Array:
-    """Return the score vectors of the clusters, in the order of their first rows."""
-    clusters: dict[Any, list[ScoredRow]] = {}
-    for row, answer in zip(task.rows, answers, strict=True):
-        scored = (row, rule.score(row, answer.text))
-        clusters.setdefault(row[task.benchmark.cluster], []).append(scored)
-    return np.array([rule.combine(rows) for rows in clusters.values()], dtype=np.float64)
+def comparison_of(
+    measured: Sequence[Measured],
+    table: Sequence[tuple[Measured, TableRow]],
+    draws: Draws,
+    models: Sequence[str],
+) -> dict[str, Any]:
+    """Return what ``scores.json`` holds of scores and comparisons.
+
+    Args:
+        measured: One of each benchmark, all with the same models.
+        table: The rows of the table. Their comparisons are adjusted for their number together.
+        draws: Which the intervals rest on.
+        models: Their names, the baseline first.
+    """
+    benchmarks = {found.benchmark.name: _entries(found) for found in measured}
+    rows = [
+        {
+            **row._asdict(),
+            "benchmark": found.benchmark.name,
+            "title": found.benchmark.title,
+            "comparisons": {},
+        }
+        for found, row in table
+    ]
+    return {
+        "schema": SCHEMA,
+        "baseline": models[0],
+        "models": [*models],
+        "draws": {"bootstrap": draws.number, "permutation": draws.number, "seed": draws.seed},
+        "confidence": CONFIDENCE,
+        "benchmarks": benchmarks,
+        "table": rows,
+        "num_comparisons": _adjust(rows, [found for found, _ in table], benchmarks),
+    }
+
+
+def with_splits(benchmark: Benchmark, tasks: Mapping[str, Sequence[Row]]) -> list[Row]:
+    """Return the rows of all tasks, with the splits that each belongs to."""
+    return [
+        {**row, "splits": benchmark.splits(name, row)}
+        for name, rows in tasks.items()
+        for row in rows
+    ]
+
+
+def _task(task: Task, answers: Answers) -> dict[str, Any]:
+    said: dict[str, list[Answer]] = {
+        model: [stored[item_key(row)] for row in task.rows] for model, stored in answers.items()
+    }
+    return {
+        "benchmark": task.benchmark.name,
+        "items": len(task.rows),
+        "images": _num_images(task.rows),
+        "cut": {model: sum(answer.is_cut for answer in found) for model, found in said.items()},
+        "probes": {model: probes(task.benchmark, found) for model, found in said.items()},
+    }
+
+
+def _num_images(rows: Sequence[Row]) -> int:
+    return len({row["image"] for row in rows if row["image"] is not None})
+
+
+def _entries(measured: Measured) -> dict[str, Any]:
+    """Return what ``scores.json`` holds of one benchmark."""
+    return {
+        "title": measured.benchmark.title,
+        "cluster": measured.benchmark.cluster,
+        "clusters": measured.num_clusters,
+        **measured.facts,
+        "rules": {
+            name: {
+                "unit": rule.unit,
+                "note": rule.note,
+                "splits": _split_entries(measured, name),
+            }
+            for name, rule in measured.rules.items()
+        },
+    }
+
+
+def _split_entries(measured: Measured, rule: str) -> dict[str, Any]:
+    rows = [measured.all_rows[i] for i in measured.rows[rule]]
+    constants = measured.constants(rule)
+    splits: dict[str, Any] = {}
+    for place in measured.places(rule):
+        if place.split not in splits:
+            parts = measured.benchmark.means.get(place.split, (place.split,))
+            inside = [row for row in rows if not {*parts}.isdisjoint(row["splits"])]
+            splits[place.split] = {
+                "items": len(inside),
+                "images": _num_images(inside),
+                "models": {model: {} for model in measured.runs},
+                "constants": {answer: {} for answer in constants},
+            }
+        found = splits[place.split]
+        for model, metrics in found["models"].items():
+            metrics[place.metric] = measured.entry(rule, model, place)
+        for answer, metrics in found["constants"].items():
+            metrics[place.metric] = measured.defined(constants[answer].get(place))
+    return splits
+
+
+def _adjust(
+    rows: Sequence[dict[str, Any]], measured: Sequence[Measured], benchmarks: Mapping[str, Any]
+) -> int:
+    """Adjust the comparisons of the rows of a table for their number; return that number.
+
+    The interval of the row with the smallest p value has the level of as many comparisons as there
+    are, the next one that of one fewer. From the first one that contains 0 on, none is taken to
+    show a difference, nor is one whose adjusted p value is not small: the bootstrap excludes 0 too
+    soon where hardly any item is gained or lost.
+    """
+    tests = []
+    for row, found in zip(rows, measured, strict=True):
+        models = benchmarks[row["benchmark"]]["rules"][row["rule"]]["splits"][row["split"]]
+        for model, metrics in models["models"].items():
+            entry: Entry = metrics[row["metric"]]
+            if entry["paired"] is not None and entry["paired"]["p"] is not None:
+                tests.append((entry["paired"]["p"], row, model, found, entry))
+    tests.sort(key=lambda test: test[0])  # stable: equal ones stay in the order of the table
+    adjusted = holm([p for p, *_ in tests])
+    is_inside = False
+    for rank, (p, row, model, found, entry) in enumerate(tests):
+        level = 1 - (1 - CONFIDENCE) / (len(tests) - rank)
+        place = Place(row["split"], row["metric"])
+        interval = found.difference_interval(row["rule"], model, place, entry, level)
+        holds_0 = interval is None or interval[0] <= 0 <= interval[1]
+        is_inside = is_inside or holds_0 or adjusted[rank] > 1 - CONFIDENCE + 1e-12
+        row["comparisons"][model] = {
+            "p": p,
+            "p_holm": adjusted[rank],
+            "level": level,
+            "interval_holm": interval,
+            "is_inside_noise": is_inside,
+        }
+    return len(tests)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from realign.errors import RefusedError
-from realign.evaluation.benchmark import Benchmark, MissingData, Task
+from realign.evaluation.benchmark import Benchmark, MissingData, Rule, Task
 from realign.evaluation.benchmarks.amber import AMBER_DISCRIMINATIVE
+from realign.evaluation.benchmarks.amber_generative import AMBER_GENERATIVE
 from realign.evaluation.benchmarks.chair import CHAIR
+from realign.evaluation.benchmarks.chair_coco import CHAIR_COCO
 from realign.evaluation.benchmarks.hallusionbench import HALLUSIONBENCH
+from realign.evaluation.benchmarks.llava_bench import LLAVA_BENCH
+from realign.evaluation.benchmarks.mm_vet import MM_VET
 from realign.evaluation.benchmarks.mmbench import MMBENCH
 from realign.evaluation.benchmarks.mme import MME
+from realign.evaluation.benchmarks.mmhal import MMHAL
 from realign.evaluation.benchmarks.pope import POPE
 from realign.evaluation.benchmarks.scienceqa import SCIENCEQA
 from realign.evaluation.benchmarks.textvqa import TEXTVQA, VIZWIZ
@@ -20,51 +26,157 @@ from realign.runtime.progress import announce
 BENCHMARKS: tuple[Benchmark, ...] = (
     POPE,
     HALLUSIONBENCH,
+    AMBER_GENERATIVE,
     AMBER_DISCRIMINATIVE,
+    CHAIR_COCO,
     CHAIR,
     MME,
     MMBENCH,
     SCIENCEQA,
     TEXTVQA,
     VIZWIZ,
+    MMHAL,
+    MM_VET,
+    LLAVA_BENCH,
 )
 
 
+PARTS = {"amber": (AMBER_GENERATIVE, AMBER_DISCRIMINATIVE)}
+"""Names that stand for several benchmarks, whose answers may lie in one file."""
+
+
 def find_benchmark(name: str) -> Benchmark:
-    """Return the benchmark of a name.
+    """Return the benchmark of a name; the one with published data where two have it.
 
     Raises:
         RefusedError: There is none.
     """
-    known = {benchmark.name: benchmark for benchmark in BENCHMARKS}
-    if name not in known:
+    return _named(name)[0]
+
+
+def find_rule(name: str, rule: str) -> tuple[Benchmark, Rule]:
+    """Return the benchmark of a name that has a rule, and the rule. CHAIR's published data and data
+    of one's own are two benchmarks with one name, whose rules differ.
+
+    Raises:
+        RefusedError: There is none.
+    """
+    named = _named(name)
+    for benchmark in named:
+        if rule in benchmark.rules:
+            return benchmark, benchmark.rules[rule]
+    known = [rule for benchmark in named for rule in benchmark.rules]
+    raise RefusedError(
+        f"rule must be one of {', '.join(known)} for {named[0].title}, got {rule!r}. Name one of "
+        "them."
+    )
+
+
+def _named(name: str) -> list[Benchmark]:
+    named = [benchmark for benchmark in BENCHMARKS if benchmark.name == name]
+    if not named:
+        known = dict.fromkeys(benchmark.name for benchmark in BENCHMARKS)
         raise RefusedError(
             f"benchmark must be one of {', '.join(known)}, got {name!r}. Name one of them."
         )
-    return known[name]
+    return named
 
 
-def read_tasks(data: Path) -> dict[str, Task]:
-    """Read the tasks to ask a model whose files a folder holds, and announce the missing ones.
+def find_data(data: Path, names: Sequence[str]) -> dict[Benchmark, Path]:
+    """Return the folder with the files of each benchmark to ask: ``data`` itself, or the folder in
+    it that has the benchmark's name.
 
+    Args:
+        data: The folder.
+        names: The benchmarks; none for all whose files are there, where the others are announced.
     Raises:
-        RefusedError: All are missing, or a file has another form than its benchmark requires.
+        RefusedError: A name is unknown or given twice, a named benchmark has no files or there is
+            none at all, or a benchmark has files in both places or in two forms that cannot be
+            asked together.
     """
-    asked = [benchmark for benchmark in BENCHMARKS if benchmark.table]
-    tasks: dict[str, Task] = {}
-    absent: list[str] = []
-    for benchmark in asked:
-        found: dict[str, Task] = {}
-        with suppress(MissingData):
-            found = benchmark.read_tasks(data)
-        first = benchmark.layouts[0].files
-        absent += [names[0] for task, names in first.items() if task not in found]
-        tasks |= found
-    if not tasks:
+    if again := next((name for name in names if names.count(name) > 1), None):
+        raise RefusedError(f"benchmark must name each one once, got {again!r} again. Drop one.")
+    known = dict.fromkeys(benchmark.name for benchmark in BENCHMARKS)
+    forms = {
+        name: [form for form in _named(name) if form.prompts]
+        for name in dict.fromkeys(names or known)
+    }
+    found = {
+        form: folder
+        for named in forms.values()
+        for form in named
+        if (folder := _folder_of(form, data))
+    }
+    there = [form.name for form in found]
+    if twice := next((name for name in there if there.count(name) > 1), None):
+        named = (form for form in found if form.name == twice)
+        both = " and ".join(str(form.find_layout(found[form]).first_in(data)) for form in named)
         raise RefusedError(
-            f"data must hold {', '.join(absent[:-1])} or {absent[-1]}, got {data}, which has none. "
-            "Write at least one; docs/evaluation.md says what a line holds."
+            f"data must hold {twice} in one form, got {both} in {data}. Move one of them into "
+            "another folder."
+        )
+    absent = [name for name in forms if name not in there]
+    if absent and names:
+        forms[absent[0]][-1].find_layout(data)  # which says what it looks for
+    if not found:
+        files = [
+            f"{form.name}: {next(iter(form.layouts[0].files.values()))[0]}"
+            for named in forms.values()
+            for form in named
+        ]
+        raise RefusedError(
+            f"data must hold the files of a benchmark ({'; '.join(files)}; and so on), got {data}, "
+            "which has none. Check --data; docs/evaluation.md lists all files."
         )
     if absent:
-        announce(f"not measured, since {data} does not hold them: {', '.join(absent)}")
+        announce(f"not asked, since {data} does not hold them: {', '.join(absent)}")
+    return found
+
+
+def read_tasks(folders: Mapping[Benchmark, Path]) -> dict[str, Task]:
+    """Read the tasks of benchmarks, and announce what of them is not there or not read.
+
+    Args:
+        folders: From :func:`find_data`.
+    Raises:
+        RefusedError: A file has another form than its benchmark requires.
+    """
+    tasks: dict[str, Task] = {}
+    for benchmark, folder in folders.items():
+        name = benchmark.name
+        found, layout = benchmark.read_tasks(folder), benchmark.find_layout(folder)
+        if not any(task.rows for task in found.values()):  # of CHAIR without a list of images
+            raise RefusedError(
+                f"{name}: {folder} must say what is asked, got no question. Add the list of images "
+                "that docs/evaluation.md names."
+            )
+        absent = [files[0] for task, files in layout.files.items() if task not in found]
+        if absent:
+            announce(f"{name}: {folder} does not hold {', '.join(absent)}")
+        others = [other for other in benchmark.layouts if other is not layout]
+        if unread := [file for other in others if (file := other.first_in(folder))]:
+            announce(
+                f"{name}: {layout.first_in(folder)} and so on are read; {' and '.join(unread)} in "
+                f"{folder} are not. Move what is to be asked into another folder"
+            )
+        tasks |= found
     return tasks
+
+
+def asked_benchmark(name: str) -> Benchmark:
+    """Return the benchmark of a name whose questions models are asked."""
+    return next(benchmark for benchmark in _named(name) if benchmark.prompts)
+
+
+def _folder_of(benchmark: Benchmark, data: Path) -> Path | None:
+    found = []
+    for folder in (data, data / benchmark.name):
+        with suppress(MissingData):
+            benchmark.find_layout(folder)
+            found.append(folder)
+    if len(found) > 1:
+        raise RefusedError(
+            f"data must hold {benchmark.title} once, got files of it in {found[0]} and in "
+            f"{found[1]}. Move those that are not to be asked."
+        )
+    return found[0] if found else None

@@ -102,6 +102,19 @@ def rows_digest(rows: Iterable[Mapping[str, Any]], *keys: str) -> str:
     return content_sha256(*lines)[:16]
 
 
+def row_id(row: Mapping[str, Any]) -> str:
+    """Return what names a row among those of its benchmark: its id, or its image and text."""
+    return str(row["id"]) if "id" in row else f"{row['image']}: {row['text']}"
+
+
+def item_key(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what names a row among those of all benchmarks: benchmark and id; image and text for a
+    row that no benchmark has read.
+    """
+    key: tuple[str, str] = row.get("item") or (row["image"], row["text"])
+    return key
+
+
 class Key(NamedTuple):
     """The rule for one value of a row."""
 

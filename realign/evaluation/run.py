@@ -1,8 +1,10 @@
 """The verb ``realign eval``: ask several models the same questions once, keep their answers, score
 them in pairs.
 
-<data>/                       the files of any benchmarks of the registry; docs/evaluation.md
-<out>/answers/NAME.jsonl      {"image", "text", "answer", "is_cut"}, every question once
+<data>/                             the files of any benchmarks of the registry; docs/evaluation.md
+<out>/answers/NAME.jsonl            :mod:`realign.evaluation.stored_answers`, a line for each item
+<out>/answers/NAME.header.json      what the answers depend on
+<out>/journal/NAME/, unpacked/      answers while a model is asked; images that lie in files
 <out>/scores.json, samples/
 """
 
@@ -10,49 +12,170 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from realign.config import EvalConfig
-from realign.data.image_names import check_image_root, resolve_image
-from realign.data.images import Size, decode_image
-from realign.data.records import refuse_problems
 from realign.errors import RefusedError
-from realign.evaluation.benchmark import Task
+from realign.evaluation.answer_identity import AskedModel, data_identity
+from realign.evaluation.asking import ask
 from realign.evaluation.comparison import score
-from realign.evaluation.registry import read_tasks
-from realign.evaluation.samples import Question
-from realign.generation.generator import Answer, Request
-from realign.generation.transformers_generator import TransformersGenerator
-from realign.modeling.adapter_folder import check_adapter
-from realign.modeling.folder import model_identity, resolve_model
-from realign.modeling.lengths import ImageTokens
-from realign.modeling.loading import choose_dtype, load_model_config
-from realign.modeling.processors import load_processor
-from realign.modeling.vocabulary import Vocabulary
-from realign.runtime.files import (
-    content_sha256,
-    file_sha256,
-    read_jsonl,
-    write_json,
-    write_jsonl,
+from realign.evaluation.items import check_items, choose_prompts, make_items
+from realign.evaluation.pictures import read_pictures, unpack_pictures
+from realign.evaluation.registry import find_data, read_tasks
+from realign.evaluation.stored_answers import (
+    Item,
+    make_batches,
+    read_stored_answers,
+    write_answers,
 )
-from realign.runtime.progress import Progress
-from realign.runtime.run_folder import check_out, claim
+from realign.generation.generator import Answer
+from realign.modeling.adapter_folder import check_adapter
+from realign.modeling.folder import resolve_model
+from realign.modeling.identity import machine_numerics
+from realign.modeling.loading import choose_dtype
+from realign.runtime.files import write_json
+from realign.runtime.ranks import Ranks
+from realign.runtime.run_folder import check_out, claim, only_run
+
+SCHEMA = 2  # of what a run's folder belongs to, and of headers
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
     """Answer, score and compare; return what ``scores.json`` holds.
 
+    Under ``torchrun`` or ``accelerate launch`` the processes share the questions.
+
     Raises:
         RefusedError: A file or image is missing, a row lacks a key, a model cannot read a question,
-            or the output folder holds another run.
+            an adapter has no effect, or the output folder holds another run.
     """
-    check_out(config.out)
-    tasks = read_tasks(config.data)
+    ranks = Ranks()
+    run = ranks.together(lambda: _Run(config) if ranks.is_first else None)
+    asked: tuple[list[Item], dict[str, Path]] = ranks.first(lambda: _asked(run))
+    items, folders = asked
+    batches = make_batches(items, config.batch_size)
+    with ExitStack() as held:
+        ranks.first(lambda: held.enter_context(only_run(config.out, "eval")))
+        ranks.first(lambda: run.begin() if run else None)
+        ranks.check_folder_is_shared(config.out)
+        for name, folder in folders.items():
+            path = config.out / "answers" / f"{name}.jsonl"
+            if not ranks.first(path.is_file):
+                answers, effect = ask(name, folder, items[0].question, batches, config, ranks)
+                if run:
+                    run.store(path, name, answers, effect)
+        return ranks.first(lambda: run.score() if run else {})
+
+
+def _asked(run: _Run | None) -> tuple[list[Item], dict[str, Path]]:
+    assert run is not None
+    return run.items, {name: model.folder for name, model in run.models.items()}
+
+
+class _Run:
+    """What the first process finds and checks before any model is loaded, writes and scores.
+
+    Raises:
+        RefusedError: As :func:`evaluate`.
+    """
+
+    def __init__(self, config: EvalConfig) -> None:
+        check_out(config.out)
+        self.config = config
+        found = find_data(config.data, config.benchmarks)
+        self.tasks = read_tasks(found)
+        self.data = {benchmark.name: folder for benchmark, folder in found.items()}
+        self.models = _find_models(config)
+        self.prompts = choose_prompts(self.tasks, config.prompt)
+        self.pictures = read_pictures(
+            self.tasks, self.data, config.images or config.data, config.out / "unpacked"
+        )
+        self.items = make_items(self.tasks, self.prompts, self.pictures, config.max_new_tokens)
+        sizes = {picture.path: picture.size for picture in self.pictures.values()}
+        for name, model in self.models.items():
+            check_items(name, model.processor, model.config, self.items, sizes)
+
+    def begin(self) -> None:
+        """Claim the output folder, and write the images that lie in files there.
+
+        Raises:
+            RefusedError: It holds another run.
+        """
+        config = self.config
+        digests = {
+            f"{name}/{image}": picture.sha256 for (name, image), picture in self.pictures.items()
+        }
+        claim(
+            config.out,
+            "eval",
+            {
+                "schema": SCHEMA,
+                "models": {name: model.files for name, model in self.models.items()},
+                "processors": {
+                    name: model.processor_identity() for name, model in self.models.items()
+                },
+                "images": [digests[name] for name in sorted(digests)],
+                "data": data_identity(self.tasks),
+                "bootstrap": [config.bootstrap, config.seed],
+                **self._generation(),
+            },
+            {"images": sorted(digests)},
+        )
+        unpack_pictures(self.tasks, self.data, self.pictures)
+
+    def store(
+        self, path: Path, name: str, answers: Mapping[str, Answer], effect: float | None
+    ) -> None:
+        """Write the answers of a model and their header."""
+        header = {
+            "schema": SCHEMA,
+            "name": name,
+            **self.models[name].header(),
+            **self._generation(),
+            "data": data_identity(self.tasks),
+        }
+        if header["adapter"]:
+            first = self.items[0]
+            header["adapter"]["effect"] = {
+                "largest_logit_difference": effect,
+                "benchmark": first.benchmark,
+                "id": first.id,
+            }
+        write_answers(path, header, self.items, answers)
+
+    def _generation(self) -> dict[str, Any]:
+        """Return how answers are generated, by every model alike."""
+        limits = {item.benchmark: item.question.max_new_tokens for item in self.items}
+        return {
+            "prompts": {name: program for name, (program, _) in self.prompts.items()},
+            "max_new_tokens": limits,
+            "decoding": {"do_sample": False, "num_beams": 1, "batch_size": self.config.batch_size},
+            "dtype": str(choose_dtype(self.config.dtype)).removeprefix("torch."),
+            "machine": machine_numerics(),
+        }
+
+    def score(self) -> dict[str, Any]:
+        """Score the stored answers, write the scores and the images of the samples, and remove the
+        journals.
+        """
+        config = self.config
+        folder = config.out / "answers"
+        answers = {name: read_stored_answers(folder / f"{name}.jsonl") for name in self.models}
+        scores = score(self.tasks, answers, resamples=config.bootstrap, seed=config.seed)
+        (config.out / "samples").mkdir(exist_ok=True)
+        for number, sample in enumerate(scores["samples"]):
+            path = self.pictures[sample["benchmark"], sample["image"]].path
+            sample["picture"] = f"{number}{path.suffix}"
+            shutil.copyfile(path, config.out / "samples" / sample["picture"])
+        write_json(config.out / "scores.json", scores)
+        shutil.rmtree(config.out / "journal", ignore_errors=True)
+        return scores
+
+
+def _find_models(config: EvalConfig) -> dict[str, AskedModel]:
     folders = {name: resolve_model(model) for name, model in config.models.items()}
     if not folders:
         raise RefusedError(
@@ -62,113 +185,4 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         raise RefusedError(f"eval.models must have plain names, got {bad[0]!r}. Rename it.")
     for folder in folders.values():
         check_adapter(folder)
-    images = _read_images(tasks, config.images)
-    digests = {name: digest for name, (digest, _) in images.items()}
-    for name, folder in folders.items():
-        _check_questions(name, folder, tasks, {image: size for image, (_, size) in images.items()})
-    claim(
-        config.out,
-        "eval",
-        {
-            "models": {
-                name: model_identity(folder, generates=True) for name, folder in folders.items()
-            },
-            "images": [digests[name] for name in sorted(digests)],
-            "data": {
-                file: file_sha256(config.data / file)
-                for task in tasks.values()
-                for file in task.files
-            },
-            "max_new_tokens": config.max_new_tokens,
-            "bootstrap": [config.bootstrap, config.seed],
-            "generation": [str(choose_dtype(config.dtype)), config.batch_size],
-        },
-        {"images": sorted(digests)},
-    )
-    questions = list(
-        dict.fromkeys((row["image"], row["text"]) for task in tasks.values() for row in task.rows)
-    )
-    answers = {name: _answers(name, folder, questions, config) for name, folder in folders.items()}
-    scores = score(tasks, answers, resamples=config.bootstrap, seed=config.seed)
-    (config.out / "samples").mkdir(exist_ok=True)
-    for number, sample in enumerate(scores["samples"]):
-        sample["picture"] = f"{number}{Path(sample['image']).suffix}"
-        shutil.copyfile(config.images / sample["image"], config.out / "samples" / sample["picture"])
-    write_json(config.out / "scores.json", scores)
-    return scores
-
-
-def _read_images(tasks: Mapping[str, Task], images: Path) -> dict[str, tuple[str, Size]]:
-    """Decode every image once; return image name to SHA-256 of the file and size.
-
-    Raises:
-        RefusedError: An image is missing or unreadable.
-    """
-    check_image_root(images)
-    found: dict[str, tuple[str, Size]] = {}
-    for task in tasks.values():
-        for row in task.rows:
-            path = resolve_image(images, row["image"], row["where"])
-            if row["image"] not in found:
-                raw = path.read_bytes()
-                decoded = decode_image(raw, f"{row['where']}, {row['image']}")
-                found[row["image"]] = (content_sha256(raw), decoded.size)
-    return found
-
-
-def _check_questions(
-    name: str, folder: Path, tasks: Mapping[str, Task], sizes: Mapping[str, Size]
-) -> None:
-    """Refuse questions that a model cannot read, before any is asked.
-
-    Raises:
-        RefusedError: Its processor does not take an image, or a token is none of the model's.
-    """
-    processor = load_processor(folder)
-    reader = ImageTokens(processor, Vocabulary(processor, load_model_config(folder)))
-    questions = {
-        (row["image"], row["text"]): row["where"] for task in tasks.values() for row in task.rows
-    }
-    problems = []
-    with Progress(f"check questions for {name}", len(questions)) as progress:
-        for (image, text), where in questions.items():
-            try:
-                reader.check(text, sizes[image])
-            except RefusedError as error:
-                problems.append(f"{where}, {image}, model {name}: {error}")
-            progress.advance()
-    refuse_problems(problems, len(questions))
-
-
-def _answers(
-    name: str, folder: Path, questions: Sequence[Question], config: EvalConfig
-) -> dict[Question, Answer]:
-    path = config.out / "answers" / f"{name}.jsonl"
-    if not path.is_file():
-        write_jsonl(path, _ask(name, folder, questions, config))
-        torch.cuda.empty_cache()
-    return {
-        (row["image"], row["text"]): Answer(row["answer"], row["is_cut"])
-        for row in read_jsonl(path)
-    }
-
-
-def _ask(
-    name: str, folder: Path, questions: Sequence[Question], config: EvalConfig
-) -> list[dict[str, Any]]:
-    """Return the raw answers of a model, in the order of the questions."""
-    generator = TransformersGenerator.load(
-        folder, choose_dtype(config.dtype), config.max_new_tokens, config.batch_size
-    )
-    rows = {}
-    with Progress(f"answers of {name}", len(questions)) as progress:
-        # alike questions together: answers of one length waste no steps
-        ordered = sorted(questions, key=lambda question: (len(question[1]), question))
-        for start in range(0, len(ordered), config.batch_size):
-            batch = ordered[start : start + config.batch_size]
-            answers = generator([Request(text, config.images / image) for image, text in batch])
-            for (image, text), (answer, is_cut, _) in zip(batch, answers, strict=True):
-                row = {"image": image, "text": text, "answer": answer, "is_cut": is_cut}
-                rows[image, text] = row
-            progress.advance(len(batch))
-    return [rows[question] for question in questions]
+    return {name: AskedModel(folder) for name, folder in folders.items()}

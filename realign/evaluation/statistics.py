@@ -1,64 +1,52 @@
-"""Paired bootstrap over clusters: several models answered about the same ones, so they are
-resampled together.
+"""Draws of clusters: the bootstrap, and the permutation test that exchanges two models.
+
+Questions about one image are not independent, so clusters are drawn, with everything that was asked
+about them. One draw weights all that was measured of a benchmark: its splits, tasks, rules and
+models, so that differences and means over splits have valid intervals too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from realign.evaluation.benchmark import Array, Metrics
-from realign.runtime.files import finite_or_null
 
-DRAWS_AT_ONCE = 500  # so that the weights of a thousand clusters take 4 MB
+NUMBERS_AT_ONCE = 1_000_000  # of a block of weights, so that it takes 8 MB
 
 
-def paired_scores(
-    counts: Mapping[str, Array], metrics: Metrics, *, baseline: str, resamples: int, seed: int
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Score every model with 95 % intervals, and its difference from the baseline with one of its
-    own.
+class Draws(NamedTuple):
+    """How often and from which seed clusters are drawn."""
 
-    Questions about one image are not independent, so clusters are drawn, with everything asked
-    about them.
+    number: int
+    seed: int = 0
 
-    Args:
-        counts: Model name to score vectors, shape ``(clusters, K)``, the same clusters in the same
-            order.
-        metrics: Vectors summed over clusters, shape ``(..., K)``, to named scores, shape ``(...)``.
-        baseline: The model that the others are compared with.
-        resamples: Number of draws.
-        seed: Of the draws.
-    Returns:
-        model -> metric -> value, interval, difference, difference_interval (percentile intervals),
-        each None where it is not defined; undefined_draws, how many draws an interval leaves out
-        because the metric is not defined in them.
-    """
-    clusters = len(counts[baseline])
-    rng = np.random.default_rng(seed)
-    weights = rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples).astype(
-        np.float64
-    )
-    with np.errstate(invalid="ignore", divide="ignore"):
-        point = {model: metrics(values.sum(0)) for model, values in counts.items()}
-        drawn = {model: metrics(weights @ values) for model, values in counts.items()}
-    scores: dict[str, dict[str, dict[str, Any]]] = {}
-    for model in counts:
-        scores[model] = {}
-        for name in point[model]:
-            values = {m: _undefined_as_nan(point[m][name]) for m in (model, baseline)}
-            draws = {m: _undefined_as_nan(drawn[m][name]) for m in (model, baseline)}
-            scores[model][name] = {
-                "value": finite_or_null(float(values[model])),
-                "interval": _interval(draws[model]),
-                "difference": finite_or_null(float(values[model] - values[baseline])),
-                "difference_interval": _interval(draws[model] - draws[baseline]),
-                "undefined_draws": int(np.isnan(draws[model]).sum()),
-            }
-    return scores
+    def weights(self, clusters: int) -> Iterator[Array]:
+        """Yield blocks of weights, shape ``(draws, clusters)``: how often each cluster is drawn, as
+        many clusters as there are in every draw.
+        """
+        rng = np.random.default_rng([self.seed, 0])
+        for size in self._sizes(clusters):
+            drawn = rng.integers(0, clusters, size=(size, clusters))
+            drawn += np.arange(size)[:, None] * clusters
+            counts = np.bincount(drawn.ravel(), minlength=size * clusters)
+            yield counts.reshape(size, clusters).astype(np.float64)
+
+    def swaps(self, clusters: int) -> Iterator[Array]:
+        """Yield blocks of zeros and ones, shape ``(draws, clusters)``: in which clusters two models
+        are exchanged, with probability 1/2 each.
+        """
+        rng = np.random.default_rng([self.seed, 1])
+        for size in self._sizes(clusters):
+            yield rng.integers(0, 2, size=(size, clusters)).astype(np.float64)
+
+    def _sizes(self, clusters: int) -> Iterator[int]:
+        at_once = max(1, NUMBERS_AT_ONCE // clusters)
+        for start in range(0, self.number, at_once):
+            yield min(at_once, self.number - start)
 
 
 def intervals(
@@ -76,28 +64,42 @@ def intervals(
     Returns:
         Split to metric to interval, None where no draw defines it.
     """
-    clusters = len(next(iter(sums.values())))
-    rng = np.random.default_rng(seed)
     drawn: dict[str, list[Array]] = {split: [] for split in sums}
-    for start in range(0, resamples, DRAWS_AT_ONCE):
-        size = min(DRAWS_AT_ONCE, resamples - start)
-        weights = rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=size)
+    for weights in Draws(resamples, seed).weights(len(next(iter(sums.values())))):
         for split, vectors in sums.items():
-            drawn[split].append(weights.astype(np.float64) @ vectors)
+            drawn[split].append(weights @ vectors)
     with np.errstate(invalid="ignore", divide="ignore"):
         found = {split: metrics[split](np.concatenate(parts)) for split, parts in drawn.items()}
     return {
-        split: {name: _interval(_undefined_as_nan(draws)) for name, draws in values.items()}
+        split: {
+            name: percentile_interval(undefined_as_nan(draws), 0.95)
+            for name, draws in values.items()
+        }
         for split, values in found.items()
     }
 
 
-def _undefined_as_nan(values: ArrayLike) -> Array:
+def undefined_as_nan(values: ArrayLike) -> Array:
     """Return the values, with NaN for those that are not finite: their denominator is 0."""
     array = np.asarray(values, dtype=np.float64)
     return np.where(np.isfinite(array), array, np.nan)
 
 
-def _interval(draws: Array) -> list[float] | None:
+def percentile_interval(draws: Array, level: float) -> list[float] | None:
+    """Return the percentile interval of the draws that are defined; None where none is."""
     defined = draws[~np.isnan(draws)]
-    return np.percentile(defined, [2.5, 97.5]).tolist() if defined.size else None
+    if not defined.size:
+        return None
+    tail = 50 * (1 - level)
+    return np.percentile(defined, [tail, 100 - tail]).tolist()
+
+
+def spread(draws: Array) -> float | None:
+    """Return the standard deviation of the draws that are defined; None for fewer than two."""
+    defined = draws[~np.isnan(draws)]
+    return float(np.std(defined, ddof=1)) if defined.size > 1 else None
+
+
+def undefined(draws: Array) -> int:
+    """Return how many draws are not defined, which an interval leaves out."""
+    return int(np.isnan(draws).sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,11 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from realign.errors import RefusedError
-from realign.runtime.files import finite_or_null, read_utf8
+from realign.evaluation.cluster_sums import SAID_YES
+from realign.runtime.files import read_utf8
 
-SCHEMA = 2  # of scores.json
+SCHEMA = 3  # of scores.json
 UNDEFINED = "—"  # in place of a value, with the reason behind it
-STYLES = {"better": "bold green", "worse": "", "": ""}
+STYLES = {"better": "bold green", "worse": "bold", "noise": "", "": ""}
 Scores = Mapping[str, Any]
 
 
@@ -27,8 +28,7 @@ def read_scores(path: Path) -> Scores:
         RefusedError: Another version wrote it, or it is no JSON object.
     """
     try:
-        # NaN was written for what is not defined before null was
-        scores: Any = finite_or_null(json.loads(read_utf8(path)))
+        scores: Any = json.loads(read_utf8(path))
     except json.JSONDecodeError as error:
         scores = str(error)
     if not isinstance(scores, dict):
@@ -44,13 +44,20 @@ def read_scores(path: Path) -> Scores:
     return scores
 
 
+def split_of(scores: Scores, row: Scores) -> Scores:
+    """Return what ``scores.json`` holds of the split and the rule of a row of its table."""
+    found: Scores = scores["benchmarks"][row["benchmark"]]["rules"][row["rule"]]
+    split: Scores = found["splits"][row["split"]]
+    return split
+
+
 class Cell(NamedTuple):
     """A score as it is printed."""
 
     value: str
     # from the baseline, with its 95 % interval; empty for the baseline; why one is not defined
     difference: str
-    verdict: str  # "better" or "worse" where that interval excludes 0
+    verdict: str  # "better", "worse" or "noise", adjusted for all comparisons of the table
     bar: tuple[float, float, float] | None  # value and interval; None where they are not defined
 
 
@@ -59,37 +66,32 @@ def score_rows(scores: Scores) -> Iterator[tuple[Scores, dict[str, Cell]]]:
     cell by model.
     """
     for row in scores["table"]:
-        models = scores["tasks"][row["task"]]["rules"][row["rule"]]
         metric, baseline = row["metric"], scores["baseline"]
         cells = {
-            model: _cell(metrics[metric], row, baseline, is_baseline=model == baseline)
-            for model, metrics in models.items()
+            model: _cell(metrics[metric], row, baseline, row["comparisons"].get(model))
+            for model, metrics in split_of(scores, row)["models"].items()
         }
         yield row, cells
 
 
-def _cell(score: Scores, row: Scores, baseline: str, *, is_baseline: bool) -> Cell:
-    value, interval = score["value"], _defined(score["interval"])
+def _cell(score: Scores, row: Scores, baseline: str, test: Scores | None) -> Cell:
+    value, interval = score["value"], score["interval"]
     if value is None:
-        reason = row.get("undefined", "not defined")  # a table of an earlier version has none
-        return Cell(UNDEFINED, reason, "", None)
+        return Cell(UNDEFINED, row["undefined"], "", None)
     shown = f"{row['scale'] * value:.1f}"
     bar = (value, *(interval or (value, value)))
-    if is_baseline:
-        return Cell(shown, "", "", bar)
-    found = _defined(score["difference_interval"])
-    if not found or score["difference"] is None:
+    if score["difference"] is None:
         return Cell(shown, f"{UNDEFINED} {baseline} has no value to compare with", "", bar)
+    if score["paired"] is None:
+        return Cell(shown, "", "", bar)  # the baseline itself
+    if not score["difference_interval"]:
+        return Cell(shown, f"{row['scale'] * score['difference']:+z.1f}", "", bar)
     verdict = ""
-    if found[0] > 0 or found[1] < 0:
-        verdict = "better" if (found[0] > 0) == row["more_is_better"] else "worse"
+    if test is not None:
+        is_up = score["difference"] > 0
+        verdict = "better" if is_up == row["more_is_better"] else "worse"
+        verdict = "noise" if test["is_inside_noise"] else verdict
     return Cell(shown, difference(score, row["scale"]), verdict, bar)
-
-
-def _defined(interval: Sequence[float | None] | None) -> tuple[float, float] | None:
-    """Return an interval, None where it is not defined; earlier versions wrote two NaN."""
-    low, high = interval or (None, None)
-    return None if low is None or high is None else (low, high)
 
 
 def difference(score: Scores, scale: int = 100) -> str:
@@ -103,11 +105,44 @@ def difference(score: Scores, scale: int = 100) -> str:
 
 def units_note(scores: Scores) -> str:
     """Return the units of the table and what its intervals rest on."""
-    clusters = dict.fromkeys(task["cluster"] for task in scores["tasks"].values())
+    clusters = dict.fromkeys(found["cluster"] for found in scores["benchmarks"].values())
     return (
         "percent unless the label names a unit; differences from the baseline in points, "
         f"95 % paired bootstrap by {' and '.join(clusters)}"
     )
+
+
+def noise_note(scores: Scores) -> str:
+    """Return for how many comparisons verdicts are adjusted; empty where nothing is compared."""
+    number = scores["num_comparisons"]
+    if not number:
+        return ""
+    note = (
+        "Inside the noise: the interval contains 0, or p is above 0.05, when adjusted for the "
+        f"{number:,} comparison{'s' if number > 1 else ''} of this table (Holm)."
+    )
+    draws = scores["draws"]["permutation"]
+    if number / (draws + 1) > 1 - scores["confidence"]:
+        note += f" {draws:,} draws are too few for so many: no p by cluster can be small enough."
+    return note
+
+
+def constants_note(scores: Scores, row: Scores) -> str:
+    """Return what constant answers score in a row of the table; empty where there are none."""
+    constants = split_of(scores, row)["constants"]
+    values = {name: metrics[row["metric"]] for name, metrics in constants.items()}
+    return ", ".join(
+        f"all {name} {UNDEFINED if value is None else format(row['scale'] * value, '.1f')}"
+        for name, value in values.items()
+    )
+
+
+def said_yes_note(scores: Scores, row: Scores, model: str) -> str:
+    """Return the share of a model's answers that a row's rule reads as yes; empty where answers are
+    not yes or no.
+    """
+    share = split_of(scores, row)["models"][model].get(SAID_YES, {}).get("value")
+    return "" if share is None else f"says yes {100 * share:.1f} %"
 
 
 def cut_note(scores: Scores) -> str:
@@ -131,32 +166,33 @@ def draws_note(scores: Scores) -> str:
     """
     found = []
     for row in scores["table"]:
-        models = scores["tasks"][row["task"]]["rules"][row["rule"]]
         counts = {
-            model: score.get("undefined_draws", 0)
-            for model, metrics in models.items()
+            model: score["undefined_draws"]
+            for model, metrics in split_of(scores, row)["models"].items()
             if (score := metrics[row["metric"]])["value"] is not None
         }
         if any(counts.values()):
             shown = ", ".join(f"{model} {count:,}" for model, count in counts.items())
-            found.append(f"{row['label']} ({row.get('undefined')}): {shown}")
+            found.append(f"{row['label']} ({row['undefined']}): {shown}")
     return f"Draws left out of intervals: {'; '.join(found)}." if found else ""
 
 
 def scores_table(scores: Scores) -> Table:
-    """Return the paired comparison as a rich table; bold where the interval excludes 0 on the
-    better side.
+    """Return the paired comparison as a rich table; bold where a difference is not inside the
+    noise, green where it is for the better.
     """
-    notes = [note for note in (cut_note(scores), draws_note(scores)) if note]
-    table = Table(title=units_note(scores), caption=" ".join(notes) or None)
+    notes = [cut_note(scores), draws_note(scores), noise_note(scores)]
+    table = Table(title=units_note(scores), caption=" ".join(filter(None, notes)) or None)
     table.add_column("")
     rows = list(score_rows(scores))
-    for model in rows[0][1]:
+    for model in scores["models"]:
         table.add_column(model, justify="right")
     for row, cells in rows:
-        texts = [
-            Text(f"{cell.value}  {cell.difference}".rstrip(), STYLES[cell.verdict])
-            for cell in cells.values()
-        ]
-        table.add_row(row["label"], *texts)
+        texts = []
+        for model, cell in cells.items():
+            lines = [f"{cell.value}  {cell.difference}".rstrip(), said_yes_note(scores, row, model)]
+            lines += ["inside the noise"] if cell.verdict == "noise" else []
+            texts.append(Text("\n".join(filter(None, lines)), STYLES[cell.verdict]))
+        label = "\n".join(filter(None, (row["label"], constants_note(scores, row))))
+        table.add_row(Text(label), *texts)
     return table

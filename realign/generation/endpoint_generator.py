@@ -95,7 +95,7 @@ class Sampling:
 
     Attributes:
         model: The name the server knows the model by.
-        max_new_tokens: Longest answer.
+        max_new_tokens: Longest answer; None leaves it to the server.
         temperature: 0 is greedy; None leaves it to the server, for models that take no other.
         seed: None sends none.
         length_field: ``max_tokens`` for servers older than 2025.
@@ -105,7 +105,7 @@ class Sampling:
     """
 
     model: str
-    max_new_tokens: int
+    max_new_tokens: int | None
     temperature: float | None = 0.0
     seed: int | None = 0
     length_field: Literal["max_completion_tokens", "max_tokens"] = "max_completion_tokens"
@@ -162,7 +162,7 @@ class _Question:
 
 
 class EndpointGenerator:
-    """Answers prompts about images by asking a server, each request once.
+    """Answers prompts, about images or without one, by asking a server, each request once.
 
     What the server says is in the journal before it is used, so that another run with the same
     journal asks only what is missing. It can be called from any thread or process, one call at a
@@ -219,7 +219,8 @@ class EndpointGenerator:
             RefusedError: An image cannot be read, or the server cannot be reached, refuses every
                 request or keeps failing. The same call later asks only what is missing.
         """
-        hashes = {path: file_sha256(path) for path in {request.image for request in requests}}
+        paths = {request.image for request in requests}
+        hashes = {path: file_sha256(path) if path else "" for path in paths}
         questions = [self._question(request, hashes[request.image]) for request in requests]
         missing = {
             question.key: question for question in questions if question.key not in self._journal
@@ -240,6 +241,7 @@ class EndpointGenerator:
             "prompt": request.prompt,
             "image_sha256": image_sha256,
             "sampling": asdict(self._sampling),
+            **({"system": request.system} if request.system else {}),
         }
         # not the server's address: the same model elsewhere is asked nothing again
         return _Question(content_sha256(canonical_json(asked)), request, image_sha256)
@@ -261,17 +263,18 @@ class EndpointGenerator:
 
     async def _ask_waiting(self, client: openai.AsyncOpenAI, waiting: Iterator[_Question]) -> None:
         for question in waiting:
+            content: list[dict[str, Any]] = [{"type": "text", "text": question.request.prompt}]
             try:
-                url = await asyncio.to_thread(image_url, question.request.image)
+                if question.request.image:
+                    url = await asyncio.to_thread(image_url, question.request.image)
+                    content.insert(0, {"type": "image_url", "image_url": {"url": url}})
             except TooLargeError as error:
                 self._unsent[question.key] = str(error)
                 self.counts.unsent += 1
                 continue
-            content = [
-                {"type": "image_url", "image_url": {"url": url}},
-                {"type": "text", "text": question.request.prompt},
-            ]
-            messages = [{"role": "user", "content": content}]
+            messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+            if question.request.system:
+                messages.insert(0, {"role": "system", "content": question.request.system})
             body = {**self._sampling.body(), "messages": messages}
             was_reached = self.counts.asked > 0
             reply = await ask(client, self._endpoint, body, was_reached, self._on_retry)
@@ -319,8 +322,9 @@ class EndpointGenerator:
     def _keep(self, question: _Question, reply: Reply) -> None:
         asked = {
             "prompt": question.request.prompt,
-            "image": question.request.image.name,
+            "image": question.request.image.name if question.request.image else None,
             "image_sha256": question.image_sha256,
+            **({"system": question.request.system} if question.request.system else {}),
             **asdict(self._sampling),
         }
         entry = {"request": asked, "status": reply.status, "response": reply.body}

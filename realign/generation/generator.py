@@ -13,6 +13,7 @@ class Answer(NamedTuple):
     text: str
     is_cut: bool = False  # stopped by the limit on its length, not by an end-of-turn token
     problem: str = ""  # why this request can have no answer (a server refused it); empty normally
+    num_tokens: int | None = None  # before the end-of-turn token, where they were counted
 
     @property
     def short_problem(self) -> str:
@@ -21,10 +22,11 @@ class Answer(NamedTuple):
 
 
 class Request(NamedTuple):
-    """One user turn about one image file."""
+    """One user turn about one image file, or about none."""
 
     prompt: str
-    image: Path
+    image: Path | None
+    system: str = ""  # text of a system turn before it, which only servers are sent
 
 
 class Generator(Protocol):

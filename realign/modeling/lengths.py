@@ -58,11 +58,15 @@ class ImageTokens:
             self._known[size] = len(ids) - len(self.text_ids(text))
         return self._known[size]
 
-    def check(self, prompt: str, size: Size) -> None:
-        """Refuse a prompt about an image that the model cannot read.
+    def check(self, prompt: str, size: Size | None) -> None:
+        """Refuse a prompt that the model cannot read.
 
+        Args:
+            prompt: Its text.
+            size: Width and height of the image that it is about; None where there is none.
         Raises:
-            RefusedError: It holds a special token (code ``special-token``), or as for a call.
+            RefusedError: It holds a special token (code ``special-token``), or the chat template
+                takes no text without an image (``template``), or as for a call.
         """
         for token in self._special:
             if token in prompt:
@@ -71,9 +75,25 @@ class ImageTokens:
                     f"{surroundings(prompt, token)!r}. Remove it from the text.",
                     code="special-token",
                 )
-        if self._vocabulary and (said := self._vocabulary.problem("text", self.prompt_ids(prompt))):
+        ids = self.prompt_ids(prompt) if size else self._ids_without_image(prompt)
+        if self._vocabulary and (said := self._vocabulary.problem("text", ids)):
             raise RefusedError(said, code="token-id")
-        self(size)
+        if size:
+            self(size)
+
+    def _ids_without_image(self, prompt: str) -> list[int]:
+        try:
+            text = self._render(prompt, num_images=0)
+        except Exception as error:  # a template raises what it likes of turns it does not take
+            raise _without_image("the chat template", error, "template") from None
+        special = self._renderer.adds_special_tokens(text)
+        try:
+            inputs = process(self._processor, [text], None, add_special_tokens=special)
+        except RefusedError as error:
+            name = type(self._processor).__name__
+            raise _without_image(name, error.__cause__ or error, "processor") from None
+        ids: list[int] = inputs["input_ids"][0].tolist()
+        return ids
 
     def text_ids(self, text: str) -> list[int]:
         """The tokens of a templated text, a placeholder for each image."""
@@ -85,10 +105,19 @@ class ImageTokens:
         """The tokens of a prompt about one image, a placeholder for the image."""
         return self.text_ids(self._render(prompt))
 
-    def _render(self, prompt: str) -> str:
-        turns = user_turns([{"role": "user", "content": prompt}], num_images=1)
+    def _render(self, prompt: str, num_images: int = 1) -> str:
+        turns = user_turns([{"role": "user", "content": prompt}], num_images=num_images)
         template = self._processor.apply_chat_template
         return str(template(turns, add_generation_prompt=True, tokenize=False))
+
+
+def _without_image(reader: str, error: BaseException, code: str) -> RefusedError:
+    said = " ".join(str(error).split()).rstrip(".")
+    return RefusedError(
+        f"text must have an image, which {reader} needs, got none ({type(error).__name__}: "
+        f"{said}). Leave such questions out, or ask a model that takes text alone.",
+        code=code,
+    )
 
 
 def position_limit(config: Any) -> int | None:

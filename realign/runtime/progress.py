@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
@@ -31,6 +30,7 @@ class Progress:
 
     def __init__(self, what: str, total: int, done: int = 0) -> None:
         self._what, self._total, self._done, self._done_before = what, total, done, done
+        self._note = ""
         self._started = self._printed = time.monotonic()
         self._printed_done = -1
         self._bar: RichProgress | None = None
@@ -40,24 +40,21 @@ class Progress:
                 BarColumn(),
                 TaskProgressColumn(),
                 MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
             )
-            self._bar = RichProgress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
-            self._bar.add_task(what, total=total, completed=done)
+            self._bar = RichProgress(*columns, console=Console(stderr=True))
+            self._bar.add_task(what, total=total, completed=done, note="")
 
     def __enter__(self) -> Progress:
         if self._bar:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._bar:
             self._bar.stop()
-        elif kind is None and self._printed_done != self._done:
+        elif error[0] is None and self._printed_done != self._done:
             self._print_line()
 
     def advance(self, count: int = 1) -> None:
@@ -67,6 +64,12 @@ class Progress:
             self._bar.advance(self._bar.task_ids[0], count)
         elif time.monotonic() - self._printed > LINE_INTERVAL_SECONDS:
             self._print_line()
+
+    def note(self, text: str) -> None:
+        """Set the text after the counts, such as the newest loss."""
+        self._note = text
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], note=text)
 
     def _print_line(self) -> None:
         self._printed, self._printed_done = time.monotonic(), self._done
@@ -78,4 +81,4 @@ class Progress:
         left = (self._total - self._done) / max(rate, 1e-9)
         line = f"{self._what}: {self._done}/{self._total}, {rate:.1f}/s, {seconds:.0f} s"
         line += f", {left:.0f} s left" if self._done < self._total else ""
-        announce(line)
+        announce(line + (f"; {self._note}" if self._note else ""))

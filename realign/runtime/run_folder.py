@@ -25,12 +25,13 @@ WRITES: Mapping[str, tuple[str, ...]] = {
         *("row_index.json", "accepted_numerics.json", "steps", ".checkpoint.tmp"),
         *("checkpoint.json", "checkpoint", "metrics.jsonl"),
     ),
-    "eval": ("answers", "samples", "scores.json"),
+    "eval": ("answers", "journal", "unpacked", "samples", "scores.json"),
     "demo": (
         *("world", "dataset", "train.json", "row_index.json", "steps", ".checkpoint.tmp"),
         *("checkpoint.json", "checkpoint", "metrics.jsonl"),
         *("compare", "eval", "summary.json", "report.html"),
     ),
+    "experiment": ("pairs", "runs", "seconds"),
 }
 
 # known by their content, so they may be there before a run has its folder

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from realign.errors import RefusedError
 from realign.runtime.files import canonical_json, read_utf8
 
 MAX_LINE_BYTES = 1 << 20
+_PART_BYTES = 1 << 22
 # half of a pair cannot be tokenized or written
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -149,6 +151,120 @@ def read_json(path: Path) -> Any:
             that is not finite.
     """
     return _parse(read_utf8(path).removeprefix("\ufeff"), str(path), has_lines=True)
+
+
+def iter_members(path: Path, lists: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """Read a file with one JSON object that is too large to be held, an entry at a time.
+
+    Args:
+        path: The file; it is read as strictly as by :func:`read_json`.
+        lists: Keys of lists whose entries are wanted. All other values are read and dropped.
+    Yields:
+        The key of a list and its next entry, in the order of the file.
+    Raises:
+        RefusedError: As :func:`read_json`, or the file holds no object, or a key of ``lists`` has
+            another value than a list, or none.
+    """
+    with path.open("rb") as file:
+        reader = _JsonReader(file, str(path))
+        reader.take("{")
+        seen: set[str] = set()
+        while not reader.takes("}"):
+            if seen:
+                reader.take(",")
+            key = reader.value()
+            if not isinstance(key, str) or key in seen:
+                reader.refuse("have every key once, as a string", repr(key)[:60])
+            seen.add(key)
+            reader.take(":")
+            if key not in lists:
+                reader.value()
+                continue
+            reader.take("[")
+            is_first = True
+            while not reader.takes("]"):
+                if not is_first:
+                    reader.take(",")
+                is_first = False
+                yield key, reader.value()
+        reader.end()
+        if missing := [key for key in lists if key not in seen]:
+            reader.refuse(f"have the list {missing[0]}", f"only {sorted(seen)}")
+
+
+class _JsonReader:
+    """Takes values and marks from a file of which a part is held at a time."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file, self._name = file, name
+        self._bytes = codecs.getincrementaldecoder("utf-8-sig")()
+        self._decoder = StrictDecoder()
+        self._text, self._position, self._is_whole = "", 0, False
+
+    def value(self) -> Any:
+        """Return the value that begins here, and go on behind it."""
+        self._skip_spaces()
+        while True:
+            try:
+                value, end = self._decoder.decode(self._text, self._position)
+            except json.JSONDecodeError as error:
+                if self._is_whole:
+                    self.refuse("be JSON", repr(self._text[max(0, error.pos - 20) :][:40]))
+            else:
+                # a number may go on in the part that follows
+                if end < len(self._text) or self._is_whole:
+                    break
+            self._read_on()
+        _check_flaw(self._decoder.flaw, self._name)
+        if _SURROGATE.search(self._text, self._position, end):
+            _check_surrogates(value, self._name)
+        self._position = end
+        return value
+
+    def takes(self, mark: str) -> bool:
+        """Return whether a mark follows, and go on behind it if so."""
+        self._skip_spaces()
+        is_there = self._text.startswith(mark, self._position)
+        self._position += is_there
+        return is_there
+
+    def take(self, mark: str) -> None:
+        """Go on behind a mark, which must follow."""
+        if not self.takes(mark):
+            found = self._text[self._position :][:40]
+            self.refuse(f"be a JSON object with {mark!r} here", repr(found))
+
+    def end(self) -> None:
+        """Refuse text behind the object."""
+        self._skip_spaces()
+        if self._position < len(self._text):
+            self.refuse("hold one JSON object", f"{self._text[self._position :][:40]!r} behind it")
+
+    def refuse(self, rule: str, found: str) -> NoReturn:
+        raise RefusedError(f"{self._name} must {rule}, got {found}. Correct it.", code="json")
+
+    def _skip_spaces(self) -> None:
+        while True:
+            while self._text[self._position : self._position + 1] in (" ", "\t", "\r", "\n"):
+                self._position += 1
+            if self._position < len(self._text) or self._is_whole:
+                return
+            self._read_on()
+
+    def _read_on(self) -> None:
+        rest = self._text[self._position :]
+        # twice as much for a value that is longer than what is held
+        part = self._file.read(max(_PART_BYTES, 2 * len(rest)))
+        self._is_whole = not part
+        try:
+            self._text = rest + self._bytes.decode(part, final=self._is_whole)
+        except UnicodeDecodeError as error:
+            raise RefusedError(
+                f"{self._name} must be UTF-8, got byte {error.object[error.start]:#04x}. Save the "
+                "file as UTF-8.",
+                code="utf-8",
+            ) from None
+        self._position = 0
 
 
 def _parse(text: str, where: str, *, has_lines: bool = False) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import fields
 
 import torch
 
 from realign.config import TrainConfig
+from realign.training.plan import accumulation_steps, world_size
 from realign.training.trainer import RDPOConfig
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -16,7 +16,6 @@ _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with
 _RENAMED = {
     "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
-    "accumulation": "gradient_accumulation_steps",
     "workers": "dataloader_num_workers",
     "autocast": "bf16",  # else the weights' own dtype
 }
@@ -24,20 +23,10 @@ _RENAMED = {
 _NOT_HANDED_ON = {"gradient_checkpointing"}
 
 
-def world_size() -> int:
-    """Processes that train together, as their launcher says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def pairs_per_step(config: TrainConfig) -> int:
-    """Pairs behind one update of the weights, over all processes."""
-    return config.batch_size * config.accumulation * world_size()
-
-
 def num_steps(config: TrainConfig, num_records: int) -> int:
     """Updates of a run, counted as Trainer counts them: the last one of an epoch may be smaller."""
     micro_steps = math.ceil(num_records / (config.batch_size * world_size()))
-    return math.ceil(config.epochs * math.ceil(micro_steps / config.accumulation))
+    return math.ceil(config.epochs * math.ceil(micro_steps / accumulation_steps(config)))
 
 
 def num_warmup_steps(config: TrainConfig, num_records: int) -> int:
@@ -51,7 +40,9 @@ def training_arguments(config: TrainConfig, num_records: int) -> RDPOConfig:
     options = {_RENAMED.get(name, name): value for name, value in config}
     options = {name: value for name, value in options.items() if name in known}
     options |= {
+        "gradient_accumulation_steps": accumulation_steps(config),
         "output_dir": str(config.out / "steps"),
+        "run_name": config.out.name,  # in trackers
         "lr_scheduler_type": _SCHEDULES[config.schedule],
         "warmup_steps": num_warmup_steps(config, num_records),
         "use_cpu": not torch.cuda.is_available(),

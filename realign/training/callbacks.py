@@ -6,10 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from realign.runtime.files import finite_or_null, json_text, write_jsonl
-from realign.runtime.progress import Progress
+from realign.runtime.progress import Progress, announce
+
+# words of a progress line to keys of the log
+SHOWN = {
+    "loss": "loss",
+    "accuracy": "rewards/text_accuracies",
+    "margin": "rewards/text_margins",
+    "image accuracy": "rewards/image_accuracies",
+    "image margin": "rewards/image_margins",
+}
 
 
 def _ordered(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,6 +69,8 @@ class ShowProgress(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start at the resumed step."""
         if state.is_world_process_zero:
+            if state.global_step:
+                announce(f"continuing at step {state.global_step:,} of {state.max_steps:,}")
             self._progress = Progress("train", state.max_steps, done=state.global_step)
             self._progress.__enter__()
 
@@ -67,7 +79,23 @@ class ShowProgress(TrainerCallback):
         if self._progress:
             self._progress.advance()
 
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the newest loss, and the accuracies and margins of its steps."""
+        line = state.log_history[-1]
+        if self._progress and "loss" in line:
+            shown = [f"{name} {line[key]:.3g}" for name, key in SHOWN.items() if key in line]
+            self._progress.note(", ".join(shown))
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Finish the bar."""
         if self._progress:
             self._progress.__exit__(None, None, None)
+
+
+def write_tensorboard_to(trainer: Trainer, folder: Path) -> None:
+    """Have TensorBoard's files written to a folder of the run, where its variable
+    ``TENSORBOARD_LOGGING_DIR`` names no other; by default they lie among the checkpoints.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(folder)

@@ -29,7 +29,7 @@ from realign.training.checkpoints import (
     prune,
     seal,
 )
-from realign.training.preemption import SIGTERM_EXIT, Preemption
+from realign.training.preemption import Preemption
 from realign.training.state_file import random_state, read_state, set_random_state, write_state
 
 STATE = "state"  # the folder of a checkpoint that no loader of weights looks into
@@ -41,7 +41,7 @@ class CheckpointError(OSError):
 
 class CheckpointTrainer(Trainer):
     """A Trainer with atomic, pickle-free checkpoints. It resumes bit for bit after SIGKILL, and on
-    SIGTERM it saves before it exits with 143.
+    SIGTERM or Ctrl-C it saves before it ends.
 
     A subclass that keeps anything between two steps returns it from :meth:`kept_state` and takes
     it back in :meth:`restore_kept_state`.
@@ -80,6 +80,7 @@ class CheckpointTrainer(Trainer):
             RefusedError: The checkpoint is damaged, or there is none.
             CheckpointError: A checkpoint could not be written.
             SystemExit: With code 143 after SIGTERM, when the state was saved.
+            KeyboardInterrupt: After SIGINT, when the state was saved.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self.newest_checkpoint()
@@ -97,7 +98,7 @@ class CheckpointTrainer(Trainer):
             if self._agrees_to_stop():
                 self._save_now()
         if self._must_stop:
-            raise SystemExit(SIGTERM_EXIT)
+            self._preemption.end()
         return output
 
     def newest_checkpoint(self) -> str | None:

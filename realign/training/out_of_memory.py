@@ -28,7 +28,7 @@ def out_of_memory(
         error: What was caught.
         footprint: Bytes that the model takes before any activation.
         batch_size: Pairs a micro-step.
-        accumulation: Micro-steps a step.
+        accumulation: Micro-batches per step.
         held: Bytes at most allocated so far, where the device counts them.
         capacity: Bytes that the device has.
     """
@@ -47,9 +47,9 @@ def out_of_memory(
     safe = max((n for n in range(1, largest + 1) if pairs % n == 0), default=0)
     if safe:
         lines.append(
-            f"The largest micro-batch that may fit is {safe}: set batch_size to {safe} and "
-            f"accumulation to {pairs // safe}, the same {pairs} pairs a step and process. Nothing "
-            "was changed by itself."
+            f"The largest micro-batch that may fit is {safe}: set batch_size to {safe}, which "
+            f"accumulates {pairs // safe} micro-batches, so that a step keeps its {pairs} pairs "
+            "per process. Nothing was changed by itself."
         )
     else:
         lines.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from realign.config import Effect, TrainConfig
 from realign.data.dataset import read_kept_records
 from realign.data.records import Record
+from realign.errors import RefusedError
 from realign.modeling.acceleration import Numerics
 from realign.modeling.folder import resolve_model
 from realign.modeling.identity import Identity, ModelFacts
@@ -52,6 +54,7 @@ class TrainPlan:
             RefusedError: The model or the dataset cannot be opened, or options do not fit.
         """
         objective = make_objective(ObjectiveOptions.of(config))  # before a model is downloaded
+        accumulation_steps(config)
         folder = resolve_model(config.model)
         records = read_kept_records(config.data, config.images)
         scoring = Scoring(
@@ -90,6 +93,31 @@ class TrainPlan:
             "rows": self.rows.keys,
             "processes": num_processes,
         }
+
+
+def world_size() -> int:
+    """Processes that train together, as their launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def accumulation_steps(config: TrainConfig) -> int:
+    """Return the number of micro-batches that each process accumulates per step.
+
+    Raises:
+        RefusedError: The processes cannot share the pairs of a step in whole micro-batches.
+    """
+    together = config.batch_size * world_size()
+    steps, rest = divmod(config.pairs_per_step, together)
+    if rest:
+        below, above = steps * together, (steps + 1) * together
+        nearest = f"{below} or {above}" if below else str(above)
+        raise RefusedError(
+            f"train.pairs_per_step must be a multiple of {together}, which is batch_size "
+            f"{config.batch_size} x {world_size()} process{'es' if world_size() > 1 else ''}, got "
+            f"{config.pairs_per_step}. Set it to {nearest}, or change batch_size or the number of "
+            "processes."
+        )
+    return steps
 
 
 def weights_dtype(config: TrainConfig) -> torch.dtype:

@@ -1,5 +1,5 @@
-"""Handles SIGTERM while a model trains: the first one is remembered, so that the run can save and
-end; the second one ends it at once.
+"""Handles SIGTERM and SIGINT (Ctrl-C) while a model trains: the first one is remembered, so that
+the run can save and end; the second one ends it at once.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
-SIGTERM_EXIT = 143  # 128 + 15, as a shell reports it
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+NOTICE = b"realign: saving before the end; a second signal ends at once\n"
 # A scheduler that signals every process of a job reaches one that torchrun started twice.
 SECONDS_OF_ONE = 2.0
 
@@ -31,52 +32,47 @@ class Preemption:
     def __init__(self) -> None:
         self.is_requested = False
         self.is_waited_for = multiprocessing.RawValue("b", 0)
-        self._first = 0.0
-        self._previous: Any = None
-        self._is_installed = False
+        self._number, self._first = int(signal.SIGTERM), 0.0
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Preemption:
         self.is_requested = False
         self.is_waited_for.value = 1
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._handle)
-            self._is_installed = True
+            self._previous = {one: signal.signal(one, self._handle) for one in SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.is_waited_for.value = 0
-        if self._is_installed:
-            # None: it was not set from Python and cannot be set back
-            signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
-            self._is_installed = False
+        while self._previous:
+            one, previous = self._previous.popitem()
+            signal.signal(one, previous or signal.SIG_DFL)  # None: it was not set from Python
+
+    def end(self) -> NoReturn:
+        """Raise KeyboardInterrupt after SIGINT, and SystemExit with code 143 after SIGTERM."""
+        if self._number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + self._number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.is_requested:
-            self.is_requested, self._first = True, time.monotonic()
+            self.is_requested, self._number, self._first = True, number, time.monotonic()
+            os.write(2, NOTICE)  # print could be what the signal interrupted
         elif time.monotonic() - self._first > SECONDS_OF_ONE:
-            os._exit(SIGTERM_EXIT)  # a save in progress is not there until it is whole
+            os._exit(128 + number)  # a save in progress is not there until it is whole
 
 
-def ignore_sigterm(then: Callable[[int], None] | None, is_waited_for: Any, worker: int) -> None:
-    """``worker_init_fn`` of a DataLoader: a scheduler that signals a whole process group must not
-    take the workers away from a process that still has to save. They end with their parent.
-
-    Args:
-        then: The function that would have been called.
-        is_waited_for: Of the parent's :class:`Preemption`. Outside its block a worker ends as any
-            other: it is so that multiprocessing ends those that are left when the parent exits.
-        worker: The worker's number.
+def ignore_signals(then: Callable[[int], None] | None, is_waited_for: Any, worker: int) -> None:
+    """``worker_init_fn`` of a DataLoader, which calls ``then``: a scheduler that signals a whole
+    process group must not take the workers away from a process that still has to save. They end
+    with their parent: outside the block of its :class:`Preemption` a signal ends them.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
         if not is_waited_for.value:
             os._exit(0)  # as torch's own handler: its parent must not take it for a failure
 
-    signal.signal(signal.SIGTERM, handle)
+    for one in SIGNALS:
+        signal.signal(one, handle)
     if then is not None:
         then(worker)

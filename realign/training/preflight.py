@@ -7,6 +7,10 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 import torch
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from realign.config import TrainConfig
 from realign.errors import RefusedError
@@ -18,8 +22,8 @@ from realign.modeling.row_checks import check_rows
 from realign.modeling.row_index import RowIndex
 from realign.modeling.vocabulary import Vocabulary
 from realign.runtime.memory import usable_memory
-from realign.training.arguments import num_steps, num_warmup_steps, pairs_per_step, world_size
-from realign.training.plan import TrainPlan
+from realign.training.arguments import num_steps, num_warmup_steps
+from realign.training.plan import TrainPlan, accumulation_steps, world_size
 from realign.training.policy import outline_policy
 from realign.training.sharding import check_precision
 from realign_kernels import Objective
@@ -40,6 +44,7 @@ def preflight(plan: TrainPlan, known: RowIndex | None = None) -> tuple[RowIndex,
     # cheap first: a wrong option need not wait for every row
     check_precision(numerics.dtype, autocast=numerics.autocast)
     numerics.check()
+    _check_trackers(config.report_to)
     model = outline_policy(plan)
     quantized = quantized_weights(model) if numerics.quantization else set()
     memory_summary, held = footprint(model, quantized), Footprint.of(model, quantized).total
@@ -60,6 +65,22 @@ def preflight(plan: TrainPlan, known: RowIndex | None = None) -> tuple[RowIndex,
         memory_summary,
         *_say_memory(plan, rows, held),
     ]
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that transformers does not know or that are not installed."""
+    available = {*get_available_reporting_integrations(), "flyte"}  # which it never looks for
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise RefusedError(
+                f"train.report_to must name trackers of {', '.join(INTEGRATION_TO_CALLBACK)}, got "
+                f"{name!r}. Name one of them."
+            )
+        if name not in available:
+            raise RefusedError(
+                f"train.report_to must name trackers that are installed, got {name!r}. Install its "
+                f"package, as by `pip install {name.replace('_', '-')}`."
+            )
 
 
 def _say_missing_images(rows: RowIndex, objective: Objective) -> Iterator[str]:
@@ -91,9 +112,9 @@ def _range(values: Sequence[int]) -> str:
 
 
 def _say_steps(config: TrainConfig, num_records: int) -> str:
-    factors = f"{config.batch_size} x {config.accumulation} accumulated"
+    factors = f"{config.batch_size} x {accumulation_steps(config)} accumulated"
     factors += f" x {world_size()} processes" if world_size() > 1 else ""
-    pairs, steps = pairs_per_step(config), num_steps(config, num_records)
+    pairs, steps = config.pairs_per_step, num_steps(config, num_records)
     text = (
         f"{pairs:,} pairs a step ({factors}); {steps:,} {'step' if steps == 1 else 'steps'}, "
         f"{num_warmup_steps(config, num_records):,} of them warm-up"

@@ -5,7 +5,7 @@ after a kill.
 from __future__ import annotations
 
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,12 @@ from realign.runtime.files import file_sha256, publish, write_json
 from realign.runtime.progress import announce
 from realign.runtime.run_folder import check_out, claim, is_begun, is_claimed, only_run
 from realign.training.arguments import training_arguments
-from realign.training.callbacks import LogLastStep, MetricsFile, ShowProgress
+from realign.training.callbacks import (
+    LogLastStep,
+    MetricsFile,
+    ShowProgress,
+    write_tensorboard_to,
+)
 from realign.training.plan import TrainPlan
 from realign.training.policy import load_policy
 from realign.training.preflight import preflight
@@ -122,6 +127,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
             plan=plan,
         )
         trainer.remove_callback(PrinterCallback)
+        write_tensorboard_to(trainer, config.out / "tensorboard")
         unfinished = config.out / ".checkpoint.tmp"
         if ranks.is_first:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -134,7 +140,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
             facts = checkpoint_facts(plan, unfinished, trainer.state.global_step)
             write_json(config.out / "checkpoint.json", facts)
             publish(unfinished, checkpoint)
-            shutil.rmtree(config.out / "steps")
+            _remove_checkpoints(config.out / "steps")
         return checkpoint
 
 
@@ -148,8 +154,16 @@ def _is_finished(plan: TrainPlan, ranks: Ranks) -> bool:
     is_ours = is_claimed(out, "train", plan.claim(ranks.world_size), _labels(plan))
     if not is_ours or not (out / "checkpoint").is_dir():
         return False
-    shutil.rmtree(out / "steps", ignore_errors=True)  # of a run killed at its very end
+    _remove_checkpoints(out / "steps")  # of a run killed at its very end
     return True
+
+
+def _remove_checkpoints(steps: Path) -> None:
+    """Remove the checkpoints of a finished run; what a tracker wrote beside them stays."""
+    for path in (*steps.glob("checkpoint-*"), *steps.glob(".*")):
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        steps.rmdir()
 
 
 def _read_reference(plan: TrainPlan, *, dry_run: bool) -> CacheReference | None:

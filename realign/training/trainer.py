@@ -40,7 +40,7 @@ from realign.training.guards import (
 from realign.training.metrics import PairMetrics
 from realign.training.objectives import ObjectiveOptions, make_objective
 from realign.training.out_of_memory import out_of_memory
-from realign.training.preemption import ignore_sigterm
+from realign.training.preemption import ignore_signals
 from realign.training.sampler import FilledCollator, PairSampler, choose_filler
 from realign.training.sharding import (
     GatherHead,
@@ -216,7 +216,7 @@ class RDPOTrainer(CheckpointTrainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
             in_order=args.dataloader_in_order,
-            worker_init_fn=partial(ignore_sigterm, seed, self._preemption.is_waited_for),
+            worker_init_fn=partial(ignore_signals, seed, self._preemption.is_waited_for),
             # its own: how often a loader began is not to move the global one
             generator=torch.Generator(),
         )

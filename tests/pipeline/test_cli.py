@@ -299,7 +299,7 @@ def test_help_spells_types_and_defaults() -> None:
     text = " ".join(realign("train", "--help").output.split())
     for line in (
         "--beta <float> KL strength of the answer-pair term. [default: 0.1]",
-        "--objective rdpo|dpo|mdpo|symmetric|sft ",
+        "--objective rdpo|dpo|vdpo|mdpo|symmetric|sft ",
         "--freeze-vision / --no-freeze-vision Do not train the vision tower. [default: true]",
         "--report-to TRACKER...",
         ".targets <str>|<list>",
@@ -367,21 +367,23 @@ def kill_when(process: subprocess.Popen[bytes], pattern: str, folder: Path) -> N
     assert process.wait() == -signal.SIGKILL
 
 
-def test_sigterm_exits_with_143_and_the_same_command_ends_the_same(
-    tmp_path: Path, records, model_dir: Path
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_ends_the_same(
+    tmp_path: Path, records, model_dir: Path, number: int, code: int
 ) -> None:
     write_parquet(records(12), tmp_path / "d.parquet")
     train = [
         "train", "--model", model_dir, "--data", tmp_path / "d.parquet", "--epochs", 2,
-        "--set", "train.batch_size=4", "--set", "train.accumulation=1", "--learning-rate", "1e-4",
+        "--set", "train.batch_size=4", "--set", "train.pairs_per_step=4", "--learning-rate", "1e-4",
         "--set", "train.save_steps=1", "--set", "train.logging_steps=1",
     ]  # fmt: skip
     with run_process(*train, "--out", tmp_path / "stopped", stderr=subprocess.PIPE) as process:
         wait_for(process, "steps/checkpoint-2", tmp_path / "stopped")
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         _, stderr = process.communicate()
-    assert process.returncode == 143
+    assert process.returncode == code
     assert b"Traceback" not in stderr
+    assert b"saving before the end" in stderr
     assert not (tmp_path / "stopped" / "checkpoint").exists()
     for name in ("stopped", "whole"):
         assert realign(*train, "--out", tmp_path / name).exit_code == 0
@@ -418,7 +420,7 @@ def test_kill_9_then_the_same_command_ends_the_same(tmp_path: Path, model_dir: P
 
     train = [
         "train", "--model", model_dir, "--data", data, "--cache", tmp_path / "cache1",
-        "--set", "train.batch_size=4", "--set", "train.accumulation=1", "--learning-rate", "1e-4",
+        "--set", "train.batch_size=4", "--set", "train.pairs_per_step=4", "--learning-rate", "1e-4",
         "--epochs", 2, "--set", "train.save_steps=2", "--set", "train.logging_steps=3",
     ]  # fmt: skip
     with run_process(*train, "--out", tmp_path / "run1", stderr=subprocess.DEVNULL) as process:

@@ -33,7 +33,7 @@ def test_what_paper_and_code_agree_on(name: str) -> None:
     assert (config.model, config.objective) == ("llava-hf/llava-1.5-7b-hf", "rdpo")
     assert (config.beta, config.image_beta, config.image_weight) == (0.1, None, 1.0)
     assert (config.epochs, config.schedule, config.warmup_ratio) == (1.0, "cosine", 0.03)
-    assert config.batch_size * config.accumulation == 32
+    assert (config.batch_size, config.pairs_per_step) == (1, 32)
     assert config.lora is not None
     assert (config.lora.r, config.lora.alpha) == (128, 256)
     assert config.freeze_vision

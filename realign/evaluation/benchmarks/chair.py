@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from realign.errors import RefusedError
-from realign.evaluation.benchmark import Array, Benchmark, Layout, Rule, TableRow, View
+from realign.evaluation.benchmark import Array, Benchmark, Layout, Prompt, Rule, TableRow, View
 from realign.evaluation.object_words import check_words, mentioned, mentions, object_of
 from realign.evaluation.rows import Key, Row, read_rows
 from realign.runtime.strict_json import read_json
@@ -111,5 +111,11 @@ CHAIR = Benchmark(
             undefined="no image has an object to name",
         ),
     ],
+    prompts={
+        "official": Prompt(max_new_tokens=512),
+        "lmms-eval": Prompt(lambda row: "Please describe this image in detail.", 2048),
+    },
+    image_places=lambda row: (row["image"], f"val2014/{row['image']}"),
     samples={"chair": show},
+    less_is_better=("chair_i",),
 )

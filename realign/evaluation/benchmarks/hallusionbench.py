@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,31 @@ from realign.evaluation.benchmark import (
     Array,
     Benchmark,
     Layout,
+    Prompt,
     Record,
     Rule,
     ScoredRow,
+    TableRow,
+    UnitValues,
+)
+from realign.evaluation.judging import (
+    Judge,
+    Judging,
+    Replies,
+    Reply,
+    constant,
+    parsed,
+    required,
+    stored_replies,
 )
 from realign.evaluation.rows import Key, Row, check_row, read_records
 
 FILE = "HallusionBench.json"
 VERDICT = "gpt4v_output_gpt_check"  # how the official script calls the judge's verdict
-REPLY = "judge_reply"
 WRONG, RIGHT, UNCLEAR = 0, 1, 2  # verdicts of the judge
 
+_WORDS = re.compile(r"\b(?:in)?correct\b|\bunclear\b", re.IGNORECASE)
+_DENIED = re.compile(r"(?:\bnot|n't)\s+(?:\w+\s+)?(?:in)?correct\b", re.IGNORECASE)
 _STRING = Key(lambda value: isinstance(value, str), "be a string", "Put it into quotes.")
 _GROUP = ("category", "subcategory", "set_id", "figure_id", "question_id")
 KEYS = {
@@ -47,7 +62,7 @@ def read(path: Path) -> list[Row]:
     for where, record in read_records(path):
         row = check_row(record, where, KEYS)
         row["text"], row["image"] = row["question"], row["filename"]
-        row["id"] = _id(row)
+        row["id"] = question_id(row)
         row["set"] = "_".join(row[key] for key in ("category", "subcategory", "set_id"))
         row["merged_set"] = "_".join(row[key] for key in ("subcategory", "set_id"))
         row["may_be_unclear"] = row["category"] == "VS" and row["figure_id"] == "0"
@@ -55,35 +70,56 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def _id(record: Mapping[str, Any]) -> str:
+def question_id(record: Mapping[str, Any]) -> str:
     return "_".join(str(record.get(key)) for key in _GROUP)
 
 
-def verdict_of(reply: str) -> int:
-    """Return the verdict that the official script reads in a judge's reply."""
+CODE_WORDS = ("incorrect", "correct", "unclear")  # the replies that stand for the codes 0, 1 and 2
+
+
+def verdict(reply: str) -> str | None:
+    """Return the verdict that the official script reads in a judge's reply; None where the reply
+    has none of the three words, which the script takes for unclear.
+    """
     lower = reply.lower()
     if "incorrect" in lower:
-        return WRONG
-    return RIGHT if "correct" in lower else UNCLEAR
+        return str(WRONG)
+    if "correct" in lower:
+        return str(RIGHT)
+    return str(UNCLEAR) if "unclear" in lower else None
 
 
-def verdict_text(record: Record, answer: str) -> str:
-    """Return the verdict on an answer, which a judge has added to its record.
+def strict_verdict(reply: str) -> str | None:
+    """Return the verdict if the reply has exactly one of the three words, and it is not denied."""
+    words = {word.lower() for word in _WORDS.findall(reply)}
+    if len(words) != 1 or _DENIED.search(reply):
+        return None
+    return str(CODE_WORDS.index(words.pop()))
+
+
+def replies(record: Record) -> Replies:
+    """Return the reply that is stored, or the one that a verdict of the official script stands for.
 
     Raises:
-        RefusedError: There is none.
+        RefusedError: The verdict is none of the three.
     """
-    if isinstance(record.get(REPLY), str):
-        return str(verdict_of(record[REPLY]))
-    verdict = str(record.get(VERDICT))
-    if verdict not in ("0", "1", "2"):
-        question = _id(record) if "id" not in record else record["id"]
+    stored = stored_replies(record)
+    if stored or record.get(VERDICT) is None:
+        return stored
+    code = str(record[VERDICT])
+    if code not in ("0", "1", "2"):
+        question = question_id(record) if "id" not in record else record["id"]
         raise RefusedError(
-            f"this rule requires a judge's verdict (0, 1 or 2) as {VERDICT}, or its reply as "
-            f"{REPLY}, in every record, question {question} has {record.get(VERDICT)!r:.40}. Have "
-            "the answers judged, or pass --rule exact, which reads yes and no without a judge."
+            f"{VERDICT} must be 0, 1 or 2, the verdict of a judge, question {question} has "
+            f"{record[VERDICT]!r:.40}. Correct it, or remove the field."
         )
-    return verdict
+    return [Reply(CODE_WORDS[int(code)])]
+
+
+def judge_values(row: Row, answer: str) -> dict[str, str]:
+    """Return what the judge is shown."""
+    reference = required(row, "gt_answer_details")
+    return {"question": row["question"], "reference": reference, "answer": answer}
 
 
 def judged(row: Row, verdict: str) -> list[int]:
@@ -116,15 +152,18 @@ def has_yes(row: Row, answer: str) -> list[int]:
     return [int(("yes" in answer.lower()) == (row["gt_answer"] == "1"))]
 
 
-def group_counts(
-    *, counts_figure: Callable[[Row], bool], set_key: str
-) -> Callable[[Sequence[ScoredRow]], list[int]]:
-    """Return the score vector of a set of questions: how many questions, figures, question pairs,
-    easy pairs and hard pairs it has, and how many of each are wholly right.
+_KINDS = ("aacc", "facc", "qacc", "easy", "hard")
+_IMAGE_KINDS = _KINDS[:3]  # which other programs have
+_Groups = Callable[[Sequence[ScoredRow]], list[list[bool]]]
+
+
+def groups(*, counts_figure: Callable[[Row], bool], set_key: str) -> _Groups:
+    """Return, for each kind of group (questions, figures, question pairs, easy pairs and hard
+    pairs), which of the groups of a set of questions are wholly right.
     """
 
-    def combine(rows: Sequence[ScoredRow]) -> list[int]:
-        groups: list[dict[Any, list[bool]]] = [{} for _ in range(5)]
+    def find(rows: Sequence[ScoredRow]) -> list[list[bool]]:
+        found: list[dict[Any, list[bool]]] = [{} for _ in _KINDS]
         for row, (right,) in rows:
             kinds = [
                 (0, row["id"]),
@@ -134,40 +173,59 @@ def group_counts(
             if counts_figure(row):
                 kinds.append((1, row["figure_id"]))
             for kind, key in kinds:
-                groups[kind].setdefault((row[set_key], key), []).append(bool(right))
-        return [
-            number
-            for kind in groups
-            for number in (len(kind), sum(all(rights) for rights in kind.values()))
-        ]
+                found[kind].setdefault((row[set_key], key), []).append(bool(right))
+        return [[all(rights) for rights in kind.values()] for kind in found]
 
-    return combine
+    return find
+
+
+def group_counts(find: _Groups) -> Callable[[Sequence[ScoredRow]], list[int]]:
+    """Return the score vector of a set of questions: how many groups of each kind it has, and how
+    many of them are wholly right.
+    """
+    return lambda rows: [number for kind in find(rows) for number in (len(kind), sum(kind))]
+
+
+def group_units(find: _Groups, kinds: Sequence[str] = _KINDS) -> dict[str, UnitValues]:
+    """Return the groups that each metric is the share of."""
+
+    def of_kind(place: int) -> UnitValues:
+        return UnitValues(lambda rows: [float(right) for right in find(rows)[place]], 100)
+
+    return {name: of_kind(_KINDS.index(name)) for name in kinds}
 
 
 def group_metrics(counts: Array) -> Mapping[str, Array]:
     """Return the share of questions, figures and pairs that are wholly right, in percent."""
     totals, rights = counts[..., ::2], counts[..., 1::2]
     shares = np.moveaxis(np.round(100 * rights / totals, 4), -1, 0)
-    return dict(zip(("aacc", "facc", "qacc", "easy", "hard"), shares, strict=True))
+    return dict(zip(_KINDS, shares, strict=True))
 
 
 def image_metrics(counts: Array) -> Mapping[str, Array]:
     """Return the three metrics that other programs have."""
     metrics = group_metrics(counts)
-    return {name: metrics[name] for name in ("aacc", "facc", "qacc")}
+    return {name: metrics[name] for name in _IMAGE_KINDS}
+
+
+def _image_places(row: Row) -> tuple[str, str]:
+    name = row["image"].removeprefix("./")
+    return name, f"hallusion_bench/{name}"
 
 
 def _has_image(row: Row) -> bool:
     return row["image"] is not None
 
 
-_OFFICIAL = group_counts(counts_figure=lambda row: not row["may_be_unclear"], set_key="set")
-_ALL_FIGURES = group_counts(counts_figure=lambda row: True, set_key="set")
+_OFFICIAL = groups(counts_figure=lambda row: not row["may_be_unclear"], set_key="set")
+_ALL_FIGURES = groups(counts_figure=lambda row: True, set_key="set")
+_MERGED_SETS = groups(counts_figure=lambda row: True, set_key="merged_set")
 _PAIRS = (
     "easy and hard are shares of question pairs that are wholly right, not of questions; easy "
     "holds questions about original figures too."
 )
 _FIELDS = (*_GROUP, "model_prediction")
+_BOUNDS: Any = {"worst": constant(str(WRONG)), "best": constant(str(RIGHT))}
 
 HALLUSIONBENCH = Benchmark(
     name="hallusionbench",
@@ -177,16 +235,29 @@ HALLUSIONBENCH = Benchmark(
         "official": Rule(
             judged,
             group_metrics,
-            combine=_OFFICIAL,
+            combine=group_counts(_OFFICIAL),
+            units=group_units(_OFFICIAL),
             unit="percent",
-            text=verdict_text,
-            scores_constants=False,
-            note=f"By a judge's verdicts. {_PAIRS}",
+            judging=Judging(parsed(verdict), **_BOUNDS, fault=constant(str(UNCLEAR))),
+            note="By the replies of a judge: the letters incorrect, else correct, anywhere in a "
+            "reply, so that `not correct` is right; a reply without a verdict is unclear, as in "
+            f"the published script. {_PAIRS}",
+        ),
+        "strict": Rule(
+            judged,
+            group_metrics,
+            combine=group_counts(_OFFICIAL),
+            units=group_units(_OFFICIAL),
+            unit="percent",
+            judging=Judging(parsed(strict_verdict), **_BOUNDS),
+            note="As official, but an answer is unjudged where the reply has not exactly one of "
+            f"the words correct, incorrect and unclear, or denies it. {_PAIRS}",
         ),
         "exact": Rule(
             exact,
             group_metrics,
-            combine=_OFFICIAL,
+            combine=group_counts(_OFFICIAL),
+            units=group_units(_OFFICIAL),
             unit="percent",
             says_yes=lambda answer: yes_or_no(answer) is True,
             note="Reads the words yes and no instead of asking a judge, so that its numbers are "
@@ -195,18 +266,20 @@ HALLUSIONBENCH = Benchmark(
         "lmms-eval": Rule(
             judged_strictly,
             image_metrics,
-            combine=_ALL_FIGURES,
+            combine=group_counts(_ALL_FIGURES),
+            units=group_units(_ALL_FIGURES, _IMAGE_KINDS),
             unit="percent",
             covers=_has_image,
-            text=verdict_text,
-            scores_constants=False,
-            note="By a judge's verdicts, questions with an image alone. lmms-eval itself repeats "
-            "the verdict before where its judge cannot be reached.",
+            judging=Judging(parsed(verdict), **_BOUNDS, fault=constant(str(UNCLEAR))),
+            note="By the replies of a judge, questions with an image alone; a reply without a "
+            "verdict is unclear, and so wrong. lmms-eval itself repeats the verdict before where "
+            "its judge cannot be reached.",
         ),
         "lmms-eval-intern": Rule(
             has_yes,
             image_metrics,
-            combine=_ALL_FIGURES,
+            combine=group_counts(_ALL_FIGURES),
+            units=group_units(_ALL_FIGURES, _IMAGE_KINDS),
             unit="percent",
             covers=_has_image,
             says_yes=lambda answer: "yes" in answer.lower(),
@@ -216,7 +289,8 @@ HALLUSIONBENCH = Benchmark(
         "vlmevalkit": Rule(
             word,
             image_metrics,
-            combine=group_counts(counts_figure=lambda row: True, set_key="merged_set"),
+            combine=group_counts(_MERGED_SETS),
+            units=group_units(_MERGED_SETS, _IMAGE_KINDS),
             cluster="merged_set",
             unit="percent",
             covers=_has_image,
@@ -225,7 +299,30 @@ HALLUSIONBENCH = Benchmark(
             "and number are one set in the split `all`.",
         ),
     },
-    table=[],
+    table=[
+        TableRow(
+            "hallusionbench",
+            "exact",
+            metric,
+            f"HallusionBench without a judge, {label}",
+            is_headline=metric == "qacc",
+            scale=1,
+            undefined="there is no such question",
+        )
+        for metric, label in (
+            ("aacc", "questions"),
+            ("facc", "figures"),
+            ("qacc", "question pairs"),
+            ("easy", "easy pairs"),
+            ("hard", "hard pairs"),
+        )
+    ],
+    prompts={
+        "official": Prompt(max_new_tokens=1024),
+        "lmms-eval": Prompt(max_new_tokens=128),
+        "vlmevalkit": Prompt(max_new_tokens=1024),
+    },
+    image_places=_image_places,
     cluster="set",
     splits=lambda task, row: ("all", row["category"]),
     version_keys=(*_GROUP, "visual_input", "question", "gt_answer", "filename"),
@@ -235,10 +332,18 @@ HALLUSIONBENCH = Benchmark(
             # an id may be that of another question in another release
             ("question", *_FIELDS),
             "model_prediction",
-            lambda record: (_id(record), record["question"]),
+            lambda record: (question_id(record), record["question"]),
             lambda row: (row["id"], row["question"]),
         ),
-        AnswerFormat(_FIELDS, "model_prediction", _id, lambda row: row["id"]),
+        AnswerFormat(_FIELDS, "model_prediction", question_id, lambda row: row["id"]),
     ],
     constants={"yes": "Yes", "no": "No"},
+    replies=replies,
+    judge=Judge(
+        placeholders=("question", "reference", "answer"),
+        values=judge_values,
+        rule="official",
+        temperature=1.0,  # the published script sets none, and this is what OpenAI then takes
+        max_tokens=None,
+    ),
 )

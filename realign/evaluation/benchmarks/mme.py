@@ -16,10 +16,15 @@ from realign.evaluation.benchmark import (
     Benchmark,
     Layout,
     Metrics,
+    Prompt,
     Record,
     Rule,
     ScoredRow,
+    TableRow,
+    UnitValues,
+    of_items,
 )
+from realign.evaluation.prompt_texts import SHORT_ANSWER
 from realign.evaluation.rows import Row
 from realign.runtime.files import read_utf8
 
@@ -58,6 +63,7 @@ VERSION_2023 = (  # rows_digest of every task
     "6b751fb29ffba317",
     "b5f088363af65f40",
 )
+QUESTION_END = "Please answer yes or no."
 _WIDTH = 4  # questions, right ones, images, images with both right
 
 
@@ -102,19 +108,21 @@ def _row(task: str, image: str, question: str, label: str, where: str) -> Row:
         raise RefusedError(
             f"{where}: the label must be Yes or No, got {label!r:.40}. Take the published file."
         )
+    key = question_key(task, image, question)
     return {
+        "id": "/".join(key),
         "task": task,
         "image": f"{task}/{image}",
         "text": question,
         "label": label.strip().lower(),
         "where": where,
-        "key": _key(task, image, question),
+        "key": key,
     }
 
 
-def _key(task: Any, image: Any, question: Any) -> tuple[str, str, str]:
+def question_key(task: Any, image: Any, question: Any) -> tuple[str, str, str]:
     """Return what is the same of a question in every program's wording of the prompt."""
-    plain = str(question).split("\n")[0].replace("Please answer yes or no.", "")
+    plain = str(question).split("\n")[0].replace(QUESTION_END, "")
     return str(task), Path(str(image)).stem, " ".join(plain.split())
 
 
@@ -196,6 +204,11 @@ def image_counts(rows: Sequence[ScoredRow]) -> Array:
     return counts.ravel()
 
 
+def _both_right(rows: Sequence[ScoredRow]) -> list[float]:
+    right = [scores[0] for _, scores in rows]
+    return [float(len(right) == 2 and all(right))]
+
+
 def task_metrics(counts: Array) -> Mapping[str, Array]:
     """Return accuracy over questions, accuracy over images with both right, and their sum."""
     questions, right, images, both = _columns(counts).sum(axis=-1)
@@ -214,6 +227,22 @@ def sum_metrics(tasks: Sequence[str]) -> Metrics:
     return metrics
 
 
+def _llava_prompt(row: Row) -> str:
+    question = str(row["text"]).replace(QUESTION_END, "").strip()
+    return f"{question}{SHORT_ANSWER}"
+
+
+def _lmms_prompt(row: Row) -> str:
+    """Return the prompt of lmms-eval, which keeps the second of two spaces."""
+    question = str(row["text"]).strip().replace(f" {QUESTION_END}", "")
+    return f"{question}{SHORT_ANSWER}"
+
+
+def _image_places(row: Row) -> tuple[str, ...]:
+    task, _, image = row["image"].partition("/")
+    return row["image"], f"{task}/images/{image}"
+
+
 def _columns(counts: Array) -> Array:
     """Return the counts with the kind of count first and the task last."""
     return np.moveaxis(counts.reshape(*counts.shape[:-1], len(TASKS), _WIDTH), -1, 0)
@@ -221,7 +250,7 @@ def _columns(counts: Array) -> Array:
 
 def _llava_key(record: Record) -> tuple[str, str, str]:
     task, _, image = str(record["question_id"]).partition("/")
-    return _key(task, image, record["prompt"])
+    return question_key(task, image, record["prompt"])
 
 
 def _rule(parse: Callable[[str], bool | None], note: str) -> Rule:
@@ -231,6 +260,10 @@ def _rule(parse: Callable[[str], bool | None], note: str) -> Rule:
         combine=image_counts,
         split_metrics={"perception": sum_metrics(PERCEPTION), "cognition": sum_metrics(COGNITION)},
         unit="points",
+        units={
+            "acc": of_items(lambda scores: scores[0], 100),
+            "acc_plus": UnitValues(_both_right, 100),
+        },
         says_yes=lambda answer: parse(answer) is True,
         note=note,
     )
@@ -252,11 +285,35 @@ MME = Benchmark(
         "lmms-eval": _rule(lmms_word, "As the official rule, without periods; y and n count."),
         "vlmevalkit": _rule(yes_or_no, "Reads the words yes and no."),
     },
-    table=[],
+    table=[
+        TableRow(
+            f"mme_{first}",
+            "official",
+            "score",
+            f"MME {split}, points of {most}",
+            is_headline=split != task,
+            scale=1,
+            undefined="a task is missing",
+            split=split,
+        )
+        for task, split, most in (
+            (PERCEPTION[0], "perception", "2,000"),
+            (COGNITION[0], "cognition", "800"),
+            *((task, task, "200") for task in TASKS),
+        )
+    ],
+    prompts={
+        "official": Prompt(),
+        "llava": Prompt(_llava_prompt),
+        "lmms-eval": Prompt(_lmms_prompt, 16),
+        "vlmevalkit": Prompt(),
+    },
+    image_places=_image_places,
     splits=lambda task, row: (
         "perception" if row["task"] in PERCEPTION else "cognition",
         row["task"],
     ),
+    headline=("score",),
     version_keys=("key", "label"),
     versions=dict.fromkeys(VERSION_2023, "2023"),
     answer_reader=read_answer_lists,
@@ -264,7 +321,7 @@ MME = Benchmark(
         AnswerFormat(
             ("task", "image", "question", "answer"),
             "answer",
-            lambda record: _key(*(record[name] for name in ("task", "image", "question"))),
+            lambda record: question_key(*(record[name] for name in ("task", "image", "question"))),
             lambda row: row["key"],
         ),
         AnswerFormat(("question_id", "prompt", "text"), "text", _llava_key, lambda row: row["key"]),

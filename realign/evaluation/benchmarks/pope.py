@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +13,14 @@ from realign.evaluation.benchmark import (
     Array,
     Benchmark,
     Layout,
+    Prompt,
     Record,
     Rule,
     TableRow,
     View,
+    of_items,
 )
+from realign.evaluation.prompt_texts import SHORT_ANSWER
 from realign.evaluation.rows import Key, Row, read_rows
 
 SPLITS = ("random", "popular", "adversarial")
@@ -129,9 +132,17 @@ def show(row: Row, answer: str) -> View:
     return View(f"right answer: {row['label']}", official_yes(answer) == (row["label"] == "yes"))
 
 
+def _is_right(scores: Sequence[float]) -> float:
+    return scores[0] + scores[4]  # yes that is read as yes, and no as no
+
+
 def _llava_key(record: Record) -> tuple[object, str]:
     # the prompt is the question, and a line that asks for a short answer
     return record["question_id"], str(record["prompt"]).split("\n")[0]
+
+
+def _short(row: Row) -> str:
+    return f"{row['text']}{SHORT_ANSWER}"
 
 
 def _layout(pattern: str) -> Layout:
@@ -151,6 +162,7 @@ POPE = Benchmark(
         "official": Rule(
             counts_of(official_yes),
             official_metrics,
+            units={"accuracy": of_items(_is_right)},
             says_yes=official_yes,
             note="Every answer without the word No, not or no in its first sentence is a yes, also "
             "an empty one. The published script scores each split alone; `all` pools them.",
@@ -158,6 +170,7 @@ POPE = Benchmark(
         "lmms-eval": Rule(
             counts_of(exact_word),
             lmms_metrics,
+            units={"accuracy": of_items(_is_right)},
             says_yes=lambda answer: exact_word(answer) is True,
             note="An answer must be yes or no as a whole. The metric yes_ratio is that of the "
             "labels, as pope_yes_ratio of lmms-eval is. Precision, recall and F1 are 0 where they "
@@ -166,6 +179,7 @@ POPE = Benchmark(
         "vlmevalkit": Rule(
             counts_of(yes_or_no),
             vlmevalkit_metrics,
+            units={"accuracy": of_items(_is_right, 100)},
             unit="percent",
             says_yes=lambda answer: yes_or_no(answer) is True,
             note="What is neither yes nor no is wrong in the accuracy, and a no in precision, "
@@ -180,6 +194,7 @@ POPE = Benchmark(
             f"POPE {split}, {label}",
             is_headline=is_headline,
             undefined=undefined,
+            split=split,
         )
         for metric, label, is_headline, undefined in (
             ("balanced_accuracy", "balanced accuracy", True, "all questions have one right answer"),
@@ -187,8 +202,17 @@ POPE = Benchmark(
         )
         for split in SPLITS
     ],
+    prompts={
+        "official": Prompt(),
+        "llava": Prompt(_short),
+        "lmms-eval": Prompt(_short),
+        "vlmevalkit": Prompt(),
+    },
+    image_places=lambda row: (row["image"], f"val2014/{row['image']}"),
     samples={"pope_adversarial": show},
     splits=lambda task, row: (task.removeprefix("pope_"), "all"),
+    means={"mean": SPLITS},
+    headline=("accuracy", "f1"),
     version_keys=("image", "text", "label"),
     versions={digest: name for name, digests in VERSIONS.items() for digest in digests},
     answer_formats=[

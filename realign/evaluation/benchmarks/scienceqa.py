@@ -11,7 +11,18 @@ import numpy as np
 
 from realign.errors import RefusedError
 from realign.evaluation.answer_letters import llava_letter, vlmevalkit_letter
-from realign.evaluation.benchmark import AnswerFormat, Array, Benchmark, Layout, Rule
+from realign.evaluation.benchmark import (
+    AnswerFormat,
+    Array,
+    Benchmark,
+    Layout,
+    Prompt,
+    Rule,
+    TableRow,
+    UnitValues,
+    of_items,
+)
+from realign.evaluation.prompt_texts import LETTER, list_choices, vlmevalkit_choices
 from realign.evaluation.rows import Key, Row, check_row, read_member, read_records
 from realign.runtime.strict_json import read_json
 
@@ -20,7 +31,6 @@ QUESTIONS = "llava_test_CQM-A.json"
 LETTERS = "ABCDE"
 # a choice may have several lines
 _CHOICE = re.compile(r"^([A-E])\. (.*?)(?=\n[A-E]\. |\Z)", re.MULTILINE | re.DOTALL)
-_SUFFIX = "Answer with the option's letter from the given choices directly."
 
 _TAKE = "Take the published file."
 _TURNS = Key(
@@ -76,12 +86,13 @@ def read_problems(path: Path) -> list[Row]:
                 f"{len(row['choices'])}. {_TAKE}"
             )
         image = f"{pid}/{row['image']}" if row["image"] else None
-        hint = f"Context: {row['hint']}\n" if row.get("hint") else ""
+        hint = str(row.get("hint") or "")
         choices = dict(zip(LETTERS, row["choices"], strict=False))
-        listed = "\n".join(f"{letter}. {choice}" for letter, choice in choices.items())
-        text = f"{hint}{row['question']}\n{listed}\n{_SUFFIX}"
+        context = f"Context: {hint}\n" if hint else ""
+        text = f"{context}{row['question']}\n{list_choices(choices)}"
         label = LETTERS[row["answer"]]
-        rows.append(_row(pid, image, text, choices, label, row["where"]))
+        parts = {"question": row["question"], "hint": hint}
+        rows.append(_row(pid, image, text, choices, label, row["where"]) | parts)
     return rows
 
 
@@ -123,6 +134,19 @@ def _row(
     }
 
 
+def _llava_prompt(row: Row) -> str:
+    return f"{row['text']}{LETTER}"
+
+
+def _vlmevalkit_prompt(row: Row) -> str:
+    if "question" not in row:
+        raise RefusedError(
+            f"data requires {PROBLEMS} for the prompt vlmevalkit, got {QUESTIONS}, in which the "
+            "hint and the question are one text. Add that file, or name another --prompt."
+        )
+    return vlmevalkit_choices(row["question"], row["choices"], row["hint"])
+
+
 def official(row: Row, answer: str) -> list[int]:
     """Score the letter that LLaVA's script finds; a letter of no choice is wrong."""
     return _counts(row, llava_letter(answer) == row["label"])
@@ -156,6 +180,15 @@ def percents(counts: Array) -> Mapping[str, Array]:
     return {name: 100 * value for name, value in fractions(counts).items()}
 
 
+def _units(scale: float) -> dict[str, UnitValues]:
+    return {
+        "accuracy": of_items(lambda scores: scores[1], scale),
+        "image_accuracy": UnitValues(
+            lambda rows: [float(scores[1]) for row, scores in rows if row["has_image"]], scale
+        ),
+    }
+
+
 def _question_id(record: Mapping[str, Any]) -> str:
     return str(record["question_id"])
 
@@ -172,17 +205,44 @@ SCIENCEQA = Benchmark(
             official,
             percents,
             unit="percent",
+            units=_units(100),
             note="LLaVA's script: A, or A. with a space behind it, or The answer is A. to the "
             "letter; (A), a and B. are wrong.",
         ),
-        "lmms-eval": Rule(lmms, fractions, note="A letter of any case, or one before a period."),
+        "lmms-eval": Rule(
+            lmms,
+            fractions,
+            units=_units(1),
+            note="A letter of any case, or one before a period.",
+        ),
         "vlmevalkit": Rule(
             vlmevalkit,
             fractions,
+            units=_units(1),
             note="A letter among the last words, or the text of exactly one choice.",
         ),
     },
-    table=[],
+    table=[
+        TableRow(
+            "scienceqa",
+            "official",
+            metric,
+            f"ScienceQA, accuracy of {label}",
+            is_headline=metric == "accuracy",
+            scale=1,
+            undefined="no question has an image",
+        )
+        for metric, label in (
+            ("accuracy", "all questions"),
+            ("image_accuracy", "questions with an image"),
+        )
+    ],
+    prompts={
+        "llava": Prompt(_llava_prompt, 1024),
+        "lmms-eval": Prompt(_llava_prompt, 16),
+        "vlmevalkit": Prompt(_vlmevalkit_prompt, 1024),
+    },
+    image_places=lambda row: (row["image"], f"test/{row['image']}"),
     cluster="cluster",
     version_keys=("id", "label", "has_image", "choices"),
     versions={"41f8ae49161c2fd3": "test"},

@@ -7,7 +7,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from realign.evaluation.benchmark import AnswerFormat, Array, Benchmark, Layout, Record, Rule
+from realign.errors import RefusedError
+from realign.evaluation.benchmark import (
+    AnswerFormat,
+    Array,
+    Benchmark,
+    Layout,
+    Prompt,
+    Record,
+    Rule,
+    TableRow,
+    UnitValues,
+    of_items,
+)
+from realign.evaluation.prompt_texts import SHORT_ANSWER
 from realign.evaluation.rows import Key, Row, check_row, read_member, read_records
 from realign.evaluation.vqa_answers import (
     Normalizer,
@@ -33,11 +46,15 @@ _TEN = _ten(lambda said: isinstance(said, str))
 _TEN_OBJECTS = _ten(lambda said: isinstance(said, dict) and isinstance(said.get("answer"), str))
 _STRING = Key(lambda value: isinstance(value, str), "be a string", "Take the published file.")
 _OCR_LINE = "Reference OCR token: "
+_OCR_FILE = "llava_textvqa_val_v051_ocr.jsonl"
+_UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 
 
 def read_textvqa(path: Path) -> list[Row]:
-    """Read the published questions with their ten answers."""
-    rows = []
+    """Read the published questions with their ten answers and, where LLaVA's file of questions lies
+    beside them, its prompts, which hold the tokens of an OCR system.
+    """
+    rows, prompts = [], _llava_prompts(path.with_name(_OCR_FILE))
     for number, record in enumerate(read_member(path, "data"), start=1):
         keys = {"image_id": _STRING, "question": _STRING, "answers": _TEN}
         row = check_row(record, f"{path.name}, question {number}", keys)
@@ -48,10 +65,36 @@ def read_textvqa(path: Path) -> list[Row]:
                 "image_id": row["image_id"],
                 "text": row["question"],
                 "references": tuple(row["answers"]),
+                "llava_prompt": prompts.get((row["image_id"], row["question"].lower())),
                 "where": row["where"],
             }
         )
     return rows
+
+
+def _llava_prompts(path: Path) -> dict[tuple[str, str], str]:
+    if not path.is_file():
+        return {}
+    keys = {"question_id": _STRING, "text": _STRING}
+    records = [check_row(record, where, keys) for where, record in read_records(path)]
+    return {
+        (record["question_id"], _question(record["text"])): record["text"] for record in records
+    }
+
+
+def _llava_prompt(row: Row) -> str:
+    """Return the prompt with OCR tokens.
+
+    Raises:
+        RefusedError: LLaVA's file of questions is missing, or lacks this one.
+    """
+    if row["llava_prompt"] is None:
+        raise RefusedError(
+            f"{row['where']}: the prompt llava requires the question in {_OCR_FILE}, LLaVA's file "
+            "with the tokens of an OCR system, got none. Put that file beside the questions, or "
+            "pass --prompt lmms-eval, which has no such tokens."
+        )
+    return str(row["llava_prompt"])
 
 
 def read_vizwiz(path: Path) -> list[Row]:
@@ -92,6 +135,10 @@ def _percent(sums: Array) -> Mapping[str, Array]:
     return {"accuracy": 100 * sums[..., 1] / sums[..., 0]}
 
 
+def _units(scale: float) -> dict[str, UnitValues]:
+    return {"accuracy": of_items(lambda scores: scores[1], scale)}
+
+
 def _question(prompt: str) -> str:
     """Return the question of LLaVA's prompt, in small letters."""
     first, *others = str(prompt).split("\n")
@@ -107,28 +154,43 @@ RULES = {
         accuracy_by(official_form),
         _percent,
         unit="percent",
+        units=_units(100),
         note="Three of ten people give 0.9, four 1. Prompts with and without the tokens of an OCR "
         "system are not comparable.",
     ),
     "lmms-eval": Rule(
         accuracy_by(official_form),
         _fraction,
+        units=_units(1),
         note="The official numbers; its prompt has no OCR tokens unless one asks for them.",
     ),
     "vlmevalkit": Rule(
         accuracy_by(vlmevalkit_form),
         _percent,
         unit="percent",
+        units=_units(100),
         note="Commas and a possessive s stay, and so does a period after a digit.",
     ),
 }
 
+
+def _accuracy_row(task: str, title: str) -> TableRow:
+    label = f"{title}, accuracy by ten people's answers"
+    return TableRow(task, "official", "accuracy", label, is_headline=True, scale=1)
+
+
 TEXTVQA = Benchmark(
     name="textvqa",
     title="TextVQA",
-    layouts=[Layout({"textvqa": ("TextVQA_0.5.1_val.json",)}, read_textvqa)],
+    layouts=[Layout({"textvqa": ("TextVQA_0.5.1_val.json", _OCR_FILE)}, read_textvqa)],
     rules=RULES,
-    table=[],
+    table=[_accuracy_row("textvqa", "TextVQA")],
+    prompts={
+        "llava": Prompt(_llava_prompt),
+        "lmms-eval": Prompt(lambda row: f"{row['text'].capitalize()}{SHORT_ANSWER}"),
+        "vlmevalkit": Prompt(lambda row: f"{row['text']}{SHORT_ANSWER}"),
+    },
+    image_places=lambda row: (row["image"], f"train_images/{row['image']}"),
     version_keys=("id", "image", "text", "references"),
     answer_formats=[
         AnswerFormat(
@@ -157,7 +219,13 @@ VIZWIZ = Benchmark(
     title="VizWiz-VQA",
     layouts=[Layout({"vizwiz": ("val.json",)}, read_vizwiz)],
     rules=RULES,
-    table=[],
+    table=[_accuracy_row("vizwiz", "VizWiz-VQA")],
+    prompts={
+        "llava": Prompt(lambda row: f"{row['text']}{_UNANSWERABLE}{SHORT_ANSWER}"),
+        "lmms-eval": Prompt(lambda row: f"{row['text'].capitalize()}{_UNANSWERABLE}{SHORT_ANSWER}"),
+        "vlmevalkit": Prompt(),
+    },
+    image_places=lambda row: (row["image"], f"val/{row['image']}"),
     splits=_vizwiz_splits,
     version_keys=("image", "text", "references"),
     answer_formats=[

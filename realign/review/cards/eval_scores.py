@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from realign.evaluation.table import cut_note, draws_note, read_scores, score_rows
+from realign.evaluation.table import cut_note, draws_note, read_scores, score_rows, split_of
 from realign.review.cards.run_facts import own_weights
 from realign.runtime.strict_json import read_json
 
@@ -88,7 +88,7 @@ class EvalScores:
             yield ScoreLine(
                 row["label"],
                 row["rule"],
-                self.scores["tasks"][row["task"]]["items"],
+                split_of(self.scores, row)["items"],
                 _with_interval(cells[self.baseline], row["scale"]),
                 _with_interval(cells[self.model], row["scale"]),
                 cells[self.model].difference,
@@ -97,7 +97,7 @@ class EvalScores:
     def notes(self) -> list[str]:
         """Return what is to be known about the numbers."""
         draws, _ = self.claim["bootstrap"]
-        clusters = dict.fromkeys(task["cluster"] for task in self.scores["tasks"].values())
+        clusters = dict.fromkeys(found["cluster"] for found in self.scores["benchmarks"].values())
         dtype, _ = self.claim["generation"]
         about = (
             f"Measured with `realign eval`: greedy decoding in {dtype.removeprefix('torch.')}, at "
@@ -113,11 +113,11 @@ class EvalScores:
             bar, scale = cells[self.model].bar, row["scale"]
             if bar is None:
                 continue
-            task = self.scores["tasks"][row["task"]]
-            measured = task["rules"][row["rule"]][self.model][row["metric"]]
+            split = split_of(self.scores, row)
+            measured = split["models"][self.model][row["metric"]]
             arguments = {
                 "rule": row["rule"],
-                "items": task["items"],
+                "items": split["items"],
                 "interval_95": _scaled(measured["interval"], scale),
             }
             if not self.is_baseline:
@@ -129,7 +129,7 @@ class EvalScores:
             yield EvalResult(
                 task_type="image-text-to-text",
                 dataset_type=row["task"],
-                dataset_name=f"{task['benchmark']} ({row['task']})",
+                dataset_name=f"{row['title']} ({row['task']})",
                 metric_type=row["metric"],
                 metric_name=row["label"],
                 metric_value=round(scale * bar[0], 2),

@@ -73,7 +73,7 @@ class RunFacts:
     @property
     def pairs_per_step(self) -> int:
         """Pairs behind one update of the weights."""
-        pairs: int = self.options["batch_size"] * self.options["accumulation"] * self.processes
+        pairs: int = self.options["pairs_per_step"]
         return pairs
 
 

@@ -223,7 +223,7 @@ def test_training_leaves_dropped_rows_out_and_is_another_run(
 ) -> None:
     def options(out: str) -> TrainConfig:
         return TrainConfig(
-            model=str(model_dir), data=data, out=tmp_path / out, batch_size=4, accumulation=1
+            model=str(model_dir), data=data, out=tmp_path / out, batch_size=4, pairs_per_step=4
         )
 
     for index in (1, 4):

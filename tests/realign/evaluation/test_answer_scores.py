@@ -337,17 +337,28 @@ def test_replies_of_the_judge_are_read_as_the_official_script_does(
     scores = score("hallusionbench", answers, tmp_path)
     assert scores["splits"]["all"]["aacc"] == (100.0 if code == 1 else 0.0)
     unjudged = write_list(tmp_path / "b.json", [row])
-    with pytest.raises(RefusedError, match=r"requires a judge's verdict.*--rule exact"):
+    with pytest.raises(RefusedError, match=r"requires the replies of a judge .*--rule exact"):
         score("hallusionbench", unjudged, tmp_path)
 
 
-@pytest.mark.parametrize("fields", [{}, {"judge_reply": None}, {"gpt4v_output_gpt_check": 3}])
-def test_answers_by_id_without_a_verdict_are_refused(tmp_path: Path, fields: Any) -> None:
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "first for question VS_map_0_0_0.*--rule exact"),
+        ({"judge_reply": None}, "first for question VS_map_0_0_0.*--rule exact"),
+        ({"gpt4v_output_gpt_check": 3}, "must be 0, 1 or 2, .* question VS_map_0_0_0 has 3"),
+        ({"judge_reply": 3}, r"line 1|entry 1: judge_reply must be a string, null, or a list"),
+        ({"judge_reply": []}, r"line 1|entry 1: judge_reply must be a string, null, or a list"),
+    ],
+)
+def test_answers_by_id_without_a_verdict_are_refused(
+    tmp_path: Path, fields: Any, message: str
+) -> None:
     (row, *_) = case_a()
     write_list(tmp_path / "HallusionBench.json", [row])
     record = {"id": "VS_map_0_0_0", "answer": "No", **fields}
     answers = write_list(tmp_path / "a.json", [record])
-    with pytest.raises(RefusedError, match=r"question VS_map_0_0_0 has .*--rule exact"):
+    with pytest.raises(RefusedError, match=message):
         score("hallusionbench", answers, tmp_path)
     judged = write_list(tmp_path / "b.json", [{**record, "judge_reply": "correct"}])
     assert score("hallusionbench", judged, tmp_path)["splits"]["all"]["aacc"] == 100.0

@@ -26,8 +26,10 @@ def figure(visual_input: str, figure_id: str) -> dict[str, Any]:
 
 
 FIGURES = [figure("0", "0"), figure("1", "1")]
+RATED = {"image_id": "a", "question": "Q?", "question_type": "other", "gt_answer": "x"}
+QUESTION = {"question_id": 0, "image": "a.jpg", "text": "Q?", "category": "conv"}
 TURNS = [{"from": "human", "value": "Q?\nA. x\nB. y"}, {"from": "gpt", "value": "A"}]
-CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
+CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "pope": (
         "pope",
         {"coco_pope_random.json": [{"image": "1.jpg", "text": "q?", "label": "yes"}]},
@@ -80,6 +82,38 @@ CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
             {"task": "color", "image": "1.jpg", "question": question, "answer": "No"}
             for question in ("Is it?", "Is it not?")
         ],
+    ),
+    "mmhal": (
+        "mmhal",
+        {"response_template.json": [RATED]},
+        [RATED | {"model_answer": "Red.", "judge_reply": ["Rating: 5", "Rating: 4"]}],
+    ),
+    "responses of mmhal's judge": (
+        "mmhal",
+        {"response_template.json": [RATED]},
+        [{"model": "m", "choices": [{"message": {"content": "Rating: 5"}}]}],
+    ),
+    "mm-vet": (
+        "mm-vet",
+        {
+            "mm-vet.json": {
+                "v1_0": {"imagename": "a", "question": "Q?", "answer": "x", "capability": ["ocr"]}
+            }
+        },
+        {"v1_0": {"model": ["m", "m"], "content": ["0.5", "1"], "score": [0.5, 1.0]}},
+    ),
+    "llava-bench": (
+        "llava-bench",
+        {
+            "questions.jsonl": [QUESTION],
+            "context.jsonl": [{"image": "a.jpg", "caption": ["One.", "Two."]}],
+            "answers_gpt4.jsonl": [{"question_id": 0, "text": "x"}],
+            "rule.json": {
+                f"llava_bench_{name}": {"role": "Assistant", "prompt": "Score them."}
+                for name in ("conv", "detail", "complex")
+            },
+        },
+        [{"question_id": 0, "category": "llava_bench_conv", "content": "8 9", "tuple": [8, 9]}],
     ),
 }
 

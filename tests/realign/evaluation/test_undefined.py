@@ -12,13 +12,12 @@ import pytest
 from realign.config import EvalConfig
 from realign.demo.data import write_eval_data
 from realign.errors import RefusedError
-from realign.evaluation.benchmark import Array, Benchmark, Layout, Rule, TableRow, Task
+from realign.evaluation.benchmark import Benchmark, Layout, Rule, TableRow, Task
 from realign.evaluation.benchmarks.chair import CHAIR
 from realign.evaluation.benchmarks.pope import POPE
 from realign.evaluation.comparison import score
 from realign.evaluation.run import evaluate
-from realign.evaluation.statistics import paired_scores
-from realign.evaluation.table import draws_note, read_scores, score_rows, scores_table
+from realign.evaluation.table import draws_note, read_scores, score_rows, scores_table, split_of
 from realign.generation.generator import Answer
 from realign.review.report import write_report
 from realign.runtime.files import read_jsonl, write_json, write_jsonl
@@ -102,20 +101,19 @@ def test_denominators_of_0(
     undefined: dict[str, str],
 ) -> None:
     scores = scored(benchmark, rows, base=said, other=said)
-    (task,) = scores["tasks"].values()
-    rule = task["rules"][benchmark.table[0].rule]
+    (shown, *_) = scores["table"]
+    models = split_of(scores, shown)["models"]
     shown_metrics = {row.metric for row in benchmark.table}
     nothing = {
-        "value": None,
-        "interval": None,
-        "difference": None,
-        "difference_interval": None,
+        **dict.fromkeys(("value", "interval", "difference", "difference_interval", "paired")),
         "undefined_draws": 200,
+        "difference_undefined_draws": 200,
     }
-    for metrics in rule.values():
+    for metrics in models.values():
         empty = {name for name, found in metrics.items() if found["value"] is None}
         assert empty & shown_metrics == {*undefined}
-        assert [metrics[name] for name in undefined] == [nothing] * len(undefined)
+        for name in undefined:
+            assert {key: metrics[name][key] for key in nothing} == nothing
     page = check_files(scores, tmp_path)
     for metric, shown in cells(scores).items():
         if metric in undefined:
@@ -137,7 +135,7 @@ def test_a_difference_from_what_has_no_value(tmp_path: Path, order: tuple[str, s
     assert shown["silent"] == ("—", "no object was named")
     below = "" if order[0] == "named" else "— silent has no value to compare with"
     assert shown["named"] == ("0.0", below)
-    models = scores["tasks"]["chair"]["rules"]["object-list"]
+    models = split_of(scores, scores["table"][0])["models"]
     assert models[order[1]]["chair_i"]["difference"] is None
     assert models[order[1]]["chair_i"]["difference_interval"] is None
     page = check_files(scores, tmp_path)
@@ -149,7 +147,7 @@ def test_a_difference_from_what_has_no_value(tmp_path: Path, order: tuple[str, s
 def test_draws_without_a_value_are_left_out_and_counted(tmp_path: Path) -> None:
     rows = [caption("dog", image=image) for image in "abc"]
     scores = scored(CHAIR, rows, base="A dog.|-|-", other="A dog and a cat.|-|-")
-    found = scores["tasks"]["chair"]["rules"]["object-list"]["other"]["chair_i"]
+    found = split_of(scores, scores["table"][0])["models"]["other"]["chair_i"]
     assert found["value"] == found["difference"] == 0.5
     assert found["interval"] == found["difference_interval"] == [0.5, 0.5]
     assert found["undefined_draws"] == pytest.approx(200 * (2 / 3) ** 3, abs=25)
@@ -174,35 +172,6 @@ def test_infinite_values_have_a_denominator_of_0_too(tmp_path: Path) -> None:
     scores = scored(ratio, [question("yes")], base="a", other="b")
     assert cells(scores) == {"ratio": [("—", "there was nothing to count")] * 2}
     assert "— there was nothing to count" in check_files(scores, tmp_path)
-
-
-def test_infinite_minus_infinite_warns_of_nothing() -> None:
-    counts = {model: np.array([[1.0, 0.0], [1.0, 1.0]]) for model in ("a", "b")}
-
-    def ratio(sums: Array) -> dict[str, Array]:
-        return {"x": sums[..., 0] / sums[..., 1]}
-
-    with np.errstate(all="raise"):
-        found = paired_scores(counts, ratio, baseline="a", resamples=50, seed=0)
-    assert found["b"]["x"]["difference_interval"] == [0, 0]
-    assert 0 < found["b"]["x"]["undefined_draws"] < 50
-
-
-def test_scores_of_an_earlier_version_hold_nan(tmp_path: Path) -> None:
-    scores = scored(CHAIR, [caption("dog")], base="A zebra.", other="A dog.")
-    for metrics in scores["tasks"]["chair"]["rules"]["object-list"].values():
-        for found in metrics.values():
-            del found["undefined_draws"]
-            for name, value in found.items():
-                if value is None:
-                    found[name] = [np.nan] * 2 if "interval" in name else np.nan
-    for row in scores["table"]:
-        del row["undefined"]
-    (tmp_path / "eval").mkdir()
-    (tmp_path / "eval" / "scores.json").write_text(json.dumps(scores))
-    page = write_report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "— → 0.0" in page
-    assert "not defined" in page
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema": 2'])

@@ -14,7 +14,7 @@ from realign.data.image_pool import DecodedRow, ImagePool, decoded_rows
 from realign.generation.generator import Request
 from realign.generation.transformers_generator import TransformersGenerator
 from realign.modeling.collate import PreferenceCollator
-from realign.modeling.lengths import RowLengths
+from realign.modeling.lengths import ImageTokens, RowLengths
 from realign.modeling.loading import load_model
 from realign.modeling.processors import load_processor
 from realign.training.run import train
@@ -43,7 +43,7 @@ def test_two_steps_from_a_folder(folder: Path, lora: LoraSection | None, tmp_pat
     write_parquet(all_kinds(), tmp_path / "data.parquet")
     config = TrainConfig(
         model=str(folder), data=tmp_path / "data.parquet", out=tmp_path / "run", lora=lora,
-        batch_size=3, accumulation=1, logging_steps=1, learning_rate=1e-3, warmup_ratio=0,
+        batch_size=3, pairs_per_step=3, logging_steps=1, learning_rate=1e-3, warmup_ratio=0,
         gradient_checkpointing=lora is None,
     )  # fmt: skip
     checkpoint = train(config)
@@ -73,5 +73,16 @@ def test_lengths_are_known_without_collating(folder: Path) -> None:
 def test_answers_about_an_image(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "wide.png").write_bytes(WIDE)
     requests = [Request(text, tmp_path / "wide.png") for text in ("Describe.", "Is it a boat?")]
-    answers = TransformersGenerator.load(folder, torch.float32, max_new_tokens=3)(requests)
-    assert len(answers) == 2
+    generator = TransformersGenerator.load(folder, torch.float32, max_new_tokens=3)
+    assert len(generator(requests)) == 2
+
+
+@pytest.mark.parametrize("folder", NAMES, indirect=True)
+def test_answers_without_an_image(folder: Path) -> None:
+    generator = TransformersGenerator.load(folder, torch.float32, max_new_tokens=3)
+    short, long = Request("Describe.", None), Request("Is it a boat, or is it a house?", None)
+    answers = generator.generate([short, long])
+    assert all(said.num_tokens is not None and said.num_tokens <= 3 for said in answers)
+    assert generator.generate([short]) == answers[:1]  # whatever is padded beside it
+    reader = ImageTokens(generator.processor)
+    reader.check(short.prompt, None)

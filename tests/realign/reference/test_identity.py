@@ -233,7 +233,7 @@ def test_what_changes_no_value_computes_nothing_again(
         [
             {"learning_rate": 3e-4, "warmup_ratio": 0.5, "weight_decay": 0.1, "max_grad_norm": 0},
             {"beta": 0.5, "image_beta": 0.2, "image_weight": 2.0, "nll_weight": 1.0},
-            {"batch_size": 3, "accumulation": 2, "epochs": 2, "seed": 7, "logging_steps": 1},
+            {"batch_size": 3, "pairs_per_step": 6, "epochs": 2, "seed": 7, "logging_steps": 1},
             {"objective": "mdpo", "max_length": 4096, "freeze_vision": False, "save_steps": 1},
         ]
     ):

@@ -26,6 +26,18 @@ def test_the_last_line_is_said_once(
     ]
 
 
+def test_a_note_follows_the_counts(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr(progress, "LINE_INTERVAL_SECONDS", -1.0)
+    with Progress("train", 2) as bar:
+        bar.advance()
+        bar.note("loss 0.693")
+        bar.advance()
+    first, last = lines(capsys)
+    assert ";" not in first
+    assert last.startswith("train: 2/2, ")
+    assert last.endswith(" s; loss 0.693")
+
+
 def test_what_was_done_before_has_no_rate(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("work", 3, done=3):
         pass

@@ -5,6 +5,7 @@ after the imports.
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from realign.training.run import train
 from realign.training.trainer import RDPOTrainer
 
 torch.set_num_threads(1)
+gc.freeze()  # the forks need not search what was imported for garbage
 ACCUMULATION = 2
 ONCE = {
     "processor": ("realign.modeling.processors", "load_processor"),
@@ -105,7 +107,11 @@ def run(options: dict[str, Any], rank: int, num_ranks: int, port: int) -> dict[s
     patch()
     train(
         TrainConfig(
-            **options, batch_size=1, accumulation=ACCUMULATION, epochs=2, learning_rate=1e-4
+            **options,
+            batch_size=1,
+            pairs_per_step=ACCUMULATION * num_ranks,
+            epochs=2,
+            learning_rate=1e-4,
         )
     )
     snapshot("after training")

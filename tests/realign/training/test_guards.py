@@ -285,7 +285,10 @@ def test_full_memory_is_one_clear_error(trainer, reference, monkeypatch) -> None
     trained = trainer(reference, gradient_accumulation_steps=1, per_device_train_batch_size=4)
     # more than any machine has: the allocator's own error
     trained.model.register_forward_pre_hook(lambda *_: torch.empty(2**52, dtype=torch.uint8))
-    with pytest.raises(RefusedError, match=r"batch_size to 2 and accumulation to 2, the same 4 p"):
+    with pytest.raises(
+        RefusedError,
+        match=r"batch_size to 2, which accumulates 2 .* its 4 pairs",
+    ):
         trained.train()
 
     def fail(*args, **kwargs):
@@ -315,12 +318,12 @@ GB = 10**9
     ("batch_size", "accumulation", "held", "capacity", "safe"),
     [
         # 20 GB before; 8 pairs took 60 GB at least: 7.5 GB a pair
-        (8, 1, 80 * GB, 80 * GB, "is 4: set batch_size to 4 and accumulation to 2, the same 8 "),
-        (8, 1, 80 * GB, 40 * GB, "is 2: set batch_size to 2 and accumulation to 4, the same 8 "),
-        (6, 2, 80 * GB, 72 * GB, "is 4: set batch_size to 4 and accumulation to 3, the same 12 "),
+        (8, 1, 80 * GB, 80 * GB, "is 4: set batch_size to 4, which accumulates 2 "),
+        (8, 1, 80 * GB, 40 * GB, "is 2: set batch_size to 2, which accumulates 4 "),
+        (6, 2, 80 * GB, 72 * GB, "is 4: set batch_size to 4, which accumulates 3 "),
         (8, 1, 80 * GB, 26 * GB, "No smaller micro-batch is sure to fit"),
         (8, 1, 80 * GB, 10 * GB, "No smaller micro-batch is sure to fit"),
-        (5, 1, None, None, "is 1: set batch_size to 1 and accumulation to 5"),
+        (5, 1, None, None, "is 1: set batch_size to 1, which accumulates 5 "),
     ],
 )
 def test_the_advice_keeps_the_pairs_of_a_step(

@@ -18,7 +18,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from realign.data.formats.parquet import write_parquet
-from realign.training.preemption import Preemption, ignore_sigterm
+from realign.training.preemption import Preemption, ignore_signals
 from tests.conftest import running
 
 SCRIPT = Path(__file__).with_name("kill_runs.py")
@@ -26,7 +26,7 @@ SCRIPT = Path(__file__).with_name("kill_runs.py")
 
 def stop_runs(tmp_path: Path, records, model_dir: Path, **given: Any) -> dict[str, Any]:
     write_parquet(records(given.pop("rows", 12)), tmp_path / "data.parquet")
-    options = {"batch_size": 2, "accumulation": 2, "epochs": 2, "learning_rate": 1e-3}
+    options = {"batch_size": 2, "pairs_per_step": 4, "epochs": 2, "learning_rate": 1e-3}
     options |= {"logging_steps": 3, **given.pop("options")}
     argument = {
         "model": str(model_dir),
@@ -70,7 +70,7 @@ def test_kill_9_at_many_moments(tmp_path: Path, records, model_dir: Path, save_s
 def test_sigterm_at_many_moments(tmp_path: Path, records, model_dir: Path) -> None:
     """Nothing is saved but when it is asked to end, mostly in the middle of an accumulation."""
     count = int(os.environ.get("REALIGN_KILLS", "20")) // 2
-    options = {"save_steps": 4, "accumulation": 4, "batch_size": 1}
+    options = {"save_steps": 4, "pairs_per_step": 4, "batch_size": 1}
     result = stop_runs(
         tmp_path, records, model_dir, count=count, signal="SIGTERM", seed=2, options=options
     )
@@ -80,7 +80,7 @@ def test_sigterm_at_many_moments(tmp_path: Path, records, model_dir: Path) -> No
 def test_workers_leave_sigterm_to_the_process_that_saves() -> None:
     """A scheduler may signal all of a process group."""
     with Preemption() as asked:
-        ignore = partial(ignore_sigterm, None, asked.is_waited_for)
+        ignore = partial(ignore_signals, None, asked.is_waited_for)
         iterator: Any = iter(DataLoader([*range(20)], num_workers=2, worker_init_fn=ignore))
         seen = [next(iterator), next(iterator)]  # one of each worker
         for worker in iterator._workers:
@@ -94,9 +94,9 @@ def test_workers_end_with_a_run_that_fails(is_persistent: bool) -> None:
     code = (
         "from functools import partial\n"
         "from torch.utils.data import DataLoader\n"
-        "from realign.training.preemption import Preemption, ignore_sigterm\n"
+        "from realign.training.preemption import Preemption, ignore_signals\n"
         "with Preemption() as asked:\n"
-        "    ignore = partial(ignore_sigterm, None, asked.is_waited_for)\n"
+        "    ignore = partial(ignore_signals, None, asked.is_waited_for)\n"
         "    batches = iter(DataLoader([*range(20)], num_workers=2, worker_init_fn=ignore,\n"
         f"                   persistent_workers={is_persistent}))\n"
         "    next(batches), 1 / 0\n"
@@ -135,4 +135,4 @@ def test_the_second_sigterm_ends_it_at_once() -> None:
             process.send_signal(signal.SIGTERM)
         started = time.monotonic()
         assert process.wait() == 143
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30  # half of what it would sleep

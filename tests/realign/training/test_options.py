@@ -31,7 +31,7 @@ def data(tmp_path: Path, records) -> Path:
 
 
 def run(model_dir: Path, data: Path, out: Path, **options: Any) -> Path:
-    given = {"batch_size": 2, "accumulation": 1, "learning_rate": 1e-3, "logging_steps": 1}
+    given = {"batch_size": 2, "pairs_per_step": 2, "learning_rate": 1e-3, "logging_steps": 1}
     return train(TrainConfig(model=str(model_dir), data=data, out=out, **given | options))
 
 
@@ -138,7 +138,7 @@ def test_schedules(tmp_path: Path, schedule: str, shares: list[float]) -> None:
         schedule=schedule,
         learning_rate=1e-3,
         warmup_ratio=0.25,
-        accumulation=1,
+        pairs_per_step=1,
     )
     trainer = Trainer(torch.nn.Linear(1, 1), training_arguments(config, num_records=4))
     trainer.create_optimizer_and_scheduler(num_training_steps=4)

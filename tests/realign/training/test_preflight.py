@@ -20,7 +20,7 @@ from realign.modeling.acceleration import quantized_weights
 from realign.modeling.memory import Footprint
 from realign.training import preflight as module
 from realign.training.arguments import num_steps, num_warmup_steps, training_arguments
-from realign.training.plan import TrainPlan
+from realign.training.plan import TrainPlan, accumulation_steps
 from realign.training.policy import load_policy, outline_policy
 from realign.training.run import train
 
@@ -53,7 +53,7 @@ def test_a_dry_run_says_everything_and_needs_and_writes_nothing(
 ) -> None:
     out = tmp_path / "run"
     arguments = ["train", "--dry-run", "--model", without_weights, "--data", data, "--out", out]
-    arguments += ["--set", "train.batch_size=2", "--set", "train.accumulation=3"]
+    arguments += ["--set", "train.batch_size=2", "--set", "train.pairs_per_step=6"]
     result = CliRunner().invoke(app, [*map(str, arguments), "--epochs", "2"])
     assert result.exit_code == 0, result.output
     rows, steps, weights, estimate = result.stderr.splitlines()[-4:]
@@ -74,6 +74,8 @@ def test_a_dry_run_says_everything_and_needs_and_writes_nothing(
             {"lora": LoraSection(targets=["q_proj"]), "projector_learning_rate": 2e-5},
             "projector_learning_rate must be set only where the projector trains",
         ),
+        ({"report_to": "wanbd"}, r"must name trackers of .*wandb, got 'wanbd'\. Name one"),
+        ({"report_to": ["dvclive"]}, r"that are installed, got 'dvclive'\. .* pip install dvclive"),
         ({"attention": "flash"}, "attention: flash must have the package flash-attn"),
         ({"liger": True}, "liger: true must have the package liger-kernel"),
         (
@@ -105,7 +107,7 @@ def test_a_package_without_a_gpu_is_refused(
 def test_a_continued_run_checks_nothing_again_but_limits(
     tmp_path: Path, model_dir: Path, data: Path, monkeypatch, capsys
 ) -> None:
-    same = config(model_dir, data, tmp_path, batch_size=6)
+    same = config(model_dir, data, tmp_path, batch_size=6, pairs_per_step=6)
 
     def killed(*_, **__) -> None:
         raise KeyboardInterrupt
@@ -210,7 +212,11 @@ def test_steps_are_counted_as_trainer_counts_them(
 ) -> None:
     from transformers import Trainer
 
-    options = {"batch_size": batch_size, "accumulation": accumulation, "epochs": epochs}
+    options = {
+        "batch_size": batch_size,
+        "pairs_per_step": batch_size * accumulation,
+        "epochs": epochs,
+    }
     run = config(model_dir, tmp_path, tmp_path, warmup_ratio=0.5, **options)
     arguments = training_arguments(run, count)
     trainer = Trainer(nn.Linear(1, 1), arguments, train_dataset=[{"x": 1}] * count)
@@ -220,6 +226,38 @@ def test_steps_are_counted_as_trainer_counts_them(
     micro_steps = math.ceil(count / batch_size)
     assert num_steps(run, count) == math.ceil(epochs * math.ceil(micro_steps / accumulation))
     assert arguments.warmup_steps == num_warmup_steps(run, count) == num_steps(run, count) // 2
+
+
+@pytest.mark.parametrize(
+    ("processes", "batch_size", "pairs", "accumulated"),
+    [(1, 1, 32, 32), (8, 1, 32, 4), (4, 8, 32, 1), (3, 2, 12, 2)],
+)
+def test_the_pairs_of_a_step_do_not_depend_on_the_number_of_processes(
+    tmp_path: Path, monkeypatch, processes, batch_size, pairs, accumulated
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    run = config(tmp_path, tmp_path, tmp_path, batch_size=batch_size, pairs_per_step=pairs)
+    assert accumulation_steps(run) == accumulated
+    assert num_steps(run, 11_000) == math.ceil(11_000 / pairs)
+
+
+@pytest.mark.parametrize(
+    ("processes", "batch_size", "message"),
+    [
+        (
+            3,
+            1,
+            r"multiple of 3, which is batch_size 1 x 3 processes, got 32\. Set it to 30 or 33, ",
+        ),
+        (8, 8, r"multiple of 64, which is batch_size 8 x 8 processes, got 32\. Set it to 64, or"),
+    ],
+)
+def test_a_step_that_the_processes_cannot_share_is_refused_before_the_model_is_looked_for(
+    tmp_path: Path, monkeypatch, processes, batch_size, message
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(RefusedError, match=message):
+        TrainPlan.of(config(tmp_path / "no model", tmp_path, tmp_path, batch_size=batch_size))
 
 
 def test_more_memory_than_there_is_is_refused_and_close_calls_are_named(

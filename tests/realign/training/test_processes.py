@@ -45,14 +45,14 @@ def test_two_processes_train_what_one_does(tmp_path: Path, model_dir, records) -
     write_parquet(records(13), data)
     alone = train(
         TrainConfig(
-            model=str(model_dir), data=data, out=tmp_path / "alone", batch_size=8, accumulation=1,
+            model=str(model_dir), data=data, out=tmp_path / "alone", batch_size=8, pairs_per_step=8,
             logging_steps=1, save_steps=1,
         )
     )  # fmt: skip
     out = tmp_path / "together"
     command = [
         "train", "--model", model_dir, "--data", data, "--out", out,
-        "--set", "train.batch_size=2", "--set", "train.accumulation=2",
+        "--set", "train.batch_size=2", "--set", "train.pairs_per_step=8",
         "--set", "train.logging_steps=1", "--set", "train.save_steps=1",
     ]  # fmt: skip
     result = torchrun(*command)
@@ -80,7 +80,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path, model_dir, records) -
     with pytest.raises(RefusedError, match="processes: 2 there, 1 asked"):
         train(
             TrainConfig(
-                model=str(model_dir), data=data, out=out, batch_size=2, accumulation=2,
+                model=str(model_dir), data=data, out=out, batch_size=2, pairs_per_step=8,
                 logging_steps=1, save_steps=1,
             )
         )  # fmt: skip

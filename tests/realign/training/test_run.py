@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import weakref
 from importlib.metadata import version
@@ -63,7 +64,7 @@ def config(model_dir: Path, data: Path, out: Path, **options) -> TrainConfig:
             "data": data,
             "out": out,
             "batch_size": 4,
-            "accumulation": 1,
+            "pairs_per_step": 4,
             "learning_rate": 1e-4,
             "logging_steps": 1,
             **options,
@@ -147,6 +148,7 @@ def test_lora_trains_adapters_outside_the_vision_tower(tmp_path: Path, model_dir
     ("objective", "first_loss"),
     [
         ("dpo", math.log(2)),
+        ("vdpo", math.log(2)),
         pytest.param("mdpo", 3 * math.log(2), marks=pytest.mark.full),
         ("symmetric", 4 * math.log(2)),
     ],
@@ -181,7 +183,7 @@ def test_the_last_step_is_logged_once_whatever_the_interval(
 
 
 def test_the_nll_is_logged_where_it_has_a_weight(tmp_path: Path, model_dir, data) -> None:
-    options = {"batch_size": 12}
+    options = {"batch_size": 12, "pairs_per_step": 12}
     sft = train(config(model_dir, data, tmp_path / "sft", objective="sft", **options)).parent
     both = train(config(model_dir, data, tmp_path / "both", nll_weight=2.0, **options)).parent
     plain = train(config(model_dir, data, tmp_path / "plain", **options)).parent
@@ -194,7 +196,8 @@ def test_the_nll_is_logged_where_it_has_a_weight(tmp_path: Path, model_dir, data
 
 
 def test_sft_is_the_mean_nll_of_the_chosen_answers(tmp_path, model_dir, data, records) -> None:
-    train(config(model_dir, data, tmp_path / "run", objective="sft", batch_size=12, epochs=4))
+    options = {"batch_size": 12, "pairs_per_step": 12, "epochs": 4}
+    train(config(model_dir, data, tmp_path / "run", objective="sft", **options))
     lines = metrics(tmp_path / "run")
     collator, model = (
         PreferenceCollator(load_processor(model_dir), cells=1),
@@ -384,8 +387,8 @@ def test_a_folder_of_another_run_is_refused_and_kept(tmp_path: Path, model_dir, 
 def test_accumulated_micro_batches_give_the_full_batch_step(
     tmp_path: Path, model_dir, data
 ) -> None:
-    whole = train(config(model_dir, data, tmp_path / "a", batch_size=12))
-    parts = train(config(model_dir, data, tmp_path / "b", batch_size=3, accumulation=4))
+    whole = train(config(model_dir, data, tmp_path / "a", batch_size=12, pairs_per_step=12))
+    parts = train(config(model_dir, data, tmp_path / "b", batch_size=3, pairs_per_step=12))
     a, b, start = weights(whole), weights(parts), weights(model_dir)
     name = next(key for key in a if "language_model" in key and key.endswith("up_proj.weight"))
     assert not torch.equal(a[name], start[name])
@@ -481,3 +484,16 @@ def test_one_run_at_a_time_trains_into_a_folder(tmp_path: Path, model_dir, data)
     ):
         train(config(model_dir, data, out))
     assert train(config(model_dir, data, out)).is_dir()
+
+
+def test_a_tracker_by_name_writes_into_the_run_and_stays(
+    tmp_path: Path, model_dir: Path, data: Path, capsys
+) -> None:
+    out = tmp_path / "run"
+    train(config(model_dir, data, out, report_to="tensorboard"))
+    (events,) = (out / "tensorboard").iterdir()
+    assert events.name.startswith("events.out.tfevents.")
+    assert b"train/rewards/text_margins" in events.read_bytes()
+    assert not (out / "steps").exists()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"train: 3/3, .*; loss [\d.]+, accuracy [\d.]+, margin ", last)

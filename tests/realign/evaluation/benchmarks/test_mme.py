@@ -13,7 +13,7 @@ from realign.errors import RefusedError
 from realign.evaluation import score
 from realign.evaluation.answer_table import answer_table
 from realign.evaluation.answer_words import yes_or_no
-from realign.evaluation.benchmarks.mme import PERCEPTION, lmms_word, official_word
+from realign.evaluation.benchmarks.mme import MME, PERCEPTION, lmms_word, official_word
 
 YES, NO, OTHER = True, False, None
 WHOLE = [  # image, label, answer
@@ -194,3 +194,10 @@ def test_every_task_is_a_row_whose_numbers_are_whole(data: Path, tmp_path: Path)
     table = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in cells}
     assert table["count"] == ["75.0000", "50.0000", "25.0000"]
     assert table["perception"] == ["—", "—", "—"]
+
+
+def test_llava_s_prompt_has_no_space_at_the_end_of_the_question() -> None:
+    row = {"text": "Is there a red bus?  Please answer yes or no."}  # as published, with two spaces
+    suffix = "\nAnswer the question using a single word or phrase."
+    assert MME.prompts["llava"].text(row) == f"Is there a red bus?{suffix}"
+    assert MME.prompts["lmms-eval"].text(row) == f"Is there a red bus? {suffix}"

@@ -54,7 +54,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             freeze_projector=True,
             learning_rate=1e-2,
             batch_size=4,
-            accumulation=1,
+            pairs_per_step=4,
         )
     )
     evaluate(

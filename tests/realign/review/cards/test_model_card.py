@@ -16,6 +16,7 @@ from realign.cli import app
 from realign.config import TrainConfig
 from realign.config_file import load_config
 from realign.errors import RefusedError
+from realign.evaluation.table import split_of
 from realign.review.cards.card import write_card
 from realign.review.cards.licence import Licence
 from realign.review.cards.model_card import CardOptions
@@ -46,8 +47,8 @@ def test_the_scores_are_those_of_the_evaluation(run: Path) -> None:
     scores = json.loads((run / "eval" / "scores.json").read_text())
     expected = []
     for row in scores["table"]:
-        task = scores["tasks"][row["task"]]
-        score = task["rules"][row["rule"]]["aligned"][row["metric"]]
+        split = split_of(scores, row)
+        score = split["models"]["aligned"][row["metric"]]
         if score["value"] is None:
             continue
         percent = [round(100 * bound, 2) for bound in score["interval"]]
@@ -57,7 +58,7 @@ def test_the_scores_are_those_of_the_evaluation(run: Path) -> None:
         (line,) = [
             line for line in text.splitlines() if line.startswith(f"| {plain(row['label'])}")
         ]
-        assert f"| {row['rule']} | {task['items']} |" in line
+        assert f"| {row['rule']} | {split['items']} |" in line
     results = card.data.eval_results
     assert len(expected) > 4
     assert all(isinstance(result, EvalResult) for result in results)
@@ -104,7 +105,7 @@ def test_the_recipe_trains_the_same(run: Path, tmp_path: Path) -> None:
     stored = json.loads((run / "train.json").read_text())["config"]
     assert {name: options.model_dump(mode="json")[name] for name in stored} == stored
     assert yaml.safe_load(recipe)["train"].keys() == {
-        *("accumulation", "batch_size", "freeze_projector", "learning_rate", "lora"),
+        *("batch_size", "freeze_projector", "learning_rate", "lora", "pairs_per_step"),
     }
     pairs = json.loads((run / "checkpoint.json").read_text())["pairs"]
     assert pairs == len(json.loads((run / "row_index.json").read_text())["rows"])

@@ -1,0 +1,166 @@
+"""Scored answers of one model, summed over the clusters that are drawn together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from realign.evaluation.benchmark import Array, Benchmark, Rule, ScoredRow
+from realign.evaluation.rows import Row
+
+COUNTS = ("tp", "fp", "tn", "fn")
+SAID_YES = "said_yes"  # the share of answers that a rule reads as yes, a fraction under every rule
+
+
+class Run(NamedTuple):
+    """One run of a model, scored by one rule."""
+
+    rule: str
+    model: str
+    run: str
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"{self.model}, run {self.run}"
+
+
+class Units(NamedTuple):
+    """The values of what a metric is the mean of, such as questions or images."""
+
+    values: Array
+    clusters: NDArray[np.int64]
+    """The number of each one's cluster."""
+
+    @property
+    def are_binary(self) -> bool:
+        """Whether each is right or wrong, so that gained and lost ones can be counted."""
+        return bool(np.isin(self.values, (0, 1)).all())
+
+    @property
+    def share_clusters(self) -> bool:
+        """Whether a cluster holds more than one."""
+        return len(np.unique(self.clusters)) < len(self.clusters)
+
+
+class Sums(NamedTuple):
+    """What is summed of one model under one rule."""
+
+    vectors: dict[str, Array]
+    """Split to score vectors, shape ``(clusters, K)``, zero where a split has none of a cluster.
+    The last two columns count answers and those that are read as yes.
+    """
+    units: dict[str, dict[str, Units]]
+    """Split to metric to the units of that metric."""
+
+
+def number_clusters(
+    benchmark: Benchmark, rules: Collection[Rule], rows: Sequence[Row]
+) -> list[int]:
+    """Return the number of each row's cluster, from 0 in the order of the rows.
+
+    Rules may have clusters of different keys. Rows that are together under one of them are together
+    here, so that one draw serves all rules.
+    """
+    keys = {rule.cluster or benchmark.cluster for rule in rules}
+    parents: dict[Hashable, Hashable] = {}
+
+    def root(node: Hashable) -> Hashable:
+        while parents.setdefault(node, node) != node:
+            parents[node] = node = parents[parents[node]]
+        return node
+
+    for row in rows:
+        first, *others = (root((key, row[key])) for key in sorted(keys))
+        for other in others:
+            parents[root(other)] = root(first)
+    numbers: dict[Hashable, int] = {}
+    key = min(keys)
+    return [numbers.setdefault(root((key, row[key])), len(numbers)) for row in rows]
+
+
+def cluster_sums(
+    benchmark: Benchmark,
+    rule: Rule,
+    rows: Sequence[Row],
+    texts: Sequence[str],
+    clusters: Sequence[int],
+    num_clusters: int,
+) -> Sums:
+    """Score the answers to some rows by a rule and sum them by split and cluster.
+
+    Args:
+        benchmark: Whose rows they are.
+        rule: Which scores them.
+        rows: To score; each has its ``splits``.
+        texts: The answer to each, as the rule reads it.
+        clusters: The number of each row's cluster.
+        num_clusters: How many clusters all rows have.
+    """
+    key = rule.cluster or benchmark.cluster
+    scored: dict[str, dict[Hashable, list[ScoredRow]]] = {}
+    said_yes: dict[str, Array] = {}
+    places: dict[Hashable, int] = {}
+    for row, text, number in zip(rows, texts, clusters, strict=True):
+        scores = rule.score(row, text)
+        is_yes = rule.says_yes is not None and rule.says_yes(text)
+        places[row[key]] = number
+        for split in dict.fromkeys(row["splits"]):
+            scored.setdefault(split, {}).setdefault(row[key], []).append((row, scores))
+            counts = said_yes.setdefault(split, np.zeros((num_clusters, 2)))
+            counts[number] += 1, is_yes
+    vectors, units = {}, {}
+    for split, rows_of in sorted(scored.items(), key=lambda item: item[0] != "all"):
+        parts = {cluster: np.asarray(rule.combine(found)) for cluster, found in rows_of.items()}
+        sums = np.zeros((num_clusters, len(next(iter(parts.values())))))
+        for cluster, vector in parts.items():
+            sums[places[cluster]] += vector
+        vectors[split] = np.hstack([sums, said_yes[split]])
+        units[split] = {
+            metric: _units(of_cluster, rows_of, places)
+            for metric, (of_cluster, _) in rule.units.items()
+        }
+    return Sums(vectors, units)
+
+
+def _units(of_cluster: Any, rows_of: Mapping[Any, list[ScoredRow]], places: Any) -> Units:
+    values: list[float] = []
+    numbers: list[int] = []
+    for cluster, rows in rows_of.items():
+        found = of_cluster(rows)
+        values += found
+        numbers += [places[cluster]] * len(found)
+    return Units(np.array(values, dtype=np.float64), np.array(numbers, dtype=np.int64))
+
+
+def metric_values(
+    benchmark: Benchmark, rule: Rule, vectors: Mapping[str, Array]
+) -> dict[str, dict[str, Array]]:
+    """Return the metrics of every split, and of the means over splits that the benchmark has.
+
+    Args:
+        benchmark: Whose splits they are.
+        rule: Whose metrics they are.
+        vectors: Split to score vectors summed over clusters, shape ``(..., K)``, in the form of
+            :class:`Sums`.
+    Returns:
+        Split to metric to values, shape ``(...)``; NaN or infinite where one is not defined.
+    """
+    values: dict[str, dict[str, Array]] = {}
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for split, sums in vectors.items():
+            metrics = rule.split_metrics.get(split, rule.metrics)
+            values[split] = dict(metrics(sums[..., :-2]))
+            if rule.says_yes is not None:
+                values[split][SAID_YES] = sums[..., -1] / sums[..., -2]
+        for name, splits in benchmark.means.items():
+            if len(splits) > 1 and all(split in values for split in splits):
+                values[name] = {
+                    metric: np.mean([values[split][metric] for split in splits], axis=0)
+                    for metric in values[splits[0]]
+                    if metric not in COUNTS
+                }
+    return values

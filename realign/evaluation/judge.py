@@ -1,0 +1,257 @@
+"""The verb ``realign eval judge``: have a model behind a server judge answers.
+
+<out>                     {"id", "answer", "judge_reply", "judge"}, one line per answer
+<out>.journal.jsonl       every reply of the server, so that a stopped command continues
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from realign.errors import RefusedError
+from realign.evaluation.answer_files import Answered, read_answers
+from realign.evaluation.benchmark import Benchmark
+from realign.evaluation.judge_prompt import JudgePrompt, read_prompt
+from realign.evaluation.judging import JUDGE, REPLY, Judge
+from realign.evaluation.registry import BENCHMARKS, find_benchmark
+from realign.evaluation.rows import Row
+from realign.generation.endpoint import Endpoint
+from realign.generation.endpoint_generator import EndpointGenerator, Sampling
+from realign.generation.generator import Answer
+from realign.runtime.files import read_jsonl, write_jsonl
+from realign.runtime.progress import Progress
+
+HIGHEST = 2.0  # temperature that servers take
+ROUND = 16  # requests of a round, times those at a time: after each the progress is shown
+
+
+@dataclass(frozen=True)
+class JudgeModel:
+    """The model that judges, and what it is asked for where a benchmark's judge is another one.
+
+    Attributes:
+        endpoint: The server.
+        name: The name that the server knows the model by.
+        temperature: Of the first try; by default that of the benchmark's judge.
+        sends_temperature: False for models that take none.
+        max_tokens: Longest reply; by default that of the benchmark's judge.
+        length_field: Name of that limit in a request.
+    """
+
+    endpoint: Endpoint
+    name: str
+    temperature: float | None = None
+    sends_temperature: bool = True
+    max_tokens: int | None = None
+    length_field: Any = "max_completion_tokens"
+
+
+class Judged(NamedTuple):
+    """What a judge has done.
+
+    Attributes:
+        answers: All answers of the file.
+        read: Those that a judge had to read.
+        without_verdict: Gradings whose last reply holds no verdict, or that have no reply.
+        asked: Requests that the server answered in this command.
+        from_journal: Requests that an earlier one had asked.
+    """
+
+    answers: int
+    read: int
+    without_verdict: int
+    asked: int
+    from_journal: int
+
+
+def judge(
+    benchmark: str,
+    answers: Sequence[Path],
+    data: Path,
+    out: Path,
+    model: JudgeModel,
+    *,
+    prompt: Path | None = None,
+    repeat: int = 1,
+    allow_subset: bool = False,
+) -> Judged:
+    """Have a model judge answers, and store its replies beside them.
+
+    Every reply is journalled before it is used, so that the same command continues what it began.
+    A reply without a verdict is asked for again, as often as the benchmark's judge is; the last one
+    is stored.
+
+    Args:
+        benchmark: Its name.
+        answers: Files of answers, in any format of the benchmark.
+        data: Folder with the benchmark's published files.
+        out: JSON lines that :func:`realign.evaluation.score` reads.
+        model: The judge.
+        prompt: Template of the prompt; by default ours.
+        repeat: How often every answer is graded.
+        allow_subset: Whether questions may lack an answer.
+    Raises:
+        RefusedError: The benchmark has no judge, the prompt lacks a placeholder, a file has another
+            form, ``out`` holds something else, or the server refuses or fails.
+    """
+    chosen = find_benchmark(benchmark)
+    by = chosen.judge
+    if by is None:
+        names = ", ".join(one.name for one in BENCHMARKS if one.judge)
+        raise RefusedError(
+            f"benchmark must be one that a judge scores ({names}), got {benchmark}. Score its "
+            "answers with `realign eval score`."
+        )
+    if repeat < 1:
+        raise RefusedError(f"repeat must be at least 1, got {repeat}. Pass 3 to see the spread.")
+    _check_out(out, answers, model.name)
+    template = read_prompt(chosen, prompt)
+    tasks = {name: task.rows for name, task in chosen.read_tasks(data).items()}
+    covers = chosen.rules[by.rule].covers
+    answered = read_answers(chosen, answers, tasks, covers=covers, allows_subset=allow_subset)
+    pieces = _Pieces(chosen, by, template, answered)
+    journal = out.with_name(f"{out.name}.journal.jsonl")
+    gradings = [_Grading(k, pieces, model, journal) for k in range(repeat)]
+    with Progress(
+        f"{chosen.title}, judged by {model.name}", repeat * len(pieces.asked)
+    ) as progress:
+        for grading in gradings:
+            grading.ask(progress)
+    write_jsonl(out, [_record(item, pieces, gradings, model) for item in answered])
+    return Judged(
+        len(answered),
+        len(pieces.asked),
+        sum(grading.without_verdict for grading in gradings),
+        sum(grading.counts[0] for grading in gradings),
+        sum(grading.counts[1] for grading in gradings),
+    )
+
+
+def _check_out(out: Path, answers: Sequence[Path], name: str) -> None:
+    """Refuse to write over anything but what the same judge wrote.
+
+    Raises:
+        RefusedError: It would.
+    """
+    if not out.exists():
+        return
+    if out.is_dir() or out.resolve() in {path.resolve() for path in answers}:
+        raise RefusedError(f"out must be a new file, got {out}. Name another one.")
+    first = next(iter(read_jsonl(out)), None)
+    by = first.get(JUDGE) if isinstance(first, dict) else None
+    if not isinstance(by, dict) or by.get("model") != name:
+        raise RefusedError(
+            f"out must be a new file, or one that {name} judged, got {out}, which is another. Name "
+            "another one."
+        )
+
+
+class _Pieces:
+    """What is asked about: made before anything is asked, so that what is missing is refused."""
+
+    def __init__(
+        self, benchmark: Benchmark, by: Judge, template: JudgePrompt, answered: Sequence[Answered]
+    ) -> None:
+        rule = benchmark.rules[by.rule]
+        assert rule.judging is not None
+        self.by, self.template, self.judging = by, template, rule.judging
+        self.values: dict[str, Mapping[str, str]] = {}  # by the id of a row
+        self.asked: list[Row] = []
+        for item in answered:
+            answer = rule.prepare(item.answer)
+            if rule.judging.asks_about(item.row, answer):
+                self.asked.append(item.row)
+                self.values[item.row["id"]] = by.values(item.row, answer)
+
+    def prompt_name(self, row: Row) -> str:
+        """Return the name of the prompt, which says where a part of it is the data's."""
+        taken = [name for name in self.template.defaults if name in self.values[row["id"]]]
+        return self.template.name + (f" with the data's {taken[0]}" if taken else "")
+
+
+class _Grading:
+    """One grading of all answers."""
+
+    def __init__(self, number: int, pieces: _Pieces, model: JudgeModel, journal: Path) -> None:
+        self._number, self._pieces, self._model, self._journal = number, pieces, model, journal
+        self.replies: dict[str, Answer] = {}
+        self.without_verdict = 0
+        self.counts = (0, 0)
+
+    def ask(self, progress: Progress) -> None:
+        """Ask about every answer, and again about those whose reply holds no verdict."""
+        waiting = self._pieces.asked
+        for attempt in range(self._pieces.by.tries):
+            if not waiting:
+                break
+            sampling = self.sampling(attempt)
+            with EndpointGenerator(self._model.endpoint, sampling, self._journal) as generator:
+                waiting = self._ask(generator, waiting, attempt, progress)
+                counts = generator.counts
+            self.counts = (self.counts[0] + counts.asked, self.counts[1] + counts.from_journal)
+        self.without_verdict = len(waiting) + sum(
+            answer.problem != "" for answer in self.replies.values()
+        )
+        progress.advance(len(waiting))
+
+    def sampling(self, attempt: int) -> Sampling:
+        """Return what a try asks the judge for."""
+        by, model = self._pieces.by, self._model
+        first = by.temperature if model.temperature is None else model.temperature
+        return Sampling(
+            model.name,
+            by.max_tokens if model.max_tokens is None else model.max_tokens,
+            min(first + by.temperature_step * attempt, HIGHEST)
+            if model.sends_temperature
+            else None,
+            # gradings and tries are asked anew, also where nothing else differs
+            self._number * by.tries + attempt,
+            model.length_field,
+        )
+
+    def _ask(
+        self, generator: EndpointGenerator, rows: Sequence[Row], attempt: int, progress: Progress
+    ) -> list[Row]:
+        """Ask once about each row; return those whose reply holds no verdict."""
+        left = []
+        reminder = self._pieces.by.reminder if attempt else ""
+        size = ROUND * self._model.endpoint.concurrency
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            requests = [
+                self._pieces.template.request(self._pieces.values[row["id"]], reminder)
+                for row in batch
+            ]
+            for row, reply in zip(batch, generator(requests), strict=True):
+                self.replies[row["id"]] = reply
+                if reply.problem or self._pieces.judging.verdict(row, reply.text) is not None:
+                    progress.advance(1)
+                else:
+                    left.append(row)
+        return left
+
+
+def _record(
+    item: Answered, pieces: _Pieces, gradings: Sequence[_Grading], model: JudgeModel
+) -> dict[str, Any]:
+    """Return an answer with the replies about it, and with what the judge was asked."""
+    row_id = item.row["id"]
+    record: dict[str, Any] = {"id": row_id, "answer": item.answer}
+    if row_id not in pieces.values:
+        return record
+    replies = [grading.replies[row_id] for grading in gradings]
+    texts = [None if reply.problem else reply.text for reply in replies]
+    record[REPLY] = texts if len(texts) > 1 else texts[0]
+    record[JUDGE] = {
+        "model": model.name,
+        "prompt": pieces.prompt_name(item.row),
+        "prompt_sha256": pieces.template.sha256(pieces.values[row_id]),
+        "temperature": gradings[0].sampling(0).temperature,
+        "max_tokens": gradings[0].sampling(0).max_new_tokens,
+    }
+    if problems := [*dict.fromkeys(reply.problem for reply in replies if reply.problem)]:
+        record[JUDGE]["problems"] = problems
+    return record

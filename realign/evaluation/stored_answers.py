@@ -1,0 +1,120 @@
+"""Answers of ``realign eval`` in files: one JSON line for each item, and a header beside them that
+says how they came about.
+
+<out>/answers/NAME.jsonl          what :class:`Item` holds, with answer, is_cut and tokens
+<out>/answers/NAME.header.json    the model and everything else that the answers depend on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from realign.generation.generator import Answer
+from realign.runtime.files import (
+    canonical_json,
+    content_sha256,
+    read_jsonl,
+    write_json,
+    write_jsonl,
+)
+
+HEADER = ".header.json"
+Line = dict[str, Any]
+
+
+class Question(NamedTuple):
+    """What a model is asked. Items that share a question share its answer."""
+
+    prompt: str  # before the chat template
+    image: Path | None
+    image_sha256: str | None
+    max_new_tokens: int
+
+    @property
+    def key(self) -> str:
+        """The question's content, wherever its image lies."""
+        parts = [self.prompt, self.image_sha256, self.max_new_tokens]
+        return content_sha256(canonical_json(parts))
+
+
+class Item(NamedTuple):
+    """A row of a benchmark as it is asked and stored."""
+
+    benchmark: str
+    split: str
+    id: str  # unique in the benchmark
+    group: str  # of items that are not independent
+    image: str | None  # its name in the data
+    question: Question
+    where: str  # its place in the data, for messages; not stored
+
+
+def write_answers(
+    path: Path,
+    header: Mapping[str, Any],
+    items: Iterable[Item],
+    answers: Mapping[str, Answer],
+) -> None:
+    """Write the answers of a model, and before them their header: where the answers are, it is.
+
+    Args:
+        path: ``NAME.jsonl``.
+        header: What the answers depend on.
+        items: All that was asked, in order.
+        answers: By :attr:`Question.key`.
+    """
+    write_json(header_path(path), header)
+    write_jsonl(path, [_line(item, answers[item.question.key]) for item in items])
+
+
+def header_path(path: Path) -> Path:
+    """Return where the header of stored answers is."""
+    return path.with_suffix(HEADER)
+
+
+def _line(item: Item, answer: Answer) -> Line:
+    return {
+        "benchmark": item.benchmark,
+        "split": item.split,
+        "id": item.id,
+        "group": item.group,
+        "image": item.image,
+        "image_sha256": item.question.image_sha256,
+        "prompt": item.question.prompt,
+        "answer": answer.text,
+        "is_cut": answer.is_cut,
+        "tokens": answer.num_tokens,
+    }
+
+
+def read_stored_answers(path: Path) -> dict[tuple[str, str], Answer]:
+    """Return the stored answers by benchmark and id."""
+    return {
+        (line["benchmark"], line["id"]): Answer(
+            line["answer"], line["is_cut"], num_tokens=line["tokens"]
+        )
+        for line in read_jsonl(path)
+    }
+
+
+def make_batches(items: Iterable[Item], batch_size: int) -> list[Sequence[Question]]:
+    """Divide the questions into batches, which depend on the questions and the batch size alone:
+    however many processes ask them, and whatever was asked before, each is answered beside the
+    same others.
+
+    Questions of one batch all have an image or none, and one limit on the length of the answer.
+    Alike ones are together, since answers of one length waste no steps.
+    """
+    questions = {item.question.key: item.question for item in items}
+    groups: dict[tuple[bool, int], list[tuple[int, str, str]]] = {}
+    for key, question in questions.items():
+        kind = (question.image is None, question.max_new_tokens)
+        groups.setdefault(kind, []).append((len(question.prompt), question.prompt, key))
+    return [
+        [questions[key] for _, _, key in ordered[start : start + batch_size]]
+        for _, group in sorted(groups.items())
+        for ordered in [sorted(group)]
+        for start in range(0, len(ordered), batch_size)
+    ]

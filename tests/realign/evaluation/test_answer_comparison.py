@@ -1,0 +1,236 @@
+"""Comparisons of answer files: from the command line and from Python, without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from realign.cli import app
+from realign.errors import RefusedError
+from realign.evaluation import compare, score
+from realign.evaluation.answer_comparison import named_files
+
+SPLITS = ("random", "popular", "adversarial")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Return a folder with the three splits of POPE on ten images; every second label is yes."""
+    for split in SPLITS:
+        rows = [
+            {
+                "question_id": i + 1,
+                "image": f"{i // 4}.jpg",
+                "text": f"Is there a {split if i % 2 else 'thing'} {i} in the image?",
+                "label": "no" if i % 2 else "yes",
+            }
+            for i in range(40)
+        ]
+        path = tmp_path / "pope" / f"coco_pope_{split}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return tmp_path / "pope"
+
+
+def answer(data: Path, name: str, wrong: set[int], leaves_out: int = 0) -> Path:
+    """Write right answers to all splits but to the questions of some numbers."""
+    records = [
+        {"id": f"{split}-{i + 1}", "answer": "Yes" if (i % 2 == 0) != (i in wrong) else "No"}
+        for split in SPLITS
+        for i in range(40)
+    ]
+    path = data.parent / f"{name}.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in records[leaves_out:]))
+    return path
+
+
+def test_a_comparison_holds_the_scores_of_each_model(data: Path) -> None:
+    files = {"base": answer(data, "base", {0, 1, 5, 9}), "aligned": answer(data, "new", {1, 2})}
+    found = compare("pope", files, data, bootstrap=200)
+    assert (found["schema"], found["baseline"], found["models"]) == (3, "base", [*files])
+    assert found["draws"] == {"bootstrap": 200, "permutation": 200, "seed": 0}
+    benchmark = found["benchmarks"]["pope"]
+    assert (benchmark["clusters"], benchmark["subset"]) == (10, None)
+    splits = benchmark["rules"]["official"]["splits"]
+    assert [*splits] == ["all", "random", "popular", "adversarial", "mean"]
+    for model, path in files.items():
+        alone = score("pope", path, data)["splits"]
+        for split in ("all", *SPLITS):
+            metrics = splits[split]["models"][model]
+            assert {name: metrics[name]["value"] for name in alone[split]} == alone[split]
+        intervals = score("pope", path, data, bootstrap=200)["intervals"]["random"]
+        metrics = splits["random"]["models"][model]
+        assert metrics["f1"]["interval"] == pytest.approx(intervals["f1"])
+    paired = splits["random"]["models"]["aligned"]["accuracy"]["paired"]
+    assert (paired["gained"], paired["lost"], paired["net"]) == (3, 1, 2)
+    assert paired["p_mcnemar"] == 0.625
+    assert paired["test"] == "permutation"  # four questions about an image
+    assert splits["mean"]["models"]["aligned"]["accuracy"]["difference"] == pytest.approx(0.05)
+    shown = [(row["split"], row["metric"]) for row in found["table"]]
+    assert shown == [(s, m) for s in (*SPLITS, "mean") for m in ("accuracy", "f1")]
+    assert found["num_comparisons"] == 8
+    json.dumps(found, allow_nan=False)
+
+
+def test_metrics_and_splits_can_be_chosen(data: Path) -> None:
+    files = {name: answer(data, name, {3}) for name in ("a", "b")}
+    found = compare(
+        "pope", files, data, "vlmevalkit", metrics=["recall"], splits=["all"], bootstrap=5
+    )
+    assert [(row["split"], row["metric"]) for row in found["table"]] == [("all", "recall")]
+    with pytest.raises(RefusedError, match=r"metric must be one of accuracy, .* got 'auc'"):
+        compare("pope", files, data, metrics=["auc"])
+    with pytest.raises(RefusedError, match=r"split must be one of all, random, .* got 'easy'"):
+        compare("pope", files, data, splits=["easy"])
+
+
+def test_runs_are_lists_or_named(data: Path) -> None:
+    first, second, base = (answer(data, name, {n}) for n, name in enumerate("xyz"))
+    listed = compare("pope", {"base": base, "new": [first, second]}, data, bootstrap=5)
+    runs = {"1": first, "2": [second]}
+    assert listed == compare("pope", {"base": base, "new": runs}, data, bootstrap=5)
+    options = [f"base={base}", f"new={first}", f"new={second}"]
+    assert named_files(options) == {"base": {"1": [base]}, "new": {"1": [first], "2": [second]}}
+    assert named_files(["m@7=a", "m@7=b", "m@9=c=d"]) == {
+        "m": {"7": [Path("a"), Path("b")], "9": [Path("c=d")]}
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["base"], "answers must be NAME=FILE or NAME@RUN=FILE, got 'base'"),
+        (["=file"], "got '=file'"),
+        (["base@=file"], "got 'base@=file'"),
+        (["base="], "got 'base='"),
+        (["base=a", "base@1=b"], "answers of base must all be base=FILE or all base@RUN=FILE"),
+    ],
+)
+def test_other_options_are_refused(options: list[str], message: str) -> None:
+    with pytest.raises(RefusedError, match=message):
+        named_files(options)
+
+
+def test_what_not_all_answered_is_left_out_if_that_is_allowed(data: Path) -> None:
+    files = {"a": answer(data, "a", set(), leaves_out=10), "b": answer(data, "b", set())}
+    with pytest.raises(RefusedError, match="must answer each of the 120 questions"):
+        compare("pope", files, data, bootstrap=5)
+    found = compare("pope", files, data, bootstrap=5, allow_subset=True)
+    assert found["benchmarks"]["pope"]["subset"] == "110 of 120"
+    splits = found["benchmarks"]["pope"]["rules"]["official"]["splits"]
+    assert (splits["random"]["items"], splits["popular"]["items"]) == (30, 40)
+    lines = files["b"].read_text().splitlines(keepends=True)
+    files["b"].write_text("".join(lines[:10]))
+    with pytest.raises(RefusedError, match="must have a question in common"):
+        compare("pope", files, data, allow_subset=True)
+
+
+@pytest.mark.parametrize("answers", [{}, {"base": []}, {"base": {"1": []}}])
+def test_no_answers_are_refused(data: Path, answers: dict[str, Any]) -> None:
+    with pytest.raises(RefusedError, match=r"must name (at least one model|a file), got none"):
+        compare("pope", answers, data)
+    with pytest.raises(RefusedError, match="bootstrap must be at least 1, got 0"):
+        compare("pope", {"base": "x"}, data, bootstrap=0)
+    with pytest.raises(RefusedError, match="seed must be at least 0, got -1"):
+        compare("pope", {"base": "x"}, data, seed=-1)
+
+
+def run(data: Path, *options: str) -> str:
+    command = ["eval", "compare", "--benchmark", "pope", "--data", str(data), "--bootstrap", "100"]
+    result = CliRunner().invoke(app, [*command, *options])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_command_prints_a_table_or_json(data: Path) -> None:
+    names = ("base", "aligned", "second")
+    files = [f"--answers={n}={answer(data, n, {i})}" for i, n in enumerate(names)]
+    printed = run(data, *files, "--split", "random", "--metric", "accuracy")
+    assert max(map(len, printed.splitlines())) <= 80
+    for text in (
+        *("random, accuracy: 40 answers on 10 images", "all yes", "all no", "0.5000"),
+        *("0.9750", "+0.0000", "yes 0.4750", "yes 0.5250", "2 comparisons", "seed 0"),
+        "share of its answers",
+    ):
+        assert text in printed
+    found = json.loads(run(data, *files, "--json", "--seed", "4"))
+    assert found["draws"]["seed"] == 4
+    assert found["num_comparisons"] == 16
+    assert "100 draws are too few for so many" in run(data, *files)
+    again = f"--answers=aligned={answer(data, 'again', {7})}"
+    printed = run(data, *files[:2], again, "--split", "mean")
+    assert "run 1" in printed
+    assert "2 are few" in printed
+
+
+def test_the_command_refuses_in_one_line(data: Path) -> None:
+    options = ["--benchmark", "pope", "--data", str(data), "--answers", "base"]
+    result = CliRunner().invoke(app, ["eval", "compare", *options])
+    assert result.exit_code == 2
+    assert result.output.startswith("realign: answers must be NAME=FILE")
+
+
+def test_a_comparison_imports_no_torch(data: Path) -> None:
+    path = answer(data, "base", {1})
+    code = (
+        "import sys; from realign.cli import main\n"
+        "try: main()\nexcept SystemExit as stop: assert not stop.code, stop.code\n"
+        "assert not {'torch', 'transformers'} & {*sys.modules}"
+    )
+    options = ["--benchmark", "pope", "--data", str(data), "--bootstrap", "3"]
+    files = ["--answers", f"a={path}", "--answers", f"b={path}"]
+    subprocess.run([sys.executable, "-c", code, "eval", "compare", *options, *files], check=True)
+
+
+def graded(folder: Path, name: str, gradings: list[list[float]]) -> Path:
+    """Write answers to two questions of MM-Vet, with a judge's grades of each."""
+    rows = [
+        {"id": f"v1_{i}", "answer": "x", "judge_reply": [str(found[i]) for found in gradings]}
+        for i in range(2)
+    ]
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def test_gradings_of_a_judge_are_averaged_and_their_spread_is_shown(tmp_path: Path) -> None:
+    questions = {
+        f"v1_{i}": {"imagename": f"{i}.jpg", "question": f"{i}?", "answer": "y"}
+        | {"imagesource": "z", "capability": ["rec"]}
+        for i in range(2)
+    }
+    (tmp_path / "mm-vet.json").write_text(json.dumps(questions))
+    files = {
+        "base": graded(tmp_path, "base", [[0.2, 0.6], [0.4, 0.6], [0.3, 0.6]]),
+        "new": graded(tmp_path, "new", [[0.5, 0.7], [0.5, 0.9], [0.5, 0.8]]),
+    }
+    found = compare("mm-vet", files, tmp_path, bootstrap=50)
+    models = found["benchmarks"]["mm-vet"]["rules"]["official"]["splits"]["all"]["models"]
+    assert models["base"]["score"]["value"] == pytest.approx(45)
+    assert models["base"]["score"]["gradings"]["values"] == pytest.approx([40, 50, 45])
+    assert models["base"]["score"]["gradings"]["sd"] == pytest.approx(5)
+    entry = models["new"]["score"]
+    assert (entry["value"], entry["difference"]) == (pytest.approx(65), pytest.approx(20))
+    assert entry["paired"]["units"] == 2
+    assert entry["paired"]["gained"] is None  # grades are more than right and wrong
+    assert entry["difference_interval"] == pytest.approx([20, 20])
+    options = [f"--answers={name}={path}" for name, path in files.items()]
+    command = ["eval", "compare", "--benchmark", "mm-vet", "--data", str(tmp_path)]
+    printed = CliRunner().invoke(app, [*command, "--bootstrap", "9", *options]).output
+    for text in ("3 gradings", "40.00 to 50.00", "sd 5.00"):
+        assert text in printed
+    once = {**files, "new": graded(tmp_path, "once", [[0.5, 0.5]])}
+    with pytest.raises(RefusedError, match=r"graded equally often .* base, run 1 3, new, run 1 1"):
+        compare("mm-vet", once, tmp_path)
+    unjudged = tmp_path / "unjudged.jsonl"
+    unjudged.write_text(
+        files["new"].read_text().replace('["0.5", "0.5", "0.5"]', "[null, null, null]")
+    )
+    with pytest.raises(RefusedError, match="answers of new must all have a verdict, 1 have none"):
+        compare("mm-vet", {**files, "new": unjudged}, tmp_path)

@@ -1,0 +1,146 @@
+"""What cannot be asked is refused before any model is loaded, all of it named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlavaProcessor
+
+from realign.config import EvalConfig
+from realign.errors import RefusedError
+from realign.evaluation.run import evaluate
+from tests.realign.evaluation.published import write_published
+
+
+@pytest.fixture
+def config(tmp_path: Path, model_dir: Path, monkeypatch) -> EvalConfig:
+    """Return a run on POPE, ScienceQA and MMBench that must not come to a model."""
+
+    def load(*_: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(
+        "realign.generation.transformers_generator.TransformersGenerator.load", load
+    )
+    for name in ("pope", "scienceqa", "mmbench"):
+        write_published(name, tmp_path / "data", tmp_path / "images")
+    return EvalConfig(
+        models={"base": str(model_dir)},
+        data=tmp_path / "data",
+        images=tmp_path / "images",
+        out=tmp_path / "eval",
+    )
+
+
+def refusal(config: EvalConfig, **changes: Any) -> str:
+    with pytest.raises(RefusedError) as refused:
+        evaluate(config.model_copy(update=changes))
+    assert not config.out.exists()
+    return str(refused.value)
+
+
+def test_missing_and_unreadable_images_are_all_named(config: EvalConfig) -> None:
+    images = config.images
+    assert images is not None
+    (images / "pope" / "val2014" / "COCO_val2014_000000000001.jpg").unlink()
+    (images / "pope" / "val2014" / "COCO_val2014_000000000002.jpg").write_text("junk")
+    shutil.rmtree(images / "scienceqa")
+    table = config.data / "mmbench_dev_20230712.tsv"
+    cells = [line.split("\t") for line in table.read_text().split("\n")]
+    cells[1][-1] = "not in base64!" * 9  # the image of two rows more
+    cells[2][-1] = cells[3][-1] = "7"
+    table.write_text("\n".join(map("\t".join, cells)))
+    said = refusal(config)
+    tried = [images / "pope" / "COCO_val2014_000000000001.jpg",
+             images / "pope" / "val2014" / "COCO_val2014_000000000001.jpg",
+             images / "COCO_val2014_000000000001.jpg",
+             images / "val2014" / "COCO_val2014_000000000001.jpg"]  # fmt: skip
+    for text in (
+        f"images {images} must hold every image that is asked about, got:\n",
+        "mmbench: 1 of 2 images cannot be read\n  mmbench_dev_20230712.tsv, row 1, 7: image must",
+        f"pope: 1 of 2 images are missing; the first was looked for at "
+        f"{' and '.join(map(str, tried))}\n"
+        "  coco_pope_popular.json, line 2: image 'COCO_val2014_000000000001.jpg' does not exist\n",
+        "pope: 1 of 2 images cannot be read\n  coco_pope_popular.json, line 1, "
+        "COCO_val2014_000000000002.jpg: image must be a readable JPEG",
+        "scienceqa: 1 of 1 images are missing",
+        "Add or correct them, check --images, or name the other benchmarks with --benchmark.",
+    ):
+        assert text in said
+
+
+def test_many_images_are_counted_and_twenty_are_named(config: EvalConfig) -> None:
+    rows = [
+        {"question_id": n, "image": f"{n}.jpg", "text": "Is it?", "label": "no"} for n in range(30)
+    ]
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (config.data / "coco_pope_popular.json").write_text(text)
+    said = refusal(config, benchmarks=["pope"])
+    assert "pope: 30 of 30 images are missing" in said
+    assert said.count("does not exist") == 20
+    assert "\n  ... and 10 more\n" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"benchmarks": ["popeye"]}, "benchmark must be one of pope, .*, got 'popeye'"),
+        ({"benchmarks": ["pope", "pope"]}, "must name each one once, got 'pope' again"),
+        ({"benchmarks": ["pope", "vizwiz"]}, r"must hold the files of VizWiz-VQA \(val\.json\)"),
+        (
+            {"prompt": "official"},
+            r"prompt must be one that every benchmark has, got 'official', which is none of "
+            r"mmbench: llava, lmms-eval, vlmevalkit; scienceqa: llava, lmms-eval, vlmevalkit\. Nam",
+        ),
+    ],
+)
+def test_wrong_names(config: EvalConfig, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RefusedError, match=message):
+        evaluate(config.model_copy(update=changes))
+    assert not config.out.exists()
+
+
+def test_what_a_prompt_needs_is_named(config: EvalConfig) -> None:
+    (config.data / "problems.json").rename(config.data / "old.json")
+    human = {"from": "human", "value": "What is it?\nA. a ball\nB. a cup"}
+    row = {"id": "1", "conversations": [human, {"from": "gpt", "value": "A"}]}
+    (config.data / "llava_test_CQM-A.json").write_text(json.dumps([row]))
+    said = refusal(config, prompt="vlmevalkit")
+    assert "data requires problems.json for the prompt vlmevalkit, got llava_test_CQM-A" in said
+    write_published("textvqa", config.data, config.images or config.data)
+    (config.data / "llava_textvqa_val_v051_ocr.jsonl").unlink()
+    said = refusal(config, benchmarks=["textvqa"])
+    assert "question 1: the prompt llava requires the question in llava_textvqa_val_v051" in said
+
+
+def test_one_benchmark_in_two_places_is_refused(config: EvalConfig) -> None:
+    shutil.copytree(config.data, config.data / "pope")
+    assert f"must hold POPE once, got files of it in {config.data} and in" in refusal(config)
+
+
+def test_a_model_that_takes_no_text_without_an_image(config: EvalConfig, monkeypatch) -> None:
+    call = LlavaProcessor.__call__
+
+    def needs_images(self, images=None, **options):
+        if images is None:
+            raise ValueError("`images` are required")
+        return call(self, images=images, **options)
+
+    monkeypatch.setattr(LlavaProcessor, "__call__", needs_images)
+    said = refusal(config)
+    assert "problems.json, problem 5, a question without an image, model base: text must " in said
+    assert "LlavaProcessor needs, got none (ValueError: `images` are required). Leave such" in said
+
+
+def test_what_is_not_read_is_said(config: EvalConfig, capsys) -> None:
+    (config.data / "gqa_pope_seem_random.json").write_text("{}")
+    (config.images or config.data).rename(config.data / "elsewhere")
+    refusal(config)
+    said = capsys.readouterr().err
+    assert "does not hold them: hallusionbench, amber-discriminative, chair, mme, textvqa, " in said
+    assert "pope: coco_pope_popular.json and so on are read; gqa_pope_seem_random.json in" in said
+    assert "does not hold coco_pope_random.json, coco_pope_adversarial.json" in said
