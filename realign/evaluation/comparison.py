@@ -46,8 +46,10 @@ def score(
         rows = with_splits(benchmark, by_task)
         facts = {"version": data_version(benchmark, by_task), "subset": None}
         rules = {
-            name: rule for name, rule in benchmark.rules.items() if rule.judging is None
-        }  # the others need a judge
+            name: rule
+            for name, rule in benchmark.rules.items()
+            if rule.judging is None and not rule.needs_packages
+        }
         if not rules:
             continue
         texts = {

@@ -163,11 +163,6 @@ def read_tasks(folders: Mapping[Benchmark, Path]) -> dict[str, Task]:
     return tasks
 
 
-def asked_benchmark(name: str) -> Benchmark:
-    """Return the benchmark of a name whose questions models are asked."""
-    return next(benchmark for benchmark in _named(name) if benchmark.prompts)
-
-
 def _folder_of(benchmark: Benchmark, data: Path) -> Path | None:
     found = []
     for folder in (data, data / benchmark.name):

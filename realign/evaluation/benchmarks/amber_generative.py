@@ -13,7 +13,7 @@ import numpy as np
 
 from realign.errors import RefusedError
 from realign.evaluation import nltk_words, word_vectors
-from realign.evaluation.benchmark import Array, Benchmark, Layout, Metrics, Rule
+from realign.evaluation.benchmark import Array, Benchmark, Layout, Metrics, Prompt, Rule
 from realign.evaluation.benchmarks.amber import (
     AMBER_ANSWERS,
     ID,
@@ -208,6 +208,7 @@ AMBER_GENERATIVE = Benchmark(
             partial(counts, nltk_words.nouns, partial(word_vectors.are_alike, ("en_core_web_lg",))),
             metrics(starts_per_caption=False),
             unit="percent",
+            needs_packages=True,
             note=f"{_NOTE}Nouns by NLTK, likeness by spaCy's en_core_web_lg; denominators begin at "
             "0.001, so that hal of a perfect caption alone is 0.1.",
         ),
@@ -229,11 +230,18 @@ AMBER_GENERATIVE = Benchmark(
             ),
             metrics(starts_per_caption=True),
             unit="percent",
+            needs_packages=True,
             note=f"{_NOTE}As official, but with the first model of spaCy that is installed of md, "
             "sm (which has no vectors) and lg; every caption adds 0.001 to each denominator.",
         ),
     },
     table=[],
+    # the script names no limit; this project's is that of CHAIR
+    prompts={
+        "official": Prompt(max_new_tokens=512),
+        "lmms-eval": Prompt(lambda row: "Describe this image", 2048),
+    },
+    image_folder="amber",
     headline=("chair", "cover", "hal", "cog"),
     less_is_better=("chair", "hal", "cog"),
     version_keys=("id", "image", "text", "truth", "hallu"),

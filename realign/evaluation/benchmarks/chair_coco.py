@@ -295,6 +295,7 @@ CHAIR_COCO = Benchmark(
             partial(counts, nltk_words.lemmas),
             metrics,
             unit="percent",
+            needs_packages=True,
             note=f"{_NOTE}Lemmas of NLTK by part of speech: bus is seen, men and vases are not, "
             "and who is seated makes a chair.",
         ),

@@ -287,7 +287,7 @@ MME = Benchmark(
     },
     table=[
         TableRow(
-            f"mme_{first}",
+            f"mme_{task}",
             "official",
             "score",
             f"MME {split}, points of {most}",

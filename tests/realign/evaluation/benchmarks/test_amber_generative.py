@@ -17,7 +17,16 @@ from rich.console import Console
 from realign.errors import RefusedError
 from realign.evaluation import nltk_words, score, word_vectors
 from realign.evaluation.answer_table import answer_table
-from realign.evaluation.benchmarks.amber_generative import any_nouns, counts, metrics, read
+from realign.evaluation.benchmarks.amber_generative import (
+    AMBER_GENERATIVE,
+    any_nouns,
+    counts,
+    metrics,
+    read,
+)
+from realign.evaluation.comparison import score as compare_runs
+from realign.evaluation.rows import item_key
+from realign.generation.generator import Answer
 
 CASES = {  # caption, chair, cover, hal and cog of the caption alone
     1: (
@@ -293,3 +302,14 @@ def test_amber_refuses_what_fits_no_part(tmp_path: Path, both: Path) -> None:
         [*captions, *words], "mine"
     )
     assert "rule must be one of official, vlmevalkit" in refused(words)
+
+
+def test_a_run_is_scored_by_the_rule_that_needs_no_packages(data: Path) -> None:
+    tasks = AMBER_GENERATIVE.read_tasks(data)
+    (task,) = tasks.values()
+    said = {item_key(row): Answer(CASES[int(row["id"])][0]) for row in task.rows}
+    rules = compare_runs(tasks, {"m": said}, resamples=2, seed=0)["benchmarks"]
+    (found,) = rules["amber-generative"]["rules"].items()
+    assert found[0] == "exact-words"
+    values = found[1]["splits"]["all"]["models"]["m"]
+    assert [values[name]["value"] for name in METRICS] == [20.8, 32.8, 50.0, 10.0]
