@@ -14,6 +14,7 @@ from realign.evaluation.benchmarks.hallusionbench import CODE_WORDS, VERDICT, ve
 from realign.evaluation.benchmarks.mme import QUESTION_END
 from realign.evaluation.benchmarks.pope import LLAVA_FIRST_ID
 from realign.evaluation.judging import REPLY
+from realign.evaluation.prompt_texts import LETTER
 from realign.evaluation.rows import Row
 from realign.evaluation.vqa_answers import official_form
 from realign.runtime.files import content_sha256, json_text
@@ -160,7 +161,7 @@ def amber_list(request: Request) -> Written:
 
 
 # of a row, but not of the published file, or of other answers
-_ADDED = {"where", "text", "image", "id", "set", "merged_set", "may_be_unclear", "splits"}
+_ADDED = {"where", "text", "image", "id", "set", "merged_set", "may_be_unclear", "splits", "item"}
 _ADDED |= {"model_prediction", VERDICT, REPLY}
 
 
@@ -239,7 +240,8 @@ def mmbench_prompt(row: Row) -> str:
 
 def science_prompt(row: Row) -> str:
     """Return a question, marked where it has an image: LLaVA's script counts images by that."""
-    return f"<image>\n{row['text']}" if row["has_image"] else str(row["text"])
+    prompt = f"{row['text']}{LETTER}"
+    return f"<image>\n{prompt}" if row["has_image"] else prompt
 
 
 def textvqa_list(request: Request) -> Written:
