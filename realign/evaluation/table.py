@@ -185,7 +185,7 @@ def scores_table(scores: Scores) -> Table:
     table = Table(title=units_note(scores), caption=" ".join(filter(None, notes)) or None)
     table.add_column("")
     rows = list(score_rows(scores))
-    for model in rows[0][1]:
+    for model in scores["models"]:
         table.add_column(model, justify="right")
     for row, cells in rows:
         texts = []
