@@ -157,6 +157,19 @@ def test_prompts_and_lengths_are_the_published_ones(name: str, tmp_path: Path) -
     assert found == PROMPTS[name]
 
 
+def test_answers_for_a_judge_are_stored_and_not_scored(tmp_path: Path, model_dir: Path) -> None:
+    data = tmp_path / "data"
+    (data / "images").mkdir(parents=True)
+    (data / "images" / "v1_0.png").write_bytes(picture(1))
+    row = {"imagename": "v1_0.png", "question": "What is red?", "answer": "ball"}
+    row |= {"imagesource": "", "capability": ["rec"]}
+    (data / "mm-vet.json").write_text(json.dumps({"v1_0": row}))
+    assert "base" in ask(tmp_path, model_dir, "--data", str(data), "--max-new-tokens", "4")
+    (line,) = read_lines(tmp_path / "eval" / "answers" / "base.jsonl")
+    assert (line["id"], line["prompt"]) == ("v1_0", "What is red?")
+    assert json.loads((tmp_path / "eval" / "scores.json").read_text())["table"] == []
+
+
 def test_every_benchmark_is_here() -> None:
     assert PUBLISHED.keys() == PROMPTS.keys() == ITEMS.keys()
     assert {*PUBLISHED} == {benchmark.name for benchmark in BENCHMARKS if benchmark.table}
