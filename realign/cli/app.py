@@ -1,0 +1,88 @@
+"""The ``realign`` program: what all its commands have in common."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from realign import __version__
+from realign.errors import RefusedError
+
+# for this process and its workers, before they import any of these libraries
+QUIET = {
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # of transformers too
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+class Commands(TyperGroup):
+    """All commands, in the order of their use.
+
+    A refusal exits with 2, SIGTERM with 143; any other failure keeps its traceback, exits with 1.
+    """
+
+    ORDER = (
+        *("build", "check", "cache", "train", "eval", "report", "browse", "export", "merge"),
+        *("card", "push"),
+    )
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names in the order of the help; typer puts groups last."""
+        others = [name for name in super().list_commands(ctx) if name not in self.ORDER]
+        return [*self.ORDER, *others]
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that the line names."""
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            if isinstance(stop, KeyboardInterrupt) or stop.code == 143:
+                typer.echo("realign: stopped. The same command continues what it began.", err=True)
+            raise
+        except RefusedError as error:
+            typer.secho(f"realign: {error}", fg="red", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    name="realign",
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # tables of rich cut long flags off on 80 columns
+    context_settings={"max_content_width": 100},
+)
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"realign {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def realign(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Align a vision-language model: build dual-preference data, train with rDPO, measure."""
+
+
+def main() -> None:
+    """Run the console script."""
+    app()

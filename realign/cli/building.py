@@ -1,0 +1,123 @@
+"""The commands that make and look at datasets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from realign.cli.app import app
+from realign.cli.checks import Images, check_exists, check_out
+from realign.cli.sections import SectionCommand, read_options
+
+if TYPE_CHECKING:
+    from realign.config import BuildConfig, CheckConfig
+
+
+@app.command(cls=SectionCommand)
+def build(ctx: typer.Context) -> None:
+    """Build preference pairs from images and good answers.
+
+    Answers are masked, similar images retrieved, and the model refills the mask while it looks at
+    one of them. What it makes up becomes the rejected answer. A stopped build continues when the
+    same command is given again.
+    """
+    from realign.data.formats.layouts import recognise
+    from realign.data.image_names import check_image_root
+
+    options: BuildConfig = read_options(ctx)
+    check_out(options.out, options.model)
+    check_exists("source", options.source, "a file or folder")
+    check_exists("lexicon", options.lexicon, "a YAML file")
+    if options.images is not None:
+        check_image_root(options.images)
+    if options.format is not None:
+        recognise((), options.format, options.source.name)
+    from realign.building.run import build as run
+
+    dataset = run(options)
+    counts = json.loads((options.out / "funnel.json").read_text())
+    by_hand = counts["decisions"]["dropped"]
+    and_dropped = f", {by_hand} of them dropped by decisions.jsonl" if by_hand else ""
+    typer.echo(f"{counts['accepted']} of {counts['rows']} rows accepted{and_dropped} -> {dataset}")
+
+
+@app.command(cls=SectionCommand)
+def check(ctx: typer.Context) -> None:
+    """Check a dataset and list every bad row, without a GPU.
+
+    The exit code is 1 if more rows were rejected than --max-reject allows, and 2 if there was
+    nothing to check.
+    """
+
+    options: CheckConfig = read_options(ctx)
+    from realign.review.check import check as run
+
+    findings = run(options)
+    for line in findings.lines(options.show):
+        typer.echo(line)
+    if options.out:
+        typer.echo(f"all of it -> {options.out}")
+    if not findings.has_passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a run (with dataset/, metrics.jsonl or eval/), or a dataset."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The page; by default report.html in the folder.")
+    ] = None,
+    images: Images = None,
+) -> None:
+    """Write one HTML page about a run or a dataset."""
+    from realign.review.report import write_report
+
+    typer.echo(f"report -> {write_report(run, out, images)}")
+
+
+@app.command()
+def browse(
+    data: Annotated[
+        Path,
+        typer.Argument(help="Dataset: folder of `realign build`, parquet, or JSON."),
+    ],
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 is any free one.")] = 8770,
+    decisions: Annotated[
+        Path | None,
+        typer.Option(help="Decision file; by default the dataset's own, which train obeys."),
+    ] = None,
+    images: Images = None,
+) -> None:
+    """Look at pairs in the browser; keep, drop or flag them."""
+    from realign.review.browse.serve import serve
+
+    serve(data, images=images, decisions=decisions, port=port)
+
+
+@app.command()
+def export(
+    data: Annotated[
+        Path,
+        typer.Option(help="Dataset: parquet, folder of `realign build`, or JSON."),
+    ],
+    to: Annotated[
+        str, typer.Option(metavar="FORMAT", help="official, ms-swift, llamafactory or trl.")
+    ],
+    out: Annotated[Path, typer.Option(help="New folder for the files.")],
+    images: Images = None,
+) -> None:
+    """Write a dataset in the format of another trainer."""
+    from realign.data.export.run import export as run
+
+    exported = run(data, images, to, out)
+    for name, count in exported.counts.items():
+        typer.echo(f"{count} {name}")
+    typer.echo(f"{to} -> {out}: {exported.note}")
