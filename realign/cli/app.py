@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from realign import __version__
 from realign.errors import RefusedError
 
 # for this process and its workers, before they import any of these libraries
@@ -67,13 +67,13 @@ app = typer.Typer(
 
 def _show_version(is_asked: bool) -> None:
     if is_asked:
-        typer.echo(f"realign {__version__}")
+        typer.echo(f"realign {version('realign')}")
         raise typer.Exit
 
 
 @app.callback()
 def realign(
-    version: Annotated[
+    show_version: Annotated[
         bool,
         typer.Option(
             "--version", help="Show the version and exit.", callback=_show_version, is_eager=True

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import AbstractContextManager
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -428,3 +429,23 @@ def test_kill_9_then_the_same_command_ends_the_same(tmp_path: Path, model_dir: P
     for name in ("run1", "run2"):
         assert realign(*train, "--out", tmp_path / name).exit_code == 0
     assert tree(tmp_path / "run1") == tree(tmp_path / "run2")
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    result = realign("--version")
+    assert (result.exit_code, result.stdout) == (0, f"realign {version('realign')}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("realign tr", "train"),
+        ("realign train --le", "--learning-rate"),
+        ("realign eval w", "write"),
+    ],
+)
+def test_the_shell_completes_commands_and_the_options_of_sections(words: str, found: str) -> None:
+    number = str(len(words.split()) - 1)
+    asked = {"_REALIGN_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": number}
+    result = CliRunner().invoke(app, env=asked, prog_name="realign")
+    assert result.stdout.splitlines() == [found]
