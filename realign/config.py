@@ -520,12 +520,12 @@ class EvalConfig(Section):
     """Longest answer in tokens; by default as the benchmark's prompt was published."""
     allow_unchanged_adapter: bool = False
     """Go on with an adapter that does not change the logits of its base."""
-    bootstrap: PositiveInt = 2000
-    """Bootstrap resamples, over images, behind each interval."""
+    bootstrap: PositiveInt = 10_000
+    """Draws of the bootstrap behind each interval, and of the permutation tests."""
     dtype: Dtype = "auto"
     """Dtype of the weights; ``auto`` is bfloat16 on a GPU and float32 on a CPU."""
     seed: Seed = 0
-    """Seed of the bootstrap."""
+    """Seed of these draws."""
 
 
 SECTIONS: Mapping[str, type[Section]] = {

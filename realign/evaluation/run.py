@@ -37,6 +37,7 @@ from realign.modeling.folder import resolve_model
 from realign.modeling.identity import machine_numerics
 from realign.modeling.loading import choose_dtype
 from realign.runtime.files import write_json
+from realign.runtime.progress import announce
 from realign.runtime.ranks import Ranks
 from realign.runtime.run_folder import check_out, claim, only_run
 
@@ -119,7 +120,6 @@ class _Run:
                 },
                 "images": [digests[name] for name in sorted(digests)],
                 "data": data_identity(self.tasks),
-                "bootstrap": [config.bootstrap, config.seed],
                 **self._generation(),
             },
             {"images": sorted(digests)},
@@ -165,6 +165,9 @@ class _Run:
         folder = config.out / "answers"
         answers = {name: read_stored_answers(folder / f"{name}.jsonl") for name in self.models}
         scores = score(self.tasks, answers, resamples=config.bootstrap, seed=config.seed)
+        for name in dict.fromkeys(task.benchmark.name for task in self.tasks.values()):
+            if name not in scores["benchmarks"]:
+                announce(f"{name}: answers are stored; have them judged by `realign eval judge`")
         (config.out / "samples").mkdir(exist_ok=True)
         for number, sample in enumerate(scores["samples"]):
             path = self.pictures[sample["benchmark"], sample["image"]].path

@@ -106,9 +106,10 @@ def difference(score: Scores, scale: int = 100) -> str:
 def units_note(scores: Scores) -> str:
     """Return the units of the table and what its intervals rest on."""
     clusters = dict.fromkeys(found["cluster"] for found in scores["benchmarks"].values())
+    by = f" by {' and '.join(clusters)}" if clusters else ""
     return (
         "percent unless the label names a unit; differences from the baseline in points, "
-        f"95 % paired bootstrap by {' and '.join(clusters)}"
+        f"95 % paired bootstrap{by}"
     )
 
 

@@ -218,9 +218,7 @@ def _probes(scores: Mapping[str, Any]) -> dict[str, Any] | None:
     lines = []
     for name, task in scores["tasks"].items():
         for model in scores["models"]:
-            found = dict(task.get("probes", {}).get(model, {}))
-            found.setdefault("share_cut", task["cut"][model] / task["items"])
-            found.setdefault("yes_ratio", _yes_ratio(scores, task["benchmark"], name, model))
+            found = task["probes"][model]
             lines.append({"task": name, "number": f"{task['items']:,}", "model": model, **found})
     names = [name for name in PROBES if any(line.get(name) is not None for line in lines)]
     shown = [
@@ -236,22 +234,11 @@ def _probes(scores: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"headings": [PROBES[name][0] for name in names], "lines": shown} if names else None
 
 
-def _yes_ratio(scores: Mapping[str, Any], benchmark: str, task: str, model: str) -> float | None:
-    """Return how many answers of a task are read as yes by the first rule that reads them."""
-    for rule in scores["benchmarks"][benchmark]["rules"].values():
-        split = rule["splits"].get(task.removeprefix(f"{benchmark}_")) or rule["splits"].get("all")
-        found = split and split["models"][model].get(SAID_YES)
-        if found:
-            value: float | None = found["value"]
-            return value
-    return None
-
-
 def _samples(scores: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
     """Return the groups of answers to look at: gained, lost, and others."""
     groups = []
     for change, heading in CHANGES.items():
-        own = [sample for sample in scores["samples"] if sample.get("change", "other") == change]
+        own = [sample for sample in scores["samples"] if sample["change"] == change]
         if own:
             counts = dict.fromkeys((sample["task"], sample["change_count"]) for sample in own)
             groups.append(

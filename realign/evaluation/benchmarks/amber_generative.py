@@ -13,7 +13,7 @@ import numpy as np
 
 from realign.errors import RefusedError
 from realign.evaluation import nltk_words, word_vectors
-from realign.evaluation.benchmark import Array, Benchmark, Layout, Metrics, Prompt, Rule
+from realign.evaluation.benchmark import Array, Benchmark, Layout, Metrics, Prompt, Rule, TableRow
 from realign.evaluation.benchmarks.amber import (
     AMBER_ANSWERS,
     ID,
@@ -235,7 +235,23 @@ AMBER_GENERATIVE = Benchmark(
             "sm (which has no vectors) and lg; every caption adds 0.001 to each denominator.",
         ),
     },
-    table=[],
+    table=[
+        TableRow(
+            "amber-generative",
+            "exact-words",
+            metric,
+            f"AMBER descriptions without a tagger, {label}",
+            more_is_better=metric == "cover",
+            is_headline=metric in ("chair", "cover"),
+            scale=1,
+        )
+        for metric, label in (
+            ("chair", "objects that are not there"),
+            ("cover", "objects there that are named"),
+            ("hal", "descriptions with an absent object"),
+            ("cog", "objects that people often imagine"),
+        )
+    ],
     # the script names no limit; this project's is that of CHAIR
     prompts={
         "official": Prompt(max_new_tokens=512),

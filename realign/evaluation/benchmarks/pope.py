@@ -197,7 +197,13 @@ POPE = Benchmark(
             split=split,
         )
         for metric, label, is_headline, undefined in (
-            ("balanced_accuracy", "balanced accuracy", True, "all questions have one right answer"),
+            ("accuracy", "accuracy", True, "there is no question"),
+            (
+                "balanced_accuracy",
+                "balanced accuracy",
+                False,
+                "all questions have one right answer",
+            ),
             ("f1", "F1", False, "yes is neither said nor right"),
         )
         for split in SPLITS

@@ -96,12 +96,14 @@ class EvalScores:
 
     def notes(self) -> list[str]:
         """Return what is to be known about the numbers."""
-        draws, _ = self.claim["bootstrap"]
+        draws = self.scores["draws"]["bootstrap"]
         clusters = dict.fromkeys(found["cluster"] for found in self.scores["benchmarks"].values())
-        dtype, _ = self.claim["generation"]
+        limits = ", ".join(
+            f"{limit:,} ({name})" for name, limit in self.claim["max_new_tokens"].items()
+        )
         about = (
-            f"Measured with `realign eval`: greedy decoding in {dtype.removeprefix('torch.')}, at "
-            f"most {self.claim['max_new_tokens']:,} tokens an answer. Percent unless the label "
+            f"Measured with `realign eval`: greedy decoding in {self.claim['dtype']}, longest "
+            f"answers in tokens: {limits}. Percent unless the label "
             "names a unit; in brackets 95 % intervals, percentiles of a paired bootstrap by "
             f"{' and '.join(clusters)} with {draws:,} draws."
         )
