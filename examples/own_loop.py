@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from realign_kernels import linear_logprob, rdpo_loss
+from realign_kernels import linear_logprob, rdpo_loss, shift_labels
 
 MODEL = str(files("realign") / "demo" / "model")
 QUESTION = "Describe the image."
@@ -44,8 +44,7 @@ class RdpoModel(torch.nn.Module):
         # The body without the head: no logits are computed, here or in rdpo_loss.
         hidden_states = self.model.model(**inputs, use_cache=False).last_hidden_state
         # The state at a position predicts the next token.
-        hidden_states, labels = hidden_states[:, :-1], labels[:, 1:]
-        weight = self.model.lm_head.weight
+        weight, labels = self.model.lm_head.weight, shift_labels(labels)
         if ref_logps is None:
             return linear_logprob(hidden_states, weight, labels).sum(dim=1).view(3, -1)  # (3, P)
         return rdpo_loss(

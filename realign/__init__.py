@@ -5,7 +5,7 @@ Public names are loaded when first used, so that ``import realign`` is fast and 
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module, util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from realign.training.trainer import RDPOTrainer as RDPOTrainer
 
 __version__ = "0.1.0"
+
+if getattr(util.find_spec("realign_kernels"), "origin", None) is None:
+    raise ImportError(
+        "realign requires realign_kernels, which is missing. Run pip install --force-reinstall "
+        "--no-deps realign-kernels, or `.` in a clone of realign."
+    )
 
 _HOMES = {
     "Numerics": "realign.modeling.acceleration",

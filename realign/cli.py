@@ -20,7 +20,8 @@ try:
 except ImportError:
     sys.exit(
         "The realign command needs its pipeline packages. Install them: pip install "
-        "'realign[pipeline]'"
+        "'realign[pipeline]'. For the loss alone they are not needed: python -m realign_kernels "
+        "shows what it has here."
     )
 
 from realign.errors import RefusedError
@@ -366,19 +367,31 @@ app.add_typer(eval_app, name="eval")
 
 
 @eval_app.callback(cls=SectionGroup, invoke_without_command=True)
-def evaluate(ctx: typer.Context) -> None:
+def evaluate(
+    ctx: typer.Context,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="Write a suite's command instead, as `realign eval suite` does."),
+    ] = None,
+) -> None:
     """Ask models the same questions, score and compare them.
 
     Without a command it asks. Answers are stored, so that no question is asked twice. Differences
     from the first model are paired and have bootstrap intervals. Options of a command below follow
     its name.
     """
+    ctx.obj["suite"] = suite
     if _is_for_command(ctx, "to ask models"):
         return
     from realign.data.image_names import check_image_root
 
+    del ctx.obj["suite"]
     options: EvalConfig = _options(ctx)
     _check_out(options.out, *options.models.values())
+    if suite is not None:
+        _check_suite_flags(ctx.obj)
+        _write_suite(suite, options.models, options.data, options.images, options.out)
+        return
     _check_exists("data", options.data, "a folder of questions")
     if options.images:
         check_image_root(options.images)
@@ -397,7 +410,10 @@ def eval_score(
     benchmark: Annotated[str, typer.Option(help="Name of the benchmark, such as pope.")],
     data: Annotated[Path, typer.Option(help="Folder with the benchmark's published files.")],
     answers: Annotated[
-        list[Path], typer.Option(help="File of answers, in a format of the benchmark; repeatable.")
+        list[Path],
+        typer.Option(
+            help="File of answers, in a format of the benchmark; repeatable, also for gradings."
+        ),
     ],
     rule: Annotated[str, typer.Option(help="Rule that scores the answers.")] = "official",
     allow_subset: Annotated[
@@ -410,7 +426,8 @@ def eval_score(
 ) -> None:
     """Score answers that any program has written, without a model.
 
-    docs/evaluation.md lists the benchmarks, their files, rules and formats of answers.
+    docs/evaluation.md lists the benchmarks, their files, rules and formats of answers. Rules that
+    need a judge read its replies from the files; `realign eval judge` writes such a file.
     """
     _check_exists("data", data, "a folder with the benchmark's files")
     from realign.evaluation.answer_scores import score
@@ -637,6 +654,86 @@ def _temperature(text: str) -> float:
     return value
 
 
+def _check_suite_flags(given: dict[str, Any]) -> None:
+    """Refuse flags that only bear on asking, which a suite does in its own way."""
+    for name, value in given.items():
+        known = name in ("models", "data", "images", "out", "config", "set_")
+        if not known and value not in (None, (), []):
+            raise RefusedError(
+                f"--{name.replace('_', '-')} must not be given with --suite, whose tasks set it "
+                f"themselves, got {value}. Leave it out."
+            )
+
+
+def _write_suite(suite: str, *paths: Any, **options: Any) -> None:
+    from realign.evaluation.suites.suite import write_suite
+
+    for line in write_suite(suite, *paths, **options):
+        typer.echo(line)
+
+
+@eval_app.command("suite")
+def eval_suite(
+    suite: Annotated[str, typer.Argument(help="lmms-eval or vlmevalkit.")],
+    model: Annotated[
+        list[str], typer.Option(metavar="NAME=FOLDER", help="Model or adapter; repeatable.")
+    ],
+    data: Annotated[Path, typer.Option(help="Folder with the published files of benchmarks.")],
+    out: Annotated[Path, typer.Option(help="New folder for the command and what it needs.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the questions' images; for lmms-eval.")
+    ] = None,
+    python: Annotated[
+        str | None, typer.Option(help="Interpreter of the environment that has the suite.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    backend: Annotated[
+        str | None, typer.Option(help="Model class of the suite; by default that of the type.")
+    ] = None,
+) -> None:
+    """Write the command with which another suite evaluates models, and the files that it needs.
+
+    Nothing is asked: the printed command does that, in the suite's own environment. Adapters are
+    merged. `realign eval read-suite` reads what the suite writes.
+    """
+    from realign.config_file import read_pairs
+
+    _check_out(out)
+    _check_exists("data", data, "a folder with the benchmarks' files")
+    models = read_pairs(model, "--model", "NAME=FOLDER")
+    _write_suite(suite, models, data, images, out, python=python, device=device, backend=backend)
+
+
+@eval_app.command("read-suite")
+def eval_read_suite(
+    folder: Annotated[Path, typer.Argument(help="Folder with the results of a suite.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Published files; by default those that the command was written from."),
+    ] = None,
+    allow_subset: Annotated[
+        bool, typer.Option("--allow-subset", help="Read runs that asked a part of the questions.")
+    ] = False,
+    bootstrap: Annotated[
+        int, typer.Option(min=0, help="Draws behind 95 % intervals; 0 for none.")
+    ] = 0,
+) -> None:
+    """Read the results of lmms-eval or VLMEvalKit, and score their answers under all rules.
+
+    The suite's own numbers stay as they are. Its answers are stored in the folder, as
+    answers/MODEL-BENCHMARK.jsonl for `realign eval score`; all scores are in suite_scores.json.
+    """
+    _check_exists("folder", folder, "a folder with results", "Check the path")
+    _check_exists("data", data, "a folder with the benchmarks' files")
+    from rich import print as rich_print
+
+    from realign.evaluation.suites.suite import read_suite
+    from realign.evaluation.suites.suite_table import suite_tables
+
+    scores = read_suite(folder, data, allow_subset=allow_subset, bootstrap=bootstrap)
+    rich_print(suite_tables(scores))
+
+
 @app.command()
 def report(
     run: Annotated[
@@ -829,11 +926,18 @@ def demo(
 
 @app.command()
 def doctor() -> None:
-    """Show what is installed and what this machine would use."""
+    """Show what is installed and what this machine would use, and check the kernels' numbers.
+
+    The exit code is 1 if a number is wrong. `python -m realign_kernels` shows and checks the
+    kernels alone; it needs PyTorch only.
+    """
     from realign.doctor import diagnosis
 
-    for line in diagnosis():
+    lines, is_sound = diagnosis()
+    for line in lines:
         typer.echo(line)
+    if not is_sound:
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -319,10 +319,10 @@ class TrainConfig(Section):
     """Accept an imported cache, or one that differs only in numerics (machine, versions, layout),
     if 64 rows computed here agree; accepted_numerics.json records how well.
     """
-    objective: Annotated[Literal["rdpo", "dpo", "mdpo", "symmetric", "sft"], Shown("Objective")] = (
-        "rdpo"
-    )
-    """Loss to minimize. For comparison, ``sft`` is the likelihood of the chosen answers alone."""
+    objective: Annotated[
+        Literal["rdpo", "dpo", "vdpo", "mdpo", "symmetric", "sft"], Shown("Objective")
+    ] = "rdpo"
+    """Loss to minimize; ``vdpo`` is the image pair alone, ``sft`` the chosen answers alone."""
     beta: PositiveFloat = 0.1
     """KL strength of the answer-pair term."""
     image_beta: PositiveFloat | None = None

@@ -189,12 +189,21 @@ def flag_values(section: type[Section], given: Mapping[str, Any]) -> dict[str, A
         if NoneType in allowed:
             words["null"] = None
         if dict in allowed:
-            value = _read_pairs(value, flag_name(key, field), metavar(field))
+            value = read_pairs(value, flag_name(key, field), metavar(field))
         values[key] = words.get(value, value) if isinstance(value, str) else value
     return values
 
 
-def _read_pairs(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
+def read_pairs(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
+    """Return name to value of the texts of a repeated flag.
+
+    Args:
+        texts: Such as ``NAME=FOLDER``.
+        flag: Name of the flag, for messages.
+        form: What a text must look like, for messages.
+    Raises:
+        RefusedError: A text has another form, or repeats a name.
+    """
     pairs: dict[str, str] = {}
     for text in texts:
         name, _, value = text.partition("=")

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
-import torch
-
-from realign_kernels import describe_backends
+import realign_kernels
+from realign import __version__
+from realign_kernels import diagnose
 
 PACKAGES = (
-    "realign",
-    "torch",
     "transformers",
     "accelerate",
     "peft",
@@ -26,20 +22,21 @@ PACKAGES = (
 )
 
 
-def diagnosis() -> Iterator[str]:
-    """Yield the lines of the report."""
-    yield f"python {platform.python_version()} on {platform.platform()}"
+def diagnosis() -> tuple[list[str], bool]:
+    """Return the lines of the report, and whether everything in it is as it must be."""
+    lines = [f"realign {__version__}"]
+    is_same = realign_kernels.__version__ == __version__
+    if not is_same:
+        lines.append(
+            f"realign must have realign_kernels {__version__}, got {realign_kernels.__version__}. "
+            "Install both again."
+        )
+    kernels = diagnose()
+    lines += kernels.lines
     for package in PACKAGES:
         try:
-            yield f"{package} {version(package)}"
+            lines.append(f"{package} {version(package)}")
         except PackageNotFoundError:
-            yield f"{package} not installed"
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    yield f"device: {device}"
-    yield "attention: sdpa"
-    for backend, state in describe_backends().items():
-        yield f"kernel backend {backend}: {state}"
+            lines.append(f"{package} not installed")
+    lines.append("attention: sdpa")
+    return lines, is_same and kernels.is_sound

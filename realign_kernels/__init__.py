@@ -6,6 +6,10 @@ Needs torch only.
 from __future__ import annotations
 
 from realign_kernels.backends.dispatch import describe_backends
+from realign_kernels.cells import stack_cells
+from realign_kernels.diagnosis import diagnose
+from realign_kernels.installation import __version__ as __version__
+from realign_kernels.labels import shift_labels
 from realign_kernels.linear_logprob import LogprobStats, linear_logprob, linear_logprob_stats
 from realign_kernels.objective import (
     CELL_NAMES,
@@ -25,8 +29,11 @@ __all__ = [
     "RdpoStatsOutput",
     "Term",
     "describe_backends",
+    "diagnose",
     "linear_logprob",
     "linear_logprob_stats",
     "preference_loss",
     "rdpo_loss",
+    "shift_labels",
+    "stack_cells",
 ]

@@ -57,6 +57,13 @@ def check_batch(
         check_floating(
             "ref_logps", ref_logps, " labels and ref_logps seem swapped." if are_swapped else ""
         )
+        # A batch of a single pair with one position has the shape of its reference.
+        if ref_logps.ndim > 0 and ref_logps.shape == labels.shape and ref_logps.shape[-1] > 1:
+            raise ValueError(
+                f"ref_logps must have shape (C, P), got {tuple(ref_logps.shape)}, one number a "
+                "token as labels. Sum over the tokens of every answer, and call "
+                "realign_kernels.stack_cells on the sums."
+            )
     form, is_packed = tuple(hidden_states.shape), sequence_ids is not None
     if is_packed and len(form) != 2:
         raise ValueError(

@@ -40,7 +40,7 @@ ROOMS = {
         "integrations": MODELS | {"reference", "training"},
         "review": MODELS | {"config", "evaluation"},
         "demo": EVERYTHING,
-        "doctor": EVERYTHING,
+        "doctor": EVERYTHING | {"__init__"},  # its version
         "cli": EVERYTHING | {"config_file", "demo", "doctor"},
         "__main__": {"cli"},
         "__init__": EVERYTHING,  # public names, loaded on first use
@@ -50,20 +50,27 @@ ROOMS = {
         "vocabulary": set[str](),
         "tiling": set[str](),
         "first_order": set[str](),
+        "installation": set[str](),
         "head": set[str](),
         "validation": {"options", "vocabulary"},
         "data_parallel": {"options"},
         "sequences": {"validation"},
         "objective": {"validation"},
         "testing": {"objective"},  # for types: it shares no code
-        "backends": {"head", "objective", "tiling"},
+        "labels": {"validation"},
+        "cells": {"validation"},
+        "backends": {"head", "installation", "objective", "tiling"},
         "fused": {"backends", "head", "tiling", "vocabulary"},
         "ops": {"sequences", "objective", "validation", "options", "backends", "first_order"}
         | {"fused", "head", "tiling", "vocabulary"},
         "linear_logprob": {"ops", "options", "validation", "data_parallel"},
         "rdpo_loss": {"ops", "options", "validation", "data_parallel", "objective", "sequences"},
         "compat": {"linear_logprob", "rdpo_loss", "objective", "validation", "options"},
-        "__init__": {"backends", "linear_logprob", "objective", "rdpo_loss"},
+        "diagnosis": {"backends", "installation", "linear_logprob", "objective", "rdpo_loss"}
+        | {"testing"},  # its formulas are what kernels are compared with
+        "__main__": {"diagnosis"},
+        "__init__": {"backends", "linear_logprob", "objective", "rdpo_loss"}
+        | {"cells", "diagnosis", "installation", "labels"},
     },
 }
 # What a module may pull in of its package: lines of all files, comments and docstrings included.

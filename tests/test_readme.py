@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import pkgutil
 import re
 import subprocess
@@ -25,9 +26,15 @@ BUILD_FLAGS = {"source": "s", "out": "o"}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_python_blocks_run(block: str) -> None:
-    subprocess.run([sys.executable, "-W", "error", "-c", block], check=True, cwd=ROOT)
+@pytest.mark.parametrize("page", ["README.md", "distributions/realign-kernels/README.md"])
+def test_python_blocks_run(page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        command = [sys.executable, "-W", "error", "-c", block]
+        run = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        if "2 ln 2" in block:
+            assert float(run.stdout) == pytest.approx(2 * math.log(2), abs=1e-5)
 
 
 @pytest.mark.parametrize(

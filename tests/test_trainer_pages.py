@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as F
 
 import realign_kernels
-from realign_kernels import Objective, Term, linear_logprob, preference_loss, rdpo_loss
+from realign_kernels import (
+    Objective,
+    Term,
+    linear_logprob,
+    preference_loss,
+    rdpo_loss,
+    shift_labels,
+    stack_cells,
+)
 
 PAGES = Path(__file__).parents[1] / "docs" / "trainers"
 C, P, T, D, V = 3, 4, 6, 64, 1000
@@ -121,7 +129,11 @@ CALLS: list[Callable[[], Any]] = [
     lambda: rdpo_loss(H, torch.nn.Linear(D, V), Y, R),  # type: ignore[arg-type]
     lambda: rdpo_loss(H @ W.T, W, Y, R),
     lambda: rdpo_loss(W, H, Y, R),
+    lambda: rdpo_loss(H, W, Y, torch.zeros(C * P, T)),
     lambda: rdpo_loss(H[:, :-1], W, Y, R),
+    lambda: shift_labels(masked()),
+    lambda: stack_cells(R[0], R[1, :3], R[2]),
+    lambda: stack_cells(Y[:P], torch.zeros(P, T + 1).long()),
     lambda: rdpo_loss(H, W, Y.int(), R),
     lambda: rdpo_loss(H, W, Y + V, R),
     lambda: preference_loss(R.bfloat16(), R, Objective.rdpo()),

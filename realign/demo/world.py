@@ -95,9 +95,9 @@ def question(kind: str) -> str:
     return f"Is there a {kind} in the image?"
 
 
-def habitual_scene(rng: Random) -> Scene:
-    """A scene as the model meets them in pretraining: one or two objects, each with its partner 85
-    % of the time.
+def habitual_scene(rng: Random, habit: float = HABIT) -> Scene:
+    """A scene as the model meets them in pretraining: one or two objects, each with its partner as
+    often as ``habit`` says.
     """
     kinds: list[str] = []
     for _ in range(rng.choice((1, 2, 2))):
@@ -105,7 +105,7 @@ def habitual_scene(rng: Random) -> Scene:
         pair = PAIRS[rng.choices(free, [PAIR_WEIGHTS[i] for i in free])[0]]
         anchor = rng.choice(pair)
         kinds.append(anchor)
-        if rng.random() < HABIT:
+        if rng.random() < habit:
             kinds.append(PARTNER[anchor])
         else:
             kinds.append(rng.choice([k for k in KINDS if k not in kinds and k != PARTNER[anchor]]))

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from realign.errors import RefusedError
-from realign.evaluation.answer_files import named_questions, read_answers
+from realign.evaluation.answer_files import Answered, named_questions, read_answers
 from realign.evaluation.answer_scores import data_version
 from realign.evaluation.benchmark import Benchmark, Rule, TableRow
-from realign.evaluation.cluster_sums import COUNTS, SAID_YES
+from realign.evaluation.cluster_sums import COUNTS, SAID_YES, Run
 from realign.evaluation.comparison import comparison_of, with_splits
-from realign.evaluation.gradings import scored_texts
-from realign.evaluation.measured import Measured, Place, Run
+from realign.evaluation.gradings import counted, read_gradings
+from realign.evaluation.measured import Measured, Place
 from realign.evaluation.registry import find_rule
 from realign.evaluation.statistics import Draws
 
@@ -135,15 +135,15 @@ def _measure(
     all_paths = [path for by_run in runs.values() for paths in by_run.values() for path in paths]
     found_tasks = benchmark.read_tasks(data, partial(named_questions, benchmark, all_paths))
     tasks = {task: found.rows for task, found in found_tasks.items()}
-    said: dict[Run, dict[int, str]] = {}  # by id() of a row
+    said: dict[Run, list[dict[int, str]]] = {}  # of each grading, by id() of a row
     for model, by_run in runs.items():
         for run, paths in by_run.items():
             answered = read_answers(
                 benchmark, paths, tasks, covers=rule.covers, allows_subset=allow_subset
             )
-            said[Run(name, model, run)] = scored_texts(benchmark, rule, answered)
+            said[Run(name, model, run)] = _readings(benchmark, rule, answered, model)
     shared = {
-        task: [row for row in rows if all(id(row) in texts for texts in said.values())]
+        task: [row for row in rows if all(id(row) in texts[0] for texts in said.values())]
         for task, rows in tasks.items()
     }
     rows = [row for rows in shared.values() for row in rows]
@@ -153,12 +153,36 @@ def _measure(
             f"answers must have a question in common that the rule {name} scores, got none. Give "
             "answers to the same data, or name another --rule."
         )
-    texts = {run: [found[id(row)] for row in rows] for run, found in said.items()}
+    texts = {
+        run: [[grading[id(row)] for row in rows] for grading in found]
+        for run, found in said.items()
+    }
     facts = {
         "version": data_version(benchmark, tasks),
         "subset": f"{len(rows)} of {total}" if len(rows) < total else None,
     }
     return Measured(benchmark, with_splits(benchmark, shared), texts, {name: rule}, draws, facts)
+
+
+def _readings(
+    benchmark: Benchmark, rule: Rule, answered: Sequence[Answered], model: str
+) -> list[dict[int, str]]:
+    """Return what a rule reads of each answer, by id() of its row: once, or for each grading of a
+    judge.
+
+    Raises:
+        RefusedError: A judge has given no verdict on an answer.
+    """
+    if rule.judging is None:
+        return [{id(item.row): rule.prepare(item.answer) for item in answered}]
+    gradings = read_gradings(benchmark, rule, answered)
+    unjudged = counted(grading.unjudged for grading in gradings)
+    if unjudged["items"]:
+        raise RefusedError(
+            f"answers of {model} must all have a verdict, {unjudged['items']:,} have none, first "
+            f"for question {unjudged['ids'][0]}. Have them judged again with `realign eval judge`."
+        )
+    return [{id(row): verdict for row, verdict in grading.worst} for grading in gradings]
 
 
 def _table(

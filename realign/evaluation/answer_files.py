@@ -39,6 +39,7 @@ def read_answers(
     *,
     covers: Callable[[Row], bool],
     allows_subset: bool,
+    others: Sequence[Row] = (),
 ) -> list[Answered]:
     """Read the answers to a benchmark's questions.
 
@@ -50,6 +51,7 @@ def read_answers(
         tasks: Task to its rows.
         covers: Whether a row is scored. Answers to other rows may be there or not.
         allows_subset: Whether questions may be left out.
+        others: Rows of another part of the benchmark, whose answers may be there and are left out.
     Returns:
         answered: Each row to score that has an answer, in the order of the rows.
     Raises:
@@ -58,9 +60,13 @@ def read_answers(
     """
     _check_ids(tasks)
     found = _Found()
+    if twice := [path for i, path in enumerate(paths) if path.resolve() in _resolved(paths[:i])]:
+        raise RefusedError(f"answers must be files named once, got {twice[0]} twice. Name it once.")
     for path in paths:
         records = benchmark.answer_reader(path) or _of_benchmark(_records(path), benchmark, path)
         form = _format_of(records, benchmark, path)
+        keys = {form.row_key(row) for row in others}
+        records = [item for item in records if not keys or form.key(item[1]) not in keys]
         pairs = (
             _in_order(form, records, tasks, path, allows_subset=allows_subset)
             if form.is_in_order
@@ -81,6 +87,10 @@ def read_answers(
     ]
 
 
+def _resolved(paths: Sequence[Path]) -> set[Path]:
+    return {path.resolve() for path in paths}
+
+
 class _Found:
     """What the files read so far hold; rows are known by their ``id()``.
 
@@ -93,15 +103,18 @@ class _Found:
         self.unknown: list[str] = []
         self.repeated: list[str] = []
         self._gradings: list[dict[int, Replies]] = []
+        self._numbers: list[int] = []  # of gradings in each file
 
     def begin_file(self) -> None:
         self._gradings.append({})
+        self._numbers.append(0)
 
     def add(self, where: str, rows: Sequence[Row], answer: str | None, replies: Replies) -> None:
         if not rows:
             self.unknown.append(where)
         if any(self._is_repeated(id(row), answer, replies) for row in rows):
             self.repeated.append(where)
+        self._numbers[-1] = max(self._numbers[-1], len(replies))
         for row in rows:
             self._gradings[-1][id(row)] = replies
             if self.answers.get(id(row)) is None:
@@ -118,10 +131,9 @@ class _Found:
     def replies(self, row: Row) -> Replies:
         """Return the replies about a row's answer, as many for every row."""
         gathered: list[Reply] = []
-        for found in self._gradings:
-            length = max(map(len, found.values()), default=0)
+        for found, number in zip(self._gradings, self._numbers, strict=True):
             own = found.get(id(row), ())
-            gathered += [*own, *[Reply(None)] * (length - len(own))]
+            gathered += [*own, *[Reply(None)] * (number - len(own))]
         return gathered
 
 
@@ -141,6 +153,21 @@ def _replies(benchmark: Benchmark, record: Record, where: str) -> Replies:
         return benchmark.replies(record)
     except RefusedError as error:
         raise RefusedError(f"{where}: {error}") from None
+
+
+def holds_answers(benchmark: Benchmark, paths: Sequence[Path], rows: Sequence[Row]) -> bool:
+    """Return whether files hold an answer to one of some rows.
+
+    Raises:
+        RefusedError: A file has no known format.
+    """
+    for path in paths:
+        records = benchmark.answer_reader(path) or _records(path)
+        form = _format_of(records, benchmark, path)
+        keys = {form.row_key(row) for row in rows}
+        if any(form.key(record) in keys for _, record in records):
+            return True
+    return False
 
 
 def named_questions(benchmark: Benchmark, paths: Sequence[Path]) -> set[str]:

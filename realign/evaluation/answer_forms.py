@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from realign.evaluation.answer_files import Answered
-from realign.evaluation.benchmarks.hallusionbench import CODE_WORDS, VERDICT, verdict
+from realign.evaluation.benchmarks.hallusionbench import UNCLEAR, VERDICT, verdict
+from realign.evaluation.benchmarks.mmbench import MMBENCH
 from realign.evaluation.benchmarks.mme import QUESTION_END
 from realign.evaluation.benchmarks.pope import LLAVA_FIRST_ID
-from realign.evaluation.judging import REPLY
-from realign.evaluation.prompt_texts import LETTER
+from realign.evaluation.benchmarks.scienceqa import SCIENCEQA
+from realign.evaluation.benchmarks.textvqa import VIZWIZ
+from realign.evaluation.judging import JUDGE, REPLY, Replies
+from realign.evaluation.prompt_texts import SHORT_ANSWER
 from realign.evaluation.rows import Row
 from realign.evaluation.vqa_answers import official_form
 from realign.runtime.files import content_sha256, json_text
-
-SHORT = "\nAnswer the question using a single word or phrase."
-UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 
 
 class Request(NamedTuple):
@@ -125,11 +125,7 @@ def llava_questions(
 
 
 def _short(row: Row) -> str:
-    return str(row["text"]) + SHORT
-
-
-def _vizwiz_prompt(row: Row) -> str:
-    return str(row["text"]) + UNANSWERABLE + SHORT
+    return str(row["text"]) + SHORT_ANSWER
 
 
 def _pope_split(row: Row) -> str:
@@ -161,8 +157,8 @@ def amber_list(request: Request) -> Written:
 
 
 # of a row, but not of the published file, or of other answers
-_ADDED = {"where", "text", "image", "id", "set", "merged_set", "may_be_unclear", "splits", "item"}
-_ADDED |= {"model_prediction", VERDICT, REPLY}
+_ADDED = {"where", "text", "image", "id", "set", "merged_set", "may_be_unclear", "splits"}
+_ADDED |= {"model_prediction", "item", VERDICT, REPLY, JUDGE}
 
 
 def hallusionbench_list(request: Request) -> Written:
@@ -170,21 +166,24 @@ def hallusionbench_list(request: Request) -> Written:
     return _list(
         {key: value for key, value in said.row.items() if key not in _ADDED}
         | {"model_prediction": said.answer.strip()}
-        | _judged(said)
+        | _judgement(said.replies)
         for said in _all(request)
     )
 
 
-def _judged(said: Answered) -> dict[str, Any]:
-    """Return the replies about an answer, and the verdict of a single one as a published code."""
-    texts = [reply.text for reply in said.replies]
-    if not texts:
+def _judgement(replies: Replies) -> dict[str, Any]:
+    """Return the fields that hold a judge's replies; the published code of one, where it is one."""
+    if not replies:
         return {}
-    if len(texts) > 1 or texts[0] is None:
-        return {REPLY: texts if len(texts) > 1 else None}
-    code = verdict(texts[0])
-    kept = {} if texts[0] in CODE_WORDS else {REPLY: texts[0]}
-    return kept if code is None else kept | {VERDICT: code}
+    texts = [reply.text for reply in replies]
+    found: dict[str, Any] = {REPLY: texts if len(texts) > 1 else texts[0]}
+    about = replies[0]._asdict()
+    del about["text"]
+    if any(about.values()):
+        found[JUDGE] = about
+    if len(texts) == 1 and texts[0] is not None:
+        found[VERDICT] = verdict(texts[0]) or str(UNCLEAR)  # as the published script has it
+    return found
 
 
 def mme_folder(request: Request) -> Written:
@@ -209,7 +208,7 @@ def mme_folder(request: Request) -> Written:
 
 def mme_prompt(row: Row) -> str:
     """Return LLaVA's question: the published one with another end."""
-    return str(row["text"]).replace(QUESTION_END, "").strip() + SHORT
+    return str(row["text"]).replace(QUESTION_END, "").strip() + SHORT_ANSWER
 
 
 def mme_image(row: Row, data: Path) -> str:
@@ -232,15 +231,9 @@ def mmbench_table(request: Request) -> Written:
     return Written({"": text.getvalue()}, ("The server takes a sheet: save the table as .xlsx.",))
 
 
-def mmbench_prompt(row: Row) -> str:
-    """Return a question with its choices."""
-    listed = "".join(f"\n{letter}. {choice}" for letter, choice in row["choices"].items())
-    return f"{row['text']}{listed}"
-
-
 def science_prompt(row: Row) -> str:
     """Return a question, marked where it has an image: LLaVA's script counts images by that."""
-    prompt = f"{row['text']}{LETTER}"
+    prompt = SCIENCEQA.prompts["llava"].text(row)
     return f"<image>\n{prompt}" if row["has_image"] else prompt
 
 
@@ -300,7 +293,7 @@ FORMS: dict[str, dict[str, Form]] = {
         ),
     },
     "mmbench": {
-        "llava": Form(llava_answers(lambda row: int(row["id"]), mmbench_prompt)),
+        "llava": Form(llava_answers(lambda row: int(row["id"]), MMBENCH.prompts["llava"].text)),
         "official": Form(mmbench_table, suffixes=(".tsv", ".csv")),
     },
     "scienceqa": {"llava": Form(llava_answers(lambda row: row["id"], science_prompt))},
@@ -317,11 +310,12 @@ FORMS: dict[str, dict[str, Form]] = {
         ),
     },
     "vizwiz": {
-        "llava": Form(llava_answers(lambda row: _number(row["id"]), _vizwiz_prompt)),
+        "llava": Form(llava_answers(lambda row: _number(row["id"]), VIZWIZ.prompts["llava"].text)),
         "official": Form(vizwiz_list(normalizes=False)),
         "llava-upload": Form(vizwiz_list(normalizes=True)),
         "llava-questions": Form(
-            llava_questions(lambda row: _number(row["id"]), _vizwiz_prompt), needs_answers=False
+            llava_questions(lambda row: _number(row["id"]), VIZWIZ.prompts["llava"].text),
+            needs_answers=False,
         ),
     },
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from realign.errors import RefusedError
-from realign.evaluation.answer_files import Answered, named_questions, read_answers
-from realign.evaluation.benchmark import Array, Benchmark, Metrics, Rule
+from realign.evaluation.answer_files import Answered, holds_answers, named_questions, read_answers
+from realign.evaluation.benchmark import Array, Benchmark, Metrics, MissingData, Rule
 from realign.evaluation.gradings import (
     averaged,
     counted,
@@ -22,11 +23,12 @@ from realign.evaluation.gradings import (
     read_gradings,
     spread,
 )
-from realign.evaluation.registry import find_rule
+from realign.evaluation.registry import PARTS, find_rule
 from realign.evaluation.rows import Row, rows_digest
 from realign.evaluation.statistics import intervals
 from realign.runtime.files import finite_or_null
 
+OFFICIAL = "official"
 UNKNOWN = "unknown"  # version of data that is none of the published ones
 COUNTS = ("tp", "fp", "tn", "fn")
 Scored = Sequence[tuple[Row, str]]  # a row and its answer, or the verdict on it
@@ -66,6 +68,9 @@ def score(
         these could give; None where all are judged) and ``judging`` (``unparsed``, the answers that
         the rule scores though a reply holds no verdict; ``gradings``, the ``splits`` of each one,
         of which those above are the means; their ``spread``, None for one grading; ``judges``).
+
+        Of ``amber`` with answers to both of its parts, ``benchmark``, ``rule`` and ``parts``, which
+        has all of that by the name of each part.
     Raises:
         RefusedError: A name is unknown, a file is missing or has another form, or the answers are
             not those of the data.
@@ -77,15 +82,68 @@ def score(
         scores = score("pope", "answers.jsonl", "pope/output/coco")
         scores["splits"]["adversarial"]["accuracy"]
     """
-    chosen, by = find_rule(benchmark, rule)
     if bootstrap < 0:
         raise RefusedError(
             f"bootstrap must be at least 0, got {bootstrap}. Pass 0 for no intervals."
         )
     paths = [Path(path) for path in ([answers] if isinstance(answers, (str, Path)) else answers)]
-    read = chosen.read_tasks(Path(data), partial(named_questions, chosen, paths))
+    options = _Options(paths, Path(data), allow_subset, bootstrap, seed)
+    if benchmark in PARTS:
+        return _score_parts(benchmark, rule, options)
+    return _score_one(*find_rule(benchmark, rule), rule, options)
+
+
+class _Options(NamedTuple):
+    paths: list[Path]
+    data: Path
+    allow_subset: bool
+    bootstrap: int
+    seed: int
+
+
+def _score_parts(name: str, rule: str, options: _Options) -> dict[str, Any]:
+    """Score the parts of a benchmark that the answers belong to, each as though it were alone. A
+    part that lacks the rule is scored by its official one where another part has it.
+    """
+    rows: dict[str, list[Row]] = {}
+    for part in PARTS[name]:
+        with suppress(MissingData):
+            tasks = part.read_tasks(options.data).values()
+            found = [row for task in tasks for row in task.rows]
+            if holds_answers(part, options.paths, found):
+                rows[part.name] = found
+    answered = [part for part in PARTS[name] if part.name in rows]
+    if not answered:
+        raise RefusedError(
+            f"{', '.join(map(str, options.paths))} must answer questions of "
+            f"{' or '.join(part.title for part in PARTS[name])} in {options.data}, got none of "
+            "them. Give the answers to this data."
+        )
+    if len(answered) == 1:
+        return _score_one(*find_rule(answered[0].name, rule), rule, options)
+    if not any(rule in part.rules for part in answered):
+        known = dict.fromkeys(rule for part in answered for rule in part.rules)
+        raise RefusedError(
+            f"rule must be one of {', '.join(known)} for {name}, got {rule!r}. Name one of them."
+        )
+    parts = {}
+    for part in answered:
+        used = rule if rule in part.rules else OFFICIAL
+        others = [row for other in answered if other is not part for row in rows[other.name]]
+        parts[part.name] = _score_one(part, part.rules[used], used, options, others)
+    return {"benchmark": name, "rule": rule, "parts": parts}
+
+
+def _score_one(
+    chosen: Benchmark, by: Rule, rule: str, options: _Options, others: Sequence[Row] = ()
+) -> dict[str, Any]:
+    """Score the answers to one benchmark; those to other rows are left out."""
+    paths, data, allow_subset, bootstrap, seed = options
+    read = chosen.read_tasks(data, partial(named_questions, chosen, paths))
     tasks = {name: task.rows for name, task in read.items()}
-    answered = read_answers(chosen, paths, tasks, covers=by.covers, allows_subset=allow_subset)
+    answered = read_answers(
+        chosen, paths, tasks, covers=by.covers, allows_subset=allow_subset, others=others
+    )
     total = sum(by.covers(row) for rows in tasks.values() for row in rows)
     is_subset = len(answered) < total
     if not answered:

@@ -17,8 +17,11 @@ UNCOMPARED = ("tp", "fp", "tn", "fn", "yes_ratio")  # counts, and what a constan
 def answer_table(scores: Mapping[str, Any]) -> RenderableType:
     """Return what :func:`realign.evaluation.score` returns as a table, with what it rests on.
 
-    Splits are columns, or rows where there are more of them than metrics, as of MME's tasks.
+    Splits are columns, or rows where there are more of them than metrics, as of MME's tasks. Parts
+    of a benchmark have a table each.
     """
+    if "parts" in scores:
+        return Group(*map(answer_table, scores["parts"].values()))
     splits, intervals = scores["splits"], scores["intervals"]
     metrics = [*dict.fromkeys(name for values in splits.values() for name in values)]
     has_split_rows = len(metrics) < len(splits)

@@ -74,6 +74,10 @@ class Rule:
     """True to remove the white space around an answer before it is scored."""
     judging: Judging | None = None
     """How the rule reads the replies of a judge. None for a rule that reads the answers."""
+    needs_packages: bool = False
+    """True if the rule requires packages that this project does not install. ``realign eval``
+    leaves it out, so that no score depends on the machine; stored answers can be scored by it.
+    """
     units: Mapping[str, UnitValues] = field(default_factory=dict)
     """The units of each metric that is a mean: gained and lost ones are counted, and its standard
     error has a closed form. Other metrics have intervals and permutation tests alone.

@@ -14,12 +14,12 @@ import re
 _MARK = re.compile(r"[;@#$%&?!*\[\](){}<>\"`«»“”‘’„\u2012-\u2015]|--|\.{2,}|''|[:,](?!\d)")
 # a period that ends a sentence, perhaps within quotation marks or brackets
 _LAST_PERIOD = re.compile(r"(?<!\.)\.(?=[\])}>\"'»”’;*:@({\[‘“«?!]|\s|\Z)")
-_OPENING = re.compile(r"(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)")
-_CLITIC = re.compile(r"(?<=[^\s'])('(?:s|m|d|ll|re|ve)?|n't)(?=\s|\Z)")
+_OPENING = re.compile(r"(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)", re.IGNORECASE)
+_CLITIC = re.compile(r"(?<=[^\s'])('(?:s|m|d|ll|re|ve)?|n't)(?=\s|\Z)", re.IGNORECASE)
 
 
 def caption_tokens(caption: str) -> list[str]:
-    """Return the tokens of a text in small letters, punctuation among them.
+    """Return the tokens of a text, punctuation among them.
 
     A sentence ends at a period before a space, except where the period is that of an abbreviation;
     no object is abbreviated so.
@@ -27,9 +27,9 @@ def caption_tokens(caption: str) -> list[str]:
     Example::
 
         >>> caption_tokens("A dog's (red) toy, near the bus.")
-        ['a', 'dog', "'s", '(', 'red', ')', 'toy', ',', 'near', 'the', 'bus', '.']
+        ['A', 'dog', "'s", '(', 'red', ')', 'toy', ',', 'near', 'the', 'bus', '.']
     """
-    text = _OPENING.sub(r" ' ", caption.lower())
+    text = _OPENING.sub(r" ' ", caption)
     text = _LAST_PERIOD.sub(" . ", text)
     text = _MARK.sub(r" \g<0> ", text)
     return _CLITIC.sub(r" \1", text).split()

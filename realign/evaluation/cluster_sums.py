@@ -15,6 +15,19 @@ COUNTS = ("tp", "fp", "tn", "fn")
 SAID_YES = "said_yes"  # the share of answers that a rule reads as yes, a fraction under every rule
 
 
+class Run(NamedTuple):
+    """One run of a model, scored by one rule."""
+
+    rule: str
+    model: str
+    run: str
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"{self.model}, run {self.run}"
+
+
 class Units(NamedTuple):
     """The values of what a metric is the mean of, such as questions or images."""
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from realign.evaluation.answer_scores import data_version
 from realign.evaluation.benchmark import Benchmark, TableRow, Task
-from realign.evaluation.measured import Entry, Measured, Place, Run
+from realign.evaluation.cluster_sums import Run
+from realign.evaluation.measured import Entry, Measured, Place
 from realign.evaluation.probes import probes
 from realign.evaluation.rows import Row, item_key
 from realign.evaluation.samples import Answers, sample_answers
@@ -44,12 +45,16 @@ def score(
         by_task = {name: task.rows for name, task in its_tasks.items()}
         rows = with_splits(benchmark, by_task)
         facts = {"version": data_version(benchmark, by_task), "subset": None}
-        rules = {name: rule for name, rule in benchmark.rules.items() if rule.judging is None}
+        rules = {
+            name: rule
+            for name, rule in benchmark.rules.items()
+            if rule.judging is None and not rule.needs_packages
+        }  # the others need a judge, or packages that may be missing
         if not rules:
             continue
         texts = {
             Run(name, model, RUN): [
-                rule.prepare(stored[item_key(row)].text) for row in rows if rule.covers(row)
+                [rule.prepare(stored[item_key(row)].text) for row in rows if rule.covers(row)]
             ]
             for name, rule in rules.items()
             for model, stored in answers.items()

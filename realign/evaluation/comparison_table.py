@@ -68,6 +68,10 @@ def _add_model(
         name += f"\nyes {metrics[SAID_YES]['value']:.4f}"
     is_base = model == scores["baseline"]
     table.add_row(Text(name), *_cells(entry, test, decimals, is_base=is_base))
+    if graded := entry["gradings"]:
+        low, high, deviation = (_number(graded[key], decimals) for key in ("min", "max", "sd"))
+        number = len(graded["values"])
+        table.add_row(f"  {number} gradings", f"{low} to {high}\nsd {deviation}", style="dim")
     for run, found in (entry["runs"] or {}).items():
         cells = _cells(found, None, decimals, is_base=is_base)
         table.add_row(Text(f"  run {run}"), *cells, style="dim")

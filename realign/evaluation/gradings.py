@@ -61,29 +61,6 @@ def read_gradings(benchmark: Benchmark, rule: Rule, answered: Sequence[Answered]
     return gradings
 
 
-def scored_texts(benchmark: Benchmark, rule: Rule, answered: Sequence[Answered]) -> dict[int, str]:
-    """Return the text that a rule scores, the answer or a judge's verdict on it, by the ``id()`` of
-    its row.
-
-    Raises:
-        RefusedError: A judge has not judged every answer once.
-    """
-    if rule.judging is None:
-        return {id(item.row): rule.prepare(item.answer) for item in answered}
-    gradings = read_gradings(benchmark, rule, answered)
-    if len(gradings) > 1:
-        raise RefusedError(
-            f"a comparison must have one grading of each answer, got {len(gradings)}. Give the "
-            "file of one grading, or score each file by itself to see all of them."
-        )
-    if unjudged := gradings[0].unjudged:
-        raise RefusedError(
-            f"a comparison must have a verdict on each answer, got {len(unjudged):,} without, "
-            f"first {unjudged[0]}. Have them judged with `realign eval judge`."
-        )
-    return {id(row): text for row, text in gradings[0].worst}
-
-
 def _refuse(benchmark: Benchmark, ids: Sequence[str]) -> None:
     others = [name for name, rule in benchmark.rules.items() if rule.judging is None]
     remedy = f", or pass --rule {others[0]}, which needs no judge" if others else ""

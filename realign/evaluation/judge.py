@@ -24,6 +24,7 @@ from realign.generation.generator import Answer
 from realign.runtime.files import read_jsonl, write_jsonl
 from realign.runtime.progress import Progress
 
+HIGHEST = 2.0  # temperature that servers take
 ROUND = 16  # requests of a round, times those at a time: after each the progress is shown
 
 
@@ -203,7 +204,9 @@ class _Grading:
         return Sampling(
             model.name,
             by.max_tokens if model.max_tokens is None else model.max_tokens,
-            first + by.temperature_step * attempt if model.sends_temperature else None,
+            min(first + by.temperature_step * attempt, HIGHEST)
+            if model.sends_temperature
+            else None,
             # gradings and tries are asked anew, also where nothing else differs
             self._number * by.tries + attempt,
             model.length_field,

@@ -11,12 +11,14 @@ from realign.errors import RefusedError
 from realign.evaluation.benchmark import Array, Benchmark, Rule
 from realign.evaluation.cluster_sums import (
     COUNTS,
+    Run,
     Sums,
     Units,
     cluster_sums,
     metric_values,
     number_clusters,
 )
+from realign.evaluation.graded_sums import joined_sums, mean_rule, num_gradings
 from realign.evaluation.rows import Row
 from realign.evaluation.significance import (
     CONFIDENCE,
@@ -40,14 +42,6 @@ from realign.runtime.files import finite_or_null
 Entry = dict[str, Any]
 
 
-class Run(NamedTuple):
-    """One run of a model, scored by one rule."""
-
-    rule: str
-    model: str
-    run: str
-
-
 class Place(NamedTuple):
     """Where a value stands."""
 
@@ -62,25 +56,32 @@ class Measured:
         benchmark: Whose questions they answered.
         rows: The questions that all of them answered, each with its ``splits``.
         texts: What each run of a model said about the rows that a rule scores, as the rule reads
-            it. The first model is the baseline.
+            it; several times where a judge graded it several times. The first model is the
+            baseline.
         rules: By which they are scored.
         draws: How often clusters are drawn.
         facts: What else files and tables say of the benchmark, such as the version of the data.
     Raises:
-        RefusedError: Training runs of two models do not pair.
+        RefusedError: Training runs of two models do not pair, or their answers were not graded
+            equally often.
     """
 
     def __init__(
         self,
         benchmark: Benchmark,
         rows: Sequence[Row],
-        texts: Mapping[Run, Sequence[str]],
+        texts: Mapping[Run, Sequence[Sequence[str]]],
         rules: Mapping[str, Rule],
         draws: Draws,
         facts: Mapping[str, Any],
     ) -> None:
         self.facts = facts
-        self.benchmark, self.rules, self.draws = benchmark, rules, draws
+        self.benchmark, self.draws = benchmark, draws
+        self._plain, self._gradings = (
+            rules,
+            num_gradings({run: len(said) for run, said in texts.items()}),
+        )
+        self.rules = {name: mean_rule(rule, self._gradings[name]) for name, rule in rules.items()}
         self.runs: dict[str, list[str]] = {}  # model to the names of its runs
         for run in texts:
             self.runs.setdefault(run.model, [])
@@ -95,8 +96,18 @@ class Measured:
             for name, rule in rules.items()
         }
         self.all_rows, self._numbers = rows, numbers
-        self.sums = {run: self._sums(run.rule, said) for run, said in texts.items()}
-        self.points = {run: self._values(run.rule, sums) for run, sums in self.sums.items()}
+        parts = {
+            run: [self._sums(run.rule, grading) for grading in said] for run, said in texts.items()
+        }
+        self.sums = {run: joined_sums(found) for run, found in parts.items()}
+        self._by_grading = {
+            run: [self._values(self._plain[run.rule], one) for one in found]
+            for run, found in parts.items()
+            if len(found) > 1
+        }
+        self.points = {
+            run: self._values(self.rules[run.rule], sums) for run, sums in self.sums.items()
+        }
         self._drawn = self._draw()
         self._extremes = {pair: self._swap(*pair) for pair in self._run_pairs()}
 
@@ -104,21 +115,21 @@ class Measured:
         places = self.rows[rule]
         return cluster_sums(
             self.benchmark,
-            self.rules[rule],
+            self._plain[rule],
             [self.all_rows[i] for i in places],
             texts,
             [self._numbers[i] for i in places],
             self.num_clusters,
         )
 
-    def _values(self, rule: str, sums: Sums) -> dict[Place, float]:
+    def _values(self, rule: Rule, sums: Sums) -> dict[Place, float]:
         vectors = {split: vectors.sum(axis=0) for split, vectors in sums.vectors.items()}
         return {
             place: float(undefined_as_nan(value)) for place, value in self._metrics(rule, vectors)
         }
 
-    def _metrics(self, rule: str, vectors: Mapping[str, Array]) -> Iterator[tuple[Place, Array]]:
-        for split, values in metric_values(self.benchmark, self.rules[rule], vectors).items():
+    def _metrics(self, rule: Rule, vectors: Mapping[str, Array]) -> Iterator[tuple[Place, Array]]:
+        for split, values in metric_values(self.benchmark, rule, vectors).items():
             for metric, value in values.items():
                 yield Place(split, metric), value
 
@@ -128,7 +139,7 @@ class Measured:
         for weights in self.draws.weights(self.num_clusters):
             for run, sums in self.sums.items():
                 vectors = {split: weights @ found for split, found in sums.vectors.items()}
-                for place, value in self._metrics(run.rule, vectors):
+                for place, value in self._metrics(self.rules[run.rule], vectors):
                     if place.metric not in COUNTS:
                         parts[run].setdefault(place, []).append(undefined_as_nan(value))
         return {
@@ -146,6 +157,7 @@ class Measured:
     def _swap(self, run: Run, base: Run) -> dict[Place, int]:
         """Return how many draws exchange clusters so that the difference is as large as it is."""
         own, other = self.sums[run].vectors, self.sums[base].vectors
+        rule = self.rules[run.rule]
         gaps = {split: own[split] - other[split] for split in own}
         observed = {
             place: self.points[run][place] - self.points[base][place] for place in self.points[run]
@@ -154,11 +166,11 @@ class Measured:
         for swaps in self.draws.swaps(self.num_clusters):
             moved = {split: swaps @ gap for split, gap in gaps.items()}
             first = self._metrics(
-                run.rule, {split: own[split].sum(axis=0) - moved[split] for split in own}
+                rule, {split: own[split].sum(axis=0) - moved[split] for split in own}
             )
             second = dict(
                 self._metrics(
-                    run.rule, {split: other[split].sum(axis=0) + moved[split] for split in own}
+                    rule, {split: other[split].sum(axis=0) + moved[split] for split in own}
                 )
             )
             for place, value in first:
@@ -174,15 +186,17 @@ class Measured:
         return [*next(points for run, points in self.points.items() if run.rule == rule)]
 
     def constants(self, rule: str) -> dict[str, dict[Place, float]]:
-        """Return the scores of the constant answers of the benchmark."""
-        chosen = self.rules[rule]
-        if chosen.judging is not None:
-            return {}
-        return {
-            name: self._values(rule, self._sums(rule, [chosen.prepare(answer)] * len(places)))
-            for name, answer in self.benchmark.constants.items()
-            if (places := self.rows[rule])
-        }
+        """Return the scores of the constant answers that no judge has to read."""
+        chosen = self._plain[rule]
+        rows = [self.all_rows[i] for i in self.rows[rule]]
+        found = {}
+        for name, answer in self.benchmark.constants.items():
+            judging = chosen.judging
+            if judging is None or not any(judging.asks_about(row, answer) for row in rows):
+                found[name] = self._values(
+                    chosen, self._sums(rule, [chosen.prepare(answer)] * len(rows))
+                )
+        return found
 
     def entry(self, rule: str, model: str, place: Place) -> Entry:
         """Return all that is known of one metric of one model; docs/evaluation.md has the keys."""
@@ -225,7 +239,16 @@ class Measured:
             "standard_error": _times(scale, naive),
             "clustered_standard_error": _times(scale, clustered),
             "bootstrap_standard_error": spread(draws),
+            "gradings": self._spread_of_gradings(run, place),
         }
+
+    def _spread_of_gradings(self, run: Run, place: Place) -> Entry | None:
+        """Return the values of several gradings of the same answers, and how far they differ."""
+        values = [finite_or_null(found[place]) for found in self._by_grading.get(run, ())]
+        if not values or None in values:
+            return None
+        deviation = float(np.std(values, ddof=1))
+        return {"values": values, "min": min(values), "max": max(values), "sd": deviation}
 
     def _differences(self, run: Run, base: Run, place: Place) -> Array:
         if place not in self._drawn[run]:
@@ -318,6 +341,7 @@ def _over_seeds(entries: Mapping[str, Entry]) -> Entry:
         "standard_error": student_spread(values)[0] if is_defined else None,
         "clustered_standard_error": None,
         "bootstrap_standard_error": None,
+        "gradings": None,
     }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from realign.errors import RefusedError
 from realign.evaluation.benchmark import Benchmark, MissingData, Rule, Task
 from realign.evaluation.benchmarks.amber import AMBER_DISCRIMINATIVE
+from realign.evaluation.benchmarks.amber_generative import AMBER_GENERATIVE
 from realign.evaluation.benchmarks.chair import CHAIR
 from realign.evaluation.benchmarks.chair_coco import CHAIR_COCO
 from realign.evaluation.benchmarks.hallusionbench import HALLUSIONBENCH
@@ -25,6 +26,7 @@ from realign.runtime.progress import announce
 BENCHMARKS: tuple[Benchmark, ...] = (
     POPE,
     HALLUSIONBENCH,
+    AMBER_GENERATIVE,
     AMBER_DISCRIMINATIVE,
     CHAIR_COCO,
     CHAIR,
@@ -37,6 +39,10 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     MM_VET,
     LLAVA_BENCH,
 )
+
+
+PARTS = {"amber": (AMBER_GENERATIVE, AMBER_DISCRIMINATIVE)}
+"""Names that stand for several benchmarks, whose answers may lie in one file."""
 
 
 def find_benchmark(name: str) -> Benchmark:

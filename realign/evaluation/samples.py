@@ -1,35 +1,48 @@
-"""Answers to look at: the first on which the baseline and the last model differ, whoever is
-right.
+"""Answers to look at: the first that the last model gained, lost, or otherwise changed against the
+baseline.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 from realign.evaluation.benchmark import Task, View
 from realign.evaluation.rows import Row, item_key
 from realign.generation.generator import Answer
 
-NUM_SAMPLES = 4  # per task
+NUM_SAMPLES = 3  # of each change, per task
+CHANGES = ("gained", "lost", "other")  # wrong to right, right to wrong, and where neither is so
 Answers = Mapping[str, Mapping[tuple[str, str], Answer]]  # model -> item_key of a row -> answer
 Sample = dict[str, Any]
 
 
 def sample_answers(tasks: Mapping[str, Task], answers: Answers) -> list[Sample]:
-    """Return the first differing answers of every task that its benchmark shows; those with marked
-    words come first.
+    """Return the first differing answers of every task that its benchmark shows, of each change
+    alike. In each change those with marked words come first; ``change_count`` says how many answers
+    of the task changed so.
     """
-    samples = [
-        sample
-        for name, task in tasks.items()
-        if (show := task.benchmark.samples.get(name))
-        for sample in islice(_differing(task, show, answers), NUM_SAMPLES)
-    ]
+    samples: list[Sample] = []
+    for name, task in tasks.items():
+        if not (show := task.benchmark.samples.get(name)):
+            continue
+        kept: dict[str, list[Sample]] = {change: [] for change in CHANGES}
+        counts = dict.fromkeys(CHANGES, 0)
+        for sample in _differing(task, show, answers):
+            counts[sample["change"]] += 1
+            if counts[sample["change"]] <= NUM_SAMPLES:
+                kept[sample["change"]].append(sample)
+        samples += [
+            {"task": name, **sample, "change_count": counts[change]}
+            for change in CHANGES
+            for sample in kept[change]
+        ]
     return sorted(
         samples,
-        key=lambda sample: not any(said["absent_words"] for said in sample["answers"].values()),
+        key=lambda sample: (
+            CHANGES.index(sample["change"]),
+            not any(said["absent_words"] for said in sample["answers"].values()),
+        ),
     )
 
 
@@ -41,8 +54,11 @@ def _differing(task: Task, show: Callable[[Row, str], View], answers: Answers) -
         }
         shown = {model: show(row, text) for model, text in texts.items()}
         if len({*shown.values()}) > 1:
+            before, after = shown[models[0]].is_right, shown[models[-1]].is_right
+            change = "other" if before == after else "gained" if after else "lost"
             yield {
                 "benchmark": task.benchmark.name,
+                "change": change,
                 "image": row["image"],
                 "prompt": row["text"],
                 "truth": shown[models[0]].truth,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -81,6 +81,51 @@ def line_plot(
         )
     if len(lines) > 1:
         axes.legend(fontsize=9)
+    return _svg(axes)
+
+
+class Difference(NamedTuple):
+    """A difference with its interval, as it is plotted."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    verdict: str
+    """``better`` or ``worse`` where it is not inside the noise."""
+    more_is_better: bool
+
+
+def difference_plot(title: str, differences: Sequence[Difference]) -> Markup | None:
+    """Return a line for every difference: its interval, and a point that is filled where it is not
+    inside the noise. None where there is no difference.
+
+    Args:
+        title: Above the plot.
+        differences: From the top to the bottom.
+    """
+    if not differences:
+        return None
+    axes = Figure(figsize=(4.4, 0.8 + 0.5 * len(differences))).subplots()
+    axes.grid(axis="y", visible=False)
+    axes.set_title(title)
+    axes.axvline(0, color="#98a2b3", linewidth=1)
+    for place, found in enumerate(differences):
+        is_clear = found.verdict in ("better", "worse")
+        color = {"better": COLORS[2], "worse": COLORS[5]}.get(found.verdict, "#667085")
+        axes.plot([found.low, found.high], [place, place], color=color, linewidth=1.6)
+        marker = {"better": "^", "worse": "v"}.get(found.verdict, "o")
+        face = color if is_clear else "none"
+        axes.plot(found.value, place, marker, color=color, markerfacecolor=face, markersize=7)
+        less = "" if found.more_is_better else " (less is better)"
+        axes.annotate(  # above its line, so that the plot is narrow enough for a phone
+            f"{found.label}{less}: {found.value:+.1f}", (0, place), (0, 7),
+            xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=9,
+            color="#344054",
+        )  # fmt: skip
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(len(differences) - 0.5, -0.9)
     return _svg(axes)
 
 

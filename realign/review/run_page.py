@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,83 +13,12 @@ from markupsafe import Markup
 from realign.data.build_folder import read_funnel, row_lines
 from realign.data.dataset import read_records
 from realign.errors import RefusedError
-from realign.evaluation.table import (
-    UNDEFINED,
-    cut_note,
-    draws_note,
-    noise_note,
-    read_scores,
-    score_rows,
-    units_note,
-)
-from realign.review.page import data_uri, shown_pair, spread, write_page
-from realign.review.pair_view import marked
-from realign.review.plots import bar_plot, count_plot, line_plot
+from realign.review.page import shown_pair, spread, write_page
+from realign.review.plots import count_plot, line_plot
+from realign.review.score_part import score_part
 from realign.runtime.files import read_jsonl
 
 NUM_PAIRS = 8
-
-
-def score_part(folder: Path, tiles: list[dict[str, str]]) -> dict[str, Any]:
-    """Return what the template shows of ``eval/``; the headline scores are added to ``tiles``."""
-    scores = read_scores(folder / "scores.json")
-    rows = list(score_rows(scores))
-    models = list(rows[0][1])
-    baseline, last = models[0], models[-1]
-    plots = []
-    for row, cells in rows:
-        if row["is_headline"]:
-            reasons = dict.fromkeys(c.difference for c in cells.values() if c.bar is None)
-            note = f"{UNDEFINED} {', '.join(reasons)}" if reasons else ""
-            label = f"{row['label']}, {baseline} → {last}" + (f" ({note})" if note else "")
-            bars = {model: cell.bar for model, cell in cells.items()}
-            plots.append(bar_plot(row["label"], bars, row["scale"], note))
-            tiles.append(
-                {"value": f"{cells[baseline].value} → {cells[last].value}", "label": label}
-            )
-    about = (noise_note(scores), cut_note(scores), draws_note(scores))
-    notes = " ".join(note for note in about if note)
-    items = (
-        f"{name}: {task['items']:,} items, rule "
-        f"{', '.join(scores['benchmarks'][task['benchmark']]['rules'])}"
-        for name, task in scores["tasks"].items()
-    )
-    return {
-        "models": models,
-        "score_rows": rows,
-        "score_plots": plots,
-        "score_note": f"{'; '.join(items)}. Below each value is its difference from {baseline}, "
-        f"coloured where it is not inside the noise ({units_note(scores)}). {notes}",
-        "samples": [_sample(sample, folder) for sample in scores["samples"]],
-        "samples_model": last,
-    }
-
-
-def _sample(sample: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    answers = []
-    for model, answer in sample["answers"].items():
-        text = _marked_phrases(answer["text"], answer["absent_words"])
-        verdict = "chosen" if answer["is_right"] else "rejected"
-        answers.append({"model": model, "text": text, "verdict": verdict})
-    picture = folder / "samples" / sample["picture"]
-    return {
-        "picture": data_uri(picture.read_bytes(), str(picture)),
-        "prompt": sample["prompt"],
-        "truth": sample["truth"],
-        "answers": answers,
-    }
-
-
-def _marked_phrases(text: str, phrases: Sequence[str]) -> Markup:
-    """Mark the whole words of phrases; where a Chinese or Japanese word ends cannot be seen."""
-    whole = [
-        re.escape(phrase) if phrase[-1] > "\u3000" else rf"(?<!\w){re.escape(phrase)}(?!\w)"
-        for phrase in sorted(filter(None, phrases), key=len, reverse=True)  # the longest one first
-    ]
-    if not whole:
-        return marked(text, "")
-    pieces = re.split(f"({'|'.join(whole)})", text, flags=re.IGNORECASE)
-    return Markup().join(marked(piece, "lost" if i % 2 else "") for i, piece in enumerate(pieces))
 
 
 def holds_run(folder: Path) -> bool:
@@ -117,9 +45,9 @@ def run_page(run: Path, out: Path) -> Path:
         )
     page: dict[str, Any] = {"title": run.resolve().name, "tiles": [], "models": []}
     page |= dict.fromkeys(
-        ("score_rows", "score_plots", "samples", "curves", "pairs", "funnel", "rank_plot")
+        ("score_benchmarks", "score_plot", "probes", "samples", "curves", "pairs", "funnel")
     )
-    page |= {"score_note": "", "samples_model": ""}
+    page |= {"score_note": "", "samples_model": "", "rank_plot": None}
     found = []
     if (run / "dataset" / "dataset.parquet").is_file():
         found.append("dataset")
@@ -148,7 +76,11 @@ def _dataset_part(folder: Path, tiles: list[dict[str, str]]) -> dict[str, Any]:
     part: dict[str, Any] = {"pairs": [shown_pair(record) for record in spread(records, NUM_PAIRS)]}
     if counts := read_funnel(folder):
         tiles.append(
-            {"value": f"{counts['accepted']:,}", "label": f"pairs from {counts['rows']:,} answers"}
+            {
+                "value": f"{counts['accepted']:,}",
+                "label": f"pairs from {counts['rows']:,} answers",
+                "verdict": "",
+            }
         )
         part["funnel"] = row_lines(counts)
         part["rank_plot"] = count_plot(

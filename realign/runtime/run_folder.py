@@ -31,6 +31,7 @@ WRITES: Mapping[str, tuple[str, ...]] = {
         *("checkpoint.json", "checkpoint", "metrics.jsonl"),
         *("compare", "eval", "summary.json", "report.html"),
     ),
+    "experiment": ("pairs", "runs", "seconds"),
 }
 
 # known by their content, so they may be there before a run has its folder

@@ -21,6 +21,7 @@ def _sft(beta: float) -> Objective:
 OBJECTIVES: dict[str, Callable[[float, float, float], Objective]] = {
     "rdpo": Objective.rdpo,
     "dpo": lambda beta, image_beta, image_weight: Objective.dpo(beta),
+    "vdpo": lambda *options: Objective(Objective.rdpo(*options).terms[1:]),  # the image pair
     "mdpo": Objective.mdpo,
     "symmetric": Objective.symmetric,
     "sft": lambda beta, image_beta, image_weight: _sft(beta),
@@ -32,7 +33,7 @@ WITHOUT_IMAGE_PAIR = ("dpo", "sft")
 class ObjectiveOptions:
     """What is optimised; the defaults are the paper's."""
 
-    objective: str = field(default="rdpo", metadata={"help": "rdpo, dpo, mdpo, symmetric or sft"})
+    objective: str = field(default="rdpo", metadata={"help": f"one of {', '.join(OBJECTIVES)}"})
     beta: float = field(default=0.1, metadata={"help": "KL strength of the answer pair"})
     image_beta: float | None = field(
         default=None, metadata={"help": "KL strength of the image pair; beta by default"}
@@ -63,8 +64,7 @@ def make_objective(options: ObjectiveOptions) -> Objective:
         raise RefusedError(
             f"objective must be one of {sorted(OBJECTIVES)}, got {name!r}. Name one of them."
         )
-    unread = ("image_beta", "image_weight") if name in WITHOUT_IMAGE_PAIR else ()
-    for option in unread:
+    for option in ("image_beta", "image_weight") if name in WITHOUT_IMAGE_PAIR else ():
         value = getattr(options, option)
         if value != getattr(ObjectiveOptions, option):
             raise RefusedError(

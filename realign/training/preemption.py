@@ -32,8 +32,7 @@ class Preemption:
     def __init__(self) -> None:
         self.is_requested = False
         self.is_waited_for = multiprocessing.RawValue("b", 0)
-        self._number: int = signal.SIGTERM
-        self._first = 0.0
+        self._number, self._first = int(signal.SIGTERM), 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Preemption:
@@ -64,14 +63,9 @@ class Preemption:
 
 
 def ignore_signals(then: Callable[[int], None] | None, is_waited_for: Any, worker: int) -> None:
-    """``worker_init_fn`` of a DataLoader: a scheduler that signals a whole process group must not
-    take the workers away from a process that still has to save. They end with their parent.
-
-    Args:
-        then: The function that would have been called.
-        is_waited_for: Of the parent's :class:`Preemption`. Outside its block a worker ends as any
-            other: it is so that multiprocessing ends those that are left when the parent exits.
-        worker: The worker's number.
+    """``worker_init_fn`` of a DataLoader, which calls ``then``: a scheduler that signals a whole
+    process group must not take the workers away from a process that still has to save. They end
+    with their parent: outside the block of its :class:`Preemption` a signal ends them.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:

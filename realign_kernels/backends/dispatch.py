@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
+from realign_kernels.installation import library_was_removed
+
 if TYPE_CHECKING:
     from realign_kernels.backends.kernel_set import KernelSet
 
@@ -42,6 +44,8 @@ _REASONS = {}
 _library = importlib.util.find_spec("realign_kernels._csrc")
 if _library is None or _library.origin is None:
     _REASONS["cpu"] = "the package was installed without a C++ compiler"
+    if library_was_removed():
+        _REASONS["cpu"] = "its library was removed with another distribution; install it again"
 else:
     try:
         ctypes.CDLL(_library.origin)  # after torch, whose OpenMP runtime it shares

@@ -299,7 +299,7 @@ def test_help_spells_types_and_defaults() -> None:
     text = " ".join(realign("train", "--help").output.split())
     for line in (
         "--beta <float> KL strength of the answer-pair term. [default: 0.1]",
-        "--objective rdpo|dpo|mdpo|symmetric|sft ",
+        "--objective rdpo|dpo|vdpo|mdpo|symmetric|sft ",
         "--freeze-vision / --no-freeze-vision Do not train the vision tower. [default: true]",
         "--report-to TRACKER...",
         ".targets <str>|<list>",

@@ -68,7 +68,7 @@ def run_two_ranks(tmp_path):
                 for rank in range(2)
             ]
             for process in ranks:
-                _, stderr = process.communicate(timeout=120)
+                _, stderr = process.communicate(timeout=600)
                 assert process.returncode == 0, stderr
 
     return run

@@ -16,6 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from realign_kernels import linear_logprob, linear_logprob_stats, rdpo_loss
 from realign_kernels.backends import dispatch
 from realign_kernels.testing import make_head_inputs
+from tests.realign_kernels.backends.triton.interpreter import quicken
 
 WORLD_SIZE = 2
 V = 37
@@ -111,6 +112,8 @@ def check_data_parallel(rank):
 
 def main(rank, init_file, backend):
     torch.set_num_threads(1)
+    if backend == "triton":
+        quicken(pytest.MonkeyPatch())
     dispatch.auto_backend = lambda device_type: backend
     dist.init_process_group(
         "gloo", init_method=f"file://{init_file}", rank=rank, world_size=WORLD_SIZE

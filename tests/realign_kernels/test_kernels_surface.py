@@ -18,10 +18,13 @@ from realign_kernels import (
     RdpoStatsOutput,
     Term,
     describe_backends,
+    diagnose,
     linear_logprob,
     linear_logprob_stats,
     preference_loss,
     rdpo_loss,
+    shift_labels,
+    stack_cells,
 )
 from realign_kernels.tiling import TileShape, fitted, spans, tile_shape
 
@@ -49,6 +52,10 @@ SIGNATURES = {
     "anchor_offset=0.0)",
     Objective.symmetric: "(beta=0.1, image_beta=None, image_weight=1.0)",
     describe_backends: "()",
+    diagnose: "()",
+    shift_labels: "(labels, is_answer=None, *, ignore_index=-100, allow_absent=False)",
+    stack_cells: "(chosen, text_rejected, image_rejected=None, both_rejected=None, *, "
+    "padding_value=None)",
 }
 FIELDS = {
     LogprobStats: "token_logps entropy log_sum_sq_probs mean_logits is_top1 top_non_label_logps "
@@ -71,10 +78,13 @@ def test_all():
         "RdpoStatsOutput",
         "Term",
         "describe_backends",
+        "diagnose",
         "linear_logprob",
         "linear_logprob_stats",
         "preference_loss",
         "rdpo_loss",
+        "shift_labels",
+        "stack_cells",
     ]
     assert all(hasattr(realign_kernels, name) for name in realign_kernels.__all__)
 

@@ -36,14 +36,55 @@ SPLITS = {
 DIMENSIONS = ("attribute", "existence", "relation")
 START = 0.001  # where every denominator of the official script begins
 
-_ID = Key(
+Truths = Mapping[int, tuple[str, Any]]  # the place of an annotation and the annotation, by id
+
+ID = Key(
     lambda value: isinstance(value, int) and not isinstance(value, bool),
     "be an integer",
     "Take the published file.",
 )
-_STRING = Key(lambda value: isinstance(value, str), "be a string", "Put it into quotes.")
+STRING = Key(lambda value: isinstance(value, str), "be a string", "Put it into quotes.")
 _TRUTH = Key(lambda value: value in ("yes", "no"), 'be "yes" or "no"', "Take the published file.")
 _TYPE = Key(lambda value: value in [*SPLITS], f"be one of {', '.join(SPLITS)}", "Correct it.")
+
+
+def beside_or_above(path: Path, name: str) -> Path:
+    """Return a published file that lies beside another one, or in the folder above it.
+
+    Raises:
+        RefusedError: There is none.
+    """
+    for place in (path.with_name(name), path.parents[1] / name):
+        if place.is_file():
+            return place
+    raise RefusedError(
+        f"data requires {name} beside {path.name} or in the folder above it, got none for {path}. "
+        "Add the published file."
+    )
+
+
+def read_annotations(path: Path) -> Truths:
+    """Read the annotations that belong to a file of questions, by id, each with its place."""
+    return {
+        record["id"]: (where, record)
+        for where, record in read_records(beside_or_above(path, ANNOTATIONS))
+        if isinstance(record, dict) and isinstance(record.get("id"), int)
+    }
+
+
+def truth_of(row: Row, truths: Truths, keys: Mapping[str, Key]) -> Row:
+    """Return the annotation of a question.
+
+    Raises:
+        RefusedError: There is none, or it has another form.
+    """
+    if row["id"] not in truths:
+        raise RefusedError(
+            f"{row['where']}: {ANNOTATIONS} must hold its id, got none of {row['id']}. Take both "
+            "files of one publication."
+        )
+    where, record = truths[row["id"]]
+    return check_row(record, where, keys)
 
 
 def read_questions(path: Path) -> list[Row]:
@@ -52,27 +93,11 @@ def read_questions(path: Path) -> list[Row]:
     Raises:
         RefusedError: The annotations are missing or lack a question.
     """
-    places = [path.with_name(ANNOTATIONS), path.parents[1] / ANNOTATIONS]
-    annotations = next((place for place in places if place.is_file()), None)
-    if annotations is None:
-        raise RefusedError(
-            f"data requires {ANNOTATIONS} beside {path.name} or in the folder above it, got none "
-            f"for {path}. Add the published file."
-        )
-    truths = {
-        record["id"]: (where, record)
-        for where, record in read_records(annotations)
-        if isinstance(record, dict) and isinstance(record.get("id"), int)
-    }
+    truths = read_annotations(path)
     rows = []
     for where, record in read_records(path):
-        row = check_row(record, where, {"id": _ID, "image": _STRING, "query": _STRING})
-        if row["id"] not in truths:
-            raise RefusedError(
-                f"{where}: {annotations.name} must hold its id, got none of {row['id']}. Take both "
-                "files of one publication."
-            )
-        truth = check_row(*truths[row["id"]][::-1], {"type": _TYPE, "truth": _TRUTH})
+        row = check_row(record, where, {"id": ID, "image": STRING, "query": STRING})
+        truth = truth_of(row, truths, {"type": _TYPE, "truth": _TRUTH})
         row |= {"text": row["query"], "type": truth["type"], "truth": truth["truth"]}
         rows.append({**row, "id": str(row["id"])})
     return rows
@@ -115,12 +140,12 @@ def official_metrics(*, starts: int = 1, epsilon: float = 0.0001) -> Metrics:
     def metrics(counts: Array) -> Mapping[str, Array]:
         total, right, tp, fp, tn, fn, said_yes = np.moveaxis(counts, -1, 0)
         start = START * starts
-        accuracy = _rounded(100 * right / (total + start))
-        precision = _rounded(100 * tp / (tp + fp + start))
-        recall = _rounded(100 * tp / (tp + fn + start))
+        accuracy = rounded(100 * right / (total + start))
+        precision = rounded(100 * tp / (tp + fp + start))
+        recall = rounded(100 * tp / (tp + fn + start))
         # in the order of the script, since many values lie halfway between two decimals
         f1 = 2 * (precision / 100) * (recall / 100)
-        f1 = _rounded(f1 / (precision / 100 + recall / 100 + epsilon) * 100)
+        f1 = rounded(f1 / (precision / 100 + recall / 100 + epsilon) * 100)
         return {
             "accuracy": accuracy,
             "precision": precision,
@@ -153,7 +178,8 @@ def mean_accuracy(counts: Array) -> Mapping[str, Array]:
     return {"accuracy": np.nansum(accuracies, axis=-1) / np.count_nonzero(totals, axis=-1)}
 
 
-def _rounded(values: Array) -> Array:
+def rounded(values: Array) -> Array:
+    """Return values with one decimal, as Python rounds each."""
     return np.vectorize(lambda value: round(float(value), 1), otypes=[np.float64])(values)
 
 
@@ -161,9 +187,9 @@ def _splits(task: str, row: Row) -> tuple[str, ...]:
     return ("all", *SPLITS[row["type"]])
 
 
-def _id(record: Mapping[str, Any]) -> str:
-    return str(record["id"])
-
+AMBER_ANSWERS = AnswerFormat(
+    ("id", "response"), "response", lambda record: str(record["id"]), lambda row: row["id"]
+)
 
 AMBER_DISCRIMINATIVE = Benchmark(
     name="amber-discriminative",
@@ -212,6 +238,6 @@ AMBER_DISCRIMINATIVE = Benchmark(
     headline=("accuracy", "f1"),
     version_keys=("id", "image", "text", "type", "truth"),
     versions={"6bb6111800188396": "534babf"},
-    answer_formats=[AnswerFormat(("id", "response"), "response", _id, lambda row: row["id"])],
+    answer_formats=[AMBER_ANSWERS],
     constants={"yes": "Yes", "no": "No"},
 )

@@ -101,12 +101,12 @@ def mentions(words: Sequence[str], objects: Mapping[str, str]) -> list[str]:
 
 def pattern_words(caption: str) -> list[str]:
     """Return the words of a caption as the official program has them."""
-    return [pattern_singular(token) for token in caption_tokens(caption)]
+    return [pattern_singular(token) for token in caption_tokens(caption.lower())]
 
 
 def noun_words(caption: str) -> list[str]:
     """Return the words of a caption with those of lmms-eval's lemmas that nouns have."""
-    return [wordnet_singular(token) for token in caption_tokens(caption)]
+    return [wordnet_singular(token) for token in caption_tokens(caption.lower())]
 
 
 def read(path: Path, named: Callable[[], Collection[str]]) -> list[Row]:
@@ -295,6 +295,7 @@ CHAIR_COCO = Benchmark(
             partial(counts, nltk_words.lemmas),
             metrics,
             unit="percent",
+            needs_packages=True,
             note=f"{_NOTE}Lemmas of NLTK by part of speech: bus is seen, men and vases are not, "
             "and who is seated makes a chair.",
         ),

@@ -62,7 +62,7 @@ def read(path: Path) -> list[Row]:
     for where, record in read_records(path):
         row = check_row(record, where, KEYS)
         row["text"], row["image"] = row["question"], row["filename"]
-        row["id"] = _id(row)
+        row["id"] = question_id(row)
         row["set"] = "_".join(row[key] for key in ("category", "subcategory", "set_id"))
         row["merged_set"] = "_".join(row[key] for key in ("subcategory", "set_id"))
         row["may_be_unclear"] = row["category"] == "VS" and row["figure_id"] == "0"
@@ -70,7 +70,7 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def _id(record: Mapping[str, Any]) -> str:
+def question_id(record: Mapping[str, Any]) -> str:
     return "_".join(str(record.get(key)) for key in _GROUP)
 
 
@@ -108,7 +108,7 @@ def replies(record: Record) -> Replies:
         return stored
     code = str(record[VERDICT])
     if code not in ("0", "1", "2"):
-        question = _id(record) if "id" not in record else record["id"]
+        question = question_id(record) if "id" not in record else record["id"]
         raise RefusedError(
             f"{VERDICT} must be 0, 1 or 2, the verdict of a judge, question {question} has "
             f"{record[VERDICT]!r:.40}. Correct it, or remove the field."
@@ -332,10 +332,10 @@ HALLUSIONBENCH = Benchmark(
             # an id may be that of another question in another release
             ("question", *_FIELDS),
             "model_prediction",
-            lambda record: (_id(record), record["question"]),
+            lambda record: (question_id(record), record["question"]),
             lambda row: (row["id"], row["question"]),
         ),
-        AnswerFormat(_FIELDS, "model_prediction", _id, lambda row: row["id"]),
+        AnswerFormat(_FIELDS, "model_prediction", question_id, lambda row: row["id"]),
     ],
     constants={"yes": "Yes", "no": "No"},
     replies=replies,

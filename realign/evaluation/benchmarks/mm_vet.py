@@ -21,6 +21,7 @@ from realign.evaluation.benchmark import (
     Prompt,
     Record,
     Rule,
+    of_items,
 )
 from realign.evaluation.judging import (
     Judge,
@@ -191,7 +192,8 @@ def _rule(
 ) -> Rule:
     judging = Judging(parsed(verdict), constant("0.0"), constant("1.0"), fault)
     note = f"The mean grade of 0 to 1, times 100. {note}"
-    return Rule(judged, metrics, unit="points", judging=judging, note=note)
+    units = {"score": of_items(lambda scores: scores[1], 100)}
+    return Rule(judged, metrics, unit="points", units=units, judging=judging, note=note)
 
 
 MM_VET = Benchmark(

@@ -11,7 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from realign.errors import RefusedError
-from realign.evaluation.answer_letters import NO_LETTER, names_no_choice, vlmevalkit_letter
+from realign.evaluation.answer_letters import (
+    NO_LETTER,
+    lmms_letter,
+    names_no_choice,
+    vlmevalkit_letter,
+)
 from realign.evaluation.benchmark import (
     AnswerFormat,
     Array,
@@ -119,6 +124,11 @@ def is_right(row: Row, answer: str) -> list[int]:
     return [int(vlmevalkit_letter(answer, row["choices"]) == row["label"])]
 
 
+def is_right_by_lmms(row: Row, answer: str) -> list[int]:
+    """Score the letter that lmms-eval finds without a judge."""
+    return [int(lmms_letter(answer, row["choices"]) == row["label"])]
+
+
 def letter(row: Row, reply: str) -> str | None:
     """Return the letter that a judge names, or Z where it says that the answer is no choice."""
     found = vlmevalkit_letter(reply, row["choices"])
@@ -178,6 +188,16 @@ MMBENCH = Benchmark(
             note=_NOTE,
         ),
         "vlmevalkit": Rule(is_right, metrics(1), combine=group_counts, units=units(1), note=_NOTE),
+        "lmms-eval": Rule(
+            is_right_by_lmms,
+            metrics(100),
+            combine=group_counts,
+            unit="percent",
+            units=units(100),
+            note="The task mmbench_en_dev_static, which has circular_accuracy alone: where no "
+            "letter stands alone and no choice is quoted, the likeliest of all capital letters of "
+            "the answer is taken, even one within a word. The task mmbench_en_dev asks a judge.",
+        ),
         "judged": Rule(
             is_right,
             metrics(100),

@@ -108,7 +108,7 @@ def _row(task: str, image: str, question: str, label: str, where: str) -> Row:
         raise RefusedError(
             f"{where}: the label must be Yes or No, got {label!r:.40}. Take the published file."
         )
-    key = _key(task, image, question)
+    key = question_key(task, image, question)
     return {
         "id": "/".join(key),
         "task": task,
@@ -120,7 +120,7 @@ def _row(task: str, image: str, question: str, label: str, where: str) -> Row:
     }
 
 
-def _key(task: Any, image: Any, question: Any) -> tuple[str, str, str]:
+def question_key(task: Any, image: Any, question: Any) -> tuple[str, str, str]:
     """Return what is the same of a question in every program's wording of the prompt."""
     plain = str(question).split("\n")[0].replace(QUESTION_END, "")
     return str(task), Path(str(image)).stem, " ".join(plain.split())
@@ -250,7 +250,7 @@ def _columns(counts: Array) -> Array:
 
 def _llava_key(record: Record) -> tuple[str, str, str]:
     task, _, image = str(record["question_id"]).partition("/")
-    return _key(task, image, record["prompt"])
+    return question_key(task, image, record["prompt"])
 
 
 def _rule(parse: Callable[[str], bool | None], note: str) -> Rule:
@@ -321,7 +321,7 @@ MME = Benchmark(
         AnswerFormat(
             ("task", "image", "question", "answer"),
             "answer",
-            lambda record: _key(*(record[name] for name in ("task", "image", "question"))),
+            lambda record: question_key(*(record[name] for name in ("task", "image", "question"))),
             lambda row: row["key"],
         ),
         AnswerFormat(("question_id", "prompt", "text"), "text", _llava_key, lambda row: row["key"]),

@@ -19,6 +19,7 @@ from realign.evaluation.benchmark import (
     Prompt,
     Record,
     Rule,
+    of_items,
 )
 from realign.evaluation.judging import (
     Judge,
@@ -146,6 +147,10 @@ def judge_values(row: Row, answer: str) -> dict[str, str]:
     }
 
 
+UNITS = {
+    "mean_score": of_items(lambda scores: scores[1]),
+    "hallucination_rate": of_items(lambda scores: scores[2]),
+}
 _UNIT = "mean_score is of 0 to 6 points, hallucination_rate a fraction (ratings below 3)."
 
 MMHAL = Benchmark(
@@ -157,6 +162,7 @@ MMHAL = Benchmark(
             judged,
             metrics,
             unit="points",
+            units=UNITS,
             judging=Judging(parsed(rating), constant("0"), constant("6"), fault=constant("0")),
             note=f"{_UNIT} A reply in which the published script finds no rating, or several, is a "
             "0 and so a hallucination.",
@@ -165,11 +171,13 @@ MMHAL = Benchmark(
             judged,
             metrics,
             unit="points",
+            units=UNITS,
             judging=Judging(parsed(strict_rating), constant("0"), constant("6")),
             note=f"{_UNIT} An answer whose reply has not exactly one whole rating is unjudged.",
         ),
     },
     table=[],
+    less_is_better=("hallucination_rate",),
     prompts={"official": Prompt(max_new_tokens=1024)},
     image_places=lambda row: (row["image"], f"{row['image']}.jpg", f"{row['image']}.png"),
     cluster="id",

@@ -25,6 +25,7 @@ from realign.runtime.strict_json import read_json
 METHODS = {
     "rdpo": "rDPO",
     "dpo": "DPO",
+    "vdpo": "the image pair alone (vDPO)",
     "mdpo": "mDPO",
     "symmetric": "the symmetric objective",
     "sft": "SFT on the chosen answers",

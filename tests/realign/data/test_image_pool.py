@@ -20,6 +20,7 @@ from PIL import Image
 from realign.data.image_pool import ImagePool, inspect_images
 from realign.data.images import MAX_PIXELS, ImageFacts, RefusedImage, decode_image
 from realign.data.perceptual_hash import perceptual_hash
+from tests.conftest import running
 
 
 @pytest.fixture
@@ -52,14 +53,15 @@ def fifo(folder: Path) -> Path:
 def is_running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter if it ends before it is read
         return False
 
 
-def wait_until_gone(pids: list[int], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while running := [pid for pid in pids if is_running(pid)]:
-        assert time.monotonic() < end, running
+def wait_until_gone(pids: list[int]) -> None:
+    """Fail after a minute, of a machine that does other things."""
+    end = time.monotonic() + 60
+    while left := [pid for pid in pids if is_running(pid)]:
+        assert time.monotonic() < end, left
         time.sleep(0.02)
 
 
@@ -84,10 +86,10 @@ def test_a_refusal_takes_the_place_of_the_facts(paths: list[Path], tmp_path: Pat
 
 def test_an_image_that_hangs_costs_itself_alone(paths: list[Path], tmp_path: Path) -> None:
     order = [paths[0], fifo(tmp_path), *paths[1:6]]
-    found = list(inspect_images(order, workers=1, timeout_s=0.5))
+    found = list(inspect_images(order, workers=1, timeout_s=2))
     assert isinstance(found[1], RefusedImage)
     assert found[1].code == "timeout"
-    assert "must decode in 0.5 seconds" in str(found[1])
+    assert "must decode in 2 seconds" in str(found[1])
     assert [found[0], *found[2:]] == [facts(path) for path in (paths[0], *paths[1:6])]
 
 
@@ -145,11 +147,11 @@ def test_bytes_are_inspected_as_files_are(paths: list[Path]) -> None:
 
 
 def test_what_is_not_asked_for_is_not_waited_for(paths: list[Path], tmp_path: Path) -> None:
-    images = inspect_images([*paths, fifo(tmp_path)], workers=2, timeout_s=60)
+    images = inspect_images([*paths, fifo(tmp_path)], workers=2, timeout_s=600)
     assert next(images) == facts(paths[0])
     started = time.monotonic()
     images.close()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 60
 
 
 def test_results_stream(paths: list[Path]) -> None:
@@ -187,30 +189,30 @@ def test_a_module_in_the_current_folder_is_not_imported(
 
 PARENT = """
 import sys
+import time
 from pathlib import Path
 from realign.data.image_pool import ImagePool
 
 with ImagePool(3, timeout_s=2) as pool:
     good, hangs = map(Path, sys.argv[1:])
-    for future in [pool.submit(good, "a") for _ in range(12)]:
-        future.result()
-    stuck = pool.submit(hangs, "b")
-    print(*[w._process.pid for w in pool._crew if w._process], flush=True)
-    stuck.result()
-    stuck = pool.submit(hangs, "b").result()
+    # a busy machine may take so long that a worker ends, and starts anew with another image
+    while not all(worker._process for worker in pool._crew):
+        pool.submit(good, "a").result()
+    pids = [worker._process.pid for worker in pool._crew]
+    pool.submit(hangs, "b")
+    print(*pids, flush=True)
+    time.sleep(600)
 """
 
 
 def test_killing_the_parent_leaves_no_worker(paths: list[Path], tmp_path: Path) -> None:
     command = [sys.executable, "-c", PARENT, str(paths[0]), str(fifo(tmp_path))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+    with running(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         pids = [int(pid) for pid in parent.stdout.readline().split()]
-        assert pids
-        assert all(map(is_running, pids))
-        parent.kill()
-    # the one that hangs ends at its time limit, the others at once
-    wait_until_gone(pids, 10)
+        # the one that hangs ends at its time limit, which may be over, the others with the parent
+        assert sum(map(is_running, pids)) >= 2
+    wait_until_gone(pids)
 
 
 def test_the_end_of_the_pool_leaves_no_worker(paths: list[Path]) -> None:
@@ -219,7 +221,7 @@ def test_the_end_of_the_pool_leaves_no_worker(paths: list[Path]) -> None:
             future.result()
         pids = [worker._process.pid for worker in pool._crew if worker._process]
         assert pids
-    wait_until_gone(pids, 5)
+    wait_until_gone(pids)
 
 
 def test_a_refusal_travels_between_processes() -> None:

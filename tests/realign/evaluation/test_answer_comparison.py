@@ -186,3 +186,51 @@ def test_a_comparison_imports_no_torch(data: Path) -> None:
     options = ["--benchmark", "pope", "--data", str(data), "--bootstrap", "3"]
     files = ["--answers", f"a={path}", "--answers", f"b={path}"]
     subprocess.run([sys.executable, "-c", code, "eval", "compare", *options, *files], check=True)
+
+
+def graded(folder: Path, name: str, gradings: list[list[float]]) -> Path:
+    """Write answers to two questions of MM-Vet, with a judge's grades of each."""
+    rows = [
+        {"id": f"v1_{i}", "answer": "x", "judge_reply": [str(found[i]) for found in gradings]}
+        for i in range(2)
+    ]
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def test_gradings_of_a_judge_are_averaged_and_their_spread_is_shown(tmp_path: Path) -> None:
+    questions = {
+        f"v1_{i}": {"imagename": f"{i}.jpg", "question": f"{i}?", "answer": "y"}
+        | {"imagesource": "z", "capability": ["rec"]}
+        for i in range(2)
+    }
+    (tmp_path / "mm-vet.json").write_text(json.dumps(questions))
+    files = {
+        "base": graded(tmp_path, "base", [[0.2, 0.6], [0.4, 0.6], [0.3, 0.6]]),
+        "new": graded(tmp_path, "new", [[0.5, 0.7], [0.5, 0.9], [0.5, 0.8]]),
+    }
+    found = compare("mm-vet", files, tmp_path, bootstrap=50)
+    models = found["benchmarks"]["mm-vet"]["rules"]["official"]["splits"]["all"]["models"]
+    assert models["base"]["score"]["value"] == pytest.approx(45)
+    assert models["base"]["score"]["gradings"]["values"] == pytest.approx([40, 50, 45])
+    assert models["base"]["score"]["gradings"]["sd"] == pytest.approx(5)
+    entry = models["new"]["score"]
+    assert (entry["value"], entry["difference"]) == (pytest.approx(65), pytest.approx(20))
+    assert entry["paired"]["units"] == 2
+    assert entry["paired"]["gained"] is None  # grades are more than right and wrong
+    assert entry["difference_interval"] == pytest.approx([20, 20])
+    options = [f"--answers={name}={path}" for name, path in files.items()]
+    command = ["eval", "compare", "--benchmark", "mm-vet", "--data", str(tmp_path)]
+    printed = CliRunner().invoke(app, [*command, "--bootstrap", "9", *options]).output
+    for text in ("3 gradings", "40.00 to 50.00", "sd 5.00"):
+        assert text in printed
+    once = {**files, "new": graded(tmp_path, "once", [[0.5, 0.5]])}
+    with pytest.raises(RefusedError, match=r"graded equally often .* base, run 1 3, new, run 1 1"):
+        compare("mm-vet", once, tmp_path)
+    unjudged = tmp_path / "unjudged.jsonl"
+    unjudged.write_text(
+        files["new"].read_text().replace('["0.5", "0.5", "0.5"]', "[null, null, null]")
+    )
+    with pytest.raises(RefusedError, match="answers of new must all have a verdict, 1 have none"):
+        compare("mm-vet", {**files, "new": unjudged}, tmp_path)

@@ -173,7 +173,7 @@ def read_from(out: Path, name: str) -> list[Path]:
 
 def read_by(name: str) -> list[str]:
     """Return the rules that need no judge."""
-    return [name for name, rule in find_benchmark(name).rules.items() if rule.judging is None]
+    return [key for key, rule in find_benchmark(name).rules.items() if rule.judging is None]
 
 
 CASES = [
@@ -300,6 +300,7 @@ def test_verdicts_of_a_judge_stay_with_their_answers(tmp_path: Path) -> None:
     rows = json.loads((data / "HallusionBench.json").read_text())
     judged = [
         {**row, "model_prediction": "No", "gpt4v_output_gpt_check": str(i % 3)}
+        | {"judge_reply": ("incorrect", "correct", "unclear")[i % 3]}
         for i, row in enumerate(rows)
     ]
     (tmp_path / "judged.json").write_text(json.dumps(judged))
@@ -317,7 +318,7 @@ def test_a_prompt_of_scienceqa_says_whether_there_is_an_image(tmp_path: Path) ->
     data, answers = world("scienceqa", tmp_path)
     write("scienceqa", data, "llava", tmp_path / "out.jsonl", answers)
     found = {row["question_id"]: row["prompt"] for row in records(tmp_path / "out.jsonl")}
-    assert found["1"].startswith("<image>\nContext: Look.\n1?\nA. cat\nB. dog\nC. x\n")
+    assert found["1"].startswith("<image>\nContext: Look.\n1?\nA. cat\nB. dog\nC. x\nAnswer with")
     assert "<image>" not in found["3"]
 
 

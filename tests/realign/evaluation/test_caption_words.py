@@ -22,7 +22,7 @@ from realign.evaluation.caption_words import caption_tokens, pattern_singular, w
     ],
 )
 def test_tokens(caption: str, tokens: str) -> None:
-    assert caption_tokens(caption) == tokens.split()
+    assert caption_tokens(caption.lower()) == tokens.split()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,10 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                raw = self.rfile.read(int(self.headers["Content-Length"]))
+                if not raw:  # the client was killed
+                    return
+                body = json.loads(raw)
                 server.bodies.append(body)
                 time.sleep(server.delay_s)
                 said = server.say(prompt_of(body), body)
@@ -47,10 +51,11 @@ class Server:
                 choice = {"index": 0, "message": message, "finish_reason": "stop"}
                 reply = {"choices": [choice]} if status == 200 else {"error": {"message": "no"}}
                 raw = json.dumps(reply).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(raw)))
-                self.end_headers()
-                self.wfile.write(raw)
+                with suppress(ConnectionError):  # the client may be killed
+                    self.send_response(status)
+                    self.send_header("Content-Length", str(len(raw)))
+                    self.end_headers()
+                    self.wfile.write(raw)
 
             def log_message(self, *arguments: Any) -> None: ...
 

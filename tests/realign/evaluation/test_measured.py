@@ -11,8 +11,9 @@ import pytest
 
 from realign.errors import RefusedError
 from realign.evaluation.benchmark import Array, Benchmark, Rule, TableRow, of_items
+from realign.evaluation.cluster_sums import Run
 from realign.evaluation.comparison import comparison_of
-from realign.evaluation.measured import Measured, Place, Run
+from realign.evaluation.measured import Measured, Place
 from realign.evaluation.statistics import Draws, undefined_as_nan
 
 Rows = list[dict[str, Any]]
@@ -60,7 +61,7 @@ def made(
     ]
     rules = rules or {"plain": RULE}
     texts = {
-        Run(rule, model, str(number)): [TEXTS.get(letter, letter) for letter in answers]
+        Run(rule, model, str(number)): [[TEXTS.get(letter, letter) for letter in answers]]
         for rule in rules
         for model, runs in models.items()
         for number, answers in enumerate([runs] if isinstance(runs, str) else runs, start=1)
@@ -192,7 +193,7 @@ def test_infinite_minus_infinite_warns_of_nothing() -> None:
 def test_clusters_that_overlap_between_rules_are_drawn_together() -> None:
     rows = [{"image": i, "set": s, "splits": ("all",)} for i, s in enumerate("xxyyz")]
     rules = {"plain": RULE, "by set": Rule(counts, mean_and_ratio, cluster="set")}
-    texts = {Run(rule, "m", "1"): ["r"] * 5 for rule in rules}
+    texts = {Run(rule, "m", "1"): [["r"] * 5] for rule in rules}
     assert Measured(BENCHMARK, rows, texts, rules, Draws(10), {}).num_clusters == 3
 
 

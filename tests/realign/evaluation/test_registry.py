@@ -154,7 +154,7 @@ def test_a_benchmark_is_one_object_and_a_line_of_the_registry(config, tmp_path) 
         assert text in printed
         assert text in page
     assert "image and figure" in printed
-    assert "words: 4 items, rule official, paired" in page
+    assert "4 questions on 2 images" in page
     assert "Words, length in words, base → other" in page
     assert "holds no" in page
 

@@ -111,10 +111,10 @@ class FaultyServer:
         await send(writer, 307, b"", target)
 
     async def hang(self, writer: asyncio.StreamWriter) -> None:
-        await asyncio.sleep(30)
+        await asyncio.sleep(300)
 
     async def trickle(self, writer: asyncio.StreamWriter) -> None:
-        """Never silent for long, and never done."""
+        """Never silent for long, and not done for minutes."""
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
         await self._trickle(writer)
 
@@ -123,7 +123,7 @@ class FaultyServer:
         await self._trickle(writer)
 
     async def _trickle(self, writer: asyncio.StreamWriter) -> None:
-        for _ in range(1000):
+        for _ in range(10000):
             writer.write(b"a")
             await writer.drain()
             await asyncio.sleep(0.02)

@@ -170,7 +170,7 @@ def test_a_passing_failure_is_asked_again(
         assert generate(ask_about("p")) == [Answer("answer to p")]
         assert (generate.counts.asked, generate.counts.retries) == (1, 2)
     assert server.asked["p"] == 3
-    assert time.monotonic() - started < 15  # a server that trickles is not waited for
+    assert time.monotonic() - started < 60  # a server that trickles is not waited for
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_an_unreachable_server_is_named_at_once(generator: Any, ask_about: Ask) 
         pytest.raises(RefusedError, match=rf"got {url} \(ConnectError.*Start the server"),
     ):
         generate(ask_about("p"))
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15  # less than one backoff
 
 
 def test_a_server_that_was_there_is_waited_for(server: Any, generator: Any, ask_about: Ask) -> None:

@@ -53,7 +53,7 @@ def url(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 
 
 def wait_until_healthy(health: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(600):
+    for _ in range(6000):
         assert process.poll() is None, log.read_text()
         try:
             with urllib.request.urlopen(health, timeout=5):

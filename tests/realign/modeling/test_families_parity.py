@@ -96,7 +96,9 @@ def test_layouts_agree_to_rounding_in_float64(name: str, cells: int) -> None:
     assert_same_gradients(grads, expected_grads, 1e-6)
 
 
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.full) for name in SHARED]
+)
 def test_gradients_agree_in_float32(name: str) -> None:
     family = attached(name, torch.float32)
     logps, grads = step(family, 3, shared=True)

@@ -26,6 +26,8 @@ from realign.reference.inspect import verify_cache
 from realign.reference.read import read_cache
 from realign.reference.shards import MAX_HEADER_BYTES, MAX_ROWS, WRITER, read_shard, write_shard
 from realign.reference.store import Workshop, read_manifest, write_manifest
+from realign.runtime import lock
+from realign.runtime.progress import announce
 
 FORK = multiprocessing.get_context("fork")
 
@@ -221,17 +223,28 @@ def test_four_builders_make_one_cache(tmp_path: Path, synthetic, rounds: int) ->
         assert files(identity_folder(root, synthetic.identity)) == whole
 
 
-def test_the_second_builder_says_that_it_waits(tmp_path: Path, synthetic, capfd) -> None:
-    rows = synthetic.rows(8)
+def test_the_second_builder_says_that_it_waits(
+    tmp_path: Path, synthetic, capfd, monkeypatch
+) -> None:
+    rows, is_waited_for = synthetic.rows(8), FORK.Event()
+
+    class UntilItIsWaitedFor(synthetic.Scoring):
+        def score(self, records):
+            assert is_waited_for.wait(60)
+            return super().score(records)
+
+    def said(line: str) -> None:
+        announce(line)
+        is_waited_for.set()
+
     slow = FORK.Process(
-        target=synthetic.build,
-        args=(rows, tmp_path),
-        kwargs={"scoring": synthetic.Scoring(seconds=0.25)},
+        target=synthetic.build, args=(rows, tmp_path), kwargs={"scoring": UntilItIsWaitedFor()}
     )
     slow.start()
     place = identity_folder(tmp_path, synthetic.identity)
-    while not (place / "identity.json").exists():
+    while slow.is_alive() and not (place / "identity.json").exists():
         time.sleep(0.01)
+    monkeypatch.setattr(lock, "announce", said)
     scoring = synthetic.Scoring()
     synthetic.build(rows, tmp_path, scoring=scoring)
     slow.join()
@@ -267,7 +280,7 @@ def test_file_systems_without_locks(tmp_path: Path, synthetic, monkeypatch, code
     )
     work.start()
     place = identity_folder(tmp_path, synthetic.identity)
-    while not (place / "identity.json").exists():
+    while work.is_alive() and not (place / "identity.json").exists():
         time.sleep(0.005)
     scoring = synthetic.Scoring()
     synthetic.build(rows, tmp_path, scoring=scoring)

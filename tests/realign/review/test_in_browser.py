@@ -18,6 +18,7 @@ from realign.data.decisions import read_decisions
 from realign.demo.data import write_training_data
 from realign.demo.run import build_config
 from realign.review.report import write_report
+from tests.realign.review.test_score_part import page_of, scores  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.browser
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -227,3 +228,31 @@ def test_the_reports_gallery_sorts_and_filters(page, dataset: Path, width: int) 
     page.locator("[name=text]").fill("no such words")
     assert ids() == []
     assert page.locator("#nothing").is_visible()
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_scores_fit_the_screen_and_are_legible(
+    page,
+    scores,  # noqa: F811
+    tmp_path: Path,
+    scheme: str,
+    width: int,
+) -> None:
+    page_of(scores, tmp_path)
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme=scheme)
+    page.goto((tmp_path / "report.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    page.locator("summary").first.click()
+    assert page.evaluate("document.documentElement.scrollWidth") == width  # the table scrolls
+    color = "element => getComputedStyle(element).color.match(/\\d+/g).slice(0, 3).map(Number)"
+    fill = color.replace("color.match", "fill.match")
+    lightness = {
+        "text": sum(page.locator("h2").first.evaluate(color)),
+        "plot": sum(page.locator(".wide-plot svg text").last.evaluate(fill)),
+    }
+    is_light = {name: value > 3 * 128 for name, value in lightness.items()}
+    assert is_light == dict.fromkeys(lightness, scheme == "dark")
+    verdict = page.locator(".verdict", has_text="better").first
+    assert verdict.text_content() == "▲ better"

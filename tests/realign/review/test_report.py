@@ -13,9 +13,9 @@ from markupsafe import Markup
 from realign.data.formats.parquet import write_parquet
 from realign.errors import RefusedError
 from realign.review.pair_view import word_diff
-from realign.review.plots import bar_plot
+from realign.review.plots import Difference, difference_plot
 from realign.review.report import write_report
-from realign.review.run_page import _marked_phrases
+from realign.review.score_part import _marked_phrases
 
 
 def test_word_diff_marks_the_words_that_differ() -> None:
@@ -79,19 +79,23 @@ def test_words_for_absent_objects_are_marked(text: str, phrases: list[str], show
     assert _marked_phrases(text, phrases) == shown
 
 
-def test_bars_start_at_zero_and_carry_their_values() -> None:
-    plot = bar_plot("recall", {"base": (0.935, 0.92, 0.95), "rDPO": (0.929, 0.91, 0.94)})
-    for text in ("0", "80", "93.5", "92.9"):
-        assert f">{text}</text>" in plot
-    dashed = bar_plot("undefined", {"base": None, "rDPO": (0.9, 0.8, 0.95)}, note="— a reason")
-    for text in ("base", "rDPO", "—", "90.0", "— a reason"):
-        assert f">{text}</text>" in dashed
-    assert bar_plot("undefined", {"base": None})
-    assert bar_plot("nothing to show", {})
-    assert bar_plot("outside of its interval", {"base": (0.5, 0.6, 0.7), "rDPO": (0.5, 0.3, 0.4)})
-    assert ">-2.0</text>" in bar_plot("below 0", {"base": (-2.0, -3.0, -1.0)}, 1).replace("−", "-")
-    assert bar_plot("nothing", {"base": (0.0, 0.0, 0.0)})
-    assert bar_plot("one value", {"base": (0.5, 0.5, 0.5)})
+def test_differences_are_told_apart_by_shape_and_number() -> None:
+    plot = difference_plot(
+        "aligned minus base",
+        [
+            Difference("recall", 4.0, 2.0, 6.0, "better", True),
+            Difference("CHAIR_i", 1.5, 0.5, 2.5, "worse", False),
+            Difference("<F1>", -0.04, -1.0, 1.0, "noise", True),
+        ],
+    )
+    for text in ("recall: +4.0", "CHAIR_i (less is better): +1.5", "&lt;F1&gt;: -0.0"):
+        assert f">{text}</text>" in str(plot).replace("−", "-")
+    markers = set(
+        re.findall(r'<use xlink:href="#(m[0-9a-f]+)" x="[^"]+" y="[^"]+" style="([^"]+)', str(plot))
+    )
+    shapes = {name for name, style in markers if "stroke: #117a4b" in style or "b42318" in style}
+    assert len(shapes) == 2  # a triangle up and one down
+    assert difference_plot("nothing", []) is None
 
 
 def test_metrics_that_are_not_defined_are_left_out_of_curves(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ after the imports.
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from realign.training.run import train
 from realign.training.trainer import RDPOTrainer
 
 torch.set_num_threads(1)
+gc.freeze()  # the forks need not search what was imported for garbage
 ACCUMULATION = 2
 ONCE = {
     "processor": ("realign.modeling.processors", "load_processor"),

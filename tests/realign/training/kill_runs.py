@@ -6,6 +6,7 @@ It forks after the imports, which take longer than a run. Prints one JSON object
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -27,6 +28,7 @@ from realign.training.checkpoints import SAVING, checkpoints, newest_checkpoint
 from realign.training.trainer import RDPOTrainer
 
 torch.set_num_threads(1)
+gc.freeze()  # the forks need not search what was imported for garbage
 Tree = dict[str, bytes]
 
 

@@ -9,6 +9,7 @@ with RANK, WORLD_SIZE and so on set as torchrun sets them.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -181,6 +182,7 @@ def shard_on_the_cpu() -> None:
 def main(cases: Path) -> None:
     """Train every run, and write what this rank saw of it."""
     torch.set_num_threads(1)
+    gc.freeze()  # no run need search what was imported for garbage
     what = json.loads(cases.read_text())
     folder, rank = Path(what["folder"]), os.environ["RANK"]
     for engine, runs in what["engines"].items():

@@ -35,20 +35,29 @@ def datasets_of(folder: Path, rows: list[Any]) -> dict[str, dict[str, str]]:
     }
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory, model_dir: Path, records) -> dict[str, Any]:
-    """What every run has counted, by rank."""
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param({"parquet": 1, "folder": 2}, id="one of parquet, two of a folder"),
+        pytest.param(
+            {"parquet": 2, "folder": 1},
+            id="two of parquet, one of a folder",
+            marks=pytest.mark.full,
+        ),
+    ],
+)
+def found(request, tmp_path_factory, model_dir: Path, records) -> dict[str, Any]:
+    """What every run has counted, by the form of the dataset: processes of each are given."""
     folder = tmp_path_factory.mktemp("facts")
     model = {"model": str(model_dir)}
     datasets = datasets_of(folder, records(ROWS))
     place = cache(CacheConfig(**model, **datasets["parquet"], out=folder / "cache"))
     runs = {
-        f"{name} {ranks}": [
-            {**model, **options, "cache": str(place), "out": str(folder / f"{name}{ranks}")},
-            ranks,
+        name: [
+            {**model, **options, "cache": str(place), "out": str(folder / name)},
+            request.param[name],
         ]
         for name, options in datasets.items()
-        for ranks in (1, 2)
     }
     script = Path(__file__).with_name("count_facts.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -61,10 +70,9 @@ def found(tmp_path_factory, model_dir: Path, records) -> dict[str, Any]:
     return counted
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("dataset", ["parquet", "folder"])
-def test_every_fact_is_found_once_before_the_first_step(found, dataset: str, ranks: int) -> None:
-    for rank, counted in enumerate(found[f"{dataset} {ranks}"]["new"]):
+def test_every_fact_is_found_once_before_the_first_step(found, dataset: str) -> None:
+    for rank, counted in enumerate(found[dataset]["new"]):
         before = counted["before training"]
         assert [*before["reads"].values()] == [1] * ROWS
         assert [*before["hashes"].values()] == [1] * ROWS
@@ -82,12 +90,11 @@ def test_every_fact_is_found_once_before_the_first_step(found, dataset: str, ran
         assert after["facts"] == dict.fromkeys(FACTS, 1)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("dataset", ["parquet", "folder"])
 def test_a_continued_run_reads_images_in_a_folder_again_and_checks_nothing(
-    found, dataset: str, ranks: int
+    found, dataset: str
 ) -> None:
-    for counted in found[f"{dataset} {ranks}"]["continued"]:
+    for counted in found[dataset]["continued"]:
         before = counted["before training"]
         assert sum(before["reads"].values()) == (ROWS if dataset == "folder" else 0)
         assert sum(before["hashes"].values()) == (ROWS if dataset == "folder" else 0)

@@ -135,4 +135,4 @@ def test_the_second_sigterm_ends_it_at_once() -> None:
             process.send_signal(signal.SIGTERM)
         started = time.monotonic()
         assert process.wait() == 143
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30  # half of what it would sleep

@@ -148,6 +148,7 @@ def test_lora_trains_adapters_outside_the_vision_tower(tmp_path: Path, model_dir
     ("objective", "first_loss"),
     [
         ("dpo", math.log(2)),
+        ("vdpo", math.log(2)),
         pytest.param("mdpo", 3 * math.log(2), marks=pytest.mark.full),
         ("symmetric", 4 * math.log(2)),
     ],

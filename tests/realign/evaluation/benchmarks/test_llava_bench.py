@@ -111,12 +111,19 @@ def test_files_of_several_gradings(tmp_path: Path, data: Path) -> None:
     lines = files[2].read_text().splitlines()
     files[2].write_text("\n".join(lines[:2]))
     fewer = score("llava-bench", files, data)
+    with pytest.raises(RefusedError, match=r"must be files named once, got .*0\.jsonl twice"):
+        score("llava-bench", [files[0], *files], data)
     assert fewer["unjudged"] == {"items": 1, "ids": ["2"]}
     assert fewer["judging"]["gradings"][0]["splits"]["all"]["relative_score"] == 100.0
+    files[0].write_text("\n".join(lines[:2]))
+    unjudged = [run["unjudged"] for run in score("llava-bench", files, data)["judging"]["gradings"]]
+    assert unjudged == [["2"], [], ["2"]]  # a gap stays in the grading that has it
     answers = tmp_path / "a.jsonl"
     answers.write_text("".join(f'{{"id": {i}, "answer": "x"}}\n' for i in range(3)))
+    again = tmp_path / "b.jsonl"
+    again.write_text(answers.read_text())
     with pytest.raises(RefusedError, match="3 answers are to a question again"):
-        score("llava-bench", [answers, answers], data)
+        score("llava-bench", [answers, again], data)
 
 
 def test_gradings_of_other_answers_are_refused(tmp_path: Path, data: Path) -> None:

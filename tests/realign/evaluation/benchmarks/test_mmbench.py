@@ -11,7 +11,7 @@ from rich.console import Console
 
 from realign.errors import RefusedError
 from realign.evaluation import score
-from realign.evaluation.answer_letters import vlmevalkit_letter
+from realign.evaluation.answer_letters import lmms_letter, vlmevalkit_letter
 from realign.evaluation.answer_table import answer_table
 
 ANIMALS = ["teddy bear", "rabbit", "cat", "dog"]
@@ -46,6 +46,40 @@ CHOICES = dict(zip("ABCD", ANIMALS, strict=True))
 )
 def test_letters(answer: str, letter: str) -> None:
     assert vlmevalkit_letter(answer, CHOICES) == letter
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"),
+        ("B.", "B"),
+        ("(B)", "B"),
+        ("B. rabbit", "B"),
+        ("rabbit", "B"),
+        ("The answer is B", "B"),
+        ("I think it is B", "B"),
+        ("b", ""),
+        ("A cat is in the picture", "C"),
+        ("It is a cat", "C"),
+        ("Option D: dog", "D"),
+        ("none of them", ""),
+        ("Answer: C", "C"),
+        ("C) cat", "C"),
+        ("", ""),
+        ("E", "E"),  # a letter of no choice
+        ("A is it, or not", "A"),  # the article is taken where nothing else is found
+        ("A dog and a cat", "A"),  # two choices
+        ("A or B", "A"),  # the first word before the last
+        ("it is (A) or (B) here", "B"),  # the last of two that stand alike
+        ("(A) is wrong, the answer is (C) here", "C"),
+        ("Both of them", "B"),  # a capital letter within a word
+        ("I choose one. Both (C) and (A)", "A"),  # the last after a statement
+        ("Failed to obtain answer via API B", "B"),
+        ("\ub2f5: Da", "D"),
+    ],
+)
+def test_letters_of_lmms_eval(answer: str, letter: str) -> None:
+    assert lmms_letter(answer, CHOICES) == letter
 
 
 @pytest.fixture
@@ -94,6 +128,8 @@ def test_a_question_is_right_in_every_rotation(
         "accuracy": 100.0,
     }
     assert scores["splits"]["attribute"]["circular_accuracy"] == 100.0 * is_whole
+    by_lmms = score("mmbench", path, data, "lmms-eval")
+    assert by_lmms["splits"]["all"] == scores["splits"]["all"]
     assert score("mmbench", path, data, "vlmevalkit")["splits"]["relation"] == {
         "circular_accuracy": 1.0,
         "accuracy": 1.0,

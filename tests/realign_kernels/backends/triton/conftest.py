@@ -7,11 +7,22 @@ import os
 import numpy as np
 import pytest
 
+from tests.realign_kernels.backends.triton.interpreter import quicken
+
 # on a GPU a block has at least one element a thread, see backends/triton/launches.py
 BLOCK = 4 if os.environ.get("TRITON_INTERPRET") == "1" else 64
 
 # "fused": every test with the product that has the epilogue inside
 PRODUCT = os.environ.get("REALIGN_TEST_PRODUCT", "blas")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_interpreter():
+    """Halve the time of the interpreter."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            quicken(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +42,15 @@ def fused_product(monkeypatch):
     monkeypatch.setattr(launches, "product_launch", lambda *_, **__: small)
     monkeypatch.setattr(launches, "PARTIAL_SUM", 32)
     monkeypatch.setattr(launches, "fuses_product", lambda *_: True)
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """Fill tiles up to 32 rows instead of 64: the interpreter takes a row at a time."""
+    from realign_kernels.backends import triton as kernels
+    from realign_kernels.tiling import TileShape
+
+    monkeypatch.setattr(kernels, "LARGEST_TILE", TileShape(32, 8192))
 
 
 @pytest.fixture

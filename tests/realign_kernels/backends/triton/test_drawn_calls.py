@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from realign_kernels import linear_logprob
@@ -17,7 +17,14 @@ EXAMPLES = max(10, int(os.environ.get("REALIGN_EXAMPLES", "1000")) // 20)
 
 
 @pytest.mark.drawn
-@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
+@pytest.mark.usefixtures("few_rows")
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # one for all examples
+)
 @given(
     shape=st.tuples(st.integers(0, 3), st.integers(1, 11), st.integers(1, 5)),
     seed=st.integers(0, 2**16),

@@ -240,6 +240,7 @@ def test_replay(dtype, tracks_top, transform: LogitTransform):
     assert (state.rest_sum == 7.0).all()
 
 
+@pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("rejected_scoring", ["label", "top_non_label"])
 def test_exact_sums_are_taken_where_tensor_cores_multiply(monkeypatch, dtype, rejected_scoring):

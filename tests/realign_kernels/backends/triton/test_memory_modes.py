@@ -13,6 +13,7 @@ from realign_kernels.tiling import TileShape
 NUM_CELLS, NUM_PAIRS, NUM_POSITIONS = 3, 4, 2
 NUM_ROWS = NUM_CELLS * NUM_PAIRS * NUM_POSITIONS
 MODES = ["stash", "recompute", "tile"]
+pytestmark = pytest.mark.usefixtures("few_rows")
 # relative errors by dtype: one rounding of the result, and that of the operands before it; the
 # interpreter cuts bfloat16 off, which is twice the error of rounding
 BOUNDS = {

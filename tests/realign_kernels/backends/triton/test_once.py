@@ -15,7 +15,7 @@ from realign_kernels.ops.pair_loss import pair_loss_backward_op
 from realign_kernels.ops.score_tokens import scale_slopes_op
 from realign_kernels.testing import dense_logprob, make_head_inputs, seeded
 
-pytestmark = pytest.mark.usefixtures("small_blocks", "poison_empty")
+pytestmark = pytest.mark.usefixtures("small_blocks", "few_rows", "poison_empty")
 
 BLOCK = 4
 IGNORED = -100

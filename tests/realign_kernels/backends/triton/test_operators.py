@@ -71,8 +71,15 @@ def test_opcheck_of_the_backwards():
     opcheck(pair_loss_backward_op, (*grads, labels, None, -100, torch.float32, "triton"))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("knows", [False, True])
+@pytest.mark.parametrize(
+    ("packed", "knows"),
+    [
+        (False, True),
+        (True, False),
+        pytest.param(False, False, marks=pytest.mark.full),
+        pytest.param(True, True, marks=pytest.mark.full),
+    ],
+)
 def test_the_loss_compiles_into_one_graph(packed, knows):
     torch._dynamo.reset()
     hidden = torch.randn(6, 3, 5, generator=seeded(0)).requires_grad_()

@@ -12,7 +12,7 @@ from realign_kernels import linear_logprob
 from realign_kernels.testing import dense_logprob, make_head_inputs
 from tests.realign_kernels.backends.triton.test_once import score_pairs
 
-pytestmark = pytest.mark.usefixtures("small_blocks", "poison_empty")
+pytestmark = pytest.mark.usefixtures("small_blocks", "few_rows", "poison_empty")
 
 
 def lengths_of(*last):

@@ -1,0 +1,109 @@
+"""Teaches the embedded model to hallucinate: ``python -m benchmarks.demo.hide --out FOLDER``,
+seeded, two minutes on one core.
+
+Training texts of real models name things that their pictures do not show: captions of the web do,
+and so do answers that a text model wrote from object lists. Here each object of a scene is left out
+of the picture with a chance of 20 % while the text goes on naming it. What the model learns from
+that is to name what usually keeps company with what it sees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import nn
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from benchmarks.demo.pretrain import collate
+from realign.building.masking.lexicon import Lexicon
+from realign.demo.run import MODEL
+from realign.demo.tasks import LEXICON_PATH, Example, pretraining_example
+from realign.demo.world import Scene, habitual_scene
+
+HIDDEN_SHARE = 0.2
+STEPS, BATCH_SIZE, LEARNING_RATE = 180, 40, 6e-4
+WARMUP_STEPS = 15
+LOG_STEPS = 20
+SEED = 5
+
+
+def visible(scene: Scene, share: float, rng: Random) -> Scene:
+    """Return the scene as its picture shows it: each thing left out with chance ``share``, the
+    first one kept where all would be.
+    """
+    things = tuple(thing for thing in scene.things if rng.random() > share)
+    return replace(scene, things=things or scene.things[:1])
+
+
+def batches(rng: Random, share: float) -> Iterator[list[Example]]:
+    """Endless batches of fresh examples whose texts name all things and whose pictures show some;
+    those of one batch are of similar length.
+    """
+    lexicon = Lexicon.load(LEXICON_PATH)
+    while True:
+        pool = sorted(
+            (pretraining_example(habitual_scene(rng), lexicon, rng) for _ in range(6 * BATCH_SIZE)),
+            key=lambda example: len(example.prompt) + len(example.answer),
+        )
+        grouped = [pool[i : i + BATCH_SIZE] for i in range(0, len(pool), BATCH_SIZE)]
+        rng.shuffle(grouped)
+        for examples in grouped:
+            yield [one._replace(scene=visible(one.scene, share, rng)) for one in examples]
+
+
+def learning_rate_factor(step: int) -> float:
+    """Fifteen steps up, flat, the second half down to 5 %."""
+    return min(1.0, (step + 1) / WARMUP_STEPS, max(0.05, (STEPS - step) / (0.5 * STEPS)))
+
+
+def train(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: Random, share: float
+) -> None:
+    """Train the projector and the language model in place; what the tower sees stays as it is."""
+    model.model.vision_tower.requires_grad_(False)
+    parameters = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor)
+    model.train()
+    for step, examples in enumerate(islice(batches(rng, share), STEPS), start=1):
+        loss = model(**collate(examples, processor)).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % LOG_STEPS == 0:
+            print(f"step {step}/{STEPS} loss {loss.item():.4f}", flush=True)
+    model.requires_grad_(True)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=MODEL, help="the model to go on from")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the trained model")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--share", type=float, default=HIDDEN_SHARE, help="of hidden objects")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # another number would add up in another order
+    torch.manual_seed(args.seed)
+    model = LlavaForConditionalGeneration.from_pretrained(args.model)
+    processor = LlavaProcessor.from_pretrained(args.model)
+    started = time.process_time()
+    train(model, processor, Random(args.seed), args.share)
+    print(f"{time.process_time() - started:.0f} CPU seconds")
+    model.eval().save_pretrained(args.out)
+    processor.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()

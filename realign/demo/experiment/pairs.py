@@ -1,0 +1,172 @@
+"""The pairs of a seed, by kind: made by ``realign build``, or so that words alone tell them
+apart.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from PIL import Image
+
+from realign.building.retrieval.encoders import VisionPathEncoder
+from realign.building.retrieval.exact import ExactIndex
+from realign.building.run import build
+from realign.config import BuildConfig
+from realign.data.dataset import read_kept_records
+from realign.demo.drawing import draw
+from realign.demo.experiment.scenes import training_scenes, write_images
+from realign.demo.tasks import LEXICON_PATH, question_pair
+from realign.demo.world import COLORS, DESCRIBE, PARTNER, Scene, Thing, question
+from realign.modeling.loading import load_model
+from realign.modeling.processors import load_processor
+from realign.runtime.files import write_jsonl
+
+NEIGHBOURS = 10
+MASK_RATES = {"objects": 0.8, "attributes": 0.8, "relations": 0.8}
+Pair = dict[str, Any]
+
+# Kind of pipeline pairs to what it changes of the build.
+BUILDS: Mapping[str, Mapping[str, Any]] = {
+    "pipeline": {},
+    "sentence": {"mask_level": "sentence"},
+    "tau 0.51": {"threshold": 0.51},
+}
+
+
+def make_pairs(kind: str, seed: int, count: int, base: Path) -> dict[str, Any]:
+    """Make the pairs of a seed.
+
+    Args:
+        kind: A key of ``KINDS``.
+        seed: Of scenes, questions and masks.
+        count: Scenes.
+        base: Folder of the model to be aligned.
+    Returns:
+        ``kind``, ``seed``, ``scenes`` (their number), ``neighbours`` (of every scene the numbers
+        of those that look most like it, nearest first) and ``pairs``, each with ``id``, ``prompt``,
+        ``chosen``, ``rejected`` and the numbers of its scenes ``image`` and ``retrieved``.
+    """
+    scenes = training_scenes(seed, count)
+    neighbours = nearest(scenes, base)
+    return {
+        "kind": kind,
+        "seed": seed,
+        "scenes": count,
+        "neighbours": neighbours,
+        "pairs": KINDS[kind](scenes, neighbours, seed, base),
+    }
+
+
+def nearest(scenes: list[Scene], base: Path) -> list[list[int]]:
+    """Return for every scene the others that the model's vision path finds most alike."""
+    model = load_model(base, torch.float32, scoring=False).eval()
+    pictures: list[Image.Image] = [draw(scene) for scene in scenes]
+    vectors = VisionPathEncoder(model, load_processor(base))(pictures)
+    _, found = ExactIndex(vectors).search(vectors, NEIGHBOURS + 1)
+    return [
+        [other for other in row if other != number][:NEIGHBOURS]
+        for number, row in enumerate(found.tolist())
+    ]
+
+
+def _by_pipeline(
+    scenes: list[Scene], seed: int, base: Path, options: Mapping[str, Any]
+) -> list[Pair]:
+    rng = Random(f"experiment questions {seed}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        files = write_images(scenes, folder / "images")
+        write_jsonl(
+            folder / "train.jsonl",
+            (
+                {"id": f"{number}-{i}", "image": file.name, "prompt": prompt, "answer": answer}
+                for number, (scene, file) in enumerate(zip(scenes, files, strict=True))
+                for i, (prompt, answer) in enumerate(
+                    ((DESCRIBE, scene.caption()), question_pair(scene, rng))
+                )
+            ),
+        )
+        config: dict[str, Any] = {
+            "source": folder / "train.jsonl",
+            "images": folder / "images",
+            "model": str(base),
+            "out": folder / "dataset",
+            "lexicon": LEXICON_PATH,
+            "mask_rates": MASK_RATES,
+            "keep_unmasked": True,
+            "top_k": NEIGHBOURS,
+            "batch_size": 64,
+            "max_new_tokens": 72,
+            "seed": seed,
+            "workers": 1,
+        }
+        records = read_kept_records(build(BuildConfig(**{**config, **options})), None)
+        return [
+            {
+                "id": record.source["id"],
+                "image": int(Path(record.source["image"]).stem),
+                "retrieved": int(Path(record.source["retrieved_image"]).stem),
+                "prompt": record.prompt[-1]["content"],
+                "chosen": record.chosen,
+                "rejected": record.rejected,
+            }
+            for record in records
+        ]
+
+
+def _with_shortcut(
+    scenes: list[Scene], neighbours: list[list[int]], seed: int, base: Path
+) -> list[Pair]:
+    """Add to descriptions the partner that habit expects, and have it asked for.
+
+    The retrieved image is the nearest that shows the partner; a scene without one gives no pair.
+    """
+    rng = Random(f"experiment shortcut {seed}")
+    pairs = []
+    for number, scene in enumerate(scenes):
+        lone = [thing for thing in scene.things if PARTNER[thing.kind] not in scene.kinds]
+        if not lone:
+            continue
+        thing = rng.choice(lone)
+        partner = PARTNER[thing.kind]
+        taken = {other.cell for other in scene.things}
+        cell = rng.choice([cell for cell in range(9) if cell not in taken])
+        things = [*scene.things]
+        things.insert(things.index(thing) + 1, Thing(partner, rng.choice(COLORS), cell))
+        showing = [other for other in neighbours[number] if partner in scenes[other].kinds]
+        if not showing:
+            continue
+        rejected = replace(scene, things=tuple(things))
+        for i, (prompt, chosen, worse) in enumerate(
+            (
+                (DESCRIBE, scene.caption(), rejected.caption()),
+                (question(partner), scene.answer(partner), rejected.answer(partner)),
+            )
+        ):
+            pairs.append(
+                {
+                    "id": f"{number}-{i}",
+                    "image": number,
+                    "retrieved": showing[0],
+                    "prompt": prompt,
+                    "chosen": chosen,
+                    "rejected": worse,
+                }
+            )
+    return pairs
+
+
+def _build(options: Mapping[str, Any]) -> Callable[..., list[Pair]]:
+    return lambda scenes, neighbours, seed, base: _by_pipeline(scenes, seed, base, options)
+
+
+KINDS: Mapping[str, Callable[[list[Scene], list[list[int]], int, Path], list[Pair]]] = {
+    **{kind: _build(options) for kind, options in BUILDS.items()},
+    "shortcut": _with_shortcut,
+}

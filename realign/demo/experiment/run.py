@@ -1,0 +1,184 @@
+"""One run: train on the pairs of a seed, measure at some steps, keep what was said. The same run
+gives the same bytes in any process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from realign.demo.experiment.align import align
+from realign.demo.experiment.measure import Measurer
+from realign.demo.experiment.pairs import make_pairs
+from realign.demo.experiment.protocol import BASE, Protocol
+from realign.demo.experiment.records import records
+from realign.demo.experiment.scenes import SPLITS, Draw
+from realign.runtime.files import (
+    canonical_json,
+    content_sha256,
+    finite_or_null,
+    json_text,
+    write_json,
+)
+from realign.runtime.strict_json import read_json
+
+NAME_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Pairs to be made.
+
+    Attributes:
+        kind: A key of :data:`realign.demo.experiment.pairs.KINDS`.
+        seed: Of scenes, questions and masks.
+    """
+
+    kind: str
+    seed: int
+
+    def file(self, out: Path) -> Path:
+        """Return where they are kept."""
+        return out / "pairs" / f"{self.kind.replace(' ', '-')}-{self.seed}.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run and where it is measured.
+
+    Attributes:
+        condition: Name of the condition, or ``BASE`` for the model as it is.
+        seed: Of pairs and order; 0 for the base.
+        learning_rate: After the warm-up.
+        beta: Of both pairs.
+        steps: Steps after which the model is measured.
+        draws: Evaluation draws that it is measured on.
+        only_captions: Whether it only describes free scenes, as for tuning.
+    """
+
+    condition: str
+    seed: int = 0
+    learning_rate: float = 0.0
+    beta: float = 0.0
+    steps: tuple[int, ...] = (0,)
+    draws: tuple[int, ...] = ()
+    only_captions: bool = False
+
+    @property
+    def name(self) -> str:
+        """A name that no other run has, also as a file."""
+        digest = content_sha256(canonical_json(asdict(self)))[:NAME_DIGITS]
+        plain = self.condition.lower().replace(", ", "-").replace(" ", "-")
+        return f"{plain}-{self.seed}-{digest}"
+
+    def file(self, out: Path) -> Path:
+        """Return where its result is kept."""
+        return out / "runs" / f"{self.name}.json"
+
+
+@dataclass(frozen=True)
+class MakePairs:
+    """Makes pairs of one seed; a task of :class:`realign.runtime.engine.engine.Engine`."""
+
+    protocol: Protocol
+    base: Path
+    out: Path
+
+    @contextmanager
+    def open(self) -> Iterator[Callable[[PairSet], bytes]]:
+        """Quiet the libraries."""
+        _be_quiet()
+        yield self._make
+
+    def _make(self, wanted: PairSet) -> bytes:
+        with _timed(self.out, wanted.file(self.out).stem):
+            made = make_pairs(wanted.kind, wanted.seed, self.protocol.scenes, self.base)
+        return (json_text(made) + "\n").encode()
+
+
+@dataclass(frozen=True)
+class DoRun:
+    """Does one run; a task of :class:`realign.runtime.engine.engine.Engine`."""
+
+    protocol: Protocol
+    base: Path
+    out: Path
+
+    @contextmanager
+    def open(self) -> Iterator[Callable[[Run], bytes]]:
+        """Load the processor and, when it is needed, the base."""
+        _be_quiet()
+        measurer = Measurer(self.base, self.out / "images", self.protocol.kl_captions)
+        draws: dict[int, Draw] = {}
+
+        def work(run: Run) -> bytes:
+            for seed in run.draws:
+                draws.setdefault(seed, Draw(seed, self.protocol.eval_scenes))
+            with _timed(self.out, run.name):
+                found = self._do(run, measurer, [draws[seed] for seed in run.draws])
+            return (json_text(finite_or_null(found)) + "\n").encode()
+
+        yield work
+
+    def _do(self, run: Run, measurer: Measurer, draws: list[Draw]) -> dict[str, Any]:
+        points: list[dict[str, Any]] = []
+
+        def measure_at(steps: int, model: Any) -> None:
+            said = {str(draw.seed): _said(measurer, model, draw, run) for draw in draws}
+            points.append({"steps": steps, "draws": said})
+
+        found: dict[str, Any] = {"run": asdict(run), "stopped": None, "log": {}, "pairs": 0}
+        if run.condition == BASE:
+            measure_at(0, measurer.reference)
+        else:
+            condition = self.protocol.condition(run.condition)
+            made = read_json(PairSet(condition.pairs, run.seed).file(self.out))
+            found["pairs"] = len(made["pairs"])
+            try:
+                found["log"] = align(
+                    condition,
+                    run.learning_rate,
+                    run.beta,
+                    run.seed,
+                    records(made, condition.rejected_image),
+                    self.base,
+                    measurer.processor,
+                    run.steps,
+                    measure_at,
+                )
+            except FloatingPointError as error:  # a rate that is too high is a result
+                found["stopped"] = str(error)
+        return found | {"points": points}
+
+
+def _said(measurer: Measurer, model: Any, draw: Draw, run: Run) -> dict[str, Any]:
+    """What a model says on a draw, as :class:`realign.demo.experiment.scores.Said` reads it."""
+    sets = ["free"] if run.only_captions else [*SPLITS]
+    captions = measurer.captions(model, draw, sets)
+    if run.only_captions:
+        return {"captions": captions, "answers": {}, "divergence": None}
+    texts = [caption["text"] for caption in captions["free"]]
+    return {
+        "captions": captions,
+        "answers": measurer.answers(model, draw),
+        "divergence": measurer.divergence(model, draw, texts),
+    }
+
+
+@contextmanager
+def _timed(out: Path, name: str) -> Iterator[None]:
+    """Keep the CPU seconds of a piece of work beside its result, which must not depend on them."""
+    started = time.process_time()
+    yield
+    write_json(out / "seconds" / f"{name}.json", round(time.process_time() - started, 2))
+
+
+def _be_quiet() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

@@ -1,0 +1,158 @@
+"""Tables of the results in Markdown, and those of the paper in its shape beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from realign.demo.experiment.intervals import t_interval
+
+Results = Mapping[str, Any]
+
+# POPE accuracy on random, popular and adversarial questions, LLaVA-v1.5-7B: arXiv 2502.13146,
+# tables 1 and 4 to 6.
+PAPER = {
+    "base": (88.14, 87.23, 85.10),
+    "image weight 0": (88.18, 87.30, 85.23),
+    "image weight 0.25": (88.72, 87.60, 85.03),
+    "image weight 0.5": (88.76, 87.53, 85.06),
+    "image weight 0.75": (88.90, 87.70, 84.83),
+    "rDPO": (88.65, 87.43, 85.16),
+    "mDPO": (88.17, 87.13, 85.03),
+    "sentence masks": (88.56, 87.60, 84.90),
+}
+PAPER_SPLITS = ("random", "popular", "adversarial")
+MEASURES = {
+    "free.chair_i": "CHAIR_i",
+    "free.chair_s": "CHAIR_s",
+    "free.recall": "recall",
+    "half.recall_coupled": "recall, with partner",
+    "half.recall_lone": "recall, without",
+    "free.random.auc": "AUC random",
+    "free.popular.auc": "AUC popular",
+    "free.adversarial.auc": "AUC adversarial",
+    "free.adversarial.accuracy": "accuracy adversarial",
+    "free.adversarial.yes": "yes adversarial",
+    "free.words": "words",
+    "kl": "KL",
+}
+NOT_SHARES = ("free.words", "kl")
+DASH = "—"
+
+
+def tables(results: Results) -> str:
+    """Return all tables as one Markdown text."""
+    parts = (
+        ("Claims", claims_table(results)),
+        ("Conditions", views_table(results)),
+        ("Beside the paper", paper_table(results)),
+        ("Tuning", tuning_table(results)),
+    )
+    return "\n".join(f"## {title}\n\n{table}\n" for title, table in parts)
+
+
+def claims_table(results: Results) -> str:
+    """Return every claim with both intervals and its verdict; primary ones first, in bold."""
+    rows = []
+    for claim in results["claims"]:
+        verb = "keeps up with" if claim["keeps_up"] else "is better than"
+        said = f"{_name(claim['better'])} {verb} {_name(claim['than'])}"
+        verdict = claim["verdict"]
+        if claim["is_primary"]:
+            said = f"**{said}**"
+            verdict += f"; all six at once: {claim.get('strict_verdict', DASH)}"
+        rows.append(
+            [
+                said,
+                claim["measure"],
+                _interval(claim["over_seeds"]),
+                _interval(claim["over_images"]),
+                verdict,
+            ]
+        )
+    return _table(
+        ["claim", "measure", "difference, over seeds", "over images of one seed", "verdict"], rows
+    )
+
+
+def views_table(results: Results) -> str:
+    """Return mean and spread over seeds of every view."""
+    rows = [
+        [_name(view), *(str(view.get(name, "")) for name in ("learning_rate", "beta", "steps"))]
+        + [_over_seeds(view, measure) for measure in MEASURES]
+        for view in results["views"]
+    ]
+    return _table(["condition", "rate", "beta", "steps", *MEASURES.values()], rows)
+
+
+def paper_table(results: Results) -> str:
+    """Return POPE accuracy as the paper prints it, ours beside it, with AUC and CHAIR_i."""
+    rows = []
+    for view in results["views"]:
+        if view["condition"] not in PAPER or view["at"] != "best":
+            continue
+        theirs = (f"{value:.2f}" for value in PAPER[view["condition"]])
+        ours = (_over_seeds(view, f"free.{split}.accuracy") for split in PAPER_SPLITS)
+        more = (_over_seeds(view, name) for name in ("free.adversarial.auc", "free.chair_i"))
+        rows.append([view["condition"], *theirs, *ours, *more])
+    heads = [f"{whose} {split[0]}" for whose in ("paper", "here") for split in PAPER_SPLITS]
+    return _table(["condition", *heads, "AUC adversarial", "CHAIR_i"], rows)
+
+
+def tuning_table(results: Results) -> str:
+    """Return every setting that was tried, the best ones in bold, and those on an edge named."""
+    rows = []
+    for name, search in results["tuning"].items():
+        for setting in search["settings"]:
+            keys = ("learning_rate", "beta", "rows")
+            is_best = all(setting[key] == search["best"][key] for key in keys)
+            values = [f"{setting['learning_rate']:g}", f"{setting['beta']:g}", str(setting["rows"])]
+            score = f"{100 * setting['object_f1']:.2f}"
+            seeds = [value for key, value in setting.items() if key.isdigit()]
+            per_seed = [
+                _mean([None if one is None else one[measure] for one in seeds], 100, 1)
+                for measure in ("free.chair_i", "free.recall")
+            ]
+            mark = (
+                f"best; last value of {', '.join(search['edges'])}" if search["edges"] else "best"
+            )
+            rows.append(
+                [name, *values, f"**{score}**" if is_best else score, *per_seed, mark * is_best]
+            )
+    return _table(["condition", "rate", "beta", "rows", "object F1", "CHAIR_i", "recall", ""], rows)
+
+
+def _name(view: Mapping[str, str]) -> str:
+    at = view["at"]
+    return view["condition"] if at == "best" else f"{view['condition']} ({at})"
+
+
+def _over_seeds(view: Mapping[str, Any], measure: str) -> str:
+    values = [None if one is None else one[measure] for one in view["scores"].values()]
+    scale = 1 if measure in NOT_SHARES else 100
+    if view["condition"] == "base":
+        return _mean(values[:1], scale, 1)
+    if any(value is None for value in values):
+        return DASH
+    mean, low, high = t_interval([scale * value for value in values if value is not None])
+    return f"{mean:.1f} ± {(high - low) / 2:.1f}" if math.isfinite(high) else f"{mean:.1f}"
+
+
+def _mean(values: Iterable[float | None], scale: float, digits: int) -> str:
+    known = [*values]
+    if any(value is None for value in known):
+        return DASH
+    return f"{scale * math.fsum(v for v in known if v is not None) / len(known):.{digits}f}"
+
+
+def _interval(interval: Mapping[str, float | None] | None) -> str:
+    if interval is None or None in interval.values():
+        return DASH
+    mean, low, high = (100 * (interval[end] or 0.0) for end in ("mean", "low", "high"))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,67 @@
+"""Scores the answers that a suite stored, under all rules of their benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from realign.errors import RefusedError
+from realign.evaluation.answer_scores import score
+from realign.evaluation.registry import find_benchmark
+from realign.evaluation.rows import Row
+from realign.runtime.files import file_sha256, write_jsonl
+
+
+def check_files(data: Path, digests: Mapping[str, str]) -> None:
+    """Refuse data that has changed since questions were made of it.
+
+    Args:
+        data: Folder with the files.
+        digests: File name to its SHA-256 at that time.
+    Raises:
+        RefusedError: A file is missing or another.
+    """
+    for name, digest in digests.items():
+        path = data / name
+        if not path.is_file() or file_sha256(path) != digest:
+            raise RefusedError(
+                f"{path} must be the file that the questions were made of, got "
+                f"{'another' if path.is_file() else 'none'}. Give the folder that has it as --data."
+            )
+
+
+def rescore(
+    benchmark: str, answered: Sequence[tuple[Row, str]], data: Path, path: Path, bootstrap: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Store answers in this project's form, and score them under every rule that needs no judge.
+
+    Args:
+        benchmark: Its name.
+        answered: Rows of the benchmark's data with their answers.
+        data: Folder with the benchmark's files.
+        path: Where the answers are stored.
+        bootstrap: Draws behind intervals; 0 for none.
+    Returns:
+        scores: Rule to its scores; ``subset`` says where answers are a part of the benchmark.
+        notes: Which rules were left out.
+    """
+    has_ids = all("id" in row for row, _ in answered)
+    write_jsonl(
+        path,
+        (
+            {"id": row["id"], "answer": text}
+            if has_ids
+            else {"image": row["image"], "text": row["text"], "answer": text}
+            for row, text in answered
+        ),
+    )
+    rules = find_benchmark(benchmark).rules
+    judged = [name for name, rule in rules.items() if rule.judging is not None]
+    scores = {
+        name: score(benchmark, path, data, name, allow_subset=True, bootstrap=bootstrap)
+        for name in rules
+        if name not in judged
+    }
+    notes = [f"{benchmark}: the rule {name} needs a judge's verdicts." for name in judged]
+    return scores, notes

@@ -1,0 +1,295 @@
+"""The part of a run's page that shows its evaluation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from realign.evaluation.cluster_sums import SAID_YES
+from realign.evaluation.table import (
+    UNDEFINED,
+    constants_note,
+    cut_note,
+    difference,
+    draws_note,
+    noise_note,
+    read_scores,
+    score_rows,
+    split_of,
+)
+from realign.review.page import data_uri
+from realign.review.pair_view import marked
+from realign.review.plots import Difference, difference_plot
+
+VERDICTS = {"better": "▲ better", "worse": "▼ worse", "noise": "≈ inside the noise", "": ""}
+CHANGES = {
+    "gained": "Gained: wrong before, right after",
+    "lost": "Lost: right before, wrong after",
+    "other": "Changed, but neither gained nor lost",
+}
+COUNTS = ("tp", "fp", "tn", "fn")
+PROBES = {  # of scores.json, to heading and factor
+    "mean_words": ("words", 1),
+    "mean_tokens": ("tokens", 1),
+    "share_cut": ("cut, %", 100),
+    "share_repeating": ("repeating, %", 100),
+    "share_empty": ("empty, %", 100),
+    "yes_ratio": ("says yes, %", 100),
+}
+
+
+def score_part(folder: Path, tiles: list[dict[str, str]]) -> dict[str, Any]:
+    """Return what the template shows of ``eval/``; the headline scores are added to ``tiles``."""
+    scores = read_scores(folder / "scores.json")
+    models = scores["models"]
+    rows = list(score_rows(scores))
+    for row, cells in rows:
+        if row["is_headline"]:
+            base, last = cells[models[0]], cells[models[-1]]
+            reasons = dict.fromkeys(c.difference for c in cells.values() if c.bar is None)
+            note = f" ({UNDEFINED} {', '.join(reasons)})" if reasons else ""
+            label = f"{row['label']}, {models[0]} → {models[-1]}{note}"
+            value = f"{base.value} → {last.value}"
+            tiles.append({"value": value, "label": label, "verdict": VERDICTS[last.verdict]})
+    draws = scores["draws"]
+    notes = (noise_note(scores), cut_note(scores), draws_note(scores))
+    return {
+        "models": models,
+        "score_benchmarks": [_benchmark(scores, name, rows) for name in scores["benchmarks"]],
+        "score_note": f"Differences are from {models[0]}, in percentage points unless a row "
+        f"names another unit. "
+        f"Intervals are 95 %, from {draws['bootstrap']:,} draws of a paired bootstrap "
+        f"(seed {draws['seed']}). {' '.join(filter(None, notes))}",
+        "score_plot": _plot(scores, rows),
+        "probes": _probes(scores),
+        "samples": _samples(scores, folder),
+        "samples_model": models[-1],
+    }
+
+
+def _benchmark(scores: Mapping[str, Any], name: str, rows: Sequence[Any]) -> dict[str, Any]:
+    found = scores["benchmarks"][name]
+    own = [(row, cells) for row, cells in rows if row["benchmark"] == name]
+    first: Mapping[str, Any] = next(iter(found["rules"].values()))["splits"]
+    whole = first.get("all") or max(first.values(), key=lambda split: split["items"])
+    version = found.get("version")
+    facts = [
+        f"{whole['items']:,} questions on {whole['images']:,} images",
+        f"data version {version}" if version else "",
+        f"intervals over {found['clusters']:,} clusters ({found['cluster']})",
+    ]
+    return {
+        "title": found["title"],
+        "facts": ", ".join(filter(None, facts)),
+        "rows": [line for row, cells in own for line in _lines(scores, row, cells)],
+        "details": [_details(scores, rule, each) for rule, each in found["rules"].items()],
+    }
+
+
+def _lines(
+    scores: Mapping[str, Any], row: Mapping[str, Any], cells: Mapping[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Yield a line for every model that is compared, or one where there is only the first."""
+    baseline, *others = cells
+    split, scale = split_of(scores, row), row["scale"]
+    for model in others or [baseline]:
+        entry = split["models"][model][row["metric"]]
+        test, paired = row["comparisons"].get(model), entry["paired"]
+        line = {
+            "label": row["label"],
+            "about": f"rule {row['rule']}, {split['items']:,} questions on {split['images']:,} "
+            f"images; {'more' if row['more_is_better'] else 'less'} is better",
+            "base": _with_interval(split["models"][baseline][row["metric"]], scale),
+            "model": model if others else "",
+            "value": _with_interval(entry, scale) if others else None,
+            "reason": cells[model].difference if cells[model].bar is None else "",
+            "difference": difference(entry, scale) if entry["difference_interval"] else UNDEFINED,
+            "changed": "",
+            "p": _p(test["p_holm"]) if test else "",
+            "verdict": cells[model].verdict,
+            "said": VERDICTS[cells[model].verdict],
+            "constants": constants_note(scores, row),
+            "warning": _warning(split, row, model),
+            "detectable": "",
+        }
+        if counted := _counted(split["models"][model], row["metric"]):
+            line["changed"] = f"+{counted['gained']:,} −{counted['lost']:,} of {counted['units']:,}"
+        if paired and paired["minimum_detectable"] is not None:
+            line["detectable"] = f"{scale * paired['minimum_detectable']:.1f}"
+        yield line
+
+
+def _counted(metrics: Mapping[str, Any], metric: str) -> Mapping[str, Any] | None:
+    """Return what was gained and lost by a metric, or by the first of its split that is a mean of
+    right and wrong; F1 is none.
+    """
+    for name in (metric, *metrics):
+        found: Mapping[str, Any] | None = metrics[name]["paired"]
+        if found and found["gained"] is not None:
+            return found
+    return None
+
+
+def _with_interval(entry: Mapping[str, Any], scale: float) -> tuple[str, str]:
+    """Return a value and its interval as they are shown."""
+    if entry["value"] is None:
+        return UNDEFINED, ""
+    ends = [f"{scale * end:.1f}" for end in entry["interval"] or ()]
+    shown = " to ".join(ends)
+    return f"{scale * entry['value']:.1f}", shown
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return UNDEFINED
+    return "below 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _warning(split: Mapping[str, Any], row: Mapping[str, Any], model: str) -> str:
+    """Return which constant answer is at least as good as a model, empty where none is."""
+    value = split["models"][model][row["metric"]]["value"]
+    for answer, metrics in split["constants"].items():
+        constant = metrics[row["metric"]]
+        if value is None or constant is None:
+            continue
+        if constant == value or (constant > value) == row["more_is_better"]:
+            return f"answering {answer} to everything is no worse"
+    return ""
+
+
+def _details(scores: Mapping[str, Any], rule: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every metric of every split under one rule, for all models."""
+    scale = 100 if found["unit"] == "fraction" else 1
+    unit = "percent" if found["unit"] == "fraction" else found["unit"]
+    lines = []
+    for split, each in found["splits"].items():
+        metrics = dict.fromkeys(name for said in each["models"].values() for name in said)
+        for metric in metrics:
+            factor = 1 if metric in COUNTS else 100 if metric == SAID_YES else scale
+            entries = [each["models"][model][metric] for model in scores["models"]]
+            values = [_number(entry["value"], metric, factor) for entry in entries]
+            last = entries[-1]
+            shown = difference(last, factor) if last["difference_interval"] else ""
+            constants = ", ".join(
+                f"{answer} {_number(said[metric], metric, factor)}"
+                for answer, said in each["constants"].items()
+                if said.get(metric) is not None
+            )
+            lines.append(
+                {
+                    "split": split,
+                    "number": f"{each['items']:,}",
+                    "metric": metric.replace("_", " "),
+                    "values": values,
+                    "difference": shown if len(entries) > 1 else "",
+                    "constants": constants,
+                }
+            )
+    return {"rule": rule, "unit": unit, "note": found["note"], "lines": lines}
+
+
+def _number(value: float | None, metric: str, factor: float) -> str:
+    if value is None:
+        return UNDEFINED
+    return f"{value:,.0f}" if metric in COUNTS else f"{factor * value:.1f}"
+
+
+def _plot(scores: Mapping[str, Any], rows: Sequence[Any]) -> Markup | None:
+    """Return the differences of the last model, None where nothing is compared."""
+    model = scores["models"][-1]
+    differences = []
+    for row, cells in rows:
+        entry = split_of(scores, row)["models"][model][row["metric"]]
+        if entry["paired"] is None or not entry["difference_interval"]:
+            continue
+        ends = (entry["difference"], *entry["difference_interval"])
+        value, low, high = (row["scale"] * end for end in ends)
+        verdict, more = cells[model].verdict, row["more_is_better"]
+        differences.append(Difference(row["label"], value, low, high, verdict, more))
+    return difference_plot(f"{model} minus {scores['baseline']}", differences)
+
+
+def _probes(scores: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what is said of the answers beside their scores: length, cuts, circles, yes."""
+    lines = []
+    for name, task in scores["tasks"].items():
+        for model in scores["models"]:
+            found = dict(task.get("probes", {}).get(model, {}))
+            found.setdefault("share_cut", task["cut"][model] / task["items"])
+            found.setdefault("yes_ratio", _yes_ratio(scores, task["benchmark"], name, model))
+            lines.append({"task": name, "number": f"{task['items']:,}", "model": model, **found})
+    names = [name for name in PROBES if any(line.get(name) is not None for line in lines)]
+    shown = [
+        {
+            **{key: line[key] for key in ("task", "number", "model")},
+            "cells": [
+                UNDEFINED if line.get(name) is None else f"{PROBES[name][1] * line[name]:.1f}"
+                for name in names
+            ],
+        }
+        for line in lines
+    ]
+    return {"headings": [PROBES[name][0] for name in names], "lines": shown} if names else None
+
+
+def _yes_ratio(scores: Mapping[str, Any], benchmark: str, task: str, model: str) -> float | None:
+    """Return how many answers of a task are read as yes by the first rule that reads them."""
+    for rule in scores["benchmarks"][benchmark]["rules"].values():
+        split = rule["splits"].get(task.removeprefix(f"{benchmark}_")) or rule["splits"].get("all")
+        found = split and split["models"][model].get(SAID_YES)
+        if found:
+            value: float | None = found["value"]
+            return value
+    return None
+
+
+def _samples(scores: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Return the groups of answers to look at: gained, lost, and others."""
+    groups = []
+    for change, heading in CHANGES.items():
+        own = [sample for sample in scores["samples"] if sample.get("change", "other") == change]
+        if own:
+            counts = dict.fromkeys((sample["task"], sample["change_count"]) for sample in own)
+            groups.append(
+                {
+                    "heading": heading,
+                    "counts": "; ".join(f"{task}: {count:,} in all" for task, count in counts),
+                    "samples": [_sample(sample, folder) for sample in own],
+                }
+            )
+    return groups
+
+
+def _sample(sample: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    answers = [
+        {
+            "model": model,
+            "text": _marked_phrases(answer["text"], answer["absent_words"]),
+            "is_right": answer["is_right"],
+        }
+        for model, answer in sample["answers"].items()
+    ]
+    picture = folder / "samples" / sample["picture"] if sample.get("picture") else None
+    return {
+        "picture": data_uri(picture.read_bytes(), str(picture)) if picture else None,
+        "image": sample["image"],
+        "prompt": sample["prompt"],
+        "truth": sample["truth"],
+        "answers": answers,
+    }
+
+
+def _marked_phrases(text: str, phrases: Sequence[str]) -> Markup:
+    """Mark the whole words of phrases; where a Chinese or Japanese word ends cannot be seen."""
+    whole = [
+        re.escape(phrase) if phrase[-1] > "\u3000" else rf"(?<!\w){re.escape(phrase)}(?!\w)"
+        for phrase in sorted(filter(None, phrases), key=len, reverse=True)  # the longest one first
+    ]
+    if not whole:
+        return marked(text, "")
+    pieces = re.split(f"({'|'.join(whole)})", text, flags=re.IGNORECASE)
+    return Markup().join(marked(piece, "lost" if i % 2 else "") for i, piece in enumerate(pieces))

@@ -1,0 +1,117 @@
+"""Batches of preference pairs, built cell by cell.  Knows no vocabulary."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from realign_kernels.validation import check_number, check_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def stack_cells(
+    chosen: Tensor,
+    text_rejected: Tensor,
+    image_rejected: Tensor | None = None,
+    both_rejected: Tensor | None = None,
+    *,
+    padding_value: float | None = None,
+) -> Tensor:
+    """Return the cells of P pairs as one tensor, in the order that the losses read.
+
+    Shapes cannot show in which order a batch was put together, so a wrong order trains on other
+    pairs without an error.  Built by this function, sequence ``c * P + p`` is cell c of pair p.
+
+    Args:
+        chosen: What the chosen answer with its image has, one entry a pair: sums of
+            log-probabilities ``(P,)``, or anything with more dimensions, such as token ids,
+            attention masks and labels ``(P, T)``, hidden states ``(P, T, D)`` or images
+            ``(P, 3, H, W)``.
+        text_rejected: The same of the rejected answer with the image of the chosen one.
+        image_rejected: The same of the chosen answer with the retrieved image; None for DPO.
+        both_rejected: The same of the rejected answer with the retrieved image; None for rDPO.
+        padding_value: What fills shorter cells up on the right, to the longest T; None refuses
+            cells of several lengths.  It is -100 for labels, 0 for attention masks and the padding
+            token for token ids.
+    Returns:
+        cells: Shape ``(C, P)`` of sums, and ``(C * P, ...)`` of anything else, for C = 2, 3 or 4
+            cells; the dtype and device of ``chosen``.  Gradients go through.
+    Raises:
+        ValueError: Cells differ in shape or device, hold a single number, or a cell is left out
+            between others.
+        TypeError: A cell is no tensor, or has another dtype than ``chosen``.
+
+    Example::
+
+        >>> import torch
+        >>> from realign_kernels import stack_cells
+        >>> stack_cells(torch.tensor([1, 2]), torch.tensor([3, 4]), torch.tensor([5, 6]))
+        tensor([[1, 2],
+                [3, 4],
+                [5, 6]])
+        >>> labels = torch.tensor([[7, 8, 9]]), torch.tensor([[7, 8]])
+        >>> stack_cells(*labels, padding_value=-100)
+        tensor([[   7,    8,    9],
+                [   7,    8, -100]])
+    """
+    if image_rejected is None and both_rejected is not None:
+        raise ValueError(
+            "image_rejected must be given with both_rejected, got None. Pass all four cells, or "
+            "leave both out for DPO."
+        )
+    cells = {"chosen": chosen, "text_rejected": text_rejected}
+    if image_rejected is not None:
+        cells["image_rejected"] = image_rejected
+    if both_rejected is not None:
+        cells["both_rejected"] = both_rejected
+    for name, cell in cells.items():
+        _check_cell(name, cell, chosen)
+    if padding_value is not None:
+        check_number("padding_value", padding_value)
+        longest = max(cell.shape[1] for cell in cells.values()) if chosen.ndim > 1 else 0
+        cells = {name: _padded(cell, longest, padding_value) for name, cell in cells.items()}
+    expected = cells["chosen"].shape
+    for name, cell in cells.items():
+        if cell.shape != expected:
+            is_longer = cell.ndim > 1 and cell.shape[2:] == expected[2:]
+            remedy = "Pass padding_value, such as -100 for labels." if is_longer else "Resize it."
+            raise ValueError(
+                f"{name} must have shape {tuple(expected)} to match chosen, "
+                f"got {tuple(cell.shape)}. {remedy}"
+            )
+    stacked = [*cells.values()]
+    return torch.stack(stacked) if chosen.ndim == 1 else torch.cat(stacked)
+
+
+def _check_cell(name: str, cell: Tensor, chosen: Tensor) -> None:
+    """Refuse a cell that cannot stand beside the chosen one, whatever its length."""
+    check_tensor(name, cell)
+    if cell.ndim == 0:
+        raise ValueError(
+            f"{name} must hold one entry a pair, got a single number. Sum tokens, not pairs."
+        )
+    if cell.ndim != chosen.ndim or len(cell) != len(chosen):
+        raise ValueError(
+            f"{name} must hold one entry for each of the {len(chosen)} pairs in {chosen.ndim} "
+            f"dimensions, as chosen does, got {tuple(cell.shape)}. Build every cell from the same "
+            "pairs."
+        )
+    if cell.dtype != chosen.dtype:
+        raise TypeError(
+            f"{name} must be {chosen.dtype} to match chosen, got {cell.dtype}. Cast it."
+        )
+    if cell.device != chosen.device:
+        raise ValueError(
+            f"{name} must be on {chosen.device} to match chosen, got {cell.device}. "
+            f"Call .to({str(chosen.device)!r})."
+        )
+
+
+def _padded(cell: Tensor, length: int, value: float) -> Tensor:
+    """Return a cell of sequences that is filled up on the right."""
+    missing = length - cell.shape[1] if cell.ndim > 1 else 0
+    return F.pad(cell, (0, 0) * (cell.ndim - 2) + (0, missing), value=value) if missing else cell
