@@ -98,14 +98,15 @@ class EvalScores:
         """Return what is to be known about the numbers."""
         draws = self.scores["draws"]["bootstrap"]
         clusters = dict.fromkeys(found["cluster"] for found in self.scores["benchmarks"].values())
-        limits = ", ".join(
-            f"{limit:,} ({name})" for name, limit in self.claim["max_new_tokens"].items()
+        asked = ", ".join(
+            f"{name} with the prompt {prompt} and at most {self.claim['max_new_tokens'][name]:,} "
+            "tokens an answer"
+            for name, prompt in self.claim["prompts"].items()
         )
         about = (
-            f"Measured with `realign eval`: greedy decoding in {self.claim['dtype']}, longest "
-            f"answers in tokens: {limits}. Percent unless the label "
-            "names a unit; in brackets 95 % intervals, percentiles of a paired bootstrap by "
-            f"{' and '.join(clusters)} with {draws:,} draws."
+            f"Measured with `realign eval`: greedy decoding in {self.claim['dtype']}, {asked}. "
+            "Percent unless the label names a unit; in brackets 95 % intervals, percentiles of a "
+            f"paired bootstrap by {' and '.join(clusters)} with {draws:,} draws."
         )
         return [about, *filter(None, (cut_note(self.scores), draws_note(self.scores)))]
 

@@ -70,7 +70,7 @@ def test_the_scores_are_those_of_the_evaluation(run: Path) -> None:
     assert {result.metric_args["rule"] for result in results} == {"official", "object-list"}
     assert all("difference_interval_95" in result.metric_args for result in results)
     assert "with 50 draws" in text
-    assert "at most 128 tokens an answer" in text
+    assert "pope with the prompt official and at most 128 tokens" in " ".join(text.split())
 
 
 def test_scores_of_other_weights_are_not_taken(run: Path, finished: Path) -> None:
