@@ -69,7 +69,8 @@ def report(
     run: Annotated[
         Path,
         typer.Argument(
-            help="Folder of a run (with dataset/, metrics.jsonl or eval/), or a dataset."
+            help="Folder of a run (with dataset/, metrics.jsonl or eval/), of an evaluation, or a "
+            "dataset."
         ),
     ],
     out: Annotated[

@@ -262,12 +262,15 @@ class Benchmark:
         """Read the rows of every task whose files a folder holds.
 
         Args:
-            data: The folder.
+            data: The folder, or one that holds the folder with the benchmark's name.
             named: Returns the keys of the questions that answers name.
         Raises:
             MissingData: The folder has none.
             RefusedError: A file has another form.
         """
+        nested = data / self.name
+        if not any(one.first_in(data) for one in self.layouts) and nested.is_dir():
+            data = nested
         layout, tasks = self.find_layout(data), {}
         for name, files in layout.files.items():
             if layout.holds(data / files[0]):

@@ -163,7 +163,10 @@ class _Run:
         """
         config = self.config
         folder = config.out / "answers"
-        answers = {name: read_stored_answers(folder / f"{name}.jsonl") for name in self.models}
+        wanted = {(item.benchmark, item.id) for item in self.items}
+        answers = {
+            name: read_stored_answers(folder / f"{name}.jsonl", wanted) for name in self.models
+        }
         scores = score(self.tasks, answers, resamples=config.bootstrap, seed=config.seed)
         for name in dict.fromkeys(task.benchmark.name for task in self.tasks.values()):
             if name not in scores["benchmarks"]:

@@ -7,10 +7,11 @@ says how they came about.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from realign.errors import RefusedError
 from realign.generation.generator import Answer
 from realign.runtime.files import (
     canonical_json,
@@ -89,14 +90,30 @@ def _line(item: Item, answer: Answer) -> Line:
     }
 
 
-def read_stored_answers(path: Path) -> dict[tuple[str, str], Answer]:
-    """Return the stored answers by benchmark and id."""
-    return {
+def read_stored_answers(
+    path: Path, wanted: Collection[tuple[str, str]]
+) -> dict[tuple[str, str], Answer]:
+    """Return the stored answers by benchmark and id.
+
+    Args:
+        path: A file that :func:`write_answers` wrote.
+        wanted: Benchmark and id of every item that was asked.
+    Raises:
+        RefusedError: The file lacks one, or holds another.
+    """
+    answers = {
         (line["benchmark"], line["id"]): Answer(
             line["answer"], line["is_cut"], num_tokens=line["tokens"]
         )
         for line in read_jsonl(path)
     }
+    if different := {*wanted}.symmetric_difference(answers):
+        raise RefusedError(
+            f"{path} must hold the answers to the {len(wanted):,} questions of this run, got "
+            f"{len(answers):,}, first different {' '.join(min(different))}. Remove the file to "
+            "have all asked again."
+        )
+    return answers
 
 
 def make_batches(items: Iterable[Item], batch_size: int) -> list[Sequence[Question]]:

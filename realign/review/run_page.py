@@ -25,7 +25,7 @@ def holds_run(folder: Path) -> bool:
     """Return whether there is anything of a run to show."""
     return any(
         (folder / name).is_file()
-        for name in ("dataset/dataset.parquet", "eval/scores.json", "metrics.jsonl")
+        for name in ("dataset/dataset.parquet", "eval/scores.json", "scores.json", "metrics.jsonl")
     )
 
 
@@ -33,15 +33,15 @@ def run_page(run: Path, out: Path) -> Path:
     """Write the page and return its path.
 
     Args:
-        run: Folder with any of ``dataset/``, ``metrics.jsonl``, ``eval/``.
+        run: Folder with any of ``dataset/``, ``metrics.jsonl``, ``eval/``; or of an evaluation.
         out: The page.
     Raises:
         RefusedError: The folder holds none of them.
     """
     if not holds_run(run):
         raise RefusedError(
-            f"run {run} must hold dataset/, metrics.jsonl or eval/, holds none of them, and is no "
-            "dataset. Give the folder of a run, a build folder or a dataset file."
+            f"run {run} must hold dataset/, metrics.jsonl, eval/ or scores.json, holds none of "
+            "them, and is no dataset. Give the folder of a run, a build folder or a dataset file."
         )
     page: dict[str, Any] = {"title": run.resolve().name, "tiles": [], "models": []}
     page |= dict.fromkeys(
@@ -52,9 +52,10 @@ def run_page(run: Path, out: Path) -> Path:
     if (run / "dataset" / "dataset.parquet").is_file():
         found.append("dataset")
         page |= _dataset_part(run / "dataset", page["tiles"])
-    if (run / "eval" / "scores.json").is_file():
+    evaluation = run if (run / "scores.json").is_file() else run / "eval"
+    if (evaluation / "scores.json").is_file():
         found.append("evaluation")
-        page |= score_part(run / "eval", page["tiles"])
+        page |= score_part(evaluation, page["tiles"])
     if (run / "metrics.jsonl").is_file():
         found.append("training")
         page["curves"] = _curves(read_jsonl(run / "metrics.jsonl"))

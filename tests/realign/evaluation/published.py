@@ -81,6 +81,22 @@ def _amber() -> tuple[Files, list[str]]:
     return files, [f"amber/AMBER_{number}.jpg" for number in (1, 2, 3)]
 
 
+def _amber_generative() -> tuple[Files, list[str]]:
+    query = [
+        {"id": number, "image": f"AMBER_{number}.jpg", "query": "Describe this image."}
+        for number in (1, 2)
+    ]
+    annotations = [
+        {"id": number, "type": "generative", "truth": ["ball", "cup"], "hallu": ["star"]}
+        for number in (1, 2)
+    ]
+    files = {
+        "query/query_generative.json": query, "annotations.json": annotations,
+        "relation.json": {"ball": [], "cup": ["mug"], "star": []}, "safe_words.txt": "line\n",
+    }  # fmt: skip
+    return files, [f"amber/AMBER_{number}.jpg" for number in (1, 2)]
+
+
 def _chair() -> tuple[Files, list[str]]:
     rows = [
         {"image": f"{n}.png", "text": "Describe the image.", "objects": ["ball"]} for n in (1, 2)
@@ -170,6 +186,7 @@ PUBLISHED: Mapping[str, Callable[[], tuple[Files, list[str]]]] = {
     "pope": _pope,
     "hallusionbench": _hallusionbench,
     "amber-discriminative": _amber,
+    "amber-generative": _amber_generative,
     "chair": _chair,
     "mme": _mme,
     "mmbench": _mmbench,

@@ -28,6 +28,10 @@ PROMPTS = {
         "lmms-eval": (f"Is there a ball in the image?{SHORT}", 128),
         "vlmevalkit": ("Is there a ball in the image?", 128),
     },
+    "amber-generative": {
+        "official": ("Describe this image.", 512),
+        "lmms-eval": ("Describe this image", 2048),
+    },
     "hallusionbench": {
         "official": ("Is the ball left of the cup?", 1024),
         "lmms-eval": ("Is the ball left of the cup?", 128),
@@ -84,6 +88,7 @@ ITEMS: dict[str, tuple[int | None, set[str], str, str]] = {
     "pope": (1, {"popular"}, "popular-1", "popular-4"),
     "hallusionbench": (None, {"VS"}, "VS_map_0_0_0", "VS_map_0_2_1"),
     "amber-discriminative": (0, {"state", "existence", "relation"}, "1", "3"),
+    "amber-generative": (0, {"all"}, "1", "2"),
     "chair": (0, {"all"}, "1.png: Describe the image.", "2.png: Describe the image."),
     "mme": (0, {"existence", "count"}, "existence/0001/Is there a ball?",
             "count/0002/Is there only one cup?"),

@@ -10,7 +10,7 @@ import pytest
 
 from realign.errors import RefusedError
 from realign.evaluation import score
-from realign.evaluation.stored_answers import Item, Question, make_batches
+from realign.evaluation.stored_answers import Item, Question, make_batches, read_stored_answers
 from tests.realign.evaluation.published import write_published
 
 
@@ -65,6 +65,28 @@ def test_answers_that_earlier_versions_stored_are_read(data: Path) -> None:
         for row in rows
     ]
     assert score("pope", write(data / "old.jsonl", old), data)["splits"]["all"]["accuracy"] == 0.5
+
+
+@pytest.mark.parametrize("change", ["a line is lost", "another id", "empty"])
+def test_a_file_that_was_changed_is_refused_before_it_is_scored(tmp_path: Path, change) -> None:
+    stored = [{"benchmark": "pope", "id": str(n), "answer": "No", "is_cut": False, "tokens": 1}
+              for n in range(3)]  # fmt: skip
+    wanted = {("pope", str(n)) for n in range(3)}
+    assert len(read_stored_answers(write(tmp_path / "a.jsonl", stored), wanted)) == 3
+    changed = {"a line is lost": stored[:2], "another id": [*stored[:2], {**stored[2], "id": "9"}]}
+    path = write(tmp_path / "a.jsonl", changed.get(change, []))
+    with pytest.raises(
+        RefusedError,
+        match=r"a\.jsonl must hold the answers to the 3 questions of this run, got \d, first "
+        r"different pope \d\. Remove the file",
+    ):
+        read_stored_answers(path, wanted)
+
+
+def test_data_may_lie_in_a_folder_with_the_name_of_its_benchmark(tmp_path: Path) -> None:
+    write_published("pope", tmp_path / "pope", tmp_path)
+    path = write(tmp_path / "base.jsonl", lines())
+    assert score("pope", path, tmp_path) == score("pope", path, tmp_path / "pope")
 
 
 def item(number: int, prompt: str, image: str | None, limit: int = 8) -> Item:

@@ -125,5 +125,7 @@ def test_equal_runs_give_equal_pages(run: Path) -> None:
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match=r"must hold dataset/, metrics\.jsonl or eval/"):
+    with pytest.raises(
+        RefusedError, match=r"must hold dataset/, metrics\.jsonl, eval/ or scores\.json"
+    ):
         write_report(tmp_path, tmp_path / "report.html")

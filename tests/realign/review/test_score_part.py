@@ -117,8 +117,18 @@ def scores() -> dict[str, Any]:
                 "images": 40,
                 "cut": {"base": 3, "aligned": 0},
                 "probes": {
-                    "base": {"mean_words": 7.25, "share_repeating": 0.25, "yes_ratio": 0.81},
-                    "aligned": {"mean_words": 3.5, "share_repeating": 0.0, "yes_ratio": 0.52},
+                    "base": {
+                        "mean_words": 7.25,
+                        "share_cut": 0.03,
+                        "share_repeating": 0.25,
+                        "yes_ratio": 0.81,
+                    },
+                    "aligned": {
+                        "mean_words": 3.5,
+                        "share_cut": 0.0,
+                        "share_repeating": 0.0,
+                        "yes_ratio": 0.52,
+                    },
                 },
             }
         },
@@ -195,8 +205,15 @@ def test_length_cuts_circles_and_yes_stand_beside_the_scores(
     assert "questions number model words cut, % repeating, % says yes, %" in shown
     assert "pope_random 100 base 7.2 3.0 25.0 81.0" in shown
     assert "pope_random 100 aligned 3.5 0.0 0.0 52.0" in shown
-    del scores["tasks"]["pope_random"]["probes"]  # of a comparison of stored answers
-    assert "pope_random 100 base 3.0 81.0" in lines(page_of(scores, tmp_path))
+
+
+def test_answers_that_a_judge_has_yet_to_read_have_their_probes_alone(
+    scores: dict[str, Any], tmp_path: Path
+) -> None:
+    probes = {model: {"mean_words": 9.0} for model in scores["models"]}
+    scores["tasks"]["mmhal"] = {**scores["tasks"]["pope_random"], "benchmark": "mmhal"}
+    scores["tasks"]["mmhal"]["probes"] = probes
+    assert "mmhal 100 base 9.0 — — —" in lines(page_of(scores, tmp_path))
 
 
 def test_answers_gained_and_lost_are_shown_with_who_is_right(
