@@ -304,6 +304,34 @@ def test_amber_refuses_what_fits_no_part(tmp_path: Path, both: Path) -> None:
     assert "rule must be one of official, vlmevalkit" in refused(words)
 
 
+def stored(path: Path, **by_benchmark: dict[int, str]) -> Path:
+    """Write answers by benchmark and id, as `realign eval` stores them."""
+    lines = [
+        {"benchmark": name.replace("_", "-"), "id": str(number), "answer": text}
+        for name, answers in by_benchmark.items()
+        for number, text in answers.items()
+    ]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def test_answers_to_other_benchmarks_are_of_no_part(tmp_path: Path, both: Path) -> None:
+    captions = {number: case[0] for number, case in CASES.items()}
+    alone = score("amber-generative", write(tmp_path / "g.json", [*CASES]), both, "exact-words")
+    mixed = stored(tmp_path / "m.jsonl", amber_generative=captions, vizwiz={1005: "cup"})
+    assert score("amber", mixed, both, "exact-words") == alone
+
+
+def test_stored_answers_to_the_parts_may_lie_apart(tmp_path: Path, both: Path) -> None:
+    captions = {number: case[0] for number, case in CASES.items()}
+    paths = [
+        stored(tmp_path / "g.jsonl", amber_generative=captions),
+        stored(tmp_path / "d.jsonl", amber_discriminative={1005: "No", 1006: "No"}),
+    ]
+    parts = score("amber", paths, both, "exact-words")["parts"]
+    assert [found["items"] for found in parts.values()] == [len(captions), 2]
+
+
 def test_a_run_is_scored_by_the_rule_that_needs_no_packages(data: Path) -> None:
     tasks = AMBER_GENERATIVE.read_tasks(data)
     (task,) = tasks.values()

@@ -303,3 +303,13 @@ def test_on_the_command_line(tmp_path: Path, data: Path) -> None:
     unknown = CliRunner().invoke(app, [*arguments, "--rule", "mine"])
     assert unknown.exit_code == 2
     assert "object-list" in unknown.output.replace("\n", " ")
+
+
+def test_answers_to_other_benchmarks_name_no_images(tmp_path: Path, data: Path) -> None:
+    stored = [
+        {"benchmark": "chair", "id": str(IDS[0]), "answer": CASES[0][0]},
+        {"benchmark": "vizwiz", "id": str(IDS[1]), "answer": "unanswerable"},
+    ]
+    path = tmp_path / "stored.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in stored))
+    assert score("chair", path, data)["items"] == 1
