@@ -15,7 +15,7 @@ from realign.evaluation.cluster_sums import COUNTS, SAID_YES, Run
 from realign.evaluation.comparison import comparison_of, with_splits
 from realign.evaluation.gradings import counted, read_gradings
 from realign.evaluation.measured import Measured, Place
-from realign.evaluation.registry import find_rule
+from realign.evaluation.registry import find_rule, read_rule_tasks
 from realign.evaluation.statistics import Draws
 
 Files = Path | str | Sequence[Path | str] | Mapping[str, Path | str | Sequence[Path | str]]
@@ -133,7 +133,8 @@ def _measure(
     allow_subset: bool,
 ) -> Measured:
     all_paths = [path for by_run in runs.values() for paths in by_run.values() for path in paths]
-    found_tasks = benchmark.read_tasks(data, partial(named_questions, benchmark, all_paths))
+    named = partial(named_questions, benchmark, all_paths)
+    found_tasks = read_rule_tasks(benchmark, name, data, named)
     tasks = {task: found.rows for task, found in found_tasks.items()}
     said: dict[Run, list[dict[int, str]]] = {}  # of each grading, by id() of a row
     for model, by_run in runs.items():

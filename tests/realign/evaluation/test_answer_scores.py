@@ -200,7 +200,8 @@ def test_what_does_not_fit_the_data_is_refused_with_counts(tmp_path: Path, monke
 
 def test_names_and_folders_that_do_not_exist(pope: tuple[Path, Path], tmp_path: Path) -> None:
     data, answers = pope
-    with pytest.raises(RefusedError, match="benchmark must be one of pope, hallusionbench"):
+    names = "benchmark must be one of pope, hallusionbench, .*, amber, got 'popes'"
+    with pytest.raises(RefusedError, match=names):
         score("popes", answers, data)
     with pytest.raises(RefusedError, match="rule must be one of official, lmms-eval, vlmevalkit"):
         score("pope", answers, data, "mine")
@@ -233,6 +234,8 @@ def test_draws_below_0_are_refused(pope: tuple[Path, Path]) -> None:
     data, answers = pope
     with pytest.raises(RefusedError, match="bootstrap must be at least 0, got -1"):
         score("pope", answers, data, bootstrap=-1)
+    with pytest.raises(RefusedError, match="seed must be at least 0, got -1"):
+        score("pope", answers, data, bootstrap=10, seed=-1)
 
 
 def case_a() -> list[dict[str, Any]]:

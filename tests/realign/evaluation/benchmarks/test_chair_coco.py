@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from realign.cli import app
 from realign.errors import RefusedError
-from realign.evaluation import score
+from realign.evaluation import compare, score
 from realign.evaluation.benchmarks.chair_coco import (
     mentions,
     noun_words,
@@ -303,6 +303,22 @@ def test_on_the_command_line(tmp_path: Path, data: Path) -> None:
     unknown = CliRunner().invoke(app, [*arguments, "--rule", "mine"])
     assert unknown.exit_code == 2
     assert "object-list" in unknown.output.replace("\n", " ")
+
+
+def test_the_rule_that_reads_what_a_folder_holds_is_named(tmp_path: Path, data: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    row = {"image": "a.jpg", "text": "Describe the image.", "objects": ["dog"]}
+    (own / "chair.jsonl").write_text(json.dumps(row))
+    path = write(tmp_path / "a.json", [{**row, "answer": "A dog."}])
+    rule = r"has chair\.jsonl\. Pass --rule object-list, which reads that"
+    with pytest.raises(RefusedError, match=rule):
+        score("chair", path, own)
+    with pytest.raises(RefusedError, match=rule):
+        compare("chair", {"base": path}, own)
+    others = r"has instances_val2014\.json\. Pass --rule official or lmms-eval or lmms-eval-nouns"
+    with pytest.raises(RefusedError, match=others):
+        score("chair", path, data, "object-list")
 
 
 def test_answers_to_other_benchmarks_name_no_images(tmp_path: Path, data: Path) -> None:
