@@ -206,6 +206,18 @@ def _table(
         # a mean over splits stands for all of them
         return is_metric and (place.split in splits if splits else not _is_pooled(measured, place))
 
+    if not (shown := [place for place in places if is_shown(place)]):
+        names = ", ".join(metrics or benchmark.headline)
+        inside = ", ".join(splits)
+        there = "; ".join(
+            f"{split}: {', '.join(place.metric for place in places if place.split == split)}"
+            for split in dict.fromkeys(place.split for place in places)
+            if not splits or split in splits
+        )
+        raise RefusedError(
+            f"metric must be one that the split has ({there}), got {names} in "
+            f"{inside or 'all that are compared'}. Name another --metric or --split."
+        )
     scale = 100 if measured.rules[rule].unit == "fraction" else 1
     return [
         TableRow(
@@ -217,8 +229,7 @@ def _table(
             scale=scale,
             split=place.split,
         )
-        for place in places
-        if is_shown(place)
+        for place in shown
     ]
 
 

@@ -42,8 +42,8 @@ BENCHMARKS: tuple[Benchmark, ...] = (
 
 
 PARTS = {"amber": (AMBER_GENERATIVE, AMBER_DISCRIMINATIVE)}
-"""Names that stand for several benchmarks, whose answers may lie in one file. ``realign eval score``
-alone takes them.
+"""Names that stand for several benchmarks, whose answers may lie in one file. Only ``realign eval
+score`` takes them.
 """
 
 

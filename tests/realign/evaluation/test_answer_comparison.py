@@ -88,6 +88,9 @@ def test_metrics_and_splits_can_be_chosen(data: Path) -> None:
         compare("pope", files, data, metrics=["auc"])
     with pytest.raises(RefusedError, match=r"split must be one of all, random, .* got 'easy'"):
         compare("pope", files, data, splits=["easy"])
+    nothing = r"\(mean: accuracy, .*f1.*\), got tp, fp in mean\. Name another"
+    with pytest.raises(RefusedError, match=nothing):
+        compare("pope", files, data, metrics=["tp", "fp"], splits=["mean"], bootstrap=5)
 
 
 def test_runs_are_lists_or_named(data: Path) -> None:
@@ -167,6 +170,13 @@ def test_the_command_prints_a_table_or_json(data: Path) -> None:
     printed = run(data, *files[:2], again, "--split", "mean")
     assert "run 1" in printed
     assert "2 are few" in printed
+    alone = run(data, files[0], "--split", "random")
+    assert "\nValues are fractions. " in alone
+    assert "\nIntervals: 95 % percentiles" in alone
+    assert not any(line.startswith(" ") for line in alone.splitlines() if line.endswith("."))
+    for text in ("Detectable", "Differences are from", "Inside the noise"):
+        assert text not in alone
+    assert "except for counts" in run(data, files[0], "--metric", "tp")
 
 
 def test_the_command_refuses_in_one_line(data: Path) -> None:
@@ -186,6 +196,22 @@ def test_a_comparison_imports_no_torch(data: Path) -> None:
     options = ["--benchmark", "pope", "--data", str(data), "--bootstrap", "3"]
     files = ["--answers", f"a={path}", "--answers", f"b={path}"]
     subprocess.run([sys.executable, "-c", code, "eval", "compare", *options, *files], check=True)
+
+
+@pytest.mark.parametrize(
+    ("rule", "word"), [("exact", "set"), ("vlmevalkit", "merged set"), ("official", "set")]
+)
+def test_what_is_drawn_is_named_in_words(tmp_path: Path, rule: str, word: str) -> None:
+    keys = ("category", "subcategory", "set_id", "figure_id", "question_id", "visual_input")
+    row = dict(zip(keys, ("VD", "math", "0", "0", "0", "1"), strict=True))
+    row |= {"question": "Is it?", "gt_answer": "1", "filename": "a.png"}
+    (tmp_path / "HallusionBench.json").write_text(json.dumps([row]))
+    answers = tmp_path / "a.json"
+    answers.write_text(
+        json.dumps([{"id": "VD_math_0_0_0", "answer": "", "judge_reply": "correct"}])
+    )
+    found = compare("hallusionbench", {"base": answers}, tmp_path, rule, bootstrap=2)
+    assert found["benchmarks"]["hallusionbench"]["cluster"] == word
 
 
 def graded(folder: Path, name: str, gradings: list[list[float]]) -> Path:

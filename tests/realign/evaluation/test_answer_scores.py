@@ -528,6 +528,7 @@ def test_the_command_prints_a_table_or_json_and_loads_no_torch(pope: tuple[Path,
     title = "pope, rule official, data version unknown: 16 answers on 3 images"
     assert title in " ".join(printed.output.split())
     assert all(line in printed.output for line in ("0.4375", "all yes", "95 %", "—"))
+    assert "\nValues are fractions, except for counts. " in printed.output
     code = (
         "import sys; from realign.cli import main\n"
         f"sys.argv = ['realign', *{given!r}, '--json']\n"

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from realign.cli import app
 from realign.errors import RefusedError
 from realign.evaluation import compare, score
+from realign.evaluation.answer_table import answer_table
 from realign.evaluation.benchmarks.chair_coco import (
     mentions,
     noun_words,
@@ -316,6 +319,11 @@ def test_the_rule_that_reads_what_a_folder_holds_is_named(tmp_path: Path, data: 
         score("chair", path, own)
     with pytest.raises(RefusedError, match=rule):
         compare("chair", {"base": path}, own)
+    (own / "chair_objects.json").write_text(json.dumps({"dog": ["dog"]}))
+    found = score("chair", path, own, "object-list")
+    console = Console(file=StringIO(), width=80)
+    console.print(answer_table(found))
+    assert console.file.getvalue().rstrip(" \n").split("\n")[-1].rstrip() == "Values are fractions."
     others = r"has instances_val2014\.json\. Pass --rule official or lmms-eval or lmms-eval-nouns"
     with pytest.raises(RefusedError, match=others):
         score("chair", path, data, "object-list")
