@@ -225,13 +225,77 @@ def graded(folder: Path, name: str, gradings: list[list[float]]) -> Path:
     return path
 
 
-def test_gradings_of_a_judge_are_averaged_and_their_spread_is_shown(tmp_path: Path) -> None:
+def write_mm_vet(folder: Path) -> None:
+    """Write two questions of MM-Vet."""
     questions = {
         f"v1_{i}": {"imagename": f"{i}.jpg", "question": f"{i}?", "answer": "y"}
         | {"imagesource": "z", "capability": ["rec"]}
         for i in range(2)
     }
-    (tmp_path / "mm-vet.json").write_text(json.dumps(questions))
+    (folder / "mm-vet.json").write_text(json.dumps(questions))
+
+
+def test_gradings_of_a_judge_are_no_training_runs(tmp_path: Path) -> None:
+    write_mm_vet(tmp_path)
+    first = graded(tmp_path, "first", [[0.2, 0.6]])
+    second = graded(tmp_path, "second", [[0.4, 0.6]])
+    message = r"same ones for the runs 1 and 2, .* the same name and run, as base@1=FILE"
+    with pytest.raises(RefusedError, match=message):
+        compare("mm-vet", {"base": [first, second]}, tmp_path, bootstrap=5)
+    together = compare("mm-vet", {"base": {"1": [first, second]}}, tmp_path, bootstrap=5)
+    entry = together["benchmarks"]["mm-vet"]["rules"]["official"]["splits"]["all"]["models"]
+    assert entry["base"]["score"]["gradings"]["values"] == pytest.approx([40, 50])
+    assert (entry["base"]["score"]["runs"], together["benchmarks"]["mm-vet"]["cluster"]) == (
+        None,
+        "question",
+    )
+    other = tmp_path / "other.jsonl"
+    other.write_text(second.read_text().replace('"x"', '"z"', 1))
+    runs = compare("mm-vet", {"base": [first, other]}, tmp_path, bootstrap=5)
+    entry = runs["benchmarks"]["mm-vet"]["rules"]["official"]["splits"]["all"]["models"]["base"]
+    assert [*entry["score"]["runs"]] == ["1", "2"]
+
+
+def test_grades_without_answers_may_be_of_training_runs(tmp_path: Path) -> None:
+    write_mm_vet(tmp_path)
+    for name, grade in (("a", 0.5), ("b", 0.7)):
+        found = {"model": ["gpt-4"], "content": [str(grade)], "score": [grade]}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"v1_0": found, "v1_1": found}))
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    found = compare("mm-vet", {"base": files}, tmp_path, bootstrap=5)
+    models = found["benchmarks"]["mm-vet"]["rules"]["official"]["splits"]["all"]["models"]
+    assert models["base"]["score"]["value"] == pytest.approx(60)
+
+
+def test_a_file_is_of_one_training_run(data: Path) -> None:
+    first, second = answer(data, "a", {1}), answer(data, "b", {2})
+    with pytest.raises(RefusedError, match=r"a\.jsonl for the runs 1 and 3\. Name it once"):
+        compare("pope", {"base": [first, second, first]}, data, bootstrap=5)
+
+
+def test_answers_that_no_judge_reads_compare_with_graded_ones(tmp_path: Path) -> None:
+    (tmp_path / "MMBench_DEV_EN.tsv").write_text(
+        "index\tquestion\tA\tB\tanswer\n1\tIs it?\tIt is.\tnot\tA\n2\tWas it?\tIt was.\tnot\tB\n"
+    )
+    plain, judged = tmp_path / "plain.jsonl", tmp_path / "judged.jsonl"
+    plain.write_text('{"id": 1, "answer": "A"}\n{"id": 2, "answer": "A"}\n')
+    reply = {"id": 2, "answer": "Perhaps.", "judge_reply": ["B", "A", "B"]}
+    judged.write_text(f'{{"id": 1, "answer": "A"}}\n{json.dumps(reply)}\n')
+    for files in ({"base": plain, "new": judged}, {"base": judged, "new": plain}):
+        found = compare("mmbench", files, tmp_path, "judged", bootstrap=5)
+        models = found["benchmarks"]["mmbench"]["rules"]["judged"]["splits"]["all"]["models"]
+        values = {
+            name: models[key]["accuracy"]["gradings"]["values"]
+            for name, key in zip(("base", "new"), models, strict=True)
+        }
+        assert sorted(values.values()) == [[50, 50, 50], [100, 50, 100]]
+    alone = compare("mmbench", {"base": plain, "new": plain}, tmp_path, "judged", bootstrap=5)
+    models = alone["benchmarks"]["mmbench"]["rules"]["judged"]["splits"]["all"]["models"]
+    assert models["new"]["accuracy"]["gradings"] is None
+
+
+def test_gradings_of_a_judge_are_averaged_and_their_spread_is_shown(tmp_path: Path) -> None:
+    write_mm_vet(tmp_path)
     files = {
         "base": graded(tmp_path, "base", [[0.2, 0.6], [0.4, 0.6], [0.3, 0.6]]),
         "new": graded(tmp_path, "new", [[0.5, 0.7], [0.5, 0.9], [0.5, 0.8]]),
