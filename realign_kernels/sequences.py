@@ -58,7 +58,8 @@ def check_batch(
             "ref_logps", ref_logps, " labels and ref_logps seem swapped." if are_swapped else ""
         )
         # A batch of a single pair with one position has the shape of its reference.
-        if ref_logps.ndim > 0 and ref_logps.shape == labels.shape and ref_logps.shape[-1] > 1:
+        is_one_a_token = ref_logps.shape == labels.shape == hidden_states.shape[:-1]
+        if is_one_a_token and ref_logps.ndim > 0 and ref_logps.shape[-1] > 1:
             raise ValueError(
                 f"ref_logps must have shape (C, P), got {tuple(ref_logps.shape)}, one number a "
                 "token as labels. Sum over the tokens of every answer, and call "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from realign.evaluation.cluster_sums import COUNTS, SAID_YES, Run
 from realign.evaluation.comparison import comparison_of, with_splits
 from realign.evaluation.gradings import counted, read_gradings
 from realign.evaluation.measured import Measured, Place
-from realign.evaluation.registry import find_rule
+from realign.evaluation.registry import find_rule, read_rule_tasks
 from realign.evaluation.statistics import Draws
 
 Files = Path | str | Sequence[Path | str] | Mapping[str, Path | str | Sequence[Path | str]]
@@ -133,15 +134,28 @@ def _measure(
     allow_subset: bool,
 ) -> Measured:
     all_paths = [path for by_run in runs.values() for paths in by_run.values() for path in paths]
-    found_tasks = benchmark.read_tasks(data, partial(named_questions, benchmark, all_paths))
+    named = partial(named_questions, benchmark, all_paths)
+    found_tasks = read_rule_tasks(benchmark, name, data, named)
     tasks = {task: found.rows for task, found in found_tasks.items()}
     said: dict[Run, list[dict[int, str]]] = {}  # of each grading, by id() of a row
+    ungraded: list[Run] = []
     for model, by_run in runs.items():
+        _check_files(model, by_run)
+        found: dict[str, list[Answered]] = {}
         for run, paths in by_run.items():
-            answered = read_answers(
+            found[run] = read_answers(
                 benchmark, paths, tasks, covers=rule.covers, allows_subset=allow_subset
             )
-            said[Run(name, model, run)] = _readings(benchmark, rule, answered, model)
+            key = Run(name, model, run)
+            if _is_graded(rule, found[run]):
+                said[key] = _readings(benchmark, rule, found[run], model)
+            else:
+                said[key] = [{id(item.row): rule.prepare(item.answer) for item in found[run]}]
+                ungraded.append(key)
+        _check_answers(model, found)
+    number = max(map(len, said.values()))
+    for key in ungraded:  # no judge reads them, so that every grading would be the same
+        said[key] *= number
     shared = {
         task: [row for row in rows if all(id(row) in texts[0] for texts in said.values())]
         for task, rows in tasks.items()
@@ -154,8 +168,8 @@ def _measure(
             "answers to the same data, or name another --rule."
         )
     texts = {
-        run: [[grading[id(row)] for row in rows] for grading in found]
-        for run, found in said.items()
+        run: [[grading[id(row)] for row in rows] for grading in gradings]
+        for run, gradings in said.items()
     }
     facts = {
         "version": data_version(benchmark, tasks),
@@ -164,17 +178,54 @@ def _measure(
     return Measured(benchmark, with_splits(benchmark, shared), texts, {name: rule}, draws, facts)
 
 
+def _check_files(model: str, by_run: Mapping[str, Sequence[Path]]) -> None:
+    """Refuse a file that is given for two training runs of a model."""
+    run_of: dict[Path, str] = {}
+    for run, paths in by_run.items():
+        for path in paths:
+            other = run_of.setdefault(path.resolve(), run)
+            if other != run:
+                raise RefusedError(
+                    f"answers of {model} must be other files for every training run, got {path} "
+                    f"for the runs {other} and {run}. Name it once."
+                )
+
+
+def _check_answers(model: str, by_run: Mapping[str, Sequence[Answered]]) -> None:
+    """Refuse runs of a model that are gradings of the same answers by a judge.
+
+    Files that hold a judge's replies alone do not show it, since they hold no answer.
+    """
+    for (run, found), (other, others) in combinations(by_run.items(), 2):
+        answers = {id(item.row): item.answer for item in others}
+        pairs = [(item.answer, answers.get(id(item.row))) for item in found]
+        shared = [pair for pair in pairs if pair[1] is not None]
+        is_judged = any(item.replies for item in (*found, *others))
+        has_answers = any(answer for answer, _ in shared)
+        if is_judged and has_answers and all(answer == again for answer, again in shared):
+            raise RefusedError(
+                f"answers of {model} must differ between training runs, got the same ones for the "
+                f"runs {run} and {other}, with a judge's replies. If the files are gradings of the "
+                f"same answers, give them the same name and run, as {model}@{run}=FILE."
+            )
+
+
+def _is_graded(rule: Rule, answered: Sequence[Answered]) -> bool:
+    """Return whether a judge has to read one of some answers."""
+    judging = rule.judging
+    return judging is not None and any(
+        judging.asks_about(item.row, rule.prepare(item.answer)) for item in answered
+    )
+
+
 def _readings(
     benchmark: Benchmark, rule: Rule, answered: Sequence[Answered], model: str
 ) -> list[dict[int, str]]:
-    """Return what a rule reads of each answer, by id() of its row: once, or for each grading of a
-    judge.
+    """Return what a rule reads of each answer in each grading of a judge, by id() of its row.
 
     Raises:
         RefusedError: A judge has given no verdict on an answer.
     """
-    if rule.judging is None:
-        return [{id(item.row): rule.prepare(item.answer) for item in answered}]
     gradings = read_gradings(benchmark, rule, answered)
     unjudged = counted(grading.unjudged for grading in gradings)
     if unjudged["items"]:
@@ -205,6 +256,18 @@ def _table(
         # a mean over splits stands for all of them
         return is_metric and (place.split in splits if splits else not _is_pooled(measured, place))
 
+    if not (shown := [place for place in places if is_shown(place)]):
+        names = ", ".join(metrics or benchmark.headline)
+        inside = ", ".join(splits)
+        there = "; ".join(
+            f"{split}: {', '.join(place.metric for place in places if place.split == split)}"
+            for split in dict.fromkeys(place.split for place in places)
+            if not splits or split in splits
+        )
+        raise RefusedError(
+            f"metric must be one that the split has ({there}), got {names} in "
+            f"{inside or 'all that are compared'}. Name another --metric or --split."
+        )
     scale = 100 if measured.rules[rule].unit == "fraction" else 1
     return [
         TableRow(
@@ -216,8 +279,7 @@ def _table(
             scale=scale,
             split=place.split,
         )
-        for place in places
-        if is_shown(place)
+        for place in shown
     ]
 
 

@@ -63,7 +63,10 @@ def read_answers(
     if twice := [path for i, path in enumerate(paths) if path.resolve() in _resolved(paths[:i])]:
         raise RefusedError(f"answers must be files named once, got {twice[0]} twice. Name it once.")
     for path in paths:
-        records = benchmark.answer_reader(path) or _of_benchmark(_records(path), benchmark, path)
+        records = benchmark.answer_reader(path) or _records(path)
+        if others and not _own(records, benchmark):
+            continue  # the file holds the answers to another part
+        records = _of_benchmark(records, benchmark, path)
         form = _format_of(records, benchmark, path)
         keys = {form.row_key(row) for row in others}
         records = [item for item in records if not keys or form.key(item[1]) not in keys]
@@ -152,7 +155,8 @@ def _replies(benchmark: Benchmark, record: Record, where: str) -> Replies:
     try:
         return benchmark.replies(record)
     except RefusedError as error:
-        raise RefusedError(f"{where}: {error}") from None
+        lines = f"{where}: {error}"
+        raise RefusedError(lines) from None
 
 
 def holds_answers(benchmark: Benchmark, paths: Sequence[Path], rows: Sequence[Row]) -> bool:
@@ -162,7 +166,9 @@ def holds_answers(benchmark: Benchmark, paths: Sequence[Path], rows: Sequence[Ro
         RefusedError: A file has no known format.
     """
     for path in paths:
-        records = benchmark.answer_reader(path) or _records(path)
+        records = benchmark.answer_reader(path) or _own(_records(path), benchmark)
+        if not records:
+            continue
         form = _format_of(records, benchmark, path)
         keys = {form.row_key(row) for row in rows}
         if any(form.key(record) in keys for _, record in records):
@@ -178,7 +184,9 @@ def named_questions(benchmark: Benchmark, paths: Sequence[Path]) -> set[str]:
     """
     keys: set[str] = set()
     for path in paths:
-        records = benchmark.answer_reader(path) or _records(path)
+        records = benchmark.answer_reader(path) or _own(_records(path), benchmark)
+        if not records:
+            continue
         form = _format_of(records, benchmark, path)
         keys.update(str(form.key(record)) for _, record in records)
     return keys
@@ -218,12 +226,21 @@ def _records(path: Path) -> list[tuple[str, Record]]:
     return records
 
 
+def _own(records: list[tuple[str, Record]], benchmark: Benchmark) -> list[tuple[str, Record]]:
+    """Leave out the answers to other benchmarks, which ``realign eval`` stores in the same file."""
+    return [pair for pair in records if pair[1].get("benchmark", benchmark.name) == benchmark.name]
+
+
 def _of_benchmark(
     records: list[tuple[str, Record]], benchmark: Benchmark, path: Path
 ) -> list[tuple[str, Record]]:
-    """Leave out the answers to other benchmarks, which ``realign eval`` stores in the same file."""
+    """Leave out the answers to other benchmarks.
+
+    Raises:
+        RefusedError: None is left.
+    """
     names = {record["benchmark"]: None for _, record in records if "benchmark" in record}
-    own = [pair for pair in records if pair[1].get("benchmark", benchmark.name) == benchmark.name]
+    own = _own(records, benchmark)
     if not own:
         raise RefusedError(
             f"{path} must hold answers of {benchmark.name}, got those of "

@@ -23,7 +23,7 @@ from realign.evaluation.gradings import (
     read_gradings,
     spread,
 )
-from realign.evaluation.registry import PARTS, find_rule
+from realign.evaluation.registry import PARTS, find_rule, read_rule_tasks
 from realign.evaluation.rows import Row, rows_digest
 from realign.evaluation.statistics import intervals
 from realign.runtime.files import finite_or_null
@@ -86,11 +86,13 @@ def score(
         raise RefusedError(
             f"bootstrap must be at least 0, got {bootstrap}. Pass 0 for no intervals."
         )
+    if seed < 0:
+        raise RefusedError(f"seed must be at least 0, got {seed}. Pass another.")
     paths = [Path(path) for path in ([answers] if isinstance(answers, (str, Path)) else answers)]
     options = _Options(paths, Path(data), allow_subset, bootstrap, seed)
     if benchmark in PARTS:
         return _score_parts(benchmark, rule, options)
-    return _score_one(*find_rule(benchmark, rule), rule, options)
+    return _score_one(*find_rule(benchmark, rule, takes_parts=True), rule, options)
 
 
 class _Options(NamedTuple):
@@ -139,7 +141,7 @@ def _score_one(
 ) -> dict[str, Any]:
     """Score the answers to one benchmark; those to other rows are left out."""
     paths, data, allow_subset, bootstrap, seed = options
-    read = chosen.read_tasks(data, partial(named_questions, chosen, paths))
+    read = read_rule_tasks(chosen, rule, data, partial(named_questions, chosen, paths))
     tasks = {name: task.rows for name, task in read.items()}
     answered = read_answers(
         chosen, paths, tasks, covers=by.covers, allows_subset=allow_subset, others=others

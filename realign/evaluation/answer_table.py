@@ -9,9 +9,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-UNDEFINED = "—"
+from realign.evaluation.cluster_sums import COUNTS
+from realign.evaluation.table import UNDEFINED, unit_note
+
 SHOWN_IDS = 10  # of unjudged answers; JSON has all
-UNCOMPARED = ("tp", "fp", "tn", "fn", "yes_ratio")  # counts, and what a constant answer fixes
+UNCOMPARED = (*COUNTS, "yes_ratio")  # counts, and what a constant answer fixes
 
 
 def answer_table(scores: Mapping[str, Any]) -> RenderableType:
@@ -117,7 +119,9 @@ def _ids(counted: Mapping[str, Any]) -> str:
 
 
 def _notes(scores: Mapping[str, Any]) -> list[str]:
-    notes = [f"Unit of what is no count: {scores['unit']}. {scores['note']}"]
+    metrics = {name for values in scores["splits"].values() for name in values}
+    has_counts = not metrics.isdisjoint(COUNTS)
+    notes = [unit_note(scores["unit"], scores["note"], has_counts=has_counts)]
     if scores["yes_ratio"] is not None:
         notes.append(f"Answers that this rule reads as yes: {scores['yes_ratio']:.4f} of all.")
     if scores["baselines"]:

@@ -20,6 +20,8 @@ from realign.evaluation.table import SCHEMA
 from realign.generation.generator import Answer
 
 RUN = "1"  # the name of the run of a model that has one
+# keys of rows that name clusters, where the key itself says little to a reader
+CLUSTER_WORDS = {"id": "question", "group": "question", "merged_set": "merged set"}
 
 
 def score(
@@ -138,7 +140,7 @@ def _entries(measured: Measured) -> dict[str, Any]:
     """Return what ``scores.json`` holds of one benchmark."""
     return {
         "title": measured.benchmark.title,
-        "cluster": measured.benchmark.cluster,
+        "cluster": _cluster_words(measured),
         "clusters": measured.num_clusters,
         **measured.facts,
         "rules": {
@@ -150,6 +152,12 @@ def _entries(measured: Measured) -> dict[str, Any]:
             for name, rule in measured.rules.items()
         },
     }
+
+
+def _cluster_words(measured: Measured) -> str:
+    """Return what is drawn together, in words; several where rules have different clusters."""
+    keys = [rule.cluster or measured.benchmark.cluster for rule in measured.rules.values()]
+    return " and ".join(dict.fromkeys(CLUSTER_WORDS.get(key, key) for key in keys))
 
 
 def _split_entries(measured: Measured, rule: str) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from realign.evaluation.cluster_sums import SAID_YES
-from realign.evaluation.table import UNDEFINED, noise_note, split_of
+from realign.evaluation.cluster_sums import COUNTS, SAID_YES
+from realign.evaluation.table import UNDEFINED, noise_note, split_of, unit_note
 
 FEW_RUNS = 5
 Found = Mapping[str, Any]
@@ -119,17 +119,19 @@ def _p(value: float | None) -> str:
 
 def _notes(scores: Found, benchmark: Found, by: Found) -> Iterator[str]:
     draws = scores["draws"]
-    yield f"Unit of scores: {by['unit']}. {by['note']}"
+    has_counts = any(row["metric"] in COUNTS for row in scores["table"])
+    yield unit_note(by["unit"], by["note"], has_counts=has_counts)
+    is_compared = len(scores["models"]) > 1
+    differences = f"Differences are from {scores['baseline']}. " if is_compared else ""
     yield (
-        f"Differences are from {scores['baseline']}. Intervals: {100 * scores['confidence']:.0f} % "
+        f"{differences}Intervals: {100 * scores['confidence']:.0f} % "
         f"percentiles of {draws['bootstrap']:,} draws (seed {draws['seed']}) of "
         f"{benchmark['clusters']:,} clusters by {benchmark['cluster']}, the same for all models "
         "and splits. SE: clustered, or the standard deviation of the draws where the metric is no "
         "mean."
     )
-    yield (
-        f"{noise_note(scores)} Detectable: the smallest difference that is found with 80 % power."
-    )
+    if noise := noise_note(scores):
+        yield f"{noise} Detectable: the smallest difference that is found with 80 % power."
     runs = {
         len(entry["runs"])
         for row in scores["table"]

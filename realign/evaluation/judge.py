@@ -107,19 +107,21 @@ def judge(
         )
     if repeat < 1:
         raise RefusedError(f"repeat must be at least 1, got {repeat}. Pass 3 to see the spread.")
-    _check_out(out, answers, model.name)
+    journal = out.with_name(f"{out.name}.journal.jsonl")
+    _check_out(out, journal, answers, model.name)
     template = read_prompt(chosen, prompt)
     tasks = {name: task.rows for name, task in chosen.read_tasks(data).items()}
     covers = chosen.rules[by.rule].covers
     answered = read_answers(chosen, answers, tasks, covers=covers, allows_subset=allow_subset)
     pieces = _Pieces(chosen, by, template, answered)
-    journal = out.with_name(f"{out.name}.journal.jsonl")
     gradings = [_Grading(k, pieces, model, journal) for k in range(repeat)]
     with Progress(
         f"{chosen.title}, judged by {model.name}", repeat * len(pieces.asked)
     ) as progress:
         for grading in gradings:
             grading.ask(progress)
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    journal.touch()  # also where nothing had to be asked: it shows whose file this is
     write_jsonl(out, [_record(item, pieces, gradings, model) for item in answered])
     return Judged(
         len(answered),
@@ -130,8 +132,9 @@ def judge(
     )
 
 
-def _check_out(out: Path, answers: Sequence[Path], name: str) -> None:
-    """Refuse to write over anything but what the same judge wrote.
+def _check_out(out: Path, journal: Path, answers: Sequence[Path], name: str) -> None:
+    """Refuse to write over anything but what the same judge wrote. Where no answer of a file was
+    read by a judge, as may be of MMBench, the journal beside it shows that this command wrote it.
 
     Raises:
         RefusedError: It would.
@@ -140,8 +143,10 @@ def _check_out(out: Path, answers: Sequence[Path], name: str) -> None:
         return
     if out.is_dir() or out.resolve() in {path.resolve() for path in answers}:
         raise RefusedError(f"out must be a new file, got {out}. Name another one.")
-    first = next(iter(read_jsonl(out)), None)
-    by = first.get(JUDGE) if isinstance(first, dict) else None
+    judged = [row[JUDGE] for row in read_jsonl(out) if isinstance(row, dict) and JUDGE in row]
+    if not judged and journal.is_file():
+        return
+    by = judged[0] if judged else None
     if not isinstance(by, dict) or by.get("model") != name:
         raise RefusedError(
             f"out must be a new file, or one that {name} judged, got {out}, which is another. Name "

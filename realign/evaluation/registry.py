@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,7 +42,9 @@ BENCHMARKS: tuple[Benchmark, ...] = (
 
 
 PARTS = {"amber": (AMBER_GENERATIVE, AMBER_DISCRIMINATIVE)}
-"""Names that stand for several benchmarks, whose answers may lie in one file."""
+"""Names that stand for several benchmarks, whose answers may lie in one file. Only ``realign eval
+score`` takes them.
+"""
 
 
 def find_benchmark(name: str) -> Benchmark:
@@ -54,14 +56,18 @@ def find_benchmark(name: str) -> Benchmark:
     return _named(name)[0]
 
 
-def find_rule(name: str, rule: str) -> tuple[Benchmark, Rule]:
+def find_rule(name: str, rule: str, *, takes_parts: bool = False) -> tuple[Benchmark, Rule]:
     """Return the benchmark of a name that has a rule, and the rule. CHAIR's published data and data
     of one's own are two benchmarks with one name, whose rules differ.
 
+    Args:
+        name: Of the benchmark.
+        rule: Of the rule.
+        takes_parts: Whether the message about an unknown name lists those of :data:`PARTS` too.
     Raises:
         RefusedError: There is none.
     """
-    named = _named(name)
+    named = _named(name, [*PARTS] if takes_parts else [])
     for benchmark in named:
         if rule in benchmark.rules:
             return benchmark, benchmark.rules[rule]
@@ -72,10 +78,47 @@ def find_rule(name: str, rule: str) -> tuple[Benchmark, Rule]:
     )
 
 
-def _named(name: str) -> list[Benchmark]:
+def read_rule_tasks(
+    benchmark: Benchmark, rule: str, data: Path, named: Callable[[], Collection[str]]
+) -> dict[str, Task]:
+    """Read the rows of every task of a benchmark, which a rule is to score.
+
+    Args:
+        benchmark: From :func:`find_rule`.
+        rule: Name of the rule.
+        data: The folder.
+        named: Returns the keys of the questions that answers name.
+    Raises:
+        MissingData: The folder has no file of the benchmark. The message names the rules that read
+            what the folder has, where it holds another form of the benchmark.
+        RefusedError: A file has another form.
+    """
+    try:
+        return benchmark.read_tasks(data, named)
+    except MissingData as error:
+        for other in BENCHMARKS:
+            if other.name != benchmark.name or other is benchmark:
+                continue
+            if file := next(filter(None, (one.first_in(data) for one in other.layouts)), None):
+                wanted = benchmark.layouts[0].files
+                raise MissingData(
+                    f"data must hold {next(iter(wanted.values()))[0]} for the rule {rule} of "
+                    f"{benchmark.title}, got {data}, which has {file}. Pass --rule "
+                    f"{' or '.join(other.rules)}, which reads that, or check --data."
+                ) from error
+        raise
+
+
+def _named(name: str, parts: Sequence[str] = ()) -> list[Benchmark]:
     named = [benchmark for benchmark in BENCHMARKS if benchmark.name == name]
+    if name in PARTS:
+        both = " or ".join(part.name for part in PARTS[name])
+        raise RefusedError(
+            f"benchmark must be a part of {name} here, {both}, got {name!r}. Name one of them; "
+            f"`realign eval score` alone takes {name}."
+        )
     if not named:
-        known = dict.fromkeys(benchmark.name for benchmark in BENCHMARKS)
+        known = dict.fromkeys([*(benchmark.name for benchmark in BENCHMARKS), *parts])
         raise RefusedError(
             f"benchmark must be one of {', '.join(known)}, got {name!r}. Name one of them."
         )

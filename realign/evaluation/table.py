@@ -103,6 +103,21 @@ def difference(score: Scores, scale: int = 100) -> str:
     return f"{scale * score['difference']:+z.1f} [{scale * low:+z.1f}, {scale * high:+z.1f}]"
 
 
+UNITS = {"fraction": "fractions", "percent": "in percent", "points": "in points"}
+
+
+def unit_note(unit: str, note: str, *, has_counts: bool) -> str:
+    """Return the unit of a rule's values and the rule's note.
+
+    Args:
+        unit: One of :attr:`realign.evaluation.benchmark.Rule.unit`.
+        note: Of the rule; may be empty.
+        has_counts: Whether counts, which have no unit, are shown too.
+    """
+    besides = ", except for counts" if has_counts else ""
+    return f"Values are {UNITS[unit]}{besides}. {note}".rstrip()
+
+
 def units_note(scores: Scores) -> str:
     """Return the units of the table and what its intervals rest on."""
     clusters = dict.fromkeys(found["cluster"] for found in scores["benchmarks"].values())

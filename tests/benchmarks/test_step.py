@@ -209,10 +209,10 @@ def test_a_process_that_ends_says_why():
 
 
 def test_a_readme_gets_the_tables_that_it_has_marks_for():
-    assert tables.with_table("no marks") == "no marks"
+    assert tables.with_tables("no marks") == "no marks"
     readme = f"before {tables.STEP_BEGIN}old{tables.STEP_END} after"
     block = step_table.step_block(ROOT / "benchmarks" / "results")
-    assert tables.with_table(readme) == readme.replace("old", f"\n{block}\n")
+    assert tables.with_tables(readme) == readme.replace("old", f"\n{block}\n")
 
 
 def test_what_cannot_be_measured_is_refused(capsys, monkeypatch):

@@ -129,7 +129,6 @@ def _row(
         "choices": {letter: choice.strip() for letter, choice in choices.items()},
         "label": label,
         "has_image": image is not None,
-        "cluster": str(number),
         "where": where,
     }
 
@@ -243,7 +242,7 @@ SCIENCEQA = Benchmark(
         "vlmevalkit": Prompt(_vlmevalkit_prompt, 1024),
     },
     image_places=lambda row: (row["image"], f"test/{row['image']}"),
-    cluster="cluster",
+    cluster="id",
     version_keys=("id", "label", "has_image", "choices"),
     versions={"41f8ae49161c2fd3": "test"},
     answer_formats=[

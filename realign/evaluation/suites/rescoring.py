@@ -34,7 +34,8 @@ def check_files(data: Path, digests: Mapping[str, str]) -> None:
 def rescore(
     benchmark: str, answered: Sequence[tuple[Row, str]], data: Path, path: Path, bootstrap: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """Store answers in this project's form, and score them under every rule that needs no judge.
+    """Store answers in this project's form, and score them under every rule that needs neither a
+    judge nor packages that this project does not install.
 
     Args:
         benchmark: Its name.
@@ -57,11 +58,17 @@ def rescore(
         ),
     )
     rules = find_benchmark(benchmark).rules
-    judged = [name for name, rule in rules.items() if rule.judging is not None]
-    scores = {
-        name: score(benchmark, path, data, name, allow_subset=True, bootstrap=bootstrap)
-        for name in rules
-        if name not in judged
-    }
-    notes = [f"{benchmark}: the rule {name} needs a judge's verdicts." for name in judged]
+    scores, notes = {}, []
+    for name, rule in rules.items():
+        if rule.judging is not None:
+            notes.append(f"{benchmark}: the rule {name} needs a judge's verdicts.")
+        elif rule.needs_packages:
+            notes.append(
+                f"{benchmark}: the rule {name} requires packages that this project does not "
+                f"install. With them, score {path} by `realign eval score`."
+            )
+        else:
+            scores[name] = score(
+                benchmark, path, data, name, allow_subset=True, bootstrap=bootstrap
+            )
     return scores, notes

@@ -9,9 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from realign.evaluation.answer_table import UNDEFINED
-
-COUNTS = ("tp", "fp", "tn", "fn")
+from realign.evaluation.cluster_sums import COUNTS
+from realign.evaluation.table import UNDEFINED
 
 
 def suite_tables(scores: Mapping[str, Any]) -> RenderableType:

@@ -48,7 +48,7 @@ class Scripted:
         self.script, self.asked = script, []
 
     def __call__(self, requests: list[Request]) -> list[Answer]:
-        asked = [(prompt.splitlines()[0], image.name) for prompt, image in requests]
+        asked = [(prompt.splitlines()[0], image.name) for prompt, image, _ in requests]
         self.asked += asked
         return [self.script[one] for one in asked]
 

@@ -88,6 +88,9 @@ def test_metrics_and_splits_can_be_chosen(data: Path) -> None:
         compare("pope", files, data, metrics=["auc"])
     with pytest.raises(RefusedError, match=r"split must be one of all, random, .* got 'easy'"):
         compare("pope", files, data, splits=["easy"])
+    nothing = r"\(mean: accuracy, .*f1.*\), got tp, fp in mean\. Name another"
+    with pytest.raises(RefusedError, match=nothing):
+        compare("pope", files, data, metrics=["tp", "fp"], splits=["mean"], bootstrap=5)
 
 
 def test_runs_are_lists_or_named(data: Path) -> None:
@@ -167,6 +170,13 @@ def test_the_command_prints_a_table_or_json(data: Path) -> None:
     printed = run(data, *files[:2], again, "--split", "mean")
     assert "run 1" in printed
     assert "2 are few" in printed
+    alone = run(data, files[0], "--split", "random")
+    assert "\nValues are fractions. " in alone
+    assert "\nIntervals: 95 % percentiles" in alone
+    assert not any(line.startswith(" ") for line in alone.splitlines() if line.endswith("."))
+    for text in ("Detectable", "Differences are from", "Inside the noise"):
+        assert text not in alone
+    assert "except for counts" in run(data, files[0], "--metric", "tp")
 
 
 def test_the_command_refuses_in_one_line(data: Path) -> None:
@@ -188,6 +198,22 @@ def test_a_comparison_imports_no_torch(data: Path) -> None:
     subprocess.run([sys.executable, "-c", code, "eval", "compare", *options, *files], check=True)
 
 
+@pytest.mark.parametrize(
+    ("rule", "word"), [("exact", "set"), ("vlmevalkit", "merged set"), ("official", "set")]
+)
+def test_what_is_drawn_is_named_in_words(tmp_path: Path, rule: str, word: str) -> None:
+    keys = ("category", "subcategory", "set_id", "figure_id", "question_id", "visual_input")
+    row = dict(zip(keys, ("VD", "math", "0", "0", "0", "1"), strict=True))
+    row |= {"question": "Is it?", "gt_answer": "1", "filename": "a.png"}
+    (tmp_path / "HallusionBench.json").write_text(json.dumps([row]))
+    answers = tmp_path / "a.json"
+    answers.write_text(
+        json.dumps([{"id": "VD_math_0_0_0", "answer": "", "judge_reply": "correct"}])
+    )
+    found = compare("hallusionbench", {"base": answers}, tmp_path, rule, bootstrap=2)
+    assert found["benchmarks"]["hallusionbench"]["cluster"] == word
+
+
 def graded(folder: Path, name: str, gradings: list[list[float]]) -> Path:
     """Write answers to two questions of MM-Vet, with a judge's grades of each."""
     rows = [
@@ -199,13 +225,77 @@ def graded(folder: Path, name: str, gradings: list[list[float]]) -> Path:
     return path
 
 
-def test_gradings_of_a_judge_are_averaged_and_their_spread_is_shown(tmp_path: Path) -> None:
+def write_mm_vet(folder: Path) -> None:
+    """Write two questions of MM-Vet."""
     questions = {
         f"v1_{i}": {"imagename": f"{i}.jpg", "question": f"{i}?", "answer": "y"}
         | {"imagesource": "z", "capability": ["rec"]}
         for i in range(2)
     }
-    (tmp_path / "mm-vet.json").write_text(json.dumps(questions))
+    (folder / "mm-vet.json").write_text(json.dumps(questions))
+
+
+def test_gradings_of_a_judge_are_no_training_runs(tmp_path: Path) -> None:
+    write_mm_vet(tmp_path)
+    first = graded(tmp_path, "first", [[0.2, 0.6]])
+    second = graded(tmp_path, "second", [[0.4, 0.6]])
+    message = r"same ones for the runs 1 and 2, .* the same name and run, as base@1=FILE"
+    with pytest.raises(RefusedError, match=message):
+        compare("mm-vet", {"base": [first, second]}, tmp_path, bootstrap=5)
+    together = compare("mm-vet", {"base": {"1": [first, second]}}, tmp_path, bootstrap=5)
+    entry = together["benchmarks"]["mm-vet"]["rules"]["official"]["splits"]["all"]["models"]
+    assert entry["base"]["score"]["gradings"]["values"] == pytest.approx([40, 50])
+    assert (entry["base"]["score"]["runs"], together["benchmarks"]["mm-vet"]["cluster"]) == (
+        None,
+        "question",
+    )
+    other = tmp_path / "other.jsonl"
+    other.write_text(second.read_text().replace('"x"', '"z"', 1))
+    runs = compare("mm-vet", {"base": [first, other]}, tmp_path, bootstrap=5)
+    entry = runs["benchmarks"]["mm-vet"]["rules"]["official"]["splits"]["all"]["models"]["base"]
+    assert [*entry["score"]["runs"]] == ["1", "2"]
+
+
+def test_grades_without_answers_may_be_of_training_runs(tmp_path: Path) -> None:
+    write_mm_vet(tmp_path)
+    for name, grade in (("a", 0.5), ("b", 0.7)):
+        found = {"model": ["gpt-4"], "content": [str(grade)], "score": [grade]}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"v1_0": found, "v1_1": found}))
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    found = compare("mm-vet", {"base": files}, tmp_path, bootstrap=5)
+    models = found["benchmarks"]["mm-vet"]["rules"]["official"]["splits"]["all"]["models"]
+    assert models["base"]["score"]["value"] == pytest.approx(60)
+
+
+def test_a_file_is_of_one_training_run(data: Path) -> None:
+    first, second = answer(data, "a", {1}), answer(data, "b", {2})
+    with pytest.raises(RefusedError, match=r"a\.jsonl for the runs 1 and 3\. Name it once"):
+        compare("pope", {"base": [first, second, first]}, data, bootstrap=5)
+
+
+def test_answers_that_no_judge_reads_compare_with_graded_ones(tmp_path: Path) -> None:
+    (tmp_path / "MMBench_DEV_EN.tsv").write_text(
+        "index\tquestion\tA\tB\tanswer\n1\tIs it?\tIt is.\tnot\tA\n2\tWas it?\tIt was.\tnot\tB\n"
+    )
+    plain, judged = tmp_path / "plain.jsonl", tmp_path / "judged.jsonl"
+    plain.write_text('{"id": 1, "answer": "A"}\n{"id": 2, "answer": "A"}\n')
+    reply = {"id": 2, "answer": "Perhaps.", "judge_reply": ["B", "A", "B"]}
+    judged.write_text(f'{{"id": 1, "answer": "A"}}\n{json.dumps(reply)}\n')
+    for files in ({"base": plain, "new": judged}, {"base": judged, "new": plain}):
+        found = compare("mmbench", files, tmp_path, "judged", bootstrap=5)
+        models = found["benchmarks"]["mmbench"]["rules"]["judged"]["splits"]["all"]["models"]
+        values = {
+            name: models[key]["accuracy"]["gradings"]["values"]
+            for name, key in zip(("base", "new"), models, strict=True)
+        }
+        assert sorted(values.values()) == [[50, 50, 50], [100, 50, 100]]
+    alone = compare("mmbench", {"base": plain, "new": plain}, tmp_path, "judged", bootstrap=5)
+    models = alone["benchmarks"]["mmbench"]["rules"]["judged"]["splits"]["all"]["models"]
+    assert models["new"]["accuracy"]["gradings"] is None
+
+
+def test_gradings_of_a_judge_are_averaged_and_their_spread_is_shown(tmp_path: Path) -> None:
+    write_mm_vet(tmp_path)
     files = {
         "base": graded(tmp_path, "base", [[0.2, 0.6], [0.4, 0.6], [0.3, 0.6]]),
         "new": graded(tmp_path, "new", [[0.5, 0.7], [0.5, 0.9], [0.5, 0.8]]),

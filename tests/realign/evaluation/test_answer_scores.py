@@ -200,7 +200,8 @@ def test_what_does_not_fit_the_data_is_refused_with_counts(tmp_path: Path, monke
 
 def test_names_and_folders_that_do_not_exist(pope: tuple[Path, Path], tmp_path: Path) -> None:
     data, answers = pope
-    with pytest.raises(RefusedError, match="benchmark must be one of pope, hallusionbench"):
+    names = "benchmark must be one of pope, hallusionbench, .*, amber, got 'popes'"
+    with pytest.raises(RefusedError, match=names):
         score("popes", answers, data)
     with pytest.raises(RefusedError, match="rule must be one of official, lmms-eval, vlmevalkit"):
         score("pope", answers, data, "mine")
@@ -233,6 +234,8 @@ def test_draws_below_0_are_refused(pope: tuple[Path, Path]) -> None:
     data, answers = pope
     with pytest.raises(RefusedError, match="bootstrap must be at least 0, got -1"):
         score("pope", answers, data, bootstrap=-1)
+    with pytest.raises(RefusedError, match="seed must be at least 0, got -1"):
+        score("pope", answers, data, bootstrap=10, seed=-1)
 
 
 def case_a() -> list[dict[str, Any]]:
@@ -525,6 +528,7 @@ def test_the_command_prints_a_table_or_json_and_loads_no_torch(pope: tuple[Path,
     title = "pope, rule official, data version unknown: 16 answers on 3 images"
     assert title in " ".join(printed.output.split())
     assert all(line in printed.output for line in ("0.4375", "all yes", "95 %", "—"))
+    assert "\nValues are fractions, except for counts. " in printed.output
     code = (
         "import sys; from realign.cli import main\n"
         f"sys.argv = ['realign', *{given!r}, '--json']\n"

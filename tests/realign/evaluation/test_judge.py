@@ -321,10 +321,30 @@ def test_only_answers_without_a_choice_are_shown_to_the_judge_of_mmbench(
 ) -> None:
     data, answers = data_of("mmbench", tmp_path)
     write_lines(answers, [{"id": 1, "answer": "A"}])
-    out = tmp_path / "judged.jsonl"
+    out = tmp_path / "new" / "judged.jsonl"
     assert judge("mmbench", [answers], data, out, server.model()) == (1, 0, 0, 0, 0)
     assert server.bodies == []
     assert read_lines(out) == [{"id": "1", "answer": "A"}]
+    before = out.read_bytes()
+    assert judge("mmbench", [answers], data, out, server.model()) == (1, 0, 0, 0, 0)
+    assert out.read_bytes() == before
+
+
+def test_a_finished_command_can_be_given_again_where_the_first_answer_was_not_judged(
+    server: Server, tmp_path: Path
+) -> None:
+    data, answers = data_of("mmbench", tmp_path)
+    table = data / "MMBench_DEV_EN.tsv"
+    table.write_text(f"{table.read_text()}2\tWas it?\tIt was.\tnot\tA\n")
+    write_lines(answers, [{"id": 1, "answer": "A"}, {"id": 2, "answer": "Perhaps."}])
+    server.say = lambda prompt, body: "A"
+    out = tmp_path / "judged.jsonl"
+    assert judge("mmbench", [answers], data, out, server.model()) == (2, 1, 0, 1, 0)
+    before = out.read_bytes()
+    assert judge("mmbench", [answers], data, out, server.model()) == (2, 1, 0, 0, 1)
+    assert out.read_bytes() == before
+    with pytest.raises(RefusedError, match="one that judge-2 judged"):
+        judge("mmbench", [answers], data, out, JudgeModel(server.model().endpoint, "judge-2"))
 
 
 def test_the_rule_of_the_data_goes_into_the_prompt_and_its_name(

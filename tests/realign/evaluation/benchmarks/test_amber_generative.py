@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from realign.errors import RefusedError
-from realign.evaluation import nltk_words, score, word_vectors
+from realign.evaluation import compare, nltk_words, score, word_vectors
 from realign.evaluation.answer_table import answer_table
 from realign.evaluation.benchmarks.amber_generative import (
     AMBER_GENERATIVE,
@@ -26,6 +26,7 @@ from realign.evaluation.benchmarks.amber_generative import (
 )
 from realign.evaluation.comparison import score as compare_runs
 from realign.evaluation.rows import item_key
+from realign.evaluation.suites.rescoring import rescore
 from realign.generation.generator import Answer
 
 CASES = {  # caption, chair, cover, hal and cog of the caption alone
@@ -302,6 +303,49 @@ def test_amber_refuses_what_fits_no_part(tmp_path: Path, both: Path) -> None:
         [*captions, *words], "mine"
     )
     assert "rule must be one of official, vlmevalkit" in refused(words)
+
+
+def test_amber_is_compared_by_part(tmp_path: Path, both: Path) -> None:
+    path = write(tmp_path / "g.json", [*CASES])
+    parts = "part of amber here, amber-generative or amber-discriminative, got 'amber'"
+    with pytest.raises(RefusedError, match=parts):
+        compare("amber", {"base": path}, both, "exact-words")
+
+
+def test_suites_leave_out_rules_that_need_packages(tmp_path: Path, data: Path) -> None:
+    rows = AMBER_GENERATIVE.read_tasks(data)["amber-generative"].rows
+    answered = [(row, CASES[int(row["id"])][0]) for row in rows]
+    scores, notes = rescore("amber-generative", answered, data, tmp_path / "a.jsonl", 0)
+    assert [*scores] == ["exact-words"]
+    assert ["official requires packages" in notes[0], "lmms-eval req" in notes[1]] == [True, True]
+
+
+def stored(path: Path, **by_benchmark: dict[int, str]) -> Path:
+    """Write answers by benchmark and id, as `realign eval` stores them."""
+    lines = [
+        {"benchmark": name.replace("_", "-"), "id": str(number), "answer": text}
+        for name, answers in by_benchmark.items()
+        for number, text in answers.items()
+    ]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def test_answers_to_other_benchmarks_are_of_no_part(tmp_path: Path, both: Path) -> None:
+    captions = {number: case[0] for number, case in CASES.items()}
+    alone = score("amber-generative", write(tmp_path / "g.json", [*CASES]), both, "exact-words")
+    mixed = stored(tmp_path / "m.jsonl", amber_generative=captions, vizwiz={1005: "cup"})
+    assert score("amber", mixed, both, "exact-words") == alone
+
+
+def test_stored_answers_to_the_parts_may_lie_apart(tmp_path: Path, both: Path) -> None:
+    captions = {number: case[0] for number, case in CASES.items()}
+    paths = [
+        stored(tmp_path / "g.jsonl", amber_generative=captions),
+        stored(tmp_path / "d.jsonl", amber_discriminative={1005: "No", 1006: "No"}),
+    ]
+    parts = score("amber", paths, both, "exact-words")["parts"]
+    assert [found["items"] for found in parts.values()] == [len(captions), 2]
 
 
 def test_a_run_is_scored_by_the_rule_that_needs_no_packages(data: Path) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from realign.cli import app
 from realign.errors import RefusedError
-from realign.evaluation import score
+from realign.evaluation import compare, score
+from realign.evaluation.answer_table import answer_table
 from realign.evaluation.benchmarks.chair_coco import (
     mentions,
     noun_words,
@@ -303,3 +306,34 @@ def test_on_the_command_line(tmp_path: Path, data: Path) -> None:
     unknown = CliRunner().invoke(app, [*arguments, "--rule", "mine"])
     assert unknown.exit_code == 2
     assert "object-list" in unknown.output.replace("\n", " ")
+
+
+def test_the_rule_that_reads_what_a_folder_holds_is_named(tmp_path: Path, data: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    row = {"image": "a.jpg", "text": "Describe the image.", "objects": ["dog"]}
+    (own / "chair.jsonl").write_text(json.dumps(row))
+    path = write(tmp_path / "a.json", [{**row, "answer": "A dog."}])
+    rule = r"has chair\.jsonl\. Pass --rule object-list, which reads that"
+    with pytest.raises(RefusedError, match=rule):
+        score("chair", path, own)
+    with pytest.raises(RefusedError, match=rule):
+        compare("chair", {"base": path}, own)
+    (own / "chair_objects.json").write_text(json.dumps({"dog": ["dog"]}))
+    found = score("chair", path, own, "object-list")
+    console = Console(file=StringIO(), width=80)
+    console.print(answer_table(found))
+    assert console.file.getvalue().rstrip(" \n").split("\n")[-1].rstrip() == "Values are fractions."
+    others = r"has instances_val2014\.json\. Pass --rule official or lmms-eval or lmms-eval-nouns"
+    with pytest.raises(RefusedError, match=others):
+        score("chair", path, data, "object-list")
+
+
+def test_answers_to_other_benchmarks_name_no_images(tmp_path: Path, data: Path) -> None:
+    stored = [
+        {"benchmark": "chair", "id": str(IDS[0]), "answer": CASES[0][0]},
+        {"benchmark": "vizwiz", "id": str(IDS[1]), "answer": "unanswerable"},
+    ]
+    path = tmp_path / "stored.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in stored))
+    assert score("chair", path, data)["items"] == 1
