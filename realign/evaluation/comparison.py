@@ -197,7 +197,9 @@ def _adjust(
         models = benchmarks[row["benchmark"]]["rules"][row["rule"]]["splits"][row["split"]]
         for model, metrics in models["models"].items():
             entry: Entry = metrics[row["metric"]]
-            if entry["paired"] is not None and entry["paired"]["p"] is not None:
+            # counts have no interval, so that no verdict could rest on one
+            is_tested = entry["paired"] is not None and entry["difference_interval"] is not None
+            if is_tested and entry["paired"]["p"] is not None:
                 tests.append((entry["paired"]["p"], row, model, found, entry))
     tests.sort(key=lambda test: test[0])  # stable: equal ones stay in the order of the table
     adjusted = holm([p for p, *_ in tests])

@@ -93,6 +93,12 @@ def test_metrics_and_splits_can_be_chosen(data: Path) -> None:
         compare("pope", files, data, metrics=["tp", "fp"], splits=["mean"], bootstrap=5)
 
 
+def test_counts_are_shown_without_a_verdict(data: Path) -> None:
+    files = {name: answer(data, name, wrong) for name, wrong in (("a", {3}), ("b", {1, 2, 5, 6}))}
+    found = compare("pope", files, data, metrics=["tn"], splits=["all"], bootstrap=50)
+    assert (found["table"][0]["comparisons"], found["num_comparisons"]) == ({}, 0)
+
+
 def test_runs_are_lists_or_named(data: Path) -> None:
     first, second, base = (answer(data, name, {n}) for n, name in enumerate("xyz"))
     listed = compare("pope", {"base": base, "new": [first, second]}, data, bootstrap=5)
