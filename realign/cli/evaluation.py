@@ -339,7 +339,8 @@ def eval_suite(
         Path | None, typer.Option(help="Folder of the questions' images; for lmms-eval.")
     ] = None,
     python: Annotated[
-        str | None, typer.Option(help="Interpreter of the environment that has the suite.")
+        str | None,
+        typer.Option(help="Interpreter of the environment in which the suite is installed."),
     ] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     backend: Annotated[
