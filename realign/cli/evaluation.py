@@ -340,7 +340,7 @@ def eval_suite(
     ] = None,
     python: Annotated[
         str | None,
-        typer.Option(help="Interpreter of the environment in which the suite is installed."),
+        typer.Option(help="Interpreter that has the suite installed."),
     ] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     backend: Annotated[
