@@ -1,4 +1,4 @@
-"""What is installed, what a call would take, and whether its numbers are right here.
+"""The installed packages, the path that a call would take, and a check of its numbers.
 
 It needs torch alone; ``python -m realign_kernels`` prints it.
 """
@@ -38,7 +38,7 @@ class Diagnosis(NamedTuple):
     lines: list[str]
     """The report, a line an entry, for people and bug reports."""
     is_sound: bool
-    """Whether every numeric check was within its bound."""
+    """True if every numeric check was within its bound."""
 
 
 class _Check(NamedTuple):

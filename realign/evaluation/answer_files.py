@@ -95,7 +95,7 @@ def _resolved(paths: Sequence[Path]) -> set[Path]:
 
 
 class _Found:
-    """What the files read so far hold; rows are known by their ``id()``.
+    """The answers of the files read so far; rows are known by their ``id()``.
 
     An answer may be there once, or in several files of which each but one holds the replies of a
     judge about it: those are gradings of the same answer.

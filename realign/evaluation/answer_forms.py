@@ -24,7 +24,7 @@ from realign.runtime.files import content_sha256, json_text
 
 
 class Request(NamedTuple):
-    """What a form is made of."""
+    """The input of a form."""
 
     said: Mapping[str, Sequence[Answered]]
     """Task to its answers, in the order of the data; without texts for a file of questions."""
@@ -35,12 +35,12 @@ class Request(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What is to be written."""
+    """The files to write."""
 
     files: Mapping[str, str]
     """Name to text; the only file of a form that is one file has no name."""
     notes: Sequence[str] = ()
-    """What was changed, and what a reader of the file must know."""
+    """Notes on changes to the answers, and on limits of the file."""
 
 
 class Form(NamedTuple):

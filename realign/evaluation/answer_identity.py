@@ -1,4 +1,4 @@
-"""What stored answers depend on: the model, its processor and chat template, the decoding, the data
+"""Identity of stored answers: the model, its processor and chat template, the decoding, the data
 and the machine.
 """
 

@@ -15,13 +15,13 @@ from realign.runtime.files import new_folder, write_text
 
 
 class Report(NamedTuple):
-    """What was written."""
+    """The result of writing answers."""
 
     out: Path
     number: int
     """Of answers, or of questions."""
     notes: Sequence[str]
-    """What was changed in them, and what a reader of the file must know."""
+    """Notes on changes to the answers, and on limits of the file."""
 
 
 def write(

@@ -29,14 +29,14 @@ def sum_scores(rows: Sequence[ScoredRow]) -> ArrayLike:
 
 
 class UnitValues(NamedTuple):
-    """What a metric is the mean of: questions, or groups that are right as a whole."""
+    """The units that a metric is the mean of: questions, or groups that are right as a whole."""
 
     of_cluster: Callable[[Sequence[ScoredRow]], Sequence[float]]
     """The scored rows of a cluster to one value for each unit, in an order that does not depend on
     the scores; 1 where the unit is right and 0 where it is wrong, if it can only be that.
     """
     scale: float = 1.0
-    """What the mean of the values is multiplied by to give the metric, such as 100 for percent."""
+    """Factor from the mean of the values to the metric, such as 100 for percent."""
 
 
 def of_items(value: Callable[[Sequence[float]], float], scale: float = 1.0) -> UnitValues:
@@ -73,7 +73,7 @@ class Rule:
     strips: bool = True
     """True to remove the white space around an answer before it is scored."""
     judging: Judging | None = None
-    """How the rule reads the replies of a judge. None for a rule that reads the answers."""
+    """The way the rule reads the replies of a judge. None for a rule that reads the answers."""
     needs_packages: bool = False
     """True if the rule requires packages that this project does not install. ``realign eval``
     leaves it out, so that no score depends on the machine; stored answers can be scored by it.
@@ -237,7 +237,7 @@ class Benchmark:
     them means that the record is not of a judged file.
     """
     judge: Judge | None = None
-    """How a judge is asked about answers; None for benchmarks that need none."""
+    """The way a judge is asked about answers; None for benchmarks that need none."""
 
     def find_layout(self, data: Path) -> Layout:
         """Return the first layout of which a folder holds a file.

@@ -24,7 +24,7 @@ class Run(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What messages call it."""
+        """The name of the run in messages."""
         return f"{self.model}, run {self.run}"
 
 
@@ -37,17 +37,17 @@ class Units(NamedTuple):
 
     @property
     def are_binary(self) -> bool:
-        """Whether each is right or wrong, so that gained and lost ones can be counted."""
+        """True if each is right or wrong, so that gained and lost ones can be counted."""
         return bool(np.isin(self.values, (0, 1)).all())
 
     @property
     def share_clusters(self) -> bool:
-        """Whether a cluster holds more than one."""
+        """True if a cluster holds more than one."""
         return len(np.unique(self.clusters)) < len(self.clusters)
 
 
 class Sums(NamedTuple):
-    """What is summed of one model under one rule."""
+    """The sums of one model under one rule."""
 
     vectors: dict[str, Array]
     """Split to score vectors, shape ``(clusters, K)``, zero where a split has none of a cluster.

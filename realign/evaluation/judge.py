@@ -50,7 +50,7 @@ class JudgeModel:
 
 
 class Judged(NamedTuple):
-    """What a judge has done.
+    """The result of asking a judge.
 
     Attributes:
         answers: All answers of the file.
@@ -155,7 +155,7 @@ def _check_out(out: Path, journal: Path, answers: Sequence[Path], name: str) -> 
 
 
 class _Pieces:
-    """What is asked about: made before anything is asked, so that what is missing is refused."""
+    """The answers to ask about. All are prepared before the first request, to refuse early."""
 
     def __init__(
         self, benchmark: Benchmark, by: Judge, template: JudgePrompt, answered: Sequence[Answered]

@@ -50,7 +50,7 @@ def stored_replies(record: Mapping[str, Any]) -> list[Reply]:
 
 @dataclass(frozen=True)
 class Judging:
-    """How a rule takes verdicts from the replies of a judge. The rule then scores the verdict, a
+    """The way a rule takes verdicts from a judge's replies. The rule then scores the verdict, a
     short text, in place of the answer.
     """
 
@@ -70,7 +70,7 @@ class Judging:
 
 @dataclass(frozen=True)
 class Judge:
-    """How a judge is asked about the answers to a benchmark."""
+    """The way a judge is asked about the answers to a benchmark."""
 
     placeholders: tuple[str, ...]
     """Names in the prompt, each of which stands for a text."""
@@ -87,9 +87,9 @@ class Judge:
     max_tokens: int | None
     """Longest reply; None leaves it to the server."""
     tries: int = 3
-    """How often a judge is asked at most for a reply that holds a verdict."""
+    """The largest number of times a judge is asked for a reply that holds a verdict."""
     temperature_step: float = 0.0
-    """What every further try adds to the temperature."""
+    """The amount that every further try adds to the temperature."""
     reminder: str = ""
     """Text that every further try has below the prompt."""
 

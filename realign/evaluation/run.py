@@ -77,7 +77,7 @@ def _asked(run: _Run | None) -> tuple[list[Item], dict[str, Path]]:
 
 
 class _Run:
-    """What the first process finds and checks before any model is loaded, writes and scores.
+    """The work of the first process: it checks everything before a model is loaded, and scores.
 
     Raises:
         RefusedError: As :func:`evaluate`.

@@ -19,7 +19,7 @@ NUMBERS_AT_ONCE = 1_000_000  # of a block of weights, so that it takes 8 MB
 
 
 class Draws(NamedTuple):
-    """How often and from which seed clusters are drawn."""
+    """The number of draws of clusters, and their seed."""
 
     number: int
     seed: int = 0

@@ -26,7 +26,7 @@ Line = dict[str, Any]
 
 
 class Question(NamedTuple):
-    """What a model is asked. Items that share a question share its answer."""
+    """A question to a model. Items that share a question share its answer."""
 
     prompt: str  # before the chat template
     image: Path | None

@@ -1,4 +1,4 @@
-"""Whether claims hold: the interval over training seeds decides, the one over images stands
+"""Verdicts on claims: the interval over training seeds decides, the one over images stands
 beside it.
 """
 

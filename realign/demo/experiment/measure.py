@@ -1,4 +1,4 @@
-"""What a model says on an evaluation draw: captions, the log-odds of Yes in its answers, and how
+"""Answers of a model on an evaluation draw: captions, the log-odds of Yes in its answers, and how
 far its captions are from what the base would have said.
 """
 

@@ -172,7 +172,7 @@ CLAIMS = _claims()
 
 @dataclass(frozen=True)
 class Grid:
-    """What an objective is tuned over.
+    """The settings that an objective is tuned over.
 
     Attributes:
         learning_rates: Tried at ``betas[0]``.

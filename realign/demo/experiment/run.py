@@ -158,7 +158,7 @@ class DoRun:
 
 
 def _said(measurer: Measurer, model: Any, draw: Draw, run: Run) -> dict[str, Any]:
-    """What a model says on a draw, as :class:`realign.demo.experiment.scores.Said` reads it."""
+    """Return the answers of a model on a draw, in the form that ``scores.Said`` reads."""
     sets = ["free"] if run.only_captions else [*SPLITS]
     captions = measurer.captions(model, draw, sets)
     if run.only_captions:

@@ -80,7 +80,7 @@ class Draw:
 
     @cached_property
     def rows(self) -> dict[str, list[dict[str, Any]]]:
-        """What CHAIR's rule reads of each scene."""
+        """The facts of each scene that CHAIR's rule reads."""
         synonyms = {kind: [kind] for kind in KINDS}
         return {
             name: [{"objects": sorted(scene.kinds), "synonyms": synonyms} for scene in scenes]

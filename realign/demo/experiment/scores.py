@@ -30,7 +30,7 @@ _CAPTION_COLUMNS = (
 
 @dataclass(frozen=True)
 class Said:
-    """What one model said on some draws, ready to be scored.
+    """The answers of one model on some draws, ready to be scored.
 
     Attributes:
         counts: Set to counts, shape ``(images, columns)``: of captions, then of each split.

@@ -37,7 +37,7 @@ class LmmsTask:
     tasks: tuple[str, ...] = ()
     """The tasks of the benchmark that it asks; all where it is empty."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What its YAML file must say otherwise."""
+    """The settings that its YAML file changes."""
     covers: Callable[[Row], bool] = lambda row: True
     """Return whether it asks about a row."""
     question: Callable[[Row], str] = lambda row: row["text"]

@@ -25,7 +25,7 @@ class SuiteModel(NamedTuple):
     language_type: str
     """The same of its language model."""
     is_merged: bool
-    """Whether it is an adapter that is merged into that folder."""
+    """True if it is an adapter that is merged into that folder."""
 
 
 def find_models(models: Mapping[str, str], place: Path) -> dict[str, SuiteModel]:

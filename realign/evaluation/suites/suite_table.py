@@ -1,4 +1,4 @@
-"""What a suite's results say, as tables for the terminal."""
+"""The results of a suite as tables for the terminal."""
 
 from __future__ import annotations
 

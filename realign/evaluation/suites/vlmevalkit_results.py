@@ -32,7 +32,7 @@ _ANSWERS = (".json", ".tsv", ".xlsx")
 
 
 class Joined(NamedTuple):
-    """How the rows of a table of VLMEvalKit are found among those of a benchmark."""
+    """The keys that join a table of VLMEvalKit with the rows of a benchmark."""
 
     benchmark: str
     key: Callable[[Record], Hashable]
