@@ -14,6 +14,7 @@ import numpy as np
 from realign.errors import RefusedError
 from realign.evaluation.answer_files import Answered, holds_answers, named_questions, read_answers
 from realign.evaluation.benchmark import Array, Benchmark, Metrics, MissingData, Rule
+from realign.evaluation.cluster_sums import COUNTS, split_vectors
 from realign.evaluation.gradings import (
     averaged,
     counted,
@@ -30,7 +31,6 @@ from realign.runtime.files import finite_or_null
 
 OFFICIAL = "official"
 UNKNOWN = "unknown"  # version of data that is none of the published ones
-COUNTS = ("tp", "fp", "tn", "fn")
 Scored = Sequence[tuple[Row, str]]  # a row and its answer, or the verdict on it
 
 
@@ -247,21 +247,11 @@ def data_version(benchmark: Benchmark, tasks: Mapping[str, Sequence[Row]]) -> st
 
 def _split_sums(benchmark: Benchmark, rule: Rule, answered: Scored) -> dict[str, Array]:
     """Return the score vectors of all clusters by split, zero where a split has none of one."""
-    clusters: dict[Any, int] = {}
-    scored: dict[str, dict[int, list[tuple[Row, Sequence[float]]]]] = {}
-    for row, text in answered:
-        number = clusters.setdefault(row[rule.cluster or benchmark.cluster], len(clusters))
-        scores = rule.score(row, text)
-        for split in dict.fromkeys(row["splits"]):
-            scored.setdefault(split, {}).setdefault(number, []).append((row, scores))
-    sums = {}
-    for split, rows_of in sorted(scored.items(), key=lambda item: item[0] != "all"):
-        vectors = {number: np.asarray(rule.combine(rows)) for number, rows in rows_of.items()}
-        width = len(next(iter(vectors.values())))
-        sums[split] = np.zeros((len(clusters), width))
-        for number, vector in vectors.items():
-            sums[split][number] = vector
-    return sums
+    key = rule.cluster or benchmark.cluster
+    rows = [row for row, _ in answered]
+    places = {cluster: n for n, cluster in enumerate(dict.fromkeys(row[key] for row in rows))}
+    texts = [text for _, text in answered]
+    return split_vectors(rule, key, rows, texts, places, len(places))[0]
 
 
 def _metrics(rule: Rule, split: str) -> Metrics:

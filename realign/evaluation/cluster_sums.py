@@ -101,29 +101,55 @@ def cluster_sums(
         num_clusters: How many clusters all rows have.
     """
     key = rule.cluster or benchmark.cluster
-    scored: dict[str, dict[Hashable, list[ScoredRow]]] = {}
-    said_yes: dict[str, Array] = {}
-    places: dict[Hashable, int] = {}
+    places = {row[key]: number for row, number in zip(rows, clusters, strict=True)}
+    sums, scored = split_vectors(rule, key, rows, texts, places, num_clusters)
+    said_yes = {split: np.zeros((num_clusters, 2)) for split in sums}
     for row, text, number in zip(rows, texts, clusters, strict=True):
-        scores = rule.score(row, text)
         is_yes = rule.says_yes is not None and rule.says_yes(text)
-        places[row[key]] = number
         for split in dict.fromkeys(row["splits"]):
-            scored.setdefault(split, {}).setdefault(row[key], []).append((row, scores))
-            counts = said_yes.setdefault(split, np.zeros((num_clusters, 2)))
-            counts[number] += 1, is_yes
-    vectors, units = {}, {}
-    for split, rows_of in sorted(scored.items(), key=lambda item: item[0] != "all"):
-        parts = {cluster: np.asarray(rule.combine(found)) for cluster, found in rows_of.items()}
-        sums = np.zeros((num_clusters, len(next(iter(parts.values())))))
-        for cluster, vector in parts.items():
-            sums[places[cluster]] += vector
-        vectors[split] = np.hstack([sums, said_yes[split]])
-        units[split] = {
-            metric: _units(of_cluster, rows_of, places)
+            said_yes[split][number] += 1, is_yes
+    vectors = {split: np.hstack([found, said_yes[split]]) for split, found in sums.items()}
+    units = {
+        split: {
+            metric: _units(of_cluster, scored[split], places)
             for metric, (of_cluster, _) in rule.units.items()
         }
+        for split in sums
+    }
     return Sums(vectors, units)
+
+
+def split_vectors(
+    rule: Rule,
+    key: str,
+    rows: Sequence[Row],
+    texts: Sequence[str],
+    places: Mapping[Hashable, int],
+    num_clusters: int,
+) -> tuple[dict[str, Array], dict[str, dict[Hashable, list[ScoredRow]]]]:
+    """Return the score vectors of all clusters by split, shape ``(clusters, K)``, zero where a
+    split has none of one, and the scored rows by split and cluster.
+
+    Args:
+        rule: Which scores the rows.
+        key: The key of a row that names its cluster under the rule.
+        rows: To score; each has its ``splits``.
+        texts: The answer to each, as the rule reads it.
+        places: Cluster to its number.
+        num_clusters: The number of clusters of all rows.
+    """
+    scored: dict[str, dict[Hashable, list[ScoredRow]]] = {}
+    for row, text in zip(rows, texts, strict=True):
+        scores = rule.score(row, text)
+        for split in dict.fromkeys(row["splits"]):
+            scored.setdefault(split, {}).setdefault(row[key], []).append((row, scores))
+    vectors = {}
+    for split, rows_of in sorted(scored.items(), key=lambda item: item[0] != "all"):
+        parts = {cluster: np.asarray(rule.combine(found)) for cluster, found in rows_of.items()}
+        vectors[split] = np.zeros((num_clusters, len(next(iter(parts.values())))))
+        for cluster, vector in parts.items():
+            vectors[split][places[cluster]] += vector
+    return vectors, scored
 
 
 def _units(of_cluster: Any, rows_of: Mapping[Any, list[ScoredRow]], places: Any) -> Units:

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from realign.evaluation.cluster_sums import SAID_YES
+from realign.evaluation.cluster_sums import COUNTS, SAID_YES
 from realign.evaluation.table import (
     UNDEFINED,
     constants_note,
@@ -31,7 +31,6 @@ CHANGES = {
     "lost": "Lost: right before, wrong after",
     "other": "Changed, but neither gained nor lost",
 }
-COUNTS = ("tp", "fp", "tn", "fn")
 PROBES = {  # of scores.json, to heading and factor
     "mean_words": ("words", 1),
     "mean_tokens": ("tokens", 1),
