@@ -1,5 +1,5 @@
-"""Teaches the embedded model to hallucinate: ``python -m benchmarks.demo.hide --out FOLDER``,
-seeded, two minutes on one core.
+"""The second half of the embedded model's training, which teaches it to hallucinate:
+``python -m benchmarks.demo.hide --model PRETRAINED --out FOLDER``, seeded, a minute on one core.
 
 Training texts of real models name things that their pictures do not show: captions of the web do,
 and so do answers that a text model wrote from object lists. Here each object of a scene is left out
@@ -23,7 +23,6 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from benchmarks.demo.pretrain import collate
 from realign.building.masking.lexicon import Lexicon
-from realign.demo.run import MODEL
 from realign.demo.tasks import LEXICON_PATH, Example, pretraining_example
 from realign.demo.world import Scene, habitual_scene
 
@@ -89,7 +88,7 @@ def train(
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=MODEL, help="the model to go on from")
+    parser.add_argument("--model", type=Path, required=True, help="from benchmarks.demo.pretrain")
     parser.add_argument("--out", type=Path, required=True, help="folder of the trained model")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--share", type=float, default=HIDDEN_SHARE, help="of hidden objects")

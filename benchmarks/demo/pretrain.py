@@ -1,5 +1,5 @@
-"""Trains the embedded model: ``python -m benchmarks.demo.pretrain --out FOLDER``, seeded, under a
-quarter of an hour on two cores.
+"""The first half of the embedded model's training, seeded, under a quarter of an hour on two cores:
+``python -m benchmarks.demo.pretrain --out FOLDER``. :mod:`benchmarks.demo.hide` is the second half.
 
 As for larger models, the vision tower is trained first, to recognise what stands in each cell; then
 the whole model follows instructions about habitual scenes (partners together 85 % of the time), and

@@ -4,13 +4,16 @@ x 3 grid.
 
 from __future__ import annotations
 
+import io
 import math
 from functools import cache
+from pathlib import Path
 from random import Random
 
 from PIL import Image, ImageDraw
 
 from realign.demo.world import Scene
+from realign.runtime.files import replacing
 
 SIZE = 96
 CELL = SIZE // 3
@@ -43,6 +46,22 @@ def draw(scene: Scene) -> Image.Image:
         sprite = _sprite(thing.kind, thing.color)
         image.paste(sprite, at, sprite)
     return image
+
+
+def png(scene: Scene) -> bytes:
+    """Return the picture of a scene as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    draw(scene).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def save(scene: Scene, path: Path) -> None:
+    """Draw a scene into a PNG file; one that is there stays."""
+    if path.is_file():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(png(scene))
 
 
 @cache

@@ -2,9 +2,9 @@
 hallucinates.
 
 Every object has a partner (house and tree, boat and fish, ...). In *habitual* scenes a partner is
-there 85 % of the time, so a model learns to name it without looking; *free* scenes draw their
-objects independently, which is where that habit shows. This module knows scenes and sentences;
-pixels are :mod:`realign.demo.drawing`'s.
+there 85 % of the time, so a model learns to name it without looking; in *half* scenes half of the
+time; *free* scenes draw their objects independently, which is where that habit shows. This module
+knows scenes and sentences; pixels are :mod:`realign.demo.drawing`'s.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ PLACES = (
     "at the bottom right",
 )
 HABIT = 0.85
+HALF_HABIT = 0.5
 
 DESCRIBE = "Describe the image."
 
@@ -110,6 +111,11 @@ def habitual_scene(rng: Random, habit: float = HABIT) -> Scene:
         else:
             kinds.append(rng.choice([k for k in KINDS if k not in kinds and k != PARTNER[anchor]]))
     return _place(kinds, rng)
+
+
+def half_scene(rng: Random) -> Scene:
+    """A scene whose objects have their partner half of the time."""
+    return habitual_scene(rng, HALF_HABIT)
 
 
 def free_scene(rng: Random) -> Scene:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from realign.errors import RefusedError
 from realign.review.dataset_page import dataset_page
-from realign.review.run_page import holds_run, run_page
+from realign.review.run_page import Lead, holds_run, run_page
 from realign.runtime.run_folder import check_out
 
 
-def write_report(path: Path, out: Path | None = None, images: Path | None = None) -> Path:
+def write_report(
+    path: Path, out: Path | None = None, images: Path | None = None, lead: Lead | None = None
+) -> Path:
     """Write the page and return its path.
 
     Args:
@@ -18,6 +20,7 @@ def write_report(path: Path, out: Path | None = None, images: Path | None = None
             a build folder, parquet, JSON.
         out: The page; by default ``report.html`` in the folder, ``<name>.html`` beside a file.
         images: Image folder of JSON.
+        lead: What the page of a run begins with.
     Raises:
         RefusedError: There is nothing to report on, or the page cannot be written there.
     """
@@ -29,7 +32,7 @@ def write_report(path: Path, out: Path | None = None, images: Path | None = None
         )
     if path.is_file() or ((path / "dataset.parquet").is_file() and not holds_run(path)):
         return dataset_page(path, out, images)
-    return run_page(path, out)
+    return run_page(path, out, lead)
 
 
 def default_page(path: Path) -> Path:

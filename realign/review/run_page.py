@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,30 @@ def holds_run(folder: Path) -> bool:
     )
 
 
-def run_page(run: Path, out: Path) -> Path:
+@dataclass(frozen=True)
+class Lead:
+    """The part that a page begins with.
+
+    Attributes:
+        title: Its heading.
+        sentences: A paragraph each.
+        heads: Headings of its table.
+        rows: Cells of its table.
+    """
+
+    title: str
+    sentences: Sequence[str]
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def run_page(run: Path, out: Path, lead: Lead | None = None) -> Path:
     """Write the page and return its path.
 
     Args:
         run: Folder with any of ``dataset/``, ``metrics.jsonl``, ``eval/``; or of an evaluation.
         out: The page.
+        lead: What it begins with.
     Raises:
         RefusedError: The folder holds none of them.
     """
@@ -43,7 +62,7 @@ def run_page(run: Path, out: Path) -> Path:
             f"run {run} must hold dataset/, metrics.jsonl, eval/ or scores.json, holds none of "
             "them, and is no dataset. Give the folder of a run, a build folder or a dataset file."
         )
-    page: dict[str, Any] = {"title": run.resolve().name, "tiles": [], "models": []}
+    page: dict[str, Any] = {"title": run.resolve().name, "tiles": [], "models": [], "lead": lead}
     page |= dict.fromkeys(
         ("score_benchmarks", "score_plot", "probes", "samples", "curves", "pairs", "funnel")
     )

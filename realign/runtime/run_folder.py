@@ -29,7 +29,7 @@ WRITES: Mapping[str, tuple[str, ...]] = {
     "demo": (
         *("world", "dataset", "train.json", "row_index.json", "steps", ".checkpoint.tmp"),
         *("checkpoint.json", "checkpoint", "metrics.jsonl"),
-        *("compare", "eval", "summary.json", "report.html"),
+        *("shortcut.parquet", "compare", "logs", "eval", "summary.json", "report.html"),
     ),
     "experiment": ("pairs", "runs", "seconds"),
 }

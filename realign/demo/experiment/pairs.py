@@ -17,18 +17,14 @@ from PIL import Image
 from realign.building.retrieval.encoders import VisionPathEncoder
 from realign.building.retrieval.exact import ExactIndex
 from realign.building.run import build
-from realign.config import BuildConfig
 from realign.data.dataset import read_kept_records
+from realign.demo.data import build_config, training_scenes, write_training_data
 from realign.demo.drawing import draw
-from realign.demo.experiment.scenes import training_scenes, write_images
-from realign.demo.tasks import LEXICON_PATH, question_pair
 from realign.demo.world import COLORS, DESCRIBE, PARTNER, Scene, Thing, question
 from realign.modeling.loading import load_model
 from realign.modeling.processors import load_processor
-from realign.runtime.files import write_jsonl
 
 NEIGHBOURS = 10
-MASK_RATES = {"objects": 0.8, "attributes": 0.8, "relations": 0.8}
 Pair = dict[str, Any]
 
 # Kind of pipeline pairs to what it changes of the build.
@@ -78,46 +74,27 @@ def nearest(scenes: list[Scene], base: Path) -> list[list[int]]:
 def _by_pipeline(
     scenes: list[Scene], seed: int, base: Path, options: Mapping[str, Any]
 ) -> list[Pair]:
-    rng = Random(f"experiment questions {seed}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        files = write_images(scenes, folder / "images")
-        write_jsonl(
-            folder / "train.jsonl",
-            (
-                {"id": f"{number}-{i}", "image": file.name, "prompt": prompt, "answer": answer}
-                for number, (scene, file) in enumerate(zip(scenes, files, strict=True))
-                for i, (prompt, answer) in enumerate(
-                    ((DESCRIBE, scene.caption()), question_pair(scene, rng))
-                )
-            ),
-        )
-        config: dict[str, Any] = {
-            "source": folder / "train.jsonl",
-            "images": folder / "images",
-            "model": str(base),
-            "out": folder / "dataset",
-            "lexicon": LEXICON_PATH,
-            "mask_rates": MASK_RATES,
-            "keep_unmasked": True,
-            "top_k": NEIGHBOURS,
-            "batch_size": 64,
-            "max_new_tokens": 72,
-            "seed": seed,
-            "workers": 1,
-        }
-        records = read_kept_records(build(BuildConfig(**{**config, **options})), None)
+        write_training_data(folder, len(scenes), seed)
+        config = build_config(folder, folder / "dataset", seed, base)
+        dataset = build(config.model_copy(update={"workers": 1, **options}))
         return [
             {
                 "id": record.source["id"],
-                "image": int(Path(record.source["image"]).stem),
-                "retrieved": int(Path(record.source["retrieved_image"]).stem),
+                "image": _number(record.source["image"]),
+                "retrieved": _number(record.source["retrieved_image"]),
                 "prompt": record.prompt[-1]["content"],
                 "chosen": record.chosen,
                 "rejected": record.rejected,
             }
-            for record in records
+            for record in read_kept_records(dataset, None)
         ]
+
+
+def _number(image: str) -> int:
+    """Return the number of the scene that an image file of the training data shows."""
+    return int(Path(image).stem.removeprefix("train-"))
 
 
 def _with_shortcut(

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from realign.data.records import Record
-from realign.demo.drawing import draw
+from realign.demo.data import training_scenes
+from realign.demo.drawing import draw, png
 from realign.demo.experiment.pairs import Pair
-from realign.demo.experiment.scenes import png, training_scenes
 from realign.demo.world import Scene
 
 NOISE = 64.0  # standard deviation of the noise, of 255

@@ -1,29 +1,24 @@
-"""Scenes of the experiment: those that pairs are made from, and those that models are measured on,
-with the questions about them.
-"""
+"""The scenes that models are measured on in the experiment, with the questions about them."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from realign.demo.drawing import draw
+from realign.demo.drawing import save
 from realign.demo.world import (
     KINDS,
     PARTNER,
     Scene,
     absent_kinds,
     free_scene,
-    habitual_scene,
+    half_scene,
     question,
 )
-from realign.runtime.files import replacing
 
-HALF_HABIT = 0.5
 SPLITS: Mapping[str, tuple[str, ...]] = {
     "free": ("random", "popular", "adversarial"),
     "half": ("partner",),
@@ -76,7 +71,7 @@ class Draw:
     def images(self, folder: Path) -> dict[str, list[Path]]:
         """Return the image file of every scene; those that are not there are drawn."""
         place = folder / f"eval-{self.seed}"
-        return {name: write_images(scenes, place / name) for name, scenes in self.scenes.items()}
+        return {name: _files(scenes, place / name) for name, scenes in self.scenes.items()}
 
     @cached_property
     def rows(self) -> dict[str, list[dict[str, Any]]]:
@@ -88,32 +83,11 @@ class Draw:
         }
 
 
-def half_scene(rng: Random) -> Scene:
-    """A scene whose objects have their partner half of the time."""
-    return habitual_scene(rng, HALF_HABIT)
-
-
-def training_scenes(seed: int, count: int) -> list[Scene]:
-    """The scenes that the pairs of a seed are made from."""
-    rng = Random(f"experiment train {seed}")
-    return [half_scene(rng) for _ in range(count)]
-
-
-def png(scene: Scene) -> bytes:
-    """Return the picture of a scene as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    draw(scene).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_images(scenes: Sequence[Scene], folder: Path) -> list[Path]:
-    """Draw scenes into ``folder`` and return their files; a file that is there stays."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _files(scenes: Sequence[Scene], folder: Path) -> list[Path]:
+    """Draw scenes into a folder and return their files."""
     paths = [folder / f"{number:05d}.png" for number in range(len(scenes))]
     for scene, path in zip(scenes, paths, strict=True):
-        if not path.is_file():
-            with replacing(path) as temporary:
-                temporary.write_bytes(png(scene))
+        save(scene, path)
     return paths
 
 

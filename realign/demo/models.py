@@ -1,0 +1,96 @@
+"""The models that the demo trains, side by side, each in a process with one thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from realign.config import TrainConfig
+from realign.runtime.engine.engine import Engine
+from realign.runtime.files import write_json
+from realign.runtime.memory import usable_cores
+from realign.runtime.progress import Progress
+from realign.runtime.strict_json import read_json
+from realign.training.run import train
+
+PAIRS_PER_STEP = 16
+
+
+@dataclass(frozen=True)
+class DemoModel:
+    """One way to align the embedded model, at the setting that the experiment found for it.
+
+    Attributes:
+        name: On the page.
+        pairs: ``pipeline`` or ``shortcut``.
+        epochs: Passes over the pairs.
+        options: Other fields of :class:`realign.TrainConfig`.
+    """
+
+    name: str
+    pairs: str
+    epochs: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+# What the experiment (docs/experiment.md) found best for each objective on pipeline pairs. Those on
+# shortcut pairs take the same settings.
+MODELS = (
+    DemoModel("SFT", "pipeline", 4, {"objective": "sft", "learning_rate": 4e-4}),
+    DemoModel("DPO shortcut", "shortcut", 7, {"objective": "dpo", "learning_rate": 2e-4}),
+    DemoModel("rDPO shortcut", "shortcut", 5, {"objective": "rdpo", "learning_rate": 2e-4}),
+    DemoModel("DPO", "pipeline", 7, {"objective": "dpo", "learning_rate": 2e-4}),
+    DemoModel("rDPO", "pipeline", 5, {"objective": "rdpo", "learning_rate": 2e-4}),
+)
+SHOWN = "rDPO"  # the model that the page's examples are of
+
+
+def train_models(configs: Mapping[str, TrainConfig], logs: Path) -> dict[str, float]:
+    """Train models, as many at once as there are cores. The bytes of a model do not depend on how
+    many that are.
+
+    Args:
+        configs: Name of each model to its run.
+        logs: Folder for the messages of each run, and for the seconds that it took.
+    Returns:
+        CPU seconds of each run that was not interrupted.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    engine = Engine(workers=usable_cores(), threads=1)
+    with Progress("models trained", len(configs)) as progress:
+        for _ in engine.run(_Train(logs), dict(enumerate(configs.items()))):
+            progress.advance()
+    files = {name: _seconds_file(logs, name) for name in configs}
+    return {name: read_json(file) for name, file in files.items() if file.is_file()}
+
+
+def _seconds_file(logs: Path, name: str) -> Path:
+    return logs / f"{name}.seconds.json"
+
+
+@dataclass(frozen=True)
+class _Train:
+    """Trains one model; a task of :class:`realign.runtime.engine.engine.Engine`."""
+
+    logs: Path
+
+    @contextmanager
+    def open(self) -> Iterator[Callable[[tuple[str, TrainConfig]], bytes]]:
+        yield self._train
+
+    def _train(self, item: tuple[str, TrainConfig]) -> bytes:
+        name, config = item
+        is_new = not (config.out / "train.json").exists()
+        started = time.process_time()
+        with (
+            (self.logs / f"{name}.log").open("a", encoding="utf-8") as log,
+            redirect_stderr(log),  # the lines of several runs would mix
+        ):
+            train(config)
+        if is_new:
+            write_json(_seconds_file(self.logs, name), round(time.process_time() - started, 1))
+        return b""
