@@ -37,6 +37,16 @@ MEASURES = {
     "free.words": "words",
     "kl": "KL",
 }
+SHORT = (
+    *("base", "SFT", "DPO", "rDPO", "mDPO"),
+    *("SFT, shortcut", "DPO, shortcut", "rDPO, shortcut", "vDPO, shortcut"),
+)
+SHORT_MEASURES = {
+    "free.chair_i": "CHAIR_i",
+    "free.recall": "recall",
+    "free.random.accuracy": "random",
+    "free.adversarial.auc": "adversarial AUC",
+}
 NOT_SHARES = ("free.words", "kl")
 DASH = "—"
 
@@ -84,6 +94,15 @@ def views_table(results: Results) -> str:
         for view in results["views"]
     ]
     return _table(["condition", "rate", "beta", "steps", *MEASURES.values()], rows)
+
+
+def short_table(results: Results) -> str:
+    """Return the main measures of the main conditions."""
+    best = {view["condition"]: view for view in results["views"] if view["at"] == "best"}
+    rows = [
+        [name, *(_over_seeds(best[name], measure) for measure in SHORT_MEASURES)] for name in SHORT
+    ]
+    return _table(["trained with", *SHORT_MEASURES.values()], rows)
 
 
 def paper_table(results: Results) -> str:
