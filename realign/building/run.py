@@ -17,35 +17,32 @@ shards of its own, resumed after a kill.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from realign.building.assemble import assemble, funnel
-from realign.building.corpus import Corpus, inspect_corpus
+from realign.building.corpus import Corpus
 from realign.building.masking.lexicon import Lexicon
 from realign.building.masking.masker import MaskRules
 from realign.building.masking.remnants import GAPS
-from realign.building.models import Readers
 from realign.building.similarity import similarity_identity
+from realign.building.source import inspect_rows, read_rows
 from realign.building.staging import Staging
 from realign.config import BuildConfig
 from realign.data.decisions import RowKey, decisions_path, read_decisions
 from realign.data.formats.parquet import write_parquet
-from realign.data.formats.read_source import read_source
 from realign.data.formats.source_row import SourceRow
 from realign.data.image_names import check_image_root
-from realign.data.records import Problem, Record
+from realign.data.records import Record
 from realign.errors import RefusedError
 from realign.modeling.chat_template import Renderer
 from realign.modeling.folder import resolve_model
 from realign.modeling.identity import machine_numerics
 from realign.modeling.processors import load_processor
 from realign.runtime.files import content_sha256, file_sha256, write_json, write_jsonl
-from realign.runtime.progress import announce
 from realign.runtime.run_folder import check_out, claim, is_claimed, only_run
 from realign.runtime.strict_json import read_json
 
@@ -83,12 +80,15 @@ def build(config: BuildConfig) -> Path:
     )
     rules.lexicon.check_rates(config.mask_rates)
     staging = Staging(config, special)
-    rows, corpus, problems = _read(config, special, staging.readers(folder))
+    readers = staging.readers(folder)
+    source = read_rows(config, special, readers)
+    rows, corpus, problems = inspect_rows(config, source, readers)
     what = {
         "config": config.model_dump(
             mode="json",
-            # none is the model's own limit, which its files say
-            exclude=NOT_IDENTITY | ({"max_length"} if config.max_length is None else set()),
+            # none is the model's own limit, which its files say, and the whole source
+            exclude=NOT_IDENTITY
+            | {name for name in ("max_length", "sample") if getattr(config, name) is None},
         ),
         "source": _content(config.source),
         "images": corpus.digests,
@@ -110,7 +110,8 @@ def build(config: BuildConfig) -> Path:
     with only_run(config.out, "build"):
         claim(config.out, "build", what, labels)
         write_jsonl(config.out / "rejected.jsonl", map(asdict, problems))
-        _run(config, staging, rules, rows, corpus, problems, dropped)
+        bad = Counter(problem.code for problem in problems)
+        _run(config, staging, rules, rows, corpus, dropped, bad, source.num_unsampled)
     return dataset
 
 
@@ -120,8 +121,9 @@ def _run(
     rules: MaskRules,
     rows: list[SourceRow],
     corpus: Corpus,
-    problems: Sequence[Problem],
     dropped: _Dropped,
+    bad: Counter[str],
+    num_unsampled: int,
 ) -> None:
     """Every stage, then the dataset and, last, the counts: without them it is not finished."""
     neighbours = staging.retrieve(corpus)
@@ -130,7 +132,8 @@ def _run(
     outcomes = staging.induce(rows, masked, neighbours, unanswered)
     counts = funnel(
         outcomes,
-        rejected=Counter(problem.code for problem in problems),
+        rejected=bad,
+        unsampled=num_unsampled,
         annotated=sum(row.is_annotated for row in rows),
         excluded=neighbours.excluded,
     )
@@ -170,63 +173,6 @@ class _Dropped:
         )
 
 
-def _read(
-    config: BuildConfig, special: Sequence[str], readers: Readers
-) -> tuple[list[SourceRow], Corpus, list[Problem]]:
-    """Good rows, their images, and what is wrong with the others."""
-    source = read_source(
-        config.source,
-        config.images,
-        special=special,
-        turns=config.turns,
-        format=config.format,
-        image_name=config.image_name,
-        extract_to=config.out / "source_images",
-    )
-    problems = [*source.problems]
-    answered: list[SourceRow] = []
-    for row in source.rows:
-        text = "\n".join((row.instruction, row.answer, row.rejected))
-        if said := readers.refusal_of_text(text):
-            message = f"{row.place}: {said}"
-            problems.append(Problem(row.id, row.place, "", "token-id", message))
-            continue
-        if row.answer or config.annotator:
-            answered.append(row)
-            continue
-        unread = sorted(row.source.get("extra", {}))
-        message = (
-            f"{row.place}: answer must not be empty without an annotator"
-            f"{f', got a row whose keys {unread[:8]} are not read' if unread else ''}. Fill it in, "
-            "or say who answers with build.annotator."
-        )
-        problems.append(Problem(row.id, row.place, "answer", "empty-answer", message))
-    _check_share(problems, source.num_read, config, answered, "; no image was decoded yet")
-    corpus, unreadable = inspect_corpus(
-        answered, config.out / "images", config.workers or 0, readers.refusal_of_image
-    )
-    rows: list[SourceRow] = []
-    for row in answered:
-        if row.path in unreadable:
-            refused = unreadable[row.path].at(f"{row.place}, {row.image}")
-            problems.append(Problem(row.id, row.place, "image", refused.code, str(refused)))
-        else:
-            rows.append(row)
-    _check_share(problems, source.num_read, config, rows)
-    if len(corpus) < 2:
-        bad = f", and these bad rows:\n{_shown(problems)}\n" if problems else ". "
-        raise RefusedError(
-            f"source must show at least 2 different images to retrieve from, got {len(corpus)}{bad}"
-            "Add rows of other images; equal files are one image."
-        )
-    if problems:
-        announce(
-            f"{len(problems)} of {source.num_read} source rows are bad and left out; see "
-            "rejected.jsonl"
-        )
-    return rows, corpus, problems
-
-
 def _content(source: Path) -> str:
     """Hash of a source file, or of every file of a source folder."""
     if source.is_file():
@@ -246,30 +192,6 @@ def _check_paths(config: BuildConfig) -> None:
         )
     if config.images is not None:
         check_image_root(config.images)
-
-
-def _check_share(
-    problems: Sequence[Problem],
-    num_rows: int,
-    config: BuildConfig,
-    good: Sequence[SourceRow],
-    note: str = "",
-) -> None:
-    """Refuse too many bad rows; leaving them out is advised only where enough images are left."""
-    bad = len({problem.place for problem in problems})  # one row may give several
-    if bad > config.max_reject * num_rows:
-        share = math.ceil(1000 * bad / num_rows) / 1000
-        is_enough = len({row.path for row in good}) >= 2
-        leave_out = f", or pass --set build.max_reject={share} to leave them out" * is_enough
-        raise RefusedError(
-            f"{bad} of {num_rows} rows of {config.source.name} are bad{note}, allowed are "
-            f"{config.max_reject:.2%}:\n{_shown(problems)}\nCorrect them{leave_out}."
-        )
-
-
-def _shown(problems: Sequence[Problem]) -> str:
-    more = f"\n... and {len(problems) - 20} more." if len(problems) > 20 else ""
-    return "\n".join(problem.message for problem in problems[:20]) + more
 
 
 def _is_written(out: Path, dropped: _Dropped) -> bool:

@@ -15,6 +15,7 @@ Counts = Mapping[str, Any]
 # what the folders of earlier builds lack
 LATER: Counts = {
     "rejected": {},
+    "unsampled": 0,
     "annotated": 0,
     "excluded_neighbours": {},
     "decisions": {"dropped": 0},
@@ -91,6 +92,14 @@ def row_lines(counts: Counts) -> list[Line]:
     bad = counts["rejected"]
     rows = counts["rows"] + sum(bad.values())
     lines = [Line("in the source", rows, rows)]
+    if unsampled := counts["unsampled"]:
+        whole = rows + unsampled
+        lines = [
+            Line("in the source", whole, whole),
+            Line("not in the sample", unsampled, whole),
+            # the shares below are of these
+            Line("in the sample, or bad" if bad else "in the sample", rows, rows),
+        ]
     lines += [Line(f"bad: {code}", count, rows, "dropped") for code, count in _by_count(bad)]
     if counts["annotated"]:
         lines.append(Line("answered by the annotator", counts["annotated"], rows))
