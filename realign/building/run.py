@@ -17,10 +17,12 @@ shards of its own, resumed after a kill.
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from realign.building.assemble import assemble, funnel
@@ -28,6 +30,8 @@ from realign.building.corpus import Corpus
 from realign.building.masking.lexicon import Lexicon
 from realign.building.masking.masker import MaskRules
 from realign.building.masking.remnants import GAPS
+from realign.building.models import ServedModel
+from realign.building.plan import make_plan, parts_of
 from realign.building.similarity import similarity_identity
 from realign.building.source import inspect_rows, read_rows
 from realign.building.staging import Staging
@@ -42,8 +46,9 @@ from realign.modeling.chat_template import Renderer
 from realign.modeling.folder import resolve_model
 from realign.modeling.identity import machine_numerics
 from realign.modeling.processors import load_processor
-from realign.runtime.files import content_sha256, file_sha256, write_json, write_jsonl
-from realign.runtime.run_folder import check_out, claim, is_claimed, only_run
+from realign.runtime.files import content_sha256, file_sha256, replacing, write_json, write_jsonl
+from realign.runtime.progress import announce
+from realign.runtime.run_folder import check_out, claim, is_begun, is_claimed, only_run
 from realign.runtime.strict_json import read_json
 
 ENGLISH_LEXICON = Path(__file__).parent / "masking" / "lexicon.yaml"
@@ -54,15 +59,21 @@ NOT_IDENTITY = {
     *("engine", "workers", "max_reject"),
     *("annotator", "masker", "inducer", "encoder", "similarity"),  # said by their identities
 }
+# options that change nothing where they are not given
+IF_GIVEN = ("max_length", "sample")
 
 
-def build(config: BuildConfig) -> Path:
+def build(config: BuildConfig, *, dry_run: bool = False) -> Path:
     """Build a dual-preference dataset and return its parquet file. The same call after a kill
     continues.
 
+    Args:
+        config: The build.
+        dry_run: Show the plan and stop, with nothing written. Each server is asked one question,
+            and models of this process answer a few rows, to see how long they take.
     Raises:
-        RefusedError: Too many bad source rows, an output folder that holds another run, no row
-            that gave a pair, or none that the decision file keeps.
+        RefusedError: Too many bad source rows, a server that cannot be used, an output folder that
+            holds another run, no row that gave a pair, or none that the decision file keeps.
     """
     check_out(config.out)
     _check_paths(config)
@@ -81,38 +92,82 @@ def build(config: BuildConfig) -> Path:
     rules.lexicon.check_rates(config.mask_rates)
     staging = Staging(config, special)
     readers = staging.readers(folder)
-    source = read_rows(config, special, readers)
-    rows, corpus, problems = inspect_rows(config, source, readers)
-    what = {
-        "config": config.model_dump(
-            mode="json",
-            # none is the model's own limit, which its files say, and the whole source
-            exclude=NOT_IDENTITY
-            | {name for name in ("max_length", "sample") if getattr(config, name) is None},
-        ),
-        "source": _content(config.source),
-        "images": corpus.digests,
-        "rows": [content_sha256(row.id, corpus.digest_of(row.path)) for row in rows],
-        "special": sorted({*special} - {""}),
-        "lexicon": file_sha256(lexicon_path),
-        "refusals": file_sha256(REFUSALS),
-        "gaps": file_sha256(GAPS),
-        "similarity": similarity,
-        "models": staging.identities(),
-        "numerics": machine_numerics(),
-    }
-    labels = {"images": corpus.names, "rows": [row.id for row in rows]}
+    source = read_rows(config, special, readers, extracts=not dry_run)
     dataset = config.out / "dataset.parquet"
-    dropped = _Dropped.of(dataset)
-    is_old = is_claimed(config.out, "build", what, labels)
-    if is_old and dataset.is_file() and _is_written(config.out, dropped):
-        return dataset
-    with only_run(config.out, "build"):
-        claim(config.out, "build", what, labels)
-        write_jsonl(config.out / "rejected.jsonl", map(asdict, problems))
-        bad = Counter(problem.code for problem in problems)
-        _run(config, staging, rules, rows, corpus, dropped, bad, source.num_unsampled)
+    with TemporaryDirectory() as scratch:
+        _show_plan(config, staging, source.rows, rules, Path(scratch), dry_run=dry_run)
+        if dry_run:
+            return dataset
+        rows, corpus, problems = inspect_rows(config, source, readers)
+        what = {
+            "config": config.model_dump(
+                mode="json",
+                exclude=NOT_IDENTITY | {name for name in IF_GIVEN if getattr(config, name) is None},
+            ),
+            "source": _content(config.source),
+            "images": corpus.digests,
+            "rows": [content_sha256(row.id, corpus.digest_of(row.path)) for row in rows],
+            "special": sorted({*special} - {""}),
+            "lexicon": file_sha256(lexicon_path),
+            "refusals": file_sha256(REFUSALS),
+            "gaps": file_sha256(GAPS),
+            "similarity": similarity,
+            "models": staging.identities(),
+            "numerics": machine_numerics(),
+        }
+        labels = {"images": corpus.names, "rows": [row.id for row in rows]}
+        dropped = _Dropped.of(dataset)
+        is_old = is_claimed(config.out, "build", what, labels)
+        if is_old and dataset.is_file() and _is_written(config.out, dropped):
+            return dataset
+        with only_run(config.out, "build"):
+            claim(config.out, "build", what, labels)
+            _keep_answers(Path(scratch), config.out / "journal")
+            write_jsonl(config.out / "rejected.jsonl", map(asdict, problems))
+            bad = Counter(problem.code for problem in problems)
+            _run(config, staging, rules, rows, corpus, dropped, bad, source.num_unsampled)
     return dataset
+
+
+def _show_plan(
+    config: BuildConfig,
+    staging: Staging,
+    rows: Sequence[SourceRow],
+    rules: MaskRules,
+    scratch: Path,
+    *,
+    dry_run: bool,
+) -> None:
+    """Check the servers and say what will be asked of whom. A finished build asks nobody."""
+    is_begun_before = is_begun(config.out, "build")
+    if is_begun_before and (config.out / "funnel.json").is_file() and not dry_run:
+        return
+    parts = parts_of(config, staging, rows)
+    checked = set()
+    for asked in (part.asked for part in parts):
+        if isinstance(asked, ServedModel) and asked.address not in checked:
+            asked.check_server()
+            checked.add(asked.address)
+    for line in make_plan(
+        config,
+        staging,
+        rows,
+        rules,
+        parts,
+        scratch,
+        # one who goes on has seen the plan, and has answers to wait for
+        asks=dry_run or not is_begun_before,
+        loads=dry_run,
+    ):
+        announce(line)
+
+
+def _keep_answers(scratch: Path, folder: Path) -> None:
+    """Keep what servers said to the plan's questions, so that they are not asked them again."""
+    for said in scratch.glob("*.jsonl"):
+        if not (folder / said.name).exists():
+            with replacing(folder / said.name) as temporary:
+                shutil.copyfile(said, temporary)
 
 
 def _run(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from realign.building.corpus import Corpus, inspect_corpus
 from realign.building.models import Readers
@@ -112,6 +113,23 @@ def sample_rows(rows: Sequence[SourceRow], size: int, seed: int, source: str) ->
         )
     drawn = sorted(range(len(rows)), key=lambda i: content_sha256(str(seed), rows[i].id))[:size]
     return [rows[i] for i in sorted(drawn)]
+
+
+def with_image_files(
+    config: BuildConfig, rows: Sequence[SourceRow], scratch: Path
+) -> list[SourceRow]:
+    """Return rows whose images are files: those that the source holds itself and that are not in
+    the output folder are written into ``scratch``.
+    """
+    folder = config.out / "source_images"
+    found = [
+        row
+        if row.path.parent != folder or row.path.is_file()
+        else replace(row, path=scratch / row.path.name)
+        for row in rows
+    ]
+    extract_images(config.source, found, scratch)
+    return found
 
 
 def inspect_rows(

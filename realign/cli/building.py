@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 
 
 @app.command(cls=SectionCommand)
-def build(ctx: typer.Context) -> None:
+def build(
+    ctx: typer.Context,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check sources, servers and keys, show how much would be asked of whom, and stop.",
+        ),
+    ] = False,
+) -> None:
     """Build preference pairs from images and good answers.
 
     Answers are masked, similar images retrieved, and the model refills the mask while it looks at
@@ -37,7 +46,10 @@ def build(ctx: typer.Context) -> None:
         recognise((), options.format, options.source.name)
     from realign.building.run import build as run
 
-    dataset = run(options)
+    dataset = run(options, dry_run=dry_run)
+    if dry_run:
+        typer.echo(f"dataset would be {dataset}")
+        return
     counts = read_funnel(options.out)
     assert counts is not None
     by_hand = counts["decisions"]["dropped"]

@@ -27,7 +27,8 @@ from realign.demo.world import DESCRIBE
 from realign.errors import RefusedError
 from realign.generation.generator import Answer, Request
 from realign.generation.transformers_generator import TransformersGenerator
-from realign.modeling.lengths import position_limit
+from realign.modeling.lengths import ImageTokens, position_limit
+from realign.modeling.processors import load_processor
 from realign.runtime.run_folder import only_run
 
 
@@ -487,6 +488,31 @@ def test_embedded_images_of_a_sample_alone_are_written(config: BuildConfig, tmp_
     assert len(drawn) == 10
     assert written == {table["image"][i]["bytes"] for i in drawn}
     assert {record.images[0] for record in records} <= written
+
+
+def test_a_dry_run_loads_the_model_for_a_few_rows_and_writes_nothing(
+    config: BuildConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of a source that holds its images itself, some of them damaged."""
+    rows = [json.loads(line) for line in config.source.read_text().splitlines()]
+    images = [{"bytes": (config.images / row["image"]).read_bytes()} for row in rows]
+    for image in images[:4]:
+        image["bytes"] = image["bytes"][:100]
+    table = {name: [row[name] for row in rows] for name in ("prompt", "answer")}
+    Dataset.from_dict({"image": images, **table}).to_parquet(tmp_path / "rows.parquet")
+    update = {"source": tmp_path / "rows.parquet", "images": None, "sample": 30, "mask": "model"}
+    build(config.model_copy(update=update), dry_run=True)
+    assert not config.out.exists()
+    said = capsys.readouterr().err
+    assert "30 rows, " in said
+    model = Path(config.model).name
+    assert f"masker {model} (loaded here): 30 requests, up to 60 if it changes" in said
+    assert f"inducer {model} (loaded here): 30 requests, up to 90 if every" in said
+    assert said.count("time: about ") == 2
+    assert said.count(", a batch of ") == 2
+    # 16 patches of the demo's images, one placeholder in the text
+    reader = ImageTokens(load_processor(Path(config.model)))
+    assert f" of text and {reader((96, 96))} of the image each), about" in said
 
 
 def read_lines(folder: Path) -> list[str]:
