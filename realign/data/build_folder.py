@@ -87,10 +87,15 @@ def read_funnel(folder: Path) -> Counts | None:
     return {**LATER, **read_json(path)} if path.is_file() else None
 
 
+def source_rows(counts: Counts) -> int:
+    """Return how many rows the source had, bad ones included."""
+    number: int = counts["rows"] + sum(counts["rejected"].values())
+    return number
+
+
 def row_lines(counts: Counts) -> list[Line]:
     """Source rows: bad ones by code, masked by whom, accepted, dropped by reason and by hand."""
-    bad = counts["rejected"]
-    rows = counts["rows"] + sum(bad.values())
+    bad, rows = counts["rejected"], source_rows(counts)
     lines = [Line("in the source", rows, rows)]
     if unsampled := counts["unsampled"]:
         whole = rows + unsampled
