@@ -1,1 +1,1 @@
-"""Our head behind other libraries' signatures; imports none of them."""
+"""This package's head behind the signatures of other libraries, none of which is imported."""
