@@ -1,4 +1,4 @@
-"""``realign merge``: make one model of an adapter and its base, for servers without adapters."""
+"""``realign merge``: merge an adapter into its base, for servers without adapters."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def merge(model: str, out: Path, dtype: str = "bfloat16") -> Path:
     Returns:
         The folder.
     Raises:
-        RefusedError: The model is no adapter or one that cannot be merged, the dtype is unknown,
-            or the folder exists.
+        RefusedError: The model is not an adapter or cannot be merged, the dtype is unknown, or the
+            folder exists.
     """
     if dtype not in _DTYPES:
         raise RefusedError(

@@ -1,5 +1,5 @@
-"""Everything that can be wrong with a dataset for a model, found in one pass over its rows, before
-the model is loaded and anything is written.
+"""Checks of a dataset for a model, in one pass over its rows, before the model is loaded and
+anything is written.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def check_rows(
     Args:
         records: The rows.
         processor: The model's processor.
-        cells: How many cells of a pair will be used.
+        cells: Number of cells of a pair that will be used.
         max_length: Longest row in tokens, image tokens included; None for any.
-        position_limit: Longest row that the model was made for; None where that is not known.
+        position_limit: Longest row that the model supports; None if it is not known.
         vocabulary: The tokens that the model has; None where its configuration is not known.
-        known: Facts of the same rows; where they were checked for as many cells, limits alone are
+        known: Facts of the same rows; if they were checked for as many cells, limits alone are
             checked again.
     Raises:
         RefusedError: Naming the rows.
@@ -90,7 +90,7 @@ def _checked(
 
 
 def check_processor(processor: Any, record: Record) -> None:
-    """Check that a processor only puts tokens of images in.
+    """Check that a processor changes a text only by inserting image tokens.
 
     Raises:
         RefusedError: It alters the text.

@@ -1,4 +1,4 @@
-"""Computes what a cache lacks, a shard at a time; a build that was killed goes on where it stopped.
+"""Building of caches, shard by shard; a killed build continues where it stopped.
 
 Rows are cut into shards, and shards dealt to ranks, in whole batches, so a row is computed in the
 same batch whatever the size of shards and the number of processes.
@@ -41,17 +41,17 @@ def build_cache(
     ranks: Ranks | None = None,
     rows: RowIndex | None = None,
 ) -> Path:
-    """Compute what is missing, commit it, and return the identity's folder.
+    """Compute the missing rows, commit them, and return the identity's folder.
 
     Args:
         records: The rows; equal ones are computed once.
         scoring: How rows are scored.
         root: The cache, which may hold other identities too.
         shard_size: Rows per shard, rounded up to whole batches.
-        identity: Identity of the values that ``scoring`` gives, where it is known.
+        identity: Identity of the values of ``scoring``, if it is known.
         ranks: The processes that share the work; those of the launcher by default.
-        rows: Facts of the records, from :func:`realign.modeling.row_checks.check_rows`, where they
-            are known.
+        rows: Facts of the records, from :func:`realign.modeling.row_checks.check_rows`, if they are
+            known.
     Raises:
         RefusedError: Two rows have one id and different content; a row is too long; the file
             system refuses; or the probe finds the values wrong.
@@ -103,7 +103,7 @@ def _check_agreement(identity: Identity, ranks: Ranks) -> None:
 
 
 def _unique(records: Sequence[Record], rows: RowIndex) -> dict[str, int]:
-    """Return key to position of the first row that has it."""
+    """Map each key to the position of the first row that has it."""
     wanted: dict[str, int] = {}
     ids: dict[str, str] = {}
     for index, row in enumerate(rows.rows):
@@ -118,7 +118,7 @@ def _unique(records: Sequence[Record], rows: RowIndex) -> dict[str, int]:
 
 
 def _has_all(place: Path, wanted: dict[str, int]) -> bool:
-    """Whether there is nothing to do. A folder that is damaged is mended by the builder."""
+    """Return whether a folder has all rows. The builder repairs one that is damaged."""
     try:
         committed = read_committed(place)
     except DamagedError:
@@ -130,14 +130,14 @@ def _has_all(place: Path, wanted: dict[str, int]) -> bool:
 
 @contextmanager
 def _held(place: Path, ranks: Ranks) -> Iterator[None]:
-    """The builder's lock, which rank 0 holds for all."""
+    """Hold the builder's lock on rank 0, for all ranks."""
     with ExitStack() as stack:
         ranks.together(lambda: stack.enter_context(building(place)) if ranks.is_first else None)
         yield
 
 
 def _plan(place: Path, identity: Identity, wanted: dict[str, int]) -> tuple[list[int], int]:
-    """Positions of the rows to compute, and the number of their first shard."""
+    """Return the positions of the rows to compute, and the number of their first shard."""
     work = Workshop.open(place, identity, repairs=True)
     return _missing(wanted, work), work.next_index
 
@@ -187,7 +187,7 @@ def _commit(
     identity: Identity,
     scorer: Scorer,
 ) -> None:
-    """Read back what is there, probe it, and write the manifest."""
+    """Read the shards back, probe them, and write the manifest."""
     work = Workshop.open(place, identity, repairs=False)
     if lost := _missing(wanted, work):
         raise RefusedError(

@@ -1,5 +1,5 @@
-"""One clear error when a device's memory is full: what takes it, and the largest micro-batch that
-leaves the pairs of a step as they are.
+"""One clear error for a full device: the use of its memory, and the largest micro-batch that keeps
+the number of pairs per step.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def out_of_memory(
     """Return the error to raise instead.
 
     Args:
-        error: What was caught.
-        footprint: Bytes that the model takes before any activation.
-        batch_size: Pairs a micro-step.
+        error: The exception that was caught.
+        footprint: Memory of the model before any activation.
+        batch_size: Pairs per micro-step.
         accumulation: Micro-batches per step.
         held: Bytes at most allocated so far, where the device counts them.
-        capacity: Bytes that the device has.
+        capacity: Bytes of the device's memory.
     """
     requested = _requested(str(error))
     lines = [
@@ -67,7 +67,7 @@ def _requested(text: str) -> int:
 def _largest(
     before: int, batch_size: int, requested: int, held: int | None, capacity: int | None
 ) -> int:
-    """Pairs that may fit: the step needed at least ``held + requested``, and a pair its share."""
+    """Return how many pairs may fit: the step needed at least ``allocated + requested`` in all."""
     fewer = batch_size - 1
     if held is None or capacity is None:
         return fewer

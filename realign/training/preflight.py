@@ -1,4 +1,4 @@
-"""Checks and estimates of a run before any weight is loaded: rows, steps, what trains, memory."""
+"""Checks and estimates of a run before any weight is loaded: rows, steps, trained parts, memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def preflight(plan: TrainPlan, known: RowIndex | None = None) -> tuple[RowIndex,
 
     Args:
         plan: The run.
-        known: Facts of its rows, where some are known.
+        known: Facts of its rows, if some are known.
     Returns:
         The facts of the rows, and the findings, one line each.
     Raises:
@@ -84,7 +84,7 @@ def _check_trackers(names: Sequence[str]) -> None:
 
 
 def _say_missing_images(rows: RowIndex, objective: Objective) -> Iterator[str]:
-    """Say how many pairs have no image term; refuse an objective with one when none has it."""
+    """Announce how many pairs have no image term; refuse an objective with one if all lack it."""
     num_rows = len(rows.rows)
     missing = sum(not row.rejected_images for row in rows.rows)
     if not missing or objective.num_cells < 3:
@@ -170,7 +170,7 @@ def _is_sharded() -> bool:
 
 
 def _device_memory() -> tuple[str, int]:
-    """Return what training would run on, and its memory in bytes."""
+    """Return the name of the training device, and its memory in bytes."""
     if torch.cuda.is_available():
         device = torch.cuda.current_device()
         return torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]

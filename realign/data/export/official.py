@@ -80,7 +80,7 @@ def _row(record: Record, images: ImageFolder) -> dict[str, Any]:
 
 
 def _as_read(record: Record) -> dict[str, Any] | None:
-    """The row that the record was read from, where its provenance holds one of the layout."""
+    """Return the row that the record was read from, if its provenance holds one of the layout."""
     try:
         row = json.loads(record.source.get("row", ""))
         _said(row)
@@ -90,12 +90,12 @@ def _as_read(record: Record) -> dict[str, Any] | None:
 
 
 def _named(record: Record, names: dict[str, str]) -> Record:
-    """The record with the names that its images have now."""
+    """Return the record with the present names of its images."""
     others = {k: v for k, v in record.source.items() if k not in ("image", "retrieved_image")}
     return dataclasses.replace(record, meta={**record.meta, "source": {**others, **names}})
 
 
 def _said(row: dict[str, Any]) -> Any:
-    """Prompt and answers of a row."""
+    """Return the prompt and the answers of a row."""
     prompt, chosen = split_conversation(row["chosen"], "", "chosen")
     return prompt, chosen, split_conversation(row["rejected"], "", "rejected")[1]
