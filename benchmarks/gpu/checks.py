@@ -1,4 +1,4 @@
-"""Whether the kernels are right on this machine: every feature against float64, before any timing.
+"""Checks of the kernels on this machine: every feature against float64, before any timing.
 
 Bounds are those of :mod:`benchmarks.promises`; of statistics relative to the largest logit.
 """

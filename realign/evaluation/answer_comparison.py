@@ -1,4 +1,4 @@
-"""Compares models by files of their answers, without a model."""
+"""Comparison of models by files of their answers, without a model."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ def compare(
     bootstrap: int = 10_000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Compare stored answers of several models, or of several training runs of a method, with
-    intervals and tests.
+    """Compare stored answers of models, or of training runs of a method, with intervals and tests.
 
     Args:
         benchmark: Its name; docs/evaluation.md lists all.
@@ -45,13 +44,14 @@ def compare(
             The first model is the baseline; two models with several runs must name the same ones.
         data: Folder with the benchmark's published files.
         rule: Name of the rule.
-        metrics: Which are compared; those that published tables print where none is named.
-        splits: In which; all where none is named.
-        allow_subset: Compare on the questions that all have answered, where others are missing.
-        bootstrap: Draws of the bootstrap, and of the permutation test.
-        seed: Of the draws.
+        metrics: Metrics to compare; by default those that published tables print.
+        splits: Splits to compare in; by default all.
+        allow_subset: Whether to compare on the questions that all have answered if others are
+            missing.
+        bootstrap: Number of draws of the bootstrap, and of the permutation test.
+        seed: Seed of the draws.
     Returns:
-        What ``scores.json`` of ``realign eval`` holds, without ``tasks`` and ``samples``;
+        The content of ``scores.json`` of ``realign eval``, without ``tasks`` and ``samples``;
         docs/evaluation.md has its keys.
     Raises:
         RefusedError: A name is unknown, a file is missing or has another form, the answers are not
@@ -221,7 +221,7 @@ def _is_graded(rule: Rule, answered: Sequence[Answered]) -> bool:
 def _readings(
     benchmark: Benchmark, rule: Rule, answered: Sequence[Answered], model: str
 ) -> list[dict[int, str]]:
-    """Return what a rule reads of each answer in each grading of a judge, by id() of its row.
+    """Return the text that a rule reads of each answer in each grading, by id() of its row.
 
     Raises:
         RefusedError: A judge has given no verdict on an answer.

@@ -27,10 +27,10 @@ class Request(NamedTuple):
     """The input of a form."""
 
     said: Mapping[str, Sequence[Answered]]
-    """Task to its answers, in the order of the data; without texts for a file of questions."""
+    """Answers by task, in the order of the data; without texts for a file of questions."""
     data: Path
     model: str
-    """The name that LLaVA's files hold."""
+    """The name of the model in LLaVA's files."""
     out: Path
 
 
@@ -38,7 +38,7 @@ class Written(NamedTuple):
     """The files to write."""
 
     files: Mapping[str, str]
-    """Name to text; the only file of a form that is one file has no name."""
+    """Texts by name; the only file of a form has no name."""
     notes: Sequence[str] = ()
     """Notes on changes to the answers, and on limits of the file."""
 
@@ -51,7 +51,7 @@ class Form(NamedTuple):
     needs_all: bool = False
     """True if the published program reads by position, so that no answer may be missing."""
     suffixes: tuple[str, ...] = ()
-    """The endings that the file may have, where it decides what is written."""
+    """The suffixes that the file may have, if they decide its format."""
 
 
 def _lines(records: Iterable[Mapping[str, Any]]) -> Written:
@@ -104,7 +104,7 @@ def llava_questions(
         category: Of a row.
         image: Of a row and the folder of data, below LLaVA's folder of images.
         order: The tasks, where LLaVA has them in another order.
-        note: What is not in the file though it is in LLaVA's.
+        note: Note on the contents of LLaVA's file that this one lacks.
     """
 
     def write(request: Request) -> Written:
@@ -162,7 +162,7 @@ _ADDED |= {"model_prediction", "item", VERDICT, REPLY, JUDGE}
 
 
 def hallusionbench_list(request: Request) -> Written:
-    """Write the published questions with the answers, and verdicts on them where there are any."""
+    """Write the published questions with the answers, and their verdicts if there are any."""
     return _list(
         {key: value for key, value in said.row.items() if key not in _ADDED}
         | {"model_prediction": said.answer.strip()}
@@ -238,7 +238,7 @@ def science_prompt(row: Row) -> str:
 
 
 def textvqa_list(request: Request) -> Written:
-    """Write what the server of TextVQA takes."""
+    """Write the file that the server of TextVQA takes."""
     return _list(
         {"question_id": _number(said.row["id"]), "answer": said.answer.strip()}
         for said in _all(request)
@@ -246,8 +246,8 @@ def textvqa_list(request: Request) -> Written:
 
 
 def vizwiz_list(*, normalizes: bool) -> Callable[[Request], Written]:
-    """Return the form that the server of VizWiz takes, with answers as they are or as LLaVA's
-    script normalizes them before.
+    """Return the form that the server of VizWiz takes, with answers unchanged or normalized as by
+    LLaVA's script.
     """
 
     def write(request: Request) -> Written:

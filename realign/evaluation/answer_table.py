@@ -17,10 +17,10 @@ UNCOMPARED = (*COUNTS, "yes_ratio")  # counts, and what a constant answer fixes
 
 
 def answer_table(scores: Mapping[str, Any]) -> RenderableType:
-    """Return what :func:`realign.evaluation.score` returns as a table, with what it rests on.
+    """Return the result of :func:`realign.evaluation.score` as a table, with its basis.
 
-    Splits are columns, or rows where there are more of them than metrics, as of MME's tasks. Parts
-    of a benchmark have a table each.
+    Splits are columns, or rows where there are more of them than metrics, as of MME's tasks. Each
+    part of a benchmark has its own table.
     """
     if "parts" in scores:
         return Group(*map(answer_table, scores["parts"].values()))

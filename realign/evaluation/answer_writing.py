@@ -1,4 +1,4 @@
-"""Writes stored answers in the forms that the published programs read."""
+"""Writing of stored answers in the forms that the published programs read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Report(NamedTuple):
 
     out: Path
     number: int
-    """Of answers, or of questions."""
+    """Number of answers, or of questions."""
     notes: Sequence[str]
     """Notes on changes to the answers, and on limits of the file."""
 
@@ -43,11 +43,11 @@ def write(
         out: A new file, or a new folder for forms of several files.
         answers: One or more files of answers, in any format that is read; none for forms of
             questions.
-        model: What LLaVA's files call the model; the name of the first file by default.
-        allow_subset: Write the answers that there are, where others are missing and the published
-            program can do without.
+        model: Name of the model in LLaVA's files; by default the name of the first file.
+        allow_subset: Whether to write the existing answers if others are missing and the published
+            program does not need them.
     Returns:
-        report: How many answers were written and what was changed in them.
+        report: The number of written answers, and notes on changes to them.
     Raises:
         RefusedError: A name is unknown, ``out`` exists, a file is missing or has another form, or
             the answers are not those of the data.

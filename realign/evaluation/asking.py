@@ -1,5 +1,5 @@
-"""Asks a model every question once, in batches that are divided over the processes. What is
-answered is on the disk, so that a run that is killed at any moment goes on where it was.
+"""Asking a model every question once, in batches that are divided over the processes. Every answer
+is on the disk, so that a run that is killed at any moment continues where it was.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ def ask(
     config: EvalConfig,
     ranks: Ranks,
 ) -> tuple[dict[str, Answer], float | None]:
-    """Ask a model, or go on with asking it.
+    """Ask a model, or continue to ask it.
 
     Args:
-        name: That of the model, for its journal and the progress.
+        name: Name of the model, for its journal and the progress.
         folder: The model's folder.
-        first: The question on which an adapter shows its effect.
+        first: The question on which the effect of an adapter is measured.
         batches: From :func:`~realign.evaluation.stored_answers.make_batches`. Their answers do not
             depend on which process asks them.
-        config: How to load the model, and the output folder.
+        config: Options of the model's loading, and the output folder.
         ranks: The processes, all of which call this.
     Returns:
         answers: By :attr:`~realign.evaluation.stored_answers.Question.key`.
-        effect: What an adapter changes (:func:`adapter_effect`); None for a whole model.
+        effect: The effect of an adapter (:func:`adapter_effect`); None for a whole model.
     Raises:
         RefusedError: The model or a line of the journal is refused, or an adapter has no effect.
     """
@@ -74,7 +74,7 @@ def _ask_waiting(
     config: EvalConfig,
     ranks: Ranks,
 ) -> float | None:
-    """Ask this process's share of the batches; return what an adapter changes."""
+    """Ask this process's share of the batches; return the effect of an adapter."""
     mine = waiting[ranks.rank :: ranks.world_size]
     has_adapter = is_adapter(folder)
     generator: TransformersGenerator | None = None
@@ -125,13 +125,13 @@ def _answer(
 
 
 def batch_key(batch: Batch) -> str:
-    """Return what a batch is known by in a journal: its questions in their order."""
+    """Return the key of a batch in a journal: its questions in their order."""
     return content_sha256(*(question.key for question in batch))
 
 
 def read_journals(folder: Path) -> dict[str, list[Answer]]:
     """Read the batches that the processes of this run, or of earlier ones, have answered. A line
-    that a killed process left unfinished is none.
+    that a killed process left unfinished is skipped.
 
     Returns:
         answers: By :func:`batch_key`.

@@ -48,7 +48,7 @@ score`` takes them.
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """Return the benchmark of a name; the one with published data where two have it.
+    """Return the benchmark with a name; of two, the one with published data.
 
     Raises:
         RefusedError: There is none.
@@ -177,10 +177,10 @@ def find_data(data: Path, names: Sequence[str]) -> dict[Benchmark, Path]:
 
 
 def read_tasks(folders: Mapping[Benchmark, Path]) -> dict[str, Task]:
-    """Read the tasks of benchmarks, and announce what of them is not there or not read.
+    """Read the tasks of benchmarks, and announce those that are missing or not read.
 
     Args:
-        folders: From :func:`find_data`.
+        folders: Folders from :func:`find_data`.
     Raises:
         RefusedError: A file has another form than its benchmark requires.
     """

@@ -1,5 +1,4 @@
-"""The verb ``realign eval``: ask several models the same questions once, keep their answers, score
-them in pairs.
+"""The command ``realign eval``: ask models the same questions once, store and compare answers.
 
 <data>/                             the files of any benchmarks of the registry; docs/evaluation.md
 <out>/answers/NAME.jsonl            :mod:`realign.evaluation.stored_answers`, a line for each item
@@ -45,7 +44,7 @@ SCHEMA = 2  # of what a run's folder belongs to, and of headers
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """Answer, score and compare; return what ``scores.json`` holds.
+    """Answer, score and compare; return the content of ``scores.json``.
 
     Under ``torchrun`` or ``accelerate launch`` the processes share the questions.
 
@@ -147,7 +146,7 @@ class _Run:
         write_answers(path, header, self.items, answers)
 
     def _generation(self) -> dict[str, Any]:
-        """Return how answers are generated, by every model alike."""
+        """Return the settings of generation, which all models share."""
         limits = {item.benchmark: item.question.max_new_tokens for item in self.items}
         return {
             "prompts": {name: program for name, (program, _) in self.prompts.items()},

@@ -21,7 +21,7 @@ LINE_INTERVAL_SECONDS = 10.0
 
 
 def announce(line: str) -> None:
-    """Print a line on stderr, such as what a run decided for itself."""
+    """Print a line on stderr, such as a decision of a run."""
     print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the program's output
 
 

@@ -1,7 +1,7 @@
 """Several processes that build or read one cache, as `accelerate launch` and `torchrun` start them.
 
-What they say to each other here is small and goes through gloo, on the host, with a patience of a
-day: one of them may compute for hours.
+Their messages are small and go through gloo, on the host, with a timeout of a day: one of them may
+compute for hours.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def is_distributed() -> bool:
 
 
 def local_device() -> torch.device:
-    """Return where this process computes: its own GPU, or the CPU."""
+    """Return the device of this process: its own GPU, or the CPU."""
     if is_distributed():
         # accelerate chooses the backend that training will use too
         return _state().device
@@ -50,7 +50,7 @@ class Ranks:
 
     Attributes:
         rank: This process's number.
-        world_size: How many there are.
+        world_size: Number of processes.
     """
 
     def __init__(self) -> None:
@@ -64,11 +64,11 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Return whether this process writes the files that are written once."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, by rank; all wait for all. Values are plain Python."""
+        """Return every rank's value, by rank, as plain Python; all ranks wait for all."""
         if self._group is None:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -76,8 +76,7 @@ class Ranks:
         return values
 
     def together(self, work: Callable[[], T]) -> T:
-        """Do something that may fail on any rank; then it fails on all, with the first one's
-        message.
+        """Run a block that fails on all ranks if it fails on any, with the first message.
 
         Raises:
             RefusedError: On every rank, or FloatingPointError.
@@ -96,7 +95,7 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def first(self, work: Callable[[], T]) -> T:
-        """Return what the first rank finds; it alone does the work, and the others wait for it.
+        """Return the result of the first rank, which alone does the work; the others wait for it.
 
         Raises:
             RefusedError: On every rank, or FloatingPointError.
@@ -105,7 +104,7 @@ class Ranks:
         return self.gather(found)[0]  # type: ignore[return-value]
 
     def check_folder_is_shared(self, folder: Path) -> None:
-        """Refuse a folder that is another one on another machine: its shards would be lost.
+        """Refuse a folder that differs between machines: its shards would be lost.
 
         Raises:
             RefusedError: On every rank.
@@ -134,7 +133,7 @@ class Ranks:
             )
 
     def check_agreement(self, root: str, what: Path) -> None:
-        """Refuse to read different caches: ranks would train towards different references.
+        """Refuse caches that differ between ranks, which would train towards different references.
 
         Raises:
             RefusedError: On every rank.

@@ -96,7 +96,7 @@ class TrainPlan:
 
 
 def world_size() -> int:
-    """Number of processes that train together, from their launcher."""
+    """Return the number of processes that train together, from their launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

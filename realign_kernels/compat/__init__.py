@@ -1,1 +1,1 @@
-"""This package's head behind the signatures of other libraries, none of which is imported."""
+"""The head behind the signatures of other libraries, none of which is imported."""

@@ -169,7 +169,7 @@ def _with_retrieved_name(record: Record, half: Record) -> Record:
 
 
 class PairParquet(ParquetRecords):
-    """Rows of a parquet file of any layout; arguments beyond those of its base:
+    """Rows of a parquet file of any layout.
 
     Args:
         layout: Layout of its rows.

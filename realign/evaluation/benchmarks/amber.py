@@ -1,4 +1,4 @@
-"""AMBER: yes/no questions about what is in an image and what is not, and descriptions of it."""
+"""AMBER: yes/no questions about the contents of an image, and descriptions of it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""CHAIR: which objects of a caption are not in the image (Rohrbach et al. 2018), and which of the
-image it names.
+"""CHAIR: the objects of a caption that are not in the image (Rohrbach et al. 2018), and those of
+the image that it names.
 """
 
 from __future__ import annotations
