@@ -100,8 +100,8 @@ def row_lines(counts: Counts) -> list[Line]:
         Line(f"dropped: {reason}", count, rows, "dropped")
         for reason, count in _by_count(counts["dropped"])
     ]
-    if by_hand := counts["decisions"]["dropped"]:
-        lines.append(Line("accepted, then dropped by hand", by_hand, rows, "dropped"))
+    if dropped := counts["decisions"]["dropped"]:
+        lines.append(Line("accepted, then dropped by hand", dropped, rows, "dropped"))
     return lines
 
 

@@ -49,8 +49,8 @@ def resolve_image(root: Path, name: str, where: str) -> Path:
         is_inside, is_file = path.is_relative_to(root.resolve()), path.is_file()
     # too long, not in the file system's encoding, a loop of links, a folder that is locked
     except (OSError, ValueError, RuntimeError) as error:
-        said = f"{name[:80]!r} ({error!s:.80})"
-        reason = f"image must be a file that can be opened, got {said}. Rename it."
+        value = f"{name[:80]!r} ({error!s:.80})"
+        reason = f"image must be a file that can be opened, got {value}. Rename it."
         raise RefusedImage(where, reason, "unreadable") from None
     if not is_inside:
         by_link = ", a link that leaves it" if not is_outside_name(name) else ""

@@ -187,7 +187,7 @@ class _Worker:
                 return RefusedImage(where, answer["reason"], answer["code"])
             return ImageFacts(**answer)
         self._process = None
-        return self._post_mortem(process, where)
+        return self._refusal_of_death(process, where)
 
     def close(self) -> None:
         """End the process at once."""
@@ -232,7 +232,7 @@ class _Worker:
         ready.register(process.stdout, select.POLLIN | select.POLLHUP)
         return process.stdout.readline() if ready.poll(limit_s * 1000) else b""
 
-    def _post_mortem(self, process: subprocess.Popen[bytes], where: str) -> RefusedImage:
+    def _refusal_of_death(self, process: subprocess.Popen[bytes], where: str) -> RefusedImage:
         try:
             status = process.wait(timeout=GRACE_SECONDS)  # the pipe ends a moment before
         except subprocess.TimeoutExpired:

@@ -175,9 +175,9 @@ def _refusing(raw: bytes, where: str) -> Iterator[None]:
     except UnidentifiedImageError:  # its text is the address of our buffer
         raise RefusedImage(where, format_problem(raw), "format") from None
     except Exception as error:  # on damaged files, decoders raise any
-        is_metadata = any(said in str(error) for said in _METADATA)
-        what = "has too much metadata" if is_metadata else "is damaged"
-        reason = f"image {what} ({error}). Replace it or remove the row."
+        is_metadata = any(phrase in str(error) for phrase in _METADATA)
+        fault = "has too much metadata" if is_metadata else "is damaged"
+        reason = f"image {fault} ({error}). Replace it or remove the row."
         raise RefusedImage(where, reason, "metadata" if is_metadata else "damaged") from None
 
 

@@ -233,25 +233,26 @@ def content_problems(record: Record, special: Sequence[str]) -> Iterator[Problem
     for name, text in texts:
         for token in special:
             if token in text:
-                said = f"got {surroundings(text, token)!r}. {token_remedy(name, text, token)}"
-                message = f"{name} must not contain the special token {token!r}, {said}"
+                value = f"got {surroundings(text, token)!r}. {token_remedy(name, text, token)}"
+                message = f"{name} must not contain the special token {token!r}, {value}"
                 yield problem(name, "special-token", message)
     chosen, rejected = _normalised(record.chosen), _normalised(record.rejected)
     if chosen and chosen == rejected:
-        said = f"got {record.chosen[:80]!r} twice. Remove the row."
-        yield problem("rejected", "equal-answers", f"rejected must differ from chosen, {said}")
+        value = f"got {record.chosen[:80]!r} twice. Remove the row."
+        yield problem("rejected", "equal-answers", f"rejected must differ from chosen, {value}")
     if record.images and not any(message["role"] == "user" for message in record.prompt):
         roles = [message["role"] for message in record.prompt]
-        said = f"got {roles}. Add it or remove the images."
-        yield problem("prompt", "image-slot", f"prompt must have a user turn for the image, {said}")
+        value = f"got {roles}. Add it or remove the images."
+        message = f"prompt must have a user turn for the image, {value}"
+        yield problem("prompt", "image-slot", message)
     if record.rejected_images and len(record.rejected_images) != len(record.images):
-        said = f"got {len(record.rejected_images)} for {len(record.images)}. Add or remove some."
-        message = f"rejected_images must be as many as images, or none, {said}"
+        value = f"got {len(record.rejected_images)} for {len(record.images)}. Add or remove some."
+        message = f"rejected_images must be as many as images, or none, {value}"
         yield problem("rejected_images", "image-count", message)
     if record.rejected_images and record.rejected_images == record.images:
-        said = f"got the same file content{_image_names(record)}. "
+        value = f"got the same file content{_image_names(record)}. "
         remedy = "Retrieve another image or remove the row."
-        message = f"retrieved_image must differ from image, {said}{remedy}"
+        message = f"retrieved_image must differ from image, {value}{remedy}"
         yield problem("rejected_images", "equal-images", message)
 
 

@@ -137,7 +137,7 @@ def _measure(
     named = partial(named_questions, benchmark, all_paths)
     found_tasks = read_rule_tasks(benchmark, name, data, named)
     tasks = {task: found.rows for task, found in found_tasks.items()}
-    said: dict[Run, list[dict[int, str]]] = {}  # of each grading, by id() of a row
+    readings: dict[Run, list[dict[int, str]]] = {}  # of each grading, by id() of a row
     ungraded: list[Run] = []
     for model, by_run in runs.items():
         _check_files(model, by_run)
@@ -148,16 +148,16 @@ def _measure(
             )
             key = Run(name, model, run)
             if _is_graded(rule, found[run]):
-                said[key] = _readings(benchmark, rule, found[run], model)
+                readings[key] = _readings(benchmark, rule, found[run], model)
             else:
-                said[key] = [{id(item.row): rule.prepare(item.answer) for item in found[run]}]
+                readings[key] = [{id(item.row): rule.prepare(item.answer) for item in found[run]}]
                 ungraded.append(key)
         _check_answers(model, found)
-    number = max(map(len, said.values()))
+    number = max(map(len, readings.values()))
     for key in ungraded:  # no judge reads them, so that every grading would be the same
-        said[key] *= number
+        readings[key] *= number
     shared = {
-        task: [row for row in rows if all(id(row) in texts[0] for texts in said.values())]
+        task: [row for row in rows if all(id(row) in texts[0] for texts in readings.values())]
         for task, rows in tasks.items()
     }
     rows = [row for rows in shared.values() for row in rows]
@@ -169,7 +169,7 @@ def _measure(
         )
     texts = {
         run: [[grading[id(row)] for row in rows] for grading in gradings]
-        for run, gradings in said.items()
+        for run, gradings in readings.items()
     }
     facts = {
         "version": data_version(benchmark, tasks),
@@ -259,13 +259,13 @@ def _table(
     if not (shown := [place for place in places if is_shown(place)]):
         names = ", ".join(metrics or benchmark.headline)
         inside = ", ".join(splits)
-        there = "; ".join(
+        available = "; ".join(
             f"{split}: {', '.join(place.metric for place in places if place.split == split)}"
             for split in dict.fromkeys(place.split for place in places)
             if not splits or split in splits
         )
         raise RefusedError(
-            f"metric must be one that the split has ({there}), got {names} in "
+            f"metric must be one that the split has ({available}), got {names} in "
             f"{inside or 'all that are compared'}. Name another --metric or --split."
         )
     scale = 100 if measured.rules[rule].unit == "fraction" else 1

@@ -74,7 +74,7 @@ def write(
             "program can save it as .xlsx."
         )
     tasks = {name: task.rows for name, task in chosen.read_tasks(data).items()}
-    said = {name: [Answered(row, "") for row in rows] for name, rows in tasks.items()}
+    answered = {name: [Answered(row, "") for row in rows] for name, rows in tasks.items()}
     if form.needs_answers:
         found = read_answers(
             chosen,
@@ -84,19 +84,19 @@ def write(
             allows_subset=allow_subset and not form.needs_all,
         )
         by_row = {id(item.row): item for item in found}
-        said = {
+        answered = {
             name: [by_row[id(row)] for row in rows if id(row) in by_row]
             for name, rows in tasks.items()
         }
     name = model or (paths[0].stem if paths else "")
-    written = form.write(Request(said, data, name, out))
+    written = form.write(Request(answered, data, name, out))
     if [*written.files] == [""]:
         write_text(out, written.files[""])
     else:
         with new_folder(out) as folder:
             for file, text in written.files.items():
                 write_text(folder / file, text)
-    return Report(out, sum(map(len, said.values())), written.notes)
+    return Report(out, sum(map(len, answered.values())), written.notes)
 
 
 def _find_form(benchmark: Benchmark, name: str) -> Form:

@@ -51,17 +51,17 @@ def ask(
         RefusedError: The model or a line of the journal is refused, or an adapter has no effect.
     """
     journal = config.out / "journal" / name
-    finished = ranks.together(lambda: read_journals(journal))
+    finished = ranks.run_together(lambda: read_journals(journal))
     ranks.gather(None)  # nobody writes before all have read
     waiting = [batch for batch in batches if batch_key(batch) not in finished]
     effect = _ask_waiting(name, folder, first, waiting, config, ranks)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # of the model that is gone
-    answered = ranks.first(lambda: read_journals(journal))
+    answered = ranks.run_on_first(lambda: read_journals(journal))
     answers = {
-        question.key: said
+        question.key: answer
         for batch in batches
-        for question, said in zip(batch, answered[batch_key(batch)], strict=True)
+        for question, answer in zip(batch, answered[batch_key(batch)], strict=True)
     }
     return answers, effect
 
@@ -79,14 +79,14 @@ def _ask_waiting(
     has_adapter = is_adapter(folder)
     generator: TransformersGenerator | None = None
     if mine or (ranks.is_first and has_adapter):
-        generator = ranks.together(
+        generator = ranks.run_together(
             lambda: TransformersGenerator.load(
                 folder, choose_dtype(config.dtype), first.max_new_tokens, config.batch_size
             )
         )
     else:
-        ranks.together(lambda: None)
-    effect = ranks.first(
+        ranks.run_together(lambda: None)
+    effect = ranks.run_on_first(
         lambda: (
             adapter_effect(
                 generator,
@@ -98,7 +98,7 @@ def _ask_waiting(
             else None
         )
     )
-    ranks.together(lambda: _answer(name, generator, mine, config.out, ranks.rank))
+    ranks.run_together(lambda: _answer(name, generator, mine, config.out, ranks.rank))
     return effect
 
 
@@ -119,7 +119,7 @@ def _answer(
         for batch in batches:
             requests = [Request(question.prompt, question.image) for question in batch]
             answers = generator.generate(requests, batch[0].max_new_tokens)
-            written = [[said.text, said.is_cut, said.num_tokens] for said in answers]
+            written = [[answer.text, answer.is_cut, answer.num_tokens] for answer in answers]
             journal.append(batch_key(batch), {"answers": written})
             progress.advance(len(batch))
 
@@ -146,7 +146,7 @@ def read_journals(folder: Path) -> dict[str, list[Answer]]:
                     break
                 try:
                     entry = json.loads(line)
-                    found[entry["key"]] = [_read(said) for said in entry["answers"]]
+                    found[entry["key"]] = [_read(answer) for answer in entry["answers"]]
                 except (ValueError, KeyError, TypeError):
                     raise RefusedError(
                         f"{path}, line {number} must be the answers to a batch, got "

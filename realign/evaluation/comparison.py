@@ -120,15 +120,15 @@ def with_splits(benchmark: Benchmark, tasks: Mapping[str, Sequence[Row]]) -> lis
 
 
 def _task(task: Task, answers: Answers) -> dict[str, Any]:
-    said: dict[str, list[Answer]] = {
+    by_model: dict[str, list[Answer]] = {
         model: [stored[item_key(row)] for row in task.rows] for model, stored in answers.items()
     }
     return {
         "benchmark": task.benchmark.name,
         "items": len(task.rows),
         "images": _num_images(task.rows),
-        "cut": {model: sum(answer.is_cut for answer in found) for model, found in said.items()},
-        "probes": {model: probes(task.benchmark, found) for model, found in said.items()},
+        "cut": {model: sum(answer.is_cut for answer in found) for model, found in by_model.items()},
+        "probes": {model: probes(task.benchmark, found) for model, found in by_model.items()},
     }
 
 

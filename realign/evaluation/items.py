@@ -115,6 +115,6 @@ def _problems(
             try:
                 reader.check(item.question.prompt, sizes[path] if path else None)
             except RefusedError as error:
-                what = item.image or "a question without an image"
-                yield f"{item.where}, {what}, model {name}: {error}"
+                subject = item.image or "a question without an image"
+                yield f"{item.where}, {subject}, model {name}: {error}"
             progress.advance()

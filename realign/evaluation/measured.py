@@ -79,7 +79,7 @@ class Measured:
         self.benchmark, self.draws = benchmark, draws
         self._plain, self._gradings = (
             rules,
-            num_gradings({run: len(said) for run, said in texts.items()}),
+            num_gradings({run: len(gradings) for run, gradings in texts.items()}),
         )
         self.rules = {name: mean_rule(rule, self._gradings[name]) for name, rule in rules.items()}
         self.runs: dict[str, list[str]] = {}  # model to the names of its runs
@@ -97,7 +97,8 @@ class Measured:
         }
         self.all_rows, self._numbers = rows, numbers
         parts = {
-            run: [self._sums(run.rule, grading) for grading in said] for run, said in texts.items()
+            run: [self._sums(run.rule, grading) for grading in gradings]
+            for run, gradings in texts.items()
         }
         self.sums = {run: joined_sums(found) for run, found in parts.items()}
         self._by_grading = {

@@ -150,15 +150,15 @@ def find_data(data: Path, names: Sequence[str]) -> dict[Benchmark, Path]:
         for form in named
         if (folder := _folder_of(form, data))
     }
-    there = [form.name for form in found]
-    if twice := next((name for name in there if there.count(name) > 1), None):
+    form_names = [form.name for form in found]
+    if twice := next((name for name in form_names if form_names.count(name) > 1), None):
         named = (form for form in found if form.name == twice)
         both = " and ".join(str(form.find_layout(found[form]).first_in(data)) for form in named)
         raise RefusedError(
             f"data must hold {twice} in one form, got {both} in {data}. Move one of them into "
             "another folder."
         )
-    absent = [name for name in forms if name not in there]
+    absent = [name for name in forms if name not in form_names]
     if absent and names:
         forms[absent[0]][-1].find_layout(data)  # which says what it looks for
     if not found:

@@ -53,21 +53,21 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             an adapter has no effect, or the output folder holds another run.
     """
     ranks = Ranks()
-    run = ranks.together(lambda: _Run(config) if ranks.is_first else None)
-    asked: tuple[list[Item], dict[str, Path]] = ranks.first(lambda: _asked(run))
+    run = ranks.run_together(lambda: _Run(config) if ranks.is_first else None)
+    asked: tuple[list[Item], dict[str, Path]] = ranks.run_on_first(lambda: _asked(run))
     items, folders = asked
     batches = make_batches(items, config.batch_size)
-    with ExitStack() as held:
-        ranks.first(lambda: held.enter_context(only_run(config.out, "eval")))
-        ranks.first(lambda: run.begin() if run else None)
+    with ExitStack() as lock:
+        ranks.run_on_first(lambda: lock.enter_context(only_run(config.out, "eval")))
+        ranks.run_on_first(lambda: run.begin() if run else None)
         ranks.check_folder_is_shared(config.out)
         for name, folder in folders.items():
             path = config.out / "answers" / f"{name}.jsonl"
-            if not ranks.first(path.is_file):
+            if not ranks.run_on_first(path.is_file):
                 answers, effect = ask(name, folder, items[0].question, batches, config, ranks)
                 if run:
                     run.store(path, name, answers, effect)
-        return ranks.first(lambda: run.score() if run else {})
+        return ranks.run_on_first(lambda: run.score() if run else {})
 
 
 def _asked(run: _Run | None) -> tuple[list[Item], dict[str, Path]]:

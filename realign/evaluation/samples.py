@@ -41,7 +41,7 @@ def sample_answers(tasks: Mapping[str, Task], answers: Answers) -> list[Sample]:
         samples,
         key=lambda sample: (
             CHANGES.index(sample["change"]),
-            not any(said["absent_words"] for said in sample["answers"].values()),
+            not any(view["absent_words"] for view in sample["answers"].values()),
         ),
     )
 

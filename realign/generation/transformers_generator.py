@@ -54,9 +54,9 @@ class TransformersGenerator:
             RefusedError: An image cannot be read.
         """
         return [
-            Answer(said.text.strip(), said.is_cut)
+            Answer(answer.text.strip(), answer.is_cut)
             for start in range(0, len(requests), self.batch_size)
-            for said in self.generate(requests[start : start + self.batch_size])
+            for answer in self.generate(requests[start : start + self.batch_size])
         ]
 
     @torch.inference_mode()

@@ -76,7 +76,7 @@ def wrap_model(base: Any, folder: Path, *, is_trainable: bool = True) -> Any:
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise refusal("be the configuration of an adapter of peft", _said(error), again) from None
+        raise refusal("be the configuration of an adapter of peft", _reason(error), again) from None
     if config.is_prompt_learning or not hasattr(config, "target_modules"):
         kind = str(config.peft_type).rpartition(".")[2]
         remedy = "Give a LoRA adapter, or a whole model."
@@ -105,7 +105,7 @@ def wrap_model(base: Any, folder: Path, *, is_trainable: bool = True) -> Any:
             model = get_peft_model(base, config)
     except Exception as error:  # peft raises any, by the kind of adapter
         remedy = "Set base_model_name_or_path to the base that it was trained on, or correct it."
-        raise refusal(f"fit its base {adapter_base(folder)}", _said(error), remedy) from None
+        raise refusal(f"fit its base {adapter_base(folder)}", _reason(error), remedy) from None
     return model
 
 
@@ -142,11 +142,11 @@ def read_weights(folder: Path, model: Any) -> dict[str, Tensor]:
             if found != needed
         ],
     }
-    said = [f"{len(names)} {what}, first: {min(names)}" for what, names in wrong.items() if names]
-    if said:
+    flaws = [f"{len(names)} {flaw}, first: {min(names)}" for flaw, names in wrong.items() if names]
+    if flaws:
         raise RefusedError(
             f"adapter {folder} must hold every weight of its layers on {adapter_base(folder)} and "
-            f"no other, got {'; '.join(said)}. Download it again, or set base_model_name_or_path "
+            f"no other, got {'; '.join(flaws)}. Download it again, or set base_model_name_or_path "
             f"in {folder / 'adapter_config.json'} to the base that it was trained on."
         )
     for name, weight in weights.items():
@@ -185,7 +185,7 @@ def _read(folder: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise RefusedError(
-            f"{file} must be a whole safetensors file, got {_said(error)}. Download it again."
+            f"{file} must be a whole safetensors file, got {_reason(error)}. Download it again."
         ) from None
 
 
@@ -211,6 +211,6 @@ def _in_names_of(
     return renamed
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """Return a library's message as a part of a sentence."""
     return " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__

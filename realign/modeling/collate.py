@@ -51,9 +51,9 @@ def pixel_digest(images: Mapping[str, Tensor]) -> bytes:
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for name in sorted(images):
         tensor = images[name].detach().cpu().contiguous()
-        what = f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-        digest.update(len(what).to_bytes(8, "little"))
-        digest.update(what)
+        header = f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+        digest.update(len(header).to_bytes(8, "little"))
+        digest.update(header)
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()
 

@@ -62,9 +62,9 @@ def process(
         raise
     except Exception as error:  # what a processor does not take, it raises in many ways
         sizes = sorted({f"{image.width} x {image.height}" for row in images or () for image in row})
-        what = f"image of {' or '.join(sizes)} pixels" if sizes else f"text {texts[0]!r:.80}"
+        subject = f"image of {' or '.join(sizes)} pixels" if sizes else f"text {texts[0]!r:.80}"
         raise RefusedError(
-            f"{what} must be what {type(processor).__name__} takes, got {type(error).__name__}: "
+            f"{subject} must be what {type(processor).__name__} takes, got {type(error).__name__}: "
             f"{str(error).strip().rstrip('.')}. Replace it or remove the row.",
             code="processor",
         ) from error

@@ -52,8 +52,8 @@ class ImageTokens:
                 add_special_tokens=self._renderer.adds_special_tokens(text),
             )
             ids = inputs["input_ids"][0].tolist()
-            if self._vocabulary and (said := self._vocabulary.problem("prompt", ids)):
-                raise RefusedError(said, code="token-id")
+            if self._vocabulary and (message := self._vocabulary.problem("prompt", ids)):
+                raise RefusedError(message, code="token-id")
             # the text's own placeholder is counted with the text
             self._known[size] = len(ids) - len(self.text_ids(text))
         return self._known[size]
@@ -77,8 +77,8 @@ class ImageTokens:
                     code="special-token",
                 )
         ids = self.prompt_ids(prompt) if size else self._ids_without_image(prompt)
-        if self._vocabulary and (said := self._vocabulary.problem("text", ids)):
-            raise RefusedError(said, code="token-id")
+        if self._vocabulary and (message := self._vocabulary.problem("text", ids)):
+            raise RefusedError(message, code="token-id")
         if size:
             self(size)
 
@@ -113,10 +113,10 @@ class ImageTokens:
 
 
 def _without_image(reader: str, error: BaseException, code: str) -> RefusedError:
-    said = " ".join(str(error).split()).rstrip(".")
+    reason = " ".join(str(error).split()).rstrip(".")
     return RefusedError(
         f"text must have an image, which {reader} needs, got none ({type(error).__name__}: "
-        f"{said}). Leave such questions out, or ask a model that takes text alone.",
+        f"{reason}). Leave such questions out, or ask a model that takes text alone.",
         code=code,
     )
 
@@ -200,8 +200,8 @@ class RowLengths:
         found = {}
         for cell in cells:
             for name, ids in (("prompt", cell.prompt_ids), (cell.answer, cell.scored_ids)):
-                if self._vocabulary and (said := self._vocabulary.problem(name, ids)):
-                    found[name] = problem(name, "token-id", said)
+                if self._vocabulary and (message := self._vocabulary.problem(name, ids)):
+                    found[name] = problem(name, "token-id", message)
             for size in cell.sizes:
                 try:
                     self._image_tokens(size)
@@ -220,17 +220,17 @@ class RowLengths:
             return
         for cell in cells:
             # all that is scored but the end of turn
-            said = self._renderer.tokenizer.decode(cell.scored_ids[:-1])
-            if not cell.is_retrieved and not said.strip():
+            decoded = self._renderer.tokenizer.decode(cell.scored_ids[:-1])
+            if not cell.is_retrieved and not decoded.strip():
                 answer = getattr(record, cell.answer)[:80]
-                said = f"got {answer!r}, which its tokenizer drops. Remove the row."
-                message = f"{cell.answer} must have a token to score, {said}"
+                value = f"got {answer!r}, which its tokenizer drops. Remove the row."
+                message = f"{cell.answer} must have a token to score, {value}"
                 yield problem(cell.answer, "no-scored-token", message)
         self.rows.append(length)
         for name, limit in self._limits.items():
             if length > limit:
-                said = f"got {length}. Shorten or remove the row; nothing is cut."
-                yield problem("", "too-long", f"must have at most {name} = {limit} tokens, {said}")
+                value = f"got {length}. Shorten or remove the row; nothing is cut."
+                yield problem("", "too-long", f"must have at most {name} = {limit} tokens, {value}")
 
     def _cells(
         self, record: Record, images: Sequence[Size], rejected_images: Sequence[Size]

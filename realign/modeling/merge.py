@@ -48,9 +48,9 @@ def merge(model: str, out: Path, dtype: str = "bfloat16") -> Path:
     try:
         merged = adapted.merge_and_unload().to(getattr(torch, dtype))
     except (RuntimeError, ValueError, NotImplementedError) as error:  # such as biases of its own
-        said = str(error).rstrip(".")
+        reason = str(error).rstrip(".")
         raise RefusedError(
-            f"adapter {folder} must be of a kind that can be merged, got {said}. Use it as it is."
+            f"adapter {folder} must be of a kind that can be merged, got {reason}. Use it as it is."
         ) from None
     unfinished = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -105,17 +105,17 @@ def check_processor(processor: Any, record: Record) -> None:
     )
     # what the last image may have been expanded to is not known in general
     after = prefix.text.rpartition(getattr(processor, "image_token", "\0"))[2]
-    found, said = (
+    found, expected = (
         "".join(processor.tokenizer.decode(ids, skip_special_tokens=True).split())
         for ids in (
             encoded.tokens[prefix]["input_ids"],
             processor.tokenizer(after, add_special_tokens=False).input_ids,
         )
     )
-    if not found.endswith(said):
+    if not found.endswith(expected):
         raise RefusedError(
             f"{record.where}: {type(processor).__name__} must leave the prompt as the chat "
-            f"template writes it, got {found[-len(said) :]!r} instead of {said!r} (without "
+            f"template writes it, got {found[-len(expected) :]!r} instead of {expected!r} (without "
             "spaces). Use another processor; only image tokens may be added."
         )
 

@@ -60,27 +60,29 @@ def build_cache(
     identity, ranks = identity or scoring.identity(), ranks or Ranks()
     _check_agreement(identity, ranks)
     place = identity_folder(root, identity)
-    wanted = ranks.together(lambda: _unique(records, rows or RowIndex.of(records)))
+    wanted = ranks.run_together(lambda: _unique(records, rows or RowIndex.of(records)))
     found = ranks.gather((_has_all(place, wanted), place.exists()))
     if all(has_all for has_all, _ in found):
         return place
     # a model may be refused, so nothing is written before it is loaded
-    scorer = None if any(exists for _, exists in found) else ranks.together(scoring.load)
-    with _held(place, ranks):
-        plan = ranks.together(lambda: _plan(place, identity, wanted) if ranks.is_first else None)
+    scorer = None if any(exists for _, exists in found) else ranks.run_together(scoring.load)
+    with _locked(place, ranks):
+        plan = ranks.run_together(
+            lambda: _plan(place, identity, wanted) if ranks.is_first else None
+        )
         ranks.check_folder_is_shared(place)
         # one rank's view for all: file systems of several machines may lag behind
         missing, first = ranks.gather(plan)[0] or ([], 0)
         if missing and scorer is None:
-            scorer = ranks.together(scoring.load)
+            scorer = ranks.run_together(scoring.load)
 
         def write() -> None:
             if missing:
                 assert scorer is not None
                 _write(records, missing, first, place, identity, scorer, shard_size, ranks)
 
-        ranks.together(write)
-        ranks.together(
+        ranks.run_together(write)
+        ranks.run_together(
             lambda: (
                 _commit(records, wanted, place, identity, scorer or scoring.load())
                 if ranks.is_first
@@ -129,10 +131,10 @@ def _has_all(place: Path, wanted: dict[str, int]) -> bool:
 
 
 @contextmanager
-def _held(place: Path, ranks: Ranks) -> Iterator[None]:
+def _locked(place: Path, ranks: Ranks) -> Iterator[None]:
     """Hold the builder's lock on rank 0, for all ranks."""
     with ExitStack() as stack:
-        ranks.together(lambda: stack.enter_context(building(place)) if ranks.is_first else None)
+        ranks.run_together(lambda: stack.enter_context(building(place)) if ranks.is_first else None)
         yield
 
 

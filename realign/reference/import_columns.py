@@ -74,15 +74,15 @@ def import_columns(data: Path, model: str, out: Path) -> Path:
 def _read_columns(file: Path, num_rows: int) -> np.ndarray:
     """Return the values, shape ``(rows, C)``."""
     schema = pyarrow.parquet.read_schema(file)
-    there = [name for name in COLUMNS if name in schema.names]
-    if there[:2] != list(COLUMNS[:2]) or there != list(COLUMNS[: len(there)]):
+    columns = [name for name in COLUMNS if name in schema.names]
+    if columns[:2] != list(COLUMNS[:2]) or columns != list(COLUMNS[: len(columns)]):
         raise RefusedError(
             f"{file} must have the columns {COLUMNS[0]} and {COLUMNS[1]} (then {COLUMNS[2]} and "
-            f"{COLUMNS[3]}), got {there or 'none of them'}. Add them."
+            f"{COLUMNS[3]}), got {columns or 'none of them'}. Add them."
         )
-    table = pyarrow.parquet.read_table(file, columns=there)
+    table = pyarrow.parquet.read_table(file, columns=columns)
     values: Any = np.stack(
-        [table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in there], axis=1
+        [table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in columns], axis=1
     )
     if len(values) != num_rows:
         raise RefusedError(
@@ -92,7 +92,7 @@ def _read_columns(file: Path, num_rows: int) -> np.ndarray:
     if bad.any():
         row, cell = (int(index) for index in np.argwhere(bad)[0])
         raise RefusedError(
-            f"{file}, row {row + 1} (counting from 1): {there[cell]} must be a summed log-"
+            f"{file}, row {row + 1} (counting from 1): {columns[cell]} must be a summed log-"
             f"probability, finite and not positive, got {values[row, cell]}. Compute it again."
         )
     return values

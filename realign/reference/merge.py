@@ -36,11 +36,11 @@ def merge_caches(sources: Sequence[Path], out: Path) -> Path:
             )
     place = identity_folder(out, first.identity)
     with building(place):
-        there = read_committed(place)
+        existing = read_committed(place)
         work = Workshop.open(place, first.identity, repairs=True)
         for cache in caches:
             work.add(cache.rows)
-        probes = [cache.manifest.probe for cache in (there, *caches) if cache is not None]
+        probes = [cache.manifest.probe for cache in (existing, *caches) if cache is not None]
         work.commit(_joined(probes))
     return place
 

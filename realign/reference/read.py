@@ -120,7 +120,7 @@ def read_cache(
             differs between ranks.
     """
     ranks = Ranks()
-    reference, found = ranks.together(
+    reference, found = ranks.run_together(
         lambda: _read(
             root,
             records,
@@ -234,5 +234,5 @@ def _compare(place: Path, stored: Identity, needed: Identity, num_cells: int) ->
 
 def _unfit(root: Path, why: str, lines: Sequence[str] = (), remedy: str = "") -> RefusedError:
     detail = "".join(f"\n  {line}" for line in lines)
-    said = "\n".join(part for part in (remedy, "Run `realign cache` for this model.") if part)
-    return RefusedError(f"cache {root} does not fit this run: {why}.{detail}\n{said}")
+    remedies = "\n".join(part for part in (remedy, "Run `realign cache` for this model.") if part)
+    return RefusedError(f"cache {root} does not fit this run: {why}.{detail}\n{remedies}")

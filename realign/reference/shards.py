@@ -28,7 +28,7 @@ import safetensors.numpy
 
 from realign.errors import RefusedError
 from realign.modeling.identity import SCHEMA
-from realign.runtime.files import canonical_json, explained, replacing
+from realign.runtime.files import canonical_json, explain_write_errors, replacing
 
 MAX_ROWS = 10_000
 MAX_HEADER_BYTES = 1 << 20
@@ -144,7 +144,7 @@ def write_shard(place: Path, rows: Rows, identity: str, index: int) -> ShardEntr
     data = encode_shard(rows, identity, index)
     sha256 = hashlib.sha256(data).hexdigest()
     path = place / "shards" / f"{index:05d}-{sha256[:16]}.safetensors"
-    with explained(path), replacing(path) as temporary, temporary.open("wb") as file:
+    with explain_write_errors(path), replacing(path) as temporary, temporary.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())  # the descriptor that wrote is told of a failed write

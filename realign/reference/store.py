@@ -26,7 +26,13 @@ from realign.reference.shards import (
     shard_paths,
     write_shard,
 )
-from realign.runtime.files import canonical_json, content_sha256, explained, json_text, write_text
+from realign.runtime.files import (
+    canonical_json,
+    content_sha256,
+    explain_write_errors,
+    json_text,
+    write_text,
+)
 from realign.runtime.lock import locked
 from realign.runtime.progress import announce
 
@@ -80,7 +86,7 @@ class Manifest:
 
 def write_manifest(place: Path, manifest: Manifest) -> None:
     """Commit a manifest; from then on readers see these shards and no others."""
-    with explained(place / MANIFEST):
+    with explain_write_errors(place / MANIFEST):
         write_text(place / MANIFEST, manifest.text())
 
 
@@ -114,7 +120,7 @@ def read_manifest(place: Path) -> Manifest | None:
 
 def write_identity(place: Path, identity: Identity) -> None:
     """Write the identity of a folder's values."""
-    with explained(place / IDENTITY):
+    with explain_write_errors(place / IDENTITY):
         write_text(place / IDENTITY, _spell(identity))
 
 
@@ -234,7 +240,7 @@ def building(place: Path) -> Iterator[None]:
         RefusedError: The folder cannot be written.
     """
     with ExitStack() as stack:
-        with explained(place / LOCK):
+        with explain_write_errors(place / LOCK):
             place.mkdir(parents=True, exist_ok=True)
             waiting = f"another build writes {place}; waiting for it"
             stack.enter_context(locked(place / LOCK, waiting=waiting))
@@ -310,7 +316,7 @@ class Workshop:
 
 
 def _clean(place: Path, identity: Identity) -> None:
-    with explained(place):
+    with explain_write_errors(place):
         (place / "shards").mkdir(parents=True, exist_ok=True)
         for left in (*place.glob(".*.tmp"), *(place / "shards").glob(".*.tmp")):
             left.unlink(missing_ok=True)
@@ -320,8 +326,8 @@ def _clean(place: Path, identity: Identity) -> None:
                 check_identity(place, identity, manifest)
             return
     except DamagedError as error:
-        if there := [place / name for name in (IDENTITY, MANIFEST) if (place / name).exists()]:
-            for path in there:
+        if damaged := [place / name for name in (IDENTITY, MANIFEST) if (place / name).exists()]:
+            for path in damaged:
                 _set_aside(path)
             announce(_without_remedy(error))
     write_identity(place, identity)
@@ -330,7 +336,7 @@ def _clean(place: Path, identity: Identity) -> None:
 def _set_aside(path: Path) -> None:
     """Move a file to a place where nothing reads it, so that it can be examined."""
     folder = path.parent.parent / DAMAGED if path.parent.name == "shards" else path.parent / DAMAGED
-    with explained(folder):
+    with explain_write_errors(folder):
         folder.mkdir(exist_ok=True)
         number = sum(1 for _ in folder.iterdir())
         os.replace(path, folder / f"{number}-{path.name}")

@@ -204,7 +204,7 @@ def remove_folder(place: Path) -> None:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def explain_write_errors(path: Path) -> Iterator[None]:
     """Turn a failed write of ``path`` into a message with the path and the error's name."""
     try:
         yield

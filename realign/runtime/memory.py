@@ -37,8 +37,8 @@ def _limits(root: Path) -> list[int]:
         inner = top / group.strip("/")
         for folder in (inner, *inner.parents[: len(inner.parts) - len(top.parts)]):
             if (folder / name).is_file():
-                said = (folder / name).read_text().strip()
-                limits += [int(said)] if said != "max" else []
+                text = (folder / name).read_text().strip()
+                limits += [int(text)] if text != "max" else []
     return limits
 
 

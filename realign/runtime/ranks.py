@@ -19,7 +19,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from realign.errors import RefusedError
-from realign.runtime.files import explained
+from realign.runtime.files import explain_write_errors
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)
@@ -75,7 +75,7 @@ class Ranks:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def together(self, work: Callable[[], T]) -> T:
+    def run_together(self, work: Callable[[], T]) -> T:
         """Run a block that fails on all ranks if it fails on any, with the first message.
 
         Raises:
@@ -88,19 +88,19 @@ class Ranks:
             if self._group is None:
                 raise
             failure = (isinstance(error, RefusedError), str(error))
-        for rank, said in enumerate(self.gather(failure)):
-            if said is not None:
-                kind = RefusedError if said[0] else FloatingPointError
-                raise kind(f"rank {rank}: {said[1]}")
+        for rank, failed in enumerate(self.gather(failure)):
+            if failed is not None:
+                kind = RefusedError if failed[0] else FloatingPointError
+                raise kind(f"rank {rank}: {failed[1]}")
         return result  # type: ignore[return-value]
 
-    def first(self, work: Callable[[], T]) -> T:
+    def run_on_first(self, work: Callable[[], T]) -> T:
         """Return the result of the first rank, which alone does the work; the others wait for it.
 
         Raises:
             RefusedError: On every rank, or FloatingPointError.
         """
-        found = self.together(lambda: work() if self.is_first else None)
+        found = self.run_together(lambda: work() if self.is_first else None)
         return self.gather(found)[0]  # type: ignore[return-value]
 
     def check_folder_is_shared(self, folder: Path) -> None:
@@ -115,10 +115,10 @@ class Ranks:
 
         def leave() -> None:
             if self.is_first:
-                with explained(token):
+                with explain_write_errors(token):
                     token.touch()
 
-        self.together(leave)
+        self.run_together(leave)
         deadline = time.monotonic() + FILE_SECONDS
         while not token.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -132,7 +132,7 @@ class Ranks:
                 "shared --out, or build on one machine and copy the cache."
             )
 
-    def check_agreement(self, root: str, what: Path) -> None:
+    def check_agreement(self, root: str, place: Path) -> None:
         """Refuse caches that differ between ranks, which would train towards different references.
 
         Raises:
@@ -142,6 +142,6 @@ class Ranks:
         if len(set(roots)) > 1:
             other = next(rank for rank, found in enumerate(roots) if found != roots[0])
             raise RefusedError(
-                f"cache {what} must be the same on every rank, got root hash {roots[0][:16]} on "
+                f"cache {place} must be the same on every rank, got root hash {roots[0][:16]} on "
                 f"rank 0 and {roots[other][:16]} on rank {other}. Copy one to all machines."
             )

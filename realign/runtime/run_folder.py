@@ -68,14 +68,14 @@ def is_begun(folder: Path, verb: str) -> bool:
 Labels = Mapping[str, Sequence[str]]
 
 
-def claim(folder: Path, verb: str, what: Mapping[str, Any], labels: Labels | None = None) -> bool:
+def claim(folder: Path, verb: str, facts: Mapping[str, Any], labels: Labels | None = None) -> bool:
     """Write ``<verb>.json`` into ``folder``; return whether the same run had claimed it before.
 
     Arguments and errors are those of :func:`is_claimed`.
     """
-    if is_claimed(folder, verb, what, labels):
+    if is_claimed(folder, verb, facts, labels):
         return True
-    write_json(folder / f"{verb}.json", {name: _brief(value) for name, value in what.items()})
+    write_json(folder / f"{verb}.json", {name: _brief(value) for name, value in facts.items()})
     return False
 
 
@@ -107,7 +107,7 @@ def _remove_unfinished(folder: Path, verb: str) -> None:
 
 
 def is_claimed(
-    folder: Path, verb: str, what: Mapping[str, Any], labels: Labels | None = None
+    folder: Path, verb: str, facts: Mapping[str, Any], labels: Labels | None = None
 ) -> bool:
     """Return whether the same run has claimed ``folder``. Nothing is written, so that further
     checks can follow before :func:`claim`.
@@ -115,16 +115,16 @@ def is_claimed(
     Args:
         folder: The output folder.
         verb: The command.
-        what: Everything that the result depends on. Long lists and mappings are stored as their
+        facts: Everything that the result depends on. Long lists and mappings are stored as their
             hash.
-        labels: Name of a list of hashes in ``what`` to what a message calls its items, such as row
-            ids.
+        labels: By the name of a list of hashes in ``facts``, the name of its items in messages,
+            such as row ids.
     Raises:
         RefusedError: The folder holds another run of the command; the message names the
             differences.
     """
     path = folder / f"{verb}.json"
-    needed = {name: _brief(value) for name, value in what.items()}
+    needed = {name: _brief(value) for name, value in facts.items()}
     if not is_begun(folder, verb):
         return False
     stored = json.loads(path.read_text(encoding="utf-8"))
@@ -136,7 +136,7 @@ def is_claimed(
             "another version of realign began this run. Go on with that version, or choose "
             "another --out."
         )
-    lines = list(_differences(stored, needed, what, labels or {}))
+    lines = list(_differences(stored, needed, facts, labels or {}))
     raise RefusedError(
         f"out {folder} holds another run of `realign {verb}`:\n" + "\n".join(lines) + "\n"
         f"Choose another folder, or {_how_to_remove(folder, verb)}; nothing of it was changed."
@@ -155,10 +155,10 @@ def _check_leftovers(folder: Path, verb: str) -> None:
 
 def _how_to_remove(folder: Path, verb: str) -> str:
     """Return a remedy that names the files of the run, since the folder may also hold others."""
-    there = {path.name: path.is_dir() for path in sorted(folder.iterdir())}
-    its = [name for name in (f"{verb}.json", *WRITES[verb]) if name in there]
-    names = ", ".join(f"{name}/" if there[name] else name for name in its)
-    others = [f"{name}/" if there[name] else name for name in there if name not in its]
+    is_folder = {path.name: path.is_dir() for path in sorted(folder.iterdir())}
+    its = [name for name in (f"{verb}.json", *WRITES[verb]) if name in is_folder]
+    names = ", ".join(f"{name}/" if is_folder[name] else name for name in its)
+    others = [f"{name}/" if is_folder[name] else name for name in is_folder if name not in its]
     keep = f" and keep {', '.join(others)}, not part of that run" if others else ""
     return f"remove {names} of that run{keep}"
 
@@ -175,14 +175,14 @@ def _brief(value: Any) -> Any:
 
 
 def _differences(
-    stored: Mapping[str, Any], needed: Mapping[str, Any], what: Mapping[str, Any], labels: Labels
+    stored: Mapping[str, Any], needed: Mapping[str, Any], facts: Mapping[str, Any], labels: Labels
 ) -> Iterator[str]:
     """Yield one line per difference."""
     for name in sorted(stored.keys() | needed.keys()):
         if stored.get(name) == needed.get(name):
             continue
         if name in labels and name in stored:
-            yield f"  {name}: {_of_items(stored[name], what[name], labels[name])}"
+            yield f"  {name}: {_of_items(stored[name], facts[name], labels[name])}"
         else:
             yield from _lines(name, stored.get(name, _ABSENT), needed.get(name, _ABSENT))
 

@@ -57,8 +57,8 @@ def seal(written: Path, place: Path) -> None:
     files = sorted(path for path in written.rglob("*") if path.is_file())
 
     def entry(path: Path) -> tuple[str, dict[str, int | str]]:
-        what: dict[str, int | str] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        return path.relative_to(written).as_posix(), what
+        facts: dict[str, int | str] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        return path.relative_to(written).as_posix(), facts
 
     with ThreadPoolExecutor(_HASHING_THREADS) as threads:
         entries = dict(threads.map(entry, files))

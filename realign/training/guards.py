@@ -77,8 +77,8 @@ def first_bad_gradient(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> 
 
 def _largest(gradients: list[Tensor]) -> float:
     # max, not a sum of squares, which overflows by itself
-    held = [gradient for gradient in gradients if gradient.numel()]  # of a shard maybe nothing
-    return nn.utils.get_total_norm(held, math.inf).item() if held else 0.0
+    nonempty = [gradient for gradient in gradients if gradient.numel()]  # of a shard maybe nothing
+    return nn.utils.get_total_norm(nonempty, math.inf).item() if nonempty else 0.0
 
 
 def _local(gradient: Tensor) -> Tensor:

@@ -47,8 +47,8 @@ def preflight(plan: TrainPlan, known: RowIndex | None = None) -> tuple[RowIndex,
     _check_trackers(config.report_to)
     model = outline_policy(plan)
     quantized = quantized_weights(model) if numerics.quantization else set()
-    memory_summary, held = footprint(model, quantized), Footprint.of(model, quantized).total
-    _check_memory(held, memory_summary)
+    memory_summary, model_bytes = footprint(model, quantized), Footprint.of(model, quantized).total
+    _check_memory(model_bytes, memory_summary)
     rows = check_rows(
         plan.records,
         plan.model.processor,
@@ -63,7 +63,7 @@ def preflight(plan: TrainPlan, known: RowIndex | None = None) -> tuple[RowIndex,
         _say_rows(rows),
         _say_steps(config, len(rows.rows)),
         memory_summary,
-        *_say_memory(plan, rows, held),
+        *_say_memory(plan, rows, model_bytes),
     ]
 
 
@@ -124,19 +124,19 @@ def _say_steps(config: TrainConfig, num_records: int) -> str:
     return text
 
 
-def _check_memory(held: int, memory_summary: str) -> None:
+def _check_memory(model_bytes: int, memory_summary: str) -> None:
     """Refuse weights, gradients and optimizer state that are larger than the memory."""
     if _is_sharded():
         return
     where, available = _device_memory()
-    if held > available:
+    if model_bytes > available:
         raise RefusedError(
             f"training must fit into {size(available)} of {where}, got {memory_summary}. Use "
             "lora (with quantization: nf4 if need be), or shard over more processes."
         )
 
 
-def _say_memory(plan: TrainPlan, rows: RowIndex, held: int) -> Iterator[str]:
+def _say_memory(plan: TrainPlan, rows: RowIndex, model_bytes: int) -> Iterator[str]:
     config = plan.config
     activations = micro_step_bytes(
         plan.model.config,
@@ -147,7 +147,7 @@ def _say_memory(plan: TrainPlan, rows: RowIndex, held: int) -> Iterator[str]:
     if activations is None:
         return
     where, available = _device_memory()
-    needed = held + activations
+    needed = model_bytes + activations
     verdict = ""
     if not _is_sharded():
         verdict = f"; {where} has {size(available)}"

@@ -73,10 +73,10 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
         config.out / "row_index.json", config.data, config.images, plan.records, plan.identity
     )
     known: RowIndex | None = None
-    if ranks.first(lambda: is_begun(config.out, "train")):
-        known = ranks.together(file.restore)
+    if ranks.run_on_first(lambda: is_begun(config.out, "train")):
+        known = ranks.run_together(file.restore)
         claimed = replace(plan, rows=known)
-        if ranks.first(lambda: _is_finished(claimed, ranks)):
+        if ranks.run_on_first(lambda: _is_finished(claimed, ranks)):
             return checkpoint
 
     def find_rows() -> RowIndex:
@@ -89,7 +89,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
             announce(line)
         return rows
 
-    plan = replace(plan, rows=ranks.together(find_rows))
+    plan = replace(plan, rows=ranks.run_together(find_rows))
     reference = _read_reference(plan, dry_run=dry_run)
     if dry_run:
         return checkpoint
@@ -104,7 +104,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
     # DeepSpeed reads them before the weights
     arguments = training_arguments(config, len(plan.records))
     set_seed(config.seed)
-    model = ranks.together(lambda: load_policy(plan))
+    model = ranks.run_together(lambda: load_policy(plan))
 
     def claim_folder() -> None:
         claim(config.out, "train", plan.claim(ranks.world_size), _labels(plan))
@@ -112,9 +112,9 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
         if reference.acceptance is not None:
             write_json(config.out / "accepted_numerics.json", reference.acceptance)
 
-    with ExitStack() as held:
-        ranks.first(lambda: held.enter_context(only_run(config.out, "train")))
-        ranks.first(claim_folder)
+    with ExitStack() as lock:
+        ranks.run_on_first(lambda: lock.enter_context(only_run(config.out, "train")))
+        ranks.run_on_first(claim_folder)
         ranks.check_folder_is_shared(config.out)
         trainer = RDPOTrainer(
             model,

@@ -126,5 +126,5 @@ def layers_to_shard(model: nn.Module) -> list[str]:
 
     accelerate refuses an absent class, and LLaVA declares those of CLIP's text encoder.
     """
-    there = {type(module).__name__ for module in model.modules()}
-    return sorted(there & set(getattr(model, "_no_split_modules", None) or ()))
+    classes = {type(module).__name__ for module in model.modules()}
+    return sorted(classes & set(getattr(model, "_no_split_modules", None) or ()))

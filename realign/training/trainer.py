@@ -374,6 +374,6 @@ class RDPOTrainer(CheckpointTrainer):
             Footprint.of(self.model),
             batch_size=self.args.per_device_train_batch_size,
             accumulation=self.args.gradient_accumulation_steps,
-            held=torch.cuda.max_memory_allocated(device) if on_gpu else None,
+            allocated=torch.cuda.max_memory_allocated(device) if on_gpu else None,
             capacity=torch.cuda.mem_get_info(device)[1] if on_gpu else None,
         )

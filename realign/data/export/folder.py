@@ -88,9 +88,9 @@ def check_new(out: Path) -> None:
     Raises:
         RefusedError: Naming what is there.
     """
-    there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    if there:
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if names:
         raise RefusedError(
-            f"out must be a new or empty folder, got {out} with {', '.join(there[:8])}. Choose "
+            f"out must be a new or empty folder, got {out} with {', '.join(names[:8])}. Choose "
             "another --out."
         )

@@ -64,12 +64,12 @@ def without_placeholders(text: str, name: str, num_images: int) -> str:
     return text.replace(IMAGE_TOKEN, "").strip() if count else text
 
 
-def _check_count(count: int, what: str, name: str, num_images: int) -> None:
+def _check_count(count: int, kind: str, name: str, num_images: int) -> None:
     if count > num_images:
         raise RefusedRowError(
             name,
             "image-count",
-            f"{name} must have at most as many {what} as the row has images, {num_images}, got "
+            f"{name} must have at most as many {kind} as the row has images, {num_images}, got "
             f"{count}. Remove the others, or the row.",
         )
 

@@ -29,8 +29,8 @@ class RefusedRowError(RefusedError):
 
     def at(self, place: str) -> RefusedError:
         """Return the refusal for a whole file, with the row's place in front."""
-        said = f"{place}: {self}"
-        return RefusedError(said, code=self.code, field=self.field)
+        message = f"{place}: {self}"
+        return RefusedError(message, code=self.code, field=self.field)
 
 
 @dataclass(frozen=True)

@@ -93,10 +93,10 @@ def _official_row(row: Any, row_id: str, where: str, image_root: Path) -> FileRo
         )
     names = {name: row[name] for name in IMAGE_NAMES if name in row}
     if len(names) == 1:
-        ((there, value),) = names.items()
-        missing_name = "retrieved_image" if there == "image" else "image"
+        ((present, value),) = names.items()
+        missing_name = "retrieved_image" if present == "image" else "image"
         raise RefusedError(
-            f"{where}: {missing_name} is missing beside {there} {value!r}. Add it.",
+            f"{where}: {missing_name} is missing beside {present} {value!r}. Add it.",
             code="missing-key",
             field=missing_name,
         )

@@ -135,8 +135,8 @@ def judged_strictly(row: Row, verdict: str) -> list[int]:
 
 def exact(row: Row, answer: str) -> list[int]:
     """Score the word yes or no; neither is unclear."""
-    said = yes_or_no(answer)
-    verdict = UNCLEAR if said is None else int(said == (row["gt_answer"] == "1"))
+    reading = yes_or_no(answer)
+    verdict = UNCLEAR if reading is None else int(reading == (row["gt_answer"] == "1"))
     return judged(row, str(verdict))
 
 

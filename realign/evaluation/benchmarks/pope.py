@@ -66,9 +66,9 @@ def counts_of(parse: Callable[[str], bool | None]) -> Callable[[Row, str], list[
     """Return the score of a rule: labels yes read as yes, no and neither, then labels no."""
 
     def score(row: Row, answer: str) -> list[int]:
-        said = parse(answer)
+        reading = parse(answer)
         cells = [(label, reading) for label in ("yes", "no") for reading in (True, False, None)]
-        return [int((row["label"], said) == cell) for cell in cells]
+        return [int((row["label"], reading) == cell) for cell in cells]
 
     return score
 

@@ -175,14 +175,14 @@ def _model_entry(model: SuiteModel, backend: str | None) -> dict[str, Any]:
     if model.type == "llava_next":
         _check_path_words(model)
         return {"class": "LLaVA_Next", **entry}
-    what = (
+    reason = (
         "LLaVA_Next loads no checkpoint of LLaVA-1.5, and its class LLaVA needs LLaVA's own package"
         if model.type == "llava"
         else "it has no class for it that takes a folder of transformers"
     )
     raise RefusedError(
         f"model {model.name} must be one that VLMEvalKit loads (llava_next, qwen2_vl, qwen2_5_vl, "
-        f"qwen3_vl), got {model.type}: {what}. {SERVE.format(name=model.name)}."
+        f"qwen3_vl), got {model.type}: {reason}. {SERVE.format(name=model.name)}."
     )
 
 

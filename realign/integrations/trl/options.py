@@ -141,10 +141,10 @@ def check_columns(dataset: Any, name: str, num_cells: int) -> None:
     needed: list[tuple[tuple[str, ...], str]] = [(("images", "image"), "the image of each pair")]
     if num_cells > 2:
         needed.append((("rejected_images",), "the retrieved image of each pair"))
-    for names, what in needed:
+    for names, content in needed:
         if not {*names} & {*columns}:
             raise RefusedError(
-                f"{name} must have the column {names[0]}, {what}, got the columns "
+                f"{name} must have the column {names[0]}, {content}, got the columns "
                 f"{', '.join(columns)}. Add it (`realign build` makes both), or use TRL's own "
                 "DPOTrainer for pairs of answers alone."
             )

@@ -317,9 +317,9 @@ class RdpoTrainer(DPOTrainer):
             batch_variance=getattr(self.reference, "batch_variance", None),
         )
         if problem and self.state.global_step == 0:
-            said = problem.splitlines()[:2]  # what follows names an option of realign train
+            lines = problem.splitlines()[:2]  # what follows names an option of realign train
             logger.warning(
-                "\n".join([*said, "Go on only if the policy is meant to begin elsewhere."])
+                "\n".join([*lines, "Go on only if the policy is meant to begin elsewhere."])
             )
 
     def _native_loss(

@@ -97,7 +97,7 @@ class LazyItems(Mapping[int, Any]):
 
 
 def make_shards(
-    what: str,
+    stage: str,
     missing: Collection[int],
     sizes: Mapping[int, int],
     item: Callable[[int], Any],
@@ -108,7 +108,7 @@ def make_shards(
     """Make shards, and store each as soon as it is made.
 
     Args:
-        what: Name of the stage, for progress.
+        stage: Name of the stage, for progress.
         missing: Numbers of the shards to make.
         sizes: Number of records of every shard, by the shard's number.
         item: Function that makes the task's argument.
@@ -120,14 +120,14 @@ def make_shards(
         return
     total = sum(sizes.values())
     done = total - sum(sizes[number] for number in missing)
-    with Progress(what, total, done) as progress:
+    with Progress(stage, total, done) as progress:
         for number, content in engine.run(task, LazyItems(missing, item)):
             keep(number, content)
             progress.advance(sizes[number])
 
 
 def fill_shards(
-    what: str,
+    stage: str,
     paths: Mapping[int, Path],
     sizes: Mapping[int, int],
     item: Callable[[int], Any],
@@ -146,4 +146,4 @@ def fill_shards(
             temporary.write_bytes(content)
 
     missing = [number for number, path in paths.items() if not path.is_file()]
-    make_shards(what, missing, sizes, item, task, engine, keep)
+    make_shards(stage, missing, sizes, item, task, engine, keep)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from realign.runtime.engine.task import REMEDY, Task, WorkerError, told
+from realign.runtime.engine.task import REMEDY, Task, WorkerError, portable_error
 from realign.runtime.spinning import limit_spinning
 
 END_SECONDS = 10.0
@@ -59,7 +59,7 @@ def run_in_processes(
                 try:
                     result, error = ready.recv()
                 except (EOFError, OSError):  # before, or in the middle of, an answer
-                    raise WorkerError(_obituary(processes[ready], number)) from None
+                    raise WorkerError(_death_message(processes[ready], number)) from None
                 if error is not None:
                     raise error
                 if number is not None:
@@ -93,7 +93,7 @@ def _hand_out(
             return
 
 
-def _obituary(process: Any, number: int | None) -> str:
+def _death_message(process: Any, number: int | None) -> str:
     process.join()
     code = process.exitcode
     cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -117,7 +117,7 @@ def _serve(task: Task, parent: Connection, environment: dict[str, str], threads:
             for item in _received(parent):
                 parent.send((work(item), None))
     except Exception as error:  # whatever it is, the parent raises it
-        parent.send((None, told(error)))
+        parent.send((None, portable_error(error)))
 
 
 def _received(parent: Connection) -> Iterator[Any]:

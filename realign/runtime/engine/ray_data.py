@@ -18,7 +18,7 @@ from itertools import islice
 from typing import Any
 
 from realign.errors import RefusedError
-from realign.runtime.engine.task import REMEDY, Task, WorkerError, told
+from realign.runtime.engine.task import REMEDY, Task, WorkerError, portable_error
 from realign.runtime.spinning import limit_spinning
 
 # How often an actor that died is started again, and a shard is tried again. Ray Data's default is
@@ -156,7 +156,7 @@ class _Actor:
             self._context = task.open()  # kept: what it holds is let go of with it
             self._work = self._context.__enter__()  # an actor ends when its process does
         except Exception as error:  # the driver raises it
-            self._problem = told(error)
+            self._problem = portable_error(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         (boxed,) = batch["item"]
@@ -165,5 +165,5 @@ class _Actor:
             try:
                 result = self._work(boxed.value)
             except Exception as error:  # the driver raises it
-                problem = told(error)
+                problem = portable_error(error)
         return {"number": batch["number"], "result": [result], "error": [_Boxed(problem)]}

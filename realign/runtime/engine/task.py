@@ -22,7 +22,7 @@ class WorkerError(RuntimeError):
     """A worker died without an error: it was killed, or out of memory."""
 
 
-def told(error: Exception) -> Exception:
+def portable_error(error: Exception) -> Exception:
     """Return the error that the caller raises; others may not survive pickling."""
     if isinstance(error, RefusedError):
         return error
