@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, overload
@@ -33,6 +33,7 @@ class Problem:
         field: What of the row is wrong: ``image``, ``chosen``, ...; empty for the whole row.
         code: Short name of the kind of problem, such as ``empty``; stable across releases.
         message: Place, value and remedy, as a sentence for people.
+        missing: Name of an image that does not exist; empty for other problems.
     """
 
     row: str
@@ -40,11 +41,12 @@ class Problem:
     field: str
     code: str
     message: str
+    missing: str = ""
 
     @classmethod
     def of(cls, error: RefusedError, row: str, place: str) -> Problem:
         """The problem that a refusal of a row names."""
-        return cls(row, place, error.field, error.code, str(error))
+        return cls(row, place, error.field, error.code, str(error), error.missing)
 
 
 @dataclass(frozen=True)
@@ -166,50 +168,9 @@ def texts_of(records: Sequence[Record]) -> Sequence[Record]:
     return records.texts() if isinstance(records, LazyRecords) else records
 
 
-def check_records(
-    records: Sequence[Record],
-    placeholders: Iterable[str],
-    *,
-    visit: Callable[[Record, bool], Iterable[str]] = lambda record, is_good: (),
-) -> None:
-    """Refuse what would train on nothing or on the wrong thing, before anything is loaded.
-
-    Args:
-        records: The rows.
-        placeholders: Image and other special tokens of the model; an answer must contain none.
-        visit: Called with every row, its images decoded, and whether it is good so far; returns
-            what else is wrong with it.
-    Raises:
-        RefusedError: The first bad rows, one a line, each with its id, the value and the remedy.
-    """
-    special = special_tokens(placeholders)
-    problems: list[str] = []
-    for record in map(OpenedRecord.of, records):
-        found = (*content_problems(record, special), *_image_problems(record))
-        problems += [problem.message for problem in found]
-        problems += visit(record, not found)
-    refuse_problems(problems, len(records))
-    if not records:
-        raise RefusedError(
-            "data must have at least one row, got none. Add rows or give another --data."
-        )
-
-
 def special_tokens(placeholders: Iterable[str]) -> list[str]:
     """What no text may contain: a model's own tokens and the authors' image placeholder."""
     return sorted({token for token in (*placeholders, IMAGE_TOKEN) if token})
-
-
-def refuse_problems(problems: Sequence[str], num_rows: int) -> None:
-    """Refuse what was found in a dataset, if anything: all counted, the first twenty shown.
-
-    Raises:
-        RefusedError: There is a problem.
-    """
-    if problems:
-        shown = "\n".join(problems[:20])
-        more = f"\n... and {len(problems) - 20} more." if len(problems) > 20 else ""
-        raise RefusedError(f"{len(problems)} problem(s) in {num_rows} rows:\n{shown}{more}")
 
 
 def content_problems(record: Record, special: Sequence[str]) -> Iterator[Problem]:
@@ -262,14 +223,6 @@ def image_problem(record: Record, error: RefusedImage, *, rejected: bool) -> Pro
     field = "rejected_images" if rejected else "images"
     message = str(error.at(record.image_place(rejected=rejected)))
     return Problem(record.id, record.where, field, error.code, message)
-
-
-def _image_problems(record: Record) -> Iterator[Problem]:
-    for rejected in (False, True):
-        try:
-            record.open_images(rejected=rejected)
-        except RefusedImage as error:
-            yield image_problem(record, error, rejected=rejected)
 
 
 def _normalised(text: str) -> str:

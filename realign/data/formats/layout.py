@@ -20,16 +20,16 @@ class RefusedRowError(RefusedError):
         field: What of the row is wrong; empty for the whole row.
         code: Short name of the kind of problem, stable across releases.
         text: The rule, the value and the remedy; whoever knows the row puts its place before it.
+        missing: Name of an image that does not exist, as the row gives it.
     """
 
-    def __init__(self, field: str, code: str, text: str) -> None:
-        super().__init__(text)
-        self.field, self.code = field, code
+    def __init__(self, field: str, code: str, text: str, missing: str = "") -> None:
+        super().__init__(text, code=code, field=field, missing=missing)
 
     def at(self, place: str) -> RefusedError:
         """The refusal as it is said of a whole file: with the row's place in front."""
         said = f"{place}: {self}"
-        return RefusedError(said, code=self.code, field=self.field)
+        return RefusedError(said, code=self.code, field=self.field, missing=self.missing)
 
 
 @dataclass(frozen=True)
