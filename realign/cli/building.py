@@ -1,4 +1,4 @@
-"""The commands that make and look at datasets."""
+"""The commands that make and show datasets."""
 
 from __future__ import annotations
 

@@ -24,13 +24,13 @@ def check_records(
     *,
     visit: Callable[[Record, bool], Iterable[Problem]] = lambda record, is_good: (),
 ) -> None:
-    """Refuse what would train on nothing or on the wrong thing, before anything is loaded.
+    """Refuse rows that would train on nothing or on wrong inputs, before anything is loaded.
 
     Args:
         records: The rows.
         placeholders: Image and other special tokens of the model; an answer must contain none.
-        visit: Called with every row, its images decoded, and whether it is good so far; returns
-            what else is wrong with it.
+        visit: Called with every row, its images decoded, and whether it is good so far; returns its
+            further problems.
     Raises:
         RefusedError: The first bad rows of each kind, one a line, with id, value and remedy.
     """
@@ -56,11 +56,11 @@ def _image_problems(record: Record) -> Iterator[Problem]:
 
 
 def refuse_problems(problems: Sequence[Problem], num_rows: int, remedy: str = "") -> None:
-    """Refuse what was found in a dataset, if anything: all counted, the first of each kind shown.
+    """Refuse the problems of a dataset, if any: all are counted, the first of each kind shown.
 
     Args:
-        problems: What was found.
-        num_rows: Of how many rows.
+        problems: The problems.
+        num_rows: Number of rows that were read, good and bad.
         remedy: A sentence on what helps all of them.
     Raises:
         RefusedError: There is a problem.

@@ -1,8 +1,8 @@
-"""Asks an OpenAI-compatible server one question: the client, bounded in size and time, when to ask
-again, and what a response holds.
+"""Single requests to an OpenAI-compatible server: the client, bounded in size and time, the
+retries, and the parsing of responses.
 
-Servers are asked for what vLLM, SGLang, ``transformers serve`` and OpenAI all take: chat
-completions with ``max_completion_tokens``, ``temperature`` and ``seed``, images as data URLs.
+Requests use only what vLLM, SGLang, ``transformers serve`` and OpenAI all take: chat completions
+with ``max_completion_tokens``, ``temperature`` and ``seed``, images as data URLs.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class Reply(NamedTuple):
 
 
 class MalformedError(Exception):
-    """A response that is no chat completion: cut, not JSON, or without an answer."""
+    """A response that is not a chat completion: cut, not JSON, or without an answer."""
 
 
 def read_completion(raw: bytes) -> dict[str, Any]:
-    """Parse a response and check that an answer is in it.
+    """Parse a response and check that it has an answer.
 
     Raises:
-        MalformedError: Saying what is wrong.
+        MalformedError: The message says what is wrong.
     """
     try:
         body = json.loads(raw)
@@ -89,7 +89,7 @@ def _first_choice(body: Any) -> Any:
 
 
 def read_answer(reply: Reply) -> Answer:
-    """Return what the model says in a reply."""
+    """Return the model's answer in a reply."""
     if reply.status != 200:
         return Answer("", problem=f"refused by the server: {error_message(reply.body)}")
     choice = reply.body["choices"][0]
@@ -102,7 +102,7 @@ def read_answer(reply: Reply) -> Answer:
 
 
 def error_message(body: Any) -> str:
-    """Return the sentence in a server's error, in whichever of the usual places it is."""
+    """Return the message of a server's error, from any of its usual places."""
     if isinstance(body, dict):
         for name in ("message", "error", "detail"):
             if body.get(name):
@@ -112,7 +112,7 @@ def error_message(body: Any) -> str:
 
 
 def count_tokens(body: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the prompt and completion tokens that a server says it used, 0 where it does not."""
+    """Return the prompt and completion tokens that a server reports, or 0."""
     usage = body.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
@@ -131,14 +131,14 @@ def without_secret(value: Any, secret: str) -> Any:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a server is and how patiently it is asked. Nothing here changes an answer.
+    """Address and limits of a server. Nothing here changes an answer.
 
     Attributes:
-        base_url: Where ``/chat/completions`` is below, such as ``http://127.0.0.1:8000/v1``.
-        api_key_env: Environment variable that holds the key; where it is unset no key is sent.
-        concurrency: Requests under way at a time.
+        base_url: URL above ``/chat/completions``, such as ``http://127.0.0.1:8000/v1``.
+        api_key_env: Environment variable of the key; without it no key is sent.
+        concurrency: Largest number of concurrent requests.
         timeout_s: Longest time from a request to the end of its answer, queueing included.
-        max_retries: How often one request is asked again after a passing failure.
+        max_retries: Largest number of retries of a request after a temporary failure.
         backoff_s: Longest wait before the first retry; doubled for each further one.
         option: The option that gave ``base_url``, for messages. Those of the key's variable and of
             the model are named alike.
@@ -171,14 +171,14 @@ class Endpoint:
         return self.option.removesuffix("endpoint") + name
 
     def longest_wait_s(self, attempt: int) -> float:
-        """Seconds after a failed attempt, from 0, where the server does not ask for more."""
+        """Return the longest wait in seconds after an attempt, counted from 0."""
         return min(self.backoff_s * 2**attempt, LONGEST_BACKOFF_S)
 
     def key(self) -> str:
-        """Read the key; empty where there is none.
+        """Read the key; empty without one.
 
         Raises:
-            RefusedError: It cannot be sent in a header. The message does not show it.
+            RefusedError: The key cannot be sent in a header. The message does not show it.
         """
         key = os.environ.get(self.api_key_env, "").strip()
         if not (key.isascii() and key.isprintable()) or " " in key:
@@ -207,7 +207,7 @@ def open_client(endpoint: Endpoint) -> openai.AsyncOpenAI:
 
 
 async def _say_less(request: httpx2.Request) -> None:
-    """Send no key where there is none, and nothing about this machine."""
+    """Remove the header of a missing key, and everything about this machine."""
     if request.headers.get("Authorization") == f"Bearer {_NO_KEY}":
         del request.headers["Authorization"]
     for name in _ABOUT_THIS_MACHINE:
@@ -215,7 +215,7 @@ async def _say_less(request: httpx2.Request) -> None:
 
 
 class TooLargeResponseError(Exception):
-    """A response that does not end."""
+    """A response that is too large."""
 
 
 class _BoundedStream(httpx2.AsyncByteStream):
@@ -235,7 +235,7 @@ class _BoundedStream(httpx2.AsyncByteStream):
 
 
 async def _bound(response: httpx2.Response) -> None:
-    """Replace the body, before any of it is read, by one that stops at the limit."""
+    """Replace the body, before it is read, by one that stops at the limit."""
     if response.headers.get("content-encoding", "identity") != "identity":
         raise TooLargeResponseError("a compressed body, whose size cannot be bounded")
     assert isinstance(response.stream, httpx2.AsyncByteStream)
@@ -249,15 +249,15 @@ async def ask(
     was_reached: bool,
     on_retry: Callable[[str, float], None],
 ) -> Reply:
-    """Ask until there is an answer or a refusal.
+    """Send a request until there is an answer or a refusal.
 
     Args:
-        client: Of :func:`open_client`.
-        endpoint: The same.
+        client: Client from :func:`open_client`.
+        endpoint: Endpoint of the client.
         body: The request.
-        was_reached: Whether the server has answered before: then it may come back.
-        on_retry: Called before each further attempt, with what happened, free of the key, and the
-            seconds until it.
+        was_reached: Whether the server has answered before, so that it may come back.
+        on_retry: Called before each retry with the failure, without the key, and the seconds until
+            the retry.
     Raises:
         RefusedError: The server cannot be reached, refuses every request (401, 403, 404, ...), or
             has failed too often.
@@ -356,7 +356,7 @@ def run_to_end(work: Coroutine[Any, Any, None]) -> None:
 
 
 def _retry_after(header: str) -> float:
-    """Seconds that a server asks to wait, given as a number or as a date."""
+    """Return the seconds that a server asks to wait, as a number or as a date."""
     try:
         wait = float(header)
     except ValueError:

@@ -1,5 +1,5 @@
-"""Reads a source whatever it is: recognises its file and its layout, checks every row, reports
-the bad ones and goes on.
+"""Reader of sources: it recognises the kind of file and the layout, checks every row, and reports
+the bad ones without stopping.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ LOOKED_AT = 100  # rows that may be bad before one shows its layout
 
 @dataclass(frozen=True)
 class Source:
-    """What a source gave.
+    """Rows and problems of a source.
 
     Attributes:
         rows: The good rows; those without an answer are still to be annotated.
         problems: One for each row that was refused.
         format: Name of the layout.
-        num_read: How many rows the file has, good and bad.
+        num_read: Number of rows of the file, good and bad.
     """
 
     rows: list[SourceRow]
@@ -61,16 +61,16 @@ def read_source(
         path: The file or folder.
         image_root: The folder of its images; None where all are embedded.
         special: The model's special tokens; no text may contain one.
-        turns: Which answers of a LLaVA conversation become rows: the ``first``, the ``last`` with
+        turns: Answers of a LLaVA conversation that become rows: the ``first``, the ``last`` with
             the earlier turns as its prompt, or ``each`` with its earlier turns.
-        extract_to: Folder for embedded images, named by their content; those that are there are
-            not written again.
+        extract_to: Folder for embedded images, named by their content; existing ones are not
+            written again.
         format: Name of the layout; recognised by the first rows by default.
-        image_name: What the file of an image called ``{name}`` is called in the folder.
+        image_name: File name in the folder of an image called ``{name}``.
         extracts: Whether embedded images are written; :func:`extract_images` writes those of some
             rows later.
     Raises:
-        RefusedError: No such file, an unknown layout, no row at all, or a file in which rows cannot
+        RefusedError: The file does not exist, has an unknown layout or no rows, or its rows cannot
             be told apart.
     """
     if turns not in ("first", "last", "each"):
@@ -137,7 +137,7 @@ def extract_images(path: Path, rows: Sequence[SourceRow], folder: Path) -> None:
 
 
 def _refuse_rows(path: Path, found: list[Found]) -> None:
-    """Refuse a file whose first rows are no objects, by what is wrong with each."""
+    """Refuse a file whose first rows are not objects, naming the reason of each."""
     problems = []
     for item in found:
         try:
@@ -150,7 +150,7 @@ def _refuse_rows(path: Path, found: list[Found]) -> None:
 def _without_image_pairs(rows: list[SourceRow]) -> tuple[list[SourceRow], list[SourceRow]]:
     """Return the rows that are not image pairs, and the image pairs without an answer pair.
 
-    An image pair whose answer pair is there is the second half of it, and is left out.
+    An image pair with an answer pair is the second half of it, and is left out.
     """
     whole = [row for row in rows if not row.is_image_pair]
     halves = {_half(row) for row in whole if row.rejected}
@@ -163,10 +163,10 @@ def _half(row: SourceRow) -> tuple[Path, str, str]:
 
 
 def open_rows(path: Path) -> Iterator[Found]:
-    """The rows of a file or folder, recognised by its first bytes.
+    """Return the rows of a file or folder, recognised by its first bytes.
 
     Raises:
-        RefusedError: There is none, or rows cannot be told apart.
+        RefusedError: It does not exist, or rows cannot be told apart.
     """
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():

@@ -1,4 +1,4 @@
-"""Turns what stands at one place of a source into checked rows."""
+"""Reader that turns one place of a source into checked rows."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from realign.runtime.files import json_text
 
 
 class ImageFiles:
-    """Finds or makes the file of each image; each name is looked up once.
+    """Finder of image files, which writes embedded images; each name is looked up once.
 
     Args:
         root: Folder of named images; None where all are embedded.
-        extract_to: Folder for embedded images; None where none is.
-        file_name: What the file of ``{name}`` is called under the root.
+        extract_to: Folder for embedded images; None if there are none.
+        file_name: File name of ``{name}`` under the root.
         extracts: Whether embedded images are written, and not only named.
     """
 
@@ -51,10 +51,11 @@ class ImageFiles:
         self._extracted: set[str] = set()
 
     def find(self, image: Any) -> tuple[str, Path, str | None]:
-        """Name, file, and the source's own name of an embedded image.
+        """Return the name, the file, and the source's own name of an embedded image.
 
         Raises:
-            RefusedRowError: No such file, a name that leaves the folder, or no image bytes.
+            RefusedRowError: The file is missing, its name leaves the folder, or there are no image
+                bytes.
             RefusedError: A folder that the source needs was not given.
         """
         if isinstance(image, Mapping):
@@ -125,9 +126,7 @@ class ImageFiles:
 
 
 class UniqueIds:
-    """The ids that rows have been given; one that comes again gets a number: the same in every
-    run.
-    """
+    """Ids of rows, made unique: a repeated one gets a number, the same in every run."""
 
     def __init__(self) -> None:
         self._given: set[str] = set()
@@ -137,7 +136,7 @@ class UniqueIds:
         return row_id in self._given
 
     def add(self, row_id: str) -> str:
-        """Return ``row_id``, with a number where it has been given before."""
+        """Return ``row_id``, with a number if it was returned before."""
         unique = row_id
         while unique in self._given:
             self._repeated[row_id] = self._repeated.get(row_id, 1) + 1
@@ -147,21 +146,21 @@ class UniqueIds:
 
 
 class RowReader:
-    """Reads rows of one layout, each with an id of its own.
+    """Reader of rows of one layout, each with a unique id.
 
     Args:
         path: The source, for provenance.
-        layout: What its rows are.
+        layout: Layout of its rows.
         image_root: Folder of named images.
         special: Tokens that no text may contain.
-        turns: Which answers of a conversation become rows.
+        turns: Answers of a conversation that become rows.
         extract_to: Folder for embedded images.
-        image_name: What the file of ``{name}`` is called under the root.
+        image_name: File name of ``{name}`` under the root.
         extracts: Whether embedded images are written, and not only named.
 
     Attributes:
         left_out: Keys whose values could not be kept.
-        num_retrieved: How many rows had retrieved images.
+        num_retrieved: Number of rows with retrieved images.
     """
 
     def __init__(
@@ -184,10 +183,10 @@ class RowReader:
         self.num_retrieved = 0
 
     def read(self, found: Found) -> list[SourceRow]:
-        """The rows of one place.
+        """Return the rows of one place.
 
         Raises:
-            RefusedRowError: Why there are none.
+            RefusedRowError: The place holds none; the message says why.
         """
         raw = object_of(found)
         place = found.place(self._file)
@@ -271,7 +270,7 @@ class RowReader:
                 )
 
     def _extra(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """Keys that the layout does not know, as far as JSON can hold them."""
+        """Return the keys that the layout does not know, as far as JSON can hold their values."""
         kept = {}
         for name in raw.keys() - self._layout.keys:
             if _fits_json([name, raw[name]]):
@@ -282,10 +281,10 @@ class RowReader:
 
 
 def object_of(found: Found) -> dict[str, Any]:
-    """The row at one place of a file.
+    """Return the row at one place of a file.
 
     Raises:
-        RefusedRowError: There is none, or it is no object.
+        RefusedRowError: There is none, or it is not an object.
     """
     if found.problem:
         raise found.problem
@@ -299,7 +298,7 @@ def object_of(found: Found) -> dict[str, Any]:
 
 
 def id_of(raw: Mapping[str, Any], number: int) -> str:
-    """The id of a row, or its number.
+    """Return the id of a row, or its number.
 
     Raises:
         RefusedRowError: The id is neither a text nor a number.
@@ -318,7 +317,7 @@ def id_of(raw: Mapping[str, Any], number: int) -> str:
 
 
 def one_image(raw: Mapping[str, Any], layout: Layout) -> Any:
-    """The one image of a row.
+    """Return the only image of a row.
 
     Raises:
         RefusedRowError: There is none, or more than one.
@@ -342,7 +341,7 @@ def one_image(raw: Mapping[str, Any], layout: Layout) -> Any:
 
 
 def _stripped(draft: Draft) -> Draft:
-    """The draft without white space around its texts."""
+    """Return the draft without white space around its texts."""
     return dataclasses.replace(
         draft,
         prompt=tuple({**turn, "content": turn["content"].strip()} for turn in draft.prompt),
@@ -360,7 +359,7 @@ def _fits_json(value: Any) -> bool:
 
 
 def check_unicode(text: str, name: str) -> None:
-    """Refuse half a character, which no file can hold.
+    """Refuse half a surrogate pair, which no file can hold.
 
     Raises:
         RefusedRowError: The text has one.
