@@ -56,7 +56,7 @@ REFUSALS = Path(__file__).with_name("refusals.yaml")
 # where the run is, and what changes how fast a result is made but not what it is
 NOT_IDENTITY = {
     *("out", "source", "images", "image_name", "model", "lexicon"),
-    *("engine", "workers", "max_reject"),
+    *("engine", "workers", "max_reject", "max_pixels"),
     *("annotator", "masker", "inducer", "encoder", "similarity"),  # said by their identities
 }
 # options that change nothing where they are not given

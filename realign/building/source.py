@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from realign.building.corpus import Corpus, inspect_corpus
+from realign.building.large_images import shrink_large_images
 from realign.building.models import Readers
 from realign.config import BuildConfig
 from realign.data.formats.read_source import extract_images, read_source
@@ -143,14 +144,20 @@ def inspect_rows(
     Raises:
         RefusedError: Too many rows are bad, or fewer than two images are left.
     """
-    corpus, unreadable = inspect_corpus(
-        source.rows, config.out / "images", config.workers or 0, readers.refusal_of_image
+    shrunk, unshrunk = shrink_large_images(
+        source.rows, config.out / "source_images", config.max_pixels or 0
     )
+    corpus, unreadable = inspect_corpus(
+        shrunk, config.out / "images", config.workers or 0, readers.refusal_of_image
+    )
+    unreadable |= unshrunk
     problems = [*source.problems]
     rows: list[SourceRow] = []
-    for row in source.rows:
+    for row in shrunk:
         if row.path in unreadable:
             refused = unreadable[row.path].at(f"{row.place}, {row.image}")
+            if refused.code == "too-many-pixels":
+                refused = refused.with_remedy("or raise build.max_pixels to have it shrunk")
             problems.append(Problem(row.id, row.place, "image", refused.code, str(refused)))
         else:
             rows.append(row)
