@@ -48,7 +48,7 @@ def check_installations() -> None:
 
 
 def library_was_removed() -> bool:
-    """Return whether a distribution installed the compiled library, for when it is not there."""
+    """Return whether a distribution installed the compiled library, which is missing now."""
     library = f"{_FOLDER}_csrc.so"
     return any(library in installed_files(name) for name in DISTRIBUTIONS)
 

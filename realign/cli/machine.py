@@ -1,4 +1,4 @@
-"""The commands that try out an installation."""
+"""The commands that try an installation."""
 
 from __future__ import annotations
 
