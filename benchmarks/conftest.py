@@ -1,4 +1,4 @@
-"""What benchmarks under pytest share; `pytest --benchmark` or `pytest benchmarks`."""
+"""Fixtures of benchmarks under pytest; `pytest --benchmark` or `pytest benchmarks`."""
 
 from __future__ import annotations
 

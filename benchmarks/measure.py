@@ -33,7 +33,7 @@ _LEAST_BLOCKS = 2  # of A B B A
 
 
 class Exact(NamedTuple):
-    """What float64 says, in float64."""
+    """Results in float64."""
 
     result: Tensor  # (N,) or ()
     grad_hidden: Tensor  # (N, D)

@@ -1,4 +1,4 @@
-"""What a kernel's results have to keep, as assertions; shared by everything that checks on a GPU.
+"""Guarantees of a kernel's results, as assertions; shared by everything that checks on a GPU.
 
 Bounds are those of the library's promise: |logp - float64| at most 1e-5 for float32 and 1e-4 for
 half inputs, plus 1e-6 of the larger of |logp| and the label's logit; gradients at most 1.2 times

@@ -22,7 +22,7 @@ class HeadShape(NamedTuple):
 
     @property
     def key(self) -> str:
-        """How a result file names it."""
+        """Name of the shape in result files."""
         return f"{self.model}/N{self.N}"
 
 

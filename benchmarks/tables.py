@@ -63,7 +63,7 @@ def demo_table(results: dict[str, Any]) -> str:
 
 
 def demo_summary(results: dict[str, Any]) -> str:
-    """The base, its two plain alternatives and the recommended objective."""
+    """Return the table of the base, its two plain alternatives and the recommended objective."""
     models = ("base", "SFT", "rDPO", results["recommended"])
     lines = _demo_lines(results, models, COLUMNS[:3])
     note = f"Percent, mean of {len(results['seeds'])} seeds; lower CHAIR_i is better."
@@ -93,7 +93,7 @@ def mean(runs: list[dict[str, Any]], task: str, metric: str, model: str) -> floa
 
 
 def passing(runs: list[dict[str, Any]], model: str) -> Iterator[bool]:
-    """Whether each seed passes."""
+    """Return whether each seed passes."""
     return (run["verdicts"][model]["passes"] for run in runs)
 
 

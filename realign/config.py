@@ -32,7 +32,7 @@ NEAR_DUPLICATE_BITS = 6
 
 @dataclass(frozen=True)
 class Shown:
-    """How the command line shows a field, beyond its name, type, default and docstring.
+    """Presentation of a field on the command line, beyond its name, type, default and docstring.
 
     Attributes:
         group: Heading in the help of this field and of those after it, until the next heading.
@@ -62,14 +62,14 @@ HammingDistance = Annotated[int, Field(ge=0, le=63)]  # of 64 bits; 64 would be 
 
 
 class Effect(Enum):
-    """How an option bears on results. One without a mark changes what a run does and is part of
-    what its folder belongs to.
+    """Effect of an option on results. An option without a mark changes a run and is part of its
+    identity.
     """
 
     NUMBERS = "numbers"
-    """Policy and reference must compute alike: part of the reference cache's identity."""
+    """Numerics, which policy and reference share: part of the reference cache's identity."""
     NONE = "none"
-    """Results do not depend on it, or know it by its content."""
+    """No effect on results, or only through the content that it names."""
 
 
 Dtype = Annotated[Literal["auto", "float32", "bfloat16"], Effect.NUMBERS]
@@ -144,6 +144,10 @@ class BuildConfig(Section):
     """Output folder."""
     format: str | None = None
     """Layout of the source, see docs/formats.md; detected if not given."""
+    sample: PositiveInt | None = None
+    """Number of rows to build from, drawn at random by ``seed``; by default all. Images of other
+    rows are not read.
+    """
     turns: Literal["first", "last", "each"] = "first"
     """Answers of a conversation that become rows: the first, the last, or each one together with
     the turns before it.
@@ -227,7 +231,7 @@ class BuildConfig(Section):
     dtype: Dtype = "auto"
     """Dtype of the weights; ``auto`` is bfloat16 on a GPU and float32 on a CPU."""
     seed: Seed = 0
-    """Seed of the choice of masked phrases; it is also sent to servers."""
+    """Seed of the sample and of the choice of masked phrases; it is also sent to servers."""
 
     @model_validator(mode="after")
     def _check_masker(self) -> BuildConfig:
@@ -344,8 +348,8 @@ class TrainConfig(Section):
     batch_size: PositiveInt = 1
     """Pairs per device per micro-batch."""
     pairs_per_step: PositiveInt = 32
-    """Pairs behind one update of the weights, over all devices; 32 in the paper. Each device
-    accumulates as many micro-batches as that takes.
+    """Pairs per update of the weights, over all devices; 32 in the paper. Each device accumulates
+    as many micro-batches as necessary.
     """
     warmup_ratio: float = Field(default=0.03, ge=0, le=1)
     """Share of the steps over which the learning rate rises from 0."""
@@ -409,7 +413,7 @@ class TrainConfig(Section):
     @field_validator("report_to", mode="before")
     @classmethod
     def _read_one_name(cls, value: Any) -> Any:
-        """Take a name for a list of one; ``none`` is what transformers calls an empty one."""
+        """Read a name as a list of one; ``none`` is transformers' name of an empty list."""
         if isinstance(value, str):
             return [] if value == "none" else [value]
         return value

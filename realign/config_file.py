@@ -1,5 +1,5 @@
-"""Reads a command's options: one YAML file with one section per command, then ``--set
-section.key=value``, then the command's own flags.
+"""Reading of a command's options: one YAML file with one section per command, then
+``--set section.key=value``, then the command's own flags.
 
 Flags and help are generated from the sections. An unknown key is an error that names the nearest
 known one.
@@ -37,7 +37,7 @@ def load_config(
         section: The section.
         config: YAML file; it may hold sections of other commands too.
         overrides: Texts ``section.key=value``.
-        flags: Field to value, such as :func:`flag_values` returns.
+        flags: Values by field, such as :func:`flag_values` returns.
     Raises:
         RefusedError: A file, section, key or value is refused; the message names it and the nearest
             known key.
@@ -171,14 +171,14 @@ def meaning(field: FieldInfo) -> str:
 
 
 def flag_values(section: type[Section], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return key to value of the flags that were given; pydantic converts numbers and paths.
+    """Return the values of the given flags by key; pydantic converts numbers and paths.
 
     Args:
         section: The section.
-        given: Key to the text of its flag, to the texts of a repeated flag, or to a switch's state.
+        given: By key the text of a flag, the texts of a repeated flag, or the state of a switch.
             Flags that were not given have None or nothing.
     Raises:
-        RefusedError: A text is not ``NAME=VALUE`` where it has to be, or repeats a name.
+        RefusedError: A text that must be ``NAME=VALUE`` is not, or repeats a name.
     """
     values = {}
     for _, key, field in options(section):
@@ -195,12 +195,12 @@ def flag_values(section: type[Section], given: Mapping[str, Any]) -> dict[str, A
 
 
 def read_pairs(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
-    """Return name to value of the texts of a repeated flag.
+    """Return the values of the texts of a repeated flag by their names.
 
     Args:
         texts: Such as ``NAME=FOLDER``.
         flag: Name of the flag, for messages.
-        form: What a text must look like, for messages.
+        form: Form that a text must have, for messages.
     Raises:
         RefusedError: A text has another form, or repeats a name.
     """

@@ -23,7 +23,7 @@ PACKAGES = (
 
 
 def diagnosis() -> tuple[list[str], bool]:
-    """Return the lines of the report, and whether everything in it is as it must be."""
+    """Return the lines of the report, and whether all of its checks passed."""
     lines = [f"realign {__version__}"]
     is_same = realign_kernels.__version__ == __version__
     if not is_same:

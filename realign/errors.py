@@ -1,17 +1,16 @@
-"""The one exception a user is meant to read."""
+"""The exception for users."""
 
 from __future__ import annotations
 
 
 class RefusedError(ValueError):
-    """Input or configuration refused before any work. The message names the place, the value and
-    the remedy.
+    """Refusal of input or configuration, which names the place, the value and the remedy.
 
     The command line ends with exit code 2 and prints the message without a traceback.
 
     Attributes:
         code: Short name of the kind of problem, for programs; stable across releases.
-        field: What of a row is wrong, where it is a row that is refused.
+        field: Field of a row that is wrong, if a row is refused.
     """
 
     def __init__(self, message: str, *, code: str = "refused", field: str = "") -> None:

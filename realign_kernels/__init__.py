@@ -1,6 +1,6 @@
 """Exact log-probabilities of tokens from hidden states, and preference losses on top of them.
 
-Needs torch only.
+This package requires torch only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m realign_kernels``: what is installed, and whether its numbers are right here."""
+"""``python -m realign_kernels``: report the installation and check its numbers."""
 
 from __future__ import annotations
 

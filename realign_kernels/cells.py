@@ -1,4 +1,4 @@
-"""Batches of preference pairs, built cell by cell.  Knows no vocabulary."""
+"""Batches of preference pairs, built cell by cell."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ def stack_cells(
     pairs without an error.  Built by this function, sequence ``c * P + p`` is cell c of pair p.
 
     Args:
-        chosen: What the chosen answer with its image has, one entry a pair: sums of
+        chosen: Values of the chosen answers with their images, one entry per pair: sums of
             log-probabilities ``(P,)``, or anything with more dimensions, such as token ids,
             attention masks and labels ``(P, T)``, hidden states ``(P, T, D)`` or images
             ``(P, 3, H, W)``.
-        text_rejected: The same of the rejected answer with the image of the chosen one.
-        image_rejected: The same of the chosen answer with the retrieved image; None for DPO.
-        both_rejected: The same of the rejected answer with the retrieved image; None for rDPO.
-        padding_value: What fills shorter cells up on the right, to the longest T; None refuses
-            cells of several lengths.  It is -100 for labels, 0 for attention masks and the padding
+        text_rejected: The same for the rejected answers with the images of the chosen ones.
+        image_rejected: The same for the chosen answers with the retrieved images; None for DPO.
+        both_rejected: The same for the rejected answers with the retrieved images; None for rDPO.
+        padding_value: Value that pads shorter cells on the right, up to the longest T; None refuses
+            cells of different lengths. It is -100 for labels, 0 for attention masks and the padding
             token for token ids.
     Returns:
         cells: Shape ``(C, P)`` of sums, and ``(C * P, ...)`` of anything else, for C = 2, 3 or 4
             cells; the dtype and device of ``chosen``.  Gradients go through.
     Raises:
-        ValueError: Cells differ in shape or device, hold a single number, or a cell is left out
-            between others.
-        TypeError: A cell is no tensor, or has another dtype than ``chosen``.
+        ValueError: Cells differ in shape or device, a cell is a single number, or a cell between
+            others is left out.
+        TypeError: A cell is not a tensor, or has another dtype than ``chosen``.
 
     Example::
 
@@ -92,7 +92,7 @@ def _check_cell(name: str, cell: Tensor, chosen: Tensor) -> None:
     check_tensor(name, cell)
     if cell.ndim == 0:
         raise ValueError(
-            f"{name} must hold one entry a pair, got a single number. Sum tokens, not pairs."
+            f"{name} must hold one entry per pair, got a single number. Sum tokens, not pairs."
         )
     if cell.ndim != chosen.ndim or len(cell) != len(chosen):
         raise ValueError(
@@ -112,6 +112,6 @@ def _check_cell(name: str, cell: Tensor, chosen: Tensor) -> None:
 
 
 def _padded(cell: Tensor, length: int, value: float) -> Tensor:
-    """Return a cell of sequences that is filled up on the right."""
+    """Return a cell of sequences that is padded on the right."""
     missing = length - cell.shape[1] if cell.ndim > 1 else 0
     return F.pad(cell, (0, 0) * (cell.ndim - 2) + (0, missing), value=value) if missing else cell

@@ -1,4 +1,4 @@
-"""Weights sharded over data-parallel ranks (FSDP2): gathered, never taken for a vocabulary."""
+"""Weights sharded over data-parallel ranks (FSDP2), which are gathered before a call."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from realign_kernels.options import LoraFactors
 def gather_head(
     weight: Tensor, bias: Tensor | None, lora: LoraFactors | None
 ) -> tuple[Tensor, Tensor | None, LoraFactors | None]:
-    """Return the parts of a head, whole."""
+    """Return the parts of a head, gathered from their shards."""
     if isinstance(lora, tuple | list) and len(lora) == 3:  # or it is refused later
         lora = (_gather(lora[0]), _gather(lora[1]), lora[2])
     return _gather(weight), _gather(bias), lora
 
 
 def _gather(tensor: Tensor | None) -> Any:
-    """Return a DTensor's whole value; anything else as it is.
+    """Return the whole value of a DTensor, and anything else as it is.
 
     Every rank has rows of its own, so that the gradient is reduced back to the shards, as the mean
     over ranks that FSDP takes of every other parameter.

@@ -1,6 +1,6 @@
-"""The installed packages, the path that a call would take, and a check of its numbers.
+"""A report on the installed packages, the kernels that a call would use, and their errors.
 
-It needs torch alone; ``python -m realign_kernels`` prints it.
+It requires torch alone; ``python -m realign_kernels`` prints it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from realign_kernels.testing import (
 )
 
 _CELLS, _PAIRS, _POSITIONS = 3, 4, 8
-# What docs/head.md promises of a log-probability; a gradient is rounded to its own dtype.
+# The bounds on log-probabilities in docs/head.md; a gradient is rounded to its own dtype.
 _LOGPROB_BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-4}
 _GRADIENT_BOUND = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 
@@ -36,13 +36,13 @@ class Diagnosis(NamedTuple):
     """Results of :func:`diagnose`."""
 
     lines: list[str]
-    """The report, a line an entry, for people and bug reports."""
+    """The lines of the report, for people and bug reports."""
     is_sound: bool
     """True if every numeric check was within its bound."""
 
 
 class _Check(NamedTuple):
-    """The errors of one call against float64, and what they may be."""
+    """The errors of one call against float64, and their bounds."""
 
     logprob_error: float
     gradient_error: float
@@ -50,7 +50,7 @@ class _Check(NamedTuple):
 
     @property
     def is_within(self) -> bool:
-        """Return whether both errors are within their bounds; NaN is not."""
+        """Return whether both errors are within their bounds; NaN never is."""
         return (
             self.logprob_error <= _LOGPROB_BOUND[self.dtype]
             and self.gradient_error <= _GRADIENT_BOUND[self.dtype]
@@ -58,7 +58,7 @@ class _Check(NamedTuple):
 
 
 def diagnose() -> Diagnosis:
-    """Return what is installed, which kernels a call would take, and how exact they are here.
+    """Report what is installed, which kernels a call would use, and how exact they are here.
 
     A small rDPO loss and its gradients are computed by every backend that can run, in float32 and
     in bfloat16, and compared with float64.  It takes less than a second on a CPU.
@@ -147,7 +147,7 @@ def _check_backend(backend: str, device_type: str, dtype: torch.dtype) -> _Check
         assert right.grad is not None
         difference = tensor.grad.cpu().double() - right.grad
         errors.append((difference.norm() / right.grad.norm()).item())
-    # Not max of Python, which loses a NaN.
+    # Python's max loses a NaN.
     return _Check(logprob_error, torch.tensor(errors).max().item(), dtype)
 
 

@@ -1,4 +1,4 @@
-"""Operators that are a derivative already, and have none of their own."""
+"""Operators that compute a derivative and cannot be differentiated again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def differentiate_once(operator: Any) -> None:
-    """Make a second derivative an error that says what to do, not a wrong number."""
+    """Turn a second derivative into an error with a remedy, instead of a wrong number."""
     operator.register_autograd(_refuse)
 
 

@@ -1,7 +1,7 @@
 """The way from a hidden state to its logits: transform, dtypes, and the head in tiles.
 
-Knows nothing of labels or probabilities.  Letters: **N** answer tokens, **D** hidden size, **V**
-vocabulary, **r** rank.
+This module knows nothing of labels or probabilities. Letters: **N** answer tokens, **D** hidden
+size, **V** vocabulary, **r** rank.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class Precision:
     rounds_factors: bool = True  # low-rank factors too
 
     def rounded(self, tensor: Tensor) -> Tensor:
-        """Round as autocast, or another dtype of the hidden states, asks."""
+        """Round to autocast's dtype, or to that of the hidden states where the weight's differs."""
         return tensor if self.autocast is None else tensor.to(self.autocast)
 
     def of_operand(self, tensor: Tensor) -> Tensor:
-        """Round in that way and cast to what products take."""
+        """Round like :meth:`rounded`, and cast to the dtype of products."""
         return self.rounded(tensor).to(self.operand)
 
     def copies(self, dtype: torch.dtype) -> bool:
@@ -89,7 +89,7 @@ PARTS_OF_ROWS, PARTS_OF_FACTOR = (0, 0, 1, 1, 0, 2), (0, 1, 0, 1, 2, 0)
 
 @dataclass(frozen=True, slots=True)
 class HeadTile:
-    """A range of vocabulary rows of the head, as products take them."""
+    """A range of vocabulary rows of the head, in the dtype of products."""
 
     weight: Tensor  # (columns, D)
     bias: Tensor | None  # (columns,)
@@ -99,7 +99,7 @@ class HeadTile:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The output projection as given; copied one tile at a time, but for the (r, D) factor A."""
+    """The output projection as given; all but the (r, D) factor A is copied one tile at a time."""
 
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, distribution
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 DISTRIBUTIONS = ("realign", "realign-kernels")
 _FOLDER = "realign_kernels/"
@@ -48,7 +48,7 @@ def check_installations() -> None:
 
 
 def library_was_removed() -> bool:
-    """Return whether a distribution installed the compiled library, for when it is not there."""
+    """Return whether a distribution installed the compiled library, which is missing now."""
     library = f"{_FOLDER}_csrc.so"
     return any(library in installed_files(name) for name in DISTRIBUTIONS)
 

@@ -1,4 +1,4 @@
-"""Labels at the position that predicts them.  Knows no preferences."""
+"""Labels at the position that predicts them."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def shift_labels(
     Args:
         labels: Token ids of whole sequences as a tokenizer gives them, not yet shifted, shape
             ``(..., T)``, int64; ``ignore_index`` where a token is not to be scored.
-        is_answer: Which of these tokens are to be scored, bool, same shape; it moves along.  With
-            it ``labels`` may simply be the ``input_ids``.  None for every label that is not
+        is_answer: Mask of the tokens to score, bool, same shape; it is shifted along. With it
+            ``labels`` may simply be the ``input_ids``. None scores every label that is not
             ``ignore_index``.
         ignore_index: Label of positions that are not scored.
-        allow_absent: Whether a sequence may have nothing that is scored.  The losses take it for a
-            cell that is absent: every term that reads it adds 0 for that pair.
+        allow_absent: Whether a sequence may have no scored token. The losses take it for an absent
+            cell: every term that reads it adds 0 for that pair.
     Returns:
         shifted: Shape ``(..., T)``, int64.  The last position, which predicts nothing, has
             ``ignore_index``.  The first token of a sequence has no state before it and is never
             scored.
     Raises:
-        ValueError: A shape or device does not fit, or a sequence has nothing that is scored (on a
-            GPU by a device-side assertion; ``REALIGN_CHECK=0`` turns that off).
+        ValueError: A shape or device does not fit, or a sequence has no scored token (on a GPU
+            found by a device-side assertion; ``REALIGN_CHECK=0`` turns that off).
         TypeError: A dtype does not fit.
 
     Example::

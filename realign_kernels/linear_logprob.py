@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens from hidden states and the head.  Knows no preferences."""
+"""Log-probabilities of tokens from hidden states and the head."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LogprobStats(NamedTuple):
     top_non_label_logps: Tensor
     """Log-probability of the most probable token that is not the label; -inf if there is none."""
     top_non_label_ids: Tensor
-    """Its id (of equals, the lowest); int64, -1 if there is none."""
+    """Id of that token (of equals, the lowest); int64, -1 if there is none."""
     lse: Tensor
     """Log of the sum of the exponentials of the transformed logits."""
 
@@ -86,8 +86,9 @@ def linear_logprob(
         logit_softcap: Bound c on the logits, or None; > 0.
         temperature: Divisor of the logits, after the softcap; > 0.
         backend: ``"eager"``, ``"triton"`` or ``"cpu"``, which never fall back, or ``"auto"``.
-        memory: What the backward of a trained head is computed from: ``"stash"``, ``"recompute"``
-            or ``"auto"``; ``"tile"`` needs to know the loss and belongs to :func:`rdpo_loss`.
+        memory: How the backward of a trained head gets its exponentials: ``"stash"`` keeps them,
+            ``"recompute"`` computes them again, ``"auto"`` chooses; ``"tile"`` requires the loss
+            and belongs to :func:`rdpo_loss`.
         workspace_bytes: Limit on scratch memory in bytes, forward and backward; inputs, outputs,
             gradients and up to three ``(N, D)`` of rows and sums, N labels that are not ignored,
             are not scratch.
@@ -117,11 +118,11 @@ def linear_logprob(
         NotImplementedError: An argument carries a forward-mode tangent, or ``torch.func`` would
             have to transform it.
     Note:
-        First order, in reverse mode only.  Computes in float32 (float64 for float64), also under
+        First order, in reverse mode only. Computes in float32 (float64 for float64), also under
         autocast; products of half operands are summed and kept in float32; those of float32 follow
-        ``torch.set_float32_matmul_precision``.  Deterministic.  What a call takes and keeps is in
-        docs/head.md.  Label values are checked: on GPUs by a
-        device-side assertion; ``REALIGN_CHECK=0`` in the environment turns that off.
+        ``torch.set_float32_matmul_precision``. Deterministic. docs/head.md lists the time and
+        memory of a call. Label values are checked: on GPUs by a device-side assertion;
+        ``REALIGN_CHECK=0`` in the environment turns that off.
 
     Example::
 
@@ -235,7 +236,7 @@ def linear_logprob_stats(
 
 
 def _as_lengths(num_scored: int | None) -> Tensor | None:
-    """Return a number as the operator takes it: a tensor of the host, which tracing keeps open."""
+    """Return a number as a tensor on the host, which tracing does not take for a constant."""
     if num_scored is None:
         return None
     check_integer("num_scored", num_scored, least=0)

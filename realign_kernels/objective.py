@@ -1,4 +1,4 @@
-"""Preference objectives as tables of terms, and the loss that reads them.  Knows no vocabulary.
+"""Preference objectives as tables of terms, and the loss that reads them.
 
 A pair has up to four cells, in this order everywhere: ``chosen`` (y_w, original image),
 ``text_rejected`` (y_l, original), ``image_rejected`` (y_w, retrieved image), ``both_rejected``
@@ -50,7 +50,7 @@ class Term:
     weight: float = 1.0
     """Factor of the term; >= 0."""
     beta: float = 0.1
-    """Strength of the tie to the reference; > 0."""
+    """KL strength of the term; > 0."""
     offset: float = 0.0
     """Margin that must be exceeded; 0 for hinge and ipo."""
     link: str = "logsigmoid"
@@ -67,14 +67,14 @@ class Term:
         coefficients = tuple(self.coefficients) if is_sequence else ()
         if not is_sequence or not all(map(is_number, coefficients)):
             raise TypeError(
-                f"coefficients must be numbers, one a cell, got {describe(self.coefficients)}. "
+                f"coefficients must be numbers, one per cell, got {describe(self.coefficients)}. "
                 "Pass a tuple such as (1, -1)."
             )
         coefficients = tuple(float(coefficient) for coefficient in coefficients)
         if not (
             1 <= len(coefficients) <= MAX_CELLS
             and any(coefficients)
-            # Not math.isfinite, which torch.compile does not trace for a number that changes.
+            # torch.compile does not trace math.isfinite for a number that changes.
             and all(-math.inf < coefficient < math.inf for coefficient in coefficients)
         ):
             raise ValueError(
@@ -122,12 +122,12 @@ class Term:
 
     def is_readable(self, is_present: Tensor) -> Tensor:
         """Return whether every cell that the term reads is present, (P,)."""
-        # Not indexed by a list of cells, which would be copied to the device on every call.
+        # An index of cells as a list would be copied to the device on every call.
         return torch.stack([is_present[cell] for cell in self.cells]).all(dim=0)
 
 
 class Link(NamedTuple):
-    """A loss of a term's contrast, and its derivative in the contrast."""
+    """A loss as a function of a term's contrast, and its derivative."""
 
     losses: Callable[[Term, Tensor], Tensor]
     slopes: Callable[[Term, Tensor], Tensor]
@@ -137,7 +137,7 @@ class Link(NamedTuple):
 def _logsigmoid_losses(term: Term, contrast: Tensor) -> Tensor:
     x = term.beta * contrast - term.offset
     if term.label_smoothing == 0:
-        # Not multiplied by 0: logsigmoid(-x) is -inf where x is inf.
+        # A smoothing of 0 is skipped: logsigmoid(-x) is -inf where x is inf.
         return -F.logsigmoid(x)
     return -(1 - term.label_smoothing) * F.logsigmoid(x) - term.label_smoothing * F.logsigmoid(-x)
 
@@ -271,14 +271,14 @@ class Objective:
 
     @property
     def beta(self) -> float:
-        """Beta of rewards and text margins: the text term's, or else the first term's."""
+        """KL strength of rewards and text margins: the text term's, or else the first term's."""
         return next(
             (term.beta for term in self.terms if term.coefficients == _TEXT), self.terms[0].beta
         )
 
     @property
     def image_beta(self) -> float:
-        """Beta of image margins: the image term's, or else ``beta``."""
+        """KL strength of image margins: the image term's, or else ``beta``."""
         return next((term.beta for term in self.terms if term.coefficients == _IMAGE), self.beta)
 
     @property
@@ -309,7 +309,7 @@ def preference_loss(
     *,
     num_tokens: Tensor | None = None,
 ) -> PreferenceOutput:
-    """Return the loss of a batch of pairs under any objective; it is the objectives' specification.
+    """Return the loss of a batch of pairs under any objective, from summed log-probabilities.
 
     With ``rho = logps - ref_logps``, ``losses`` is the sum over terms of ``weight * link(beta *
     (coefficients . rho) - offset)``, minus ``nll_weight * logps[0] / num_tokens[0]``.  Links:
@@ -321,8 +321,8 @@ def preference_loss(
     Args:
         logps: Summed answer log-probabilities, shape ``(C, P)``, float32 or float64; C from the
             objective's ``num_cells`` to 4 (cells that no term reads only enter ``rewards``).
-        ref_logps: The frozen model's, same shape, treated as constant; None for reference-free
-            objectives (0).
+        ref_logps: The reference model's sums, same shape, treated as constant; None is a reference
+            of 0.
         objective: The table of terms.
         num_tokens: Answer tokens, shape ``(C, P)``; needed by ipo, ``normalize="length"`` and
             ``nll_weight``.  A cell with
@@ -347,7 +347,7 @@ def preference_loss(
 def reduce_losses(
     logps: Tensor, ref_logps: Tensor | None, objective: Objective, num_tokens: Tensor | None
 ) -> PreferenceOutput:
-    """Compute :func:`preference_loss`, of arguments that have been checked."""
+    """Compute :func:`preference_loss` for arguments that have been checked."""
     is_present = torch.ones_like(logps, dtype=torch.bool) if num_tokens is None else num_tokens > 0
     log_ratios = logps if ref_logps is None else logps - ref_logps.detach().to(logps.dtype)
     log_ratios = torch.where(is_present, log_ratios, 0.0)
@@ -404,7 +404,7 @@ def _checked_image_beta(beta: float, image_beta: float | None, image_weight: flo
 
 
 def check_objective(objective: Objective, wanted: str) -> None:
-    """Refuse what is no objective, and say how to make one."""
+    """Refuse anything but an objective, and say how to make one."""
     if isinstance(objective, Objective):
         return
     remedy = "Pass Objective.rdpo(), Objective.dpo() or another table of terms."

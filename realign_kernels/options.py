@@ -16,7 +16,7 @@ LoraFactors = tuple[Tensor, Tensor, float]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadOptions:
-    """Options of one call; ``validation.check_options`` refuses those that no head can have."""
+    """Options of one call; ``validation.check_options`` refuses values that no head can have."""
 
     lm_head_bias: Tensor | None
     lm_head_lora: LoraFactors | None

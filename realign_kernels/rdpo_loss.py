@@ -120,16 +120,16 @@ def rdpo_loss(
         lm_head_weight: As for :func:`linear_logprob`, shape ``(V, D)``.
         labels: Token ids, already shifted, shape of ``hidden_states`` without D, int64;
             ``ignore_index`` elsewhere.
-        ref_logps: The frozen model's sums, shape ``(C, P)``, float32 or float64; None for a
+        ref_logps: The reference model's sums, shape ``(C, P)``, float32 or float64; None is a
             reference of 0.
         sequence_ids: Sequence ``c * P + p`` of each packed token, shape ``(N,)``, int64, in any
             order; not read where the label is ignored.  None for the padded form.
         sequence_lengths: Answer tokens, shape ``(C, P)``, int64, on the CPU; with it nothing waits
             for a GPU.  Needed for packed tokens without ``ref_logps``.
-        beta: Strength of the tie to the reference in the text term; > 0.
-        image_beta: The same in the image term; None for ``beta``.
+        beta: KL strength of the text term; > 0.
+        image_beta: KL strength of the image term; None for ``beta``.
         image_weight: Factor of the image term; >= 0.
-        objective: Another table of terms, instead of the three numbers above.
+        objective: Another table of terms in place of the three numbers above.
         rejected_scoring: ``"label"`` sums the log-probabilities of the labels everywhere, as the
             paper has it. ``"top_non_label"`` sums, in cells 1 to 3, those of the most probable
             token that is not the label (of equals, the lowest id), as the authors' code does;
@@ -141,7 +141,8 @@ def rdpo_loss(
             pass.
         lm_head_bias: As for :func:`linear_logprob`, like all that follow.
         lm_head_lora: ``(A, B, scaling)``.
-        ignore_index: Label of positions that are no answer, which cost nothing; None for none.
+        ignore_index: Label of positions that are not part of an answer, which cost nothing; None
+            for none.
         logit_scale: Factor on the logits; None for 1.
         logit_softcap: Bound on the logits.
         temperature: Divisor of the logits.
@@ -278,7 +279,7 @@ def _checked_weights(
 
 
 def _takes_tiles(head: HeadArguments, batch: PairArguments, memory: str) -> bool:
-    """Return whether gradients of the head are taken pair by pair: E would not fit, or by wish."""
+    """Return whether gradients are taken pair by pair: on request, or where E is too large."""
     is_trained = any(part is not None and part.requires_grad for part in head.tensors[1:])
     if not (is_trained and torch.is_grad_enabled()):
         return False
@@ -305,7 +306,7 @@ def _reduce_in_tiles(
     if sequence_ids is None:
         sequence_ids = torch.arange(pairs.num_sequences, device=labels.device)
         sequence_ids = sequence_ids[:, None].expand(labels.shape)
-    what = TileArguments(
+    arguments = TileArguments(
         top_rows=None if top_rows is None else top_rows.reshape(-1),
         needed=[part is not None and part.requires_grad for part in head.tensors],
         label_shape=list(labels.shape),
@@ -314,7 +315,7 @@ def _reduce_in_tiles(
         with_statistics=with_statistics,
     )
     packed = batch._replace(labels=labels.reshape(-1), sequence_ids=sequence_ids.reshape(-1))
-    outputs = TileOutputs(*rdpo_tiles_op(*head, *packed, *what))
+    outputs = TileOutputs(*rdpo_tiles_op(*head, *packed, *arguments))
     return outputs[:6], outputs[-3:]
 
 

@@ -1,4 +1,4 @@
-"""The sequence that each token belongs to.  Knows no preferences.
+"""The sequence that each token belongs to.
 
 Sequences are cell-major: sequence ``c * P + p`` is cell c of pair p.  Letters: **P** pairs, **C**
 cells, **S** = C * P sequences, **T** positions, **N** packed tokens.
@@ -42,7 +42,7 @@ def check_batch(
     sequence_ids: Tensor | None,
     sequence_lengths: Tensor | None,
 ) -> None:
-    """Refuse what are no tensors, hidden states of another form, and swapped arguments."""
+    """Refuse anything but tensors, hidden states of another form, and swapped arguments."""
     check_tensor("hidden_states", hidden_states)
     check_tensor("lm_head_weight", lm_head_weight)
     check_tensor("labels", labels)
@@ -58,10 +58,10 @@ def check_batch(
             "ref_logps", ref_logps, " labels and ref_logps seem swapped." if are_swapped else ""
         )
         # A batch of a single pair with one position has the shape of its reference.
-        is_one_a_token = ref_logps.shape == labels.shape == hidden_states.shape[:-1]
-        if is_one_a_token and ref_logps.ndim > 0 and ref_logps.shape[-1] > 1:
+        is_one_per_token = ref_logps.shape == labels.shape == hidden_states.shape[:-1]
+        if is_one_per_token and ref_logps.ndim > 0 and ref_logps.shape[-1] > 1:
             raise ValueError(
-                f"ref_logps must have shape (C, P), got {tuple(ref_logps.shape)}, one number a "
+                f"ref_logps must have shape (C, P), got {tuple(ref_logps.shape)}, one number per "
                 "token as labels. Sum over the tokens of every answer, and call "
                 "realign_kernels.stack_cells on the sums."
             )
@@ -84,10 +84,10 @@ def resolve_pair_shape(
     sequence_lengths: Tensor | None,
     num_cells: tuple[int, int],
 ) -> PairShape:
-    """Return (C, P) from whichever argument says it, and refuse those that disagree.
+    """Return (C, P) from the argument that states it, and refuse those that disagree.
 
-    ``num_sequences`` is that of a padded batch; ``num_cells`` are the fewest and the most of an
-    objective.
+    ``num_sequences`` is that of a padded batch; ``num_cells`` are the fewest and the most that an
+    objective reads.
     """
     name, given = "ref_logps", ref_logps
     if given is None:
@@ -95,7 +95,7 @@ def resolve_pair_shape(
     if given is not None and given.ndim != 2:
         raise ValueError(
             f"{name} must have shape (C, P), got {tuple(given.shape)}. "
-            "Stack one row a cell: chosen, rejected and so on."
+            "Stack one row per cell: chosen, rejected and so on."
         )
     if sequence_lengths is not None:
         _check_lengths(sequence_lengths, ref_logps)
@@ -180,7 +180,7 @@ def checks_counts(device: torch.device) -> bool:
 
 
 def check_counts(num_tokens: Tensor, sequence_lengths: Tensor) -> None:
-    """Refuse lengths that are not those of the labels."""
+    """Refuse lengths that differ from the counts of the labels."""
     if not checks_counts(num_tokens.device):
         return
     if num_tokens.is_cuda:

@@ -1,4 +1,4 @@
-"""Inputs and a dense oracle for tests and benchmarks.  Shares no code with what it is to check.
+"""Inputs and a dense oracle for tests and benchmarks. It shares no code with the kernels.
 
 Letters: **N** rows, **D** hidden size, **V** vocabulary, **r** rank.
 """
@@ -98,7 +98,7 @@ def dense_log_probs(inputs: HeadInputs) -> Tensor:
 
 
 def dense_logits(inputs: HeadInputs) -> Tensor:
-    """Return the transformed logits of every row, (..., V), as anyone would write them."""
+    """Return the transformed logits of every row, (..., V), by the plain formula."""
     options = inputs.options
     logits: Tensor = inputs.hidden_states @ inputs.lm_head_weight.T
     if "lm_head_bias" in options:
@@ -131,7 +131,7 @@ def dense_rdpo_loss(
     sequence_ids: Tensor | None = None,
     rejected_scoring: str = "label",
 ) -> DensePairs:
-    """Return the loss of pairs as anyone would write it, pair by pair; differentiable.
+    """Return the loss of pairs by the plain formula, pair by pair; differentiable.
 
     Without ``sequence_ids`` hidden states are padded, one sequence per row.
     """
@@ -211,7 +211,7 @@ def _dense_link(term: Term, rho: Tensor, num_tokens: Tensor) -> Tensor:
 def peak_bytes(function: Callable[[], Any]) -> int:
     """Return the most CPU memory that tensors made by a call hold at once, with what it returns.
 
-    From the profiler's record of the allocator, which sees inside of operators.
+    It is read from the profiler's record of the allocator, which sees inside operators.
     """
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True

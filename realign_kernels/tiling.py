@@ -1,4 +1,4 @@
-"""Tiles of rows and vocabulary whose scratch stays within a budget.  Knows sizes, no maths.
+"""Tiles of rows and vocabulary whose scratch stays within a budget.
 
 The shape depends on the head and the budget, not on the number of vocabulary entries: splitting
 the vocabulary over ranks leaves every row's order of summation as it was.  Nor does it depend on
@@ -29,8 +29,8 @@ class TileShape(NamedTuple):
 def fitted(largest: TileShape, num_rows: int | None) -> TileShape:
     """Return a tile as large as ``largest``, wider where there are few rows.
 
-    Rows are counted in powers of two: within one, the order of summation stays as it is.  It does
-    for any number of rows where that is not told.
+    Rows are counted in powers of two: within one, the order of summation stays as it is. Without
+    ``num_rows`` it stays so for any number of rows.
     """
     if num_rows is None:
         return largest
@@ -84,9 +84,9 @@ def tile_shape(
 
 
 def padded_rows(num_rows: int, shape: TileShape) -> int:
-    """Return the number of rows that leaves no block with only a few.
+    """Return a number of rows that leaves no block with only a few.
 
-    So a row's result does not depend on how many others there are.
+    A row's result then does not depend on the number of others.
     """
     rest = num_rows % shape.rows
     least = min(LEAST_ROWS, shape.rows)

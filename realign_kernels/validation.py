@@ -1,4 +1,4 @@
-"""Checks of what callers pass: options, shapes, dtypes, devices, label values.  Knows no maths.
+"""Checks of the arguments of a call: options, shapes, dtypes, devices, label values.
 
 Values on a GPU are checked by a device-side assertion, never by waiting for the device.
 ``REALIGN_CHECK=0`` in the environment switches value checks off; metadata checks stay.
@@ -35,7 +35,7 @@ def value_checks_enabled() -> bool:
 
 
 def check_options(options: HeadOptions) -> None:
-    """Refuse numbers and names that no head can have."""
+    """Refuse option values that no head can have."""
     for name in ("logit_scale", "temperature", "logit_softcap"):
         value = getattr(options, name)
         if name != "logit_softcap" or value is not None:
@@ -53,12 +53,12 @@ def check_options(options: HeadOptions) -> None:
 def check_number(
     name: str, value: Any, *, least: float = -math.inf, above: float = -math.inf
 ) -> None:
-    """Refuse what is no finite number, or one that is too small."""
+    """Refuse anything but a finite number, or one that is too small."""
     if not is_number(value):
         raise TypeError(
             f"{name} must be a number, got {describe(value)}.{_remedy_of_number(value)}"
         )
-    # Not math.isfinite, which torch.compile does not trace for a number that changes.
+    # torch.compile does not trace math.isfinite for a number that changes.
     if not (-math.inf < value < math.inf and value >= least and value > above):
         bound = f" and > {above:g}" if above > -math.inf else ""
         bound = f" and >= {least:g}" if least > -math.inf else bound
@@ -66,7 +66,7 @@ def check_number(
 
 
 def check_integer(name: str, value: Any, *, least: int | None = None) -> None:
-    """Refuse what is no whole number, or one that is too small."""
+    """Refuse anything but an integer, or one that is too small."""
     if not is_number(value, int, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {describe(value)}.{_remedy_of_number(value)}")
     if not -(2**63) <= value < 2**63:
@@ -76,13 +76,13 @@ def check_integer(name: str, value: Any, *, least: int | None = None) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Refuse what is neither True nor False."""
+    """Refuse anything but True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {describe(value)}. {_DEFAULT}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str] | None) -> None:
-    """Refuse what is no string, or none of the choices where they are given."""
+    """Refuse anything but a string, or but one of the choices where they are given."""
     if not isinstance(value, str):
         wanted = "a string" if choices is None else f"one of {list(choices)}"
         raise TypeError(
@@ -93,7 +93,7 @@ def check_choice(name: str, value: Any, choices: Sequence[str] | None) -> None:
 
 
 def is_number(value: Any, builtin: Any = float | int, general: type = numbers.Real) -> bool:
-    """Return whether a value is a number of Python's or NumPy's, but no truth value."""
+    """Return whether a value is a number of Python or NumPy, and not a bool."""
     # The general kind last: torch.compile does not know it, and NumPy's numbers alone need it.
     return not isinstance(value, bool) and (
         isinstance(value, builtin) or (not isinstance(value, Tensor) and isinstance(value, general))
@@ -107,7 +107,7 @@ def _remedy_of_number(value: Any) -> str:
 
 
 def _check_lora(lora: Any) -> None:
-    """Check ``(A, B, scaling)``; shapes and dtypes wait for those of the head."""
+    """Check ``(A, B, scaling)``; shapes and dtypes are checked later, against the head."""
     if lora is None:
         return
     if not isinstance(lora, tuple | list):
@@ -167,7 +167,7 @@ def describe(value: Any) -> str:
 
 
 def check_tensor(name: str, value: Any, *, optional: bool = False) -> None:
-    """Refuse what is no dense tensor, and say how to make one of it."""
+    """Refuse anything but a dense tensor, and say how to make one."""
     if value is None and optional:
         return
     wanted = "a torch.Tensor or None" if optional else "a torch.Tensor"
@@ -184,7 +184,7 @@ def check_tensor(name: str, value: Any, *, optional: bool = False) -> None:
 
 
 def _remedy_of_tensor(value: Any) -> str:
-    """Return how a tensor is made of a value."""
+    """Return the remedy that makes a tensor of a value."""
     if isinstance(value, torch.nn.Module):
         return " Pass its .weight." if hasattr(value, "weight") else " Pass one of its parameters."
     for attribute in ("last_hidden_state", "logits", "input_ids"):
@@ -202,7 +202,7 @@ def _remedy_of_tensor(value: Any) -> str:
 def check_head(
     hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, options: HeadOptions
 ) -> torch.dtype | None:
-    """Check the tensors of a head against each other; return what the weight is rounded to."""
+    """Check the tensors of a head against each other; return the dtype the weight is rounded to."""
     check_tensor("hidden_states", hidden_states)
     check_tensor("lm_head_weight", lm_head_weight)
     check_tensor("labels", labels)
@@ -262,7 +262,7 @@ def check_head(
 
 
 def check_transforms(**tensors: Tensor | None) -> None:
-    """Refuse what ``torch.func`` transforms, and what carries a forward-mode tangent.
+    """Refuse tensors that ``torch.func`` transforms, and those that carry a forward-mode tangent.
 
     An operator without a forward-mode rule returns no tangent, and under vmap tensors do not say
     that they need a gradient: both would give zeros in silence.
@@ -297,7 +297,7 @@ def _is_transformed(tensor: Tensor) -> bool:
 
 
 def find_swapped(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor) -> str:
-    """Return which two arguments are the other's, by shapes and dtypes, for messages."""
+    """Return which two arguments look swapped, by shapes and dtypes, for messages."""
     given = {"hidden_states": hidden_states, "lm_head_weight": lm_head_weight, "labels": labels}
     other = {name for name, tensor in given.items() if not tensor.is_floating_point()}
     names = None
@@ -347,7 +347,7 @@ def check_labels(labels: Tensor, ignore_index: int, vocabulary: VocabularyShard)
 
 
 def _label_rule(ignore_index: int) -> tuple[str, str]:
-    """Return what labels must be, and what to look at where they are not."""
+    """Return the rule for labels and the remedy, for messages."""
     rule = "labels must be in [0, V)"
     if ignore_index != NO_INDEX:
         rule = f"{rule} or ignore_index {ignore_index}"
@@ -357,7 +357,7 @@ def _label_rule(ignore_index: int) -> tuple[str, str]:
 def assert_rows_fit(
     labels_fit: Tensor, number_fits: Tensor | None, ignore_index: int, num_rows: int | None
 ) -> None:
-    """Stop the device where a kernel has found labels that are no tokens, or another number."""
+    """Stop the device where a kernel has found labels out of range, or another number of them."""
     if not value_checks_enabled():
         return
     assert_on_device(labels_fit, ". ".join(_label_rule(ignore_index)))
@@ -375,7 +375,7 @@ def known_number(
 ) -> int | None:
     """Return the number of scored rows where the host knows it and would have to wait for it.
 
-    ``waits`` says that it would also on a CPU, as kernels in an interpreter do.
+    ``waits`` states that it would also wait on a CPU, as kernels in an interpreter do.
     """
     if sequence_lengths is None or (device.type == "cpu" and not waits):
         return None
@@ -399,7 +399,7 @@ def scored_positions(is_scored: Tensor, num_rows: int | None) -> Tensor:
 
 
 def check_num_scored(num_scored: int, positions: Tensor) -> None:
-    """Refuse a number of scored labels that is not theirs; on a GPU an assertion has done it."""
+    """Refuse a wrong number of scored labels; on a GPU an assertion has done it."""
     if value_checks_enabled() and num_scored != len(positions):
         raise ValueError(
             f"num_scored must be the number of labels that are not ignored, {len(positions)}, "
@@ -417,13 +417,13 @@ def check_floating(name: str, tensor: Tensor, remedy: str = "") -> None:
 
 
 def check_cell_shape(name: str, tensor: Tensor, least: int, most: int) -> None:
-    """Refuse what is not cells by pairs, (C, P), with as many cells as an objective reads."""
+    """Refuse anything but cells by pairs, (C, P), with as many cells as an objective reads."""
     shape = tuple(tensor.shape)
     if len(shape) == 2 and least <= shape[0] <= most:
         return
     remedies = {2: " 2 cells are DPO: pass objective=Objective.dpo().",
                 3: " 3 cells are rDPO: pass objective=Objective.rdpo()."}  # fmt: skip
-    remedy = " Stack one row a cell: chosen, rejected and so on."
+    remedy = " Stack one row per cell: chosen, rejected and so on."
     if len(shape) == 2:
         remedy = remedies.get(shape[0], "")
         if least <= shape[1] <= most:
@@ -453,7 +453,7 @@ def assert_on_device(condition: Tensor, message: str) -> None:
 def _check_dtypes(
     hidden_states: Tensor, lm_head_weight: Tensor, swapped: str
 ) -> tuple[set[torch.dtype], torch.dtype | None]:
-    """Return the dtypes that other parts of the head may have, and what the weight is rounded to.
+    """Return the dtypes that other parts may have, and the one that the weight is rounded to.
 
     That is the dtype of autocast, or of hidden states that have another one than the weight.
 

@@ -65,8 +65,8 @@ CHAT_TEMPLATE = """\
 
 
 def build_processor() -> LlavaProcessor:
-    """A LlavaProcessor: CLIP preprocessing on Pillow, and byte-level BPE trained on sentences of
-    the world.
+    """Build a LlavaProcessor: CLIP preprocessing on Pillow, and byte-level BPE trained on sentences
+    of the world.
     """
     rng = Random(0)
     lexicon = Lexicon.load(LEXICON_PATH)
@@ -105,7 +105,7 @@ def build_processor() -> LlavaProcessor:
 
 
 def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
-    """An untrained LLaVA of 1.6 million parameters: CLIP tower, two-layer projector, Llama."""
+    """Build an untrained LLaVA of 1.6 M parameters: CLIP tower, two-layer projector, Llama."""
     tokenizer = processor.tokenizer
     heads = 4
     model = LlavaForConditionalGeneration(
@@ -145,7 +145,7 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
 
 
 def collate(examples: list[Example], processor: LlavaProcessor) -> dict[str, torch.Tensor]:
-    """Padded inputs whose labels are the answers' tokens."""
+    """Return padded inputs whose labels are the answers' tokens."""
     prompts, texts = [], []
     for example in examples:
         turn = {

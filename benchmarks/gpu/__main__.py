@@ -44,7 +44,7 @@ _QUICK_TOKENS = (1024, 4096)
 
 
 class Session:
-    """What one call of this script has measured, and how long it may go on."""
+    """Measurements of one call of this script, and the time that it may take."""
 
     def __init__(self, device: torch.device, path: Path, run: dict[str, Any], minutes: float):
         self.device, self.path, self.run = device, path, run
@@ -53,11 +53,11 @@ class Session:
 
     @property
     def is_over(self) -> bool:
-        """Whether the time is used up."""
+        """Return whether the time is used up."""
         return time.monotonic() > self.deadline
 
     def is_done(self, key: str) -> bool:
-        """Whether an earlier call has measured a cell for good."""
+        """Return whether an earlier call has finished a cell."""
         return is_current(load(self.path), key, self.run)
 
     def add(self, key: str, measure: Callable[[], dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Whether the kernels are right on this machine: every feature against float64, before any timing.
+"""Checks of the kernels on this machine: every feature against float64, before any timing.
 
 Bounds are those of :mod:`benchmarks.promises`; of statistics relative to the largest logit.
 """
@@ -201,5 +201,5 @@ def _check_gradients(
 
 def moved(inputs: HeadInputs, device: torch.device) -> HeadInputs:
     """Return the same call on a device."""
-    there = inputs.replace_tensors([tensor.to(device) for tensor in inputs.tensors])
-    return replace(there, labels=there.labels.to(device))
+    on_device = inputs.replace_tensors([tensor.to(device) for tensor in inputs.tensors])
+    return replace(on_device, labels=on_device.labels.to(device))

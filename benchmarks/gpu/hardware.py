@@ -1,4 +1,4 @@
-"""What only a GPU can show, against float64 or bit by bit, before any timing.
+"""Checks that only a GPU allows, against float64 or bit by bit, before any timing.
 
 Tensors beyond 2^31 elements, a thousand repeats, every launch configuration, no wait of the host,
 CUDA graphs, compiled callers, 200 steps of training.  On a CPU the same code runs at tiny sizes,
@@ -91,7 +91,7 @@ def run_hardware_checks(
 
 
 def _large(device: torch.device, sizes: Large, backend: str) -> None:
-    """The first and the last rows are those of float64, and so are their gradients."""
+    """Compare the first and the last rows and their gradients with float64."""
     inputs = _draw(device, sizes)
     if sizes.is_frozen:
         inputs.lm_head_weight.requires_grad_(False)
@@ -193,7 +193,7 @@ def _check_cases(device: torch.device, cases: list[Case], dtype: str, backend: s
 def _loss_and_gradients(
     pairs: HeadInputs, ref_logps: Tensor, lengths: Tensor, memory: str, backend: str
 ) -> list[Tensor]:
-    """What a step computes; ``memory`` may be "frozen", which needs the hidden states' alone."""
+    """Return the results of a step; "frozen" ``memory`` is for hidden states' gradients alone."""
     pairs.lm_head_weight.requires_grad_(memory != "frozen")
     output = pairs.call(
         rdpo_loss, ref_logps=ref_logps, objective=OBJECTIVE, sequence_lengths=lengths,
@@ -222,7 +222,7 @@ def _waits(device: torch.device, dtype: str, memory: str, backend: str) -> None:
 
 
 def _graph(device: torch.device, dtype: str, memory: str, backend: str) -> None:
-    """A captured step gives, for other hidden states, the bits of a step that is not captured."""
+    """Check that a captured step gives, for other hidden states, the bits of an uncaptured one."""
     pairs, ref_logps, lengths = _step(device, dtype)
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
@@ -243,7 +243,7 @@ def _graph(device: torch.device, dtype: str, memory: str, backend: str) -> None:
 
 
 def _compiled(device: torch.device, dtype: str, backend: str) -> None:
-    """A caller that is compiled into one graph gets the same numbers."""
+    """Check that a caller that is compiled into one graph gets the same numbers."""
     pairs, ref_logps, lengths = _step(device, dtype)
 
     def call() -> Tensor:

@@ -108,7 +108,7 @@ class Provider:
 
 
 class Inputs(NamedTuple):
-    """What a job is done on."""
+    """Inputs of a job."""
 
     hidden_states: Tensor
     lm_head_weight: Tensor

@@ -20,7 +20,7 @@ LogOdds = Callable[[Tensor], Tensor]  # of uniform numbers
 
 @dataclass(frozen=True, kw_only=True)
 class RowClass:
-    """What is particular about some rows."""
+    """A class of rows with a common property."""
 
     meaning: str
     logit_std: float = 3.0

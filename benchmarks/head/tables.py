@@ -26,7 +26,7 @@ def head_block(results: Path) -> str:
 
 
 def accuracy_tables(content: dict[str, Any]) -> str:
-    """A row a provider: the largest error of a token by class, of a sum, of a gradient."""
+    """Return a row per provider: the largest errors of a token by class, a sum, a gradient."""
     cells = content["cells"]
     if not cells:
         return "*Errors have not been measured yet: `python -m benchmarks.head.accuracy`.*"
@@ -61,7 +61,7 @@ def accuracy_tables(content: dict[str, Any]) -> str:
 
 
 def cpu_tables(content: dict[str, Any]) -> str:
-    """A row a provider: time as a multiple of one product, memory and error."""
+    """Return one row per provider: time as a multiple of one product, memory and error."""
     cells = content["cells"]
     calibration = cells.get("calibration")
     if calibration is None:
@@ -102,7 +102,7 @@ def cpu_tables(content: dict[str, Any]) -> str:
 
 
 def gpu_table(content: dict[str, Any]) -> str:
-    """A row a shape and mode: ours beside the fastest other."""
+    """Return one row per shape and mode: this project beside the fastest other."""
     cells = {k: c for k, c in content["cells"].items() if k.startswith("head/token/")}
     run = next(iter(content["runs"].values()))
     names = ["mode", "ours", "error", "fastest other", "its time", "its error"]

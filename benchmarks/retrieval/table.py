@@ -31,7 +31,7 @@ def retrieval_block(results: Path) -> str:
 
 
 def line(key: str, cell: dict[str, Any]) -> str:
-    """A cell as a row of the table."""
+    """Return a cell as a row of the table."""
     dtype, size = key.split("/")[-2:]
     return (
         f"| {cell['images']:,} x {size} {dtype} | {cell['ms'] / 1e3:.2f} s | "

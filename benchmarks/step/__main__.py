@@ -139,7 +139,7 @@ def run_jobs(jobs: dict[str, Job], repeats: int, warm_steps: int) -> Cells:
 
 
 def steps_of_a_turn(device: str) -> int:
-    """The last one counts; on a GPU the first has to get the memory back that the others used."""
+    """Return the steps of a turn, of which the last counts: on a GPU the first claims memory."""
     return 2 if device == "cuda" else 1
 
 

@@ -45,7 +45,7 @@ IMAGE_TEXT = {"llava": "<image>", "qwen2.5-vl": "<vision><image></vision>"}
 
 @dataclass(frozen=True)
 class Job:
-    """What one process measures; travels as JSON."""
+    """Measurement of one process, which is passed as JSON."""
 
     scheme: str  # "ours", "authors" or "trl"
     shape: str

@@ -44,7 +44,7 @@ class StepShape:
 
 
 class Work(NamedTuple):
-    """What a scheme computes for one pair."""
+    """Work of a scheme for one pair."""
 
     policy_tokens: int  # through the language model, with gradient
     reference_tokens: int  # the same without

@@ -36,7 +36,7 @@ def step_block(results: Path) -> str:
 
 
 def table(content: dict[str, Any]) -> str:
-    """A table a device: a part for each shape, mode and setting."""
+    """Return one table per device, with a part for each shape, mode and setting."""
     cells = content["cells"]
     lines = [HEADER]
     for group in sorted({key.rpartition("/")[0] for key in cells}, key=_order):
@@ -53,7 +53,7 @@ def table(content: dict[str, Any]) -> str:
 
 
 def line(name: str, cell: dict[str, Any]) -> str:
-    """A cell as a row of the table."""
+    """Return a cell as a row of the table."""
     label = NAMES.get(name, name)
     if cell["status"] != "ok":
         return f"| {label} | {cell['reason']} | | | | | | |"

@@ -1,4 +1,4 @@
-"""The ``realign`` program: what all its commands have in common."""
+"""The ``realign`` program: the group of its commands, and their exit codes."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Commands(TyperGroup):
     )
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names in the order of the help; typer puts groups last."""
+        """Return the names in the order of the help, where typer puts groups last."""
         others = [name for name in super().list_commands(ctx) if name not in self.ORDER]
         return [*self.ORDER, *others]
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that the line names."""
+        """Run the command of the command line."""
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)

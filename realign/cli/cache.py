@@ -24,10 +24,9 @@ CacheFolder = Annotated[Path, typer.Argument(help="Folder of `realign cache`, or
 def cache(ctx: typer.Context) -> None:
     """Compute the reference model's log-probabilities once.
 
-    Without a command it builds a cache. Rows are found by their content, and rows that are there
-    are not computed again, so a stopped build continues when the same command is given again.
-    Processes of accelerate launch or torchrun share the work. Options of a command below follow
-    its name.
+    Without a command it builds a cache. Rows are found by their content, and stored rows are not
+    computed again, so a stopped build continues when the same command is given again. Processes of
+    accelerate launch or torchrun share the work. Options of a command below follow its name.
     """
     if is_for_command(ctx, "to build"):
         return

@@ -253,10 +253,10 @@ def eval_judge(
 ) -> None:
     """Have a model behind a server judge answers.
 
-    The judge reads the question, the reference and the answer, but no image. Its replies are
-    stored beside the answers, and `realign eval score` takes the scores from them. Every reply is
-    kept in OUT.journal.jsonl as it comes: a stopped command continues when it is given again, and
-    asks nothing twice. What the judge did not answer is left unjudged.
+    The judge reads the question, the reference and the answer, but no image. Its replies are stored
+    beside the answers, and `realign eval score` takes the scores from them. Every reply is kept in
+    OUT.journal.jsonl as it comes: a stopped command continues when it is given again, and asks
+    nothing twice. Answers without a reply of the judge stay unjudged.
     """
     check_exists("data", data, "a folder with the benchmark's files")
     check_exists("prompt", prompt, "a file")
@@ -310,7 +310,7 @@ def _temperature(text: str) -> float:
 
 
 def _check_suite_flags(given: dict[str, Any]) -> None:
-    """Refuse flags that only bear on asking, which a suite does in its own way."""
+    """Refuse flags that only affect asking, which a suite does in its own way."""
     for name, value in given.items():
         known = name in ("models", "data", "images", "out", "config", "set_")
         if not known and value not in (None, (), []):

@@ -1,4 +1,4 @@
-"""The commands that start a configuration and try out an installation."""
+"""The commands that start a configuration and try an installation."""
 
 from __future__ import annotations
 

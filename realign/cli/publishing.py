@@ -59,8 +59,8 @@ def card(
 ) -> None:
     """Write the card of a model or a dataset for the Hugging Face Hub.
 
-    README.md in the checkpoint of a run says what its base, recipe, data and scores are and how to
-    load it; README.md in a dataset says how the pairs were made. All of it comes from the files of
+    README.md in the checkpoint of a run states its base, recipe, data and scores and how to load
+    it; README.md in a dataset states how the pairs were made. Everything comes from the files of
     the run; nothing is looked up on the network. A card that was edited is not replaced.
     """
     from realign.review.cards.card import write_card

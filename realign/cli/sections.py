@@ -84,7 +84,7 @@ class SectionCommand(_SectionOptions, TyperCommand):
 
 
 class SectionGroup(_SectionOptions, TyperGroup):
-    """A command whose options are a section's, with commands of its own beside."""
+    """A command whose options are a section's, with subcommands."""
 
 
 def read_options(ctx: typer.Context) -> Any:
@@ -98,7 +98,7 @@ def read_options(ctx: typer.Context) -> Any:
 
 
 def is_for_command(ctx: typer.Context, purpose: str) -> bool:
-    """Return whether a command of a group follows; options before it are refused, as lost."""
+    """Return whether a subcommand follows; options before it would be lost and are refused."""
     command = ctx.invoked_subcommand
     if command is None:
         return False

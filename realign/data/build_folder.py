@@ -1,4 +1,4 @@
-"""Reads back the shard files of `realign build`: every attempt, and how many rows got how far."""
+"""Readers of the shard files of `realign build`: every attempt, and counts of rows by outcome."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ Counts = Mapping[str, Any]
 # what the folders of earlier builds lack
 LATER: Counts = {
     "rejected": {},
+    "unsampled": 0,
     "annotated": 0,
     "excluded_neighbours": {},
     "decisions": {"dropped": 0},
@@ -34,7 +35,7 @@ def read_outcomes(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def tried_before(folder: Path) -> dict[str, tuple[str, ...]]:
-    """Row id to the distinct reasons for which candidates were refused before one was accepted."""
+    """Map the id of each accepted row to the distinct reasons that refused earlier candidates."""
     known: dict[tuple[str, ...], tuple[str, ...]] = {}  # a few kinds, however many rows
     found = {}
     for outcome in read_outcomes(folder):
@@ -67,7 +68,7 @@ def _outcome(raw: bytes, where: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Line:
-    """One count and its share of the table's whole."""
+    """One count and its share of the table's total."""
 
     label: str
     count: int
@@ -76,12 +77,12 @@ class Line:
 
     @property
     def percent(self) -> float:
-        """Share of the whole."""
+        """Format a share of the total as a percentage."""
         return 100 * self.count / max(self.whole, 1)
 
 
 def read_funnel(folder: Path) -> Counts | None:
-    """The counts that the build wrote, where they are there."""
+    """Return the counts that the build wrote, or None if there are none."""
     path = folder / "funnel.json"
     return {**LATER, **read_json(path)} if path.is_file() else None
 
@@ -93,9 +94,17 @@ def source_rows(counts: Counts) -> int:
 
 
 def row_lines(counts: Counts) -> list[Line]:
-    """Source rows: bad ones by code, masked by whom, accepted, dropped by reason and by hand."""
+    """Count source rows: bad by code, masked by method, accepted, dropped by reason and by hand."""
     bad, rows = counts["rejected"], source_rows(counts)
     lines = [Line("in the source", rows, rows)]
+    if unsampled := counts["unsampled"]:
+        whole = rows + unsampled
+        lines = [
+            Line("in the source", whole, whole),
+            Line("not in the sample", unsampled, whole),
+            # the shares below are of these
+            Line("in the sample, or bad" if bad else "in the sample", rows, rows),
+        ]
     lines += [Line(f"bad: {code}", count, rows, "dropped") for code, count in _by_count(bad)]
     if counts["annotated"]:
         lines.append(Line("answered by the annotator", counts["annotated"], rows))
@@ -105,13 +114,13 @@ def row_lines(counts: Counts) -> list[Line]:
         Line(f"dropped: {reason}", count, rows, "dropped")
         for reason, count in _by_count(counts["dropped"])
     ]
-    if by_hand := counts["decisions"]["dropped"]:
-        lines.append(Line("accepted, then dropped by hand", by_hand, rows, "dropped"))
+    if dropped := counts["decisions"]["dropped"]:
+        lines.append(Line("accepted, then dropped by hand", dropped, rows, "dropped"))
     return lines
 
 
 def candidate_lines(counts: Counts) -> list[Line]:
-    """Retrieved images that were tried: accepted, refused by reason."""
+    """Count the retrieved images that were tried: accepted, or refused by reason."""
     refused = counts["refused_candidates"]
     tried = counts["accepted"] + sum(refused.values())
     lines = [

@@ -1,4 +1,4 @@
-"""Opening a dataset, whatever it is."""
+"""Opening a dataset of any supported kind."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from realign.runtime.strict_json import read_json
 
 
 def read_records(data: Path, image_root: Path | None) -> Sequence[Record]:
-    """Read a dataset by what it is: a parquet file, a folder made by ``realign build``, or JSON;
-    its rows are of this project, the authors' layout, or any other layout with both answers.
+    """Read a dataset: a parquet file, a folder made by ``realign build``, or JSON, whose rows have
+    this project's layout, the authors', or any other layout with both answers.
 
     Raises:
         RefusedError: The path is none of these, JSON comes without an image folder, or rows are
@@ -39,11 +39,11 @@ def read_records(data: Path, image_root: Path | None) -> Sequence[Record]:
 
 
 def read_rows(data: Path, image_root: Path | None) -> tuple[Sequence[Record], list[list[Problem]]]:
-    """As :func:`read_records`, but bad rows of JSON are returned beside the good ones, each as its
-    problems. Those of a parquet file are refused when they are read.
+    """Read as :func:`read_records` does, and return bad rows of JSON as their problems beside the
+    good ones. Those of a parquet file are refused when they are read.
 
     Raises:
-        RefusedError: The path is no dataset, or JSON comes without an image folder.
+        RefusedError: The path is not a dataset, or JSON comes without an image folder.
     """
     file, root = dataset_file(data, image_root)
     if file.suffix == ".parquet":
@@ -62,13 +62,13 @@ def read_rows(data: Path, image_root: Path | None) -> tuple[Sequence[Record], li
 
 
 def _is_without_retrieved(rows: list[Any]) -> bool:
-    """Return whether rows name images and none of them a retrieved one."""
+    """Return whether rows name images, but no retrieved one."""
     keys = [row.keys() for row in rows if isinstance(row, dict)]
     return any("image" in row for row in keys) and not any("retrieved_image" in row for row in keys)
 
 
 def _check_rows(file: Path) -> None:
-    """Refuse a JSON file that is one value, and neither a list nor lines."""
+    """Refuse a JSON file that is a single value instead of a list or lines."""
     if file.suffix == ".json" and not is_json_list(file):
         value = read_json(file)
         raise RefusedError(
@@ -98,10 +98,10 @@ def _layout(rows: list[Any], file: Path) -> Layout:
 
 
 def check_dataset(data: Path, image_root: Path | None) -> None:
-    """Refuse a path that is no dataset, before anything is read.
+    """Refuse a path that is not a dataset, before anything is read.
 
     Raises:
-        RefusedError: The path is no dataset, or JSON comes without an image folder.
+        RefusedError: The path is not a dataset, or JSON comes without an image folder.
     """
     _, root = dataset_file(data, image_root)
     if root is not None:
@@ -137,7 +137,7 @@ def dataset_file(data: Path, image_root: Path | None) -> tuple[Path, Path | None
 
 
 def read_kept_records(data: Path, image_root: Path | None) -> Sequence[Record]:
-    """Read a dataset without the rows that its decision file drops, and say how many these are.
+    """Read a dataset without the rows that its decision file drops, and announce their number.
 
     Raises:
         RefusedError: What :func:`read_records` raises; the decision file is damaged, or drops
@@ -147,7 +147,7 @@ def read_kept_records(data: Path, image_root: Path | None) -> Sequence[Record]:
 
 
 def without_dropped(records: Sequence[Record], data: Path) -> Sequence[Record]:
-    """Leave out the rows of ``data`` that its decision file drops, and say how many these are.
+    """Leave out the rows of ``data`` that its decision file drops, and announce their number.
 
     Raises:
         RefusedError: The decision file is damaged, or drops every row.
@@ -173,7 +173,7 @@ def without_dropped(records: Sequence[Record], data: Path) -> Sequence[Record]:
 
 
 def dataset_title(data: Path) -> str:
-    """What a page calls a dataset; a folder named ``dataset`` is called after its run too."""
+    """Return the title of a dataset; for a folder named ``dataset`` it includes the run."""
     folder = data.resolve() if data.is_dir() else data.resolve().parent
     if data.is_file() and data.name != "dataset.parquet":
         return data.name

@@ -1,8 +1,8 @@
 """Decisions of a person about the rows of a dataset: one line per decision in a file beside it.
 
-A decision is about a row's id and content together. One whose row has another content now is not
-applied: the person saw something else. Nothing is removed from the file: undoing a decision adds a
-line, after which the decision before it counts again.
+A decision concerns a row's id and content together. It is not applied if the row's content has
+changed since: the person saw something else. Nothing is removed from the file: undoing a decision
+adds a line, after which the decision before it counts again.
 """
 
 from __future__ import annotations
@@ -84,8 +84,7 @@ def read_decisions(path: Path) -> dict[RowKey, Decision]:
 def read_history(path: Path) -> list[Decision]:
     """Read all decisions that are not undone, in the order in which they were made.
 
-    A last line that a killed program cut is announced and left out: nobody was told that it was
-    written.
+    A last line that a killed program cut is announced and left out: its write was never confirmed.
 
     Raises:
         RefusedError: Another line is not a decision; the message names it.
@@ -118,10 +117,10 @@ def _without_undone(lines: Sequence[Decision], path: Path) -> list[Decision]:
 
 
 def append_decision(path: Path, decision: Decision) -> None:
-    """Add a decision and return when it is on the disk. Several programs may do so at once.
+    """Append a decision and return when it is on the disk. Several programs may do so at once.
 
     Raises:
-        RefusedError: The decision is none that :func:`read_decisions` would read.
+        RefusedError: :func:`read_decisions` would refuse the decision.
     """
     if decision.decision == UNDO:
         raise RefusedError(
@@ -173,16 +172,16 @@ def _append(path: Path, raw: bytes) -> None:
 
 
 def kept(records: Sequence[Record], decisions: Decisions) -> Sequence[Record]:
-    """Return the records that are not dropped, in their order, read when they are asked for."""
+    """Return the records that are not dropped, in order, which are read on access."""
     return apply_decisions(records, decisions).kept
 
 
 class Applied(NamedTuple):
-    """A dataset after its decisions.
+    """A dataset after its decisions were applied.
 
     Attributes:
         kept: The rows that are not dropped.
-        stale: Decisions about rows whose content is another one now, and not decided about.
+        stale: Decisions about rows whose content has changed since and has no decision.
     """
 
     kept: Sequence[Record]
@@ -190,7 +189,7 @@ class Applied(NamedTuple):
 
 
 def apply_decisions(records: Sequence[Record], decisions: Decisions) -> Applied:
-    """Leave the dropped rows out. Images are read only of rows whose id somebody decided about."""
+    """Leave the dropped rows out. Images are read only for rows whose id has a decision."""
     rows = decided_rows(records, decisions)
     now: dict[str, set[RowKey]] = {}
     for row in rows.values():
@@ -206,8 +205,8 @@ def apply_decisions(records: Sequence[Record], decisions: Decisions) -> Applied:
 
 
 def decided_rows(records: Sequence[Record], decisions: Decisions) -> dict[int, RowKey]:
-    """Position to id and content of the rows whose id somebody decided about. A row that cannot
-    be read is none of them.
+    """Map positions to id and content of the rows whose id has a decision. A row that cannot be
+    read is none of them.
     """
     ids = {row.id for row in decisions}
     texts = texts_of(records)
@@ -221,7 +220,7 @@ def decided_rows(records: Sequence[Record], decisions: Decisions) -> dict[int, R
 
 
 def positions(records: Sequence[Record]) -> Sequence[int]:
-    """Return where each row stands in the dataset's file, from 0, whichever were left out."""
+    """Return the position of each row in the dataset's file, from 0, counting rows left out."""
     return records.indices if isinstance(records, KeptRecords) else range(len(records))
 
 

@@ -1,5 +1,5 @@
-"""Names of images in untrusted datasets: files inside one folder, never a URL or a way out; and the
-suffix of images without a name.
+"""Names of images in untrusted datasets: files inside one folder, never a URL or a path out of it;
+and the suffix of images without a name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _URL = re.compile(
 
 
 def check_image_root(root: Path) -> None:
-    """Refuse an image folder that is none: every image would be missing from it.
+    """Refuse an image folder that does not exist, in which every image would be missing.
 
     Raises:
         RefusedError: Naming the folder.
@@ -49,8 +49,8 @@ def resolve_image(root: Path, name: str, where: str) -> Path:
         is_inside, is_file = path.is_relative_to(root.resolve()), path.is_file()
     # too long, not in the file system's encoding, a loop of links, a folder that is locked
     except (OSError, ValueError, RuntimeError) as error:
-        said = f"{name[:80]!r} ({error!s:.80})"
-        reason = f"image must be a file that can be opened, got {said}. Rename it."
+        value = f"{name[:80]!r} ({error!s:.80})"
+        reason = f"image must be a file that can be opened, got {value}. Rename it."
         raise RefusedImage(where, reason, "unreadable") from None
     if not is_inside:
         by_link = ", a link that leaves it" if not is_outside_name(name) else ""
@@ -63,7 +63,7 @@ def resolve_image(root: Path, name: str, where: str) -> Path:
 
 
 def is_url(name: str) -> bool:
-    """Return whether a name is an address, of whatever scheme."""
+    """Return whether a name is a URL of any scheme."""
     return "://" in name or _URL.match(name) is not None
 
 

@@ -1,8 +1,7 @@
-"""Decoding untrusted images in a bounded pool of processes: each image is read, hashed and decoded
-once.
+"""Bounded pool of processes that decode untrusted images: each is read, hashed and decoded once.
 
-An image that hangs, crashes or fills the memory costs itself alone: its worker is replaced.
-Workers are fresh interpreters (:mod:`realign.data.image_worker`), neither forks nor children of
+An image that hangs, crashes or fills the memory affects no other: its worker is replaced. Workers
+are fresh interpreters (:mod:`realign.data.image_worker`), neither forks nor children of
 ``multiprocessing``, so that they import nothing of the caller and share two pipes with it.
 """
 
@@ -55,7 +54,7 @@ class DecodedRow:
 
     @property
     def sizes(self) -> tuple[list[Size], list[Size]]:
-        """Width and height of the original and of the retrieved images that are good."""
+        """Return width and height of the good original and retrieved images."""
         images, rejected_images = (
             [(one.width, one.height) for one in found if isinstance(one, ImageFacts)]
             for found in (self.images, self.rejected_images)
@@ -66,13 +65,13 @@ class DecodedRow:
 def inspect_images(
     paths: Sequence[Path], *, workers: int, timeout_s: float = 10, memory_bytes: int = 2 << 30
 ) -> Iterator[ImageFacts | RefusedImage]:
-    """Decode image files and say what they are, in the order of ``paths``, as they are asked for.
+    """Decode image files and yield their facts or refusals, in the order of ``paths``.
 
     Args:
-        paths: The files. One that is there twice is decoded twice.
-        workers: How many processes decode; 0 for one a usable core.
+        paths: The files. A repeated path is decoded again.
+        workers: Number of processes; 0 is one per usable core.
         timeout_s: Longest time for one image; code ``timeout``.
-        memory_bytes: Largest address space of a worker; code ``memory``, or ``crashed`` where a
+        memory_bytes: Largest address space of a worker; code ``memory``, or ``crashed`` if a
             decoder does not survive it.
     """
     with ImagePool(workers, timeout_s=timeout_s, memory_bytes=memory_bytes) as pool:
@@ -91,7 +90,7 @@ class ImagePool:
     Args and codes are those of :func:`inspect_images`.
 
     Attributes:
-        ahead: How many images may wait so that no worker does; more take memory alone.
+        ahead: Number of images to submit ahead so that no worker waits; more only take memory.
     """
 
     def __init__(self, workers: int, *, timeout_s: float = 10, memory_bytes: int = 2 << 30) -> None:
@@ -167,7 +166,7 @@ def decoded_rows(
 
 
 class _Worker:
-    """One process, started when it is first needed and again after it died."""
+    """One process, started when it is first needed and again after it has died."""
 
     def __init__(self, timeout_s: float, memory_bytes: int) -> None:
         self._timeout_s, self._memory_bytes = timeout_s, memory_bytes
@@ -188,10 +187,10 @@ class _Worker:
                 return RefusedImage(where, answer["reason"], answer["code"])
             return ImageFacts(**answer)
         self._process = None
-        return self._post_mortem(process, where)
+        return self._refusal_of_death(process, where)
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """End the process at once."""
         self._is_closed = True
         if self._process is not None:
             _end(self._process)
@@ -214,7 +213,7 @@ class _Worker:
     def _ask(
         self, process: subprocess.Popen[bytes], where: str, image: Path | bytes, extra_s: float
     ) -> bytes:
-        """The answer's line; empty where none came, with the process dead or to be ended."""
+        """Return the answer's line; empty if none came, since the process died or must be ended."""
         assert process.stdin is not None
         assert process.stdout is not None
         request: dict[str, Any]
@@ -233,7 +232,7 @@ class _Worker:
         ready.register(process.stdout, select.POLLIN | select.POLLHUP)
         return process.stdout.readline() if ready.poll(limit_s * 1000) else b""
 
-    def _post_mortem(self, process: subprocess.Popen[bytes], where: str) -> RefusedImage:
+    def _refusal_of_death(self, process: subprocess.Popen[bytes], where: str) -> RefusedImage:
         try:
             status = process.wait(timeout=GRACE_SECONDS)  # the pipe ends a moment before
         except subprocess.TimeoutExpired:

@@ -1,8 +1,8 @@
 """The process that decodes one untrusted image after another for :mod:`realign.data.image_pool`.
 
 It reads requests from its standard input, ``{"where", "path"}`` or ``{"where", "bytes": N}`` with N
-bytes after the line, and answers each with one line. What it must not know: torch, transformers,
-anything whose import takes longer than decoding. It ends with its parent: its input ends then.
+bytes after the line, and answers each with one line. It must not import torch, transformers or
+anything else whose import takes longer than decoding. It ends with its parent, when its input ends.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def serve(requests: BinaryIO, answers: BinaryIO, timeout_s: float, memory_bytes:
 
     Args:
         requests: Requests, as above.
-        answers: Where the answers go.
+        answers: Stream that the answers are written to.
         timeout_s: An image that takes longer ends the process by SIGALRM, also inside a decoder.
-        memory_bytes: Limit of the address space, where the system has one.
+        memory_bytes: Limit of the address space, on systems that have one.
     """
     _limit_memory(memory_bytes)
     while line := requests.readline():

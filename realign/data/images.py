@@ -1,4 +1,4 @@
-"""Opens images of untrusted datasets: three formats, bounded size, one picture, RGB."""
+"""Decoding of images of untrusted datasets: three formats, bounded size, one picture, RGB."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _METADATA = ("MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY", "too much memory used in text 
 
 
 class RefusedImage(RefusedError):
-    """An image file that is not opened, or not as an image.
+    """Refusal of an image file that cannot be opened, or is not an image.
 
     Args:
-        where: What names the image, in front of the message.
+        where: Name of the image, in front of the message.
         reason: The value and the remedy.
         code: ``image-name``, ``url``, ``outside-root``, ``missing``, ``unreadable``,
             ``too-many-bytes``, ``too-many-pixels``, ``side``, ``frames``, ``format``,
@@ -53,7 +53,7 @@ class RefusedImage(RefusedError):
         return RefusedImage, (self.where, self.reason, self.code)
 
     def at(self, where: str) -> RefusedImage:
-        """The same refusal of the same image in another place."""
+        """Return the same refusal for the same image in another place."""
         return RefusedImage(where, self.reason, self.code)
 
 
@@ -93,7 +93,7 @@ def read_image(path: Path, where: str) -> bytes:
 
 
 def image_size(file: Path | IO[bytes]) -> tuple[int, int]:
-    """Width and height as :func:`decode_image` would give them, read from the header."""
+    """Return width and height as :func:`decode_image` would, from the header alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as decode_image, which says what is wrong
         image = Image.open(file, formats=FORMATS)
@@ -104,8 +104,7 @@ def image_size(file: Path | IO[bytes]) -> tuple[int, int]:
 
 
 def decode_image(raw: bytes, where: str) -> Image.Image:
-    """Decode image bytes to RGB: EXIF rotation applied, transparency over white, 16-bit grey
-    scaled down.
+    """Decode image bytes to RGB, with EXIF rotation, transparency over white, 16-bit grey scaled.
 
     Of a JPEG that holds further pictures (MPO: previews, depth, the other eye), the first one is
     the photograph.
@@ -128,7 +127,7 @@ def decode_image(raw: bytes, where: str) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of an image in any mode: 16-bit grey scaled by 1/257, transparency over white."""
+    """Convert an image of any mode to RGB: 16-bit grey scaled by 1/257, transparency over white."""
     if image.mode.startswith("I"):  # Pillow would saturate it
         return _grey_of_16_bits(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -165,7 +164,7 @@ def _check_size(image: Image.Image, where: str) -> None:
 
 @contextmanager
 def _refusing(raw: bytes, where: str) -> Iterator[None]:
-    """Turn whatever a decoder raises into a refusal."""
+    """Turn any exception of a decoder into a refusal."""
     try:
         yield
     except (RefusedImage, MemoryError):
@@ -176,14 +175,14 @@ def _refusing(raw: bytes, where: str) -> Iterator[None]:
     except UnidentifiedImageError:  # its text is the address of our buffer
         raise RefusedImage(where, format_problem(raw), "format") from None
     except Exception as error:  # on damaged files, decoders raise any
-        is_metadata = any(said in str(error) for said in _METADATA)
-        what = "has too much metadata" if is_metadata else "is damaged"
-        reason = f"image {what} ({error}). Replace it or remove the row."
+        is_metadata = any(phrase in str(error) for phrase in _METADATA)
+        fault = "has too much metadata" if is_metadata else "is damaged"
+        reason = f"image {fault} ({error}). Replace it or remove the row."
         raise RefusedImage(where, reason, "metadata" if is_metadata else "damaged") from None
 
 
 def format_problem(raw: bytes) -> str:
-    """Return rule, value and remedy for bytes that are no readable JPEG, PNG or WebP file."""
+    """Return rule, value and remedy for bytes that are not a readable JPEG, PNG or WebP file."""
     rule, remedy = f"image must be a readable {', '.join(FORMATS)} file", "Replace it"
     found = f"{len(raw)} bytes that begin with {raw[:12]!r}" if raw else "no bytes"
     for name, beginning in _OTHERS.items():

@@ -1,4 +1,4 @@
-"""What an image looks like, in 64 bits: copies that were resized or recompressed differ in few."""
+"""Perceptual hash of 64 bits: resized or recompressed copies of an image differ in few of them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _KEPT = 8  # lowest frequencies a direction
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """64 signs of the image's lowest frequencies (pHash): the discrete cosine transform of the
-    grey image at 32 x 32, its first 8 x 8 coefficients against their median.
+    """Return the 64 signs of an image's lowest frequencies (pHash): the first 8 x 8 coefficients of
+    the discrete cosine transform of the grey image at 32 x 32, against their median.
 
     The constant coefficient, which is brightness alone, is replaced by the next diagonal one.
     """
@@ -32,13 +32,13 @@ def perceptual_hash(image: Image.Image) -> int:
 
 
 def hamming(a: int, b: int) -> int:
-    """In how many bits two hashes differ."""
+    """Return the number of bits in which two hashes differ."""
     return (a ^ b).bit_count()
 
 
 @cache
 def _cosines() -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The first rows of the orthonormal DCT-II of 32 values."""
+    """Return the first rows of the orthonormal DCT-II of 32 values."""
     angles = np.outer(np.arange(_KEPT + 1.0), 2 * np.arange(_SIDE) + 1.0) * np.pi / (2 * _SIDE)
     rows: np.ndarray[Any, np.dtype[np.float64]] = np.cos(angles) * np.sqrt(2 / _SIDE)
     rows[0] /= np.sqrt(2)

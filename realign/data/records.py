@@ -1,5 +1,5 @@
-"""Preference records: what they are and what is refused. Image bytes travel undecoded; rows are
-known by their content.
+"""Preference records and their checks. Image bytes stay undecoded; rows are identified by their
+content.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Problem:
     Attributes:
         row: The row's id, or its number from 1 where it has none.
         place: File and line or row, as messages name it.
-        field: What of the row is wrong: ``image``, ``chosen``, ...; empty for the whole row.
+        field: Field of the row that is wrong: ``image``, ``chosen``, ...; empty for the whole row.
         code: Short name of the kind of problem, such as ``empty``; stable across releases.
         message: Place, value and remedy, as a sentence for people.
     """
@@ -43,7 +43,7 @@ class Problem:
 
     @classmethod
     def of(cls, error: RefusedError, row: str, place: str) -> Problem:
-        """The problem that a refusal of a row names."""
+        """Return the problem that a refusal of a row names."""
         return cls(row, place, error.field, error.code, str(error))
 
 
@@ -59,7 +59,7 @@ class Record:
         rejected: The induced answer y_l.
         rejected_images: Bytes of the retrieved image files v_l; empty when there is no image pair.
         meta: Provenance; anything JSON can hold.
-        place: The row's file and place in it, for messages; no part of what the row is.
+        place: The row's file and place in it, for messages; not part of its content.
     """
 
     id: str
@@ -73,9 +73,7 @@ class Record:
 
     @cached_property
     def key(self) -> str:
-        """SHA-256 of everything that a reference log-probability depends on in the row, and of
-        nothing else.
-        """
+        """SHA-256 of exactly the parts of the row that a reference log-probability depends on."""
         return content_sha256(
             canonical_json([list(self.prompt), self.chosen, self.rejected]),
             *map(content_sha256, self.images),
@@ -85,12 +83,12 @@ class Record:
 
     @property
     def where(self) -> str:
-        """What a message calls the row."""
+        """Name of the row in messages."""
         return self.place or f"row {self.id}"
 
     @property
     def source(self) -> dict[str, Any]:
-        """Names of the files that the row was made from, where its provenance holds them."""
+        """Names of the row's source files, if its provenance holds them."""
         source = self.meta.get("source")
         return source if isinstance(source, dict) else {}
 
@@ -100,7 +98,7 @@ class Record:
         return [decode_image(raw, self.image_place(rejected=rejected)) for raw in which]
 
     def image_place(self, *, rejected: bool) -> str:
-        """What a message calls the original or the retrieved images."""
+        """Return the name of the original or the retrieved images in messages."""
         file = self.source.get("retrieved_image" if rejected else "image")
         name = "rejected_images" if rejected else "images"
         return f"{self.where}, {name}" + (f" {file!r}" if file else "")
@@ -108,13 +106,13 @@ class Record:
 
 @dataclass(frozen=True)
 class OpenedRecord(Record):
-    """A record whose images are decoded once and kept, for as long as one piece of work takes."""
+    """A record whose images are decoded once and kept while it is in use."""
 
     original: Record | None = None
 
     @classmethod
     def of(cls, record: Record) -> OpenedRecord:
-        """Return the record itself where it is one already."""
+        """Return an opened record of ``record``, which may be one already."""
         if isinstance(record, OpenedRecord):
             return record
         values = {one.name: getattr(record, one.name) for one in fields(Record)}
@@ -122,7 +120,7 @@ class OpenedRecord(Record):
 
     @cached_property
     def key(self) -> str:
-        """Hash of the record's content, which the record itself keeps too."""
+        """Hash of the record's content."""
         assert self.original is not None
         return self.original.key
 
@@ -140,7 +138,7 @@ class OpenedRecord(Record):
 
 
 class LazyRecords(Sequence[Record]):
-    """Records that are read when they are asked for: a dataset need not fit into memory."""
+    """Records that are read on access, so that a dataset need not fit into memory."""
 
     @abstractmethod
     def _read(self, index: int) -> Record:
@@ -155,14 +153,14 @@ class LazyRecords(Sequence[Record]):
         return self._read(numbers) if isinstance(numbers, int) else [*map(self._read, numbers)]
 
     def texts(self) -> Sequence[Record]:
-        """The same rows without the bytes of their images, which are most of a dataset. Their
-        ``key`` is not the rows' own.
+        """Return the same rows without their image bytes, which are most of a dataset. Their
+        ``key`` differs from the rows' own.
         """
         return self
 
 
 def texts_of(records: Sequence[Record]) -> Sequence[Record]:
-    """The rows for looking through them, their images left on the disk where they are there."""
+    """Return the rows without their images, if these can be left on the disk."""
     return records.texts() if isinstance(records, LazyRecords) else records
 
 
@@ -172,15 +170,15 @@ def check_records(
     *,
     visit: Callable[[Record, bool], Iterable[str]] = lambda record, is_good: (),
 ) -> None:
-    """Refuse what would train on nothing or on the wrong thing, before anything is loaded.
+    """Refuse rows that would train on nothing or on wrong inputs, before anything is loaded.
 
     Args:
         records: The rows.
         placeholders: Image and other special tokens of the model; an answer must contain none.
-        visit: Called with every row, its images decoded, and whether it is good so far; returns
-            what else is wrong with it.
+        visit: Called with every row, its images decoded, and whether it is good so far; returns its
+            further problems.
     Raises:
-        RefusedError: The first bad rows, one a line, each with its id, the value and the remedy.
+        RefusedError: The first bad rows, one per line, each with its id, the value and the remedy.
     """
     special = special_tokens(placeholders)
     problems: list[str] = []
@@ -196,12 +194,12 @@ def check_records(
 
 
 def special_tokens(placeholders: Iterable[str]) -> list[str]:
-    """What no text may contain: a model's own tokens and the authors' image placeholder."""
+    """Return the texts that no row may contain: a model's tokens and the authors' placeholder."""
     return sorted({token for token in (*placeholders, IMAGE_TOKEN) if token})
 
 
 def refuse_problems(problems: Sequence[str], num_rows: int) -> None:
-    """Refuse what was found in a dataset, if anything: all counted, the first twenty shown.
+    """Refuse the problems found in a dataset, if any: all are counted, the first twenty shown.
 
     Raises:
         RefusedError: There is a problem.
@@ -213,7 +211,7 @@ def refuse_problems(problems: Sequence[str], num_rows: int) -> None:
 
 
 def content_problems(record: Record, special: Sequence[str]) -> Iterator[Problem]:
-    """What is wrong with a row, its images not decoded.
+    """Yield the problems of a row, without decoding its images.
 
     Codes: ``empty``, ``special-token``, ``equal-answers``, ``image-slot``, ``image-count``,
     ``equal-images``.
@@ -235,30 +233,31 @@ def content_problems(record: Record, special: Sequence[str]) -> Iterator[Problem
     for name, text in texts:
         for token in special:
             if token in text:
-                said = f"got {surroundings(text, token)!r}. {token_remedy(name, text, token)}"
-                message = f"{name} must not contain the special token {token!r}, {said}"
+                value = f"got {surroundings(text, token)!r}. {token_remedy(name, text, token)}"
+                message = f"{name} must not contain the special token {token!r}, {value}"
                 yield problem(name, "special-token", message)
     chosen, rejected = _normalised(record.chosen), _normalised(record.rejected)
     if chosen and chosen == rejected:
-        said = f"got {record.chosen[:80]!r} twice. Remove the row."
-        yield problem("rejected", "equal-answers", f"rejected must differ from chosen, {said}")
+        value = f"got {record.chosen[:80]!r} twice. Remove the row."
+        yield problem("rejected", "equal-answers", f"rejected must differ from chosen, {value}")
     if record.images and not any(message["role"] == "user" for message in record.prompt):
         roles = [message["role"] for message in record.prompt]
-        said = f"got {roles}. Add it or remove the images."
-        yield problem("prompt", "image-slot", f"prompt must have a user turn for the image, {said}")
+        value = f"got {roles}. Add it or remove the images."
+        message = f"prompt must have a user turn for the image, {value}"
+        yield problem("prompt", "image-slot", message)
     if record.rejected_images and len(record.rejected_images) != len(record.images):
-        said = f"got {len(record.rejected_images)} for {len(record.images)}. Add or remove some."
-        message = f"rejected_images must be as many as images, or none, {said}"
+        value = f"got {len(record.rejected_images)} for {len(record.images)}. Add or remove some."
+        message = f"rejected_images must be as many as images, or none, {value}"
         yield problem("rejected_images", "image-count", message)
     if record.rejected_images and record.rejected_images == record.images:
-        said = f"got the same file content{_image_names(record)}. "
+        value = f"got the same file content{_image_names(record)}. "
         remedy = "Retrieve another image or remove the row."
-        message = f"retrieved_image must differ from image, {said}{remedy}"
+        message = f"retrieved_image must differ from image, {value}{remedy}"
         yield problem("rejected_images", "equal-images", message)
 
 
 def image_problem(record: Record, error: RefusedImage, *, rejected: bool) -> Problem:
-    """The problem that a refusal of one of the row's images is."""
+    """Return the problem for a refusal of one of the row's images."""
     field = "rejected_images" if rejected else "images"
     message = str(error.at(record.image_place(rejected=rejected)))
     return Problem(record.id, record.where, field, error.code, message)
@@ -273,7 +272,7 @@ def _image_problems(record: Record) -> Iterator[Problem]:
 
 
 def _normalised(text: str) -> str:
-    """What remains of a text when spaces and ways to encode the same characters are one."""
+    """Return a text with normalised spaces and Unicode forms."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
@@ -287,7 +286,7 @@ def token_remedy(name: str, text: str, token: str) -> str:
 
 
 def surroundings(text: str, token: str) -> str:
-    """The part of a text around a token, for messages."""
+    """Return the part of a text around a token, for messages."""
     start = text.index(token)
     first, last = max(0, start - 30), start + len(token) + 30
     return ("..." if first else "") + text[first:last] + ("..." if last < len(text) else "")
@@ -299,7 +298,7 @@ def _image_names(record: Record) -> str:
 
 
 def check_messages(turns: Any, where: str, name: str) -> tuple[Message, ...]:
-    """Messages whose contents are plain strings; anything else would be trained on as its repr."""
+    """Check that messages have string contents; anything else would be trained on as its repr."""
     if not isinstance(turns, list) or not all(
         isinstance(turn, dict)
         and isinstance(turn.get("role"), str)

@@ -1,4 +1,4 @@
-"""The proof that an adapter is in effect: it changes the logits of its base on a first question."""
+"""Check that an adapter is in effect, by the logits of its base on a first question."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from realign.modeling.folder import resolve_base
 def adapter_effect(
     generator: TransformersGenerator, folder: Path, request: Request, *, allow_none: bool
 ) -> float:
-    """Return the largest absolute difference that an adapter makes to a logit of its base, over all
-    positions of one prompt.
+    """Return the largest change of a logit by an adapter, over all positions of one prompt.
 
     Args:
-        generator: Of the adapter's folder, loaded.
+        generator: Generator of the adapter, loaded.
         folder: The adapter's folder.
-        request: What is asked.
-        allow_none: Whether an adapter without any effect is let through.
+        request: The question.
+        allow_none: Whether an adapter without any effect is accepted.
     Raises:
-        RefusedError: There is no effect, and ``allow_none`` is not set.
+        RefusedError: The adapter has no effect, and ``allow_none`` is not set.
     """
     inputs = generator.inputs([request])
     model = generator.model

@@ -1,4 +1,4 @@
-"""Compares models by files of their answers, without a model."""
+"""Comparison of models by files of their answers, without a model."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ def compare(
     bootstrap: int = 10_000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Compare stored answers of several models, or of several training runs of a method, with
-    intervals and tests.
+    """Compare stored answers of models, or of training runs of a method, with intervals and tests.
 
     Args:
         benchmark: Its name; docs/evaluation.md lists all.
@@ -45,13 +44,14 @@ def compare(
             The first model is the baseline; two models with several runs must name the same ones.
         data: Folder with the benchmark's published files.
         rule: Name of the rule.
-        metrics: Which are compared; those that published tables print where none is named.
-        splits: In which; all where none is named.
-        allow_subset: Compare on the questions that all have answered, where others are missing.
-        bootstrap: Draws of the bootstrap, and of the permutation test.
-        seed: Of the draws.
+        metrics: Metrics to compare; by default those that published tables print.
+        splits: Splits to compare in; by default all.
+        allow_subset: Whether to compare on the questions that all have answered if others are
+            missing.
+        bootstrap: Number of draws of the bootstrap, and of the permutation test.
+        seed: Seed of the draws.
     Returns:
-        What ``scores.json`` of ``realign eval`` holds, without ``tasks`` and ``samples``;
+        The content of ``scores.json`` of ``realign eval``, without ``tasks`` and ``samples``;
         docs/evaluation.md has its keys.
     Raises:
         RefusedError: A name is unknown, a file is missing or has another form, the answers are not
@@ -137,7 +137,7 @@ def _measure(
     named = partial(named_questions, benchmark, all_paths)
     found_tasks = read_rule_tasks(benchmark, name, data, named)
     tasks = {task: found.rows for task, found in found_tasks.items()}
-    said: dict[Run, list[dict[int, str]]] = {}  # of each grading, by id() of a row
+    readings: dict[Run, list[dict[int, str]]] = {}  # of each grading, by id() of a row
     ungraded: list[Run] = []
     for model, by_run in runs.items():
         _check_files(model, by_run)
@@ -148,16 +148,16 @@ def _measure(
             )
             key = Run(name, model, run)
             if _is_graded(rule, found[run]):
-                said[key] = _readings(benchmark, rule, found[run], model)
+                readings[key] = _readings(benchmark, rule, found[run], model)
             else:
-                said[key] = [{id(item.row): rule.prepare(item.answer) for item in found[run]}]
+                readings[key] = [{id(item.row): rule.prepare(item.answer) for item in found[run]}]
                 ungraded.append(key)
         _check_answers(model, found)
-    number = max(map(len, said.values()))
+    number = max(map(len, readings.values()))
     for key in ungraded:  # no judge reads them, so that every grading would be the same
-        said[key] *= number
+        readings[key] *= number
     shared = {
-        task: [row for row in rows if all(id(row) in texts[0] for texts in said.values())]
+        task: [row for row in rows if all(id(row) in texts[0] for texts in readings.values())]
         for task, rows in tasks.items()
     }
     rows = [row for rows in shared.values() for row in rows]
@@ -169,7 +169,7 @@ def _measure(
         )
     texts = {
         run: [[grading[id(row)] for row in rows] for grading in gradings]
-        for run, gradings in said.items()
+        for run, gradings in readings.items()
     }
     facts = {
         "version": data_version(benchmark, tasks),
@@ -221,7 +221,7 @@ def _is_graded(rule: Rule, answered: Sequence[Answered]) -> bool:
 def _readings(
     benchmark: Benchmark, rule: Rule, answered: Sequence[Answered], model: str
 ) -> list[dict[int, str]]:
-    """Return what a rule reads of each answer in each grading of a judge, by id() of its row.
+    """Return the text that a rule reads of each answer in each grading, by id() of its row.
 
     Raises:
         RefusedError: A judge has given no verdict on an answer.
@@ -259,13 +259,13 @@ def _table(
     if not (shown := [place for place in places if is_shown(place)]):
         names = ", ".join(metrics or benchmark.headline)
         inside = ", ".join(splits)
-        there = "; ".join(
+        available = "; ".join(
             f"{split}: {', '.join(place.metric for place in places if place.split == split)}"
             for split in dict.fromkeys(place.split for place in places)
             if not splits or split in splits
         )
         raise RefusedError(
-            f"metric must be one that the split has ({there}), got {names} in "
+            f"metric must be one that the split has ({available}), got {names} in "
             f"{inside or 'all that are compared'}. Name another --metric or --split."
         )
     scale = 100 if measured.rules[rule].unit == "fraction" else 1

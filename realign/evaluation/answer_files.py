@@ -29,7 +29,7 @@ class Answered(NamedTuple):
     row: Row
     answer: str
     replies: Replies = ()
-    """A reply for each grading; those of a file that has none about this answer have no text."""
+    """One reply per grading; a file without a reply about this answer gives one without text."""
 
 
 def read_answers(
@@ -46,9 +46,9 @@ def read_answers(
     Several files may hold gradings of the same answers by a judge.
 
     Args:
-        benchmark: Which formats are understood.
+        benchmark: Benchmark that defines the formats.
         paths: One or more files, which together hold the answers.
-        tasks: Task to its rows.
+        tasks: Rows of each task.
         covers: Whether a row is scored. Answers to other rows may be there or not.
         allows_subset: Whether questions may be left out.
         others: Rows of another part of the benchmark, whose answers may be there and are left out.
@@ -279,7 +279,7 @@ def _format_of(
 
 
 def _check_fields(record: Record, form: AnswerFormat, where: str) -> None:
-    """Refuse what no question can be found by; the answer is checked with its question."""
+    """Refuse fields that identify no question; the answer is checked with its question."""
     for name in form.fields:
         if name != form.answer and isinstance(record[name], (dict, list)):
             raise RefusedError(

@@ -26,11 +26,11 @@ from realign.runtime.files import content_sha256, json_text
 class Request(NamedTuple):
     """The input of a form."""
 
-    said: Mapping[str, Sequence[Answered]]
-    """Task to its answers, in the order of the data; without texts for a file of questions."""
+    answers: Mapping[str, Sequence[Answered]]
+    """Answers by task, in the order of the data; without texts for a file of questions."""
     data: Path
     model: str
-    """The name that LLaVA's files hold."""
+    """The name of the model in LLaVA's files."""
     out: Path
 
 
@@ -38,7 +38,7 @@ class Written(NamedTuple):
     """The files to write."""
 
     files: Mapping[str, str]
-    """Name to text; the only file of a form that is one file has no name."""
+    """Texts by name; the only file of a form has no name."""
     notes: Sequence[str] = ()
     """Notes on changes to the answers, and on limits of the file."""
 
@@ -51,7 +51,7 @@ class Form(NamedTuple):
     needs_all: bool = False
     """True if the published program reads by position, so that no answer may be missing."""
     suffixes: tuple[str, ...] = ()
-    """The endings that the file may have, where it decides what is written."""
+    """The suffixes that the file may have, if they decide its format."""
 
 
 def _lines(records: Iterable[Mapping[str, Any]]) -> Written:
@@ -63,7 +63,7 @@ def _list(records: Iterable[Mapping[str, Any]]) -> Written:
 
 
 def _all(request: Request) -> list[Answered]:
-    return [said for found in request.said.values() for said in found]
+    return [item for found in request.answers.values() for item in found]
 
 
 def llava_answers(
@@ -74,14 +74,14 @@ def llava_answers(
     def write(request: Request) -> Written:
         return _lines(
             {
-                "question_id": question_id(said.row),
-                "prompt": prompt(said.row),
-                "text": said.answer.strip(),
-                "answer_id": content_sha256(said.row["where"], said.answer)[:22],
+                "question_id": question_id(item.row),
+                "prompt": prompt(item.row),
+                "text": item.answer.strip(),
+                "answer_id": content_sha256(item.row["where"], item.answer)[:22],
                 "model_id": request.model,
                 "metadata": {},
             }
-            for said in _all(request)
+            for item in _all(request)
         )
 
     return write
@@ -104,20 +104,20 @@ def llava_questions(
         category: Of a row.
         image: Of a row and the folder of data, below LLaVA's folder of images.
         order: The tasks, where LLaVA has them in another order.
-        note: What is not in the file though it is in LLaVA's.
+        note: Note on the contents of LLaVA's file that this one lacks.
     """
 
     def write(request: Request) -> Written:
-        tasks = sorted(request.said, key=order.index) if order else request.said
+        tasks = sorted(request.answers, key=order.index) if order else request.answers
         lines = _lines(
             {
-                "question_id": question_id(said.row),
-                "image": image(said.row, request.data),
-                "text": prompt(said.row),
-                "category": category(said.row),
+                "question_id": question_id(item.row),
+                "image": image(item.row, request.data),
+                "text": prompt(item.row),
+                "category": category(item.row),
             }
             for task in tasks
-            for said in request.said[task]
+            for item in request.answers[task]
         )
         return lines._replace(notes=(note,) if note else ())
 
@@ -137,9 +137,9 @@ def pope_lists(request: Request) -> Written:
     return Written(
         {
             f"{task.removeprefix('pope_')}.jsonl": _lines(
-                {"question": said.row["text"], "answer": said.answer.strip()} for said in found
+                {"question": item.row["text"], "answer": item.answer.strip()} for item in found
             ).files[""]
-            for task, found in request.said.items()
+            for task, found in request.answers.items()
         },
         ("The published script scores a file at a time: set its ans_file and label_file.",),
     )
@@ -147,12 +147,12 @@ def pope_lists(request: Request) -> Written:
 
 def amber_list(request: Request) -> Written:
     """Write AMBER's answers as they are, since its script takes them to the letter."""
-    said = _all(request)
-    other = sum(item.answer not in ("Yes", "No") for item in said)
+    answered = _all(request)
+    other = sum(item.answer not in ("Yes", "No") for item in answered)
     note = (
         f"{other:,} answers are not exactly Yes or No, which the published script counts as wrong"
     )
-    written = _list({"id": int(item.row["id"]), "response": item.answer} for item in said)
+    written = _list({"id": int(item.row["id"]), "response": item.answer} for item in answered)
     return written._replace(notes=(f"{note}.",) if other else ())
 
 
@@ -162,12 +162,12 @@ _ADDED |= {"model_prediction", "item", VERDICT, REPLY, JUDGE}
 
 
 def hallusionbench_list(request: Request) -> Written:
-    """Write the published questions with the answers, and verdicts on them where there are any."""
+    """Write the published questions with the answers, and their verdicts if there are any."""
     return _list(
-        {key: value for key, value in said.row.items() if key not in _ADDED}
-        | {"model_prediction": said.answer.strip()}
-        | _judgement(said.replies)
-        for said in _all(request)
+        {key: value for key, value in item.row.items() if key not in _ADDED}
+        | {"model_prediction": item.answer.strip()}
+        | _judgement(item.replies)
+        for item in _all(request)
     )
 
 
@@ -191,15 +191,15 @@ def mme_folder(request: Request) -> Written:
     questions of an image one after the other.
     """
     files, replaced = {}, 0
-    for found in request.said.values():
+    for found in request.answers.values():
         of_image: dict[str, list[str]] = {}
-        for said in found:
-            answer = said.answer.strip()
+        for item in found:
+            answer = item.answer.strip()
             # one space for each, since the rules read the first four characters
             plain = re.sub(r"[\t\n\r]", " ", answer)
             replaced += plain != answer
-            task, image = said.row["image"].split("/", 1)
-            columns = (image, said.row["text"], said.row["label"].capitalize(), plain)
+            task, image = item.row["image"].split("/", 1)
+            columns = (image, item.row["text"], item.row["label"].capitalize(), plain)
             of_image.setdefault(image, []).append("\t".join(columns) + "\n")
         files[f"{task}.txt"] = "".join(line for lines in of_image.values() for line in lines)
     note = f"A tab or a line break became a space in {replaced:,} answers."
@@ -224,10 +224,10 @@ def mmbench_table(request: Request) -> Written:
     letters = ("A", "B", "C", "D")
     table = csv.writer(text, dialect, lineterminator="\n")
     table.writerow(["index", "question", *letters, "prediction", "answer"])
-    for said in _all(request):
-        choices = [said.row["choices"].get(letter, "") for letter in letters]
-        question, answer = said.row["text"], said.answer.strip()
-        table.writerow([said.row["id"], question, *choices, answer, said.row["label"]])
+    for item in _all(request):
+        choices = [item.row["choices"].get(letter, "") for letter in letters]
+        question, answer = item.row["text"], item.answer.strip()
+        table.writerow([item.row["id"], question, *choices, answer, item.row["label"]])
     return Written({"": text.getvalue()}, ("The server takes a sheet: save the table as .xlsx.",))
 
 
@@ -238,25 +238,25 @@ def science_prompt(row: Row) -> str:
 
 
 def textvqa_list(request: Request) -> Written:
-    """Write what the server of TextVQA takes."""
+    """Write the file that the server of TextVQA takes."""
     return _list(
-        {"question_id": _number(said.row["id"]), "answer": said.answer.strip()}
-        for said in _all(request)
+        {"question_id": _number(item.row["id"]), "answer": item.answer.strip()}
+        for item in _all(request)
     )
 
 
 def vizwiz_list(*, normalizes: bool) -> Callable[[Request], Written]:
-    """Return the form that the server of VizWiz takes, with answers as they are or as LLaVA's
-    script normalizes them before.
+    """Return the form that the server of VizWiz takes, with answers unchanged or normalized as by
+    LLaVA's script.
     """
 
     def write(request: Request) -> Written:
         return _list(
             {
-                "image": said.row["image"],
-                "answer": official_form(said.answer) if normalizes else said.answer.strip(),
+                "image": item.row["image"],
+                "answer": official_form(item.answer) if normalizes else item.answer.strip(),
             }
-            for said in _all(request)
+            for item in _all(request)
         )
 
     return write

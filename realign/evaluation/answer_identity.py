@@ -22,7 +22,7 @@ BASE = "base/"  # before the names of the files that an adapter stands on
 
 
 class AskedModel:
-    """A model that is asked, as far as it is known without its weights; each fact is found once.
+    """Facts of a model that are known without its weights, each found once.
 
     Args:
         folder: From :func:`realign.modeling.folder.resolve_model`.
@@ -47,7 +47,7 @@ class AskedModel:
         return load_model_config(self.folder)
 
     def processor_identity(self) -> dict[str, str]:
-        """Return the classes of the processor, which depend on the packages that there are, and the
+        """Return the classes of the processor, which depend on the installed packages, and the
         SHA-256 of its chat template.
         """
         processor = self.processor

@@ -35,7 +35,7 @@ def vlmevalkit_letter(answer: str, choices: Mapping[str, str]) -> str:
 
     Args:
         answer: Any text.
-        choices: Letter to the text of the choice.
+        choices: Texts of the choices by letter.
     Returns:
         letter: One of the choices, or ``Z``.
     """
@@ -105,9 +105,9 @@ def lmms_letter(answer: str, choices: Mapping[str, str]) -> str:
 
     Args:
         answer: Any text.
-        choices: Letter to the text of the choice.
+        choices: Texts of the choices by letter.
     Returns:
-        letter: A to E, or empty where there is none.
+        letter: A to E, or empty without one.
     """
     if letter := _lmms_alone(answer):
         return letter

@@ -1,4 +1,4 @@
-"""Scores of answers that any program wrote, by a named rule of a benchmark, without a model."""
+"""Scores of answers of any program, by a named rule of a benchmark, without a model."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def score(
         answers: One or more files of answers, in any format that the benchmark's programs write.
         data: Folder with the benchmark's published files.
         rule: Name of the rule, such as ``official``, ``lmms-eval`` or ``vlmevalkit``.
-        allow_subset: Score the answers that there are, where others are missing.
-        bootstrap: Draws behind 95 % intervals, over clusters; 0 for none.
+        allow_subset: Whether to score the existing answers if others are missing.
+        bootstrap: Number of draws of clusters for the 95 % intervals; 0 for none.
         seed: Of the draws.
     Returns:
         ``benchmark``, ``version`` of the data (``unknown`` where it is not a published one),
@@ -189,7 +189,7 @@ class _Measured(NamedTuple):
 def _judged(
     benchmark: Benchmark, rule: Rule, answered: Sequence[Answered]
 ) -> tuple[_Measured, dict[str, Any]]:
-    """Return the score vectors of a rule that reads verdicts, and what a result holds of them."""
+    """Return the score vectors of a rule that reads verdicts, and their entries in a result."""
     gradings = read_gradings(benchmark, rule, answered)
     metrics, split_metrics = averaged(rule, len(gradings))
     mean = replace(rule, metrics=metrics, split_metrics=split_metrics)
@@ -246,7 +246,7 @@ def data_version(benchmark: Benchmark, tasks: Mapping[str, Sequence[Row]]) -> st
 
 
 def _split_sums(benchmark: Benchmark, rule: Rule, answered: Scored) -> dict[str, Array]:
-    """Return the score vectors of all clusters by split, zero where a split has none of one."""
+    """Return the score vectors of all clusters by split, zero if a split has no row of one."""
     key = rule.cluster or benchmark.cluster
     rows = [row for row, _ in answered]
     places = {cluster: n for n, cluster in enumerate(dict.fromkeys(row[key] for row in rows))}

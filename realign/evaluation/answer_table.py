@@ -19,11 +19,11 @@ UNCOMPARED = (*COUNTS, "yes_ratio")  # counts, and what a constant answer fixes
 
 
 def answer_table(scores: Mapping[str, Any]) -> RenderableType:
-    """Return what :func:`realign.evaluation.score` returns as a table, with what it rests on.
+    """Return the result of :func:`realign.evaluation.score` as a table, with its basis.
 
     Splits are columns, or rows where there are more of them than metrics, as of MME's tasks; where
-    these columns do not fit into the terminal, every split of every metric is a row. Parts of a
-    benchmark have a table each.
+    these columns do not fit into the terminal, every split of every metric is a row. Each part of a
+    benchmark has its own table.
     """
     if "parts" in scores:
         return Group(*map(answer_table, scores["parts"].values()))

@@ -14,14 +14,13 @@ _MOST_PERIODS = 32  # a flag of regular expressions is passed where the number b
 def strip_punctuation(text: str, *, keeps_after_digit: bool) -> str:
     """Remove punctuation as the scorer of VQA does, whose copy many programs have.
 
-    A mark is deleted where it stands beside a space anywhere in the text, or where the text has a
-    comma between two digits; otherwise a space takes its place. A period goes unless a digit
-    follows.
+    A mark is deleted if it is beside a space anywhere in the text, or if the text has a comma
+    between two digits; otherwise a space replaces it. A period goes unless a digit follows.
 
     Args:
         text: Any text.
-        keeps_after_digit: Whether a period after a digit stays, as VLMEvalKit has it; the official
-            scorer means that too, but its pattern is mistyped.
+        keeps_after_digit: Whether a period after a digit stays, as in VLMEvalKit; the official
+            scorer intends it too, but has a typing error in its pattern.
     """
     result = text
     has_number = _DIGIT_COMMA_DIGIT.search(text) is not None

@@ -1,4 +1,4 @@
-"""Writes stored answers in the forms that the published programs read."""
+"""Writing of stored answers in the forms that the published programs read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Report(NamedTuple):
 
     out: Path
     number: int
-    """Of answers, or of questions."""
+    """Number of answers, or of questions."""
     notes: Sequence[str]
     """Notes on changes to the answers, and on limits of the file."""
 
@@ -43,11 +43,11 @@ def write(
         out: A new file, or a new folder for forms of several files.
         answers: One or more files of answers, in any format that is read; none for forms of
             questions.
-        model: What LLaVA's files call the model; the name of the first file by default.
-        allow_subset: Write the answers that there are, where others are missing and the published
-            program can do without.
+        model: Name of the model in LLaVA's files; by default the name of the first file.
+        allow_subset: Whether to write the existing answers if others are missing and the published
+            program does not need them.
     Returns:
-        report: How many answers were written and what was changed in them.
+        report: The number of written answers, and notes on changes to them.
     Raises:
         RefusedError: A name is unknown, ``out`` exists, a file is missing or has another form, or
             the answers are not those of the data.
@@ -74,7 +74,7 @@ def write(
             "program can save it as .xlsx."
         )
     tasks = {name: task.rows for name, task in chosen.read_tasks(data).items()}
-    said = {name: [Answered(row, "") for row in rows] for name, rows in tasks.items()}
+    answered = {name: [Answered(row, "") for row in rows] for name, rows in tasks.items()}
     if form.needs_answers:
         found = read_answers(
             chosen,
@@ -84,19 +84,19 @@ def write(
             allows_subset=allow_subset and not form.needs_all,
         )
         by_row = {id(item.row): item for item in found}
-        said = {
+        answered = {
             name: [by_row[id(row)] for row in rows if id(row) in by_row]
             for name, rows in tasks.items()
         }
     name = model or (paths[0].stem if paths else "")
-    written = form.write(Request(said, data, name, out))
+    written = form.write(Request(answered, data, name, out))
     if [*written.files] == [""]:
         write_text(out, written.files[""])
     else:
         with new_folder(out) as folder:
             for file, text in written.files.items():
                 write_text(folder / file, text)
-    return Report(out, sum(map(len, said.values())), written.notes)
+    return Report(out, sum(map(len, answered.values())), written.notes)
 
 
 def _find_form(benchmark: Benchmark, name: str) -> Form:

@@ -1,5 +1,5 @@
-"""Asks a model every question once, in batches that are divided over the processes. What is
-answered is on the disk, so that a run that is killed at any moment goes on where it was.
+"""Asking a model every question once, in batches that are divided over the processes. Every answer
+is on the disk, so that a run that is killed at any moment continues where it was.
 """
 
 from __future__ import annotations
@@ -34,34 +34,34 @@ def ask(
     config: EvalConfig,
     ranks: Ranks,
 ) -> tuple[dict[str, Answer], float | None]:
-    """Ask a model, or go on with asking it.
+    """Ask a model, or continue to ask it.
 
     Args:
-        name: That of the model, for its journal and the progress.
+        name: Name of the model, for its journal and the progress.
         folder: The model's folder.
-        first: The question on which an adapter shows its effect.
+        first: The question on which the effect of an adapter is measured.
         batches: From :func:`~realign.evaluation.stored_answers.make_batches`. Their answers do not
             depend on which process asks them.
-        config: How to load the model, and the output folder.
+        config: Options of the model's loading, and the output folder.
         ranks: The processes, all of which call this.
     Returns:
         answers: By :attr:`~realign.evaluation.stored_answers.Question.key`.
-        effect: What an adapter changes (:func:`adapter_effect`); None for a whole model.
+        effect: The effect of an adapter (:func:`adapter_effect`); None for a whole model.
     Raises:
         RefusedError: The model or a line of the journal is refused, or an adapter has no effect.
     """
     journal = config.out / "journal" / name
-    finished = ranks.together(lambda: read_journals(journal))
+    finished = ranks.run_together(lambda: read_journals(journal))
     ranks.gather(None)  # nobody writes before all have read
     waiting = [batch for batch in batches if batch_key(batch) not in finished]
     effect = _ask_waiting(name, folder, first, waiting, config, ranks)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # of the model that is gone
-    answered = ranks.first(lambda: read_journals(journal))
+    answered = ranks.run_on_first(lambda: read_journals(journal))
     answers = {
-        question.key: said
+        question.key: answer
         for batch in batches
-        for question, said in zip(batch, answered[batch_key(batch)], strict=True)
+        for question, answer in zip(batch, answered[batch_key(batch)], strict=True)
     }
     return answers, effect
 
@@ -74,19 +74,19 @@ def _ask_waiting(
     config: EvalConfig,
     ranks: Ranks,
 ) -> float | None:
-    """Ask this process's share of the batches; return what an adapter changes."""
+    """Ask this process's share of the batches; return the effect of an adapter."""
     mine = waiting[ranks.rank :: ranks.world_size]
     has_adapter = is_adapter(folder)
     generator: TransformersGenerator | None = None
     if mine or (ranks.is_first and has_adapter):
-        generator = ranks.together(
+        generator = ranks.run_together(
             lambda: TransformersGenerator.load(
                 folder, choose_dtype(config.dtype), first.max_new_tokens, config.batch_size
             )
         )
     else:
-        ranks.together(lambda: None)
-    effect = ranks.first(
+        ranks.run_together(lambda: None)
+    effect = ranks.run_on_first(
         lambda: (
             adapter_effect(
                 generator,
@@ -98,7 +98,7 @@ def _ask_waiting(
             else None
         )
     )
-    ranks.together(lambda: _answer(name, generator, mine, config.out, ranks.rank))
+    ranks.run_together(lambda: _answer(name, generator, mine, config.out, ranks.rank))
     return effect
 
 
@@ -119,19 +119,19 @@ def _answer(
         for batch in batches:
             requests = [Request(question.prompt, question.image) for question in batch]
             answers = generator.generate(requests, batch[0].max_new_tokens)
-            written = [[said.text, said.is_cut, said.num_tokens] for said in answers]
+            written = [[answer.text, answer.is_cut, answer.num_tokens] for answer in answers]
             journal.append(batch_key(batch), {"answers": written})
             progress.advance(len(batch))
 
 
 def batch_key(batch: Batch) -> str:
-    """Return what a batch is known by in a journal: its questions in their order."""
+    """Return the key of a batch in a journal: its questions in their order."""
     return content_sha256(*(question.key for question in batch))
 
 
 def read_journals(folder: Path) -> dict[str, list[Answer]]:
     """Read the batches that the processes of this run, or of earlier ones, have answered. A line
-    that a killed process left unfinished is none.
+    that a killed process left unfinished is skipped.
 
     Returns:
         answers: By :func:`batch_key`.
@@ -146,7 +146,7 @@ def read_journals(folder: Path) -> dict[str, list[Answer]]:
                     break
                 try:
                     entry = json.loads(line)
-                    found[entry["key"]] = [_read(said) for said in entry["answers"]]
+                    found[entry["key"]] = [_read(answer) for answer in entry["answers"]]
                 except (ValueError, KeyError, TypeError):
                     raise RefusedError(
                         f"{path}, line {number} must be the answers to a batch, got "

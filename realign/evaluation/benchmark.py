@@ -1,5 +1,5 @@
-"""The definition of a benchmark: its files and how they are read, what an answer scores under each
-named rule, and what the table shows of it.
+"""The definition of a benchmark: its files and their readers, the score of an answer under each
+named rule, and the rows of the table.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class UnitValues(NamedTuple):
     """The units that a metric is the mean of: questions, or groups that are right as a whole."""
 
     of_cluster: Callable[[Sequence[ScoredRow]], Sequence[float]]
-    """The scored rows of a cluster to one value for each unit, in an order that does not depend on
-    the scores; 1 where the unit is right and 0 where it is wrong, if it can only be that.
+    """Map the scored rows of a cluster to one value per unit, in an order independent of the
+    scores; for binary units 1 if right and 0 if wrong.
     """
     scale: float = 1.0
     """Factor from the mean of the values to the metric, such as 100 for percent."""
@@ -49,23 +49,23 @@ class Rule:
     """A named way to score stored answers."""
 
     score: Callable[[Row, str], Sequence[float]]
-    """A row and its answer to a score vector, whose length K is the rule's own."""
+    """Map a row and its answer to a score vector, whose length K is the rule's own."""
     metrics: Metrics
-    """Score vectors summed over clusters, shape ``(..., K)``, to named values, shape ``(...)``. A
-    value that is not defined, because its denominator is 0, is NaN or infinite; numpy is silent.
+    """Map score vectors summed over clusters, shape ``(..., K)``, to named values, shape ``(...)``.
+    A value whose denominator is 0 is NaN or infinite, without a warning of NumPy.
     """
     split_metrics: Mapping[str, Metrics] = field(default_factory=dict)
-    """The metrics of splits in which the published program computes them in another way."""
+    """Metrics of splits in which the published program computes them in another way."""
     combine: Callable[[Sequence[ScoredRow]], ArrayLike] = sum_scores
-    """The scored rows of a cluster to the score vector of the cluster. A rule that counts groups in
-    which every answer is right does that here.
+    """Map the scored rows of a cluster to its score vector. A rule that counts groups in which
+    every answer is right does so here.
     """
     cluster: str = ""
-    """The key of a row that names its cluster under this rule; the benchmark's where it is empty.
-    Groups that a rule counts never cross clusters.
+    """Key of a row that names its cluster under this rule; empty for the benchmark's. Groups that a
+    rule counts never cross clusters.
     """
     unit: str = "fraction"
-    """The unit of the values that are no counts: ``fraction``, ``percent`` or ``points``."""
+    """Unit of the values that are not counts: ``fraction``, ``percent`` or ``points``."""
     says_yes: Callable[[str], bool] | None = None
     """Return whether an answer is read as yes. None for benchmarks without yes/no questions."""
     covers: Callable[[Row], bool] = lambda row: True
@@ -91,11 +91,11 @@ class Rule:
 
 
 class MissingData(RefusedError):
-    """A folder holds no file of a benchmark."""
+    """A folder has no file of a benchmark."""
 
 
 class TableRow(NamedTuple):
-    """A metric that is shown; the others are in ``scores.json`` alone."""
+    """A metric that is shown; the others are only in ``scores.json``."""
 
     task: str  # the row is shown where this task is measured
     rule: str
@@ -109,14 +109,14 @@ class TableRow(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """The text that a program sends for a question, and how long it lets the answer be."""
+    """The text that a program sends for a question, and the limit on the length of the answer."""
 
     text: Callable[[Row], str] = lambda row: str(row["text"])
     max_new_tokens: int = 128
 
 
 class View(NamedTuple):
-    """An answer as it is shown to a reader."""
+    """An answer as a reader sees it."""
 
     truth: str
     is_right: bool
@@ -125,21 +125,21 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """One way in which the files of a benchmark lie in a folder."""
+    """One arrangement of the files of a benchmark in a folder."""
 
     files: Mapping[str, tuple[str, ...]]
-    """Task to the names of its files. A task is measured where the first of them is."""
+    """Names of the files of each task. A task is measured if the first of them exists."""
     read: Callable[..., list[Row]]
     """Read and check the first file of a task, and those beside it that the task needs."""
     are_folders: bool = False
     """True if the names are those of folders instead of files."""
     takes_named: bool = False
     """True if ``read`` also takes a function that returns the keys of the questions that answers
-    name. So it is where the files hold far more than a benchmark asks for.
+    name. This is for files that hold far more than a benchmark asks for.
     """
 
     def holds(self, path: Path) -> bool:
-        """Return whether the first file or folder of a task is there."""
+        """Return whether the first file or folder of a task exists."""
         return path.is_dir() if self.are_folders else path.is_file()
 
     def first_in(self, folder: Path) -> str | None:
@@ -150,12 +150,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """One form of the records of answer files. A record is joined to its question by a key."""
+    """One format of the records of answer files. A record is joined to its question by a key."""
 
     fields: tuple[str, ...]
     """The fields that every record must have."""
     answer: str | None
-    """The field that holds the answer; None for files that hold the replies of a judge alone."""
+    """The field of the answer; None for files that hold only the replies of a judge."""
     key: Callable[[Record], Hashable]
     """The key of the question that a record answers."""
     row_key: Callable[[Row], Hashable | None]
@@ -186,40 +186,40 @@ ANSWERS_BY_ID = AnswerFormat(
 
 @dataclass(frozen=True, eq=False)
 class Benchmark:
-    """Everything in which one benchmark differs from another."""
+    """A benchmark: everything that differs between benchmarks."""
 
     name: str
     """The name on the command line and in JSON, such as ``pope``."""
     title: str
     """The name in tables and messages, such as ``POPE``."""
     layouts: Sequence[Layout]
-    """The first one that a folder holds is read."""
+    """Layouts of its files, of which the first that a folder has is read."""
     rules: Mapping[str, Rule]
     table: Sequence[TableRow]
     prompts: Mapping[str, Prompt] = field(default_factory=lambda: {"official": Prompt()})
-    """Name of a program to how it asks. The first one is the default. Without any, a benchmark is
-    scored from files and not asked.
+    """Prompts by the name of their program. The first is the default. A benchmark without prompts
+    is scored from files and not asked.
     """
     image_folder: str = ""
     """The folder below ``--images`` that may hold the images; the benchmark's name by default."""
     image_places: Callable[[Row], Sequence[str]] = lambda row: (row["image"],)
-    """Where in that folder, or in ``--images`` itself, the image of a row may lie."""
+    """Return the possible paths of a row's image below that folder, or below ``--images``."""
     read_images: Callable[[Path], Iterator[tuple[str, bytes]]] | None = None
-    """Read the images of a task's first file, by the names that rows have, where they lie in it."""
+    """Read the images in a task's first file, by the names that rows have."""
     cluster: str = "image"
     """The key of a row that names its cluster. The bootstrap draws clusters."""
     samples: Mapping[str, Callable[[Row, str], View]] = field(default_factory=dict)
-    """Task to the view of a row's answer, where the report shows answers side by side."""
+    """Views of a row's answer by task, for tasks whose answers the report shows side by side."""
     splits: Callable[[str, Row], Sequence[str]] = lambda task, row: ("all",)
     """The splits that a row of a task belongs to."""
     means: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Name to the splits whose metrics are averaged under it, as published tables do."""
+    """Splits whose metrics are averaged under a name, as in published tables."""
     headline: tuple[str, ...] = ()
-    """The metrics that ``realign eval compare`` compares unless others are asked for; every metric
-    that is no count where it is empty.
+    """The metrics that ``realign eval compare`` compares by default; empty for every metric that is
+    not a count.
     """
     less_is_better: tuple[str, ...] = ()
-    """The metrics of which less is better."""
+    """Metrics of which a smaller value is better."""
     version_keys: tuple[str, ...] = ("image", "text")
     """The keys of a row that its score depends on."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -227,17 +227,17 @@ class Benchmark:
     to the name of that version.
     """
     answer_reader: Callable[[Path], list[tuple[str, Record]] | None] = lambda path: None
-    """Read the records of an answer file that is neither JSON nor a table; None where it is one."""
+    """Read the records of an answer file that is neither JSON nor a table; None for other files."""
     answer_formats: Sequence[AnswerFormat] = ()
-    """The formats of answer files that others write; those above are always understood."""
+    """Formats of answer files of other programs; those above are always read."""
     constants: Mapping[str, str] = field(default_factory=dict)
-    """Answers that need no model, whose scores are shown beside every score."""
+    """Constant answers, whose scores are shown beside every score."""
     replies: Callable[[Record], Replies] = stored_replies
-    """Return what judges replied about the answer of a record, a reply for each grading. None of
-    them means that the record is not of a judged file.
+    """Return the replies of judges about the answer of a record, one per grading. None means that
+    the file was not judged.
     """
     judge: Judge | None = None
-    """The way a judge is asked about answers; None for benchmarks that need none."""
+    """How a judge is asked about answers; None for benchmarks without a judge."""
 
     def find_layout(self, data: Path) -> Layout:
         """Return the first layout of which a folder holds a file.
@@ -289,4 +289,4 @@ class Task(NamedTuple):
     benchmark: Benchmark
     rows: list[Row]
     files: tuple[str, ...] = ()
-    """Names of the files that they were read from."""
+    """Names of the files that the rows were read from."""

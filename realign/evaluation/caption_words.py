@@ -1,8 +1,8 @@
 """The words of a caption, as programs that score captions take them: tokens of the Penn Treebank,
 and the singular that each of two programs makes of a plural.
 
-Only what can change which objects a caption names is done as those programs do it: a token that
-holds anything but letters names no object, so it may be cut in another way here.
+Only steps that can change the objects of a caption follow those programs: a token with anything but
+letters names no object, so it may be cut in another way here.
 """
 
 from __future__ import annotations

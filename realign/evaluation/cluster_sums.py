@@ -29,20 +29,20 @@ class Run(NamedTuple):
 
 
 class Units(NamedTuple):
-    """The values of what a metric is the mean of, such as questions or images."""
+    """Values of the units that a metric is the mean of, such as questions or images."""
 
     values: Array
     clusters: NDArray[np.int64]
-    """The number of each one's cluster."""
+    """Number of each unit's cluster."""
 
     @property
     def are_binary(self) -> bool:
-        """True if each is right or wrong, so that gained and lost ones can be counted."""
+        """True if each unit is right or wrong, so that gained and lost ones can be counted."""
         return bool(np.isin(self.values, (0, 1)).all())
 
     @property
     def share_clusters(self) -> bool:
-        """True if a cluster holds more than one."""
+        """True if a cluster has more than one unit."""
         return len(np.unique(self.clusters)) < len(self.clusters)
 
 
@@ -50,11 +50,11 @@ class Sums(NamedTuple):
     """The sums of one model under one rule."""
 
     vectors: dict[str, Array]
-    """Split to score vectors, shape ``(clusters, K)``, zero where a split has none of a cluster.
-    The last two columns count answers and those that are read as yes.
+    """Score vectors by split, shape ``(clusters, K)``, zero if a split has no row of a cluster. The
+    last two columns count answers and those that are read as yes.
     """
     units: dict[str, dict[str, Units]]
-    """Split to metric to the units of that metric."""
+    """Units of each metric of each split."""
 
 
 def number_clusters(
@@ -93,12 +93,12 @@ def cluster_sums(
     """Score the answers to some rows by a rule and sum them by split and cluster.
 
     Args:
-        benchmark: Whose rows they are.
+        benchmark: Benchmark of the rows.
         rule: Which scores them.
         rows: To score; each has its ``splits``.
         texts: The answer to each, as the rule reads it.
         clusters: The number of each row's cluster.
-        num_clusters: How many clusters all rows have.
+        num_clusters: Number of clusters of all rows.
     """
     key = rule.cluster or benchmark.cluster
     places = {row[key]: number for row, number in zip(rows, clusters, strict=True)}
@@ -168,8 +168,8 @@ def metric_values(
     """Return the metrics of every split, and of the means over splits that the benchmark has.
 
     Args:
-        benchmark: Whose splits they are.
-        rule: Whose metrics they are.
+        benchmark: Benchmark of the splits.
+        rule: Rule of the metrics.
         vectors: Split to score vectors summed over clusters, shape ``(..., K)``, in the form of
             :class:`Sums`.
     Returns:

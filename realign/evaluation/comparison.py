@@ -1,5 +1,5 @@
-"""Compares models on benchmarks: what ``scores.json`` holds, and what ``realign eval compare``
-prints.
+"""Comparison of models on benchmarks: the contents of ``scores.json`` and of
+``realign eval compare``.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def score(
         tasks: By name.
         answers: Model to answer by :func:`~realign.evaluation.rows.item_key`; the first model is
             the baseline.
-        resamples: How many draws of the bootstrap, and of the permutation test.
+        resamples: Number of draws of the bootstrap, and of the permutation test.
         seed: Of the draws.
     Returns:
-        What ``scores.json`` holds; docs/evaluation.md has its keys.
+        The content of ``scores.json``; docs/evaluation.md has its keys.
     """
     draws = Draws(resamples, seed)
     by_benchmark: dict[Benchmark, dict[str, Task]] = {}
@@ -80,7 +80,7 @@ def comparison_of(
     draws: Draws,
     models: Sequence[str],
 ) -> dict[str, Any]:
-    """Return what ``scores.json`` holds of scores and comparisons.
+    """Return the scores and comparisons of ``scores.json``.
 
     Args:
         measured: One of each benchmark, all with the same models.
@@ -120,15 +120,15 @@ def with_splits(benchmark: Benchmark, tasks: Mapping[str, Sequence[Row]]) -> lis
 
 
 def _task(task: Task, answers: Answers) -> dict[str, Any]:
-    said: dict[str, list[Answer]] = {
+    by_model: dict[str, list[Answer]] = {
         model: [stored[item_key(row)] for row in task.rows] for model, stored in answers.items()
     }
     return {
         "benchmark": task.benchmark.name,
         "items": len(task.rows),
         "images": _num_images(task.rows),
-        "cut": {model: sum(answer.is_cut for answer in found) for model, found in said.items()},
-        "probes": {model: probes(task.benchmark, found) for model, found in said.items()},
+        "cut": {model: sum(answer.is_cut for answer in found) for model, found in by_model.items()},
+        "probes": {model: probes(task.benchmark, found) for model, found in by_model.items()},
     }
 
 
@@ -137,7 +137,7 @@ def _num_images(rows: Sequence[Row]) -> int:
 
 
 def _entries(measured: Measured) -> dict[str, Any]:
-    """Return what ``scores.json`` holds of one benchmark."""
+    """Return the entry of one benchmark in ``scores.json``."""
     return {
         "title": measured.benchmark.title,
         "cluster": _cluster_words(measured),
@@ -155,7 +155,7 @@ def _entries(measured: Measured) -> dict[str, Any]:
 
 
 def _cluster_words(measured: Measured) -> str:
-    """Return what is drawn together, in words; several where rules have different clusters."""
+    """Return the words for clusters; several if rules have different clusters."""
     keys = [rule.cluster or measured.benchmark.cluster for rule in measured.rules.values()]
     return " and ".join(dict.fromkeys(CLUSTER_WORDS.get(key, key) for key in keys))
 

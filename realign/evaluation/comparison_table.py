@@ -25,7 +25,7 @@ COLUMNS = (  # with their widths, 80 characters together
 
 
 def comparison_table(scores: Found) -> RenderableType:
-    """Return what :func:`realign.evaluation.compare` returns as a table, with what it rests on."""
+    """Return the result of :func:`realign.evaluation.compare` as a table, with its basis."""
     ((name, benchmark),) = scores["benchmarks"].items()
     ((rule, by),) = benchmark["rules"].items()
     subset = f", subset {benchmark['subset']}" if benchmark["subset"] else ""

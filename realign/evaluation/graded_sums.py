@@ -17,7 +17,7 @@ def num_gradings(by_run: Mapping[Run, int]) -> dict[str, int]:
     """Return how often the answers were graded, by rule.
 
     Args:
-        by_run: Run to its gradings, 1 where no judge reads its answers.
+        by_run: Gradings of each run, 1 if no judge reads its answers.
     Raises:
         RefusedError: Those of two models were not graded equally often.
     """

@@ -1,5 +1,5 @@
-"""Scores by the verdicts of a judge: their mean over several gradings of the same answers, their
-bounds where answers are unjudged, and who the judges were.
+"""Scores by the verdicts of a judge: their mean over gradings of the same answers, their bounds if
+answers are unjudged, and the names of the judges.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Grading(NamedTuple):
     """One grading of all answers."""
 
     worst: Scored
-    """Each row with its verdict, which is the worst one where the answer is unjudged."""
+    """Each row with its verdict, which is the worst one if the answer is unjudged."""
     best: Scored
     """The same with the best one."""
     unjudged: list[str]
@@ -133,8 +133,8 @@ def spread(runs: Sequence[Values]) -> dict[str, dict[str, dict[str, float] | Non
 
 
 def judges(answered: Iterable[Answered]) -> list[dict[str, Any]]:
-    """Return who the judges were and which prompts they got, as far as the files state it, and how
-    many replies each gave.
+    """Return the judges and their prompts, as far as the files state them, and the number of
+    replies of each.
     """
     counts = Counter(
         reply[1:] for item in answered for reply in item.replies if reply.text is not None

@@ -45,13 +45,13 @@ def choose_prompts(tasks: Mapping[str, Task], program: str | None) -> Prompts:
 def make_items(
     tasks: Mapping[str, Task], prompts: Prompts, pictures: Pictures, max_new_tokens: int | None
 ) -> list[Item]:
-    """Return what is asked and stored, each item of a benchmark once, in the order of the tasks.
+    """Return the items to ask and store, each one of a benchmark once, in the order of the tasks.
 
     Args:
         tasks: By name.
         prompts: From :func:`choose_prompts`.
         pictures: From :func:`~realign.evaluation.pictures.read_pictures`.
-        max_new_tokens: Longest answer; None for what was published with each prompt.
+        max_new_tokens: Longest answer; None for the limit that was published with each prompt.
     Raises:
         RefusedError: A row lacks what the prompt needs.
     """
@@ -91,7 +91,7 @@ def check_items(
     """Refuse questions that a model cannot read, before any is asked.
 
     Args:
-        name: That of the model.
+        name: Name of the model.
         processor: The model's processor.
         config: The model's configuration.
         items: From :func:`make_items`.
@@ -115,6 +115,6 @@ def _problems(
             try:
                 reader.check(item.question.prompt, sizes[path] if path else None)
             except RefusedError as error:
-                what = item.image or "a question without an image"
-                yield f"{item.where}, {what}, model {name}: {error}"
+                subject = item.image or "a question without an image"
+                yield f"{item.where}, {subject}, model {name}: {error}"
             progress.advance()

@@ -1,4 +1,4 @@
-"""The verb ``realign eval judge``: have a model behind a server judge answers.
+"""The command ``realign eval judge``: let a model behind a server judge answers.
 
 <out>                     {"id", "answer", "judge_reply", "judge"}, one line per answer
 <out>.journal.jsonl       every reply of the server, so that a stopped command continues
@@ -30,12 +30,12 @@ ROUND = 16  # requests of a round, times those at a time: after each the progres
 
 @dataclass(frozen=True)
 class JudgeModel:
-    """The model that judges, and what it is asked for where a benchmark's judge is another one.
+    """The model that judges, and options that replace those of a benchmark's judge.
 
     Attributes:
         endpoint: The server.
         name: The name that the server knows the model by.
-        temperature: Of the first try; by default that of the benchmark's judge.
+        temperature: Temperature of the first try; by default that of the benchmark's judge.
         sends_temperature: False for models that take none.
         max_tokens: Longest reply; by default that of the benchmark's judge.
         length_field: Name of that limit in a request.
@@ -54,10 +54,10 @@ class Judged(NamedTuple):
 
     Attributes:
         answers: All answers of the file.
-        read: Those that a judge had to read.
+        read: Number of answers that a judge had to read.
         without_verdict: Gradings whose last reply holds no verdict, or that have no reply.
         asked: Requests that the server answered in this command.
-        from_journal: Requests that an earlier one had asked.
+        from_journal: Requests that an earlier command had sent.
     """
 
     answers: int
@@ -80,8 +80,8 @@ def judge(
 ) -> Judged:
     """Have a model judge answers, and store its replies beside them.
 
-    Every reply is journalled before it is used, so that the same command continues what it began.
-    A reply without a verdict is asked for again, as often as the benchmark's judge is; the last one
+    Every reply is journalled before it is used, so that the same command continues a stopped one. A
+    reply without a verdict is asked for again, as often as the benchmark's judge is; the last one
     is stored.
 
     Args:
@@ -90,7 +90,7 @@ def judge(
         data: Folder with the benchmark's published files.
         out: JSON lines that :func:`realign.evaluation.score` reads.
         model: The judge.
-        prompt: Template of the prompt; by default ours.
+        prompt: Template of the prompt; by default this project's.
         repeat: How often every answer is graded.
         allow_subset: Whether questions may lack an answer.
     Raises:
@@ -133,8 +133,8 @@ def judge(
 
 
 def _check_out(out: Path, journal: Path, answers: Sequence[Path], name: str) -> None:
-    """Refuse to write over anything but what the same judge wrote. Where no answer of a file was
-    read by a judge, as may be of MMBench, the journal beside it shows that this command wrote it.
+    """Refuse to overwrite anything but a file of the same judge. If no answer of a file was read by
+    a judge, as may happen with MMBench, the journal beside it shows that this command wrote it.
 
     Raises:
         RefusedError: It would.
@@ -172,7 +172,7 @@ class _Pieces:
                 self.values[item.row["id"]] = by.values(item.row, answer)
 
     def prompt_name(self, row: Row) -> str:
-        """Return the name of the prompt, which says where a part of it is the data's."""
+        """Return the name of the prompt, which states whether a part of it comes from the data."""
         taken = [name for name in self.template.defaults if name in self.values[row["id"]]]
         return self.template.name + (f" with the data's {taken[0]}" if taken else "")
 
@@ -203,7 +203,7 @@ class _Grading:
         progress.advance(len(waiting))
 
     def sampling(self, attempt: int) -> Sampling:
-        """Return what a try asks the judge for."""
+        """Return the sampling options of a try."""
         by, model = self._pieces.by, self._model
         first = by.temperature if model.temperature is None else model.temperature
         return Sampling(
@@ -242,7 +242,7 @@ class _Grading:
 def _record(
     item: Answered, pieces: _Pieces, gradings: Sequence[_Grading], model: JudgeModel
 ) -> dict[str, Any]:
-    """Return an answer with the replies about it, and with what the judge was asked."""
+    """Return an answer with its replies, and with the options of the judge."""
     row_id = item.row["id"]
     record: dict[str, Any] = {"id": row_id, "answer": item.answer}
     if row_id not in pieces.values:

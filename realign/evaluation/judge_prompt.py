@@ -22,10 +22,11 @@ class JudgePrompt:
     """The text that a judge is sent about an answer.
 
     Attributes:
-        name: As scores state it. A file is never called the published prompt, whatever it holds.
+        name: Name in the scores. A file never has the name of the published prompt, whatever it
+            holds.
         system: Template of the system turn; empty for none.
         user: Template of the user's turn.
-        defaults: Placeholder to the text that stands for it where a benchmark's files have none.
+        defaults: Texts of placeholders for which a benchmark's files have none.
     """
 
     name: str
@@ -37,7 +38,7 @@ class JudgePrompt:
         """Return the request about an answer.
 
         Args:
-            values: Placeholder to text.
+            values: Texts by placeholder.
             reminder: Text below the user's turn.
         """
         given = {**self.defaults, **values}
@@ -45,15 +46,15 @@ class JudgePrompt:
         return Request(user + reminder, None, system)
 
     def sha256(self, values: Mapping[str, str]) -> str:
-        """Return the hash of everything that is not of the answer or its question."""
+        """Return the hash of the prompt without the answer and its question."""
         rules = [values.get(name, text) for name, text in self.defaults.items()]
         return content_sha256(self.system, self.user, *rules)
 
 
 def read_prompt(benchmark: Benchmark, path: Path | None) -> JudgePrompt:
-    """Read the prompt of a benchmark's judge from a file, or ours.
+    """Read the prompt of a benchmark's judge from a file, or this project's.
 
-    A file holds the user's turn. What stands above a line ``--- user ---`` is a system turn.
+    A file holds the user's turn. Text above a line ``--- user ---`` is a system turn.
 
     Raises:
         RefusedError: The file is not UTF-8, or has not exactly the placeholders of the benchmark.
@@ -85,7 +86,7 @@ def _placeholders(text: str, source: Path, names: Sequence[str]) -> list[str]:
     """Return the placeholders of a template.
 
     Raises:
-        RefusedError: One is unknown, or a brace stands alone.
+        RefusedError: One is unknown, or a brace is alone.
     """
     try:
         pieces = [(name, spec, kind) for _, name, spec, kind in Formatter().parse(text)]

@@ -1,5 +1,5 @@
-"""Judges: the replies of a model that reads answers, how rules take verdicts from them, and how
-such a model is asked.
+"""Judges: the replies of a model that reads answers, the verdicts of rules from them, and the
+requests to such a model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Reply(NamedTuple):
     """A reply of a judge about one answer."""
 
     text: str | None
-    """None where there is no reply."""
+    """Text of the reply; None without one."""
     model: str | None = None
     """Name of the judge; None where the file does not state it."""
     prompt: str | None = None
@@ -55,14 +55,14 @@ class Judging:
     """
 
     verdict: Callable[[Row, str], str | None]
-    """A row and a reply to the verdict. None where the reply holds none: the answer is unjudged."""
+    """Map a row and a reply to the verdict; None leaves the answer unjudged."""
     worst: Callable[[Row], str]
-    """The verdict that scores least, for the bounds where answers are unjudged."""
+    """The verdict with the lowest score, for the bounds if answers are unjudged."""
     best: Callable[[Row], str]
-    """The verdict that scores most."""
+    """The verdict with the highest score."""
     fault: Callable[[str], str | None] = lambda reply: None
-    """The verdict that the published program gives where a reply holds none; None where the answer
-    stays unjudged.
+    """The verdict of the published program for a reply without one; None if the answer stays
+    unjudged.
     """
     asks_about: Callable[[Row, str], bool] = lambda row, answer: True
     """Return whether a judge has to read an answer. Other answers are scored themselves."""
@@ -75,11 +75,11 @@ class Judge:
     placeholders: tuple[str, ...]
     """Names in the prompt, each of which stands for a text."""
     values: Callable[[Row, str], Mapping[str, str]]
-    """A row and its answer to the text of every placeholder. One that it leaves out, because the
-    files of the benchmark do not have it, has a text of ours.
+    """Map a row and its answer to the text of every placeholder. A placeholder that the files of
+    the benchmark lack has a text of ours.
 
     Raises:
-        RefusedError: The files of the benchmark lack what the judge has to be shown.
+        RefusedError: The files of the benchmark lack a text that the judge must see.
     """
     rule: str
     """The rule whose reading decides whether a reply holds a verdict."""
@@ -95,7 +95,7 @@ class Judge:
 
 
 def required(row: Row, name: str) -> str:
-    """Return a text of a row that a judge has to be shown.
+    """Return a text of a row that a judge must see.
 
     Raises:
         RefusedError: There is none.

@@ -43,7 +43,7 @@ Entry = dict[str, Any]
 
 
 class Place(NamedTuple):
-    """Where a value stands."""
+    """Place of a value: its split and metric."""
 
     split: str
     metric: str
@@ -53,14 +53,14 @@ class Measured:
     """Scores of several models with intervals, and the comparisons with the first of them.
 
     Args:
-        benchmark: Whose questions they answered.
+        benchmark: Benchmark of the questions.
         rows: The questions that all of them answered, each with its ``splits``.
-        texts: What each run of a model said about the rows that a rule scores, as the rule reads
-            it; several times where a judge graded it several times. The first model is the
+        texts: Answers of each run of a model to the rows that a rule scores, as the rule reads
+            them; several times if a judge graded them several times. The first model is the
             baseline.
-        rules: By which they are scored.
-        draws: How often clusters are drawn.
-        facts: What else files and tables say of the benchmark, such as the version of the data.
+        rules: Rules that score them.
+        draws: Number of draws of clusters.
+        facts: Further facts of the benchmark in files and tables, such as the version of the data.
     Raises:
         RefusedError: Training runs of two models do not pair, or their answers were not graded
             equally often.
@@ -79,7 +79,7 @@ class Measured:
         self.benchmark, self.draws = benchmark, draws
         self._plain, self._gradings = (
             rules,
-            num_gradings({run: len(said) for run, said in texts.items()}),
+            num_gradings({run: len(gradings) for run, gradings in texts.items()}),
         )
         self.rules = {name: mean_rule(rule, self._gradings[name]) for name, rule in rules.items()}
         self.runs: dict[str, list[str]] = {}  # model to the names of its runs
@@ -97,7 +97,8 @@ class Measured:
         }
         self.all_rows, self._numbers = rows, numbers
         parts = {
-            run: [self._sums(run.rule, grading) for grading in said] for run, said in texts.items()
+            run: [self._sums(run.rule, grading) for grading in gradings]
+            for run, gradings in texts.items()
         }
         self.sums = {run: joined_sums(found) for run, found in parts.items()}
         self._by_grading = {
@@ -134,7 +135,7 @@ class Measured:
                 yield Place(split, metric), value
 
     def _draw(self) -> dict[Run, dict[Place, Array]]:
-        """Return the metrics that are no counts in every draw of the bootstrap."""
+        """Return the metrics that are not counts in every draw of the bootstrap."""
         parts: dict[Run, dict[Place, list[Array]]] = {run: {} for run in self.sums}
         for weights in self.draws.weights(self.num_clusters):
             for run, sums in self.sums.items():
@@ -155,7 +156,7 @@ class Measured:
                         yield Run(rule, model, own[0]), Run(rule, self.baseline, own[1])
 
     def _swap(self, run: Run, base: Run) -> dict[Place, int]:
-        """Return how many draws exchange clusters so that the difference is as large as it is."""
+        """Return how many draws of exchanged clusters reach the observed difference."""
         own, other = self.sums[run].vectors, self.sums[base].vectors
         rule = self.rules[run.rule]
         gaps = {split: own[split] - other[split] for split in own}
@@ -199,7 +200,7 @@ class Measured:
         return found
 
     def entry(self, rule: str, model: str, place: Place) -> Entry:
-        """Return all that is known of one metric of one model; docs/evaluation.md has the keys."""
+        """Return the entry of one metric of one model; docs/evaluation.md has the keys."""
         entries = {
             label: self._own(Run(rule, model, own), place)
             | self._paired(Run(rule, model, own), Run(rule, self.baseline, base), place)
@@ -243,7 +244,7 @@ class Measured:
         }
 
     def _spread_of_gradings(self, run: Run, place: Place) -> Entry | None:
-        """Return the values of several gradings of the same answers, and how far they differ."""
+        """Return the values of several gradings of the same answers, and their spread."""
         values = [finite_or_null(found[place]) for found in self._by_grading.get(run, ())]
         if not values or None in values:
             return None

@@ -1,5 +1,5 @@
 """Words of captions as NLTK's tokenizer, tagger and WordNet have them, for rules whose programs use
-them. NLTK and its data are the user's own; nothing else needs them.
+them. The user installs NLTK and its data; nothing else requires them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Finds the objects that a caption names, by lists of their words.
+"""Search for the objects that a caption names, by lists of their words.
 
 The caption is read from left to right, and the longest phrase of any object that begins at a word
 takes its words: "hot dog" is no dog where both are objects. Case, width and composition of letters,
@@ -46,7 +46,7 @@ _IRREGULAR = {
 
 
 class Word(NamedTuple):
-    """A word of a text, as it is compared, and where it is."""
+    """A word of a text in the form that is compared, and its place."""
 
     text: str
     start: int
@@ -58,7 +58,7 @@ def mentioned(caption: str, synonyms: Synonyms) -> set[str]:
 
     Args:
         caption: Any text.
-        synonyms: Object to its words and phrases; the object's name is none unless it is listed.
+        synonyms: Words and phrases of each object; its name counts only if it is listed.
     """
     return {name for _, names in mentions(caption, synonyms) for name in names}
 
@@ -107,8 +107,8 @@ def check_words(name: str, words: Sequence[str], where: str) -> None:
 
 
 def object_of(name: str, synonyms: Synonyms) -> str | None:
-    """Return the object that a name stands for, by the rule for captions; None where that is none
-    or more than one.
+    """Return the object that a name stands for, by the rule for captions; None if there is none or
+    more than one.
     """
     if name in synonyms:
         return name
@@ -179,7 +179,7 @@ def _words(text: str) -> Iterator[Word]:
 
 
 def _kind(letter: str) -> str:
-    """Return what a letter makes words with; empty where it is none."""
+    """Return the kind of letters that a letter forms words with; empty if it forms none."""
     if letter.isascii():
         return "word" if letter.isalnum() else ""
     if _UNSPACED.match(letter):

@@ -1,4 +1,4 @@
-"""The images of benchmarks: where they lie, and that each can be read before a model is loaded."""
+"""The images of benchmarks: their paths, and a check that all of them can be read."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def read_pictures(
 
     Args:
         tasks: By name.
-        data: Name of a benchmark to the folder with its files.
+        data: Folder with the files of each benchmark.
         images: Folder of the images.
-        unpacked: Folder that :func:`unpack_pictures` will write those to that lie in files.
+        unpacked: Folder to which :func:`unpack_pictures` will write the images that lie in files.
     Raises:
         RefusedError: Images are missing or unreadable; all are counted, and the first of each
             benchmark are named with their rows and places.

@@ -1,5 +1,5 @@
-"""Signs of answers that a score does not show: their length, how many are cut or go in circles, and
-how many say yes.
+"""Probes of answers that a score does not show: their length, and the shares that are cut, repeat
+themselves or say yes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def probes(benchmark: Benchmark, answers: Sequence[Answer]) -> dict[str, Any]:
     """Describe a model's answers to the items of one task.
 
     Args:
-        benchmark: That of the task. The first of its rules that reads yes and no is used.
-        answers: One for each item.
+        benchmark: Benchmark of the task. The first of its rules that reads yes and no is used.
+        answers: One answer per item.
     Returns:
         ``mean_tokens`` (None where an answer's were not counted), ``mean_words``, ``share_empty``,
         ``share_cut`` (at the limit on their length), ``share_repeating`` (see :func:`repeats`), and
@@ -49,7 +49,7 @@ def probes(benchmark: Benchmark, answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def repeats(text: str) -> bool:
-    """Return whether an answer goes in circles: one sequence of four words is in it at least three
+    """Return whether an answer repeats itself: one sequence of four words occurs at least three
     times, whatever the case of the letters.
     """
     words = text.lower().split()

@@ -48,7 +48,7 @@ score`` takes them.
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """Return the benchmark of a name; the one with published data where two have it.
+    """Return the benchmark with a name; of two, the one with published data.
 
     Raises:
         RefusedError: There is none.
@@ -150,15 +150,15 @@ def find_data(data: Path, names: Sequence[str]) -> dict[Benchmark, Path]:
         for form in named
         if (folder := _folder_of(form, data))
     }
-    there = [form.name for form in found]
-    if twice := next((name for name in there if there.count(name) > 1), None):
+    form_names = [form.name for form in found]
+    if twice := next((name for name in form_names if form_names.count(name) > 1), None):
         named = (form for form in found if form.name == twice)
         both = " and ".join(str(form.find_layout(found[form]).first_in(data)) for form in named)
         raise RefusedError(
             f"data must hold {twice} in one form, got {both} in {data}. Move one of them into "
             "another folder."
         )
-    absent = [name for name in forms if name not in there]
+    absent = [name for name in forms if name not in form_names]
     if absent and names:
         forms[absent[0]][-1].find_layout(data)  # which says what it looks for
     if not found:
@@ -177,10 +177,10 @@ def find_data(data: Path, names: Sequence[str]) -> dict[Benchmark, Path]:
 
 
 def read_tasks(folders: Mapping[Benchmark, Path]) -> dict[str, Task]:
-    """Read the tasks of benchmarks, and announce what of them is not there or not read.
+    """Read the tasks of benchmarks, and announce those that are missing or not read.
 
     Args:
-        folders: From :func:`find_data`.
+        folders: Folders from :func:`find_data`.
     Raises:
         RefusedError: A file has another form than its benchmark requires.
     """

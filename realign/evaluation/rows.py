@@ -1,4 +1,4 @@
-"""Rows of benchmark files: read, checked, and known by their content."""
+"""Rows of benchmark files: their reading, their checks, and their keys by content."""
 
 from __future__ import annotations
 
@@ -57,8 +57,9 @@ def read_member(path: Path, key: str) -> list[Any]:
 
 
 def read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Read a table with a header, of tabs (``.tsv``) or commas (``.csv``), a row at a time, since
-    images lie in such tables.
+    """Read a table with a header, of tabs (``.tsv``) or commas (``.csv``), row by row.
+
+    Images in such tables can make them large.
 
     Yields:
         The place of each row, as messages name it, and its values by column.
@@ -95,21 +96,19 @@ def read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def rows_digest(rows: Iterable[Mapping[str, Any]], *keys: str) -> str:
-    """Return 16 hexadecimal digits that stand for the values of some keys of all rows, in any
-    order.
-    """
+    """Return a digest of 16 hexadecimal digits of some keys of all rows, in any order."""
     lines = sorted(canonical_json([row[key] for key in keys]) for row in rows)
     return content_sha256(*lines)[:16]
 
 
 def row_id(row: Mapping[str, Any]) -> str:
-    """Return what names a row among those of its benchmark: its id, or its image and text."""
+    """Return the key of a row within its benchmark: its id, or its image and text."""
     return str(row["id"]) if "id" in row else f"{row['image']}: {row['text']}"
 
 
 def item_key(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return what names a row among those of all benchmarks: benchmark and id; image and text for a
-    row that no benchmark has read.
+    """Return the key of a row among all benchmarks: benchmark and id, or image and text for a row
+    that no benchmark has read.
     """
     key: tuple[str, str] = row.get("item") or (row["image"], row["text"])
     return key
@@ -147,7 +146,7 @@ def check_row(row: Any, where: str, keys: Mapping[str, Key]) -> Row:
     """Return a row with ``where`` added, which names its place in a file.
 
     Raises:
-        RefusedError: It is no object, lacks a key or has an invalid value.
+        RefusedError: It is not an object, lacks a key or has an invalid value.
     """
     if not isinstance(row, dict):
         raise RefusedError(

@@ -1,5 +1,4 @@
-"""The verb ``realign eval``: ask several models the same questions once, keep their answers, score
-them in pairs.
+"""The command ``realign eval``: ask models the same questions once, store and compare answers.
 
 <data>/                             the files of any benchmarks of the registry; docs/evaluation.md
 <out>/answers/NAME.jsonl            :mod:`realign.evaluation.stored_answers`, a line for each item
@@ -45,7 +44,7 @@ SCHEMA = 2  # of what a run's folder belongs to, and of headers
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """Answer, score and compare; return what ``scores.json`` holds.
+    """Answer, score and compare; return the content of ``scores.json``.
 
     Under ``torchrun`` or ``accelerate launch`` the processes share the questions.
 
@@ -54,21 +53,21 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             an adapter has no effect, or the output folder holds another run.
     """
     ranks = Ranks()
-    run = ranks.together(lambda: _Run(config) if ranks.is_first else None)
-    asked: tuple[list[Item], dict[str, Path]] = ranks.first(lambda: _asked(run))
+    run = ranks.run_together(lambda: _Run(config) if ranks.is_first else None)
+    asked: tuple[list[Item], dict[str, Path]] = ranks.run_on_first(lambda: _asked(run))
     items, folders = asked
     batches = make_batches(items, config.batch_size)
-    with ExitStack() as held:
-        ranks.first(lambda: held.enter_context(only_run(config.out, "eval")))
-        ranks.first(lambda: run.begin() if run else None)
+    with ExitStack() as lock:
+        ranks.run_on_first(lambda: lock.enter_context(only_run(config.out, "eval")))
+        ranks.run_on_first(lambda: run.begin() if run else None)
         ranks.check_folder_is_shared(config.out)
         for name, folder in folders.items():
             path = config.out / "answers" / f"{name}.jsonl"
-            if not ranks.first(path.is_file):
+            if not ranks.run_on_first(path.is_file):
                 answers, effect = ask(name, folder, items[0].question, batches, config, ranks)
                 if run:
                     run.store(path, name, answers, effect)
-        return ranks.first(lambda: run.score() if run else {})
+        return ranks.run_on_first(lambda: run.score() if run else {})
 
 
 def _asked(run: _Run | None) -> tuple[list[Item], dict[str, Path]]:
@@ -147,7 +146,7 @@ class _Run:
         write_answers(path, header, self.items, answers)
 
     def _generation(self) -> dict[str, Any]:
-        """Return how answers are generated, by every model alike."""
+        """Return the settings of generation, which all models share."""
         limits = {item.benchmark: item.question.max_new_tokens for item in self.items}
         return {
             "prompts": {name: program for name, (program, _) in self.prompts.items()},

@@ -1,4 +1,4 @@
-"""Answers to look at: the first that the last model gained, lost, or otherwise changed against the
+"""Samples of answers: the first that the last model gained, lost, or otherwise changed against the
 baseline.
 """
 
@@ -18,9 +18,9 @@ Sample = dict[str, Any]
 
 
 def sample_answers(tasks: Mapping[str, Task], answers: Answers) -> list[Sample]:
-    """Return the first differing answers of every task that its benchmark shows, of each change
-    alike. In each change those with marked words come first; ``change_count`` says how many answers
-    of the task changed so.
+    """Return the first differing answers of every task that its benchmark shows, equally many of
+    each change. Within a change those with marked words come first; ``change_count`` is its number
+    of answers in the task.
     """
     samples: list[Sample] = []
     for name, task in tasks.items():
@@ -41,7 +41,7 @@ def sample_answers(tasks: Mapping[str, Task], answers: Answers) -> list[Sample]:
         samples,
         key=lambda sample: (
             CHANGES.index(sample["change"]),
-            not any(said["absent_words"] for said in sample["answers"].values()),
+            not any(view["absent_words"] for view in sample["answers"].values()),
         ),
     )
 

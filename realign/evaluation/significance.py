@@ -153,12 +153,12 @@ def detectable_share(
     """Return the smallest difference of two shares that McNemar's test finds with 80 % power.
 
     Args:
-        items: How many items both models answered.
-        discordant: On how many exactly one of them is right.
-        design_effect: By how much clusters multiply the variance of the difference.
+        items: Number of items that both models answered.
+        discordant: Number of items on which exactly one of them is right.
+        design_effect: Factor of clusters on the variance of the difference.
         level: One minus the significance level.
     Returns:
-        difference: None where no item is discordant, or too few items are there.
+        difference: None if no item is discordant, or there are too few items.
 
     Source: Connor 1987, "Sample size for testing differences in proportions for the paired-sample
     design", solved for the difference.

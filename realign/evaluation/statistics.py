@@ -1,8 +1,8 @@
 """Draws of clusters: the bootstrap, and the permutation test that exchanges two models.
 
-Questions about one image are not independent, so clusters are drawn, with everything that was asked
-about them. One draw weights all that was measured of a benchmark: its splits, tasks, rules and
-models, so that differences and means over splits have valid intervals too.
+Questions about one image are not independent, so whole clusters are drawn. One draw weights
+everything that was measured on a benchmark: its splits, tasks, rules and models, so that
+differences and means over splits have valid intervals too.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def intervals(
     Splits may share clusters, so one draw of clusters weights all of them.
 
     Args:
-        sums: Split to score vectors, shape ``(clusters, K)``, the same clusters in each.
-        metrics: Split to its metrics.
+        sums: Score vectors by split, shape ``(clusters, K)``, the same clusters in each.
+        metrics: Metrics by split.
         resamples: Number of draws.
         seed: Of the draws.
     Returns:
-        Split to metric to interval, None where no draw defines it.
+        Interval of each metric of each split, None if no draw defines it.
     """
     drawn: dict[str, list[Array]] = {split: [] for split in sums}
     for weights in Draws(resamples, seed).weights(len(next(iter(sums.values())))):
@@ -86,7 +86,7 @@ def undefined_as_nan(values: ArrayLike) -> Array:
 
 
 def percentile_interval(draws: Array, level: float) -> list[float] | None:
-    """Return the percentile interval of the draws that are defined; None where none is."""
+    """Return the percentile interval of the defined draws; None without any."""
     defined = draws[~np.isnan(draws)]
     if not defined.size:
         return None

@@ -1,5 +1,4 @@
-"""Answers of ``realign eval`` in files: one JSON line for each item, and a header beside them that
-says how they came about.
+"""Answers of ``realign eval`` in files: one JSON line per item, and a header with their origin.
 
 <out>/answers/NAME.jsonl          what :class:`Item` holds, with answer, is_cut and tokens
 <out>/answers/NAME.header.json    the model and everything else that the answers depend on
@@ -35,7 +34,7 @@ class Question(NamedTuple):
 
     @property
     def key(self) -> str:
-        """The question's content, wherever its image lies."""
+        """Key of the question's content, independent of the path of its image."""
         parts = [self.prompt, self.image_sha256, self.max_new_tokens]
         return content_sha256(canonical_json(parts))
 
@@ -58,12 +57,12 @@ def write_answers(
     items: Iterable[Item],
     answers: Mapping[str, Answer],
 ) -> None:
-    """Write the answers of a model, and before them their header: where the answers are, it is.
+    """Write the answers of a model after their header, so that no answers lack one.
 
     Args:
         path: ``NAME.jsonl``.
-        header: What the answers depend on.
-        items: All that was asked, in order.
+        header: Everything that the answers depend on.
+        items: All items that were asked, in order.
         answers: By :attr:`Question.key`.
     """
     write_json(header_path(path), header)
@@ -71,7 +70,7 @@ def write_answers(
 
 
 def header_path(path: Path) -> Path:
-    """Return where the header of stored answers is."""
+    """Return the path of the header of stored answers."""
     return path.with_suffix(HEADER)
 
 
@@ -118,8 +117,8 @@ def read_stored_answers(
 
 def make_batches(items: Iterable[Item], batch_size: int) -> list[Sequence[Question]]:
     """Divide the questions into batches, which depend on the questions and the batch size alone:
-    however many processes ask them, and whatever was asked before, each is answered beside the
-    same others.
+    each is answered together with the same others, whatever the number of processes and of earlier
+    answers.
 
     Questions of one batch all have an image or none, and one limit on the length of the answer.
     Alike ones are together, since answers of one length waste no steps.

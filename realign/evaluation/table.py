@@ -29,7 +29,7 @@ def read_scores(path: Path) -> Scores:
     """Read ``scores.json``.
 
     Raises:
-        RefusedError: Another version wrote it, or it is no JSON object.
+        RefusedError: Another version wrote it, or it is not a JSON object.
     """
     try:
         scores: Any = json.loads(read_utf8(path))
@@ -49,7 +49,7 @@ def read_scores(path: Path) -> Scores:
 
 
 def split_of(scores: Scores, row: Scores) -> Scores:
-    """Return what ``scores.json`` holds of the split and the rule of a row of its table."""
+    """Return the entry of ``scores.json`` for the split and the rule of a row of its table."""
     found: Scores = scores["benchmarks"][row["benchmark"]]["rules"][row["rule"]]
     split: Scores = found["splits"][row["split"]]
     return split
@@ -139,7 +139,7 @@ def unit_note(unit: str, note: str, *, has_counts: bool) -> str:
 
 
 def units_note(scores: Scores) -> str:
-    """Return the units of the table and what its intervals rest on."""
+    """Return the units of the table and the basis of its intervals."""
     clusters = dict.fromkeys(found["cluster"] for found in scores["benchmarks"].values())
     by = f" by {' and '.join(clusters)}" if clusters else ""
     return (
@@ -149,7 +149,7 @@ def units_note(scores: Scores) -> str:
 
 
 def noise_note(scores: Scores) -> str:
-    """Return for how many comparisons verdicts are adjusted; empty where nothing is compared."""
+    """Return a note on the number of comparisons that verdicts are adjusted for, or nothing."""
     number = scores["num_comparisons"]
     if not number:
         return ""
@@ -164,7 +164,7 @@ def noise_note(scores: Scores) -> str:
 
 
 def constants_note(scores: Scores, row: Scores) -> str:
-    """Return what constant answers score in a row of the table; empty where there are none."""
+    """Return the scores of constant answers in a row of the table; empty without any."""
     constants = split_of(scores, row)["constants"]
     values = {name: metrics[row["metric"]] for name, metrics in constants.items()}
     return ", ".join(

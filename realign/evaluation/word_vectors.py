@@ -1,4 +1,4 @@
-"""Likeness of words by the vectors of a spaCy model, which is the user's own."""
+"""Similarity of words by the vectors of a spaCy model that the user installs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def are_alike(models: Sequence[str], word: str, other: str) -> bool:
     """Return whether the cosine of the vectors of two words is above 0.8.
 
     Args:
-        models: Names of spaCy's models; the first that is installed is asked.
+        models: Names of spaCy's models, of which the first that is installed is used.
         word: Any word.
         other: Any word.
     Raises:

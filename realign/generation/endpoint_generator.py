@@ -7,8 +7,7 @@ import base64
 import io
 import math
 import time
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +25,7 @@ from realign.generation.endpoint import (
     error_message,
     open_client,
     read_answer,
+    run_to_end,
 )
 from realign.generation.generator import Answer, Request
 from realign.generation.journal import Journal
@@ -45,15 +45,15 @@ _OURS = ("messages", "model", "stream", "n")  # and what is a field of Sampling
 
 
 class TooLargeError(RefusedError):
-    """An image that cannot be sent whatever its encoding: the fault of one request."""
+    """An image that is too large in every encoding, which fails one request."""
 
 
 def image_url(path: Path, max_bytes: int = MAX_SENT_BYTES) -> str:
     """Encode an image file as ``data:image/...;base64,...``.
 
-    The file's own bytes are sent where every decoder makes the same picture of them: RGB or grey of
+    The file's own bytes are sent if every decoder makes the same picture of them: RGB or grey of
     eight bits, no rotation in EXIF, no transparency. Others are decoded by
-    :func:`realign.data.images.decode_image` and sent as PNG, or as JPEG of quality 95 where that or
+    :func:`realign.data.images.decode_image` and sent as PNG, or as JPEG of quality 95 if that or
     the file has more than ``max_bytes``.
 
     Raises:
@@ -91,17 +91,17 @@ def _encoded(image: Image.Image, form: str) -> bytes:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is asked for. A change of anything here asks every request anew.
+    """Sampling options of a request. A change of any option sends every request anew.
 
     Attributes:
-        model: The name the server knows the model by.
+        model: Name of the model on the server.
         max_new_tokens: Longest answer; None leaves it to the server.
         temperature: 0 is greedy; None leaves it to the server, for models that take no other.
         seed: None sends none.
         length_field: ``max_tokens`` for servers older than 2025.
-        extra_body: Further fields of the request that the server knows, such as
-            ``{"chat_template_kwargs": {"enable_thinking": False}}``. They are kept in the journal:
-            no place for secrets.
+        extra_body: Further fields of the request, such as
+            ``{"chat_template_kwargs": {"enable_thinking": False}}``. They are stored in the journal
+            and must not hold secrets.
     """
 
     model: str
@@ -133,16 +133,16 @@ class Sampling:
 
 @dataclass
 class Counts:
-    """What a generator has done so far.
+    """Counts of a generator's requests and tokens so far.
 
     Attributes:
         asked: Requests that the server answered or refused.
-        from_journal: Requests whose answer was there, or that equal another of their call.
-        refused: Of those asked, the ones the server refused.
+        from_journal: Requests whose answer was stored, or that equal another of their call.
+        refused: Requests that the server refused, which are among ``asked``.
         unsent: Requests whose image is too large to be sent.
-        retries: Further attempts after passing failures.
-        prompt_tokens: As the server counts them; images included where it does.
-        completion_tokens: Likewise.
+        retries: Retries after temporary failures.
+        prompt_tokens: Prompt tokens as the server counts them, with images if it does.
+        completion_tokens: Completion tokens as the server counts them.
     """
 
     asked: int = 0
@@ -162,25 +162,25 @@ class _Question:
 
 
 class EndpointGenerator:
-    """Answers prompts, about images or without one, by asking a server, each request once.
+    """Generator that sends each prompt, with or without an image, to a server once.
 
-    What the server says is in the journal before it is used, so that another run with the same
-    journal asks only what is missing. It can be called from any thread or process, one call at a
-    time, also where an event loop runs; it holds no connection between calls.
+    Every answer is in the journal before it is used, so that another run with the same journal
+    sends only the missing requests. It can be called from any thread or process, one call at a
+    time, also below a running event loop; it holds no connection between calls.
 
     A request that the server refuses (too long, filtered) gets an ``Answer`` with a ``problem``.
     Refusals are journalled once another request was answered or the call ends, and the run stops at
-    ``MAX_REFUSED_IN_A_ROW`` of them with nothing answered between: a wrong model name is no fault
-    of the rows. One whose image is too large to be sent gets a ``problem`` too, but no line in the
-    journal: nothing was asked.
+    ``MAX_REFUSED_IN_A_ROW`` of them with nothing answered between: a wrong model name is not the
+    fault of the rows. One whose image is too large to be sent gets a ``problem`` too, but no line
+    in the journal: nothing was asked.
 
     A server that fails is announced once until it answers again, and at most once in
     ``ANNOUNCE_INTERVAL_S``.
 
     Args:
-        endpoint: Where the server is.
-        sampling: What it is asked for.
-        journal: File of its answers, held until :meth:`close`.
+        endpoint: Address of the server.
+        sampling: Options of the requests.
+        journal: File of its answers, locked until :meth:`close`.
     Raises:
         RefusedError: The journal is in use or damaged, or the key cannot be sent.
     """
@@ -217,7 +217,7 @@ class EndpointGenerator:
 
         Raises:
             RefusedError: An image cannot be read, or the server cannot be reached, refuses every
-                request or keeps failing. The same call later asks only what is missing.
+                request or keeps failing. The same call later sends only the missing requests.
         """
         paths = {request.image for request in requests}
         hashes = {path: file_sha256(path) if path else "" for path in paths}
@@ -229,7 +229,7 @@ class EndpointGenerator:
         self._unsent.clear()
         try:
             if missing:
-                _run(self._ask_all(list(missing.values())))
+                run_to_end(self._ask_all(list(missing.values())))
             self._keep_refused()
         finally:
             self._refused.clear()
@@ -329,14 +329,3 @@ class EndpointGenerator:
         }
         entry = {"request": asked, "status": reply.status, "response": reply.body}
         self._journal.append(question.key, entry)
-
-
-def _run(work: Coroutine[Any, Any, None]) -> None:
-    """Run to the end from synchronous code, also below a running event loop (a notebook)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        asyncio.run(work)
-        return
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(asyncio.run, work).result()

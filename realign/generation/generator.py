@@ -1,4 +1,4 @@
-"""The protocol of a generator: requests in, answers out, wherever the model runs."""
+"""The protocol of generators, which turn requests into answers wherever the model runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Answer(NamedTuple):
 
     @property
     def short_problem(self) -> str:
-        """The kind of problem, which can be counted; what the server said differs by request."""
+        """The kind of problem, for counting; the server's message differs between requests."""
         return self.problem.partition(":")[0]
 
 
@@ -30,7 +30,7 @@ class Request(NamedTuple):
 
 
 class Generator(Protocol):
-    """Answers requests: a model in this process, or a server."""
+    """Generator of answers, by a model in this process or by a server."""
 
     def __call__(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer each request, in order. The same requests in the same order give the same

@@ -1,9 +1,9 @@
-"""Answers of a server in an append-only file: nothing is asked twice, also after
-``kill -9``.
+"""Append-only journal of a server's answers: no request is sent twice, even after ``kill -9``.
 
-One JSON object a line, known by its request's hash. An answer is in the file before it is used. It
-survives the death of the process from that moment on; the death of the machine (power cut) can take
-the last second's answers of a call under way, none of a call that has returned.
+It has one JSON object per line, identified by the hash of its request. An answer is in the file
+before it is used. It survives the death of the process from that moment on; the death of the
+machine (power loss) can lose the last second's answers of a running call, but none of a call that
+has returned.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Journal:
     system releases when its holder dies.
 
     Args:
-        path: The file; a new one is started where there is none. A last line that a killed process
+        path: The file, which is created if it does not exist. A last line that a killed process
             left unfinished is cut off.
     Raises:
         RefusedError: Another journal object or process holds it, or a line is damaged.
@@ -81,7 +81,7 @@ class Journal:
 
     def append(self, key: str, entry: Mapping[str, Any]) -> None:
         """Write one line. When this returns the line survives the process; :meth:`sync` makes it
-        survive the machine, and is called once a second from here.
+        survive the machine, and is called here once per second.
         """
         assert key not in self._offsets, key
         # a server's numbers need not be finite
@@ -114,7 +114,7 @@ class Journal:
             self._lock.close()
 
     def _read(self) -> int:
-        """Index the lines; return where the last whole one ends, and cut the file there."""
+        """Index the lines; return the end of the last whole one, and cut the file there."""
         end = 0
         if not self.path.exists():
             return end

@@ -19,13 +19,13 @@ from realign.runtime.ranks import local_device
 
 
 class TransformersGenerator:
-    """Answers prompts about images. The same batch gives the same answers.
+    """Generator that answers prompts about images. The same batch gives the same answers.
 
     Args:
         model: A VLM, in evaluation mode on its device.
         processor: Its processor.
         max_new_tokens: Longest answer.
-        batch_size: Requests in one call of the model, from the first.
+        batch_size: Requests per call of the model.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class TransformersGenerator:
     def load(
         cls, folder: Path, dtype: torch.dtype, max_new_tokens: int, batch_size: int = 32
     ) -> TransformersGenerator:
-        """Load a model folder onto this process's GPU, or the CPU where there is none."""
+        """Load a model folder onto this process's GPU, or onto the CPU without one."""
         with every_rank_loads():
             model: Any = load_model(folder, dtype, scoring=False)
         model.to(local_device()).eval()
@@ -54,9 +54,9 @@ class TransformersGenerator:
             RefusedError: An image cannot be read.
         """
         return [
-            Answer(said.text.strip(), said.is_cut)
+            Answer(answer.text.strip(), answer.is_cut)
             for start in range(0, len(requests), self.batch_size)
-            for said in self.generate(requests[start : start + self.batch_size])
+            for answer in self.generate(requests[start : start + self.batch_size])
         ]
 
     @torch.inference_mode()
@@ -69,8 +69,8 @@ class TransformersGenerator:
             requests: All of them with an image, or none.
             max_new_tokens: Longest answer of this call; by default the generator's.
         Returns:
-            answers: In the order of the requests, with the white space around them and with their
-                number of tokens.
+            answers: Answers in the order of the requests, with the white space around them and
+                their number of tokens.
         Raises:
             RefusedError: An image cannot be read.
         """
@@ -94,7 +94,7 @@ class TransformersGenerator:
         return [Answer(text, not ended, num_tokens=count) for text, ended, count in found]
 
     def inputs(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
-        """Return what the model is given for requests, on its device, padded on the left.
+        """Return the model's inputs for requests, on its device, padded on the left.
 
         Args:
             requests: All of them with an image, or none.

@@ -1,8 +1,8 @@
-"""How a model computes: the dtype of its weights, the layout of its rows, and what makes it faster
-or smaller by packages that need a GPU (flash-attention, Liger's layers, 4-bit weights). What is not
-available is refused, never replaced.
+"""Numerics of a model: the dtype of its weights, the layout of its rows, and the packages that make
+it faster or smaller on a GPU (flash-attention, Liger's layers, 4-bit weights). An unavailable
+option is refused, never replaced.
 
-None of the latter has run on a GPU in this project yet; docs/training.md says what was tested how.
+None of these packages has run on a GPU in this project yet; docs/training.md lists the tests.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _ATTENTIONS = {"sdpa": None, "flash": "flash_attention_2"}
 
 @dataclass(frozen=True)
 class Numerics:
-    """How a model computes. Policy and reference must not differ in it.
+    """Numerics of a model, in which policy and reference must not differ.
 
     Attributes:
         dtype: The dtype of the weights.
-        shared_prefix: Whether the answers of a pair share one prefix; None where the model can.
+        shared_prefix: Whether the answers of a pair share one prefix; None if the model can.
         attention: ``sdpa``, or ``flash`` for flash-attention 2.
         liger: Whether the layers of the body are Liger's.
         quantization: ``nf4`` for 4-bit weights of the language model, or None.
         autocast: Whether products are computed in bfloat16 over weights in float32.
-        more: Further options that a section declares as changing numbers, by name; the file that
-            uses one reads it here.
+        more: Further options that a section declares as changing numbers, by name, for the files
+            that use them.
     """
 
     dtype: torch.dtype
@@ -66,9 +66,9 @@ class Numerics:
         return cls(**{name: options[name] for name in own} | {"dtype": dtype}, more=more)
 
     def identity(self) -> dict[str, Any]:
-        """Return what is recorded with the values that were computed so.
+        """Return the record of these numerics that is kept with computed values.
 
-        ``shared_prefix`` is not: what counts is the layout that it led to.
+        It leaves out ``shared_prefix``, since the layout that follows from it is recorded.
         """
         unsaid = ("dtype", "shared_prefix", "more")
         return {
@@ -78,7 +78,7 @@ class Numerics:
         }
 
     def check(self) -> None:
-        """Refuse what this machine cannot do.
+        """Refuse numerics that this machine cannot compute.
 
         Raises:
             RefusedError: A package or a GPU is missing, or the dtype does not fit.
@@ -108,7 +108,7 @@ class Numerics:
             )
 
     def loading(self) -> dict[str, Any]:
-        """Return what ``from_pretrained`` takes for it."""
+        """Return the arguments of ``from_pretrained`` for these numerics."""
         options: dict[str, Any] = {
             "dtype": self.dtype,
             "attn_implementation": _ATTENTIONS[self.attention],
@@ -127,7 +127,7 @@ class Numerics:
 
 
 def quantized_weights(model: Any) -> set[str]:
-    """Return the names of the weights of a model's outline that :class:`Numerics` has in 4 bits."""
+    """Return the names of the weights of a model's outline that are quantized to 4 bits."""
     head = model.get_output_embeddings()
     return {
         f"{name}.weight"
@@ -140,11 +140,10 @@ def quantized_weights(model: Any) -> set[str]:
 
 
 def use_liger_layers(model: PreTrainedModel) -> None:
-    """Replace the layers of a model's body by Liger's fused ones: normalisation, rotary embedding,
-    MLP. Its losses are left alone, the head here has its own.
+    """Replace normalization, rotary embedding and MLP of a model's body by Liger's fused layers.
 
     Raises:
-        RefusedError: Liger knows neither the model's family nor that of its language model.
+        RefusedError: Liger supports neither the model's family nor that of its language model.
     """
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 

@@ -1,4 +1,4 @@
-"""Adapters in folders: put on a model that is shown to be theirs, tensor by tensor."""
+"""Loading of adapters from folders onto their base, which is verified tensor by tensor."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_adapter(folder: Path) -> None:
-    """Refuse an adapter that does not fit its base, whose weights are not loaded. A model that is
-    no adapter passes.
+    """Refuse an adapter that does not fit its base, without loading the base's weights. A model
+    that is not an adapter passes.
 
     Raises:
         RefusedError: As :func:`wrap_model` and :func:`read_weights`.
@@ -38,12 +38,12 @@ def check_adapter(folder: Path) -> None:
 
 
 def load_adapter(base: Any, folder: Path, *, is_trainable: bool = False) -> Any:
-    """Put an adapter on its base, with the weights that the folder holds.
+    """Put an adapter on its base, with the weights in the folder.
 
     Args:
         base: The base, with its weights.
         folder: The adapter's folder.
-        is_trainable: Whether the adapter will be trained on.
+        is_trainable: Whether the adapter will be trained further.
     Raises:
         RefusedError: As :func:`wrap_model` and :func:`read_weights`.
     """
@@ -57,14 +57,14 @@ def load_adapter(base: Any, folder: Path, *, is_trainable: bool = False) -> Any:
 
 
 def wrap_model(base: Any, folder: Path, *, is_trainable: bool = True) -> Any:
-    """Put an adapter's layers on a model, without the weights that the folder holds.
+    """Put an adapter's layers on a model, without the weights in the folder.
 
     Args:
-        base: The adapter's base; on the meta device too.
+        base: The adapter's base, which may be on the meta device.
         folder: The adapter's folder.
         is_trainable: Whether the adapter's layers require gradients.
     Raises:
-        RefusedError: The folder says of the adapter what cannot be, or what does not fit the base.
+        RefusedError: The adapter's configuration is invalid, or does not fit the base.
     """
     from peft import PeftConfig, get_peft_model
 
@@ -76,7 +76,7 @@ def wrap_model(base: Any, folder: Path, *, is_trainable: bool = True) -> Any:
     try:
         config: Any = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise refusal("be the configuration of an adapter of peft", _said(error), again) from None
+        raise refusal("be the configuration of an adapter of peft", _reason(error), again) from None
     if config.is_prompt_learning or not hasattr(config, "target_modules"):
         kind = str(config.peft_type).rpartition(".")[2]
         remedy = "Give a LoRA adapter, or a whole model."
@@ -105,22 +105,22 @@ def wrap_model(base: Any, folder: Path, *, is_trainable: bool = True) -> Any:
             model = get_peft_model(base, config)
     except Exception as error:  # peft raises any, by the kind of adapter
         remedy = "Set base_model_name_or_path to the base that it was trained on, or correct it."
-        raise refusal(f"fit its base {adapter_base(folder)}", _said(error), remedy) from None
+        raise refusal(f"fit its base {adapter_base(folder)}", _reason(error), remedy) from None
     return model
 
 
 def read_weights(folder: Path, model: Any) -> dict[str, Tensor]:
-    """Read the weights of an adapter, each under the name that it has in the model.
+    """Read the weights of an adapter, each under its name in the model.
 
-    Names of earlier releases of transformers are put right as those of whole models are. Weights of
-    the base that the adapter brings along, such as its embedding, are read too.
+    Names of earlier releases of transformers are converted as for whole models. Weights of the base
+    that are saved with the adapter, such as its embedding, are read too.
 
     Args:
         folder: The adapter's folder.
-        model: From :func:`wrap_model`; its weights are not looked at.
+        model: From :func:`wrap_model`; its weights are not read.
     Raises:
-        RefusedError: The folder lacks a weight of the adapter, or holds one that the model has not
-            or has in another shape, or one that is not finite or of 8 bits, or a pickle.
+        RefusedError: The folder lacks a weight of the adapter, or holds a pickle or a weight that
+            the model lacks or has in another shape, that is not finite, or that has 8 bits.
     """
     from peft import get_peft_model_state_dict
 
@@ -142,11 +142,11 @@ def read_weights(folder: Path, model: Any) -> dict[str, Tensor]:
             if found != needed
         ],
     }
-    said = [f"{len(names)} {what}, first: {min(names)}" for what, names in wrong.items() if names]
-    if said:
+    flaws = [f"{len(names)} {flaw}, first: {min(names)}" for flaw, names in wrong.items() if names]
+    if flaws:
         raise RefusedError(
             f"adapter {folder} must hold every weight of its layers on {adapter_base(folder)} and "
-            f"no other, got {'; '.join(said)}. Download it again, or set base_model_name_or_path "
+            f"no other, got {'; '.join(flaws)}. Download it again, or set base_model_name_or_path "
             f"in {folder / 'adapter_config.json'} to the base that it was trained on."
         )
     for name, weight in weights.items():
@@ -185,7 +185,7 @@ def _read(folder: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise RefusedError(
-            f"{file} must be a whole safetensors file, got {_said(error)}. Download it again."
+            f"{file} must be a whole safetensors file, got {_reason(error)}. Download it again."
         ) from None
 
 
@@ -193,7 +193,7 @@ def _in_names_of(
     model: Any, known: Collection[str], weights: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Rename the weights that the model does not know by the rules for whole checkpoints: peft
-    renames some of them itself, but neither a projector nor a module that trained in full.
+    itself renames neither a projector nor a module that trained in full.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, apply_renamings
@@ -211,6 +211,6 @@ def _in_names_of(
     return renamed
 
 
-def _said(error: Exception) -> str:
-    """The words of a library, as a part of a sentence."""
+def _reason(error: Exception) -> str:
+    """Return a library's message as a part of a sentence."""
     return " ".join(str(error).split()).rstrip(".")[:300] or type(error).__name__

@@ -21,8 +21,8 @@ ALL_LINEAR = "all-linear"
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Silence what peft 0.21 says of itself: it reads a property that transformers 5.23 renamed,
-    and asks the hub for the base's configuration whenever it saves, to compare vocabularies.
+    """Silence two warnings of peft 0.21: it reads a property that transformers 5.23 renamed, and
+    asks the hub for the base's configuration whenever it saves, to compare vocabularies.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -37,13 +37,13 @@ def keep_adapters_in_float32(model: nn.Module, weights: Mapping[str, Tensor] | N
     """Keep adapters and modules that train in full beside them (peft's ``modules_to_save``) in
     float32, and compute with them in the base's own 16 bits.
 
-    An update of 1e-5 vanishes in bfloat16. A module that has not moved must compute what the
-    reference does, to the last bit. And products in float32, which peft has of its adapters, cost
-    a GPU some fifteen times those in bfloat16: with rank 128 as much as the base's.
+    An update of 1e-5 vanishes in bfloat16. A module that has not changed yet must compute what the
+    reference does, to the last bit. Products in float32, which peft uses for adapters, cost a GPU
+    some fifteen times those in bfloat16: with rank 128 as much as the base's.
 
     Args:
         model: A peft model; one in float32 computes as before.
-        weights: What the adapter was given in the base's dtype; its saved modules are given it
+        weights: Weights that the adapter got in the base's dtype, which its saved modules get
             again.
     """
     from peft import set_peft_model_state_dict
@@ -75,7 +75,7 @@ def _computed_in(dtype: torch.dtype, forward: Callable[..., Tensor], *args: Any)
 
 
 def _in_dtype_of_input(forward: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
-    """An adapter's product; in float32, or under an autocast of the caller's, as it is."""
+    """Compute an adapter's product; inputs in float32 or under autocast stay as they are."""
     if states.dtype not in _HALVES:
         return forward(states)
     with torch.autocast(states.device.type, states.dtype):
@@ -96,11 +96,11 @@ def add_adapter(
     """Put a new adapter on a model, which then trains alone, or with the projector.
 
     Args:
-        model: The base; on the meta device too.
-        rank: Of the adapter.
+        model: The base, which may be on the meta device.
+        rank: Rank of the adapter.
         alpha: Scaling numerator.
         targets: Module names, ``all-linear``, or a regular expression of full module names. The
-            output projection is none of ``all-linear``.
+            output projection is not part of ``all-linear``.
         freeze_vision: Whether the vision tower gets none.
         freeze_projector: Whether the projector gets none.
         freeze_language: Whether the language model gets none.

@@ -1,4 +1,4 @@
-"""What a chat template makes of a row, and where in it the answer's tokens are."""
+"""Chat templates: the templated conversation of a row, and the answer's tokens in it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from realign.errors import RefusedError
 
 
 def user_turns(prompt: Sequence[Mapping[str, str]], num_images: int) -> list[dict[str, Any]]:
-    """Messages in the parts form of chat templates, the images in front of the first user turn."""
+    """Return messages in the parts form of templates, the images before the first user turn."""
     turns: list[dict[str, Any]] = []
     images = num_images
     for message in prompt:
@@ -33,12 +33,12 @@ class RenderedRow:
 
     @property
     def scored_ids(self) -> list[int]:
-        """Tokens of the answer and its end of turn; what a template writes after it is not read."""
+        """Tokens of the answer and its end of turn, without later text of the template."""
         return self.answer_ids[: self.num_scored]
 
 
 class Renderer:
-    """Applies a processor's chat template and finds the answer's tokens in it."""
+    """Renderer of conversations by a processor's chat template, which finds the answer's tokens."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -56,15 +56,15 @@ class Renderer:
         return [*special, *named]
 
     def adds_special_tokens(self, text: str) -> bool:
-        """Whether the tokenizer must still add its own: a template that wrote the first one has
-        done so.
+        """Return whether the tokenizer must add its special tokens: not if the template wrote the
+        first.
         """
         return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
 
     def render(
         self, prompt: Sequence[Mapping[str, str]], answer: str, num_images: int, where: str
     ) -> RenderedRow:
-        """Template one conversation.
+        """Apply the template to one conversation.
 
         Raises:
             RefusedError: The templated prompt is not a prefix of the templated conversation, or the
@@ -119,7 +119,7 @@ class Renderer:
         return RenderedRow(prompt_text, text, answer_ids, after + 1)
 
     def _end_of_sequence(self, tail: str, where: str) -> str:
-        """What ends the turn for a template that does not: LLaVA-1.5's writes a space."""
+        """Return the end of a turn for a template without one: LLaVA-1.5's writes a space."""
         if tail.strip() or not self.tokenizer.eos_token:
             raise RefusedError(
                 f"{where}: the chat template of {type(self.processor).__name__} "
@@ -136,9 +136,9 @@ class Renderer:
 
 
 def _with_white_space_of(prompt_text: str, text: str) -> str:
-    """A conversation that begins with its prompt, where it does but for white space before the
-    answer: LLaVA-OneVision's template writes "assistant " and a newline there, its generation
-    prompt "assistant" and a newline. What the model is asked with stands.
+    """Return a conversation that begins with its prompt, if they differ only in white space before
+    the answer: LLaVA-OneVision's template writes "assistant " and a newline there, its generation
+    prompt "assistant" and a newline. The generation prompt is kept.
     """
     head = prompt_text.rstrip()
     if text.startswith(prompt_text) or not text.startswith(head):

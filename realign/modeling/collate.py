@@ -1,4 +1,4 @@
-"""From records to the batch that the loss reads: C cells of P pairs in one of two layouts
+"""Collation of records into the batch that the loss reads: C cells of P pairs in one of two layouts
 (:mod:`realign.modeling.packing`).
 
 Cell c of pair p is sequence ``c * P + p``. What is scored is the last assistant turn and the
@@ -32,7 +32,7 @@ CELLS = (("chosen", False), ("rejected", False), ("chosen", True), ("rejected", 
 
 
 def token_digest(prompt_ids: Sequence[int] | Tensor, scored_ids: Sequence[int]) -> bytes:
-    """Return 16 bytes that stand for the token ids of one cell and for which of them are scored.
+    """Return a digest of 16 bytes of one cell's token ids and of which of them are scored.
 
     Args:
         prompt_ids: Everything before the answer, image tokens included, without padding.
@@ -47,22 +47,20 @@ def token_digest(prompt_ids: Sequence[int] | Tensor, scored_ids: Sequence[int]) 
 
 
 def pixel_digest(images: Mapping[str, Tensor]) -> bytes:
-    """Return 16 bytes that stand for what a processor made of images: names, dtypes, shapes and
-    values of its tensors.
-    """
+    """Return a digest of 16 bytes of image tensors: their names, dtypes, shapes and values."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for name in sorted(images):
         tensor = images[name].detach().cpu().contiguous()
-        what = f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-        digest.update(len(what).to_bytes(8, "little"))
-        digest.update(what)
+        header = f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+        digest.update(len(header).to_bytes(8, "little"))
+        digest.update(header)
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()
 
 
 @dataclass(frozen=True, slots=True)
 class _Sequence:
-    """A cell of a pair: what is read and what is scored."""
+    """A cell of a pair: its prefix and its scored answer."""
 
     id: int  # cell * P + pair
     pair: int
@@ -81,26 +79,28 @@ _Row = list[_Sequence]
 
 
 class Watch(Protocol):
-    """Compares or keeps what is fed, see :mod:`realign.modeling.collate`."""
+    """Observer of the model's inputs, which may compare or keep them."""
 
     def __call__(
         self, collator: PreferenceCollator, record: Record, digests: Sequence[bytes]
     ) -> None:
-        """Be told the digests of a record's cells."""
+        """Receive the digests of a record's cells."""
 
 
 class PreferenceCollator:
-    """Collates records into what ``model(**batch)`` takes, once ``ids`` are taken out.
+    """Collator of records into the arguments of ``model(**batch)``, apart from ``ids``.
 
     Args:
         processor: The model's processor.
-        cells: How many of chosen, text_rejected, image_rejected, both_rejected a pair has, 1 to 4.
+        cells: Number of cells of a pair, 1 to 4: chosen, text_rejected, image_rejected,
+            both_rejected.
         reference: ``record.key`` to log-probabilities of the reference, shape ``(cells,)``; None
             leaves them out.
         max_length: Longest sequence in tokens, image tokens included.
-        shared_prefix: Whether the answers of a pair share their images and prompt, for models that
-            :func:`realign.modeling.packing.why_not_shared` has nothing against.
-        watch: Told of every record what the model will read, before it does; see :class:`Watch`.
+        shared_prefix: Whether the answers of a pair share their images and prompt, for models of
+            which :func:`realign.modeling.packing.why_not_shared` returns None.
+        watch: Called with the digests of every record before the model reads it; see
+            :class:`Watch`.
     """
 
     def __init__(
@@ -124,14 +124,15 @@ class PreferenceCollator:
     def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
         """Return a batch: tensors, and plain values that stay on the host.
 
-        ``input_ids`` and what else the model takes of each token, shape ``(rows, T)``; what the
-        processor makes of each distinct set of images; for N answer tokens ``answer_labels``,
-        ``answer_index`` (which token of the flattened rows predicts it) and ``sequence_ids``, each
-        ``(N,)``; ``num_tokens``, C lists of P numbers; ``ref_logps`` (C, P) if they are known;
-        ``packing`` and ``images``, the layout; and ``ids``, the records' own.
+        ``input_ids`` and the model's other inputs per token, shape ``(rows, T)``; the processor's
+        tensors of each distinct set of images; for N answer tokens ``answer_labels``,
+        ``answer_index`` (the token of the flattened rows that predicts it) and ``sequence_ids``,
+        each ``(N,)``; ``num_tokens``, C lists of P numbers; ``ref_logps`` (C, P) if they are known;
+        ``packing`` and ``images``, the layout; and ``ids`` of the records.
 
         Raises:
-            RefusedError: A sequence is longer than ``max_length``, or its template does not do.
+            RefusedError: A sequence is longer than ``max_length``, or the chat template cannot be
+                used.
         """
         records = [OpenedRecord.of(record) for record in records]
         sequences = self._sequences(records)
@@ -162,7 +163,7 @@ class PreferenceCollator:
         return batch
 
     def lengths(self, records: Sequence[Record]) -> list[int]:
-        """Tokens of every record's longest sequence, image tokens included."""
+        """Return the tokens of every record's longest sequence, image tokens included."""
         sequences = self._sequences(records)
         prefixes = self._encode([sequences])
         longest = [0] * len(records)
@@ -171,9 +172,7 @@ class PreferenceCollator:
         return longest
 
     def pixel_digest(self, record: Record, *, retrieved: bool) -> bytes:
-        """Digest of what the processor makes of a record's images when it is given nothing else;
-        zeros without images.
-        """
+        """Return the digest of a record's images, processed alone; zeros without images."""
         of_images = [one for one in self._sequences([record]) if one.retrieved == retrieved]
         if not of_images or not of_images[0].prefix.images:
             return bytes(DIGEST_BYTES)
@@ -182,7 +181,7 @@ class PreferenceCollator:
     def _digests(
         self, sequences: Sequence[_Sequence], prefixes: Prefixes, pairs: int
     ) -> list[list[bytes]]:
-        """Of every cell of every pair; zeros for cells that are not there."""
+        """Return the digests of every cell of every pair; zeros for absent cells."""
         digests = [[bytes(DIGEST_BYTES)] * self.cells for _ in range(pairs)]
         for one in sequences:
             prompt = prefixes.tokens[one.prefix]["input_ids"]
@@ -190,7 +189,7 @@ class PreferenceCollator:
         return digests
 
     def _sequences(self, records: Sequence[Record]) -> list[_Sequence]:
-        """Those that there are: a pair without a retrieved image has no image cells."""
+        """Return the sequences that exist: a pair without a retrieved image has no image cells."""
         sequences = []
         for cell, (answer, retrieved) in enumerate(CELLS[: self.cells]):
             for pair, record in enumerate(records):
@@ -228,7 +227,7 @@ class PreferenceCollator:
             )
 
     def _padded(self, rows: list[_Row], prefixes: Prefixes) -> dict[str, Any]:
-        """One sequence a row, padded on the right."""
+        """Lay out one sequence per row, padded on the right."""
         tokens = [prefixes.with_answers(row[0].prefix, [one.answer for one in row]) for row in rows]
         fill = {
             "input_ids": rows[0][0].answer[-1]
@@ -252,7 +251,7 @@ class PreferenceCollator:
         return batch
 
     def _packed(self, rows: list[_Row], prefixes: Prefixes) -> dict[str, Any]:
-        """All rows one after the other."""
+        """Lay out all rows one after the other."""
         tokens = [prefixes.with_answers(row[0].prefix, [one.answer for one in row]) for row in rows]
         packing = Packing.of(
             [(prefixes.length(row[0].prefix), [len(one.answer) for one in row]) for row in rows]
@@ -274,7 +273,7 @@ def _length(sequence: _Sequence, prefixes: Prefixes) -> int:
 
 
 def _shared_rows(sequences: Sequence[_Sequence]) -> list[_Row]:
-    """Answers of a pair to the same images in one row, pair after pair."""
+    """Group the answers of a pair to the same images in one row, pair after pair."""
     rows: dict[tuple[int, bool], _Row] = {}
     for sequence in sequences:
         rows.setdefault((sequence.pair, sequence.retrieved), []).append(sequence)

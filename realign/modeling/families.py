@@ -1,5 +1,5 @@
-"""What a family of models needs beyond the general rule, by the name of its processor's class or
-its model type.
+"""Exceptions of model families to the general rule, by the class of their processor or their model
+type.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def process(
 
     Args:
         processor: The model's processor.
-        texts: Templated, an image token where an image stands.
-        images: Of every text; None where none has any.
+        texts: Templated texts, with an image token for each image.
+        images: Images of every text; None if no text has any.
         add_special_tokens: Whether the tokenizer adds its own.
-        padding_side: Where shorter texts are padded.
+        padding_side: Side on which shorter texts are padded.
     Returns:
-        Tensors. Where the mask is 0 no id means anything: a tokenizer may have none for padding.
+        Tensors. Ids where the mask is 0 have no meaning: a tokenizer may have no padding token.
     Raises:
-        RefusedError: The processor raises, whatever; code ``processor``.
+        RefusedError: The processor raises any exception; code ``processor``.
     """
     tokenizer, pad_token = processor.tokenizer, processor.tokenizer.pad_token
     if pad_token is None:  # as those of Llama and Mistral
@@ -62,9 +62,9 @@ def process(
         raise
     except Exception as error:  # what a processor does not take, it raises in many ways
         sizes = sorted({f"{image.width} x {image.height}" for row in images or () for image in row})
-        what = f"image of {' or '.join(sizes)} pixels" if sizes else f"text {texts[0]!r:.80}"
+        subject = f"image of {' or '.join(sizes)} pixels" if sizes else f"text {texts[0]!r:.80}"
         raise RefusedError(
-            f"{what} must be what {type(processor).__name__} takes, got {type(error).__name__}: "
+            f"{subject} must be what {type(processor).__name__} takes, got {type(error).__name__}: "
             f"{str(error).strip().rstrip('.')}. Replace it or remove the row.",
             code="processor",
         ) from error
@@ -99,8 +99,8 @@ def _process(
 
 
 def image_token_id(processor: Any) -> int | None:
-    """The token in whose place the model puts a feature of an image: not always the one that stands
-    for an image in a template (Gemma-3).
+    """Return the token that the model replaces by an image feature, which is not always the
+    template's image placeholder (Gemma-3).
     """
     token = next(iter(getattr(processor, "image_token_ids", ())), None)
     if token is None:

@@ -1,4 +1,4 @@
-"""How exactly this machine computes float32 products: TF32 has ten bits of mantissa."""
+"""Precision of float32 products on this machine: TF32 has ten bits of mantissa."""
 
 from __future__ import annotations
 

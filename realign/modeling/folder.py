@@ -1,4 +1,4 @@
-"""Folders of models: where they are, which files they hold, and what an adapter stands on."""
+"""Folders of models: their paths, their files, and the base of an adapter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 
 
 def check_model(model: str, option: str = "model") -> None:
-    """Refuse a model whose folder is missing or holds no model. A hub id is not looked up.
+    """Refuse a model whose folder is missing or holds no model. A hub id passes without a look-up.
 
     Args:
         model: Folder or hub id.
@@ -59,13 +59,12 @@ def resolve_model(model: str, option: str = "model") -> Path:
 
 
 def model_identity(folder: Path, *, generates: bool = False) -> dict[str, str]:
-    """SHA-256 of every file of a model folder that its outputs depend on, base model included for
-    an adapter.
+    """Return the SHA-256 of each file of a model, or of an adapter and its base, by its name.
 
     Args:
         folder: From :func:`resolve_model`.
-        generates: Whether it will be asked for answers, which ``generation_config.json`` shapes;
-            log-probabilities do not depend on it.
+        generates: Whether the model will generate answers, which depend on
+            ``generation_config.json``; log-probabilities do not.
     """
     without = {"README.md"} | (set() if generates else {"generation_config.json"})
     files = sorted({path for pattern in MODEL_FILES for path in folder.glob(pattern)})
@@ -103,7 +102,7 @@ def resolve_base(folder: Path) -> Path:
     """Return the folder of an adapter's base.
 
     Raises:
-        RefusedError: It is not found, or is an adapter itself.
+        RefusedError: The base is not found, or is an adapter itself.
     """
     base = adapter_base(folder)
     try:
@@ -123,7 +122,7 @@ def resolve_base(folder: Path) -> Path:
 
 
 def lasting_name(model: str) -> str:
-    """What an adapter can call its base from any directory: a folder's absolute path, a hub id as
-    it is.
+    """Return a name for an adapter's base that is valid in any directory: a folder's absolute path,
+    or a hub id.
     """
     return str(Path(model).absolute()) if Path(model).is_dir() else model

@@ -1,7 +1,7 @@
-"""What reference log-probabilities depend on outside a row: semantics, which say what they mean,
-and numerics, which say how they were rounded.
+"""Identity of reference log-probabilities, everything that they depend on outside a row: semantics,
+which define the values, and numerics, which determine their rounding.
 
-Learning rate, beta, batch size, seed, workers and folders are not part of it: they change nothing.
+Learning rate, beta, batch size, seed, workers and folders are not part of it: they have no effect.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PACKAGES = ("realign", "numpy", "safetensors", "triton", "flash-attn", "liger-ke
 
 
 def machine_numerics() -> dict[str, Any]:
-    """Return the device and the versions of what computes, for the identity of a result."""
+    """Return the device and the versions of the libraries, for the identity of a result."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "float32": float32_precision(),
@@ -41,7 +41,7 @@ def machine_numerics() -> dict[str, Any]:
 
 
 def version_of(package: str) -> str:
-    """A package's version, or that it is not installed."""
+    """Return a package's version, or a note that it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -49,11 +49,11 @@ def version_of(package: str) -> str:
 
 
 class ModelFacts:
-    """What is known of a model without its weights, each fact found once.
+    """Facts of a model that are known without its weights, each found once.
 
     Args:
         folder: The model's folder, from :func:`realign.modeling.folder.resolve_model`.
-        numerics: How it computes.
+        numerics: Numerics of the model.
     """
 
     def __init__(self, folder: Path, numerics: Numerics) -> None:
@@ -87,7 +87,8 @@ def reference_identity(model: ModelFacts, *, cells: int, rejected_scoring: str) 
 
     Args:
         model: The reference model.
-        cells: How many of chosen, text_rejected, image_rejected, both_rejected are scored.
+        cells: Number of scored cells, in the order chosen, text_rejected, image_rejected,
+            both_rejected.
         rejected_scoring: ``label`` or ``top_non_label``.
     """
     processor = model.processor
@@ -121,7 +122,7 @@ def reference_identity(model: ModelFacts, *, cells: int, rejected_scoring: str) 
 
 
 def _accelerator() -> dict[str, Any]:
-    """Architecture, libraries and switches that choose among kernels of one product."""
+    """Return the architecture, libraries and switches that choose among kernels of one product."""
     if not torch.cuda.is_available():
         return {
             "machine": platform.machine(),
@@ -145,17 +146,17 @@ def _accelerator() -> dict[str, Any]:
 
 
 def identity_sha256(identity: Identity) -> str:
-    """SHA-256 of an identity's one spelling."""
+    """Return the SHA-256 of an identity's canonical JSON."""
     return content_sha256(canonical_json(identity))
 
 
 def identity_folder(root: Path, identity: Identity) -> Path:
-    """Where the values of one identity live."""
+    """Return the folder of the values of one identity."""
     return root / identity_sha256(identity)[:16]
 
 
 def identity_differences(stored: Identity, needed: Identity) -> list[str]:
-    """Fields that differ, each as ``name: cached ..., needed ...``."""
+    """Return the fields that differ, each as ``name: cached ..., needed ...``."""
     return [
         f"{name}: cached {_short(old)}, needed {_short(new)}"
         for name, old, new in differing_fields(stored, needed)
@@ -165,7 +166,7 @@ def identity_differences(stored: Identity, needed: Identity) -> list[str]:
 def differing_fields(
     stored: Identity, needed: Identity, prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Dotted name, stored and needed value of every field that differs."""
+    """Return the dotted name, stored and needed value of every field that differs."""
     for name in sorted(stored.keys() | needed.keys()):
         old, new = stored.get(name, "nothing"), needed.get(name, "nothing")
         if isinstance(old, dict) and isinstance(new, dict):

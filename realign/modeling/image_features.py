@@ -1,4 +1,4 @@
-"""Every distinct set of images of a micro-batch is encoded once, whatever rows show it."""
+"""Encoding of every distinct set of images of a micro-batch once, however many rows show it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class ImageUse:
-    """Which images stand where.
+    """Use of images by the rows of a batch.
 
     Attributes:
-        tokens: Image tokens of every set of images that the batch brings pixels of.
-        counts: Images of every set.
-        rows: Which of the sets each row with images shows, in the order of the rows.
+        tokens: Image tokens of every set of images whose pixels are in the batch.
+        counts: Number of images of every set.
+        rows: Index of the set that each row with images shows, in the order of the rows.
     """
 
     tokens: tuple[int, ...]
@@ -28,18 +28,17 @@ class ImageUse:
 
     @property
     def is_once_each(self) -> bool:
-        """Whether the features are already those of the rows, in their order."""
+        """Return whether the features are already those of the rows, in their order."""
         return self.rows == tuple(range(len(self.tokens)))
 
 
 @contextmanager
 def image_features_by_row(body: nn.Module, images: ImageUse) -> Iterator[None]:
-    """Within it, ``body.get_image_features`` returns the features of every row's images, having
-    encoded each set once.
+    """Let ``body.get_image_features`` encode each set of images once within the block.
 
     Args:
-        body: A model that calls its own ``get_image_features`` and puts what it returns in place
-            of the image tokens, in order.
+        body: A model that calls its own ``get_image_features`` and puts the features in place of
+            the image tokens, in order.
         images: The use of the sets.
     """
     if images.is_once_each:
@@ -63,7 +62,7 @@ def image_features_by_row(body: nn.Module, images: ImageUse) -> Iterator[None]:
 
 
 def _repeat(features: Tensor | Sequence[Tensor], images: ImageUse) -> Tensor | list[Tensor]:
-    """Features of every row's tokens, as the kind that they came in."""
+    """Return the features of every row's tokens, in the container that they came in."""
     if isinstance(features, Tensor):
         flat = features.reshape(-1, features.shape[-1])
     else:
@@ -82,13 +81,13 @@ def _repeat(features: Tensor | Sequence[Tensor], images: ImageUse) -> Tensor | l
 
 @contextmanager
 def unseen_images_encoded(body: nn.Module, images: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within it, ``body`` encodes ``images`` right after it has embedded its tokens, where it
-    encodes those that its rows show: sharded weights must be gathered in one order on all ranks.
-    The embeddings do not change; the gradient of what encodes is there, and 0.
+    """Let ``body`` encode ``images`` within the block right after it has embedded its tokens, where
+    it encodes those that its rows show: sharded weights must be gathered in one order on all ranks.
+    The embeddings do not change; the encoder gets a gradient of 0.
 
     Args:
         body: A model with ``get_input_embeddings`` and ``get_image_features``.
-        images: What the processor made of them, such as ``pixel_values``.
+        images: The processor's tensors, such as ``pixel_values``.
     """
     encode: Any = body.get_image_features
     taken = inspect.signature(encode).parameters
@@ -108,7 +107,7 @@ def unseen_images_encoded(body: nn.Module, images: Mapping[str, Tensor]) -> Iter
 
 
 def _features(output: Any) -> Iterator[Tensor]:
-    """Everything that the model would put into its layers."""
+    """Return all features that the model would put into its layers."""
     # Qwen3-VL has some for deeper layers
     for features in (output.pooler_output, *(getattr(output, "deepstack_features", None) or ())):
         yield from (features,) if isinstance(features, Tensor) else features

@@ -1,5 +1,5 @@
-"""How many tokens an image becomes, which depends on its size at most: the processor is asked once
-a size, with an empty image.
+"""Prediction of token counts. The tokens of an image depend on its size at most: the processor is
+called once per size, with an empty image.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _COMPARED = 3
 
 
 class ImageTokens:
-    """Tokens of images, by size, beyond the placeholder that stands in the text.
+    """Tokens of images by size, beyond the placeholder in the text.
 
     Args:
         processor: The model's processor.
@@ -52,8 +52,8 @@ class ImageTokens:
                 add_special_tokens=self._renderer.adds_special_tokens(text),
             )
             ids = inputs["input_ids"][0].tolist()
-            if self._vocabulary and (said := self._vocabulary.problem("prompt", ids)):
-                raise RefusedError(said, code="token-id")
+            if self._vocabulary and (message := self._vocabulary.problem("prompt", ids)):
+                raise RefusedError(message, code="token-id")
             # the text's own placeholder is counted with the text
             self._known[size] = len(ids) - len(self.text_ids(text))
         return self._known[size]
@@ -63,10 +63,11 @@ class ImageTokens:
 
         Args:
             prompt: Its text.
-            size: Width and height of the image that it is about; None where there is none.
+            size: Width and height of its image; None without one.
         Raises:
-            RefusedError: It holds a special token (code ``special-token``), or the chat template
-                takes no text without an image (``template``), or as for a call.
+            RefusedError: The prompt holds a special token (code ``special-token``), the chat
+                template takes no text without an image (``template``), or a call with its size is
+                refused.
         """
         for token in self._special:
             if token in prompt:
@@ -76,8 +77,8 @@ class ImageTokens:
                     code="special-token",
                 )
         ids = self.prompt_ids(prompt) if size else self._ids_without_image(prompt)
-        if self._vocabulary and (said := self._vocabulary.problem("text", ids)):
-            raise RefusedError(said, code="token-id")
+        if self._vocabulary and (message := self._vocabulary.problem("text", ids)):
+            raise RefusedError(message, code="token-id")
         if size:
             self(size)
 
@@ -96,13 +97,13 @@ class ImageTokens:
         return ids
 
     def text_ids(self, text: str) -> list[int]:
-        """The tokens of a templated text, a placeholder for each image."""
+        """Return the tokens of a templated text, with a placeholder for each image."""
         special = self._renderer.adds_special_tokens(text)
         ids: list[int] = self._processor.tokenizer(text, add_special_tokens=special).input_ids
         return ids
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """The tokens of a prompt about one image, a placeholder for the image."""
+        """Return the tokens of a prompt about one image, with a placeholder for the image."""
         return self.text_ids(self._render(prompt))
 
     def _render(self, prompt: str, num_images: int = 1) -> str:
@@ -112,21 +113,21 @@ class ImageTokens:
 
 
 def _without_image(reader: str, error: BaseException, code: str) -> RefusedError:
-    said = " ".join(str(error).split()).rstrip(".")
+    reason = " ".join(str(error).split()).rstrip(".")
     return RefusedError(
         f"text must have an image, which {reader} needs, got none ({type(error).__name__}: "
-        f"{said}). Leave such questions out, or ask a model that takes text alone.",
+        f"{reason}). Leave such questions out, or ask a model that takes text alone.",
         code=code,
     )
 
 
 def position_limit(config: Any) -> int | None:
-    """The longest sequence that a model was made for; None where its config does not say."""
+    """Return the longest sequence of a model; None if its configuration does not state it."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 class _Cell(NamedTuple):
-    """A sequence of a row before its image tokens are put in."""
+    """A sequence of a row before its image tokens are expanded."""
 
     answer: str  # chosen or rejected
     is_retrieved: bool
@@ -136,21 +137,21 @@ class _Cell(NamedTuple):
 
 
 class RowLengths:
-    """Predicts lengths: tokens of the templated text, and those that images of that size become.
+    """Predictor of row lengths: tokens of the templated text, and of images by their size.
 
-    The prediction is compared with the collator on the first rows; for a processor of which it is
-    not true, every row is collated, which is slow and exact.
+    The prediction is compared with the collator on the first rows; if a processor does not follow
+    it, every row is collated, which is slow but exact.
 
     Args:
         processor: The model's processor.
-        limits: What a row must not be longer than: name to tokens.
-        cells: How many sequences a row is, 1 to 4.
+        limits: Limits on the length of a row: name to tokens.
+        cells: Number of sequences of a row, 1 to 4.
         vocabulary: The tokens that the model has; None where its configuration is not known.
     Attributes:
-        cells: How many sequences a row is.
+        cells: Number of sequences of a row.
         rows: Tokens of each row's longest cell.
-        images: How many images became how many tokens.
-        is_predicted: Whether the prediction has been true so far.
+        images: Number of images by the number of their tokens.
+        is_predicted: Whether the prediction has been right so far.
     """
 
     def __init__(
@@ -199,8 +200,8 @@ class RowLengths:
         found = {}
         for cell in cells:
             for name, ids in (("prompt", cell.prompt_ids), (cell.answer, cell.scored_ids)):
-                if self._vocabulary and (said := self._vocabulary.problem(name, ids)):
-                    found[name] = problem(name, "token-id", said)
+                if self._vocabulary and (message := self._vocabulary.problem(name, ids)):
+                    found[name] = problem(name, "token-id", message)
             for size in cell.sizes:
                 try:
                     self._image_tokens(size)
@@ -219,17 +220,17 @@ class RowLengths:
             return
         for cell in cells:
             # all that is scored but the end of turn
-            said = self._renderer.tokenizer.decode(cell.scored_ids[:-1])
-            if not cell.is_retrieved and not said.strip():
+            decoded = self._renderer.tokenizer.decode(cell.scored_ids[:-1])
+            if not cell.is_retrieved and not decoded.strip():
                 answer = getattr(record, cell.answer)[:80]
-                said = f"got {answer!r}, which its tokenizer drops. Remove the row."
-                message = f"{cell.answer} must have a token to score, {said}"
+                value = f"got {answer!r}, which its tokenizer drops. Remove the row."
+                message = f"{cell.answer} must have a token to score, {value}"
                 yield problem(cell.answer, "no-scored-token", message)
         self.rows.append(length)
         for name, limit in self._limits.items():
             if length > limit:
-                said = f"got {length}. Shorten or remove the row; nothing is cut."
-                yield problem("", "too-long", f"must have at most {name} = {limit} tokens, {said}")
+                value = f"got {length}. Shorten or remove the row; nothing is cut."
+                yield problem("", "too-long", f"must have at most {name} = {limit} tokens, {value}")
 
     def _cells(
         self, record: Record, images: Sequence[Size], rejected_images: Sequence[Size]

@@ -1,4 +1,4 @@
-"""Loading a VLM and its processor, and knowing which one it is."""
+"""Loading of VLMs and their configurations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 def choose_dtype(dtype: str) -> torch.dtype:
-    """Return the dtype of a name; ``auto`` is bfloat16 on a GPU and float32 on a CPU, where
+    """Return the dtype with a name; ``auto`` is bfloat16 on a GPU and float32 on a CPU, where
     bfloat16 products are slow.
     """
     if dtype == "auto":
@@ -38,18 +38,19 @@ def load_model(
     name: str | None = None,
     scoring: bool = True,
 ) -> PreTrainedModel:
-    """Load a VLM, or an adapter on its base, with dropout off. No remote code is run.
+    """Load a VLM, or an adapter on its base, with dropout off; remote code is never run.
 
     Args:
         folder: From :func:`resolve_model`.
-        numerics: How it computes; a dtype alone stands for its weights, with all else as
-            transformers does.
-        trainable_adapter: Whether an adapter will be trained on.
-        name: What adapters trained on the model call it; a hub id is good on other machines too.
-        scoring: Whether it will score answers; a model that only speaks need not be one of those
-            whose logits are understood.
+        numerics: Numerics of the model; a dtype alone is that of its weights, with transformers'
+            defaults otherwise.
+        trainable_adapter: Whether an adapter will be trained further.
+        name: Name of the model in the adapters that are trained on it; a hub id is valid on other
+            machines too.
+        scoring: Whether the model will score answers; a model that only generates may transform its
+            logits in any way.
     Raises:
-        RefusedError: The folder lacks a weight, or holds one that is not the model's.
+        RefusedError: The folder lacks a weight, or holds one that does not belong to the model.
     """
     if isinstance(numerics, torch.dtype):
         numerics = Numerics(numerics)
@@ -86,8 +87,8 @@ def load_model_config(folder: Path) -> Any:
 
 @contextmanager
 def every_rank_loads() -> Iterator[None]:
-    """Within it every rank loads all weights, also where it is configured that the first one loads
-    them for all (fsdp_cpu_ram_efficient_loading): what is not sharded is not sent to the others.
+    """Let every rank load all weights within the block, even if the first one is configured to load
+    them for all (fsdp_cpu_ram_efficient_loading): unsharded weights are not sent to the others.
     """
     setting = os.environ.pop(LOADING, None)
     try:

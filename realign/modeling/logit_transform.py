@@ -1,8 +1,8 @@
-"""What a model does to its logits after the output projection.
+"""Transform of a model's logits after the output projection.
 
-Configurations do not say: the same ``logits_scaling`` divides in Granite and multiplies in
-HyperCLOVA X, and Cohere2 Vision does not apply its text model's ``logit_scale`` at all. So every
-reading of the configuration is compared with the model's own logits.
+Configurations do not define it: the same ``logits_scaling`` divides in Granite and multiplies in
+HyperCLOVA X, and Cohere2 Vision does not apply its text model's ``logit_scale`` at all. Every
+reading of the configuration is therefore compared with the model's own logits.
 """
 
 from __future__ import annotations
@@ -34,15 +34,13 @@ class LogitTransform:
     softcap: float | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
-        """Apply it."""
+        """Apply the transform to raw logits."""
         z = z * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
 class _BodyOutput:
-    """What the body of a model returns, for a head that is asked alone: hidden states and no
-    more.
-    """
+    """Output of a model's body for a head that is called alone: hidden states only."""
 
     def __init__(self, hidden_states: Tensor) -> None:
         self.last_hidden_state = hidden_states
@@ -56,10 +54,10 @@ class _BodyOutput:
 
 @torch.inference_mode()
 def find_logit_transform(model: PreTrainedModel) -> LogitTransform:
-    """Return the transform whose logits are the model's own, on hidden states made up here.
+    """Return the transform that reproduces the model's own logits on random hidden states.
 
     Raises:
-        RefusedError: There is none.
+        RefusedError: There is no such transform.
     """
     head: Any = model.get_output_embeddings()
     generator = torch.Generator().manual_seed(0)
@@ -87,8 +85,9 @@ def find_logit_transform(model: PreTrainedModel) -> LogitTransform:
 
 @contextmanager
 def _some_values(head: nn.Module, generator: torch.Generator) -> Iterator[None]:
-    """Within it, a head whose weights are still to come has some for a few tokens: where one rank
-    reads a model for all (FSDP), the others hold zeros or nothing. The transform is that of any.
+    """Give a head without weights random ones for a few tokens within the block: if one rank reads
+    a model for all (FSDP), the others hold zeros or nothing. The transform does not depend on the
+    weights.
     """
     own = dict(head._parameters)
     weight = own["weight"]
@@ -115,7 +114,7 @@ def _candidates(config: Any) -> list[LogitTransform]:
 
 
 def _own_logits(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:
-    """The model's logits for hidden states that its body did not compute."""
+    """Return the model's logits for given hidden states."""
     ids = torch.zeros(hidden_states.shape[:2], dtype=torch.int64, device=hidden_states.device)
     body: Any = model.model
     own = vars(body).get("forward")  # of an instance that something else has hooked

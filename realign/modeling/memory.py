@@ -62,7 +62,7 @@ def footprint(model: nn.Module, quantized: Collection[str] = ()) -> str:
 
 
 def size(num_bytes: int) -> str:
-    """Return bytes as people read them."""
+    """Format bytes for people."""
     units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
     unit, name = next((pair for pair in units if num_bytes >= pair[0]), units[-1])
     return f"{num_bytes / unit:.1f} {name}"

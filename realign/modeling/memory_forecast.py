@@ -28,16 +28,16 @@ def predict_memory(
     sequences: int,
     longest: int | None,
 ) -> dict[str, Any]:
-    """Return bytes by kind of training and dtype, and estimates of what comes on top.
+    """Return bytes by kind of training and dtype, and estimates of the memory on top.
 
     Args:
         config: The model's configuration.
-        rank: Of the LoRA adapter that would train.
+        rank: Rank of the LoRA adapter that would train.
         alpha: Numerator of its scaling.
         targets: The layers that it adapts.
         freeze_vision: Whether the vision tower trains.
-        sequences: How many sequences one micro-step holds.
-        longest: Tokens of the longest; None where it is not known.
+        sequences: Number of sequences in a micro-step.
+        longest: Tokens of the longest sequence; None if it is not known.
     """
     training = []
     for dtype in _DTYPES:
@@ -69,7 +69,7 @@ def _entry(kind: str, dtype: torch.dtype, footprint: Footprint) -> dict[str, Any
 
 
 def _estimates(config: Any, sequences: int, longest: int | None) -> list[dict[str, Any]]:
-    """Return what a micro-step of the longest row keeps, and what generation keeps per token."""
+    """Return the memory of a micro-step of the longest row, and that of generation per token."""
     shape = decoder_shape(config)
     if shape is None:
         return []
@@ -98,13 +98,12 @@ def _estimates(config: Any, sequences: int, longest: int | None) -> list[dict[st
 def micro_step_bytes(
     config: Any, dtype: torch.dtype, *, tokens: int, is_checkpointed: bool
 ) -> int | None:
-    """Estimate of what a micro-step keeps for its backward; None where the configuration does not
-    say enough.
+    """Estimate the bytes that a micro-step keeps for its backward; None for unknown configurations.
 
     Args:
         config: The model's configuration.
-        dtype: That the layers compute in.
-        tokens: Of all sequences of the micro-step, as if nothing were shared.
+        dtype: Dtype of the layers' activations.
+        tokens: Tokens of all sequences of the micro-step, as if nothing were shared.
         is_checkpointed: Whether the layers are computed again for the backward.
     """
     shape = decoder_shape(config)
@@ -119,7 +118,7 @@ def micro_step_bytes(
 
 
 def decoder_shape(config: Any) -> tuple[int, int, int] | None:
-    """Layers, hidden units, and units of the keys (or values) of a token in one layer."""
+    """Return the layers, hidden units, and units of a token's keys (or values) in one layer."""
     text = config.get_text_config()
     layers = getattr(text, "num_hidden_layers", None)
     hidden = getattr(text, "hidden_size", None)

@@ -1,4 +1,4 @@
-"""``realign merge``: make one model of an adapter and its base, for servers without adapters."""
+"""``realign merge``: merge an adapter into its base, for servers without adapters."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def merge(model: str, out: Path, dtype: str = "bfloat16") -> Path:
     Returns:
         The folder.
     Raises:
-        RefusedError: The model is no adapter or one that cannot be merged, the dtype is unknown,
-            or the folder exists.
+        RefusedError: The model is not an adapter or cannot be merged, the dtype is unknown, or the
+            folder exists.
     """
     if dtype not in _DTYPES:
         raise RefusedError(
@@ -48,9 +48,9 @@ def merge(model: str, out: Path, dtype: str = "bfloat16") -> Path:
     try:
         merged = adapted.merge_and_unload().to(getattr(torch, dtype))
     except (RuntimeError, ValueError, NotImplementedError) as error:  # such as biases of its own
-        said = str(error).rstrip(".")
+        reason = str(error).rstrip(".")
         raise RefusedError(
-            f"adapter {folder} must be of a kind that can be merged, got {said}. Use it as it is."
+            f"adapter {folder} must be of a kind that can be merged, got {reason}. Use it as it is."
         ) from None
     unfinished = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)

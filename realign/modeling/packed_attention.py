@@ -1,11 +1,12 @@
-"""Attention over a packed row (:class:`realign.modeling.packing.Packing`): every answer sees its
-own prefix and itself, by itself, so nothing is masked out of a large matrix and nothing is padded.
+"""Attention over a packed row (:class:`realign.modeling.packing.Packing`): every answer attends to
+its own prefix and itself in a separate call, so nothing is masked out of a large matrix and nothing
+is padded.
 
 It is one of transformers' attention functions, named ``realign_sdpa`` or ``realign_flash``. Without
-a packing in its arguments it is the one that it is built on, so generation and other calls of the
-model are as they were. What a family's layers see (sliding windows, image blocks that are seen in
-both directions) comes from the family's own mask function, which transformers hands to
-:func:`_keep_mask_function` instead of having it made into a matrix.
+a packing in its arguments it calls the function that it is built on, so generation and other calls
+of the model do not change. The masks of a family's layers (sliding windows, bidirectional image
+blocks) come from the family's own mask function, which transformers passes to
+:func:`_keep_mask_function` instead of turning it into a matrix.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class PackedAttention:
-    """What the layers of one forward need of the packing, and of its backward where layers are
-    computed again.
+    """The packing for the layers of one forward, which may be computed again in the backward.
 
     Args:
         packing: The layout.
@@ -47,8 +47,9 @@ class PackedAttention:
         self._masks: dict[tuple[int, SharedRow, int], Tensor | None] = {}
 
     def mask(self, kind: int, row: SharedRow, answer: int, device: torch.device) -> Tensor | None:
-        """What an answer's queries see, shape ``(queries, prefix + answer)``, True for seen; the
-        first answer's queries include the prefix. None for a causal mask of a square.
+        """Return the attention mask of an answer's queries, shape ``(queries, prefix + answer)``,
+        True for visible; the first answer's queries include the prefix. None is a square causal
+        mask.
         """
         key = (kind, row, answer)
         if key not in self._masks:
@@ -72,7 +73,7 @@ _active: ContextVar[PackedAttention | None] = ContextVar("packed_attention", def
 
 @contextmanager
 def packed_attention(packing: Packing) -> Iterator[dict[str, PackedAttention]]:
-    """Within it, a model's masks are left to attention; yields what the model's call takes."""
+    """Leave a model's masks to attention within the block; yield arguments of the model's call."""
     packed = PackedAttention(packing)
     token = _active.set(packed)
     try:
@@ -106,7 +107,7 @@ class _Segment(NamedTuple):
 
 
 def _segments(packing: Packing) -> list[_Segment]:
-    """Those of all rows, in order and without gaps."""
+    """Return the segments of all rows, in order and without gaps."""
     return [
         _Segment(row, answer, length + (row.prefix if answer == 0 else 0))
         for row in packing.rows
@@ -115,7 +116,7 @@ def _segments(packing: Packing) -> list[_Segment]:
 
 
 def _seen(tensor: Tensor, segments: list[_Segment]) -> Iterator[Tensor]:
-    """Keys or values that each segment sees, shape ``(1, heads, keys, head_dim)``."""
+    """Yield the keys or values of each segment, shape ``(1, heads, keys, head_dim)``."""
     # split once: a slice's gradient would be as long as the whole row
     first: Tensor | None = None
     for segment, own in zip(segments, _split(tensor, segments), strict=True):
@@ -188,8 +189,8 @@ def _flash(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The same through flash-attention's kernel for sequences of several lengths, whose causal
-    mask is aligned to the last key. Never run on a GPU so far.
+    """Compute the same by flash-attention's kernel for sequences of different lengths, whose causal
+    mask is aligned to the last key. It has not run on a GPU yet.
     """
     if packed is None:
         if attention_mask is not None and attention_mask.dim() == 4:
@@ -250,7 +251,7 @@ def _offsets(lengths: list[int], device: torch.device) -> Tensor:
 
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:
-    """Refuse what would change the result if it were left out."""
+    """Refuse arguments that would change the result if they were ignored."""
     for name in ("softcap", "s_aux", "position_bias", "cache"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(
@@ -268,7 +269,7 @@ AttentionMaskInterface.register("realign_flash", _keep_mask_function(flash_atten
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Let a model's decoder take packed rows, where it can."""
+    """Let a model's decoder take packed rows, if it can."""
     config = model.config.get_text_config()
     config._attn_implementation = ATTENTIONS.get(
         config._attn_implementation, config._attn_implementation

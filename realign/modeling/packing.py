@@ -1,7 +1,6 @@
-"""Where the answers of a micro-batch lie in its rows: the layouts that collator, model and loss
-share.
+"""Layouts of the answers of a micro-batch in its rows, which collator, model and loss share.
 
-``separate`` has one padded row a cell, as every trainer has it. ``shared prefix`` has one row for
+``separate`` has one padded row per cell, as in every trainer. ``shared prefix`` has one row for
 all: ``[v, x | y_w | y_l]`` of every pair and then ``[v_l, x | y_w]``, one after the other without
 padding. The image and the prompt are computed once for both answers; attention
 (:mod:`realign.modeling.packed_attention`) lets no answer see another.
@@ -36,9 +35,9 @@ class SharedRow:
     Attributes:
         start: Index of the prefix's first token.
         prefix: Tokens of the prefix: images and prompt.
-        answers: Tokens of every answer, the longest first. Each stands, for attention and
-            positions, where the first one stands, so that what the first one's slots say of
-            positions and token types is true of all.
+        answers: Tokens of every answer, the longest first. For attention and positions, each begins
+            where the first one begins, so that the positions and token types of the first one's
+            slots are those of all.
     """
 
     start: int
@@ -66,7 +65,7 @@ class SharedRow:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Layout of one packed row, and what about it is read on the host.
+    """Layout of one packed row, with the facts that are read on the host.
 
     Attributes:
         rows: The shared rows, in order, without gaps.
@@ -86,7 +85,7 @@ class Packing:
 
 
 def why_not_shared(model: PreTrainedModel) -> str | None:
-    """Why a model's answers cannot share a prefix; None where they can."""
+    """Return why a model's answers cannot share a prefix; None if they can."""
     config = model.config.get_text_config()
     decoder = model.model.get_decoder() if hasattr(model.model, "get_decoder") else model.model
     name = type(decoder).__name__
@@ -105,13 +104,13 @@ def why_not_shared(model: PreTrainedModel) -> str | None:
 
 
 def choose_layout(model: nn.Module, shared_prefix: bool | None = None) -> Layout:
-    """Return the layout of a model's batches, and say why where it is the slower one.
+    """Return the layout of a model's batches, and announce why if it is the slower one.
 
     Args:
         model: A VLM, or an adapter on one.
-        shared_prefix: What was asked for; None for shared where the model can.
+        shared_prefix: The layout that is requested; None for shared if the model can.
     Raises:
-        RefusedError: It was asked for and the model cannot.
+        RefusedError: It is requested and the model cannot.
     """
     vlm: Any = model
     base = vlm.get_base_model() if hasattr(vlm, "get_base_model") else vlm

@@ -1,7 +1,7 @@
-"""The parts of a VLM that train or stay as they are: vision tower, projector, language model.
+"""The parts of a VLM that train or stay frozen: vision tower, projector, language model.
 
-A parameter is of the part that its name says. A projector inside the vision tower, as Qwen's
-``visual.merger``, is the projector's.
+The name of a parameter determines its part. A projector inside the vision tower, such as Qwen's
+``visual.merger``, belongs to the projector.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ UNUSED_MODULES = ("vqmodel", "generation_embeddings", "generation_aligner", "gen
 
 
 def part_of(name: str) -> Part:
-    """Return the part of a module or parameter, by its dotted name, peft's names included."""
+    """Return the part of a module or parameter by its dotted name, including peft's names."""
     path = set(name.split("."))
     if not path.isdisjoint(PROJECTOR_MODULES):
         return "projector"
@@ -40,13 +40,13 @@ def part_of(name: str) -> Part:
 
 
 def frozen_parts(*, vision: bool, projector: bool, language: bool) -> set[Part]:
-    """Return the parts that stay as they are; what scoring does not use is always one of them."""
+    """Return the frozen parts; the parts that scoring does not use are always among them."""
     wanted: dict[Part, bool] = {"vision": vision, "projector": projector, "language": language}
     return {part for part, is_frozen in wanted.items() if is_frozen} | {"unused"}
 
 
 def freeze_parts(model: nn.Module, frozen: Iterable[Part]) -> None:
-    """Leave parts of a model as they are; what was frozen before stays so.
+    """Freeze parts of a model; parameters that were frozen before stay so.
 
     Raises:
         RefusedError: The model lacks a part that is to be frozen, or nothing is left to train.
@@ -77,8 +77,8 @@ def freeze_parts(model: nn.Module, frozen: Iterable[Part]) -> None:
 
 
 def parts_pattern(parts: Iterable[Part]) -> str:
-    """Return a regular expression for the full names of the modules of these parts, as peft
-    excludes them.
+    """Return a regular expression for the full names of the modules of these parts, for peft to
+    exclude.
     """
     projector = rf"(.*\.)?({'|'.join(PROJECTOR_MODULES)})(\..*)?"
     vision = rf"(?!{projector}$)(.*\.)?({'|'.join(VISION_MODULES)})(\..*)?"
@@ -90,7 +90,7 @@ def parts_pattern(parts: Iterable[Part]) -> str:
 
 
 def projector_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Full names and modules of the projector, the outermost ones that have a forward."""
+    """Return full names and modules of the projector, the outermost ones that have a forward."""
     for name, module in model.named_modules():
         is_named = name.rpartition(".")[2] in PROJECTOR_MODULES
         is_inner = re.search(rf"(^|\.)({'|'.join(PROJECTOR_MODULES)})\.", name)
@@ -103,7 +103,7 @@ def projector_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Switch all dropout off: a log-ratio compares two models, not two draws of noise."""
+    """Disable all dropout: a log-ratio compares two models, not two draws of noise."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -134,11 +134,11 @@ def check_projector_rate(model: nn.Module, rate: float | None) -> None:
 
 
 def give_projector_its_rate(optimizer: Optimizer, model: nn.Module, rate: float) -> None:
-    """Move the projector's parameters out of their groups into ones with a rate of their own, with
-    the weight decay that they had. Call it before the schedule is made.
+    """Move the projector's parameters into optimizer groups with their own learning rate and the
+    same weight decay. Call it before the schedule is made.
 
     Args:
-        optimizer: Of the parameters of ``model``; changed in place.
+        optimizer: Optimizer of the parameters of ``model``; changed in place.
         model: Names the parameters.
         rate: Peak learning rate.
     Raises:

@@ -1,4 +1,4 @@
-"""Positions of a collated batch: every token stands where it would stand in its single sequence."""
+"""Positions of a collated batch: every token has the same one as in its single sequence."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from realign.modeling.packing import Packing, SharedRow
 def rope_positions(
     body: Any, inputs: dict[str, Any], packing: Packing | None, images: ImageUse | None
 ) -> Tensor | None:
-    """Return ``position_ids`` for the model, or None where it finds the right ones itself.
+    """Return ``position_ids`` for the model, or None if it computes the right ones itself.
 
     Args:
         body: The VLM without its head.
-        inputs: What the batch brings for the model: ``input_ids`` (rows, T), and for families that
-            place image tokens in space ``mm_token_type_ids`` and ``image_grid_thw``.
+        inputs: The model's inputs in the batch: ``input_ids`` (rows, T) and, for families with
+            spatial positions of image tokens, ``mm_token_type_ids`` and ``image_grid_thw``.
         packing: Layout of a packed row; None for separate ones.
         images: Which images the rows show.
     """
@@ -41,8 +41,8 @@ def rope_positions(
 def _spatial(
     body: Any, inputs: dict[str, Any], packing: Packing | None, images: ImageUse | None
 ) -> Tensor:
-    """Positions of M-RoPE, shape ``(3, rows, T)``, from the family's own index of each single
-    sequence. On the CPU: it reads every token on the host.
+    """Return positions of M-RoPE, shape ``(3, rows, T)``, from the family's own index of each
+    single sequence. It runs on the CPU, since it reads every token on the host.
     """
     ids, types = inputs["input_ids"].cpu(), inputs["mm_token_type_ids"].cpu()
     if packing is None:
@@ -72,8 +72,8 @@ def _spatial(
 
 
 def _packed(positions: Tensor, row: SharedRow) -> Tensor:
-    """Positions of a row, shape ``(..., tokens)``, from those of its prefix and first answer: the
-    other answers stand where the first one does.
+    """Return positions of a row, shape ``(..., tokens)``, from those of its prefix and first
+    answer: the other answers begin at the same position.
     """
     others = [positions[..., row.prefix : row.prefix + length] for length in row.answers[1:]]
     return torch.cat([positions, *others], dim=-1)

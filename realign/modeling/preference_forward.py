@@ -1,6 +1,6 @@
-"""Giving a VLM's forward the preference loss.
+"""The preference loss inside a VLM's own forward.
 
-The loss is computed inside the model's own forward, because DDP, FSDP and ZeRO hook that call.
+The loss is computed there because DDP, FSDP and ZeRO hook that call.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def attach_preference_forward(model: PreTrainedModel) -> None:
     as they were.
 
     Raises:
-        RefusedError: What the model does to its logits is not understood, its attention would
-            leave out a part of its mask, or a trainer of TRL has given it a forward of its own.
+        RefusedError: The model's transform of its logits is unknown, its attention would ignore a
+            part of its mask, or a trainer of TRL has replaced its forward.
     """
     refuse_fused_head(model)
     refuse_flash(model)
@@ -98,7 +98,7 @@ def refuse_fused_head(model: Any) -> None:
 
 
 def refuse_flash(model: Any) -> None:
-    """Refuse flash-attention where it would score another model.
+    """Refuse flash-attention if it would compute another model.
 
     Raises:
         RefusedError: The family needs a mask of its own.
@@ -120,14 +120,14 @@ def body_states(
     images: ImageUse | None,
     unseen_images: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Last hidden states of a collated batch, shape ``(rows, T, D)``.
+    """Return the last hidden states of a collated batch, shape ``(rows, T, D)``.
 
     Args:
         model: The VLM.
-        inputs: What the batch brings for the model itself.
+        inputs: The model's inputs in the batch.
         packing: Layout of a packed row; None for separate ones.
         images: Which images the rows show.
-        unseen_images: Inputs of images to encode where the rows show none but those of other ranks
+        unseen_images: Inputs of images to encode if the rows show none, but those of other ranks
             may.
     """
     body: Any = model.model
@@ -161,7 +161,7 @@ def head_loss(
     LoRA, scale and softcap included.
 
     Raises:
-        RefusedError: The head has an adapter that :func:`lora_of_head` does not take.
+        RefusedError: The head has an adapter that :func:`lora_of_head` refuses.
     """
     head: Any = model.get_output_embeddings()
     lora = lora_of_head(head)
@@ -185,12 +185,11 @@ def head_loss(
 
 
 def lora_of_head(head: Any) -> tuple[Tensor, Tensor, float] | None:
-    """Return A, B and the scaling of the LoRA adapter that is active on an output projection; None
-    where there is none, or it is switched off.
+    """Return A, B and the scaling of the active LoRA adapter of an output projection, or None.
 
     Raises:
-        RefusedError: Another adapter of peft is on it, several are active, or its LoRA computes
-            more than ``B A``: the loss would leave that out.
+        RefusedError: It has an adapter of another kind, several are active, or its LoRA computes
+            more than ``B A``, which the loss would ignore.
     """
     if not hasattr(head, "get_base_layer") or head.disable_adapters or head.merged:
         return None

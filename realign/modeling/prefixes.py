@@ -1,4 +1,4 @@
-"""What stands in front of answers: prompts with their images, each distinct one processed once."""
+"""Prefixes of answers: prompts with their images, each distinct one processed once."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Prefixes:
     """Processed prefixes.
 
     Attributes:
-        tokens: Of each, ``input_ids`` and what else the model takes of each token, ``(length,)``.
-        image_inputs: What the processor made of the distinct sets of images.
-        sets: Number of each set of images.
-        images: Tokens and images of each set.
+        tokens: Of each prefix, ``input_ids`` and the model's other inputs per token, ``(length,)``.
+        image_inputs: The processor's tensors of the distinct sets of images.
+        sets: Index of each set of images.
+        images: Number of tokens and images of each set.
         answer_type: Token type of answers.
     """
 
@@ -41,11 +41,11 @@ class Prefixes:
     answer_type: int
 
     def length(self, prefix: Prefix) -> int:
-        """Tokens of a prefix, image tokens included."""
+        """Return the number of tokens of a prefix, image tokens included."""
         return len(self.tokens[prefix]["input_ids"])
 
     def with_answers(self, prefix: Prefix, answers: Sequence[list[int]]) -> dict[str, Tensor]:
-        """Tokens of a prefix and what follows it, one after the other."""
+        """Return the tokens of a prefix and of the answers that follow it, concatenated."""
         row = {}
         for name, values in self.tokens[prefix].items():
             after = [token for answer in answers for token in answer]
@@ -55,7 +55,7 @@ class Prefixes:
         return row
 
     def use(self, rows: Sequence[Prefix]) -> ImageUse | None:
-        """Which images the rows show; None without images."""
+        """Return the use of images by the rows; None without images."""
         if not self.sets:
             return None
         shown = tuple(self.sets[prefix.images] for prefix in rows if prefix.images)
@@ -72,7 +72,7 @@ def encode_prefixes(
 
     Args:
         processor: The model's processor.
-        prefixes: Each with what decodes its images.
+        prefixes: Each with a function that decodes its images.
         add_special_tokens: Whether the tokenizer adds its own.
     """
     sets: dict[tuple[bytes, ...], int] = {}

@@ -1,5 +1,5 @@
-"""Processors of families that also take videos, where torchvision is missing: the video part needs
-it, images do not.
+"""Loading of processors, also of families that take videos without torchvision, which only the
+video part requires.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ VIDEO_FILES = ("video_preprocessor_config.json", "preprocessor_config.json")
 
 
 def image_only(processor_class: type) -> Any:
-    """A processor class without its video part. What it makes of images and text is the same."""
+    """Return a processor class without its video part; images and text are processed as before."""
 
     class ImageOnly(processor_class):
         video_config: dict[str, Any] | None = None
@@ -49,10 +49,10 @@ def image_only(processor_class: type) -> Any:
 
 
 def load_without_videos(folder: Path) -> Any | None:
-    """Load a processor without its video part; None where it has none, or torchvision is there.
+    """Load a processor without its video part; None if it has none, or torchvision is installed.
 
     Raises:
-        RefusedError: It needs another package, too.
+        RefusedError: It requires another package, too.
     """
     processor_class = _processor_class(folder)
     if (
@@ -100,11 +100,10 @@ def _video_config(folder: Path) -> dict[str, Any] | None:
 
 
 def load_processor(folder: Path) -> Any:
-    """Load the processor of a model folder, or of an adapter's base when the adapter has none of
-    its own.
+    """Load the processor of a model folder, or of an adapter's base if the adapter has none.
 
     Raises:
-        RefusedError: It has no chat template, or no fast tokenizer.
+        RefusedError: The processor has no chat template, or no fast tokenizer.
     """
     if not (folder / "processor_config.json").is_file() and is_adapter(folder):
         folder = resolve_base(folder)

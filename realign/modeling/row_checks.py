@@ -1,5 +1,5 @@
-"""Everything that can be wrong with a dataset for a model, found in one pass over its rows, before
-the model is loaded and anything is written.
+"""Checks of a dataset for a model, in one pass over its rows, before the model is loaded and
+anything is written.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def check_rows(
     Args:
         records: The rows.
         processor: The model's processor.
-        cells: How many cells of a pair will be used.
+        cells: Number of cells of a pair that will be used.
         max_length: Longest row in tokens, image tokens included; None for any.
-        position_limit: Longest row that the model was made for; None where that is not known.
+        position_limit: Longest row that the model supports; None if it is not known.
         vocabulary: The tokens that the model has; None where its configuration is not known.
-        known: Facts of the same rows; where they were checked for as many cells, limits alone are
+        known: Facts of the same rows; if they were checked for as many cells, limits alone are
             checked again.
     Raises:
         RefusedError: Naming the rows.
@@ -90,7 +90,7 @@ def _checked(
 
 
 def check_processor(processor: Any, record: Record) -> None:
-    """Check that a processor only puts tokens of images in.
+    """Check that a processor changes a text only by inserting image tokens.
 
     Raises:
         RefusedError: It alters the text.
@@ -105,17 +105,17 @@ def check_processor(processor: Any, record: Record) -> None:
     )
     # what the last image may have been expanded to is not known in general
     after = prefix.text.rpartition(getattr(processor, "image_token", "\0"))[2]
-    found, said = (
+    found, expected = (
         "".join(processor.tokenizer.decode(ids, skip_special_tokens=True).split())
         for ids in (
             encoded.tokens[prefix]["input_ids"],
             processor.tokenizer(after, add_special_tokens=False).input_ids,
         )
     )
-    if not found.endswith(said):
+    if not found.endswith(expected):
         raise RefusedError(
             f"{record.where}: {type(processor).__name__} must leave the prompt as the chat "
-            f"template writes it, got {found[-len(said) :]!r} instead of {said!r} (without "
+            f"template writes it, got {found[-len(expected) :]!r} instead of {expected!r} (without "
             "spaces). Use another processor; only image tokens may be added."
         )
 

@@ -1,4 +1,4 @@
-"""The facts of every row of a dataset, found in one pass and kept in a file beside a run."""
+"""Facts of every row of a dataset, found in one pass and kept in a file of the run."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Sizes = tuple[Size | None, ...]
 
 
 class RowFacts(NamedTuple):
-    """What a run needs of a row without reading it again.
+    """Facts of a row, so that a run need not read it again.
 
     Attributes:
         id: The row's id.
         key: :attr:`realign.data.records.Record.key`, the hash of its content.
-        images: Width and height of each original image; None where the images were not decoded.
+        images: Width and height of each original image; None if the images were not decoded.
         rejected_images: The same for the retrieved images.
-        tokens: Tokens of the row's longest sequence; 0 where it was not measured.
+        tokens: Tokens of the row's longest sequence; 0 if it was not measured.
     """
 
     id: str
@@ -50,8 +50,8 @@ class RowIndex:
 
     Attributes:
         rows: The facts.
-        cells: How many sequences of a row were checked and measured; 0 where none was.
-        image_tokens: How many images became how many tokens.
+        cells: Number of sequences of a row that were checked and measured; 0 if none was.
+        image_tokens: Number of images by the number of their tokens.
     """
 
     rows: list[RowFacts] = field(default_factory=list)
@@ -83,11 +83,11 @@ class RowIndex:
 
 
 class RowFile:
-    """The file that keeps a :class:`RowIndex` of checked rows for a run that is continued.
+    """The file that keeps a :class:`RowIndex` of checked rows, for a run that is continued.
 
-    It holds for one dataset file, by the hash of its bytes, without the rows that were dropped by
+    It is valid for one dataset file, by the hash of its bytes, without the rows dropped by
     decisions, and for one model, template and processor. Images in a folder are read and hashed
-    again, whatever the file says. Limits are no part of it.
+    again, in any case. Limits are not part of it.
 
     Args:
         path: The file.
@@ -114,7 +114,7 @@ class RowFile:
         )
 
     def restore(self) -> RowIndex:
-        """Return the kept facts where the rows are those that were checked, else new ones."""
+        """Return the kept facts if the rows are those that were checked, else new ones."""
         kept = self._read()
         if kept is not None and not self._has_image_folder:
             return kept
@@ -133,7 +133,7 @@ class RowFile:
         write_json(self._path, {**content, "sha256": content_sha256(canonical_json(content))})
 
     def _read(self) -> RowIndex | None:
-        """Return what the file holds; None where it is damaged or of other rows."""
+        """Return the content of the file; None if it is damaged or belongs to other rows."""
         try:
             stored: dict[str, Any] = read_json(self._path)
             seal = stored.pop("sha256")

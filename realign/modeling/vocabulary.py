@@ -1,4 +1,4 @@
-"""The tokens that a model's embedding has rows for."""
+"""Tokens for which a model's embedding has rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from realign.modeling.families import IMAGE_TOKEN_WITHOUT_ROW, image_token_id
 
 
 class Vocabulary:
-    """Finds tokens for which a model's embedding has no row: it would be read beyond its end.
+    """Finder of tokens without a row in a model's embedding, which would be read beyond its end.
 
     An embedding with more rows than the tokenizer has tokens is padded, which is usual.
 
@@ -26,7 +26,7 @@ class Vocabulary:
         self._replaced = image_token_id(processor) if replaces else None
 
     def problem(self, name: str, ids: Iterable[int]) -> str:
-        """Return a message on a token without a row in the embedding, or an empty text.
+        """Return a message about a token without a row in the embedding, or an empty text.
 
         Args:
             name: The text that the tokens belong to, for the message.

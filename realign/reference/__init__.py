@@ -1,5 +1,4 @@
-"""Reference log-probabilities, computed once a row and never used for anything else than they were
-computed from.
+"""Reference log-probabilities, computed once per row and refused for any other inputs.
 
     <root>/<identity, 16 digits>/identity.json   what the numbers depend on
     <root>/<identity>/shards/*.safetensors       rows, found by the hash of their content
@@ -7,7 +6,7 @@ computed from.
     <root>/<identity>/build.lock                 held while it is built
 
 A row is found by its content, never by its position, so order, filtering and repetition of the
-dataset do not matter. docs/cache.md says what is promised.
+dataset do not matter. docs/cache.md lists the guarantees.
 """
 
 from realign.modeling.identity import (

@@ -1,4 +1,4 @@
-"""Computes what a cache lacks, a shard at a time; a build that was killed goes on where it stopped.
+"""Building of caches, shard by shard; a killed build continues where it stopped.
 
 Rows are cut into shards, and shards dealt to ranks, in whole batches, so a row is computed in the
 same batch whatever the size of shards and the number of processes.
@@ -41,17 +41,17 @@ def build_cache(
     ranks: Ranks | None = None,
     rows: RowIndex | None = None,
 ) -> Path:
-    """Compute what is missing, commit it, and return the identity's folder.
+    """Compute the missing rows, commit them, and return the identity's folder.
 
     Args:
         records: The rows; equal ones are computed once.
         scoring: How rows are scored.
         root: The cache, which may hold other identities too.
         shard_size: Rows per shard, rounded up to whole batches.
-        identity: Identity of the values that ``scoring`` gives, where it is known.
+        identity: Identity of the values of ``scoring``, if it is known.
         ranks: The processes that share the work; those of the launcher by default.
-        rows: Facts of the records, from :func:`realign.modeling.row_checks.check_rows`, where they
-            are known.
+        rows: Facts of the records, from :func:`realign.modeling.row_checks.check_rows`, if they are
+            known.
     Raises:
         RefusedError: Two rows have one id and different content; a row is too long; the file
             system refuses; or the probe finds the values wrong.
@@ -60,27 +60,29 @@ def build_cache(
     identity, ranks = identity or scoring.identity(), ranks or Ranks()
     _check_agreement(identity, ranks)
     place = identity_folder(root, identity)
-    wanted = ranks.together(lambda: _unique(records, rows or RowIndex.of(records)))
+    wanted = ranks.run_together(lambda: _unique(records, rows or RowIndex.of(records)))
     found = ranks.gather((_has_all(place, wanted), place.exists()))
     if all(has_all for has_all, _ in found):
         return place
     # a model may be refused, so nothing is written before it is loaded
-    scorer = None if any(exists for _, exists in found) else ranks.together(scoring.load)
-    with _held(place, ranks):
-        plan = ranks.together(lambda: _plan(place, identity, wanted) if ranks.is_first else None)
+    scorer = None if any(exists for _, exists in found) else ranks.run_together(scoring.load)
+    with _locked(place, ranks):
+        plan = ranks.run_together(
+            lambda: _plan(place, identity, wanted) if ranks.is_first else None
+        )
         ranks.check_folder_is_shared(place)
         # one rank's view for all: file systems of several machines may lag behind
         missing, first = ranks.gather(plan)[0] or ([], 0)
         if missing and scorer is None:
-            scorer = ranks.together(scoring.load)
+            scorer = ranks.run_together(scoring.load)
 
         def write() -> None:
             if missing:
                 assert scorer is not None
                 _write(records, missing, first, place, identity, scorer, shard_size, ranks)
 
-        ranks.together(write)
-        ranks.together(
+        ranks.run_together(write)
+        ranks.run_together(
             lambda: (
                 _commit(records, wanted, place, identity, scorer or scoring.load())
                 if ranks.is_first
@@ -103,7 +105,7 @@ def _check_agreement(identity: Identity, ranks: Ranks) -> None:
 
 
 def _unique(records: Sequence[Record], rows: RowIndex) -> dict[str, int]:
-    """Return key to position of the first row that has it."""
+    """Map each key to the position of the first row that has it."""
     wanted: dict[str, int] = {}
     ids: dict[str, str] = {}
     for index, row in enumerate(rows.rows):
@@ -118,7 +120,7 @@ def _unique(records: Sequence[Record], rows: RowIndex) -> dict[str, int]:
 
 
 def _has_all(place: Path, wanted: dict[str, int]) -> bool:
-    """Whether there is nothing to do. A folder that is damaged is mended by the builder."""
+    """Return whether a folder has all rows. The builder repairs one that is damaged."""
     try:
         committed = read_committed(place)
     except DamagedError:
@@ -129,15 +131,15 @@ def _has_all(place: Path, wanted: dict[str, int]) -> bool:
 
 
 @contextmanager
-def _held(place: Path, ranks: Ranks) -> Iterator[None]:
-    """The builder's lock, which rank 0 holds for all."""
+def _locked(place: Path, ranks: Ranks) -> Iterator[None]:
+    """Hold the builder's lock on rank 0, for all ranks."""
     with ExitStack() as stack:
-        ranks.together(lambda: stack.enter_context(building(place)) if ranks.is_first else None)
+        ranks.run_together(lambda: stack.enter_context(building(place)) if ranks.is_first else None)
         yield
 
 
 def _plan(place: Path, identity: Identity, wanted: dict[str, int]) -> tuple[list[int], int]:
-    """Positions of the rows to compute, and the number of their first shard."""
+    """Return the positions of the rows to compute, and the number of their first shard."""
     work = Workshop.open(place, identity, repairs=True)
     return _missing(wanted, work), work.next_index
 
@@ -187,7 +189,7 @@ def _commit(
     identity: Identity,
     scorer: Scorer,
 ) -> None:
-    """Read back what is there, probe it, and write the manifest."""
+    """Read the shards back, probe them, and write the manifest."""
     work = Workshop.open(place, identity, repairs=False)
     if lost := _missing(wanted, work):
         raise RefusedError(

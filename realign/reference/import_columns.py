@@ -1,8 +1,7 @@
-"""Reference log-probabilities that another trainer computed: columns of the dataset's parquet file,
-named as TRL names them.
+"""Import of another trainer's log-probabilities, from parquet columns with TRL's names.
 
-They are values of unknown numerics, so a run takes them only with accept_numerics, after 64 rows
-were computed again.
+Their numerics are unknown, so a run takes them only with accept_numerics, after it has computed 64
+rows again.
 """
 
 from __future__ import annotations
@@ -37,15 +36,15 @@ COLUMNS = (
 
 def import_columns(data: Path, model: str, out: Path) -> Path:
     """Make a cache of the columns ``ref_chosen_logps`` and ``ref_rejected_logps``, and
-    ``ref_image_rejected_logps`` and ``ref_both_rejected_logps`` where they are there. Returns the
-    cache's folder.
+    ``ref_image_rejected_logps`` and ``ref_both_rejected_logps`` if they exist. Returns the cache's
+    folder.
 
     Args:
-        data: Parquet file, or a folder with ``dataset.parquet``: rows and columns.
-        model: The model that the values are of: folder or hub id.
+        data: Parquet file with rows and columns, or a folder with ``dataset.parquet``.
+        model: Model that computed the values: folder or hub id.
         out: Cache folder.
     Raises:
-        RefusedError: A column is missing, or holds what no log-probability is.
+        RefusedError: A column is missing, or holds a value that is not a log-probability.
     """
     check_out(out)
     folder = resolve_model(model)
@@ -73,17 +72,17 @@ def import_columns(data: Path, model: str, out: Path) -> Path:
 
 
 def _read_columns(file: Path, num_rows: int) -> np.ndarray:
-    """Values, shape ``(rows, C)``."""
+    """Return the values, shape ``(rows, C)``."""
     schema = pyarrow.parquet.read_schema(file)
-    there = [name for name in COLUMNS if name in schema.names]
-    if there[:2] != list(COLUMNS[:2]) or there != list(COLUMNS[: len(there)]):
+    columns = [name for name in COLUMNS if name in schema.names]
+    if columns[:2] != list(COLUMNS[:2]) or columns != list(COLUMNS[: len(columns)]):
         raise RefusedError(
             f"{file} must have the columns {COLUMNS[0]} and {COLUMNS[1]} (then {COLUMNS[2]} and "
-            f"{COLUMNS[3]}), got {there or 'none of them'}. Add them."
+            f"{COLUMNS[3]}), got {columns or 'none of them'}. Add them."
         )
-    table = pyarrow.parquet.read_table(file, columns=there)
+    table = pyarrow.parquet.read_table(file, columns=columns)
     values: Any = np.stack(
-        [table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in there], axis=1
+        [table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in columns], axis=1
     )
     if len(values) != num_rows:
         raise RefusedError(
@@ -93,7 +92,7 @@ def _read_columns(file: Path, num_rows: int) -> np.ndarray:
     if bad.any():
         row, cell = (int(index) for index in np.argwhere(bad)[0])
         raise RefusedError(
-            f"{file}, row {row + 1} (counting from 1): {there[cell]} must be a summed log-"
+            f"{file}, row {row + 1} (counting from 1): {columns[cell]} must be a summed log-"
             f"probability, finite and not positive, got {values[row, cell]}. Compute it again."
         )
     return values

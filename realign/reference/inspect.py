@@ -1,4 +1,4 @@
-"""Describes and verifies caches without loading a model."""
+"""Description and verification of caches, without loading a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from realign.reference.store import (
 
 
 def cache_folders(root: Path) -> list[Path]:
-    """Folders of identities: ``root`` itself, or those in it.
+    """Return the folders of identities: ``root`` itself, or those in it.
 
     Raises:
         RefusedError: There are none.
@@ -44,9 +44,9 @@ def verify_cache(root: Path) -> list[str]:
     """Check every byte of every identity in a cache.
 
     Returns:
-        A line an identity that is whole.
+        One line per identity, each of which is intact.
     Raises:
-        RefusedError: Something is wrong; the message names everything that is.
+        RefusedError: Something is damaged or missing; the message names all of it.
     """
     lines, wrong = [], []
     for place in cache_folders(root):
@@ -65,7 +65,7 @@ def verify_cache(root: Path) -> list[str]:
 
 
 def _problems(place: Path) -> Iterator[str]:
-    """Yield everything that is wrong with an identity's folder, not only the first."""
+    """Yield every problem of an identity's folder."""
     try:
         manifest, identity = read_manifest(place), read_identity(place)
         if manifest is None:
@@ -84,9 +84,7 @@ def _problems(place: Path) -> Iterator[str]:
 
 
 def describe_cache(root: Path) -> Iterator[str]:
-    """Lines that say what a cache was computed from, its size and its probe; contents are not
-    checked.
-    """
+    """Yield lines on the identity of a cache, its size and its probe, without checking it."""
     for place in cache_folders(root):
         identity, manifest = read_identity(place), read_manifest(place)
         yield f"{place}"

@@ -1,4 +1,4 @@
-"""Merges several caches of one identity, such as those of machines that share no file system."""
+"""Merging of caches of one identity, such as those of machines without a shared file system."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from realign.runtime.run_folder import check_out
 
 
 def merge_caches(sources: Sequence[Path], out: Path) -> Path:
-    """Put the rows of several caches into one and return the identity's folder. Rows that ``out``
-    has already stay as they are; of rows in several sources the first one's values are taken.
+    """Merge the rows of several caches into one and return the identity's folder. Rows that ``out``
+    has already do not change; of rows in several sources the first one's values are taken.
 
     Raises:
         RefusedError: A source holds no finished cache or several, or is of another identity; each
@@ -36,11 +36,11 @@ def merge_caches(sources: Sequence[Path], out: Path) -> Path:
             )
     place = identity_folder(out, first.identity)
     with building(place):
-        there = read_committed(place)
+        existing = read_committed(place)
         work = Workshop.open(place, first.identity, repairs=True)
         for cache in caches:
             work.add(cache.rows)
-        probes = [cache.manifest.probe for cache in (there, *caches) if cache is not None]
+        probes = [cache.manifest.probe for cache in (existing, *caches) if cache is not None]
         work.commit(_joined(probes))
     return place
 
@@ -59,7 +59,7 @@ def _read_only_one(source: Path) -> Committed:
 
 
 def _joined(probes: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
-    """Return what all probes say together; None where nothing was probed."""
+    """Return all probes as one; None if nothing was probed."""
     done = [probe for probe in probes if probe is not None]
     if not done:
         return None

@@ -1,5 +1,5 @@
-"""Recomputes a few cached rows alone, a row of its own for every answer: how far log-probabilities
-move with the batch and the layout, and whether the shared prefix is right for a model.
+"""Probe of a cache: a few rows are computed again, each answer alone, to measure how far
+log-probabilities move with batch and layout, and whether a model can share prefixes.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ ABSOLUTE, RELATIVE = 1e-4, 1e-6
 
 
 def probe_rows(keys: Mapping[str, int] | Sequence[str]) -> list[str]:
-    """Choose the rows of a probe: the same of the same rows, whatever their order."""
+    """Choose the rows of a probe, the same ones whatever the order of the rows."""
     ordered = sorted(keys)
     return sorted(Random(SEED).sample(ordered, min(PROBE_ROWS, len(ordered))))
 
 
 def rounding(logps: np.ndarray) -> np.ndarray:
-    """How far float32 may be off, in nats."""
+    """Return the largest error that float32 may cause, in nats."""
     return ABSOLUTE + RELATIVE * np.abs(logps)
 
 
 def deviations(
     reference: CacheReference, records: Sequence[Record], scorer: Scorer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cached and recomputed log-probabilities, both ``(rows, C)``."""
+    """Return cached and recomputed log-probabilities, both ``(rows, C)``."""
     cached = np.stack([reference[record.key].numpy() for record in records])
     alone = np.concatenate([scorer.score_alone(record).logps for record in records])
     return cached, alone[:, : cached.shape[1]]
@@ -51,10 +51,10 @@ def run_probe(
     Args:
         reference: The cached values.
         records: Rows of :func:`probe_rows`.
-        scorer: What computed them.
-        identity: Of the values.
+        scorer: Scorer that computed them.
+        identity: Identity of the values.
     Returns:
-        What a manifest keeps: ``rows``, ``rms`` and ``max`` in nats by cell.
+        The entry of the manifest: ``rows``, ``rms`` and ``max`` in nats by cell.
     Raises:
         RefusedError: Float32 values differ by more than rounding, so one of the two layouts is
             wrong for this model.
@@ -83,7 +83,7 @@ def run_probe(
 
 
 def is_exact(identity: Identity) -> bool:
-    """Return whether products are computed in float32 all the way."""
+    """Return whether all products are computed in float32."""
     numerics = identity["numerics"]
     return (
         numerics["dtype"] == "float32"

@@ -1,4 +1,4 @@
-"""Opening a cache for a run: the right one, whole, or a refusal that names what differs."""
+"""Opening the cache of a run, or refusing it with every difference of its identity."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def accept_numerics(
         probed: Rows of :func:`realign.reference.probe.probe_rows`.
         stored: Identity of the values.
         needed: Identity of this run.
-        load: Loads the reference model.
+        load: Function that loads the reference model.
     Returns:
-        What is to be recorded: what differs, how many rows were compared, the largest difference,
-        the tolerance and the most that a value moves, all in nats.
+        The record of the acceptance: the differences, the number of compared rows, and the largest
+        difference, the tolerance and the largest variation of a value, in nats.
     Raises:
         RefusedError: A value differs by more.
     """
@@ -103,24 +103,24 @@ def read_cache(
     accepting: Callable[[], Scorer] | None = None,
     rows: RowIndex | None = None,
 ) -> CacheReference:
-    """Return ``record.key`` to reference log-probabilities, shape ``(C,)`` float64, for all
-    records. Every byte of the cache is checked against its manifest.
+    """Return a mapping of ``record.key`` to reference log-probabilities, ``(C,)`` float64. Every
+    byte of the cache is checked against its manifest.
 
     Args:
         root: Folder of ``realign cache``, or one identity's folder in it.
-        records: The rows; no others are returned.
-        identity: What the run needs the values to be computed from.
-        num_cells: How many cells the run reads; imported values may have no more than these.
-        accepting: Loads the reference model, to accept values that differ in numerics alone once
-            64 rows have been computed again; None refuses them.
-        rows: Facts of the records where they are known.
+        records: The rows to return, and no others.
+        identity: Identity that the run requires of the values.
+        num_cells: Number of cells that the run reads; imported values may have no more.
+        accepting: Function that loads the reference model, to accept values that differ in numerics
+            alone after computing 64 rows again; None refuses them.
+        rows: Facts of the records, if they are known.
     Raises:
         RefusedError: The cache is of another model, template, scoring or numerics (each difference
-            is named), it does not exist, is unfinished, damaged, of another schema, lacks a row,
-            or is another one on another rank.
+            is named), does not exist, is unfinished, damaged or of another schema, lacks a row, or
+            differs between ranks.
     """
     ranks = Ranks()
-    reference, found = ranks.together(
+    reference, found = ranks.run_together(
         lambda: _read(
             root,
             records,
@@ -171,19 +171,19 @@ def _read(
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A folder that is not of the identity, and in what."""
+    """A folder of another identity, and the fields that differ."""
 
     place: Path
     fields: tuple[str, ...]
     lines: tuple[str, ...]
 
     def is_acceptable(self) -> bool:
-        """Whether only the numerics differ."""
+        """Return whether only the numerics differ."""
         return all(name.startswith("numerics.") for name in self.fields)
 
 
 def _find(root: Path, identity: Identity, num_cells: int, *, is_accepting: bool) -> Path:
-    """The folder to read."""
+    """Return the folder to read."""
     if not root.is_dir():
         raise RefusedError(
             f"cache must be a folder of `realign cache`, got {root}, which does not exist. Check "
@@ -234,5 +234,5 @@ def _compare(place: Path, stored: Identity, needed: Identity, num_cells: int) ->
 
 def _unfit(root: Path, why: str, lines: Sequence[str] = (), remedy: str = "") -> RefusedError:
     detail = "".join(f"\n  {line}" for line in lines)
-    said = "\n".join(part for part in (remedy, "Run `realign cache` for this model.") if part)
-    return RefusedError(f"cache {root} does not fit this run: {why}.{detail}\n{said}")
+    remedies = "\n".join(part for part in (remedy, "Run `realign cache` for this model.") if part)
+    return RefusedError(f"cache {root} does not fit this run: {why}.{detail}\n{remedies}")

@@ -1,4 +1,4 @@
-"""Cached values as training reads them: found by a record's key."""
+"""Cached values for training, found by a record's key."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ REBUILD = "Run `realign cache` again, into another --out; nothing of this step w
 
 @dataclass(frozen=True)
 class BatchVariance:
-    """How far a log-probability moves when the same row is computed in another batch and layout,
-    in nats, by cell; measured when the cache was built.
+    """Variation of a log-probability when its row is computed in another batch and layout, in nats,
+    by cell; measured when the cache was built.
 
     Attributes:
-        rows: How many rows were measured.
+        rows: Number of rows that were measured.
         rms: Root mean square, of each cell.
         max: Largest, of each cell.
     """
@@ -36,22 +36,22 @@ class BatchVariance:
 
     @classmethod
     def of(cls, probe: Mapping[str, Any] | None) -> BatchVariance | None:
-        """From a manifest's probe."""
+        """Return the variance in a manifest's probe."""
         if probe is None:
             return None
         return cls(probe["rows"], tuple(probe["rms"]), tuple(probe["max"]))
 
 
 class CacheReference(Mapping[str, Tensor]):
-    """``record.key`` to reference log-probabilities, shape ``(C,)`` float64.
+    """Mapping of ``record.key`` to reference log-probabilities, shape ``(C,)`` float64.
 
-    Arrays, not dictionaries: a million rows are 150 MB, and worker processes share them.
+    It holds arrays, not dictionaries: a million rows take 150 MB, which worker processes share.
 
     Args:
         rows: The values; of equal keys the first counts.
-        variance: From the cache's probe; None for imported values.
-        acceptance: What was accepted in spite of other numerics, for the run's log; None if
-            nothing was.
+        variance: Variance from the cache's probe; None for imported values.
+        acceptance: Record of values that were accepted in spite of other numerics, for the run's
+            log, or None.
     """
 
     def __init__(
@@ -68,13 +68,13 @@ class CacheReference(Mapping[str, Tensor]):
 
     @property
     def batch_variance(self) -> float | None:
-        """Root mean square in nats of what batching and layout change in a log-probability, of the
-        cell where it is largest; None where it was not measured.
+        """Root mean square in nats of the change of a log-probability by batching and layout, in
+        the cell where it is largest; None if it was not measured.
         """
         return None if self.variance is None else max(self.variance.rms)
 
     def find(self, key: str) -> int | None:
-        """Position of a key, or None."""
+        """Return the position of a key, or None."""
         raw = bytes.fromhex(key)
         prefix = int.from_bytes(raw[:8], "big")
         position = int(np.searchsorted(self._prefix, np.uint64(prefix)))
@@ -103,24 +103,23 @@ class CacheReference(Mapping[str, Tensor]):
         return (key.tobytes().hex() for key in self._rows.key)
 
     def num_tokens(self, key: str) -> list[int]:
-        """How many tokens each cell of a row was scored over."""
+        """Return the number of scored tokens of each cell of a row."""
         return [int(count) for count in self._rows.num_tokens[self._position(key)]]
 
     def token_digests(self, key: str) -> list[bytes]:
-        """Of each cell of a row, see :func:`realign.modeling.collate.token_digest`."""
+        """Return :func:`realign.modeling.collate.token_digest` of each cell of a row."""
         return [digest.tobytes() for digest in self._rows.token_digest[self._position(key)]]
 
     def pixel_digests(self, key: str) -> list[bytes]:
-        """Of a row's original and retrieved images; zeros where they were not
-        taken."""
+        """Return the digests of a row's original and retrieved images; zeros if none were taken."""
         return [digest.tobytes() for digest in self._rows.pixel_digest[self._position(key)]]
 
     def check_inputs(
         self, collator: PreferenceCollator, record: Record, digests: Sequence[bytes]
     ) -> None:
-        """Refuse a row that is fed to the model in another way than when its values were computed;
-        a ``watch`` of :class:`realign.modeling.collate.PreferenceCollator`. Tokens and labels
-        of every row are compared, pixels of one in 256.
+        """Refuse a row whose inputs differ from those that its values were computed from; a
+        ``watch`` of :class:`realign.modeling.collate.PreferenceCollator`. Tokens and labels of
+        every row are compared, pixels of one in 256.
 
         Raises:
             RefusedError: Naming the row and what differs.
@@ -146,7 +145,7 @@ class CacheReference(Mapping[str, Tensor]):
                 )
 
     def positions(self, keys: Sequence[str]) -> np.ndarray:
-        """Positions of many keys, int64, -1 where one is not here."""
+        """Return the positions of many keys, int64, -1 for missing ones."""
         raw = np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(len(keys), 32)
         found = np.searchsorted(self._prefix, _prefixes(raw)).astype(np.int64)
         is_inside = found < len(self)
@@ -159,11 +158,11 @@ class CacheReference(Mapping[str, Tensor]):
         return found
 
     def only(self, positions: np.ndarray) -> CacheReference:
-        """The rows at some positions, each once."""
+        """Return the rows at some positions, each once."""
         rows = self._rows.take(np.unique(positions))
         return CacheReference(rows, self.variance, self.acceptance)
 
 
 def _prefixes(keys: np.ndarray) -> np.ndarray:
-    """The first eight bytes of each key as a number: enough to search by."""
+    """Return the first eight bytes of each key as a number, to search by."""
     return np.ascontiguousarray(keys[:, :8]).view(">u8")[:, 0].astype(np.uint64)

@@ -1,4 +1,4 @@
-"""From records to rows of a cache: the reference model's log-probabilities and what it was fed."""
+"""Scoring of records for a cache: log-probabilities, and digests of the model's inputs."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from realign.runtime.ranks import local_device
 
 @dataclass(frozen=True)
 class Scoring:
-    """How rows are scored. What of it changes a value is in the identity.
+    """Settings of the scoring of rows; those that change a value are in the identity.
 
     Attributes:
         folder: The reference model, from :func:`realign.modeling.folder.resolve_model`.
-        cells: How many of chosen, text_rejected, image_rejected, both_rejected are scored.
+        cells: Number of scored cells, in the order chosen, text_rejected, image_rejected,
+            both_rejected.
         rejected_scoring: ``label`` or ``top_non_label``.
-        numerics: How the model computes.
-        batch_size: Pairs in one forward.
+        numerics: Numerics of the model.
+        batch_size: Pairs per forward.
         max_length: Longest sequence in tokens; a longer one is refused.
     """
 
@@ -45,14 +46,14 @@ class Scoring:
     max_length: int | None = None
 
     def identity(self) -> Identity:
-        """Return what the values depend on outside a row."""
+        """Return everything outside a row that the values depend on."""
         return reference_identity(
             self.model, cells=self.cells, rejected_scoring=self.rejected_scoring
         )
 
     @cached_property
     def model(self) -> ModelFacts:
-        """What is known of the model without its weights."""
+        """Facts of the model that are known without its weights."""
         return ModelFacts(self.folder, self.numerics)
 
     def load(self) -> Scorer:
@@ -61,13 +62,13 @@ class Scoring:
 
 
 class RowReader:
-    """Collates records and keeps what is known of a row without the model.
+    """Collator of records that also returns their cache rows, still without log-probabilities.
 
     Args:
         processor: The model's processor.
-        cells: Values a row.
+        cells: Values per row.
         max_length: Longest sequence in tokens.
-        shared_prefix: Layout.
+        shared_prefix: Whether answers share prefixes.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class RowReader:
 
 
 class Scorer:
-    """Scores records with the reference model, in evaluation mode and without gradients."""
+    """Scorer of records with the reference model, in evaluation mode and without gradients."""
 
     def __init__(self, scoring: Scoring) -> None:
         self.scoring = scoring
@@ -136,7 +137,7 @@ class Scorer:
         return self._score(self._alone, [record])
 
     def pixel_digests(self, record: Record) -> np.ndarray:
-        """What the processor makes of the original and of the retrieved images, ``(2, 16)``."""
+        """Return the pixel digests of the original and of the retrieved images, ``(2, 16)``."""
         collator = self._alone.collator
         digests = [
             collator.pixel_digest(record, retrieved=retrieved) for retrieved in (False, True)
@@ -172,8 +173,8 @@ class Scorer:
 
 
 def free_reference() -> None:
-    """Give back the memory of scorers that are gone: a model whose forward is bound to it is found
-    by the collector only, and the policy is loaded next.
+    """Free the memory of deleted scorers: only the garbage collector finds a model whose forward is
+    bound to it, and the policy is loaded next.
     """
     gc.collect()
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""One file of rows: immutable, named after its content, checked before anything in it is used.
+"""Shards, files of rows: immutable, named by their content, checked before use.
 
     shards/00017-<sha256, 16 digits>.safetensors
         key           u8[n, 32]     SHA-256 of the row's content
@@ -28,7 +28,7 @@ import safetensors.numpy
 
 from realign.errors import RefusedError
 from realign.modeling.identity import SCHEMA
-from realign.runtime.files import canonical_json, explained, replacing
+from realign.runtime.files import canonical_json, explain_write_errors, replacing
 
 MAX_ROWS = 10_000
 MAX_HEADER_BYTES = 1 << 20
@@ -47,12 +47,12 @@ _NAME = re.compile(r"(\d{5,})-([0-9a-f]{16})\.safetensors")
 
 
 class DamagedError(RefusedError):
-    """Raised where a committed file is not what was written."""
+    """A committed file that differs from what was written."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Cached values, a row an index; arrays as in the file."""
+    """Cached values, one row per index; arrays as in the file."""
 
     key: np.ndarray
     logps: np.ndarray
@@ -74,7 +74,7 @@ class Rows:
 
     @staticmethod
     def concat(parts: list[Rows], cells: int) -> Rows:
-        """Return all rows of several; of none, no rows of ``cells`` cells."""
+        """Return all rows of several parts; without parts, no rows of ``cells`` cells."""
         columns = zip(*(part.columns for part in [Rows.empty(cells), *parts]), strict=True)
         return Rows(*(np.concatenate(arrays) for arrays in columns))
 
@@ -105,7 +105,7 @@ class ShardEntry:
 
 
 def shard_paths(place: Path) -> Iterator[Path]:
-    """Files of an identity's folder that are named as shards are, by number."""
+    """Return the files of an identity's folder that have names of shards, by number."""
     found = [path for path in (place / "shards").glob("*") if _NAME.fullmatch(path.name)]
     return iter(sorted(found, key=lambda path: (int(path.name.partition("-")[0]), path.name)))
 
@@ -144,7 +144,7 @@ def write_shard(place: Path, rows: Rows, identity: str, index: int) -> ShardEntr
     data = encode_shard(rows, identity, index)
     sha256 = hashlib.sha256(data).hexdigest()
     path = place / "shards" / f"{index:05d}-{sha256[:16]}.safetensors"
-    with explained(path), replacing(path) as temporary, temporary.open("wb") as file:
+    with explain_write_errors(path), replacing(path) as temporary, temporary.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())  # the descriptor that wrote is told of a failed write
@@ -165,8 +165,8 @@ def read_shard(path: Path, entry: ShardEntry | None = None) -> Shard:
 
     Args:
         path: The file.
-        entry: What the manifest says of it; without one its own name and header are believed, if
-            they fit its content.
+        entry: Its entry in the manifest; without one its own name and header are trusted, if they
+            fit its content.
     Raises:
         DamagedError: It is not the file that was written.
         RefusedError: It is of another schema, or cannot be read.
@@ -198,8 +198,8 @@ def read_shard(path: Path, entry: ShardEntry | None = None) -> Shard:
 
 
 def _decode(data: bytes, path: Path, *, is_known: bool) -> tuple[dict[str, Any], Rows]:
-    """Return what the header says of the rows, and the rows, after every dtype and shape was
-    checked; also the header's hash of the payload, unless a manifest knows the hash of the file.
+    """Return the header and the rows, after checking every dtype and shape, and also the header's
+    hash of the payload unless a manifest has the hash of the file.
     """
 
     def damaged(reason: str) -> DamagedError:

@@ -26,7 +26,13 @@ from realign.reference.shards import (
     shard_paths,
     write_shard,
 )
-from realign.runtime.files import canonical_json, content_sha256, explained, json_text, write_text
+from realign.runtime.files import (
+    canonical_json,
+    content_sha256,
+    explain_write_errors,
+    json_text,
+    write_text,
+)
 from realign.runtime.lock import locked
 from realign.runtime.progress import announce
 
@@ -42,7 +48,7 @@ class Manifest:
     Attributes:
         identity: SHA-256 of the identity.
         shards: Its shards, by number. Where two hold a row, the first counts.
-        probe: How far the values move with the batch, see :mod:`realign.reference.probe`; None for
+        probe: Variation of the values with the batch, see :mod:`realign.reference.probe`; None for
             imported values.
         written_by: Name and version of the program.
     """
@@ -54,12 +60,12 @@ class Manifest:
 
     @property
     def rows(self) -> int:
-        """Rows of all shards; a row in two of them counts twice."""
+        """Number of rows of all shards; a row in two of them counts twice."""
         return sum(shard.rows for shard in self.shards)
 
     @property
     def root(self) -> str:
-        """One hash for all of it."""
+        """Hash of the whole manifest."""
         return content_sha256(canonical_json(self._content()))
 
     def _content(self) -> dict[str, Any]:
@@ -79,17 +85,17 @@ class Manifest:
 
 
 def write_manifest(place: Path, manifest: Manifest) -> None:
-    """Commit; from here on readers see these shards and no others."""
-    with explained(place / MANIFEST):
+    """Commit a manifest; from then on readers see these shards and no others."""
+    with explain_write_errors(place / MANIFEST):
         write_text(place / MANIFEST, manifest.text())
 
 
 def read_manifest(place: Path) -> Manifest | None:
-    """Return what is committed in a folder; None if nothing is.
+    """Return the manifest of a folder; None without one.
 
     Raises:
         DamagedError: It was changed after it was written.
-        RefusedError: It is of another schema; the message says what wrote it.
+        RefusedError: It is of another schema; the message names the program that wrote it.
     """
     path = place / MANIFEST
     if not path.is_file():
@@ -113,13 +119,13 @@ def read_manifest(place: Path) -> Manifest | None:
 
 
 def write_identity(place: Path, identity: Identity) -> None:
-    """Write what a folder's values are computed from."""
-    with explained(place / IDENTITY):
+    """Write the identity of a folder's values."""
+    with explain_write_errors(place / IDENTITY):
         write_text(place / IDENTITY, _spell(identity))
 
 
 def read_identity(place: Path) -> Identity:
-    """Return what the values in a folder were computed from.
+    """Return the identity of the values in a folder.
 
     Raises:
         DamagedError: It was changed after it was written.
@@ -159,7 +165,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _spell(content: Mapping[str, Any]) -> str:
-    """Return the one spelling of a file, so that any changed byte shows."""
+    """Return the canonical text of a file, so that any changed byte is noticed."""
     return json_text(content, indent=1, sort_keys=True, ensure_ascii=True) + "\n"
 
 
@@ -177,8 +183,8 @@ class Committed:
 
     Attributes:
         place: Its folder.
-        identity: What it was computed from.
-        manifest: What it holds.
+        identity: Identity of its values.
+        manifest: Its manifest.
         rows: The values.
     """
 
@@ -189,12 +195,12 @@ class Committed:
 
     @property
     def cells(self) -> int:
-        """Values a row."""
+        """Values per row."""
         return self.rows.logps.shape[1]
 
 
 def read_committed(place: Path) -> Committed | None:
-    """Read what a folder's manifest commits, and check every byte of it; None without a manifest.
+    """Read and check the values that a folder's manifest commits; None without a manifest.
 
     Raises:
         DamagedError: Something was changed after it was written.
@@ -214,7 +220,7 @@ def read_committed_shard(place: Path, entry: ShardEntry, manifest: Manifest, cel
     """Read one of a manifest's shards.
 
     Raises:
-        DamagedError: It is not what the manifest says.
+        DamagedError: It differs from the manifest's entry.
     """
     path = place / "shards" / entry.file
     shard = read_shard(path, entry)
@@ -228,13 +234,13 @@ def read_committed_shard(place: Path, entry: ShardEntry, manifest: Manifest, cel
 
 @contextmanager
 def building(place: Path) -> Iterator[None]:
-    """Hold an identity's folder for writing; wait while another build has it.
+    """Lock an identity's folder for writing; wait while another build holds it.
 
     Raises:
         RefusedError: The folder cannot be written.
     """
     with ExitStack() as stack:
-        with explained(place / LOCK):
+        with explain_write_errors(place / LOCK):
             place.mkdir(parents=True, exist_ok=True)
             waiting = f"another build writes {place}; waiting for it"
             stack.enter_context(locked(place / LOCK, waiting=waiting))
@@ -247,7 +253,7 @@ class Workshop:
 
     Attributes:
         place: The folder.
-        identity: What its values are computed from.
+        identity: Identity of its values.
         entries: Good shards in it, by number.
         rows: Their rows.
     """
@@ -259,13 +265,13 @@ class Workshop:
 
     @classmethod
     def open(cls, place: Path, identity: Identity, *, repairs: bool) -> Workshop:
-        """Look at every shard there, committed or left by a build that was stopped.
+        """Read every shard of a folder, committed or left by a stopped build.
 
         Args:
             place: The folder.
-            identity: What its values are computed from.
-            repairs: Whether to move what is damaged aside, and to remove temporary files of dead
-                processes; one process does.
+            identity: Identity of its values.
+            repairs: Whether to move damaged files aside and to remove temporary files of dead
+                processes, which one process does.
         """
         if repairs:
             _clean(place, identity)
@@ -288,11 +294,11 @@ class Workshop:
 
     @property
     def next_index(self) -> int:
-        """The first number above all shards'."""
+        """The smallest number above those of all shards."""
         return max((entry.index for entry in self.entries), default=-1) + 1
 
     def add(self, rows: Rows) -> None:
-        """Write the rows that are not there yet; of equal keys the first."""
+        """Write the rows that are not stored yet; of equal keys the first."""
         every = Rows.concat([self.rows, rows], self.rows.logps.shape[1])
         keys = np.ascontiguousarray(every.key).view("V32")[:, 0]
         first = np.unique(keys, return_index=True)[1]
@@ -304,13 +310,13 @@ class Workshop:
         self.rows = every.take(np.concatenate([np.arange(len(self.rows)), new]))
 
     def commit(self, probe: Mapping[str, Any] | None) -> None:
-        """Let readers see what is there."""
+        """Let readers see the shards."""
         manifest = Manifest(identity_sha256(self.identity), tuple(self.entries), probe)
         write_manifest(self.place, manifest)
 
 
 def _clean(place: Path, identity: Identity) -> None:
-    with explained(place):
+    with explain_write_errors(place):
         (place / "shards").mkdir(parents=True, exist_ok=True)
         for left in (*place.glob(".*.tmp"), *(place / "shards").glob(".*.tmp")):
             left.unlink(missing_ok=True)
@@ -320,22 +326,22 @@ def _clean(place: Path, identity: Identity) -> None:
                 check_identity(place, identity, manifest)
             return
     except DamagedError as error:
-        if there := [place / name for name in (IDENTITY, MANIFEST) if (place / name).exists()]:
-            for path in there:
+        if damaged := [place / name for name in (IDENTITY, MANIFEST) if (place / name).exists()]:
+            for path in damaged:
                 _set_aside(path)
             announce(_without_remedy(error))
     write_identity(place, identity)
 
 
 def _set_aside(path: Path) -> None:
-    """Move a file to where nothing reads it, for whoever wants to know what happened to it."""
+    """Move a file to a place where nothing reads it, so that it can be examined."""
     folder = path.parent.parent / DAMAGED if path.parent.name == "shards" else path.parent / DAMAGED
-    with explained(folder):
+    with explain_write_errors(folder):
         folder.mkdir(exist_ok=True)
         number = sum(1 for _ in folder.iterdir())
         os.replace(path, folder / f"{number}-{path.name}")
 
 
 def _without_remedy(error: DamagedError) -> str:
-    """Return the message; its remedy is what happens now."""
+    """Return the message without its remedy, which is being applied."""
     return f"{str(error).removesuffix(REPAIR).rstrip()} Set aside in {DAMAGED}/, computed again"

@@ -63,17 +63,17 @@ def json_text(value: Any, **options: Any) -> str:
     """Return ``value`` as JSON. Whatever this package writes as JSON is spelled here.
 
     Args:
-        value: What JSON can hold. A measurement that may be undefined passes
-            :func:`finite_or_null` before.
-        options: Of ``json.dumps``. Letters stay as they are by default.
+        value: A value of JSON types. Pass a measurement that may be undefined through
+            :func:`finite_or_null` first.
+        options: Options of ``json.dumps``. Letters are not escaped by default.
     Raises:
-        ValueError: A number is not finite. ``NaN`` is no JSON, and other readers refuse it.
+        ValueError: A number is not finite: ``NaN`` is not JSON, and other readers refuse it.
     """
     return json.dumps(value, **{"ensure_ascii": False, **options}, allow_nan=False)
 
 
 def finite_or_null(value: Any) -> Any:
-    """Return a copy of JSON data in which each number that is not finite is None: undefined."""
+    """Return a copy of JSON data in which each number that is not finite is None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -87,7 +87,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    """Write one JSON value a line, whole or not at all."""
+    """Write one JSON value per line, whole or not at all."""
     write_text(path, "".join(json_text(row) + "\n" for row in rows))
 
 
@@ -140,7 +140,7 @@ def content_sha256(*parts: str | bytes) -> str:
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with one spelling a value: sorted keys, no spaces."""
+    """Return JSON with one spelling per value: sorted keys, no spaces."""
     return json_text(value, sort_keys=True, separators=(",", ":"))
 
 
@@ -154,7 +154,7 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until everything in a folder is on the disk: a name must not survive its content."""
+    """Wait until everything in a folder is on the disk, so that no name outlives its content."""
     for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
         if path.is_file():
             follow_umask(path)
@@ -163,10 +163,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def publish(written: Path, place: Path) -> None:
-    """Give a finished folder its name, once everything in it is on the disk.
+    """Rename a finished folder to its final name, after everything in it is on the disk.
 
     Raises:
-        OSError: Something could not be written; ``place`` is as it was.
+        OSError: Something could not be written; ``place`` is unchanged.
     """
     sync_folder(written)
     if place.exists():  # damaged, or of a course that was left for an older checkpoint
@@ -194,8 +194,8 @@ def new_folder(place: Path) -> Iterator[Path]:
 
 
 def remove_folder(place: Path) -> None:
-    """Take the name from a checkpoint before its files: when this is killed, no half of one has
-    it.
+    """Rename a folder before its files are removed, so that a kill never leaves half of it under
+    its name.
     """
     doomed = place.with_name(REMOVING)
     shutil.rmtree(doomed, ignore_errors=True)
@@ -204,7 +204,7 @@ def remove_folder(place: Path) -> None:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def explain_write_errors(path: Path) -> Iterator[None]:
     """Turn a failed write of ``path`` into a message with the path and the error's name."""
     try:
         yield

@@ -1,4 +1,4 @@
-"""Locks that one process at a time holds, also where the file system has none."""
+"""Locks that one process at a time holds, also on file systems without locks."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ _POLL_SECONDS = 0.02
 
 @contextmanager
 def locked(path: Path, *, waiting: str = "", refusal: str = "") -> Iterator[None]:
-    """Hold a lock file until the block ends; no other process or thread does meanwhile.
+    """Hold a lock file within the block; no other process or thread does meanwhile.
 
-    The system lets go of it when the process ends, however it does. Where the file system has no
-    locks, ``<path>.soft`` is created exclusively instead; it is taken over when the process that it
-    names is gone from this machine.
+    The system releases it when the process ends, even if it is killed. On a file system without
+    locks, ``<path>.soft`` is created exclusively instead; it is taken over if its process has ended
+    on this machine.
 
     Args:
         path: The lock file, in a folder that exists.
-        waiting: What to announce before waiting for another holder; nothing by default.
-        refusal: Message of the refusal of a lock that another one holds; by default it is waited
-            for.
+        waiting: Message to announce before waiting for another holder; none by default.
+        refusal: Message of the refusal if another holds the lock; by default it is waited for.
     Raises:
-        RefusedError: Another one holds it and there is a ``refusal``.
+        RefusedError: Another holds the lock and ``refusal`` is given.
     """
     lock = _acquire(path, waiting, refusal)
     try:

@@ -1,4 +1,4 @@
-"""Memory and cores that this process may use: a container may have less than its machine."""
+"""Memory and cores that this process may use; a container may have less than its machine."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from pathlib import Path
 
 
 def usable_memory(root: Path = Path("/")) -> int:
-    """Return the bytes of physical memory, or of the strictest limit of this process's control
-    groups.
+    """Return the bytes of physical memory, or the strictest limit of the control groups.
 
     Args:
-        root: Where ``proc`` and ``sys`` are.
+        root: Folder of ``proc`` and ``sys``.
     """
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([physical, *_limits(root)])
 
 
 def _limits(root: Path) -> list[int]:
-    """Limits of the process's groups and of those above them, version 2 or 1.
+    """Return the limits of the process's groups and of those above them, version 2 or 1.
 
     Source: Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
     """
@@ -38,12 +37,12 @@ def _limits(root: Path) -> list[int]:
         inner = top / group.strip("/")
         for folder in (inner, *inner.parents[: len(inner.parts) - len(top.parts)]):
             if (folder / name).is_file():
-                said = (folder / name).read_text().strip()
-                limits += [int(said)] if said != "max" else []
+                text = (folder / name).read_text().strip()
+                limits += [int(text)] if text != "max" else []
     return limits
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
     return len(affinity(0)) if affinity else os.cpu_count() or 1

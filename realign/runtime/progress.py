@@ -21,15 +21,15 @@ LINE_INTERVAL_SECONDS = 10.0
 
 
 def announce(line: str) -> None:
-    """Print a line on stderr, such as what a run decided for itself."""
+    """Print a line on stderr, such as a decision of a run."""
     print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the program's output
 
 
 class Progress:
     """Context manager: ``with Progress("cache", total) as progress: progress.advance(n)``."""
 
-    def __init__(self, what: str, total: int, done: int = 0) -> None:
-        self._what, self._total, self._done, self._done_before = what, total, done, done
+    def __init__(self, name: str, total: int, done: int = 0) -> None:
+        self._name, self._total, self._done, self._done_before = name, total, done, done
         self._note = ""
         self._started = self._printed = time.monotonic()
         self._printed_done = -1
@@ -44,7 +44,7 @@ class Progress:
                 TextColumn("{task.fields[note]}"),
             )
             self._bar = RichProgress(*columns, console=Console(stderr=True))
-            self._bar.add_task(what, total=total, completed=done, note="")
+            self._bar.add_task(name, total=total, completed=done, note="")
 
     def __enter__(self) -> Progress:
         if self._bar:
@@ -74,11 +74,11 @@ class Progress:
     def _print_line(self) -> None:
         self._printed, self._printed_done = time.monotonic(), self._done
         if self._done_before == self._total:
-            announce(f"{self._what}: {self._done}/{self._total}, done before")
+            announce(f"{self._name}: {self._done}/{self._total}, done before")
             return
         seconds = self._printed - self._started
         rate = (self._done - self._done_before) / max(seconds, 1e-9)
         left = (self._total - self._done) / max(rate, 1e-9)
-        line = f"{self._what}: {self._done}/{self._total}, {rate:.1f}/s, {seconds:.0f} s"
+        line = f"{self._name}: {self._done}/{self._total}, {rate:.1f}/s, {seconds:.0f} s"
         line += f", {left:.0f} s left" if self._done < self._total else ""
         announce(line + (f"; {self._note}" if self._note else ""))

@@ -1,7 +1,7 @@
 """Several processes that build or read one cache, as `accelerate launch` and `torchrun` start them.
 
-What they say to each other here is small and goes through gloo, on the host, with a patience of a
-day: one of them may compute for hours.
+Their messages are small and go through gloo, on the host, with a timeout of a day: one of them may
+compute for hours.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from realign.errors import RefusedError
-from realign.runtime.files import explained
+from realign.runtime.files import explain_write_errors
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)
@@ -33,7 +33,7 @@ def is_distributed() -> bool:
 
 
 def local_device() -> torch.device:
-    """Return where this process computes: its own GPU, or the CPU."""
+    """Return the device of this process: its own GPU, or the CPU."""
     if is_distributed():
         # accelerate chooses the backend that training will use too
         return _state().device
@@ -50,7 +50,7 @@ class Ranks:
 
     Attributes:
         rank: This process's number.
-        world_size: How many there are.
+        world_size: Number of processes.
     """
 
     def __init__(self) -> None:
@@ -64,20 +64,19 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Return whether this process writes the files that are written once."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, by rank; all wait for all. Values are plain Python."""
+        """Return every rank's value, by rank, as plain Python; all ranks wait for all."""
         if self._group is None:
             return [value]
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def together(self, work: Callable[[], T]) -> T:
-        """Do something that may fail on any rank; then it fails on all, with the first one's
-        message.
+    def run_together(self, work: Callable[[], T]) -> T:
+        """Run a block that fails on all ranks if it fails on any, with the first message.
 
         Raises:
             RefusedError: On every rank, or FloatingPointError.
@@ -89,23 +88,23 @@ class Ranks:
             if self._group is None:
                 raise
             failure = (isinstance(error, RefusedError), str(error))
-        for rank, said in enumerate(self.gather(failure)):
-            if said is not None:
-                kind = RefusedError if said[0] else FloatingPointError
-                raise kind(f"rank {rank}: {said[1]}")
+        for rank, failed in enumerate(self.gather(failure)):
+            if failed is not None:
+                kind = RefusedError if failed[0] else FloatingPointError
+                raise kind(f"rank {rank}: {failed[1]}")
         return result  # type: ignore[return-value]
 
-    def first(self, work: Callable[[], T]) -> T:
-        """Return what the first rank finds; it alone does the work, and the others wait for it.
+    def run_on_first(self, work: Callable[[], T]) -> T:
+        """Return the result of the first rank, which alone does the work; the others wait for it.
 
         Raises:
             RefusedError: On every rank, or FloatingPointError.
         """
-        found = self.together(lambda: work() if self.is_first else None)
+        found = self.run_together(lambda: work() if self.is_first else None)
         return self.gather(found)[0]  # type: ignore[return-value]
 
     def check_folder_is_shared(self, folder: Path) -> None:
-        """Refuse a folder that is another one on another machine: its shards would be lost.
+        """Refuse a folder that differs between machines: its shards would be lost.
 
         Raises:
             RefusedError: On every rank.
@@ -116,10 +115,10 @@ class Ranks:
 
         def leave() -> None:
             if self.is_first:
-                with explained(token):
+                with explain_write_errors(token):
                     token.touch()
 
-        self.together(leave)
+        self.run_together(leave)
         deadline = time.monotonic() + FILE_SECONDS
         while not token.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -133,8 +132,8 @@ class Ranks:
                 "shared --out, or build on one machine and copy the cache."
             )
 
-    def check_agreement(self, root: str, what: Path) -> None:
-        """Refuse to read different caches: ranks would train towards different references.
+    def check_agreement(self, root: str, place: Path) -> None:
+        """Refuse caches that differ between ranks, which would train towards different references.
 
         Raises:
             RefusedError: On every rank.
@@ -143,6 +142,6 @@ class Ranks:
         if len(set(roots)) > 1:
             other = next(rank for rank, found in enumerate(roots) if found != roots[0])
             raise RefusedError(
-                f"cache {what} must be the same on every rank, got root hash {roots[0][:16]} on "
+                f"cache {place} must be the same on every rank, got root hash {roots[0][:16]} on "
                 f"rank 0 and {roots[other][:16]} on rank {other}. Copy one to all machines."
             )

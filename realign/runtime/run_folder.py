@@ -1,4 +1,4 @@
-"""Output folders that belong to one run: the same command continues it, another one is refused
+"""Output folders that belong to one run: the same command continues it, and any other is refused
 before it writes anything.
 """
 
@@ -39,7 +39,7 @@ WRITTEN_BEFORE = {"images", "source_images"}
 
 
 def check_out(folder: Path) -> None:
-    """Refuse an output folder that is a file or lies below one.
+    """Refuse an output folder that is a file or is below one.
 
     Raises:
         RefusedError: Naming the file.
@@ -54,10 +54,10 @@ def check_out(folder: Path) -> None:
 
 
 def is_begun(folder: Path, verb: str) -> bool:
-    """Return whether a run of the verb has claimed the folder, this one or another.
+    """Return whether any run of the command has claimed the folder.
 
     Raises:
-        RefusedError: It has not, and the folder holds what such a run writes.
+        RefusedError: None has, but the folder holds files of such a run.
     """
     if (folder / f"{verb}.json").is_file():
         return True
@@ -68,25 +68,25 @@ def is_begun(folder: Path, verb: str) -> bool:
 Labels = Mapping[str, Sequence[str]]
 
 
-def claim(folder: Path, verb: str, what: Mapping[str, Any], labels: Labels | None = None) -> bool:
+def claim(folder: Path, verb: str, facts: Mapping[str, Any], labels: Labels | None = None) -> bool:
     """Write ``<verb>.json`` into ``folder``; return whether the same run had claimed it before.
 
     Arguments and errors are those of :func:`is_claimed`.
     """
-    if is_claimed(folder, verb, what, labels):
+    if is_claimed(folder, verb, facts, labels):
         return True
-    write_json(folder / f"{verb}.json", {name: _brief(value) for name, value in what.items()})
+    write_json(folder / f"{verb}.json", {name: _brief(value) for name, value in facts.items()})
     return False
 
 
 @contextmanager
 def only_run(folder: Path, verb: str) -> Iterator[None]:
-    """Hold a folder, so that the same command given twice does not do the same work twice. The
-    system lets go of it when the process ends, however it does. Files that a killed run left half
-    written are removed.
+    """Lock a folder, so that the same command given twice does not do the same work twice. The
+    system releases it when the process ends, even if it is killed. Unfinished files of a killed run
+    are removed.
 
     Raises:
-        RefusedError: Another process holds it.
+        RefusedError: Another process holds the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     refusal = (
@@ -99,7 +99,7 @@ def only_run(folder: Path, verb: str) -> Iterator[None]:
 
 
 def _remove_unfinished(folder: Path, verb: str) -> None:
-    """Remove what a killed run of the verb was writing; nobody else is, the folder being held."""
+    """Remove the unfinished files of a killed run; the lock excludes any other."""
     for name in {f"{verb}.json", *WRITES[verb]} - WRITTEN_BEFORE:
         for path in (*folder.glob(f".{name}.*.tmp"), *(folder / name).rglob(".*.tmp")):
             if is_unfinished(path):
@@ -107,22 +107,24 @@ def _remove_unfinished(folder: Path, verb: str) -> None:
 
 
 def is_claimed(
-    folder: Path, verb: str, what: Mapping[str, Any], labels: Labels | None = None
+    folder: Path, verb: str, facts: Mapping[str, Any], labels: Labels | None = None
 ) -> bool:
-    """Return whether the same run has claimed ``folder``. Nothing is written, so what can still
-    be refused may be checked before :func:`claim`.
+    """Return whether the same run has claimed ``folder``. Nothing is written, so that further
+    checks can follow before :func:`claim`.
 
     Args:
         folder: The output folder.
-        verb: The stage.
-        what: Everything that the result depends on. Long lists and mappings are kept as their hash.
-        labels: Name of a list of hashes in ``what`` to what a message calls its items, such as row
-            ids.
+        verb: The command.
+        facts: Everything that the result depends on. Long lists and mappings are stored as their
+            hash.
+        labels: By the name of a list of hashes in ``facts``, the name of its items in messages,
+            such as row ids.
     Raises:
-        RefusedError: The folder holds another run of the verb; the message names what differs.
+        RefusedError: The folder holds another run of the command; the message names the
+            differences.
     """
     path = folder / f"{verb}.json"
-    needed = {name: _brief(value) for name, value in what.items()}
+    needed = {name: _brief(value) for name, value in facts.items()}
     if not is_begun(folder, verb):
         return False
     stored = json.loads(path.read_text(encoding="utf-8"))
@@ -134,7 +136,7 @@ def is_claimed(
             "another version of realign began this run. Go on with that version, or choose "
             "another --out."
         )
-    lines = list(_differences(stored, needed, what, labels or {}))
+    lines = list(_differences(stored, needed, facts, labels or {}))
     raise RefusedError(
         f"out {folder} holds another run of `realign {verb}`:\n" + "\n".join(lines) + "\n"
         f"Choose another folder, or {_how_to_remove(folder, verb)}; nothing of it was changed."
@@ -142,7 +144,7 @@ def is_claimed(
 
 
 def _check_leftovers(folder: Path, verb: str) -> None:
-    """Shards of a run that nobody knows the settings of would be taken for this run's."""
+    """Refuse shards without a record of their run, which would be taken for this run's."""
     written = set(WRITES[verb]) - WRITTEN_BEFORE
     if left := sorted(name for name in written if (folder / name).exists()):
         raise RefusedError(
@@ -152,11 +154,11 @@ def _check_leftovers(folder: Path, verb: str) -> None:
 
 
 def _how_to_remove(folder: Path, verb: str) -> str:
-    """Name the files of the run. The folder may also hold a dataset or another command's run."""
-    there = {path.name: path.is_dir() for path in sorted(folder.iterdir())}
-    its = [name for name in (f"{verb}.json", *WRITES[verb]) if name in there]
-    names = ", ".join(f"{name}/" if there[name] else name for name in its)
-    others = [f"{name}/" if there[name] else name for name in there if name not in its]
+    """Return a remedy that names the files of the run, since the folder may also hold others."""
+    is_folder = {path.name: path.is_dir() for path in sorted(folder.iterdir())}
+    its = [name for name in (f"{verb}.json", *WRITES[verb]) if name in is_folder]
+    names = ", ".join(f"{name}/" if is_folder[name] else name for name in its)
+    others = [f"{name}/" if is_folder[name] else name for name in is_folder if name not in its]
     keep = f" and keep {', '.join(others)}, not part of that run" if others else ""
     return f"remove {names} of that run{keep}"
 
@@ -173,14 +175,14 @@ def _brief(value: Any) -> Any:
 
 
 def _differences(
-    stored: Mapping[str, Any], needed: Mapping[str, Any], what: Mapping[str, Any], labels: Labels
+    stored: Mapping[str, Any], needed: Mapping[str, Any], facts: Mapping[str, Any], labels: Labels
 ) -> Iterator[str]:
-    """Yield one line for everything that differs."""
+    """Yield one line per difference."""
     for name in sorted(stored.keys() | needed.keys()):
         if stored.get(name) == needed.get(name):
             continue
         if name in labels and name in stored:
-            yield f"  {name}: {_of_items(stored[name], what[name], labels[name])}"
+            yield f"  {name}: {_of_items(stored[name], facts[name], labels[name])}"
         else:
             yield from _lines(name, stored.get(name, _ABSENT), needed.get(name, _ABSENT))
 
@@ -202,8 +204,8 @@ def _lines(name: str, old: Any, new: Any) -> Iterator[str]:
 
 
 def _of_items(old: list[str] | str, new: Sequence[str], labels: Sequence[str]) -> str:
-    """Return how many items of a list differ, and the first of them; of a long list only its hash
-    is stored.
+    """Return how many items of a list differ, and the first of them; only a hash of a long list is
+    stored.
     """
     if isinstance(old, str):
         return f"others there, or in another order, {len(new)} asked"

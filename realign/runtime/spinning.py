@@ -1,4 +1,4 @@
-"""Keeps OpenMP threads from spinning where other processes need the cores."""
+"""Limit on the spinning of OpenMP threads, for cores that other processes need."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ SPIN_COUNT = "7000"
 
 
 def limit_spinning() -> None:
-    """Have OpenMP threads sleep soon when they wait, unless the environment says how they wait.
+    """Let OpenMP threads sleep soon when they wait, unless the environment sets how they wait.
 
-    A thread that spins until the others arrive takes from them the core they need. The environment
-    is read when torch is loaded: this works for a process that has not loaded it yet, and for those
+    A thread that spins until the others arrive takes the core that they need. The environment is
+    read when torch is loaded: this works for a process that has not loaded it yet, and for those
     that this process starts.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():

@@ -1,4 +1,4 @@
-"""Strict JSON of files that others wrote, since what is guessed here is trained on."""
+"""Strict decoding of JSON files of other programs, since a guess would be trained on."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Flaw(NamedTuple):
-    """What Python's decoder accepts and this project does not.
+    """A flaw of JSON that Python's decoder accepts and this project refuses.
 
     Attributes:
         code: ``duplicate-key`` or ``number``.
-        value: The key that one object has twice, or the number that is not finite.
+        value: The key that an object has twice, or the number that is not finite.
     """
 
     code: str
@@ -33,8 +33,8 @@ class Flaw(NamedTuple):
 
 
 class StrictDecoder:
-    """JSON decoder that notices objects with a key twice and numbers that are not finite, and goes
-    on, so that the end of a flawed value is known too.
+    """JSON decoder that records objects with a key twice and numbers that are not finite, and
+    continues, so that the end of a flawed value is known.
 
     Attributes:
         flaw: The first flaw of the text that was decoded last.
@@ -50,7 +50,7 @@ class StrictDecoder:
         """Return the value that begins at ``start``, and where it ends.
 
         Raises:
-            json.JSONDecodeError: There is no whole value.
+            json.JSONDecodeError: There is no complete value.
         """
         self.flaw = None
         try:
@@ -86,7 +86,7 @@ class StrictDecoder:
 
 
 def iter_jsonl(path: Path) -> Iterator[tuple[int, Any | RefusedError]]:
-    """Read a JSON lines file a line at a time, and go on after a bad line.
+    """Read a JSON lines file line by line, and continue after a bad line.
 
     A line must be UTF-8 (the first one with or without a byte order mark) of at most
     ``MAX_LINE_BYTES`` and hold one value, with no key twice in an object, no NaN or Infinity, and
@@ -117,7 +117,7 @@ def iter_jsonl(path: Path) -> Iterator[tuple[int, Any | RefusedError]]:
 
 
 def _skip_line(file: BinaryIO) -> int:
-    """Read to the end of the line; return how many bytes that was."""
+    """Read to the end of the line; return the number of bytes."""
     skipped = 0
     while part := file.readline(MAX_LINE_BYTES):
         skipped += len(part)
@@ -147,18 +147,18 @@ def read_json(path: Path) -> Any:
     """Read a JSON file, as strictly as :func:`iter_jsonl` reads a line.
 
     Raises:
-        RefusedError: It is not UTF-8 or not JSON, or has a key twice in an object, or a number
-            that is not finite.
+        RefusedError: The file is not UTF-8 or not JSON, or has a key twice in an object, or a
+            number that is not finite.
     """
     return _parse(read_utf8(path).removeprefix("\ufeff"), str(path), has_lines=True)
 
 
 def iter_members(path: Path, lists: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """Read a file with one JSON object that is too large to be held, an entry at a time.
+    """Read a file with one JSON object that is too large for memory, one entry at a time.
 
     Args:
         path: The file; it is read as strictly as by :func:`read_json`.
-        lists: Keys of lists whose entries are wanted. All other values are read and dropped.
+        lists: Keys of lists whose entries are yielded. All other values are read and dropped.
     Yields:
         The key of a list and its next entry, in the order of the file.
     Raises:
@@ -193,7 +193,7 @@ def iter_members(path: Path, lists: Collection[str]) -> Iterator[tuple[str, Any]
 
 
 class _JsonReader:
-    """Takes values and marks from a file of which a part is held at a time."""
+    """Reader of values and marks from a file of which a part is in memory at a time."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file, self._name = file, name
@@ -202,7 +202,7 @@ class _JsonReader:
         self._text, self._position, self._is_whole = "", 0, False
 
     def value(self) -> Any:
-        """Return the value that begins here, and go on behind it."""
+        """Return the value that begins here, and move behind it."""
         self._skip_spaces()
         while True:
             try:
@@ -222,14 +222,14 @@ class _JsonReader:
         return value
 
     def takes(self, mark: str) -> bool:
-        """Return whether a mark follows, and go on behind it if so."""
+        """Return whether a mark follows, and move behind it if so."""
         self._skip_spaces()
         is_there = self._text.startswith(mark, self._position)
         self._position += is_there
         return is_there
 
     def take(self, mark: str) -> None:
-        """Go on behind a mark, which must follow."""
+        """Move behind a mark, which must follow."""
         if not self.takes(mark):
             found = self._text[self._position :][:40]
             self.refuse(f"be a JSON object with {mark!r} here", repr(found))

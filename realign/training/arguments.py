@@ -24,13 +24,13 @@ _NOT_HANDED_ON = {"gradient_checkpointing"}
 
 
 def num_steps(config: TrainConfig, num_records: int) -> int:
-    """Updates of a run, counted as Trainer counts them: the last one of an epoch may be smaller."""
+    """Return the updates of a run as Trainer counts them: the last of an epoch may be smaller."""
     micro_steps = math.ceil(num_records / (config.batch_size * world_size()))
     return math.ceil(config.epochs * math.ceil(micro_steps / accumulation_steps(config)))
 
 
 def num_warmup_steps(config: TrainConfig, num_records: int) -> int:
-    """Updates with a rising learning rate."""
+    """Return the number of updates with a rising learning rate."""
     return int(config.warmup_ratio * num_steps(config, num_records))
 
 

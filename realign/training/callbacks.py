@@ -23,32 +23,32 @@ SHOWN = {
 
 
 def _ordered(line: Mapping[str, Any]) -> dict[str, Any]:
-    """One order of keys, whether the line was just logged or read from a checkpoint. What is not
-    finite, such as the norm of a gradient that a loss scaler skips, is null.
+    """Return a log line in one order of keys, just logged or read from a checkpoint. Values that
+    are not finite, such as the norm of a gradient that a loss scaler skips, are null.
     """
     values: dict[str, Any] = finite_or_null(line)
     return dict(sorted(values.items()))
 
 
 class LogLastStep(TrainerCallback):
-    """Logs the last step, whatever ``logging_steps`` is: a short run has an end as well."""
+    """Callback that logs the last step whatever ``logging_steps`` is, for short runs."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a line."""
+        """Request a log line."""
         if state.global_step >= state.max_steps:
             control.should_log = True
 
 
 class MetricsFile(TrainerCallback):
-    """Keeps ``metrics.jsonl``: one line a logged step, rewritten from the trainer's own history
-    after a resume.
+    """Callback that keeps ``metrics.jsonl``: one line per logged step, rewritten from the trainer's
+    own history after a resume.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start from what the resumed checkpoint remembers."""
+        """Start from the history of the resumed checkpoint."""
         if not state.is_world_process_zero:
             return
         write_jsonl(self.path, [_ordered(line) for line in state.log_history if "loss" in line])
@@ -61,7 +61,7 @@ class MetricsFile(TrainerCallback):
 
 
 class ShowProgress(TrainerCallback):
-    """Steps with rate and time left, instead of the Trainer's dump of every log line."""
+    """Callback that shows steps with rate and time left, instead of every log line."""
 
     def __init__(self) -> None:
         self._progress: Progress | None = None
@@ -93,8 +93,8 @@ class ShowProgress(TrainerCallback):
 
 
 def write_tensorboard_to(trainer: Trainer, folder: Path) -> None:
-    """Have TensorBoard's files written to a folder of the run, where its variable
-    ``TENSORBOARD_LOGGING_DIR`` names no other; by default they lie among the checkpoints.
+    """Write TensorBoard's files to a folder of the run, unless ``TENSORBOARD_LOGGING_DIR`` names
+    another; by default they lie among the checkpoints.
     """
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:

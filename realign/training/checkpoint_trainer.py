@@ -1,5 +1,5 @@
 """transformers.Trainer with the checkpoints of :mod:`realign.training.checkpoints`: whole or
-absent, without pickle, also when the process is asked to end in the middle of a step.
+absent, without pickle, also when the process is asked to end during a step.
 
 Where a model is sharded (FSDP, DeepSpeed) its weights and optimizer are saved by accelerate in the
 engine's own format; folder, manifest and random state are as everywhere.
@@ -36,15 +36,15 @@ STATE = "state"  # the folder of a checkpoint that no loader of weights looks in
 
 
 class CheckpointError(OSError):
-    """Raised when a checkpoint could not be written. The older ones are as they were."""
+    """A checkpoint could not be written; the older ones are unchanged."""
 
 
 class CheckpointTrainer(Trainer):
     """A Trainer with atomic, pickle-free checkpoints. It resumes bit for bit after SIGKILL, and on
     SIGTERM or Ctrl-C it saves before it ends.
 
-    A subclass that keeps anything between two steps returns it from :meth:`kept_state` and takes
-    it back in :meth:`restore_kept_state`.
+    A subclass with state between two steps returns it from :meth:`kept_state` and restores it in
+    :meth:`restore_kept_state`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -60,11 +60,11 @@ class CheckpointTrainer(Trainer):
         self.add_callback(_StopWhenAsked(self))
 
     def kept_state(self) -> Any:
-        """Return what this trainer keeps between steps, made of what :func:`write_state` takes."""
+        """Return the state of this trainer between steps, as :func:`write_state` takes it."""
         return None
 
     def restore_kept_state(self, state: Any) -> None:
-        """Take back what :meth:`kept_state` returned."""
+        """Restore the state that :meth:`kept_state` returned."""
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -72,10 +72,10 @@ class CheckpointTrainer(Trainer):
         """Train, from a checkpoint where one is given.
 
         Args:
-            resume_from_checkpoint: A checkpoint folder, or True for the newest in ``output_dir``
-                that is as it was written.
-            *args: As :meth:`transformers.Trainer.train`.
-            **kwargs: As :meth:`transformers.Trainer.train`.
+            resume_from_checkpoint: A checkpoint folder, or True for the newest intact one in
+                ``output_dir``.
+            *args: As for :meth:`transformers.Trainer.train`.
+            **kwargs: As for :meth:`transformers.Trainer.train`.
         Raises:
             RefusedError: The checkpoint is damaged, or there is none.
             CheckpointError: A checkpoint could not be written.
@@ -102,8 +102,8 @@ class CheckpointTrainer(Trainer):
         return output
 
     def newest_checkpoint(self) -> str | None:
-        """Return the newest checkpoint in ``output_dir`` that is as it was written, or None; newer
-        ones that are damaged are named on stderr. One process looks for all.
+        """Return the newest intact checkpoint in ``output_dir``, or None; newer damaged ones are
+        named on stderr. One process searches for all.
         """
         step = torch.tensor(-1, device=self.args.device)
         folder = Path(self.args.output_dir)
@@ -114,7 +114,7 @@ class CheckpointTrainer(Trainer):
         return self._verified
 
     def _verify(self, checkpoint: str) -> None:
-        """Hashing a large model takes a while: one process does."""
+        """Verify a checkpoint on one process, since hashing a large model takes a while."""
         why = damage(Path(checkpoint)) if self.is_world_process_zero() else None
         if self.any_process(why is not None):
             raise RefusedError(
@@ -123,13 +123,13 @@ class CheckpointTrainer(Trainer):
             )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As Trainer's; then the processes tell each other whether one was asked to end."""
+        """Take a step as Trainer does; then exchange whether a process was asked to end."""
         loss = super().training_step(*args, **kwargs)
         self._agrees_to_stop()
         return loss
 
     def any_process(self, flag: bool) -> bool:
-        """Return whether ``flag`` is true on any process; all of them must ask."""
+        """Return whether ``flag`` is true on any process; all processes must call it."""
         if self.args.world_size == 1:
             return flag
         count: Tensor = self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device))
@@ -140,7 +140,7 @@ class CheckpointTrainer(Trainer):
         return self._must_stop
 
     def _save_now(self) -> None:
-        """Save the last finished step, if there is one that is not saved."""
+        """Save the last finished step, unless it is saved already."""
         if self.state.global_step != self._saved_step:
             if self._step_began:
                 self.current_flos = self._flos_before
@@ -250,7 +250,7 @@ class CheckpointTrainer(Trainer):
 def load_saved_weights(model: PreTrainedModel, folder: str) -> None:
     """Load the weights of a folder through ``from_pretrained``, which knows their saved names.
 
-    Trainer's own loading does not: it finds no weight by its name and goes on from the first ones
+    Trainer's own loading finds no weight by its name and continues from the initial ones
     (huggingface/transformers#43701).
     """
     # a dtype that every weight fits into, or some would be rounded on the way
@@ -260,7 +260,7 @@ def load_saved_weights(model: PreTrainedModel, folder: str) -> None:
 
 
 class _StopWhenAsked(TrainerCallback):
-    """Saves and ends between two micro-steps."""
+    """Callback that saves and ends between two micro-steps."""
 
     def __init__(self, trainer: CheckpointTrainer) -> None:
         self._trainer = trainer

@@ -1,4 +1,4 @@
-"""Checkpoint folders that are whole or absent, and the newest one that is what was written.
+"""Checkpoint folders that are whole or absent, and the search for the newest intact one.
 
     steps/checkpoint-12/model.safetensors, ...   what transformers.Trainer writes
     steps/checkpoint-12/state/                   optimizer, schedule and random state, no pickle
@@ -6,8 +6,7 @@
     steps/.saving/                               one that is being written
 
 A folder is written under another name, every file and folder is synced, and it gets its name by a
-rename: ``kill -9``, power loss or a full disk at any moment leaves the older checkpoints as they
-were.
+rename: ``kill -9``, power loss or a full disk at any moment leaves the older checkpoints unchanged.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def checkpoint_step(path: Path) -> int:
     """Return the step of a checkpoint folder, by its name.
 
     Raises:
-        ValueError: It is not called ``checkpoint-STEP``.
+        ValueError: Its name is not ``checkpoint-STEP``.
     """
     found = _NAME.fullmatch(path.name)
     if not found:
@@ -41,25 +40,25 @@ def checkpoint_step(path: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoint folders in a folder, whole or not, oldest step first."""
+    """Return the checkpoint folders in a folder, intact or not, oldest step first."""
     found = (path for path in folder.glob("checkpoint-*") if _NAME.fullmatch(path.name))
     return sorted((path for path in found if path.is_dir()), key=checkpoint_step)
 
 
 def seal(written: Path, place: Path) -> None:
-    """Make a finished folder a checkpoint: sync it, write its manifest, give it its name.
+    """Turn a written folder into a checkpoint: sync it, write its manifest and rename it.
 
     Args:
         written: The folder as it was written, on the same disk as ``place``.
-        place: ``.../checkpoint-STEP``. What is there is replaced.
+        place: ``.../checkpoint-STEP``, which is replaced if it exists.
     Raises:
-        OSError: Something could not be written; ``place`` is as it was.
+        OSError: Something could not be written; ``place`` is unchanged.
     """
     files = sorted(path for path in written.rglob("*") if path.is_file())
 
     def entry(path: Path) -> tuple[str, dict[str, int | str]]:
-        what: dict[str, int | str] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        return path.relative_to(written).as_posix(), what
+        facts: dict[str, int | str] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        return path.relative_to(written).as_posix(), facts
 
     with ThreadPoolExecutor(_HASHING_THREADS) as threads:
         entries = dict(threads.map(entry, files))
@@ -69,12 +68,12 @@ def seal(written: Path, place: Path) -> None:
 
 
 def _rendered(manifest: dict[str, Any]) -> str:
-    """Return the one spelling of a manifest, so that no byte of it changes unseen."""
+    """Return the canonical text of a manifest, so that any changed byte is noticed."""
     return json_text(manifest, indent=2, ensure_ascii=True) + "\n"
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Return how a checkpoint's first damaged file differs from what was written, or None."""
+    """Return the difference of a checkpoint's first damaged file from its manifest, or None."""
     manifest = checkpoint / MANIFEST
     try:
         text = manifest.read_text(encoding="utf-8")
@@ -111,11 +110,11 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def newest_checkpoint(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Path | None:
-    """Return the newest checkpoint whose files are all as they were written, or None.
+    """Return the newest intact checkpoint, or None.
 
     Args:
-        folder: Where the checkpoints of a run are.
-        warn: Called with a sentence for every newer one that is passed over.
+        folder: Folder of a run's checkpoints.
+        warn: Called with a sentence for every newer one that is skipped.
     """
     for path in reversed(checkpoints(folder)):
         if (why := damage(path)) is None:
@@ -125,13 +124,13 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None] = lambda _: None
 
 
 def prune(folder: Path, newest: Path, keep: int | None) -> None:
-    """Remove what a new checkpoint makes useless: of the older ones all but the last ``keep``, and
-    every one of a later step, which is damaged or belongs to a course that was left.
+    """Remove the checkpoints that a new one replaces: all older ones but the last ``keep``, and all
+    of later steps, which are damaged or belong to an abandoned course.
 
     Args:
-        folder: Where the checkpoints of a run are.
-        newest: The one that was just written.
-        keep: How many may stay with it, itself included; None for all.
+        folder: Folder of a run's checkpoints.
+        newest: The checkpoint that was just written.
+        keep: Number of checkpoints that stay, this one included; None for all.
     """
     step = checkpoint_step(newest)
     older = [path for path in checkpoints(folder) if checkpoint_step(path) <= step]

@@ -1,4 +1,4 @@
-"""Guards before a step changes a weight: finite numbers, and at the first step a policy that is
+"""Guards before a step changes a weight: finite numbers, and at the first step a policy that equals
 its reference.
 """
 
@@ -30,12 +30,12 @@ _DIVERGED = "Lower the learning rate, or look at these rows; earlier checkpoints
 def not_finite(output: RdpoOutput, batch: Mapping[str, Any], ids: Sequence[str]) -> str | None:
     """Name the first tensor of a micro-batch that holds NaN or infinity, and its rows, or None.
 
-    The inputs come before what was computed from them. Waits for the device once.
+    Inputs are named before outputs. It waits for the device once.
 
     Args:
-        output: What the model returned.
-        batch: The model's inputs; what is no floating-point tensor is not looked at.
-        ids: The rows, one a pair.
+        output: The model's output.
+        batch: The model's inputs, of which floating-point tensors are checked.
+        ids: Ids of the rows, one per pair.
     """
     tensors = {
         name: value
@@ -77,8 +77,8 @@ def first_bad_gradient(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> 
 
 def _largest(gradients: list[Tensor]) -> float:
     # max, not a sum of squares, which overflows by itself
-    held = [gradient for gradient in gradients if gradient.numel()]  # of a shard maybe nothing
-    return nn.utils.get_total_norm(held, math.inf).item() if held else 0.0
+    nonempty = [gradient for gradient in gradients if gradient.numel()]  # of a shard maybe nothing
+    return nn.utils.get_total_norm(nonempty, math.inf).item() if nonempty else 0.0
 
 
 def _local(gradient: Tensor) -> Tensor:
@@ -95,19 +95,19 @@ def off_reference(
     is_exact: bool,
     batch_variance: float | None = None,
 ) -> str | None:
-    """Say how a policy that has not been trained differs from its reference, or None.
+    """Return how an untrained policy differs from its reference, or None.
 
-    At step 0 they are one model, so every margin is 0 and the loss is the objective's at 0: 2 ln 2
+    At step 0 they are one model, so every margin is 0 and the loss is that of zero margins: 2 ln 2
     for rDPO.
 
     Args:
-        output: Of a micro-batch before the first optimizer step.
-        objective: What is optimised.
-        ids: The rows, one a pair.
-        is_exact: Whether all is computed in float32 or better. Margins are then within 1e-4 nats,
-            in proportion for answers below -100 nats, and the loss within 1e-5 for rDPO's
+        output: Output of a micro-batch before the first optimizer step.
+        objective: The objective of the run.
+        ids: Ids of the rows, one per pair.
+        is_exact: Whether everything is computed in float32 or better. Margins are then within 1e-4
+            nats, in proportion for answers below -100 nats, and the loss within 1e-5 for rDPO's
             defaults.
-        batch_variance: Root mean square in nats of what batching alone changes in a row, by the
+        batch_variance: Root mean square in nats of the change of a row by batching alone, by the
             cache's probe; margins of 16 bits are within 6 times that.
     """
     logps = output.logps.detach().double().cpu()
@@ -145,7 +145,7 @@ def _tolerance(logps: Tensor, *, is_exact: bool, batch_variance: float | None) -
 
 
 def _loss_tolerance(objective: Objective, tolerance: float) -> float:
-    """Return what margins within ``tolerance`` may do to the loss: 1e-5 for rDPO at beta 0.1."""
+    """Return the change of the loss by margins within ``tolerance``: 1e-5 for rDPO at beta 0.1."""
     if any(term.link != "logsigmoid" for term in objective.terms):
         return math.inf  # other slopes; the margins say it all
     slope = sum(term.weight * term.beta / 2 for term in objective.terms)  # of logsigmoid at 0

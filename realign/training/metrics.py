@@ -16,12 +16,12 @@ class PairMetrics:
     """Sums and weights of every metric since the last log line.
 
     A micro-batch costs no synchronisation: its sums stay on the device and are added up over ranks
-    when somebody asks. They are added one by one, in float64 and in their order, so that a line
+    when they are read. They are added one by one, in float64 and in their order, so that a line
     does not depend on when checkpoints were written in between.
 
     Args:
-        objective: Which metrics there are.
-        sum_over_ranks: Adds a tensor up elementwise over the ranks; called by all of them or none.
+        objective: Objective that determines the metrics.
+        sum_over_ranks: Sums a tensor elementwise over the ranks; called by all of them or none.
     """
 
     def __init__(self, objective: Objective, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
@@ -32,7 +32,7 @@ class PairMetrics:
         self._sums: dict[str, tuple[float, float]] = {}  # of all ranks
 
     def add(self, output: RdpoOutput, *, counted: bool = True) -> None:
-        """Take in a micro-batch; one that is not counted weighs nothing.
+        """Add a micro-batch; one that is not counted has no weight.
 
         Every rank must have added as many when :meth:`sums` or :meth:`take_means` is called.
         """
@@ -47,7 +47,7 @@ class PairMetrics:
             self.sums()
 
     def sums(self) -> dict[str, tuple[float, float]]:
-        """Return name to sum and weight since the last line, the same on every rank."""
+        """Return the sum and weight of each metric since the last line, the same on every rank."""
         if self._pending:
             for step in self._sum_over_ranks(torch.stack(self._pending)).tolist():
                 for name, (total, weight) in zip(self._names, step, strict=True):
@@ -57,21 +57,21 @@ class PairMetrics:
         return self._sums
 
     def restore(self, sums: Mapping[str, tuple[float, float]]) -> None:
-        """Go on from what :meth:`sums` returned when a checkpoint was written."""
+        """Continue from the :meth:`sums` of a checkpoint."""
         self._pending.clear()
         self._sums = {name: (total, weight) for name, (total, weight) in sums.items()}
 
     def take_means(self) -> dict[str, float]:
-        """Return the means and begin a new line; a metric that no pair had is left out."""
+        """Return the means and begin a new line; metrics without a pair are left out."""
         means = {name: total / weight for name, (total, weight) in self.sums().items() if weight}
         self._sums = {}
         return means
 
 
 def metrics_by_pair(output: RdpoOutput, objective: Objective) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return name to values and weights, shape ``(P,)``; the weight is 0 where a cell is missing.
+    """Return the values and weights of each metric, ``(P,)``; absent cells have weight 0.
 
-    Names and their order depend on the objective alone, so that ranks can add them up.
+    Names and their order depend on the objective alone, so that ranks can sum them.
     """
     is_present = (output.num_tokens > 0).to(output.logps.device)
     loss = output.loss.expand(output.logps.shape[1])

@@ -1,4 +1,4 @@
-"""The objectives that a run can name, as tables of realign_kernels, and their options."""
+"""The named objectives of runs, as tables of realign_kernels, and their options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from realign_kernels import Objective
 
 
 def _sft(beta: float) -> Objective:
-    """Likelihood of the chosen answers alone; the text term, weight 0, is there for its metrics."""
+    """Return the likelihood of the chosen answers; the text term of weight 0 yields metrics."""
     (text,) = Objective.dpo(beta).terms
     return Objective((dataclasses.replace(text, weight=0.0),), nll_weight=1.0)
 
@@ -31,7 +31,7 @@ WITHOUT_IMAGE_PAIR = ("dpo", "sft")
 
 @dataclass
 class ObjectiveOptions:
-    """What is optimised; the defaults are the paper's."""
+    """Options of the objective; the defaults are the paper's."""
 
     objective: str = field(default="rdpo", metadata={"help": f"one of {', '.join(OBJECTIVES)}"})
     beta: float = field(default=0.1, metadata={"help": "KL strength of the answer pair"})
@@ -48,7 +48,7 @@ class ObjectiveOptions:
 
     @classmethod
     def of(cls, options: Any) -> ObjectiveOptions:
-        """Return the options that a configuration has under these names."""
+        """Return the options of a configuration with these names."""
         names = (one.name for one in dataclasses.fields(ObjectiveOptions))
         return ObjectiveOptions(**{name: getattr(options, name) for name in names})
 
@@ -57,7 +57,7 @@ def make_objective(options: ObjectiveOptions) -> Objective:
     """Return the objective of the options, with ``nll_weight`` added to it.
 
     Raises:
-        RefusedError: The name is unknown, or it does not read an option that was set.
+        RefusedError: The name is unknown, or the objective does not read an option that was set.
     """
     name, image_beta = options.objective, options.image_beta
     if name not in OBJECTIVES:

@@ -1,5 +1,5 @@
-"""One clear error when a device's memory is full: what takes it, and the largest micro-batch that
-leaves the pairs of a step as they are.
+"""One clear error for a full device: the use of its memory, and the largest micro-batch that keeps
+the number of pairs per step.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ def out_of_memory(
     *,
     batch_size: int,
     accumulation: int,
-    held: int | None = None,
+    allocated: int | None = None,
     capacity: int | None = None,
 ) -> RefusedError:
     """Return the error to raise instead.
 
     Args:
-        error: What was caught.
-        footprint: Bytes that the model takes before any activation.
-        batch_size: Pairs a micro-step.
+        error: The exception that was caught.
+        footprint: Memory of the model before any activation.
+        batch_size: Pairs per micro-step.
         accumulation: Micro-batches per step.
-        held: Bytes at most allocated so far, where the device counts them.
-        capacity: Bytes that the device has.
+        allocated: Most bytes allocated so far, if the device counts them.
+        capacity: Bytes of the device's memory.
     """
     requested = _requested(str(error))
     lines = [
@@ -39,9 +39,9 @@ def out_of_memory(
         + (f" into {size(capacity)}" if capacity else "")
         + ".",
         f"peak = {footprint}, + activations of {batch_size} pair(s) of a micro-step"
-        + (f"; at most {size(held)} were held." if held else "."),
+        + (f"; at most {size(allocated)} were held." if allocated else "."),
     ]
-    largest = _largest(footprint.total, batch_size, requested, held, capacity)
+    largest = _largest(footprint.total, batch_size, requested, allocated, capacity)
     pairs = batch_size * accumulation
     # the pairs of a step stay what they are, so only what divides them
     safe = max((n for n in range(1, largest + 1) if pairs % n == 0), default=0)
@@ -65,11 +65,11 @@ def _requested(text: str) -> int:
 
 
 def _largest(
-    before: int, batch_size: int, requested: int, held: int | None, capacity: int | None
+    before: int, batch_size: int, requested: int, allocated: int | None, capacity: int | None
 ) -> int:
-    """Pairs that may fit: the step needed at least ``held + requested``, and a pair its share."""
+    """Return how many pairs may fit: the step needed at least ``allocated + requested`` in all."""
     fewer = batch_size - 1
-    if held is None or capacity is None:
+    if allocated is None or capacity is None:
         return fewer
-    a_pair = max(1.0, (held + requested - before) / batch_size)
+    a_pair = max(1.0, (allocated + requested - before) / batch_size)
     return min(fewer, max(0, int((capacity - before) / a_pair)))

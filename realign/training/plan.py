@@ -28,15 +28,15 @@ SCHEMA = 2  # what a run folder holds, and what its train.json says
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """What is known of a run before it starts.
+    """Facts of a run that are known before it starts.
 
     Attributes:
         config: The run's options.
-        objective: What is optimised.
+        objective: The objective of the run.
         records: The rows of the dataset without the dropped ones.
-        scoring: How the reference scores rows; it computes as the policy will.
+        scoring: How the reference scores rows, with the numerics of the policy.
         identity: Identity of the reference log-probabilities.
-        rows: The facts of the records, once they were read.
+        rows: Facts of the records, after they were read.
     """
 
     config: TrainConfig
@@ -48,7 +48,7 @@ class TrainPlan:
 
     @classmethod
     def of(cls, config: TrainConfig) -> TrainPlan:
-        """Find the facts of a run; of the dataset, which rows there are.
+        """Find the facts of a run, and the rows of its dataset.
 
         Raises:
             RefusedError: The model or the dataset cannot be opened, or options do not fit.
@@ -74,12 +74,12 @@ class TrainPlan:
 
     @property
     def model(self) -> ModelFacts:
-        """What is known of the model without its weights."""
+        """Facts of the model that are known without its weights."""
         return self.scoring.model
 
     @property
     def numerics(self) -> Numerics:
-        """How policy and reference compute."""
+        """Numerics of policy and reference."""
         return self.scoring.numerics
 
     def claim(self, num_processes: int) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class TrainPlan:
 
 
 def world_size() -> int:
-    """Processes that train together, as their launcher says."""
+    """Return the number of processes that train together, from their launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

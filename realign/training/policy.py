@@ -1,4 +1,4 @@
-"""The model that trains: loaded, with its parts frozen or given adapters."""
+"""The model that trains: its loading, frozen parts and adapters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from realign.training.plan import TrainPlan
 
 
 def load_policy(plan: TrainPlan) -> Any:
-    """Load the model with its weights and make ready what trains of it.
+    """Load the model with its weights and prepare the parts that train.
 
     Raises:
         RefusedError: The folder lacks weights, or the options fit no part of the model.
@@ -33,8 +33,8 @@ def load_policy(plan: TrainPlan) -> Any:
 
 
 def outline_policy(plan: TrainPlan) -> nn.Module:
-    """Return the same model without weights, on torch's meta device: what would train, and of what
-    size. The plan's outline of the model becomes it.
+    """Return the same model without weights on torch's meta device, to see what would train. The
+    plan's outline of the model is changed into it.
 
     Raises:
         RefusedError: The options fit no part of the model, or an adapter does not fit its base.
@@ -77,7 +77,7 @@ def _prepare(model: Any, config: TrainConfig, *, is_adapted: bool) -> Any:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Compute activations again in the backward instead of keeping them."""
+    """Recompute activations in the backward instead of keeping them."""
     options = {"use_reentrant": False}  # the other kind needs inputs with a gradient
     # transformers 5.23 renamed it
     if hasattr(model, "activation_checkpointing_enable"):

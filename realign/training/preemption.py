@@ -1,5 +1,5 @@
-"""Handles SIGTERM and SIGINT (Ctrl-C) while a model trains: the first one is remembered, so that
-the run can save and end; the second one ends it at once.
+"""Handling of SIGTERM and SIGINT (Ctrl-C) while a model trains: the first is remembered, so that
+the run can save and end; the second ends it at once.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ SECONDS_OF_ONE = 2.0
 
 
 class Preemption:
-    """Remembers whether this process was asked to end since the ``with`` block began.
+    """Context that remembers whether this process was asked to end since the block began.
 
     The handler is set in the main thread of a program only, where Python runs handlers.
 
     Attributes:
-        is_requested: Whether it was.
-        is_waited_for: Not 0 inside the block; worker processes see it too.
+        is_requested: Whether it was asked to end.
+        is_waited_for: Not 0 within the block; shared with worker processes.
     """
 
     def __init__(self) -> None:
@@ -63,9 +63,9 @@ class Preemption:
 
 
 def ignore_signals(then: Callable[[int], None] | None, is_waited_for: Any, worker: int) -> None:
-    """``worker_init_fn`` of a DataLoader, which calls ``then``: a scheduler that signals a whole
-    process group must not take the workers away from a process that still has to save. They end
-    with their parent: outside the block of its :class:`Preemption` a signal ends them.
+    """Ignore signals as the ``worker_init_fn`` of a DataLoader, and call ``then``: a scheduler that
+    signals a whole process group must not end the workers of a process that still has to save. They
+    end with their parent: outside the block of its :class:`Preemption` a signal ends them.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:

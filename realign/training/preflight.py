@@ -1,4 +1,4 @@
-"""Checks and estimates of a run before any weight is loaded: rows, steps, what trains, memory."""
+"""Checks and estimates of a run before any weight is loaded: rows, steps, trained parts, memory."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def preflight(plan: TrainPlan, known: RowIndex | None = None) -> tuple[RowIndex,
 
     Args:
         plan: The run.
-        known: Facts of its rows, where some are known.
+        known: Facts of its rows, if some are known.
     Returns:
         The facts of the rows, and the findings, one line each.
     Raises:
@@ -47,8 +47,8 @@ def preflight(plan: TrainPlan, known: RowIndex | None = None) -> tuple[RowIndex,
     _check_trackers(config.report_to)
     model = outline_policy(plan)
     quantized = quantized_weights(model) if numerics.quantization else set()
-    memory_summary, held = footprint(model, quantized), Footprint.of(model, quantized).total
-    _check_memory(held, memory_summary)
+    memory_summary, model_bytes = footprint(model, quantized), Footprint.of(model, quantized).total
+    _check_memory(model_bytes, memory_summary)
     rows = check_rows(
         plan.records,
         plan.model.processor,
@@ -63,7 +63,7 @@ def preflight(plan: TrainPlan, known: RowIndex | None = None) -> tuple[RowIndex,
         _say_rows(rows),
         _say_steps(config, len(rows.rows)),
         memory_summary,
-        *_say_memory(plan, rows, held),
+        *_say_memory(plan, rows, model_bytes),
     ]
 
 
@@ -84,7 +84,7 @@ def _check_trackers(names: Sequence[str]) -> None:
 
 
 def _say_missing_images(rows: RowIndex, objective: Objective) -> Iterator[str]:
-    """Say how many pairs have no image term; refuse an objective with one when none has it."""
+    """Announce how many pairs have no image term; refuse an objective with one if all lack it."""
     num_rows = len(rows.rows)
     missing = sum(not row.rejected_images for row in rows.rows)
     if not missing or objective.num_cells < 3:
@@ -124,19 +124,19 @@ def _say_steps(config: TrainConfig, num_records: int) -> str:
     return text
 
 
-def _check_memory(held: int, memory_summary: str) -> None:
+def _check_memory(model_bytes: int, memory_summary: str) -> None:
     """Refuse weights, gradients and optimizer state that are larger than the memory."""
     if _is_sharded():
         return
     where, available = _device_memory()
-    if held > available:
+    if model_bytes > available:
         raise RefusedError(
             f"training must fit into {size(available)} of {where}, got {memory_summary}. Use "
             "lora (with quantization: nf4 if need be), or shard over more processes."
         )
 
 
-def _say_memory(plan: TrainPlan, rows: RowIndex, held: int) -> Iterator[str]:
+def _say_memory(plan: TrainPlan, rows: RowIndex, model_bytes: int) -> Iterator[str]:
     config = plan.config
     activations = micro_step_bytes(
         plan.model.config,
@@ -147,7 +147,7 @@ def _say_memory(plan: TrainPlan, rows: RowIndex, held: int) -> Iterator[str]:
     if activations is None:
         return
     where, available = _device_memory()
-    needed = held + activations
+    needed = model_bytes + activations
     verdict = ""
     if not _is_sharded():
         verdict = f"; {where} has {size(available)}"
@@ -170,7 +170,7 @@ def _is_sharded() -> bool:
 
 
 def _device_memory() -> tuple[str, int]:
-    """Return what training would run on, and its memory in bytes."""
+    """Return the name of the training device, and its memory in bytes."""
     if torch.cuda.is_available():
         device = torch.cuda.current_device()
         return torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]

@@ -1,4 +1,4 @@
-"""The command ``realign train``: dataset, cache and VLM in; checkpoint and metrics out; continued
+"""The command ``realign train``: from dataset, cache and VLM to checkpoint and metrics, continued
 after a kill.
 """
 
@@ -35,11 +35,11 @@ from realign.training.trainer import RDPOTrainer
 
 
 def checkpoint_facts(plan: TrainPlan, folder: Path, steps: int) -> dict[str, Any]:
-    """Return what is known of a finished checkpoint and stands in none of its files, for
-    ``checkpoint.json``. The places of model and data stay in the run's folder.
+    """Return the facts of a finished checkpoint that none of its files has, for
+    ``checkpoint.json``. The paths of model and data stay in the run's folder.
 
     Args:
-        plan: The run.
+        plan: Facts of the run.
         folder: The finished checkpoint.
         steps: Updates of the weights.
     """
@@ -56,15 +56,14 @@ def checkpoint_facts(plan: TrainPlan, folder: Path, steps: int) -> dict[str, Any
 
 
 def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
-    """Train and return the checkpoint's folder. The same call after a kill continues and ends the
-    same.
+    """Train and return the checkpoint's folder; repeated after a kill, the call continues.
 
     Args:
-        config: The run.
+        config: Options of the run.
         dry_run: Stop before weights are loaded, with nothing written.
     Raises:
-        RefusedError: Bad rows, options that fit neither each other nor the model, a cache of
-            something else, or an output folder that holds another run.
+        RefusedError: Rows are bad, options fit neither each other nor the model, the cache is of
+            another identity, or the output folder holds another run.
     """
     check_out(config.out)
     ranks = Ranks()  # first of all: how weights are loaded depends on who shares them
@@ -74,14 +73,14 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
         config.out / "row_index.json", config.data, config.images, plan.records, plan.identity
     )
     known: RowIndex | None = None
-    if ranks.first(lambda: is_begun(config.out, "train")):
-        known = ranks.together(file.restore)
+    if ranks.run_on_first(lambda: is_begun(config.out, "train")):
+        known = ranks.run_together(file.restore)
         claimed = replace(plan, rows=known)
-        if ranks.first(lambda: _is_finished(claimed, ranks)):
+        if ranks.run_on_first(lambda: _is_finished(claimed, ranks)):
             return checkpoint
 
     def find_rows() -> RowIndex:
-        """Read the rows once: on the first rank they are checked too."""
+        """Read the rows once; the first rank also checks them."""
         if not ranks.is_first:
             return known or RowIndex.of(plan.records)
         # whoever asks for a dry run asks for the check
@@ -90,7 +89,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
             announce(line)
         return rows
 
-    plan = replace(plan, rows=ranks.together(find_rows))
+    plan = replace(plan, rows=ranks.run_together(find_rows))
     reference = _read_reference(plan, dry_run=dry_run)
     if dry_run:
         return checkpoint
@@ -105,7 +104,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
     # DeepSpeed reads them before the weights
     arguments = training_arguments(config, len(plan.records))
     set_seed(config.seed)
-    model = ranks.together(lambda: load_policy(plan))
+    model = ranks.run_together(lambda: load_policy(plan))
 
     def claim_folder() -> None:
         claim(config.out, "train", plan.claim(ranks.world_size), _labels(plan))
@@ -113,9 +112,9 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
         if reference.acceptance is not None:
             write_json(config.out / "accepted_numerics.json", reference.acceptance)
 
-    with ExitStack() as held:
-        ranks.first(lambda: held.enter_context(only_run(config.out, "train")))
-        ranks.first(claim_folder)
+    with ExitStack() as lock:
+        ranks.run_on_first(lambda: lock.enter_context(only_run(config.out, "train")))
+        ranks.run_on_first(claim_folder)
         ranks.check_folder_is_shared(config.out)
         trainer = RDPOTrainer(
             model,
@@ -149,7 +148,7 @@ def _labels(plan: TrainPlan) -> dict[str, list[str]]:
 
 
 def _is_finished(plan: TrainPlan, ranks: Ranks) -> bool:
-    """Return whether the run's folder is this run's and has its checkpoint."""
+    """Return whether the run's folder belongs to this run and has its checkpoint."""
     out = plan.config.out
     is_ours = is_claimed(out, "train", plan.claim(ranks.world_size), _labels(plan))
     if not is_ours or not (out / "checkpoint").is_dir():
@@ -159,7 +158,7 @@ def _is_finished(plan: TrainPlan, ranks: Ranks) -> bool:
 
 
 def _remove_checkpoints(steps: Path) -> None:
-    """Remove the checkpoints of a finished run; what a tracker wrote beside them stays."""
+    """Remove the checkpoints of a finished run; files of trackers beside them stay."""
     for path in (*steps.glob("checkpoint-*"), *steps.glob(".*")):
         shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
@@ -167,8 +166,8 @@ def _remove_checkpoints(steps: Path) -> None:
 
 
 def _read_reference(plan: TrainPlan, *, dry_run: bool) -> CacheReference | None:
-    """Read a given cache; None where there is none, or where accepting it would load the model in
-    a dry run.
+    """Read a given cache; None if there is none, or if accepting it would load the model in a dry
+    run.
     """
     config = plan.config
     if config.cache is None or (dry_run and config.accept_numerics):

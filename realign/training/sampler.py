@@ -1,4 +1,4 @@
-"""Deals pairs to ranks: the optimizer steps are the same whatever the number of ranks."""
+"""Distribution of pairs over ranks: optimizer steps do not depend on the number of ranks."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from realign.data.records import Record
 
 
 class PairSampler(Sampler[list[int]]):
-    """Micro-batches of one rank.
+    """Sampler of the micro-batches of one rank.
 
     An epoch is one shuffled order of all pairs, drawn from the seed and the epoch. Micro-step i
     takes the next ``batch_size * num_ranks`` of them, cut evenly among the ranks. So an optimizer
-    step is a run of ``batch_size * accumulation * num_ranks`` neighbours in that order, and only
-    this product matters to what it learns. Every rank has as many micro-steps as the others and no
-    pair comes twice: at the end of an epoch a micro-batch may be short, or empty (see
+    step is ``batch_size * accumulation * num_ranks`` neighbours in that order, and the result
+    depends only on this product. Every rank has as many micro-steps as the others and no pair comes
+    twice: at the end of an epoch a micro-batch may be short, or empty (see
     :class:`FilledCollator`).
 
     Args:
-        num_pairs: In the dataset; > 0.
+        num_pairs: Pairs of the dataset; > 0.
         batch_size: Pairs of a full micro-batch of one rank.
         rank: This process, in ``[0, num_ranks)``.
         num_ranks: Processes that share the pairs.
-        seed: Of the order.
-        shuffle: Whether there is an order other than the dataset's own.
-        drop_last: Leave out the micro-step at the end that is not full.
+        seed: Seed of the order.
+        shuffle: Whether the order differs from the dataset's own.
+        drop_last: Whether to leave out a last micro-step that is not full.
     """
 
     def __init__(
@@ -79,16 +79,15 @@ class HasImages(Protocol):
 
 
 class FilledCollator:
-    """Collates so that every rank computes with the modules that the others compute with; they
-    would wait for it in their collectives.
+    """Collator that makes every rank use the same modules, or the others would wait for it.
 
-    The micro-batch of a rank that has no pairs left is ``filler``, with no ``ids``: the trainer
-    counts pairs by them, so it weighs nothing. A micro-batch without an image brings those of
-    ``filler`` as ``unseen_images`` (:mod:`realign.modeling.image_features`).
+    The micro-batch of a rank without pairs is ``filler`` without ``ids``: the trainer counts pairs
+    by them, so it has no weight. A micro-batch without an image has those of ``filler`` as
+    ``unseen_images`` (:mod:`realign.modeling.image_features`).
 
     Args:
         collator: A :class:`realign.modeling.collate.PreferenceCollator`.
-        filler: Reads a row, with images if any row has them; called when it is needed.
+        filler: Function that reads a row, with images if any row has them; called on first use.
         has_images: Whether that row has images.
     """
 

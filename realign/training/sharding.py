@@ -1,6 +1,4 @@
-"""Sharded training as accelerate sets it up, with what a vision-language model and this loss need
-of it.
-"""
+"""Sharded training by accelerate, completed for vision-language models and this loss."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def set_up_fsdp(accelerator: Any, model: nn.Module) -> None:
-    """Complete what ``accelerate launch`` configured, before the model is wrapped.
+    """Complete the configuration of ``accelerate launch``, before the model is wrapped.
 
     Raises:
         RefusedError: It configured FSDP1, which cannot hold frozen and trained weights together.
@@ -47,15 +45,16 @@ def set_up_fsdp(accelerator: Any, model: nn.Module) -> None:
 
 
 def keep_reference(prepare: Callable[..., Any], inputs: dict[str, Any], device: Any) -> Any:
-    """Return a batch as a Trainer prepares it, with the log-probabilities of the reference as they
-    were: DeepSpeed rounds floating-point inputs to its dtype, and the loss needs their last digits.
+    """Return a batch as a Trainer prepares it, but with unchanged log-probabilities of the
+    reference: DeepSpeed rounds floating-point inputs to its dtype, and the loss needs their last
+    digits.
     """
     reference, inputs = inputs.get("ref_logps"), prepare(inputs)
     return inputs if reference is None else {**inputs, "ref_logps": reference.to(device)}
 
 
 def check_precision(dtype: torch.dtype, *, autocast: bool) -> None:
-    """Refuse a mixed precision that the launcher sets behind the reference's back.
+    """Refuse a mixed precision that the launcher sets and the reference did not have.
 
     Raises:
         RefusedError: accelerate's configuration has one and ``autocast`` is off. DeepSpeed's is the
@@ -93,9 +92,9 @@ def check_data_parallel(accelerator: Any) -> None:
 
 
 def whole_weights(accelerator: Any, model: nn.Module) -> dict[str, Tensor]:
-    """Return name to gathered weight, on the CPU of the first rank; all ranks must call it.
+    """Return the gathered weights by name, on the CPU of the first rank; all ranks must call it.
 
-    Tied weights are one tensor again, as ``save_pretrained`` must see them to write one.
+    Tied weights are one tensor again, so that ``save_pretrained`` writes one.
     """
     weights: dict[str, Tensor] = accelerator.get_state_dict(model)
     for name, source in getattr(model, "all_tied_weights_keys", {}).items():
@@ -105,8 +104,9 @@ def whole_weights(accelerator: Any, model: nn.Module) -> dict[str, Tensor]:
 
 
 class GatherHead(TrainerCallback):
-    """Has ZeRO-3 gather the output projection with the whole model: the loss reads its weight
-    without calling it, and DeepSpeed gathers what is called. Has not run: it needs a GPU.
+    """Callback that makes ZeRO-3 gather the output projection with the whole model: the loss reads
+    its weight without calling it, and DeepSpeed gathers modules that are called. It requires a GPU
+    and has not run yet.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -121,10 +121,10 @@ class GatherHead(TrainerCallback):
 
 
 def layers_to_shard(model: nn.Module) -> list[str]:
-    """Class names of the layers that FSDP2 gathers one at a time: those that the model says must
-    not be split and that are in it.
+    """Return the class names of the layers that FSDP2 gathers one at a time: those that the model
+    declares as indivisible and contains.
 
-    accelerate refuses a class that is not there, and LLaVA names those of CLIP's text encoder.
+    accelerate refuses an absent class, and LLaVA declares those of CLIP's text encoder.
     """
-    there = {type(module).__name__ for module in model.modules()}
-    return sorted(there & set(getattr(model, "_no_split_modules", None) or ()))
+    classes = {type(module).__name__ for module in model.modules()}
+    return sorted(classes & set(getattr(model, "_no_split_modules", None) or ()))

@@ -1,7 +1,7 @@
 """Training state in one safetensors file: tensors as tensors, everything around them as JSON.
 
-What ``state_dict()`` returns is dicts, lists, tuples, numbers and tensors. ``torch.save`` would
-pickle them, and a pickle runs code when it is read.
+``state_dict()`` returns dicts, lists, tuples, numbers and tensors. ``torch.save`` would pickle
+them, and a pickle runs code when it is read.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _PLAIN = (str, int, float, bool, type(None))
 def write_state(path: Path, state: Any) -> None:
     """Write a tree of dicts, lists, tuples, strings, numbers, None and tensors.
 
-    Dict keys are strings or integers, and stay what they are.
+    Dict keys are strings or integers, and keep their type.
 
     Raises:
-        TypeError: The tree holds anything else; the message names where.
+        TypeError: The tree holds anything else; the message names the place.
     """
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, "state", tensors, {})
@@ -38,7 +38,7 @@ def write_state(path: Path, state: Any) -> None:
 
 
 def read_state(path: Path, device: str = "cpu") -> Any:
-    """Read what :func:`write_state` wrote, tensors on ``device``, bit by bit."""
+    """Read a tree that :func:`write_state` wrote, tensors on ``device``, bit for bit."""
     with safe_open(path, framework="pt", device=device) as file:
         return _unpack(json.loads(file.metadata()["tree"]), file)
 
@@ -85,7 +85,7 @@ def _unpack(tree: Any, file: Any) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """State of the generators of Python, NumPy, torch, and torch's current accelerator."""
+    """Return the state of the generators of Python, NumPy, torch and its current accelerator."""
     legacy: Any = np.random.get_state(legacy=False)
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -98,7 +98,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Set the generators to what :func:`random_state` returned."""
+    """Set the generators to a state that :func:`random_state` returned."""
     random.setstate(state["python"])
     numpy_state = state["numpy"]
     key = np.array(numpy_state["state"]["key"], dtype=np.uint32)

@@ -1,6 +1,4 @@
-"""RDPOTrainer: rDPO on ``transformers.Trainer``. Ours are the collator, the loss, the metrics and
-the guards.
-"""
+"""RDPOTrainer: rDPO on ``transformers.Trainer``, with a collator, loss, metrics and guards."""
 
 from __future__ import annotations
 
@@ -98,19 +96,19 @@ class RDPOConfig(ObjectiveOptions, TrainingArguments):
 
 
 class RDPOTrainer(CheckpointTrainer):
-    """Trains a VLM on dual-preference records with cached reference log-probabilities.
+    """Trainer of VLMs on dual-preference records with cached reference log-probabilities.
 
     Args:
         model: From :func:`realign.modeling.loading.load_model`, or a peft model around it.
         args: The configuration.
         train_dataset: Records, as a sequence.
         processing_class: The model's processor.
-        reference: ``record.key`` to log-probabilities of the reference, shape ``(C,)``, from
+        reference: Maps ``record.key`` to log-probabilities of the reference, shape ``(C,)``, from
             :func:`realign.reference.read_cache`; C at least the objective's number of cells. Its
             attribute ``batch_variance``, if it has one, is that of
             :func:`realign.training.guards.off_reference`.
-        callbacks: Of the Trainer.
-        plan: What a run knows of its rows, objective and layout; found here where it is None.
+        callbacks: Callbacks of the Trainer.
+        plan: Facts of the rows, objective and layout of a run; None finds them.
     Raises:
         ValueError: The reference lacks a record, or the objective is unknown.
         RefusedError: ``auto_find_batch_size`` is set, nothing is left to train, or there is no
@@ -192,7 +190,7 @@ class RDPOTrainer(CheckpointTrainer):
         self.model_accepts_loss_kwargs = True
 
     def get_train_dataloader(self) -> DataLoader[Record]:
-        """Micro-batches of this rank, in an order that does not depend on the number of ranks."""
+        """Return the micro-batches of this rank, in an order independent of the number of ranks."""
         args, dataset = self.args, self.train_dataset
         sampler = PairSampler(
             len(dataset),
@@ -226,13 +224,13 @@ class RDPOTrainer(CheckpointTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """The micro-batches of an optimizer step, and its number of pairs over all ranks."""
+        """Return the micro-batches of an optimizer step, and its number of pairs over all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_pairs = torch.tensor(sum(len(batch["ids"]) for batch in batches), device=device)
         return batches, self.accelerator.reduce(num_pairs, reduction="sum")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Trainer's optimizer, with groups of the projector's own where it has a learning rate."""
+        """Return Trainer's optimizer, with a learning rate of the projector if it is set."""
         is_new, rate = self.optimizer is None, self.args.projector_learning_rate
         optimizer = super().create_optimizer(model)
         if is_new and rate is not None:
@@ -240,7 +238,7 @@ class RDPOTrainer(CheckpointTrainer):
         return optimizer
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As Trainer's, but never rounds the log-probabilities of the reference."""
+        """Prepare inputs as Trainer does, without rounding the reference's log-probabilities."""
         return keep_reference(super()._prepare_inputs, inputs, self.args.device)
 
     def compute_loss(
@@ -250,8 +248,9 @@ class RDPOTrainer(CheckpointTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, RdpoOutput]:
-        """The micro-batch's share of the mean loss over all pairs of the optimizer step, over all
-        micro-batches and ranks; the mean over its own pairs where ``num_items_in_batch`` is None.
+        """Return the micro-batch's share of the mean loss over all pairs of the optimizer step,
+        over all micro-batches and ranks; the mean over its own pairs if ``num_items_in_batch`` is
+        None.
         """
         ids = inputs.pop("ids")
         output: RdpoOutput = model(
@@ -266,9 +265,9 @@ class RDPOTrainer(CheckpointTrainer):
         return (loss, output) if return_outputs else loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's; sharded weights are gathered and saved by the first rank, like any others.
+        """Save as Trainer does; the first rank gathers and saves sharded weights.
 
-        Those of a checkpoint stay sharded: they are to go on from, with their optimizer.
+        Those of a checkpoint stay sharded, to resume from with their optimizer.
         """
         if _internal_call or not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
@@ -278,20 +277,20 @@ class RDPOTrainer(CheckpointTrainer):
             self._save(output_dir, weights)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Put in the means over all pairs since the last line.
+        """Log the means over all pairs since the last line.
 
-        The loss is one of them: Trainer's own is the mean since it was last started.
+        The loss is one of them, since Trainer's own is the mean since its last start.
         """
         if "loss" in logs:
             logs = {**logs, **self._metrics.take_means()}
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As :meth:`CheckpointTrainer.train`.
+        """Train as :meth:`CheckpointTrainer.train` does.
 
         Raises:
-            FloatingPointError: A loss, an input or a gradient is not finite; no weight was changed
-                by that step.
+            FloatingPointError: A loss, an input or a gradient is not finite; that step has changed
+                no weight.
             RefusedError: The first loss is not that of the reference, memory is full, or the
                 checkpoint to continue from is damaged.
         """
@@ -303,17 +302,17 @@ class RDPOTrainer(CheckpointTrainer):
             raise self._out_of_memory(error) from error
 
     def kept_state(self) -> Any:
-        """The sums of the metrics since the last line."""
+        """Return the sums of the metrics since the last line."""
         return dict(self._metrics.sums())
 
     def restore_kept_state(self, state: Any) -> None:
-        """Take back what :meth:`kept_state` returned."""
+        """Restore the state that :meth:`kept_state` returned."""
         self._metrics.restore(state)
 
     def _check_before_backward(
         self, output: RdpoOutput, inputs: Mapping[str, Any], ids: Sequence[str]
     ) -> None:
-        """Stop all processes where one has a number that is not finite, or begins elsewhere."""
+        """Stop all processes if one has a number that is not finite, or an off-reference policy."""
         self._step_ids += ids
         step = self.state.global_step + 1
         problem = not_finite(output, inputs, ids)
@@ -375,6 +374,6 @@ class RDPOTrainer(CheckpointTrainer):
             Footprint.of(self.model),
             batch_size=self.args.per_device_train_batch_size,
             accumulation=self.args.gradient_accumulation_steps,
-            held=torch.cuda.max_memory_allocated(device) if on_gpu else None,
+            allocated=torch.cuda.max_memory_allocated(device) if on_gpu else None,
             capacity=torch.cuda.mem_get_info(device)[1] if on_gpu else None,
         )

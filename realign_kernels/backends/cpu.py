@@ -1,7 +1,7 @@
-"""The C++ kernels of ``csrc/``: tensors in, pointers out.  Knows no autograd, no users' errors.
+"""The C++ kernels of ``csrc/``, called with the pointers of tensors.
 
-The library is found beside this file, or where an editable installation has put it, and loaded at
-the first call.
+The library is found beside this file, or where an editable installation has put it, and is loaded
+at the first call. This module knows nothing of autograd or of users' errors.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def library_path() -> str | None:
 
 @functools.cache
 def has_library() -> bool:
-    """Return whether the compiled library is there and loads; the eager backend does without."""
+    """Return whether the compiled library exists and loads; the eager backend does not need it."""
     if library_path() is None:
         return False
     try:
@@ -306,12 +306,12 @@ def instruction_set() -> str:
 
 
 def product_set() -> str:
-    """Return what multiplies bfloat16 here: "amx", "avx512", "none", or in tests "portable"."""
+    """Return what multiplies bfloat16: "amx", "avx512", "none" or, in tests, "portable"."""
     return str(_library().realign_product_set().decode())
 
 
 def _vector(tensor: Tensor | None, dtype: torch.dtype) -> int | None:
-    """Return the address of numbers that lie side by side, or None."""
+    """Return the address of the numbers of a contiguous vector, or None."""
     if tensor is None:
         return None
     assert tensor.device.type == "cpu"
@@ -321,7 +321,7 @@ def _vector(tensor: Tensor | None, dtype: torch.dtype) -> int | None:
 
 
 def _matrix(tensor: Tensor, *dtypes: torch.dtype) -> int:
-    """Return the address of a matrix whose rows have their numbers side by side."""
+    """Return the address of a matrix whose rows are contiguous."""
     assert tensor.device.type == "cpu"
     assert tensor.dtype in dtypes
     assert tensor.shape[1] <= 1 or tensor.stride(1) == 1

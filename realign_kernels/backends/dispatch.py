@@ -1,4 +1,4 @@
-"""The choice of a backend.  Knows names and devices, no maths.
+"""The choice of a backend, from names and devices.
 
 Explicit requests never fall back; only ``"auto"`` chooses.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Backend(NamedTuple):
-    """A kernel set: where it is, and what it is for."""
+    """A kernel set: its module, its devices and its description."""
 
     module: str
     device_types: tuple[str, ...] | None  # None: any
@@ -59,7 +59,7 @@ def resolve_backend(backend: str, device_type: str) -> str:
     """Return the backend that runs on a device.
 
     Raises:
-        ValueError: There is no backend of that name.
+        ValueError: There is no backend with that name.
         RuntimeError: The backend was asked for by name and is not installed, or runs on other
             devices.
     """
@@ -107,7 +107,7 @@ def auto_backend(device_type: str) -> str:
 def _has_products(backend: str, device_type: str) -> bool:
     """Return whether torch has the products that a backend takes from it on a device.
 
-    CUDA builds have them; of ROCm and XPU builds older ones do not.
+    CUDA builds have them; older ROCm and XPU builds do not.
     """
     may_lack_them = device_type == "xpu" or torch.version.hip is not None
     return backend != "triton" or not may_lack_them or _multiplies_to_float32(device_type)
@@ -115,7 +115,7 @@ def _has_products(backend: str, device_type: str) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _multiplies_to_float32(device_type: str) -> bool:
-    """Return whether a product of half operands can be had in float32 on a device."""
+    """Return whether a product of half operands can be returned in float32 on a device."""
     return _probe_product(device_type)
 
 
@@ -137,7 +137,7 @@ def kernels_of(backend: str) -> KernelSet:
 
 
 def describe_backends() -> dict[str, str]:
-    """Describe what every backend name means on this machine, and why.
+    """Describe which implementation each backend name stands for on this machine, and why.
 
     Returns:
         descriptions: One sentence per name; ``"auto"`` comes first and starts with the backend that

@@ -1,7 +1,7 @@
 """The protocol of a backend: its tiles and dtypes, a product, and small kernels around it.
 
-Says what goes in and out; knows no backend.  Letters: **N** rows, **D** hidden size, **V**
-vocabulary of this shard, **r** rank.  Ids of tokens are those of the shard.
+It states inputs and outputs, and knows no backend. Letters: **N** rows, **D** hidden size, **V**
+vocabulary of this shard, **r** rank. Ids of tokens are those of the shard.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class RowState(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One tile of raw logits, (rows, columns), and all that is done with it."""
+    """One tile of raw logits, (rows, columns), with the inputs and outputs of its kernels."""
 
     logits: Tensor  # overwritten
     exponentials: Tensor | None  # out: e * phi, 0 where left out; may be `logits` itself
@@ -156,7 +156,7 @@ class RowKernels(Protocol):
     ) -> None:
         """Put scores to their positions, and turn ``E @ W`` into their derivative.
 
-        Without positions ``scores`` has an entry a row.
+        Without positions ``scores`` has one entry per row.
         """
 
     def grade_rows(
@@ -168,11 +168,11 @@ class RowKernels(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Differentiate scores by raw logits: return the factor of E, and the label's entry.
 
-        ``upstream`` has an entry a position, or without positions a row.
+        ``upstream`` has one entry per position or, without positions, one per row.
         """
 
     def rescale_rows(self, matrix: Tensor, old_shift: Tensor, new_shift: Tensor) -> None:
-        """Make rows of E, relative to the old shift, relative to the new one."""
+        """Rescale rows of E from the old shift to the new one."""
 
     def spread_rows(
         self, upstream: Tensor | None, rows: Tensor, positions: Tensor, out: Tensor
@@ -217,7 +217,7 @@ class ProductKernels(Protocol):
     ) -> None:
         """Compute the logits of a tile and fold them into the sums of its rows.
 
-        The logits are stored nowhere.  Takes no statistics, and tracks no best token.
+        The logits are never stored. No statistics are taken, and no best token is tracked.
         """
 
 
@@ -247,7 +247,7 @@ class KernelSet(Protocol):
         """Return the dtype of exponentials, which is one of the two."""
 
     def expect_writes(self, tensor: Tensor) -> None:
-        """Prepare a tensor that may be large, and has not been written to, for being filled."""
+        """Prepare a tensor that is about to be filled, may be large and has not been written to."""
 
     def product(self, out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:
         """Set ``out`` to ``a @ b``, or add it, summed and stored in the dtype of ``out``."""

@@ -1,6 +1,7 @@
 """The kernels in plain PyTorch, for any device and dtype: backend "eager".
 
-What the C++ and Triton kernels do, in few lines.  Knows no autograd, no errors of users.
+It shows in a few lines what the C++ and Triton kernels do, and knows nothing of autograd or of
+users' errors.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ STRIDE_MULTIPLE = 64  # as in the Triton kernels, for products on GPUs
 TEMPORARIES = 2
 
 _INF = float("inf")
-# Of a copy of rows of the weight or of hidden states.
+# Limit on a copy of rows of the weight or of hidden states.
 _MAX_ELEMENTS = 1 << 18
 
 
 def operand_dtype(computed: torch.dtype, rounded: torch.dtype, *, is_given: bool) -> torch.dtype:
-    """Return the dtype that sums are taken in, which every device has a product of."""
+    """Return the dtype that sums are taken in, which every device can multiply."""
     return computed
 
 
 def exponential_dtype(computed: torch.dtype, operand: torch.dtype) -> torch.dtype:
-    """Return the dtype that everything else has too."""
+    """Return the dtype of exponentials, which is that of everything else."""
     return computed
 
 
@@ -107,7 +108,7 @@ def _put(x: Tensor, columns: Tensor, value: Tensor | float) -> None:
 
 
 def _move_shift(tile: Tile, top: Tensor) -> None:
-    """Rescale what has been summed where the largest logit lies too far above the shift."""
+    """Rescale the sums where the largest logit lies too far above the shift."""
     state = tile.state
     # The second condition is the start of a row whose label has probability 0.
     moves = ((top - state.shift > tile.bound) | (state.shift == -_INF)) & (top > -_INF)
@@ -148,7 +149,7 @@ def _update_top(tile: Tile, top: Tensor, column: Tensor) -> Tensor:
 
 
 def _exponentiate(tile: Tile) -> None:
-    """Turn x into ``e * phi`` where that is kept, and add e unless the sums are final."""
+    """Turn x into ``e * phi`` where it is kept, and add e unless the sums are final."""
     x, state = tile.logits, tile.state
     slope = None
     if tile.exponentials is not None:
@@ -190,7 +191,7 @@ def _rows_of(weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _blocks(matrix: Tensor) -> Iterator[slice]:
-    """Cut rows so that a copy of some of them is small."""
+    """Cut rows into blocks of which a copy is small."""
     return spans(len(matrix), max(1, _MAX_ELEMENTS // max(1, matrix.shape[1])))
 
 

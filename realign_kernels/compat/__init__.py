@@ -1,1 +1,1 @@
-"""Our head behind other libraries' signatures; imports none of them."""
+"""The head behind the signatures of other libraries, none of which is imported."""

@@ -61,8 +61,8 @@ def linear_cross_entropy(
             :func:`realign_kernels.linear_logprob` takes them.
         c: Classifier, shape ``(V, D)``.
         targets: Class indices, shape ``(...)``, int64, each in ``[0, V)`` or ``ignore_index``.
-        positional: Nothing: a fourth argument is ``ignore_index`` in one version and ``bias`` in
-            the other, so that all that follow are taken by name only.
+        positional: Must be empty: a fourth argument is ``ignore_index`` in one version and ``bias``
+            in the other, so that everything after ``targets`` is taken by name only.
         bias: Shape ``(V,)``; differentiable.
         ignore_index: Target of positions that count nowhere and get no gradient.
         softcap: Bound on the logits, or None; > 0.
@@ -70,7 +70,7 @@ def linear_cross_entropy(
         shift: Number k of positions that targets are ahead of embeddings, in ``[0, T)``: scores
             ``targets[..., k:]`` by ``e[..., :-k, :]``.  True is 1.
         return_lse: Whether to return the log of the sum of exponentials as well.
-        filter_eps: Not read, like the next six: they say how sums are taken and which gradients
+        filter_eps: Not read, like the next six: these choose how sums are taken and which gradients
             are left out; here sums are in float32 and nothing is left out.
         use_kahan: Not read.
         accum_e_fp32: Not read.
@@ -78,7 +78,7 @@ def linear_cross_entropy(
         filter_e_grad: Not read.
         filter_c_grad: Not read.
         impl: Not read.
-        vocab_parallel_options: None: see ``group``.
+        vocab_parallel_options: Must be None; see ``group``.
         group: Tensor parallelism, as for :func:`realign_kernels.linear_logprob`: every rank passes
             its own contiguous shard of ``c`` and ``bias``, in rank order.
     Returns:
@@ -140,14 +140,14 @@ def linear_cross_entropy(
 
 
 class LinearCrossEntropy(nn.Module):
-    """Hold the options of :func:`linear_cross_entropy`, as the class of that name does there.
+    """Module that holds the options of :func:`linear_cross_entropy`, as Cut Cross-Entropy has it.
 
     Args:
         ignore_index: As for :func:`linear_cross_entropy`, like all that follow.
         softcap: Bound on the logits.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``.
-        positional: Nothing: a fourth argument is ``filter_eps`` in one version and ``shift`` in the
-            other.
+        positional: Must be empty: a fourth argument is ``filter_eps`` in one version and ``shift``
+            in the other.
         options: The other options, by name.
     Raises:
         TypeError: There is a fourth positional argument, or an unknown name.
@@ -201,7 +201,7 @@ class LinearCrossEntropy(nn.Module):
         )
 
 
-# What the class takes by name alone, and the defaults.
+# Options that the class takes by name alone, and their defaults.
 _OPTIONS = {
     name: parameter.default
     for name, parameter in inspect.signature(linear_cross_entropy).parameters.items()
@@ -211,7 +211,7 @@ _OPTIONS = {
 
 
 def _checked_shift(shift: bool | int, targets: Tensor) -> int:
-    """Return by how many positions to shift."""
+    """Return the number of positions to shift by."""
     if not isinstance(shift, bool):
         check_integer("shift", shift)
     num_positions = targets.shape[-1] if targets.ndim else 1

@@ -1,4 +1,4 @@
-"""Liger's fused linear DPO loss and scaled cross-entropy, computed by our head.
+"""Liger's fused linear DPO loss and scaled cross-entropy, computed by this package's head.
 
 Letters: **P** pairs, **T** positions, **D** hidden size, **V** vocabulary, **N** tokens.
 """
@@ -32,7 +32,7 @@ _TERMS = {
     # -log s(c) - log s(-c) / 2 - log s(-r) / 2, of rewards c and r
     "nca_pair": (Term((1,), weight=1.5, label_smoothing=1 / 3), Term((0, -1), weight=0.5)),
 }
-# What Liger calls the arguments of the head, and those of the reference's.
+# Liger's names of the arguments of the head, and of those of the reference's.
 _NAMES = {
     "hidden_states": "_input",
     "lm_head_weight": "weight",
@@ -80,7 +80,7 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
         label_smoothing: float = 0.0,
         discopop_tau: float = 0.05,
     ) -> None:
-        """Keep the options of :func:`liger_fused_linear_dpo`, and refuse those that it has not."""
+        """Keep the options of :func:`liger_fused_linear_dpo`, and refuse unknown ones."""
         super().__init__()
         _check_loss_type(loss_type, label_smoothing)
         self.ignore_index = ignore_index
@@ -117,7 +117,8 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
             ref_input: The reference model's hidden states, shape ``(2P, T, D)``.
             ref_weight: The reference model's projection, shape ``(V, D)``.
             ref_bias: The reference model's bias, shape ``(V,)``.
-            ref_logps: What stands in place of the three, shape ``(2, P)``; no gradient.
+            ref_logps: The reference's log-probabilities in place of the three, shape ``(2, P)``; no
+                gradient.
         Returns:
             loss: As of :func:`liger_fused_linear_dpo`.
             extras: As there.
@@ -167,7 +168,7 @@ def liger_fused_linear_dpo(
     *,
     ref_logps: Tensor | None = None,
 ) -> tuple[Tensor, Extras]:
-    """Return DPO's loss and what Liger returns beside it, never storing the logits.
+    """Return DPO's loss and Liger's further results, never storing the logits.
 
     It takes the place of ``liger_kernel.chunked_loss.liger_fused_linear_dpo``.
 
@@ -179,8 +180,8 @@ def liger_fused_linear_dpo(
         ref_input: The reference model's hidden states, shape ``(2P, T, D)``; no gradient.
         ref_weight: The reference model's projection, shape ``(V, D)``; no gradient.
         ref_bias: The reference model's bias, shape ``(V,)``; no gradient.
-        ignore_index: Label of positions that are no answer.
-        beta: Strength of the tie to the reference; > 0.
+        ignore_index: Label of positions that are not part of an answer.
+        beta: KL strength; > 0.
         compute_nll_loss: Whether to add ``alpha`` times the mean negative log-probability of all
             chosen tokens of the batch.
         compiled: Ignored: nothing is compiled.
@@ -189,7 +190,8 @@ def liger_fused_linear_dpo(
             sums, here and in the reference.
         chunk_size: Ignored: the head cuts its own tiles.
         loss_type: ``"sigmoid"``, ``"hinge"``, ``"bco_pair"`` or ``"nca_pair"``.
-        label_smoothing: Not read by these four, as in Liger, and warned about.
+        label_smoothing: Not read by these four losses, as in Liger; any other value than 0 is
+            warned about.
         discopop_tau: Ignored: it belongs to a loss that is refused.
         alpha: Factor of the negative log-probability.
         ref_logps: The reference's log-probabilities, shape ``(2, P)``, float32 or float64, in place
@@ -197,13 +199,13 @@ def liger_fused_linear_dpo(
     Returns:
         loss: Mean over pairs, (), with a gradient in ``_input``, ``weight`` and ``bias``.
         extras: chosen_logps (P,), rejected_logps (P,), the mean chosen and rejected logit of all
-            positions and tokens (), the mean negative log-probability () (0 where it is not asked
-            for), chosen_rewards (P,) and rejected_rewards (P,); they carry no gradient, as in
-            Liger.  All are float32 (float64 for float64 inputs).
+            positions and tokens (), the mean negative log-probability () (0 without
+            ``compute_nll_loss``), chosen_rewards (P,) and rejected_rewards (P,); they carry no
+            gradient, as in Liger. All are float32 (float64 for float64 inputs).
     Raises:
         ValueError: A shape, name or number does not fit, a reference is missing, or there are two.
         TypeError: A dtype does not fit.
-        NotImplementedError: Liger has the loss and this head has not.
+        NotImplementedError: Liger has the loss, but this head does not.
     Note: an answer without tokens is absent, where Liger computes with a log-probability of 0 (or
         NaN): its pair adds nothing to the terms that read it, and a chosen one is refused where
         labels are on the host.
@@ -306,7 +308,7 @@ class LigerFusedLinearScaledCrossEntropyFunction:
         return_entropy: bool = False,
         selected_token_ids: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return the negative log-probability of every label, and on request the entropy.
+        """Return the negative log-probability of every label and, on request, the entropy.
 
         Args:
             _input: Hidden states, shape ``(..., D)``.
@@ -345,7 +347,7 @@ class LigerFusedLinearScaledCrossEntropyFunction:
 
 
 def _check_loss_type(loss_type: str, label_smoothing: float) -> None:
-    """Refuse losses in Liger's words, which its users' tests match on, and those left out here."""
+    """Refuse unknown losses in Liger's words, which users' tests match, and those left out here."""
     check_choice("loss_type", loss_type, None)
     if loss_type not in (*_TERMS, *_REFUSED):
         raise ValueError(
@@ -371,7 +373,7 @@ def _check_loss_type(loss_type: str, label_smoothing: float) -> None:
 
 
 def _check_pairs(_input: Tensor, target: Tensor) -> None:
-    """Refuse what is no padded batch of chosen and rejected answers."""
+    """Refuse anything but a padded batch of chosen and rejected answers."""
     check_tensor("_input", _input)
     check_tensor("target", target)
     if _input.ndim != 3 or len(_input) % 2 != 0:
@@ -406,7 +408,7 @@ def _given_reference(
     num_tokens: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the reference's log-probabilities where no model computes them, (2, P)."""
+    """Return the log-probabilities that were passed as the reference, (2, P)."""
     if ref_logps is None:
         return num_tokens.new_zeros(2, len(num_tokens) // 2, dtype=dtype)
     others = [name for name, part in model.items() if part is not None]

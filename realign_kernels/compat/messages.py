@@ -1,4 +1,4 @@
-"""Errors of the head in the argument names of another signature."""
+"""Errors of the head, reworded with the argument names of another signature."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 def call_with_names(
     function: Callable[..., Any], names: Mapping[str, str], *args: Any, **options: Any
 ) -> Any:
-    """Call a function of the head; where it refuses, speak of its arguments by other names.
+    """Call a function of the head, and rename the arguments in the message of its error.
 
     Args:
         function: The function.
-        names: From the name of an argument here to the name that the caller knows.
+        names: Map from the name of an argument here to the name that the caller knows.
         args: Positional arguments of the function.
         options: Keyword arguments of the function.
     """

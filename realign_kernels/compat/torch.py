@@ -48,8 +48,8 @@ def linear_cross_entropy(
         reduction: ``"none"``, ``"sum"``, or ``"mean"``: the sum divided by the number of targets
             that are not ignored, or by the sum of their class factors.
         ignore_index: Target of samples that count nowhere and get no gradient; None for -100.
-        label_smoothing: 0, and nothing else.
-        options: Not read: how torch cuts the work.
+        label_smoothing: Must be 0.
+        options: Not read: these choose how torch cuts the work.
         out_dtype: Dtype of the result, which is computed in float32 (float64 for float64 inputs)
             and rounded last; None for the dtype of ``input``, as in torch, or float32 under
             autocast.  Rounded to bfloat16 a loss of 10 is off by up to 3e-2: pass
@@ -102,7 +102,7 @@ def linear_cross_entropy(
 
 
 def _refuse_other_losses(linear_weight: Tensor, target: Tensor, label_smoothing: float) -> None:
-    """Refuse what is not the log-probability of one class a sample."""
+    """Refuse every loss but the log-probability of one class per sample."""
     torch_function = "Call torch.nn.functional.linear_cross_entropy for it."
     check_number("label_smoothing", label_smoothing)
     if label_smoothing != 0:

@@ -1,4 +1,4 @@
-"""verl's fused linear cross-entropy and its module for PPO, computed by our head.
+"""verl's fused linear cross-entropy and its module for PPO, computed by this package's head.
 
 Letters: **N** tokens, **D** hidden size, **V** vocabulary.
 """
@@ -39,8 +39,8 @@ def linear_cross_entropy(
     Args:
         hidden: Backbone outputs, shape ``(..., D)``; every dtype that ``linear_logprob`` takes.
         weight: Output projection, shape ``(V, D)``.
-        labels: Token ids, already shifted, one for every hidden state, of any integer dtype.  Every
-            label is scored: there is no value that is ignored.
+        labels: Token ids, already shifted, one for every hidden state, of any integer dtype. Every
+            label is scored; no value is ignored.
         temperature: Divisor of the logits; > 0.
         reduction: ``"none"``, ``"sum"`` or ``"mean"``, of the log-probabilities alone.
         dist_process_group: Tensor parallelism: every rank passes the same rows and labels and its
@@ -101,7 +101,7 @@ class FusedLinearForPPO(torch.nn.Module):
     """
 
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
-        """Make the module; both arguments are ignored: the head has its own tiles and kernels."""
+        """Create the module; both arguments are ignored: the head has its own tiles and kernels."""
         super().__init__()
         self.chunk_size = chunk_size
         self.impl_backend = impl_backend
@@ -139,7 +139,7 @@ class FusedLinearForPPO(torch.nn.Module):
 
 
 def _as_ids(labels: Tensor) -> Tensor:
-    """Widen integers to int64; what holds no integers is left for the head to refuse."""
+    """Widen integers to int64; any other value is left for the head to refuse."""
     is_integer = not (labels.is_floating_point() or labels.is_complex())
     return labels.long() if is_integer and labels.dtype != torch.bool else labels
 

@@ -11,8 +11,9 @@ label that exp could overflow, the kernels move that row's shift and rescale wha
 becomes ``t = exp(x[y] - shift)``.  If the best other token ("top") is scored too, it is left out of
 s and A like the label.
 
-Tiles, dtypes, products and kernels are those of a kernel set.  Knows no autograd.  Letters: **N**
-answer tokens, **D** hidden size, **V** vocabulary of this shard, **r** rank.
+Tiles, dtypes, products and kernels are those of a kernel set. This module knows nothing of
+autograd. Letters: **N** answer tokens, **D** hidden size, **V** vocabulary of this shard, **r**
+rank.
 """
 
 from __future__ import annotations
@@ -77,12 +78,12 @@ class FusedCall:
 
     @property
     def stash_width(self) -> int:
-        """Elements of a row of the stash: the vocabulary, and what aligns the next row."""
+        """Elements of a row of the stash: the vocabulary, and padding that aligns the next row."""
         return row_stride(self.vocabulary.size, getattr(self.kernels, "STRIDE_MULTIPLE", 1))
 
     @property
     def stride_multiple(self) -> int:
-        """Multiple of elements that rows of a tile lie apart; small tiles have no room to spare."""
+        """Divisor of the stride of a tile's rows, in elements; 1 for small tiles."""
         multiple: int = getattr(self.kernels, "STRIDE_MULTIPLE", 1)
         return multiple if min(self.shape.columns, self.vocabulary.size) >= multiple else 1
 
@@ -93,7 +94,7 @@ class FusedCall:
 
     @property
     def row_kernels(self) -> RowKernels | None:
-        """The kernels for what is done once a call, where there are some for this head."""
+        """The kernels for work that is done once per call, or None where this head has none."""
         if self.head.lora_a is not None or self.vocabulary.group is not None:
             return None
         row_kernels: RowKernels | None = getattr(self.kernels, "ROW_KERNELS", None)
@@ -119,7 +120,7 @@ class FusedCall:
         return self.head.precision.exponential
 
     def totals(self, rest_sum: Tensor) -> Tensor:
-        """Return what the entries of E in each row sum to, at most."""
+        """Return an upper bound on the sum of the entries of E in each row."""
         return rest_sum * (self.transform.logit_scale / self.transform.temperature)
 
 
@@ -186,7 +187,7 @@ def gather_rows(call: FusedCall, hidden_states: Tensor, labels: Tensor, position
 
 
 def _unravelled(positions: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
-    """Return flat positions as an index of a shape, one tensor a dimension.
+    """Return flat positions as an index of a shape, one tensor per dimension.
 
     ``torch.unravel_index`` copies the shape to the device and waits for it.
     """
@@ -317,7 +318,7 @@ def logits_into(call: FusedCall, out: Tensor, rows: Rows, block: slice, tile: He
 def _low_rank_operands(
     call: FusedCall, rows: Rows, block: slice, tile: HeadTile
 ) -> tuple[Tensor, Tensor] | None:
-    """Return what is multiplied for the low-rank part of logits, (rows, K) and (columns, K)."""
+    """Return the factors of the low-rank part of logits, (rows, K) and (columns, K)."""
     if rows.low_rank_parts is not None and tile.lora_b_parts is not None:
         return rows.low_rank_parts[block], tile.lora_b_parts
     if rows.low_rank is not None and tile.lora_b is not None:
@@ -326,7 +327,7 @@ def _low_rank_operands(
 
 
 def _has_fused_product(call: FusedCall, tile: Tile, head_tile: HeadTile) -> bool:
-    """Return whether the kernels of products can do all that an epilogue does to a tile."""
+    """Return whether the kernels of products can replace the epilogue of a tile."""
     has_statistics, tracks_top = (
         part is not None for part in (tile.state.rest_entropy_sum, tile.state.top_ids)
     )
@@ -409,7 +410,7 @@ def add_weight_rows(
 
 
 def _label_logits(call: FusedCall, rows: Rows) -> Tensor:
-    """Return x at the label of every row, from whichever rank has it; NaN where it is no token."""
+    """Return x at the label of every row, from the rank that has it; NaN for ids out of range."""
     head = call.head
     logits = torch.zeros(len(rows.ids), dtype=call.accumulation, device=rows.ids.device)
     for block in spans(len(rows.ids), call.shape.rows):
@@ -447,7 +448,7 @@ def _rounded_rows(
 
 
 class _Scratch:
-    """The buffers of a pass, and what it accumulates."""
+    """The buffers and accumulators of a pass."""
 
     def __init__(self, call: FusedCall, rows: Rows, keeps: Keeps) -> None:
         self.call, self.rows, self.keeps = call, rows, keeps
@@ -526,7 +527,7 @@ class _Scratch:
         )
 
     def accumulate(self, block: slice, tile: Tile, head_tile: HeadTile) -> None:
-        """Add ``E @ W`` of a tile, and the tokens that it has released."""
+        """Add ``E @ W`` of a tile, and the former top tokens that it has replaced."""
         if self.accumulator is None or tile.exponentials is None:
             return
         adds, rest_sum = tile.first_column > 0, tile.state.rest_sum
@@ -553,19 +554,19 @@ class _Scratch:
         )
 
     def restore_moved_rows(self, shift: Tensor) -> None:
-        """Make the stash relative to the final shift; nearly always that is what it is."""
+        """Rescale the stash to the final shift, which it is nearly always relative to already."""
         if self.stash is None or self.tile_shifts is None:
             return
         for number, columns in enumerate(spans(self.call.vocabulary.size, self.call.shape.columns)):
             self.rescale(self.stash[:, columns], self.tile_shifts[number], shift)
 
     def move_shifts(self, old_shift: Tensor, new_shift: Tensor) -> None:
-        """Make all that is kept relative to another shift."""
+        """Rescale everything that is kept to another shift."""
         for matrix in (self.accumulator, self.low_rank_accumulator, self.stash):
             self.rescale(matrix, old_shift, new_shift)
 
     def rescale(self, matrix: Tensor | None, old_shift: Tensor, new_shift: Tensor) -> None:
-        """Make rows relative to another shift."""
+        """Rescale rows to another shift."""
         if matrix is None:
             return
         if self.call.row_kernels is not None:

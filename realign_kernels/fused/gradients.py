@@ -1,4 +1,4 @@
-"""From what the forward has summed to log-probabilities, and to the gradients of the inputs.
+"""Log-probabilities and the gradients of the inputs, from the sums of the forward.
 
 The gradient by the raw logits of a row is ``scale * E``, with exact entries at the label and the
 top token, where E holds 0.  Letters as in ``forward.py``.
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class RowNumbers(NamedTuple):
-    """Numbers of every row, (N,) each: enough for its results and its gradients.
+    """Numbers of every row, (N,) each, from which its results and its gradients are computed.
 
     ``rest_sum`` is relative to ``shift`` and leaves out the label and, where it is tracked, the top
     token, whose local id may lie outside of this shard.
@@ -121,7 +121,7 @@ class EntropyGradient(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """Slopes from above of what a row results in, (N,) each; None where there are none."""
+    """Upstream gradients of the results of a row, (N,) each; None where there are none."""
 
     label: Tensor  # of log p(label)
     top: Tensor | None = None  # of log p(top)
@@ -130,7 +130,7 @@ class Upstream(NamedTuple):
 
 
 def token_log_probs(numbers: RowNumbers) -> Tensor:
-    """Return log p(label), (N,); NaN where the label is no token or its logit is infinite."""
+    """Return log p(label), (N,); NaN where the label is not a token or its logit is infinite."""
     logps = _log_share(numbers.log_label, numbers.rest_sum + numbers.top)
     return torch.where(numbers.label_logits == torch.inf, torch.nan, logps)
 
@@ -161,7 +161,7 @@ def logit_gradient(
     upstream: Upstream,
     entropy: Tensor | None = None,
 ) -> LogitGradient:
-    """Differentiate what rows result in, times the slopes from above, by the raw logits.
+    """Differentiate the results of rows, times their upstream gradients, by the raw logits.
 
     ``entropy`` of every row is needed where it has a slope.
     """
@@ -212,7 +212,7 @@ def _entropy_slope(log_p: Tensor, entropy: Tensor) -> Tensor:
 
 
 def by_scoring(is_top: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the gradient of what rows are scored by into that of the label and of the top token."""
+    """Split the gradient of the scores into those of the label and of the top token."""
     return torch.where(is_top, 0.0, grad), torch.where(is_top, grad, 0.0)
 
 
@@ -365,7 +365,7 @@ class _Replayed:
 
 
 class _Weighted(_Replayed):
-    """E times what the gradient of entropies asks for, in plain torch: few calls need it."""
+    """E times the factors of the entropies' gradient, in plain torch, since few calls need it."""
 
     def __init__(
         self, call: FusedCall, rows: Rows, numbers: RowNumbers, entropy: EntropyGradient
@@ -514,10 +514,10 @@ class _Sums:
 
 
 def _in_range(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Return rows as products take them, and the power of two that these are fewer of, if any.
+    """Return rows as products take them, and the power of two that scales them, if any.
 
     Before the slope of a loss is known its scaled rows may be tiny: float16 keeps all digits only
-    of what is larger than 6e-5.
+    of numbers larger than 6e-5.
     """
     if dtype != torch.float16 or rows.numel() == 0:
         return rows.to(dtype), None
@@ -541,7 +541,7 @@ class _Sum:
         self.is_in_place = self.adds = False
 
     def begin(self, columns: slice) -> None:
-        """Start a range, where the sum belongs if it need be neither rounded nor scaled."""
+        """Start a range, in place if the sum needs neither rounding nor scaling."""
         if self.whole is None:
             return
         part = self.whole[columns]
@@ -562,7 +562,7 @@ class _Sum:
             self.adds = True
 
     def end(self, columns: slice, entries: _Entries, rows: Tensor | None) -> None:
-        """Add exact entries, multiples of ``rows``, and put the sum where it belongs."""
+        """Add exact entries, multiples of ``rows``, and write the sum to its gradient."""
         if self.whole is None or self.tile is None or rows is None:
             return
         if not self.adds:

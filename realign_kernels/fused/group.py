@@ -1,4 +1,4 @@
-"""Tensor parallelism: what every rank has summed over its shard of the vocabulary, merged."""
+"""Tensor parallelism: the merge of the sums that each rank has taken over its vocabulary shard."""
 
 from __future__ import annotations
 

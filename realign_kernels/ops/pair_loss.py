@@ -1,6 +1,6 @@
-"""The reduction of a preference batch as an operator of torch: token scores in, loss out.
+"""The reduction of a preference batch as an operator of torch, from token scores to the loss.
 
-Knows no vocabulary.  Letters: **P** pairs, **C** cells.
+Letters: **P** pairs, **C** cells.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def reduce_pairs(
     objective: Objective,
     lengths: Tensor | None = None,
 ) -> tuple[PairOutputs, Tensor | None]:
-    """Run the kernel of a backend; return what it says of ids and of counts beside ``lengths``."""
+    """Run the kernel of a backend; return its checks of ids and of counts against ``lengths``."""
     pairs, new = batch.pairs, token_logps.new_empty
     results = PairResults(
         loss=new(()),
@@ -164,7 +164,7 @@ def _sum_dtype(device: torch.device) -> torch.dtype:
 
 
 class PairBackwardArguments(NamedTuple):
-    """Slopes from above, and what the forward has kept."""
+    """Upstream gradients, and the tensors that the forward has kept."""
 
     grad_loss: Tensor | None
     grad_logps: Tensor | None
@@ -178,7 +178,7 @@ class PairBackwardArguments(NamedTuple):
 
 @operator("pair_loss_backward", PairBackwardArguments, returns="Tensor")
 def pair_loss_backward_op(*values: Any) -> Tensor:
-    """Return the gradient by token scores: that of its sequence for every scored token."""
+    """Return the gradient by token scores: every scored token gets that of its sequence."""
     kept = PairBackwardArguments(*values)
     labels, row_kernels = kept.labels, getattr(kernels_of(kept.backend), "ROW_KERNELS", None)
     if row_kernels is not None:
@@ -239,7 +239,7 @@ pair_loss_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _KeptLoss(torch.autograd.Function):
-    """The operator with its derivative, for eager code, as ``score_tokens.py`` has one."""
+    """The operator with its derivative, for eager code, as in ``score_tokens.py``."""
 
     @staticmethod
     def forward(ctx: Any, *values: Any) -> Any:
@@ -251,7 +251,7 @@ class _KeptLoss(torch.autograd.Function):
 
 
 def pair_loss_kept(*values: Any) -> Any:
-    """Call the operator, and keep what its derivative needs."""
+    """Call the operator, and keep the tensors that its derivative needs."""
     needs = values[0].requires_grad
     if needs and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _KeptLoss.apply(*values)

@@ -72,7 +72,7 @@ def score_and_differentiate(
     call: FusedCall,
     head: HeadArguments,
     batch: PairArguments,
-    what: TileArguments,
+    arguments: TileArguments,
     positions: Tensor,
     tokens_per_pair: list[int],
 ) -> TiledResult:
@@ -82,7 +82,11 @@ def score_and_differentiate(
     are computed twice.
     """
     hidden_states, objective = head.hidden_states, batch.objective
-    top_rows, needed, with_statistics = what.top_rows, Needed(*what.needed), what.with_statistics
+    top_rows, needed, with_statistics = (
+        arguments.top_rows,
+        Needed(*arguments.needed),
+        arguments.with_statistics,
+    )
     stashed_rows = head.budget[1] // head.stash_row_bytes
     largest = min(_ROWS_PER_TILE, max(1, stashed_rows))
     tracks_top = top_rows is not None or with_statistics
@@ -118,7 +122,11 @@ def score_and_differentiate(
         if is_top is not None:
             logps = torch.where(is_top, top_log_probs(row_numbers), logps)
         own, own_ids = _pairs_between(batch, chosen, first, last)
-        weights = None if what.token_weights is None else what.token_weights[chosen].to(logps.dtype)
+        weights = (
+            None
+            if arguments.token_weights is None
+            else arguments.token_weights[chosen].to(logps.dtype)
+        )
         weighted = logps if weights is None else logps * weights
         outputs, _ = reduce_pairs(weighted, head.backend, own, objective)
         slopes = outputs.coefficients.reshape(-1)

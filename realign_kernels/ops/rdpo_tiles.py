@@ -77,7 +77,7 @@ def _parts_of(values: tuple[Any, ...]) -> tuple[HeadArguments, PairArguments, Ti
 @operator("rdpo_tiles", HeadArguments, PairArguments, TileArguments, returns=TileOutputs)
 def rdpo_tiles_op(*values: Any) -> TileOutputs:
     """Reduce labels (M,) and hidden states (..., D) to a loss, and differentiate it."""
-    head, batch, what = _parts_of(values)
+    head, batch, arguments = _parts_of(values)
     labels, sequence_ids, lengths = batch.labels, batch.sequence_ids, batch.sequence_lengths
     assert sequence_ids is not None
     with plain(head.hidden_states):
@@ -88,9 +88,9 @@ def rdpo_tiles_op(*values: Any) -> TileOutputs:
             check_chosen_present(lengths)
             check_counts(_tokens_per_sequence(batch, sequence_ids), lengths)
         positions, _ = find_rows(
-            head, vocabulary, labels, batch.ignore_index, lengths, what.label_shape
+            head, vocabulary, labels, batch.ignore_index, lengths, arguments.label_shape
         )
-        sums_head = any(what.needed[1:])
+        sums_head = any(arguments.needed[1:])
         call = fused_call(head, vocabulary, len(positions), sums_head_gradient=sums_head)
         if lengths is None or labels.device.type == "cpu":
             # A GPU's host waits for the counts if it was not told.
@@ -99,13 +99,13 @@ def rdpo_tiles_op(*values: Any) -> TileOutputs:
             call,
             head,
             batch,
-            what,
+            arguments,
             positions,
             lengths.sum(dim=0).tolist(),
         )
         token_logps = result.token_logps
-        if what.token_weights is not None:
-            token_logps = token_logps * what.token_weights.to(token_logps.dtype)
+        if arguments.token_weights is not None:
+            token_logps = token_logps * arguments.token_weights.to(token_logps.dtype)
         outputs, _ = reduce_pairs(token_logps, head.backend, batch, batch.objective)
         if batch.sequence_lengths is None and labels.device.type == "cpu":
             check_chosen_present(outputs.num_tokens)
@@ -119,7 +119,7 @@ def rdpo_tiles_op(*values: Any) -> TileOutputs:
 
 
 def _tokens_per_sequence(batch: PairArguments, sequence_ids: Tensor) -> Tensor:
-    """Count the answer tokens, (C, P); ids that are none are left out."""
+    """Count the answer tokens, (C, P), without those whose id is out of range."""
     size = batch.pairs.num_sequences
     is_scored = batch.labels != batch.ignore_index
     is_counted = is_scored & (sequence_ids >= 0) & (sequence_ids < size)
@@ -131,7 +131,7 @@ def _tokens_per_sequence(batch: PairArguments, sequence_ids: Tensor) -> Tensor:
 
 @rdpo_tiles_op.register_fake
 def _rdpo_tiles_fake(*values: Any) -> TileOutputs:
-    head, batch, what = _parts_of(values)
+    head, batch, arguments = _parts_of(values)
     number = head.precision.accumulation
     num_scored: Any = torch.library.get_ctx().new_dynamic_size()
     new = head.hidden_states.new_empty
@@ -139,22 +139,22 @@ def _rdpo_tiles_fake(*values: Any) -> TileOutputs:
         new(0, dtype=number)
         if tensor is None
         else tensor.new_empty(tensor.shape if is_needed else (0,), dtype=number)
-        for tensor, is_needed in zip(head.tensors, what.needed, strict=True)
+        for tensor, is_needed in zip(head.tensors, arguments.needed, strict=True)
     )
     losses = pair_loss_fake(new(0, dtype=number), head.backend, *batch)
-    tracks_top = what.top_rows is not None or what.with_statistics
+    tracks_top = arguments.top_rows is not None or arguments.with_statistics
     rows = (
         new(num_scored, dtype=torch.int64),
         new((4 if tracks_top else 3, num_scored), dtype=number),
         new(num_scored if tracks_top else 0, dtype=torch.int64),
     )
-    num_found = batch.labels.shape[0] if what.with_statistics else 0
+    num_found = batch.labels.shape[0] if arguments.with_statistics else 0
     found = (new(num_found, dtype=number) for _ in range(3))
     return TileOutputs._make((*losses, *grads, *rows, *found))
 
 
 class ScaleArguments(NamedTuple):
-    """The slope from above, and gradients for a slope of 1."""
+    """The upstream gradient, and gradients for a slope of 1."""
 
     grad_loss: Tensor
     gradients: list[Tensor]
@@ -164,7 +164,7 @@ class ScaleArguments(NamedTuple):
 
 @operator("scale_gradients", ScaleArguments, returns="Tensor[]")
 def scale_gradients_op(*values: Any) -> list[Tensor]:
-    """Return every gradient times the slope from above, rounded once."""
+    """Return every gradient times the upstream gradient, rounded once."""
     given = ScaleArguments(*values)
     return [
         (gradient * given.grad_loss.to(gradient.dtype)).to(_DTYPES[dtype])
@@ -180,15 +180,16 @@ def _scale_gradients_fake(*values: Any) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    head, batch, what = _parts_of(inputs)
+    head, batch, arguments = _parts_of(inputs)
     outputs = TileOutputs(*output)
-    ctx.options, ctx.needed = head[5:], what.needed
+    ctx.options, ctx.needed = head[5:], arguments.needed
     ctx.spread = batch.ignore_index, outputs.loss.dtype, head.backend
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(
-        *head.tensors, outputs.coefficients, batch.labels, batch.sequence_ids, what.top_rows,
-        outputs.positions, outputs.numbers, outputs.top_ids, what.witness, what.token_weights,
+        *head.tensors, outputs.coefficients, batch.labels, batch.sequence_ids, arguments.top_rows,
+        outputs.positions, outputs.numbers, outputs.top_ids,
+        arguments.witness, arguments.token_weights,
         *output[_NUM_LOSSES : _NUM_LOSSES + len(head.tensors)],
     )  # fmt: skip
 

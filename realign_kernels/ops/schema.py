@@ -32,7 +32,7 @@ def operator(
 ) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Return a decorator that makes a function of the fields of ``arguments`` an operator.
 
-    ``returns`` is a named tuple of tensors, or what it is called in a schema.
+    ``returns`` is a named tuple of tensors, or the type as a schema spells it.
     """
     fields = [
         f"{_TYPES[kind]} {field}"

@@ -1,8 +1,8 @@
 """The head as operators of torch: schemas, shapes under tracing, derivatives.
 
-What an operator computes is in ``fused/``.  Rows are compacted inside: what is kept for a backward
-has as many rows as labels are scored, a size that tracing does not know.  Letters: **M** positions,
-**N** of them scored, **D** hidden size, **V** vocabulary of this shard, **r** rank.
+The formulas of an operator are in ``fused/``. Rows are compacted inside: tensors that are kept for
+a backward have as many rows as labels are scored, a size that tracing does not know. Letters: **M**
+positions, **N** of them scored, **D** hidden size, **V** vocabulary of this shard, **r** rank.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ from realign_kernels.validation import (
 )
 from realign_kernels.vocabulary import VocabularyShard, locate_shard
 
-# Of a frozen head's gradient: the product is not rounded before both terms are in.
+# A frozen head's gradient is not rounded before both terms are in.
 _ROWS_AT_A_TIME = 1024
 
 
-# What a backend states is constant: torch.compile follows neither its import nor a call to C++.
+# The dtypes of a backend are constant: torch.compile follows neither its import nor a call to C++.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _product_dtypes(
     backend: str, computed: torch.dtype, rounded: torch.dtype, is_given: bool
@@ -133,7 +133,7 @@ _ENTROPY_TEMPORARIES = 3
 
 
 class ScoreArguments(NamedTuple):
-    """Labels (M,) to score by hidden states (..., D), and what to keep for the backward."""
+    """Labels (M,) to score by hidden states (..., D), and settings of the backward."""
 
     labels: Tensor
     top_rows: Tensor | None  # (M,) bool: scored by their best token that is not the label
@@ -167,7 +167,7 @@ class FusedScores(NamedTuple):
 def check_call(
     hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, options: HeadOptions
 ) -> HeadArguments:
-    """Check the tensors of a call, and choose what computes it."""
+    """Check the tensors of a call, and choose its backend."""
     autocast = check_head(hidden_states, lm_head_weight, labels, options)
     lora_a, lora_b, lora_scaling = options.lm_head_lora or (None, None, 1.0)
     return HeadArguments(
@@ -231,10 +231,10 @@ def _keeps(tensors: tuple[Tensor | None, ...], memory: str) -> Keeps:
 
 
 def second_order_witness(*inputs: Tensor | None) -> Tensor | None:
-    """Return no numbers that autograd knows to come from the inputs, without keeping their memory.
+    """Return an empty tensor that autograd derives from the inputs, without keeping their memory.
 
-    A gradient that was taken in the forward depends on nothing that autograd knows of.  An operator
-    that takes the witness too has a derivative, which is refused.
+    Autograd does not know what a gradient that was taken in the forward depends on. An operator
+    that also takes the witness has a derivative, which is refused.
     """
     if not torch.is_grad_enabled():
         return None
@@ -247,21 +247,21 @@ def second_order_witness(*inputs: Tensor | None) -> Tensor | None:
 @operator("score_tokens", HeadArguments, ScoreArguments, returns=FusedScores)
 def score_tokens_op(*values: Any) -> FusedScores:
     """Score labels by hidden states."""
-    head, what = HeadArguments(*values[:_NUM_HEAD]), ScoreArguments(*values[_NUM_HEAD:])
+    head, arguments = HeadArguments(*values[:_NUM_HEAD]), ScoreArguments(*values[_NUM_HEAD:])
     with plain(head.hidden_states):
         vocabulary = head.vocabulary()
         positions, scores = find_rows(
-            head, vocabulary, what.labels, what.ignore_index, what.sequence_lengths,
-            what.label_shape,
+            head, vocabulary, arguments.labels, arguments.ignore_index, arguments.sequence_lengths,
+            arguments.label_shape,
         )  # fmt: skip
         num_rows = len(positions)
         call = fused_call(head, vocabulary, num_rows, sums_head_gradient=False)
-        if what.with_statistics and what.keeps != Keeps.NOTHING.value:
+        if arguments.with_statistics and arguments.keeps != Keeps.NOTHING.value:
             # Refuses beforehand a workspace that the backward would refuse.
             fused_call(
                 head, vocabulary, num_rows, sums_head_gradient=True, differentiates_entropy=True
             )
-        keeps = Keeps(what.keeps)
+        keeps = Keeps(arguments.keeps)
         needed = len(positions) * head.stash_row_bytes
         if keeps is Keeps.STASH_IF_IT_FITS:
             keeps = Keeps.STASH if needed <= head.budget[1] else Keeps.NUMBERS
@@ -271,7 +271,7 @@ def score_tokens_op(*values: Any) -> FusedScores:
                 f"tokens and {len(head.weight)} of vocabulary, got {head.budget[1]}. "
                 "Raise it, or pass memory='auto'."
             )
-        return _score_rows(call, head.hidden_states, what, positions, scores, keeps)
+        return _score_rows(call, head.hidden_states, arguments, positions, scores, keeps)
 
 
 def find_rows(
@@ -303,14 +303,14 @@ def find_rows(
 def _score_rows(
     call: FusedCall,
     hidden_states: Tensor,
-    what: ScoreArguments,
+    arguments: ScoreArguments,
     positions: Tensor,
     scores: Tensor | None,
     keeps: Keeps,
 ) -> FusedScores:
     """Score the rows at ``positions``; ``keeps`` is settled."""
-    num_rows, labels, with_statistics = len(positions), what.labels, what.with_statistics
-    is_top = None if what.top_rows is None else what.top_rows[positions]
+    num_rows, labels, with_statistics = len(positions), arguments.labels, arguments.with_statistics
+    is_top = None if arguments.top_rows is None else arguments.top_rows[positions]
     tracks_top = with_statistics or is_top is not None
     start = start_pass(
         call, hidden_states, labels, positions, keeps,
@@ -397,7 +397,7 @@ def _slopes(
     is_top: Tensor | None,
     with_statistics: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return derivatives in the hidden states: of what a row is scored by, and of its top token."""
+    """Return derivatives in the hidden states: of the score of a row, and of its top token."""
     accumulator, low_rank = result.accumulator, result.low_rank_accumulator
     assert accumulator is not None
     ones = torch.ones_like(numbers.shift)
@@ -419,16 +419,16 @@ def _slopes(
 
 @score_tokens_op.register_fake
 def _score_tokens_fake(*values: Any) -> FusedScores:
-    head, what = HeadArguments(*values[:_NUM_HEAD]), ScoreArguments(*values[_NUM_HEAD:])
-    with_statistics, kept = what.with_statistics, Keeps(what.keeps)
+    head, arguments = HeadArguments(*values[:_NUM_HEAD]), ScoreArguments(*values[_NUM_HEAD:])
+    with_statistics, kept = arguments.with_statistics, Keeps(arguments.keeps)
     number, hidden_size = head.precision.accumulation, head.weight.shape[1]
-    tracks_top = with_statistics or what.top_rows is not None
+    tracks_top = with_statistics or arguments.top_rows is not None
 
     def empty(dtype: torch.dtype, is_there: bool, *shape: Any) -> Tensor:
         return head.hidden_states.new_empty(shape if is_there else (0,), dtype=dtype)
 
     def per_position(dtype: torch.dtype) -> Tensor:
-        return empty(dtype, with_statistics, what.labels.shape[0])
+        return empty(dtype, with_statistics, arguments.labels.shape[0])
 
     num_scored: Any = 0
     num_stashed: Any = 0
@@ -441,7 +441,7 @@ def _score_tokens_fake(*values: Any) -> FusedScores:
     has_slopes = kept is Keeps.SLOPES
     num_saved = 0 if has_slopes and not with_statistics else num_scored
     return FusedScores(
-        token_logps=empty(number, True, what.labels.shape[0]),
+        token_logps=empty(number, True, arguments.labels.shape[0]),
         top_non_label_logps=per_position(number),
         entropy=per_position(number),
         lse=per_position(number),
@@ -459,7 +459,7 @@ def _score_tokens_fake(*values: Any) -> FusedScores:
 
 
 class BackwardArguments(NamedTuple):
-    """Inputs of the backward besides the head: slopes from above, and what the forward has kept."""
+    """Inputs of the backward besides the head: upstream gradients, and tensors that were kept."""
 
     grad_logps: Tensor | None  # (M,)
     grad_top_logps: Tensor | None
@@ -487,7 +487,7 @@ class HeadGradients(NamedTuple):
 
 @operator("score_tokens_backward", HeadArguments, BackwardArguments, returns=HeadGradients)
 def score_tokens_backward_op(*values: Any) -> HeadGradients:
-    """Differentiate what the forward has scored."""
+    """Differentiate the scores of the forward."""
     head, kept = HeadArguments(*values[:_NUM_HEAD]), BackwardArguments(*values[_NUM_HEAD:])
     positions = kept.positions
     with plain(head.hidden_states):
@@ -590,7 +590,7 @@ class SlopeArguments(NamedTuple):
 def scale_slopes_op(*values: Any) -> Tensor:
     """Return the gradient by hidden states from derivatives that the forward has taken.
 
-    An operator of its own, whose derivative is refused: it would be wrong in silence.
+    It is a separate operator so that its derivative, which would be silently wrong, is refused.
     """
     given = SlopeArguments(*values)
     positions, row_kernels = (
@@ -630,7 +630,7 @@ def _scale_slopes_fake(*values: Any) -> Tensor:
 
 @contextmanager
 def plain(tensor: Tensor) -> Iterator[None]:
-    """Run below autograd and autocast: what is rounded, and where, is explicit."""
+    """Run below autograd and autocast, so that all rounding is explicit."""
     # Triton launches on the current device, which need not be that of the tensors.
     device = torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
     device_type = tensor.device.type
@@ -649,7 +649,7 @@ def fused_call(
     sums_head_gradient: bool,
     differentiates_entropy: bool = False,
 ) -> FusedCall:
-    """Gather what does not change over a call; both flags take room from its tiles."""
+    """Collect the settings that are fixed over a call; both flags take room from its tiles."""
     kernels, precision = kernels_of(head.backend), head.precision
     weight, lora_a = head.weight, head.lora_a
     fits = getattr(kernels, "FITS_TILES", False)
@@ -680,26 +680,26 @@ def fused_call(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    head, what = HeadArguments(*inputs[:_NUM_HEAD]), ScoreArguments(*inputs[_NUM_HEAD:])
+    head, arguments = HeadArguments(*inputs[:_NUM_HEAD]), ScoreArguments(*inputs[_NUM_HEAD:])
     scores = FusedScores(*output)
-    ctx.keeps = Keeps(what.keeps)
+    ctx.keeps = Keeps(arguments.keeps)
     ctx.options = head[5:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[_NUM_DIFFERENTIABLE:])
-    ctx.has_statistics = what.with_statistics
+    ctx.has_statistics = arguments.with_statistics
     slopes: tuple[Tensor | None, ...] = ()
     if ctx.keeps is Keeps.SLOPES:
-        slopes = scores.slopes, scores.top_slopes, what.witness
+        slopes = scores.slopes, scores.top_slopes, arguments.witness
         ctx.hidden = list(head.hidden_states.shape), head.hidden_states.dtype
         ctx.backend = head.backend
-        if not what.with_statistics:
+        if not arguments.with_statistics:
             # The hidden states need not stay.
             ctx.save_for_backward(*slopes, scores.positions)
             return
-    entropy = scores.entropy if what.with_statistics else None
+    entropy = scores.entropy if arguments.with_statistics else None
     ctx.save_for_backward(
         *slopes, scores.positions, scores.numbers, scores.top_ids, scores.stash, *head.tensors,
-        what.labels, what.top_rows, entropy,
+        arguments.labels, arguments.top_rows, entropy,
     )  # fmt: skip
 
 
@@ -762,7 +762,7 @@ class _KeptScores(torch.autograd.Function):
 
 
 def score_tokens_kept(*values: Any) -> Any:
-    """Call the operator, and keep what its derivative needs."""
+    """Call the operator, and keep the tensors that its derivative needs."""
     needs = any(part is not None and part.requires_grad for part in values[:5])
     if needs and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _KeptScores.apply(*values)

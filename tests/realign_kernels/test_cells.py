@@ -84,7 +84,7 @@ def test_gradients_go_through():
         (
             lambda c: stack_cells(c[0].sum(), c[1]),
             ValueError,
-            "chosen must hold one entry a pair, got a single number",
+            "chosen must hold one entry per pair, got a single number",
         ),
         (
             lambda c: stack_cells(c[0], c[1][:2], c[2]),

@@ -1,4 +1,4 @@
-"""Output folders of exports: refused where they hold something, and their image files."""
+"""Output folders of exports, which must be empty, and their image files."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ MAX_NAME_BYTES = 1024
 
 
 class ImageFolder:
-    """Writes image bytes under names: the wished one where it is safe and free, else the content's
-    hash.
+    """Writer of image files under the requested name if it is safe and free, else their hash.
 
     Args:
         folder: Where the images go.
 
     Attributes:
-        renamed: How many wished names could not be given.
+        renamed: Number of requested names that could not be given.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -62,7 +61,7 @@ class ImageFolder:
 
 
 def _is_inside(name: str) -> bool:
-    """Return whether a name stays in its folder, and every reader takes it for a file."""
+    """Return whether a name stays in its folder, and is a file name for every reader."""
     if not _is_unicode(name) or "\0" in name or "://" in name or name.startswith("data:"):
         return False
     parts = name.split("/")
@@ -89,9 +88,9 @@ def check_new(out: Path) -> None:
     Raises:
         RefusedError: Naming what is there.
     """
-    there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    if there:
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if names:
         raise RefusedError(
-            f"out must be a new or empty folder, got {out} with {', '.join(there[:8])}. Choose "
+            f"out must be a new or empty folder, got {out} with {', '.join(names[:8])}. Choose "
             "another --out."
         )

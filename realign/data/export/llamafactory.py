@@ -1,4 +1,4 @@
-"""LLaMA-Factory's ShareGPT layout with ``ranking``: the answer pair alone, for it knows no image
+"""LLaMA-Factory's ShareGPT layout with ``ranking``: the answer pair alone, since it has no image
 pair; and once more with the retrieved images, for examples/llama_factory_rdpo.py.
 """
 

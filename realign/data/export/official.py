@@ -73,29 +73,29 @@ def _row(record: Record, images: ImageFolder) -> dict[str, Any]:
     row = _as_read(record)
     if row is None:
         return plain
-    said = (record.prompt, record.chosen, record.rejected)
-    is_edited = ("image" in row) != bool(names) or _said(row) != said
+    texts = (record.prompt, record.chosen, record.rejected)
+    is_edited = ("image" in row) != bool(names) or _texts_of(row) != texts
     row = {k: v for k, v in row.items() if names or k not in ("image", "retrieved_image")} | names
     return row | {name: plain[name] for name in ("chosen", "rejected") if is_edited}
 
 
 def _as_read(record: Record) -> dict[str, Any] | None:
-    """The row that the record was read from, where its provenance holds one of the layout."""
+    """Return the row that the record was read from, if its provenance holds one of the layout."""
     try:
         row = json.loads(record.source.get("row", ""))
-        _said(row)
+        _texts_of(row)
     except (ValueError, TypeError, KeyError):
         return None
     return row
 
 
 def _named(record: Record, names: dict[str, str]) -> Record:
-    """The record with the names that its images have now."""
+    """Return the record with the present names of its images."""
     others = {k: v for k, v in record.source.items() if k not in ("image", "retrieved_image")}
     return dataclasses.replace(record, meta={**record.meta, "source": {**others, **names}})
 
 
-def _said(row: dict[str, Any]) -> Any:
-    """Prompt and answers of a row."""
+def _texts_of(row: dict[str, Any]) -> Any:
+    """Return the prompt and the answers of a row."""
     prompt, chosen = split_conversation(row["chosen"], "", "chosen")
     return prompt, chosen, split_conversation(row["rejected"], "", "rejected")[1]

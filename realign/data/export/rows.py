@@ -1,4 +1,4 @@
-"""Files of rows, written as the rows come; for folders that appear as a whole."""
+"""Files of rows, written row by row, for folders that appear as a whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from realign.runtime.files import json_text
 
 
 def write_list(path: Path, rows: Iterable[Any]) -> int:
-    """Write a JSON list, one row a line; return how many."""
+    """Write a JSON list, one row per line; return the number of rows."""
     count = 0
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
@@ -23,7 +23,7 @@ def write_list(path: Path, rows: Iterable[Any]) -> int:
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> int:
-    """Write JSON lines; return how many."""
+    """Write JSON lines; return the number of rows."""
     count = 0
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
@@ -44,7 +44,7 @@ def named(record: Record, images: ImageFolder, *, rejected: bool = False) -> lis
 
 
 def with_placeholders(record: Record) -> list[Message]:
-    """The prompt, with a placeholder for each image in front of its first user turn."""
+    """Return the prompt, with a placeholder for each image in front of its first user turn."""
     turns = [dict(turn) for turn in record.prompt]
     first = next((turn for turn in turns if turn["role"] == "user"), None)
     if first and record.images:

@@ -36,15 +36,16 @@ MANIFEST = "export.json"
 
 @dataclass(frozen=True)
 class Exported:
-    """Counts of an export by their name, and a note on its use."""
+    """Named counts of an export, and a note on its use."""
 
     counts: dict[str, int]
     note: str
 
 
 def export(data: Path, images: Path | None, to: str, out: Path) -> Exported:
-    """Write a dataset in another layout, as a folder that is whole or absent. The same call again
-    changes nothing.
+    """Write a dataset in another layout, as a folder that is whole or absent.
+
+    Repeating the call changes nothing.
 
     Args:
         data: Parquet file, ``realign build`` folder, or JSON.

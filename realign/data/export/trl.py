@@ -1,5 +1,5 @@
-"""This project's parquet: TRL's DPOTrainer reads ``images``, ``prompt``, ``chosen`` and
-``rejected`` of it as they are, and leaves the other columns alone.
+"""Export as parquet of this project's columns: TRL's DPOTrainer reads ``images``, ``prompt``,
+``chosen`` and ``rejected`` of it as they are, and leaves the other columns alone.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def _answer(row: RawRow, name: str) -> str:
 
 
 def _conversations(row: RawRow, _: Turns, num_images: int) -> Iterator[Draft]:
-    """Both conversations whole, as in the authors' JSON."""
+    """Read both conversations as wholes, as in the authors' JSON."""
     prompt, answer = _split(row, "chosen", num_images)
     other, rejected = _split(row, "rejected", num_images)
     if not same_turns(prompt, other):
@@ -65,7 +65,7 @@ def _split(row: RawRow, name: str, num_images: int) -> tuple[tuple[Message, ...]
 
 
 def _turns(row: RawRow, name: str, num_images: int) -> list[Message]:
-    """The turns of a row; behind its system prompt where that has a key of its own."""
+    """Return the turns of a row, after its system prompt if that has a key of its own."""
     turns = read_turns(row.get(name), name, num_images)
     system = text_of(row, "system", needed=False)
     if system.strip() and turns[0]["role"] != "system":

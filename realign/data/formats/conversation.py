@@ -16,15 +16,15 @@ ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assi
 
 
 def read_turns(value: Any, name: str, num_images: int) -> list[Message]:
-    """Messages with string contents; images and their placeholders stay out of the first user
-    turn.
+    """Return messages with string contents, without images and their placeholders.
 
     Args:
         value: A list of turns in any of the spellings.
-        name: The key that they stand under, for the message.
-        num_images: How many images the row has.
+        name: The key of the turns, for the message.
+        num_images: Number of images of the row.
     Raises:
-        RefusedRowError: Not such a list, an unknown role, or more placeholders than images.
+        RefusedRowError: The value is not such a list, has an unknown role, or more placeholders
+            than images.
     """
     if not isinstance(value, list) or not value:
         raise RefusedRowError(
@@ -54,28 +54,28 @@ def same_turns(turns: Sequence[Message], others: Sequence[Message]) -> bool:
 
 
 def without_placeholders(text: str, name: str, num_images: int) -> str:
-    """A user turn without its image placeholders.
+    """Return a user turn without its image placeholders.
 
     Raises:
-        RefusedRowError: It speaks of more images than the row has.
+        RefusedRowError: It has more placeholders than the row has images.
     """
     count = text.count(IMAGE_TOKEN)
     _check_count(count, IMAGE_TOKEN, name, num_images)
     return text.replace(IMAGE_TOKEN, "").strip() if count else text
 
 
-def _check_count(count: int, what: str, name: str, num_images: int) -> None:
+def _check_count(count: int, kind: str, name: str, num_images: int) -> None:
     if count > num_images:
         raise RefusedRowError(
             name,
             "image-count",
-            f"{name} must have at most as many {what} as the row has images, {num_images}, got "
+            f"{name} must have at most as many {kind} as the row has images, {num_images}, got "
             f"{count}. Remove the others, or the row.",
         )
 
 
 def _turn(turn: Any, name: str) -> tuple[str, str, int]:
-    """Role, text and number of image parts of one turn."""
+    """Return the role, the text and the number of image parts of one turn."""
     if isinstance(turn, Mapping):
         role = turn.get("role", turn.get("from"))
         content = turn.get("content", turn.get("value"))
@@ -96,8 +96,8 @@ def _turn(turn: Any, name: str) -> tuple[str, str, int]:
 
 
 def check_prompt(turns: Sequence[Message], name: str) -> tuple[Message, ...]:
-    """Turns that an answer can follow: user and assistant alternate and the user has the last
-    word; a system turn may come first.
+    """Check that an answer can follow the turns: user and assistant alternate, the user comes last,
+    and a system turn may come first.
 
     Raises:
         RefusedRowError: They do not.
@@ -115,7 +115,7 @@ def check_prompt(turns: Sequence[Message], name: str) -> tuple[Message, ...]:
 
 
 def split_answer(turns: Sequence[Message], name: str) -> tuple[tuple[Message, ...], str]:
-    """The prompt of a conversation and its last answer.
+    """Return the prompt of a conversation and its last answer.
 
     Raises:
         RefusedRowError: It does not end with an answer, or its turns do not alternate.
@@ -126,7 +126,7 @@ def split_answer(turns: Sequence[Message], name: str) -> tuple[tuple[Message, ..
 
 
 def only_answer(value: Any, name: str) -> str:
-    """An answer given as a string, as one assistant turn, or as a list of that turn.
+    """Return an answer that is a string, one assistant turn, or a list of that turn.
 
     Raises:
         RefusedRowError: It is none of these.

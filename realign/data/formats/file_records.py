@@ -1,4 +1,4 @@
-"""Records whose texts are in memory and whose images are files, read when a row is."""
+"""Records whose texts are in memory and whose image files are read on access."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from realign.data.records import LazyRecords, Record
 
 @dataclass(frozen=True)
 class FileRow:
-    """One checked row: a record without its images, and where these are."""
+    """One checked row: a record without its images, and their paths."""
 
     record: Record
     images: tuple[Path, ...] = ()
@@ -21,7 +21,7 @@ class FileRow:
 
 
 class FileRecords(LazyRecords):
-    """Rows whose image files are read when a row is."""
+    """Rows whose image files are read on access."""
 
     def __init__(self, rows: Sequence[FileRow]) -> None:
         self._rows = rows
@@ -43,6 +43,6 @@ class FileRecords(LazyRecords):
 
 
 def read_limited(path: Path) -> bytes:
-    """The bytes of an image file, of one that is too large enough to be refused as such."""
+    """Return the bytes of an image file; of a file that is too large, just enough to refuse it."""
     with path.open("rb") as file:
         return file.read(MAX_BYTES + 1)

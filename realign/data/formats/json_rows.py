@@ -1,4 +1,4 @@
-"""Rows of JSON files, one at a time: JSON lines, and one JSON list of any size."""
+"""Readers of JSON files, one row at a time: JSON lines, and one JSON list of any size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_ROW = 16 << 20  # characters; a conversation has thousands
 
 @dataclass(frozen=True)
 class Found:
-    """A row at one place of a file, or the reason why there is none."""
+    """A row at one place of a file, or the reason why it is missing."""
 
     number: int  # from 1
     where: str  # the place in the file: "line 3", "row 3"
@@ -28,7 +28,7 @@ class Found:
     problem: RefusedRowError | None = None
 
     def place(self, file: str) -> str:
-        """Return what messages call the place."""
+        """Return the name of the place for messages."""
         return f"{file}, {self.where}" + (COUNTED if "row" in self.where else "")
 
 
@@ -111,7 +111,8 @@ def read_list(path: Path) -> Iterator[Found]:
     """Yield the rows of one JSON list, decoded as they come: it is never in memory as a whole.
 
     Raises:
-        RefusedError: The text between rows is no JSON list: what follows cannot be told apart.
+        RefusedError: The text between rows is not that of a JSON list: later rows cannot be told
+            apart.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = _ListReader(file, path)
@@ -165,7 +166,7 @@ class _ListReader:
             self._read(max(CHUNK, len(self._text) - self._at))  # twice as much: linear in total
 
     def _skip_space(self) -> str:
-        """Return the next character that is no space, or an empty string at the end."""
+        """Return the next character that is not a space, or an empty string at the end."""
         while True:
             while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
                 self._at += 1

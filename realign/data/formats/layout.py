@@ -1,4 +1,4 @@
-"""What a layout of rows is: how it is recognised, and what it makes of one row."""
+"""Definition of a layout of rows: how it is recognised, and how a row is read."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ RawRow = dict[str, Any]
 
 
 class RefusedRowError(RefusedError):
-    """One row cannot be used; the others can.
+    """Refusal of one row; the others can be used.
 
     Args:
-        field: What of the row is wrong; empty for the whole row.
+        field: Field of the row that is wrong; empty for the whole row.
         code: Short name of the kind of problem, stable across releases.
-        text: The rule, the value and the remedy; whoever knows the row puts its place before it.
+        text: The rule, the value and the remedy; the caller, who knows the row, puts its place
+            before it.
     """
 
     def __init__(self, field: str, code: str, text: str) -> None:
@@ -27,21 +28,21 @@ class RefusedRowError(RefusedError):
         self.field, self.code = field, code
 
     def at(self, place: str) -> RefusedError:
-        """The refusal as it is said of a whole file: with the row's place in front."""
-        said = f"{place}: {self}"
-        return RefusedError(said, code=self.code, field=self.field)
+        """Return the refusal for a whole file, with the row's place in front."""
+        message = f"{place}: {self}"
+        return RefusedError(message, code=self.code, field=self.field)
 
 
 @dataclass(frozen=True)
 class Draft:
-    """One instruction of a row, its layout gone, its texts still unchecked and as they are.
+    """One instruction of a row in the common form, its texts unchecked and unchanged.
 
     Attributes:
         prompt: Turns before the answer, without image placeholders.
-        answer: Empty where it is still to be asked for.
+        answer: Empty if it is still to be generated.
         rejected: Empty where it is still to be induced.
-        turn: Which answer of its conversation, from 1; 0 where a row gives one instruction.
-        source: Names that the row gives, for provenance.
+        turn: Number of the answer in its conversation, from 1; 0 if a row has one instruction.
+        source: Names in the row, for provenance.
     """
 
     prompt: tuple[Message, ...]
@@ -56,11 +57,11 @@ class Layout:
     """One family of rows.
 
     Attributes:
-        name: What ``format`` names it.
-        summary: Its keys and who publishes such rows, for the announcement.
-        keys: Keys that are understood; the others are kept beside the row.
-        matches: Whether a row looks like it.
-        drafts: The instructions of a row, given how many images it has; raises
+        name: Its value of ``format``.
+        summary: Its keys and the publishers of such rows, for the announcement.
+        keys: Keys that are read; the others are kept beside the row.
+        matches: Whether a row seems to have the layout.
+        drafts: The instructions of a row, given its number of images; raises
             :class:`RefusedRowError`.
         images: The images of a row: file names, or ``{"bytes", "path"}`` of an image column.
         ids_repeat: Whether rows may share an id, as the conversations about one image do in LLaVA.
@@ -76,10 +77,10 @@ class Layout:
 
 
 def text_of(row: Mapping[str, Any], name: str, *, needed: bool = True) -> str:
-    """A string of a row; empty where it is missing and not needed.
+    """Return a string of a row; empty if it is missing and not required.
 
     Raises:
-        RefusedRowError: It is no string, or it is needed and empty.
+        RefusedRowError: It is not a string, or it is required and empty.
     """
     value = row.get(name)
     if value is None and not needed:
@@ -96,17 +97,17 @@ def text_of(row: Mapping[str, Any], name: str, *, needed: bool = True) -> str:
 
 
 def shown(value: Any, row: Mapping[str, Any], name: str) -> str:
-    """A value for a message; of a key that is not there, the keys that are."""
+    """Return a value for a message or, if the key is missing, the keys of the row."""
     return f"{value!r:.80}" if name in row else f"none among {sorted(map(str, row))[:12]}"
 
 
 def images_of(row: Mapping[str, Any]) -> list[Any]:
-    """The images of a row, under ``image`` or ``images``."""
+    """Return the images of a row, under ``image`` or ``images``."""
     return _as_list(row.get("images") if row.get("image") is None else row["image"])
 
 
 def retrieved_of(row: Mapping[str, Any]) -> list[Any]:
-    """The retrieved images of a row, under ``rejected_images`` or ``retrieved_image``."""
+    """Return the retrieved images of a row, under ``rejected_images`` or ``retrieved_image``."""
     retrieved = row.get("retrieved_image")
     return _as_list(row.get("rejected_images") if retrieved is None else retrieved)
 
@@ -118,7 +119,7 @@ def is_image_pair(draft: Draft, row: Mapping[str, Any]) -> bool:
 
 
 def lone_image_pair() -> RefusedRowError:
-    """The refusal of an image pair whose answer pair is nowhere."""
+    """Return the refusal of an image pair without its answer pair."""
     return RefusedRowError(
         "rejected_images",
         "image-pair",

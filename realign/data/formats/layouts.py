@@ -1,4 +1,4 @@
-"""Which layouts are known, and which one a source has."""
+"""The known layouts, and the recognition of a source's layout."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ UNREAD_ANSWERS = ("completions", "responses", "candidates")
 def recognise(
     rows: Iterable[Any], format: str | None, source: str, *, option: str = "source"
 ) -> Layout:
-    """The layout that the first rows have, or the one that is asked for.
+    """Return the layout of the first rows, or the one that is named.
 
     Args:
         rows: The first rows; the first one that has a layout decides.
-        format: Name of a layout; None to look at the rows.
-        source: What a message calls the file.
+        format: Name of a layout; None recognises it by the rows.
+        source: Name of the file, for messages.
         option: The option that names the file. Layouts can be named for a ``source`` alone.
     Raises:
         RefusedError: The name is unknown, or no row has a known layout.
@@ -63,7 +63,7 @@ def recognise(
 
 
 def _check_read(row: dict[str, Any], source: str, option: str) -> None:
-    """Refuse rows whose answers stand where no layout has any: they would be asked for anew."""
+    """Refuse rows whose answers have a key that no layout reads: they would be generated anew."""
     unread = [name for name in UNREAD_ANSWERS if row.get(name)]
     if unread and not row.get("answer"):
         anew = ", or pass --format realign and build.annotator to have all prompts answered anew"

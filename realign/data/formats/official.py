@@ -31,11 +31,10 @@ IMAGE_NAMES = ("image", "retrieved_image")
 
 
 def read_official_rows(path: Path, image_root: Path) -> tuple[FileRecords, list[list[Problem]]]:
-    """Open the published layout, a list or lines; return its good rows, and the problems of each
-    bad one.
+    """Open the published layout, a list or lines; return good rows, and the problems of bad ones.
 
     Raises:
-        RefusedError: The file holds neither, or the image folder is none.
+        RefusedError: The file holds neither, or the image folder does not exist.
     """
     found: Iterable[Found]
     if is_json_list(path):
@@ -80,7 +79,7 @@ def _check_unicode(row: Any, where: str) -> None:
 
 
 def _official_row(row: Any, row_id: str, where: str, image_root: Path) -> FileRow | list[Problem]:
-    """Return the row, or the problems of its images; anything else that is wrong is raised."""
+    """Return the row, or the problems of its images; any other error is raised."""
     if not isinstance(row, dict):
         raise RefusedError(
             f"{where} must be an object, got {row!r:.80}. Correct it or remove it.",
@@ -94,10 +93,10 @@ def _official_row(row: Any, row_id: str, where: str, image_root: Path) -> FileRo
         )
     names = {name: row[name] for name in IMAGE_NAMES if name in row}
     if len(names) == 1:
-        ((there, value),) = names.items()
-        missing_name = "retrieved_image" if there == "image" else "image"
+        ((present, value),) = names.items()
+        missing_name = "retrieved_image" if present == "image" else "image"
         raise RefusedError(
-            f"{where}: {missing_name} is missing beside {there} {value!r}. Add it.",
+            f"{where}: {missing_name} is missing beside {present} {value!r}. Add it.",
             code="missing-key",
             field=missing_name,
         )

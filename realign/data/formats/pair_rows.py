@@ -1,6 +1,4 @@
-"""Rows of any layout as pairs to train on: with the retrieved images that they have, and nothing
-made anew.
-"""
+"""Rows of any layout as pairs to train on, with the retrieved images that they have."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ from realign.data.records import Problem, Record
 
 @dataclass(frozen=True)
 class Pair:
-    """One row, its layout gone; its images are as it names or holds them."""
+    """One row in the common form; its images are named or embedded as in the row."""
 
     draft: Draft
     images: list[Any]
@@ -40,7 +38,7 @@ class Pair:
     is_image_pair: bool
 
     def record(self, row_id: str, place: str, source: dict[str, Any]) -> Record:
-        """The record, without its images."""
+        """Return the record, without its images."""
         names = {"image": self.images, "retrieved_image": self.retrieved}
         for key, images in names.items():
             if len(images) == 1 and isinstance(name := _name(images[0]), str):
@@ -58,10 +56,11 @@ class Pair:
 
 
 def read_pair(raw: RawRow, layout: Layout) -> Pair:
-    """One row as a pair, its texts as they are.
+    """Return one row as a pair, its texts unchanged.
 
     Raises:
-        RefusedRowError: It is none of the layout, or has no rejected answer and no retrieved image.
+        RefusedRowError: It does not have the layout, or has neither a rejected answer nor a
+            retrieved image.
     """
     images, retrieved = layout.images(raw), retrieved_of(raw)
     (draft,) = layout.drafts(raw, "last", len(images))
@@ -85,8 +84,8 @@ def read_pair_rows(
 ) -> tuple[FileRecords, list[list[Problem]]]:
     """Read JSON rows of a layout; return the good ones, and the problems of each bad one.
 
-    An image pair in a row of its own goes to the row of the same images and messages that has the
-    answer pair.
+    An image pair in a separate row is joined to the row of the same images and messages that has
+    the answer pair.
     """
     rows: list[FileRow] = []
     halves: list[FileRow] = []
@@ -170,10 +169,10 @@ def _with_retrieved_name(record: Record, half: Record) -> Record:
 
 
 class PairParquet(ParquetRecords):
-    """Rows of a parquet file of any layout; arguments beyond those of its base:
+    """Rows of a parquet file of any layout.
 
     Args:
-        layout: What its rows are.
+        layout: Layout of its rows.
         is_whole: Whether the images are read.
     """
 

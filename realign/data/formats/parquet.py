@@ -1,5 +1,4 @@
-"""Preference records as parquet: written and read a row group at a time, so that neither needs the
-memory of the whole.
+"""Preference records as parquet, written and read one row group at a time to bound the memory.
 
 Columns are the ones that TRL's DPOTrainer reads (``images``, ``prompt``, ``chosen``, ``rejected``)
 plus ``id``, ``rejected_images`` and ``meta``.
@@ -43,13 +42,14 @@ FEATURES = {
 def write_parquet(
     records: Iterable[Record], path: Path, *, row_group_bytes: int = ROW_GROUP_BYTES
 ) -> None:
-    """Write records as parquet with ``datasets`` image columns, whole or not at all. Equal
-    records, equal bytes.
+    """Write records as parquet with ``datasets`` image columns, whole or not at all.
+
+    Equal records give equal bytes.
 
     Args:
-        records: Consumed one by one; a generator will do.
+        records: An iterable, consumed one by one; a generator is enough.
         path: The file.
-        row_group_bytes: A row group ends when its images and texts have that many bytes.
+        row_group_bytes: A row group ends when its images and texts have this many bytes.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -95,10 +95,10 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def read_metadata(path: Path) -> Any:
-    """The ``pyarrow.parquet.FileMetaData`` of a file.
+    """Return the ``pyarrow.parquet.FileMetaData`` of a file.
 
     Raises:
-        RefusedError: It is not parquet.
+        RefusedError: The file is not parquet.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -143,7 +143,7 @@ def is_own(metadata: Any) -> bool:
 
 
 def parts_without_bytes(metadata: Any, columns: Sequence[str]) -> list[str]:
-    """Columns in their parts, without the bytes of images that have a path too."""
+    """Return the columns to read, without the bytes of images that also have a path."""
     leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
     found = []
     for name in columns:
@@ -153,7 +153,7 @@ def parts_without_bytes(metadata: Any, columns: Sequence[str]) -> list[str]:
 
 
 class ParquetRecords(LazyRecords):
-    """Records of a parquet file; the row group that was read last is kept.
+    """Records of a parquet file; the row group that was read last stays in memory.
 
     Args:
         path: The file. It is opened at each read, so that worker processes can share the object.
@@ -176,7 +176,7 @@ class ParquetRecords(LazyRecords):
         return self._starts[-1]
 
     def texts(self) -> ParquetRecords:
-        """The same rows; the columns of images are not read."""
+        """Return the same rows; the columns of images are not read."""
         columns = [name for name in self._columns if name not in IMAGES]
         return ParquetRecords(self._path, self._metadata, columns, self._image_root)
 
@@ -223,10 +223,10 @@ class ParquetRecords(LazyRecords):
 
 
 def image_bytes(images: Any, image_root: Path | None, where: str, name: str) -> tuple[bytes, ...]:
-    """The bytes of the images of a row: embedded, or of files of the image folder.
+    """Return the bytes of the images of a row, embedded or from the image folder.
 
     Raises:
-        RefusedError: They are neither.
+        RefusedError: They are in neither place.
     """
     if not isinstance(images, list | None):
         images = [None]

@@ -1,5 +1,5 @@
-"""Rows of an image, a prompt and, where there is one, an answer: this project's own JSONL, and
-tables with such columns.
+"""Rows of an image, a prompt and, optionally, an answer: this project's own JSONL, and tables with
+such columns.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""Reads a source whatever it is: recognises its file and its layout, checks every row, reports
-the bad ones and goes on.
+"""Reader of sources: it recognises the kind of file and the layout, checks every row, and reports
+the bad ones without stopping.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
 from realign.data.formats.json_rows import Found, is_json_list, read_lines, read_list
 from realign.data.formats.layout import RefusedRowError, Turns, lone_image_pair
-from realign.data.formats.layouts import recognise
-from realign.data.formats.row_reader import RowReader, object_of
+from realign.data.formats.layouts import FORMATS, recognise
+from realign.data.formats.row_reader import ImageFiles, RowReader, object_of, one_image
 from realign.data.formats.source_row import SourceRow
 from realign.data.formats.table_rows import parquet_files, read_parquet_files, read_saved
 from realign.data.image_names import check_image_root
@@ -26,13 +26,13 @@ LOOKED_AT = 100  # rows that may be bad before one shows its layout
 
 @dataclass(frozen=True)
 class Source:
-    """What a source gave.
+    """Rows and problems of a source.
 
     Attributes:
         rows: The good rows; those without an answer are still to be annotated.
         problems: One for each row that was refused.
         format: Name of the layout.
-        num_read: How many rows the file has, good and bad.
+        num_read: Number of rows of the file, good and bad.
     """
 
     rows: list[SourceRow]
@@ -50,6 +50,7 @@ def read_source(
     extract_to: Path | None = None,
     format: str | None = None,
     image_name: str = "{name}",
+    extracts: bool = True,
 ) -> Source:
     """Read a source: JSON lines, a JSON list, parquet, a folder of parquet, or a saved dataset.
 
@@ -59,14 +60,16 @@ def read_source(
         path: The file or folder.
         image_root: The folder of its images; None where all are embedded.
         special: The model's special tokens; no text may contain one.
-        turns: Which answers of a LLaVA conversation become rows: the ``first``, the ``last`` with
+        turns: Answers of a LLaVA conversation that become rows: the ``first``, the ``last`` with
             the earlier turns as its prompt, or ``each`` with its earlier turns.
-        extract_to: Folder for embedded images, named by their content; those that are there are
-            not written again.
+        extract_to: Folder for embedded images, named by their content; existing ones are not
+            written again.
         format: Name of the layout; recognised by the first rows by default.
-        image_name: What the file of an image called ``{name}`` is called in the folder.
+        image_name: File name in the folder of an image called ``{name}``.
+        extracts: Whether embedded images are written; :func:`extract_images` writes those of some
+            rows later.
     Raises:
-        RefusedError: No such file, an unknown layout, no row at all, or a file in which rows cannot
+        RefusedError: The file does not exist, has an unknown layout or no rows, or its rows cannot
             be told apart.
     """
     if turns not in ("first", "last", "each"):
@@ -89,6 +92,7 @@ def read_source(
         turns=turns,
         extract_to=extract_to,
         image_name=image_name,
+        extracts=extracts,
     )
     rows: list[SourceRow] = []
     problems: list[Problem] = []
@@ -114,8 +118,25 @@ def read_source(
     return Source(rows, problems, layout.name, num_read)
 
 
+def extract_images(path: Path, rows: Sequence[SourceRow], folder: Path) -> None:
+    """Write the embedded images of some rows of a source; rows with named images have none.
+
+    Args:
+        path: The file or folder.
+        rows: Of :func:`read_source`, whose images it did not write.
+        folder: Where they are written, under the names that the rows have.
+    """
+    files = ImageFiles(None, folder)
+    # images of one content have one name
+    first = {row.path.name: row for row in reversed(rows) if row.path.parent == folder}
+    wanted = {row.source["index"] + 1: FORMATS[row.source["format"]] for row in first.values()}
+    for item in open_rows(path) if wanted else ():
+        if layout := wanted.get(item.number):
+            files.find(one_image(object_of(item), layout))
+
+
 def _refuse_rows(path: Path, found: list[Found]) -> None:
-    """Refuse a file whose first rows are no objects, by what is wrong with each."""
+    """Refuse a file whose first rows are not objects, naming the reason of each."""
     problems = []
     for item in found:
         try:
@@ -128,7 +149,7 @@ def _refuse_rows(path: Path, found: list[Found]) -> None:
 def _without_image_pairs(rows: list[SourceRow]) -> tuple[list[SourceRow], list[SourceRow]]:
     """Return the rows that are not image pairs, and the image pairs without an answer pair.
 
-    An image pair whose answer pair is there is the second half of it, and is left out.
+    An image pair with an answer pair is the second half of it, and is left out.
     """
     whole = [row for row in rows if not row.is_image_pair]
     halves = {_half(row) for row in whole if row.rejected}
@@ -141,10 +162,10 @@ def _half(row: SourceRow) -> tuple[Path, str, str]:
 
 
 def open_rows(path: Path) -> Iterator[Found]:
-    """The rows of a file or folder, recognised by its first bytes.
+    """Return the rows of a file or folder, recognised by its first bytes.
 
     Raises:
-        RefusedError: There is none, or rows cannot be told apart.
+        RefusedError: It does not exist, or rows cannot be told apart.
     """
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():

@@ -1,4 +1,4 @@
-"""Turns what stands at one place of a source into checked rows."""
+"""Reader that turns one place of a source into checked rows."""
 
 from __future__ import annotations
 
@@ -28,26 +28,34 @@ from realign.runtime.files import json_text
 
 
 class ImageFiles:
-    """Finds or makes the file of each image; each name is looked up once.
+    """Finder of image files, which writes embedded images; each name is looked up once.
 
     Args:
         root: Folder of named images; None where all are embedded.
-        extract_to: Folder for embedded images; None where none is.
-        file_name: What the file of ``{name}`` is called under the root.
+        extract_to: Folder for embedded images; None if there are none.
+        file_name: File name of ``{name}`` under the root.
+        extracts: Whether embedded images are written, and not only named.
     """
 
     def __init__(
-        self, root: Path | None, extract_to: Path | None, file_name: str = "{name}"
+        self,
+        root: Path | None,
+        extract_to: Path | None,
+        file_name: str = "{name}",
+        *,
+        extracts: bool = True,
     ) -> None:
+        self._extracts = extracts
         self._root, self._extract_to, self._file_name = root, extract_to, file_name
         self._named: dict[str, Path | RefusedRowError] = {}
         self._extracted: set[str] = set()
 
     def find(self, image: Any) -> tuple[str, Path, str | None]:
-        """Name, file, and the source's own name of an embedded image.
+        """Return the name, the file, and the source's own name of an embedded image.
 
         Raises:
-            RefusedRowError: No such file, a name that leaves the folder, or no image bytes.
+            RefusedRowError: The file is missing, its name leaves the folder, or there are no image
+                bytes.
             RefusedError: A folder that the source needs was not given.
         """
         if isinstance(image, Mapping):
@@ -102,7 +110,7 @@ class ImageFiles:
             )
         name = hashlib.sha256(raw).hexdigest() + suffix
         path = self._extract_to / name
-        if name not in self._extracted:
+        if self._extracts and name not in self._extracted:
             # no fsync an image: what a power cut leaves is compared, and written again
             if not path.is_file() or path.read_bytes() != raw:
                 self._extract_to.mkdir(parents=True, exist_ok=True)
@@ -117,9 +125,7 @@ class ImageFiles:
 
 
 class UniqueIds:
-    """The ids that rows have been given; one that comes again gets a number: the same in every
-    run.
-    """
+    """Ids of rows, made unique: a repeated one gets a number, the same in every run."""
 
     def __init__(self) -> None:
         self._given: set[str] = set()
@@ -129,7 +135,7 @@ class UniqueIds:
         return row_id in self._given
 
     def add(self, row_id: str) -> str:
-        """Return ``row_id``, with a number where it has been given before."""
+        """Return ``row_id``, with a number if it was returned before."""
         unique = row_id
         while unique in self._given:
             self._repeated[row_id] = self._repeated.get(row_id, 1) + 1
@@ -139,19 +145,21 @@ class UniqueIds:
 
 
 class RowReader:
-    """Reads rows of one layout, each with an id of its own.
+    """Reader of rows of one layout, each with a unique id.
 
     Args:
         path: The source, for provenance.
-        layout: What its rows are.
+        layout: Layout of its rows.
         image_root: Folder of named images.
         special: Tokens that no text may contain.
-        turns: Which answers of a conversation become rows.
+        turns: Answers of a conversation that become rows.
         extract_to: Folder for embedded images.
+        image_name: File name of ``{name}`` under the root.
+        extracts: Whether embedded images are written, and not only named.
 
     Attributes:
         left_out: Keys whose values could not be kept.
-        num_retrieved: How many rows had retrieved images.
+        num_retrieved: Number of rows with retrieved images.
     """
 
     def __init__(
@@ -164,24 +172,25 @@ class RowReader:
         turns: Turns,
         extract_to: Path | None,
         image_name: str,
+        extracts: bool = True,
     ) -> None:
         self._file, self._layout, self._turns = path.name, layout, turns
         self._tokens = sorted({*special, IMAGE_TOKEN} - {""})
-        self._images = ImageFiles(image_root, extract_to, image_name)
+        self._images = ImageFiles(image_root, extract_to, image_name, extracts=extracts)
         self._ids = UniqueIds()
         self.left_out: set[str] = set()
         self.num_retrieved = 0
 
     def read(self, found: Found) -> list[SourceRow]:
-        """The rows of one place.
+        """Return the rows of one place.
 
         Raises:
-            RefusedRowError: Why there are none.
+            RefusedRowError: The place holds none; the message says why.
         """
         raw = object_of(found)
         place = found.place(self._file)
         base = self._id(raw, found.number)
-        image = _one_image(raw, self._layout)
+        image = one_image(raw, self._layout)
         drafts = [*map(_stripped, self._layout.drafts(raw, self._turns, 1))]
         extra = self._extra(raw)
         self.num_retrieved += bool(retrieved_of(raw))
@@ -260,7 +269,7 @@ class RowReader:
                 )
 
     def _extra(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """Keys that the layout does not know, as far as JSON can hold them."""
+        """Return the keys that the layout does not know, as far as JSON can hold their values."""
         kept = {}
         for name in raw.keys() - self._layout.keys:
             if _fits_json([name, raw[name]]):
@@ -271,10 +280,10 @@ class RowReader:
 
 
 def object_of(found: Found) -> dict[str, Any]:
-    """The row at one place of a file.
+    """Return the row at one place of a file.
 
     Raises:
-        RefusedRowError: There is none, or it is no object.
+        RefusedRowError: There is none, or it is not an object.
     """
     if found.problem:
         raise found.problem
@@ -288,7 +297,7 @@ def object_of(found: Found) -> dict[str, Any]:
 
 
 def id_of(raw: Mapping[str, Any], number: int) -> str:
-    """The id of a row, or its number.
+    """Return the id of a row, or its number.
 
     Raises:
         RefusedRowError: The id is neither a text nor a number.
@@ -306,8 +315,8 @@ def id_of(raw: Mapping[str, Any], number: int) -> str:
     return str(row_id)
 
 
-def _one_image(raw: Mapping[str, Any], layout: Layout) -> Any:
-    """The one image of a row.
+def one_image(raw: Mapping[str, Any], layout: Layout) -> Any:
+    """Return the only image of a row.
 
     Raises:
         RefusedRowError: There is none, or more than one.
@@ -331,7 +340,7 @@ def _one_image(raw: Mapping[str, Any], layout: Layout) -> Any:
 
 
 def _stripped(draft: Draft) -> Draft:
-    """The draft without white space around its texts."""
+    """Return the draft without white space around its texts."""
     return dataclasses.replace(
         draft,
         prompt=tuple({**turn, "content": turn["content"].strip()} for turn in draft.prompt),
@@ -349,7 +358,7 @@ def _fits_json(value: Any) -> bool:
 
 
 def check_unicode(text: str, name: str) -> None:
-    """Refuse half a character, which no file can hold.
+    """Refuse half a surrogate pair, which no file can hold.
 
     Raises:
         RefusedRowError: The text has one.

@@ -1,4 +1,4 @@
-"""One row of what a dataset is built from, whatever file it came from."""
+"""One row of the source of a dataset, independent of its file format."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from realign.data.records import Message
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One instruction about one image, with as much of the pair as the source has.
+    """One instruction about one image, with the parts of the pair that the source has.
 
     Attributes:
         id: Unique in the source.
@@ -19,14 +19,13 @@ class SourceRow:
         path: The image file.
         prompt: Turns before the answer, string contents, no image placeholders; the last is the
             user's.
-        answer: The good answer y_w; empty where it is still to be asked for.
-        rejected: The bad answer y_l of a source that has text pairs; empty where it is still to be
-            induced.
+        answer: The good answer y_w; empty if it is still to be generated.
+        rejected: The bad answer y_l of a source of text pairs; empty if it is still to be induced.
         source: The source's own names, index and unknown keys, for provenance and export.
         place: File and line or row, as messages name it.
-        is_annotated: Whether the answer was asked for, not given.
-        is_image_pair: Whether the source compares two images here and no answers, as rows of
-            ms-swift with ``rejected_images`` alone do.
+        is_annotated: Whether the answer was generated.
+        is_image_pair: Whether the row compares two images and no answers, as rows of ms-swift with
+            ``rejected_images`` alone do.
     """
 
     id: str
@@ -42,5 +41,5 @@ class SourceRow:
 
     @property
     def instruction(self) -> str:
-        """The last user turn: x of the paper."""
+        """The last user turn: x in the paper."""
         return self.prompt[-1]["content"]

@@ -1,4 +1,4 @@
-"""Rows of tables, a batch at a time: parquet files, folders of them, and folders that
+"""Readers of tables, one batch at a time: parquet files, folders of them, and folders that
 ``datasets`` has saved. Images stay undecoded.
 """
 
@@ -18,7 +18,7 @@ SPLIT = re.compile(r"(train|test|validation|val|dev)\b", re.IGNORECASE)
 
 
 def parquet_files(folder: Path) -> list[Path]:
-    """The parquet files of a folder, in order of their names.
+    """Return the parquet files of a folder, in order of their names.
 
     Raises:
         RefusedError: There is none, or they belong to several splits.
@@ -42,7 +42,7 @@ def parquet_files(folder: Path) -> list[Path]:
 
 
 def read_parquet_files(files: list[Path]) -> Iterator[Found]:
-    """The rows of parquet files, counted through.
+    """Yield the rows of parquet files, numbered over all files.
 
     Raises:
         RefusedError: A file is not parquet or damaged.
@@ -71,7 +71,7 @@ def _rows_of(file: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
 
 
 def read_saved(folder: Path) -> Iterator[Found]:
-    """The rows of a folder that ``Dataset.save_to_disk`` wrote.
+    """Yield the rows of a folder that ``Dataset.save_to_disk`` wrote.
 
     Raises:
         RefusedError: It holds several splits, or cannot be read.
@@ -97,7 +97,7 @@ def read_saved(folder: Path) -> Iterator[Found]:
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
-    """The rows of an Arrow table or batch; a text that is not UTF-8 spoils its row alone."""
+    """Yield the rows of an Arrow table or batch; a text that is not UTF-8 affects its row alone."""
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:

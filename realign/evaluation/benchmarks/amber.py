@@ -1,4 +1,4 @@
-"""AMBER: yes/no questions about what is in an image and what is not, and descriptions of it."""
+"""AMBER: yes/no questions about the contents of an image, and descriptions of it."""
 
 from __future__ import annotations
 
@@ -115,15 +115,15 @@ def counts_of(parse: Callable[[str], bool | None]) -> Callable[[Row, str], list[
     """
 
     def score(row: Row, answer: str) -> list[int]:
-        said, is_no = parse(answer), row["truth"] == "no"
+        reading, is_no = parse(answer), row["truth"] == "no"
         return [
             1,
-            int(said is not None and said != is_no),
-            int(said is False and is_no),
-            int(said is False and not is_no),
-            int(said is True and not is_no),
-            int(said is not False and is_no),
-            int(said is True),
+            int(reading is not None and reading != is_no),
+            int(reading is False and is_no),
+            int(reading is False and not is_no),
+            int(reading is True and not is_no),
+            int(reading is not False and is_no),
+            int(reading is True),
         ]
 
     return score

@@ -1,5 +1,5 @@
-"""AMBER, generative part: which of the named things are not in an image, and which of those in it
-are named.
+"""AMBER, generative part: the named things that are not in an image, and the things in it that are
+named.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ class Vocabulary(NamedTuple):
     """The words that count."""
 
     related: Mapping[str, Sequence[str]]
-    """Word to the words that may stand for it."""
+    """Words that may stand for each word."""
     known: frozenset[str]
-    """All of them."""
+    """All words."""
     safe: frozenset[str]
-    """Words that are never held against a caption."""
+    """Words that never count against a caption."""
 
 
 def read(path: Path) -> list[Row]:
-    """Read the images to describe, what is in them and what a model may invent, and the words.
+    """Read the images to describe, their things, those that a model may invent, and the words.
 
     Raises:
         RefusedError: A file is missing or has another form, or a word of an annotation is unknown.

@@ -1,5 +1,5 @@
-"""CHAIR: which objects of a caption are not in the image (Rohrbach et al. 2018), and which of the
-image it names.
+"""CHAIR: the objects of a caption that are not in the image (Rohrbach et al. 2018), and those of
+the image that it names.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def show(row: Row, caption: str) -> View:
     """Mark every word for an absent object."""
     absent = mentioned(caption, row["synonyms"]) - {*row["objects"]}
     words = {word.lower() for name in absent for word in row["synonyms"][name]}
-    words |= {said for said, names in mentions(caption, row["synonyms"]) if names & absent}
+    words |= {word for word, names in mentions(caption, row["synonyms"]) if names & absent}
     truth = f"in the image: {', '.join(row['objects'])}"
     return View(truth, not absent, tuple(sorted(words)))
 

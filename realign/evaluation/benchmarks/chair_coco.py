@@ -110,7 +110,7 @@ def noun_words(caption: str) -> list[str]:
 
 
 def read(path: Path, named: Callable[[], Collection[str]]) -> list[Row]:
-    """Read what is in the images that ``image_ids.txt`` lists, or else in those that answers name.
+    """Read the objects in the images that ``image_ids.txt`` lists, or else that answers name.
 
     Args:
         path: ``instances_val2014.json``; the other files lie beside it, and ``synonyms.txt`` and

@@ -98,7 +98,7 @@ def strict_verdict(reply: str) -> str | None:
 
 
 def replies(record: Record) -> Replies:
-    """Return the reply that is stored, or the one that a verdict of the official script stands for.
+    """Return the stored reply, or the one that a verdict of the official script stands for.
 
     Raises:
         RefusedError: The verdict is none of the three.
@@ -117,13 +117,13 @@ def replies(record: Record) -> Replies:
 
 
 def judge_values(row: Row, answer: str) -> dict[str, str]:
-    """Return what the judge is shown."""
+    """Return the texts for the judge's prompt."""
     reference = required(row, "gt_answer_details")
     return {"question": row["question"], "reference": reference, "answer": answer}
 
 
 def judged(row: Row, verdict: str) -> list[int]:
-    """Score a verdict; unclear is right where there is no figure to see it in."""
+    """Score a verdict; unclear is right for a question without a figure."""
     right = int(verdict) == RIGHT or (int(verdict) == UNCLEAR and row["may_be_unclear"])
     return [int(right)]
 
@@ -135,8 +135,8 @@ def judged_strictly(row: Row, verdict: str) -> list[int]:
 
 def exact(row: Row, answer: str) -> list[int]:
     """Score the word yes or no; neither is unclear."""
-    said = yes_or_no(answer)
-    verdict = UNCLEAR if said is None else int(said == (row["gt_answer"] == "1"))
+    reading = yes_or_no(answer)
+    verdict = UNCLEAR if reading is None else int(reading == (row["gt_answer"] == "1"))
     return judged(row, str(verdict))
 
 

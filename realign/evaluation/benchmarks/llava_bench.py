@@ -54,7 +54,7 @@ _ID = Key(
 
 
 def read(path: Path) -> list[Row]:
-    """Read the published questions and, from the files beside them, what a judge is shown."""
+    """Read the published questions and, from the files beside them, the texts for a judge."""
     rows = read_rows(path, question_id=_ID, category=_CATEGORY)
     contexts = _by(path.with_name(CONTEXT), "image")
     references = _by(path.with_name(REFERENCES), "question_id")
@@ -69,7 +69,7 @@ def read(path: Path) -> list[Row]:
 
 
 def _by(path: Path, key: str) -> dict[str, Mapping[str, Any]]:
-    """Return the records of a file by one of their values; none where there is no file."""
+    """Return the records of a file by one of their values; none without a file."""
     if not path.exists():
         return {}
     found: dict[str, Mapping[str, Any]] = {}
@@ -84,7 +84,7 @@ def _by(path: Path, key: str) -> dict[str, Mapping[str, Any]]:
 
 
 def _rules(path: Path) -> dict[str, str]:
-    """Return what the file of rules tells the judge, by category; none where there is no file."""
+    """Return the judge's instructions by category from the file of rules; none without a file."""
     if not path.exists():
         return {}
     if not path.is_file():
@@ -176,7 +176,7 @@ def _rounded(values: Array, decimals: int) -> Array:
 
 
 def judge_values(row: Row, answer: str) -> dict[str, str]:
-    """Return what the judge is shown; the rule is left out where the data has none."""
+    """Return the texts for the judge's prompt, without a rule if the data has none."""
     shown = {
         "context": required(row, "context"),
         "question": row["text"],

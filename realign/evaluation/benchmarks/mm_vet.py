@@ -144,7 +144,7 @@ _COLUMNS = ("model", "content", "score")
 
 
 def grade(reply: str) -> str | None:
-    """Return the grade that the official script reads: what comes before the first space."""
+    """Return the grade that the official script reads: the text before the first space."""
     return whole_grade(reply.split(" ")[0])
 
 
@@ -163,7 +163,7 @@ def whole_grade(reply: str) -> str | None:
 
 
 def fault_of_lmms_eval(reply: str) -> str | None:
-    """Return 0 for a reply that is no number; lmms-eval asks without end about any other number."""
+    """Return 0 for a reply that is not a number; lmms-eval asks endlessly about other numbers."""
     with suppress(ValueError):
         float(reply.strip().split(" ")[0])
         return None
@@ -182,7 +182,7 @@ def metrics(sums: Array) -> Mapping[str, Array]:
 
 
 def judge_values(row: Row, answer: str) -> dict[str, str]:
-    """Return what the judge is shown; the tags of the reference stand between spaces."""
+    """Return the texts for the judge's prompt; the tags of the reference are between spaces."""
     reference = _IN_GROUND_TRUTH.sub(lambda tag: f" {tag[0]} ", required(row, "reference"))
     return {"question": row["question"], "reference": reference, "answer": answer}
 

@@ -40,8 +40,8 @@ _NONE = ("", "nan", "NaN", "none", "None")
 
 
 def read(path: Path) -> list[Row]:
-    """Read the published table. Its images stay behind; a row has the index of the first row with
-    its image as the name of it.
+    """Read the published table. Images are not kept; a row has the index of the first row with its
+    image as the image's name.
     """
     rows: list[Row] = []
     images: dict[str, str] = {}
@@ -136,7 +136,7 @@ def letter(row: Row, reply: str) -> str | None:
 
 
 def judge_values(row: Row, answer: str) -> dict[str, str]:
-    """Return what the judge is shown."""
+    """Return the texts for the judge's prompt."""
     options = "\n".join(f"{name}. {choice}" for name, choice in row["choices"].items())
     return {"question": row["text"], "options": options, "answer": answer}
 

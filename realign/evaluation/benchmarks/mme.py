@@ -121,7 +121,7 @@ def _row(task: str, image: str, question: str, label: str, where: str) -> Row:
 
 
 def question_key(task: Any, image: Any, question: Any) -> tuple[str, str, str]:
-    """Return what is the same of a question in every program's wording of the prompt."""
+    """Return the part of a question that is the same in every program's prompt."""
     plain = str(question).split("\n")[0].replace(QUESTION_END, "")
     return str(task), Path(str(image)).stem, " ".join(plain.split())
 
@@ -181,7 +181,7 @@ def official_word(answer: str) -> bool | None:
 
 
 def lmms_word(answer: str) -> bool | None:
-    """Return what lmms-eval reads: as the official script, but without periods, and y or n too."""
+    """Return lmms-eval's reading: that of the official script without periods, and y or n too."""
     plain = answer.lower().strip().replace(".", "")
     return {"y": True, "n": False}.get(plain, official_word(plain))
 

@@ -66,8 +66,8 @@ def read(path: Path) -> list[Row]:
 
 
 def read_judge_responses(path: Path) -> list[tuple[str, Record]] | None:
-    """Read what the published script stores of its judge: one response for each question, in their
-    order; None for any other file.
+    """Read the judge's responses as the published script stores them, one per question in order;
+    None for any other file.
     """
     if path.suffix != ".json" or not path.is_file():
         return None
@@ -87,7 +87,7 @@ def _is_response(value: object) -> bool:
 
 
 def replies(record: Record) -> Replies:
-    """Return the reply in a response of a judge, the one of RLAIF-V, or ours.
+    """Return the reply in a response of a judge, that of RLAIF-V, or this project's.
 
     Raises:
         RefusedError: A response holds no text.
@@ -132,7 +132,7 @@ def metrics(sums: Array) -> Mapping[str, Array]:
 
 
 def judge_values(row: Row, answer: str) -> dict[str, str]:
-    """Return what the judge is shown."""
+    """Return the texts for the judge's prompt."""
     contents = row.get("image_content")
     if not isinstance(contents, list) or not all(isinstance(word, str) for word in contents):
         raise RefusedError(

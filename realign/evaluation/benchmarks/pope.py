@@ -66,9 +66,9 @@ def counts_of(parse: Callable[[str], bool | None]) -> Callable[[Row, str], list[
     """Return the score of a rule: labels yes read as yes, no and neither, then labels no."""
 
     def score(row: Row, answer: str) -> list[int]:
-        said = parse(answer)
+        reading = parse(answer)
         cells = [(label, reading) for label in ("yes", "no") for reading in (True, False, None)]
-        return [int((row["label"], said) == cell) for cell in cells]
+        return [int((row["label"], reading) == cell) for cell in cells]
 
     return score
 
@@ -80,8 +80,8 @@ def official_metrics(counts: Array) -> Mapping[str, Array]:
 
 
 def lmms_metrics(counts: Array) -> Mapping[str, Array]:
-    """Return what lmms-eval does: precision and recall leave out what is neither yes nor no, and
-    its rate of yes is that of the labels.
+    """Return lmms-eval's metrics: precision and recall leave out answers that are neither yes nor
+    no, and its rate of yes is that of the labels.
     """
     tp, fn, other_yes, fp, tn, _ = np.moveaxis(counts, -1, 0)
     said_yes = tp + fn + other_yes
@@ -89,7 +89,7 @@ def lmms_metrics(counts: Array) -> Mapping[str, Array]:
 
 
 def vlmevalkit_metrics(counts: Array) -> Mapping[str, Array]:
-    """Return what VLMEvalKit does, in percent: an answer that is neither is wrong, and counts as no
+    """Return VLMEvalKit's metrics, in percent: an answer that is neither is wrong, and counts as no
     in precision and recall.
     """
     tp, fn, other_yes, fp, tn, other_no = np.moveaxis(counts, -1, 0)

@@ -42,8 +42,10 @@ def _ten(is_answer: Callable[[Any], bool]) -> Key:
     )
 
 
-_TEN = _ten(lambda said: isinstance(said, str))
-_TEN_OBJECTS = _ten(lambda said: isinstance(said, dict) and isinstance(said.get("answer"), str))
+_TEN = _ten(lambda answer: isinstance(answer, str))
+_TEN_OBJECTS = _ten(
+    lambda answer: isinstance(answer, dict) and isinstance(answer.get("answer"), str)
+)
 _STRING = Key(lambda value: isinstance(value, str), "be a string", "Take the published file.")
 _OCR_LINE = "Reference OCR token: "
 _OCR_FILE = "llava_textvqa_val_v051_ocr.jsonl"
@@ -122,7 +124,8 @@ def accuracy_by(form: Normalizer) -> Callable[[Row, str], list[float]]:
     known = cache(form)
 
     def score(row: Row, answer: str) -> list[float]:
-        return [1.0, soft_accuracy(form(answer), [known(said) for said in row["references"]])]
+        references = [known(reference) for reference in row["references"]]
+        return [1.0, soft_accuracy(form(answer), references)]
 
     return score
 

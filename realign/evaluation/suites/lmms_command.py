@@ -1,5 +1,5 @@
-"""Writes what lmms-eval needs to ask our models the questions of published files, without network:
-its data sets, its task files, whole models, and the command.
+"""Files for lmms-eval to ask models the questions of published files, without network: its data
+sets, its task files, whole models, and the command.
 
 <out>/run.sh            the command; further options go to lmms-eval, such as --limit 8
 <out>/tasks/*.yaml      the installed task files, with the data below in place of the hub's
@@ -78,7 +78,7 @@ def write_lmms_eval(
     """Write a folder from which lmms-eval runs without network.
 
     Args:
-        models: Name to folder or hub id; an adapter is merged into its base.
+        models: Folders or hub ids by name; an adapter is merged into its base.
         data: Folder with the published files of one or more benchmarks.
         images: Folder of the questions' images.
         out: A new folder.
@@ -86,7 +86,7 @@ def write_lmms_eval(
         device: ``cuda``, which spreads a model over all GPUs, or ``cpu``.
         backend: Model class of lmms-eval; by default that of the model's type.
     Returns:
-        What ``suite.json`` holds; ``commands`` maps each model to its command.
+        The content of ``suite.json``; ``commands`` maps each model to its command.
     Raises:
         RefusedError: lmms-eval is not installed there, there is no data for it, an image is
             missing, or a model has no backend.
@@ -128,7 +128,7 @@ def write_lmms_eval(
 
 
 def summary(manifest: Mapping[str, Any]) -> list[str]:
-    """Return lines that say what will be asked, and the command of every model."""
+    """Return lines with the tasks to ask, and the command of every model."""
     asked = (f"{name}: {task['items']:,} questions" for name, task in manifest["tasks"].items())
     return [*asked, *map(shlex.join, manifest["commands"].values())]
 

@@ -1,5 +1,5 @@
-"""Reads what lmms-eval wrote: its aggregates as they are, and the answers of every question, which
-are scored again under all of this project's rules.
+"""Results of lmms-eval: its aggregates unchanged, and the answers to every question, scored again
+under all of this project's rules.
 
 <folder>/**/*_results.json, *_samples_TASK.jsonl    of lmms-eval, the newest run of every task
 <folder>/suite.json                                 of the written command, where there is one
@@ -58,11 +58,12 @@ def read_lmms_eval(
     """Read the newest run of every model and task, and score its answers again.
 
     Args:
-        folder: What was written for lmms-eval, or any folder with results of it.
+        folder: Folder that was written for lmms-eval, or any folder with its results.
         data: Folder with the published files of the benchmarks; by default that which the command
             was written from.
-        allow_subset: Read runs that asked a part of the questions, such as those with ``--limit``.
-        bootstrap: Draws behind 95 % intervals; 0 for none.
+        allow_subset: Whether to read runs that asked a part of the questions, such as those with
+            ``--limit``.
+        bootstrap: Number of draws for the 95 % intervals; 0 for none.
     Returns:
         What ``suite_scores.json`` holds: ``models`` to ``aggregates`` of lmms-eval (rule
         ``lmms-eval``) and ``rescored``, benchmark to rule to what
@@ -169,7 +170,7 @@ def _model(path: Path, content: Mapping[str, Any], folder: Path) -> str:
 
 
 def _time(path: Path, content: Mapping[str, Any]) -> datetime:
-    """Return when a run began; its stamp alone does not say in which time zone it is."""
+    """Return when a run began; its time stamp alone does not state its time zone."""
     stamp = path.name.removesuffix("_results.json")
     arguments = content.get("config", {}).get("resolved_cli_args") or {}
     name = arguments.get("timezone")
@@ -295,7 +296,7 @@ def _compared(
     by_task: Mapping[LmmsTask, Run],
     scores: Mapping[str, Any],
 ) -> list[str]:
-    """Return where lmms-eval's number is not the one of this project's rule of its name."""
+    """Return the metrics for which lmms-eval's number differs from this project's."""
     notes = []
     for task, run in by_task.items():
         for entry in aggregates_:

@@ -1,4 +1,4 @@
-"""Answers that lmms-eval stored, joined to the questions that they are to."""
+"""Answers that lmms-eval stored, joined to their questions."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def join(
 ) -> list[tuple[Row, str, bool]]:
     """Find the question of every answer.
 
-    By the id that a metric holds, or else by its number and an equal prompt. The hash that
-    lmms-eval gives a question is the same for all of them.
+    It is found by the id that a metric holds, or else by its number and an equal prompt. The hash
+    that lmms-eval gives a question is the same for all of them.
 
     Returns:
         Row, answer, and whether generation seems to have failed.

@@ -1,5 +1,5 @@
-"""The tasks of lmms-eval whose data this project reads: how a question is handed to lmms-eval, and
-how its answer is found again.
+"""The tasks of lmms-eval whose data this project reads: the form of a question for lmms-eval, and
+the keys of its answer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PREFIX = "realign_"  # of the names of tasks that are written
 
 @dataclass(frozen=True, eq=False)
 class LmmsTask:
-    """One task of lmms-eval and the rows of ours that it asks about."""
+    """One task of lmms-eval and this project's rows that it asks about."""
 
     name: str
     """The name in lmms-eval, such as ``pope_adv``."""
@@ -28,24 +28,24 @@ class LmmsTask:
     split: str
     """The split of its data set in which it looks for questions."""
     document: Callable[[Row], Mapping[str, Any]]
-    """Return what lmms-eval reads of a question, but for its image."""
+    """Return the fields of a question that lmms-eval reads, except its image."""
     sample_key: Callable[[Record], str | None]
-    """Return the key of the question that a line of its answers is about, None where it has none.
+    """Return the key of the question of a line of its answers, or None.
     """
     row_keys: Callable[[Row], Sequence[str]]
     """Return the keys by which a line may name a row."""
     tasks: tuple[str, ...] = ()
     """The tasks of the benchmark that it asks; all where it is empty."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """The settings that its YAML file changes."""
+    """Settings that its YAML file changes."""
     covers: Callable[[Row], bool] = lambda row: True
     """Return whether it asks about a row."""
     question: Callable[[Row], str] = lambda row: row["text"]
     """Return the text that its prompt must hold."""
     metrics: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """Its metrics to split and metric under this project's rule ``lmms-eval``."""
+    """Split and metric of each of its metrics under this project's rule ``lmms-eval``."""
     part_of: str = ""
-    """The task that asks the same questions and others too, in whose place it is not run."""
+    """The task that asks the same questions and others too, with which it is not run."""
 
     def rows(self, tasks: Mapping[str, Sequence[Row]]) -> list[Row]:
         """Return the rows that it asks about, in the order in which it does."""
@@ -54,7 +54,7 @@ class LmmsTask:
 
 
 def _in_metric(record: Record, metric: str, key: str) -> str | None:
-    """Return a value of the object that a metric of one answer is, None where it is none."""
+    """Return a value of a metric of one answer that is an object; None for other metrics."""
     value = record.get(metric)
     found = value.get(key) if isinstance(value, dict) else None
     return str(found) if isinstance(found, str | int) else None

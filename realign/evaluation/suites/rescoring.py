@@ -1,4 +1,4 @@
-"""Scores the answers that a suite stored, under all rules of their benchmark."""
+"""Scoring of the answers that a suite stored, under all rules of their benchmark."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from realign.runtime.files import file_sha256, write_jsonl
 
 
 def check_files(data: Path, digests: Mapping[str, str]) -> None:
-    """Refuse data that has changed since questions were made of it.
+    """Refuse data that has changed since questions were made from it.
 
     Args:
         data: Folder with the files.
-        digests: File name to its SHA-256 at that time.
+        digests: SHA-256 of each file at that time, by its name.
     Raises:
         RefusedError: A file is missing or another.
     """
@@ -41,11 +41,11 @@ def rescore(
         benchmark: Its name.
         answered: Rows of the benchmark's data with their answers.
         data: Folder with the benchmark's files.
-        path: Where the answers are stored.
-        bootstrap: Draws behind intervals; 0 for none.
+        path: File to store the answers in.
+        bootstrap: Number of draws for intervals; 0 for none.
     Returns:
-        scores: Rule to its scores; ``subset`` says where answers are a part of the benchmark.
-        notes: Which rules were left out.
+        scores: Scores by rule; ``subset`` states whether answers are a part of the benchmark.
+        notes: Notes on rules that were left out.
     """
     has_ids = all("id" in row for row, _ in answered)
     write_jsonl(

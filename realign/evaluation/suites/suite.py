@@ -29,13 +29,13 @@ def write_suite(
     device: str = "cuda",
     backend: str | None = None,
 ) -> list[str]:
-    """Write the command of a suite and what it needs into a new folder.
+    """Write the command of a suite and its files into a new folder.
 
     Args:
         suite: ``lmms-eval`` or ``vlmevalkit``.
-        models: Name to folder or hub id; an adapter is merged into its base.
+        models: Folders or hub ids by name; an adapter is merged into its base.
         data: Folder with the published files; for VLMEvalKit with its tables.
-        images: Folder of the questions' images; for lmms-eval alone.
+        images: Folder of the questions' images; only for lmms-eval.
         out: A new folder.
         python: Interpreter of the environment that has the suite; by default this one.
         device: ``cuda`` or ``cpu``; VLMEvalKit has ``cuda`` alone.
@@ -70,15 +70,15 @@ def write_suite(
 def read_suite(
     folder: Path, data: Path | None = None, *, allow_subset: bool = False, bootstrap: int = 0
 ) -> dict[str, Any]:
-    """Read what a suite wrote; which one it was is seen by its files.
+    """Read the results of a suite, which is recognised by its files.
 
     Args:
         folder: Folder of a written command, or with a suite's results.
         data: Folder with the published files of the benchmarks.
-        allow_subset: Read runs of lmms-eval that asked a part of the questions.
-        bootstrap: Draws behind 95 % intervals; 0 for none.
+        allow_subset: Whether to read runs of lmms-eval that asked a part of the questions.
+        bootstrap: Number of draws for the 95 % intervals; 0 for none.
     Returns:
-        What ``suite_scores.json`` holds.
+        The content of ``suite_scores.json``.
     Raises:
         RefusedError: There is no result, or it cannot be read.
     """

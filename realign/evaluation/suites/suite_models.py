@@ -1,4 +1,4 @@
-"""Whole models for programs that know no adapters."""
+"""Whole models for programs without support for adapters."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ class SuiteModel(NamedTuple):
 
     name: str
     given: str
-    """Folder or hub id that was named."""
+    """Folder or hub id that the user named."""
     folder: str
     """Absolute path of a whole model."""
     type: str
     """``model_type`` of its configuration."""
     language_type: str
-    """The same of its language model."""
+    """``model_type`` of its language model."""
     is_merged: bool
     """True if it is an adapter that is merged into that folder."""
 
 
 def find_models(models: Mapping[str, str], place: Path) -> dict[str, SuiteModel]:
-    """Return what a suite will load; an adapter will lie, merged, in ``models/NAME``.
+    """Return the models that a suite will load; a merged adapter will be in ``models/NAME``.
 
     Args:
-        models: Name to folder or hub id.
+        models: Folders or hub ids by name.
         place: The folder that is written for the suite.
     Raises:
-        RefusedError: There is none, a name is no plain one, or a model is missing.
+        RefusedError: There is none, a name is not plain, or a model is missing.
     """
     if not models:
         raise RefusedError(

@@ -1,4 +1,4 @@
-"""Writes the command with which VLMEvalKit evaluates our models on its own tables.
+"""The command with which VLMEvalKit evaluates models on its own tables.
 
 <out>/run.sh            the command; further options go to VLMEvalKit, such as --mode infer
 <out>/vlmeval.json      its models and data sets
@@ -66,7 +66,7 @@ def write_vlmevalkit(
     """Write a folder from which VLMEvalKit runs.
 
     Args:
-        models: Name to folder or hub id; an adapter is merged into its base.
+        models: Folders or hub ids by name; an adapter is merged into its base.
         data: Folder with VLMEvalKit's own tables, such as ``POPE.tsv``.
         out: A new folder.
         python: Interpreter of the environment that has VLMEvalKit, or its fork ms-vlmeval.
@@ -175,19 +175,19 @@ def _model_entry(model: SuiteModel, backend: str | None) -> dict[str, Any]:
     if model.type == "llava_next":
         _check_path_words(model)
         return {"class": "LLaVA_Next", **entry}
-    what = (
+    reason = (
         "LLaVA_Next loads no checkpoint of LLaVA-1.5, and its class LLaVA needs LLaVA's own package"
         if model.type == "llava"
         else "it has no class for it that takes a folder of transformers"
     )
     raise RefusedError(
         f"model {model.name} must be one that VLMEvalKit loads (llava_next, qwen2_vl, qwen2_5_vl, "
-        f"qwen3_vl), got {model.type}: {what}. {SERVE.format(name=model.name)}."
+        f"qwen3_vl), got {model.type}: {reason}. {SERVE.format(name=model.name)}."
     )
 
 
 def _check_path_words(model: SuiteModel) -> None:
-    """Refuse a LLaVA-NeXT model that would be asked with no prompt or with that of another."""
+    """Refuse a LLaVA-NeXT model that would be asked without a prompt or with that of another."""
     path = model.folder.lower()
     word = next((word for word in PATH_WORDS if word in path), None)
     if word is None or PATH_WORDS[word] != model.language_type:

@@ -1,5 +1,5 @@
-"""Reads what VLMEvalKit wrote: its own scores as they are, and its answers, which are scored again
-where its table says which question of the published files each is to.
+"""Results of VLMEvalKit: its own scores unchanged, and its answers, scored again if its table
+identifies their questions in the published files.
 
 <folder>/**/MODEL/T20261129-112626/MODEL_DATASET.json|tsv    answers, of the newest run
                                    MODEL_DATASET_score.csv, MODEL_DATASET_acc.csv
@@ -77,11 +77,11 @@ def read_vlmevalkit(
     """Read the newest run of every model and data set.
 
     Args:
-        folder: What was written for VLMEvalKit, or any folder with results of it.
+        folder: Folder that was written for VLMEvalKit, or any folder with its results.
         data: Folder with the published files of the benchmarks; without it no answer is scored.
-        bootstrap: Draws behind 95 % intervals; 0 for none.
+        bootstrap: Number of draws for the 95 % intervals; 0 for none.
     Returns:
-        What ``suite_scores.json`` holds, as :func:`read_lmms_eval` returns it.
+        The content of ``suite_scores.json``, as :func:`read_lmms_eval` returns it.
     Raises:
         RefusedError: There is no result, or one has another form or answers other questions.
     """

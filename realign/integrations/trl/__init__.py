@@ -1,6 +1,6 @@
-"""TRL: exact log-probabilities in the trainers that it has, and rDPO as one of them.
+"""TRL: exact log-probabilities in its trainers, and rDPO as one of them.
 
-Public names are loaded when first used, so that each needs no more of TRL than it uses.
+Public names are loaded when first used, so that each imports only the parts of TRL that it uses.
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ from realign_kernels import Objective, RdpoStatsOutput, preference_loss
 
 @dataclass
 class NativeCollator(DataCollatorForVisionPreference):
-    """Collates rows cell by cell, ``[v y_w | v y_l | v_l y_w]``, with ``[v_l y_l]`` for four cells.
+    """Collator of rows cell by cell, ``[v y_w | v y_l | v_l y_w]`` and, of four, ``[v_l y_l]``.
 
     Attributes:
-        num_cells: How many cells of a pair the objective reads, 2 to 4.
+        num_cells: Number of cells of a pair that the objective reads, 2 to 4.
     """
 
     num_cells: int = 3
@@ -58,22 +58,22 @@ class NativeCollator(DataCollatorForVisionPreference):
 
 @dataclass(frozen=True)
 class GivenCollator:
-    """A user's collator, of which every batch is checked for its number of rows: those of TRL's own
-    collator could be taken for other cells.
+    """Wrapper of a user's collator that checks the number of rows of every batch: those of TRL's
+    own collator could be taken for other cells.
 
     Attributes:
         collate: The user's collator.
-        num_cells: How many cells of a pair the objective reads.
+        num_cells: Number of cells of a pair that the objective reads.
     """
 
     collate: Callable[[list[Any]], dict[str, Any]]
     num_cells: int
 
     def __call__(self, examples: list[Any]) -> dict[str, Any]:
-        """Return what the user's collator makes of the rows.
+        """Return the batch of the user's collator.
 
         Raises:
-            RefusedError: It has not as many rows as the pairs have cells.
+            RefusedError: The batch has not as many rows as the pairs have cells.
         """
         batch = self.collate(examples)
         if len(batch["input_ids"]) != self.num_cells * len(examples):
@@ -96,12 +96,12 @@ def _joined(values: Any, others: Any, fill: int) -> Any:
 
 @dataclass(frozen=True)
 class NativeBatch:
-    """A batch of :class:`NativeCollator` as TRL's models take it.
+    """A batch of :class:`NativeCollator` in the form of TRL's models.
 
     Attributes:
-        inputs: What the model is called with.
+        inputs: Arguments of the model.
         completion_mask: 1 where a token is scored, shape ``(C * P, T)``.
-        num_cells: C.
+        num_cells: Number of cells C.
     """
 
     inputs: dict[str, Any]
@@ -118,30 +118,31 @@ class NativeBatch:
 
     @property
     def num_tokens(self) -> Tensor:
-        """Scored tokens of every cell and pair, (C, P)."""
+        """Return the number of scored tokens of every cell and pair, (C, P)."""
         return self.completion_mask[:, 1:].sum(1).view(self.num_cells, -1)
 
     def score(self, model: Any, **options: Any) -> Any:
-        """Return what TRL's fused head makes of the batch."""
+        """Return the outputs of TRL's fused head for the batch."""
         return model(**self.inputs, **options, fused_lm_head=True)
 
     def sums(self, values: Tensor) -> Tensor:
         """Return the sums over the scored tokens, (C, P).
 
         Args:
-            values: Of every position but the last, after those of virtual tokens of an adapter.
+            values: Values of every position but the last, after those of virtual tokens of an
+                adapter.
         """
         mask = self.completion_mask[:, 1:]
         kept = values[:, -mask.shape[1] :]
         return torch.where(mask > 0, kept, 0.0).sum(1).view(self.num_cells, -1)
 
     def output(self, outputs: Any, ref_logps: Tensor, objective: Objective) -> RdpoStatsOutput:
-        """Return the loss and what is logged of a batch, as the own data path's forward does.
+        """Return the loss and the logged results of a batch, as the own data path does.
 
         Args:
-            outputs: Of :meth:`score`, of the policy.
-            ref_logps: Of the reference, (C, P).
-            objective: What is optimised.
+            outputs: The policy's outputs from :meth:`score`.
+            ref_logps: Sums of the reference, (C, P).
+            objective: The objective of the run.
         """
         logps, num_tokens = self.sums(outputs.log_probs), self.num_tokens
         preference = preference_loss(logps, ref_logps, objective, num_tokens=num_tokens)

@@ -1,4 +1,4 @@
-"""The options of a DPOConfig for rDPO: the objective that they name, and what is refused."""
+"""The options of a DPOConfig for rDPO: the objective that they name, and refusals."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def make_objective(
     """Return the objective: rDPO with the configuration's beta and loss, or the one that is given.
 
     Raises:
-        RefusedError: The configuration names a loss that is none of a table's terms, or speaks of
-            an objective beside the given one.
+        RefusedError: The configuration names a loss that no table of terms has, or sets an
+            objective beside the given one.
     """
     if objective is not None:
         defaults = {field.name: field.default for field in dataclasses.fields(DPOConfig)}
@@ -58,10 +58,10 @@ def make_objective(
 
 
 def check_options(args: DPOConfig, *, is_cached: bool, data_path: str) -> None:
-    """Refuse options that rDPO would not follow, and warn of one that TRL itself does not read.
+    """Refuse options that rDPO would ignore, and warn of one that TRL itself does not read.
 
     Raises:
-        RefusedError: Naming the option, its value and what to do.
+        RefusedError: The message names the option, its value and the remedy.
     """
     check_data_path(data_path)
     rules: list[tuple[str, Any, str]] = [
@@ -100,10 +100,10 @@ def check_data_path(data_path: str) -> None:
 
 
 def check_left_out(data_path: str, other: str, **arguments: Any) -> None:
-    """Refuse arguments that a data path does not read; None stands for one left out.
+    """Refuse arguments that a data path does not read; None is an argument that was left out.
 
     Raises:
-        RefusedError: Naming the other path, which reads it.
+        RefusedError: The message names the other path, which reads it.
     """
     for name, value in arguments.items():
         if value is not None:
@@ -114,7 +114,7 @@ def check_left_out(data_path: str, other: str, **arguments: Any) -> None:
 
 
 def set_options(args: DPOConfig) -> None:
-    """Set the two options of a configuration that pairs of images need, and log it."""
+    """Set the two options of a configuration that image pairs require, and log it."""
     if args.remove_unused_columns:
         args.remove_unused_columns = False
         logger.warning("remove_unused_columns is set to False: TRL would drop rejected_images.")
@@ -126,7 +126,7 @@ def set_options(args: DPOConfig) -> None:
 
 
 def check_columns(dataset: Any, name: str, num_cells: int) -> None:
-    """Refuse a dataset without images, or without retrieved ones where the objective reads them.
+    """Refuse a dataset without images, or without retrieved ones if the objective reads them.
 
     Raises:
         RefusedError: The first row has no ``images`` or ``image``, or no ``rejected_images``.
@@ -141,10 +141,10 @@ def check_columns(dataset: Any, name: str, num_cells: int) -> None:
     needed: list[tuple[tuple[str, ...], str]] = [(("images", "image"), "the image of each pair")]
     if num_cells > 2:
         needed.append((("rejected_images",), "the retrieved image of each pair"))
-    for names, what in needed:
+    for names, content in needed:
         if not {*names} & {*columns}:
             raise RefusedError(
-                f"{name} must have the column {names[0]}, {what}, got the columns "
+                f"{name} must have the column {names[0]}, {content}, got the columns "
                 f"{', '.join(columns)}. Add it (`realign build` makes both), or use TRL's own "
                 "DPOTrainer for pairs of answers alone."
             )

@@ -1,4 +1,4 @@
-"""Our forward on the models of TRL's constructor: those that it is given or loads."""
+"""The project's own forward on the models that TRL's constructor is given or loads."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ USE_NATIVE = "Pass data_path='native' to train with TRL's own forward."
 
 
 def give_own_forward(model: Any) -> None:
-    """Give a model, or the base of an adapter, our forward.
+    """Give a model, or the base of an adapter, this project's forward.
 
     Raises:
-        RefusedError: The model is none that it can score.
+        RefusedError: The forward cannot score the model.
     """
     try:
         attach_preference_forward(model.get_base_model() if is_peft_model(model) else model)
@@ -30,7 +30,7 @@ def give_own_forward(model: Any) -> None:
 
 
 def check_adapter(config: Any) -> None:
-    """Refuse adapters that put virtual tokens before a row: our rows say which token is which."""
+    """Refuse adapters that put virtual tokens before a row, whose tokens are indexed."""
     if getattr(config, "is_prompt_learning", False):
         raise RefusedError(
             f"peft_config must not add virtual tokens with data_path='own', got "
@@ -40,14 +40,14 @@ def check_adapter(config: Any) -> None:
 
 @contextmanager
 def own_models(policy: Any, *, loads_reference: bool) -> Iterator[None]:
-    """Within the block, let TRL's constructor give our forward to every model that it loads, and
-    accept LoRA on the output projection.
+    """Let TRL's constructor within the block give this project's forward to every model that it
+    loads, and accept LoRA on the output projection.
 
     Args:
-        policy: What the constructor is given: a model, or the name of the first one that it loads.
-        loads_reference: Whether it may load a reference beside the policy.
+        policy: Argument of the constructor: a model, or the name of the first one that it loads.
+        loads_reference: Whether the constructor may load a reference beside the policy.
     Raises:
-        RefusedError: TRL is another version, or our forward cannot score a model.
+        RefusedError: TRL has another version, or the forward cannot score a model.
     """
     num_loaded = 0 if isinstance(policy, str) else 1
 
@@ -70,7 +70,7 @@ def own_models(policy: Any, *, loads_reference: bool) -> Iterator[None]:
 
 @contextmanager
 def _replaced(name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Within the block, replace a name in TRL's module of the DPOTrainer by ``make(value)``."""
+    """Replace a name in TRL's module of the DPOTrainer by ``make(value)`` within the block."""
     if not hasattr(dpo_trainer, name):
         raise RefusedError(
             f"trl must be a version whose DPOTrainer uses {name}, got {trl.__version__}. Install "

@@ -42,8 +42,9 @@ class TrlPatch:
     """The patch of TRL that :func:`patch_trl` has made.
 
     Attributes:
-        calls: Number of calls of TRL's function that the exact head has answered meanwhile.
-        passed_on: Number of those that went to TRL's own function, which takes more than the head.
+        calls: Number of calls of TRL's function that the exact head has answered since.
+        passed_on: Number of calls that went to TRL's own function, which takes more inputs than the
+            head.
     """
 
     def __init__(self, compact: bool) -> None:
@@ -52,7 +53,7 @@ class TrlPatch:
         self.passed_on = 0
 
     def undo(self) -> None:
-        """End this patch.  TRL's own functions return once no other patch is left."""
+        """End this patch. TRL's own functions are restored after the last patch ends."""
         if self in _patches:
             _patches.remove(self)
             _bind()
@@ -72,14 +73,14 @@ def patch_trl(*, compact: bool = True) -> TrlPatch:
     """Let TRL's trainers compute log-probabilities by the exact head, in this process.
 
     DPO, KTO, SFT, GRPO, RLOO and the experimental asynchronous GRPO change; trainers that were made
-    before do too.  The patch holds until the program ends, or until the end of a ``with`` block.
-    To call it twice is to call it once.
+    before do too. The patch holds until the program ends, or until the end of a ``with`` block.
+    Calling it twice is the same as calling it once.
 
     Args:
-        compact: Whether to score answers alone on CPUs too, as TRL does on GPUs.  TRL scores every
-            position there, and throws away what is not of an answer.
+        compact: Whether to score only answers on CPUs too, as TRL does on GPUs. On CPUs TRL scores
+            every position, and drops those outside of answers.
     Returns:
-        patch: Counts its calls; ``patch.undo()`` ends it.
+        patch: The patch, which counts its calls; ``patch.undo()`` ends it.
     Raises:
         RefusedError: TRL is not installed, or its function has other arguments.
 
@@ -127,7 +128,7 @@ def _check_signature() -> None:
 
 
 def _bind() -> None:
-    """Bind in TRL what the patches ask for, or its own functions where there is no patch."""
+    """Bind the functions of the patches in TRL, or its own functions without a patch."""
     utils: Any = import_module(_UTILS)
     if _patches and getattr(utils, _FUNCTION) is not ExactLogProbFunction:
         _originals[_FUNCTION] = getattr(utils, _FUNCTION)
@@ -153,12 +154,12 @@ def _rebind(old: Any, new: Any) -> None:
 
 
 def _scores_answers_alone(device: torch.device) -> bool:
-    """Stand in for the function by which TRL chooses what to score."""
+    """Replace TRL's choice of the positions to score by answers alone."""
     return device.type == "cpu" or _originals[_CHOICE](device)
 
 
 class ExactLogProbFunction:
-    """Stands in for TRL's ``ChunkedLogProbFunction``."""
+    """Replacement of TRL's ``ChunkedLogProbFunction``."""
 
     @staticmethod
     def apply(
@@ -173,9 +174,9 @@ class ExactLogProbFunction:
         outputs: Collection[str] = _STATISTICS,
     ) -> Results:
         """Return log-probabilities, entropy, log sum of squares, mean logits and whether targets
-        are the most probable tokens, (N,) each; None where ``outputs`` does not name one.
+        are the most probable tokens, (N,) each; None if ``outputs`` does not name one.
 
-        Hidden states are (N, D) and the weight is (V, D).  ``chunk_size`` is TRL's own business.
+        Hidden states are (N, D) and the weight is (V, D). ``chunk_size`` is not used.
         """
         is_ours = bool(_patches) and _is_for_the_head(
             hidden, weight, bias, targets, (temperature, logit_scale, final_logit_softcapping)
@@ -213,7 +214,7 @@ def _is_for_the_head(
     targets: Tensor,
     numbers: tuple[float, float, float | None],
 ) -> bool:
-    """Return whether the exact head takes what TRL's function is given, which takes more."""
+    """Return whether the exact head takes the inputs, of which TRL's function takes more."""
     if not all(number is None or _is_positive(number) for number in numbers):
         return False
     tensors = [hidden, weight] if bias is None else [hidden, weight, bias]
@@ -233,9 +234,9 @@ def _is_positive(number: Any) -> bool:
 
 
 def _are_tokens(targets: Tensor, vocabulary_size: int) -> bool:
-    """Return whether all targets have a row of the head: TRL's function takes others too.
+    """Return whether all targets have a row of the head; TRL's function takes others too.
 
-    Labels at image tokens have none where a model has no output for these.
+    Labels at image tokens have none if a model has no output for these.
     """
     return not ((targets < 0) | (targets >= vocabulary_size)).any()
 
@@ -248,7 +249,7 @@ def _score(
     bias: Tensor | None,
     **options: Any,
 ) -> Results:
-    """Call the head for what is asked for.  TRL's results are float32, of float64 inputs too."""
+    """Compute the requested outputs by the head, in float32 like TRL, even of float64 inputs."""
     if bias is not None and bias.dtype not in (hidden.dtype, torch.float32):
         bias = bias.to(hidden.dtype)  # as TRL rounds it
     # How many are scored is known: nothing waits for a GPU.
@@ -267,10 +268,10 @@ def _score(
 
 
 class _GatheredHead(torch.autograd.Function):
-    """The head of ZeRO-3, whose weight is whole only inside of a context of TRL's.
+    """The head under ZeRO-3, whose weight is whole only inside a context of TRL's.
 
-    TRL is in it around the forward.  The backward enters it again, as that of TRL's function does,
-    and scores anew, so that nothing reads a weight that has been released.
+    TRL enters it around the forward. The backward enters it again, as that of TRL's function does,
+    and scores anew, so that nothing reads a released weight.
     """
 
     @staticmethod

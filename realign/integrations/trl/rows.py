@@ -1,6 +1,4 @@
-"""Rows of a preference dataset in TRL's columns, as the records that our collator and a reference
-cache know.
-"""
+"""Rows of a dataset in TRL's columns, as records for the collator and a reference cache."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ LACKING = "Run `realign cache` for this dataset, and read_cache for its rows."
 
 def with_image_bytes(dataset: Any) -> Any:
     """Return a dataset, or a dictionary of datasets, whose image columns give the bytes of files
-    instead of decoded images: a reference is found by them.
+    instead of decoded images, since a reference is found by them.
     """
     if isinstance(dataset, dict):
         return type(dataset)({name: with_image_bytes(part) for name, part in dataset.items()})
@@ -59,11 +57,11 @@ def as_record(row: Mapping[str, Any], place: str = "") -> Record:
     """Return a row in TRL's columns as a record.
 
     Args:
-        row: With ``prompt``, ``chosen``, ``rejected``, ``images`` or ``image``, and
+        row: A row with ``prompt``, ``chosen``, ``rejected``, ``images`` or ``image``, and
             ``rejected_images``; its images undecoded.
-        place: What a message calls the row; found from its id or prompt where it is empty.
+        place: Name of the row in messages; taken from its id or prompt if it is empty.
     Raises:
-        RefusedError: It is no such row, or has what a record cannot hold.
+        RefusedError: The row lacks a column, or has a value that a record cannot hold.
     """
     row_id = str(row.get("id") or "")
     place = place or (f"row {row_id}" if row_id else f"row with prompt {row.get('prompt')!r:.80}")
@@ -90,7 +88,7 @@ def as_record(row: Mapping[str, Any], place: str = "") -> Record:
 
 
 def _bytes_of(images: Sequence[Any], where: str) -> tuple[bytes, ...]:
-    """Return the files of images: those that the dataset embeds, or names on this machine."""
+    """Return the bytes of images that the dataset embeds, or names on this machine."""
     files = []
     for image in images:
         raw, path = (
@@ -110,8 +108,7 @@ def _bytes_of(images: Sequence[Any], where: str) -> tuple[bytes, ...]:
 
 
 class RowCollator:
-    """Collates rows in TRL's columns as :class:`realign.modeling.collate.PreferenceCollator` does
-    records.
+    """:class:`realign.modeling.collate.PreferenceCollator` for rows in TRL's columns.
 
     Args:
         processor: The model's processor.
@@ -156,16 +153,16 @@ class RowCollator:
 def check_rows(
     dataset: Any, name: str, reference: Mapping[str, Tensor] | None, num_cells: int
 ) -> None:
-    """Refuse a dataset of which a row cannot be read or is not in the reference. Rows of a stream
-    are refused when they come.
+    """Refuse a dataset with a row that cannot be read or is not in the reference. Rows of a stream
+    are refused when they are read.
 
     Args:
         dataset: From :func:`with_image_bytes`, or a dictionary of such datasets.
-        name: The argument that it came by.
+        name: Name of the argument.
         reference: Cached log-probabilities by ``record.key``, or None.
-        num_cells: How many of them are read of a row.
+        num_cells: Number of log-probabilities that are read per row.
     Raises:
-        RefusedError: Naming the first row and how many are lacking.
+        RefusedError: The message names the first row and the number of missing ones.
     """
     if isinstance(dataset, dict):
         for key, part in dataset.items():

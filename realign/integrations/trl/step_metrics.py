@@ -1,4 +1,4 @@
-"""The metrics that a step logs, under TRL's names, and those of the image pair."""
+"""The metrics of a step, under TRL's names, and those of the image pair."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ NUM_TOKENS = "num_tokens"  # of a batch; TRL logs their sum so far
 def step_metrics(
     output: RdpoStatsOutput, num_tokens_read: Tensor, sum_over_ranks: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
-    """Return name to mean over the batch of all ranks; waits for the device once.
+    """Return the means of metrics over the batch of all ranks; wait for the device once.
 
     Rewards and log-probabilities are means over pairs; entropy, logits and accuracy are means over
-    the scored tokens of the answer pair, as TRL has them. A metric of the image pair is left out
-    where no pair has a retrieved image.
+    the scored tokens of the answer pair, as TRL has them. Metrics of the image pair are left out if
+    no pair has a retrieved image.
 
     Args:
-        output: Of a micro-batch.
-        num_tokens_read: How many tokens the model read, ().
-        sum_over_ranks: Adds a tensor up elementwise over the ranks.
+        output: Output of a micro-batch.
+        num_tokens_read: Number of tokens that the model read, ().
+        sum_over_ranks: Function that sums a tensor elementwise over the ranks.
     """
     tokens = output.num_tokens.to(output.logps)
     present = (tokens > 0).to(output.logps)

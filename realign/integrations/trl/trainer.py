@@ -53,7 +53,7 @@ logger = get_logger(__name__)
 
 
 class RdpoTrainer(DPOTrainer):
-    """Trains a VLM with rDPO under TRL's DPOTrainer: its configuration, callbacks, adapters,
+    """Trainer of VLMs with rDPO on TRL's DPOTrainer: its configuration, callbacks, adapters,
     checkpoints and metrics, with the image pair of each row beside its answer pair.
 
     Args:
@@ -61,20 +61,20 @@ class RdpoTrainer(DPOTrainer):
         ref_model: As for DPOTrainer; must be None beside ``reference``.
         args: As for DPOTrainer. ``beta`` and ``loss_type`` (sigmoid, hinge or ipo) make the
             objective; ``remove_unused_columns`` and ``max_length`` are set to False and None.
-        data_collator: For ``data_path="native"`` alone: returns TRL's batch with the rows cell by
+        data_collator: Only for ``data_path="native"``: returns TRL's batch with the rows cell by
             cell, ``[v y_w | v y_l | v_l y_w]``.
         train_dataset: Rows with TRL's columns of images (``prompt``, ``chosen``, ``rejected``,
             ``images`` or ``image``) and ``rejected_images``, the retrieved ones.
         eval_dataset: The same, or a dictionary of such datasets.
         processing_class: The model's processor.
-        compute_metrics: As for DPOTrainer, for ``data_path="native"`` alone.
+        compute_metrics: As for DPOTrainer, only for ``data_path="native"``.
         callbacks: As for DPOTrainer.
         optimizers: As for DPOTrainer.
         quantization_config: As for DPOTrainer.
         peft_config: As for DPOTrainer. The output projection may be one of its targets with
             ``data_path="own"``.
         reference: ``record.key`` to log-probabilities of the reference, shape ``(C,)``, from
-            :func:`realign.read_cache`: no reference is loaded or computed. None computes them at
+            :func:`realign.read_cache`: no reference is loaded or computed. None computes it at
             every step as DPOTrainer does.
         data_path: ``"own"``: this project's collator and forward. ``"native"``: TRL's collator and
             forward, for models that ``own`` refuses.
@@ -82,10 +82,10 @@ class RdpoTrainer(DPOTrainer):
         image_beta: KL strength of the image pair; None for ``beta``.
         image_weight: Weight of the image pair; >= 0.
         shared_prefix: Whether the answers of a pair share their image and prompt in one row; None
-            for where the model can.
+            shares if the model can.
     Raises:
-        RefusedError: An option, a row or the reference does not fit; a ValueError that names it
-            and says what to do.
+        RefusedError: An option, a row or the reference does not fit; the message names it and the
+            remedy.
 
     Example::
 
@@ -189,7 +189,7 @@ class RdpoTrainer(DPOTrainer):
         self.data_collator = collator
 
     def _checked(self, dataset: Any, name: str) -> Any:
-        """Return a dataset as its data path reads it, once its columns and rows are checked."""
+        """Return a dataset as its data path reads it, after checking its columns and rows."""
         check_columns(dataset, name, self.objective.num_cells)
         if not self._is_own or dataset is None or isinstance(dataset, str):
             return dataset
@@ -198,7 +198,7 @@ class RdpoTrainer(DPOTrainer):
         return dataset
 
     def _set_up_own(self, shared_prefix: bool | None) -> None:
-        """Put our collator in place of TRL's, and refuse what our forward would leave out."""
+        """Replace TRL's collator by this project's, and refuse what its forward would ignore."""
         check_adapter(getattr(self.model, "active_peft_config", None))
         lora_of_head(self.model.get_output_embeddings())
         if self.aux_loss_enabled:
@@ -224,7 +224,7 @@ class RdpoTrainer(DPOTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """As DPOTrainer's; a dataset that is given here is checked as those of the constructor."""
+        """Evaluate as DPOTrainer does; a dataset is checked like those of the constructor."""
         dataset = self._checked(eval_dataset, "eval_dataset")
         return super().evaluate(dataset, ignore_keys, metric_key_prefix)
 
@@ -235,10 +235,10 @@ class RdpoTrainer(DPOTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
-        """As DPOTrainer's.
+        """Predict as DPOTrainer does.
 
         Raises:
-            RefusedError: Logits are asked for, which ``data_path="own"`` does not make.
+            RefusedError: Logits are requested, which ``data_path="own"`` does not compute.
         """
         if self._is_own and not prediction_loss_only:
             raise RefusedError(
@@ -248,7 +248,7 @@ class RdpoTrainer(DPOTrainer):
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """As Trainer's, which finds no weight of a whole VLM and goes on from the first ones."""
+        """Load by name: Trainer finds no weight of a VLM and continues from the initial ones."""
         target = model or self.model
         if self.is_fsdp_enabled or not isinstance(target, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -256,7 +256,7 @@ class RdpoTrainer(DPOTrainer):
         load_saved_weights(target, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        """As Trainer's, with the loading of :meth:`_load_from_checkpoint`."""
+        """Load as :meth:`_load_from_checkpoint` does."""
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if is_sharded or not isinstance(self.model, PreTrainedModel):
             super()._load_best_model()
@@ -264,7 +264,7 @@ class RdpoTrainer(DPOTrainer):
         load_saved_weights(self.model, self.state.best_model_checkpoint)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """As Trainer's, but never rounds the log-probabilities of the reference."""
+        """Prepare inputs as Trainer does, without rounding the reference's log-probabilities."""
         return keep_reference(super()._prepare_inputs, inputs, self.args.device)
 
     def compute_loss(
@@ -274,7 +274,7 @@ class RdpoTrainer(DPOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the mean loss over the pairs of a micro-batch, as DPOTrainer does: Trainer divides
+        """Return the mean loss over the pairs of a micro-batch, as DPOTrainer does; Trainer divides
         it by the accumulation steps.
         """
         mode = "train" if self.model.training else "eval"
@@ -304,8 +304,8 @@ class RdpoTrainer(DPOTrainer):
         return output.loss, output
 
     def _warn_off_reference(self, output: RdpoStatsOutput, ids: list[str]) -> None:
-        """Log that a policy does not begin at its cached reference, as one of another model or
-        precision would not. It may be meant to.
+        """Warn of a policy that does not start at its cached reference, such as one of another
+        model or precision. This may be intended.
         """
         problem = off_reference(
             output,
@@ -317,9 +317,9 @@ class RdpoTrainer(DPOTrainer):
             batch_variance=getattr(self.reference, "batch_variance", None),
         )
         if problem and self.state.global_step == 0:
-            said = problem.splitlines()[:2]  # what follows names an option of realign train
+            lines = problem.splitlines()[:2]  # what follows names an option of realign train
             logger.warning(
-                "\n".join([*said, "Go on only if the policy is meant to begin elsewhere."])
+                "\n".join([*lines, "Go on only if the policy is meant to begin elsewhere."])
             )
 
     def _native_loss(
@@ -343,7 +343,7 @@ class RdpoTrainer(DPOTrainer):
         return loss, output, outputs
 
     def _of_reference(self, score: Callable[[Any], Tensor]) -> Tensor:
-        """Return what the reference scores: a second model, or the policy without its adapter."""
+        """Return the scores of the reference: a second model, or the policy without its adapter."""
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(

@@ -1,4 +1,4 @@
-"""Chooses where a stage's missing shards are made, and writes them as they come."""
+"""Choice of the engine that makes a stage's missing shards, which are written as they come."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from realign.runtime.progress import Progress
 
 @dataclass(frozen=True)
 class Engine:
-    """Where shards are made. What is made does not depend on it.
+    """Engine that makes shards, whose content does not depend on it.
 
     Attributes:
         kind: ``process``, or ``ray``.
-        workers: Processes or actors; None for one a GPU, or as many as cores and memory allow (of
-            the machine, or of the cluster).
-        threads: CPU threads a worker. Sums of a matrix product may depend on it in the last bit,
-            so it does not follow the number of workers.
+        workers: Number of processes or actors; None is one per GPU, or as many as the cores and
+            memory of the machine or cluster allow.
+        threads: CPU threads per worker. Sums of a matrix product may depend on it in the last bit,
+            so it is independent of the number of workers.
         worker_bytes: Memory that a worker needs, to choose their number.
     """
 
@@ -37,29 +37,37 @@ class Engine:
     worker_bytes: int = 0
 
     def run(self, task: Task, items: Mapping[int, Any]) -> Iterator[tuple[int, bytes]]:
-        """Yield the number and result of every item as they get done, in any order."""
+        """Yield the number and result of every item when it is done, in any order."""
         if not items:
             return
         if self.kind == "ray":
             yield from run_on_ray(task, items, self.workers, self.threads, self.worker_bytes)
             return
         gpus = torch.cuda.device_count()
-        workers = min(self.workers or gpus or self._fitting(), len(items))
+        workers = self.num_workers(len(items))
         if workers == 1:
             yield from _run_here(task, items, self.threads)
         else:
             environments = [_environment(worker, gpus) for worker in range(workers)]
             yield from run_in_processes(task, items, environments, self.threads)
 
+    def num_workers(self, num_items: int) -> int:
+        """Return how many workers share so many items; of Ray, where the number is not given, one:
+        the cluster is not asked.
+        """
+        if self.kind == "ray":
+            return min(self.workers or 1, num_items)
+        return min(self.workers or torch.cuda.device_count() or self._fitting(), num_items)
+
     def _fitting(self) -> int:
-        """Workers of a machine without GPUs: half its memory for them, a core for each thread."""
+        """Return the number of workers on CPUs, for half of the memory and a core per thread."""
         memory = usable_memory() // 2
         cores = usable_cores() // self.threads
         return max(1, min(cores, memory // max(self.worker_bytes, 1)))
 
 
 def _environment(worker: int, gpus: int) -> dict[str, str]:
-    """Shows a worker one GPU of those that this process sees."""
+    """Return the variables that show a worker one GPU of those that this process sees."""
     if not gpus:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -79,8 +87,8 @@ def _run_here(task: Task, items: Mapping[int, Any], threads: int) -> Iterator[tu
 
 
 class LazyItems(Mapping[int, Any]):
-    """Items that are made when they are handed out, to a process or to Ray as a part of all: those
-    of a large build do not fit at once.
+    """Items that are made on access, by a process or by Ray, since those of a large build do not
+    fit into memory at once.
     """
 
     def __init__(self, numbers: Collection[int], make: Callable[[int], Any]) -> None:
@@ -97,7 +105,7 @@ class LazyItems(Mapping[int, Any]):
 
 
 def make_shards(
-    what: str,
+    stage: str,
     missing: Collection[int],
     sizes: Mapping[int, int],
     item: Callable[[int], Any],
@@ -105,39 +113,40 @@ def make_shards(
     engine: Engine,
     keep: Callable[[int, bytes], None],
 ) -> None:
-    """Make shards and keep each as soon as it is made.
+    """Make shards, and store each as soon as it is made.
 
     Args:
-        what: Name of the stage, for progress.
+        stage: Name of the stage, for progress.
         missing: Numbers of the shards to make.
-        sizes: Shard number to how many records it has, for all shards.
-        item: Makes what the task is called with.
-        task: Makes the content of a shard.
-        engine: Where.
+        sizes: Number of records of every shard, by the shard's number.
+        item: Function that makes the task's argument.
+        task: Task that makes the content of a shard.
+        engine: Engine that runs the task.
         keep: Called with the number and content of every shard made.
     """
     if not missing:
         return
     total = sum(sizes.values())
     done = total - sum(sizes[number] for number in missing)
-    with Progress(what, total, done) as progress:
+    with Progress(stage, total, done) as progress:
         for number, content in engine.run(task, LazyItems(missing, item)):
             keep(number, content)
             progress.advance(sizes[number])
 
 
 def fill_shards(
-    what: str,
+    stage: str,
     paths: Mapping[int, Path],
     sizes: Mapping[int, int],
     item: Callable[[int], Any],
     task: Task,
     engine: Engine,
 ) -> None:
-    """Make the shard files that are not there; each appears whole, as soon as it is made.
+    """Make the missing shard files; each appears whole, as soon as it is made.
 
     Args:
-        paths: Shard number to its file. The other arguments are those of :func:`make_shards`.
+        paths: File of each shard, by its number. The other arguments are those of
+            :func:`make_shards`.
     """
 
     def keep(number: int, content: bytes) -> None:
@@ -145,4 +154,4 @@ def fill_shards(
             temporary.write_bytes(content)
 
     missing = [number for number, path in paths.items() if not path.is_file()]
-    make_shards(what, missing, sizes, item, task, engine, keep)
+    make_shards(stage, missing, sizes, item, task, engine, keep)

@@ -1,7 +1,7 @@
-"""Runs a task in processes of this machine, one a GPU or several a CPU.
+"""Tasks in processes of this machine, one per GPU or several per CPU.
 
-A worker that dies is an error that names its shard; workers end when the parent does, however it
-does.
+A worker that dies is an error that names its shard; workers end with their parent, even if it is
+killed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from realign.runtime.engine.task import REMEDY, Task, WorkerError, told
+from realign.runtime.engine.task import REMEDY, Task, WorkerError, portable_error
 from realign.runtime.spinning import limit_spinning
 
 END_SECONDS = 10.0
@@ -23,13 +23,13 @@ END_SECONDS = 10.0
 def run_in_processes(
     task: Task, items: Mapping[int, Any], environments: Sequence[Mapping[str, str]], threads: int
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield the number and result of every item as they get done, in any order.
+    """Yield the number and result of every item when it is done, in any order.
 
     Args:
-        task: What is done.
-        items: Number to item.
-        environments: One a worker: variables that it sets before it opens the task.
-        threads: CPU threads a worker.
+        task: Task to run.
+        items: Items by their number.
+        environments: Environment variables of each worker, set before it opens the task.
+        threads: CPU threads per worker.
     Raises:
         WorkerError: A worker died.
         RefusedError: The task refused its input.
@@ -59,7 +59,7 @@ def run_in_processes(
                 try:
                     result, error = ready.recv()
                 except (EOFError, OSError):  # before, or in the middle of, an answer
-                    raise WorkerError(_obituary(processes[ready], number)) from None
+                    raise WorkerError(_death_message(processes[ready], number)) from None
                 if error is not None:
                     raise error
                 if number is not None:
@@ -82,7 +82,7 @@ def run_in_processes(
 def _hand_out(
     worker: Connection, waiting: Iterator[tuple[int, Any]], busy: dict[Connection, int | None]
 ) -> None:
-    """Give a worker its next item. It waits for one, so a large item is read as it is sent."""
+    """Send a waiting worker its next item; a large item is read while it is sent."""
     if following := next(waiting, None):
         number, item = following
         busy[worker] = number
@@ -93,7 +93,7 @@ def _hand_out(
             return
 
 
-def _obituary(process: Any, number: int | None) -> str:
+def _death_message(process: Any, number: int | None) -> str:
     process.join()
     code = process.exitcode
     cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -117,11 +117,11 @@ def _serve(task: Task, parent: Connection, environment: dict[str, str], threads:
             for item in _received(parent):
                 parent.send((work(item), None))
     except Exception as error:  # whatever it is, the parent raises it
-        parent.send((None, told(error)))
+        parent.send((None, portable_error(error)))
 
 
 def _received(parent: Connection) -> Iterator[Any]:
-    """Items until the parent closes its end."""
+    """Yield items until the parent closes its end."""
     while True:
         try:
             item = parent.recv()

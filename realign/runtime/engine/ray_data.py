@@ -1,7 +1,7 @@
-"""Runs a task on a Ray cluster with Ray Data: the one that RAY_ADDRESS names, or a local one.
+"""Tasks on a Ray cluster with Ray Data: the one that RAY_ADDRESS names, or a local one.
 
-Models and images must lie at the same path on every node; results come back to the driver, which
-alone writes.
+Models and images must have the same path on every node; results return to the driver, which alone
+writes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from itertools import islice
 from typing import Any
 
 from realign.errors import RefusedError
-from realign.runtime.engine.task import REMEDY, Task, WorkerError, told
+from realign.runtime.engine.task import REMEDY, Task, WorkerError, portable_error
 from realign.runtime.spinning import limit_spinning
 
 # How often an actor that died is started again, and a shard is tried again. Ray Data's default is
@@ -44,18 +44,18 @@ def require_ray() -> None:
 def run_on_ray(
     task: Task, items: Mapping[int, Any], workers: int | None, threads: int, worker_bytes: int
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield the number and result of every item as they get done, in any order.
+    """Yield the number and result of every item when it is done, in any order.
 
     Args:
-        task: What is done.
-        items: Number to item.
-        workers: Actors; None for one a GPU of the cluster, or as many as its cores and memory
-            allow.
-        threads: CPU threads an actor.
+        task: Task to run.
+        items: Items by their number.
+        workers: Number of actors; None is one per GPU of the cluster, or as many as its cores and
+            memory allow.
+        threads: CPU threads per actor.
         worker_bytes: Memory that an actor needs, to choose their number.
     Raises:
         RefusedError: Ray is not installed, or the task refused its input.
-        WorkerError: Actors died and died again.
+        WorkerError: Actors died repeatedly.
         RuntimeError: The task failed; the message has its traceback.
     """
     require_ray()
@@ -94,7 +94,7 @@ def _start() -> None:
 
 
 def _fitting(cluster: Mapping[str, float], threads: int, worker_bytes: int) -> int:
-    """Actors of a cluster without GPUs: a core for each thread, and memory for each."""
+    """Return the number of actors that fit a cluster without GPUs, by cores and memory."""
     cores = int(cluster.get("CPU", 1)) // threads
     return min(cores, int(cluster.get("memory", 0)) // worker_bytes) if worker_bytes else cores
 
@@ -102,7 +102,7 @@ def _fitting(cluster: Mapping[str, float], threads: int, worker_bytes: int) -> i
 def _run_at_once(
     task: Task, items: Mapping[int, Any], actors: int, threads: int, has_gpus: bool
 ) -> Iterator[tuple[int, bytes]]:
-    """One execution of Ray Data; it starts its actors and ends them."""
+    """Run one execution of Ray Data, which starts and ends its actors."""
     import ray
     import ray.data
 
@@ -137,14 +137,14 @@ def _run_at_once(
 
 @dataclass(frozen=True)
 class _Boxed:
-    """Something that Arrow has no type for and carries as it is."""
+    """A value that Arrow has no type for and carries unchanged."""
 
     value: Any
 
 
 class _Actor:
-    """Opens the task once; called with batches of one item. What went wrong is a result too: an
-    error that is raised here would be tried again and reach the driver as another.
+    """Actor that opens the task once and is called with batches of one item. An error is returned
+    as a result: if it was raised here, Ray would retry it and raise another one in the driver.
     """
 
     def __init__(self, task: Task, threads: int) -> None:
@@ -156,7 +156,7 @@ class _Actor:
             self._context = task.open()  # kept: what it holds is let go of with it
             self._work = self._context.__enter__()  # an actor ends when its process does
         except Exception as error:  # the driver raises it
-            self._problem = told(error)
+            self._problem = portable_error(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         (boxed,) = batch["item"]
@@ -165,5 +165,5 @@ class _Actor:
             try:
                 result = self._work(boxed.value)
             except Exception as error:  # the driver raises it
-                problem = told(error)
+                problem = portable_error(error)
         return {"number": batch["number"], "result": [result], "error": [_Boxed(problem)]}

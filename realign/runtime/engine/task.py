@@ -19,11 +19,11 @@ Work = Callable[[Any], bytes]
 
 
 class WorkerError(RuntimeError):
-    """A worker died without a word: killed, or out of memory."""
+    """A worker died without an error: it was killed, or out of memory."""
 
 
-def told(error: Exception) -> Exception:
-    """The error as the caller raises it: others than ours may not survive the way."""
+def portable_error(error: Exception) -> Exception:
+    """Return the error that the caller raises; others may not survive pickling."""
     if isinstance(error, RefusedError):
         return error
     lines = "".join(traceback.format_exception(error))
@@ -31,10 +31,10 @@ def told(error: Exception) -> Exception:
 
 
 class Task(Protocol):
-    """Picklable description of work."""
+    """Picklable description of the work."""
 
     def open(self) -> AbstractContextManager[Work]:
-        """Load what the work needs, such as a model, and let go of it at the end. Called in the
-        worker, once.
+        """Load the resources of the work, such as a model, and release them at the end. It is
+        called once in each worker.
         """
         ...

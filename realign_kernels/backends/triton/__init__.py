@@ -1,6 +1,7 @@
 """The Triton kernels, for CUDA, ROCm and XPU; in Triton's interpreter they run on CPU tensors.
 
-Know no autograd and no errors of users.  Imported at the first call that needs them.
+They know nothing of autograd or of users' errors, and are imported at the first call that needs
+them.
 """
 
 from realign_kernels.backends.triton import fused_product, once

@@ -1,8 +1,8 @@
 """The product of hidden states and weight with the epilogue inside.
 
-A second path beside BLAS and ``epilogue.py``.  A program owns a block of rows by a block of
-columns: logits stay in its registers, and only E and two numbers a row leave it.  A second kernel,
-one program a row, adds the blocks up in a fixed order and moves the shift where it must.
+This is a second path beside BLAS and ``epilogue.py``. A program owns a block of rows by a block of
+columns: logits stay in its registers, and only E and two numbers per row leave it. A second kernel,
+with one program per row, adds the blocks up in a fixed order and moves the shift where it must.
 
 The product is summed over at most 1024 of the hidden size at a time, and these partial sums are
 added in float32, which rounds to nearest.  Tensor cores truncate the sums that they keep, so this
@@ -98,7 +98,7 @@ def _fused_product_kernel(
     LEAST_DEPTH: tl.constexpr, HAS_WHOLE_BLOCKS: tl.constexpr, BLOCKS_AT_A_TIME: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """Each program walks every ``NUM_PROGRAMS``-th block; no two write the same place."""
+    """Each program walks every ``NUM_PROGRAMS``-th block; no two write to the same place."""
     numbers = rounded_numbers(inner, outer, inverse, linear, tl.float32)
     num_blocks_n = tl.cdiv(num_rows, BLOCK_N)
     num_blocks_v = tl.cdiv(num_columns, BLOCK_V)
@@ -111,7 +111,7 @@ def _fused_product_kernel(
         block_n = first_block + in_group % height
         block_v = in_group // height
 
-        # Times a stride these may overflow int32, so they go into the pointers once a block.
+        # Times a stride these may overflow int32, so they go into the pointers once per block.
         first_n = block_n.to(tl.int64) * BLOCK_N
         first_v = block_v.to(tl.int64) * BLOCK_V
         last_n = (num_rows - 1 - first_n).to(tl.int32)
@@ -256,8 +256,9 @@ def fused_product(
 ) -> None:
     """Compute the logits of a tile and fold them into the sums of its rows.
 
-    As a product followed by ``epilogue.epilogue``, except that the logits are stored nowhere:
-    ``tile.logits`` only says the shape and dtype.  Takes no statistics and tracks no best token.
+    The results are those of a product followed by ``epilogue.epilogue``, but the logits are never
+    stored: ``tile.logits`` only states the shape and dtype. No statistics are taken, and no best
+    token is tracked.
     """
     state, exponentials = tile.state, tile.exponentials
     num_rows, num_columns = tile.logits.shape

@@ -1,7 +1,7 @@
-"""Launches of every kernel: a table and a pure choice from it.  Knows no maths.
+"""Launch settings of every kernel: a table and a pure choice from it.
 
-NOTHING HERE HAS BEEN MEASURED ON A GPU.  The numbers follow from the arithmetic of registers and
-memory transactions, for an NVIDIA GPU of 64 K registers a multiprocessor.
+NOTHING HERE HAS BEEN MEASURED ON A GPU. The numbers follow from the arithmetic of registers and
+memory transactions, for an NVIDIA GPU with 64 K registers per multiprocessor.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ class Launch(NamedTuple):
 # in.  One row serves every GPU until there are measurements to tell them apart.
 _LAUNCHES: dict[Capability, dict[tuple[str, int], Launch]] = {
     (0, 0): {
-        # A row of an 8192-wide tile in 8 blocks; 8 elements a thread are two 16-byte loads in
-        # flight, and with every statistic 4 vectors of them take 32 registers.  Not measured.
+        # A row of an 8192-wide tile in 8 blocks; 8 elements per thread are two 16-byte loads in
+        # flight, and with every statistic 4 vectors of them take 32 registers. Not measured.
         ("epilogue", 4): Launch(1024, 4),
-        # As many registers a thread as in float32.  Not measured.
+        # As many registers per thread as in float32. Not measured.
         ("epilogue", 8): Launch(512, 4),
         # Hidden size 4096 in 4 blocks; a row of the weight is read once, in half precision 16 bytes
-        # a thread.  Not measured.
+        # per thread. Not measured.
         ("label_dot", 4): Launch(1024, 4),
         ("label_dot", 8): Launch(512, 4),  # as many bytes; not measured
         # The same row, read and written; most programs return before either.  Not measured.
         ("combine", 4): Launch(1024, 4),
         ("combine", 8): Launch(512, 4),  # as many bytes; not measured
-        # One warp: most rows of the vocabulary have no entry, and the others few.  A block of 256
-        # by 8 entries is 64 registers a thread.  Not measured.
+        # One warp: most rows of the vocabulary have no entry, and the others few. A block of 256 by
+        # 8 entries is 64 registers per thread. Not measured.
         ("add_entries", 4): Launch(256, 1),
         ("add_entries", 8): Launch(128, 1),  # as many registers; not measured
         # Tokens of one answer, summed in float64: some hundred in one or two blocks.  Not measured.
@@ -49,10 +49,10 @@ _LAUNCHES: dict[Capability, dict[tuple[str, int], Launch]] = {
         ("sum_sequences", 8): Launch(256, 4),  # the sums are the same; not measured
         # The blocks of one row of a tile: 64 of 128 columns.  Not measured.
         ("settle", 4): Launch(256, 1),
-        # 32 pairs of four cells in float64, one cell a thread: an objective of four terms takes 128
-        # registers, of which the one program spills a few bytes.  Not measured.
+        # 32 pairs of four cells in float64, one cell per thread: an objective of four terms takes
+        # 128 registers, of which the one program spills a few bytes. Not measured.
         ("pair_loss", 8): Launch(256, 4),
-        # All labels of a micro-batch in one or two blocks, 16 a thread.  Not measured.
+        # All labels of a micro-batch in one or two blocks, 16 per thread. Not measured.
         ("find_rows", 4): Launch(4096, 8),
         ("find_rows", 8): Launch(4096, 8),  # the same labels; not measured
     }
@@ -69,9 +69,9 @@ class ProductLaunch(NamedTuple):
     num_stages: int
 
 
-# By bytes of the operands.  128 x 128 float32 sums are 64 registers a thread of 8 warps, twice that
-# with the partial sums beside them.  With the addresses of low-rank factors as well, half as many
-# columns spill no register.  Not measured.
+# By bytes of the operands. 128 x 128 float32 sums are 64 registers per thread of 8 warps, twice
+# that with the partial sums beside them. With the addresses of low-rank factors as well, half as
+# many columns spill no register. Not measured.
 _PRODUCT_LAUNCHES = {2: ProductLaunch(128, 128, 64, 8, 3), 4: ProductLaunch(64, 64, 32, 4, 3)}
 _LOW_RANK_LAUNCHES = {2: ProductLaunch(128, 64, 64, 8, 3), 4: ProductLaunch(64, 32, 32, 4, 3)}
 
@@ -93,7 +93,7 @@ ENTRIES_AT_A_TIME = 8
 def choose_launch(kernel: str, dtype: torch.dtype, width: int, capability: Capability) -> Launch:
     """Return the launch of the newest row that the capability allows, no wider than it need be.
 
-    A block has at least one element a thread: with fewer, Triton gives an element to several
+    A block has at least one element per thread: with fewer, Triton gives an element to several
     threads, one of which might store it before another has loaded it.
     """
     newest = max(least for least in _LAUNCHES if least <= capability)
@@ -105,7 +105,7 @@ def choose_launch(kernel: str, dtype: torch.dtype, width: int, capability: Capab
 
 
 def launch_of(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> Launch:
-    """Return how to launch a kernel over ``width`` elements a row on a device."""
+    """Return how to launch a kernel over ``width`` elements per row on a device."""
     return choose_launch(kernel, dtype, width, _capability(device))
 
 
@@ -129,5 +129,5 @@ def product_launch(
 
 
 def has_dense_rows(matrix: Tensor) -> bool:
-    """Return whether neighbours of a row lie side by side, as the kernels take for granted."""
+    """Return whether the numbers of each row are contiguous, as the kernels assume."""
     return matrix.shape[1] <= 1 or matrix.stride(1) == 1

@@ -1,9 +1,9 @@
 """Kernels that run once per call: find, start and finish rows, and spread gradients.
 
-Few launches, since with a few hundred rows the host's time for a launch is longer than the work.
-One kernel does what a dozen operators of PyTorch would; what it computes is written down in
-``fused/gradients.py`` and in the operators of ``ops/``.  Letters: **M** positions, **N** of them
-scored, **D** hidden size, **V** vocabulary.
+Launches are few, since with a few hundred rows the host's time for a launch is longer than the
+work. One kernel replaces a dozen operators of PyTorch; its formulas are in ``fused/gradients.py``
+and in the operators of ``ops/``. Letters: **M** positions, **N** of them scored, **D** hidden size,
+**V** vocabulary.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _find_rows_kernel(
                  mask=is_position)  # fmt: skip
         found += tl.sum(is_scored.to(tl.int32), axis=0)
         last = tl.maximum(last, tl.max(tl.where(is_scored, offs_m, 0), axis=0))
-    # Fewer than were promised: rows that nobody can read wrongly, in their order.
+    # Fewer labels than were promised: the remaining rows repeat the last one, in order.
     for start in range(0, num_rows - found, BLOCK_M):
         places = found + start + tl.arange(0, BLOCK_M)
         repeated = tl.zeros((BLOCK_M,), tl.int64) + last
@@ -231,7 +231,7 @@ def _spread_rows_kernel(
     stride_u, stride_sn,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program owns a position, and looks for it among the scored ones, which ascend."""
+    """One program owns a position, and searches for it among the scored ones, which ascend."""
     m = tl.program_id(0).to(tl.int64)
     low = tl.zeros((), tl.int32)
     high = tl.full((), num_rows, tl.int32)
@@ -371,7 +371,7 @@ def grade_rows(
 
 
 def rescale_rows(matrix: Tensor, old_shift: Tensor, new_shift: Tensor) -> None:
-    """Make rows of E, relative to the old shift, relative to the new one."""
+    """Rescale rows of E from the old shift to the new one."""
     num_rows, num_columns = matrix.shape
     if num_rows == 0:
         return
@@ -385,7 +385,7 @@ def rescale_rows(matrix: Tensor, old_shift: Tensor, new_shift: Tensor) -> None:
 
 
 def spread_rows(upstream: Tensor | None, rows: Tensor, positions: Tensor, out: Tensor) -> None:
-    """Set a scored row of ``out`` to its row times what comes from above, any other to 0."""
+    """Set a scored row of ``out`` to its row times its upstream gradient, any other to 0."""
     num_positions, hidden_size = out.shape
     if num_positions == 0 or hidden_size == 0:
         return

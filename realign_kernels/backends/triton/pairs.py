@@ -1,7 +1,7 @@
 """From token log-probabilities to the loss of a preference batch, in float64 and without atomics.
 
-Reads the objective's table; knows no vocabulary.  Letters: **S** = C * P sequences, **P** pairs,
-**C** cells, **T** positions.
+It reads the objective's table and knows nothing of the vocabulary. Letters: **S** = C * P
+sequences, **P** pairs, **C** cells, **T** positions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Kernels that pick rows of the weight by token, or add to them.  Any strides of the weight.
+"""Kernels that pick rows of the weight by token, or add to them. The weight may have any strides.
 
 Letters: **N** rows, **D** hidden size, **V** vocabulary entries of the tile.
 """

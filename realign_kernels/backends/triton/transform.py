@@ -1,4 +1,4 @@
-"""The logit transform inside kernels, and conversions of numbers.  Knows no rows.
+"""The logit transform inside kernels, and conversions of numbers.
 
 Scale, softcap and temperature are arguments of 64 bits, so that no value of them compiles anew and
 none is rounded before it meets the dtype that is computed in.
@@ -15,7 +15,7 @@ import triton.language as tl
 if TYPE_CHECKING:
     from realign_kernels.head import LogitTransform
 
-# What torch calls the dtypes of operands.
+# Triton's names of torch's dtypes of operands.
 DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -25,7 +25,7 @@ DTYPES = {
 
 
 def transform_numbers(transform: LogitTransform) -> dict[str, float | bool]:
-    """Return the arguments of a kernel that say what a transform multiplies by."""
+    """Return the factors of a transform as arguments of a kernel."""
     softcap, temperature = transform.logit_softcap, transform.temperature
     linear = transform.logit_scale / temperature
     if softcap is None:
@@ -52,7 +52,7 @@ def rounded_numbers(inner, outer, inverse, linear, dtype: tl.constexpr):
 
 @triton.jit
 def _tanh(x):
-    """tanh to an ulp or two, odd, and without cancellation near 0.
+    """Compute tanh to an ulp or two, odd, and without cancellation near 0.
 
     Source: Cephes (Moshier), tanhf.c and tanh.c.  Not libdevice's, which the interpreter lacks.
     """

@@ -335,7 +335,7 @@ def test_the_advice_keeps_the_pairs_of_a_step(
             Footprint(14 * GB, 2 * GB, 4 * GB),
             batch_size=batch_size,
             accumulation=accumulation,
-            held=held,
+            allocated=held,
             capacity=capacity,
         )
     )
