@@ -1,6 +1,4 @@
-"""Preference records and their checks. Image bytes stay undecoded; rows are identified by their
-content.
-"""
+"""Preference records, which are identified by their content, and their checks."""
 
 from __future__ import annotations
 
@@ -153,9 +151,7 @@ class LazyRecords(Sequence[Record]):
         return self._read(numbers) if isinstance(numbers, int) else [*map(self._read, numbers)]
 
     def texts(self) -> Sequence[Record]:
-        """Return the same rows without their image bytes, which are most of a dataset. Their
-        ``key`` differs from the rows' own.
-        """
+        """Return the same rows without their images; their ``key`` differs from the rows' own."""
         return self
 
 
