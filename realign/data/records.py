@@ -58,6 +58,15 @@ class Record:
         rejected_images: Bytes of the retrieved image files v_l; empty when there is no image pair.
         meta: Provenance; anything JSON can hold.
         place: The row's file and place in it, for messages; not part of its content.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> from realign import Record
+        >>> image = Path("photo.png").read_bytes()
+        >>> prompt = ({"role": "user", "content": "What is in the image?"},)
+        >>> Record("1", (image,), prompt, chosen="A red house.", rejected="A dog.").chosen
+        'A red house.'
     """
 
     id: str
