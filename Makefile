@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # idle processes take tests from the end of the longer queue
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
-.PHONY: demo test test-full test-slow test-browser test-peers lint clean
+.PHONY: demo docs test test-full test-slow test-browser test-peers lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/realign demo --out runs/demo
@@ -27,6 +27,10 @@ test-browser: $(VENV)/.browser
 test-peers: $(VENV)/.test
 	$(BIN)/python -m tests.peers $(PEER) $(SOURCE)
 
+# the site, in build/site
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,11 +46,11 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt $(NATIVE)
 	touch $@
 
 $(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt $(NATIVE)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[pipeline,report,browse,endpoint,retrieval,test]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[pipeline,report,browse,endpoint,retrieval,docs,test]"
 	touch $@
 
 $(VENV)/.browser: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[pipeline,report,browse,endpoint,retrieval,test,browser]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[pipeline,report,browse,endpoint,retrieval,docs,test,browser]"
 	touch $@
 
 clean:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from realign.training.trainer import RDPOConfig as RDPOConfig
     from realign.training.trainer import RDPOTrainer as RDPOTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if getattr(util.find_spec("realign_kernels"), "origin", None) is None:
     raise ImportError(

@@ -144,6 +144,10 @@ class BuildConfig(Section):
     """Output folder."""
     format: str | None = None
     """Layout of the source, see docs/formats.md; detected if not given."""
+    sample: PositiveInt | None = None
+    """Number of rows to build from, drawn at random by ``seed``; by default all. Images of other
+    rows are not read.
+    """
     turns: Literal["first", "last", "each"] = "first"
     """Answers of a conversation that become rows: the first, the last, or each one together with
     the turns before it.
@@ -227,7 +231,7 @@ class BuildConfig(Section):
     dtype: Dtype = "auto"
     """Dtype of the weights; ``auto`` is bfloat16 on a GPU and float32 on a CPU."""
     seed: Seed = 0
-    """Seed of the choice of masked phrases; it is also sent to servers."""
+    """Seed of the sample and of the choice of masked phrases; it is also sent to servers."""
 
     @model_validator(mode="after")
     def _check_masker(self) -> BuildConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, distribution
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 DISTRIBUTIONS = ("realign", "realign-kernels")
 _FOLDER = "realign_kernels/"

@@ -37,22 +37,6 @@ def test_python_blocks_run(page: str) -> None:
             assert float(run.stdout) == pytest.approx(2 * math.log(2), abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "docs/building.md", "docs/formats.md", "docs/training.md"]
-)
-def test_commands_use_options_that_exist(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    verbs = re.findall(r"^realign (\w+) +((?:.*\\\n)*.*)", text, re.MULTILINE)
-    assert len(verbs) >= {"README.md": 5, "docs/building.md": 7}.get(page, 0)
-    for verb, rest in verbs:
-        if verb in SECTIONS:
-            options = set(re.findall(r"--([a-z_]+)", rest)) - {"set", "config", "dry"}
-            allowed = SECTIONS[verb].model_fields.keys() | {"model"}
-            assert options <= allowed, (verb, options - allowed)
-            for key in re.findall(rf"--set {verb}\.([a-z_]+)", rest):
-                assert key in SECTIONS[verb].model_fields
-
-
 def test_recipes_are_configurations() -> None:
     config = load_config(BuildConfig, ROOT / "recipes/paper-data.yaml", flags=BUILD_FLAGS)
     assert (config.top_k, config.threshold) == (10, 0.95)  # the paper's

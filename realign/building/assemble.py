@@ -92,6 +92,7 @@ def funnel(
     outcomes: Iterable[Mapping[str, Any]],
     *,
     rejected: Mapping[str, int],
+    unsampled: int,
     annotated: int,
     excluded: Mapping[str, int],
 ) -> dict[str, Any]:
@@ -100,6 +101,7 @@ def funnel(
     Args:
         outcomes: One a row, see :class:`~realign.building.induction.Outcome`; read once.
         rejected: Rows of the source that were bad, by code; not among ``outcomes``.
+        unsampled: Good rows of the source that are not in the sample; not among ``outcomes``.
         annotated: Rows whose answer was asked for.
         excluded: Neighbours that were no candidates, by reason.
     """
@@ -119,6 +121,7 @@ def funnel(
     return {
         "rows": rows,
         "rejected": _most_first(Counter(rejected)),
+        "unsampled": unsampled,
         "annotated": annotated,
         "masked_by": _most_first(masked_by),
         "excluded_neighbours": dict(excluded),

@@ -67,12 +67,27 @@ class LocalModel:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model behind an OpenAI-compatible server; its journal keeps every answer."""
+    """A model behind an OpenAI-compatible server; its journal keeps every answer.
+
+    Attributes:
+        role: Its section in the configuration, for messages.
+    """
 
     section: GeneratorSection
+    role: str
     journal: Path
     max_new_tokens: int
     seed: int
+
+    @property
+    def name(self) -> str:
+        """Return the name that the server knows it by."""
+        return self.section.model
+
+    @property
+    def address(self) -> tuple[str, str, str]:
+        """Return what a check of the server depends on."""
+        return str(self.section.endpoint), self.section.api_key_env, self.section.model
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -109,9 +124,24 @@ class ServedModel:
         """Refuse what is known to fail, before any work.
 
         Raises:
-            RefusedError: The client is not installed, or the URL or the key is unusable.
+            RefusedError: The client is not installed, the URL or the key is unusable, or a key is
+                needed and not set.
         """
-        self._endpoint().key()
+        endpoint = self._endpoint()
+        from realign.generation.endpoint_probe import check_key
+
+        check_key(endpoint, is_named="api_key_env" in self.section.model_fields_set)
+
+    def check_server(self) -> None:
+        """Ask the server whether it can be used.
+
+        Raises:
+            RefusedError: It cannot be reached, refuses the key, or does not serve the model.
+        """
+        endpoint = self._endpoint()
+        from realign.generation.endpoint_probe import check_server
+
+        check_server(endpoint, self.section.model, self.section.length_field)
 
     def _endpoint(self) -> Endpoint:
         from realign.generation.endpoint import Endpoint
@@ -124,6 +154,7 @@ class ServedModel:
             section.concurrency,
             section.timeout_s,
             section.max_retries,
+            option=f"build.{self.role}.endpoint",
         )
 
 
@@ -142,7 +173,7 @@ def asked_model(section: GeneratorSection | None, role: str, config: BuildConfig
     """
     if section is not None and section.endpoint is not None:
         journal = config.out / "journal" / f"{role}.jsonl"
-        served = ServedModel(section, journal, config.max_new_tokens, config.seed)
+        served = ServedModel(section, role, journal, config.max_new_tokens, config.seed)
         served.check()
         return served
     model, option = (

@@ -17,36 +17,38 @@ shards of its own, resumed after a kill.
 
 from __future__ import annotations
 
-import math
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from realign.building.assemble import assemble, funnel
-from realign.building.corpus import Corpus, inspect_corpus
+from realign.building.corpus import Corpus
 from realign.building.masking.lexicon import Lexicon
 from realign.building.masking.masker import MaskRules
 from realign.building.masking.remnants import GAPS
-from realign.building.models import Readers
+from realign.building.models import ServedModel
+from realign.building.plan import make_plan, parts_of
 from realign.building.similarity import similarity_identity
+from realign.building.source import inspect_rows, read_rows
 from realign.building.staging import Staging
 from realign.config import BuildConfig
 from realign.data.decisions import RowKey, decisions_path, read_decisions
 from realign.data.formats.parquet import write_parquet
-from realign.data.formats.read_source import read_source
 from realign.data.formats.source_row import SourceRow
 from realign.data.image_names import check_image_root
-from realign.data.records import Problem, Record
+from realign.data.records import Record
 from realign.errors import RefusedError
 from realign.modeling.chat_template import Renderer
 from realign.modeling.folder import resolve_model
 from realign.modeling.identity import machine_numerics
 from realign.modeling.processors import load_processor
-from realign.runtime.files import content_sha256, file_sha256, write_json, write_jsonl
+from realign.runtime.files import content_sha256, file_sha256, replacing, write_json, write_jsonl
 from realign.runtime.progress import announce
-from realign.runtime.run_folder import check_out, claim, is_claimed, only_run
+from realign.runtime.run_folder import check_out, claim, is_begun, is_claimed, only_run
 from realign.runtime.strict_json import read_json
 
 ENGLISH_LEXICON = Path(__file__).parent / "masking" / "lexicon.yaml"
@@ -57,15 +59,21 @@ NOT_IDENTITY = {
     *("engine", "workers", "max_reject"),
     *("annotator", "masker", "inducer", "encoder", "similarity"),  # said by their identities
 }
+# options that change nothing where they are not given
+IF_GIVEN = ("max_length", "sample")
 
 
-def build(config: BuildConfig) -> Path:
+def build(config: BuildConfig, *, dry_run: bool = False) -> Path:
     """Build a dual-preference dataset and return its parquet file. The same call after a kill
     continues.
 
+    Args:
+        config: The build.
+        dry_run: Show the plan and stop, with nothing written. Each server is asked one question,
+            and models of this process answer a few rows, to see how long they take.
     Raises:
-        RefusedError: Too many bad source rows, an output folder that holds another run, no row
-            that gave a pair, or none that the decision file keeps.
+        RefusedError: Too many bad source rows, a server that cannot be used, an output folder that
+            holds another run, no row that gave a pair, or none that the decision file keeps.
     """
     check_out(config.out)
     _check_paths(config)
@@ -83,35 +91,83 @@ def build(config: BuildConfig) -> Path:
     )
     rules.lexicon.check_rates(config.mask_rates)
     staging = Staging(config, special)
-    rows, corpus, problems = _read(config, special, staging.readers(folder))
-    what = {
-        "config": config.model_dump(
-            mode="json",
-            # none is the model's own limit, which its files say
-            exclude=NOT_IDENTITY | ({"max_length"} if config.max_length is None else set()),
-        ),
-        "source": _content(config.source),
-        "images": corpus.digests,
-        "rows": [content_sha256(row.id, corpus.digest_of(row.path)) for row in rows],
-        "special": sorted({*special} - {""}),
-        "lexicon": file_sha256(lexicon_path),
-        "refusals": file_sha256(REFUSALS),
-        "gaps": file_sha256(GAPS),
-        "similarity": similarity,
-        "models": staging.identities(),
-        "numerics": machine_numerics(),
-    }
-    labels = {"images": corpus.names, "rows": [row.id for row in rows]}
+    readers = staging.readers(folder)
+    source = read_rows(config, special, readers, extracts=not dry_run)
     dataset = config.out / "dataset.parquet"
-    dropped = _Dropped.of(dataset)
-    is_old = is_claimed(config.out, "build", what, labels)
-    if is_old and dataset.is_file() and _is_written(config.out, dropped):
-        return dataset
-    with only_run(config.out, "build"):
-        claim(config.out, "build", what, labels)
-        write_jsonl(config.out / "rejected.jsonl", map(asdict, problems))
-        _run(config, staging, rules, rows, corpus, problems, dropped)
+    with TemporaryDirectory() as scratch:
+        _show_plan(config, staging, source.rows, rules, Path(scratch), dry_run=dry_run)
+        if dry_run:
+            return dataset
+        rows, corpus, problems = inspect_rows(config, source, readers)
+        what = {
+            "config": config.model_dump(
+                mode="json",
+                exclude=NOT_IDENTITY | {name for name in IF_GIVEN if getattr(config, name) is None},
+            ),
+            "source": _content(config.source),
+            "images": corpus.digests,
+            "rows": [content_sha256(row.id, corpus.digest_of(row.path)) for row in rows],
+            "special": sorted({*special} - {""}),
+            "lexicon": file_sha256(lexicon_path),
+            "refusals": file_sha256(REFUSALS),
+            "gaps": file_sha256(GAPS),
+            "similarity": similarity,
+            "models": staging.identities(),
+            "numerics": machine_numerics(),
+        }
+        labels = {"images": corpus.names, "rows": [row.id for row in rows]}
+        dropped = _Dropped.of(dataset)
+        is_old = is_claimed(config.out, "build", what, labels)
+        if is_old and dataset.is_file() and _is_written(config.out, dropped):
+            return dataset
+        with only_run(config.out, "build"):
+            claim(config.out, "build", what, labels)
+            _keep_answers(Path(scratch), config.out / "journal")
+            write_jsonl(config.out / "rejected.jsonl", map(asdict, problems))
+            bad = Counter(problem.code for problem in problems)
+            _run(config, staging, rules, rows, corpus, dropped, bad, source.num_unsampled)
     return dataset
+
+
+def _show_plan(
+    config: BuildConfig,
+    staging: Staging,
+    rows: Sequence[SourceRow],
+    rules: MaskRules,
+    scratch: Path,
+    *,
+    dry_run: bool,
+) -> None:
+    """Check the servers and say what will be asked of whom. A finished build asks nobody."""
+    is_begun_before = is_begun(config.out, "build")
+    if is_begun_before and (config.out / "funnel.json").is_file() and not dry_run:
+        return
+    parts = parts_of(config, staging, rows)
+    checked = set()
+    for asked in (part.asked for part in parts):
+        if isinstance(asked, ServedModel) and asked.address not in checked:
+            asked.check_server()
+            checked.add(asked.address)
+    for line in make_plan(
+        config,
+        staging,
+        rows,
+        rules,
+        parts,
+        scratch,
+        # one who goes on has seen the plan, and has answers to wait for
+        asks=dry_run or not is_begun_before,
+        loads=dry_run,
+    ):
+        announce(line)
+
+
+def _keep_answers(scratch: Path, folder: Path) -> None:
+    """Keep what servers said to the plan's questions, so that they are not asked them again."""
+    for said in scratch.glob("*.jsonl"):
+        if not (folder / said.name).exists():
+            with replacing(folder / said.name) as temporary:
+                shutil.copyfile(said, temporary)
 
 
 def _run(
@@ -120,8 +176,9 @@ def _run(
     rules: MaskRules,
     rows: list[SourceRow],
     corpus: Corpus,
-    problems: Sequence[Problem],
     dropped: _Dropped,
+    bad: Counter[str],
+    num_unsampled: int,
 ) -> None:
     """Every stage, then the dataset and, last, the counts: without them it is not finished."""
     neighbours = staging.retrieve(corpus)
@@ -130,7 +187,8 @@ def _run(
     outcomes = staging.induce(rows, masked, neighbours, unanswered)
     counts = funnel(
         outcomes,
-        rejected=Counter(problem.code for problem in problems),
+        rejected=bad,
+        unsampled=num_unsampled,
         annotated=sum(row.is_annotated for row in rows),
         excluded=neighbours.excluded,
     )
@@ -170,63 +228,6 @@ class _Dropped:
         )
 
 
-def _read(
-    config: BuildConfig, special: Sequence[str], readers: Readers
-) -> tuple[list[SourceRow], Corpus, list[Problem]]:
-    """Good rows, their images, and what is wrong with the others."""
-    source = read_source(
-        config.source,
-        config.images,
-        special=special,
-        turns=config.turns,
-        format=config.format,
-        image_name=config.image_name,
-        extract_to=config.out / "source_images",
-    )
-    problems = [*source.problems]
-    answered: list[SourceRow] = []
-    for row in source.rows:
-        text = "\n".join((row.instruction, row.answer, row.rejected))
-        if said := readers.refusal_of_text(text):
-            message = f"{row.place}: {said}"
-            problems.append(Problem(row.id, row.place, "", "token-id", message))
-            continue
-        if row.answer or config.annotator:
-            answered.append(row)
-            continue
-        unread = sorted(row.source.get("extra", {}))
-        message = (
-            f"{row.place}: answer must not be empty without an annotator"
-            f"{f', got a row whose keys {unread[:8]} are not read' if unread else ''}. Fill it in, "
-            "or say who answers with build.annotator."
-        )
-        problems.append(Problem(row.id, row.place, "answer", "empty-answer", message))
-    _check_share(problems, source.num_read, config, answered, "; no image was decoded yet")
-    corpus, unreadable = inspect_corpus(
-        answered, config.out / "images", config.workers or 0, readers.refusal_of_image
-    )
-    rows: list[SourceRow] = []
-    for row in answered:
-        if row.path in unreadable:
-            refused = unreadable[row.path].at(f"{row.place}, {row.image}")
-            problems.append(Problem(row.id, row.place, "image", refused.code, str(refused)))
-        else:
-            rows.append(row)
-    _check_share(problems, source.num_read, config, rows)
-    if len(corpus) < 2:
-        bad = f", and these bad rows:\n{_shown(problems)}\n" if problems else ". "
-        raise RefusedError(
-            f"source must show at least 2 different images to retrieve from, got {len(corpus)}{bad}"
-            "Add rows of other images; equal files are one image."
-        )
-    if problems:
-        announce(
-            f"{len(problems)} of {source.num_read} source rows are bad and left out; see "
-            "rejected.jsonl"
-        )
-    return rows, corpus, problems
-
-
 def _content(source: Path) -> str:
     """Hash of a source file, or of every file of a source folder."""
     if source.is_file():
@@ -246,30 +247,6 @@ def _check_paths(config: BuildConfig) -> None:
         )
     if config.images is not None:
         check_image_root(config.images)
-
-
-def _check_share(
-    problems: Sequence[Problem],
-    num_rows: int,
-    config: BuildConfig,
-    good: Sequence[SourceRow],
-    note: str = "",
-) -> None:
-    """Refuse too many bad rows; leaving them out is advised only where enough images are left."""
-    bad = len({problem.place for problem in problems})  # one row may give several
-    if bad > config.max_reject * num_rows:
-        share = math.ceil(1000 * bad / num_rows) / 1000
-        is_enough = len({row.path for row in good}) >= 2
-        leave_out = f", or pass --set build.max_reject={share} to leave them out" * is_enough
-        raise RefusedError(
-            f"{bad} of {num_rows} rows of {config.source.name} are bad{note}, allowed are "
-            f"{config.max_reject:.2%}:\n{_shown(problems)}\nCorrect them{leave_out}."
-        )
-
-
-def _shown(problems: Sequence[Problem]) -> str:
-    more = f"\n... and {len(problems) - 20} more." if len(problems) > 20 else ""
-    return "\n".join(problem.message for problem in problems[:20]) + more
 
 
 def _is_written(out: Path, dropped: _Dropped) -> bool:

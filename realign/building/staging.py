@@ -65,15 +65,20 @@ class Staging:
     Args:
         config: What is built.
         special: The model's special tokens.
+
+    Attributes:
+        inducer: Who refills masks.
+        masker: Who masks; None for the lexicon.
+        annotator: Who gives the answers that are missing; None for nobody.
     """
 
     def __init__(self, config: BuildConfig, special: tuple[str, ...]) -> None:
         self._config, self._special = config, special
-        self._inducer = asked_model(config.inducer, "inducer", config)
-        self._masker = (
+        self.inducer = asked_model(config.inducer, "inducer", config)
+        self.masker = (
             asked_model(config.masker, "masker", config) if config.mask == "model" else None
         )
-        self._annotator = (
+        self.annotator = (
             asked_model(config.annotator, "annotator", config) if config.annotator else None
         )
         self._encoder = EncoderModel.of(config)
@@ -89,7 +94,7 @@ class Staging:
         Args:
             model: Folder of the model to be aligned, which will be trained on them.
         """
-        asked = (self._inducer, self._masker, self._annotator)
+        asked = (self.inducer, self.masker, self.annotator)
         encoder = self._encoder
         return Readers(
             [model, *(each.folder for each in asked if isinstance(each, LocalModel))],
@@ -99,9 +104,9 @@ class Staging:
     def identities(self) -> dict[str, Any]:
         """Everything about the models that the result depends on."""
         roles = {
-            "inducer": self._inducer,
-            "masker": self._masker,
-            "annotator": self._annotator,
+            "inducer": self.inducer,
+            "masker": self.masker,
+            "annotator": self.annotator,
             "encoder": self._encoder,
         }
         return {role: each.identity for role, each in roles.items() if each}
@@ -112,12 +117,12 @@ class Staging:
             "source": self._config.source.name,
             "encoder": self._encoder.name,
             "similarity": self._config.similarity,
-            "generator": self._inducer.provenance,
+            "generator": self.inducer.provenance,
         }
-        if self._masker:
-            said["masker"] = self._masker.provenance
-        if self._annotator:
-            said["annotator"] = self._annotator.provenance
+        if self.masker:
+            said["masker"] = self.masker.provenance
+        if self.annotator:
+            said["annotator"] = self.annotator.provenance
         return said
 
     def annotate(self, rows: Sequence[SourceRow]) -> tuple[list[SourceRow], dict[str, str]]:
@@ -126,11 +131,11 @@ class Staging:
         Returns:
             The rows with their answers, and by id why there is none.
         """
-        if self._annotator is None or all(row.answer for row in rows):
+        if self.annotator is None or all(row.answer for row in rows):
             return [*rows], {}
         config = self._config
-        task = Annotate(self._annotator, config.annotation_prompt, self._special, config.window)
-        lines = self._rows_stage("annotate", "annotated", rows, task, self._annotator)
+        task = Annotate(self.annotator, config.annotation_prompt, self._special, config.window)
+        lines = self._rows_stage("annotate", "annotated", rows, task, self.annotator)
         answered: list[SourceRow] = []
         problems: dict[str, str] = {}
         for row, line in zip(rows, lines, strict=True):
@@ -143,8 +148,8 @@ class Staging:
 
     def mask(self, rows: Sequence[SourceRow], rules: MaskRules) -> list[Masked]:
         """Mask every answer that needs it."""
-        task = Mask(self._masker, rules, self._config.window)
-        lines = self._rows_stage("mask", "masked", rows, task, self._masker)
+        task = Mask(self.masker, rules, self._config.window)
+        lines = self._rows_stage("mask", "masked", rows, task, self.masker)
         return [Masked(line["text"], line["by"]) for line in lines]
 
     def retrieve(self, corpus: Corpus) -> Neighbourhood:
@@ -161,7 +166,7 @@ class Staging:
             sizes,
             lambda number: [corpus.paths[i] for i in ranges[number]],
             Embed(self._encoder, config.batch_size),
-            self._engine(self._encoder),
+            self.engine(self._encoder),
             lambda number, content: store.write(
                 number, load(content)["embeddings"], digests[number]
             ),
@@ -187,7 +192,7 @@ class Staging:
             min_length_ratio=config.min_length_ratio,
             max_length_ratio=config.max_length_ratio,
         )
-        asked = None if all(row.rejected for row in rows) else self._inducer
+        asked = None if all(row.rejected for row in rows) else self.inducer
         task = Induce(asked, config.similarity, acceptance, config.window)
 
         def prepared(part: range) -> list[Prepared]:
@@ -220,16 +225,20 @@ class Staging:
         asked: Asked | None,
     ) -> ShardLines:
         """Lines of all shards of a stage over rows, in order of the rows."""
-        ranges = _ranges(num_rows, self._config.shard_size, self._config.window)
+        ranges = self.shards(num_rows)
         paths = _paths(self._config.out / folder, ranges, "jsonl")
         sizes = {number: len(part) for number, part in ranges.items()}
-        engine = self._engine(asked)
+        engine = self.engine(asked)
         fill_shards(what, paths, sizes, lambda number: item(ranges[number]), task, engine)
         return ShardLines([(paths[number], sizes[number]) for number in ranges])
 
-    def _engine(self, asked: Any) -> Engine:
-        """Local models work in parallel; a server is asked by one process, which has the
-        journal.
+    def shards(self, num_rows: int) -> dict[int, range]:
+        """Return the shards of a stage over rows: number to which rows are in it."""
+        return _ranges(num_rows, self._config.shard_size, self._config.window)
+
+    def engine(self, asked: Any) -> Engine:
+        """Return who makes a stage's shards. Local models work in parallel; a server is asked by
+        one process, which has the journal.
         """
         config = self._config
         folder = getattr(asked, "folder", None)

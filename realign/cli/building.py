@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,13 +16,23 @@ if TYPE_CHECKING:
 
 
 @app.command(cls=SectionCommand)
-def build(ctx: typer.Context) -> None:
+def build(
+    ctx: typer.Context,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check sources, servers and keys, show how much would be asked of whom, and stop.",
+        ),
+    ] = False,
+) -> None:
     """Build preference pairs from images and good answers.
 
     Answers are masked, similar images retrieved, and the model refills the mask while it looks at
     one of them. What it makes up becomes the rejected answer. A stopped build continues when the
     same command is given again.
     """
+    from realign.data.build_folder import read_funnel
     from realign.data.formats.layouts import recognise
     from realign.data.image_names import check_image_root
 
@@ -37,11 +46,19 @@ def build(ctx: typer.Context) -> None:
         recognise((), options.format, options.source.name)
     from realign.building.run import build as run
 
-    dataset = run(options)
-    counts = json.loads((options.out / "funnel.json").read_text())
+    dataset = run(options, dry_run=dry_run)
+    if dry_run:
+        typer.echo(f"dataset would be {dataset}")
+        return
+    counts = read_funnel(options.out)
+    assert counts is not None
     by_hand = counts["decisions"]["dropped"]
     and_dropped = f", {by_hand} of them dropped by decisions.jsonl" if by_hand else ""
-    typer.echo(f"{counts['accepted']} of {counts['rows']} rows accepted{and_dropped} -> {dataset}")
+    whole = counts["rows"] + counts["unsampled"]
+    sampled = f" (a sample of {whole})" if counts["unsampled"] else ""
+    typer.echo(
+        f"{counts['accepted']} of {counts['rows']} rows{sampled} accepted{and_dropped} -> {dataset}"
+    )
 
 
 @app.command(cls=SectionCommand)

@@ -15,6 +15,7 @@ Counts = Mapping[str, Any]
 # what the folders of earlier builds lack
 LATER: Counts = {
     "rejected": {},
+    "unsampled": 0,
     "annotated": 0,
     "excluded_neighbours": {},
     "decisions": {"dropped": 0},
@@ -86,11 +87,24 @@ def read_funnel(folder: Path) -> Counts | None:
     return {**LATER, **read_json(path)} if path.is_file() else None
 
 
+def source_rows(counts: Counts) -> int:
+    """Return how many rows the source had, bad ones included."""
+    number: int = counts["rows"] + sum(counts["rejected"].values())
+    return number
+
+
 def row_lines(counts: Counts) -> list[Line]:
     """Count source rows: bad by code, masked by method, accepted, dropped by reason and by hand."""
-    bad = counts["rejected"]
-    rows = counts["rows"] + sum(bad.values())
+    bad, rows = counts["rejected"], source_rows(counts)
     lines = [Line("in the source", rows, rows)]
+    if unsampled := counts["unsampled"]:
+        whole = rows + unsampled
+        lines = [
+            Line("in the source", whole, whole),
+            Line("not in the sample", unsampled, whole),
+            # the shares below are of these
+            Line("in the sample, or bad" if bad else "in the sample", rows, rows),
+        ]
     lines += [Line(f"bad: {code}", count, rows, "dropped") for code, count in _by_count(bad)]
     if counts["annotated"]:
         lines.append(Line("answered by the annotator", counts["annotated"], rows))

@@ -1,7 +1,8 @@
 """Decisions of a person about the rows of a dataset: one line per decision in a file beside it.
 
 A decision concerns a row's id and content together. It is not applied if the row's content has
-changed since: the person saw something else.
+changed since: the person saw something else. Nothing is removed from the file: undoing a decision
+adds a line, after which the decision before it counts again.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -23,6 +24,7 @@ from realign.runtime.lock import locked
 from realign.runtime.progress import announce
 
 CHOICES = ("keep", "drop", "flag")
+UNDO = "undo"  # in place of a choice: takes the last decision about the row back
 FIELDS = ("id", "key", "decision", "note")
 
 
@@ -41,7 +43,7 @@ class Decision:
         id: The row's id.
         key: The row's content, :attr:`Record.key`.
         decision: ``keep``, ``drop`` (training leaves the row out) or ``flag`` (to be looked at
-            again; training uses the row).
+            again; training uses the row). In the file also ``undo``.
         note: Free text.
     """
 
@@ -70,7 +72,17 @@ def decisions_path(data: Path) -> Path:
 
 
 def read_decisions(path: Path) -> dict[RowKey, Decision]:
-    """Read a decision file; the last line about a row wins. Without a file there are no decisions.
+    """Read a decision file; the last decision about a row that is not undone wins. No file, no
+    decisions.
+
+    Raises:
+        RefusedError: A line is not a decision; the message names it.
+    """
+    return {decision.row: decision for decision in read_history(path)}
+
+
+def read_history(path: Path) -> list[Decision]:
+    """Read all decisions that are not undone, in the order in which they were made.
 
     A last line that a killed program cut is announced and left out: its write was never confirmed.
 
@@ -78,14 +90,30 @@ def read_decisions(path: Path) -> dict[RowKey, Decision]:
         RefusedError: Another line is not a decision; the message names it.
     """
     if not path.is_file():
-        return {}
+        return []
     *lines, tail = path.read_bytes().split(b"\n")
     found = [_parse(raw, f"{path}, line {number}") for number, raw in enumerate(lines, start=1)]
     if tail and _is_cut(tail):
         announce(f"{path}: the last line is cut and left out; decide about its row again")
     elif tail:
         found.append(_parse(tail, f"{path}, line {len(lines) + 1}"))
-    return {decision.row: decision for decision in found}
+    return _without_undone(found, path)
+
+
+def _without_undone(lines: Sequence[Decision], path: Path) -> list[Decision]:
+    places: dict[RowKey, list[int]] = {}
+    for number, line in enumerate(lines):
+        own = places.setdefault(line.row, [])
+        if line.decision != UNDO:
+            own.append(number)
+        elif own:
+            own.pop()
+        else:
+            raise RefusedError(
+                f"{path}, line {number + 1} must undo a decision about its row, got none before "
+                "it. Remove the line."
+            )
+    return [lines[number] for number in sorted(n for own in places.values() for n in own)]
 
 
 def append_decision(path: Path, decision: Decision) -> None:
@@ -94,13 +122,47 @@ def append_decision(path: Path, decision: Decision) -> None:
     Raises:
         RefusedError: :func:`read_decisions` would refuse the decision.
     """
+    if decision.decision == UNDO:
+        raise RefusedError(
+            f"decision must be one of {list(CHOICES)}, got {UNDO!r}. Take it back by undo_decision."
+        )
+    line = _line(decision, path)
+    with _held(path):
+        _append(path, line)
+
+
+def undo_decision(path: Path, decision: Decision) -> bool:
+    """Take back the last decision about a row; return when it is on the disk.
+
+    Args:
+        path: The decision file.
+        decision: What is taken back. If it is not the last one about its row, since another program
+            decided, nothing is written and the result is False.
+    Raises:
+        RefusedError: The file is damaged.
+    """
+    with _held(path):
+        if read_decisions(path).get(decision.row) != decision:
+            return False
+        _append(path, _line(Decision(decision.id, decision.key, UNDO), path))
+        return True
+
+
+def _held(path: Path) -> AbstractContextManager[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return locked(path.with_name(f".{path.name}.lock"))
+
+
+def _line(decision: Decision, path: Path) -> bytes:
     fields = {"id": decision.id, "key": decision.key, "decision": decision.decision}
     line = json_text(fields | ({"note": decision.note} if decision.note else {}), ensure_ascii=True)
     _parse(line.encode(), str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.with_name(f".{path.name}.lock")), path.open("ab+", buffering=0) as file:
+    return line.encode() + b"\n"
+
+
+def _append(path: Path, raw: bytes) -> None:
+    with path.open("ab+", buffering=0) as file:
         end = _mend_end(file)
-        raw = line.encode() + b"\n"
         if file.write(raw) != len(raw):
             file.truncate(end)
             raise OSError(f"{path}: the disk took a part of a line only")
@@ -196,9 +258,9 @@ def _parse(raw: bytes, where: str) -> Decision:
             raise RefusedError(
                 f"{where}: {name} must be a text, got {value!r:.60}. Decide in `realign browse`."
             )
-    if line["decision"] not in CHOICES:
+    if line["decision"] not in (*CHOICES, UNDO):
         raise RefusedError(
-            f"{where}: decision must be one of {list(CHOICES)}, got {line['decision']!r:.60}. "
+            f"{where}: decision must be one of {[*CHOICES, UNDO]}, got {line['decision']!r:.60}. "
             "Choose one."
         )
     if not re.fullmatch("[0-9a-f]{64}", line["key"]):

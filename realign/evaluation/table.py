@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +19,8 @@ from realign.runtime.files import read_utf8
 
 SCHEMA = 3  # of scores.json
 UNDEFINED = "—"  # in place of a value, with the reason behind it
+NARROW_WIDTHS = (15, 7, 22, 16, 15)  # 80 characters with the spaces between
+MANY_COLUMNS = 10_000  # of a terminal on which everything fits
 STYLES = {"better": "bold green", "worse": "bold", "noise": "", "": ""}
 Scores = Mapping[str, Any]
 
@@ -49,6 +53,22 @@ def split_of(scores: Scores, row: Scores) -> Scores:
     found: Scores = scores["benchmarks"][row["benchmark"]]["rules"][row["rule"]]
     split: Scores = found["splits"][row["split"]]
     return split
+
+
+class Fitting(NamedTuple):
+    """Two forms of the same numbers, of which the terminal's width chooses one.
+
+    Attributes:
+        wide: A table that is shown where no cell of it has to be broken.
+        narrow: What is shown otherwise.
+    """
+
+    wide: Table
+    narrow: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        needed = Measurement.get(console, options.update(width=MANY_COLUMNS), self.wide).maximum
+        yield self.wide if needed <= options.max_width else self.narrow
 
 
 class Cell(NamedTuple):
@@ -193,16 +213,17 @@ def draws_note(scores: Scores) -> str:
     return f"Draws left out of intervals: {'; '.join(found)}." if found else ""
 
 
-def scores_table(scores: Scores) -> Table:
-    """Return the paired comparison as a rich table; bold where a difference is not inside the
+def scores_table(scores: Scores) -> Fitting:
+    """Return the paired comparison for the terminal; bold where a difference is not inside the
     noise, green where it is for the better.
     """
     notes = [cut_note(scores), draws_note(scores), noise_note(scores)]
-    table = Table(title=units_note(scores), caption=" ".join(filter(None, notes)) or None)
-    table.add_column("")
+    caption = " ".join(filter(None, notes))
     rows = list(score_rows(scores))
+    table = Table(title=units_note(scores), caption=caption or None)
+    table.add_column("")
     for model in scores["models"]:
-        table.add_column(model, justify="right")
+        table.add_column(Text(model), justify="right")
     for row, cells in rows:
         texts = []
         for model, cell in cells.items():
@@ -211,4 +232,32 @@ def scores_table(scores: Scores) -> Table:
             texts.append(Text("\n".join(filter(None, lines)), STYLES[cell.verdict]))
         label = "\n".join(filter(None, (row["label"], constants_note(scores, row))))
         table.add_row(Text(label), *texts)
+    return Fitting(table, _narrow_scores(scores, rows, caption))
+
+
+def _narrow_scores(
+    scores: Scores, rows: Iterable[tuple[Scores, Mapping[str, Cell]]], caption: str
+) -> RenderableType:
+    """Return a line for every model below every metric, in 80 columns."""
+    header = _narrow_columns()
+    header.add_row("model", "score", "difference", style="bold")
+    parts: list[RenderableType] = [Text(f"{units_note(scores)}\n", "italic"), header]
+    for row, cells in rows:
+        constants = constants_note(scores, row)
+        parts.append(Text(f"\n{row['label']}", "bold"))
+        parts += [Text(constants, "dim")] if constants else []
+        table = _narrow_columns()
+        for model, cell in cells.items():
+            verdict = "inside the noise" if cell.verdict == "noise" else cell.verdict
+            said_yes = said_yes_note(scores, row, model)
+            texts = (model, cell.value, cell.difference, verdict, said_yes)
+            table.add_row(*map(Text, texts), style=STYLES[cell.verdict])
+        parts.append(table)
+    return Group(*parts, *([Text(f"\n{caption}", "italic")] if caption else []))
+
+
+def _narrow_columns() -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 0), show_header=False)
+    for width in NARROW_WIDTHS:
+        table.add_column(width=width, overflow="fold")
     return table

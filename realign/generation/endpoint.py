@@ -13,7 +13,8 @@ import json
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -139,6 +140,8 @@ class Endpoint:
         timeout_s: Longest time from a request to the end of its answer, queueing included.
         max_retries: Largest number of retries of a request after a temporary failure.
         backoff_s: Longest wait before the first retry; doubled for each further one.
+        option: The option that gave ``base_url``, for messages. Those of the key's variable and of
+            the model are named alike.
     """
 
     base_url: str
@@ -147,20 +150,25 @@ class Endpoint:
     timeout_s: float = 120.0
     max_retries: int = 6
     backoff_s: float = 1.0
+    option: str = "endpoint"
 
     def __post_init__(self) -> None:
         url = urlsplit(self.base_url)
         if url.scheme not in ("http", "https") or not url.hostname:
             raise RefusedError(
-                f"base_url must be an http or https URL, got {self.base_url!r}. For example "
+                f"{self.option} must be an http or https URL, got {self.base_url!r}. For example "
                 "http://127.0.0.1:8000/v1."
             )
         if "@" in url.netloc or url.query or url.fragment:
             # not shown: what is in the way may be a password
             raise RefusedError(
-                f"base_url must be a plain URL, got one of {url.hostname} with user, query or "
+                f"{self.option} must be a plain URL, got one of {url.hostname} with user, query or "
                 f"fragment. Put the key into the environment variable {self.api_key_env}."
             )
+
+    def other_option(self, name: str) -> str:
+        """Return the option ``name`` beside that of the URL, for messages."""
+        return self.option.removesuffix("endpoint") + name
 
     def longest_wait_s(self, attempt: int) -> float:
         """Return the longest wait in seconds after an attempt, counted from 0."""
@@ -206,7 +214,7 @@ async def _say_less(request: httpx2.Request) -> None:
         request.headers.pop(name, None)
 
 
-class _TooLargeError(Exception):
+class TooLargeResponseError(Exception):
     """A response that is too large."""
 
 
@@ -219,7 +227,7 @@ class _BoundedStream(httpx2.AsyncByteStream):
         async for chunk in self._stream:
             size += len(chunk)
             if size > MAX_RESPONSE_BYTES:
-                raise _TooLargeError(f"more than {MAX_RESPONSE_BYTES} bytes")
+                raise TooLargeResponseError(f"more than {MAX_RESPONSE_BYTES} bytes")
             yield chunk
 
     async def aclose(self) -> None:
@@ -229,7 +237,7 @@ class _BoundedStream(httpx2.AsyncByteStream):
 async def _bound(response: httpx2.Response) -> None:
     """Replace the body, before it is read, by one that stops at the limit."""
     if response.headers.get("content-encoding", "identity") != "identity":
-        raise _TooLargeError("a compressed body, whose size cannot be bounded")
+        raise TooLargeResponseError("a compressed body, whose size cannot be bounded")
     assert isinstance(response.stream, httpx2.AsyncByteStream)
     response.stream = _BoundedStream(response.stream)
 
@@ -267,24 +275,17 @@ async def ask(
             if error.status_code in _OF_ONE_REQUEST:
                 answer = error.body if error.body is not None else error.response.text
                 return Reply(error.status_code, without_secret(answer, key))
-            failure = without_secret(f"{error.status_code}, {_reason(error)}", key)
-            if error.status_code not in _PASSING and error.status_code < 500:
-                raise RefusedError(_refused(endpoint, error.status_code, failure)) from None
-            if error.code == "insufficient_quota":
-                raise RefusedError(
-                    f"{endpoint.base_url} answers {failure}. Buy or free quota, then start again."
-                ) from None
+            failure = failure_of(endpoint, error)
+            if refusal := lasting_refusal(endpoint, error):
+                raise refusal from None
             wait = max(wait, _retry_after(error.response.headers.get("retry-after", "")))
         except (openai.APITimeoutError, TimeoutError):
             failure = f"no answer within {endpoint.timeout_s:g} s"
         except openai.APIConnectionError as error:
             failure = f"{type(error.__cause__).__name__}: {error.__cause__}"
             if isinstance(error.__cause__, httpx2.ConnectError) and not was_reached:
-                raise RefusedError(
-                    f"base_url must be of a server that can be reached, got {endpoint.base_url} "
-                    f"({failure}). Start the server, or correct base_url."
-                ) from None
-        except (MalformedError, _TooLargeError) as error:
+                raise unreachable(endpoint, failure) from None
+        except (MalformedError, TooLargeResponseError) as error:
             failure = without_secret(f"a response that is {error}", key)
         if wait > LONGEST_RETRY_AFTER_S:
             raise RefusedError(
@@ -299,20 +300,59 @@ async def ask(
     )
 
 
-def _reason(error: openai.APIStatusError) -> str:
-    return error_message(error.body if error.body is not None else error.response.text)
+def failure_of(endpoint: Endpoint, error: openai.APIStatusError) -> str:
+    """Return the status and the sentence of a server's error, free of the key."""
+    said = error_message(error.body if error.body is not None else error.response.text)
+    return str(without_secret(f"{error.status_code}, {said}", endpoint.key()))
 
 
-def _refused(endpoint: Endpoint, status: int, failure: str) -> str:
-    remedy = "Correct base_url."
+def lasting_refusal(endpoint: Endpoint, error: openai.APIStatusError) -> RefusedError | None:
+    """Return what ends a run where a server refuses every request; None where it may answer later,
+    or refuses this one request.
+    """
+    status, failure = error.status_code, failure_of(endpoint, error)
+    if error.code == "insufficient_quota":
+        return RefusedError(
+            f"{endpoint.base_url} answers {failure}. Buy or free quota, then start again."
+        )
+    if status in (*_OF_ONE_REQUEST, *_PASSING) or status >= 500:
+        return None
+    remedy = f"Correct {endpoint.option}."
     if status in (401, 403):
-        state = "set to another key" if endpoint.key() else "not set"
-        remedy = f"Set the environment variable {endpoint.api_key_env}, which is {state}."
+        variable, option = endpoint.api_key_env, endpoint.other_option("api_key_env")
+        state, remedy = (
+            (f"with the key in the environment variable {variable}", "Set it to another key")
+            if endpoint.key()
+            else (f"without a key: the environment variable {variable} is not set", "Set it")
+        )
+        failure, remedy = f"{failure}, {state}", f"{remedy}, or name another with {option}."
     elif status == 404:
-        remedy = "Correct base_url, which usually ends in /v1, or the model's name."
+        remedy = (
+            f"Correct {endpoint.option}, which usually ends in /v1, or "
+            f"{endpoint.other_option('model')}."
+        )
     elif 300 <= status < 400:
-        remedy = "Redirects are not followed; set base_url to where the server is."
-    return f"{endpoint.base_url} refuses every request with {failure}. {remedy}"
+        remedy = f"Redirects are not followed; set {endpoint.option} to where the server is."
+    return RefusedError(f"{endpoint.base_url} refuses every request with {failure}. {remedy}")
+
+
+def unreachable(endpoint: Endpoint, failure: str) -> RefusedError:
+    """Return the refusal of a server that cannot be connected to."""
+    return RefusedError(
+        f"{endpoint.option} must be of a server that can be reached, got {endpoint.base_url} "
+        f"({failure}). Start the server, or correct {endpoint.option}."
+    )
+
+
+def run_to_end(work: Coroutine[Any, Any, None]) -> None:
+    """Run to the end from synchronous code, also below a running event loop (a notebook)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(work)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, work).result()
 
 
 def _retry_after(header: str) -> float:

@@ -7,8 +7,7 @@ import base64
 import io
 import math
 import time
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +25,7 @@ from realign.generation.endpoint import (
     error_message,
     open_client,
     read_answer,
+    run_to_end,
 )
 from realign.generation.generator import Answer, Request
 from realign.generation.journal import Journal
@@ -229,7 +229,7 @@ class EndpointGenerator:
         self._unsent.clear()
         try:
             if missing:
-                _run(self._ask_all(list(missing.values())))
+                run_to_end(self._ask_all(list(missing.values())))
             self._keep_refused()
         finally:
             self._refused.clear()
@@ -329,14 +329,3 @@ class EndpointGenerator:
         }
         entry = {"request": asked, "status": reply.status, "response": reply.body}
         self._journal.append(question.key, entry)
-
-
-def _run(work: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine from synchronous code, also below a running event loop (a notebook)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        asyncio.run(work)
-        return
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(asyncio.run, work).result()

@@ -8,30 +8,31 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 from markupsafe import Markup
 
 from realign.data.build_folder import (
+    Counts,
     candidate_lines,
     read_funnel,
     read_outcomes,
     row_lines,
+    source_rows,
     tried_before,
 )
 from realign.data.dataset import dataset_title, read_records
 from realign.data.decisions import Decision, RowKey, decided_rows, decisions_path, read_decisions
 from realign.data.records import texts_of
 from realign.errors import RefusedError
-from realign.review.page import shown_pair, spread, write_page
+from realign.review.page import Tile, shown_pair, spread, tile, write_page
 from realign.review.pair_view import PairFacts
-from realign.review.plots import compared_histogram, count_plot, histogram
+from realign.review.plots import compared_histogram, histogram, rank_plot
 from realign.runtime.strict_json import read_json
 
 EXAMPLES = 4  # a reason
 MAX_PAIRS = 300  # some 6 MB of photographs
-Tile = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -149,25 +150,44 @@ def _threshold(folder: Path) -> float | None:
     return value if isinstance(value, int | float) else None
 
 
-def _tiles(facts: Sequence[PairFacts], counts: Any) -> Iterator[Tile]:
-    of = f" from {counts['rows']:,} answers" if counts else ""
-    yield {"value": f"{len(facts):,}", "label": f"pairs{of}"}
-    if counts and counts["rows"]:
-        share = 100 * counts["accepted"] / counts["rows"]
-        yield {"value": f"{share:.1f} %", "label": "of the rows gave a pair"}
+def _tiles(facts: Sequence[PairFacts], counts: Counts | None) -> Iterator[Tile]:
+    yield from pair_tiles(len(facts), counts)
     for name, label in (("similarity", "of the answers"), ("cosine", "of the images")):
         if values := [v for fact in facts if (v := getattr(fact, name)) is not None]:
-            yield {"value": f"{median(values):.2f}", "label": f"median {name} {label}"}
+            label = f"median {name} {label}"
+            yield tile(f"{median(values):.2f}", label, _middle_half(values))
+
+
+def pair_tiles(num_pairs: int, counts: Counts | None) -> Iterator[Tile]:
+    """Yield how many pairs there are, and the share of the source's rows that gave one, as the
+    table of the rows has it.
+
+    Args:
+        num_pairs: In the dataset.
+        counts: What the build counted; None of a dataset that it did not make.
+    """
+    rows = source_rows(counts) if counts else 0
+    yield tile(f"{num_pairs:,}", f"pairs from {rows:,} rows of the source" if rows else "pairs")
+    if counts and rows:
+        share = 100 * counts["accepted"] / rows
+        label = f"of the source's rows gave a pair: {counts['accepted']:,} of {rows:,}"
+        yield tile(f"{share:.1f} %", label)
+
+
+def _middle_half(values: Sequence[float]) -> tuple[str, ...]:
+    if len(values) < 2:
+        return ()
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    return ("half of them", f"from {low:.2f} to {high:.2f}")
 
 
 def _decision_tiles(decisions: Sequence[Decision]) -> Iterator[Tile]:
     if decisions:
         counts = Counter(decision.decision for decision in decisions)
-        yield {
-            "value": f"{len(decisions):,}",
-            "label": f"decided: {counts['keep']:,} keep, {counts['drop']:,} drop, "
-            f"{counts['flag']:,} flag",
-        }
+        yield tile(
+            f"{len(decisions):,}",
+            f"decided: {counts['keep']:,} keep, {counts['drop']:,} drop, {counts['flag']:,} flag",
+        )
 
 
 def _plots(
@@ -178,17 +198,17 @@ def _plots(
         yield histogram(
             "Similarity of rejected to chosen",
             {"accepted": similarities, "refused": refused.similarities},
+            "similarity",
             line=None if threshold is None else (threshold, f"threshold {threshold:g}"),
         )
     if cosines := [fact.cosine for fact in facts if fact.cosine is not None]:
         yield histogram(
-            "Cosine of the retrieved image", {"accepted": cosines, "refused": refused.cosines}
+            "Cosine of the retrieved image",
+            {"accepted": cosines, "refused": refused.cosines},
+            "cosine",
         )
     if ranks := Counter(fact.rank for fact in facts if fact.rank is not None):
-        yield count_plot(
-            "Rank of the accepted image",
-            {str(rank): ranks[rank] for rank in range(1, max(ranks) + 1)},
-        )
+        yield rank_plot(ranks)
     yield compared_histogram(
         "Length of the answers",
         {

@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 SHARED = HERE / "templates"
 SIDE = 264  # pixels of a thumbnail; shown at half of it, sharp on dense screens
 Picture = dict[str, str]
+Tile = dict[str, str | Sequence[str]]
 
 
 def write_page(out: Path, template: str, values: Mapping[str, Any], script: str = "") -> Path:
@@ -61,6 +62,18 @@ def load_template(name: str, folder: Path) -> Template:
         trim_blocks=True,
     )
     return environment.get_template(name)
+
+
+def tile(value: str, label: str, interval: Sequence[str] = (), verdict: str = "") -> Tile:
+    """Return the values of a tile of the template ``tiles.html.j2``.
+
+    Args:
+        value: The number in the largest type.
+        label: What it is of.
+        interval: How far it is known, or how far the data spread, in pieces that stay whole.
+        verdict: How it compares.
+    """
+    return {"value": value, "label": label, "interval": interval, "verdict": verdict}
 
 
 def shown_pair(record: Record) -> dict[str, object]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,38 +15,81 @@ from realign.errors import RefusedError
 try:
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
 except ImportError:
     raise RefusedError("The report needs matplotlib. Install 'realign[pipeline,report]'.") from None
 
+INK, SOFT, LINE, GRID = "#344054", "#475467", "#98a2b3", "#e4e7ec"
+# blue and orange differ for every kind of colour vision, and in lightness where they touch
+BLUE, ORANGE, PALE_ORANGE, PURPLE, GREY = "#0b57a4", "#b3540a", "#f3b98a", "#7a2ea8", "#7b8698"
+COLORS = (GREY, BLUE, ORANGE, PURPLE)
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))  # of series, beside colours
+LABEL_WIDTH = 52  # characters
+DARK = {  # every colour above on a dark screen
+    INK: "#e6e9ef",
+    SOFT: "#b4bdcb",
+    LINE: "#7d8797",
+    GRID: "#323a47",
+    BLUE: "#82bbff",
+    ORANGE: "#ffb077",
+    PALE_ORANGE: "#8a5a2b",
+    PURPLE: "#d9a6ff",
+    GREY: "#9aa4b5",
+}
+# a figure carries its colours for dark screens, wherever it is shown
+STYLE = "".join(
+    f'[style*="{name}: {light}"]{{{name}:{dark}!important}}'
+    for light, dark in DARK.items()
+    for name in ("fill", "stroke")
+)
+STYLE = f"<style>@media (prefers-color-scheme: dark){{{STYLE}}}</style>"
 matplotlib.rcParams.update(
     {
         "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
         "svg.hashsalt": "realign",  # equal data, equal file
         "font.family": "sans-serif",
         "font.size": 10,
+        "text.color": INK,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.edgecolor": "#98a2b3",
+        "axes.edgecolor": LINE,
+        "axes.labelcolor": SOFT,
+        "axes.titlecolor": INK,
         "axes.titlesize": 11,
         "axes.titleweight": "bold",
         "axes.titlelocation": "left",
         "axes.grid": True,
         "axes.axisbelow": True,
-        "grid.color": "#eaecf0",
-        "xtick.color": "#667085",
-        "ytick.color": "#667085",
+        "grid.color": GRID,
+        "xtick.color": SOFT,
+        "ytick.color": SOFT,
         "legend.frameon": False,
+        "legend.fontsize": 9,
     }
 )
-COLORS = ("#98a2b3", "#5b8def", "#117a4b", "#d98e04", "#8e3cbe", "#b42318")
 
 
-def _axes(title: str, label: str = "", *, has_vertical_grid: bool = False) -> Any:
+def _axes(title: str, label: str = "", unit: str = "", *, has_vertical_grid: bool = False) -> Any:
     axes = Figure(figsize=(4.6, 2.7)).subplots()
     axes.grid(axis="x", visible=has_vertical_grid)
     axes.set_title(title)
-    axes.set_xlabel(label, color="#667085")
+    axes.set_xlabel(label)
+    axes.set_ylabel(unit)
     return axes
+
+
+def _count_axes(title: str, label: str, counted: str) -> Any:
+    """Return axes whose heights are counts."""
+    axes = _axes(title, label, counted)
+    axes.yaxis.set_major_locator(
+        MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+    )
+    return axes
+
+
+def _whole_numbers() -> Any:
+    return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
 
 
 def _svg(axes: Any) -> Markup:
@@ -57,30 +102,58 @@ def _svg(axes: Any) -> Markup:
         transparent=True,
     )
     text = buffer.getvalue()
-    return Markup(text[text.index("<svg") :])  # matplotlib's own markup, its labels escaped by it
+    start = text.index("<svg")
+    inside = text.index(">", start) + 1
+    # matplotlib's own markup, its labels escaped by it
+    return Markup(f"{text[start:inside]}{STYLE}{text[inside:]}")
+
+
+class Axis(NamedTuple):
+    """The vertical axis of curves."""
+
+    unit: str = ""
+    line: float | None = None
+    """Height of a dashed line to compare with."""
+    ends: tuple[float, float] | None = None
+    """Lowest and highest value that there can be; by default those of the curves."""
 
 
 def line_plot(
-    title: str, lines: Mapping[str, Sequence[tuple[float, float]]], zero_line: float | None = None
+    title: str,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    axis: Axis | None = None,
+    label: str = "step",
 ) -> Markup:
-    """Return curves over steps.
+    """Return curves, which differ in colour and in the kind of line.
 
     Args:
         title: Above the plot.
         lines: Label to (step, value) points.
-        zero_line: Height of a dashed reference line.
+        axis: Of the values.
+        label: Of the horizontal axis.
     """
-    axes = _axes(title, "step", has_vertical_grid=True)
-    if zero_line is not None:
-        axes.axhline(zero_line, color="#98a2b3", linestyle="--", linewidth=1)
-    for color, (label, points) in zip(COLORS[1:], lines.items(), strict=False):
+    axis = axis or Axis()
+    axes = _axes(title, label, axis.unit, has_vertical_grid=True)
+    if axis.line is not None:
+        axes.axhline(axis.line, color=LINE, linestyle=(0, (2, 2)), linewidth=1)
+    for place, (name, points) in enumerate(lines.items()):
+        color = COLORS[1:][place % (len(COLORS) - 1)]
         # a line of one point has no length
         marker = "o" if len(points) == 1 else None
+        style: Any = LINES[place % len(LINES)]
         axes.plot(
-            *zip(*points, strict=True), label=label, color=color, linewidth=1.6, marker=marker
-        )
+            *zip(*points, strict=True),
+            label=name, color=color, linestyle=style, linewidth=1.6, marker=marker,
+        )  # fmt: skip
+    if axis.ends:
+        low, high = axis.ends
+        room = 0.04 * (high - low)
+        axes.set_ylim(low - room, high + room)
+    axes.xaxis.set_major_locator(
+        MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+    )
     if len(lines) > 1:
-        axes.legend(fontsize=9)
+        axes.legend(handlelength=3)
     return _svg(axes)
 
 
@@ -96,36 +169,49 @@ class Difference(NamedTuple):
     more_is_better: bool
 
 
-def difference_plot(title: str, differences: Sequence[Difference]) -> Markup | None:
+def difference_plot(
+    title: str, differences: Sequence[Difference], unit: str = "percentage points"
+) -> Markup | None:
     """Return a line for every difference: its interval, and a point that is filled where it is not
     inside the noise. None where there is no difference.
 
     Args:
         title: Above the plot.
         differences: From the top to the bottom.
+        unit: Of the axis.
     """
     if not differences:
         return None
-    axes = Figure(figsize=(4.4, 0.8 + 0.5 * len(differences))).subplots()
+    labels = [
+        textwrap.wrap(
+            f"{found.label}{'' if found.more_is_better else ' (less is better)'}: "
+            f"{found.value:+.1f}",
+            LABEL_WIDTH,
+        )
+        for found in differences
+    ]
+    # a label stands above its line, so that the plot is narrow enough for a phone
+    heights = [1 + 0.36 * (len(label) - 1) for label in labels]
+    axes = Figure(figsize=(4.4, 0.9 + 0.5 * sum(heights))).subplots()
     axes.grid(axis="y", visible=False)
     axes.set_title(title)
-    axes.axvline(0, color="#98a2b3", linewidth=1)
-    for place, found in enumerate(differences):
+    axes.set_xlabel(unit)
+    places = [total - 1 for total in itertools.accumulate(heights)]
+    for place, label, found in zip(places, labels, differences, strict=True):
         is_clear = found.verdict in ("better", "worse")
-        color = {"better": COLORS[2], "worse": COLORS[5]}.get(found.verdict, "#667085")
+        color = {"better": BLUE, "worse": ORANGE}.get(found.verdict, SOFT)
+        axes.plot([0, 0], [place - 0.16, place + 0.16], color=LINE, linewidth=1.6)  # not on labels
         axes.plot([found.low, found.high], [place, place], color=color, linewidth=1.6)
         marker = {"better": "^", "worse": "v"}.get(found.verdict, "o")
         face = color if is_clear else "none"
         axes.plot(found.value, place, marker, color=color, markerfacecolor=face, markersize=7)
-        less = "" if found.more_is_better else " (less is better)"
-        axes.annotate(  # above its line, so that the plot is narrow enough for a phone
-            f"{found.label}{less}: {found.value:+.1f}", (0, place), (0, 7),
-            xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=9,
-            color="#344054",
+        axes.annotate(
+            "\n".join(label), (0, place), (0, 7), xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points", fontsize=9,
         )  # fmt: skip
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    axes.set_ylim(len(differences) - 0.5, -0.9)
+    axes.set_ylim(sum(heights) - 0.5, -0.9)
     return _svg(axes)
 
 
@@ -134,6 +220,7 @@ def bar_plot(
     bars: Mapping[str, tuple[float, float, float] | None],
     scale: int = 100,
     note: str = "",
+    unit: str = "percent",
 ) -> Markup:
     """Return one bar per model with its interval and its value, from 0.
 
@@ -142,8 +229,9 @@ def bar_plot(
         bars: Label to (value, low, high); None, which is not defined, is a dash.
         scale: Factor of the values; 100 plots fractions in percent.
         note: Below the plot, such as why a value is not defined.
+        unit: Of the axis, of the multiplied values.
     """
-    axes = _axes(title, note)
+    axes = _axes(title, note, unit)
     axes.set_xticks(range(len(bars)), list(bars))
     axes.set_xlim(-0.5, max(1, len(bars)) - 0.5)
     ends = [0.0]
@@ -154,25 +242,36 @@ def bar_plot(
             # a bar's length is its value; small differences are read from the numbers and the
             # intervals, which need not hold the value where draws are left out of them
             axes.bar(position, value, color=COLORS[position % len(COLORS)], width=0.6)
-            axes.plot([position, position], [low, high], color="#344054", marker="_", markersize=6)
+            axes.plot([position, position], [low, high], color=INK, marker="_", markersize=6)
         axes.annotate(
             f"{value:.1f}" if bar else "—", (position, max(value, high)), (0, 3),
-            textcoords="offset points", ha="center", fontsize=9, color="#344054",
+            textcoords="offset points", ha="center", fontsize=9, color=INK,
         )  # fmt: skip
     axes.set_ylim(1.12 * min(ends), 1.12 * max(ends) or float(min(ends) == 0))
     return _svg(axes)
 
 
-def count_plot(title: str, counts: Mapping[str, int]) -> Markup:
-    """Return a bar plot of counts by category."""
-    axes = _axes(title)
-    axes.bar(list(counts), list(counts.values()), color=COLORS[1], width=0.7)
+def rank_plot(counts: Mapping[int, int]) -> Markup:
+    """Return a bar plot of pairs by the rank of their retrieved image; a sentence where all have
+    the same rank, and nothing where there are no pairs.
+
+    Args:
+        counts: Rank, from 1, to the number of pairs.
+    """
+    found = {rank: count for rank, count in counts.items() if count}
+    if len(found) < 2:
+        sentence = "<p>The retrieved image of every pair ({:,}) has rank {}.</p>"
+        return Markup().join(Markup(sentence).format(n, rank) for rank, n in found.items())
+    axes = _count_axes("Rank of the accepted image", "rank", "pairs")
+    ranks = range(1, max(found) + 1)
+    axes.bar([*map(str, ranks)], [found.get(rank, 0) for rank in ranks], color=BLUE, width=0.7)
     return _svg(axes)
 
 
 def histogram(
     title: str,
     values: Mapping[str, Sequence[float]],
+    label: str,
     *,
     line: tuple[float, str] | None = None,
     bins: int = 30,
@@ -182,24 +281,25 @@ def histogram(
     Args:
         title: Above the plot.
         values: Label to values; empty series are left out.
+        label: Of the axis of the values.
         line: A value to mark, and what it is called.
         bins: How many bars, over the range of all values.
     """
-    axes = _axes(title)
+    axes = _count_axes(title, label, "retrieved images")
     shown = {label: series for label, series in values.items() if len(series)}
-    # green is what passed, red what did not, as everywhere on the page
-    colors = {"accepted": COLORS[2], "chosen": COLORS[2], "refused": "#f0a8a0"}
+    # blue is what passed, orange what did not, as everywhere on the page
+    colors = {"accepted": BLUE, "refused": PALE_ORANGE}
     axes.hist(
         list(shown.values()),
         bins=bins,
         stacked=True,
         label=list(shown),
-        color=[colors.get(label, COLORS[1]) for label in shown],
+        color=[colors[name] for name in shown],
     )
     if line:
-        axes.axvline(line[0], color="#344054", linestyle="--", linewidth=1, label=line[1])
+        axes.axvline(line[0], color=INK, linestyle="--", linewidth=1, label=line[1])
     if len(shown) > 1 or line:
-        axes.legend(fontsize=9)
+        axes.legend()
     return _svg(axes)
 
 
@@ -214,15 +314,22 @@ def compared_histogram(
         label: Of the axis.
         bins: At most so many steps.
     """
-    axes = _axes(title, label)
+    axes = _count_axes(title, label, "answers")
     low = min(map(min, values.values()))
     high = max(map(max, values.values())) + 1
     step = -(-(high - low) // bins)
     edges = [low - 0.5 + step * i for i in range(-(-(high - low) // step) + 1)]
-    colors = {"chosen": COLORS[2], "rejected": COLORS[5]}
+    looks: Any = {"chosen": (BLUE, "-"), "rejected": (ORANGE, "--")}
     for name, series in values.items():
+        color, style = looks[name]
         axes.hist(
-            series, bins=edges, histtype="step", label=name, color=colors.get(name), linewidth=1.6
-        )
-    axes.legend(fontsize=9)
+            series, bins=edges, histtype="step", label=name, color=color, linestyle=style,
+            linewidth=1.6,
+        )  # fmt: skip
+    # a line, since the patch of an outline hides how it is dashed
+    handles = [
+        Line2D([], [], color=looks[name][0], linestyle=looks[name][1], label=name)
+        for name in values
+    ]
+    axes.legend(handles=handles, handlelength=3)
     return _svg(axes)

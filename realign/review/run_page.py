@@ -13,8 +13,9 @@ from markupsafe import Markup
 from realign.data.build_folder import read_funnel, row_lines
 from realign.data.dataset import read_records
 from realign.errors import RefusedError
-from realign.review.page import shown_pair, spread, write_page
-from realign.review.plots import count_plot, line_plot
+from realign.review.dataset_page import pair_tiles
+from realign.review.page import Tile, shown_pair, spread, write_page
+from realign.review.plots import Axis, line_plot, rank_plot
 from realign.review.score_part import score_part
 from realign.runtime.files import read_jsonl
 
@@ -72,21 +73,14 @@ def _subtitle(run: Path, found: Sequence[str]) -> str:
     return ", ".join(f"{name} {config[name]}" for name in names)
 
 
-def _dataset_part(folder: Path, tiles: list[dict[str, str]]) -> dict[str, Any]:
+def _dataset_part(folder: Path, tiles: list[Tile]) -> dict[str, Any]:
     records = read_records(folder, None)
     part: dict[str, Any] = {"pairs": [shown_pair(record) for record in spread(records, NUM_PAIRS)]}
     if counts := read_funnel(folder):
-        tiles.append(
-            {
-                "value": f"{counts['accepted']:,}",
-                "label": f"pairs from {counts['rows']:,} answers",
-                "verdict": "",
-            }
-        )
+        tiles += pair_tiles(len(records), counts)
         part["funnel"] = row_lines(counts)
-        part["rank_plot"] = count_plot(
-            "Accepted pairs by rank of the retrieved image", counts["accepted_by_rank"]
-        )
+        ranks = {int(rank): count for rank, count in counts["accepted_by_rank"].items()}
+        part["rank_plot"] = rank_plot(ranks)
     return part
 
 
@@ -108,13 +102,21 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> list[Markup]:
         }
 
     plots = [
-        ("Loss", series("loss"), None),
-        ("Reward margins", series("rewards/text_margins", "rewards/image_margins"), 0.0),
-        ("Reward accuracies", series("rewards/text_accuracies", "rewards/image_accuracies"), 0.5),
+        ("Loss", series("loss"), Axis("nats per pair")),
+        (
+            "Reward margins",
+            series("rewards/text_margins", "rewards/image_margins"),
+            Axis("nats, times beta", line=0.0),
+        ),
+        (
+            "Reward accuracies",
+            series("rewards/text_accuracies", "rewards/image_accuracies"),
+            Axis("share of pairs", line=0.5, ends=(0.0, 1.0)),
+        ),
         (
             "Rewards",
             series("rewards/chosen", "rewards/text_rejected", "rewards/image_rejected"),
-            0.0,
+            Axis("nats, times beta", line=0.0),
         ),
     ]
-    return [line_plot(title, data, zero) for title, data, zero in plots if data]
+    return [line_plot(title, data, axis) for title, data, axis in plots if data]

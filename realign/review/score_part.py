@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from markupsafe import Markup
 from realign.evaluation.cluster_sums import COUNTS, SAID_YES
 from realign.evaluation.table import (
     UNDEFINED,
+    Cell,
     constants_note,
     cut_note,
     difference,
@@ -21,7 +22,7 @@ from realign.evaluation.table import (
     score_rows,
     split_of,
 )
-from realign.review.page import data_uri
+from realign.review.page import Tile, data_uri, tile
 from realign.review.pair_view import marked
 from realign.review.plots import Difference, difference_plot
 
@@ -41,19 +42,12 @@ PROBES = {  # of scores.json, to heading and factor
 }
 
 
-def score_part(folder: Path, tiles: list[dict[str, str]]) -> dict[str, Any]:
+def score_part(folder: Path, tiles: list[Tile]) -> dict[str, Any]:
     """Return what the template shows of ``eval/``; the headline scores are added to ``tiles``."""
     scores = read_scores(folder / "scores.json")
     models = scores["models"]
     rows = list(score_rows(scores))
-    for row, cells in rows:
-        if row["is_headline"]:
-            base, last = cells[models[0]], cells[models[-1]]
-            reasons = dict.fromkeys(c.difference for c in cells.values() if c.bar is None)
-            note = f" ({UNDEFINED} {', '.join(reasons)})" if reasons else ""
-            label = f"{row['label']}, {models[0]} → {models[-1]}{note}"
-            value = f"{base.value} → {last.value}"
-            tiles.append({"value": value, "label": label, "verdict": VERDICTS[last.verdict]})
+    tiles += [_tile(scores, row, cells) for row, cells in rows if row["is_headline"]]
     draws = scores["draws"]
     notes = (noise_note(scores), cut_note(scores), draws_note(scores))
     return {
@@ -70,6 +64,29 @@ def score_part(folder: Path, tiles: list[dict[str, str]]) -> dict[str, Any]:
     }
 
 
+def _tile(scores: Mapping[str, Any], row: Mapping[str, Any], cells: Mapping[str, Any]) -> Tile:
+    """Return the tile of a headline score: the first and the last model, the interval of each, and
+    that of their difference.
+    """
+    models = dict.fromkeys((scores["models"][0], scores["models"][-1]))
+    entries = [split_of(scores, row)["models"][model][row["metric"]] for model in models]
+    values, intervals = zip(*(_with_interval(each, row["scale"]) for each in entries), strict=True)
+    reasons = dict.fromkeys(c.difference for c in cells.values() if c.bar is None)
+    note = f" ({UNDEFINED} {', '.join(reasons)})" if reasons else ""
+    shown = []
+    if any(intervals):
+        first, *others = (interval or UNDEFINED for interval in intervals)
+        shown = [f"95 %: {first}", *(f"→ {other};" for other in others)]
+    if entries[-1]["difference_interval"] and len(models) > 1:
+        shown += ["difference", difference(entries[-1], row["scale"])]
+    return tile(
+        " → ".join(values),
+        f"{row['label']}, {' → '.join(models)}{note}",
+        shown,
+        VERDICTS[cells[scores["models"][-1]].verdict],
+    )
+
+
 def _benchmark(scores: Mapping[str, Any], name: str, rows: Sequence[Any]) -> dict[str, Any]:
     found = scores["benchmarks"][name]
     own = [(row, cells) for row, cells in rows if row["benchmark"] == name]
@@ -84,42 +101,49 @@ def _benchmark(scores: Mapping[str, Any], name: str, rows: Sequence[Any]) -> dic
     return {
         "title": found["title"],
         "facts": ", ".join(filter(None, facts)),
-        "rows": [line for row, cells in own for line in _lines(scores, row, cells)],
+        "metrics": [_metric(scores, row, cells) for row, cells in own],
         "details": [_details(scores, rule, each) for rule, each in found["rules"].items()],
     }
 
 
-def _lines(
+def _metric(
     scores: Mapping[str, Any], row: Mapping[str, Any], cells: Mapping[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """Yield a line for every model that is compared, or one where there is only the first."""
-    baseline, *others = cells
-    split, scale = split_of(scores, row), row["scale"]
-    for model in others or [baseline]:
-        entry = split["models"][model][row["metric"]]
-        test, paired = row["comparisons"].get(model), entry["paired"]
-        line = {
-            "label": row["label"],
-            "about": f"rule {row['rule']}, {split['items']:,} questions on {split['images']:,} "
-            f"images; {'more' if row['more_is_better'] else 'less'} is better",
-            "base": _with_interval(split["models"][baseline][row["metric"]], scale),
-            "model": model if others else "",
-            "value": _with_interval(entry, scale) if others else None,
-            "reason": cells[model].difference if cells[model].bar is None else "",
-            "difference": difference(entry, scale) if entry["difference_interval"] else UNDEFINED,
-            "changed": "",
-            "p": _p(test["p_holm"]) if test else "",
-            "verdict": cells[model].verdict,
-            "said": VERDICTS[cells[model].verdict],
-            "constants": constants_note(scores, row),
-            "warning": _warning(split, row, model),
-            "detectable": "",
-        }
-        if counted := _counted(split["models"][model], row["metric"]):
-            line["changed"] = f"+{counted['gained']:,} −{counted['lost']:,} of {counted['units']:,}"
-        if paired and paired["minimum_detectable"] is not None:
-            line["detectable"] = f"{scale * paired['minimum_detectable']:.1f}"
-        yield line
+) -> dict[str, Any]:
+    """Return a metric, with a line for every model."""
+    split = split_of(scores, row)
+    return {
+        "label": row["label"],
+        "about": f"rule {row['rule']}, {split['items']:,} questions on {split['images']:,} "
+        f"images; {'more' if row['more_is_better'] else 'less'} is better",
+        "constants": constants_note(scores, row),
+        "lines": [_line(split, row, model, cell) for model, cell in cells.items()],
+    }
+
+
+def _line(
+    split: Mapping[str, Any], row: Mapping[str, Any], model: str, cell: Cell
+) -> dict[str, str]:
+    entry, scale = split["models"][model][row["metric"]], row["scale"]
+    test, paired = row["comparisons"].get(model), entry["paired"]
+    value, interval = _with_interval(entry, scale)
+    line = {
+        "model": model,
+        "value": value,
+        "interval": interval,
+        "reason": cell.difference if cell.bar is None else "",
+        "difference": difference(entry, scale) if entry["difference_interval"] else "",
+        "changed": "",
+        "p": _p(test["p_holm"]) if test else "",
+        "verdict": cell.verdict,
+        "said": VERDICTS[cell.verdict],
+        "warning": _warning(split, row, model),
+        "detectable": "",
+    }
+    if counted := _counted(split["models"][model], row["metric"]):
+        line["changed"] = f"+{counted['gained']:,} −{counted['lost']:,} of {counted['units']:,}"
+    if paired and paired["minimum_detectable"] is not None:
+        line["detectable"] = f"{scale * paired['minimum_detectable']:.1f}"
+    return line
 
 
 def _counted(metrics: Mapping[str, Any], metric: str) -> Mapping[str, Any] | None:
@@ -200,7 +224,7 @@ def _number(value: float | None, metric: str, factor: float) -> str:
 def _plot(scores: Mapping[str, Any], rows: Sequence[Any]) -> Markup | None:
     """Return the differences of the last model, None where nothing is compared."""
     model = scores["models"][-1]
-    differences = []
+    differences, units = [], set()
     for row, cells in rows:
         entry = split_of(scores, row)["models"][model][row["metric"]]
         if entry["paired"] is None or not entry["difference_interval"]:
@@ -209,7 +233,9 @@ def _plot(scores: Mapping[str, Any], rows: Sequence[Any]) -> Markup | None:
         value, low, high = (row["scale"] * end for end in ends)
         verdict, more = cells[model].verdict, row["more_is_better"]
         differences.append(Difference(row["label"], value, low, high, verdict, more))
-    return difference_plot(f"{model} minus {scores['baseline']}", differences)
+        units.add(scores["benchmarks"][row["benchmark"]]["rules"][row["rule"]]["unit"])
+    unit = "points, or the unit that a label names" if "points" in units else "percentage points"
+    return difference_plot(f"{model} minus {scores['baseline']}", differences, unit)
 
 
 def _probes(scores: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -278,4 +304,4 @@ def _marked_phrases(text: str, phrases: Sequence[str]) -> Markup:
     if not whole:
         return marked(text, "")
     pieces = re.split(f"({'|'.join(whole)})", text, flags=re.IGNORECASE)
-    return Markup().join(marked(piece, "lost" if i % 2 else "") for i, piece in enumerate(pieces))
+    return Markup().join(marked(piece, "absent" if i % 2 else "") for i, piece in enumerate(pieces))

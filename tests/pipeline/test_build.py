@@ -27,7 +27,8 @@ from realign.demo.world import DESCRIBE
 from realign.errors import RefusedError
 from realign.generation.generator import Answer, Request
 from realign.generation.transformers_generator import TransformersGenerator
-from realign.modeling.lengths import position_limit
+from realign.modeling.lengths import ImageTokens, position_limit
+from realign.modeling.processors import load_processor
 from realign.runtime.run_folder import only_run
 
 
@@ -448,3 +449,71 @@ def test_paths_that_are_not_there_are_refused_before_the_model_is_looked_at(
             build(config.model_copy(update={name: Path("nothing"), "model": "./none"}))
     with pytest.raises(RefusedError, match=r"^encoder must be .* Check --encoder\."):
         build(config.model_copy(update={"encoder": "./none"}))
+
+
+def test_a_sample_reads_no_image_of_another_row(config: BuildConfig, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in config.source.read_text().splitlines()]
+    sampled = config.model_copy(update={"sample": 12, "seed": 1})
+    dataset = build(sampled)
+    funnel = json.loads((config.out / "funnel.json").read_text())
+    assert (funnel["rows"], funnel["unsampled"]) == (12, 28)
+    drawn = [json.loads(line)["id"] for line in read_lines(config.out / "shards")]
+    whole = dataset.read_bytes()
+    shown = {row["image"] for row in rows if row["id"] in drawn}
+    assert 1 < len(shown) < len({row["image"] for row in rows})
+    for path in config.images.iterdir():
+        if path.name not in shown:
+            path.write_bytes(b"damaged")
+    again = sampled.model_copy(update={"out": tmp_path / "again", "workers": 2, "shard_size": 32})
+    assert build(again).read_bytes() == whole
+    with pytest.raises(RefusedError, match=r"config\.sample: 12 there, 13 asked"):
+        build(sampled.model_copy(update={"sample": 13, "max_reject": 1.0}))
+    with pytest.raises(RefusedError, match=r"at most the 40 good rows of train\.jsonl, got 41"):
+        build(sampled.model_copy(update={"sample": 41}))
+
+
+def test_embedded_images_of_a_sample_alone_are_written(config: BuildConfig, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in config.source.read_text().splitlines()]
+    names = [row["image"] for row in rows]
+    table = {
+        "image": [{"bytes": (config.images / name).read_bytes()} for name in names],
+        "prompt": [row["prompt"] for row in rows],
+        "answer": [row["answer"] for row in rows],
+    }
+    Dataset.from_dict(table).to_parquet(tmp_path / "rows.parquet")
+    update = {"source": tmp_path / "rows.parquet", "images": None, "sample": 10}
+    records = read_records(build(config.model_copy(update=update)), None)
+    written = {path.read_bytes() for path in (config.out / "source_images").iterdir()}
+    drawn = [int(json.loads(line)["id"]) for line in read_lines(config.out / "shards")]
+    assert len(drawn) == 10
+    assert written == {table["image"][i]["bytes"] for i in drawn}
+    assert {record.images[0] for record in records} <= written
+
+
+def test_a_dry_run_loads_the_model_for_a_few_rows_and_writes_nothing(
+    config: BuildConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of a source that holds its images itself, some of them damaged."""
+    rows = [json.loads(line) for line in config.source.read_text().splitlines()]
+    images = [{"bytes": (config.images / row["image"]).read_bytes()} for row in rows]
+    for image in images[:4]:
+        image["bytes"] = image["bytes"][:100]
+    table = {name: [row[name] for row in rows] for name in ("prompt", "answer")}
+    Dataset.from_dict({"image": images, **table}).to_parquet(tmp_path / "rows.parquet")
+    update = {"source": tmp_path / "rows.parquet", "images": None, "sample": 30, "mask": "model"}
+    build(config.model_copy(update=update), dry_run=True)
+    assert not config.out.exists()
+    said = capsys.readouterr().err
+    assert "30 rows, " in said
+    model = Path(config.model).name
+    assert f"masker {model} (loaded here): 30 requests, up to 60 if it changes" in said
+    assert f"inducer {model} (loaded here): 30 requests, up to 90 if every" in said
+    assert said.count("time: about ") == 2
+    assert said.count(", a batch of ") == 2
+    # 16 patches of the demo's images, one placeholder in the text
+    reader = ImageTokens(load_processor(Path(config.model)))
+    assert f" of text and {reader((96, 96))} of the image each), about" in said
+
+
+def read_lines(folder: Path) -> list[str]:
+    return [line for path in sorted(folder.iterdir()) for line in path.read_text().splitlines()]

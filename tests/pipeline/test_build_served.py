@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,10 +11,12 @@ from threading import Thread
 
 import pytest
 
+from realign.building.models import ServedModel
 from realign.building.prompts import COMPLETION_PROMPT, MASK_PROMPT
 from realign.building.run import build
 from realign.config import BuildConfig, GeneratorSection
 from realign.data.dataset import read_records
+from realign.data.decisions import Decision, append_decision, decisions_path
 from realign.demo.data import write_training_data
 from realign.demo.run import build_config
 from realign.errors import RefusedError
@@ -24,6 +27,7 @@ class Server:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
+        self.listed = 0  # how often its models were
         self.annotation = "There is a dog next to a blue house."
         self.has_room = True  # for completions
         server = self
@@ -32,16 +36,27 @@ class Server:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 parts = body["messages"][-1]["content"]
+                if body["model"] != "scripted":
+                    self._send(404, json.dumps({"error": {"message": "no such model"}}))
+                    return
                 text = next(part["text"] for part in parts if part["type"] == "text")
                 image = next(part["image_url"]["url"] for part in parts if "image_url" in part)
                 server.asked.append((text, image))
                 message = {"role": "assistant", "content": say(text, server.annotation)}
                 choice = {"index": 0, "message": message, "finish_reason": "stop"}
-                reply = json.dumps({"id": "1", "model": body["model"], "choices": [choice]})
+                usage = {"prompt_tokens": 1000, "completion_tokens": 5}
+                reply = json.dumps({"id": "1", "choices": [choice], "usage": usage})
                 is_refused = COMPLETION_PROMPT in text and not server.has_room
                 if is_refused:
                     reply = json.dumps({"error": {"message": f"{len(server.asked)} tokens"}})
-                self.send_response(400 if is_refused else 200)
+                self._send(400 if is_refused else 200, reply)
+
+            def do_GET(self) -> None:
+                server.listed += 1
+                self._send(200, json.dumps({"data": [{"id": "scripted"}]}))
+
+            def _send(self, status: int, reply: str) -> None:
+                self.send_response(status)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(reply)))
                 self.end_headers()
@@ -117,12 +132,15 @@ def test_nothing_is_asked_twice(config: BuildConfig, server: Server) -> None:
     assert server.asked == []
 
 
-def test_patience_is_no_part_of_what_a_run_is_and_the_model_is(config: BuildConfig) -> None:
+def test_patience_is_no_part_of_what_a_run_is_and_the_model_is(
+    config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build(config)
     assert config.inducer is not None
     patient = config.inducer.model_copy(update={"timeout_s": 9.0, "concurrency": 2})
     build(config.model_copy(update={"inducer": patient}))
     other = config.inducer.model_copy(update={"model": "another"})
+    monkeypatch.setattr(ServedModel, "check_server", lambda _: None)
     with pytest.raises(RefusedError, match="scripted there, another asked"):
         build(config.model_copy(update={"inducer": other}))
 
@@ -168,3 +186,64 @@ def test_what_a_server_refuses_is_counted_by_kind(config: BuildConfig, server: S
         build(config.model_copy(update={"top_k": 1}))
     refused = json.loads((config.out / "funnel.json").read_text())["refused_candidates"]
     assert refused == {"refused by the server": 8}
+
+
+def test_a_dry_run_says_how_much_is_asked_of_whom_and_writes_nothing(
+    config: BuildConfig, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 8 rows one lacks its answer; all are masked, at most twice, and refilled on 3 images."""
+    dry = config.model_copy(update={"top_k": 3})
+    assert build(dry, dry_run=True) == config.out / "dataset.parquet"
+    assert not config.out.exists()
+    assert (server.listed, len(server.asked)) == (1, 3)
+    said = capsys.readouterr().err
+    assert "8 rows, 8 image files\n" in said
+    assert f"annotator scripted ({server.url}): 1 request\n" in said
+    assert f"masker scripted ({server.url}): 8 requests, up to 16 if it changes other" in said
+    assert f"inducer scripted ({server.url}): 8 requests, up to 24 if every retrieved" in said
+    # a server counts 1,000 tokens for text and image together, so often as it is asked
+    assert "about 1,000 of prompts" in said
+    assert "about 8,000 to 24,000 of prompts" in said
+    assert re.search(r"8,000 to 16,000 of prompts \((\d+) of text and (\d+) of the image", said)
+    assert "about 5 of answers (5 each)" in said  # where the row has none, as the server did
+    assert "8 at a time, if each takes 0." in said
+    assert "Prices are not known" in said
+
+
+def test_the_plans_questions_are_not_asked_again(config: BuildConfig, server: Server) -> None:
+    """Those of annotator and masker are of the build, that of the inducer is about a row's own
+    image.
+    """
+    build(config)
+    journals = [*(config.out / "journal").glob("*.jsonl")]
+    lines = [line for path in journals for line in path.read_text().splitlines()]
+    assert len(lines) == len(server.asked) == len({*server.asked}) > 1 + 8
+
+
+def test_a_server_that_is_not_there_is_named_before_an_image_is_opened(
+    config: BuildConfig, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("realign.building.source.inspect_corpus", lambda *_: pytest.fail("late"))
+    masker = GeneratorSection(model="scripted", endpoint="http://127.0.0.1:9/v1")
+    with pytest.raises(
+        RefusedError, match=r"^build\.masker\.endpoint must be of a server .* got http://127.*:9/v1"
+    ):
+        build(config.model_copy(update={"masker": masker}))
+    other = GeneratorSection(model="other", endpoint=server.url)
+    with pytest.raises(
+        RefusedError, match=r"^build\.inducer\.model must be .*\(scripted\), got other"
+    ):
+        build(config.model_copy(update={"inducer": other}))
+    named = GeneratorSection(model="scripted", endpoint=server.url, api_key_env="UNSET_KEY")
+    with pytest.raises(RefusedError, match=r"^build\.annotator\.api_key_env must .* got UNSET_KEY"):
+        build(config.model_copy(update={"annotator": named}))
+    assert not config.out.exists()
+
+
+def test_a_finished_build_needs_no_server(config: BuildConfig, server: Server) -> None:
+    whole = build(config).read_bytes()
+    server.close()
+    assert build(config).read_bytes() == whole
+    first = read_records(config.out / "dataset.parquet", None)[0]
+    append_decision(decisions_path(config.out), Decision(first.id, first.key, "drop"))
+    assert len(read_records(build(config), None)) == 7

@@ -219,7 +219,7 @@ def test_flags_of_every_kind_reach_the_section(
 
     seen: list[BuildConfig] = []
 
-    def build(section: BuildConfig) -> None:
+    def build(section: BuildConfig, *, dry_run: bool) -> None:
         seen.append(section)
         raise RefusedError("enough.")
 

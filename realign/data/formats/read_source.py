@@ -4,15 +4,15 @@ the bad ones without stopping.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
 from realign.data.formats.json_rows import Found, is_json_list, read_lines, read_list
 from realign.data.formats.layout import RefusedRowError, Turns, lone_image_pair
-from realign.data.formats.layouts import recognise
-from realign.data.formats.row_reader import RowReader, object_of
+from realign.data.formats.layouts import FORMATS, recognise
+from realign.data.formats.row_reader import ImageFiles, RowReader, object_of, one_image
 from realign.data.formats.source_row import SourceRow
 from realign.data.formats.table_rows import parquet_files, read_parquet_files, read_saved
 from realign.data.image_names import check_image_root
@@ -50,6 +50,7 @@ def read_source(
     extract_to: Path | None = None,
     format: str | None = None,
     image_name: str = "{name}",
+    extracts: bool = True,
 ) -> Source:
     """Read a source: JSON lines, a JSON list, parquet, a folder of parquet, or a saved dataset.
 
@@ -65,6 +66,8 @@ def read_source(
             written again.
         format: Name of the layout; recognised by the first rows by default.
         image_name: File name in the folder of an image called ``{name}``.
+        extracts: Whether embedded images are written; :func:`extract_images` writes those of some
+            rows later.
     Raises:
         RefusedError: The file does not exist, has an unknown layout or no rows, or its rows cannot
             be told apart.
@@ -89,6 +92,7 @@ def read_source(
         turns=turns,
         extract_to=extract_to,
         image_name=image_name,
+        extracts=extracts,
     )
     rows: list[SourceRow] = []
     problems: list[Problem] = []
@@ -112,6 +116,23 @@ def read_source(
             f"{', '.join(sorted(reader.left_out))}"
         )
     return Source(rows, problems, layout.name, num_read)
+
+
+def extract_images(path: Path, rows: Sequence[SourceRow], folder: Path) -> None:
+    """Write the embedded images of some rows of a source; rows with named images have none.
+
+    Args:
+        path: The file or folder.
+        rows: Of :func:`read_source`, whose images it did not write.
+        folder: Where they are written, under the names that the rows have.
+    """
+    files = ImageFiles(None, folder)
+    # images of one content have one name
+    first = {row.path.name: row for row in reversed(rows) if row.path.parent == folder}
+    wanted = {row.source["index"] + 1: FORMATS[row.source["format"]] for row in first.values()}
+    for item in open_rows(path) if wanted else ():
+        if layout := wanted.get(item.number):
+            files.find(one_image(object_of(item), layout))
 
 
 def _refuse_rows(path: Path, found: list[Found]) -> None:

@@ -34,11 +34,18 @@ class ImageFiles:
         root: Folder of named images; None where all are embedded.
         extract_to: Folder for embedded images; None if there are none.
         file_name: File name of ``{name}`` under the root.
+        extracts: Whether embedded images are written, and not only named.
     """
 
     def __init__(
-        self, root: Path | None, extract_to: Path | None, file_name: str = "{name}"
+        self,
+        root: Path | None,
+        extract_to: Path | None,
+        file_name: str = "{name}",
+        *,
+        extracts: bool = True,
     ) -> None:
+        self._extracts = extracts
         self._root, self._extract_to, self._file_name = root, extract_to, file_name
         self._named: dict[str, Path | RefusedRowError] = {}
         self._extracted: set[str] = set()
@@ -103,7 +110,7 @@ class ImageFiles:
             )
         name = hashlib.sha256(raw).hexdigest() + suffix
         path = self._extract_to / name
-        if name not in self._extracted:
+        if self._extracts and name not in self._extracted:
             # no fsync an image: what a power cut leaves is compared, and written again
             if not path.is_file() or path.read_bytes() != raw:
                 self._extract_to.mkdir(parents=True, exist_ok=True)
@@ -147,6 +154,8 @@ class RowReader:
         special: Tokens that no text may contain.
         turns: Answers of a conversation that become rows.
         extract_to: Folder for embedded images.
+        image_name: File name of ``{name}`` under the root.
+        extracts: Whether embedded images are written, and not only named.
 
     Attributes:
         left_out: Keys whose values could not be kept.
@@ -163,10 +172,11 @@ class RowReader:
         turns: Turns,
         extract_to: Path | None,
         image_name: str,
+        extracts: bool = True,
     ) -> None:
         self._file, self._layout, self._turns = path.name, layout, turns
         self._tokens = sorted({*special, IMAGE_TOKEN} - {""})
-        self._images = ImageFiles(image_root, extract_to, image_name)
+        self._images = ImageFiles(image_root, extract_to, image_name, extracts=extracts)
         self._ids = UniqueIds()
         self.left_out: set[str] = set()
         self.num_retrieved = 0
@@ -180,7 +190,7 @@ class RowReader:
         raw = object_of(found)
         place = found.place(self._file)
         base = self._id(raw, found.number)
-        image = _one_image(raw, self._layout)
+        image = one_image(raw, self._layout)
         drafts = [*map(_stripped, self._layout.drafts(raw, self._turns, 1))]
         extra = self._extra(raw)
         self.num_retrieved += bool(retrieved_of(raw))
@@ -305,7 +315,7 @@ def id_of(raw: Mapping[str, Any], number: int) -> str:
     return str(row_id)
 
 
-def _one_image(raw: Mapping[str, Any], layout: Layout) -> Any:
+def one_image(raw: Mapping[str, Any], layout: Layout) -> Any:
     """Return the only image of a row.
 
     Raises:

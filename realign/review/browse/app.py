@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from math import isfinite
@@ -40,6 +41,16 @@ SORT_LABELS = {
     "words": "length, short first",
     "-words": "length, long first",
 }
+KEYS = (
+    ("K", "keep"),
+    ("D", "drop"),
+    ("F", "flag"),
+    ("N", "write a note"),
+    ("UZ", "undo the last decision"),
+    ("↓↑", "next, previous pair"),
+    ("→←", "next, previous page"),
+    ("?", "these keys"),
+)
 MAGIC = ((b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"))
 
 
@@ -61,6 +72,7 @@ def make_app(rows: Rows, title: str, token: str, cookie: str = "realign") -> Sta
             Route("/thumbnail/{number:int}/{which}", pages.thumbnail),
             Route("/image/{number:int}/{which}", pages.image),
             Route("/decide", pages.decide, methods=["POST"]),
+            Route("/undo", pages.undo, methods=["POST"]),
         ],
         exception_handlers={RefusedError: _failed, OSError: _failed},
         middleware=[Middleware(Guard, token=token, cookie=cookie)],
@@ -107,6 +119,8 @@ class _Pages:
             "reasons": self._rows.reasons,
             "ranks": self._rows.ranks,
             "max_note": MAX_NOTE,
+            "keys": KEYS,
+            "is_filtered": dataclasses.replace(query, status="") != Query(),
         }
         return HTMLResponse(self._template.render(values))
 
@@ -163,6 +177,23 @@ class _Pages:
             raise HTTPException(409, "The row changed since the page was loaded. Reload it.")
         return JSONResponse({"counts": await run_in_threadpool(self._rows.counts)})
 
+    def undo(self, request: Request) -> Response:
+        """Take back the last decision; answer which row has which decision now."""
+        _check_is_json(request.headers)
+        undone = self._rows.undo()
+        if undone is None:
+            raise HTTPException(409, "There is no decision to undo.")
+        return JSONResponse(
+            {
+                "number": undone.number,
+                "id": undone.decision.id,
+                "undone": undone.decision.decision,
+                "decision": undone.now.decision if undone.now else "undecided",
+                "note": undone.now.note if undone.now else "",
+                "counts": self._rows.counts(),
+            }
+        )
+
 
 def _source(number: int, which: str) -> dict[str, str]:
     return {
@@ -199,8 +230,7 @@ def _number(text: str | None) -> float | None:
 def _read_decision(
     body: bytes, headers: Mapping[str, str], num_rows: int
 ) -> tuple[int, str, str, str]:
-    if headers.get("content-type") != "application/json":  # no form of another page can send it
-        raise HTTPException(415, "A decision is application/json.")
+    _check_is_json(headers)
     try:
         sent = json.loads(body)
         number, key, decision = sent["number"], sent["key"], sent["decision"]
@@ -222,6 +252,11 @@ def _read_decision(
             f"{MAX_NOTE} characters.",
         )
     return number, key, decision, note
+
+
+def _check_is_json(headers: Mapping[str, str]) -> None:
+    if headers.get("content-type") != "application/json":  # no form of another page can send it
+        raise HTTPException(415, "A decision is application/json.")
 
 
 def image_type(raw: bytes) -> str | None:

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 
-from realign.data.decisions import Decision, RowKey, append_decision, read_decisions
+from realign.data.decisions import (
+    Decision,
+    RowKey,
+    append_decision,
+    read_decisions,
+    read_history,
+    undo_decision,
+)
 from realign.data.records import Record, texts_of
 from realign.errors import RefusedError
 from realign.review.pair_view import PairFacts
@@ -63,6 +70,21 @@ class Page:
     before: int
     previous: int | None
     next: int | None
+
+
+@dataclass(frozen=True)
+class Undone:
+    """A decision that was taken back.
+
+    Attributes:
+        number: The row's number in the dataset.
+        decision: What was taken back.
+        now: The decision that counts again; None if the row is undecided.
+    """
+
+    number: int
+    decision: Decision
+    now: Decision | None
 
 
 class Rows:
@@ -136,6 +158,27 @@ class Rows:
             append_decision(self._path, Decision(self.facts[number].id, key, decision, note))
             self._refresh()
             return True
+
+    def undo(self) -> Undone | None:
+        """Take back the last decision about a row of this dataset; None where there is none.
+
+        It may have been made before this start, or by another program.
+        """
+        with self._lock:
+            while last := self._last_decision():
+                number, decision = last
+                if undo_decision(self._path, decision):  # else another program decided meanwhile
+                    self._refresh()
+                    return Undone(number, decision, self._statuses.get(number))
+            return None
+
+    def _last_decision(self) -> tuple[int, Decision] | None:
+        for decision in reversed(read_history(self._path)):
+            for number in self._numbers.get(decision.id, ()):
+                with suppress(RefusedError):  # about a row that cannot be read nothing is decided
+                    if self._key(number) == decision.key:
+                        return number, decision
+        return None
 
     def counts(self) -> dict[str, int]:
         """Return the number of rows by status."""

@@ -1,6 +1,6 @@
 """What vLLM serves of an adapter, told by its configuration and the names of its weights.
 
-The rules are those of vLLM's sources (docs/publishing.md says where): a name is
+The rules are those of vLLM's sources (docs/serving.md says where): a name is
 ``base_model.model.``, a module, and ``lora_A.weight`` or ``lora_B.weight``; modules that trained in
 full (peft's ``modules_to_save``), DoRA and biases are refused; adapters outside the language model
 are left out unless the server is told otherwise and the model's class supports them.

@@ -44,12 +44,20 @@ class Engine:
             yield from run_on_ray(task, items, self.workers, self.threads, self.worker_bytes)
             return
         gpus = torch.cuda.device_count()
-        workers = min(self.workers or gpus or self._fitting(), len(items))
+        workers = self.num_workers(len(items))
         if workers == 1:
             yield from _run_here(task, items, self.threads)
         else:
             environments = [_environment(worker, gpus) for worker in range(workers)]
             yield from run_in_processes(task, items, environments, self.threads)
+
+    def num_workers(self, num_items: int) -> int:
+        """Return how many workers share so many items; of Ray, where the number is not given, one:
+        the cluster is not asked.
+        """
+        if self.kind == "ray":
+            return min(self.workers or 1, num_items)
+        return min(self.workers or torch.cuda.device_count() or self._fitting(), num_items)
 
     def _fitting(self) -> int:
         """Return the number of workers on CPUs, for half of the memory and a core per thread."""

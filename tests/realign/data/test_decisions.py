@@ -25,6 +25,8 @@ from realign.data.decisions import (
     decisions_path,
     kept,
     read_decisions,
+    read_history,
+    undo_decision,
 )
 from realign.data.export.run import export
 from realign.data.formats.parquet import write_parquet
@@ -59,6 +61,41 @@ def test_the_last_line_about_a_row_wins(tmp_path: Path) -> None:
     assert json.loads(path.read_text().splitlines()[1]) == {
         "id": "b", "key": KEY, "decision": "keep",
     }  # fmt: skip
+
+
+def test_undoing_brings_the_decision_before_it_back(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    made = [
+        Decision("a", KEY, "drop", "first"),
+        Decision("b", KEY, "keep"),
+        Decision("a", KEY, "flag"),
+    ]
+    for decision in made:
+        append_decision(path, decision)
+    written = path.read_bytes()
+    assert undo_decision(path, made[2])
+    assert read_history(path) == made[:2]
+    assert read_decisions(path)["a", KEY] == made[0]
+    assert path.read_bytes().startswith(written)  # nothing is removed
+    append_decision(path, Decision("b", KEY, "drop"))
+    assert not undo_decision(path, made[1])  # no longer the last one about its row
+    assert undo_decision(path, Decision("b", KEY, "drop"))
+    assert undo_decision(path, made[1])
+    assert undo_decision(path, made[0])
+    assert read_decisions(path) == {}
+    assert not undo_decision(path, made[0])
+    assert len(path.read_text().splitlines()) == 8
+
+
+def test_an_undo_without_a_decision_before_it_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    append_decision(path, Decision("a", KEY, "keep"))
+    with pytest.raises(RefusedError, match=r"must be one of .*'flag'\], got 'undo'"):
+        append_decision(path, Decision("b", KEY, "undo"))
+    with path.open("a") as file:
+        file.write(f'{{"id": "b", "key": "{KEY}", "decision": "undo"}}\n')
+    with pytest.raises(RefusedError, match=r"d\.jsonl, line 2 must undo a decision about its row"):
+        read_decisions(path)
 
 
 @pytest.mark.parametrize(

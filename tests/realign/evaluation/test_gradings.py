@@ -100,7 +100,7 @@ def test_the_table_shows_bounds_and_names_the_unjudged(
     path = judged(tmp_path / "a.jsonl", hallusionbench, "correct", None, "Yes", "correct")
     text = shown(score("hallusionbench", path, tmp_path))
     assert "bounds" in text
-    assert "50.000-75.000" in text
+    assert "50.0-75.0" in text
     assert "Unjudged: 1 answers (VD_math_0_0_1). Values are withheld" in text
     assert "Replies without a verdict, scored all the same: 1 answers (VD_math_0_0_2)." in text
     assert "Judge: not stated in the files; prompt: not stated in the files; 3 replies." in text
@@ -114,8 +114,8 @@ def test_the_table_shows_every_grading_and_its_judge(
     records = [json.loads(line) | {"judge": about} for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     text = shown(score("hallusionbench", path, tmp_path))
-    assert "Gradings of all, aacc: 100.0000, 0.0000; standard deviation 70.7107" in text
-    assert "0.000-100.000" in text
+    assert "Gradings of all, aacc: 100.00, 0.00; standard deviation 70.71" in text
+    assert "0.0-100.0" in text
     assert f"Judge: m; prompt: realign hallusionbench 1 (sha256 {'ab' * 8}); 8 replies." in text
 
 

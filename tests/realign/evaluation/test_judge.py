@@ -435,7 +435,7 @@ def test_out_is_never_another_file(server: Server, tmp_path: Path) -> None:
         (["--temperature", "hot"], "temperature must be a number from 0 to 2 or none"),
         (["--temperature", "nan"], "temperature must be a number from 0 to 2 or none"),
         (["--length-field", "length"], "length-field must be max_completion_tokens or"),
-        (["--endpoint", "ftp://x"], "base_url must be an http or https URL"),
+        (["--endpoint", "ftp://x"], "endpoint must be an http or https URL"),
         (["--prompt", "none.txt"], "prompt must be a file, got none.txt"),
     ],
 )

@@ -124,7 +124,7 @@ def test_denominators_of_0(
             assert "—" not in "".join(map("".join, shown))
     in_tiles = {row["metric"] for row in scores["table"] if row["is_headline"]}
     assert ("— → —" in page) == bool(in_tiles & {*undefined})
-    printed = [str(cell) for cell in scores_table(scores).columns[2].cells]
+    printed = [str(cell) for cell in scores_table(scores).wide.columns[2].cells]
     assert sum(text.startswith("—  ") for text in printed) == len(undefined)
 
 

@@ -262,10 +262,10 @@ def test_a_server_that_asks_for_an_hour_ends_the_run(
 @pytest.mark.parametrize(
     ("status", "remedy"),
     [
-        (401, "Set the environment variable OPENAI_API_KEY, which is set to another key"),
-        (403, "Set the environment variable OPENAI_API_KEY"),
-        (404, r"usually ends in /v1, or the model's name"),
-        (405, "Correct base_url"),
+        (401, "with the key in the environment variable OPENAI_API_KEY. Set it to another key, or"),
+        (403, "variable OPENAI_API_KEY. Set it to another key, or name another with api_key_env"),
+        (404, r"Correct endpoint, which usually ends in /v1, or model\."),
+        (405, "Correct endpoint"),
     ],
 )
 def test_a_server_that_refuses_everything_ends_the_run(
@@ -290,7 +290,7 @@ def test_a_missing_key_is_named(
     monkeypatch.delenv("VLLM_KEY", raising=False)
     with (
         generator(server.url, endpoint={"api_key_env": "VLLM_KEY"}) as generate,
-        pytest.raises(RefusedError, match="variable VLLM_KEY, which is not set"),
+        pytest.raises(RefusedError, match="a key: the environment variable VLLM_KEY is not set"),
     ):
         generate(ask_about("p"))
     assert "authorization" not in server.headers[0]

@@ -98,6 +98,58 @@ def test_a_decision_is_in_the_file_when_the_answer_comes(client, rows: Rows, tmp
     assert 'data-choice="flag" aria-pressed="true"' in page
 
 
+def undo(client: TestClient, **headers: str):
+    return client.post("/undo", json={}, headers={"origin": ORIGIN} | headers)
+
+
+def test_decisions_are_undone_from_the_last_one_on(client, rows: Rows, tmp_path: Path) -> None:
+    decide(client, 3, "drop", "first")
+    decide(client, 4, "keep")
+    decide(client, 3, "flag", "second")
+    counts = {"undecided": 58, "keep": 1, "drop": 1, "flag": 0}
+    assert undo(client).json() == {
+        "number": 3,
+        "id": "r3",
+        "undone": "flag",
+        "decision": "drop",
+        "note": "first",
+        "counts": counts,
+    }
+    again = Rows(read_parquet(tmp_path / "dataset.parquet"), tmp_path / "decisions.jsonl")
+    with TestClient(make_app(again, "demo", TOKEN), base_url=ORIGIN) as other:  # a new start
+        other.get(f"/?token={TOKEN}")
+        answer = undo(other).json()
+        assert (answer["number"], answer["undone"], answer["decision"]) == (4, "keep", "undecided")
+    assert (undo(client).json()["number"], rows.counts()["undecided"]) == (3, 60)
+    nothing = undo(client)
+    assert (nothing.status_code, nothing.text) == (409, "There is no decision to undo.")
+    assert read_decisions(tmp_path / "decisions.jsonl") == {}
+
+
+def test_decisions_about_rows_that_are_not_here_are_not_undone(
+    client, rows: Rows, tmp_path: Path
+) -> None:
+    path = tmp_path / "decisions.jsonl"
+    decide(client, 3, "drop")
+    elsewhere = [Decision("r3", "0" * 64, "keep"), Decision("gone", rows.record(3).key, "keep")]
+    for decision in elsewhere:
+        append_decision(path, decision)
+    assert undo(client).json()["number"] == 3
+    assert undo(client).status_code == 409
+    assert [*read_decisions(path).values()] == elsewhere
+
+
+def test_another_page_cannot_undo(client, stranger: TestClient, tmp_path: Path) -> None:
+    decide(client, 3, "drop")
+    assert undo(client, origin="http://evil.example").status_code == 403
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        headers = {"origin": ORIGIN, "content-type": kind}
+        assert client.post("/undo", content="{}", headers=headers).status_code == 415
+    client.cookies.clear()
+    assert undo(client).status_code == 403
+    assert len(read_decisions(tmp_path / "decisions.jsonl")) == 1
+
+
 def test_decisions_of_another_program_are_seen(client, rows: Rows, tmp_path: Path) -> None:
     record = rows.record(7)
     append_decision(tmp_path / "decisions.jsonl", Decision(record.id, record.key, "drop"))

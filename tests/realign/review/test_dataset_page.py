@@ -112,6 +112,31 @@ def test_numbers_are_those_of_the_files(dataset: Path) -> None:
         assert card["data-decision"] == "none"
 
 
+def test_tiles_agree_with_the_table_of_the_rows(dataset: Path) -> None:
+    funnel = json.loads((dataset / "funnel.json").read_text())
+    accepted, masked = funnel["accepted"], funnel["rows"]
+    (dataset / "funnel.json").write_text(json.dumps(funnel | {"rejected": {"image": 3}}))
+    text = write_report(dataset).read_text()
+    table = {row[0]: row for row in reversed(Page(text).rows)}  # the first of two tables counts
+    share = table["accepted"][3]
+    assert table["in the source"][2] == str(masked + 3)
+    assert f"<b>{accepted}</b><span>pairs from {masked + 3} rows of the source</span>" in text
+    assert f"<b>{share}</b><span>of the source&#39;s rows gave a pair" in text
+    assert f"{accepted} of {masked + 3}</span>" in text
+
+
+def test_medians_say_how_far_the_values_spread(tmp_path: Path, records) -> None:
+    rows = [
+        dataclasses.replace(record, meta={"similarity": {"value": number / 4}})
+        for number, record in enumerate(records(5))
+    ]
+    write_parquet(rows, tmp_path / "pairs.parquet")
+    text = " ".join(
+        re.sub("<[^>]*>", " ", write_report(tmp_path / "pairs.parquet").read_text()).split()
+    )
+    assert "0.50 median similarity of the answers half of them from 0.25 to 0.75" in text
+
+
 def test_one_file_that_can_ask_for_nothing(dataset: Path) -> None:
     page = write_report(dataset).read_text()
     assert all(address.startswith(("data:image/webp;", "#")) for address in Page(page).addresses)
@@ -226,7 +251,7 @@ def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
 
 
 def test_plots_of_one_value() -> None:
-    assert "<svg" in histogram("x", {"accepted": [0.5], "refused": []})
+    assert "<svg" in histogram("x", {"accepted": [0.5], "refused": []}, "similarity")
     assert "<svg" in compared_histogram("x", {"chosen": [3], "rejected": [3]}, "words")
     assert "<svg" in compared_histogram("x", {"chosen": [0, 5000], "rejected": [1]}, "words")
 

@@ -230,6 +230,160 @@ def test_the_reports_gallery_sorts_and_filters(page, dataset: Path, width: int) 
     assert page.locator("#nothing").is_visible()
 
 
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_gallery_opens_at_its_top_and_fits(page, address: str, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 860})
+    page.goto(address)
+    page.wait_for_selector("article.current")
+    assert page.evaluate("scrollY") == 0
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.locator("h1").bounding_box()["y"] >= 0
+    assert page.locator("#pairs > article").first.bounding_box()["y"] < 500
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    box = page.locator("article.current").bounding_box()
+    bar = page.locator(".bar").bounding_box()
+    assert bar["y"] + bar["height"] <= box["y"]  # the bar hides no part of the selected pair
+
+
+def test_decisions_are_undone_by_key_and_button(page, dataset: Path, address: str) -> None:
+    ids = [record.id for record in read_records(dataset, None)]
+    page.goto(address)
+    cards = page.locator("#pairs > article")
+    cards.nth(1).locator("[name=note]").fill("a note")
+    cards.nth(1).get_by_role("button", name="flag").click()
+    page.wait_for_selector("article[data-number='1'][data-decision=flag]")
+    cards.nth(1).get_by_role("button", name="drop").click()
+    page.wait_for_selector("article[data-number='1'][data-decision=drop]")
+    page.keyboard.press("u")
+    page.wait_for_selector("article[data-number='1'][data-decision=flag]")
+    said = page.locator("#undone").inner_text()
+    assert said == f"Undone: drop of row {ids[1]}, which is flag now."
+    assert page.locator("[data-count=flag]").text_content() == "1"
+    page.reload()
+    page.locator("#undo").click()
+    page.wait_for_selector("article[data-number='1'][data-decision=undecided]")
+    assert cards.nth(1).locator("[name=note]").input_value() == ""
+    assert cards.nth(1).locator("[aria-pressed=true]").count() == 0
+    assert decided(dataset) == {}
+
+
+def test_the_keys_are_listed(page, dataset: Path, address: str) -> None:
+    page.goto(address)
+    keys = page.locator("#keys")
+    assert not keys.is_visible()
+    page.keyboard.press("?")
+    assert "undo the last decision" in keys.inner_text()
+    page.keyboard.press("d")  # nothing is decided behind the list
+    page.keyboard.press("Escape")
+    assert not keys.is_visible()
+    page.get_by_role("button", name="Keys").click()
+    assert keys.is_visible()
+    page.get_by_role("button", name="Close").click()
+    assert not keys.is_visible()
+    assert not (dataset / "decisions.jsonl").exists()
+
+
+CONTRASTS = """() => {
+    const light = ([r, g, b]) => [r, g, b].reduce((sum, part, place) => {
+        const p = part / 255;
+        const linear = p <= 0.04045 ? p / 12.92 : ((p + 0.055) / 1.055) ** 2.4;
+        return sum + [0.2126, 0.7152, 0.0722][place] * linear;
+    }, 0);
+    const parts = (color) => color.match(/[\\d.]+/g).map(Number);
+    const behind = (element) => {
+        for (let one = element; one; one = one.parentElement) {
+            const found = parts(getComputedStyle(one).backgroundColor);
+            if (found.length === 3 || found[3] === 1) return found;
+        }
+        return [255, 255, 255];
+    };
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    const found = [];
+    while (walker.nextNode()) {
+        const element = walker.currentNode.parentElement;
+        if (!walker.currentNode.textContent.trim() || !element.checkVisibility()) continue;
+        if (element.closest("style, script, button")) continue;
+        const style = getComputedStyle(element);
+        const color = element.closest("svg") ? style.fill : style.color;
+        const [low, high] = [light(parts(color)), light(behind(element))].sort((a, b) => a - b);
+        found.push([(high + 0.05) / (low + 0.05), walker.currentNode.textContent.trim()]);
+    }
+    return found.sort((a, b) => a[0] - b[0]);
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_secondary_texts_and_plots_are_legible(
+    page, dataset: Path, address: str, scheme: str
+) -> None:
+    page.emulate_media(color_scheme=scheme)
+    for place in (address, write_report(dataset).as_uri()):
+        page.goto(place)
+        contrasts = page.evaluate(CONTRASTS)
+        assert len(contrasts) > 100
+        assert contrasts[0][0] >= 4.5, contrasts[:3]
+        soft = page.eval_on_selector_all(
+            ".soft, .label, figcaption", "all => all.map(one => one.textContent.trim())"
+        )
+        low = [(value, text) for value, text in contrasts if value < 7 and text in soft]
+        assert low == []
+
+
+def test_differences_are_marked_without_colour(page, dataset: Path) -> None:
+    page.goto(write_report(dataset).as_uri())
+    look = "mark => getComputedStyle(mark).textDecorationLine"
+    assert page.locator("mark.kept").first.evaluate(look) == "underline"
+    assert page.locator("mark.lost").first.evaluate(look) == "line-through"
+
+
+BROKEN = """() => [...document.querySelectorAll("td, th, .tile b, .interval i")].flatMap((cell) => {
+    const walker = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+    const found = [];
+    while (walker.nextNode()) {
+        const text = walker.currentNode.textContent;
+        for (const word of text.matchAll(/[\\d.,%+−-]*\\d[\\d.,%]*/g)) {
+            const range = document.createRange();
+            range.setStart(walker.currentNode, word.index);
+            range.setEnd(walker.currentNode, word.index + word[0].length);
+            const tops = new Set([...range.getClientRects()].map((box) => Math.round(box.top)));
+            if (tops.size > 1) found.push(word[0]);
+        }
+    }
+    return found;
+})"""
+
+
+@pytest.mark.parametrize("width", [400, 700, 1280])
+def test_many_models_fit_and_no_number_is_broken(
+    page,
+    scores,  # noqa: F811
+    tmp_path: Path,
+    width: int,
+) -> None:
+    split = scores["benchmarks"]["pope"]["rules"]["official"]["splits"]["random"]
+    task = scores["tasks"]["pope_random"]
+    for name in ("DPO", "SFT", "rDPO with a name that is long", "rDPO+NLL"):
+        scores["models"].append(name)
+        split["models"][name] = split["models"]["aligned"]
+        task["cut"][name], task["probes"][name] = 0, task["probes"]["aligned"]
+    page_of(scores, tmp_path)
+    page.set_viewport_size({"width": width, "height": 900})
+    page.goto((tmp_path / "report.html").as_uri())
+    for summary in page.locator("summary").all():
+        summary.click()
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert page.evaluate(BROKEN) == []
+    scrolled = page.locator("details .scroll")
+    first = scrolled.locator("td").first
+    before = first.bounding_box()["x"]
+    scrolled.evaluate("box => box.scrollTo(200, 0)")
+    assert first.bounding_box()["x"] == before  # the first column stays
+    if width == 400:
+        inside = page.locator(".scores").first
+        assert inside.evaluate("one => one.scrollWidth <= one.parentElement.clientWidth")
+
+
 @pytest.mark.parametrize("width", [400, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_scores_fit_the_screen_and_are_legible(

@@ -168,15 +168,47 @@ def test_a_row_says_what_changed_and_whether_it_is_noise(
     scores: dict[str, Any], tmp_path: Path
 ) -> None:
     shown = lines(page_of(scores, tmp_path))
-    assert shown[1] == (
+    assert shown[1:3] == [
         "POPE, accuracy rule official, 100 questions on 40 images; more is better; all yes 50.0, "
-        "all no 50.0 50.0 45.0 to 55.0 70.0 65.0 to 75.0 +20.0 [+10.0, +30.0] ▲ better detectable "
-        "from 12.0 +30 −10 of 100 below 0.001"
-    )
-    assert "≈ inside the noise +30 −10 of 100 0.620" in shown[2]  # F1 counts no questions itself
-    assert "⚠ answering yes to everything is no worse" in shown[2]
-    assert "▼ worse" in shown[3]
-    assert "less is better" in shown[3]
+        "all no 50.0 base 50.0 45.0 to 55.0 ⚠ answering yes to everything is no worse",
+        "aligned 70.0 65.0 to 75.0 +20.0 [+10.0, +30.0] ▲ better +30 −10 of 100 below 0.001 12.0",
+    ]
+    assert "≈ inside the noise +30 −10 of 100 0.620" in shown[4]  # F1 counts no questions itself
+    assert "⚠ answering yes to everything is no worse" in shown[4]
+    assert "less is better" in shown[5]
+    assert "▼ worse" in shown[6]
+
+
+def tiles(page: str) -> list[str]:
+    """The text of each tile."""
+    found = re.findall(r'<div class="card tile">.*?</div>', page, flags=re.DOTALL)
+    return [" ".join(re.sub("<[^>]*>", " ", each).split()) for each in found]
+
+
+def test_headline_scores_have_their_intervals_beside_them(
+    scores: dict[str, Any], tmp_path: Path
+) -> None:
+    shown = tiles(page_of(scores, tmp_path))
+    assert shown == [
+        "50.0 → 70.0 POPE, accuracy, base → aligned 95 %: 45.0 to 55.0 → 65.0 to 75.0; "
+        "difference +20.0 [+10.0, +30.0] ▲ better",
+        "60.0 → 61.0 POPE, F1, base → aligned 95 %: 55.0 to 65.0 → 56.0 to 66.0; "
+        "difference +1.0 [-2.0, +4.0] ≈ inside the noise",
+    ]
+
+
+def test_every_model_has_a_line_below_its_metric(scores: dict[str, Any], tmp_path: Path) -> None:
+    names = ("DPO", "SFT")
+    split = scores["benchmarks"]["pope"]["rules"]["official"]["splits"]["random"]
+    for name in names:
+        split["models"][name] = split["models"]["aligned"]
+        scores["tasks"]["pope_random"]["cut"][name] = 0
+        probes = scores["tasks"]["pope_random"]["probes"]
+        probes[name] = probes["aligned"]
+    scores["models"] += names
+    page = page_of(scores, tmp_path)
+    assert [line.split()[0] for line in lines(page)[2:5]] == ["aligned", *names]
+    assert page.count('rowspan="4"') == 3
 
 
 def test_every_split_and_metric_is_there_in_its_unit(
@@ -227,7 +259,15 @@ def test_answers_gained_and_lost_are_shown_with_who_is_right(
     assert "Yes, a &lt;b&gt;." in first
     assert "Is there a &lt;dog&gt;?" in first
     assert first.index("base: ✗ wrong") < first.index("aligned: ✓ right")
-    assert 'A cat and a <mark class="lost">dog</mark>.' in page[lost:]
+    assert 'A cat and a <mark class="absent">dog</mark>.' in page[lost:]
+    # marked by who is right, not by who was first
+    looks = re.findall(r'<p class="answer (\w+)"><span class="label">(\w+): (.)', page)
+    assert looks == [
+        ("rejected", "base", "✗"),
+        ("chosen", "aligned", "✓"),
+        ("chosen", "base", "✓"),
+        ("rejected", "aligned", "✗"),
+    ]
     assert 'src="data:image/webp;base64,' in page[lost:]
 
 
@@ -241,6 +281,10 @@ def test_a_model_alone_is_shown_without_comparisons(scores: dict[str, Any], tmp_
         each["comparisons"] = {}
     page = page_of(scores, tmp_path)
     assert "difference" not in lines(page)[0]
+    assert tiles(page) == [
+        "50.0 POPE, accuracy, base 95 %: 45.0 to 55.0",
+        "60.0 POPE, F1, base 95 %: 55.0 to 65.0",
+    ]
     assert "aligned" not in page
     assert "Answers gained and lost" not in page
 
@@ -252,5 +296,7 @@ def test_what_is_not_defined_has_a_dash_and_a_reason(
     undefined = {"difference": None, "paired": paired(None, None, None)}
     split["models"]["aligned"]["f1"] = entry(None, undefined)
     scores["table"][1]["comparisons"] = {}
-    shown = lines(page_of(scores, tmp_path))
-    assert "— there was nothing to count — " in shown[2]
+    page = page_of(scores, tmp_path)
+    assert "aligned — there was nothing to count — " in lines(page)[4]
+    assert "60.0 → — POPE, F1" in tiles(page)[1]
+    assert "95 %: 55.0 to 65.0 → —;" in tiles(page)[1]

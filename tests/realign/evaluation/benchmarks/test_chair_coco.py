@@ -302,7 +302,7 @@ def test_on_the_command_line(tmp_path: Path, data: Path) -> None:
     arguments += ["--answers", str(answers)]
     shown = CliRunner().invoke(app, [*arguments, "--rule", "official"])
     assert shown.exit_code == 0
-    assert "33.3333" in shown.output
+    assert "33.33" in shown.output
     unknown = CliRunner().invoke(app, [*arguments, "--rule", "mine"])
     assert unknown.exit_code == 2
     assert "object-list" in unknown.output.replace("\n", " ")

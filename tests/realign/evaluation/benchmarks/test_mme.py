@@ -192,7 +192,7 @@ def test_every_task_is_a_row_whose_numbers_are_whole(data: Path, tmp_path: Path)
     assert "…" not in printed
     cells = [line.split("│")[1:-1] for line in printed.splitlines() if line.startswith("│")]
     table = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in cells}
-    assert table["count"] == ["75.0000", "50.0000", "25.0000"]
+    assert table["count"] == ["75.00", "50.00", "25.00"]
     assert table["perception"] == ["—", "—", "—"]
 
 

@@ -1,0 +1,296 @@
+"""The plan of a build, shown before anything is asked: requests, tokens and time of each model."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+from PIL import Image
+
+from realign.building.masking.masker import MaskRules, mask_rows
+from realign.building.models import Asked, LocalModel, ServedModel
+from realign.building.prompts import completion_request, masking_request
+from realign.building.source import with_image_files
+from realign.building.staging import Staging
+from realign.config import BuildConfig
+from realign.data.formats.source_row import SourceRow
+from realign.data.images import decode_image, image_size
+from realign.generation.generator import Request
+from realign.modeling.folder import resolve_model
+from realign.modeling.lengths import ImageTokens
+from realign.modeling.processors import load_processor
+
+EXAMPLES = 32  # rows whose lengths stand for all
+# A batch is grown to that of the build only as long as it takes less than this
+LONGEST_BATCH_S = 10.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one model will be asked.
+
+    Attributes:
+        role: ``annotator``, ``masker`` or ``inducer``.
+        asked: The model.
+        least: Requests if each is enough.
+        most: Requests if none is.
+        why: When there are more than the least.
+        rows: Rows that are asked about, evenly spread; no more than ``EXAMPLES``.
+    """
+
+    role: str
+    asked: Asked
+    least: int
+    most: int
+    why: str
+    rows: list[SourceRow]
+
+
+class Example(NamedTuple):
+    """A request like those of the build, and its tokens.
+
+    Attributes:
+        text: Of the prompt without its image.
+        image: Of the image.
+        answer: Of what will be said, by the answer that the row has; None where it has none.
+    """
+
+    request: Request
+    text: int
+    image: int
+    answer: int | None
+
+
+class Probed(NamedTuple):
+    """What was seen of a model.
+
+    Attributes:
+        seconds: Of one request, while all others under way take theirs.
+        how: What was measured.
+        image: Tokens of the image as a server counts them; None where it does not.
+        answer: Tokens of an answer; None where they were not counted.
+        problem: Why the request has no answer.
+    """
+
+    seconds: float | None
+    how: str = ""
+    image: int | None = None
+    answer: int | None = None
+    problem: str = ""
+
+
+def parts_of(config: BuildConfig, staging: Staging, rows: Sequence[SourceRow]) -> list[Part]:
+    """Return what is asked of whom; a model that has nothing to do is not among it."""
+    unanswered = [row for row in rows if not row.answer]
+    induced = [row for row in rows if not row.rejected]
+    retries = config.mask_retries
+    found = (
+        ("annotator", staging.annotator, unanswered, 1, ""),
+        ("masker", staging.masker, induced, 1 + retries, "if it changes other words each time"),
+        ("inducer", staging.inducer, induced, config.top_k, "if every retrieved image is refused"),
+    )
+    return [
+        Part(role, asked, len(which), times * len(which), why, _spread(which, role))
+        for role, asked, which, times, why in found
+        if asked is not None and which
+    ]
+
+
+def _spread(rows: Sequence[SourceRow], role: str) -> list[SourceRow]:
+    known = [row for row in rows if row.answer] if role != "annotator" else rows
+    return [*known[:: max(1, len(known) // EXAMPLES)]][:EXAMPLES]
+
+
+def make_plan(
+    config: BuildConfig,
+    staging: Staging,
+    rows: Sequence[SourceRow],
+    rules: MaskRules,
+    parts: Sequence[Part],
+    scratch: Path,
+    *,
+    asks: bool,
+    loads: bool,
+) -> Iterator[str]:
+    """Yield the plan, a line at a time.
+
+    Args:
+        config: The build.
+        staging: Its models.
+        rows: Its rows.
+        rules: How answers are masked.
+        parts: From :func:`parts_of`.
+        scratch: Folder for the images of examples, and for the answers of the servers that are
+            asked: ``ROLE.jsonl``, as in the build's ``journal/``.
+        asks: Whether each server is asked one question, to see how long it takes.
+        loads: Whether models of this process are loaded for a few rows, likewise.
+    """
+    yield f"{len(rows):,} rows, {len({row.path for row in rows}):,} image files"
+    aligned = resolve_model(config.model)
+    times: dict[LocalModel, Probed] = {}
+    for part in parts:
+        read_by = part.asked.folder if isinstance(part.asked, LocalModel) else aligned
+        examples = list(_examples(config, part, rules, read_by, scratch))
+        probed = Probed(None)
+        if examples and asks and isinstance(part.asked, ServedModel):
+            probed = _ask_one(part.asked, examples, scratch / f"{part.role}.jsonl")
+        elif examples and loads and isinstance(part.asked, LocalModel):
+            # one model may play several roles; their requests are of one kind to a batch
+            probed = times.get(part.asked) or _load_and_ask(part.asked, examples)
+            times[part.asked] = probed
+        yield from _lines(config, staging, part, examples, probed)
+    if parts:
+        yield (
+            f"tokens are estimates: {config.model} counts text and images of up to {EXAMPLES} rows "
+            "where no server says more, and completions are taken to be as long as the answers. "
+            "Prices are not known here"
+        )
+
+
+def _examples(
+    config: BuildConfig, part: Part, rules: MaskRules, read_by: Path, scratch: Path
+) -> Iterator[Example]:
+    """Requests about the part's rows; an image that cannot be read is left to the inspection."""
+    processor = load_processor(read_by)
+    reader = ImageTokens(processor)
+    rows = with_image_files(config, part.rows, scratch)
+    by_rule = replace(rules, mask="rule")
+    masked = mask_rows([row for row in rows if row.answer], by_rule, None, lambda *_: True)
+    masks = iter(masked)
+    for row in rows:
+        mask = next(masks).text if row.answer else ""
+        prompt = {
+            "annotator": config.annotation_prompt.replace("{instruction}", row.instruction),
+            "masker": masking_request(row.answer),
+            "inducer": completion_request(row.instruction, mask or row.answer),
+        }[part.role]
+        with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError):
+            yield Example(
+                Request(prompt, row.path),
+                len(reader.prompt_ids(prompt)),
+                reader(image_size(row.path)),
+                len(processor.tokenizer(row.answer, add_special_tokens=False).input_ids)
+                if row.answer
+                else None,
+            )
+
+
+def _ask_one(asked: ServedModel, examples: Sequence[Example], journal: Path) -> Probed:
+    """Ask a server the first question whose image can be sent."""
+    from realign.generation.endpoint_generator import EndpointGenerator
+
+    for example in examples:
+        path = example.request.image
+        assert path is not None
+        try:
+            decode_image(path.read_bytes(), path.name)
+        except (OSError, ValueError):
+            continue
+        with replace(asked, journal=journal).open() as (generator, _):
+            assert isinstance(generator, EndpointGenerator)
+            started = time.monotonic()
+            (answer,) = generator([example.request])
+            seconds, counts = time.monotonic() - started, generator.counts
+        if answer.problem:
+            return Probed(None, problem=answer.problem)
+        of_image = counts.prompt_tokens - example.text
+        at_a_time = asked.section.concurrency
+        return Probed(
+            seconds / at_a_time,
+            f"{at_a_time} at a time, if each takes {seconds:.1f} s as one did",
+            max(of_image, 0) if counts.prompt_tokens else None,
+            counts.completion_tokens or None,
+        )
+    return Probed(None)
+
+
+def _load_and_ask(asked: LocalModel, examples: Sequence[Example]) -> Probed:
+    """Time batches of a model of this process: two rows, then more while that is quick."""
+    size, seconds = min(2, asked.batch_size), 0.0
+    with asked.open() as (generator, fits):
+        requests = [one.request for one in examples]
+        requests = [one for one in requests if one.image and fits(one.prompt, one.image)]
+        if not requests:
+            return Probed(None)
+        while True:
+            batch = [*islice(cycle(requests), size)]
+            started = time.monotonic()
+            try:
+                generator(batch)
+            except ValueError:  # an image that cannot be read, which the inspection says better
+                return Probed(None)
+            seconds = time.monotonic() - started
+            if size >= asked.batch_size or seconds > LONGEST_BATCH_S:
+                return Probed(seconds / size, f"a batch of {size} took {seconds:.1f} s")
+            size = min(4 * size, asked.batch_size)
+
+
+def _lines(
+    config: BuildConfig, staging: Staging, part: Part, examples: Sequence[Example], probed: Probed
+) -> Iterator[str]:
+    asked = part.asked
+    where = asked.section.endpoint if isinstance(asked, ServedModel) else "loaded here"
+    more = f", up to {part.most:,} {part.why}" if part.most > part.least else ""
+    requests = f"{part.least:,} request{'s' * (part.least > 1)}"
+    yield f"{part.role} {asked.name} ({where}): {requests}{more}"
+    journal = config.out / "journal" / f"{part.role}.jsonl"
+    if isinstance(asked, ServedModel) and journal.is_file():
+        with journal.open("rb") as lines:
+            known = sum(1 for _ in lines)
+        yield f"  {known:,} answers are in {journal} and are not asked for again"
+    if examples:
+        yield f"  tokens: {_tokens(config, part, examples, probed)}"
+    if probed.problem:
+        yield f"  a question about one row got no answer: {probed.problem}"
+    elif probed.seconds is not None:
+        workers = 1
+        if isinstance(asked, LocalModel):
+            workers = staging.engine(asked).num_workers(len(staging.shards(part.least)))
+        least, most = (duration(n * probed.seconds / workers) for n in (part.least, part.most))
+        by = f" by {workers} workers" if workers > 1 else ""
+        yield f"  time: about {least if least == most else f'{least} to {most}'}{by}, {probed.how}"
+    elif isinstance(asked, LocalModel):
+        yield "  time: not known before the model is loaded; --dry-run loads it for a few rows"
+
+
+def _tokens(config: BuildConfig, part: Part, examples: Sequence[Example], probed: Probed) -> str:
+    """Say how many tokens of prompts and of answers there will be, and how that is known."""
+    text = fmean(one.text for one in examples)
+    image = fmean(one.image for one in examples) if probed.image is None else probed.image
+    by = ", as the server says" if probed.image is not None else ""
+    prompts = f"about {_range(part, text + image)} of prompts ({text:,.0f} of text and "
+    prompts += f"{image:,.0f} of the image each{by}"
+    lengths = [one.answer for one in examples if one.answer is not None]
+    answer = fmean(lengths) if lengths else probed.answer
+    if answer is None:
+        return f"{prompts}), and answers of at most {config.max_new_tokens:,}"
+    return f"{prompts}), about {_range(part, answer)} of answers ({answer:,.0f} each)"
+
+
+def _range(part: Part, each: float) -> str:
+    least, most = _rounded(part.least * each), _rounded(part.most * each)
+    return least if least == most else f"{least} to {most}"
+
+
+def _rounded(number: float) -> str:
+    """Return an estimate with three digits."""
+    number = float(f"{number:.3g}")
+    return f"{number / 1e6:,.3g} million" if number >= 1e6 else f"{number:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words, in its two largest units."""
+    if seconds < 60:
+        return f"{max(seconds, 1):.0f} s"
+    minutes = round(seconds / 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    units = [(days, "d"), (hours, "h"), (minutes, "min")]
+    said = [f"{count} {name}" for count, name in units if count]
+    return " ".join(said[:2])

@@ -1,0 +1,191 @@
+"""The rows that a build is made from: read, sampled, and left out where they are bad."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from realign.building.corpus import Corpus, inspect_corpus
+from realign.building.models import Readers
+from realign.config import BuildConfig
+from realign.data.formats.read_source import extract_images, read_source
+from realign.data.formats.source_row import SourceRow
+from realign.data.records import Problem
+from realign.errors import RefusedError
+from realign.runtime.files import content_sha256
+from realign.runtime.progress import announce
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """Rows of a source, their images found and not opened yet.
+
+    Attributes:
+        rows: The good rows, or the sample of them.
+        problems: What is wrong with the others.
+        num_read: How many rows the source has, good and bad; of a sample, those in it and the bad.
+        num_unsampled: Good rows that are not in the sample.
+    """
+
+    rows: list[SourceRow]
+    problems: list[Problem]
+    num_read: int
+    num_unsampled: int = 0
+
+
+def read_rows(
+    config: BuildConfig, special: Sequence[str], readers: Readers, *, extracts: bool = True
+) -> SourceRows:
+    """Read the rows of a source, and sample them.
+
+    Args:
+        config: The build.
+        special: The model's special tokens.
+        readers: The models that will read the rows.
+        extracts: Whether images that the source holds itself are written into the output folder.
+    Raises:
+        RefusedError: Too many rows are bad, or there are fewer than the sample.
+    """
+    folder = config.out / "source_images"
+    source = read_source(
+        config.source,
+        config.images,
+        special=special,
+        turns=config.turns,
+        format=config.format,
+        image_name=config.image_name,
+        extract_to=folder,
+        extracts=extracts and config.sample is None,
+    )
+    problems = [*source.problems]
+    answered: list[SourceRow] = []
+    for row in source.rows:
+        text = "\n".join((row.instruction, row.answer, row.rejected))
+        if said := readers.refusal_of_text(text):
+            message = f"{row.place}: {said}"
+            problems.append(Problem(row.id, row.place, "", "token-id", message))
+            continue
+        if row.answer or config.annotator:
+            answered.append(row)
+            continue
+        unread = sorted(row.source.get("extra", {}))
+        message = (
+            f"{row.place}: answer must not be empty without an annotator"
+            f"{f', got a row whose keys {unread[:8]} are not read' if unread else ''}. Fill it in, "
+            "or say who answers with build.annotator."
+        )
+        problems.append(Problem(row.id, row.place, "answer", "empty-answer", message))
+    _check_share(problems, source.num_read, config, answered, "; no image was decoded yet")
+    if config.sample is None:
+        return SourceRows(answered, problems, source.num_read)
+    rows = sample_rows(answered, config.sample, config.seed, config.source.name)
+    announce(
+        f"sample: {len(rows):,} of the {len(answered):,} rows of {config.source.name}, by seed "
+        f"{config.seed}"
+    )
+    if extracts:
+        extract_images(config.source, rows, folder)
+    # a conversation is one row of the source, however many of its turns are drawn
+    places = {row.place for row in rows} | {problem.place for problem in problems}
+    return SourceRows(rows, problems, len(places), len(answered) - len(rows))
+
+
+def sample_rows(rows: Sequence[SourceRow], size: int, seed: int, source: str) -> list[SourceRow]:
+    """Draw rows at random, in the order of the source.
+
+    A row is drawn by its id and the seed alone: a larger sample holds a smaller one, and rows that
+    are added to a source or taken from it change no other row's place in the draw.
+
+    Args:
+        rows: What there is to draw from; ids differ.
+        size: How many are drawn.
+        seed: Of the draw.
+        source: What a message calls the source.
+    Raises:
+        RefusedError: There are fewer rows.
+    """
+    if size > len(rows):
+        raise RefusedError(
+            f"build.sample must be at most the {len(rows)} good rows of {source}, got {size}. "
+            "Lower it, or leave it out to build from every row."
+        )
+    drawn = sorted(range(len(rows)), key=lambda i: content_sha256(str(seed), rows[i].id))[:size]
+    return [rows[i] for i in sorted(drawn)]
+
+
+def with_image_files(
+    config: BuildConfig, rows: Sequence[SourceRow], scratch: Path
+) -> list[SourceRow]:
+    """Return rows whose images are files: those that the source holds itself and that are not in
+    the output folder are written into ``scratch``.
+    """
+    folder = config.out / "source_images"
+    found = [
+        row
+        if row.path.parent != folder or row.path.is_file()
+        else replace(row, path=scratch / row.path.name)
+        for row in rows
+    ]
+    extract_images(config.source, found, scratch)
+    return found
+
+
+def inspect_rows(
+    config: BuildConfig, source: SourceRows, readers: Readers
+) -> tuple[list[SourceRow], Corpus, list[Problem]]:
+    """Decode the images of the rows; return the good rows, their images, and what is wrong with
+    the others.
+
+    Raises:
+        RefusedError: Too many rows are bad, or fewer than two images are left.
+    """
+    corpus, unreadable = inspect_corpus(
+        source.rows, config.out / "images", config.workers or 0, readers.refusal_of_image
+    )
+    problems = [*source.problems]
+    rows: list[SourceRow] = []
+    for row in source.rows:
+        if row.path in unreadable:
+            refused = unreadable[row.path].at(f"{row.place}, {row.image}")
+            problems.append(Problem(row.id, row.place, "image", refused.code, str(refused)))
+        else:
+            rows.append(row)
+    _check_share(problems, source.num_read, config, rows)
+    if len(corpus) < 2:
+        bad = f", and these bad rows:\n{_shown(problems)}\n" if problems else ". "
+        raise RefusedError(
+            f"source must show at least 2 different images to retrieve from, got {len(corpus)}{bad}"
+            "Add rows of other images; equal files are one image."
+        )
+    if problems:
+        announce(
+            f"{len(problems)} of {source.num_read} source rows are bad and left out; see "
+            "rejected.jsonl"
+        )
+    return rows, corpus, problems
+
+
+def _check_share(
+    problems: Sequence[Problem],
+    num_rows: int,
+    config: BuildConfig,
+    good: Sequence[SourceRow],
+    note: str = "",
+) -> None:
+    """Refuse too many bad rows; leaving them out is advised only where enough images are left."""
+    bad = len({problem.place for problem in problems})  # one row may give several
+    if bad > config.max_reject * num_rows:
+        share = math.ceil(1000 * bad / num_rows) / 1000
+        is_enough = len({row.path for row in good}) >= 2
+        leave_out = f", or pass --set build.max_reject={share} to leave them out" * is_enough
+        raise RefusedError(
+            f"{bad} of {num_rows} rows of {config.source.name} are bad{note}, allowed are "
+            f"{config.max_reject:.2%}:\n{_shown(problems)}\nCorrect them{leave_out}."
+        )
+
+
+def _shown(problems: Sequence[Problem]) -> str:
+    more = f"\n... and {len(problems) - 20} more." if len(problems) > 20 else ""
+    return "\n".join(problem.message for problem in problems[:20]) + more

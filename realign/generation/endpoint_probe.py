@@ -1,0 +1,127 @@
+"""Asks a server, before any work, whether it is there, takes the key and serves the model."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+import openai
+
+from realign.errors import RefusedError
+from realign.generation.endpoint import (
+    Endpoint,
+    TooLargeResponseError,
+    failure_of,
+    lasting_refusal,
+    open_client,
+    run_to_end,
+    unreachable,
+)
+
+# A server that computes may be slow to answer; one that takes no connection is not there
+LONGEST_PROBE_S = 20.0
+_ALWAYS_WITH_KEY = ("api.openai.com",)
+_SHOWN = 8  # names of models in a message
+
+
+def check_key(endpoint: Endpoint, *, is_named: bool = False) -> None:
+    """Check that the key is there where one is needed. Nothing is sent.
+
+    Args:
+        endpoint: The server.
+        is_named: Whether somebody named the variable: then it must be set.
+    Raises:
+        RefusedError: The variable is not set, or its key cannot be sent in a header.
+    """
+    host = urlsplit(endpoint.base_url).hostname
+    if not endpoint.key() and (is_named or host in _ALWAYS_WITH_KEY):
+        option, variable = endpoint.other_option("api_key_env"), endpoint.api_key_env
+        remedy = f"drop {option}" if is_named else f"name another one with {option}"
+        raise RefusedError(
+            f"{option} must name an environment variable that holds the key for "
+            f"{endpoint.base_url}, got {variable}, which is not set. Set it, or {remedy}."
+        )
+
+
+def check_server(endpoint: Endpoint, model: str, length_field: str = "max_tokens") -> None:
+    """Check that a server can be reached, takes the key and serves the model.
+
+    The server is asked for its list of models. Only where that does not settle it (a server without
+    a list, a key that may not read it, a name that is not in it) one question of a token is asked.
+    A server that is too busy to answer either is accepted: a run asks it again.
+
+    Args:
+        endpoint: The server.
+        model: The name that it should know.
+        length_field: Name of the limit of an answer in a request.
+    Raises:
+        RefusedError: Naming which of the three it is, the option, the value and the remedy.
+    """
+    run_to_end(_check(endpoint, model, length_field))
+
+
+async def _check(endpoint: Endpoint, model: str, length_field: str) -> None:
+    quick = dataclasses.replace(endpoint, timeout_s=min(endpoint.timeout_s, LONGEST_PROBE_S))
+    question: dict[str, Any] = {
+        "model": model,
+        "messages": [{"role": "user", "content": "Hello"}],
+        length_field: 1,
+    }
+    async with open_client(quick) as client:
+        listed = await _answer(quick, client.models.with_raw_response.list())
+        # any other status may be that of a server without a list
+        if (
+            isinstance(listed, openai.APIStatusError)
+            and listed.status_code == 401
+            and (refusal := lasting_refusal(endpoint, listed))
+        ):
+            raise refusal
+        names = _names(listed) if isinstance(listed, bytes) else []
+        if model in names:
+            return
+        said = await _answer(quick, client.chat.completions.with_raw_response.create(**question))
+    if not isinstance(said, openai.APIStatusError):
+        return
+    if names and said.status_code in (400, 404, 422):
+        shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+        option = endpoint.other_option("model")
+        raise RefusedError(
+            f"{option} must be a model that {endpoint.base_url} serves ({shown}), got {model} "
+            f"({failure_of(endpoint, said)}). Correct {option}, or serve it."
+        )
+    if refusal := lasting_refusal(endpoint, said):
+        raise refusal
+
+
+async def _answer(endpoint: Endpoint, request: Any) -> bytes | openai.APIStatusError | None:
+    """Return the body of an answer, or the server's error; None where it gives neither.
+
+    Raises:
+        RefusedError: Nothing there takes a connection.
+    """
+    try:
+        async with asyncio.timeout(endpoint.timeout_s):  # also of a body that trickles
+            response = await request
+        return bytes(response.content)
+    except openai.APIStatusError as error:
+        return error
+    except openai.APIConnectionError as error:  # time-outs too
+        cause = error.__cause__
+        if isinstance(cause, httpx2.ConnectError | httpx2.ConnectTimeout):
+            raise unreachable(endpoint, f"{type(cause).__name__}: {cause}") from None
+        return None
+    except (TimeoutError, TooLargeResponseError):
+        return None
+
+
+def _names(raw: bytes) -> list[str]:
+    """Return the models of a list; none where it is something else."""
+    try:
+        found = json.loads(raw)["data"]
+        return [str(one["id"]) for one in found]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return []

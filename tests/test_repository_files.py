@@ -1,0 +1,70 @@
+"""Files that programs of a code host, an index or a contributor read say what is true."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import realign
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def read(name: str) -> Any:
+    return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+
+
+def test_the_citation_is_of_this_version_and_names_the_paper() -> None:
+    citation = read("CITATION.cff")
+    assert citation.keys() >= {
+        "cff-version",
+        "title",
+        "message",
+        "authors",
+    }  # what CFF 1.2 requires
+    assert citation["version"] == realign.__version__
+    assert citation["license"] == PROJECT["license"]
+    assert citation["authors"] == [{"name": "realign contributors"}]
+    (paper,) = citation["references"]
+    assert len(paper["authors"]) == 9
+    assert paper["url"] == PROJECT["urls"]["Paper"]
+    assert f"## [{citation['version']}] - {citation['date-released']}" in CHANGELOG
+
+
+def test_hooks_run_what_lint_runs_and_need_no_network() -> None:
+    (repository,) = read(".pre-commit-config.yaml")["repos"]
+    assert repository["repo"] == "local"
+    assert {hook["language"] for hook in repository["hooks"]} == {"system"}
+    hooks = {re.sub(r" --[\w-]+", "", hook["entry"]) for hook in repository["hooks"]}
+    lint = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\nlint:")[2]
+    lines = re.findall(r"^\t\$\(BIN\)/(\w+(?: \w+)?)", lint.partition("\n\n")[0], re.MULTILINE)
+    assert hooks == {f"python -m {line}" for line in lines}
+    assert len(hooks) == 3
+
+
+@pytest.mark.parametrize("name", ["bug", "feature"])
+def test_an_issue_form_is_one(name: str) -> None:
+    form = read(f".github/ISSUE_TEMPLATE/{name}.yml")
+    assert form.keys() >= {"name", "description", "body"}
+    for element in form["body"]:
+        assert element["type"] in ("markdown", "textarea")
+        assert "value" in element["attributes"] or {"id", "attributes"} <= element.keys()
+
+
+def test_metadata_name_every_python_that_is_allowed() -> None:
+    low, high = re.findall(r"3\.(\d+)", PROJECT["requires-python"])
+    named = [
+        int(minor)
+        for line in PROJECT["classifiers"]
+        for minor in re.findall(r"Python :: 3\.(\d+)$", line)
+    ]
+    assert named == [*range(int(low), int(high))]
+    kernels = (ROOT / "distributions/realign-kernels/pyproject.toml").read_text(encoding="utf-8")
+    assert tomllib.loads(kernels)["project"]["classifiers"] == PROJECT["classifiers"]
