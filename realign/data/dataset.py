@@ -32,6 +32,14 @@ def read_records(data: Path, image_root: Path | None) -> Sequence[Record]:
     Raises:
         RefusedError: The path is none of these, JSON comes without an image folder, or rows are
             bad; all are counted and the first of each kind named.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> from realign import read_records
+        >>> records = read_records(Path("pairs.parquet"), None)
+        >>> len(records), records[0].id
+        (2, 'r0')
     """
     records, bad = read_rows(data, image_root)
     problems = [problem for row in bad for problem in row]

@@ -1,6 +1,4 @@
-"""Preference records and their checks. Image bytes stay undecoded; rows are identified by their
-content.
-"""
+"""Preference records, which are identified by their content, and their checks."""
 
 from __future__ import annotations
 
@@ -62,6 +60,15 @@ class Record:
         rejected_images: Bytes of the retrieved image files v_l; empty when there is no image pair.
         meta: Provenance; anything JSON can hold.
         place: The row's file and place in it, for messages; not part of its content.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> from realign import Record
+        >>> image = Path("photo.png").read_bytes()
+        >>> prompt = ({"role": "user", "content": "What is in the image?"},)
+        >>> Record("1", (image,), prompt, chosen="A red house.", rejected="A dog.").chosen
+        'A red house.'
     """
 
     id: str
@@ -155,9 +162,7 @@ class LazyRecords(Sequence[Record]):
         return self._read(numbers) if isinstance(numbers, int) else [*map(self._read, numbers)]
 
     def texts(self) -> Sequence[Record]:
-        """Return the same rows without their image bytes, which are most of a dataset. Their
-        ``key`` differs from the rows' own.
-        """
+        """Return the same rows without their images; their ``key`` differs from the rows' own."""
         return self
 
 

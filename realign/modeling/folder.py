@@ -43,6 +43,12 @@ def resolve_model(model: str, option: str = "model") -> Path:
         option: Option that named it, for messages.
     Raises:
         RefusedError: :func:`check_model` refuses it, or neither the hub nor its local cache has it.
+
+    Example::
+
+        >>> from realign import resolve_model
+        >>> resolve_model("model").name  # a hub id gives its folder in the hub's cache
+        'model'
     """
     check_model(model, option)
     if Path(model).is_dir():

@@ -41,6 +41,15 @@ def check_rows(
             checked again.
     Raises:
         RefusedError: Naming the rows.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> from realign import check_rows, load_processor, read_records
+        >>> records = read_records(Path("pairs.parquet"), None)
+        >>> facts = check_rows(records, load_processor(Path("model")), cells=3, max_length=2048)
+        >>> [row.id for row in facts.rows]
+        ['r0', 'r1']
     """
     if known is not None and known.cells == cells:
         announce(f"{len(records):,} rows are those that were good before; not checked again")
