@@ -41,6 +41,7 @@ from realign.data.formats.parquet import write_parquet
 from realign.data.formats.source_row import SourceRow
 from realign.data.image_names import check_image_root
 from realign.data.records import Record
+from realign.data.unrelated_answers import unrelated_answers
 from realign.errors import RefusedError
 from realign.modeling.chat_template import Renderer
 from realign.modeling.folder import resolve_model
@@ -199,6 +200,9 @@ def _run(
         records = assemble(rows, outcomes, corpus, staging.provenance())
         write_parquet(_undropped(records, dropped, by_hand), config.out / "dataset.parquet")
     write_json(config.out / "funnel.json", counts)
+    induced = [one["similarity"] for one in outcomes if one["masked"] and not one["reason"]]
+    if warning := unrelated_answers([value for value in induced if value is not None]):
+        announce(f"warning: {warning}")
     if not counts["accepted"]:
         raise RefusedError(
             f"source must give at least one pair, got none from {counts['rows']} rows: "

@@ -109,7 +109,7 @@ def image_size(file: Path | IO[bytes]) -> tuple[int, int]:
         return image.size[::-1] if is_turned else image.size
 
 
-def decode_image(raw: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(raw: bytes, where: str, max_pixels: int | None = None) -> Image.Image:
     """Decode image bytes to RGB, with EXIF rotation, transparency over white, 16-bit grey scaled.
 
     Of a JPEG that holds further pictures (MPO: previews, depth, the other eye), the first one is
@@ -118,8 +118,9 @@ def decode_image(raw: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.
     Args:
         raw: The file's bytes.
         where: What names the image, in front of a refusal.
-        max_pixels: Largest image that is decoded. One of more than ``MAX_PIXELS`` is halved until
-            it has at most that; only a process that has lifted Pillow's own limit can do so.
+        max_pixels: Largest image that is decoded, by default ``MAX_PIXELS``. One of more than that
+            is halved until it has at most as many; only a process that has lifted Pillow's own
+            limit can do so.
     Raises:
         RefusedImage: Not a JPEG, PNG or WebP file, damaged, too small or large, or an animation.
     """
@@ -128,7 +129,7 @@ def decode_image(raw: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.
         # of damaged metadata, which is not used, and of sizes, which are checked here
         warnings.simplefilter("ignore")
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
-        _check_size(image, where, max_pixels)
+        _check_size(image, where, max_pixels or MAX_PIXELS)
         if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) != 1:
             reason = f"image must have one frame, got {frames}. Save one frame."
             raise RefusedImage(where, reason, "frames")
