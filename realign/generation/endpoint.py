@@ -333,14 +333,16 @@ def lasting_refusal(endpoint: Endpoint, error: openai.APIStatusError) -> Refused
         )
     elif 300 <= status < 400:
         remedy = f"Redirects are not followed; set {endpoint.option} to where the server is."
-    return RefusedError(f"{endpoint.base_url} refuses every request with {failure}. {remedy}")
+    return RefusedError(
+        f"{endpoint.option} {endpoint.base_url} refuses every request with {failure}. {remedy}"
+    )
 
 
 def unreachable(endpoint: Endpoint, failure: str) -> RefusedError:
     """Return the refusal of a server that cannot be connected to."""
     return RefusedError(
         f"{endpoint.option} must be of a server that can be reached, got {endpoint.base_url} "
-        f"({failure}). Start the server, or correct {endpoint.option}."
+        f"({failure}). Start the server, check the network, or correct {endpoint.option}."
     )
 
 
