@@ -305,6 +305,14 @@ class TrainConfig(Section):
 
     Objective, beta, learning rate, schedule, epochs and batch default to the paper's values. The
     paper trains LoRA adapters; here all weights train unless ``lora`` is set.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> from realign import TrainConfig
+        >>> config = TrainConfig(model="model", data=Path("pairs.parquet"), out=Path("run"))
+        >>> config.objective, config.beta
+        ('rdpo', 0.1)
     """
 
     model: Annotated[str, Effect.NONE]

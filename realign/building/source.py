@@ -12,6 +12,8 @@ from realign.building.models import Readers
 from realign.config import BuildConfig
 from realign.data.formats.read_source import extract_images, read_source
 from realign.data.formats.source_row import SourceRow
+from realign.data.missing_images import where_missing_images_are
+from realign.data.problems import shown_problems
 from realign.data.records import Problem
 from realign.errors import RefusedError
 from realign.runtime.files import content_sha256
@@ -154,7 +156,7 @@ def inspect_rows(
             rows.append(row)
     _check_share(problems, source.num_read, config, rows)
     if len(corpus) < 2:
-        bad = f", and these bad rows:\n{_shown(problems)}\n" if problems else ". "
+        bad = f", and these bad rows:\n{shown_problems(problems)}\n" if problems else ". "
         raise RefusedError(
             f"source must show at least 2 different images to retrieve from, got {len(corpus)}{bad}"
             "Add rows of other images; equal files are one image."
@@ -180,12 +182,12 @@ def _check_share(
         share = math.ceil(1000 * bad / num_rows) / 1000
         is_enough = len({row.path for row in good}) >= 2
         leave_out = f", or pass --set build.max_reject={share} to leave them out" * is_enough
+        # who gave the wrong folder has no rows to correct
+        remedy = where_missing_images_are(
+            config.images, problems, num_rows, "build.image_name", config.image_name
+        )
         raise RefusedError(
             f"{bad} of {num_rows} rows of {config.source.name} are bad{note}, allowed are "
-            f"{config.max_reject:.2%}:\n{_shown(problems)}\nCorrect them{leave_out}."
+            f"{config.max_reject:.2%}:\n{shown_problems(problems)}\n"
+            + (remedy or f"Correct them{leave_out}.")
         )
-
-
-def _shown(problems: Sequence[Problem]) -> str:
-    more = f"\n... and {len(problems) - 20} more." if len(problems) > 20 else ""
-    return "\n".join(problem.message for problem in problems[:20]) + more

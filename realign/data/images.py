@@ -43,18 +43,19 @@ class RefusedImage(RefusedError):
         code: ``image-name``, ``url``, ``outside-root``, ``missing``, ``unreadable``,
             ``too-many-bytes``, ``too-many-pixels``, ``side``, ``frames``, ``format``,
             ``metadata``, ``damaged``; from workers also ``memory``, ``timeout``, ``crashed``.
+        missing: Name of the file, where it does not exist.
     """
 
-    def __init__(self, where: str, reason: str, code: str) -> None:
-        super().__init__(f"{where}: {reason}", code=code, field="image")
+    def __init__(self, where: str, reason: str, code: str, missing: str = "") -> None:
+        super().__init__(f"{where}: {reason}", code=code, field="image", missing=missing)
         self.where, self.reason = where, reason
 
-    def __reduce__(self) -> tuple[type[RefusedImage], tuple[str, str, str]]:
-        return RefusedImage, (self.where, self.reason, self.code)
+    def __reduce__(self) -> tuple[type[RefusedImage], tuple[str, str, str, str]]:
+        return RefusedImage, (self.where, self.reason, self.code, self.missing)
 
     def at(self, where: str) -> RefusedImage:
         """Return the same refusal for the same image in another place."""
-        return RefusedImage(where, self.reason, self.code)
+        return RefusedImage(where, self.reason, self.code, self.missing)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,13 @@ class Numerics:
         autocast: Whether products are computed in bfloat16 over weights in float32.
         more: Further options that a section declares as changing numbers, by name, for the files
             that use them.
+
+    Example::
+
+        >>> import torch
+        >>> from realign import Numerics
+        >>> Numerics(torch.float32, autocast=True).attention
+        'sdpa'
     """
 
     dtype: torch.dtype

@@ -101,6 +101,14 @@ class PreferenceCollator:
             which :func:`realign.modeling.packing.why_not_shared` returns None.
         watch: Called with the digests of every record before the model reads it; see
             :class:`Watch`.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> from realign import PreferenceCollator, load_processor, read_records
+        >>> collate = PreferenceCollator(load_processor(Path("model")), cells=3)
+        >>> collate(read_records(Path("pairs.parquet"), None))["ids"]
+        ['r0', 'r1']
     """
 
     def __init__(

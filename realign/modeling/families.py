@@ -1,6 +1,4 @@
-"""Exceptions of model families to the general rule, by the class of their processor or their model
-type.
-"""
+"""Exceptions of model families to the general rule, by processor class or model type."""
 
 from __future__ import annotations
 
@@ -99,9 +97,7 @@ def _process(
 
 
 def image_token_id(processor: Any) -> int | None:
-    """Return the token that the model replaces by an image feature, which is not always the
-    template's image placeholder (Gemma-3).
-    """
+    """Return the token that image features replace; Gemma-3's template writes another."""
     token = next(iter(getattr(processor, "image_token_ids", ())), None)
     if token is None:
         token = getattr(processor.tokenizer, "image_token_id", None)

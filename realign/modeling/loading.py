@@ -51,6 +51,14 @@ def load_model(
             logits in any way.
     Raises:
         RefusedError: The folder lacks a weight, or holds one that does not belong to the model.
+
+    Example::
+
+        >>> import torch
+        >>> from realign import load_model, resolve_model
+        >>> model = load_model(resolve_model("model"), torch.float32)
+        >>> model.config.model_type
+        'llava'
     """
     if isinstance(numerics, torch.dtype):
         numerics = Numerics(numerics)

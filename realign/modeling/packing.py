@@ -55,9 +55,7 @@ class SharedRow:
         return self.start + self.prefix + sum(self.answers)
 
     def predicting(self, answer: int) -> list[int]:
-        """Index of the token that predicts each token of an answer. The last token of the prefix
-        predicts the first one of every answer.
-        """
+        """Return the index of the token that predicts each token of an answer."""
         start = self.answer_starts[answer]
         last_of_prefix = self.start + self.prefix - 1
         return [last_of_prefix, *range(start, start + self.answers[answer] - 1)]

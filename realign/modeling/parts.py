@@ -77,9 +77,7 @@ def freeze_parts(model: nn.Module, frozen: Iterable[Part]) -> None:
 
 
 def parts_pattern(parts: Iterable[Part]) -> str:
-    """Return a regular expression for the full names of the modules of these parts, for peft to
-    exclude.
-    """
+    """Return a regular expression for the full names of the parts' modules, for peft."""
     projector = rf"(.*\.)?({'|'.join(PROJECTOR_MODULES)})(\..*)?"
     vision = rf"(?!{projector}$)(.*\.)?({'|'.join(VISION_MODULES)})(\..*)?"
     unused = rf"(.*\.)?({'|'.join(UNUSED_MODULES)})(\..*)?"

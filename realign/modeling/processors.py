@@ -104,6 +104,12 @@ def load_processor(folder: Path) -> Any:
 
     Raises:
         RefusedError: The processor has no chat template, or no fast tokenizer.
+
+    Example::
+
+        >>> from realign import load_processor, resolve_model
+        >>> type(load_processor(resolve_model("model"))).__name__
+        'LlavaProcessor'
     """
     if not (folder / "processor_config.json").is_file() and is_adapter(folder):
         folder = resolve_base(folder)

@@ -56,6 +56,17 @@ def build_cache(
         RefusedError: Two rows have one id and different content; a row is too long; the file
             system refuses; or the probe finds the values wrong.
         FloatingPointError: A log-probability is not finite; nothing of its shard is stored.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from realign import Numerics, Scoring, build_cache, read_records
+        >>> scoring = Scoring(Path("model"), 3, "label", Numerics(torch.float32))
+        >>> records = read_records(Path("pairs.parquet"), None)
+        >>> place = build_cache(records, scoring, Path("cache"))
+        >>> (place / "manifest.json").is_file()
+        True
     """
     identity, ranks = identity or scoring.identity(), ranks or Ranks()
     _check_agreement(identity, ranks)

@@ -34,7 +34,7 @@ DARK = {  # every colour above on a dark screen
     BLUE: "#82bbff",
     ORANGE: "#ffb077",
     PALE_ORANGE: "#8a5a2b",
-    PURPLE: "#d9a6ff",
+    PURPLE: "#c07cf5",
     GREY: "#9aa4b5",
 }
 # a figure carries its colours for dark screens, wherever it is shown

@@ -102,9 +102,7 @@ class CheckpointTrainer(Trainer):
         return output
 
     def newest_checkpoint(self) -> str | None:
-        """Return the newest intact checkpoint in ``output_dir``, or None; newer damaged ones are
-        named on stderr. One process searches for all.
-        """
+        """Return the newest intact checkpoint or None, as one process finds it for all."""
         step = torch.tensor(-1, device=self.args.device)
         folder = Path(self.args.output_dir)
         if self.is_world_process_zero() and (found := newest_checkpoint(folder, announce)):

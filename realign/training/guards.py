@@ -1,6 +1,4 @@
-"""Guards before a step changes a weight: finite numbers, and at the first step a policy that equals
-its reference.
-"""
+"""Guards before a step: finite numbers, and at first a policy that equals its reference."""
 
 from __future__ import annotations
 

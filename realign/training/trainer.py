@@ -56,7 +56,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class RDPOConfig(ObjectiveOptions, TrainingArguments):
-    """TrainingArguments with the objective; loss defaults are the paper's."""
+    """TrainingArguments with the objective; loss defaults are the paper's.
+
+    Example::
+
+        >>> from realign import RDPOConfig
+        >>> RDPOConfig("run", objective="mdpo", beta=0.2, report_to="none").objective
+        'mdpo'
+    """
 
     freeze_vision: bool = field(default=True, metadata={"help": "leave the vision tower as it is"})
     freeze_projector: bool = field(default=False, metadata={"help": "leave the projector as it is"})
@@ -113,6 +120,22 @@ class RDPOTrainer(CheckpointTrainer):
         ValueError: The reference lacks a record, or the objective is unknown.
         RefusedError: ``auto_find_batch_size`` is set, nothing is left to train, or there is no
             projector for ``projector_learning_rate``.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> import torch
+        >>> import realign
+        >>> records = realign.read_records(Path("pairs.parquet"), None)
+        >>> scoring = realign.Scoring(Path("model"), 3, "label", realign.Numerics(torch.float32))
+        >>> reference = realign.read_cache(Path("cache"), records, scoring.identity())
+        >>> model = realign.load_model(Path("model"), torch.float32)
+        >>> args = realign.RDPOConfig("run", max_steps=1, report_to="none", use_cpu=True)
+        >>> processor = realign.load_processor(Path("model"))
+        >>> trainer = realign.RDPOTrainer(model, args, records, processor, reference)
+        >>> trainer.train().global_step  # after its log
+        {'train_runtime': ...
+        1
     """
 
     args: RDPOConfig
@@ -277,10 +300,7 @@ class RDPOTrainer(CheckpointTrainer):
             self._save(output_dir, weights)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the means over all pairs since the last line.
-
-        The loss is one of them, since Trainer's own is the mean since its last start.
-        """
+        """Log means over all pairs since the last line; Trainer's loss is since its last start."""
         if "loss" in logs:
             logs = {**logs, **self._metrics.take_means()}
         super().log(logs, start_time)

@@ -515,5 +515,26 @@ def test_a_dry_run_loads_the_model_for_a_few_rows_and_writes_nothing(
     assert f" of text and {reader((96, 96))} of the image each), about" in said
 
 
+def test_the_option_that_finds_the_images_is_named(config: BuildConfig, tmp_path: Path) -> None:
+    """A source that names COCO's images as train2017 does, with the folder of train2014."""
+    folder = tmp_path / "train2014"
+    folder.mkdir()
+    for path in config.images.iterdir():
+        shutil.copy(path, folder / f"COCO_train2014_{path.name}")
+    other = config.model_copy(update={"images": folder})
+    with pytest.raises(RefusedError, match=r"^40 of 40 rows") as refused:
+        build(other)
+    *shown, more, last = str(refused.value).splitlines()[1:]
+    assert len(shown) == 5
+    assert more == "... and 35 more (missing in image)"
+    assert re.fullmatch(
+        r"COCO_train2014_train-\d+\.png is there: pass --set "
+        r"build\.image_name=COCO_train2014_\{name\}\.",
+        last,
+    )
+    update = {"image_name": "COCO_train2014_{name}"}
+    build(other.model_copy(update=update), dry_run=True)
+
+
 def read_lines(folder: Path) -> list[str]:
     return [line for path in sorted(folder.iterdir()) for line in path.read_text().splitlines()]

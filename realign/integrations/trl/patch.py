@@ -86,10 +86,11 @@ def patch_trl(*, compact: bool = True) -> TrlPatch:
 
     Example::
 
-        patch = patch_trl()
-        trainer = DPOTrainer(model, args=args, train_dataset=dataset, processing_class=processor)
-        trainer.train()
-        assert patch.calls and not patch.passed_on
+        >>> from realign.integrations.trl import patch_trl
+        >>> with patch_trl() as patch:
+        ...     pass  # DPOTrainer(...).train()
+        >>> patch.calls, patch.passed_on
+        (0, 0)
     """
     if not isinstance(compact, bool):
         raise RefusedError(
