@@ -179,7 +179,7 @@ def test_official_row_without_image_is_text_only(official: Path) -> None:
             {"chosen": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
             r"chosen must be a list of messages .*Put the text itself into content",
         ),
-        ({"chosen": None}, r"must have the keys \['chosen'\], got"),
+        ({"chosen": None}, r"a row must have the keys \['chosen'\], got"),
         (
             {"chosen": [{"role": "user", "content": "x"}]},
             r"chosen must alternate",
