@@ -144,6 +144,10 @@ class BuildConfig(Section):
     """Output folder."""
     format: str | None = None
     """Layout of the source, see docs/formats.md; detected if not given."""
+    max_pixels: PositiveInt | None = None
+    """Largest number of pixels of an image; by default 89,478,485, the most that training opens.
+    Larger images up to this number are halved, and their copies used.
+    """
     sample: PositiveInt | None = None
     """Number of rows to build from, drawn at random by ``seed``; by default all. Images of other
     rows are not read.

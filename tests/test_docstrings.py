@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("realign", "realign_kernels")
 FOLDERS = (*PACKAGES, "benchmarks", "examples")
 # a summary says what something is or does: "Return whether ...", not "Whether ..."
-NO_BEGINNINGS = ("What", "Whether", "How")
+NO_BEGINNINGS = {"How", "What", "When", "Where", "Whether", "Which", "Who", "Whose", "Why"}
 EMPTY_NAMES = {"held", "said", "there", "told", "what"}
 
 

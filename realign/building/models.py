@@ -172,10 +172,7 @@ def asked_model(section: GeneratorSection | None, role: str, config: BuildConfig
         RefusedError: There is no such model, or a server cannot be asked.
     """
     if section is not None and section.endpoint is not None:
-        journal = config.out / "journal" / f"{role}.jsonl"
-        served = ServedModel(section, role, journal, config.max_new_tokens, config.seed)
-        served.check()
-        return served
+        return _served(section, role, config)
     model, option = (
         (section.model, f"set build.{role}.model") if section else (config.model, "model")
     )
@@ -189,6 +186,21 @@ def asked_model(section: GeneratorSection | None, role: str, config: BuildConfig
         config.batch_size,
         config.max_length,
     )
+
+
+def check_sections(config: BuildConfig) -> None:
+    """Refuse addresses and keys that are known to fail, before a model is downloaded."""
+    for role in ("annotator", "masker", "inducer"):
+        section = getattr(config, role)
+        if section is not None and section.endpoint is not None:
+            _served(section, role, config)
+
+
+def _served(section: GeneratorSection, role: str, config: BuildConfig) -> ServedModel:
+    journal = config.out / "journal" / f"{role}.jsonl"
+    served = ServedModel(section, role, journal, config.max_new_tokens, config.seed)
+    served.check()
+    return served
 
 
 class PromptLength:

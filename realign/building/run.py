@@ -30,7 +30,7 @@ from realign.building.corpus import Corpus
 from realign.building.masking.lexicon import Lexicon
 from realign.building.masking.masker import MaskRules
 from realign.building.masking.remnants import GAPS
-from realign.building.models import ServedModel
+from realign.building.models import ServedModel, check_sections
 from realign.building.plan import make_plan, parts_of
 from realign.building.similarity import similarity_identity
 from realign.building.source import inspect_rows, read_rows
@@ -56,7 +56,7 @@ REFUSALS = Path(__file__).with_name("refusals.yaml")
 # where the run is, and what changes how fast a result is made but not what it is
 NOT_IDENTITY = {
     *("out", "source", "images", "image_name", "model", "lexicon"),
-    *("engine", "workers", "max_reject"),
+    *("engine", "workers", "max_reject", "max_pixels"),
     *("annotator", "masker", "inducer", "encoder", "similarity"),  # said by their identities
 }
 # options that change nothing where they are not given
@@ -77,9 +77,7 @@ def build(config: BuildConfig, *, dry_run: bool = False) -> Path:
     """
     check_out(config.out)
     _check_paths(config)
-    similarity = similarity_identity(config.similarity)
-    folder = resolve_model(config.model)
-    special = tuple(Renderer(load_processor(folder)).placeholders())
+    check_sections(config)
     lexicon_path = config.lexicon or ENGLISH_LEXICON
     rules = MaskRules(
         config.mask,
@@ -90,6 +88,10 @@ def build(config: BuildConfig, *, dry_run: bool = False) -> Path:
         retries=config.mask_retries,
     )
     rules.lexicon.check_rates(config.mask_rates)
+    # what follows may be downloaded
+    similarity = similarity_identity(config.similarity)
+    folder = resolve_model(config.model)
+    special = tuple(Renderer(load_processor(folder)).placeholders())
     staging = Staging(config, special)
     readers = staging.readers(folder)
     source = read_rows(config, special, readers, extracts=not dry_run)

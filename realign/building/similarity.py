@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from realign.errors import RefusedError
+from realign.modeling.folder import download
 from realign.runtime.files import file_sha256
 from realign.runtime.strict_json import read_json
 
@@ -134,17 +135,9 @@ def _encoder_folder(name: str) -> Path:
 
 
 def _downloaded(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     if Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise RefusedError(
             f"similarity must be lexical, a folder or a hub id, got {name}, which does not exist. "
             "Check the path."
         )
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(ENCODER_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise RefusedError(
-            f"similarity must be lexical, a folder or a hub id, got {name!r} ({error}). Check it."
-        ) from None
+    return download(name, ENCODER_FILES, "similarity", "Check it, or use lexical.")

@@ -43,18 +43,24 @@ class RefusedImage(RefusedError):
         code: ``image-name``, ``url``, ``outside-root``, ``missing``, ``unreadable``,
             ``too-many-bytes``, ``too-many-pixels``, ``side``, ``frames``, ``format``,
             ``metadata``, ``damaged``; from workers also ``memory``, ``timeout``, ``crashed``.
+        missing: Name of the file, where it does not exist.
     """
 
-    def __init__(self, where: str, reason: str, code: str) -> None:
-        super().__init__(f"{where}: {reason}", code=code, field="image")
+    def __init__(self, where: str, reason: str, code: str, missing: str = "") -> None:
+        super().__init__(f"{where}: {reason}", code=code, field="image", missing=missing)
         self.where, self.reason = where, reason
 
-    def __reduce__(self) -> tuple[type[RefusedImage], tuple[str, str, str]]:
-        return RefusedImage, (self.where, self.reason, self.code)
+    def __reduce__(self) -> tuple[type[RefusedImage], tuple[str, str, str, str]]:
+        return RefusedImage, (self.where, self.reason, self.code, self.missing)
+
+    def with_remedy(self, remedy: str) -> RefusedImage:
+        """Return the same refusal with another remedy that a command has."""
+        reason = f"{self.reason.removesuffix('.')}, {remedy}."
+        return RefusedImage(self.where, reason, self.code, self.missing)
 
     def at(self, where: str) -> RefusedImage:
         """Return the same refusal for the same image in another place."""
-        return RefusedImage(where, self.reason, self.code)
+        return RefusedImage(where, self.reason, self.code, self.missing)
 
 
 @dataclass(frozen=True)
@@ -103,12 +109,17 @@ def image_size(file: Path | IO[bytes]) -> tuple[int, int]:
         return image.size[::-1] if is_turned else image.size
 
 
-def decode_image(raw: bytes, where: str) -> Image.Image:
+def decode_image(raw: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode image bytes to RGB, with EXIF rotation, transparency over white, 16-bit grey scaled.
 
     Of a JPEG that holds further pictures (MPO: previews, depth, the other eye), the first one is
     the photograph.
 
+    Args:
+        raw: The file's bytes.
+        where: What names the image, in front of a refusal.
+        max_pixels: Largest image that is decoded. One of more than ``MAX_PIXELS`` is halved until
+            it has at most that; only a process that has lifted Pillow's own limit can do so.
     Raises:
         RefusedImage: Not a JPEG, PNG or WebP file, damaged, too small or large, or an animation.
     """
@@ -117,13 +128,18 @@ def decode_image(raw: bytes, where: str) -> Image.Image:
         # of damaged metadata, which is not used, and of sizes, which are checked here
         warnings.simplefilter("ignore")
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
-        _check_size(image, where)
+        _check_size(image, where, max_pixels)
         if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) != 1:
             reason = f"image must have one frame, got {frames}. Save one frame."
             raise RefusedImage(where, reason, "frames")
+        if image.width * image.height > MAX_PIXELS:
+            image.draft("RGB", (image.width // 2, image.height // 2))  # of a JPEG, cheaply
         image.load()
         ImageOps.exif_transpose(image, in_place=True)  # else it copies what needs no turn
-        return to_rgb(image)
+        decoded = to_rgb(image)
+        while decoded.width * decoded.height > MAX_PIXELS:
+            decoded = decoded.reduce(2)
+        return decoded
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -150,15 +166,15 @@ def _check_bytes(num_bytes: int, where: str) -> None:
         raise RefusedImage(where, reason, "too-many-bytes")
 
 
-def _check_size(image: Image.Image, where: str) -> None:
+def _check_size(image: Image.Image, where: str, max_pixels: int) -> None:
     if not MIN_SIDE <= min(image.size) <= max(image.size) <= MAX_SIDE:
         reason = (
             f"image must have sides of {MIN_SIDE} to {MAX_SIDE} pixels, got {image.size}. "
             "Replace it or remove the row."
         )
         raise RefusedImage(where, reason, "side")
-    if image.width * image.height > MAX_PIXELS:
-        reason = f"image must have at most {MAX_PIXELS} pixels, got {image.size}. Shrink it."
+    if image.width * image.height > max_pixels:
+        reason = f"image must have at most {max_pixels} pixels, got {image.size}. Shrink it."
         raise RefusedImage(where, reason, "too-many-pixels")
 
 

@@ -13,6 +13,7 @@ from realign.data.decisions import positions
 from realign.data.image_names import check_image_root
 from realign.data.image_pool import DecodedRow, ImagePool, decoded_rows
 from realign.data.images import RefusedImage
+from realign.data.missing_images import where_missing_images_are
 from realign.data.records import (
     COUNTED,
     Problem,
@@ -85,6 +86,8 @@ def check(config: CheckConfig) -> Findings:
             if problems:
                 findings.rejected.append(problems)
     findings.notes += _notes(without, evaluation)
+    if note := where_missing_images_are(config.images, findings.problems, findings.num_rows):
+        findings.notes.append(note)
     if model:
         findings.notes += [model.note] if model.note else []
         findings.prediction = model.prediction()

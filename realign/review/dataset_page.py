@@ -19,7 +19,7 @@ from realign.data.build_folder import (
     read_funnel,
     read_outcomes,
     row_lines,
-    source_rows,
+    taken_rows,
     tried_before,
 )
 from realign.data.dataset import dataset_title, read_records
@@ -159,18 +159,19 @@ def _tiles(facts: Sequence[PairFacts], counts: Counts | None) -> Iterator[Tile]:
 
 
 def pair_tiles(num_pairs: int, counts: Counts | None) -> Iterator[Tile]:
-    """Yield how many pairs there are, and the share of the source's rows that gave one, as the
-    table of the rows has it.
+    """Yield how many pairs there are, and the share of the rows that gave one, as the table of the
+    rows has it.
 
     Args:
         num_pairs: In the dataset.
         counts: What the build counted; None of a dataset that it did not make.
     """
-    rows = source_rows(counts) if counts else 0
-    yield tile(f"{num_pairs:,}", f"pairs from {rows:,} rows of the source" if rows else "pairs")
+    rows = taken_rows(counts) if counts else 0
+    whole = "sample" if counts and counts["unsampled"] else "source"
+    yield tile(f"{num_pairs:,}", f"pairs from {rows:,} rows of the {whole}" if rows else "pairs")
     if counts and rows:
         share = 100 * counts["accepted"] / rows
-        label = f"of the source's rows gave a pair: {counts['accepted']:,} of {rows:,}"
+        label = f"of the {whole}'s rows gave a pair: {counts['accepted']:,} of {rows:,}"
         yield tile(f"{share:.1f} %", label)
 
 

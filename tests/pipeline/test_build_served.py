@@ -234,6 +234,7 @@ def test_a_server_that_is_not_there_is_named_before_an_image_is_opened(
         RefusedError, match=r"^build\.inducer\.model must be .*\(scripted\), got other"
     ):
         build(config.model_copy(update={"inducer": other}))
+    monkeypatch.setattr("realign.building.run.similarity_identity", lambda _: pytest.fail("late"))
     named = GeneratorSection(model="scripted", endpoint=server.url, api_key_env="UNSET_KEY")
     with pytest.raises(RefusedError, match=r"^build\.annotator\.api_key_env must .* got UNSET_KEY"):
         build(config.model_copy(update={"annotator": named}))

@@ -122,7 +122,7 @@ def _official_row(row: Any, row_id: str, where: str, image_root: Path) -> FileRo
         try:
             paths[name] = resolve_image(image_root, file, where)
         except RefusedImage as error:
-            problems.append(Problem(row_id, where, name, error.code, str(error)))
+            problems.append(Problem(row_id, where, name, error.code, str(error), error.missing))
     if problems:
         return problems
     record = Record(

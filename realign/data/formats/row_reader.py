@@ -88,7 +88,8 @@ class ImageFiles:
             # where there is no folder, the name is refused before one is looked into
             return resolve_image(self._root or Path(), self._file_name.replace("{name}", name), "")
         except RefusedImage as error:
-            return RefusedRowError("image", error.code, str(error).removeprefix(": "))
+            missing = name if error.missing else ""
+            return RefusedRowError("image", error.code, str(error).removeprefix(": "), missing)
         except (OSError, UnicodeError) as error:  # longer than names can be, or half a character
             text = f"image must be a file name, got {name!r:.80} ({error}). Rename it."
             return RefusedRowError("image", "unreadable", text)

@@ -250,6 +250,22 @@ def test_many_of_a_kind_are_counted_and_few_are_shown(tmp_path: Path, records) -
     assert lines[3] == "  ... and 7 more"
 
 
+def test_missing_images_that_lie_elsewhere_are_noted(tmp_path: Path, records) -> None:
+    (tmp_path / "images" / "coco").mkdir(parents=True)
+    rows = []
+    for record in records(4):
+        name = f"{record.id}.png"
+        (tmp_path / "images" / "coco" / name).write_bytes(record.images[0])
+        row = {"image": name, "question": "What?", "chosen": "A cat.", "rejected": "A dog."}
+        rows.append(json.dumps(row))
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(rows) + "\n")
+    findings = check(CheckConfig(data=data, images=tmp_path / "images"))
+    folder = tmp_path / "images" / "coco"
+    assert len(findings.rejected) == 4
+    assert f"{folder}/r0.png is there: pass --images {folder}." in findings.notes
+
+
 def test_the_longest_row_is_set_by_the_user_too(tmp_path: Path, records, model_dir) -> None:
     write_parquet(records(6), tmp_path / "d.parquet")
     result = realign(
