@@ -11,8 +11,11 @@ class RefusedError(ValueError):
     Attributes:
         code: Short name of the kind of problem, for programs; stable across releases.
         field: Field of a row that is wrong, if a row is refused.
+        missing: Name of the image file that does not exist, if a row is refused for that.
     """
 
-    def __init__(self, message: str, *, code: str = "refused", field: str = "") -> None:
+    def __init__(
+        self, message: str, *, code: str = "refused", field: str = "", missing: str = ""
+    ) -> None:
         super().__init__(message)
-        self.code, self.field = code, field
+        self.code, self.field, self.missing = code, field, missing

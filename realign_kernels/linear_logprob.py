@@ -126,9 +126,13 @@ def linear_logprob(
 
     Example::
 
-        hidden_states = model.model(**inputs).last_hidden_state[:, :-1]  # (B, T, D)
-        logps = linear_logprob(hidden_states, model.lm_head.weight, labels[:, 1:])  # (B, T)
-        loss = -logps.sum() / (labels[:, 1:] != -100).sum()
+        >>> import torch
+        >>> from realign_kernels import linear_logprob
+        >>> hidden_states = torch.zeros(1, 4, 8)  # (B, T, D), as last_hidden_state of a model
+        >>> lm_head_weight = torch.zeros(5, 8)  # (V, D): all 5 tokens are equally probable
+        >>> labels = torch.tensor([[0, 3, 1, -100]])  # of a tokenizer, one position later
+        >>> linear_logprob(hidden_states[:, :-1], lm_head_weight, labels[:, 1:])
+        tensor([[-1.6094, -1.6094,  0.0000]])
     """
     if dist.is_available() and dist.is_initialized():
         lm_head_weight, lm_head_bias, lm_head_lora = gather_head(
@@ -204,10 +208,15 @@ def linear_logprob_stats(
 
     Example::
 
-        # (B, T, D), (V, D), (B, T) -> entries of shape (B, T)
-        stats = linear_logprob_stats(hidden_states, lm_head.weight, labels)
-        loss = -(advantages * stats.token_logps).mean() - 0.01 * stats.entropy.mean()
-        loss = loss + 1e-4 * stats.lse.square().mean()  # z-loss
+        >>> import torch
+        >>> from realign_kernels import linear_logprob_stats
+        >>> hidden_states = torch.zeros(2, 8, requires_grad=True)  # (N, D)
+        >>> stats = linear_logprob_stats(hidden_states, torch.zeros(5, 8), torch.tensor([3, 1]))
+        >>> stats.entropy  # log(5) nats
+        tensor([1.6094, 1.6094], grad_fn=...)
+        >>> loss = -stats.token_logps.mean() - 0.01 * stats.entropy.mean()
+        >>> loss = loss + 1e-4 * stats.lse.square().mean()  # z-loss
+        >>> loss.backward()
     """
     if dist.is_available() and dist.is_initialized():
         lm_head_weight, lm_head_bias, lm_head_lora = gather_head(

@@ -43,7 +43,14 @@ CELL_NAMES = ("chosen", "text_rejected", "image_rejected", "both_rejected")
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One summand of an objective: ``weight * link(beta * (coefficients . rho) - offset)``."""
+    """One summand of an objective: ``weight * link(beta * (coefficients . rho) - offset)``.
+
+    Example::
+
+        >>> from realign_kernels import Term
+        >>> Term((1, -1), beta=0.2).coefficients  # chosen minus text_rejected
+        (1.0, -1.0, 0.0, 0.0)
+    """
 
     coefficients: tuple[float, ...]
     """Factor of each cell's log-ratio; shorter than four is filled with zeros."""
@@ -173,7 +180,17 @@ LINKS = {
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """A sum of terms, plus ``nll_weight`` times the chosen answer's mean negative log-prob."""
+    """A sum of terms, plus ``nll_weight`` times the chosen answer's mean negative log-prob.
+
+    Example::
+
+        >>> from realign_kernels import Objective, Term
+        >>> Objective.rdpo(beta=0.1).num_cells
+        3
+        >>> simpo = Objective((Term((1, -1), beta=2.0, offset=1.0, normalize="length"),))
+        >>> simpo.needs_num_tokens
+        True
+    """
 
     terms: tuple[Term, ...]
     nll_weight: float = 0.0
@@ -194,14 +211,28 @@ class Objective:
 
     @classmethod
     def dpo(cls, beta: float = 0.1) -> Objective:
-        """Prefer the better answer to the worse one (two cells)."""
+        """Prefer the better answer to the worse one (two cells).
+
+        Example::
+
+            >>> from realign_kernels import Objective
+            >>> Objective.dpo(beta=0.2).num_cells
+            2
+        """
         return cls((Term(_TEXT, beta=beta),))
 
     @classmethod
     def rdpo(
         cls, beta: float = 0.1, image_beta: float | None = None, image_weight: float = 1.0
     ) -> Objective:
-        """Prefer the better answer, and the right image to the retrieved one (three cells)."""
+        """Prefer the better answer, and the right image to the retrieved one (three cells).
+
+        Example::
+
+            >>> from realign_kernels import Objective
+            >>> Objective.rdpo(beta=0.1, image_beta=0.2).image_beta
+            0.2
+        """
         image_beta = _checked_image_beta(beta, image_beta, image_weight)
         return cls((Term(_TEXT, beta=beta), Term(_IMAGE, weight=image_weight, beta=image_beta)))
 
@@ -214,8 +245,15 @@ class Objective:
         anchor_weight: float = 1.0,
         anchor_offset: float = 0.0,
     ) -> Objective:
-        """rDPO plus an anchor that keeps the chosen answer likelier than under the reference (three
-        cells).
+        """Add to rDPO an anchor that keeps the chosen answer likelier than under the reference.
+
+        It has three cells.
+
+        Example::
+
+            >>> from realign_kernels import Objective
+            >>> Objective.mdpo(anchor_weight=0.5).terms[2].weight
+            0.5
         """
         check_number("anchor_weight", anchor_weight, least=0.0)
         check_number("anchor_offset", anchor_offset)
@@ -226,8 +264,14 @@ class Objective:
     def symmetric(
         cls, beta: float = 0.1, image_beta: float | None = None, image_weight: float = 1.0
     ) -> Objective:
-        """rDPO, and the same the other way round: each answer belongs to the image that it
+        """Apply rDPO both ways: each answer belongs to the image that it
         describes (four cells).
+
+        Example::
+
+            >>> from realign_kernels import Objective
+            >>> Objective.symmetric().num_cells
+            4
         """
         image_beta = _checked_image_beta(beta, image_beta, image_weight)
         return cls(
@@ -337,6 +381,18 @@ def preference_loss(
         NotImplementedError: ``ref_logps`` carries a forward-mode tangent, which would be dropped.
     Note: deterministic; nothing waits for a GPU.
     Source: paper, eq. (1) -> docs/paper.md.
+
+    Example::
+
+        >>> import torch
+        >>> from realign_kernels import Objective, preference_loss
+        >>> logps = torch.tensor([[-4.0, -6.0], [-9.0, -6.0]])  # (C, P): chosen, then rejected
+        >>> ref_logps = torch.tensor([[-5.0, -6.0], [-8.0, -6.0]])
+        >>> output = preference_loss(logps, ref_logps, Objective.dpo(beta=0.1))
+        >>> output.text_margins
+        tensor([0.2000, 0.0000])
+        >>> output.losses  # -logsigmoid of the margins
+        tensor([0.5981, 0.6931])
     """
     check_cells(logps, ref_logps, objective, num_tokens)
     if num_tokens is not None and num_tokens.device.type == "cpu":

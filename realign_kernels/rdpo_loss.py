@@ -170,9 +170,16 @@ def rdpo_loss(
 
     Example::
 
-        # (3 * P, T, D), (V, D), (3 * P, T), (3, P); cell by cell, chosen answers first
-        output = rdpo_loss(hidden_states, lm_head.weight, labels, ref_logps, beta=0.1)
-        output.loss.backward()
+        >>> import torch
+        >>> from realign_kernels import rdpo_loss
+        >>> hidden_states = torch.zeros(3 * 2, 4, 8, requires_grad=True)  # (C * P, T, D)
+        >>> lm_head_weight = torch.zeros(5, 8)  # (V, D)
+        >>> labels = torch.tensor([[3, 1, -100, -100]] * 6)  # (C * P, T): chosen answers first
+        >>> ref_logps = torch.full((3, 2), -3.0)  # (C, P)
+        >>> output = rdpo_loss(hidden_states, lm_head_weight, labels, ref_logps, beta=0.1)
+        >>> output.loss  # 2 log(2): all answers are as probable as under the reference
+        tensor(1.3863, grad_fn=...)
+        >>> output.loss.backward()
     """
     objective = _resolve_objective(objective, beta, image_beta, image_weight)
     if dist.is_available() and dist.is_initialized():

@@ -104,7 +104,7 @@ def test_the_published_realign_requires_the_kernels_in_place_of_holding_them(
     with zipfile.ZipFile(pipeline) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         metadata = metadata_of(wheel)
-    assert names == sources("realign")
+    assert names == sources("realign") | {f"realign/{name}" for name in sources("recipes")}
     assert "realign/py.typed" in names
     assert Path(wheel.filename or "").name.endswith("-py3-none-any.whl")
     top = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

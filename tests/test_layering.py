@@ -29,6 +29,7 @@ ROOMS = {
         "errors": set[str](),
         "config": {"errors"},
         "config_file": {"config", "errors", "runtime"},
+        "recipe_file": {"config", "config_file", "errors", "runtime"},
         "runtime": GROUND,
         "data": GROUND | {"runtime"},
         "modeling": DATA,
@@ -41,7 +42,7 @@ ROOMS = {
         "review": MODELS | {"config", "evaluation"},
         "demo": EVERYTHING,
         "doctor": EVERYTHING | {"__init__"},  # its version
-        "cli": EVERYTHING | {"config_file", "demo", "doctor"},
+        "cli": EVERYTHING | {"config_file", "demo", "doctor", "recipe_file"},
         "__main__": {"cli"},
         "__init__": EVERYTHING,  # public names, loaded on first use
     },

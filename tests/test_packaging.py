@@ -12,6 +12,14 @@ ROOT = Path(__file__).parents[1]
 BUILT = ("realign/", "realign_kernels/", "csrc/")
 
 
+def test_wheels_hold_the_recipes() -> None:
+    """`realign init` reads them there."""
+    for project in (ROOT, ROOT / "distributions" / "realign"):
+        text = (project / "pyproject.toml").read_text(encoding="utf-8")
+        packages = tomllib.loads(text)["tool"]["scikit-build"]["wheel"]["packages"]
+        assert (project / packages["realign/recipes"]).resolve() == ROOT / "recipes"
+
+
 def test_no_file_of_a_package_is_left_out_of_what_is_built() -> None:
     """Patterns without a slash in front match a folder of that name at any depth."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

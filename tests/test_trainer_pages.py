@@ -147,7 +147,7 @@ CALLS: list[Callable[[], Any]] = [
 
 def test_every_message_is_raised() -> None:
     page = (PAGES / "README.md").read_text("utf-8")
-    table = page.split("## Error messages")[1].split("Those of other trainers")[0]
+    table = page.split("## Error messages")[1].split("The messages of other trainers")[0]
     messages = re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE)
     assert len(messages) == len(CALLS)
     for message, call in zip(messages, CALLS, strict=True):

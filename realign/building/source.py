@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from realign.building.corpus import Corpus, inspect_corpus
+from realign.building.large_images import shrink_large_images
 from realign.building.models import Readers
 from realign.config import BuildConfig
 from realign.data.formats.read_source import extract_images, read_source
 from realign.data.formats.source_row import SourceRow
+from realign.data.missing_images import where_missing_images_are
+from realign.data.problems import shown_problems
 from realign.data.records import Problem
 from realign.errors import RefusedError
 from realign.runtime.files import content_sha256
@@ -63,8 +66,8 @@ def read_rows(
     answered: list[SourceRow] = []
     for row in source.rows:
         text = "\n".join((row.instruction, row.answer, row.rejected))
-        if said := readers.refusal_of_text(text):
-            message = f"{row.place}: {said}"
+        if flaw := readers.refusal_of_text(text):
+            message = f"{row.place}: {flaw}"
             problems.append(Problem(row.id, row.place, "", "token-id", message))
             continue
         if row.answer or config.annotator:
@@ -141,20 +144,26 @@ def inspect_rows(
     Raises:
         RefusedError: Too many rows are bad, or fewer than two images are left.
     """
-    corpus, unreadable = inspect_corpus(
-        source.rows, config.out / "images", config.workers or 0, readers.refusal_of_image
+    shrunk, unshrunk = shrink_large_images(
+        source.rows, config.out / "source_images", config.max_pixels or 0
     )
+    corpus, unreadable = inspect_corpus(
+        shrunk, config.out / "images", config.workers or 0, readers.refusal_of_image
+    )
+    unreadable |= unshrunk
     problems = [*source.problems]
     rows: list[SourceRow] = []
-    for row in source.rows:
+    for row in shrunk:
         if row.path in unreadable:
             refused = unreadable[row.path].at(f"{row.place}, {row.image}")
+            if refused.code == "too-many-pixels":
+                refused = refused.with_remedy("or raise build.max_pixels to have it shrunk")
             problems.append(Problem(row.id, row.place, "image", refused.code, str(refused)))
         else:
             rows.append(row)
     _check_share(problems, source.num_read, config, rows)
     if len(corpus) < 2:
-        bad = f", and these bad rows:\n{_shown(problems)}\n" if problems else ". "
+        bad = f", and these bad rows:\n{shown_problems(problems)}\n" if problems else ". "
         raise RefusedError(
             f"source must show at least 2 different images to retrieve from, got {len(corpus)}{bad}"
             "Add rows of other images; equal files are one image."
@@ -180,12 +189,12 @@ def _check_share(
         share = math.ceil(1000 * bad / num_rows) / 1000
         is_enough = len({row.path for row in good}) >= 2
         leave_out = f", or pass --set build.max_reject={share} to leave them out" * is_enough
+        # who gave the wrong folder has no rows to correct
+        remedy = where_missing_images_are(
+            config.images, problems, num_rows, "build.image_name", config.image_name
+        )
         raise RefusedError(
             f"{bad} of {num_rows} rows of {config.source.name} are bad{note}, allowed are "
-            f"{config.max_reject:.2%}:\n{_shown(problems)}\nCorrect them{leave_out}."
+            f"{config.max_reject:.2%}:\n{shown_problems(problems)}\n"
+            + (remedy or f"Correct them{leave_out}.")
         )
-
-
-def _shown(problems: Sequence[Problem]) -> str:
-    more = f"\n... and {len(problems) - 20} more." if len(problems) > 20 else ""
-    return "\n".join(problem.message for problem in problems[:20]) + more

@@ -30,7 +30,18 @@ class Commands(TyperGroup):
     """
 
     ORDER = (
-        *("build", "check", "cache", "train", "eval", "report", "browse", "export", "merge"),
+        *(
+            "init",
+            "build",
+            "check",
+            "cache",
+            "train",
+            "eval",
+            "report",
+            "browse",
+            "export",
+            "merge",
+        ),
         *("card", "push"),
     )
 

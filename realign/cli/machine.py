@@ -1,4 +1,4 @@
-"""The commands that try an installation."""
+"""The commands that start a configuration and try an installation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,33 @@ import typer
 
 from realign.cli.app import app
 from realign.cli.checks import check_out
+from realign.errors import RefusedError
+
+
+@app.command()
+def init(
+    recipe: Annotated[
+        str | None, typer.Argument(help="Name of a recipe; without one all are listed.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="New file; by default RECIPE.yaml here.")
+    ] = None,
+) -> None:
+    """Write a recipe as a YAML file to start from, every option with its meaning.
+
+    The file is for --config of the commands whose sections it has.
+    """
+    from realign.recipe_file import recipe_lines, write_recipe
+
+    if recipe is None:
+        if out is not None:
+            raise RefusedError(
+                f"--out must stand beside a recipe, got {out} alone. `realign init` lists recipes."
+            )
+        for line in recipe_lines():
+            typer.echo(line)
+        return
+    typer.echo(f"{recipe} -> {write_recipe(recipe, out or Path(f'{recipe}.yaml'))}")
 
 
 @app.command()

@@ -87,15 +87,15 @@ def read_funnel(folder: Path) -> Counts | None:
     return {**LATER, **read_json(path)} if path.is_file() else None
 
 
-def source_rows(counts: Counts) -> int:
-    """Return how many rows the source had, bad ones included."""
+def taken_rows(counts: Counts) -> int:
+    """Return how many rows of the source the build took: bad ones, and those of the sample."""
     number: int = counts["rows"] + sum(counts["rejected"].values())
     return number
 
 
 def row_lines(counts: Counts) -> list[Line]:
     """Count source rows: bad by code, masked by method, accepted, dropped by reason and by hand."""
-    bad, rows = counts["rejected"], source_rows(counts)
+    bad, rows = counts["rejected"], taken_rows(counts)
     lines = [Line("in the source", rows, rows)]
     if unsampled := counts["unsampled"]:
         whole = rows + unsampled

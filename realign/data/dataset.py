@@ -17,7 +17,9 @@ from realign.data.formats.pair_rows import PairParquet, read_pair_rows
 from realign.data.formats.parquet import ParquetRecords, is_own, read_metadata, read_parquet
 from realign.data.formats.read_source import LOOKED_AT, open_rows
 from realign.data.image_names import check_image_root
-from realign.data.records import Problem, Record, refuse_problems
+from realign.data.missing_images import where_missing_images_are
+from realign.data.problems import refuse_problems
+from realign.data.records import Problem, Record
 from realign.errors import RefusedError
 from realign.runtime.progress import announce
 from realign.runtime.strict_json import read_json
@@ -29,12 +31,20 @@ def read_records(data: Path, image_root: Path | None) -> Sequence[Record]:
 
     Raises:
         RefusedError: The path is none of these, JSON comes without an image folder, or rows are
-            bad; all are counted and the first twenty named.
+            bad; all are counted and the first of each kind named.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> from realign import read_records
+        >>> records = read_records(Path("pairs.parquet"), None)
+        >>> len(records), records[0].id
+        (2, 'r0')
     """
-    records, problems = read_rows(data, image_root)
-    refuse_problems(
-        [problem.message for row in problems for problem in row], len(records) + len(problems)
-    )
+    records, bad = read_rows(data, image_root)
+    problems = [problem for row in bad for problem in row]
+    num_rows = len(records) + len(bad)
+    refuse_problems(problems, num_rows, where_missing_images_are(image_root, problems, num_rows))
     return records
 
 
@@ -72,7 +82,7 @@ def _check_rows(file: Path) -> None:
     if file.suffix == ".json" and not is_json_list(file):
         value = read_json(file)
         raise RefusedError(
-            f"{file} must be a list of rows, or have one row a line, got {type(value).__name__}. "
+            f"{file} must be a list of rows, or have one row per line, got {type(value).__name__}. "
             "Put the rows into []."
         )
 

@@ -58,7 +58,7 @@ def resolve_image(root: Path, name: str, where: str) -> Path:
         raise RefusedImage(where, reason, "outside-root")
     if not is_file:
         reason = f"image {name!r} does not exist in {root}. Check --images or remove the row."
-        raise RefusedImage(where, reason, "missing")
+        raise RefusedImage(where, reason, "missing", name)
     return path
 
 

@@ -27,11 +27,11 @@ from realign.data.images import ImageFacts, RefusedImage, Size
 from realign.data.records import Problem, Record
 from realign.runtime.memory import usable_cores
 
-# A worker ends by itself at its time limit; one that cannot (stuck in the kernel, stopped) is given
-# up so much later.
+# A worker ends by itself at its time limit; one that cannot (stuck in the kernel, stopped) is
+# abandoned this much later.
 GRACE_SECONDS = 5.0
-START_SECONDS = 60.0  # its imports, on a machine that does other things
-# how many images a worker may be ahead of who asks for the facts
+START_SECONDS = 60.0  # time for its imports, on a busy machine
+# images that a worker may decode ahead of the reader of the facts
 _AHEAD = 8
 _ENVIRONMENT = {
     # a thread pool for every core would fill the address space before the first image
@@ -102,7 +102,7 @@ class ImagePool:
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._crew:
             self._idle.put(worker)
-        # a thread a worker, which waits for it; the work is in the processes
+        # one thread per worker, which waits for it; the work is in the processes
         self._threads = ThreadPoolExecutor(len(self._crew))
 
     def __enter__(self) -> ImagePool:
@@ -116,12 +116,28 @@ class ImagePool:
 
     def submit(self, image: Path | bytes, where: str) -> Future[ImageFacts | RefusedImage]:
         """Inspect a file, or the bytes of one; ``where`` names it in a refusal."""
-        return self._threads.submit(self._inspect, image, where)
+        return self._threads.submit(self._inspect, image, where, {})
 
-    def _inspect(self, image: Path | bytes, where: str) -> ImageFacts | RefusedImage:
+    def shrink(
+        self, image: Path, where: str, target: Path, max_pixels: int
+    ) -> Future[ImageFacts | RefusedImage]:
+        """Write a file of more than ``MAX_PIXELS`` pixels as a smaller JPEG, and inspect that.
+
+        Args:
+            image: The file.
+            where: Its name in a refusal.
+            target: The JPEG, in a folder that is there.
+            max_pixels: Largest image that is decoded.
+        """
+        more = {"shrink_to": str(target), "max_pixels": max_pixels}
+        return self._threads.submit(self._inspect, image, where, more)
+
+    def _inspect(
+        self, image: Path | bytes, where: str, more: dict[str, Any]
+    ) -> ImageFacts | RefusedImage:
         worker = self._idle.get()
         try:
-            return worker.inspect(where, image)
+            return worker.inspect(where, image, more)
         finally:
             self._idle.put(worker)
 
@@ -173,12 +189,15 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._is_closed = False
 
-    def inspect(self, where: str, image: Path | bytes) -> ImageFacts | RefusedImage:
+    def inspect(
+        self, where: str, image: Path | bytes, more: dict[str, Any]
+    ) -> ImageFacts | RefusedImage:
         if self._is_closed:
             return RefusedImage(where, "image was not looked at. Start again.", "crashed")
         is_new = self._process is None
         self._process = process = self._process or self._start()
-        line = self._ask(process, where, image, START_SECONDS if is_new else 0.0)
+        extra_s = START_SECONDS if is_new else 0.0
+        line = self._ask(process, {"where": where, **more}, image, extra_s)
         if self._is_closed:  # meanwhile; nobody waits for the answer
             _end(process)
         if line:
@@ -211,18 +230,19 @@ class _Worker:
         )
 
     def _ask(
-        self, process: subprocess.Popen[bytes], where: str, image: Path | bytes, extra_s: float
+        self,
+        process: subprocess.Popen[bytes],
+        request: dict[str, Any],
+        image: Path | bytes,
+        extra_s: float,
     ) -> bytes:
         """Return the answer's line; empty if none came, since the process died or must be ended."""
         assert process.stdin is not None
         assert process.stdout is not None
-        request: dict[str, Any]
-        if isinstance(image, Path):
-            request, raw = {"where": where, "path": str(image)}, b""
-        else:
-            request, raw = {"where": where, "bytes": len(image)}, image
+        raw = b"" if isinstance(image, Path) else image
+        named = {"path": str(image)} if isinstance(image, Path) else {"bytes": len(image)}
         try:
-            process.stdin.write(json.dumps(request).encode() + b"\n" + raw)
+            process.stdin.write(json.dumps(request | named).encode() + b"\n" + raw)
             process.stdin.flush()
         except OSError:  # it died before it read
             return b""

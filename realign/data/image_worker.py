@@ -1,14 +1,16 @@
 """The process that decodes one untrusted image after another for :mod:`realign.data.image_pool`.
 
 It reads requests from its standard input, ``{"where", "path"}`` or ``{"where", "bytes": N}`` with N
-bytes after the line, and answers each with one line. It must not import torch, transformers or
-anything else whose import takes longer than decoding. It ends with its parent, when its input ends.
+bytes after the line, and answers each with one line. With ``shrink_to`` and ``max_pixels`` it
+writes a smaller copy of the image there and answers for that. It must not import torch or
+anything else whose import takes longer than decoding. It ends when its input does, with its parent.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import resource
@@ -16,6 +18,8 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from PIL import Image
 
 from realign.data.images import RefusedImage, decode_image, read_image
 from realign.data.perceptual_hash import perceptual_hash
@@ -47,6 +51,9 @@ def _inspect(request: dict[str, Any], requests: BinaryIO) -> dict[str, Any]:
             raw = read_image(Path(request["path"]), where)
         else:
             raw = requests.read(request["bytes"])
+        if "shrink_to" in request:
+            image = decode_image(raw, where, request["max_pixels"])
+            raw = _write_jpeg(image, Path(request["shrink_to"]))
         image = decode_image(raw, where)
         return {
             "sha256": hashlib.sha256(raw).hexdigest(),
@@ -59,6 +66,19 @@ def _inspect(request: dict[str, Any], requests: BinaryIO) -> dict[str, Any]:
     except MemoryError:
         reason = "image takes too much memory to decode. Shrink it."
         return {"reason": reason, "code": "memory"}
+
+
+def _write_jpeg(image: Image.Image, path: Path) -> bytes:
+    """Write an image whole or not at all; return its bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95, subsampling=0)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(buffer.getvalue())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return buffer.getvalue()
 
 
 def _limit_memory(memory_bytes: int) -> None:
@@ -74,6 +94,7 @@ if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     # an interrupt goes to the whole group; the parent ends its workers itself
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Image.MAX_IMAGE_PIXELS = None  # decode_image checks the size of every image itself
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a decoder prints is no answer
     try:

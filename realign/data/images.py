@@ -21,7 +21,7 @@ Size = tuple[int, int]  # width and height
 MAX_BYTES = 50_000_000
 MAX_PIXELS = 89_478_485  # Pillow's own limit; phones write 48 million and more
 MIN_SIDE, MAX_SIDE = 2, 20_000
-# how files begin that cameras and programs write instead
+# first bytes of other formats that cameras and programs write
 _OTHERS = {
     "HEIC": rb"....ftyp(he|m[is]f1)",
     "AVIF": rb"....ftypavi",
@@ -30,7 +30,7 @@ _OTHERS = {
     "BMP": rb"BM",
     "JPEG 2000 or XL": rb"....(jP  |JXL )|\xff(\x4f|\x0a)",
 }
-# what Pillow says of text and profiles that unpack to more than it allows
+# messages of Pillow about text and profiles that unpack to more than it allows
 _METADATA = ("MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY", "too much memory used in text chunks")
 
 
@@ -43,18 +43,24 @@ class RefusedImage(RefusedError):
         code: ``image-name``, ``url``, ``outside-root``, ``missing``, ``unreadable``,
             ``too-many-bytes``, ``too-many-pixels``, ``side``, ``frames``, ``format``,
             ``metadata``, ``damaged``; from workers also ``memory``, ``timeout``, ``crashed``.
+        missing: Name of the file, where it does not exist.
     """
 
-    def __init__(self, where: str, reason: str, code: str) -> None:
-        super().__init__(f"{where}: {reason}", code=code, field="image")
+    def __init__(self, where: str, reason: str, code: str, missing: str = "") -> None:
+        super().__init__(f"{where}: {reason}", code=code, field="image", missing=missing)
         self.where, self.reason = where, reason
 
-    def __reduce__(self) -> tuple[type[RefusedImage], tuple[str, str, str]]:
-        return RefusedImage, (self.where, self.reason, self.code)
+    def __reduce__(self) -> tuple[type[RefusedImage], tuple[str, str, str, str]]:
+        return RefusedImage, (self.where, self.reason, self.code, self.missing)
+
+    def with_remedy(self, remedy: str) -> RefusedImage:
+        """Return the same refusal with another remedy that a command has."""
+        reason = f"{self.reason.removesuffix('.')}, {remedy}."
+        return RefusedImage(self.where, reason, self.code, self.missing)
 
     def at(self, where: str) -> RefusedImage:
         """Return the same refusal for the same image in another place."""
-        return RefusedImage(where, self.reason, self.code)
+        return RefusedImage(where, self.reason, self.code, self.missing)
 
 
 @dataclass(frozen=True)
@@ -103,12 +109,18 @@ def image_size(file: Path | IO[bytes]) -> tuple[int, int]:
         return image.size[::-1] if is_turned else image.size
 
 
-def decode_image(raw: bytes, where: str) -> Image.Image:
+def decode_image(raw: bytes, where: str, max_pixels: int | None = None) -> Image.Image:
     """Decode image bytes to RGB, with EXIF rotation, transparency over white, 16-bit grey scaled.
 
     Of a JPEG that holds further pictures (MPO: previews, depth, the other eye), the first one is
     the photograph.
 
+    Args:
+        raw: The file's bytes.
+        where: What names the image, in front of a refusal.
+        max_pixels: Largest image that is decoded, by default ``MAX_PIXELS``. One of more than that
+            is halved until it has at most as many; only a process that has lifted Pillow's own
+            limit can do so.
     Raises:
         RefusedImage: Not a JPEG, PNG or WebP file, damaged, too small or large, or an animation.
     """
@@ -117,13 +129,18 @@ def decode_image(raw: bytes, where: str) -> Image.Image:
         # of damaged metadata, which is not used, and of sizes, which are checked here
         warnings.simplefilter("ignore")
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
-        _check_size(image, where)
+        _check_size(image, where, max_pixels or MAX_PIXELS)
         if image.format != "MPO" and (frames := getattr(image, "n_frames", 1)) != 1:
             reason = f"image must have one frame, got {frames}. Save one frame."
             raise RefusedImage(where, reason, "frames")
+        if image.width * image.height > MAX_PIXELS:
+            image.draft("RGB", (image.width // 2, image.height // 2))  # of a JPEG, cheaply
         image.load()
         ImageOps.exif_transpose(image, in_place=True)  # else it copies what needs no turn
-        return to_rgb(image)
+        decoded = to_rgb(image)
+        while decoded.width * decoded.height > MAX_PIXELS:
+            decoded = decoded.reduce(2)
+        return decoded
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -150,15 +167,15 @@ def _check_bytes(num_bytes: int, where: str) -> None:
         raise RefusedImage(where, reason, "too-many-bytes")
 
 
-def _check_size(image: Image.Image, where: str) -> None:
+def _check_size(image: Image.Image, where: str, max_pixels: int) -> None:
     if not MIN_SIDE <= min(image.size) <= max(image.size) <= MAX_SIDE:
         reason = (
             f"image must have sides of {MIN_SIDE} to {MAX_SIDE} pixels, got {image.size}. "
             "Replace it or remove the row."
         )
         raise RefusedImage(where, reason, "side")
-    if image.width * image.height > MAX_PIXELS:
-        reason = f"image must have at most {MAX_PIXELS} pixels, got {image.size}. Shrink it."
+    if image.width * image.height > max_pixels:
+        reason = f"image must have at most {max_pixels} pixels, got {image.size}. Shrink it."
         raise RefusedImage(where, reason, "too-many-pixels")
 
 

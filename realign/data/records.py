@@ -1,13 +1,11 @@
-"""Preference records and their checks. Image bytes stay undecoded; rows are identified by their
-content.
-"""
+"""Preference records, which are identified by their content, and their checks."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, overload
@@ -33,6 +31,7 @@ class Problem:
         field: Field of the row that is wrong: ``image``, ``chosen``, ...; empty for the whole row.
         code: Short name of the kind of problem, such as ``empty``; stable across releases.
         message: Place, value and remedy, as a sentence for people.
+        missing: Name of an image that does not exist; empty for other problems.
     """
 
     row: str
@@ -40,11 +39,12 @@ class Problem:
     field: str
     code: str
     message: str
+    missing: str = ""
 
     @classmethod
     def of(cls, error: RefusedError, row: str, place: str) -> Problem:
         """Return the problem that a refusal of a row names."""
-        return cls(row, place, error.field, error.code, str(error))
+        return cls(row, place, error.field, error.code, str(error), error.missing)
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,15 @@ class Record:
         rejected_images: Bytes of the retrieved image files v_l; empty when there is no image pair.
         meta: Provenance; anything JSON can hold.
         place: The row's file and place in it, for messages; not part of its content.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> from realign import Record
+        >>> image = Path("photo.png").read_bytes()
+        >>> prompt = ({"role": "user", "content": "What is in the image?"},)
+        >>> Record("1", (image,), prompt, chosen="A red house.", rejected="A dog.").chosen
+        'A red house.'
     """
 
     id: str
@@ -153,9 +162,7 @@ class LazyRecords(Sequence[Record]):
         return self._read(numbers) if isinstance(numbers, int) else [*map(self._read, numbers)]
 
     def texts(self) -> Sequence[Record]:
-        """Return the same rows without their image bytes, which are most of a dataset. Their
-        ``key`` differs from the rows' own.
-        """
+        """Return the same rows without their images; their ``key`` differs from the rows' own."""
         return self
 
 
@@ -164,50 +171,9 @@ def texts_of(records: Sequence[Record]) -> Sequence[Record]:
     return records.texts() if isinstance(records, LazyRecords) else records
 
 
-def check_records(
-    records: Sequence[Record],
-    placeholders: Iterable[str],
-    *,
-    visit: Callable[[Record, bool], Iterable[str]] = lambda record, is_good: (),
-) -> None:
-    """Refuse rows that would train on nothing or on wrong inputs, before anything is loaded.
-
-    Args:
-        records: The rows.
-        placeholders: Image and other special tokens of the model; an answer must contain none.
-        visit: Called with every row, its images decoded, and whether it is good so far; returns its
-            further problems.
-    Raises:
-        RefusedError: The first bad rows, one per line, each with its id, the value and the remedy.
-    """
-    special = special_tokens(placeholders)
-    problems: list[str] = []
-    for record in map(OpenedRecord.of, records):
-        found = (*content_problems(record, special), *_image_problems(record))
-        problems += [problem.message for problem in found]
-        problems += visit(record, not found)
-    refuse_problems(problems, len(records))
-    if not records:
-        raise RefusedError(
-            "data must have at least one row, got none. Add rows or give another --data."
-        )
-
-
 def special_tokens(placeholders: Iterable[str]) -> list[str]:
     """Return the texts that no row may contain: a model's tokens and the authors' placeholder."""
     return sorted({token for token in (*placeholders, IMAGE_TOKEN) if token})
-
-
-def refuse_problems(problems: Sequence[str], num_rows: int) -> None:
-    """Refuse the problems found in a dataset, if any: all are counted, the first twenty shown.
-
-    Raises:
-        RefusedError: There is a problem.
-    """
-    if problems:
-        shown = "\n".join(problems[:20])
-        more = f"\n... and {len(problems) - 20} more." if len(problems) > 20 else ""
-        raise RefusedError(f"{len(problems)} problem(s) in {num_rows} rows:\n{shown}{more}")
 
 
 def content_problems(record: Record, special: Sequence[str]) -> Iterator[Problem]:
@@ -261,14 +227,6 @@ def image_problem(record: Record, error: RefusedImage, *, rejected: bool) -> Pro
     field = "rejected_images" if rejected else "images"
     message = str(error.at(record.image_place(rejected=rejected)))
     return Problem(record.id, record.where, field, error.code, message)
-
-
-def _image_problems(record: Record) -> Iterator[Problem]:
-    for rejected in (False, True):
-        try:
-            record.open_images(rejected=rejected)
-        except RefusedImage as error:
-            yield image_problem(record, error, rejected=rejected)
 
 
 def _normalised(text: str) -> str:

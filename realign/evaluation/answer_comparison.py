@@ -59,11 +59,11 @@ def compare(
 
     Example::
 
-        from realign.evaluation import compare
-
-        found = compare("pope", {"base": "base.jsonl", "aligned": "aligned.jsonl"}, "pope")
-        splits = found["benchmarks"]["pope"]["rules"]["official"]["splits"]
-        splits["random"]["models"]["aligned"]["accuracy"]["difference_interval"]
+        >>> from realign.evaluation import compare
+        >>> found = compare("pope", {"base": "base.jsonl", "aligned": "answers.jsonl"}, "pope")
+        >>> splits = found["benchmarks"]["pope"]["rules"]["official"]["splits"]
+        >>> splits["random"]["models"]["aligned"]["accuracy"]["difference"]
+        0.25
     """
     chosen, by = find_rule(benchmark, rule)
     if bootstrap < 1:

@@ -77,10 +77,10 @@ def score(
 
     Example::
 
-        from realign.evaluation import score
-
-        scores = score("pope", "answers.jsonl", "pope/output/coco")
-        scores["splits"]["adversarial"]["accuracy"]
+        >>> from realign.evaluation import score
+        >>> scores = score("pope", "answers.jsonl", "pope")
+        >>> scores["splits"]["random"]["accuracy"]
+        0.75
     """
     if bootstrap < 0:
         raise RefusedError(

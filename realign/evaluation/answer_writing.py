@@ -54,9 +54,9 @@ def write(
 
     Example::
 
-        from realign.evaluation import write
-
-        write("pope", "POPE/output/coco", "llava", "answers.jsonl", "runs/eval/answers/base.jsonl")
+        >>> from realign.evaluation import write
+        >>> write("pope", "pope", "llava", "llava.jsonl", "answers.jsonl").number
+        4
     """
     chosen, out, data = find_benchmark(benchmark), Path(out), Path(data)
     form = _find_form(chosen, format)

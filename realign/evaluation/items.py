@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from realign.data.images import Size
-from realign.data.records import refuse_problems
+from realign.data.problems import refuse_problems
+from realign.data.records import Problem
 from realign.errors import RefusedError
 from realign.evaluation.benchmark import Prompt, Task
 from realign.evaluation.pictures import Pictures
@@ -108,7 +109,7 @@ def check_items(
 
 def _problems(
     name: str, reader: ImageTokens, items: Sequence[Item], sizes: Mapping[Path, Size]
-) -> Iterator[str]:
+) -> Iterator[Problem]:
     with Progress(f"check questions for {name}", len(items)) as progress:
         for item in items:
             path = item.question.image
@@ -116,5 +117,6 @@ def _problems(
                 reader.check(item.question.prompt, sizes[path] if path else None)
             except RefusedError as error:
                 subject = item.image or "a question without an image"
-                yield f"{item.where}, {subject}, model {name}: {error}"
+                message = f"{item.where}, {subject}, model {name}: {error}"
+                yield Problem(item.where, item.where, error.field, error.code, message)
             progress.advance()

@@ -108,6 +108,15 @@ def add_adapter(
             the adapter.
     Raises:
         RefusedError: A target matches no layer that may train; there is no projector to train.
+
+    Example::
+
+        >>> import torch
+        >>> from realign import add_adapter, load_model, resolve_model
+        >>> base = load_model(resolve_model("model"), torch.float32)
+        >>> model = add_adapter(base, rank=8, alpha=16, targets="all-linear", freeze_vision=True)
+        >>> model.peft_config["default"].r
+        8
     """
     from peft import LoraConfig, get_peft_model
 

@@ -56,9 +56,7 @@ class Renderer:
         return [*special, *named]
 
     def adds_special_tokens(self, text: str) -> bool:
-        """Return whether the tokenizer must add its special tokens: not if the template wrote the
-        first.
-        """
+        """Return whether the tokenizer must add special tokens, if the template has not."""
         return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
 
     def render(

@@ -26,8 +26,7 @@ from realign.modeling.packing import Packing
 from realign.modeling.prefixes import Prefix, Prefixes, encode_prefixes
 
 DIGEST_BYTES = 16
-# Which answer and which images each cell scores (DESIGN: chosen, text_rejected, image_rejected,
-# both_rejected).
+# The answer and the images of each cell: chosen, text_rejected, image_rejected, both_rejected.
 CELLS = (("chosen", False), ("rejected", False), ("chosen", True), ("rejected", True))
 
 
@@ -101,6 +100,14 @@ class PreferenceCollator:
             which :func:`realign.modeling.packing.why_not_shared` returns None.
         watch: Called with the digests of every record before the model reads it; see
             :class:`Watch`.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> from realign import PreferenceCollator, load_processor, read_records
+        >>> collate = PreferenceCollator(load_processor(Path("model")), cells=3)
+        >>> collate(read_records(Path("pairs.parquet"), None))["ids"]
+        ['r0', 'r1']
     """
 
     def __init__(

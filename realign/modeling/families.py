@@ -1,6 +1,4 @@
-"""Exceptions of model families to the general rule, by the class of their processor or their model
-type.
-"""
+"""Exceptions of model families to the general rule, by processor class or model type."""
 
 from __future__ import annotations
 
@@ -16,7 +14,8 @@ from realign.errors import RefusedError
 ANSWER_TOKEN_TYPE = {"PaliGemmaProcessor": 1}
 # where the first token stands, if not at 0
 FIRST_POSITION = {"paligemma": 1}
-# Of processors that have none on the hub. PaliGemma's own puts these tokens around a prompt.
+# Chat templates of processors without one on the hub. PaliGemma's processor puts these tokens
+# around a prompt.
 CHAT_TEMPLATES = {
     "PaliGemmaProcessor": (
         "{% for message in messages %}{% for part in message['content'] if part['type'] == 'image' "
@@ -25,10 +24,10 @@ CHAT_TEMPLATES = {
         "{% endfor %}{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
     )
 }
-# What a family sees in both directions, which flash-attention's causal kernel would not: by itself
-# transformers drops that part of the mask.
+# Tokens that a family sees in both directions, unlike flash-attention's causal kernel: transformers
+# would drop that part of the mask silently.
 SEEN_BOTH_WAYS = {"gemma3": "images", "paligemma": "prompts"}
-# Whose image token may be no row of the embedding: they put another token in its place.
+# Families whose image token may have no row of the embedding: they put another token in its place.
 IMAGE_TOKEN_WITHOUT_ROW = ("gemma3", "gemma4", "gemma4_unified", "paligemma")
 
 
@@ -99,9 +98,7 @@ def _process(
 
 
 def image_token_id(processor: Any) -> int | None:
-    """Return the token that the model replaces by an image feature, which is not always the
-    template's image placeholder (Gemma-3).
-    """
+    """Return the token that image features replace; Gemma-3's template writes another."""
     token = next(iter(getattr(processor, "image_token_ids", ())), None)
     if token is None:
         token = getattr(processor.tokenizer, "image_token_id", None)

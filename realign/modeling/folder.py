@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from realign.errors import RefusedError
@@ -42,20 +43,68 @@ def resolve_model(model: str, option: str = "model") -> Path:
         option: Option that named it, for messages.
     Raises:
         RefusedError: :func:`check_model` refuses it, or neither the hub nor its local cache has it.
+
+    Example::
+
+        >>> from realign import resolve_model
+        >>> resolve_model("model").name  # a hub id gives its folder in the hub's cache
+        'model'
     """
     check_model(model, option)
     if Path(model).is_dir():
         return Path(model)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    return download(model, MODEL_FILES, option, f"Check --{option}.")
 
+
+def download(name: str, patterns: Sequence[str], option: str, remedy: str) -> Path:
+    """Return the folder of a hub id in the hub's local cache, downloaded if it is not there.
+
+    Args:
+        name: Hub id.
+        patterns: Files that are needed.
+        option: Option that named it, for messages.
+        remedy: What to do about an id that the hub does not know.
+    Raises:
+        RefusedError: The hub does not know the id, does not give it to this user, or cannot be
+            reached while the files are not in the cache.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    rule = f"{option} must be a folder or a hub id"
     try:
-        return Path(snapshot_download(model, allow_patterns=list(MODEL_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except GatedRepoError as error:
         raise RefusedError(
-            f"{option} must be a folder or a hub id, got {model!r} "
-            f"({str(error).strip().splitlines()[0]}). Check --{option}."
+            f"{rule} that may be downloaded, got {name!r} ({_first_line(error)}). Ask for access "
+            "on its page, and log in with `hf auth login`."
         ) from None
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise RefusedError(f"{rule}, got {name!r} ({_first_line(error)}). {remedy}") from None
+    except LocalEntryNotFoundError as error:
+        raise _not_reached(rule, name, error.__cause__ or error) from None
+    except HfHubHTTPError as error:
+        raise _not_reached(rule, name, error) from None
+
+
+def _not_reached(rule: str, name: str, error: BaseException) -> RefusedError:
+    """Return the refusal of a hub id that may be right, of a hub that does not answer."""
+    return RefusedError(
+        f"{rule} in the hub's local cache while the hub cannot be reached, got {name!r}, which is "
+        f"not there ({type(error).__name__}: {_first_line(error)}). Connect to the network, or "
+        "download it elsewhere and give its folder."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def model_identity(folder: Path, *, generates: bool = False) -> dict[str, str]:
@@ -109,7 +158,7 @@ def resolve_base(folder: Path) -> Path:
         found = resolve_model(base)
     except RefusedError as error:
         raise RefusedError(
-            f"adapter {folder} must have its base model, got {base!r}, which was not found. "
+            f"adapter {folder} requires its base model, got {base!r}, which was not found. "
             f"Set base_model_name_or_path in {folder / 'adapter_config.json'} to the "
             f"base's folder or hub id.\n{str(error).removesuffix(' Check --model.')}"
         ) from None

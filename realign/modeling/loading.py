@@ -51,6 +51,14 @@ def load_model(
             logits in any way.
     Raises:
         RefusedError: The folder lacks a weight, or holds one that does not belong to the model.
+
+    Example::
+
+        >>> import torch
+        >>> from realign import load_model, resolve_model
+        >>> model = load_model(resolve_model("model"), torch.float32)
+        >>> model.config.model_type
+        'llava'
     """
     if isinstance(numerics, torch.dtype):
         numerics = Numerics(numerics)
@@ -61,7 +69,7 @@ def load_model(
         )
         return load_adapter(base, folder, is_trainable=trainable_adapter)
     if not any(folder.glob("*.safetensors")):
-        raise RefusedError(f"model {folder} must hold safetensors weights, has none. Convert it.")
+        raise RefusedError(f"model {folder} must hold safetensors weights, got none. Convert it.")
     model, found = AutoModelForImageTextToText.from_pretrained(
         folder, use_safetensors=True, output_loading_info=True, **numerics.loading()
     )

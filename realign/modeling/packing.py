@@ -55,9 +55,7 @@ class SharedRow:
         return self.start + self.prefix + sum(self.answers)
 
     def predicting(self, answer: int) -> list[int]:
-        """Index of the token that predicts each token of an answer. The last token of the prefix
-        predicts the first one of every answer.
-        """
+        """Return the index of the token that predicts each token of an answer."""
         start = self.answer_starts[answer]
         last_of_prefix = self.start + self.prefix - 1
         return [last_of_prefix, *range(start, start + self.answers[answer] - 1)]
@@ -121,8 +119,8 @@ def choose_layout(model: nn.Module, shared_prefix: bool | None = None) -> Layout
         return "shared prefix"
     if shared_prefix:
         raise RefusedError(
-            f"shared_prefix must not be true for this model: {reason}. Leave it out for a row a "
-            "sequence."
+            f"shared_prefix must not be true for this model: {reason}. Leave it out for one row "
+            "per sequence."
         )
     announce(f"a row for every answer instead of a shared prefix: {reason}")
     return "separate"

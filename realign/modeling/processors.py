@@ -104,6 +104,12 @@ def load_processor(folder: Path) -> Any:
 
     Raises:
         RefusedError: The processor has no chat template, or no fast tokenizer.
+
+    Example::
+
+        >>> from realign import load_processor, resolve_model
+        >>> type(load_processor(resolve_model("model"))).__name__
+        'LlavaProcessor'
     """
     if not (folder / "processor_config.json").is_file() and is_adapter(folder):
         folder = resolve_base(folder)
@@ -112,7 +118,7 @@ def load_processor(folder: Path) -> Any:
         processor.chat_template = CHAT_TEMPLATES.get(type(processor).__name__)
     if not processor.chat_template:
         raise RefusedError(
-            f"{folder} must have a chat template, has none. Add chat_template.jinja to the folder."
+            f"{folder} requires a chat template, got none. Add chat_template.jinja to the folder."
         )
     if not processor.tokenizer.is_fast:
         raise RefusedError(

@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from realign.data.records import Record, check_records
+from realign.data.problems import check_records
+from realign.data.records import Problem, Record
 from realign.errors import RefusedError
 from realign.modeling.chat_template import Renderer
 from realign.modeling.lengths import RowLengths
@@ -40,6 +41,15 @@ def check_rows(
             checked again.
     Raises:
         RefusedError: Naming the rows.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> from realign import check_rows, load_processor, read_records
+        >>> records = read_records(Path("pairs.parquet"), None)
+        >>> facts = check_rows(records, load_processor(Path("model")), cells=3, max_length=2048)
+        >>> [row.id for row in facts.rows]
+        ['r0', 'r1']
     """
     if known is not None and known.cells == cells:
         announce(f"{len(records):,} rows are those that were good before; not checked again")
@@ -63,7 +73,7 @@ def _checked(
     facts: list[RowFacts] = []
     refusals: list[RefusedError] = []
 
-    def measure(record: Record, is_good: bool) -> list[str]:
+    def measure(record: Record, is_good: bool) -> list[Problem]:
         progress.advance()
         if not is_good or refusals:
             return []
@@ -72,7 +82,7 @@ def _checked(
             for rejected in (False, True)
         )
         if found := [*lengths.problems(record, images, rejected_images)]:
-            return [problem.message for problem in found]
+            return found
         if not facts:  # a processor that alters texts alters every one
             try:
                 check_processor(processor, record)

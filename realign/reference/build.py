@@ -24,7 +24,7 @@ from realign.reference.probe import probe_rows, run_probe
 from realign.reference.reference import CacheReference
 from realign.reference.scoring import Scorer, Scoring, free_reference
 from realign.reference.shards import MAX_ROWS, DamagedError, Rows, write_shard
-from realign.reference.store import Workshop, building, read_committed
+from realign.reference.store import LockedCache, building, read_committed
 from realign.runtime.progress import Progress
 from realign.runtime.ranks import Ranks
 
@@ -56,6 +56,17 @@ def build_cache(
         RefusedError: Two rows have one id and different content; a row is too long; the file
             system refuses; or the probe finds the values wrong.
         FloatingPointError: A log-probability is not finite; nothing of its shard is stored.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from realign import Numerics, Scoring, build_cache, read_records
+        >>> scoring = Scoring(Path("model"), 3, "label", Numerics(torch.float32))
+        >>> records = read_records(Path("pairs.parquet"), None)
+        >>> place = build_cache(records, scoring, Path("cache"))
+        >>> (place / "manifest.json").is_file()
+        True
     """
     identity, ranks = identity or scoring.identity(), ranks or Ranks()
     _check_agreement(identity, ranks)
@@ -140,11 +151,11 @@ def _locked(place: Path, ranks: Ranks) -> Iterator[None]:
 
 def _plan(place: Path, identity: Identity, wanted: dict[str, int]) -> tuple[list[int], int]:
     """Return the positions of the rows to compute, and the number of their first shard."""
-    work = Workshop.open(place, identity, repairs=True)
+    work = LockedCache.open(place, identity, repairs=True)
     return _missing(wanted, work), work.next_index
 
 
-def _missing(wanted: dict[str, int], work: Workshop) -> list[int]:
+def _missing(wanted: dict[str, int], work: LockedCache) -> list[int]:
     keys = list(wanted)
     found = CacheReference(work.rows).positions(keys)
     return [wanted[key] for key, position in zip(keys, found, strict=True) if position < 0]
@@ -190,7 +201,7 @@ def _commit(
     scorer: Scorer,
 ) -> None:
     """Read the shards back, probe them, and write the manifest."""
-    work = Workshop.open(place, identity, repairs=False)
+    work = LockedCache.open(place, identity, repairs=False)
     if lost := _missing(wanted, work):
         raise RefusedError(
             f"{place} must hold every row, lacks {len(lost)} that were written, first: "

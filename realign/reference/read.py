@@ -25,7 +25,7 @@ from realign.reference.store import IDENTITY, MANIFEST, Committed, read_committe
 from realign.runtime.progress import announce
 from realign.runtime.ranks import Ranks
 
-# of what a value moves with the batch, on the machine of the cache or on this one
+# multiple of the variation of a value with the batch, on the machine of the cache or on this one
 TOLERATED_VARIANCES = 2.0
 
 
@@ -118,6 +118,18 @@ def read_cache(
         RefusedError: The cache is of another model, template, scoring or numerics (each difference
             is named), does not exist, is unfinished, damaged or of another schema, lacks a row, or
             differs between ranks.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from realign import Numerics, Scoring, build_cache, read_cache, read_records
+        >>> scoring = Scoring(Path("model"), 3, "label", Numerics(torch.float32))
+        >>> records = read_records(Path("pairs.parquet"), None)
+        >>> place = build_cache(records, scoring, Path("cache"))
+        >>> reference = read_cache(Path("cache"), records, scoring.identity())
+        >>> reference[records[0].key].shape  # chosen, text_rejected, image_rejected
+        torch.Size([3])
     """
     ranks = Ranks()
     reference, found = ranks.run_together(

@@ -36,6 +36,15 @@ class Scoring:
         numerics: Numerics of the model.
         batch_size: Pairs per forward.
         max_length: Longest sequence in tokens; a longer one is refused.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> import torch
+        >>> from realign import Numerics, Scoring
+        >>> scoring = Scoring(Path("model"), 3, "label", Numerics(torch.float32))
+        >>> scoring.identity()["semantics"]["rejected_scoring"]
+        'label'
     """
 
     folder: Path

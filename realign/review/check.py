@@ -13,6 +13,7 @@ from realign.data.decisions import positions
 from realign.data.image_names import check_image_root
 from realign.data.image_pool import DecodedRow, ImagePool, decoded_rows
 from realign.data.images import RefusedImage
+from realign.data.missing_images import where_missing_images_are
 from realign.data.records import (
     COUNTED,
     Problem,
@@ -21,6 +22,7 @@ from realign.data.records import (
     image_problem,
     special_tokens,
 )
+from realign.data.unrelated_answers import induced_similarities, unrelated_answers
 from realign.errors import RefusedError
 from realign.modeling.folder import check_model
 from realign.review.findings import Findings
@@ -61,6 +63,7 @@ def check(config: CheckConfig) -> Findings:
     evaluation = EvalImages(config.eval_images, config.workers) if config.eval_images else None
     repeats = Repeats()
     without = 0
+    similarities: list[float] = []
     with (
         ImagePool(config.workers, timeout_s=config.image_seconds) as pool,
         Progress("check", len(records)) as progress,
@@ -72,6 +75,7 @@ def check(config: CheckConfig) -> Findings:
                 continue
             record = row.record
             without += not record.rejected_images
+            similarities += induced_similarities([record.meta])
             problems = [*content_problems(record, special), *_image_problems(row)]
             problems += repeats.problems(record)
             if config.max_hamming is not None:
@@ -85,6 +89,10 @@ def check(config: CheckConfig) -> Findings:
             if problems:
                 findings.rejected.append(problems)
     findings.notes += _notes(without, evaluation)
+    if note := where_missing_images_are(config.images, findings.problems, findings.num_rows):
+        findings.notes.append(note)
+    if warning := unrelated_answers(similarities):
+        findings.notes.append(f"warning: {warning}")
     if model:
         findings.notes += [model.note] if model.note else []
         findings.prediction = model.prediction()

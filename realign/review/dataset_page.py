@@ -19,12 +19,13 @@ from realign.data.build_folder import (
     read_funnel,
     read_outcomes,
     row_lines,
-    source_rows,
+    taken_rows,
     tried_before,
 )
 from realign.data.dataset import dataset_title, read_records
 from realign.data.decisions import Decision, RowKey, decided_rows, decisions_path, read_decisions
 from realign.data.records import texts_of
+from realign.data.unrelated_answers import induced_similarities, unrelated_answers
 from realign.errors import RefusedError
 from realign.review.page import Tile, shown_pair, spread, tile, write_page
 from realign.review.pair_view import PairFacts
@@ -116,6 +117,7 @@ def dataset_page(data: Path, out: Path, images: Path | None = None) -> Path:
         "title": dataset_title(data),
         "is_induced": is_induced,
         "subtitle": _subtitle(folder, is_induced) if is_built else "",
+        "warning": unrelated_answers(induced_similarities(text.meta for text in texts_of(records))),
         "tiles": [*_tiles(facts, counts), *_decision_tiles([*decided.values()])],
         "rows": row_lines(counts) if counts else [],
         "candidates": candidate_lines(counts) if counts else [],
@@ -159,18 +161,19 @@ def _tiles(facts: Sequence[PairFacts], counts: Counts | None) -> Iterator[Tile]:
 
 
 def pair_tiles(num_pairs: int, counts: Counts | None) -> Iterator[Tile]:
-    """Yield how many pairs there are, and the share of the source's rows that gave one, as the
-    table of the rows has it.
+    """Yield how many pairs there are, and the share of the rows that gave one, as the table of the
+    rows has it.
 
     Args:
         num_pairs: In the dataset.
         counts: What the build counted; None of a dataset that it did not make.
     """
-    rows = source_rows(counts) if counts else 0
-    yield tile(f"{num_pairs:,}", f"pairs from {rows:,} rows of the source" if rows else "pairs")
+    rows = taken_rows(counts) if counts else 0
+    whole = "sample" if counts and counts["unsampled"] else "source"
+    yield tile(f"{num_pairs:,}", f"pairs from {rows:,} rows of the {whole}" if rows else "pairs")
     if counts and rows:
         share = 100 * counts["accepted"] / rows
-        label = f"of the source's rows gave a pair: {counts['accepted']:,} of {rows:,}"
+        label = f"of the {whole}'s rows gave a pair: {counts['accepted']:,} of {rows:,}"
         yield tile(f"{share:.1f} %", label)
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from realign.data.problems import by_kind
 from realign.data.records import Problem
 from realign.runtime.files import write_json, write_jsonl
 
@@ -91,10 +92,8 @@ class Findings:
 
 
 def _grouped(problems: list[Problem], show: int, prefix: str) -> Iterator[str]:
-    groups: dict[tuple[str, str], list[Problem]] = {}
-    for problem in problems:
-        groups.setdefault((problem.code, problem.field), []).append(problem)
-    for (code, name), group in sorted(groups.items(), key=lambda item: -len(item[1])):
+    for group in by_kind(problems):
+        code, name = group[0].code, group[0].field
         yield f"{prefix}{code}{f' in {name}' if name else ''}: {len(group)}"
         yield from (f"  {problem.message}" for problem in group[:show])
         if len(group) > show:
@@ -104,9 +103,9 @@ def _grouped(problems: list[Problem], show: int, prefix: str) -> Iterator[str]:
 
 def _predicted(prediction: dict[str, Any]) -> Iterator[str]:
     if lengths := prediction.get("row_tokens"):
-        yield f"tokens a row, images included: {_spread(lengths)}"
+        yield f"tokens per row, images included: {_spread(lengths)}"
     if tokens := prediction.get("image_tokens"):
-        yield f"tokens an image: {_spread(tokens)}"
+        yield f"tokens per image: {_spread(tokens)}"
     memory = prediction.get("memory")
     if not memory:
         return

@@ -34,16 +34,16 @@ DARK = {  # every colour above on a dark screen
     BLUE: "#82bbff",
     ORANGE: "#ffb077",
     PALE_ORANGE: "#8a5a2b",
-    PURPLE: "#d9a6ff",
+    PURPLE: "#c07cf5",
     GREY: "#9aa4b5",
 }
 # a figure carries its colours for dark screens, wherever it is shown
-STYLE = "".join(
+RULES = "".join(
     f'[style*="{name}: {light}"]{{{name}:{dark}!important}}'
     for light, dark in DARK.items()
     for name in ("fill", "stroke")
 )
-STYLE = f"<style>@media (prefers-color-scheme: dark){{{STYLE}}}</style>"
+STYLE = f"<style>@media (prefers-color-scheme: dark){{{RULES}}}</style>"
 matplotlib.rcParams.update(
     {
         "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
@@ -82,9 +82,7 @@ def _axes(title: str, label: str = "", unit: str = "", *, has_vertical_grid: boo
 def _count_axes(title: str, label: str, counted: str) -> Any:
     """Return axes whose heights are counts."""
     axes = _axes(title, label, counted)
-    axes.yaxis.set_major_locator(
-        MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
-    )
+    axes.yaxis.set_major_locator(_whole_numbers())
     return axes
 
 
@@ -149,9 +147,7 @@ def line_plot(
         low, high = axis.ends
         room = 0.04 * (high - low)
         axes.set_ylim(low - room, high + room)
-    axes.xaxis.set_major_locator(
-        MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
-    )
+    axes.xaxis.set_major_locator(_whole_numbers())
     if len(lines) > 1:
         axes.legend(handlelength=3)
     return _svg(axes)

@@ -24,9 +24,7 @@ REMOVING = ".removing"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that becomes ``path`` when the block ends, and disappears if it
-    fails.
-    """
+    """Yield a temporary path that becomes ``path`` after the block, and disappears if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -177,9 +175,7 @@ def publish(written: Path, place: Path) -> None:
 
 @contextmanager
 def new_folder(place: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``place`` when the block ends, and disappears if it
-    fails. ``place`` must not exist, or be an empty folder.
-    """
+    """Yield a temporary folder that becomes ``place``, absent or empty, after the block."""
     place.parent.mkdir(parents=True, exist_ok=True)
     # not by process id: in a container each run has the same one, and a killed run cleans nothing
     temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent))
@@ -194,9 +190,7 @@ def new_folder(place: Path) -> Iterator[Path]:
 
 
 def remove_folder(place: Path) -> None:
-    """Rename a folder before its files are removed, so that a kill never leaves half of it under
-    its name.
-    """
+    """Rename a folder before removing its files, so that a kill leaves no half of it."""
     doomed = place.with_name(REMOVING)
     shutil.rmtree(doomed, ignore_errors=True)
     place.replace(doomed)

@@ -1,6 +1,4 @@
-"""Messages of a run on stderr: decisions as they are made, and progress as a rich bar on a
-terminal, as plain lines with rate and time left elsewhere.
-"""
+"""Messages of a run on stderr: decisions, and progress as a bar on a terminal or as lines."""
 
 from __future__ import annotations
 

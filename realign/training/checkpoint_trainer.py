@@ -50,8 +50,8 @@ class CheckpointTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._preemption = Preemption()
         self._must_stop = False  # on all processes alike
-        self._run_folder: str | None = None  # where Trainer writes while a checkpoint is made
-        # what a step began with, while one is under way that has several micro-steps
+        self._run_folder: str | None = None  # that Trainer writes to while it saves
+        # state at the beginning of the current step, if it has several micro-steps
         self._step_began: dict[str, Any] | None = None
         self._flos_before = 0.0
         self._verified: str | None = None
@@ -102,9 +102,7 @@ class CheckpointTrainer(Trainer):
         return output
 
     def newest_checkpoint(self) -> str | None:
-        """Return the newest intact checkpoint in ``output_dir``, or None; newer damaged ones are
-        named on stderr. One process searches for all.
-        """
+        """Return the newest intact checkpoint or None, as one process finds it for all."""
         step = torch.tensor(-1, device=self.args.device)
         folder = Path(self.args.output_dir)
         if self.is_world_process_zero() and (found := newest_checkpoint(folder, announce)):

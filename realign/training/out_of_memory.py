@@ -1,6 +1,4 @@
-"""One clear error for a full device: the use of its memory, and the largest micro-batch that keeps
-the number of pairs per step.
-"""
+"""Error of a full device, with the largest micro-batch that keeps the pairs of a step."""
 
 from __future__ import annotations
 

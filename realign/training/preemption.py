@@ -1,6 +1,4 @@
-"""Handling of SIGTERM and SIGINT (Ctrl-C) while a model trains: the first is remembered, so that
-the run can save and end; the second ends it at once.
-"""
+"""SIGTERM and SIGINT (Ctrl-C) in training: the first saves and ends, the second just ends."""
 
 from __future__ import annotations
 

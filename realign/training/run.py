@@ -64,6 +64,14 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
     Raises:
         RefusedError: Rows are bad, options fit neither each other nor the model, the cache is of
             another identity, or the output folder holds another run.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> from realign import TrainConfig, train
+        >>> config = TrainConfig(model="model", data=Path("pairs.parquet"), out=Path("run"))
+        >>> train(config, dry_run=True)  # checks everything; without dry_run it trains
+        PosixPath('run/checkpoint')
     """
     check_out(config.out)
     ranks = Ranks()  # first of all: how weights are loaded depends on who shares them
@@ -83,7 +91,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
         """Read the rows once; the first rank also checks them."""
         if not ranks.is_first:
             return known or RowIndex.of(plan.records)
-        # whoever asks for a dry run asks for the check
+        # a dry run is a request for the check
         rows, findings = preflight(plan, None if dry_run else known)
         for line in findings:
             announce(line)

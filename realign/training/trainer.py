@@ -56,7 +56,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class RDPOConfig(ObjectiveOptions, TrainingArguments):
-    """TrainingArguments with the objective; loss defaults are the paper's."""
+    """TrainingArguments with the objective; loss defaults are the paper's.
+
+    Example::
+
+        >>> from realign import RDPOConfig
+        >>> RDPOConfig("run", objective="mdpo", beta=0.2, report_to="none").objective
+        'mdpo'
+    """
 
     freeze_vision: bool = field(default=True, metadata={"help": "leave the vision tower as it is"})
     freeze_projector: bool = field(default=False, metadata={"help": "leave the projector as it is"})
@@ -113,6 +120,22 @@ class RDPOTrainer(CheckpointTrainer):
         ValueError: The reference lacks a record, or the objective is unknown.
         RefusedError: ``auto_find_batch_size`` is set, nothing is left to train, or there is no
             projector for ``projector_learning_rate``.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> import torch
+        >>> import realign
+        >>> records = realign.read_records(Path("pairs.parquet"), None)
+        >>> scoring = realign.Scoring(Path("model"), 3, "label", realign.Numerics(torch.float32))
+        >>> reference = realign.read_cache(Path("cache"), records, scoring.identity())
+        >>> model = realign.load_model(Path("model"), torch.float32)
+        >>> args = realign.RDPOConfig("run", max_steps=1, report_to="none", use_cpu=True)
+        >>> processor = realign.load_processor(Path("model"))
+        >>> trainer = realign.RDPOTrainer(model, args, records, processor, reference)
+        >>> trainer.train().global_step  # after its log
+        {'train_runtime': ...
+        1
     """
 
     args: RDPOConfig
@@ -186,7 +209,7 @@ class RDPOTrainer(CheckpointTrainer):
         self._metrics = PairMetrics(
             self.objective, lambda sums: self.accelerator.reduce(sums, reduction="sum")
         )
-        # compute_loss divides by the pairs of the whole step; Trainer must not by its micro-batches
+        # compute_loss divides by the pairs of the whole step, so Trainer must not divide again
         self.model_accepts_loss_kwargs = True
 
     def get_train_dataloader(self) -> DataLoader[Record]:
@@ -215,10 +238,10 @@ class RDPOTrainer(CheckpointTrainer):
             multiprocessing_context=args.dataloader_multiprocessing_context,
             in_order=args.dataloader_in_order,
             worker_init_fn=partial(ignore_signals, seed, self._preemption.is_waited_for),
-            # its own: how often a loader began is not to move the global one
+            # a separate generator: the number of loaders must not move the global one
             generator=torch.Generator(),
         )
-        # the sampler has shared the pairs out; what is left is to tell it the epoch
+        # the sampler has distributed the pairs; it only needs the epoch
         return prepare_data_loader(loader, num_processes=1, process_index=0)
 
     def get_batch_samples(
@@ -277,10 +300,7 @@ class RDPOTrainer(CheckpointTrainer):
             self._save(output_dir, weights)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the means over all pairs since the last line.
-
-        The loss is one of them, since Trainer's own is the mean since its last start.
-        """
+        """Log means over all pairs since the last line; Trainer's loss is since its last start."""
         if "loss" in logs:
             logs = {**logs, **self._metrics.take_means()}
         super().log(logs, start_time)
@@ -357,7 +377,7 @@ class RDPOTrainer(CheckpointTrainer):
             self._check_gradient()
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.accelerator.scaler is None and norm is not None and not math.isfinite(norm):
-            # finite numbers whose squares are not; or DeepSpeed, which has made its step by now
+            # squares that overflow; or DeepSpeed, which has made its step by now
             changed = "may have been" if self.is_deepspeed_enabled else "was not"
             raise FloatingPointError(
                 f"step {self.state.global_step + 1}: the gradient's norm must be finite, got "

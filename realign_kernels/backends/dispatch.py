@@ -142,6 +142,12 @@ def describe_backends() -> dict[str, str]:
     Returns:
         descriptions: One sentence per name; ``"auto"`` comes first and starts with the backend that
             it chooses for tensors on the CPU.
+
+    Example::
+
+        >>> from realign_kernels import describe_backends
+        >>> list(describe_backends())
+        ['auto', 'eager', 'triton', 'cpu']
     """
     chosen = resolve_backend("auto", "cpu")
     descriptions = {"auto": f"{chosen} on CPUs, {resolve_backend('auto', 'cuda')} on GPUs"}

@@ -97,11 +97,14 @@ def linear_cross_entropy(
 
     Example::
 
-        from realign_kernels.compat.cce import linear_cross_entropy
-
-        # (B, T, D), (V, D), (B, T): predicts each next token
-        loss, lse = linear_cross_entropy(e, lm_head.weight, labels, shift=1, return_lse=True)
-        (loss + 1e-4 * lse[labels[:, 1:] != -100].square().mean()).backward()
+        >>> import torch
+        >>> from realign_kernels.compat.cce import linear_cross_entropy
+        >>> e, c = torch.zeros(1, 4, 8, requires_grad=True), torch.zeros(5, 8)  # (B, T, D), (V, D)
+        >>> labels = torch.tensor([[0, 3, 1, -100]])
+        >>> loss = linear_cross_entropy(e, c, labels, shift=1)  # each next token
+        >>> loss
+        tensor(1.6094, grad_fn=...)
+        >>> loss.backward()
     """
     if positional:
         raise TypeError(
@@ -154,7 +157,11 @@ class LinearCrossEntropy(nn.Module):
 
     Example::
 
-        loss = LinearCrossEntropy(shift=True)(e, lm_head.weight, labels)
+        >>> import torch
+        >>> from realign_kernels.compat.cce import LinearCrossEntropy
+        >>> e, c, labels = torch.zeros(1, 4, 8), torch.zeros(5, 8), torch.tensor([[0, 3, 1, -100]])
+        >>> LinearCrossEntropy(shift=1)(e, c, labels)
+        tensor(1.6094)
     """
 
     def __init__(

@@ -60,10 +60,16 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
 
     Example::
 
-        # (V, D), (2P, T, D), (2P, T): chosen answers first, then rejected ones
-        loss_fn = LigerFusedLinearDPOLoss(beta=0.1)
-        loss, extras = loss_fn(lm_head.weight, hidden_states, labels, ref_logps=ref_logps)
-        loss.backward()
+        >>> import torch
+        >>> from realign_kernels.compat.liger import LigerFusedLinearDPOLoss
+        >>> hidden_states = torch.zeros(2, 4, 8)  # (2P, T, D): chosen answers first
+        >>> labels = torch.tensor([[3, 1, -100, -100]] * 2)
+        >>> loss_fn = LigerFusedLinearDPOLoss(beta=0.1)
+        >>> loss, extras = loss_fn(
+        ...     torch.zeros(5, 8), hidden_states, labels, ref_logps=torch.full((2, 1), -3.0)
+        ... )
+        >>> loss  # log(2): both answers are as probable as under the reference
+        tensor(0.6931)
     """
 
     def __init__(
@@ -212,9 +218,15 @@ def liger_fused_linear_dpo(
 
     Example::
 
-        loss, (chosen_logps, rejected_logps, *others) = liger_fused_linear_dpo(
-            hidden_states, lm_head.weight, labels, None, ref_hidden_states, ref_lm_head.weight
-        )
+        >>> import torch
+        >>> from realign_kernels.compat.liger import liger_fused_linear_dpo
+        >>> hidden_states = torch.zeros(2, 4, 8)  # (2P, T, D): chosen answers first
+        >>> labels = torch.tensor([[3, 1, -100, -100]] * 2)
+        >>> loss, (chosen_logps, rejected_logps, *others) = liger_fused_linear_dpo(
+        ...     hidden_states, torch.zeros(5, 8), labels, ref_logps=torch.full((2, 1), -3.0)
+        ... )
+        >>> chosen_logps
+        tensor([-3.2189])
     """
     _check_loss_type(loss_type, label_smoothing)
     check_flag("compute_nll_loss", compute_nll_loss)
@@ -291,10 +303,14 @@ class LigerFusedLinearScaledCrossEntropyFunction:
 
     Example::
 
-        # (N, D), (V, D), (N,) -> (N,), (N,)
-        nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(
-            hidden_states, lm_head.weight, labels, temperature, return_entropy=True
-        )
+        >>> import torch
+        >>> from realign_kernels.compat.liger import LigerFusedLinearScaledCrossEntropyFunction
+        >>> labels = torch.tensor([3, 1])  # (N,)
+        >>> nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(
+        ...     torch.zeros(2, 8), torch.zeros(5, 8), labels, 0.7, return_entropy=True
+        ... )
+        >>> nll, entropy
+        (tensor([1.6094, 1.6094]), tensor([1.6094, 1.6094]))
     """
 
     @staticmethod

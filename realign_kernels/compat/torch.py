@@ -67,10 +67,13 @@ def linear_cross_entropy(
 
     Example::
 
-        from realign_kernels.compat.torch import linear_cross_entropy
-
-        loss = linear_cross_entropy(hidden_states, lm_head.weight, labels)  # (N, D), (V, D), (N,)
-        loss.backward()
+        >>> import torch
+        >>> from realign_kernels.compat.torch import linear_cross_entropy
+        >>> hidden_states = torch.zeros(2, 8, requires_grad=True)  # (N, D)
+        >>> loss = linear_cross_entropy(hidden_states, torch.zeros(5, 8), torch.tensor([3, 1]))
+        >>> loss
+        tensor(1.6094, grad_fn=...)
+        >>> loss.backward()
     """
     check_tensor("input", input)
     if type(linear_weight).__name__ != "DTensor":  # which the head gathers

@@ -59,9 +59,13 @@ def linear_cross_entropy(
 
     Example::
 
-        # (N, D), (V, D), (N,) -> (N,), (N,)
-        logprobs, entropy = linear_cross_entropy(hidden, lm_head.weight, labels, 1.0, "none")
-        loss = -(advantages * logprobs).mean() - 0.01 * entropy.mean()
+        >>> import torch
+        >>> from realign_kernels.compat.verl import linear_cross_entropy
+        >>> hidden, weight, labels = torch.zeros(2, 8), torch.zeros(5, 8), torch.tensor([3, 1])
+        >>> logprobs, entropy = linear_cross_entropy(hidden, weight, labels, 1.0, "none")
+        >>> advantages = torch.tensor([1.0, -1.0])
+        >>> -(advantages * logprobs).mean() - 0.01 * entropy.mean()
+        tensor(-0.0161)
     """
     check_tensor("hidden", hidden)
     check_tensor("labels", labels)
@@ -96,8 +100,13 @@ class FusedLinearForPPO(torch.nn.Module):
 
     Example::
 
-        # (B, S, D), (V, D), (B, S) -> (B, S), (B, S)
-        log_probs, entropy = FusedLinearForPPO()(hidden_states, lm_head.weight, input_ids, 1.0)
+        >>> import torch
+        >>> from realign_kernels.compat.verl import FusedLinearForPPO
+        >>> hidden_states = torch.zeros(1, 2, 8)  # (B, S, D)
+        >>> ids = torch.tensor([[3, 1]])
+        >>> log_probs, entropy = FusedLinearForPPO()(hidden_states, torch.zeros(5, 8), ids, 1.0)
+        >>> log_probs
+        tensor([[-1.6094, -1.6094]])
     """
 
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:

@@ -515,5 +515,45 @@ def test_a_dry_run_loads_the_model_for_a_few_rows_and_writes_nothing(
     assert f" of text and {reader((96, 96))} of the image each), about" in said
 
 
+def test_the_option_that_finds_the_images_is_named(config: BuildConfig, tmp_path: Path) -> None:
+    """A source that names COCO's images as train2017 does, with the folder of train2014."""
+    folder = tmp_path / "train2014"
+    folder.mkdir()
+    for path in config.images.iterdir():
+        shutil.copy(path, folder / f"COCO_train2014_{path.name}")
+    other = config.model_copy(update={"images": folder})
+    with pytest.raises(RefusedError, match=r"^40 of 40 rows") as refused:
+        build(other)
+    *shown, more, last = str(refused.value).splitlines()[1:]
+    assert len(shown) == 5
+    assert more == "... and 35 more (missing in image)"
+    assert re.fullmatch(
+        r"COCO_train2014_train-\d+\.png is there: pass --set "
+        r"build\.image_name=COCO_train2014_\{name\}\.",
+        last,
+    )
+    update = {"image_name": "COCO_train2014_{name}"}
+    build(other.model_copy(update=update), dry_run=True)
+
+
+@pytest.mark.full
+def test_an_image_of_too_many_pixels_names_the_option_that_takes_it(
+    config: BuildConfig, tmp_path: Path
+) -> None:
+    row = json.loads(config.source.read_text().splitlines()[0])
+    Image.new("L", (10_000, 9_000), 90).save(config.images / row["image"], "JPEG")
+    with pytest.raises(
+        RefusedError,
+        match=r"at most 89478485 pixels, got \(10000, 9000\)\. Shrink it, or raise build\.max_",
+    ):
+        build(config)
+    records = read_records(build(config.model_copy(update={"max_pixels": 100_000_000})), None)
+    (copy,) = (config.out / "source_images").iterdir()
+    shown = [record for record in records if record.source.get("is_shrunk")]
+    assert shown
+    assert {record.images[0] for record in shown} == {copy.read_bytes()}
+    assert {record.source["image"] for record in shown} == {row["image"]}
+
+
 def read_lines(folder: Path) -> list[str]:
     return [line for path in sorted(folder.iterdir()) for line in path.read_text().splitlines()]

@@ -14,12 +14,14 @@ import pytest
 from realign.building.models import ServedModel
 from realign.building.prompts import COMPLETION_PROMPT, MASK_PROMPT
 from realign.building.run import build
-from realign.config import BuildConfig, GeneratorSection
+from realign.config import BuildConfig, CheckConfig, GeneratorSection
 from realign.data.dataset import read_records
 from realign.data.decisions import Decision, append_decision, decisions_path
 from realign.demo.data import write_training_data
 from realign.demo.run import build_config
 from realign.errors import RefusedError
+from realign.review.check import check
+from realign.review.report import write_report
 
 
 class Server:
@@ -30,6 +32,7 @@ class Server:
         self.listed = 0  # how often its models were
         self.annotation = "There is a dog next to a blue house."
         self.has_room = True  # for completions
+        self.fills = True  # a mask, instead of saying something else
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -42,7 +45,10 @@ class Server:
                 text = next(part["text"] for part in parts if part["type"] == "text")
                 image = next(part["image_url"]["url"] for part in parts if "image_url" in part)
                 server.asked.append((text, image))
-                message = {"role": "assistant", "content": say(text, server.annotation)}
+                said = say(text, server.annotation)
+                if COMPLETION_PROMPT in text and not server.fills:
+                    said = "Some kitten sleeps near its bowl."
+                message = {"role": "assistant", "content": said}
                 choice = {"index": 0, "message": message, "finish_reason": "stop"}
                 usage = {"prompt_tokens": 1000, "completion_tokens": 5}
                 reply = json.dumps({"id": "1", "choices": [choice], "usage": usage})
@@ -234,6 +240,7 @@ def test_a_server_that_is_not_there_is_named_before_an_image_is_opened(
         RefusedError, match=r"^build\.inducer\.model must be .*\(scripted\), got other"
     ):
         build(config.model_copy(update={"inducer": other}))
+    monkeypatch.setattr("realign.building.run.similarity_identity", lambda _: pytest.fail("late"))
     named = GeneratorSection(model="scripted", endpoint=server.url, api_key_env="UNSET_KEY")
     with pytest.raises(RefusedError, match=r"^build\.annotator\.api_key_env must .* got UNSET_KEY"):
         build(config.model_copy(update={"annotator": named}))
@@ -247,3 +254,21 @@ def test_a_finished_build_needs_no_server(config: BuildConfig, server: Server) -
     first = read_records(config.out / "dataset.parquet", None)[0]
     append_decision(decisions_path(config.out), Decision(first.id, first.key, "drop"))
     assert len(read_records(build(config), None)) == 7
+
+
+def test_answers_that_share_nothing_with_the_chosen_ones_are_warned_of(
+    config: BuildConfig, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pages of the dataset say it too; a model that fills masks in gives no warning."""
+    rows = [json.loads(line) for line in config.source.read_text().splitlines()] * 2
+    lines = [json.dumps(row | {"id": str(number)}) for number, row in enumerate(rows)]
+    config.source.write_text("\n".join(lines) + "\n")
+    bad = config.model_copy(update={"keep_unmasked": False, "top_k": 1})
+    good = bad.model_copy(update={"out": config.out / "good"})
+    for build_one, is_warned in ((good, False), (bad, True)):
+        server.fills = not is_warned
+        build(build_one)
+        page = write_report(build_one.out).read_text()
+        notes = check(CheckConfig(data=build_one.out)).notes
+        said = (capsys.readouterr().err, page, "\n".join(notes))
+        assert [("share next to nothing" in text) for text in said] == [is_warned] * 3

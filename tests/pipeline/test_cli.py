@@ -260,7 +260,7 @@ def test_refused_flags(given: list[str], message: str) -> None:
 def test_help_names_every_verb_in_the_order_of_its_use() -> None:
     lines = realign("--help").output.splitlines()
     verbs = [match[1] for line in lines if (match := re.match(r"  ([a-z]+) +[A-Z]", line))]
-    assert verbs[:5] == ["build", "check", "cache", "train", "eval"]
+    assert verbs[:6] == ["init", "build", "check", "cache", "train", "eval"]
     assert sorted(verbs) == sorted(command for command in get_command(app).commands)
 
 

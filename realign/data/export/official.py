@@ -12,7 +12,8 @@ from typing import Any
 from realign.data.export.folder import ImageFolder
 from realign.data.export.rows import write_list
 from realign.data.formats.official import plain_row, split_conversation
-from realign.data.records import Record, refuse_problems
+from realign.data.problems import refuse_problems
+from realign.data.records import Problem, Record
 from realign.errors import RefusedError
 
 FILE = "pref_data.json"
@@ -28,7 +29,7 @@ def write_official(records: Iterable[Record], folder: Path) -> Counter[str]:
     """
     images = ImageFolder(folder / "images")
     counts: Counter[str] = Counter()
-    problems: list[str] = []
+    problems: list[Problem] = []
 
     def rows() -> Iterator[dict[str, Any]]:
         for record in records:
@@ -36,7 +37,7 @@ def write_official(records: Iterable[Record], folder: Path) -> Counter[str]:
             try:
                 _check(record)
             except RefusedError as error:
-                problems.append(str(error))
+                problems.append(Problem.of(error, record.id, record.where))
                 continue
             counts["rows without an image"] += not record.images
             yield _row(record, images)
@@ -52,7 +53,7 @@ def _check(record: Record) -> None:
     found = (len(record.images), len(record.rejected_images))
     if found not in ((0, 0), (1, 1)):
         raise RefusedError(
-            f"{record.where}: the official layout needs one image and one retrieved image, or "
+            f"{record.where}: the official layout requires one image and one retrieved image, or "
             f"none, got {found[0]} and {found[1]}. Build retrieved images, or export to ms-swift "
             "or llamafactory."
         )

@@ -21,16 +21,16 @@ class RefusedRowError(RefusedError):
         code: Short name of the kind of problem, stable across releases.
         text: The rule, the value and the remedy; the caller, who knows the row, puts its place
             before it.
+        missing: Name of an image that does not exist, as the row gives it.
     """
 
-    def __init__(self, field: str, code: str, text: str) -> None:
-        super().__init__(text)
-        self.field, self.code = field, code
+    def __init__(self, field: str, code: str, text: str, missing: str = "") -> None:
+        super().__init__(text, code=code, field=field, missing=missing)
 
     def at(self, place: str) -> RefusedError:
         """Return the refusal for a whole file, with the row's place in front."""
         message = f"{place}: {self}"
-        return RefusedError(message, code=self.code, field=self.field)
+        return RefusedError(message, code=self.code, field=self.field, missing=self.missing)
 
 
 @dataclass(frozen=True)

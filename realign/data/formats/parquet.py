@@ -50,6 +50,15 @@ def write_parquet(
         records: An iterable, consumed one by one; a generator is enough.
         path: The file.
         row_group_bytes: A row group ends when its images and texts have this many bytes.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> from realign import read_records, write_parquet
+        >>> records = read_records(Path("pairs.parquet"), None)
+        >>> write_parquet(records[1:], Path("fewer.parquet"))
+        >>> [record.id for record in read_records(Path("fewer.parquet"), None)]
+        ['r1']
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

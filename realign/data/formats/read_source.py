@@ -16,7 +16,8 @@ from realign.data.formats.row_reader import ImageFiles, RowReader, object_of, on
 from realign.data.formats.source_row import SourceRow
 from realign.data.formats.table_rows import parquet_files, read_parquet_files, read_saved
 from realign.data.image_names import check_image_root
-from realign.data.records import Problem, refuse_problems
+from realign.data.problems import refuse_problems
+from realign.data.records import Problem
 from realign.errors import RefusedError
 from realign.runtime.files import canonical_json
 from realign.runtime.progress import announce
@@ -142,7 +143,7 @@ def _refuse_rows(path: Path, found: list[Found]) -> None:
         try:
             object_of(item)
         except RefusedRowError as error:
-            problems.append(_problem(path, item, error).message)
+            problems.append(_problem(path, item, error))
     refuse_problems(problems, len(found))
 
 
@@ -187,4 +188,4 @@ def _problem(path: Path, item: Found, error: RefusedRowError) -> Problem:
     row = str(row_id) if isinstance(row_id, str | int) else str(item.number)
     # half a character in a key or an id must not stop the report from being written
     row, field = (text.encode(errors="backslashreplace").decode() for text in (row, error.field))
-    return Problem(row, place, field, error.code, f"{place}: {error}")
+    return Problem(row, place, field, error.code, f"{place}: {error}", error.missing)

@@ -88,7 +88,8 @@ class ImageFiles:
             # where there is no folder, the name is refused before one is looked into
             return resolve_image(self._root or Path(), self._file_name.replace("{name}", name), "")
         except RefusedImage as error:
-            return RefusedRowError("image", error.code, str(error).removeprefix(": "))
+            missing = name if error.missing else ""
+            return RefusedRowError("image", error.code, str(error).removeprefix(": "), missing)
         except (OSError, UnicodeError) as error:  # longer than names can be, or half a character
             text = f"image must be a file name, got {name!r:.80} ({error}). Rename it."
             return RefusedRowError("image", "unreadable", text)
@@ -105,8 +106,8 @@ class ImageFiles:
             )
         if self._extract_to is None:
             raise RefusedError(
-                "source has embedded images and extract_to names no folder to keep them in. Give "
-                "one."
+                "extract_to must name a folder for the embedded images of the source, got None. "
+                "Give one."
             )
         name = hashlib.sha256(raw).hexdigest() + suffix
         path = self._extract_to / name

@@ -92,7 +92,8 @@ def _files(scenes: Sequence[Scene], folder: Path) -> list[Path]:
 
 
 def _free_questions(number: int, scene: Scene, rng: Random) -> list[Question]:
-    """One question about an object that is there, and one for each split about one that is not.
+    """Return one question about an object that is there, and one for each split about one that is
+    not.
 
     The first one counts in every split that has one of the others, so that each is half yes.
     """

@@ -28,7 +28,7 @@ _ARGUMENTS = [
     "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
     "logit_scale", "outputs",
 ]  # fmt: skip
-# What TRL asks for by name, beside the log-probabilities, in the order of the results.
+# Names of TRL's further outputs beside the log-probabilities, in the order of the results.
 _STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 _HALF_OR_FLOAT32 = {torch.float16, torch.bfloat16, torch.float32}
@@ -86,10 +86,11 @@ def patch_trl(*, compact: bool = True) -> TrlPatch:
 
     Example::
 
-        patch = patch_trl()
-        trainer = DPOTrainer(model, args=args, train_dataset=dataset, processing_class=processor)
-        trainer.train()
-        assert patch.calls and not patch.passed_on
+        >>> from realign.integrations.trl import patch_trl
+        >>> with patch_trl() as patch:
+        ...     pass  # DPOTrainer(...).train()
+        >>> patch.calls, patch.passed_on
+        (0, 0)
     """
     if not isinstance(compact, bool):
         raise RefusedError(

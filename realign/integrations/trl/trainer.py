@@ -89,9 +89,20 @@ class RdpoTrainer(DPOTrainer):
 
     Example::
 
-        trainer = RdpoTrainer(model, args=DPOConfig("out", beta=0.1), train_dataset=dataset,
-                              processing_class=processor, reference=reference)
-        trainer.train()
+        >>> from datasets import Dataset
+        >>> from transformers import AutoProcessor
+        >>> from trl import DPOConfig
+        >>> from realign.integrations.trl import RdpoTrainer
+        >>> args = DPOConfig("out", max_steps=1, report_to="none", use_cpu=True, bf16=False)
+        >>> trainer = RdpoTrainer(
+        ...     "model",
+        ...     args=args,
+        ...     train_dataset=Dataset.from_parquet("pairs.parquet", cache_dir="rows"),
+        ...     processing_class=AutoProcessor.from_pretrained("model"),
+        ... )
+        >>> trainer.train().global_step  # after its log
+        {'train_runtime': ...
+        1
     """
 
     # DPOTrainer writes these into model cards

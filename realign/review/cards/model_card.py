@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from realign.data.build_folder import read_funnel, source_rows
+from realign.data.build_folder import read_funnel, taken_rows
 from realign.errors import RefusedError
 from realign.modeling.folder import adapter_base, is_adapter
 from realign.review.cards import serving
@@ -264,5 +264,5 @@ def _data(facts: RunFacts, options: CardOptions) -> Iterator[str]:
         yield f"Trained on {code(file)}; no place where it is published is recorded."
     if folder.is_dir() and (counts := read_funnel(folder)):
         pairs = counts["accepted"] - counts["decisions"]["dropped"]
-        rows = source_rows(counts)
+        rows = taken_rows(counts)
         yield f"Built by `realign build`: {pairs:,} pairs from {rows:,} rows."

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from realign.data.dataset import read_records
-from realign.data.records import check_records
+from realign.data.problems import check_records
 from realign.errors import RefusedError
 from realign.runtime.files import content_sha256
 
@@ -78,10 +78,25 @@ def test_an_embedded_image_is_named_by_row_column_and_the_file_it_came_from(reco
         check_records([known], [])
 
 
-def test_all_bad_rows_are_counted_and_twenty_are_shown(records) -> None:
+def test_all_bad_rows_are_counted_and_five_of_a_kind_are_shown(records) -> None:
     rows = [dataclasses.replace(record, chosen="") for record in records(23)]
-    with pytest.raises(RefusedError, match=r"^23 problem.* in 23 rows:(?s:.*)and 3 more"):
+    with pytest.raises(RefusedError, match=r"^23 problem.* in 23 rows:") as refused:
         check_records(rows, [])
+    lines = str(refused.value).splitlines()
+    assert [line.partition(":")[0] for line in lines[1:-1]] == [f"row r{i}" for i in range(5)]
+    assert lines[-1] == "... and 18 more (empty in chosen)"
+
+
+def test_kinds_are_shown_beside_each_other_the_most_frequent_first(records) -> None:
+    rows = [dataclasses.replace(record, rejected="") for record in records(9)]
+    rows[0] = dataclasses.replace(rows[0], rejected="A dog.", images=(b"junk",))
+    with pytest.raises(RefusedError) as refused:
+        check_records(rows, [])
+    lines = str(refused.value).splitlines()
+    assert lines[6:] == [
+        "... and 3 more (empty in rejected)",
+        next(line for line in lines if line.startswith("row r0, images: image must be a read")),
+    ]
 
 
 def test_no_rows_are_refused() -> None:
@@ -179,7 +194,7 @@ def test_official_row_without_image_is_text_only(official: Path) -> None:
             {"chosen": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
             r"chosen must be a list of messages .*Put the text itself into content",
         ),
-        ({"chosen": None}, r"keys \['chosen'\] are missing"),
+        ({"chosen": None}, r"a row must have the keys \['chosen'\], got"),
         (
             {"chosen": [{"role": "user", "content": "x"}]},
             r"chosen must alternate",
@@ -236,8 +251,18 @@ def test_all_missing_images_are_named_at_once(official: Path) -> None:
     assert [line.split("'")[1] for line in lines] == ["0.png", "2.png", "2-retrieved.png"]
     rows = json.loads(official.read_text())
     official.write_text(json.dumps(rows * 8))
-    with pytest.raises(RefusedError, match=r"^24 problem.* in 24 rows:(?s:.*)and 4 more"):
+    with pytest.raises(
+        RefusedError, match=r"^24 problem.* in 24 rows:(?s:.*)and 11 more \(missing in image\)"
+    ):
         read_records(official, images)
+
+
+def test_a_folder_that_is_one_too_high_is_named(official: Path) -> None:
+    images = official.parent / "images"
+    with pytest.raises(RefusedError) as refused:
+        read_records(official, official.parent)
+    *_, last = str(refused.value).splitlines()
+    assert last == f"{images}/0.png is there: pass --images {images}."
 
 
 def test_an_image_folder_that_is_none_is_named(official: Path, tmp_path: Path) -> None:
@@ -266,8 +291,8 @@ def test_refused_files(tmp_path: Path) -> None:
         read_records(tmp_path / "d.json", tmp_path)
     for text, message in (
         ("", r"d\.json, line 1 must be JSON, got ''"),
-        ('{\n"rows": []\n}', "must be a list of rows, or have one row a line, got dict"),
-        ("3", "must be a list of rows, or have one row a line, got int"),
+        ('{\n"rows": []\n}', "must be a list of rows, or have one row per line, got dict"),
+        ("3", "must be a list of rows, or have one row per line, got int"),
         ("{}", r"data must have rows of a known layout, got rows with keys \[\] in d\.json"),
     ):
         (tmp_path / "d.json").write_text(text)

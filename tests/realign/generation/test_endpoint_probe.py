@@ -137,7 +137,7 @@ def test_a_key_that_is_missing_and_one_that_is_wrong_differ(
     with pytest.raises(RefusedError) as refused:
         server.check()
     assert str(refused.value) == (
-        f"{server.url} refuses every request with 401, bad key None, without a key: the "
+        f"{OPTION} {server.url} refuses every request with 401, bad key None, without a key: the "
         "environment variable OPENAI_API_KEY is not set. Set it, or name another with "
         "build.masker.api_key_env."
     )
@@ -145,8 +145,8 @@ def test_a_key_that_is_missing_and_one_that_is_wrong_differ(
     with pytest.raises(RefusedError) as refused:
         server.check()
     assert str(refused.value) == (
-        f"{server.url} refuses every request with 401, bad key Bearer ***, with the key in the "
-        "environment variable OPENAI_API_KEY. Set it to another key, or name another with "
+        f"{OPTION} {server.url} refuses every request with 401, bad key Bearer ***, with the key in "
+        "the environment variable OPENAI_API_KEY. Set it to another key, or name another with "
         "build.masker.api_key_env."
     )
     assert server.asked == ["GET /v1/models"] * 2
@@ -169,7 +169,7 @@ def test_a_port_where_nobody_is_names_the_option() -> None:
     assert str(refused.value).startswith(
         f"{OPTION} must be of a server that can be reached, got {url} (ConnectError: "
     )
-    assert str(refused.value).endswith(f"Start the server, or correct {OPTION}.")
+    assert str(refused.value).endswith(f"Start the server, check the network, or correct {OPTION}.")
 
 
 def test_a_server_that_takes_connections_and_says_nothing_is_there() -> None:

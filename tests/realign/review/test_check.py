@@ -128,7 +128,7 @@ def test_a_good_dataset_passes(tmp_path: Path, records, model_dir: Path) -> None
     assert result.exit_code == 0, result.output
     collator = PreferenceCollator(load_processor(model_dir), 3)
     lengths = sorted(collator.lengths(rows))
-    assert f"tokens a row, images included: min {lengths[0]}, median" in result.output
+    assert f"tokens per row, images included: min {lengths[0]}, median" in result.output
     assert f"max {lengths[-1]}\n" in result.output
     assert "passed: 0 of 12 rows rejected" in result.output
     assert "NOT" not in result.output
@@ -248,6 +248,22 @@ def test_many_of_a_kind_are_counted_and_few_are_shown(tmp_path: Path, records) -
         "  d.parquet, row r1",
     ]
     assert lines[3] == "  ... and 7 more"
+
+
+def test_missing_images_that_lie_elsewhere_are_noted(tmp_path: Path, records) -> None:
+    (tmp_path / "images" / "coco").mkdir(parents=True)
+    rows = []
+    for record in records(4):
+        name = f"{record.id}.png"
+        (tmp_path / "images" / "coco" / name).write_bytes(record.images[0])
+        row = {"image": name, "question": "What?", "chosen": "A cat.", "rejected": "A dog."}
+        rows.append(json.dumps(row))
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(rows) + "\n")
+    findings = check(CheckConfig(data=data, images=tmp_path / "images"))
+    folder = tmp_path / "images" / "coco"
+    assert len(findings.rejected) == 4
+    assert f"{folder}/r0.png is there: pass --images {folder}." in findings.notes
 
 
 def test_the_longest_row_is_set_by_the_user_too(tmp_path: Path, records, model_dir) -> None:

@@ -112,16 +112,19 @@ def test_numbers_are_those_of_the_files(dataset: Path) -> None:
         assert card["data-decision"] == "none"
 
 
-def test_tiles_agree_with_the_table_of_the_rows(dataset: Path) -> None:
+@pytest.mark.parametrize(("unsampled", "whole"), [(0, "source"), (70, "sample")])
+def test_tiles_agree_with_the_table_of_the_rows(dataset: Path, unsampled: int, whole: str) -> None:
     funnel = json.loads((dataset / "funnel.json").read_text())
     accepted, masked = funnel["accepted"], funnel["rows"]
-    (dataset / "funnel.json").write_text(json.dumps(funnel | {"rejected": {"image": 3}}))
+    (dataset / "funnel.json").write_text(
+        json.dumps(funnel | {"rejected": {"image": 3}, "unsampled": unsampled})
+    )
     text = write_report(dataset).read_text()
     table = {row[0]: row for row in reversed(Page(text).rows)}  # the first of two tables counts
     share = table["accepted"][3]
-    assert table["in the source"][2] == str(masked + 3)
-    assert f"<b>{accepted}</b><span>pairs from {masked + 3} rows of the source</span>" in text
-    assert f"<b>{share}</b><span>of the source&#39;s rows gave a pair" in text
+    assert table["in the source"][2] == str(masked + 3 + unsampled)
+    assert f"<b>{accepted}</b><span>pairs from {masked + 3} rows of the {whole}</span>" in text
+    assert f"<b>{share}</b><span>of the {whole}&#39;s rows gave a pair" in text
     assert f"{accepted} of {masked + 3}</span>" in text
 
 

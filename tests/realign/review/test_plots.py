@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
+from pathlib import Path
 
 import pytest
 
+from realign.review import page
 from realign.review.plots import (
+    BLUE,
     DARK,
     LINES,
+    ORANGE,
+    PALE_ORANGE,
     Axis,
     Difference,
     bar_plot,
@@ -107,8 +113,7 @@ def test_every_colour_has_one_for_dark_screens(name: str) -> None:
 
 def luminance(color: str) -> float:
     """WCAG 2.2, relative luminance."""
-    parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-    red, green, blue = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    red, green, blue = linear(color)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
@@ -141,3 +146,42 @@ def test_labels_are_not_on_the_lines() -> None:
     assert len(labels) == 12  # four lines each
     for line in lines:
         assert not [y for y in labels if line - 5 < y < line + 12]  # of letters 9 points high
+
+
+# Machado, Oliveira and Fernandes 2009, table 1, severity 1.0, of linear RGB
+BLINDNESS = {
+    "protan": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216),
+               (-0.003882, -0.048116, 1.051998)),
+    "deutan": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413),
+               (-0.011820, 0.042940, 0.968881)),
+    "tritan": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602),
+               (0.004733, 0.691367, 0.303900)),
+}  # fmt: skip
+PAIRS = [("good", "bad"), ("good-bg", "bad-bg"), ("good", "flag"), ("bad", "flag")]
+
+
+def linear(color: str) -> list[float]:
+    parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    return [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+
+
+def seen(color: str, blindness: str) -> list[float]:
+    """A colour as it is seen, in steps of 255."""
+    mixed = [
+        sum(share * part for share, part in zip(row, linear(color), strict=True))
+        for row in BLINDNESS[blindness]
+    ]
+    return [255 * (1.055 * max(0.0, min(1.0, part)) ** (1 / 2.4) - 0.055) for part in mixed]
+
+
+@pytest.mark.parametrize("blindness", BLINDNESS)
+def test_colours_differ_for_every_kind_of_colour_vision(blindness: str) -> None:
+    css = (Path(page.__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
+    light, dark = re.findall(r":root \{(.*?)\}", css, flags=re.DOTALL)
+    pairs = [(BLUE, ORANGE), (BLUE, PALE_ORANGE), (DARK[BLUE], DARK[ORANGE])]
+    for scheme in (light, dark):
+        colors = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", scheme))
+        pairs += [(colors[one], colors[other]) for one, other in PAIRS]
+    for one, other in pairs:
+        distance = math.dist(seen(one, blindness), seen(other, blindness))
+        assert distance > 25, (one, other, distance)

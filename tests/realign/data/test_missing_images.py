@@ -1,0 +1,91 @@
+"""Where missing images are found: under longer names, in folders below and above, or nowhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from realign.data.image_names import resolve_image
+from realign.data.images import RefusedImage
+from realign.data.missing_images import where_missing_images_are
+from realign.data.records import Problem
+
+NAMES = [f"{number:012d}.jpg" for number in range(5)]
+OPTION = "build.image_name"
+
+
+def problems(root: Path, names: list[str]) -> list[Problem]:
+    found = []
+    for number, name in enumerate(names):
+        with pytest.raises(RefusedImage) as refused:
+            resolve_image(root, name, f"row {number}")
+        found.append(Problem.of(refused.value, str(number), f"row {number}"))
+    return found
+
+
+def fill(folder: Path, pattern: str = "{}") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in NAMES:
+        (folder / pattern.format(name)).touch()
+    return folder
+
+
+def test_a_longer_name_gives_the_option_that_finds_it(tmp_path: Path) -> None:
+    root = fill(tmp_path / "train2014", "COCO_train2014_{}")
+    bad = problems(root, NAMES)
+    assert where_missing_images_are(root, bad, 5, OPTION) == (
+        "COCO_train2014_000000000000.jpg is there: pass --set "
+        "build.image_name=COCO_train2014_{name}."
+    )
+    assert where_missing_images_are(root, bad, 5) == (
+        "COCO_train2014_000000000000.jpg is there: give the files the names that the data has."
+    )
+
+
+def test_a_folder_below_or_above_is_named(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "coco" / "train2017")
+    bad = problems(tmp_path / "coco", NAMES)
+    assert where_missing_images_are(tmp_path / "coco", bad, 5) == (
+        f"{folder}/000000000000.jpg is there: pass --images {folder}."
+    )
+    bad = problems(folder, [f"coco/train2017/{name}" for name in NAMES])
+    assert where_missing_images_are(folder, bad, 5, OPTION) == (
+        f"{tmp_path}/coco/train2017/000000000000.jpg is there: pass --images {tmp_path}."
+    )
+
+
+def test_both_options_may_be_needed(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "coco" / "train2014", "COCO_train2014_{}")
+    bad = problems(tmp_path / "coco", NAMES)
+    assert where_missing_images_are(tmp_path / "coco", bad, 5, OPTION).endswith(
+        f": pass --images {folder} --set build.image_name=COCO_train2014_{{name}}."
+    )
+
+
+def test_an_option_that_gave_the_wrong_name_is_taken_back(tmp_path: Path) -> None:
+    root = fill(tmp_path / "train2017")
+    bad = problems(root, [f"none-{name}" for name in NAMES])
+    bad = [Problem("", p.place, p.field, p.code, "", p.missing[5:]) for p in bad]
+    assert where_missing_images_are(root, bad, 5, OPTION, "COCO_{name}") == (
+        "000000000000.jpg is there: pass --set build.image_name={name}."
+    )
+
+
+def test_nothing_is_said_of_few_rows_of_one_file_or_of_names_that_lead_out(tmp_path: Path) -> None:
+    root = fill(tmp_path / "images", "COCO_{}")
+    bad = problems(root, NAMES)
+    assert where_missing_images_are(root, bad, 10, OPTION) == ""
+    for name in NAMES[1:]:
+        (root / f"COCO_{name}").unlink()
+    assert where_missing_images_are(root, bad, 5, OPTION) == ""
+    assert where_missing_images_are(root, [], 0, OPTION) == ""
+    assert where_missing_images_are(None, bad, 5, OPTION) == ""
+    fill(tmp_path)
+    outside = [Problem("", p.place, p.field, p.code, "", f"../{p.missing}") for p in bad]
+    assert where_missing_images_are(root, outside, 5, OPTION) == ""
+
+
+def test_two_longer_names_of_one_image_are_no_guess(tmp_path: Path) -> None:
+    root = fill(fill(tmp_path / "both", "COCO_train2014_{}"), "COCO_val2014_{}")
+    assert where_missing_images_are(root, problems(root, NAMES), 5, OPTION) == ""
