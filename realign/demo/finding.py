@@ -36,18 +36,24 @@ def finding(
         task, metric = COLUMNS[heading]
         return f"{100 * splits[task][model][metric]['value']:.1f}"
 
-    absent, _, yes, *_ = COLUMNS
+    absent, present, yes, _, adversarial = COLUMNS
     sentences = [
-        "The answers of the shortcut pairs can be told apart without the picture: the rejected one "
-        "adds what habit expects, or says yes to it. On them DPO learns to say no: it says yes to "
-        f"{percent('DPO shortcut', yes)} % of the random questions, of which half are true; the "
-        f"model before training to {percent(BASE, yes)} %. The image pair of rDPO has the same "
-        "words on both sides, so only looking helps: rDPO says yes to "
-        f"{percent('rDPO shortcut', yes)} %.",
-        "On the pairs that the pipeline builds, the model names absent objects in "
-        f"{percent(BASE, absent)} % of the cases before training, {percent('DPO', absent)} % after "
-        f"DPO, {percent('rDPO', absent)} % after rDPO and {percent('SFT', absent)} % after SFT on "
-        "the chosen answers.",
+        "Shortcut pairs can be told apart without the picture: the rejected description adds what "
+        "habit expects, and every question has the chosen answer No. DPO learns just that. Its "
+        f"model says yes to {percent('DPO shortcut', yes)} % of the random questions, of which "
+        f"half are true, and names {percent('DPO shortcut', present)} % of the objects that are "
+        f"there; before training it was {percent(BASE, yes)} % and {percent(BASE, present)} %.",
+        "The image pair has the same words on both sides, so only looking at the picture helps. "
+        f"Trained on it alone (vDPO), the model says yes to {percent('vDPO shortcut', yes)} %, "
+        f"names {percent('vDPO shortcut', present)} % of the objects, and is right on "
+        f"{percent('vDPO shortcut', adversarial)} % of the adversarial questions; before training "
+        f"it was {percent(BASE, adversarial)} %. rDPO, which trains both pairs, says yes to "
+        f"{percent('rDPO shortcut', yes)} % and names {percent('rDPO shortcut', present)} %.",
+        "On the pairs that `realign build` makes, "
+        f"{percent(BASE, absent)} % of the named objects are absent before training, "
+        f"{percent('SFT', absent)} % after SFT, {percent('DPO', absent)} % after DPO, "
+        f"{percent('rDPO', absent)} % after rDPO, and {percent('rDPO + NLL', absent)} % after rDPO "
+        "with a log-likelihood term on the chosen answer.",
     ]
     if ratio := _cost(models, seconds):
         sentences.append(f"A pair costs rDPO {ratio:.1f} times the CPU time that it costs DPO.")

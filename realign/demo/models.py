@@ -46,13 +46,13 @@ _VDPO = {"objective": "vdpo", "learning_rate": 4e-4, "beta": 0.03}
 MODELS = (
     DemoModel("SFT", "pipeline", 3.5, _SFT),
     DemoModel("DPO", "pipeline", 3.5, _DPO),
-    DemoModel("SFT shortcut", "shortcut", 3.7, _SFT),
     DemoModel("DPO shortcut", "shortcut", 3.7, _DPO),
     DemoModel("rDPO shortcut", "shortcut", 2.4, _RDPO),
-    DemoModel("image pair shortcut", "shortcut", 3.6, _VDPO),
+    DemoModel("vDPO shortcut", "shortcut", 3.6, _VDPO),
     DemoModel("rDPO", "pipeline", 2.3, _RDPO),
+    DemoModel("rDPO + NLL", "pipeline", 2.3, {**_RDPO, "nll_weight": 30.0}),
 )
-SHOWN = "rDPO"  # the model that the page's examples are of
+SHOWN = "rDPO + NLL"  # the model that the page's examples are of
 
 
 def train_models(configs: Mapping[str, TrainConfig], logs: Path) -> dict[str, float]:
