@@ -73,7 +73,7 @@ def make_inputs(
         hidden_states = hidden_states.view(num_sequences, -1, shape.D)
         labels = labels.view(num_sequences, -1)
     if job == "token":
-        # a loss on sums has one number a sequence, of either sign; here one a token, as hard a case
+        # a loss on sums has one number per sequence, of either sign; one per token is as hard
         grad = torch.randn(shape.N, generator=generator, device=device, dtype=torch.float64)
     else:
         grad = torch.ones((), device=device, dtype=torch.float64)

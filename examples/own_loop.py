@@ -88,7 +88,7 @@ def draw(color: str) -> Image.Image:
 
 
 def main(steps: int = 10, beta: float = 0.1, image_weight: float = 1.0) -> list[float]:
-    """Train on two pairs a step and return the losses."""
+    """Train on two pairs per step and return the losses."""
     torch.manual_seed(0)
     processor = AutoProcessor.from_pretrained(MODEL)
     model = RdpoModel(

@@ -119,7 +119,7 @@ class GeneratorSection(Section):
         extra = sorted(self.model_fields_set - {"model", "endpoint"})
         if self.endpoint is None and extra:
             raise ValueError(
-                f"{', '.join(extra)} need an endpoint; a model in this process is greedy. Add "
+                f"{', '.join(extra)} require an endpoint; a model in this process is greedy. Add "
                 "endpoint, or drop them"
             )
         return self
@@ -240,7 +240,7 @@ class BuildConfig(Section):
     @model_validator(mode="after")
     def _check_masker(self) -> BuildConfig:
         if self.masker is not None and self.mask == "rule":
-            raise ValueError("masker is given while mask is rule. Add mask: model, or drop masker")
+            raise ValueError("masker requires mask: model, got mask: rule. Set it, or drop masker")
         return self
 
     @model_validator(mode="after")
@@ -437,7 +437,7 @@ class TrainConfig(Section):
             ("quantization", self.quantization is not None),
         ):
             if is_set and self.lora is None:
-                raise ValueError(f"{option} is set without lora, which it is a part of. Add lora")
+                raise ValueError(f"{option} requires lora, got none. Add lora")
         for option, is_set in (
             ("projector_learning_rate", self.projector_learning_rate is not None),
             ("train_projector", self.train_projector),

@@ -427,7 +427,7 @@ def check_cell_shape(name: str, tensor: Tensor, least: int, most: int) -> None:
     if len(shape) == 2:
         remedy = remedies.get(shape[0], "")
         if least <= shape[1] <= most:
-            remedy += " It looks transposed, with one row a pair: pass its .T."
+            remedy += " It looks transposed, with one row per pair: pass its .T."
     raise ValueError(
         f"{name} must have shape (C, P) with C in [{least}, {most}] to match objective, "
         f"got {shape}.{remedy}"

@@ -68,3 +68,14 @@ def test_metadata_name_every_python_that_is_allowed() -> None:
     assert named == [*range(int(low), int(high))]
     kernels = (ROOT / "distributions/realign-kernels/pyproject.toml").read_text(encoding="utf-8")
     assert tomllib.loads(kernels)["project"]["classifiers"] == PROJECT["classifiers"]
+
+
+def test_the_changelog_has_the_form_of_keep_a_changelog() -> None:
+    versions = re.findall(r"^## (.*)$", CHANGELOG, re.MULTILINE)
+    assert versions[0] == "[Unreleased]"
+    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", line) for line in versions[1:])
+    kinds = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
+    for section in re.split(r"^## .*$", CHANGELOG, flags=re.MULTILINE)[1:]:
+        named = re.findall(r"^### (.*)$", section, re.MULTILINE)
+        assert len({*named}) == len(named)
+        assert {*named} <= {*kinds}

@@ -28,7 +28,8 @@ RECALL_TOLERANCE = 0.01
 
 
 def verdict(scores: dict[str, Any], model: str) -> dict[str, Any]:
-    """Which criteria improve with an interval that excludes 0, and what happens to recall."""
+    """Return the criteria that improve with an interval that excludes 0, and the change of
+    recall."""
     better = {}
     for name, (task, metric, sign) in CRITERIA.items():
         low = min(sign * x for x in scores[task]["models"][model][metric]["difference_interval"])

@@ -1,4 +1,4 @@
-"""Where one training step spends its time, as a table of operators."""
+"""Time of one training step by operator, as a table."""
 
 from __future__ import annotations
 

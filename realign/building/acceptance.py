@@ -1,4 +1,4 @@
-"""Whether a completion is a rejected answer, and if not, why.
+"""The decision whether a completion is a rejected answer, with the reason if it is not.
 
 The checks come in a fixed order and the first that fails is the reason, so counts of reasons can be
 compared between runs: what the generator says of itself, what is no answer at all, what is an
@@ -59,22 +59,22 @@ class Acceptance:
 
 
 def refusal(
-    row: SourceRow, masked: str, said: Answer, similarity: float, acceptance: Acceptance
+    row: SourceRow, masked: str, completed: Answer, similarity: float, acceptance: Acceptance
 ) -> str:
-    """Why a completion is not a rejected answer, one of ``REASONS`` or the generator's own problem;
-    empty when it is one.
+    """Return why a completion is not a rejected answer, one of ``REASONS`` or the generator's own
+    problem; empty when it is one.
 
     Args:
         row: What was answered well.
         masked: The masked answer.
-        said: What the generator said, unwrapped.
+        completed: Answer of the generator, unwrapped.
         similarity: Of the answer and the completion.
         acceptance: What passes.
     """
-    answer, completion = row.answer, said.text
-    if said.problem:
-        return said.short_problem
-    if said.is_cut:
+    answer, completion = row.answer, completed.text
+    if completed.problem:
+        return completed.short_problem
+    if completed.is_cut:
         # half a sentence is a worse answer for a reason that has nothing to do with the image
         return CUT
     if not completion:

@@ -1,4 +1,4 @@
-"""Turns outcomes into preference records with their provenance, and counts what became of rows."""
+"""Preference records from outcomes, with their provenance, and counts of rows by outcome."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def assemble(
     corpus: Corpus,
     provenance: Mapping[str, Any],
 ) -> Iterator[Record]:
-    """The records of the accepted outcomes, one by one, images read when they are asked for.
+    """Yield the records of the accepted outcomes, whose images are read one by one.
 
     Args:
         rows: The source's rows with answers.
@@ -96,7 +96,7 @@ def funnel(
     annotated: int,
     excluded: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Counts for ``funnel.json``.
+    """Return the counts of ``funnel.json``.
 
     Args:
         outcomes: One a row, see :class:`~realign.building.induction.Outcome`; read once.

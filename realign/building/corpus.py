@@ -45,12 +45,12 @@ class Corpus:
         return len(self.names)
 
     def digest_of(self, path: Path) -> str:
-        """SHA-256 of an image file."""
+        """Return the SHA-256 of an image file."""
         return self.facts[self.position[path]].sha256
 
     @property
     def digests(self) -> list[str]:
-        """SHA-256 of every file."""
+        """Return the SHA-256 of every file."""
         return [facts.sha256 for facts in self.facts]
 
     @property
@@ -71,7 +71,7 @@ def inspect_corpus(
         rows: The rows.
         folder: Where it is kept what was seen, a file for some thousand images: a killed
             inspection goes on, and images are known again by their content.
-        workers: Processes that decode; 0 for one a core.
+        workers: Processes that decode; 0 for one per core.
         refusal: Says why an image of a size, which can be decoded, is not taken.
     Returns:
         The readable images, and why the others are not.

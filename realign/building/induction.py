@@ -35,7 +35,7 @@ class Candidate:
 
 @dataclass
 class Outcome:
-    """What became of one source row.
+    """The outcome of one source row.
 
     Attributes:
         id: The row's.
@@ -97,8 +97,8 @@ def induce(
     generator: Generator,
     fits: Fits,
 ) -> list[Outcome]:
-    """The first candidate whose completion passes becomes the retrieved image (paper, 3.1). A row
-    that has its rejected answer already only gets an image, see :func:`attach`.
+    """Make the first candidate whose completion passes the retrieved image (paper, 3.1). A row that
+    has its rejected answer already only gets an image, see :func:`attach`.
 
     What becomes of a row does not depend on the rows beside it, except that a generator's and an
     encoder's numerics may depend on the batch.
@@ -172,14 +172,16 @@ def _try(
         reply._replace(text=unwrap_completion(reply.text, row.answer))
         for row, reply in zip(rows, replies, strict=True)
     ]
-    similarities = _rounded(rows, [said.text for said in completions], acceptance.similarity)
-    for row, outcome, image, said, similarity in zip(
+    similarities = _rounded(
+        rows, [completed.text for completed in completions], acceptance.similarity
+    )
+    for row, outcome, image, completed, similarity in zip(
         rows, outcomes, images, completions, similarities, strict=True
     ):
-        if reason := refusal(row, outcome.masked, said, similarity, acceptance):
-            outcome.refuse(image, reason, said.text, similarity)
+        if reason := refusal(row, outcome.masked, completed, similarity, acceptance):
+            outcome.refuse(image, reason, completed.text, similarity)
         else:
-            outcome.accept(image, said.text, similarity)
+            outcome.accept(image, completed.text, similarity)
 
 
 def attach(
@@ -187,8 +189,8 @@ def attach(
     candidates: Sequence[Sequence[Candidate]],
     similarity: Similarity,
 ) -> list[Outcome]:
-    """The first candidate becomes the retrieved image of a row that has its rejected answer
-    already. Nothing is generated or refused.
+    """Make the first candidate the retrieved image of a row that has its rejected answer already.
+    Nothing is generated or refused.
 
     Args:
         rows: Rows with both answers.
@@ -208,14 +210,14 @@ def attach(
 def _rounded(
     rows: Sequence[SourceRow], others: Sequence[str], similarity: Similarity
 ) -> list[float]:
-    """Similarities of answers and others as files show them, which is also how they are compared
-    with the threshold.
+    """Return similarities of answers rounded as in files, which is also how they are compared with
+    the threshold.
     """
     return [round(value, 6) for value in similarity([row.answer for row in rows], others)]
 
 
 def why_none(outcome: Outcome) -> str:
-    """Why no candidate was accepted, in few words that can be counted."""
+    """Return why no candidate was accepted, in few words that can be counted."""
     refused = Counter(attempt["reason"] for attempt in outcome.refused)
     return (
         f"{NO_CANDIDATE} passed, mostly {refused.most_common(1)[0][0]}" if refused else NO_CANDIDATE

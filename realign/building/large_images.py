@@ -42,8 +42,8 @@ def shrink_large_images(
             Progress("shrink images", len(missing)) as progress,
         ):
             asked = [pool.shrink(path, str(path), large[path], max_pixels) for path in missing]
-            for path, said in zip(missing, asked, strict=True):
-                if isinstance(facts := said.result(), RefusedImage):
+            for path, inspected in zip(missing, asked, strict=True):
+                if isinstance(facts := inspected.result(), RefusedImage):
                     failed[path] = facts
                 progress.advance()
     copies = {path: copy for path, copy in large.items() if path not in failed}

@@ -1,4 +1,4 @@
-"""Who is asked in a stage of a build: a model that each worker loads, or one behind a server."""
+"""Models of the stages of a build: one that each worker loads, or one behind a server."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class LocalModel:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that its answers depend on and the configuration does not say."""
+        """Return everything that its answers depend on and the configuration does not state."""
         return {"model": model_identity(self.folder, generates=True), "dtype": str(self.dtype)}
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """How answers came about, for ``meta``."""
+        """Return the origin of answers, for ``meta``."""
         return {"engine": "transformers", "model": self.name, "decoding": "greedy"}
 
     @contextmanager
@@ -91,17 +91,17 @@ class ServedModel:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What is known of what its answers depend on."""
+        """Return what is known of the dependencies of its answers."""
         where = {"endpoint", "concurrency", "timeout_s", "max_retries", "api_key_env"}
         return self.section.model_dump(mode="json", exclude=where)
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """How answers came about, for ``meta``."""
+        """Return the origin of answers, for ``meta``."""
         temperature = self.section.temperature
         decoding = "greedy" if temperature == 0 else f"temperature {temperature}"
-        said = {"engine": "endpoint", "model": self.section.model, "decoding": decoding}
-        return said | {"seed": self.seed}
+        origin = {"engine": "endpoint", "model": self.section.model, "decoding": decoding}
+        return origin | {"seed": self.seed}
 
     @contextmanager
     def open(self) -> Iterator[tuple[Generator, Fits]]:
@@ -162,7 +162,7 @@ Asked = LocalModel | ServedModel
 
 
 def asked_model(section: GeneratorSection | None, role: str, config: BuildConfig) -> Asked:
-    """Who plays a role: what its section says, or the model to be aligned.
+    """Return the model of a role: the one of its section, or the model to be aligned.
 
     Args:
         section: ``config.annotator``, ``masker`` or ``inducer``.
@@ -269,7 +269,7 @@ class Readers:
         for reader, vocabulary in self._models:
             # most tokenizers have no token too many, and a source is long
             if vocabulary.surplus() and (
-                said := vocabulary.problem("text", reader.prompt_ids(text))
+                message := vocabulary.problem("text", reader.prompt_ids(text))
             ):
-                return said
+                return message
         return ""

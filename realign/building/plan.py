@@ -33,7 +33,7 @@ LONGEST_BATCH_S = 10.0
 
 @dataclass(frozen=True)
 class Part:
-    """What one model will be asked.
+    """The requests to one model.
 
     Attributes:
         role: ``annotator``, ``masker`` or ``inducer``.
@@ -68,7 +68,7 @@ class Example(NamedTuple):
 
 
 class Probed(NamedTuple):
-    """What was seen of a model.
+    """Measurements of a model.
 
     Attributes:
         seconds: Of one request, while all others under way take theirs.
@@ -156,7 +156,7 @@ def make_plan(
 def _examples(
     config: BuildConfig, part: Part, rules: MaskRules, read_by: Path, scratch: Path
 ) -> Iterator[Example]:
-    """Requests about the part's rows; an image that cannot be read is left to the inspection."""
+    """Yield requests about the part's rows; unreadable images are left to the inspection."""
     processor = load_processor(read_by)
     reader = ImageTokens(processor)
     rows = with_image_files(config, part.rows, scratch)
@@ -292,5 +292,5 @@ def duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     units = [(days, "d"), (hours, "h"), (minutes, "min")]
-    said = [f"{count} {name}" for count, name in units if count]
-    return " ".join(said[:2])
+    parts = [f"{count} {name}" for count, name in units if count]
+    return " ".join(parts[:2])

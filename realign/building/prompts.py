@@ -46,7 +46,7 @@ _KNOWN_LABEL = re.compile(
 
 
 def masking_request(answer: str, retry: int = 0) -> str:
-    """What the masking model is asked: the paper's prompt, then the answer.
+    """Return the prompt of the masking model: the paper's, then the answer.
 
     Args:
         answer: To be masked.
@@ -57,14 +57,14 @@ def masking_request(answer: str, retry: int = 0) -> str:
 
 
 def completion_request(instruction: str, masked: str) -> str:
-    """What the completing model is asked. The completion is conditioned on the instruction x
+    """Return the prompt of the completing model. The completion is conditioned on the instruction x
     (paper, section 3.1).
     """
     return f"{instruction}\n{COMPLETION_PROMPT}\n{masked}"
 
 
 def readings(reply: str) -> Iterator[str]:
-    """The ways to read a masking reply, most literal first."""
+    """Yield the readings of a masking reply, the most literal first."""
     text = _MASK.sub(MASK_TOKEN, reply.strip())
     for unwrapped in _unwrapped(text, _LABEL):
         plain = _EMPHASISED.sub(MASK_TOKEN, unwrapped)
@@ -72,8 +72,8 @@ def readings(reply: str) -> Iterator[str]:
 
 
 def unwrap_completion(completion: str, answer: str) -> str:
-    """A completion without a known label, quotation marks or code fence, unless the answer has the
-    same.
+    """Return a completion without a known label, quotation marks or code fence, unless the answer
+    has the same.
     """
     *_, text = [completion.strip(), *_unwrapped(completion.strip(), _KNOWN_LABEL, like=answer)]
     return text
@@ -106,6 +106,6 @@ def _is_fenced(text: str) -> bool:
 
 
 def _is_quoted(text: str) -> bool:
-    """Whether a text is one quotation, not one that begins and another that ends with it."""
+    """Return whether a text is one quotation, not one that begins and another that ends with it."""
     closing = _QUOTES.get(text[:1])
     return bool(closing) and len(text) > 2 and text.find(closing or "", 1) == len(text) - 1

@@ -102,7 +102,7 @@ def build(config: BuildConfig, *, dry_run: bool = False) -> Path:
         if dry_run:
             return dataset
         rows, corpus, problems = inspect_rows(config, source, readers)
-        what = {
+        facts = {
             "config": config.model_dump(
                 mode="json",
                 exclude=NOT_IDENTITY | {name for name in IF_GIVEN if getattr(config, name) is None},
@@ -120,11 +120,11 @@ def build(config: BuildConfig, *, dry_run: bool = False) -> Path:
         }
         labels = {"images": corpus.names, "rows": [row.id for row in rows]}
         dropped = _Dropped.of(dataset)
-        is_old = is_claimed(config.out, "build", what, labels)
+        is_old = is_claimed(config.out, "build", facts, labels)
         if is_old and dataset.is_file() and _is_written(config.out, dropped):
             return dataset
         with only_run(config.out, "build"):
-            claim(config.out, "build", what, labels)
+            claim(config.out, "build", facts, labels)
             _keep_answers(Path(scratch), config.out / "journal")
             write_jsonl(config.out / "rejected.jsonl", map(asdict, problems))
             bad = Counter(problem.code for problem in problems)
@@ -167,10 +167,10 @@ def _show_plan(
 
 def _keep_answers(scratch: Path, folder: Path) -> None:
     """Keep what servers said to the plan's questions, so that they are not asked them again."""
-    for said in scratch.glob("*.jsonl"):
-        if not (folder / said.name).exists():
-            with replacing(folder / said.name) as temporary:
-                shutil.copyfile(said, temporary)
+    for path in scratch.glob("*.jsonl"):
+        if not (folder / path.name).exists():
+            with replacing(folder / path.name) as temporary:
+                shutil.copyfile(path, temporary)
 
 
 def _run(
@@ -183,7 +183,7 @@ def _run(
     bad: Counter[str],
     num_unsampled: int,
 ) -> None:
-    """Every stage, then the dataset and, last, the counts: without them it is not finished."""
+    """Run every stage, then write the dataset and, last, the counts, which finish the build."""
     neighbours = staging.retrieve(corpus)
     rows, unanswered = staging.annotate(rows)
     masked = staging.mask(rows, rules)
@@ -217,7 +217,7 @@ def _run(
 
 @dataclass(frozen=True)
 class _Dropped:
-    """What the decision file of a dataset drops, and the hash of the file."""
+    """Rows that the decision file of a dataset drops, and the hash of the file."""
 
     path: Path
     digest: str | None
@@ -230,12 +230,12 @@ class _Dropped:
         return cls(
             path,
             file_sha256(path) if path.is_file() else None,
-            {row for row, said in decisions.items() if said.decision == "drop"},
+            {row for row, decision in decisions.items() if decision.decision == "drop"},
         )
 
 
 def _content(source: Path) -> str:
-    """Hash of a source file, or of every file of a source folder."""
+    """Return the hash of a source file, or of every file of a source folder."""
     if source.is_file():
         return file_sha256(source)
     files = sorted(path for path in source.rglob("*") if path.is_file())
@@ -245,7 +245,7 @@ def _content(source: Path) -> str:
 
 
 def _check_paths(config: BuildConfig) -> None:
-    """What can be refused before the model's libraries are loaded."""
+    """Refuse paths before the model's libraries are loaded."""
     if not config.source.exists():
         raise RefusedError(
             f"source must be a file or folder, got {config.source}, which does not exist. Check "
@@ -256,7 +256,7 @@ def _check_paths(config: BuildConfig) -> None:
 
 
 def _is_written(out: Path, dropped: _Dropped) -> bool:
-    """Whether dataset.parquet is finished and made with this decision file."""
+    """Return whether dataset.parquet is finished and made with this decision file."""
     path = out / "funnel.json"
     if not path.is_file():
         return False
@@ -268,7 +268,7 @@ def _is_written(out: Path, dropped: _Dropped) -> bool:
 def _undropped(
     records: Iterator[Record], dropped: _Dropped, counts: dict[str, Any]
 ) -> Iterator[Record]:
-    """Leaves out and counts what the decision file drops."""
+    """Yield the kept records, and count those that the decision file drops."""
     for record in records:
         if RowKey(record.id, record.key) in dropped.rows:
             counts["dropped"] += 1

@@ -1,6 +1,4 @@
-"""How alike two answers are, at most 1: words and word pairs offline, sentence-transformers when
-named.
-"""
+"""Similarity of two answers, at most 1: of words and word pairs, or by sentence-transformers."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ FUNCTION_WORDS = frozenset(
 
 
 def lexical(first: str, second: str) -> float:
-    """Dice coefficient of the content words and of the pairs of neighbouring ones.
+    """Return the Dice coefficient of the content words and of the pairs of neighbouring ones.
 
     Equal texts give 1. Pairs make the order count: "red house, blue tree" and "blue house, red
     tree" differ.
@@ -84,8 +82,7 @@ def load_similarity(name: str, device: str | None = None, batch_size: int = 32) 
 
 
 def similarity_identity(name: str) -> dict[str, str]:
-    """What values depend on: the name, and the SHA-256 of the encoder's files by their place in its
-    folder.
+    """Return the identity of values: the name, and the SHA-256 of the encoder's files by path.
 
     Args:
         name: As for :func:`load_similarity`.
@@ -104,7 +101,7 @@ def similarity_identity(name: str) -> dict[str, str]:
 
 
 def _encoder_folder(name: str) -> Path:
-    """The folder of an encoder that has nothing but weights in safetensors and modules of
+    """Return the folder of an encoder that has nothing but weights in safetensors and modules of
     sentence-transformers itself, which is installed.
     """
     if find_spec("sentence_transformers") is None:

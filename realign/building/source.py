@@ -66,8 +66,8 @@ def read_rows(
     answered: list[SourceRow] = []
     for row in source.rows:
         text = "\n".join((row.instruction, row.answer, row.rejected))
-        if said := readers.refusal_of_text(text):
-            message = f"{row.place}: {said}"
+        if flaw := readers.refusal_of_text(text):
+            message = f"{row.place}: {flaw}"
             problems.append(Problem(row.id, row.place, "", "token-id", message))
             continue
         if row.answer or config.annotator:

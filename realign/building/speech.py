@@ -28,36 +28,34 @@ MIN_ECHO_WORDS = 4  # an instruction such as "What is it?" may begin an answer
 
 
 def words(text: str) -> list[str]:
-    """The words of a text without case, punctuation and compatibility forms."""
+    """Return the words of a text without case, punctuation and compatibility forms."""
     return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def refuses(completion: str, answer: str) -> bool:
-    """Whether a sentence of ``completion`` begins as refusals do and none of ``answer`` does so."""
+    """Return whether a sentence of ``completion``, and none of ``answer``, begins as a refusal."""
     return _begins(_phrases("refusals"), completion, answer)
 
 
 def chats(completion: str, answer: str) -> bool:
-    """Whether a sentence of ``completion`` begins as talk about the task, and none of ``answer``
-    does so.
-    """
+    """Return whether a sentence of ``completion``, and none of ``answer``, talks about the task."""
     return _begins(_phrases("chatter"), completion, answer)
 
 
 def echoes(completion: str, answer: str, instruction: str) -> bool:
-    """Whether ``completion`` repeats a prompt of the pipeline, or begins with the instruction, and
-    ``answer`` does not.
+    """Return whether ``completion`` repeats a prompt of the pipeline, or begins with the
+    instruction, and ``answer`` does not.
     """
-    said, good = f" {' '.join(words(completion))} ", f" {' '.join(words(answer))} "
+    text, good = f" {' '.join(words(completion))} ", f" {' '.join(words(answer))} "
     for echo in _ECHOES:
         part = f" {' '.join(words(echo))} "
-        if part in said and part not in good:
+        if part in text and part not in good:
             return True
     asked = words(instruction)
     beginning = f" {' '.join(asked)} "
     return (
         len(asked) >= MIN_ECHO_WORDS
-        and said.startswith(beginning)
+        and text.startswith(beginning)
         and not good.startswith(beginning)
     )
 

@@ -27,13 +27,13 @@ T = TypeVar("T")
 
 
 def windows(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """The parts of ``rows`` whose generation batches are formed together."""
+    """Yield the parts of ``rows`` whose generation batches are formed together."""
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
 
 
 def jsonl_bytes(rows: Iterable[Any]) -> bytes:
-    """One JSON value a line."""
+    """Return one JSON value per line."""
     return "".join(json_text(row) + "\n" for row in rows).encode()
 
 
@@ -76,19 +76,23 @@ class Annotate:
             else:
                 yield {"id": row.id, "answer": row.answer, "problem": ""}
 
-    def _line(self, row: SourceRow, said: Answer | None) -> dict[str, str]:
+    def _line(self, row: SourceRow, answered: Answer | None) -> dict[str, str]:
         problem = (
             TOO_LONG
-            if said is None
-            else said.short_problem
-            or (CUT if said.is_cut else "")
-            or ("" if said.text else EMPTY)
-            or (SPECIAL if any(t in said.text for t in (*self.special, IMAGE_TOKEN) if t) else "")
-            or (REFUSED if refuses(said.text, "") else "")
+            if answered is None
+            else answered.short_problem
+            or (CUT if answered.is_cut else "")
+            or ("" if answered.text else EMPTY)
+            or (
+                SPECIAL
+                if any(t in answered.text for t in (*self.special, IMAGE_TOKEN) if t)
+                else ""
+            )
+            or (REFUSED if refuses(answered.text, "") else "")
         )
         return {
             "id": row.id,
-            "answer": said.text if said and not problem else "",
+            "answer": answered.text if answered and not problem else "",
             "problem": problem,
         }
 

@@ -102,7 +102,7 @@ class Staging:
         )
 
     def identities(self) -> dict[str, Any]:
-        """Everything about the models that the result depends on."""
+        """Return everything about the models that the result depends on."""
         roles = {
             "inducer": self.inducer,
             "masker": self.masker,
@@ -112,18 +112,18 @@ class Staging:
         return {role: each.identity for role, each in roles.items() if each}
 
     def provenance(self) -> dict[str, Any]:
-        """Who did what, for ``meta``."""
-        said: dict[str, Any] = {
+        """Return the model of each stage, for ``meta``."""
+        origins: dict[str, Any] = {
             "source": self._config.source.name,
             "encoder": self._encoder.name,
             "similarity": self._config.similarity,
             "generator": self.inducer.provenance,
         }
         if self.masker:
-            said["masker"] = self.masker.provenance
+            origins["masker"] = self.masker.provenance
         if self.annotator:
-            said["annotator"] = self.annotator.provenance
-        return said
+            origins["annotator"] = self.annotator.provenance
+        return origins
 
     def annotate(self, rows: Sequence[SourceRow]) -> tuple[list[SourceRow], dict[str, str]]:
         """Ask for the answers that are missing.
@@ -209,27 +209,27 @@ class Staging:
         return self._stage("induce", "shards", len(rows), prepared, task, asked)
 
     def _rows_stage(
-        self, what: str, folder: str, rows: Sequence[SourceRow], task: Task, asked: Asked | None
+        self, stage: str, folder: str, rows: Sequence[SourceRow], task: Task, asked: Asked | None
     ) -> ShardLines:
         return self._stage(
-            what, folder, len(rows), lambda part: [rows[i] for i in part], task, asked
+            stage, folder, len(rows), lambda part: [rows[i] for i in part], task, asked
         )
 
     def _stage(
         self,
-        what: str,
+        stage: str,
         folder: str,
         num_rows: int,
         item: Callable[[range], Sequence[Any]],
         task: Task,
         asked: Asked | None,
     ) -> ShardLines:
-        """Lines of all shards of a stage over rows, in order of the rows."""
+        """Return the lines of all shards of a stage over rows, in order of the rows."""
         ranges = self.shards(num_rows)
         paths = _paths(self._config.out / folder, ranges, "jsonl")
         sizes = {number: len(part) for number, part in ranges.items()}
         engine = self.engine(asked)
-        fill_shards(what, paths, sizes, lambda number: item(ranges[number]), task, engine)
+        fill_shards(stage, paths, sizes, lambda number: item(ranges[number]), task, engine)
         return ShardLines([(paths[number], sizes[number]) for number in ranges])
 
     def shards(self, num_rows: int) -> dict[int, range]:
@@ -249,7 +249,7 @@ class Staging:
 
 
 def _ranges(count: int, shard_size: int, unit: int) -> dict[int, range]:
-    """Shard number to what is in it: whole units, the last shard shorter."""
+    """Return the range of each shard by its number: whole units, the last shard shorter."""
     size = -(-shard_size // unit) * unit
     return {
         number: range(start, min(start + size, count))

@@ -82,7 +82,7 @@ def _check_rows(file: Path) -> None:
     if file.suffix == ".json" and not is_json_list(file):
         value = read_json(file)
         raise RefusedError(
-            f"{file} must be a list of rows, or have one row a line, got {type(value).__name__}. "
+            f"{file} must be a list of rows, or have one row per line, got {type(value).__name__}. "
             "Put the rows into []."
         )
 

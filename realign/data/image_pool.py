@@ -27,11 +27,11 @@ from realign.data.images import ImageFacts, RefusedImage, Size
 from realign.data.records import Problem, Record
 from realign.runtime.memory import usable_cores
 
-# A worker ends by itself at its time limit; one that cannot (stuck in the kernel, stopped) is given
-# up so much later.
+# A worker ends by itself at its time limit; one that cannot (stuck in the kernel, stopped) is
+# abandoned this much later.
 GRACE_SECONDS = 5.0
-START_SECONDS = 60.0  # its imports, on a machine that does other things
-# how many images a worker may be ahead of who asks for the facts
+START_SECONDS = 60.0  # time for its imports, on a busy machine
+# images that a worker may decode ahead of the reader of the facts
 _AHEAD = 8
 _ENVIRONMENT = {
     # a thread pool for every core would fill the address space before the first image
@@ -102,7 +102,7 @@ class ImagePool:
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._crew:
             self._idle.put(worker)
-        # a thread a worker, which waits for it; the work is in the processes
+        # one thread per worker, which waits for it; the work is in the processes
         self._threads = ThreadPoolExecutor(len(self._crew))
 
     def __enter__(self) -> ImagePool:

@@ -21,7 +21,7 @@ Size = tuple[int, int]  # width and height
 MAX_BYTES = 50_000_000
 MAX_PIXELS = 89_478_485  # Pillow's own limit; phones write 48 million and more
 MIN_SIDE, MAX_SIDE = 2, 20_000
-# how files begin that cameras and programs write instead
+# first bytes of other formats that cameras and programs write
 _OTHERS = {
     "HEIC": rb"....ftyp(he|m[is]f1)",
     "AVIF": rb"....ftypavi",
@@ -30,7 +30,7 @@ _OTHERS = {
     "BMP": rb"BM",
     "JPEG 2000 or XL": rb"....(jP  |JXL )|\xff(\x4f|\x0a)",
 }
-# what Pillow says of text and profiles that unpack to more than it allows
+# messages of Pillow about text and profiles that unpack to more than it allows
 _METADATA = ("MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY", "too much memory used in text chunks")
 
 

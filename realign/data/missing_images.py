@@ -1,4 +1,4 @@
-"""Where images lie that a dataset names and its image folder does not have."""
+"""Search for images that a dataset names and its image folder does not have."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LEVELS = 3  # folders above that are looked into
 
 
 class _Guess(NamedTuple):
-    """A folder and what the file of ``{name}`` is called in it."""
+    """A folder and the name of the file of ``{name}`` in it."""
 
     folder: Path
     pattern: str
@@ -33,8 +33,8 @@ def where_missing_images_are(
     option: str = "",
     file_name: str = "{name}",
 ) -> str:
-    """Return a sentence that says which option finds most of the missing images; empty where the
-    problem is another one, or they are nowhere near the folder.
+    """Return a sentence with the option that finds most of the missing images; empty if they are
+    nowhere near the folder, or the problem is another one.
 
     They are looked for in the folder under a longer name that ends with theirs, in the folders in
     it, and in those above it.
@@ -59,17 +59,17 @@ def where_missing_images_are(
             continue
         options = [] if guess.folder == root else [f"--images {guess.folder}"]
         file = guess.path(tried[0])
-        there = file.name if guess.folder == root else str(file)
+        found_at = file.name if guess.folder == root else str(file)
         if guess.pattern != file_name:
             if not option:
-                return f"{there} is there: give the files the names that the data has."
+                return f"{found_at} is there: give the files the names that the data has."
             options.append(f"--set {option}={guess.pattern}")
-        return f"{there} is there: pass {' '.join(options)}."
+        return f"{found_at} is there: pass {' '.join(options)}."
     return ""
 
 
 def _guesses(root: Path, name: str) -> Iterator[_Guess]:
-    """Yield guesses at where an image is, nearest first."""
+    """Yield guesses at the place of an image, nearest first."""
     yield _Guess(root, "{name}")  # an option gave it another name
     yield from _longer(root, name)
     below = sorted(entry.path for entry in _entries(root) if entry.is_dir())[:FOLDERS]
@@ -82,7 +82,7 @@ def _guesses(root: Path, name: str) -> Iterator[_Guess]:
 
 
 def _longer(folder: Path, name: str) -> Iterator[_Guess]:
-    """Yield the file whose longer name ends with ``name``, where one alone does."""
+    """Yield the file whose longer name ends with ``name``, if only one does."""
     found = [entry.name for entry in _entries(folder) if entry.name.endswith(name)]
     longer = sorted(one for one in found if one != name)
     if len(longer) == 1:

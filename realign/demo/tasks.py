@@ -26,7 +26,7 @@ class Example(NamedTuple):
 
 
 def question_pair(scene: Scene, rng: Random) -> tuple[str, str]:
-    """A yes/no question about an object, there or not with equal chance, and the true answer."""
+    """Draw a yes/no question about an object, present or not with equal chance, and its answer."""
     present = rng.random() < 0.5
     kind = rng.choice(
         sorted(scene.kinds) if present else [k for k in KINDS if k not in scene.kinds]
@@ -35,7 +35,7 @@ def question_pair(scene: Scene, rng: Random) -> tuple[str, str]:
 
 
 def location_pair(scene: Scene, rng: Random) -> tuple[str, str]:
-    """Where an object of the scene is, and its colour."""
+    """Draw a question about the place of an object of the scene and its colour."""
     thing = rng.choice(scene.things)
     return f"Where is the {thing.kind}?", f"The {thing.kind} {thing.place} is {thing.color}."
 

@@ -77,27 +77,28 @@ class Scene:
         return frozenset(thing.kind for thing in self.things)
 
     def caption(self) -> str:
-        """The true description: ``There is a red house at the top, a green tree on the left and
+        """Return the true description: ``There is a red house at the top, a green tree on the left
+        and
         ...``.
         """
         *most, last = map(str, self.things)
         return f"There is {', '.join(most)} and {last}." if most else f"There is {last}."
 
     def answer(self, kind: str) -> str:
-        """The true answer to :func:`question`."""
+        """Return the true answer to :func:`question`."""
         if kind in self.kinds:
             return f"Yes, there is a {kind} in the image."
         return f"No, there is no {kind} in the image."
 
 
 def question(kind: str) -> str:
-    """The POPE question about one kind of object."""
+    """Return the POPE question about one kind of object."""
     return f"Is there a {kind} in the image?"
 
 
 def habitual_scene(rng: Random, habit: float = HABIT) -> Scene:
-    """A scene as the model meets them in pretraining: one or two objects, each with its partner as
-    often as ``habit`` says.
+    """Draw a scene as the model meets them in pretraining: one or two objects, each with its
+    partner as often as ``habit`` says.
     """
     kinds: list[str] = []
     for _ in range(rng.choice((1, 2, 2))):
@@ -113,7 +114,7 @@ def habitual_scene(rng: Random, habit: float = HABIT) -> Scene:
 
 
 def free_scene(rng: Random) -> Scene:
-    """Two to four objects drawn independently: a partner is no likelier than anything else."""
+    """Draw two to four objects independently: a partner is no likelier than anything else."""
     return _place(rng.sample(KINDS, rng.choice((2, 3, 4))), rng)
 
 
@@ -133,8 +134,8 @@ def _place(kinds: list[str], rng: Random) -> Scene:
 
 
 def absent_kinds(scene: Scene) -> dict[str, list[str]]:
-    """Kinds that are not in the scene, by POPE split: any, the most common ones, partners of what
-    is there.
+    """Return the kinds that are not in the scene, by POPE split: any, the most common ones,
+    partners of what is there.
     """
     absent = [kind for kind in KINDS if kind not in scene.kinds]
     return {

@@ -23,7 +23,7 @@ def read_records(path: Path) -> list[tuple[str, Any]]:
         RefusedError: The file is empty, not UTF-8, or neither of the two.
     """
     if not path.is_file():
-        raise RefusedError(f"{path} must be a file, but is none. Put the file there.")
+        raise RefusedError(f"{path} must be a file, got none. Put the file there.")
     with path.open("rb") as file:
         is_list = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
     records = []
@@ -36,7 +36,7 @@ def read_records(path: Path) -> list[tuple[str, Any]]:
                 raise value
             records.append((f"{path.name}, line {number}", value))
     if not records:
-        raise RefusedError(f"{path} must have at least one row, has none. Add some or remove it.")
+        raise RefusedError(f"{path} must have at least one row, got none. Add some or remove it.")
     return records
 
 
@@ -92,7 +92,7 @@ def read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             f"({error}). Correct its quotation marks."
         ) from None
     if not number:
-        raise RefusedError(f"{path} must have at least one row, has none. Add some or remove it.")
+        raise RefusedError(f"{path} must have at least one row, got none. Add some or remove it.")
 
 
 def rows_digest(rows: Iterable[Mapping[str, Any]], *keys: str) -> str:
@@ -153,7 +153,9 @@ def check_row(row: Any, where: str, keys: Mapping[str, Key]) -> Row:
             f"{where} must be an object with {[*keys]}, got {row!r:.80}. Correct the line."
         )
     if missing := [name for name in keys if name not in row]:
-        raise RefusedError(f"{where}: keys {missing} are missing, found {sorted(row)}. Add them.")
+        raise RefusedError(
+            f"{where}: a row must have the keys {missing}, got {sorted(row)}. Add them."
+        )
     for name, key in keys.items():
         if not key.is_valid(row[name]):
             raise RefusedError(

@@ -27,19 +27,19 @@ try:
     import openai
 except ImportError:
     raise RefusedError(
-        "An endpoint needs the openai client. Install 'realign[pipeline,endpoint]'."
+        "An endpoint requires the openai client. Install 'realign[pipeline,endpoint]'."
     ) from None
 
 # vLLM and SGLang end with these when they gave a request up; its text is not what the model says
 _GIVEN_UP = ("abort", "error")
-# Shorter ones are no secrets ("EMPTY", "none") and could be words of an answer
+# Shorter keys are not secret ("EMPTY", "none") and could be words of an answer.
 _SHORTEST_SECRET = 8
 # An answer of 8,192 tokens with its reasoning has some 100 kB
 MAX_RESPONSE_BYTES = 4_000_000
 LONGEST_BACKOFF_S = 30.0
 LONGEST_RETRY_AFTER_S = 300.0
 _jitter = random.SystemRandom()  # workers that were forked must not draw the same
-# About this one request: too long, filtered, image refused
+# Statuses that concern one request: too long, filtered, image refused
 _OF_ONE_REQUEST = (400, 413, 415, 422)
 _NO_KEY = "none"  # the client insists on one
 _ABOUT_THIS_MACHINE = [
@@ -160,7 +160,7 @@ class Endpoint:
                 "http://127.0.0.1:8000/v1."
             )
         if "@" in url.netloc or url.query or url.fragment:
-            # not shown: what is in the way may be a password
+            # The value is not shown, since it may be a password.
             raise RefusedError(
                 f"{self.option} must be a plain URL, got one of {url.hostname} with user, query or "
                 f"fragment. Put the key into the environment variable {self.api_key_env}."
@@ -302,8 +302,8 @@ async def ask(
 
 def failure_of(endpoint: Endpoint, error: openai.APIStatusError) -> str:
     """Return the status and the sentence of a server's error, free of the key."""
-    said = error_message(error.body if error.body is not None else error.response.text)
-    return str(without_secret(f"{error.status_code}, {said}", endpoint.key()))
+    sentence = error_message(error.body if error.body is not None else error.response.text)
+    return str(without_secret(f"{error.status_code}, {sentence}", endpoint.key()))
 
 
 def lasting_refusal(endpoint: Endpoint, error: openai.APIStatusError) -> RefusedError | None:

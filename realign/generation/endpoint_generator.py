@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 # OpenAI takes 50 MB in one request; base64 makes three bytes four
 MAX_SENT_BYTES = 20_000_000
-# So many requests refused with none answered between them: the fault is not theirs
+# After so many refusals without an answer in between, the requests are not at fault.
 MAX_REFUSED_IN_A_ROW = 16
-# A server that is asked too much fails and answers by turns
+# An overloaded server fails and answers by turns.
 ANNOUNCE_INTERVAL_S = 60.0
 _OURS = ("messages", "model", "stream", "n")  # and what is a field of Sampling
 
@@ -61,7 +61,7 @@ def image_url(path: Path, max_bytes: int = MAX_SENT_BYTES) -> str:
         RefusedError: The image cannot be read.
     """
     raw = path.read_bytes()
-    decoded = decode_image(raw, path.name)  # what would be refused in training is not asked about
+    decoded = decode_image(raw, path.name)  # images that training would refuse are not sent
     with Image.open(io.BytesIO(raw)) as image:
         mime = f"image/{(image.format or '').lower()}"
         is_plain = (

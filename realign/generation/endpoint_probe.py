@@ -1,4 +1,4 @@
-"""Asks a server, before any work, whether it is there, takes the key and serves the model."""
+"""Checks of a server before any work: it is reachable, takes the key and serves the model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SHOWN = 8  # names of models in a message
 
 
 def check_key(endpoint: Endpoint, *, is_named: bool = False) -> None:
-    """Check that the key is there where one is needed. Nothing is sent.
+    """Check that the key is set if one is required. Nothing is sent.
 
     Args:
         endpoint: The server.
@@ -50,9 +50,9 @@ def check_key(endpoint: Endpoint, *, is_named: bool = False) -> None:
 def check_server(endpoint: Endpoint, model: str, length_field: str = "max_tokens") -> None:
     """Check that a server can be reached, takes the key and serves the model.
 
-    The server is asked for its list of models. Only where that does not settle it (a server without
-    a list, a key that may not read it, a name that is not in it) one question of a token is asked.
-    A server that is too busy to answer either is accepted: a run asks it again.
+    The server is asked for its list of models. Only if that does not settle it (a server without a
+    list, a key that may not read it, a name that is not in it), a question of one token is asked. A
+    server that is too busy to answer either is accepted: a run asks it again.
 
     Args:
         endpoint: The server.
@@ -83,17 +83,17 @@ async def _check(endpoint: Endpoint, model: str, length_field: str) -> None:
         names = _names(listed) if isinstance(listed, bytes) else []
         if model in names:
             return
-        said = await _answer(quick, client.chat.completions.with_raw_response.create(**question))
-    if not isinstance(said, openai.APIStatusError):
+        reply = await _answer(quick, client.chat.completions.with_raw_response.create(**question))
+    if not isinstance(reply, openai.APIStatusError):
         return
-    if names and said.status_code in (400, 404, 422):
+    if names and reply.status_code in (400, 404, 422):
         shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
         option = endpoint.other_option("model")
         raise RefusedError(
             f"{option} must be a model that {endpoint.base_url} serves ({shown}), got {model} "
-            f"({failure_of(endpoint, said)}). Correct {option}, or serve it."
+            f"({failure_of(endpoint, reply)}). Correct {option}, or serve it."
         )
-    if refusal := lasting_refusal(endpoint, said):
+    if refusal := lasting_refusal(endpoint, reply):
         raise refusal
 
 

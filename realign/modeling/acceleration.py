@@ -101,17 +101,16 @@ class Numerics:
             package, module = _PACKAGES[name]
             if find_spec(module) is None:
                 raise RefusedError(
-                    f"{option} must have the package {package}, which is not installed. Install "
-                    f"it (pip install {package}), or drop the option."
+                    f"{option} requires the package {package}, which is not installed. Run "
+                    f"`pip install {package}`, or drop the option."
                 )
             if not torch.cuda.is_available():
                 raise RefusedError(
-                    f"{option} must have a GPU, got a machine without one. Drop the option."
+                    f"{option} requires a GPU, got a machine without one. Drop the option."
                 )
         if self.attention == "flash" and self.dtype == torch.float32 and not self.autocast:
             raise RefusedError(
-                "attention: flash must compute in bfloat16, got float32. Use lora or autocast, or "
-                "drop it."
+                "attention: flash requires bfloat16, got float32. Use lora or autocast, or drop it."
             )
 
     def loading(self) -> dict[str, Any]:
@@ -162,6 +161,6 @@ def use_liger_layers(model: PreTrainedModel) -> None:
             apply_liger_kernel(module, losses)
             return
     raise RefusedError(
-        f"liger: true must have a model that liger-kernel knows, got {model.config.model_type!r}. "
-        "Drop it."
+        "liger: true requires a model that liger-kernel supports, got "
+        f"{model.config.model_type!r}. Drop it."
     )

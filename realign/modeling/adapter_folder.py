@@ -17,7 +17,7 @@ from realign.modeling.adapters import keep_adapters_in_float32, quiet_peft
 from realign.modeling.folder import adapter_base, is_adapter, resolve_base
 
 WEIGHTS = "adapter_model.safetensors"
-# what other programs write beside an adapter, with the projector that they trained in full
+# files of other programs beside an adapter, with the projector that they trained in full
 PICKLES = ("non_lora_trainables.bin", "non_lora_state_dict.bin")
 _PREFIX = "base_model.model."
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -157,7 +157,7 @@ def read_weights(folder: Path, model: Any) -> dict[str, Tensor]:
                 f"adapter {folder} must hold weights of 16, 32 or 64 bits, got {weight.dtype} in "
                 f"{name}. Convert them to float32."
             )
-        # one pass over gigabytes; both are NaN where any value is
+        # one pass over gigabytes; both are NaN if any value is
         if weight.numel() and not all(bool(bound.isfinite()) for bound in weight.aminmax()):
             raise RefusedError(
                 f"adapter {folder} must hold finite weights, got NaN or infinity in {name}. "
@@ -179,7 +179,7 @@ def _read(folder: Path) -> dict[str, Tensor]:
     file = folder / WEIGHTS
     if not file.is_file():
         raise RefusedError(
-            f"adapter {folder} must hold {WEIGHTS}, has none; a pickle is not read. Convert it."
+            f"adapter {folder} must hold {WEIGHTS}, got none; a pickle is not read. Convert it."
         )
     try:
         return load_file(file)

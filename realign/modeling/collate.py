@@ -26,8 +26,7 @@ from realign.modeling.packing import Packing
 from realign.modeling.prefixes import Prefix, Prefixes, encode_prefixes
 
 DIGEST_BYTES = 16
-# Which answer and which images each cell scores (DESIGN: chosen, text_rejected, image_rejected,
-# both_rejected).
+# The answer and the images of each cell: chosen, text_rejected, image_rejected, both_rejected.
 CELLS = (("chosen", False), ("rejected", False), ("chosen", True), ("rejected", True))
 
 

@@ -14,7 +14,8 @@ from realign.errors import RefusedError
 ANSWER_TOKEN_TYPE = {"PaliGemmaProcessor": 1}
 # where the first token stands, if not at 0
 FIRST_POSITION = {"paligemma": 1}
-# Of processors that have none on the hub. PaliGemma's own puts these tokens around a prompt.
+# Chat templates of processors without one on the hub. PaliGemma's processor puts these tokens
+# around a prompt.
 CHAT_TEMPLATES = {
     "PaliGemmaProcessor": (
         "{% for message in messages %}{% for part in message['content'] if part['type'] == 'image' "
@@ -23,10 +24,10 @@ CHAT_TEMPLATES = {
         "{% endfor %}{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
     )
 }
-# What a family sees in both directions, which flash-attention's causal kernel would not: by itself
-# transformers drops that part of the mask.
+# Tokens that a family sees in both directions, unlike flash-attention's causal kernel: transformers
+# would drop that part of the mask silently.
 SEEN_BOTH_WAYS = {"gemma3": "images", "paligemma": "prompts"}
-# Whose image token may be no row of the embedding: they put another token in its place.
+# Families whose image token may have no row of the embedding: they put another token in its place.
 IMAGE_TOKEN_WITHOUT_ROW = ("gemma3", "gemma4", "gemma4_unified", "paligemma")
 
 

@@ -158,7 +158,7 @@ def resolve_base(folder: Path) -> Path:
         found = resolve_model(base)
     except RefusedError as error:
         raise RefusedError(
-            f"adapter {folder} must have its base model, got {base!r}, which was not found. "
+            f"adapter {folder} requires its base model, got {base!r}, which was not found. "
             f"Set base_model_name_or_path in {folder / 'adapter_config.json'} to the "
             f"base's folder or hub id.\n{str(error).removesuffix(' Check --model.')}"
         ) from None

@@ -166,7 +166,7 @@ def identity_differences(stored: Identity, needed: Identity) -> list[str]:
 def differing_fields(
     stored: Identity, needed: Identity, prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Return the dotted name, stored and needed value of every field that differs."""
+    """Yield the dotted name, stored and needed value of every field that differs."""
     for name in sorted(stored.keys() | needed.keys()):
         old, new = stored.get(name, "nothing"), needed.get(name, "nothing")
         if isinstance(old, dict) and isinstance(new, dict):

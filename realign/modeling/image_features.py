@@ -69,7 +69,7 @@ def _repeat(features: Tensor | Sequence[Tensor], images: ImageUse) -> Tensor | l
         flat = torch.cat([part.reshape(-1, part.shape[-1]) for part in features])
     if len(flat) != sum(images.tokens):
         raise ValueError(
-            f"images must have one feature a token, got {len(flat)} features for "
+            f"images must have one feature per token, got {len(flat)} features for "
             f"{sum(images.tokens)} tokens."
         )
     sets = flat.split(list(images.tokens))
@@ -107,7 +107,7 @@ def unseen_images_encoded(body: nn.Module, images: Mapping[str, Tensor]) -> Iter
 
 
 def _features(output: Any) -> Iterator[Tensor]:
-    """Return all features that the model would put into its layers."""
+    """Yield all features that the model would put into its layers."""
     # Qwen3-VL has some for deeper layers
     for features in (output.pooler_output, *(getattr(output, "deepstack_features", None) or ())):
         yield from (features,) if isinstance(features, Tensor) else features

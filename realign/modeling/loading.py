@@ -69,7 +69,7 @@ def load_model(
         )
         return load_adapter(base, folder, is_trainable=trainable_adapter)
     if not any(folder.glob("*.safetensors")):
-        raise RefusedError(f"model {folder} must hold safetensors weights, has none. Convert it.")
+        raise RefusedError(f"model {folder} must hold safetensors weights, got none. Convert it.")
     model, found = AutoModelForImageTextToText.from_pretrained(
         folder, use_safetensors=True, output_loading_info=True, **numerics.loading()
     )

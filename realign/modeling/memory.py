@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-# AdamW keeps two moments a trained weight, in its dtype
+# AdamW keeps two moments per trained weight, in its dtype
 OPTIMIZER_COPIES = 2
 # bits of a 4-bit weight with its doubly quantised scale: QLoRA, arXiv 2305.14314, section 3
 NF4_BITS = 4.127

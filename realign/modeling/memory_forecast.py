@@ -12,8 +12,9 @@ from realign.modeling.adapters import add_adapter
 from realign.modeling.memory import Footprint
 from realign.modeling.parts import freeze_parts, frozen_parts
 
-# Bytes that a decoder layer keeps for the backward, a token and hidden unit, in 16 bits and without
-# the attention matrix, which SDPA does not keep: Korthikanti et al. 2022, arXiv 2205.05198, eq. 2.
+# Bytes that a decoder layer keeps for the backward per token and hidden unit, in 16 bits and
+# without the attention matrix, which SDPA does not keep: Korthikanti et al. 2022, arXiv 2205.05198,
+# eq. 2.
 _LAYER_BYTES_16_BIT = 34
 _DTYPES = (torch.float32, torch.bfloat16)
 

@@ -119,8 +119,8 @@ def choose_layout(model: nn.Module, shared_prefix: bool | None = None) -> Layout
         return "shared prefix"
     if shared_prefix:
         raise RefusedError(
-            f"shared_prefix must not be true for this model: {reason}. Leave it out for a row a "
-            "sequence."
+            f"shared_prefix must not be true for this model: {reason}. Leave it out for one row "
+            "per sequence."
         )
     announce(f"a row for every answer instead of a shared prefix: {reason}")
     return "separate"

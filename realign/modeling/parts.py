@@ -88,7 +88,7 @@ def parts_pattern(parts: Iterable[Part]) -> str:
 
 
 def projector_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Return full names and modules of the projector, the outermost ones that have a forward."""
+    """Yield full names and modules of the projector, the outermost ones that have a forward."""
     for name, module in model.named_modules():
         is_named = name.rpartition(".")[2] in PROJECTOR_MODULES
         is_inner = re.search(rf"(^|\.)({'|'.join(PROJECTOR_MODULES)})\.", name)

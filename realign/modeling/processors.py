@@ -118,7 +118,7 @@ def load_processor(folder: Path) -> Any:
         processor.chat_template = CHAT_TEMPLATES.get(type(processor).__name__)
     if not processor.chat_template:
         raise RefusedError(
-            f"{folder} must have a chat template, has none. Add chat_template.jinja to the folder."
+            f"{folder} requires a chat template, got none. Add chat_template.jinja to the folder."
         )
     if not processor.tokenizer.is_fast:
         raise RefusedError(

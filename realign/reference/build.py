@@ -24,7 +24,7 @@ from realign.reference.probe import probe_rows, run_probe
 from realign.reference.reference import CacheReference
 from realign.reference.scoring import Scorer, Scoring, free_reference
 from realign.reference.shards import MAX_ROWS, DamagedError, Rows, write_shard
-from realign.reference.store import Workshop, building, read_committed
+from realign.reference.store import LockedCache, building, read_committed
 from realign.runtime.progress import Progress
 from realign.runtime.ranks import Ranks
 
@@ -151,11 +151,11 @@ def _locked(place: Path, ranks: Ranks) -> Iterator[None]:
 
 def _plan(place: Path, identity: Identity, wanted: dict[str, int]) -> tuple[list[int], int]:
     """Return the positions of the rows to compute, and the number of their first shard."""
-    work = Workshop.open(place, identity, repairs=True)
+    work = LockedCache.open(place, identity, repairs=True)
     return _missing(wanted, work), work.next_index
 
 
-def _missing(wanted: dict[str, int], work: Workshop) -> list[int]:
+def _missing(wanted: dict[str, int], work: LockedCache) -> list[int]:
     keys = list(wanted)
     found = CacheReference(work.rows).positions(keys)
     return [wanted[key] for key, position in zip(keys, found, strict=True) if position < 0]
@@ -201,7 +201,7 @@ def _commit(
     scorer: Scorer,
 ) -> None:
     """Read the shards back, probe them, and write the manifest."""
-    work = Workshop.open(place, identity, repairs=False)
+    work = LockedCache.open(place, identity, repairs=False)
     if lost := _missing(wanted, work):
         raise RefusedError(
             f"{place} must hold every row, lacks {len(lost)} that were written, first: "

@@ -22,7 +22,7 @@ from realign.modeling.identity import identity_folder
 from realign.modeling.row_checks import check_rows
 from realign.reference.scoring import RowReader, Scoring
 from realign.reference.shards import Rows
-from realign.reference.store import Workshop, building
+from realign.reference.store import LockedCache, building
 from realign.runtime.run_folder import check_out
 
 # the first two are TRL's
@@ -65,7 +65,7 @@ def import_columns(data: Path, model: str, out: Path) -> Path:
     rows = Rows.concat([reader.read([record])[1] for record in records], scoring.cells)
     rows = replace(rows, logps=np.where(rows.num_tokens > 0, logps, 0.0))
     with building(place):
-        work = Workshop.open(place, identity, repairs=True)
+        work = LockedCache.open(place, identity, repairs=True)
         work.add(rows)
         work.commit(None)
     return place
@@ -86,7 +86,8 @@ def _read_columns(file: Path, num_rows: int) -> np.ndarray:
     )
     if len(values) != num_rows:
         raise RefusedError(
-            f"{file} must have a value a row, got {len(values)} of {num_rows}. Compute the others."
+            f"{file} must have one value per row, got {len(values)} of {num_rows}. Compute the "
+            "others."
         )
     bad = ~(np.isfinite(values) & (values <= 0))
     if bad.any():

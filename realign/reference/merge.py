@@ -11,7 +11,7 @@ import numpy as np
 from realign.errors import RefusedError
 from realign.modeling.identity import identity_differences, identity_folder
 from realign.reference.inspect import cache_folders
-from realign.reference.store import Committed, Workshop, building, read_committed
+from realign.reference.store import Committed, LockedCache, building, read_committed
 from realign.runtime.run_folder import check_out
 
 
@@ -37,7 +37,7 @@ def merge_caches(sources: Sequence[Path], out: Path) -> Path:
     place = identity_folder(out, first.identity)
     with building(place):
         existing = read_committed(place)
-        work = Workshop.open(place, first.identity, repairs=True)
+        work = LockedCache.open(place, first.identity, repairs=True)
         for cache in caches:
             work.add(cache.rows)
         probes = [cache.manifest.probe for cache in (existing, *caches) if cache is not None]
@@ -54,7 +54,9 @@ def _read_only_one(source: Path) -> Committed:
         )
     committed = read_committed(folders[0])
     if committed is None:
-        raise RefusedError(f"cache {source} must be finished, is not. Run `realign cache` again.")
+        raise RefusedError(
+            f"cache {source} must be finished, got one that is not. Run `realign cache` again."
+        )
     return committed
 
 

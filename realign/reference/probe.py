@@ -19,7 +19,7 @@ from realign.reference.scoring import Scorer
 
 PROBE_ROWS = 64
 SEED = 0
-# what float32 sums of a few hundred tokens may differ by, in nats, and a share of the sum
+# bound on the difference of float32 sums of a few hundred tokens, in nats and as a share of the sum
 ABSOLUTE, RELATIVE = 1e-4, 1e-6
 
 

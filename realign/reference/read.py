@@ -25,7 +25,7 @@ from realign.reference.store import IDENTITY, MANIFEST, Committed, read_committe
 from realign.runtime.progress import announce
 from realign.runtime.ranks import Ranks
 
-# of what a value moves with the batch, on the machine of the cache or on this one
+# multiple of the variation of a value with the batch, on the machine of the cache or on this one
 TOLERATED_VARIANCES = 2.0
 
 

@@ -38,7 +38,7 @@ from realign.runtime.progress import announce
 
 MANIFEST, IDENTITY, LOCK = "manifest.json", "identity.json", "build.lock"
 MAX_JSON_BYTES = 64 << 20
-DAMAGED = "damaged"  # where a builder puts what does not fit its hash
+DAMAGED = "damaged"  # folder for files that do not fit their hash
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ def building(place: Path) -> Iterator[None]:
 
 
 @dataclass
-class Workshop:
+class LockedCache:
     """An identity's folder under the builder's lock.
 
     Attributes:
@@ -264,7 +264,7 @@ class Workshop:
     rows: Rows
 
     @classmethod
-    def open(cls, place: Path, identity: Identity, *, repairs: bool) -> Workshop:
+    def open(cls, place: Path, identity: Identity, *, repairs: bool) -> LockedCache:
         """Read every shard of a folder, committed or left by a stopped build.
 
         Args:

@@ -89,8 +89,8 @@ def check(config: CheckConfig) -> Findings:
             if problems:
                 findings.rejected.append(problems)
     findings.notes += _notes(without, evaluation)
-    if said := where_missing_images_are(config.images, findings.problems, findings.num_rows):
-        findings.notes.append(said)
+    if note := where_missing_images_are(config.images, findings.problems, findings.num_rows):
+        findings.notes.append(note)
     if warning := unrelated_answers(similarities):
         findings.notes.append(f"warning: {warning}")
     if model:

@@ -103,9 +103,9 @@ def _grouped(problems: list[Problem], show: int, prefix: str) -> Iterator[str]:
 
 def _predicted(prediction: dict[str, Any]) -> Iterator[str]:
     if lengths := prediction.get("row_tokens"):
-        yield f"tokens a row, images included: {_spread(lengths)}"
+        yield f"tokens per row, images included: {_spread(lengths)}"
     if tokens := prediction.get("image_tokens"):
-        yield f"tokens an image: {_spread(tokens)}"
+        yield f"tokens per image: {_spread(tokens)}"
     memory = prediction.get("memory")
     if not memory:
         return

@@ -190,7 +190,7 @@ def _details(scores: Mapping[str, Any], rule: str, found: Mapping[str, Any]) -> 
     unit = "percent" if found["unit"] == "fraction" else found["unit"]
     lines = []
     for split, each in found["splits"].items():
-        metrics = dict.fromkeys(name for said in each["models"].values() for name in said)
+        metrics = dict.fromkeys(name for values in each["models"].values() for name in values)
         for metric in metrics:
             factor = 1 if metric in COUNTS else 100 if metric == SAID_YES else scale
             entries = [each["models"][model][metric] for model in scores["models"]]
@@ -198,9 +198,9 @@ def _details(scores: Mapping[str, Any], rule: str, found: Mapping[str, Any]) -> 
             last = entries[-1]
             shown = difference(last, factor) if last["difference_interval"] else ""
             constants = ", ".join(
-                f"{answer} {_number(said[metric], metric, factor)}"
-                for answer, said in each["constants"].items()
-                if said.get(metric) is not None
+                f"{answer} {_number(values[metric], metric, factor)}"
+                for answer, values in each["constants"].items()
+                if values.get(metric) is not None
             )
             lines.append(
                 {

@@ -14,8 +14,8 @@ from realign.errors import RefusedError
 from realign.runtime.files import canonical_json, content_sha256, is_unfinished, write_json
 from realign.runtime.lock import locked
 
-# What each verb writes into its folder beside <verb>.json, and another run of it would mix up.
-# Reference log-probabilities are not among it: they are known by their content.
+# Files that each command writes into its folder beside <verb>.json, which another run would mix up.
+# Reference log-probabilities are not among them: they are found by their content.
 WRITES: Mapping[str, tuple[str, ...]] = {
     "build": (
         *("rejected.jsonl", "images", "source_images", "annotated", "masked", "embeddings"),
@@ -34,7 +34,7 @@ WRITES: Mapping[str, tuple[str, ...]] = {
     "experiment": ("pairs", "runs", "seconds"),
 }
 
-# known by their content, so they may be there before a run has its folder
+# found by their content, so they may exist before a run has its folder
 WRITTEN_BEFORE = {"images", "source_images"}
 
 

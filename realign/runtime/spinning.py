@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 # Less than a millisecond: longer than most pauses between two operations of a small model, shorter
-# than the slice that another process gets. GNU OpenMP's own 300,000 suit an idle machine only.
+# than the time slice of another process. GNU OpenMP's default of 300,000 suits only an idle
+# machine.
 SPIN_COUNT = "7000"
 
 

@@ -50,8 +50,8 @@ class CheckpointTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._preemption = Preemption()
         self._must_stop = False  # on all processes alike
-        self._run_folder: str | None = None  # where Trainer writes while a checkpoint is made
-        # what a step began with, while one is under way that has several micro-steps
+        self._run_folder: str | None = None  # that Trainer writes to while it saves
+        # state at the beginning of the current step, if it has several micro-steps
         self._step_began: dict[str, Any] | None = None
         self._flos_before = 0.0
         self._verified: str | None = None

@@ -13,7 +13,7 @@ from realign_kernels import CELL_NAMES, Objective, RdpoOutput, RdpoStatsOutput, 
 
 # Nats by which two computations of one pair's margin may differ.
 FLOAT32_TOLERANCE = 1e-4  # for answers of up to 100 nats; rounding grows with the sum
-VARIANCES = 6  # of what the cache's probe found between two batchings, for 16 bits
+VARIANCES = 6  # multiple of the probe's variation between two batchings, for 16 bits
 DEFAULT_BATCH_VARIANCE = 0.5  # rms in nats, where a cache recorded none
 LEAST_TOLERANCE_16_BITS = 0.05  # a probe of very short answers may have found nothing
 LOSS_TOLERANCE = 1e-5

@@ -23,7 +23,7 @@ from realign.reference.scoring import Scoring
 from realign.training.objectives import ObjectiveOptions, make_objective
 from realign_kernels import Objective
 
-SCHEMA = 2  # what a run folder holds, and what its train.json says
+SCHEMA = 2  # version of the content of run folders and of train.json
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def preflight(plan: TrainPlan, known: RowIndex | None = None) -> tuple[RowIndex,
         RefusedError: Naming the row or option, the value and the remedy.
     """
     config, numerics = plan.config, plan.numerics
-    # cheap first: a wrong option need not wait for every row
+    # cheap checks first: a wrong option is refused before every row is read
     check_precision(numerics.dtype, autocast=numerics.autocast)
     numerics.check()
     _check_trackers(config.report_to)
@@ -116,7 +116,7 @@ def _say_steps(config: TrainConfig, num_records: int) -> str:
     factors += f" x {world_size()} processes" if world_size() > 1 else ""
     pairs, steps = config.pairs_per_step, num_steps(config, num_records)
     text = (
-        f"{pairs:,} pairs a step ({factors}); {steps:,} {'step' if steps == 1 else 'steps'}, "
+        f"{pairs:,} pairs per step ({factors}); {steps:,} {'step' if steps == 1 else 'steps'}, "
         f"{num_warmup_steps(config, num_records):,} of them warm-up"
     )
     if pairs > num_records:

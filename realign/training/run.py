@@ -91,7 +91,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
         """Read the rows once; the first rank also checks them."""
         if not ranks.is_first:
             return known or RowIndex.of(plan.records)
-        # whoever asks for a dry run asks for the check
+        # a dry run is a request for the check
         rows, findings = preflight(plan, None if dry_run else known)
         for line in findings:
             announce(line)

@@ -209,7 +209,7 @@ class RDPOTrainer(CheckpointTrainer):
         self._metrics = PairMetrics(
             self.objective, lambda sums: self.accelerator.reduce(sums, reduction="sum")
         )
-        # compute_loss divides by the pairs of the whole step; Trainer must not by its micro-batches
+        # compute_loss divides by the pairs of the whole step, so Trainer must not divide again
         self.model_accepts_loss_kwargs = True
 
     def get_train_dataloader(self) -> DataLoader[Record]:
@@ -238,10 +238,10 @@ class RDPOTrainer(CheckpointTrainer):
             multiprocessing_context=args.dataloader_multiprocessing_context,
             in_order=args.dataloader_in_order,
             worker_init_fn=partial(ignore_signals, seed, self._preemption.is_waited_for),
-            # its own: how often a loader began is not to move the global one
+            # a separate generator: the number of loaders must not move the global one
             generator=torch.Generator(),
         )
-        # the sampler has shared the pairs out; what is left is to tell it the epoch
+        # the sampler has distributed the pairs; it only needs the epoch
         return prepare_data_loader(loader, num_processes=1, process_index=0)
 
     def get_batch_samples(
@@ -377,7 +377,7 @@ class RDPOTrainer(CheckpointTrainer):
             self._check_gradient()
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.accelerator.scaler is None and norm is not None and not math.isfinite(norm):
-            # finite numbers whose squares are not; or DeepSpeed, which has made its step by now
+            # squares that overflow; or DeepSpeed, which has made its step by now
             changed = "may have been" if self.is_deepspeed_enabled else "was not"
             raise FloatingPointError(
                 f"step {self.state.global_step + 1}: the gradient's norm must be finite, got "

@@ -145,10 +145,10 @@ def test_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"masker": {"model": "m"}}, "masker is given while mask is rule"),
+        ({"masker": {"model": "m"}}, "masker requires mask: model, got mask: rule"),
         (
             {"inducer": {"model": "m", "temperature": 1.0}},
-            "inducer: temperature need an endpoint",
+            "inducer: temperature require an endpoint",
         ),
         (
             {"min_length_ratio": 2, "max_length_ratio": 1.5},

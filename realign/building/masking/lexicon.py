@@ -110,7 +110,7 @@ class Lexicon:
                 )
 
     def segments(self, text: str) -> list[tuple[int, int, str]]:
-        """Start, end and category of every visual segment of ``text``, in order."""
+        """Return start, end and category of every visual segment of ``text``, in order."""
         found = []
         words = [
             (match.start(), match.end(), match.group().lower()) for match in WORD.finditer(text)
@@ -131,7 +131,7 @@ class Lexicon:
     def _match(
         self, text: str, words: list[tuple[int, int, str]], first: int, longest: int
     ) -> tuple[int, str]:
-        """Words and category of the longest phrase that begins at word ``first``; 0 for none."""
+        """Return words and category of the longest phrase from word ``first`` on; 0 for none."""
         key, stop, best = "", words[first][0], (0, "")
         for length, (start, end, word) in enumerate(words[first : first + longest], start=1):
             key += _gap(text[stop:start]) + word
@@ -142,18 +142,18 @@ class Lexicon:
 
 
 def _number_words(text: str, words: list[tuple[int, int, str]], first: int) -> int:
-    """How many words a number that begins at word ``first`` has, "10:30" two; 0 for none."""
+    """Return the number of words of a number that begins at word ``first``: two of "10:30"."""
     match = _NUMBER.match(text, words[first][0])
     return match.group().translate(_SEPARATORS).count(" ") + 1 if match else 0
 
 
 def _gap(text: str) -> str:
-    """What stands between two words, hyphens and runs of spaces made one space."""
+    """Return the text between two words, with one space for hyphens and runs of spaces."""
     return " " if text == " " or _GAP.fullmatch(text) else text
 
 
 def _key(phrase: str) -> str:
-    """A phrase with one spelling: lower case, single spaces; empty where it is not words."""
+    """Return a phrase in lower case with single spaces; empty if it is not words."""
     words = list(WORD.finditer(phrase))
     if not words or words[0].start() or words[-1].end() != len(phrase):
         return ""
@@ -164,7 +164,7 @@ def _key(phrase: str) -> str:
 
 
 def _plurals(key: str) -> list[str]:
-    """Regular plurals; irregular ones are phrases of their own."""
+    """Return regular plurals; irregular ones are separate phrases."""
     if key == NUMBER:
         return []
     regular = [f"{key}s", f"{key}es"]

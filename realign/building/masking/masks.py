@@ -63,19 +63,19 @@ def mask_by_reply(text: str, reply: str, level: Level = "segment") -> str | None
 
 
 def fits_mask(masked: str, completed: str) -> bool:
-    """Whether ``completed`` is ``masked`` with every ``[MASK]`` filled and the rest kept."""
+    """Return whether ``completed`` is ``masked`` with every ``[MASK]`` filled and the rest kept."""
     return MASK_TOKEN not in completed and _fillings(masked.strip(), completed.strip()) is not None
 
 
 def masks_only(text: str, masked: str) -> bool:
-    """Whether ``masked`` is ``text`` with at least one stretch replaced by ``[MASK]`` and nothing
-    else changed.
+    """Return whether ``masked`` is ``text`` with at least one stretch replaced by ``[MASK]`` and
+    nothing else changed.
     """
     return MASK_TOKEN in masked and fits_mask(masked, text)
 
 
 def _fillings(masked: str, completed: str) -> list[Span] | None:
-    """The stretches of ``completed`` that stand for the masks; None when the rest differs.
+    """Return the stretches of ``completed`` in place of the masks; None if the rest differs.
 
     Linear in the text: the first and last pieces are anchored, those between are found from the
     left.
@@ -98,7 +98,7 @@ def _fillings(masked: str, completed: str) -> list[Span] | None:
 
 
 def _masked_stretches(text: str, masked: str) -> list[Span]:
-    """As _fillings, whatever white space and quotation marks look like."""
+    """Return stretches like _fillings, whatever white space and quotation marks look like."""
     folded, offsets = _folded(text)
     fillings = _fillings(_folded(masked)[0], folded) or []
     return [(offsets[start], offsets[stop - 1] + 1) for start, stop in fillings]
@@ -108,9 +108,7 @@ _SAME = str.maketrans("‘’‛“”„‟\u00a0‐‑", '\'\'\'"""" --')
 
 
 def _folded(text: str) -> tuple[str, list[int]]:
-    """``text`` with plain quotation marks and single spaces, and where each character comes
-    from.
-    """
+    """Return ``text`` with plain quotation marks and single spaces, and each character's origin."""
     characters: list[str] = []
     offsets = []
     for offset, character in enumerate(text.translate(_SAME)):
@@ -125,7 +123,7 @@ def _folded(text: str) -> tuple[str, list[int]]:
 
 
 def _whole_words(text: str, spans: Iterable[Span]) -> list[Span]:
-    """The words that the spans touch, from first to last of each span."""
+    """Return the words that the spans touch, from first to last of each span."""
     words = [match.span() for match in WORD.finditer(text)]
     starts, stops = [start for start, _ in words], [stop for _, stop in words]
     whole: list[Span] = []
@@ -141,7 +139,7 @@ def _whole_words(text: str, spans: Iterable[Span]) -> list[Span]:
 
 
 def _are_segments(text: str, spans: Sequence[Span]) -> bool:
-    """Whether each span lies within a sentence and the answer is not masked away."""
+    """Return whether each span lies within a sentence and a part of the answer is unmasked."""
     found = sentences(text)
     for start, stop in spans:
         touched = _touched(found, (start, stop))
@@ -153,7 +151,7 @@ def _are_segments(text: str, spans: Sequence[Span]) -> bool:
 
 
 def _at_level(text: str, spans: list[Span], level: Level) -> list[Span]:
-    """The spans, or the sentences that hold them.
+    """Return the spans, or the sentences that hold them.
 
     The completion prompt asks to complete a sentence by filling in its masked segments: where
     every one of several sentences would be masked, the first stays, to be continued. An answer of
@@ -162,13 +160,15 @@ def _at_level(text: str, spans: list[Span], level: Level) -> list[Span]:
     if level == "segment":
         return spans
     found = sentences(text)
-    held = sorted({i for span in spans for i in _touched(found, span)})
-    said = [i for i, span in enumerate(found) if any(map(str.isalpha, text[slice(*span)]))]
-    return [found[i] for i in (held[1:] if len(held) > 1 and held == said else held)]
+    touched = sorted({i for span in spans for i in _touched(found, span)})
+    with_words = [i for i, span in enumerate(found) if any(map(str.isalpha, text[slice(*span)]))]
+    return [
+        found[i] for i in (touched[1:] if len(touched) > 1 and touched == with_words else touched)
+    ]
 
 
 def _touched(found: list[Span], span: Span) -> range:
-    """Which of the sentences ``found`` a span shares a character with."""
+    """Return the sentences of ``found`` that share a character with a span."""
     return range(
         bisect_right(found, span[0], key=lambda sentence: sentence[1]),
         bisect_left(found, span[1], key=lambda sentence: sentence[0]),

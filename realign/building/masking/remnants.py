@@ -106,7 +106,7 @@ def remnants(text: str) -> list[str]:
 
 
 def _without(pair: str, text: str) -> str:
-    """``text`` without the brackets of one kind that have a partner, and what they hold."""
+    """Return ``text`` without the brackets of one kind that have a partner, and their content."""
     for _ in range(MAX_NESTED):
         text = _BRACKETED[pair].sub(" ", text)
     return text

@@ -16,7 +16,7 @@ WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:[\u0300-\u036f]+[^\W{_UNS
 
 
 def sentences(text: str) -> list[Span]:
-    """Start and stop of every sentence: without list marker, end mark and the spaces around it."""
+    """Return start and stop of every sentence without list marker, end mark and spaces."""
     spans, start = [], 0
     for match in _END.finditer(text):
         if not _is_inner(text, start, match):
@@ -27,8 +27,8 @@ def sentences(text: str) -> list[Span]:
 
 
 def _is_inner(text: str, start: int, end: re.Match[str]) -> bool:
-    """Whether a full stop belongs to an abbreviation or a list's number: "Mr. Smith", "J. Smith",
-    "at 5 p.m. on", "1. A dog".
+    """Return whether a full stop belongs to an abbreviation or a list's number: "Mr. Smith", "J.
+    Smith", "at 5 p.m. on", "1. A dog".
     """
     if end.group() != ".":
         return False

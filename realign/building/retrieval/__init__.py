@@ -1,1 +1,1 @@
-"""Which images of a corpus look alike: embeddings, their store, search, and what is left out."""
+"""Retrieval of similar images of a corpus: embeddings, their store, search, and exclusions."""

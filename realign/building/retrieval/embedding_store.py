@@ -63,7 +63,7 @@ class EmbeddingStore:
 
         Args:
             number: Of the shard.
-            embeddings: One row an image, shape ``(len(digests), D)``.
+            embeddings: One row per image, shape ``(len(digests), D)``.
             digests: Content hashes of the shard's images, in order.
         Raises:
             ValueError: Not one row an image, or a number that is not finite.

@@ -101,7 +101,7 @@ class ClipEncoder:
             raise RefusedError(_of_encoder(str(error))) from None
         if not any(folder.glob("*.safetensors")):
             raise RefusedError(
-                f"encoder {model} must hold safetensors weights, has none. Convert it."
+                f"encoder {model} must hold safetensors weights, got none. Convert it."
             )
         loaded, found = AutoModel.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True
@@ -162,10 +162,10 @@ def unit_rows(vectors: Tensor, name: str) -> Tensor:
     return rows
 
 
-def _check_features(model: nn.Module, what: str, wanted: str) -> nn.Module:
+def _check_features(model: nn.Module, name: str, wanted: str) -> nn.Module:
     if not hasattr(model, "get_image_features"):
         raise RefusedError(
-            f"{what} must be {wanted}, got {type(model).__name__}, which has no "
+            f"{name} must be {wanted}, got {type(model).__name__}, which has no "
             "get_image_features. Choose another."
         )
     return model

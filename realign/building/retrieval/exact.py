@@ -27,7 +27,7 @@ LOWEST = torch.finfo(torch.float32).min
 
 
 class Others(NamedTuple):
-    """What :meth:`ExactIndex.search_others` finds.
+    """Results of :meth:`ExactIndex.search_others`.
 
     Attributes:
         cosines, indices: Shape ``(queries, min(k, images))``, best first; ``-inf`` and -1 where
@@ -143,7 +143,7 @@ class _Mask:
         self.above = torch.zeros(len(queries), dtype=torch.int64)
 
     def products(self) -> Tensor:
-        """The scores of the skipped pairs, in the order in which these were given."""
+        """Return the scores of the skipped pairs, in the order in which these were given."""
         return torch.empty(len(self.met)).index_copy_(0, self.order, self.met)
 
     def apply(self, scores: Tensor, start: int) -> None:
@@ -183,7 +183,7 @@ class _Product:
 
 
 def product_error(size: int) -> float:
-    """Bound of the rounding error of a float32 product of two vectors of length about 1.
+    """Return a bound of the rounding error of a float32 product of two vectors of length about 1.
 
     ``D * 2**-24`` for any order of additions, doubled for lengths that are not quite 1.
     """
@@ -194,7 +194,7 @@ def product_error(size: int) -> float:
 
 
 def pair_cosines(queries: Tensor, corpus: Tensor, rows: Tensor, found: Tensor) -> Tensor:
-    """Products of row pairs in float64, added by halving: the same bits wherever a pair stands.
+    """Return products of row pairs in float64, added by halving: the same bits in any place.
 
     Args:
         queries, corpus: Shape ``(*, D)``.

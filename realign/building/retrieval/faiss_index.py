@@ -30,7 +30,7 @@ BLOCK = 4096
 class FaissIndex:
     """FAISS behind the protocol :class:`realign.building.retrieval.index.Index`.
 
-    It holds a float32 copy of the vectors (HNSW also ``2 * links`` numbers a row). Among
+    It holds a float32 copy of the vectors (HNSW also ``2 * links`` numbers per row). Among
     equal cosines at the last place, those that FAISS met first are found.
 
     Args:

@@ -1,4 +1,4 @@
-"""What every search offers, and the one that a name asks for."""
+"""The interface of every search, and the choice of one by its name."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ class NeighbourSearch:
     def _reasons(
         self, queries: np.ndarray, cosines: np.ndarray, indices: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Why each image of the lists is passed over, strongest reason first."""
+        """Return why each image of the lists is passed over, the strongest reason first."""
         reasons = {
             "self": indices == queries[:, None],
             "byte_duplicate": self.pictures[indices] == self.pictures[queries, None],
@@ -200,8 +200,8 @@ class NeighbourSearch:
         image: np.ndarray,
         products: np.ndarray,
     ) -> np.ndarray:
-        """Which pairs stand before the last image accepted, or are near enough where a query has
-        fewer than k; float64 decides where the products' error leaves it open.
+        """Return which pairs stand before the last image accepted, or are near enough where a query
+        has fewer than k; float64 decides where the products' error leaves it open.
         """
         low = self.rule.min_cosine
         limit = np.full(len(asked), -np.inf if low is None else np.float32(low), np.float64)
@@ -233,6 +233,6 @@ def _count_short(found: Neighbours, is_short: np.ndarray, is_below: np.ndarray) 
 
 
 def _numbered(digests: Iterable[str]) -> np.ndarray:
-    """Number digests by first appearance; numbers compare faster and take less than texts."""
+    """Return the numbers of digests by first appearance, which compare faster than texts."""
     numbers: dict[str, int] = {}
     return np.fromiter((numbers.setdefault(digest, len(numbers)) for digest in digests), np.int64)

@@ -1,4 +1,4 @@
-"""Which images may replace another one, and the ones that were found."""
+"""The rule for images that may replace another one, and the ones that were found."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REASONS = (*EXCLUDED, *SHORT)
 
 @dataclass(frozen=True)
 class Rule:
-    """How many images are wanted and which are passed over.
+    """The number of images to find, and the rule for those that are passed over.
 
     Args:
         k: Images for each query.

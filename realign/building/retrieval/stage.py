@@ -141,7 +141,7 @@ class FindNeighbours:
 
 
 def rule_of(config: BuildConfig) -> Rule:
-    """What is a candidate."""
+    """Return the rule for candidates."""
     return Rule(
         k=config.top_k,
         min_cosine=config.min_cosine,
@@ -196,13 +196,11 @@ class Neighbourhood:
 
     @property
     def excluded(self) -> dict[str, int]:
-        """How many images were no candidates, and how many images have fewer than they may, by
-        reason.
-        """
+        """Return the number of images that are not candidates or have too few, by reason."""
         return dict(self.found.excluded + self.found.short)
 
     def candidates(self, image: Path) -> list[Candidate]:
-        """The candidates of an image file, best first."""
+        """Return the candidates of an image file, best first."""
         place = self.corpus.position[image]
         found = zip(
             self.found.indices[place].tolist(), self.found.cosines[place].tolist(), strict=True

@@ -53,7 +53,7 @@ def _check(record: Record) -> None:
     found = (len(record.images), len(record.rejected_images))
     if found not in ((0, 0), (1, 1)):
         raise RefusedError(
-            f"{record.where}: the official layout needs one image and one retrieved image, or "
+            f"{record.where}: the official layout requires one image and one retrieved image, or "
             f"none, got {found[0]} and {found[1]}. Build retrieved images, or export to ms-swift "
             "or llamafactory."
         )

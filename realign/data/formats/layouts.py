@@ -12,12 +12,12 @@ from realign.data.formats.prompted import PROMPTED
 from realign.data.formats.text_pairs import MDPO, QUESTION, RLHF_V
 from realign.errors import RefusedError
 
-# the first that matches: those with a key of their own stand before those with fewer
+# The first that matches is taken: layouts with more keys come before those with fewer.
 LAYOUTS = (MDPO, POVID, QUESTION, RLHF_V, LLAMAFACTORY, OFFICIAL, TRL, SWIFT, LLAVA, PROMPTED)
 FORMATS = {layout.name: layout for layout in LAYOUTS}
 
 
-# under which rows of an image and a prompt have several answers of models
+# keys of rows with several answers of models to an image and a prompt
 UNREAD_ANSWERS = ("completions", "responses", "candidates")
 
 

@@ -87,7 +87,7 @@ def _official_row(row: Any, row_id: str, where: str, image_root: Path) -> FileRo
         )
     if missing := [name for name in ("chosen", "rejected") if name not in row]:
         raise RefusedError(
-            f"{where}: keys {missing} are missing, found {sorted(row)}. Add them.",
+            f"{where}: a row must have the keys {missing}, got {sorted(row)}. Add them.",
             code="missing-key",
             field=missing[0],
         )
@@ -173,7 +173,7 @@ def _check_placeholders(row: dict[str, Any], num_images: int, where: str) -> Non
         count = sum(text.count(IMAGE_TOKEN) for text in texts if isinstance(text, str))
         if count > num_images:
             raise RefusedError(
-                f"{where}: {name} must have at most one {IMAGE_TOKEN} an image, got {count} for "
+                f"{where}: {name} must have at most one {IMAGE_TOKEN} per image, got {count} for "
                 f"{num_images}. Name the images in image and retrieved_image, or remove "
                 f"{IMAGE_TOKEN}.",
                 code="image-slot",

@@ -106,8 +106,8 @@ class ImageFiles:
             )
         if self._extract_to is None:
             raise RefusedError(
-                "source has embedded images and extract_to names no folder to keep them in. Give "
-                "one."
+                "extract_to must name a folder for the embedded images of the source, got None. "
+                "Give one."
             )
         name = hashlib.sha256(raw).hexdigest() + suffix
         path = self._extract_to / name

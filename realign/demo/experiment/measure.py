@@ -99,10 +99,10 @@ class Measurer:
         scenes, in nats a caption; None where it said nothing.
         """
         paths = draw.images(self.images)["free"]
-        said = [(path, text) for path, text in zip(paths, captions, strict=True) if text]
+        nonempty = [(path, text) for path, text in zip(paths, captions, strict=True) if text]
         values: list[float] = []
-        for start in range(0, len(said[: self.kl_captions]), KL_BATCH_SIZE):
-            part = said[start : min(start + KL_BATCH_SIZE, self.kl_captions)]
+        for start in range(0, len(nonempty[: self.kl_captions]), KL_BATCH_SIZE):
+            part = nonempty[start : min(start + KL_BATCH_SIZE, self.kl_captions)]
             records = [
                 Record(
                     id=path.name,

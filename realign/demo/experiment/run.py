@@ -130,8 +130,8 @@ class DoRun:
         points: list[dict[str, Any]] = []
 
         def measure_at(steps: int, model: Any) -> None:
-            said = {str(draw.seed): _said(measurer, model, draw, run) for draw in draws}
-            points.append({"steps": steps, "draws": said})
+            answers = {str(draw.seed): _said(measurer, model, draw, run) for draw in draws}
+            points.append({"steps": steps, "draws": answers})
 
         found: dict[str, Any] = {"run": asdict(run), "stopped": None, "log": {}, "pairs": 0}
         if run.condition == BASE:

@@ -89,12 +89,12 @@ class Draw:
 
 
 def half_scene(rng: Random) -> Scene:
-    """A scene whose objects have their partner half of the time."""
+    """Draw a scene whose objects have their partner half of the time."""
     return habitual_scene(rng, HALF_HABIT)
 
 
 def training_scenes(seed: int, count: int) -> list[Scene]:
-    """The scenes that the pairs of a seed are made from."""
+    """Return the scenes that the pairs of a seed are made from."""
     rng = Random(f"experiment train {seed}")
     return [half_scene(rng) for _ in range(count)]
 
@@ -118,7 +118,8 @@ def write_images(scenes: Sequence[Scene], folder: Path) -> list[Path]:
 
 
 def _free_questions(number: int, scene: Scene, rng: Random) -> list[Question]:
-    """One question about an object that is there, and one for each split about one that is not.
+    """Return one question about an object that is there, and one for each split about one that is
+    not.
 
     The first one counts in every split that has one of the others, so that each is half yes.
     """

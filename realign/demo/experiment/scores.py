@@ -36,7 +36,7 @@ class Said:
         counts: Set to counts, shape ``(images, columns)``: of captions, then of each split.
         odds: Set and split to log-odds of Yes, right answers (1 for yes) and images, each
             ``(questions,)``.
-        divergences: Mean KL divergence from the base, one a draw; None where it said nothing.
+        divergences: Mean KL divergence from the base, one per draw; None where it said nothing.
     """
 
     counts: Mapping[str, Array]
@@ -54,12 +54,12 @@ class Said:
         """
         counts, odds = {}, {}
         for name in answers[0]["captions"]:
-            tables = [_counts(draw, name, said) for draw, said in zip(draws, answers, strict=True)]
+            tables = [_counts(draw, name, one) for draw, one in zip(draws, answers, strict=True)]
             counts[name] = np.concatenate(tables)
             asked: dict[str, list[tuple[float, int, int]]] = {split: [] for split in SPLITS[name]}
             first = 0  # image of a draw among those of all
-            for draw, said in zip(draws, answers, strict=True):
-                for question, answer in _answered(draw, name, said):
+            for draw, one in zip(draws, answers, strict=True):
+                for question, answer in _answered(draw, name, one):
                     row = (answer["log_odds"], question.label == "yes", first + question.scene)
                     for split in question.splits:
                         asked[split].append(row)
@@ -67,18 +67,18 @@ class Said:
             for split, rows in asked.items():
                 values, labels, images = np.array(rows, dtype=np.float64).reshape(-1, 3).T
                 odds[f"{name}.{split}"] = values, labels, images.astype(np.int64)
-        return cls(counts, odds, tuple(said["divergence"] for said in answers))
+        return cls(counts, odds, tuple(one["divergence"] for one in answers))
 
 
-def scores(said: Said, weights: Mapping[str, Array] | None = None) -> dict[str, float]:
+def scores(answers: Said, weights: Mapping[str, Array] | None = None) -> dict[str, float]:
     """Return all measures of what a model said, NaN where one is not defined.
 
     Args:
-        said: What it said.
+        answers: Answers of the model.
         weights: Set to how often each image counts, shape ``(images,)``; once by default.
     """
     found: dict[str, float] = {}
-    for name, counts in said.counts.items():
+    for name, counts in answers.counts.items():
         weight = np.ones(len(counts)) if weights is None else weights[name]
         with np.errstate(invalid="ignore", divide="ignore"):
             sums = weight @ counts
@@ -87,7 +87,7 @@ def scores(said: Said, weights: Mapping[str, Array] | None = None) -> dict[str, 
             for split in SPLITS[name]:
                 metrics = _POPE.metrics(sums[start : start + _POPE_WIDTH])
                 start += _POPE_WIDTH
-                values, labels, images = said.odds[f"{name}.{split}"]
+                values, labels, images = answers.odds[f"{name}.{split}"]
                 measures |= {
                     f"{split}.accuracy": metrics["accuracy"],
                     f"{split}.balanced_accuracy": metrics["balanced_accuracy"],
@@ -96,7 +96,7 @@ def scores(said: Said, weights: Mapping[str, Array] | None = None) -> dict[str, 
                 }
         found |= {f"{name}.{measure}": float(value) for measure, value in measures.items()}
     if weights is None:
-        defined = [value for value in said.divergences if value is not None]
+        defined = [value for value in answers.divergences if value is not None]
         found["kl"] = sum(defined) / len(defined) if defined else float("nan")
     return found
 
@@ -131,24 +131,24 @@ def area_under_curve(values: Array, labels: Array, weights: Array | None = None)
 
 
 def _answered(
-    draw: Draw, name: str, said: Mapping[str, Any]
+    draw: Draw, name: str, answers: Mapping[str, Any]
 ) -> Iterator[tuple[Question, Mapping[str, Any]]]:
     """Yield the questions of a set with their answers; none where it was not asked about."""
-    if name in said["answers"]:
-        yield from zip(draw.questions[name], said["answers"][name], strict=True)
+    if name in answers["answers"]:
+        yield from zip(draw.questions[name], answers["answers"][name], strict=True)
 
 
-def _counts(draw: Draw, name: str, said: Mapping[str, Any]) -> Array:
-    """Counts of every image of a set."""
+def _counts(draw: Draw, name: str, answers: Mapping[str, Any]) -> Array:
+    """Return the counts of every image of a set."""
     scenes, rows = draw.scenes[name], draw.rows[name]
     of_splits = {split: np.zeros((len(scenes), _POPE_WIDTH)) for split in SPLITS[name]}
-    for question, answer in _answered(draw, name, said):
+    for question, answer in _answered(draw, name, answers):
         row = {"label": question.label}
         for split in question.splits:
             of_splits[split][question.scene] += _POPE.score(row, answer["text"])
     captions = [
         _caption_counts(row, scene.kinds, caption)
-        for row, scene, caption in zip(rows, scenes, said["captions"][name], strict=True)
+        for row, scene, caption in zip(rows, scenes, answers["captions"][name], strict=True)
     ]
     return np.concatenate([np.array(captions, dtype=np.float64), *of_splits.values()], axis=1)
 

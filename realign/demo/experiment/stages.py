@@ -75,15 +75,17 @@ class Experiment:
         task = MakePairs(self.protocol, self.base, self.out)
         self._fill("pairs", sets, [PAIRS_SECONDS] * len(sets), task)
 
-    def do_runs(self, what: str, wanted: Iterable[Run]) -> None:
+    def do_runs(self, stage: str, wanted: Iterable[Run]) -> None:
         """Do the runs that are missing."""
         runs = [*dict.fromkeys(wanted)]
         task = DoRun(self.protocol, self.base, self.out)
-        self._fill(what, runs, [self._seconds(run) for run in runs], task)
+        self._fill(stage, runs, [self._seconds(run) for run in runs], task)
 
-    def _fill(self, what: str, items: Sequence[PairSet | Run], sizes: list[int], task: Any) -> None:
+    def _fill(
+        self, stage: str, items: Sequence[PairSet | Run], sizes: list[int], task: Any
+    ) -> None:
         paths = {number: item.file(self.out) for number, item in enumerate(items)}
-        fill_shards(what, paths, dict(enumerate(sizes)), items.__getitem__, task, self.engine)
+        fill_shards(stage, paths, dict(enumerate(sizes)), items.__getitem__, task, self.engine)
 
     def _seconds(self, run: Run) -> int:
         """Estimate the CPU seconds of a run."""
@@ -231,8 +233,8 @@ class Experiment:
     def scored(self, run: Run, steps: int) -> dict[str, float] | None:
         """Return the scores of what a run said after some steps; None where it stopped before."""
         if (run, steps) not in self._scores:
-            said = self.said(run, steps)
-            self._scores[run, steps] = None if said is None else scores(said)
+            answers = self.said(run, steps)
+            self._scores[run, steps] = None if answers is None else scores(answers)
         return self._scores[run, steps]
 
     def _draw(self, seed: int) -> Draw:

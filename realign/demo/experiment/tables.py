@@ -57,14 +57,14 @@ def claims_table(results: Results) -> str:
     rows = []
     for claim in results["claims"]:
         verb = "keeps up with" if claim["keeps_up"] else "is better than"
-        said = f"{_name(claim['better'])} {verb} {_name(claim['than'])}"
+        statement = f"{_name(claim['better'])} {verb} {_name(claim['than'])}"
         verdict = claim["verdict"]
         if claim["is_primary"]:
-            said = f"**{said}**"
+            statement = f"**{statement}**"
             verdict += f"; all six at once: {claim.get('strict_verdict', DASH)}"
         rows.append(
             [
-                said,
+                statement,
                 claim["measure"],
                 _interval(claim["over_seeds"]),
                 _interval(claim["over_images"]),

@@ -88,7 +88,7 @@ def _rules(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     if not path.is_file():
-        raise RefusedError(f"{path} must be a file, but is none. Put the published file there.")
+        raise RefusedError(f"{path} must be a file, got none. Put the published file there.")
     content, found = read_json(path), {}
     for category in CATEGORIES:
         rule = content.get(f"{PREFIX}{category}") if isinstance(content, dict) else None

@@ -136,7 +136,7 @@ def _check_pairs(rows: list[Row], path: Path) -> list[Row]:
             "Take the published files."
         )
     if not rows:
-        raise RefusedError(f"{path} must have at least one question, has none. Fill or remove it.")
+        raise RefusedError(f"{path} must have at least one question, got none. Fill or remove it.")
     return rows
 
 
@@ -168,7 +168,7 @@ def read_answer_lists(path: Path) -> list[tuple[str, Record]] | None:
             names = ("image", "question", "label", "answer")
             records.append((where, {"task": file.stem, **dict(zip(names, columns, strict=True))}))
     if not records:
-        raise RefusedError(f"{path} must have at least one answer, has none. Give another file.")
+        raise RefusedError(f"{path} must have at least one answer, got none. Give another file.")
     return records
 
 

@@ -78,7 +78,7 @@ class GivenCollator:
         batch = self.collate(examples)
         if len(batch["input_ids"]) != self.num_cells * len(examples):
             raise RefusedError(
-                f"data_collator must return {self.num_cells} rows a pair, cell by cell, got "
+                f"data_collator must return {self.num_cells} rows per pair, cell by cell, got "
                 f"{len(batch['input_ids'])} rows for {len(examples)} pairs. Leave it out for "
                 "[v y_w | v y_l | v_l y_w], or let it return as many."
             )

@@ -28,7 +28,7 @@ _ARGUMENTS = [
     "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
     "logit_scale", "outputs",
 ]  # fmt: skip
-# What TRL asks for by name, beside the log-probabilities, in the order of the results.
+# Names of TRL's further outputs beside the log-probabilities, in the order of the results.
 _STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 _HALF_OR_FLOAT32 = {torch.float16, torch.bfloat16, torch.float32}

@@ -22,7 +22,7 @@ from realign.modeling.collate import PreferenceCollator
 from realign.runtime.progress import Progress
 
 IMAGE_COLUMNS = ("image", "images", "rejected_images")
-# what TRL's collator hands to the chat template, and a record does not hold
+# columns that TRL's collator passes to the chat template, and a record does not hold
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 LACKING = "Run `realign cache` for this dataset, and read_cache for its rows."
 
@@ -195,6 +195,6 @@ def _check_values(values: Any, num_cells: int, place: str) -> None:
         )
     if values.ndim != 1 or len(values) < num_cells:
         raise RefusedError(
-            f"reference must have {num_cells} values a row, got shape {tuple(values.shape)} for "
+            f"reference must have {num_cells} values per row, got shape {tuple(values.shape)} for "
             f"{place}. Run `realign cache` with as many --cells."
         )

@@ -189,7 +189,7 @@ class Rows:
             return {status: found[status] for status in STATUSES}
 
     def page(self, query: Query, start: int, size: int) -> Page:
-        """The rows of a query from place ``start`` of the sorted rows on."""
+        """Return the rows of a query from place ``start`` of the sorted rows on."""
         with self._lock:
             self._refresh()
             order = self._order(query)

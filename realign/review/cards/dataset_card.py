@@ -46,7 +46,7 @@ LARGEST = "100M<n<1B"
 
 @dataclass
 class Provenance:
-    """What the rows say of their making.
+    """Facts of the making of rows.
 
     Attributes:
         first: The first row, without images.
@@ -191,7 +191,7 @@ def _example(record: Record | None) -> str:
 
 
 def _steps(config: Mapping[str, Any], found: Provenance, rows: int) -> Iterator[str]:
-    """Yield how the pairs were made, a sentence or two a stage."""
+    """Yield how the pairs were made, a sentence or two per stage."""
     if annotators := found.named("annotator"):
         yield f"**Answers** that the source lacks were given by {annotators}."
     if found.induced:
@@ -214,9 +214,9 @@ def _steps(config: Mapping[str, Any], found: Provenance, rows: int) -> Iterator[
 
 def _masks(config: Mapping[str, Any], found: Provenance) -> Iterator[str]:
     is_sentence = config["mask_level"] == "sentence"
-    what = "sentences with visual content" if is_sentence else "visual phrases"
+    kind = "sentences with visual content" if is_sentence else "visual phrases"
     by = ", ".join(f"{who} {count:,}" for who, count in found.masked_by.most_common())
-    yield f"**Masks.** In the chosen answer {what} were replaced by `[MASK]` (rows: {plain(by)})"
+    yield f"**Masks.** In the chosen answer {kind} were replaced by `[MASK]` (rows: {plain(by)})"
     if rates := config["mask_rates"]:
         shares = ", ".join(f"{plain(name)} {100 * rate:g} %" for name, rate in rates.items())
         yield f", of these categories a share each: {shares}"

@@ -69,13 +69,13 @@ class EvalScores:
 
     @property
     def baseline(self) -> str:
-        """What the evaluation calls the model that others are compared with."""
+        """Name in the evaluation of the model that others are compared with."""
         name: str = self.scores["baseline"]
         return name
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the model is the baseline itself, so that there is no difference."""
+        """Return whether the model is the baseline itself, so that there is no difference."""
         return self.model == self.baseline
 
     def is_of(self, files: Mapping[str, str]) -> bool:

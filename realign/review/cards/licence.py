@@ -99,9 +99,9 @@ def read_metadata(card: Path) -> dict[str, Any]:
     try:
         return metadata_load(card) or {}
     except (yaml.YAMLError, ValueError) as error:
-        said = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise RefusedError(
-            f"{card} must begin with YAML between two lines of ---, got {said:.200}. Correct it."
+            f"{card} must begin with YAML between two lines of ---, got {reason:.200}. Correct it."
         ) from None
 
 

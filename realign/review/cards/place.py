@@ -1,4 +1,4 @@
-"""What a path is: a model with or without its run, or a dataset."""
+"""Kinds of a path: a model with or without its run, or a dataset."""
 
 from __future__ import annotations
 

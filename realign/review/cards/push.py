@@ -69,8 +69,8 @@ def push(upload: Upload, repo: str, *, public: bool = False) -> str:
             commit_message="Upload with realign push",
             repo_type=upload.repo_type,
         )
-        there = {*api.list_repo_files(repo, repo_type=upload.repo_type)}
-    if missing := sorted(upload.files.keys() - there):
+        present = {*api.list_repo_files(repo, repo_type=upload.repo_type)}
+    if missing := sorted(upload.files.keys() - present):
         raise RefusedError(
             f"{repo} must take every file, has left out {', '.join(missing)}, which its .gitignore "
             "names. Remove them from that file on the hub, and give the same command again."
@@ -91,30 +91,30 @@ def _explained(endpoint: str, repo: str) -> Iterator[None]:
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code
-        said = " ".join((error.server_message or str(error)).split())[:300]
+        reason = " ".join((error.server_message or str(error)).split())[:300]
         if status == 401:
             raise RefusedError(
-                f"push requires a valid token of the hub, got 401 ({said}). {LOGIN}."
+                f"push requires a valid token of the hub, got 401 ({reason}). {LOGIN}."
             ) from None
         if status in (403, 404):
             raise RefusedError(
-                f"the token must be allowed to write to {repo}, got {status} ({said}). Use one "
+                f"the token must be allowed to write to {repo}, got {status} ({reason}). Use one "
                 "that may, or another --repo."
             ) from None
         raise RefusedError(
-            f"the hub must take {repo}, got {status} ({said}). Correct that, or give the same "
+            f"the hub must take {repo}, got {status} ({reason}). Correct that, or give the same "
             "command again later; no file was changed there."
         ) from None
     except (http_error, ConnectionError) as error:
-        said = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise RefusedError(
-            f"push requires the hub, got {endpoint}, which was not reached ({said}). Check the "
+            f"push requires the hub, got {endpoint}, which was not reached ({reason}). Check the "
             "network and HF_ENDPOINT, and give the same command again."
         ) from None
     except (ValueError, RuntimeError) as error:  # of the card's metadata; of an upload
         causes = (error, error.__cause__) if isinstance(error, RuntimeError) else (error,)
-        said = ": ".join(" ".join(str(cause).split())[:300] for cause in causes if cause)
+        reason = ": ".join(" ".join(str(cause).split())[:300] for cause in causes if cause)
         raise RefusedError(
-            f"the hub must take {repo}, got {said.rstrip('.')}. Correct that, or give the same "
+            f"the hub must take {repo}, got {reason.rstrip('.')}. Correct that, or give the same "
             "command again; no file was changed there."
         ) from None

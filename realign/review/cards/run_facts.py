@@ -1,4 +1,4 @@
-"""What the files of a training run say of its checkpoint."""
+"""Facts of a checkpoint from the files of its training run."""
 
 from __future__ import annotations
 

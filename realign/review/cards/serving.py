@@ -1,4 +1,4 @@
-"""What vLLM serves of an adapter, told by its configuration and the names of its weights.
+"""The parts of an adapter that vLLM serves, by its configuration and the names of its weights.
 
 The rules are those of vLLM's sources (docs/serving.md says where): a name is
 ``base_model.model.``, a module, and ``lora_A.weight`` or ``lora_B.weight``; modules that trained in

@@ -1,4 +1,4 @@
-"""What of a folder is uploaded, and what must not leave this machine."""
+"""The files of a folder to upload, and refusals of those that must not leave this machine."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def open_weights(file: Path, framework: str) -> Iterator[Any]:
         with safe_open(file, framework=framework) as weights:
             yield weights
     except SafetensorError as error:
-        said = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise RefusedError(
-            f"{file} must be a whole safetensors file, got {said}. Copy or train it again."
+            f"{file} must be a whole safetensors file, got {reason}. Copy or train it again."
         ) from None

@@ -39,7 +39,7 @@ def run_in_processes(
     context = multiprocessing.get_context("spawn")
     waiting = iter(items.items())
     left = len(items)
-    # what each works at; None while it opens its task
+    # number of the item of each; None while it opens its task
     busy: dict[Connection, int | None] = {}
     processes: dict[Connection, Any] = {}
     try:
@@ -116,7 +116,7 @@ def _serve(task: Task, parent: Connection, environment: dict[str, str], threads:
             parent.send((None, None))  # ready
             for item in _received(parent):
                 parent.send((work(item), None))
-    except Exception as error:  # whatever it is, the parent raises it
+    except Exception as error:  # the parent raises any error
         parent.send((None, portable_error(error)))
 
 

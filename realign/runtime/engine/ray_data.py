@@ -24,8 +24,8 @@ from realign.runtime.spinning import limit_spinning
 # How often an actor that died is started again, and a shard is tried again. Ray Data's default is
 # for ever, which a shard that is too large for memory would take.
 RETRIES = 3
-# Shards that an actor does before it is started anew, with all others. Only so many items are made
-# at once; loading a model is little beside so much work.
+# Shards that an actor makes before all actors are restarted. Only so many items exist at once;
+# loading a model takes little time beside so much work.
 SHARDS_AN_ACTOR = 64
 
 
@@ -37,7 +37,8 @@ def require_ray() -> None:
     """
     if find_spec("ray") is None:
         raise RefusedError(
-            "engine ray needs Ray. Install 'realign[pipeline,ray]' or use --engine process."
+            "engine ray requires Ray, which is not installed. Install 'realign[pipeline,ray]', or "
+            "use --engine process."
         )
 
 

@@ -194,7 +194,7 @@ def test_official_row_without_image_is_text_only(official: Path) -> None:
             {"chosen": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
             r"chosen must be a list of messages .*Put the text itself into content",
         ),
-        ({"chosen": None}, r"keys \['chosen'\] are missing"),
+        ({"chosen": None}, r"a row must have the keys \['chosen'\], got"),
         (
             {"chosen": [{"role": "user", "content": "x"}]},
             r"chosen must alternate",
@@ -291,8 +291,8 @@ def test_refused_files(tmp_path: Path) -> None:
         read_records(tmp_path / "d.json", tmp_path)
     for text, message in (
         ("", r"d\.json, line 1 must be JSON, got ''"),
-        ('{\n"rows": []\n}', "must be a list of rows, or have one row a line, got dict"),
-        ("3", "must be a list of rows, or have one row a line, got int"),
+        ('{\n"rows": []\n}', "must be a list of rows, or have one row per line, got dict"),
+        ("3", "must be a list of rows, or have one row per line, got int"),
         ("{}", r"data must have rows of a known layout, got rows with keys \[\] in d\.json"),
     ):
         (tmp_path / "d.json").write_text(text)

@@ -164,7 +164,7 @@ def test_a_benchmark_is_one_object_and_a_line_of_the_registry(config, tmp_path) 
     [
         ("figure", "1", r"words\.jsonl, line 1: figure must be an integer, got '1'\. Count"),
         ("text", " ", r"words\.jsonl, line 1: text must be a non-empty string, got ' '\. Fill"),
-        ("word", None, r"words\.jsonl, line 1: keys \['word'\] are missing"),
+        ("word", None, r"words\.jsonl, line 1: a row must have the keys \['word'\]"),
         ("image", "none.png", r"words\.jsonl, line 1: .*'none\.png' does not exist"),
     ],
 )

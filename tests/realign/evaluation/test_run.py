@@ -182,7 +182,7 @@ def test_eval_refuses_what_is_missing_or_malformed(tmp_path: Path, model_dir, wo
     with pytest.raises(RefusedError, match=r"popular\.jsonl, line 1: label must be yes or no"):
         run()
     path.write_text('{"image": "a.png", "text": "x"}\n')
-    with pytest.raises(RefusedError, match=r"line 1: keys \['label'\] are missing"):
+    with pytest.raises(RefusedError, match=r"line 1: a row must have the keys \['label'\]"):
         run()
     path.write_text(good)
     (world / "images" / "eval-00003.png").unlink()

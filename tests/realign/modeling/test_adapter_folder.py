@@ -273,7 +273,7 @@ def test_files_that_are_not_read_are_refused(good: Path) -> None:
     with pytest.raises(RefusedError, match=rf"{WEIGHTS} must be a whole safetensors file, got"):
         check_adapter(good)
     (good / WEIGHTS).rename(good / "adapter_model.bin")
-    with pytest.raises(RefusedError, match=rf"must hold {WEIGHTS}, has none; a pickle is not read"):
+    with pytest.raises(RefusedError, match=rf"must hold {WEIGHTS}, got none; a pickle is not read"):
         check_adapter(good)
     (good / "adapter_config.json").write_text("{")
     with pytest.raises(RefusedError, match=r"adapter_config.json, line 1 must be JSON"):

@@ -35,7 +35,7 @@ def test_a_missing_weight_is_refused_by_name(copy: Path) -> None:
 
 def test_weights_in_a_pickle_are_refused(copy: Path) -> None:
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
-    with pytest.raises(RefusedError, match="must hold safetensors weights, has none"):
+    with pytest.raises(RefusedError, match="must hold safetensors weights, got none"):
         load_model(copy, torch.float32)
 
 
@@ -92,7 +92,7 @@ def test_an_adapter_on_a_local_base_loads_from_any_directory(
     assert load_model(adapter, torch.float32)
     copy.rename(tmp_path / "moved")
     message = (
-        rf"adapter {adapter} must have its base model, got '{copy}', which was not found\. "
+        rf"adapter {adapter} requires its base model, got '{copy}', which was not found\. "
         rf"Set base_model_name_or_path in {adapter / 'adapter_config.json'} to"
     )
     for use in (model_identity, lambda folder: load_model(folder, torch.float32)):

@@ -147,7 +147,7 @@ def test_merge_refuses_other_identities_by_name(tmp_path: Path, synthetic) -> No
     assert "must be of one identity" in result.output
     (tmp_path / "c" / "0" / "shards").mkdir(parents=True)
     result = realign("cache", "merge", tmp_path / "c", "--out", tmp_path / "o")
-    assert "must be finished, is not" in result.output
+    assert "must be finished, got one that is not" in result.output
 
 
 def with_columns(data: Path, values: dict[str, list[float]]) -> Path:

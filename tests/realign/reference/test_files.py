@@ -25,7 +25,7 @@ from realign.modeling.identity import identity_folder
 from realign.reference.inspect import verify_cache
 from realign.reference.read import read_cache
 from realign.reference.shards import MAX_HEADER_BYTES, MAX_ROWS, WRITER, read_shard, write_shard
-from realign.reference.store import Workshop, read_manifest, write_manifest
+from realign.reference.store import LockedCache, read_manifest, write_manifest
 from realign.runtime import lock
 from realign.runtime.progress import announce
 
@@ -189,7 +189,7 @@ def test_kill_9_loses_at_most_the_open_shard(tmp_path: Path, synthetic, kills: i
         killed_build(synthetic, rows, root, rng.uniform(0.01, 0.35))
         place = identity_folder(root, synthetic.identity)
         if place.exists():
-            good = Workshop.open(place, synthetic.identity, repairs=False)
+            good = LockedCache.open(place, synthetic.identity, repairs=False)
             assert len(good.entries) == len([*place.glob("shards/0*")])  # none is half a shard
             assert len(good.rows) >= done  # nothing that was there is lost
             done = len(good.rows)
@@ -512,7 +512,7 @@ def test_ids_that_stand_for_two_rows_are_refused(tmp_path: Path, synthetic) -> N
     ):
         synthetic.build([*rows, again], tmp_path)
     place = synthetic.build([*rows, rows[0]], tmp_path)  # the same row twice is one
-    assert len(Workshop.open(place, synthetic.identity, repairs=False).rows) == 3
+    assert len(LockedCache.open(place, synthetic.identity, repairs=False).rows) == 3
 
 
 @pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
@@ -549,7 +549,7 @@ def test_a_million_rows(tmp_path: Path, synthetic, capsys) -> None:
     place = identity_folder(tmp_path, synthetic.identity)
     place.mkdir(parents=True)
     started = time.perf_counter()
-    work = Workshop.open(place, synthetic.identity, repairs=True)
+    work = LockedCache.open(place, synthetic.identity, repairs=True)
     work.add(rows)
     work.commit(None)
     written = time.perf_counter()

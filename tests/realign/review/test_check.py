@@ -128,7 +128,7 @@ def test_a_good_dataset_passes(tmp_path: Path, records, model_dir: Path) -> None
     assert result.exit_code == 0, result.output
     collator = PreferenceCollator(load_processor(model_dir), 3)
     lengths = sorted(collator.lengths(rows))
-    assert f"tokens a row, images included: min {lengths[0]}, median" in result.output
+    assert f"tokens per row, images included: min {lengths[0]}, median" in result.output
     assert f"max {lengths[-1]}\n" in result.output
     assert "passed: 0 of 12 rows rejected" in result.output
     assert "NOT" not in result.output

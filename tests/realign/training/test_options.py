@@ -43,8 +43,8 @@ def metrics(checkpoint: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"train_projector": True}, "train_projector is set without lora.* Add lora"),
-        ({"quantization": "nf4"}, "quantization is set without lora.* Add lora"),
+        ({"train_projector": True}, "train_projector requires lora.* Add lora"),
+        ({"quantization": "nf4"}, "quantization requires lora.* Add lora"),
         (
             {"lora": {}, "train_projector": True, "freeze_projector": True},
             "train_projector is set while freeze_projector is",

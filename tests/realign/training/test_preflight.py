@@ -59,7 +59,7 @@ def test_a_dry_run_says_everything_and_needs_and_writes_nothing(
     rows, steps, weights, estimate = result.stderr.splitlines()[-4:]
     assert rows.startswith("12 pairs; sequences of ")
     assert "images of " in rows
-    assert steps == "6 pairs a step (2 x 3 accumulated); 4 steps, 0 of them warm-up"
+    assert steps == "6 pairs per step (2 x 3 accumulated); 4 steps, 0 of them warm-up"
     assert weights.startswith("full fine-tuning: 948,096 of 1,578,240 parameters train in float32")
     assert estimate.startswith("estimate: at most ")
     assert f"checkpoint would be {out / 'checkpoint'}" in result.stdout.replace("\n", "")
@@ -76,11 +76,11 @@ def test_a_dry_run_says_everything_and_needs_and_writes_nothing(
         ),
         ({"report_to": "wanbd"}, r"must name trackers of .*wandb, .*, got 'wanbd'\. Name one"),
         ({"report_to": ["dvclive"]}, r"that are installed, got 'dvclive'\. .*pip install dvclive"),
-        ({"attention": "flash"}, "attention: flash must have the package flash-attn"),
-        ({"liger": True}, "liger: true must have the package liger-kernel"),
+        ({"attention": "flash"}, "attention: flash requires the package flash-attn"),
+        ({"liger": True}, "liger: true requires the package liger-kernel"),
         (
             {"lora": LORA, "quantization": "nf4"},
-            "quantization: nf4 must have the package bitsandbytes",
+            "quantization: nf4 requires the package bitsandbytes",
         ),
         ({"max_length": 20}, "12 of 12 rows are longer than max_length = 20 tokens"),
     ],
@@ -100,7 +100,7 @@ def test_a_package_without_a_gpu_is_refused(
 ) -> None:
     monkeypatch.setattr("realign.modeling.acceleration.find_spec", lambda name: object())
     value = {"attention": "flash", "liger": True, "quantization": "nf4"}[option]
-    with pytest.raises(RefusedError, match=rf"^{option}: \w+ must have a GPU"):
+    with pytest.raises(RefusedError, match=rf"^{option}: \w+ requires a GPU"):
         train(config(without_weights, data, tmp_path, lora=LORA, **{option: value}))
 
 

@@ -257,7 +257,7 @@ def test_what_is_no_image_encoder_is_refused(tmp_path: Path, model_dir: Path) ->
     with pytest.raises(RefusedError, match=r"must have an image processor .*preprocessor_config"):
         ClipEncoder.load(str(tmp_path), torch.float32)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(RefusedError, match=r"must hold safetensors weights, has none"):
+    with pytest.raises(RefusedError, match=r"must hold safetensors weights, got none"):
         ClipEncoder.load(str(tmp_path), torch.float32)
 
 

@@ -222,7 +222,7 @@ def test_a_text_that_is_not_utf8_spoils_its_row_alone(tmp_path: Path, images: Pa
 
 
 def test_damaged_tables_are_refused(table: Path, tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match="extract_to names no folder to keep them in"):
+    with pytest.raises(RefusedError, match="extract_to must name a folder for the embedded images"):
         read_source(table, None)
     raw = bytearray(table.read_bytes())
     table.write_bytes(raw[: len(raw) // 2])

@@ -264,7 +264,12 @@ def test_the_folders_of_the_published_archive(tmp_path: Path, data: Path) -> Non
         ("instances_val2014.json", '"name": "cat"', '"name": "lynx"', "word of synonyms.*'lynx'"),
         ("instances_train2014.json", '"image_id": 1', '"image_id": "x1', "must be JSON"),
         ("captions_val2014.json", '"image_id": 7,', '"image_id": "7",', "must be an integer"),
-        ("captions_val2014.json", '"caption": "A', '"text": "A', "keys .'caption'. are missing"),
+        (
+            "captions_val2014.json",
+            '"caption": "A',
+            '"text": "A',
+            "must have the keys .'caption'., got",
+        ),
         ("synonyms.txt", "horse\n", "\n", "line 2 must hold words"),
     ],
 )

@@ -147,7 +147,9 @@ def test_a_dataset_without_images(tmp_path: Path, data_path: str) -> None:
 
 
 def test_a_reference_of_fewer_cells(tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match=r"reference must have 4 values a row, got shape \(3,\)"):
+    with pytest.raises(
+        RefusedError, match=r"reference must have 4 values per row, got shape \(3,\)"
+    ):
         ours(tmp_path, model=None, reference=cached_reference(), objective=Objective.symmetric())
 
 

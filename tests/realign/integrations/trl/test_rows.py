@@ -99,7 +99,9 @@ def test_a_dataset_is_checked_row_by_row() -> None:
     del known[keys[1]]
     with pytest.raises(RefusedError, match=r"lacks 1 of 3, first: eval_dataset\['a'\], row 2 "):
         check_rows({"a": dataset}, "eval_dataset", known, 3)
-    with pytest.raises(RefusedError, match=r"reference must have 4 values a row, got shape \(3,\)"):
+    with pytest.raises(
+        RefusedError, match=r"reference must have 4 values per row, got shape \(3,\)"
+    ):
         check_rows(dataset, "train_dataset", dict.fromkeys(keys, torch.zeros(3)), 4)
     values: Any = dict.fromkeys(keys, [0.0] * 3)
     with pytest.raises(RefusedError, match=r"to a tensor of log-probabilities, got list for train"):

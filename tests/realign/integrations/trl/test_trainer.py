@@ -296,5 +296,5 @@ def test_a_collator_that_is_given_makes_the_rows_of_every_cell(tmp_path: Path) -
     trainer = ours(
         tmp_path, data_path="native", data_collator=DataCollatorForVisionPreference(processor)
     )
-    with pytest.raises(RefusedError, match=r"must return 3 rows a pair, .* got 6 rows for 3"):
+    with pytest.raises(RefusedError, match=r"must return 3 rows per pair, .* got 6 rows for 3"):
         trainer.data_collator([dict(row) for row in pairs(3)])
