@@ -1,4 +1,4 @@
-"""Whether induced answers have anything to do with the chosen ones, by their similarity."""
+"""A warning of induced answers that have little to do with the chosen ones."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ def induced_similarities(metas: Iterable[Mapping[str, Any]]) -> list[float]:
     """Return the similarities in the provenance of rows whose rejected answer was induced."""
     found = []
     for meta in metas:
-        said = meta.get("similarity")
-        value = said.get("value") if isinstance(said, dict) else None
+        similarity = meta.get("similarity")
+        value = similarity.get("value") if isinstance(similarity, dict) else None
         if "masked" in meta and isinstance(value, int | float) and isfinite(value):
             found.append(float(value))
     return found
 
 
 def unrelated_answers(similarities: list[float]) -> str:
-    """Return a warning where induced answers share next to nothing with the chosen ones, which an
+    """Return a warning if induced answers share next to nothing with the chosen ones, which an
     answer with a few refilled words does; else an empty text.
 
     Args:
-        similarities: Of chosen and rejected answers.
+        similarities: Similarities of chosen and rejected answers.
     """
     if len(similarities) < FEWEST or median(similarities) >= UNRELATED:
         return ""

@@ -154,10 +154,11 @@ def _threshold(folder: Path) -> float | None:
 
 def _tiles(facts: Sequence[PairFacts], counts: Counts | None) -> Iterator[Tile]:
     yield from pair_tiles(len(facts), counts)
-    for name, label in (("similarity", "of the answers"), ("cosine", "of the images")):
+    # images that are retrieved are alike to the second decimal
+    for name, of, decimals in (("similarity", "answers", 2), ("cosine", "images", 3)):
         if values := [v for fact in facts if (v := getattr(fact, name)) is not None]:
-            label = f"median {name} {label}"
-            yield tile(f"{median(values):.2f}", label, _middle_half(values))
+            shown = _middle_half(values, decimals)
+            yield tile(f"{median(values):.{decimals}f}", f"median {name} of the {of}", shown)
 
 
 def pair_tiles(num_pairs: int, counts: Counts | None) -> Iterator[Tile]:
@@ -177,11 +178,11 @@ def pair_tiles(num_pairs: int, counts: Counts | None) -> Iterator[Tile]:
         yield tile(f"{share:.1f} %", label)
 
 
-def _middle_half(values: Sequence[float]) -> tuple[str, ...]:
+def _middle_half(values: Sequence[float], decimals: int) -> tuple[str, ...]:
     if len(values) < 2:
         return ()
     low, _, high = quantiles(values, n=4, method="inclusive")
-    return ("half of them", f"from {low:.2f} to {high:.2f}")
+    return ("half of them", f"from {low:.{decimals}f} to {high:.{decimals}f}")
 
 
 def _decision_tiles(decisions: Sequence[Decision]) -> Iterator[Tile]:

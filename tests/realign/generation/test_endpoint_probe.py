@@ -145,8 +145,8 @@ def test_a_key_that_is_missing_and_one_that_is_wrong_differ(
     with pytest.raises(RefusedError) as refused:
         server.check()
     assert str(refused.value) == (
-        f"{OPTION} {server.url} refuses every request with 401, bad key Bearer ***, with the key in "
-        "the environment variable OPENAI_API_KEY. Set it to another key, or name another with "
+        f"{OPTION} {server.url} refuses every request with 401, bad key Bearer ***, with the key "
+        "in the environment variable OPENAI_API_KEY. Set it to another key, or name another with "
         "build.masker.api_key_env."
     )
     assert server.asked == ["GET /v1/models"] * 2
