@@ -1,4 +1,4 @@
-"""Whether induced answers have anything to do with the chosen ones, by their similarity."""
+"""Warning about induced answers that have nothing to do with the chosen ones, by similarity."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def induced_similarities(metas: Iterable[Mapping[str, Any]]) -> list[float]:
     """Return the similarities in the provenance of rows whose rejected answer was induced."""
     found = []
     for meta in metas:
-        said = meta.get("similarity")
-        value = said.get("value") if isinstance(said, dict) else None
+        similarity = meta.get("similarity")
+        value = similarity.get("value") if isinstance(similarity, dict) else None
         if "masked" in meta and isinstance(value, int | float) and isfinite(value):
             found.append(float(value))
     return found
