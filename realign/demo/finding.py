@@ -12,11 +12,11 @@ from realign.review.run_page import Lead
 BASE = "base"
 TITLE = "What the image pair is for"
 COLUMNS = {  # heading to task, metric
-    "absent objects named, % (CHAIR_i)": ("chair", "chair_i"),
-    "present objects named, %": ("chair", "recall"),
-    "yes to random questions, %": ("pope_random", "yes_ratio"),
-    "right on random questions, %": ("pope_random", "balanced_accuracy"),
-    "right on adversarial questions, %": ("pope_adversarial", "balanced_accuracy"),
+    "CHAIR_i": ("chair", "chair_i"),
+    "recall": ("chair", "recall"),
+    "yes, random": ("pope_random", "yes_ratio"),
+    "right, random": ("pope_random", "balanced_accuracy"),
+    "right, adversarial": ("pope_adversarial", "balanced_accuracy"),
 }
 
 
@@ -49,7 +49,7 @@ def finding(
         f"{percent('vDPO shortcut', adversarial)} % of the adversarial questions; before training "
         f"it was {percent(BASE, adversarial)} %. rDPO, which trains both pairs, says yes to "
         f"{percent('rDPO shortcut', yes)} % and names {percent('rDPO shortcut', present)} %.",
-        "On the pairs that `realign build` makes, "
+        "On the pairs that the pipeline makes, "
         f"{percent(BASE, absent)} % of the named objects are absent before training, "
         f"{percent('SFT', absent)} % after SFT, {percent('DPO', absent)} % after DPO, "
         f"{percent('rDPO', absent)} % after rDPO, and {percent('rDPO + NLL', absent)} % after rDPO "
@@ -57,9 +57,13 @@ def finding(
     ]
     if ratio := _cost(models, seconds):
         sentences.append(f"A pair costs rDPO {ratio:.1f} times the CPU time that it costs DPO.")
-    heads = ["model", "pairs", *COLUMNS, "CPU seconds of training"]
+    sentences.append(
+        "All values are percent, from one seed. CHAIR_i is the share of named objects that are "
+        "absent; recall is the share of present objects that are named."
+    )
+    heads = ["model", "pairs", *COLUMNS, "CPU seconds"]
     rows = [[BASE, "", *(percent(BASE, heading) for heading in COLUMNS), ""]]
-    for model in models:
+    for model in sorted(models, key=lambda model: model.pairs):
         spent = f"{seconds[model.name]:.0f}" if model.name in seconds else ""
         cells = (percent(model.name, heading) for heading in COLUMNS)
         rows.append([model.name, model.pairs, *cells, spent])

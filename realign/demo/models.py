@@ -12,7 +12,6 @@ from typing import Any
 from realign.config import TrainConfig
 from realign.runtime.engine.engine import Engine
 from realign.runtime.files import write_json
-from realign.runtime.memory import usable_cores
 from realign.runtime.progress import Progress
 from realign.runtime.strict_json import read_json
 from realign.training.run import train
@@ -50,23 +49,23 @@ MODELS = (
     DemoModel("rDPO shortcut", "shortcut", 2.4, _RDPO),
     DemoModel("vDPO shortcut", "shortcut", 3.6, _VDPO),
     DemoModel("rDPO", "pipeline", 2.3, _RDPO),
-    DemoModel("rDPO + NLL", "pipeline", 2.3, {**_RDPO, "nll_weight": 30.0}),
+    DemoModel("rDPO + NLL", "pipeline", 2.3, {**_RDPO, "nll_weight": 3.0}),
 )
 SHOWN = "rDPO + NLL"  # the model that the page's examples are of
 
 
-def train_models(configs: Mapping[str, TrainConfig], logs: Path) -> dict[str, float]:
-    """Train models, as many at once as there are cores. The bytes of a model do not depend on how
-    many that are.
+def train_models(configs: Mapping[str, TrainConfig], logs: Path, workers: int) -> dict[str, float]:
+    """Train models side by side. Their bytes do not depend on the number of processes.
 
     Args:
         configs: Name of each model to its run.
         logs: Folder for the messages of each run, and for the seconds that it took.
+        workers: Processes.
     Returns:
         CPU seconds of each run that was not interrupted.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    engine = Engine(workers=usable_cores(), threads=1)
+    engine = Engine(workers=workers, threads=1)
     with Progress("models trained", len(configs)) as progress:
         for _ in engine.run(_Train(logs), dict(enumerate(configs.items()))):
             progress.advance()

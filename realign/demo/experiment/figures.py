@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from realign.demo.experiment.intervals import t_interval
-from realign.review.plots import bar_plot, line_plot
+from realign.review.plots import Axis, bar_plot, line_plot
 
 MAIN = ("base", "DPO", "SFT", "rDPO", "mDPO", "vDPO")
 CURVES = {"free.chair_i": "CHAIR_i", "free.recall": "recall"}
@@ -20,8 +20,10 @@ def figures(results: Mapping[str, Any]) -> dict[str, str]:
         for measure, label in CURVES.items()
     }
     for measure, label in CURVES.items():
-        title = f"{label} in percent over rows of 16 answers, tuning seeds"
-        found[f"{label.lower()}_over_rows.svg"] = str(line_plot(title, _curves(results, measure)))
+        title = f"{label} over rows of 16 answers, tuning seeds"
+        found[f"{label.lower()}_over_rows.svg"] = str(
+            line_plot(title, _curves(results, measure), Axis("percent"), label="rows")
+        )
     return found
 
 

@@ -37,15 +37,21 @@ MEASURES = {
     "free.words": "words",
     "kl": "KL",
 }
-SHORT = (
-    *("base", "SFT", "DPO", "rDPO", "mDPO"),
-    *("SFT, shortcut", "DPO, shortcut", "rDPO, shortcut", "vDPO, shortcut"),
-)
+SHORT = {  # condition to its name in the short table
+    "base": "nothing",
+    "SFT": "SFT",
+    "DPO": "DPO",
+    "rDPO": "rDPO",
+    "NLL weight 3": "**rDPO + NLL**",
+    "DPO, shortcut": "DPO, shortcut pairs",
+    "rDPO, shortcut": "rDPO, shortcut pairs",
+    "vDPO, shortcut": "image pair alone, shortcut pairs",
+}
 SHORT_MEASURES = {
     "free.chair_i": "CHAIR_i",
     "free.recall": "recall",
-    "free.random.accuracy": "random",
-    "free.adversarial.auc": "adversarial AUC",
+    "free.random.yes": "yes, random",
+    "free.adversarial.auc": "AUC, adversarial",
 }
 NOT_SHARES = ("free.words", "kl")
 DASH = "—"
@@ -100,7 +106,8 @@ def short_table(results: Results) -> str:
     """Return the main measures of the main conditions."""
     best = {view["condition"]: view for view in results["views"] if view["at"] == "best"}
     rows = [
-        [name, *(_over_seeds(best[name], measure) for measure in SHORT_MEASURES)] for name in SHORT
+        [label, *(_over_seeds(best[name], measure) for measure in SHORT_MEASURES)]
+        for name, label in SHORT.items()
     ]
     return _table(["trained with", *SHORT_MEASURES.values()], rows)
 

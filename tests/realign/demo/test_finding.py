@@ -1,0 +1,45 @@
+"""The sentences that the demo's page begins with take their numbers from the scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from realign.demo.finding import BASE, COLUMNS, finding
+from realign.demo.models import MODELS
+
+
+def scores() -> dict[str, Any]:
+    """Every model has a value of its own in every column."""
+    names = [BASE, *(model.name for model in MODELS)]
+    table, benchmarks = [], {}
+    for task in dict.fromkeys(task for task, _ in COLUMNS.values()):
+        models = {
+            name: {
+                metric: {"value": (place + 10 * number) / 1000}
+                for number, (of, metric) in enumerate(COLUMNS.values())
+                if of == task
+            }
+            for place, name in enumerate(names)
+        }
+        table.append({"task": task, "benchmark": task, "rule": "rule", "split": "all"})
+        benchmarks[task] = {"rules": {"rule": {"splits": {"all": {"models": models}}}}}
+    return {"table": table, "benchmarks": benchmarks}
+
+
+def test_numbers_are_those_of_the_model_that_is_named() -> None:
+    lead = finding(scores(), MODELS, {"DPO": 35.0, "rDPO": 46.0})
+    values = {row[0]: dict(zip(lead.heads, row, strict=True)) for row in lead.rows}
+    assert values.keys() == {BASE, *(model.name for model in MODELS)}
+    shortcut, image, pipeline, cost, _ = lead.sentences
+    assert f"yes to {values['DPO shortcut']['yes, random']} %" in shortcut
+    assert f"it was {values[BASE]['yes, random']} % and {values[BASE]['recall']} %" in shortcut
+    assert f"names {values['vDPO shortcut']['recall']} %" in image
+    assert f"{values['rDPO']['CHAIR_i']} % after rDPO," in pipeline
+    assert values["DPO"]["CPU seconds"] == "35"
+    assert values["SFT"]["CPU seconds"] == ""
+    assert "2.0 times" in cost  # 46 / 2.3 epochs for 35 / 3.5
+
+
+def test_the_cost_is_left_out_where_a_run_was_interrupted() -> None:
+    lead = finding(scores(), MODELS, {"DPO": 35.0})
+    assert not any("times the CPU time" in sentence for sentence in lead.sentences)
