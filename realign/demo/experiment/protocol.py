@@ -220,7 +220,7 @@ class Protocol:
         default_factory=lambda: Grid((2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4), (0.1,))
     )
     lora_factor: float = 5.0
-    max_extensions: int = 6
+    max_extensions: int = 8
     resamples: int = 500
 
     def condition(self, name: str) -> Condition:
