@@ -20,15 +20,16 @@ PAGES = (
 )
 
 
-def _marks(name: str) -> tuple[str, str]:
+def marks(name: str) -> tuple[str, str]:
+    """Return the lines that a table stands between."""
     return f"<!-- {name}: python -m benchmarks.tables -->", f"<!-- end of {name} -->"
 
 
 BLOCKS = {
-    **{_marks(name): partial(experiment_block, name) for name in TABLES},
-    _marks("retrieval table"): retrieval_block,
-    _marks("head table"): head_block,
-    _marks("step table"): step_block,
+    **{marks(name): partial(experiment_block, name) for name in TABLES},
+    marks("retrieval table"): retrieval_block,
+    marks("head table"): head_block,
+    marks("step table"): step_block,
 }
 
 

@@ -55,8 +55,9 @@ class RefusedImage(RefusedError):
 
     def with_remedy(self, remedy: str) -> RefusedImage:
         """Return the same refusal with another remedy that a command has."""
-        reason = f"{self.reason.removesuffix('.')}, {remedy}."
-        return RefusedImage(self.where, reason, self.code, self.missing)
+        return RefusedImage(
+            self.where, f"{self.reason.removesuffix('.')}, {remedy}.", self.code, self.missing
+        )
 
     def at(self, where: str) -> RefusedImage:
         """Return the same refusal for the same image in another place."""

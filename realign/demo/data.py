@@ -22,6 +22,7 @@ from realign.demo.world import (
 )
 from realign.runtime.files import write_json, write_jsonl
 
+MODEL = Path(__file__).with_name("model")
 # Fewer masks give closer negatives, of which hardly any keep four objects: at 40 % the pairs are
 # short descriptions, and training on them shortens all.
 MASK_RATES = {"objects": 0.8, "attributes": 0.8, "relations": 0.8}
@@ -52,7 +53,7 @@ def write_training_data(folder: Path, count: int, seed: int) -> list[Scene]:
     return scenes
 
 
-def build_config(world: Path, out: Path, seed: int, model: Path) -> BuildConfig:
+def build_config(world: Path, out: Path, seed: int, model: Path = MODEL) -> BuildConfig:
     """Return how pairs are built from what :func:`write_training_data` wrote: four fifths of the
     segments masked, yes and no always, unmasked words kept.
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from realign.building.run import build
 from realign.config import CacheConfig, EvalConfig, TrainConfig
 from realign.data.formats.parquet import write_parquet
-from realign.demo.data import build_config, write_eval_data, write_training_data
+from realign.demo.data import MODEL, build_config, write_eval_data, write_training_data
 from realign.demo.experiment.pairs import make_pairs
 from realign.demo.experiment.records import records
 from realign.demo.finding import finding
@@ -38,7 +38,6 @@ from realign.runtime.files import read_jsonl, write_json
 from realign.runtime.memory import usable_cores
 from realign.runtime.run_folder import check_out, claim
 
-MODEL = Path(__file__).with_name("model")
 TRAINING_SCENES = 260
 EVAL_SCENES = 400
 
@@ -76,7 +75,7 @@ def _run(out: Path, seed: int) -> dict[str, Any]:
             write_training_data(world, TRAINING_SCENES, seed)
             write_eval_data(world, EVAL_SCENES, seed)
     with stages.run("build"):
-        datasets = {"pipeline": build(build_config(world, out / "dataset", seed, MODEL))}
+        datasets = {"pipeline": build(build_config(world, out / "dataset", seed))}
         if not shortcut.is_file():
             made = make_pairs("shortcut", seed, TRAINING_SCENES, MODEL)
             write_parquet(records(made, "retrieved"), shortcut)

@@ -210,7 +210,8 @@ def test_a_process_that_ends_says_why():
 
 def test_a_readme_gets_the_tables_that_it_has_marks_for():
     assert tables.with_tables("no marks") == "no marks"
-    readme = f"before {tables.STEP_BEGIN}old{tables.STEP_END} after"
+    begin, end = tables.marks("step table")
+    readme = f"before {begin}old{end} after"
     block = step_table.step_block(ROOT / "benchmarks" / "results")
     assert tables.with_tables(readme) == readme.replace("old", f"\n{block}\n")
 

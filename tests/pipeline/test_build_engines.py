@@ -20,8 +20,7 @@ import yaml
 
 from realign.building.run import build
 from realign.config import BuildConfig
-from realign.demo.data import write_training_data
-from realign.demo.run import build_config
+from realign.demo.data import build_config, write_training_data
 from tests.conftest import running
 
 # what a build leaves behind that must not depend on how it was run

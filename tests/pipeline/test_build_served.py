@@ -17,8 +17,7 @@ from realign.building.run import build
 from realign.config import BuildConfig, CheckConfig, GeneratorSection
 from realign.data.dataset import read_records
 from realign.data.decisions import Decision, append_decision, decisions_path
-from realign.demo.data import write_training_data
-from realign.demo.run import build_config
+from realign.demo.data import build_config, write_training_data
 from realign.errors import RefusedError
 from realign.review.check import check
 from realign.review.report import write_report

@@ -7,12 +7,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from realign.demo.data import MODEL
 from realign.demo.experiment.figures import figures
 from realign.demo.experiment.protocol import FULL, SMOKE
 from realign.demo.experiment.results import results, seconds
 from realign.demo.experiment.stages import Experiment
 from realign.demo.experiment.tables import tables
-from realign.demo.run import MODEL
 from realign.errors import RefusedError
 from realign.runtime.files import write_json, write_text
 from realign.runtime.memory import usable_cores

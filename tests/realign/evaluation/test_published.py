@@ -142,7 +142,7 @@ def test_a_benchmark_is_asked_from_its_published_files(
 
     scores = json.loads((tmp_path / "eval" / "scores.json").read_text())
     assert scores["table"]
-    assert scores_table(scores).row_count == len(scores["table"])
+    assert scores_table(scores).wide.row_count == len(scores["table"])
     assert all(task["probes"]["base"]["mean_tokens"] <= 4 for task in scores["tasks"].values())
     rule = next(iter(scores["benchmarks"][name]["rules"]))
     assert score(name, tmp_path / "eval" / "answers" / "base.jsonl", data, rule)["items"] == len(

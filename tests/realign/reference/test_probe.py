@@ -51,17 +51,17 @@ def test_a_probe_is_of_the_same_rows_in_any_order() -> None:
 
 
 def test_the_probe_measures_what_batch_and_layout_change(tmp_path, model_dir, records) -> None:
-    rows = records(6)
+    rows = records(24)
     place = build(rows, model_dir, tmp_path)
     reference = read_cache(tmp_path, rows, identity(model_dir))
     score_alone = scorer(model_dir)().score_alone
     alone = np.concatenate([score_alone(row).logps for row in rows])
     off = np.abs(alone - np.stack([reference[row.key].numpy() for row in rows]))
-    assert reference.variance.rows == 6
+    assert reference.variance.rows == 24
     assert reference.variance.rms == pytest.approx(np.sqrt((off**2).mean(0)), abs=1e-12)
     assert reference.variance.max == pytest.approx(off.max(0), abs=1e-12)
     assert 0 < reference.batch_variance == max(reference.variance.rms) < 1e-4
-    assert json.loads((place / "manifest.json").read_text())["probe"]["rows"] == 6
+    assert json.loads((place / "manifest.json").read_text())["probe"]["rows"] == 24
 
 
 def test_a_layout_that_is_wrong_for_a_model_is_an_error(

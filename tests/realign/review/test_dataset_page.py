@@ -21,8 +21,7 @@ from realign.building.run import build
 from realign.data.dataset import read_records
 from realign.data.decisions import Decision, append_decision
 from realign.data.formats.parquet import write_parquet
-from realign.demo.data import write_training_data
-from realign.demo.run import build_config
+from realign.demo.data import build_config, write_training_data
 from realign.errors import RefusedError
 from realign.review.dataset_page import MAX_PAIRS
 from realign.review.page import spread

@@ -15,8 +15,7 @@ import pytest
 from realign.building.run import build
 from realign.data.dataset import read_kept_records, read_records
 from realign.data.decisions import read_decisions
-from realign.demo.data import write_training_data
-from realign.demo.run import build_config
+from realign.demo.data import build_config, write_training_data
 from realign.review.report import write_report
 from tests.realign.review.test_score_part import page_of, scores  # noqa: F401 - a fixture
 

@@ -171,7 +171,10 @@ def test_an_edited_record_is_exported_as_it_is_now(tmp_path: Path, official: Pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rejected_images": ()}, "needs one image and one retrieved image, or none, got 1 and 0"),
+        (
+            {"rejected_images": ()},
+            "requires one image and one retrieved image, or none, got 1 and 0",
+        ),
         ({"images": (b"a", b"b"), "rejected_images": (b"c", b"d")}, "or none, got 2 and 2"),
         ({"prompt": ({"role": "system", "content": "x"},)}, "must alternate user and assistant"),
         ({"prompt": ()}, "prompt must not be empty"),

@@ -330,4 +330,5 @@ def test_values_that_json_cannot_hold_are_named(read, capsys) -> None:
 def test_half_a_character_in_an_id_is_reported_in_text_that_can_be_written(read) -> None:
     (problem,) = read([ROWS["question"], ROWS["question"] | {"id": "\ud800"}]).problems
     assert (problem.field, problem.code, problem.row) == ("id", "surrogate", "\\ud800")
-    assert all(text.encode() for text in dataclasses.astuple(problem))
+    for text in dataclasses.astuple(problem):
+        text.encode()

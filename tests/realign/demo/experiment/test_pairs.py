@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from realign.demo.data import training_scenes
+from realign.demo.drawing import png
 from realign.demo.experiment.pairs import make_pairs
 from realign.demo.experiment.records import records
-from realign.demo.experiment.scenes import png, training_scenes
 from realign.demo.world import DESCRIBE, KINDS, PARTNER
 
 SEED, SCENES = 3, 40
