@@ -38,20 +38,21 @@ MEASURES = {
     "kl": "KL",
 }
 SHORT = {  # condition to its name in the short table
-    "base": "nothing",
+    "base": "base, not trained",
     "SFT": "SFT",
     "DPO": "DPO",
     "rDPO": "rDPO",
-    "NLL weight 3": "**rDPO + NLL**",
+    "NLL weight 3": "rDPO, `nll_weight: 3`",
+    "SFT, shortcut": "SFT, shortcut pairs",
     "DPO, shortcut": "DPO, shortcut pairs",
     "rDPO, shortcut": "rDPO, shortcut pairs",
     "vDPO, shortcut": "image pair alone, shortcut pairs",
 }
 SHORT_MEASURES = {
-    "free.chair_i": "CHAIR_i",
-    "free.recall": "recall",
-    "free.random.yes": "yes, random",
-    "free.adversarial.auc": "AUC, adversarial",
+    "free.chair_i": "absent objects among those named (CHAIR_i)",
+    "free.recall": "present objects named (recall)",
+    "free.random.yes": "yes to random questions (50 is right)",
+    "free.adversarial.auc": "AUC, adversarial questions (50 is chance)",
 }
 NOT_SHARES = ("free.words", "kl")
 DASH = "—"
