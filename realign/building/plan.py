@@ -104,7 +104,8 @@ def parts_of(config: BuildConfig, staging: Staging, rows: Sequence[SourceRow]) -
 
 def _spread(rows: Sequence[SourceRow], role: str) -> list[SourceRow]:
     known = [row for row in rows if row.answer] if role != "annotator" else rows
-    return [*known[:: max(1, len(known) // EXAMPLES)]][:EXAMPLES]
+    number = min(len(known), EXAMPLES)
+    return [known[place * len(known) // number] for place in range(number)]
 
 
 def make_plan(

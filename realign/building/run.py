@@ -41,7 +41,7 @@ from realign.data.formats.parquet import write_parquet
 from realign.data.formats.source_row import SourceRow
 from realign.data.image_names import check_image_root
 from realign.data.records import Record
-from realign.data.unrelated_answers import unrelated_answers
+from realign.data.unrelated_answers import keeps_words, unrelated_answers
 from realign.errors import RefusedError
 from realign.modeling.chat_template import Renderer
 from realign.modeling.folder import resolve_model
@@ -149,8 +149,14 @@ def _show_plan(
     checked = set()
     for asked in (part.asked for part in parts):
         if isinstance(asked, ServedModel) and asked.address not in checked:
-            asked.check_server()
             checked.add(asked.address)
+            try:
+                asked.check_server()
+            except RefusedError as error:
+                # what is left of a build may not need this server any more
+                if dry_run or not is_begun_before:
+                    raise
+                announce(f"note: {error}")
     for line in make_plan(
         config,
         staging,
@@ -200,7 +206,11 @@ def _run(
         records = assemble(rows, outcomes, corpus, staging.provenance())
         write_parquet(_undropped(records, dropped, by_hand), config.out / "dataset.parquet")
     write_json(config.out / "funnel.json", counts)
-    induced = [one["similarity"] for one in outcomes if one["masked"] and not one["reason"]]
+    induced = [
+        one["similarity"]
+        for one in outcomes
+        if keeps_words(one["masked"] or "") and not one["reason"]
+    ]
     if warning := unrelated_answers([value for value in induced if value is not None]):
         announce(f"warning: {warning}")
     if not counts["accepted"]:

@@ -28,7 +28,7 @@ class SourceRows:
     Attributes:
         rows: The good rows, or the sample of them.
         problems: What is wrong with the others.
-        num_read: How many rows the source has, good and bad; of a sample, those in it and the bad.
+        num_read: How many rows the source has, good and bad.
         num_unsampled: Good rows that are not in the sample.
     """
 
@@ -90,9 +90,7 @@ def read_rows(
     )
     if extracts:
         extract_images(config.source, rows, folder)
-    # a conversation is one row of the source, however many of its turns are drawn
-    places = {row.place for row in rows} | {problem.place for problem in problems}
-    return SourceRows(rows, problems, len(places), len(answered) - len(rows))
+    return SourceRows(rows, problems, source.num_read, len(answered) - len(rows))
 
 
 def sample_rows(rows: Sequence[SourceRow], size: int, seed: int, source: str) -> list[SourceRow]:
@@ -161,7 +159,10 @@ def inspect_rows(
             problems.append(Problem(row.id, row.place, "image", refused.code, str(refused)))
         else:
             rows.append(row)
-    _check_share(problems, source.num_read, config, rows)
+    if config.sample is None:
+        _check_share(problems, source.num_read, config, rows)
+    else:  # the texts of the whole source have been checked, the images are those of the sample
+        _check_share(problems[len(source.problems) :], len(source.rows), config, rows)
     if len(corpus) < 2:
         bad = f", and these bad rows:\n{shown_problems(problems)}\n" if problems else ". "
         raise RefusedError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -57,7 +58,7 @@ def where_missing_images_are(
             continue
         if sum(_is_file(guess.path(name)) for name in tried) < FOUND * len(tried):
             continue
-        options = [] if guess.folder == root else [f"--images {guess.folder}"]
+        options = [] if guess.folder == root else [f"--images {shlex.quote(str(guess.folder))}"]
         file = guess.path(tried[0])
         found_at = file.name if guess.folder == root else str(file)
         if guess.pattern != file_name:

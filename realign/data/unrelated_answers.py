@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from math import isfinite
 from statistics import median
@@ -20,9 +21,18 @@ def induced_similarities(metas: Iterable[Mapping[str, Any]]) -> list[float]:
     for meta in metas:
         similarity = meta.get("similarity")
         value = similarity.get("value") if isinstance(similarity, dict) else None
-        if "masked" in meta and isinstance(value, int | float) and isfinite(value):
+        if not isinstance(value, int | float) or not isfinite(value):
+            continue
+        if keeps_words(meta.get("masked") or ""):
             found.append(float(value))
     return found
+
+
+def keeps_words(masked: str) -> bool:
+    """Return whether a masked answer keeps a word. One that was masked as a whole, such as a single
+    word, may be refilled with anything.
+    """
+    return re.search(r"\w", masked.replace("[MASK]", "")) is not None
 
 
 def unrelated_answers(similarities: list[float]) -> str:

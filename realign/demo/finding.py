@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from realign.demo.models import DemoModel
-from realign.evaluation.table import split_of
+from realign.evaluation.table import UNDEFINED, split_of
 from realign.review.run_page import Lead
 
 BASE = "base"
@@ -34,7 +34,8 @@ def finding(
 
     def percent(model: str, heading: str) -> str:
         task, metric = COLUMNS[heading]
-        return f"{100 * splits[task][model][metric]['value']:.1f}"
+        value = splits[task][model][metric]["value"]
+        return UNDEFINED if value is None else f"{100 * value:.1f}"
 
     absent, present, yes, _, adversarial = COLUMNS
     sentences = [

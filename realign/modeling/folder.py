@@ -90,6 +90,16 @@ def download(name: str, patterns: Sequence[str], option: str, remedy: str) -> Pa
     except LocalEntryNotFoundError as error:
         raise _not_reached(rule, name, error.__cause__ or error) from None
     except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise RefusedError(
+                f"{rule} that may be downloaded, got {name!r} ({_first_line(error)}). Log in with "
+                "`hf auth login`, or correct the token in HF_TOKEN."
+            ) from None
+        raise _not_reached(rule, name, error) from None
+    except Exception as error:
+        # an error of the hub's client, whose name depends on its version: a proxy that fails, say
+        if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2"):
+            raise
         raise _not_reached(rule, name, error) from None
 
 

@@ -48,6 +48,7 @@ matplotlib.rcParams.update(
     {
         "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
         "svg.hashsalt": "realign",  # equal data, equal file
+        "text.parse_math": False,  # names of models may hold a $
         "font.family": "sans-serif",
         "font.size": 10,
         "text.color": INK,

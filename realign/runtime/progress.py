@@ -41,7 +41,7 @@ class Progress:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
             )
-            self._bar = RichProgress(*columns, console=Console(stderr=True))
+            self._bar = RichProgress(*columns, console=Console(file=sys.stderr))
             self._bar.add_task(name, total=total, completed=done, note="")
 
     def __enter__(self) -> Progress:

@@ -472,6 +472,14 @@ def test_a_sample_reads_no_image_of_another_row(config: BuildConfig, tmp_path: P
         build(sampled.model_copy(update={"sample": 41}))
 
 
+def test_bad_rows_of_the_source_are_no_share_of_its_sample(config: BuildConfig) -> None:
+    rows = [json.loads(line) for line in config.source.read_text().splitlines()]
+    bad = [{**rows[0], "id": f"bad-{number}", "answer": ""} for number in range(4)]
+    config.source.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *bad]))
+    build(config.model_copy(update={"sample": 10, "max_reject": 0.1}))  # 4 of 44, not 4 of 14
+    assert len((config.out / "rejected.jsonl").read_text().splitlines()) == 4
+
+
 def test_embedded_images_of_a_sample_alone_are_written(config: BuildConfig, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in config.source.read_text().splitlines()]
     names = [row["image"] for row in rows]

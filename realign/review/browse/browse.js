@@ -22,7 +22,15 @@ function select(index) {
   cards[current].scrollIntoView({ block: "nearest" });
 }
 
-async function send(address, content) {
+let queue = Promise.resolve();
+
+// one request at a time: an undo must not overtake the decision that it takes back
+function send(address, content) {
+  queue = queue.then(() => post(address, content));
+  return queue;
+}
+
+async function post(address, content) {
   const body = JSON.stringify(content);
   let answer;
   try {

@@ -36,6 +36,7 @@ def test_answers_that_the_source_had_and_damaged_values_do_not_count() -> None:
         {"masked": "a [MASK]", "similarity": {"value": None}},
         {"masked": "a [MASK]", "similarity": {"value": float("nan")}},
         {"masked": "a [MASK]", "similarity": "0.5"},
+        {"masked": "[MASK].", "similarity": {"value": 0.0}},  # one word, which may become any other
         {},
     ]
     assert induced_similarities(metas) == [0.5]

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from realign.demo.data import write_eval_data
 from realign.demo.finding import BASE, COLUMNS, finding
 from realign.demo.models import MODELS
+from realign.evaluation.benchmarks.chair import CHAIR
+from realign.evaluation.benchmarks.pope import POPE
+from realign.evaluation.registry import find_data, read_tasks
 
 
 def scores() -> dict[str, Any]:
@@ -43,3 +50,24 @@ def test_numbers_are_those_of_the_model_that_is_named() -> None:
 def test_the_cost_is_left_out_where_a_run_was_interrupted() -> None:
     lead = finding(scores(), MODELS, {"DPO": 35.0})
     assert not any("times the CPU time" in sentence for sentence in lead.sentences)
+
+
+def test_a_score_that_is_not_defined_is_a_dash() -> None:
+    found = scores()
+    found["benchmarks"]["chair"]["rules"]["rule"]["splits"]["all"]["models"]["DPO"]["chair_i"] = {
+        "value": None
+    }
+    rows = {row[0]: row for row in finding(found, MODELS, {}).rows}
+    assert rows["DPO"][2] == "—"
+
+
+def test_every_column_is_a_metric_of_a_task_that_the_demo_writes(tmp_path: Path) -> None:
+    write_eval_data(tmp_path, 2, seed=0)
+    tasks = read_tasks(find_data(tmp_path / "eval", []))
+    metrics = {
+        "pope": POPE.rules["official"].metrics(np.ones(6)),
+        "chair": CHAIR.rules["object-list"].metrics(np.ones(4)),
+    }
+    for task, metric in COLUMNS.values():
+        assert task in tasks
+        assert metric in metrics[tasks[task].benchmark.name]

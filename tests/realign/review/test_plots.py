@@ -185,3 +185,7 @@ def test_colours_differ_for_every_kind_of_colour_vision(blindness: str) -> None:
     for one, other in pairs:
         distance = math.dist(seen(one, blindness), seen(other, blindness))
         assert distance > 25, (one, other, distance)
+
+
+def test_a_dollar_in_a_name_is_no_formula() -> None:
+    assert "a$x_{$b" in bar_plot("a$x_{$b", {"m$y_{$": (0.5, 0.4, 0.6)})
