@@ -257,7 +257,8 @@ def _lines(
         by = f" by {workers} workers" if workers > 1 else ""
         yield f"  time: about {least if least == most else f'{least} to {most}'}{by}, {probed.how}"
     elif isinstance(asked, LocalModel):
-        yield "  time: not known before the model is loaded; --dry-run loads it for a few rows"
+        before = "before the model is loaded; --dry-run loads it for a few rows"
+        yield f"  time: not known {before if part.rows else 'before there are answers'}"
 
 
 def _tokens(config: BuildConfig, part: Part, examples: Sequence[Example], probed: Probed) -> str:

@@ -85,6 +85,12 @@ async def _check(endpoint: Endpoint, model: str, length_field: str) -> None:
             return
         reply = await _answer(quick, client.chat.completions.with_raw_response.create(**question))
     if not isinstance(reply, openai.APIStatusError):
+        if reply is not None and not _is_object(reply):
+            raise RefusedError(
+                f"{endpoint.option} must be of an OpenAI-compatible server, got "
+                f"{endpoint.base_url}, which answers with another page. Correct {endpoint.option}, "
+                "which usually ends in /v1."
+            )
         return
     if names and reply.status_code in (400, 404, 422):
         shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
@@ -116,6 +122,14 @@ async def _answer(endpoint: Endpoint, request: Any) -> bytes | openai.APIStatusE
         return None
     except (TimeoutError, TooLargeResponseError):
         return None
+
+
+def _is_object(raw: bytes) -> bool:
+    """Return whether a body is a JSON object, as every answer of the interface is."""
+    try:
+        return isinstance(json.loads(raw), dict)
+    except ValueError:
+        return False
 
 
 def _names(raw: bytes) -> list[str]:

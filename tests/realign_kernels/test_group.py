@@ -123,6 +123,7 @@ def main(rank, init_file, backend):
     if backend != "triton":
         check_edges(rank, dist.group.WORLD)
         check_data_parallel(rank)
+    dist.barrier()  # a rank whose partner is gone while it still sends is aborted
     dist.destroy_process_group()
 
 

@@ -122,6 +122,12 @@ def test_an_address_without_the_interface_is_named(server: Models) -> None:
         server.check()
 
 
+def test_a_page_that_is_no_answer_is_named(server: Models) -> None:
+    server.listed, server.said = (404, []), (200, "<html>")
+    with pytest.raises(RefusedError, match=r"page\. Correct build\.masker\.endpoint, which"):
+        server.check()
+
+
 @pytest.mark.parametrize("status", [200, 400, 429, 500, 503])
 def test_a_server_that_is_busy_or_dislikes_the_question_is_there(
     server: Models, status: int

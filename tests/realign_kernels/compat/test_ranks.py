@@ -89,6 +89,7 @@ def main(rank, init_file):
     check_group(rank)
     check_gathered_weight(rank)
     check_mean_logits()
+    dist.barrier()  # a rank whose partner is gone while it still sends is aborted
     dist.destroy_process_group()
 
 

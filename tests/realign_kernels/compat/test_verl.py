@@ -231,6 +231,7 @@ def main(rank, rendezvous):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     check_rank(rank)
+    dist.barrier()  # a rank whose partner is gone while it still sends is aborted
     dist.destroy_process_group()
 
 
