@@ -37,7 +37,7 @@ def finding(
         value = splits[task][model][metric]["value"]
         return UNDEFINED if value is None else f"{100 * value:.1f}"
 
-    absent, present, yes, _, adversarial = COLUMNS
+    absent, present, yes, random, adversarial = COLUMNS
     sentences = [
         "Shortcut pairs can be told apart without the picture: the rejected description adds what "
         "habit expects, and every question has the chosen answer No. DPO learns just that. Its "
@@ -47,9 +47,11 @@ def finding(
         "The image pair has the same words on both sides, so only looking at the picture helps. "
         f"Trained on it alone (vDPO), the model says yes to {percent('vDPO shortcut', yes)} %, "
         f"names {percent('vDPO shortcut', present)} % of the objects, and is right on "
-        f"{percent('vDPO shortcut', adversarial)} % of the adversarial questions; before training "
-        f"it was {percent(BASE, adversarial)} %. rDPO, which trains both pairs, says yes to "
-        f"{percent('rDPO shortcut', yes)} % and names {percent('rDPO shortcut', present)} %.",
+        f"{percent('vDPO shortcut', adversarial)} % of the adversarial and "
+        f"{percent('vDPO shortcut', random)} % of the random questions; before training it was "
+        f"{percent(BASE, adversarial)} % and {percent(BASE, random)} %. rDPO, "
+        f"which trains both pairs, says yes to {percent('rDPO shortcut', yes)} % and names "
+        f"{percent('rDPO shortcut', present)} %.",
         "On the pairs that the pipeline makes, "
         f"{percent(BASE, absent)} % of the named objects are absent before training, "
         f"{percent('SFT', absent)} % after SFT, {percent('DPO', absent)} % after DPO, "

@@ -45,7 +45,7 @@ CODE = [
 
 
 def is_given(message: str) -> bool:
-    """Whether some text of the code has all words of a message, with values where it has `...`."""
+    """Return whether a text of the code has the words of a message, and values for `...`."""
     words = [re.escape(part) for part in message.split("...")]
     pattern = re.compile(f".*{FILLED}.*".join(words), re.DOTALL)
     return any(pattern.search(text) for text in CODE)

@@ -216,8 +216,8 @@ def test_a_dry_run_says_how_much_is_asked_of_whom_and_writes_nothing(
 
 
 def test_the_plans_questions_are_not_asked_again(config: BuildConfig, server: Server) -> None:
-    """Those of annotator and masker are of the build, that of the inducer is about a row's own
-    image.
+    """The answers to the annotator's and the masker's questions are used by the build. The question
+    to the inducer shows a row's own image, so the build does not ask it.
     """
     build(config)
     journals = [*(config.out / "journal").glob("*.jsonl")]

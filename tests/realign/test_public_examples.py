@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 import realign
 from realign import Numerics, Record, Scoring, build_cache, evaluation, write_parquet
 from realign.integrations import trl
+from tests.docstring_examples import check_example, name_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL's configuration
 PUBLIC = [
@@ -28,10 +27,6 @@ POPE = {
     "answers.jsonl": ("answer", ("Yes.", "No.", "Yes.", "Yes.")),
     "base.jsonl": ("answer", ("No.", "No.", "No.", "No.")),
 }
-
-
-def name_of(public: object) -> str:
-    return f"{inspect.getmodule(public).__name__}.{public.__qualname__}"
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +57,4 @@ def test_the_example_of_a_public_name_is_true(
     for path in folder.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    text = inspect.getdoc(public)
-    parsed = doctest.DocTestParser().get_doctest(text, {}, name_of(public), None, None)
-    assert parsed.examples, f"{name_of(public)} has no example"
-    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    report: list[str] = []
-    runner.run(parsed, out=report.append)
-    assert runner.failures == 0, "".join(report)
+    check_example(public)

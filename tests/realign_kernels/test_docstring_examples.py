@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import doctest
-import inspect
-
 import pytest
 
 import realign_kernels
 from realign_kernels.compat import cce, liger, verl
 from realign_kernels.compat import torch as of_torch
+from tests.docstring_examples import check_example, name_of
 
 COMPAT = [
     cce.linear_cross_entropy,
@@ -30,16 +28,6 @@ PUBLIC = [
 ]
 
 
-def name_of(public: object) -> str:
-    return f"{inspect.getmodule(public).__name__}.{public.__qualname__}"
-
-
 @pytest.mark.parametrize("public", PUBLIC, ids=name_of)
 def test_the_example_of_a_public_name_is_true(public: object) -> None:
-    text = inspect.getdoc(public)
-    parsed = doctest.DocTestParser().get_doctest(text, {}, name_of(public), None, None)
-    assert parsed.examples, f"{name_of(public)} has no example"
-    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    report: list[str] = []
-    runner.run(parsed, out=report.append)
-    assert runner.failures == 0, "".join(report)
+    check_example(public)

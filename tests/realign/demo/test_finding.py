@@ -41,6 +41,7 @@ def test_numbers_are_those_of_the_model_that_is_named() -> None:
     assert f"yes to {values['DPO shortcut']['yes, random']} %" in shortcut
     assert f"it was {values[BASE]['yes, random']} % and {values[BASE]['recall']} %" in shortcut
     assert f"names {values['vDPO shortcut']['recall']} %" in image
+    assert f"{values['vDPO shortcut']['right, random']} % of the random" in image
     assert f"{values['rDPO']['CHAIR_i']} % after rDPO," in pipeline
     assert values["DPO"]["CPU seconds"] == "35"
     assert values["SFT"]["CPU seconds"] == ""
