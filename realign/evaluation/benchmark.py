@@ -237,7 +237,7 @@ class Benchmark:
     the file was not judged.
     """
     judge: Judge | None = None
-    """Prompts and scale of the judge of answers; None for benchmarks without a judge."""
+    """The way in which a judge is asked; None for benchmarks without a judge."""
 
     def find_layout(self, data: Path) -> Layout:
         """Return the first layout of which a folder holds a file.
