@@ -23,7 +23,7 @@ test-slow: $(VENV)/.test
 test-browser: $(VENV)/.browser
 	$(BIN)/python -m pytest -m browser
 
-# tests of another library, from a folder of it: docs/trainers/other-heads.md
+# tests of another library, from a folder of it: docs/guides/trainers/other-heads.md
 test-peers: $(VENV)/.test
 	$(BIN)/python -m tests.peers $(PEER) $(SOURCE)
 

@@ -6,8 +6,8 @@
 `dataset: realign_rdpo`, which `realign export --to llamafactory` writes: rows of `sharegpt` with
 `rejected_images` beside `images`, and `"formatting": "rdpo"` in dataset_info.json. LLaMA-Factory by
 itself drops that column. Here each row becomes three sequences: the good answer, the bad answer on
-the same image, and the good answer on the retrieved image. `docs/trainers/llama-factory.md` says
-what was run.
+the same image, and the good answer on the retrieved image.
+`docs/guides/trainers/llama-factory.md` says what was run.
 """
 
 from __future__ import annotations

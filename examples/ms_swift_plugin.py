@@ -10,7 +10,7 @@ A row has both answers and both images, as `realign export --to ms-swift` writes
 
 ms-swift by itself would compare the good answer on its image with the bad answer on the retrieved
 image. Here each row becomes three sequences: the good answer, the bad answer on the same image, and
-the good answer on the retrieved image. `docs/trainers/ms-swift.md` says what was run.
+the good answer on the retrieved image. `docs/guides/trainers/ms-swift.md` says what was run.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 python examples/trl_rdpo.py
 
 It needs no network, no GPU and less than a minute. For a model of your own, put its name in place
-of MODEL, your rows in place of the drawn ones, and see docs/trainers/trl.md.
+of MODEL, your rows in place of the drawn ones, and see docs/guides/trainers/trl.md.
 """
 
 from __future__ import annotations

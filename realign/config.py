@@ -143,7 +143,7 @@ class BuildConfig(Section):
     out: Path
     """Output folder."""
     format: str | None = None
-    """Layout of the source, see docs/formats.md; detected if not given."""
+    """Layout of the source, see docs/guides/formats.md; detected if not given."""
     max_pixels: PositiveInt | None = None
     """Largest number of pixels of an image; by default 89,478,485, the most that training opens.
     Larger images up to this number are halved, and their copies used.
@@ -518,7 +518,7 @@ class EvalConfig(Section):
     """Name and folder (or hub id) of a model or adapter. The others are compared with the first."""
     data: Path
     """Folder with the files of at least one benchmark, or with folders that are named after
-    benchmarks; docs/evaluation.md lists them."""
+    benchmarks; docs/guides/evaluation.md lists them."""
     images: Path | None = None
     """Folder of the questions' images, or with folders that are named after benchmarks; by default
     data."""
@@ -529,7 +529,8 @@ class EvalConfig(Section):
     out: Path
     """Output folder, for answers/NAME.jsonl and scores.json."""
     prompt: Literal["official", "llava", "lmms-eval", "vlmevalkit"] | None = None
-    """Whose prompts are used; by default those that docs/evaluation.md names for each benchmark."""
+    """Whose prompts are used; by default those that docs/guides/evaluation.md names for each
+    benchmark."""
     batch_size: Annotated[PositiveInt, Shown("Generation and scoring")] = 64
     """Rows per generation call."""
     max_new_tokens: PositiveInt | None = None

@@ -27,7 +27,7 @@ from realign_kernels.testing import (
 )
 
 _CELLS, _PAIRS, _POSITIONS = 3, 4, 8
-# The bounds on log-probabilities in docs/head.md; a gradient is rounded to its own dtype.
+# The bounds on log-probabilities in docs/guides/head.md; a gradient is rounded to its own dtype.
 _LOGPROB_BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-4}
 _GRADIENT_BOUND = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 

@@ -120,8 +120,8 @@ def linear_logprob(
     Note:
         First order, in reverse mode only. Computes in float32 (float64 for float64), also under
         autocast; products of half operands are summed and kept in float32; those of float32 follow
-        ``torch.set_float32_matmul_precision``. Deterministic. docs/head.md lists the time and
-        memory of a call. Label values are checked: on GPUs by a device-side assertion;
+        ``torch.set_float32_matmul_precision``. Deterministic. docs/guides/head.md lists the time
+        and memory of a call. Label values are checked: on GPUs by a device-side assertion;
         ``REALIGN_CHECK=0`` in the environment turns that off.
 
     Example::

@@ -39,7 +39,7 @@ def test_python_blocks_run(page: str) -> None:
 def test_recipes_are_configurations() -> None:
     config = load_config(BuildConfig, ROOT / "recipes/paper-data.yaml", flags=BUILD_FLAGS)
     assert (config.top_k, config.threshold) == (10, 0.95)  # the paper's
-    pages = README + (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    pages = README + (ROOT / "docs/guides/training.md").read_text(encoding="utf-8")
     for recipe in (ROOT / "recipes").glob("*.yaml"):
         assert f"recipes/{recipe.name}" in pages
         for section in yaml.safe_load(recipe.read_text()):
@@ -48,7 +48,8 @@ def test_recipes_are_configurations() -> None:
 
 
 def test_examples_of_building_are_configurations() -> None:
-    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/building.md").read_text(), re.DOTALL)
+    page = (ROOT / "docs/guides/building.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     example = yaml.safe_load(block)["build"]
     BuildConfig(**example, source="s", out="o")
 

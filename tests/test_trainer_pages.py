@@ -25,7 +25,7 @@ from realign_kernels import (
     stack_cells,
 )
 
-PAGES = Path(__file__).parents[1] / "docs" / "trainers"
+PAGES = Path(__file__).parents[1] / "docs" / "guides" / "trainers"
 C, P, T, D, V = 3, 4, 6, 64, 1000
 
 

@@ -81,8 +81,8 @@ def eval_score(
 ) -> None:
     """Score answers that any program has written, without a model.
 
-    docs/evaluation.md lists the benchmarks, their files, rules and formats of answers. Rules that
-    need a judge read its replies from the files; `realign eval judge` writes such a file.
+    docs/guides/evaluation.md lists the benchmarks, their files, rules and formats of answers. Rules
+    that need a judge read its replies from the files; `realign eval judge` writes such a file.
     """
     check_exists("data", data, "a folder with the benchmark's files")
     from realign.evaluation.answer_scores import score
@@ -132,7 +132,7 @@ def eval_compare(
 ) -> None:
     """Compare models by stored answers, with intervals and tests, without a model.
 
-    docs/evaluation.md says what the numbers mean.
+    docs/guides/evaluation.md says what the numbers mean.
     """
     check_exists("data", data, "a folder with the benchmark's files")
     from realign.evaluation.answer_comparison import compare, named_files
@@ -181,7 +181,7 @@ def eval_write(
 ) -> None:
     """Write answers, or LLaVA's questions, as the published programs read them.
 
-    docs/evaluation.md lists the forms.
+    docs/guides/evaluation.md lists the forms.
     """
     check_exists("data", data, "a folder with the benchmark's files")
     from realign.evaluation.answer_writing import write

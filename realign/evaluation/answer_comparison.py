@@ -38,7 +38,7 @@ def compare(
     """Compare stored answers of models, or of training runs of a method, with intervals and tests.
 
     Args:
-        benchmark: Its name; docs/evaluation.md lists all.
+        benchmark: Its name; docs/guides/evaluation.md lists all.
         answers: Model to its file of answers. A list holds the files of several training runs, and
             an object maps the name of each run to its file or to the files that it is spread over.
             The first model is the baseline; two models with several runs must name the same ones.
@@ -52,7 +52,7 @@ def compare(
         seed: Seed of the draws.
     Returns:
         The content of ``scores.json`` of ``realign eval``, without ``tasks`` and ``samples``;
-        docs/evaluation.md has its keys.
+        docs/guides/evaluation.md has its keys.
     Raises:
         RefusedError: A name is unknown, a file is missing or has another form, the answers are not
             those of the data, or training runs do not pair.

@@ -274,7 +274,7 @@ def _format_of(
     known = "; ".join(" and ".join((*form.fields, *form.reply_fields)) for form in formats)
     raise RefusedError(
         f"{records[0][0]}: an answer of {benchmark.title} must have one of these sets of fields: "
-        f"{known}; got {sorted(first)}. docs/evaluation.md describes the formats."
+        f"{known}; got {sorted(first)}. docs/guides/evaluation.md describes the formats."
     )
 
 

@@ -47,7 +47,7 @@ def score(
     """Score stored answers to a published benchmark by one of its rules.
 
     Args:
-        benchmark: Its name; docs/evaluation.md lists all.
+        benchmark: Its name; docs/guides/evaluation.md lists all.
         answers: One or more files of answers, in any format that the benchmark's programs write.
         data: Folder with the benchmark's published files.
         rule: Name of the rule, such as ``official``, ``lmms-eval`` or ``vlmevalkit``.

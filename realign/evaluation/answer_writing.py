@@ -37,7 +37,7 @@ def write(
     """Write answers in a form that the published programs of a benchmark read.
 
     Args:
-        benchmark: Its name; docs/evaluation.md lists all.
+        benchmark: Its name; docs/guides/evaluation.md lists all.
         data: Folder with the benchmark's published files.
         format: Name of the form, such as ``llava`` or ``official``.
         out: A new file, or a new folder for forms of several files.

@@ -36,7 +36,7 @@ def score(
         resamples: Number of draws of the bootstrap, and of the permutation test.
         seed: Of the draws.
     Returns:
-        The content of ``scores.json``; docs/evaluation.md has its keys.
+        The content of ``scores.json``; docs/guides/evaluation.md has its keys.
     """
     draws = Draws(resamples, seed)
     by_benchmark: dict[Benchmark, dict[str, Task]] = {}

@@ -200,7 +200,7 @@ class Measured:
         return found
 
     def entry(self, rule: str, model: str, place: Place) -> Entry:
-        """Return the entry of one metric of one model; docs/evaluation.md has the keys."""
+        """Return the entry of one metric of one model; docs/guides/evaluation.md has the keys."""
         entries = {
             label: self._own(Run(rule, model, own), place)
             | self._paired(Run(rule, model, own), Run(rule, self.baseline, base), place)

@@ -169,7 +169,7 @@ def find_data(data: Path, names: Sequence[str]) -> dict[Benchmark, Path]:
         ]
         raise RefusedError(
             f"data must hold the files of a benchmark ({'; '.join(files)}; and so on), got {data}, "
-            "which has none. Check --data; docs/evaluation.md lists all files."
+            "which has none. Check --data; docs/guides/evaluation.md lists all files."
         )
     if absent:
         announce(f"not asked, since {data} does not hold them: {', '.join(absent)}")
@@ -191,7 +191,7 @@ def read_tasks(folders: Mapping[Benchmark, Path]) -> dict[str, Task]:
         if not any(task.rows for task in found.values()):  # of CHAIR without a list of images
             raise RefusedError(
                 f"{name}: {folder} must say what is asked, got no question. Add the list of images "
-                "that docs/evaluation.md names."
+                "that docs/guides/evaluation.md names."
             )
         absent = [files[0] for task, files in layout.files.items() if task not in found]
         if absent:

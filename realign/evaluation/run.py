@@ -1,6 +1,6 @@
 """The command ``realign eval``: ask models the same questions once, store and compare answers.
 
-<data>/                             the files of any benchmarks of the registry; docs/evaluation.md
+<data>/                             the files of any benchmarks (docs/guides/evaluation.md)
 <out>/answers/NAME.jsonl            :mod:`realign.evaluation.stored_answers`, a line for each item
 <out>/answers/NAME.header.json      what the answers depend on
 <out>/journal/NAME/, unpacked/      answers while a model is asked; images that lie in files

@@ -2,7 +2,8 @@
 it faster or smaller on a GPU (flash-attention, Liger's layers, 4-bit weights). An unavailable
 option is refused, never replaced.
 
-None of these packages has run on a GPU in this project yet; docs/training.md lists the tests.
+None of these packages has run on a GPU in this project yet; docs/guides/training.md lists the
+tests.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
     <root>/<identity>/build.lock                 held while it is built
 
 A row is found by its content, never by its position, so order, filtering and repetition of the
-dataset do not matter. docs/cache.md lists the guarantees.
+dataset do not matter. docs/guides/cache.md lists the guarantees.
 """
 
 from realign.modeling.identity import (

@@ -23,20 +23,20 @@ Names = dict[str, Any]
 ELSEWHERE = {
     "README.md": {"tests/test_readme.py": [1]},
     "distributions/realign-kernels/README.md": {"tests/test_readme.py": [1]},
-    "docs/trainers/README.md": {"tests/test_trainer_pages.py": [1, 2]},
-    "docs/trainers/authors-code.md": {"tests/test_trainer_pages.py": [1, 2, 3]},
-    "docs/trainers/llama-factory.md": {"tests/test_trainer_pages.py": [1]},
-    "docs/trainers/ms-swift.md": {"tests/test_trainer_pages.py": [1]},
-    "docs/trainers/other-heads.md": {
+    "docs/guides/trainers/README.md": {"tests/test_trainer_pages.py": [1, 2]},
+    "docs/guides/trainers/authors-code.md": {"tests/test_trainer_pages.py": [1, 2, 3]},
+    "docs/guides/trainers/llama-factory.md": {"tests/test_trainer_pages.py": [1]},
+    "docs/guides/trainers/ms-swift.md": {"tests/test_trainer_pages.py": [1]},
+    "docs/guides/trainers/other-heads.md": {
         "tests/realign_kernels/compat/test_torch_and_cce_page.py": [1, 2, 3, 4, 5],
         "tests/realign_kernels/compat/test_other_heads_page.py": [*range(6, 15)],
     },
-    "docs/trainers/trl.md": {"tests/realign/integrations/trl/test_page.py": [3, 4]},
+    "docs/guides/trainers/trl.md": {"tests/realign/integrations/trl/test_page.py": [3, 4]},
 }
 
 
 def batch(cells: int) -> Names:
-    """Return the tensors that the blocks of docs/head.md are given."""
+    """Return the tensors that the blocks of docs/guides/head.md are given."""
     generator = torch.Generator().manual_seed(0)
     head = torch.nn.Linear(16, 50, bias=False)
     return {
@@ -55,9 +55,7 @@ def batch(cells: int) -> Names:
 
 
 def pope(folder: Path) -> Names:
-    """Write POPE's questions and two files of answers, as the blocks of docs/evaluation.md name
-    them.
-    """
+    """Write the files that docs/guides/evaluation.md names: POPE's questions and two of answers."""
     data = folder / "POPE" / "output" / "coco"
     data.mkdir(parents=True)
     answers: dict[str, list[Any]] = {"llava-v1.5-13b": [], "base": [], "aligned": []}
@@ -87,7 +85,7 @@ def training(folder: Path) -> Names:
 
 
 def models(folder: Path) -> Names:
-    """Put a merged model and an adapter where docs/serving.md has them."""
+    """Put a merged model and an adapter where docs/guides/serving.md has them."""
     import realign
 
     adapted = realign.add_adapter(
@@ -103,7 +101,7 @@ def models(folder: Path) -> Names:
 
 
 def trl(_: Path) -> Names:
-    """Return what the trainers of docs/trainers/trl.md are given."""
+    """Return what the trainers of docs/guides/trainers/trl.md are given."""
     from peft import LoraConfig
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -119,17 +117,17 @@ def trl(_: Path) -> Names:
 
 
 GIVEN: dict[tuple[str, int], Callable[[Path], Names]] = {
-    ("docs/evaluation.md", 1): pope,
-    ("docs/evaluation.md", 2): pope,
-    ("docs/head.md", 1): lambda _: batch(2),
-    ("docs/head.md", 2): lambda _: batch(2),
-    ("docs/head.md", 3): lambda _: batch(2),
+    ("docs/guides/evaluation.md", 1): pope,
+    ("docs/guides/evaluation.md", 2): pope,
+    ("docs/guides/head.md", 1): lambda _: batch(2),
+    ("docs/guides/head.md", 2): lambda _: batch(2),
+    ("docs/guides/head.md", 3): lambda _: batch(2),
     ("docs/index.md", 1): training,
-    ("docs/serving.md", 1): models,
-    ("docs/serving.md", 2): models,
-    ("docs/trainers/trl.md", 1): trl,
-    ("docs/trainers/trl.md", 2): trl,
-    ("docs/training.md", 1): training,
+    ("docs/guides/serving.md", 1): models,
+    ("docs/guides/serving.md", 2): models,
+    ("docs/guides/trainers/trl.md", 1): trl,
+    ("docs/guides/trainers/trl.md", 2): trl,
+    ("docs/guides/training.md", 1): training,
 }
 REPLACED = {
     "llava-hf/llava-1.5-7b-hf": str(MODEL),
@@ -159,11 +157,11 @@ def test_a_block_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names = run(page, number, tmp_path)
-    if page == "docs/head.md":
+    if page == "docs/guides/head.md":
         names["loss"].backward()
         assert names["hidden_states"].grad.isfinite().all()
         assert names["hidden_states"].grad.any()
-    if page == "docs/evaluation.md" and number == 3:
+    if page == "docs/guides/evaluation.md" and number == 3:
         assert names["is_right"]({"label": "red"}, "It is red") == [1, True]
     if "checkpoint" in names:
         assert (names["checkpoint"] / "config.json").is_file()
@@ -182,4 +180,4 @@ def test_every_block_that_runs_elsewhere_is_there() -> None:
 
 def test_a_block_that_does_not_run_is_found() -> None:
     with pytest.raises(NameError, match="hidden_states"):
-        exec(blocks("docs/head.md", "python")[1], {"linear_logprob": SimpleNamespace})
+        exec(blocks("docs/guides/head.md", "python")[1], {"linear_logprob": SimpleNamespace})

@@ -1,4 +1,4 @@
-"""Every message that docs/troubleshooting.md explains is one that the code can give."""
+"""Every message that docs/guides/troubleshooting.md explains is one that the code can give."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "guides" / "troubleshooting.md").read_text(encoding="utf-8")
 MESSAGES = re.findall(r"^\| `(.*?)` \|", PAGE, re.MULTILINE)
 FILLED = "\0"  # where a value stands
 

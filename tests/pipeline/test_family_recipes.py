@@ -11,7 +11,7 @@ from realign.config_file import load_config
 from tests.realign.modeling.families.registry import FAMILIES, SEPARATE
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "guides" / "families.md").read_text(encoding="utf-8")
 RECIPES = {path.stem: path for path in (ROOT / "recipes" / "families").glob("*.yaml")}
 
 

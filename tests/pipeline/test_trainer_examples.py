@@ -2,7 +2,7 @@
 and LLaMA-Factory add to those is `preference_loss` of the right cells.
 
 Neither of the two is installed here. Their classes are stand-ins without a method, so what these do
-is not imitated: `docs/trainers` says what was run with them.
+is not imitated: `docs/guides/trainers` says what was run with them.
 """
 
 from __future__ import annotations

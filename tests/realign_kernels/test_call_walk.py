@@ -14,7 +14,7 @@ import realign_kernels
 from realign_kernels import rdpo_loss
 
 PACKAGE = Path(realign_kernels.__file__).parent
-PAGE = PACKAGE.parent / "docs" / "head.md"
+PAGE = PACKAGE.parent / "docs" / "guides" / "head.md"
 
 
 @pytest.fixture(params=[False, True], ids=["frozen", "trainable"])

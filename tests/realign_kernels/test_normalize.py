@@ -92,7 +92,7 @@ def test_lengths_are_needed():
 
 
 def orpo_loss(hidden_states, lm_head_weight, labels, weight=0.1):
-    """ORPO as docs/head.md has it."""
+    """ORPO as docs/guides/head.md has it."""
     token_logps = linear_logprob(hidden_states, lm_head_weight, labels)
     num_tokens = (labels != -100).sum(dim=-1)
     chosen, rejected = (token_logps.sum(dim=-1) / num_tokens).chunk(2)
@@ -101,7 +101,7 @@ def orpo_loss(hidden_states, lm_head_weight, labels, weight=0.1):
 
 
 def kto_loss(hidden_states, lm_head_weight, labels, ref_logps, is_desirable, kl, beta=0.1):
-    """KTO as docs/head.md has it; ``kl`` is the estimate of the batch, without a gradient."""
+    """KTO as docs/guides/head.md has it; ``kl`` is the batch's estimate, without a gradient."""
     logps = linear_logprob(hidden_states, lm_head_weight, labels).sum(dim=-1)
     rewards = beta * (logps - ref_logps)
     baseline = beta * kl.clamp(min=0)

@@ -18,7 +18,7 @@ FILE = "data.json"
 WHOLE_PAIRS = "rdpo.jsonl"
 NOTE = (
     "answer pairs alone: LLaMA-Factory has no image pair; train with dataset_dir: this folder and "
-    "dataset: realign; for rDPO see docs/trainers/llama-factory.md"
+    "dataset: realign; for rDPO see docs/guides/trainers/llama-factory.md"
 )
 FROM = {"user": "human", "assistant": "gpt", "system": "system"}
 _ANSWER_PAIRS = {

@@ -19,7 +19,8 @@ FILE = "data.jsonl"
 WHOLE_PAIRS = "rdpo.jsonl"
 NOTE = (
     "image paths are relative to this folder: run `swift rlhf --rlhf_type dpo --dataset "
-    "data.jsonl` in it, where both pairs weigh the same; for rDPO see docs/trainers/ms-swift.md"
+    "data.jsonl` in it, where both pairs weigh the same; for rDPO see "
+    "docs/guides/trainers/ms-swift.md"
 )
 
 

@@ -1,6 +1,6 @@
 """The parts of an adapter that vLLM serves, by its configuration and the names of its weights.
 
-The rules are those of vLLM's sources (docs/serving.md says where): a name is
+The rules are those of vLLM's sources (docs/guides/serving.md says where): a name is
 ``base_model.model.``, a module, and ``lora_A.weight`` or ``lora_B.weight``; modules that trained in
 full (peft's ``modules_to_save``), DoRA and biases are refused; adapters outside the language model
 are left out unless the server is told otherwise and the model's class supports them.

@@ -204,7 +204,7 @@ def test_scores_of_another_schema_are_refused(config, tmp_path) -> None:
 
 def test_registered_benchmarks_are_whole_and_documented() -> None:
     help_text = CliRunner().invoke(app, ["eval", "--help"]).output
-    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "guides" / "evaluation.md").read_text(encoding="utf-8")
     tasks = [task for benchmark in registry.BENCHMARKS for task in benchmark.layouts[0].files]
     assert len(tasks) == len({*tasks})
     for benchmark in registry.BENCHMARKS:

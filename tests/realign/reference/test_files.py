@@ -532,7 +532,7 @@ def test_order_filtering_and_repetition_do_not_matter(
 
 @pytest.mark.slow
 def test_a_million_rows(tmp_path: Path, synthetic, capsys) -> None:
-    """Prints what docs/cache.md says; the bounds are four times what one old core needs."""
+    """Prints what docs/guides/cache.md says; the bounds are four times what one old core needs."""
     from realign.reference.reference import CacheReference
     from realign.reference.shards import Rows
     from realign.reference.store import read_committed

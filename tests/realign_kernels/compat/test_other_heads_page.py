@@ -1,4 +1,4 @@
-"""The Python of docs/trainers/other-heads.md on verl and Liger runs, and gives numbers."""
+"""The Python of docs/guides/trainers/other-heads.md on verl and Liger runs, and gives numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-PAGE = Path(__file__).parents[3] / "docs" / "trainers" / "other-heads.md"
+PAGE = Path(__file__).parents[3] / "docs" / "guides" / "trainers" / "other-heads.md"
 SECTIONS = dict(
     re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.DOTALL | re.MULTILINE)
 )

@@ -1,4 +1,4 @@
-"""The Python of docs/trainers/other-heads.md on torch and Cut Cross-Entropy runs, and is right."""
+"""The Python of docs/guides/trainers/other-heads.md on torch and Cut Cross-Entropy is right."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-PAGE = Path(__file__).parents[3] / "docs" / "trainers" / "other-heads.md"
+PAGE = Path(__file__).parents[3] / "docs" / "guides" / "trainers" / "other-heads.md"
 SECTIONS = dict(
     re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.DOTALL | re.MULTILINE)
 )

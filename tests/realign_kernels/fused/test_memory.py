@@ -1,4 +1,4 @@
-"""K34: what the CPU backend holds at its peak is what docs/head.md says, within 5 %."""
+"""K34: what the CPU backend holds at its peak is what docs/guides/head.md says, within 5 %."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What docs/trainers/trl.md says is so: its commands and its Python run as they stand."""
+"""What docs/guides/trainers/trl.md says is so: its commands and its Python run as they stand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from realign.integrations.trl import patch as patching
 from tests.realign.integrations.trl.head_calls import files_of_trl
 from tests.realign.integrations.trl.stock import ours, pairs
 
-PAGE = (Path(__file__).parents[4] / "docs" / "trainers" / "trl.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[4] / "docs/guides/trainers/trl.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
