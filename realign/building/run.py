@@ -40,7 +40,7 @@ from realign.data.decisions import RowKey, decisions_path, read_decisions
 from realign.data.formats.parquet import write_parquet
 from realign.data.formats.source_row import SourceRow
 from realign.data.image_names import check_image_root
-from realign.data.records import Record
+from realign.data.records import Problem, Record
 from realign.data.unrelated_answers import keeps_words, unrelated_answers
 from realign.errors import RefusedError
 from realign.modeling.chat_template import Renderer
@@ -57,11 +57,11 @@ REFUSALS = Path(__file__).with_name("refusals.yaml")
 # where the run is, and what changes how fast a result is made but not what it is
 NOT_IDENTITY = {
     *("out", "source", "images", "image_name", "model", "lexicon"),
-    *("engine", "workers", "max_reject", "max_pixels"),
+    *("engine", "workers", "max_reject"),
     *("annotator", "masker", "inducer", "encoder", "similarity"),  # said by their identities
 }
 # options that change nothing where they are not given
-IF_GIVEN = ("max_length", "sample")
+IF_GIVEN = ("max_length", "max_pixels", "sample")
 
 
 def build(config: BuildConfig, *, dry_run: bool = False) -> Path:
@@ -102,11 +102,11 @@ def build(config: BuildConfig, *, dry_run: bool = False) -> Path:
         if dry_run:
             return dataset
         rows, corpus, problems = inspect_rows(config, source, readers)
+        unused = {name for name in IF_GIVEN if getattr(config, name) is None}
+        if not _has_large_images(rows, problems):
+            unused.add("max_pixels")
         facts = {
-            "config": config.model_dump(
-                mode="json",
-                exclude=NOT_IDENTITY | {name for name in IF_GIVEN if getattr(config, name) is None},
-            ),
+            "config": config.model_dump(mode="json", exclude=NOT_IDENTITY | unused),
             "source": _content(config.source),
             "images": corpus.digests,
             "rows": [content_sha256(row.id, corpus.digest_of(row.path)) for row in rows],
@@ -130,6 +130,13 @@ def build(config: BuildConfig, *, dry_run: bool = False) -> Path:
             bad = Counter(problem.code for problem in problems)
             _run(config, staging, rules, rows, corpus, dropped, bad, source.num_unsampled)
     return dataset
+
+
+def _has_large_images(rows: Sequence[SourceRow], problems: Sequence[Problem]) -> bool:
+    """Return whether there are images that ``max_pixels`` decides about."""
+    return any(row.source.get("is_shrunk") for row in rows) or any(
+        problem.code == "too-many-pixels" for problem in problems
+    )
 
 
 def _show_plan(

@@ -20,6 +20,7 @@ from PIL import Image
 from realign.data.image_pool import ImagePool, inspect_images
 from realign.data.images import MAX_PIXELS, ImageFacts, RefusedImage, decode_image
 from realign.data.perceptual_hash import perceptual_hash
+from realign.errors import RefusedError
 from tests.conftest import running
 
 
@@ -123,6 +124,19 @@ def test_memory_is_bounded(tmp_path: Path, paths: list[Path]) -> None:
     assert isinstance(large, RefusedImage)
     assert large.code == "memory"
     assert small == facts(paths[0])
+
+
+def test_a_copy_that_cannot_be_written_is_no_fault_of_the_image(
+    paths: list[Path], tmp_path: Path
+) -> None:
+    with ImagePool(1) as pool:
+        gone = pool.shrink(paths[0], "a", tmp_path / "gone" / "a.jpg", MAX_PIXELS)
+        with pytest.raises(RefusedError, match=r"gone/a\.jpg could not be written \(ENOENT: "):
+            gone.result()
+        process = pool._crew[0]._process
+        copy = pool.shrink(paths[0], "a", tmp_path / "a.jpg", MAX_PIXELS).result()
+        assert pool._crew[0]._process is process is not None
+    assert copy == facts(tmp_path / "a.jpg")
 
 
 @pytest.mark.slow
