@@ -117,8 +117,10 @@ def claims_table(results: Results) -> str:
 def views_table(results: Results) -> str:
     """Return mean and spread over seeds of every view."""
     rows = [
-        [_name(view), str(view.get("learning_rate", "")), _beta(view["condition"], view)]
-        + [str(view.get("steps", "")), *(_over_seeds(view, measure) for measure in MEASURES)]
+        [
+            *(_name(view), str(view.get("learning_rate", "")), _beta(view["condition"], view)),
+            *(str(view.get("steps", "")), *(_over_seeds(view, measure) for measure in MEASURES)),
+        ]
         for view in results["views"]
     ]
     return _table(["condition", "rate", "beta", "steps", *MEASURES.values()], rows)
