@@ -41,7 +41,11 @@ from realign.data.formats.parquet import write_parquet
 from realign.data.formats.source_row import SourceRow
 from realign.data.image_names import check_image_root
 from realign.data.records import Problem, Record
-from realign.data.unrelated_answers import keeps_words, unrelated_answers
+from realign.data.unrelated_answers import (
+    InducedAnswer,
+    induced_similarities,
+    unrelated_answers,
+)
 from realign.errors import RefusedError
 from realign.modeling.chat_template import Renderer
 from realign.modeling.folder import resolve_model
@@ -213,12 +217,12 @@ def _run(
         records = assemble(rows, outcomes, corpus, staging.provenance())
         write_parquet(_undropped(records, dropped, by_hand), config.out / "dataset.parquet")
     write_json(config.out / "funnel.json", counts)
-    induced = [
-        one["similarity"]
-        for one in outcomes
-        if keeps_words(one["masked"] or "") and not one["reason"]
-    ]
-    if warning := unrelated_answers([value for value in induced if value is not None]):
+    induced = (
+        InducedAnswer(row.answer, one["masked"], one["completion"])
+        for row, one in zip(rows, outcomes, strict=True)
+        if not one["reason"] and not row.rejected
+    )
+    if warning := unrelated_answers(induced_similarities(induced)):
         announce(f"warning: {warning}")
     if not counts["accepted"]:
         raise RefusedError(
