@@ -146,8 +146,9 @@ def test_the_largest_image_fits_into_the_default_memory(tmp_path: Path, mode: st
     options = {"transparency": 0} if mode == "P" else {}
     side = math.isqrt(MAX_PIXELS)
     Image.new(mode, (side, side)).save(path, compress_level=1, **options)
-    (found,) = inspect_images([path], workers=1, timeout_s=60)
-    assert isinstance(found, ImageFacts)
+    # the time is none of the claim: a busy machine takes many times as long
+    (found,) = inspect_images([path], workers=1, timeout_s=600)
+    assert isinstance(found, ImageFacts), found
 
 
 def test_bytes_are_inspected_as_files_are(paths: list[Path]) -> None:
