@@ -33,7 +33,7 @@ test-browser: $(VENV)/.browser
 
 # tests of another library, from a folder of it: docs/guides/trainers/other-heads.md
 test-peers: $(VENV)/.test
-	$(BIN)/python -m tests.peers $(PEER) $(SOURCE)
+	$(BIN)/python -m tests.peers $(PEER) $(if $(SOURCE),"$(SOURCE)")
 
 # the site, in build/site
 docs: $(VENV)/.test
