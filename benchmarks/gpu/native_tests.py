@@ -31,9 +31,11 @@ def command(selected: str = "triton") -> list[str]:
     folder = "tests/realign_kernels"
     shared = importlib.util.find_spec("xdist") is not None
     return [
-        sys.executable, "-m", "pytest", folder, "-k", selected, "-v", "--tb=line",
+        # those of the kernels first, then those of every backend with this one
+        sys.executable, "-m", "pytest", f"{folder}/backends/triton", folder,
+        "-k", selected, "-v", "--tb=line",
         # a warning of another version of a library is no failure of a kernel
-        "-W", "default", "-p", "no:cacheprovider", "-m", "not slow and not browser",
+        "-W", "default", "-p", "no:cacheprovider", "-m", "not full and not slow and not browser",
         *(f"--ignore={folder}/{name}" for name in LEFT_OUT),
         *(["-n", str(min(_PROCESSES, os.cpu_count() or 1))] if shared else []),
     ]  # fmt: skip
@@ -55,14 +57,16 @@ class NativeTests:
         if importlib.util.find_spec("pytest") is None:
             return
         # without it they run in Triton's interpreter, as on any machine
-        device = {} if session.device.type == "cpu" else {"REALIGN_TEST_DEVICE": "cuda"}
+        settings = {"REALIGN_EXAMPLES": "50"}  # as `make test` has it
+        if session.device.type == "cuda":
+            settings["REALIGN_TEST_DEVICE"] = "cuda"
         self._process = subprocess.Popen(
             command(selected),
             cwd=ROOT,
             stdout=self._output,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, **device},
+            env={**os.environ, **settings},
         )
 
     def finish(self) -> None:

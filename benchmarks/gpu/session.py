@@ -42,6 +42,7 @@ class Session:
         self.device, self.path, self.run = device, path, run
         self.deadline = time.monotonic() + 60 * minutes
         self.cells: dict[str, Cell] = {}
+        self._broken_by: str | None = None  # the cell that ended this process's use of its GPU
 
     @property
     def seconds_left(self) -> float:
@@ -61,17 +62,34 @@ class Session:
         """Measure a cell, if there is time, and write it down at once."""
         if self.is_done(key):
             return
+        if self._broken_by is not None:
+            reason = f"{self._broken_by} has ended this process's use of its GPU"
+            self.record(key, {"status": "not measured", "reason": reason})
+            return
         if self.is_over:
-            cell: Cell = {"status": "not measured", "reason": "out of time"}
-        else:
-            try:
-                cell = measure()
-            except Exception as error:  # one provider's failure at one shape is a cell's content
-                cell = {"status": "failed", "reason": first_line(error)}
-                traceback.print_exc(limit=-3)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-        self.record(key, cell)
+            self.record(key, {"status": "not measured", "reason": "out of time"})
+            return
+        try:
+            cell = measure()
+        except Exception as error:  # one provider's failure at one shape is a cell's content
+            cell = {"status": "failed", "reason": first_line(error)}
+            traceback.print_exc(limit=-3)
+        self.record(key, self._released(key, cell))
+
+    def _released(self, key: str, cell: Cell) -> Cell:
+        """Give memory back; where that fails, so has the cell, and all after it would."""
+        if self.device.type != "cuda":
+            return cell
+        try:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            # an access out of bounds stays an error of every later call
+            self._broken_by = key
+            traceback.print_exc(limit=-1)
+            if cell["status"] != "failed":
+                return cell | {"status": "failed", "reason": first_line(error)}
+        return cell
 
     def record(self, key: str, cell: Cell) -> None:
         """Write down a cell that is known already."""

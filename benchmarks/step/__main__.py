@@ -191,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if cell["status"] not in ("ok", "unavailable") or is_wrong:
                 is_good = False
         for contender, cell in cells.items():
-            if "prediction_reached" in cell:
+            if contender != "ours" and "prediction_reached" in cell:
                 print(aims_line(contender, cell))
         settings = f"{options.dtype}/{options.pairs}/{options.checkpointing}"
         keyed = {f"step/{shape}/{mode}/{settings}/{name}": c for name, c in cells.items()}

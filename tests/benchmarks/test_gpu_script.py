@@ -136,6 +136,28 @@ def test_a_check_that_fails_is_a_cell_and_the_others_go_on(tmp_path, capsys):
     assert "FAILED wrong" in capsys.readouterr().out
 
 
+def test_a_gpu_that_has_become_unusable_is_said_and_ends_nothing(tmp_path, monkeypatch, capsys):
+    """As after an access out of bounds: every later call of CUDA fails."""
+    works = iter([None])
+    lost = RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    def synchronize(device):
+        if next(works, lost) is lost:
+            raise lost
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    session = Session(torch.device("cuda"), tmp_path / "x.json", {"commit": "abc"}, minutes=1)
+    for name in ("first", "second", "third"):
+        session.add(f"question/{name}", lambda: {"status": "ok", "ms": 1.0})
+    found = load(tmp_path / "x.json")["cells"]
+    assert [found[f"question/{name}"]["status"] for name in ("first", "second", "third")] == [
+        "ok", "failed", "not measured"
+    ]  # fmt: skip
+    assert "illegal memory access" in found["question/second"]["reason"]
+    assert "question/second has ended" in found["question/third"]["reason"]
+
+
 def test_what_there_is_no_time_for_is_not_measured(tmp_path, call):
     for part in ("bias", "questions", "checks", "hardware", "layers", "ranks"):
         assert gpu.main([*call, "--only", part, "--minutes", "0"]) == 0, part
@@ -235,15 +257,16 @@ def test_without_the_sanitizer_a_cell_says_so(tmp_path, call, monkeypatch):
 
 
 @pytest.mark.full
-def test_both_tools_run_over_small_checks(tmp_path, call, monkeypatch):
+@pytest.mark.parametrize("tool", sanitizer.TOOLS[1:])
+def test_a_tool_runs_over_small_checks(tool, tmp_path, call, monkeypatch):
     fake_sanitizer(tmp_path, monkeypatch, planted=3, found=0)
+    monkeypatch.setattr(sanitizer, "TOOLS", (tool,))
     assert gpu.main([*call, "--only", "sanitizer", "--minutes", "20"]) == 0
     found = cells(tmp_path)
     assert found["sanitizer/planted"]["errors"] == 3
-    for tool in sanitizer.TOOLS:
-        cell = found[f"sanitizer/{tool}"]
-        assert (cell["status"], cell["errors"]) == ("ok", 0)
-        assert cell["checks"] == cell["passed"] == 96
+    cell = found[f"sanitizer/{tool}"]
+    assert (cell["status"], cell["errors"]) == ("ok", 0)
+    assert cell["checks"] == cell["passed"] == 96
 
 
 def test_a_sanitizer_that_sees_no_kernel_is_no_proof(tmp_path, call, monkeypatch):
