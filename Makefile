@@ -1,11 +1,13 @@
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
+EXTRAS := pipeline,report,browse,endpoint,retrieval,docs,test
 BIN := $(VENV)/bin
 
 # idle processes take tests from the end of the longer queue
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
-.PHONY: demo docs test test-full test-slow test-browser test-peers lint clean
+.PHONY: demo docs test test-full test-slow test-oldest test-browser test-peers lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/realign demo --out runs/demo
@@ -20,12 +22,18 @@ test-full: $(VENV)/.test
 test-slow: $(VENV)/.test
 	REALIGN_EXAMPLES=5000 $(PYTEST) -m "not browser"
 
+# with the oldest versions that the metadata allows; Triton 3.6's interpreter converts arrays as NumPy 2.4 does not
+test-oldest:
+	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt .venv-oldest/.test
+	REALIGN_EXAMPLES=50 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not browser" \
+		-W "ignore:Conversion of an array with ndim:DeprecationWarning"
+
 test-browser: $(VENV)/.browser
 	$(BIN)/python -m pytest -m browser
 
 # tests of another library, from a folder of it: docs/guides/trainers/other-heads.md
 test-peers: $(VENV)/.test
-	$(BIN)/python -m tests.peers $(PEER) $(SOURCE)
+	$(BIN)/python -m tests.peers $(PEER) $(if $(SOURCE),"$(SOURCE)")
 
 # the site, in build/site
 docs: $(VENV)/.test
@@ -41,17 +49,17 @@ $(BIN)/python:
 
 NATIVE := CMakeLists.txt $(wildcard csrc/*)
 
-$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt $(NATIVE)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[pipeline,report]"
+$(VENV)/.demo: $(BIN)/python pyproject.toml $(CONSTRAINTS) $(NATIVE)
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[pipeline,report]"
 	touch $@
 
-$(VENV)/.test: $(BIN)/python pyproject.toml constraints.txt $(NATIVE)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[pipeline,report,browse,endpoint,retrieval,docs,test]"
+$(VENV)/.test: $(BIN)/python pyproject.toml $(CONSTRAINTS) $(NATIVE)
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[$(EXTRAS)]"
 	touch $@
 
 $(VENV)/.browser: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[pipeline,report,browse,endpoint,retrieval,docs,test,browser]"
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[$(EXTRAS),browser]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) .venv-oldest runs build dist

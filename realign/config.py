@@ -146,7 +146,7 @@ class BuildConfig(Section):
     """Layout of the source, see docs/guides/formats.md; detected if not given."""
     max_pixels: PositiveInt | None = None
     """Largest number of pixels of an image; by default 89,478,485, the most that training opens.
-    Larger images up to this number are halved, and their copies used.
+    Of larger images up to this number, copies are used, halved until training opens them.
     """
     sample: PositiveInt | None = None
     """Number of rows to build from, drawn at random by ``seed``; by default all. Images of other

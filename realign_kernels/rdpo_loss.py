@@ -287,7 +287,7 @@ def _checked_weights(
 
 def _takes_tiles(head: HeadArguments, batch: PairArguments, memory: str) -> bool:
     """Return whether gradients are taken pair by pair: on request, or where E is too large."""
-    is_trained = any(part is not None and part.requires_grad for part in head.tensors[1:])
+    is_trained = any(part is not None and part.requires_grad for part in head.tensors()[1:])
     if not (is_trained and torch.is_grad_enabled()):
         return False
     if memory != "auto":
@@ -296,7 +296,7 @@ def _takes_tiles(head: HeadArguments, batch: PairArguments, memory: str) -> bool
     num_rows = batch.labels.numel()
     if batch.sequence_lengths is not None and not torch.compiler.is_compiling():
         num_rows = int(batch.sequence_lengths.sum())
-    return num_rows * head.stash_row_bytes > head.budget[1]
+    return num_rows * head.stash_row_bytes() > head.budget[1]
 
 
 def _reduce_in_tiles(
@@ -315,9 +315,9 @@ def _reduce_in_tiles(
         sequence_ids = sequence_ids[:, None].expand(labels.shape)
     arguments = TileArguments(
         top_rows=None if top_rows is None else top_rows.reshape(-1),
-        needed=[part is not None and part.requires_grad for part in head.tensors],
+        needed=[part is not None and part.requires_grad for part in head.tensors()],
         label_shape=list(labels.shape),
-        witness=second_order_witness(*head.tensors),
+        witness=second_order_witness(*head.tensors()),
         token_weights=None if token_weights is None else token_weights.reshape(-1),
         with_statistics=with_statistics,
     )

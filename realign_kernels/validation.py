@@ -92,9 +92,12 @@ def check_choice(name: str, value: Any, choices: Sequence[str] | None) -> None:
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}. {_DEFAULT}")
 
 
-def is_number(value: Any, builtin: Any = float | int, general: type = numbers.Real) -> bool:
+def is_number(
+    value: Any, builtin: type | tuple[type, ...] = (float, int), general: type = numbers.Real
+) -> bool:
     """Return whether a value is a number of Python or NumPy, and not a bool."""
     # The general kind last: torch.compile does not know it, and NumPy's numbers alone need it.
+    # The builtin ones as a tuple: torch.compile of PyTorch 2.10 knows no union in a variable.
     return not isinstance(value, bool) and (
         isinstance(value, builtin) or (not isinstance(value, Tensor) and isinstance(value, general))
     )

@@ -7,6 +7,8 @@ import tomllib
 from pathlib import Path
 
 import pathspec
+import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 BUILT = ("realign/", "realign_kernels/", "csrc/")
@@ -30,3 +32,26 @@ def test_no_file_of_a_package_is_left_out_of_what_is_built() -> None:
     ).stdout.split("\n")
     assert len(files) > 200
     assert not [name for name in files if name and excluded.match_file(name)]
+
+
+def pins(name: str) -> dict[str, str]:
+    """Return the versions that a file of constraints names."""
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    stated = [Requirement(line.partition("#")[0]) for line in lines if not line.startswith("#")]
+    return {found.name.lower(): next(iter(found.specifier)).version for found in stated}
+
+
+def requirements_of_users() -> list[Requirement]:
+    """Return what the two packages need, with every extra that has been run."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = ("pipeline", "similarity", "endpoint", "retrieval", "ray", "report", "browse")
+    chosen = [line for extra in extras for line in project["optional-dependencies"][extra]]
+    return [Requirement(line) for line in [*project["dependencies"], *chosen]]
+
+
+@pytest.mark.parametrize("requirement", requirements_of_users(), ids=lambda item: item.name)
+def test_the_bounds_of_the_metadata_are_those_that_were_tested(requirement: Requirement) -> None:
+    """`make test-oldest` installs the lower bounds, `make test` a set that they allow."""
+    (bound,) = [item.version for item in requirement.specifier if item.operator == ">="]
+    assert pins("constraints-oldest.txt")[requirement.name.lower()] == bound
+    assert requirement.specifier.contains(pins("constraints.txt")[requirement.name.lower()])

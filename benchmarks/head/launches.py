@@ -157,7 +157,7 @@ def count(call: Callable[[], object], *, repeats: int = 0) -> Launches:
     with _counting() as counted:
         call()  # fills what is kept between calls
         counted.clear()
-        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
             call()
         result = Launches(
             kernels=counted.kernels.copy(),

@@ -23,7 +23,7 @@ class StepProfile:
     def __init__(self, path: Path, device: str) -> None:
         self.path, self.is_gpu = path, device == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.is_gpu else [])]
-        self._profile = profile(activities=activities)
+        self._profile = profile(activities=activities, acc_events=True)
 
     def start(self) -> None:
         """Begin, right before a step."""

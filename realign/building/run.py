@@ -40,8 +40,12 @@ from realign.data.decisions import RowKey, decisions_path, read_decisions
 from realign.data.formats.parquet import write_parquet
 from realign.data.formats.source_row import SourceRow
 from realign.data.image_names import check_image_root
-from realign.data.records import Record
-from realign.data.unrelated_answers import keeps_words, unrelated_answers
+from realign.data.records import Problem, Record
+from realign.data.unrelated_answers import (
+    InducedAnswer,
+    induced_similarities,
+    unrelated_answers,
+)
 from realign.errors import RefusedError
 from realign.modeling.chat_template import Renderer
 from realign.modeling.folder import resolve_model
@@ -57,11 +61,11 @@ REFUSALS = Path(__file__).with_name("refusals.yaml")
 # where the run is, and what changes how fast a result is made but not what it is
 NOT_IDENTITY = {
     *("out", "source", "images", "image_name", "model", "lexicon"),
-    *("engine", "workers", "max_reject", "max_pixels"),
+    *("engine", "workers", "max_reject"),
     *("annotator", "masker", "inducer", "encoder", "similarity"),  # said by their identities
 }
 # options that change nothing where they are not given
-IF_GIVEN = ("max_length", "sample")
+IF_GIVEN = ("max_length", "max_pixels", "sample")
 
 
 def build(config: BuildConfig, *, dry_run: bool = False) -> Path:
@@ -102,11 +106,11 @@ def build(config: BuildConfig, *, dry_run: bool = False) -> Path:
         if dry_run:
             return dataset
         rows, corpus, problems = inspect_rows(config, source, readers)
+        unused = {name for name in IF_GIVEN if getattr(config, name) is None}
+        if not _has_large_images(rows, problems):
+            unused.add("max_pixels")
         facts = {
-            "config": config.model_dump(
-                mode="json",
-                exclude=NOT_IDENTITY | {name for name in IF_GIVEN if getattr(config, name) is None},
-            ),
+            "config": config.model_dump(mode="json", exclude=NOT_IDENTITY | unused),
             "source": _content(config.source),
             "images": corpus.digests,
             "rows": [content_sha256(row.id, corpus.digest_of(row.path)) for row in rows],
@@ -130,6 +134,13 @@ def build(config: BuildConfig, *, dry_run: bool = False) -> Path:
             bad = Counter(problem.code for problem in problems)
             _run(config, staging, rules, rows, corpus, dropped, bad, source.num_unsampled)
     return dataset
+
+
+def _has_large_images(rows: Sequence[SourceRow], problems: Sequence[Problem]) -> bool:
+    """Return whether there are images that ``max_pixels`` decides about."""
+    return any(row.source.get("is_shrunk") for row in rows) or any(
+        problem.code == "too-many-pixels" for problem in problems
+    )
 
 
 def _show_plan(
@@ -206,12 +217,12 @@ def _run(
         records = assemble(rows, outcomes, corpus, staging.provenance())
         write_parquet(_undropped(records, dropped, by_hand), config.out / "dataset.parquet")
     write_json(config.out / "funnel.json", counts)
-    induced = [
-        one["similarity"]
-        for one in outcomes
-        if keeps_words(one["masked"] or "") and not one["reason"]
-    ]
-    if warning := unrelated_answers([value for value in induced if value is not None]):
+    induced = (
+        InducedAnswer(row.answer, one["masked"], one["completion"])
+        for row, one in zip(rows, outcomes, strict=True)
+        if not one["reason"] and not row.rejected
+    )
+    if warning := unrelated_answers(induced_similarities(induced)):
         announce(f"warning: {warning}")
     if not counts["accepted"]:
         raise RefusedError(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from realign.data.lexical import lexical
 from realign.errors import RefusedError
 from realign.modeling.folder import download
 from realign.runtime.files import file_sha256
@@ -19,30 +17,6 @@ Similarity = Callable[[Sequence[str], Sequence[str]], list[float]]
 
 LEXICAL = "lexical"
 ENCODER_FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
-
-# Words that carry no visual content: articles, auxiliaries, connectives.
-FUNCTION_WORDS = frozenset(
-    [
-        *("a", "an", "the", "is", "are", "was", "were", "be", "been", "being", "there", "and"),
-        *("or", "of", "to", "in", "on", "at", "by", "with", "it", "its", "this"),
-    ]
-)
-
-
-def lexical(first: str, second: str) -> float:
-    """Return the Dice coefficient of the content words and of the pairs of neighbouring ones.
-
-    Equal texts give 1. Pairs make the order count: "red house, blue tree" and "blue house, red
-    tree" differ.
-    """
-    a, b = _features(first), _features(second)
-    total = a.total() + b.total()
-    return 2 * (a & b).total() / total if total else float(first.strip() == second.strip())
-
-
-def _features(text: str) -> Counter[tuple[str, ...]]:
-    words = [word for word in re.findall(r"\w+", text.lower()) if word not in FUNCTION_WORDS]
-    return Counter([(word,) for word in words] + list(pairwise(words)))
 
 
 def load_similarity(name: str, device: str | None = None, batch_size: int = 32) -> Similarity:

@@ -171,16 +171,11 @@ def _append(path: Path, raw: bytes) -> None:
         sync(path.parent)
 
 
-def kept(records: Sequence[Record], decisions: Decisions) -> Sequence[Record]:
-    """Return the records that are not dropped, in order, which are read on access."""
-    return apply_decisions(records, decisions).kept
-
-
 class Applied(NamedTuple):
     """A dataset after its decisions were applied.
 
     Attributes:
-        kept: The rows that are not dropped.
+        kept: The rows that are not dropped, in order, which are read on access.
         stale: Decisions about rows whose content has changed since and has no decision.
     """
 

@@ -16,6 +16,8 @@ _URL = re.compile(
     r"\s*([a-z][a-z0-9+.-]*:[/\\]|(data|file|https?|ftp|blob|javascript|urn):|[/\\]{2})", re.I
 )
 
+_DRIVE = re.compile(r"[a-z]:[/\\]", re.I)  # no scheme has one letter
+
 
 def check_image_root(root: Path) -> None:
     """Refuse an image folder that does not exist, in which every image would be missing.
@@ -41,6 +43,10 @@ def resolve_image(root: Path, name: str, where: str) -> Path:
     if not isinstance(name, str) or not name or "\0" in name:
         reason = f"image must be a file name, got {name!r:.80}. Name a file of the image folder."
         raise RefusedImage(where, reason, "image-name")
+    if _DRIVE.match(name):
+        rule = f"image must lie inside {root}, got the Windows path {name[:200]!r}"
+        reason = f"{rule}. Name it from that folder on, with / between its folders."
+        raise RefusedImage(where, reason, "outside-root")
     if is_url(name):
         reason = f"image must be a file name, got the URL {name[:80]!r}. Download it first."
         raise RefusedImage(where, reason, "url")
@@ -57,7 +63,10 @@ def resolve_image(root: Path, name: str, where: str) -> Path:
         reason = f"image must lie inside {root}, got {name[:200]!r}{by_link}. Copy it there."
         raise RefusedImage(where, reason, "outside-root")
     if not is_file:
-        reason = f"image {name!r} does not exist in {root}. Check --images or remove the row."
+        remedy = "Check --images or remove the row"
+        if "\\" in name:
+            remedy = "Write / between folders instead of \\, check --images, or remove the row"
+        reason = f"image {name!r} does not exist in {root}. {remedy}."
         raise RefusedImage(where, reason, "missing", name)
     return path
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from realign.data.images import ImageFacts, RefusedImage, Size
 from realign.data.records import Problem, Record
+from realign.runtime.files import explain_write_errors
 from realign.runtime.memory import usable_cores
 
 # A worker ends by itself at its time limit; one that cannot (stuck in the kernel, stopped) is
@@ -128,6 +129,8 @@ class ImagePool:
             where: Its name in a refusal.
             target: The JPEG, in a folder that is there.
             max_pixels: Largest image that is decoded.
+        Raises:
+            RefusedError: The JPEG cannot be written. The future raises it.
         """
         more = {"shrink_to": str(target), "max_pixels": max_pixels}
         return self._threads.submit(self._inspect, image, where, more)
@@ -202,6 +205,9 @@ class _Worker:
             _end(process)
         if line:
             answer = json.loads(line)
+            if "errno" in answer:  # of the disk, not of the image
+                with explain_write_errors(Path(more["shrink_to"])):
+                    raise OSError(answer["errno"], os.strerror(answer["errno"]))
             if "code" in answer:
                 return RefusedImage(where, answer["reason"], answer["code"])
             return ImageFacts(**answer)

@@ -2,7 +2,8 @@
 
 It reads requests from its standard input, ``{"where", "path"}`` or ``{"where", "bytes": N}`` with N
 bytes after the line, and answers each with one line. With ``shrink_to`` and ``max_pixels`` it
-writes a smaller copy of the image there and answers for that. It must not import torch or
+writes a smaller copy of the image there and answers for that, or with the error number of the
+system where it cannot be written. It must not import torch or
 anything else whose import takes longer than decoding. It ends when its input does, with its parent.
 """
 
@@ -53,7 +54,11 @@ def _inspect(request: dict[str, Any], requests: BinaryIO) -> dict[str, Any]:
             raw = requests.read(request["bytes"])
         if "shrink_to" in request:
             image = decode_image(raw, where, request["max_pixels"])
-            raw = _write_jpeg(image, Path(request["shrink_to"]))
+            raw = _jpeg(image)
+            try:
+                _write(raw, Path(request["shrink_to"]))
+            except OSError as error:
+                return {"errno": error.errno}
         image = decode_image(raw, where)
         return {
             "sha256": hashlib.sha256(raw).hexdigest(),
@@ -68,17 +73,20 @@ def _inspect(request: dict[str, Any], requests: BinaryIO) -> dict[str, Any]:
         return {"reason": reason, "code": "memory"}
 
 
-def _write_jpeg(image: Image.Image, path: Path) -> bytes:
-    """Write an image whole or not at all; return its bytes."""
+def _jpeg(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
+def _write(raw: bytes, path: Path) -> None:
+    """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(buffer.getvalue())
+        temporary.write_bytes(raw)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    return buffer.getvalue()
 
 
 def _limit_memory(memory_bytes: int) -> None:

@@ -21,6 +21,7 @@ Size = tuple[int, int]  # width and height
 MAX_BYTES = 50_000_000
 MAX_PIXELS = 89_478_485  # Pillow's own limit; phones write 48 million and more
 MIN_SIDE, MAX_SIDE = 2, 20_000
+STRIP = 64  # lines that are scaled at a time
 # first bytes of other formats that cameras and programs write
 _OTHERS = {
     "HEIC": rb"....ftyp(he|m[is]f1)",
@@ -120,7 +121,7 @@ def decode_image(raw: bytes, where: str, max_pixels: int | None = None) -> Image
         raw: The file's bytes.
         where: What names the image, in front of a refusal.
         max_pixels: Largest image that is decoded, by default ``MAX_PIXELS``. One of more than that
-            is halved until it has at most as many; only a process that has lifted Pillow's own
+            is halved until it has at most so many; only a process that has lifted Pillow's own
             limit can do so.
     Raises:
         RefusedImage: Not a JPEG, PNG or WebP file, damaged, too small or large, or an animation.
@@ -155,10 +156,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_of_16_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.int32)
-    grey = ((values.clip(0, 65535) + 128) // 257).astype(np.uint8)  # to the nearest
-    if isinstance(transparent := image.info.get("transparency"), int):
-        grey[values == transparent] = 255
+    transparent = image.info.get("transparency")
+    grey = np.empty((image.height, image.width), np.uint8)
+    for top in range(0, image.height, STRIP):  # whole, the largest image would take a gigabyte
+        bottom = min(top + STRIP, image.height)
+        values = np.asarray(image.crop((0, top, image.width, bottom))).astype(np.int32)
+        scaled = (values.clip(0, 65535) + 128) // 257  # to the nearest
+        if isinstance(transparent, int):
+            scaled[values == transparent] = 255
+        grey[top:bottom] = scaled
     return Image.fromarray(grey).convert("RGB")
 
 

@@ -22,7 +22,7 @@ from realign.data.records import (
     image_problem,
     special_tokens,
 )
-from realign.data.unrelated_answers import induced_similarities, unrelated_answers
+from realign.data.unrelated_answers import induced_answers, induced_similarities, unrelated_answers
 from realign.errors import RefusedError
 from realign.modeling.folder import check_model
 from realign.review.findings import Findings
@@ -75,7 +75,7 @@ def check(config: CheckConfig) -> Findings:
                 continue
             record = row.record
             without += not record.rejected_images
-            similarities += induced_similarities([record.meta])
+            similarities += induced_similarities(induced_answers([record]))
             problems = [*content_problems(record, special), *_image_problems(row)]
             problems += repeats.problems(record)
             if config.max_hamming is not None:

@@ -25,7 +25,7 @@ from realign.data.build_folder import (
 from realign.data.dataset import dataset_title, read_records
 from realign.data.decisions import Decision, RowKey, decided_rows, decisions_path, read_decisions
 from realign.data.records import texts_of
-from realign.data.unrelated_answers import induced_similarities, unrelated_answers
+from realign.data.unrelated_answers import induced_answers, induced_similarities, unrelated_answers
 from realign.errors import RefusedError
 from realign.review.page import Tile, shown_pair, spread, tile, write_page
 from realign.review.pair_view import PairFacts
@@ -117,7 +117,7 @@ def dataset_page(data: Path, out: Path, images: Path | None = None) -> Path:
         "title": dataset_title(data),
         "is_induced": is_induced,
         "subtitle": _subtitle(folder, is_induced) if is_built else "",
-        "warning": unrelated_answers(induced_similarities(text.meta for text in texts_of(records))),
+        "warning": unrelated_answers(induced_similarities(induced_answers(texts_of(records)))),
         "tiles": [*_tiles(facts, counts), *_decision_tiles([*decided.values()])],
         "rows": row_lines(counts) if counts else [],
         "candidates": candidate_lines(counts) if counts else [],

@@ -87,7 +87,7 @@ def score_and_differentiate(
         Needed(*arguments.needed),
         arguments.with_statistics,
     )
-    stashed_rows = head.budget[1] // head.stash_row_bytes
+    stashed_rows = head.budget[1] // head.stash_row_bytes()
     largest = min(_ROWS_PER_TILE, max(1, stashed_rows))
     tracks_top = top_rows is not None or with_statistics
     wide = call.accumulation

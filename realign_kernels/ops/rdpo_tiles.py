@@ -132,14 +132,14 @@ def _tokens_per_sequence(batch: PairArguments, sequence_ids: Tensor) -> Tensor:
 @rdpo_tiles_op.register_fake
 def _rdpo_tiles_fake(*values: Any) -> TileOutputs:
     head, batch, arguments = _parts_of(values)
-    number = head.precision.accumulation
+    number = head.precision().accumulation
     num_scored: Any = torch.library.get_ctx().new_dynamic_size()
     new = head.hidden_states.new_empty
     grads = (
         new(0, dtype=number)
         if tensor is None
         else tensor.new_empty(tensor.shape if is_needed else (0,), dtype=number)
-        for tensor, is_needed in zip(head.tensors, arguments.needed, strict=True)
+        for tensor, is_needed in zip(head.tensors(), arguments.needed, strict=True)
     )
     losses = pair_loss_fake(new(0, dtype=number), head.backend, *batch)
     tracks_top = arguments.top_rows is not None or arguments.with_statistics
@@ -187,10 +187,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(
-        *head.tensors, outputs.coefficients, batch.labels, batch.sequence_ids, arguments.top_rows,
+        *head.tensors(), outputs.coefficients, batch.labels, batch.sequence_ids, arguments.top_rows,
         outputs.positions, outputs.numbers, outputs.top_ids,
         arguments.witness, arguments.token_weights,
-        *output[_NUM_LOSSES : _NUM_LOSSES + len(head.tensors)],
+        *output[_NUM_LOSSES : _NUM_LOSSES + len(head.tensors())],
     )  # fmt: skip
 
 

@@ -94,29 +94,26 @@ class HeadArguments(NamedTuple):
     rounds_factors: bool = True  # low-rank factors too, as autocast does
     accumulates_exactly: bool = False  # logits, where products cut sums off
 
-    @property
+    # Methods, not properties: torch.compile of PyTorch 2.10 knows none of a named tuple.
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The inputs that may need a gradient."""
+        """Return the inputs that may need a gradient."""
         return self[:5]
 
-    @property
     def precision(self) -> Precision:
-        """The dtypes that are computed in."""
+        """Return the dtypes that are computed in."""
         computed = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         rounded = self.autocast_dtype or self.weight.dtype
         is_given = self.hidden_states.dtype == self.weight.dtype == rounded
         operand, exponential = _product_dtypes(self.backend, computed, rounded, is_given)
         return Precision(self.autocast_dtype, computed, operand, exponential, self.rounds_factors)
 
-    @property
     def stash_width(self) -> int:
-        """Elements of a row of the stash."""
+        """Return the number of elements of a row of the stash."""
         return row_stride(self.weight.shape[0], _stride_multiple(self.backend))
 
-    @property
     def stash_row_bytes(self) -> int:
-        """Bytes of a row of the stash."""
-        return self.precision.exponential.itemsize * self.stash_width
+        """Return the number of bytes of a row of the stash."""
+        return self.precision().exponential.itemsize * self.stash_width()
 
     def vocabulary(self) -> VocabularyShard:
         """Find the part of the vocabulary that the weight is."""
@@ -208,10 +205,10 @@ def score_tokens(
         top_rows=None if top_rows is None else top_rows.reshape(-1),
         sequence_lengths=sequence_lengths,
         ignore_index=options.ignore_index,
-        keeps=_keeps(head.tensors, options.memory).value,
+        keeps=_keeps(head.tensors(), options.memory).value,
         with_statistics=with_statistics,
         label_shape=list(labels.shape),
-        witness=second_order_witness(*head.tensors),
+        witness=second_order_witness(*head.tensors()),
     )
     scores = FusedScores(*score_tokens_kept(*head, *arguments))
     shaped = scores[: _NUM_SCORES if with_statistics else 1]
@@ -262,7 +259,7 @@ def score_tokens_op(*values: Any) -> FusedScores:
                 head, vocabulary, num_rows, sums_head_gradient=True, differentiates_entropy=True
             )
         keeps = Keeps(arguments.keeps)
-        needed = len(positions) * head.stash_row_bytes
+        needed = len(positions) * head.stash_row_bytes()
         if keeps is Keeps.STASH_IF_IT_FITS:
             keeps = Keeps.STASH if needed <= head.budget[1] else Keeps.NUMBERS
         elif keeps is Keeps.STASH and needed > head.budget[1]:
@@ -289,7 +286,7 @@ def find_rows(
     is_whole = vocabulary.group is None
     if row_kernels is not None and is_whole and len(labels) <= row_kernels.MOST_POSITIONS:
         found = row_kernels.find_rows(
-            labels, ignore_index, len(head.weight), num_rows, head.precision.accumulation
+            labels, ignore_index, len(head.weight), num_rows, head.precision().accumulation
         )
         assert_rows_fit(found.labels_fit, found.number_fits, ignore_index, num_rows)
         return found.positions, found.scores
@@ -421,7 +418,7 @@ def _slopes(
 def _score_tokens_fake(*values: Any) -> FusedScores:
     head, arguments = HeadArguments(*values[:_NUM_HEAD]), ScoreArguments(*values[_NUM_HEAD:])
     with_statistics, kept = arguments.with_statistics, Keeps(arguments.keeps)
-    number, hidden_size = head.precision.accumulation, head.weight.shape[1]
+    number, hidden_size = head.precision().accumulation, head.weight.shape[1]
     tracks_top = with_statistics or arguments.top_rows is not None
 
     def empty(dtype: torch.dtype, is_there: bool, *shape: Any) -> Tensor:
@@ -454,7 +451,7 @@ def _score_tokens_fake(*values: Any) -> FusedScores:
         positions=empty(torch.int64, True, num_scored),
         numbers=empty(number, True, 4 if tracks_top else 3, num_saved),
         top_ids=empty(torch.int64, True, num_saved if tracks_top else 0),
-        stash=empty(head.precision.exponential, True, num_stashed, head.stash_width),
+        stash=empty(head.precision().exponential, True, num_stashed, head.stash_width()),
     )
 
 
@@ -555,7 +552,7 @@ def score_tokens_backward_op(*values: Any) -> HeadGradients:
             *(
                 head.hidden_states.new_empty(0) if grad is None or like is None
                 else grad.to(like.dtype)
-                for grad, like in zip(given, head.tensors, strict=True)
+                for grad, like in zip(given, head.tensors(), strict=True)
             )
         )  # fmt: skip
 
@@ -567,7 +564,7 @@ def _score_tokens_backward_fake(*values: Any) -> HeadGradients:
         *(
             head.hidden_states.new_empty(0) if like is None or not is_needed
             else torch.empty_like(like, memory_format=torch.contiguous_format)
-            for like, is_needed in zip(head.tensors, kept.needed, strict=True)
+            for like, is_needed in zip(head.tensors(), kept.needed, strict=True)
         )
     )  # fmt: skip
 
@@ -650,7 +647,7 @@ def fused_call(
     differentiates_entropy: bool = False,
 ) -> FusedCall:
     """Collect the settings that are fixed over a call; both flags take room from its tiles."""
-    kernels, precision = kernels_of(head.backend), head.precision
+    kernels, precision = kernels_of(head.backend), head.precision()
     weight, lora_a = head.weight, head.lora_a
     fits = getattr(kernels, "FITS_TILES", False)
     shape = tile_shape(
@@ -698,7 +695,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
             return
     entropy = scores.entropy if arguments.with_statistics else None
     ctx.save_for_backward(
-        *slopes, scores.positions, scores.numbers, scores.top_ids, scores.stash, *head.tensors,
+        *slopes, scores.positions, scores.numbers, scores.top_ids, scores.stash, *head.tensors(),
         arguments.labels, arguments.top_rows, entropy,
     )  # fmt: skip
 

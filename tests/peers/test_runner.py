@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -134,3 +137,12 @@ def test_every_exception_has_a_reason_and_a_peer():
         for entry in entries:
             assert len(entry.reason) > 10
             assert bool(entry.file) != bool(entry.cases)
+
+
+@pytest.mark.parametrize("source", ["its/folder", "a folder/of it", ""])
+def test_make_hands_on_a_folder_with_spaces(source: str) -> None:
+    command = ["make", "-n", "test-peers", "PEER=cce", f"SOURCE={source}"]
+    root = Path(__file__).parents[2]
+    shown = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    words = shlex.split(shown.splitlines()[-1])
+    assert words[1:] == ["-m", "tests.peers", "cce", *([source] if source else [])]

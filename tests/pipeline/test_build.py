@@ -561,6 +561,12 @@ def test_an_image_of_too_many_pixels_names_the_option_that_takes_it(
     assert shown
     assert {record.images[0] for record in shown} == {copy.read_bytes()}
     assert {record.source["image"] for record in shown} == {row["image"]}
+    # a lower limit refuses it again, copy or not
+    lower = config.model_copy(update={"max_pixels": 89_500_000})
+    with pytest.raises(RefusedError, match=r"at most 89500000 pixels, got \(10000, 9000\)"):
+        build(lower)
+    with pytest.raises(RefusedError, match=r"config\.max_pixels: 100000000 there, 89500000 asked"):
+        build(lower.model_copy(update={"max_reject": 1.0}))
 
 
 def read_lines(folder: Path) -> list[str]:

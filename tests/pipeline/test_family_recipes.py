@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,13 @@ def test_there_is_no_recipe_of_another_family() -> None:
     assert RECIPES.keys() == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *SEPARATE])
-def test_a_family_is_in_the_table(name: str) -> None:
-    assert f"| `{name}` |" in PAGE
+def test_the_table_has_every_family_and_no_other() -> None:
+    rows = re.findall(r"^\| `(.+?)` \| .+? \| (yes|no)\b", PAGE, re.MULTILINE)
+    assert dict(rows) == dict.fromkeys(FAMILIES, "yes") | dict.fromkeys(SEPARATE, "no")
+
+
+def test_the_page_counts_families_and_recipes() -> None:
+    text = " ".join(PAGE.split())
+    assert f"There are {len(FAMILIES) + len(SEPARATE)} families in the table." in text
+    assert f"{len(RECIPES)} of them share the prefix of a pair and have a recipe" in text
+    assert f"The {len(RECIPES)} recipes in" in text

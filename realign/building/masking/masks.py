@@ -67,13 +67,6 @@ def fits_mask(masked: str, completed: str) -> bool:
     return MASK_TOKEN not in completed and _fillings(masked.strip(), completed.strip()) is not None
 
 
-def masks_only(text: str, masked: str) -> bool:
-    """Return whether ``masked`` is ``text`` with at least one stretch replaced by ``[MASK]`` and
-    nothing else changed.
-    """
-    return MASK_TOKEN in masked and fits_mask(masked, text)
-
-
 def _fillings(masked: str, completed: str) -> list[Span] | None:
     """Return the stretches of ``completed`` in place of the masks; None if the rest differs.
 

@@ -24,7 +24,7 @@ from realign.data.image_names import image_suffix, is_url, resolve_image
 from realign.data.images import MAX_BYTES, RefusedImage, format_problem
 from realign.data.records import IMAGE_TOKEN, surroundings, token_remedy
 from realign.errors import RefusedError
-from realign.runtime.files import json_text
+from realign.runtime.files import explain_write_errors, json_text
 
 
 class ImageFiles:
@@ -114,13 +114,14 @@ class ImageFiles:
         if self._extracts and name not in self._extracted:
             # no fsync an image: what a power cut leaves is compared, and written again
             if not path.is_file() or path.read_bytes() != raw:
-                self._extract_to.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
-                try:
-                    temporary.write_bytes(raw)
-                    temporary.replace(path)
-                finally:
-                    temporary.unlink(missing_ok=True)
+                with explain_write_errors(path):
+                    self._extract_to.mkdir(parents=True, exist_ok=True)
+                    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
+                    try:
+                        temporary.write_bytes(raw)
+                        temporary.replace(path)
+                    finally:
+                        temporary.unlink(missing_ok=True)
             self._extracted.add(name)
         return name, path
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from realign.demo.experiment.intervals import t_interval
+from realign.demo.experiment.protocol import CONDITIONS
 
 Results = Mapping[str, Any]
 
@@ -54,6 +55,25 @@ SHORT_MEASURES = {
     "free.random.yes": "yes to random questions (50 is right)",
     "free.adversarial.auc": "AUC, adversarial questions (50 is chance)",
 }
+# In a claim: what a condition has that is rDPO but for this, and what rDPO has in its place.
+VARIED = {
+    "top_non_label": ("`rejected_scoring: top_non_label`", "`rejected_scoring: label`"),
+    "random image": ("a random image", "the retrieved image"),
+    "noised image": ("the same image under noise", "the retrieved image"),
+    "nearest image": ("the nearest image", "the retrieved image"),
+    "tenth image": ("the tenth image", "the retrieved image"),
+    **{
+        f"image weight {weight}": (f"image weight {weight}", "image weight 1")
+        for weight in ("0", "0.25", "0.5", "0.75")
+    },
+    "NLL weight 3": ("NLL weight 3", "NLL weight 0"),
+    "NLL weight 30": ("NLL weight 30", "NLL weight 0"),
+    "LoRA": ("LoRA", "all weights trained"),
+    "sentence masks": ("sentence masks", "segment masks"),
+    "tau 0.51": ("tau 0.51", "tau 0.95"),
+}
+IN_CLAIMS = {"base": "the base", "symmetric": "the symmetric objective"}  # other names
+HAVE_NO_BETA = {condition.name for condition in CONDITIONS if condition.objective == "sft"}
 NOT_SHARES = ("free.words", "kl")
 DASH = "—"
 
@@ -74,7 +94,8 @@ def claims_table(results: Results) -> str:
     rows = []
     for claim in results["claims"]:
         verb = "keeps up with" if claim["keeps_up"] else "is better than"
-        statement = f"{_name(claim['better'])} {verb} {_name(claim['than'])}"
+        better, than = claim["better"], claim["than"]
+        statement = f"{_in_claim(better, than)} {verb} {_in_claim(than, better)}"
         verdict = claim["verdict"]
         if claim["is_primary"]:
             statement = f"**{statement}**"
@@ -96,8 +117,10 @@ def claims_table(results: Results) -> str:
 def views_table(results: Results) -> str:
     """Return mean and spread over seeds of every view."""
     rows = [
-        [_name(view), *(str(view.get(name, "")) for name in ("learning_rate", "beta", "steps"))]
-        + [_over_seeds(view, measure) for measure in MEASURES]
+        [
+            *(_name(view), str(view.get("learning_rate", "")), _beta(view["condition"], view)),
+            *(str(view.get("steps", "")), *(_over_seeds(view, measure) for measure in MEASURES)),
+        ]
         for view in results["views"]
     ]
     return _table(["condition", "rate", "beta", "steps", *MEASURES.values()], rows)
@@ -134,7 +157,7 @@ def tuning_table(results: Results) -> str:
         for setting in search["settings"]:
             keys = ("learning_rate", "beta", "rows")
             is_best = all(setting[key] == search["best"][key] for key in keys)
-            values = [f"{setting['learning_rate']:g}", f"{setting['beta']:g}", str(setting["rows"])]
+            values = [f"{setting['learning_rate']:g}", _beta(name, setting), str(setting["rows"])]
             score = f"{100 * setting['object_f1']:.2f}"
             seeds = [value for key, value in setting.items() if key.isdigit()]
             per_seed = [
@@ -153,6 +176,23 @@ def tuning_table(results: Results) -> str:
 def _name(view: Mapping[str, str]) -> str:
     at = view["at"]
     return view["condition"] if at == "best" else f"{view['condition']} ({at})"
+
+
+def _in_claim(view: Mapping[str, str], other: Mapping[str, str]) -> str:
+    """Return the name of one side of a claim, which says what it has that the other has not."""
+    name, beside = view["condition"], other["condition"]
+    if name in VARIED:
+        name = f"rDPO with {VARIED[name][0]}"
+    elif name == "rDPO" and beside in VARIED:
+        name = f"rDPO with {VARIED[beside][1]}"
+    name = IN_CLAIMS.get(name, name).replace(", shortcut", " on shortcut pairs")
+    return name if view["at"] == "best" else f"{name} after {view['at']}"
+
+
+def _beta(condition: str, setting: Mapping[str, Any]) -> str:
+    """Return the beta of a setting; nothing for the base and for objectives without one."""
+    has_none = condition in HAVE_NO_BETA or "beta" not in setting
+    return "" if has_none else f"{setting['beta']:g}"
 
 
 def _over_seeds(view: Mapping[str, Any], measure: str) -> str:

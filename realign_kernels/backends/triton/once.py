@@ -103,16 +103,21 @@ def _start_rows_kernel(
     row = tl.where(is_token, token, 0)
     source_ptr = hidden_ptr + position // inner_size * stride_hb + position % inner_size * stride_ht
     sums = tl.zeros((BLOCK_D,), dtype)
+    # Bounds: Triton 3.9's interpreter combines no mask of a block with a condition of one number.
+    hidden_end = tl.where(is_row, hidden_size, 0)
+    weight_end = tl.where(is_token, hidden_size, 0)
     for start in range(0, hidden_size, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
         mask = offs_d < hidden_size
-        hidden = tl.load(source_ptr + offs_d * stride_hd, mask=mask & is_row, other=0.0)
+        hidden = tl.load(source_ptr + offs_d * stride_hd, mask=offs_d < hidden_end, other=0.0)
         hidden = narrow(widen(hidden, dtype), OPERAND)
         if rows_ptr is not None:
             tl.store(rows_ptr + n * hidden_size + offs_d, hidden, mask=mask)
         if weight_ptr is not None:
             weight = tl.load(
-                weight_ptr + row * stride_wv + offs_d * stride_wd, mask=mask & is_token, other=0.0
+                weight_ptr + row * stride_wv + offs_d * stride_wd,
+                mask=offs_d < weight_end,
+                other=0.0,
             )
             if weight.dtype != OPERAND:
                 weight = narrow(widen(weight, dtype), OPERAND)
@@ -171,12 +176,15 @@ def _finish_rows_kernel(
         is_token = (token >= 0) & (token < vocabulary_size)
         at_label = tl.where(is_token, at_label * slope_of(label_logit, numbers, CAPS), 0.0)
         row = tl.where(is_token, token, 0)
+        weight_end = tl.where(is_token, hidden_size, 0)
         for start in range(0, hidden_size, BLOCK_D):
             offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
             mask = offs_d < hidden_size
             pointers = accumulator_ptr + n * stride_an + offs_d
             weight = tl.load(
-                weight_ptr + row * stride_wv + offs_d * stride_wd, mask=mask & is_token, other=0.0
+                weight_ptr + row * stride_wv + offs_d * stride_wd,
+                mask=offs_d < weight_end,
+                other=0.0,
             )
             if weight.dtype != OPERAND:
                 weight = narrow(widen(weight, dtype), OPERAND)
@@ -245,11 +253,12 @@ def _spread_rows_kernel(
     factor = tl.full((), 1.0, slopes_ptr.dtype.element_ty)
     if upstream_ptr is not None:
         factor = tl.load(upstream_ptr + m * stride_u, mask=is_scored, other=0.0).to(factor.dtype)
+    slopes_end = tl.where(is_scored, hidden_size, 0)
     for start in range(0, hidden_size, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D).to(tl.int64)
         mask = offs_d < hidden_size
         slopes_at = slopes_ptr + low.to(tl.int64) * stride_sn + offs_d
-        row = factor * tl.load(slopes_at, mask=mask & is_scored, other=0.0)
+        row = factor * tl.load(slopes_at, mask=offs_d < slopes_end, other=0.0)
         row = narrow(row, out_ptr.dtype.element_ty)
         tl.store(out_ptr + m * hidden_size + offs_d, row, mask=mask)
 

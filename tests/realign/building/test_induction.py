@@ -16,8 +16,9 @@ from realign.building.induction import Candidate, Outcome, attach, induce
 from realign.building.masking.lexicon import Lexicon
 from realign.building.masking.masker import Masked, MaskRules, mask_rows
 from realign.building.prompts import COMPLETION_PROMPT
-from realign.building.similarity import lexical, load_similarity
+from realign.building.similarity import load_similarity
 from realign.data.formats.source_row import SourceRow
+from realign.data.lexical import lexical
 from realign.demo.drawing import draw
 from realign.demo.world import free_scene
 from realign.generation.generator import Answer, Request

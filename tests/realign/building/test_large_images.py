@@ -1,4 +1,4 @@
-"""Images of more pixels than training opens: copies of half the size, or a refusal."""
+"""Images of more pixels than training opens: smaller copies, or a refusal."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from PIL import Image
 from realign.building.large_images import shrink_large_images
 from realign.data.formats.source_row import SourceRow
 from realign.data.images import MAX_PIXELS, decode_image
+from realign.errors import RefusedError
+from realign.runtime.files import file_sha256
 
 
 def row(path: Path) -> SourceRow:
@@ -42,6 +44,22 @@ def test_an_image_beyond_pillows_limit_is_used_at_half_size(tmp_path: Path, suff
     written = shrunk[1].path.stat().st_mtime_ns
     assert shrink_large_images(rows, tmp_path / "copies", 200_000_000) == (shrunk, {})
     assert shrunk[1].path.stat().st_mtime_ns == written
+    # a copy that another limit allowed is not used
+    left, failed = shrink_large_images(rows, tmp_path / "copies", 100_000_000)
+    assert (left, failed[large].code) == (rows, "too-many-pixels")
+
+
+@pytest.mark.full
+def test_an_image_of_more_than_four_times_the_pixels_is_halved_twice(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    large = draw(tmp_path / "large.jpg", 20_000, 18_000)
+    assert 4 * MAX_PIXELS < 20_000 * 18_000
+    shrunk, _ = shrink_large_images([row(large)], tmp_path / "copies", 400_000_000)
+    with Image.open(shrunk[0].path) as copy:
+        assert copy.size == (5_000, 4_500)
+    announced = capfd.readouterr().err
+    assert "copies, halved until they have at most so many" in announced
 
 
 def test_what_is_larger_or_damaged_is_left_and_said(tmp_path: Path) -> None:
@@ -57,3 +75,15 @@ def test_what_is_larger_or_damaged_is_left_and_said(tmp_path: Path) -> None:
     left, failed = shrink_large_images(rows, tmp_path / "copies", 100_000_000)
     assert (left, failed[large].code) == (rows, "damaged")
     assert not [*(tmp_path / "copies").iterdir()]
+
+
+def test_a_copy_that_cannot_be_written_stops_the_build(tmp_path: Path) -> None:
+    large = draw(tmp_path / "large.jpg", 10_000, 9_000)
+    taken = tmp_path / "copies" / f"{file_sha256(large)}.100000000.jpg"
+    taken.mkdir(parents=True)
+    with pytest.raises(RefusedError, match=rf"^{taken} could not be written \(EISDIR: .* --out"):
+        shrink_large_images([row(large)], tmp_path / "copies", 100_000_000)
+    assert [*(tmp_path / "copies").iterdir()] == [taken]
+    (tmp_path / "file").touch()
+    with pytest.raises(RefusedError, match=r"file could not be written \(EEXIST: "):
+        shrink_large_images([row(large)], tmp_path / "file", 100_000_000)

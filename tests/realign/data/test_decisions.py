@@ -23,7 +23,6 @@ from realign.data.decisions import (
     append_decision,
     apply_decisions,
     decisions_path,
-    kept,
     read_decisions,
     read_history,
     undo_decision,
@@ -204,12 +203,12 @@ def test_kept_is_a_lazy_view(data: Path, records) -> None:
     path = decisions_path(data)
     for index, decision in ((1, "drop"), (2, "flag"), (3, "keep"), (6, "drop")):
         decide(path, rows[index], decision)
-    read = kept(read_records(data, None), read_decisions(path))
+    read = apply_decisions(read_records(data, None), read_decisions(path)).kept
     assert [record.id for record in read] == ["r0", "r2", "r3", "r4", "r5", "r7"]
     assert read[-1] == rows[7]
     assert pickle.loads(pickle.dumps(read))[1] == rows[2]  # worker processes get it so
     assert [text.images for text in read.texts()] == [()] * 6
-    assert kept(rows, {}) is rows
+    assert apply_decisions(rows, {}).kept is rows
 
 
 def test_only_decided_rows_have_their_images_read(data: Path, records, monkeypatch) -> None:
@@ -220,7 +219,7 @@ def test_only_decided_rows_have_their_images_read(data: Path, records, monkeypat
     monkeypatch.setattr(
         type(source), "_read", lambda self, i: read.append((self is source, i)) or whole(self, i)
     )
-    assert len(kept(source, read_decisions(decisions_path(data)))) == 7
+    assert len(apply_decisions(source, read_decisions(decisions_path(data))).kept) == 7
     assert [index for is_whole, index in read if is_whole] == [5]
 
 
@@ -244,7 +243,7 @@ def test_of_equal_rows_with_two_ids_one_can_be_dropped(records) -> None:
     row = records(1)[0]
     twice = [row, dataclasses.replace(row, id="again")]
     decision = Decision("again", row.key, "drop")
-    assert [r.id for r in kept(twice, {decision.row: decision})] == ["r0"]
+    assert [r.id for r in apply_decisions(twice, {decision.row: decision}).kept] == ["r0"]
 
 
 def test_dropping_everything_is_refused(data: Path, records) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from realign.data.images import decode_image, to_rgb
+from realign.data.images import STRIP, decode_image, to_rgb
 
 A, B, C, D = (200, 30, 90), (10, 220, 60), (0, 0, 0), (255, 255, 255)
 
@@ -111,6 +112,23 @@ def test_all_levels_of_16_bits_go_to_the_nearest_of_8() -> None:
     decoded = decode_image(encoded(Image.fromarray(levels), "PNG"), "row 0")
     expected = np.rint(levels.astype(float) * 255 / 65535)
     assert np.array_equal(np.asarray(decoded)[..., 0], expected)
+
+
+def test_16_bits_are_scaled_a_strip_at_a_time() -> None:
+    levels = np.random.default_rng(0).integers(0, 65536, (2 * STRIP + 3, 900), dtype=np.uint16)
+    levels[:, 0] = 514
+    image = Image.fromarray(levels)
+    image.info["transparency"] = 514
+    expected = np.where(levels == 514, 255, np.rint(levels.astype(float) * 255 / 65535))
+    assert np.array_equal(np.asarray(to_rgb(image))[..., 1], expected)
+    large = Image.new("I;16", (1_500, 1_500))
+    tracemalloc.start()
+    try:
+        to_rgb(large)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * 1_500 * 1_500  # integers of the whole image are as many, and three of them
 
 
 def test_the_transparent_colour_of_a_png_is_white() -> None:

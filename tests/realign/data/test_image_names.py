@@ -142,3 +142,24 @@ def test_a_link_that_leaves_the_folder_is_called_one(tmp_path: Path) -> None:
         resolve_image(tmp_path / "root", "link.png", "row 1")
     with pytest.raises(RefusedImage, match=r"got '\.\./a\.png'\. Copy it there"):
         resolve_image(tmp_path / "root", "../a.png", "row 1")
+
+
+def test_a_missing_name_with_the_separators_of_windows_says_what_to_write(root: Path) -> None:
+    with pytest.raises(RefusedImage, match=r"Write / between folders instead of \\, check") as no:
+        resolve_image(root, "a\\inside.png", "row 1")
+    assert (no.value.code, no.value.missing) == ("missing", "a\\inside.png")
+    with pytest.raises(RefusedImage, match=r"exist in .*\. Check --images"):
+        resolve_image(root, "a/gone.png", "row 1")
+    # outside the folder too, nothing is said of what is there
+    with pytest.raises(RefusedImage, match=r"does not exist in .*\. Write / between"):
+        resolve_image(root, "..\\secret.png", "row 1")
+    # where files are so named, they are found
+    (root / "a\\b.png").write_bytes(b"x")
+    assert resolve_image(root, "a\\b.png", "row 1") == (root / "a\\b.png").resolve()
+
+
+@pytest.mark.parametrize("name", ["C:\\coco\\1.jpg", "d:/coco/1.jpg"])
+def test_a_path_with_a_drive_is_no_url(root: Path, name: str) -> None:
+    with pytest.raises(RefusedImage, match=r"got the Windows path .*Name it from") as no:
+        resolve_image(root, name, "row 1")
+    assert no.value.code == "outside-root"

@@ -20,6 +20,7 @@ from PIL import Image
 from realign.data.image_pool import ImagePool, inspect_images
 from realign.data.images import MAX_PIXELS, ImageFacts, RefusedImage, decode_image
 from realign.data.perceptual_hash import perceptual_hash
+from realign.errors import RefusedError
 from tests.conftest import running
 
 
@@ -125,6 +126,19 @@ def test_memory_is_bounded(tmp_path: Path, paths: list[Path]) -> None:
     assert small == facts(paths[0])
 
 
+def test_a_copy_that_cannot_be_written_is_no_fault_of_the_image(
+    paths: list[Path], tmp_path: Path
+) -> None:
+    with ImagePool(1) as pool:
+        gone = pool.shrink(paths[0], "a", tmp_path / "gone" / "a.jpg", MAX_PIXELS)
+        with pytest.raises(RefusedError, match=r"gone/a\.jpg could not be written \(ENOENT: "):
+            gone.result()
+        process = pool._crew[0]._process
+        copy = pool.shrink(paths[0], "a", tmp_path / "a.jpg", MAX_PIXELS).result()
+        assert pool._crew[0]._process is process is not None
+    assert copy == facts(tmp_path / "a.jpg")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16", "P", "CMYK"])
 def test_the_largest_image_fits_into_the_default_memory(tmp_path: Path, mode: str) -> None:
@@ -132,8 +146,9 @@ def test_the_largest_image_fits_into_the_default_memory(tmp_path: Path, mode: st
     options = {"transparency": 0} if mode == "P" else {}
     side = math.isqrt(MAX_PIXELS)
     Image.new(mode, (side, side)).save(path, compress_level=1, **options)
-    (found,) = inspect_images([path], workers=1, timeout_s=60)
-    assert isinstance(found, ImageFacts)
+    # the time is none of the claim: a busy machine takes many times as long
+    (found,) = inspect_images([path], workers=1, timeout_s=600)
+    assert isinstance(found, ImageFacts), found
 
 
 def test_bytes_are_inspected_as_files_are(paths: list[Path]) -> None:

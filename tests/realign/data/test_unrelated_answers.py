@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from realign.building.similarity import lexical
-from realign.data.unrelated_answers import induced_similarities, unrelated_answers
+from realign.data.lexical import lexical
+from realign.data.records import Record
+from realign.data.unrelated_answers import (
+    InducedAnswer,
+    induced_answers,
+    induced_similarities,
+    unrelated_answers,
+)
 
 CHOSEN = "A red bus stands in front of a tall house while two people wait beside the road."
 REFILLED = "A green tram stands in front of a tall tower while two dogs wait beside the road."
@@ -16,7 +22,7 @@ def test_refilled_answers_are_as_they_should_be_and_unrelated_ones_are_not() -> 
     assert lexical(CHOSEN, UNRELATED) < 0.1 < lexical(CHOSEN, REFILLED)
     assert unrelated_answers([lexical(CHOSEN, REFILLED)] * 11) == ""
     said = unrelated_answers([lexical(CHOSEN, UNRELATED)] * 11)
-    assert "median similarity of 11 pairs is 0.00" in said
+    assert "median lexical similarity of 11 pairs is 0.00" in said
     assert "set build.keep_unmasked=true" in said
 
 
@@ -29,14 +35,39 @@ def test_the_median_of_enough_pairs_decides(values: list[float], warns: bool) ->
     assert bool(unrelated_answers(values)) == warns
 
 
-def test_answers_that_the_source_had_and_damaged_values_do_not_count() -> None:
-    metas = [
-        {"masked": "a [MASK]", "similarity": {"value": 0.5}},
-        {"similarity": {"value": 0.1}},
-        {"masked": "a [MASK]", "similarity": {"value": None}},
-        {"masked": "a [MASK]", "similarity": {"value": float("nan")}},
-        {"masked": "a [MASK]", "similarity": "0.5"},
-        {"masked": "[MASK].", "similarity": {"value": 0.0}},  # one word, which may become any other
-        {},
-    ]
-    assert induced_similarities(metas) == [0.5]
+def row(masked: object, rejected: str, value: float, chosen: str = CHOSEN) -> Record:
+    meta = {"masked": masked, "similarity": {"model": "an-encoder", "value": value}}
+    return Record("1", (), (), chosen, rejected, meta=meta)
+
+
+MASKED = CHOSEN.replace("red bus", "[MASK] [MASK]").replace("house", "[MASK]")
+
+
+def test_the_words_decide_and_not_the_similarity_of_the_filter() -> None:
+    """Cosines of encoders have other scales: 0.9 may be that of answers to different questions."""
+    (unrelated,) = induced_similarities(induced_answers([row(MASKED, UNRELATED, 0.9)]))
+    assert unrelated == lexical(CHOSEN, UNRELATED) < 0.1
+    (refilled,) = induced_similarities(induced_answers([row(MASKED, REFILLED, 0.0)]))
+    assert refilled == lexical(CHOSEN, REFILLED) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("chosen", "masked", "rejected"),
+    [
+        ("Yes.", "[MASK].", "No."),
+        ("A dog.", "A [MASK].", "A cat."),  # no word is kept that counts
+        ("It is on the table.", "It is on the [MASK].", "It is on the bed."),
+        ("一只红色的狗坐在沙发上。", "一只[MASK]的[MASK]坐在沙发上。", "一只蓝色的猫坐在沙发上。"),
+    ],
+)
+def test_answers_of_which_nothing_need_stay_do_not_count(
+    chosen: str, masked: str, rejected: str
+) -> None:
+    assert lexical(chosen, rejected) < 0.1
+    assert induced_similarities([InducedAnswer(chosen, masked, rejected)]) == []
+
+
+def test_answers_that_the_source_had_do_not_count() -> None:
+    had = Record("1", (), (), CHOSEN, UNRELATED, meta={"similarity": {"value": 0.0}})
+    rows = [had, row(None, UNRELATED, 0.0), row(3, UNRELATED, 0.0), row(MASKED, REFILLED, 0.0)]
+    assert induced_similarities(induced_answers(rows)) == [lexical(CHOSEN, REFILLED)]

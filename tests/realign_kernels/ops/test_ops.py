@@ -144,6 +144,11 @@ def test_opcheck_of_the_backwards():
                                     torch.float32, "cpu"))  # fmt: skip
 
 
+def test_an_older_compiler_can_trace_the_arguments_of_a_head():
+    """torch.compile of PyTorch 2.10 knows no property of a named tuple."""
+    assert not [name for name, value in vars(HeadArguments).items() if isinstance(value, property)]
+
+
 @pytest.mark.parametrize("memory", ["auto", "stash", "recompute"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -68,6 +68,12 @@ def test_embedded_images_are_extracted_once(table: Path, images: Path, tmp_path:
     assert {path.stat().st_mtime_ns for path in extracted.iterdir()} == {1}
 
 
+def test_an_image_that_cannot_be_written_names_its_place(table: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RefusedError, match=rf"^{tmp_path}/file/.* written \(EEXIST: .* --out, and"):
+        read_source(table, None, extract_to=tmp_path / "file")
+
+
 def test_a_half_written_image_is_written_again(table: Path, tmp_path: Path) -> None:
     source = read_source(table, None, extract_to=tmp_path / "x")
     whole = source.rows[0].path.read_bytes()

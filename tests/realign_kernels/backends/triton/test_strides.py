@@ -71,9 +71,9 @@ def test_rows_of_the_stash_are_aligned(vocabulary):
         torch.zeros(2, 1), torch.zeros(vocabulary, 1, dtype=torch.bfloat16), None, None, None,
         1.0, [1.0, 0.0, 1.0], None, "triton", [1 << 20, 1 << 20], None,
     )  # fmt: skip
-    assert head.stash_width % 64 == 0
-    assert 0 <= head.stash_width - vocabulary < 64
-    assert head.stash_row_bytes == 2 * head.stash_width
+    assert head.stash_width() % 64 == 0
+    assert 0 <= head.stash_width() - vocabulary < 64
+    assert head.stash_row_bytes() == 2 * head.stash_width()
 
 
 def test_what_aligns_rows_is_zero(poison_empty):
