@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 LEFT_OUT = ("test_validation.py", "backends/triton/test_refused_values.py")
 _RESULT = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\s+(tests/\S+\.py)::(.+?)\s*$")
 _RESULT_ALONE = re.compile(r"^(tests/\S+\.py)::(.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
+_NOT_COLLECTED = re.compile(r"^ERROR (tests/\S+\.py)(?: - (.*))?$")
 _PROCESSES = 8
 
 
@@ -33,7 +34,7 @@ def command(selected: str = "triton") -> list[str]:
     return [
         # those of the kernels first, then those of every backend with this one
         sys.executable, "-m", "pytest", f"{folder}/backends/triton", folder,
-        "-k", selected, "-v", "--tb=line",
+        "-k", selected, "-v", "--tb=line", "--continue-on-collection-errors",
         # a warning of another version of a library is no failure of a kernel
         "-W", "default", "-p", "no:cacheprovider", "-m", "not full and not slow and not browser",
         *(f"--ignore={folder}/{name}" for name in LEFT_OUT),
@@ -97,7 +98,9 @@ def cells_of(text: str, exit_code: int | None, *, is_whole: bool) -> dict[str, d
     """Return a cell for every file that pytest has named, and one for the run."""
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for line in text.splitlines():
-        if match := _RESULT.search(line):
+        if match := _NOT_COLLECTED.match(line):
+            path, status, name = match[1], "ERROR", f"not collected: {match[2] or ''}"
+        elif match := _RESULT.search(line):
             status, path, name = match.groups()
         elif match := _RESULT_ALONE.match(line):
             path, name, status = match.groups()

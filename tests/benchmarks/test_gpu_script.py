@@ -206,6 +206,10 @@ def test_results_of_pytest_become_cells_by_file():
     assert (group["status"], group["passed"], group["skipped"]) == ("ok", 1, 1)
     assert found["tests"]["status"] == "failed"
 
+    absent = "ERROR tests/realign_kernels/compat/test_cce.py - ModuleNotFoundError: No module"
+    found = cells_of(OUTPUT + absent, 1, is_whole=True)
+    assert "not collected: ModuleNotFoundError" in found["tests/compat/test_cce.py"]["reason"]
+
     assert cells_of(OUTPUT, None, is_whole=False)["tests"] == {
         "status": "not measured", "reason": "out of time after 2 tests had passed"
     }  # fmt: skip
