@@ -32,7 +32,10 @@ _OTHERS = {
     "JPEG 2000 or XL": rb"....(jP  |JXL )|\xff(\x4f|\x0a)",
 }
 # messages of Pillow about text and profiles that unpack to more than it allows
-_METADATA = ("MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY", "too much memory used in text chunks")
+_METADATA = (
+    *("MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY", "too much memory used in text chunks"),
+    "Decompressed Data Too Large",  # of a text chunk or a profile, in Pillow 10
+)
 
 
 class RefusedImage(RefusedError):

@@ -196,7 +196,7 @@ def _in_names_of(
     itself renames neither a projector nor a module that trained in full.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, apply_renamings
+    from transformers.core_model_loading import WeightRenaming
 
     rules = [
         rule
@@ -205,7 +205,10 @@ def _in_names_of(
     ]
     renamed: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        today = _PREFIX + apply_renamings(name.removeprefix(_PREFIX), rules)
+        plain = name.removeprefix(_PREFIX)
+        for rule in rules:
+            plain, _ = rule.rename_source_key(plain)
+        today = _PREFIX + plain
         is_older = name not in known and today in known and today not in {*weights, *renamed}
         renamed[today if is_older else name] = weight
     return renamed
