@@ -21,7 +21,7 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 _DISTRIBUTIONS = (
     "torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "transformers",
-    "numpy", "peft", "flash-attn",
+    "numpy", "peft", "flash-attn", "accelerate", "bitsandbytes", "deepspeed",
 )  # fmt: skip
 _MEASURED = ("ok", "failed")
 

@@ -1,11 +1,21 @@
-"""Correctness, then speed, on a GPU: ``python -m benchmarks.gpu``.
+"""Correctness, then speed, on a GPU: ``python -m benchmarks.gpu --only PART``.
 
-Checks every feature against float64 first and stops if one fails.  Then measurements that the
-design rests on, then every provider at every shape until the time is used up; what is left is
-reported as not measured.  ``--only hardware``, which takes minutes by itself, tries sizes beyond
-2^31, repeats, launch configurations and CUDA graphs.  Cells merge into
-``benchmarks/results/gpu_<device>.json``, so that several short calls add up: what the same code
-measured on the same machine is not measured again.
+``--only`` takes one of the parts below, each with a limit of minutes of its own; docs/proofs.md has
+their order.  Without it, the checks run, then the questions, then the head table.
+
+    correct     the kernels' own tests, `checks`, `bias` and `hardware`
+    checks      every feature against float64
+    bias        error and bias at large hidden sizes, where tensor cores cut sums off
+    hardware    sizes beyond 2^31, repeats, launch configurations, CUDA graphs
+    sanitizer   compute-sanitizer's memcheck and racecheck over small checks
+    questions   what the design rests on: rates, bandwidths, tiles, paths, launches
+    head        every provider at every shape
+    layers      Liger's layers, flash-attention and 4-bit weights against SDPA
+    ranks       FSDP2 and ZeRO, parameters against those of one process
+
+Cells merge into ``benchmarks/results/gpu_<device>.json`` as they are measured, so that several
+short calls add up: what the same code measured on the same machine is not measured again, what
+fails is a cell with its reason, and what the time was not enough for is "not measured".
 
 Exit codes: 0; 1 if a check fails; 2 without a GPU.
 """
@@ -14,16 +24,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.gpu.checks import run_checks
-from benchmarks.gpu.hardware import run_hardware_checks
+from benchmarks.gpu.bias import bias_cells
+from benchmarks.gpu.checks import kernel_checks
+from benchmarks.gpu.hardware import hardware_checks
+from benchmarks.gpu.head import aims_table, head_table
+from benchmarks.gpu.native_tests import NativeTests
+from benchmarks.gpu.paths import pair_cells, path_cells
 from benchmarks.gpu.questions import (
     epilogue_cells,
     launch_cells,
@@ -31,121 +42,39 @@ from benchmarks.gpu.questions import (
     product_cells,
     tile_cells,
 )
-from benchmarks.head.providers import MODES, PROVIDERS, Inputs, why_not
-from benchmarks.measure import Exact, exact, measure_cell
-from benchmarks.promises import DTYPES, Outcome
-from benchmarks.result_files import RESULTS, environment, is_current, load, merge, slug
-from benchmarks.shapes import HeadShape, make_inputs, shapes_for
+from benchmarks.gpu.sanitizer import sanitize
+from benchmarks.gpu.session import Measure, Session
+from benchmarks.head.providers import PROVIDERS
+from benchmarks.promises import DTYPES
+from benchmarks.result_files import RESULTS, environment, load, slug
+from benchmarks.shapes import HeadShape, shapes_for
 
-Cells = dict[str, dict[str, Any]]
-CHECKS = {"checks": run_checks, "hardware": run_hardware_checks}
+# parts and their minutes; the first three fit together into a quarter of an hour
+MINUTES = {
+    "correct": 6.0, "questions": 2.5, "sanitizer": 3.0, "head": 9.0, "layers": 4.0, "ranks": 6.0,
+    "checks": 3.0, "bias": 1.0, "hardware": 5.0,
+}  # fmt: skip
+_OF_ALL = 9.0  # minutes without --only
 _QUICK_MODELS = ("llava-1.5-7b", "qwen2.5-vl-3b")
 _QUICK_TOKENS = (1024, 4096)
 
 
-class Session:
-    """Measurements of one call of this script, and the time that it may take."""
-
-    def __init__(self, device: torch.device, path: Path, run: dict[str, Any], minutes: float):
-        self.device, self.path, self.run = device, path, run
-        self.deadline = time.monotonic() + 60 * minutes
-        self.cells: Cells = {}
-
-    @property
-    def is_over(self) -> bool:
-        """Return whether the time is used up."""
-        return time.monotonic() > self.deadline
-
-    def is_done(self, key: str) -> bool:
-        """Return whether an earlier call has finished a cell."""
-        return is_current(load(self.path), key, self.run)
-
-    def add(self, key: str, measure: Callable[[], dict[str, Any]]) -> None:
-        """Measure a cell, if there is time, and write it down at once."""
-        if self.is_done(key):
-            return
-        if self.is_over:
-            cell = {"status": "not measured", "reason": "out of time"}
-        else:
-            try:
-                cell = measure()
-            except Exception as error:  # one provider's failure at one shape is a cell's content
-                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
-                cell = {"status": "failed", "reason": reason}
-                traceback.print_exc(limit=-3)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-        self.cells[key] = cell
-        merge(self.path, self.run, {key: cell})
-        print(f"{key:60} {describe(cell)}", flush=True)
+def check(session: Session, backend: str, *, tiny: bool, quick: bool) -> None:
+    """Run the checks of every feature."""
+    # small checks are not to pass for the others
+    of = f"{backend}/quick" if quick and not tiny else backend
+    session.check(f"checks/{of}", kernel_checks(session.device, backend, tiny=tiny or quick))
 
 
-def describe(cell: dict[str, Any]) -> str:
-    """Say in a line what a cell holds."""
-    if cell["status"] != "ok":
-        return f"{cell['status']}: {cell['reason']}"
-    if "ratio_to_gemm" in cell:
-        worst = " ".join(f"{name} {value:.1e}" for name, value in cell["errors"].items())
-        return (
-            f"{cell['ms']:9.3f} ms  {cell['ratio_to_gemm']:6.2f} x GEMM  "
-            f"{cell['peak_bytes'] / 2**20:9.1f} MiB  {worst}"
-        )
-    kept = [f"{name} {cell[name]:.3f}" for name in ("rate_kept", "bandwidth_kept") if name in cell]
-    parts = [f"{name} {cell[name]['ms']:.3f} ms" for name in cell if isinstance(cell[name], dict)]
-    alone = [f"{cell['ms']:.3f} ms"] if "ms" in cell else []
-    return ", ".join([*alone, *parts, *kept])
+def measure_bias(session: Session, backend: str, *, tiny: bool) -> None:
+    """Measure errors at large hidden sizes."""
+    for key, measure in bias_cells(session.device, backend, tiny=tiny):
+        session.add(f"bias/{key}", measure)
 
 
-def check(outcomes: Iterator[Outcome]) -> dict[str, Any]:
-    """Run checks; print what fails, return it as a cell."""
-    failures, count = [], 0
-    for outcome in outcomes:
-        count += 1
-        if outcome.problem:
-            failures.append(outcome.name)
-            print(f"FAILED {outcome.name}\n  {outcome.problem}", flush=True)
-    print(f"correctness: {count - len(failures)} of {count} checks passed", flush=True)
-    status = "failed" if failures else "ok"
-    return {"status": status, "reason": ", ".join(failures), "checks": count}
-
-
-def head_table(session: Session, shapes: list[HeadShape], names: Sequence[str], dtype: str) -> None:
-    """Measure providers, a shape and a job at a time."""
-    reasons = {n: why_not(PROVIDERS[n], session.device, DTYPES[dtype]) for n in names}
-    for shape in shapes:
-        for job in ("token", "mean", "dpo"):
-            wanted = [name for name in names if PROVIDERS[name].job == job]
-            _job_table(session, shape, job, wanted, reasons, dtype)
-
-
-def _job_table(
-    session: Session,
-    shape: HeadShape,
-    job: str,
-    names: list[str],
-    reasons: dict[str, str | None],
-    dtype: str,
-) -> None:
-    prepared: list[tuple[Inputs, Exact]] = []
-
-    def prepare() -> tuple[Inputs, Exact]:
-        # drawn only if some cell is still to be measured: the float64 truth takes seconds
-        if not prepared:
-            inputs = make_inputs(shape, job, DTYPES[dtype], session.device)
-            prepared.append((inputs, exact(inputs, job)))
-        return prepared[0]
-
-    def measure(name: str, mode: str) -> dict[str, Any]:
-        if reasons[name] is not None:
-            return {"status": "unavailable", "reason": reasons[name]}
-        inputs, truth = prepare()
-        cell = measure_cell(PROVIDERS[name], mode, shape, inputs, truth)
-        return {"status": "ok", "dtype": dtype, **shape._asdict(), **cell}
-
-    for name in names:
-        for mode in MODES if job == "token" else MODES[1:]:
-            key = f"head/{job}/{dtype}/{shape.key}/{mode}/{name}"
-            session.add(key, lambda name=name, mode=mode: measure(name, mode))
+def check_hardware(session: Session, backend: str, *, tiny: bool) -> None:
+    """Run the checks that need a GPU."""
+    session.check(f"hardware/{backend}", hardware_checks(session.device, backend, tiny=tiny))
 
 
 def questions(session: Session, backend: str, *, tiny: bool) -> None:
@@ -156,16 +85,49 @@ def questions(session: Session, backend: str, *, tiny: bool) -> None:
 
 def _question_cells(
     device: torch.device, backend: str, *, tiny: bool
-) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+) -> Iterator[tuple[str, Measure]]:
     yield from product_cells(device, tiny=tiny)
     yield from epilogue_cells(device, backend, tiny=tiny)
+    yield from path_cells(device, backend, tiny=tiny)
+    yield from pair_cells(device, backend, tiny=tiny)
     yield from tile_cells(device, backend, tiny=tiny)
-    yield from launch_cells(device, backend)
     yield from overlap_cells(device, backend)
+    yield from launch_cells(device, backend)
+
+
+def run_part(part: str, session: Session, backend: str, options: argparse.Namespace) -> None:
+    """Run one part, except the head table."""
+    tiny = options.device == "cpu"
+    if part == "correct":
+        native = NativeTests(session, options.tests)
+        check(session, backend, tiny=tiny, quick=options.quick)
+        measure_bias(session, backend, tiny=tiny)
+        check_hardware(session, backend, tiny=tiny or options.quick)
+        native.finish()
+    elif part == "checks":
+        check(session, backend, tiny=tiny, quick=options.quick)
+    elif part == "layers":
+        from benchmarks.gpu.layers import compare_layers  # imports transformers
+
+        compare_layers(session)
+    elif part == "ranks":
+        from benchmarks.gpu.ranks import compare_ranks
+
+        compare_ranks(session)
+    else:
+        parts: dict[str, Callable[..., None]] = {
+            "bias": measure_bias, "hardware": check_hardware, "questions": questions,
+        }  # fmt: skip
+        if part == "sanitizer":
+            sanitize(session, backend)
+        else:
+            parts[part](session, backend, tiny=tiny)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda",
         help="cpu runs the same code at tiny shapes, to test this script",
@@ -177,9 +139,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--shapes", nargs="+", help="models, or model/N1024")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
-    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--tests", default="triton", help="expression of pytest's -k, of `correct`")
+    parser.add_argument("--minutes", type=float, help="limit; by default that of the part")
     parser.add_argument("--keep-going", action="store_true", help="time even what is wrong")
-    parser.add_argument("--only", choices=(*CHECKS, "questions", "head"), help="one part")
+    parser.add_argument("--only", choices=MINUTES, metavar="PART", help="one part, see above")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="for a checkout without git")
     return parser
@@ -217,28 +180,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtype = options.dtype or ("float32" if tiny else "bfloat16")
     run = environment(device, options.commit) | {"command": "python -m benchmarks.gpu"}
     path = options.out / f"gpu_{'cpu' if tiny else slug(run['device'])}.json"
-    session = Session(device, path, run, options.minutes)
+    minutes = options.minutes
+    if minutes is None:
+        minutes = MINUTES[options.only] if options.only else _OF_ALL
+    session = Session(device, path, run, minutes)
     print(f"{run['device']}, commit {run['commit']}, torch {run['versions']['torch']}", flush=True)
 
-    has_failed = False
-    part = options.only or "checks"
-    if part in CHECKS:
-        cell = check(CHECKS[part](device, backend, tiny=tiny or options.quick))
-        # small checks are not to pass for the others
-        of = f"{backend}/quick" if options.quick and not tiny else backend
-        merge(path, run, {f"{part}/{of}": cell})
-        has_failed = cell["status"] == "failed"
-        if has_failed and not options.keep_going:
+    for part in [options.only] if options.only else ["checks", "questions", "head"]:
+        if part == "head":
+            head_table(session, shapes, options.providers, dtype)
+        else:
+            run_part(part, session, backend, options)
+        if session.failed and part == "checks" and not options.keep_going and not options.only:
             print("stopped: a check failed; nothing was timed.", file=sys.stderr)
-            return 1
-    if options.only in (None, "questions"):
-        questions(session, backend, tiny=tiny)
+            break
+    print(f"\n{session.table()}")
     if options.only in (None, "head"):
-        head_table(session, shapes, options.providers, dtype)
-    statuses = [cell["status"] for cell in session.cells.values()]
-    counts = ", ".join(f"{statuses.count(s)} {s}" for s in dict.fromkeys(statuses))
-    print(f"{counts or 'nothing left to measure'}; wrote {path.name}")
-    return 1 if has_failed else 0
+        print(aims_table(load(path)["cells"], dtype))
+    print(f"{minutes * 60 - session.seconds_left:.0f} of {minutes * 60:.0f} s; wrote {path.name}")
+    has_failed = any(session.cells[key].get("kind") == "check" for key in session.failed)
+    return 1 if has_failed or (session.failed and options.only not in (None, "head")) else 0
 
 
 if __name__ == "__main__":

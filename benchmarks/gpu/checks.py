@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.session import Check
 from benchmarks.promises import (
     DTYPES,
     LOGP_BOUND,
-    Outcome,
     assert_close,
     assert_gradients,
     assert_logps,
@@ -62,24 +62,50 @@ CASES = (
 TINY_CASES = (CASES[0], CASES[2], CASES[4], CASES[7], CASES[8], CASES[10])
 
 
-def run_checks(device: torch.device, backend: str, *, tiny: bool = False) -> Iterator[Outcome]:
-    """Try everything in every dtype."""
-    for dtype in DTYPES:
+def kernel_checks(device: torch.device, backend: str, *, tiny: bool = False) -> Iterator[Check]:
+    """Yield everything in every dtype, that of training first."""
+    for dtype in reversed(DTYPES):
         for case in TINY_CASES if tiny else CASES:
-            yield from check_case(device, case, dtype, backend)
+            yield from case_checks(device, case, dtype, backend)
         for scoring in ("label", "top_non_label"):
             name = f"{dtype} rdpo_loss, {scoring}"
-            yield outcome(name, _rdpo_of(scoring), pairs_of(device, dtype), dtype, backend)
+            yield check_of(name, _pairs, device, scoring, dtype, backend)
 
 
-def check_case(device: torch.device, case: Case, dtype: str, backend: str) -> Iterator[Outcome]:
-    """Try one feature in every mode."""
-    N, V, D = case.sizes
-    on_cpu = make_head_inputs(N, V, D, DTYPES[dtype], **case.arguments)
-    inputs = moved(on_cpu, device)
+def case_checks(device: torch.device, case: Case, dtype: str, backend: str) -> Iterator[Check]:
+    """Yield one feature in every mode."""
     for check in (_forward, _frozen, _stashed, _recomputed, _statistics):
         name = f"{dtype} {check.__name__.strip('_')}, {case.name}"
-        yield outcome(name, check, inputs, dtype, backend)
+        yield check_of(name, _case, check, device, case, dtype, backend)
+
+
+def check_cases(device: torch.device, cases: list[Case], dtype: str, backend: str) -> None:
+    """Try several features as one check."""
+    for case in cases:
+        for check in case_checks(device, case, dtype, backend):
+            found = check.run()
+            assert not found.problem, f"{found.name}: {found.problem}"
+
+
+def check_of(name: str, check: Callable[..., None], *arguments: Any) -> Check:
+    """Return a check that has not run yet."""
+    return Check(name, lambda: outcome(name, check, *arguments))
+
+
+def _case(
+    check: Callable[[HeadInputs, str, str], None],
+    device: torch.device,
+    case: Case,
+    dtype: str,
+    backend: str,
+) -> None:
+    N, V, D = case.sizes
+    inputs = make_head_inputs(N, V, D, DTYPES[dtype], **case.arguments)
+    check(moved(inputs, device), dtype, backend)
+
+
+def _pairs(device: torch.device, scoring: str, dtype: str, backend: str) -> None:
+    _rdpo_of(scoring)(pairs_of(device, dtype), dtype, backend)
 
 
 def _forward(inputs: HeadInputs, dtype: str, backend: str) -> None:

@@ -132,6 +132,10 @@ class ResidentTile:
     def refresh(self) -> None:
         """Undo what an epilogue has done."""
         self.tile.logits.copy_(self.source)
+        self.restart()
+
+    def restart(self) -> None:
+        """Undo it where logits are computed again."""
         self.tile.state.shift.copy_(self.label_logits)
         self.tile.state.rest_sum.zero_()
 

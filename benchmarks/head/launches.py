@@ -193,15 +193,24 @@ def _count_event(event: Any, result: Launches) -> None:
         result.operators[name] += 1
 
 
-def calls(num_rows: int, vocabulary: int) -> dict[str, Callable[[], object]]:
+def calls(
+    num_rows: int,
+    vocabulary: int,
+    *,
+    hidden_size: int = HIDDEN_SIZE,
+    device: torch.device | str = "cpu",
+    backend: str = "triton",
+) -> dict[str, Callable[[], object]]:
     """Return calls over three cells of two pairs, forward and backward, all positions scored."""
     length = num_rows // 6
-    hidden = torch.zeros(6, length, HIDDEN_SIZE, dtype=torch.bfloat16)
-    weight = torch.zeros(vocabulary, HIDDEN_SIZE, dtype=torch.bfloat16)
-    labels = torch.zeros(6, length, dtype=torch.int64)
-    ids = torch.arange(6).repeat_interleave(length)
-    lengths, ref_logps = torch.full((3, 2), length), torch.zeros(3, 2)
-    slope, slopes = torch.ones(()), torch.ones(6, length)
+    lengths = torch.full((3, 2), length)  # known to the host
+    with torch.device(device):
+        hidden = torch.randn(6, length, hidden_size).bfloat16()
+        weight = torch.randn(vocabulary, hidden_size).mul_(3 / hidden_size**0.5).bfloat16()
+        labels = torch.zeros(6, length, dtype=torch.int64)
+        ids = torch.arange(6).repeat_interleave(length)
+        ref_logps = torch.zeros(3, 2)
+        slope, slopes = torch.ones(()), torch.ones(6, length)
 
     def loss(
         *, packed: bool = False, knows: bool = True, memory: str = "auto", trains: bool = False
@@ -209,11 +218,11 @@ def calls(num_rows: int, vocabulary: int) -> dict[str, Callable[[], object]]:
         def call() -> object:
             h = hidden.detach().requires_grad_()
             w = weight.detach().requires_grad_(trains)
-            shaped = (h.view(-1, HIDDEN_SIZE), w, labels.view(-1)) if packed else (h, w, labels)
+            shaped = (h.view(-1, hidden_size), w, labels.view(-1)) if packed else (h, w, labels)
             output = rdpo_loss(
                 *shaped, ref_logps,
                 sequence_ids=ids if packed else None, sequence_lengths=lengths if knows else None,
-                backend="triton", memory=memory,
+                backend=backend, memory=memory,
             )  # fmt: skip
             return torch.autograd.grad(output.loss, (h, w) if trains else h, slope)
 
@@ -222,7 +231,7 @@ def calls(num_rows: int, vocabulary: int) -> dict[str, Callable[[], object]]:
     def scores(num_scored: int | None) -> Callable[[], object]:
         def call() -> object:
             h = hidden.detach().requires_grad_()
-            logps = linear_logprob(h, weight, labels, num_scored=num_scored, backend="triton")
+            logps = linear_logprob(h, weight, labels, num_scored=num_scored, backend=backend)
             return torch.autograd.grad(logps, h, slopes)
 
         return call

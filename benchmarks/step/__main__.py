@@ -6,25 +6,22 @@ take turns. A step is forward, backward, clipping and optimizer step of one micr
 of all steps are compared: all three train the same thing, or the comparison says nothing.
 
 Writes ``benchmarks/results/cpu_step.json``, or ``step_<device>.json`` for the 7B shapes, with
-random weights, on a GPU (written for one, not run on one yet):
-
-    python -m benchmarks.step --device cuda --dtype bfloat16 --modes lora --shape llava-1.5-7b \\
-        --checkpointing on --variants liger flash
+random weights, on a GPU (written for one, not run on one yet; docs/proofs.md has the commands).
+What is not installed or fails is a row with its reason; what the time was not enough for, "not
+measured".
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,124 +31,27 @@ from benchmarks.result_files import RESULTS, environment, merge, slug
 from benchmarks.step.setup import Job
 from benchmarks.step.shapes import MODES, SCHEMES, SHAPES, predicted_ratio, work
 from benchmarks.step.table import HEADER, line
+from benchmarks.step.turns import Cells, run_jobs, steps_of_a_turn
 
 CHECKPOINTING = {  # activation checkpointing by scheme
     "off": {},
     "on": dict.fromkeys(SCHEMES, True),
     "defaults": {"trl": True},
 }
-VARIANTS = ("liger", "flash")  # of ours, beside stock layers and SDPA
-PACKAGES = {"liger": "liger_kernel", "flash": "flash_attn", "trl": "trl"}
+# of ours, beside stock layers and SDPA: what is changed in its job
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "liger": ("ours, Liger layers", {"liger": True}),
+    "flash": ("ours, flash-attention", {"attention": "flash_attention_2"}),
+    "compiled": ("ours, compiled layers", {"compiled": True}),
+}
+# contender -> module and package that it needs
+PACKAGES = {
+    "ours, Liger layers": ("liger_kernel", "liger-kernel"),
+    "ours, flash-attention": ("flash_attn", "flash-attn"),
+    "trl": ("trl", "trl"),
+    "trl, plain head": ("trl", "trl"),
+}
 LARGEST_DIFFERENCE = 1e-4  # of two float32 losses
-
-Cells = dict[str, dict[str, Any]]
-
-
-class Worker:
-    """A process that trains when it is told to."""
-
-    def __init__(self, job: Job) -> None:
-        # closed with the process
-        self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.step.worker", json.dumps(asdict(job))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            cwd=RESULTS.parents[1],
-            env={**os.environ, "OMP_NUM_THREADS": str(job.threads)},
-        )
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with suppress(BrokenPipeError):
-                    pipe.close()
-        self._log.close()
-
-    def read(self) -> dict[str, Any]:
-        """Return the next line.
-
-        Raises:
-            RuntimeError: The process ended; with the last line that it wrote.
-        """
-        assert self._process.stdout is not None
-        if text := self._process.stdout.readline():
-            return json.loads(text)
-        self._process.wait()
-        self._log.seek(0)
-        lines = [line.strip() for line in self._log if line.strip()] or ["it said nothing"]
-        raise RuntimeError(lines[-1][:300])
-
-    def turn(self, steps: int) -> dict[str, Any]:
-        """Let it train some steps and return what it says of them."""
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # read() says why it ended
-            self._process.stdin.write(f"{steps}\n")
-            self._process.stdin.flush()
-        return self.read()
-
-
-def run_jobs(jobs: dict[str, Job], repeats: int, warm_steps: int) -> Cells:
-    """Measure schemes in turn, one step a turn.
-
-    On a GPU a turn has one more, not timed: idle processes have given their memory back.
-
-    Args:
-        jobs: By contender.
-        repeats: Turns of each.
-        warm_steps: Steps before the first turn.
-    """
-    with ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(job)) for name, job in jobs.items()}
-        cells: Cells = {}
-        for name, worker in list(workers.items()):
-            try:
-                lists: dict[str, Any] = {"seconds": [], "cpu_seconds": [], "losses": []}
-                cells[name] = {"status": "ok", **worker.read(), **lists}
-                _take_turn(worker, cells[name], warm_steps, counts=False)
-            except RuntimeError as error:
-                cells[name] = {"status": "failed", "reason": str(error)}
-                del workers[name]
-        for repeat in range(repeats):
-            order = list(workers)
-            for name in order if repeat % 2 else reversed(order):
-                steps = steps_of_a_turn(jobs[name].device)
-                try:
-                    _take_turn(workers[name], cells[name], steps, counts=True)
-                except RuntimeError as error:
-                    cells[name] = {"status": "failed", "reason": str(error)}
-                    del workers[name]
-        for name, worker in workers.items():
-            if not jobs[name].profile:
-                continue
-            try:
-                worker.turn(steps_of_a_turn(jobs[name].device))  # the last one is recorded
-            except RuntimeError as error:  # what was measured stays
-                print(f"no profile of {name}: {error}", file=sys.stderr)
-    return cells
-
-
-def steps_of_a_turn(device: str) -> int:
-    """Return the steps of a turn, of which the last counts: on a GPU the first claims memory."""
-    return 2 if device == "cuda" else 1
-
-
-def _take_turn(worker: Worker, cell: dict[str, Any], steps: int, *, counts: bool) -> None:
-    if not steps:
-        return
-    found = worker.turn(steps)
-    cell["losses"] += found["losses"]
-    cell["peak_bytes"] = max(cell.get("peak_bytes", 0), found["peak_bytes"])
-    if counts:
-        for name in ("seconds", "cpu_seconds"):
-            cell[name].append(found[name][-1])
 
 
 def compare(cells: Cells, jobs: dict[str, Job]) -> None:
@@ -169,7 +69,7 @@ def compare(cells: Cells, jobs: dict[str, Job]) -> None:
         cell |= {"pairs": job.pairs, "checkpoints": job.checkpoints, "dtype": job.dtype}
         if ours["status"] != "ok":
             continue
-        pairs = zip(cell["seconds"], ours["seconds"], strict=True)
+        pairs = zip(cell["seconds"], ours["seconds"], strict=False)
         cell["ratio"] = spread([theirs / own for theirs, own in pairs])
         cell["peak_ratio"] = cell["peak_bytes"] / ours["peak_bytes"]
         cell["beyond_weights_ratio"] = cell["beyond_weights_bytes"] / ours["beyond_weights_bytes"]
@@ -177,8 +77,18 @@ def compare(cells: Cells, jobs: dict[str, Job]) -> None:
             job.scheme, shape, job.mode,
             ours_checkpoints=jobs["ours"].checkpoints, checkpoints=job.checkpoints,
         )  # fmt: skip
-        losses = zip(cell["losses"], ours["losses"], strict=True)
+        cell["prediction_reached"] = cell["ratio"]["median"] / cell["predicted_ratio"]
+        losses = zip(cell["losses"], ours["losses"], strict=False)  # of the turns that both had
         cell["loss_difference"] = max(abs(theirs - own) for theirs, own in losses)
+
+
+def aims_line(name: str, cell: dict[str, Any]) -> str:
+    """Say how much of the ratio that token counts predict was reached, and at what memory."""
+    return (
+        f"{name}: {cell['ratio']['median']:.2f}x ours, {100 * cell['prediction_reached']:.0f} % of "
+        f"what token counts predict; ours has {1 / cell['beyond_weights_ratio']:.2f} of its peak "
+        "memory beyond weights"
+    )
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -186,11 +96,17 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def contenders(options: argparse.Namespace, mode: str, out: str) -> dict[str, Job]:
+def missing_package(contender: str) -> str | None:
+    """Return why a contender cannot start, or None."""
+    module, package = PACKAGES.get(contender, ("torch", "torch"))
+    return None if importlib.util.find_spec(module) else f"{package} is not installed"
+
+
+def contenders(options: argparse.Namespace, shape: str, mode: str, out: str) -> dict[str, Job]:
     """Return the jobs of one mode by name, ours first."""
     turns = options.repeats + bool(options.profile)
     common = Job(
-        "ours", options.shape, mode, options.pairs,
+        "ours", shape, mode, options.pairs,
         steps=options.warm_steps + turns * steps_of_a_turn(options.device),
         dtype=options.dtype, device=options.device, threads=options.threads, out=out,
     )  # fmt: skip
@@ -202,12 +118,10 @@ def contenders(options: argparse.Namespace, mode: str, out: str) -> dict[str, Jo
     }
     if "trl" in jobs and options.device == "cpu":
         jobs["trl, plain head"] = replace(jobs["trl"], plain_head=True)
-    if "liger" in options.variants:
-        jobs["ours, Liger layers"] = replace(jobs["ours"], liger=True)
-    if "flash" in options.variants:
-        jobs["ours, flash-attention"] = replace(jobs["ours"], attention="flash_attention_2")
+    for name, changes in (VARIANTS[variant] for variant in options.variants):
+        jobs[name] = replace(jobs["ours"], **changes)
     if options.profile:
-        files = {name: f"{options.shape} {mode} {name}.txt".replace(" ", "-") for name in jobs}
+        files = {name: f"{shape} {mode} {name}.txt".replace(" ", "-") for name in jobs}
         jobs = {
             name: replace(job, profile=str((options.profile / files[name]).absolute()))
             for name, job in jobs.items()
@@ -217,7 +131,7 @@ def contenders(options: argparse.Namespace, mode: str, out: str) -> dict[str, Jo
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="llava-64m")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["llava-64m"])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[], help="of ours")
@@ -228,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="limit of all shapes")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument(
         "--profile", type=Path, help="folder for tables of the operators of one more step each"
@@ -240,8 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write.
 
     Returns:
-        0; 1 where float32 losses differ by more than 1e-4 or nothing could be measured; 2 without
-        the device or a package.
+        0; 1 where float32 losses differ by more than 1e-4, or a contender failed or had no turn; 2
+        without the device.
     """
     options = _parser().parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -250,10 +165,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "ours" not in options.schemes:
         print("--schemes must contain ours, which all are compared with.", file=sys.stderr)
         return 2
-    for name in [*options.variants, *({"trl"} & set(options.schemes))]:
-        if importlib.util.find_spec(PACKAGES[name]) is None:
-            print(f"{PACKAGES[name]} is not installed: leave out {name}.", file=sys.stderr)
-            return 2
     load_before = os.getloadavg()[0]
     device = torch.device(options.device)
     torch.set_num_threads(options.threads)
@@ -261,19 +172,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file = "cpu_step" if options.device == "cpu" else f"step_{slug(run['device'])}"
     print(HEADER)
     is_good = True
-    for mode in options.modes:
+    deadline = time.monotonic() + 60 * options.minutes
+    for shape, mode in [(shape, mode) for shape in options.shape for mode in options.modes]:
         with tempfile.TemporaryDirectory() as out:
-            jobs = contenders(options, mode, out)
-            cells = run_jobs(jobs, options.repeats, options.warm_steps)
+            jobs = contenders(options, shape, mode, out)
+            absent = {name: reason for name in jobs if (reason := missing_package(name))}
+            able = {name: job for name, job in jobs.items() if name not in absent}
+            seconds = deadline - time.monotonic()
+            cells = run_jobs(able, options.repeats, options.warm_steps, seconds=seconds)
+        cells |= {name: {"status": "unavailable", "reason": absent[name]} for name in absent}
         compare(cells, jobs)
+        print(f"{shape}, {mode}")
         for contender, cell in cells.items():
             cell["load_before"] = load_before
             print(line(contender, cell), flush=True)
             differs = cell.get("loss_difference", 0) > LARGEST_DIFFERENCE
-            if cell["status"] != "ok" or (options.dtype == "float32" and differs):
+            is_wrong = options.dtype == "float32" and differs
+            if cell["status"] not in ("ok", "unavailable") or is_wrong:
                 is_good = False
+        for contender, cell in cells.items():
+            if contender != "ours" and "prediction_reached" in cell:
+                print(aims_line(contender, cell))
         settings = f"{options.dtype}/{options.pairs}/{options.checkpointing}"
-        keyed = {f"step/{options.shape}/{mode}/{settings}/{name}": c for name, c in cells.items()}
+        keyed = {f"step/{shape}/{mode}/{settings}/{name}": c for name, c in cells.items()}
         merge(options.out / f"{file}.json", run, keyed)
     return 0 if is_good else 1
 

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from benchmarks.step.compiled import compile_layers
 from benchmarks.step.setup import Job, lora_config, training_options
 from realign.data.records import Record
 from realign.modeling.adapters import quiet_peft
@@ -42,6 +43,8 @@ def make_trainer(
         layers = {"rope": True, "swiglu": True, "rms_norm": True}
         heads = {"fused_linear_cross_entropy": False, "cross_entropy": False}
         options |= {"use_liger_kernel": True, "liger_kernel_config": layers | heads}
+    if job.compiled:
+        compile_layers(model, job.device)
     trainer = RDPOTrainer(model, RDPOConfig(**options), records, processor, reference)
     return trainer, {"cache_seconds_a_pair": seconds}
 

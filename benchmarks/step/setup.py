@@ -57,6 +57,7 @@ class Job:
     device: str = "cpu"
     attention: str = "sdpa"
     liger: bool = False  # Liger's layers in the language model
+    compiled: bool = False  # each layer of the language model
     plain_head: bool = False  # for TRL, whose own is made for GPUs
     learning_rate: float = 1e-5
     threads: int = 2

@@ -118,6 +118,16 @@ SHAPES = {
             {"hidden_size": 32, "intermediate_size": 64, "depth": 2, "num_heads": 2},
             (56, 84), 28, 4, prompt_tokens=8, answer_tokens=10,
         ),
+        # large enough for the blocks of kernels and of 4-bit weights, small enough for float64
+        StepShape(
+            "small", "llava", 1031, _text(256, 704, 4, 4, 4), _clip(64, 3, 2), (56, 56), 14, 8,
+            prompt_tokens=12, answer_tokens=24,
+        ),
+        StepShape(
+            "small-qwen", "qwen2.5-vl", 1031, _text(256, 704, 4, 4, 2),
+            {"hidden_size": 64, "intermediate_size": 128, "depth": 3, "num_heads": 2},
+            (112, 112), 28, 8, prompt_tokens=12, answer_tokens=24,
+        ),
         # two cores: rank and tower in proportion to those of 7B, whose tower has 5 % of the
         # parameters of the layers; only the head is larger than there
         StepShape(

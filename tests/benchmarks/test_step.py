@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from benchmarks import tables  # noqa: E402
 from benchmarks.result_files import load  # noqa: E402
 from benchmarks.step import __main__ as step  # noqa: E402
 from benchmarks.step import table as step_table  # noqa: E402
+from benchmarks.step import turns  # noqa: E402
 from benchmarks.step.setup import Job, build_model, build_processor, build_records, vision_tower  # noqa: E402
 from benchmarks.step.shapes import MODES, SCHEMES, SHAPES, predicted_ratio, work  # noqa: E402
 from benchmarks.step.worker import Memory, Turns, make_trainer, scheme_module  # noqa: E402
@@ -185,7 +187,7 @@ def test_a_contender_that_fails_is_named_and_the_others_go_on(tmp_path, capsys, 
             times = {"seconds": [2.0] * steps, "cpu_seconds": [2.0] * steps}
             return {**times, "losses": [loss] * steps, "peak_bytes": 30}
 
-    monkeypatch.setattr(step, "Worker", Answers)
+    monkeypatch.setattr(turns, "Worker", Answers)
     call = ["--shape", "tiny", "--modes", "lora", "--repeats", "1", "--out", str(tmp_path)]
     assert step.main(call) == 1  # and the losses differ
     out = capsys.readouterr().out
@@ -201,7 +203,7 @@ def test_a_contender_that_fails_is_named_and_the_others_go_on(tmp_path, capsys, 
 
 @pytest.mark.full
 def test_a_process_that_ends_says_why():
-    with step.Worker(Job("ours", "none", "lora", 1, 1)) as worker:
+    with turns.Worker(Job("ours", "none", "lora", 1, 1)) as worker:
         with pytest.raises(RuntimeError, match="KeyError: 'none'"):
             worker.read()
         with pytest.raises(RuntimeError, match="KeyError"):
@@ -218,8 +220,67 @@ def test_a_readme_gets_the_tables_that_it_has_marks_for():
 
 def test_what_cannot_be_measured_is_refused(capsys, monkeypatch):
     assert step.main(["--schemes", "trl"]) == 2
-    monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: None)
-    assert step.main([]) == 2
-    assert "trl is not installed" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert step.main(["--device", "cuda"]) == 2
+
+
+class Slow:
+    """A worker whose turns take a while, until it is ended."""
+
+    def __init__(self, job: Job) -> None:
+        self.is_over = threading.Event()
+
+    def __enter__(self) -> Slow:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def stop(self) -> None:
+        """End it."""
+        self.is_over.set()
+
+    def read(self) -> dict[str, Any]:
+        return {"weights_bytes": 10, "cache_seconds_a_pair": 1.0}
+
+    def turn(self, steps: int) -> dict[str, Any]:
+        if self.is_over.wait(0.05):
+            raise RuntimeError("it said nothing")
+        times = {"seconds": [2.0] * steps, "cpu_seconds": [2.0] * steps}
+        return {**times, "losses": [1.0] * steps, "peak_bytes": 30}
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.02, 0.5])
+def test_what_there_is_no_time_for_is_said_and_what_was_measured_stays(monkeypatch, seconds):
+    monkeypatch.setattr(turns, "Worker", Slow)
+    jobs = {name: Job(name, "tiny", "lora", 1, 1) for name in ("ours", "trl")}
+    cells = turns.run_jobs(jobs, repeats=1000, warm_steps=0, seconds=seconds)
+    if seconds < 0.05:
+        assert {cell["status"] for cell in cells.values()} == {"not measured"}
+    else:
+        assert {cell["status"] for cell in cells.values()} == {"ok"}
+        assert all(0 < len(cell["seconds"]) < 1000 for cell in cells.values())
+        step.compare(cells, jobs)
+        assert "100 % of what" not in step.aims_line("trl", cells["trl"])  # as fast as ours
+
+
+def test_a_package_that_is_missing_is_a_row(tmp_path, capsys, monkeypatch):
+    find_spec = step.importlib.util.find_spec
+    missing = ("trl", "flash_attn", "liger_kernel")
+    monkeypatch.setattr(
+        step.importlib.util, "find_spec", lambda name: None if name in missing else find_spec(name)
+    )
+    call = ["--shape", "tiny", "tiny-qwen", "--modes", "lora", "--out", str(tmp_path)]
+    call += ["--schemes", "ours", "trl", "--variants", "liger", "flash", "--minutes", "0"]
+    assert step.main(call) == 1  # nothing had a turn
+    out = capsys.readouterr().out
+    for row in ("TRL DPOTrainer | trl is", "ours, flash-attention | flash-attn is"):
+        assert f"| {row} not installed |" in out
+    cells = load(tmp_path / "cpu_step.json")["cells"]
+    assert {key.split("/")[1] for key in cells} == {"tiny", "tiny-qwen"}
+    statuses = {key.rpartition("/")[2]: cell["status"] for key, cell in cells.items()}
+    assert statuses == {
+        "ours": "not measured", "trl": "unavailable", "trl, plain head": "unavailable",
+        "ours, Liger layers": "unavailable", "ours, flash-attention": "unavailable",
+    }  # fmt: skip
+    assert "not measured yet" not in step_table.step_block(tmp_path)

@@ -1,4 +1,4 @@
-"""The benchmarks' own logic: files that merge, tables, what is said of absent peers, a tiny run."""
+"""The benchmarks' own logic: files that merge, tables, and what is said of absent peers."""
 
 from __future__ import annotations
 
@@ -13,21 +13,16 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))
 
-from benchmarks.gpu import __main__ as gpu  # noqa: E402
-from benchmarks.gpu import checks as gpu_checks  # noqa: E402
-from benchmarks.gpu import hardware as gpu_hardware  # noqa: E402
 from benchmarks.head import accuracy, cpu, providers  # noqa: E402
 from benchmarks.head import tables as head_tables  # noqa: E402
 from benchmarks.head.row_classes import ROW_CLASSES, make_rows  # noqa: E402
 from benchmarks.measure import exact, interleave, peak_bytes, quantile, summary  # noqa: E402
 from benchmarks.result_files import environment, is_current, load, merge  # noqa: E402
 from benchmarks.shapes import HeadShape, make_inputs, shapes_for  # noqa: E402
-from realign_kernels.backends.dispatch import resolve_backend  # noqa: E402
 from realign_kernels.testing import HeadInputs, dense_logprob  # noqa: E402
 
 CPU = torch.device("cpu")
 TINY = HeadShape("tiny", 40, 24, 97)
-HAS_KERNELS = resolve_backend("auto", "cpu") == "cpu"
 
 
 def run_of(commit: str) -> dict:
@@ -143,70 +138,6 @@ def test_timing_alternates_and_ends():
     assert len(ours) == len(gemm) == 4
     assert summary([3.0, 1.0, 2.0])["ms"] == 2.0
     assert math.isnan(quantile(torch.tensor([1.0, math.nan]), 0.5))
-
-
-@pytest.mark.full
-@pytest.mark.skipif(not HAS_KERNELS, reason="needs the C++ kernels")
-def test_the_gpu_script_runs_at_tiny_shapes_and_continues(tmp_path, capsys):
-    call = ["--device", "cpu", "--providers", "ours", "quack", "--out", str(tmp_path)]
-    assert gpu.main([*call, "--commit", "abc"]) == 0
-    cells = load(tmp_path / "gpu_cpu.json")["cells"]
-    assert cells["checks/cpu"]["status"] == "ok"
-    ours = cells["head/token/float32/tiny/N96/frozen/ours"]
-    assert ours["errors"]["logp_max"] < 1e-5
-    assert {"ms", "ms_p10", "ms_p90", "peak_bytes", "flops_nvd", "ratio_to_gemm"} <= ours.keys()
-    quack = cells["head/mean/float32/tiny/N96/frozen/quack"]
-    assert quack["status"] == "unavailable"
-    assert sum(key.startswith("question/") for key in cells) == 4
-
-    capsys.readouterr()
-    assert gpu.main([*call, "--commit", "abc", "--only", "head", "--minutes", "0"]) == 0
-    assert "/ours" not in capsys.readouterr().out  # nothing of it is left to measure
-    assert load(tmp_path / "gpu_cpu.json")["cells"].keys() == cells.keys()
-
-
-@pytest.mark.full
-@pytest.mark.skipif(not HAS_KERNELS, reason="needs the C++ kernels")
-def test_what_only_hardware_can_show_runs_at_tiny_sizes(tmp_path, monkeypatch, capsys):
-    call = ["--device", "cpu", "--only", "hardware", "--out", str(tmp_path), "--commit", "abc"]
-    assert gpu.main(call) == 0
-    cell = load(tmp_path / "gpu_cpu.json")["cells"]["hardware/cpu"]
-    assert cell["status"] == "ok"
-    assert cell["checks"] == 15
-
-    true_logprob = gpu_hardware.linear_logprob
-    calls = iter(range(10**6))  # every call is off by another amount
-    monkeypatch.setattr(
-        gpu_hardware, "linear_logprob", lambda *a, **k: true_logprob(*a, **k) + 1e-3 * next(calls)
-    )
-    assert gpu.main(call) == 1
-    printed = capsys.readouterr().out
-    assert "FAILED beyond 2^31, V x D\n" in printed
-    assert "FAILED repeats, 1 x 1031 x 64, frozen\n  2 of 3 repeats differ" in printed
-
-
-@pytest.mark.full
-@pytest.mark.skipif(not HAS_KERNELS, reason="needs the C++ kernels")
-def test_wrong_kernels_stop_the_gpu_script(tmp_path, monkeypatch, capsys):
-    true_logprob = gpu_checks.linear_logprob
-    monkeypatch.setattr(gpu_checks, "linear_logprob", lambda *a, **k: true_logprob(*a, **k) + 2e-4)
-    call = ["--device", "cpu", "--out", str(tmp_path), "--commit", "abc"]
-    assert gpu.main(call) == 1
-    captured = capsys.readouterr()
-    assert "FAILED bfloat16 forward, plain" in captured.out
-    assert "nothing was timed" in captured.err
-    assert load(tmp_path / "gpu_cpu.json")["cells"].keys() == {"checks/cpu"}
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_script_says_so(capsys):
-    assert gpu.main([]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_unknown_shapes_are_refused(capsys):
-    assert gpu.main(["--device", "cpu", "--shapes", "tiny", "huge"]) == 2
-    assert "--shapes must be among ['tiny', 'tiny/N96'], got ['huge']." in capsys.readouterr().err
 
 
 def test_tables_show_every_provider_and_hide_speeds_of_a_busy_machine(tmp_path):

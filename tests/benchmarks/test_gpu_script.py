@@ -1,0 +1,320 @@
+"""The script for GPUs, at tiny sizes: cells that fail, that are absent, and that time left out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT))
+
+from benchmarks.gpu import __main__ as gpu  # noqa: E402
+from benchmarks.gpu import checks as gpu_checks  # noqa: E402
+from benchmarks.gpu import hardware as gpu_hardware  # noqa: E402
+from benchmarks.gpu import sanitizer  # noqa: E402
+from benchmarks.gpu.bias import KINDS, draw_case, measure_bias  # noqa: E402
+from benchmarks.gpu.head import aim_of, aims_table  # noqa: E402
+from benchmarks.gpu.native_tests import cells_of, command  # noqa: E402
+from benchmarks.gpu.session import Check, Session  # noqa: E402
+from benchmarks.promises import outcome  # noqa: E402
+from benchmarks.result_files import load  # noqa: E402
+from realign_kernels.backends.dispatch import resolve_backend  # noqa: E402
+
+CPU = torch.device("cpu")
+HAS_KERNELS = resolve_backend("auto", "cpu") == "cpu"
+AUTO = "cpu" if HAS_KERNELS else "eager"
+
+
+@pytest.fixture
+def call(tmp_path):
+    """Arguments of a call at tiny sizes."""
+    return [
+        "--device", "cpu", "--backend", AUTO, "--out", str(tmp_path), "--commit", "abc"
+    ]  # fmt: skip
+
+
+def cells(folder: Path) -> dict:
+    """The cells that were written."""
+    return load(folder / "gpu_cpu.json")["cells"]
+
+
+@pytest.mark.full
+def test_the_gpu_script_runs_at_tiny_shapes_and_continues(tmp_path, call, capsys):
+    call += ["--providers", "ours", "quack"]
+    assert gpu.main(call) == 0
+    found = cells(tmp_path)
+    checks = [cell["status"] for key, cell in found.items() if key.startswith("checks/")]
+    assert len(checks) == 96
+    assert set(checks) == {"ok"}
+    ours = found["head/token/float32/tiny/N96/frozen/ours"]
+    assert ours["errors"]["logp_max"] < 1e-5
+    assert {"ms", "ms_p10", "ms_p90", "peak_bytes", "flops_nvd", "ratio_to_gemm"} <= ours.keys()
+    quack = found["head/mean/float32/tiny/N96/frozen/quack"]
+    assert quack["status"] == "unavailable"
+    assert sum(key.startswith("question/") for key in found) == 12
+    assert "tiny, 96, frozen" in capsys.readouterr().out
+
+    assert gpu.main([*call, "--only", "head", "--minutes", "0"]) == 0
+    assert "/ours" not in capsys.readouterr().out  # nothing of it is left to measure
+    assert cells(tmp_path).keys() == found.keys()
+
+
+@pytest.mark.full
+def test_what_only_hardware_can_show_runs_at_tiny_sizes(tmp_path, call, monkeypatch, capsys):
+    call += ["--only", "hardware"]
+    assert gpu.main(call) == 0
+    found = cells(tmp_path)
+    assert [cell["status"] for cell in found.values()] == ["ok"] * 15
+
+    true_logprob = gpu_hardware.linear_logprob
+    calls = iter(range(10**6))  # every call is off by another amount
+    monkeypatch.setattr(
+        gpu_hardware, "linear_logprob", lambda *a, **k: true_logprob(*a, **k) + 1e-3 * next(calls)
+    )
+    assert gpu.main([*call[:-2], "--only", "hardware", "--commit", "other"]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED beyond 2^31, V x D\n" in printed
+    assert "FAILED repeats, 1 x 1031 x 64, frozen\n  2 of 3 repeats differ" in printed
+    repeats = cells(tmp_path)[f"hardware/{AUTO}/repeats, 1 x 1031 x 64, frozen"]
+    assert repeats["status"] == "failed"
+    assert repeats["reason"] == "2 of 3 repeats differ"
+
+
+@pytest.mark.full
+def test_wrong_kernels_stop_the_gpu_script(tmp_path, call, monkeypatch, capsys):
+    true_logprob = gpu_checks.linear_logprob
+    monkeypatch.setattr(gpu_checks, "linear_logprob", lambda *a, **k: true_logprob(*a, **k) + 2e-4)
+    assert gpu.main(call) == 1
+    captured = capsys.readouterr()
+    assert "FAILED bfloat16 forward, plain" in captured.out
+    assert "nothing was timed" in captured.err
+    assert {key.partition("/")[0] for key in cells(tmp_path)} == {"checks"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("part", [None, *gpu.MINUTES])
+def test_without_a_gpu_the_script_says_so(part, capsys):
+    assert gpu.main([] if part is None else ["--only", part]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_unknown_shapes_are_refused(capsys):
+    assert gpu.main(["--device", "cpu", "--shapes", "tiny", "huge"]) == 2
+    assert "--shapes must be among ['tiny', 'tiny/N96'], got ['huge']." in capsys.readouterr().err
+
+
+def wrong(*_: object) -> None:
+    raise AssertionError("off by 2\nand more")
+
+
+def broken(*_: object) -> None:
+    raise RuntimeError("no kernel image\nfor this device")
+
+
+def test_a_check_that_fails_is_a_cell_and_the_others_go_on(tmp_path, capsys):
+    session = Session(CPU, tmp_path / "x.json", {"commit": "abc"}, minutes=1)
+    checks = {"wrong": wrong, "broken": broken, "right": lambda: None}
+    session.check(
+        "checks/cpu",
+        [Check(name, lambda n=name, c=check: outcome(n, c)) for name, check in checks.items()],
+    )
+    session.add("question/oops", broken)
+    found = load(tmp_path / "x.json")["cells"]
+    assert {key: cell["status"] for key, cell in found.items()} == {
+        "checks/cpu/wrong": "failed", "checks/cpu/broken": "failed", "checks/cpu/right": "ok",
+        "question/oops": "failed",
+    }  # fmt: skip
+    assert found["checks/cpu/wrong"]["reason"] == "off by 2"
+    assert found["question/oops"]["reason"] == "RuntimeError: no kernel image"
+    lines = session.table().splitlines()
+    assert lines[1].split() == ["checks/cpu", "1", "2", "0", "0"]
+    assert "checks/cpu/wrong: failed: off by 2" in lines
+    assert "FAILED wrong" in capsys.readouterr().out
+
+
+def test_a_gpu_that_has_become_unusable_is_said_and_ends_nothing(tmp_path, monkeypatch, capsys):
+    """As after an access out of bounds: every later call of CUDA fails."""
+    works = iter([None])
+    lost = RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    def synchronize(device):
+        if next(works, lost) is lost:
+            raise lost
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    session = Session(torch.device("cuda"), tmp_path / "x.json", {"commit": "abc"}, minutes=1)
+    for name in ("first", "second", "third"):
+        session.add(f"question/{name}", lambda: {"status": "ok", "ms": 1.0})
+    found = load(tmp_path / "x.json")["cells"]
+    assert [found[f"question/{name}"]["status"] for name in ("first", "second", "third")] == [
+        "ok", "failed", "not measured"
+    ]  # fmt: skip
+    assert "illegal memory access" in found["question/second"]["reason"]
+    assert "question/second has ended" in found["question/third"]["reason"]
+
+
+def test_what_there_is_no_time_for_is_not_measured(tmp_path, call):
+    for part in ("bias", "questions", "checks", "hardware", "layers", "ranks"):
+        assert gpu.main([*call, "--only", part, "--minutes", "0"]) == 0, part
+    found = cells(tmp_path)
+    assert {cell["status"] for cell in found.values()} == {"not measured"}
+    parts = {key.partition("/")[0] for key in found}
+    assert parts == {"bias", "question", "checks", "hardware", "layers", "ranks"}
+
+
+@pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
+def test_a_bias_is_measured_against_float64(case, monkeypatch):
+    inputs = draw_case(CPU, (48, 301, 64), case, torch.bfloat16)
+    logits = inputs.hidden_states.double() @ inputs.lm_head_weight.double().T
+    assert logits.mean().item() == pytest.approx(case.offset, abs=case.std)
+    assert logits.std().item() == pytest.approx(case.std, rel=0.3)
+    cell = measure_bias(inputs, "bfloat16", AUTO, "auto")
+    assert cell["rows_beyond_the_promise"] == 0
+    assert cell["largest_error"] < 1e-4
+
+    from benchmarks.gpu import bias
+
+    true_logprob = bias.linear_logprob
+    monkeypatch.setattr(bias, "linear_logprob", lambda *a, **k: true_logprob(*a, **k) - 3e-3)
+    cell = measure_bias(inputs, "bfloat16", AUTO, "auto")
+    assert cell["rows_beyond_the_promise"] == 48
+    assert cell["mean_error"] == pytest.approx(-3e-3, rel=0.05)
+    assert cell["sum_over_120"] == pytest.approx(-0.36, rel=0.05)
+
+
+OUTPUT = """
+tests/realign_kernels/backends/triton/test_rows.py::test_a[x-1] PASSED   [ 10%]
+[gw1] [ 20%] FAILED tests/realign_kernels/backends/triton/test_rows.py::test_b[two words]
+[gw0] [ 30%] SKIPPED tests/realign_kernels/test_group.py::test_c
+[gw0] [ 40%] PASSED tests/realign_kernels/test_group.py::test_d
+"""
+
+
+def test_results_of_pytest_become_cells_by_file():
+    found = cells_of(OUTPUT, 1, is_whole=True)
+    rows, group = found["tests/backends/triton/test_rows.py"], found["tests/test_group.py"]
+    assert (rows["status"], rows["passed"], rows["failures"]) == (
+        "failed",
+        1,
+        ["test_b[two words]"],
+    )
+    assert (group["status"], group["passed"], group["skipped"]) == ("ok", 1, 1)
+    assert found["tests"]["status"] == "failed"
+
+    absent = "ERROR tests/realign_kernels/compat/test_cce.py - ModuleNotFoundError: No module"
+    found = cells_of(OUTPUT + absent, 1, is_whole=True)
+    assert "not collected: ModuleNotFoundError" in found["tests/compat/test_cce.py"]["reason"]
+
+    assert cells_of(OUTPUT, None, is_whole=False)["tests"] == {
+        "status": "not measured", "reason": "out of time after 2 tests had passed"
+    }  # fmt: skip
+    assert cells_of("no tests ran\n", 5, is_whole=True) == {
+        "tests": {"status": "failed", "reason": "pytest exited with 5: no tests ran"}
+    }
+
+
+def test_tests_that_end_a_process_are_left_out_of_a_gpu():
+    ignored = [part.partition("=")[2] for part in command() if part.startswith("--ignore=")]
+    assert len(ignored) == 2
+    assert all((ROOT / path).is_file() for path in ignored)
+
+
+SANITIZER = """#!/usr/bin/env python3
+import os, subprocess, sys
+tool, command = sys.argv[2], sys.argv[3:]
+if "benchmarks.gpu.planted" in command:
+    print("========= ERROR SUMMARY: {planted} errors")
+    sys.exit()
+code = subprocess.run(command).returncode
+print("========= Invalid __global__ write of size 4 bytes" if {found} else "")
+if tool == "memcheck":
+    print("========= ERROR SUMMARY: {found} errors")
+else:
+    print("========= RACECHECK SUMMARY: {found} hazards displayed ({found} errors, 0 warnings)")
+"""
+
+
+def fake_sanitizer(folder: Path, monkeypatch, **numbers: int) -> None:
+    """Put a program on the PATH that says what the tool would."""
+    path = folder / "bin" / "compute-sanitizer"
+    path.parent.mkdir()
+    text = SANITIZER
+    for name, number in numbers.items():
+        text = text.replace(f"{{{name}}}", str(number))
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path.parent}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_without_the_sanitizer_a_cell_says_so(tmp_path, call, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu.main([*call, "--only", "sanitizer"]) == 0
+    found = cells(tmp_path)
+    assert found.keys() == {f"sanitizer/{name}" for name in ("planted", "memcheck", "racecheck")}
+    assert {cell["status"] for cell in found.values()} == {"unavailable"}
+    assert "not on the PATH" in found["sanitizer/memcheck"]["reason"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tool", sanitizer.TOOLS[1:])
+def test_a_tool_runs_over_small_checks(tool, tmp_path, call, monkeypatch):
+    fake_sanitizer(tmp_path, monkeypatch, planted=3, found=0)
+    monkeypatch.setattr(sanitizer, "TOOLS", (tool,))
+    assert gpu.main([*call, "--only", "sanitizer", "--minutes", "20"]) == 0
+    found = cells(tmp_path)
+    assert found["sanitizer/planted"]["errors"] == 3
+    cell = found[f"sanitizer/{tool}"]
+    assert (cell["status"], cell["errors"]) == ("ok", 0)
+    assert cell["checks"] == cell["passed"] == 96
+
+
+def test_a_sanitizer_that_sees_no_kernel_is_no_proof(tmp_path, call, monkeypatch):
+    fake_sanitizer(tmp_path, monkeypatch, planted=0, found=2)
+    assert gpu.main([*call, "--only", "sanitizer", "--minutes", "0.001"]) == 1
+    planted = cells(tmp_path)["sanitizer/planted"]
+    assert planted["status"] == "failed"
+    assert planted["reason"] == "the planted access was not found"
+
+
+def test_a_sanitizers_findings_become_a_cell():
+    found = "========= Invalid write of 4 bytes\n=========   at _epilogue\n"
+    text = f"========= COMPUTE-SANITIZER\n{found}========= ERROR SUMMARY: 1 error\n"
+    cell = sanitizer.cell_of(text, 10, 10, is_whole=True)
+    assert (cell["status"], cell["errors"]) == ("failed", 1)
+    assert "Invalid write of 4 bytes" in cell["reason"]
+    races = "RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"
+    assert sanitizer.cell_of(races, 10, 10, is_whole=True)["errors"] == 2
+    clean = "========= ERROR SUMMARY: 0 errors"
+    assert sanitizer.cell_of(clean, 10, 10, is_whole=True)["status"] == "ok"
+    assert sanitizer.cell_of(clean, 0, 0, is_whole=True)["status"] == "failed"
+    assert sanitizer.cell_of("half", 4, 4, is_whole=False)["status"] == "not measured"
+    crashed = sanitizer.cell_of("Device not supported\n", 0, 0, is_whole=True)
+    assert (crashed["status"], crashed["reason"]) == ("failed", "Device not supported")
+
+
+def test_aims_are_compared_with_what_was_measured():
+    assert [aim_of(1024, size, "frozen") for size in (4096, 3584, 2560, 1024)] == [
+        2.3, 2.3, 2.5, None
+    ]  # fmt: skip
+    assert aim_of(256, 4096, "frozen") is None
+    size = {"N": 1024, "D": 4096, "status": "ok"}
+    few = {"N": 256, "D": 4096, "status": "ok"}
+    group = "head/token/bfloat16/llava-1.5-7b"
+    found = {
+        f"{group}/N1024/frozen/ours": {**size, "ms": 2.0, "ratio_to_gemm": 2.2},
+        f"{group}/N1024/frozen/trl": {**size, "ms": 3.0, "ratio_to_gemm": 3.3},
+        f"{group}/N1024/trainable/ours": {**size, "ms": 4.0, "ratio_to_gemm": 4.4},
+        f"{group}/N256/frozen/ours": {**few, "ms": 2.0, "ratio_to_gemm": 9.0},
+        f"{group}/N256/frozen/torch_logits": {**few, "ms": 2.5, "ratio_to_gemm": 9.5},
+    }
+    lines = [line.split() for line in aims_table(found, "bfloat16").splitlines()[1:]]
+    assert lines == [
+        ["llava-1.5-7b,", "256,", "frozen", "9.00", "yes"],
+        ["llava-1.5-7b,", "1024,", "frozen", "2.20", "2.3", "yes", "trl", "1.50x", "ours"],
+        ["llava-1.5-7b,", "1024,", "trainable", "4.40", "3.4", "no"],
+    ]
