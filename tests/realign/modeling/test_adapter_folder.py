@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -220,6 +222,15 @@ def test_weights_that_are_no_floats_are_refused(good: Path, dtype: torch.dtype) 
         check_adapter(changed)
 
 
+# peft 0.20 says nothing of them
+UNMATCHED = [
+    (
+        {"alpha_pattern": {"language_model.model.layers.0.self_attn.q_proj": 9}},
+        r"must fit its base .*, got The following alpha_pattern keys did not match any",
+    )
+][: Version(peft.__version__) >= Version("0.21")]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -228,10 +239,7 @@ def test_weights_that_are_no_floats_are_refused(good: Path, dtype: torch.dtype) 
         ({"r": 8}, r"got 42 of another shape, first: .*\(2, 128\) instead of \(8, 128\)"),
         ({"r": 0}, "got `r` should be a positive integer value"),
         ({"peft_type": "OTHER"}, "must be the configuration of an adapter of peft, got 'OTHER'"),
-        (
-            {"alpha_pattern": {"language_model.model.layers.0.self_attn.q_proj": 9}},
-            r"must fit its base .*, got The following alpha_pattern keys did not match any",
-        ),
+        *UNMATCHED,
         (
             {"auto_mapping": {"base_model_class": "LlavaNextForConditionalGeneration"}},
             "must name a base of the class LlavaNextForConditionalGeneration, on which the adapter "

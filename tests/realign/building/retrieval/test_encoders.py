@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from packaging.version import Version
 from PIL import Image
 from torch import nn
 
@@ -168,8 +169,14 @@ def test_the_demo_model_as_by_hand(model_dir: Path, tmp_path: Path) -> None:
     assert embeddings.dtype == torch.float32
 
 
+# transformers gives one result for every tile before 5.21, which is refused
+TILED_APART = (
+    {"idefics3", "smolvlm"} if Version(transformers.__version__) < Version("5.21") else set()
+)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - TILED_APART))
 def test_every_family_gives_one_vector_an_image(
     family: str, dtype: torch.dtype, images: list[Image.Image]
 ) -> None:
