@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -150,7 +151,8 @@ def use_liger_layers(model: PreTrainedModel) -> None:
     """Replace normalization, rotary embedding and MLP of a model's body by Liger's fused layers.
 
     Raises:
-        RefusedError: Liger supports neither the model's family nor that of its language model.
+        RefusedError: Liger supports neither the model's family nor that of its language model, or
+            the installed release does not fit that of transformers.
     """
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
@@ -159,7 +161,15 @@ def use_liger_layers(model: PreTrainedModel) -> None:
         # it leaves a model that it does not know as it is
         if module is not None and module.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
             losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-            apply_liger_kernel(module, losses)
+            try:
+                apply_liger_kernel(module, losses)
+            except ImportError as error:  # of a class that another release of transformers has
+                reason = str(error).partition(" from ")[0]
+                raise RefusedError(
+                    f"liger: true requires a liger-kernel that fits {module.config.model_type!r} "
+                    f"of transformers {version('transformers')}, got {version('liger-kernel')} "
+                    f"({reason}). Install another release of it, or drop the option."
+                ) from None
             return
     raise RefusedError(
         "liger: true requires a model that liger-kernel supports, got "

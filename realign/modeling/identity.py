@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
-from realign.modeling.acceleration import Numerics
+from realign.modeling.acceleration import Numerics, use_liger_layers
 from realign.modeling.float32 import float32_precision
 from realign.modeling.folder import model_identity
 from realign.modeling.loading import load_model_config
@@ -74,7 +74,10 @@ class ModelFacts:
         """The model, or an adapter's base, without weights, on torch's meta device."""
         with torch.device("meta"):
             # attention as :func:`realign.modeling.loading.load_model` leaves it to transformers
-            return AutoModelForImageTextToText.from_config(self.config, dtype=self.numerics.dtype)
+            model = AutoModelForImageTextToText.from_config(self.config, dtype=self.numerics.dtype)
+            if self.numerics.liger:
+                use_liger_layers(model)  # or refuse them, before weights are read
+            return model
 
     @cached_property
     def layout(self) -> Layout:

@@ -30,7 +30,7 @@ class Progress:
         self._name, self._total, self._done, self._done_before = name, total, done, done
         self._note = ""
         self._started = self._printed = time.monotonic()
-        self._printed_done = -1
+        self._last_line: tuple[int, str] | None = None  # its count and note
         self._bar: RichProgress | None = None
         if sys.stderr.isatty():
             columns = (
@@ -52,7 +52,7 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         if self._bar:
             self._bar.stop()
-        elif error[0] is None and self._printed_done != self._done:
+        elif error[0] is None and self._last_line != (self._done, self._note):
             self._print_line()
 
     def advance(self, count: int = 1) -> None:
@@ -70,7 +70,7 @@ class Progress:
             self._bar.update(self._bar.task_ids[0], note=text)
 
     def _print_line(self) -> None:
-        self._printed, self._printed_done = time.monotonic(), self._done
+        self._printed, self._last_line = time.monotonic(), (self._done, self._note)
         if self._done_before == self._total:
             announce(f"{self._name}: {self._done}/{self._total}, done before")
             return

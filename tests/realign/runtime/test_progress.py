@@ -48,3 +48,16 @@ def test_nothing_is_said_of_what_failed(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(KeyboardInterrupt), Progress("work", 3):
         raise KeyboardInterrupt
     assert lines(capsys) == []
+
+
+def test_a_note_that_comes_after_the_last_count_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a loss does: it is logged when the step has been counted."""
+    monkeypatch.setattr(progress, "LINE_INTERVAL_SECONDS", -1)  # every count has a line
+    with Progress("train", 1) as running:
+        running.advance()
+        running.note("loss 1.25")
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("train: 1/1")
+    assert last.endswith("; loss 1.25")
