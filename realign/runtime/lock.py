@@ -44,8 +44,6 @@ def _acquire(path: Path, waiting: str, refusal: str) -> BaseFileLock:
         with warnings.catch_warnings():  # filelock may change over by itself, and says so
             warnings.filterwarnings("ignore", message="flock not supported")
             return _take(FileLock(path, thread_local=False), waiting, refusal)
-    except NotImplementedError:  # what filelock made of it before its version 3.13
-        pass
     except OSError as error:
         if error.errno not in WITHOUT_LOCKS:
             raise
