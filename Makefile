@@ -22,7 +22,7 @@ test-full: $(VENV)/.test
 test-slow: $(VENV)/.test
 	REALIGN_EXAMPLES=5000 $(PYTEST) -m "not browser"
 
-# with the oldest versions that the metadata allows; Triton 3.6's interpreter converts arrays as NumPy 2.4 does not
+# with the oldest versions that the metadata allows, on Python 3.11; Triton 3.6's interpreter warns of NumPy 2
 test-oldest:
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt .venv-oldest/.test
 	REALIGN_EXAMPLES=50 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not browser" \

@@ -59,7 +59,7 @@ def shrink_large_images(
     if copies:
         announce(
             f"{len(copies)} images of more than {MAX_PIXELS:,} pixels are used as copies, halved "
-            "until they have at most so many"
+            "until they have at most that many"
         )
     return [
         replace(row, path=copies[row.path], source=row.source | {"is_shrunk": True})

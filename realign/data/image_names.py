@@ -72,8 +72,9 @@ def resolve_image(root: Path, name: str, where: str) -> Path:
 
 
 def is_url(name: str) -> bool:
-    """Return whether a name is a URL of any scheme."""
-    return "://" in name or _URL.match(name) is not None
+    """Return whether a name is a URL of any scheme; a drive's letter is none."""
+    is_scheme = _URL.match(name) is not None and _DRIVE.match(name) is None
+    return "://" in name or is_scheme
 
 
 def is_outside_name(name: str) -> bool:

@@ -3,8 +3,8 @@
 It reads requests from its standard input, ``{"where", "path"}`` or ``{"where", "bytes": N}`` with N
 bytes after the line, and answers each with one line. With ``shrink_to`` and ``max_pixels`` it
 writes a smaller copy of the image there and answers for that, or with the error number of the
-system where it cannot be written. It must not import torch or
-anything else whose import takes longer than decoding. It ends when its input does, with its parent.
+system where it cannot be written. It must not import torch or anything else whose import takes
+longer than decoding. It ends when its input does, with its parent.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def decode_image(raw: bytes, where: str, max_pixels: int | None = None) -> Image
         raw: The file's bytes.
         where: What names the image, in front of a refusal.
         max_pixels: Largest image that is decoded, by default ``MAX_PIXELS``. One of more than that
-            is halved until it has at most so many; only a process that has lifted Pillow's own
+            is halved until it has at most that many; only a process that has lifted Pillow's own
             limit can do so.
     Raises:
         RefusedImage: Not a JPEG, PNG or WebP file, damaged, too small or large, or an animation.

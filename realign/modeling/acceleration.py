@@ -8,13 +8,15 @@ tests.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
@@ -148,7 +150,10 @@ def quantized_weights(model: Any) -> set[str]:
 
 
 def use_liger_layers(model: PreTrainedModel) -> None:
-    """Replace normalization, rotary embedding and MLP of a model's body by Liger's fused layers.
+    """Replace normalization and MLP of a model's body by Liger's fused layers.
+
+    Other models of the process keep theirs. So the rotary embedding stays, which Liger replaces
+    for all models at once.
 
     Raises:
         RefusedError: Liger supports neither the model's family nor that of its language model, or
@@ -160,18 +165,38 @@ def use_liger_layers(model: PreTrainedModel) -> None:
     for module in (model, getattr(body, "language_model", None)):
         # it leaves a model that it does not know as it is
         if module is not None and module.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
-            losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+            kinds = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
             try:
-                apply_liger_kernel(module, losses)
+                with _unchanged_classes():
+                    apply_liger_kernel(module, kinds)
             except ImportError as error:  # of a class that another release of transformers has
                 reason = str(error).partition(" from ")[0]
                 raise RefusedError(
                     f"liger: true requires a liger-kernel that fits {module.config.model_type!r} "
-                    f"of transformers {version('transformers')}, got {version('liger-kernel')} "
-                    f"({reason}). Install another release of it, or drop the option."
+                    f"of transformers {transformers.__version__} ({reason}). Install another "
+                    "release of it, or drop the option."
                 ) from None
             return
     raise RefusedError(
         "liger: true requires a model that liger-kernel supports, got "
         f"{model.config.model_type!r}. Drop it."
     )
+
+
+@contextmanager
+def _unchanged_classes() -> Iterator[None]:
+    """Undo what happens to transformers' modules: Liger puts its classes there too, of which later
+    models would be made.
+    """
+    before = {
+        module: dict(vars(module))
+        for name, module in sys.modules.items()
+        if name.startswith("transformers.models.")
+    }
+    try:
+        yield
+    finally:
+        for module, names in before.items():
+            for name, value in names.items():
+                if vars(module).get(name) is not value:
+                    setattr(module, name, value)

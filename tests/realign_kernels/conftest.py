@@ -19,7 +19,7 @@ from realign_kernels.backends.dispatch import kernels_of
 from realign_kernels.tiling import TileShape
 from tests.conftest import running
 
-DEVICE = os.environ.get("REALIGN_TEST_DEVICE", "cpu")  # cuda: see CONTRIBUTING.md
+DEVICE = os.environ.get("REALIGN_TEST_DEVICE", "cpu")  # cuda: see benchmarks/gpu/native_tests.py
 
 # The plain kernels, and those of the device that tests run on.
 BACKENDS = ["eager", "cpu" if DEVICE == "cpu" else "triton"]

@@ -1,7 +1,7 @@
 """Liger's layers replace those of every family, or are refused; the real package decides.
 
-It changes whole modules of transformers, so it is asked in a process of its own. Its kernels need
-a GPU.
+A process of its own asks, since the package changes modules of transformers. Its kernels need a
+GPU.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from realign.errors import RefusedError
 from realign.modeling.acceleration import Numerics, use_liger_layers
@@ -20,6 +21,14 @@ from realign.modeling.identity import ModelFacts
 from tests.conftest import running
 from tests.realign.modeling.families.family import Family
 from tests.realign.modeling.families.registry import FAMILIES
+
+# by liger-kernel 0.8.5 for transformers 5.23, as docs/guides/training.md says
+REFUSED = {"qwen2-vl", "qwen2.5-vl", "qwen3-vl", "idefics3"}
+
+
+def forwards(model: nn.Module) -> list[str]:
+    """Return the names of the functions that compute a model's modules."""
+    return [getattr(part.forward, "__qualname__", "") for part in model.modules()]
 
 
 def outcome(make: Callable[[], Family], folder: Path) -> str:
@@ -32,8 +41,9 @@ def outcome(make: Callable[[], Family], folder: Path) -> str:
         refusal = str(error)
     else:
         refusal = ""
-        methods = [getattr(part.forward, "__qualname__", "") for part in family.model.modules()]
+        methods = forwards(family.model)
         assert "LigerRMSNorm.forward" in methods
+        assert not [method for method in forwards(make().model) if "Liger" in method]  # nor later
         assert type(family.model).forward is own  # no loss of Liger's
         assert "forward" not in vars(family.model)
     numerics = Numerics(next(family.model.parameters()).dtype, liger=True)
@@ -43,8 +53,7 @@ def outcome(make: Callable[[], Family], folder: Path) -> str:
             _ = facts.outline
         assert str(caught.value) == refusal
     else:
-        methods = [getattr(part.forward, "__qualname__", "") for part in facts.outline.modules()]
-        assert "LigerRMSNorm.forward" in methods
+        assert "LigerRMSNorm.forward" in forwards(facts.outline)
     return refusal
 
 
@@ -53,8 +62,7 @@ def test_every_family_has_the_layers_or_is_refused(tmp_path: Path) -> None:
         assert process.wait(300) == 0
     found = json.loads((tmp_path / "found.json").read_text())
     assert found.keys() == FAMILIES.keys()
-    assert not found["llava-1.5"]
-    assert sum(not refusal for refusal in found.values()) >= 8
+    assert {name for name, refusal in found.items() if refusal} <= REFUSED
     for refusal in filter(None, found.values()):
         assert refusal.startswith("liger: true requires a ")
         assert refusal.endswith(("Drop it.", "or drop the option."))

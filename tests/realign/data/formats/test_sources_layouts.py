@@ -320,6 +320,13 @@ def test_a_url_without_an_image_folder_is_refused_as_one(tmp_path, read) -> None
     assert (problem.code, "Download it first" in problem.message) == ("url", True)
 
 
+def test_a_drive_without_an_image_folder_asks_for_the_folder(tmp_path) -> None:
+    path = tmp_path / "drives.jsonl"
+    path.write_text(json.dumps(ROWS["question"] | {"image": "C:\\coco\\1.jpg"}))
+    with pytest.raises(RefusedError, match="images must name the folder of the source's images"):
+        read_source(path, None)
+
+
 def test_values_that_json_cannot_hold_are_named(read, capsys) -> None:
     odd = {"odd": "\ud800", "\udfff": 1}
     (row,) = read([ROWS["question"] | odd | {"fine": {"a": [1, None]}}]).rows
