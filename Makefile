@@ -25,8 +25,8 @@ test-slow: $(VENV)/.test
 # with the oldest versions that the metadata allows, on Python 3.11; Triton 3.6's interpreter warns of NumPy 2
 test-oldest:
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt .venv-oldest/.test
-	REALIGN_EXAMPLES=50 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not browser" \
-		-W "ignore:Conversion of an array with ndim:DeprecationWarning"
+	PYTEST_ADDOPTS='-W "ignore:Conversion of an array with ndim:DeprecationWarning"' REALIGN_EXAMPLES=50 \
+		.venv-oldest/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not browser"
 
 test-browser: $(VENV)/.browser
 	$(BIN)/python -m pytest -m browser
