@@ -377,8 +377,8 @@ def test_a_planted_access_that_there_was_no_time_for_is_not_measured(
 def test_what_a_child_has_half_written_is_left_aside(tmp_path, call, monkeypatch):
     def run_command(command, seconds, settings):
         folder = Path(command[command.index("--out") + 1]) if "--out" in command else tmp_path
-        (folder / "gpu_x.part").write_text('{"runs": {"1"')
         merge(folder / "gpu_x.json", {"commit": "abc"}, {"checks/a": {"status": "ok"}})
+        (folder / "gpu_x.part").write_text('{"runs": {"1"')
         return Ended("", None)
 
     monkeypatch.setattr(sanitizer.shutil, "which", lambda command: command)
