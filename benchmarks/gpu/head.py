@@ -82,11 +82,11 @@ def aims_table(cells: dict[str, dict[str, Any]], dtype: str) -> str:
             reached = None if plain is None else ours["ms"] <= plain
         else:
             reached = ours["ratio_to_gemm"] <= aim
-        said = {None: "", True: "yes", False: "no"}[reached]
+        reached_text = {None: "", True: "yes", False: "no"}[reached]
         peer = "" if quickest is None else f"{quickest} {peers[quickest] / ours['ms']:.2f}x ours"
         name = f"{model}, {tokens[1:]}, {mode}"
         aimed = "" if aim is None else f"{aim:.1f}"
-        lines.append(f"{name:38}{ours['ratio_to_gemm']:8.2f}{aimed:>6}  {said:8}{peer}")
+        lines.append(f"{name:38}{ours['ratio_to_gemm']:8.2f}{aimed:>6}  {reached_text:8}{peer}")
     return "\n".join(lines)
 
 

@@ -104,23 +104,27 @@ def compare(
         numerics.check()
     except RefusedError as error:
         return {"status": "unavailable", "reason": str(error)}
-    model: Any = load_model(folder, numerics)
-    if numerics.quantization is None:
+    # only 4-bit weights are needed beforehand: other packages may replace layers of later models
+    model: Any = None if numerics.quantization is None else load_model(folder, numerics)
+    weights = {} if model is None else dequantized(model)
+    results: dict[str, Scores] = {}
+    reference = None
+    for name, dtype in (("exact", torch.float64), ("stock", numerics.dtype)):
+        stock: Any = load_model(folder, dtype).to(device)
+        _freeze_layers_of(stock, weights)
+        _replace_weights(stock, weights)
+        results[name] = score(stock, batch, reference, device)
+        reference = results["exact"].logps.float() - 1.0
+    if model is None:
+        try:
+            model = load_model(folder, numerics)
+        except RefusedError as error:  # the package does not fit the model
+            return {"status": "unavailable", "reason": str(error)}
         model.to(device)
-    weights = dequantized(model)
     _freeze_layers_of(model, weights)
     if variant == "compiled":
         compile_layers(model, device.type)
-    reference = None
-    results = {}
-    for name, dtype in (("exact", torch.float64), ("stock", numerics.dtype), ("variant", None)):
-        if dtype is not None:
-            stock: Any = load_model(folder, dtype).to(device)
-            _freeze_layers_of(stock, weights)
-            _replace_weights(stock, weights)
-        scores = score(model if dtype is None else stock, batch, reference, device)
-        reference = scores.logps.float() - 1.0 if reference is None else reference
-        results[name] = scores
+    results["variant"] = score(model, batch, reference, device)
     found, stock_found = (results[name].errors(results["exact"]) for name in ("variant", "stock"))
     logps_bound = 2 * (stock_found[0] + LOGPS_FLOOR[numerics.dtype])
     gradient_bound = 2 * (stock_found[1] + GRADIENT_FLOOR[numerics.dtype])

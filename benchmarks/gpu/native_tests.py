@@ -13,17 +13,17 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.processes import ROOT, has_ended
 from benchmarks.gpu.session import Session
 
-ROOT = Path(__file__).parents[2]
 # a refused value ends a process's use of its GPU
 LEFT_OUT = ("test_validation.py", "backends/triton/test_refused_values.py")
 _RESULT = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\s+(tests/\S+\.py)::(.+?)\s*$")
 _RESULT_ALONE = re.compile(r"^(tests/\S+\.py)::(.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
 _NOT_COLLECTED = re.compile(r"^ERROR (tests/\S+\.py)(?: - (.*))?$")
+_SUMMARY = "short test summary info"  # names failures again, and collection errors only here
 _PROCESSES = 8
 
 
@@ -54,7 +54,9 @@ class NativeTests:
         self._session = session
         self._process: subprocess.Popen[str] | None = None
         # a file, since nobody reads a pipe meanwhile
-        self._output = tempfile.TemporaryFile(mode="w+", encoding="utf-8")  # noqa: SIM115
+        self._output = tempfile.TemporaryFile(  # noqa: SIM115
+            mode="w+", encoding="utf-8", errors="replace"
+        )
         if importlib.util.find_spec("pytest") is None:
             return
         # without it they run in Triton's interpreter, as on any machine
@@ -68,25 +70,23 @@ class NativeTests:
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, **settings},
+            start_new_session=True,  # so that pytest's own processes end with it
         )
 
-    def finish(self) -> None:
-        """Wait for them until the time is used up, and write down what they found."""
+    def __enter__(self) -> NativeTests:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # an interrupted call waits for nothing
+        self.finish(self._session.seconds_left if kind is None else 0.0)
+
+    def finish(self, seconds: float) -> None:
+        """Wait for them as long as there is time, end them, and write down what they found."""
         if self._process is None:
             reason = "pytest is not installed"
             self._session.record("tests", {"status": "unavailable", "reason": reason})
             return
-        is_whole = True
-        try:
-            self._process.wait(timeout=max(1.0, self._session.seconds_left))
-        except subprocess.TimeoutExpired:
-            is_whole = False
-            self._process.terminate()
-            try:
-                self._process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        is_whole = has_ended(self._process, seconds)
         self._output.seek(0)
         text = self._output.read()
         self._output.close()
@@ -97,8 +97,13 @@ class NativeTests:
 def cells_of(text: str, exit_code: int | None, *, is_whole: bool) -> dict[str, dict[str, Any]]:
     """Return a cell for every file that pytest has named, and one for the run."""
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    in_summary = False
     for line in text.splitlines():
-        if match := _NOT_COLLECTED.match(line):
+        in_summary = in_summary or (line.startswith("=") and _SUMMARY in line)
+        if in_summary:
+            match = _NOT_COLLECTED.match(line)
+            if match is None:
+                continue
             path, status, name = match[1], "ERROR", f"not collected: {match[2] or ''}"
         elif match := _RESULT.search(line):
             status, path, name = match.groups()

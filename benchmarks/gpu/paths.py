@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -115,13 +115,21 @@ def _one_pair(call: Callable[[], object], device: torch.device) -> dict[str, Any
             torch.cuda.synchronize(device)
     if not is_gpu:
         return cell
-    events = [e for e in profiled.events() or [] if e.device_type == DeviceType.CUDA]
-    events = [e for e in events if not e.is_user_annotation]
+    return cell | launches_of(profiled.events() or [])
+
+
+def launches_of(events: Iterable[Any]) -> dict[str, Any]:
+    """Return what a profile's events say of the device; it fails where they have no kernel."""
+    events = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     names = Counter(event.name for event in events)
+    copies = sum(count for name, count in names.items() if name.startswith("Memcpy"))
+    fills = sum(count for name, count in names.items() if name.startswith("Memset"))
+    if names.total() == copies + fills:
+        return {"status": "failed", "reason": "the profile has no kernel"}
     busy_ms = sum(event.self_device_time_total for event in events) / 1e3
-    return cell | {
+    return {
         "launches": names.total(),
-        "copies": sum(count for name, count in names.items() if name.startswith("Memcpy")),
+        "copies": copies,
         "device_ms": float(busy_ms),
         "kernels": dict(names.most_common()),
     }

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
-import signal
-import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -22,11 +20,11 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.gpu.processes import ROOT, run_command
 from benchmarks.gpu.session import Cell, Session
 from benchmarks.step.setup import Job, build_model, build_processor, build_records
 from realign.data.formats.parquet import write_parquet
 
-ROOT = Path(__file__).parents[2]
 PAIRS, PAIRS_PER_STEP = 13, 8  # the second step is short: a rank has no pair in its last part
 _SHAPES = {"cuda": "small", "cpu": "tiny"}
 _SECONDS = {"cuda": 90.0, "cpu": 600.0}  # that one run may take
@@ -71,8 +69,16 @@ def compare_ranks(session: Session) -> None:
             write_inputs(made, _SHAPES[session.device.type])
             return made
 
+        @functools.cache
+        def train(run: Run) -> Cell | None:
+            # once, whether it succeeds or not: several runs are compared with one
+            return _train(folder(), run, session)
+
         for run in RUNS:
-            session.add(f"ranks/{run.name}", lambda run=run: _measure(folder(), run, session))
+            session.add(
+                f"ranks/{run.name}",
+                lambda run=run: _measure(run, session.device, train, folder),
+            )
 
 
 def write_inputs(folder: Path, shape: str) -> None:
@@ -87,7 +93,7 @@ def why_not(run: Run, device: torch.device) -> str | None:
     """Return why a run cannot be started here, or None."""
     if run.preset is None or not run.preset.startswith("zero"):
         if run.preset == "fsdp2" and device.type == "cpu" and run.processes == 1:
-            return "accelerate shards over GPUs alone; on a CPU two processes are told to"
+            return "accelerate shards over GPUs alone; on a CPU only two processes can be compared"
         return None
     if importlib.util.find_spec("deepspeed") is None:
         return "deepspeed is not installed"
@@ -115,17 +121,20 @@ def command(folder: Path, run: Run) -> list[str]:
     return [*start, module, *map(str, train)]
 
 
-def _measure(folder: Path, run: Run, session: Session) -> Cell:
-    if reason := why_not(run, session.device):
+def _measure(
+    run: Run,
+    device: torch.device,
+    train: Callable[[Run], Cell | None],
+    folder: Callable[[], Path],
+) -> Cell:
+    if reason := why_not(run, device):
         return {"status": "unavailable", "reason": reason}
     # an earlier call may have measured the other one
     other = next(one for one in RUNS if one.name == run.compared_with)
     for one in dict.fromkeys((other, run)):
-        if not (folder / one.name / "checkpoint").is_dir():
-            failed = _train(folder, one, session)
-            if failed is not None:
-                return failed
-    return compared(folder, run)
+        if (cell := train(one)) is not None:
+            return cell
+    return compared(folder(), run)
 
 
 def _train(folder: Path, run: Run, session: Session) -> Cell | None:
@@ -133,26 +142,13 @@ def _train(folder: Path, run: Run, session: Session) -> Cell | None:
     hidden = {} if session.device.type == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
     most = _SECONDS[session.device.type]
     seconds = min(most, session.seconds_left)
-    with tempfile.TemporaryFile(mode="w+", encoding="utf-8") as output:
-        process = subprocess.Popen(
-            command(folder, run),
-            cwd=ROOT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", **hidden},
-            start_new_session=True,  # so that the launcher's own processes end with it
-        )
-        try:
-            process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if seconds < most:
-                return {"status": "not measured", "reason": "out of time"}
-            return {"status": "failed", "reason": f"{run.name} had not ended after {seconds:.0f} s"}
-        output.seek(0)
-        if process.returncode:
-            return {"status": "failed", "reason": f"{run.name}: {error_of(output.read())}"[:300]}
+    ended = run_command(command(folder, run), seconds, {"HF_HUB_OFFLINE": "1", **hidden})
+    if ended.code is None and seconds < most:
+        return {"status": "not measured", "reason": "out of time"}
+    if ended.code is None:
+        return {"status": "failed", "reason": f"{run.name} had not ended after {seconds:.0f} s"}
+    if ended.code:
+        return {"status": "failed", "reason": f"{run.name}: {error_of(ended.output)}"[:300]}
     return None
 
 

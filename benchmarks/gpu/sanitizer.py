@@ -7,22 +7,24 @@ tool that sees no kernel finds no error either.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.checks import kernel_checks
+from benchmarks.gpu.processes import Ended, run_command
 from benchmarks.gpu.session import Session
 from benchmarks.result_files import load
 
-ROOT = Path(__file__).parents[2]
 TOOLS = ("memcheck", "racecheck")
 _SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
-_TO_END = 30.0  # seconds that a child has to write down what it found, and the tool its summary
+# seconds of a child beside its checks: imports and the start of CUDA below the tool, the end of the
+# check that runs when the time is used up, and the tool's summary
+_BESIDE_CHECKS = 45.0
 _PLANTED_SECONDS = 60.0
 
 
@@ -46,45 +48,60 @@ def sanitize(session: Session, backend: str, *, command: str = "compute-sanitize
 def _planted(sanitizer: str, session: Session) -> dict[str, Any]:
     script = [sys.executable, "-m", "benchmarks.gpu.planted"]
     limit = min(_PLANTED_SECONDS, session.seconds_left)
-    text, _ = _run([sanitizer, "--tool", "memcheck", *script], limit)
-    found = summary_of(text)
-    if not found:
-        reason = "the planted access was not found" if found == 0 else last_line(text)
-        return {"status": "failed", "reason": reason}
-    return {"status": "ok", "errors": found}
+    ended = _run([sanitizer, "--tool", "memcheck", *script], limit)
+    found = summary_of(ended.output)
+    if found:
+        return {"status": "ok", "errors": found}
+    if ended.code is None:
+        return {"status": "not measured", "reason": "out of time"}
+    reason = "the planted access was not found" if found == 0 else last_line(ended.output)
+    return {"status": "failed", "reason": reason}
 
 
 def _checked(
     sanitizer: str, tool: str, session: Session, backend: str, seconds: float
 ) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        minutes = max(5.0, seconds - _TO_END) / 60
+        minutes = max(5.0, seconds - _BESIDE_CHECKS) / 60
         child = [
             sys.executable, "-m", "benchmarks.gpu", "--only", "checks", "--quick",
             "--device", session.device.type, "--backend", backend, "--minutes", f"{minutes:.3f}",
             "--out", folder, "--commit", session.run["commit"],
         ]  # fmt: skip
-        text, is_whole = _run([sanitizer, "--tool", tool, *child], seconds)
-        cells = [cell for path in Path(folder).iterdir() for cell in load(path)["cells"].values()]
-    passed = sum(cell["status"] == "ok" for cell in cells)
-    return cell_of(text, len(cells), passed, is_whole=is_whole)
+        ended = _run([sanitizer, "--tool", tool, *child], seconds)
+        # a child that was ended may have left a part of a file as well
+        files = sorted(Path(folder).glob("*.json"))
+        statuses = [cell["status"] for file in files for cell in load(file)["cells"].values()]
+    wanted = sum(1 for _ in kernel_checks(session.device, backend, tiny=True))
+    return cell_of(ended, statuses, wanted)
 
 
-def cell_of(text: str, checks: int, passed: int, *, is_whole: bool) -> dict[str, Any]:
-    """Return what a tool's output and the checks that ran below it say."""
+def cell_of(ended: Ended, statuses: Sequence[str], wanted: int) -> dict[str, Any]:
+    """Return what a tool and the checks below it say.
+
+    Args:
+        ended: The tool's output.
+        statuses: Those of the checks that were written down.
+        wanted: Number of all checks.
+    """
+    text, is_whole = ended.output, ended.code is not None
     found = summary_of(text)
-    counts = {"checks": checks, "passed": passed}
-    if found is None:
-        status = "failed" if is_whole else "not measured"
-        reason = last_line(text) if is_whole else f"out of time after {passed} checks"
-        return {"status": status, "reason": reason, **counts}
+    passed, failed = statuses.count("ok"), statuses.count("failed")
+    counts = {"checks": wanted, "passed": passed}
     if found:
         lines = [line.lstrip("= ") for line in text.splitlines() if line.startswith("=========")]
         first = [line for line in lines if line.strip()][1:9]
         reason = f"{found} found: {' '.join(first)}"[:300]
         return {"status": "failed", "reason": reason, "errors": found, "first": first, **counts}
-    if not passed:
-        return {"status": "failed", "reason": f"no check ran: {last_line(text)}", **counts}
+    if failed:
+        reason = f"{failed} of {wanted} checks failed below the tool"
+        return {"status": "failed", "reason": reason, **counts}
+    if is_whole and (found is None or not statuses):
+        reason = last_line(text) if found is None else f"no check ran: {last_line(text)}"
+        return {"status": "failed", "reason": reason, **counts}
+    if not is_whole or passed < wanted:
+        reason = f"out of time after {passed} of {wanted} checks"
+        return {"status": "not measured", "reason": reason, **counts}
     return {"status": "ok", "errors": 0, **counts}
 
 
@@ -100,19 +117,6 @@ def last_line(text: str) -> str:
     return lines[-1][:300] if lines else "it said nothing"
 
 
-def _run(command: list[str], seconds: float) -> tuple[str, bool]:
-    """Return the output of a command, and whether it ended in time."""
+def _run(command: list[str], seconds: float) -> Ended:
     # every tensor is an allocation of its own, whose end is the end of what may be touched
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    with tempfile.TemporaryFile(mode="w+", encoding="utf-8") as output:
-        with subprocess.Popen(
-            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment
-        ) as process:
-            try:
-                process.wait(timeout=max(1.0, seconds))
-                is_whole = True
-            except subprocess.TimeoutExpired:
-                is_whole = False
-                process.kill()
-        output.seek(0)
-        return output.read(), is_whole
+    return run_command(command, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})

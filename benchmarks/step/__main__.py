@@ -7,8 +7,8 @@ of all steps are compared: all three train the same thing, or the comparison say
 
 Writes ``benchmarks/results/cpu_step.json``, or ``step_<device>.json`` for the 7B shapes, with
 random weights, on a GPU (written for one, not run on one yet; docs/proofs.md has the commands).
-What is not installed or fails is a row with its reason; what the time was not enough for, "not
-measured".
+What is not installed, does not fit or fails is a row with its reason; what the time was not enough
+for, "not measured".
 """
 
 from __future__ import annotations
@@ -121,12 +121,17 @@ def contenders(options: argparse.Namespace, shape: str, mode: str, out: str) -> 
     for name, changes in (VARIANTS[variant] for variant in options.variants):
         jobs[name] = replace(jobs["ours"], **changes)
     if options.profile:
-        files = {name: f"{shape} {mode} {name}.txt".replace(" ", "-") for name in jobs}
         jobs = {
-            name: replace(job, profile=str((options.profile / files[name]).absolute()))
+            name: replace(job, profile=str(profile_file(options.profile, shape, mode, name)))
             for name, job in jobs.items()
         }
     return jobs
+
+
+def profile_file(folder: Path, shape: str, mode: str, contender: str) -> Path:
+    """Return the file for a contender's profile, whose name has neither spaces nor commas."""
+    name = f"{shape} {mode} {contender}.txt".replace(",", "").replace(" ", "-")
+    return (folder / name).absolute()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.step.compiled import compile_layers
 from benchmarks.step.setup import Job, lora_config, training_options
 from realign.data.records import Record
+from realign.modeling.acceleration import use_liger_layers
 from realign.modeling.adapters import quiet_peft
 from realign.modeling.collate import PreferenceCollator
 from realign.modeling.packing import why_not_shared
@@ -25,6 +26,8 @@ def make_trainer(
     job: Job, model: Any, processor: Any, records: list[Record]
 ) -> tuple[RDPOTrainer, dict[str, float]]:
     """Return the trainer of a job, and the seconds a pair that its reference took."""
+    if job.liger:
+        use_liger_layers(model)
     attach_preference_forward(model)
     compute_reference(job, model, processor, records[:1])  # warm
     started = time.perf_counter()
@@ -39,10 +42,6 @@ def make_trainer(
         if job.checkpoints:
             model.enable_input_require_grads()
     options = training_options(job)
-    if job.liger:
-        layers = {"rope": True, "swiglu": True, "rms_norm": True}
-        heads = {"fused_linear_cross_entropy": False, "cross_entropy": False}
-        options |= {"use_liger_kernel": True, "liger_kernel_config": layers | heads}
     if job.compiled:
         compile_layers(model, job.device)
     trainer = RDPOTrainer(model, RDPOConfig(**options), records, processor, reference)

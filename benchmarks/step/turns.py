@@ -50,7 +50,7 @@ class Worker:
         self._log.close()
 
     def read(self) -> dict[str, Any]:
-        """Return the next line.
+        """Return the next line; the first one may say why the job is ``unavailable``.
 
         Raises:
             RuntimeError: The process ended; with the last line that it wrote.
@@ -111,8 +111,13 @@ def run_jobs(
 
         for name, worker in list(workers.items()):
             try:
+                found = worker.read()
+                if reason := found.get("unavailable"):
+                    cells[name] = {"status": "unavailable", "reason": reason}
+                    del workers[name]
+                    continue
                 lists: dict[str, Any] = {"seconds": [], "cpu_seconds": [], "losses": []}
-                cells[name] = {"status": "ok", **worker.read(), **lists}
+                cells[name] = {"status": "ok", **found, **lists}
                 _take_turn(worker, cells[name], warm_steps, counts=False)
             except RuntimeError as error:
                 fail(name, error)

@@ -1,7 +1,8 @@
 """One scheme's training steps in a process of its own; :mod:`benchmarks.step` says when.
 
-``python -m benchmarks.step.worker JOB`` writes a JSON line when it is ready. For each number that
-it then reads it trains as many steps and writes a line about them.
+``python -m benchmarks.step.worker JOB`` writes a JSON line when it is ready, or one that says why
+the job is unavailable here. For each number that it then reads it trains as many steps and writes a
+line about them.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 
 from benchmarks.step.profile import StepProfile
 from benchmarks.step.setup import Job, build_model, build_processor, build_records
+from realign.errors import RefusedError
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -148,7 +150,14 @@ def main() -> None:
     def send(message: dict[str, Any]) -> None:
         print(json.dumps(message), file=stream, flush=True)
 
-    trainer, found = make_trainer(job)
+    try:
+        trainer, found = make_trainer(job)
+    except RefusedError as error:
+        if not job.liger:
+            raise
+        # Liger does not fit the model
+        send({"unavailable": str(error)})
+        return
     profile = StepProfile(Path(job.profile), job.device) if job.profile else None
     trainer.add_callback(Turns(trainer, memory, send, sys.stdin.readline, profile))
     send(found)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))
@@ -15,13 +20,15 @@ sys.path.append(str(ROOT))
 from benchmarks.gpu import __main__ as gpu  # noqa: E402
 from benchmarks.gpu import checks as gpu_checks  # noqa: E402
 from benchmarks.gpu import hardware as gpu_hardware  # noqa: E402
-from benchmarks.gpu import sanitizer  # noqa: E402
+from benchmarks.gpu import native_tests, sanitizer  # noqa: E402
 from benchmarks.gpu.bias import KINDS, draw_case, measure_bias  # noqa: E402
 from benchmarks.gpu.head import aim_of, aims_table  # noqa: E402
-from benchmarks.gpu.native_tests import cells_of, command  # noqa: E402
+from benchmarks.gpu.native_tests import NativeTests, cells_of, command  # noqa: E402
+from benchmarks.gpu.paths import launches_of  # noqa: E402
+from benchmarks.gpu.processes import Ended, has_ended, run_command  # noqa: E402
 from benchmarks.gpu.session import Check, Session  # noqa: E402
 from benchmarks.promises import outcome  # noqa: E402
-from benchmarks.result_files import load  # noqa: E402
+from benchmarks.result_files import environment, load, merge  # noqa: E402
 from realign_kernels.backends.dispatch import resolve_backend  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -55,7 +62,8 @@ def test_the_gpu_script_runs_at_tiny_shapes_and_continues(tmp_path, call, capsys
     assert {"ms", "ms_p10", "ms_p90", "peak_bytes", "flops_nvd", "ratio_to_gemm"} <= ours.keys()
     quack = found["head/mean/float32/tiny/N96/frozen/quack"]
     assert quack["status"] == "unavailable"
-    assert sum(key.startswith("question/") for key in found) == 12
+    questions = [cell["status"] for key, cell in found.items() if key.startswith("question/")]
+    assert questions == ["ok"] * 12
     assert "tiny, 96, frozen" in capsys.readouterr().out
 
     assert gpu.main([*call, "--only", "head", "--minutes", "0"]) == 0
@@ -96,7 +104,7 @@ def test_wrong_kernels_stop_the_gpu_script(tmp_path, call, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("part", [None, *gpu.MINUTES])
+@pytest.mark.parametrize("part", [None, *gpu.PARTS])
 def test_without_a_gpu_the_script_says_so(part, capsys):
     assert gpu.main([] if part is None else ["--only", part]) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -105,6 +113,50 @@ def test_without_a_gpu_the_script_says_so(part, capsys):
 def test_unknown_shapes_are_refused(capsys):
     assert gpu.main(["--device", "cpu", "--shapes", "tiny", "huge"]) == 2
     assert "--shapes must be among ['tiny', 'tiny/N96'], got ['huge']." in capsys.readouterr().err
+
+
+def test_small_checks_do_not_pass_for_the_others(tmp_path, monkeypatch):
+    asked = []
+
+    def checks(device, backend, *, tiny):
+        asked.append(tiny)
+        yield Check("one", lambda: outcome("one", lambda: None))
+
+    monkeypatch.setattr(gpu, "kernel_checks", checks)
+    monkeypatch.setattr(gpu, "hardware_checks", checks)
+    for is_quick in (True, False):
+        # sizes of a GPU, which this one stands for
+        options = argparse.Namespace(device="cuda", quick=is_quick)
+        session = Session(CPU, tmp_path / "x.json", environment(CPU, "abc"), minutes=1)
+        for part in ("checks", "hardware"):
+            gpu.PARTS[part].run(gpu.Call(session, "triton", "bfloat16", [], options))
+    assert asked == [True, True, False, False]
+    assert load(tmp_path / "x.json")["cells"].keys() == {
+        "checks/triton/quick/one", "hardware/triton/quick/one",
+        "checks/triton/one", "hardware/triton/one",
+    }  # fmt: skip
+
+
+def test_any_cell_that_fails_is_an_exit_code(tmp_path, call, monkeypatch):
+    monkeypatch.setattr(gpu, "_question_cells", lambda *_, **__: [("oops", broken)])
+    monkeypatch.setattr(gpu, "kernel_checks", lambda *_, **__: [])
+    monkeypatch.setattr(gpu, "head_table", lambda *_: None)
+    assert gpu.main(call) == 1
+    assert gpu.main([*call, "--only", "questions"]) == 1
+    assert gpu.main([*call, "--only", "checks"]) == 0
+
+
+def test_a_profile_without_a_kernel_has_failed():
+    def event(name, kind=DeviceType.CUDA, time=2000.0):
+        return SimpleNamespace(
+            name=name, device_type=kind, is_user_annotation=False, self_device_time_total=time
+        )
+
+    copies = [event("Memcpy DtoH"), event("Memset"), event("aten::mm", DeviceType.CPU)]
+    assert launches_of(copies)["status"] == "failed"
+    assert launches_of([])["reason"] == "the profile has no kernel"
+    cell = {"status": "ok", **launches_of([*copies, event("_epilogue")])}
+    assert (cell["status"], cell["launches"], cell["copies"], cell["device_ms"]) == ("ok", 3, 1, 6)
 
 
 def wrong(*_: object) -> None:
@@ -181,7 +233,11 @@ def test_a_bias_is_measured_against_float64(case, monkeypatch):
 
     true_logprob = bias.linear_logprob
     monkeypatch.setattr(bias, "linear_logprob", lambda *a, **k: true_logprob(*a, **k) - 3e-3)
+    exact = measure_bias(inputs, "bfloat16", AUTO, "exact")
+    assert exact["status"] == "failed"
+    assert exact["reason"] == "48 of 48 rows are beyond the promise"
     cell = measure_bias(inputs, "bfloat16", AUTO, "auto")
+    assert cell["status"] == "ok"  # a measurement
     assert cell["rows_beyond_the_promise"] == 48
     assert cell["mean_error"] == pytest.approx(-3e-3, rel=0.05)
     assert cell["sum_over_120"] == pytest.approx(-0.36, rel=0.05)
@@ -192,6 +248,11 @@ tests/realign_kernels/backends/triton/test_rows.py::test_a[x-1] PASSED   [ 10%]
 [gw1] [ 20%] FAILED tests/realign_kernels/backends/triton/test_rows.py::test_b[two words]
 [gw0] [ 30%] SKIPPED tests/realign_kernels/test_group.py::test_c
 [gw0] [ 40%] PASSED tests/realign_kernels/test_group.py::test_d
+=================================== FAILURES ===================================
+/x/tests/realign_kernels/backends/triton/test_rows.py:3: assert 2 == 1
+=========================== short test summary info ============================
+SKIPPED [1] tests/realign_kernels/test_group.py:4: no process group
+FAILED tests/realign_kernels/backends/triton/test_rows.py::test_b[two words] - assert 2 == 1
 """
 
 
@@ -204,6 +265,7 @@ def test_results_of_pytest_become_cells_by_file():
         ["test_b[two words]"],
     )
     assert (group["status"], group["passed"], group["skipped"]) == ("ok", 1, 1)
+    assert rows["reason"] == "1 failed, the first test_b[two words]"
     assert found["tests"]["status"] == "failed"
 
     absent = "ERROR tests/realign_kernels/compat/test_cce.py - ModuleNotFoundError: No module"
@@ -216,6 +278,17 @@ def test_results_of_pytest_become_cells_by_file():
     assert cells_of("no tests ran\n", 5, is_whole=True) == {
         "tests": {"status": "failed", "reason": "pytest exited with 5: no tests ran"}
     }
+
+
+def test_tests_end_with_a_call_that_is_interrupted(tmp_path, monkeypatch):
+    waits = [sys.executable, "-c", "import time; time.sleep(600)"]
+    monkeypatch.setattr(native_tests, "command", lambda selected: waits)
+    session = Session(CPU, tmp_path / "x.json", {"commit": "abc"}, minutes=10)
+    native = NativeTests(session)
+    with pytest.raises(KeyboardInterrupt), native:
+        raise KeyboardInterrupt
+    assert session.cells["tests"]["status"] == "not measured"
+    assert native._process.poll() is not None
 
 
 def test_tests_that_end_a_process_are_left_out_of_a_gpu():
@@ -275,26 +348,112 @@ def test_a_tool_runs_over_small_checks(tool, tmp_path, call, monkeypatch):
 
 def test_a_sanitizer_that_sees_no_kernel_is_no_proof(tmp_path, call, monkeypatch):
     fake_sanitizer(tmp_path, monkeypatch, planted=0, found=2)
-    assert gpu.main([*call, "--only", "sanitizer", "--minutes", "0.001"]) == 1
+    monkeypatch.setattr(sanitizer, "TOOLS", ())
+    assert gpu.main([*call, "--only", "sanitizer", "--minutes", "5"]) == 1
     planted = cells(tmp_path)["sanitizer/planted"]
     assert planted["status"] == "failed"
     assert planted["reason"] == "the planted access was not found"
 
 
+@pytest.mark.parametrize(
+    ("ended", "status"),
+    [
+        (Ended("compiling\n", None), "not measured"),
+        (Ended("compiling\n", 1), "failed"),
+        (Ended("========= ERROR SUMMARY: 0 errors", 0), "failed"),
+        (Ended("========= ERROR SUMMARY: 3 errors", 1), "ok"),
+    ],
+)
+def test_a_planted_access_that_there_was_no_time_for_is_not_measured(
+    ended, status, tmp_path, call, monkeypatch
+):
+    monkeypatch.setattr(sanitizer.shutil, "which", lambda command: command)
+    monkeypatch.setattr(sanitizer, "TOOLS", ())
+    monkeypatch.setattr(sanitizer, "run_command", lambda *_: ended)
+    assert gpu.main([*call, "--only", "sanitizer"]) == (status == "failed")
+    assert cells(tmp_path)["sanitizer/planted"]["status"] == status
+
+
+def test_what_a_child_has_half_written_is_left_aside(tmp_path, call, monkeypatch):
+    def run_command(command, seconds, settings):
+        folder = Path(command[command.index("--out") + 1]) if "--out" in command else tmp_path
+        merge(folder / "gpu_x.json", {"commit": "abc"}, {"checks/a": {"status": "ok"}})
+        (folder / "gpu_x.part").write_text('{"runs": {"1"')
+        return Ended("", None)
+
+    monkeypatch.setattr(sanitizer.shutil, "which", lambda command: command)
+    monkeypatch.setattr(sanitizer, "run_command", run_command)
+    assert gpu.main([*call, "--only", "sanitizer"]) == 0
+    cell = cells(tmp_path)["sanitizer/memcheck"]
+    assert cell["status"] == "not measured"
+    assert cell["reason"] == "out of time after 1 of 96 checks"
+
+
+CHILDREN = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, flush=True)
+time.sleep({seconds})
+"""
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there, and not only waiting for its parent to take note of its end."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and status.read_text().split("State:")[1].split()[0] not in ("Z", "X")
+
+
+@pytest.mark.parametrize("seconds", [0, 600])
+def test_a_command_ends_with_everything_that_it_has_started(seconds):
+    script = [sys.executable, "-c", CHILDREN.format(seconds=seconds)]
+    with subprocess.Popen(
+        script, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        child = int(process.stdout.readline())
+        assert has_ended(process, 60 - seconds) == (seconds == 0)
+    waits = iter(range(100))
+    while is_running(child) and next(waits, None) is not None:
+        time.sleep(0.1)
+    assert not is_running(child)
+
+
+def test_a_command_says_how_it_has_ended():
+    script = "import os, sys; print(os.environ['X_SETTING']); sys.exit(3)"
+    assert run_command([sys.executable, "-c", script], 60, {"X_SETTING": "on"}) == ("on\n", 3)
+    assert run_command([sys.executable, "-c", "import time; time.sleep(600)"], 0, {}).code is None
+
+
 def test_a_sanitizers_findings_become_a_cell():
     found = "========= Invalid write of 4 bytes\n=========   at _epilogue\n"
     text = f"========= COMPUTE-SANITIZER\n{found}========= ERROR SUMMARY: 1 error\n"
-    cell = sanitizer.cell_of(text, 10, 10, is_whole=True)
+    whole = ["ok"] * 10
+    cell = sanitizer.cell_of(Ended(text, 1), whole, 10)
     assert (cell["status"], cell["errors"]) == ("failed", 1)
     assert "Invalid write of 4 bytes" in cell["reason"]
     races = "RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"
-    assert sanitizer.cell_of(races, 10, 10, is_whole=True)["errors"] == 2
-    clean = "========= ERROR SUMMARY: 0 errors"
-    assert sanitizer.cell_of(clean, 10, 10, is_whole=True)["status"] == "ok"
-    assert sanitizer.cell_of(clean, 0, 0, is_whole=True)["status"] == "failed"
-    assert sanitizer.cell_of("half", 4, 4, is_whole=False)["status"] == "not measured"
-    crashed = sanitizer.cell_of("Device not supported\n", 0, 0, is_whole=True)
+    assert sanitizer.cell_of(Ended(races, 0), whole, 10)["errors"] == 2
+    crashed = sanitizer.cell_of(Ended("Device not supported\n", 1), [], 10)
     assert (crashed["status"], crashed["reason"]) == ("failed", "Device not supported")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "code", "status"),
+    [
+        (["ok"] * 10, 0, "ok"),
+        (["ok"] * 9, 0, "not measured"),
+        (["ok"] * 9 + ["not measured"], 0, "not measured"),
+        (["ok"] * 9 + ["failed"], 1, "failed"),
+        (["failed"] + ["not measured"] * 9, 1, "failed"),
+        (["failed"], None, "failed"),
+        (["ok"] * 4, None, "not measured"),
+        ([], 0, "failed"),
+    ],
+)
+def test_a_tool_is_ok_only_if_every_check_below_it_was(statuses, code, status):
+    clean = "========= ERROR SUMMARY: 0 errors" if code is not None else "half"
+    cell = sanitizer.cell_of(Ended(clean, code), statuses, 10)
+    assert cell["status"] == status
+    assert (cell["checks"], cell["passed"]) == (10, statuses.count("ok"))
 
 
 def test_aims_are_compared_with_what_was_measured():

@@ -15,7 +15,9 @@ sys.path.append(str(ROOT))
 
 from benchmarks.gpu import __main__ as gpu  # noqa: E402
 from benchmarks.gpu import layers, ranks  # noqa: E402
+from benchmarks.gpu.session import Session  # noqa: E402
 from benchmarks.result_files import load  # noqa: E402
+from realign.errors import RefusedError  # noqa: E402
 from realign.modeling.acceleration import Numerics  # noqa: E402
 from realign.modeling.packed_attention import PackedAttention  # noqa: E402
 
@@ -86,6 +88,24 @@ def test_what_is_missing_is_a_cell_with_its_reason(variant, reason, saved):
     assert cell["reason"].startswith(reason)
 
 
+def test_a_package_that_does_not_fit_the_model_is_a_cell_with_its_reason(saved, monkeypatch):
+    """It is found when the variant is loaded, after the models that it could have changed."""
+    true_load, loaded = layers.load_model, []
+
+    def load_model(folder, numerics):
+        loaded.append(numerics)
+        if isinstance(numerics, Numerics):
+            raise RefusedError("liger: true requires a liger-kernel that fits.")
+        return true_load(folder, numerics)
+
+    monkeypatch.setattr(layers, "load_model", load_model)
+    monkeypatch.setattr(Numerics, "check", lambda self: None)
+    cell = layers.compare(*saved["small"], "liger, float32", CPU)
+    assert cell["status"] == "unavailable"
+    assert cell["reason"] == "liger: true requires a liger-kernel that fits."
+    assert loaded == [torch.float64, torch.float32, layers.VARIANTS["liger, float32"]]
+
+
 @pytest.mark.full
 def test_four_bit_layers_are_compared_with_what_they_stand_for(saved, monkeypatch):
     """With stand-ins: weights that the model keeps rounded, and that its copies must get."""
@@ -151,6 +171,23 @@ def test_runs_that_cannot_start_say_why(monkeypatch):
         names = [name for name in ranks.command(Path("x"), run) if name.endswith(".yaml")]
         assert all(Path(name).is_file() for name in names)
         assert len(names) == (run.preset is not None)
+
+
+def test_a_run_that_others_are_compared_with_is_started_once(tmp_path, monkeypatch):
+    started = []
+
+    def train(folder, run, session):
+        started.append(run.name)
+        return {"status": "failed", "reason": f"{run.name}: no memory"}
+
+    monkeypatch.setattr(ranks, "_train", train)
+    monkeypatch.setattr(ranks, "write_inputs", lambda folder, shape: None)
+    monkeypatch.setattr(ranks, "why_not", lambda run, device: None)
+    session = Session(CPU, tmp_path / "x.json", {"commit": "abc"}, minutes=1)
+    ranks.compare_ranks(session)
+    assert started == ["alone", "alone, bfloat16", "zero2, 1 process"]
+    reasons = {name.partition("/")[2]: cell["reason"] for name, cell in session.cells.items()}
+    assert reasons["alone"] == reasons["fsdp2, 2 processes"] == "alone: no memory"
 
 
 def test_the_error_of_a_run_is_found_in_what_it_printed():

@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from benchmarks import tables  # noqa: E402
 from benchmarks.result_files import load  # noqa: E402
 from benchmarks.step import __main__ as step  # noqa: E402
 from benchmarks.step import table as step_table  # noqa: E402
-from benchmarks.step import turns  # noqa: E402
+from benchmarks.step import turns, worker  # noqa: E402
 from benchmarks.step.setup import Job, build_model, build_processor, build_records, vision_tower  # noqa: E402
 from benchmarks.step.shapes import MODES, SCHEMES, SHAPES, predicted_ratio, work  # noqa: E402
 from benchmarks.step.worker import Memory, Turns, make_trainer, scheme_module  # noqa: E402
+from realign.errors import RefusedError  # noqa: E402
 
 # transformers and trl on each other's names
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -164,30 +165,38 @@ def test_the_script_measures_in_turn_and_writes_a_table(tmp_path, capsys):
     assert "at abc" in block
 
 
+class Answers:
+    """A worker that trains nothing and answers at once."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def __enter__(self) -> Answers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def stop(self) -> None:
+        """Do nothing: it is never at work."""
+
+    def read(self) -> dict[str, Any]:
+        return {"weights_bytes": 10, "cache_seconds_a_pair": 1.0}
+
+    def turn(self, steps: int) -> dict[str, Any]:
+        times = {"seconds": [2.0] * steps, "cpu_seconds": [2.0] * steps}
+        return {**times, "losses": [1.0] * steps, "peak_bytes": 30}
+
+
 def test_a_contender_that_fails_is_named_and_the_others_go_on(tmp_path, capsys, monkeypatch):
-    class Answers:
-        """A worker that says what it is told to."""
-
-        def __init__(self, job: Job) -> None:
-            self.job = job
-
-        def __enter__(self) -> Answers:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-        def read(self) -> dict[str, Any]:
-            return {"weights_bytes": 10, "cache_seconds_a_pair": 1.0}
-
+    class Fails(Answers):
         def turn(self, steps: int) -> dict[str, Any]:
             if self.job.scheme == "trl":
                 raise RuntimeError("torch.OutOfMemoryError: CUDA out of memory")
             loss = 1.0 if self.job.scheme == "ours" else 1.1
-            times = {"seconds": [2.0] * steps, "cpu_seconds": [2.0] * steps}
-            return {**times, "losses": [loss] * steps, "peak_bytes": 30}
+            return {**super().turn(steps), "losses": [loss] * steps}
 
-    monkeypatch.setattr(turns, "Worker", Answers)
+    monkeypatch.setattr(turns, "Worker", Fails)
     call = ["--shape", "tiny", "--modes", "lora", "--repeats", "1", "--out", str(tmp_path)]
     assert step.main(call) == 1  # and the losses differ
     out = capsys.readouterr().out
@@ -224,44 +233,109 @@ def test_what_cannot_be_measured_is_refused(capsys, monkeypatch):
         assert step.main(["--device", "cuda"]) == 2
 
 
-class Slow:
-    """A worker whose turns take a while, until it is ended."""
+class Clock:
+    """Seconds that only turns of workers move on."""
 
-    def __init__(self, job: Job) -> None:
-        self.is_over = threading.Event()
+    def __init__(self) -> None:
+        self.now = 1000.0
 
-    def __enter__(self) -> Slow:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def stop(self) -> None:
-        """End it."""
-        self.is_over.set()
-
-    def read(self) -> dict[str, Any]:
-        return {"weights_bytes": 10, "cache_seconds_a_pair": 1.0}
-
-    def turn(self, steps: int) -> dict[str, Any]:
-        if self.is_over.wait(0.05):
-            raise RuntimeError("it said nothing")
-        times = {"seconds": [2.0] * steps, "cpu_seconds": [2.0] * steps}
-        return {**times, "losses": [1.0] * steps, "peak_bytes": 30}
+    def monotonic(self) -> float:
+        return self.now
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.02, 0.5])
-def test_what_there_is_no_time_for_is_said_and_what_was_measured_stays(monkeypatch, seconds):
+@pytest.mark.parametrize(("seconds", "turns_of_each"), [(0.0, 0), (1.0, 0), (25.0, 6)])
+def test_what_there_is_no_time_for_is_said_and_what_was_measured_stays(
+    monkeypatch, seconds, turns_of_each
+):
+    clock = Clock()
+
+    class Slow(Answers):
+        """A worker whose every turn takes two seconds, and that is ended when time is over."""
+
+        def turn(self, steps: int) -> dict[str, Any]:
+            clock.now += 2
+            if clock.now > 1000 + seconds:
+                raise RuntimeError("it said nothing")
+            return super().turn(steps)
+
+    monkeypatch.setattr(turns, "time", clock)
     monkeypatch.setattr(turns, "Worker", Slow)
-    jobs = {name: Job(name, "tiny", "lora", 1, 1) for name in ("ours", "trl")}
+    jobs = {name: Job(name, "tiny", "lora", 1, 1) for name in ("ours", "authors")}
     cells = turns.run_jobs(jobs, repeats=1000, warm_steps=0, seconds=seconds)
-    if seconds < 0.05:
+    if not turns_of_each:
         assert {cell["status"] for cell in cells.values()} == {"not measured"}
-    else:
-        assert {cell["status"] for cell in cells.values()} == {"ok"}
-        assert all(0 < len(cell["seconds"]) < 1000 for cell in cells.values())
-        step.compare(cells, jobs)
-        assert "100 % of what" not in step.aims_line("trl", cells["trl"])  # as fast as ours
+        return
+    assert {cell["status"] for cell in cells.values()} == {"ok"}
+    assert [len(cell["seconds"]) for cell in cells.values()] == [turns_of_each] * 2
+    step.compare(cells, jobs)
+    # as fast as ours, whose tokens are fewer
+    reached = 1 / predicted_ratio(
+        "authors", SHAPES["tiny"], "lora", ours_checkpoints=False, checkpoints=False
+    )
+    assert cells["authors"]["prediction_reached"] == pytest.approx(reached)
+    assert f" {100 * reached:.0f} % of what" in step.aims_line("authors", cells["authors"])
+
+
+def test_a_turn_that_would_never_end_is_ended(monkeypatch):
+    class Hangs(Answers):
+        def __init__(self, job: Job) -> None:
+            super().__init__(job)
+            self.is_stopped = threading.Event()
+
+        def stop(self) -> None:
+            self.is_stopped.set()
+
+        def turn(self, steps: int) -> dict[str, Any]:
+            assert self.is_stopped.wait(60)
+            raise RuntimeError("it said nothing")
+
+    monkeypatch.setattr(turns, "Worker", Hangs)
+    jobs = {"ours": Job("ours", "tiny", "lora", 1, 1)}
+    cells = turns.run_jobs(jobs, repeats=1, warm_steps=0, seconds=0.02)
+    assert cells["ours"]["status"] == "not measured"
+
+
+def test_a_variant_that_does_not_fit_is_a_row(tmp_path, capsys, monkeypatch):
+    class Refused(Answers):
+        def read(self) -> dict[str, Any]:
+            reason = "liger: true requires a liger-kernel that fits"
+            return {"unavailable": reason} if self.job.liger else super().read()
+
+    monkeypatch.setattr(turns, "Worker", Refused)
+    monkeypatch.setattr(step, "missing_package", lambda contender: None)
+    call = ["--shape", "tiny-qwen", "--modes", "lora", "--out", str(tmp_path), "--repeats", "1"]
+    assert step.main([*call, "--schemes", "ours", "--variants", "liger"]) == 0
+    assert "| ours, Liger layers | liger: true requires a liger" in capsys.readouterr().out
+    cells = load(tmp_path / "cpu_step.json")["cells"]
+    statuses = {key.rpartition("/")[2]: cell["status"] for key, cell in cells.items()}
+    assert statuses == {"ours": "ok", "ours, Liger layers": "unavailable"}
+
+
+@pytest.mark.parametrize("is_liger", [True, False])
+def test_a_worker_says_that_liger_does_not_fit(is_liger, monkeypatch, capsys):
+    def refuse(job: Job) -> None:
+        raise RefusedError("liger: true requires another one.")
+
+    job = Job("ours", "tiny", "full", 1, 1, liger=is_liger)
+    monkeypatch.setattr(worker, "make_trainer", refuse)
+    monkeypatch.setattr(worker.sys, "argv", ["worker", json.dumps(asdict(job))])
+    monkeypatch.setattr(worker.sys, "stdout", sys.stdout)  # put back afterwards
+    threads = torch.get_num_threads()
+    try:
+        if is_liger:
+            worker.main()
+            said = json.loads(capsys.readouterr().out)
+            assert said == {"unavailable": "liger: true requires another one."}
+        else:
+            with pytest.raises(RefusedError):
+                worker.main()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_names_of_profiles_have_no_commas(tmp_path):
+    file = step.profile_file(tmp_path, "tiny", "lora", "ours, Liger layers")
+    assert file == tmp_path / "tiny-lora-ours-Liger-layers.txt"
 
 
 def test_a_package_that_is_missing_is_a_row(tmp_path, capsys, monkeypatch):
