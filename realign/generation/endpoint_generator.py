@@ -98,7 +98,8 @@ class Sampling:
         max_new_tokens: Longest answer; None leaves it to the server.
         temperature: 0 is greedy; None leaves it to the server, for models that take no other.
         seed: None sends none.
-        length_field: ``max_tokens`` for servers older than 2025.
+        length_field: ``max_tokens`` for servers that ignore the newer name, such as those of before
+            2025 and ``transformers serve`` before 5.23.
         extra_body: Further fields of the request, such as
             ``{"chat_template_kwargs": {"enable_thinking": False}}``. They are stored in the journal
             and must not hold secrets.

@@ -15,6 +15,8 @@ from random import Random
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from PIL import Image
 
 from realign.demo.drawing import draw
@@ -97,7 +99,9 @@ def test_a_limit_cuts_both_alike(
     url: str, model_dir: Path, requests: list[Request], tmp_path: Path
 ) -> None:
     in_process = TransformersGenerator.load(model_dir, torch.float32, max_new_tokens=5)
-    sampling = Sampling(str(model_dir), max_new_tokens=5)
+    knows_newer_name = Version(transformers.__version__) >= Version("5.23")
+    name = "max_completion_tokens" if knows_newer_name else "max_tokens"
+    sampling = Sampling(str(model_dir), max_new_tokens=5, length_field=name)
     with EndpointGenerator(Endpoint(url), sampling, tmp_path / "journal.jsonl") as generator:
         answers = generator(requests[1:2])
     assert answers == in_process(requests[1:2])
