@@ -398,7 +398,7 @@ time.sleep({seconds})
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process is there, and not only waiting for its parent to take note of its end."""
+    """Return whether a process runs; one that only waits for its parent does not."""
     status = Path(f"/proc/{pid}/status")
     return status.exists() and status.read_text().split("State:")[1].split()[0] not in ("Z", "X")
 

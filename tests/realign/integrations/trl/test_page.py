@@ -1,4 +1,4 @@
-"""What docs/guides/trainers/trl.md says is so: its commands and its Python run as they stand."""
+"""The commands and the Python of docs/guides/trainers/trl.md run as they stand."""
 
 from __future__ import annotations
 

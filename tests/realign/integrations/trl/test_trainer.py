@@ -199,7 +199,7 @@ def test_a_cache_checks_what_the_model_reads(tmp_path: Path) -> None:
 def test_the_numerics_of_a_cache_are_those_of_the_configuration(
     tmp_path: Path, caplog, bf16: bool
 ) -> None:
-    """What docs/guides/trainers/trl.md says of both; another cache is said to be off."""
+    """Both behave as docs/guides/trainers/trl.md describes; any other cache is reported as off."""
     pairs().to_parquet(str(tmp_path / "pairs.parquet"))
     records = realign.read_records(tmp_path / "pairs.parquet", None)
     for autocast in (bf16, not bf16):
