@@ -24,6 +24,7 @@ from PIL import Image
 
 from realign.data.images import RefusedImage, decode_image, read_image
 from realign.data.perceptual_hash import perceptual_hash
+from realign.runtime.files import write_unsynced
 
 
 def serve(requests: BinaryIO, answers: BinaryIO, timeout_s: float, memory_bytes: int) -> None:
@@ -56,7 +57,7 @@ def _inspect(request: dict[str, Any], requests: BinaryIO) -> dict[str, Any]:
             image = decode_image(raw, where, request["max_pixels"])
             raw = _jpeg(image)
             try:
-                _write(raw, Path(request["shrink_to"]))
+                write_unsynced(Path(request["shrink_to"]), raw)
             except OSError as error:
                 return {"errno": error.errno}
         image = decode_image(raw, where)
@@ -77,16 +78,6 @@ def _jpeg(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
-
-
-def _write(raw: bytes, path: Path) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(raw)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _limit_memory(memory_bytes: int) -> None:

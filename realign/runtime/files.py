@@ -57,6 +57,16 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_unsynced(path: Path, raw: bytes) -> None:
+    """Write a file whole or not at all, but do not wait for the disk: a power cut may lose it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(raw)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def json_text(value: Any, **options: Any) -> str:
     """Return ``value`` as JSON. Whatever this package writes as JSON is spelled here.
 

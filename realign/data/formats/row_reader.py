@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from realign.data.image_names import image_suffix, is_url, resolve_image
 from realign.data.images import MAX_BYTES, RefusedImage, format_problem
 from realign.data.records import IMAGE_TOKEN, surroundings, token_remedy
 from realign.errors import RefusedError
-from realign.runtime.files import explain_write_errors, json_text
+from realign.runtime.files import explain_write_errors, json_text, write_unsynced
 
 
 class ImageFiles:
@@ -116,12 +115,7 @@ class ImageFiles:
             if not path.is_file() or path.read_bytes() != raw:
                 with explain_write_errors(path):
                     self._extract_to.mkdir(parents=True, exist_ok=True)
-                    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
-                    try:
-                        temporary.write_bytes(raw)
-                        temporary.replace(path)
-                    finally:
-                        temporary.unlink(missing_ok=True)
+                    write_unsynced(path, raw)
             self._extracted.add(name)
         return name, path
 
