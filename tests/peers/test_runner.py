@@ -141,7 +141,7 @@ def test_every_exception_has_a_reason_and_a_peer():
 
 @pytest.mark.parametrize("source", ["its/folder", "a folder/of it", ""])
 def test_make_hands_on_a_folder_with_spaces(source: str) -> None:
-    command = ["make", "-n", "test-peers", "PEER=cce", f"SOURCE={source}"]
+    command = ["make", "-n", "--no-print-directory", "test-peers", "PEER=cce", f"SOURCE={source}"]
     root = Path(__file__).parents[2]
     shown = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     words = shlex.split(shown.splitlines()[-1])
