@@ -1,4 +1,4 @@
-"""The decision file: whole lines, the last one wins, other content is not judged by it."""
+"""The decision file: lines are complete, the last one wins, and other content is not affected."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_an_undo_without_a_decision_before_it_is_refused(tmp_path: Path) -> None
         ("run/pref.json", "run/pref.json.decisions.jsonl"),
     ],
 )
-def test_where_it_lies(tmp_path: Path, data: str, expected: str) -> None:
+def test_the_decision_file_lies_beside_the_data(tmp_path: Path, data: str, expected: str) -> None:
     (tmp_path / "run").mkdir()
     assert decisions_path(tmp_path / data) == tmp_path / expected
     assert decisions_path(tmp_path / "run") == tmp_path / "run" / "decisions.jsonl"
@@ -151,7 +151,7 @@ def test_a_whole_last_line_without_its_end_is_kept(tmp_path: Path) -> None:
         (f'{{"id": "a", "key": "{KEY}", "decision": "keep", "note": null}}', "note must be a text"),
     ],
 )
-def test_a_line_that_is_no_decision_is_refused(tmp_path: Path, line: str, message: str) -> None:
+def test_a_line_that_is_not_a_decision_is_refused(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "d.jsonl"
     good = f'{{"id": "a", "key": "{KEY}", "decision": "keep"}}\n'
     path.write_text(good + line + "\n" + good)
@@ -179,7 +179,7 @@ def test_two_writers_at_once_lose_nothing(tmp_path: Path) -> None:
     assert len(read_decisions(path)) == 200
 
 
-def test_what_was_said_to_be_written_is_there_after_kill_9(tmp_path: Path) -> None:
+def test_decisions_that_were_confirmed_survive_kill_9(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     code = (
         "import sys; from pathlib import Path\n"
@@ -190,12 +190,13 @@ def test_what_was_said_to_be_written_is_there_after_kill_9(tmp_path: Path) -> No
     )
     with subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE) as process:
         assert process.stdout
-        told = [process.stdout.readline() for _ in range(20)]
+        printed = [process.stdout.readline() for _ in range(20)]
         time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)
-        told += process.stdout.readlines()
-    ids = {row.id for row in read_decisions(path)}
-    assert {line.decode().strip() for line in told if line.endswith(b"\n")} <= ids
+        printed += process.stdout.readlines()
+    confirmed = {line.decode().strip() for line in printed if line.endswith(b"\n")}
+    assert len(confirmed) >= 20
+    assert confirmed <= {row.id for row in read_decisions(path)}
 
 
 def test_kept_is_a_lazy_view(data: Path, records) -> None:
@@ -310,7 +311,7 @@ def test_check_and_export_leave_dropped_rows_out(tmp_path: Path, records) -> Non
     assert [record.id for record in exported] == [rows[i].id for i in (0, 1, 3)]
 
 
-def test_rows_that_cannot_be_read_are_told_of_by_their_place_in_the_file(
+def test_rows_that_cannot_be_read_are_reported_by_their_place_in_the_file(
     tmp_path: Path, records
 ) -> None:
     """A decision file must not stop the check at the first of them, nor shift their numbers."""

@@ -1,4 +1,4 @@
-"""Every mode that an image file can have becomes the RGB that a person would see: golden arrays."""
+"""Every mode of an image file becomes the RGB that a person sees, by stored arrays."""
 
 from __future__ import annotations
 

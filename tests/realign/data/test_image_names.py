@@ -1,4 +1,4 @@
-"""Names of images in a dataset: none leaves the image folder, none is a URL, nothing is fetched."""
+"""Names of images in a dataset: none leaves the image folder or is a URL that is fetched."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_name_that_leaves_the_folder_is_refused(root: Path, name: str) -> None
     name = name.replace("ROOT", str(root)).replace("SECRET", str(root.parent / "secret.png"))
     with pytest.raises(RefusedImage, match=r"^row 3: image .*\. .*\.$") as refused:
         resolve_image(root, name, "row 3")
-    # a loop leads nowhere; how that is told differs between versions of Python
+    # a loop of links is an error, whose message differs between versions of Python
     codes = {"unreadable", "missing"} if name == "loop.png" else {"outside-root"}
     assert refused.value.code in codes
 
@@ -83,7 +83,7 @@ def test_names_inside_the_folder_are_paths(root: Path) -> None:
         ("\ud800.png", "unreadable"),
     ],
 )
-def test_what_is_no_file_name_is_refused(root: Path, name, code: str) -> None:
+def test_a_text_that_is_not_a_file_name_is_refused(root: Path, name, code: str) -> None:
     with pytest.raises(RefusedImage, match=r"^row 3: image ") as refused:
         resolve_image(root, name, "row 3")
     assert refused.value.code == code
@@ -150,7 +150,7 @@ def test_a_missing_name_with_the_separators_of_windows_says_what_to_write(root: 
     assert (no.value.code, no.value.missing) == ("missing", "a\\inside.png")
     with pytest.raises(RefusedImage, match=r"exist in .*\. Check --images"):
         resolve_image(root, "a/gone.png", "row 1")
-    # outside the folder too, nothing is said of what is there
+    # the message does not reveal whether a file exists outside the folder
     with pytest.raises(RefusedImage, match=r"does not exist in .*\. Write / between"):
         resolve_image(root, "..\\secret.png", "row 1")
     # where files are so named, they are found
@@ -159,7 +159,7 @@ def test_a_missing_name_with_the_separators_of_windows_says_what_to_write(root: 
 
 
 @pytest.mark.parametrize("name", ["C:\\coco\\1.jpg", "d:/coco/1.jpg"])
-def test_a_path_with_a_drive_is_no_url(root: Path, name: str) -> None:
+def test_a_path_with_a_drive_is_not_taken_for_a_url(root: Path, name: str) -> None:
     with pytest.raises(RefusedImage, match=r"got the Windows path .*Name it from") as no:
         resolve_image(root, name, "row 1")
     assert no.value.code == "outside-root"

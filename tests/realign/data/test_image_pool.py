@@ -1,4 +1,4 @@
-"""Untrusted images in worker processes: in order, bounded, and none costs more than itself."""
+"""Untrusted images in worker processes: in order, limited, and without effect on each other."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_memory_is_bounded(tmp_path: Path, paths: list[Path]) -> None:
     assert small == facts(paths[0])
 
 
-def test_a_copy_that_cannot_be_written_is_no_fault_of_the_image(
+def test_a_copy_that_cannot_be_written_does_not_count_against_the_image(
     paths: list[Path], tmp_path: Path
 ) -> None:
     with ImagePool(1) as pool:
@@ -159,7 +159,7 @@ def test_what_is_not_asked_for_is_not_waited_for(paths: list[Path], tmp_path: Pa
     assert time.monotonic() - started < 60
 
 
-def test_results_stream(paths: list[Path]) -> None:
+def test_few_images_are_inspected_ahead_of_their_use(paths: list[Path]) -> None:
     """A million paths are not a million results in memory: few are asked ahead of their use."""
     seen: list[int] = []
 
@@ -237,7 +237,7 @@ def test_a_refusal_travels_between_processes() -> None:
     assert (str(again), again.code, again.field) == (str(error), "damaged", "image")
 
 
-def test_png_of_a_stranger_prints_nothing(capfd, tmp_path: Path) -> None:
+def test_a_damaged_image_prints_nothing(capfd, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, "JPEG")
     (tmp_path / "a.jpg").write_bytes(buffer.getvalue()[:300])

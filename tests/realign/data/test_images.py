@@ -155,7 +155,7 @@ def test_photographs_of_phones_are_within_the_limit() -> None:
     assert decode_image(raw, "row 0").size == (8064, 6048)
 
 
-def test_size_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_beyond_the_size_limits_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = encoded(Image.new("RGB", (20, 20)))
     monkeypatch.setattr(images_module, "MAX_PIXELS", 399)
     with pytest.raises(RefusedError, match=r"at most 399 pixels, got \(20, 20\)"):
@@ -181,5 +181,5 @@ def test_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str, mess
     root = tmp_path / "images"
     root.mkdir()
     (root / "link.png").symlink_to(tmp_path / "secret.png")
-    with pytest.raises(RefusedError, match=f"row 3: image .*{message}|row 3: .*{message}"):
+    with pytest.raises(RefusedError, match=f"^row 3: .*{message}"):
         resolve_image(root, name, "row 3")

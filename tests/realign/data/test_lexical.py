@@ -1,4 +1,4 @@
-"""The lexical similarity, by hand and on any text."""
+"""The lexical similarity against counts by hand, and on any text."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from realign.data.lexical import lexical
 
 
-def test_by_hand() -> None:
+def test_the_similarity_equals_a_count_by_hand() -> None:
     # content words {red, house} and {red, tree}; pairs {red house} and {red tree}: 1 of 3 shared
     assert lexical("a red house", "a red tree") == pytest.approx(2 * 1 / (3 + 3))
 
 
-def test_order_counts() -> None:
+def test_the_order_of_words_counts() -> None:
     first, second = "a red house and a blue tree", "a blue house and a red tree"
     assert lexical(first, second) < 0.95
     assert lexical(first, first) == 1.0

@@ -1,4 +1,4 @@
-"""Where missing images are found: under longer names, in folders below and above, or nowhere."""
+"""Missing images are found under longer names and in folders below and above, or not at all."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_an_option_that_gave_the_wrong_name_is_taken_back(tmp_path: Path) -> Non
     )
 
 
-def test_nothing_is_said_of_few_rows_of_one_file_or_of_names_that_lead_out(tmp_path: Path) -> None:
+def test_few_rows_and_names_that_lead_out_of_the_folder_give_no_hint(tmp_path: Path) -> None:
     root = fill(tmp_path / "images", "COCO_{}")
     bad = problems(root, NAMES)
     assert where_missing_images_are(root, bad, 10, OPTION) == ""
@@ -86,6 +86,6 @@ def test_nothing_is_said_of_few_rows_of_one_file_or_of_names_that_lead_out(tmp_p
     assert where_missing_images_are(root, outside, 5, OPTION) == ""
 
 
-def test_two_longer_names_of_one_image_are_no_guess(tmp_path: Path) -> None:
+def test_two_longer_names_of_one_image_give_no_guess(tmp_path: Path) -> None:
     root = fill(fill(tmp_path / "both", "COCO_train2014_{}"), "COCO_val2014_{}")
     assert where_missing_images_are(root, problems(root, NAMES), 5, OPTION) == ""

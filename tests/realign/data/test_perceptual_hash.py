@@ -1,4 +1,4 @@
-"""Copies of an image have nearly its hash; other images have not."""
+"""Copies of an image have nearly the same hash, and other images do not."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ COPIES = {
 
 
 @pytest.mark.parametrize("copy", COPIES)
-def test_copies_are_near(photos: list[Image.Image], copy: str) -> None:
+def test_copies_of_an_image_have_near_hashes(photos: list[Image.Image], copy: str) -> None:
     for image in photos:
         bits = hamming(perceptual_hash(image), perceptual_hash(COPIES[copy](image)))
         assert bits <= NEAR_BITS
 
 
-def test_others_are_far(photos: list[Image.Image]) -> None:
+def test_other_images_have_far_hashes(photos: list[Image.Image]) -> None:
     hashes = [perceptual_hash(image) for image in photos]
     distances = [hamming(a, b) for a, b in combinations(hashes, 2)]
     assert min(distances) > 2 * NEAR_BITS
@@ -80,6 +80,6 @@ def test_the_transform_is_the_orthonormal_cosine_transform() -> None:
     assert np.allclose(cosines[3] * 4, np.cos(np.pi * 3 * (place + 0.5) / 32))
 
 
-def test_distance_by_hand() -> None:
+def test_the_distance_counts_differing_bits() -> None:
     assert hamming(0b1011, 0b0010) == 2
     assert hamming((1 << 64) - 1, 0) == 64

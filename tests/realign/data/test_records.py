@@ -1,4 +1,4 @@
-"""Records: content keys, the authors' JSON, and what is refused."""
+"""Records: content keys, the authors' JSON, and refusals."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from realign.data.dataset import read_records
 from realign.data.problems import check_records
 from realign.errors import RefusedError
 from realign.runtime.files import content_sha256
+from tests.realign.conftest import write_authors_images
 
 
 def test_key_depends_on_content_and_on_nothing_else(records) -> None:
@@ -106,23 +107,8 @@ def test_no_rows_are_refused() -> None:
 
 @pytest.fixture
 def official(tmp_path: Path, records) -> Path:
-    """The published layout: pref_data.json and one image folder."""
-    folder = tmp_path / "images"
-    folder.mkdir()
-    rows = []
-    for number, record in enumerate(records(3)):
-        names = (f"{number}.png", f"{number}-retrieved.png")
-        (folder / names[0]).write_bytes(record.images[0])
-        (folder / names[1]).write_bytes(record.rejected_images[0])
-        turn = {"role": "user", "content": f"<image>\n{record.prompt[0]['content']}"}
-        rows.append(
-            {
-                "image": names[0],
-                "retrieved_image": names[1],
-                "chosen": [turn, {"role": "assistant", "content": record.chosen}],
-                "rejected": [turn, {"role": "assistant", "content": record.rejected}],
-            }
-        )
+    """Write the published layout, pref_data.json and one image folder, and return the JSON."""
+    rows = write_authors_images(records(3), tmp_path / "images")
     path = tmp_path / "pref_data.json"
     path.write_text(json.dumps(rows))
     return path
@@ -135,7 +121,7 @@ def test_official_json_reads_as_the_same_pairs(official: Path, records) -> None:
         "file": "pref_data.json",
         "index": 1,
         "image": "1.png",
-        "retrieved_image": "1-retrieved.png",
+        "retrieved_image": "1r.png",
     }
 
 
@@ -182,7 +168,7 @@ def test_official_row_without_image_is_text_only(official: Path) -> None:
         ),
         (
             {"image": None},
-            r"image is missing beside retrieved_image '1-retrieved.png'",
+            r"image is missing beside retrieved_image '1r.png'",
         ),
         ({"image": 3}, r"image must be a file name, got 3"),
         ({"image": "a\0b"}, r"image must be a file name, got 'a\\x00b'"),
@@ -210,7 +196,9 @@ def test_official_row_without_image_is_text_only(official: Path) -> None:
         ),
     ],
 )
-def test_bad_official_rows(official: Path, change: dict[str, Any], message: str) -> None:
+def test_bad_rows_of_the_authors_layout_are_refused(
+    official: Path, change: dict[str, Any], message: str
+) -> None:
     rows = json.loads(official.read_text())
     for name, value in change.items():
         rows[1].pop(name)
@@ -242,13 +230,13 @@ def test_placeholders_without_an_image_are_refused(
 
 def test_all_missing_images_are_named_at_once(official: Path) -> None:
     images = official.parent / "images"
-    for name in ("0.png", "2.png", "2-retrieved.png"):
+    for name in ("0.png", "2.png", "2r.png"):
         (images / name).unlink()
     with pytest.raises(RefusedError) as refused:
         read_records(official, images)
     first, *lines = str(refused.value).splitlines()
     assert first == "3 problem(s) in 3 rows:"
-    assert [line.split("'")[1] for line in lines] == ["0.png", "2.png", "2-retrieved.png"]
+    assert [line.split("'")[1] for line in lines] == ["0.png", "2.png", "2r.png"]
     rows = json.loads(official.read_text())
     official.write_text(json.dumps(rows * 8))
     with pytest.raises(
@@ -265,7 +253,7 @@ def test_a_folder_that_is_one_too_high_is_named(official: Path) -> None:
     assert last == f"{images}/0.png is there: pass --images {images}."
 
 
-def test_an_image_folder_that_is_none_is_named(official: Path, tmp_path: Path) -> None:
+def test_an_image_folder_that_does_not_exist_is_named(official: Path, tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match=r"images must be an existing folder, got .*nodir\. Ch"):
         read_records(official, tmp_path / "nodir")
 
@@ -278,7 +266,7 @@ def test_official_rows_must_be_objects(official: Path) -> None:
         read_records(official, official.parent / "images")
 
 
-def test_refused_files(tmp_path: Path) -> None:
+def test_missing_and_unknown_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="which does not exist"):
         read_records(tmp_path / "none.json", tmp_path)
     (tmp_path / "d.txt").write_text("")

@@ -83,8 +83,8 @@ def test_an_export_that_fails_leaves_nothing(data: Path, tmp_path: Path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["d.parquet"]
 
 
-def test_what_a_killed_run_left_is_in_nobodys_way(data: Path, tmp_path: Path) -> None:
-    """In a container the next run has the same process id."""
+def test_the_files_of_a_killed_run_do_not_disturb_the_next(data: Path, tmp_path: Path) -> None:
+    """The next run in a container may have the same process id."""
     for name in (f".out.{os.getpid()}.tmp", ".out.tmp"):
         (tmp_path / name).mkdir()
     export(data, None, "trl", tmp_path / "out")
@@ -111,7 +111,7 @@ def test_unknown_targets_and_empty_datasets_are_refused(data: Path, tmp_path: Pa
         export(data, None, "trl", tmp_path / "out")
 
 
-def test_names_of_images(tmp_path: Path) -> None:
+def test_equal_images_share_a_name_and_others_are_renamed(tmp_path: Path) -> None:
     images = ImageFolder(tmp_path / "images")
     png = b"\x89PNG\r\n\x1a\n"
     assert images.add(png, "a/b.png") == "a/b.png"
@@ -130,7 +130,7 @@ def test_names_of_images(tmp_path: Path) -> None:
     assert len(tree(tmp_path / "images")) == len(images) == 5
 
 
-def test_the_verb(data: Path, tmp_path: Path) -> None:
+def test_the_command_exports_and_reports_what_it_wrote(data: Path, tmp_path: Path) -> None:
     arguments = ["export", "--data", data, "--to", "llamafactory", "--out", tmp_path / "out"]
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""The authors' layout: what was read comes out as it was, and a reader written from docs/paper.md
+"""The authors' layout: rows are written as they were read, and a reader written from docs/paper.md
 2.3 alone can use what was built.
 """
 
@@ -144,7 +144,7 @@ def test_built_rows_get_names_of_their_own(tmp_path: Path, built) -> None:
 
 
 @pytest.mark.parametrize("row", [3, "{", "[]", "3", "{}", '{"chosen": 1, "rejected": []}'])
-def test_provenance_that_is_no_row_of_the_layout_is_left_alone(
+def test_provenance_that_is_not_a_row_of_the_layout_is_not_used(
     tmp_path: Path, records, row: Any
 ) -> None:
     (record,) = records(1)
@@ -193,7 +193,7 @@ def test_what_the_layout_cannot_hold_is_refused(
 
 
 def read_as_documented(data: Path, images: Path) -> list[dict[str, Any]]:
-    """What docs/paper.md 2.3 says that the authors' training code does with the file."""
+    """Read the file as the authors' training code does, by docs/paper.md 2.3."""
     samples = []
     for element in json.loads(data.read_text(encoding="utf-8")):
         sample: dict[str, Any] = {}

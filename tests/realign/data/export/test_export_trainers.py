@@ -151,7 +151,6 @@ def test_trl_trains_on_the_parquet_as_it_is(tmp_path: Path, records, model_dir: 
     """No column renamed or removed: the file goes into DPOTrainer as `realign` wrote it. In a
     process of its own: TRL's warnings are not ours.
     """
-    pytest.importorskip("trl")
     write_parquet(records(4), tmp_path / "d.parquet")
     export(tmp_path / "d.parquet", None, "trl", tmp_path / "out")
     file = tmp_path / "out" / "dataset.parquet"

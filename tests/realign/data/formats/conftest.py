@@ -1,4 +1,4 @@
-"""Sources as people have them: small files written here, with real images."""
+"""Sources like those of users: small files that are written here, with real images."""
 
 from __future__ import annotations
 

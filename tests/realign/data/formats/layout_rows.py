@@ -1,4 +1,4 @@
-"""A row of every layout with both answers, for the tests of all that read them."""
+"""A row of every layout with both answers, for the tests of all their readers."""
 
 from __future__ import annotations
 

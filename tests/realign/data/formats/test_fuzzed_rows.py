@@ -1,4 +1,4 @@
-"""10,000 mutated rows: each is the value that it says, or refused by line, code and remedy."""
+"""10,000 mutated rows: each is read as written, or refused by line, code and remedy."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def mutated(raw: bytes, rng: Random) -> bytes:
 
 
 def is_strict(line: bytes) -> bool:
-    """Whether a line is what it may be, decided without the reader's own means: it is valid, and
+    """Return whether a line is allowed, decided without the reader's own means: it is valid, and
     writing what was read gives the same text again, spaces and escapes aside.
     """
     try:
@@ -127,7 +127,7 @@ def change(value: Any, rng: Random) -> Any:
 
 
 def is_right(record: Any, raw: Any) -> bool:
-    """What a row that passes must be, whatever was changed."""
+    """Return whether a row that passes has its properties, whatever was changed."""
     source, root = record.source, raw
     return (
         all(isinstance(turn["content"], str) for turn in record.prompt)

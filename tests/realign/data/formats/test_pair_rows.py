@@ -124,7 +124,7 @@ def test_embedded_images_of_trl(is_implicit: bool, form: Any, write: Write, imag
 
 
 def test_white_space_several_images_and_texts_alone(write: Write, images: Path) -> None:
-    """What `realign build` refuses or takes away is trained on as it is."""
+    """Training takes rows as they are, where `realign build` would refuse or shorten them."""
     several = ROWS["ms-swift"] | {
         "images": ["a.jpg", "b.jpg"],
         "rejected_images": ["c.jpg", "a.jpg"],

@@ -1,4 +1,4 @@
-"""How rows come off the disk: lines, one list, tables; whole files that are refused."""
+"""Rows are read from lines, one list or tables, and some files are refused as a whole."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_list_reads_as_json_reads_it(
         ('["\xe4', "must be UTF-8"),
     ],
 )
-def test_a_list_that_is_none_is_refused(
+def test_a_file_that_does_not_hold_a_list_is_refused(
     tmp_path: Path, monkeypatch, text: str, message: str, chunk: int
 ) -> None:
     monkeypatch.setattr(json_rows, "CHUNK", chunk)
@@ -116,7 +116,7 @@ def test_a_row_of_a_list_that_never_ends_is_refused(tmp_path: Path, monkeypatch)
         list(read_list(tmp_path / "s.json"))
 
 
-def test_files_that_are_none(tmp_path: Path, images: Path) -> None:
+def test_missing_and_empty_files_are_refused(tmp_path: Path, images: Path) -> None:
     with pytest.raises(RefusedError, match=r"got .*none\.json, which does not exist\. Check"):
         read_source(tmp_path / "none.json", images)
     for text in ("", "[]", " \n [ ]"):
@@ -156,7 +156,7 @@ def test_damaged_files_give_problems_and_nothing_else(tmp_path_factory, data: An
         assert row.instruction.encode()
 
 
-def test_empty_lines_at_the_end_are_nobodys_mistake(tmp_path: Path, images: Path) -> None:
+def test_empty_lines_at_the_end_are_accepted(tmp_path: Path, images: Path) -> None:
     row = json.dumps({"image": "a.jpg", "prompt": "x", "answer": "y"})
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{row}\n\n{row}\n\n \n")

@@ -1,4 +1,4 @@
-"""Each layout from a small file: what a row becomes, and which rows are refused."""
+"""Each layout from a small file: the pairs that rows become, and the rows that are refused."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ def test_an_unknown_layout_is_refused_with_the_known_ones(read) -> None:
     text = str(refused.value)
     assert "got rows with keys ['picture'] in source.jsonl" in text
     assert all(f"  {layout.name}: {layout.summary}" in text for layout in LAYOUTS)
-    # rows that are no objects have no keys that could be renamed
+    # rows that are not objects have no keys that could be renamed
     with pytest.raises(RefusedError, match=r"row 1 .*: a row must be an object, got 1\. Corr"):
         read([[1]])
     with pytest.raises(RefusedError, match=r"^2 problem.* in 2 rows:(?s:.*)line 2: a row must"):
@@ -285,8 +285,8 @@ def test_an_unknown_layout_is_refused_with_the_known_ones(read) -> None:
 
 
 @pytest.mark.parametrize("name", ["completions", "responses", "candidates"])
-def test_answers_that_are_not_read_are_said_to_be(name: str, read) -> None:
-    """As in VLFeedback, as JSON or as `datasets` writes it into parquet."""
+def test_rows_with_answers_that_are_not_read_are_refused(name: str, read) -> None:
+    """VLFeedback has such rows, as JSON or as `datasets` writes them into parquet."""
     for answers in ([{"model": "m", "response": "A."}], {"model": ["m"], "response": ["A."]}):
         row = {"image": "a.jpg", "prompt": QUESTION, name: answers}
         with pytest.raises(RefusedError, match=rf"got rows with {name} .* which are not read\. C"):

@@ -1,4 +1,4 @@
-"""LLaVA-Instruct: which answers of a conversation become rows, and under which names."""
+"""LLaVA-Instruct: the answers of a conversation that become rows, and their names."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def turns_of(source: Any) -> list[tuple[str, list[str], str, int]]:
     ],
 )
 @pytest.mark.parametrize("first", ["<image>\nQ1", "Q1\n<image>", "Q1"])
-def test_turns(turns: str, expected: list[Any], first: str, read) -> None:
+def test_the_chosen_turns_become_pairs(turns: str, expected: list[Any], first: str, read) -> None:
     long = {
         **LONG,
         "conversations": [{"from": "human", "value": first}, *LONG["conversations"][1:]],
@@ -72,7 +72,9 @@ def test_conversations_about_one_image_get_ids_of_their_own(read) -> None:
         ((), "wrong-type"),
     ],
 )
-def test_bad_conversations(texts: tuple[str, ...], code: str, read) -> None:
+def test_a_bad_conversation_is_reported_with_its_row(
+    texts: tuple[str, ...], code: str, read
+) -> None:
     source = read([LONG, row(*texts, id="bad")], as_list=True, turns="each")
     assert len(source.rows) == 3
     assert [(p.code, p.row) for p in source.problems] == [(code, "bad")]
@@ -85,7 +87,7 @@ def test_a_text_only_conversation_has_no_image_to_build_on(read) -> None:
     assert [(p.field, p.code) for p in source.problems] == [("image", "missing-key")]
 
 
-def test_turns_that_are_none_are_refused(read) -> None:
+def test_an_unknown_value_of_turns_is_refused(read) -> None:
     with pytest.raises(RefusedError, match="turns must be first, last or each, got 'all'"):
         read([LONG], turns="all")
 
