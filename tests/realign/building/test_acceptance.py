@@ -1,4 +1,4 @@
-"""What is a rejected answer and what is not, with the reason."""
+"""Completions that are taken as rejected answers, and those that are not, with the reason."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def reason(said: str | Answer, similarity: float = 0.5, **options: Any) -> str:
         ("A masked cat (masked) sits on it.", ""),
     ],
 )
-def test_reasons(completion: str, why: str) -> None:
+def test_a_completion_is_refused_for_the_right_reason(completion: str, why: str) -> None:
     assert reason(completion) == why
 
 
@@ -151,7 +151,7 @@ def test_refusals_to_answer(text: str) -> None:
         "There is no image of a dog on the wall.",
     ],
 )
-def test_descriptions_that_are_no_refusals(text: str) -> None:
+def test_descriptions_do_not_count_as_refusals(text: str) -> None:
     assert not refuses(text, "A dog.")
 
 
@@ -192,5 +192,5 @@ def test_wrapping_that_the_answer_has_too_stays() -> None:
 @pytest.mark.parametrize(
     "text", ["sure " * 4000, "_" * 20000, "[" * 20000, "Here is " * 2500, ": " * 9000]
 )
-def test_long_completions_take_time_in_proportion(text: str) -> None:
+def test_long_completions_are_judged_without_backtracking(text: str) -> None:
     assert reason(unwrap_completion(text, ANSWER), keep_unmasked=False)

@@ -38,7 +38,7 @@ def test_byte_duplicates_are_one_image(rows: list[SourceRow], tmp_path: Path) ->
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """What was given to the decoders, in parts of two."""
+    """Record the images that decoders are given, which get two at a time."""
     paths: list[Path] = []
     inspect = module.inspect_images
     monkeypatch.setattr(
@@ -66,7 +66,7 @@ def test_images_seen_before_are_not_decoded_again(
     assert decoded == []
 
 
-def test_a_killed_inspection_goes_on(
+def test_a_killed_inspection_is_continued(
     rows: list[SourceRow], tmp_path: Path, decoded: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = inspect_corpus(rows, tmp_path / "whole", workers=1)
@@ -97,7 +97,9 @@ def test_a_file_that_cannot_be_read_is_refused_on_every_run(
     assert list(refused) == [rows[2].path]
 
 
-def test_unreadable_images_are_no_part_of_it(rows: list[SourceRow], tmp_path: Path) -> None:
+def test_unreadable_images_are_left_out_of_the_corpus(
+    rows: list[SourceRow], tmp_path: Path
+) -> None:
     rows[2].path.write_bytes(b"GIF89a")
     corpus, refused = inspect_corpus(rows, tmp_path / "seen", workers=2)
     assert corpus.names == ["0.png", "3.png", "4.png"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def test_an_image_of_more_than_four_times_the_pixels_is_halved_twice(
     assert "copies, halved until they have at most so many" in announced
 
 
-def test_what_is_larger_or_damaged_is_left_and_said(tmp_path: Path) -> None:
+def test_images_that_are_too_large_or_damaged_are_left_and_reported(tmp_path: Path) -> None:
     large = draw(tmp_path / "large.jpg", 10_000, 9_000)
     rows = [row(large)]
     for limit in (0, MAX_PIXELS):
@@ -81,7 +82,9 @@ def test_a_copy_that_cannot_be_written_stops_the_build(tmp_path: Path) -> None:
     large = draw(tmp_path / "large.jpg", 10_000, 9_000)
     taken = tmp_path / "copies" / f"{file_sha256(large)}.100000000.jpg"
     taken.mkdir(parents=True)
-    with pytest.raises(RefusedError, match=rf"^{taken} could not be written \(EISDIR: .* --out"):
+    with pytest.raises(
+        RefusedError, match=rf"^{re.escape(str(taken))} could not be written \(EISDIR: .* --out"
+    ):
         shrink_large_images([row(large)], tmp_path / "copies", 100_000_000)
     assert [*(tmp_path / "copies").iterdir()] == [taken]
     (tmp_path / "file").touch()

@@ -1,4 +1,4 @@
-"""Who is asked in a build, as the provenance of rows names it."""
+"""The models that are asked in a build, as the provenance of rows names them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times as a plan says them."""
+"""Durations as a plan writes them."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ from realign.building.plan import duration
         (26 * 3600 + 59 * 60, "1 d 2 h"),
     ],
 )
-def test_a_time_is_said_in_its_two_largest_units(seconds: float, said: str) -> None:
+def test_a_duration_is_written_in_its_two_largest_units(seconds: float, said: str) -> None:
     assert duration(seconds) == said

@@ -1,9 +1,10 @@
-"""The similarity of an encoder in a folder, and which one a name means."""
+"""The similarity by an encoder in a folder, and the encoder that a name means."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from realign.errors import RefusedError
 
 
 def test_a_named_model_without_the_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "sentence_transformers", None)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(RefusedError, match="needs sentence-transformers"):
         load_similarity("sentence-transformers/all-mpnet-base-v2")
 
@@ -122,7 +123,7 @@ def test_weights_that_are_not_safetensors_are_refused(copied: Path) -> None:
         load_similarity(str(copied))
 
 
-def test_what_is_no_encoder_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_an_encoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match=r"has neither modules\.json nor config\.json"):
         load_similarity(str(tmp_path))
     for name in (str(tmp_path / "none"), "./none", "a/b/c"):

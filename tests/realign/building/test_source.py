@@ -35,7 +35,7 @@ def test_a_larger_sample_holds_a_smaller_one_and_no_other_row_changes_a_rows_pla
 
 
 def test_every_row_is_as_likely_as_any_other() -> None:
-    """In 1,000 draws of 10 of 50 a row comes 200 times, with a standard deviation of 12.6."""
+    """A row comes 200 times in 1,000 draws of 10 of 50, with a standard deviation of 12.6."""
     counts = Counter(name for seed in range(1000) for name in draw(10, seed))
     assert len(counts) == 50
     assert all(140 < count < 260 for count in counts.values())

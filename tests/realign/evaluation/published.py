@@ -24,7 +24,7 @@ def picture(seed: int) -> bytes:
 
 
 def write_published(name: str, data: Path, images: Path) -> None:
-    """Write the files of a benchmark, and below ``images`` those of its images that lie in files
+    """Write the files of a benchmark, and below ``images`` those of its images that are files
     of their own.
     """
     files, names = PUBLISHED[name]()

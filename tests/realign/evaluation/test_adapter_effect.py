@@ -74,7 +74,7 @@ def test_an_adapter_without_effect_is_refused_before_the_first_question(
     assert '"largest_logit_difference": 0.0' in header
 
 
-def test_logits_that_are_no_numbers_are_refused(
+def test_logits_that_are_not_numbers_are_refused(
     tmp_path: Path, model_dir: Path, request_: Request
 ) -> None:
     folder = save_adapter(tmp_path / "adapter", model_dir, 0.05)

@@ -241,7 +241,7 @@ def write_mm_vet(folder: Path) -> None:
     (folder / "mm-vet.json").write_text(json.dumps(questions))
 
 
-def test_gradings_of_a_judge_are_no_training_runs(tmp_path: Path) -> None:
+def test_gradings_of_a_judge_are_not_taken_for_training_runs(tmp_path: Path) -> None:
     write_mm_vet(tmp_path)
     first = graded(tmp_path, "first", [[0.2, 0.6]])
     second = graded(tmp_path, "second", [[0.4, 0.6]])

@@ -350,8 +350,8 @@ def test_replies_of_the_judge_are_read_as_the_official_script_does(
         ({}, "first for question VS_map_0_0_0.*--rule exact"),
         ({"judge_reply": None}, "first for question VS_map_0_0_0.*--rule exact"),
         ({"gpt4v_output_gpt_check": 3}, "must be 0, 1 or 2, .* question VS_map_0_0_0 has 3"),
-        ({"judge_reply": 3}, r"line 1|entry 1: judge_reply must be a string, null, or a list"),
-        ({"judge_reply": []}, r"line 1|entry 1: judge_reply must be a string, null, or a list"),
+        ({"judge_reply": 3}, r"entry 1: judge_reply must be a string, null, or a list"),
+        ({"judge_reply": []}, r"entry 1: judge_reply must be a string, null, or a list"),
     ],
 )
 def test_answers_by_id_without_a_verdict_are_refused(

@@ -257,9 +257,7 @@ def test_mme_lines_have_four_columns_and_say_what_was_replaced(tmp_path: Path) -
     rows = (data / "count.txt").read_text().splitlines(keepends=True)
     (data / "count.txt").write_text("".join([*rows[::2], *rows[1::2]]))
     report = write("mme", data, "official", tmp_path / "out", answers)
-    assert (
-        report.notes == ["A tab or a line break became a space in 8 answers."][:1] or report.notes
-    )
+    assert report.notes == ("A tab or a line break became a space in 8 answers.",)
     for task in ("existence", "count"):
         with (tmp_path / "out" / f"{task}.txt").open(encoding="utf-8") as file:
             found = [line.rstrip("\n").split("\t") for line in file]  # as the published tool does
@@ -335,7 +333,7 @@ def test_the_table_of_mmbench_has_its_columns(tmp_path: Path) -> None:
         write("mmbench", data, "official", tmp_path / "out.xlsx", answers)
 
 
-def test_uploads_of_vizwiz(tmp_path: Path) -> None:
+def test_uploads_for_vizwiz_have_normalised_answers(tmp_path: Path) -> None:
     data, answers = world("vizwiz", tmp_path)
     write("vizwiz", data, "llava-upload", tmp_path / "up.json", answers)
     write("vizwiz", data, "official", tmp_path / "raw.json", answers)

@@ -21,7 +21,7 @@ from realign.evaluation.caption_words import caption_tokens, pattern_singular, w
         ("", ""),
     ],
 )
-def test_tokens(caption: str, tokens: str) -> None:
+def test_captions_are_cut_into_tokens(caption: str, tokens: str) -> None:
     assert caption_tokens(caption.lower()) == tokens.split()
 
 
@@ -65,5 +65,7 @@ def test_tokens(caption: str, tokens: str) -> None:
         ("has", "ha", "ha"),
     ],
 )
-def test_singulars(word: str, by_pattern: str, by_wordnet: str) -> None:
+def test_singulars_are_found_by_pattern_and_by_wordnet(
+    word: str, by_pattern: str, by_wordnet: str
+) -> None:
     assert (pattern_singular(word), wordnet_singular(word)) == (by_pattern, by_wordnet)

@@ -38,7 +38,7 @@ def hallusionbench(tmp_path: Path) -> list[dict[str, Any]]:
 
 
 def judged(path: Path, rows: list[dict[str, Any]], *replies: Any) -> Path:
-    """Write answers with the replies of a judge; an ellipsis stands for none."""
+    """Write answers with the replies of a judge, or without one where it is an ellipsis."""
     records = [
         {"id": "_".join(("VD_math_0_0", row["question_id"])), "answer": "Yes."}
         | ({} if reply is ... else {"judge_reply": reply})

@@ -1,9 +1,8 @@
-"""`realign eval judge` against a server on this machine that replies as it is told."""
+"""`realign eval judge` against a server on this machine with scripted replies."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -23,8 +22,8 @@ from realign.errors import RefusedError
 from realign.evaluation import score
 from realign.evaluation.judge import JudgeModel, judge
 from realign.generation.endpoint import Endpoint
+from tests.realign.generation.conftest import KEY
 
-KEY = "sk-canary-0123456789abcdef"
 Say = Callable[[str, dict[str, Any]], str | int]
 
 
@@ -79,7 +78,7 @@ def prompt_of(body: dict[str, Any]) -> str:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A judge that finds everything correct until it is told otherwise."""
+    """A judge that finds everything correct where a test does not set its replies."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     own = Server()
     yield own
@@ -171,7 +170,7 @@ def data_of(name: str, folder: Path) -> tuple[Path, Path]:
         ("mmbench", "A", "judged", "accuracy", 100.0, {"temperature": 0.0}),
     ],
 )
-def test_every_benchmark(
+def test_every_benchmark_is_judged(
     server: Server,
     tmp_path: Path,
     name: str,
@@ -309,7 +308,7 @@ def test_a_killed_command_asks_nothing_twice(server: Server, tmp_path: Path) -> 
         process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not out.exists()
-    run = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "40 answers, 40 of them read by judge-1 in 1 grading" in run.stdout
     assert 40 <= len(server.bodies) <= 40 + concurrency
@@ -439,7 +438,7 @@ def test_out_is_never_another_file(server: Server, tmp_path: Path) -> None:
         (["--prompt", "none.txt"], "prompt must be a file, got none.txt"),
     ],
 )
-def test_options_of_the_command(
+def test_options_of_the_command_that_do_not_fit_are_refused(
     server: Server, tmp_path: Path, given: list[str], message: str
 ) -> None:
     data, answers = write_mm_vet(tmp_path, 1)

@@ -1,4 +1,4 @@
-"""A run that is killed ends with the bytes of one that is not, whatever the number of processes."""
+"""A killed run ends with the bytes of one that is not, for any number of processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from realign.config import EvalConfig
 from realign.evaluation.run import evaluate
 from realign.modeling.adapters import add_adapter
 from realign.modeling.loading import load_model
-from tests.rank_environment import free_port, rank_environment
+from tests.ports import free_port
+from tests.rank_environment import rank_environment
 from tests.realign.evaluation.published import write_published
 
 PROCESSES = multiprocessing.get_context("forkserver")  # libraries are imported once
@@ -157,8 +158,9 @@ def test_headers_say_what_answers_depend_on(config, whole) -> None:
 
 
 def kill_and_compare(config, whole, folder: Path, kills: int, seed: int) -> None:
-    """Kill runs at drawn moments, each going on where the one before was killed, with one or two
-    processes; compare what a run leaves that comes to its end, and begin another one.
+    """Kill runs of one or two processes at drawn moments, and compare the files of those that end.
+
+    A run continues where the one before it was killed; after one that ends, a new one is begun.
     """
     rng = Random(seed)
     expected, events = whole
@@ -167,6 +169,7 @@ def kill_and_compare(config, whole, folder: Path, kills: int, seed: int) -> None
         out = to(config, folder / f"{number}")
         moment = rng.randrange(events) + 1 if killed < kills else None
         ended, _ = run(out, num_ranks=1 + (rng.randrange(4) == 0), moment=moment)
+        assert ended or moment is not None, "a run failed that was not killed"
         killed += not ended
         if ended:
             assert content(out.out) == expected

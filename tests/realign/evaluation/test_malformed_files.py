@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ def spelled(content: Any) -> str:
 
 
 def places(content: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the way to every value; of a list, the first one stands for all."""
+    """Yield the path to every value; only the first one of a list."""
     yield place
     if isinstance(content, (dict, list)):
         for key in content if isinstance(content, dict) else range(min(len(content), 1)):
@@ -183,7 +184,7 @@ def test_a_changed_file_is_refused_or_scored(tmp_path: Path, case: str) -> None:
             assert found == wanted
         path.unlink()
         path.mkdir()
-        with pytest.raises(RefusedError):
+        with pytest.raises(RefusedError, match=re.escape(path.name)):
             score(name, answers, tmp_path / "data", rules[0])
         path.rmdir()
         path.write_text(spelled(content))

@@ -24,7 +24,7 @@ def mean_and_ratio(sums: Array) -> dict[str, Array]:
 
 
 def counts(row: dict[str, Any], answer: str) -> list[int]:
-    """One, whether it is right (r), and whether it is said at all."""
+    """Return the counts of an answer: one, whether it is right (r), and whether it is given."""
     return [1, "r" in answer, answer != ""]
 
 

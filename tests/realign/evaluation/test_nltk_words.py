@@ -1,4 +1,4 @@
-"""The rules that need NLTK, with a package in its place that tags words as it is told."""
+"""The rules that need NLTK, with a stand-in for it that tags words as a test asks."""
 
 from __future__ import annotations
 

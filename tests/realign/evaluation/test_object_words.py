@@ -127,7 +127,7 @@ def test_what_a_caption_names(caption: str, named: str) -> None:
         ("개 한 마리", "dog"),
     ],
 )
-def test_scripts_without_spaces(caption: str, named: str) -> None:
+def test_words_are_found_in_scripts_without_spaces(caption: str, named: str) -> None:
     assert ", ".join(sorted(mentioned(caption, ASIAN))) == named
 
 
@@ -172,7 +172,7 @@ def test_an_object_of_a_row(name: str, known: str | None) -> None:
     assert object_of(name, OBJECTS) == known
 
 
-def test_an_object_of_several_is_none() -> None:
+def test_a_word_of_several_objects_names_none_of_them() -> None:
     both = {"glass": ["glass"], "cup": ["glass", "cup"]}
     assert object_of("glass", both) == "glass"
     assert object_of("Glasses", both) is None
@@ -216,5 +216,5 @@ def test_words_that_no_caption_could_name_are_refused(
 
 
 @pytest.mark.parametrize("unit", ["dog ", "hot ", "hot dog ", "狗", "a'", "'", "\u0301", "- "])
-def test_long_captions_take_time_in_proportion(unit: str) -> None:
+def test_long_captions_are_read_without_backtracking(unit: str) -> None:
     mentioned(unit * (20000 // len(unit)), OBJECTS | {"long": ["hot " * 30 + "dog"]})

@@ -10,7 +10,7 @@ from realign.evaluation.probes import probes, repeats
 from realign.generation.generator import Answer
 
 
-def test_probes_by_hand() -> None:
+def test_probes_equal_counts_by_hand() -> None:
     circles = "a dog on a a dog on a a dog on a"
     answers = [
         Answer(" Yes.", num_tokens=2),
@@ -29,7 +29,7 @@ def test_probes_by_hand() -> None:
     }
 
 
-def test_what_cannot_be_said_is_none() -> None:
+def test_a_probe_that_cannot_be_computed_is_none() -> None:
     found = probes(CHAIR, [Answer("A dog.", num_tokens=3), Answer("A cat.")])
     assert (found["mean_tokens"], found["yes_ratio"], found["yes_rule"]) == (None, None, None)
 
@@ -47,5 +47,5 @@ def test_what_cannot_be_said_is_none() -> None:
         ("There is a dog. There is a cat. There is a cow.", False),
     ],
 )
-def test_circles(text: str, circles: bool) -> None:
+def test_answers_that_repeat_themselves_are_found(text: str, circles: bool) -> None:
     assert repeats(text) is circles

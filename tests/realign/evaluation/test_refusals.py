@@ -1,4 +1,4 @@
-"""What cannot be asked is refused before any model is loaded, all of it named."""
+"""Everything that cannot be asked is named and refused before a model is loaded."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_many_images_are_counted_and_twenty_are_named(config: EvalConfig) -> Non
         ),
     ],
 )
-def test_wrong_names(config: EvalConfig, changes: dict[str, Any], message: str) -> None:
+def test_wrong_names_are_refused(config: EvalConfig, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RefusedError, match=message):
         evaluate(config.model_copy(update=changes))
     assert not config.out.exists()
@@ -136,7 +136,7 @@ def test_a_model_that_takes_no_text_without_an_image(config: EvalConfig, monkeyp
     assert "LlavaProcessor needs, got none (ValueError: `images` are required). Leave such" in said
 
 
-def test_what_is_not_read_is_said(config: EvalConfig, capsys) -> None:
+def test_files_that_are_not_read_are_reported(config: EvalConfig, capsys) -> None:
     (config.data / "gqa_pope_seem_random.json").write_text("{}")
     (config.images or config.data).rename(config.data / "elsewhere")
     refusal(config)

@@ -47,7 +47,7 @@ def test_pope_metrics_by_hand() -> None:
     assert scores["yes_ratio"] == pytest.approx(12 / 20)
 
 
-def test_chair_by_hand() -> None:
+def test_chair_equals_counts_by_hand() -> None:
     synonyms = {"dog": ["dog", "puppy"], "bus": ["bus"], "cat": ["cat"]}
     assert mentioned("Two puppies? A puppy and two buses, catalogue.", synonyms) == {"dog", "bus"}
     row = {"objects": ["dog", "bus"], "synonyms": synonyms}
@@ -82,7 +82,7 @@ def test_score_pairs_models_by_image() -> None:
     assert cut_note({"tasks": {"pope_random": {**task, "cut": {"x": 0, "y": 0}}}}) == ""
 
 
-def test_a_difference_of_nothing_has_no_minus() -> None:
+def test_a_difference_of_zero_has_no_minus() -> None:
     score = {"difference": 0.0, "difference_interval": [-0.0, -0.0004]}
     assert difference(score) == "+0.0 [+0.0, +0.0]"
     assert difference({"difference": -0.01, "difference_interval": [-0.02, 0]}) == (

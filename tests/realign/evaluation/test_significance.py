@@ -30,7 +30,7 @@ from realign.evaluation.significance import (
         *((2, 0, 0.5), (4, 0, 0.125), (7, 3, 0.3438), (12, 8, 0.5034), (0, 0, 1), (5, 5, 1)),
     ],
 )
-def test_mcnemar(gained: int, lost: int, p: float) -> None:
+def test_mcnemar_p_equals_published_values(gained: int, lost: int, p: float) -> None:
     assert mcnemar_p(gained, lost) == mcnemar_p(lost, gained) == pytest.approx(p, abs=5e-5)
 
 
@@ -49,7 +49,7 @@ def test_mcnemar_of_many_items_is_nearly_normal() -> None:
     ("degrees", "quantile"),
     [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216), (30, 2.04227)],
 )
-def test_student(degrees: int, quantile: float) -> None:
+def test_student_quantiles_equal_published_values(degrees: int, quantile: float) -> None:
     assert student_quantile(0.975, degrees) == pytest.approx(quantile, abs=5e-5)
     assert student_quantile(0.025, degrees) == pytest.approx(-quantile, abs=5e-5)
     assert student_cdf(quantile, degrees) == pytest.approx(0.975, abs=1e-5)
@@ -76,7 +76,7 @@ def test_a_mean_over_runs_by_hand() -> None:
     assert student_p([2.0, 2.0]) is None
 
 
-def test_holm_by_hand() -> None:
+def test_holm_equals_a_correction_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []

@@ -48,7 +48,7 @@ def scored(benchmark: Benchmark, rows: list[dict[str, Any]], **said: str) -> dic
 
 
 def cells(scores: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
-    """What is shown: metric to (value, what is below it) of each model."""
+    """Return the table that is shown: metric to (value, text below it) of each model."""
     return {
         row["metric"]: [(cell.value, cell.difference) for cell in by_model.values()]
         for row, by_model in score_rows(scores)
@@ -176,13 +176,15 @@ def test_infinite_values_have_a_denominator_of_0_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema": 2'])
-def test_scores_that_are_no_json_are_refused(tmp_path: Path, text: str) -> None:
+def test_scores_that_are_not_json_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "scores.json").write_text(text)
     with pytest.raises(RefusedError, match=r"scores\.json must hold a JSON object, got"):
         read_scores(tmp_path / "scores.json")
 
 
-def test_commands_on_images_of_which_nothing_is_named(tmp_path: Path, model_dir: Path) -> None:
+def test_commands_work_where_no_object_of_an_image_is_named(
+    tmp_path: Path, model_dir: Path
+) -> None:
     write_eval_data(tmp_path, 2, seed=0)
     for path in (tmp_path / "eval").glob("pope_*"):
         path.unlink()

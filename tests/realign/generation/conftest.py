@@ -23,7 +23,7 @@ HUGE_CHUNKS = 2048  # 128 MiB
 
 
 class FaultyServer:
-    """Answers every prompt with ``answer to <prompt>``, after the faults it is told.
+    """A server that answers a prompt with ``answer to <prompt>``, after the faults that are set.
 
     Attributes:
         fault: Called with the prompt and the number of the attempt, from 0; names a method, or
@@ -186,7 +186,7 @@ class FaultyServer:
 
 
 def completion(prompt: str, finish_reason: str = "stop", **message: Any) -> dict[str, Any]:
-    """What a server sends for a prompt."""
+    """Return the reply of the server to a prompt."""
     said = {"role": "assistant", "content": f"answer to {prompt}", **message}
     return {
         "id": "chatcmpl-1",
@@ -228,7 +228,7 @@ async def send(
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
-    """A server that answers at once until it is told otherwise; a key is in the environment."""
+    """Start a server that answers at once where no fault is set, with a key in the environment."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     faulty = FaultyServer()
     yield faulty

@@ -39,7 +39,7 @@ def response(content: Any, ending: Any = "stop", **message: Any) -> dict[str, An
         (response("a\ud83d\ude00b\ud800c"), Answer("a\U0001f600b\ufffdc")),
     ],
 )
-def test_what_the_model_said(body: dict[str, Any], answer: Answer) -> None:
+def test_the_text_of_the_model_is_read(body: dict[str, Any], answer: Answer) -> None:
     assert read_answer(Reply(200, read_completion(json.dumps(body).encode()))) == answer
     answer.text.encode()
 
@@ -61,7 +61,7 @@ def test_what_the_model_said(body: dict[str, Any], answer: Answer) -> None:
         (json.dumps(response("a", "abort")).encode(), "no whole answer, finish_reason 'abort'"),
     ],
 )
-def test_a_broken_response_is_told_from_an_answer(raw: bytes, reason: str) -> None:
+def test_a_broken_response_is_not_taken_for_an_answer(raw: bytes, reason: str) -> None:
     with pytest.raises(MalformedError, match=reason):
         read_completion(raw)
 
@@ -82,13 +82,13 @@ def test_the_servers_words_are_found(body: Any) -> None:
     assert read_answer(Reply(400, body)) == Answer("", False, "refused by the server: too long")
 
 
-def test_an_error_without_words_is_shown_as_it_is() -> None:
+def test_an_error_of_an_unknown_form_is_shown_as_received() -> None:
     assert error_message({"detail": [{"loc": ["body"]}]}) == '[{"loc": ["body"]}]'
     assert error_message("") == "no reason given"
     assert len(error_message("x" * 1000)) == 300
 
 
-def test_tokens_are_counted_where_they_are_said() -> None:
+def test_tokens_are_counted_where_the_server_reports_them() -> None:
     assert count_tokens({"usage": {"prompt_tokens": 3, "completion_tokens": 4}}) == (3, 4)
     assert count_tokens({"usage": None}) == (0, 0)
     assert count_tokens({"usage": {"prompt_tokens": "3"}}) == (0, 0)

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
+from tests.realign.generation.conftest import KEY
+
 CLIENT = Path(__file__).with_name("client_process.py")
-KEY = "sk-canary-0123456789abcdef"
 FAULTS = [
     *("status|429", "status|429|0.05", "status|500", "status|503", "reset", "close_silently"),
     *("truncated", "cut_json", "page", "no_choices", "given_up", "bomb"),
@@ -77,7 +78,9 @@ def test_bodies_without_end_do_not_fill_memory(
     assert said["grown"] < 100_000_000
 
 
-def test_killed_and_resumed(server: Any, image: Path, tmp_path: Path) -> None:
+def test_a_killed_run_is_resumed_without_lost_answers(
+    server: Any, image: Path, tmp_path: Path
+) -> None:
     journal, concurrency, num_requests = tmp_path / "journal.jsonl", 8, 300
     command = client(server, image, journal, num_requests, concurrency)
     server.delay_s = 0.02
@@ -123,7 +126,7 @@ def test_an_interrupt_ends_the_run_at_once_and_keeps_what_was_answered(
     journal = tmp_path / "journal.jsonl"
     command = client(server, image, journal, 20, 1)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        while not server.asked["prompt 9"]:
+        while not server.asked["prompt 9"] and process.poll() is None:
             time.sleep(0.001)
         process.send_signal(signal.SIGINT)
         error = process.communicate()[1].decode()

@@ -24,8 +24,8 @@ from realign.generation.endpoint import Endpoint
 from realign.generation.endpoint_generator import Counts, EndpointGenerator, Sampling, image_url
 from realign.generation.generator import Answer, Request
 from tests.ports import closed_port
+from tests.realign.generation.conftest import KEY
 
-KEY = "sk-canary-0123456789abcdef"
 Ask = Callable[..., list[Request]]
 
 
@@ -326,7 +326,7 @@ def test_a_server_that_was_there_is_waited_for(server: Any, generator: Any, ask_
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
-def test_one_refused_request_is_no_failure_of_the_others(
+def test_one_refused_request_does_not_fail_the_others(
     server: Any, generator: Any, ask_about: Ask, status: int, tmp_path: Path
 ) -> None:
     server.fault = lambda prompt, attempt: f"status|{status}" if prompt == "b" else ""
@@ -416,7 +416,7 @@ def test_an_unreadable_image_ends_the_run(
         ("http://host/v1?key=secret", "a plain URL, got one of host with user, query"),
     ],
 )
-def test_an_address_that_is_none_is_refused(url: str, message: str) -> None:
+def test_an_address_that_is_not_valid_is_refused(url: str, message: str) -> None:
     with pytest.raises(RefusedError, match=message) as caught:
         Endpoint(url)
     assert "secret" not in str(caught.value)
@@ -431,7 +431,7 @@ def test_a_key_that_cannot_be_sent_is_refused_unseen(
     assert "sk-" not in str(caught.value)
 
 
-def test_a_trailing_line_end_is_no_part_of_the_key(
+def test_a_trailing_line_end_is_not_part_of_the_key(
     server: Any, generator: Any, ask_about: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")

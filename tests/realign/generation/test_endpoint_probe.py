@@ -16,13 +16,13 @@ from realign.errors import RefusedError
 from realign.generation.endpoint import Endpoint
 from realign.generation.endpoint_probe import check_key, check_server
 from tests.ports import closed_port
+from tests.realign.generation.conftest import KEY
 
-KEY = "sk-canary-0123456789abcdef"
 OPTION = "build.masker.endpoint"
 
 
 class Models:
-    """A server that answers the list of models and one question as it is told.
+    """A server with a scripted list of models and a scripted answer to one question.
 
     Attributes:
         listed: Status of the list, and its models.
@@ -123,7 +123,7 @@ def test_an_address_without_the_interface_is_named(server: Models) -> None:
         server.check()
 
 
-def test_a_page_that_is_no_answer_is_named(server: Models) -> None:
+def test_a_page_in_place_of_an_answer_is_named(server: Models) -> None:
     server.listed, server.said = (404, []), (200, "<html>")
     with pytest.raises(RefusedError, match=r"page\. Correct build\.masker\.endpoint, which"):
         server.check()
@@ -167,7 +167,7 @@ def test_a_key_that_may_not_ask_is_named(server: Models) -> None:
         server.check()
 
 
-def test_a_port_where_nobody_is_names_the_option() -> None:
+def test_a_port_without_a_server_is_refused_with_the_option() -> None:
     with closed_port() as port:
         url = f"http://127.0.0.1:{port}/v1"
         with pytest.raises(RefusedError) as refused:

@@ -64,7 +64,7 @@ def wait_until_healthy(health: str, process: subprocess.Popen[bytes], log: Path)
 
 @pytest.fixture(scope="module")
 def requests(tmp_path_factory: pytest.TempPathFactory) -> list[Request]:
-    """Descriptions and questions about drawn scenes, some of them photos that lie on their side."""
+    """Return requests about drawn scenes, some of them photos that are turned by a quarter."""
     folder, rng = tmp_path_factory.mktemp("images"), Random(0)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -108,7 +108,7 @@ def test_a_limit_cuts_both_alike(
 def test_a_model_that_is_not_served_ends_the_run(
     url: str, requests: list[Request], tmp_path: Path
 ) -> None:
-    """It is a 400 here, as if each request were at fault."""
+    """The server answers with status 400, as if each request were at fault."""
     prompts = [Request(f"{number}", requests[0].image) for number in range(20)]
     with (
         EndpointGenerator(Endpoint(url), Sampling("other", 5), tmp_path / "journal.jsonl") as ask,

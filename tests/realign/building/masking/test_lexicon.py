@@ -1,4 +1,4 @@
-"""Where a lexicon finds something visual: the matcher, the packaged English one, the demo's."""
+"""Visual words that a lexicon finds: by the matcher, the packaged English one and the demo's."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ def test_words_that_only_look_visual_stay(text: str) -> None:
         ("cafe\u0301s", []),  # an accent belongs to its letter: no "cafe" in it
     ],
 )
-def test_what_is_visual(text: str, segments: list[tuple[str, str]]) -> None:
+def test_visual_words_are_found(text: str, segments: list[tuple[str, str]]) -> None:
     assert found(ENGLISH, text) == segments
 
 
-# Sentences of the kind people write about photographs, and what is left of them.
+# Sentences as people write them about photographs, and the masked texts.
 CAPTIONS = {
     "A man riding a wave on top of a surfboard.": "A # # a # # a #.",
     "Two dogs are playing with a frisbee in the grass.": "# # are # with a # in the #.",
@@ -198,7 +198,7 @@ def test_masks_of_the_demos_sentences_have_not_changed() -> None:
         ("objects: [a, *b]\n", "must be YAML"),
     ],
 )
-def test_bad_lexicons(tmp_path: Path, content: str, message: str) -> None:
+def test_bad_lexicons_are_refused(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "lexicon.yaml"
     path.write_text(content)
     with pytest.raises(RefusedError, match=message):
@@ -207,7 +207,7 @@ def test_bad_lexicons(tmp_path: Path, content: str, message: str) -> None:
         Lexicon.load(tmp_path / "none.yaml")
 
 
-def test_rates_are_of_categories_and_kept_is_none() -> None:
+def test_rates_name_categories_and_kept_is_not_one() -> None:
     lexicon = Lexicon({"objects": ["dog"], "kept": ["hot dog days"]})
     assert found(lexicon, "a dog on hot dog days") == [("dog", "objects")]
     with pytest.raises(RefusedError, match=r"must name categories of \['objects'\], got 'kept'"):
@@ -215,5 +215,5 @@ def test_rates_are_of_categories_and_kept_is_none() -> None:
 
 
 @pytest.mark.parametrize("text", ["red " * 5000, "1," * 10000, "one of " * 3000, "a" * 20000])
-def test_long_texts_take_time_in_proportion(text: str) -> None:
+def test_long_texts_are_read_without_backtracking(text: str) -> None:
     assert len(ENGLISH.segments(text)) <= 5000

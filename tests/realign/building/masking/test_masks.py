@@ -1,4 +1,4 @@
-"""Masking by rule and by a model's reply, at both levels, and whose mask is taken."""
+"""Masking by rule and by a model's reply, at both levels, and the choice between the two."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_rates_are_by_category() -> None:
     assert masked == "a red [MASK] at the top"
 
 
-def test_nothing_to_mask_is_none() -> None:
+def test_a_text_without_anything_to_mask_gives_none() -> None:
     assert mask_by_rule("Nothing here.", LEXICON, {}, Random(0)) is None
 
 
@@ -90,7 +90,7 @@ def test_nothing_to_mask_is_none() -> None:
         ("There is a .", False),  # nothing filled in
     ],
 )
-def test_fits_mask(completed: str, fits: bool) -> None:
+def test_a_completion_fits_a_mask_or_does_not(completed: str, fits: bool) -> None:
     assert fits_mask("There is a [MASK] [MASK].", completed) is fits
 
 
@@ -215,7 +215,7 @@ def test_a_reply_that_changes_more_is_not_taken(name: str) -> None:
         ("The [MASK] token.", "The [MASK] [MASK].", None),
     ],
 )
-def test_replies_by_hand(answer: str, reply: str, masked: str | None) -> None:
+def test_replies_are_masked_as_by_hand(answer: str, reply: str, masked: str | None) -> None:
     assert mask_by_reply(answer, reply) == masked
 
 
@@ -242,7 +242,7 @@ def test_whatever_is_masked_the_rest_is_the_answer(data: st.DataObject) -> None:
     ],
 )
 @pytest.mark.parametrize("level", ["segment", "sentence"])
-def test_long_replies_take_time_in_proportion(text: str, level) -> None:
+def test_long_replies_are_read_without_backtracking(text: str, level) -> None:
     """A search that backtracks would not end here."""
     mask_by_reply(text, text.replace(" ", " [MASK] "), level)
     mask_by_reply(text, text[:-1] + "[MASK]", level)
@@ -263,7 +263,7 @@ def test_long_replies_take_time_in_proportion(text: str, level) -> None:
         ("  \n. ! \n", []),
     ],
 )
-def test_sentences(text: str, parts: list[str]) -> None:
+def test_a_text_is_cut_into_sentences(text: str, parts: list[str]) -> None:
     assert [text[start:stop] for start, stop in sentences(text)] == parts
 
 
@@ -391,7 +391,7 @@ def test_masks_do_not_depend_on_the_rows_beside_them() -> None:
     assert [mask_rows([one], rates, None, always)[0] for one in rows] == together
 
 
-def test_retries_are_no_more_than_reminders() -> None:
+def test_there_is_one_reminder_for_each_retry() -> None:
     assert len(BY_MODEL) == len(MASK_REMINDERS) + 1 == len(set(BY_MODEL))
     assert len({masking_request("x", retry) for retry in range(len(BY_MODEL))}) == len(BY_MODEL)
     for retries in (-1, 4):

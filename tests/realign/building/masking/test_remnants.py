@@ -1,4 +1,4 @@
-"""What is left of a mask in a completion, and what only looks like it."""
+"""Remnants of masks in completions are found, and text that only looks like them is not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_what_is_left_of_a_mask(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS["prose"])
-def test_what_is_prose(kind: str) -> None:
+def test_prose_has_no_remnants(kind: str) -> None:
     assert {text: found for text in KINDS["prose"][kind] if (found := remnants(text))} == {}
 
 
@@ -97,7 +97,7 @@ def test_completions_of_the_embedded_model(tmp_path: Path, model_dir: Path) -> N
         ),
     ],
 )
-def test_long_completions_take_time_in_proportion(unit: str) -> None:
+def test_long_completions_are_read_without_backtracking(unit: str) -> None:
     remnants(unit * (20000 // len(unit)))
     remnants("[" * 9000 + unit + "]" * 9000)
     remnants(f"[{unit.replace(']', '') * (20000 // len(unit))}]")

@@ -1,4 +1,4 @@
-"""Shards of embeddings: resumed, and never another's or a damaged one."""
+"""Shards of embeddings are kept for a resumed run; damaged ones and those of others are not."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_what_was_written_is_read(store: EmbeddingStore) -> None:
     assert torch.equal(half.read(SHARDS), expected.half())
 
 
-def test_one_hash_of_all_vectors(store: EmbeddingStore) -> None:
+def test_the_content_hash_depends_on_every_vector(store: EmbeddingStore) -> None:
     before = store.content(SHARDS)
     store.write(1, vectors(1), SHARDS[1])
     assert store.content(SHARDS) == before
@@ -72,21 +72,23 @@ def test_absent_shards_are_made_and_no_others(store: EmbeddingStore) -> None:
 @pytest.mark.parametrize(
     "other", [{"dtype": "torch.bfloat16"}, {"model": {"a.safetensors": "00fe"}}]
 )
-def test_another_encoder(store: EmbeddingStore, other: dict[str, object]) -> None:
+def test_vectors_of_another_encoder_are_refused(
+    store: EmbeddingStore, other: dict[str, object]
+) -> None:
     foreign = EmbeddingStore(store.folder, IDENTITY | other)
     assert foreign.missing(SHARDS) == [0, 1, 2]
     with pytest.raises(RefusedError, match="another encoder"):
         foreign.read(SHARDS)
 
 
-def test_another_stored_dtype(store: EmbeddingStore) -> None:
+def test_vectors_of_another_dtype_are_computed_again(store: EmbeddingStore) -> None:
     assert EmbeddingStore(store.folder, IDENTITY, torch.float16).missing(SHARDS) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
     "digests", [["d", "e", "x"], ["e", "d", "f"], ["d", "e"], ["d", "ef"], ["de", "f"]]
 )
-def test_other_images(store: EmbeddingStore, digests: list[str]) -> None:
+def test_vectors_of_other_images_are_refused(store: EmbeddingStore, digests: list[str]) -> None:
     changed = [SHARDS[0], digests, SHARDS[2]]
     assert store.missing(changed) == [1]
     with pytest.raises(RefusedError, match="other images"):

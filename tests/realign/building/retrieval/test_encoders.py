@@ -1,4 +1,4 @@
-"""Encoders: the demo model as by hand, tiny models of other families, CLIP and SigLIP folders."""
+"""Encoders: the demo model against formulas, tiny models of other families, CLIP and SigLIP."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_every_family_gives_one_vector_an_image(
     assert vectors.shape == (3, 16)
     assert vectors.dtype == torch.float32
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
-    # an image's vector is its own, whatever stands beside it
+    # the vector of an image does not depend on the other images of its batch
     error = 1e-5 if dtype == torch.float32 else 2e-2
     for place, image in enumerate(images):
         torch.testing.assert_close(encoder([image])[0], vectors[place], rtol=0, atol=error)
@@ -245,7 +245,7 @@ def test_a_clip_like_folder(
     assert (half(images) * vectors).sum(1).min() > 0.99
 
 
-def test_what_is_no_image_encoder_is_refused(tmp_path: Path, model_dir: Path) -> None:
+def test_a_model_that_is_not_an_image_encoder_is_refused(tmp_path: Path, model_dir: Path) -> None:
     with pytest.raises(RefusedError, match=r"encoder must be an existing folder or a hub id"):
         ClipEncoder.load(str(tmp_path / "none"), torch.float32)
     bert = transformers.BertModel(
@@ -279,7 +279,9 @@ def test_an_incomplete_encoder_is_refused(tmp_path: Path) -> None:
         ClipEncoder.load(str(tmp_path), torch.float32)
 
 
-def test_a_vlm_is_no_clip(model_dir: Path, tmp_path: Path, images: list[Image.Image]) -> None:
+def test_a_vlm_is_not_taken_for_a_clip_model(
+    model_dir: Path, tmp_path: Path, images: list[Image.Image]
+) -> None:
     folder = Path(shutil.copytree(model_dir, tmp_path / "vlm"))
     model = load_model(folder, torch.float32)
     encoder = ClipEncoder(model, load_processor(folder).image_processor, "vlm")

@@ -1,4 +1,4 @@
-"""FAISS behind the same protocol: flat equals exact, IVF and HNSW nearly, the same every time."""
+"""FAISS behind the same protocol: flat equals exact, IVF and HNSW nearly, and all repeat."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from realign.building.retrieval.faiss_index import KINDS, FaissIndex
 from realign.building.retrieval.index import INDEXES, make_index
 from realign.errors import RefusedError
 
-pytest.importorskip("faiss")
-
 
 @pytest.fixture(scope="module")
 def corpus() -> Tensor:
-    """Soft clusters on a curved surface of 16 dimensions, as embeddings of images lie."""
+    """Return soft clusters on a curved surface of 16 dimensions, like embeddings of images."""
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(50, 16, generator=generator)
     points = centers[torch.randint(50, (5000,), generator=generator)]
@@ -54,7 +52,7 @@ def test_recall_of_the_approximate_ones(corpus: Tensor, kind: str, least: float)
     expected = ExactIndex(corpus).search(corpus[:500], 10)
     assert recall(indices, expected[1]) > least
     assert (cosines.diff(dim=1) <= 0).all()
-    # a cosine is that of its row, whatever FAISS computed
+    # cosines are computed from the rows, not taken from FAISS
     again = (corpus[:500, None].double() * corpus[indices].double()).sum(2)
     torch.testing.assert_close(cosines, again.float(), rtol=0, atol=1e-7)
 
@@ -76,7 +74,7 @@ def test_built_and_searched_the_same_whatever_the_threads(corpus: Tensor, kind: 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("images", [1, 3, 40])
-def test_small_corpora(corpus: Tensor, kind: str, images: int) -> None:
+def test_small_corpora_are_searched_exactly(corpus: Tensor, kind: str, images: int) -> None:
     cosines, indices = FaissIndex(corpus[:images], kind).search(corpus[:2], 10)
     expected = ExactIndex(corpus[:images]).search(corpus[:2], 10)
     assert torch.equal(indices, expected[1])

@@ -1,4 +1,4 @@
-"""Which images are accepted for a query, on cases made by hand and against a loop."""
+"""The images that are accepted for a query, on cases made by hand and against a loop."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def find_neighbours(
 
 
 def images_of(found: Neighbours, query: int) -> list[int]:
-    """The accepted images; what is behind them is -1 with no cosine."""
+    """Return the accepted images; the places behind them hold -1 and no cosine."""
     indices = found.indices[query]
     count = int((indices >= 0).sum())
     assert (indices[:count] >= 0).all()
@@ -192,8 +192,6 @@ def test_equals_a_loop(
     low: float | None,
     high: float | None,
 ) -> None:
-    if name != "exact":
-        pytest.importorskip("faiss")
     monkeypatch.setattr(neighbour_search, "BLOCK", block)
     monkeypatch.setattr(neighbour_search, "PLACES", 50 * block)
     generator = torch.Generator().manual_seed(0)

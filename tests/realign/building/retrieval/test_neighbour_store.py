@@ -1,4 +1,4 @@
-"""Shards of neighbours: read as they were found, never damaged ones or those of something else."""
+"""Shards of neighbours are read as they were found; damaged ones and those of others are not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Retrieval as stages of a build: what is made anew, what is kept, and what vectors depend on."""
+"""Retrieval as stages of a build: which results are kept, and when they are computed again."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def retrieve(config: BuildConfig, corpus: Corpus, seed: int = 0) -> Neighbourhoo
 def test_neighbours_of_other_embeddings_or_rules_or_damaged_ones_are_made_anew(
     config: BuildConfig, corpus: Corpus, tmp_path: Path
 ) -> None:
-    """Whatever lies in the folder, the answer is that of a new one."""
+    """The result equals that of an empty folder, whatever files the folder holds."""
     other = config.model_copy(update={"out": tmp_path / "other"})
     first = retrieve(config, corpus)
     path = config.out / "neighbours" / "00000.safetensors"
@@ -123,7 +123,7 @@ def test_the_identity_of_an_encoder_needs_no_weights(
     assert EncoderModel.of(half).identity["dtype"] == "torch.bfloat16"
 
 
-def test_an_adapter_is_no_encoder_of_its_own(config: BuildConfig, tmp_path: Path) -> None:
+def test_an_adapter_is_not_an_encoder_of_its_own(config: BuildConfig, tmp_path: Path) -> None:
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip/adapter_config.json").write_text('{"base_model_name_or_path": "clip"}')
     with pytest.raises(RefusedError, match=r"encoder must be a whole model, got .*clip, an adap"):

@@ -1,4 +1,4 @@
-"""AMBER's descriptions, against what its script printed for the same captions."""
+"""AMBER's descriptions against the output of its script for the same captions."""
 
 from __future__ import annotations
 
@@ -113,13 +113,15 @@ def write(path: Path, numbers: list[int]) -> Path:
 
 
 @pytest.mark.parametrize("number", CASES)
-def test_a_caption_alone(tmp_path: Path, data: Path, number: int) -> None:
+def test_each_caption_alone_has_the_expected_scores(
+    tmp_path: Path, data: Path, number: int
+) -> None:
     answers = write(tmp_path / "a.json", [number])
     scores = score("amber-generative", answers, data, "exact-words", allow_subset=True)
     assert [scores["splits"]["all"][name] for name in METRICS] == CASES[number][1]
 
 
-def test_all_captions(tmp_path: Path, data: Path) -> None:
+def test_all_captions_together_have_the_expected_scores(tmp_path: Path, data: Path) -> None:
     answers = write(tmp_path / "a.json", [*CASES][::-1])
     scores = score("amber-generative", answers, data, "exact-words", bootstrap=10)
     found = scores["splits"]["all"]
@@ -160,7 +162,7 @@ def test_words_that_are_safe_and_entries_that_come_first(data: Path) -> None:
     assert vector(data, 2, "Ships. Sky.", str.__eq__)[0] == 0
 
 
-def test_the_verb_can_is_no_thing() -> None:
+def test_the_verb_can_is_not_taken_for_a_noun() -> None:
     assert any_nouns("It can hold a can")[1:] == ["hold", "a", "can"]
 
 

@@ -134,7 +134,7 @@ def captions(**more: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[0])
-def test_mentions(tmp_path: Path, case: tuple[str, ...]) -> None:
+def test_objects_that_a_caption_mentions_are_found(tmp_path: Path, case: tuple[str, ...]) -> None:
     (tmp_path / "synonyms.txt").write_text(SYNONYMS)
     objects = read_synonyms(tmp_path / "synonyms.txt")
     caption, _, official, *other = case
@@ -155,7 +155,9 @@ def test_what_the_program_cannot_see(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rule", ["official", "lmms-eval-nouns"])
-def test_all_twelve(tmp_path: Path, data: Path, rule: str) -> None:
+def test_all_twelve_captions_have_the_expected_scores(
+    tmp_path: Path, data: Path, rule: str
+) -> None:
     scores = score("chair", write(tmp_path / "a.json", captions()), data, rule, bootstrap=20)
     found = scores["splits"]["all"]
     assert found["chair_i"] == pytest.approx(100 * 7 / 21)

@@ -1,4 +1,4 @@
-"""LLaVA-Bench against what the published programs gave for the same reviews."""
+"""LLaVA-Bench against the values of the published programs for the same reviews."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MM-Vet against what the published programs gave for the same replies."""
+"""MM-Vet against the values of the published programs for the same replies."""
 
 from __future__ import annotations
 

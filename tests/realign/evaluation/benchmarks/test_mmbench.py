@@ -44,7 +44,7 @@ CHOICES = dict(zip("ABCD", ANIMALS, strict=True))
         ("dog " * 40, "Z"),  # longer than twice all choices
     ],
 )
-def test_letters(answer: str, letter: str) -> None:
+def test_the_letter_of_an_answer_is_read(answer: str, letter: str) -> None:
     assert vlmevalkit_letter(answer, CHOICES) == letter
 
 

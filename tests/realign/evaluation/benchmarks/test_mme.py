@@ -47,7 +47,7 @@ WHOLE = [  # image, label, answer
         ("", OTHER, OTHER, OTHER),
     ],
 )
-def test_readings(
+def test_each_rule_reads_an_answer_in_its_way(
     answer: str, official: bool | None, lmms: bool | None, vlmevalkit: bool | None
 ) -> None:
     assert official_word(answer) is official
@@ -82,12 +82,12 @@ def llava_answers(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("rule", ["official", "lmms-eval", "vlmevalkit"])
-def test_a_task(data: Path, tmp_path: Path, rule: str) -> None:
+def test_the_scores_of_a_task_equal_counts_by_hand(data: Path, tmp_path: Path, rule: str) -> None:
     scores = score("mme", llava_answers(tmp_path / "a.jsonl"), data, rule)
     assert scores["splits"]["color"] == {"acc": 50.0, "acc_plus": 25.0, "score": 75.0}
     assert scores["splits"]["perception"] == {"score": None}  # nine of its tasks are missing
     assert (scores["unit"], scores["items"], scores["images"]) == ("points", 8, 4)
-    # of each image one answer is right whatever is said
+    # one of the two answers about each image is right, since both are the same
     assert scores["baselines"]["yes"]["color"] == {"acc": 50.0, "acc_plus": 0.0, "score": 50.0}
 
 

@@ -1,4 +1,4 @@
-"""MMHal-Bench against what the published script gave for the same replies."""
+"""MMHal-Bench against the values of the published script for the same replies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REPLIES = [  # reply, what the published script finds
 
 
 @pytest.mark.parametrize(("reply", "found"), REPLIES)
-def test_ratings(reply: str, found: str | None) -> None:
+def test_ratings_are_read_from_replies(reply: str, found: str | None) -> None:
     assert rating(reply) == found
     assert strict_rating(reply) == (None if reply == "Rating: 3.5" else found)
 

@@ -102,7 +102,7 @@ def test_choices_of_several_lines(tmp_path: Path) -> None:
     )
     (row,) = SCIENCEQA.read_tasks(tmp_path)["scienceqa"].rows
     assert [*row["choices"].values()] == choices
-    # the first lines are equal but for case, so that the whole choice has to be compared
+    # the first lines differ in case alone, so that the whole choice has to be compared
     answers = tmp_path / "a.jsonl"
     answers.write_text(json.dumps({"question_id": "1", "text": choices[1]}))
     splits = score("scienceqa", answers, tmp_path, "vlmevalkit")["splits"]

@@ -58,7 +58,7 @@ def test_soft_accuracy(
         ("lets", "lets"),
     ],
 )
-def test_the_official_form(answer: str, form: str) -> None:
+def test_answers_are_normalised_as_by_the_official_rule(answer: str, form: str) -> None:
     assert official_form(answer) == form
 
 

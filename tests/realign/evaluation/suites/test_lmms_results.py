@@ -1,4 +1,4 @@
-"""Results of lmms-eval, read back: a recorded run of its own, and what may be wrong with one."""
+"""Results of lmms-eval are read from a recorded run of its own, and faults in them are reported."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_data_sets_of_the_hub_number_the_questions_of_a_split(run: Path) -> None
     assert read(run)["rescored"] == expected
 
 
-def test_a_run_with_a_limit_is_no_full_one(run: Path) -> None:
+def test_a_run_with_a_limit_does_not_count_as_a_full_one(run: Path) -> None:
     def limit(content: dict[str, Any]) -> None:
         content["n-samples"]["realign_pope_adv"]["original"] = 3000
 
@@ -124,7 +124,7 @@ def test_stamps_are_the_time_of_singapore_unless_the_run_says_otherwise(run: Pat
     assert set(times.values()) == {datetime(2026, 11, 29, 11, 30, tzinfo=UTC)}
 
 
-def test_what_is_no_number_is_left_out(run: Path) -> None:
+def test_values_that_are_not_numbers_are_left_out(run: Path) -> None:
     def add(content: dict[str, Any]) -> None:
         values = content["results"]["realign_pope_adv"]
         values["submission,none"] = []
@@ -143,7 +143,7 @@ def test_what_is_no_number_is_left_out(run: Path) -> None:
     }
 
 
-def test_a_number_that_is_not_ours_is_said(run: Path) -> None:
+def test_a_score_that_differs_from_ours_is_reported(run: Path) -> None:
     assert read(run)["notes"] == []
 
     def worsen(content: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Our rules of lmms-eval's name against the scorers of an installed lmms-eval.
 
-They run where lmms_eval is importable, which is never so in this project's own environment:
+They run where lmms_eval is importable, which is never the case in this project's own environment:
 CONTRIBUTING.md says how.
 """
 
@@ -53,7 +53,7 @@ def sums(rule: Any, pairs: list[tuple[Any, str]]) -> Any:
     return np.sum([rule.score(row, rule.prepare(answer)) for row, answer in pairs], axis=0)
 
 
-def test_pope() -> None:
+def test_pope_is_scored_as_by_lmms_eval() -> None:
     rule, metrics = POPE.rules["lmms-eval"], ("accuracy", "precision", "recall", "f1_score")
     for seed in range(200):  # of 20 answers, so that metrics are often not defined
         rng = random.Random(seed)
@@ -70,7 +70,7 @@ def test_pope() -> None:
             assert ours[metric.removesuffix("_score")] == pytest.approx(theirs, abs=1e-12)
 
 
-def test_mme() -> None:
+def test_mme_is_scored_as_by_lmms_eval() -> None:
     rule = MME.rules["lmms-eval"]
     pairs = [
         ({"task": "count", "image": f"{i // 2}", "label": ("yes", "no")[i % 2]}, text)
@@ -90,7 +90,7 @@ def test_mme() -> None:
     assert metrics["score"] == pytest.approx(mme_utils.mme_aggregate_results(results))
 
 
-def test_scienceqa() -> None:
+def test_scienceqa_is_scored_as_by_lmms_eval() -> None:
     rule = SCIENCEQA.rules["lmms-eval"]
     for label in "ABC":
         row = {"label": label, "has_image": True}
@@ -100,7 +100,7 @@ def test_scienceqa() -> None:
             assert rule.score(row, rule.prepare(answer))[1] == theirs, answer
 
 
-def test_textvqa_and_vizwiz() -> None:
+def test_textvqa_and_vizwiz_are_scored_as_by_lmms_eval() -> None:
     rule = TEXTVQA.rules["lmms-eval"]
     rng = random.Random(1)
     for answer in ANSWERS:
@@ -113,7 +113,7 @@ def test_textvqa_and_vizwiz() -> None:
         assert ours == pytest.approx(theirs, abs=1e-12), (answer, people)
 
 
-def test_hallusionbench() -> None:
+def test_hallusionbench_is_scored_as_by_lmms_eval() -> None:
     rng = random.Random(2)
     keys = ("category", "subcategory", "set_id", "figure_id", "question_id")
     rows = [

@@ -147,7 +147,7 @@ def test_without_data_its_numbers_alone_are_read(results: Path) -> None:
     assert found["notes"] == ["MME: its answers are not scored again; no --data was given."]
 
 
-def test_answers_to_other_questions_and_missing_ones_are_said(results: Path) -> None:
+def test_missing_answers_and_answers_to_other_questions_are_reported(results: Path) -> None:
     path = results / "results" / "aligned" / "T20261129-110000" / "aligned_MME.json"
     rows = json.loads(path.read_text())
     rows[1]["prediction"] = "Failed to obtain answer via API."
