@@ -1,4 +1,4 @@
-"""One thread for every test of the kernels, and memory that is never zero by luck."""
+"""Backends, libraries and processes for the tests of the kernels, which use one thread each."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ if DEVICE != "cpu":
 
 @pytest.fixture(autouse=True)
 def seed():
-    """Make draws from the global generator repeat, whatever ran before."""
+    """Seed the global generator, so that draws do not depend on earlier tests."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def each_backend(request):
-    """Run with each backend where a call leaves the choice open."""
+    """Run with each backend where a call does not name one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "realign_kernels.backends.dispatch.auto_backend", lambda device_type: request.param
@@ -47,8 +47,9 @@ def each_backend(request):
 
 @pytest.fixture
 def run_two_ranks(tmp_path):
-    """Run a file as the two processes of a group: as a script that is given its rank and a file to
-    meet at, then the arguments.
+    """Run a file as the two processes of a group.
+
+    The script is given its rank, a file by which the two find each other, and the arguments.
     """
 
     def run(script, *arguments, warnings="error"):
@@ -80,7 +81,7 @@ def use_library(monkeypatch):
 
     def use(path):
         monkeypatch.setattr(cpu, "library_path", lambda: str(path))
-        # Not only cleared: another fixture may have put one in its place, for all of a module.
+        # Clearing the cache would not do: another fixture may have replaced it for a whole module.
         monkeypatch.setattr(cpu, "_library", functools.cache(lambda: cpu._load(str(path))))
 
     return use
@@ -99,7 +100,7 @@ def product_sets():
 
 
 def choose_products(name, monkeypatch, folder):
-    """Load a copy of the library, which chooses its instructions once, and ask it for some."""
+    """Load a copy of the library and request instructions, which a library chooses only once."""
     library = cpu._load(str(shutil.copy(cpu.library_path(), Path(folder) / f"{name}.so")))
     monkeypatch.setattr(cpu, "_library", functools.cache(lambda: library))
     with monkeypatch.context() as patch:
@@ -109,7 +110,7 @@ def choose_products(name, monkeypatch, folder):
 
 @pytest.fixture(scope="module", params=product_sets())
 def each_product_set(request, tmp_path_factory):
-    """Run with every way to multiply bfloat16 that there is here."""
+    """Run with every way to multiply bfloat16 that this machine has."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("products")
         assert choose_products(request.param, patch, folder) == request.param
@@ -118,7 +119,7 @@ def each_product_set(request, tmp_path_factory):
 
 @pytest.fixture
 def poison_empty(monkeypatch):
-    """Fill fresh uninitialised memory with NaN, so that reading it shows."""
+    """Fill uninitialised memory with NaN, so that a test fails where it is read."""
 
     def poisoned(allocate):
         @functools.wraps(allocate)
@@ -134,6 +135,6 @@ def poison_empty(monkeypatch):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Cut into tiles of 4 rows by 16 columns: small inputs cross their edges."""
+    """Use tiles of 4 rows by 16 columns, so that small inputs cross their edges."""
     for name in BACKENDS:
         monkeypatch.setattr(kernels_of(name), "LARGEST_TILE", TileShape(4, 16))

@@ -342,7 +342,7 @@ def test_wrong_values_are_refused_by_name(call, name):
         ),
     ],
 )  # fmt: skip
-def test_the_remedy_fits(call, changes, error, message):
+def test_the_message_names_a_remedy_that_fits(call, changes, error, message):
     function, arguments = CALLS[call]
     with pytest.raises(error, match=message):
         function(**{**arguments, **changes})

@@ -1,4 +1,4 @@
-"""The files of a call, in the order in which they are entered, and what happens once a call."""
+"""The files of a call in the order in which they are entered, and the steps done once a call."""
 
 from __future__ import annotations
 

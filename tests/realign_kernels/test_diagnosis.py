@@ -1,4 +1,4 @@
-"""The kernels' own report: what is installed, and an alarm where numbers are wrong."""
+"""The report of the kernels: installed backends, and an alarm where numbers are wrong."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_report_names_versions_backends_and_errors():
 
 
 @pytest.mark.parametrize("wrong", [1 + 1e-4, float("nan")])
-def test_wrong_numbers_are_told_and_end_with_1(monkeypatch, capsys, wrong):
+def test_wrong_numbers_are_reported_and_exit_with_1(monkeypatch, capsys, wrong):
     product = plain.product
     monkeypatch.setattr(
         plain, "product", lambda out, a, b, *, adds: product(out, a * wrong, b, adds=adds)

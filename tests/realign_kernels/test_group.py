@@ -118,7 +118,7 @@ def main(rank, init_file, backend):
     dist.init_process_group(
         "gloo", init_method=f"file://{init_file}", rank=rank, world_size=WORLD_SIZE
     )
-    # The interpreter is slow, and what is shared between ranks is not in the kernels.
+    # The interpreter is slow, and the kernels have no part in what ranks share.
     check_rank(rank, dist.group.WORLD, list(SPLITS.values())[: 1 if backend == "triton" else 2])
     if backend != "triton":
         check_edges(rank, dist.group.WORLD)

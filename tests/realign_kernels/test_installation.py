@@ -58,19 +58,19 @@ def test_files_compiled_on_installation_do_not_count(install):
     check_installations()
 
 
-def test_a_library_that_was_there_is_told_from_one_that_was_never_built(install):
+def test_a_library_that_was_removed_differs_from_one_that_was_never_built(install):
     install("realign-kernels", "0.1.0", NEW)
     install("realign", "0.1.0", OLD)
     assert not library_was_removed()
 
 
-def test_a_removed_library_is_told(install):
+def test_a_removed_library_is_reported(install):
     install("realign-kernels", "0.1.0", {**NEW, "_csrc.so": "x"})
     assert library_was_removed()
 
 
 def test_realign_names_the_remedy_where_the_kernels_are_gone(tmp_path):
-    """The folder that pip leaves where a file of another program lies in it has no modules."""
+    """A folder that pip leaves, since it holds a file of another program, has no modules."""
     (tmp_path / "realign_kernels").mkdir()
     root = Path(__file__).parents[2]
     for path in (None, tmp_path):

@@ -1,4 +1,4 @@
-"""Bitwise: a row's result depends on that row alone, whatever the batch, the threads or the run."""
+"""The bits of a row's result depend on that row alone, for any batch, threads and run."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def test_nan_stays_in_its_row():
     assert torch.isnan(actual).tolist() == [row == 3 for row in range(7)]
 
 
-def test_half_precision_overflow_is_no_overflow():
+def test_logits_beyond_half_precision_do_not_overflow():
     """Logits of 1e6 do not fit in float16; only tiles in float32 see them."""
     hidden_states = torch.tensor([[1000.0], [-1000.0]], dtype=torch.float16)
     weight = torch.tensor([[1000.0], [999.5]], dtype=torch.float16)

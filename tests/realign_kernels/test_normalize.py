@@ -57,7 +57,7 @@ def written_out(name, logps, counts):
 
 @pytest.mark.parametrize("memory", ["stash", "tile"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_terms_by_length(objective, memory):
+def test_terms_normalised_by_length_equal_their_formula(objective, memory):
     hidden, weight, labels = batch()
     leaves = [part.clone().requires_grad_() for part in (hidden, weight)]
     exact = [part.clone().requires_grad_() for part in (hidden, weight)]
@@ -109,7 +109,7 @@ def kto_loss(hidden_states, lm_head_weight, labels, ref_logps, is_desirable, kl,
     return (1 - torch.sigmoid(values)).mean()
 
 
-def test_orpo():
+def test_orpo_equals_its_formula():
     hidden, weight, labels = batch()
     leaves = [part.clone().requires_grad_() for part in (hidden, weight)]
     exact = [part.clone().requires_grad_() for part in (hidden, weight)]
@@ -124,7 +124,7 @@ def test_orpo():
     )
 
 
-def test_kto():
+def test_kto_equals_its_formula():
     hidden, weight, labels = batch()
     leaves = [part.clone().requires_grad_() for part in (hidden, weight)]
     exact = [part.clone().requires_grad_() for part in (hidden, weight)]

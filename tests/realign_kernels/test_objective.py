@@ -95,7 +95,7 @@ def test_symmetric_reads_every_edge_of_the_square():
     torch.testing.assert_close(output.image_margins, 0.3 * (rho[0] - rho[2]))
 
 
-def test_links():
+def test_each_link_equals_its_formula():
     policy, ref, rho = random_ratios(2)
     num_tokens = torch.tensor([[3, 5, 2], [4, 1, 7]])
     margin = rho[0] - rho[1]
@@ -123,7 +123,7 @@ def test_nll_is_the_mean_over_the_chosen_answer():
 
 
 @pytest.mark.parametrize("margin", [0.0, 30.0, -30.0, 80.0, -80.0, 1e4, -1e4])
-def test_saturated_margins(margin):
+def test_saturated_margins_keep_value_and_gradient(margin):
     """Values and gradients of float32 follow float64 down to where float32 ends."""
     policy = torch.tensor([[10 * margin], [0.0]], requires_grad=True)
     loss = preference_loss(policy, None, Objective.dpo()).loss

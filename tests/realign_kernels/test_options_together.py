@@ -106,7 +106,7 @@ def allowed_errors(exact, logits, *, multiplies_bfloat16):
 
 
 def assert_close_gradients(leaves, exact, dense, logits):
-    """Not much farther from float64 than the dense formula in float32 and one rounding."""
+    """The error is not much larger than that of the dense formula in float32 and one rounding."""
     multiplies_bfloat16 = leaves.hidden_states.dtype == leaves.lm_head_weight.dtype == BF16
     bounds = allowed_errors(exact, logits, multiplies_bfloat16=multiplies_bfloat16)
     tensors = zip(leaves.tensors, exact.tensors, dense.tensors, bounds, strict=True)

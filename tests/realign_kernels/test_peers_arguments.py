@@ -32,7 +32,7 @@ def test_without_an_ignore_index_every_label_is_a_token(function):
             inputs.call(function, ignore_index=None)
 
 
-def test_the_loss_takes_none_too():
+def test_the_loss_accepts_none_for_its_defaults():
     hidden, weight = torch.randn(6, 2, 4), torch.randn(11, 4)
     labels, ref_logps = torch.arange(12).reshape(6, 2) % 11, torch.zeros(3, 2)
     expected = rdpo_loss(hidden, weight, labels, ref_logps)
@@ -56,7 +56,7 @@ def test_a_known_number_of_labels_changes_nothing(function):
 
 
 def test_a_known_number_is_not_counted_on_a_device(monkeypatch):
-    """What runs on a GPU: positions are found without waiting for how many there are."""
+    """A GPU finds positions without waiting for their number."""
     inputs = make_head_inputs(9, 11, 4, ignored=0.4)
     num_scored = int((inputs.labels != -100).sum())
     expected = inputs.call(linear_logprob)
@@ -105,7 +105,7 @@ def test_numbers_that_change_compile_into_one_graph():
 
 
 def test_one_graph_for_every_size():
-    """With ``dynamic=True`` the numbers of an objective are open as well."""
+    """The numbers of an objective are symbolic as well with ``dynamic=True``."""
 
     def loss(hidden, weight, labels):
         ids = torch.arange(len(labels)) % 6

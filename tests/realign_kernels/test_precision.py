@@ -64,7 +64,7 @@ def test_bfloat16_logits_are_never_rounded():
 
 @pytest.mark.parametrize("V", [2, 31, 127, 129, 1000, 4099])
 def test_peaked_rows_see_no_phantom_columns(V):
-    """Where one token holds nearly all mass, a padded column of logit 0 would show at once."""
+    """One token has nearly all of the probability: a padded column of logit 0 would show."""
     inputs = make_head_inputs(16, V, 8, torch.float32)
     inputs.hidden_states[:, 0] = 1.0
     inputs.lm_head_weight[:, 0] = -60.0

@@ -262,7 +262,7 @@ def test_top_non_label_equals_the_dense_definition():
         (Objective((Term((1, -1), link="ipo"),), nll_weight=0.2), 2),
     ],
 )
-def test_any_objective(objective, num_cells):
+def test_any_objective_equals_the_loss_of_its_sums(objective, num_cells):
     hidden_states, weight, labels, ref_logps = make_batch(num_cells)
     output, _, _ = loss_and_gradients(hidden_states, weight, labels, ref_logps, objective=objective)
     expected = preference_loss(
@@ -314,7 +314,7 @@ def test_two_runs_are_equal():
     assert torch.equal(first[2], second[2])
 
 
-def test_autocast():
+def test_autocast_rounds_the_weight():
     hidden_states, weight, labels, ref_logps = make_batch(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = rdpo_loss(hidden_states.bfloat16(), weight, labels, ref_logps)

@@ -53,7 +53,7 @@ def test_token_logps_are_those_of_linear_logprob():
     torch.testing.assert_close(actual, expected, rtol=3e-7, atol=3e-7)
 
 
-def test_uniform_distribution():
+def test_a_uniform_distribution_has_its_known_statistics():
     stats = linear_logprob_stats(torch.zeros(2, 3), torch.zeros(50, 3), torch.tensor([0, 7]))
     torch.testing.assert_close(stats.entropy, torch.full((2,), math.log(50)))
     torch.testing.assert_close(stats.log_sum_sq_probs, torch.full((2,), -math.log(50)))
@@ -125,7 +125,7 @@ def test_nan_stays_in_its_row():
         assert torch.isnan(getattr(stats, name)).tolist() == [row == 2 for row in range(5)]
 
 
-def test_what_is_differentiable():
+def test_some_statistics_have_gradients():
     stats = make_head_inputs(5, 11, 4).as_leaves().call(linear_logprob_stats)
     assert [name for name in stats._fields if getattr(stats, name).requires_grad] == [
         "token_logps",

@@ -41,7 +41,7 @@ def batch(dtype=torch.float64):
     )
 
 
-def dense_logps(hidden, weight, labels, scoring="label"):
+def dense_logps(hidden, weight, labels, scoring="label", sequence_ids=None):
     """Log-probabilities of tokens, 0 where they are ignored."""
     log_probs = dense_log_probs(HeadInputs(hidden, weight, labels, {}))
     is_scored = labels != -100
@@ -49,7 +49,8 @@ def dense_logps(hidden, weight, labels, scoring="label"):
     tokens = log_probs.gather(-1, index)[..., 0]
     if scoring == "top_non_label":
         others = log_probs.scatter(-1, index, -torch.inf).amax(dim=-1)
-        is_chosen = torch.arange(len(labels))[:, None] < NUM_PAIRS
+        ids = torch.arange(len(labels))[:, None] if sequence_ids is None else sequence_ids
+        is_chosen = ids < NUM_PAIRS
         tokens = torch.where(is_chosen, tokens, others)
     return torch.where(is_scored, tokens, 0.0)
 
@@ -77,11 +78,8 @@ def test_weights_of_tokens(memory, scoring, packed, monkeypatch):
         rejected_scoring=scoring, memory="auto" if memory == "frozen" else memory, **form,
     )  # fmt: skip
     exact = [part.clone().requires_grad_() for part in (given, weight)]
-    # The dense formula has no order of its own: it takes the padded form.
-    tokens = dense_logps(*exact, given_labels) if packed else dense_logps(*exact, labels, scoring)
+    tokens = dense_logps(*exact, given_labels, scoring, **form)
     if packed:
-        if scoring != "label":
-            return
         tokens = torch.zeros(NUM_CELLS * NUM_PAIRS, dtype=torch.float64).index_add(
             0, form["sequence_ids"], tokens * given_weights.nan_to_num()
         )

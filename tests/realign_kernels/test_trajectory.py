@@ -53,7 +53,7 @@ def dense_training(trains_head):
 @pytest.mark.parametrize("trains_head", [False, True], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 def test_training_follows_dense_training(backend, trains_head, memory):
-    """Beside dense autograd in float32, whose rounding is of the same size."""
+    """The rounding of dense autograd in float32 is of the same size."""
     options = {"beta": 0.3, "backend": backend, "memory": memory}
     expected_losses, expected_norms = dense_training(trains_head)
     losses, norms = train(trains_head, lambda *batch: rdpo_loss(*batch, **options).loss)

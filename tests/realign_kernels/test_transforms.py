@@ -196,7 +196,7 @@ def test_a_jacobian_in_reverse_mode_equals_the_dense_one():
 
 
 def test_preference_loss_has_forward_derivatives_in_the_logps_alone():
-    """It is plain torch; a reference is a constant, whose tangent would be dropped."""
+    """The loss is plain torch; a reference is a constant, whose tangent would be lost."""
     logps, ref_logps = torch.randn(3, 2).double(), torch.randn(3, 2).double()
 
     def loss(x):

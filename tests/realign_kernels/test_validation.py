@@ -290,7 +290,7 @@ def test_value_checks_can_be_switched_off(monkeypatch):
 
 
 def test_a_known_number_of_rows_gives_the_same_scores(monkeypatch):
-    """What a GPU does when lengths are known: positions are found without waiting for a count."""
+    """A GPU finds positions without waiting for a count when the lengths are known."""
     inputs = make_head_inputs(9, V, D, ignored=0.4)
     num_rows = int((inputs.labels != -100).sum())
     expected = inputs.call(linear_logprob)
@@ -316,7 +316,7 @@ except RuntimeError as error: print(error)
 
 
 def test_a_library_that_does_not_load_is_not_chosen(tmp_path):
-    """Say after a copy from another machine: `auto` goes on, and the reason is told."""
+    """A copy from another machine may not load: `auto` takes another backend and says why."""
     (tmp_path / "_csrc.so").write_bytes(b"not a library")
     done = subprocess.run(
         [sys.executable, "-c", BROKEN_LIBRARY, str(tmp_path / "_csrc.so")],

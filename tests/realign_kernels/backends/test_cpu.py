@@ -1,4 +1,4 @@
-"""What reaches the C++ kernels: the dtypes and layouts that they read, and no others."""
+"""The C++ kernels get the dtypes and layouts that they can read, and no others."""
 
 from __future__ import annotations
 

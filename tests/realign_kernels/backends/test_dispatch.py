@@ -1,4 +1,4 @@
-"""A kernel set brings its own tile, dtype and product; nothing above asks for its name."""
+"""A kernel set has its own tile, dtype and product; no other code depends on its name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels broken on purpose must be caught: what is checked here is the checks.
+"""Kernels that are broken on purpose must be caught: this checks the checks.
 
 Every mutant is a change of one place in ``csrc/`` or in the driver.  The check is a small sample of
 what the other tests compare with float64.
@@ -33,7 +33,7 @@ PRODUCT_FLAGS = {
     "amx": [*AVX512, "-mamx-tile", "-mamx-bf16"],
 }
 
-# Name: file, what stands there, what is put instead.
+# Name: file, the text in it, and its replacement.
 MUTANTS = {
     "dropped remainder": ("kernels.cpp", "if (i < columns_) f(", "if (false) f("),
     "phantom columns": ("kernels.cpp", "columns_ - i, -infinity<T>), i", "columns_ - i, T(0)), i"),
@@ -255,7 +255,7 @@ def other_objects(tmp_path_factory):
     return [str(path) for path in objects]
 
 
-# Name: what stands in products.cpp, what is put instead, and with which instructions.
+# Name: the text in products.cpp, its replacement, and the set of instructions.
 PRODUCT_MUTANTS = {
     "first chunk alone": ("panel_ + j + column] += partial",
                           "panel_ + j + column] = partial", "portable"),
@@ -350,6 +350,12 @@ DRIVER_MUTANTS = {
 }
 
 
+def test_the_driver_checks_pass_as_it_stands(monkeypatch, tmp_path):
+    choose_products("portable", monkeypatch, tmp_path)
+    for check in (*CHECKS, check_moved_stash, check_bfloat16_gradients):
+        check()
+
+
 @pytest.mark.parametrize("name", DRIVER_MUTANTS)
 def test_a_broken_driver_is_caught(name, monkeypatch, tmp_path):
     monkeypatch.setattr(*DRIVER_MUTANTS[name])
@@ -359,7 +365,7 @@ def test_a_broken_driver_is_caught(name, monkeypatch, tmp_path):
 
 
 def check_bfloat16_gradients():
-    """Where one token that is not the label has nearly all of the probability, and W a mean."""
+    """Check gradients where one other token has nearly all of the probability, and W has a mean."""
     inputs = make_head_inputs(32, 300, 64, torch.bfloat16, logit_std=6.0)
     inputs.lm_head_weight.add_(3 * torch.randn(1, 64, generator=seeded(3)).bfloat16())
     leaves, exact = inputs.as_leaves(), inputs.as_leaves(torch.float64)

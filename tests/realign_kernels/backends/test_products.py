@@ -180,7 +180,7 @@ HEADS = [(40, 203, 24), (1, 2, 1), (70, 1003, 300), (130, 2049, 33), (65, 64, 25
 @pytest.mark.parametrize(("N", "V", "D"), HEADS)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("memory", ["frozen", "stash", "recompute"])
-def test_heads(N, V, D, threads, memory):
+def test_heads_of_bfloat16_are_near_float64(N, V, D, threads, memory):
     inputs = make_head_inputs(N, V, D, torch.bfloat16, bias=True, rank=3, ignored=0.2)
     upstream = normal(N)
     leaves, exact, dense = (inputs.as_leaves(d) for d in (None, torch.float64, torch.float32))
@@ -217,7 +217,7 @@ def assert_close_gradients(leaves, exact, dense):
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("options", [{}, {"logit_softcap": 8.0}, {"temperature": 0.5}], ids=str)
 def test_gradients_keep_digits_where_they_cancel(logit_std, trains, options):
-    """Rows of a head that have a large part in common: what is left of it is a rounding error."""
+    """The rows of a head have a large part in common, of which a rounding error would remain."""
     inputs = make_head_inputs(64, 1003, 96, torch.bfloat16, logit_std=logit_std, **options)
     common = 3 * logit_std / 96**0.5 * normal(1, 96)
     inputs.lm_head_weight.copy_(inputs.lm_head_weight.float() + common)
@@ -255,7 +255,7 @@ def test_every_memory_mode_of_the_loss_agrees(memory, rejected_scoring, monkeypa
 
 @pytest.mark.parametrize("statistics", [False, True])
 def test_the_loss_compiles_into_one_graph(statistics):
-    """How the head is kept depends on the dtype of products, which C++ is asked for."""
+    """The way in which the head is kept depends on the dtype of products, which C++ reports."""
     leaves = make_head_inputs(12, 31, 16, torch.bfloat16).as_leaves()
 
     def loss(hidden, weight):
@@ -275,7 +275,7 @@ def test_the_loss_compiles_into_one_graph(statistics):
 
 
 def test_float32_inputs_keep_their_digits():
-    """What is not given in bfloat16 is multiplied in float32, under autocast too."""
+    """Inputs that are not given in bfloat16 are multiplied in float32, under autocast too."""
     inputs = make_head_inputs(9, 37, 6, torch.bfloat16)
     for tensors in ([inputs.hidden_states.float(), inputs.lm_head_weight],
                     [inputs.hidden_states, inputs.lm_head_weight.float()]):  # fmt: skip

@@ -107,7 +107,7 @@ def test_ignored_rows_cost_nothing():
 
 @pytest.mark.parametrize("count", [0, 1, 40])
 def test_entries_are_added_to_their_rows(count, monkeypatch):
-    """In blocks of two entries, of which some lie before and behind the tile."""
+    """Entries come in blocks of two, and some lie before and behind the tile."""
     monkeypatch.setattr(kernels, "_MAX_ELEMENTS", 8)
     generator = seeded(count)
     ids, order = torch.randint(12, (count,), generator=generator).sort(stable=True)
@@ -124,7 +124,7 @@ def test_entries_are_added_to_their_rows(count, monkeypatch):
     torch.testing.assert_close(out, expected, rtol=1e-13, atol=1e-13)
 
 
-def test_rows_that_are_no_token_reach_no_memory():
+def test_ids_that_are_not_tokens_reach_no_memory():
     weight = torch.full((5, 3), torch.inf)
     ids = torch.tensor([-1, 5, 1 << 40])
     out, accumulator = torch.zeros(3), torch.ones(3, 3)

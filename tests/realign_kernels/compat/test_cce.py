@@ -169,7 +169,7 @@ def test_compiles_into_one_graph():
 
 
 def test_an_option_of_the_module_can_be_set_afterwards():
-    """As in Cut Cross-Entropy, where options are attributes."""
+    """Options are attributes, as in Cut Cross-Entropy."""
     (e, c), targets = make_call(F32)
     module = LinearCrossEntropy()
     assert (module.reduction, module.ignore_index, module.filter_eps) == ("mean", -100, "auto")
@@ -272,7 +272,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("changed", "error", "message"), REFUSED.values(), ids=REFUSED)
-def test_refuses(changed, error, message):
+def test_arguments_that_do_not_fit_are_refused(changed, error, message):
     (e, c), targets = make_call(F32)
     with pytest.raises(error, match=message):
         linear_cross_entropy(**{"e": e, "c": c, "targets": targets} | changed)

@@ -1,4 +1,4 @@
-"""What an entry imports: torch, and none of the libraries whose signature it has."""
+"""An entry imports torch, and none of the libraries whose signature it has."""
 
 from __future__ import annotations
 

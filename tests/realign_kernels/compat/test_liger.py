@@ -87,7 +87,7 @@ def dense_losses(loss_type, log_ratios, beta):
 
 
 def dense(policy, reference, labels, *, loss_type, beta, average=False, alpha=None, ignore=-100):
-    """What Liger returns, by the definitions; ``alpha`` None is without the NLL."""
+    """Return the results of Liger by their definitions, without the NLL where ``alpha`` is None."""
     logps = dense_logps(policy, labels, ignore, average)
     ref_logps = 0.0 if reference is None else dense_logps(reference, labels, ignore, average)
     loss = dense_losses(loss_type, logps - ref_logps, beta).mean()
@@ -123,7 +123,7 @@ def check(actual, expected, leaves, exact, dtype):
 @pytest.mark.parametrize("alpha", [None, 0.7], ids=["no nll", "nll"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.usefixtures("each_backend")
-def test_losses(loss_type, alpha, average, dtype):
+def test_losses_equal_their_formulas(loss_type, alpha, average, dtype):
     policy, reference, labels = make_tensors(dtype)
     leaves, exact = as_leaves(policy), as_leaves(policy, torch.float64)
     # sums are far apart: on the slope of the hinge, and where a sigmoid still bends
@@ -191,7 +191,7 @@ def test_the_reference_has_no_gradient():
 
 @pytest.mark.parametrize("memory", ["tile", "stash"])
 def test_the_nll_has_its_gradient_in_every_mode(memory, monkeypatch):
-    """What is large takes its gradients tile by tile, which know only the terms of pairs."""
+    """A large batch takes its gradients tile by tile, where only the terms of pairs are known."""
     in_this_mode = functools.partial(rdpo_loss, memory=memory)
     monkeypatch.setattr("realign_kernels.compat.liger.rdpo_loss", in_this_mode)
     policy, reference, labels = make_tensors()
@@ -275,7 +275,7 @@ def test_no_pairs():
 
 
 @pytest.mark.parametrize("loss_type", REFUSED_TYPES)
-def test_losses_that_are_no_table_of_terms_are_refused(loss_type):
+def test_losses_that_are_not_a_table_of_terms_are_refused(loss_type):
     message = (
         r"loss_type must be one of \['sigmoid', 'hinge', 'bco_pair', 'nca_pair'\] here, "
         rf"got '{loss_type}'. Write it on the sums of linear_logprob, or keep Liger's own loss"
@@ -401,7 +401,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("change", "error", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused(change, error, message):
+def test_arguments_that_do_not_fit_are_refused(change, error, message):
     (hidden, weight, bias), reference, labels = make_tensors(torch.float32)
     arguments = {
         "_input": hidden,

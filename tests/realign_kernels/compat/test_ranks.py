@@ -49,7 +49,7 @@ def check_group(rank):
 
 
 def check_gathered_weight(rank):
-    """Its gradient is the mean over ranks, each of which has other rows."""
+    """Compare the gradient, which is the mean over ranks with different rows."""
     (e, c, _), targets = make_case()
     e, targets = e.flatten(0, 1), targets.flatten()
     own = slice(0, 8) if rank == 0 else slice(8, None)
@@ -67,7 +67,7 @@ def check_gathered_weight(rank):
 
 
 def check_mean_logits():
-    """The means are those of the whole weight, whether the ranks' parts are of one size or not."""
+    """Check that means equal those of the whole weight, with ranks of equal and unequal parts."""
     (e, c, bias), targets = make_case()
     mesh = init_device_mesh("cpu", (2,))
     for size in (V - 1, V):

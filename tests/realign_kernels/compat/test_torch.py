@@ -102,7 +102,7 @@ def test_is_close_to_float64(case, reduction, dtype, value_error, grad_error):
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [F64, F32, F16, BF16], ids=str)
 def test_the_result_has_the_dtype_of_torchs(dtype, reduction):
-    """And is nearer to float64 than torch's is, or as near."""
+    """The result is also at least as near to float64 as that of torch."""
     call = make_call(dtype, bias=True)
     exact, _ = run(torchs_own, *call, F64, reduction=reduction)
     loss, _ = run(linear_cross_entropy, *call, dtype, reduction=reduction)
@@ -317,7 +317,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("changed", "error", "message"), REFUSED.values(), ids=REFUSED)
-def test_refuses(changed, error, message):
+def test_arguments_that_do_not_fit_are_refused(changed, error, message):
     (hidden, weight), target, _ = make_call(F32)
     given = {"input": hidden, "linear_weight": weight, "target": target} | changed
     with pytest.raises(error, match=message):

@@ -175,7 +175,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("change", "error", "message"), REFUSED.values(), ids=REFUSED)
-def test_refused(change, error, message):
+def test_arguments_that_do_not_fit_are_refused(change, error, message):
     hidden, weight, labels = make_inputs(torch.float32)
     arguments = {"hidden": hidden, "weight": weight, "labels": labels} | change
     with pytest.raises(error, match=message):

@@ -1,4 +1,4 @@
-"""K34: what the CPU backend holds at its peak is what docs/guides/head.md says, within 5 %."""
+"""K34: the peak memory of the CPU backend is that of docs/guides/head.md, within 5 %."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
 def is_cast(dtype):
-    """Where the machine multiplies no bfloat16."""
+    """Return whether a dtype is cast, since the machine has no products of bfloat16."""
     return dtype == torch.bfloat16 and cpu.product_set() == "none"
 
 
@@ -172,7 +172,7 @@ def test_a_smaller_workspace_is_kept_with_low_rank_factors(dtype, with_gradient)
 
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_ignored_rows_cost_nothing(with_gradient):
-    """Apart from their results and gradients, which are zeros."""
+    """Only their results and gradients remain, which are zeros."""
     inputs = make_head_inputs(N, V, D, torch.float32)
     inputs.labels[5:] = -100
     inputs.hidden_states.requires_grad_(with_gradient)
@@ -188,7 +188,7 @@ def test_ignored_rows_cost_nothing(with_gradient):
 
 
 def test_a_slice_of_a_batch_is_not_copied():
-    """As next-token prediction calls it: all positions but the last."""
+    """Next-token prediction passes such a slice: all positions except the last."""
     hidden_states = torch.randn(4, 257, D)
     labels = torch.full((4, 256), -100)
     labels[:, :5] = 3
@@ -203,7 +203,7 @@ def test_a_slice_of_a_batch_is_not_copied():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_frozen_head_of_large_rows(dtype):
-    """Where rows, not the tile, are what is held: the derivative, its product and the gradient."""
+    """Rows and not tiles take the memory: the derivative, its product and the gradient."""
     inputs = make_head_inputs(2048, 600, 512, dtype)
     inputs.hidden_states.requires_grad_()
     number = 8 if dtype == torch.float64 else 4

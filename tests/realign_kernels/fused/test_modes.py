@@ -90,7 +90,7 @@ def far_below(gap, dtype):
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("memory", MODES)
 def test_rows_whose_shift_moves(memory, frozen, gap):
-    """Past the guard's 60 nats, more than once in a row."""
+    """The logits exceed the guard of 60 nats more than once in a row."""
     inputs = far_below(gap, torch.float32)
     ours, dense = inputs.as_leaves(), inputs.as_leaves(torch.float64)
     if frozen:
@@ -265,7 +265,7 @@ def test_a_stash_that_does_not_fit_is_computed_anew():
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 @pytest.mark.parametrize("link", ["logsigmoid", "hinge", "ipo"])
-def test_a_broken_pair_is_never_a_loss_of_nothing(link, backend):
+def test_a_broken_pair_never_gives_a_loss_of_zero(link, backend):
     tensors, labels, ref_logps = pair_batch(num_cells=3)
     tensors[0][0, 0] = torch.nan
     objective = Objective((Term((1, -1), link=link),))
@@ -298,7 +298,7 @@ def test_checkpointing_around_the_loss(memory):
 @pytest.mark.parametrize("memory", ALL_MODES)
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 65536.0), (torch.bfloat16, 1 / 3)])
 def test_the_slope_from_above_is_not_rounded(dtype, scale, memory):
-    """A gradient scaler's factor overflows float16; a third is no bfloat16 number."""
+    """A gradient scaler's factor overflows float16; a third is not a number of bfloat16."""
     hidden, weight, labels, ref_logps = half_batch(dtype)
     exact = [part.detach().double().requires_grad_() for part in (hidden, weight)]
     objective = Objective.rdpo(beta=1e-3)
@@ -368,7 +368,7 @@ def test_without_checks_bad_ids_reach_no_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("scoring", ["label", "top_non_label"])
-def test_without_checks_a_label_that_is_no_token_is_nan(scoring, monkeypatch):
+def test_without_checks_a_label_that_is_not_a_token_gives_nan(scoring, monkeypatch):
     monkeypatch.setenv("REALIGN_CHECK", "0")
     hidden, weight, labels, ref_logps = half_batch(torch.float64)
     labels[6, 0] = 45  # of 40 tokens, in cell 1 of pair 1

@@ -241,7 +241,7 @@ def test_a_second_derivative_is_refused(memory, backend):
 
 
 def test_the_witness_keeps_no_hidden_states():
-    """With a frozen head the derivative replaces the hidden states until the backward."""
+    """The derivative replaces the hidden states until the backward, since the head is frozen."""
     import gc
     import weakref
 
@@ -270,7 +270,7 @@ def test_statistics_compile_into_one_graph():
 
 
 def test_transposed_labels_compile():
-    """What an operator returns has the strides that tracing was told."""
+    """The result of an operator has the strides that tracing expects."""
     hidden_states = torch.randn(6, 4, 8, requires_grad=True)
     weight, labels = torch.randn(20, 8), torch.randint(20, (4, 6)).T
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Blocks as small as inputs, for Triton's interpreter, which ../../conftest.py switches on."""
+"""Blocks as small as the inputs for Triton's interpreter, which tests/conftest.py switches on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRODUCT = os.environ.get("REALIGN_TEST_PRODUCT", "blas")
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_interpreter():
-    """Halve the time of the interpreter."""
+    """Let the interpreter take half of its time."""
     with pytest.MonkeyPatch.context() as patch:
         if os.environ.get("TRITON_INTERPRET") == "1":
             quicken(patch)
@@ -27,7 +27,7 @@ def quick_interpreter():
 
 @pytest.fixture(autouse=True)
 def quiet_numpy():
-    """Let the interpreter compute with infinities, as a GPU does, without a warning."""
+    """Let the interpreter compute with infinities without a warning, as a GPU does."""
     with np.errstate(all="ignore"):
         yield
 
@@ -46,7 +46,7 @@ def fused_product(monkeypatch):
 
 @pytest.fixture
 def few_rows(monkeypatch):
-    """Fill tiles up to 32 rows instead of 64: the interpreter takes a row at a time."""
+    """Fill tiles up to 32 rows instead of 64, since the interpreter takes a row at a time."""
     from realign_kernels.backends import triton as kernels
     from realign_kernels.tiling import TileShape
 
@@ -55,7 +55,7 @@ def few_rows(monkeypatch):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Make every kernel handle few elements at a time, and 2 entries: small inputs cross edges."""
+    """Let every kernel handle few elements and 2 entries at a time: small inputs cross edges."""
     from realign_kernels.backends.triton import launches
 
     monkeypatch.setattr(launches, "launch_of", lambda *_: launches.Launch(BLOCK, 1))

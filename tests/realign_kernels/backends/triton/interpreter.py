@@ -1,4 +1,4 @@
-"""Triton's interpreter, without the work that it repeats."""
+"""Triton's interpreter without its repeated work."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def quicken(monkeypatch: pytest.MonkeyPatch) -> None:
     running: list[Any] = []  # the scope of the launch, if one runs
 
     class Scope(interpreter._LangPatchScope):
-        """What a launch replaces in the language, put back at its end."""
+        """The parts of the language that a launch replaces, and restores at its end."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -289,7 +289,7 @@ def test_repeats_exactly():
 
 
 def test_a_large_scale_does_not_overflow_float16():
-    """What is kept is e * phi: the guard leaves room for phi."""
+    """The product e * phi is kept, and the guard leaves room for phi."""
     weight = torch.zeros(40, 2, dtype=torch.float16)
     weight[1:, 0] = torch.linspace(-0.2, 0.1875, 39)
     hidden = torch.ones(1, 2, dtype=torch.float16, requires_grad=True)

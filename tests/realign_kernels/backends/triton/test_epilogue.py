@@ -35,7 +35,7 @@ MODES = ("slopes", "stash", "numbers")
 
 @dataclass
 class Run:
-    """What a pass has left."""
+    """The results of a pass."""
 
     state: RowState
     accumulator: torch.Tensor
@@ -221,7 +221,7 @@ def test_accumulators_of_any_width_follow_the_shift(D, dtype):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_plain_pass(mode, dtype):
+def test_a_plain_pass_equals_the_dense_sums(mode, dtype):
     case = make_case(BLOCK + 1, 11, mode=mode, dtype=dtype)
     check(case, run(case))
 
@@ -273,7 +273,7 @@ def test_lowest_id_of_equals():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transform", [PLAIN, CAPPED], ids=["plain", "capped"])
 @pytest.mark.parametrize("tracks_top", [False, True])
-def test_replay(dtype, transform, tracks_top):
+def test_a_replay_equals_the_dense_exponentials(dtype, transform, tracks_top):
     accumulation, operand, _, rounding = DTYPES[dtype]
     case = make_case(5, 13, transform=transform)
     x = case.x
@@ -352,7 +352,7 @@ def test_row_of_minus_infinity_sums_to_nothing():
     assert state.top_ids.tolist() == [-1]
 
 
-def test_positive_infinity_elsewhere_is_no_number():
+def test_positive_infinity_elsewhere_gives_nan():
     case = make_case(1, 9, bias=False)
     case.labels[:] = 1
     case.logits[0, 4] = INF

@@ -167,7 +167,7 @@ def test_blocks_of_bfloat16_have_one_size(monkeypatch):
 
 
 @pytest.mark.usefixtures("through_the_product")
-def test_a_label_that_is_no_token_leaves_its_row_undefined_and_no_other():
+def test_a_label_that_is_not_a_token_leaves_only_its_row_undefined():
     case = rounded_case(20, 40, dtype="fp32", width=20)
     clean = run(case).state
     hidden, weight = operands(20, 40, 8, torch.float32)
@@ -202,7 +202,7 @@ def test_logits_that_are_not_finite_stay_in_their_row():
 
 
 def test_left_out_entries_are_0_where_slopes_are_infinite():
-    """A transform may be so steep that 0 times its slope is no number."""
+    """A transform may be so steep that 0 times its slope is NaN."""
     hidden, weight = operands(3, 20, 8, torch.float32)
     labels, steep = torch.arange(3), LogitTransform(3e38, None, 1e-3)
     state = RowState(torch.full((3,), INF), torch.zeros(3))
@@ -214,7 +214,7 @@ def test_left_out_entries_are_0_where_slopes_are_infinite():
 @pytest.mark.parametrize("tracks_top", [False, True])
 @pytest.mark.parametrize("dtype", OPERANDS)
 @pytest.mark.parametrize("transform", [PLAIN, CAPPED], ids=["plain", "capped"])
-def test_replay(dtype, tracks_top, transform: LogitTransform):
+def test_a_replay_equals_the_dense_exponentials(dtype, tracks_top, transform: LogitTransform):
     operand = OPERANDS[dtype]
     hidden, weight = operands(18, 40, 24, operand)
     labels = torch.randint(40, (18,), generator=seeded(1))

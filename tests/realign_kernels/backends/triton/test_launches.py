@@ -216,7 +216,7 @@ PARTS = {
     ],
 )
 def test_kernels_compile_for_a_gpu(tmp_path, part, targets):
-    """In a process of its own: the interpreter, once on, stays on."""
+    """A process of its own compiles, since the interpreter cannot be switched off again."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {
         "PYTHONPATH": str(Path(realign_kernels.__file__).parent.parent),

@@ -1,4 +1,4 @@
-"""The kernels for what is done once a call, against the formulas that they stand for."""
+"""The kernels that run once per call, against the formulas that they compute."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_rows_are_found(size, ignored, is_known, is_strided):
 
 
 @pytest.mark.parametrize("bad", [-1, 9, -101, 2**40])
-def test_labels_that_are_no_tokens_are_found(bad):
+def test_labels_that_are_not_tokens_are_found(bad):
     labels = torch.tensor([0, IGNORED, 8, 3, 5, bad, 1])
     assert not once.find_rows(labels, IGNORED, 9, 6, torch.float32).labels_fit
     labels[5] = IGNORED

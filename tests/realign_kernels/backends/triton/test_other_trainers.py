@@ -1,4 +1,4 @@
-"""What other trainers need of the head, on the Triton backend, against float64."""
+"""The needs of other trainers of the head, on the Triton backend, against float64."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def strided(matrix, layout):
 
 
 def rows_at(weight, ids):
-    """Return ``weight[ids]`` in float64, 0 where the id is no row."""
+    """Return ``weight[ids]`` in float64, and 0 where an id is not that of a row."""
     is_row = ((ids >= 0) & (ids < len(weight)))[:, None]
     return torch.where(is_row, weight.double()[torch.where(is_row[:, 0], ids, 0)], 0.0)
 

@@ -1,4 +1,4 @@
-"""Rows of tiles and of the stash are aligned in any vocabulary, as vector loads on GPUs need it."""
+"""Rows of tiles and of the stash are aligned for any vocabulary, as GPUs need for vector loads."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_rows_of_the_stash_are_aligned(vocabulary):
 
 
 def test_what_aligns_rows_is_zero(poison_empty):
-    """What is kept for the backward has no values that nobody has written."""
+    """Nothing uninitialised is kept for the backward."""
     inputs = make_head_inputs(5, 70, 8, torch.float16).as_leaves()
     kept = []
 
