@@ -1,4 +1,4 @@
-"""The script for GPUs, at tiny sizes: cells that fail, that are absent, and that time left out."""
+"""The script for GPUs at tiny sizes: cells that fail, that are absent, and that lack time."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_small_checks_do_not_pass_for_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "kernel_checks", checks)
     monkeypatch.setattr(gpu, "hardware_checks", checks)
     for is_quick in (True, False):
-        # sizes of a GPU, which this one stands for
+        # sizes for a GPU, in whose place the CPU is measured
         options = argparse.Namespace(device="cuda", quick=is_quick)
         session = Session(CPU, tmp_path / "x.json", environment(CPU, "abc"), minutes=1)
         for part in ("checks", "hardware"):
@@ -167,7 +167,7 @@ def broken(*_: object) -> None:
     raise RuntimeError("no kernel image\nfor this device")
 
 
-def test_a_check_that_fails_is_a_cell_and_the_others_go_on(tmp_path, capsys):
+def test_a_check_that_fails_is_a_cell_and_the_others_still_run(tmp_path, capsys):
     session = Session(CPU, tmp_path / "x.json", {"commit": "abc"}, minutes=1)
     checks = {"wrong": wrong, "broken": broken, "right": lambda: None}
     session.check(
@@ -188,8 +188,10 @@ def test_a_check_that_fails_is_a_cell_and_the_others_go_on(tmp_path, capsys):
     assert "FAILED wrong" in capsys.readouterr().out
 
 
-def test_a_gpu_that_has_become_unusable_is_said_and_ends_nothing(tmp_path, monkeypatch, capsys):
-    """As after an access out of bounds: every later call of CUDA fails."""
+def test_a_gpu_that_has_become_unusable_is_reported_and_the_session_goes_on(
+    tmp_path, monkeypatch, capsys
+):
+    """Every later call of CUDA fails after an access out of bounds."""
     works = iter([None])
     lost = RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
 
@@ -346,7 +348,7 @@ def test_a_tool_runs_over_small_checks(tool, tmp_path, call, monkeypatch):
     assert cell["checks"] == cell["passed"] == 96
 
 
-def test_a_sanitizer_that_sees_no_kernel_is_no_proof(tmp_path, call, monkeypatch):
+def test_a_sanitizer_that_sees_no_kernel_proves_nothing(tmp_path, call, monkeypatch):
     fake_sanitizer(tmp_path, monkeypatch, planted=0, found=2)
     monkeypatch.setattr(sanitizer, "TOOLS", ())
     assert gpu.main([*call, "--only", "sanitizer", "--minutes", "5"]) == 1

@@ -1,4 +1,4 @@
-"""Layers of other packages, and ranks, as the script for GPUs compares them."""
+"""Comparisons of the script for GPUs: layers of other packages, and several ranks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_same_layers_are_within_the_bounds(name, saved, monkeypatch):
 
 
 def test_a_mask_that_shows_too_little_is_found(saved, monkeypatch):
-    """In the variant alone: later answers do not see the last token of the prefix."""
+    """The fault is in the variant alone: later answers do not see the last token of the prefix."""
     make_mask = PackedAttention._make_mask
     is_wrong = []
 
@@ -89,7 +89,7 @@ def test_what_is_missing_is_a_cell_with_its_reason(variant, reason, saved):
 
 
 def test_a_package_that_does_not_fit_the_model_is_a_cell_with_its_reason(saved, monkeypatch):
-    """It is found when the variant is loaded, after the models that it could have changed."""
+    """The fault is found when the variant is loaded, after models that it could have changed."""
     true_load, loaded = layers.load_model, []
 
     def load_model(folder, numerics):
@@ -108,7 +108,7 @@ def test_a_package_that_does_not_fit_the_model_is_a_cell_with_its_reason(saved, 
 
 @pytest.mark.full
 def test_four_bit_layers_are_compared_with_what_they_stand_for(saved, monkeypatch):
-    """With stand-ins: weights that the model keeps rounded, and that its copies must get."""
+    """Stand-ins have weights that the model keeps rounded, and that its copies must get."""
     rounded = {"model.language_model.layers.0.mlp.up_proj.weight": 64}
     true_load = layers.load_model
 

@@ -1,4 +1,4 @@
-"""Pictures that lack what their texts name."""
+"""Pictures that lack the objects which their texts name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_each_thing_is_left_out_as_often_as_it_should() -> None:
     assert all(visible(scene, 1.0, rng).things == scene.things[:1] for scene in scenes)
 
 
-def test_texts_go_on_naming_what_is_left_out() -> None:
+def test_texts_still_name_what_is_left_out() -> None:
     batch = [one for part in islice(batches(Random(1), 0.5), 6) for one in part]
     assert len(batch) == 6 * BATCH_SIZE
     described = [one for one in batch if one.prompt == DESCRIBE]

@@ -1,4 +1,4 @@
-"""Launches of a call do not grow: with a few hundred rows they are what a step costs."""
+"""The number of launches of a call does not grow, which decides the cost of a small step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark of training steps: three schemes train the same thing at the work they claim."""
+"""The benchmark of training steps: three schemes train the same model and do the stated work."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Counter:
 
 
 def run(job: Job, turns: list[int], after_start: Any = None) -> list[dict[str, Any]]:
-    """What the worker says of turns."""
+    """Return the replies of the worker to its turns."""
     torch.manual_seed(0)
     trainer, _ = make_trainer(job)
     if after_start:
@@ -188,7 +188,7 @@ class Answers:
         return {**times, "losses": [1.0] * steps, "peak_bytes": 30}
 
 
-def test_a_contender_that_fails_is_named_and_the_others_go_on(tmp_path, capsys, monkeypatch):
+def test_a_contender_that_fails_is_named_and_the_others_still_run(tmp_path, capsys, monkeypatch):
     class Fails(Answers):
         def turn(self, steps: int) -> dict[str, Any]:
             if self.job.scheme == "trl":
@@ -229,8 +229,10 @@ def test_a_readme_gets_the_tables_that_it_has_marks_for():
 
 def test_what_cannot_be_measured_is_refused(capsys, monkeypatch):
     assert step.main(["--schemes", "trl"]) == 2
-    if not torch.cuda.is_available():
-        assert step.main(["--device", "cuda"]) == 2
+    assert "--schemes must contain ours" in capsys.readouterr().err
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert step.main(["--device", "cuda"]) == 2
+    assert "--device cuda needs a GPU" in capsys.readouterr().err
 
 
 class Clock:
@@ -244,7 +246,7 @@ class Clock:
 
 
 @pytest.mark.parametrize(("seconds", "turns_of_each"), [(0.0, 0), (1.0, 0), (25.0, 6)])
-def test_what_there_is_no_time_for_is_said_and_what_was_measured_stays(
+def test_jobs_without_time_left_are_reported_and_earlier_measurements_stay(
     monkeypatch, seconds, turns_of_each
 ):
     clock = Clock()
@@ -327,7 +329,7 @@ def test_a_worker_says_that_liger_does_not_fit(is_liger, monkeypatch, capsys):
             said = json.loads(capsys.readouterr().out)
             assert said == {"unavailable": "liger: true requires another one."}
         else:
-            with pytest.raises(RefusedError):
+            with pytest.raises(RefusedError, match="requires another one"):
                 worker.main()
     finally:
         torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""The benchmarks' own logic: files that merge, tables, and what is said of absent peers."""
+"""The logic of the benchmarks: merging of files, tables, and reasons why peers are absent."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_an_absent_peer_is_named_with_the_reason(monkeypatch):
     assert reason == "trl is not installed"
 
 
-def test_a_peer_for_gpus_and_one_that_raises_say_so(monkeypatch):
+def test_a_peer_that_needs_a_gpu_or_raises_gives_the_reason(monkeypatch):
     monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: object())
     quack = providers.PROVIDERS["quack"]
     assert "needs a GPU for this" in providers.why_not(quack, CPU, torch.float32)
@@ -105,7 +105,8 @@ def test_whole_losses_agree_with_the_oracle(name):
     torch.testing.assert_close(grad, truth.grad_hidden, atol=1e-6, rtol=1e-4)
 
 
-def test_row_classes_are_what_they_say():
+def test_row_classes_have_the_probabilities_that_they_are_named_for():
+    assert {"confident", "unlikely"} <= {*ROW_CLASSES}
     for name in ROW_CLASSES:
         inputs = make_rows(name, 64, 128, 500, torch.float64)
         logps = exact(inputs, "token").result

@@ -1,4 +1,4 @@
-"""The emulation of tensor cores that cut their sums off."""
+"""The emulation of tensor cores that truncate their sums."""
 
 from __future__ import annotations
 

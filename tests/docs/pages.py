@@ -67,7 +67,7 @@ def commands() -> list[Command]:
 
 
 def _words(line: str) -> tuple[str, ...]:
-    """Return what follows ``realign`` in a line, after a launcher too; nothing if it is no call."""
+    """Return the words after ``realign`` in a line, if any; a launcher may stand before it."""
     if "realign" not in line:
         return ()
     words = shlex.split(line, comments=True)

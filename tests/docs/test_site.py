@@ -1,4 +1,4 @@
-"""The documentation site builds without a warning, is whole, and fetches nothing from elsewhere."""
+"""The documentation site builds without a warning, is complete, and loads nothing else."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def test_every_message_is_in_the_code() -> None:
     assert not [message for message in MESSAGES if not is_given(message)]
 
 
-def test_a_message_that_nobody_gives_is_found() -> None:
+def test_a_documented_message_that_no_code_gives_is_found() -> None:
     assert is_given("lora.targets must name layers of the parts that train, got ...")
     assert not is_given("lora.targets must name layers of the parts that train, has ...")
     assert not is_given("lora.targets ... name layers of the parts that train, got ...")

@@ -1,4 +1,4 @@
-"""The conftest.py beside the copy of a peer's tests: leaves out what is excepted, and counts."""
+"""The conftest.py beside the copy of a peer's tests, which deselects exceptions and counts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    """Make the draws of each test the same, whatever ran before."""
+    """Seed each test, so that its draws do not depend on earlier tests."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
 

@@ -1,4 +1,4 @@
-"""Run a peer's own tests against our entry, in a temporary folder, and report what came out."""
+"""Run a peer's own tests against our entry, in a temporary folder, and report the result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RefusedSourceError(ValueError):
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What is left out, and why: a file by its path, or cases by a part of their names."""
+    """Tests that are left out, and why: a file by its path, or cases by a part of their names."""
 
     reason: str
     file: str = ""
@@ -37,7 +37,7 @@ class LeftOut:
 
 
 def read_left_out() -> dict[str, list[LeftOut]]:
-    """Return what is left out of each peer's tests."""
+    """Return the exceptions from each peer's tests."""
     text = (HERE / "exceptions.yaml").read_text(encoding="utf-8")
     peers: dict[str, list[dict[str, str]]] = yaml.safe_load(text)
     return {peer: [LeftOut(**entry) for entry in entries] for peer, entries in peers.items()}
@@ -45,7 +45,7 @@ def read_left_out() -> dict[str, list[LeftOut]]:
 
 @dataclass(frozen=True)
 class Report:
-    """What came out of one run."""
+    """The result of one run."""
 
     passed: int
     failed: int
@@ -139,7 +139,7 @@ def _adapt(peer: Peer, source: Path, folder: Path) -> None:
         )
     copies = {name: "test_" + Path(name).name.removeprefix("test_") for name in peer.tests}
     copies |= peer.helpers
-    # Read as text, whatever ends the lines.
+    # Read as text, so that any kind of line end is accepted.
     texts = {copy: (source / name).read_text(encoding="utf-8") for name, copy in copies.items()}
     for pattern, replacement in peer.replaced.items():
         changed = {copy: re.sub(pattern, replacement, text) for copy, text in texts.items()}

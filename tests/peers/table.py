@@ -15,14 +15,14 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Peer:
-    """What is taken from a folder of a peer, and what is changed in it."""
+    """The files that are taken from a folder of a peer, and the changes that are made to them."""
 
     tests: tuple[str, ...]
     """Test files, by their path in the folder; each is copied under its name alone."""
     replaced: Mapping[str, str] = field(default_factory=dict)
     """Regular expressions in any of the files, and the text in their place."""
     helpers: Mapping[str, str] = field(default_factory=dict)
-    """What test files import of the peer, by its path in the folder, and the path of the copy.
+    """Modules of the peer that test files import: path in its folder, and path of the copy.
 
     Nothing else of the peer can be imported, so that what is tested cannot be the peer."""
     source: Path | None = None

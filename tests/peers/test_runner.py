@@ -1,4 +1,4 @@
-"""The runner of peers' tests, on a made-up peer: what it reports, refuses and calls stale."""
+"""The runner of peers' tests on an invented peer: its reports, refusals and stale exceptions."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_missing_file_is_refused(source, name):
 
 
 def test_another_version_is_refused(source):
-    """It would be the peer that is tested."""
+    """The peer itself would be tested otherwise."""
     path = source / "tests/test_sum.py"
     path.write_text(path.read_text().replace("from adder import add", "from adder.sum import add"))
     with pytest.raises(RefusedSourceError, match="must match 'from adder import add', got none in"):

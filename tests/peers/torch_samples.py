@@ -96,8 +96,8 @@ def test_a_sample_that_is_refused(sample):
         linear_cross_entropy(sample.input, *sample.args, **sample.kwargs)
 
 
-def test_what_torch_refuses():
-    """But for three-dimensional input, which is taken here."""
+def test_what_torch_refuses_is_refused():
+    """Three-dimensional input is the exception, which is accepted here."""
     for sample in OPERATORS[0].error_inputs("cpu"):
         given = sample.sample_input
         with pytest.raises((ValueError, TypeError, NotImplementedError), match=r"must .*, got "):

@@ -1,4 +1,4 @@
-"""Building: the whole verb on the embedded model."""
+"""The whole of `realign build` on the embedded model."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_an_answer_is_cut_when_no_end_of_turn_token_came(model_dir: Path, tmp_pa
     assert generator([request])[0].is_cut
 
 
-def test_mask_rates_of_no_category_are_refused(config: BuildConfig) -> None:
+def test_mask_rates_of_unknown_categories_are_refused(config: BuildConfig) -> None:
     said = r"must name categories of \['attributes', 'objects', .*got 'object'"
     with pytest.raises(RefusedError, match=said):
         build(config.model_copy(update={"mask_rates": {"object": 0.1}}))
@@ -274,7 +274,7 @@ def test_the_index_does_not_change_the_result(config: BuildConfig, tmp_path: Pat
 
 
 def test_a_row_that_shows_another_image_is_another_run(config: BuildConfig) -> None:
-    """Also where the set of images stays the same."""
+    """The set of images may stay the same."""
     rows = [json.loads(line) for line in config.source.read_text().splitlines()]
     first, second, *_ = dict.fromkeys(row["image"] for row in rows)
     images = config.images
@@ -472,7 +472,7 @@ def test_a_sample_reads_no_image_of_another_row(config: BuildConfig, tmp_path: P
         build(sampled.model_copy(update={"sample": 41}))
 
 
-def test_bad_rows_of_the_source_are_no_share_of_its_sample(config: BuildConfig) -> None:
+def test_bad_rows_of_the_source_take_no_place_in_its_sample(config: BuildConfig) -> None:
     rows = [json.loads(line) for line in config.source.read_text().splitlines()]
     bad = [{**rows[0], "id": f"bad-{number}", "answer": ""} for number in range(4)]
     config.source.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *bad]))
@@ -501,7 +501,7 @@ def test_embedded_images_of_a_sample_alone_are_written(config: BuildConfig, tmp_
 def test_a_dry_run_loads_the_model_for_a_few_rows_and_writes_nothing(
     config: BuildConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also of a source that holds its images itself, some of them damaged."""
+    """The source may hold its images itself, and some of them may be damaged."""
     rows = [json.loads(line) for line in config.source.read_text().splitlines()]
     images = [{"bytes": (config.images / row["image"]).read_bytes()} for row in rows]
     for image in images[:4]:

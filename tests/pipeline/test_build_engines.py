@@ -52,7 +52,7 @@ def results(out: Path) -> dict[str, bytes]:
 
 
 def joined(out: Path) -> bytes:
-    """All outcomes, whatever shards they are in."""
+    """Return all outcomes, from all shards."""
     return b"".join(path.read_bytes() for path in sorted((out / "shards").iterdir()))
 
 

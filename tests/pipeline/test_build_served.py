@@ -1,4 +1,4 @@
-"""A build whose models are behind a server: every role, each question asked once."""
+"""A build whose models are behind a server: every role is served, and each question asked once."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Server:
 
 
 def say(text: str, annotation: str) -> str:
-    """What the model says."""
+    """Return the reply of the model."""
     if MASK_PROMPT in text:
         return text.rpartition("\n")[2].replace("dog", "[MASK]", 1)
     if COMPLETION_PROMPT in text:
@@ -138,7 +138,7 @@ def test_nothing_is_asked_twice(config: BuildConfig, server: Server) -> None:
     assert server.asked == []
 
 
-def test_patience_is_no_part_of_what_a_run_is_and_the_model_is(
+def test_the_identity_of_a_run_includes_the_model_and_not_its_patience(
     config: BuildConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(config)
@@ -177,7 +177,7 @@ def test_a_build_goes_without_bad_rows_where_they_are_allowed(
         ("", "no answer: empty"),
     ],
 )
-def test_an_annotation_that_is_none_is_no_chosen_answer(
+def test_a_reply_without_an_answer_is_not_taken_as_the_chosen_one(
     config: BuildConfig, server: Server, said: str, reason: str
 ) -> None:
     server.annotation = said
@@ -186,7 +186,7 @@ def test_an_annotation_that_is_none_is_no_chosen_answer(
 
 
 def test_what_a_server_refuses_is_counted_by_kind(config: BuildConfig, server: Server) -> None:
-    """Its message differs by request: the numbers of tokens, for one."""
+    """The message differs by request, for example by its numbers of tokens."""
     server.has_room = False
     with pytest.raises(RefusedError, match="got none from 8 rows"):
         build(config.model_copy(update={"top_k": 1}))
@@ -197,7 +197,7 @@ def test_what_a_server_refuses_is_counted_by_kind(config: BuildConfig, server: S
 def test_a_dry_run_says_how_much_is_asked_of_whom_and_writes_nothing(
     config: BuildConfig, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of 8 rows one lacks its answer; all are masked, at most twice, and refilled on 3 images."""
+    """One of 8 rows lacks its answer; all are masked, at most twice, and refilled on 3 images."""
     dry = config.model_copy(update={"top_k": 3})
     assert build(dry, dry_run=True) == config.out / "dataset.parquet"
     assert not config.out.exists()

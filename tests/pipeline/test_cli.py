@@ -25,6 +25,7 @@ from realign.data.dataset import read_records
 from realign.data.formats.parquet import write_parquet
 from realign.errors import RefusedError
 from tests.conftest import running
+from tests.realign.conftest import write_authors_images
 
 
 def realign(*arguments: object):
@@ -33,21 +34,7 @@ def realign(*arguments: object):
 
 @pytest.fixture
 def official(tmp_path: Path, records) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    rows = []
-    for number, record in enumerate(records(4)):
-        (folder / f"{number}.png").write_bytes(record.images[0])
-        (folder / f"{number}r.png").write_bytes(record.rejected_images[0])
-        turn = {"role": "user", "content": f"<image>\n{record.prompt[0]['content']}"}
-        rows.append(
-            {
-                "image": f"{number}.png",
-                "retrieved_image": f"{number}r.png",
-                "chosen": [turn, {"role": "assistant", "content": record.chosen}],
-                "rejected": [turn, {"role": "assistant", "content": record.rejected}],
-            }
-        )
+    rows = write_authors_images(records(4), tmp_path / "images")
     path = tmp_path / "pref_data.json"
     path.write_text(json.dumps(rows))
     return path
@@ -251,7 +238,7 @@ def test_flags_of_every_kind_reach_the_section(
         (["--set", "build.masker.endpoint=e"], "Pass --set build.masker.model or set it in the YA"),
     ],
 )
-def test_refused_flags(given: list[str], message: str) -> None:
+def test_flags_that_do_not_fit_are_refused(given: list[str], message: str) -> None:
     result = realign("build", "--source", "s", "--model", "m", "--out", "o", *given)
     assert result.exit_code == 2
     assert message in result.output

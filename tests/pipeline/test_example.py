@@ -28,5 +28,5 @@ def test_it_trains_an_adapter_on_the_embedded_model(tmp_path: Path, model_dir, r
     assert (checkpoint / "chat_template.jinja").is_file()
 
 
-def test_it_is_short() -> None:
+def test_the_script_is_short() -> None:
     assert len(SCRIPT.read_text().splitlines()) < 80

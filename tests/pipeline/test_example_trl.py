@@ -1,4 +1,4 @@
-"""The example of rDPO in TRL runs as its first lines say."""
+"""The example of rDPO in TRL runs by the command in its first lines."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ def test_it_trains_an_adapter_on_the_embedded_model(tmp_path: Path) -> None:
     assert load_model(adapter, torch.float32)
 
 
-def test_it_is_short() -> None:
+def test_the_script_is_short() -> None:
     assert len(SCRIPT.read_text().splitlines()) < 100

@@ -1,4 +1,4 @@
-"""The example of TRL's trainer with the patch runs as it is written."""
+"""The example of TRL's trainer with the patch runs without changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "trl_patched_dpo.py"
 
 
 @pytest.mark.full
-def test_it_trains_and_says_what_it_called(tmp_path: Path) -> None:
+def test_the_script_trains_and_prints_what_it_called(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -30,5 +30,5 @@ def test_it_trains_and_says_what_it_called(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-def test_it_is_short() -> None:
+def test_the_script_is_short() -> None:
     assert len(SCRIPT.read_text().splitlines()) < 80

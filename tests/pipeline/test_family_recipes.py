@@ -25,7 +25,7 @@ def test_a_recipe_trains_adapters_as_the_paper(name: str) -> None:
     assert f"recipes/families/{name}.yaml" in RECIPES[name].read_text(encoding="utf-8")
 
 
-def test_there_is_no_recipe_of_another_family() -> None:
+def test_every_recipe_is_of_a_known_family() -> None:
     assert RECIPES.keys() == FAMILIES.keys()
 
 

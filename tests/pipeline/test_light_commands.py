@@ -23,6 +23,7 @@ from realign.cli import app
 from realign.data.export.run import WRITERS
 from realign.data.formats.parquet import write_parquet
 from realign.demo.data import write_eval_data
+from tests.conftest import running
 from tests.realign.conftest import make_records
 
 HEAVY = ("torch", "transformers", "datasets")
@@ -68,7 +69,9 @@ class Watched:
         self.recorded.mkdir(parents=True)
         (folder / "sitecustomize.py").write_text(RECORDER)
         self.environment = os.environ | {
-            "PYTHONPATH": str(folder),
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, [str(folder), os.environ.get("PYTHONPATH")])
+            ),
             "RECORDED": str(self.recorded),
             "WATCHED": ",".join(modules),
         }
@@ -163,19 +166,16 @@ def test_check_works_without_heavy_libraries_and_so_do_its_workers(
 
 
 def test_browse_works_without_heavy_libraries(watched: Watched, run: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "realign", "browse", str(run / "dataset"), "--port", "0"],
-        env=watched.environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    address = next(found[0] for line in process.stderr if (found := re.search(r"http\S+", line)))
-    cookies = urllib.request.HTTPCookieProcessor()
-    with urllib.request.build_opener(cookies).open(address) as page:
-        assert b"There is" in page.read()
-    process.send_signal(signal.SIGINT)
-    process.communicate()
+    command = [sys.executable, "-m", "realign", "browse", run / "dataset", "--port", "0"]
+    with running(command, env=watched.environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = process.stderr
+        address = next(found[0] for line in lines if (found := re.search(r"http\S+", line)))
+        cookies = urllib.request.HTTPCookieProcessor()
+        with urllib.request.build_opener(cookies).open(address) as page:
+            assert b"There is" in page.read()
+        process.send_signal(signal.SIGINT)
+        process.communicate()
     assert not watched.imported()
 
 

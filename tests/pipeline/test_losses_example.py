@@ -69,7 +69,7 @@ def kto(
     return loss, kl
 
 
-def test_kto() -> None:
+def test_kto_equals_its_formula() -> None:
     hidden, weight, labels = make_batch()
     leaves, exact, given = leaves_of(hidden, weight), leaves_of(hidden, weight), kto_inputs(labels)
     loss, kl = kto(*leaves, labels, given)
@@ -94,7 +94,7 @@ def test_a_negative_estimate_of_the_divergence_is_0() -> None:
     assert LOSSES.estimate_kl(hidden, weight, labels, ref_logps) == 0
 
 
-def test_simpo() -> None:
+def test_simpo_equals_its_formula() -> None:
     hidden, weight, labels = make_batch()
     leaves, exact = leaves_of(hidden, weight), leaves_of(hidden, weight)
     loss = LOSSES.simpo_loss(*leaves, labels, beta=2.5, gamma=0.8)
@@ -110,7 +110,7 @@ def orpo_labels(labels: Tensor) -> tuple[Tensor, Tensor]:
     return whole, labels != -100
 
 
-def test_orpo() -> None:
+def test_orpo_equals_its_formula() -> None:
     hidden, weight, labels = make_batch()
     leaves, exact = leaves_of(hidden, weight), leaves_of(hidden, weight)
     whole, is_answer = orpo_labels(labels)
