@@ -1,4 +1,4 @@
-"""The embedded model and small datasets of the drawn world, as files."""
+"""The embedded model, and small datasets of the drawn world as files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import datasets
 import pytest
@@ -25,19 +26,19 @@ transformers.logging.disable_progress_bar()
 
 @pytest.fixture(scope="session")
 def model_dir() -> Path:
-    """The embedded model: a real LlavaForConditionalGeneration with its processor."""
+    """Return the embedded model: a real LlavaForConditionalGeneration with its processor."""
     return MODEL
 
 
 def png(scene: Scene) -> bytes:
-    """The scene's PNG file."""
+    """Return a PNG file of a scene."""
     buffer = io.BytesIO()
     draw(scene).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def make_records(count: int, seed: int = 0) -> list[Record]:
-    """Pairs whose rejected answer describes another scene, whose image is the retrieved one."""
+    """Return pairs whose rejected answer describes another scene, that of the retrieved image."""
     rng = Random(seed)
     records = []
     for number in range(count):
@@ -60,9 +61,28 @@ def make_records(count: int, seed: int = 0) -> list[Record]:
 
 
 def _extra(scene: Scene) -> tuple[Thing, ...]:
-    """One more object, so that no retrieved image equals its original."""
+    """Return one more object, by which a retrieved image always differs from its original."""
     free = next(cell for cell in range(9) if cell not in {thing.cell for thing in scene.things})
     return (Thing(next(kind for kind in KINDS if kind not in scene.kinds), "red", free),)
+
+
+def write_authors_images(records: Sequence[Record], images: Path) -> list[dict[str, Any]]:
+    """Write the images of records into a new folder, and return their rows of the authors' JSON."""
+    images.mkdir()
+    rows = []
+    for number, record in enumerate(records):
+        (images / f"{number}.png").write_bytes(record.images[0])
+        (images / f"{number}r.png").write_bytes(record.rejected_images[0])
+        turn = {"role": "user", "content": f"<image>\n{record.prompt[0]['content']}"}
+        rows.append(
+            {
+                "image": f"{number}.png",
+                "retrieved_image": f"{number}r.png",
+                "chosen": [turn, {"role": "assistant", "content": record.chosen}],
+                "rejected": [turn, {"role": "assistant", "content": record.rejected}],
+            }
+        )
+    return rows
 
 
 def build_config(rows: Sequence[Record], folder: Path, model: Path) -> BuildConfig:
@@ -84,13 +104,13 @@ def build_config(rows: Sequence[Record], folder: Path, model: Path) -> BuildConf
 
 @pytest.fixture(scope="session")
 def records() -> Callable[..., list[Record]]:
-    """The factory :func:`make_records`."""
+    """Return the factory :func:`make_records`."""
     return make_records
 
 
 @pytest.fixture(scope="session")
 def make_reference() -> Callable[..., dict[str, torch.Tensor]]:
-    """References of the first rows, computed as the policy is: ``(model_dir, count, dtype)``."""
+    """Return a function that computes references of the first rows as the policy is computed."""
     from realign.modeling.collate import PreferenceCollator
     from realign.modeling.loading import load_model
     from realign.modeling.packing import choose_layout
@@ -112,7 +132,7 @@ def make_reference() -> Callable[..., dict[str, torch.Tensor]]:
 
 @pytest.fixture
 def shifted_logits(monkeypatch) -> None:
-    """Let LLaVA add to its logits what its head does not: log-probabilities differ by up to 1."""
+    """Let LLaVA add a ramp to its logits after the head: log-probabilities change by up to 1."""
     model = transformers.LlavaForConditionalGeneration
     forward = model.forward
 

@@ -1,4 +1,4 @@
-"""Configuration: one YAML, overrides, flags; unknown keys name the nearest known one."""
+"""Configuration by a YAML file, overrides and flags; the nearest known key is named."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_flags_win_over_set_which_wins_over_the_file(tmp_path: Path) -> None:
     assert (config.beta, config.epochs, config.seed) == (0.2, 2.0, 7)
 
 
-def test_nested_sections(tmp_path: Path) -> None:
+def test_values_of_nested_sections_are_set(tmp_path: Path) -> None:
     config = load_config(TrainConfig, None, ["train.lora.r=8", "train.lora.alpha=16"], NEEDED)
     assert config.lora is not None
     assert (config.lora.r, config.lora.alpha, config.lora.targets) == (8, 16, "all-linear")
@@ -52,7 +52,7 @@ def test_nested_sections(tmp_path: Path) -> None:
         ("train.beta.x=1", r"--set 'train\.beta\.x=1' goes below 'beta', which holds a value"),
     ],
 )
-def test_refused_overrides(override: str, message: str) -> None:
+def test_overrides_that_do_not_fit_are_refused(override: str, message: str) -> None:
     with pytest.raises(RefusedError, match=message):
         load_config(TrainConfig, None, ["train.beta=0.5", override], NEEDED)
 
@@ -71,7 +71,7 @@ NUMERIC = [it for verb in SECTIONS for it in numeric_options(SECTIONS[verb], ver
 
 
 def refused(path: str, value: float) -> str:
-    """What is said to a value of an option, without the words about others."""
+    """Return the message about the value of an option, without that about others."""
     verb = path.partition(".")[0]
     with pytest.raises(RefusedError) as error:
         load_config(SECTIONS[verb], None, [f"{path}={value}"])
@@ -130,14 +130,14 @@ def test_a_missing_option_says_how_to_give_it() -> None:
         ("train: {betta: 1}\n", "Did you mean 'beta'"),
     ],
 )
-def test_refused_files(tmp_path: Path, text: str, message: str) -> None:
+def test_files_that_do_not_fit_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(RefusedError, match=message):
         load_config(TrainConfig, path, [], NEEDED)
 
 
-def test_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="does not exist"):
         load_config(TrainConfig, tmp_path / "none.yaml", [], NEEDED)
 

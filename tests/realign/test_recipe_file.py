@@ -1,4 +1,4 @@
-"""`realign init`: a written file is the recipe, says what every option means, and replaces none."""
+"""`realign init`: a written file equals the recipe, explains every option, and replaces no file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every refusal ends with a remedy: read from the source, so that no new one is forgotten."""
+"""Every refusal in the source ends with a remedy."""
 
 from __future__ import annotations
 

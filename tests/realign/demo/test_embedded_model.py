@@ -1,4 +1,4 @@
-"""The embedded model looks at the image and lets habit talk: the case that the demo is about."""
+"""The embedded model uses the image and also follows habits, which is the case of the demo."""
 
 from __future__ import annotations
 

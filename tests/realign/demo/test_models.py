@@ -54,5 +54,5 @@ def test_the_number_of_processes_changes_no_byte(tmp_path: Path) -> None:
         ]
         assert weights[workers][0] != weights[workers][1]
     assert weights[1] == weights[2]
-    # a finished run is not trained again, and its seconds are those of its training
+    # a finished run is not trained again, and keeps the seconds of its training
     assert train_models(configs, logs, 1) == seconds

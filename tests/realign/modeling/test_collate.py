@@ -96,7 +96,7 @@ def test_a_pair_without_retrieved_image_has_no_image_cell(
 
 
 @pytest.mark.parametrize("shared_prefix", [False, True])
-def test_text_only_pairs(processor, records, shared_prefix: bool) -> None:
+def test_pairs_without_images_have_no_pixels(processor, records, shared_prefix: bool) -> None:
     rows = [dataclasses.replace(row, images=(), rejected_images=()) for row in records(2)]
     batch = PreferenceCollator(processor, cells=3, shared_prefix=shared_prefix)(rows)
     assert "pixel_values" not in batch
@@ -157,7 +157,7 @@ TURNS = (
         (" ", " Fine.</s>"),  # LLaVA-1.5's published template
     ],
 )
-def test_end_of_turn(processor, end: str, scored: str) -> None:
+def test_the_end_of_a_turn_is_scored(processor, end: str, scored: str) -> None:
     template = TURNS.replace("END", end) + "{% if add_generation_prompt %}assistant:{% endif %}"
     renderer = Renderer(Templated(processor, template))
     row = renderer.render([{"role": "user", "content": "How?"}], "Fine.", 0, "row 0")
@@ -176,7 +176,7 @@ GEMMA_TEMPLATE = (
 )
 
 
-def test_gemmas_template(model_dir, records) -> None:
+def test_the_template_of_gemma_is_rendered_as_its_model_expects(model_dir, records) -> None:
     processor = load_processor(model_dir)
     tokenizer = processor.tokenizer
     tokenizer.add_special_tokens({"bos_token": "<bos>"})

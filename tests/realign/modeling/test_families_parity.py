@@ -93,7 +93,7 @@ def test_layouts_agree_to_rounding_in_float64(name: str, cells: int) -> None:
     logps, grads = step(family, cells, shared=True)
     expected_logps, expected_grads = step(family, cells, shared=False)
     torch.testing.assert_close(logps, expected_logps, atol=EXACT, rtol=EXACT)
-    # norms compute in float32 whatever the model does
+    # norms compute in float32 in any model
     assert_same_gradients(grads, expected_grads, 1e-6)
 
 
@@ -232,7 +232,7 @@ def test_these_share_a_prefix(name: str) -> None:
         ("qwen3.5", "linear_attention"),
     ],
 )
-def test_these_fall_back_and_say_so(
+def test_families_that_cannot_share_prompts_fall_back_and_report_why(
     name: str, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = SEPARATE[name]().model

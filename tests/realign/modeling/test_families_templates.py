@@ -1,4 +1,4 @@
-"""What of a conversation is read and what is scored, with the template of every family."""
+"""The parts of a conversation that are read and scored, with the template of every family."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ END = {"gemma-3": "<end_of_turn>"}
 
 
 def tokens(family: Family, record: Record, *, shared: bool = True) -> tuple[str, list[str]]:
-    """All that is read, and what is scored in each of three cells."""
+    """Return the whole text that is read, and the scored text of each of three cells."""
     decode = family.processor.tokenizer.decode
     batch = PreferenceCollator(family.processor, 3, shared_prefix=shared)([record])
     ids, labels = batch["sequence_ids"], batch["answer_labels"]

@@ -74,7 +74,7 @@ def test_an_id_that_needs_access_says_how_to_get_it(hub: str) -> None:
 
 
 @pytest.mark.parametrize("reason", ["closed", "offline", "failing"])
-def test_a_hub_that_is_not_there_is_no_wrong_value(
+def test_a_hub_that_is_not_reached_is_not_reported_as_a_wrong_value(
     hub: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if reason == "offline":

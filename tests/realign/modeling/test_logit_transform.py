@@ -1,4 +1,4 @@
-"""What happens to logits is found by asking the model, whatever its configuration says."""
+"""The transform of logits is found by running the model, whatever its configuration says."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_one_name_divides_here_and_multiplies_there(name: str, expected: float) 
 @pytest.mark.parametrize("has_zeros", [False, True], ids=["meta", "zeros"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_that_are_still_to_come_do_not_matter(family: str, has_zeros: bool) -> None:
-    """As ranks hold them for which the first one reads the model."""
+    """Ranks hold such weights where the first rank reads the model for them."""
     types, options, expected = FAMILIES[family]
     model = tiny(*types, torch.bfloat16, **options).to("meta")
     if has_zeros:

@@ -13,7 +13,7 @@ from realign.modeling.memory import footprint
 from realign.training.run import train
 
 
-def test_bytes_by_hand() -> None:
+def test_bytes_equal_a_count_by_hand() -> None:
     model = nn.Sequential(nn.Linear(1000, 1000, bias=False), nn.Linear(1000, 500, bias=False))
     model[0].weight.requires_grad_(False)
     assert footprint(model.to(torch.bfloat16)) == (
@@ -31,7 +31,7 @@ def test_a_seven_billion_model_in_float32() -> None:
     )
 
 
-def test_training_says_it_once(tmp_path: Path, model_dir, records, capsys) -> None:
+def test_training_reports_its_memory_once(tmp_path: Path, model_dir, records, capsys) -> None:
     write_parquet(records(2), tmp_path / "d.parquet")
     lora = LoraSection(r=2, alpha=4)
     for name, options in (("full fine-tuning", {}), ("LoRA", {"lora": lora})):

@@ -46,8 +46,10 @@ def score(
 
 
 def assert_equal_forwards(model: nn.Module, processor: Any, rows: list[Record], cells: int) -> None:
-    """In float32 up to its rounding; in float64 every parameter's gradient, up to that of the
-    layers that compute in float32 whatever the weights are (RMSNorm, RoPE).
+    """Compare outputs and the gradient of every parameter.
+
+    The tolerance in float32 is its rounding, and in float64 that of the layers that always compute
+    in float32 (RMSNorm, RoPE).
     """
     for dtype, of_logps, of_gradients in (
         (torch.float32, 1e-6, 1e-5),
@@ -89,7 +91,7 @@ def test_log_probabilities_and_gradients(model, processor, records, cells: int) 
     assert_equal_forwards(model, processor, lengthened(records(3)), cells)
 
 
-def test_with_gradient_checkpointing(model, processor, records) -> None:
+def test_gradient_checkpointing_gives_equal_forwards(model, processor, records) -> None:
     # transformers 5.23 renamed it
     name = "activation_checkpointing_enable"
     enable = getattr(model, name, None) or model.gradient_checkpointing_enable
@@ -187,7 +189,7 @@ def test_other_calls_of_the_model_are_as_they_were(model, model_dir, processor, 
     assert "realign" not in model.config.to_json_string()
 
 
-def test_reasons_against_sharing(model, capsys) -> None:
+def test_reasons_against_sharing_prompts_are_named(model, capsys) -> None:
     assert why_not_shared(model) is None
     assert choose_layout(model) == "shared prefix"
     assert choose_layout(model, shared_prefix=False) == "separate"

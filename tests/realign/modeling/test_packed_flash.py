@@ -1,4 +1,4 @@
-"""What the flash variant asks of flash-attention's kernel gives the attention of the SDPA variant.
+"""The flash variant's calls of flash-attention give the attention of the SDPA variant.
 
 The kernel needs a GPU. Here it is written out from its documentation: sequences one after the
 other, the causal mask aligned to the last key, the window counted from that diagonal.
@@ -87,7 +87,7 @@ def attend(name: str, mask_function, **options) -> Tensor:
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 7])
-def test_the_same_attention(flash_attn, window: int | None) -> None:
+def test_flash_attention_equals_sdpa(flash_attn, window: int | None) -> None:
     sees = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
     expected = attend("realign_sdpa", sees)
     torch.testing.assert_close(attend("realign_flash", sees, sliding_window=window), expected)

@@ -1,4 +1,4 @@
-"""Padding is masked and never scored, whatever token a tokenizer has for it, or has none."""
+"""Padding is masked and never scored, whichever token a tokenizer has for it, if any."""
 
 from __future__ import annotations
 

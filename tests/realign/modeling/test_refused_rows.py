@@ -1,4 +1,4 @@
-"""What a processor or a template does not take is a problem of its row, whatever it raises."""
+"""An input that a processor or a template refuses is a problem of its row, whatever is raised."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def test_every_thin_image_is_its_rows_problem(tmp_path: Path, qwen: Path, rows) 
 
 
 @pytest.mark.parametrize("kind", [TypeError, IndexError, KeyError, AssertionError, RuntimeError])
-def test_whatever_a_processor_raises_is_told_of_the_row(model_dir: Path, records, kind) -> None:
+def test_whatever_a_processor_raises_is_reported_with_the_row(
+    model_dir: Path, records, kind
+) -> None:
     processor = load_processor(model_dir)
     images = processor.image_processor
 
@@ -103,7 +105,7 @@ def test_problems_of_every_kind_are_listed_together(qwen: Path, rows) -> None:
     assert [line.startswith(start) for line, start in zip(others, said, strict=True)] == [True] * 3
 
 
-def test_what_only_several_images_together_are_refused_for_is_told_too(
+def test_what_is_refused_for_several_images_together_is_reported_too(
     model_dir: Path, records
 ) -> None:
     processor = load_processor(model_dir)
@@ -134,7 +136,9 @@ def test_a_placeholder_of_videos_is_a_special_token_too(records) -> None:
         check_rows(rows, FAMILIES["smolvlm"]().processor, cells=3, max_length=None)
 
 
-def test_turns_that_a_template_does_not_take_are_told_of_the_row(model_dir: Path, records) -> None:
+def test_turns_that_a_template_does_not_take_are_reported_with_the_row(
+    model_dir: Path, records
+) -> None:
     processor = load_processor(model_dir)
     processor.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role.') }}"

@@ -75,7 +75,7 @@ def test_verify_names_everything_that_is_wrong(built: Path) -> None:
     assert "is unfinished: it has no manifest.json. Run `realign cache` again" in result.output
 
 
-def test_info_says_what_it_is(built: Path) -> None:
+def test_info_describes_the_cache(built: Path) -> None:
     result = realign("cache", "info", built)
     assert result.exit_code == 0
     for text in (
@@ -98,7 +98,7 @@ def test_info_says_what_it_is(built: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["verify", "info"])
-def test_what_is_no_cache_is_refused(tmp_path: Path, command: str) -> None:
+def test_a_folder_that_is_not_a_cache_is_refused(tmp_path: Path, command: str) -> None:
     result = realign("cache", command, tmp_path)
     assert result.exit_code == 2
     assert f"got {tmp_path}, which holds none. Check the path" in result.output.replace("\n", "")
@@ -161,7 +161,7 @@ def with_columns(data: Path, values: dict[str, list[float]]) -> Path:
 
 @pytest.fixture
 def live(model_dir, records) -> dict[str, list[float]]:
-    """What the model says, computed row by row, as another trainer would."""
+    """Return the log-probabilities of the model row by row, as another trainer computes them."""
     scorer = Scoring(model_dir, 3, "label", Numerics(torch.float32), batch_size=1).load()
     logps = torch.tensor([scorer.score_alone(row).logps[0].tolist() for row in records(4)])
     return {name: logps[:, cell].tolist() for cell, name in enumerate(COLUMNS[:3])}
@@ -230,7 +230,7 @@ BAD_COLUMNS = {
 
 
 @pytest.mark.parametrize("case", BAD_COLUMNS)
-def test_columns_that_are_none_are_refused(
+def test_columns_with_bad_values_are_refused(
     case: str, tmp_path: Path, data: Path, model_dir
 ) -> None:
     values, message = BAD_COLUMNS[case]

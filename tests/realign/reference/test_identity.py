@@ -1,4 +1,4 @@
-"""What a cache is refused for, and what it is not refused for."""
+"""Differences for which a cache is refused, and differences that do not matter."""
 
 from __future__ import annotations
 
@@ -15,22 +15,12 @@ from transformers import SiglipImageProcessorPil
 from realign.config import CacheConfig, TrainConfig
 from realign.data.formats.parquet import write_parquet
 from realign.errors import RefusedError
-from realign.modeling.acceleration import Numerics
 from realign.modeling.processors import load_processor
 from realign.reference import Scoring, read_cache
 from realign.reference.run import cache
 from realign.training.run import train
 from realign_kernels import describe_backends
-
-
-def scoring(folder: Path, **options) -> Scoring:
-    scored = {"cells": 3, "rejected_scoring": "label", "batch_size": 4}
-    scored = {name: options.pop(name, default) for name, default in scored.items()}
-    return Scoring(folder, numerics=Numerics(**{"dtype": torch.float32, **options}), **scored)
-
-
-def identity(folder: Path, **options):
-    return scoring(folder, **options).identity()
+from tests.realign.reference.scorings import identity, scoring
 
 
 def leaves(value: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -13,29 +13,19 @@ import torch
 from realign.config import CacheConfig, TrainConfig
 from realign.data.formats.parquet import write_parquet
 from realign.errors import RefusedError
-from realign.modeling.acceleration import Numerics
 from realign.modeling.collate import PreferenceCollator
 from realign.modeling.loading import load_model
 from realign.modeling.processors import load_processor
-from realign.reference import Scoring, build_cache, read_cache
+from realign.reference import build_cache, read_cache
 from realign.reference.probe import probe_rows
 from realign.reference.run import cache
 from realign.training.run import train
 from realign_kernels import Objective
-
-
-def scoring(folder: Path, **options) -> Scoring:
-    scored = {"cells": 3, "rejected_scoring": "label", "batch_size": 4}
-    scored = {name: options.pop(name, default) for name, default in scored.items()}
-    return Scoring(folder, numerics=Numerics(**{"dtype": torch.float32, **options}), **scored)
+from tests.realign.reference.scorings import identity, scoring
 
 
 def build(records, folder: Path, root: Path, shard_size: int = 8, **options) -> Path:
     return build_cache(records, scoring(folder, **options), root, shard_size=shard_size)
-
-
-def identity(folder: Path, **options):
-    return scoring(folder, **options).identity()
 
 
 def scorer(folder: Path, **options):

@@ -24,7 +24,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 def on_ranks(count: int, work: Callable[[Ranks], Any]) -> list[Any]:
-    """What ``work`` returns on each rank, or the refusal that it raises."""
+    """Return the result of ``work`` on each rank, or the refusal that it raises."""
     port, results = free_port(), FORK.Queue()
 
     def run(rank: int) -> None:

@@ -16,25 +16,16 @@ from safetensors.torch import load_file, save_file
 
 from realign.data.dataset import read_records
 from realign.errors import RefusedError
-from realign.modeling.acceleration import Numerics
 from realign.modeling.collate import PreferenceCollator
 from realign.modeling.loading import load_model
 from realign.modeling.processors import load_processor
-from realign.reference import Scoring, build_cache, identity_folder, read_cache
-
-
-def scoring(folder: Path, **options) -> Scoring:
-    scored = {"cells": 3, "rejected_scoring": "label", "batch_size": 2}
-    scored = {name: options.pop(name, default) for name, default in scored.items()}
-    return Scoring(folder, numerics=Numerics(**{"dtype": torch.float32, **options}), **scored)
+from realign.reference import build_cache, identity_folder, read_cache
+from tests.realign.reference.scorings import identity, scoring
 
 
 def build(records, folder: Path, root: Path, shard_size: int = 4, **options) -> Path:
-    return build_cache(records, scoring(folder, **options), root, shard_size=shard_size)
-
-
-def identity(folder: Path, **options):
-    return scoring(folder, **options).identity()
+    made = scoring(folder, **{"batch_size": 2, **options})
+    return build_cache(records, made, root, shard_size=shard_size)
 
 
 @pytest.fixture
@@ -157,7 +148,9 @@ def test_a_log_probability_that_is_not_finite_is_never_stored(
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
-def test_what_is_left_is_what_docs_say(tmp_path: Path, model_dir, records) -> None:
+def test_a_cache_has_the_files_that_the_documentation_lists(
+    tmp_path: Path, model_dir, records
+) -> None:
     place = build(records(10), model_dir, tmp_path)
     assert place == identity_folder(tmp_path, identity(model_dir))
     names = sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())

@@ -167,7 +167,7 @@ def test_a_row_that_changed_is_not_decided_about(client, tmp_path: Path) -> None
     assert not (tmp_path / "decisions.jsonl").exists()
 
 
-def test_a_decision_file_that_is_damaged_or_cannot_be_written_is_said(
+def test_a_decision_file_that_is_damaged_or_cannot_be_written_is_reported(
     client, rows: Rows, tmp_path: Path
 ) -> None:
     path = tmp_path / "decisions.jsonl"
@@ -202,7 +202,7 @@ def test_a_decision_file_that_is_damaged_or_cannot_be_written_is_said(
         ("sort=nothing&status=x&rank=x&least=nan&most=inf&start=-5", list(range(PAGE_SIZE))),
     ],
 )
-def test_filters_and_order(client, query: str, expected: list[int]) -> None:
+def test_filters_and_the_order_select_rows(client, query: str, expected: list[int]) -> None:
     assert numbers(client.get(f"/?{query}").text) == expected
 
 
@@ -219,7 +219,7 @@ def test_pages_reach_every_row_once_while_rows_are_decided(client) -> None:
     assert seen == sorted(seen, key=lambda n: -(n * 7 % 60))
 
 
-def test_previous_leads_back(rows: Rows) -> None:
+def test_the_previous_page_of_a_page_leads_back(rows: Rows) -> None:
     second = rows.page(Query(), 24, 24)
     assert (second.before, second.total, second.previous, second.next) == (24, 60, 0, 48)
     assert rows.page(Query(), 48, 24).next is None
@@ -240,7 +240,7 @@ def test_what_a_model_wrote_is_text(client) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/style.css", "/image/0/original", "/thumbnail/0/original"])
-def test_without_the_token_nothing_is_answered(stranger: TestClient, path: str) -> None:
+def test_requests_without_the_token_are_refused(stranger: TestClient, path: str) -> None:
     for cookie in ("", "realign=wrong", "realign=th\u00e9"):
         answer = stranger.get(path, headers={"cookie": cookie.encode("latin-1")})
         assert (answer.status_code, "token included" in answer.text) == (403, True)
@@ -310,7 +310,7 @@ def test_images_are_not_embedded_by_other_pages(client) -> None:
         b"[" * 16_000,
     ],
 )
-def test_bad_decisions(client, tmp_path: Path, body: bytes) -> None:
+def test_bad_decisions_are_refused(client, tmp_path: Path, body: bytes) -> None:
     headers = {"origin": ORIGIN, "content-type": "application/json"}
     answer = client.post("/decide", content=body, headers=headers)
     assert answer.status_code == 400
@@ -349,7 +349,7 @@ def test_images_have_their_own_type_and_thumbnails_are_small(client, rows: Rows)
         assert max(image.size) <= 264
 
 
-def test_image_bytes_that_are_none_are_not_served(tmp_path: Path, records) -> None:
+def test_bytes_that_are_not_an_image_are_not_served(tmp_path: Path, records) -> None:
     rows = [
         dataclasses.replace(record, images=(raw,))
         for record, raw in zip(
@@ -366,7 +366,7 @@ def test_image_bytes_that_are_none_are_not_served(tmp_path: Path, records) -> No
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
-def test_types_by_content(kind: str) -> None:
+def test_the_type_of_an_image_is_found_from_its_content(kind: str) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4)).save(buffer, kind)
     known = kind in ("JPEG", "PNG", "WEBP")

@@ -25,6 +25,7 @@ from realign.modeling.memory import Footprint
 from realign.modeling.parts import freeze_parts
 from realign.modeling.processors import load_processor
 from realign.review.check import check
+from tests.realign.conftest import write_authors_images
 
 
 def realign(*arguments: object):
@@ -136,29 +137,8 @@ def test_a_good_dataset_passes(tmp_path: Path, records, model_dir: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["d.parquet"]
 
 
-def official(tmp_path: Path, records, count: int) -> list[dict]:
-    (tmp_path / "images").mkdir()
-    rows = []
-    for number, record in enumerate(records(count)):
-        for name, raw in (
-            (f"{number}.png", record.images),
-            (f"{number}r.png", record.rejected_images),
-        ):
-            (tmp_path / "images" / name).write_bytes(raw[0])
-        turn = {"role": "user", "content": f"<image>\n{record.prompt[0]['content']}"}
-        rows.append(
-            {
-                "image": f"{number}.png",
-                "retrieved_image": f"{number}r.png",
-                "chosen": [turn, {"role": "assistant", "content": record.chosen}],
-                "rejected": [turn, {"role": "assistant", "content": record.rejected}],
-            }
-        )
-    return rows  # fmt: skip
-
-
 def test_bad_rows_of_the_authors_json_do_not_hide_the_others(tmp_path: Path, records) -> None:
-    rows = official(tmp_path, records, 8)
+    rows = write_authors_images(records(8), tmp_path / "images")
     rows[1]["image"] = "gone.png"
     rows[1]["retrieved_image"] = "../x.png"
     rows[2] = "no row"
@@ -368,7 +348,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, records) -> None:
     assert len(findings.rejected) == 3
 
 
-def test_a_file_that_is_no_image_is_told_of_the_evaluation(
+def test_a_file_that_is_not_an_image_is_reported_of_the_evaluation(
     tmp_path: Path, records, eval_images: Path
 ) -> None:
     (eval_images / "bad.png").write_bytes(b"x")

@@ -139,7 +139,7 @@ def test_medians_say_how_far_the_values_spread(tmp_path: Path, records) -> None:
     assert "0.50 median similarity of the answers half of them from 0.25 to 0.75" in text
 
 
-def test_one_file_that_can_ask_for_nothing(dataset: Path) -> None:
+def test_the_page_is_one_file_that_loads_nothing(dataset: Path) -> None:
     page = write_report(dataset).read_text()
     assert all(address.startswith(("data:image/webp;", "#")) for address in Page(page).addresses)
     policy = html.unescape(re.findall(r'Security-Policy" content="([^"]+)"', page)[0])

@@ -155,7 +155,9 @@ def test_filters_and_pages_of_the_gallery(page, dataset: Path, address: str) -> 
     assert page.locator(".row-id").count() == expected > 0
 
 
-def test_a_stopped_server_is_said(chromium, dataset: Path, tmp_path: Path, address: str) -> None:
+def test_a_stopped_server_is_reported(
+    chromium, dataset: Path, tmp_path: Path, address: str
+) -> None:
     tab = chromium.new_page()
     tab.goto(address)
     tab.route("**/decide", lambda route: route.abort())

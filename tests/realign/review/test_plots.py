@@ -187,5 +187,5 @@ def test_colours_differ_for_every_kind_of_colour_vision(blindness: str) -> None:
         assert distance > 25, (one, other, distance)
 
 
-def test_a_dollar_in_a_name_is_no_formula() -> None:
+def test_a_dollar_in_a_name_is_not_read_as_a_formula() -> None:
     assert "a$x_{$b" in bar_plot("a$x_{$b", {"m$y_{$": (0.5, 0.4, 0.6)})

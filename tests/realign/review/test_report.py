@@ -86,7 +86,7 @@ def test_words_for_absent_objects_are_marked(text: str, phrases: list[str], show
     assert _marked_phrases(text, phrases) == shown
 
 
-def test_differences_are_told_apart_by_shape_and_number() -> None:
+def test_differences_differ_by_shape_and_number() -> None:
     plot = difference_plot(
         "aligned minus base",
         [

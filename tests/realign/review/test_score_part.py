@@ -1,4 +1,4 @@
-"""The evaluation on a run's page: differences, what was gained and lost, constant answers."""
+"""The evaluation on a run's page: differences, gained and lost answers, constant answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON that every reader takes: numbers are finite, and one function spells them."""
+"""JSON that every reader accepts: numbers are finite, and one function writes them."""
 
 from __future__ import annotations
 

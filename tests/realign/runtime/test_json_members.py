@@ -1,4 +1,4 @@
-"""Reading a large JSON object an entry at a time gives what reading it whole gives."""
+"""Reading a large JSON object an entry at a time gives the same as reading it as a whole."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ PHYSICAL = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         ("3:cpuset:/a", {"cpuset/a/memory.max": "1"}, PHYSICAL),
     ],
 )
-def test_the_strictest_limit(
+def test_the_strictest_limit_of_memory_is_found(
     tmp_path: Path, groups: str, files: dict[str, str], expected: int
 ) -> None:
     (tmp_path / "proc/self").mkdir(parents=True)

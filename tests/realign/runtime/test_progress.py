@@ -1,4 +1,4 @@
-"""Progress as lines: what a log file shows."""
+"""Progress as the lines of a log file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().err.splitlines()
 
 
-def test_the_last_line_is_said_once(
+def test_the_last_line_is_printed_once(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "LINE_INTERVAL_SECONDS", -1.0)  # a line an item
@@ -44,16 +44,16 @@ def test_what_was_done_before_has_no_rate(capsys: pytest.CaptureFixture[str]) ->
     assert lines(capsys) == ["work: 3/3, done before"]
 
 
-def test_nothing_is_said_of_what_failed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_run_prints_no_last_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(KeyboardInterrupt), Progress("work", 3):
         raise KeyboardInterrupt
     assert lines(capsys) == []
 
 
-def test_a_note_that_comes_after_the_last_count_is_said(
+def test_a_note_that_comes_after_the_last_count_is_printed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a loss does: it is logged when the step has been counted."""
+    """A loss comes so late: it is logged when the step has been counted."""
     monkeypatch.setattr(progress, "LINE_INTERVAL_SECONDS", -1)  # every count has a line
     with Progress("train", 1) as running:
         running.advance()

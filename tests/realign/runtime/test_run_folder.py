@@ -1,4 +1,4 @@
-"""An output folder belongs to one run a verb: what differs is named, and what may be removed."""
+"""An output folder belongs to one run per command: differences and removable files are named."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_model_that_is_not_asked_for_is_named_without_its_files(tmp_path: Path
     ]
 
 
-def test_shards_of_nobody_knows_which_run_are_refused(tmp_path: Path) -> None:
+def test_shards_of_an_unknown_run_are_refused(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     (tmp_path / "source_images").mkdir()  # known by their content
     with pytest.raises(RefusedError, match=r"holds shards of a run of `realign build` without"):

@@ -1,4 +1,4 @@
-"""Threads that wait for others leave the cores to other processes, unless the user says how."""
+"""Threads that wait for others leave the cores to other processes, unless the user sets this."""
 
 from __future__ import annotations
 

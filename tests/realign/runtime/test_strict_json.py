@@ -1,4 +1,4 @@
-"""Reading text files: every character comes back, and what is malformed is named."""
+"""Text files are read without the loss of a character, and malformed ones are named."""
 
 from __future__ import annotations
 
@@ -101,14 +101,14 @@ def test_utf_16_is_named(tmp_path: Path) -> None:
     )
 
 
-def test_the_length_of_a_long_line_is_told(tmp_path: Path) -> None:
+def test_the_length_of_a_line_that_is_too_long_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"x" * 2_500_000 + b"\n1")
     (_, error), last = iter_jsonl(tmp_path / "a.jsonl")
     assert "must have at most 1048576 bytes, got 2500001" in str(error)
     assert last == (2, 1)
 
 
-def test_lines_stream(tmp_path: Path) -> None:
+def test_lines_are_read_one_at_a_time(tmp_path: Path) -> None:
     """200 MB of lines in the memory of few, one of them without an end."""
     line = b'{"text": "' + b"x" * 100_000 + b'"}\n'
     with (tmp_path / "a.jsonl").open("wb") as file:

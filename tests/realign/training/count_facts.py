@@ -35,7 +35,7 @@ ONCE = {
     "row layout": ("realign.modeling.packing", "choose_layout"),
     "objective": ("realign.training.objectives", "make_objective"),
 }
-# what is counted, and of which row or image
+# the facts that are counted, and of which row or image they are
 counts: dict[str, Counter[str]] = {name: Counter() for name in ("reads", "hashes", "decodes")}
 facts: Counter[str] = Counter()
 snapshots: dict[str, Any] = {}
@@ -53,7 +53,7 @@ def counted(counter: Counter[str], name: Any, function: Any) -> Any:
 
 
 def snapshot(name: str) -> None:
-    """Keep what was counted until here, the first time."""
+    """Keep the counts up to here, at the first call."""
     found = {what: dict(counter) for what, counter in counts.items()}
     snapshots.setdefault(name, {**found, "facts": dict(facts)})
 

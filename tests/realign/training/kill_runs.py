@@ -87,7 +87,7 @@ def after(events: int, folder: Path) -> Callable[[], None]:
 
 
 def wait(child: int) -> int:
-    """Its exit code; negative for a signal."""
+    """Return the exit code of the process, which is negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -126,7 +126,7 @@ def main() -> None:
         code = None
         while code != 0:
             at_event = by == signal.SIGKILL and rng.random() < 0.5
-            # enough for a save or two; the first are those of an older checkpoint's reading
+            # enough for one or two saves; the first events come from reading an older checkpoint
             before = after(rng.randrange(200), config.out / "steps") if at_event else None
             child = life(config, before)
             if not at_event:

@@ -39,7 +39,7 @@ DISTANCE = 0.1
 
 @dataclasses.dataclass
 class Run:
-    """What one process saw of a run."""
+    """The observations of one process in a run."""
 
     trainer: RDPOTrainer
     gradients: dict[str, torch.Tensor]  # "step/parameter", before any clipping

@@ -12,7 +12,7 @@ from tests.realign.training.pair_training import Run, run, write_pairs
 
 
 def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Of all tensors together, relative."""
+    """Return the relative difference of all tensors, taken together."""
     assert a.keys() == b.keys()
     off = sum((a[name] - b[name]).double().square().sum() for name in a)
     return float((off / sum(value.double().square().sum() for value in a.values())).sqrt())

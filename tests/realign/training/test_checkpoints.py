@@ -1,4 +1,4 @@
-"""Checkpoint folders: whole or absent, believed only as they were written, without pickle."""
+"""Checkpoint folders are complete or absent, used only if unchanged, and hold no pickle."""
 
 from __future__ import annotations
 
@@ -96,13 +96,13 @@ def test_files_of_two_checkpoints_are_never_mixed(tmp_path: Path) -> None:
     assert "is of step 1" in str(damage(renamed))
 
 
-def test_a_file_that_was_added_later_is_no_damage(tmp_path: Path) -> None:
+def test_a_file_that_was_added_later_does_not_count_as_damage(tmp_path: Path) -> None:
     place = save(tmp_path, 1)
     (place / "notes.txt").write_text("good one")
     assert damage(place) is None
 
 
-def test_other_folders_are_no_checkpoints(tmp_path: Path) -> None:
+def test_other_folders_are_not_taken_for_checkpoints(tmp_path: Path) -> None:
     for name in ("checkpoint-best", "checkpoint-", SAVING, "checkpoint-3.tmp"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-8").write_text("a file")
@@ -175,7 +175,7 @@ def test_state_that_only_pickle_could_hold_is_refused(tmp_path: Path, state, whe
     assert not (tmp_path / "state.safetensors").exists()
 
 
-def test_generators_go_on_where_they_were(tmp_path: Path) -> None:
+def test_generators_continue_where_they_were(tmp_path: Path) -> None:
     np.random.standard_normal()  # leaves half a pair behind, which is state too
 
     def draw() -> list[float]:

@@ -43,7 +43,7 @@ def launch(folder: Path, num_ranks: int, engines: dict[str, dict[str, dict]]) ->
 
 
 class Seen:
-    """What every rank wrote of a run."""
+    """The files that every rank wrote during a run."""
 
     def __init__(self, folder: Path, name: str, num_ranks: int) -> None:
         ranks = range(num_ranks)
@@ -54,7 +54,7 @@ class Seen:
         )
 
     def check_ranks_agree(self) -> None:
-        """To the last bit."""
+        """Check that all ranks have the same numbers to the last bit."""
         for what in (self.gradients, self.weights):
             for other in what[1:]:
                 assert what[0].keys() == other.keys()
@@ -62,13 +62,13 @@ class Seen:
         assert all(said["lines"] == self.said[0]["lines"] for said in self.said)
 
     def check_pairs(self, expected: list[str]) -> None:
-        """Every pair was on one rank, once, and every rank had others."""
+        """Check that every pair was on one rank, once, and that every rank had pairs."""
         shares = [list(chain(*said["ids"])) for said in self.said]
         assert sorted(chain(*shares)) == sorted(expected)
         assert all(shares)
 
     def check_equals(self, alone: Run) -> None:
-        """The gradient of every step, the weights and the log."""
+        """Compare the gradient of every step, the weights and the log."""
         first = [name for name in alone.gradients if name.startswith("0/")]
         assert difference(self.gradients[0], alone.gradients, first) <= 1e-6
         # rounding of the first step moves the second one
@@ -82,7 +82,7 @@ class Seen:
 
 
 def difference(a: dict, b: dict, names: list[str]) -> float:
-    """Of some tensors together, relative."""
+    """Return the relative difference of some tensors, taken together."""
     off = sum((a[name] - b[name]).double().square().sum() for name in names)
     return float((off / sum(b[name].double().square().sum() for name in names)).sqrt())
 
@@ -226,7 +226,7 @@ def test_a_run_goes_on_from_its_checkpoint(two_ranks: Path, whole: str, resumed:
 
 
 def test_a_model_that_is_not_sharded_is_loaded_by_every_rank(two_ranks: Path, model_dir) -> None:
-    """Where the first rank loads for all, the reference would be nothing on the others."""
+    """The other ranks would have an empty reference if the first one loaded it for all."""
     expected = dict(load_model(model_dir, torch.float32).named_parameters())
     for rank in range(2):
         loaded = load_file(two_ranks / f"reference-model.{rank}.safetensors")

@@ -47,7 +47,7 @@ def datasets_of(folder: Path, rows: list[Any]) -> dict[str, dict[str, str]]:
     ],
 )
 def found(request, tmp_path_factory, model_dir: Path, records) -> dict[str, Any]:
-    """What every run has counted, by the form of the dataset: processes of each are given."""
+    """Return the counts of every run by the form of its dataset, with one entry per process."""
     folder = tmp_path_factory.mktemp("facts")
     model = {"model": str(model_dir)}
     datasets = datasets_of(folder, records(ROWS))
@@ -81,7 +81,7 @@ def test_every_fact_is_found_once_before_the_first_step(found, dataset: str) -> 
         step = counted["before the first optimizer step"]
         assert max(step["reads"].values()) <= 2
         assert max(step["decodes"].values()) <= 2
-        # what is fed to the model is known by the hash of the bytes that were read for it
+        # inputs of the model are recognised by the hash of the bytes that were read for them
         fed = {row for row, times in step["reads"].items() if times == 2}
         assert 2 <= len(fed) <= 4
         assert sum(step["hashes"].values()) == ROWS + len(fed)

@@ -1,4 +1,4 @@
-"""A checkpoint that cannot be written costs the run, never an older checkpoint."""
+"""A checkpoint that cannot be written ends the run, and never harms an older checkpoint."""
 
 from __future__ import annotations
 

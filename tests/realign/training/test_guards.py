@@ -1,5 +1,6 @@
-"""What stops a run before a weight changes: numbers that are not finite, a policy that is not its
-reference, memory that is full.
+"""Faults stop a run before a weight changes.
+
+They are numbers that are not finite, a policy that is not its reference, and full memory.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ def test_the_first_step_is_checked_before_it_is_made(trainer, reference, model_d
         trainer(reference, other).train()
 
 
-def test_a_run_that_goes_on_is_not_checked(trainer, reference, tmp_path: Path) -> None:
+def test_a_continued_run_is_not_checked_again(trainer, reference, tmp_path: Path) -> None:
     trainer(reference, save_strategy="steps", save_steps=1, max_steps=1).train()
     moved = {key: logps + torch.tensor([1.0, 0.0, 0.0]) for key, logps in reference.items()}
     trained = trainer(moved, save_strategy="steps", save_steps=1)

@@ -51,7 +51,7 @@ def stop_runs(tmp_path: Path, records, model_dir: Path, **given: Any) -> dict[st
     return result
 
 
-def test_kill_9(tmp_path: Path, records, model_dir: Path) -> None:
+def test_a_run_ended_by_kill_9_goes_on_exactly(tmp_path: Path, records, model_dir: Path) -> None:
     stop_runs(
         tmp_path, records, model_dir, count=2, rows=8, signal="SIGKILL", options={"save_steps": 1}
     )
@@ -90,7 +90,7 @@ def test_workers_leave_sigterm_to_the_process_that_saves() -> None:
 
 @pytest.mark.parametrize("is_persistent", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_workers_end_with_a_run_that_fails(is_persistent: bool) -> None:
-    """In the middle of an epoch; the traceback holds what held the workers."""
+    """The run fails in the middle of an epoch, and its traceback still refers to the workers."""
     code = (
         "from functools import partial\n"
         "from torch.utils.data import DataLoader\n"

@@ -1,4 +1,4 @@
-"""Metrics: means over pairs, whatever the micro-batches, the ranks and the checkpoints between."""
+"""Metrics are means over pairs, for any micro-batches, ranks and checkpoints in between."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RDPO = Objective.rdpo(0.1, 0.1, 1.0)
 
 
 def output(*losses: float, images: bool = True) -> RdpoOutput:
-    """As many pairs as losses; what else there is follows from them."""
+    """Return a batch with as many pairs as losses; its other values follow from them."""
     values = torch.tensor(losses)
     num_tokens = torch.ones(3, len(losses), dtype=torch.int64)
     num_tokens[2] *= images

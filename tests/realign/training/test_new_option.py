@@ -45,7 +45,7 @@ class Cache(CacheConfig):
 
 @dataclass
 class Arguments(RDPOConfig):
-    """What the trainer is given, in the file that uses it."""
+    """The arguments of the trainer, in the file that uses them."""
 
     loss_scale: float = 1.0
 

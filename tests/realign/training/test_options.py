@@ -1,4 +1,4 @@
-"""Options of training on the embedded model: what they change, and what they do not go with."""
+"""Options of training on the embedded model: their effects and the combinations they refuse."""
 
 from __future__ import annotations
 
@@ -130,7 +130,9 @@ def test_autocast_keeps_float32_weights_and_starts_at_its_own_reference(
         ("constant", [0, 1, 1, 1]),
     ],
 )
-def test_schedules(tmp_path: Path, schedule: str, shares: list[float]) -> None:
+def test_schedules_have_the_expected_learning_rates(
+    tmp_path: Path, schedule: str, shares: list[float]
+) -> None:
     config = TrainConfig(
         model="m",
         data=tmp_path,

@@ -1,4 +1,4 @@
-"""What is found and said before any weight is loaded."""
+"""Faults and requirements of a run are reported before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -170,24 +170,23 @@ def test_a_cache_of_another_processor_is_refused_before_weights_load(
         train(config(without_weights, data, tmp_path, cache=tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("is_adapted", [False, True])
+WITHOUT_LORA: list[dict] = [{}, {"freeze_vision": False, "freeze_language": True}]
+WITH_LORA: list[dict] = [
+    {"lora": LORA, "dtype": "bfloat16", "train_projector": True},
+    {"lora": LoraSection(r=2, alpha=4, targets=["q_proj"]), "freeze_projector": True},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"freeze_vision": False, "freeze_language": True},
-        {"lora": LORA, "dtype": "bfloat16", "train_projector": True},
-        {"lora": LoraSection(r=2, alpha=4, targets=["q_proj"]), "freeze_projector": True},
-    ],
+    ("options", "is_adapted"),
+    [*((one, False) for one in WITHOUT_LORA + WITH_LORA), *((one, True) for one in WITH_LORA)],
     ids=str,
 )
-def test_the_outline_is_what_trains(
+def test_the_outline_has_the_parameters_that_are_trained(
     tmp_path: Path, model_dir: Path, data: Path, options, is_adapted: bool
 ) -> None:
     folder = model_dir
-    if is_adapted:  # an adapter that trains on
-        if "lora" not in options:
-            return
+    if is_adapted:  # an adapter whose training goes on
         made = load_policy(TrainPlan.of(config(model_dir, data, tmp_path, **options)))
         folder = tmp_path / "adapter"
         made.save_pretrained(folder)
@@ -274,7 +273,7 @@ def test_more_memory_than_there_is_is_refused_and_close_calls_are_named(
     train(run, dry_run=True)
     advice = "which may not do: try gradient_checkpointing or a smaller batch_size\n"
     assert capsys.readouterr().err.endswith(advice)
-    # weights that are split over processes are no one's alone
+    # weights that are split over processes belong to none alone
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setattr(module, "_device_memory", lambda: ("a toy", 1))
     train(run, dry_run=True)

@@ -1,4 +1,4 @@
-"""``realign train`` under torchrun: one run, whoever computes it."""
+"""``realign train`` under torchrun gives the same run as in one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is continued ends as what was never stopped: weights, optimizer, generators, log."""
+"""A continued run ends as one that never stopped: weights, optimizer, generators and log."""
 
 from __future__ import annotations
 

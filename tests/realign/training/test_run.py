@@ -1,4 +1,4 @@
-"""Training on the embedded model: the first loss, metrics, what is trained, resuming, refusals."""
+"""Training on the embedded model: first loss, metrics, trained parts, resuming and refusals."""
 
 from __future__ import annotations
 
@@ -153,7 +153,9 @@ def test_lora_trains_adapters_outside_the_vision_tower(tmp_path: Path, model_dir
         ("symmetric", 4 * math.log(2)),
     ],
 )
-def test_objectives(tmp_path: Path, model_dir, data, objective: str, first_loss: float) -> None:
+def test_each_objective_begins_at_its_known_loss(
+    tmp_path: Path, model_dir, data, objective: str, first_loss: float
+) -> None:
     train(config(model_dir, data, tmp_path / "run", objective=objective))
     lines = metrics(tmp_path / "run")
     assert lines[0]["loss"] == pytest.approx(first_loss, abs=1e-4)

@@ -1,4 +1,4 @@
-"""Which pairs every rank gets: each once, in steps that do not depend on the number of ranks."""
+"""Every pair goes to one rank once, in steps that do not depend on the number of ranks."""
 
 from __future__ import annotations
 
@@ -90,5 +90,5 @@ def test_a_rank_without_pairs_or_images_collates_what_it_needs(
     assert unseen.keys() == {"pixel_values"}
     assert torch.equal(unseen["pixel_values"][:1], collator([rows[0]])["pixel_values"][:1])
     assert filled(text)["ids"] == ["r0", "r1", "r2"]
-    # nobody has an image: nothing to wait for
+    # no pair has an image, so there is nothing to wait for
     assert "unseen_images" not in filled_collator(collator, text)(text)

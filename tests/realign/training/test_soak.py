@@ -1,4 +1,4 @@
-"""Five hundred steps: memory and open files stay what they are."""
+"""Memory and open files do not grow over five hundred steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RDPOTrainer as other code calls it: what it refuses and what it switches off."""
+"""RDPOTrainer as other code calls it: its refusals, and the settings that it changes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_an_unknown_objective_is_refused(tmp_path: Path, model_dir, records) -> 
         )
 
 
-def test_dropout_is_off(tmp_path: Path, model_dir, records) -> None:
+def test_training_switches_dropout_off(tmp_path: Path, model_dir, records) -> None:
     rows = records(2)
     model = load_model(model_dir, torch.float32)
     layer = next(module for module in model.modules() if hasattr(module, "attention_dropout"))

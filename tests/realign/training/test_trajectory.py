@@ -1,4 +1,4 @@
-"""Two hundred steps of ours end where plain PyTorch ends.
+"""Two hundred steps of our trainer end with the weights of plain PyTorch.
 
 Ours: packed rows, cached references, the fused head. Beside it a loop that shares nothing with it
 but the model's weights: a forward a sequence, the reference live, log-softmax of all logits.
@@ -32,7 +32,7 @@ SEQUENCES = (("chosen", False), ("rejected", False), ("chosen", True))
 
 
 class Trajectory(NamedTuple):
-    """Of every step."""
+    """The results of every step."""
 
     losses: Tensor
     grad_norms: Tensor
@@ -54,7 +54,7 @@ def train(model: nn.Module, losses: Iterator[Tensor]) -> Trajectory:
 
 
 def ours(model_dir: Path, batches: Sequence[list[Record]], root: Path) -> Trajectory:
-    """As ``realign cache`` and ``realign train`` compute it."""
+    """Compute the reference as ``realign cache`` and ``realign train`` do."""
     records = list({record.key: record for batch in batches for record in batch}.values())
     # batches of another size than those of training
     scoring = Scoring(model_dir, 3, "label", Numerics(torch.float32), batch_size=5)
@@ -135,7 +135,7 @@ def assert_same_trajectory(
 
 
 def largest_difference(found: Trajectory, expected: Trajectory) -> float:
-    """Of the gradients' norms, relative."""
+    """Return the relative difference of the gradients' norms."""
     return float(((found.grad_norms - expected.grad_norms).abs() / expected.grad_norms).max())
 
 

@@ -1,4 +1,4 @@
-"""What a run refuses, and the options that it gives to the trainer."""
+"""Refusals of a run, and the options that it gives to the trainer."""
 
 from __future__ import annotations
 

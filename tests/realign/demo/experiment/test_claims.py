@@ -1,4 +1,4 @@
-"""Verdicts by their intervals, and the protocol that they are about."""
+"""Verdicts follow from intervals, and the protocol names what exists."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ KEEPS = replace(MORE, keeps_up=True)
         (MORE, math.nan, math.nan, OPEN),
     ],
 )
-def test_verdicts(claim: Claim, low: float, high: float, expected: str) -> None:
+def test_the_verdict_follows_from_the_interval(
+    claim: Claim, low: float, high: float, expected: str
+) -> None:
     assert verdict(claim, Interval((low + high) / 2, low, high)) == expected
 
 

@@ -1,4 +1,4 @@
-"""The whole experiment, small: the same bytes with one process and with two, also after a kill."""
+"""The whole experiment at a small size has the same bytes with two processes and after a kill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of the experiment say what is compared, and show no setting that is not used."""
+"""The tables of the experiment name what they compare, and show only settings that are used."""
 
 from __future__ import annotations
 

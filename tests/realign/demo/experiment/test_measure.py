@@ -1,4 +1,4 @@
-"""What is measured of a model, against its own generation and against formulas."""
+"""Measurements of a model, against its own generation and against formulas."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_divergence_is_the_formula_in_float64() -> None:
         assert value == pytest.approx(expected, rel=1e-12)
 
 
-def test_divergence_of_captions(measurer: Measurer, other: Any) -> None:
+def test_the_divergence_is_zero_for_the_reference_alone(measurer: Measurer, other: Any) -> None:
     captions = ["There is a red house at the top.", "There is a blue cup on the left.", ""]
     assert measurer.divergence(measurer.reference, DRAW, captions) == 0.0
     found = measurer.divergence(other, DRAW, captions)

@@ -1,4 +1,4 @@
-"""What every test of the integration leaves behind."""
+"""Every test of the integration is checked to leave TRL as it was."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ USES_TRITON = utils._use_triton
 
 @pytest.fixture(autouse=True)
 def _is_undone() -> Iterator[None]:
-    """Every test leaves TRL as it was."""
+    """Check that a test has left TRL as it was."""
     yield
     assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction
     assert chunked_logprob.ChunkedLogProbFunction is ChunkedLogProbFunction

@@ -13,7 +13,7 @@ from realign_kernels.testing import HeadInputs
 
 
 def call(function: Any, inputs: HeadInputs, *outputs: tuple[str, ...], chunk_size: int = 32) -> Any:
-    """Call TRL's function, or what is in its place."""
+    """Call TRL's function, or the one in its place."""
     options = inputs.options
     return function.apply(
         inputs.hidden_states,

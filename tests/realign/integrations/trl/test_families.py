@@ -117,7 +117,7 @@ def test_virtual_tokens_are_cut_off_on_the_native_path_as_in_stock(tmp_path: Pat
 
 
 def test_the_auxiliary_loss_of_a_mixture_of_experts(tmp_path: Path) -> None:
-    """It is added on the native path as in stock; the own path has none and refuses it."""
+    """The loss is added on the native path as in TRL; the own path has none and refuses it."""
     family = FAMILIES["qwen3-vl"]()
     parts = family.model.config.to_dict()
     skipped = ("model_type", "transformers_version", "architectures")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -30,9 +30,10 @@ OF_THE_IMAGE_PAIR = {"rewards/image_margins", "rewards/image_accuracies", "logps
 
 @cache
 def expected(loss_type: str = "sigmoid", *, image_pairs: bool = False) -> Step:
-    """What TRL's trainer does, computed once."""
+    """Return a step of TRL's trainer, which is computed once."""
     training = {"loss_type": loss_type}
-    return step(stock(Path(mkdtemp()), image_pairs=image_pairs, training=training))
+    with TemporaryDirectory() as folder:
+        return step(stock(Path(folder), image_pairs=image_pairs, training=training))
 
 
 def check(found: Step, truth: Step, *, loss: float, gradient: float) -> None:

@@ -88,7 +88,7 @@ def test_results_and_gradients_are_those_of_float64(dtype, most, most_of_gradien
 @pytest.mark.parametrize("slopes", [(1.0, 0.0), (0.0, 1.0), (2.0, -0.5)], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_trls_function(case, slopes):
-    """Of the log-probabilities alone, of the entropies alone, of both."""
+    """Compare the gradients of the log-probabilities alone, of the entropies alone, and of both."""
     inputs = make_head_inputs(41, 203, 16, torch.float32, **CASES[case])
     ours, theirs, exact = inputs.as_leaves(), inputs.as_leaves(), inputs.as_leaves(torch.float64)
     total(patched(ours), slopes).backward()
@@ -148,7 +148,7 @@ def test_a_bias_of_another_dtype_is_rounded_as_trl_rounds_it(dtype):
 
 
 def test_no_labels_leave_everything_connected():
-    """As where a micro-batch has no answer token: its gradient is zero, and not missing."""
+    """A micro-batch may have no answer token: its gradient is zero, and not missing."""
     inputs = make_head_inputs(5, 61, 8, torch.float32).as_leaves()
     no_rows = HeadInputs(
         inputs.hidden_states[:0], inputs.lm_head_weight, inputs.labels[:0], inputs.options
@@ -244,7 +244,7 @@ def test_what_the_head_does_not_take_goes_to_trls_function(options, change):
 
 
 def test_other_devices_are_left_to_trl():
-    """Of which only this one is here; TRL's function fails there, with or without the patch."""
+    """The meta device is such a one; TRL's function fails there, with or without the patch."""
     inputs = make_head_inputs(17, 61, 8, torch.float32)
     inputs = HeadInputs(*(part.to("meta") for part in (*inputs.tensors, inputs.labels)), {})
     with pytest.raises(RuntimeError, match="unknown device type for autocast"):

@@ -1,4 +1,4 @@
-"""What the patch binds in TRL, for how long, and which versions of TRL it refuses."""
+"""The patch binds names of TRL for a time, and refuses some versions of TRL."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_every_place_of_trl_that_names_the_function_is_known_and_patched():
 
 
 def test_who_keeps_the_function_beyond_the_patch_has_trls_own():
-    """As a module has that imported it meanwhile."""
+    """A module that imported it meanwhile has such a reference."""
     inputs = make_head_inputs(5, 61, 8, torch.float32)
     with patch_trl() as patch:
         kept = utils._ChunkedLogProbFunction
@@ -110,7 +110,7 @@ def test_a_function_with_other_arguments_is_refused(monkeypatch, function, got):
 
 
 def test_a_trl_without_the_choice_of_positions_is_patched(monkeypatch):
-    """As TRL 1.15, which has no other way than to score answers alone."""
+    """TRL 1.15 has no other way than to score answers alone."""
     inputs = make_head_inputs(5, 61, 8, torch.float32)
     with monkeypatch.context() as changed:
         changed.delattr(utils, "_use_triton")
@@ -134,7 +134,7 @@ def test_compact_must_be_a_truth_value():
 # Dynamo asks every tensor that it meets for its .grad.
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
 def test_it_compiles_as_far_as_trls_function_does():
-    """With a break of the graph, as TRL's own has."""
+    """The graph breaks, as with TRL's own function."""
     inputs = make_head_inputs(17, 61, 8, torch.float32).as_leaves()
 
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

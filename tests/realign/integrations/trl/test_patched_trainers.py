@@ -52,7 +52,7 @@ def check_equal(found: Step, expected: Step) -> None:
 
 @pytest.fixture
 def lora() -> LoraConfig:
-    """Adapters that leave the head alone, as TRL wants it."""
+    """Return the options of adapters that leave the head alone, as TRL requires."""
     return LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|down_proj)")
 
 

@@ -1,4 +1,4 @@
-"""What RdpoTrainer refuses, by its messages, before a model is asked anything."""
+"""RdpoTrainer refuses wrong options before a model computes anything, checked by its messages."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ DPO = {"objective": Objective.dpo()}
     ],
 )
 @pytest.mark.parametrize("data_path", ["own", "native"])
-def test_options_of_the_configuration(
+def test_options_of_the_configuration_that_do_not_fit_are_refused(
     tmp_path: Path, training: dict[str, Any], message: str, data_path: str
 ) -> None:
     with pytest.raises(RefusedError, match=re.escape(message)):
@@ -113,7 +113,9 @@ def test_options_of_the_configuration(
         ),
     ],
 )
-def test_arguments(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_arguments_that_do_not_fit_are_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(RefusedError, match=re.escape(message)):
         ours(tmp_path, **{"model": None, **options})
 
@@ -176,7 +178,7 @@ def test_a_model_that_our_forward_cannot_score_is_sent_to_the_native_path(
 
 
 @pytest.mark.parametrize("change", [{"use_dora": True}, {"lora_dropout": 0.5}])
-def test_an_adapter_of_the_output_projection_that_is_no_plain_one(
+def test_an_adapter_of_the_output_projection_that_is_not_plain_lora_is_refused(
     tmp_path: Path, change: dict[str, Any]
 ) -> None:
     lora = LoraConfig(r=2, target_modules=["lm_head", "q_proj"], **change)
@@ -197,14 +199,14 @@ def test_an_adapter_of_the_output_projection_on_the_native_path_is_refused_by_tr
         ours(tmp_path, model=untied_model(), data_path="native", peft_config=lora)
 
 
-def test_given_prompt_tuning(tmp_path: Path) -> None:
+def test_a_model_with_prompt_tuning_is_refused(tmp_path: Path) -> None:
     model = reference_model()
     model.config.vocab_size = model.config.text_config.vocab_size
     with quiet_peft(), pytest.raises(RefusedError, match="must not add virtual tokens"):
         ours(tmp_path, model=get_peft_model(model, PROMPT), peft_config=None)
 
 
-def test_predictions(tmp_path: Path) -> None:
+def test_predictions_beyond_the_loss_are_refused(tmp_path: Path) -> None:
     trainer = ours(tmp_path, reference=cached_reference())
     with pytest.raises(RefusedError, match=r"prediction_loss_only must be True .* Call evaluate"):
         trainer.predict(trainer.train_dataset)
@@ -231,7 +233,7 @@ def test_label_smoothing_is_ignored_as_trl_does(tmp_path: Path, caplog, data_pat
     assert "label_smoothing = 0.1 is ignored: TRL reads it for" in caplog.text
 
 
-def test_a_policy_that_does_not_begin_at_its_cache_is_said_once(tmp_path: Path, caplog) -> None:
+def test_a_policy_that_differs_from_its_cache_is_reported_once(tmp_path: Path, caplog) -> None:
     said = "the first loss must be 1.386294, that of a policy which is its own reference"
     options = {"reference": cached_reference(), "training": {"max_steps": 2}}
     ours(tmp_path, model=reference_model(), **options).train()
@@ -242,7 +244,7 @@ def test_a_policy_that_does_not_begin_at_its_cache_is_said_once(tmp_path: Path, 
     assert "check_first_step" not in caplog.text
 
 
-def test_two_options_are_set_and_said(tmp_path: Path, caplog) -> None:
+def test_two_options_are_changed_and_reported(tmp_path: Path, caplog) -> None:
     trainer = ours(tmp_path, training={"max_length": 20, "remove_unused_columns": True})
     assert trainer.args.max_length is None
     assert not trainer.args.remove_unused_columns

@@ -25,7 +25,7 @@ ROW: dict[str, Any] = {
 
 
 def test_rows_have_the_keys_of_the_records_that_realign_reads(tmp_path: Path, records) -> None:
-    """What `realign cache` computes for a parquet file is found for the dataset made of it."""
+    """A dataset made of a parquet file uses the cache that `realign cache` made for the file."""
     file = tmp_path / "d.parquet"
     write_parquet(records(4), file)
     dataset = datasets.Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "c"))

@@ -1,4 +1,4 @@
-"""What RdpoTrainer saves is what it trained: checkpoints resume, adapters load and get cards."""
+"""RdpoTrainer saves the trained weights: checkpoints resume, adapters load and get cards."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def dense_loss(model: Any, objective: Objective) -> Tensor:
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
 def test_an_adapter_of_the_output_projection_trains(tmp_path: Path, task_type: str | None) -> None:
-    """It is in the policy's loss and gradient, and not in the reference."""
+    """The adapter is in the policy's loss and gradient, and not in the reference."""
     config = lora("lm_head", "q_proj")
     config.task_type = task_type
     with quiet_peft():

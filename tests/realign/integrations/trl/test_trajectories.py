@@ -30,7 +30,7 @@ TRAINING = {"per_device_train_batch_size": 2, "max_steps": 50, "learning_rate": 
 
 
 def lines(trainer: Any) -> list[dict[str, float]]:
-    """What a run logs, step after step and of every evaluation."""
+    """Return the log of a run: every step and every evaluation."""
     with quiet_peft():
         trainer.train()
     return [line for line in trainer.state.log_history if "loss" in line or "eval_loss" in line]

@@ -1,4 +1,4 @@
-"""What every tiny family is made of: a model with weights that matter, a tokenizer, a processor."""
+"""The parts of every tiny family: a model whose weights matter, a tokenizer and a processor."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _byte_pairs() -> str:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """Of a text configuration: vocabulary with a few rows that no token uses, and special ids."""
+    """Return text options: a vocabulary with a few rows that no token uses, and special ids."""
     return {
         "vocab_size": len(tokenizer) + 5,
         "bos_token_id": tokenizer.bos_token_id,

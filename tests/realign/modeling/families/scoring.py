@@ -31,7 +31,7 @@ def _as_model(model: PreTrainedModel, value: Any) -> Any:
 
 
 def token_logps(family: Family, batch: dict[str, Any]) -> dict[int, Tensor]:
-    """Of every sequence that is there, cell * P + pair, its answer's tokens."""
+    """Return the log-probabilities of every answer that is present, by cell * P + pair."""
     model: Any = family.model
     inputs = {name: value for name, value in batch.items() if name not in LAYOUT}
     packing, images = inputs.pop("packing"), inputs.pop("images")
@@ -68,8 +68,9 @@ def stock_token_logps(family: Family, records: list[Record], cells: int) -> dict
 
 
 def stock_inputs(family: Family, record: Record, cell: int) -> tuple[dict[str, Tensor], int]:
-    """What transformers' own processor makes of one cell up to its end of turn, and where in it the
-    answer begins.
+    """Return the inputs of one cell up to its end of turn, and where its answer begins.
+
+    They are made by transformers' own processor.
     """
     which, retrieved = CELLS[cell]
     answer = getattr(record, which)

@@ -70,7 +70,7 @@ class Hub:
         self._thread.join()
 
     def _refusal(self, request: Request) -> Response | None:
-        """What a request meets before it is looked at."""
+        """Return the response that refuses a request before it is read, or None."""
         self.requests.append(f"{request.method} {request.url.path}")
         if request.headers.get("authorization") != f"Bearer {TOKEN}":
             message = "Invalid credentials in Authorization header"

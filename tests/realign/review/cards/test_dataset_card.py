@@ -77,7 +77,7 @@ def test_it_says_how_the_pairs_were_made(run: Path) -> None:
     assert str(run.parent) not in text
 
 
-def test_rows_of_other_makings_claim_nothing(tmp_path: Path, records) -> None:
+def test_the_card_of_rows_of_unknown_origin_claims_nothing(tmp_path: Path, records) -> None:
     write_parquet(records(4), tmp_path / "own" / "dataset.parquet")
     card, text = written(tmp_path / "own")
     assert "The folder holds no record of it." in text

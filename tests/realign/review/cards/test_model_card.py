@@ -127,7 +127,7 @@ def test_no_path_of_this_machine_is_in_it(run: Path, tmp_path: Path, finished: P
         assert str(finished.parent) not in text
 
 
-def test_names_that_are_not_known_are_said_to_be(run: Path) -> None:
+def test_unknown_names_are_marked_as_such(run: Path) -> None:
     card, text = written(run, CardOptions())
     assert "base_model" not in card.data.to_dict()
     assert '.from_pretrained("BASE"' in text
@@ -228,7 +228,7 @@ def test_options_that_cannot_be_are_refused(options, message: str, run: Path) ->
     assert not (run / "checkpoint" / "README.md").exists()
 
 
-def test_paths_that_are_nothing_are_refused(run: Path, tmp_path: Path) -> None:
+def test_paths_without_a_run_are_refused(run: Path, tmp_path: Path) -> None:
     def refusal(path: Path) -> str:
         with pytest.raises(RefusedError) as refused:
             write_card(path, CardOptions())

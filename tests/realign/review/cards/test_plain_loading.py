@@ -41,7 +41,7 @@ save_file({"before": before, "after": after}, "logits.safetensors")
 
 
 class Plain(NamedTuple):
-    """What the other process made of the adapter."""
+    """The results that another process computed with the adapter."""
 
     inputs: dict[str, torch.Tensor]
     logits: dict[str, torch.Tensor]

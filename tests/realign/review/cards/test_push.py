@@ -1,4 +1,4 @@
-"""Uploads to a hub on loopback by the hub's own library, and what is refused before any request."""
+"""Uploads to a hub on this machine by the hub's own library, and refusals before any request."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_of_a_build_the_rows_and_the_card_alone_are_uploaded(ready: Path, hub: H
     assert "build.json, embeddings, funnel.json, " in result.output.partition("stays here: ")[2]
 
 
-def test_a_dry_run_lists_the_files_and_asks_nobody(ready: Path, hub: Hub) -> None:
+def test_a_dry_run_lists_the_files_and_sends_no_request(ready: Path, hub: Hub) -> None:
     result = realign("push", ready, "--repo", "user/aligned", "--dry-run")
     assert result.exit_code == 0, result.output
     for name, content in files_of(ready / "checkpoint").items():
@@ -96,7 +96,7 @@ def test_the_command_pushes_by_its_environment_alone(ready: Path, hub: Hub, tmp_
 
 
 @pytest.mark.parametrize(("is_private", "flag"), [(False, ()), (True, ("--public",))])
-def test_a_repository_that_is_seen_by_others_than_asked_is_left_as_it_is(
+def test_a_repository_with_another_visibility_than_asked_for_is_not_changed(
     is_private: bool, flag, ready: Path, hub: Hub
 ) -> None:
     hub.private["models/user/aligned"] = is_private
@@ -108,7 +108,7 @@ def test_a_repository_that_is_seen_by_others_than_asked_is_left_as_it_is(
     assert hub.commits == {}
 
 
-def test_without_a_token_or_the_network_one_line_says_so(
+def test_a_missing_token_or_network_is_reported_in_one_line(
     ready: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refusal(repo: str = "user/aligned") -> str:
@@ -145,7 +145,7 @@ def test_what_the_hub_says_of_the_card_is_passed_on(ready: Path, hub: Hub) -> No
     assert hub.commits == {}
 
 
-def test_a_file_that_the_hub_leaves_out_is_told(ready: Path, hub: Hub) -> None:
+def test_a_file_that_the_hub_leaves_out_is_reported(ready: Path, hub: Hub) -> None:
     hub.ignored = ("tokenizer.json",)
     result = realign("push", ready, "--repo", "user/aligned")
     assert result.exit_code == 2

@@ -1,4 +1,4 @@
-"""What vLLM serves of our adapters, by the names of their weights.
+"""Adapters that vLLM can serve are recognised by the names of their weights.
 
 The rule is written here from its sources a second time: `vllm/lora/utils.py` takes names of
 ``base_model.model.``, a module, and ``lora_A.weight`` or ``lora_B.weight``; the weight mappers of
@@ -77,7 +77,7 @@ def test_the_card_says_how_it_is_served(run: Path) -> None:
         ),
     ],
 )
-def test_what_is_not_served_is_said_with_the_way_out(
+def test_adapters_that_cannot_be_served_are_reported_with_a_way_out(
     trained: dict[str, object], reasons: list[str], run: Path, model_dir: Path
 ) -> None:
     options = {"rank": 4, "alpha": 8, "targets": "all-linear", "freeze_vision": True, **trained}
@@ -104,7 +104,9 @@ def test_what_is_not_served_is_said_with_the_way_out(
         ({"rank_pattern": {"q_proj": 600}}, "its rank is 600, and vLLM takes at most 512"),
     ],
 )
-def test_kinds_of_other_programs_are_told_by_their_configuration(change, reason: str) -> None:
+def test_adapters_of_other_programs_are_recognised_by_their_configuration(
+    change, reason: str
+) -> None:
     config = {"peft_type": "LORA", "r": 16, "bias": "none", **change}
     name = "base_model.model.model.language_model.layers.0.mlp.up_proj.lora_A.weight"
     assert obstacles(config, [name]) == [reason]
@@ -123,7 +125,7 @@ def test_kinds_of_other_programs_are_told_by_their_configuration(change, reason:
         ),
     ],
 )
-def test_weights_of_other_places_are_told_by_their_names(name: str, reason: str) -> None:
+def test_weights_of_other_places_are_recognised_by_their_names(name: str, reason: str) -> None:
     found = obstacles({"peft_type": "LORA", "r": 16}, [f"base_model.model.{name}"])
     assert found == [reason]
 

@@ -1,4 +1,4 @@
-"""Engines give every item to a worker once, wherever it runs, and say what went wrong."""
+"""Engines give every item to a worker once, wherever it runs, and report errors."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_worker_that_dies_is_named_with_its_shard_and_what_is_done_is_kept(
     assert all(path.read_bytes() == content for path, content in kept.items())
 
 
-def test_nothing_missing_opens_nothing(tmp_path: Path) -> None:
+def test_no_worker_is_opened_where_no_shard_is_missing(tmp_path: Path) -> None:
     (tmp_path / "0").write_bytes(b"there")
     fill_shards("none", {0: tmp_path / "0"}, {0: 1}, lambda i: i, Squares("open"), Engine())
 
@@ -133,7 +133,7 @@ def test_a_task_may_meet_an_end_of_file_of_its_own() -> None:
 
 
 @pytest.mark.full
-def test_a_script_without_a_guard_is_told_to_have_one(tmp_path: Path) -> None:
+def test_a_script_without_a_guard_is_refused_with_advice(tmp_path: Path) -> None:
     script = tmp_path / "unguarded.py"
     script.write_text(dedent(SLEEPERS).partition("if __name__")[0] + UNGUARDED)
     ended = subprocess.run(

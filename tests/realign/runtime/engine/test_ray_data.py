@@ -1,4 +1,4 @@
-"""Ray: what goes wrong in an actor is said as anywhere else, and only so much is made at once.
+"""Ray reports errors of an actor as other engines do, and makes a limited number of items at once.
 
 What needs Ray is in one process of its own: Ray warns about itself when it is imported, and
 starting it and its actors is what takes the time.
