@@ -7,6 +7,7 @@ They are built without a network, by the command that publishes them.
 from __future__ import annotations
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -133,9 +134,17 @@ def test_what_is_published_works_without_this_tree(
     libraries = [path for path in sys.path if Path(path).name == "site-packages"]
     (own / "libraries.pth").write_text("\n".join(libraries) + "\n")
 
+    # a PYTHONPATH with the clone would be searched before the installed packages
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
     def output(*command: object) -> str:
         return subprocess.run(
-            [*map(str, command)], cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True
+            [*map(str, command)],
+            cwd=tmp_path,
+            env=variables,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
         ).stdout
 
     version = realign_kernels.__version__

@@ -1,4 +1,4 @@
-"""Rules of the language that ruff does not have: beginnings of docstrings, and empty names."""
+"""Rules of language that ruff lacks: the beginnings of docstrings, and names without meaning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of the rooms, and what no file of the packages may do.
+"""The order of the rooms, and rules for every file of the packages.
 
 A room is a folder, or a file at the top, of a package. `ROOMS` says which other rooms each may
 import; every import counts: at the top of a file, inside a function, and for types.

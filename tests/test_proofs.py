@@ -1,4 +1,4 @@
-"""Every row of docs/proofs.md names tests that are there, and `make test` runs one of them."""
+"""Every row of docs/proofs.md names tests that exist, and `make test` runs one of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.conftest import FOUND
 
 PAGE = (Path(__file__).parents[1] / "docs" / "proofs.md").read_text(encoding="utf-8")
 ROWS = dict(re.findall(r"^\| ([KRT]\d\d) \| (.*) \|$", PAGE, re.MULTILINE))
-# marks of tests that `make test` leaves out
+# marks of tests that `make test` does not run
 LONGER = {"full", "slow", "browser"}
 
 
@@ -35,7 +35,7 @@ def test_one_of_its_tests_is_quick(row: str, request: pytest.FixtureRequest) -> 
             for item in found
             if item.path.name == file and getattr(item, "originalname", None) == name
         ]
-        # where a part of the tests was asked for, its file may not be among them
+        # where only a part of the tests was collected, its file may be missing
         assert items or file not in collected, f"{file}::{name} is not there"
         quick += [
             item.nodeid for item in items if not {m.name for m in item.iter_markers()} & LONGER

@@ -1,4 +1,4 @@
-"""Files that programs of a code host, an index or a contributor read say what is true."""
+"""Files that a code host, a package index or a contributor's programs read are true."""
 
 from __future__ import annotations
 

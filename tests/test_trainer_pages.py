@@ -35,7 +35,7 @@ def blocks(page: str) -> list[str]:
 
 @pytest.fixture
 def names() -> dict[str, Any]:
-    """What the pages' Python is given: six vectors in float64, and a model without a head."""
+    """Return the names that the pages use: six vectors in float64, and a model without a head."""
     generator = torch.Generator().manual_seed(0)
     vectors = (3 * torch.randn(6, P, generator=generator).double() - 20).unbind()
     states = torch.randn(C * P, T, D, generator=generator, requires_grad=True)
