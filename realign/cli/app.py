@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from realign.errors import RefusedError
+from realign.runtime.files import UNWRITABLE, explain_write_errors
 
 # for this process and its workers, before they import any of these libraries
 QUIET = {
@@ -26,7 +30,8 @@ QUIET = {
 class Commands(TyperGroup):
     """All commands, in the order of their use.
 
-    A refusal exits with 2, SIGTERM with 143; any other failure keeps its traceback, exits with 1.
+    A refusal or a full disk exits with 2, and SIGTERM with 143. Any other failure exits with 1 and
+    keeps its traceback.
     """
 
     ORDER = (
@@ -56,7 +61,8 @@ class Commands(TyperGroup):
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         try:
-            return super().invoke(ctx)
+            with _explain_full_disk():
+                return super().invoke(ctx)
         except (KeyboardInterrupt, SystemExit) as stop:
             if isinstance(stop, KeyboardInterrupt) or stop.code == 143:
                 typer.echo("realign: stopped. The same command continues what it began.", err=True)
@@ -64,6 +70,17 @@ class Commands(TyperGroup):
         except RefusedError as error:
             typer.secho(f"realign: {error}", fg="red", err=True)
             raise typer.Exit(2) from None
+
+
+@contextmanager
+def _explain_full_disk() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        with explain_write_errors(Path(error.filename or "a file")):
+            raise
 
 
 app = typer.Typer(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from realign.errors import RefusedError
 from realign.modeling.folder import is_adapter, resolve_model
-from realign.runtime.files import publish
+from realign.runtime.files import new_folder
 from realign.runtime.run_folder import check_out
 
 _DTYPES = ("float32", "bfloat16")
@@ -26,7 +25,7 @@ def merge(model: str, out: Path, dtype: str = "bfloat16") -> Path:
         The folder.
     Raises:
         RefusedError: The model is not an adapter or cannot be merged, the dtype is unknown, or the
-            folder exists.
+            folder exists or cannot be written.
     """
     if dtype not in _DTYPES:
         raise RefusedError(
@@ -39,6 +38,7 @@ def merge(model: str, out: Path, dtype: str = "bfloat16") -> Path:
     if not is_adapter(folder):
         raise RefusedError(f"model must be an adapter, got {model}, which is whole. Use it as is.")
     import torch  # after all refusals
+    from safetensors import SafetensorError
 
     from realign.modeling.loading import load_model
     from realign.modeling.processors import load_processor
@@ -52,11 +52,15 @@ def merge(model: str, out: Path, dtype: str = "bfloat16") -> Path:
         raise RefusedError(
             f"adapter {folder} must be of a kind that can be merged, got {reason}. Use it as it is."
         ) from None
-    unfinished = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    merged.save_pretrained(unfinished)
-    load_processor(folder).save_pretrained(unfinished)
-    publish(unfinished, out)
+    try:
+        with new_folder(out) as unfinished:
+            merged.save_pretrained(unfinished)
+            load_processor(folder).save_pretrained(unfinished)
+    except SafetensorError as error:  # of a full disk; it has no error number
+        raise RefusedError(
+            f"{out} could not be written ({error}). Make room or choose another --out, and run the "
+            "same command again."
+        ) from None
     return out
 
 

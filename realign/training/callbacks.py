@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from realign.runtime.files import finite_or_null, json_text, write_jsonl
+from realign.runtime.files import finite_or_null, json_text, name_disk_errors, write_jsonl
 from realign.runtime.progress import Progress, announce
 
 # words of a progress line to keys of the log
@@ -56,7 +56,7 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Append the newest line."""
         if state.is_world_process_zero and "loss" in state.log_history[-1]:
-            with self.path.open("a", encoding="utf-8") as file:
+            with name_disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json_text(_ordered(state.log_history[-1]), ensure_ascii=True) + "\n")
 
 

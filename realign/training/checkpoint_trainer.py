@@ -35,10 +35,6 @@ from realign.training.state_file import random_state, read_state, set_random_sta
 STATE = "state"  # the folder of a checkpoint that no loader of weights looks into
 
 
-class CheckpointError(OSError):
-    """A checkpoint could not be written; the older ones are unchanged."""
-
-
 class CheckpointTrainer(Trainer):
     """A Trainer with atomic, pickle-free checkpoints. It resumes bit for bit after SIGKILL, and on
     SIGTERM or Ctrl-C it saves before it ends.
@@ -78,7 +74,7 @@ class CheckpointTrainer(Trainer):
             **kwargs: As for :meth:`transformers.Trainer.train`.
         Raises:
             RefusedError: The checkpoint is damaged, or there is none.
-            CheckpointError: A checkpoint could not be written.
+            RefusedError: A checkpoint could not be written; the older ones are unchanged.
             SystemExit: With code 143 after SIGTERM, when the state was saved.
             KeyboardInterrupt: After SIGINT, when the state was saved.
         """
@@ -172,7 +168,7 @@ class CheckpointTrainer(Trainer):
             self._saved_step = self.state.global_step
         except (OSError, SafetensorError) as error:
             shutil.rmtree(saving, ignore_errors=True)
-            raise CheckpointError(
+            raise RefusedError(
                 f"{place} could not be written: {error}. Older checkpoints are as they were; make "
                 "room or repair the disk, and give the same command again."
             ) from error

@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import time
@@ -28,6 +27,7 @@ from realign.reference.shards import MAX_HEADER_BYTES, MAX_ROWS, WRITER, read_sh
 from realign.reference.store import LockedCache, read_manifest, write_manifest
 from realign.runtime import lock
 from realign.runtime.progress import announce
+from tests.realign.conftest import file_limit
 
 FORK = multiprocessing.get_context("fork")
 
@@ -313,15 +313,13 @@ def test_a_full_disk_says_so_and_loses_nothing(tmp_path: Path, synthetic, count:
     whole = synthetic.build(rows, tmp_path / "whole", shard_size=20)
     largest = max(len(data) for data in files(whole).values())
     rng = random.Random(0)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     for number in range(count):
         root = tmp_path / str(number)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (rng.randrange(largest), before[1]))
-        try:
-            with pytest.raises(RefusedError, match=r"could not be written \(EFBIG: File too large"):
-                synthetic.build(rows, root, shard_size=20)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        with (
+            file_limit(rng.randrange(largest)),
+            pytest.raises(RefusedError, match=r"could not be written \(EFBIG: File too large"),
+        ):
+            synthetic.build(rows, root, shard_size=20)
         place = identity_folder(root, synthetic.identity)
         assert not (place / "manifest.json").exists()
         assert not list(place.rglob(".*.tmp"))
