@@ -81,7 +81,8 @@ def epilogue(tile: Tile) -> None:
             own_top = _update_top(tile, top, column)
             _put(x, own_top, -_INF)
             if state.released_ids is None:
-                # Entries of a stash are final, while an accumulator can take the token back.
+                # A stash keeps the entry, and drops that of the last top token at the end; an
+                # accumulator gets an entry when its token is released.
                 entry = torch.exp(top - state.shift) * tile.transform.slope(top)
         _exponentiate(tile)
         if tile.tile_shift is not None:

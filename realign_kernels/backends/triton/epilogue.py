@@ -195,7 +195,8 @@ def _epilogue_kernel(
             tl.store(released_ids_ptr + n, tl.where(is_released, old_id, -1))
             tl.store(released_values_ptr + n, value)
         else:
-            # Entries of a stash are final, while an accumulator can take the token back.
+            # A stash keeps the entry, and drops that of the last top token at the end; an
+            # accumulator gets an entry when its token is released.
             top_entry = tl.exp(top - shift) * slope_of(top, numbers, CAPS)
     if FINDS_TOP_FIRST:
         tl.debug_barrier()  # exponentials may replace logits that the survey has read
