@@ -14,13 +14,13 @@ _DTYPES = ("float32", "bfloat16")
 
 
 def merge(model: str, out: Path, dtype: str = "bfloat16") -> Path:
-    """Add an adapter to its base's weights, in float32, and write the model and its processor.
+    """Merge an adapter into its base in float32, and write the model and its processor.
 
     Args:
         model: Folder or hub id of an adapter, such as the checkpoint of ``realign train``.
         out: A new folder.
-        dtype: Dtype of the written weights, ``bfloat16`` or ``float32``. The merged weights are
-            rounded to it, not the adapter.
+        dtype: Dtype of the written weights, ``bfloat16`` or ``float32``. Weights are rounded to it
+            after merging.
     Returns:
         The folder.
     Raises:
@@ -36,7 +36,9 @@ def merge(model: str, out: Path, dtype: str = "bfloat16") -> Path:
         raise RefusedError(f"out must be a new folder, got {out}, which exists. Name another.")
     folder = resolve_model(model)
     if not is_adapter(folder):
-        raise RefusedError(f"model must be an adapter, got {model}, which is whole. Use it as is.")
+        raise RefusedError(
+            f"model must be an adapter, got {model}, which is a whole model. Use it as it is."
+        )
     import torch  # after all refusals
     from safetensors import SafetensorError
 
@@ -47,7 +49,7 @@ def merge(model: str, out: Path, dtype: str = "bfloat16") -> Path:
     _check_tied(adapted, folder)
     try:
         merged = adapted.merge_and_unload().to(getattr(torch, dtype))
-    except (RuntimeError, ValueError, NotImplementedError) as error:  # such as biases of its own
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # an adapter with biases, say
         reason = str(error).rstrip(".")
         raise RefusedError(
             f"adapter {folder} must be of a kind that can be merged, got {reason}. Use it as it is."
@@ -65,7 +67,7 @@ def merge(model: str, out: Path, dtype: str = "bfloat16") -> Path:
 
 
 def _check_tied(adapted: Any, folder: Path) -> None:
-    """Refuse low-rank adapters of layers that share a weight: merged, each would change both."""
+    """Refuse adapters of an embedding and a head that share a weight: merging one changes both."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = adapted.get_base_model()
