@@ -25,7 +25,7 @@ struct Choice {
 
 Choice choose() {
 #ifdef REALIGN_X86
-  // REALIGN_CPU_ISA=avx2 or baseline asks for less than the machine has, for tests.
+  // For tests, REALIGN_CPU_ISA=avx2 or baseline asks for less than the machine has.
   const char* wanted = std::getenv("REALIGN_CPU_ISA");
   const auto allows = [&](const char* name) { return wanted == nullptr || std::strcmp(wanted, name) == 0; };
   __builtin_cpu_init();
@@ -49,7 +49,7 @@ struct ProductChoice {
 };
 
 #ifdef REALIGN_AMX
-// Whether there are tiles of bfloat16, and Linux lets this process use them.
+// Whether the CPU has AMX tiles for bfloat16, and Linux lets this process use them.
 bool has_amx() {
   unsigned a, b, c, d;
   const unsigned bits = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
@@ -65,12 +65,12 @@ bool has_avx512bf16() {
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5) != 0;
 }
 
-// Where a multiplication of pairs in bfloat16 takes no longer than one in float32: not on Intel's.
+// Whether a multiplication of bfloat16 pairs takes no longer than one in float32; on Intel's CPUs it does.
 bool is_avx512bf16_fast() { return !__builtin_cpu_is("intel"); }
 #endif
 
 ProductChoice choose_products() {
-  // REALIGN_CPU_PRODUCTS=amx, avx512, portable or none asks for one of those that run here, for tests.
+  // For tests, REALIGN_CPU_PRODUCTS=amx, avx512, portable or none asks for one of those that run here.
   const char* wanted = std::getenv("REALIGN_CPU_PRODUCTS");
   const auto asks = [&](const char* name) { return wanted != nullptr && std::strcmp(wanted, name) == 0; };
   if (asks("portable")) return {"portable", &products_portable};

@@ -99,7 +99,8 @@ class Row {
     if (own_top >= 0) x_[own_top] = -infinity<T>;
     accumulate();
     put_at(label_, T(0));
-    // Entries of a stash are final, while an accumulator can take the token back.
+    // A stash keeps the entry, and drops that of the last top token at the end; an accumulator gets an entry
+    // when its token is released.
     if (own_top >= 0) put_at(own_top, tile_.released_ids != nullptr ? T(0) : exponential(top));
     if (tile_.tile_shift != nullptr) at<T>(tile_.tile_shift) = at<T>(tile_.shift);
   }
@@ -185,7 +186,7 @@ class Row {
     for (int64_t i = 0; i < columns; ++i) row[i] *= factor;
   }
 
-  // Returns the column of this tile that is now the top one, or -1; the old one joins the others.
+  // Returns the column of a new top token, or -1; the old top token joins the sums.
   int64_t update_top(T top) const {
     T& old_top = at<T>(tile_.top_logits);
     int64_t& old_id = tile_.top_ids[n_];
@@ -214,7 +215,7 @@ class Row {
 
   void accumulate() const {
     const T shift = at<T>(tile_.shift);
-    // All -inf so far: every exponential is 0, and -inf - -inf would not be.
+    // If all x so far are -inf, every exponential is 0; -inf - -inf would give NaN.
     const T finite_shift = shift == -infinity<T> ? T(0) : shift;
     const bool has_statistics = tile_.rest_entropy_sum != nullptr;
     const bool keeps = tile_.keeps_exponentials;
@@ -310,7 +311,7 @@ T dot(const H* a, const W* b, int64_t a_stride, int64_t b_stride, int64_t size) 
   return sums[0];
 }
 
-// Sums of 256 terms are added one after the other: neighbours that lie side by side, or terms that do.
+// Sums of 256 terms are added in order.  The inner loop runs over rows or over terms, whichever are contiguous.
 template <typename T>
 void run_vector_product(int32_t num_threads, int32_t adds, int64_t num_rows, int64_t num_terms, const T* a,
                         int64_t row_stride, int64_t term_stride, const T* b, int64_t b_stride, T* out,

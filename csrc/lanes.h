@@ -56,7 +56,7 @@ inline Vector<T> load(const T* from) {
   return vector;
 }
 
-// Loads count < lanes values; the lanes behind them hold `fill`.
+// Loads count < lanes values; the remaining lanes hold `fill`.
 template <typename T>
 inline Vector<T> load_some(const T* from, int64_t count, T fill) {
   T buffer[Traits<T>::lanes];
@@ -124,7 +124,7 @@ inline Exponential<T> split_exp(Vector<T> x) {
   return result;
 }
 
-// exp of anything up to the largest exponent; NaN stays NaN, results below the normal range are 0.
+// exp of x up to the largest exponent; NaN stays NaN, and results below the normal range are 0.
 template <typename T>
 inline Vector<T> exp_of(Vector<T> x) {
   const Exponential<T> parts = split_exp<T>(x);

@@ -1,5 +1,5 @@
-// From token log-probabilities to the loss of a preference batch, in double and in one thread: the
-// answer tokens of a batch are few.  Reads the objective's table; knows no vocabulary.
+// From token log-probabilities to the loss of a preference batch, in double and in one thread, since
+// a batch has few answer tokens.  It reads the objective's table and needs no vocabulary.
 #include <algorithm>
 #include <cmath>
 
@@ -31,7 +31,7 @@ struct Term {
         offset(row[6]),
         smoothing(row[7]),
         kind(static_cast<int>(row[8]) % 3),
-        is_per_token(row[8] >= 2) {}  // ipo, and the links counted on from there: by length
+        is_per_token(row[8] >= 2) {}  // the code of ipo, and codes of links by length
 
   Link link(double contrast) const {
     if (kind == 1) {
@@ -44,7 +44,7 @@ struct Term {
       return {gap * gap, 2 * gap};
     }
     const double x = beta * contrast - offset;
-    // A smoothing of 0 is not multiplied: log_sigmoid(-x) is -inf where x is inf.
+    // Skipped for a smoothing of 0: 0 * log_sigmoid(-x) is NaN where x is inf.
     double loss = -(1 - smoothing) * log_sigmoid(x);
     if (smoothing > 0) loss -= smoothing * log_sigmoid(-x);
     return {loss, beta * (smoothing * sigmoid(x) - (1 - smoothing) * sigmoid(-x))};
@@ -60,7 +60,7 @@ void sum_sequences(const RealignPairs& pairs) {
   for (int64_t i = 0; i < pairs.num_tokens; ++i) {
     if (pairs.labels[i] == pairs.ignore_index) continue;
     const int64_t sequence = pairs.sequence_ids != nullptr ? pairs.sequence_ids[i] : i / pairs.tokens_per_sequence;
-    // Checked by the caller, unless its checks are switched off.
+    // The caller has checked the ids, unless checks are turned off.
     if (sequence < 0 || sequence >= num_sequences) continue;
     pairs.logps[sequence] += static_cast<double>(token_logps[i]);
     ++pairs.counts[sequence];
@@ -84,7 +84,7 @@ class Pair {
     pairs.image_margins[p] = margin(2, pairs.image_beta);
   }
 
-  // Returns the pair's loss and leaves its derivative, over the number of pairs, in coefficients.
+  // Returns the pair's loss, and adds its derivative divided by the number of pairs to coefficients.
   double run() const {
     double loss = 0;
     for (int64_t t = 0; t < pairs_.num_terms; ++t) loss += add(Term(pairs_.terms + t * kTermSize));

@@ -1,10 +1,10 @@
-// Products of bfloat16 matrices with sums in float32, compiled once for each kind of instructions:
-// REALIGN_PRODUCTS names the table.  With AMX tiles, with AVX512-BF16, or in plain C++, which tests use.
+// Products of bfloat16 matrices with sums in float32, compiled once for each kind of instructions (AMX
+// tiles, AVX512-BF16, or plain C++, which tests use): REALIGN_PRODUCTS names the table.
 //
-// Sums are taken `chunk` terms at a time; the sums of chunks are added in float32, first to last.  Rows
+// `chunk` terms are summed at a time; the sums of chunks are added in float32, first to last.  Rows
 // and columns beyond the edges are zeros in the packed copies, so that no entry of the result depends on
-// how many others there are, or on the number of threads.  The instructions read and write subnormal
-// numbers as zeros; plain C++ does not.
+// the number of other entries, or on the number of threads.  The instructions take subnormal numbers
+// for zeros; plain C++ does not.
 #include "products.h"
 
 #include <algorithm>
@@ -22,12 +22,12 @@ using Bits = uint16_t;  // of a bfloat16
 
 constexpr int64_t chunk = 256;           // terms
 constexpr int64_t group = 4 * chunk;     // terms that are packed at once
-constexpr int64_t step = 32;             // terms of a chunk are filled up to a multiple of this
-constexpr int64_t columns = 32;          // of a block that a kernel computes
-constexpr int64_t cache_bytes = 1 << 20;  // of packed rows that are gone through for every panel
-constexpr int64_t mark_rows = 16;         // rows by `step` terms that share a mark
-constexpr int64_t packed_rows = 64;       // at once
-constexpr int64_t ahead = 128;            // terms of b that are asked for before they are read
+constexpr int64_t step = 32;             // the terms of a chunk are padded to a multiple of this
+constexpr int64_t columns = 32;          // columns of a block that a kernel computes
+constexpr int64_t cache_bytes = 1 << 20;  // size of the packed rows that are read again for every panel
+constexpr int64_t mark_rows = 16;         // this many rows by `step` terms share a mark
+constexpr int64_t packed_rows = 64;       // rows that a thread packs at a time
+constexpr int64_t ahead = 128;            // terms of b are prefetched this far ahead
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -62,7 +62,7 @@ struct alignas(64) TileConfig {
   uint8_t num_rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// The tile configuration of a thread for as long as this lives; then the one that was there before.
+// Sets the tile configuration of a thread, and restores the previous one when destroyed.
 class Instructions {
  public:
   Instructions() {
@@ -195,12 +195,12 @@ class Product {
  public:
   explicit Product(const RealignProduct& given) : p_(given), num_marks_(round_up(given.num_terms, step) / step) {
     const int64_t packed_terms = std::min(group, round_up(std::max<int64_t>(given.num_terms, 1), step));
-    // As many rows as stay in the cache while every panel passes by; no mark belongs to two such parts.
+    // As many rows as stay in the cache while all panels are multiplied; no mark belongs to two such parts.
     constexpr int64_t unit = 4 * rows;
-    static_assert(unit % mark_rows == 0 && packed_rows % mark_rows == 0, "marks are of one thread each");
+    static_assert(unit % mark_rows == 0 && packed_rows % mark_rows == 0, "one thread writes a mark");
     cached_rows_ = std::max(unit, cache_bytes / int64_t{sizeof(Bits)} / packed_terms / unit * unit);
     cached_rows_ = std::min(cached_rows_, round_up(std::max<int64_t>(given.num_rows, 1), rows));
-    // Fewer columns or rows at once where there would be less to do than threads.
+    // Smaller tasks, if there would be fewer of them than threads.
     panel_ = widest_panel;
     task_rows_ = cached_rows_;
     while (num_tasks() < given.num_threads && panel_ > 2 * columns) panel_ /= 2;
@@ -216,7 +216,7 @@ class Product {
   Product(const Product&) = delete;
   Product& operator=(const Product&) = delete;
 
-  // Whether there was memory for it.
+  // Returns whether there was enough memory.
   bool run() {
     if (a_ == nullptr) return false;
     for (row_ = 0; row_ < p_.num_rows; row_ += cached_rows_)
@@ -259,12 +259,12 @@ class Product {
   }
   uint8_t& mark(int64_t m, int64_t k) const { return marks_[m / mark_rows * num_marks_ + k / step]; }
 
-  // Rows of a chunk lie one after the other, `step`-filled; chunks as well.
+  // The rows of a chunk follow each other, padded to `step` terms, and so do the chunks.
   Bits* packed(int64_t m, int64_t first_of_chunk, int64_t stride) const {
     return a_ + first_of_chunk * cached_rows_ + (m - row_) * stride;
   }
 
-  // Rows from `begin` to `end` of the group.
+  // Packs the rows of the group from `begin` to `end`.
   void pack_rows(int64_t begin, int64_t end) const {
     const int64_t last = std::min(end, p_.num_rows);
     const bool is_transposed = p_.a_type == REALIGN_FLOAT32 && p_.a_row_stride == 1 && p_.a_term_stride != 1;
@@ -286,7 +286,7 @@ class Product {
     }
   }
 
-  // `count` terms of a row, filled up with zeros.
+  // Packs `count` terms of a row, padded with zeros.
   void pack_row(Bits* out, int64_t m, int64_t k, int64_t count, int64_t filled) const {
     std::fill(out + count, out + filled, Bits{0});
     if (p_.a_type == REALIGN_BFLOAT16) {
@@ -318,7 +318,7 @@ class Product {
     if (p_.limits != nullptr && std::fabs(*a<float>(m, k)) >= limit(m, k)) mark(m, k) = 1;
   }
 
-  // Up to `step` terms of up to 16 rows that lie row after row; zeros from `last` to `end`.
+  // Packs up to `step` terms of up to 16 rows whose values are adjacent; zeros from `last` to `end`.
   void pack_transposed(Bits* out, int64_t begin, int64_t last, int64_t end, int64_t k, int64_t count,
                        int64_t stride) const {
 #if defined(__AVX512BF16__)
@@ -350,8 +350,8 @@ class Product {
     }
   }
 
-  // A panel of b: pairs of terms, [terms / 2][columns][2], for each `columns` of it and each chunk.  Read
-  // in the direction in which it lies.
+  // Packs a panel of b: pairs of terms, [terms / 2][columns][2], for each `columns` of it and each chunk.
+  // It is read in the direction in which it is contiguous.
   void pack_panel(Bits* out, int64_t n) const {
     const int64_t width = round_up(std::min(panel_, p_.num_columns - n), columns);
     for (int64_t first = 0; first < num_terms_; first += chunk) {
@@ -369,7 +369,7 @@ class Product {
     }
   }
 
-  // Two terms of `columns` columns, of which some are there.
+  // Packs two terms of `columns` columns; missing ones are zeros.
   void pack_pair(Bits* out, int64_t k, int64_t num_terms, int64_t n) const {
     const int64_t num_columns = std::min(columns, p_.num_columns - n);
 #if defined(__AVX512BF16__)
@@ -390,7 +390,7 @@ class Product {
         out[2 * j + i] = i < num_terms && j < num_columns ? *b(k + i, n + j) : Bits{0};
   }
 
-  // `step` terms of 16 columns, of which some are there.
+  // Packs `step` terms of 16 columns; missing ones are zeros.
   void pack_block(Bits* out, int64_t k, int64_t num_terms, int64_t n) const {
     const int64_t num_columns = std::min<int64_t>(16, p_.num_columns - n);
 #if defined(__AVX512BF16__)
@@ -410,7 +410,7 @@ class Product {
         out[i / 2 * 2 * columns + 2 * j + i % 2] = i < num_terms && j < num_columns ? *b(k + i, n + j) : Bits{0};
   }
 
-  // The entries of rows from `begin` to `end` and of the panel that starts at column n.
+  // Computes the rows from `begin` to `end` of the panel that starts at column n.
   void compute(int64_t begin, int64_t end, int64_t n) const {
     Bits* const packed_panel = panels_ + thread_number() * panel_ * group;
     pack_panel(packed_panel, n);
@@ -440,7 +440,7 @@ class Product {
     }
   }
 
-  // What rounding has taken off the large entries of a, times their rows of b.
+  // Adds the rounding errors of the large entries of a, times their rows of b.
   void add_remainders(int64_t begin, int64_t end) const {
     for (int64_t k = 0; k < p_.num_terms; k += step) {
       if (!mark(begin, k)) continue;
@@ -458,7 +458,7 @@ class Product {
     }
   }
 
-  // One bit for each of up to 16 entries, along terms or rows, that reaches its limit.
+  // Returns one bit for each of up to 16 entries, along terms or rows: whether it reaches its limit.
   uint32_t find_large(int64_t m, int64_t k, int64_t count, bool along_terms) const {
 #if defined(__AVX512BF16__)
     if (count == 16 && (along_terms || p_.a_row_stride == 1)) {
@@ -488,11 +488,11 @@ class Product {
   }
 
   const RealignProduct& p_;
-  const int64_t num_marks_;  // of mark_rows rows
+  const int64_t num_marks_;  // per mark_rows rows
   int64_t cached_rows_, panel_, task_rows_;
   Bits* a_;         // the packed rows of a group
   Bits* panels_;    // one for each thread
-  uint8_t* marks_;  // whether some of mark_rows rows by step terms are large
+  uint8_t* marks_;  // whether any entry of mark_rows rows by step terms is large
   int64_t row_ = 0, end_ = 0;          // the cached rows
   int64_t term_ = 0, num_terms_ = 0;   // the group
 };

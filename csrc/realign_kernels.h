@@ -1,8 +1,8 @@
 // The C interface of the CPU kernels: plain pointers and sizes, no torch.
 //
-// Letters: N rows (answer tokens), D hidden size, V vocabulary.  `is_double` says whether the
-// untyped pointers are float (0) or double (1).  Strides count elements.  No function allocates
-// memory that outlives it, throws, or keeps state; results do not depend on num_threads.
+// Letters: N rows (answer tokens), D hidden size, V vocabulary.  `is_double` says whether untyped
+// pointers point to float (0) or double (1).  Strides count elements.  No function allocates
+// memory that outlives the call, throws, or keeps state; results do not depend on num_threads.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ struct RealignTile {
   void* logits;
   int64_t logits_stride;
   int32_t keeps_exponentials;
-  int32_t replays;      // 1: shifts are final, nothing is summed, label and top entries become 0
+  int32_t replays;      // 1: shifts are final, nothing is summed, the entries of label and top become 0
   const void* bias;     // * (columns,)
   const int64_t* labels;  // (N,)
   double logit_scale;
@@ -46,19 +46,19 @@ struct RealignTile {
   // With e = exp(x - shift); both or neither.
   void* rest_entropy_sum;  // * (N,): sum of -e * log(e)
   void* rest_square_sum;   // * (N,): sum of e ** 2
-  // The largest x but for the label, and where it is reached first; both or neither.  Where they are
-  // given, its entry is left out of all sums and exponentials as the label's is.
+  // The largest x except the label's, and the lowest id that has it; both or neither.  If given, this
+  // top token is left out of all sums and exponentials, like the label.
   void* top_logits;      // * (N,)
   int64_t* top_ids;      // * (N,): in a replay, the entries to become 0
-  // Where a tile's token takes the place of an earlier top token, that one's id, or -1, and its
-  // exponential times phi, to be added back to the accumulators.
+  // Where a token of this tile replaces an earlier top token: the id of the earlier one, or -1, and
+  // its exponential times phi, which is to be added back to the accumulators.
   int64_t* released_ids;  // * (N,)
   void* released_values;  // * (N,)
 };
 
 // One preference batch.  S = num_cells * num_pairs; a term is a row of `terms`: four coefficients,
-// weight, beta, offset, label smoothing, link (0 logsigmoid, 1 hinge, 2 ipo, which
-// is by length; 3 logsigmoid and 4 hinge by length).
+// weight, beta, offset, label smoothing, link (0 logsigmoid, 1 hinge, 2 ipo; per token from 2 on:
+// 3 logsigmoid, 4 hinge).
 struct RealignPairs {
   int32_t is_double;
   int64_t num_tokens;
@@ -81,12 +81,12 @@ struct RealignPairs {
   double* rewards;    // (cells, pairs)
   double* text_margins;   // (pairs,)
   double* image_margins;  // (pairs,)
-  double* coefficients;   // (cells, pairs): derivative of the loss in logps
+  double* coefficients;   // (cells, pairs): derivative of the loss with respect to logps
 };
 
-// out = a @ b, or out += a @ b: a (rows, terms), b (terms, columns) in bfloat16, out (rows, columns) in
-// float32, which sums are taken in.  A float32 `a` is rounded to bfloat16; what rounding takes off its
-// entries that reach a limit is added as well, so that a few large entries keep their digits.
+// out = a @ b, or out += a @ b: a (rows, terms), b (terms, columns) in bfloat16, out (rows, columns) and
+// all sums in float32.  A float32 `a` is rounded to bfloat16; for entries that reach a limit, the
+// rounding error is multiplied and added too, so that a few large entries keep all digits.
 struct RealignProduct {
   int32_t num_threads;
   int32_t adds;
@@ -98,8 +98,8 @@ struct RealignProduct {
   int64_t a_row_stride;
   int64_t a_term_stride;
   const float* scale;   // * (terms,): multiplies the columns of a float32 `a` before they are rounded
-  const float* limits;  // * of the entries of a float32 `a` before they are scaled
-  int32_t limits_are_of_rows;  // (rows,), else (terms,)
+  const float* limits;  // * the limits, on the entries of a float32 `a` before they are scaled
+  int32_t limits_are_of_rows;  // 1: limits are (rows,); 0: (terms,)
   const void* b;
   int64_t b_term_stride;
   int64_t b_column_stride;
@@ -112,14 +112,14 @@ int32_t realign_abi_version();
 // The instruction set in use: "avx512", "avx2" or "baseline".
 const char* realign_instruction_set();
 
-// The instructions that products of bfloat16 use: "amx" or "avx512", in tests "portable", or "none" where a BLAS
-// in float32 is faster and realign_product may not be called.
+// The instructions for products of bfloat16: "amx" or "avx512", in tests "portable", or "none" where a BLAS in
+// float32 is faster and realign_product must not be called.
 const char* realign_product_set();
 
-// Returns whether there was memory for packed copies: 1 MiB, and 0.5 MiB a thread.
+// Returns whether there was memory for the packed copies: 1 MiB, and 0.5 MiB per thread.
 int32_t realign_product(const RealignProduct* product);
 
-// Asks for large pages where memory is about to be written for the first time: each page costs a fault.
+// Asks for large pages for memory that is about to be written for the first time: every page costs a fault.
 void realign_use_large_pages(void* start, int64_t num_bytes);
 
 // Folds a tile into the sums of its rows.
@@ -146,7 +146,7 @@ void realign_add_entries(int32_t hidden_type, int32_t num_threads, int64_t num_c
                          void* out, int64_t out_stride, const int64_t* starts, const int64_t* order,
                          const void* coefficient, const void* hidden, int64_t hidden_stride, int64_t num_rows);
 
-// out[m] = sum over k of a[m, k] * b[k], or added to it.
+// out[m] = sum over k of a[m, k] * b[k], or out[m] += that sum.
 void realign_vector_product(int32_t is_double, int32_t num_threads, int32_t adds, int64_t num_rows,
                             int64_t num_terms, const void* a, int64_t row_stride, int64_t term_stride,
                             const void* b, int64_t b_stride, void* out, int64_t out_stride);

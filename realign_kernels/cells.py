@@ -23,8 +23,8 @@ def stack_cells(
 ) -> Tensor:
     """Return the cells of P pairs as one tensor, in the order that the losses read.
 
-    Shapes cannot show in which order a batch was put together, so a wrong order trains on other
-    pairs without an error.  Built by this function, sequence ``c * P + p`` is cell c of pair p.
+    A batch in the wrong order has the same shape, so it would train on other pairs without an
+    error.  This function makes sequence ``c * P + p`` cell c of pair p.
 
     Args:
         chosen: Values of the chosen answers with their images, one entry per pair: sums of
@@ -35,14 +35,14 @@ def stack_cells(
         image_rejected: The same for the chosen answers with the retrieved images; None for DPO.
         both_rejected: The same for the rejected answers with the retrieved images; None for rDPO.
         padding_value: Value that pads shorter cells on the right, up to the longest T; None refuses
-            cells of different lengths. It is -100 for labels, 0 for attention masks and the padding
-            token for token ids.
+            cells of different lengths. Pass -100 for labels, 0 for attention masks, and the id of
+            the padding token for token ids.
     Returns:
         cells: Shape ``(C, P)`` of sums, and ``(C * P, ...)`` of anything else, for C = 2, 3 or 4
-            cells; the dtype and device of ``chosen``.  Gradients go through.
+            cells; the dtype and device of ``chosen``.  It is differentiable.
     Raises:
-        ValueError: Cells differ in shape or device, a cell is a single number, or a cell between
-            others is left out.
+        ValueError: Cells differ in shape or device, a cell is a single number, or
+            ``both_rejected`` is given without ``image_rejected``.
         TypeError: A cell is not a tensor, or has another dtype than ``chosen``.
 
     Example::
@@ -77,8 +77,10 @@ def stack_cells(
     expected = cells["chosen"].shape
     for name, cell in cells.items():
         if cell.shape != expected:
-            is_longer = cell.ndim > 1 and cell.shape[2:] == expected[2:]
-            remedy = "Pass padding_value, such as -100 for labels." if is_longer else "Resize it."
+            differs_in_length = cell.ndim > 1 and cell.shape[2:] == expected[2:]
+            remedy = "Resize it."
+            if differs_in_length:
+                remedy = "Pass padding_value, such as -100 for labels."
             raise ValueError(
                 f"{name} must have shape {tuple(expected)} to match chosen, "
                 f"got {tuple(cell.shape)}. {remedy}"
@@ -88,11 +90,11 @@ def stack_cells(
 
 
 def _check_cell(name: str, cell: Tensor, chosen: Tensor) -> None:
-    """Refuse a cell that cannot stand beside the chosen one, whatever its length."""
+    """Refuse a cell that cannot be stacked with the chosen one, whatever its length."""
     check_tensor(name, cell)
     if cell.ndim == 0:
         raise ValueError(
-            f"{name} must hold one entry per pair, got a single number. Sum tokens, not pairs."
+            f"{name} must hold one entry per pair, got a single number. Sum over tokens only."
         )
     if cell.ndim != chosen.ndim or len(cell) != len(chosen):
         raise ValueError(
@@ -112,6 +114,6 @@ def _check_cell(name: str, cell: Tensor, chosen: Tensor) -> None:
 
 
 def _padded(cell: Tensor, length: int, value: float) -> Tensor:
-    """Return a cell of sequences that is padded on the right."""
+    """Pad the sequences of a cell on the right."""
     missing = length - cell.shape[1] if cell.ndim > 1 else 0
     return F.pad(cell, (0, 0) * (cell.ndim - 2) + (0, missing), value=value) if missing else cell

@@ -14,7 +14,7 @@ def gather_head(
     weight: Tensor, bias: Tensor | None, lora: LoraFactors | None
 ) -> tuple[Tensor, Tensor | None, LoraFactors | None]:
     """Return the parts of a head, gathered from their shards."""
-    if isinstance(lora, tuple | list) and len(lora) == 3:  # or it is refused later
+    if isinstance(lora, tuple | list) and len(lora) == 3:  # anything else is refused later
         lora = (_gather(lora[0]), _gather(lora[1]), lora[2])
     return _gather(weight), _gather(bias), lora
 
@@ -22,8 +22,8 @@ def gather_head(
 def _gather(tensor: Tensor | None) -> Any:
     """Return the whole value of a DTensor, and anything else as it is.
 
-    Every rank has rows of its own, so that the gradient is reduced back to the shards, as the mean
-    over ranks that FSDP takes of every other parameter.
+    Every rank has its own rows, so the gradient is reduced to the shards as FSDP reduces that of
+    any other parameter: as the mean over ranks.
     """
     from torch.distributed.tensor import DTensor, Partial
 

@@ -61,7 +61,7 @@ def diagnose() -> Diagnosis:
     """Report what is installed, which kernels a call would use, and how exact they are here.
 
     A small rDPO loss and its gradients are computed by every backend that can run, in float32 and
-    in bfloat16, and compared with float64.  It takes less than a second on a CPU.
+    in bfloat16, and compared with float64, which takes less than a second on a CPU.
 
     Returns:
         diagnosis: :class:`Diagnosis`, the lines of a report and whether every check passed.
@@ -118,7 +118,7 @@ def _describe_versions() -> Iterator[str]:
 
 
 def _check_backend(backend: str, device_type: str, dtype: torch.dtype) -> _Check:
-    """Compute a loss and its gradients on a device, and the same in float64 without logits."""
+    """Compare a loss and its gradients on a device with the dense formula in float64."""
     num_sequences = _CELLS * _PAIRS
     rows = make_head_inputs(num_sequences * _POSITIONS, 1000, 64, dtype, ignored=0.25)
     inputs = HeadInputs(
@@ -142,12 +142,12 @@ def _check_backend(backend: str, device_type: str, dtype: torch.dtype) -> _Check
         token_logps = scores.cpu().double()
         logprob_error = (token_logps - dense_logprob(exact)).abs().max().item()
     errors = []
-    for tensor, right in zip((hidden_states, weight), exact.tensors, strict=True):
-        assert tensor.grad is not None
-        assert right.grad is not None
-        difference = tensor.grad.cpu().double() - right.grad
-        errors.append((difference.norm() / right.grad.norm()).item())
-    # Python's max loses a NaN.
+    for actual, expected in zip((hidden_states, weight), exact.tensors, strict=True):
+        assert actual.grad is not None
+        assert expected.grad is not None
+        difference = actual.grad.cpu().double() - expected.grad
+        errors.append((difference.norm() / expected.grad.norm()).item())
+    # Python's max can lose a NaN.
     return _Check(logprob_error, torch.tensor(errors).max().item(), dtype)
 
 

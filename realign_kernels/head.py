@@ -1,4 +1,4 @@
-"""The way from a hidden state to its logits: transform, dtypes, and the head in tiles.
+"""From a hidden state to its logits: the transform, the dtypes, and the head in tiles.
 
 This module knows nothing of labels or probabilities. Letters: **N** answer tokens, **D** hidden
 size, **V** vocabulary, **r** rank.
@@ -40,13 +40,13 @@ class LogitTransform:
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """The dtype that operands are rounded to, if any, and the dtypes computed in."""
+    """The dtype that operands are rounded to, if any, and the dtypes of the computation."""
 
-    autocast: torch.dtype | None  # or the dtype of hidden states that is not the weight's
+    autocast: torch.dtype | None  # or the hidden states' dtype, where the weight has another
     accumulation: torch.dtype
     operand: torch.dtype  # of hidden states and weight in products; results are never rounded to it
     exponential: torch.dtype  # of exponentials in products
-    rounds_factors: bool = True  # low-rank factors too
+    rounds_factors: bool = True  # whether low-rank factors are rounded too
 
     def rounded(self, tensor: Tensor) -> Tensor:
         """Round to autocast's dtype, or to that of the hidden states where the weight's differs."""
@@ -64,7 +64,7 @@ class Precision:
     def splits_factors(self) -> bool:
         """Return whether low-rank factors are multiplied as a sum of parts in bfloat16.
 
-        Where exponentials are bfloat16, a float32 factor would ask for a wide copy of every tile.
+        Where exponentials are bfloat16, a float32 factor would need a float32 copy of every tile.
         """
         return self.operand == self.exponential == torch.bfloat16
 
@@ -75,7 +75,7 @@ class Precision:
 
 
 def split(factor: Tensor, num_parts: int) -> list[Tensor]:
-    """Return parts in bfloat16, each 2^-8 of the one before, whose sum is the factor rounded."""
+    """Return parts in bfloat16, each 2^-8 of the one before, whose sum is nearly the factor."""
     parts = []
     for _ in range(num_parts):
         parts.append(factor.to(torch.bfloat16))
@@ -83,7 +83,7 @@ def split(factor: Tensor, num_parts: int) -> list[Tensor]:
     return parts
 
 
-# The products of three parts of either factor that are not lost beside the first of them.
+# With three parts of either factor: the pairs of parts whose product is large enough to matter.
 PARTS_OF_ROWS, PARTS_OF_FACTOR = (0, 0, 1, 1, 0, 2), (0, 1, 0, 1, 2, 0)
 
 
@@ -99,7 +99,7 @@ class HeadTile:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The output projection as given; all but the (r, D) factor A is copied one tile at a time."""
+    """The output projection as given; all but the (r, D) factor A is cast one tile at a time."""
 
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
@@ -109,7 +109,7 @@ class Head:
     precision: Precision
 
     def tile(self, columns: slice) -> HeadTile:
-        """Cast a range of the vocabulary."""
+        """Return a range of the vocabulary in the dtypes of products."""
         precision = self.precision
         bias = lora_b = None
         if self.bias is not None:

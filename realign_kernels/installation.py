@@ -37,7 +37,7 @@ def check_installations() -> None:
     sources = []
     for name in DISTRIBUTIONS:
         files = installed_files(name)
-        # A library compiled elsewhere differs, and a wrong one is refused when it is loaded.
+        # Compiled libraries may differ; one that does not fit is refused when it is loaded.
         sources.append({path: files[path] for path in files if path.endswith(".py")})
     if all(sources) and sources[0] != sources[1]:
         found = " and ".join(f"{name} {distribution(name).version}" for name in DISTRIBUTIONS)
@@ -53,4 +53,4 @@ def library_was_removed() -> bool:
     return any(library in installed_files(name) for name in DISTRIBUTIONS)
 
 
-check_installations()  # first of all: a mixture may hold modules that do not import
+check_installations()  # before other modules, since those of a mixture may not even import

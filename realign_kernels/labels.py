@@ -1,4 +1,4 @@
-"""Labels at the position that predicts them."""
+"""The shift of labels to the positions that predict them."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ def shift_labels(
 ) -> Tensor:
     """Return labels moved one position to the left, to the hidden state that predicts each.
 
-    :func:`linear_logprob` and :func:`rdpo_loss` score the label that stands at a hidden state.
-    Labels of a tokenizer or of a collator stand one position later, and give another loss without
-    an error.  The shape stays, so that hidden states are passed as they are: cut neither of them.
+    :func:`linear_logprob` and :func:`rdpo_loss` score the label at the position of each hidden
+    state.  Labels from a tokenizer or collator are one position later; unshifted, they give another
+    loss without an error.  The shape is kept: slice neither the labels nor the hidden states.
 
     Args:
         labels: Token ids of whole sequences as a tokenizer gives them, not yet shifted, shape
             ``(..., T)``, int64; ``ignore_index`` where a token is not to be scored.
-        is_answer: Mask of the tokens to score, bool, same shape; it is shifted along. With it
-            ``labels`` may simply be the ``input_ids``. None scores every label that is not
-            ``ignore_index``.
+        is_answer: Mask of the tokens to score, bool, same shape; it is shifted like the labels.
+            With a mask, ``labels`` can simply be the ``input_ids``. None scores every label that is
+            not ``ignore_index``.
         ignore_index: Label of positions that are not scored.
-        allow_absent: Whether a sequence may have no scored token. The losses take it for an absent
+        allow_absent: Whether a sequence may have no scored token. To the losses it is an absent
             cell: every term that reads it adds 0 for that pair.
     Returns:
         shifted: Shape ``(..., T)``, int64.  The last position, which predicts nothing, has
             ``ignore_index``.  The first token of a sequence has no state before it and is never
             scored.
     Raises:
-        ValueError: A shape or device does not fit, or a sequence has no scored token (on a GPU
-            found by a device-side assertion; ``REALIGN_CHECK=0`` turns that off).
+        ValueError: A shape or device does not fit, or a sequence has no scored token (which a
+            device-side assertion finds on a GPU; ``REALIGN_CHECK=0`` turns the check off).
         TypeError: A dtype does not fit.
 
     Example::
@@ -71,7 +71,7 @@ def shift_labels(
         _check_mask(is_answer, labels)
         labels = torch.where(is_answer, labels, ignore_index)
     shifted = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    # An empty sequence stays one, which padding would lengthen.
+    # Padding has lengthened an empty sequence, which has to stay empty.
     shifted = shifted[..., : labels.shape[-1]]
     if not allow_absent and value_checks_enabled() and not torch.compiler.is_compiling():
         _check_present((shifted != ignore_index).any(dim=-1))
@@ -84,7 +84,7 @@ def _check_mask(is_answer: Tensor, labels: Tensor) -> None:
     if is_answer.shape != labels.shape:
         raise ValueError(
             f"is_answer must have shape {tuple(labels.shape)} to match labels, "
-            f"got {tuple(is_answer.shape)}. Shift neither: both are moved here."
+            f"got {tuple(is_answer.shape)}. Pass both unshifted: both are shifted here."
         )
     if is_answer.device != labels.device:
         raise ValueError(
@@ -95,9 +95,9 @@ def _check_mask(is_answer: Tensor, labels: Tensor) -> None:
 
 def _check_present(is_present: Tensor) -> None:
     """Refuse sequences without a scored token."""
-    rule = "labels must hold a token that is scored in every sequence, behind its first token"
+    rule = "labels must hold a token that is scored in every sequence, after its first token"
     remedy = (
-        "Raise the maximal length, or drop the pair; pass allow_absent=True to leave such cells "
+        "Raise the maximum length, or drop the pair; pass allow_absent=True to leave such cells "
         "out of the loss."
     )
     if is_present.is_cuda:

@@ -34,11 +34,11 @@ class LogprobStats(NamedTuple):
     mean_logits: Tensor
     """Mean of the transformed logits."""
     is_top1: Tensor
-    """Whether the label is the most probable token (of equals, the lowest id); bool."""
+    """Whether the label is the most probable token (the lowest id among equals); bool."""
     top_non_label_logps: Tensor
     """Log-probability of the most probable token that is not the label; -inf if there is none."""
     top_non_label_ids: Tensor
-    """Id of that token (of equals, the lowest); int64, -1 if there is none."""
+    """Id of that token (the lowest among equals); int64, -1 if there is none."""
     lse: Tensor
     """Log of the sum of the exponentials of the transformed logits."""
 
@@ -62,7 +62,7 @@ def linear_logprob(
     num_scored: int | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Return the log-probability of each label, never storing the logits nor rounding them to half.
+    """Return the log-probability of each label, without storing logits or rounding them to half.
 
     Equal to ``log_softmax(T(hidden_states @ lm_head_weight.T + lm_head_bias), -1)`` at ``labels``,
     where T multiplies by ``logit_scale``, applies ``c * tanh(z / c)`` with ``c = logit_softcap``,
@@ -70,40 +70,41 @@ def linear_logprob(
 
     Args:
         hidden_states: Backbone outputs, shape ``(..., D)``; float16, bfloat16, float32 or float64.
-        lm_head_weight: Output projection, shape ``(V, D)``, on the device of ``hidden_states``.  Of
-            another half or float32 dtype it is rounded to theirs, tile by tile, without a copy of
-            the whole; each gradient has the dtype of its own tensor.  Under ``torch.autocast`` both
-            are rounded to autocast's dtype.  float64 mixes with nothing.
+        lm_head_weight: Output projection, shape ``(V, D)``, on the device of ``hidden_states``.  A
+            weight of another half dtype or float32 is rounded to the dtype of ``hidden_states``
+            tile by tile, without a full copy; each gradient has the dtype of its own tensor.  Under
+            ``torch.autocast`` both are rounded to autocast's dtype.  float64 mixes with no other.
         labels: Token ids, already shifted, shape ``(...)``, int64, each in ``[0, V)`` or
             ``ignore_index``.
-        lm_head_bias: Shape ``(V,)``, dtype of ``hidden_states`` or the one accumulated in (beside a
-            weight of another dtype, any half or float32); added before T, never rounded.
+        lm_head_bias: Shape ``(V,)``; added before T and never rounded.  It has the dtype of
+            ``hidden_states`` or of the accumulation; beside a weight of another dtype, any half
+            dtype or float32.
         lm_head_lora: ``(A, B, scaling)`` with A ``(r, D)`` and B ``(V, r)``, dtypes as for the
             bias; adds ``scaling * hidden_states @ A.T @ B.T`` to the logits.
-        ignore_index: Label of positions that get 0 and exactly no gradient, and that cost nothing;
-            None for none.
-        logit_scale: Factor on the logits; > 0.  None for 1.
+        ignore_index: Label of positions to skip: their result and their gradient are exactly 0, and
+            they cost nothing.  None scores every position.
+        logit_scale: Factor on the logits; > 0.  None means 1.
         logit_softcap: Bound c on the logits, or None; > 0.
         temperature: Divisor of the logits, after the softcap; > 0.
-        backend: ``"eager"``, ``"triton"`` or ``"cpu"``, which never fall back, or ``"auto"``.
+        backend: ``"eager"``, ``"triton"`` or ``"cpu"``, none of which falls back to another, or
+            ``"auto"``: the kernels for the device if they are installed, else eager.
         memory: How the backward of a trained head gets its exponentials: ``"stash"`` keeps them,
-            ``"recompute"`` computes them again, ``"auto"`` chooses; ``"tile"`` requires the loss
-            and belongs to :func:`rdpo_loss`.
-        workspace_bytes: Limit on scratch memory in bytes, forward and backward; inputs, outputs,
-            gradients and up to three ``(N, D)`` of rows and sums, N labels that are not ignored,
-            are not scratch.
-        stash_bytes: Limit on the ``(N, V)`` that ``memory="stash"`` keeps for the backward, in
-            bytes.
-        accumulate: ``"exact"`` bounds the sums of tensor cores, which cut off what they cannot
-            hold: logits of half operands are added in float32 after every 1,024 of D.  ``"auto"``
-            takes the faster product.  They are the same where products round to nearest: on CPUs,
-            and for float32 operands.
-        num_scored: Number of labels that are not ignored, where the host knows it; with it nothing
-            waits for a GPU.  Checked like label values.
+            ``"recompute"`` computes them again, ``"auto"`` keeps them if they fit ``stash_bytes``.
+            ``"tile"`` needs the loss and belongs to :func:`rdpo_loss`.
+        workspace_bytes: Limit in bytes on the scratch memory of the forward and of the backward.
+            Inputs, outputs, gradients and up to three ``(N, D)`` tensors of rows and sums do not
+            count; N is the number of labels that are not ignored.
+        stash_bytes: Limit in bytes on the ``(N, V)`` exponentials that are kept for the backward.
+        accumulate: ``"exact"`` bounds the error of tensor cores, which truncate their sums: the
+            logits of half operands are summed in float32 after every 1,024 of D.  ``"auto"`` takes
+            the faster product.  Both are the same where products round to nearest: on CPUs, and
+            for float32 operands.
+        num_scored: Number of labels that are not ignored.  If it is given, the host does not wait
+            for a GPU to count them.  It is checked like label values.
         group: Tensor parallelism: every rank passes the same rows and global labels, and its own
             contiguous shard of the vocabulary (weight, bias, B), in rank order.  Each rank gets the
             whole result and the whole gradient of hidden states and A; the gradients of its shard
-            stay local.  None: the weight is whole.
+            stay local.  None if the weight holds the whole vocabulary.
     Returns:
         token_logps: Natural-log probabilities <= 0, shape ``(...)``, float32 (float64 for float64
             inputs).  A label logit of -inf gives -inf; a row with a NaN or +inf logit, or with no
@@ -111,18 +112,18 @@ def linear_logprob(
     Raises:
         ValueError: A shape, device, label, option name or number does not fit, or
             ``workspace_bytes`` cannot hold a single logit (rows and vocabulary are both tiled, so
-            that little more than 32 * D bytes are enough).
+            slightly more than 32 * D bytes are enough).
         TypeError: A dtype does not fit.
         RuntimeError: ``backend`` names one that is not installed, or ``group`` is used without
             torch.distributed.
-        NotImplementedError: An argument carries a forward-mode tangent, or ``torch.func`` would
-            have to transform it.
+        NotImplementedError: An argument carries a forward-mode tangent, or is transformed by
+            ``torch.func``.
     Note:
-        First order, in reverse mode only. Computes in float32 (float64 for float64), also under
-        autocast; products of half operands are summed and kept in float32; those of float32 follow
-        ``torch.set_float32_matmul_precision``. Deterministic. docs/guides/head.md lists the time
-        and memory of a call. Label values are checked: on GPUs by a device-side assertion;
-        ``REALIGN_CHECK=0`` in the environment turns that off.
+        Differentiable once, in reverse mode only. Computes in float32 (float64 for float64 inputs),
+        also under autocast; products of half operands are summed and kept in float32; those of
+        float32 follow ``torch.set_float32_matmul_precision``. Deterministic. docs/guides/head.md
+        lists the time and memory of a call. Label values are checked, on GPUs by a device-side
+        assertion; ``REALIGN_CHECK=0`` in the environment turns that off.
 
     Example::
 
@@ -190,9 +191,9 @@ def linear_logprob_stats(
         logit_softcap: Bound on the logits.
         temperature: Divisor of the logits.
         backend: Implementation.
-        memory: ``"tile"`` is refused here too.
-        workspace_bytes: Bound on scratch.
-        stash_bytes: Bound on the stash.
+        memory: ``"auto"``, ``"stash"`` or ``"recompute"``.
+        workspace_bytes: Limit on scratch memory in bytes.
+        stash_bytes: Limit on the exponentials that are kept for the backward, in bytes.
         accumulate: ``"auto"`` or ``"exact"``.
         num_scored: Number of labels that are not ignored.
         group: Tensor parallelism; every statistic is that of the whole vocabulary.
@@ -201,10 +202,10 @@ def linear_logprob_stats(
     Raises:
         ValueError: As :func:`linear_logprob`.  TypeError: As there.  RuntimeError: As there.
         NotImplementedError: As there.
-    Note: ``token_logps``, ``top_non_label_logps``, ``entropy`` and ``lse`` are differentiable,
-        first order; the other entries are detached.  A backward that no gradient of the entropy
-        reaches costs what it would cost without it; one that it reaches computes the logits again,
-        8NVD in all.  Hidden states are kept until the backward.
+    Note: ``token_logps``, ``top_non_label_logps``, ``entropy`` and ``lse`` are differentiable once;
+        the other entries are detached.  Hidden states are kept until the backward.  A gradient of
+        the entropy (with a frozen head, of ``lse`` too) makes the backward compute the logits
+        again: 8NVD operations in all.
 
     Example::
 
@@ -245,7 +246,7 @@ def linear_logprob_stats(
 
 
 def _as_lengths(num_scored: int | None) -> Tensor | None:
-    """Return a number as a tensor on the host, which tracing does not take for a constant."""
+    """Return a number as a tensor on the host, since tracing would make an int a constant."""
     if num_scored is None:
         return None
     check_integer("num_scored", num_scored, least=0)

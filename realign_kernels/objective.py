@@ -37,7 +37,7 @@ _IMAGE = (1.0, 0.0, -1.0, 0.0)
 _ANCHOR = (1.0, 0.0, 0.0, 0.0)
 _RETRIEVED_TEXT = (0.0, 0.0, -1.0, 1.0)
 _REJECTED_IMAGE = (0.0, -1.0, 0.0, 1.0)
-# the cells of a preference pair, in the order that they have everywhere
+# The cells of a preference pair, in their order.
 CELL_NAMES = ("chosen", "text_rejected", "image_rejected", "both_rejected")
 
 
@@ -53,7 +53,7 @@ class Term:
     """
 
     coefficients: tuple[float, ...]
-    """Factor of each cell's log-ratio; shorter than four is filled with zeros."""
+    """Factor of each cell's log-ratio; padded with zeros to four."""
     weight: float = 1.0
     """Factor of the term; >= 0."""
     beta: float = 0.1
@@ -120,7 +120,7 @@ class Term:
         return LINKS[self.link].is_per_token or self.normalize == "length"
 
     def contrast(self, log_ratios: Tensor, num_tokens: Tensor | None) -> Tensor:
-        """Return ``coefficients . log_ratios``, (P,), reading no other cell; per token if so."""
+        """Return ``coefficients . log_ratios``, (P,), without reading cells of coefficient 0."""
         if self.is_per_token:
             assert num_tokens is not None  # checked by preference_loss
             log_ratios = log_ratios / num_tokens.clamp(min=1)
@@ -129,7 +129,7 @@ class Term:
 
     def is_readable(self, is_present: Tensor) -> Tensor:
         """Return whether every cell that the term reads is present, (P,)."""
-        # An index of cells as a list would be copied to the device on every call.
+        # Indexing with a list of cells would copy it to the device on every call.
         return torch.stack([is_present[cell] for cell in self.cells]).all(dim=0)
 
 
@@ -144,7 +144,7 @@ class Link(NamedTuple):
 def _logsigmoid_losses(term: Term, contrast: Tensor) -> Tensor:
     x = term.beta * contrast - term.offset
     if term.label_smoothing == 0:
-        # A smoothing of 0 is skipped: logsigmoid(-x) is -inf where x is inf.
+        # Skipped, since 0 * logsigmoid(-x) is NaN where x is inf.
         return -F.logsigmoid(x)
     return -(1 - term.label_smoothing) * F.logsigmoid(x) - term.label_smoothing * F.logsigmoid(-x)
 
@@ -170,7 +170,7 @@ def _ipo_slopes(term: Term, contrast: Tensor) -> Tensor:
     return 2 * (contrast - 1 / (2 * term.beta))
 
 
-# Per-pair losses of a term, (P,).  Kernels know a link by its place here.
+# Links by name.  Kernels know a link by its index in this order.
 LINKS = {
     "logsigmoid": Link(_logsigmoid_losses, _logsigmoid_slopes),
     "hinge": Link(_hinge_losses, _hinge_slopes),
@@ -245,9 +245,8 @@ class Objective:
         anchor_weight: float = 1.0,
         anchor_offset: float = 0.0,
     ) -> Objective:
-        """Add to rDPO an anchor that keeps the chosen answer likelier than under the reference.
-
-        It has three cells.
+        """Add an anchor to rDPO that keeps the chosen answer likelier than under the reference
+        (three cells).
 
         Example::
 
@@ -264,8 +263,7 @@ class Objective:
     def symmetric(
         cls, beta: float = 0.1, image_beta: float | None = None, image_weight: float = 1.0
     ) -> Objective:
-        """Apply rDPO both ways: each answer belongs to the image that it
-        describes (four cells).
+        """Apply rDPO both ways, so that each answer prefers the image it describes (four cells).
 
         Example::
 
@@ -284,9 +282,11 @@ class Objective:
         )
 
     def table(self) -> list[list[float]]:
-        """Return the terms as numbers, for kernels: four coefficients, weight, beta, offset, label
-        smoothing, and the place of the link in ``LINKS``, counted on where a term of another link
-        than ipo is normalised by length: kernels take places from that of ipo on for per token.
+        """Return the terms as rows of numbers, for kernels: four coefficients, weight, beta,
+        offset, label smoothing, and a code of the link.
+
+        The code is the link's index in ``LINKS``, plus ``len(LINKS)`` with ``normalize="length"``.
+        Codes from that of ipo on are per token.
         """
         links = list(LINKS)
         return [
@@ -297,20 +297,20 @@ class Objective:
 
     @classmethod
     def from_table(cls, table: list[list[float]], nll_weight: float) -> Objective:
-        """Return the objective of a table."""
+        """Return the objective of a :meth:`table`."""
         links = list(LINKS)
         terms = []
         for row in table:
-            place = int(row[8])
-            term = Term(tuple(row[:4]), row[4], row[5], row[6], links[place % len(links)], row[7])
-            if place >= len(links):
+            code = int(row[8])
+            term = Term(tuple(row[:4]), row[4], row[5], row[6], links[code % len(links)], row[7])
+            if code >= len(links):
                 term = replace(term, normalize="length")
             terms.append(term)
         return cls(tuple(terms), nll_weight)
 
     @property
     def num_cells(self) -> int:
-        """The fewest cells that every term can be read from: 2, 3 or 4."""
+        """The number of cells that a batch must have at least: 2, 3 or 4."""
         return max(2, *(cell + 1 for term in self.terms for cell in term.cells))
 
     @property
@@ -337,7 +337,7 @@ class PreferenceOutput(NamedTuple):
     loss: Tensor
     """Mean of ``losses``, (); 0 without pairs."""
     losses: Tensor
-    """(P,)."""
+    """Loss of each pair, (P,)."""
     rewards: Tensor
     """``beta * (logps - ref_logps)``, (C, P); 0 for absent cells."""
     text_margins: Tensor
@@ -368,15 +368,14 @@ def preference_loss(
         ref_logps: The reference model's sums, same shape, treated as constant; None is a reference
             of 0.
         objective: The table of terms.
-        num_tokens: Answer tokens, shape ``(C, P)``; needed by ipo, ``normalize="length"`` and
-            ``nll_weight``.  A cell with
-            0 is absent: its reward is 0 and every term that reads it adds 0 for that pair, while
-            means stay over P.
+        num_tokens: Number of answer tokens, shape ``(C, P)``; required by ipo,
+            ``normalize="length"`` and ``nll_weight``.  A cell with 0 tokens is absent: its reward
+            is 0 and every term that reads it adds 0 for that pair, while means stay over P.
     Returns:
         output: :class:`PreferenceOutput`, dtype of ``logps``.
     Raises:
-        ValueError: Shapes disagree, there are too few cells, ``num_tokens`` is missing, or it is on
-            the host and says that a chosen answer is absent.
+        ValueError: Shapes disagree, there are too few cells, or ``num_tokens`` is missing or, on
+            the host, 0 for a chosen answer.
         TypeError: A dtype cannot hold sums of log-probabilities.
         NotImplementedError: ``ref_logps`` carries a forward-mode tangent, which would be dropped.
     Note: deterministic; nothing waits for a GPU.
@@ -432,9 +431,9 @@ def reduce_losses(
 
 
 def differentiate_losses(log_ratios: Tensor, objective: Objective, num_tokens: Tensor) -> Tensor:
-    """Return the derivative of the mean loss in the summed log-probabilities, (C, P).
+    """Return the derivative of the mean loss with respect to the summed log-probabilities, (C, P).
 
-    For kernels, which run below autograd; of ``log_ratios`` those of absent cells are 0.
+    It is for kernels, which run below autograd.  ``log_ratios`` are 0 in absent cells.
     """
     is_present, counts = num_tokens > 0, num_tokens.clamp(min=1).to(log_ratios.dtype)
     gradient = torch.zeros_like(log_ratios)
@@ -451,7 +450,7 @@ def differentiate_losses(log_ratios: Tensor, objective: Objective, num_tokens: T
 
 
 def _checked_image_beta(beta: float, image_beta: float | None, image_weight: float) -> float:
-    """Check the numbers of an image term by their own names; return its beta."""
+    """Check the numbers of an image term under the caller's names, and return its beta."""
     check_number("image_weight", image_weight, least=0.0)
     if image_beta is None:
         return beta
@@ -496,14 +495,13 @@ def check_cells(
         _check_device("num_tokens", num_tokens, logps, "logps")
     if num_tokens is None and objective.needs_num_tokens:
         raise ValueError(
-            "num_tokens must be given for link 'ipo' and for nll_weight, and for "
-            "normalize='length', got None. "
+            "num_tokens must be given for link 'ipo', normalize='length' and nll_weight, got None. "
             "Count the answer tokens of every cell and pair, (C, P)."
         )
 
 
 def check_reference(ref_logps: Tensor | None, like: Tensor, name: str) -> None:
-    """Check dtype and device of a reference, which is a constant."""
+    """Check the dtype and device of a reference, which gets no gradient."""
     if ref_logps is None:
         return
     check_floating("ref_logps", ref_logps)

@@ -1,4 +1,4 @@
-"""Options of a head: the keyword arguments that every function of a head shares."""
+"""Options of a head: the keyword arguments that all functions of this package's head share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 MEMORY_MODES = ("auto", "stash", "tile", "recompute")
 ACCUMULATE_MODES = ("auto", "exact")
-# In place of an ignore_index of None: no label has it, for it is refused as one.
+# Stands for ignore_index=None.  No label is equal to it: it is refused as a token id.
 NO_INDEX = -(2**63)
 LoraFactors = tuple[Tensor, Tensor, float]
 

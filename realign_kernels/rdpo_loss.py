@@ -107,11 +107,11 @@ def rdpo_loss(
     accumulate: str = "auto",
     group: ProcessGroup | None = None,
 ) -> RdpoOutput | RdpoStatsOutput:
-    """Return the rDPO loss of a batch of pairs, never storing the logits nor rounding them to half.
+    """Return the rDPO loss of a batch of pairs, without storing logits or rounding them to half.
 
-    With ``rho = logps - ref_logps``, the mean over pairs of ``-logsigmoid(beta * (rho[0] - rho[1]))
-    - image_weight * logsigmoid(image_beta * (rho[0] - rho[2]))``; 2 ln 2 where the policy is the
-    reference.
+    With ``rho = logps - ref_logps``, it is the mean over pairs of ``-logsigmoid(beta * (rho[0] -
+    rho[1])) - image_weight * logsigmoid(image_beta * (rho[0] - rho[2]))``, and 2 ln 2 where the
+    policy equals the reference.
 
     Args:
         hidden_states: Backbone outputs in one of two forms: padded ``(C * P, T, D)``, where
@@ -119,37 +119,39 @@ def rdpo_loss(
             Cells: 0 chosen, 1 text_rejected, 2 image_rejected, 3 both_rejected.
         lm_head_weight: As for :func:`linear_logprob`, shape ``(V, D)``.
         labels: Token ids, already shifted, shape of ``hidden_states`` without D, int64;
-            ``ignore_index`` elsewhere.
+            ``ignore_index`` at positions that are not part of an answer.
         ref_logps: The reference model's sums, shape ``(C, P)``, float32 or float64; None is a
             reference of 0.
         sequence_ids: Sequence ``c * P + p`` of each packed token, shape ``(N,)``, int64, in any
             order; not read where the label is ignored.  None for the padded form.
-        sequence_lengths: Answer tokens, shape ``(C, P)``, int64, on the CPU; with it nothing waits
-            for a GPU.  Needed for packed tokens without ``ref_logps``.
+        sequence_lengths: Number of answer tokens, shape ``(C, P)``, int64, on the CPU.  If it is
+            given, the host does not wait for a GPU to count them.  Required for packed tokens
+            without ``ref_logps``.
         beta: KL strength of the text term; > 0.
         image_beta: KL strength of the image term; None for ``beta``.
         image_weight: Factor of the image term; >= 0.
         objective: Another table of terms in place of the three numbers above.
-        rejected_scoring: ``"label"`` sums the log-probabilities of the labels everywhere, as the
-            paper has it. ``"top_non_label"`` sums, in cells 1 to 3, those of the most probable
-            token that is not the label (of equals, the lowest id), as the authors' code does;
+        rejected_scoring: ``"label"`` sums the log-probabilities of the labels in every cell, as in
+            the paper. ``"top_non_label"`` sums, in cells 1 to 3, those of the most probable token
+            that is not the label (the lowest id among equals), as the authors' code does;
             ``ref_logps`` must have been scored the same way.
         token_weights: Factor of each token's log-probability in ``logps``, shape of ``labels``,
-            float32 or float64; not read where the label is ignored, without a gradient.  Lengths
-            still count tokens.  ``ref_logps`` must have been summed with the same factors.
-        statistics: Whether to add means of entropy, logits and top-1 of every cell, from the same
-            pass.
+            float32 or float64; not read where the label is ignored, and not differentiable.
+            Lengths still count tokens.  ``ref_logps`` must have been summed with the same factors.
+        statistics: Whether to return also the mean entropy, mean logit and top-1 rate of every
+            cell, from the same pass.
         lm_head_bias: As for :func:`linear_logprob`, like all that follow.
         lm_head_lora: ``(A, B, scaling)``.
         ignore_index: Label of positions that are not part of an answer, which cost nothing; None
-            for none.
-        logit_scale: Factor on the logits; None for 1.
+            scores every position.
+        logit_scale: Factor on the logits; None means 1.
         logit_softcap: Bound on the logits.
         temperature: Divisor of the logits.
         backend: Implementation.
-        memory: ``"tile"`` is allowed here.
-        workspace_bytes: Bound on scratch.
-        stash_bytes: Bound on the stash.
+        memory: ``"tile"`` is allowed too: a trained head's gradients are taken a few pairs at a
+            time.  ``"auto"`` takes it where the exponentials exceed ``stash_bytes``.
+        workspace_bytes: Limit on scratch memory in bytes.
+        stash_bytes: Limit on the exponentials that are kept for the backward, in bytes.
         accumulate: ``"auto"`` or ``"exact"``.
         group: Tensor parallelism; every rank gets the whole loss.
     Returns:
@@ -163,9 +165,9 @@ def rdpo_loss(
         TypeError: A dtype does not fit.
         RuntimeError: As :func:`linear_logprob`.
         NotImplementedError: As there.
-    Note: first order, in reverse mode only; deterministic.  ``loss`` and ``logps`` are
-        differentiable in the inputs; the loss is not a function of ``logps`` for autograd.  No
-        gradient reaches ``ref_logps``.
+    Note: differentiable once, in reverse mode only; deterministic.  ``loss`` and ``logps`` are
+        differentiable with respect to the inputs, but autograd does not see ``loss`` as a function
+        of ``logps``.  No gradient reaches ``ref_logps``.
     Source: paper, eq. (1) -> docs/paper.md; ``top_non_label`` -> docs/paper.md 4.2.
 
     Example::
@@ -234,7 +236,7 @@ def rdpo_loss(
     weights = _checked_weights(token_weights, labels, options.ignore_index)
     outputs: tuple[Tensor, ...]
     if _takes_tiles(head, batch, memory):
-        outputs, found = _reduce_in_tiles(
+        outputs, token_statistics = _reduce_in_tiles(
             head, batch, pairs, top_rows, weights, with_statistics=statistics
         )
     else:
@@ -246,13 +248,13 @@ def rdpo_loss(
         if weights is not None:
             token_logps = token_logps * weights.to(token_logps.dtype)
         outputs = PairOutputs(*pair_loss_kept(token_logps, head.backend, *batch))[:6]
-        found = (scores.entropy, scores.mean_logits, scores.is_top1)
+        token_statistics = (scores.entropy, scores.mean_logits, scores.is_top1)
     if not statistics:
         return RdpoOutput(*outputs)
     counts = outputs[2].clamp(min=1)
     means = []
-    for values in found:
-        # The sums of the loss: in one order, without atomics, and a graph of one operator.
+    for values in token_statistics:
+        # The loss's operator sums them too: in a fixed order, without atomics.
         values = values.detach().to(outputs[0].dtype).view(labels.shape)
         means.append(PairOutputs(*pair_loss_kept(values, head.backend, *batch)).logps / counts)
     return RdpoStatsOutput(*outputs, *means)
@@ -261,7 +263,7 @@ def rdpo_loss(
 def _checked_weights(
     token_weights: Tensor | None, labels: Tensor, ignore_index: int
 ) -> Tensor | None:
-    """Check weights of tokens; return them with 0 where the label is ignored."""
+    """Check the weights of tokens, and return them with 0 where the label is ignored."""
     if token_weights is None:
         return None
     check_tensor("token_weights", token_weights)
@@ -279,20 +281,21 @@ def _checked_weights(
         )
     if token_weights.requires_grad:
         raise ValueError(
-            "token_weights must need no gradient, got one that does. Call .detach(), or weigh what "
-            "linear_logprob returns."
+            "token_weights must not require a gradient, got one that does. Call .detach(), or "
+            "weight what linear_logprob returns."
         )
     return torch.where(labels != ignore_index, token_weights, 0.0)
 
 
 def _takes_tiles(head: HeadArguments, batch: PairArguments, memory: str) -> bool:
-    """Return whether gradients are taken pair by pair: on request, or where E is too large."""
+    """Return whether gradients are taken pair by pair: on request, or if the stash is too large."""
     is_trained = any(part is not None and part.requires_grad for part in head.tensors()[1:])
     if not (is_trained and torch.is_grad_enabled()):
         return False
     if memory != "auto":
         return memory == "tile"
-    # Without lengths the number of answer tokens is not known here; positions are the most.
+    # Without lengths the number of answer tokens is unknown here: there are at most as many as
+    # positions.
     num_rows = batch.labels.numel()
     if batch.sequence_lengths is not None and not torch.compiler.is_compiling():
         num_rows = int(batch.sequence_lengths.sum())
@@ -308,7 +311,7 @@ def _reduce_in_tiles(
     *,
     with_statistics: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Return the results of the loss, and statistics of tokens."""
+    """Return the results of the loss, and the statistics of tokens."""
     labels, sequence_ids = batch.labels, batch.sequence_ids
     if sequence_ids is None:
         sequence_ids = torch.arange(pairs.num_sequences, device=labels.device)
@@ -329,7 +332,7 @@ def _reduce_in_tiles(
 def _top_rows(
     rejected_scoring: str, labels: Tensor, sequence_ids: Tensor | None, pairs: PairShape
 ) -> Tensor | None:
-    """Return which positions are scored by their best token that is not the label."""
+    """Return which positions are scored by their most probable token that is not the label."""
     if rejected_scoring == "label":
         return None
     if sequence_ids is None:

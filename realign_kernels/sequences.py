@@ -1,4 +1,4 @@
-"""The sequence that each token belongs to.
+"""Sequences of a batch of pairs: shapes, the sequence of each token, and lengths.
 
 Sequences are cell-major: sequence ``c * P + p`` is cell c of pair p.  Letters: **P** pairs, **C**
 cells, **S** = C * P sequences, **T** positions, **N** packed tokens.
@@ -30,7 +30,7 @@ class PairShape(NamedTuple):
 
     @property
     def num_sequences(self) -> int:
-        """Sequences in a batch of this shape."""
+        """Number of sequences in a batch of this shape."""
         return self.num_cells * self.num_pairs
 
 
@@ -42,7 +42,7 @@ def check_batch(
     sequence_ids: Tensor | None,
     sequence_lengths: Tensor | None,
 ) -> None:
-    """Refuse anything but tensors, hidden states of another form, and swapped arguments."""
+    """Refuse arguments that are no tensors, look swapped, or are neither padded nor packed."""
     check_tensor("hidden_states", hidden_states)
     check_tensor("lm_head_weight", lm_head_weight)
     check_tensor("labels", labels)
@@ -57,7 +57,7 @@ def check_batch(
         check_floating(
             "ref_logps", ref_logps, " labels and ref_logps seem swapped." if are_swapped else ""
         )
-        # A batch of a single pair with one position has the shape of its reference.
+        # The labels of single-token sequences can have the shape of the reference.
         is_one_per_token = ref_logps.shape == labels.shape == hidden_states.shape[:-1]
         if is_one_per_token and ref_logps.ndim > 0 and ref_logps.shape[-1] > 1:
             raise ValueError(
@@ -65,15 +65,15 @@ def check_batch(
                 "token as labels. Sum over the tokens of every answer, and call "
                 "realign_kernels.stack_cells on the sums."
             )
-    form, is_packed = tuple(hidden_states.shape), sequence_ids is not None
-    if is_packed and len(form) != 2:
+    shape, is_packed = tuple(hidden_states.shape), sequence_ids is not None
+    if is_packed and len(shape) != 2:
         raise ValueError(
-            f"hidden_states must have shape (N, D) with sequence_ids, got {form}."
+            f"hidden_states must have shape (N, D) with sequence_ids, got {shape}."
             f"{swapped or ' Leave sequence_ids out for padded batches.'}"
         )
-    if not is_packed and len(form) != 3:
+    if not is_packed and len(shape) != 3:
         raise ValueError(
-            f"hidden_states must have shape (C * P, T, D) without sequence_ids, got {form}."
+            f"hidden_states must have shape (C * P, T, D) without sequence_ids, got {shape}."
             f"{swapped or ' Pass sequence_ids for packed tokens.'}"
         )
 
@@ -86,8 +86,8 @@ def resolve_pair_shape(
 ) -> PairShape:
     """Return (C, P) from the argument that states it, and refuse those that disagree.
 
-    ``num_sequences`` is that of a padded batch; ``num_cells`` are the fewest and the most that an
-    objective reads.
+    ``num_sequences`` is that of a padded batch; ``num_cells`` are the fewest and the most cells
+    that the objective allows.
     """
     name, given = "ref_logps", ref_logps
     if given is None:
@@ -130,7 +130,7 @@ def _check_lengths(sequence_lengths: Tensor, ref_logps: Tensor | None) -> None:
     if sequence_lengths.device.type != "cpu":
         raise ValueError(
             f"sequence_lengths must be on the CPU, got {sequence_lengths.device}. "
-            "Count there, or leave it out."
+            "Count on the CPU, or leave it out."
         )
     if ref_logps is not None and sequence_lengths.shape != ref_logps.shape:
         remedy = "Give one length for every cell and pair."
@@ -173,8 +173,8 @@ def check_sequence_id_values(sequence_ids: Tensor, is_scored: Tensor, num_sequen
 
 
 def checks_counts(device: torch.device) -> bool:
-    """Return whether lengths that lie on the host are compared with counts on a device."""
-    # A graph would read the host's memory again at every replay.
+    """Return whether lengths on the host are compared with counts on a device."""
+    # A captured graph would read the host's memory again at every replay.
     is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     return value_checks_enabled() and not is_captured
 
@@ -196,7 +196,7 @@ def check_counts(num_tokens: Tensor, sequence_lengths: Tensor) -> None:
 
 
 def assert_pairs_fit(ids_fit: Tensor | None, counts_fit: Tensor | None, num_sequences: int) -> None:
-    """Stop the device where a kernel has found ids or counts that do not fit."""
+    """Stop the device if a kernel has found ids or counts that do not fit."""
     if ids_fit is not None:
         assert_on_device(ids_fit, _ids_rule(num_sequences))
     if counts_fit is not None:

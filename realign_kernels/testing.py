@@ -45,7 +45,7 @@ class HeadInputs:
         return replace(self, hidden_states=hidden_states, lm_head_weight=weight, options=options)
 
     def as_leaves(self, dtype: torch.dtype | None = None) -> HeadInputs:
-        """Return copies that require gradients, upcast if asked (values are those of the copy)."""
+        """Return copies of the inputs that require gradients, cast to ``dtype`` if given."""
         copies = [tensor.detach().to(dtype or tensor.dtype, copy=True) for tensor in self.tensors]
         return self.replace_tensors([copy.requires_grad_() for copy in copies])
 
@@ -57,7 +57,7 @@ class HeadInputs:
 
 
 def seeded(seed: int) -> torch.Generator:
-    """Return a generator of the device that tensors are made on."""
+    """Return a seeded generator on the default device."""
     return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
@@ -119,8 +119,8 @@ def dense_logprob(inputs: HeadInputs) -> Tensor:
     """Return the log-probability of each label, 0 where it is ignored; differentiable."""
     is_scored = inputs.labels != inputs.options.get("ignore_index", -100)
     index = torch.where(is_scored, inputs.labels, 0).unsqueeze(-1)
-    picked = dense_log_probs(inputs).gather(-1, index).squeeze(-1)
-    return torch.where(is_scored, picked, 0.0)
+    label_logps = dense_log_probs(inputs).gather(-1, index).squeeze(-1)
+    return torch.where(is_scored, label_logps, 0.0)
 
 
 def dense_rdpo_loss(
@@ -131,7 +131,7 @@ def dense_rdpo_loss(
     sequence_ids: Tensor | None = None,
     rejected_scoring: str = "label",
 ) -> DensePairs:
-    """Return the loss of pairs by the plain formula, pair by pair; differentiable.
+    """Return the results of the loss by the plain formula, pair by pair; differentiable.
 
     Without ``sequence_ids`` hidden states are padded, one sequence per row.
     """
@@ -145,14 +145,14 @@ def dense_rdpo_loss(
     if rejected_scoring == "top_non_label":
         others = log_probs.scatter(-1, index, -torch.inf).amax(dim=-1)
         scores = torch.where(sequence_ids < num_pairs, scores, others)
-    chosen = [is_scored & (sequence_ids == number) for number in range(num_cells * num_pairs)]
-    logps = torch.stack([scores[tokens].sum() for tokens in chosen]).view(num_cells, num_pairs)
-    num_tokens = torch.stack([tokens.sum() for tokens in chosen]).view(num_cells, num_pairs)
+    answers = [is_scored & (sequence_ids == number) for number in range(num_cells * num_pairs)]
+    logps = torch.stack([scores[answer].sum() for answer in answers]).view(num_cells, num_pairs)
+    num_tokens = torch.stack([answer.sum() for answer in answers]).view(num_cells, num_pairs)
     return _dense_pairs(logps, num_tokens, ref_logps.to(logps.dtype), objective)
 
 
 class DensePairs(NamedTuple):
-    """The results that a preference loss must have, in the order of ``RdpoOutput``."""
+    """Results of :func:`dense_rdpo_loss`, in the order of ``RdpoOutput``."""
 
     loss: Tensor
     logps: Tensor
@@ -181,8 +181,8 @@ def _dense_pairs(
     def margins(cell: int, beta: float) -> Tensor:
         if cell >= num_cells:
             return torch.zeros_like(rho[0])
-        is_there = (num_tokens[0] > 0) & (num_tokens[cell] > 0)
-        return torch.where(is_there, beta * (rho[0] - rho[cell]), 0.0)
+        are_present = (num_tokens[0] > 0) & (num_tokens[cell] > 0)
+        return torch.where(are_present, beta * (rho[0] - rho[cell]), 0.0)
 
     return DensePairs(
         torch.stack(losses).mean(),
@@ -197,7 +197,7 @@ def _dense_pairs(
 def _dense_link(term: Term, rho: Tensor, num_tokens: Tensor) -> Tensor:
     coefficients = rho.new_tensor(term.coefficients[: len(rho)])
     if term.link == "ipo":
-        # Of an absent cell the coefficient is 0, and so is the product.
+        # The coefficient of an absent cell is 0 here, and so is the product.
         contrast = (coefficients * rho / num_tokens.clamp(min=1)).sum()
         return (contrast - 1 / (2 * term.beta)) ** 2
     contrast = (coefficients * rho).sum()
@@ -209,9 +209,9 @@ def _dense_link(term: Term, rho: Tensor, num_tokens: Tensor) -> Tensor:
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Return the most CPU memory that tensors made by a call hold at once, with what it returns.
+    """Return the peak of the CPU memory that a call's tensors hold, with those that it returns.
 
-    It is read from the profiler's record of the allocator, which sees inside operators.
+    It is read from the profiler's record of the allocator, which sees allocations inside operators.
     """
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True

@@ -1,9 +1,9 @@
 """Tiles of rows and vocabulary whose scratch stays within a budget.
 
-The shape depends on the head and the budget, not on the number of vocabulary entries: splitting
-the vocabulary over ranks leaves every row's order of summation as it was.  Nor does it depend on
-the number of rows, so that adding some to a batch changes no other; but for backends that ask for
-tiles that fit (GPUs), where it depends on the power of two above that number.
+The shape depends on the head and the budget, not on the size of the vocabulary: splitting the
+vocabulary over ranks leaves the order of summation in every row as it was.  It does not depend on
+the number of rows either, so that adding rows to a batch changes no other row.  Only backends with
+``FITS_TILES`` (GPUs) make it depend on that number, rounded up to a power of two.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class TileShape(NamedTuple):
 
 
 def fitted(largest: TileShape, num_rows: int | None) -> TileShape:
-    """Return a tile as large as ``largest``, wider where there are few rows.
+    """Return a tile as large as ``largest``, but wider where there are few rows.
 
-    Rows are counted in powers of two: within one, the order of summation stays as it is. Without
-    ``num_rows`` it stays so for any number of rows.
+    The number of rows is rounded up to a power of two: batches of the same power have the same
+    order of summation. Without ``num_rows`` all batches have it.
     """
     if num_rows is None:
         return largest
@@ -50,18 +50,18 @@ def tile_shape(
     casts_head: bool,
     sums_head_gradient: bool,
 ) -> TileShape:
-    """Return the largest tile within the budget, of those that are no larger than ``largest``.
+    """Return the largest tile that fits the budget and is no larger than ``largest``.
 
-    Scratch for one tile: logits, as many temporaries as its kernels make and, where they have
-    another dtype, the exponentials; of the head what is cast, its low-rank factor, and its gradient
-    until that is rounded.  ``itemsizes`` are those of accumulation, of operands and of
+    The scratch of a tile is its logits, the temporaries of its kernels and, if they have another
+    dtype, its exponentials; for its part of the head, the cast weight, the low-rank factor, and the
+    gradient before it is rounded.  ``itemsizes`` are those of accumulation, operands and
     exponentials.
     """
     rows, columns = largest
     accumulation, operand, exponential = itemsizes
     per_logit = accumulation * (1 + temporaries)
     if exponential != accumulation:
-        # low-rank products take the exponentials widened again
+        # low-rank products take a wide copy of the exponentials
         per_logit += exponential + (accumulation if rank else 0)
     gradient = accumulation * (hidden_size + rank + 1)
     per_column = 2 * accumulation * rank  # cast, then scaled
@@ -74,27 +74,28 @@ def tile_shape(
             columns //= 2
     while rows > 1 and columns * (rows * per_logit + per_column) > workspace_bytes:
         rows //= 2
-    least = per_logit + 2 * gradient  # of the backward too, so that it is refused beforehand
-    if workspace_bytes < least:
+    # With the gradient, so that the forward refuses what the backward would.
+    least_bytes = per_logit + 2 * gradient
+    if workspace_bytes < least_bytes:
         raise ValueError(
-            f"workspace_bytes must be >= {least} to hold one logit of hidden size {hidden_size}, "
-            f"got {workspace_bytes}. Leave it out for the default."
+            f"workspace_bytes must be >= {least_bytes} to hold one logit of hidden size "
+            f"{hidden_size}, got {workspace_bytes}. Leave it out for the default."
         )
     return TileShape(rows, columns)
 
 
 def padded_rows(num_rows: int, shape: TileShape) -> int:
-    """Return a number of rows that leaves no block with only a few.
+    """Return the number of rows with padding, so that the last block has enough of them.
 
-    A row's result then does not depend on the number of others.
+    A row's result then does not depend on the number of other rows.
     """
-    rest = num_rows % shape.rows
+    last_rows = num_rows % shape.rows
     least = min(LEAST_ROWS, shape.rows)
-    return num_rows if rest == 0 or rest >= least else num_rows - rest + least
+    return num_rows if last_rows == 0 or last_rows >= least else num_rows - last_rows + least
 
 
 def row_stride(columns: int, multiple: int) -> int:
-    """Return how many elements rows of ``columns`` lie apart, so that each of them is aligned."""
+    """Return the stride in elements that aligns every row of ``columns`` elements."""
     return -(-columns // multiple) * multiple
 
 

@@ -82,7 +82,7 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str] | None) -> None:
-    """Refuse anything but a string, or but one of the choices where they are given."""
+    """Refuse anything but a string, and any string that is not one of the choices, if given."""
     if not isinstance(value, str):
         wanted = "a string" if choices is None else f"one of {list(choices)}"
         raise TypeError(
@@ -96,8 +96,8 @@ def is_number(
     value: Any, builtin: type | tuple[type, ...] = (float, int), general: type = numbers.Real
 ) -> bool:
     """Return whether a value is a number of Python or NumPy, and not a bool."""
-    # The general kind last: torch.compile does not know it, and NumPy's numbers alone need it.
-    # The builtin ones as a tuple: torch.compile of PyTorch 2.10 knows no union in a variable.
+    # `general` comes last: torch.compile does not know it, and only NumPy's numbers need it.
+    # `builtin` is a tuple: torch.compile of PyTorch 2.10 does not know a union in a variable.
     return not isinstance(value, bool) and (
         isinstance(value, builtin) or (not isinstance(value, Tensor) and isinstance(value, general))
     )
@@ -116,7 +116,7 @@ def _check_lora(lora: Any) -> None:
     if not isinstance(lora, tuple | list):
         raise TypeError(
             f"lm_head_lora must be (A, B, scaling), got {describe(lora)}. "
-            "Of a PEFT layer that is (lora_A.weight, lora_B.weight, scaling)."
+            "For a PEFT layer, pass (lora_A.weight, lora_B.weight, scaling)."
         )
     if len(lora) != 3:
         raise ValueError(
@@ -151,7 +151,7 @@ def _check_group(group: Any) -> None:
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             f"group must be a torch.distributed.ProcessGroup or None, got {describe(group)}. "
-            "Of a DeviceMesh pass get_group()."
+            "For a DeviceMesh, pass its get_group()."
         )
 
 
@@ -205,7 +205,10 @@ def _remedy_of_tensor(value: Any) -> str:
 def check_head(
     hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, options: HeadOptions
 ) -> torch.dtype | None:
-    """Check the tensors of a head against each other; return the dtype the weight is rounded to."""
+    """Check the tensors of a head against each other.
+
+    Return the dtype that the weight is rounded to, or None where it is not rounded.
+    """
     check_tensor("hidden_states", hidden_states)
     check_tensor("lm_head_weight", lm_head_weight)
     check_tensor("labels", labels)
@@ -228,7 +231,7 @@ def check_head(
             remedy = " Gather it by deepspeed.zero.GatheredParameters."
         elif not swapped and lm_head_weight.ndim == 2 and lm_head_weight.shape[0] == hidden_size:
             remedy = " It looks transposed: pass its .T."
-            if hidden_size > lm_head_weight.shape[1]:  # the larger one is the vocabulary's size
+            if hidden_size > lm_head_weight.shape[1]:  # the larger is the size of the vocabulary
                 remedy = " Pass what the last layer returns, not logits."
         elif not swapped and lm_head_weight.ndim != 2:
             remedy = " Pass the .weight of the output projection."
@@ -267,8 +270,8 @@ def check_head(
 def check_transforms(**tensors: Tensor | None) -> None:
     """Refuse tensors that ``torch.func`` transforms, and those that carry a forward-mode tangent.
 
-    An operator without a forward-mode rule returns no tangent, and under vmap tensors do not say
-    that they need a gradient: both would give zeros in silence.
+    An operator without a forward-mode rule returns no tangent, and under vmap tensors do not show
+    that they require a gradient: both would silently give zeros.
     """
     for name, tensor in tensors.items():
         check_no_tangent(name, tensor)
@@ -277,9 +280,9 @@ def check_transforms(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and (torch.compiler.is_compiling() or _is_transformed(tensor)):
             raise NotImplementedError(
-                f"{name} must be outside of the transforms of torch.func (grad, jvp, vmap and the "
-                "like), got it inside of one. Call torch.autograd.grad or backward(); in place of "
-                "vmap, hidden_states and labels take any number of leading dimensions."
+                f"{name} must be outside of the transforms of torch.func (grad, jvp, vmap and "
+                "others), got it inside one. Call torch.autograd.grad or backward(); instead of "
+                "vmap, pass hidden_states and labels with any number of leading dimensions."
             )
 
 
@@ -295,17 +298,17 @@ def check_no_tangent(name: str, tensor: Tensor | None) -> None:
 
 
 def _is_transformed(tensor: Tensor) -> bool:
-    """Return whether a transform that is active would have to differentiate or map a tensor."""
+    """Return whether an active transform would have to differentiate or map a tensor."""
     return tensor.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def find_swapped(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor) -> str:
-    """Return which two arguments look swapped, by shapes and dtypes, for messages."""
+    """Return a sentence for messages on two arguments that look swapped, or an empty string."""
     given = {"hidden_states": hidden_states, "lm_head_weight": lm_head_weight, "labels": labels}
-    other = {name for name, tensor in given.items() if not tensor.is_floating_point()}
+    not_floating = {name for name, tensor in given.items() if not tensor.is_floating_point()}
     names = None
-    if len(other) == 1 and "labels" not in other:
-        names = other.pop(), "labels"
+    if len(not_floating) == 1 and "labels" not in not_floating:
+        names = not_floating.pop(), "labels"
     elif (
         labels.shape == lm_head_weight.shape[:-1]
         and labels.shape != hidden_states.shape[:-1]
@@ -317,7 +320,7 @@ def find_swapped(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor) 
 
 def _remedy_of_labels(labels: Tensor, expected: torch.Size) -> str:
     if labels.shape[:-1] == expected:
-        return " Leave out the last dimension: one id for a position."
+        return " Drop the last dimension: pass one id per position."
     if labels.ndim == len(expected) and labels.shape[:-1] == expected[:-1]:
         return " Shift both alike: hidden_states[:, :-1] and labels[:, 1:]."
     return " Give one label for every hidden state."
@@ -360,7 +363,7 @@ def _label_rule(ignore_index: int) -> tuple[str, str]:
 def assert_rows_fit(
     labels_fit: Tensor, number_fits: Tensor | None, ignore_index: int, num_rows: int | None
 ) -> None:
-    """Stop the device where a kernel has found labels out of range, or another number of them."""
+    """Stop the device if a kernel has found a label out of range or a wrong number of labels."""
     if not value_checks_enabled():
         return
     assert_on_device(labels_fit, ". ".join(_label_rule(ignore_index)))
@@ -376,20 +379,20 @@ _NUMBER_RULE = (
 def known_number(
     sequence_lengths: Tensor | None, device: torch.device, waits: bool = False
 ) -> int | None:
-    """Return the number of scored rows where the host knows it and would have to wait for it.
+    """Return the number of scored rows if the host knows it, and counting them would make it wait.
 
-    ``waits`` states that it would also wait on a CPU, as kernels in an interpreter do.
+    ``waits`` says that it would wait on a CPU too, as for kernels in Triton's interpreter.
     """
     if sequence_lengths is None or (device.type == "cpu" and not waits):
         return None
-    numbers = sequence_lengths.tolist()
-    return numbers if isinstance(numbers, int) else sum(map(sum, numbers))
+    lengths = sequence_lengths.tolist()
+    return lengths if isinstance(lengths, int) else sum(map(sum, lengths))
 
 
 def scored_positions(is_scored: Tensor, num_rows: int | None) -> Tensor:
-    """Return where ``is_scored`` (M,) is true, (N,) int64.
+    """Return the positions where ``is_scored`` (M,) is true, (N,) int64.
 
-    ``num_rows``, where the caller knows it, saves a GPU's host from waiting for the count.
+    With ``num_rows`` the host does not wait for a GPU to count them.
     """
     if num_rows is None:
         return torch.nonzero(is_scored).squeeze(1)
@@ -402,7 +405,7 @@ def scored_positions(is_scored: Tensor, num_rows: int | None) -> Tensor:
 
 
 def check_num_scored(num_scored: int, positions: Tensor) -> None:
-    """Refuse a wrong number of scored labels; on a GPU an assertion has done it."""
+    """Refuse a wrong number of scored labels; on a GPU an assertion has already done so."""
     if value_checks_enabled() and num_scored != len(positions):
         raise ValueError(
             f"num_scored must be the number of labels that are not ignored, {len(positions)}, "
@@ -438,7 +441,7 @@ def check_cell_shape(name: str, tensor: Tensor, least: int, most: int) -> None:
 
 
 def check_chosen_present(num_tokens: Tensor) -> None:
-    """Refuse pairs without a chosen answer; call with counts that are on the host."""
+    """Refuse pairs without a chosen answer; ``num_tokens`` must be on the host."""
     empty_pairs = [pair for pair, count in enumerate(num_tokens[0].tolist()) if count <= 0]
     if empty_pairs:
         raise ValueError(
@@ -456,11 +459,10 @@ def assert_on_device(condition: Tensor, message: str) -> None:
 def _check_dtypes(
     hidden_states: Tensor, lm_head_weight: Tensor, swapped: str
 ) -> tuple[set[torch.dtype], torch.dtype | None]:
-    """Return the dtypes that other parts may have, and the one that the weight is rounded to.
+    """Return the dtypes that bias and factors may have, and the one that the weight is rounded to.
 
-    That is the dtype of autocast, or of hidden states that have another one than the weight.
-
-    PEFT keeps low-rank factors in float32 beside a half-precision head.
+    The latter is autocast's dtype, or that of the hidden states where the weight has another, or
+    None.  Factors may be float32, in which PEFT keeps them beside a half-precision head.
     """
     for name, tensor in (("hidden_states", hidden_states), ("lm_head_weight", lm_head_weight)):
         if tensor.dtype not in _DTYPES:
@@ -492,7 +494,7 @@ def _remedy_of_dtype(tensor: Tensor) -> str:
 def _check_part(
     name: str, part: Tensor, shape: tuple[int, ...], like: Tensor, allowed: set[torch.dtype]
 ) -> None:
-    """Check a bias or low-rank factor."""
+    """Check a bias or a low-rank factor."""
     if part.shape != shape:
         raise ValueError(
             f"{name} must have shape {shape} to match lm_head_weight, got {tuple(part.shape)}. "

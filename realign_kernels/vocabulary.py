@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class VocabularyShard:
-    """A contiguous range of token ids; ``start`` and ``total`` are device tensors over a group."""
+    """A contiguous range of token ids; with a group, ``start`` and ``total`` are device tensors."""
 
     size: int
     start: Tensor | int
@@ -22,15 +22,15 @@ class VocabularyShard:
     group: dist.ProcessGroup | None
 
     def all_reduce_sum_(self, tensor: Tensor) -> Tensor:
-        """Sum in place over the group."""
+        """Sum over the group, in place."""
         return self._all_reduce_(tensor, dist.ReduceOp.SUM)
 
     def all_reduce_max_(self, tensor: Tensor) -> Tensor:
-        """Take the largest in place over the group."""
+        """Take the maximum over the group, in place."""
         return self._all_reduce_(tensor, dist.ReduceOp.MAX)
 
     def all_reduce_min_(self, tensor: Tensor) -> Tensor:
-        """Take the smallest in place over the group."""
+        """Take the minimum over the group, in place."""
         return self._all_reduce_(tensor, dist.ReduceOp.MIN)
 
     def _all_reduce_(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
@@ -40,10 +40,10 @@ class VocabularyShard:
 
 
 def locate_shard(size: int, group_name: str, device: torch.device) -> VocabularyShard:
-    """Return this rank's shard; sizes may differ between ranks.  Nothing waits for a GPU.
+    """Return this rank's shard; sizes may differ between ranks.  The host does not wait for a GPU.
 
-    Operators of torch take the names of groups; they are resolved as torch's own functional
-    collectives do it.
+    Torch operators take the name of a group in place of the group; it is resolved as torch's
+    functional collectives resolve it.
     """
     group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
     own_size = torch.full((1,), size, dtype=torch.int64, device=device)

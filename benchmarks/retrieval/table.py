@@ -19,7 +19,7 @@ def retrieval_block(results: Path) -> str:
     if not content["cells"]:
         return "*Retrieval has not been measured yet: `python -m benchmarks.retrieval`.*"
     lines = [line(key, cell) for key, cell in sorted(content["cells"].items())]
-    run = content["runs"][max(content["runs"])]
+    run = content["runs"][max(content["runs"], key=int)]
     note = (
         "Exact top-10 of 1,000 queries, ours and faiss-cpu's flat index in turn (medians); recall "
         "against it; peak memory of a process that reads the stored vectors and searches, Python "

@@ -12,8 +12,9 @@ import typer
 from typer.core import TyperGroup
 
 from realign.errors import RefusedError
+from realign.runtime.write_errors import explain_full_disk
 
-# for this process and its workers, before they import any of these libraries
+# set for this process and its workers, before they import any of these libraries
 QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # of transformers too
@@ -26,27 +27,27 @@ QUIET = {
 class Commands(TyperGroup):
     """All commands, in the order of their use.
 
-    A refusal exits with 2, SIGTERM with 143; any other failure keeps its traceback, exits with 1.
+    A refusal or a full disk exits with code 2, SIGTERM with 143; any other failure shows its
+    traceback and exits with 1.
     """
 
     ORDER = (
-        *(
-            "init",
-            "build",
-            "check",
-            "cache",
-            "train",
-            "eval",
-            "report",
-            "browse",
-            "export",
-            "merge",
-        ),
-        *("card", "push"),
+        "init",
+        "build",
+        "check",
+        "cache",
+        "train",
+        "eval",
+        "report",
+        "browse",
+        "export",
+        "merge",
+        "card",
+        "push",
     )
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names in the order of the help, where typer puts groups last."""
+        """Return the names in the order of their use; typer would put groups last."""
         others = [name for name in super().list_commands(ctx) if name not in self.ORDER]
         return [*self.ORDER, *others]
 
@@ -56,7 +57,8 @@ class Commands(TyperGroup):
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         try:
-            return super().invoke(ctx)
+            with explain_full_disk():
+                return super().invoke(ctx)
         except (KeyboardInterrupt, SystemExit) as stop:
             if isinstance(stop, KeyboardInterrupt) or stop.code == 143:
                 typer.echo("realign: stopped. The same command continues what it began.", err=True)
@@ -71,7 +73,7 @@ app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # tables of rich cut long flags off on 80 columns
+    rich_markup_mode=None,  # rich's tables cut off long flags in 80 columns
     context_settings={"max_content_width": 100},
 )
 

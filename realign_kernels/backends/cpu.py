@@ -1,7 +1,7 @@
 """The C++ kernels of ``csrc/``, called with the pointers of tensors.
 
-The library is found beside this file, or where an editable installation has put it, and is loaded
-at the first call. This module knows nothing of autograd or of users' errors.
+The library is next to the package, or where an editable installation has put it, and is loaded at
+the first call. This module does not use autograd, and its callers have checked all arguments.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ _SUM_TYPES = (torch.float32, torch.float64)
 _WEIGHT_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-# Terms of a sum that are multiplied at once.  MKL splits longer sums of small results over threads,
-# and sooner where the second factor is transposed.
+# Terms of a sum in one product of the BLAS.  MKL splits longer sums of small results over threads,
+# and shorter ones if the second factor is transposed.
 _INNER, _INNER_NARROW, _INNER_VECTOR = 256, 128, 16
 _WIDE = 2048
 
 
-# Exponentials that are no smaller part of their row's total are multiplied in full, others as they
-# are in bfloat16: the error of the sum stays far below that of rounding it.
+# Exponentials of at least this share of their row's total are multiplied in full, smaller ones in
+# bfloat16: the error of the sum stays far below that of rounding the sum.
 _LARGE_PART = 1 / 64
 _LARGE_BYTES = 32 << 20
 
 
 def operand_dtype(computed: torch.dtype, rounded: torch.dtype, *, is_given: bool) -> torch.dtype:
-    """Return bfloat16 where there are instructions for it, or else the dtype of sums.
+    """Return bfloat16 if the CPU has instructions for it, or else the dtype of sums.
 
-    Gradients of what autocast rounds are float32 themselves, and are computed in float32.
+    Gradients of tensors that autocast rounds are float32, and are computed in float32.
     """
     is_bfloat16 = is_given and rounded == torch.bfloat16
     return rounded if is_bfloat16 and product_set() != "none" else computed
 
 
 def exponential_dtype(computed: torch.dtype, operand: torch.dtype) -> torch.dtype:
-    """Return the dtype of logits, in whose place exponentials are written."""
+    """Return the dtype of logits, which the exponentials overwrite."""
     return computed
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:
-    """Set ``out`` to ``a @ b``, or add it, in an order that no number of threads changes."""
+    """Set ``out`` to ``a @ b``, or add that, in the same order for any number of threads."""
     if b.dtype == torch.bfloat16:
         _narrow_product(out, a, b, adds=adds)
         return
@@ -141,7 +141,7 @@ def _narrow_product(
         out_stride=out.stride(0),
     )
     if not _library().realign_product(byref(argument)):
-        raise MemoryError("There is no memory for the copies that a product packs.")
+        raise MemoryError("There is not enough memory for the packed copies of a product.")
 
 
 class _Product(Structure):
@@ -238,7 +238,7 @@ class _Pairs(Structure):
 
 @functools.cache
 def library_path() -> str | None:
-    """Return where the compiled library lies, or None where it was not built."""
+    """Return the path of the compiled library, or None if it was not built."""
     spec = importlib.util.find_spec("realign_kernels._csrc")
     return None if spec is None else spec.origin
 
@@ -306,12 +306,12 @@ def instruction_set() -> str:
 
 
 def product_set() -> str:
-    """Return what multiplies bfloat16: "amx", "avx512", "none" or, in tests, "portable"."""
+    """Return how bfloat16 is multiplied: "amx", "avx512", "none" or, in tests, "portable"."""
     return str(_library().realign_product_set().decode())
 
 
 def _vector(tensor: Tensor | None, dtype: torch.dtype) -> int | None:
-    """Return the address of the numbers of a contiguous vector, or None."""
+    """Return the address of a contiguous vector, or None."""
     if tensor is None:
         return None
     assert tensor.device.type == "cpu"
@@ -338,9 +338,9 @@ def _weight(weight: Tensor) -> tuple[int, int, int, int, int]:
 
 
 def expect_writes(tensor: Tensor) -> None:
-    """Ask for large pages below large tensors: the faults of small ones cost as much as a product.
+    """Ask for large pages for large tensors, whose page faults would cost as much as a product.
 
-    Smaller ones lie in memory that is used again.
+    Smaller tensors lie in memory that is reused.
     """
     if tensor.nbytes >= _LARGE_BYTES:
         _library().realign_use_large_pages(tensor.data_ptr(), tensor.nbytes)
@@ -404,7 +404,7 @@ def _hidden_type(hidden: Tensor, sums: Tensor) -> int:
 def combine(
     accumulator: Tensor, scale: Tensor, weight: Tensor, ids: Tensor, coefficient: Tensor
 ) -> None:
-    """Set each row to ``scale * row + coefficient * weight[id]``, the latter where id is a row."""
+    """Set each row to ``scale * row + coefficient * weight[id]``; invalid ids add nothing."""
     dtype = accumulator.dtype
     _library().realign_combine(
         dtype == torch.float64, *_sizes(accumulator), _matrix(accumulator, *_SUM_TYPES),

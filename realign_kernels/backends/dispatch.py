@@ -29,7 +29,7 @@ class Backend(NamedTuple):
     purpose: str
 
 
-# In the order of messages; "auto" takes the first of a device type that it names.
+# In the order of messages; "auto" takes the first one that names the device type.
 BACKENDS = {
     "eager": Backend("realign_kernels.backends.torch", None, "plain PyTorch on any device"),
     "triton": Backend(
@@ -39,7 +39,7 @@ BACKENDS = {
     ),
     "cpu": Backend("realign_kernels.backends.cpu", ("cpu",), "fused C++ kernels for CPUs"),
 }
-# Why a backend cannot run.  Looked up once, here: torch.compile traces what is asked on each call.
+# Why a backend cannot run.  Found once, at import, since torch.compile would trace it in each call.
 _REASONS = {}
 _library = importlib.util.find_spec("realign_kernels._csrc")
 if _library is None or _library.origin is None:
@@ -52,7 +52,7 @@ else:
     except OSError as error:
         _REASONS["cpu"] = f"its library does not load, {error}; install the package again"
 if importlib.util.find_spec("triton") is None:
-    _REASONS["triton"] = "there is no triton here"
+    _REASONS["triton"] = "the package triton is missing"
 
 
 def resolve_backend(backend: str, device_type: str) -> str:
@@ -93,7 +93,7 @@ def resolve_backend(backend: str, device_type: str) -> str:
 
 
 def auto_backend(device_type: str) -> str:
-    """Return the fused backend of a device where it is installed, or else eager."""
+    """Return the fused backend of a device if it is installed, or else eager."""
     for name, backend in BACKENDS.items():
         if (
             device_type in (backend.device_types or ())
@@ -105,7 +105,7 @@ def auto_backend(device_type: str) -> str:
 
 
 def _has_products(backend: str, device_type: str) -> bool:
-    """Return whether torch has the products that a backend takes from it on a device.
+    """Return whether torch has the products that a backend needs on a device.
 
     CUDA builds have them; older ROCm and XPU builds do not.
     """
@@ -132,16 +132,16 @@ def _probe_product(device_type: str) -> bool:
 def kernels_of(backend: str) -> KernelSet:
     """Load the kernels of a backend."""
     name = BACKENDS[backend].module
-    # Looked up before it is imported, which takes longer and happens several times a call.
+    # Looked up first, since importlib takes longer, and this runs several times per call.
     return cast("KernelSet", sys.modules.get(name) or importlib.import_module(name))
 
 
 def describe_backends() -> dict[str, str]:
-    """Describe which implementation each backend name stands for on this machine, and why.
+    """Describe each backend on this machine, and which one ``"auto"`` chooses.
 
     Returns:
-        descriptions: One sentence per name; ``"auto"`` comes first and starts with the backend that
-            it chooses for tensors on the CPU.
+        descriptions: One phrase per name, with the reason if a backend is not available; ``"auto"``
+            comes first and names the backends that it chooses on CPUs and on GPUs.
 
     Example::
 
@@ -162,7 +162,7 @@ def describe_backends() -> dict[str, str]:
 
 
 def _interprets_triton() -> bool:
-    """Return whether Triton's interpreter is on, which runs its kernels on a CPU, slowly."""
+    """Return whether Triton's interpreter is on, which runs kernels on a CPU, slowly."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

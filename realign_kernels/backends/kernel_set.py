@@ -1,7 +1,7 @@
 """The protocol of a backend: its tiles and dtypes, a product, and small kernels around it.
 
-It states inputs and outputs, and knows no backend. Letters: **N** rows, **D** hidden size, **V**
-vocabulary of this shard, **r** rank. Ids of tokens are those of the shard.
+It states inputs and outputs, and imports no backend. Letters: **N** rows, **D** hidden size, **V**
+vocabulary of this shard, **r** rank. Token ids are those of the shard.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 class RowState(NamedTuple):
     """Sums of the pass over the vocabulary for every row, (N,) each.
 
-    With x the transformed logits and e = exp(x - shift), sums run over every column but the label's
-    and, where ``top_ids`` is tracked, but the top one's.
+    With x the transformed logits and e = exp(x - shift), sums run over all columns except that of
+    the label and, where ``top_ids`` is tracked, that of the top token.
     """
 
     shift: Tensor
     rest_sum: Tensor  # of e
     logit_sum: Tensor | None = None  # of x, over every column
-    label_logits: Tensor | None = None  # x at the label as the tiles have it
+    label_logits: Tensor | None = None  # x at the label, as computed in the tiles
     rest_entropy_sum: Tensor | None = None  # of -e * log(e)
     rest_square_sum: Tensor | None = None  # of e ** 2
     top_logits: Tensor | None = None  # largest x except the label's
-    top_ids: Tensor | None = None  # int64, where it is reached first
-    released_ids: Tensor | None = None  # int64, the token that a tile's top one has replaced, or -1
+    top_ids: Tensor | None = None  # int64, the lowest id that has it
+    released_ids: Tensor | None = None  # int64, the former top token that a tile replaced, or -1
     released_values: Tensor | None = None  # its e * phi
 
 
@@ -46,11 +46,11 @@ class Tile:
     exponentials: Tensor | None  # out: e * phi, 0 where left out; may be `logits` itself
     first_column: int
     bias: Tensor | None  # (columns,)
-    labels: Tensor  # (rows,); outside of the tile where another has the label
+    labels: Tensor  # (rows,); outside the tile where another tile has the label
     transform: LogitTransform
     bound: float  # an x more than this above the shift moves the shift
     state: RowState
-    tile_shift: Tensor | None = None  # out: what the exponentials are relative to
+    tile_shift: Tensor | None = None  # out: the shift that the exponentials are relative to
     accumulator: Tensor | None = None  # (rows, D), rescaled where the shift moves
     low_rank_accumulator: Tensor | None = None  # (rows, r), the same
     replays: bool = False  # shifts are final and nothing is summed
@@ -67,11 +67,11 @@ class PairBatch(NamedTuple):
     num_pairs: int
     ref_logps: Tensor | None  # (C, P), of any floating dtype and layout
     objective: Objective
-    lengths: Tensor | None = None  # (C, P): what the counts should be, where that is to be checked
+    lengths: Tensor | None = None  # (C, P), contiguous: the expected counts, if they are checked
 
 
 class PairResults(NamedTuple):
-    """Tensors that a preference batch is reduced into, in whatever floating dtypes they have."""
+    """Tensors that a preference batch is reduced into; floating ones have any floating dtype."""
 
     loss: Tensor  # (), or one element
     logps: Tensor  # (C, P)
@@ -79,11 +79,11 @@ class PairResults(NamedTuple):
     rewards: Tensor  # (C, P)
     text_margins: Tensor  # (P,)
     image_margins: Tensor  # (P,)
-    coefficients: Tensor  # (C, P): derivative of the loss in logps
+    coefficients: Tensor  # (C, P): derivative of the loss with respect to logps
 
 
 class PairGradient(NamedTuple):
-    """The gradient of a preference batch, before it goes to the tokens."""
+    """The gradient of a preference batch, before it is spread over the tokens."""
 
     grad_loss: Tensor | None  # ()
     grad_logps: Tensor | None  # (C, P)
@@ -99,25 +99,24 @@ class FoundRows(NamedTuple):
     positions: Tensor  # (N,) int64, ascending
     scores: Tensor  # (M,), zeros
     labels_fit: Tensor  # () bool: all labels are tokens or ignored
-    number_fits: Tensor | None  # () bool: there are as many as was said
+    number_fits: Tensor | None  # () bool: there are as many as the caller stated
 
 
 class StartedRows(NamedTuple):
-    """The rows that carry a label, gathered, before any column has been seen."""
+    """The rows that carry a label, gathered, before the first tile."""
 
-    hidden: Tensor  # (rows, D), as products take it
-    ids: Tensor  # (rows,), the label's token
-    numbers: Tensor  # (3, rows): x at the label, shift, sum of the others
+    hidden: Tensor  # (rows, D), in the dtype of products
+    ids: Tensor  # (rows,), token id of the label
+    numbers: Tensor  # (3, rows): x at the label, shift, sum of the other exponentials
 
 
 class RowKernels(Protocol):
     """Work that is done once per call, one launch each, for a whole vocabulary without LoRA.
 
-    PyTorch's operators do the same where a backend has none of these: ``fused/`` and ``ops/`` say
-    what is computed.
+    For backends without them, ``fused/`` and ``ops/`` compute the same with PyTorch's operators.
     """
 
-    MOST_POSITIONS: int  # of labels that `find_rows` is for
+    MOST_POSITIONS: int  # largest number of labels that `find_rows` is used for
 
     def find_rows(
         self,
@@ -140,9 +139,9 @@ class RowKernels(Protocol):
         *,
         with_numbers: bool,
     ) -> StartedRows:
-        """Gather the rows at ``positions`` of ``hidden_states`` (..., D), then empty ones.
+        """Gather the rows at ``positions`` of ``hidden_states`` (..., D), followed by empty rows.
 
-        Without numbers, these are left uninitialised.
+        Without ``with_numbers``, the numbers stay uninitialised.
         """
 
     def finish_rows(
@@ -154,9 +153,9 @@ class RowKernels(Protocol):
         accumulator: Tensor | None,
         scores: Tensor,
     ) -> None:
-        """Put scores to their positions, and turn ``E @ W`` into their derivative.
+        """Write the scores to their positions, and turn ``E @ W`` into their derivative.
 
-        Without positions ``scores`` has one entry per row.
+        Without positions, ``scores`` has one entry per row.
         """
 
     def grade_rows(
@@ -166,7 +165,7 @@ class RowKernels(Protocol):
         upstream: Tensor,
         positions: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Differentiate scores by raw logits: return the factor of E, and the label's entry.
+        """Return the gradient of the raw logits: the factor of E, and the entry at the label.
 
         ``upstream`` has one entry per position or, without positions, one per row.
         """
@@ -179,17 +178,17 @@ class RowKernels(Protocol):
     ) -> None:
         """Set rows ``positions[n]`` of ``out`` to ``upstream[positions[n]] * rows[n]``.
 
-        The others are set to 0.  Without ``upstream`` its entries are 1.
+        All other rows are set to 0.  Without ``upstream``, its entries count as 1.
         """
 
     def spread_gradient(self, gradient: PairGradient, out: Tensor) -> None:
-        """Set every scored token of ``out`` to the slope of its sequence, any other to 0."""
+        """Set every scored token of ``out`` to the gradient of its sequence, any other to 0."""
 
 
 class ProductKernels(Protocol):
     """Products of hidden states and weight whose sums are bounded, beside those of a BLAS.
 
-    Tensor cores cut off what their sums cannot hold; these are added in float32, which rounds to
+    Tensor cores truncate their sums; here partial sums are added in float32, which rounds to
     nearest, before they grow long.
     """
 
@@ -205,7 +204,7 @@ class ProductKernels(Protocol):
     ) -> None:
         """Set ``out``, float32, to ``hidden @ weight.T``.
 
-        The product of two more operands of the same dtype, (rows, K) and (columns, K), is added.
+        The product of ``low_rank``, (rows, K) and (columns, K) of the same dtype, is added.
         """
 
     def fused_product(
@@ -217,17 +216,17 @@ class ProductKernels(Protocol):
     ) -> None:
         """Compute the logits of a tile and fold them into the sums of its rows.
 
-        The logits are never stored. No statistics are taken, and no best token is tracked.
+        The logits are never stored. No statistics are taken, and no top token is tracked.
         """
 
 
 class KernelSet(Protocol):
-    """A module of kernels; every one is deterministic and waits for no device.
+    """A module of kernels, which are deterministic and never wait for a device.
 
-    It may also state ``STRIDE_MULTIPLE``: rows of tiles and of E lie a multiple of so many elements
-    apart; ``FITS_TILES``: few rows get wider tiles, and so sums in another order than many have;
+    It may also have ``STRIDE_MULTIPLE``, of which the strides of rows of tiles and of E are a
+    multiple; ``FITS_TILES``, which gives few rows wider tiles, and so another order of summation;
     ``ROW_KERNELS``, for devices whose launches cost more than the work; and ``PRODUCT_KERNELS``,
-    for devices whose products cut sums off.
+    for devices whose products truncate sums.
     """
 
     LARGEST_TILE: TileShape  # where the workspace allows it
@@ -238,19 +237,19 @@ class KernelSet(Protocol):
     ) -> torch.dtype:
         """Return the dtype of hidden states and weight in products.
 
-        ``computed`` is what sums are taken in, ``rounded`` what the weight is given in or rounded
-        to by autocast.  ``is_given`` says that hidden states and weight are both given in it, so
-        that their gradients are rounded to it too.
+        ``computed`` is the dtype of sums, ``rounded`` that in which the weight is given or to which
+        it is rounded.  ``is_given`` says that hidden states and weight are both given in the
+        latter, so that their gradients are rounded to it too.
         """
 
     def exponential_dtype(self, computed: torch.dtype, operand: torch.dtype) -> torch.dtype:
         """Return the dtype of exponentials, which is one of the two."""
 
     def expect_writes(self, tensor: Tensor) -> None:
-        """Prepare a tensor that is about to be filled, may be large and has not been written to."""
+        """Prepare a tensor, possibly a large one, that is about to be written the first time."""
 
     def product(self, out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:
-        """Set ``out`` to ``a @ b``, or add it, summed and stored in the dtype of ``out``."""
+        """Set ``out`` to ``a @ b``, or add that, summed and stored in the dtype of ``out``."""
 
     def exponential_product(
         self,
@@ -262,10 +261,10 @@ class KernelSet(Protocol):
         scale: Tensor | None = None,
         adds: bool,
     ) -> None:
-        """Set ``out`` to ``exponentials @ b``, or add it, where ``b`` is narrower.
+        """Set ``out`` to ``exponentials @ b``, or add that, where ``b`` has a narrower dtype.
 
-        With a scale (rows,) it is ``(scale * exponentials).T @ b``.  Exponentials that are no small
-        part of their row's total keep all digits.
+        With a scale (rows,) the product is ``(scale * exponentials).T @ b``.  Exponentials that are
+        a large part of their row's total keep all digits.
         """
 
     def epilogue(self, tile: Tile) -> None:
@@ -277,7 +276,7 @@ class KernelSet(Protocol):
     def combine(
         self, accumulator: Tensor, scale: Tensor, weight: Tensor, ids: Tensor, coefficient: Tensor
     ) -> None:
-        """Set a row to ``scale * row + coefficient * weight[id]``, the latter where id is a row."""
+        """Set each row to ``scale * row + coefficient * weight[id]``; invalid ids add nothing."""
 
     def add_entries(
         self, out: Tensor, starts: Tensor, order: Tensor, coefficient: Tensor, hidden: Tensor
@@ -290,6 +289,6 @@ class KernelSet(Protocol):
     def pair_loss(self, batch: PairBatch, results: PairResults) -> Tensor | None:
         """Fill in the results of a preference batch.
 
-        Returns whether all ids are in range, and whether the counts are the lengths, (2,) bool;
-        None where the caller has to look.
+        Returns whether all ids are in range, and whether the counts equal the lengths, (2,) bool;
+        None if the caller has to check.
         """

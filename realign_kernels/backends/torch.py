@@ -1,7 +1,7 @@
 """The kernels in plain PyTorch, for any device and dtype: backend "eager".
 
-It shows in a few lines what the C++ and Triton kernels do, and knows nothing of autograd or of
-users' errors.
+It shows in a few lines what the C++ and Triton kernels do. It does not use autograd, and its
+callers have checked all arguments.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ STRIDE_MULTIPLE = 64  # as in the Triton kernels, for products on GPUs
 TEMPORARIES = 2
 
 _INF = float("inf")
-# Limit on a copy of rows of the weight or of hidden states.
+# Largest number of elements of a copy of rows of the weight or of hidden states.
 _MAX_ELEMENTS = 1 << 18
 
 
 def operand_dtype(computed: torch.dtype, rounded: torch.dtype, *, is_given: bool) -> torch.dtype:
-    """Return the dtype that sums are taken in, which every device can multiply."""
+    """Return the dtype of sums, which every device can multiply."""
     return computed
 
 
 def exponential_dtype(computed: torch.dtype, operand: torch.dtype) -> torch.dtype:
-    """Return the dtype of exponentials, which is that of everything else."""
+    """Return the dtype of sums, as for everything else."""
     return computed
 
 
 def expect_writes(tensor: Tensor) -> None:
-    """Do nothing."""
+    """Do nothing: no tensor needs it here."""
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:
-    """Set ``out`` to ``a @ b``, or add it."""
+    """Set ``out`` to ``a @ b``, or add that."""
     if out.device.type == "cpu":
         cpu.product(out, a, b, adds=adds)
     elif adds:
@@ -66,7 +66,7 @@ def epilogue(tile: Tile) -> None:
         is_inside, index = _locate(x, labels)
         label_logits = x.gather(1, index).squeeze(1)
         state.label_logits.copy_(torch.where(is_inside, label_logits, state.label_logits))
-    # From here on the label's column counts as absent, and then the top one's.
+    # From here on the label's column counts as absent, and later that of the top token.
     _put(x, labels, -_INF)
     own_top: Tensor | None = None
     entry: Tensor | float = 0.0
@@ -81,7 +81,8 @@ def epilogue(tile: Tile) -> None:
             own_top = _update_top(tile, top, column)
             _put(x, own_top, -_INF)
             if state.released_ids is None:
-                # Entries of a stash are final, while an accumulator can take the token back.
+                # A stash keeps the entry, and drops that of the last top token at the end; an
+                # accumulator gets an entry when its token is released.
                 entry = torch.exp(top - state.shift) * tile.transform.slope(top)
         _exponentiate(tile)
         if tile.tile_shift is not None:
@@ -96,13 +97,13 @@ def epilogue(tile: Tile) -> None:
 
 
 def _locate(x: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Return whether each row's column is one of the tile, and an index (rows, 1) in any case."""
+    """Return whether each row's column is in the tile, and a valid index (rows, 1) in any case."""
     is_inside = (columns >= 0) & (columns < x.shape[1])
     return is_inside, torch.where(is_inside, columns, 0)[:, None]
 
 
 def _put(x: Tensor, columns: Tensor, value: Tensor | float) -> None:
-    """Set ``x[n, columns[n]]`` where that is a column of the tile."""
+    """Set ``x[n, columns[n]]`` to a value where that is a column of the tile."""
     is_inside, index = _locate(x, columns)
     x.scatter_(1, index, torch.where(is_inside, value, x.gather(1, index).squeeze(1))[:, None])
 
@@ -127,7 +128,7 @@ def _move_shift(tile: Tile, top: Tensor) -> None:
 
 
 def _update_top(tile: Tile, top: Tensor, column: Tensor) -> Tensor:
-    """Return the columns that hold the new top tokens, or -1; the old ones join the others."""
+    """Return the columns of new top tokens, or -1; the old top tokens join the sums."""
     state = tile.state
     assert state.top_logits is not None
     assert state.top_ids is not None
@@ -154,7 +155,7 @@ def _exponentiate(tile: Tile) -> None:
     slope = None
     if tile.exponentials is not None:
         slope = tile.transform.slope(x if tile.transform.logit_softcap is not None else x[:, :1])
-    # All -inf so far: every exponential is 0, and -inf - -inf would not be.
+    # If all x so far are -inf, every exponential is 0; -inf - -inf would give NaN.
     x.sub_(torch.where(state.shift == -_INF, 0.0, state.shift)[:, None]).exp_()
     if not tile.replays:
         state.rest_sum.add_(x.sum(dim=1))
@@ -175,7 +176,7 @@ def label_dot(hidden: Tensor, weight: Tensor, ids: Tensor, out: Tensor) -> None:
 def combine(
     accumulator: Tensor, scale: Tensor, weight: Tensor, ids: Tensor, coefficient: Tensor
 ) -> None:
-    """Set a row to ``scale * row + coefficient * weight[id]``, the latter where id is a row."""
+    """Set each row to ``scale * row + coefficient * weight[id]``; invalid ids add nothing."""
     for block in _blocks(accumulator):
         accumulator[block] *= scale[block, None].to(accumulator.dtype)
         if len(weight) > 0:
@@ -184,14 +185,14 @@ def combine(
 
 
 def _rows_of(weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return rows of the weight, 0 where the id is none."""
+    """Return rows of the weight, 0 where the id is out of range."""
     is_row = (ids >= 0) & (ids < len(weight))
     rows = weight[torch.where(is_row, ids, 0)].to(dtype)
     return rows.masked_fill_(~is_row[:, None], 0.0)
 
 
 def _blocks(matrix: Tensor) -> Iterator[slice]:
-    """Cut rows into blocks of which a copy is small."""
+    """Cut rows into blocks that are small enough to copy."""
     return spans(len(matrix), max(1, _MAX_ELEMENTS // max(1, matrix.shape[1])))
 
 
@@ -201,7 +202,7 @@ def add_entries(
     """Add ``coefficient * hidden`` of the entries ``order[starts[v]:starts[v + 1]]`` to row v."""
     if len(order) == 0:
         return
-    # Entries of every row one after the other: what is added has one order, on a GPU as well.
+    # Entries are sorted by row, so that they are added in a fixed order, on a GPU too.
     numbers = torch.arange(len(order), device=order.device)
     rows = torch.searchsorted(starts, numbers, right=True) - 1
     is_inside = (rows >= 0) & (rows < len(out))
@@ -244,12 +245,12 @@ def _sum_sequences(batch: PairBatch, wide: torch.dtype) -> tuple[Tensor, Tensor]
     if batch.sequence_ids is None:
         sums, counts = token_logps.sum(dim=-1), is_scored.sum(dim=-1)
     else:
-        # Ignored tokens, and ids that are none, go to a segment past the last, which is dropped.
+        # Ignored tokens and ids out of range go to an extra last segment, which is dropped.
         size = batch.num_cells * batch.num_pairs
         is_counted = is_scored & (batch.sequence_ids >= 0) & (batch.sequence_ids < size)
         segments, order = torch.where(is_counted, batch.sequence_ids, size).sort(stable=True)
         bounds = torch.searchsorted(segments, torch.arange(size + 1, device=segments.device))
-        # unsafe skips a check of the offsets that would wait for the device.
+        # `unsafe` skips a check of the offsets, for which the host would wait for the device.
         offsets = torch.cat([bounds, bounds.new_full((1,), len(segments))])
         sums = torch.segment_reduce(
             token_logps[order], "sum", offsets=offsets, unsafe=True, initial=0.0

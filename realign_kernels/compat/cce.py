@@ -51,9 +51,9 @@ def linear_cross_entropy(
     vocab_parallel_options: Any = None,
     group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return the cross entropy of next tokens, never storing the logits nor leaving any out.
+    """Return the cross entropy of next tokens, without storing logits or leaving any out.
 
-    Takes the arguments of ``cut_cross_entropy.linear_cross_entropy`` by their names, those of the
+    It takes the arguments of ``cut_cross_entropy.linear_cross_entropy`` by name, both those of the
     version on PyPI (25.1.1) and those of the repository (25.6.4).
 
     Args:
@@ -62,7 +62,7 @@ def linear_cross_entropy(
         c: Classifier, shape ``(V, D)``.
         targets: Class indices, shape ``(...)``, int64, each in ``[0, V)`` or ``ignore_index``.
         positional: Must be empty: a fourth argument is ``ignore_index`` in one version and ``bias``
-            in the other, so that everything after ``targets`` is taken by name only.
+            in the other, so everything after ``targets`` is taken by name only.
         bias: Shape ``(V,)``; differentiable.
         ignore_index: Target of positions that count nowhere and get no gradient.
         softcap: Bound on the logits, or None; > 0.
@@ -70,8 +70,8 @@ def linear_cross_entropy(
         shift: Number k of positions that targets are ahead of embeddings, in ``[0, T)``: scores
             ``targets[..., k:]`` by ``e[..., :-k, :]``.  True is 1.
         return_lse: Whether to return the log of the sum of exponentials as well.
-        filter_eps: Not read, like the next six: these choose how sums are taken and which gradients
-            are left out; here sums are in float32 and nothing is left out.
+        filter_eps: Not read, like the next six: these choose kernels, the precision of sums, and
+            gradients to leave out; here sums are in float32 and nothing is left out.
         use_kahan: Not read.
         accum_e_fp32: Not read.
         accum_c_fp32: Not read.
@@ -92,7 +92,7 @@ def linear_cross_entropy(
         ValueError: A shape, device, target, shift or name does not fit.
         NotImplementedError: ``vocab_parallel_options`` is given; also as
             :func:`realign_kernels.linear_logprob`.
-    Note: First order, in reverse mode only; what is kept for the backward is as for
+    Note: Differentiable once, in reverse mode only; the backward keeps as much memory as that of
         :func:`realign_kernels.linear_logprob`.
 
     Example::
@@ -172,7 +172,7 @@ class LinearCrossEntropy(nn.Module):
         *positional: Any,
         **options: Any,
     ) -> None:
-        """Keep the options as attributes, which may be set afterwards too."""
+        """Keep the options as attributes, which can be changed later."""
         super().__init__()
         if positional:
             raise TypeError(
@@ -225,6 +225,6 @@ def _checked_shift(shift: bool | int, targets: Tensor) -> int:
     if not 0 <= shift < max(num_positions, 1):
         raise ValueError(
             f"shift must be in [0, {num_positions}) to match the last dimension of targets, "
-            f"got {shift}. Pass 1 for the next token, of two positions at least."
+            f"got {shift}. Pass 1 for the next token, with at least two positions."
         )
     return int(shift)

@@ -24,7 +24,7 @@ from realign_kernels.validation import (
     describe,
 )
 
-# Terms of each loss; beta is put in by the call.
+# Terms of each loss; the call sets beta.
 _TERMS = {
     "sigmoid": (Term((1, -1)),),
     "hinge": (Term((1, -1), link="hinge"),),
@@ -32,7 +32,7 @@ _TERMS = {
     # -log s(c) - log s(-c) / 2 - log s(-r) / 2, of rewards c and r
     "nca_pair": (Term((1,), weight=1.5, label_smoothing=1 / 3), Term((0, -1), weight=0.5)),
 }
-# Liger's names of the arguments of the head, and of those of the reference's.
+# Liger's names for the arguments of the head, and for those of the reference's head.
 _NAMES = {
     "hidden_states": "_input",
     "lm_head_weight": "weight",
@@ -46,14 +46,14 @@ _NAMES_OF_REFERENCE = {
     "labels": "target",
     "lm_head_bias": "ref_bias",
 }
-# Losses of Liger's that no table of terms can express.
+# Losses of Liger that no table of terms can express.
 _REFUSED = ("exo_pair", "robust", "sppo_hard", "apo_zero", "apo_down", "discopop")
 
 Extras = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class LigerFusedLinearDPOLoss(torch.nn.Module):
-    """DPO's loss from hidden states, behind the signature of Liger's module.
+    """The DPO loss from hidden states, behind the signature of Liger's module.
 
     It takes the place of ``liger_kernel.chunked_loss.LigerFusedLinearDPOLoss``, and is
     :func:`realign_kernels.rdpo_loss` with an objective of two cells.
@@ -174,7 +174,7 @@ def liger_fused_linear_dpo(
     *,
     ref_logps: Tensor | None = None,
 ) -> tuple[Tensor, Extras]:
-    """Return DPO's loss and Liger's further results, never storing the logits.
+    """Return the DPO loss and Liger's further results, without storing logits.
 
     It takes the place of ``liger_kernel.chunked_loss.liger_fused_linear_dpo``.
 
@@ -196,8 +196,8 @@ def liger_fused_linear_dpo(
             sums, here and in the reference.
         chunk_size: Ignored: the head cuts its own tiles.
         loss_type: ``"sigmoid"``, ``"hinge"``, ``"bco_pair"`` or ``"nca_pair"``.
-        label_smoothing: Not read by these four losses, as in Liger; any other value than 0 is
-            warned about.
+        label_smoothing: Not read by these four losses, as in Liger; any value but 0 raises a
+            warning.
         discopop_tau: Ignored: it belongs to a loss that is refused.
         alpha: Factor of the negative log-probability.
         ref_logps: The reference's log-probabilities, shape ``(2, P)``, float32 or float64, in place
@@ -246,7 +246,7 @@ def liger_fused_linear_dpo(
     num_pairs = len(target) // 2
     num_tokens = (target != ignore_index).sum(dim=1)
     floating = torch.float64 if _input.dtype == torch.float64 else torch.float32
-    # A mean is a sum of parts: the head weighs each token, and nothing else knows of it.
+    # A mean is a weighted sum: only the head sees the weights of tokens.
     shares = (1 / num_tokens.clamp(min=1).to(floating))[:, None].expand(target.shape)
     if ref_logps is not None or not use_ref_model:
         model = {"ref_input": ref_input, "ref_weight": ref_weight, "ref_bias": ref_bias}
@@ -379,12 +379,12 @@ def _check_loss_type(loss_type: str, label_smoothing: float) -> None:
     if loss_type == "robust" and not 0 <= label_smoothing < 0.5:
         raise ValueError(
             "label_smoothing must lie in [0.0, 0.5) for loss_type='robust', "
-            f"got {label_smoothing}. At 0.5 preferences say nothing."
+            f"got {label_smoothing}. At 0.5 the preferences carry no information."
         )
     if loss_type in _REFUSED:
         raise NotImplementedError(
             f"loss_type must be one of {list(_TERMS)} here, got {loss_type!r}. "
-            "Write it on the sums of linear_logprob, or keep Liger's own loss for it."
+            "Compute it from sums of linear_logprob, or keep Liger's own loss for it."
         )
 
 
@@ -407,7 +407,7 @@ def _check_pairs(_input: Tensor, target: Tensor) -> None:
 
 
 def _reference_head(ref_input: Tensor | None, ref_weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Refuse a reference of which a part is missing."""
+    """Return the reference's hidden states and weight, and refuse a missing one."""
     if ref_input is None or ref_weight is None:
         name = "ref_input" if ref_input is None else "ref_weight"
         raise ValueError(

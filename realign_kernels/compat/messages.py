@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def call_with_names(
     function: Callable[..., Any], names: Mapping[str, str], *args: Any, **options: Any
 ) -> Any:
-    """Call a function of the head, and rename the arguments in the message of its error.
+    """Call a function of the head, and rename the arguments in the messages of its errors.
 
     Args:
         function: The function.
@@ -23,7 +23,7 @@ def call_with_names(
     try:
         return function(*args, **options)
     except (TypeError, ValueError, RuntimeError) as error:
-        # "the labels" is a word of the sentence.
+        # In "the labels" the word is no argument.
         pattern = rf"(?<!the )\b({'|'.join(names)})\b"
         message = re.sub(pattern, lambda found: names[found[0]], str(error))
         if message == str(error):

@@ -33,9 +33,9 @@ def linear_cross_entropy(
     options: Any = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return the cross entropy of class indices, never storing the logits nor rounding them.
+    """Return the cross entropy of class indices, without storing logits or rounding them.
 
-    Takes the arguments of ``torch.nn.functional.linear_cross_entropy`` (torch 2.13), and equals
+    It takes the arguments of ``torch.nn.functional.linear_cross_entropy`` (torch 2.13), and equals
     ``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)``.
 
     Args:
@@ -49,10 +49,10 @@ def linear_cross_entropy(
             that are not ignored, or by the sum of their class factors.
         ignore_index: Target of samples that count nowhere and get no gradient; None for -100.
         label_smoothing: Must be 0.
-        options: Not read: these choose how torch cuts the work.
+        options: Not read: torch's choice of chunks.
         out_dtype: Dtype of the result, which is computed in float32 (float64 for float64 inputs)
-            and rounded last; None for the dtype of ``input``, as in torch, or float32 under
-            autocast.  Rounded to bfloat16 a loss of 10 is off by up to 3e-2: pass
+            and rounded last; None means the dtype of ``input``, as in torch, or float32 under
+            autocast.  Rounded to bfloat16, a loss of 10 is off by up to 3e-2: pass
             ``torch.float32`` to keep all digits.
     Returns:
         loss: Shape ``(...)`` for ``"none"``, else ``()``; NaN for the mean of no target.
@@ -62,7 +62,7 @@ def linear_cross_entropy(
         NotImplementedError: ``label_smoothing`` is not 0, ``linear_weight`` has more than two
             dimensions, or ``target`` holds class probabilities; also as
             :func:`realign_kernels.linear_logprob`.
-    Note: First order, in reverse mode only; what is kept for the backward is as for
+    Note: Differentiable once, in reverse mode only; the backward keeps as much memory as that of
         :func:`realign_kernels.linear_logprob`.
 
     Example::

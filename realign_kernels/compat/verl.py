@@ -53,9 +53,9 @@ def linear_cross_entropy(
     Raises:
         ValueError: Labels and hidden states do not fit, or a number or name does not.
         TypeError: A dtype does not fit.
-    Note: with a group, the gradients of ``hidden`` add up over the ranks to the whole gradient, as
-        verl's do: Megatron's gathering of sequences sums them in its backward.  Where nothing sums
-        them, call ``linear_logprob_stats(..., group=)``, which gives every rank the whole.
+    Note: with a group, the gradients of ``hidden`` on all ranks add up to the whole gradient, as
+        verl's do: the backward of Megatron's sequence gathering sums them.  Where nothing sums
+        them, call ``linear_logprob_stats(..., group=)``, which gives every rank the whole gradient.
 
     Example::
 
@@ -110,7 +110,12 @@ class FusedLinearForPPO(torch.nn.Module):
     """
 
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
-        """Create the module; both arguments are ignored: the head has its own tiles and kernels."""
+        """Create the module.
+
+        Args:
+            chunk_size: Ignored: the head cuts its own tiles.
+            impl_backend: Ignored: the head has its own kernels.
+        """
         super().__init__()
         self.chunk_size = chunk_size
         self.impl_backend = impl_backend
@@ -167,7 +172,7 @@ def _check_order(hidden: Tensor, labels: Tensor) -> None:
 def _with_shared_gradient(hidden: Tensor, group: ProcessGroup) -> Tensor:
     """Return hidden states whose gradients on all ranks add up to the whole.
 
-    The head gives every rank the whole gradient; verl's callers sum those of the ranks.
+    The head gives every rank the whole gradient, but verl's callers sum the gradients of all ranks.
     """
     hidden = hidden.view_as(hidden)
     if hidden.requires_grad:

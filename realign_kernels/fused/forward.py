@@ -7,13 +7,12 @@ With x the transformed logits, y the label and phi = dx/dz, every tile adds
 where ``shift`` is ``x[y]`` itself, so that ``log p(y) = -log1p(s)`` and the derivative of log p(y)
 in the hidden state is ``(s * phi[y] * W[y] - A) / (1 + s)``: tiles add up in any order, and the
 value keeps its relative accuracy where p(y) is close to 1.  Where some x lies so far above the
-label that exp could overflow, the kernels move that row's shift and rescale what has been summed; 1
-becomes ``t = exp(x[y] - shift)``.  If the best other token ("top") is scored too, it is left out of
-s and A like the label.
+label that exp could overflow, the kernels move that row's shift and rescale what has been summed;
+the 1 of both formulas becomes ``t = exp(x[y] - shift)``.  If the most probable other token ("top")
+is scored too, it is left out of s and A like the label.
 
-Tiles, dtypes, products and kernels are those of a kernel set. This module knows nothing of
-autograd. Letters: **N** answer tokens, **D** hidden size, **V** vocabulary of this shard, **r**
-rank.
+Tiles, dtypes, products and kernels are those of a kernel set. This module does not use autograd.
+Letters: **N** answer tokens, **D** hidden size, **V** vocabulary of this shard, **r** rank.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 _INF = float("inf")
 NO_TOKEN = -1
 
-# How far above the shift a logit may lie, in nats: V * exp(bound) * |W| must not overflow the
+# How far a logit may lie above the shift, in nats: V * exp(bound) * |W| must not overflow the
 # operand of the second product.  With statistics the squares must not overflow either.
 _BOUNDS = {torch.float16: 8.0, torch.bfloat16: 60.0, torch.float32: 60.0, torch.float64: 600.0}
 
@@ -102,11 +101,11 @@ class FusedCall:
 
     @property
     def product_kernels(self) -> ProductKernels | None:
-        """The kernels of products, where these are faster than a BLAS or asked to be more exact."""
+        """The kernels of products, if they are faster than a BLAS or exact sums were asked for."""
         kernels: ProductKernels | None = getattr(self.kernels, "PRODUCT_KERNELS", None)
         if kernels is None or self.accumulation != torch.float32:
             return None
-        # Products of float32 are not cut off, but where TF32 is asked for.
+        # Sums of float32 products are not truncated, unless TF32 is enabled.
         is_wanted = self.accumulates_exactly and self.operand != torch.float32
         return (
             kernels
@@ -127,19 +126,19 @@ class FusedCall:
 class Rows(NamedTuple):
     """The rows that carry a label, gathered; a few empty ones may follow."""
 
-    hidden: Tensor  # (rows, D), as products take it
+    hidden: Tensor  # (rows, D), in the dtype of products
     low_rank: Tensor | None  # (rows, r), hidden @ A.T
     low_rank_parts: Tensor | None  # (rows, 6r): PARTS_OF_ROWS, side by side
     ids: Tensor  # (rows,), label in this shard's numbering
 
 
 class PassStart(NamedTuple):
-    """Rows with the logits of their labels, before any column has been seen."""
+    """Rows with the logits of their labels, before the first tile."""
 
     rows: Rows
     label_logits: Tensor  # (rows,), x[y]
     state: RowState
-    started: StartedRows | None  # what a kernel made all of it from
+    started: StartedRows | None  # the output of the kernel, if one has started the rows
 
 
 class PassResult(NamedTuple):
@@ -166,7 +165,7 @@ def gather_rows(call: FusedCall, hidden_states: Tensor, labels: Tensor, position
     if total == num_rows == len(labels):
         hidden = precision.of_operand(hidden_states).reshape(-1, hidden_size).contiguous()
     else:
-        # Indexed as they are: flattening a slice of a batch would copy all of it.
+        # Indexed in their own shape: flattening a slice of a batch would copy all of it.
         hidden = hidden_states.new_zeros(total, hidden_size, dtype=call.operand)
         for block in spans(num_rows, call.shape.rows):
             index = _unravelled(positions[block], hidden_states.shape[:-1])
@@ -209,7 +208,7 @@ def start_pass(
     tracks_top: bool,
 ) -> PassStart:
     """Gather rows as :func:`gather_rows` does, and start their sums."""
-    # Exponentials far below 1 would be lost in float16: there the first tile sets the shift.
+    # In float16 exponentials far below 1 would be lost, so there the first tile sets the shift.
     starts_low = call.operand == torch.float16
     started = None
     if call.row_kernels is not None:
@@ -237,7 +236,7 @@ def start_pass(
 def walk_vocabulary(
     call: FusedCall, start: PassStart, keeps: Keeps, *, with_statistics: bool
 ) -> PassResult:
-    """Pass over the vocabulary once, then over the group."""
+    """Go over the vocabulary once, then merge the sums over the group."""
     vocabulary, head = call.vocabulary, call.head
     rows, label_logits, state, _ = start
     scratch = _Scratch(call, rows, keeps)
@@ -247,7 +246,7 @@ def walk_vocabulary(
             tile = scratch.tile(block, columns, head_tile, state, halve_bound=with_statistics)
             fold_tile(call, tile, rows, block, head_tile)
             scratch.accumulate(block, tile, head_tile)
-        del head_tile  # or two casts of the head would be alive at once
+        del head_tile  # or two casts of the head would be in memory at once
     scratch.restore_moved_rows(state.shift)
     if vocabulary.group is not None:
         reduce_over_group(vocabulary, call.transform, state, scratch.move_shifts, scratch.add_back)
@@ -259,13 +258,13 @@ def walk_vocabulary(
 
 
 def start_rows(shift: Tensor, *, statistics: bool, tracks_top: bool, releases: bool) -> RowState:
-    """Return the sums over no columns."""
+    """Return the sums as they are before the first tile."""
 
-    def filled(value: float, is_there: bool) -> Tensor | None:
-        return torch.full_like(shift, value) if is_there else None
+    def filled(value: float, is_used: bool) -> Tensor | None:
+        return torch.full_like(shift, value) if is_used else None
 
-    def no_tokens(is_there: bool) -> Tensor | None:
-        return torch.full_like(shift, NO_TOKEN, dtype=torch.int64) if is_there else None
+    def no_tokens(is_used: bool) -> Tensor | None:
+        return torch.full_like(shift, NO_TOKEN, dtype=torch.int64) if is_used else None
 
     return RowState(
         shift=shift,
@@ -282,7 +281,7 @@ def start_rows(shift: Tensor, *, statistics: bool, tracks_top: bool, releases: b
 
 
 def view_rows(state: RowState, block: slice) -> RowState:
-    """Return the entries of some rows; updates go through to these."""
+    """Return views of the entries of some rows."""
     if block.stop - block.start == len(state.shift):
         return state
     return RowState(*(None if part is None else part[block] for part in state))  # type: ignore[arg-type]
@@ -344,19 +343,19 @@ def add_by_lora(
     *,
     adds: bool = True,
 ) -> None:
-    """Set the accumulator to ``E @ B`` of a tile, or add it."""
+    """Set the accumulator to ``E @ B`` of a tile, or add that to it."""
     assert tile.lora_b is not None
     if tile.lora_b_parts is None:
         wide = exponentials.to(accumulator.dtype)
         call.kernels.product(accumulator, wide, tile.lora_b, adds=adds)
     else:
-        # E is bfloat16 itself: two parts have more digits than it.
+        # E is bfloat16 itself, so two parts have digits enough.
         parts = tile.lora_b_parts[:, : 2 * tile.lora_b.shape[1]]
         multiply_parts(call, accumulator, exponentials, parts, adds=adds)
 
 
 def multiply_parts(call: FusedCall, out: Tensor, a: Tensor, parts: Tensor, *, adds: bool) -> None:
-    """Set ``out`` to ``a @ (high + low)``, or add it, where the two are side by side."""
+    """Set ``out`` to ``a @ (high + low)``, or add that; ``parts`` holds the two side by side."""
     products = out.new_empty(out.shape[0], parts.shape[1])
     call.kernels.product(products, a, parts, adds=False)
     high, low = products.chunk(2, dim=1)
@@ -375,7 +374,7 @@ def add_by_weight(
     *,
     adds: bool = True,
 ) -> None:
-    """Set the accumulator to ``E @ W`` of a tile, or add it."""
+    """Set the accumulator to ``E @ W`` of a tile, or add that to it."""
     if call.exponential == call.operand:
         call.kernels.product(accumulator, exponentials, weight, adds=adds)
     else:
@@ -410,7 +409,7 @@ def add_weight_rows(
 
 
 def _label_logits(call: FusedCall, rows: Rows) -> Tensor:
-    """Return x at the label of every row, from the rank that has it; NaN for ids out of range."""
+    """Return x at the label of every row, from the rank that holds it; NaN for invalid ids."""
     head = call.head
     logits = torch.zeros(len(rows.ids), dtype=call.accumulation, device=rows.ids.device)
     for block in spans(len(rows.ids), call.shape.rows):
@@ -435,7 +434,7 @@ def _label_logits(call: FusedCall, rows: Rows) -> Tensor:
 def _rounded_rows(
     call: FusedCall, weight: Tensor, ids: Tensor, *, is_factor: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return a weight and ids into it; a rounded copy of these rows where they are rounded."""
+    """Return the weight and the ids of its rows, or a rounded copy of the rows and ids into it."""
     precision = call.head.precision
     if is_factor and not precision.rounds_factors:
         return weight, ids
@@ -540,7 +539,7 @@ class _Scratch:
             self.add_back(block, tile.state.released_ids, tile.state.released_values)
 
     def add_back(self, block: slice, ids: Tensor, values: Tensor) -> None:
-        """Add ``value * weight[id]`` to rows whose id is one, where that is accumulated."""
+        """Add ``value * weight[id]`` to every row with a valid id, if ``E @ W`` is accumulated."""
         if self.accumulator is None:
             return
         low_rank = self.low_rank_accumulator
@@ -554,14 +553,14 @@ class _Scratch:
         )
 
     def restore_moved_rows(self, shift: Tensor) -> None:
-        """Rescale the stash to the final shift, which it is nearly always relative to already."""
+        """Rescale the stash to the final shift, which few rows need."""
         if self.stash is None or self.tile_shifts is None:
             return
         for number, columns in enumerate(spans(self.call.vocabulary.size, self.call.shape.columns)):
             self.rescale(self.stash[:, columns], self.tile_shifts[number], shift)
 
     def move_shifts(self, old_shift: Tensor, new_shift: Tensor) -> None:
-        """Rescale everything that is kept to another shift."""
+        """Rescale accumulators and stash to another shift."""
         for matrix in (self.accumulator, self.low_rank_accumulator, self.stash):
             self.rescale(matrix, old_shift, new_shift)
 

@@ -1,7 +1,7 @@
 """Log-probabilities and the gradients of the inputs, from the sums of the forward.
 
-The gradient by the raw logits of a row is ``scale * E``, with exact entries at the label and the
-top token, where E holds 0.  Letters as in ``forward.py``.
+The gradient of a row's raw logits is ``scale * E``, with exact entries at the label and the top
+token, where E holds 0.  Letters as in ``forward.py``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class RowNumbers(NamedTuple):
     """Numbers of every row, (N,) each, from which its results and its gradients are computed.
 
     ``rest_sum`` is relative to ``shift`` and leaves out the label and, where it is tracked, the top
-    token, whose local id may lie outside of this shard.
+    token, whose local id may be outside this shard.
     """
 
     label_logits: Tensor
@@ -49,7 +49,7 @@ class RowNumbers(NamedTuple):
 
     @classmethod
     def of(cls, result: PassResult, num_rows: int) -> RowNumbers:
-        """Take them from a pass, without the empty rows at the end."""
+        """Take the numbers from a pass, without the empty rows at the end."""
         state = result.state
         parts = (
             result.label_logits, state.shift, state.rest_sum, state.top_logits, state.top_ids
@@ -58,14 +58,14 @@ class RowNumbers(NamedTuple):
 
     @property
     def log_label(self) -> Tensor:
-        """Logit of the label above the shift, or above itself where there is no other."""
+        """Logit of the label above the shift, or above itself where the shift was never set."""
         base = torch.where(self.shift == -torch.inf, self.label_logits, self.shift)
-        # Equal infinities are a row without any finite logit: NaN, as it should be.
+        # Equal infinities, in a row without any finite logit, give NaN as they should.
         return self.label_logits - base
 
     @property
     def excess(self) -> Tensor:
-        """Amount to take off logarithms so that the label's exponential cannot overflow.
+        """Amount to subtract from logarithms so that the label's exponential cannot overflow.
 
         0 where the shift started at the label, which is everywhere but in float16.
         """
@@ -100,7 +100,7 @@ class RowNumbers(NamedTuple):
 
 
 class LogitGradient(NamedTuple):
-    """The gradient by raw logits of every row: ``scale * E`` but at the label and the top token.
+    """The gradient of every row's raw logits: ``scale * E`` except at the label and the top token.
 
     With ``entropy`` it is ``scale * E * (entropy.constant + entropy.factor * (log p + H))``.
     """
@@ -161,9 +161,9 @@ def logit_gradient(
     upstream: Upstream,
     entropy: Tensor | None = None,
 ) -> LogitGradient:
-    """Differentiate the results of rows, times their upstream gradients, by the raw logits.
+    """Return the gradient of the raw logits, from the upstream gradients of the results of rows.
 
-    ``entropy`` of every row is needed where it has a slope.
+    ``entropy`` is that of every row, and required if it has an upstream gradient.
     """
     decay = torch.exp(-numbers.excess)
     label = torch.exp(numbers.log_label - numbers.excess)
@@ -171,7 +171,7 @@ def logit_gradient(
     total = label + top + rest
     grad_label, grad_top, grad_lse, grad_entropy = upstream
     grad = grad_label if grad_top is None else grad_label + grad_top
-    # Products of what is left: 1 - p is never taken.
+    # Shares of the sums, since 1 - p would cancel.
     at_label = grad_label * ((rest + top) / total)
     at_top = None
     if grad_top is not None:
@@ -207,12 +207,12 @@ def logit_gradient(
 
 
 def _entropy_slope(log_p: Tensor, entropy: Tensor) -> Tensor:
-    """Return the derivative of the entropy in x of a token: ``-p * (log p + H)``."""
+    """Return the derivative of the entropy with respect to a token's x: ``-p * (log p + H)``."""
     return torch.where(log_p == -torch.inf, 0.0, -torch.exp(log_p) * (log_p + entropy))
 
 
 def by_scoring(is_top: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the gradient of the scores into those of the label and of the top token."""
+    """Split the gradient of the scores into those of the labels and of the top tokens."""
     return torch.where(is_top, 0.0, grad), torch.where(is_top, grad, 0.0)
 
 
@@ -244,9 +244,9 @@ def hidden_gradient(
     accumulator: Tensor,
     low_rank_accumulator: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Turn ``E @ W`` into the gradient by hidden states, ``E @ B`` into that by ``hidden @ A.T``.
+    """Turn ``E @ W`` into the gradient of hidden states, ``E @ B`` into that of ``hidden @ A.T``.
 
-    Both accumulators are overwritten; rows beyond those of ``gradient`` are cut off.
+    Both accumulators are overwritten; rows beyond those of ``gradient`` are dropped.
     """
     num_rows = len(gradient.scale)
     add_weight_rows(
@@ -280,9 +280,9 @@ def head_gradients(
     needed: Needed,
     onto: Gradients | None = None,
 ) -> Gradients:
-    """Walk the vocabulary once more, over E as stashed or computed anew.
+    """Go over the vocabulary once more, with E stashed or computed again, and return gradients.
 
-    ``onto`` holds gradients of the head, in the accumulation dtype, that these are added to.
+    ``onto`` holds gradients of the head, in the accumulation dtype, to which these are added.
     """
     sums = _Sums(call, rows, numbers, gradient, needed, onto)
     exponentials: _Stashed | _Replayed
@@ -298,7 +298,7 @@ def head_gradients(
         for block in spans(len(gradient.scale), exponentials.block_rows(call)):
             sums.add(block, exponentials.get(block, columns, tile), tile)
         sums.end(columns)
-        del tile  # or two casts of the head would be alive at once
+        del tile  # or two casts of the head would be in memory at once
     return sums.finish()
 
 
@@ -309,7 +309,7 @@ class _Stashed:
         self.stash = stash
 
     def block_rows(self, call: FusedCall) -> int:
-        # No scratch is needed, so that one product takes all rows.
+        # No scratch is needed, so one product takes all rows.
         return max(1, len(self.stash))
 
     def get(self, block: slice, columns: slice, tile: HeadTile) -> Tensor:
@@ -339,7 +339,7 @@ class _Replayed:
         return call.shape.rows
 
     def buffers(self, block: slice, columns: slice) -> tuple[Tensor, Tensor]:
-        """Return room for the raw logits of a tile, and for their exponentials."""
+        """Return buffers for the raw logits of a tile, and for their exponentials."""
         shape = block.stop - block.start, columns.stop - columns.start
         logits, exponentials = (
             with_stride(buffer, shape, self.call.stride_multiple)
@@ -365,7 +365,7 @@ class _Replayed:
 
 
 class _Weighted(_Replayed):
-    """E times the factors of the entropies' gradient, in plain torch, since few calls need it."""
+    """E times the factors of the entropy gradient, in plain torch, since few calls need it."""
 
     def __init__(
         self, call: FusedCall, rows: Rows, numbers: RowNumbers, entropy: EntropyGradient
@@ -391,7 +391,7 @@ class _Weighted(_Replayed):
         e.mul_(x).mul_(slope).masked_fill_(is_nothing, 0.0)
         top_ids = self.state.top_ids
         for ids in (self.rows.ids, *(() if top_ids is None else (top_ids,))):
-            # Their entries are exact, and are added apart.
+            # Their exact entries are added separately.
             ids = ids[block] - columns.start
             is_here = (ids >= 0) & (ids < e.shape[1])
             index = torch.where(is_here, ids, 0)[:, None]
@@ -401,7 +401,7 @@ class _Weighted(_Replayed):
 
 
 class _Sums:
-    """Gradients as tiles of E are added."""
+    """The gradients, to which tiles of E are added."""
 
     def __init__(
         self,
@@ -419,7 +419,7 @@ class _Sums:
         has_low_rank = head.lora_a is not None
         self.needed = needed
         new = rows.hidden.new_zeros
-        # Rows are scaled before the products over rows, after those over columns.
+        # Products over rows take scaled rows; results of products over columns are scaled later.
         scale = gradient.scale[:, None]
         self.scaled_hidden = self.scaled_low_rank = self.scaled_ones = None
         self.scaled_low_rank_parts = None
@@ -468,7 +468,7 @@ class _Sums:
         if self.scaled_hidden is not None:
             self.weight_sum.add(product, exponentials.T, self.scaled_hidden[block])
         elif self.needed.weight:
-            # Hidden states are narrower than exponentials, and exact: these are scaled instead.
+            # Hidden states are narrower than exponentials and stay exact; the latter are scaled.
             scaled_product = functools.partial(
                 self.call.kernels.exponential_product,
                 totals=self.call.totals(rest_sum),
@@ -514,28 +514,28 @@ class _Sums:
 
 
 def _in_range(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Return rows as products take them, and the power of two that scales them, if any.
+    """Return rows in the dtype of products, and the power of two that they were divided by, if any.
 
-    Before the slope of a loss is known its scaled rows may be tiny: float16 keeps all digits only
-    of numbers larger than 6e-5.
+    Rows scaled by a small gradient may be tiny, and float16 keeps all digits only of numbers larger
+    than 6e-5.
     """
     if dtype != torch.float16 or rows.numel() == 0:
         return rows.to(dtype), None
     _, exponent = torch.frexp(torch.linalg.vector_norm(rows, torch.inf))
-    # The largest becomes 2^13: sums are float32, and what is 2^27 times smaller keeps its digits.
+    # The largest becomes about 2^13: sums are float32, and what is 2^27 times smaller keeps digits.
     exponent = (exponent - 13).clamp(-100, 100)
     one = rows.new_ones(())
     return (rows * torch.ldexp(one, -exponent)).to(dtype), torch.ldexp(one, exponent)
 
 
 class _Sum:
-    """One gradient of the head, of which a range of the vocabulary is summed at a time."""
+    """One gradient of the head, summed for one range of the vocabulary at a time."""
 
     def __init__(
         self, whole: Tensor | None, dtype: torch.dtype, unit: Tensor | None, *, continues: bool
     ) -> None:
         self.whole, self.dtype, self.unit = whole, dtype, unit
-        self.continues = continues  # adds to what is there
+        self.continues = continues  # whether it adds to the values of `whole`
         self.tile: Tensor | None = None
         self.scratch: Tensor | None = None  # of the first range, which is the largest
         self.is_in_place = self.adds = False
@@ -556,7 +556,7 @@ class _Sum:
         self.adds = self.continues and self.is_in_place
 
     def add(self, product: Callable[..., None], a: Tensor, b: Tensor) -> None:
-        """Add a product of two, in units of ``unit``."""
+        """Add ``a @ b``, in units of ``unit``."""
         if self.tile is not None:
             product(self.tile, a, b, adds=self.adds)
             self.adds = True
@@ -580,7 +580,7 @@ class _Sum:
 def _new_gradients(
     head: Head, needed: Needed
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return room for the gradients of weight, bias and B."""
+    """Return uninitialised gradients of weight, bias and B."""
     tensors = (head.weight, head.bias, head.lora_b)
     is_needed = (needed.weight, needed.bias, needed.lora_b)
     weight, bias, lora_b = (
@@ -593,7 +593,7 @@ def _new_gradients(
 
 
 class _Entries:
-    """The exact entries of the gradient by logits, sorted by token."""
+    """The exact entries of the gradient of the logits, sorted by token."""
 
     def __init__(
         self, call: FusedCall, label_ids: Tensor, gradient: LogitGradient, top_ids: Tensor | None

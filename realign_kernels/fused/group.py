@@ -1,4 +1,4 @@
-"""Tensor parallelism: the merge of the sums that each rank has taken over its vocabulary shard."""
+"""Tensor parallelism: the merge of the sums over the vocabulary shards of all ranks."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def reduce_over_group(
 ) -> None:
     """Merge the sums of every rank: MAX of shifts and tops, MIN of top ids, SUM of the sums.
 
-    Accumulators stay apart, relative to the common shift: they are summed once labels are in.
-    ``move_shifts`` makes them relative to it, ``add_back`` adds multiples of rows of the weight.
+    Accumulators are made relative to the common shift by ``move_shifts``, and summed later, when
+    they contain the labels.  ``add_back`` adds multiples of rows of the weight to them.
     """
     own_shift = state.shift.clone()
     vocabulary.all_reduce_max_(state.shift)
@@ -56,7 +56,7 @@ def _keep_one_top(
     top_ids: Tensor,
     add_back: Callable[[slice, Tensor, Tensor], None],
 ) -> None:
-    """Find the best token of all ranks; the best of every other rank joins the rest."""
+    """Find the top token of all ranks; those of the other ranks join the rest."""
     own_logits = top_logits.clone()
     past_any = torch.iinfo(torch.int64).max
     vocabulary.all_reduce_max_(top_logits)

@@ -1,4 +1,4 @@
-"""Statistics of a row's distribution, from the sums of a pass.  Letters as in ``forward.py``."""
+"""Statistics of each row's distribution, from the sums of a pass.  Letters as in ``forward.py``."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def statistics(
         assert tensor is not None  # a pass with statistics fills in all of them
         return tensor[:num_rows]
 
-    square_sum = rows(result.state.rest_square_sum) + torch.exp(2 * _or_nothing(numbers.log_top))
-    # Label, top token and the rest apart: where one holds nearly all, nothing cancels.
-    rest, top = numbers.rest_sum, torch.exp(_or_nothing(numbers.log_top))
+    square_sum = rows(result.state.rest_square_sum) + torch.exp(2 * _tracked(numbers.log_top))
+    # Label, top token and the rest are separate: where one has nearly all mass, nothing cancels.
+    rest, top = numbers.rest_sum, torch.exp(_tracked(numbers.log_top))
     log_rest = torch.log(rest)
     rest_logps = log_share_beside_label(numbers, log_rest, top)
     rest_entropy = log_rest + rows(result.state.rest_entropy_sum) / rest
@@ -66,7 +66,7 @@ def statistics(
 
 
 def _global_top_ids(numbers: RowNumbers, labels: Tensor, vocabulary: VocabularyShard) -> Tensor:
-    """Return ids in the whole vocabulary; the lowest other one where no logit is finite."""
+    """Return ids in the whole vocabulary; the lowest beside the label if no logit is finite."""
     assert numbers.top_ids is not None
     assert numbers.top_logits is not None
     lowest = torch.where(labels == 0, 1, 0)
@@ -75,7 +75,7 @@ def _global_top_ids(numbers: RowNumbers, labels: Tensor, vocabulary: VocabularyS
     return torch.where(has_top, numbers.top_ids + vocabulary.start, lowest)
 
 
-def _or_nothing(log_top: Tensor | None) -> Tensor:
+def _tracked(log_top: Tensor | None) -> Tensor:
     assert log_top is not None  # a pass with statistics tracks the top token
     return log_top
 

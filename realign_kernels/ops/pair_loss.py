@@ -31,7 +31,7 @@ from realign_kernels.validation import check_chosen_present, check_no_tangent, v
 
 
 class PairArguments(NamedTuple):
-    """A preference batch, as every operator of one takes it."""
+    """A preference batch, in the form that all its operators take."""
 
     labels: Tensor
     sequence_ids: Tensor | None
@@ -75,7 +75,7 @@ class PairOutputs(NamedTuple):
     rewards: Tensor  # (C, P)
     text_margins: Tensor  # (P,)
     image_margins: Tensor  # (P,)
-    coefficients: Tensor  # (C, P), of the sums: derivative of the loss in logps
+    coefficients: Tensor  # (C, P): derivative of the loss with respect to logps
 
 
 @operator("pair_loss", TokenArguments, PairArguments, returns=PairOutputs)
@@ -85,13 +85,13 @@ def pair_loss_op(token_logps: Tensor, backend: str, *values: Any) -> PairOutputs
     labels, sequence_ids, lengths = batch.labels, batch.sequence_ids, batch.sequence_lengths
     if lengths is not None:
         check_chosen_present(lengths)
-    looks = getattr(kernels_of(backend), "ROW_KERNELS", None) is not None
-    if not looks and sequence_ids is not None:
+    kernel_checks = getattr(kernels_of(backend), "ROW_KERNELS", None) is not None
+    if not kernel_checks and sequence_ids is not None:
         is_scored = labels != batch.ignore_index
         check_sequence_id_values(sequence_ids, is_scored, batch.pairs.num_sequences)
     expected = None
-    if looks and lengths is not None and checks_counts(labels.device):
-        expected = lengths.to(labels.device, non_blocking=True)
+    if kernel_checks and lengths is not None and checks_counts(labels.device):
+        expected = lengths.contiguous().to(labels.device, non_blocking=True)
     outputs, fits = reduce_pairs(token_logps, backend, batch, batch.objective, expected)
     if fits is not None and value_checks_enabled():
         assert_pairs_fit(
@@ -99,7 +99,7 @@ def pair_loss_op(token_logps: Tensor, backend: str, *values: Any) -> PairOutputs
             fits[1] if expected is not None else None,
             batch.pairs.num_sequences,
         )
-    if not looks and lengths is not None:
+    if not kernel_checks and lengths is not None:
         check_counts(outputs.num_tokens, lengths)
     if lengths is None and labels.device.type == "cpu":
         check_chosen_present(outputs.num_tokens)
@@ -108,7 +108,7 @@ def pair_loss_op(token_logps: Tensor, backend: str, *values: Any) -> PairOutputs
 
 @pair_loss_op.register_fake
 def pair_loss_fake(token_logps: Tensor, backend: str, *values: Any) -> PairOutputs:
-    """Return outputs without numbers, in the dtype of the token scores."""
+    """Return empty outputs in the dtype of the token scores."""
     batch = PairArguments(*values)
     num_cells, num_pairs = batch.pair_shape
     new = token_logps.new_empty
@@ -130,7 +130,11 @@ def reduce_pairs(
     objective: Objective,
     lengths: Tensor | None = None,
 ) -> tuple[PairOutputs, Tensor | None]:
-    """Run the kernel of a backend; return its checks of ids and of counts against ``lengths``."""
+    """Run the kernel of a backend, and return its results.
+
+    With them, for backends that check in the kernel: whether all ids are in range, and whether the
+    counts equal ``lengths``, (2,) bool.
+    """
     pairs, new = batch.pairs, token_logps.new_empty
     results = PairResults(
         loss=new(()),
@@ -178,11 +182,11 @@ class PairBackwardArguments(NamedTuple):
 
 @operator("pair_loss_backward", PairBackwardArguments, returns="Tensor")
 def pair_loss_backward_op(*values: Any) -> Tensor:
-    """Return the gradient by token scores: every scored token gets that of its sequence."""
+    """Return the gradient of the token scores: every scored token gets that of its sequence."""
     kept = PairBackwardArguments(*values)
     labels, row_kernels = kept.labels, getattr(kernels_of(kept.backend), "ROW_KERNELS", None)
     if row_kernels is not None:
-        # Hooks on saved tensors may hand them back in another layout.
+        # Hooks on saved tensors may return them in another layout.
         ids = None if kept.sequence_ids is None else kept.sequence_ids.contiguous()
         out = labels.new_empty(labels.shape, dtype=kept.dtype)
         row_kernels.spread_gradient(
@@ -199,12 +203,12 @@ def pair_loss_backward_op(*values: Any) -> Tensor:
     if kept.grad_logps is not None:
         grad = grad + kept.grad_logps.to(grad.dtype)
     is_scored = labels != kept.ignore_index
-    if grad.numel() == 0:  # no pairs, whatever tokens there are
+    if grad.numel() == 0:  # without pairs, no token counts
         return torch.zeros_like(labels, dtype=kept.dtype, memory_format=torch.contiguous_format)
     if kept.sequence_ids is None:
         per_token = grad.reshape(-1, 1).expand(labels.shape)
     else:
-        # Ids of ignored tokens may be anything.
+        # The ids of ignored tokens can be out of range.
         per_token = grad.reshape(-1)[torch.where(is_scored, kept.sequence_ids, 0)]
     return torch.where(is_scored, per_token, 0.0).to(kept.dtype).contiguous()
 
@@ -228,7 +232,7 @@ def _backward(
     ctx: Any, grad_loss: Tensor | None, grad_logps: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     for given in (grad_loss, grad_logps):
-        check_no_tangent("the gradient from above", given)
+        check_no_tangent("the upstream gradient", given)
     grad = None
     if grad_loss is not None or grad_logps is not None:
         grad = pair_loss_backward_op(grad_loss, grad_logps, *ctx.saved_tensors, *ctx.options)
@@ -252,8 +256,8 @@ class _KeptLoss(torch.autograd.Function):
 
 def pair_loss_kept(*values: Any) -> Any:
     """Call the operator, and keep the tensors that its derivative needs."""
-    needs = values[0].requires_grad
-    if needs and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    requires_grad = values[0].requires_grad
+    if requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _KeptLoss.apply(*values)
     return pair_loss_op(*values)
 

@@ -1,8 +1,9 @@
 """``memory="tile"`` as an operator of torch: hidden states in, loss and its gradients out.
 
-Gradients are those of a loss of slope 1, which the backward scales.  Where a gradient comes through
-``logps`` they are not used: the logits are computed again, and both gradients are taken at once, so
-that what is returned is rounded once.  Letters as in ``score_tokens.py``; **P** pairs, **C** cells.
+The forward computes gradients for an upstream gradient of 1, which the backward scales.  If
+``logps`` has an upstream gradient too, they are not used: the logits are computed again and both
+are propagated together, so that the result is rounded once.  Letters as in ``score_tokens.py``;
+**P** pairs, **C** cells.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from realign_kernels.ops.score_tokens import (
 from realign_kernels.sequences import check_counts, check_sequence_id_values
 from realign_kernels.validation import check_chosen_present, check_no_tangent
 
-# Operators take no lists of dtypes, but of numbers.
+# Operators cannot take lists of dtypes, so they take lists of indices into this tuple.
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -46,7 +47,7 @@ class TileOutputs(NamedTuple):
     text_margins: Tensor
     image_margins: Tensor
     coefficients: Tensor
-    grad_hidden: Tensor  # (M, D), or empty where not needed, as are the others
+    grad_hidden: Tensor  # (M, D), or empty where not needed, like the other gradients
     grad_weight: Tensor
     grad_bias: Tensor
     grad_lora_a: Tensor
@@ -54,7 +55,7 @@ class TileOutputs(NamedTuple):
     positions: Tensor  # (N,)
     numbers: Tensor  # (3 or 4, N)
     top_ids: Tensor  # (N,)
-    entropy: Tensor  # (M,), or empty where it was not asked for, as are the others
+    entropy: Tensor  # (M,), or empty where it was not asked for, like the next two
     mean_logits: Tensor
     is_top1: Tensor
 
@@ -65,7 +66,7 @@ _NUM_LOSSES = len(PairOutputs._fields)
 
 
 def _parts_of(values: tuple[Any, ...]) -> tuple[HeadArguments, PairArguments, TileArguments]:
-    """Sort the inputs of the operator."""
+    """Split the inputs of the operator into their three groups."""
     stop = _NUM_HEAD + _NUM_BATCH
     return (
         HeadArguments(*values[:_NUM_HEAD]),
@@ -93,7 +94,7 @@ def rdpo_tiles_op(*values: Any) -> TileOutputs:
         sums_head = any(arguments.needed[1:])
         call = fused_call(head, vocabulary, len(positions), sums_head_gradient=sums_head)
         if lengths is None or labels.device.type == "cpu":
-            # A GPU's host waits for the counts if it was not told.
+            # Without lengths, the host waits for a GPU's counts.
             lengths = _tokens_per_sequence(batch, sequence_ids)
         result = score_and_differentiate(
             call,
@@ -114,8 +115,8 @@ def rdpo_tiles_op(*values: Any) -> TileOutputs:
             for grad in result.gradients
         )
         rows = (positions, result.numbers, result.top_ids)
-        found = result.statistics or [token_logps.new_empty(0) for _ in range(3)]
-        return TileOutputs._make((*outputs, *grads, *rows, *found))
+        token_statistics = result.statistics or [token_logps.new_empty(0) for _ in range(3)]
+        return TileOutputs._make((*outputs, *grads, *rows, *token_statistics))
 
 
 def _tokens_per_sequence(batch: PairArguments, sequence_ids: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ def _tokens_per_sequence(batch: PairArguments, sequence_ids: Tensor) -> Tensor:
     is_scored = batch.labels != batch.ignore_index
     is_counted = is_scored & (sequence_ids >= 0) & (sequence_ids < size)
     ids = torch.where(is_counted, sequence_ids, size)
-    # not bincount, whose size depends on the ids: a GPU's host waits for them
+    # not bincount, whose size depends on the ids, so that the host would wait for a GPU
     counts = ids.new_zeros(size + 1).scatter_add_(0, ids, torch.ones_like(ids))
     return counts[:size].view(batch.pairs)
 
@@ -148,17 +149,17 @@ def _rdpo_tiles_fake(*values: Any) -> TileOutputs:
         new((4 if tracks_top else 3, num_scored), dtype=number),
         new(num_scored if tracks_top else 0, dtype=torch.int64),
     )
-    num_found = batch.labels.shape[0] if arguments.with_statistics else 0
-    found = (new(num_found, dtype=number) for _ in range(3))
-    return TileOutputs._make((*losses, *grads, *rows, *found))
+    num_positions = batch.labels.shape[0] if arguments.with_statistics else 0
+    token_statistics = (new(num_positions, dtype=number) for _ in range(3))
+    return TileOutputs._make((*losses, *grads, *rows, *token_statistics))
 
 
 class ScaleArguments(NamedTuple):
-    """The upstream gradient, and gradients for a slope of 1."""
+    """The upstream gradient, and the gradients for an upstream gradient of 1."""
 
     grad_loss: Tensor
     gradients: list[Tensor]
-    dtypes: list[int]  # places in _DTYPES
+    dtypes: list[int]  # indices into _DTYPES
     witness: Tensor | None
 
 
@@ -198,7 +199,7 @@ def _backward(
     ctx: Any, grad_loss: Tensor | None, grad_logps: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     for given in (grad_loss, grad_logps):
-        check_no_tangent("the gradient from above", given)
+        check_no_tangent("the upstream gradient", given)
     # Read once: hooks of checkpointing and offloading unpack at every access.
     saved = ctx.saved_tensors
     *inputs, coefficients, labels, sequence_ids, top_rows, positions, numbers, top_ids = saved[:12]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
-# For torch.library.custom_op, which would read a signature that fakes have to spell again.
+# Types as a schema spells them.  Without a schema, torch.library.custom_op reads a signature, which
+# every fake would have to repeat.
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
@@ -30,9 +31,9 @@ _TYPES: dict[Any, str] = {
 def operator(
     name: str, *arguments: type, returns: type | str
 ) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """Return a decorator that makes a function of the fields of ``arguments`` an operator.
+    """Return a decorator that makes a function an operator with the fields of ``arguments``.
 
-    ``returns`` is a named tuple of tensors, or the type as a schema spells it.
+    ``returns`` is a named tuple of tensors, or a type as a schema spells it.
     """
     fields = [
         f"{_TYPES[kind]} {field}"

@@ -1,7 +1,7 @@
 """The head as operators of torch: schemas, shapes under tracing, derivatives.
 
 The formulas of an operator are in ``fused/``. Rows are compacted inside: tensors that are kept for
-a backward have as many rows as labels are scored, a size that tracing does not know. Letters: **M**
+a backward have one row per scored label, a size that tracing does not know. Letters: **M**
 positions, **N** of them scored, **D** hidden size, **V** vocabulary of this shard, **r** rank.
 """
 
@@ -55,11 +55,11 @@ from realign_kernels.validation import (
 )
 from realign_kernels.vocabulary import VocabularyShard, locate_shard
 
-# A frozen head's gradient is not rounded before both terms are in.
+# Rows of a frozen head's gradient that are summed at a time, before they are rounded.
 _ROWS_AT_A_TIME = 1024
 
 
-# The dtypes of a backend are constant: torch.compile follows neither its import nor a call to C++.
+# The dtypes of a backend are constant; torch.compile can trace neither its import nor C++.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _product_dtypes(
     backend: str, computed: torch.dtype, rounded: torch.dtype, is_given: bool
@@ -72,13 +72,13 @@ def _product_dtypes(
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _stride_multiple(backend: str) -> int:
-    """Return the multiple of elements that rows of E lie apart on a backend."""
+    """Return the number of elements that the stride of rows of E is a multiple of."""
     multiple: int = getattr(kernels_of(backend), "STRIDE_MULTIPLE", 1)
     return multiple
 
 
 class HeadArguments(NamedTuple):
-    """A head that has been checked, as every operator of one takes it."""
+    """A head that has been checked, in the form that all its operators take."""
 
     hidden_states: Tensor
     weight: Tensor
@@ -91,10 +91,10 @@ class HeadArguments(NamedTuple):
     backend: str
     budget: list[int]  # workspace and stash, in bytes
     group_name: str | None
-    rounds_factors: bool = True  # low-rank factors too, as autocast does
-    accumulates_exactly: bool = False  # logits, where products cut sums off
+    rounds_factors: bool = True  # whether low-rank factors are rounded too, as by autocast
+    accumulates_exactly: bool = False  # of logits, where products truncate sums
 
-    # Methods, not properties: torch.compile of PyTorch 2.10 knows none of a named tuple.
+    # Methods, since torch.compile of PyTorch 2.10 does not know properties of named tuples.
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Return the inputs that may need a gradient."""
         return self[:5]
@@ -116,7 +116,7 @@ class HeadArguments(NamedTuple):
         return self.precision().exponential.itemsize * self.stash_width()
 
     def vocabulary(self) -> VocabularyShard:
-        """Find the part of the vocabulary that the weight is."""
+        """Return the part of the vocabulary that the weight holds."""
         size = len(self.weight)
         if self.group_name is None:
             return VocabularyShard(size, start=0, total=size, group=None)
@@ -125,20 +125,20 @@ class HeadArguments(NamedTuple):
 
 _NUM_HEAD = len(HeadArguments._fields)
 _NUM_SCORES, _NUM_DIFFERENTIABLE = 8, 4  # of FusedScores
-# Of the gradient of entropies, beside the tile of logits: e, the slope of a softcap, and a mask.
+# Temporaries of the gradient of entropies beside a tile of logits: e, a softcap's slope, a mask.
 _ENTROPY_TEMPORARIES = 3
 
 
 class ScoreArguments(NamedTuple):
-    """Labels (M,) to score by hidden states (..., D), and settings of the backward."""
+    """Labels (M,) to score with hidden states (..., D), and settings of the backward."""
 
     labels: Tensor
-    top_rows: Tensor | None  # (M,) bool: scored by their best token that is not the label
-    sequence_lengths: Tensor | None  # on the CPU; sums to the number of scored labels, or is it, ()
+    top_rows: Tensor | None  # (M,) bool: scored by the most probable token that is not the label
+    sequence_lengths: Tensor | None  # on the CPU; the number of scored labels, () or in parts
     ignore_index: int
     keeps: str
     with_statistics: bool
-    label_shape: list[int]  # what callers index their labels by, for messages
+    label_shape: list[int]  # of the caller's labels, for messages
     witness: Tensor | None  # of second_order_witness
 
 
@@ -156,9 +156,9 @@ class FusedScores(NamedTuple):
     slopes: Tensor  # (N, D): derivative of token_logps in the hidden states; not yet rounded
     top_slopes: Tensor  # (N, D): derivative of top_non_label_logps
     positions: Tensor  # (N,) int64, of scored rows
-    numbers: Tensor  # (3 or 4, N): floating entries of RowNumbers; without slopes, as are the rest
+    numbers: Tensor  # (3 or 4, N): floating entries of RowNumbers; empty where slopes are enough
     top_ids: Tensor  # (N,) int64
-    stash: Tensor  # (N, stash_width); without rows where it is computed anew
+    stash: Tensor  # (N, stash_width); without rows where exponentials are computed again
 
 
 def check_call(
@@ -196,9 +196,9 @@ def score_tokens(
     """Score every position; the first eight entries have the shape of ``labels``.
 
     They are 0 where labels are ignored, ``is_top1`` False and ids -1.  Positions of ``top_rows``,
-    of the same shape, are scored by their best token that is not the label.  ``sequence_lengths``,
-    on the CPU, sums to the number of labels that are not ignored, and saves a GPU's host from
-    waiting for it.
+    of the same shape, are scored by the most probable token that is not the label.
+    ``sequence_lengths``, on the CPU, sums to the number of labels that are not ignored; with it the
+    host does not wait for a GPU.
     """
     arguments = ScoreArguments(
         labels=labels.reshape(-1),
@@ -216,7 +216,7 @@ def score_tokens(
 
 
 def _keeps(tensors: tuple[Tensor | None, ...], memory: str) -> Keeps:
-    """Choose what the backward will need, if there is going to be one."""
+    """Choose what is kept for the backward, if there will be one."""
     needs = [tensor is not None and tensor.requires_grad for tensor in tensors]
     if not torch.is_grad_enabled() or not any(needs):
         return Keeps.NOTHING
@@ -228,10 +228,10 @@ def _keeps(tensors: tuple[Tensor | None, ...], memory: str) -> Keeps:
 
 
 def second_order_witness(*inputs: Tensor | None) -> Tensor | None:
-    """Return an empty tensor that autograd derives from the inputs, without keeping their memory.
+    """Return an empty tensor that depends on the inputs for autograd, without keeping their memory.
 
-    Autograd does not know what a gradient that was taken in the forward depends on. An operator
-    that also takes the witness has a derivative, which is refused.
+    Autograd does not know that a gradient computed in the forward depends on the inputs, and would
+    take its derivative for 0. An operator that also takes the witness has one, which is refused.
     """
     if not torch.is_grad_enabled():
         return None
@@ -254,7 +254,7 @@ def score_tokens_op(*values: Any) -> FusedScores:
         num_rows = len(positions)
         call = fused_call(head, vocabulary, num_rows, sums_head_gradient=False)
         if arguments.with_statistics and arguments.keeps != Keeps.NOTHING.value:
-            # Refuses beforehand a workspace that the backward would refuse.
+            # A workspace that is too small for the backward is refused in the forward.
             fused_call(
                 head, vocabulary, num_rows, sums_head_gradient=True, differentiates_entropy=True
             )
@@ -279,7 +279,7 @@ def find_rows(
     sequence_lengths: Tensor | None,
     label_shape: list[int],
 ) -> tuple[Tensor, Tensor | None]:
-    """Check labels (M,); return where they are scored, (N,), and zeros for scores if at hand."""
+    """Check labels (M,); return the scored positions, (N,), and, if a kernel ran, zero scores."""
     row_kernels = getattr(kernels_of(head.backend), "ROW_KERNELS", None)
     waits = row_kernels is not None
     num_rows = known_number(sequence_lengths, labels.device, waits)
@@ -305,7 +305,7 @@ def _score_rows(
     scores: Tensor | None,
     keeps: Keeps,
 ) -> FusedScores:
-    """Score the rows at ``positions``; ``keeps`` is settled."""
+    """Score the rows at ``positions``; ``keeps`` is not STASH_IF_IT_FITS any more."""
     num_rows, labels, with_statistics = len(positions), arguments.labels, arguments.with_statistics
     is_top = None if arguments.top_rows is None else arguments.top_rows[positions]
     tracks_top = with_statistics or is_top is not None
@@ -330,13 +330,13 @@ def _score_rows(
     outputs: dict[str, Tensor] = {}
 
     def spread(name: str, rows: Tensor, fill: float = 0) -> None:
-        """Put results of rows back where their labels are."""
+        """Write the results of rows to the positions of their labels."""
         outputs[name] = rows.new_full((len(labels),), fill)
         outputs[name][positions] = rows
 
     if with_statistics:
-        named = statistics(result, numbers, logps, labels[positions], call.vocabulary)
-        for name, part in named._asdict().items():
+        found = statistics(result, numbers, logps, labels[positions], call.vocabulary)
+        for name, part in found._asdict().items():
             spread(name, part, -1 if name == "top_non_label_ids" else 0)
         top_logps = top_log_probs(numbers).masked_fill(logps.isnan(), torch.nan)
         spread("top_non_label_logps", top_logps)
@@ -365,7 +365,7 @@ def _scores_of(
 ) -> FusedScores:
     """Return the outputs of the operator, of which none may be a view of another."""
     scores, num_rows = outputs["token_logps"], len(positions)
-    # Statistics have gradients that the forward has not taken.
+    # The gradients of entropy and lse are computed in the backward, from the numbers.
     is_saved = keeps in (Keeps.STASH, Keeps.NUMBERS) or (top_ids is not None and "lse" in outputs)
     num_saved = num_rows if is_saved and keeps is not Keeps.NOTHING else 0
     dtypes = {"is_top1": torch.bool, "top_non_label_ids": torch.int64}
@@ -394,7 +394,7 @@ def _slopes(
     is_top: Tensor | None,
     with_statistics: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return derivatives in the hidden states: of the score of a row, and of its top token."""
+    """Return derivatives with respect to hidden states: of a row's score, and of its top token."""
     accumulator, low_rank = result.accumulator, result.low_rank_accumulator
     assert accumulator is not None
     ones = torch.ones_like(numbers.shift)
@@ -417,25 +417,25 @@ def _slopes(
 @score_tokens_op.register_fake
 def _score_tokens_fake(*values: Any) -> FusedScores:
     head, arguments = HeadArguments(*values[:_NUM_HEAD]), ScoreArguments(*values[_NUM_HEAD:])
-    with_statistics, kept = arguments.with_statistics, Keeps(arguments.keeps)
+    with_statistics, keeps = arguments.with_statistics, Keeps(arguments.keeps)
     number, hidden_size = head.precision().accumulation, head.weight.shape[1]
     tracks_top = with_statistics or arguments.top_rows is not None
 
-    def empty(dtype: torch.dtype, is_there: bool, *shape: Any) -> Tensor:
-        return head.hidden_states.new_empty(shape if is_there else (0,), dtype=dtype)
+    def empty(dtype: torch.dtype, is_used: bool, *shape: Any) -> Tensor:
+        return head.hidden_states.new_empty(shape if is_used else (0,), dtype=dtype)
 
     def per_position(dtype: torch.dtype) -> Tensor:
         return empty(dtype, with_statistics, arguments.labels.shape[0])
 
     num_scored: Any = 0
     num_stashed: Any = 0
-    if kept is not Keeps.NOTHING:
+    if keeps is not Keeps.NOTHING:
         num_scored = torch.library.get_ctx().new_dynamic_size()
-    if kept is Keeps.STASH:
+    if keeps is Keeps.STASH:
         num_stashed = num_scored
-    elif kept is Keeps.STASH_IF_IT_FITS:
+    elif keeps is Keeps.STASH_IF_IT_FITS:
         num_stashed = torch.library.get_ctx().new_dynamic_size()
-    has_slopes = kept is Keeps.SLOPES
+    has_slopes = keeps is Keeps.SLOPES
     num_saved = 0 if has_slopes and not with_statistics else num_scored
     return FusedScores(
         token_logps=empty(number, True, arguments.labels.shape[0]),
@@ -462,7 +462,7 @@ class BackwardArguments(NamedTuple):
     grad_top_logps: Tensor | None
     grad_entropy: Tensor | None
     grad_lse: Tensor | None
-    entropy: Tensor | None  # (M,), where it has a slope
+    entropy: Tensor | None  # (M,), where it has a gradient
     labels: Tensor
     top_rows: Tensor | None
     positions: Tensor
@@ -501,10 +501,11 @@ def score_tokens_backward_op(*values: Any) -> HeadGradients:
         tracks_top = len(kept.numbers) == 4
         row_kernels = call.row_kernels
         grad_logps = None if tracks_top or row_kernels is None else kept.grad_logps
-        # With a frozen head a row's gradient does not depend on how many others there are.
+        # Padding makes a row's gradient independent of the number of other rows; a trained head
+        # does without it.
         is_padded = not (sums_head or has_stash or grad_logps is not None)
         num_empty = len(rows.ids) - len(positions) if is_padded else 0
-        # Hooks on saved tensors may hand them back in another layout.
+        # Hooks on saved tensors may return them in another layout.
         numbers, top_ids = kept.numbers.contiguous(), kept.top_ids.contiguous()
         if num_empty > 0:
             numbers = pad(numbers, (0, num_empty))
@@ -570,7 +571,7 @@ def _score_tokens_backward_fake(*values: Any) -> HeadGradients:
 
 
 class SlopeArguments(NamedTuple):
-    """Derivatives that the forward has taken, and the slopes that they are multiplied by."""
+    """Derivatives computed in the forward, and the upstream gradients that multiply them."""
 
     grad_logps: Tensor | None
     grad_top_logps: Tensor | None
@@ -585,7 +586,7 @@ class SlopeArguments(NamedTuple):
 
 @operator("scale_slopes", SlopeArguments, returns="Tensor")
 def scale_slopes_op(*values: Any) -> Tensor:
-    """Return the gradient by hidden states from derivatives that the forward has taken.
+    """Return the gradient of the hidden states from derivatives computed in the forward.
 
     It is a separate operator so that its derivative, which would be silently wrong, is refused.
     """
@@ -627,8 +628,8 @@ def _scale_slopes_fake(*values: Any) -> Tensor:
 
 @contextmanager
 def plain(tensor: Tensor) -> Iterator[None]:
-    """Run below autograd and autocast, so that all rounding is explicit."""
-    # Triton launches on the current device, which need not be that of the tensors.
+    """Run without autograd and autocast, so that all rounding is explicit."""
+    # Triton launches on the current device, which may be another than that of the tensors.
     device = torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
     device_type = tensor.device.type
     autocast: Any = nullcontext()
@@ -646,7 +647,7 @@ def fused_call(
     sums_head_gradient: bool,
     differentiates_entropy: bool = False,
 ) -> FusedCall:
-    """Collect the settings that are fixed over a call; both flags take room from its tiles."""
+    """Collect the settings that are fixed over a call; both flags reserve scratch memory."""
     kernels, precision = kernels_of(head.backend), head.precision()
     weight, lora_a = head.weight, head.lora_a
     fits = getattr(kernels, "FITS_TILES", False)
@@ -690,7 +691,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         ctx.hidden = list(head.hidden_states.shape), head.hidden_states.dtype
         ctx.backend = head.backend
         if not arguments.with_statistics:
-            # The hidden states need not stay.
+            # The backward does not need the hidden states.
             ctx.save_for_backward(*slopes, scores.positions)
             return
     entropy = scores.entropy if arguments.with_statistics else None
@@ -716,8 +717,8 @@ def _backward(
     if all(grad is None for grad in upstream):
         return nothing
     for grad in upstream:
-        check_no_tangent("the gradient from above", grad)
-    assert ctx.keeps is not Keeps.NOTHING  # which would give zeros in silence
+        check_no_tangent("the upstream gradient", grad)
+    assert ctx.keeps is not Keeps.NOTHING  # or gradients would silently be zeros
     needed = list(ctx.needs_input_grad[:5])
     # Read once: hooks of checkpointing and offloading unpack at every access.
     saved = list(ctx.saved_tensors)
@@ -745,8 +746,8 @@ score_tokens_op.register_autograd(_backward, setup_context=_setup_context)
 class _KeptScores(torch.autograd.Function):
     """The operator with its derivative, for eager code.
 
-    Where a derivative is registered with an operator, torch reads the operator's schema again at
-    every call, which takes the host 0.1 ms for twenty arguments.
+    For an operator with a registered derivative, torch reads the operator's schema at every call,
+    which takes the host 0.1 ms for twenty arguments.
     """
 
     @staticmethod
@@ -760,8 +761,8 @@ class _KeptScores(torch.autograd.Function):
 
 def score_tokens_kept(*values: Any) -> Any:
     """Call the operator, and keep the tensors that its derivative needs."""
-    needs = any(part is not None and part.requires_grad for part in values[:5])
-    if needs and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    requires_grad = any(part is not None and part.requires_grad for part in values[:5])
+    if requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _KeptScores.apply(*values)
     return score_tokens_op(*values)
 

@@ -18,6 +18,7 @@ from benchmarks.head import tables as head_tables  # noqa: E402
 from benchmarks.head.row_classes import ROW_CLASSES, make_rows  # noqa: E402
 from benchmarks.measure import exact, interleave, peak_bytes, quantile, summary  # noqa: E402
 from benchmarks.result_files import environment, is_current, load, merge  # noqa: E402
+from benchmarks.retrieval.table import retrieval_block  # noqa: E402
 from benchmarks.shapes import HeadShape, make_inputs, shapes_for  # noqa: E402
 from realign_kernels.testing import HeadInputs, dense_logprob  # noqa: E402
 
@@ -175,6 +176,17 @@ def test_tables_show_every_provider_and_hide_speeds_of_a_busy_machine(tmp_path):
     block = head_tables.head_block(tmp_path)
     assert "| tiny, 40 tokens, bfloat16 | frozen head | 12 (2.50x) | 2.3e-6 | - |" in block
     assert "have not run on a GPU yet" not in block
+
+
+def test_the_retrieval_table_names_its_last_run(tmp_path):
+    cell = {
+        "status": "ok", "images": 10, "ms": 1.0, "faiss_flat": {"ms": 1.0},
+        "ratio_to_faiss_flat": 1.0, "recall": 1.0, "process_peak_over_vectors": 1.0,
+    }  # fmt: skip
+    for number in range(1, 11):  # as text, "10" sorts before "9"
+        cells = {f"retrieval/{number}/float32/8": cell}
+        merge(tmp_path / "cpu_retrieval.json", run_of(f"run{number}") | {"faiss": "1"}, cells)
+    assert "at run10," in retrieval_block(tmp_path)
 
 
 def test_a_busy_machine_is_noticed():

@@ -170,7 +170,7 @@ def test_both_compile_into_one_graph(memory):
         (torch.ones(12, 3).half(), TypeError, "token_weights must be torch.float32 or"),
         (torch.ones(12), ValueError, r"token_weights must have shape \(12, 3\) .* got \(12,\)"),
         (torch.ones(12, 3, device="meta"), ValueError, "token_weights must be on cpu"),
-        (torch.ones(12, 3, requires_grad=True), ValueError, "token_weights must need no gradient"),
+        (torch.ones(12, 3, requires_grad=True), ValueError, "must not require a gradient"),
     ],
     ids=["list", "half", "shape", "device", "gradient"],
 )

@@ -22,7 +22,7 @@ pytestmark = [
 
 V, D, RANK = 11, 4, 2
 TANGENT = "must carry no forward-mode tangent, got one. Take the derivative in reverse mode"
-TRANSFORM = r"must be outside of the transforms of torch\.func .*, got it inside of one"
+TRANSFORM = r"must be outside of the transforms of torch\.func .*, got it inside one"
 LABELS = torch.arange(12).reshape(6, 2) % V
 
 
@@ -155,11 +155,11 @@ def test_a_tangent_from_above_is_refused(memory):
         given["lm_head_weight"].requires_grad_()
     with forward_ad.dual_level():
         loss = call_loss(given, memory) * forward_ad.make_dual(torch.ones(()), torch.ones(()))
-        with pytest.raises(NotImplementedError, match=f"the gradient from above {TANGENT}"):
+        with pytest.raises(NotImplementedError, match=f"the upstream gradient {TANGENT}"):
             torch.autograd.grad(loss, given["hidden_states"])
         logps = call_head(linear_logprob, given)
         upstream = forward_ad.make_dual(torch.ones(6, 2), torch.ones(6, 2))
-        with pytest.raises(NotImplementedError, match=f"the gradient from above {TANGENT}"):
+        with pytest.raises(NotImplementedError, match=f"the upstream gradient {TANGENT}"):
             torch.autograd.grad(logps, given["hidden_states"], upstream)
 
 

@@ -1,7 +1,7 @@
 """The Triton kernels, for CUDA, ROCm and XPU; in Triton's interpreter they run on CPU tensors.
 
-They know nothing of autograd or of users' errors, and are imported at the first call that needs
-them.
+They do not use autograd, their callers have checked all arguments, and they are imported at the
+first call that needs them.
 """
 
 from realign_kernels.backends.triton import fused_product, once
@@ -18,7 +18,7 @@ from realign_kernels.backends.triton.products import (
 )
 from realign_kernels.backends.triton.rows import add_entries, combine, label_dot
 
-# Done in one kernel each, since a launch costs more than the work.
+# One kernel each, since a launch costs more than the work.
 ROW_KERNELS = once
 PRODUCT_KERNELS = fused_product
 FITS_TILES = True

@@ -1,9 +1,10 @@
-"""The epilogue: what happens to a tile of logits between its product and the next.
+"""The epilogue: work on a tile of logits between the product that makes it and the next product.
 
-One program owns a row and walks the tile's columns in blocks.  Where the exponentials go elsewhere,
-one walk is enough: it sums with the shift as it is and finds the largest logit on the way, and only
-if that lies too far above the shift is the row walked again.  Where they replace the logits, or a
-row's best token has to be known before anything is summed, the largest is found first.
+One program owns a row and goes over the tile's columns in blocks.  Where exponentials are not
+written in place of the logits, it goes over them once: it sums with the current shift and finds the
+largest logit on the way; only if that lies too far above the shift does it start again.  Where they
+replace the logits, or the top token must be known before anything is summed, the largest logit is
+found first.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _load_transformed(logits_ptr, bias_ptr, offs_v, num_columns, numbers, CAPS: tl.constexpr):
-    """Return x of a block; what lies past the tile is no logit and has to be masked."""
+    """Return x of a block; values past the tile are no logits and must be masked."""
     is_column = offs_v < num_columns
     z = tl.load(logits_ptr + offs_v, mask=is_column, other=0.0)
     if bias_ptr is not None:
@@ -40,7 +41,7 @@ def _load_transformed(logits_ptr, bias_ptr, offs_v, num_columns, numbers, CAPS: 
 def _survey(
     logits_ptr, bias_ptr, label, num_columns, numbers, CAPS: tl.constexpr, BLOCK_V: tl.constexpr
 ):  # fmt: skip
-    """Return the largest x but for the label, its first column, the sum of x, and the label's x."""
+    """Return the largest x except the label's, its first column, the sum of x, the label's x."""
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     largest = tl.full((BLOCK_V,), -float("inf"), dtype)
     columns = tl.zeros((BLOCK_V,), tl.int32)
@@ -67,7 +68,7 @@ def _exponentiate(
     logits_ptr, exponentials_ptr, bias_ptr, shift, label, own_top, top_entry, num_columns,
     numbers, CAPS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Write E of a row; return its largest x but for the label, and sums of e, -e log e, e ** 2.
+    """Write E of a row; return its largest x except the label's, and sums of e, -e log e, e ** 2.
 
     The columns ``label`` and ``own_top`` are in no sum; their entries are 0 and ``top_entry``.
     """
@@ -76,7 +77,7 @@ def _exponentiate(
     sums = tl.zeros((BLOCK_V,), dtype)
     entropy_sums = tl.zeros((BLOCK_V,), dtype)
     square_sums = tl.zeros((BLOCK_V,), dtype)
-    # All -inf so far: every exponential is 0, and -inf - -inf would not be.
+    # If all x so far are -inf, every exponential is 0; -inf - -inf would give NaN.
     finite_shift = tl.where(shift == -float("inf"), 0.0, shift)
     for start in range(0, num_columns, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
@@ -91,7 +92,7 @@ def _exponentiate(
         square_sums += e * e
         if exponentials_ptr is not None:
             entry = e * slope_of(x, numbers, CAPS)
-            # Not left to exp(-inf): a slope may be infinite, and 0 * inf is NaN.
+            # Selected, since a slope may be infinite, and 0 * inf is NaN.
             entry = tl.where(is_counted, entry, tl.where(offs_v == own_top, top_entry, 0.0))
             out_dtype: tl.constexpr = exponentials_ptr.dtype.element_ty
             tl.store(exponentials_ptr + offs_v, entry.to(out_dtype), mask=is_column)
@@ -170,7 +171,7 @@ def _epilogue_kernel(
         if low_rank_ptr is not None:
             _scale_row(low_rank_ptr + n * stride_rn, rank, decay, BLOCK_V)
         if not FINDS_TOP_FIRST:
-            tl.debug_barrier()  # what the first walk has stored is stored again
+            tl.debug_barrier()  # the same addresses are stored again
             top, added, added_entropy, added_square = _exponentiate(
                 logits_ptr, exponentials_ptr, bias_ptr, shift, label, own_top, top_entry,
                 num_columns, numbers, CAPS, BLOCK_V,
@@ -180,7 +181,7 @@ def _epilogue_kernel(
         old_top, old_id = tl.load(top_logits_ptr + n), tl.load(top_ids_ptr + n)
         is_new = top > old_top
         own_top = tl.where(is_new, column, -1)
-        # The old one joins the others.
+        # The old top token joins the sums.
         is_released = is_new & (old_top > -float("inf"))
         log_e = tl.where(is_released, old_top - shift, -float("inf"))
         e = tl.exp(log_e)
@@ -194,7 +195,8 @@ def _epilogue_kernel(
             tl.store(released_ids_ptr + n, tl.where(is_released, old_id, -1))
             tl.store(released_values_ptr + n, value)
         else:
-            # Entries of a stash are final, while an accumulator can take the token back.
+            # A stash keeps the entry, and drops that of the last top token at the end; an
+            # accumulator gets an entry when its token is released.
             top_entry = tl.exp(top - shift) * slope_of(top, numbers, CAPS)
     if FINDS_TOP_FIRST:
         tl.debug_barrier()  # exponentials may replace logits that the survey has read

@@ -1,12 +1,13 @@
 """The product of hidden states and weight with the epilogue inside.
 
-This is a second path beside BLAS and ``epilogue.py``. A program owns a block of rows by a block of
-columns: logits stay in its registers, and only E and two numbers per row leave it. A second kernel,
-with one program per row, adds the blocks up in a fixed order and moves the shift where it must.
+It is an alternative to a BLAS followed by ``epilogue.py``. A program owns a block of rows by a
+block of columns: logits stay in its registers, and it stores only E and two numbers per row. A
+second kernel, with one program per row, adds up the blocks in a fixed order and moves the shift if
+it must.
 
 The product is summed over at most 1024 of the hidden size at a time, and these partial sums are
-added in float32, which rounds to nearest.  Tensor cores truncate the sums that they keep, so this
-bounds their bias whatever the hidden size is.
+added in float32, which rounds to nearest.  Tensor cores truncate their sums, so this bounds their
+bias for any hidden size.
 
 NOTHING HERE HAS RUN ON A GPU: the interpreter computes it, and it compiles for sm_80, sm_90 and
 gfx942.  Letters: **N** rows, **D** hidden size, **V** columns of the tile.
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from realign_kernels.backends.kernel_set import Tile
 
 _RAW, _SUM, _REPLAY = 0, 1, 2
-_LEAST_DEPTH = 16  # of operands that a tensor core multiplies
+_LEAST_DEPTH = 16  # the smallest inner size that a tensor core multiplies
 _IDENTITY = LogitTransform(1.0, None, 1.0)
 
 
@@ -50,12 +51,12 @@ def _product_block(
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     PARTIAL_D: tl.constexpr, HAS_WHOLE_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Return the logits of rows and columns from the given ones, ``PARTIAL_D`` of D at a time.
+    """Return the logits of a block, summed over ``PARTIAL_D`` of the hidden size at a time.
 
-    Past the last row or column that one is read again, so that nothing needs a mask.
+    Past the last row or column that one is read again, so that no mask is needed.
     """
     offs_d = tl.arange(0, BLOCK_D)
-    # int32: within a block, and half as many registers.
+    # int32 is enough within a block, and takes half as many registers.
     offs_n = tl.minimum(tl.arange(0, BLOCK_N), last_row)
     offs_v = tl.minimum(tl.arange(0, BLOCK_V), last_column)
     offs_h = offs_n[:, None] * stride_hn + offs_d[None, :]
@@ -98,12 +99,12 @@ def _fused_product_kernel(
     LEAST_DEPTH: tl.constexpr, HAS_WHOLE_BLOCKS: tl.constexpr, BLOCKS_AT_A_TIME: tl.constexpr,
     NUM_PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """Each program walks every ``NUM_PROGRAMS``-th block; no two write to the same place."""
+    """Each program computes every ``NUM_PROGRAMS``-th block; no two write to the same address."""
     numbers = rounded_numbers(inner, outer, inverse, linear, tl.float32)
     num_blocks_n = tl.cdiv(num_rows, BLOCK_N)
     num_blocks_v = tl.cdiv(num_columns, BLOCK_V)
     for block in range(tl.program_id(0), num_blocks_n * num_blocks_v, NUM_PROGRAMS):
-        # Programs that run together share columns of the weight, and rows, in the cache.
+        # Programs that run at the same time share rows, and columns of the weight, in the cache.
         group = block // (BLOCKS_AT_A_TIME * num_blocks_v)
         first_block = group * BLOCKS_AT_A_TIME
         height = tl.minimum(num_blocks_n - first_block, BLOCKS_AT_A_TIME)
@@ -155,7 +156,7 @@ def _fused_product_kernel(
                 # True where the shift is -inf, as it starts in float16, and a logit is finite.
                 moves = largest - shift > tl.full((), bound, tl.float32)
                 shift = tl.where(moves, largest, shift)
-            # All -inf so far: every exponential is 0, and -inf - -inf would not be.
+            # If all x so far are -inf, every exponential is 0; -inf - -inf would give NaN.
             finite_shift = tl.where(shift == -float("inf"), 0.0, shift)
             e = tl.exp(tl.where(is_counted, x - finite_shift[:, None], -float("inf")))
             if MODE == 1:
@@ -164,7 +165,7 @@ def _fused_product_kernel(
                 tl.store(block_shifts_ptr + place, shift, mask=is_row)
             if out_ptr is not None:
                 entry = e * slope_of(x, numbers, CAPS)
-                # Not left to exp(-inf): a slope may be infinite, and 0 * inf is NaN.
+                # Selected, since a slope may be infinite, and 0 * inf is NaN.
                 entry = tl.where(is_counted, entry, 0.0)
                 entry = narrow(entry, out_ptr.dtype.element_ty)
                 tl.store(out_ptrs, entry, mask=is_inside)
@@ -187,7 +188,7 @@ def _settle_rows_kernel(
     stride_en, stride_an, stride_rn,
     BLOCK_V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add up the blocks of one row, relative to the largest shift of any of them."""
+    """Add up the blocks of one row, relative to the largest of their shifts."""
     n = tl.program_id(0).to(tl.int64)
     old_shift = tl.load(shift_ptr + n)
     shift = old_shift
@@ -246,7 +247,7 @@ def exact_product(
 ) -> None:
     """Set ``out`` (N, V), float32, to ``hidden @ weight.T``, by bounded partial sums.
 
-    The product of two more operands of the same dtype, (N, K) and (V, K), is added.
+    The product of ``low_rank``, (N, K) and (V, K) of the same dtype, is added.
     """
     _launch(out, (hidden, weight), low_rank, None, None, None, mode=_RAW)
 
@@ -257,7 +258,7 @@ def fused_product(
     """Compute the logits of a tile and fold them into the sums of its rows.
 
     The results are those of a product followed by ``epilogue.epilogue``, but the logits are never
-    stored: ``tile.logits`` only states the shape and dtype. No statistics are taken, and no best
+    stored: ``tile.logits`` only states the shape and dtype. No statistics are taken, and no top
     token is tracked.
     """
     state, exponentials = tile.state, tile.exponentials
@@ -307,7 +308,7 @@ def _launch(
     assert others is None or (others.dtype == hidden.dtype and launches.has_dense_rows(others))
     shape = _shape(hidden, low_rank)
     if hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16:
-        # The interpreter multiplies bfloat16 as integers.  Blocks stay those of the sums.
+        # The interpreter multiplies bfloat16 as integers.  The sizes of blocks stay as they are.
         hidden, weight = hidden.float(), weight.float()
         if others is not None and factor is not None:
             others, factor = others.float(), factor.float()
@@ -350,7 +351,7 @@ def _num_multiprocessors(device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).multi_processor_count
     if device.type == "xpu":
         return torch.xpu.get_device_properties(device).gpu_subslice_count
-    return 2  # in the interpreter: each of two programs walks several blocks
+    return 2  # in the interpreter, so that each of two programs computes several blocks
 
 
 def _width(matrix: Tensor | None) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 Capability = tuple[int, int]
 
-_WARP_THREADS = 64  # of AMD's; NVIDIA's have 32
+_WARP_THREADS = 64  # on AMD GPUs; 32 on NVIDIA's
 
 
 class Launch(NamedTuple):
@@ -24,8 +24,8 @@ class Launch(NamedTuple):
     num_warps: int
 
 
-# By the least capability that a row is for, then by kernel and bytes of the dtype that is computed
-# in.  One row serves every GPU until there are measurements to tell them apart.
+# By the least capability that an entry is for, then by kernel and bytes of the computing dtype.
+# One entry serves all GPUs until there are measurements to tell them apart.
 _LAUNCHES: dict[Capability, dict[tuple[str, int], Launch]] = {
     (0, 0): {
         # A row of an 8192-wide tile in 8 blocks; 8 elements per thread are two 16-byte loads in
@@ -75,23 +75,23 @@ class ProductLaunch(NamedTuple):
 _PRODUCT_LAUNCHES = {2: ProductLaunch(128, 128, 64, 8, 3), 4: ProductLaunch(64, 64, 32, 4, 3)}
 _LOW_RANK_LAUNCHES = {2: ProductLaunch(128, 64, 64, 8, 3), 4: ProductLaunch(64, 32, 32, 4, 3)}
 
-# Dtypes of operands whose product has the epilogue inside, by the least capability that a row is
-# for.  None before a GPU has been measured.
+# Dtypes of operands whose product has the epilogue inside, by the least capability that an entry is
+# for.  There are none until a GPU has been measured.
 _FUSED_PRODUCTS: dict[Capability, frozenset[torch.dtype]] = {(0, 0): frozenset()}
 
-# Hidden size that is summed on a tensor core before the sum is added in float32.
+# Terms that a tensor core sums before the sum is added in float32.
 PARTIAL_SUM = 1024
 
-# Blocks of rows that programs walk together, so that their columns come from the cache.
+# Blocks of rows that programs compute together, so that their columns come from the cache.
 BLOCKS_AT_A_TIME = 8
 
-# Entries that a program of add_entries gathers at a time: rows in flight against registers (above).
+# Entries that a program of add_entries gathers at a time: more hide latency but need registers.
 ENTRIES_AT_A_TIME = 8
 
 
 @functools.lru_cache(maxsize=1024)
 def choose_launch(kernel: str, dtype: torch.dtype, width: int, capability: Capability) -> Launch:
-    """Return the launch of the newest row that the capability allows, no wider than it need be.
+    """Return the launch of the newest entry that the capability allows, no wider than needed.
 
     A block has at least one element per thread: with fewer, Triton gives an element to several
     threads, one of which might store it before another has loaded it.
@@ -110,7 +110,7 @@ def launch_of(kernel: str, dtype: torch.dtype, width: int, device: torch.device)
 
 
 def fuses_product(operand: torch.dtype, device: torch.device) -> bool:
-    """Return whether the product of a tile has the epilogue inside, as measured."""
+    """Return whether measurements favour a product with the epilogue inside."""
     capability = _capability(device)
     return (
         operand in _FUSED_PRODUCTS[max(least for least in _FUSED_PRODUCTS if least <= capability)]
@@ -124,7 +124,7 @@ def _capability(device: torch.device) -> Capability:
 def product_launch(
     dtype: torch.dtype, device: torch.device, *, has_low_rank: bool
 ) -> ProductLaunch:
-    """Return how to launch the product of operands of a dtype, and of low-rank ones beside them."""
+    """Return how to launch the product of operands of a dtype, with or without low-rank factors."""
     return (_LOW_RANK_LAUNCHES if has_low_rank else _PRODUCT_LAUNCHES)[dtype.itemsize]
 
 

@@ -1,9 +1,9 @@
 """Kernels that run once per call: find, start and finish rows, and spread gradients.
 
-Launches are few, since with a few hundred rows the host's time for a launch is longer than the
-work. One kernel replaces a dozen operators of PyTorch; its formulas are in ``fused/gradients.py``
-and in the operators of ``ops/``. Letters: **M** positions, **N** of them scored, **D** hidden size,
-**V** vocabulary.
+They keep launches few: with a few hundred rows, a launch takes the host longer than the work takes
+the device. One kernel replaces a dozen operators of PyTorch; the formulas are in
+``fused/gradients.py`` and in the operators of ``ops/``. Letters: **M** positions, **N** of them
+scored, **D** hidden size, **V** vocabulary.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ __all__ = [
     "start_rows",
 ]
 
-# One program walks all labels, some microseconds for a thousand; with more of them the operators of
-# PyTorch, which several programs share, are faster.  Not measured.
+# One program goes over all labels, some microseconds for a thousand; for more labels the operators
+# of PyTorch, which use many programs, are faster.  Not measured.
 MOST_POSITIONS = 1 << 15
 
 
@@ -55,7 +55,7 @@ def _find_rows_kernel(
     num_positions, vocabulary_size, ignore_index, num_rows,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One program walks the labels, and knows how many of them it has found so far."""
+    """One program goes over the labels, and counts the scored ones on the way."""
     found = tl.zeros((), tl.int32)
     last = tl.zeros((), tl.int32)
     num_bad = tl.zeros((BLOCK_M,), tl.int32)
@@ -73,7 +73,7 @@ def _find_rows_kernel(
                  mask=is_position)  # fmt: skip
         found += tl.sum(is_scored.to(tl.int32), axis=0)
         last = tl.maximum(last, tl.max(tl.where(is_scored, offs_m, 0), axis=0))
-    # Fewer labels than were promised: the remaining rows repeat the last one, in order.
+    # If there are fewer labels than stated, the remaining rows repeat the last one.
     for start in range(0, num_rows - found, BLOCK_M):
         places = found + start + tl.arange(0, BLOCK_M)
         repeated = tl.zeros((BLOCK_M,), tl.int64) + last
@@ -93,17 +93,17 @@ def _start_rows_kernel(
     CAPS: tl.constexpr, STARTS_AT_LABEL: tl.constexpr, OPERAND: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program owns a row: gathers it, and starts its sums at the logit of its label."""
+    """One program owns a row: it gathers it, and starts its sums at the logit of its label."""
     n = tl.program_id(0).to(tl.int64)  # n * stride overflows int32, and so does token * stride
     dtype: tl.constexpr = numbers_ptr.dtype.element_ty
-    is_row = n < num_rows  # others only fill up a block
+    is_row = n < num_rows  # other rows are padding
     position = tl.load(positions_ptr + n, mask=is_row, other=0)
     token = tl.load(labels_ptr + position, mask=is_row, other=-1)
     is_token = (token >= 0) & (token < vocabulary_size)
     row = tl.where(is_token, token, 0)
     source_ptr = hidden_ptr + position // inner_size * stride_hb + position % inner_size * stride_ht
     sums = tl.zeros((BLOCK_D,), dtype)
-    # Bounds: Triton 3.9's interpreter combines no mask of a block with a condition of one number.
+    # Bounds, since Triton 3.9's interpreter cannot combine a block's mask with a scalar condition.
     hidden_end = tl.where(is_row, hidden_size, 0)
     weight_end = tl.where(is_token, hidden_size, 0)
     for start in range(0, hidden_size, BLOCK_D):
@@ -136,12 +136,12 @@ def _start_rows_kernel(
 
 @triton.jit
 def _shares(label_logit, shift, rest):
-    """Return log p(label), and shares of the label's row: of the rest, and of E.
+    """Return log p(label), the share of all other tokens, and the factor from E to shares.
 
-    ``RowNumbers``, ``token_log_probs`` and ``logit_gradient`` of fused/gradients.py, without a top
-    token.
+    These are ``RowNumbers``, ``token_log_probs`` and ``logit_gradient`` of fused/gradients.py
+    without a top token.
     """
-    # Equal infinities are a row without any finite logit: NaN, as it should be.
+    # Equal infinities, in a row without any finite logit, give NaN as they should.
     log_label = label_logit - tl.where(shift == -float("inf"), label_logit, shift)
     large = -log1p(rest * tl.exp(-log_label))
     logp = tl.where(log_label >= 0, large, log_label - tl.log(tl.exp(log_label) + rest))
@@ -160,7 +160,7 @@ def _finish_rows_kernel(
     inner: tl.float64, outer: tl.float64, inverse: tl.float64, linear: tl.float64,
     CAPS: tl.constexpr, OPERAND: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program owns a row: its score, and its derivative in place of E @ W."""
+    """One program owns a row: it stores the score, and its derivative in place of E @ W."""
     n = tl.program_id(0).to(tl.int64)
     label_logit = tl.load(numbers_ptr + n)
     shift = tl.load(numbers_ptr + total_rows + n)
@@ -219,7 +219,7 @@ def _grade_rows_kernel(
 def _rescale_rows_kernel(
     matrix_ptr, old_shift_ptr, new_shift_ptr, num_columns, stride_mn, BLOCK_V: tl.constexpr
 ):  # fmt: skip
-    """One program owns a row, which nearly always is what it should be."""
+    """One program owns a row, which nearly always needs no change."""
     n = tl.program_id(0).to(tl.int64)
     old_shift, new_shift = tl.load(old_shift_ptr + n), tl.load(new_shift_ptr + n)
     if old_shift != new_shift:
@@ -239,7 +239,7 @@ def _spread_rows_kernel(
     stride_u, stride_sn,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program owns a position, and searches for it among the scored ones, which ascend."""
+    """One program owns a position, and searches for it in the ascending scored positions."""
     m = tl.program_id(0).to(tl.int64)
     low = tl.zeros((), tl.int32)
     high = tl.full((), num_rows, tl.int32)
@@ -270,7 +270,7 @@ def find_rows(
     num_rows: int | None,
     dtype: torch.dtype,
 ) -> FoundRows:
-    """Find the labels that are scored; the host waits for their number where it is not known."""
+    """Find the labels that are scored; the host waits for their number only if it is None."""
     size = len(labels)
     labels = labels.contiguous()
     positions = labels.new_empty(size if num_rows is None else num_rows)
@@ -299,7 +299,7 @@ def start_rows(
     *,
     with_numbers: bool,
 ) -> StartedRows:
-    """Gather rows and start their sums, whose shift is the label's logit but in float16."""
+    """Gather rows and start their sums; except in float16, the shift is the label's logit."""
     weight, precision = head.weight, head.precision
     num_rows, hidden_size = len(positions), hidden_states.shape[-1]
     labels, positions = labels.contiguous(), positions.contiguous()
@@ -341,7 +341,7 @@ def finish_rows(
     accumulator: Tensor | None,
     scores: Tensor,
 ) -> None:
-    """Put scores to their positions, and turn E @ W into their derivative, where it is kept."""
+    """Write the scores to their positions, and turn E @ W, if given, into their derivative."""
     weight, num_rows = head.weight, len(scores) if positions is None else len(positions)
     if num_rows == 0:
         return
@@ -362,12 +362,12 @@ def finish_rows(
 def grade_rows(
     transform: LogitTransform, numbers: Tensor, upstream: Tensor, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Differentiate scores by raw logits: return the factor of E, and the label's entry."""
+    """Return the gradient of the raw logits: the factor of E, and the entry at the label."""
     num_rows = numbers.shape[1]
     scale, at_label = numbers.new_empty(num_rows), numbers.new_empty(num_rows)
     if num_rows > 0:
         block, num_warps = launches.launch_of("label_dot", numbers.dtype, num_rows, scale.device)
-        if positions is not None:  # hooks on saved tensors may hand back another layout
+        if positions is not None:  # hooks on saved tensors may return another layout
             positions = positions.contiguous()
         _grade_rows_kernel[(triton.cdiv(num_rows, block),)](
             numbers, positions, upstream, scale, at_label,
@@ -398,7 +398,7 @@ def spread_rows(upstream: Tensor | None, rows: Tensor, positions: Tensor, out: T
     num_positions, hidden_size = out.shape
     if num_positions == 0 or hidden_size == 0:
         return
-    if not launches.has_dense_rows(rows):  # hooks on saved tensors may hand back another layout
+    if not launches.has_dense_rows(rows):  # hooks on saved tensors may return another layout
         rows = rows.contiguous()
     block, num_warps = launches.launch_of("combine", rows.dtype, hidden_size, out.device)
     _spread_rows_kernel[(num_positions,)](

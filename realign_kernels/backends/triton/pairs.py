@@ -1,7 +1,7 @@
 """From token log-probabilities to the loss of a preference batch, in float64 and without atomics.
 
-It reads the objective's table and knows nothing of the vocabulary. Letters: **S** = C * P
-sequences, **P** pairs, **C** cells, **T** positions.
+It reads the objective's table and needs no vocabulary. Letters: **S** = C * P sequences, **P**
+pairs, **C** cells, **T** positions.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from realign_kernels.backends.kernel_set import PairBatch, PairGradient, PairResults
     from realign_kernels.objective import Objective
 
-# Numbers of the table before its terms, and of a term: the layout that _pair_loss_kernel reads.
+# How many numbers of the table precede its terms, and how many a term has.
 _HEADER_SIZE = tl.constexpr(3)
 _TERM_SIZE = tl.constexpr(9)
 
-# Of a block, that a pair takes: four cells, and as many again for warps of 64 threads.
+# Elements of a block per pair: four cells, and as many again for warps of 64 threads.
 _LANES = 8
 
-# Packed tokens up to which every sequence looks through all of them; more are sorted.
+# Up to this number of packed tokens, every sequence goes over all of them; more are sorted.
 SCANNED_TOKENS = 8192
 
 
@@ -68,7 +68,7 @@ def _sum_sequences_kernel(
         counts += is_scored.to(tl.int64)
     # Rounded once to the dtype that callers see.
     total = tl.sum(sums, axis=0).to(token_logps_ptr.dtype.element_ty).to(tl.float64)
-    is_sequence = s < num_sequences  # without any, one program only looks at the ids
+    is_sequence = s < num_sequences  # without sequences, one program only checks the ids
     tl.store(logps_ptr + s, total.to(logps_ptr.dtype.element_ty), mask=is_sequence)
     tl.store(counts_ptr + s, tl.sum(counts, axis=0), mask=is_sequence)
     if ids_ptr is not None:
@@ -91,7 +91,7 @@ def _link(contrast, beta, offset, smoothing, link):
     """Return the loss of a contrast and its derivative."""
     if link == 1:  # hinge
         gap = 1.0 - beta * contrast
-        # NaN passes through, as it does in relu.
+        # NaN passes through, as in relu.
         loss = tl.where(gap <= 0, 0.0, gap)
         slope = tl.where(gap <= 0, 0.0, -beta)
     elif link == 2:  # ipo
@@ -101,7 +101,7 @@ def _link(contrast, beta, offset, smoothing, link):
     else:  # logsigmoid
         x = beta * contrast - offset
         loss = -(1.0 - smoothing) * _log_sigmoid(x)
-        # A smoothing of 0 is not multiplied: log_sigmoid(-x) is -inf where x is inf.
+        # Selected, since 0 * log_sigmoid(-x) is NaN where x is inf.
         loss -= tl.where(smoothing > 0, smoothing * _log_sigmoid(-x), 0.0)
         slope = beta * (smoothing * _sigmoid(x) - (1.0 - smoothing) * _sigmoid(-x))
     return loss, slope
@@ -118,7 +118,7 @@ def _margin(log_ratios, is_present, offs_c, CELL: tl.constexpr):
 
 @triton.jit
 def _number(table, INDEX: tl.constexpr):
-    """Return a number of the table from the pieces of its bits."""
+    """Return a number of the table, put together from the pieces of its bits."""
     low = (table[3 * INDEX] - 3).to(tl.int64) >> 1
     middle = (table[3 * INDEX + 1] - 3).to(tl.int64) >> 1
     high = (table[3 * INDEX + 2] - 3).to(tl.int64) >> 1
@@ -137,7 +137,7 @@ def _pair_loss_kernel(
     num_cells, num_pairs, stride_rc, stride_rp,
     NUM_TERMS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """One program walks the pairs, so that the mean has one order; absent cells are empty lanes."""
+    """One program goes over the pairs, so that the mean is summed in a fixed order."""
     offs_c = tl.arange(0, 4)[None, :]
     nll_weight = _number(table, 0)
     beta, image_beta = _number(table, 1), _number(table, 2)
@@ -154,7 +154,7 @@ def _pair_loss_kernel(
             lengths = tl.load(lengths_ptr + offs, mask=is_cell, other=0)
             num_wrong += tl.sum((lengths != counts).to(tl.int32), axis=1)
         is_present = counts > 0
-        # Absent cells are never divided by: they are selected away.
+        # Nothing is divided by the count of an absent cell.
         counts = tl.where(is_present, counts, 1).to(tl.float64)
         log_ratios = logps
         if ref_logps_ptr is not None:
@@ -177,7 +177,7 @@ def _pair_loss_kernel(
             factors = tl.where(offs_c == 2, _term_number(table, t, 2), factors)
             factors = tl.where(offs_c == 3, _term_number(table, t, 3), factors)
             weight, link = _term_number(table, t, 4), _term_number(table, t, 8).to(tl.int32)
-            is_per_token = link >= 2  # ipo, and the links counted on from there: by length
+            is_per_token = link >= 2  # the code of ipo, and codes of links by length
             link = link % 3
             is_read = factors != 0
             num_unread = tl.sum((is_read & (is_present == 0)).to(tl.int32), axis=1)
@@ -206,7 +206,7 @@ def _spread_gradient_kernel(
     ignore_index, num_tokens, num_positions, num_sequences, num_pairs, stride_gc, stride_gp,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Every scored token gets the slope of its sequence."""
+    """Store for every scored token the gradient of its sequence."""
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     is_token = offs_t < num_tokens
     labels = tl.load(labels_ptr + offs_t, mask=is_token, other=0)
@@ -232,9 +232,9 @@ def _spread_gradient_kernel(
 def _table(objective: Objective) -> tuple[int, ...]:
     """Return an objective as arguments of a kernel: the bits of every number in three pieces.
 
-    Nothing is copied to a device, which a CUDA graph could not capture.  An argument that is a
-    float would be rounded to 32 bits, and one that is an integer compiles anew where it is 1 or a
-    multiple of 16, which twice a piece plus 3 never is.
+    Arguments need no copy to the device, which a CUDA graph could not capture.  A float argument
+    would be rounded to 32 bits; an integer that is 1 or a multiple of 16 would compile the kernel
+    again, which twice a piece plus 3 never is.
     """
     numbers = [objective.nll_weight, objective.beta, objective.image_beta]
     numbers += [number for row in objective.table() for number in row]
@@ -243,13 +243,13 @@ def _table(objective: Objective) -> tuple[int, ...]:
 
 
 def _sort_tokens(batch: PairBatch, sequence_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where each sequence starts in the order of tokens by sequence, that order, and whether
-    all ids are in range.
+    """Return each sequence's start in the order of tokens by sequence, that order, and whether all
+    ids are in range.
     """
     num_sequences = batch.num_cells * batch.num_pairs
     is_scored = batch.labels != batch.ignore_index
     is_inside = (sequence_ids >= 0) & (sequence_ids < num_sequences)
-    # Ignored tokens, and ids that are none, go to a segment past the last.
+    # Ignored tokens and ids out of range go to an extra last segment.
     ids = torch.where(is_scored & is_inside, sequence_ids, num_sequences)
     segments, order = ids.sort(stable=True)
     numbers = torch.arange(num_sequences + 1, device=segments.device)
@@ -294,7 +294,7 @@ def pair_loss(batch: PairBatch, results: PairResults) -> Tensor:
 
 
 def spread_gradient(gradient: PairGradient, out: Tensor) -> None:
-    """Set every scored token of ``out`` to the slope of its sequence, any other to 0."""
+    """Set every scored token of ``out`` to the gradient of its sequence, any other to 0."""
     labels, grad_logps = gradient.labels, gradient.grad_logps
     num_tokens = labels.numel()
     if num_tokens == 0:

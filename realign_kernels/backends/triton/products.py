@@ -9,10 +9,10 @@ from torch import Tensor
 
 from realign_kernels.tiling import TileShape
 
-# Feeds every multiprocessor, and few launches are needed.
+# Enough for every multiprocessor, with few launches.
 LARGEST_TILE = TileShape(4096, 8192)
-# 128 bytes in half precision: vectors of 16 bytes stay aligned whatever the size of the vocabulary
-# is, and a BLAS keeps its fastest kernels, which ask for that.
+# 128 bytes in half precision: vectors of 16 bytes stay aligned for any vocabulary, as the fastest
+# kernels of a BLAS require.
 STRIDE_MULTIPLE = 64
 TEMPORARIES = 0
 
@@ -28,13 +28,13 @@ def exponential_dtype(computed: torch.dtype, operand: torch.dtype) -> torch.dtyp
 
 
 def expect_writes(tensor: Tensor) -> None:
-    """Do nothing."""
+    """Do nothing: no tensor needs it on a GPU."""
 
 
 def product(out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:
-    """Set ``out`` to ``a @ b``, or add it, summed and stored in the dtype of ``out``."""
+    """Set ``out`` to ``a @ b``, or add that, summed and stored in the dtype of ``out``."""
     if a.device.type == "cpu":
-        # CPUs have no product of two dtypes.  Half operands get here in Triton's interpreter only.
+        # CPUs have no mixed products.  Half operands only get here in Triton's interpreter.
         a, b = a.to(out.dtype), b.to(out.dtype)
     if a.dtype == out.dtype:
         if adds:
@@ -51,7 +51,7 @@ def product(out: Tensor, a: Tensor, b: Tensor, *, adds: bool) -> None:
 
 @functools.cache
 def _adds_to_wide(device_type: str, dtype: torch.dtype) -> bool:
-    """Return whether addmm takes half operands and a float32 summand, which it once did not."""
+    """Return whether addmm takes half operands and a float32 summand, as older ones do not."""
     total = torch.zeros(16, 16, device=device_type)
     ones = torch.ones(16, 16, device=device_type, dtype=dtype)
     try:

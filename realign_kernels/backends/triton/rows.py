@@ -48,7 +48,7 @@ def _combine_kernel(
     stride_an, stride_wv, stride_wd,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program owns a row, which it leaves alone where only a shift might have moved."""
+    """One program owns a row; a row without a token and with scale 1 is not touched."""
     n = tl.program_id(0).to(tl.int64)
     scale = tl.load(scale_ptr + n)
     token = tl.load(ids_ptr + n)
@@ -76,10 +76,10 @@ def _add_entries_kernel(
     stride_ov, stride_hn,
     BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program owns a block of one vocabulary entry's row, so that sums have one order.
+    """One program owns a block of the row of one token, so that sums have a fixed order.
 
-    There is one for every entry of the order, of which the first of a row does the work: most rows
-    of the vocabulary have no entry.
+    There is a program for every entry, and the first entry of a token does the work: most tokens
+    have no entry.
     """
     entry = tl.program_id(0).to(tl.int64)
     low, high = tl.zeros((), tl.int32), tl.full((), num_columns + 1, tl.int32)
@@ -88,7 +88,7 @@ def _add_entries_kernel(
         is_past = tl.load(starts_ptr + middle) > entry
         high = tl.where(is_past, middle, high)
         low = tl.where(is_past, low, middle + 1)
-    v = low.to(tl.int64) - 1  # the row of this entry, or one outside of the tile
+    v = low.to(tl.int64) - 1  # the row of this entry, or one outside the tile
     is_row = (v >= 0) & (v < num_columns)
     start = tl.load(starts_ptr + v, mask=is_row, other=-1)
     stop = tl.load(starts_ptr + v + 1, mask=is_row, other=-1)
@@ -97,7 +97,7 @@ def _add_entries_kernel(
         is_column = offs_d < hidden_size
         pointers = out_ptr + v * stride_ov + offs_d
         sums = tl.load(pointers, mask=is_column, other=0.0)
-        # A common token has thousands of entries: several rows are on their way at a time.
+        # A common token has thousands of entries: several rows are loaded at a time.
         for first in range(start, stop, BLOCK_E):
             offs_e = first + tl.arange(0, BLOCK_E)
             is_entry = offs_e < stop
@@ -131,7 +131,7 @@ def label_dot(hidden: Tensor, weight: Tensor, ids: Tensor, out: Tensor) -> None:
 def combine(
     accumulator: Tensor, scale: Tensor, weight: Tensor, ids: Tensor, coefficient: Tensor
 ) -> None:
-    """Set a row to ``scale * row + coefficient * weight[id]``, the latter where id is a row."""
+    """Set each row to ``scale * row + coefficient * weight[id]``; invalid ids add nothing."""
     num_rows, hidden_size = accumulator.shape
     if num_rows == 0:
         return

@@ -1,7 +1,7 @@
 """The logit transform inside kernels, and conversions of numbers.
 
-Scale, softcap and temperature are arguments of 64 bits, so that no value of them compiles anew and
-none is rounded before it meets the dtype that is computed in.
+Scale, softcap and temperature are 64-bit arguments, so that a new value does not compile a kernel
+again, and none is rounded before it is converted to the computing dtype.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl
 if TYPE_CHECKING:
     from realign_kernels.head import LogitTransform
 
-# Triton's names of torch's dtypes of operands.
+# Triton's dtypes of operands, by those of torch.
 DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -41,7 +41,7 @@ def transform_numbers(transform: LogitTransform) -> dict[str, float | bool]:
 
 @triton.jit
 def rounded_numbers(inner, outer, inverse, linear, dtype: tl.constexpr):
-    """Return the numbers of a transform in the dtype that is computed in."""
+    """Return the numbers of a transform in the computing dtype."""
     return (
         tl.full((), inner, dtype),
         tl.full((), outer, dtype),
@@ -94,9 +94,9 @@ def slope_of(x, numbers, CAPS: tl.constexpr):
 
 @triton.jit
 def log1p(y):
-    """Return log(1 + y) for y >= 0; infinity and NaN are what they were.
+    """Return log(1 + y) for y >= 0, and infinity and NaN as they are.
 
-    Without a library: the rounding of 1 + y cancels.  Source: Goldberg 1991, theorem 4.
+    The rounding of 1 + y cancels, so no library is needed.  Source: Goldberg 1991, theorem 4.
     """
     u = 1.0 + y
     is_plain = (u == 1.0) | (u == float("inf"))
@@ -105,8 +105,8 @@ def log1p(y):
 
 @triton.jit
 def widen(x, dtype: tl.constexpr):
-    """Convert to the dtype that is computed in."""
-    # By way of float32, since the interpreter reads bfloat16 as integers in any other conversion.
+    """Convert to the computing dtype."""
+    # Through float32, since the interpreter reads bfloat16 as integers in any other conversion.
     if x.dtype == tl.bfloat16:
         x = x.to(tl.float32)
     return x.to(dtype)
@@ -114,10 +114,7 @@ def widen(x, dtype: tl.constexpr):
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """Round to the dtype that is stored.
-
-    To the nearest number, except that the interpreter cuts off what bfloat16 does not hold.
-    """
+    """Round to the nearest number of the stored dtype; the interpreter truncates to bfloat16."""
     if dtype == tl.bfloat16:
         x = x.to(tl.float32)
     return x.to(dtype)

@@ -278,7 +278,7 @@ def test_no_pairs():
 def test_losses_that_are_not_a_table_of_terms_are_refused(loss_type):
     message = (
         r"loss_type must be one of \['sigmoid', 'hinge', 'bco_pair', 'nca_pair'\] here, "
-        rf"got '{loss_type}'. Write it on the sums of linear_logprob, or keep Liger's own loss"
+        rf"got '{loss_type}'. Compute it from sums of linear_logprob, or keep Liger's own loss"
     )
     (hidden, weight, bias), reference, labels = make_tensors()
     with pytest.raises(NotImplementedError, match=message):

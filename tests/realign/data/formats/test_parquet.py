@@ -97,7 +97,7 @@ def test_row_groups_change_nothing(grouped: Path, tmp_path: Path, records) -> No
     rows, read = records(12), read_parquet(grouped)
     assert list(read) == rows
     assert (read[-1], read[2:9:3], len(read)) == (rows[-1], rows[2:9:3], 12)
-    with pytest.raises(IndexError, match="12"):
+    with pytest.raises(IndexError, match="index out of range"):
         _ = read[12]
     from datasets import Dataset
 

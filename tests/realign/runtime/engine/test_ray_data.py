@@ -118,12 +118,14 @@ def test_ray_says_what_went_wrong(tmp_path: Path) -> None:
         "message": "item 2 is bad",
         "code": "refused",
         "field": "answer",
+        "missing": "",
     }
     assert told["open"]["error"] == {
         "type": "RefusedError",
         "message": "cannot open",
         "code": "closed",
         "field": "",
+        "missing": "",
     }
     assert told["fail"]["error"]["type"] == "RuntimeError"
     assert told["fail"]["error"]["message"].endswith("KeyError: 'a key'\n")

@@ -337,6 +337,16 @@ def test_sorted_and_scanned_tokens_give_the_same_sums(monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
+def test_lengths_may_be_a_transposed_view():
+    lengths = torch.tensor([[3, 1], [2, 3], [1, 2]], device="cpu")
+    is_answer = torch.arange(3) < lengths.view(6, 1).to(torch.get_default_device())
+    labels = torch.where(is_answer, torch.arange(18).view(6, 3) % 11, -100)
+    expected = score_pairs(labels=labels, lengths=lengths)
+    transposed = score_pairs(labels=labels, lengths=lengths.T.contiguous().T)
+    assert transposed.num_tokens.tolist() == lengths.tolist()
+    assert torch.equal(transposed.loss, expected.loss)
+
+
 def test_many_labels_are_found_by_the_operators_of_pytorch(monkeypatch):
     inputs = make_head_inputs(7, 11, 5, torch.float32, ignored=0.4)
     expected = inputs.call(linear_logprob, backend="triton")
