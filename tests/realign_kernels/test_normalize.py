@@ -83,7 +83,8 @@ def test_a_table_gives_the_objective_back(objective):
 
 
 def test_lengths_are_needed():
-    with pytest.raises(ValueError, match=r"num_tokens must be given .* normalize='length', got N"):
+    message = r"num_tokens must be given .* normalize='length' and nll_weight, got None"
+    with pytest.raises(ValueError, match=message):
         preference_loss(torch.zeros(2, 3), None, OBJECTIVES["SimPO"])
     with pytest.raises(ValueError, match=r"normalize must be one of \['none', 'length'\], got 'm"):
         Term((1, -1), normalize="mean")

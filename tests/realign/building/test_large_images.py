@@ -60,7 +60,7 @@ def test_an_image_of_more_than_four_times_the_pixels_is_halved_twice(
     with Image.open(shrunk[0].path) as copy:
         assert copy.size == (5_000, 4_500)
     announced = capfd.readouterr().err
-    assert "copies, halved until they have at most so many" in announced
+    assert "copies, halved until they have at most that many" in announced
 
 
 def test_images_that_are_too_large_or_damaged_are_left_and_reported(tmp_path: Path) -> None:

@@ -133,7 +133,9 @@ def test_a_model_that_takes_no_text_without_an_image(config: EvalConfig, monkeyp
     monkeypatch.setattr(LlavaProcessor, "__call__", needs_images)
     said = refusal(config)
     assert "problems.json, problem 5, a question without an image, model base: text must " in said
-    assert "LlavaProcessor needs, got none (ValueError: `images` are required). Leave such" in said
+    assert (
+        "LlavaProcessor requires, got none (ValueError: `images` are required). Leave such" in said
+    )
 
 
 def test_files_that_are_not_read_are_reported(config: EvalConfig, capsys) -> None:
