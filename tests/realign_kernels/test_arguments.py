@@ -302,7 +302,7 @@ def test_wrong_values_are_refused_by_name(call, name):
             "linear_logprob",
             {"labels": torch.zeros(N, 1).long()},
             ValueError,
-            r"got \(6, 1\)\. Leave out the last dimension",
+            r"got \(6, 1\)\. Drop the last dimension",
         ),
         (
             "rdpo_loss",
