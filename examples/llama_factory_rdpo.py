@@ -3,11 +3,11 @@
     python examples/llama_factory_rdpo.py train.yaml
 
 `train.yaml` is a configuration of `llamafactory-cli train` with `stage: dpo` and
-`dataset: realign_rdpo`, which `realign export --to llamafactory` writes: rows of `sharegpt` with
-`rejected_images` beside `images`, and `"formatting": "rdpo"` in dataset_info.json. LLaMA-Factory by
-itself drops that column. Here each row becomes three sequences: the good answer, the bad answer on
-the same image, and the good answer on the retrieved image.
-`docs/guides/trainers/llama-factory.md` says what was run.
+`dataset: realign_rdpo`. `realign export --to llamafactory` writes this dataset: `sharegpt` rows
+with `rejected_images` beside `images`, and `"formatting": "rdpo"` in dataset_info.json.
+LLaMA-Factory itself would drop that column. Here, each row becomes three sequences: the good
+answer, the bad answer on the same image, and the good answer on the retrieved image.
+`docs/guides/trainers/llama-factory.md` lists what was run.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from realign_kernels import Objective, preference_loss
 
 IMAGE_WEIGHT = 1.0
 CELLS = ("chosen", "rejected", "image_rejected")
-# Options that would change the loss in another way, and their neutral values.
+# Options that would also change the loss, and their neutral values.
 NEUTRAL = {"pref_loss": "sigmoid", "dpo_label_smoothing": 0.0, "pref_bco_weight": 0.0}
 
 
 class RdpoConverter(converter.SharegptDatasetConverter):
-    """Keeps the retrieved images of a row."""
+    """Converter that keeps the retrieved images of a row."""
 
     def __call__(self, example: dict[str, Any]) -> dict[str, Any]:
         row = super().__call__(example)
@@ -39,7 +39,7 @@ class RdpoConverter(converter.SharegptDatasetConverter):
 
 
 class RdpoProcessor(loader.PairwiseDatasetProcessor):
-    """Tokenizes the good answer a second time, on the retrieved images."""
+    """Processor that also tokenizes the good answer on the retrieved images."""
 
     def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
         if "_rejected_images" not in examples:
@@ -72,7 +72,7 @@ def answer_of(labels: list[int]) -> list[int]:
 
 
 class RdpoCollator(collator.PairwiseDataCollatorWithPadding):
-    """Puts the sequences cell by cell."""
+    """Collator that orders the sequences cell by cell."""
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Tensor]:
         sequences = [
@@ -85,12 +85,12 @@ class RdpoCollator(collator.PairwiseDataCollatorWithPadding):
             for cell in CELLS
             for row in features
         ]
-        # Past the parent, which makes pairs: to the collator of single sequences.
+        # Skip the parent, which makes pairs, and call the collator of single sequences.
         return super(collator.PairwiseDataCollatorWithPadding, self).__call__(sequences)
 
 
 class RdpoTrainer(trainer.CustomDPOTrainer):
-    """DPO on the answers plus DPO on the images."""
+    """Trainer of DPO on the answers plus DPO on the images."""
 
     def __init__(self, *args: Any, finetuning_args: Any, **kwargs: Any) -> None:
         for name, neutral in NEUTRAL.items():
@@ -103,7 +103,7 @@ class RdpoTrainer(trainer.CustomDPOTrainer):
             )
         super().__init__(*args, finetuning_args=finetuning_args, **kwargs)
         self.objective = Objective.rdpo(self.beta, image_weight=IMAGE_WEIGHT)
-        # Sums of the policy (False) and of the reference (True): the parent hands on two cells.
+        # Sums of the policy (False) and the reference (True); the parent passes on only two cells.
         self.logps: dict[bool, Tensor] = {}
 
     def concatenated_forward(
@@ -145,9 +145,9 @@ class RdpoTrainer(trainer.CustomDPOTrainer):
 
 
 def main() -> None:
-    """Put the classes where LLaMA-Factory looks for its own, and run it."""
+    """Replace LLaMA-Factory's own classes by these, and run it."""
     converter.register_dataset_converter("rdpo", RdpoConverter)
-    # Names of 0.9.5: replacing one that another version does not have would change nothing.
+    # Names of 0.9.5. If a version lacks one of them, replacing it would have no effect.
     for module, name, replacement in (
         (loader, "PairwiseDatasetProcessor", RdpoProcessor),
         (workflow, "PairwiseDataCollatorWithPadding", RdpoCollator),

@@ -1,9 +1,9 @@
-"""Convert LLaVA-1.6 to what the paper's authors train.
+"""Convert a LLaVA-1.6 model to the form that the paper's authors train.
 
     python examples/llava_next_single_view.py MODEL OUT
 
-Their code shows it one padded square view, 576 tokens, and not the tiles of its own processor, up
-to 2,880. That is the architecture of LLaVA-1.5 with the weights of LLaVA-1.6.
+Their code shows the model one padded square view with 576 tokens, instead of the tiles of its own
+processor with up to 2,880. That is the architecture of LLaVA-1.5 with the weights of LLaVA-1.6.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers import (
 
 from realign import RefusedError
 
-# of LlavaNextConfig, which LlavaConfig has as well
+# options of LlavaNextConfig that LlavaConfig has as well
 SHARED_OPTIONS = (
     "image_token_index",
     "projector_hidden_act",
@@ -38,13 +38,13 @@ SHARED_OPTIONS = (
 
 
 def save_single_view(model: str, out: Path) -> None:
-    """Write a LLaVA-1.6 model as one of a single padded view, in the precision that it has.
+    """Write a LLaVA-1.6 model as a model with a single padded view, in its own precision.
 
     Args:
         model: Folder or hub id of a ``LlavaNextForConditionalGeneration``.
         out: New folder.
     Raises:
-        RefusedError: It is another model, or ``out`` is there already.
+        RefusedError: The model is not a LLaVA-1.6, or ``out`` exists already.
     """
     if out.exists():
         raise RefusedError(f"out must be a new folder, got {out}. Remove it or name another.")
@@ -64,7 +64,7 @@ def save_single_view(model: str, out: Path) -> None:
             )
         )
     weights = tiled.state_dict()
-    del weights["model.image_newline"]  # it ends a row of tiles
+    del weights["model.image_newline"]  # the embedding that ends a row of tiles
     single.load_state_dict(weights, assign=True)
     single.generation_config = tiled.generation_config
     single.save_pretrained(out)

@@ -2,8 +2,9 @@
 
     python examples/losses.py
 
-Each takes hidden states, the weight of the head and labels that are already shifted, -100 where a
-token is not scored, and never stores the logits.  Numbers are those of TRL's trainers.
+Each takes hidden states, the weight of the head and labels that are already shifted, with -100
+where a token is not scored. None of them stores the logits. The values equal those of TRL's
+trainers.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ def kto_loss(
     beta: float = 0.1,
     weights: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
-    """Return KTO's loss of B single answers, (B, T, D); ``kl`` comes from mismatched ones.
+    """Return KTO's loss of B single answers, (B, T, D); :func:`estimate_kl` gives ``kl``.
 
-    ``weights`` are those of desirable and of undesirable answers.
+    ``weights`` are the weights of desirable and of undesirable answers.
     """
     logps = linear_logprob(hidden_states, lm_head_weight, labels).sum(dim=1)
     sign = torch.where(is_desirable, 1.0, -1.0)
@@ -39,7 +40,7 @@ def kto_loss(
 def estimate_kl(
     hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, ref_logps: Tensor
 ) -> Tensor:
-    """Return KTO's estimate of the KL divergence, (), from answers to the prompts of others."""
+    """Return KTO's estimate of the KL divergence, (), from mismatched answers and prompts."""
     logps = linear_logprob(hidden_states, lm_head_weight, labels).sum(dim=1)
     return (logps - ref_logps).mean().clamp(min=0)
 
@@ -51,7 +52,7 @@ def simpo_loss(
     beta: float = 2.0,
     gamma: float = 1.0,
 ) -> Tensor:
-    """Return SimPO's loss of P chosen, then P rejected answers, (2P, T, D): no reference."""
+    """Return SimPO's loss of P chosen, then P rejected answers, (2P, T, D), without a reference."""
     term = Term((1, -1), beta=beta, offset=gamma, normalize="length")
     return rdpo_loss(hidden_states, lm_head_weight, labels, None, objective=Objective((term,))).loss
 
@@ -65,8 +66,8 @@ def orpo_loss(
 ) -> Tensor:
     """Return ORPO's loss of P chosen, then P rejected answers, (2P, T, D).
 
-    Labels of chosen rows are the whole text, whose likelihood is a part of the loss; ``is_answer``
-    says which of them belong to the answers, whose odds are the other part.
+    The labels of a chosen row are its whole text, whose likelihood is one part of the loss.
+    ``is_answer`` marks the labels of the answers, whose odds are the other part.
     """
     token_logps = linear_logprob(hidden_states, lm_head_weight, labels)
     means = (token_logps * is_answer).sum(dim=1) / is_answer.sum(dim=1)
@@ -84,9 +85,9 @@ def main() -> None:
     hidden_states = torch.randn(8, 12, 32, requires_grad=True)
     lm_head_weight = torch.randn(100, 32) / 32**0.5
     labels = torch.randint(0, 100, (8, 12))
-    labels[:, :4] = -100  # of the prompts
+    labels[:, :4] = -100  # the prompts
     ref_logps = torch.full((8,), -8 * 5.0)
-    # in training: the same answers, each after the prompt of another, through both models
+    # in training: the same answers, each after another row's prompt, from both models
     kl = estimate_kl(torch.randn(8, 12, 32), lm_head_weight, labels, ref_logps)
     is_desirable = torch.arange(8) % 2 == 0
     losses = {

@@ -3,14 +3,14 @@
     swift rlhf --rlhf_type dpo --external_plugins examples/ms_swift_plugin.py --strict true \\
         --model MODEL --dataset rdpo.jsonl
 
-A row has both answers and both images, as `realign export --to ms-swift` writes into rdpo.jsonl:
+A row has both answers and both images. `realign export --to ms-swift` writes it to rdpo.jsonl:
 
     {"messages": [...], "images": ["a.png"],
      "rejected_response": "...", "rejected_images": ["b.png"]}
 
-ms-swift by itself would compare the good answer on its image with the bad answer on the retrieved
-image. Here each row becomes three sequences: the good answer, the bad answer on the same image, and
-the good answer on the retrieved image. `docs/guides/trainers/ms-swift.md` says what was run.
+ms-swift itself would compare the good answer on its image with the bad answer on the retrieved
+image. Here, each row becomes three sequences: the good answer, the bad answer on the same image,
+and the good answer on the retrieved image. `docs/guides/trainers/ms-swift.md` lists what was run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from realign_kernels import Objective, preference_loss
 
 IMAGE_WEIGHT = 1.0
-# Options of `swift rlhf` that would change the loss in another way, and their neutral values.
+# Options of `swift rlhf` that would also change the loss, and their neutral values.
 NEUTRAL = {
     "loss_type": ("sigmoid", ["sigmoid"]),
     "loss_weights": (None,),
@@ -59,8 +59,8 @@ def encode_three_cells(template: Any, inputs: Any, check_rejected: bool = True) 
 def collate_three_cells(
     template: Any, batch: list[dict[str, Any]], *, padding_to: int | None = None, **_: Any
 ) -> dict[str, Any]:
-    """Put the sequences cell by cell; replaces `Template._rlhf_data_collator`."""
-    # Not raised while encoding: ms-swift takes another row in the place of one that fails there.
+    """Order the sequences cell by cell; replaces `Template._rlhf_data_collator`."""
+    # Not raised while encoding, where ms-swift would silently use another row instead.
     if any("image_rejected_input_ids" not in row for row in batch):
         raise ValueError(
             "Every row must have rejected_response and rejected_images that differ from images, "
@@ -75,7 +75,7 @@ def collate_three_cells(
 
 
 class RdpoTrainer(DPOTrainer):
-    """DPO on the answers plus DPO on the images."""
+    """Trainer of DPO on the answers plus DPO on the images."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         for name, neutral in NEUTRAL.items():
@@ -92,11 +92,11 @@ class RdpoTrainer(DPOTrainer):
             )
         super().__init__(*args, **kwargs)
         self.objective = Objective.rdpo(self.beta, image_weight=IMAGE_WEIGHT)
-        # Sums of the policy (False) and of the reference (True): the parent hands on two cells.
+        # Sums of the policy (False) and the reference (True); the parent passes on only two cells.
         self.logps: dict[bool, Tensor] = {}
 
     def get_per_token_logps(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Keep what the parent's `concatenated_forward` cuts into halves."""
+        """Keep the scores that the parent's `concatenated_forward` cuts into halves."""
         self.token_scores = super().get_per_token_logps(*args, **kwargs)
         return self.token_scores
 
@@ -137,7 +137,7 @@ class RdpoTrainer(DPOTrainer):
         return output.losses, output.rewards[0], output.rewards[1]
 
 
-# Names of 4.6.0: replacing one that another version does not have would change nothing, in silence.
+# Names of 4.6.0. If a version lacks one of them, replacing it would silently have no effect.
 for name, function in (
     ("_rlhf_encode", encode_three_cells),
     ("_rlhf_data_collator", collate_three_cells),

@@ -2,8 +2,8 @@
 
     python examples/own_loop.py
 
-It trains the small model that comes with the package on four drawn pairs, on a CPU and without a
-network, in seconds. Replace the model's folder and `PAIRS` by your own.
+It trains the small model of the package on four drawn pairs, within seconds, on a CPU and without a
+network. Replace the model's folder and `PAIRS` by your own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from realign_kernels import linear_logprob, rdpo_loss, shift_labels
 
 MODEL = str(files("realign") / "demo" / "model")
 QUESTION = "Describe the image."
-# The colour in the image, the true answer, the made-up answer, the colour in the retrieved image.
+# The colour in the image, the true answer, the made-up answer, the colour in the retrieved image
 PAIRS = [
     ("red", "There is a red cup.", "There is a red cup and a blue plate.", "green"),
     ("blue", "There is a blue boat.", "There is a blue fish.", "purple"),
@@ -33,7 +33,7 @@ class RdpoModel(torch.nn.Module):
     """A language model whose forward returns the loss.
 
     DDP, FSDP and ZeRO gather weights and reduce gradients around the forward of the module that
-    they wrap. The output projection must therefore be used inside of it, not in the loop.
+    they wrap. The output projection must therefore be used inside this forward, not in the loop.
     """
 
     def __init__(self, model: Any, beta: float, image_weight: float) -> None:
@@ -41,7 +41,7 @@ class RdpoModel(torch.nn.Module):
         self.model, self.beta, self.image_weight = model, beta, image_weight
 
     def forward(self, inputs: dict[str, Tensor], labels: Tensor, ref_logps: Tensor | None) -> Any:
-        # The body without the head: no logits are computed, here or in rdpo_loss.
+        # The model without its head: logits are neither computed here nor stored in rdpo_loss.
         hidden_states = self.model.model(**inputs, use_cache=False).last_hidden_state
         # The state at a position predicts the next token.
         weight, labels = self.model.lm_head.weight, shift_labels(labels)
@@ -53,8 +53,8 @@ class RdpoModel(torch.nn.Module):
 
 
 def collate(processor: Any, pairs: list[tuple[str, str, str, str]]) -> tuple[Any, Tensor]:
-    """Return the inputs of three sequences a pair, and labels that are -100 outside of answers."""
-    # Cell by cell: all chosen answers, then all rejected ones, then all chosen with other images.
+    """Return the inputs of three sequences per pair, and labels with -100 outside of answers."""
+    # Cell by cell: all chosen answers, all rejected ones, then the chosen ones with other images.
     cells = [
         *((draw(color), answer) for color, answer, _, _ in pairs),
         *((draw(color), rejected) for color, _, rejected, _ in pairs),
@@ -72,7 +72,7 @@ def collate(processor: Any, pairs: list[tuple[str, str, str, str]]) -> tuple[Any
     ]
     options = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
     inputs = processor(images=images, text=texts, **options)
-    # The processor puts image tokens into the prompt, so its length is counted after it.
+    # The processor adds image tokens to the prompt, so its length is counted afterwards.
     prompts = processor(images=images, text=[prompt] * len(images), **options)
     prompt_lengths = prompts["attention_mask"].sum(dim=1, keepdim=True)
     is_prompt = torch.arange(inputs["input_ids"].shape[1]) < prompt_lengths
@@ -81,7 +81,7 @@ def collate(processor: Any, pairs: list[tuple[str, str, str, str]]) -> tuple[Any
 
 
 def draw(color: str) -> Image.Image:
-    """Return a disc on white."""
+    """Return the image of a disc on white."""
     image = Image.new("RGB", (48, 48), "white")
     ImageDraw.Draw(image).ellipse((8, 8, 40, 40), fill=color)
     return image
@@ -95,7 +95,7 @@ def main(steps: int = 10, beta: float = 0.1, image_weight: float = 1.0) -> list[
         AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32), beta, image_weight
     )
     batches = [collate(processor, PAIRS[:2]), collate(processor, PAIRS[2:])]
-    # The reference is the model before training: computed once, it costs no memory afterwards.
+    # The reference is the model before training. It is computed once, and costs no memory later.
     with torch.no_grad():
         references = [model(inputs, labels, None) for inputs, labels in batches]
 
@@ -109,7 +109,7 @@ def main(steps: int = 10, beta: float = 0.1, image_weight: float = 1.0) -> list[
         optimizer.step()
         optimizer.zero_grad()
         losses.append(output.loss.item())
-        # Both margins should grow: of the answers, and of the images.
+        # Both margins should grow, that of the answers and that of the images.
         margins = output.text_margins.mean().item(), output.image_margins.mean().item()
         print(f"step {step}  loss {losses[-1]:.4f}  margins {margins[0]:.3f}, {margins[1]:.3f}")
     return losses

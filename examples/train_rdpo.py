@@ -1,9 +1,9 @@
-"""Reference training script: rDPO with LoRA on the library's public functions.
+"""Train rDPO with LoRA, using only the public functions of the library.
 
 python examples/train_rdpo.py --model llava-hf/llava-1.5-7b-hf --data DATASET --out runs/llava
 
-`realign train` does the same with checks, checkpoints of its own and every option; start from this
-file where your training must do something else.
+`realign train` does the same, with more checks, safe checkpoints and all options. Start from this
+file if your training has to do something else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder or hub id")
     parser.add_argument("--data", type=Path, required=True, help="parquet, or JSON")
-    parser.add_argument("--images", type=Path, help="image folder of JSON")
+    parser.add_argument("--images", type=Path, help="folder of the images that JSON names")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--learning-rate", type=float, default=1e-5)
     parser.add_argument("--epochs", type=float, default=1)
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> Path:
     processor = realign.load_processor(folder)
     realign.check_rows(records, processor, cells=CELLS, max_length=None)
 
-    # the reference never runs again: a second run, with another rate or beta, reads this
+    # the reference never runs again: another run, with another rate or beta, reads this cache
     cache = options.out / "cache"
     scoring = realign.Scoring(folder, CELLS, "label", realign.Numerics(dtype), batch_size=4)
     realign.build_cache(records, scoring, cache)
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> Path:
         beta=0.1,
         learning_rate=options.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=0.03,  # below 1 it is a share
+        warmup_steps=0.03,  # a value below 1 is a share of all steps
         num_train_epochs=options.epochs,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=8,

@@ -2,8 +2,8 @@
 
 python examples/trl_patched_dpo.py
 
-Two lines are ours: the import of `patch_trl` and its call, which needs no `with` where it is to
-hold until the program ends. The rest is TRL as its users write it.
+Only two lines differ from a program for TRL alone: the import of `patch_trl`, and its call. The
+call needs no `with` if the patch should last until the program ends.
 """
 
 from __future__ import annotations

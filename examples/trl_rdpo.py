@@ -1,9 +1,9 @@
-"""rDPO in TRL: LoRA on the embedded model, with reference log-probabilities that are computed once.
+"""Train rDPO in TRL: LoRA on the embedded model, with reference log-probabilities computed once.
 
 python examples/trl_rdpo.py
 
-It needs no network, no GPU and less than a minute. For a model of your own, put its name in place
-of MODEL, your rows in place of the drawn ones, and see docs/guides/trainers/trl.md.
+It needs no network and no GPU, and takes less than a minute. For your own model, replace MODEL by
+its name and the drawn pairs by your rows; docs/guides/trainers/trl.md explains the options.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COLUMNS = {"images": IMAGES, "rejected_images": IMAGES} | dict.fromkeys(
 
 
 def drawn_pairs(count: int) -> datasets.Dataset:
-    """Rows in TRL's columns, and the retrieved image of each under rejected_images."""
+    """Return rows in TRL's columns, with the retrieved image of each in rejected_images."""
     rng = random.Random(0)
     rows = []
     for _ in range(count):
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> Path:
             max_steps=options.steps,
             per_device_train_batch_size=2,
             logging_steps=2,
-            bf16=False,  # compute as the cache was computed
+            bf16=False,  # as in the cache
             use_cpu=True,
             report_to="none",
         ),

@@ -45,7 +45,7 @@ class Shown:
     metavar: str = ""
 
 
-def _of_percent(value: Any) -> Any:
+def _parse_percent(value: Any) -> Any:
     """Return 0.001 for "0.1%"; leave anything else to pydantic."""
     if isinstance(value, str) and value.strip().endswith("%"):
         try:
@@ -55,7 +55,7 @@ def _of_percent(value: Any) -> Any:
     return value
 
 
-Share = Annotated[float, BeforeValidator(_of_percent), Field(ge=0, le=1), Shown(metavar="SHARE")]
+Share = Annotated[float, BeforeValidator(_parse_percent), Field(ge=0, le=1), Shown(metavar="SHARE")]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range of numpy's seeds, the narrowest
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 HammingDistance = Annotated[int, Field(ge=0, le=63)]  # of 64 bits; 64 would be any two images
@@ -69,7 +69,7 @@ class Effect(Enum):
     NUMBERS = "numbers"
     """Numerics, which policy and reference share: part of the reference cache's identity."""
     NONE = "none"
-    """No effect on results, or only through the content that it names."""
+    """No effect on results, except through the content of the file or model that it names."""
 
 
 Dtype = Annotated[Literal["auto", "float32", "bfloat16"], Effect.NUMBERS]
@@ -120,8 +120,8 @@ class GeneratorSection(Section):
         extra = sorted(self.model_fields_set - {"model", "endpoint"})
         if self.endpoint is None and extra:
             raise ValueError(
-                f"{', '.join(extra)} require an endpoint; a model in this process is greedy. Add "
-                "endpoint, or drop them"
+                f"{', '.join(extra)} require an endpoint; a model that runs here decodes greedily. "
+                "Add endpoint, or drop them"
             )
         return self
 
@@ -147,7 +147,7 @@ class BuildConfig(Section):
     """Layout of the source, see docs/guides/formats.md; detected if not given."""
     max_pixels: PositiveInt | None = None
     """Largest number of pixels of an image; by default 89,478,485, the most that training opens.
-    Of larger images up to this number, copies are used, halved until training opens them.
+    A larger image up to this limit is replaced by a copy, halved until training opens it.
     """
     sample: PositiveInt | None = None
     """Number of rows to build from, drawn at random by ``seed``; by default all. Images of other
@@ -167,7 +167,7 @@ class BuildConfig(Section):
     """Prompt of the annotator; ``{instruction}`` stands for the prompt of the row."""
     mask: Annotated[Literal["rule", "model"], Shown("Masking")] = "rule"
     """How answers are masked: ``rule`` uses a lexicon, ``model`` a model with the paper's prompt;
-    answers that the model fails to mask are left to the lexicon.
+    answers that the model fails to mask are masked by the lexicon.
     """
     mask_level: Literal["segment", "sentence"] = "segment"
     """Text that one [MASK] replaces: a visual phrase, or a whole sentence that contains one."""
@@ -200,7 +200,7 @@ class BuildConfig(Section):
     duplicates and are no candidates for each other; null allows them.
     """
     inducer: Annotated[GeneratorSection | None, Shown("Rejected answers")] = None
-    """Server of the model to be aligned; without it the model is loaded here."""
+    """Server that runs the model to be aligned; without it the model is loaded here."""
     similarity: str = "lexical"
     """Similarity of completion and answer: ``lexical``, or a sentence-transformers model such as
     ``sentence-transformers/all-mpnet-base-v2``.
@@ -270,7 +270,9 @@ class CacheConfig(Section):
     symmetric objective.
     """
     rejected_scoring: RejectedScoring = "label"
-    """Scoring of rejected answers; ``top_non_label`` is the authors' way, see docs/paper.md."""
+    """Scoring of rejected answers; ``top_non_label`` is that of the authors' code, see
+    docs/paper.md.
+    """
     batch_size: PositiveInt = 8
     """Pairs per forward pass."""
     shard_size: PositiveInt = 1024
@@ -349,7 +351,9 @@ class TrainConfig(Section):
     nll_weight: NonNegativeFloat = 0.0
     """Weight of the chosen answer's mean negative log-likelihood; not in the paper."""
     rejected_scoring: RejectedScoring = "label"
-    """Scoring of rejected answers; ``top_non_label`` is the authors' way, see docs/paper.md."""
+    """Scoring of rejected answers; ``top_non_label`` is that of the authors' code, see
+    docs/paper.md.
+    """
     learning_rate: Annotated[LearningRate, Shown("Optimization")] = 1e-5
     """Peak learning rate."""
     projector_learning_rate: LearningRate | None = None
@@ -371,7 +375,7 @@ class TrainConfig(Section):
     max_grad_norm: NonNegativeFloat = 1.0
     """Gradient norm above which gradients are clipped; 0 disables clipping."""
     lora: Annotated[LoraSection | None, Shown("Trained parts")] = None
-    """Train low-rank adapters instead of the weights; the paper does, with rank 128, alpha 256."""
+    """Train low-rank adapters instead of all weights; the paper uses rank 128 and alpha 256."""
     train_projector: bool = False
     """With lora, train the projector's own weights in float32 instead of an adapter on it. They are
     saved with the adapter.
@@ -397,7 +401,7 @@ class TrainConfig(Section):
     requires a GPU. Its losses are not used.
     """
     check_first_step: Annotated[bool, Effect.NONE] = True
-    """Stop if the first loss is not that of a policy that equals its reference."""
+    """Stop if the first loss differs from that of a policy that equals its reference."""
     workers: Annotated[NonNegativeInt, Effect.NONE] = 0
     """Processes that prepare batches; 0 prepares them between the steps."""
     max_length: Annotated[PositiveInt | None, Effect.NONE] = None
@@ -480,7 +484,7 @@ class CheckConfig(Section):
     """Image folder; required for JSON."""
     model: str | None = None
     """Also check chat template, special tokens and lengths for this model, and predict its memory:
-    folder or hub id. No weights are loaded but those of an adapter.
+    folder or hub id. No weights are loaded except those of an adapter.
     """
     eval_images: Path | None = None
     """Folder of an evaluation's images. Rows with one of them are rejected, rows with a similar one
@@ -497,7 +501,9 @@ class CheckConfig(Section):
     64 bits counts as a copy; null allows copies.
     """
     max_length: PositiveInt | None = None
-    """Longest row in tokens, image tokens included, beside the model's max_position_embeddings."""
+    """Longest row in tokens, image tokens included; the model's max_position_embeddings always
+    applies too.
+    """
     image_seconds: PositiveFloat = 10.0
     """Longest time to decode one image, in seconds."""
     workers: NonNegativeInt = 0
@@ -505,7 +511,7 @@ class CheckConfig(Section):
     show: NonNegativeInt = 5
     """Rows to print for each kind of problem; problems.json has all of them."""
     lora: Annotated[LoraSection, Shown("Predicted memory")] = LoraSection()
-    """Adapter whose memory is predicted; by default the paper's."""
+    """Adapter to predict the memory of; by default the paper's."""
     freeze_vision: bool = True
     """Predict the memory of a run that does not train the vision tower."""
 
@@ -526,24 +532,24 @@ class EvalConfig(Section):
     benchmarks: Annotated[list[str], Shown(flag="benchmark", metavar="NAME")] = Field(
         default_factory=list
     )
-    """A benchmark to ask; repeatable. By default all whose files are there."""
+    """A benchmark to ask; repeatable. By default every benchmark whose files are in ``data``."""
     out: Path
     """Output folder, for answers/NAME.jsonl and scores.json."""
     prompt: Literal["official", "llava", "lmms-eval", "vlmevalkit"] | None = None
-    """Whose prompts are used; by default those that docs/guides/evaluation.md names for each
+    """Origin of the prompts; by default the one that docs/guides/evaluation.md names for each
     benchmark."""
     batch_size: Annotated[PositiveInt, Shown("Generation and scoring")] = 64
     """Rows per generation call."""
     max_new_tokens: PositiveInt | None = None
-    """Longest answer in tokens; by default as the benchmark's prompt was published."""
+    """Longest answer in tokens; by default the limit published with the benchmark's prompt."""
     allow_unchanged_adapter: bool = False
-    """Go on with an adapter that does not change the logits of its base."""
+    """Continue with an adapter that does not change the logits of its base."""
     bootstrap: PositiveInt = 10_000
     """Draws of the bootstrap behind each interval, and of the permutation tests."""
     dtype: Dtype = "auto"
     """Dtype of the weights; ``auto`` is bfloat16 on a GPU and float32 on a CPU."""
     seed: Seed = 0
-    """Seed of these draws."""
+    """Seed of the bootstrap and of the permutation tests."""
 
 
 SECTIONS: Mapping[str, type[Section]] = {

@@ -1,5 +1,5 @@
-"""Reading of a command's options: one YAML file with one section per command, then
-``--set section.key=value``, then the command's own flags.
+"""Options of a command, read from a YAML file with one section per command, from
+``--set section.key=value``, and from the command's own flags. Later ones override earlier ones.
 
 Flags and help are generated from the sections. An unknown key is an error that names the nearest
 known one.
@@ -34,7 +34,7 @@ def load_config(
     """Read one section of a YAML file, apply ``--set`` overrides, then flags.
 
     Args:
-        section: The section.
+        section: Class of the section.
         config: YAML file; it may hold sections of other commands too.
         overrides: Texts ``section.key=value``.
         flags: Values by field, such as :func:`flag_values` returns.
@@ -49,7 +49,8 @@ def load_config(
     for other, content in raw.items():
         if other not in SECTIONS:
             raise RefusedError(
-                f"{config or '--set'} has an unknown section {other!r}.{_nearest(other, SECTIONS)}"
+                f"{config or '--set'} has an unknown section {other!r}."
+                f"{_nearest(str(other), SECTIONS)}"
             )
         _check_keys(SECTIONS[other], content or {}, other)
     try:
@@ -65,19 +66,20 @@ def _message(section: type[Section], name: str, problem: Any) -> str:
         key, *inner = problem["loc"]
         flag = f"--set {place}" if inner else flag_name(key, section.model_fields[key])
         return f"{place} is required. Pass {flag} or set it in the YAML file."
-    if problem["type"] == "value_error":  # of options that do not go together
+    if problem["type"] == "value_error":  # options that exclude or require each other
         return f"{place}: {problem['ctx']['error']}."
     return f"{place}: {problem['msg']}, got {problem.get('input')!r}."
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """A loader that refuses equal keys, of which PyYAML silently keeps the last."""
+    """A loader that refuses a repeated key, of which PyYAML would silently keep the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
         if again := next((name for name in names if names.count(name) > 1), None):
             raise RefusedError(
-                f"config must give {again!r} once, line {node.start_mark.line + 1}. Drop one."
+                f"config must have every key once, got {again!r} twice in the section that begins "
+                f"in line {node.start_mark.line + 1}. Drop one."
             )
         return super().construct_mapping(node, deep)
 
@@ -114,7 +116,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         target = target[key]
         if not isinstance(target, dict):
             raise RefusedError(
-                f"--set {override!r} goes below {key!r}, which holds a value. Drop what follows it."
+                f"--set must not go below {key!r}, which holds a value, got {override!r}. Drop "
+                f"what follows {key!r}."
             )
     try:
         target[keys[-1]] = yaml.safe_load(value)
@@ -174,9 +177,9 @@ def flag_values(section: type[Section], given: Mapping[str, Any]) -> dict[str, A
     """Return the values of the given flags by key; pydantic converts numbers and paths.
 
     Args:
-        section: The section.
-        given: By key the text of a flag, the texts of a repeated flag, or the state of a switch.
-            Flags that were not given have None or nothing.
+        section: Class of the section.
+        given: By key: the text of a flag, the texts of a repeated flag, or the state of a switch.
+            A flag that was not given is None, an empty list, or absent.
     Raises:
         RefusedError: A text that must be ``NAME=VALUE`` is not, or repeats a name.
     """
@@ -195,10 +198,10 @@ def flag_values(section: type[Section], given: Mapping[str, Any]) -> dict[str, A
 
 
 def read_pairs(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
-    """Return the values of the texts of a repeated flag by their names.
+    """Split the texts of a repeated flag into names and values.
 
     Args:
-        texts: Such as ``NAME=FOLDER``.
+        texts: Texts such as ``NAME=FOLDER``.
         flag: Name of the flag, for messages.
         form: Form that a text must have, for messages.
     Raises:
@@ -215,12 +218,12 @@ def read_pairs(texts: Sequence[str], flag: str, form: str) -> dict[str, str]:
     return pairs
 
 
-def nested_help(verb: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Yield heading and rows of the help, for each kind of nested section of a command."""
+def nested_help(command: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Yield the heading and the rows of the help for each kind of nested section of a command."""
     places: dict[type[BaseModel], list[tuple[str, str]]] = {}
-    for _, key, field in options(SECTIONS[verb]):
+    for _, key, field in options(SECTIONS[command]):
         if section := inner_section(field):
-            places.setdefault(section, []).append((f"{verb}.{key}", meaning(field)))
+            places.setdefault(section, []).append((f"{command}.{key}", meaning(field)))
     for section, rows in places.items():
         keys = [
             (f"  .{key} {metavar(field)}", meaning(field)) for _, key, field in options(section)

@@ -1,4 +1,4 @@
-"""The exception for users."""
+"""The exception that users read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class RefusedError(ValueError):
     Attributes:
         code: Short name of the kind of problem, for programs; stable across releases.
         field: Field of a row that is wrong, if a row is refused.
-        missing: Name of the image file that does not exist, if a row is refused for that.
+        missing: Name of the missing image file, if a row is refused because of one.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
-"""Writes a recipe as a YAML file to start from: every option with its meaning, those that the
-recipe sets with its values, the others commented out with their defaults.
+"""Recipes as YAML files to start from: every option with its meaning, those that the recipe sets
+with its values, the others commented out with their defaults.
 
 The recipes are the files of the repository's folder ``recipes``, which a wheel holds as
 ``realign/recipes``; meanings and defaults are those of :mod:`realign.config`.
@@ -25,7 +25,7 @@ from realign.runtime.files import read_utf8, write_text
 from realign.runtime.run_folder import check_out
 
 WIDTH = 100
-PLACES = ("*.yaml", "families/*.yaml")  # accelerate's own presets are no recipes
+PLACES = ("*.yaml", "families/*.yaml")  # presets of accelerate are not recipes
 
 
 def recipes() -> dict[str, Path]:
@@ -49,8 +49,8 @@ def recipe_lines() -> list[str]:
 
 
 def write_recipe(name: str, out: Path) -> Path:
-    """Write a recipe with comments and return its path. ``--config`` of the path gives the same
-    configuration as the recipe.
+    """Write a recipe with comments and return the path of the file, which gives the same
+    configuration as the recipe itself.
 
     Args:
         name: One of :func:`recipes`.
@@ -63,8 +63,8 @@ def write_recipe(name: str, out: Path) -> Path:
     """
     if name not in recipes():
         raise RefusedError(
-            f"recipe must be one of {', '.join(recipes())}, got {name!r}. `realign init` says what "
-            "each is."
+            f"recipe must be one of {', '.join(recipes())}, got {name!r}. `realign init` describes "
+            "them."
         )
     if out.exists():
         raise RefusedError(
@@ -77,7 +77,7 @@ def write_recipe(name: str, out: Path) -> Path:
     lines = [
         *(f"# {line}".rstrip() for line in header),
         "#",
-        "# Options behind a # have the value that stands there unless it is set.",
+        "# Options that are commented out show their default values.",
     ]
     for section, values in yaml.safe_load(read_utf8(path)).items():
         lines += [f"{section}:", *_section(SECTIONS[section], values, "  ")]

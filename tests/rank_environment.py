@@ -1,15 +1,16 @@
-"""The environment by which processes of one group find each other."""
+"""Processes of one group, and the environment by which they find each other."""
 
 from __future__ import annotations
 
-import socket
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
-
-def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.conftest import running
+from tests.ports import free_port
 
 
 def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
@@ -22,3 +23,33 @@ def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+
+
+@contextmanager
+def ranks_of(num_ranks: int, *arguments: object) -> Iterator[None]:
+    """Run Python with the same arguments as every rank of a group, as torchrun does.
+
+    The body of the context runs meanwhile; at its end all processes must have succeeded.
+    """
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "OMP_NUM_THREADS": "1",
+    }
+    port = free_port()
+    options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                running(
+                    [sys.executable, *arguments],
+                    env=environment | rank_environment(rank, num_ranks, port),
+                    text=True,
+                    **options,
+                )
+            )
+            for rank in range(num_ranks)
+        ]
+        yield
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+        # checked together: a rank that fails makes the others fail too
+        assert {process.returncode for process in processes} == {0}, "\n".join(errors)

@@ -19,7 +19,8 @@ from realign.generation.generator import Generator
 from realign.modeling.adapter_folder import check_adapter
 from realign.modeling.folder import model_identity, resolve_model
 from realign.modeling.lengths import ImageTokens, position_limit
-from realign.modeling.loading import choose_dtype, load_model_config
+from realign.modeling.loading import choose_dtype
+from realign.modeling.model_config import load_model_config
 from realign.modeling.processors import load_processor
 from realign.modeling.vocabulary import Vocabulary
 

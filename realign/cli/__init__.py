@@ -11,9 +11,9 @@ try:
     import typer as typer
 except ImportError:
     sys.exit(
-        "The realign command needs its pipeline packages. Install them: pip install "
-        "'realign[pipeline]'. For the loss alone they are not needed: python -m realign_kernels "
-        "shows what it has here."
+        "The realign command requires the packages of its pipeline extra. Install them: pip "
+        "install 'realign[pipeline]'. The loss alone requires none of them: python -m "
+        "realign_kernels reports on it."
     )
 
 from realign.cli import building, cache, evaluation, machine, publishing, training

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from realign.errors import RefusedError
+from realign.runtime.files import UNWRITABLE, explain_write_errors
 
-# for this process and its workers, before they import any of these libraries
+# set for this process and its workers, before they import any of these libraries
 QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # of transformers too
@@ -26,27 +30,27 @@ QUIET = {
 class Commands(TyperGroup):
     """All commands, in the order of their use.
 
-    A refusal exits with 2, SIGTERM with 143; any other failure keeps its traceback, exits with 1.
+    A refusal or a full disk exits with code 2, SIGTERM with 143; any other failure shows its
+    traceback and exits with 1.
     """
 
     ORDER = (
-        *(
-            "init",
-            "build",
-            "check",
-            "cache",
-            "train",
-            "eval",
-            "report",
-            "browse",
-            "export",
-            "merge",
-        ),
-        *("card", "push"),
+        "init",
+        "build",
+        "check",
+        "cache",
+        "train",
+        "eval",
+        "report",
+        "browse",
+        "export",
+        "merge",
+        "card",
+        "push",
     )
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names in the order of the help, where typer puts groups last."""
+        """Return the names in the order of their use; typer would put groups last."""
         others = [name for name in super().list_commands(ctx) if name not in self.ORDER]
         return [*self.ORDER, *others]
 
@@ -56,7 +60,8 @@ class Commands(TyperGroup):
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         try:
-            return super().invoke(ctx)
+            with _explain_full_disk():
+                return super().invoke(ctx)
         except (KeyboardInterrupt, SystemExit) as stop:
             if isinstance(stop, KeyboardInterrupt) or stop.code == 143:
                 typer.echo("realign: stopped. The same command continues what it began.", err=True)
@@ -66,12 +71,23 @@ class Commands(TyperGroup):
             raise typer.Exit(2) from None
 
 
+@contextmanager
+def _explain_full_disk() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        with explain_write_errors(Path(error.filename or "a file")):
+            raise
+
+
 app = typer.Typer(
     name="realign",
     cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # tables of rich cut long flags off on 80 columns
+    rich_markup_mode=None,  # rich's tables cut off long flags in 80 columns
     context_settings={"max_content_width": 100},
 )
 

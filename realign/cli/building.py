@@ -52,12 +52,12 @@ def build(
         return
     counts = read_funnel(options.out)
     assert counts is not None
-    by_hand = counts["decisions"]["dropped"]
-    and_dropped = f", {by_hand} of them dropped by decisions.jsonl" if by_hand else ""
-    whole = counts["rows"] + counts["unsampled"]
-    sampled = f" (a sample of {whole})" if counts["unsampled"] else ""
+    num_dropped = counts["decisions"]["dropped"]
+    dropped = f", {num_dropped} of them dropped by decisions.jsonl" if num_dropped else ""
+    num_source_rows = counts["rows"] + counts["unsampled"]
+    sampled = f" (a sample of {num_source_rows})" if counts["unsampled"] else ""
     typer.echo(
-        f"{counts['accepted']} of {counts['rows']} rows{sampled} accepted{and_dropped} -> {dataset}"
+        f"{counts['accepted']} of {counts['rows']} rows{sampled} accepted{dropped} -> {dataset}"
     )
 
 
@@ -68,7 +68,6 @@ def check(ctx: typer.Context) -> None:
     The exit code is 1 if more rows were rejected than --max-reject allows, and 2 if there was
     nothing to check.
     """
-
     options: CheckConfig = read_options(ctx)
     from realign.review.check import check as run
 
@@ -76,7 +75,7 @@ def check(ctx: typer.Context) -> None:
     for line in findings.lines(options.show):
         typer.echo(line)
     if options.out:
-        typer.echo(f"all of it -> {options.out}")
+        typer.echo(f"all findings -> {options.out}")
     if not findings.has_passed:
         raise typer.Exit(1)
 
@@ -110,11 +109,13 @@ def browse(
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 is any free one.")] = 8770,
     decisions: Annotated[
         Path | None,
-        typer.Option(help="Decision file; by default the dataset's own, which train obeys."),
+        typer.Option(
+            help="Decision file; by default the dataset's own, which `realign train` follows."
+        ),
     ] = None,
     images: Images = None,
 ) -> None:
-    """Look at pairs in the browser; keep, drop or flag them."""
+    """Look at pairs in the browser, and keep, drop or flag them."""
     from realign.review.browse.serve import serve
 
     serve(data, images=images, decisions=decisions, port=port)

@@ -17,16 +17,17 @@ if TYPE_CHECKING:
 
 cache_app = typer.Typer(rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
-CacheFolder = Annotated[Path, typer.Argument(help="Folder of `realign cache`, or one in it.")]
+CacheFolder = Annotated[Path, typer.Argument(help="Folder of `realign cache`, or a cache in it.")]
 
 
 @cache_app.callback(cls=SectionGroup, invoke_without_command=True)
 def cache(ctx: typer.Context) -> None:
     """Compute the reference model's log-probabilities once.
 
-    Without a command it builds a cache. Rows are found by their content, and stored rows are not
-    computed again, so a stopped build continues when the same command is given again. Processes of
-    accelerate launch or torchrun share the work. Options of a command below follow its name.
+    Without one of the commands below, it builds a cache. Rows are identified by their content, and
+    stored rows are not computed again, so a stopped build continues when the same command is given
+    again. Processes of accelerate launch or torchrun share the work. Give the options of a command
+    below after its name.
     """
     if is_for_command(ctx, "to build"):
         return
@@ -66,7 +67,7 @@ def cache_info(folder: CacheFolder) -> None:
 @cache_app.command("merge")
 def cache_merge(
     caches: Annotated[list[Path], typer.Argument(help="Caches of the same model and numerics.")],
-    out: Annotated[Path, typer.Option(help="Cache folder; rows that it has already are kept.")],
+    out: Annotated[Path, typer.Option(help="Cache folder; rows that it already has are kept.")],
 ) -> None:
     """Merge caches of the same model and numerics.
 
@@ -87,7 +88,7 @@ def cache_import(
     model: Annotated[str, typer.Option(help="Model that computed them: folder or hub id.")],
     out: Annotated[Path, typer.Option(help="Cache folder.")],
 ) -> None:
-    """Make a cache of log-probabilities from another trainer.
+    """Make a cache from the log-probabilities of another trainer.
 
     They are columns of the dataset: ref_chosen_logps and ref_rejected_logps, as TRL names them, are
     enough for dpo; rdpo also requires ref_image_rejected_logps. Their numerics are unknown, so

@@ -30,4 +30,5 @@ def check_exists(option: str, path: Path | None, kind: str, remedy: str = "") ->
 
 
 def check_cache(folder: Path | None, remedy: str = "Check the path") -> None:
+    """Refuse a missing cache folder before heavy libraries are imported."""
     check_exists("cache", folder, "a folder of `realign cache`", remedy)

@@ -26,14 +26,17 @@ def evaluate(
     ctx: typer.Context,
     suite: Annotated[
         str | None,
-        typer.Option(help="Write a suite's command instead, as `realign eval suite` does."),
+        typer.Option(
+            help="Instead of asking, write the command of another suite, as `realign eval suite` "
+            "does."
+        ),
     ] = None,
 ) -> None:
-    """Ask models the same questions, score and compare them.
+    """Ask models the same questions, score their answers and compare them.
 
-    Without a command it asks. Answers are stored, so that no question is asked twice. Differences
-    from the first model are paired and have bootstrap intervals. Options of a command below follow
-    its name.
+    Without one of the commands below, it asks the models. Answers are stored, so that no question
+    is asked twice. Differences from the first model are paired and have bootstrap intervals. Give
+    the options of a command below after its name.
     """
     ctx.obj["suite"] = suite
     if is_for_command(ctx, "to ask models"):
@@ -72,7 +75,7 @@ def eval_score(
     ],
     rule: Annotated[str, typer.Option(help="Rule that scores the answers.")] = "official",
     allow_subset: Annotated[
-        bool, typer.Option("--allow-subset", help="Score a part where answers are missing.")
+        bool, typer.Option("--allow-subset", help="Score the other answers if some are missing.")
     ] = False,
     bootstrap: Annotated[
         int, typer.Option(min=0, help="Draws behind 95 % intervals; 0 for none.")
@@ -108,8 +111,8 @@ def eval_compare(
         list[str],
         typer.Option(
             metavar="NAME=FILE",
-            help="Model and its file of answers; repeatable. The first is the baseline. A name "
-            "that is repeated holds another training run; NAME@RUN=FILE names the run.",
+            help="Model and its file of answers; repeatable. The first is the baseline. Repeat a "
+            "name for another training run of that model; NAME@RUN=FILE names the run.",
         ),
     ],
     rule: Annotated[str, typer.Option(help="Rule that scores the answers.")] = "official",
@@ -122,7 +125,10 @@ def eval_compare(
     ] = None,
     allow_subset: Annotated[
         bool,
-        typer.Option("--allow-subset", help="Compare on what all answered, where some is missing."),
+        typer.Option(
+            "--allow-subset",
+            help="Compare on the questions that all models answered if answers are missing.",
+        ),
     ] = False,
     bootstrap: Annotated[
         int, typer.Option(min=1, help="Draws of the bootstrap and of the permutation test.")
@@ -132,7 +138,7 @@ def eval_compare(
 ) -> None:
     """Compare models by stored answers, with intervals and tests, without a model.
 
-    docs/guides/evaluation.md says what the numbers mean.
+    docs/guides/evaluation.md explains the numbers.
     """
     check_exists("data", data, "a folder with the benchmark's files")
     from realign.evaluation.answer_comparison import compare, named_files
@@ -165,23 +171,26 @@ def eval_write(
     benchmark: Annotated[str, typer.Option(help="Name of the benchmark, such as pope.")],
     data: Annotated[Path, typer.Option(help="Folder with the benchmark's published files.")],
     form: Annotated[
-        str, typer.Option("--format", help="Form to write: official, llava, llava-questions, ...")
+        str,
+        typer.Option(
+            "--format", help="Format to write, such as official, llava or llava-questions."
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="New file, or folder for forms of several files.")],
+    out: Annotated[Path, typer.Option(help="New file, or folder if the format has several files.")],
     answers: Annotated[
         list[Path] | None,
         typer.Option(help="File of answers, in any format that is read; repeatable."),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="What LLaVA's files call the model; by default the file's name.")
+        str, typer.Option(help="Name of the model in LLaVA's files; by default the file's name.")
     ] = "",
     allow_subset: Annotated[
-        bool, typer.Option("--allow-subset", help="Write a part where answers are missing.")
+        bool, typer.Option("--allow-subset", help="Write the other answers if some are missing.")
     ] = False,
 ) -> None:
     """Write answers, or LLaVA's questions, as the published programs read them.
 
-    docs/guides/evaluation.md lists the forms.
+    docs/guides/evaluation.md lists the formats.
     """
     check_exists("data", data, "a folder with the benchmark's files")
     from realign.evaluation.answer_writing import write
@@ -219,25 +228,32 @@ def eval_judge(
         ),
     ] = None,
     repeat: Annotated[
-        int, typer.Option(min=1, help="Gradings of every answer; 3 show how far they differ.")
+        int,
+        typer.Option(min=1, help="Number of gradings of every answer; 3 show how much they vary."),
     ] = 1,
     allow_subset: Annotated[
-        bool, typer.Option("--allow-subset", help="Judge a part where answers are missing.")
+        bool, typer.Option("--allow-subset", help="Judge the other answers if some are missing.")
     ] = False,
     temperature: Annotated[
         str | None,
         typer.Option(
             metavar="NUMBER|none",
-            help="Sampling temperature; by default the one of the benchmark's judge. none sends "
-            "none, for models that accept no other than theirs.",
+            help="Sampling temperature; by default that of the benchmark's judge. With none, no "
+            "temperature is sent, for models that accept only their own.",
         ),
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Longest reply; by default the one of the benchmark's judge."),
+        typer.Option(
+            min=1, help="Longest reply in tokens; by default that of the benchmark's judge."
+        ),
     ] = None,
     length_field: Annotated[
-        str, typer.Option(help="max_completion_tokens, or max_tokens for servers before 2025.")
+        str,
+        typer.Option(
+            help="Name of the length limit in a request: max_completion_tokens, or max_tokens for "
+            "servers of before 2025."
+        ),
     ] = "max_completion_tokens",
     api_key_env: Annotated[
         str, typer.Option(metavar="NAME", help="Environment variable that holds the API key.")
@@ -251,12 +267,12 @@ def eval_judge(
         typer.Option(min=0, help="Retries after status 429 or 5xx, or a broken connection."),
     ] = 6,
 ) -> None:
-    """Have a model behind a server judge answers.
+    """Have a model on a server judge answers.
 
     The judge reads the question, the reference and the answer, but no image. Its replies are stored
     beside the answers, and `realign eval score` takes the scores from them. Every reply is kept in
-    OUT.journal.jsonl as it comes: a stopped command continues when it is given again, and asks
-    nothing twice. Answers without a reply of the judge stay unjudged.
+    OUT.journal.jsonl as it arrives: a stopped command continues when it is given again, and asks
+    nothing twice. Answers to which the judge gave no reply stay unjudged.
     """
     check_exists("data", data, "a folder with the benchmark's files")
     check_exists("prompt", prompt, "a file")
@@ -269,9 +285,9 @@ def eval_judge(
     from realign.evaluation.judge import judge as run
     from realign.generation.endpoint import Endpoint
 
-    where = Endpoint(endpoint, api_key_env, concurrency, timeout_s, max_retries)
+    server = Endpoint(endpoint, api_key_env, concurrency, timeout_s, max_retries)
     model = JudgeModel(
-        where,
+        server,
         judge,
         None if temperature in (None, "none") else _temperature(str(temperature)),
         temperature != "none",
@@ -303,14 +319,14 @@ def _temperature(text: str) -> float:
         value = -1.0
     if not 0 <= value <= 2:
         raise RefusedError(
-            f"temperature must be a number from 0 to 2 or none, got {text!r}. Leave it out for the "
-            "one of the benchmark's judge."
+            f"temperature must be a number from 0 to 2 or none, got {text!r}. Leave it out to use "
+            "that of the benchmark's judge."
         )
     return value
 
 
 def _check_suite_flags(given: dict[str, Any]) -> None:
-    """Refuse flags that only affect asking, which a suite does in its own way."""
+    """Refuse flags that affect only how models are asked, which the suite decides itself."""
     for name, value in given.items():
         known = name in ("models", "data", "images", "out", "config", "set_")
         if not known and value not in (None, (), []):
@@ -334,23 +350,24 @@ def eval_suite(
         list[str], typer.Option(metavar="NAME=FOLDER", help="Model or adapter; repeatable.")
     ],
     data: Annotated[Path, typer.Option(help="Folder with the published files of benchmarks.")],
-    out: Annotated[Path, typer.Option(help="New folder for the command and what it needs.")],
+    out: Annotated[Path, typer.Option(help="New folder for the command and its files.")],
     images: Annotated[
         Path | None, typer.Option(help="Folder of the questions' images; for lmms-eval.")
     ] = None,
     python: Annotated[
         str | None,
-        typer.Option(help="Interpreter that has the suite installed."),
+        typer.Option(help="Python interpreter of the environment that has the suite."),
     ] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     backend: Annotated[
-        str | None, typer.Option(help="Model class of the suite; by default that of the type.")
+        str | None,
+        typer.Option(help="Model class of the suite; by default the one for the model's type."),
     ] = None,
 ) -> None:
     """Write the command with which another suite evaluates models, and the files that it needs.
 
-    Nothing is asked: the printed command does that, in the suite's own environment. Adapters are
-    merged. `realign eval read-suite` reads what the suite writes.
+    No model is asked yet: the printed command does that, in the suite's own environment. Adapters
+    are merged into their bases. `realign eval read-suite` reads what the suite writes.
     """
     from realign.config_file import read_pairs
 
@@ -365,10 +382,13 @@ def eval_read_suite(
     folder: Annotated[Path, typer.Argument(help="Folder with the results of a suite.")],
     data: Annotated[
         Path | None,
-        typer.Option(help="Published files; by default those that the command was written from."),
+        typer.Option(
+            help="Folder with the benchmarks' published files; by default the one that the command "
+            "was written for."
+        ),
     ] = None,
     allow_subset: Annotated[
-        bool, typer.Option("--allow-subset", help="Read runs that asked a part of the questions.")
+        bool, typer.Option("--allow-subset", help="Accept runs that asked only some questions.")
     ] = False,
     bootstrap: Annotated[
         int, typer.Option(min=0, help="Draws behind 95 % intervals; 0 for none.")

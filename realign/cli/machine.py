@@ -1,4 +1,4 @@
-"""The commands that start a configuration and try an installation."""
+"""The commands ``realign init``, ``realign demo`` and ``realign doctor``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from realign.errors import RefusedError
 @app.command()
 def init(
     recipe: Annotated[
-        str | None, typer.Argument(help="Name of a recipe; without one all are listed.")
+        str | None, typer.Argument(help="Name of a recipe; without it, all recipes are listed.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="New file; by default RECIPE.yaml here.")
@@ -23,14 +23,14 @@ def init(
 ) -> None:
     """Write a recipe as a YAML file to start from, every option with its meaning.
 
-    The file is for --config of the commands whose sections it has.
+    Pass the file as --config to the commands whose sections it has.
     """
     from realign.recipe_file import recipe_lines, write_recipe
 
     if recipe is None:
         if out is not None:
             raise RefusedError(
-                f"--out must stand beside a recipe, got {out} alone. `realign init` lists recipes."
+                f"--out requires a recipe, got {out} alone. `realign init` lists the recipes."
             )
         for line in recipe_lines():
             typer.echo(line)

@@ -33,7 +33,9 @@ def card(
     ] = None,
     repo: Annotated[
         str | None,
-        typer.Option(metavar="USER/NAME", help="Repository that it will have, for the examples."),
+        typer.Option(
+            metavar="USER/NAME", help="Repository to be pushed to; the card's examples name it."
+        ),
     ] = None,
     base_model: Annotated[
         str | None,
@@ -59,9 +61,9 @@ def card(
 ) -> None:
     """Write the card of a model or a dataset for the Hugging Face Hub.
 
-    README.md in the checkpoint of a run states its base, recipe, data and scores and how to load
-    it; README.md in a dataset states how the pairs were made. Everything comes from the files of
-    the run; nothing is looked up on the network. A card that was edited is not replaced.
+    For a run, the card is README.md in its checkpoint, with base, recipe, data, scores and how to
+    load the model; for a dataset, README.md tells how the pairs were made. Everything comes from
+    the files of the run; nothing is looked up on the network. An edited card is not replaced.
     """
     from realign.review.cards.card import write_card
     from realign.review.cards.licence import Licence
@@ -80,10 +82,10 @@ def push(
         typer.Argument(help="Run, folder of a model, or folder with dataset.parquet."),
     ],
     repo: Annotated[
-        str, typer.Option(metavar="USER/NAME", help="Repository; made if it is not there.")
+        str, typer.Option(metavar="USER/NAME", help="Repository; created if it does not exist.")
     ],
     public: Annotated[
-        bool, typer.Option("--public", help="Let everybody see it; it is private by default.")
+        bool, typer.Option("--public", help="Make the repository public; by default private.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and list what would be uploaded, and stop.")
@@ -91,9 +93,9 @@ def push(
 ) -> None:
     """Upload a model or a dataset with its card to the Hugging Face Hub.
 
-    One commit holds all files. Before anything is sent, the folder is checked: its weights must be
-    whole, its card must name a licence, and nothing else may lie there, such as optimizer states or
-    paths of this machine. The token is that of `hf auth login`, or HF_TOKEN.
+    All files go into one commit. Before anything is sent, the folder is checked: its weights must
+    be whole, its card must name a licence, and it must not hold anything else, such as optimizer
+    states or paths of this machine. The token is that of `hf auth login`, or HF_TOKEN.
     """
     from rich.filesize import decimal
 
@@ -101,13 +103,13 @@ def push(
     from realign.review.cards.push import push as upload_files
 
     upload = prepare(path, repo)
-    seen = "public" if public else "private"
+    visibility = "public" if public else "private"
     total = f"{len(upload.files)} files, {decimal(sum(upload.files.values()))}"
     for name, size in upload.files.items():
         typer.echo(f"{decimal(size):>10}  {name}")
     if upload.left_out:
         typer.echo(f"stays here: {', '.join(upload.left_out)}")
     if dry_run:
-        typer.echo(f"{total} would go to the {seen} {upload.repo_type} {repo}")
+        typer.echo(f"{total} would go to the {visibility} {upload.repo_type} {repo}")
         return
     typer.echo(f"{total} -> {upload_files(upload, repo, public=public)}")

@@ -12,14 +12,14 @@ from typer.core import TyperCommand, TyperGroup
 
 from realign.errors import RefusedError
 
-OPTIONS = "Options"  # heading of those that have none
-_Mixin: Any = object
+OPTIONS = "Options"  # heading of the options without a group
+_Mixin: Any = object  # lets mypy accept the calls of super(), which typer's classes answer
 
 
 class _SectionOptions(_Mixin):
     """Flags and grouped help of a command, generated from its section.
 
-    They are generated when they are first needed, so that the list of commands needs no pydantic.
+    They are generated when they are first needed, so that ``realign --help`` imports no pydantic.
     """
 
     @cached_property
@@ -98,14 +98,22 @@ def read_options(ctx: typer.Context) -> Any:
 
 
 def is_for_command(ctx: typer.Context, purpose: str) -> bool:
-    """Return whether a subcommand follows; options before it would be lost and are refused."""
+    """Return whether a subcommand was given. Options before its name are refused: it would not get
+    them.
+
+    Args:
+        ctx: Context of the group.
+        purpose: Purpose of the group without a subcommand, for the message: "to build".
+    Raises:
+        RefusedError: An option stands before the subcommand.
+    """
     command = ctx.invoked_subcommand
     if command is None:
         return False
     if given := [name for name, value in ctx.obj.items() if value not in (None, (), [])]:
         flag = given[0].strip("_").replace("_", "-")
         raise RefusedError(
-            f"--{flag} must stand behind {command!r} if it is for that command. Move it, or drop "
+            f"--{flag} must be given after {command!r} if it is for that command. Move it, or drop "
             f"{command!r} {purpose}."
         )
     return True

@@ -1,4 +1,4 @@
-"""The commands that train models and join adapters with them."""
+"""The commands ``realign train`` and ``realign merge``."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any
 from realign.evaluation.answer_scores import data_version
 from realign.evaluation.benchmark import Task
 from realign.modeling.folder import is_adapter, model_identity, resolve_base
-from realign.modeling.loading import load_model_config
+from realign.modeling.model_config import load_model_config
 from realign.modeling.processors import load_processor
 from realign.runtime.files import content_sha256, json_text
 from realign.runtime.strict_json import read_json

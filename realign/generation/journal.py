@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from realign.errors import RefusedError
-from realign.runtime.files import finite_or_null, json_text, sync
+from realign.runtime.files import finite_or_null, json_text, name_disk_errors, sync
 from realign.runtime.lock import locked
 
 SYNC_INTERVAL_S = 1.0
@@ -88,8 +88,9 @@ class Journal:
         line = json_text(finite_or_null({"key": key, **entry}), ensure_ascii=True).encode() + b"\n"
         left = memoryview(line)
         try:
-            while left:
-                left = left[self._file.write(left) :]
+            with name_disk_errors(self.path):
+                while left:
+                    left = left[self._file.write(left) :]
         except OSError:  # a full disk: the next line must not be glued to half of this one
             os.truncate(self.path, self._end)
             raise

@@ -24,13 +24,14 @@ from transformers.integrations.liger import apply_liger_kernel
 from realign.errors import RefusedError
 from realign.modeling.parts import PROJECTOR_MODULES, VISION_MODULES, part_of
 
-# option value -> the package that it needs, and its module
+# option value -> the package that it requires, and the package's module
 _PACKAGES = {
     "flash": ("flash-attn", "flash_attn"),
     "liger": ("liger-kernel", "liger_kernel"),
     "nf4": ("bitsandbytes", "bitsandbytes"),
 }
-# transformers' names; its own choice is SDPA but where a part cannot: Gemma-2 bounds its scores
+# transformers' names. Its default, None, is SDPA wherever a part supports it; Gemma-2 does not,
+# because it caps its attention scores.
 _ATTENTIONS = {"sdpa": None, "flash": "flash_attention_2"}
 
 
@@ -40,13 +41,13 @@ class Numerics:
 
     Attributes:
         dtype: The dtype of the weights.
-        shared_prefix: Whether the answers of a pair share one prefix; None if the model can.
+        shared_prefix: Whether the answers of a pair share one prefix; None shares if the model can.
         attention: ``sdpa``, or ``flash`` for flash-attention 2.
-        liger: Whether the layers of the body are Liger's.
+        liger: Whether Liger's fused layers replace those of the model's body.
         quantization: ``nf4`` for 4-bit weights of the language model, or None.
         autocast: Whether products are computed in bfloat16 over weights in float32.
-        more: Further options that a section declares as changing numbers, by name, for the files
-            that use them.
+        more: Further options, by name, that a section declares as changing numbers; they are part
+            of the identity.
 
     Example::
 
@@ -72,19 +73,20 @@ class Numerics:
             options: From :meth:`realign.config.Section.marked`.
             dtype: The dtype of the weights, which the section may have left open.
         """
-        own = {one.name for one in fields(cls)} & options.keys()
+        own = {attribute.name for attribute in fields(cls)} & options.keys()
         more = {name: options[name] for name in options.keys() - own}
         return cls(**{name: options[name] for name in own} | {"dtype": dtype}, more=more)
 
     def identity(self) -> dict[str, Any]:
-        """Return the record of these numerics that is kept with computed values.
+        """Return these numerics as they are stored with computed values.
 
-        It leaves out ``shared_prefix``, since the layout that follows from it is recorded.
+        ``shared_prefix`` is left out, since the layout that follows from it is stored.
         """
-        unsaid = ("dtype", "shared_prefix", "more")
+        names = [attribute.name for attribute in fields(self)]
+        left_out = ("dtype", "shared_prefix", "more")
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
-            **{one.name: getattr(self, one.name) for one in fields(self) if one.name not in unsaid},
+            **{name: getattr(self, name) for name in names if name not in left_out},
             **self.more,
         }
 
@@ -92,7 +94,7 @@ class Numerics:
         """Refuse numerics that this machine cannot compute.
 
         Raises:
-            RefusedError: A package or a GPU is missing, or the dtype does not fit.
+            RefusedError: A package or a GPU is missing, or flash-attention would need float32.
         """
         wanted = {
             "flash": ("attention: flash", self.attention == "flash"),
@@ -130,7 +132,7 @@ class Numerics:
                 bnb_4bit_use_double_quant=True,  # as QLoRA does
                 bnb_4bit_compute_dtype=self.dtype,
                 bnb_4bit_quant_storage=self.dtype,  # FSDP shards tensors of one dtype together
-                # small and sensitive: only the language model's layers are in 4 bits
+                # only the language model is quantized: the other parts are small and sensitive
                 llm_int8_skip_modules=["lm_head", *VISION_MODULES, *PROJECTOR_MODULES],
             )
         return options
@@ -152,8 +154,8 @@ def quantized_weights(model: Any) -> set[str]:
 def use_liger_layers(model: PreTrainedModel) -> None:
     """Replace normalization and MLP of a model's body by Liger's fused layers.
 
-    Other models of the process keep theirs. So the rotary embedding stays, which Liger replaces
-    for all models at once.
+    Other models of the process keep their layers. The rotary embedding is therefore not replaced:
+    Liger replaces it for all models at once.
 
     Raises:
         RefusedError: Liger supports neither the model's family nor that of its language model, or
@@ -163,13 +165,13 @@ def use_liger_layers(model: PreTrainedModel) -> None:
 
     body: Any = model.model
     for module in (model, getattr(body, "language_model", None)):
-        # it leaves a model that it does not know as it is
+        # apply_liger_kernel would silently ignore a model that it does not know
         if module is not None and module.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
             kinds = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
             try:
                 with _unchanged_classes():
                     apply_liger_kernel(module, kinds)
-            except ImportError as error:  # of a class that another release of transformers has
+            except ImportError as error:  # a class of another release of transformers
                 reason = str(error).partition(" from ")[0]
                 raise RefusedError(
                     f"liger: true requires a liger-kernel that fits {module.config.model_type!r} "
@@ -185,8 +187,8 @@ def use_liger_layers(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _unchanged_classes() -> Iterator[None]:
-    """Undo what happens to transformers' modules: Liger puts its classes there too, of which later
-    models would be made.
+    """Restore the contents of transformers' modules after the block: Liger also replaces classes
+    there, and later models would be made of them.
     """
     before = {
         module: dict(vars(module))

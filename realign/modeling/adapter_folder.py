@@ -1,4 +1,4 @@
-"""Loading of adapters from folders onto their base, which is verified tensor by tensor."""
+"""Loading of adapters from folders onto their base; every tensor is checked."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 
 from realign.errors import RefusedError
 from realign.modeling.adapters import keep_adapters_in_float32, quiet_peft
-from realign.modeling.folder import adapter_base, is_adapter, resolve_base
+from realign.modeling.folder import adapter_base, is_adapter
+from realign.modeling.model_config import load_model_config
 
 WEIGHTS = "adapter_model.safetensors"
-# files of other programs beside an adapter, with the projector that they trained in full
+# files that other programs write beside an adapter, with the fully trained projector
 PICKLES = ("non_lora_trainables.bin", "non_lora_state_dict.bin")
 _PREFIX = "base_model.model."
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -28,12 +29,12 @@ def check_adapter(folder: Path) -> None:
     that is not an adapter passes.
 
     Raises:
-        RefusedError: As :func:`wrap_model` and :func:`read_weights`.
+        RefusedError: For the reasons of :func:`wrap_model` and :func:`read_weights`.
     """
     if is_adapter(folder):
-        base = AutoConfig.from_pretrained(resolve_base(folder))
+        config = load_model_config(folder)
         with torch.device("meta"):
-            outline = AutoModelForImageTextToText.from_config(base)
+            outline = AutoModelForImageTextToText.from_config(config)
         read_weights(folder, wrap_model(outline, folder))
 
 
@@ -45,7 +46,7 @@ def load_adapter(base: Any, folder: Path, *, is_trainable: bool = False) -> Any:
         folder: The adapter's folder.
         is_trainable: Whether the adapter will be trained further.
     Raises:
-        RefusedError: As :func:`wrap_model` and :func:`read_weights`.
+        RefusedError: For the reasons of :func:`wrap_model` and :func:`read_weights`.
     """
     from peft import set_peft_model_state_dict
 
@@ -94,16 +95,16 @@ def wrap_model(base: Any, folder: Path, *, is_trainable: bool = True) -> Any:
     config.inference_mode = not is_trainable
     if base.device.type == "meta":
         if hasattr(config, "init_lora_weights"):
-            config.init_lora_weights = True  # other ways decompose the weights, which are not there
-        else:  # other kinds read values when they are made; memory is reserved, not filled
+            config.init_lora_weights = True  # other initializations decompose the base's weights
+        else:  # other kinds of adapters read values of the base; memory is reserved, not filled
             base.to_empty(device="cpu")
-    base.name_or_path = config.base_model_name_or_path  # else peft says that it was renamed
+    base.name_or_path = config.base_model_name_or_path  # without it, peft warns of another base
     try:
         with quiet_peft(), torch.device("meta" if base.device.type == "meta" else "cpu"):
-            # names of layers that the base does not have: their ranks and scalings would be lost
+            # patterns that match no layer of the base: their ranks and scalings would be lost
             warnings.filterwarnings("error", message=".*_pattern keys did not match any")
             model = get_peft_model(base, config)
-    except Exception as error:  # peft raises any, by the kind of adapter
+    except Exception as error:  # which one peft raises depends on the kind of adapter
         remedy = "Set base_model_name_or_path to the base that it was trained on, or correct it."
         raise refusal(f"fit its base {adapter_base(folder)}", _reason(error), remedy) from None
     return model
@@ -112,15 +113,15 @@ def wrap_model(base: Any, folder: Path, *, is_trainable: bool = True) -> Any:
 def read_weights(folder: Path, model: Any) -> dict[str, Tensor]:
     """Read the weights of an adapter, each under its name in the model.
 
-    Names of earlier releases of transformers are converted as for whole models. Weights of the base
-    that are saved with the adapter, such as its embedding, are read too.
+    Names from earlier releases of transformers are converted as for whole models. Weights of the
+    base that are saved with the adapter, such as its embedding, are read too.
 
     Args:
         folder: The adapter's folder.
-        model: From :func:`wrap_model`; its weights are not read.
+        model: Model from :func:`wrap_model`; the values of its weights do not matter.
     Raises:
-        RefusedError: The folder lacks a weight of the adapter, or holds a pickle or a weight that
-            the model lacks or has in another shape, that is not finite, or that has 8 bits.
+        RefusedError: The folder lacks a weight of the adapter, or holds a pickle, a weight that the
+            model lacks or has in another shape, or a weight that is not finite or is quantized.
     """
     from peft import get_peft_model_state_dict
 
@@ -150,14 +151,14 @@ def read_weights(folder: Path, model: Any) -> dict[str, Tensor]:
             f"in {folder / 'adapter_config.json'} to the base that it was trained on."
         )
     for name, weight in weights.items():
-        if not known[name].is_floating_point():  # places of values, of some kinds of adapters
+        if not known[name].is_floating_point():  # indices, in some kinds of adapters
             continue
-        if weight.dtype not in _DTYPES:  # quantized, with scales that are not known here
+        if weight.dtype not in _DTYPES:  # quantized, with unknown scales
             raise RefusedError(
                 f"adapter {folder} must hold weights of 16, 32 or 64 bits, got {weight.dtype} in "
                 f"{name}. Convert them to float32."
             )
-        # one pass over gigabytes; both are NaN if any value is
+        # one pass over the weight, which may be large; both bounds are NaN if any value is
         if weight.numel() and not all(bool(bound.isfinite()) for bound in weight.aminmax()):
             raise RefusedError(
                 f"adapter {folder} must hold finite weights, got NaN or infinity in {name}. "
@@ -172,14 +173,15 @@ def _read(folder: Path) -> dict[str, Tensor]:
 
     if found := [name for name in PICKLES if (folder / name).is_file()]:
         raise RefusedError(
-            f"adapter {folder} must hold all that was trained in {WEIGHTS}, got {found[0]} beside "
-            "it, a pickle, which is not read. Merge the adapter with the program that wrote it, or "
-            "move that file away to use the adapter without it."
+            f"adapter {folder} must hold everything that was trained in {WEIGHTS}, got "
+            f"{found[0]} beside it, a pickle, which is not read. Merge the adapter with the "
+            "program that wrote it, or move that file away to use the adapter without it."
         )
     file = folder / WEIGHTS
     if not file.is_file():
         raise RefusedError(
-            f"adapter {folder} must hold {WEIGHTS}, got none; a pickle is not read. Convert it."
+            f"adapter {folder} must hold {WEIGHTS}, got none; a pickle is not read. Convert the "
+            "adapter to safetensors."
         )
     try:
         return load_file(file)
@@ -192,8 +194,8 @@ def _read(folder: Path) -> dict[str, Tensor]:
 def _in_names_of(
     model: Any, known: Collection[str], weights: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Rename the weights that the model does not know by the rules for whole checkpoints: peft
-    itself renames neither a projector nor a module that trained in full.
+    """Rename weights from earlier releases of transformers by its rules for whole checkpoints: peft
+    itself renames neither a projector nor a module that was trained in full.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
@@ -208,9 +210,9 @@ def _in_names_of(
         plain = name.removeprefix(_PREFIX)
         for rule in rules:
             plain, _ = rule.rename_source_key(plain)
-        today = _PREFIX + plain
-        is_older = name not in known and today in known and today not in {*weights, *renamed}
-        renamed[today if is_older else name] = weight
+        current = _PREFIX + plain
+        is_older = name not in known and current in known and current not in {*weights, *renamed}
+        renamed[current if is_older else name] = weight
     return renamed
 
 

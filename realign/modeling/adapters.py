@@ -1,4 +1,4 @@
-"""Low-rank adapters on a VLM, and the projector that trains in full beside them."""
+"""Low-rank adapters on a VLM, and a projector that is fully trained beside them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from realign.errors import RefusedError
 from realign.modeling.parts import frozen_parts, part_of, parts_pattern, projector_modules
 
-_HALVES = (torch.bfloat16, torch.float16)
+_16_BIT_DTYPES = (torch.bfloat16, torch.float16)
 ALL_LINEAR = "all-linear"
 
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Silence two warnings of peft 0.21: it reads a property that transformers 5.23 renamed, and
-    asks the hub for the base's configuration whenever it saves, to compare vocabularies.
+    """Silence warnings of peft 0.21: it reads a property that transformers 5.23 renamed, and
+    whenever it saves, it asks the hub for the base's configuration to compare vocabularies.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -34,17 +34,17 @@ def quiet_peft() -> Iterator[None]:
 
 
 def keep_adapters_in_float32(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Keep adapters and modules that train in full beside them (peft's ``modules_to_save``) in
-    float32, and compute with them in the base's own 16 bits.
+    """Keep the weights of adapters and of modules that are fully trained beside them (peft's
+    ``modules_to_save``) in float32, but compute with them in the base's own 16 bits.
 
-    An update of 1e-5 vanishes in bfloat16. A module that has not changed yet must compute what the
-    reference does, to the last bit. Products in float32, which peft uses for adapters, cost a GPU
-    some fifteen times those in bfloat16: with rank 128 as much as the base's.
+    Updates of 1e-5 vanish in bfloat16 weights. Products in float32, which peft uses for adapters,
+    are some fifteen times slower on a GPU than those in bfloat16: with rank 128 they take as long
+    as the base. And a module that has not changed yet must compute exactly what the reference does.
 
     Args:
-        model: A peft model; one in float32 computes as before.
-        weights: Weights that the adapter got in the base's dtype, which its saved modules get
-            again.
+        model: A peft model, changed in place; one in float32 computes as before.
+        weights: Weights of the adapter, which peft has rounded to the base's dtype in modules that
+            are fully trained; they are loaded again into the float32 modules.
     """
     from peft import set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
@@ -55,13 +55,13 @@ def keep_adapters_in_float32(model: nn.Module, weights: Mapping[str, Tensor] | N
         if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = False
             for layer in (*module.lora_A.values(), *module.lora_B.values()):
-                if isinstance(layer, nn.Module):  # AdaLoRA has parameters
+                if isinstance(layer, nn.Module):  # those of AdaLoRA are parameters
                     layer.forward = functools.partial(_in_dtype_of_input, layer.forward)
         if not isinstance(module, ModulesToSaveWrapper):
             continue
         for copy in module.modules_to_save.values():
             dtype = next(copy.parameters()).dtype
-            if dtype in _HALVES:
+            if dtype in _16_BIT_DTYPES:
                 copy.float()
                 copy.forward = functools.partial(_computed_in, dtype, copy.forward)
                 is_changed = True
@@ -76,7 +76,7 @@ def _computed_in(dtype: torch.dtype, forward: Callable[..., Tensor], *args: Any)
 
 def _in_dtype_of_input(forward: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
     """Compute an adapter's product; inputs in float32 or under autocast stay as they are."""
-    if states.dtype not in _HALVES:
+    if states.dtype not in _16_BIT_DTYPES:
         return forward(states)
     with torch.autocast(states.device.type, states.dtype):
         return forward(states)
@@ -93,7 +93,8 @@ def add_adapter(
     freeze_language: bool = False,
     train_projector: bool = False,
 ) -> Any:
-    """Put a new adapter on a model, which then trains alone, or with the projector.
+    """Add a new LoRA adapter to a model. Only the adapter trains then, or the adapter and the
+    projector.
 
     Args:
         model: The base, which may be on the meta device.
@@ -101,9 +102,9 @@ def add_adapter(
         alpha: Scaling numerator.
         targets: Module names, ``all-linear``, or a regular expression of full module names. The
             output projection is not part of ``all-linear``.
-        freeze_vision: Whether the vision tower gets none.
-        freeze_projector: Whether the projector gets none.
-        freeze_language: Whether the language model gets none.
+        freeze_vision: Whether the vision tower gets no adapter.
+        freeze_projector: Whether the projector gets no adapter.
+        freeze_language: Whether the language model gets no adapter.
         train_projector: Whether the projector's own weights train, in float32, and are saved with
             the adapter.
     Raises:
@@ -123,7 +124,7 @@ def add_adapter(
     excluded = parts_pattern(
         frozen_parts(vision=freeze_vision, projector=freeze_projector, language=freeze_language)
     )
-    # peft overlooks a name that matches nothing, as long as another matches something
+    # peft ignores a name that matches nothing, as long as another name matches
     _check_targets(model, targets, excluded)
     projectors = [name for name, _ in projector_modules(model)] if train_projector else []
     if train_projector and not projectors:
@@ -136,7 +137,7 @@ def add_adapter(
         lora_alpha=alpha,
         lora_dropout=0.0,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        # it warns of a pattern that matches nothing
+        # peft warns of a pattern that matches nothing
         exclude_modules=excluded if _any_matches(model, excluded) else None,
         modules_to_save=projectors or None,
     )

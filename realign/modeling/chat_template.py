@@ -1,4 +1,4 @@
-"""Chat templates: the templated conversation of a row, and the answer's tokens in it."""
+"""Chat templates: rendering of a row's conversation, and the position of the answer's tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from realign.errors import RefusedError
 
 
 def user_turns(prompt: Sequence[Mapping[str, str]], num_images: int) -> list[dict[str, Any]]:
-    """Return messages in the parts form of templates, the images before the first user turn."""
+    """Return messages with lists of parts, the images before the text of the first user turn."""
     turns: list[dict[str, Any]] = []
     images = num_images
     for message in prompt:
@@ -26,10 +26,10 @@ def user_turns(prompt: Sequence[Mapping[str, str]], num_images: int) -> list[dic
 class RenderedRow:
     """A templated conversation before image tokens are expanded."""
 
-    prompt: str
-    text: str  # all of it: the prompt, the answer and what ends the turn
-    answer_ids: list[int]  # everything after the prompt
-    num_scored: int  # how many of answer_ids, from the first, are scored
+    prompt: str  # with the beginning of the assistant turn
+    text: str  # the whole conversation
+    answer_ids: list[int]  # tokens after the prompt
+    num_scored: int  # number of scored tokens, from the first of answer_ids
 
     @property
     def scored_ids(self) -> list[int]:
@@ -38,19 +38,19 @@ class RenderedRow:
 
 
 class Renderer:
-    """Renderer of conversations by a processor's chat template, which finds the answer's tokens."""
+    """Renderer of conversations with a processor's chat template; finds the answer's tokens."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        # not only the named ones: Gemma's end of turn is special in tokenizer.json alone
+        # also those without a name, such as Gemma's end of turn, which tokenizer.json marks
         added = self.tokenizer.added_tokens_decoder
         self._special = set(self.tokenizer.all_special_ids) | {
             index for index, token in added.items() if token.special
         }
 
     def placeholders(self) -> list[str]:
-        """Tokens that no answer may contain."""
+        """Return the tokens that no text may contain: special ones and those of images."""
         special = self.tokenizer.convert_ids_to_tokens(sorted(self._special))
         named = (getattr(self.processor, f"{kind}_token", "") for kind in ("image", "video"))
         return [*special, *named]
@@ -74,12 +74,12 @@ class Renderer:
         try:
             prompt_text = template(turns, add_generation_prompt=True, tokenize=False)
             text = template([*turns, reply], tokenize=False)
-        except Exception as error:  # a template raises what it likes of turns it does not take
+        except Exception as error:  # a template may raise any exception to refuse turns
             raise RefusedError(
                 f"{where}: prompt must be what the chat template takes, got "
                 f"{str(error).rstrip('.')}. Correct its turns or use another template."
             ) from None
-        text = _with_white_space_of(prompt_text, text)
+        text = _with_whitespace_of(prompt_text, text)
         start = text.find(answer.strip(), len(prompt_text))
         if not text.startswith(prompt_text) or start < 0:
             raise RefusedError(
@@ -101,7 +101,7 @@ class Renderer:
             )
         answer_ids = encoded.input_ids[len(prompt_ids) :]
         offsets = encoded.offset_mapping[len(prompt_ids) :]
-        after = next(
+        end_of_turn = next(
             (
                 i
                 for i, (begin, _) in enumerate(offsets)
@@ -109,15 +109,15 @@ class Renderer:
             ),
             None,
         )
-        if after is None:
+        if end_of_turn is None:
             raise RefusedError(
                 f"{where}: no end-of-turn token follows the answer, got {text[-60:]!r}. Make the "
                 "tokenizer's end of turn a special token."
             )
-        return RenderedRow(prompt_text, text, answer_ids, after + 1)
+        return RenderedRow(prompt_text, text, answer_ids, end_of_turn + 1)
 
     def _end_of_sequence(self, tail: str, where: str) -> str:
-        """Return the end of a turn for a template without one: LLaVA-1.5's writes a space."""
+        """Return the end of a turn for a template that writes none, as LLaVA-1.5's."""
         if tail.strip() or not self.tokenizer.eos_token:
             raise RefusedError(
                 f"{where}: the chat template of {type(self.processor).__name__} "
@@ -133,10 +133,10 @@ class Renderer:
         )
 
 
-def _with_white_space_of(prompt_text: str, text: str) -> str:
-    """Return a conversation that begins with its prompt, if they differ only in white space before
-    the answer: LLaVA-OneVision's template writes "assistant " and a newline there, its generation
-    prompt "assistant" and a newline. The generation prompt is kept.
+def _with_whitespace_of(prompt_text: str, text: str) -> str:
+    """Return the conversation with the prompt's whitespace before the answer, if they differ in
+    nothing else: LLaVA-OneVision's template writes "assistant " and a newline there, its generation
+    prompt "assistant" and a newline.
     """
     head = prompt_text.rstrip()
     if text.startswith(prompt_text) or not text.startswith(head):

@@ -1,9 +1,7 @@
-"""Collation of records into the batch that the loss reads: C cells of P pairs in one of two layouts
-(:mod:`realign.modeling.packing`).
+"""Collation of records into a batch: C cells of P pairs in a layout of :mod:`.packing`.
 
-Cell c of pair p is sequence ``c * P + p``. What is scored is the last assistant turn and the
-template's end-of-turn token, nothing after it; image tokens are never cut and answers never
-truncated.
+Cell c of pair p is sequence ``c * P + p``. The last assistant turn and its end-of-turn token are
+scored, and nothing after them. Image tokens and answers are never truncated.
 """
 
 from __future__ import annotations
@@ -31,11 +29,11 @@ CELLS = (("chosen", False), ("rejected", False), ("chosen", True), ("rejected", 
 
 
 def token_digest(prompt_ids: Sequence[int] | Tensor, scored_ids: Sequence[int]) -> bytes:
-    """Return a digest of 16 bytes of one cell's token ids and of which of them are scored.
+    """Return a digest of 16 bytes of one cell's tokens, which also tells which tokens are scored.
 
     Args:
-        prompt_ids: Everything before the answer, image tokens included, without padding.
-        scored_ids: The answer and its end of turn.
+        prompt_ids: Tokens before the answer, image tokens included, without padding.
+        scored_ids: Tokens of the answer and its end of turn.
     """
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for ids in (prompt_ids, scored_ids):
@@ -59,7 +57,7 @@ def pixel_digest(images: Mapping[str, Tensor]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Sequence:
-    """A cell of a pair: its prefix and its scored answer."""
+    """The sequence of one cell of a pair: its prefix and its scored answer."""
 
     id: int  # cell * P + pair
     pair: int
@@ -83,23 +81,21 @@ class Watch(Protocol):
     def __call__(
         self, collator: PreferenceCollator, record: Record, digests: Sequence[bytes]
     ) -> None:
-        """Receive the digests of a record's cells."""
+        """Receive the digests of a record's cells, from :func:`token_digest`."""
 
 
 class PreferenceCollator:
-    """Collator of records into the arguments of ``model(**batch)``, apart from ``ids``.
+    """Collator of records into a batch for ``model(**batch)``; remove its ``ids`` first.
 
     Args:
         processor: The model's processor.
         cells: Number of cells of a pair, 1 to 4: chosen, text_rejected, image_rejected,
             both_rejected.
-        reference: ``record.key`` to log-probabilities of the reference, shape ``(cells,)``; None
-            leaves them out.
+        reference: Reference log-probabilities ``(cells,)`` by ``record.key``; None omits them.
         max_length: Longest sequence in tokens, image tokens included.
         shared_prefix: Whether the answers of a pair share their images and prompt, for models of
             which :func:`realign.modeling.packing.why_not_shared` returns None.
-        watch: Called with the digests of every record before the model reads it; see
-            :class:`Watch`.
+        watch: Function that is called with the digests of every record, see :class:`Watch`.
 
     Example::
 
@@ -129,13 +125,14 @@ class PreferenceCollator:
         self.watch = watch
 
     def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Return a batch: tensors, and plain values that stay on the host.
+        """Return a batch of tensors, and of plain values that stay on the host.
 
-        ``input_ids`` and the model's other inputs per token, shape ``(rows, T)``; the processor's
-        tensors of each distinct set of images; for N answer tokens ``answer_labels``,
-        ``answer_index`` (the token of the flattened rows that predicts it) and ``sequence_ids``,
-        each ``(N,)``; ``num_tokens``, C lists of P numbers; ``ref_logps`` (C, P) if they are known;
-        ``packing`` and ``images``, the layout; and ``ids`` of the records.
+        - ``input_ids`` and the model's other inputs per token, shape ``(rows, T)``;
+        - the processor's tensors of each distinct set of images;
+        - for N answer tokens ``answer_labels``, ``answer_index`` (the token of the flattened rows
+          that predicts it) and ``sequence_ids``, each ``(N,)``;
+        - ``num_tokens``, C lists of P numbers, and ``ref_logps`` (C, P) if there is a reference;
+        - ``packing`` and ``images``, the layout, and ``ids`` of the records.
 
         Raises:
             RefusedError: A sequence is longer than ``max_length``, or the chat template cannot be
@@ -143,7 +140,7 @@ class PreferenceCollator:
         """
         records = [OpenedRecord.of(record) for record in records]
         sequences = self._sequences(records)
-        rows = _shared_rows(sequences) if self.shared_prefix else [[one] for one in sequences]
+        rows = _shared_rows(sequences) if self.shared_prefix else [[cell] for cell in sequences]
         prefixes = self._encode(rows)
         num_tokens = [[0] * len(records) for _ in range(self.cells)]
         for sequence in sequences:
@@ -158,8 +155,8 @@ class PreferenceCollator:
         batch |= {
             **prefixes.image_inputs,
             "images": prefixes.use([row[0].prefix for row in rows]),
-            "answer_labels": _joined([one.answer for row in rows for one in row]),
-            "sequence_ids": _joined([[one.id] * len(one.answer) for row in rows for one in row]),
+            "answer_labels": _joined([cell.answer for row in rows for cell in row]),
+            "sequence_ids": _joined([[cell.id] * len(cell.answer) for row in rows for cell in row]),
             "num_tokens": num_tokens,
             "ids": [record.id for record in records],
         }
@@ -174,25 +171,25 @@ class PreferenceCollator:
         sequences = self._sequences(records)
         prefixes = self._encode([sequences])
         longest = [0] * len(records)
-        for one in sequences:
-            longest[one.pair] = max(longest[one.pair], _length(one, prefixes))
+        for cell in sequences:
+            longest[cell.pair] = max(longest[cell.pair], _length(cell, prefixes))
         return longest
 
     def pixel_digest(self, record: Record, *, retrieved: bool) -> bytes:
-        """Return the digest of a record's images, processed alone; zeros without images."""
-        of_images = [one for one in self._sequences([record]) if one.retrieved == retrieved]
-        if not of_images or not of_images[0].prefix.images:
+        """Return the digest of a record's images, processed alone; zeros if it has none."""
+        cells = [cell for cell in self._sequences([record]) if cell.retrieved == retrieved]
+        if not cells or not cells[0].prefix.images:
             return bytes(DIGEST_BYTES)
-        return pixel_digest(self._encode([of_images[:1]]).image_inputs)
+        return pixel_digest(self._encode([cells[:1]]).image_inputs)
 
     def _digests(
         self, sequences: Sequence[_Sequence], prefixes: Prefixes, pairs: int
     ) -> list[list[bytes]]:
         """Return the digests of every cell of every pair; zeros for absent cells."""
         digests = [[bytes(DIGEST_BYTES)] * self.cells for _ in range(pairs)]
-        for one in sequences:
-            prompt = prefixes.tokens[one.prefix]["input_ids"]
-            digests[one.pair][one.id // pairs] = token_digest(prompt, one.answer)
+        for cell in sequences:
+            prompt = prefixes.tokens[cell.prefix]["input_ids"]
+            digests[cell.pair][cell.id // pairs] = token_digest(prompt, cell.answer)
         return digests
 
     def _sequences(self, records: Sequence[Record]) -> list[_Sequence]:
@@ -221,7 +218,7 @@ class PreferenceCollator:
     def _encode(self, rows: Sequence[_Row]) -> Prefixes:
         return encode_prefixes(
             self.processor,
-            {one.prefix: one.open_images for row in rows for one in row},
+            {cell.prefix: cell.open_images for row in rows for cell in row},
             add_special_tokens=self.renderer.adds_special_tokens(rows[0][0].prefix.text),
         )
 
@@ -235,10 +232,9 @@ class PreferenceCollator:
 
     def _padded(self, rows: list[_Row], prefixes: Prefixes) -> dict[str, Any]:
         """Lay out one sequence per row, padded on the right."""
-        tokens = [prefixes.with_answers(row[0].prefix, [one.answer for one in row]) for row in rows]
-        fill = {
-            "input_ids": rows[0][0].answer[-1]
-        }  # masked; a pad token may be no token of the model
+        tokens = _row_tokens(rows, prefixes)
+        # masked; the tokenizer's pad token may be beyond the model's embedding
+        fill = {"input_ids": rows[0][0].answer[-1]}
         batch: dict[str, Any] = {
             name: pad_sequence(
                 [line[name] for line in tokens], batch_first=True, padding_value=fill.get(name, 0)
@@ -251,22 +247,22 @@ class PreferenceCollator:
         batch["packing"] = None
         batch["answer_index"] = torch.cat(
             [
-                torch.arange(len(one.answer)) + row * width + prefixes.length(one.prefix) - 1
-                for row, (one,) in enumerate(rows)
+                torch.arange(len(cell.answer)) + row * width + prefixes.length(cell.prefix) - 1
+                for row, (cell,) in enumerate(rows)
             ]
         )
         return batch
 
     def _packed(self, rows: list[_Row], prefixes: Prefixes) -> dict[str, Any]:
-        """Lay out all rows one after the other."""
-        tokens = [prefixes.with_answers(row[0].prefix, [one.answer for one in row]) for row in rows]
+        """Lay out all rows one after the other, without padding."""
+        tokens = _row_tokens(rows, prefixes)
         packing = Packing.of(
-            [(prefixes.length(row[0].prefix), [len(one.answer) for one in row]) for row in rows]
+            [(prefixes.length(row[0].prefix), [len(cell.answer) for cell in row]) for row in rows]
         )
         batch: dict[str, Any] = {
             name: torch.cat([line[name] for line in tokens])[None] for name in tokens[0]
         }
-        # without it transformers looks for packed sequences in the positions
+        # without a mask, transformers looks for packed sequences in the positions
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         batch["packing"] = packing
         batch["answer_index"] = _joined(
@@ -275,17 +271,23 @@ class PreferenceCollator:
         return batch
 
 
+def _row_tokens(rows: list[_Row], prefixes: Prefixes) -> list[dict[str, Tensor]]:
+    """Return the tokens of every row: its prefix, and the answers that follow it."""
+    return [prefixes.with_answers(row[0].prefix, [cell.answer for cell in row]) for row in rows]
+
+
 def _length(sequence: _Sequence, prefixes: Prefixes) -> int:
     return prefixes.length(sequence.prefix) + len(sequence.answer)
 
 
 def _shared_rows(sequences: Sequence[_Sequence]) -> list[_Row]:
-    """Group the answers of a pair to the same images in one row, pair after pair."""
+    """Group the answers of a pair about the same images into one row, pair after pair."""
     rows: dict[tuple[int, bool], _Row] = {}
     for sequence in sequences:
         rows.setdefault((sequence.pair, sequence.retrieved), []).append(sequence)
     return [
-        sorted(rows[place], key=lambda one: len(one.answer), reverse=True) for place in sorted(rows)
+        sorted(rows[place], key=lambda cell: len(cell.answer), reverse=True)
+        for place in sorted(rows)
     ]
 
 

@@ -1,4 +1,4 @@
-"""Exceptions of model families to the general rule, by processor class or model type."""
+"""Exceptions of model families to the general rules, by processor class or model type."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from PIL import Image
 
 from realign.errors import RefusedError
 
-# Token type of an answer where the model tells tokens apart by type: PaliGemma sees those of type 0
-# in both directions.
+# Token type of an answer, for models whose attention depends on it: PaliGemma attends to tokens of
+# type 0 in both directions.
 ANSWER_TOKEN_TYPE = {"PaliGemmaProcessor": 1}
-# where the first token stands, if not at 0
+# position of the first token, if it is not 0
 FIRST_POSITION = {"paligemma": 1}
 # Chat templates of processors without one on the hub. PaliGemma's processor puts these tokens
 # around a prompt.
@@ -24,10 +24,10 @@ CHAT_TEMPLATES = {
         "{% endfor %}{{ eos_token if message['role'] == 'assistant' else '\n' }}{% endfor %}"
     )
 }
-# Tokens that a family sees in both directions, unlike flash-attention's causal kernel: transformers
-# would drop that part of the mask silently.
+# Tokens that a family attends to in both directions. flash-attention's causal kernel cannot, and
+# transformers would drop that part of the mask silently.
 SEEN_BOTH_WAYS = {"gemma3": "images", "paligemma": "prompts"}
-# Families whose image token may have no row of the embedding: they put another token in its place.
+# Families whose image token may have no row in the embedding: they replace it before embedding.
 IMAGE_TOKEN_WITHOUT_ROW = ("gemma3", "gemma4", "gemma4_unified", "paligemma")
 
 
@@ -39,27 +39,28 @@ def process(
     add_special_tokens: bool,
     padding_side: str = "right",
 ) -> dict[str, Any]:
-    """Call a processor on templated texts, which keep every token that the template wrote.
+    """Call a processor on templated texts, so that every token of the template is kept.
 
     Args:
         processor: The model's processor.
         texts: Templated texts, with an image token for each image.
         images: Images of every text; None if no text has any.
-        add_special_tokens: Whether the tokenizer adds its own.
+        add_special_tokens: Whether the tokenizer adds its own special tokens.
         padding_side: Side on which shorter texts are padded.
     Returns:
-        Tensors. Ids where the mask is 0 have no meaning: a tokenizer may have no padding token.
+        The processor's tensors. Ids where the mask is 0 have no meaning, since a tokenizer may have
+        no padding token.
     Raises:
         RefusedError: The processor raises any exception; code ``processor``.
     """
     tokenizer, pad_token = processor.tokenizer, processor.tokenizer.pad_token
-    if pad_token is None:  # as those of Llama and Mistral
+    if pad_token is None:  # as in the tokenizers of Llama and Mistral
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     try:
         return _process(processor, texts, images, add_special_tokens, padding_side)
     except MemoryError:
         raise
-    except Exception as error:  # what a processor does not take, it raises in many ways
+    except Exception as error:  # processors refuse their inputs with many kinds of exceptions
         sizes = sorted({f"{image.width} x {image.height}" for row in images or () for image in row})
         subject = f"image of {' or '.join(sizes)} pixels" if sizes else f"text {texts[0]!r:.80}"
         raise RefusedError(
@@ -86,8 +87,8 @@ def _process(
     }
     if type(processor).__name__ != "PaliGemmaProcessor":
         return dict(processor(text=[*texts], images=images, **options))
-    # PaliGemma's puts a beginning of sequence behind the images and a newline behind all, also
-    # behind those of the template, and refuses a text without images.
+    # PaliGemma's processor adds a beginning of sequence after the images and a newline at the end,
+    # even if the template has written them, and refuses a text without images.
     pictures = [image for row in images or () for image in row]
     token = processor.image_token
     expanded = [text.replace(token, token * processor.image_seq_length) for text in texts]
@@ -98,7 +99,7 @@ def _process(
 
 
 def image_token_id(processor: Any) -> int | None:
-    """Return the token that image features replace; Gemma-3's template writes another."""
+    """Return the id of the token that image features replace; Gemma-3's template writes another."""
     token = next(iter(getattr(processor, "image_token_ids", ())), None)
     if token is None:
         token = getattr(processor.tokenizer, "image_token_id", None)

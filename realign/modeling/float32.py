@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-EXACT = {"ieee", "none"}  # torch's names of precisions that round nothing off
+EXACT = {"ieee", "none"}  # torch's names of precisions that do not round the factors
 
 
 def float32_precision() -> dict[str, str]:
-    """Return torch's name of the precision of float32 matrix products and convolutions."""
+    """Return torch's names of the precision of float32 matrix products and convolutions."""
     backends: Any = torch.backends
     used = (
         {"matmul": backends.cuda.matmul, "convolution": backends.cudnn.conv}
@@ -22,7 +22,7 @@ def float32_precision() -> dict[str, str]:
 
 
 def computes_exactly(model: nn.Module, *, autocast: bool) -> bool:
-    """Return whether a model's products are of float32 or better."""
+    """Return whether a model's products are computed in float32 or better."""
     floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
     is_quantized = any(not p.is_floating_point() for p in model.parameters())
     is_wide = all(torch.finfo(dtype).bits >= 32 for dtype in floats)

@@ -13,7 +13,7 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 
 
 def check_model(model: str, option: str = "model") -> None:
-    """Refuse a model whose folder is missing or holds no model. A hub id passes without a look-up.
+    """Refuse a model whose folder is missing or holds no model. A hub id is not looked up.
 
     Args:
         model: Folder or hub id.
@@ -57,16 +57,16 @@ def resolve_model(model: str, option: str = "model") -> Path:
 
 
 def download(name: str, patterns: Sequence[str], option: str, remedy: str) -> Path:
-    """Return the folder of a hub id in the hub's local cache, downloaded if it is not there.
+    """Return the folder of a hub id in the hub's local cache, after downloading what is missing.
 
     Args:
         name: Hub id.
-        patterns: Files that are needed.
+        patterns: Patterns of the required files.
         option: Option that named it, for messages.
-        remedy: What to do about an id that the hub does not know.
+        remedy: Remedy for an id that the hub does not know, for messages.
     Raises:
-        RefusedError: The hub does not know the id, does not give it to this user, or cannot be
-            reached while the files are not in the cache.
+        RefusedError: The hub does not know the id, refuses this user, or cannot be reached while
+            files are missing in the cache.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -82,37 +82,38 @@ def download(name: str, patterns: Sequence[str], option: str, remedy: str) -> Pa
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except GatedRepoError as error:
         raise RefusedError(
-            f"{rule} that may be downloaded, got {name!r} ({_first_line(error)}). Ask for access "
+            f"{rule} that may be downloaded, got {name!r} ({first_line(error)}). Ask for access "
             "on its page, and log in with `hf auth login`."
         ) from None
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise RefusedError(f"{rule}, got {name!r} ({_first_line(error)}). {remedy}") from None
+        raise RefusedError(f"{rule}, got {name!r} ({first_line(error)}). {remedy}") from None
     except LocalEntryNotFoundError as error:
         raise _not_reached(rule, name, error.__cause__ or error) from None
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise RefusedError(
-                f"{rule} that may be downloaded, got {name!r} ({_first_line(error)}). Log in with "
+                f"{rule} that may be downloaded, got {name!r} ({first_line(error)}). Log in with "
                 "`hf auth login`, or correct the token in HF_TOKEN."
             ) from None
         raise _not_reached(rule, name, error) from None
     except Exception as error:
-        # an error of the hub's client, whose name depends on its version: a proxy that fails, say
+        # errors of the hub's HTTP client, such as a proxy that fails; its name varies by version
         if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2"):
             raise
         raise _not_reached(rule, name, error) from None
 
 
 def _not_reached(rule: str, name: str, error: BaseException) -> RefusedError:
-    """Return the refusal of a hub id that may be right, of a hub that does not answer."""
+    """Return the error for a hub id that may be correct, when the hub does not answer."""
     return RefusedError(
         f"{rule} in the hub's local cache while the hub cannot be reached, got {name!r}, which is "
-        f"not there ({type(error).__name__}: {_first_line(error)}). Connect to the network, or "
+        f"not there ({type(error).__name__}: {first_line(error)}). Connect to the network, or "
         "download it elsewhere and give its folder."
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, as a part of a sentence."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
 
@@ -174,7 +175,7 @@ def resolve_base(folder: Path) -> Path:
         ) from None
     if is_adapter(found):
         raise RefusedError(
-            f"adapter {folder} must stand on a whole model, got {base!r}, which is an adapter. "
+            f"adapter {folder} must have a whole model as its base, got {base!r}, an adapter. "
             "`realign merge` that one first, and name the merged model."
         )
     return found

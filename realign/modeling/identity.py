@@ -1,7 +1,8 @@
-"""Identity of reference log-probabilities, everything that they depend on outside a row: semantics,
-which define the values, and numerics, which determine their rounding.
+"""Identity of reference log-probabilities: everything outside a row that they depend on. Semantics
+define the values, numerics determine their rounding.
 
-Learning rate, beta, batch size, seed, workers and folders are not part of it: they have no effect.
+Learning rate, beta, batch size, seed, workers and folders are not part of it, since they have no
+effect.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers import AutoModelForImageTextToText
 from realign.modeling.acceleration import Numerics, use_liger_layers
 from realign.modeling.float32 import float32_precision
 from realign.modeling.folder import model_identity
-from realign.modeling.loading import load_model_config
+from realign.modeling.model_config import load_model_config
 from realign.modeling.packing import Layout, choose_layout
 from realign.modeling.processors import load_processor
 from realign.runtime.files import canonical_json, content_sha256
@@ -49,10 +50,10 @@ def version_of(package: str) -> str:
 
 
 class ModelFacts:
-    """Facts of a model that are known without its weights, each found once.
+    """Facts of a model that are known without its weights; each is determined once.
 
     Args:
-        folder: The model's folder, from :func:`realign.modeling.folder.resolve_model`.
+        folder: The model's folder, from :func:`realign.resolve_model`.
         numerics: Numerics of the model.
     """
 
@@ -73,20 +74,19 @@ class ModelFacts:
     def outline(self) -> Any:
         """The model, or an adapter's base, without weights, on torch's meta device."""
         with torch.device("meta"):
-            # attention as :func:`realign.modeling.loading.load_model` leaves it to transformers
             model = AutoModelForImageTextToText.from_config(self.config, dtype=self.numerics.dtype)
             if self.numerics.liger:
-                use_liger_layers(model)  # or refuse them, before weights are read
+                use_liger_layers(model)  # refuses unsupported models before weights are read
             return model
 
     @cached_property
     def layout(self) -> Layout:
-        """The layout of its rows, see :func:`realign.modeling.packing.choose_layout`."""
+        """The layout of the model's rows, see :func:`realign.modeling.packing.choose_layout`."""
         return choose_layout(self.outline, self.numerics.shared_prefix)
 
 
 def reference_identity(model: ModelFacts, *, cells: int, rejected_scoring: str) -> Identity:
-    """Return everything outside a row that its reference log-probabilities depend on.
+    """Return the identity of a model's reference log-probabilities.
 
     Args:
         model: The reference model.
@@ -112,7 +112,7 @@ def reference_identity(model: ModelFacts, *, cells: int, rejected_scoring: str) 
             **model.numerics.identity(),
             "rows": model.layout,
             "padding": "none" if model.layout == "shared prefix" else "right, to the longest row",
-            # the same configuration is another class, with other pixels, where torchvision is
+            # with torchvision, the same configuration gives another class, with other pixels
             "processor": type(processor).__name__,
             "image_processor": type(getattr(processor, "image_processor", None)).__name__,
             "tokenizer": type(processor.tokenizer).__name__,
@@ -125,12 +125,12 @@ def reference_identity(model: ModelFacts, *, cells: int, rejected_scoring: str) 
 
 
 def _accelerator() -> dict[str, Any]:
-    """Return the architecture, libraries and switches that choose among kernels of one product."""
+    """Return the architecture, libraries and settings that determine which kernels are used."""
     if not torch.cuda.is_available():
         return {
             "machine": platform.machine(),
             "vectors": torch.backends.cpu.get_cpu_capability(),
-            "kernels": describe_backends()["cpu"],  # with the instructions that multiply bfloat16
+            "kernels": describe_backends()["cpu"],  # names the instructions for bfloat16 products
         }
     cuda, backends = torch.backends.cuda, torch.backends
     return {

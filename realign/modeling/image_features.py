@@ -1,4 +1,4 @@
-"""Encoding of every distinct set of images of a micro-batch once, however many rows show it."""
+"""Encoding of images once per micro-batch, however many rows show them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class ImageUse:
-    """Use of images by the rows of a batch.
+    """Assignment of sets of images to the rows of a batch that show them.
 
     Attributes:
-        tokens: Image tokens of every set of images whose pixels are in the batch.
+        tokens: Number of image tokens of every set whose pixels are in the batch.
         counts: Number of images of every set.
         rows: Index of the set that each row with images shows, in the order of the rows.
     """
@@ -28,18 +28,19 @@ class ImageUse:
 
     @property
     def is_once_each(self) -> bool:
-        """Return whether the features are already those of the rows, in their order."""
+        """Return whether every row shows a set of its own, in order."""
         return self.rows == tuple(range(len(self.tokens)))
 
 
 @contextmanager
 def image_features_by_row(body: nn.Module, images: ImageUse) -> Iterator[None]:
-    """Let ``body.get_image_features`` encode each set of images once within the block.
+    """Within the block, let ``body.get_image_features`` encode each set of images once, and return
+    the features of every row that shows it.
 
     Args:
-        body: A model that calls its own ``get_image_features`` and puts the features in place of
-            the image tokens, in order.
-        images: The use of the sets.
+        body: A model that calls its own ``get_image_features`` and replaces image tokens by the
+            features, in order.
+        images: The sets that the rows show.
     """
     if images.is_once_each:
         yield
@@ -62,7 +63,7 @@ def image_features_by_row(body: nn.Module, images: ImageUse) -> Iterator[None]:
 
 
 def _repeat(features: Tensor | Sequence[Tensor], images: ImageUse) -> Tensor | list[Tensor]:
-    """Return the features of every row's tokens, in the container that they came in."""
+    """Return the features of every row's tokens, in the same container as ``features``."""
     if isinstance(features, Tensor):
         flat = features.reshape(-1, features.shape[-1])
     else:
@@ -81,17 +82,17 @@ def _repeat(features: Tensor | Sequence[Tensor], images: ImageUse) -> Tensor | l
 
 @contextmanager
 def unseen_images_encoded(body: nn.Module, images: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let ``body`` encode ``images`` within the block right after it has embedded its tokens, where
-    it encodes those that its rows show: sharded weights must be gathered in one order on all ranks.
-    The embeddings do not change; the encoder gets a gradient of 0.
+    """Within the block, let ``body`` encode ``images`` right after embedding its tokens, where
+    ranks with images do: sharded weights are gathered in the same order on all ranks. The
+    embeddings do not change, and the encoder gets a gradient of 0.
 
     Args:
         body: A model with ``get_input_embeddings`` and ``get_image_features``.
         images: The processor's tensors, such as ``pixel_values``.
     """
     encode: Any = body.get_image_features
-    taken = inspect.signature(encode).parameters
-    inputs = {name: value for name, value in images.items() if name in taken}
+    accepted = inspect.signature(encode).parameters
+    inputs = {name: value for name, value in images.items() if name in accepted}
 
     def add_nothing(module: nn.Module, args: Any, embeddings: Tensor) -> Tensor:
         output = encode(**inputs)
@@ -107,7 +108,7 @@ def unseen_images_encoded(body: nn.Module, images: Mapping[str, Tensor]) -> Iter
 
 
 def _features(output: Any) -> Iterator[Tensor]:
-    """Yield all features that the model would put into its layers."""
+    """Yield all features that the model would use."""
     # Qwen3-VL has some for deeper layers
     for features in (output.pooler_output, *(getattr(output, "deepstack_features", None) or ())):
         yield from (features,) if isinstance(features, Tensor) else features

@@ -1,5 +1,5 @@
-"""Prediction of token counts. The tokens of an image depend on its size at most: the processor is
-called once per size, with an empty image.
+"""Prediction of token counts. The number of an image's tokens depends on its size alone, so the
+processor is called once per size, with an empty image.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _COMPARED = 3
 
 
 class ImageTokens:
-    """Tokens of images by size, beyond the placeholder in the text.
+    """Number of tokens of images, by their size, in addition to the placeholder in the text.
 
     Args:
         processor: The model's processor.
-        vocabulary: The tokens that the model has; None where its configuration is not known.
+        vocabulary: The tokens that the model has; None if its configuration is not known.
     """
 
     def __init__(self, processor: Any, vocabulary: Vocabulary | None = None) -> None:
@@ -62,12 +62,12 @@ class ImageTokens:
         """Refuse a prompt that the model cannot read.
 
         Args:
-            prompt: Its text.
+            prompt: Text of the prompt.
             size: Width and height of its image; None without one.
         Raises:
             RefusedError: The prompt holds a special token (code ``special-token``), the chat
-                template takes no text without an image (``template``), or a call with its size is
-                refused.
+                template takes no text without an image (``template``), or the processor takes no
+                image of this size.
         """
         for token in self._special:
             if token in prompt:
@@ -85,7 +85,7 @@ class ImageTokens:
     def _ids_without_image(self, prompt: str) -> list[int]:
         try:
             text = self._render(prompt, num_images=0)
-        except Exception as error:  # a template raises what it likes of turns it does not take
+        except Exception as error:  # a template may raise any exception to refuse turns
             raise _without_image("the chat template", error, "template") from None
         special = self._renderer.adds_special_tokens(text)
         try:
@@ -115,7 +115,7 @@ class ImageTokens:
 def _without_image(reader: str, error: BaseException, code: str) -> RefusedError:
     reason = " ".join(str(error).split()).rstrip(".")
     return RefusedError(
-        f"text must have an image, which {reader} needs, got none ({type(error).__name__}: "
+        f"text must have an image, which {reader} requires, got none ({type(error).__name__}: "
         f"{reason}). Leave such questions out, or ask a model that takes text alone.",
         code=code,
     )
@@ -137,21 +137,21 @@ class _Cell(NamedTuple):
 
 
 class RowLengths:
-    """Predictor of row lengths: tokens of the templated text, and of images by their size.
+    """Predictor of the lengths of rows, from the templated text and the sizes of images.
 
-    The prediction is compared with the collator on the first rows; if a processor does not follow
-    it, every row is collated, which is slow but exact.
+    On the first rows, the prediction is compared with the collator; if they differ, every row is
+    collated, which is slow but exact.
 
     Args:
         processor: The model's processor.
-        limits: Limits on the length of a row: name to tokens.
+        limits: Limits on the length of a row in tokens, by their names.
         cells: Number of sequences of a row, 1 to 4.
-        vocabulary: The tokens that the model has; None where its configuration is not known.
+        vocabulary: The tokens that the model has; None if its configuration is not known.
     Attributes:
         cells: Number of sequences of a row.
         rows: Tokens of each row's longest cell.
-        images: Number of images by the number of their tokens.
-        is_predicted: Whether the prediction has been right so far.
+        images: Number of images, by their number of tokens.
+        is_predicted: Whether the predictions have been correct so far.
     """
 
     def __init__(
@@ -215,11 +215,11 @@ class RowLengths:
             return
         try:
             length = self._measure(record, cells)
-        except RefusedError as error:  # of the row's images together
+        except RefusedError as error:  # from the collator, for the row's images together
             yield problem("", error.code, str(error))
             return
         for cell in cells:
-            # all that is scored but the end of turn
+            # the scored tokens without the end of turn
             decoded = self._renderer.tokenizer.decode(cell.scored_ids[:-1])
             if not cell.is_retrieved and not decoded.strip():
                 answer = getattr(record, cell.answer)[:80]
@@ -254,7 +254,7 @@ class RowLengths:
             tokens = [*map(self._image_tokens, cell.sizes)]
             lengths.append(len(cell.prompt_ids) + len(cell.scored_ids) + sum(tokens))
             if cell.answer == "chosen":
-                self.images.update(1 + more for more in tokens)  # with the placeholder
+                self.images.update(1 + added for added in tokens)  # with the placeholder
         return self._confirmed(record, max(lengths))
 
     def _confirmed(self, record: Record, predicted: int) -> int:

@@ -1,8 +1,8 @@
 """Transform of a model's logits after the output projection.
 
-Configurations do not define it: the same ``logits_scaling`` divides in Granite and multiplies in
-HyperCLOVA X, and Cohere2 Vision does not apply its text model's ``logit_scale`` at all. Every
-reading of the configuration is therefore compared with the model's own logits.
+A configuration alone does not define it: the same ``logits_scaling`` divides in Granite and
+multiplies in HyperCLOVA X, and Cohere2 Vision does not apply its text model's ``logit_scale`` at
+all. Every possible meaning is therefore compared with the model's own logits.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from realign.errors import RefusedError
 
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# large enough for the usual softcaps of 20 to 50 to show, also in bfloat16
+# large enough to reveal the usual softcaps of 20 to 50, also in bfloat16
 LARGEST_LOGIT = 40.0
-NUM_TOKENS = 64  # of a head without values
+NUM_TOKENS = 64  # tokens of the substitute for a head without values
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """``softcap * tanh(scale * z / softcap)`` of the output projection ``z``."""
+    """The transform ``softcap * tanh(scale * z / softcap)`` of the output projection ``z``."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -40,7 +40,7 @@ class LogitTransform:
 
 
 class _BodyOutput:
-    """Output of a model's body for a head that is called alone: hidden states only."""
+    """Output of a model's body that holds nothing but hidden states."""
 
     def __init__(self, hidden_states: Tensor) -> None:
         self.last_hidden_state = hidden_states
@@ -57,7 +57,7 @@ def find_logit_transform(model: PreTrainedModel) -> LogitTransform:
     """Return the transform that reproduces the model's own logits on random hidden states.
 
     Raises:
-        RefusedError: There is no such transform.
+        RefusedError: No transform that the configuration names does.
     """
     head: Any = model.get_output_embeddings()
     generator = torch.Generator().manual_seed(0)
@@ -85,9 +85,9 @@ def find_logit_transform(model: PreTrainedModel) -> LogitTransform:
 
 @contextmanager
 def _some_values(head: nn.Module, generator: torch.Generator) -> Iterator[None]:
-    """Give a head without weights random ones for a few tokens within the block: if one rank reads
-    a model for all (FSDP), the others hold zeros or nothing. The transform does not depend on the
-    weights.
+    """Within the block, give a head without values random weights for a few tokens. If one rank
+    loads a model for all (FSDP), the others hold zeros or nothing; the transform does not depend on
+    the weights.
     """
     own = dict(head._parameters)
     weight = own["weight"]
@@ -117,7 +117,7 @@ def _own_logits(model: PreTrainedModel, hidden_states: Tensor) -> Tensor:
     """Return the model's logits for given hidden states."""
     ids = torch.zeros(hidden_states.shape[:2], dtype=torch.int64, device=hidden_states.device)
     body: Any = model.model
-    own = vars(body).get("forward")  # of an instance that something else has hooked
+    own = vars(body).get("forward")  # if the instance's forward was replaced already
     body.forward = lambda *args, **kwargs: _BodyOutput(hidden_states)
     try:
         return model(input_ids=ids).logits.float()

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
-# AdamW keeps two moments per trained weight, in its dtype
+# AdamW keeps two moments of every trained weight, in the weight's dtype
 OPTIMIZER_COPIES = 2
-# bits of a 4-bit weight with its doubly quantised scale: QLoRA, arXiv 2305.14314, section 3
+# bits of a 4-bit weight with its doubly quantized scale: QLoRA, arXiv 2305.14314, section 3
 NF4_BITS = 4.127
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes before any activation."""
+    """Bytes of training, without activations."""
 
     weights: int
     gradients: int
@@ -38,7 +38,7 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """Sum of the three."""
+        """Sum of weights, gradients and optimizer state."""
         return self.weights + self.gradients + self.optimizer_state
 
     def __str__(self) -> str:
@@ -49,7 +49,7 @@ class Footprint:
 
 
 def footprint(model: nn.Module, quantized: Collection[str] = ()) -> str:
-    """Return one line: trained and all parameters, full or LoRA, dtypes, estimated bytes."""
+    """Return a line on the kind of training, the trained parameters, their dtypes and memory."""
     trained = [p for p in model.parameters() if p.requires_grad]
     dtypes = {str(p.dtype).removeprefix("torch."): None for p in trained}
     kind = "LoRA" if hasattr(model, "peft_config") else "full fine-tuning"
@@ -62,7 +62,7 @@ def footprint(model: nn.Module, quantized: Collection[str] = ()) -> str:
 
 
 def size(num_bytes: int) -> str:
-    """Format bytes for people."""
+    """Return a number of bytes as text, such as ``1.5 GB``."""
     units = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
     unit, name = next((pair for pair in units if num_bytes >= pair[0]), units[-1])
     return f"{num_bytes / unit:.1f} {name}"

@@ -29,15 +29,15 @@ def predict_memory(
     sequences: int,
     longest: int | None,
 ) -> dict[str, Any]:
-    """Return bytes by kind of training and dtype, and estimates of the memory on top.
+    """Return the bytes of each kind of training and dtype, and estimates of the activations.
 
     Args:
         config: The model's configuration.
         rank: Rank of the LoRA adapter that would train.
-        alpha: Numerator of its scaling.
-        targets: The layers that it adapts.
-        freeze_vision: Whether the vision tower trains.
-        sequences: Number of sequences in a micro-step.
+        alpha: Numerator of the adapter's scaling.
+        targets: The layers that get the adapter.
+        freeze_vision: Whether the vision tower is frozen.
+        sequences: Number of sequences in a micro-batch.
         longest: Tokens of the longest sequence; None if it is not known.
     """
     training = []
@@ -70,7 +70,9 @@ def _entry(kind: str, dtype: torch.dtype, footprint: Footprint) -> dict[str, Any
 
 
 def _estimates(config: Any, sequences: int, longest: int | None) -> list[dict[str, Any]]:
-    """Return the memory of a micro-step of the longest row, and that of generation per token."""
+    """Return the activations of a micro-batch of the longest row, and the bytes of generation per
+    token.
+    """
     shape = decoder_shape(config)
     if shape is None:
         return []
@@ -99,13 +101,14 @@ def _estimates(config: Any, sequences: int, longest: int | None) -> list[dict[st
 def micro_step_bytes(
     config: Any, dtype: torch.dtype, *, tokens: int, is_checkpointed: bool
 ) -> int | None:
-    """Estimate the bytes that a micro-step keeps for its backward; None for unknown configurations.
+    """Estimate the bytes that a micro-batch keeps for its backward pass; None if the configuration
+    does not state the decoder's shape.
 
     Args:
         config: The model's configuration.
         dtype: Dtype of the layers' activations.
-        tokens: Tokens of all sequences of the micro-step, as if nothing were shared.
-        is_checkpointed: Whether the layers are computed again for the backward.
+        tokens: Tokens of all sequences of the micro-batch, as if no prefix were shared.
+        is_checkpointed: Whether the layers are recomputed in the backward pass.
     """
     shape = decoder_shape(config)
     if shape is None:
@@ -113,20 +116,20 @@ def micro_step_bytes(
     layers, hidden, _ = shape
     per_layer = hidden * _LAYER_BYTES_16_BIT * dtype.itemsize // 2
     if is_checkpointed:
-        # the input of every layer, and all of the one that is computed again
+        # the input of every layer, and all activations of the layer that is being recomputed
         return tokens * (layers * hidden * dtype.itemsize + per_layer)
     return tokens * layers * per_layer
 
 
 def decoder_shape(config: Any) -> tuple[int, int, int] | None:
-    """Return the layers, hidden units, and units of a token's keys (or values) in one layer."""
+    """Return the number of layers, the hidden size, and the size of a token's keys in a layer."""
     text = config.get_text_config()
     layers = getattr(text, "num_hidden_layers", None)
     hidden = getattr(text, "hidden_size", None)
     heads = getattr(text, "num_attention_heads", None)
     if not layers or not hidden or not heads:
         return None
-    # some configurations have the keys and no values
+    # some configurations have these fields, but set to None
     key_value_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or hidden // heads
     return layers, hidden, key_value_heads * head_dim

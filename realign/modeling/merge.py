@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from realign.errors import RefusedError
 from realign.modeling.folder import is_adapter, resolve_model
-from realign.runtime.files import publish
+from realign.runtime.files import new_folder
 from realign.runtime.run_folder import check_out
 
 _DTYPES = ("float32", "bfloat16")
 
 
 def merge(model: str, out: Path, dtype: str = "bfloat16") -> Path:
-    """Add an adapter to its base's weights, in float32, and write the model and its processor.
+    """Merge an adapter into its base in float32, and write the model and its processor.
 
     Args:
         model: Folder or hub id of an adapter, such as the checkpoint of ``realign train``.
         out: A new folder.
-        dtype: Dtype of the written weights, ``bfloat16`` or ``float32``. The merged weights are
-            rounded to it, not the adapter.
+        dtype: Dtype of the written weights, ``bfloat16`` or ``float32``. Weights are rounded to it
+            after merging.
     Returns:
         The folder.
     Raises:
         RefusedError: The model is not an adapter or cannot be merged, the dtype is unknown, or the
-            folder exists.
+            folder exists or cannot be written.
     """
     if dtype not in _DTYPES:
         raise RefusedError(
@@ -37,8 +36,11 @@ def merge(model: str, out: Path, dtype: str = "bfloat16") -> Path:
         raise RefusedError(f"out must be a new folder, got {out}, which exists. Name another.")
     folder = resolve_model(model)
     if not is_adapter(folder):
-        raise RefusedError(f"model must be an adapter, got {model}, which is whole. Use it as is.")
+        raise RefusedError(
+            f"model must be an adapter, got {model}, which is a whole model. Use it as it is."
+        )
     import torch  # after all refusals
+    from safetensors import SafetensorError
 
     from realign.modeling.loading import load_model
     from realign.modeling.processors import load_processor
@@ -47,21 +49,25 @@ def merge(model: str, out: Path, dtype: str = "bfloat16") -> Path:
     _check_tied(adapted, folder)
     try:
         merged = adapted.merge_and_unload().to(getattr(torch, dtype))
-    except (RuntimeError, ValueError, NotImplementedError) as error:  # such as biases of its own
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # an adapter with biases, say
         reason = str(error).rstrip(".")
         raise RefusedError(
             f"adapter {folder} must be of a kind that can be merged, got {reason}. Use it as it is."
         ) from None
-    unfinished = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    merged.save_pretrained(unfinished)
-    load_processor(folder).save_pretrained(unfinished)
-    publish(unfinished, out)
+    try:
+        with new_folder(out) as unfinished:
+            merged.save_pretrained(unfinished)
+            load_processor(folder).save_pretrained(unfinished)
+    except SafetensorError as error:  # of a full disk; it has no error number
+        raise RefusedError(
+            f"{out} could not be written ({error}). Make room or choose another --out, and run the "
+            "same command again."
+        ) from None
     return out
 
 
 def _check_tied(adapted: Any, folder: Path) -> None:
-    """Refuse low-rank adapters of layers that share a weight: merged, each would change both."""
+    """Refuse adapters of an embedding and a head that share a weight: merging one changes both."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = adapted.get_base_model()

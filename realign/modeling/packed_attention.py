@@ -1,12 +1,11 @@
 """Attention over a packed row (:class:`realign.modeling.packing.Packing`): every answer attends to
-its own prefix and itself in a separate call, so nothing is masked out of a large matrix and nothing
-is padded.
+its own prefix and itself in a separate call, so no large mask is needed and nothing is padded.
 
-It is one of transformers' attention functions, named ``realign_sdpa`` or ``realign_flash``. Without
-a packing in its arguments it calls the function that it is built on, so generation and other calls
-of the model do not change. The masks of a family's layers (sliding windows, bidirectional image
-blocks) come from the family's own mask function, which transformers passes to
-:func:`_keep_mask_function` instead of turning it into a matrix.
+It is registered with transformers as ``realign_sdpa`` and ``realign_flash``. Without a packing in
+its arguments it calls the function that it is built on, so generation and other calls of the model
+do not change. The masks of a family's layers (sliding windows, bidirectional image blocks) come
+from the family's own mask functions, which :func:`_keep_mask_function` keeps instead of turning
+them into matrices.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class PackedAttention:
-    """The packing for the layers of one forward, which may be computed again in the backward.
+    """Packing and masks for the layers of one forward, which the backward may compute again.
 
     Args:
         packing: The layout.
@@ -42,14 +41,14 @@ class PackedAttention:
 
     def __init__(self, packing: Packing) -> None:
         self.packing = packing
-        # one a kind of layer, in the order in which the model asked for masks
+        # one per kind of layer, in the order in which the model asked for masks
         self.mask_functions: list[MaskFunction] = []
         self._masks: dict[tuple[int, SharedRow, int], Tensor | None] = {}
 
     def mask(self, kind: int, row: SharedRow, answer: int, device: torch.device) -> Tensor | None:
         """Return the attention mask of an answer's queries, shape ``(queries, prefix + answer)``,
-        True for visible; the first answer's queries include the prefix. None is a square causal
-        mask.
+        True where a query sees a key. The first answer's queries include the prefix. None stands
+        for a square causal mask.
         """
         key = (kind, row, answer)
         if key not in self._masks:
@@ -63,7 +62,7 @@ class PackedAttention:
             return None
         keys = torch.arange(row.start, row.start + row.prefix + row.answers[answer], device=device)
         queries = keys if answer == 0 else keys[row.prefix :]
-        # not a number: an index of none dimensions is one that the host reads, and waits for
+        # not a scalar: indexing with one makes the host wait for its value
         zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
         return sees(zero, zero, queries[:, None], keys[None, :]).expand(len(queries), len(keys))
 
@@ -73,7 +72,7 @@ _active: ContextVar[PackedAttention | None] = ContextVar("packed_attention", def
 
 @contextmanager
 def packed_attention(packing: Packing) -> Iterator[dict[str, PackedAttention]]:
-    """Leave a model's masks to attention within the block; yield arguments of the model's call."""
+    """Within the block, leave a model's masks to attention. Yield arguments for the model."""
     packed = PackedAttention(packing)
     token = _active.set(packed)
     try:
@@ -88,8 +87,8 @@ def _keep_mask_function(make_mask: Callable[..., Any]) -> Callable[..., Any]:
         if packed is None:
             return make_mask(*args, **kwargs)
         packed.mask_functions.append(kwargs.get("mask_function", causal_mask_function))
-        # Models hand a mask of four dimensions on as it is. The last one's length says which
-        # function it stands for, without a value that the host would have to wait for.
+        # Models pass a mask of four dimensions on unchanged. The length of its last dimension is
+        # the index of the mask function, so that the host need not wait for a value.
         kind = len(packed.mask_functions) - 1
         return torch.empty(1, 1, 0, kind, dtype=torch.bool, device=kwargs.get("device"))
 
@@ -97,9 +96,7 @@ def _keep_mask_function(make_mask: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Segment(NamedTuple):
-    """Consecutive queries of a row: its prefix together with the first answer, as one sequence, or
-    another answer.
-    """
+    """Consecutive queries of a row: its prefix and first answer together, or one other answer."""
 
     row: SharedRow
     answer: int
@@ -117,7 +114,7 @@ def _segments(packing: Packing) -> list[_Segment]:
 
 def _seen(tensor: Tensor, segments: list[_Segment]) -> Iterator[Tensor]:
     """Yield the keys or values of each segment, shape ``(1, heads, keys, head_dim)``."""
-    # split once: a slice's gradient would be as long as the whole row
+    # split once: the gradient of a slice would be as long as the whole row
     first: Tensor | None = None
     for segment, own in zip(segments, _split(tensor, segments), strict=True):
         if segment.answer == 0:
@@ -160,7 +157,7 @@ def _sdpa(
         strict=True,
     ):
         mask = packed.mask(attention_mask.shape[-1], segment.row, segment.answer, query.device)
-        # as transformers: only kernels without a mask read the heads of a group in place
+        # as in transformers: only kernels without a mask support grouped heads
         if not (enable_gqa := groups > 1 and use_gqa_in_sdpa(mask, keys, values)):
             keys, values = repeat_kv(keys, groups), repeat_kv(values, groups)
         outputs.append(
@@ -189,8 +186,8 @@ def _flash(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute the same by flash-attention's kernel for sequences of different lengths, whose causal
-    mask is aligned to the last key. It has not run on a GPU yet.
+    """Compute the same with flash-attention's kernel for sequences of different lengths, whose
+    causal mask is aligned to the last key. It has not run on a GPU yet.
     """
     if packed is None:
         if attention_mask is not None and attention_mask.dim() == 4:
@@ -213,7 +210,7 @@ def _flash(
     assert attention_mask is not None
     softcap = kwargs.pop("softcap", None)
     _check_arguments(kwargs)
-    # under autocast, positions are turned in float32
+    # under autocast, rotary embeddings return float32
     query, key = query.to(value.dtype), key.to(value.dtype)
     sees = packed.mask_functions[attention_mask.shape[-1]]
     if sees is not causal_mask_function and sliding_window is None:
@@ -269,7 +266,7 @@ AttentionMaskInterface.register("realign_flash", _keep_mask_function(flash_atten
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Let a model's decoder take packed rows, if it can."""
+    """Make a model's decoder accept packed rows, if its attention function has such a variant."""
     config = model.config.get_text_config()
     config._attn_implementation = ATTENTIONS.get(
         config._attn_implementation, config._attn_implementation

@@ -1,9 +1,9 @@
-"""Layouts of the answers of a micro-batch in its rows, which collator, model and loss share.
+"""Layouts of the answers of a micro-batch in its rows, shared by collator, model and loss.
 
-``separate`` has one padded row per cell, as in every trainer. ``shared prefix`` has one row for
-all: ``[v, x | y_w | y_l]`` of every pair and then ``[v_l, x | y_w]``, one after the other without
-padding. The image and the prompt are computed once for both answers; attention
-(:mod:`realign.modeling.packed_attention`) lets no answer see another.
+``separate`` has one padded row per cell, as in other trainers. ``shared prefix`` has a single row
+without padding: ``[v, x | y_w | y_l]`` and ``[v_l, x | y_w]`` of every pair, one after the other.
+Image and prompt are computed once for both answers, and attention
+(:mod:`realign.modeling.packed_attention`) lets no answer see the other.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from realign.errors import RefusedError
 from realign.runtime.progress import announce
 
-# transformers' attention functions to those over packed rows that are built on them
+# transformers' attention functions, and the variants for packed rows that are built on them
 ATTENTIONS = {"sdpa": "realign_sdpa", "flash_attention_2": "realign_flash"}
-# Layers that see tokens through attention alone; a recurrent layer would carry one answer's state
-# into the next.
+# Layers that see other tokens through attention alone; a recurrent layer would carry the state of
+# one answer into the next.
 SHARING_LAYERS = {"full_attention", "sliding_attention"}
 
 Layout = Literal["shared prefix", "separate"]
@@ -30,14 +30,13 @@ Layout = Literal["shared prefix", "separate"]
 
 @dataclass(frozen=True, slots=True)
 class SharedRow:
-    """A prefix and the answers that follow it, as they lie in the packed row.
+    """A prefix and the answers that follow it, as part of a packed row.
 
     Attributes:
         start: Index of the prefix's first token.
-        prefix: Tokens of the prefix: images and prompt.
-        answers: Tokens of every answer, the longest first. For attention and positions, each begins
-            where the first one begins, so that the positions and token types of the first one's
-            slots are those of all.
+        prefix: Number of tokens of the prefix: images and prompt.
+        answers: Number of tokens of every answer, the longest first. All answers have the positions
+            of the first one, as if each followed the prefix directly.
     """
 
     start: int
@@ -46,7 +45,7 @@ class SharedRow:
 
     @property
     def answer_starts(self) -> tuple[int, ...]:
-        """Index of every answer's first token."""
+        """Indices of the answers' first tokens."""
         return tuple(accumulate(self.answers[:-1], initial=self.start + self.prefix))
 
     @property
@@ -63,7 +62,7 @@ class SharedRow:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """Layout of one packed row, with the facts that are read on the host.
+    """Layout of one packed row, in numbers on the host.
 
     Attributes:
         rows: The shared rows, in order, without gaps.
@@ -73,7 +72,7 @@ class Packing:
 
     @classmethod
     def of(cls, lengths: Sequence[tuple[int, Sequence[int]]]) -> Packing:
-        """Lay out rows of (tokens of the prefix, tokens of its answers, the longest first)."""
+        """Return the layout for the lengths of prefixes and of their answers, the longest first."""
         rows: list[SharedRow] = []
         for prefix, answers in lengths:
             if sorted(answers, reverse=True) != list(answers):
@@ -83,7 +82,7 @@ class Packing:
 
 
 def why_not_shared(model: PreTrainedModel) -> str | None:
-    """Return why a model's answers cannot share a prefix; None if they can."""
+    """Return the reason why a model's answers cannot share a prefix; None if they can."""
     config = model.config.get_text_config()
     decoder = model.model.get_decoder() if hasattr(model.model, "get_decoder") else model.model
     name = type(decoder).__name__
@@ -95,20 +94,20 @@ def why_not_shared(model: PreTrainedModel) -> str | None:
     if getattr(decoder, "_is_stateful", False):
         return f"{name} is recurrent"
     if not getattr(decoder, "_supports_attention_backend", False):
-        return f"{name} does not take an attention function"
+        return f"{name} does not support other attention functions"
     if getattr(config, "attn_logit_softcapping", None) is not None:
-        return f"{name} bounds its attention scores"
+        return f"{name} caps its attention scores"
     return None
 
 
 def choose_layout(model: nn.Module, shared_prefix: bool | None = None) -> Layout:
-    """Return the layout of a model's batches, and announce why if it is the slower one.
+    """Return the layout of a model's batches. If a model cannot share prefixes, announce why.
 
     Args:
         model: A VLM, or an adapter on one.
-        shared_prefix: The layout that is requested; None for shared if the model can.
+        shared_prefix: Whether to share prefixes; None shares them if the model can.
     Raises:
-        RefusedError: It is requested and the model cannot.
+        RefusedError: ``shared_prefix`` is true and the model cannot.
     """
     vlm: Any = model
     base = vlm.get_base_model() if hasattr(vlm, "get_base_model") else vlm

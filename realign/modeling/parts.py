@@ -25,12 +25,12 @@ PROJECTOR_MODULES = (
     "merger",  # Qwen2-VL and later
     "deepstack_merger_list",  # Qwen3-VL
 )
-# Janus's image generation: no part of the answer's likelihood, so nothing to train
+# Janus's image generation, which does not affect the likelihood of an answer: never trained
 UNUSED_MODULES = ("vqmodel", "generation_embeddings", "generation_aligner", "generation_head")
 
 
 def part_of(name: str) -> Part:
-    """Return the part of a module or parameter by its dotted name, including peft's names."""
+    """Return the part that a module or parameter belongs to, by its dotted name, also in peft."""
     path = set(name.split("."))
     if not path.isdisjoint(PROJECTOR_MODULES):
         return "projector"
@@ -40,13 +40,13 @@ def part_of(name: str) -> Part:
 
 
 def frozen_parts(*, vision: bool, projector: bool, language: bool) -> set[Part]:
-    """Return the frozen parts; the parts that scoring does not use are always among them."""
+    """Return the frozen parts, which always include those that scoring does not use."""
     wanted: dict[Part, bool] = {"vision": vision, "projector": projector, "language": language}
     return {part for part, is_frozen in wanted.items() if is_frozen} | {"unused"}
 
 
 def freeze_parts(model: nn.Module, frozen: Iterable[Part]) -> None:
-    """Freeze parts of a model; parameters that were frozen before stay so.
+    """Freeze parts of a model; parameters that were frozen before stay frozen.
 
     Raises:
         RefusedError: The model lacks a part that is to be frozen, or nothing is left to train.
@@ -81,14 +81,14 @@ def parts_pattern(parts: Iterable[Part]) -> str:
     projector = rf"(.*\.)?({'|'.join(PROJECTOR_MODULES)})(\..*)?"
     vision = rf"(?!{projector}$)(.*\.)?({'|'.join(VISION_MODULES)})(\..*)?"
     unused = rf"(.*\.)?({'|'.join(UNUSED_MODULES)})(\..*)?"
-    # all that the others are not
+    # everything else
     language = rf"(?!({projector}|{vision}|{unused})$).*"
     patterns = {"projector": projector, "vision": vision, "unused": unused, "language": language}
     return "|".join(f"({patterns[part]})" for part in sorted(parts))
 
 
 def projector_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield full names and modules of the projector, the outermost ones that have a forward."""
+    """Yield the full names and the modules of the projector: the outermost that have a forward."""
     for name, module in model.named_modules():
         is_named = name.rpartition(".")[2] in PROJECTOR_MODULES
         is_inner = re.search(rf"(^|\.)({'|'.join(PROJECTOR_MODULES)})\.", name)
@@ -101,7 +101,7 @@ def projector_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Disable all dropout: a log-ratio compares two models, not two draws of noise."""
+    """Disable all dropout, so that a log-ratio compares two models and not two random masks."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -119,15 +119,15 @@ def trains_projector(model: nn.Module) -> bool:
 
 
 def check_projector_rate(model: nn.Module, rate: float | None) -> None:
-    """Refuse a learning rate of the projector where nothing of it trains.
+    """Refuse a learning rate of the projector if no part of the projector trains.
 
     Raises:
-        RefusedError: Naming the ways to train it.
+        RefusedError: No part of it trains; the message names the ways to train it.
     """
     if rate is not None and not trains_projector(model):
         raise RefusedError(
-            f"projector_learning_rate must be set only where the projector trains, got {rate}. Set "
-            "train_projector, name its layers in lora.targets, or drop it."
+            f"projector_learning_rate must be set only if the projector trains, got {rate}. Set "
+            "train_projector, name its layers in lora.targets, or drop the rate."
         )
 
 
@@ -137,10 +137,10 @@ def give_projector_its_rate(optimizer: Optimizer, model: nn.Module, rate: float)
 
     Args:
         optimizer: Optimizer of the parameters of ``model``; changed in place.
-        model: Names the parameters.
+        model: The model, by whose names the projector's parameters are found.
         rate: Peak learning rate.
     Raises:
-        RefusedError: Nothing of the projector trains.
+        RefusedError: No part of the projector trains.
     """
     check_projector_rate(model, rate)
     projector = {id(p) for name, p in model.named_parameters() if part_of(name) == "projector"}
@@ -150,5 +150,5 @@ def give_projector_its_rate(optimizer: Optimizer, model: nn.Module, rate: float)
         if moved:
             options = {name: value for name, value in group.items() if name != "initial_lr"}
             optimizer.add_param_group({**options, "params": moved, "lr": rate})
-    # a schedule and a checkpoint count groups, and one without parameters is of no use to either
+    # schedules and checkpoints count groups, so none without parameters is left
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

@@ -1,4 +1,4 @@
-"""Positions of a collated batch: every token has the same one as in its single sequence."""
+"""Positions in a collated batch: every token has the position that it has in its own sequence."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from realign.modeling.packing import Packing, SharedRow
 def rope_positions(
     body: Any, inputs: dict[str, Any], packing: Packing | None, images: ImageUse | None
 ) -> Tensor | None:
-    """Return ``position_ids`` for the model, or None if it computes the right ones itself.
+    """Return ``position_ids`` for the model, or None if it computes them correctly itself.
 
     Args:
         body: The VLM without its head.
         inputs: The model's inputs in the batch: ``input_ids`` (rows, T) and, for families with
             spatial positions of image tokens, ``mm_token_type_ids`` and ``image_grid_thw``.
-        packing: Layout of a packed row; None for separate ones.
-        images: Which images the rows show.
+        packing: Layout of a packed row; None for separate rows.
+        images: The images that the rows show.
     """
     ids: Tensor = inputs["input_ids"]
     if hasattr(body, "get_rope_index") and "mm_token_type_ids" in inputs:
@@ -41,8 +41,9 @@ def rope_positions(
 def _spatial(
     body: Any, inputs: dict[str, Any], packing: Packing | None, images: ImageUse | None
 ) -> Tensor:
-    """Return positions of M-RoPE, shape ``(3, rows, T)``, from the family's own index of each
-    single sequence. It runs on the CPU, since it reads every token on the host.
+    """Return the positions of M-RoPE, shape ``(3, rows, T)``, from the family's own function for
+    single sequences. They are computed on the CPU, because that function reads every token on the
+    host.
     """
     ids, types = inputs["input_ids"].cpu(), inputs["mm_token_type_ids"].cpu()
     if packing is None:
@@ -72,8 +73,8 @@ def _spatial(
 
 
 def _packed(positions: Tensor, row: SharedRow) -> Tensor:
-    """Return positions of a row, shape ``(..., tokens)``, from those of its prefix and first
-    answer: the other answers begin at the same position.
+    """Return the positions of a row, shape ``(..., tokens)``, from those of its prefix and first
+    answer; the other answers begin at the same position as the first.
     """
     others = [positions[..., row.prefix : row.prefix + length] for length in row.answers[1:]]
     return torch.cat([positions, *others], dim=-1)

@@ -1,7 +1,4 @@
-"""The preference loss inside a VLM's own forward.
-
-The loss is computed there because DDP, FSDP and ZeRO hook that call.
-"""
+"""The preference loss inside a VLM's own forward, because DDP, FSDP and ZeRO hook that call."""
 
 from __future__ import annotations
 
@@ -26,12 +23,12 @@ from realign_kernels import Objective, RdpoOutput, RdpoStatsOutput, rdpo_loss
 
 
 def attach_preference_forward(model: PreTrainedModel) -> None:
-    """Let ``model(**batch)`` of a :class:`realign.modeling.collate.PreferenceCollator` return an
-    :class:`RdpoOutput`, or with ``statistics=True`` an :class:`RdpoStatsOutput`; other calls stay
-    as they were.
+    """Make ``model(**batch)`` compute the preference loss for a batch of
+    :class:`realign.modeling.collate.PreferenceCollator`. It returns an :class:`RdpoOutput`, or an
+    :class:`RdpoStatsOutput` with ``statistics=True``. Other calls do not change.
 
     Raises:
-        RefusedError: The model's transform of its logits is unknown, its attention would ignore a
+        RefusedError: The transform of the model's logits is unknown, its attention would ignore a
             part of its mask, or a trainer of TRL has replaced its forward.
     """
     refuse_fused_head(model)
@@ -66,7 +63,7 @@ def attach_preference_forward(model: PreTrainedModel) -> None:
         )
         return head_loss(
             self,
-            # the state that predicts the first token of both answers is there twice
+            # contains the state that predicts the first token of both answers twice
             hidden_states.flatten(0, 1).index_select(0, answer_index),
             answer_labels,
             ref_logps,
@@ -82,13 +79,13 @@ def attach_preference_forward(model: PreTrainedModel) -> None:
 
 
 def refuse_fused_head(model: Any) -> None:
-    """Refuse a model whose forward is that of TRL's fused head: the preference forward would take
-    its place, and calls with ``fused_lm_head=True`` would return plain outputs.
+    """Refuse a model whose forward TRL's fused head has replaced: the preference forward would
+    replace it again, and calls with ``fused_lm_head=True`` would return plain outputs.
 
     Raises:
         RefusedError: A trainer of TRL was made with this model.
     """
-    code = getattr(model.__dict__.get("forward"), "__code__", None)  # of a method: its function's
+    code = getattr(model.__dict__.get("forward"), "__code__", None)
     if code is not None and "fused_lm_head" in code.co_varnames:
         raise RefusedError(
             f"model must not have been given to a trainer of TRL before, got a "
@@ -98,16 +95,16 @@ def refuse_fused_head(model: Any) -> None:
 
 
 def refuse_flash(model: Any) -> None:
-    """Refuse flash-attention if it would compute another model.
+    """Refuse flash-attention if it would ignore a part of the model's mask.
 
     Raises:
-        RefusedError: The family needs a mask of its own.
+        RefusedError: The family attends to some tokens in both directions.
     """
     attention = model.config.get_text_config()._attn_implementation or ""
     seen = SEEN_BOTH_WAYS.get(model.config.model_type)
     if seen and "flash" in attention:
         raise RefusedError(
-            f"attention must be sdpa for {type(model).__name__}, which sees {seen} in both "
+            f"attention must be sdpa for {type(model).__name__}, which attends to {seen} in both "
             f"directions, got {attention}. Drop that option."
         )
 
@@ -125,10 +122,10 @@ def body_states(
     Args:
         model: The VLM.
         inputs: The model's inputs in the batch.
-        packing: Layout of a packed row; None for separate ones.
-        images: Which images the rows show.
-        unseen_images: Inputs of images to encode if the rows show none, but those of other ranks
-            may.
+        packing: Layout of a packed row; None for separate rows.
+        images: The images that the rows show.
+        unseen_images: Inputs of images to encode although the rows show none, because the rows of
+            other ranks may show some.
     """
     body: Any = model.model
     positions = rope_positions(body, inputs, packing, images)
@@ -157,8 +154,8 @@ def head_loss(
     rejected_scoring: str,
     statistics: bool = False,
 ) -> RdpoOutput | RdpoStatsOutput:
-    """Apply :func:`realign_kernels.rdpo_loss` to packed tokens with the model's own head: bias,
-    LoRA, scale and softcap included.
+    """Apply :func:`realign_kernels.rdpo_loss` to the hidden states of answer tokens, with the
+    model's own head: bias, LoRA, scale and softcap included.
 
     Raises:
         RefusedError: The head has an adapter that :func:`lora_of_head` refuses.
@@ -188,8 +185,8 @@ def lora_of_head(head: Any) -> tuple[Tensor, Tensor, float] | None:
     """Return A, B and the scaling of the active LoRA adapter of an output projection, or None.
 
     Raises:
-        RefusedError: It has an adapter of another kind, several are active, or its LoRA computes
-            more than ``B A``, which the loss would ignore.
+        RefusedError: The adapter is of another kind, several are active, or the LoRA computes more
+            than ``B A``, which the loss would ignore.
     """
     if not hasattr(head, "get_base_layer") or head.disable_adapters or head.merged:
         return None
@@ -198,7 +195,7 @@ def lora_of_head(head: Any) -> tuple[Tensor, Tensor, float] | None:
     factors = getattr(head, "lora_A", head.active_adapters)
     active = [name for name in head.active_adapters if name in factors]
     if not active:
-        return None  # the adapter that is active has no part here
+        return None  # the active adapter has no weights for this layer
     (name, *others) = active
     is_plain = (
         not others

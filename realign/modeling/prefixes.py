@@ -1,4 +1,4 @@
-"""Prefixes of answers: prompts with their images, each distinct one processed once."""
+"""Prefixes of answers: prompts with their images. Equal prefixes are processed once."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Prefixes:
     """Processed prefixes.
 
     Attributes:
-        tokens: Of each prefix, ``input_ids`` and the model's other inputs per token, ``(length,)``.
+        tokens: ``input_ids`` and the model's other inputs per token, ``(length,)``, by prefix.
         image_inputs: The processor's tensors of the distinct sets of images.
         sets: Index of each set of images.
-        images: Number of tokens and images of each set.
+        set_tokens: Number of image tokens of each set.
         answer_type: Token type of answers.
     """
 
@@ -55,7 +55,7 @@ class Prefixes:
         return row
 
     def use(self, rows: Sequence[Prefix]) -> ImageUse | None:
-        """Return the use of images by the rows; None without images."""
+        """Return the images that the rows show, one prefix per row; None without images."""
         if not self.sets:
             return None
         shown = tuple(self.sets[prefix.images] for prefix in rows if prefix.images)
@@ -72,22 +72,23 @@ def encode_prefixes(
 
     Args:
         processor: The model's processor.
-        prefixes: Each with a function that decodes its images.
-        add_special_tokens: Whether the tokenizer adds its own.
+        prefixes: Prefixes, each with a function that decodes its images.
+        add_special_tokens: Whether the tokenizer adds its own special tokens.
     """
     sets: dict[tuple[bytes, ...], int] = {}
-    first, again, without = [], [], []  # of a set of images, with one that was there, text only
+    # the first prefix with a set of images, later ones with the same set, and those without images
+    first, later, without = [], [], []
     for prefix in prefixes:
         if not prefix.images:
             without.append(prefix)
         elif prefix.images in sets:
-            again.append(prefix)
+            later.append(prefix)
         else:
             sets[prefix.images] = len(sets)
             first.append(prefix)
     tokens: dict[Prefix, Mapping[str, Tensor]] = {}
     image_inputs: Mapping[str, Tensor] = {}
-    for group in (first, again, without):
+    for group in (first, later, without):
         if not group:
             continue
         inputs = process(

@@ -1,5 +1,5 @@
-"""Loading of processors, also of families that take videos without torchvision, which only the
-video part requires.
+"""Loading of processors. Those that also process videos are loaded without torchvision too, which
+only their video part requires.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from transformers.utils import is_torchvision_available
 
 from realign.errors import RefusedError
 from realign.modeling.families import CHAT_TEMPLATES
-from realign.modeling.folder import is_adapter, resolve_base
+from realign.modeling.folder import first_line, is_adapter, resolve_base
+from realign.modeling.model_config import load_model_config
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 VIDEO_FILES = ("video_preprocessor_config.json", "preprocessor_config.json")
@@ -32,7 +33,7 @@ def image_only(processor_class: type) -> Any:
 
     class ImageOnly(processor_class):
         video_config: dict[str, Any] | None = None
-        # SmolVLM asks for these whenever it fills a template
+        # SmolVLM reads these whenever it applies a chat template
         video_processor = SimpleNamespace(num_frames=None, fps=None)
 
         @classmethod
@@ -40,7 +41,7 @@ def image_only(processor_class: type) -> Any:
             return [name for name in super().get_attributes() if name != "video_processor"]
 
         def to_dict(self) -> dict[str, Any]:
-            # a saved processor is whole again where torchvision is
+            # a saved processor has its video part again if torchvision is installed
             video = {"video_processor": self.video_config} if self.video_config else {}
             return super().to_dict() | video
 
@@ -49,10 +50,11 @@ def image_only(processor_class: type) -> Any:
 
 
 def load_without_videos(folder: Path) -> Any | None:
-    """Load a processor without its video part; None if it has none, or torchvision is installed.
+    """Load a processor without its video part. Return None if it has no video part, or if
+    torchvision is installed.
 
     Raises:
-        RefusedError: It requires another package, too.
+        RefusedError: The processor requires another package that is missing.
     """
     processor_class = _processor_class(folder)
     if (
@@ -67,10 +69,10 @@ def load_without_videos(folder: Path) -> Any | None:
     options.pop("video_processor", None)
     try:
         processor = processor_class.from_args_and_dict([*parts, None], options)
-    except ImportError as error:  # SmolVLM's, which spells numbers of frames
+    except ImportError as error:  # SmolVLM's requires num2words
         raise RefusedError(
-            f"{folder} must have all that its processor needs, got {' '.join(str(error).split())}. "
-            "Install what is missing."
+            f"the processor of {folder} requires a package that is not installed: "
+            f"{' '.join(str(error).split())}. Install it."
         ) from None
     processor.video_config = _video_config(folder)
     return processor
@@ -84,7 +86,7 @@ def _processor_class(folder: Path) -> Any | None:
                 return getattr(transformers, found, None)
     if not (folder / "config.json").is_file():
         return None
-    return PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(folder)))
+    return PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(folder)), None)
 
 
 def _video_config(folder: Path) -> dict[str, Any] | None:
@@ -103,7 +105,8 @@ def load_processor(folder: Path) -> Any:
     """Load the processor of a model folder, or of an adapter's base if the adapter has none.
 
     Raises:
-        RefusedError: The processor has no chat template, or no fast tokenizer.
+        RefusedError: The folder holds no processor of images and text, or the processor has no chat
+            template or no fast tokenizer.
 
     Example::
 
@@ -113,7 +116,22 @@ def load_processor(folder: Path) -> Any:
     """
     if not (folder / "processor_config.json").is_file() and is_adapter(folder):
         folder = resolve_base(folder)
-    processor = load_without_videos(folder) or AutoProcessor.from_pretrained(folder)
+    load_model_config(folder)  # refuses other models and damaged configurations
+    try:
+        processor = load_without_videos(folder) or AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, RefusedError):
+            raise
+        raise RefusedError(
+            f"{folder} must hold the processor of a vision-language model, got "
+            f"{type(error).__name__}: {first_line(error)}. Download the model with all of its "
+            "files."
+        ) from None
+    if not hasattr(processor, "tokenizer"):
+        raise RefusedError(
+            f"{folder} must hold a processor of images and text, got "
+            f"{type(processor).__name__} alone. Download the model with all of its files."
+        )
     if not getattr(processor, "chat_template", None):
         processor.chat_template = CHAT_TEMPLATES.get(type(processor).__name__)
     if not processor.chat_template:

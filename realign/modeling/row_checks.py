@@ -28,19 +28,20 @@ def check_rows(
     vocabulary: Vocabulary | None = None,
     known: RowIndex | None = None,
 ) -> RowIndex:
-    """Check every row's content, images, template, tokens and length, and return the rows' facts.
+    """Check every row's content, images, chat template, tokens and length. Return the facts of all
+    rows.
 
     Args:
         records: The rows.
         processor: The model's processor.
         cells: Number of cells of a pair that will be used.
-        max_length: Longest row in tokens, image tokens included; None for any.
-        position_limit: Longest row that the model supports; None if it is not known.
-        vocabulary: The tokens that the model has; None where its configuration is not known.
-        known: Facts of the same rows; if they were checked for as many cells, limits alone are
-            checked again.
+        max_length: Longest row in tokens, image tokens included; None for no limit.
+        position_limit: Longest row that the model supports, in tokens; None if it is not known.
+        vocabulary: The tokens that the model has; None if its configuration is not known.
+        known: Facts of the same rows from an earlier check. If it was for the same number of cells,
+            only the limits are checked again.
     Raises:
-        RefusedError: Naming the rows.
+        RefusedError: Rows are bad; the message names them.
 
     Example::
 
@@ -52,7 +53,9 @@ def check_rows(
         ['r0', 'r1']
     """
     if known is not None and known.cells == cells:
-        announce(f"{len(records):,} rows are those that were good before; not checked again")
+        announce(
+            f"{len(records):,} rows were checked before and have not changed; not checked again"
+        )
     else:
         known = _checked(records, processor, cells, vocabulary)
     limits = (
@@ -68,7 +71,7 @@ def check_rows(
 def _checked(
     records: Sequence[Record], processor: Any, cells: int, vocabulary: Vocabulary | None
 ) -> RowIndex:
-    """Check all but the limits: every row is read, hashed and decoded once."""
+    """Check everything except the limits; every row is read, hashed and decoded once."""
     lengths = RowLengths(processor, {}, cells, vocabulary)
     facts: list[RowFacts] = []
     refusals: list[RefusedError] = []
@@ -83,10 +86,10 @@ def _checked(
         )
         if found := [*lengths.problems(record, images, rejected_images)]:
             return found
-        if not facts:  # a processor that alters texts alters every one
+        if not facts:  # once: a processor that alters texts alters those of every row
             try:
                 check_processor(processor, record)
-            except RefusedError as refusal:  # the rows' own problems are listed first
+            except RefusedError as refusal:  # raised after the problems of the rows
                 refusals.append(refusal)
                 return []
         facts.append(RowFacts(record.id, record.key, images, rejected_images, lengths.rows[-1]))
@@ -103,7 +106,7 @@ def check_processor(processor: Any, record: Record) -> None:
     """Check that a processor changes a text only by inserting image tokens.
 
     Raises:
-        RefusedError: It alters the text.
+        RefusedError: It changes anything else.
     """
     renderer = Renderer(processor)
     rendered = renderer.render(record.prompt, record.chosen, len(record.images), record.where)
@@ -113,7 +116,7 @@ def check_processor(processor: Any, record: Record) -> None:
         {prefix: record.open_images},
         add_special_tokens=renderer.adds_special_tokens(prefix.text),
     )
-    # what the last image may have been expanded to is not known in general
+    # compare the text after the last image, whose tokens are not known in general
     after = prefix.text.rpartition(getattr(processor, "image_token", "\0"))[2]
     found, expected = (
         "".join(processor.tokenizer.decode(ids, skip_special_tokens=True).split())

@@ -1,4 +1,4 @@
-"""Facts of every row of a dataset, found in one pass and kept in a file of the run."""
+"""Facts of every row of a dataset, gathered in one pass and kept in a file of the run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Sizes = tuple[Size | None, ...]
 
 
 class RowFacts(NamedTuple):
-    """Facts of a row, so that a run need not read it again.
+    """Facts of a row that a run uses without reading the row again.
 
     Attributes:
         id: The row's id.
@@ -46,12 +46,12 @@ class RowFacts(NamedTuple):
 
 @dataclass
 class RowIndex:
-    """The facts of all rows, in their order.
+    """The facts of all rows, in order.
 
     Attributes:
         rows: The facts.
-        cells: Number of sequences of a row that were checked and measured; 0 if none was.
-        image_tokens: Number of images by the number of their tokens.
+        cells: Number of sequences per row that were checked and measured; 0 if none was.
+        image_tokens: Number of images, by their number of tokens.
     """
 
     rows: list[RowFacts] = field(default_factory=list)
@@ -83,11 +83,11 @@ class RowIndex:
 
 
 class RowFile:
-    """The file that keeps a :class:`RowIndex` of checked rows, for a run that is continued.
+    """File that keeps a :class:`RowIndex` of checked rows, for when a run is resumed.
 
-    It is valid for one dataset file, by the hash of its bytes, without the rows dropped by
-    decisions, and for one model, template and processor. Images in a folder are read and hashed
-    again, in any case. Limits are not part of it.
+    It is valid only for the same bytes of the dataset, the same rows dropped by decisions, and the
+    same model, template and processor. Rows whose images lie in a folder are always read and hashed
+    again. Limits on lengths are not part of it.
 
     Args:
         path: The file.
@@ -114,7 +114,7 @@ class RowFile:
         )
 
     def restore(self) -> RowIndex:
-        """Return the kept facts if the rows are those that were checked, else new ones."""
+        """Return the kept facts if the rows have not changed; otherwise facts of unchecked rows."""
         kept = self._read()
         if kept is not None and not self._has_image_folder:
             return kept
@@ -122,7 +122,7 @@ class RowFile:
         return found if kept is None or kept.keys != found.keys else kept
 
     def keep(self, index: RowIndex) -> None:
-        """Write the file."""
+        """Write the facts to the file."""
         content = {
             "schema": SCHEMA,
             "stamp": self._stamp,

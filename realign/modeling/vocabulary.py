@@ -1,4 +1,4 @@
-"""Tokens for which a model's embedding has rows."""
+"""Tokens that have a row in a model's embedding."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from realign.modeling.families import IMAGE_TOKEN_WITHOUT_ROW, image_token_id
 
 
 class Vocabulary:
-    """Finder of tokens without a row in a model's embedding, which would be read beyond its end.
+    """Check for tokens without a row in a model's embedding, which would be read beyond its end.
 
-    An embedding with more rows than the tokenizer has tokens is padded, which is usual.
+    An embedding with more rows than the tokenizer has tokens is padded, which is common.
 
     Args:
         processor: The model's processor.
@@ -41,7 +41,7 @@ class Vocabulary:
             f"{name} must have tokens below {self._rows}, the number of rows of the model's "
             f"embedding, got {token} ({self._tokenizer.convert_ids_to_tokens(token)!r}) of a "
             f"tokenizer with {self._num_tokens} tokens. Use the tokenizer that the model was "
-            "trained with, resize its embedding, or remove what needs the token."
+            "trained with, resize the embedding, or remove the text that has the token."
         )
 
     def surplus(self) -> str:
@@ -49,6 +49,6 @@ class Vocabulary:
         if self._num_tokens <= self._rows:
             return ""
         return (
-            f"the tokenizer has {self._num_tokens} tokens, the model's embedding {self._rows} "
-            "rows; a row that needs one of the others is rejected"
+            f"the tokenizer has {self._num_tokens} tokens, but the model's embedding only "
+            f"{self._rows}; a row of the dataset with one of the others is rejected"
         )

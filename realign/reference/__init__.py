@@ -1,12 +1,12 @@
 """Reference log-probabilities, computed once per row and refused for any other inputs.
 
-    <root>/<identity, 16 digits>/identity.json   what the numbers depend on
-    <root>/<identity>/shards/*.safetensors       rows, found by the hash of their content
+    <root>/<identity, 16 digits>/identity.json   everything that the values depend on
+    <root>/<identity>/shards/*.safetensors       rows, identified by the hash of their content
     <root>/<identity>/manifest.json              written last: every shard with its hash
-    <root>/<identity>/build.lock                 held while it is built
+    <root>/<identity>/build.lock                 locked during a build
 
-A row is found by its content, never by its position, so order, filtering and repetition of the
-dataset do not matter. docs/guides/cache.md lists the guarantees.
+A row is identified by its content, never by its position, so a dataset may be reordered, filtered
+or repeated. docs/guides/cache.md lists the guarantees.
 """
 
 from realign.modeling.identity import (

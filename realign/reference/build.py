@@ -1,7 +1,7 @@
 """Building of caches, shard by shard; a killed build continues where it stopped.
 
-Rows are cut into shards, and shards dealt to ranks, in whole batches, so a row is computed in the
-same batch whatever the size of shards and the number of processes.
+Shards are whole batches and each rank computes whole shards, so a row is computed in the same batch
+whatever the shard size and the number of processes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from realign.reference.store import LockedCache, building, read_committed
 from realign.runtime.progress import Progress
 from realign.runtime.ranks import Ranks
 
-PIXEL_INTERVAL = 256  # rows for one whose pixels are compared in training
+PIXEL_INTERVAL = 256  # one row in so many has its pixels compared in training
 
 
 def build_cache(
@@ -41,20 +41,20 @@ def build_cache(
     ranks: Ranks | None = None,
     rows: RowIndex | None = None,
 ) -> Path:
-    """Compute the missing rows, commit them, and return the identity's folder.
+    """Compute the rows that a cache lacks, commit them, and return the identity's folder.
 
     Args:
         records: The rows; equal ones are computed once.
-        scoring: How rows are scored.
-        root: The cache, which may hold other identities too.
+        scoring: Settings of the scoring.
+        root: The cache folder, which may hold other identities too.
         shard_size: Rows per shard, rounded up to whole batches.
         identity: Identity of the values of ``scoring``, if it is known.
         ranks: The processes that share the work; those of the launcher by default.
         rows: Facts of the records, from :func:`realign.modeling.row_checks.check_rows`, if they are
             known.
     Raises:
-        RefusedError: Two rows have one id and different content; a row is too long; the file
-            system refuses; or the probe finds the values wrong.
+        RefusedError: Two rows have one id and different content; a row is too long; the folder
+            cannot be written; or the probe finds wrong values.
         FloatingPointError: A log-probability is not finite; nothing of its shard is stored.
 
     Example::
@@ -75,14 +75,14 @@ def build_cache(
     found = ranks.gather((_has_all(place, wanted), place.exists()))
     if all(has_all for has_all, _ in found):
         return place
-    # a model may be refused, so nothing is written before it is loaded
+    # loading may refuse the model, so it comes before anything is written
     scorer = None if any(exists for _, exists in found) else ranks.run_together(scoring.load)
     with _locked(place, ranks):
         plan = ranks.run_together(
             lambda: _plan(place, identity, wanted) if ranks.is_first else None
         )
         ranks.check_folder_is_shared(place)
-        # one rank's view for all: file systems of several machines may lag behind
+        # the first rank decides for all: a shared file system may lag behind on other machines
         missing, first = ranks.gather(plan)[0] or ([], 0)
         if missing and scorer is None:
             scorer = ranks.run_together(scoring.load)
@@ -111,7 +111,9 @@ def _check_agreement(identity: Identity, ranks: Ranks) -> None:
         if lines := identity_differences(other, identity):
             raise RefusedError(
                 f"ranks must compute alike, got on rank {rank} (cached) and rank {ranks.rank} "
-                "(needed):" + "".join(f"\n  {line}" for line in lines) + "\nUse equal machines."
+                "(needed):"
+                + "".join(f"\n  {line}" for line in lines)
+                + "\nUse machines of one kind, with the same packages."
             )
 
 
@@ -131,7 +133,7 @@ def _unique(records: Sequence[Record], rows: RowIndex) -> dict[str, int]:
 
 
 def _has_all(place: Path, wanted: dict[str, int]) -> bool:
-    """Return whether a folder has all rows. The builder repairs one that is damaged."""
+    """Return whether a folder has all rows. A damaged one has not, and the build repairs it."""
     try:
         committed = read_committed(place)
     except DamagedError:
@@ -150,7 +152,7 @@ def _locked(place: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def _plan(place: Path, identity: Identity, wanted: dict[str, int]) -> tuple[list[int], int]:
-    """Return the positions of the rows to compute, and the number of their first shard."""
+    """Return the positions of the rows to compute, and the number of the first new shard."""
     work = LockedCache.open(place, identity, repairs=True)
     return _missing(wanted, work), work.next_index
 

@@ -1,7 +1,7 @@
 """Import of another trainer's log-probabilities, from parquet columns with TRL's names.
 
-Their numerics are unknown, so a run takes them only with accept_numerics, after it has computed 64
-rows again.
+The numerics of these values are unknown, so a run accepts them only with accept_numerics, after
+computing 64 rows again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import torch
+from pyarrow import types
 
 from realign.data.dataset import read_records
 from realign.errors import RefusedError
@@ -35,12 +36,11 @@ COLUMNS = (
 
 
 def import_columns(data: Path, model: str, out: Path) -> Path:
-    """Make a cache of the columns ``ref_chosen_logps`` and ``ref_rejected_logps``, and
-    ``ref_image_rejected_logps`` and ``ref_both_rejected_logps`` if they exist. Returns the cache's
-    folder.
+    """Make a cache from the columns ``ref_chosen_logps`` and ``ref_rejected_logps``, and from
+    ``ref_image_rejected_logps`` and ``ref_both_rejected_logps`` if they exist. Return its folder.
 
     Args:
-        data: Parquet file with rows and columns, or a folder with ``dataset.parquet``.
+        data: Parquet dataset that has these columns, or a folder with ``dataset.parquet``.
         model: Model that computed the values: folder or hub id.
         out: Cache folder.
     Raises:
@@ -51,8 +51,8 @@ def import_columns(data: Path, model: str, out: Path) -> Path:
     file = data / "dataset.parquet" if data.is_dir() else data
     if file.suffix != ".parquet":
         raise RefusedError(
-            f"data must be a parquet file to import columns of, got {data}. "
-            "Give the dataset that holds them."
+            f"data must be a parquet file to import columns from, got {data}. Name the dataset "
+            "that holds them."
         )
     records = read_records(file, None)
     logps = _read_columns(file, len(records))
@@ -72,7 +72,7 @@ def import_columns(data: Path, model: str, out: Path) -> Path:
 
 
 def _read_columns(file: Path, num_rows: int) -> np.ndarray:
-    """Return the values, shape ``(rows, C)``."""
+    """Return the log-probabilities, shape ``(rows, C)``."""
     schema = pyarrow.parquet.read_schema(file)
     columns = [name for name in COLUMNS if name in schema.names]
     if columns[:2] != list(COLUMNS[:2]) or columns != list(COLUMNS[: len(columns)]):
@@ -80,14 +80,21 @@ def _read_columns(file: Path, num_rows: int) -> np.ndarray:
             f"{file} must have the columns {COLUMNS[0]} and {COLUMNS[1]} (then {COLUMNS[2]} and "
             f"{COLUMNS[3]}), got {columns or 'none of them'}. Add them."
         )
+    for name in columns:
+        kind = schema.field(name).type
+        if not (types.is_floating(kind) or types.is_integer(kind) or types.is_decimal(kind)):
+            raise RefusedError(
+                f"{file}: {name} must be a column of numbers, one summed log-probability per row, "
+                f"got {kind}. Sum over the tokens of the answer."
+            )
     table = pyarrow.parquet.read_table(file, columns=columns)
     values: Any = np.stack(
         [table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in columns], axis=1
     )
     if len(values) != num_rows:
         raise RefusedError(
-            f"{file} must have one value per row, got {len(values)} of {num_rows}. Compute the "
-            "others."
+            f"{file} must have one value per row, got {len(values)} for {num_rows} rows. Compute "
+            "the others."
         )
     bad = ~(np.isfinite(values) & (values <= 0))
     if bad.any():

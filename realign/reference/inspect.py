@@ -23,10 +23,10 @@ from realign.reference.store import (
 
 
 def cache_folders(root: Path) -> list[Path]:
-    """Return the folders of identities: ``root`` itself, or those in it.
+    """Return the identities' folders in a cache: ``root`` itself, or those inside it.
 
     Raises:
-        RefusedError: There are none.
+        RefusedError: There is none.
     """
     names = (IDENTITY, MANIFEST, "shards")
     if any((root / name).exists() for name in names):
@@ -46,7 +46,7 @@ def verify_cache(root: Path) -> list[str]:
     Returns:
         One line per identity, each of which is intact.
     Raises:
-        RefusedError: Something is damaged or missing; the message names all of it.
+        RefusedError: Files are damaged or missing; the message names all of them.
     """
     lines, wrong = [], []
     for place in cache_folders(root):
@@ -84,7 +84,7 @@ def _problems(place: Path) -> Iterator[str]:
 
 
 def describe_cache(root: Path) -> Iterator[str]:
-    """Yield lines on the identity of a cache, its size and its probe, without checking it."""
+    """Yield lines on the identity, the size and the probe of a cache, without verifying it."""
     for place in cache_folders(root):
         identity, manifest = read_identity(place), read_manifest(place)
         yield f"{place}"
@@ -95,8 +95,8 @@ def describe_cache(root: Path) -> Iterator[str]:
 
 def _state(place: Path, manifest: Manifest | None) -> Iterator[str]:
     if manifest is None:
-        left = len(list(shard_paths(place)))
-        yield f"  unfinished: {left} shards so far. Run `realign cache` again"
+        num_shards = len(list(shard_paths(place)))
+        yield f"  unfinished: {num_shards} shards so far. Run `realign cache` again"
         return
     num_bytes = sum(shard.bytes for shard in manifest.shards)
     yield f"  {manifest.rows} rows in {len(manifest.shards)} shards, {size(num_bytes)}"
@@ -111,8 +111,8 @@ def _state(place: Path, manifest: Manifest | None) -> Iterator[str]:
             f"{largest} at most"
         )
     committed = {shard.file for shard in manifest.shards}
-    if beside := sum(path.name not in committed for path in shard_paths(place)):
-        yield f"  {beside} more shards of a build that was stopped: run `realign cache` again"
+    if uncommitted := sum(path.name not in committed for path in shard_paths(place)):
+        yield f"  {uncommitted} more shards of a build that was stopped: run `realign cache` again"
     if (place / DAMAGED).is_dir():
         yield f"  damaged files were set aside in {place / DAMAGED}"
 

@@ -17,10 +17,13 @@ from realign.runtime.run_folder import check_out
 
 def merge_caches(sources: Sequence[Path], out: Path) -> Path:
     """Merge the rows of several caches into one and return the identity's folder. Rows that ``out``
-    has already do not change; of rows in several sources the first one's values are taken.
+    already has do not change; for a row of several sources, the first source counts.
 
+    Args:
+        sources: Folders with one finished cache each.
+        out: Cache folder to add the rows to.
     Raises:
-        RefusedError: A source holds no finished cache or several, or is of another identity; each
+        RefusedError: A source holds no finished cache or several, or has another identity; each
             field that differs is named.
     """
     check_out(out)
@@ -49,8 +52,8 @@ def _read_only_one(source: Path) -> Committed:
     folders = cache_folders(source)
     if len(folders) > 1:
         raise RefusedError(
-            f"a merged cache must be of one identity, got {source} with {len(folders)}. Give one "
-            f"of {', '.join(folder.name for folder in folders)} in it."
+            f"a cache to merge must be of one identity, got {source} with {len(folders)}. Name one "
+            f"of its folders: {', '.join(folder.name for folder in folders)}."
         )
     committed = read_committed(folders[0])
     if committed is None:
@@ -61,15 +64,15 @@ def _read_only_one(source: Path) -> Committed:
 
 
 def _joined(probes: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
-    """Return all probes as one; None if nothing was probed."""
-    done = [probe for probe in probes if probe is not None]
-    if not done:
+    """Return the probes of several caches as one; None if no cache was probed."""
+    known = [probe for probe in probes if probe is not None]
+    if not known:
         return None
-    weights = np.array([probe["rows"] for probe in done], float)
-    squares = np.array([probe["rms"] for probe in done]) ** 2
+    weights = np.array([probe["rows"] for probe in known], float)
+    squares = np.array([probe["rms"] for probe in known]) ** 2
     rms = np.sqrt((weights[:, None] * squares).sum(0) / weights.sum())
     return {
         "rows": int(weights.sum()),
         "rms": [float(value) for value in rms],
-        "max": [float(value) for value in np.max([probe["max"] for probe in done], axis=0)],
+        "max": [float(value) for value in np.max([probe["max"] for probe in known], axis=0)],
     }

@@ -1,5 +1,5 @@
-"""Probe of a cache: a few rows are computed again, each answer alone, to measure how far
-log-probabilities move with batch and layout, and whether a model can share prefixes.
+"""Probe of a cache: a few rows are computed again, each sequence alone, to measure how much
+log-probabilities change with the batch and the layout, and whether a model can share prefixes.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from realign.reference.scoring import Scorer
 
 PROBE_ROWS = 64
 SEED = 0
-# bound on the difference of float32 sums of a few hundred tokens, in nats and as a share of the sum
+# largest difference between float32 sums of a few hundred tokens, in nats and relative to the sum
 ABSOLUTE, RELATIVE = 1e-4, 1e-6
 
 
 def probe_rows(keys: Mapping[str, int] | Sequence[str]) -> list[str]:
-    """Choose the rows of a probe, the same ones whatever the order of the rows."""
+    """Return the keys of the rows to probe, which do not depend on the order of the rows."""
     ordered = sorted(keys)
     return sorted(Random(SEED).sample(ordered, min(PROBE_ROWS, len(ordered))))
 
@@ -56,8 +56,8 @@ def run_probe(
     Returns:
         The entry of the manifest: ``rows``, ``rms`` and ``max`` in nats by cell.
     Raises:
-        RefusedError: Float32 values differ by more than rounding, so one of the two layouts is
-            wrong for this model.
+        RefusedError: Float32 values differ by more than rounding, so the layout of the batches
+            gives wrong values for this model.
     """
     cached, alone = deviations(reference, records, scorer)
     off = np.abs(cached - alone)
@@ -68,11 +68,11 @@ def run_probe(
             f"{bad.any(axis=1).sum()} of {len(records)} probed rows must have the same log-"
             f"probabilities alone as in a batch ({layout}), first: {records[row].where}, cell "
             f"{cell}, got {cached[row, cell]:.6f} and {alone[row, cell]:.6f} alone, more than "
-            f"{ABSOLUTE} + {RELATIVE} of it apart. This model cannot be computed so; "
+            f"{ABSOLUTE} + {RELATIVE} of the value apart. This layout is wrong for this model; "
             + (
                 "set cache.shared_prefix and train.shared_prefix to false."
                 if layout == "shared prefix"
-                else "set cache.batch_size and train.batch_size to 1, and report it."
+                else "set cache.batch_size and train.batch_size to 1, and report the model."
             )
         )
     return {
@@ -83,7 +83,7 @@ def run_probe(
 
 
 def is_exact(identity: Identity) -> bool:
-    """Return whether all products are computed in float32."""
+    """Return whether all products of an identity's values are computed in float32."""
     numerics = identity["numerics"]
     return (
         numerics["dtype"] == "float32"

@@ -1,4 +1,4 @@
-"""Opening the cache of a run, or refusing it with every difference of its identity."""
+"""Reading of a run's cache; one that does not fit is refused with every field that differs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from realign.reference.store import IDENTITY, MANIFEST, Committed, read_committe
 from realign.runtime.progress import announce
 from realign.runtime.ranks import Ranks
 
-# multiple of the variation of a value with the batch, on the machine of the cache or on this one
+# tolerance, as a multiple of the change of a value by batching on either machine
 TOLERATED_VARIANCES = 2.0
 
 
@@ -36,10 +36,10 @@ def accept_numerics(
     needed: Identity,
     load: Callable[[], Scorer],
 ) -> dict[str, Any]:
-    """Compute rows here and compare them with the cached ones.
+    """Compute rows on this machine and compare them with the cached ones.
 
-    The tolerance of each value is 1e-4 nats + 1e-6 of it, and twice the most that any probed value
-    moves when its row is computed alone: on the machine of the cache, or on this one.
+    The tolerance of each value is 1e-4 nats + 1e-6 of the value, plus twice the largest change of
+    any probed value when its row is computed alone, on the machine of the cache or on this one.
 
     Args:
         reference: The cached values.
@@ -48,8 +48,8 @@ def accept_numerics(
         needed: Identity of this run.
         load: Function that loads the reference model.
     Returns:
-        The record of the acceptance: the differences, the number of compared rows, and the largest
-        difference, the tolerance and the largest variation of a value, in nats.
+        Facts for accepted_numerics.json: the fields that differ, the number of compared rows, and
+        in nats the largest difference, the tolerance and the largest change by batching.
     Raises:
         RefusedError: A value differs by more.
     """
@@ -108,11 +108,11 @@ def read_cache(
 
     Args:
         root: Folder of ``realign cache``, or one identity's folder in it.
-        records: The rows to return, and no others.
+        records: The rows to return; other rows are left out.
         identity: Identity that the run requires of the values.
-        num_cells: Number of cells that the run reads; imported values may have no more.
-        accepting: Function that loads the reference model, to accept values that differ in numerics
-            alone after computing 64 rows again; None refuses them.
+        num_cells: Number of cells that the run reads; imported values need not have more.
+        accepting: Function that loads the reference model. With it, values that differ only in
+            numerics are accepted if 64 rows computed here agree; None refuses them.
         rows: Facts of the records, if they are known.
     Raises:
         RefusedError: The cache is of another model, template, scoring or numerics (each difference
@@ -157,7 +157,7 @@ def _read(
     place = _find(root, identity, num_cells, is_accepting=accepting is not None)
     committed = read_committed(place)
     if committed is None:
-        raise _unfit(root, "it is unfinished")
+        raise _does_not_fit(root, "it is unfinished")
     reference = CacheReference(committed.rows, BatchVariance.of(committed.manifest.probe))
     keys = rows.keys
     positions = reference.positions(keys)
@@ -165,7 +165,7 @@ def _read(
         first = rows.rows[int(lacking.argmax())].id
         raise RefusedError(
             f"cache {root} lacks {lacking.sum()} of {len(keys)} rows, first: row {first}. The row "
-            "was edited or added since; run `realign cache` again."
+            "was edited or added after the cache was built; run `realign cache` again."
         )
     reference = reference.only(positions)
     if committed.identity != identity:
@@ -201,7 +201,7 @@ def _find(root: Path, identity: Identity, num_cells: int, *, is_accepting: bool)
             f"cache must be a folder of `realign cache`, got {root}, which does not exist. Check "
             "--cache, or leave it out to have the references computed."
         )
-    # what `realign cache` prints is one identity's folder; --out, which may hold several, is above
+    # users may pass the folder that `realign cache` prints, which is one identity's, or its --out
     is_identity = (root / IDENTITY).is_file()
     exact = identity_folder(root, identity)
     if not is_identity and (exact / MANIFEST).is_file():
@@ -217,14 +217,14 @@ def _find(root: Path, identity: Identity, num_cells: int, *, is_accepting: bool)
             continue
         if stored == identity:
             if not (path.parent / MANIFEST).is_file():
-                raise _unfit(root, "it is unfinished")
+                raise _does_not_fit(root, "it is unfinished")
             return path.parent
         candidates.append(_compare(path.parent, stored, identity, num_cells))
     if not candidates and refusals:
         raise refusals[0]
     if not candidates:
-        raise _unfit(root, "it is empty")
-    nearest = min(candidates, key=lambda one: (not one.is_acceptable(), len(one.lines)))
+        raise _does_not_fit(root, "it is empty")
+    nearest = min(candidates, key=lambda found: (not found.is_acceptable(), len(found.lines)))
     if nearest.is_acceptable() and is_accepting:
         return nearest.place
     remedy = (
@@ -232,7 +232,7 @@ def _find(root: Path, identity: Identity, num_cells: int, *, is_accepting: bool)
         if nearest.is_acceptable()
         else ""
     )
-    raise _unfit(root, "it was computed from something else", nearest.lines, remedy)
+    raise _does_not_fit(root, "it was computed from something else", nearest.lines, remedy)
 
 
 def _compare(place: Path, stored: Identity, needed: Identity, num_cells: int) -> _Candidate:
@@ -244,7 +244,9 @@ def _compare(place: Path, stored: Identity, needed: Identity, num_cells: int) ->
     return _Candidate(place, fields, tuple(identity_differences(stored, needed)))
 
 
-def _unfit(root: Path, why: str, lines: Sequence[str] = (), remedy: str = "") -> RefusedError:
+def _does_not_fit(
+    root: Path, reason: str, lines: Sequence[str] = (), remedy: str = ""
+) -> RefusedError:
     detail = "".join(f"\n  {line}" for line in lines)
     remedies = "\n".join(part for part in (remedy, "Run `realign cache` for this model.") if part)
-    return RefusedError(f"cache {root} does not fit this run: {why}.{detail}\n{remedies}")
+    return RefusedError(f"cache {root} does not fit this run: {reason}.{detail}\n{remedies}")

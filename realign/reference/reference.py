@@ -1,4 +1,4 @@
-"""Cached values for training, found by a record's key."""
+"""Cached log-probabilities for training, by a record's key."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from realign.modeling.collate import PreferenceCollator
 from realign.reference.shards import Rows
 from realign_kernels import CELL_NAMES
 
-REBUILD = "Run `realign cache` again, into another --out; nothing of this step was trained on."
+REBUILD = "Run `realign cache` again, into another --out; this step has changed no weight."
 
 
 @dataclass(frozen=True)
 class BatchVariance:
-    """Variation of a log-probability when its row is computed in another batch and layout, in nats,
-    by cell; measured when the cache was built.
+    """Change of a log-probability when its row is computed in another batch and layout, in nats, by
+    cell. It was measured when the cache was built.
 
     Attributes:
         rows: Number of rows that were measured.
@@ -36,7 +36,7 @@ class BatchVariance:
 
     @classmethod
     def of(cls, probe: Mapping[str, Any] | None) -> BatchVariance | None:
-        """Return the variance in a manifest's probe."""
+        """Return the variance that a manifest's probe holds; None without a probe."""
         if probe is None:
             return None
         return cls(probe["rows"], tuple(probe["rms"]), tuple(probe["max"]))
@@ -48,10 +48,10 @@ class CacheReference(Mapping[str, Tensor]):
     It holds arrays, not dictionaries: a million rows take 150 MB, which worker processes share.
 
     Args:
-        rows: The values; of equal keys the first counts.
+        rows: The values; of rows with equal keys the first counts.
         variance: Variance from the cache's probe; None for imported values.
-        acceptance: Record of values that were accepted in spite of other numerics, for the run's
-            log, or None.
+        acceptance: Facts about values that were accepted in spite of other numerics, see
+            :func:`realign.reference.read.accept_numerics`; None if the numerics are the same.
     """
 
     def __init__(
@@ -102,27 +102,16 @@ class CacheReference(Mapping[str, Tensor]):
     def __iter__(self) -> Iterator[str]:
         return (key.tobytes().hex() for key in self._rows.key)
 
-    def num_tokens(self, key: str) -> list[int]:
-        """Return the number of scored tokens of each cell of a row."""
-        return [int(count) for count in self._rows.num_tokens[self._position(key)]]
-
-    def token_digests(self, key: str) -> list[bytes]:
-        """Return :func:`realign.modeling.collate.token_digest` of each cell of a row."""
-        return [digest.tobytes() for digest in self._rows.token_digest[self._position(key)]]
-
-    def pixel_digests(self, key: str) -> list[bytes]:
-        """Return the digests of a row's original and retrieved images; zeros if none were taken."""
-        return [digest.tobytes() for digest in self._rows.pixel_digest[self._position(key)]]
-
     def check_inputs(
         self, collator: PreferenceCollator, record: Record, digests: Sequence[bytes]
     ) -> None:
-        """Refuse a row whose inputs differ from those that its values were computed from; a
-        ``watch`` of :class:`realign.modeling.collate.PreferenceCollator`. Tokens and labels of
-        every row are compared, pixels of one in 256.
+        """Refuse a row whose inputs differ from those that its values were computed from. Tokens
+        and labels of every row are compared, pixels of one row in 256.
+
+        A ``watch`` of :class:`realign.modeling.collate.PreferenceCollator`.
 
         Raises:
-            RefusedError: Naming the row and what differs.
+            RefusedError: The inputs differ; the message names the row and the difference.
         """
         position = self._position(record.key)
         for cell, digest in enumerate(digests):
@@ -132,7 +121,7 @@ class CacheReference(Mapping[str, Tensor]):
                     f"that its cached log-probability was computed from. {REBUILD}"
                 )
         if self.acceptance is not None:
-            return  # other versions may decode other last bits; the probe has seen what they do
+            return  # other versions may decode other last bits, whose effect was measured
         for number, retrieved in enumerate((False, True)[: 1 if len(digests) < 3 else 2]):
             stored = self._rows.pixel_digest[position, number]
             if stored.any() and collator.pixel_digest(record, retrieved=retrieved) != (
@@ -145,24 +134,24 @@ class CacheReference(Mapping[str, Tensor]):
                 )
 
     def positions(self, keys: Sequence[str]) -> np.ndarray:
-        """Return the positions of many keys, int64, -1 for missing ones."""
+        """Return the positions of many keys as int64, -1 for a missing key."""
         raw = np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(len(keys), 32)
         found = np.searchsorted(self._prefix, _prefixes(raw)).astype(np.int64)
         is_inside = found < len(self)
         is_found = np.zeros(len(keys), bool)
         is_found[is_inside] = (self._rows.key[found[is_inside]] == raw[is_inside]).all(axis=1)
-        # absent, or behind another key of the same prefix
+        # the key is absent, or comes after another key with the same prefix
         for index in np.flatnonzero(~is_found).tolist():
             position = self.find(keys[index])
             found[index] = -1 if position is None else position
         return found
 
     def only(self, positions: np.ndarray) -> CacheReference:
-        """Return the rows at some positions, each once."""
+        """Return a mapping of the rows at some positions, each once."""
         rows = self._rows.take(np.unique(positions))
         return CacheReference(rows, self.variance, self.acceptance)
 
 
 def _prefixes(keys: np.ndarray) -> np.ndarray:
-    """Return the first eight bytes of each key as a number, to search by."""
+    """Return the first eight bytes of each key as a number, for binary search."""
     return np.ascontiguousarray(keys[:, :8]).view(">u8")[:, 0].astype(np.uint64)

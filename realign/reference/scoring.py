@@ -26,10 +26,11 @@ from realign.runtime.ranks import local_device
 
 @dataclass(frozen=True)
 class Scoring:
-    """Settings of the scoring of rows; those that change a value are in the identity.
+    """Settings for scoring rows with a reference model. Those that change a value are part of the
+    identity.
 
     Attributes:
-        folder: The reference model, from :func:`realign.modeling.folder.resolve_model`.
+        folder: Folder of the reference model, from :func:`realign.resolve_model`.
         cells: Number of scored cells, in the order chosen, text_rejected, image_rejected,
             both_rejected.
         rejected_scoring: ``label`` or ``top_non_label``.
@@ -66,18 +67,18 @@ class Scoring:
         return ModelFacts(self.folder, self.numerics)
 
     def load(self) -> Scorer:
-        """Load the model."""
+        """Load the model and return a scorer with these settings."""
         return Scorer(self)
 
 
 class RowReader:
-    """Collator of records that also returns their cache rows, still without log-probabilities.
+    """Collator of records that also returns their cache rows, without log-probabilities yet.
 
     Args:
         processor: The model's processor.
-        cells: Values per row.
+        cells: Number of cells to score per row.
         max_length: Longest sequence in tokens.
-        shared_prefix: Whether answers share prefixes.
+        shared_prefix: Whether the answers of a pair share their prompt in one packed row.
     """
 
     def __init__(
@@ -97,7 +98,8 @@ class RowReader:
         self._digests.append([byte for digest in digests for byte in digest])
 
     def read(self, records: Sequence[Record]) -> tuple[dict[str, Any], Rows]:
-        """Return the model's inputs and the rows, log-probabilities and pixel digests zero.
+        """Return the model's inputs and the cache rows, with zeros for log-probabilities and pixel
+        digests.
 
         Raises:
             RefusedError: A sequence is longer than ``max_length``.
@@ -124,7 +126,7 @@ class Scorer:
         self._device = local_device()
         with every_rank_loads():
             self._model: Any = load_model(scoring.folder, scoring.numerics).eval()
-            if scoring.numerics.quantization is None:  # else it is on its GPU, and cannot be moved
+            if scoring.numerics.quantization is None:  # a quantized model is on its GPU already
                 self._model.to(self._device)
         processor, cells = scoring.model.processor, scoring.cells
         self._batches, self._alone = (
@@ -133,7 +135,7 @@ class Scorer:
         )
 
     def score(self, records: Sequence[Record]) -> Rows:
-        """Score one batch as training will feed it.
+        """Score one batch, in the layout that training uses.
 
         Raises:
             FloatingPointError: A log-probability is not finite; the message names the row.
@@ -142,7 +144,7 @@ class Scorer:
         return self._score(self._batches, records)
 
     def score_alone(self, record: Record) -> Rows:
-        """Score one record with a row of its own for every cell."""
+        """Score one record with a separate input row for every cell."""
         return self._score(self._alone, [record])
 
     def pixel_digests(self, record: Record) -> np.ndarray:
@@ -182,8 +184,8 @@ class Scorer:
 
 
 def free_reference() -> None:
-    """Free the memory of deleted scorers: only the garbage collector finds a model whose forward is
-    bound to it, and the policy is loaded next.
+    """Free the memory of deleted scorers before the policy is loaded. A model holds its own bound
+    forward, a reference cycle that only the garbage collector finds.
     """
     gc.collect()
     if torch.cuda.is_available():

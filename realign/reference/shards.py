@@ -1,14 +1,14 @@
-"""Shards, files of rows: immutable, named by their content, checked before use.
+"""Shards: immutable files of rows, named by their content and checked before use.
 
     shards/00017-<sha256, 16 digits>.safetensors
         key           u8[n, 32]     SHA-256 of the row's content
         logps         f64[n, C]     summed log-probabilities
         num_tokens    i32[n, C]     scored tokens; 0 where the cell does not exist
-        token_digest  u8[n, C, 16]  of the ids and labels that were fed, see modeling/collate.py
-        pixel_digest  u8[n, 2, 16]  of the pixels of the original and of the retrieved images
+        token_digest  u8[n, C, 16]  digest of token ids and labels, see modeling/collate.py
+        pixel_digest  u8[n, 2, 16]  digest of the pixels of the original and the retrieved images
 
-The header holds one entry, ``realign``: canonical JSON, because safetensors writes several entries
-in any order and equal rows must be equal bytes.
+The header holds a single entry ``realign`` of canonical JSON: safetensors writes several entries in
+any order, and equal rows must give equal bytes.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ _NAME = re.compile(r"(\d{5,})-([0-9a-f]{16})\.safetensors")
 
 
 class DamagedError(RefusedError):
-    """A committed file that differs from what was written."""
+    """A file of a cache differs from what was written."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Cached values, one row per index; arrays as in the file."""
+    """Cached rows, as arrays with one entry per row; dtypes and shapes are those of the file."""
 
     key: np.ndarray
     logps: np.ndarray
@@ -69,18 +69,18 @@ class Rows:
         return (self.key, self.logps, self.num_tokens, self.token_digest, self.pixel_digest)
 
     def take(self, indices: np.ndarray | slice) -> Rows:
-        """Return some of the rows, in the order given."""
+        """Return the rows at some indices, in their order."""
         return Rows(*(array[indices] for array in self.columns))
 
     @staticmethod
     def concat(parts: list[Rows], cells: int) -> Rows:
-        """Return all rows of several parts; without parts, no rows of ``cells`` cells."""
+        """Return all rows of several parts, which have ``cells`` cells."""
         columns = zip(*(part.columns for part in [Rows.empty(cells), *parts]), strict=True)
         return Rows(*(np.concatenate(arrays) for arrays in columns))
 
     @staticmethod
     def empty(cells: int) -> Rows:
-        """Return no rows."""
+        """Return zero rows of ``cells`` cells."""
         return Rows(
             *(
                 np.zeros((0, *(cells if size is None else size for size in shape)), dtype)
@@ -117,13 +117,13 @@ def encode_shard(rows: Rows, identity: str, index: int) -> bytes:
         FloatingPointError: A log-probability is not finite.
     """
     if not np.isfinite(rows.logps).all():
-        raise FloatingPointError("log-probabilities must be finite to be stored, got others.")
+        raise FloatingPointError("log-probabilities must be finite to be stored, got NaN or inf.")
     tensors = {
         name: np.ascontiguousarray(array) for name, array in zip(COLUMNS, rows.columns, strict=True)
     }
     plain = safetensors.numpy.save(tensors)
     payload = plain[8 + int.from_bytes(plain[:8], "little") :]
-    about = {
+    header = {
         "schema": SCHEMA,
         "written_by": WRITER,
         "identity": identity,
@@ -131,14 +131,14 @@ def encode_shard(rows: Rows, identity: str, index: int) -> bytes:
         "rows": len(rows),
         "payload_sha256": hashlib.sha256(payload).hexdigest(),
     }
-    return safetensors.numpy.save(tensors, metadata={"realign": canonical_json(about)})
+    return safetensors.numpy.save(tensors, metadata={"realign": canonical_json(header)})
 
 
 def write_shard(place: Path, rows: Rows, identity: str, index: int) -> ShardEntry:
     """Write rows as shard ``index``, synced to the disk; whole or not at all.
 
     Raises:
-        RefusedError: The file system refuses: full, read-only, or failing.
+        RefusedError: The disk is full, read-only or failing.
         FloatingPointError: A log-probability is not finite.
     """
     data = encode_shard(rows, identity, index)
@@ -147,17 +147,24 @@ def write_shard(place: Path, rows: Rows, identity: str, index: int) -> ShardEntr
     with explain_write_errors(path), replacing(path) as temporary, temporary.open("wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())  # the descriptor that wrote is told of a failed write
+        os.fsync(file.fileno())  # failed writes are reported to the descriptor that wrote
     return ShardEntry(path.name, len(rows), len(data), sha256)
 
 
 class Shard(NamedTuple):
-    """A shard that was read and checked."""
+    """A shard that was read and checked.
 
-    entry: ShardEntry  # what a manifest should say of it
+    Attributes:
+        entry: Its entry for a manifest.
+        rows: Its rows.
+        cells: Number of cells of every row.
+        identity: SHA-256 of the identity that it belongs to.
+    """
+
+    entry: ShardEntry
     rows: Rows
     cells: int
-    identity: str  # hash of the one that it belongs to
+    identity: str
 
 
 def read_shard(path: Path, entry: ShardEntry | None = None) -> Shard:
@@ -165,11 +172,11 @@ def read_shard(path: Path, entry: ShardEntry | None = None) -> Shard:
 
     Args:
         path: The file.
-        entry: Its entry in the manifest; without one its own name and header are trusted, if they
-            fit its content.
+        entry: Its entry in the manifest; without one, the file is checked against the hashes in its
+            own name and header.
     Raises:
-        DamagedError: It is not the file that was written.
-        RefusedError: It is of another schema, or cannot be read.
+        DamagedError: The file is missing, cannot be read, or was changed.
+        RefusedError: The file has another schema.
     """
     try:
         size = path.stat().st_size
@@ -181,25 +188,30 @@ def read_shard(path: Path, entry: ShardEntry | None = None) -> Shard:
             raise DamagedError(f"{path} must have {entry.bytes} bytes, got {size}. {REPAIR}")
         data = path.read_bytes()
     except FileNotFoundError:
-        raise DamagedError(f"{path} is in the manifest but not there. {REPAIR}") from None
+        raise DamagedError(f"{path} is in the manifest but does not exist. {REPAIR}") from None
     except OSError as error:
         raise DamagedError(f"{path} cannot be read ({error.strerror}). {REPAIR}") from None
     sha256 = hashlib.sha256(data).hexdigest()
     named = _NAME.fullmatch(path.name)
     if (entry is not None and sha256 != entry.sha256) or not named or named[2] != sha256[:16]:
         raise DamagedError(f"{path} was changed after it was written. {REPAIR}")
-    about, rows = _decode(data, path, is_known=entry is not None)
-    if int(named[1]) != about["index"]:
-        raise DamagedError(f"{path} is shard {about['index']} by its header. {REPAIR}")
+    header, rows = _decode(data, path, is_known=entry is not None)
+    if int(named[1]) != header["index"]:
+        raise DamagedError(f"{path} is shard {header['index']} by its header. {REPAIR}")
     if not np.isfinite(rows.logps).all():
         raise DamagedError(f"{path} holds a log-probability that is not finite. {REPAIR}")
     found = ShardEntry(path.name, len(rows), len(data), sha256)
-    return Shard(found, rows, rows.logps.shape[1], str(about["identity"]))
+    return Shard(found, rows, rows.logps.shape[1], str(header["identity"]))
 
 
 def _decode(data: bytes, path: Path, *, is_known: bool) -> tuple[dict[str, Any], Rows]:
-    """Return the header and the rows, after checking every dtype and shape, and also the header's
-    hash of the payload unless a manifest has the hash of the file.
+    """Return the header and the rows after checking every dtype and shape.
+
+    Args:
+        data: Bytes of the file.
+        path: The file, for messages.
+        is_known: Whether a manifest holds the hash of the file; if not, the hash of the payload in
+            the header is checked.
     """
 
     def damaged(reason: str) -> DamagedError:
@@ -209,14 +221,14 @@ def _decode(data: bytes, path: Path, *, is_known: bool) -> tuple[dict[str, Any],
     if length > MAX_HEADER_BYTES:
         raise damaged(f"its header has {length} bytes, of at most {MAX_HEADER_BYTES}")
     try:
-        about = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["realign"])
-        schema, num_rows, _ = about["schema"], int(about["rows"]), about["identity"]
+        header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["realign"])
+        schema, num_rows, _ = header["schema"], int(header["rows"]), header["identity"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged(f"its header is of something else ({error!r})") from None
+        raise damaged(f"its header is not that of a shard ({error!r})") from None
     if schema != SCHEMA:
         raise RefusedError(
             f"{path} must be of cache schema {SCHEMA}, got {schema}, written by "
-            f"{about.get('written_by', 'an older realign')}. Use that version, or build again."
+            f"{header.get('written_by', 'an older realign')}. Use that version, or build again."
         )
     try:
         tensors = safetensors.numpy.load(data)  # refuses columns that overlap or leave gaps
@@ -232,6 +244,6 @@ def _decode(data: bytes, path: Path, *, is_known: bool) -> tuple[dict[str, Any],
     if (found := {name: (array.dtype, array.shape) for name, array in tensors.items()}) != expected:
         raise damaged(f"its columns must be {expected}, got {found}")
     payload = memoryview(data)[8 + length :]
-    if not is_known and hashlib.sha256(payload).hexdigest() != about["payload_sha256"]:
-        raise damaged("its header holds another content's hash")
-    return about, Rows(*(tensors[name] for name in COLUMNS))
+    if not is_known and hashlib.sha256(payload).hexdigest() != header["payload_sha256"]:
+        raise damaged("its header holds the hash of other content")
+    return header, Rows(*(tensors[name] for name in COLUMNS))

@@ -1,4 +1,6 @@
-"""The folder of one identity: its committed manifest and shards, and the builder's view of it."""
+"""The folder of one identity, as readers see it (a committed manifest and its shards) and as the
+builder does (under a lock).
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,8 @@ class Manifest:
 
     Attributes:
         identity: SHA-256 of the identity.
-        shards: Its shards, by number. Where two hold a row, the first counts.
-        probe: Variation of the values with the batch, see :mod:`realign.reference.probe`; None for
+        shards: Its shards, by number. If two hold the same row, the first counts.
+        probe: Change of the values by batching, see :mod:`realign.reference.probe`; None for
             imported values.
         written_by: Name and version of the program.
     """
@@ -60,7 +62,7 @@ class Manifest:
 
     @property
     def rows(self) -> int:
-        """Number of rows of all shards; a row in two of them counts twice."""
+        """Number of rows of all shards; a row in two shards counts twice."""
         return sum(shard.rows for shard in self.shards)
 
     @property
@@ -76,26 +78,26 @@ class Manifest:
             "rows": self.rows,
             "shards": [asdict(shard) for shard in self.shards],
             "probe": self.probe,
-            "complete": True,  # a build that was stopped leaves none, or the one before it
+            "complete": True,  # a stopped build leaves no manifest, or the previous one
         }
 
     def text(self) -> str:
         """Return the file's content."""
-        return _spell(self._content() | {"root": self.root})
+        return _canonical_text(self._content() | {"root": self.root})
 
 
 def write_manifest(place: Path, manifest: Manifest) -> None:
-    """Commit a manifest; from then on readers see these shards and no others."""
+    """Commit a manifest: from then on, readers see these shards and no others."""
     with explain_write_errors(place / MANIFEST):
         write_text(place / MANIFEST, manifest.text())
 
 
 def read_manifest(place: Path) -> Manifest | None:
-    """Return the manifest of a folder; None without one.
+    """Return the manifest of a folder; None if there is none.
 
     Raises:
         DamagedError: It was changed after it was written.
-        RefusedError: It is of another schema; the message names the program that wrote it.
+        RefusedError: It has another schema; the message names the program that wrote it.
     """
     path = place / MANIFEST
     if not path.is_file():
@@ -121,7 +123,7 @@ def read_manifest(place: Path) -> Manifest | None:
 def write_identity(place: Path, identity: Identity) -> None:
     """Write the identity of a folder's values."""
     with explain_write_errors(place / IDENTITY):
-        write_text(place / IDENTITY, _spell(identity))
+        write_text(place / IDENTITY, _canonical_text(identity))
 
 
 def read_identity(place: Path) -> Identity:
@@ -135,7 +137,7 @@ def read_identity(place: Path) -> Identity:
     content, text = _read(path)
     if content.get("schema") != SCHEMA:
         raise RefusedError(_other_schema(path, content))
-    if _spell(content) != text:
+    if _canonical_text(content) != text:
         raise DamagedError(f"{path} was changed after it was written. {REPAIR}")
     return content
 
@@ -164,7 +166,7 @@ def _read(path: Path) -> tuple[dict[str, Any], str]:
     return content, text
 
 
-def _spell(content: Mapping[str, Any]) -> str:
+def _canonical_text(content: Mapping[str, Any]) -> str:
     """Return the canonical text of a file, so that any changed byte is noticed."""
     return json_text(content, indent=1, sort_keys=True, ensure_ascii=True) + "\n"
 
@@ -254,8 +256,8 @@ class LockedCache:
     Attributes:
         place: The folder.
         identity: Identity of its values.
-        entries: Good shards in it, by number.
-        rows: Their rows.
+        entries: Intact shards of the folder, by number.
+        rows: Rows of these shards.
     """
 
     place: Path
@@ -270,8 +272,8 @@ class LockedCache:
         Args:
             place: The folder.
             identity: Identity of its values.
-            repairs: Whether to move damaged files aside and to remove temporary files of dead
-                processes, which one process does.
+            repairs: Whether to move damaged files aside and to remove temporary files of killed
+                processes. Only one process may do so.
         """
         if repairs:
             _clean(place, identity)
@@ -294,11 +296,11 @@ class LockedCache:
 
     @property
     def next_index(self) -> int:
-        """The smallest number above those of all shards."""
+        """Number of the next shard, above those of all shards."""
         return max((entry.index for entry in self.entries), default=-1) + 1
 
     def add(self, rows: Rows) -> None:
-        """Write the rows that are not stored yet; of equal keys the first."""
+        """Write the rows that are not stored yet; of rows with equal keys, the first one."""
         every = Rows.concat([self.rows, rows], self.rows.logps.shape[1])
         keys = np.ascontiguousarray(every.key).view("V32")[:, 0]
         first = np.unique(keys, return_index=True)[1]
@@ -310,7 +312,11 @@ class LockedCache:
         self.rows = every.take(np.concatenate([np.arange(len(self.rows)), new]))
 
     def commit(self, probe: Mapping[str, Any] | None) -> None:
-        """Let readers see the shards."""
+        """Write the manifest, so that readers see the shards.
+
+        Args:
+            probe: Result of :func:`realign.reference.probe.run_probe`, or None without a probe.
+        """
         manifest = Manifest(identity_sha256(self.identity), tuple(self.entries), probe)
         write_manifest(self.place, manifest)
 
@@ -318,8 +324,8 @@ class LockedCache:
 def _clean(place: Path, identity: Identity) -> None:
     with explain_write_errors(place):
         (place / "shards").mkdir(parents=True, exist_ok=True)
-        for left in (*place.glob(".*.tmp"), *(place / "shards").glob(".*.tmp")):
-            left.unlink(missing_ok=True)
+        for temporary in (*place.glob(".*.tmp"), *(place / "shards").glob(".*.tmp")):
+            temporary.unlink(missing_ok=True)
     try:
         if read_identity(place) == identity:
             if (manifest := read_manifest(place)) is not None:
@@ -334,7 +340,7 @@ def _clean(place: Path, identity: Identity) -> None:
 
 
 def _set_aside(path: Path) -> None:
-    """Move a file to a place where nothing reads it, so that it can be examined."""
+    """Move a file into the folder of damaged files, where it can be examined."""
     folder = path.parent.parent / DAMAGED if path.parent.name == "shards" else path.parent / DAMAGED
     with explain_write_errors(folder):
         folder.mkdir(exist_ok=True)

@@ -137,7 +137,7 @@ class _Model:
         from realign.modeling.chat_template import Renderer
         from realign.modeling.folder import resolve_model
         from realign.modeling.lengths import RowLengths, position_limit
-        from realign.modeling.loading import load_model_config
+        from realign.modeling.model_config import load_model_config
         from realign.modeling.processors import load_processor
         from realign.modeling.vocabulary import Vocabulary
 

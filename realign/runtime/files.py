@@ -20,6 +20,8 @@ from typing import Any
 from realign.errors import RefusedError
 
 REMOVING = ".removing"
+# the errors of a disk that is full, over its quota or read-only, and of a file over its limit
+UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 
 
 @contextmanager
@@ -28,10 +30,11 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        follow_umask(temporary)
-        sync(temporary)
-        temporary.replace(path)
+        with name_disk_errors(path):
+            yield temporary
+            follow_umask(temporary)
+            sync(temporary)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
@@ -190,10 +193,11 @@ def new_folder(place: Path) -> Iterator[Path]:
     # not by process id: in a container each run has the same one, and a killed run cleans nothing
     temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent))
     try:
-        follow_umask(temporary)
-        yield temporary
-        sync_folder(temporary)
-        temporary.replace(place)
+        with name_disk_errors(place):
+            follow_umask(temporary)
+            yield temporary
+            sync_folder(temporary)
+            temporary.replace(place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync(place.parent)
@@ -218,5 +222,16 @@ def explain_write_errors(path: Path) -> Iterator[None]:
         name = errno.errorcode.get(error.errno, str(error.errno))
         raise RefusedError(
             f"{path} could not be written ({name}: {os.strerror(error.errno)}). Make room or "
-            "choose another --out, and run the same command again; finished shards are kept."
+            "choose another --out, and run the same command again; what is finished is kept."
         ) from error
+
+
+@contextmanager
+def name_disk_errors(path: Path) -> Iterator[None]:
+    """Put ``path`` into an error of the disk, which may name a temporary file, or none at all."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in UNWRITABLE:
+            error.filename = str(path)
+        raise

@@ -12,19 +12,20 @@ from realign.training.plan import accumulation_steps, world_size
 from realign.training.trainer import RDPOConfig
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
-# options that Trainer has under another name; all that have one name here and there are handed on
+# options that Trainer has under another name; those with the same name are passed on as they are
 _RENAMED = {
     "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
     "workers": "dataloader_num_workers",
-    "autocast": "bf16",  # else the weights' own dtype
+    "autocast": "bf16",  # without it, Trainer computes in the dtype of the weights
 }
-# what the policy does itself
-_NOT_HANDED_ON = {"gradient_checkpointing"}
+_NOT_PASSED_ON = {"gradient_checkpointing"}  # load_policy enables it
 
 
 def num_steps(config: TrainConfig, num_records: int) -> int:
-    """Return the updates of a run as Trainer counts them: the last of an epoch may be smaller."""
+    """Return the number of updates of a run, as Trainer counts them: the last update of an epoch
+    may have fewer pairs.
+    """
     micro_steps = math.ceil(num_records / (config.batch_size * world_size()))
     return math.ceil(config.epochs * math.ceil(micro_steps / accumulation_steps(config)))
 
@@ -36,7 +37,7 @@ def num_warmup_steps(config: TrainConfig, num_records: int) -> int:
 
 def training_arguments(config: TrainConfig, num_records: int) -> RDPOConfig:
     """Return the arguments of a run on ``num_records`` pairs."""
-    known = {one.name for one in fields(RDPOConfig)} - _NOT_HANDED_ON
+    known = {argument.name for argument in fields(RDPOConfig)} - _NOT_PASSED_ON
     options = {_RENAMED.get(name, name): value for name, value in config}
     options = {name: value for name, value in options.items() if name in known}
     options |= {

@@ -9,10 +9,10 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from realign.runtime.files import finite_or_null, json_text, write_jsonl
+from realign.runtime.files import finite_or_null, json_text, name_disk_errors, write_jsonl
 from realign.runtime.progress import Progress, announce
 
-# words of a progress line to keys of the log
+# names in the progress line to keys of the log
 SHOWN = {
     "loss": "loss",
     "accuracy": "rewards/text_accuracies",
@@ -23,15 +23,16 @@ SHOWN = {
 
 
 def _ordered(line: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a log line in one order of keys, just logged or read from a checkpoint. Values that
-    are not finite, such as the norm of a gradient that a loss scaler skips, are null.
+    """Return a log line with sorted keys, so that it is the same when it is logged and when it is
+    read from a checkpoint. Values that are not finite, such as the norm of a gradient that a loss
+    scaler skips, are null.
     """
     values: dict[str, Any] = finite_or_null(line)
     return dict(sorted(values.items()))
 
 
 class LogLastStep(TrainerCallback):
-    """Callback that logs the last step whatever ``logging_steps`` is, for short runs."""
+    """Callback that always logs the last step, also of runs shorter than ``logging_steps``."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Request a log line."""
@@ -40,8 +41,8 @@ class LogLastStep(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Callback that keeps ``metrics.jsonl``: one line per logged step, rewritten from the trainer's
-    own history after a resume.
+    """Callback that writes ``metrics.jsonl``, one line per logged step. When a run is resumed, the
+    file is rewritten from the trainer's own history.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,12 +57,12 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Append the newest line."""
         if state.is_world_process_zero and "loss" in state.log_history[-1]:
-            with self.path.open("a", encoding="utf-8") as file:
+            with name_disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json_text(_ordered(state.log_history[-1]), ensure_ascii=True) + "\n")
 
 
 class ShowProgress(TrainerCallback):
-    """Callback that shows steps with rate and time left, instead of every log line."""
+    """Callback that shows steps, their rate and the remaining time instead of every log line."""
 
     def __init__(self) -> None:
         self._progress: Progress | None = None
@@ -80,7 +81,7 @@ class ShowProgress(TrainerCallback):
             self._progress.advance()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the newest loss, and the accuracies and margins of its steps."""
+        """Show the newest loss, accuracies and margins."""
         line = state.log_history[-1]
         if self._progress and "loss" in line:
             shown = [f"{name} {line[key]:.3g}" for name, key in SHOWN.items() if key in line]
@@ -93,8 +94,8 @@ class ShowProgress(TrainerCallback):
 
 
 def write_tensorboard_to(trainer: Trainer, folder: Path) -> None:
-    """Write TensorBoard's files to a folder of the run, unless ``TENSORBOARD_LOGGING_DIR`` names
-    another; by default they lie among the checkpoints.
+    """Write TensorBoard's files to a folder of the run unless ``TENSORBOARD_LOGGING_DIR`` is set;
+    Trainer would write them among the checkpoints.
     """
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:

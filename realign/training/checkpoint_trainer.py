@@ -1,8 +1,8 @@
 """transformers.Trainer with the checkpoints of :mod:`realign.training.checkpoints`: whole or
 absent, without pickle, also when the process is asked to end during a step.
 
-Where a model is sharded (FSDP, DeepSpeed) its weights and optimizer are saved by accelerate in the
-engine's own format; folder, manifest and random state are as everywhere.
+For a sharded model (FSDP, DeepSpeed), accelerate saves weights and optimizer in the engine's own
+format; folder, manifest and random state are the same.
 """
 
 from __future__ import annotations
@@ -32,11 +32,7 @@ from realign.training.checkpoints import (
 from realign.training.preemption import Preemption
 from realign.training.state_file import random_state, read_state, set_random_state, write_state
 
-STATE = "state"  # the folder of a checkpoint that no loader of weights looks into
-
-
-class CheckpointError(OSError):
-    """A checkpoint could not be written; the older ones are unchanged."""
+STATE = "state"  # subfolder of a checkpoint; from_pretrained does not look into it
 
 
 class CheckpointTrainer(Trainer):
@@ -49,18 +45,18 @@ class CheckpointTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._preemption = Preemption()
-        self._must_stop = False  # on all processes alike
-        self._run_folder: str | None = None  # that Trainer writes to while it saves
-        # state at the beginning of the current step, if it has several micro-steps
+        self._must_stop = False  # the same on all processes
+        self._run_folder: str | None = None  # folder that Trainer writes into while it saves
+        # state at the beginning of the current step, if it has several micro-batches
         self._step_began: dict[str, Any] | None = None
         self._flos_before = 0.0
         self._verified: str | None = None
-        self._saved_step = 0  # before the first step there is nothing to lose
+        self._saved_step = 0  # before the first step there is nothing to save
         super().__init__(*args, **kwargs)
         self.add_callback(_StopWhenAsked(self))
 
     def kept_state(self) -> Any:
-        """Return the state of this trainer between steps, as :func:`write_state` takes it."""
+        """Return this trainer's own state between steps, for :func:`write_state`."""
         return None
 
     def restore_kept_state(self, state: Any) -> None:
@@ -69,7 +65,7 @@ class CheckpointTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        """Train, from a checkpoint where one is given.
+        """Train, continuing from a checkpoint if one is given.
 
         Args:
             resume_from_checkpoint: A checkpoint folder, or True for the newest intact one in
@@ -77,10 +73,9 @@ class CheckpointTrainer(Trainer):
             *args: As for :meth:`transformers.Trainer.train`.
             **kwargs: As for :meth:`transformers.Trainer.train`.
         Raises:
-            RefusedError: The checkpoint is damaged, or there is none.
-            CheckpointError: A checkpoint could not be written.
-            SystemExit: With code 143 after SIGTERM, when the state was saved.
-            KeyboardInterrupt: After SIGINT, when the state was saved.
+            RefusedError: The checkpoint is damaged, or there is none; or one cannot be written.
+            SystemExit: With code 143 after SIGTERM, once the state is saved.
+            KeyboardInterrupt: After SIGINT, once the state is saved.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self.newest_checkpoint()
@@ -102,7 +97,7 @@ class CheckpointTrainer(Trainer):
         return output
 
     def newest_checkpoint(self) -> str | None:
-        """Return the newest intact checkpoint or None, as one process finds it for all."""
+        """Return the newest intact checkpoint or None; the first process searches for all."""
         step = torch.tensor(-1, device=self.args.device)
         folder = Path(self.args.output_dir)
         if self.is_world_process_zero() and (found := newest_checkpoint(folder, announce)):
@@ -113,15 +108,15 @@ class CheckpointTrainer(Trainer):
 
     def _verify(self, checkpoint: str) -> None:
         """Verify a checkpoint on one process, since hashing a large model takes a while."""
-        why = damage(Path(checkpoint)) if self.is_world_process_zero() else None
-        if self.any_process(why is not None):
+        problem = damage(Path(checkpoint)) if self.is_world_process_zero() else None
+        if self.any_process(problem is not None):
             raise RefusedError(
-                f"resume_from_checkpoint must be a checkpoint as it was written, got {checkpoint}, "
-                f"but {why or 'the first process found it damaged'}. Name another one."
+                f"resume_from_checkpoint must be an intact checkpoint, got {checkpoint}: "
+                f"{problem or 'the first process found it damaged'}. Name another one."
             )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Take a step as Trainer does; then exchange whether a process was asked to end."""
+        """Take a step as Trainer does; then all processes agree on whether to stop."""
         loss = super().training_step(*args, **kwargs)
         self._agrees_to_stop()
         return loss
@@ -158,7 +153,7 @@ class CheckpointTrainer(Trainer):
         saving = folder / SAVING
         try:
             if self.args.should_save:
-                shutil.rmtree(saving, ignore_errors=True)  # of a run that was killed
+                shutil.rmtree(saving, ignore_errors=True)  # left by a run that was killed
             self.accelerator.wait_for_everyone()
             self._run_folder = str(saving)
             super()._save_checkpoint(model, trial)
@@ -166,13 +161,13 @@ class CheckpointTrainer(Trainer):
             if self.args.should_save:
                 seal(saving / place.name, place)
                 keep = self.args.save_total_limit
-                # the newest may turn out to be damaged
+                # a second one to fall back on, should the newest be damaged
                 prune(folder, place, None if keep is None else max(2, keep))
                 shutil.rmtree(saving)
             self._saved_step = self.state.global_step
         except (OSError, SafetensorError) as error:
             shutil.rmtree(saving, ignore_errors=True)
-            raise CheckpointError(
+            raise RefusedError(
                 f"{place} could not be written: {error}. Older checkpoints are as they were; make "
                 "room or repair the disk, and give the same command again."
             ) from error
@@ -183,7 +178,7 @@ class CheckpointTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
         if backend := getattr(tokenizer, "backend_tokenizer", None):
-            # what the last call asked for would be saved as the tokenizer's own
+            # the padding and truncation of the last call would be saved as the tokenizer's settings
             backend.no_padding()
             backend.no_truncation()
         super()._save(output_dir, state_dict)
@@ -220,8 +215,8 @@ class CheckpointTrainer(Trainer):
             scaler.load_state_dict(read_state(_state_folder(checkpoint) / "scaler.safetensors"))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        # in the middle of an accumulation the last finished step is saved, and what follows it is
-        # done again from where it began
+        # in the middle of an accumulation, the state at its beginning is saved: the resumed run
+        # repeats the whole step
         path = _state_folder(output_dir) / f"process-{self.args.process_index}.safetensors"
         write_state(path, self._step_began or self._position())
 
@@ -232,33 +227,33 @@ class CheckpointTrainer(Trainer):
     def _read_position(self, checkpoint: str) -> dict[str, Any]:
         folder = _state_folder(checkpoint)
         path = folder / f"process-{self.args.process_index}.safetensors"
-        # fewer processes wrote it: rows come in another order than they would have
+        # fewer processes wrote the checkpoint; the others take the state of the first one
         return read_state(path if path.is_file() else folder / "process-0.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load a full checkpoint by :func:`load_saved_weights`."""
         target: Any = model or self.model
         if self.is_fsdp_enabled or not isinstance(target, PreTrainedModel):
-            # shards and adapters it loads rightly
+            # Trainer loads shards and adapters correctly
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         load_saved_weights(target, resume_from_checkpoint)
 
 
 def load_saved_weights(model: PreTrainedModel, folder: str) -> None:
-    """Load the weights of a folder through ``from_pretrained``, which knows their saved names.
+    """Load the weights of a folder with ``from_pretrained``, which knows their names in files.
 
-    Trainer's own loading finds no weight by its name and continues from the initial ones
+    Trainer's own loading finds no weight of a VLM by its name and continues from the initial ones
     (huggingface/transformers#43701).
     """
-    # a dtype that every weight fits into, or some would be rounded on the way
+    # a dtype that holds the values of all weights, so that none is rounded
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     saved = type(model).from_pretrained(folder, dtype=functools.reduce(torch.promote_types, dtypes))
     model.load_state_dict(saved.state_dict())
 
 
 class _StopWhenAsked(TrainerCallback):
-    """Callback that saves and ends between two micro-steps."""
+    """Callback that saves and stops between two micro-batches if a signal has asked for it."""
 
     def __init__(self, trainer: CheckpointTrainer) -> None:
         self._trainer = trainer
@@ -279,7 +274,7 @@ class _StopWhenAsked(TrainerCallback):
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # not earlier: the checkpoint holds this flag
+        # not earlier, because the checkpoint would contain this flag
         if self._trainer._must_stop:
             control.should_training_stop = True
 

@@ -3,10 +3,10 @@
     steps/checkpoint-12/model.safetensors, ...   what transformers.Trainer writes
     steps/checkpoint-12/state/                   optimizer, schedule and random state, no pickle
     steps/checkpoint-12/manifest.json            written last: every file with its size and SHA-256
-    steps/.saving/                               one that is being written
+    steps/.saving/                               a checkpoint that is being written
 
-A folder is written under another name, every file and folder is synced, and it gets its name by a
-rename: ``kill -9``, power loss or a full disk at any moment leaves the older checkpoints unchanged.
+A folder is written under another name, every file and folder is synced, and the folder is renamed:
+``kill -9``, power loss or a full disk at any moment leaves the older checkpoints unchanged.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ MANIFEST = "manifest.json"
 SAVING = ".saving"
 SCHEMA = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
-_HASHING_THREADS = 4  # hashing leaves the interpreter lock; a large model has several files
+_HASHING_THREADS = 4  # hashing releases the interpreter lock; a large model has several files
 
 
 def checkpoint_step(path: Path) -> int:
-    """Return the step of a checkpoint folder, by its name.
+    """Return the step of a checkpoint folder, from its name.
 
     Raises:
         ValueError: Its name is not ``checkpoint-STEP``.
@@ -73,7 +73,7 @@ def _rendered(manifest: dict[str, Any]) -> str:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Return the difference of a checkpoint's first damaged file from its manifest, or None."""
+    """Return how a damaged checkpoint differs from its manifest; None if it is intact."""
     manifest = checkpoint / MANIFEST
     try:
         text = manifest.read_text(encoding="utf-8")
@@ -114,23 +114,23 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None] = lambda _: None
 
     Args:
         folder: Folder of a run's checkpoints.
-        warn: Called with a sentence for every newer one that is skipped.
+        warn: Called with a sentence for every damaged checkpoint that is skipped.
     """
     for path in reversed(checkpoints(folder)):
-        if (why := damage(path)) is None:
+        if (problem := damage(path)) is None:
             return path
-        warn(f"checkpoint {path} is damaged: {why}. An older one is used; it will be replaced.")
+        warn(f"checkpoint {path} is damaged: {problem}. An older one is used; it will be replaced.")
     return None
 
 
 def prune(folder: Path, newest: Path, keep: int | None) -> None:
-    """Remove the checkpoints that a new one replaces: all older ones but the last ``keep``, and all
-    of later steps, which are damaged or belong to an abandoned course.
+    """Remove the checkpoints that a new one replaces: all but the last ``keep``, and all of later
+    steps, which are damaged or were written before the run was resumed from an earlier step.
 
     Args:
         folder: Folder of a run's checkpoints.
         newest: The checkpoint that was just written.
-        keep: Number of checkpoints that stay, this one included; None for all.
+        keep: Number of checkpoints that stay, the new one included; None for all.
     """
     step = checkpoint_step(newest)
     older = [path for path in checkpoints(folder) if checkpoint_step(path) <= step]

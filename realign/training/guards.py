@@ -1,4 +1,4 @@
-"""Guards before a step: finite numbers, and at first a policy that equals its reference."""
+"""Guards: all numbers are finite, and before the first step the policy equals its reference."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from realign_kernels import CELL_NAMES, Objective, RdpoOutput, RdpoStatsOutput, 
 
 # Nats by which two computations of one pair's margin may differ.
 FLOAT32_TOLERANCE = 1e-4  # for answers of up to 100 nats; rounding grows with the sum
-VARIANCES = 6  # multiple of the probe's variation between two batchings, for 16 bits
-DEFAULT_BATCH_VARIANCE = 0.5  # rms in nats, where a cache recorded none
-LEAST_TOLERANCE_16_BITS = 0.05  # a probe of very short answers may have found nothing
+VARIANCES = 6  # in 16 bits, as a multiple of the change by batching that the cache's probe found
+DEFAULT_BATCH_VARIANCE = 0.5  # rms in nats, if a cache recorded none
+LEAST_TOLERANCE_16_BITS = 0.05  # a probe of very short answers may have found no change
 LOSS_TOLERANCE = 1e-5
 
 _REMEDIES = {
     "ref_logps": "The reference was computed wrongly or damaged: build the cache again.",
-    "pixel_values": "Look at these rows' images, the augmentation and the image processor.",
+    "pixel_values": "Look at the images of these rows, and at the image processor.",
 }
 _DIVERGED = "Lower the learning rate, or look at these rows; earlier checkpoints are as they were."
 
 
 def not_finite(output: RdpoOutput, batch: Mapping[str, Any], ids: Sequence[str]) -> str | None:
-    """Name the first tensor of a micro-batch that holds NaN or infinity, and its rows, or None.
+    """Return a message on the first tensor of a micro-batch that is not finite, or None.
 
-    Inputs are named before outputs. It waits for the device once.
+    Inputs come before outputs. The device is synchronized once.
 
     Args:
         output: The model's output.
@@ -74,8 +74,8 @@ def first_bad_gradient(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> 
 
 
 def _largest(gradients: list[Tensor]) -> float:
-    # max, not a sum of squares, which overflows by itself
-    nonempty = [gradient for gradient in gradients if gradient.numel()]  # of a shard maybe nothing
+    # the largest value, because a sum of squares may overflow although every value is finite
+    nonempty = [gradient for gradient in gradients if gradient.numel()]  # a shard may be empty
     return nn.utils.get_total_norm(nonempty, math.inf).item() if nonempty else 0.0
 
 
@@ -93,10 +93,10 @@ def off_reference(
     is_exact: bool,
     batch_variance: float | None = None,
 ) -> str | None:
-    """Return how an untrained policy differs from its reference, or None.
+    """Return a message if an untrained policy differs from its reference, or None.
 
-    At step 0 they are one model, so every margin is 0 and the loss is that of zero margins: 2 ln 2
-    for rDPO.
+    Before the first step they are one model, so every margin is 0 and the loss is that of zero
+    margins: 2 ln 2 for rDPO.
 
     Args:
         output: Output of a micro-batch before the first optimizer step.
@@ -105,8 +105,8 @@ def off_reference(
         is_exact: Whether everything is computed in float32 or better. Margins are then within 1e-4
             nats, in proportion for answers below -100 nats, and the loss within 1e-5 for rDPO's
             defaults.
-        batch_variance: Root mean square in nats of the change of a row by batching alone, by the
-            cache's probe; margins of 16 bits are within 6 times that.
+        batch_variance: Root mean square, in nats, of the change of a row by batching alone, which
+            the cache's probe measured; in 16 bits, margins must be within 6 times that.
     """
     logps = output.logps.detach().double().cpu()
     if not logps.numel():
@@ -124,13 +124,13 @@ def off_reference(
     ):
         return None
     return (
-        f"the first loss must be {expected.loss.item():.6f}, that of a policy which is its own "
+        f"the first loss must be {expected.loss.item():.6f}, that of a policy which equals its "
         f"reference, got {output.loss.item():.6f}; the margin of {CELL_NAMES[cell + 1]} of row "
-        f"{ids[pair]} is {worst:.3g} nats, at most {tolerance:.2g} is rounding.\n"
-        "Likely causes: the reference is of other weights, of another chat template or image "
-        "processor, or of another precision or attention; dropout is on; a new adapter does not "
+        f"{ids[pair]} is {worst:.3g} nats, where rounding explains at most {tolerance:.2g}.\n"
+        "Likely causes: the reference was computed with other weights, another chat template or "
+        "image processor, or another precision or attention; dropout is on; a new adapter does not "
         "begin at zero; images are augmented.\n"
-        "Build the reference from the model as it is trained. Only if the policy is meant to begin "
+        "Build the reference from the model that is trained. Only if the policy is meant to begin "
         "elsewhere, set check_first_step to false."
     )
 
@@ -143,8 +143,8 @@ def _tolerance(logps: Tensor, *, is_exact: bool, batch_variance: float | None) -
 
 
 def _loss_tolerance(objective: Objective, tolerance: float) -> float:
-    """Return the change of the loss by margins within ``tolerance``: 1e-5 for rDPO at beta 0.1."""
+    """Return how far margins within ``tolerance`` move the loss: 1e-5 for rDPO at beta 0.1."""
     if any(term.link != "logsigmoid" for term in objective.terms):
-        return math.inf  # other slopes; the margins say it all
+        return math.inf  # other links have other slopes; the check of the margins suffices
     slope = sum(term.weight * term.beta / 2 for term in objective.terms)  # of logsigmoid at 0
     return max(LOSS_TOLERANCE, slope * tolerance)

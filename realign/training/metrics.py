@@ -9,19 +9,19 @@ from torch import Tensor
 
 from realign_kernels import CELL_NAMES, Objective, RdpoOutput
 
-MAX_PENDING = 1024  # micro-batches; a run that never logs must not grow
+MAX_PENDING = 1024  # micro-batches; bounds the memory of a run that never logs
 
 
 class PairMetrics:
     """Sums and weights of every metric since the last log line.
 
-    A micro-batch costs no synchronisation: its sums stay on the device and are added up over ranks
-    when they are read. They are added one by one, in float64 and in their order, so that a line
-    does not depend on when checkpoints were written in between.
+    A micro-batch costs no synchronization: its sums stay on the device and are summed over the
+    ranks when they are read. They are added one by one, in float64 and in order, so that a log line
+    does not depend on when checkpoints were written.
 
     Args:
         objective: Objective that determines the metrics.
-        sum_over_ranks: Sums a tensor elementwise over the ranks; called by all of them or none.
+        sum_over_ranks: Sums a tensor elementwise over the ranks, which call it together.
     """
 
     def __init__(self, objective: Objective, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
@@ -32,9 +32,9 @@ class PairMetrics:
         self._sums: dict[str, tuple[float, float]] = {}  # of all ranks
 
     def add(self, output: RdpoOutput, *, counted: bool = True) -> None:
-        """Add a micro-batch; one that is not counted has no weight.
+        """Add a micro-batch; that of a rank without pairs is not ``counted`` and has no weight.
 
-        Every rank must have added as many when :meth:`sums` or :meth:`take_means` is called.
+        Every rank must have added equally many when :meth:`sums` or :meth:`take_means` is called.
         """
         by_pair = metrics_by_pair(output, self.objective)
         self._names = list(by_pair)
@@ -47,7 +47,7 @@ class PairMetrics:
             self.sums()
 
     def sums(self) -> dict[str, tuple[float, float]]:
-        """Return the sum and weight of each metric since the last line, the same on every rank."""
+        """Return the sum and the weight of each metric since the last log line, over all ranks."""
         if self._pending:
             for step in self._sum_over_ranks(torch.stack(self._pending)).tolist():
                 for name, (total, weight) in zip(self._names, step, strict=True):
@@ -62,7 +62,7 @@ class PairMetrics:
         self._sums = {name: (total, weight) for name, (total, weight) in sums.items()}
 
     def take_means(self) -> dict[str, float]:
-        """Return the means and begin a new line; metrics without a pair are left out."""
+        """Return the means and start over; metrics without a pair are left out."""
         means = {name: total / weight for name, (total, weight) in self.sums().items() if weight}
         self._sums = {}
         return means
@@ -71,7 +71,7 @@ class PairMetrics:
 def metrics_by_pair(output: RdpoOutput, objective: Objective) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the values and weights of each metric, ``(P,)``; absent cells have weight 0.
 
-    Names and their order depend on the objective alone, so that ranks can sum them.
+    Names and their order depend on the objective alone, so that the ranks' values can be summed.
     """
     is_present = (output.num_tokens > 0).to(output.logps.device)
     loss = output.loss.expand(output.logps.shape[1])

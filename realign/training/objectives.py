@@ -12,7 +12,7 @@ from realign_kernels import Objective
 
 
 def _sft(beta: float) -> Objective:
-    """Return the likelihood of the chosen answers; the text term of weight 0 yields metrics."""
+    """Return the likelihood of the chosen answers; a text term of weight 0 is there for metrics."""
     (text,) = Objective.dpo(beta).terms
     return Objective((dataclasses.replace(text, weight=0.0),), nll_weight=1.0)
 
@@ -48,8 +48,8 @@ class ObjectiveOptions:
 
     @classmethod
     def of(cls, options: Any) -> ObjectiveOptions:
-        """Return the options of a configuration with these names."""
-        names = (one.name for one in dataclasses.fields(ObjectiveOptions))
+        """Return the options of a configuration that has fields of these names."""
+        names = (option.name for option in dataclasses.fields(ObjectiveOptions))
         return ObjectiveOptions(**{name: getattr(options, name) for name in names})
 
 

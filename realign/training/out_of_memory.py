@@ -1,4 +1,4 @@
-"""Error of a full device, with the largest micro-batch that keeps the pairs of a step."""
+"""Error of a full device, with the largest micro-batch that keeps the pairs per step."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def out_of_memory(
     allocated: int | None = None,
     capacity: int | None = None,
 ) -> RefusedError:
-    """Return the error to raise instead.
+    """Return an error that explains an out-of-memory error and names a remedy.
 
     Args:
         error: The exception that was caught.
         footprint: Memory of the model before any activation.
-        batch_size: Pairs per micro-step.
+        batch_size: Pairs per micro-batch.
         accumulation: Micro-batches per step.
-        allocated: Most bytes allocated so far, if the device counts them.
+        allocated: Peak of the allocated bytes so far, if the device counts them.
         capacity: Bytes of the device's memory.
     """
     requested = _requested(str(error))
@@ -36,18 +36,18 @@ def out_of_memory(
         + (f": {size(requested)} more did not fit" if requested else "")
         + (f" into {size(capacity)}" if capacity else "")
         + ".",
-        f"peak = {footprint}, + activations of {batch_size} pair(s) of a micro-step"
-        + (f"; at most {size(allocated)} were held." if allocated else "."),
+        f"peak = {footprint}, + activations of the {batch_size} pair(s) of a micro-batch"
+        + (f"; at most {size(allocated)} were allocated." if allocated else "."),
     ]
     largest = _largest(footprint.total, batch_size, requested, allocated, capacity)
     pairs = batch_size * accumulation
-    # the pairs of a step stay what they are, so only what divides them
+    # the number of pairs per step must not change, so only its divisors
     safe = max((n for n in range(1, largest + 1) if pairs % n == 0), default=0)
     if safe:
         lines.append(
             f"The largest micro-batch that may fit is {safe}: set batch_size to {safe}, which "
             f"accumulates {pairs // safe} micro-batches, so that a step keeps its {pairs} pairs "
-            "per process. Nothing was changed by itself."
+            "per process. No option was changed automatically."
         )
     else:
         lines.append(
@@ -63,11 +63,11 @@ def _requested(text: str) -> int:
 
 
 def _largest(
-    before: int, batch_size: int, requested: int, allocated: int | None, capacity: int | None
+    model_bytes: int, batch_size: int, requested: int, allocated: int | None, capacity: int | None
 ) -> int:
-    """Return how many pairs may fit: the step needed at least ``allocated + requested`` in all."""
+    """Return the number of pairs that may fit, if ``batch_size`` pairs take what was requested."""
     fewer = batch_size - 1
     if allocated is None or capacity is None:
         return fewer
-    a_pair = max(1.0, (allocated + requested - before) / batch_size)
-    return min(fewer, max(0, int((capacity - before) / a_pair)))
+    bytes_per_pair = max(1.0, (allocated + requested - model_bytes) / batch_size)
+    return min(fewer, max(0, int((capacity - model_bytes) / bytes_per_pair)))

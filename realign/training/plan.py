@@ -36,7 +36,7 @@ class TrainPlan:
         records: The rows of the dataset without the dropped ones.
         scoring: How the reference scores rows, with the numerics of the policy.
         identity: Identity of the reference log-probabilities.
-        rows: Facts of the records, after they were read.
+        rows: Facts of the records; empty until the records are read.
     """
 
     config: TrainConfig
@@ -48,7 +48,7 @@ class TrainPlan:
 
     @classmethod
     def of(cls, config: TrainConfig) -> TrainPlan:
-        """Find the facts of a run, and the rows of its dataset.
+        """Return the plan of a run: open its model and its dataset, and check its options.
 
         Raises:
             RefusedError: The model or the dataset cannot be opened, or options do not fit.
@@ -83,7 +83,7 @@ class TrainPlan:
         return self.scoring.numerics
 
     def claim(self, num_processes: int) -> dict[str, Any]:
-        """Return everything that the result depends on, for the run folder."""
+        """Return everything that the result depends on, to be stored in the run folder."""
         return {
             "schema": SCHEMA,
             "config": self.config.model_dump(
@@ -96,7 +96,7 @@ class TrainPlan:
 
 
 def world_size() -> int:
-    """Return the number of processes that train together, from their launcher."""
+    """Return the number of processes that train together, as their launcher set it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -106,16 +106,16 @@ def accumulation_steps(config: TrainConfig) -> int:
     Raises:
         RefusedError: The processes cannot share the pairs of a step in whole micro-batches.
     """
-    together = config.batch_size * world_size()
-    steps, rest = divmod(config.pairs_per_step, together)
+    pairs_per_micro_step = config.batch_size * world_size()
+    steps, rest = divmod(config.pairs_per_step, pairs_per_micro_step)
     if rest:
-        below, above = steps * together, (steps + 1) * together
+        below, above = steps * pairs_per_micro_step, (steps + 1) * pairs_per_micro_step
         nearest = f"{below} or {above}" if below else str(above)
         raise RefusedError(
-            f"train.pairs_per_step must be a multiple of {together}, which is batch_size "
-            f"{config.batch_size} x {world_size()} process{'es' if world_size() > 1 else ''}, got "
-            f"{config.pairs_per_step}. Set it to {nearest}, or change batch_size or the number of "
-            "processes."
+            f"train.pairs_per_step must be a multiple of {pairs_per_micro_step}, which is "
+            f"batch_size {config.batch_size} x {world_size()} "
+            f"process{'es' if world_size() > 1 else ''}, got {config.pairs_per_step}. Set it to "
+            f"{nearest}, or change batch_size or the number of processes."
         )
     return steps
 

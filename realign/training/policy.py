@@ -1,4 +1,4 @@
-"""The model that trains: its loading, frozen parts and adapters."""
+"""The policy: loading of the model, its frozen parts and its adapters."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def load_policy(plan: TrainPlan) -> Any:
 
 
 def outline_policy(plan: TrainPlan) -> nn.Module:
-    """Return the same model without weights on torch's meta device, to see what would train. The
-    plan's outline of the model is changed into it.
+    """Return the policy without weights, on torch's meta device, to see what would train. The
+    plan's outline of the model is modified in place.
 
     Raises:
         RefusedError: The options fit no part of the model, or an adapter does not fit its base.
@@ -77,9 +77,9 @@ def _prepare(model: Any, config: TrainConfig, *, is_adapted: bool) -> Any:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Recompute activations in the backward instead of keeping them."""
-    options = {"use_reentrant": False}  # the other kind needs inputs with a gradient
-    # transformers 5.23 renamed it
+    """Recompute activations in the backward pass instead of keeping them."""
+    options = {"use_reentrant": False}  # the reentrant kind requires inputs with a gradient
+    # transformers 5.23 renamed the method
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:

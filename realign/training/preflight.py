@@ -38,10 +38,10 @@ def preflight(plan: TrainPlan, known: RowIndex | None = None) -> tuple[RowIndex,
     Returns:
         The facts of the rows, and the findings, one line each.
     Raises:
-        RefusedError: Naming the row or option, the value and the remedy.
+        RefusedError: A row or an option is refused; the message names it, the value and the remedy.
     """
     config, numerics = plan.config, plan.numerics
-    # cheap checks first: a wrong option is refused before every row is read
+    # cheap checks first: a wrong option is refused before any row is read
     check_precision(numerics.dtype, autocast=numerics.autocast)
     numerics.check()
     _check_trackers(config.report_to)
@@ -69,7 +69,8 @@ def preflight(plan: TrainPlan, known: RowIndex | None = None) -> tuple[RowIndex,
 
 def _check_trackers(names: Sequence[str]) -> None:
     """Refuse trackers that transformers does not know or that are not installed."""
-    available = {*get_available_reporting_integrations(), "flyte"}  # which it never looks for
+    # transformers never looks for flyte
+    available = {*get_available_reporting_integrations(), "flyte"}
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             raise RefusedError(
@@ -79,12 +80,14 @@ def _check_trackers(names: Sequence[str]) -> None:
         if name not in available:
             raise RefusedError(
                 f"train.report_to must name trackers that are installed, got {name!r}. Install its "
-                f"package, as by `pip install {name.replace('_', '-')}`."
+                f"package, for example with `pip install {name.replace('_', '-')}`."
             )
 
 
 def _say_missing_images(rows: RowIndex, objective: Objective) -> Iterator[str]:
-    """Announce how many pairs have no image term; refuse an objective with one if all lack it."""
+    """Yield a line on the pairs without a retrieved image; refuse an objective with an image term
+    if no pair has one.
+    """
     num_rows = len(rows.rows)
     missing = sum(not row.rejected_images for row in rows.rows)
     if not missing or objective.num_cells < 3:
@@ -120,7 +123,7 @@ def _say_steps(config: TrainConfig, num_records: int) -> str:
         f"{num_warmup_steps(config, num_records):,} of them warm-up"
     )
     if pairs > num_records:
-        text += f"; a step asks for more pairs than the {num_records:,} there are"
+        text += f"; the dataset has only {num_records:,} pairs, fewer than a step"
     return text
 
 
@@ -132,7 +135,7 @@ def _check_memory(model_bytes: int, memory_summary: str) -> None:
     if model_bytes > available:
         raise RefusedError(
             f"training must fit into {size(available)} of {where}, got {memory_summary}. Use "
-            "lora (with quantization: nf4 if need be), or shard over more processes."
+            "lora (with quantization: nf4 if necessary), or shard over more processes."
         )
 
 
@@ -156,10 +159,11 @@ def _say_memory(plan: TrainPlan, rows: RowIndex, model_bytes: int) -> Iterator[s
                 *(["gradient_checkpointing"] if not config.gradient_checkpointing else []),
                 *(["a smaller batch_size"] if config.batch_size > 1 else []),
             ]
-            verdict += ", which may not do" + (f": try {' or '.join(advice)}" if advice else "")
+            verdict += ", which may be too little"
+            verdict += f": try {' or '.join(advice)}" if advice else ""
     yield (
-        f"estimate: at most {size(activations)} of activations for a micro-step of the longest "
-        f"rows, {size(needed)} with the above{verdict}"
+        f"estimate: at most {size(activations)} of activations for a micro-batch of the longest "
+        f"rows, {size(needed)} in all{verdict}"
     )
 
 

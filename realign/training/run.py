@@ -1,5 +1,5 @@
-"""The command ``realign train``: from dataset, cache and VLM to checkpoint and metrics, continued
-after a kill.
+"""The command ``realign train``: from a dataset, a cache and a model to a checkpoint and metrics. A
+run that was stopped continues.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from realign.training.trainer import RDPOTrainer
 
 
 def checkpoint_facts(plan: TrainPlan, folder: Path, steps: int) -> dict[str, Any]:
-    """Return the facts of a finished checkpoint that none of its files has, for
-    ``checkpoint.json``. The paths of model and data stay in the run's folder.
+    """Return the facts about a finished checkpoint that its own files do not hold. They are written
+    to ``checkpoint.json`` beside it, since paths of this machine must not be published with it.
 
     Args:
         plan: Facts of the run.
         folder: The finished checkpoint.
-        steps: Updates of the weights.
+        steps: Number of updates of the weights.
     """
     snapshot = plan.folder
     return {
@@ -56,13 +56,14 @@ def checkpoint_facts(plan: TrainPlan, folder: Path, steps: int) -> dict[str, Any
 
 
 def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
-    """Train and return the checkpoint's folder; repeated after a kill, the call continues.
+    """Train a model and return the folder of its checkpoint. After an interruption, the same call
+    continues the run.
 
     Args:
         config: Options of the run.
-        dry_run: Stop before weights are loaded, with nothing written.
+        dry_run: Whether to stop before weights are loaded, without writing anything.
     Raises:
-        RefusedError: Rows are bad, options fit neither each other nor the model, the cache is of
+        RefusedError: Rows are bad, options do not fit each other or the model, the cache has
             another identity, or the output folder holds another run.
 
     Example::
@@ -74,7 +75,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
         PosixPath('run/checkpoint')
     """
     check_out(config.out)
-    ranks = Ranks()  # first of all: how weights are loaded depends on who shares them
+    ranks = Ranks()  # before anything else: loading of weights depends on the processes
     plan = TrainPlan.of(config)
     checkpoint = config.out / "checkpoint"
     file = RowFile(
@@ -91,7 +92,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
         """Read the rows once; the first rank also checks them."""
         if not ranks.is_first:
             return known or RowIndex.of(plan.records)
-        # a dry run is a request for the check
+        # a dry run always checks, even if the facts of the rows are stored
         rows, findings = preflight(plan, None if dry_run else known)
         for line in findings:
             announce(line)
@@ -102,14 +103,14 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
     if dry_run:
         return checkpoint
     if reference is None:
-        # known by its content, so the folder stays free while the model may be refused
+        # written before the run folder is claimed: its content identifies it for any run
         root, rows = config.out / "cache", plan.rows
         build_cache(
             plan.records, plan.scoring, root, identity=plan.identity, ranks=ranks, rows=rows
         )
         reference = read_cache(root, plan.records, plan.identity, rows=rows)
 
-    # DeepSpeed reads them before the weights
+    # before the model, because DeepSpeed reads them when weights are loaded
     arguments = training_arguments(config, len(plan.records))
     set_seed(config.seed)
     model = ranks.run_together(lambda: load_policy(plan))
@@ -142,7 +143,7 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
             trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
             trainer.save_model(str(unfinished))
         if trainer.is_world_process_zero():
-            # a form of peft's with everything still to be filled in; `realign card` writes a card
+            # peft's model card is an empty template; `realign card` writes a full one
             (unfinished / "README.md").unlink(missing_ok=True)
             facts = checkpoint_facts(plan, unfinished, trainer.state.global_step)
             write_json(config.out / "checkpoint.json", facts)
@@ -161,7 +162,7 @@ def _is_finished(plan: TrainPlan, ranks: Ranks) -> bool:
     is_ours = is_claimed(out, "train", plan.claim(ranks.world_size), _labels(plan))
     if not is_ours or not (out / "checkpoint").is_dir():
         return False
-    _remove_checkpoints(out / "steps")  # of a run killed at its very end
+    _remove_checkpoints(out / "steps")  # left by a run that was killed at its very end
     return True
 
 
@@ -174,8 +175,8 @@ def _remove_checkpoints(steps: Path) -> None:
 
 
 def _read_reference(plan: TrainPlan, *, dry_run: bool) -> CacheReference | None:
-    """Read a given cache; None if there is none, or if accepting it would load the model in a dry
-    run.
+    """Read the given cache. Return None without one, and in a dry run that would have to load the
+    model to accept it.
     """
     config = plan.config
     if config.cache is None or (dry_run and config.accept_numerics):

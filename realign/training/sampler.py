@@ -1,4 +1,4 @@
-"""Distribution of pairs over ranks: optimizer steps do not depend on the number of ranks."""
+"""Distribution of pairs over ranks. Optimizer steps do not depend on the number of ranks."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from realign.data.records import Record
 class PairSampler(Sampler[list[int]]):
     """Sampler of the micro-batches of one rank.
 
-    An epoch is one shuffled order of all pairs, drawn from the seed and the epoch. Micro-step i
-    takes the next ``batch_size * num_ranks`` of them, cut evenly among the ranks. So an optimizer
-    step is ``batch_size * accumulation * num_ranks`` neighbours in that order, and the result
-    depends only on this product. Every rank has as many micro-steps as the others and no pair comes
-    twice: at the end of an epoch a micro-batch may be short, or empty (see
-    :class:`FilledCollator`).
+    An epoch is one shuffled order of all pairs, drawn from the seed and the epoch. Each micro-step
+    takes the next ``batch_size * num_ranks`` pairs and splits them evenly among the ranks. An
+    optimizer step is thus ``batch_size * accumulation * num_ranks`` consecutive pairs of that
+    order, and the result depends only on this product. All ranks have the same number of
+    micro-steps and no pair occurs twice, so at the end of an epoch a micro-batch may be short, or
+    empty (see :class:`FilledCollator`).
 
     Args:
-        num_pairs: Pairs of the dataset; > 0.
-        batch_size: Pairs of a full micro-batch of one rank.
-        rank: This process, in ``[0, num_ranks)``.
-        num_ranks: Processes that share the pairs.
+        num_pairs: Number of pairs in the dataset; > 0.
+        batch_size: Number of pairs in a full micro-batch of one rank.
+        rank: Number of this process, in ``[0, num_ranks)``.
+        num_ranks: Number of processes that share the pairs.
         seed: Seed of the order.
-        shuffle: Whether the order differs from the dataset's own.
+        shuffle: Whether to shuffle; False keeps the order of the dataset.
         drop_last: Whether to leave out a last micro-step that is not full.
     """
 
@@ -49,7 +49,7 @@ class PairSampler(Sampler[list[int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration."""
+        """Set the epoch, which determines the order of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -79,16 +79,17 @@ class HasImages(Protocol):
 
 
 class FilledCollator:
-    """Collator that makes every rank use the same modules, or the others would wait for it.
+    """Collator that makes every rank run the same modules; otherwise ranks would wait for each
+    other forever.
 
-    The micro-batch of a rank without pairs is ``filler`` without ``ids``: the trainer counts pairs
-    by them, so it has no weight. A micro-batch without an image has those of ``filler`` as
-    ``unseen_images`` (:mod:`realign.modeling.image_features`).
+    A rank without pairs gets the filler row as its micro-batch, without ``ids``: the trainer counts
+    pairs by their ids, so the row has no weight. A micro-batch without an image gets the images of
+    the filler row as ``unseen_images`` (:mod:`realign.modeling.image_features`).
 
     Args:
         collator: A :class:`realign.modeling.collate.PreferenceCollator`.
-        filler: Function that reads a row, with images if any row has them; called on first use.
-        has_images: Whether that row has images.
+        filler: Reads the filler row, which has images if any row has; called on first use.
+        has_images: Whether the filler row has images.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class FilledCollator:
         self._filler_batch: dict[str, Any] | None = None
 
     def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Return the collator's batch, made complete."""
+        """Return the collator's batch, completed from the filler row if necessary."""
         if not records:
             return {**self._filled(), "ids": []}
         batch = self.collator(records)
@@ -120,5 +121,5 @@ class FilledCollator:
 
 
 def choose_filler(rows: Iterable[HasImages]) -> int:
-    """Return the position of the first row with an image, or 0 where none has any."""
+    """Return the position of the first row with an image, or 0 if no row has one."""
     return next((index for index, row in enumerate(rows) if row.images), 0)

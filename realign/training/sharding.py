@@ -22,7 +22,7 @@ def set_up_fsdp(accelerator: Any, model: nn.Module) -> None:
     """Complete the configuration of ``accelerate launch``, before the model is wrapped.
 
     Raises:
-        RefusedError: It configured FSDP1, which cannot hold frozen and trained weights together.
+        RefusedError: FSDP1 is configured, which cannot hold frozen and trained weights together.
     """
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
@@ -36,36 +36,36 @@ def set_up_fsdp(accelerator: Any, model: nn.Module) -> None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=_DTYPES[accelerator.mixed_precision],
             reduce_dtype=torch.float32,
-            # accelerate would round the reference's log-probabilities, which come as an input, and
-            # the loss to 16 bits
+            # accelerate would round the loss and the reference's log-probabilities, which are
+            # inputs, to 16 bits
             cast_forward_inputs=False,
         )
-    # the loss and the log-probabilities; nothing changes them in place
+    # about the loss and the log-probabilities, which nothing changes in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def keep_reference(prepare: Callable[..., Any], inputs: dict[str, Any], device: Any) -> Any:
-    """Return a batch as a Trainer prepares it, but with unchanged log-probabilities of the
-    reference: DeepSpeed rounds floating-point inputs to its dtype, and the loss needs their last
-    digits.
+    """Return a batch as a Trainer prepares it, except that the reference's log-probabilities keep
+    their precision: DeepSpeed rounds floating-point inputs to its dtype, and the loss requires
+    their last digits.
     """
-    reference, inputs = inputs.get("ref_logps"), prepare(inputs)
-    return inputs if reference is None else {**inputs, "ref_logps": reference.to(device)}
+    ref_logps, inputs = inputs.get("ref_logps"), prepare(inputs)
+    return inputs if ref_logps is None else {**inputs, "ref_logps": ref_logps.to(device)}
 
 
 def check_precision(dtype: torch.dtype, *, autocast: bool) -> None:
-    """Refuse a mixed precision that the launcher sets and the reference did not have.
+    """Refuse a mixed precision that the launcher sets, but that the reference is not computed in.
 
     Raises:
-        RefusedError: accelerate's configuration has one and ``autocast`` is off. DeepSpeed's is the
-            dtype of its weights.
+        RefusedError: accelerate's configuration sets one while ``autocast`` is off, or DeepSpeed
+            computes in another dtype than that of the weights.
     """
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     is_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     if precision != "no" and not autocast and not is_deepspeed:
         raise RefusedError(
             f"mixed_precision must be 'no' in the configuration of accelerate, got {precision}: "
-            "the reference would be computed in another one. Set train.autocast to true for "
+            "the reference would be computed in another precision. Set train.autocast to true for "
             "bfloat16 instead."
         )
     if is_deepspeed and precision == "bf16" and dtype != torch.bfloat16:
@@ -94,7 +94,7 @@ def check_data_parallel(accelerator: Any) -> None:
 def whole_weights(accelerator: Any, model: nn.Module) -> dict[str, Tensor]:
     """Return the gathered weights by name, on the CPU of the first rank; all ranks must call it.
 
-    Tied weights are one tensor again, so that ``save_pretrained`` writes one.
+    Tied weights become one tensor again, so that ``save_pretrained`` writes them once.
     """
     weights: dict[str, Tensor] = accelerator.get_state_dict(model)
     for name, source in getattr(model, "all_tied_weights_keys", {}).items():
@@ -104,13 +104,13 @@ def whole_weights(accelerator: Any, model: nn.Module) -> dict[str, Tensor]:
 
 
 class GatherHead(TrainerCallback):
-    """Callback that makes ZeRO-3 gather the output projection with the whole model: the loss reads
-    its weight without calling it, and DeepSpeed gathers modules that are called. It requires a GPU
-    and has not run yet.
+    """Callback that makes ZeRO-3 gather the output projection with the whole model: DeepSpeed
+    gathers only modules that are called, and the loss reads the projection's weight without calling
+    it. Not tested yet, since ZeRO-3 requires a GPU.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Register the weights, which are partitioned by now."""
+        """Register the weights, which have been partitioned."""
         if not is_deepspeed_zero3_enabled():
             return
         from deepspeed.zero import register_external_parameter
@@ -124,7 +124,8 @@ def layers_to_shard(model: nn.Module) -> list[str]:
     """Return the class names of the layers that FSDP2 gathers one at a time: those that the model
     declares as indivisible and contains.
 
-    accelerate refuses an absent class, and LLaVA declares those of CLIP's text encoder.
+    accelerate refuses a class that the model does not contain, and LLaVA declares classes of CLIP's
+    text encoder.
     """
     classes = {type(module).__name__ for module in model.modules()}
     return sorted(classes & set(getattr(model, "_no_split_modules", None) or ()))

@@ -1,4 +1,4 @@
-"""Training state in one safetensors file: tensors as tensors, everything around them as JSON.
+"""Training state in one safetensors file: tensors as tensors, everything else as JSON.
 
 ``state_dict()`` returns dicts, lists, tuples, numbers and tensors. ``torch.save`` would pickle
 them, and a pickle runs code when it is read.
@@ -29,7 +29,7 @@ def write_state(path: Path, state: Any) -> None:
     Dict keys are strings or integers, and keep their type.
 
     Raises:
-        TypeError: The tree holds anything else; the message names the place.
+        TypeError: The tree holds another type; the message names the place.
     """
     tensors: dict[str, Tensor] = {}
     tree = _pack(state, "state", tensors, {})
@@ -45,7 +45,7 @@ def read_state(path: Path, device: str = "cpu") -> Any:
 
 def _pack(value: Any, where: str, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
     if isinstance(value, Tensor):
-        # one tensor may be in many places (code books of 8-bit optimizers); a file holds it once
+        # a tensor that occurs in many places (code books of 8-bit optimizers) is written once
         if (name := names.get(id(value))) is None:
             name = names[id(value)] = str(len(tensors))
             # safetensors refuses views of one storage
@@ -60,7 +60,7 @@ def _pack(value: Any, where: str, tensors: dict[str, Tensor], names: dict[int, s
         items = [_pack(item, f"{where}[{i}]", tensors, names) for i, item in enumerate(value)]
         return items if isinstance(value, list) else {"tuple": items}
     if isinstance(value, float) and not math.isfinite(value):
-        return {"float": str(value)}  # such as the best value of a schedule that has seen none
+        return {"float": str(value)}  # such as the best loss of a schedule that has seen none
     if isinstance(value, _PLAIN):
         return value
     raise TypeError(
@@ -85,7 +85,7 @@ def _unpack(tree: Any, file: Any) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of the generators of Python, NumPy, torch and its current accelerator."""
+    """Return the states of the random generators of Python, NumPy, torch and the accelerator."""
     legacy: Any = np.random.get_state(legacy=False)
     state: dict[str, Any] = {
         "python": random.getstate(),

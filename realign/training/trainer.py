@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class RDPOConfig(ObjectiveOptions, TrainingArguments):
-    """TrainingArguments with the objective; loss defaults are the paper's.
+    """TrainingArguments with the options of rDPO. The objective's defaults are the paper's.
 
     Example::
 
@@ -71,22 +71,23 @@ class RDPOConfig(ObjectiveOptions, TrainingArguments):
         default=False, metadata={"help": "leave the language model and its head as they are"}
     )
     projector_learning_rate: float | None = field(
-        default=None, metadata={"help": "of the projector; learning_rate by default"}
+        default=None,
+        metadata={"help": "learning rate of the projector; learning_rate by default"},
     )
     shared_prefix: bool | None = field(
         default=None,
-        metadata={"help": "compute image and prompt once for both answers; None: where it can be"},
+        metadata={"help": "compute image and prompt once for both answers; None if the model can"},
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "longest sequence in tokens; longer is an error"}
+        default=None, metadata={"help": "longest sequence in tokens; a longer one is an error"}
     )
     check_first_step: bool = field(
-        default=True, metadata={"help": "stop where the first loss is not that of the reference"}
+        default=True, metadata={"help": "stop if the policy does not start at its reference"}
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "must stay false: rows are records"}
+        default=False, metadata={"help": "must stay false: rows are records, without columns"}
     )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a NaN must be seen"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "hide NaN in the log"})
 
     def __post_init__(self) -> None:
         if self.train_sampling_strategy not in ("random", "sequential"):
@@ -97,7 +98,7 @@ class RDPOConfig(ObjectiveOptions, TrainingArguments):
             )
         if self.save_only_model:
             raise RefusedError(
-                "save_only_model must be false: a run cannot go on from weights alone. Drop it."
+                "save_only_model must be false: a run cannot continue from weights alone. Drop it."
             )
         super().__post_init__()
 
@@ -106,16 +107,16 @@ class RDPOTrainer(CheckpointTrainer):
     """Trainer of VLMs on dual-preference records with cached reference log-probabilities.
 
     Args:
-        model: From :func:`realign.modeling.loading.load_model`, or a peft model around it.
+        model: Model from :func:`realign.load_model`, or a peft model around one.
         args: The configuration.
-        train_dataset: Records, as a sequence.
+        train_dataset: Sequence of records.
         processing_class: The model's processor.
-        reference: Maps ``record.key`` to log-probabilities of the reference, shape ``(C,)``, from
-            :func:`realign.reference.read_cache`; C at least the objective's number of cells. Its
-            attribute ``batch_variance``, if it has one, is that of
-            :func:`realign.training.guards.off_reference`.
+        reference: Mapping of ``record.key`` to log-probabilities of the reference, shape ``(C,)``
+            with C at least the objective's number of cells, from :func:`realign.read_cache`. Its
+            attribute ``batch_variance``, if it has one, sets the tolerance of
+            ``check_first_step``.
         callbacks: Callbacks of the Trainer.
-        plan: Facts of the rows, objective and layout of a run; None finds them.
+        plan: Facts of the rows, objective and layout of a run; None determines them here.
     Raises:
         ValueError: The reference lacks a record, or the objective is unknown.
         RefusedError: ``auto_find_batch_size`` is set, nothing is left to train, or there is no
@@ -173,7 +174,7 @@ class RDPOTrainer(CheckpointTrainer):
             ),
         )
         self._batch_variance: float | None = getattr(reference, "batch_variance", None)
-        self._step_ids: list[str] = []  # rows of the step so far, for messages
+        self._step_ids: list[str] = []  # ids of the rows of the current step, for messages
         layout = plan.model.layout if plan else choose_layout(model, args.shared_prefix)
         collator: Any = PreferenceCollator(
             processing_class,
@@ -191,8 +192,8 @@ class RDPOTrainer(CheckpointTrainer):
                 collator, partial(train_dataset.__getitem__, filler), has_images=has_images
             )
             if args.ddp_find_unused_parameters is None:
-                # the last layers of a vision tower have no gradient, nor has a projector without
-                # images; any other weight has one on every rank
+                # the last layers of a trained vision tower get no gradient, nor does a projector
+                # without images; every other weight gets one on every rank
                 args.ddp_find_unused_parameters = not (args.freeze_vision and has_images)
         super().__init__(
             model=model,
@@ -205,7 +206,7 @@ class RDPOTrainer(CheckpointTrainer):
         check_data_parallel(self.accelerator)
         if self.is_fsdp_enabled:
             set_up_fsdp(self.accelerator, model)
-        # part of every checkpoint
+        # saved in every checkpoint
         self._metrics = PairMetrics(
             self.objective, lambda sums: self.accelerator.reduce(sums, reduction="sum")
         )
@@ -238,22 +239,22 @@ class RDPOTrainer(CheckpointTrainer):
             multiprocessing_context=args.dataloader_multiprocessing_context,
             in_order=args.dataloader_in_order,
             worker_init_fn=partial(ignore_signals, seed, self._preemption.is_waited_for),
-            # a separate generator: the number of loaders must not move the global one
+            # its own generator: creating a loader would otherwise advance the global one
             generator=torch.Generator(),
         )
-        # the sampler has distributed the pairs; it only needs the epoch
+        # the sampler already distributes the pairs; accelerate only sets its epoch
         return prepare_data_loader(loader, num_processes=1, process_index=0)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """Return the micro-batches of an optimizer step, and its number of pairs over all ranks."""
+        """Return the micro-batches of an optimizer step, and the step's pairs over all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_pairs = torch.tensor(sum(len(batch["ids"]) for batch in batches), device=device)
         return batches, self.accelerator.reduce(num_pairs, reduction="sum")
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Return Trainer's optimizer, with a learning rate of the projector if it is set."""
+        """Return Trainer's optimizer, with the projector's own learning rate if one is set."""
         is_new, rate = self.optimizer is None, self.args.projector_learning_rate
         optimizer = super().create_optimizer(model)
         if is_new and rate is not None:
@@ -271,9 +272,8 @@ class RDPOTrainer(CheckpointTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, RdpoOutput]:
-        """Return the micro-batch's share of the mean loss over all pairs of the optimizer step,
-        over all micro-batches and ranks; the mean over its own pairs if ``num_items_in_batch`` is
-        None.
+        """Return the micro-batch's share of the mean loss over all pairs of the optimizer step, or
+        the mean over its own pairs if ``num_items_in_batch`` is None.
         """
         ids = inputs.pop("ids")
         output: RdpoOutput = model(
@@ -283,14 +283,14 @@ class RDPOTrainer(CheckpointTrainer):
         self._metrics.add(output, counted=bool(ids))
         loss = output.loss
         if num_items_in_batch is not None:
-            # DDP, FSDP and ZeRO take the mean of the ranks' gradients: times their number, a sum
+            # DDP, FSDP and ZeRO average the ranks' gradients; the factor turns the mean into a sum
             loss = loss * (len(ids) * self.accelerator.num_processes / num_items_in_batch)
         return (loss, output) if return_outputs else loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as Trainer does; the first rank gathers and saves sharded weights.
 
-        Those of a checkpoint stay sharded, to resume from with their optimizer.
+        The weights of a checkpoint stay sharded, so that the run can resume with its optimizer.
         """
         if _internal_call or not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
@@ -300,7 +300,7 @@ class RDPOTrainer(CheckpointTrainer):
             self._save(output_dir, weights)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log means over all pairs since the last line; Trainer's loss is since its last start."""
+        """Log means over all pairs since the last log line, also those before a resume."""
         if "loss" in logs:
             logs = {**logs, **self._metrics.take_means()}
         super().log(logs, start_time)
@@ -311,7 +311,7 @@ class RDPOTrainer(CheckpointTrainer):
         Raises:
             FloatingPointError: A loss, an input or a gradient is not finite; that step has changed
                 no weight.
-            RefusedError: The first loss is not that of the reference, memory is full, or the
+            RefusedError: The policy does not start at its reference, memory is full, or the
                 checkpoint to continue from is damaged.
         """
         try:
@@ -332,21 +332,21 @@ class RDPOTrainer(CheckpointTrainer):
     def _check_before_backward(
         self, output: RdpoOutput, inputs: Mapping[str, Any], ids: Sequence[str]
     ) -> None:
-        """Stop all processes if one has a number that is not finite, or an off-reference policy."""
+        """Stop all processes if one has a number that is not finite or starts off its reference."""
         self._step_ids += ids
         step = self.state.global_step + 1
         problem = not_finite(output, inputs, ids)
         if self.any_process(problem is not None):
-            problem = problem or "all numbers must be finite, another process has one that is not."
+            problem = problem or "another process has a number that is not finite; see its message."
             raise FloatingPointError(f"step {step}: {problem} No weight was changed by this step.")
         if step > 1 or not self.args.check_first_step:
             return
         problem = self._off_reference(output, ids) if ids else None
         if self.any_process(problem is not None):
-            raise RefusedError(problem or "another process begins off its reference; see there.")
+            raise RefusedError(problem or "another process starts off its reference; see there.")
 
     def _off_reference(self, output: RdpoOutput, ids: Sequence[str]) -> str | None:
-        autocast = self.accelerator.mixed_precision != "no"  # of the arguments or of accelerate
+        autocast = self.accelerator.mixed_precision != "no"  # set by arguments or by accelerate
         return off_reference(
             output,
             self.objective,
@@ -356,15 +356,15 @@ class RDPOTrainer(CheckpointTrainer):
         )
 
     def _check_gradient(self) -> None:
-        """Stop all processes before a gradient that is not finite is used or even scaled."""
+        """Stop all processes before a gradient that is not finite is used or clipped."""
         ids, self._step_ids = self._step_ids, []
         if self.accelerator.scaler is not None:
-            return  # float16 overflows now and then; its scaler leaves the step out
+            return  # gradients in float16 may overflow; the loss scaler then skips the step
         if self.any_process(not gradients_are_finite(self.model_wrapped.parameters())):
             name = first_bad_gradient(self.model_wrapped.named_parameters())
             raise FloatingPointError(
                 f"step {self.state.global_step + 1}: the gradient must be finite, got "
-                f"{name or 'one that is not on another process'}, for rows {', '.join(ids)}. "
+                f"{name or 'another value on another process'}, for rows {', '.join(ids)}. "
                 "No weight was changed by this step."
             )
 
@@ -377,7 +377,7 @@ class RDPOTrainer(CheckpointTrainer):
             self._check_gradient()
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if self.accelerator.scaler is None and norm is not None and not math.isfinite(norm):
-            # squares that overflow; or DeepSpeed, which has made its step by now
+            # the squares overflow, or DeepSpeed reports it after it has taken its step
             changed = "may have been" if self.is_deepspeed_enabled else "was not"
             raise FloatingPointError(
                 f"step {self.state.global_step + 1}: the gradient's norm must be finite, got "

@@ -6,7 +6,6 @@ import argparse
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +29,7 @@ from benchmarks.gpu.session import Check, Session  # noqa: E402
 from benchmarks.promises import outcome  # noqa: E402
 from benchmarks.result_files import environment, load, merge  # noqa: E402
 from realign_kernels.backends.dispatch import resolve_backend  # noqa: E402
+from tests.processes import is_running, wait_until  # noqa: E402
 
 CPU = torch.device("cpu")
 HAS_KERNELS = resolve_backend("auto", "cpu") == "cpu"
@@ -397,12 +397,6 @@ time.sleep({seconds})
 """
 
 
-def is_running(pid: int) -> bool:
-    """Return whether a process runs; one that only waits for its parent does not."""
-    status = Path(f"/proc/{pid}/status")
-    return status.exists() and status.read_text().split("State:")[1].split()[0] not in ("Z", "X")
-
-
 @pytest.mark.parametrize("seconds", [0, 600])
 def test_a_command_ends_with_everything_that_it_has_started(seconds):
     script = [sys.executable, "-c", CHILDREN.format(seconds=seconds)]
@@ -411,10 +405,7 @@ def test_a_command_ends_with_everything_that_it_has_started(seconds):
     ) as process:
         child = int(process.stdout.readline())
         assert has_ended(process, 60 - seconds) == (seconds == 0)
-    waits = iter(range(100))
-    while is_running(child) and next(waits, None) is not None:
-        time.sleep(0.1)
-    assert not is_running(child)
+    wait_until(lambda: not is_running(child), 10)
 
 
 def test_a_command_says_how_it_has_ended():

@@ -21,6 +21,7 @@ from realign.demo.data import build_config, write_training_data
 from realign.errors import RefusedError
 from realign.review.check import check
 from realign.review.report import write_report
+from tests.ports import closed_port
 
 
 class Server:
@@ -229,11 +230,11 @@ def test_a_server_that_is_not_there_is_named_before_an_image_is_opened(
     config: BuildConfig, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("realign.building.source.inspect_corpus", lambda *_: pytest.fail("late"))
-    masker = GeneratorSection(model="scripted", endpoint="http://127.0.0.1:9/v1")
-    with pytest.raises(
-        RefusedError, match=r"^build\.masker\.endpoint must be of a server .* got http://127.*:9/v1"
-    ):
-        build(config.model_copy(update={"masker": masker}))
+    with closed_port() as port:
+        masker = GeneratorSection(model="scripted", endpoint=f"http://127.0.0.1:{port}/v1")
+        message = rf"^build\.masker\.endpoint must be of a server .* got http://127.*:{port}/v1"
+        with pytest.raises(RefusedError, match=message):
+            build(config.model_copy(update={"masker": masker}))
     other = GeneratorSection(model="other", endpoint=server.url)
     with pytest.raises(
         RefusedError, match=r"^build\.inducer\.model must be .*\(scripted\), got other"

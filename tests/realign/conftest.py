@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
@@ -21,6 +23,17 @@ from realign.demo.world import DESCRIBE, KINDS, Scene, Thing, free_scene, questi
 
 datasets.disable_progress_bars()
 transformers.logging.disable_progress_bar()
+
+
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """Let no file become longer than ``size`` bytes: writing it fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="session")

@@ -111,5 +111,5 @@ def test_the_command_lists_and_writes(tmp_path: Path, monkeypatch) -> None:
         True,
     )
     code, said = run("--out", "x.yaml")
-    assert (code, "must stand beside a recipe" in said) == (2, True)
+    assert (code, "requires a recipe" in said) == (2, True)
     assert sorted(path.name for path in tmp_path.rglob("*.yaml")) == ["my.yaml", "paper.yaml"]

@@ -29,7 +29,7 @@ class NativeCollator(DataCollatorForVisionPreference):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Let TRL collate the answer pairs and the image pairs, and join the two."""
-        # its collator changes the rows that it is given
+        # TRL's collator changes the rows in place
         batch = super().torch_call([dict(example) for example in examples])
         if self.num_cells == 2:
             return batch
@@ -37,7 +37,7 @@ class NativeCollator(DataCollatorForVisionPreference):
         for name, values in batch.items():
             others = retrieved[name]
             if self.num_cells == 3:
-                others = others[: len(others) // 2]  # the second half is of the rejected answer
+                others = others[: len(others) // 2]  # the second half has the rejected answers
             fill = self.processor.tokenizer.pad_token_id if name == "input_ids" else 0
             batch[name] = _joined(values, others, fill or 0)
         return batch
@@ -58,8 +58,8 @@ class NativeCollator(DataCollatorForVisionPreference):
 
 @dataclass(frozen=True)
 class GivenCollator:
-    """Wrapper of a user's collator that checks the number of rows of every batch: those of TRL's
-    own collator could be taken for other cells.
+    """Wrapper of a user's collator that checks the number of rows of every batch. The rows of TRL's
+    own collator would otherwise be mistaken for other cells.
 
     Attributes:
         collate: The user's collator.
@@ -73,7 +73,7 @@ class GivenCollator:
         """Return the batch of the user's collator.
 
         Raises:
-            RefusedError: The batch has not as many rows as the pairs have cells.
+            RefusedError: The batch does not have one row for each cell of each pair.
         """
         batch = self.collate(examples)
         if len(batch["input_ids"]) != self.num_cells * len(examples):
@@ -110,7 +110,7 @@ class NativeBatch:
 
     @classmethod
     def of(cls, batch: Mapping[str, Any], num_cells: int) -> NativeBatch:
-        """Take the batch apart."""
+        """Return a collator's batch in this form."""
         inputs = {name: value for name, value in batch.items() if name != "completion_mask"}
         mask = batch["completion_mask"]
         labels = batch["input_ids"].masked_fill(mask == 0, -100)
@@ -129,19 +129,18 @@ class NativeBatch:
         """Return the sums over the scored tokens, (C, P).
 
         Args:
-            values: Values of every position but the last, after those of virtual tokens of an
-                adapter.
+            values: One value per position except the last; an adapter's virtual tokens come first.
         """
         mask = self.completion_mask[:, 1:]
         kept = values[:, -mask.shape[1] :]
         return torch.where(mask > 0, kept, 0.0).sum(1).view(self.num_cells, -1)
 
     def output(self, outputs: Any, ref_logps: Tensor, objective: Objective) -> RdpoStatsOutput:
-        """Return the loss and the logged results of a batch, as the own data path does.
+        """Return the loss and the logged results of a batch, as with ``data_path="own"``.
 
         Args:
             outputs: The policy's outputs from :meth:`score`.
-            ref_logps: Sums of the reference, (C, P).
+            ref_logps: Summed log-probabilities of the reference, (C, P).
             objective: The objective of the run.
         """
         logps, num_tokens = self.sums(outputs.log_probs), self.num_tokens

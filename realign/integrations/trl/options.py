@@ -1,4 +1,4 @@
-"""The options of a DPOConfig for rDPO: the objective that they name, and refusals."""
+"""The options of a DPOConfig for rDPO: the objective that they name, and what is refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from realign_kernels import Objective
 logger = get_logger(__name__)
 
 DATA_PATHS = ("own", "native")
-# loss_type of TRL to the link of every term; with one of the others the two are not one loss
+# TRL's loss_type to the link function of every term; no table of terms has TRL's other losses
 LINKS = {"sigmoid": "logsigmoid", "hinge": "hinge", "ipo": "ipo"}
 OWN_LOSS = "pass objective= with a table of terms, or use TRL's own DPOTrainer"
 
@@ -58,7 +58,7 @@ def make_objective(
 
 
 def check_options(args: DPOConfig, *, is_cached: bool, data_path: str) -> None:
-    """Refuse options that rDPO would ignore, and warn of one that TRL itself does not read.
+    """Refuse options that rDPO would ignore, and warn about one that TRL itself ignores.
 
     Raises:
         RefusedError: The message names the option, its value and the remedy.
@@ -114,13 +114,14 @@ def check_left_out(data_path: str, other: str, **arguments: Any) -> None:
 
 
 def set_options(args: DPOConfig) -> None:
-    """Set the two options of a configuration that image pairs require, and log it."""
+    """Set the two options that image pairs require, and log every change."""
     if args.remove_unused_columns:
         args.remove_unused_columns = False
         logger.warning("remove_unused_columns is set to False: TRL would drop rejected_images.")
     if args.max_length is not None:
         logger.warning(
-            f"max_length is set to None, it was {args.max_length}: tokens of images are not cut."
+            f"max_length is set to None, it was {args.max_length}: sequences with images are never "
+            "truncated."
         )
         args.max_length = None
 
@@ -137,7 +138,7 @@ def check_columns(dataset: Any, name: str, num_cells: int) -> None:
         return
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         return  # TRL refuses anything else
-    columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not say them
+    columns = dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know them
     needed: list[tuple[tuple[str, ...], str]] = [(("images", "image"), "the image of each pair")]
     if num_cells > 2:
         needed.append((("rejected_images",), "the retrieved image of each pair"))

@@ -1,4 +1,4 @@
-"""The project's own forward on the models that TRL's constructor is given or loads."""
+"""The forward of this project on the models that TRL's constructor is given or loads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def give_own_forward(model: Any) -> None:
 
 
 def check_adapter(config: Any) -> None:
-    """Refuse adapters that put virtual tokens before a row, whose tokens are indexed."""
+    """Refuse adapters that put virtual tokens before a row: the forward would read other tokens."""
     if getattr(config, "is_prompt_learning", False):
         raise RefusedError(
             f"peft_config must not add virtual tokens with data_path='own', got "
@@ -40,8 +40,8 @@ def check_adapter(config: Any) -> None:
 
 @contextmanager
 def own_models(policy: Any, *, loads_reference: bool) -> Iterator[None]:
-    """Let TRL's constructor within the block give this project's forward to every model that it
-    loads, and accept LoRA on the output projection.
+    """Within the block, every model that TRL's constructor loads gets this project's forward, and
+    LoRA on the output projection is accepted.
 
     Args:
         policy: Argument of the constructor: a model, or the name of the first one that it loads.
@@ -55,7 +55,7 @@ def own_models(policy: Any, *, loads_reference: bool) -> Iterator[None]:
         nonlocal num_loaded
         num_loaded += 1
         if num_loaded > 1 and not loads_reference:
-            return None  # which TRL takes for no reference
+            return None  # to TRL, no reference model
         model = load(*args, **kwargs)
         give_own_forward(model)
         return model
@@ -70,7 +70,7 @@ def own_models(policy: Any, *, loads_reference: bool) -> Iterator[None]:
 
 @contextmanager
 def _replaced(name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Replace a name in TRL's module of the DPOTrainer by ``make(value)`` within the block."""
+    """Replace a name in the module of TRL's DPOTrainer by ``make(value)`` within the block."""
     if not hasattr(dpo_trainer, name):
         raise RefusedError(
             f"trl must be a version whose DPOTrainer uses {name}, got {trl.__version__}. Install "

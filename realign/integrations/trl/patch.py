@@ -1,7 +1,7 @@
 """Exact log-probabilities in TRL's own trainers.
 
-TRL's fused head (``trl.trainer.utils.add_fused_lm_head``) looks up the function that scores its
-labels at every call.  The patch puts one with the same arguments and results in its place.
+At every call, TRL's fused head (``trl.trainer.utils.add_fused_lm_head``) looks up the function that
+scores its labels. The patch replaces that function by one with the same arguments and results.
 Letters: **N** labels, **D** hidden size, **V** vocabulary.
 """
 
@@ -23,16 +23,16 @@ from realign.errors import RefusedError
 from realign_kernels import linear_logprob, linear_logprob_stats
 
 _UTILS = "trl.trainer.utils"
-_FUNCTION, _CHOICE = "_ChunkedLogProbFunction", "_use_triton"  # as they are called there
+_FUNCTION, _CHOICE = "_ChunkedLogProbFunction", "_use_triton"  # their names in that module
 _ARGUMENTS = [
     "hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping",
     "logit_scale", "outputs",
 ]  # fmt: skip
-# Names of TRL's further outputs beside the log-probabilities, in the order of the results.
+# TRL's names of the outputs after the log-probabilities, in the order of the results.
 _STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 _HALF_OR_FLOAT32 = {torch.float16, torch.bfloat16, torch.float32}
-# Elsewhere TRL's function is written for its compiler, and the exact head has not been tried.
+# On other devices TRL's function is written for their compilers, and the exact head is untested.
 _DEVICE_TYPES = ("cpu", "cuda", "xpu")
 
 Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -42,7 +42,7 @@ class TrlPatch:
     """The patch of TRL that :func:`patch_trl` has made.
 
     Attributes:
-        calls: Number of calls of TRL's function that the exact head has answered since.
+        calls: Number of calls of TRL's function that the exact head has answered.
         passed_on: Number of calls that went to TRL's own function, which takes more inputs than the
             head.
     """
@@ -99,7 +99,7 @@ def patch_trl(*, compact: bool = True) -> TrlPatch:
     return TrlPatch(compact).__enter__()
 
 
-_patches: list[TrlPatch] = []  # that have not been undone; the last one decides what is compact
+_patches: list[TrlPatch] = []  # those in force; the last one's ``compact`` decides
 _originals: dict[str, Any] = {}
 
 
@@ -129,14 +129,14 @@ def _check_signature() -> None:
 
 
 def _bind() -> None:
-    """Bind the functions of the patches in TRL, or its own functions without a patch."""
+    """Put our functions in place of TRL's, or TRL's own back if no patch is in force."""
     utils: Any = import_module(_UTILS)
     if _patches and getattr(utils, _FUNCTION) is not ExactLogProbFunction:
         _originals[_FUNCTION] = getattr(utils, _FUNCTION)
         _rebind(_originals[_FUNCTION], ExactLogProbFunction)
     elif not _patches:
         _rebind(ExactLogProbFunction, _originals[_FUNCTION])
-    # Bound elsewhere for other functions, which it must not change.
+    # Only in this module: others import it to choose between kernels of their own.
     choice = getattr(utils, _CHOICE, None)
     if choice is None:  # TRL 1.15 scores answers alone, anywhere
         return
@@ -155,7 +155,7 @@ def _rebind(old: Any, new: Any) -> None:
 
 
 def _scores_answers_alone(device: torch.device) -> bool:
-    """Replace TRL's choice of the positions to score by answers alone."""
+    """Return whether to score answers alone: on CPUs, and wherever TRL does so itself."""
     return device.type == "cpu" or _originals[_CHOICE](device)
 
 
@@ -174,8 +174,9 @@ class ExactLogProbFunction:
         logit_scale: float = 1.0,
         outputs: Collection[str] = _STATISTICS,
     ) -> Results:
-        """Return log-probabilities, entropy, log sum of squares, mean logits and whether targets
-        are the most probable tokens, (N,) each; None if ``outputs`` does not name one.
+        """Return log-probabilities, entropy, log sum of squared probabilities, mean logits and
+        whether the targets are the most probable tokens, (N,) each. An output that ``outputs`` does
+        not name is None.
 
         Hidden states are (N, D) and the weight is (V, D). ``chunk_size`` is not used.
         """
@@ -200,7 +201,7 @@ class ExactLogProbFunction:
             temperature=temperature,
             logit_scale=logit_scale,
             logit_softcap=final_logit_softcapping,
-            # A trained head keeps nothing of size N x V, as TRL's does not.
+            # As in TRL's function, nothing of size N x V is kept for a trained head.
             memory="recompute" if is_trained else "auto",
         )
         if hasattr(weight, "ds_id"):
@@ -215,7 +216,7 @@ def _is_for_the_head(
     targets: Tensor,
     numbers: tuple[float, float, float | None],
 ) -> bool:
-    """Return whether the exact head takes the inputs, of which TRL's function takes more."""
+    """Return whether the exact head accepts the inputs; TRL's function accepts more kinds."""
     if not all(number is None or _is_positive(number) for number in numbers):
         return False
     tensors = [hidden, weight] if bias is None else [hidden, weight, bias]
@@ -223,7 +224,7 @@ def _is_for_the_head(
     return (
         hidden.device.type in _DEVICE_TYPES
         and (dtypes <= _HALF_OR_FLOAT32 or dtypes == {torch.float64})
-        # Of quantized weights, say, products are defined by their class.
+        # A subclass of Tensor, such as a quantized weight, defines its own products.
         and all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
         and _are_tokens(targets, len(weight))
     )
@@ -235,9 +236,10 @@ def _is_positive(number: Any) -> bool:
 
 
 def _are_tokens(targets: Tensor, vocabulary_size: int) -> bool:
-    """Return whether all targets have a row of the head; TRL's function takes others too.
+    """Return whether every target has a row in the head.
 
-    Labels at image tokens have none if a model has no output for these.
+    TRL's function also accepts targets without one, such as image tokens that a model cannot
+    output.
     """
     return not ((targets < 0) | (targets >= vocabulary_size)).any()
 
@@ -250,10 +252,10 @@ def _score(
     bias: Tensor | None,
     **options: Any,
 ) -> Results:
-    """Compute the requested outputs by the head, in float32 like TRL, even of float64 inputs."""
+    """Compute the requested outputs with the exact head; like TRL's, they are always float32."""
     if bias is not None and bias.dtype not in (hidden.dtype, torch.float32):
         bias = bias.to(hidden.dtype)  # as TRL rounds it
-    # How many are scored is known: nothing waits for a GPU.
+    # The number of scored labels is known, so nothing waits for the GPU.
     options |= {"lm_head_bias": bias, "ignore_index": None, "num_scored": len(targets)}
     if not any(name in outputs for name in _STATISTICS):
         logps = linear_logprob(hidden, weight, targets, **options)
@@ -269,10 +271,10 @@ def _score(
 
 
 class _GatheredHead(torch.autograd.Function):
-    """The head under ZeRO-3, whose weight is whole only inside a context of TRL's.
+    """The head under ZeRO-3, whose weight is gathered only inside a context manager of TRL's.
 
-    TRL enters it around the forward. The backward enters it again, as that of TRL's function does,
-    and scores anew, so that nothing reads a released weight.
+    TRL enters the context around the forward. The backward enters it again, as in TRL's function,
+    and repeats the forward, so that nothing reads a weight that was released.
     """
 
     @staticmethod
@@ -308,11 +310,14 @@ class _GatheredHead(torch.autograd.Function):
                 )
             ]
             results = ctx.score(*leaves)
-            given = [pair for pair in zip(results[:2], grads, strict=False) if pair[1] is not None]
-            wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-            outputs, slopes = zip(*given, strict=True)
-            found = iter(torch.autograd.grad(outputs, wanted, slopes))
+            pairs = [pair for pair in zip(results[:2], grads, strict=False) if pair[1] is not None]
+            inputs = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+            outputs, grad_outputs = zip(*pairs, strict=True)
+            grad_inputs = iter(torch.autograd.grad(outputs, inputs, grad_outputs))
         return (
             None,
-            *(next(found) if leaf is not None and leaf.requires_grad else None for leaf in leaves),
+            *(
+                next(grad_inputs) if leaf is not None and leaf.requires_grad else None
+                for leaf in leaves
+            ),
         )

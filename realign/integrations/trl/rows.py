@@ -28,16 +28,16 @@ LACKING = "Run `realign cache` for this dataset, and read_cache for its rows."
 
 
 def with_image_bytes(dataset: Any) -> Any:
-    """Return a dataset, or a dictionary of datasets, whose image columns give the bytes of files
-    instead of decoded images, since a reference is found by them.
+    """Return a dataset, or a dictionary of datasets, whose image columns yield the bytes of the
+    files instead of decoded images: the keys of a reference are computed from these bytes.
     """
     if isinstance(dataset, dict):
         return type(dataset)({name: with_image_bytes(part) for name, part in dataset.items()})
     features = getattr(dataset, "features", None) or {}
     undecoded = {name: _undecoded(features[name]) for name in IMAGE_COLUMNS if name in features}
     if isinstance(dataset, datasets.Dataset):
-        # cast_column would write all rows anew for a list of images, which are stored alike
-        dataset = copy.deepcopy(dataset)  # of tables it copies nothing
+        # cast_column would rewrite all rows for a list of images, although they are stored alike
+        dataset = copy.deepcopy(dataset)  # copies no table
         dataset.info.features.update(undecoded)
         return dataset
     for name, feature in undecoded.items():
@@ -112,7 +112,7 @@ class RowCollator:
 
     Args:
         processor: The model's processor.
-        num_cells: How many cells of a pair the objective reads.
+        num_cells: Number of cells of a pair that the objective reads.
         reference: Cached log-probabilities by ``record.key``; None leaves them out.
         shared_prefix: Whether the answers of a pair share their images and prompt.
     """

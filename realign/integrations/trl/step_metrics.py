@@ -9,13 +9,14 @@ from torch import Tensor
 
 from realign_kernels import RdpoStatsOutput
 
-NUM_TOKENS = "num_tokens"  # of a batch; TRL logs their sum so far
+NUM_TOKENS = "num_tokens"  # in a batch; TRL logs the running total
 
 
 def step_metrics(
     output: RdpoStatsOutput, num_tokens_read: Tensor, sum_over_ranks: Callable[[Tensor], Tensor]
 ) -> dict[str, float]:
-    """Return the means of metrics over the batch of all ranks; wait for the device once.
+    """Return the means of the metrics over the batches of all ranks, with one synchronization of
+    the device.
 
     Rewards and log-probabilities are means over pairs; entropy, logits and accuracy are means over
     the scored tokens of the answer pair, as TRL has them. Metrics of the image pair are left out if
@@ -23,7 +24,7 @@ def step_metrics(
 
     Args:
         output: Output of a micro-batch.
-        num_tokens_read: Number of tokens that the model read, ().
+        num_tokens_read: Number of tokens in the model's input, a scalar tensor.
         sum_over_ranks: Function that sums a tensor elementwise over the ranks.
     """
     tokens = output.num_tokens.to(output.logps)

@@ -53,18 +53,18 @@ logger = get_logger(__name__)
 
 
 class RdpoTrainer(DPOTrainer):
-    """Trainer of VLMs with rDPO on TRL's DPOTrainer: its configuration, callbacks, adapters,
-    checkpoints and metrics, with the image pair of each row beside its answer pair.
+    """Trainer that adds rDPO to TRL's DPOTrainer: configuration, callbacks, adapters, checkpoints
+    and metrics are DPOTrainer's, and each row has an image pair beside its answer pair.
 
     Args:
         model: As for DPOTrainer: a model, a peft model, or a name.
         ref_model: As for DPOTrainer; must be None beside ``reference``.
         args: As for DPOTrainer. ``beta`` and ``loss_type`` (sigmoid, hinge or ipo) make the
             objective; ``remove_unused_columns`` and ``max_length`` are set to False and None.
-        data_collator: Only for ``data_path="native"``: returns TRL's batch with the rows cell by
-            cell, ``[v y_w | v y_l | v_l y_w]``.
-        train_dataset: Rows with TRL's columns of images (``prompt``, ``chosen``, ``rejected``,
-            ``images`` or ``image``) and ``rejected_images``, the retrieved ones.
+        data_collator: Only for ``data_path="native"``: function that returns TRL's batch with the
+            rows cell by cell, ``[v y_w | v y_l | v_l y_w]``.
+        train_dataset: Rows with TRL's columns (``prompt``, ``chosen``, ``rejected``, ``images`` or
+            ``image``) and ``rejected_images``, the retrieved images.
         eval_dataset: The same, or a dictionary of such datasets.
         processing_class: The model's processor.
         compute_metrics: As for DPOTrainer, only for ``data_path="native"``.
@@ -73,9 +73,9 @@ class RdpoTrainer(DPOTrainer):
         quantization_config: As for DPOTrainer.
         peft_config: As for DPOTrainer. The output projection may be one of its targets with
             ``data_path="own"``.
-        reference: ``record.key`` to log-probabilities of the reference, shape ``(C,)``, from
-            :func:`realign.read_cache`: no reference is loaded or computed. None computes it at
-            every step as DPOTrainer does.
+        reference: Mapping of ``record.key`` to log-probabilities of the reference, shape ``(C,)``,
+            from :func:`realign.read_cache`; no reference model is then loaded. None computes them
+            at every step, as DPOTrainer does.
         data_path: ``"own"``: this project's collator and forward. ``"native"``: TRL's collator and
             forward, for models that ``own`` refuses.
         objective: Another table of terms instead of rDPO with the configuration's beta and loss.
@@ -147,7 +147,7 @@ class RdpoTrainer(DPOTrainer):
         check_options(args, is_cached=reference is not None, data_path=data_path)
         self.objective = make_objective(args, objective, image_beta, image_weight)
         self.reference = reference
-        self._is_compared = False  # the first loss with that of the reference
+        self._is_compared = False  # whether the first loss was compared with the reference's
         self._is_own = data_path == "own"
         if self._is_own:
             check_left_out(
@@ -187,7 +187,7 @@ class RdpoTrainer(DPOTrainer):
                 peft_config=peft_config,
             )
         if reference is not None and is_given_adapter and "ref" in self.model.peft_config:
-            self.model.delete_adapter("ref")  # TRL's copy of the adapter, which nothing will read
+            self.model.delete_adapter("ref")  # TRL's copy of the adapter, which nothing reads
         if self._is_own:
             self._set_up_own(shared_prefix)
             return
@@ -259,7 +259,7 @@ class RdpoTrainer(DPOTrainer):
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load by name: Trainer finds no weight of a VLM and continues from the initial ones."""
+        """Load weights by name; Trainer finds none of a VLM and keeps the initial ones."""
         target = model or self.model
         if self.is_fsdp_enabled or not isinstance(target, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -321,14 +321,14 @@ class RdpoTrainer(DPOTrainer):
         problem = off_reference(
             output,
             self.objective,
-            [one or "(without an id)" for one in ids],
+            [row_id or "(without an id)" for row_id in ids],
             is_exact=computes_exactly(
                 self.model, autocast=self.accelerator.mixed_precision != "no"
             ),
             batch_variance=getattr(self.reference, "batch_variance", None),
         )
         if problem and self.state.global_step == 0:
-            lines = problem.splitlines()[:2]  # what follows names an option of realign train
+            lines = problem.splitlines()[:2]  # the third line names an option of realign train
             logger.warning(
                 "\n".join([*lines, "Go on only if the policy is meant to begin elsewhere."])
             )
@@ -363,7 +363,7 @@ class RdpoTrainer(DPOTrainer):
             if self.ref_model is not None:
                 return score(self.ref_model)
             adapted = self.accelerator.unwrap_model(self.model)
-            # the copy of an adapter that was given, if there is one
+            # TRL's copy of a given adapter, if there is one
             stack.enter_context(
                 use_adapter(adapted, "ref" if "ref" in adapted.peft_config else None)
             )

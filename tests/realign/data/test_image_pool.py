@@ -22,6 +22,7 @@ from realign.data.images import MAX_PIXELS, ImageFacts, RefusedImage, decode_ima
 from realign.data.perceptual_hash import perceptual_hash
 from realign.errors import RefusedError
 from tests.conftest import running
+from tests.processes import is_running, wait_until
 
 
 @pytest.fixture
@@ -51,19 +52,8 @@ def fifo(folder: Path) -> Path:
     return path
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):  # the latter if it ends before it is read
-        return False
-
-
 def wait_until_gone(pids: list[int]) -> None:
-    """Fail after a minute, of a machine that does other things."""
-    end = time.monotonic() + 60
-    while left := [pid for pid in pids if is_running(pid)]:
-        assert time.monotonic() < end, left
-        time.sleep(0.02)
+    wait_until(lambda: not any(map(is_running, pids)), 60)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

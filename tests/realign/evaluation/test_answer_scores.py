@@ -542,4 +542,4 @@ def test_the_command_prints_a_table_or_json_and_loads_no_torch(pope: tuple[Path,
     assert refused.exit_code == 2
     lost = CliRunner().invoke(app, ["eval", "--seed", "1", *given[1:]])
     assert lost.exit_code == 2
-    assert "--seed must stand behind 'score'" in lost.output
+    assert "--seed must be given after 'score'" in lost.output

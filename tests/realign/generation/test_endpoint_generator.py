@@ -7,7 +7,6 @@ import base64
 import json
 import random
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from realign.errors import RefusedError
 from realign.generation.endpoint import Endpoint
 from realign.generation.endpoint_generator import Counts, EndpointGenerator, Sampling, image_url
 from realign.generation.generator import Answer, Request
+from tests.ports import closed_port
 
 KEY = "sk-canary-0123456789abcdef"
 Ask = Callable[..., list[Request]]
@@ -306,12 +306,10 @@ def test_a_redirect_gets_no_key(
 
 
 def test_an_unreachable_server_is_named_at_once(generator: Any, ask_about: Ask) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     started = time.monotonic()
     with (
-        generator(url, endpoint={"backoff_s": 20.0}) as generate,
+        closed_port() as port,
+        generator(url := f"http://127.0.0.1:{port}/v1", endpoint={"backoff_s": 20.0}) as generate,
         pytest.raises(RefusedError, match=rf"got {url} \(ConnectError.*Start the server"),
     ):
         generate(ask_about("p"))

@@ -15,6 +15,7 @@ import pytest
 from realign.errors import RefusedError
 from realign.generation.endpoint import Endpoint
 from realign.generation.endpoint_probe import check_key, check_server
+from tests.ports import closed_port
 
 KEY = "sk-canary-0123456789abcdef"
 OPTION = "build.masker.endpoint"
@@ -167,9 +168,8 @@ def test_a_key_that_may_not_ask_is_named(server: Models) -> None:
 
 
 def test_a_port_where_nobody_is_names_the_option() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with closed_port() as port:
+        url = f"http://127.0.0.1:{port}/v1"
         with pytest.raises(RefusedError) as refused:
             check_server(Endpoint(url, option=OPTION), "served")
     assert str(refused.value).startswith(

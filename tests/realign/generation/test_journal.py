@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 from realign.errors import RefusedError
 from realign.generation import journal as journal_module
 from realign.generation.journal import Journal
+from tests.realign.conftest import file_limit
 
 ENTRY = {"status": 200, "response": {"text": "half a pair \ud800, a line\nbreak and \u2028"}}
 
@@ -98,22 +98,15 @@ def test_lines_are_synced_once_a_second_and_at_the_end(
 
 def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        with Journal(path) as journal:
-            journal.append("a", ENTRY)
-            whole = path.read_bytes()
-            resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 20, limits[1]))
-            with pytest.raises(OSError, match="File too large"):
-                journal.append("b", ENTRY)
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-            assert path.read_bytes() == whole
+    with Journal(path) as journal:
+        journal.append("a", ENTRY)
+        whole = path.read_bytes()
+        with file_limit(len(whole) + 20), pytest.raises(OSError, match="File too large") as caught:
             journal.append("b", ENTRY)
-            assert journal["b"] == {"key": "b", **ENTRY}
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+        assert caught.value.filename == str(path)
+        assert path.read_bytes() == whole
+        journal.append("b", ENTRY)
+        assert journal["b"] == {"key": "b", **ENTRY}
 
 
 def test_numbers_of_a_server_that_are_not_finite_are_null(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -26,17 +25,15 @@ from realign.generation.endpoint import Endpoint
 from realign.generation.endpoint_generator import EndpointGenerator, Sampling
 from realign.generation.generator import Request
 from realign.generation.transformers_generator import TransformersGenerator
+from tests.ports import free_port
 
-pytest.importorskip("fastapi")  # of transformers[serving]
 pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")
 def url(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of the embedded model on a free port of loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Serve the embedded model by `transformers serve` on a free port of this machine."""
+    port = free_port()
     log = tmp_path_factory.mktemp("serve") / "log"
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model_dir)]
     options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]

@@ -227,7 +227,7 @@ def test_these_share_a_prefix(name: str) -> None:
         # the latter before transformers 5.23, which gave it SDPA
         (
             "paligemma-2",
-            "attention 'eager' is not one of sdpa, flash_attention_2|bounds its attention scores",
+            "attention 'eager' is not one of sdpa, flash_attention_2|caps its attention scores",
         ),
         ("qwen3.5", "linear_attention"),
     ],
@@ -248,5 +248,7 @@ def test_these_fall_back_and_say_so(
 def test_flash_attention_would_drop_a_part_of_the_mask(name: str, seen: str) -> None:
     model = FAMILIES[name]().model
     model.config.get_text_config()._attn_implementation = "flash_attention_2"
-    with pytest.raises(RefusedError, match=f"attention must be sdpa for .* sees {seen} in both"):
+    with pytest.raises(
+        RefusedError, match=f"attention must be sdpa for .* attends to {seen} in both"
+    ):
         attach_preference_forward(model)

@@ -5,7 +5,6 @@ are told apart. The hub is a server on loopback.
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from realign.building.similarity import load_similarity
 from realign.errors import RefusedError
 from realign.modeling.folder import resolve_model
+from tests.ports import closed_port
 
 # what the hub answers: status, its name of the error
 ANSWERS = {
@@ -80,11 +80,9 @@ def test_a_hub_that_is_not_there_is_no_wrong_value(
     if reason == "offline":
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     said = {"closed": "ConnectError", "offline": "OfflineMode", "failing": "BadRequest"}[reason]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with closed_port() as port:
         if reason == "closed":
-            url = f"http://127.0.0.1:{free.getsockname()[1]}"
-            monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+            monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
         for option, resolve in (("similarity", load_similarity), ("model", resolve_model)):
             with pytest.raises(RefusedError) as refused:
                 resolve("org/broken")

@@ -16,6 +16,7 @@ from realign.data.formats.parquet import write_parquet
 from realign.errors import RefusedError
 from realign.modeling.folder import model_identity
 from realign.modeling.loading import load_model
+from realign.modeling.processors import load_processor
 from realign.training.run import train
 
 
@@ -37,6 +38,56 @@ def test_weights_in_a_pickle_are_refused(copy: Path) -> None:
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     with pytest.raises(RefusedError, match="must hold safetensors weights, got none"):
         load_model(copy, torch.float32)
+
+
+def test_damaged_weights_are_refused(copy: Path) -> None:
+    raw = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(raw[:1000])
+    with pytest.raises(RefusedError, match="must hold whole safetensors files, got Error while"):
+        load_model(copy, torch.float32)
+
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+}
+BAD_CONFIGS = {
+    "text only": (
+        json.dumps(LLAMA),
+        "must be that of a vision-language model, got the type 'llama",
+    ),
+    "unknown": (
+        '{"model_type": "nosuch"}',
+        "config.json must be a configuration .* got ValueError",
+    ),
+    "cut off": ('{"model_type": ', "config.json must be a configuration .* got "),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+@pytest.mark.parametrize("load", [load_processor, lambda folder: load_model(folder, torch.float32)])
+def test_other_models_and_damaged_configurations_are_refused(case: str, load, copy: Path) -> None:
+    content, message = BAD_CONFIGS[case]
+    (copy / "config.json").write_text(content)
+    with pytest.raises(RefusedError, match=message):
+        load(copy)
+
+
+def test_a_folder_without_a_processor_is_refused(copy: Path) -> None:
+    for name in ("processor_config.json", "tokenizer_config.json", "tokenizer.json"):
+        (copy / name).unlink()
+    with pytest.raises(RefusedError, match="must hold the processor of a vision-language model"):
+        load_processor(copy)
+
+
+def test_a_tokenizer_alone_is_no_processor(copy: Path) -> None:
+    (copy / "processor_config.json").unlink()
+    with pytest.raises(RefusedError, match=r"must hold (a|the) processor of .* Download the model"):
+        load_processor(copy)
 
 
 def test_identity_changes_with_any_byte_of_the_weights(copy: Path) -> None:

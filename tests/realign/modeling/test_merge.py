@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from realign.errors import RefusedError
 from realign.modeling.adapters import add_adapter
 from realign.modeling.loading import load_model
 from realign.modeling.merge import merge
+from tests.realign.conftest import file_limit
 
 
 @pytest.fixture
@@ -70,6 +72,22 @@ def test_the_dtype_is_the_weights(tmp_path: Path, adapter: Path) -> None:
 
     (file,) = merge(str(adapter), tmp_path / "merged").glob("*.safetensors")
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("limit", "reason"),
+    [
+        (10, "EFBIG: File too large"),
+        (100_000, "Error while serializing: .*File too large .*"),  # no OSError of the weights
+    ],
+)
+def test_a_full_disk_leaves_nothing(tmp_path: Path, adapter: Path, limit: int, reason: str) -> None:
+    out, before = tmp_path / "merged", {*tmp_path.iterdir()}
+    with file_limit(limit):
+        result = CliRunner().invoke(app, ["merge", "--model", str(adapter), "--out", str(out)])
+    assert result.exit_code == 2, result.output
+    assert re.match(rf"realign: {out} could not be written \({reason}\)\. Make", result.stderr)
+    assert {*tmp_path.iterdir()} == before
 
 
 def test_what_cannot_be_merged_is_refused(tmp_path: Path, model_dir: Path, adapter: Path) -> None:

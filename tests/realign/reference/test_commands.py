@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -44,11 +45,11 @@ def test_help_says_what_a_stranger_needs() -> None:
     shown = " ".join(realign("cache", "--help").output.split())
     for text in (
         "Usage: realign cache [OPTIONS] COMMAND [ARGS]...",
-        "Without a command it builds a cache.",
+        "Without one of the commands below, it builds a cache.",
         "verify Check every byte of a cache against its hashes.",
         "info Show what a cache was computed from",
         "merge Merge caches of the same model and numerics.",
-        "import Make a cache of log-probabilities from another trainer.",
+        "import Make a cache from the log-probabilities of another trainer.",
         "--shard-size <int> Rows per shard, rounded up to whole batches. A killed run loses at",
         "[default: 1024]",
     ):
@@ -67,7 +68,7 @@ def test_verify_names_everything_that_is_wrong(built: Path) -> None:
     result = realign("cache", "verify", built)
     assert result.exit_code == 2
     assert f"{one} must have " in result.output
-    assert f"{two} is in the manifest but not there" in result.output
+    assert f"{two} is in the manifest but does not exist" in result.output
     assert "Run `realign cache` with the same options" in result.output
     next(built.glob("*/manifest.json")).unlink()
     result = realign("cache", "verify", next(iter(built.iterdir())))
@@ -108,7 +109,7 @@ def test_options_before_a_command_are_refused(tmp_path: Path) -> None:
     for options in (["--data", "d"], ["--set", "cache.cells=4"]):
         result = realign("cache", *options, "verify", tmp_path)
         assert result.exit_code == 2
-        assert f"{options[0]} must stand behind 'verify'" in result.output
+        assert f"{options[0]} must be given after 'verify'" in result.output
     assert "No such command 'verfy'" in realign("cache", "verfy", tmp_path).output
 
 
@@ -150,10 +151,10 @@ def test_merge_refuses_other_identities_by_name(tmp_path: Path, synthetic) -> No
     assert "must be finished, got one that is not" in result.output
 
 
-def with_columns(data: Path, values: dict[str, list[float]]) -> Path:
+def with_columns(data: Path, values: dict[str, list[Any]]) -> Path:
     table = pyarrow.parquet.read_table(data)
     for name, column in values.items():
-        table = table.append_column(name, pyarrow.array(column, pyarrow.float64()))
+        table = table.append_column(name, pyarrow.array(column))
     path = data.with_name("columns.parquet")
     pyarrow.parquet.write_table(table, path)
     return path
@@ -217,6 +218,14 @@ BAD_COLUMNS = {
     "a gap": (
         {name: [-1.0] * 4 for name in (*COLUMNS[:2], COLUMNS[3])},
         "got ['ref_chosen_logps', 'ref_rejected_logps', 'ref_both_rejected_logps']",
+    ),
+    "texts": (
+        {COLUMNS[0]: ["-1.0"] * 4, COLUMNS[1]: [-1.0] * 4},
+        "ref_chosen_logps must be a column of numbers, one summed log-probability per row, got st",
+    ),
+    "one value per token": (
+        {COLUMNS[0]: [-1.0] * 4, COLUMNS[1]: [[-1.0, -2.0]] * 4},
+        "ref_rejected_logps must be a column of numbers, one summed log-probability per row, got l",
     ),
     "positive": (
         {COLUMNS[0]: [-1.0] * 4, COLUMNS[1]: [-1.0, -1.0, 0.5, -1.0]},

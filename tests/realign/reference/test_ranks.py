@@ -17,7 +17,8 @@ from accelerate import PartialState
 from realign.data.formats.parquet import write_parquet
 from realign.reference import Ranks, build_cache, identity_folder, read_cache
 from realign.reference.inspect import verify_cache
-from tests.rank_environment import free_port, rank_environment
+from tests.ports import free_port
+from tests.rank_environment import rank_environment
 
 FORK = multiprocessing.get_context("fork")
 

@@ -8,11 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 
@@ -21,8 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from realign.modeling.loading import load_model
-from tests.conftest import running
-from tests.rank_environment import free_port, rank_environment
+from tests.rank_environment import ranks_of
 from tests.realign.training import pair_training
 from tests.realign.training.pair_training import Run, run, write_pairs
 
@@ -43,27 +38,8 @@ def launch(folder: Path, num_ranks: int, engines: dict[str, dict[str, dict]]) ->
         for engine, runs in engines.items()
     }
     cases.write_text(json.dumps({"folder": str(folder), "engines": with_batches}))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "OMP_NUM_THREADS": "1",
-    }
-    port = free_port()
-    with ExitStack() as stack:
-        ranks = [
-            stack.enter_context(
-                running(
-                    [sys.executable, pair_training.__file__, cases],
-                    env=environment | rank_environment(rank, num_ranks, port),
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-            for rank in range(num_ranks)
-        ]
-        said = [process.communicate(timeout=300)[1] for process in ranks]
-        # of all: one that fails takes the others with it
-        assert {process.returncode for process in ranks} == {0}, "\n".join(said)
+    with ranks_of(num_ranks, pair_training.__file__, cases):
+        pass
 
 
 class Seen:

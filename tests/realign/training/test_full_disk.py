@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
+from realign.errors import RefusedError
 from realign.modeling.loading import load_model
 from realign.modeling.processors import load_processor
-from realign.training.checkpoint_trainer import CheckpointError
 from realign.training.checkpoints import checkpoints, newest_checkpoint
 from realign.training.trainer import RDPOConfig, RDPOTrainer
+from tests.realign.conftest import file_limit
 
 
 class FullDisk(TrainerCallback):
@@ -50,12 +51,11 @@ def test_a_full_disk_leaves_the_older_checkpoint(
         made.remove_callback(PrinterCallback)
         return made
 
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        with pytest.raises(CheckpointError, match=r"steps/checkpoint-2 could not be written: "):
-            trainer(FullDisk(limit)).train()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with (
+        file_limit(resource.RLIM_INFINITY),  # and after it what it was before
+        pytest.raises(RefusedError, match=r"steps/checkpoint-2 could not be written: "),
+    ):
+        trainer(FullDisk(limit)).train()
     assert [path.name for path in (tmp_path / "steps").iterdir()] == ["checkpoint-1"]
     assert newest_checkpoint(tmp_path / "steps") == tmp_path / "steps" / "checkpoint-1"
     again = trainer()

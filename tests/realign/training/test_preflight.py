@@ -72,7 +72,7 @@ def test_a_dry_run_says_everything_and_needs_and_writes_nothing(
         ({"lora": LoraSection(targets=["q_proj", "typo"])}, "lora.targets .* got 'typo'"),
         (
             {"lora": LoraSection(targets=["q_proj"]), "projector_learning_rate": 2e-5},
-            "projector_learning_rate must be set only where the projector trains",
+            "projector_learning_rate must be set only if the projector trains",
         ),
         ({"report_to": "wanbd"}, r"must name trackers of .*wandb, .*, got 'wanbd'\. Name one"),
         ({"report_to": ["dvclive"]}, r"that are installed, got 'dvclive'\. .*pip install dvclive"),
@@ -125,7 +125,7 @@ def test_a_continued_run_checks_nothing_again_but_limits(
     first = again()
     assert "check rows: 12/12" in first
     second = again()
-    assert "12 rows are those that were good before; not checked again" in second
+    assert "12 rows were checked before and have not changed; not checked again" in second
     assert "check rows" not in second
     said = "12 pairs; sequences of"
     assert [line for line in first.splitlines() if line.startswith(said)] == [
@@ -272,7 +272,7 @@ def test_more_memory_than_there_is_is_refused_and_close_calls_are_named(
         train(run, dry_run=True)
     monkeypatch.setattr(module, "_device_memory", lambda: ("a toy", held + 1))
     train(run, dry_run=True)
-    advice = "which may not do: try gradient_checkpointing or a smaller batch_size\n"
+    advice = "which may be too little: try gradient_checkpointing or a smaller batch_size\n"
     assert capsys.readouterr().err.endswith(advice)
     # weights that are split over processes are no one's alone
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

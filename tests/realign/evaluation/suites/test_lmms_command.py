@@ -132,7 +132,7 @@ def test_the_spelling_with_a_flag_does_the_same(
     assert "--batch-size must not be given with --suite" in lost.output
     lost = runner.invoke(app, ["eval", "--suite", "lmms-eval", "score", "--benchmark", "pope"])
     assert lost.exit_code == 2
-    assert "--suite must stand behind 'score'" in lost.output
+    assert "--suite must be given after 'score'" in lost.output
     unknown = runner.invoke(app, ["eval", "suite", "helm", *paths, str(tmp_path / "d")])
     assert "suite must be one of lmms-eval, vlmevalkit" in unknown.output
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import running
-from tests.rank_environment import free_port, rank_environment
+from tests.rank_environment import ranks_of
 from tests.realign.integrations.trl import sharded_dpo
 from tests.realign.integrations.trl.sharded_dpo import CASES, take_step
 from tests.realign.integrations.trl.stock import distance
@@ -25,29 +20,10 @@ pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("ignore::FutureWarnin
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What both processes wrote."""
+    """Run both processes, and return the folder of what they wrote."""
     folder = tmp_path_factory.mktemp("sharded")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "OMP_NUM_THREADS": "1",
-    }
-    port = free_port()
-    with ExitStack() as stack:
-        processes = [
-            stack.enter_context(
-                running(
-                    [sys.executable, sharded_dpo.__file__, folder],
-                    env=environment | rank_environment(int(rank), 2, port),
-                    stderr=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    text=True,
-                )
-            )
-            for rank in RANKS
-        ]
-        said = [process.communicate(timeout=300)[1] for process in processes]
-        assert {process.returncode for process in processes} == {0}, "\n".join(said)
+    with ranks_of(len(RANKS), sharded_dpo.__file__, folder):
+        pass
     return folder
 
 

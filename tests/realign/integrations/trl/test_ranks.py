@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import running
-from tests.rank_environment import free_port, rank_environment
+from tests.rank_environment import ranks_of
 from tests.realign.integrations.trl import ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -24,21 +20,9 @@ LOGGED = (*LOGGED, "logits/chosen", "mean_token_accuracy", "rewards/image_accura
 
 @pytest.mark.full
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    port = free_port()
-    with ExitStack() as stack:
-        processes = [
-            stack.enter_context(
-                running(
-                    [sys.executable, "-W", "ignore", ranks.__file__, tmp_path],
-                    env=environment | rank_environment(rank, 2, port),
-                )
-            )
-            for rank in range(2)
-        ]
+    with ranks_of(2, "-W", "ignore", ranks.__file__, tmp_path):
         for data_path in ranks.DATA_PATHS:
             ranks.run(tmp_path, data_path)
-        assert [process.wait(timeout=300) for process in processes] == [0, 0]
     for data_path in ranks.DATA_PATHS:
         alone, *both = [
             json.loads((tmp_path / f"{data_path}.{rank}.json").read_text())

@@ -232,7 +232,7 @@ def test_label_smoothing_is_ignored_as_trl_does(tmp_path: Path, caplog, data_pat
 
 
 def test_a_policy_that_does_not_begin_at_its_cache_is_said_once(tmp_path: Path, caplog) -> None:
-    said = "the first loss must be 1.386294, that of a policy which is its own reference"
+    said = "the first loss must be 1.386294, that of a policy which equals its reference"
     options = {"reference": cached_reference(), "training": {"max_steps": 2}}
     ours(tmp_path, model=reference_model(), **options).train()
     assert said not in caplog.text

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from realign.cli import app
 from realign.data.decisions import Decision, append_decision
 from realign.data.formats.parquet import read_parquet, write_parquet
+from tests.ports import closed_port
 from tests.realign.review.cards.conftest import BASE
 from tests.realign.review.cards.hub import TOKEN, Hub
 
@@ -130,8 +131,9 @@ def test_without_a_token_or_the_network_one_line_says_so(
     assert len(hub.requests) == requests
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    assert "got http://127.0.0.1:9, which was not reached" in refusal()
+    with closed_port() as port:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+        assert f"got http://127.0.0.1:{port}, which was not reached" in refusal()
     assert hub.commits == {}
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from realign.runtime.engine.processes import run_in_processes
 from realign.runtime.engine.task import WorkerError
 from realign.runtime.memory import usable_cores, usable_memory
 from tests.conftest import running
+from tests.processes import is_running, wait_until
 
 
 @dataclass(frozen=True)
@@ -202,18 +202,3 @@ def test_workers_end_with_their_parent(tmp_path: Path, sent: signal.Signals) -> 
         parent.send_signal(sent)
         parent.wait(timeout=120)
     wait_until(lambda: not any(is_running(int(path.name)) for path in pids.iterdir()))
-
-
-def wait_until(is_so: Callable[[], bool], seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"

@@ -10,7 +10,6 @@ import gc
 import json
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 from realign.errors import RefusedError
 from realign.runtime.engine.ray_data import _Actor, _Boxed, _fitting
 from tests.conftest import running
+from tests.processes import wait_until
 
 TROUBLES = """
     import json
@@ -118,12 +118,14 @@ def test_ray_says_what_went_wrong(tmp_path: Path) -> None:
         "message": "item 2 is bad",
         "code": "refused",
         "field": "answer",
+        "missing": "",
     }
     assert told["open"]["error"] == {
         "type": "RefusedError",
         "message": "cannot open",
         "code": "closed",
         "field": "",
+        "missing": "",
     }
     assert told["fail"]["error"]["type"] == "RuntimeError"
     assert told["fail"]["error"]["message"].endswith("KeyError: 'a key'\n")
@@ -134,13 +136,6 @@ def test_ray_says_what_went_wrong(tmp_path: Path) -> None:
         "started again 1 times. If it was SIGKILL, memory ran out: use fewer workers"
     ) in told["die"]["error"]["message"]
     assert (tmp_path / "deaths").read_text() == "xx"
-
-
-def wait_until(is_so: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
 
 
 @dataclass(frozen=True)
