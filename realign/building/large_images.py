@@ -11,8 +11,9 @@ from PIL import Image
 from realign.data.formats.source_row import SourceRow
 from realign.data.image_pool import ImagePool
 from realign.data.images import MAX_BYTES, MAX_PIXELS, RefusedImage, image_size
-from realign.runtime.files import explain_write_errors, file_sha256
+from realign.runtime.files import file_sha256
 from realign.runtime.progress import Progress, announce
+from realign.runtime.write_errors import explain_write_errors
 
 # 200 million pixels with transparency and a copy of them take three gigabytes, and seconds
 WORKERS, WORKER_BYTES, LONGEST_S = 2, 6 << 30, 60.0

@@ -5,17 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from realign.errors import RefusedError
-from realign.runtime.files import UNWRITABLE, explain_write_errors
+from realign.runtime.write_errors import explain_full_disk
 
 # set for this process and its workers, before they import any of these libraries
 QUIET = {
@@ -60,7 +57,7 @@ class Commands(TyperGroup):
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         try:
-            with _explain_full_disk():
+            with explain_full_disk():
                 return super().invoke(ctx)
         except (KeyboardInterrupt, SystemExit) as stop:
             if isinstance(stop, KeyboardInterrupt) or stop.code == 143:
@@ -69,17 +66,6 @@ class Commands(TyperGroup):
         except RefusedError as error:
             typer.secho(f"realign: {error}", fg="red", err=True)
             raise typer.Exit(2) from None
-
-
-@contextmanager
-def _explain_full_disk() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        with explain_write_errors(Path(error.filename or "a file")):
-            raise
 
 
 app = typer.Typer(

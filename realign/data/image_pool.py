@@ -25,8 +25,8 @@ from typing import Any
 
 from realign.data.images import ImageFacts, RefusedImage, Size
 from realign.data.records import Problem, Record
-from realign.runtime.files import explain_write_errors
 from realign.runtime.memory import usable_cores
+from realign.runtime.write_errors import explain_write_errors
 
 # A worker ends by itself at its time limit; one that cannot (stuck in the kernel, stopped) is
 # abandoned this much later.

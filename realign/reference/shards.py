@@ -28,7 +28,8 @@ import safetensors.numpy
 
 from realign.errors import RefusedError
 from realign.modeling.identity import SCHEMA
-from realign.runtime.files import canonical_json, explain_write_errors, replacing
+from realign.runtime.files import canonical_json, replacing
+from realign.runtime.write_errors import explain_write_errors
 
 MAX_ROWS = 10_000
 MAX_HEADER_BYTES = 1 << 20

@@ -31,12 +31,12 @@ from realign.reference.shards import (
 from realign.runtime.files import (
     canonical_json,
     content_sha256,
-    explain_write_errors,
     json_text,
     write_text,
 )
 from realign.runtime.lock import locked
 from realign.runtime.progress import announce
+from realign.runtime.write_errors import explain_write_errors
 
 MANIFEST, IDENTITY, LOCK = "manifest.json", "identity.json", "build.lock"
 MAX_JSON_BYTES = 64 << 20

@@ -212,21 +212,6 @@ def remove_folder(place: Path) -> None:
 
 
 @contextmanager
-def explain_write_errors(path: Path) -> Iterator[None]:
-    """Turn a failed write of ``path`` into a message with the path and the error's name."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        name = errno.errorcode.get(error.errno, str(error.errno))
-        raise RefusedError(
-            f"{path} could not be written ({name}: {os.strerror(error.errno)}). Make room or "
-            "choose another --out, and run the same command again; what is finished is kept."
-        ) from error
-
-
-@contextmanager
 def name_disk_errors(path: Path) -> Iterator[None]:
     """Put ``path`` into an error of the disk, which may name a temporary file, or none at all."""
     try:

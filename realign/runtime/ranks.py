@@ -19,7 +19,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from realign.errors import RefusedError
-from realign.runtime.files import explain_write_errors
+from realign.runtime.write_errors import explain_write_errors
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)

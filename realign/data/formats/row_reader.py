@@ -23,7 +23,8 @@ from realign.data.image_names import image_suffix, is_url, resolve_image
 from realign.data.images import MAX_BYTES, RefusedImage, format_problem
 from realign.data.records import IMAGE_TOKEN, surroundings, token_remedy
 from realign.errors import RefusedError
-from realign.runtime.files import explain_write_errors, json_text, write_unsynced
+from realign.runtime.files import json_text, write_unsynced
+from realign.runtime.write_errors import explain_write_errors
 
 
 class ImageFiles:

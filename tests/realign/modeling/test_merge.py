@@ -91,7 +91,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, adapter: Path, limit: int, r
 
 
 def test_what_cannot_be_merged_is_refused(tmp_path: Path, model_dir: Path, adapter: Path) -> None:
-    with pytest.raises(RefusedError, match=r"model must be an adapter, got .*Use it as is"):
+    with pytest.raises(RefusedError, match=r"model must be an adapter, got .*Use it as it is"):
         merge(str(model_dir), tmp_path / "merged")
     with pytest.raises(RefusedError, match="out must be a new folder"):
         merge(str(adapter), tmp_path)
