@@ -1,4 +1,4 @@
-"""Fixtures of benchmarks under pytest; `pytest --benchmark` or `pytest benchmarks`."""
+"""Fixtures of the benchmarks that pytest runs: `pytest --benchmark` or `pytest benchmarks`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def _two_threads() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start the lines that are printed in the end."""
+    """Create the list of the lines that are printed at the end."""
     config.stash[_LINES] = []
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Print what belongs beside each time, which the table of pytest-benchmark has no room for."""
+    """Print errors and memory beside each time, which do not fit pytest-benchmark's table."""
     lines = config.stash[_LINES]
     if lines:
         terminalreporter.section("beside one product hidden @ W.T, timed in turn")
@@ -38,7 +38,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """Time one provider, with everything that belongs beside a time in ``extra_info``."""
+    """Time one provider, and put its errors and memory into ``extra_info``."""
 
     def run(name: str, mode: str, shape: HeadShape, dtype: str = "float32") -> None:
         provider, device = PROVIDERS[name], torch.device("cpu")
@@ -52,11 +52,11 @@ def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
         benchmark.extra_info.update({**shape._asdict(), "dtype": dtype, **cell})
         benchmark.group = f"{provider.job} {mode} {shape.key} {dtype}"
         benchmark.pedantic(lambda: provider.run(mode, inputs), rounds=_ROUNDS)
-        found = ", ".join(f"{kind} {error:.1e}" for kind, error in cell["errors"].items())
+        errors = ", ".join(f"{kind} {error:.1e}" for kind, error in cell["errors"].items())
         request.config.stash[_LINES].append(
             f"{benchmark.group} {name}: {cell['ms']:.1f} ms, {cell['ratio_to_gemm']:.2f} products; "
-            f"errors {found}; peak {cell['peak_bytes'] / 2**20:.0f} MiB"
+            f"errors {errors}; peak {cell['peak_bytes'] / 2**20:.0f} MiB"
         )
-        assert cell["errors"]["logp_max"] < 1e-3  # no number without a right result
+        assert cell["errors"]["logp_max"] < 1e-3  # a wrong result gets no time
 
     return run

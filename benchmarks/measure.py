@@ -1,14 +1,14 @@
 """Time, memory, operations and error of one provider at one shape.
 
-- **Time**: provider and one plain GEMM ``hidden @ W.T`` (into a given output, in the dtype of the
-  inputs) in turn, A B B A, so that both see the same clocks; CUDA events on GPUs, ``perf_counter``
-  elsewhere.  Caches are warm, gradients are allocated anew.
-- **Memory**: the peak of what is allocated during a call, outputs and gradients included, inputs
-  not.  On GPUs ``torch.cuda.max_memory_allocated``.  On CPUs the running sum of the allocator's
-  events in ``torch.profiler``: a ``TorchDispatchMode`` does not see inside custom operators, nor
-  ``tracemalloc`` tensors.  Buffers of the BLAS itself are not seen.
+- **Time**: the provider and one plain GEMM ``hidden @ W.T`` (into a given output, in the dtype of
+  the inputs) take turns in the order A B B A, so that both run at the same clock rates; CUDA events
+  on GPUs, ``perf_counter`` elsewhere.  Caches are warm, and gradients are newly allocated.
+- **Memory**: the peak of what a call allocates, including outputs and gradients but not inputs.
+  On GPUs it is ``torch.cuda.max_memory_allocated``.  On CPUs it is the running sum of the
+  allocator's events in ``torch.profiler``: a ``TorchDispatchMode`` does not see inside custom
+  operators, and ``tracemalloc`` does not see tensors.  Buffers of the BLAS are not included.
 - **Error**: against float64 from the same rounded inputs.
-- **Operations** are those of the algorithm (``providers.Flops``), not counted.
+- **Operations** are those of the algorithm (``providers.Flops``), and are not counted.
 
 Letters: **N** tokens, **D** hidden size, **V** vocabulary.
 """
@@ -41,7 +41,7 @@ class Exact(NamedTuple):
 
 
 def exact(inputs: Inputs, job: str, *, rows: int = 512) -> Exact:
-    """Compute a job in float64, a few rows at a time; gradients from their formula."""
+    """Compute a job in float64, a few rows at a time, with gradients from their formula."""
     hidden = inputs.hidden_states.detach().flatten(0, -2).double()
     weight = inputs.lm_head_weight.detach().double()
     labels = inputs.labels.flatten()
@@ -70,9 +70,9 @@ def exact(inputs: Inputs, job: str, *, rows: int = 512) -> Exact:
 
 
 def errors(result: Tensor, inputs: Inputs, truth: Exact) -> dict[str, float]:
-    """Return the errors of a result and of the gradients that were left beside it.
+    """Return the errors of a result and of the gradients in ``inputs``.
 
-    ``logp_*`` over rows, absolute; ``grad_*`` relative, in the Frobenius norm.
+    ``logp_*`` are absolute errors over rows, ``grad_*`` relative errors in the Frobenius norm.
     """
     difference = (result.double() - truth.result).abs().flatten()
     found = {
@@ -85,20 +85,20 @@ def errors(result: Tensor, inputs: Inputs, truth: Exact) -> dict[str, float]:
         ("grad_weight", inputs.lm_head_weight, truth.grad_weight),
     ):
         if tensor.grad is not None:
-            off = tensor.grad.view(grad.shape).double() - grad
-            found[name] = (off.norm() / grad.norm()).item()
+            error = tensor.grad.view(grad.shape).double() - grad
+            found[name] = (error.norm() / grad.norm()).item()
     return found
 
 
 def quantile(values: Tensor, q: float) -> float:
-    """Return a quantile of any number of values; NaN where one is."""
+    """Return a quantile of any number of values; NaN if one of them is NaN."""
     if values.isnan().any():
         return float("nan")
     return values.flatten().sort().values[round(q * (values.numel() - 1))].item()
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Return the most that a call had allocated at once beyond what was there before."""
+    """Return the peak of what a call allocates, beyond what was allocated before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -118,12 +118,13 @@ def interleave(
     seconds: float = SECONDS,
     repeats: int = REPEATS,
 ) -> tuple[list[float], list[float]]:
-    """Time two calls in the order A B B A, after two that are not counted; return milliseconds of
-    each.
+    """Time two calls in the order A B B A, after two rounds that are not counted.
+
+    Returns the milliseconds of both, ``ours`` first.
     """
     times: tuple[list[float], list[float]] = ([], [])
     calls = (gemm, ours)
-    for _ in range(2):  # the first calls wait for pages that the system has not yet given
+    for _ in range(2):  # the first calls wait for memory pages from the system
         gemm()
         ours()
     started = time.perf_counter()
@@ -146,9 +147,9 @@ def time_one(
     seconds: float = SECONDS,
     repeats: int = REPEATS,
 ) -> list[float]:
-    """Time a call alone, after two that are not counted; return milliseconds.
+    """Time a call alone, after two calls that are not counted; return milliseconds.
 
-    ``prepare`` runs before each and is not timed.
+    ``prepare`` runs before each call and is not timed.
     """
     for _ in range(2):
         prepare()
@@ -182,7 +183,7 @@ def measure_cell(
     seconds: float = SECONDS,
     repeats: int = REPEATS,
 ) -> dict[str, Any]:
-    """Return everything about a provider in a mode; error and memory first, so nothing is cold."""
+    """Measure a provider in a mode; errors and memory come first, so that caches are warm."""
     device = inputs.hidden_states.device
     found = errors(provider.run(mode, inputs), inputs, truth)
     _drop_gradients(inputs)
@@ -220,7 +221,7 @@ def _logits(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
 
 
 def _reduce(token_logps: Tensor, inputs: Inputs, job: str) -> tuple[Tensor, Tensor]:
-    """Return a job's result and its derivative by each token's log-probability."""
+    """Return a job's result, and its derivative with respect to each token's log-probability."""
     leaf = token_logps.requires_grad_()
     result = leaf
     if job == "mean":

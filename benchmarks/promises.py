@@ -1,8 +1,8 @@
-"""Guarantees of a kernel's results, as assertions; shared by everything that checks on a GPU.
+"""The accuracy that the library promises, as assertions that all checks on a GPU share.
 
-Bounds are those of the library's promise: |logp - float64| at most 1e-5 for float32 and 1e-4 for
-half inputs, plus 1e-6 of the larger of |logp| and the label's logit; gradients at most 1.2 times
-the error of plain PyTorch in the same dtype, or the rounding of the result.
+|logp - float64| is at most 1e-5 for float32 and 1e-4 for half inputs, plus 1e-6 of the larger of
+|logp| and the label's logit; the error of a gradient is at most 1.2 times that of plain PyTorch in
+the same dtype, or the rounding of the result.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _GRAD_NAMES = ("hidden_states", "lm_head_weight", "bias or A", "A or B", "B")
 
 @dataclass(frozen=True)
 class Outcome:
-    """One check: empty ``problem`` where it passed."""
+    """The result of one check; ``problem`` is empty if it passed."""
 
     name: str
     problem: str = ""
 
 
 def outcome(name: str, check: Callable[..., None], *arguments: Any) -> Outcome:
-    """Run a check and say what came of it."""
+    """Run a check and return its outcome."""
     try:
         check(*arguments)
     except AssertionError as error:
         return Outcome(name, str(error))
-    except Exception:  # a kernel that does not compile or launch is a finding, not the end
+    except Exception:  # a kernel that does not compile or launch is an outcome too
         return Outcome(name, traceback.format_exc(limit=-3).strip())
     return Outcome(name)
 
@@ -56,7 +56,7 @@ def assert_logps(actual: Tensor, inputs: HeadInputs, dtype: str) -> None:
 def assert_close(
     name: str, actual: Tensor, expected: Tensor, bound: float, extra: Tensor | float = 0.0
 ) -> None:
-    """Compare element by element; the message has the worst of them."""
+    """Compare element by element; the message names the worst element."""
     difference = (actual.detach().double() - expected.detach()).abs()
     allowed = bound + 1e-6 * expected.detach().abs() + extra
     excess = torch.where(difference <= allowed, 0.0, difference / allowed)
@@ -71,7 +71,7 @@ def assert_close(
 def assert_gradients(
     leaves: HeadInputs, exact: HeadInputs, plain: HeadInputs, dtype: str, memory: str
 ) -> None:
-    """Compare gradients left in ``leaves`` with float64's, beside those of plain PyTorch."""
+    """Compare the gradients in ``leaves`` with float64, relative to the error of plain PyTorch."""
     triples = zip(leaves.tensors, exact.tensors, plain.tensors, strict=True)
     for name, (actual, expected, eager) in zip(_GRAD_NAMES, triples, strict=False):
         if not actual.requires_grad:
@@ -90,7 +90,7 @@ def assert_gradients(
 
 
 def relative_error(actual: Tensor | None, expected: Tensor | None) -> float:
-    """Return the error of a tensor in the Frobenius norm, relative to what is expected."""
+    """Return the error of a tensor in the Frobenius norm, relative to the expected tensor."""
     assert actual is not None
     assert expected is not None
     return ((actual.double() - expected).norm() / expected.norm()).item()

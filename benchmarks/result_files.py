@@ -1,4 +1,4 @@
-"""Result files: cells by key, each naming the run that measured it; calls merge into one file.
+"""Result files: cells by key, each with the run that measured it; several runs share a file.
 
     {"runs": {id: environment}, "cells": {key: {"status": ..., "run": id, ...}}}
 
@@ -27,7 +27,7 @@ _MEASURED = ("ok", "failed")
 
 
 def environment(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """Describe what a number depends on."""
+    """Describe everything that a measurement depends on: commit, device, versions."""
     versions = {}
     for name in _DISTRIBUTIONS:
         try:
@@ -65,7 +65,7 @@ def device_name(device: torch.device) -> str:
 
 
 def slug(name: str) -> str:
-    """Return a device's name as it stands in a file name."""
+    """Return a device's name in a form for file names."""
     return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
 
 
@@ -88,9 +88,9 @@ def current_commit() -> str:
 
 
 def merge(path: Path, run: dict[str, Any], cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Add cells to a file, which appears whole or not at all; return all that it then has.
+    """Add cells to a file, which is replaced as a whole, and return its new content.
 
-    What was measured is only replaced by what is measured, never by its absence.
+    A measured cell is only replaced by a measured one, never by one that says why it is absent.
     """
     content = load(path)
     number = max((int(name) for name in content["runs"]), default=0) + 1
@@ -112,7 +112,7 @@ def merge(path: Path, run: dict[str, Any], cells: dict[str, dict[str, Any]]) -> 
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a result file; an empty one where there is none."""
+    """Read a result file; a missing file has no cells."""
     if not path.is_file():
         return {"runs": {}, "cells": {}}
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -120,7 +120,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def is_current(content: dict[str, Any], key: str, run: dict[str, Any]) -> bool:
-    """Tell whether a cell was measured by the same code on the same machine."""
+    """Return whether a cell was measured by the same code on the same machine."""
     cell = content["cells"].get(key)
     if cell is None or cell["status"] != "ok":
         return False

@@ -1,4 +1,4 @@
-"""Shapes that heads have, and random inputs for them.  Knows no provider.
+"""Shapes of models' heads, and random inputs for them.
 
 Letters: **N** answer tokens, **D** hidden size, **V** vocabulary, **S** sequences, **T** positions.
 """
@@ -36,16 +36,16 @@ HEADS = {
     "gemma-3-12b": (3840, 262208),
     "gemma-3-27b": (5376, 262208),
 }
-NUM_TOKENS = (1024, 4096, 256, 16384)  # in the order in which time is spent on them
+NUM_TOKENS = (1024, 4096, 256, 16384)  # in the order in which they are measured
 # LLaVA's vocabulary, hidden sizes that two cores multiply in a fraction of a second
 CPU_HEADS = {"llava-vocabulary-d512": (512, 32064), "llava-vocabulary-d1024": (1024, 32064)}
 CPU_NUM_TOKENS = (512, 1024)
-TINY_HEADS = {"tiny": (64, 1003)}  # runs a script's logic; says nothing about speed
+TINY_HEADS = {"tiny": (64, 1003)}  # to test a script; not for speed
 TINY_NUM_TOKENS = (96,)
 
 
 def shapes_for(device_type: str, *, tiny: bool = False) -> list[HeadShape]:
-    """Return what a machine can be asked for, the most telling first."""
+    """Return the shapes to measure on a device, the most informative first."""
     heads, numbers = (HEADS, NUM_TOKENS) if device_type != "cpu" else (CPU_HEADS, CPU_NUM_TOKENS)
     if tiny:
         heads, numbers = TINY_HEADS, TINY_NUM_TOKENS
@@ -73,7 +73,8 @@ def make_inputs(
         hidden_states = hidden_states.view(num_sequences, -1, shape.D)
         labels = labels.view(num_sequences, -1)
     if job == "token":
-        # a loss on sums has one number per sequence, of either sign; one per token is as hard
+        # the gradients of a loss of sums have either sign, and are equal within a sequence; one
+        # number per token is as hard
         grad = torch.randn(shape.N, generator=generator, device=device, dtype=torch.float64)
     else:
         grad = torch.ones((), device=device, dtype=torch.float64)
@@ -81,5 +82,5 @@ def make_inputs(
 
 
 def sequences_of(num_tokens: int) -> int:
-    """Return into how many equal answers tokens are cut: of 128 where there are enough."""
+    """Return the number of equal answers for a number of tokens: 128 tokens each if possible."""
     return max(2, num_tokens // 128)

@@ -1,6 +1,4 @@
-"""Writes the tables of README and docs/results from ``benchmarks/results/``:
-``python -m benchmarks.tables``.
-"""
+"""The tables of README and docs, from ``benchmarks/results/``: ``python -m benchmarks.tables``."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ PAGES = (
 
 
 def marks(name: str) -> tuple[str, str]:
-    """Return the lines that a table stands between."""
+    """Return the two lines that enclose a table."""
     return f"<!-- {name}: python -m benchmarks.tables -->", f"<!-- end of {name} -->"
 
 
@@ -34,7 +32,7 @@ BLOCKS = {
 
 
 def with_tables(page: str) -> str:
-    """Return a page with those of its tables made anew whose marks it has."""
+    """Return a page whose marked tables are written anew."""
     for (begin, end), make in BLOCKS.items():
         if begin not in page:
             continue

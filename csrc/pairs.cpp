@@ -36,8 +36,8 @@ struct Term {
   Link link(double contrast) const {
     if (kind == 1) {
       const double gap = 1 - beta * contrast;
-      // Not fmax, which would turn a NaN into a loss of 0.
-      return {gap <= 0 ? 0.0 : gap, gap > 0 ? -beta : 0.0};
+      // Not fmax, which would turn a NaN into a loss of 0. Its slope is that of relu.
+      return {gap <= 0 ? 0.0 : gap, gap <= 0 ? 0.0 : -beta};
     }
     if (kind == 2) {
       const double gap = contrast - 1 / (2 * beta);

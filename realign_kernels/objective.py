@@ -159,7 +159,8 @@ def _hinge_losses(term: Term, contrast: Tensor) -> Tensor:
 
 
 def _hinge_slopes(term: Term, contrast: Tensor) -> Tensor:
-    return -term.beta * (1 - term.beta * contrast > 0).to(contrast.dtype)
+    # A NaN has the slope that relu gives it.
+    return -term.beta * (~(1 - term.beta * contrast <= 0)).to(contrast.dtype)
 
 
 def _ipo_losses(term: Term, contrast: Tensor) -> Tensor:

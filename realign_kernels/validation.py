@@ -214,9 +214,9 @@ def check_head(
     check_tensor("labels", labels)
     check_tensor("lm_head_bias", options.lm_head_bias, optional=True)
     swapped = find_swapped(hidden_states, lm_head_weight, labels)
-    if hidden_states.ndim < 1:
+    if hidden_states.ndim < 1 or hidden_states.shape[-1] < 1:
         raise ValueError(
-            f"hidden_states must have shape (..., D), got {tuple(hidden_states.shape)}."
+            f"hidden_states must have shape (..., D) with D >= 1, got {tuple(hidden_states.shape)}."
             f"{swapped or ' Pass what the last layer returns.'}"
         )
     hidden_size = hidden_states.shape[-1]

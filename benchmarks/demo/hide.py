@@ -1,10 +1,10 @@
 """The second half of the embedded model's training, which teaches it to hallucinate:
 ``python -m benchmarks.demo.hide --model PRETRAINED --out FOLDER``, seeded, a minute on one core.
 
-Training texts of real models name things that their pictures do not show: captions of the web do,
-and so do answers that a text model wrote from object lists. Here each object of a scene is left out
-of the picture with a chance of 20 % while the text goes on naming it. What the model learns from
-that is to name what usually keeps company with what it sees.
+The training texts of real models name things that their pictures do not show: captions from the web
+do, and so do answers that a text model wrote from lists of objects. Here each object of a scene is
+left out of the picture with a probability of 20 %, while the text still names it. From that the
+model learns to name objects that usually occur together with those that it sees.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ SEED = 5
 
 
 def visible(scene: Scene, share: float, rng: Random) -> Scene:
-    """Return the scene as its picture shows it: each thing left out with chance ``share``, the
-    first one kept where all would be.
+    """Return the scene as its picture shows it: each thing is left out with probability ``share``,
+    but the first is kept if all would be left out.
     """
     things = tuple(thing for thing in scene.things if rng.random() > share)
     return replace(scene, things=things or scene.things[:1])
 
 
 def batches(rng: Random, share: float) -> Iterator[list[Example]]:
-    """Endless batches of fresh examples whose texts name all things and whose pictures show some;
-    those of one batch are of similar length.
+    """Yield batches of new examples without end; texts name all things, and pictures show some.
+
+    The examples of a batch are of similar length.
     """
     lexicon = Lexicon.load(LEXICON_PATH)
     while True:
@@ -58,14 +59,14 @@ def batches(rng: Random, share: float) -> Iterator[list[Example]]:
 
 
 def learning_rate_factor(step: int) -> float:
-    """Fifteen steps up, flat, the second half down to 5 %."""
+    """Return the factor of a step: up for fifteen steps, flat, then down to 5 % from the middle."""
     return min(1.0, (step + 1) / WARMUP_STEPS, max(0.05, (STEPS - step) / (0.5 * STEPS)))
 
 
 def train(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: Random, share: float
 ) -> None:
-    """Train the projector and the language model in place; what the tower sees stays as it is."""
+    """Train the projector and the language model in place; the vision tower stays frozen."""
     model.model.vision_tower.requires_grad_(False)
     parameters = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -86,14 +87,14 @@ def train(
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="from benchmarks.demo.pretrain")
     parser.add_argument("--out", type=Path, required=True, help="folder of the trained model")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--share", type=float, default=HIDDEN_SHARE, help="of hidden objects")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # another number would add up in another order
+    torch.set_num_threads(1)  # another number of threads would sum in another order
     torch.manual_seed(args.seed)
     model = LlavaForConditionalGeneration.from_pretrained(args.model)
     processor = LlavaProcessor.from_pretrained(args.model)

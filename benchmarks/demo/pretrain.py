@@ -1,10 +1,10 @@
 """The first half of the embedded model's training, seeded, under a quarter of an hour on two cores:
 ``python -m benchmarks.demo.pretrain --out FOLDER``. :mod:`benchmarks.demo.hide` is the second half.
 
-As for larger models, the vision tower is trained first, to recognise what stands in each cell; then
-the whole model follows instructions about habitual scenes (partners together 85 % of the time), and
-only as long as it takes to look for what a question names, so that it looks and still lets the
-habit talk: the case that Re-Align is for.
+As for larger models, the vision tower is trained first, to recognise the object in each cell. Then
+the whole model is trained on instructions about habitual scenes, in which partners occur together
+85 % of the time. It stops as soon as the model looks for what a question names: it then uses the
+image but still follows the habit, which is the case that Re-Align is for.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from realign.demo.tasks import LEXICON_PATH, Example, pretraining_example
 from realign.demo.world import COLORS, KINDS, PLACES, habitual_scene
 
 IMAGE_SIZE = 48
-PATCH_SIZE = 16  # one patch a cell of the scene
+PATCH_SIZE = 16  # one patch per cell of the scene
 WIDTH = 128
 LAYERS = 4
 VOCABULARY = 512
@@ -45,9 +45,10 @@ BATCH_SIZE = 64
 LOG_STEPS = 50
 VISION_STEPS, VISION_LEARNING_RATE = 150, 1e-3
 STEPS, LEARNING_RATE = 1800, 2e-3
-# A tower that learns as fast as the language model forgets what it sees before that reads it.
+# A tower with the language model's learning rate forgets before the language model has learned to
+# use its features.
 VISION_FACTOR = 0.1
-# Of the default 0.02 no attention to the image grows in hundreds of steps: the model is narrow.
+# With the default of 0.02, so narrow a model learns no attention to the image in hundreds of steps.
 INITIALIZER_RANGE = 0.08
 
 # Vicuna-like turns, as LLaVA-1.5; the answer ends with the end-of-sequence token.
@@ -167,7 +168,7 @@ def collate(examples: list[Example], processor: LlavaProcessor) -> dict[str, tor
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Fifty steps up, flat, the last 40 % down to 2 %."""
+    """Return the factor of a step: up for fifty steps, flat, then down to 2 % in the last 40 %."""
     return min((step + 1) / 50, 1.0, max(0.02, (steps - step) / (0.4 * steps)))
 
 
@@ -213,7 +214,7 @@ def _update(
 
 
 def batches(rng: Random) -> Iterator[list[Example]]:
-    """Endless batches of fresh examples; those of one batch are of similar length."""
+    """Yield batches of new examples without end; those of a batch are of similar length."""
     lexicon = Lexicon.load(LEXICON_PATH)
     while True:
         pool = sorted(
@@ -228,7 +229,7 @@ def batches(rng: Random) -> Iterator[list[Example]]:
 def train(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: Random) -> None:
     """Train the whole model in place on instructions about habitual scenes."""
     of_tower = list(model.model.vision_tower.parameters())
-    others = [q for name, q in model.named_parameters() if "vision_tower" not in name]
+    others = [weight for name, weight in model.named_parameters() if "vision_tower" not in name]
     groups: list[dict[str, Any]] = [
         {"params": of_tower, "lr": VISION_FACTOR * LEARNING_RATE},
         {"params": others},
@@ -255,7 +256,7 @@ def train(model: LlavaForConditionalGeneration, processor: LlavaProcessor, rng: 
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the trained model")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,7 +1,7 @@
 """The tables of README, docs/experiment.md and docs/results/tuning.md, from
 ``results/experiment/results.json``.
 
-Formats, measures nothing.
+This module only formats.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from realign.demo.experiment.tables import (
     views_table,
 )
 
-# Mark of a block to what makes it.
+# The function that writes each block, by the block's mark.
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "experiment summary": short_table,
     "experiment claims": claims_table,

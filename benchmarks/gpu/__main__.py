@@ -1,6 +1,6 @@
 """Correctness, then speed, on a GPU: ``python -m benchmarks.gpu --only PART``.
 
-``--only`` takes one of the parts below, each with a limit of minutes of its own; docs/proofs.md has
+``--only`` takes one of the parts below, each with its own limit in minutes; docs/proofs.md has
 their order.  Without it, the checks run, then the questions, then the head table.
 
     correct     the kernels' own tests, `checks`, `bias` and `hardware`
@@ -13,9 +13,9 @@ their order.  Without it, the checks run, then the questions, then the head tabl
     layers      Liger's layers, flash-attention and 4-bit weights against SDPA
     ranks       FSDP2 and ZeRO, parameters against those of one process
 
-Cells merge into ``benchmarks/results/gpu_<device>.json`` as they are measured, so that several
-short calls add up: what the same code measured on the same machine is not measured again, what
-fails is a cell with its reason, and what the time was not enough for is "not measured".
+Cells are merged into ``benchmarks/results/gpu_<device>.json`` as they are measured, so that several
+short calls add up: a cell that the same code has measured on the same machine is not measured
+again, a failed one has its reason, and one for which there was no time is "not measured".
 
 Exit codes: 1 if any cell of the call failed, 0 otherwise; 2 without a GPU, or for unknown shapes.
 """
@@ -70,7 +70,7 @@ class Call(NamedTuple):
         return bool(self.options.device == "cpu")
 
     def check(self, part: str, checks: Callable[..., Iterator[Check]]) -> None:
-        """Run the checks of a part; small ones have a key of their own, not to pass for others."""
+        """Run the checks of a part; quick ones have keys of their own, since sizes differ."""
         is_quick = self.options.quick and not self.is_tiny
         prefix = f"{part}/{self.backend}/quick" if is_quick else f"{part}/{self.backend}"
         is_small = self.is_tiny or is_quick
@@ -134,7 +134,7 @@ def _ranks(call: Call) -> None:
 
 
 class Part(NamedTuple):
-    """A part of what is tried, and its limit in minutes."""
+    """A part of this script, and its limit in minutes."""
 
     minutes: float
     run: Callable[[Call], None]
@@ -191,7 +191,7 @@ def _wanted(shapes: list[HeadShape], names: list[str] | None, *, quick: bool) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, measure, write."""
+    """Run the checks and measurements, and write the results."""
     options = _parser().parse_args(arguments)
     tiny = options.device == "cpu"
     if not tiny and not torch.cuda.is_available():

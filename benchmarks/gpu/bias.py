@@ -1,8 +1,8 @@
 """Error and bias of log-probabilities at large hidden sizes: do tensor cores keep the promise?
 
-They cut off what their sums cannot hold, always towards zero, so that an error is a bias which adds
-up over an answer.  ``benchmarks.head.truncation`` emulates this; here it is measured, with a BLAS
-and with ``accumulate="exact"``, against float64 from the same rounded inputs.
+They truncate their sums, always towards zero, so the errors are a bias that adds up over an answer.
+``benchmarks.head.truncation`` emulates this; here it is measured, with a BLAS and with
+``accumulate="exact"``, against float64 from the same rounded inputs.
 """
 
 from __future__ import annotations

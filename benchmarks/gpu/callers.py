@@ -1,6 +1,6 @@
-"""Checks of what calls the kernels: hosts that must not wait, CUDA graphs, compilation, training.
+"""Checks of callers of the kernels: hosts that must not wait, CUDA graphs, compilation, training.
 
-A CPU's host waits for itself and captures no graph: there, only the others are tried.
+The first two only run on a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OBJECTIVE = Objective.rdpo(0.1, 0.2, 0.5)
 
 
 def caller_checks(device: torch.device, backend: str) -> Iterator[Check]:
-    """Yield them, by dtype and by what is kept for the backward."""
+    """Yield the checks, by dtype and by what is kept for the backward."""
     for dtype in DTYPES:
         for memory in ("frozen", "stash", "tile", "recompute"):
             if device.type == "cuda":
@@ -36,7 +36,7 @@ def caller_checks(device: torch.device, backend: str) -> Iterator[Check]:
 
 
 def draw(device: torch.device, N: int, V: int, D: int, *, layout: str = "contiguous") -> HeadInputs:
-    """Draw leaves of logits of standard deviation 3, where they are: some are gigabytes."""
+    """Draw leaves whose logits have standard deviation 3, on the device: some are gigabytes."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -52,7 +52,7 @@ def draw(device: torch.device, N: int, V: int, D: int, *, layout: str = "contigu
 def _loss_and_gradients(
     pairs: HeadInputs, ref_logps: Tensor, lengths: Tensor, memory: str, backend: str
 ) -> list[Tensor]:
-    """Return the results of a step; "frozen" ``memory`` is for hidden states' gradients alone."""
+    """Return the loss and the gradients of a step; with ``memory="frozen"`` the head has none."""
     pairs.lm_head_weight.requires_grad_(memory != "frozen")
     output = pairs.call(
         rdpo_loss, ref_logps=ref_logps, objective=OBJECTIVE, sequence_lengths=lengths,
@@ -69,7 +69,7 @@ def _step(device: torch.device, dtype: str) -> tuple[HeadInputs, Tensor, Tensor]
 
 
 def _waits(device: torch.device, dtype: str, memory: str, backend: str) -> None:
-    """With ``sequence_lengths`` nothing of loss and gradients waits for the device."""
+    """Check that with ``sequence_lengths`` neither loss nor gradients wait for the device."""
     pairs, ref_logps, lengths = _step(device, dtype)
     _loss_and_gradients(pairs, ref_logps, lengths, memory, backend)  # compiles
     torch.cuda.synchronize(device)
@@ -81,7 +81,7 @@ def _waits(device: torch.device, dtype: str, memory: str, backend: str) -> None:
 
 
 def _graph(device: torch.device, dtype: str, memory: str, backend: str) -> None:
-    """Check that a captured step gives, for other hidden states, the bits of an uncaptured one."""
+    """Check that a captured step has, for other hidden states, the same bits as an eager one."""
     pairs, ref_logps, lengths = _step(device, dtype)
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
@@ -102,7 +102,7 @@ def _graph(device: torch.device, dtype: str, memory: str, backend: str) -> None:
 
 
 def _compiled(device: torch.device, dtype: str, backend: str) -> None:
-    """Check that a caller that is compiled into one graph gets the same numbers."""
+    """Check that a caller compiled into one graph gets the same numbers."""
     pairs, ref_logps, lengths = _step(device, dtype)
 
     def call() -> Tensor:
@@ -120,7 +120,7 @@ def _compiled(device: torch.device, dtype: str, backend: str) -> None:
 
 
 def _trajectory(device: torch.device, is_frozen: bool, steps: int, backend: str) -> None:
-    """Training ends where it ends with the eager backend: loss within 1e-3, 1e-4 on average."""
+    """Check that training follows the eager backend: losses within 1e-3, and 1e-4 on average."""
     fused, eager = (_train(device, is_frozen, steps, name) for name in (backend, "eager"))
     difference = fused - eager
     assert float(difference.abs().max()) <= 1e-3, f"loss off by {float(difference.abs().max())}"
@@ -128,7 +128,7 @@ def _trajectory(device: torch.device, is_frozen: bool, steps: int, backend: str)
 
 
 def _train(device: torch.device, is_frozen: bool, steps: int, backend: str) -> Tensor:
-    """Return the losses of a body of two matrices under LLaVA-1.5's head, or a tiny one."""
+    """Return the losses of a model of two matrices with LLaVA-1.5's head, or with a tiny one."""
     V, D = (301, 40) if device.type == "cpu" else (32064, 4096)
     inputs = draw(device, 12 * 40, V, D)
     generator = torch.Generator(device).manual_seed(1)

@@ -1,6 +1,6 @@
 """Checks of the kernels on this machine: every feature against float64, before any timing.
 
-Bounds are those of :mod:`benchmarks.promises`; of statistics relative to the largest logit.
+The bounds are those of :mod:`benchmarks.promises`; for statistics, relative to the largest logit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from realign_kernels.testing import (
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs that try one feature; sizes cross every kind of edge."""
+    """Inputs that test one feature; their sizes cross every kind of block edge."""
 
     name: str
     sizes: tuple[int, int, int]  # N, V, D
@@ -63,7 +63,7 @@ TINY_CASES = (CASES[0], CASES[2], CASES[4], CASES[7], CASES[8], CASES[10])
 
 
 def kernel_checks(device: torch.device, backend: str, *, tiny: bool = False) -> Iterator[Check]:
-    """Yield everything in every dtype, that of training first."""
+    """Yield the checks of all features in all dtypes, bfloat16 first."""
     for dtype in reversed(DTYPES):
         for case in TINY_CASES if tiny else CASES:
             yield from case_checks(device, case, dtype, backend)
@@ -73,14 +73,14 @@ def kernel_checks(device: torch.device, backend: str, *, tiny: bool = False) -> 
 
 
 def case_checks(device: torch.device, case: Case, dtype: str, backend: str) -> Iterator[Check]:
-    """Yield one feature in every mode."""
+    """Yield the checks of one feature in every mode."""
     for check in (_forward, _frozen, _stashed, _recomputed, _statistics):
         name = f"{dtype} {check.__name__.strip('_')}, {case.name}"
         yield check_of(name, _case, check, device, case, dtype, backend)
 
 
 def check_cases(device: torch.device, cases: list[Case], dtype: str, backend: str) -> None:
-    """Try several features as one check."""
+    """Check several features as one check."""
     for case in cases:
         for check in case_checks(device, case, dtype, backend):
             found = check.run()
@@ -199,7 +199,7 @@ def _rdpo_of(scoring: str) -> Callable[[HeadInputs, str, str], None]:
 
 
 def pairs_of(device: torch.device, dtype: str) -> HeadInputs:
-    """Return 3 cells of 5 pairs, 40 positions of which a third is no answer."""
+    """Return 3 cells of 5 pairs with 40 positions, of which 30 % are ignored."""
     inputs = make_head_inputs(15 * 40, 1031, 96, DTYPES[dtype], ignored=0.3, seed=3)
     hidden, labels = inputs.hidden_states.view(15, 40, 96), inputs.labels.view(15, 40)
     return moved(replace(inputs, hidden_states=hidden, labels=labels), device)

@@ -1,7 +1,8 @@
-"""Checks that only a GPU allows, against float64 or bit by bit, before any timing.
+"""Checks that need a GPU, against float64 or bit by bit, before any timing.
 
-Tensors beyond 2^31 elements, a thousand repeats, and every launch configuration; then those of
-:mod:`benchmarks.gpu.callers`.  On a CPU the same code runs at tiny sizes.
+They are tensors beyond 2^31 elements, a thousand repeats, the checks of
+:mod:`benchmarks.gpu.callers`, and every launch configuration.  On a CPU the same code runs at tiny
+sizes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _IN_FLOAT32 = ((64, 1), (1024, 4), (8192, 16))
 
 
 class Large(NamedTuple):
-    """Sizes of which one product passes 2^31."""
+    """Sizes of which one product exceeds 2^31."""
 
     name: str
     N: int
@@ -57,7 +58,7 @@ REPEATED = (  # N, V, D, is_frozen
 
 
 def hardware_checks(device: torch.device, backend: str, *, tiny: bool = False) -> Iterator[Check]:
-    """Yield everything, the quickest to fail first; promises stand in each check's docstring.
+    """Yield all checks, the quickest to fail first.
 
     Launches come last: they compile every kernel again, which takes minutes.
     """
@@ -106,7 +107,7 @@ def _compare_rows(inputs: HeadInputs, logps: Tensor, upstream: Tensor, rows: sli
 
 
 def _weight_gradient(inputs: HeadInputs, upstream: Tensor, rows: int = 1024) -> Tensor:
-    """Float64's, some rows at a time: all logits at once would not fit."""
+    """Return the gradient in float64, in blocks of rows, since all logits would not fit."""
     weight = inputs.lm_head_weight.detach().double()
     total = torch.zeros_like(weight)
     for start in range(0, len(upstream), rows):
@@ -125,7 +126,7 @@ def _repeats(
     count: int,
     backend: str,
 ) -> None:
-    """Equal inputs give equal bits, however often."""
+    """Check that equal inputs give equal bits in all repeats."""
     inputs = draw(device, *sizes)
     inputs.lm_head_weight.requires_grad_(not is_frozen)
     needed = [tensor for tensor in inputs.tensors if tensor.requires_grad]
@@ -141,7 +142,7 @@ def _repeats(
 
 
 def _launches(device: torch.device, backend: str, *, tiny: bool) -> Iterator[Check]:
-    """Yield every launch configuration; those of a backend without any are one."""
+    """Yield a check of every launch configuration, or one if the backend has none."""
     cases = [case for case in CASES if case.name in ("ragged", "LoRA and bias", "softcap")]
     if backend != "triton" or tiny:
         yield check_of("launch as chosen", check_cases, device, cases[:1], "float32", backend)
@@ -157,7 +158,7 @@ def _launches(device: torch.device, backend: str, *, tiny: bool) -> Iterator[Che
 def _launched(
     device: torch.device, cases: list[Case], dtype: str, backend: str, launch: tuple[int, int]
 ) -> None:
-    """Every launch keeps the promise."""
+    """Check that a launch configuration is within the promised bounds."""
     from realign_kernels.backends.triton import launches
 
     with mock.patch.object(launches, "launch_of", return_value=launches.Launch(*launch)):

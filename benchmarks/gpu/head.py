@@ -13,7 +13,7 @@ from benchmarks.shapes import HEADS, HeadShape, make_inputs
 
 
 class Aim(NamedTuple):
-    """The most GEMMs that a call may take from 1024 tokens on, by the least hidden size."""
+    """The time that a call may take, in GEMMs, from 1024 tokens and a hidden size on."""
 
     hidden_size: int
     frozen: float
@@ -26,7 +26,7 @@ _PEERS = ("trl", "trl_plain", "liger_flce", "liger_flsce", "cce", "torch_lce", "
 
 
 def head_table(session: Session, shapes: list[HeadShape], names: Sequence[str], dtype: str) -> None:
-    """Measure providers, a shape and a job at a time."""
+    """Measure providers, one shape and one job at a time."""
     reasons = {n: why_not(PROVIDERS[n], session.device, DTYPES[dtype]) for n in names}
     for shape in shapes:
         for job in ("token", "mean", "dpo"):
@@ -65,7 +65,7 @@ def _job_table(
 
 
 def aims_table(cells: dict[str, dict[str, Any]], dtype: str) -> str:
-    """Return a line for every shape and mode: ours in GEMMs, its aim, and the quickest peer."""
+    """Return one line per shape and mode: our time in GEMMs, the aim, and the quickest peer."""
     prefix = f"head/token/{dtype}/"
     groups = {key.rpartition("/")[0] for key in cells if key.startswith(prefix)}
     lines = [f"{'head, tokens, mode':38}{'x GEMM':>8}{'aim':>6}  {'reached':8}quickest peer"]
@@ -91,7 +91,7 @@ def aims_table(cells: dict[str, dict[str, Any]], dtype: str) -> str:
 
 
 def aim_of(num_tokens: int, hidden_size: int, mode: str) -> float | None:
-    """Return the most GEMMs that a mode may take at a shape, or None where another aim holds."""
+    """Return the time that a mode may take, in GEMMs, or None where another aim holds."""
     for aim in AIMS:
         if num_tokens >= 1024 and hidden_size >= aim.hidden_size:
             return aim.frozen if mode == "frozen" else aim.trainable

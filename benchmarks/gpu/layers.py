@@ -1,10 +1,10 @@
 """Liger's layers, flash-attention, 4-bit weights and compiled layers against SDPA in float64.
 
-A small random model of LLaVA's and of Qwen2.5-VL's kind scores one packed batch of pairs.  Its
+A small random model of each kind, LLaVA and Qwen2.5-VL, scores one packed batch of pairs.  Its
 log-probabilities and the gradients of its loss are compared with those of the same weights in
-float64 with SDPA; what stock layers with SDPA lose in the variant's dtype is the measure: a variant
-may be off by twice as much and one rounding.  4-bit weights are compared with the weights that they
-stand for.  What is not installed is a cell with the reason.
+float64 with SDPA.  The measure is the error of stock layers with SDPA in the variant's dtype: a
+variant may have twice that error plus one rounding.  4-bit weights are compared with their
+dequantized values.  A package that is not installed gives a cell with the reason.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def save_model(name: str, folder: Path) -> dict[str, Any]:
 def compare(
     folder: Path, batch: dict[str, Any], variant: str, device: torch.device
 ) -> dict[str, Any]:
-    """Return a variant's errors and their bounds; the cell fails where it is beyond them."""
+    """Return a variant's errors and their bounds, as a cell that fails if one is exceeded."""
     numerics = VARIANTS[variant]
     try:
         numerics.check()
@@ -145,7 +145,10 @@ def compare(
 def score(
     model: Any, batch: dict[str, Any], reference: Tensor | None, device: torch.device
 ) -> Scores:
-    """Return log-probabilities and gradients of the loss; without a reference, of their sum."""
+    """Return log-probabilities and the gradients of the loss.
+
+    Without a reference, the loss takes the model's own log-probabilities minus one nat.
+    """
     dtype = model.get_output_embeddings().weight.dtype
     vision_tower(model)[1].requires_grad_(False)
     model.train()  # dropout is off; 4-bit layers have no derivative in evaluation on CPUs
@@ -169,7 +172,7 @@ def score(
 
 
 def dequantized(model: Any) -> dict[str, Tensor]:
-    """Return the weights that 4-bit ones stand for, by name."""
+    """Return the dequantized values of 4-bit weights, by name."""
     weights = {}
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "quant_state"):
@@ -187,6 +190,6 @@ def _replace_weights(model: Any, weights: dict[str, Tensor]) -> None:
 
 
 def _freeze_layers_of(model: Any, weights: dict[str, Tensor]) -> None:
-    """Freeze layers with 4-bit weights whole, as training with adapters does."""
+    """Freeze all parameters of layers with 4-bit weights, as training with adapters does."""
     for name in weights:
         model.get_submodule(name.rpartition(".")[0]).requires_grad_(False)

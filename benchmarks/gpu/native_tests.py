@@ -1,7 +1,7 @@
-"""The tests of the Triton kernels on the GPU itself, by pytest in a process of its own.
+"""The tests of the Triton kernels on the GPU itself, run by pytest in a separate process.
 
-They run while other checks do: most of their time is compilation, which the processors share.
-Cells are by file: what passed, what failed, and whether the time was enough.
+They run at the same time as other checks, since most of their time is compilation on the CPU.
+There is one cell per file, with the tests that passed and failed, and one for the whole run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PROCESSES = 8
 
 
 def command(selected: str = "triton") -> list[str]:
-    """Return the command that runs them, in several processes if pytest-xdist is installed."""
+    """Return the command of the tests, in several processes if pytest-xdist is installed."""
     folder = "tests/realign_kernels"
     shared = importlib.util.find_spec("xdist") is not None
     return [
@@ -43,10 +43,10 @@ def command(selected: str = "triton") -> list[str]:
 
 
 class NativeTests:
-    """The tests as they run beside other checks.
+    """The tests, as a context in which other checks run at the same time.
 
     Args:
-        session: Where cells go.
+        session: The call that records the cells.
         selected: Expression of pytest's ``-k``.
     """
 
@@ -81,7 +81,7 @@ class NativeTests:
         self.finish(self._session.seconds_left if kind is None else 0.0)
 
     def finish(self, seconds: float) -> None:
-        """Wait for them as long as there is time, end them, and write down what they found."""
+        """Wait for the tests as long as there is time, end them, and record their cells."""
         if self._process is None:
             reason = "pytest is not installed"
             self._session.record("tests", {"status": "unavailable", "reason": reason})
@@ -126,6 +126,9 @@ def cells_of(text: str, exit_code: int | None, *, is_whole: bool) -> dict[str, d
     passed = sum(cell["passed"] for cell in cells.values())
     if not is_whole:
         reason = f"out of time after {passed} tests had passed"
+        for cell in cells.values():
+            if cell["status"] == "ok":  # other tests of the file may be missing
+                cell |= {"status": "not measured", "reason": "out of time within the run"}
         cells["tests"] = {"status": "not measured", "reason": reason}
     elif exit_code in (0, 1) and cells:
         failed = [key for key, cell in cells.items() if cell["status"] == "failed"]

@@ -1,4 +1,4 @@
-"""Measurements that choose between paths: where the epilogue runs, and what a call launches.
+"""Measurements to choose between implementations: where the epilogue runs, what a call launches.
 
 1. Logits of a tile by a BLAS and an epilogue after it, or by one kernel with the epilogue inside?
 2. How many kernels does one pair launch, how long does the host take, and how long the device?
@@ -26,7 +26,7 @@ _NUM_ROWS = (360, 1020)  # three answers of 120 tokens; a micro-batch of nearly 
 
 
 def path_cells(device: torch.device, backend: str, *, tiny: bool) -> Iterator[tuple[str, Measure]]:
-    """Yield tiles by either path; a backend without products of its own has only one."""
+    """Yield measurements of tiles by both paths; a backend without own products has only one."""
     if getattr(kernels_of(backend), "PRODUCT_KERNELS", None) is None:
         return
     shapes = [(64, 256, 64)] if tiny else [
@@ -40,7 +40,7 @@ def path_cells(device: torch.device, backend: str, *, tiny: bool) -> Iterator[tu
 
 
 def pair_cells(device: torch.device, backend: str, *, tiny: bool) -> Iterator[tuple[str, Measure]]:
-    """Yield one call of every kind, forward and backward."""
+    """Yield measurements of one call of every kind, forward and backward."""
     for num_rows in (12,) if tiny else _NUM_ROWS:
         for name in calls(num_rows, 1):
             key = f"pair/{num_rows}/{name}"
@@ -119,7 +119,7 @@ def _one_pair(call: Callable[[], object], device: torch.device) -> dict[str, Any
 
 
 def launches_of(events: Iterable[Any]) -> dict[str, Any]:
-    """Return what a profile's events say of the device; it fails where they have no kernel."""
+    """Return the launches and device time of a profile, as a cell that fails without kernels."""
     events = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
     names = Counter(event.name for event in events)
     copies = sum(count for name, count in names.items() if name.startswith("Memcpy"))

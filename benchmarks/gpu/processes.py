@@ -1,7 +1,7 @@
-"""Processes that this script starts, each the first of a group that ends as a whole.
+"""Processes that this script starts, each the leader of a group that is ended as a whole.
 
-Tools and launchers start processes of their own, which would go on computing on the GPU, and
-disturb what is measured next, if only the first one were ended.
+Tools and launchers start processes of their own. If only the first one were ended, the others would
+go on computing on the GPU and disturb later measurements.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Ended(NamedTuple):
-    """A command that is over."""
+    """The output and exit code of a command that has ended."""
 
     output: str
     code: int | None  # None if it had not ended in time
@@ -31,7 +31,7 @@ def run_command(command: Sequence[str], seconds: float, settings: dict[str, str]
     Args:
         command: Program and arguments.
         seconds: Time after which it is ended, with everything that it has started.
-        settings: Environment variables beside those of this process.
+        settings: Environment variables in addition to those of this process.
     """
     with tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace") as output:
         process = subprocess.Popen(
@@ -48,7 +48,7 @@ def run_command(command: Sequence[str], seconds: float, settings: dict[str, str]
 
 
 def has_ended(process: subprocess.Popen[Any], seconds: float) -> bool:
-    """Wait for a process of its own session, end its group, and return whether it was in time."""
+    """Wait for a process that leads a session, end its group; return whether it ended in time."""
     try:
         process.wait(timeout=max(1.0, seconds))
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""Measurements that the design rests on, and that no peer's numbers answer.
+"""Measurements that the design rests on, and that nobody has published.
 
 1. Does a product of half operands with float32 output run at the rate of one with half output?
 2. Does the epilogue pass run at the bandwidth of a copy of the same bytes, and how is it launched?
@@ -29,7 +29,7 @@ _TILES_IN_TURN = 8
 
 
 def product_cells(device: torch.device, *, tiny: bool) -> Iterator[Cell]:
-    """Question 1: rates of both products at tile shapes."""
+    """Yield question 1: the rates of both products at tile shapes."""
     shapes = [(64, 256, 64)] if tiny else [
         (rows, columns, D)
         for rows, columns in ((1024, 8192), (4096, 8192), (4096, 32768), (16384, 8192))
@@ -41,7 +41,7 @@ def product_cells(device: torch.device, *, tiny: bool) -> Iterator[Cell]:
 
 
 def epilogue_cells(device: torch.device, backend: str, *, tiny: bool) -> Iterator[Cell]:
-    """Question 2: the epilogue alone on one tile, and a copy of as many bytes."""
+    """Yield question 2: the epilogue alone on one tile, and a copy of as many bytes."""
     shapes = [(64, 256)] if tiny else [(1024, 8192), (4096, 8192), (4096, 32768)]
     for rows, columns in shapes:
         key = f"epilogue/{rows}x{columns}"
@@ -49,7 +49,7 @@ def epilogue_cells(device: torch.device, backend: str, *, tiny: bool) -> Iterato
 
 
 def launch_cells(device: torch.device, backend: str) -> Iterator[Cell]:
-    """Question 2: the epilogue under forced launches, of Triton alone."""
+    """Yield question 2 for Triton: the epilogue under given launch configurations."""
     if backend != "triton" or device.type != "cuda":
         return
     for rows, columns in ((1024, 8192), (4096, 8192)):
@@ -60,7 +60,7 @@ def launch_cells(device: torch.device, backend: str) -> Iterator[Cell]:
 
 
 def overlap_cells(device: torch.device, backend: str) -> Iterator[Cell]:
-    """Question 3: tiles one after the other, and every other one on a second stream."""
+    """Yield question 3: tiles one after the other, and every second one on another stream."""
     if device.type != "cuda":
         return
     for rows, columns, D in ((1024, 8192, 4096), (4096, 8192, 4096), (4096, 8192, 2048)):
@@ -69,7 +69,7 @@ def overlap_cells(device: torch.device, backend: str) -> Iterator[Cell]:
 
 
 def tile_cells(device: torch.device, backend: str, *, tiny: bool) -> Iterator[Cell]:
-    """Question 3: forward with slopes under forced tiles."""
+    """Yield question 3: the forward of a frozen head with given tile shapes."""
     widths = (4096, 8192, 16384, 32768)
     sizes = [(rows, columns) for rows in (1024, 2048, 4096, 8192) for columns in widths]
     if tiny:
@@ -130,12 +130,12 @@ class ResidentTile:
         self.num_bytes = self.source.numel() * (logits.itemsize + half.itemsize)
 
     def refresh(self) -> None:
-        """Undo what an epilogue has done."""
+        """Restore logits and sums after an epilogue."""
         self.tile.logits.copy_(self.source)
         self.restart()
 
     def restart(self) -> None:
-        """Undo it where logits are computed again."""
+        """Restore only the sums, for calls that compute the logits again."""
         self.tile.state.shift.copy_(self.label_logits)
         self.tile.state.rest_sum.zero_()
 

@@ -1,8 +1,8 @@
 """One of two processes that share a GPU, or a CPU: ``python -m benchmarks.gpu.rank_process train``.
 
-``accelerate launch`` starts it in the place of ``python -m realign``, which it then runs.  NCCL
-takes one process for a GPU, so collectives go over gloo, and every process takes the first GPU.
-On a CPU, accelerate has to be told that it is one that it shards over.
+``accelerate launch`` starts it in place of ``python -m realign``, which it then runs.  NCCL allows
+one process per GPU, so collectives use gloo, and every process takes the first GPU.  On a CPU, an
+environment variable makes accelerate shard over CPU processes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from realign.cli import main
 
 
 def use_gloo() -> None:
-    """Let accelerate put all processes into a group over gloo."""
+    """Make accelerate put all processes into one gloo group."""
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
     if not torch.cuda.is_available():
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"

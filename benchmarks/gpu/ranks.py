@@ -1,8 +1,8 @@
-"""FSDP2 and ZeRO through the command line, compared with one process by what they have trained.
+"""FSDP2 and ZeRO through the command line: their trained weights against those of one process.
 
 ``accelerate launch`` starts ``realign train`` with the presets of ``recipes/accelerate``: with one
 process over NCCL, and with two that share the GPU over gloo (:mod:`benchmarks.gpu.rank_process`).
-A small random LLaVA is trained on every pair once; then its weights are compared, by the distance
+A small random LLaVA is trained for one epoch; then its weights are compared, by the distance
 between two results relative to the distance that training has moved them.
 """
 
@@ -138,7 +138,7 @@ def _measure(
 
 
 def _train(folder: Path, run: Run, session: Session) -> Cell | None:
-    """Train; return a cell where that has failed."""
+    """Train; return a cell if that has failed, else None."""
     hidden = {} if session.device.type == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
     most = _SECONDS[session.device.type]
     seconds = min(most, session.seconds_left)
@@ -153,7 +153,7 @@ def _train(folder: Path, run: Run, session: Session) -> Cell | None:
 
 
 def compared(folder: Path, run: Run) -> Cell:
-    """Return how far a result is from the one that it is compared with."""
+    """Return a cell with the distance of a result from the one that it is compared with."""
     before, weights, other = (
         weights_of(place)
         for place in (
@@ -177,7 +177,7 @@ def compared(folder: Path, run: Run) -> Cell:
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Return all weights of a model's folder."""
+    """Return all weights in a model's folder, in float64."""
     return {
         name: weight.double()
         for path in sorted(folder.glob("*.safetensors"))
@@ -186,7 +186,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """Return the Frobenius norm of a difference."""
+    """Return the Frobenius norm of the difference of two models' weights."""
     if one.keys() != other.keys():
         raise ValueError(f"weights differ by name: {sorted(one.keys() ^ other.keys())[:3]}")
     return norm({name: one[name] - other[name] for name in one})

@@ -1,8 +1,8 @@
 """``compute-sanitizer`` over small checks: accesses out of bounds, and races in shared memory.
 
-Each tool runs the checks of :mod:`benchmarks.gpu.checks` in a process of its own, which ends itself
-before the time is used up.  First a kernel with a planted access out of bounds has to be found: a
-tool that sees no kernel finds no error either.
+Each tool runs the checks of :mod:`benchmarks.gpu.checks` in a separate process, which ends itself
+before the time is used up.  First, a tool has to find a planted access out of bounds, since a tool
+that sees no kernel would find no error either.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PLANTED_SECONDS = 60.0
 
 
 def sanitize(session: Session, backend: str, *, command: str = "compute-sanitizer") -> None:
-    """Run every tool, and write down a cell for each."""
+    """Run every tool, and record a cell for each."""
     path = shutil.which(command)
     if path is None:
         reason = f"{command} is not on the PATH; it comes with the CUDA toolkit"
@@ -77,11 +77,11 @@ def _checked(
 
 
 def cell_of(ended: Ended, statuses: Sequence[str], wanted: int) -> dict[str, Any]:
-    """Return what a tool and the checks below it say.
+    """Return the cell of a tool.
 
     Args:
-        ended: The tool's output.
-        statuses: Those of the checks that were written down.
+        ended: The tool's output and exit code.
+        statuses: Statuses of the checks that ran under the tool.
         wanted: Number of all checks.
     """
     text, is_whole = ended.output, ended.code is not None
@@ -106,13 +106,13 @@ def cell_of(ended: Ended, statuses: Sequence[str], wanted: int) -> dict[str, Any
 
 
 def summary_of(text: str) -> int | None:
-    """Return the number of errors or hazards by the tool's own summary, or None without one."""
+    """Return the number of errors or hazards in the tool's summary, or None without a summary."""
     numbers = [int(one or other) for one, other in _SUMMARY.findall(text)]
     return max(numbers) if numbers else None
 
 
 def last_line(text: str) -> str:
-    """Return the last line that says something."""
+    """Return the last line that is not empty."""
     lines = [line.strip() for line in text.splitlines() if line.strip("= \t")]
     return lines[-1][:300] if lines else "it said nothing"
 

@@ -32,10 +32,10 @@ class Session:
     """Measurements of one call of this script, and the time that it may take.
 
     Args:
-        device: Where tensors are.
-        path: Result file.
+        device: The device of the tensors.
+        path: The result file.
         run: Environment of the call, from :func:`benchmarks.result_files.environment`.
-        minutes: Time after which nothing more is begun.
+        minutes: Time after which no measurement is started.
     """
 
     def __init__(self, device: torch.device, path: Path, run: dict[str, Any], minutes: float):
@@ -59,7 +59,7 @@ class Session:
         return is_current(load(self.path), key, self.run)
 
     def add(self, key: str, measure: Measure) -> None:
-        """Measure a cell, if there is time, and write it down at once."""
+        """Measure a cell, if there is time, and record it at once."""
         if self.is_done(key):
             return
         if self._broken_by is not None:
@@ -77,7 +77,7 @@ class Session:
         self.record(key, self._released(key, cell))
 
     def _released(self, key: str, cell: Cell) -> Cell:
-        """Give memory back; where that fails, so has the cell, and all after it would."""
+        """Free the GPU's memory; if that fails, so have this cell and all later ones."""
         if self.device.type != "cuda":
             return cell
         try:
@@ -92,14 +92,14 @@ class Session:
         return cell
 
     def record(self, key: str, cell: Cell) -> None:
-        """Write down a cell that is known already."""
+        """Write a cell to the result file, and print it."""
         self.cells[key] = cell
         merge(self.path, self.run, {key: cell})
         if cell.get("kind") != "check" or cell["status"] == "failed":
             print(f"{key:60} {describe(cell)}", flush=True)
 
     def check(self, prefix: str, checks: Iterable[Check]) -> None:
-        """Run checks, each a cell with its own reason."""
+        """Run checks, each as a cell of its own."""
         for check in checks:
             self.add(f"{prefix}/{check.name}", lambda check=check: _outcome(check))
 
@@ -109,7 +109,7 @@ class Session:
         return [key for key, cell in self.cells.items() if cell["status"] == "failed"]
 
     def table(self) -> str:
-        """Return the number of cells of each part by status, then the ones that are not ok."""
+        """Return the number of cells by part and status, then the failed and unavailable cells."""
         parts: dict[str, list[str]] = {}
         for key, cell in self.cells.items():
             parts.setdefault(_part_of(key), []).append(cell["status"])
@@ -153,7 +153,7 @@ def _shortened(text: str) -> str:
 
 
 def describe(cell: Cell) -> str:
-    """Say in a line what a cell holds."""
+    """Describe a cell in one line."""
     if cell["status"] != "ok":
         return f"{cell['status']}: {cell.get('reason', '')}"
     if "ratio_to_gemm" in cell:

@@ -1,6 +1,7 @@
 """Errors of every head against float64 on the same inputs: ``python -m benchmarks.head.accuracy``.
 
-Writes ``benchmarks/results/accuracy_<device>.json``.  No number depends on how busy a machine is.
+It writes ``benchmarks/results/accuracy_<device>.json``.  The numbers do not depend on how busy the
+machine is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from benchmarks.head.row_classes import ROW_CLASSES, make_rows
 from benchmarks.measure import Exact, exact, quantile
 from benchmarks.result_files import RESULTS, environment, merge
 
-NUM_ROWS = 512  # a long answer: its sum is what a preference loss sees
+NUM_ROWS = 512  # a long answer, whose sum enters a preference loss
 HIDDEN_SIZE, VOCABULARY = 1024, 32064
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -29,14 +30,14 @@ def row_errors(provider: Provider, inputs: Inputs, truth: Exact) -> dict[str, An
     result = provider.run("frozen", inputs).double()
     grad = inputs.hidden_states.grad
     assert grad is not None
-    off = (grad.double() - truth.grad_hidden).norm(dim=-1) / truth.grad_hidden.norm(dim=-1)
+    grad_errors = (grad.double() - truth.grad_hidden).norm(dim=-1) / truth.grad_hidden.norm(dim=-1)
     inputs.hidden_states.grad = None
     difference = result - truth.result
     return {
         "status": "ok",
         "logp": _spread(difference.abs()),
         "sum_of_512": difference.sum().abs().item(),
-        "grad_hidden_row": _spread(off),
+        "grad_hidden_row": _spread(grad_errors),
         "note": provider.note,
     }
 
@@ -51,7 +52,7 @@ def measure(
     hidden_size: int = HIDDEN_SIZE,
     vocabulary: int = VOCABULARY,
 ) -> dict[str, dict[str, Any]]:
-    """Return cells ``dtype/class/provider``, printing each."""
+    """Return the cells, with keys ``dtype/class/provider``, and print each."""
     providers = {name: p for name, p in providers_of("token").items() if name in names}
     cells = {}
     for dtype in dtypes:
@@ -92,7 +93,7 @@ def _line(cell: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write."""
+    """Measure, print and write the errors."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))

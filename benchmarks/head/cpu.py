@@ -1,7 +1,7 @@
 """Speed, memory and error of every head on this CPU: ``python -m benchmarks.head.cpu``.
 
-Writes ``benchmarks/results/cpu_head.json``.  A product of fixed size is timed before and after; if
-the machine was busy the file says so, and no page shows a speed from it.
+It writes ``benchmarks/results/cpu_head.json``.  A product of fixed size is timed before and after;
+if it shows that the machine was busy, the file says so, and no page shows its speeds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from benchmarks.shapes import shapes_for
 
 SHAPES = {shape.key: shape for shape in shapes_for("cpu")}
 DEFAULT_SHAPES = ("llava-vocabulary-d1024/N512",)
-_TOLERANCE = 1.15  # a product slower than this times the idle one means that others computed too
+_TOLERANCE = 1.15  # a product that takes this many times the idle time means a busy machine
 
 
 def calibrate() -> float:
@@ -36,14 +36,14 @@ def calibrate() -> float:
 
 
 def was_busy(load_before: float, products_ms: Sequence[float], idle_ms: float | None) -> bool:
-    """Tell whether something else computed meanwhile; by the load where nothing better is known."""
+    """Return whether other programs were computing too, by the load if no idle time is known."""
     if idle_ms is not None:
         return max(products_ms) > _TOLERANCE * idle_ms
     return load_before >= 0.5 or max(products_ms) > _TOLERANCE * min(products_ms)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write."""
+    """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(DEFAULT_SHAPES))
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))

@@ -1,9 +1,9 @@
-"""Kernels that one call launches on a GPU, and the host's time for it: counted, not measured.
+"""Kernels that one call would launch on a GPU, and the host's time for it, found without a GPU.
 
-``python -m benchmarks.head.launches`` needs no GPU: the Triton backend runs on CPU tensors with
-kernels and products that only count themselves, and PyTorch's profiler counts the operators that
-would launch a kernel each.  Host time is thread CPU time, without the cost of launching.  Copies
-from the host to a device cannot be seen on a CPU.
+``python -m benchmarks.head.launches`` runs the Triton backend on CPU tensors with kernels and
+products that only count their calls, and PyTorch's profiler counts the operators that would launch
+a kernel each.  Host time is thread CPU time, without the cost of launching.  Copies from the host
+to a device cannot be seen on a CPU.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from realign_kernels import linear_logprob, rdpo_loss
 
-# Operators that compute nothing on a device: they look at memory, reserve it, or ask for sizes; a
-# conversion that does something calls `copy_`, and numbers of `where` stay on the host.
+# Operators that launch nothing on a device: they view memory, allocate it, or read sizes.  A
+# conversion that changes anything calls `copy_`, and scalars of `where` stay on the host.
 _FREE_NAMES = (
     "view slice t T numpy_T select unsqueeze squeeze expand detach detach_ alias transpose "
     "as_strided unbind split _unsafe_view reshape empty empty_like new_empty empty_strided "
@@ -56,18 +56,18 @@ class Launches:
     host_ms: float = 0.0
 
     def clear(self) -> None:
-        """Forget what the stubs have counted."""
+        """Reset the counts of the stubs."""
         self.kernels.clear()
         self.epilogues = self.products = 0
 
     @property
     def small(self) -> int:
-        """Launches beside products and epilogues."""
+        """Number of launches except products and epilogues."""
         return self.operators.total() + self.kernels.total()
 
 
 class _Kernel:
-    """Stands for a Triton kernel: counts its launches and does what its callers rely on."""
+    """Stub of a Triton kernel, which counts launches and has the effects that callers rely on."""
 
     def __init__(self, name: str, arg_names: list[str], counted: Launches) -> None:
         self.name, self.arg_names, self.counted = name, arg_names, counted
@@ -88,7 +88,7 @@ class _Kernel:
 def _find_rows(
     positions_ptr: Tensor, fits_ptr: Tensor, count_ptr: Tensor | None, num_positions: int, **_: Any
 ) -> None:
-    """Every position is scored, and nothing is wrong."""
+    """Report that every position is scored, and that nothing is wrong."""
     _fill(positions_ptr, _ascending(num_positions))
     if count_ptr is not None:
         _fill(count_ptr, _repeated("i", num_positions, 1))
@@ -98,7 +98,7 @@ def _find_rows(
 def _sum_sequences(
     counts_ptr: Tensor, fits_ptr: Tensor, num_tokens: int, num_sequences: int, **_: Any
 ) -> None:
-    """Every sequence has as many tokens as another."""
+    """Report that all sequences have the same number of tokens, and that nothing is wrong."""
     _fill(counts_ptr, _repeated("q", num_tokens // num_sequences, num_sequences))
     _fill(fits_ptr, _repeated("b", 1, 2))
 
@@ -114,7 +114,7 @@ def _repeated(kind: str, number: int, count: int) -> array[int]:
 
 
 def _fill(tensor: Tensor, numbers: array[int]) -> None:
-    """Set a tensor in a way that the profiler does not see."""
+    """Set a tensor without the profiler seeing it."""
     assert tensor.nbytes == numbers.itemsize * len(numbers)
     ctypes.memmove(tensor.data_ptr(), numbers.buffer_info()[0], tensor.nbytes)
 
@@ -127,7 +127,7 @@ _EFFECTS: dict[str, Callable[..., None]] = {
 
 @contextmanager
 def _counting() -> Iterator[Launches]:
-    """Put counters in the place of kernels and products."""
+    """Replace kernels and products with counters."""
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -153,9 +153,9 @@ def _counting() -> Iterator[Launches]:
 
 
 def count(call: Callable[[], object], *, repeats: int = 0) -> Launches:
-    """Return what a call launches, and the host's median time over some repeats."""
+    """Return the launches of a call, and the host's median time over some repeats."""
     with _counting() as counted:
-        call()  # fills what is kept between calls
+        call()  # fills caches
         counted.clear()
         with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
             call()
@@ -201,7 +201,7 @@ def calls(
     device: torch.device | str = "cpu",
     backend: str = "triton",
 ) -> dict[str, Callable[[], object]]:
-    """Return calls over three cells of two pairs, forward and backward, all positions scored."""
+    """Return calls by name: three cells of two pairs, forward and backward, all tokens scored."""
     length = num_rows // 6
     lengths = torch.full((3, 2), length)  # known to the host
     with torch.device(device):
@@ -249,7 +249,7 @@ def calls(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Count and print a table."""
+    """Count the launches and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", nargs="+", type=int, default=[256, 1024])
     parser.add_argument("--vocabulary", type=int, default=32064)
@@ -273,5 +273,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels of a CPU's tensors, of which none is run
+    os.environ["TRITON_INTERPRET"] = "1"  # allows CPU tensors; no kernel is run
     sys.exit(main())

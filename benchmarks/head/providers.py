@@ -1,16 +1,16 @@
-"""Everything that can compute a head's log-probabilities, ours and others, behind one signature.
+"""Implementations of a head's log-probabilities, ours and those of others, behind one signature.
 
 A provider takes ``(hidden_states, lm_head_weight, labels, grad_token_logps or None, frozen)`` and
-returns ``token_logps``, leaving gradients in ``.grad``.  What it is called with and what it returns
+returns ``token_logps``, leaving gradients in ``.grad``.  The shapes of its inputs and its result
 depend on its job:
 
 - ``token``: hidden states (N, D), labels (N,), result (N,);
-- ``mean``: the same inputs, result (), the mean over tokens (for those that offer no more);
+- ``mean``: the same inputs, result (), the mean over tokens (for libraries that offer no more);
 - ``dpo``: hidden states (S, T, D) with the chosen half first, labels (S, T), result (), the
   reference-free DPO loss at beta 0.1.
 
-Others are called as their own documentation or trainer calls them.  One that is not installed, or
-that does not run on a device, is reported with the reason.
+Other libraries are called as their own documentation or trainer calls them.  A library that is not
+installed, or does not run on a device, is reported with the reason.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Provider:
     flops: Flops
     flops_on_cpu: Flops | None = None  # where another algorithm runs there
     job: str = "token"
-    module: str = "torch"  # what has to be importable
-    distribution: str = "torch"  # what carries its version
+    module: str = "torch"  # must be importable
+    distribution: str = "torch"  # the package that has the version
     needs_gpu: bool = False
     has_softcap: bool = False
     note: str = ""
@@ -83,7 +83,7 @@ class Provider:
         return result.detach()
 
     def run(self, mode: str, inputs: Inputs) -> Tensor:
-        """Call in a mode of ``MODES``."""
+        """Call the provider in a mode of ``MODES``."""
         grad = None if mode == "forward" else inputs.grad_token_logps
         return self(
             inputs.hidden_states,
@@ -100,7 +100,7 @@ class Provider:
         return getattr(flops, mode)
 
     def version(self) -> str:
-        """Return the version of what is installed, or "not installed"."""
+        """Return the installed version, or "not installed"."""
         try:
             return importlib.metadata.version(self.distribution)
         except importlib.metadata.PackageNotFoundError:
@@ -118,13 +118,13 @@ class Inputs(NamedTuple):
 
 
 def why_not(provider: Provider, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Return why a provider cannot do its job on a device, or None; tries it on tiny inputs."""
+    """Return why a provider cannot do its job on a device, or None, from a try on tiny inputs."""
     module = provider.module.split(".")[0]
     if importlib.util.find_spec(module) is None:
         return f"{provider.distribution} is not installed"
     if provider.needs_gpu and device.type == "cpu":
         return f"{provider.distribution} {provider.version()} needs a GPU for this"
-    # 256 columns and 128 rows: no peer's minimum is above that
+    # 128 rows and 256 columns: no library needs more
     hidden_states = torch.randn(128, 128, device=device).to(dtype)
     weight = torch.randn(256, 128, device=device).to(dtype)
     labels = torch.randint(256, (128,), device=device)
@@ -134,7 +134,7 @@ def why_not(provider: Provider, device: torch.device, dtype: torch.dtype) -> str
     grad = torch.ones(shape, device=device, dtype=torch.float64)
     try:
         provider.run("trainable", Inputs(hidden_states, weight, labels, grad))
-    except Exception as error:  # whatever another's code may raise is the answer
+    except Exception as error:  # anything that another library's code raises is the reason
         first_line = str(error).strip().splitlines()[:1]
         return f"{type(error).__name__}: {' '.join(first_line)[:160]}"
     return None
@@ -233,7 +233,7 @@ def _ours_dpo(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | N
 
 
 def _dpo_of(score: Score) -> Score:
-    """DPO as a trainer composes it from log-probabilities of tokens."""
+    """Return the DPO loss as a trainer composes it from the log-probabilities of tokens."""
 
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
         chosen, rejected = score(hidden, weight, labels, softcap).float().sum(-1).chunk(2)
@@ -252,7 +252,7 @@ def _liger_dpo(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | 
 _TRL = {"module": "trl", "distribution": "trl"}
 _LIGER = {"module": "liger_kernel", "distribution": "liger-kernel"}
 _QUACK = {"module": "quack", "distribution": "quack-kernels"}
-# what DPOTrainer asks for beside log-probabilities, for its logs
+# the outputs that DPOTrainer asks for: the last three are for its logs
 _TRL_DPO_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 _ALL = (

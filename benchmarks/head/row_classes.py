@@ -1,6 +1,6 @@
-"""Rows on which log-probabilities go wrong in different ways.
+"""Classes of rows on which computed log-probabilities are inaccurate in different ways.
 
-Each class moves random hidden states along the label's row of the head until the label has a given
+Each class moves random hidden states along the label's row of the head until the label has given
 log-odds, in float64; then everything is rounded.  The rounded numbers are the inputs.
 """
 
@@ -72,10 +72,10 @@ def make_rows(
 
 
 def _with_log_odds(hidden: Tensor, weight: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
-    """Move each row along its label's row of the head until log(p / (1 - p)) is as wanted."""
+    """Move each row along its label's row of the head until log(p / (1 - p)) is ``wanted``."""
     direction = weight[labels]
     direction = direction / direction.square().sum(-1, keepdim=True)
-    for _ in range(3):  # moving a row moves its other logits too, a little
+    for _ in range(3):  # moving a row changes its other logits too, a little
         logits = hidden @ weight.T
         label_logits = logits.gather(-1, labels[:, None])
         rest = logits.scatter(-1, labels[:, None], -math.inf).logsumexp(-1)

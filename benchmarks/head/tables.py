@@ -1,4 +1,4 @@
-"""The tables of docs/results/head.md: errors, speed on CPU and GPU.  Formats, measures nothing."""
+"""The tables of docs/results/head.md: errors, and speed on CPU and GPU.  This only formats."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MODES = {"forward": "no gradient", "frozen": "frozen head", "trainable": "train
 
 
 def head_block(results: Path) -> str:
-    """Return everything between the marks."""
+    """Return the text between the marks."""
     gpu_files = sorted(path for path in results.glob("gpu_*.json") if path.stem != "gpu_cpu")
     parts = [
         accuracy_tables(load(results / "accuracy_cpu.json")),
@@ -26,7 +26,7 @@ def head_block(results: Path) -> str:
 
 
 def accuracy_tables(content: dict[str, Any]) -> str:
-    """Return a row per provider: the largest errors of a token by class, a sum, a gradient."""
+    """Return one row per provider: the largest errors by class of rows, a sum, and gradients."""
     cells = content["cells"]
     if not cells:
         return "*Errors have not been measured yet: `python -m benchmarks.head.accuracy`.*"
@@ -52,7 +52,7 @@ def accuracy_tables(content: dict[str, Any]) -> str:
     classes = "; ".join(f"*{kind}*: {ROW_CLASSES[kind].meaning}" for kind in kinds)
     parts.append(
         "Largest |error| of a token's log-probability against float64 from the same rounded "
-        f"inputs, over {run['num_rows']} rows a class, D {run['hidden_size']}, "
+        f"inputs, over {run['num_rows']} rows per class, D {run['hidden_size']}, "
         f"V {run['vocabulary']}; error of the sum over the ordinary rows; relative error of a "
         "hidden state's gradient, median over ordinary rows and worst of the confident ones. "
         f"{classes}. -: the provider has no such option. {_provenance(run)}"
@@ -102,7 +102,7 @@ def cpu_tables(content: dict[str, Any]) -> str:
 
 
 def gpu_table(content: dict[str, Any]) -> str:
-    """Return one row per shape and mode: this project beside the fastest other."""
+    """Return one row per shape and mode: this project beside the fastest other library."""
     cells = {k: c for k, c in content["cells"].items() if k.startswith("head/token/")}
     run = next(iter(content["runs"].values()))
     names = ["mode", "ours", "error", "fastest other", "its time", "its error"]
@@ -158,7 +158,7 @@ def _number(cell: dict[str, Any] | None, *path: str) -> str:
 
 
 def _short(error: float) -> str:
-    """Two digits: 2.3e-3."""
+    """Return two digits and an exponent: 2.3e-3."""
     digits, _, exponent = f"{error:.1e}".partition("e")
     return f"{digits}e{int(exponent)}" if exponent else digits
 

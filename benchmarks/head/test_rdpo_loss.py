@@ -1,4 +1,4 @@
-"""Whole losses on a CPU: ours, PyTorch, and those that others offer."""
+"""Whole losses on a CPU: ours, PyTorch's, and those of other libraries."""
 
 from __future__ import annotations
 

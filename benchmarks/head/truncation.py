@@ -1,10 +1,10 @@
 """Truncating sums, emulated: ``python -m benchmarks.head.truncation``.
 
-Tensor cores multiply exactly but cut off what their float32 accumulator cannot hold, where a CPU
-rounds to nearest.  (Fasi, Higham, Mikaitis, Pranesh 2021 measured it on V100, T4 and A100.)  This
-emulates 16 products a step and prints what becomes of the log-probabilities of a head: with one
-accumulator over the whole hidden size, as a BLAS has it, and with partial sums of 1024 added in
-float32, as ``accumulate="exact"`` has it.  An emulation, no measurement of any GPU.
+Tensor cores multiply exactly but truncate their float32 accumulator, where a CPU rounds to nearest.
+(Fasi, Higham, Mikaitis, Pranesh 2021 measured it on V100, T4 and A100.)  This emulates 16 products
+per step and prints the errors of a head's log-probabilities: with one accumulator over the whole
+hidden size, as in a BLAS, and with partial sums of 1024 that are added in float32, as with
+``accumulate="exact"``.  It is an emulation, and measures no GPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NUM_ROWS, VOCABULARY = 24, 1500
 
 
 class Case(NamedTuple):
-    """Logits of a kind."""
+    """A kind of logits."""
 
     name: str
     std: float
@@ -89,7 +89,7 @@ def log_probs(logits: Array, label_logits: Array, labels: npt.NDArray[np.int64])
 
 
 def errors(case: Case, hidden_size: int, partial: int) -> Errors:
-    """Compare with float64 on the same rounded inputs."""
+    """Return the errors against float64 on the same rounded inputs."""
     hidden, weight, labels = make_case(case, hidden_size)
     exact = hidden @ weight.T
     label_logits = exact[np.arange(len(labels)), labels]

@@ -1,9 +1,10 @@
 """Top-10 among a million vectors, ours and faiss flat in turn: ``python -m benchmarks.retrieval``.
 
-Writes ``benchmarks/results/cpu_retrieval.json``.  Time: both search the same float32 vectors, A B
-B A, medians.  Recall: against faiss, where a row that has the same cosine to float32 rounding
-counts.  Memory: in a process of its own that reads the vectors from the store and searches, the
-high-water mark of its resident memory over what it had with all libraries loaded and warm.
+It writes ``benchmarks/results/cpu_retrieval.json``.  Time: both search the same vectors in the
+order A B B A (faiss in float32); medians.  Recall: against faiss, where another row with the same
+cosine to float32 rounding counts as found.  Memory: a separate process reads the vectors from the
+store and searches; its peak of resident memory is compared with that after all libraries were
+loaded and used once.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ print(vectors.nbytes, before, resident("VmHWM"))
 
 
 def unit_rows(rows: int, size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Random directions, made a block at a time: float32 copies of all would count."""
+    """Return random unit vectors, made in blocks, since a float32 copy of all would take memory."""
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.empty(rows, size, dtype=dtype)
     for part in vectors.split(_SHARD):
@@ -67,7 +68,7 @@ def unit_rows(rows: int, size: int, dtype: torch.dtype = torch.float32, seed: in
 
 
 def digest_shards(images: int) -> list[list[str]]:
-    """Stand-ins for the images' digests, a list a shard."""
+    """Return stand-ins for the images' digests, one list per shard."""
     return [
         [str(n) for n in range(start, min(start + _SHARD, images))]
         for start in range(0, images, _SHARD)
@@ -75,14 +76,14 @@ def digest_shards(images: int) -> list[list[str]]:
 
 
 def recall(found: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> float:
-    """Return the share of the true neighbours that was found; equals to rounding are as good."""
+    """Return the share of the true neighbours that was found; ties up to rounding count."""
     is_same = (truth[1][:, :, None] == found[1][:, None, :]).any(2)
     is_equal = (found[0] - truth[0]).abs() <= _ROUNDING  # place by place, best first
     return (is_same | is_equal).float().mean().item()
 
 
 def measure(vectors: Tensor, queries: Tensor, repeats: int) -> dict[str, Any]:
-    """Time ours, and faiss flat where it can hold the vectors' dtype."""
+    """Time our search and that of faiss flat, which holds float32 copies of the vectors."""
     import faiss
 
     index = ExactIndex(vectors)
@@ -135,7 +136,7 @@ def memory(vectors: Tensor, queries: int, threads: int) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write."""
+    """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--queries", type=int, default=1000)

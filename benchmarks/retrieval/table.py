@@ -14,7 +14,7 @@ HEADER = (
 
 
 def retrieval_block(results: Path) -> str:
-    """Return everything between the marks."""
+    """Return the text between the marks."""
     content = load(results / "cpu_retrieval.json")
     if not content["cells"]:
         return "*Retrieval has not been measured yet: `python -m benchmarks.retrieval`.*"

@@ -1,14 +1,14 @@
-"""One training step of ours, of the authors' scheme and of TRL: ``python -m benchmarks.step``.
+"""Training steps of ours, of the authors' scheme and of TRL: ``python -m benchmarks.step``.
 
-The same model, from the same seed, and the same pairs, each scheme in a process of its own, which
-take turns. A step is forward, backward, clipping and optimizer step of one micro-batch, in
-``transformers.Trainer``'s loop; collation and the building of our cache are timed apart. The losses
-of all steps are compared: all three train the same thing, or the comparison says nothing.
+All schemes train the same model, from the same seed, on the same pairs. Each has a process of its
+own, and the processes take turns. A step is the forward, backward, clipping and optimizer step of
+one micro-batch, in ``transformers.Trainer``'s loop; collation and the building of our cache are
+timed separately. The losses of all steps are compared, since times of different trainings would
+mean nothing.
 
-Writes ``benchmarks/results/cpu_step.json``, or ``step_<device>.json`` for the 7B shapes, with
-random weights, on a GPU (written for one, not run on one yet; docs/proofs.md has the commands).
-What is not installed, does not fit or fails is a row with its reason; what the time was not enough
-for, "not measured".
+It writes ``benchmarks/results/cpu_step.json``, or on a GPU ``step_<device>.json``, for the 7B
+shapes with random weights (not run on one yet; docs/proofs.md has the commands). A scheme that is
+not installed, does not fit or fails is a row with its reason; one without time, "not measured".
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CHECKPOINTING = {  # activation checkpointing by scheme
     "on": dict.fromkeys(SCHEMES, True),
     "defaults": {"trl": True},
 }
-# of ours, beside stock layers and SDPA: what is changed in its job
+# variants of ours, which has stock layers and SDPA: name, and what is changed in the job
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "liger": ("ours, Liger layers", {"liger": True}),
     "flash": ("ours, flash-attention", {"attention": "flash_attention_2"}),
@@ -55,7 +55,7 @@ LARGEST_DIFFERENCE = 1e-4  # of two float32 losses
 
 
 def compare(cells: Cells, jobs: dict[str, Job]) -> None:
-    """Put into each cell what it is beside ours, repeat by repeat."""
+    """Add to each cell its ratios to ours, repeat by repeat."""
     ours = cells["ours"]
     for name, cell in cells.items():
         if cell["status"] != "ok":
@@ -78,12 +78,12 @@ def compare(cells: Cells, jobs: dict[str, Job]) -> None:
             ours_checkpoints=jobs["ours"].checkpoints, checkpoints=job.checkpoints,
         )  # fmt: skip
         cell["prediction_reached"] = cell["ratio"]["median"] / cell["predicted_ratio"]
-        losses = zip(cell["losses"], ours["losses"], strict=False)  # of the turns that both had
+        losses = zip(cell["losses"], ours["losses"], strict=False)  # of turns that both had
         cell["loss_difference"] = max(abs(theirs - own) for theirs, own in losses)
 
 
 def aims_line(name: str, cell: dict[str, Any]) -> str:
-    """Say how much of the ratio that token counts predict was reached, and at what memory."""
+    """Return a line on the share of the predicted ratio that was reached, and on memory."""
     return (
         f"{name}: {cell['ratio']['median']:.2f}x ours, {100 * cell['prediction_reached']:.0f} % of "
         f"what token counts predict; ours has {1 / cell['beyond_weights_ratio']:.2f} of its peak "
@@ -157,11 +157,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write.
+    """Measure, print and write the results.
 
     Returns:
-        0; 1 where float32 losses differ by more than 1e-4, or a contender failed or had no turn; 2
-        without the device.
+        0; 1 if float32 losses differ by more than 1e-4, or a contender failed or had no turn; 2 if
+        the options are wrong or there is no such device.
     """
     options = _parser().parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():

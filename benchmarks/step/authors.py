@@ -1,10 +1,11 @@
 """The training step of the authors' code, on current transformers.
 
-Three forwards of the policy and three of the reference, one after another; after each the images
-are encoded a second time; fp32 logits of every position and their log-softmax over the whole
-vocabulary. Left out, in its favour: a cross-entropy over all positions that is thrown away, copies
-of all logits to the host for metrics, the search for the best token that is not the label. The
-labels' own log-probabilities are summed, so its loss is the paper's.
+It runs three forwards of the policy and three of the reference, one after another. After each, the
+images are encoded a second time, and the log-softmax of the fp32 logits of every position is taken
+over the whole vocabulary. Left out, in its favour, are a cross-entropy over all positions that is
+thrown away, copies of all logits to the host for metrics, and the search for the most probable
+token that is not the label. The labels' own log-probabilities are summed, so its loss is the
+paper's.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class BranchCollator:
         self.processor = processor
 
     def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
-        """Return ``branches``: model inputs with ``labels``, one dictionary a forward."""
+        """Return ``branches``: model inputs with ``labels``, one dictionary per forward."""
         return {"branches": [self._branch(records, *branch) for branch in BRANCHES]}
 
     def _branch(self, records: Sequence[Record], answer: str, retrieved: bool) -> dict[str, Tensor]:
@@ -113,7 +114,7 @@ def sequence_logps(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 def make_trainer(
     job: Job, model: Any, processor: Any, records: list[Record]
 ) -> tuple[Trainer, dict[str, float]]:
-    """Return the trainer of a job, and nothing that is known of it."""
+    """Return the trainer of a job, and no facts about it."""
     reference = None
     if job.mode == "lora":
         from peft import get_peft_model

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def compile_layers(model: Any, device_type: str) -> None:
-    """Compile every decoder layer; on a CPU without code generation, which takes minutes there."""
+    """Compile every decoder layer; on a CPU without code generation, which would take minutes."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     backend = "inductor" if device_type == "cuda" else "aot_eager"
     for layer in inner.model.get_decoder().layers:

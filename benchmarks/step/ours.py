@@ -1,4 +1,4 @@
-"""Ours: RDPOTrainer with a reference computed beforehand."""
+"""The training step of ours: RDPOTrainer with a reference computed beforehand."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ CELLS = 3
 def make_trainer(
     job: Job, model: Any, processor: Any, records: list[Record]
 ) -> tuple[RDPOTrainer, dict[str, float]]:
-    """Return the trainer of a job, and the seconds a pair that its reference took."""
+    """Return the trainer of a job, and the seconds per pair that its reference took."""
     if job.liger:
         use_liger_layers(model)
     attach_preference_forward(model)
-    compute_reference(job, model, processor, records[:1])  # warm
+    compute_reference(job, model, processor, records[:1])  # warms up
     started = time.perf_counter()
     reference = compute_reference(job, model, processor, records)
     seconds = (time.perf_counter() - started) / len(records)
@@ -52,7 +52,7 @@ def make_trainer(
 def compute_reference(
     job: Job, model: Any, processor: Any, records: list[Record]
 ) -> dict[str, Tensor]:
-    """Return ``record.key`` to the log-probabilities of the untrained model, (C,)."""
+    """Return the log-probabilities of the untrained model, (C,), by ``record.key``."""
     collator = PreferenceCollator(processor, CELLS, shared_prefix=why_not_shared(model) is None)
     found = {}
     for record in records:

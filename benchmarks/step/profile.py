@@ -26,17 +26,17 @@ class StepProfile:
         self._profile = profile(activities=activities, acc_events=True)
 
     def start(self) -> None:
-        """Begin, right before a step."""
+        """Start recording, right before a step."""
         self._profile.__enter__()
         self._started = time.perf_counter()
 
     def stop(self) -> None:
-        """End, after the device is done, and write the file."""
+        """Stop recording, after the device is done, and write the file."""
         seconds = time.perf_counter() - self._started
         self._profile.__exit__(None, None, None)
         events = self._profile.key_averages()
         if self.is_gpu:
-            # kernels alone: an operator's own time on the device is that of its kernels once more
+            # only kernels, since an operator's device time is that of its kernels again
             kernels = [event for event in events if event.device_type == DeviceType.CUDA]
             busy = sum(e.self_device_time_total for e in kernels if not e.is_user_annotation) / 1e6
         else:

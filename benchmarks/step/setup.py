@@ -1,4 +1,4 @@
-"""Model, processor and pairs of a step's shape, from seeds alone: every process makes the same."""
+"""Model, processor and pairs of a step's shape, made from seeds: equal in every process."""
 
 from __future__ import annotations
 
@@ -45,37 +45,37 @@ IMAGE_TEXT = {"llava": "<image>", "qwen2.5-vl": "<vision><image></vision>"}
 
 @dataclass(frozen=True)
 class Job:
-    """Measurement of one process, which is passed as JSON."""
+    """The measurement that one process makes; it is passed as JSON."""
 
     scheme: str  # "ours", "authors" or "trl"
     shape: str
     mode: str  # "lora" or "full"
-    pairs: int  # of a step
-    steps: int  # in all
-    checkpoints: bool = False  # activations
+    pairs: int  # per step
+    steps: int  # in all turns
+    checkpoints: bool = False  # activation checkpointing
     dtype: str = "float32"
     device: str = "cpu"
     attention: str = "sdpa"
     liger: bool = False  # Liger's layers in the language model
     compiled: bool = False  # each layer of the language model
-    plain_head: bool = False  # for TRL, whose own is made for GPUs
+    plain_head: bool = False  # for TRL, whose own head is made for GPUs
     learning_rate: float = 1e-5
     threads: int = 2
     seed: int = 0
-    out: str = field(default="")  # folder for what a trainer insists on writing
+    out: str = field(default="")  # folder for files that a trainer writes in any case
     profile: str = ""  # file for a table of the last step's operators
 
     @property
     def step_shape(self) -> StepShape:
-        """The shape itself."""
+        """The shape of that name."""
         return SHAPES[self.shape]
 
 
 class ImageQwenProcessor(Qwen2_5_VLProcessor):
-    """The family's processor without one for videos, which needs torchvision."""
+    """The processor of Qwen2.5-VL without one for videos, which needs torchvision."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-        """Let the one for videos be absent."""
+        """Allow the processor for videos to be absent."""
         if argument_name == "video_processor":
             return None
         return super().check_argument_for_proper_class(argument_name, argument)
@@ -144,7 +144,7 @@ def build_config(shape: StepShape) -> LlavaConfig | Qwen2_5_VLConfig:
             tie_word_embeddings=False,
         )
     head = shape.text["hidden_size"] // shape.text["num_attention_heads"]
-    sections = [head // 8, 3 * head // 16, 3 * head // 16]  # of M-RoPE, as 16, 24, 24 of 128
+    sections = [head // 8, 3 * head // 16, 3 * head // 16]  # of M-RoPE: 16, 24, 24 for 128
     return Qwen2_5_VLConfig(
         text_config={**text, "rope_parameters": {
             "rope_type": "default", "rope_theta": 1e6, "mrope_section": sections,
@@ -174,7 +174,7 @@ def build_model(job: Job) -> PreTrainedModel:
 
 
 def vision_tower(model: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of the vision tower; Qwen's has the projector inside."""
+    """Return the name and the module of the vision tower; Qwen's contains the projector."""
     return next(
         (name, module)
         for name, module in model.named_modules()
@@ -183,7 +183,7 @@ def vision_tower(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def lora_config(job: Job, model: PreTrainedModel) -> Any:
-    """Adapters on every linear layer but the vision tower's and the head, as in the paper."""
+    """Return adapters on all linear layers except the vision tower's and the head, as the paper."""
     from peft import LoraConfig
 
     rank = job.step_shape.lora_rank
@@ -199,12 +199,12 @@ def lora_config(job: Job, model: PreTrainedModel) -> Any:
 def build_records(job: Job) -> list[Record]:
     """Return the pairs of one step, of random words and pixels."""
     shape, rng = job.step_shape, Random(job.seed)
-    number_of_words = shape.vocabulary - len(SPECIAL)
-    # USER: and ASSISTANT:, and what stands around an image, are tokens of the prompt as well
-    around = 2 + shape.num_images * (2 if shape.family == "qwen2.5-vl" else 0)
+    num_words = shape.vocabulary - len(SPECIAL)
+    # USER: and ASSISTANT:, and the marks around an image, are tokens of the prompt too
+    num_marks = 2 + shape.num_images * (2 if shape.family == "qwen2.5-vl" else 0)
 
     def words(count: int) -> str:
-        return " ".join(f"w{rng.randrange(number_of_words)}" for _ in range(count))
+        return " ".join(f"w{rng.randrange(num_words)}" for _ in range(count))
 
     def images() -> tuple[bytes, ...]:
         return tuple(_png(shape.image_size, rng) for _ in range(shape.num_images))
@@ -213,7 +213,7 @@ def build_records(job: Job) -> list[Record]:
         Record(
             id=f"pair{number}",
             images=images(),
-            prompt=({"role": "user", "content": words(shape.prompt_tokens - around)},),
+            prompt=({"role": "user", "content": words(shape.prompt_tokens - num_marks)},),
             chosen=words(shape.answer_tokens - 1),
             rejected=words(shape.answer_tokens - 1),
             rejected_images=images(),
@@ -230,7 +230,7 @@ def _png(size: tuple[int, int], rng: Random) -> bytes:
 
 
 def training_options(job: Job) -> dict[str, Any]:
-    """Options of ``TrainingArguments`` that every scheme gets."""
+    """Return the options of ``TrainingArguments`` that every scheme gets."""
     return {
         "output_dir": job.out,
         "per_device_train_batch_size": job.pairs,

@@ -23,23 +23,23 @@ class StepShape:
     """hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
     num_key_value_heads."""
     vision: dict[str, int]
-    """hidden size, layers, heads and so on, as the family's configuration calls them."""
+    """Hidden size, layers, heads and so on, under the names of the family's configuration."""
     image_size: tuple[int, int]  # height and width in pixels
-    patch_size: int  # pixels a side of one image token
+    patch_size: int  # side of one image token in pixels
     lora_rank: int
-    num_images: int = 1  # of a row; five tiles of 576 tokens are an any-resolution image
+    num_images: int = 1  # per row; an any-resolution image is five tiles of 576 tokens
     prompt_tokens: int = 60
     answer_tokens: int = 120  # the end of the turn included
 
     @property
     def image_tokens(self) -> int:
-        """Of one row."""
+        """Image tokens of one row."""
         height, width = self.image_size
         return self.num_images * (height // self.patch_size) * (width // self.patch_size)
 
     @property
     def prefix_tokens(self) -> int:
-        """Of image and prompt."""
+        """Tokens of images and prompt of one row."""
         return self.image_tokens + self.prompt_tokens
 
 
@@ -47,7 +47,7 @@ class Work(NamedTuple):
     """Work of a scheme for one pair."""
 
     policy_tokens: int  # through the language model, with gradient
-    reference_tokens: int  # the same without
+    reference_tokens: int  # the same without gradient
     encodes: int  # of images, by the vision tower
 
 
@@ -68,11 +68,11 @@ def work(scheme: str, shape: StepShape) -> Work:
 def predicted_ratio(
     scheme: str, shape: StepShape, mode: str, *, ours_checkpoints: bool, checkpoints: bool
 ) -> float:
-    """Return how many times a step of ours a step of a scheme takes, by token counts alone.
+    """Return the time of a scheme's step as a multiple of ours, predicted from token counts alone.
 
-    In units of one forward of one token: a backward is 1 where weights are frozen and 2 where they
-    are trained, recomputed activations add 1. Image encodes, attention's square and the head count
-    nothing.
+    The unit is one forward of one token: a backward counts 1 if the weights are frozen and 2 if
+    they are trained, and recomputed activations add 1. The encoding of images, the quadratic part
+    of attention and the head count nothing.
     """
 
     def units(of: Work, recomputes: bool) -> int:
@@ -108,7 +108,7 @@ _QWEN_7B = (152064, _text(3584, 18944, 28, 28, 4), _QWEN_VISION)
 SHAPES = {
     shape.name: shape
     for shape in (
-        # run a script's logic; say nothing about speed
+        # to test a script; not for speed
         StepShape(
             "tiny", "llava", 300, _text(64, 128, 2, 4, 4), _clip(32, 2, 2), (28, 28), 14, 4,
             prompt_tokens=6, answer_tokens=10,
@@ -128,8 +128,8 @@ SHAPES = {
             {"hidden_size": 64, "intermediate_size": 128, "depth": 3, "num_heads": 2},
             (112, 112), 28, 8, prompt_tokens=12, answer_tokens=24,
         ),
-        # two cores: rank and tower in proportion to those of 7B, whose tower has 5 % of the
-        # parameters of the layers; only the head is larger than there
+        # for two cores: rank and tower are in proportion to those of 7B, whose tower has 5 % of the
+        # parameters of the layers; only the head is larger in proportion
         StepShape(
             "llava-64m", "llava", 32064, _text(512, 1408, 8, 8, 8), _clip(128, 7, 2),
             (336, 336), 14, 16,

@@ -1,6 +1,6 @@
 """The table of docs/results/step.md, from ``cpu_step.json`` and ``step_<device>.json``.
 
-Formats, measures nothing.
+This module only formats.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MODES = {"lora": "LoRA", "full": "full fine-tuning"}
 
 
 def step_block(results: Path) -> str:
-    """Return everything between the marks."""
+    """Return the text between the marks."""
     of_gpus = sorted(results.glob("step_*.json"))
     files = [path for path in (results / "cpu_step.json", *of_gpus) if path.is_file()]
     parts = [table(load(path)) for path in files]
@@ -44,8 +44,8 @@ def table(content: dict[str, Any]) -> str:
         recomputes = {"off": "", "on": ", activations recomputed"}.get(
             checkpointing, ", each as by default"
         )
-        of = f"{pairs} pair{'s' if int(pairs) > 1 else ''} a step"
-        lines.append(f"| *{MODES[mode]}, {shape}, {dtype}, {of}{recomputes}* | | | | | | | |")
+        size = f"{pairs} pair{'s' if int(pairs) > 1 else ''} per step"
+        lines.append(f"| *{MODES[mode]}, {shape}, {dtype}, {size}{recomputes}* | | | | | | | |")
         names = {key.rpartition("/")[2] for key in cells if key.rpartition("/")[0] == group}
         for name in sorted(names, key=lambda name: (not name.startswith("ours"), name)):
             lines.append(line(name, cells[f"{group}/{name}"]))
@@ -92,9 +92,9 @@ def _note(content: dict[str, Any]) -> str:
         "and the head are not in it. *Peak memory*: of the process, weights, gradients and "
         "optimizer included, libraries not; *beyond weights*: without the policy's own. *Loss "
         "differs by*: from ours, the most of any step. "
-        f"Our references are computed once, beforehand: {cache} s a pair. Left out of the authors' "
-        "scheme, in its favour: a loss over all positions that is thrown away, copies of all "
-        f"logits to the host. *Plain head*: without a GPU TRL scores every position, in PyTorch "
+        f"Our references are computed once, beforehand: {cache} s per pair. Left out of the "
+        "authors' scheme, in its favour: a loss over all positions that is thrown away, copies of "
+        "all logits to the host. *Plain head*: without a GPU TRL scores every position, in PyTorch "
         "operations that imitate its kernel; here it scores the answers alone, as on a GPU, by a "
         f"log-softmax. Made by `{run['command']}` at {run['commit']}, torch "
         f"{versions['torch']}, transformers {versions['transformers']}, TRL {versions['trl']}, "

@@ -1,11 +1,11 @@
 """TRL's DPOTrainer with a collator that makes rDPO of two DPO pairs, as its users would.
 
-A pair is two of TRL's: ``(v, y_w)`` over ``(v, y_l)`` and over ``(v_l, y_w)``; its mean over both
-is half the loss of the paper, hence the loss weight of 2.
+A pair is two of TRL's pairs: ``(v, y_w)`` over ``(v, y_l)`` and over ``(v_l, y_w)``. TRL's mean
+over both is half the loss of the paper, so the loss weight is 2.
 
-Where there is no Triton, TRL 1.16 scores every position of every sequence, in PyTorch operations
-that imitate its kernel. ``plain_head`` scores the answers alone, as it does on GPUs, by a plain
-log-softmax: what TRL would be on a CPU if it cared for one.
+Without Triton, TRL 1.16 scores every position of every sequence, with PyTorch operators that
+imitate its kernel. ``plain_head`` scores only the answers, as TRL does on GPUs, with a plain
+log-softmax, as a TRL that is optimised for CPUs might.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from realign.modeling.adapters import quiet_peft
 
 
 class RdpoCollator(DataCollatorForVisionPreference):
-    """Collates ``[v y_w, v y_w | v y_l, v_l y_w]``: images of one size only."""
+    """Collator of ``[v y_w, v y_w | v y_l, v_l y_w]``, for images of one size."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Let TRL collate the pairs with the original images, then put in the retrieved ones."""
@@ -71,7 +71,7 @@ def use_plain_head() -> None:
 def make_trainer(
     job: Job, model: Any, processor: Any, records: list[Record]
 ) -> tuple[DPOTrainer, dict[str, float]]:
-    """Return the trainer of a job, and nothing that is known of it."""
+    """Return the trainer of a job, and no facts about it."""
     is_lora = job.mode == "lora"
     if job.plain_head:
         use_plain_head()

@@ -22,7 +22,7 @@ _OUT_OF_TIME = {"status": "not measured", "reason": "out of time"}
 
 
 class Worker:
-    """A process that trains when it is told to."""
+    """A process that trains when it gets a turn."""
 
     def __init__(self, job: Job) -> None:
         # closed with the process
@@ -64,11 +64,11 @@ class Worker:
         raise RuntimeError(lines[-1][:300])
 
     def stop(self) -> None:
-        """End it, whatever it does."""
+        """End the process at once."""
         self._process.kill()
 
     def turn(self, steps: int) -> dict[str, Any]:
-        """Let it train some steps and return what it says of them."""
+        """Let the process train some steps, and return its line about them."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # read() says why it ended
             self._process.stdin.write(f"{steps}\n")
@@ -79,16 +79,17 @@ class Worker:
 def run_jobs(
     jobs: dict[str, Job], repeats: int, warm_steps: int, *, seconds: float = float("inf")
 ) -> Cells:
-    """Measure schemes in turn, one step a turn.
+    """Measure schemes in turn, one step per turn.
 
-    On a GPU a turn has one more, not timed: idle processes have given their memory back.
+    On a GPU a turn has one more step, which is not timed, since idle processes have freed their
+    memory.
 
     Args:
-        jobs: By contender.
-        repeats: Turns of each.
+        jobs: The jobs by contender.
+        repeats: Turns of each contender.
         warm_steps: Steps before the first turn.
         seconds: Time after which no turn begins and processes that still work are ended; contenders
-            that have had a turn keep what was measured.
+            that have had a turn keep their measurements.
     """
     deadline = time.monotonic() + seconds
     cells: Cells = {}

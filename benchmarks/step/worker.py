@@ -1,8 +1,8 @@
-"""One scheme's training steps in a process of its own; :mod:`benchmarks.step` says when.
+"""Training steps of one scheme in a process of its own, when :mod:`benchmarks.step` asks for them.
 
 ``python -m benchmarks.step.worker JOB`` writes a JSON line when it is ready, or one that says why
-the job is unavailable here. For each number that it then reads it trains as many steps and writes a
-line about them.
+the job is unavailable here. For each number that it then reads, it trains that many steps and
+writes a line about them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# before the libraries that read them are imported
+# set before the libraries that read them are imported
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}  # TRL's trainers send some
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -33,7 +33,7 @@ Send = Callable[[dict[str, Any]], None]
 
 
 class Memory:
-    """The most memory that a process has had: of a GPU what was allocated, else resident."""
+    """The peak memory of a process: allocated memory on a GPU, else resident memory."""
 
     def __init__(self, device: str) -> None:
         self.is_gpu = device == "cuda"
@@ -47,7 +47,7 @@ class Memory:
             Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
-        """Bytes, without libraries."""
+        """Return the peak in bytes, without libraries."""
         return torch.cuda.max_memory_allocated() if self.is_gpu else _status("VmHWM") - self.before
 
 
@@ -57,7 +57,7 @@ def _status(name: str) -> int:
 
 
 class Turns(TrainerCallback):
-    """Lets the trainer step when told to, and times forward, backward and optimizer step."""
+    """Callback that makes the trainer wait for its turns and times its steps."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Turns(TrainerCallback):
         self.left = 0
         self.losses: list[torch.Tensor] = []
         self.seconds: list[float] = []
-        self.cpu_seconds: list[float] = []  # of all threads: says more where others compute too
+        self.cpu_seconds: list[float] = []  # of all threads, for machines where others compute too
         step = trainer.training_step
 
         def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -119,7 +119,7 @@ class Turns(TrainerCallback):
 
 
 def make_trainer(job: Job) -> tuple[Trainer, dict[str, Any]]:
-    """Return a job's trainer, and what is known before its first step."""
+    """Return a job's trainer, and the facts that are known before its first step."""
     processor, records = build_processor(job.step_shape), build_records(job)
     model = build_model(job)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -137,7 +137,7 @@ def make_trainer(job: Job) -> tuple[Trainer, dict[str, Any]]:
 
 
 def main() -> None:
-    """Serve until all steps are done."""
+    """Train in turns until all steps are done."""
     job = Job(**json.loads(sys.argv[1]))
     torch.set_num_threads(job.threads)
     torch.set_float32_matmul_precision("highest")
@@ -155,7 +155,7 @@ def main() -> None:
     except RefusedError as error:
         if not job.liger:
             raise
-        # Liger does not fit the model
+        # Liger does not support the model.
         send({"unavailable": str(error)})
         return
     profile = StepProfile(Path(job.profile), job.device) if job.profile else None

@@ -161,7 +161,7 @@ def test_the_script_measures_in_turn_and_writes_a_table(tmp_path, capsys):
     assert cells[f"{group}/ours"]["cache_seconds_a_pair"] > 0
     assert "| authors' scheme |" in capsys.readouterr().out
     block = step_table.step_block(tmp_path)
-    assert "| *LoRA, tiny, float32, 1 pair a step* |" in block
+    assert "| *LoRA, tiny, float32, 1 pair per step* |" in block
     assert "at abc" in block
 
 

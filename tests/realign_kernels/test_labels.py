@@ -71,7 +71,7 @@ def test_it_compiles_into_one_graph():
         (
             lambda: shift_labels(TOKENS, ANSWERS[:, 1:]),
             ValueError,
-            r"is_answer must have shape \(2, 4\) to match labels, got \(2, 3\). Pass both un",
+            r"is_answer must have shape \(2, 4\) to match labels, got \(2, 3\). Pass both unsh",
         ),
         (
             lambda: shift_labels(TOKENS, ANSWERS.to("meta")),

@@ -323,3 +323,19 @@ def test_autocast_rounds_the_weight():
     )
     assert actual.loss.dtype == torch.float32
     assert all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.parametrize("link", ["logsigmoid", "hinge", "ipo"])
+def test_a_reference_of_nan_has_the_gradient_of_autograd(link):
+    hidden_states, weight, labels, ref_logps = make_batch()
+    ref_logps[1, 0] = torch.nan
+    objective = Objective((Term((1, -1), link=link), Term((1, 0, -1), link=link)))
+    output, actual, _ = loss_and_gradients(
+        hidden_states, weight, labels, ref_logps, objective=objective
+    )
+    assert output.loss.isnan()
+    states = hidden_states.clone().requires_grad_()
+    logps = linear_logprob(states, weight, labels).sum(1).view(3, 2)
+    num_tokens = lengths(labels).to(logps.device)
+    preference_loss(logps, ref_logps, objective, num_tokens=num_tokens).loss.backward()
+    torch.testing.assert_close(actual, states.grad, equal_nan=True)

@@ -33,7 +33,10 @@ def call(function, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_states": torch.zeros(())}, r"hidden_states must have shape \(..., D\), got \(\)"),
+        (
+            {"hidden_states": torch.zeros(())},
+            r"hidden_states must have shape \(..., D\) with D >= 1",
+        ),
         (
             {"lm_head_weight": torch.zeros(D, V)},
             r"lm_head_weight must have shape \(V, 4\) with V >= 1 to match .*, got \(4, 11\)",
@@ -58,6 +61,10 @@ def call(function, **changes):
         (
             {"lm_head_bias": torch.zeros(V, device="meta")},
             "lm_head_bias must be on cpu .* got meta",
+        ),
+        (
+            {"hidden_states": torch.zeros(N, 0), "lm_head_weight": torch.zeros(V, 0)},
+            r"hidden_states must have shape \(\.\.\., D\) with D >= 1, got \(\d+, 0\)",
         ),
         ({"labels": torch.zeros(N, dtype=torch.int64, device="meta")}, "labels must be on cpu"),
         ({"logit_scale": 0.0}, "logit_scale must be finite and > 0, got 0.0"),

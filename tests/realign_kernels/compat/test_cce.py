@@ -206,7 +206,7 @@ REFUSED = {
     "a shift of one position": (
         {"e": torch.zeros(B, 1, D), "targets": torch.zeros(B, 1, dtype=torch.int64), "shift": True},
         ValueError,
-        r"shift must be in \[0, 1\) .*, got True\. Pass 1 for the next token, with at least two",
+        r"shift must be in \[0, 1\) .*, got True\. Pass 1 for the next token, with at least",
     ),
     "a shift of no whole number": ({"shift": 1.0}, TypeError, "shift must be an int, got float"),
     "targets that are shifted already": (
