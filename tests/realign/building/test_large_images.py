@@ -59,7 +59,7 @@ def test_an_image_of_more_than_four_times_the_pixels_is_halved_twice(
     with Image.open(shrunk[0].path) as copy:
         assert copy.size == (5_000, 4_500)
     announced = capfd.readouterr().err
-    assert "copies, halved until they have at most so many" in announced
+    assert "copies, halved until they have at most that many" in announced
 
 
 def test_what_is_larger_or_damaged_is_left_and_said(tmp_path: Path) -> None:

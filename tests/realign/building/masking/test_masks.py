@@ -395,5 +395,5 @@ def test_retries_are_no_more_than_reminders() -> None:
     assert len(BY_MODEL) == len(MASK_REMINDERS) + 1 == len(set(BY_MODEL))
     assert len({masking_request("x", retry) for retry in range(len(BY_MODEL))}) == len(BY_MODEL)
     for retries in (-1, 4):
-        with pytest.raises(ValueError, match=r"retries must be in \[0, 3\], one a reminder, got"):
+        with pytest.raises(ValueError, match=r"retries must be in \[0, 3\], one per reminder, got"):
             by_model(retries)
