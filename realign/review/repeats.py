@@ -1,4 +1,4 @@
-"""Finds rows that repeat another row, their own original image, or an image of the evaluation."""
+"""Find rows that repeat another row, their own original image, or an evaluation image."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def near_images(row: DecodedRow, max_hamming: int) -> Iterator[Problem]:
     """Yield problems of retrieved images that look like their original. Code: ``near-images``.
 
     Args:
-        row: The row.
-        max_hamming: Perceptual hashes that differ in at most so many bits are of copies.
+        row: Row with its images.
+        max_hamming: Largest number of differing bits at which two perceptual hashes are of copies.
     """
     for image, retrieved in zip(row.images, row.rejected_images, strict=False):
         if not isinstance(image, ImageFacts) or not isinstance(retrieved, ImageFacts):
