@@ -155,7 +155,8 @@ def _replies(benchmark: Benchmark, record: Record, where: str) -> Replies:
     try:
         return benchmark.replies(record)
     except RefusedError as error:
-        raise RefusedError(f"{where}: {error}") from None
+        lines = f"{where}: {error}"
+        raise RefusedError(lines) from None
 
 
 def holds_answers(benchmark: Benchmark, paths: Sequence[Path], rows: Sequence[Row]) -> bool:

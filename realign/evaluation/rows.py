@@ -85,7 +85,7 @@ def read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                     )
                 yield where, dict(zip(header, values, strict=True))
     except UnicodeDecodeError as error:
-        raise RefusedError(f"{path} must be UTF-8 ({error}). Save it so.", code="utf-8") from None
+        raise RefusedError(f"{path} must be UTF-8 ({error}). Convert it.", code="utf-8") from None
     except csv.Error as error:
         raise RefusedError(
             f"{path.name}, row {number + 1} must be a row of a table, got one that is not "

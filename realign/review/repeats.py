@@ -61,10 +61,10 @@ class EvalImages:
     """The images of an evaluation, which no row may hold.
 
     Args:
-        folder: Every JPEG, PNG and WebP file in it and below is one.
-        workers: As of :func:`realign.data.image_pool.inspect_images`.
+        folder: Folder of the images: all JPEG, PNG and WebP files at any depth.
+        workers: Number of processes (see :func:`realign.data.image_pool.inspect_images`).
     Raises:
-        RefusedError: It is no folder, or holds none.
+        RefusedError: The folder does not exist or holds no image.
     """
 
     def __init__(self, folder: Path, workers: int) -> None:
@@ -93,8 +93,8 @@ class EvalImages:
         return len(self._names)
 
     def find(self, row: DecodedRow) -> tuple[list[Problem], list[Problem]]:
-        """Return problems and warnings: images of the evaluation (code ``leak``), and images that
-        look like one of them (``near-leak``).
+        """Return the problems (code ``leak``, evaluation images) and the warnings (``near-leak``,
+        images that look like one) of a row.
         """
         leaks: list[Problem] = []
         near: list[Problem] = []

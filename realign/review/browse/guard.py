@@ -35,12 +35,13 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class Guard:
-    """ASGI middleware that refuses every other request.
+    """ASGI middleware that refuses requests without the token or from other pages.
 
     Args:
-        app: What is guarded.
-        token: Random, of this start.
-        cookie: Its name; servers on other ports share the cookies of a host.
+        app: Application to guard.
+        token: Random secret of this start of the server.
+        cookie: Name of the cookie with the token. It must differ between servers on different
+            ports, which share the cookies of a host.
     """
 
     app: ASGIApp

@@ -281,7 +281,7 @@ def size_category(rows: int) -> str:
 
 
 def _features(schema: Any) -> list[dict[str, Any]] | None:
-    """Return the columns as the metadata of a card has them; None where the file does not describe
+    """Return the columns in the form of a card's metadata; None if the file has no description of
     them for ``datasets``.
     """
     raw = (schema.metadata or {}).get(b"huggingface")
@@ -289,7 +289,7 @@ def _features(schema: Any) -> list[dict[str, Any]] | None:
         return None
     features = json.loads(raw)["info"]["features"]
     shown = [{"name": name, **_feature(feature)} for name, feature in features.items()]
-    return shown if all(len(one) == 2 for one in shown) else None
+    return shown if all(len(column) == 2 for column in shown) else None
 
 
 def _feature(feature: Any) -> dict[str, Any]:
