@@ -1,8 +1,8 @@
 """The decision whether a completion is a rejected answer, with the reason if it is not.
 
-The checks come in a fixed order and the first that fails is the reason, so counts of reasons can be
-compared between runs: what the generator says of itself, what is no answer at all, what is an
-answer to something else, what is not the masked answer refilled, what differs too little.
+The checks have a fixed order and the first one that fails is the reason, so that counts of reasons
+can be compared between runs: problems that the generator reports, completions that are no answer or
+answer something else, those that are not the masked answer refilled, those that differ too little.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHANGED = "unmasked words changed"
 TOO_FEW_WORDS = "too few words"
 TOO_MANY_WORDS = "too many words"
 TOO_SIMILAR = "too similar"
-# In the order of the checks; before them comes a generator's own problem, in its words.
+# in the order of the checks; a problem that the generator reports comes before them, in its words
 REASONS = (
     CUT, EMPTY, UNFILLED, SPECIAL, REFUSED, ECHO, CHATTER, IDENTICAL, CHANGED, TOO_FEW_WORDS,
     TOO_MANY_WORDS, TOO_SIMILAR,
@@ -42,12 +42,12 @@ class Acceptance:
     """Settings of acceptance.
 
     Attributes:
-        similarity: Compares answers with completions.
-        threshold: Completions as similar as this or more are refused (tau of the paper).
-        keep_unmasked: Refuse completions that changed a word outside the mask.
+        similarity: Function that compares answers with completions.
+        threshold: Similarity at and above which completions are refused (tau in the paper).
+        keep_unmasked: Whether to refuse completions that changed a word outside the masks.
         special: The model's special tokens.
-        min_length_ratio: Fewest words of a completion, relative to the answer's.
-        max_length_ratio: Most words.
+        min_length_ratio: Smallest number of words of a completion, relative to the answer's.
+        max_length_ratio: Largest number of words of a completion, relative to the answer's.
     """
 
     similarity: Similarity
@@ -61,44 +61,44 @@ class Acceptance:
 def refusal(
     row: SourceRow, masked: str, completed: Answer, similarity: float, acceptance: Acceptance
 ) -> str:
-    """Return why a completion is not a rejected answer, one of ``REASONS`` or the generator's own
-    problem; empty when it is one.
+    """Return the reason why a completion cannot be the rejected answer: one of ``REASONS``, or the
+    generator's own problem. Return an empty text if it can.
 
     Args:
-        row: What was answered well.
+        row: The row, with its good answer.
         masked: The masked answer.
         completed: Answer of the generator, unwrapped.
-        similarity: Of the answer and the completion.
-        acceptance: What passes.
+        similarity: Similarity of the answer and the completion.
+        acceptance: Settings of acceptance.
     """
     answer, completion = row.answer, completed.text
     if completed.problem:
         return completed.short_problem
     if completed.is_cut:
-        # half a sentence is a worse answer for a reason that has nothing to do with the image
+        # half a sentence would be a worse answer for reasons other than the image
         return CUT
     if not completion:
         return EMPTY
     if has_unfilled(completion, answer):
         return UNFILLED
     if any(token in completion for token in (*acceptance.special, IMAGE_TOKEN) if token):
-        return SPECIAL  # written out in ordinary tokens; training would refuse the row
+        return SPECIAL  # spelled in ordinary tokens; training would refuse the row
     if refuses(completion, answer):
         return REFUSED
     if echoes(completion, answer, row.instruction):
         return ECHO
     if chats(completion, answer):
         return CHATTER
-    said_words, good_words = words(completion), words(answer)
-    if completion == answer or (said_words and said_words == good_words):
+    completion_words, answer_words = words(completion), words(answer)
+    if completion == answer or (completion_words and completion_words == answer_words):
         return IDENTICAL
     if acceptance.keep_unmasked and not fits_mask(masked, completion):
         return CHANGED
-    if len(said_words) < acceptance.min_length_ratio * len(good_words):
+    if len(completion_words) < acceptance.min_length_ratio * len(answer_words):
         return TOO_FEW_WORDS
-    if good_words and len(said_words) > acceptance.max_length_ratio * len(good_words):
+    if answer_words and len(completion_words) > acceptance.max_length_ratio * len(answer_words):
         return TOO_MANY_WORDS
-    return "" if similarity < acceptance.threshold else TOO_SIMILAR  # not a number is too
+    return "" if similarity < acceptance.threshold else TOO_SIMILAR  # also for NaN
 
 
 def has_unfilled(completion: str, answer: str) -> bool:

@@ -24,12 +24,12 @@ def assemble(
 
     Args:
         rows: The source's rows with answers.
-        outcomes: One a row, see :class:`~realign.building.induction.Outcome`.
+        outcomes: One outcome per row, see :class:`~realign.building.induction.Outcome`.
         corpus: The source's images.
-        provenance: ``encoder``, ``similarity``, ``generator`` and, where they were asked,
-            ``annotator`` and ``masker``; ``source``, the source's file name.
+        provenance: ``encoder``, ``similarity``, ``generator``, ``source`` (the source's file name)
+            and, if they were asked, ``annotator`` and ``masker``.
     Raises:
-        RefusedError: An image file is not the one that was inspected.
+        RefusedError: An image file has changed since it was inspected.
     """
     places = {name: place for place, name in enumerate(corpus.names)}
     for row, outcome in zip(rows, outcomes, strict=True):
@@ -51,8 +51,8 @@ def _read(corpus: Corpus, place: int) -> bytes:
     raw = read_image(path, path.name)
     if sha256(raw).hexdigest() != corpus.facts[place].sha256:
         raise RefusedError(
-            f"{path.name} must stay as it is during a build, its content is another one now. "
-            "Restore it, or build into another folder."
+            f"{path.name} must not change during a build, and its content has changed. Restore it, "
+            "or build into another folder."
         )
     return raw
 
@@ -99,11 +99,11 @@ def funnel(
     """Return the counts of ``funnel.json``.
 
     Args:
-        outcomes: One a row, see :class:`~realign.building.induction.Outcome`; read once.
-        rejected: Rows of the source that were bad, by code; not among ``outcomes``.
-        unsampled: Good rows of the source that are not in the sample; not among ``outcomes``.
-        annotated: Rows whose answer was asked for.
-        excluded: Neighbours that were no candidates, by reason.
+        outcomes: One outcome per row, see :class:`~realign.building.induction.Outcome`; read once.
+        rejected: Number of bad rows of the source by code; they are not among ``outcomes``.
+        unsampled: Number of good rows that are not in the sample; they are not among ``outcomes``.
+        annotated: Number of rows whose answer was generated.
+        excluded: Number of neighbours that were excluded as candidates, by reason.
     """
     rows = 0
     masked_by: Counter[str] = Counter()

@@ -1,6 +1,4 @@
-"""The images that a source shows, each read and decoded once: by content, so that byte duplicates
-are one image.
-"""
+"""The distinct images of a source. Each is read and decoded once; byte duplicates are one image."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from realign.errors import RefusedError
 from realign.runtime.files import file_sha256, read_jsonl, write_jsonl
 from realign.runtime.progress import Progress
 
-# images in one file of what was seen: what a killed inspection can lose
+# number of images per file of results, which is what a killed inspection can lose
 PART = 4096
 
 
@@ -28,11 +26,11 @@ class Corpus:
     """Distinct images in order of first appearance.
 
     Attributes:
-        names: Unique; as the source names them, or by content where it holds them itself.
-        own_names: As the source names them, also those that it holds itself.
-        paths: Their files.
-        facts: What was seen when they were decoded.
-        position: File to its place; byte duplicates share one.
+        names: Unique names: those of the source, or hashes for images that the source embeds.
+        own_names: Names in the source, also of embedded images.
+        paths: The image files.
+        facts: Hashes and sizes of the decoded images.
+        position: Index of each file's image; byte duplicates have the same.
     """
 
     names: list[str]
@@ -55,7 +53,7 @@ class Corpus:
 
     @property
     def perceptual_hashes(self) -> NDArray[np.uint64]:
-        """64 bits an image."""
+        """Perceptual hash of every image, 64 bits each."""
         return np.array([facts.perceptual_hash for facts in self.facts], dtype=np.uint64)
 
 
@@ -65,16 +63,17 @@ def inspect_corpus(
     workers: int,
     refusal: Callable[[Size], RefusedError | None] = lambda size: None,
 ) -> tuple[Corpus, dict[Path, RefusedImage]]:
-    """Hash every image of ``rows``, and decode those not seen before.
+    """Hash every image of ``rows``, and decode those that were not decoded before.
 
     Args:
         rows: The rows.
-        folder: Where it is kept what was seen, a file for some thousand images: a killed
-            inspection goes on, and images are known again by their content.
-        workers: Processes that decode; 0 for one per core.
-        refusal: Says why an image of a size, which can be decoded, is not taken.
+        folder: Folder of the results, one file for some thousand images, so that an inspection that
+            was killed continues. Images are recognised by their content.
+        workers: Number of processes that decode; 0 starts one per core.
+        refusal: Function that returns the reason why an image of a size cannot be used although it
+            can be decoded, or None.
     Returns:
-        The readable images, and why the others are not.
+        The usable images, and the refusals of the others.
     """
     first = {row.path: row for row in reversed(rows)}
     paths = list(dict.fromkeys(row.path for row in rows))
@@ -95,7 +94,7 @@ def inspect_corpus(
                 write_jsonl(folder / f"{len(parts) + start // PART:05d}.jsonl", good)
     refused = {path: facts for path, facts in found.items() if isinstance(facts, RefusedImage)}
     taken = [found[path] if path in found else known[digests[path] or ""] for path in paths]
-    sizes = {(one.width, one.height) for one in taken if isinstance(one, ImageFacts)}
+    sizes = {(facts.width, facts.height) for facts in taken if isinstance(facts, ImageFacts)}
     refusals: dict[Size, RefusedError | None] = {}
     with Progress("check sizes of images", len(sizes)) as progress:
         for size in sorted(sizes):
@@ -122,7 +121,7 @@ def inspect_corpus(
 
 
 def _digests(paths: Sequence[Path]) -> Iterator[str | None]:
-    """Hashes by several threads; None of what cannot be read, which inspection says better."""
+    """Yield the hashes of files, computed by several threads; None if a file cannot be read."""
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), PART):
             yield from pool.map(_digest, paths[start : start + PART])
@@ -130,7 +129,7 @@ def _digests(paths: Sequence[Path]) -> Iterator[str | None]:
 
 def _digest(path: Path) -> str | None:
     try:
-        # a larger one is refused without being read
+        # a larger file is refused without being read
         return file_sha256(path) if path.stat().st_size <= MAX_BYTES else None
     except OSError:
         return None

@@ -1,5 +1,5 @@
-"""Induces the rejected answers of a group of rows: refill, compare, accept, or try the next
-image.
+"""Induction of rejected answers for a group of rows: the model refills a masked answer, which is
+accepted or tried again with the next image.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NO_CANDIDATE = "no candidate"
 
 @dataclass(frozen=True)
 class Candidate:
-    """A retrieved image: its name, path, place in the ranking from 1, and cosine."""
+    """A retrieved image: its name, path, rank from 1, and cosine."""
 
     name: str
     path: Path
@@ -38,17 +38,17 @@ class Outcome:
     """The outcome of one source row.
 
     Attributes:
-        id: The row's.
-        masked: Its masked answer; empty where there was nothing to mask.
-        masked_by: As ``Masked.by``.
-        reason: Why no pair came out; empty when one did.
+        id: Id of the row.
+        masked: The masked answer; empty if there was nothing to mask.
+        masked_by: ``by`` of :class:`~realign.building.masking.masker.Masked`.
+        reason: Reason why the row gave no pair; empty if it gave one.
         completion: The rejected answer.
-        similarity: Of the answer and the completion.
-        image: The retrieved image that induced the completion.
-        rank: Its place in the ranking.
-        cosine: Its cosine.
-        refused: Candidates tried before, each with image, rank, cosine, reason, completion and
-            similarity; the last two are "" and 0 where nothing was generated.
+        similarity: Similarity of the answer and the completion.
+        image: Name of the retrieved image that induced the completion.
+        rank: Rank of that image.
+        cosine: Cosine of that image.
+        refused: Candidates that were refused, each with image, rank, cosine, reason, completion and
+            similarity; the last two are "" and 0 if nothing was generated.
     """
 
     id: str
@@ -63,7 +63,7 @@ class Outcome:
     refused: list[dict[str, Any]] = field(default_factory=list)
 
     def as_row(self) -> dict[str, Any]:
-        """For a shard file. A similarity that is not a number is null."""
+        """Return the outcome as a row of a shard file; a similarity that is NaN is null."""
         row: dict[str, Any] = finite_or_null(asdict(self))
         return row
 
@@ -76,7 +76,7 @@ class Outcome:
     def refuse(
         self, candidate: Candidate, reason: str, completion: str = "", similarity: float = 0.0
     ) -> None:
-        """Note why ``candidate`` does not serve."""
+        """Record the reason why ``candidate`` was refused."""
         self.refused.append(
             {
                 "image": candidate.name,
@@ -97,19 +97,20 @@ def induce(
     generator: Generator,
     fits: Fits,
 ) -> list[Outcome]:
-    """Make the first candidate whose completion passes the retrieved image (paper, 3.1). A row that
-    has its rejected answer already only gets an image, see :func:`attach`.
+    """Find the rejected answer and the retrieved image of each row: the first candidate whose
+    completion is accepted (paper, section 3.1). A row that already has its rejected answer only
+    gets an image, see :func:`attach`.
 
-    What becomes of a row does not depend on the rows beside it, except that a generator's and an
-    encoder's numerics may depend on the batch.
+    The outcome of a row does not depend on the other rows, except that the numerics of a generator
+    or an encoder may depend on the batch.
 
     Args:
         rows: Rows with answers.
-        masked: Their masked answers.
-        candidates: Their retrieved images, best first.
-        acceptance: What passes.
+        masked: Masked answer of each row.
+        candidates: Retrieved images of each row, the best first.
+        acceptance: Settings of acceptance.
         generator: The model to be aligned.
-        fits: Says which requests it can be asked.
+        fits: Function that tells whether a request is short enough for the generator.
     """
     outcomes = [
         Outcome(row.id, masked=mask.text, masked_by=mask.by)
@@ -189,13 +190,13 @@ def attach(
     candidates: Sequence[Sequence[Candidate]],
     similarity: Similarity,
 ) -> list[Outcome]:
-    """Make the first candidate the retrieved image of a row that has its rejected answer already.
+    """Give each row that already has its rejected answer its first candidate as retrieved image.
     Nothing is generated or refused.
 
     Args:
         rows: Rows with both answers.
-        candidates: Their retrieved images, best first.
-        similarity: Compares the two answers, for the record.
+        candidates: Retrieved images of each row, the best first.
+        similarity: Function that compares the two answers, for the provenance.
     """
     outcomes = [Outcome(row.id) for row in rows]
     values = _rounded(rows, [row.rejected for row in rows], similarity) if rows else []
@@ -210,14 +211,12 @@ def attach(
 def _rounded(
     rows: Sequence[SourceRow], others: Sequence[str], similarity: Similarity
 ) -> list[float]:
-    """Return similarities of answers rounded as in files, which is also how they are compared with
-    the threshold.
-    """
+    """Return similarities of answers, rounded as they are stored and as they are compared."""
     return [round(value, 6) for value in similarity([row.answer for row in rows], others)]
 
 
 def why_none(outcome: Outcome) -> str:
-    """Return why no candidate was accepted, in few words that can be counted."""
+    """Return a short reason why no candidate was accepted, which can be counted."""
     refused = Counter(attempt["reason"] for attempt in outcome.refused)
     return (
         f"{NO_CANDIDATE} passed, mostly {refused.most_common(1)[0][0]}" if refused else NO_CANDIDATE

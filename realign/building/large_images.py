@@ -1,4 +1,4 @@
-"""Images of more pixels than training opens, as phones write them: smaller copies are used."""
+"""Smaller copies of images with more pixels than training opens, such as those of phones."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from realign.runtime.files import file_sha256
 from realign.runtime.progress import Progress, announce
 from realign.runtime.write_errors import explain_write_errors
 
-# 200 million pixels with transparency and a copy of them take three gigabytes, and seconds
+# an image of 200 million pixels with transparency and its copy take three gigabytes, and seconds
 WORKERS, WORKER_BYTES, LONGEST_S = 2, 6 << 30, 60.0
 
 
 def shrink_large_images(
     rows: Sequence[SourceRow], folder: Path, max_pixels: int
 ) -> tuple[list[SourceRow], dict[Path, RefusedImage]]:
-    """Return the rows with a smaller copy of each image that is too large, and why some have none.
+    """Return the rows, with smaller copies of images that are too large, and the refusals of images
+    that could not be copied.
 
-    Which images have a copy depends on the images and on ``max_pixels``, never on copies that a
+    Which images are copied depends only on the images and ``max_pixels``, not on copies that a
     build with another ``max_pixels`` left in the folder.
 
     Args:
         rows: The rows.
-        folder: Where copies are written, named by the SHA-256 of the image and ``max_pixels``; one
-            that is there is used.
-        max_pixels: Largest image that is shrunk; those that are larger are left for the inspection
-            to refuse. At most ``MAX_PIXELS`` leaves all as they are.
+        folder: Folder of the copies, which are named by the SHA-256 of the image and
+            ``max_pixels``; existing copies are used.
+        max_pixels: Largest number of pixels of an image that is shrunk; the inspection refuses
+            larger ones. If it is at most ``MAX_PIXELS``, nothing is shrunk.
     Raises:
         RefusedError: A copy cannot be written.
     """
@@ -76,7 +77,7 @@ def _is_large(path: Path) -> bool:
         if path.stat().st_size > MAX_BYTES:
             return False
         width, height = image_size(path)
-    except Image.DecompressionBombError:  # beyond what Pillow opens in a process with its limit
+    except Image.DecompressionBombError:  # more pixels than Pillow's own limit
         return True
     except (OSError, ValueError, SyntaxError):
         return False

@@ -1,4 +1,4 @@
-"""Models of the stages of a build: one that each worker loads, or one behind a server."""
+"""Models of the stages of a build: loaded by each worker, or on a server."""
 
 from __future__ import annotations
 
@@ -30,10 +30,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A model folder and how it generates.
+    """A model that each worker loads, and its settings.
 
     Attributes:
-        name: For the provenance of a row: a hub id, or the folder's name.
+        name: Name for the provenance of rows: a hub id, or the folder's name.
+        folder: Folder of the model.
+        dtype: Dtype of the weights.
+        max_new_tokens: Longest answer in tokens.
+        batch_size: Requests per call of the model.
         max_length: Longest prompt in tokens; None for the model's own limit.
     """
 
@@ -46,7 +50,7 @@ class LocalModel:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Return everything that its answers depend on and the configuration does not state."""
+        """Return everything that the answers depend on beside the configuration."""
         return {"model": model_identity(self.folder, generates=True), "dtype": str(self.dtype)}
 
     @property
@@ -56,7 +60,7 @@ class LocalModel:
 
     @contextmanager
     def open(self) -> Iterator[tuple[Generator, Fits]]:
-        """Load it."""
+        """Load the model; yield a generator, and a function that checks the length of prompts."""
         from realign.generation.transformers_generator import TransformersGenerator
 
         generator = TransformersGenerator.load(
@@ -68,10 +72,14 @@ class LocalModel:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model behind an OpenAI-compatible server; its journal keeps every answer.
+    """A model on an OpenAI-compatible server.
 
     Attributes:
-        role: Its section in the configuration, for messages.
+        section: Options of the server and the model.
+        role: Name of that section in the configuration, for messages.
+        journal: File that keeps every answer.
+        max_new_tokens: Longest answer in tokens.
+        seed: Seed that is sent with every request.
     """
 
     section: GeneratorSection
@@ -82,19 +90,19 @@ class ServedModel:
 
     @property
     def name(self) -> str:
-        """Return the name that the server knows it by."""
+        """Name of the model on the server."""
         return self.section.model
 
     @property
     def address(self) -> tuple[str, str, str]:
-        """Return what a check of the server depends on."""
+        """Return the options that a check of the server depends on."""
         return str(self.section.endpoint), self.section.api_key_env, self.section.model
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Return what is known of the dependencies of its answers."""
-        where = {"endpoint", "concurrency", "timeout_s", "max_retries", "api_key_env"}
-        return self.section.model_dump(mode="json", exclude=where)
+        """Return everything that is known about what the answers depend on."""
+        without_effect = {"endpoint", "concurrency", "timeout_s", "max_retries", "api_key_env"}
+        return self.section.model_dump(mode="json", exclude=without_effect)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -106,7 +114,7 @@ class ServedModel:
 
     @contextmanager
     def open(self) -> Iterator[tuple[Generator, Fits]]:
-        """Open the journal. Whether a prompt is too long, the server says."""
+        """Open the journal; yield a generator. The server decides which prompts are too long."""
         from realign.generation.endpoint_generator import EndpointGenerator, Sampling
 
         section = self.section
@@ -122,11 +130,11 @@ class ServedModel:
             yield generator, lambda prompt, image: True
 
     def check(self) -> None:
-        """Refuse what is known to fail, before any work.
+        """Check the options without contacting the server.
 
         Raises:
-            RefusedError: The client is not installed, the URL or the key is unusable, or a key is
-                needed and not set.
+            RefusedError: The client is not installed, the URL or the key is unusable, or a required
+                key is not set.
         """
         endpoint = self._endpoint()
         from realign.generation.endpoint_probe import check_key
@@ -134,10 +142,11 @@ class ServedModel:
         check_key(endpoint, is_named="api_key_env" in self.section.model_fields_set)
 
     def check_server(self) -> None:
-        """Ask the server whether it can be used.
+        """Check that the server can be used.
 
         Raises:
-            RefusedError: It cannot be reached, refuses the key, or does not serve the model.
+            RefusedError: The server cannot be reached, refuses the key, or does not serve the
+                model.
         """
         endpoint = self._endpoint()
         from realign.generation.endpoint_probe import check_server
@@ -166,11 +175,11 @@ def asked_model(section: GeneratorSection | None, role: str, config: BuildConfig
     """Return the model of a role: the one of its section, or the model to be aligned.
 
     Args:
-        section: ``config.annotator``, ``masker`` or ``inducer``.
-        role: Its name, for the journal.
-        config: The rest.
+        section: ``annotator``, ``masker`` or ``inducer`` of ``config``.
+        role: Name of the section, for the journal and for messages.
+        config: The build.
     Raises:
-        RefusedError: There is no such model, or a server cannot be asked.
+        RefusedError: There is no such model, or the options of a server cannot be used.
     """
     if section is not None and section.endpoint is not None:
         return _served(section, role, config)
@@ -205,18 +214,18 @@ def _served(section: GeneratorSection, role: str, config: BuildConfig) -> Served
 
 
 class PromptLength:
-    """Measures prompts as the generator will see them.
+    """Lengths of prompts in the tokens that a generator reads.
 
     Args:
         processor: The model's processor.
-        limit: Longest prompt in tokens, image tokens included; None for any.
+        limit: Longest prompt in tokens, image tokens included; None for no limit.
     """
 
     def __init__(self, processor: Any, limit: int | None) -> None:
         self.processor, self.limit = processor, limit
         self._image_tokens = ImageTokens(processor)
         self._sizes: dict[Path, tuple[int, int]] = {}
-        # prompt and its tokens: one is asked about all candidates in a row
+        # the last prompt and its tokens, since it is asked about several images in a row
         self._last: tuple[str | None, int] = (None, 0)
 
     def fits(self, prompt: str, image: Path) -> bool:
@@ -232,11 +241,11 @@ class PromptLength:
 
 
 class Readers:
-    """The models that read a source, asked before any is loaded.
+    """Checks whether the models of a build can read texts and images, before any is loaded.
 
     Args:
-        folders: Of the models.
-        encoders: Image processors of those that read images alone.
+        folders: Folders of the vision-language models.
+        encoders: Image processors of models that read images alone.
     """
 
     def __init__(self, folders: Iterable[Path], encoders: Iterable[Any] = ()) -> None:
@@ -257,7 +266,7 @@ class Readers:
         for images in self._encoders:
             try:
                 images(images=[Image.new("RGB", size)], return_tensors="pt")
-            except Exception as error:  # what it does not take, it raises in many ways
+            except Exception as error:  # processors refuse images with many kinds of exceptions
                 return RefusedError(
                     f"image of {size[0]} x {size[1]} pixels must be what {type(images).__name__} "
                     f"takes, got {type(error).__name__}: {error}. Replace it or remove the row.",
@@ -268,7 +277,7 @@ class Readers:
     def refusal_of_text(self, text: str) -> str:
         """Return a message on the first token that a model does not have, or an empty text."""
         for reader, vocabulary in self._models:
-            # most tokenizers have no token too many, and a source is long
+            # most tokenizers have no surplus tokens, which saves tokenizing the source
             if vocabulary.surplus() and (
                 message := vocabulary.problem("text", reader.prompt_ids(text))
             ):

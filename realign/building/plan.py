@@ -26,8 +26,8 @@ from realign.modeling.folder import resolve_model
 from realign.modeling.lengths import ImageTokens
 from realign.modeling.processors import load_processor
 
-EXAMPLES = 32  # rows whose lengths stand for all
-# A batch is grown to that of the build only as long as it takes less than this
+EXAMPLES = 32  # number of rows whose lengths are measured
+# a test batch grows to the build's batch size only while it takes less than this
 LONGEST_BATCH_S = 10.0
 
 
@@ -38,10 +38,10 @@ class Part:
     Attributes:
         role: ``annotator``, ``masker`` or ``inducer``.
         asked: The model.
-        least: Requests if each is enough.
-        most: Requests if none is.
-        why: When there are more than the least.
-        rows: Rows that are asked about, evenly spread; no more than ``EXAMPLES``.
+        least: Number of requests if the first one of each row succeeds.
+        most: Number of requests if none succeeds.
+        why: Condition under which there are more than ``least``.
+        rows: Evenly spaced rows among those that are asked about, at most ``EXAMPLES``.
     """
 
     role: str
@@ -53,12 +53,13 @@ class Part:
 
 
 class Example(NamedTuple):
-    """A request like those of the build, and its tokens.
+    """A request like those of the build, and its numbers of tokens.
 
     Attributes:
-        text: Of the prompt without its image.
-        image: Of the image.
-        answer: Of what will be said, by the answer that the row has; None where it has none.
+        request: The request.
+        text: Tokens of the prompt without its image.
+        image: Tokens of the image.
+        answer: Tokens of the row's answer, as an estimate for the reply; None without an answer.
     """
 
     request: Request
@@ -71,11 +72,11 @@ class Probed(NamedTuple):
     """Measurements of a model.
 
     Attributes:
-        seconds: Of one request, while all others under way take theirs.
-        how: What was measured.
-        image: Tokens of the image as a server counts them; None where it does not.
-        answer: Tokens of an answer; None where they were not counted.
-        problem: Why the request has no answer.
+        seconds: Time per request, with others running at the same time.
+        how: Description of the measurement.
+        image: Tokens of the image as the server counts them; None if it does not.
+        answer: Tokens of an answer; None if they were not counted.
+        problem: Reason why the request has no answer; or empty.
     """
 
     seconds: float | None
@@ -86,7 +87,7 @@ class Probed(NamedTuple):
 
 
 def parts_of(config: BuildConfig, staging: Staging, rows: Sequence[SourceRow]) -> list[Part]:
-    """Return what is asked of whom; a model that has nothing to do is not among it."""
+    """Return the requests to each model that has something to do."""
     unanswered = [row for row in rows if not row.answer]
     induced = [row for row in rows if not row.rejected]
     retries = config.mask_retries
@@ -119,18 +120,18 @@ def make_plan(
     asks: bool,
     loads: bool,
 ) -> Iterator[str]:
-    """Yield the plan, a line at a time.
+    """Yield the lines of the plan.
 
     Args:
         config: The build.
-        staging: Its models.
-        rows: Its rows.
-        rules: How answers are masked.
-        parts: From :func:`parts_of`.
-        scratch: Folder for the images of examples, and for the answers of the servers that are
-            asked: ``ROLE.jsonl``, as in the build's ``journal/``.
-        asks: Whether each server is asked one question, to see how long it takes.
-        loads: Whether models of this process are loaded for a few rows, likewise.
+        staging: Models of the build.
+        rows: Rows of the build.
+        rules: Settings of masking.
+        parts: Requests to each model, from :func:`parts_of`.
+        scratch: Folder for the images of examples, and for the answers of servers: ``ROLE.jsonl``,
+            as in the build's ``journal/``.
+        asks: Whether to ask each server one question, to measure the time.
+        loads: Whether to load models of this process and ask them about a few rows, likewise.
     """
     yield f"{len(rows):,} rows, {len({row.path for row in rows}):,} image files"
     aligned = resolve_model(config.model)
@@ -142,22 +143,22 @@ def make_plan(
         if examples and asks and isinstance(part.asked, ServedModel):
             probed = _ask_one(part.asked, examples, scratch / f"{part.role}.jsonl")
         elif examples and loads and isinstance(part.asked, LocalModel):
-            # one model may play several roles; their requests are of one kind to a batch
+            # a model may have several roles, whose requests take about the same time
             probed = times.get(part.asked) or _load_and_ask(part.asked, examples)
             times[part.asked] = probed
         yield from _lines(config, staging, part, examples, probed)
     if parts:
         yield (
             f"tokens are estimates: {config.model} counts text and images of up to {EXAMPLES} rows "
-            "where no server says more, and completions are taken to be as long as the answers. "
-            "Prices are not known here"
+            "unless a server reports them, and completions are assumed to be as long as the "
+            "answers. Prices are not known here"
         )
 
 
 def _examples(
     config: BuildConfig, part: Part, rules: MaskRules, read_by: Path, scratch: Path
 ) -> Iterator[Example]:
-    """Yield requests about the part's rows; unreadable images are left to the inspection."""
+    """Yield requests about the part's rows; the inspection reports images that are unreadable."""
     processor = load_processor(read_by)
     reader = ImageTokens(processor)
     rows = with_image_files(config, part.rows, scratch)
@@ -212,11 +213,14 @@ def _ask_one(asked: ServedModel, examples: Sequence[Example], journal: Path) -> 
 
 
 def _load_and_ask(asked: LocalModel, examples: Sequence[Example]) -> Probed:
-    """Time batches of a model of this process: two rows, then more while that is quick."""
+    """Time batches of a model in this process, of two rows and then of more while that is quick."""
     size, seconds = min(2, asked.batch_size), 0.0
     with asked.open() as (generator, fits):
-        requests = [one.request for one in examples]
-        requests = [one for one in requests if one.image and fits(one.prompt, one.image)]
+        requests = [
+            request
+            for request, *_ in examples
+            if request.image and fits(request.prompt, request.image)
+        ]
         if not requests:
             return Probed(None)
         while True:
@@ -224,7 +228,7 @@ def _load_and_ask(asked: LocalModel, examples: Sequence[Example]) -> Probed:
             started = time.monotonic()
             try:
                 generator(batch)
-            except ValueError:  # an image that cannot be read, which the inspection says better
+            except ValueError:  # an unreadable image, which the inspection reports
                 return Probed(None)
             seconds = time.monotonic() - started
             if size >= asked.batch_size or seconds > LONGEST_BATCH_S:
@@ -262,13 +266,13 @@ def _lines(
 
 
 def _tokens(config: BuildConfig, part: Part, examples: Sequence[Example], probed: Probed) -> str:
-    """Say how many tokens of prompts and of answers there will be, and how that is known."""
-    text = fmean(one.text for one in examples)
-    image = fmean(one.image for one in examples) if probed.image is None else probed.image
+    """Return the expected tokens of prompts and of answers, and how they were determined."""
+    text = fmean(example.text for example in examples)
+    image = fmean(example.image for example in examples) if probed.image is None else probed.image
     by = ", as the server says" if probed.image is not None else ""
     prompts = f"about {_range(part, text + image)} of prompts ({text:,.0f} of text and "
     prompts += f"{image:,.0f} of the image each{by}"
-    lengths = [one.answer for one in examples if one.answer is not None]
+    lengths = [example.answer for example in examples if example.answer is not None]
     answer = fmean(lengths) if lengths else probed.answer
     if answer is None:
         return f"{prompts}), and answers of at most {config.max_new_tokens:,}"
@@ -287,7 +291,7 @@ def _rounded(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time in words, in its two largest units."""
+    """Return a time as text, in its two largest units."""
     if seconds < 60:
         return f"{max(seconds, 1):.0f} s"
     minutes = round(seconds / 60)

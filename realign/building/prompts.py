@@ -1,5 +1,5 @@
-"""The paper's two prompts, word for word (arXiv 2502.13146, Appendix A), how replies to them are
-read, and our reminders for a mask that changed more than it should.
+"""The paper's two prompts, word for word (arXiv 2502.13146, Appendix A), the reading of replies,
+and our own reminders for a masking model that changed other words.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ COMPLETION_PROMPT = (
     "Please complete the following sentence based on the input image by filling in the masked "
     "segments."
 )
-# One a retry, because a model that decodes greedily answers the same request in the same way.
+# One per retry, because a model that decodes greedily answers the same request in the same way.
 MASK_REMINDERS = (
     "Repeat the description word for word, change nothing but the masked words, and write nothing "
     "before or after it.",
@@ -46,11 +46,11 @@ _KNOWN_LABEL = re.compile(
 
 
 def masking_request(answer: str, retry: int = 0) -> str:
-    """Return the prompt of the masking model: the paper's, then the answer.
+    """Return the prompt of the masking model: the paper's prompt, then the answer.
 
     Args:
-        answer: To be masked.
-        retry: 0 for the paper's words alone, n for the n-th reminder between them and the answer.
+        answer: The answer to be masked.
+        retry: 0 for the paper's prompt alone; n adds the n-th reminder before the answer.
     """
     reminder = f"\n{MASK_REMINDERS[retry - 1]}" if retry else ""
     return f"{MASK_PROMPT}{reminder}\n{answer}"
@@ -64,7 +64,7 @@ def completion_request(instruction: str, masked: str) -> str:
 
 
 def readings(reply: str) -> Iterator[str]:
-    """Yield the readings of a masking reply, the most literal first."""
+    """Yield the possible readings of a masking reply, the most literal first."""
     text = _MASK.sub(MASK_TOKEN, reply.strip())
     for unwrapped in _unwrapped(text, _LABEL):
         plain = _EMPHASISED.sub(MASK_TOKEN, unwrapped)
@@ -72,17 +72,17 @@ def readings(reply: str) -> Iterator[str]:
 
 
 def unwrap_completion(completion: str, answer: str) -> str:
-    """Return a completion without a known label, quotation marks or code fence, unless the answer
-    has the same.
+    """Return a completion without a known label, quotation marks or a code fence, unless the answer
+    has them too.
     """
     *_, text = [completion.strip(), *_unwrapped(completion.strip(), _KNOWN_LABEL, like=answer)]
     return text
 
 
 def _unwrapped(text: str, label: re.Pattern[str], like: str = "") -> Iterator[str]:
-    """``text``, then the same with one wrapping fewer at a time, from the outside.
+    """Yield ``text``, then the same without its outermost wrapping, and so on.
 
-    A wrapping that ``like`` has too is none.
+    A wrapping that ``like`` has too is not removed.
     """
     yield text
     for _ in range(4):  # a label, a fence, a label in it, quotation marks
@@ -106,6 +106,6 @@ def _is_fenced(text: str) -> bool:
 
 
 def _is_quoted(text: str) -> bool:
-    """Return whether a text is one quotation, not one that begins and another that ends with it."""
+    """Return whether a text as a whole is one quotation."""
     closing = _QUOTES.get(text[:1])
     return bool(closing) and len(text) > 2 and text.find(closing or "", 1) == len(text) - 1

@@ -1,18 +1,18 @@
-"""The verb ``realign build``: annotate, mask, embed, retrieve, induce and filter, each a stage over
-shards of its own, resumed after a kill.
+"""The command ``realign build``: annotate, mask, embed, retrieve, induce and filter. Each stage has
+shards of its own, and continues after a kill.
 
-    <out>/build.json                      what the result depends on
-    <out>/rejected.jsonl                  source rows that were bad, and why
+    <out>/build.json                      everything that the result depends on
+    <out>/rejected.jsonl                  bad rows of the source, with reasons
     <out>/images/00003.jsonl              hashes and sizes of the images
-    <out>/source_images/                  images that the source holds itself
-    <out>/annotated/00003.jsonl           answers that were asked for
-    <out>/masked/00003.jsonl
-    <out>/embeddings/00003.safetensors    of a range of images
-    <out>/neighbours/00003.safetensors
+    <out>/source_images/                  images that the source embeds
+    <out>/annotated/00003.jsonl           answers of the annotator
+    <out>/masked/00003.jsonl              masked answers
+    <out>/embeddings/00003.safetensors    embeddings of a range of images
+    <out>/neighbours/00003.safetensors    neighbours of a range of images
     <out>/shards/00003.jsonl              outcomes of a range of rows, accepted or not, with reasons
-    <out>/journal/                        what servers answered
+    <out>/journal/                        answers of servers
     <out>/dataset.parquet                 the accepted pairs
-    <out>/funnel.json                     how many rows got how far, and why not further
+    <out>/funnel.json                     counts of rows by outcome
 """
 
 from __future__ import annotations
@@ -58,27 +58,27 @@ from realign.runtime.strict_json import read_json
 
 ENGLISH_LEXICON = Path(__file__).parent / "masking" / "lexicon.yaml"
 REFUSALS = Path(__file__).with_name("refusals.yaml")
-# where the run is, and what changes how fast a result is made but not what it is
+# options that do not change the result: places on this machine, and the speed of the run
 NOT_IDENTITY = {
     *("out", "source", "images", "image_name", "model", "lexicon"),
     *("engine", "workers", "max_reject"),
-    *("annotator", "masker", "inducer", "encoder", "similarity"),  # said by their identities
+    *("annotator", "masker", "inducer", "encoder", "similarity"),  # their identities are stored
 }
-# options that change nothing where they are not given
+# options that are stored only if they have an effect
 IF_GIVEN = ("max_length", "max_pixels", "sample")
 
 
 def build(config: BuildConfig, *, dry_run: bool = False) -> Path:
-    """Build a dual-preference dataset and return its parquet file. The same call after a kill
-    continues.
+    """Build a dual-preference dataset and return its parquet file. After an interruption, the same
+    call continues the build.
 
     Args:
         config: The build.
-        dry_run: Show the plan and stop, with nothing written. Each server is asked one question,
-            and models of this process answer a few rows, to see how long they take.
+        dry_run: Whether to show the plan and stop without writing anything. Each server is asked
+            one question, and models of this process answer a few rows, to measure the time.
     Raises:
-        RefusedError: Too many bad source rows, a server that cannot be used, an output folder that
-            holds another run, no row that gave a pair, or none that the decision file keeps.
+        RefusedError: Too many source rows are bad, a server cannot be used, the output folder holds
+            another run, no row gave a pair, or the decision file drops all pairs.
     """
     check_out(config.out)
     _check_paths(config)
@@ -93,7 +93,7 @@ def build(config: BuildConfig, *, dry_run: bool = False) -> Path:
         retries=config.mask_retries,
     )
     rules.lexicon.check_rates(config.mask_rates)
-    # what follows may be downloaded
+    # from here on, models may be downloaded
     similarity = similarity_identity(config.similarity)
     folder = resolve_model(config.model)
     special = tuple(Renderer(load_processor(folder)).placeholders())
@@ -137,7 +137,7 @@ def build(config: BuildConfig, *, dry_run: bool = False) -> Path:
 
 
 def _has_large_images(rows: Sequence[SourceRow], problems: Sequence[Problem]) -> bool:
-    """Return whether there are images that ``max_pixels`` decides about."""
+    """Return whether there are images for which ``max_pixels`` makes a difference."""
     return any(row.source.get("is_shrunk") for row in rows) or any(
         problem.code == "too-many-pixels" for problem in problems
     )
@@ -152,7 +152,7 @@ def _show_plan(
     *,
     dry_run: bool,
 ) -> None:
-    """Check the servers and say what will be asked of whom. A finished build asks nobody."""
+    """Check the servers and announce the plan, unless the build is finished."""
     is_begun_before = is_begun(config.out, "build")
     if is_begun_before and (config.out / "funnel.json").is_file() and not dry_run:
         return
@@ -164,7 +164,7 @@ def _show_plan(
             try:
                 asked.check_server()
             except RefusedError as error:
-                # what is left of a build may not need this server any more
+                # the rest of the build may not need this server
                 if dry_run or not is_begun_before:
                     raise
                 announce(f"note: {error}")
@@ -175,7 +175,7 @@ def _show_plan(
         rules,
         parts,
         scratch,
-        # one who goes on has seen the plan, and has answers to wait for
+        # a build that continues has shown its plan before
         asks=dry_run or not is_begun_before,
         loads=dry_run,
     ):
@@ -183,7 +183,7 @@ def _show_plan(
 
 
 def _keep_answers(scratch: Path, folder: Path) -> None:
-    """Keep what servers said to the plan's questions, so that they are not asked them again."""
+    """Keep the servers' answers to the plan's questions, so that these are not asked again."""
     for path in scratch.glob("*.jsonl"):
         if not (folder / path.name).exists():
             with replacing(folder / path.name) as temporary:
@@ -200,7 +200,7 @@ def _run(
     bad: Counter[str],
     num_unsampled: int,
 ) -> None:
-    """Run every stage, then write the dataset and, last, the counts, which finish the build."""
+    """Run every stage, then write the dataset and at last the counts, which finish the build."""
     neighbours = staging.retrieve(corpus)
     rows, unanswered = staging.annotate(rows)
     masked = staging.mask(rows, rules)
@@ -212,15 +212,15 @@ def _run(
         annotated=sum(row.is_annotated for row in rows),
         excluded=neighbours.excluded,
     )
-    by_hand = counts["decisions"] = {"sha256": dropped.digest, "dropped": 0}
+    decisions = counts["decisions"] = {"sha256": dropped.digest, "dropped": 0}
     if counts["accepted"]:
         records = assemble(rows, outcomes, corpus, staging.provenance())
-        write_parquet(_undropped(records, dropped, by_hand), config.out / "dataset.parquet")
+        write_parquet(_undropped(records, dropped, decisions), config.out / "dataset.parquet")
     write_json(config.out / "funnel.json", counts)
     induced = (
-        InducedAnswer(row.answer, one["masked"], one["completion"])
-        for row, one in zip(rows, outcomes, strict=True)
-        if not one["reason"] and not row.rejected
+        InducedAnswer(row.answer, outcome["masked"], outcome["completion"])
+        for row, outcome in zip(rows, outcomes, strict=True)
+        if not outcome["reason"] and not row.rejected
     )
     if warning := unrelated_answers(induced_similarities(induced)):
         announce(f"warning: {warning}")
@@ -229,7 +229,7 @@ def _run(
             f"source must give at least one pair, got none from {counts['rows']} rows: "
             f"{counts['dropped']}. See {config.out / 'funnel.json'}."
         )
-    if by_hand["dropped"] == counts["accepted"]:
+    if decisions["dropped"] == counts["accepted"]:
         raise RefusedError(
             f"{dropped.path} must keep at least one row, drops all {counts['accepted']}. Decide "
             "again with `realign browse`, or remove the file."
@@ -266,7 +266,7 @@ def _content(source: Path) -> str:
 
 
 def _check_paths(config: BuildConfig) -> None:
-    """Refuse paths before the model's libraries are loaded."""
+    """Refuse missing files and folders before the model is opened."""
     if not config.source.exists():
         raise RefusedError(
             f"source must be a file or folder, got {config.source}, which does not exist. Check "
@@ -277,7 +277,7 @@ def _check_paths(config: BuildConfig) -> None:
 
 
 def _is_written(out: Path, dropped: _Dropped) -> bool:
-    """Return whether dataset.parquet is finished and made with this decision file."""
+    """Return whether dataset.parquet is finished and was made with this decision file."""
     path = out / "funnel.json"
     if not path.is_file():
         return False

@@ -1,4 +1,4 @@
-"""Similarity of two answers, at most 1: of words and word pairs, or by sentence-transformers."""
+"""Similarity of two answers, at most 1: lexical, or by a sentence-transformers model."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ def load_similarity(name: str, device: str | None = None, batch_size: int = 32) 
     """Return a similarity by name.
 
     Args:
-        name: ``lexical``, or a sentence-transformers model (hub id or folder) whose cosine is used.
-        device: Where the model computes, the GPU by default where there is one.
-        batch_size: Texts in one call of the model.
+        name: ``lexical``, or a sentence-transformers model (hub id or folder), whose cosines are
+            used.
+        device: Device of the model; by default the GPU if there is one.
+        batch_size: Texts per call of the model.
     Raises:
-        RefusedError: sentence-transformers is needed and not installed, or there is no such model,
-            or it has weights or code that are not read.
+        RefusedError: sentence-transformers is not installed, there is no such model, or it has
+            pickled weights or code of its own.
     """
     if name == LEXICAL:
         return lambda first, second: [lexical(a, b) for a, b in zip(first, second, strict=True)]
@@ -38,7 +39,7 @@ def load_similarity(name: str, device: str | None = None, batch_size: int = 32) 
     encoder: Any = SentenceTransformer(str(folder), device=device)
 
     def cosine(first: Sequence[str], second: Sequence[str]) -> list[float]:
-        # answers and their copies are read once
+        # equal texts are encoded once
         place = {text: i for i, text in enumerate(dict.fromkeys([*first, *second]))}
         if not place:
             return []
@@ -56,37 +57,37 @@ def load_similarity(name: str, device: str | None = None, batch_size: int = 32) 
 
 
 def similarity_identity(name: str) -> dict[str, str]:
-    """Return the identity of values: the name, and the SHA-256 of the encoder's files by path.
+    """Return the identity of a similarity: its name, and the SHA-256 of the encoder's files.
 
     Args:
         name: As for :func:`load_similarity`.
     Raises:
-        RefusedError: As there.
+        RefusedError: For the reasons of :func:`load_similarity`.
     """
     if name == LEXICAL:
         return {"name": LEXICAL}
     folder = _encoder_folder(name)
     files = sorted({path for pattern in ENCODER_FILES for path in folder.rglob(pattern)})
     return {
-        # a folder is what its files are, wherever it lies
+        # the identity of a folder does not depend on its place
         "name": folder.name if Path(name).is_dir() else name,
         **{path.relative_to(folder).as_posix(): file_sha256(path) for path in files},
     }
 
 
 def _encoder_folder(name: str) -> Path:
-    """Return the folder of an encoder that has nothing but weights in safetensors and modules of
-    sentence-transformers itself, which is installed.
+    """Return the folder of an encoder, after checking that its weights are safetensors and its
+    modules those of sentence-transformers.
     """
     if find_spec("sentence_transformers") is None:
         raise RefusedError(
-            f"similarity {name!r} needs sentence-transformers. Install "
+            f"similarity {name!r} requires sentence-transformers. Install "
             f"'realign[pipeline,similarity]' or use lexical."
         )
     folder = Path(name)
     if not folder.is_dir():
         folder = _downloaded(name)
-    # a folder without modules.json is a transformers model, whose mean over tokens is taken
+    # without modules.json, it is a transformers model, and the mean over its tokens is used
     modules = folder / "modules.json"
     if not modules.is_file() and not (folder / "config.json").is_file():
         raise RefusedError(

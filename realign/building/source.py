@@ -1,4 +1,4 @@
-"""The rows that a build is made from: read, sampled, and left out where they are bad."""
+"""The rows of a build: they are read and sampled, and bad ones are left out."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from realign.runtime.progress import announce
 
 @dataclass(frozen=True)
 class SourceRows:
-    """Rows of a source, their images found and not opened yet.
+    """Rows of a source, whose images exist but are not opened yet.
 
     Attributes:
-        rows: The good rows, or the sample of them.
-        problems: What is wrong with the others.
-        num_read: How many rows the source has, good and bad.
-        num_unsampled: Good rows that are not in the sample.
+        rows: The good rows, or a sample of them.
+        problems: Problems of the bad rows.
+        num_read: Number of rows of the source, good and bad.
+        num_unsampled: Number of good rows that are not in the sample.
     """
 
     rows: list[SourceRow]
@@ -47,7 +47,7 @@ def read_rows(
         config: The build.
         special: The model's special tokens.
         readers: The models that will read the rows.
-        extracts: Whether images that the source holds itself are written into the output folder.
+        extracts: Whether images that the source embeds are written into the output folder.
     Raises:
         RefusedError: Too many rows are bad, or there are fewer than the sample.
     """
@@ -77,7 +77,7 @@ def read_rows(
         message = (
             f"{row.place}: answer must not be empty without an annotator"
             f"{f', got a row whose keys {unread[:8]} are not read' if unread else ''}. Fill it in, "
-            "or say who answers with build.annotator."
+            "or name a model that answers in build.annotator."
         )
         problems.append(Problem(row.id, row.place, "answer", "empty-answer", message))
     _check_share(problems, source.num_read, config, answered, "; no image was decoded yet")
@@ -94,18 +94,18 @@ def read_rows(
 
 
 def sample_rows(rows: Sequence[SourceRow], size: int, seed: int, source: str) -> list[SourceRow]:
-    """Draw rows at random, in the order of the source.
+    """Return a random sample of rows, in the order of the source.
 
-    A row is drawn by its id and the seed alone: a larger sample holds a smaller one, and rows that
-    are added to a source or taken from it change no other row's place in the draw.
+    Rows are drawn by their ids and the seed alone: a larger sample contains a smaller one, and rows
+    that are added to the source or removed from it do not change the order of the others.
 
     Args:
-        rows: What there is to draw from; ids differ.
-        size: How many are drawn.
-        seed: Of the draw.
-        source: What a message calls the source.
+        rows: The rows, with different ids.
+        size: Size of the sample.
+        seed: Seed of the sample.
+        source: Name of the source, for messages.
     Raises:
-        RefusedError: There are fewer rows.
+        RefusedError: There are fewer rows than ``size``.
     """
     if size > len(rows):
         raise RefusedError(
@@ -119,8 +119,8 @@ def sample_rows(rows: Sequence[SourceRow], size: int, seed: int, source: str) ->
 def with_image_files(
     config: BuildConfig, rows: Sequence[SourceRow], scratch: Path
 ) -> list[SourceRow]:
-    """Return rows whose images are files: those that the source holds itself and that are not in
-    the output folder are written into ``scratch``.
+    """Return the rows with image files: embedded images that are not in the output folder are
+    written into ``scratch``.
     """
     folder = config.out / "source_images"
     found = [
@@ -136,8 +136,8 @@ def with_image_files(
 def inspect_rows(
     config: BuildConfig, source: SourceRows, readers: Readers
 ) -> tuple[list[SourceRow], Corpus, list[Problem]]:
-    """Decode the images of the rows; return the good rows, their images, and what is wrong with
-    the others.
+    """Decode the images of the rows. Return the good rows, their images, and the problems of the
+    bad rows.
 
     Raises:
         RefusedError: Too many rows are bad, or fewer than two images are left.
@@ -161,7 +161,7 @@ def inspect_rows(
             rows.append(row)
     if config.sample is None:
         _check_share(problems, source.num_read, config, rows)
-    else:  # the texts of the whole source have been checked, the images are those of the sample
+    else:  # all texts of the source were checked above, but only the images of the sample here
         _check_share(problems[len(source.problems) :], len(source.rows), config, rows)
     if len(corpus) < 2:
         bad = f", and these bad rows:\n{shown_problems(problems)}\n" if problems else ". "
@@ -184,13 +184,13 @@ def _check_share(
     good: Sequence[SourceRow],
     note: str = "",
 ) -> None:
-    """Refuse too many bad rows; leaving them out is advised only where enough images are left."""
-    bad = len({problem.place for problem in problems})  # one row may give several
+    """Refuse too many bad rows; leaving them out is suggested only if enough images are left."""
+    bad = len({problem.place for problem in problems})  # a row may have several problems
     if bad > config.max_reject * num_rows:
         share = math.ceil(1000 * bad / num_rows) / 1000
         is_enough = len({row.path for row in good}) >= 2
         leave_out = f", or pass --set build.max_reject={share} to leave them out" * is_enough
-        # who gave the wrong folder has no rows to correct
+        # with a wrong folder, the rows need no correction
         remedy = where_missing_images_are(
             config.images, problems, num_rows, "build.image_name", config.image_name
         )

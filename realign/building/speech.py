@@ -1,5 +1,5 @@
-"""Recognises a chat model that talks about the task instead of doing it: refusals, chatter, an
-echo of what it was asked.
+"""Recognition of completions in which a chat model talks about the task instead of doing it:
+refusals, chatter, and echoes of the prompt.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from realign.building.prompts import COMPLETION_PROMPT, MASK_PROMPT
 from realign.runtime.files import read_utf8
 
 PHRASES = Path(__file__).with_name("refusals.yaml")
-# Parts that no description has by chance.
+# parts of prompts that no description contains by chance
 _ECHOES = (
     COMPLETION_PROMPT,
     MASK_PROMPT,
@@ -28,23 +28,25 @@ MIN_ECHO_WORDS = 4  # an instruction such as "What is it?" may begin an answer
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text without case, punctuation and compatibility forms."""
+    """Return the words of a text in folded case, without punctuation and compatibility forms."""
     return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def refuses(completion: str, answer: str) -> bool:
-    """Return whether a sentence of ``completion``, and none of ``answer``, begins as a refusal."""
+    """Return whether a sentence of ``completion``, but none of ``answer``, begins as a refusal."""
     return _begins(_phrases("refusals"), completion, answer)
 
 
 def chats(completion: str, answer: str) -> bool:
-    """Return whether a sentence of ``completion``, and none of ``answer``, talks about the task."""
+    """Return whether a sentence of ``completion``, but none of ``answer``, begins with talk about
+    the task.
+    """
     return _begins(_phrases("chatter"), completion, answer)
 
 
 def echoes(completion: str, answer: str, instruction: str) -> bool:
-    """Return whether ``completion`` repeats a prompt of the pipeline, or begins with the
-    instruction, and ``answer`` does not.
+    """Return whether ``completion``, but not ``answer``, repeats a prompt of the pipeline or begins
+    with the instruction.
     """
     text, good = f" {' '.join(words(completion))} ", f" {' '.join(words(answer))} "
     for echo in _ECHOES:

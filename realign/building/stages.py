@@ -1,7 +1,7 @@
-"""The stages of a build as tasks: what an engine's workers do with one shard of rows.
+"""The stages of a build as tasks: the work of an engine's workers on one shard of rows.
 
-A shard is whole windows, and generation batches are formed within a window, so that the result
-depends neither on the size of a shard nor on who makes it.
+A shard consists of whole windows, and generation batches are formed within a window, so that the
+result depends neither on the shard size nor on the worker.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def jsonl_bytes(rows: Iterable[Any]) -> bytes:
 
 @dataclass(frozen=True)
 class Annotate:
-    """Asks for the answers that rows lack. A line has ``answer``, or ``problem``."""
+    """Task that generates missing answers. A line has an ``answer`` or a ``problem``."""
 
     asked: Asked
     prompt: str
@@ -99,7 +99,7 @@ class Annotate:
 
 @dataclass(frozen=True)
 class Mask:
-    """Masks answers. A line is a :class:`Masked`; rows that need none have an empty one."""
+    """Task that masks answers. A line is a :class:`Masked`, empty for rows that need no mask."""
 
     asked: Asked | None
     rules: MaskRules
@@ -131,10 +131,13 @@ class Mask:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A row on its way to a pair.
+    """A row with everything that its rejected answer is induced from.
 
     Attributes:
-        problem: Why it has no answer.
+        row: The row.
+        masked: The masked answer.
+        candidates: Retrieved images, the best first.
+        problem: Reason why the row has no answer; or empty.
     """
 
     row: SourceRow
@@ -145,13 +148,14 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Induce:
-    """Finds the retrieved image of every row and, where there is none yet, the rejected answer. A
+    """Task that finds the retrieved image of every row, and its rejected answer if it has none. A
     line is an :class:`Outcome`.
 
     Attributes:
-        asked: The model to be aligned; None where every row has a rejected answer.
-        similarity: Name of the similarity, loaded in the worker.
-        acceptance: Makes the settings of acceptance of that similarity.
+        asked: The model to be aligned; None if every row has a rejected answer.
+        similarity: Name of the similarity, which the worker loads.
+        acceptance: Function that returns the settings of acceptance with that similarity.
+        window: Number of rows whose generation batches are formed together.
     """
 
     asked: Asked | None

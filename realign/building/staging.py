@@ -1,4 +1,4 @@
-"""Runs the stages of one build over its shards: what there is to do, by whom, into which files."""
+"""The stages of a build over their shards: their models, engines and files."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from realign.runtime.engine.ray_data import require_ray
 from realign.runtime.engine.task import Task
 from realign.runtime.files import read_jsonl
 
-# memory of a worker beside the weights: the libraries
+# memory of a worker's libraries, in addition to the weights
 LIBRARY_BYTES = 1 << 30
 
 
 class ShardLines:
-    """The lines of a stage's shards, read a shard at a time, as often as they are asked for.
+    """Iterable of the lines of a stage's shards, which are read one shard at a time.
 
     Args:
-        shards: Files and how many lines each has.
+        shards: Files, with the number of lines of each.
     """
 
     def __init__(self, shards: Sequence[tuple[Path, int]]) -> None:
@@ -63,13 +63,13 @@ class Staging:
     """The stages of a build.
 
     Args:
-        config: What is built.
+        config: The build.
         special: The model's special tokens.
 
     Attributes:
-        inducer: Who refills masks.
-        masker: Who masks; None for the lexicon.
-        annotator: Who gives the answers that are missing; None for nobody.
+        inducer: Model that refills masks.
+        masker: Model that masks; None for the lexicon.
+        annotator: Model that generates missing answers, or None.
     """
 
     def __init__(self, config: BuildConfig, special: tuple[str, ...]) -> None:
@@ -82,17 +82,17 @@ class Staging:
             asked_model(config.annotator, "annotator", config) if config.annotator else None
         )
         self._encoder = EncoderModel.of(config)
-        rule_of(config)  # refuses a band that no image can meet
+        rule_of(config)  # refuses limits that no image can meet
         if config.engine == "ray":
             require_ray()
         if config.index != "exact":
-            make_index("flat", torch.eye(2))  # says now if FAISS is missing
+            make_index("flat", torch.eye(2))  # refuses early if FAISS is missing
 
     def readers(self, model: Path) -> Readers:
-        """Everyone in this process who reads images of the source.
+        """Return the checks of all models that will read the source outside of servers.
 
         Args:
-            model: Folder of the model to be aligned, which will be trained on them.
+            model: Folder of the model to be aligned, which will be trained on the rows.
         """
         asked = (self.inducer, self.masker, self.annotator)
         encoder = self._encoder
@@ -126,10 +126,10 @@ class Staging:
         return origins
 
     def annotate(self, rows: Sequence[SourceRow]) -> tuple[list[SourceRow], dict[str, str]]:
-        """Ask for the answers that are missing.
+        """Generate missing answers.
 
         Returns:
-            The rows with their answers, and by id why there is none.
+            The rows with their answers, and the reasons why rows have none, by id.
         """
         if self.annotator is None or all(row.answer for row in rows):
             return [*rows], {}
@@ -147,13 +147,13 @@ class Staging:
         return answered, problems
 
     def mask(self, rows: Sequence[SourceRow], rules: MaskRules) -> list[Masked]:
-        """Mask every answer that needs it."""
+        """Mask every answer whose row has no rejected answer yet."""
         task = Mask(self.masker, rules, self._config.window)
         lines = self._rows_stage("mask", "masked", rows, task, self.masker)
         return [Masked(line["text"], line["by"]) for line in lines]
 
     def retrieve(self, corpus: Corpus) -> Neighbourhood:
-        """Embed all images, then find the nearest others of each."""
+        """Embed all images, then find the nearest other images of each."""
         config = self._config
         ranges = _ranges(len(corpus), config.shard_size, config.batch_size)
         sizes = {number: len(part) for number, part in ranges.items()}
@@ -233,12 +233,12 @@ class Staging:
         return ShardLines([(paths[number], sizes[number]) for number in ranges])
 
     def shards(self, num_rows: int) -> dict[int, range]:
-        """Return the shards of a stage over rows: number to which rows are in it."""
+        """Return the shards of a stage over rows: the range of rows by number."""
         return _ranges(num_rows, self._config.shard_size, self._config.window)
 
     def engine(self, asked: Any) -> Engine:
-        """Return who makes a stage's shards. Local models work in parallel; a server is asked by
-        one process, which has the journal.
+        """Return the engine of a stage. Local models run in parallel; a server is asked by one
+        process, which holds the journal.
         """
         config = self._config
         folder = getattr(asked, "folder", None)

@@ -1,4 +1,4 @@
-"""Readers of the shard files of `realign build`: every attempt, and counts of rows by outcome."""
+"""Readers of the files of `realign build`: the outcome of every row, and counts of rows."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from realign.errors import RefusedError
 from realign.runtime.strict_json import read_json
 
 Counts = Mapping[str, Any]
-# what the folders of earlier builds lack
-LATER: Counts = {
+# counts that folders of earlier builds lack
+DEFAULTS: Counts = {
     "rejected": {},
     "unsampled": 0,
     "annotated": 0,
@@ -23,7 +23,7 @@ LATER: Counts = {
 
 
 def read_outcomes(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield every line of ``<folder>/shards/*.jsonl`` in order; none where there are no shards.
+    """Yield every line of ``<folder>/shards/*.jsonl``, in order; none if there are no shards.
 
     Raises:
         RefusedError: A line is not an outcome; the message names it.
@@ -35,8 +35,10 @@ def read_outcomes(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def tried_before(folder: Path) -> dict[str, tuple[str, ...]]:
-    """Map the id of each accepted row to the distinct reasons that refused earlier candidates."""
-    known: dict[tuple[str, ...], tuple[str, ...]] = {}  # a few kinds, however many rows
+    """Return, by the id of each accepted row, the distinct reasons why earlier candidates were
+    refused.
+    """
+    known: dict[tuple[str, ...], tuple[str, ...]] = {}  # rows with equal reasons share one tuple
     found = {}
     for outcome in read_outcomes(folder):
         if not outcome["reason"]:
@@ -68,33 +70,42 @@ def _outcome(raw: bytes, where: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Line:
-    """One count and its share of the table's total."""
+    """A line of a table of counts.
+
+    Attributes:
+        label: The label.
+        count: The count.
+        whole: The total that the count is a share of.
+        kind: Class of the bar's colour: ``accepted``, ``dropped``, or empty.
+    """
 
     label: str
     count: int
     whole: int
-    kind: str = ""  # how the bar is coloured: accepted, dropped
+    kind: str = ""
 
     @property
     def percent(self) -> float:
-        """Format a share of the total as a percentage."""
+        """Share of the total, in percent."""
         return 100 * self.count / max(self.whole, 1)
 
 
 def read_funnel(folder: Path) -> Counts | None:
-    """Return the counts that the build wrote, or None if there are none."""
+    """Return the counts that a build wrote, or None if it has not written them."""
     path = folder / "funnel.json"
-    return {**LATER, **read_json(path)} if path.is_file() else None
+    return {**DEFAULTS, **read_json(path)} if path.is_file() else None
 
 
 def taken_rows(counts: Counts) -> int:
-    """Return how many rows of the source the build took: bad ones, and those of the sample."""
-    number: int = counts["rows"] + sum(counts["rejected"].values())
-    return number
+    """Return the number of source rows that a build used: those of the sample, and bad ones."""
+    num_rows: int = counts["rows"] + sum(counts["rejected"].values())
+    return num_rows
 
 
 def row_lines(counts: Counts) -> list[Line]:
-    """Count source rows: bad by code, masked by method, accepted, dropped by reason and by hand."""
+    """Return the counts of source rows: bad ones by code, masked ones by method, accepted ones, and
+    dropped ones by reason.
+    """
     bad, rows = counts["rejected"], taken_rows(counts)
     lines = [Line("in the source", rows, rows)]
     if unsampled := counts["unsampled"]:
@@ -102,7 +113,7 @@ def row_lines(counts: Counts) -> list[Line]:
         lines = [
             Line("in the source", whole, whole),
             Line("not in the sample", unsampled, whole),
-            # the shares below are of these
+            # the shares of all lines below refer to this one
             Line("in the sample, or bad" if bad else "in the sample", rows, rows),
         ]
     lines += [Line(f"bad: {code}", count, rows, "dropped") for code, count in _by_count(bad)]
@@ -120,7 +131,7 @@ def row_lines(counts: Counts) -> list[Line]:
 
 
 def candidate_lines(counts: Counts) -> list[Line]:
-    """Count the retrieved images that were tried: accepted, or refused by reason."""
+    """Return the counts of retrieved images: accepted ones, and refused ones by reason."""
     refused = counts["refused_candidates"]
     tried = counts["accepted"] + sum(refused.values())
     lines = [

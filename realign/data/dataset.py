@@ -1,4 +1,4 @@
-"""Opening a dataset of any supported kind."""
+"""Reading of datasets of all supported kinds."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ from realign.runtime.strict_json import read_json
 
 
 def read_records(data: Path, image_root: Path | None) -> Sequence[Record]:
-    """Read a dataset: a parquet file, a folder made by ``realign build``, or JSON, whose rows have
-    this project's layout, the authors', or any other layout with both answers.
+    """Read a dataset: a parquet file, a folder made by ``realign build``, or JSON. Its rows have
+    this project's layout, that of the authors, or any other layout with both answers.
 
+    Args:
+        data: The file or folder.
+        image_root: Folder of the images that rows name; required for JSON.
     Raises:
-        RefusedError: The path is none of these, JSON comes without an image folder, or rows are
-            bad; all are counted and the first of each kind named.
+        RefusedError: The path is not a dataset, JSON comes without an image folder, or rows are
+            bad; the message counts the problems and shows the first ones of each kind.
 
     Example::
 
@@ -49,8 +52,8 @@ def read_records(data: Path, image_root: Path | None) -> Sequence[Record]:
 
 
 def read_rows(data: Path, image_root: Path | None) -> tuple[Sequence[Record], list[list[Problem]]]:
-    """Read as :func:`read_records` does, and return bad rows of JSON as their problems beside the
-    good ones. Those of a parquet file are refused when they are read.
+    """Read a dataset as :func:`read_records` does. Return the good rows, and the problems of each
+    bad row of JSON; bad rows of a parquet file are refused when they are read.
 
     Raises:
         RefusedError: The path is not a dataset, or JSON comes without an image folder.
@@ -62,9 +65,9 @@ def read_rows(data: Path, image_root: Path | None) -> tuple[Sequence[Record], li
     first = _first_rows(file)
     if not any(isinstance(row, dict) for row in first):
         _check_rows(file)
-    # rows that are none have no layout; the authors' reader says what is wrong with each
+    # a file without objects has no layout; the authors' reader explains what is wrong with its rows
     layout = _layout(first, file) if any(isinstance(row, dict) for row in first) else OFFICIAL
-    # the same conversations beside one image are pairs of answers, as TRL takes them
+    # without retrieved images, rows of the authors' layout are plain pairs of answers
     if layout is OFFICIAL and not _is_without_retrieved(first):
         return read_official_rows(file, root)
     check_image_root(root)
@@ -72,13 +75,13 @@ def read_rows(data: Path, image_root: Path | None) -> tuple[Sequence[Record], li
 
 
 def _is_without_retrieved(rows: list[Any]) -> bool:
-    """Return whether rows name images, but no retrieved one."""
+    """Return whether rows name images but no retrieved images."""
     keys = [row.keys() for row in rows if isinstance(row, dict)]
     return any("image" in row for row in keys) and not any("retrieved_image" in row for row in keys)
 
 
 def _check_rows(file: Path) -> None:
-    """Refuse a JSON file that is a single value instead of a list or lines."""
+    """Refuse a JSON file that is one value and neither a list nor lines."""
     if file.suffix == ".json" and not is_json_list(file):
         value = read_json(file)
         raise RefusedError(
@@ -122,15 +125,14 @@ def dataset_file(data: Path, image_root: Path | None) -> tuple[Path, Path | None
     """Return the dataset's file and its image folder, which JSON always has.
 
     Raises:
-        RefusedError: As :func:`read_records`.
+        RefusedError: The path is not a dataset, or JSON comes without an image folder.
     """
     if data.is_dir():
         data = data / "dataset.parquet"
     if not data.is_file():
         raise RefusedError(
             f"data must be a dataset file or folder, got {data}, which does not exist. Check "
-            "--data; "
-            "a folder must be one that `realign build` has finished."
+            "--data; a folder must be one that `realign build` has finished."
         )
     if data.suffix == ".parquet":
         return data, image_root
@@ -141,8 +143,8 @@ def dataset_file(data: Path, image_root: Path | None) -> tuple[Path, Path | None
             )
         return data, image_root
     raise RefusedError(
-        f"data must end in .parquet, .json or .jsonl, got {data.name}. Rename it to what it is, or "
-        "convert it."
+        f"data must end in .parquet, .json or .jsonl, got {data.name}. Rename it "
+        "after its format, or convert it."
     )
 
 
@@ -169,7 +171,7 @@ def without_dropped(records: Sequence[Record], data: Path) -> Sequence[Record]:
     left, stale = apply_decisions(records, decisions)
     if stale:
         announce(
-            f"{len(stale)} decision(s) of {path.name} not applied: the content changed since, "
+            f"{len(stale)} decision(s) of {path.name} not applied: the rows have changed since, "
             f"first: row {stale[0].id}. Decide again with `realign browse`"
         )
     if not left and len(records):
@@ -183,7 +185,7 @@ def without_dropped(records: Sequence[Record], data: Path) -> Sequence[Record]:
 
 
 def dataset_title(data: Path) -> str:
-    """Return the title of a dataset; for a folder named ``dataset`` it includes the run."""
+    """Return the title of a dataset; for a folder named ``dataset``, it includes the run's name."""
     folder = data.resolve() if data.is_dir() else data.resolve().parent
     if data.is_file() and data.name != "dataset.parquet":
         return data.name

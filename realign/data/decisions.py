@@ -1,8 +1,8 @@
 """Decisions of a person about the rows of a dataset: one line per decision in a file beside it.
 
-A decision concerns a row's id and content together. It is not applied if the row's content has
-changed since: the person saw something else. Nothing is removed from the file: undoing a decision
-adds a line, after which the decision before it counts again.
+A decision is about a row's id and content together. If the content has changed since, it is not
+applied, because the person saw something else. Nothing is removed from the file: undoing a decision
+adds a line, after which the previous decision counts again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from realign.runtime.lock import locked
 from realign.runtime.progress import announce
 
 CHOICES = ("keep", "drop", "flag")
-UNDO = "undo"  # in place of a choice: takes the last decision about the row back
+UNDO = "undo"  # in place of a choice: undoes the last decision about the row
 FIELDS = ("id", "key", "decision", "note")
 
 
@@ -72,8 +72,8 @@ def decisions_path(data: Path) -> Path:
 
 
 def read_decisions(path: Path) -> dict[RowKey, Decision]:
-    """Read a decision file; the last decision about a row that is not undone wins. No file, no
-    decisions.
+    """Read a decision file; the last decision about a row that is not undone counts. Without a file
+    there are no decisions.
 
     Raises:
         RefusedError: A line is not a decision; the message names it.
@@ -84,7 +84,8 @@ def read_decisions(path: Path) -> dict[RowKey, Decision]:
 def read_history(path: Path) -> list[Decision]:
     """Read all decisions that are not undone, in the order in which they were made.
 
-    A last line that a killed program cut is announced and left out: its write was never confirmed.
+    A last line that a killed program left incomplete is announced and left out: its write was never
+    confirmed.
 
     Raises:
         RefusedError: Another line is not a decision; the message names it.
@@ -94,7 +95,7 @@ def read_history(path: Path) -> list[Decision]:
     *lines, tail = path.read_bytes().split(b"\n")
     found = [_parse(raw, f"{path}, line {number}") for number, raw in enumerate(lines, start=1)]
     if tail and _is_cut(tail):
-        announce(f"{path}: the last line is cut and left out; decide about its row again")
+        announce(f"{path}: the last line is incomplete and left out; decide about its row again")
     elif tail:
         found.append(_parse(tail, f"{path}, line {len(lines) + 1}"))
     return _without_undone(found, path)
@@ -124,31 +125,31 @@ def append_decision(path: Path, decision: Decision) -> None:
     """
     if decision.decision == UNDO:
         raise RefusedError(
-            f"decision must be one of {list(CHOICES)}, got {UNDO!r}. Take it back by undo_decision."
+            f"decision must be one of {list(CHOICES)}, got {UNDO!r}. Call undo_decision instead."
         )
     line = _line(decision, path)
-    with _held(path):
+    with _locked(path):
         _append(path, line)
 
 
 def undo_decision(path: Path, decision: Decision) -> bool:
-    """Take back the last decision about a row; return when it is on the disk.
+    """Undo the last decision about a row; return when this is on the disk.
 
     Args:
         path: The decision file.
-        decision: What is taken back. If it is not the last one about its row, since another program
-            decided, nothing is written and the result is False.
+        decision: The decision to undo. If it is not the last one about its row, because another
+            program has added one, nothing is written and the result is False.
     Raises:
         RefusedError: The file is damaged.
     """
-    with _held(path):
+    with _locked(path):
         if read_decisions(path).get(decision.row) != decision:
             return False
         _append(path, _line(Decision(decision.id, decision.key, UNDO), path))
         return True
 
 
-def _held(path: Path) -> AbstractContextManager[None]:
+def _locked(path: Path) -> AbstractContextManager[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     return locked(path.with_name(f".{path.name}.lock"))
 
@@ -165,9 +166,9 @@ def _append(path: Path, raw: bytes) -> None:
         end = _mend_end(file)
         if file.write(raw) != len(raw):
             file.truncate(end)
-            raise OSError(f"{path}: the disk took a part of a line only")
+            raise OSError(f"{path}: only a part of a line could be written")
         os.fsync(file.fileno())
-    if not end:  # the file may be new: its name must last too
+    if not end:  # the file may be new, so its name must be synced too
         sync(path.parent)
 
 
@@ -175,8 +176,9 @@ class Applied(NamedTuple):
     """A dataset after its decisions were applied.
 
     Attributes:
-        kept: The rows that are not dropped, in order, which are read on access.
-        stale: Decisions about rows whose content has changed since and has no decision.
+        kept: The rows that are not dropped, in order; they are read on access.
+        stale: Decisions that no longer apply, because the row's content has changed and has no
+            decision of its own.
     """
 
     kept: Sequence[Record]
@@ -186,13 +188,13 @@ class Applied(NamedTuple):
 def apply_decisions(records: Sequence[Record], decisions: Decisions) -> Applied:
     """Leave the dropped rows out. Images are read only for rows whose id has a decision."""
     rows = decided_rows(records, decisions)
-    now: dict[str, set[RowKey]] = {}
+    current: dict[str, set[RowKey]] = {}
     for row in rows.values():
-        now.setdefault(row.id, set()).add(row)
+        current.setdefault(row.id, set()).add(row)
     stale = [
         decision
         for row, decision in decisions.items()
-        if row.id in now and not now[row.id] & decisions.keys()
+        if row.id in current and not current[row.id] & decisions.keys()
     ]
     dropped = {row for row, decision in decisions.items() if decision.decision == "drop"}
     left = [i for i in range(len(records)) if rows.get(i) not in dropped]
@@ -200,14 +202,14 @@ def apply_decisions(records: Sequence[Record], decisions: Decisions) -> Applied:
 
 
 def decided_rows(records: Sequence[Record], decisions: Decisions) -> dict[int, RowKey]:
-    """Map positions to id and content of the rows whose id has a decision. A row that cannot be
-    read is none of them.
+    """Return, by position, the id and content of the rows whose id has a decision. Rows that cannot
+    be read are left out.
     """
     ids = {row.id for row in decisions}
     texts = texts_of(records)
     found: dict[int, RowKey] = {}
     for index in range(len(records) if ids else 0):
-        # whoever reads the row for more than its decision is told what is wrong with it
+        # whatever reads the row later reports what is wrong with it
         with suppress(RefusedError):
             if (row_id := texts[index].id) in ids:
                 found[index] = RowKey(row_id, records[index].key)
@@ -215,12 +217,12 @@ def decided_rows(records: Sequence[Record], decisions: Decisions) -> dict[int, R
 
 
 def positions(records: Sequence[Record]) -> Sequence[int]:
-    """Return the position of each row in the dataset's file, from 0, counting rows left out."""
+    """Return the position of each row in the dataset's file, from 0, dropped rows included."""
     return records.indices if isinstance(records, KeptRecords) else range(len(records))
 
 
 class KeptRecords(LazyRecords):
-    """The rows of ``records`` at ``indices``."""
+    """Rows of ``records`` at ``indices``, read on access."""
 
     def __init__(self, records: Sequence[Record], indices: Sequence[int]) -> None:
         self._records, self.indices = records, indices

@@ -1,5 +1,5 @@
-"""Names of images in untrusted datasets: files inside one folder, never a URL or a path out of it;
-and the suffix of images without a name.
+"""Names of images in untrusted datasets, which must be files inside one folder and never URLs or
+paths that leave it; and suffixes for images without a name.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ _URL = re.compile(
     r"\s*([a-z][a-z0-9+.-]*:[/\\]|(data|file|https?|ftp|blob|javascript|urn):|[/\\]{2})", re.I
 )
 
-_DRIVE = re.compile(r"[a-z]:[/\\]", re.I)  # no scheme has one letter
+_DRIVE = re.compile(r"[a-z]:[/\\]", re.I)  # a Windows path, since no scheme has a single letter
 
 
 def check_image_root(root: Path) -> None:
-    """Refuse an image folder that does not exist, in which every image would be missing.
+    """Refuse an image folder that does not exist, before every image is reported as missing.
 
     Raises:
-        RefusedError: Naming the folder.
+        RefusedError: The folder does not exist.
     """
     if not root.is_dir():
         raise RefusedError(f"images must be an existing folder, got {root}. Check --images.")
@@ -34,9 +34,9 @@ def resolve_image(root: Path, name: str, where: str) -> Path:
 
     Args:
         root: The image folder.
-        name: A relative path from the dataset. URLs and paths that leave ``root``, by themselves
-            or through a link, are refused.
-        where: The row, for the message.
+        name: Relative path in the dataset. URLs, and paths that leave ``root`` directly or through
+            a link, are refused.
+        where: Name of the row, for the message.
     Raises:
         RefusedImage: The name is absolute, a URL, leaves the folder, or no such file exists.
     """
@@ -45,7 +45,7 @@ def resolve_image(root: Path, name: str, where: str) -> Path:
         raise RefusedImage(where, reason, "image-name")
     if _DRIVE.match(name):
         rule = f"image must lie inside {root}, got the Windows path {name[:200]!r}"
-        reason = f"{rule}. Name it from that folder on, with / between its folders."
+        reason = f"{rule}. Name it relative to that folder, with / between folders."
         raise RefusedImage(where, reason, "outside-root")
     if is_url(name):
         reason = f"image must be a file name, got the URL {name[:80]!r}. Download it first."
@@ -53,7 +53,7 @@ def resolve_image(root: Path, name: str, where: str) -> Path:
     try:
         path = (root / name).resolve()
         is_inside, is_file = path.is_relative_to(root.resolve()), path.is_file()
-    # too long, not in the file system's encoding, a loop of links, a folder that is locked
+    # too long, not in the file system's encoding, a loop of links, a folder without permission
     except (OSError, ValueError, RuntimeError) as error:
         value = f"{name[:80]!r} ({error!s:.80})"
         reason = f"image must be a file that can be opened, got {value}. Rename it."
@@ -72,19 +72,19 @@ def resolve_image(root: Path, name: str, where: str) -> Path:
 
 
 def is_url(name: str) -> bool:
-    """Return whether a name is a URL of any scheme; a drive's letter is none."""
+    """Return whether a name is a URL of any scheme; the letter of a drive is not a scheme."""
     is_scheme = _URL.match(name) is not None and _DRIVE.match(name) is None
     return "://" in name or is_scheme
 
 
 def is_outside_name(name: str) -> bool:
-    """Return whether a name leaves its folder without any link."""
+    """Return whether a name by itself leaves its folder, links aside."""
     path = posixpath.normpath(name.replace("\\", "/"))
     return path.startswith(("/", "../")) or path == ".."
 
 
 def image_suffix(raw: bytes) -> str | None:
-    """Return the suffix of a JPEG, PNG or WebP file by its first bytes; None for others."""
+    """Return the suffix for a JPEG, PNG or WebP file, from its first bytes; None for others."""
     if raw.startswith(b"\xff\xd8\xff"):
         return ".jpg"
     if raw.startswith(b"\x89PNG\r\n\x1a\n"):

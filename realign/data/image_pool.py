@@ -1,8 +1,8 @@
-"""Bounded pool of processes that decode untrusted images: each is read, hashed and decoded once.
+"""Pool of processes that read, hash and decode untrusted images, within limits of time and memory.
 
-An image that hangs, crashes or fills the memory affects no other: its worker is replaced. Workers
-are fresh interpreters (:mod:`realign.data.image_worker`), neither forks nor children of
-``multiprocessing``, so that they import nothing of the caller and share two pipes with it.
+An image that hangs, crashes or fills the memory affects no other image: its worker is replaced.
+Workers are new interpreters (:mod:`realign.data.image_worker`), neither forks nor children of
+``multiprocessing``, so that they import nothing of the caller and share only two pipes with it.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from realign.runtime.write_errors import explain_write_errors
 # A worker ends by itself at its time limit; one that cannot (stuck in the kernel, stopped) is
 # abandoned this much later.
 GRACE_SECONDS = 5.0
-START_SECONDS = 60.0  # time for its imports, on a busy machine
+START_SECONDS = 60.0  # time for a worker's imports, on a busy machine
 # images that a worker may decode ahead of the reader of the facts
 _AHEAD = 8
 _ENVIRONMENT = {
-    # a thread pool for every core would fill the address space before the first image
+    # one thread pool per core would exhaust the address space before the first image
     **dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
-    # glibc would give the pages of every image back and fault them in again for the next
+    # glibc would return the pages of every image and fault them in again for the next one
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
 }
@@ -55,9 +55,9 @@ class DecodedRow:
 
     @property
     def sizes(self) -> tuple[list[Size], list[Size]]:
-        """Return width and height of the good original and retrieved images."""
+        """Return the widths and heights of the original and the retrieved images that are good."""
         images, rejected_images = (
-            [(one.width, one.height) for one in found if isinstance(one, ImageFacts)]
+            [(facts.width, facts.height) for facts in found if isinstance(facts, ImageFacts)]
             for found in (self.images, self.rejected_images)
         )
         return images, rejected_images
@@ -70,10 +70,10 @@ def inspect_images(
 
     Args:
         paths: The files. A repeated path is decoded again.
-        workers: Number of processes; 0 is one per usable core.
-        timeout_s: Longest time for one image; code ``timeout``.
-        memory_bytes: Largest address space of a worker; code ``memory``, or ``crashed`` if a
-            decoder does not survive it.
+        workers: Number of processes; 0 starts one per usable core.
+        timeout_s: Longest time for one image, in seconds; a refusal has the code ``timeout``.
+        memory_bytes: Largest address space of a worker; a refusal has the code ``memory``, or
+            ``crashed`` if the decoder crashes.
     """
     with ImagePool(workers, timeout_s=timeout_s, memory_bytes=memory_bytes) as pool:
         asked: deque[Future[ImageFacts | RefusedImage]] = deque()
@@ -86,12 +86,12 @@ def inspect_images(
 
 
 class ImagePool:
-    """Context manager of worker processes that decode images, one each at a time.
+    """Context manager of worker processes, each of which decodes one image at a time.
 
-    Args and codes are those of :func:`inspect_images`.
+    Arguments and codes are those of :func:`inspect_images`.
 
     Attributes:
-        ahead: Number of images to submit ahead so that no worker waits; more only take memory.
+        ahead: Number of images to submit in advance so that no worker waits.
     """
 
     def __init__(self, workers: int, *, timeout_s: float = 10, memory_bytes: int = 2 << 30) -> None:
@@ -116,21 +116,21 @@ class ImagePool:
         self._threads.shutdown()
 
     def submit(self, image: Path | bytes, where: str) -> Future[ImageFacts | RefusedImage]:
-        """Inspect a file, or the bytes of one; ``where`` names it in a refusal."""
+        """Inspect an image file or its bytes; ``where`` names it in a refusal."""
         return self._threads.submit(self._inspect, image, where, {})
 
     def shrink(
         self, image: Path, where: str, target: Path, max_pixels: int
     ) -> Future[ImageFacts | RefusedImage]:
-        """Write a file of more than ``MAX_PIXELS`` pixels as a smaller JPEG, and inspect that.
+        """Write an image of more than ``MAX_PIXELS`` pixels as a smaller JPEG, and inspect that.
 
         Args:
-            image: The file.
-            where: Its name in a refusal.
-            target: The JPEG, in a folder that is there.
-            max_pixels: Largest image that is decoded.
+            image: The image file.
+            where: Name of the image in a refusal.
+            target: The JPEG file, in an existing folder.
+            max_pixels: Largest number of pixels of an image that is decoded.
         Raises:
-            RefusedError: The JPEG cannot be written. The future raises it.
+            RefusedError: The JPEG cannot be written; the future raises it.
         """
         more = {"shrink_to": str(target), "max_pixels": max_pixels}
         return self._threads.submit(self._inspect, image, where, more)
@@ -148,7 +148,7 @@ class ImagePool:
 def decoded_rows(
     rows: Iterable[Record | list[Problem]], pool: ImagePool
 ) -> Iterator[DecodedRow | list[Problem]]:
-    """Decode every image once, by content; rows that could not be read pass through."""
+    """Decode every distinct image once; rows that could not be read are passed on."""
     known: dict[str, Inspected] = {}
     asked: dict[str, Future[Inspected]] = {}
     waiting: deque[list[Problem] | tuple[Record, list[str], list[str]]] = deque()
@@ -201,11 +201,11 @@ class _Worker:
         self._process = process = self._process or self._start()
         extra_s = START_SECONDS if is_new else 0.0
         line = self._ask(process, {"where": where, **more}, image, extra_s)
-        if self._is_closed:  # meanwhile; nobody waits for the answer
+        if self._is_closed:  # by another thread in the meantime; nobody waits for the answer
             _end(process)
         if line:
             answer = json.loads(line)
-            if "errno" in answer:  # of the disk, not of the image
+            if "errno" in answer:  # a failure of the disk, not of the image
                 with explain_write_errors(Path(more["shrink_to"])):
                     raise OSError(answer["errno"], os.strerror(answer["errno"]))
             if "code" in answer:
@@ -221,7 +221,7 @@ class _Worker:
             _end(self._process)
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # -P: a file in the current folder is no module
+        # -P: files in the current folder are not importable
         return subprocess.Popen(
             [
                 *(sys.executable, "-P", "-m", "realign.data.image_worker"),
@@ -242,7 +242,7 @@ class _Worker:
         image: Path | bytes,
         extra_s: float,
     ) -> bytes:
-        """Return the answer's line; empty if none came, since the process died or must be ended."""
+        """Return the line of the answer; empty if the process died or does not answer in time."""
         assert process.stdin is not None
         assert process.stdout is not None
         raw = b"" if isinstance(image, Path) else image
@@ -250,24 +250,24 @@ class _Worker:
         try:
             process.stdin.write(json.dumps(request | named).encode() + b"\n" + raw)
             process.stdin.flush()
-        except OSError:  # it died before it read
+        except OSError:  # the worker died before it read the request
             return b""
-        # answers are short and come one at a time, so nothing of this one is buffered yet
+        # answers are short and come one at a time, so no part of this one is buffered yet
         limit_s = self._timeout_s + GRACE_SECONDS + extra_s
-        ready = select.poll()  # select() is for the first 1024 descriptors
+        ready = select.poll()  # select() takes only the first 1024 descriptors
         ready.register(process.stdout, select.POLLIN | select.POLLHUP)
         return process.stdout.readline() if ready.poll(limit_s * 1000) else b""
 
     def _refusal_of_death(self, process: subprocess.Popen[bytes], where: str) -> RefusedImage:
         try:
-            status = process.wait(timeout=GRACE_SECONDS)  # the pipe ends a moment before
+            status = process.wait(timeout=GRACE_SECONDS)  # the pipe closes a moment earlier
         except subprocess.TimeoutExpired:
             status = -signal.SIGALRM
         _end(process)
         if status == -signal.SIGALRM:
             reason = (
-                f"image must decode in {self._timeout_s:g} seconds, got no end. Replace it or "
-                "remove the row."
+                f"image must decode in {self._timeout_s:g} seconds, and takes longer. Replace it "
+                "or remove the row."
             )
             return RefusedImage(where, reason, "timeout")
         how = f"ended the process that decoded it (status {status})"
@@ -280,6 +280,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=GRACE_SECONDS)
     for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):  # what was not sent yet cannot be
+        with contextlib.suppress(OSError):  # closing tries to send what is still buffered
             if pipe:
                 pipe.close()

@@ -1,10 +1,10 @@
 """The process that decodes one untrusted image after another for :mod:`realign.data.image_pool`.
 
-It reads requests from its standard input, ``{"where", "path"}`` or ``{"where", "bytes": N}`` with N
+It reads requests from standard input, ``{"where", "path"}`` or ``{"where", "bytes": N}`` with N
 bytes after the line, and answers each with one line. With ``shrink_to`` and ``max_pixels`` it
-writes a smaller copy of the image there and answers for that, or with the error number of the
-system where it cannot be written. It must not import torch or anything else whose import takes
-longer than decoding. It ends when its input does, with its parent.
+writes a smaller copy of the image and answers about the copy, or with the system's error number if
+it cannot be written. It must not import torch or anything else whose import takes longer than
+decoding. It ends when its input ends, and so with its parent.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ def serve(requests: BinaryIO, answers: BinaryIO, timeout_s: float, memory_bytes:
     """Answer requests until there are no more.
 
     Args:
-        requests: Requests, as above.
-        answers: Stream that the answers are written to.
-        timeout_s: An image that takes longer ends the process by SIGALRM, also inside a decoder.
+        requests: Stream of requests.
+        answers: Stream of answers.
+        timeout_s: Longest time for one image, in seconds; then SIGALRM ends the process, also
+            inside a decoder.
         memory_bytes: Limit of the address space, on systems that have one.
     """
     _limit_memory(memory_bytes)
@@ -91,11 +92,11 @@ if __name__ == "__main__":
     # an alarm that was blocked or ignored where the parent was started would never come
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-    # an interrupt goes to the whole group; the parent ends its workers itself
+    # Ctrl-C reaches the whole process group; the parent ends its workers itself
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Image.MAX_IMAGE_PIXELS = None  # decode_image checks the size of every image itself
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a decoder prints is no answer
+    os.dup2(2, 1)  # what a decoder prints must not be mistaken for an answer
     try:
         serve(sys.stdin.buffer, answers, float(sys.argv[1]), int(sys.argv[2]))
     except BrokenPipeError:  # the parent is gone

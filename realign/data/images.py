@@ -1,4 +1,4 @@
-"""Decoding of images of untrusted datasets: three formats, bounded size, one picture, RGB."""
+"""Decoding of images from untrusted datasets to RGB: three formats, limited size, one frame."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Size = tuple[int, int]  # width and height
 MAX_BYTES = 50_000_000
 MAX_PIXELS = 89_478_485  # Pillow's own limit; phones write 48 million and more
 MIN_SIDE, MAX_SIDE = 2, 20_000
-STRIP = 64  # lines that are scaled at a time
+STRIP = 64  # number of lines that are scaled at a time
 # first bytes of other formats that cameras and programs write
 _OTHERS = {
     "HEIC": rb"....ftyp(he|m[is]f1)",
@@ -31,10 +31,10 @@ _OTHERS = {
     "BMP": rb"BM",
     "JPEG 2000 or XL": rb"....(jP  |JXL )|\xff(\x4f|\x0a)",
 }
-# messages of Pillow about text and profiles that unpack to more than it allows
+# messages of Pillow about texts and profiles that decompress to more than it allows
 _METADATA = (
     *("MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY", "too much memory used in text chunks"),
-    "Decompressed Data Too Large",  # of a text chunk or a profile, in Pillow 10
+    "Decompressed Data Too Large",  # for a text chunk or a profile, in Pillow 10
 )
 
 
@@ -42,12 +42,12 @@ class RefusedImage(RefusedError):
     """Refusal of an image file that cannot be opened, or is not an image.
 
     Args:
-        where: Name of the image, in front of the message.
-        reason: The value and the remedy.
+        where: Name of the image, with which the message begins.
+        reason: The rule, the value and the remedy.
         code: ``image-name``, ``url``, ``outside-root``, ``missing``, ``unreadable``,
             ``too-many-bytes``, ``too-many-pixels``, ``side``, ``frames``, ``format``,
             ``metadata``, ``damaged``; from workers also ``memory``, ``timeout``, ``crashed``.
-        missing: Name of the file, where it does not exist.
+        missing: Name of the file, if it does not exist.
     """
 
     def __init__(self, where: str, reason: str, code: str, missing: str = "") -> None:
@@ -58,13 +58,13 @@ class RefusedImage(RefusedError):
         return RefusedImage, (self.where, self.reason, self.code, self.missing)
 
     def with_remedy(self, remedy: str) -> RefusedImage:
-        """Return the same refusal with another remedy that a command has."""
+        """Return the same refusal with a further remedy."""
         return RefusedImage(
             self.where, f"{self.reason.removesuffix('.')}, {remedy}.", self.code, self.missing
         )
 
     def at(self, where: str) -> RefusedImage:
-        """Return the same refusal for the same image in another place."""
+        """Return the same refusal with another name of the image."""
         return RefusedImage(where, self.reason, self.code, self.missing)
 
 
@@ -73,9 +73,9 @@ class ImageFacts:
     """Facts of an image that was decoded.
 
     Attributes:
-        sha256: Of the file's bytes.
-        width: Of the decoded image, its EXIF rotation applied.
-        height: Of the decoded image.
+        sha256: SHA-256 of the file's bytes.
+        width: Width of the decoded image, after its EXIF rotation.
+        height: Height of the decoded image, likewise.
         perceptual_hash: See :func:`realign.data.perceptual_hash.perceptual_hash`.
     """
 
@@ -89,7 +89,7 @@ def read_image(path: Path, where: str) -> bytes:
     """Read an image file of at most ``MAX_BYTES``.
 
     Raises:
-        RefusedImage: It is larger, or cannot be read.
+        RefusedImage: The file is larger, or cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -106,7 +106,7 @@ def read_image(path: Path, where: str) -> bytes:
 def image_size(file: Path | IO[bytes]) -> tuple[int, int]:
     """Return width and height as :func:`decode_image` would, from the header alone."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as decode_image, which says what is wrong
+        warnings.simplefilter("ignore")  # decode_image reports what is wrong
         image = Image.open(file, formats=FORMATS)
     with image:
         # 5 to 8 are the EXIF orientations with a quarter turn
@@ -117,21 +117,20 @@ def image_size(file: Path | IO[bytes]) -> tuple[int, int]:
 def decode_image(raw: bytes, where: str, max_pixels: int | None = None) -> Image.Image:
     """Decode image bytes to RGB, with EXIF rotation, transparency over white, 16-bit grey scaled.
 
-    Of a JPEG that holds further pictures (MPO: previews, depth, the other eye), the first one is
-    the photograph.
+    A JPEG may hold further pictures (MPO: previews, depth, the other eye); the first is decoded.
 
     Args:
         raw: The file's bytes.
-        where: What names the image, in front of a refusal.
-        max_pixels: Largest image that is decoded, by default ``MAX_PIXELS``. One of more than that
-            is halved until it has at most that many; only a process that has lifted Pillow's own
-            limit can do so.
+        where: Name of the image, for a refusal.
+        max_pixels: Largest number of pixels that is decoded, by default ``MAX_PIXELS``. An image of
+            more than ``MAX_PIXELS`` is halved until it has at most that many, which requires that
+            the process has lifted Pillow's own limit.
     Raises:
-        RefusedImage: Not a JPEG, PNG or WebP file, damaged, too small or large, or an animation.
+        RefusedImage: The file is not JPEG, PNG or WebP, damaged, too small or large, or animated.
     """
     _check_bytes(len(raw), where)
     with _refusing(raw, where), warnings.catch_warnings():
-        # of damaged metadata, which is not used, and of sizes, which are checked here
+        # about damaged metadata, which is not used, and about sizes, which are checked here
         warnings.simplefilter("ignore")
         image = Image.open(io.BytesIO(raw), formats=FORMATS)
         _check_size(image, where, max_pixels or MAX_PIXELS)
@@ -139,9 +138,9 @@ def decode_image(raw: bytes, where: str, max_pixels: int | None = None) -> Image
             reason = f"image must have one frame, got {frames}. Save one frame."
             raise RefusedImage(where, reason, "frames")
         if image.width * image.height > MAX_PIXELS:
-            image.draft("RGB", (image.width // 2, image.height // 2))  # of a JPEG, cheaply
+            image.draft("RGB", (image.width // 2, image.height // 2))  # cheap scaling of a JPEG
         image.load()
-        ImageOps.exif_transpose(image, in_place=True)  # else it copies what needs no turn
+        ImageOps.exif_transpose(image, in_place=True)  # no copy of images without rotation
         decoded = to_rgb(image)
         while decoded.width * decoded.height > MAX_PIXELS:
             decoded = decoded.reduce(2)
@@ -161,7 +160,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _grey_of_16_bits(image: Image.Image) -> Image.Image:
     transparent = image.info.get("transparency")
     grey = np.empty((image.height, image.width), np.uint8)
-    for top in range(0, image.height, STRIP):  # whole, the largest image would take a gigabyte
+    for top in range(0, image.height, STRIP):  # at once, the largest image would take a gigabyte
         bottom = min(top + STRIP, image.height)
         values = np.asarray(image.crop((0, top, image.width, bottom))).astype(np.int32)
         scaled = (values.clip(0, 65535) + 128) // 257  # to the nearest
@@ -199,9 +198,9 @@ def _refusing(raw: bytes, where: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         reason = f"image must have at most {MAX_PIXELS} pixels ({error}). Shrink it."
         raise RefusedImage(where, reason, "too-many-pixels") from None
-    except UnidentifiedImageError:  # its text is the address of our buffer
+    except UnidentifiedImageError:  # its message is the address of the buffer
         raise RefusedImage(where, format_problem(raw), "format") from None
-    except Exception as error:  # on damaged files, decoders raise any
+    except Exception as error:  # decoders raise all kinds of exceptions on damaged files
         is_metadata = any(phrase in str(error) for phrase in _METADATA)
         fault = "has too much metadata" if is_metadata else "is damaged"
         reason = f"image {fault} ({error}). Replace it or remove the row."
@@ -209,7 +208,7 @@ def _refusing(raw: bytes, where: str) -> Iterator[None]:
 
 
 def format_problem(raw: bytes) -> str:
-    """Return rule, value and remedy for bytes that are not a readable JPEG, PNG or WebP file."""
+    """Return the message for bytes that are not a readable JPEG, PNG or WebP file."""
     rule, remedy = f"image must be a readable {', '.join(FORMATS)} file", "Replace it"
     found = f"{len(raw)} bytes that begin with {raw[:12]!r}" if raw else "no bytes"
     for name, beginning in _OTHERS.items():

@@ -1,4 +1,4 @@
-"""Similarity of two texts by their words and pairs of neighbouring words."""
+"""Lexical similarity of two texts: by their words and pairs of neighbouring words."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ FUNCTION_WORDS = frozenset(
 
 
 def lexical(first: str, second: str) -> float:
-    """Return the Dice coefficient of the content words and of the pairs of neighbouring ones.
+    """Return the Dice coefficient of two texts' content words and pairs of neighbouring ones.
 
-    Equal texts give 1. Pairs make the order count: "red house, blue tree" and "blue house, red
-    tree" differ.
+    Equal texts give 1. Because of the pairs the order matters: "red house, blue tree" and "blue
+    house, red tree" differ.
     """
     a, b = _features(first), _features(second)
     total = a.total() + b.total()

@@ -1,4 +1,4 @@
-"""Search for images that a dataset names and its image folder does not have."""
+"""Search for images that a dataset names but that its image folder does not have."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import NamedTuple
 from realign.data.image_names import is_outside_name, is_url
 from realign.data.records import Problem
 
-TRIED = 100  # names that a guess is tried with
-FOUND = 0.9  # share of them that it has to find
-FOLDERS = 50  # subfolders that are looked into
-LEVELS = 3  # folders above that are looked into
+TRIED = 100  # number of names that a guess is tested with
+FOUND = 0.9  # share of these names that it must find
+FOLDERS = 50  # number of subfolders that are searched
+LEVELS = 3  # number of parent folders that are searched
 
 
 class _Guess(NamedTuple):
-    """A folder and the name of the file of ``{name}`` in it."""
+    """A folder, and the file name in it of an image called ``{name}``."""
 
     folder: Path
     pattern: str
@@ -35,18 +35,18 @@ def where_missing_images_are(
     file_name: str = "{name}",
 ) -> str:
     """Return a sentence with the option that finds most of the missing images; empty if they are
-    nowhere near the folder, or the problem is another one.
+    not found, or if images are not the main problem.
 
-    They are looked for in the folder under a longer name that ends with theirs, in the folders in
-    it, and in those above it.
+    The folder is searched for longer names that end with the missing ones, then its subfolders and
+    its parent folders.
 
     Args:
         root: The image folder.
-        problems: What is wrong with the rows.
-        num_rows: How many rows there are. Where fewer than half lack their image, the folder is not
-            the wrong one.
-        option: The option that says what a file is called, if the command has one.
-        file_name: Its value.
+        problems: Problems of the rows.
+        num_rows: Number of rows. If at most half of them lack their image, the folder is taken to
+            be the right one.
+        option: Option that sets the file names of images, if the command has one.
+        file_name: Value of that option.
     """
     names = list(dict.fromkeys(problem.missing for problem in problems if problem.missing))
     lacking = {problem.place for problem in problems if problem.missing}
@@ -63,15 +63,15 @@ def where_missing_images_are(
         found_at = file.name if guess.folder == root else str(file)
         if guess.pattern != file_name:
             if not option:
-                return f"{found_at} is there: give the files the names that the data has."
+                return f"{found_at} exists: rename the files to the names in the data."
             options.append(f"--set {option}={guess.pattern}")
-        return f"{found_at} is there: pass {' '.join(options)}."
+        return f"{found_at} exists: pass {' '.join(options)}."
     return ""
 
 
 def _guesses(root: Path, name: str) -> Iterator[_Guess]:
-    """Yield guesses at the place of an image, nearest first."""
-    yield _Guess(root, "{name}")  # an option gave it another name
+    """Yield guesses at the place of an image, the nearest first."""
+    yield _Guess(root, "{name}")  # an option may have given it another name
     yield from _longer(root, name)
     below = sorted(entry.path for entry in _entries(root) if entry.is_dir())[:FOLDERS]
     for folder in map(Path, below):
@@ -85,7 +85,7 @@ def _guesses(root: Path, name: str) -> Iterator[_Guess]:
 def _longer(folder: Path, name: str) -> Iterator[_Guess]:
     """Yield the file whose longer name ends with ``name``, if only one does."""
     found = [entry.name for entry in _entries(folder) if entry.name.endswith(name)]
-    longer = sorted(one for one in found if one != name)
+    longer = sorted(other for other in found if other != name)
     if len(longer) == 1:
         yield _Guess(folder, longer[0].removesuffix(name) + "{name}")
 

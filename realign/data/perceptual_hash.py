@@ -8,24 +8,24 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-# copies of an image differ in at most so many bits, see tests/realign/data/test_perceptual_hash.py
+# largest number of differing bits of copies, see tests/realign/data/test_perceptual_hash.py
 NEAR_BITS = 6
 _SIDE = 32
-_KEPT = 8  # lowest frequencies a direction
+_KEPT = 8  # number of lowest frequencies in each direction
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """Return the 64 signs of an image's lowest frequencies (pHash): the first 8 x 8 coefficients of
-    the discrete cosine transform of the grey image at 32 x 32, against their median.
+    """Return the pHash of an image: whether each of the first 8 x 8 coefficients of the discrete
+    cosine transform of its grey 32 x 32 version is above their median.
 
-    The constant coefficient, which is brightness alone, is replaced by the next diagonal one.
+    The constant coefficient, which is only the brightness, is replaced by the next diagonal one.
     """
     grey = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
     cosines = _cosines()
     frequencies = cosines @ np.asarray(grey, dtype=np.float64) @ cosines.T
     low = frequencies[:_KEPT, :_KEPT].copy()
     low[0, 0] = frequencies[_KEPT, _KEPT]
-    # an even image has none but rounding: its signs would be noise
+    # in an image of one colour the coefficients are rounding errors, whose order would be noise
     low = np.round(low, 3)
     bits = (low > np.median(low)).ravel()
     return int.from_bytes(np.packbits(bits).tobytes(), "big")

@@ -1,4 +1,4 @@
-"""Problems of a dataset's rows as people read them: by kind, counted, and refused together."""
+"""Problems of a dataset's rows, grouped by kind, counted, and refused together."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ def check_records(
     *,
     visit: Callable[[Record, bool], Iterable[Problem]] = lambda record, is_good: (),
 ) -> None:
-    """Refuse rows that would train on nothing or on wrong inputs, before anything is loaded.
+    """Refuse rows with empty, wrong or unreadable content before anything is loaded.
 
     Args:
         records: The rows.
-        placeholders: Image and other special tokens of the model; an answer must contain none.
-        visit: Called with every row, its images decoded, and whether it is good so far; returns its
-            further problems.
+        placeholders: Image and other special tokens of the model, which no text may contain.
+        visit: Function that is called with every row, its images decoded, and whether it is good so
+            far; returns further problems of the row.
     Raises:
-        RefusedError: The first bad rows of each kind, one a line, with id, value and remedy.
+        RefusedError: Rows are bad; the message has one line for each of the first rows of each
+            kind, with id, value and remedy.
     """
     special = special_tokens(placeholders)
     problems: list[Problem] = []
@@ -43,7 +44,7 @@ def check_records(
     refuse_problems(problems, len(records))
     if not records:
         raise RefusedError(
-            "data must have at least one row, got none. Add rows or give another --data."
+            "data must have at least one row, got none. Add rows, or name another dataset."
         )
 
 
@@ -56,12 +57,12 @@ def _image_problems(record: Record) -> Iterator[Problem]:
 
 
 def refuse_problems(problems: Sequence[Problem], num_rows: int, remedy: str = "") -> None:
-    """Refuse the problems of a dataset, if any: all are counted, the first of each kind shown.
+    """Refuse a dataset with problems: all are counted, and the first of each kind are shown.
 
     Args:
         problems: The problems.
         num_rows: Number of rows that were read, good and bad.
-        remedy: A sentence on what helps all of them.
+        remedy: A sentence with a remedy for all of them, or an empty text.
     Raises:
         RefusedError: There is a problem.
     """
@@ -73,9 +74,7 @@ def refuse_problems(problems: Sequence[Problem], num_rows: int, remedy: str = ""
 
 
 def by_kind(problems: Iterable[Problem]) -> list[list[Problem]]:
-    """Return problems by their kind, which differ in the row and the value alone; the most frequent
-    kind first.
-    """
+    """Return problems grouped by code and field, the most frequent kind first."""
     kinds: dict[tuple[str, str], list[Problem]] = {}
     for problem in problems:
         kinds.setdefault((problem.code, problem.field), []).append(problem)
@@ -83,7 +82,7 @@ def by_kind(problems: Iterable[Problem]) -> list[list[Problem]]:
 
 
 def shown_problems(problems: Sequence[Problem], show: int = SHOWN) -> str:
-    """Return problems as lines: the first of each kind, and how many more of it there are."""
+    """Return problems as lines: the first ones of each kind, and the number of further ones."""
     lines = []
     for kind in by_kind(problems):
         lines += [problem.message for problem in kind[:show]]

@@ -1,4 +1,4 @@
-"""Preference records, which are identified by their content, and their checks."""
+"""Preference records, identified by their content, and checks of their content."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from realign.runtime.files import canonical_json, content_sha256
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
 COUNTED = " (counting from 1)"  # after the number of a row that has no id
-IMAGE_TOKEN = "<image>"  # how the authors' JSON says where the image goes
+IMAGE_TOKEN = "<image>"  # placeholder of an image in the authors' JSON
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Problem:
     """One reason to refuse one row.
 
     Attributes:
-        row: The row's id, or its number from 1 where it has none.
-        place: File and line or row, as messages name it.
+        row: The row's id, or its number from 1 if it has none.
+        place: File and line or row, for messages.
         field: Field of the row that is wrong: ``image``, ``chosen``, ...; empty for the whole row.
         code: Short name of the kind of problem, such as ``empty``; stable across releases.
         message: Place, value and remedy, as a sentence for people.
@@ -43,7 +43,7 @@ class Problem:
 
     @classmethod
     def of(cls, error: RefusedError, row: str, place: str) -> Problem:
-        """Return the problem that a refusal of a row names."""
+        """Return the problem that an error about a row describes."""
         return cls(row, place, error.field, error.code, str(error), error.missing)
 
 
@@ -52,12 +52,12 @@ class Record:
     """One dual-preference pair.
 
     Attributes:
-        id: Names the row in messages and provenance; any string.
+        id: Any string; names the row in messages and provenance.
         images: Bytes of the original image files.
-        prompt: Turns before the answer, string contents, without image placeholders.
+        prompt: Turns before the answer, with string contents and without image placeholders.
         chosen: The preferred answer y_w.
         rejected: The induced answer y_l.
-        rejected_images: Bytes of the retrieved image files v_l; empty when there is no image pair.
+        rejected_images: Bytes of the retrieved image files v_l; empty if there is no image pair.
         meta: Provenance; anything JSON can hold.
         place: The row's file and place in it, for messages; not part of its content.
 
@@ -82,7 +82,7 @@ class Record:
 
     @cached_property
     def key(self) -> str:
-        """SHA-256 of exactly the parts of the row that a reference log-probability depends on."""
+        """SHA-256 of the row's content, on which its reference log-probabilities depend."""
         return content_sha256(
             canonical_json([list(self.prompt), self.chosen, self.rejected]),
             *map(content_sha256, self.images),
@@ -103,11 +103,11 @@ class Record:
 
     def open_images(self, *, rejected: bool = False) -> list[Image.Image]:
         """Decode the original or the retrieved images to RGB."""
-        which = self.rejected_images if rejected else self.images
-        return [decode_image(raw, self.image_place(rejected=rejected)) for raw in which]
+        files = self.rejected_images if rejected else self.images
+        return [decode_image(raw, self.image_place(rejected=rejected)) for raw in files]
 
     def image_place(self, *, rejected: bool) -> str:
-        """Return the name of the original or the retrieved images in messages."""
+        """Return the name of the original or the retrieved images, for messages."""
         file = self.source.get("retrieved_image" if rejected else "image")
         name = "rejected_images" if rejected else "images"
         return f"{self.where}, {name}" + (f" {file!r}" if file else "")
@@ -124,7 +124,7 @@ class OpenedRecord(Record):
         """Return an opened record of ``record``, which may be one already."""
         if isinstance(record, OpenedRecord):
             return record
-        values = {one.name: getattr(record, one.name) for one in fields(Record)}
+        values = {field.name: getattr(record, field.name) for field in fields(Record)}
         return cls(**values, original=record)
 
     @cached_property
@@ -151,7 +151,7 @@ class LazyRecords(Sequence[Record]):
 
     @abstractmethod
     def _read(self, index: int) -> Record:
-        """Read row ``index``, which is in range and not negative."""
+        """Read the row at ``index``, which is in range and not negative."""
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
@@ -162,7 +162,7 @@ class LazyRecords(Sequence[Record]):
         return self._read(numbers) if isinstance(numbers, int) else [*map(self._read, numbers)]
 
     def texts(self) -> Sequence[Record]:
-        """Return the same rows without their images; their ``key`` differs from the rows' own."""
+        """Return the same rows without their images; their ``key`` is therefore another one."""
         return self
 
 
@@ -184,7 +184,7 @@ def content_problems(record: Record, special: Sequence[str]) -> Iterator[Problem
 
     Args:
         record: The row.
-        special: From :func:`special_tokens`.
+        special: Tokens that no text may contain, from :func:`special_tokens`.
     """
 
     def problem(field: str, code: str, message: str) -> Problem:
@@ -230,16 +230,16 @@ def image_problem(record: Record, error: RefusedImage, *, rejected: bool) -> Pro
 
 
 def _normalised(text: str) -> str:
-    """Return a text with normalised spaces and Unicode forms."""
+    """Return a text with normalised whitespace and Unicode forms."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def token_remedy(name: str, text: str, token: str) -> str:
-    """Return the remedy for a special token in a text, which depends on its purpose."""
+    """Return the remedy for a special token in a text, which depends on the token's purpose."""
     if re.search("image|img|vision", token, re.IGNORECASE):
-        return "Remove it; the image goes before the prompt by itself."
+        return "Remove it; the image is put before the prompt automatically."
     if name != "prompt" and text.rstrip().endswith(token):
-        return "Remove it; the template ends the answer by itself."
+        return "Remove it; the chat template ends the answer automatically."
     return "Remove it from the text."
 
 
@@ -256,7 +256,7 @@ def _image_names(record: Record) -> str:
 
 
 def check_messages(turns: Any, where: str, name: str) -> tuple[Message, ...]:
-    """Check that messages have string contents; anything else would be trained on as its repr."""
+    """Return messages after checking that each has a role and a string content."""
     if not isinstance(turns, list) or not all(
         isinstance(turn, dict)
         and isinstance(turn.get("role"), str)

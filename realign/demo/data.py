@@ -1,5 +1,5 @@
-"""Writes the drawn world as files: images and instructions to build pairs from, and questions to
-measure models with.
+"""Write the drawn world as files: images with prompts and answers to build pairs from, and
+questions to evaluate models with.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from realign.demo.world import (
 from realign.runtime.files import write_json, write_jsonl
 
 MODEL = Path(__file__).with_name("model")
-# Fewer masks give closer negatives, of which hardly any keep four objects: at 40 % the pairs are
-# short descriptions, and training on them shortens all.
+# Fewer masks give rejected answers that are closer to the chosen ones, but then hardly any pair has
+# four objects: at 40 % most pairs are of short descriptions, and training shortens all answers.
 MASK_RATES = {"objects": 0.8, "attributes": 0.8, "relations": 0.8}
 
 
 def training_scenes(seed: int, count: int) -> list[Scene]:
-    """Return the scenes that the pairs of a seed are made from."""
+    """Return the scenes from which the pairs of a seed are made."""
     rng = Random(f"experiment train {seed}")
     return [half_scene(rng) for _ in range(count)]
 
 
 def write_training_data(folder: Path, count: int, seed: int) -> list[Scene]:
-    """Write ``images/train-*.png`` and ``train.jsonl``: for every scene a description and a yes/no
-    question, truly answered. Return the scenes.
+    """Write ``images/train-*.png`` and ``train.jsonl``, and return the scenes.
+
+    Every scene has a description and a yes/no question with its true answer.
     """
     scenes = training_scenes(seed, count)
     rng = Random(f"experiment questions {seed}")
@@ -54,14 +55,15 @@ def write_training_data(folder: Path, count: int, seed: int) -> list[Scene]:
 
 
 def build_config(world: Path, out: Path, seed: int, model: Path = MODEL) -> BuildConfig:
-    """Return how pairs are built from what :func:`write_training_data` wrote: four fifths of the
-    segments masked, yes and no always, unmasked words kept.
+    """Return the configuration to build pairs from the files of :func:`write_training_data`.
+
+    Four fifths of the segments are masked, yes and no always; unmasked words are kept.
 
     Args:
         world: Folder of the training data.
         out: Folder of the dataset.
-        seed: Of masks.
-        model: Folder of the model that refills masked answers.
+        seed: Seed of the masks.
+        model: Folder of the model that completes masked answers.
     """
     return BuildConfig(
         source=world / "train.jsonl",
@@ -78,8 +80,8 @@ def build_config(world: Path, out: Path, seed: int, model: Path = MODEL) -> Buil
 
 
 def write_eval_data(folder: Path, count: int, seed: int) -> None:
-    """Write ``images/eval-*.png`` and ``eval/``: POPE questions in three splits and descriptions,
-    on free scenes that no pair is made from.
+    """Write ``images/eval-*.png`` and ``eval/``: POPE questions in three splits, and images to
+    describe. No pair is made from these scenes, which are free ones.
     """
     rng = Random(f"eval {seed}")
     pope: dict[str, list[dict[str, Any]]] = {"random": [], "popular": [], "adversarial": []}
@@ -90,7 +92,7 @@ def write_eval_data(folder: Path, count: int, seed: int) -> None:
         save(scene, folder / "images" / image)
         present = question(rng.choice(sorted(scene.kinds)))
         for split, absent in absent_kinds(scene).items():
-            if absent:  # where all partners are there, the adversarial split has no question
+            if absent:  # if all partners are present, the adversarial split has no question
                 for text, label in ((present, "yes"), (question(rng.choice(absent)), "no")):
                     number_in_split = len(pope[split]) + 1
                     pope[split].append(

@@ -1,5 +1,5 @@
-"""Draws a :class:`~realign.demo.world.Scene`: 96 x 96 pixels, one object in each used cell of a 3
-x 3 grid.
+"""Draw a :class:`~realign.demo.world.Scene` of 96 x 96 pixels, with at most one object in each cell
+of a 3 x 3 grid.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from realign.runtime.files import replacing
 
 SIZE = 96
 CELL = SIZE // 3
-SUPERSAMPLE = (
-    4  # sprites are drawn this much larger and reduced, which is Pillow's only anti-aliasing
-)
+# Sprites are drawn larger by this factor and then reduced, since Pillow has no other anti-aliasing.
+SUPERSAMPLE = 4
 
 RGB = {
     "red": (214, 48, 49),
@@ -38,8 +37,8 @@ def draw(scene: Scene) -> Image.Image:
     """Return the scene as an RGB image. The same scene gives the same pixels."""
     image = Image.new("RGB", (SIZE, SIZE), BACKGROUNDS[scene.tint])
     for thing in scene.things:
-        # a small shift of each object, fixed by what it is, so that equal cells are not equal
-        # pixels
+        # every object is shifted a little, depending on the object and the scene, so that equal
+        # objects do not always have equal pixels
         jitter = Random(f"{thing.kind}{thing.color}{thing.cell}{scene.tint}{len(scene.things)}")
         row, column = divmod(thing.cell, 3)
         at = (column * CELL + jitter.randint(-2, 2), row * CELL + jitter.randint(-2, 2))
@@ -56,7 +55,7 @@ def png(scene: Scene) -> bytes:
 
 
 def save(scene: Scene, path: Path) -> None:
-    """Draw a scene into a PNG file; one that is there stays."""
+    """Draw a scene into a PNG file, unless the file exists."""
     if path.is_file():
         return
     path.parent.mkdir(parents=True, exist_ok=True)

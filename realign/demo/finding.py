@@ -1,4 +1,4 @@
-"""The first thing that the demo's page says: what the models show, in their scores."""
+"""The beginning of the demo's page: what the models' scores show."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ COLUMNS = {  # heading to task, metric
 def finding(
     scores: Mapping[str, Any], models: Sequence[DemoModel], seconds: Mapping[str, float]
 ) -> Lead:
-    """Return the sentences and the table that the page begins with.
+    """Return the sentences and the table with which the page begins.
 
     Args:
-        scores: What ``scores.json`` of the demo holds.
-        models: The trained models.
-        seconds: CPU seconds of their training, by name, for those that were trained in one go.
+        scores: Content of the demo's ``scores.json``.
+        models: Trained models.
+        seconds: Model name to the CPU seconds of its training, unless it was interrupted.
     """
     splits = {row["task"]: split_of(scores, row)["models"] for row in scores["table"]}
 
@@ -74,9 +74,7 @@ def finding(
 
 
 def _cost(models: Sequence[DemoModel], seconds: Mapping[str, float]) -> float | None:
-    """Return how many times the CPU time of DPO a pair of rDPO takes; None where it was not
-    measured.
-    """
+    """Return the CPU time per pair of rDPO divided by that of DPO; None if it was not measured."""
     epochs = {model.name: model.epochs for model in models}
     if not {"DPO", "rDPO"} <= seconds.keys():
         return None

@@ -1,4 +1,4 @@
-"""The models that the demo trains, side by side, each in a process with one thread."""
+"""The models of the demo, trained in parallel, each in a process with one thread."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PAIRS_PER_STEP = 16
 
 @dataclass(frozen=True)
 class DemoModel:
-    """One way to align the embedded model, at the setting that the experiment found for it.
+    """One way to align the built-in model, with the settings that the experiment found best.
 
     Attributes:
-        name: On the page.
-        pairs: ``pipeline`` or ``shortcut``.
+        name: Name on the page.
+        pairs: Kind of pairs: ``pipeline`` or ``shortcut``.
         epochs: Passes over the pairs.
         options: Other fields of :class:`realign.TrainConfig`.
     """
@@ -36,8 +36,8 @@ class DemoModel:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-# The settings that the experiment (docs/experiment.md) found best on pipeline pairs, in as many
-# passes over the pairs as come nearest to its steps. Shortcut pairs take the same settings.
+# The settings that the experiment (docs/experiment.md) found best on pipeline pairs. The epochs are
+# chosen so that the steps come closest to the experiment's. Shortcut pairs take the same settings.
 _SFT = {"objective": "sft", "learning_rate": 4e-4}
 _DPO = {"objective": "dpo", "learning_rate": 2e-4, "beta": 0.03}
 _RDPO = {"objective": "rdpo", "learning_rate": 4e-4, "beta": 0.01}
@@ -51,16 +51,16 @@ MODELS = (
     DemoModel("rDPO", "pipeline", 2.3, _RDPO),
     DemoModel("rDPO + NLL", "pipeline", 2.3, {**_RDPO, "nll_weight": 3.0}),
 )
-SHOWN = "rDPO + NLL"  # the model that the page's examples are of
+SHOWN = "rDPO + NLL"  # the model whose examples the page shows
 
 
 def train_models(configs: Mapping[str, TrainConfig], logs: Path, workers: int) -> dict[str, float]:
-    """Train models side by side. Their bytes do not depend on the number of processes.
+    """Train models in parallel. Their bytes do not depend on the number of processes.
 
     Args:
-        configs: Name of each model to its run.
-        logs: Folder for the messages of each run, and for the seconds that it took.
-        workers: Processes.
+        configs: Model name to the configuration of its run.
+        logs: Folder for the messages of each run and for its CPU seconds.
+        workers: Number of processes.
     Returns:
         CPU seconds of each run that was not interrupted.
     """

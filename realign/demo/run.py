@@ -1,10 +1,10 @@
-"""Runs ``realign demo``: every stage in order on the embedded world and model, then a page.
+"""Run ``realign demo``: every stage in order on the built-in world and model, then a page.
 
 <out>/world/            images, train.jsonl, eval/
 <out>/dataset/          preference pairs that `realign build` made
-<out>/shortcut.parquet  preference pairs that their words alone tell apart
+<out>/shortcut.parquet  preference pairs that can be told apart without their images
 <out>/cache/            reference log-probabilities
-<out>/checkpoint/       the model that the page calls aligned, with metrics.jsonl beside it
+<out>/checkpoint/       the model whose examples the page shows; metrics.jsonl lies beside it
 <out>/compare/NAME/     the other models
 <out>/logs/             messages of the training runs, and the CPU seconds that each took
 <out>/eval/             answers and scores of all models
@@ -50,13 +50,13 @@ def run_demo(out: Path, seed: int) -> dict[str, Any]:
 
     Args:
         out: Run folder.
-        seed: Of scenes, masks and order of rows.
+        seed: Seed of scenes, masks and the order of rows.
     Raises:
         RefusedError: The folder holds a demo with another seed.
     """
     check_out(out)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums of another number of threads may differ in the last bit
+    torch.set_num_threads(1)  # sums by another number of threads may differ in the last bit
     try:
         return _run(out, seed)
     finally:
@@ -88,7 +88,7 @@ def _run(out: Path, seed: int) -> dict[str, Any]:
                     data=dataset,
                     out=out / "cache",
                     batch_size=32,
-                    dtype="float32",  # full fine-tuning's, also on a GPU
+                    dtype="float32",  # as in the training runs, also on a GPU
                 )
             )
     with stages.run("train"):
@@ -135,7 +135,7 @@ def _run(out: Path, seed: int) -> dict[str, Any]:
 
 
 class _Stages:
-    """Runs the stages and shows how far the whole is."""
+    """Runs the stages and prints the progress of the demo."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -143,11 +143,12 @@ class _Stages:
 
     @contextmanager
     def run(self, name: str) -> Iterator[None]:
-        """Run the stage of that name, after a line with the time that is left."""
+        """Run a stage in the block, after a line with the time left for the demo."""
         done = sum(STAGES[name] for name in self.seconds)
         left = sum(STAGES.values()) - done
         spent = sum(self.seconds.values())
-        # the first stages of a busy machine foretell the others; those that were done before do not
+        # on a busy machine the first stages predict how slow the others are; stages that an earlier
+        # call finished take no time and predict nothing
         slowness = max(1.0, spent / done) if done else 1.0
         number = len(self.seconds) + 1
         self._console.rule(
@@ -160,19 +161,19 @@ class _Stages:
 
 
 def train_config(model: DemoModel, dataset: Path, out: Path, seed: int) -> TrainConfig:
-    """Return the run of one model: full fine-tuning with a frozen vision tower.
+    """Return the configuration of one model's run: full fine-tuning with a frozen vision tower.
 
     Args:
-        model: What is trained.
-        dataset: Its pairs.
+        model: Model to train.
+        dataset: Pairs to train on.
         out: Folder of the demo.
-        seed: Of the order of rows.
+        seed: Seed of the order of rows.
     """
-    shown = model.name == SHOWN
+    is_shown = model.name == SHOWN
     return TrainConfig(
         model=str(MODEL),
         data=dataset,
-        out=out if shown else out / "compare" / model.name.lower().replace(" ", "-"),
+        out=out if is_shown else out / "compare" / model.name.lower().replace(" ", "-"),
         cache=out / "cache",
         schedule="constant",
         batch_size=PAIRS_PER_STEP,

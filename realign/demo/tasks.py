@@ -1,5 +1,5 @@
-"""The instructions that the embedded model knows: describe, answer, complete a masked answer, mask
-an answer.
+"""The tasks that the built-in model is pretrained on: describe an image, answer a question,
+complete a masked answer, mask an answer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LOCATION_SHARE, QUESTION_SHARE = 0.25, 0.4
 
 
 class Example(NamedTuple):
-    """One turn: an image, what the user says, what the model should say."""
+    """One turn: an image, the user's prompt and the model's answer."""
 
     scene: Scene
     prompt: str
@@ -26,7 +26,7 @@ class Example(NamedTuple):
 
 
 def question_pair(scene: Scene, rng: Random) -> tuple[str, str]:
-    """Draw a yes/no question about an object, present or not with equal chance, and its answer."""
+    """Draw a yes/no question and its answer; the object is present with probability 1/2."""
     present = rng.random() < 0.5
     kind = rng.choice(
         sorted(scene.kinds) if present else [k for k in KINDS if k not in scene.kinds]
@@ -35,16 +35,17 @@ def question_pair(scene: Scene, rng: Random) -> tuple[str, str]:
 
 
 def location_pair(scene: Scene, rng: Random) -> tuple[str, str]:
-    """Draw a question about the place of an object of the scene and its colour."""
+    """Draw a question about the place of an object; the answer also names its colour."""
     thing = rng.choice(scene.things)
     return f"Where is the {thing.kind}?", f"The {thing.kind} {thing.place} is {thing.color}."
 
 
 def pretraining_example(scene: Scene, lexicon: Lexicon, rng: Random) -> Example:
-    """Draw a description, a yes/no question or a location question, and how it is asked.
+    """Draw a pretraining example: a description, a yes/no question or a location question.
 
-    Locations, which teach to look for what a question names, are asked plainly; the others 75 %
-    plainly, 18 % as a completion, 7 % as a masking.
+    Location questions, which teach the model to look for the named object, are asked directly. The
+    others are asked directly in 75 % of cases, as a completion of a masked answer in 18 %, and as
+    the masking of an answer in 7 %.
     """
     kind = rng.random()
     if kind < LOCATION_SHARE:

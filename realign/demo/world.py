@@ -1,10 +1,10 @@
-"""A seeded world of drawn scenes in which objects keep company, so that a model trained on it
+"""A seeded world of drawn scenes in which objects occur in pairs, so that a model trained on it
 hallucinates.
 
-Every object has a partner (house and tree, boat and fish, ...). In *habitual* scenes a partner is
-there 85 % of the time, so a model learns to name it without looking; in *half* scenes half of the
-time; *free* scenes draw their objects independently, which is where that habit shows. This module
-knows scenes and sentences; pixels are :mod:`realign.demo.drawing`'s.
+Every object has a partner (house and tree, boat and fish, ...). In *habitual* scenes the partner is
+present 85 % of the time, so a model learns to name it without looking; in *half* scenes, half of
+the time. The objects of *free* scenes are drawn independently; there the model's habit shows as
+hallucination. This module defines scenes and sentences; :mod:`realign.demo.drawing` draws them.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ DESCRIBE = "Describe the image."
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One drawn object: what it is, its colour, and the cell (0..8, reading order) that it stands
-    in.
-    """
+    """One drawn object: its kind, its colour, and its cell (0 to 8, in reading order)."""
 
     kind: str
     color: str
@@ -57,7 +55,7 @@ class Thing:
 
     @property
     def place(self) -> str:
-        """Its cell in words."""
+        """Name of the cell."""
         return PLACES[self.cell]
 
     def __str__(self) -> str:
@@ -66,9 +64,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Things in reading order, except that a thing whose partner is in the scene is followed by
-    it.
-    """
+    """Things in reading order, except that a partner follows its thing directly."""
 
     things: tuple[Thing, ...]
     tint: int  # which of the pale backgrounds
@@ -78,9 +74,8 @@ class Scene:
         return frozenset(thing.kind for thing in self.things)
 
     def caption(self) -> str:
-        """Return the true description: ``There is a red house at the top, a green tree on the left
-        and
-        ...``.
+        """Return the true description, such as "There is a red house at the top and a blue boat in
+        the middle.".
         """
         *most, last = map(str, self.things)
         return f"There is {', '.join(most)} and {last}." if most else f"There is {last}."
@@ -98,8 +93,8 @@ def question(kind: str) -> str:
 
 
 def habitual_scene(rng: Random, habit: float = HABIT) -> Scene:
-    """Draw a scene as the model meets them in pretraining: one or two objects, each with its
-    partner as often as ``habit`` says.
+    """Draw a scene as in the model's pretraining: one or two objects, each with its partner with
+    probability ``habit``, otherwise with another object.
     """
     kinds: list[str] = []
     for _ in range(rng.choice((1, 2, 2))):
@@ -115,12 +110,12 @@ def habitual_scene(rng: Random, habit: float = HABIT) -> Scene:
 
 
 def half_scene(rng: Random) -> Scene:
-    """Draw a scene whose objects have their partner half of the time."""
+    """Draw a scene in which each object has its partner half of the time."""
     return habitual_scene(rng, HALF_HABIT)
 
 
 def free_scene(rng: Random) -> Scene:
-    """Draw two to four objects independently: a partner is no likelier than anything else."""
+    """Draw a scene of two to four objects; a partner is as likely as any other object."""
     return _place(rng.sample(KINDS, rng.choice((2, 3, 4))), rng)
 
 
@@ -140,8 +135,8 @@ def _place(kinds: list[str], rng: Random) -> Scene:
 
 
 def absent_kinds(scene: Scene) -> dict[str, list[str]]:
-    """Return the kinds that are not in the scene, by POPE split: any, the most common ones,
-    partners of what is there.
+    """Return the kinds that are absent from a scene by split of POPE: all of them, the most common
+    ones, and the partners of present ones.
     """
     absent = [kind for kind in KINDS if kind not in scene.kinds]
     return {

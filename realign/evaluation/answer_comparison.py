@@ -38,7 +38,7 @@ def compare(
     """Compare stored answers of models, or of training runs of a method, with intervals and tests.
 
     Args:
-        benchmark: Its name; docs/guides/evaluation.md lists all.
+        benchmark: Name of the benchmark; docs/guides/evaluation.md lists all.
         answers: Model to its file of answers. A list holds the files of several training runs, and
             an object maps the name of each run to its file or to the files that it is spread over.
             The first model is the baseline; two models with several runs must name the same ones.
@@ -79,8 +79,8 @@ def compare(
 def named_files(options: Sequence[str]) -> Runs:
     """Return the files that options of the form ``NAME=FILE`` or ``NAME@RUN=FILE`` name.
 
-    A name that is given again holds another training run; so does one with another run, and a run
-    that is given again is spread over several files.
+    The same name with another file is another training run, as is the same name with another run. A
+    run that is given again is spread over several files.
 
     Raises:
         RefusedError: An option has another form, or a name is given both ways.
@@ -154,7 +154,7 @@ def _measure(
                 ungraded.append(key)
         _check_answers(model, found)
     number = max(map(len, readings.values()))
-    for key in ungraded:  # no judge reads them, so that every grading would be the same
+    for key in ungraded:  # no judge reads these answers, so all gradings are the same
         readings[key] *= number
     shared = {
         task: [row for row in rows if all(id(row) in texts[0] for texts in readings.values())]

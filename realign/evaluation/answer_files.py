@@ -51,7 +51,7 @@ def read_answers(
         tasks: Rows of each task.
         covers: Whether a row is scored. Answers to other rows may be there or not.
         allows_subset: Whether questions may be left out.
-        others: Rows of another part of the benchmark, whose answers may be there and are left out.
+        others: Rows of another part of the benchmark; their answers are ignored.
     Returns:
         answered: Each row to score that has an answer, in the order of the rows.
     Raises:
@@ -97,8 +97,8 @@ def _resolved(paths: Sequence[Path]) -> set[Path]:
 class _Found:
     """The answers of the files read so far; rows are known by their ``id()``.
 
-    An answer may be there once, or in several files of which each but one holds the replies of a
-    judge about it: those are gradings of the same answer.
+    An answer may be given once, or by several files that grade it: all but one of these must then
+    hold replies of a judge about it.
     """
 
     def __init__(self) -> None:
@@ -257,7 +257,7 @@ def _format_of(
     Raises:
         RefusedError: There is none; the record that lacks a field is named.
     """
-    # of the other formats, some have fields that the stored ones have too
+    # first, since the stored answers have all fields of some other formats
     formats = (STORED_ANSWERS, *benchmark.answer_formats, OWN_ANSWERS, ANSWERS_BY_ID)
     first = records[0][1]
     for form in formats:
@@ -279,7 +279,7 @@ def _format_of(
 
 
 def _check_fields(record: Record, form: AnswerFormat, where: str) -> None:
-    """Refuse fields that identify no question; the answer is checked with its question."""
+    """Refuse lists and objects as keys of questions; the answer is checked later."""
     for name in form.fields:
         if name != form.answer and isinstance(record[name], (dict, list)):
             raise RefusedError(

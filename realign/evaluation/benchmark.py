@@ -24,7 +24,7 @@ Record = Mapping[str, Any]  # of an answer file
 
 def sum_scores(rows: Sequence[ScoredRow]) -> ArrayLike:
     """Return the sum of the score vectors of a cluster."""
-    # of a few short vectors, for which an array takes longer
+    # there are few short vectors, for which NumPy is slower
     return [sum(column) for column in zip(*(scores for _, scores in rows), strict=True)]
 
 
@@ -71,7 +71,7 @@ class Rule:
     covers: Callable[[Row], bool] = lambda row: True
     """Return whether the rule scores a row. Some programs leave out questions without an image."""
     strips: bool = True
-    """True to remove the white space around an answer before it is scored."""
+    """Whether to remove white space around an answer before it is scored."""
     judging: Judging | None = None
     """The way the rule reads the replies of a judge. None for a rule that reads the answers."""
     needs_packages: bool = False
@@ -79,8 +79,9 @@ class Rule:
     leaves it out, so that no score depends on the machine; stored answers can be scored by it.
     """
     units: Mapping[str, UnitValues] = field(default_factory=dict)
-    """The units of each metric that is a mean: gained and lost ones are counted, and its standard
-    error has a closed form. Other metrics have intervals and permutation tests alone.
+    """The units of each metric that is a mean. Comparisons of such a metric count the gained and
+    lost units, and its standard error has a closed form. Other metrics have only intervals and
+    permutation tests.
     """
     note: str = ""
     """Text that is printed beside the scores, such as a fault of the published program."""
@@ -104,8 +105,8 @@ class TableRow(NamedTuple):
     more_is_better: bool = True
     is_headline: bool = False  # also shown as a tile and a plot
     scale: int = 100  # 100 prints a fraction in percent; with 1 the label names the unit
-    undefined: str = "there was nothing to count"  # why there is no value, where there is none
-    split: str = "all"  # whose metric it is
+    undefined: str = "there was nothing to count"  # the reason if the metric has no value
+    split: str = "all"  # the split of the metric
 
 
 class Prompt(NamedTuple):
@@ -178,7 +179,7 @@ OWN_ANSWERS = AnswerFormat(
     lambda record: (record["image"], record["text"]),
     lambda row: (row["image"], row["text"]),
 )
-"""The format that it stored before. One answer serves all rows with its image and text."""
+"""The format of earlier versions. One answer serves all rows with its image and text."""
 ANSWERS_BY_ID = AnswerFormat(
     ("id", "answer"), "answer", lambda record: str(record["id"]), lambda row: row.get("id")
 )
@@ -229,7 +230,7 @@ class Benchmark:
     answer_reader: Callable[[Path], list[tuple[str, Record]] | None] = lambda path: None
     """Read the records of an answer file that is neither JSON nor a table; None for other files."""
     answer_formats: Sequence[AnswerFormat] = ()
-    """Formats of answer files of other programs; those above are always read."""
+    """Formats of answer files of other programs; the formats above are always read."""
     constants: Mapping[str, str] = field(default_factory=dict)
     """Constant answers, whose scores are shown beside every score."""
     replies: Callable[[Record], Replies] = stored_replies

@@ -19,7 +19,7 @@ from realign.evaluation.statistics import Draws
 from realign.evaluation.table import SCHEMA
 from realign.generation.generator import Answer
 
-RUN = "1"  # the name of the run of a model that has one
+RUN = "1"  # the name of the run of a model with a single run
 # keys of rows that name clusters, where the key itself says little to a reader
 CLUSTER_WORDS = {"id": "question", "group": "question", "merged_set": "merged set"}
 
@@ -30,11 +30,11 @@ def score(
     """Score the answers of several models to the same items.
 
     Args:
-        tasks: By name.
-        answers: Model to answer by :func:`~realign.evaluation.rows.item_key`; the first model is
-            the baseline.
+        tasks: Name to task.
+        answers: Model to its answers by :func:`~realign.evaluation.rows.item_key`; the first model
+            is the baseline.
         resamples: Number of draws of the bootstrap, and of the permutation test.
-        seed: Of the draws.
+        seed: Seed of the draws.
     Returns:
         The content of ``scores.json``; docs/guides/evaluation.md has its keys.
     """
@@ -83,10 +83,10 @@ def comparison_of(
     """Return the scores and comparisons of ``scores.json``.
 
     Args:
-        measured: One of each benchmark, all with the same models.
-        table: The rows of the table. Their comparisons are adjusted for their number together.
-        draws: Which the intervals rest on.
-        models: Their names, the baseline first.
+        measured: Scores of each benchmark, all of the same models.
+        table: Rows of the table. All their comparisons together are adjusted for multiplicity.
+        draws: Draws on which the intervals rest.
+        models: Names of the models, the baseline first.
     """
     benchmarks = {found.benchmark.name: _entries(found) for found in measured}
     rows = [
@@ -185,19 +185,20 @@ def _split_entries(measured: Measured, rule: str) -> dict[str, Any]:
 def _adjust(
     rows: Sequence[dict[str, Any]], measured: Sequence[Measured], benchmarks: Mapping[str, Any]
 ) -> int:
-    """Adjust the comparisons of the rows of a table for their number; return that number.
+    """Adjust the comparisons of a table for their number by Holm's method; return the number.
 
-    The interval of the row with the smallest p value has the level of as many comparisons as there
-    are, the next one that of one fewer. From the first one that contains 0 on, none is taken to
-    show a difference, nor is one whose adjusted p value is not small: the bootstrap excludes 0 too
-    soon where hardly any item is gained or lost.
+    The comparisons are ordered by their p values. With n comparisons, the interval of the first has
+    the level 1 - 0.05 / n, the next one 1 - 0.05 / (n - 1), and so on. From the first comparison
+    whose interval contains 0, or whose adjusted p value exceeds 0.05, all are inside the noise. The
+    p value is required too, since the bootstrap interval excludes 0 too readily where hardly any
+    item is gained or lost.
     """
     tests = []
     for row, found in zip(rows, measured, strict=True):
         models = benchmarks[row["benchmark"]]["rules"][row["rule"]]["splits"][row["split"]]
         for model, metrics in models["models"].items():
             entry: Entry = metrics[row["metric"]]
-            # counts have no interval, so that no verdict could rest on one
+            # counts have no interval, so they get no verdict
             is_tested = entry["paired"] is not None and entry["difference_interval"] is not None
             if is_tested and entry["paired"]["p"] is not None:
                 tests.append((entry["paired"]["p"], row, model, found, entry))

@@ -24,8 +24,8 @@ from realign.generation.generator import Answer
 from realign.runtime.files import read_jsonl, write_jsonl
 from realign.runtime.progress import Progress
 
-HIGHEST = 2.0  # temperature that servers take
-ROUND = 16  # requests of a round, times those at a time: after each the progress is shown
+HIGHEST = 2.0  # the highest temperature that servers accept
+ROUND = 16  # a round has this many times the concurrent requests; progress is shown after each
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class JudgeModel:
     """The model that judges, and options that replace those of a benchmark's judge.
 
     Attributes:
-        endpoint: The server.
-        name: The name that the server knows the model by.
+        endpoint: Server of the model.
+        name: Name of the model on the server.
         temperature: Temperature of the first try; by default that of the benchmark's judge.
-        sends_temperature: False for models that take none.
+        sends_temperature: False for models that accept no temperature.
         max_tokens: Longest reply; by default that of the benchmark's judge.
         length_field: Name of that limit in a request.
     """
@@ -53,11 +53,11 @@ class Judged(NamedTuple):
     """The result of asking a judge.
 
     Attributes:
-        answers: All answers of the file.
+        answers: Number of all answers.
         read: Number of answers that a judge had to read.
-        without_verdict: Gradings whose last reply holds no verdict, or that have no reply.
-        asked: Requests that the server answered in this command.
-        from_journal: Requests that an earlier command had sent.
+        without_verdict: Number of gradings without a reply, or whose last reply has no verdict.
+        asked: Number of requests that the server answered during this call.
+        from_journal: Number of requests whose replies an earlier call had stored.
     """
 
     answers: int
@@ -80,18 +80,18 @@ def judge(
 ) -> Judged:
     """Have a model judge answers, and store its replies beside them.
 
-    Every reply is journalled before it is used, so that the same command continues a stopped one. A
-    reply without a verdict is asked for again, as often as the benchmark's judge is; the last one
-    is stored.
+    Every reply is written to a journal before it is used, so that the same command continues a
+    stopped one. If a reply has no verdict, the judge is asked again, up to the number of tries of
+    the benchmark; the last reply is stored.
 
     Args:
-        benchmark: Its name.
+        benchmark: Name of the benchmark.
         answers: Files of answers, in any format of the benchmark.
         data: Folder with the benchmark's published files.
         out: JSON lines that :func:`realign.evaluation.score` reads.
-        model: The judge.
+        model: Model that judges.
         prompt: Template of the prompt; by default this project's.
-        repeat: How often every answer is graded.
+        repeat: Number of gradings of every answer.
         allow_subset: Whether questions may lack an answer.
     Raises:
         RefusedError: The benchmark has no judge, the prompt lacks a placeholder, a file has another
@@ -100,7 +100,7 @@ def judge(
     chosen = find_benchmark(benchmark)
     by = chosen.judge
     if by is None:
-        names = ", ".join(one.name for one in BENCHMARKS if one.judge)
+        names = ", ".join(known.name for known in BENCHMARKS if known.judge)
         raise RefusedError(
             f"benchmark must be one that a judge scores ({names}), got {benchmark}. Score its "
             "answers with `realign eval score`."
@@ -121,7 +121,7 @@ def judge(
         for grading in gradings:
             grading.ask(progress)
     journal.parent.mkdir(parents=True, exist_ok=True)
-    journal.touch()  # also where nothing had to be asked: it shows whose file this is
+    journal.touch()  # even if no request was sent: it shows that this command wrote ``out``
     write_jsonl(out, [_record(item, pieces, gradings, model) for item in answered])
     return Judged(
         len(answered),
@@ -133,11 +133,10 @@ def judge(
 
 
 def _check_out(out: Path, journal: Path, answers: Sequence[Path], name: str) -> None:
-    """Refuse to overwrite anything but a file of the same judge. If no answer of a file was read by
-    a judge, as may happen with MMBench, the journal beside it shows that this command wrote it.
+    """Refuse to overwrite anything but a file of the same judge.
 
-    Raises:
-        RefusedError: It would.
+    If the judge had to read no answer of a file, as may happen with MMBench, the journal beside the
+    file shows that this command wrote it.
     """
     if not out.exists():
         return
@@ -155,7 +154,7 @@ def _check_out(out: Path, journal: Path, answers: Sequence[Path], name: str) -> 
 
 
 class _Pieces:
-    """The answers to ask about. All are prepared before the first request, to refuse early."""
+    """The answers to ask about, all prepared before the first request, to refuse early."""
 
     def __init__(
         self, benchmark: Benchmark, by: Judge, template: JudgePrompt, answered: Sequence[Answered]
@@ -172,7 +171,7 @@ class _Pieces:
                 self.values[item.row["id"]] = by.values(item.row, answer)
 
     def prompt_name(self, row: Row) -> str:
-        """Return the name of the prompt, which states whether a part of it comes from the data."""
+        """Return the prompt's name, which states whether the data supply a part of the prompt."""
         taken = [name for name in self.template.defaults if name in self.values[row["id"]]]
         return self.template.name + (f" with the data's {taken[0]}" if taken else "")
 
@@ -212,7 +211,7 @@ class _Grading:
             min(first + by.temperature_step * attempt, HIGHEST)
             if model.sends_temperature
             else None,
-            # gradings and tries are asked anew, also where nothing else differs
+            # each grading and each try has a seed of its own, so that its request is sent again
             self._number * by.tries + attempt,
             model.length_field,
         )

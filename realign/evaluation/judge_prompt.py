@@ -13,8 +13,8 @@ from realign.generation.generator import Request
 from realign.runtime.files import content_sha256, read_utf8
 
 FOLDER = Path(__file__).with_name("judge_prompts")
-VERSION = 1  # of all prompts of ours, raised with any change of their text
-USER_LINE = "--- user ---"  # parts a system turn from the user's
+VERSION = 1  # of all prompts of this project, raised with any change of their texts
+USER_LINE = "--- user ---"  # separates the system turn from the user's turn
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class JudgePrompt:
     """The text that a judge is sent about an answer.
 
     Attributes:
-        name: Name in the scores. A file never has the name of the published prompt, whatever it
-            holds.
+        name: Name in the scores. The prompt of a file is never named like a built-in one, even if
+            the texts are equal.
         system: Template of the system turn; empty for none.
         user: Template of the user's turn.
-        defaults: Texts of placeholders for which a benchmark's files have none.
+        defaults: Placeholder to its text if the benchmark's files have none.
     """
 
     name: str
@@ -38,8 +38,8 @@ class JudgePrompt:
         """Return the request about an answer.
 
         Args:
-            values: Texts by placeholder.
-            reminder: Text below the user's turn.
+            values: Placeholder to text.
+            reminder: Text to append to the user's turn.
         """
         given = {**self.defaults, **values}
         system, user = self.system.format_map(given), self.user.format_map(given)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from realign.errors import RefusedError
 from realign.evaluation.rows import Row
 
-REPLY = "judge_reply"  # of our answer files: a string, null, or a list of them
-JUDGE = "judge"  # of our answer files: who was asked, and with which prompt
+REPLY = "judge_reply"  # field of answer files: a string, null, or a list of them
+JUDGE = "judge"  # field of answer files: the model that was asked, and the prompt
 
 
 class Reply(NamedTuple):
@@ -75,8 +75,8 @@ class Judge:
     placeholders: tuple[str, ...]
     """Names in the prompt, each of which stands for a text."""
     values: Callable[[Row, str], Mapping[str, str]]
-    """Map a row and its answer to the text of every placeholder. A placeholder that the files of
-    the benchmark lack has a text of ours.
+    """Map a row and its answer to the text of every placeholder. If the benchmark's files lack the
+    text of a placeholder, this project's text is used.
 
     Raises:
         RefusedError: The files of the benchmark lack a text that the judge must see.
@@ -91,14 +91,14 @@ class Judge:
     temperature_step: float = 0.0
     """The amount that every further try adds to the temperature."""
     reminder: str = ""
-    """Text that every further try has below the prompt."""
+    """Text that every further try appends to the prompt."""
 
 
 def required(row: Row, name: str) -> str:
     """Return a text of a row that a judge must see.
 
     Raises:
-        RefusedError: There is none.
+        RefusedError: The row does not have it.
     """
     value = row.get(name)
     if not isinstance(value, str):
@@ -110,12 +110,12 @@ def required(row: Row, name: str) -> str:
 
 
 def constant(verdict: str) -> Callable[[Any], str]:
-    """Return a function that gives one verdict, whatever the row or the reply."""
+    """Return a function that returns one verdict for every row or reply."""
     return lambda value: verdict
 
 
 def parsed(read: Callable[[str], str | None]) -> Callable[[Row, str], str | None]:
-    """Return a function of a row and a reply that reads the reply alone."""
+    """Return a function of a row and a reply that reads only the reply."""
     return lambda row, reply: read(reply)
 
 

@@ -50,15 +50,14 @@ class Place(NamedTuple):
 
 
 class Measured:
-    """Scores of several models with intervals, and the comparisons with the first of them.
+    """Scores of several models with intervals, and comparisons with the first model.
 
     Args:
         benchmark: Benchmark of the questions.
-        rows: The questions that all of them answered, each with its ``splits``.
-        texts: Answers of each run of a model to the rows that a rule scores, as the rule reads
-            them; several times if a judge graded them several times. The first model is the
-            baseline.
-        rules: Rules that score them.
+        rows: Questions that all models answered, each with its ``splits``.
+        texts: Run of a model under a rule to its answers to the rows that the rule scores, as the
+            rule reads them; one list per grading by a judge. The first model is the baseline.
+        rules: Rules that score the answers.
         draws: Number of draws of clusters.
         facts: Further facts of the benchmark in files and tables, such as the version of the data.
     Raises:
@@ -102,7 +101,7 @@ class Measured:
         }
         self.sums = {run: joined_sums(found) for run, found in parts.items()}
         self._by_grading = {
-            run: [self._values(self._plain[run.rule], one) for one in found]
+            run: [self._values(self._plain[run.rule], grading) for grading in found]
             for run, found in parts.items()
             if len(found) > 1
         }
@@ -156,7 +155,7 @@ class Measured:
                         yield Run(rule, model, own[0]), Run(rule, self.baseline, own[1])
 
     def _swap(self, run: Run, base: Run) -> dict[Place, int]:
-        """Return how many draws of exchanged clusters reach the observed difference."""
+        """Return in how many permutations each difference is at least as large as observed."""
         own, other = self.sums[run].vectors, self.sums[base].vectors
         rule = self.rules[run.rule]
         gaps = {split: own[split] - other[split] for split in own}
@@ -178,7 +177,7 @@ class Measured:
                 with np.errstate(invalid="ignore"):
                     found = np.abs(np.asarray(value) - np.asarray(second[place]))
                 least = abs(observed[place])
-                # a draw in which the metric is not defined counts as large, so that p is no smaller
+                # a draw with an undefined metric counts as large, which can only increase p
                 extremes[place] += int((~(found < least - 1e-9 * max(1.0, least))).sum())
         return extremes
 
@@ -187,7 +186,7 @@ class Measured:
         return [*next(points for run, points in self.points.items() if run.rule == rule)]
 
     def constants(self, rule: str) -> dict[str, dict[Place, float]]:
-        """Return the scores of the constant answers that no judge has to read."""
+        """Return the scores of constant answers, except those that a judge would have to read."""
         chosen = self._plain[rule]
         rows = [self.all_rows[i] for i in self.rows[rule]]
         found = {}
@@ -215,7 +214,7 @@ class Measured:
     def difference_interval(
         self, rule: str, model: str, place: Place, entry: Entry, level: float
     ) -> list[float] | None:
-        """Return the interval of the difference that an entry holds, at another level."""
+        """Return the interval of an entry's difference at another level."""
         pairs = self.pairs[model]
         if len(pairs) == 1:
             ((own, base),) = pairs.values()
@@ -225,7 +224,7 @@ class Measured:
 
     @staticmethod
     def defined(value: float | None) -> float | None:
-        """Return a value as files hold it, None where it is not defined."""
+        """Return a value as files hold it; None for an undefined one."""
         return None if value is None else finite_or_null(value)
 
     def _own(self, run: Run, place: Place) -> Entry:
@@ -329,7 +328,7 @@ class Measured:
 
 
 def _over_seeds(entries: Mapping[str, Entry]) -> Entry:
-    """Return the mean over training runs with its t-interval; items are never pooled with them."""
+    """Return the mean over training runs with its t-interval; items of runs are never pooled."""
     values = [entry["value"] for entry in entries.values()]
     is_defined = None not in values
     first = next(iter(entries.values()))
@@ -353,10 +352,10 @@ def _times(scale: float, value: float | None) -> float | None:
 def _pairs(
     runs: Mapping[str, Sequence[str]], baseline: str, model: str
 ) -> dict[str, tuple[str, str]]:
-    """Return the runs of a model and of the baseline that are compared, by a name of each pair.
+    """Return the pairs of a model's and the baseline's runs to compare, each under a name.
 
     Raises:
-        RefusedError: Both have several and not the same.
+        RefusedError: Both have several runs whose names differ.
     """
     own, base = runs[model], runs[baseline]
     if model == baseline:

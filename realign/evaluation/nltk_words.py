@@ -1,5 +1,5 @@
-"""Words of captions as NLTK's tokenizer, tagger and WordNet have them, for rules whose programs use
-them. The user installs NLTK and its data; nothing else requires them.
+"""Words of captions by NLTK's tokenizer, tagger and WordNet, for the rules of programs that use
+these. The user installs NLTK and its data; nothing else requires them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _PARTS_OF_SPEECH = {"J": "a", "V": "v", "N": "n", "R": "r"}  # the first letter 
 
 
 def lemmas(caption: str) -> list[str]:
-    """Return the lemma of every token of a caption, as the part of speech that it is tagged as.
+    """Return the lemma of every token of a caption, by the part of speech that NLTK tags it with.
 
     Raises:
         RefusedError: NLTK or its data is missing.
@@ -30,7 +30,7 @@ def lemmas(caption: str) -> list[str]:
 
 
 def nouns(caption: str) -> list[str]:
-    """Return the lemma of every token of a caption that is tagged as a noun; case is kept.
+    """Return the lemma of every token of a caption that NLTK tags as a noun; case is kept.
 
     Raises:
         RefusedError: NLTK or its data is missing.
@@ -47,13 +47,13 @@ def _nltk() -> tuple[Any, Any]:
         nltk: Any = import_module("nltk")
     except ModuleNotFoundError:
         raise RefusedError(
-            "This rule requires NLTK, which is not installed. Call pip install nltk and python -m "
+            "This rule requires NLTK, which is not installed. Run pip install nltk and python -m "
             f"nltk.downloader {' '.join(DATA)}, or name a rule that needs no tagger."
         ) from None
     found = version("nltk")
     if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST:
         raise RefusedError(
-            f"nltk must be of version 3.9 or later, whose data holds no pickles, got {found}. Call "
+            f"nltk must be of version 3.9 or later, whose data holds no pickles, got {found}. Run "
             "pip install --upgrade nltk."
         )
     lemmatize = import_module("nltk.stem").WordNetLemmatizer().lemmatize
@@ -63,7 +63,7 @@ def _nltk() -> tuple[Any, Any]:
     except LookupError as error:
         name = next((name for name in DATA if name in str(error)), "all of it")
         raise RefusedError(
-            f"This rule requires the data of NLTK, of which {name} is missing. Call python -m "
+            f"This rule requires the data of NLTK, of which {name} is missing. Run python -m "
             f"nltk.downloader {' '.join(DATA)}, or name a rule that needs no tagger."
         ) from None
     return nltk, lemmatize

@@ -64,8 +64,8 @@ def mentioned(caption: str, synonyms: Synonyms) -> set[str]:
 
 
 def mentions(caption: str, synonyms: Synonyms) -> Iterator[tuple[str, frozenset[str]]]:
-    """Yield each phrase of a caption that names objects, in order and in small letters, with those
-    that it names.
+    """Yield each phrase of a caption that names objects, in order and in lower case, with the
+    objects that it names.
     """
     phrases, longest = _phrases(tuple((name, tuple(words)) for name, words in synonyms.items()))
     text = _plain(caption)
@@ -83,8 +83,8 @@ def check_words(name: str, words: Sequence[str], where: str) -> None:
     """Refuse words of an object that no caption could name.
 
     Raises:
-        RefusedError: There are none, one is punctuation alone, or one is of a script in which words
-            cannot be told apart.
+        RefusedError: There are no words, a word is only punctuation, or a word is of a script
+            without spaces between words.
     """
     if not words:
         raise RefusedError(
@@ -147,8 +147,8 @@ def _phrase(text: str) -> str:
 
 
 def _keys(text: str, words: Sequence[Word]) -> Iterator[str]:
-    """Yield the first word, the first two words, and so on, with what stands between them: one
-    space for spaces, a hyphen or nothing.
+    """Yield the first word, the first two words, and so on, with one space between words that
+    spaces, a hyphen or nothing separates, and any other separator as it is.
     """
     key = ""
     for i, word in enumerate(words):
@@ -190,7 +190,7 @@ def _kind(letter: str) -> str:
 
 
 def _plurals(word: str) -> Iterator[str]:
-    """Yield the plurals that a word may have, some of which are no words."""
+    """Yield possible plurals of a word; some of them are not English words."""
     yield f"{word}s"
     yield f"{word}es"
     if re.search(r"[^aeiou]y\Z", word):

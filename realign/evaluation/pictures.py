@@ -37,23 +37,23 @@ class _Faults:
 
     total: int = 0
     missing: list[str] = field(default_factory=list)
-    looked_for: list[str] = field(default_factory=list)  # where the first missing one was
+    looked_for: list[str] = field(default_factory=list)  # paths tried for the first missing image
     unreadable: list[str] = field(default_factory=list)
 
 
 def read_pictures(
     tasks: Mapping[str, Task], data: Mapping[str, Path], images: Path, unpacked: Path
 ) -> dict[tuple[str, str], Picture]:
-    """Find and decode every image that a row names, once.
+    """Find every image that a row names, and decode it once.
 
     Args:
-        tasks: By name.
+        tasks: Name to task.
         data: Folder with the files of each benchmark.
         images: Folder of the images.
         unpacked: Folder to which :func:`unpack_pictures` will write the images that lie in files.
     Raises:
         RefusedError: Images are missing or unreadable; all are counted, and the first of each
-            benchmark are named with their rows and places.
+            benchmark are named with their rows and paths.
     """
     found: dict[tuple[str, str], Picture] = {}
     faults: dict[str, _Faults] = defaultdict(_Faults)
@@ -135,7 +135,7 @@ def _packed(
 def unpack_pictures(
     tasks: Mapping[str, Task], data: Mapping[str, Path], pictures: Pictures
 ) -> None:
-    """Write the images that lie in the files of benchmarks, where they are not written yet."""
+    """Write the images that lie in the files of benchmarks, unless they are already written."""
     for name in {task.benchmark.name for task in tasks.values() if task.benchmark.read_images}:
         for image, raw in _raw_images(name, tasks, data):
             path = pictures[name, image].path

@@ -1,5 +1,5 @@
-"""Probes of answers that a score does not show: their length, and the shares that are cut, repeat
-themselves or say yes.
+"""Properties of answers that a score does not show: their lengths, and the shares of answers that
+are cut off, repeat themselves or say yes.
 """
 
 from __future__ import annotations

@@ -48,24 +48,26 @@ score`` takes them.
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """Return the benchmark with a name; of two, the one with published data.
+    """Return the benchmark with a name; of two with the same name, the one with published data.
 
     Raises:
-        RefusedError: There is none.
+        RefusedError: No benchmark has the name.
     """
     return _named(name)[0]
 
 
 def find_rule(name: str, rule: str, *, takes_parts: bool = False) -> tuple[Benchmark, Rule]:
-    """Return the benchmark of a name that has a rule, and the rule. CHAIR's published data and data
-    of one's own are two benchmarks with one name, whose rules differ.
+    """Return the benchmark with a name that has a rule, and the rule.
+
+    CHAIR on the published data and CHAIR on the user's own data are two benchmarks with one name
+    and different rules.
 
     Args:
-        name: Of the benchmark.
-        rule: Of the rule.
-        takes_parts: Whether the message about an unknown name lists those of :data:`PARTS` too.
+        name: Name of the benchmark.
+        rule: Name of the rule.
+        takes_parts: Whether the message about an unknown name also lists those of :data:`PARTS`.
     Raises:
-        RefusedError: There is none.
+        RefusedError: No benchmark has the name, or none with the name has the rule.
     """
     named = _named(name, [*PARTS] if takes_parts else [])
     for benchmark in named:
@@ -81,16 +83,16 @@ def find_rule(name: str, rule: str, *, takes_parts: bool = False) -> tuple[Bench
 def read_rule_tasks(
     benchmark: Benchmark, rule: str, data: Path, named: Callable[[], Collection[str]]
 ) -> dict[str, Task]:
-    """Read the rows of every task of a benchmark, which a rule is to score.
+    """Read the rows of every task of a benchmark, for a rule to score.
 
     Args:
-        benchmark: From :func:`find_rule`.
+        benchmark: Benchmark from :func:`find_rule`.
         rule: Name of the rule.
-        data: The folder.
-        named: Returns the keys of the questions that answers name.
+        data: Folder with the benchmark's files.
+        named: Function that returns the keys of the questions that answers name.
     Raises:
-        MissingData: The folder has no file of the benchmark. The message names the rules that read
-            what the folder has, where it holds another form of the benchmark.
+        MissingData: The folder has no file of the benchmark. If it has files of another form of the
+            benchmark, the message names the rules that read those.
         RefusedError: A file has another form.
     """
     try:
@@ -99,7 +101,9 @@ def read_rule_tasks(
         for other in BENCHMARKS:
             if other.name != benchmark.name or other is benchmark:
                 continue
-            if file := next(filter(None, (one.first_in(data) for one in other.layouts)), None):
+            if file := next(
+                filter(None, (layout.first_in(data) for layout in other.layouts)), None
+            ):
                 wanted = benchmark.layouts[0].files
                 raise MissingData(
                     f"data must hold {next(iter(wanted.values()))[0]} for the rule {rule} of "
@@ -126,16 +130,17 @@ def _named(name: str, parts: Sequence[str] = ()) -> list[Benchmark]:
 
 
 def find_data(data: Path, names: Sequence[str]) -> dict[Benchmark, Path]:
-    """Return the folder with the files of each benchmark to ask: ``data`` itself, or the folder in
-    it that has the benchmark's name.
+    """Return the folder with the files of each benchmark to ask: ``data`` itself, or its subfolder
+    with the benchmark's name.
 
     Args:
-        data: The folder.
-        names: The benchmarks; none for all whose files are there, where the others are announced.
+        data: Folder of all benchmarks.
+        names: Names of the benchmarks to ask. Without names, all benchmarks with files are asked,
+            and the others are announced.
     Raises:
-        RefusedError: A name is unknown or given twice, a named benchmark has no files or there is
-            none at all, or a benchmark has files in both places or in two forms that cannot be
-            asked together.
+        RefusedError: A name is unknown or given twice, a named benchmark has no files, no benchmark
+            has files, or a benchmark has files in both folders or in two forms that cannot be asked
+            together.
     """
     if again := next((name for name in names if names.count(name) > 1), None):
         raise RefusedError(f"benchmark must name each one once, got {again!r} again. Drop one.")
@@ -160,7 +165,7 @@ def find_data(data: Path, names: Sequence[str]) -> dict[Benchmark, Path]:
         )
     absent = [name for name in forms if name not in form_names]
     if absent and names:
-        forms[absent[0]][-1].find_layout(data)  # which says what it looks for
+        forms[absent[0]][-1].find_layout(data)  # raises, and names the files it looks for
     if not found:
         files = [
             f"{form.name}: {next(iter(form.layouts[0].files.values()))[0]}"
@@ -188,7 +193,7 @@ def read_tasks(folders: Mapping[Benchmark, Path]) -> dict[str, Task]:
     for benchmark, folder in folders.items():
         name = benchmark.name
         found, layout = benchmark.read_tasks(folder), benchmark.find_layout(folder)
-        if not any(task.rows for task in found.values()):  # of CHAIR without a list of images
+        if not any(task.rows for task in found.values()):  # CHAIR without a list of images
             raise RefusedError(
                 f"{name}: {folder} must say what is asked, got no question. Add the list of images "
                 "that docs/guides/evaluation.md names."

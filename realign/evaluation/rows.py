@@ -1,4 +1,4 @@
-"""Rows of benchmark files: their reading, their checks, and their keys by content."""
+"""Read and check rows of benchmark files, and return their keys."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from realign.errors import RefusedError
 from realign.runtime.files import canonical_json, content_sha256
 from realign.runtime.strict_json import iter_jsonl, read_json
 
-Row = dict[str, Any]  # "image", "text", "where" (its file and line), and keys of its benchmark
+Row = dict[str, Any]  # "image", "text", "where" (file and line), and keys of the benchmark
 
 
 def read_records(path: Path) -> list[tuple[str, Any]]:
@@ -20,7 +20,7 @@ def read_records(path: Path) -> list[tuple[str, Any]]:
     Returns:
         records: The place of each value, as messages name it, and the value.
     Raises:
-        RefusedError: The file is empty, not UTF-8, or neither of the two.
+        RefusedError: The file is empty, not UTF-8, or neither a JSON list nor JSON lines.
     """
     if not path.is_file():
         raise RefusedError(f"{path} must be a file, got none. Put the file there.")
@@ -44,7 +44,7 @@ def read_member(path: Path, key: str) -> list[Any]:
     """Read the list that a JSON object holds under a key.
 
     Raises:
-        RefusedError: The file is not JSON or no such object, or the list is empty.
+        RefusedError: The file does not hold a JSON object with the key, or the list is empty.
     """
     content = read_json(path)
     values = content.get(key) if isinstance(content, dict) else None
@@ -57,15 +57,15 @@ def read_member(path: Path, key: str) -> list[Any]:
 
 
 def read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Read a table with a header, of tabs (``.tsv``) or commas (``.csv``), row by row.
+    """Read a table with a header, separated by tabs (``.tsv``) or commas (``.csv``).
 
-    Images in such tables can make them large.
+    Rows are read one by one, since tables with images can be large.
 
     Yields:
         The place of each row, as messages name it, and its values by column.
     Raises:
-        RefusedError: It is not UTF-8, has no row, a column twice, an open quotation mark, or a row
-            of another length than the header.
+        RefusedError: The table is not UTF-8 or has no row, a column occurs twice, a quotation mark
+            is not closed, or a row has more or fewer values than the header.
     """
     csv.field_size_limit(1 << 30)
     dialect = "excel-tab" if path.suffix == ".tsv" else "excel"
@@ -85,7 +85,7 @@ def read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                     )
                 yield where, dict(zip(header, values, strict=True))
     except UnicodeDecodeError as error:
-        raise RefusedError(f"{path} must be UTF-8 ({error}). Save it so.", code="utf-8") from None
+        raise RefusedError(f"{path} must be UTF-8 ({error}). Convert it.", code="utf-8") from None
     except csv.Error as error:
         raise RefusedError(
             f"{path.name}, row {number + 1} must be a row of a table, got one that is not "
@@ -96,7 +96,7 @@ def read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def rows_digest(rows: Iterable[Mapping[str, Any]], *keys: str) -> str:
-    """Return a digest of 16 hexadecimal digits of some keys of all rows, in any order."""
+    """Return a digest of 16 hexadecimal digits over some keys of all rows, whatever their order."""
     lines = sorted(canonical_json([row[key] for key in keys]) for row in rows)
     return content_sha256(*lines)[:16]
 
@@ -107,8 +107,8 @@ def row_id(row: Mapping[str, Any]) -> str:
 
 
 def item_key(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the key of a row among all benchmarks: benchmark and id, or image and text for a row
-    that no benchmark has read.
+    """Return the key of a row among all benchmarks: benchmark and id, or image and text if the row
+    was not read by a benchmark.
     """
     key: tuple[str, str] = row.get("item") or (row["image"], row["text"])
     return key
@@ -143,10 +143,10 @@ def read_rows(path: Path, **keys: Key) -> list[Row]:
 
 
 def check_row(row: Any, where: str, keys: Mapping[str, Key]) -> Row:
-    """Return a row with ``where`` added, which names its place in a file.
+    """Return a row with the key ``where``, its place in the file.
 
     Raises:
-        RefusedError: It is not an object, lacks a key or has an invalid value.
+        RefusedError: The row is not an object, lacks a key or has an invalid value.
     """
     if not isinstance(row, dict):
         raise RefusedError(

@@ -1,10 +1,12 @@
 """The command ``realign eval``: ask models the same questions once, store and compare answers.
 
 <data>/                             the files of any benchmarks (docs/guides/evaluation.md)
-<out>/answers/NAME.jsonl            :mod:`realign.evaluation.stored_answers`, a line for each item
-<out>/answers/NAME.header.json      what the answers depend on
-<out>/journal/NAME/, unpacked/      answers while a model is asked; images that lie in files
-<out>/scores.json, samples/
+<out>/answers/NAME.jsonl            one line per item (see realign.evaluation.stored_answers)
+<out>/answers/NAME.header.json      everything that the answers depend on
+<out>/journal/NAME/                 answers so far, while a model is asked
+<out>/unpacked/                     images that lie in the benchmarks' files
+<out>/scores.json                   scores and comparisons
+<out>/samples/                      images of the sample answers in scores.json
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from realign.runtime.progress import announce
 from realign.runtime.ranks import Ranks
 from realign.runtime.run_folder import check_out, claim, only_run
 
-SCHEMA = 2  # of what a run's folder belongs to, and of headers
+SCHEMA = 2  # of the folder's claim and of headers
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -76,10 +78,10 @@ def _asked(run: _Run | None) -> tuple[list[Item], dict[str, Path]]:
 
 
 class _Run:
-    """The work of the first process: it checks everything before a model is loaded, and scores.
+    """The work of the first process: to check everything before a model is loaded, and to score.
 
     Raises:
-        RefusedError: As :func:`evaluate`.
+        RefusedError: For the reasons of :func:`evaluate`.
     """
 
     def __init__(self, config: EvalConfig) -> None:
@@ -99,10 +101,10 @@ class _Run:
             check_items(name, model.processor, model.config, self.items, sizes)
 
     def begin(self) -> None:
-        """Claim the output folder, and write the images that lie in files there.
+        """Claim the output folder, and unpack the images that lie in the benchmarks' files.
 
         Raises:
-            RefusedError: It holds another run.
+            RefusedError: The folder holds another run.
         """
         config = self.config
         digests = {

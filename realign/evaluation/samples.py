@@ -1,5 +1,5 @@
-"""Samples of answers: the first that the last model gained, lost, or otherwise changed against the
-baseline.
+"""Sample answers: the first ones that the last model gained, lost or otherwise changed in
+comparison with the baseline.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from realign.evaluation.benchmark import Task, View
 from realign.evaluation.rows import Row, item_key
 from realign.generation.generator import Answer
 
-NUM_SAMPLES = 3  # of each change, per task
-CHANGES = ("gained", "lost", "other")  # wrong to right, right to wrong, and where neither is so
+NUM_SAMPLES = 3  # per kind of change and task
+CHANGES = ("gained", "lost", "other")  # wrong to right, right to wrong, any other change
 Answers = Mapping[str, Mapping[tuple[str, str], Answer]]  # model -> item_key of a row -> answer
 Sample = dict[str, Any]
 
 
 def sample_answers(tasks: Mapping[str, Task], answers: Answers) -> list[Sample]:
-    """Return the first differing answers of every task that its benchmark shows, equally many of
-    each change. Within a change those with marked words come first; ``change_count`` is its number
-    of answers in the task.
+    """Return the first differing answers of every task that its benchmark shows, at most three of
+    each change.
+
+    Within a change, answers with marked words come first. ``change_count`` of a sample is the
+    number of answers with that change in the task.
     """
     samples: list[Sample] = []
     for name, task in tasks.items():

@@ -1,5 +1,5 @@
-"""Exact formulas of significance: the test of McNemar, the distribution of Student, Holm's
-adjustment, the clustered standard error, and the smallest difference that a comparison can detect.
+"""Formulas of significance: McNemar's test, Student's distribution, Holm's adjustment, the
+clustered standard error, and the smallest detectable difference.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def mcnemar_p(gained: int, lost: int) -> float:
     as lost, so that the smaller count is binomial with probability 1/2.
 
     Args:
-        gained: Items that the second model alone has right.
-        lost: Items that the first model alone has right.
+        gained: Number of items that only the second model has right.
+        lost: Number of items that only the first model has right.
 
     Example::
 
@@ -65,7 +65,7 @@ def student_quantile(probability: float, degrees: int) -> float:
     while student_cdf(high, degrees) < probability:
         high *= 2
     low = 0.0
-    for _ in range(200):  # bisection, until two neighbouring numbers are left
+    for _ in range(200):  # bisection, until the bounds are neighbouring floats
         middle = (low + high) / 2
         if middle in (low, high):
             break
@@ -84,7 +84,7 @@ def student_interval(values: Sequence[float], level: float = CONFIDENCE) -> list
 
 def student_p(values: Sequence[float]) -> float | None:
     """Return the two-sided p value of the t-test that a mean is 0; None for fewer than two values,
-    or where all are equal and not 0.
+    or if all values are equal and not 0.
     """
     if len(values) < 2:
         return None
@@ -96,7 +96,7 @@ def student_p(values: Sequence[float]) -> float | None:
 
 def student_spread(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
     """Return the standard error of a mean over training runs, and the smallest mean that a t-test
-    finds with 80 % power; two None for fewer than two values.
+    detects with 80 % power; (None, None) for fewer than two values.
     """
     if len(values) < 2:
         return None, None
@@ -122,15 +122,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def standard_errors(
     values: ArrayLike, clusters: NDArray[np.int64]
 ) -> tuple[float, float] | tuple[None, None]:
-    """Return the standard error of a mean, as if items were independent and with clusters.
+    """Return two standard errors of a mean: for independent items, and for items in clusters.
 
     Args:
-        values: One value for each item.
-        clusters: The number of each item's cluster, from 0.
+        values: One value per item.
+        clusters: Number of each item's cluster, from 0.
     Returns:
         naive, clustered: ``sqrt(variance / n)``, and the square root of that plus the products of
-        the deviations of all pairs of different items in one cluster, divided by ``n**2``. Two None
-        for fewer than two items.
+        the deviations of all pairs of different items in one cluster, divided by ``n**2``. (None,
+        None) for fewer than two items.
 
     Source: Miller 2024, "Adding Error Bars to Evals", equations 1 and 4.
     """
@@ -143,7 +143,7 @@ def standard_errors(
     naive = squares / (n - 1) / n
     sums = np.bincount(clusters, weights=deviations)
     pairs = float(sums @ sums) - squares
-    # pairs that err in opposite directions can only cancel what rounding leaves of the variance
+    # opposite deviations within clusters can at most cancel the variance, except for rounding
     return math.sqrt(naive), math.sqrt(max(0.0, naive + pairs / n**2))
 
 
@@ -154,8 +154,8 @@ def detectable_share(
 
     Args:
         items: Number of items that both models answered.
-        discordant: Number of items on which exactly one of them is right.
-        design_effect: Factor of clusters on the variance of the difference.
+        discordant: Number of items on which exactly one of the models is right.
+        design_effect: Factor by which clusters increase the variance of the difference.
         level: One minus the significance level.
     Returns:
         difference: None if no item is discordant, or there are too few items.

@@ -1,8 +1,8 @@
-"""Draws of clusters: the bootstrap, and the permutation test that exchanges two models.
+"""Draws of clusters for the bootstrap, and for the permutation test that exchanges two models.
 
-Questions about one image are not independent, so whole clusters are drawn. One draw weights
-everything that was measured on a benchmark: its splits, tasks, rules and models, so that
-differences and means over splits have valid intervals too.
+Questions about one image are not independent, so whole clusters are drawn. The weights of one draw
+apply to all splits, tasks, rules and models of a benchmark, so that differences and means over
+splits have valid intervals too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from realign.evaluation.benchmark import Array, Metrics
 
-NUMBERS_AT_ONCE = 1_000_000  # of a block of weights, so that it takes 8 MB
+NUMBERS_AT_ONCE = 1_000_000  # in a block of weights, which takes 8 MB
 
 
 class Draws(NamedTuple):
@@ -25,8 +25,8 @@ class Draws(NamedTuple):
     seed: int = 0
 
     def weights(self, clusters: int) -> Iterator[Array]:
-        """Yield blocks of weights, shape ``(draws, clusters)``: how often each cluster is drawn, as
-        many clusters as there are in every draw.
+        """Yield blocks of weights, shape ``(draws, clusters)``: how often each cluster is drawn if
+        every draw takes as many clusters as there are, with replacement.
         """
         rng = np.random.default_rng([self.seed, 0])
         for size in self._sizes(clusters):
@@ -36,8 +36,8 @@ class Draws(NamedTuple):
             yield counts.reshape(size, clusters).astype(np.float64)
 
     def swaps(self, clusters: int) -> Iterator[Array]:
-        """Yield blocks of zeros and ones, shape ``(draws, clusters)``: in which clusters two models
-        are exchanged, with probability 1/2 each.
+        """Yield blocks of zeros and ones, shape ``(draws, clusters)``: 1, with probability 1/2,
+        if two models are exchanged in the cluster.
         """
         rng = np.random.default_rng([self.seed, 1])
         for size in self._sizes(clusters):
@@ -57,12 +57,12 @@ def intervals(
     Splits may share clusters, so one draw of clusters weights all of them.
 
     Args:
-        sums: Score vectors by split, shape ``(clusters, K)``, the same clusters in each.
-        metrics: Metrics by split.
+        sums: Split to score vectors, shape ``(clusters, K)``, with the same clusters in each split.
+        metrics: Split to its metrics.
         resamples: Number of draws.
-        seed: Of the draws.
+        seed: Seed of the draws.
     Returns:
-        Interval of each metric of each split, None if no draw defines it.
+        Split to metric to interval; None if the metric is undefined in every draw.
     """
     drawn: dict[str, list[Array]] = {split: [] for split in sums}
     for weights in Draws(resamples, seed).weights(len(next(iter(sums.values())))):
@@ -80,7 +80,7 @@ def intervals(
 
 
 def undefined_as_nan(values: ArrayLike) -> Array:
-    """Return the values, with NaN for those that are not finite: their denominator is 0."""
+    """Return the values, with NaN for those that are not finite, since their denominator is 0."""
     array = np.asarray(values, dtype=np.float64)
     return np.where(np.isfinite(array), array, np.nan)
 
@@ -101,5 +101,5 @@ def spread(draws: Array) -> float | None:
 
 
 def undefined(draws: Array) -> int:
-    """Return how many draws are not defined, which an interval leaves out."""
+    """Return the number of undefined draws, which an interval leaves out."""
     return int(np.isnan(draws).sum())

@@ -1,6 +1,6 @@
-"""Answers of ``realign eval`` in files: one JSON line per item, and a header with their origin.
+"""Files of answers by ``realign eval``: one JSON line per item, and a header with their origin.
 
-<out>/answers/NAME.jsonl          what :class:`Item` holds, with answer, is_cut and tokens
+<out>/answers/NAME.jsonl          fields of :class:`Item`, with answer, is_cut and tokens
 <out>/answers/NAME.header.json    the model and everything else that the answers depend on
 """
 
@@ -40,15 +40,15 @@ class Question(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A row of a benchmark as it is asked and stored."""
+    """A row of a benchmark, as models are asked and answers are stored."""
 
     benchmark: str
     split: str
     id: str  # unique in the benchmark
-    group: str  # of items that are not independent
-    image: str | None  # its name in the data
+    group: str  # items of one group are not independent
+    image: str | None  # name of the image in the data
     question: Question
-    where: str  # its place in the data, for messages; not stored
+    where: str  # place of the row in the data, for messages; not stored
 
 
 def write_answers(
@@ -57,13 +57,13 @@ def write_answers(
     items: Iterable[Item],
     answers: Mapping[str, Answer],
 ) -> None:
-    """Write the answers of a model after their header, so that no answers lack one.
+    """Write the header of a model's answers and then the answers, so that none lack a header.
 
     Args:
-        path: ``NAME.jsonl``.
+        path: File ``NAME.jsonl``.
         header: Everything that the answers depend on.
         items: All items that were asked, in order.
-        answers: By :attr:`Question.key`.
+        answers: :attr:`Question.key` to answer.
     """
     write_json(header_path(path), header)
     write_jsonl(path, [_line(item, answers[item.question.key]) for item in items])
@@ -98,7 +98,7 @@ def read_stored_answers(
         path: A file that :func:`write_answers` wrote.
         wanted: Benchmark and id of every item that was asked.
     Raises:
-        RefusedError: The file lacks one, or holds another.
+        RefusedError: The file lacks an item, or holds another one.
     """
     answers = {
         (line["benchmark"], line["id"]): Answer(
@@ -116,12 +116,12 @@ def read_stored_answers(
 
 
 def make_batches(items: Iterable[Item], batch_size: int) -> list[Sequence[Question]]:
-    """Divide the questions into batches, which depend on the questions and the batch size alone:
-    each is answered together with the same others, whatever the number of processes and of earlier
-    answers.
+    """Divide the questions into batches.
 
-    Questions of one batch all have an image or none, and one limit on the length of the answer.
-    Alike ones are together, since answers of one length waste no steps.
+    The batches depend only on the questions and the batch size: a question always shares its batch
+    with the same others, whatever the number of processes and of earlier answers. Either all
+    questions of a batch have an image or none has, and all have the same limit on the length of the
+    answer. Similar questions are put together, since answers of equal length waste no steps.
     """
     questions = {item.question.key: item.question for item in items}
     groups: dict[tuple[bool, int], list[tuple[int, str, str]]] = {}

@@ -1,4 +1,4 @@
-"""Scores as a table for the terminal."""
+"""Print scores as a table in the terminal."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from realign.evaluation.cluster_sums import SAID_YES
 from realign.runtime.files import read_utf8
 
 SCHEMA = 3  # of scores.json
-UNDEFINED = "—"  # in place of a value, with the reason behind it
+UNDEFINED = "—"  # shown instead of a value, followed by the reason
 NARROW_WIDTHS = (15, 7, 22, 16, 15)  # 80 characters with the spaces between
-MANY_COLUMNS = 10_000  # of a terminal on which everything fits
+MANY_COLUMNS = 10_000  # width of a terminal in which everything fits
 STYLES = {"better": "bold green", "worse": "bold", "noise": "", "": ""}
 Scores = Mapping[str, Any]
 
@@ -56,11 +56,11 @@ def split_of(scores: Scores, row: Scores) -> Scores:
 
 
 class Fitting(NamedTuple):
-    """Two forms of the same numbers, of which the terminal's width chooses one.
+    """Two forms of the same numbers; the width of the terminal decides which one is shown.
 
     Attributes:
-        wide: A table that is shown where no cell of it has to be broken.
-        narrow: What is shown otherwise.
+        wide: Table to show if it fits without breaking a line in a cell.
+        narrow: Form to show otherwise.
     """
 
     wide: Table
@@ -75,10 +75,11 @@ class Cell(NamedTuple):
     """A score as it is printed."""
 
     value: str
-    # from the baseline, with its 95 % interval; empty for the baseline; why one is not defined
+    # difference from the baseline with its 95 % interval, empty for the baseline itself; or the
+    # reason why the value or the difference is undefined
     difference: str
     verdict: str  # "better", "worse" or "noise", adjusted for all comparisons of the table
-    bar: tuple[float, float, float] | None  # value and interval; None where they are not defined
+    bar: tuple[float, float, float] | None  # value and interval; None for an undefined value
 
 
 def score_rows(scores: Scores) -> Iterator[tuple[Scores, dict[str, Cell]]]:
@@ -115,8 +116,9 @@ def _cell(score: Scores, row: Scores, baseline: str, test: Scores | None) -> Cel
 
 
 def difference(score: Scores, scale: int = 100) -> str:
-    """Return the difference from the baseline, multiplied by ``scale``, with its 95 % interval;
-    both are defined.
+    """Return the difference from the baseline, multiplied by ``scale``, with its 95 % interval.
+
+    The score must have both.
     """
     low, high = score["difference_interval"]
     # z: no minus before a zero
@@ -131,8 +133,8 @@ def unit_note(unit: str, note: str, *, has_counts: bool) -> str:
 
     Args:
         unit: One of :attr:`realign.evaluation.benchmark.Rule.unit`.
-        note: Of the rule; may be empty.
-        has_counts: Whether counts, which have no unit, are shown too.
+        note: Note of the rule; may be empty.
+        has_counts: Whether counts, which have no unit, are also shown.
     """
     besides = ", except for counts" if has_counts else ""
     return f"Values are {UNITS[unit]}{besides}. {note}".rstrip()
@@ -149,7 +151,9 @@ def units_note(scores: Scores) -> str:
 
 
 def noise_note(scores: Scores) -> str:
-    """Return a note on the number of comparisons that verdicts are adjusted for, or nothing."""
+    """Return a note about the number of comparisons for which verdicts are adjusted; empty if there
+    are none.
+    """
     number = scores["num_comparisons"]
     if not number:
         return ""
@@ -174,17 +178,15 @@ def constants_note(scores: Scores, row: Scores) -> str:
 
 
 def said_yes_note(scores: Scores, row: Scores, model: str) -> str:
-    """Return the share of a model's answers that a row's rule reads as yes; empty where answers are
-    not yes or no.
+    """Return the share of a model's answers that a row's rule reads as yes; empty if the rule does
+    not read yes and no.
     """
     share = split_of(scores, row)["models"][model].get(SAID_YES, {}).get("value")
     return "" if share is None else f"says yes {100 * share:.1f} %"
 
 
 def cut_note(scores: Scores) -> str:
-    """Return how many answers of each model reached the limit on their length; empty when none
-    did.
-    """
+    """Return how many answers of each model reached the length limit; empty if none did."""
     tasks = scores["tasks"].values()
     cut: Counter[str] = Counter()
     for task in tasks:
@@ -197,8 +199,8 @@ def cut_note(scores: Scores) -> str:
 
 
 def draws_note(scores: Scores) -> str:
-    """Return which intervals leave out draws of the bootstrap, in which a shown metric is not
-    defined; empty when none does.
+    """Return how many bootstrap draws intervals leave out, since the metric is undefined in them;
+    empty if none are left out.
     """
     found = []
     for row in scores["table"]:
@@ -214,8 +216,8 @@ def draws_note(scores: Scores) -> str:
 
 
 def scores_table(scores: Scores) -> Fitting:
-    """Return the paired comparison for the terminal; bold where a difference is not inside the
-    noise, green where it is for the better.
+    """Return the paired comparison for the terminal: bold if a difference is not inside the noise,
+    and green if it is also an improvement.
     """
     notes = [cut_note(scores), draws_note(scores), noise_note(scores)]
     caption = " ".join(filter(None, notes))
@@ -238,7 +240,7 @@ def scores_table(scores: Scores) -> Fitting:
 def _narrow_scores(
     scores: Scores, rows: Iterable[tuple[Scores, Mapping[str, Cell]]], caption: str
 ) -> RenderableType:
-    """Return a line for every model below every metric, in 80 columns."""
+    """Return one line per model below each metric, at most 80 characters wide."""
     header = _narrow_columns()
     header.add_row("model", "score", "difference", style="bold")
     parts: list[RenderableType] = [Text(f"{units_note(scores)}\n", "italic"), header]

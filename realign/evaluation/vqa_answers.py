@@ -27,7 +27,7 @@ _NUMBERS = dict(
     )
 )
 _ARTICLES = ("a", "an", "the")
-# words whose apostrophe is put back where one is missing
+# words whose missing apostrophe is restored
 _CONTRACTED = (
     "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't "
     "haven't he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't "
@@ -50,13 +50,13 @@ Normalizer = Callable[[str], str]
 
 
 def official_form(answer: str) -> str:
-    """Return an answer as the scorer of TextVQA and VizWiz compares it."""
+    """Return an answer in the form in which the scorer of TextVQA and VizWiz compares it."""
     plain = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return _words(strip_punctuation(_one_line(plain), keeps_after_digit=False))
 
 
 def vlmevalkit_form(answer: str) -> str:
-    """Return an answer as VLMEvalKit compares it."""
+    """Return an answer in the form in which VLMEvalKit compares it."""
     return _words(strip_punctuation(_one_line(answer), keeps_after_digit=True))
 
 

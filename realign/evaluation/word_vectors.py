@@ -1,4 +1,4 @@
-"""Similarity of words by the vectors of a spaCy model that the user installs."""
+"""Similarity of words by the vectors of a spaCy model, which the user installs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def are_alike(models: Sequence[str], word: str, other: str) -> bool:
     """Return whether the cosine of the vectors of two words is above 0.8.
 
     Args:
-        models: Names of spaCy's models, of which the first that is installed is used.
-        word: Any word.
-        other: Any word.
+        models: Names of spaCy models; the first installed one is used.
+        word: First word.
+        other: Second word.
     Raises:
-        RefusedError: spaCy or each of the models is missing.
+        RefusedError: spaCy or every one of the models is missing.
     """
     return _similarity(tuple(models), word, other) > THRESHOLD
 
@@ -40,13 +40,13 @@ def _document(models: tuple[str, ...], word: str) -> Any:
 def _model(models: tuple[str, ...]) -> Any:
     if find_spec("spacy") is None:
         raise RefusedError(
-            f"This rule requires spaCy with {models[0]}, which is not installed. Call pip install "
+            f"This rule requires spaCy with {models[0]}, which is not installed. Run pip install "
             f"spacy and python -m spacy download {models[0]}, or name the rule exact-words."
         )
     for model in models:
         if find_spec(model):
             return import_module("spacy").load(model)
     raise RefusedError(
-        f"This rule requires {' or '.join(models)} of spaCy, got none. Call python -m spacy "
+        f"This rule requires {' or '.join(models)} of spaCy, got none. Run python -m spacy "
         f"download {models[0]}, or name the rule exact-words."
     )

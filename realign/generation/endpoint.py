@@ -1,8 +1,8 @@
-"""Single requests to an OpenAI-compatible server: the client, bounded in size and time, the
+"""Single requests to an OpenAI-compatible server: the client with its limits of size and time,
 retries, and the parsing of responses.
 
-Requests use only what vLLM, SGLang, ``transformers serve`` and OpenAI all take: chat completions
-with ``max_completion_tokens``, ``temperature`` and ``seed``, images as data URLs.
+Requests use only what vLLM, SGLang, ``transformers serve`` and OpenAI all support: chat completions
+with ``max_completion_tokens``, ``temperature`` and ``seed``, and images as data URLs.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ except ImportError:
         "An endpoint requires the openai client. Install 'realign[pipeline,endpoint]'."
     ) from None
 
-# vLLM and SGLang end with these when they gave a request up; its text is not what the model says
+# reasons with which vLLM and SGLang end a request that they gave up; its text is no answer
 _GIVEN_UP = ("abort", "error")
-# Shorter keys are not secret ("EMPTY", "none") and could be words of an answer.
+# Shorter keys are no secrets ("EMPTY", "none") and could be words of an answer.
 _SHORTEST_SECRET = 8
-# An answer of 8,192 tokens with its reasoning has some 100 kB
+# an answer of 8,192 tokens with its reasoning has some 100 kB
 MAX_RESPONSE_BYTES = 4_000_000
 LONGEST_BACKOFF_S = 30.0
 LONGEST_RETRY_AFTER_S = 300.0
-_jitter = random.SystemRandom()  # workers that were forked must not draw the same
-# Statuses that concern one request: too long, filtered, image refused
+_jitter = random.SystemRandom()  # forked workers must not draw the same numbers
+# statuses about a single request: too long, filtered, image refused
 _OF_ONE_REQUEST = (400, 413, 415, 422)
-_NO_KEY = "none"  # the client insists on one
+_NO_KEY = "none"  # the client requires a key
 _ABOUT_THIS_MACHINE = [
     *("X-Stainless-OS", "X-Stainless-Arch", "X-Stainless-Runtime", "X-Stainless-Runtime-Version"),
     *("X-Stainless-Lang", "X-Stainless-Package-Version"),
 ]
-_PASSING = (408, 409, 425, 429)  # and 5xx
+_TEMPORARY = (408, 409, 425, 429)  # and 5xx
 
 
 class Reply(NamedTuple):
     """An answer (status 200) or the refusal of one request (400, 413, 415, 422)."""
 
     status: int
-    body: Any  # the server's JSON, or its text where it is none
+    body: Any  # the server's JSON, or its text if it is not JSON
 
 
 class MalformedError(Exception):
-    """A response that is not a chat completion: cut, not JSON, or without an answer."""
+    """A response that is not a chat completion: incomplete, not JSON, or without an answer."""
 
 
 def read_completion(raw: bytes) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def read_completion(raw: bytes) -> dict[str, Any]:
     if not isinstance(message, dict) or "content" not in message:
         raise MalformedError(f"no choices[0].message.content: {raw[:200]!r}")
     if not isinstance(message["content"], str | None):
-        raise MalformedError(f"choices[0].message.content is no text: {raw[:200]!r}")
+        raise MalformedError(f"choices[0].message.content is not a text: {raw[:200]!r}")
     ending = choice.get("finish_reason")
     if not isinstance(ending, str) or ending in _GIVEN_UP:
         raise MalformedError(f"no whole answer, finish_reason {ending!r}: {raw[:200]!r}")
@@ -96,13 +96,13 @@ def read_answer(reply: Reply) -> Answer:
     refusal = choice["message"].get("refusal")
     if choice["finish_reason"] == "content_filter" or refusal:
         return Answer("", problem=f"refused by the server: {refusal or 'content filter'}")
-    # JSON can hold half a surrogate pair, UTF-8 cannot
+    # JSON can hold half a surrogate pair, which UTF-8 cannot encode
     text = (choice["message"]["content"] or "").encode("utf-16", "surrogatepass")
     return Answer(text.decode("utf-16", "replace").strip(), choice["finish_reason"] == "length")
 
 
 def error_message(body: Any) -> str:
-    """Return the message of a server's error, from any of its usual places."""
+    """Return the message of a server's error, wherever in the response it is."""
     if isinstance(body, dict):
         for name in ("message", "error", "detail"):
             if body.get(name):
@@ -112,7 +112,7 @@ def error_message(body: Any) -> str:
 
 
 def count_tokens(body: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the prompt and completion tokens that a server reports, or 0."""
+    """Return the numbers of prompt and completion tokens that a server reports, or 0."""
     usage = body.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
@@ -137,11 +137,12 @@ class Endpoint:
         base_url: URL above ``/chat/completions``, such as ``http://127.0.0.1:8000/v1``.
         api_key_env: Environment variable of the key; without it no key is sent.
         concurrency: Largest number of concurrent requests.
-        timeout_s: Longest time from a request to the end of its answer, queueing included.
+        timeout_s: Longest time from a request to the end of its answer in seconds, queueing
+            included.
         max_retries: Largest number of retries of a request after a temporary failure.
-        backoff_s: Longest wait before the first retry; doubled for each further one.
-        option: The option that gave ``base_url``, for messages. Those of the key's variable and of
-            the model are named alike.
+        backoff_s: Longest wait before the first retry in seconds; doubled for each further one.
+        option: Name of the option that sets ``base_url``, for messages. The options of the key's
+            variable and of the model are named after it.
     """
 
     base_url: str
@@ -160,14 +161,14 @@ class Endpoint:
                 "http://127.0.0.1:8000/v1."
             )
         if "@" in url.netloc or url.query or url.fragment:
-            # The value is not shown, since it may be a password.
+            # The URL is not shown, since it may hold a password.
             raise RefusedError(
                 f"{self.option} must be a plain URL, got one of {url.hostname} with user, query or "
                 f"fragment. Put the key into the environment variable {self.api_key_env}."
             )
 
     def other_option(self, name: str) -> str:
-        """Return the option ``name`` beside that of the URL, for messages."""
+        """Return the full name of another option of this server, for messages."""
         return self.option.removesuffix("endpoint") + name
 
     def longest_wait_s(self, attempt: int) -> float:
@@ -175,7 +176,7 @@ class Endpoint:
         return min(self.backoff_s * 2**attempt, LONGEST_BACKOFF_S)
 
     def key(self) -> str:
-        """Read the key; empty without one.
+        """Return the key, or an empty text without one.
 
         Raises:
             RefusedError: The key cannot be sent in a header. The message does not show it.
@@ -190,8 +191,8 @@ class Endpoint:
 
 
 def open_client(endpoint: Endpoint) -> openai.AsyncOpenAI:
-    """Return a client that follows no redirect, reads bounded bodies and leaves retrying to
-    :func:`ask`.
+    """Return a client that follows no redirects and limits the size of responses. It does not
+    retry; :func:`ask` does.
     """
     return openai.AsyncOpenAI(
         base_url=endpoint.base_url,
@@ -199,15 +200,15 @@ def open_client(endpoint: Endpoint) -> openai.AsyncOpenAI:
         max_retries=0,
         default_headers={"Accept-Encoding": "identity"},
         http_client=openai.DefaultAsyncHttpxClient(
-            follow_redirects=False,  # the key is for this host alone
+            follow_redirects=False,  # the key must not be sent to another host
             timeout=endpoint.timeout_s,
-            event_hooks={"request": [_say_less], "response": [_bound]},
+            event_hooks={"request": [_remove_headers], "response": [_limit_size]},
         ),
     )
 
 
-async def _say_less(request: httpx2.Request) -> None:
-    """Remove the header of a missing key, and everything about this machine."""
+async def _remove_headers(request: httpx2.Request) -> None:
+    """Remove the header of a missing key, and the headers that describe this machine."""
     if request.headers.get("Authorization") == f"Bearer {_NO_KEY}":
         del request.headers["Authorization"]
     for name in _ABOUT_THIS_MACHINE:
@@ -215,7 +216,7 @@ async def _say_less(request: httpx2.Request) -> None:
 
 
 class TooLargeResponseError(Exception):
-    """A response that is too large."""
+    """A response that is larger than ``MAX_RESPONSE_BYTES``, or may be."""
 
 
 class _BoundedStream(httpx2.AsyncByteStream):
@@ -234,8 +235,8 @@ class _BoundedStream(httpx2.AsyncByteStream):
         await self._stream.aclose()
 
 
-async def _bound(response: httpx2.Response) -> None:
-    """Replace the body, before it is read, by one that stops at the limit."""
+async def _limit_size(response: httpx2.Response) -> None:
+    """Replace the body, before it is read, by one that raises an error at the limit."""
     if response.headers.get("content-encoding", "identity") != "identity":
         raise TooLargeResponseError("a compressed body, whose size cannot be bounded")
     assert isinstance(response.stream, httpx2.AsyncByteStream)
@@ -255,19 +256,20 @@ async def ask(
         client: Client from :func:`open_client`.
         endpoint: Endpoint of the client.
         body: The request.
-        was_reached: Whether the server has answered before, so that it may come back.
-        on_retry: Called before each retry with the failure, without the key, and the seconds until
-            the retry.
+        was_reached: Whether the server has answered before, so that a refused connection may be
+            temporary.
+        on_retry: Function that is called before each retry, with the failure (without the key) and
+            the seconds until the retry.
     Raises:
         RefusedError: The server cannot be reached, refuses every request (401, 403, 404, ...), or
             has failed too often.
     """
     key = endpoint.key()
     for attempt in range(endpoint.max_retries + 1):
-        # not all at once again
+        # random, so that requests are not all retried at once
         wait = endpoint.longest_wait_s(attempt) * _jitter.uniform(0.5, 1)
         try:
-            async with asyncio.timeout(endpoint.timeout_s):  # also of a body that trickles
+            async with asyncio.timeout(endpoint.timeout_s):  # also for a body that arrives slowly
                 response = await client.chat.completions.with_raw_response.create(**body)
             return Reply(200, without_secret(read_completion(response.content), key))
         except openai.APIStatusError as error:
@@ -289,33 +291,34 @@ async def ask(
             failure = without_secret(f"a response that is {error}", key)
         if wait > LONGEST_RETRY_AFTER_S:
             raise RefusedError(
-                f"{endpoint.base_url} asks to wait {wait:.0f} s ({failure}). Start again then."
+                f"{endpoint.base_url} asks to wait {wait:.0f} s ({failure}). Start again after "
+                "that time."
             )
         if attempt < endpoint.max_retries:
             on_retry(failure, wait)
             await asyncio.sleep(wait)
     raise RefusedError(
-        f"{endpoint.base_url} failed {endpoint.max_retries + 1} times for one request, at last "
-        f"with {failure}. Look at the server, then start again: what it answered is kept."
+        f"{endpoint.base_url} failed {endpoint.max_retries + 1} times for one request, the last "
+        f"time with {failure}. Check the server, then start again: its answers so far are kept."
     )
 
 
 def failure_of(endpoint: Endpoint, error: openai.APIStatusError) -> str:
-    """Return the status and the sentence of a server's error, free of the key."""
-    sentence = error_message(error.body if error.body is not None else error.response.text)
-    return str(without_secret(f"{error.status_code}, {sentence}", endpoint.key()))
+    """Return the status and the message of a server's error, without the key."""
+    message = error_message(error.body if error.body is not None else error.response.text)
+    return str(without_secret(f"{error.status_code}, {message}", endpoint.key()))
 
 
 def lasting_refusal(endpoint: Endpoint, error: openai.APIStatusError) -> RefusedError | None:
-    """Return what ends a run where a server refuses every request; None where it may answer later,
-    or refuses this one request.
+    """Return the error that ends a run if a server refuses every request; None if it may answer
+    later, or refuses this one request only.
     """
     status, failure = error.status_code, failure_of(endpoint, error)
     if error.code == "insufficient_quota":
         return RefusedError(
             f"{endpoint.base_url} answers {failure}. Buy or free quota, then start again."
         )
-    if status in (*_OF_ONE_REQUEST, *_PASSING) or status >= 500:
+    if status in (*_OF_ONE_REQUEST, *_TEMPORARY) or status >= 500:
         return None
     remedy = f"Correct {endpoint.option}."
     if status in (401, 403):
@@ -339,7 +342,7 @@ def lasting_refusal(endpoint: Endpoint, error: openai.APIStatusError) -> Refused
 
 
 def unreachable(endpoint: Endpoint, failure: str) -> RefusedError:
-    """Return the refusal of a server that cannot be connected to."""
+    """Return the error for a server that cannot be reached."""
     return RefusedError(
         f"{endpoint.option} must be of a server that can be reached, got {endpoint.base_url} "
         f"({failure}). Start the server, check the network, or correct {endpoint.option}."
@@ -347,7 +350,7 @@ def unreachable(endpoint: Endpoint, failure: str) -> RefusedError:
 
 
 def run_to_end(work: Coroutine[Any, Any, None]) -> None:
-    """Run to the end from synchronous code, also below a running event loop (a notebook)."""
+    """Run a coroutine from synchronous code, also inside a running event loop (a notebook)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -364,4 +367,4 @@ def _retry_after(header: str) -> float:
     except ValueError:
         parsed = email.utils.parsedate_tz(header)
         wait = email.utils.mktime_tz(parsed) - time.time() if parsed else 0.0
-    return wait if wait > 0 else 0.0  # nan too
+    return wait if wait > 0 else 0.0  # 0 for NaN too

@@ -35,29 +35,29 @@ from realign.runtime.progress import announce
 if TYPE_CHECKING:
     import openai
 
-# OpenAI takes 50 MB in one request; base64 makes three bytes four
+# OpenAI takes 50 MB per request, and base64 turns three bytes into four
 MAX_SENT_BYTES = 20_000_000
-# After so many refusals without an answer in between, the requests are not at fault.
+# after this many refusals in a row, the server or the options are at fault, not the requests
 MAX_REFUSED_IN_A_ROW = 16
-# An overloaded server fails and answers by turns.
+# an overloaded server fails and answers by turns
 ANNOUNCE_INTERVAL_S = 60.0
-_OURS = ("messages", "model", "stream", "n")  # and what is a field of Sampling
+_OURS = ("messages", "model", "stream", "n")  # fields that are set here, beside those of Sampling
 
 
 class TooLargeError(RefusedError):
-    """An image that is too large in every encoding, which fails one request."""
+    """An image that is too large to be sent in any encoding."""
 
 
 def image_url(path: Path, max_bytes: int = MAX_SENT_BYTES) -> str:
     """Encode an image file as ``data:image/...;base64,...``.
 
-    The file's own bytes are sent if every decoder makes the same picture of them: RGB or grey of
-    eight bits, no rotation in EXIF, no transparency. Others are decoded by
-    :func:`realign.data.images.decode_image` and sent as PNG, or as JPEG of quality 95 if that or
-    the file has more than ``max_bytes``.
+    The file's own bytes are sent if every decoder reads the same picture from them: RGB or grey
+    with eight bits, no rotation in EXIF, no transparency. Other images are decoded by
+    :func:`realign.data.images.decode_image` and sent as PNG. If the result has more than
+    ``max_bytes``, it is sent as JPEG with quality 95.
 
     Raises:
-        TooLargeError: The image is too large as JPEG too.
+        TooLargeError: The image is too large even as JPEG.
         RefusedError: The image cannot be read.
     """
     raw = path.read_bytes()
@@ -91,13 +91,13 @@ def _encoded(image: Image.Image, form: str) -> bytes:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling options of a request. A change of any option sends every request anew.
+    """Sampling options of a request. After a change of any option, all requests are sent again.
 
     Attributes:
         model: Name of the model on the server.
-        max_new_tokens: Longest answer; None leaves it to the server.
-        temperature: 0 is greedy; None leaves it to the server, for models that take no other.
-        seed: None sends none.
+        max_new_tokens: Longest answer in tokens; None leaves it to the server.
+        temperature: 0 is greedy; None leaves it to the server, for models that accept no other.
+        seed: Seed; None sends no seed.
         length_field: ``max_tokens`` for servers that ignore the newer name, such as those of before
             2025 and ``transformers serve`` before 5.23.
         extra_body: Further fields of the request, such as
@@ -138,8 +138,8 @@ class Counts:
 
     Attributes:
         asked: Requests that the server answered or refused.
-        from_journal: Requests whose answer was stored, or that equal another of their call.
-        refused: Requests that the server refused, which are among ``asked``.
+        from_journal: Requests whose answer was stored, or that equal another one of their call.
+        refused: Requests that the server refused; they are among ``asked``.
         unsent: Requests whose image is too large to be sent.
         retries: Retries after temporary failures.
         prompt_tokens: Prompt tokens as the server counts them, with images if it does.
@@ -165,23 +165,23 @@ class _Question:
 class EndpointGenerator:
     """Generator that sends each prompt, with or without an image, to a server once.
 
-    Every answer is in the journal before it is used, so that another run with the same journal
-    sends only the missing requests. It can be called from any thread or process, one call at a
-    time, also below a running event loop; it holds no connection between calls.
+    Every answer is written to the journal before it is used, so that another run with the same
+    journal sends only the missing requests. The generator can be called from any thread or process,
+    one call at a time, also inside a running event loop. It holds no connection between calls.
 
     A request that the server refuses (too long, filtered) gets an ``Answer`` with a ``problem``.
-    Refusals are journalled once another request was answered or the call ends, and the run stops at
-    ``MAX_REFUSED_IN_A_ROW`` of them with nothing answered between: a wrong model name is not the
-    fault of the rows. One whose image is too large to be sent gets a ``problem`` too, but no line
-    in the journal: nothing was asked.
+    Refusals are written to the journal once another request was answered or the call ends. After
+    ``MAX_REFUSED_IN_A_ROW`` refusals without an answer in between, the run stops, since the rows
+    are not at fault: the name of the model may be wrong. A request whose image is too large gets a
+    ``problem`` too, but no line in the journal, because it is not sent.
 
-    A server that fails is announced once until it answers again, and at most once in
+    The failure of a server is announced once until it answers again, and at most once in
     ``ANNOUNCE_INTERVAL_S``.
 
     Args:
         endpoint: Address of the server.
         sampling: Options of the requests.
-        journal: File of its answers, locked until :meth:`close`.
+        journal: File of the answers, which is locked until :meth:`close`.
     Raises:
         RefusedError: The journal is in use or damaged, or the key cannot be sent.
     """
@@ -191,11 +191,11 @@ class EndpointGenerator:
         self.counts = Counts()
         self._endpoint = endpoint
         self._sampling = sampling
-        self._refused: list[tuple[_Question, Reply]] = []  # not yet journalled
+        self._refused: list[tuple[_Question, Reply]] = []  # not in the journal yet
         self._refused_in_a_row = 0
-        self._is_failing = False  # since it last answered
+        self._is_failing = False  # whether a failure was announced since the last answer
         self._announced_at = -math.inf
-        self._unsent: dict[str, str] = {}  # key to why, of the call under way
+        self._unsent: dict[str, str] = {}  # key to reason, in the current call
         self._journal = Journal(journal)
 
     def __enter__(self) -> EndpointGenerator:
@@ -244,7 +244,7 @@ class EndpointGenerator:
             "sampling": asdict(self._sampling),
             **({"system": request.system} if request.system else {}),
         }
-        # not the server's address: the same model elsewhere is asked nothing again
+        # without the server's address: the same model on another server is not asked again
         return _Question(content_sha256(canonical_json(asked)), request, image_sha256)
 
     def _answer(self, key: str) -> Answer:
@@ -259,7 +259,7 @@ class EndpointGenerator:
             async with open_client(self._endpoint) as client, asyncio.TaskGroup() as group:
                 for _ in range(min(self._endpoint.concurrency, len(questions))):
                     group.create_task(self._ask_waiting(client, waiting))
-        except ExceptionGroup as failures:  # the first ended the others
+        except ExceptionGroup as failures:  # the first failure cancels the other tasks
             raise failures.exceptions[0] from None
 
     async def _ask_waiting(self, client: openai.AsyncOpenAI, waiting: Iterator[_Question]) -> None:

@@ -1,4 +1,4 @@
-"""Checks of a server before any work: it is reachable, takes the key and serves the model."""
+"""Checks of a server before any work: it can be reached, accepts the key and serves the model."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from realign.generation.endpoint import (
     unreachable,
 )
 
-# A server that computes may be slow to answer; one that takes no connection is not there
+# a busy server may be slow to answer
 LONGEST_PROBE_S = 20.0
 _ALWAYS_WITH_KEY = ("api.openai.com",)
-_SHOWN = 8  # names of models in a message
+_SHOWN = 8  # number of models that a message names
 
 
 def check_key(endpoint: Endpoint, *, is_named: bool = False) -> None:
@@ -33,7 +33,7 @@ def check_key(endpoint: Endpoint, *, is_named: bool = False) -> None:
 
     Args:
         endpoint: The server.
-        is_named: Whether somebody named the variable: then it must be set.
+        is_named: Whether the user named the variable, which must then be set.
     Raises:
         RefusedError: The variable is not set, or its key cannot be sent in a header.
     """
@@ -48,18 +48,19 @@ def check_key(endpoint: Endpoint, *, is_named: bool = False) -> None:
 
 
 def check_server(endpoint: Endpoint, model: str, length_field: str = "max_tokens") -> None:
-    """Check that a server can be reached, takes the key and serves the model.
+    """Check that a server can be reached, accepts the key and serves the model.
 
-    The server is asked for its list of models. Only if that does not settle it (a server without a
-    list, a key that may not read it, a name that is not in it), a question of one token is asked. A
-    server that is too busy to answer either is accepted: a run asks it again.
+    The server is asked for its list of models. If that is not conclusive (there is no list, the key
+    may not read it, or the model is not in it), one question is asked, with an answer of one token.
+    A server that is too busy for both is accepted, since a run will ask it again.
 
     Args:
         endpoint: The server.
-        model: The name that it should know.
-        length_field: Name of the limit of an answer in a request.
+        model: Name of the model on the server.
+        length_field: Name of the length limit in a request.
     Raises:
-        RefusedError: Naming which of the three it is, the option, the value and the remedy.
+        RefusedError: One of the three fails; the message names the option, the value and the
+            remedy.
     """
     run_to_end(_check(endpoint, model, length_field))
 
@@ -73,7 +74,7 @@ async def _check(endpoint: Endpoint, model: str, length_field: str) -> None:
     }
     async with open_client(quick) as client:
         listed = await _answer(quick, client.models.with_raw_response.list())
-        # any other status may be that of a server without a list
+        # with any other status, the server may just have no list
         if (
             isinstance(listed, openai.APIStatusError)
             and listed.status_code == 401
@@ -104,13 +105,13 @@ async def _check(endpoint: Endpoint, model: str, length_field: str) -> None:
 
 
 async def _answer(endpoint: Endpoint, request: Any) -> bytes | openai.APIStatusError | None:
-    """Return the body of an answer, or the server's error; None where it gives neither.
+    """Return the body of an answer, or the server's error; None if there is neither.
 
     Raises:
-        RefusedError: Nothing there takes a connection.
+        RefusedError: The server cannot be connected to.
     """
     try:
-        async with asyncio.timeout(endpoint.timeout_s):  # also of a body that trickles
+        async with asyncio.timeout(endpoint.timeout_s):  # also for a body that arrives slowly
             response = await request
         return bytes(response.content)
     except openai.APIStatusError as error:
@@ -125,7 +126,7 @@ async def _answer(endpoint: Endpoint, request: Any) -> bytes | openai.APIStatusE
 
 
 def _is_object(raw: bytes) -> bool:
-    """Return whether a body is a JSON object, as every answer of the interface is."""
+    """Return whether a body is a JSON object, as every answer of the API is."""
     try:
         return isinstance(json.loads(raw), dict)
     except ValueError:
@@ -133,9 +134,9 @@ def _is_object(raw: bytes) -> bool:
 
 
 def _names(raw: bytes) -> list[str]:
-    """Return the models of a list; none where it is something else."""
+    """Return the names in a list of models; none if the body is something else."""
     try:
-        found = json.loads(raw)["data"]
-        return [str(one["id"]) for one in found]
+        models = json.loads(raw)["data"]
+        return [str(model["id"]) for model in models]
     except (ValueError, KeyError, TypeError, RecursionError):
         return []

@@ -1,4 +1,4 @@
-"""The protocol of generators, which turn requests into answers wherever the model runs."""
+"""The protocol of generators, which answer requests with a model in this process or on a server."""
 
 from __future__ import annotations
 
@@ -8,25 +8,32 @@ from typing import NamedTuple, Protocol
 
 
 class Answer(NamedTuple):
-    """One generated answer."""
+    """One generated answer.
+
+    Attributes:
+        text: The text.
+        is_cut: Whether it was stopped by the limit on its length, not by an end-of-turn token.
+        problem: Reason why the request has no answer, such as a refusal by the server; or empty.
+        num_tokens: Number of tokens before the end-of-turn token, if they were counted.
+    """
 
     text: str
-    is_cut: bool = False  # stopped by the limit on its length, not by an end-of-turn token
-    problem: str = ""  # why this request can have no answer (a server refused it); empty normally
-    num_tokens: int | None = None  # before the end-of-turn token, where they were counted
+    is_cut: bool = False
+    problem: str = ""
+    num_tokens: int | None = None
 
     @property
     def short_problem(self) -> str:
-        """The kind of problem, for counting; the server's message differs between requests."""
+        """Kind of the problem, without the server's message, so that problems can be counted."""
         return self.problem.partition(":")[0]
 
 
 class Request(NamedTuple):
-    """One user turn about one image file, or about none."""
+    """One user turn, with or without an image file."""
 
     prompt: str
     image: Path | None
-    system: str = ""  # text of a system turn before it, which only servers are sent
+    system: str = ""  # text of a system turn, which is sent to servers only
 
 
 class Generator(Protocol):

@@ -1,9 +1,8 @@
 """Append-only journal of a server's answers: no request is sent twice, even after ``kill -9``.
 
 It has one JSON object per line, identified by the hash of its request. An answer is in the file
-before it is used. It survives the death of the process from that moment on; the death of the
-machine (power loss) can lose the last second's answers of a running call, but none of a call that
-has returned.
+before it is used, and from then on survives the death of the process. Power loss can cost the
+answers of the last second of a running call, but none of a call that has returned.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ SYNC_INTERVAL_S = 1.0
 class Journal:
     """Append-only JSONL file that one process at a time may hold open.
 
-    Only the offset of each line is kept in memory. The lock is a file beside the journal that the
-    system releases when its holder dies.
+    Only the offset of each line is kept in memory. The lock is on a file beside the journal; the
+    system releases it when the process dies.
 
     Args:
         path: The file, which is created if it does not exist. A last line that a killed process
-            left unfinished is cut off.
+            left incomplete is removed.
     Raises:
-        RefusedError: Another journal object or process holds it, or a line is damaged.
+        RefusedError: The journal is open elsewhere, or a line is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,7 +50,7 @@ class Journal:
         try:
             self._end = self._read()
             self._file = path.open("ab", buffering=0)
-            sync(path.parent)  # a new file has a name on the disk
+            sync(path.parent)  # so that a new file's name is on the disk too
         except BaseException:
             self._lock.close()
             raise
@@ -80,8 +79,8 @@ class Journal:
         return entry
 
     def append(self, key: str, entry: Mapping[str, Any]) -> None:
-        """Write one line. When this returns the line survives the process; :meth:`sync` makes it
-        survive the machine, and is called here once per second.
+        """Write one line, which then survives the death of the process. It survives power loss
+        after :meth:`sync`, which is called from here once per second.
         """
         assert key not in self._offsets, key
         # a server's numbers need not be finite
@@ -91,7 +90,7 @@ class Journal:
             with name_disk_errors(self.path):
                 while left:
                     left = left[self._file.write(left) :]
-        except OSError:  # a full disk: the next line must not be glued to half of this one
+        except OSError:  # on a full disk, half a line must not stay before the next one
             os.truncate(self.path, self._end)
             raise
         self._offsets[key] = self._end
@@ -115,7 +114,7 @@ class Journal:
             self._lock.close()
 
     def _read(self) -> int:
-        """Index the lines; return the end of the last whole one, and cut the file there."""
+        """Index the lines, and remove an incomplete last line. Return the size of the file."""
         end = 0
         if not self.path.exists():
             return end

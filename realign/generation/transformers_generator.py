@@ -1,4 +1,4 @@
-"""Greedy generation with a transformers VLM in this process: batched, left-padded."""
+"""Greedy generation with a transformers VLM in this process, in left-padded batches."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TransformersGenerator:
         return cls(model, load_processor(folder), max_new_tokens, batch_size)
 
     def __call__(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer each request greedily; white space around an answer is removed.
+        """Answer each request greedily; whitespace around an answer is removed.
 
         Raises:
             RefusedError: An image cannot be read.
@@ -66,11 +66,11 @@ class TransformersGenerator:
         """Answer requests greedily in one call of the model.
 
         Args:
-            requests: All of them with an image, or none.
-            max_new_tokens: Longest answer of this call; by default the generator's.
+            requests: Requests, either all with an image or all without.
+            max_new_tokens: Longest answer of this call in tokens; by default the generator's.
         Returns:
-            answers: Answers in the order of the requests, with the white space around them and
-                their number of tokens.
+            answers: Answers in the order of the requests, with whitespace around them and with
+                their numbers of tokens.
         Raises:
             RefusedError: An image cannot be read.
         """
@@ -97,7 +97,7 @@ class TransformersGenerator:
         """Return the model's inputs for requests, on its device, padded on the left.
 
         Args:
-            requests: All of them with an image, or none.
+            requests: Requests, either all with an image or all without.
         Raises:
             RefusedError: An image cannot be read.
         """
@@ -126,7 +126,7 @@ class TransformersGenerator:
             padding_side="left",
         )
         batch = {name: value.to(self.model.device) for name, value in batch.items()}
-        # a pad token may be no token of the model; any other one does where it is masked
+        # the pad token may be beyond the model's embedding; any other masked token will do
         ids, mask = batch["input_ids"], batch["attention_mask"]
         batch["input_ids"] = ids.where(mask != 0, ids[:, -1:])
         return batch

@@ -35,7 +35,7 @@ def check(config: CheckConfig) -> Findings:
     """Check a dataset; write the findings if ``config.out`` is given.
 
     Raises:
-        RefusedError: There is nothing to check: no dataset, no rows, no such model or folder.
+        RefusedError: The dataset, model or image folder does not exist, or there are no rows.
     """
     if config.out:
         check_out(config.out)
@@ -105,7 +105,7 @@ def _read(records: Sequence[Record]) -> Iterator[Record | list[Problem]]:
     for number, position in enumerate(positions(records)):
         try:
             yield records[number]
-        except RefusedError as error:  # what its row is called stands in front
+        except RefusedError as error:  # the message begins with the name of the row
             place = str(error).partition(": ")[0]
             row = place.partition(", row ")[2].removesuffix(COUNTED) or str(position + 1)
             yield [Problem.of(error, row, place)]
@@ -124,13 +124,16 @@ def _notes(without: int, evaluation: EvalImages | None) -> Iterator[str]:
     if evaluation is None:
         yield "leakage: not checked without --eval-images"
         return
-    yield f"leakage: compared with {len(evaluation)} images of the evaluation"
+    yield f"leakage: compared with {len(evaluation)} evaluation images"
     for error in evaluation.unreadable:
         yield f"not compared: {error}"
 
 
 class _Model:
-    """A model's processor and configuration. Its weights are never loaded, an adapter's own are."""
+    """A model's processor and configuration.
+
+    The model's weights are never loaded; those of an adapter are, to check them.
+    """
 
     def __init__(self, config: CheckConfig) -> None:
         from realign.modeling.adapter_folder import check_adapter

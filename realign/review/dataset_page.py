@@ -32,8 +32,8 @@ from realign.review.pair_view import PairFacts
 from realign.review.plots import compared_histogram, histogram, rank_plot
 from realign.runtime.strict_json import read_json
 
-EXAMPLES = 4  # a reason
-MAX_PAIRS = 300  # some 6 MB of photographs
+EXAMPLES = 4  # for each reason
+MAX_PAIRS = 300  # about 6 MB of photographs
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Refused:
     """All refused candidates of a build folder.
 
     Attributes:
-        similarities: Of the completions to the given answers, where the shards hold them.
-        cosines: Of the images, where the shards hold them.
-        examples: By reason, the first ones of different rows.
+        similarities: Similarities of completions to the given answers, where the shards hold them.
+        cosines: Cosines of retrieved to original images, where the shards hold them.
+        examples: Reason to its first few completions, each from a different row.
     """
 
     similarities: array[float] = field(default_factory=lambda: array("d"))
@@ -61,7 +61,7 @@ class Refused:
 
     @classmethod
     def read(cls, folder: Path) -> Refused:
-        """Read the shards of a build folder, a line at a time."""
+        """Read the shards of a build folder, one line at a time."""
         refused = cls()
         for outcome in read_outcomes(folder):
             for attempt in outcome["refused"]:
@@ -71,7 +71,7 @@ class Refused:
     def _add(self, outcome: dict[str, Any], attempt: dict[str, Any]) -> None:
         for name, values in (("similarity", self.similarities), ("cosine", self.cosines)):
             value = attempt.get(name)
-            # without a completion there was nothing to compare
+            # a candidate without a completion was not compared
             if isinstance(value, int | float) and isfinite(value) and attempt.get("completion"):
                 values.append(value)
         examples = self.examples[attempt["reason"]]
@@ -84,9 +84,9 @@ def dataset_page(data: Path, out: Path, images: Path | None = None) -> Path:
     """Write the page and return its path.
 
     Args:
-        data: Build folder, parquet or JSON.
-        out: The page.
-        images: Image folder of JSON.
+        data: Build folder, parquet file or JSON file.
+        out: File to write.
+        images: Folder of the images that a JSON file names.
     Raises:
         RefusedError: There is no such dataset, or it has no rows.
     """
@@ -154,7 +154,7 @@ def _threshold(folder: Path) -> float | None:
 
 def _tiles(facts: Sequence[PairFacts], counts: Counts | None) -> Iterator[Tile]:
     yield from pair_tiles(len(facts), counts)
-    # images that are retrieved are alike to the second decimal
+    # the cosines of retrieved images often agree to two decimals
     for name, of, decimals in (("similarity", "answers", 2), ("cosine", "images", 3)):
         if values := [v for fact in facts if (v := getattr(fact, name)) is not None]:
             shown = _middle_half(values, decimals)
@@ -162,12 +162,11 @@ def _tiles(facts: Sequence[PairFacts], counts: Counts | None) -> Iterator[Tile]:
 
 
 def pair_tiles(num_pairs: int, counts: Counts | None) -> Iterator[Tile]:
-    """Yield how many pairs there are, and the share of the rows that gave one, as the table of the
-    rows has it.
+    """Yield the number of pairs, and the share of rows that gave a pair, equal to the funnel's.
 
     Args:
-        num_pairs: In the dataset.
-        counts: What the build counted; None of a dataset that it did not make.
+        num_pairs: Pairs in the dataset.
+        counts: Counts of the build; None for a dataset that `realign build` did not make.
     """
     rows = taken_rows(counts) if counts else 0
     whole = "sample" if counts and counts["unsampled"] else "source"

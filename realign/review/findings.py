@@ -21,13 +21,13 @@ class Findings:
     """Findings of one check.
 
     Attributes:
-        data: What was checked.
+        data: Path of the dataset.
         max_reject: Largest share of rejected rows that passes.
         num_rows: How many rows there are.
         rejected: The problems of each rejected row.
-        warnings: What is worth a look and rejects nothing.
-        notes: What was checked, and what was not, in words.
-        prediction: Lengths and memory for a model; empty without one.
+        warnings: Problems that are worth a look but do not reject a row.
+        notes: Sentences about what was checked and what was not.
+        prediction: Lengths and memory predicted for a model; empty without a model.
     """
 
     data: str

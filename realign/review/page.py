@@ -1,4 +1,4 @@
-"""Writes self-contained pages that may load nothing else."""
+"""Write self-contained HTML pages, which load no other file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from realign.runtime.files import write_text
 
 HERE = Path(__file__).parent
 SHARED = HERE / "templates"
-SIDE = 264  # pixels of a thumbnail; shown at half of it, sharp on dense screens
+SIDE = 264  # pixels of a thumbnail; shown at half this size, to be sharp on dense screens
 Picture = dict[str, str]
 Tile = dict[str, str | Sequence[str]]
 
@@ -27,14 +27,14 @@ Tile = dict[str, str | Sequence[str]]
 def write_page(out: Path, template: str, values: Mapping[str, Any], script: str = "") -> Path:
     """Render a template of this folder into a self-contained file.
 
-    The page's own policy forbids every request and every script but ``script``, so that no text
-    of a dataset can become one.
+    The page's content security policy forbids every request and every script but ``script``, so
+    that no text of a dataset can run as a script.
 
     Args:
-        out: The page.
-        template: File name.
-        values: What it shows; strings are escaped.
-        script: File name of its script, if it has one.
+        out: File to write.
+        template: File name of the template.
+        values: Values of the template; strings are escaped.
+        script: File name of the page's script, if it has one.
     """
     code = (HERE / script).read_text(encoding="utf-8") if script else ""
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
@@ -49,11 +49,11 @@ def write_page(out: Path, template: str, values: Mapping[str, Any], script: str 
 
 
 def load_template(name: str, folder: Path) -> Template:
-    """Load a template that escapes its values and may include the shared ones.
+    """Load a template that escapes its values and may include the shared templates.
 
     Args:
-        name: File name.
-        folder: Its folder.
+        name: File name of the template.
+        folder: Folder of the template.
     """
     environment = Environment(
         loader=FileSystemLoader([folder, SHARED]),
@@ -68,10 +68,10 @@ def tile(value: str, label: str, interval: Sequence[str] = (), verdict: str = ""
     """Return the values of a tile of the template ``tiles.html.j2``.
 
     Args:
-        value: The number in the largest type.
-        label: What it is of.
-        interval: How far it is known, or how far the data spread, in pieces that stay whole.
-        verdict: How it compares.
+        value: Number to show in the largest type.
+        label: Name of the number.
+        interval: Confidence interval or spread, in pieces within which no line breaks.
+        verdict: Outcome of a comparison.
     """
     return {"value": value, "label": label, "interval": interval, "verdict": verdict}
 
@@ -95,7 +95,7 @@ def _picture(images: Sequence[bytes], where: str) -> Picture | None:
 
 
 def spread(records: Sequence[Record], count: int) -> list[Record]:
-    """Return evenly spaced records: neither the head of the file nor anyone's choice."""
+    """Return evenly spaced records, which represent the file better than its first ones."""
     count = min(count, len(records))
     return [records[i * len(records) // count] for i in range(count)]
 
@@ -104,7 +104,8 @@ def thumbnail(raw: bytes, where: str, side: int = SIDE) -> bytes:
     """Return WebP bytes of an image reduced to at most ``side`` pixels.
 
     Raises:
-        RefusedError: The project does not open the image; the message names ``where``.
+        RefusedError: The image is damaged, too large or of another format; the message names
+            ``where``.
     """
     image = decode_image(raw, where)
     image.thumbnail((side, side))
@@ -114,5 +115,5 @@ def thumbnail(raw: bytes, where: str, side: int = SIDE) -> bytes:
 
 
 def data_uri(raw: bytes, where: str, side: int = SIDE) -> str:
-    """Return the thumbnail as a URI, for the inside of a page."""
+    """Return a thumbnail as a data URI, to embed it in a page."""
     return "data:image/webp;base64," + base64.b64encode(thumbnail(raw, where, side)).decode()

@@ -1,5 +1,5 @@
-"""A pair as people look at it, on the report's pages and in `realign browse`: facts of its making,
-and both answers with the words that differ marked.
+"""A pair as the report's pages and `realign browse` show it: facts about how it was made, and both
+answers with differing words marked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 
 from realign.data.records import Message, Record
 
-MAX_WORDS = 4000  # comparing two texts takes the product of their lengths
+MAX_WORDS = 4000  # the time of a comparison grows with the product of both lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +23,12 @@ class PairFacts:
     """Facts to sort and filter rows by; None if the row's ``meta`` lacks one.
 
     Attributes:
-        id: The row.
-        similarity: Of the two answers.
-        cosine: Of the two images.
-        rank: Of the retrieved image, from 1.
-        words: Of the chosen answer.
-        rejected_words: Of the rejected answer.
+        id: Id of the row.
+        similarity: Similarity of the two answers.
+        cosine: Cosine of the two images' embeddings.
+        rank: Rank of the retrieved image, from 1.
+        words: Number of words of the chosen answer.
+        rejected_words: Number of words of the rejected answer.
     """
 
     id: str
@@ -40,7 +40,7 @@ class PairFacts:
 
     @classmethod
     def of(cls, record: Record) -> PairFacts:
-        """Read them from a record; its images are not needed."""
+        """Read the facts from a record, which may lack its images."""
         rank = _number(record.meta, "retrieval", "rank")
         return cls(
             record.id,
@@ -54,7 +54,7 @@ class PairFacts:
 
 @dataclass(frozen=True)
 class PairView:
-    """The marked texts of a pair, for a template. Images are left to the page."""
+    """The marked texts of a pair, for a template; the page adds the images."""
 
     facts: PairFacts
     prompt: Sequence[Message]
@@ -88,7 +88,7 @@ class PairView:
 
 
 def _number(meta: dict[str, Any], part: str, name: str) -> float | None:
-    """Return a finite number of the provenance, which may hold anything."""
+    """Return a finite number from ``meta``, which may hold anything; None without one."""
     inner = meta.get(part)
     value = inner.get(name) if isinstance(inner, dict) else None
     if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
@@ -97,7 +97,7 @@ def _number(meta: dict[str, Any], part: str, name: str) -> float | None:
 
 
 def word_diff(chosen: str, rejected: str) -> tuple[Markup, Markup]:
-    """Return both texts as HTML with differing words marked; very long ones are marked whole."""
+    """Return both texts as HTML with differing words marked; very long texts are marked whole."""
     a, b = re.findall(r"\s+|\w+|[^\w\s]", chosen), re.findall(r"\s+|\w+|[^\w\s]", rejected)
     if max(len(a), len(b)) > MAX_WORDS:
         return marked(chosen, "kept"), marked(rejected, "lost")
@@ -109,7 +109,7 @@ def word_diff(chosen: str, rejected: str) -> tuple[Markup, Markup]:
 
 
 def marked(text: str, style: str) -> Markup:
-    """Return the text as HTML, in a mark of this style unless style or text is empty."""
+    """Return the text as HTML, within a ``mark`` of this class unless class or text is empty."""
     if not style or not text.strip():
         return escape(text)
     return Markup('<mark class="{}">{}</mark>').format(style, text)

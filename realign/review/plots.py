@@ -37,7 +37,7 @@ DARK = {  # every colour above on a dark screen
     PURPLE: "#c07cf5",
     GREY: "#9aa4b5",
 }
-# a figure carries its colours for dark screens, wherever it is shown
+# every figure carries its colours for dark screens, so that it fits whatever page shows it
 RULES = "".join(
     f'[style*="{name}: {light}"]{{{name}:{dark}!important}}'
     for light, dark in DARK.items()
@@ -47,8 +47,8 @@ STYLE = f"<style>@media (prefers-color-scheme: dark){{{RULES}}}</style>"
 matplotlib.rcParams.update(
     {
         "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
-        "svg.hashsalt": "realign",  # equal data, equal file
-        "text.parse_math": False,  # names of models may hold a $
+        "svg.hashsalt": "realign",  # equal data give equal files
+        "text.parse_math": False,  # names of models may contain a $
         "font.family": "sans-serif",
         "font.size": 10,
         "text.color": INK,
@@ -103,18 +103,18 @@ def _svg(axes: Any) -> Markup:
     text = buffer.getvalue()
     start = text.index("<svg")
     inside = text.index(">", start) + 1
-    # matplotlib's own markup, its labels escaped by it
+    # the markup is matplotlib's, which escapes labels
     return Markup(f"{text[start:inside]}{STYLE}{text[inside:]}")
 
 
 class Axis(NamedTuple):
-    """The vertical axis of curves."""
+    """The vertical axis of a line plot."""
 
     unit: str = ""
     line: float | None = None
-    """Height of a dashed line to compare with."""
+    """Value of a dashed reference line."""
     ends: tuple[float, float] | None = None
-    """Lowest and highest value that there can be; by default those of the curves."""
+    """Lowest and highest possible value; by default those of the curves."""
 
 
 def line_plot(
@@ -123,13 +123,13 @@ def line_plot(
     axis: Axis | None = None,
     label: str = "step",
 ) -> Markup:
-    """Return curves, which differ in colour and in the kind of line.
+    """Return a plot of curves, which differ in colour and in line style.
 
     Args:
-        title: Above the plot.
-        lines: Label to (step, value) points.
-        axis: Of the values.
-        label: Of the horizontal axis.
+        title: Title above the plot.
+        lines: Label of a curve to its (step, value) points.
+        axis: Vertical axis.
+        label: Label of the horizontal axis.
     """
     axis = axis or Axis()
     axes = _axes(title, label, axis.unit, has_vertical_grid=True)
@@ -137,7 +137,7 @@ def line_plot(
         axes.axhline(axis.line, color=LINE, linestyle=(0, (2, 2)), linewidth=1)
     for place, (name, points) in enumerate(lines.items()):
         color = COLORS[1:][place % (len(COLORS) - 1)]
-        # a line of one point has no length
+        # a line of one point would be invisible
         marker = "o" if len(points) == 1 else None
         style: Any = LINES[place % len(LINES)]
         axes.plot(
@@ -162,20 +162,20 @@ class Difference(NamedTuple):
     low: float
     high: float
     verdict: str
-    """``better`` or ``worse`` where it is not inside the noise."""
+    """``better`` or ``worse``, or another word if the difference is inside the noise."""
     more_is_better: bool
 
 
 def difference_plot(
     title: str, differences: Sequence[Difference], unit: str = "percentage points"
 ) -> Markup | None:
-    """Return a line for every difference: its interval, and a point that is filled where it is not
-    inside the noise. None where there is no difference.
+    """Return a plot with the interval of every difference, and a point, which is filled unless the
+    difference is inside the noise; None without differences.
 
     Args:
-        title: Above the plot.
-        differences: From the top to the bottom.
-        unit: Of the axis.
+        title: Title above the plot.
+        differences: Differences in order from top to bottom.
+        unit: Unit of the horizontal axis.
     """
     if not differences:
         return None
@@ -187,7 +187,7 @@ def difference_plot(
         )
         for found in differences
     ]
-    # a label stands above its line, so that the plot is narrow enough for a phone
+    # labels stand above their lines, so that the plot is narrow enough for a phone
     heights = [1 + 0.36 * (len(label) - 1) for label in labels]
     axes = Figure(figsize=(4.4, 0.9 + 0.5 * sum(heights))).subplots()
     axes.grid(axis="y", visible=False)
@@ -222,11 +222,11 @@ def bar_plot(
     """Return one bar per model with its interval and its value, from 0.
 
     Args:
-        title: Above the plot.
-        bars: Label to (value, low, high); None, which is not defined, is a dash.
+        title: Title above the plot.
+        bars: Label to (value, low, high), or to None for an undefined value, shown as a dash.
         scale: Factor of the values; 100 plots fractions in percent.
-        note: Below the plot, such as why a value is not defined.
-        unit: Of the axis, of the multiplied values.
+        note: Text below the plot, such as the reason why a value is undefined.
+        unit: Unit of the vertical axis, after the multiplication by ``scale``.
     """
     axes = _axes(title, note, unit)
     axes.set_xticks(range(len(bars)), list(bars))
@@ -236,8 +236,8 @@ def bar_plot(
         value, low, high = (scale * end for end in bar or (0.0, 0.0, 0.0))
         ends += [value, low, high]
         if bar:
-            # a bar's length is its value; small differences are read from the numbers and the
-            # intervals, which need not hold the value where draws are left out of them
+            # bars start at 0, so small differences are read from the numbers and the intervals;
+            # an interval need not contain its value, since undefined draws are left out of it
             axes.bar(position, value, color=COLORS[position % len(COLORS)], width=0.6)
             axes.plot([position, position], [low, high], color=INK, marker="_", markersize=6)
         axes.annotate(
@@ -249,11 +249,11 @@ def bar_plot(
 
 
 def rank_plot(counts: Mapping[int, int]) -> Markup:
-    """Return a bar plot of pairs by the rank of their retrieved image; a sentence where all have
-    the same rank, and nothing where there are no pairs.
+    """Return a bar plot of pairs by the rank of their retrieved image; only a sentence if all have
+    the same rank, and nothing without pairs.
 
     Args:
-        counts: Rank, from 1, to the number of pairs.
+        counts: Rank, from 1, to its number of pairs.
     """
     found = {rank: count for rank, count in counts.items() if count}
     if len(found) < 2:
@@ -276,15 +276,15 @@ def histogram(
     """Return a histogram of several series, stacked.
 
     Args:
-        title: Above the plot.
-        values: Label to values; empty series are left out.
-        label: Of the axis of the values.
-        line: A value to mark, and what it is called.
-        bins: How many bars, over the range of all values.
+        title: Title above the plot.
+        values: ``accepted`` or ``refused`` to its values; empty series are left out.
+        label: Label of the horizontal axis.
+        line: Value to mark with a line, and the label of the line.
+        bins: Number of bars over the range of all values.
     """
     axes = _count_axes(title, label, "retrieved images")
     shown = {label: series for label, series in values.items() if len(series)}
-    # blue is what passed, orange what did not, as everywhere on the page
+    # as everywhere on the page, blue passed and orange did not
     colors = {"accepted": BLUE, "refused": PALE_ORANGE}
     axes.hist(
         list(shown.values()),
@@ -306,10 +306,10 @@ def compared_histogram(
     """Return the outlines of several distributions of whole numbers in one plot.
 
     Args:
-        title: Above the plot.
-        values: Label to values.
-        label: Of the axis.
-        bins: At most so many steps.
+        title: Title above the plot.
+        values: ``chosen`` or ``rejected`` to its values.
+        label: Label of the horizontal axis.
+        bins: Largest number of bins.
     """
     axes = _count_axes(title, label, "answers")
     low = min(map(min, values.values()))
@@ -323,7 +323,7 @@ def compared_histogram(
             series, bins=edges, histtype="step", label=name, color=color, linestyle=style,
             linewidth=1.6,
         )  # fmt: skip
-    # a line, since the patch of an outline hides how it is dashed
+    # the legend shows lines, since the default patch does not show the dashes
     handles = [
         Line2D([], [], color=looks[name][0], linestyle=looks[name][1], label=name)
         for name in values

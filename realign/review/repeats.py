@@ -1,4 +1,4 @@
-"""Finds rows that repeat another row, their own original image, or an image of the evaluation."""
+"""Find rows that repeat another row, their own original image, or an evaluation image."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def near_images(row: DecodedRow, max_hamming: int) -> Iterator[Problem]:
     """Yield problems of retrieved images that look like their original. Code: ``near-images``.
 
     Args:
-        row: The row.
-        max_hamming: Perceptual hashes that differ in at most so many bits are of copies.
+        row: Row with its images.
+        max_hamming: Largest number of differing bits at which two perceptual hashes are of copies.
     """
     for image, retrieved in zip(row.images, row.rejected_images, strict=False):
         if not isinstance(image, ImageFacts) or not isinstance(retrieved, ImageFacts):
@@ -61,10 +61,10 @@ class EvalImages:
     """The images of an evaluation, which no row may hold.
 
     Args:
-        folder: Every JPEG, PNG and WebP file in it and below is one.
-        workers: As of :func:`realign.data.image_pool.inspect_images`.
+        folder: Folder of the images: all JPEG, PNG and WebP files at any depth.
+        workers: Number of processes (see :func:`realign.data.image_pool.inspect_images`).
     Raises:
-        RefusedError: It is no folder, or holds none.
+        RefusedError: The folder does not exist or holds no image.
     """
 
     def __init__(self, folder: Path, workers: int) -> None:
@@ -93,8 +93,8 @@ class EvalImages:
         return len(self._names)
 
     def find(self, row: DecodedRow) -> tuple[list[Problem], list[Problem]]:
-        """Return problems and warnings: images of the evaluation (code ``leak``), and images that
-        look like one of them (``near-leak``).
+        """Return the problems (code ``leak``, evaluation images) and the warnings (``near-leak``,
+        images that look like one) of a row.
         """
         leaks: list[Problem] = []
         near: list[Problem] = []

@@ -17,10 +17,11 @@ def write_report(
 
     Args:
         path: Folder of a run with any of ``dataset/``, ``metrics.jsonl``, ``eval/``; or a dataset:
-            a build folder, parquet, JSON.
-        out: The page; by default ``report.html`` in the folder, ``<name>.html`` beside a file.
-        images: Image folder of JSON.
-        lead: What the page of a run begins with.
+            a build folder, parquet file or JSON file.
+        out: File to write; by default ``report.html`` in the folder, or ``<name>.html`` beside a
+            file.
+        images: Folder of the images that a JSON file names.
+        lead: First part of the page of a run.
     Raises:
         RefusedError: There is nothing to report on, or the page cannot be written there.
     """

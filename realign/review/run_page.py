@@ -1,4 +1,4 @@
-"""The page of a run's folder: the scores, the curves, and a short look at the dataset."""
+"""The page of a run's folder: scores, curves of training, and some pairs of the dataset."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NUM_PAIRS = 8
 
 
 def holds_run(folder: Path) -> bool:
-    """Return whether there is anything of a run to show."""
+    """Return whether a folder has any file of a run that the page shows."""
     return any(
         (folder / name).is_file()
         for name in ("dataset/dataset.parquet", "eval/scores.json", "scores.json", "metrics.jsonl")
@@ -33,13 +33,13 @@ def holds_run(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Lead:
-    """The part that a page begins with.
+    """The first part of a page, above the scores.
 
     Attributes:
-        title: Its heading.
-        sentences: A paragraph each.
-        heads: Headings of its table.
-        rows: Cells of its table.
+        title: Heading.
+        sentences: Sentences, each shown as a paragraph.
+        heads: Headings of the table.
+        rows: Cells of the table.
     """
 
     title: str
@@ -53,10 +53,10 @@ def run_page(run: Path, out: Path, lead: Lead | None = None) -> Path:
 
     Args:
         run: Folder with any of ``dataset/``, ``metrics.jsonl``, ``eval/``; or of an evaluation.
-        out: The page.
-        lead: What it begins with.
+        out: File to write.
+        lead: First part of the page.
     Raises:
-        RefusedError: The folder holds none of them.
+        RefusedError: The folder holds no file of a run.
     """
     if not holds_run(run):
         raise RefusedError(
@@ -104,7 +104,7 @@ def _dataset_part(folder: Path, tiles: list[Tile]) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    """Return whether a metric is defined: null, and NaN of an earlier version, are not."""
+    """Return whether a metric has a value; null, or NaN by an earlier version, is none."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 

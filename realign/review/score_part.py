@@ -1,4 +1,4 @@
-"""The part of a run's page that shows its evaluation."""
+"""The part of a run's page that shows the evaluation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHANGES = {
     "lost": "Lost: right before, wrong after",
     "other": "Changed, but neither gained nor lost",
 }
-PROBES = {  # of scores.json, to heading and factor
+PROBES = {  # name in scores.json to heading and factor
     "mean_words": ("words", 1),
     "mean_tokens": ("tokens", 1),
     "share_cut": ("cut, %", 100),
@@ -43,7 +43,7 @@ PROBES = {  # of scores.json, to heading and factor
 
 
 def score_part(folder: Path, tiles: list[Tile]) -> dict[str, Any]:
-    """Return what the template shows of ``eval/``; the headline scores are added to ``tiles``."""
+    """Return the template's values for the folder ``eval``, and append tiles of headline scores."""
     scores = read_scores(folder / "scores.json")
     models = scores["models"]
     rows = list(score_rows(scores))
@@ -65,8 +65,8 @@ def score_part(folder: Path, tiles: list[Tile]) -> dict[str, Any]:
 
 
 def _tile(scores: Mapping[str, Any], row: Mapping[str, Any], cells: Mapping[str, Any]) -> Tile:
-    """Return the tile of a headline score: the first and the last model, the interval of each, and
-    that of their difference.
+    """Return the tile of a headline score: the values of the first and the last model with their
+    intervals, and the difference with its interval.
     """
     models = dict.fromkeys((scores["models"][0], scores["models"][-1]))
     entries = [split_of(scores, row)["models"][model][row["metric"]] for model in models]
@@ -147,8 +147,10 @@ def _line(
 
 
 def _counted(metrics: Mapping[str, Any], metric: str) -> Mapping[str, Any] | None:
-    """Return what was gained and lost by a metric, or by the first of its split that is a mean of
-    right and wrong; F1 is none.
+    """Return the gained and lost questions of a metric.
+
+    A metric such as F1, which is no mean over right and wrong answers, has none; those of the
+    first metric of the split that has some are returned instead.
     """
     for name in (metric, *metrics):
         found: Mapping[str, Any] | None = metrics[name]["paired"]
@@ -158,7 +160,7 @@ def _counted(metrics: Mapping[str, Any], metric: str) -> Mapping[str, Any] | Non
 
 
 def _with_interval(entry: Mapping[str, Any], scale: float) -> tuple[str, str]:
-    """Return a value and its interval as they are shown."""
+    """Return a value and its interval as texts; the interval may be empty."""
     if entry["value"] is None:
         return UNDEFINED, ""
     ends = [f"{scale * end:.1f}" for end in entry["interval"] or ()]
@@ -173,7 +175,7 @@ def _p(value: float | None) -> str:
 
 
 def _warning(split: Mapping[str, Any], row: Mapping[str, Any], model: str) -> str:
-    """Return which constant answer is at least as good as a model, empty where none is."""
+    """Return a warning if a constant answer is at least as good as the model; empty otherwise."""
     value = split["models"][model][row["metric"]]["value"]
     for answer, metrics in split["constants"].items():
         constant = metrics[row["metric"]]
@@ -222,7 +224,7 @@ def _number(value: float | None, metric: str, factor: float) -> str:
 
 
 def _plot(scores: Mapping[str, Any], rows: Sequence[Any]) -> Markup | None:
-    """Return the differences of the last model, None where nothing is compared."""
+    """Return a plot of the last model's differences; None if no models are compared."""
     model = scores["models"][-1]
     differences, units = [], set()
     for row, cells in rows:
@@ -239,7 +241,7 @@ def _plot(scores: Mapping[str, Any], rows: Sequence[Any]) -> Markup | None:
 
 
 def _probes(scores: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what is said of the answers beside their scores: length, cuts, circles, yes."""
+    """Return the table of facts about the answers themselves: lengths, cut ones, repetitions."""
     lines = []
     for name, task in scores["tasks"].items():
         for model in scores["models"]:
@@ -260,7 +262,7 @@ def _probes(scores: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _samples(scores: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """Return the groups of answers to look at: gained, lost, and others."""
+    """Return sample answers in three groups: gained, lost and other changes."""
     groups = []
     for change, heading in CHANGES.items():
         own = [sample for sample in scores["samples"] if sample["change"] == change]
@@ -296,7 +298,7 @@ def _sample(sample: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _marked_phrases(text: str, phrases: Sequence[str]) -> Markup:
-    """Mark the whole words of phrases; where a Chinese or Japanese word ends cannot be seen."""
+    """Mark phrases that occur as whole words; Chinese and Japanese ones anywhere in the text."""
     whole = [
         re.escape(phrase) if phrase[-1] > "\u3000" else rf"(?<!\w){re.escape(phrase)}(?!\w)"
         for phrase in sorted(filter(None, phrases), key=len, reverse=True)  # the longest one first

@@ -1,5 +1,5 @@
-"""Durable writing: files and folders that are whole or absent, because they are written under a
-temporary name, synced and renamed. Also the hashes of their content.
+"""Write files and folders that are either whole or absent, since they are written under a temporary
+name, synced and renamed. Also read and hash files.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Return whether a path is one that a killed process left in :func:`replacing`."""
+    """Return whether a path is a temporary file of :func:`replacing` by a killed process."""
     return re.fullmatch(r"\..+\.\d+\.tmp", path.name) is not None and path.is_file()
 
 
 def follow_umask(path: Path) -> None:
-    """Give a file or a folder the permissions that ``open`` or ``mkdir`` would have given it;
-    safetensors writes 0600, and ``mkdtemp`` makes folders of 0700.
+    """Give a file or a folder the permissions that ``open`` or ``mkdir`` would give it, since
+    safetensors writes files with 0600 and ``mkdtemp`` makes folders with 0700.
     """
-    mask = os.umask(0o077)  # it can only be read by setting it
+    mask = os.umask(0o077)  # the mask can only be read by setting it
     os.umask(mask)
     path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
@@ -71,7 +71,7 @@ def write_unsynced(path: Path, raw: bytes) -> None:
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """Return ``value`` as JSON. Whatever this package writes as JSON is spelled here.
+    """Return ``value`` as JSON. This package writes all its JSON through this function.
 
     Args:
         value: A value of JSON types. Pass a measurement that may be undefined through
@@ -126,12 +126,12 @@ def read_utf8(path: Path) -> str:
     """Read a text file.
 
     Raises:
-        RefusedError: It is not UTF-8.
+        RefusedError: The file is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise RefusedError(f"{path} must be UTF-8 ({error}). Save it so.", code="utf-8") from None
+        raise RefusedError(f"{path} must be UTF-8 ({error}). Convert it.", code="utf-8") from None
 
 
 def file_sha256(path: Path) -> str:
@@ -141,7 +141,7 @@ def file_sha256(path: Path) -> str:
 
 
 def content_sha256(*parts: str | bytes) -> str:
-    """Return the SHA-256 of length-framed parts: ("ab", "c") and ("a", "bc") differ."""
+    """Return the SHA-256 of parts with their lengths, so that "ab", "c" and "a", "bc" differ."""
     digest = hashlib.sha256()
     for part in parts:
         raw = part.encode() if isinstance(part, str) else part
@@ -151,7 +151,7 @@ def content_sha256(*parts: str | bytes) -> str:
 
 
 def canonical_json(value: Any) -> str:
-    """Return JSON with one spelling per value: sorted keys, no spaces."""
+    """Return JSON that is equal for equal values: with sorted keys and without spaces."""
     return json_text(value, sort_keys=True, separators=(",", ":"))
 
 
@@ -165,8 +165,8 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until everything in a folder is on the disk, so that no name outlives its content."""
-    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder before the folder
+    """Wait until everything in a folder is on the disk, so that no name lacks its content."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # contents before their folder
         if path.is_file():
             follow_umask(path)
         sync(path)
@@ -180,7 +180,7 @@ def publish(written: Path, place: Path) -> None:
         OSError: Something could not be written; ``place`` is unchanged.
     """
     sync_folder(written)
-    if place.exists():  # damaged, or of a course that was left for an older checkpoint
+    if place.exists():  # damaged, or left by a run that was later resumed from an older checkpoint
         remove_folder(place)
     written.replace(place)
     sync(place.parent)
@@ -190,7 +190,7 @@ def publish(written: Path, place: Path) -> None:
 def new_folder(place: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``place``, absent or empty, after the block."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    # not by process id: in a container each run has the same one, and a killed run cleans nothing
+    # not named by process id: containers often share one, and a killed run leaves its folder
     temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent))
     try:
         with name_disk_errors(place):
@@ -204,7 +204,7 @@ def new_folder(place: Path) -> Iterator[Path]:
 
 
 def remove_folder(place: Path) -> None:
-    """Rename a folder before removing its files, so that a kill leaves no half of it."""
+    """Rename a folder and then remove it, so that a killed process leaves no partial folder."""
     doomed = place.with_name(REMOVING)
     shutil.rmtree(doomed, ignore_errors=True)
     place.replace(doomed)

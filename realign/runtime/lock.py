@@ -1,4 +1,4 @@
-"""Locks that one process at a time holds, also on file systems without locks."""
+"""Locks between processes, also on file systems that do not support locks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _POLL_SECONDS = 0.02
 
 @contextmanager
 def locked(path: Path, *, waiting: str = "", refusal: str = "") -> Iterator[None]:
-    """Hold a lock file within the block; no other process or thread does meanwhile.
+    """Hold a lock file within the block, while no other process or thread can.
 
     The system releases it when the process ends, even if it is killed. On a file system without
     locks, ``<path>.soft`` is created exclusively instead; it is taken over if its process has ended
     on this machine.
 
     Args:
-        path: The lock file, in a folder that exists.
+        path: Lock file, in an existing folder.
         waiting: Message to announce before waiting for another holder; none by default.
         refusal: Message of the refusal if another holds the lock; by default it is waited for.
     Raises:
@@ -41,7 +41,7 @@ def locked(path: Path, *, waiting: str = "", refusal: str = "") -> Iterator[None
 
 def _acquire(path: Path, waiting: str, refusal: str) -> BaseFileLock:
     try:
-        with warnings.catch_warnings():  # filelock may change over by itself, and says so
+        with warnings.catch_warnings():  # filelock warns when it switches to soft locks by itself
             warnings.filterwarnings("ignore", message="flock not supported")
             return _take(FileLock(path, thread_local=False), waiting, refusal)
     except OSError as error:

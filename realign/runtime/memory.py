@@ -1,4 +1,4 @@
-"""Memory and cores that this process may use; a container may have less than its machine."""
+"""Memory and cores that this process may use, which may be less than the machine has."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 
 
 def usable_memory(root: Path = Path("/")) -> int:
-    """Return the bytes of physical memory, or the strictest limit of the control groups.
+    """Return the bytes of physical memory, or the strictest limit of the control groups if lower.
 
     Args:
-        root: Folder of ``proc`` and ``sys``.
+        root: Folder that holds ``proc`` and ``sys``.
     """
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([physical, *_limits(root)])
 
 
 def _limits(root: Path) -> list[int]:
-    """Return the limits of the process's groups and of those above them, version 2 or 1.
+    """Return the limits of the process's control groups and their parents, of version 1 or 2.
 
     Source: Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
     """
@@ -33,7 +33,7 @@ def _limits(root: Path) -> list[int]:
             top, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
         else:
             continue
-        # in a container the group may be named as the host sees it, and only the top be there
+        # a container may see the host's name of the group, but only the topmost folder
         inner = top / group.strip("/")
         for folder in (inner, *inner.parents[: len(inner.parts) - len(top.parts)]):
             if (folder / name).is_file():

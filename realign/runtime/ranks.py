@@ -1,7 +1,7 @@
-"""Several processes that build or read one cache, as `accelerate launch` and `torchrun` start them.
+"""Several processes of one run, as `accelerate launch` and `torchrun` start them.
 
-Their messages are small and go through gloo, on the host, with a timeout of a day: one of them may
-compute for hours.
+Their messages are small and go through gloo, on the CPU, with a timeout of a day, since one process
+may compute for hours while the others wait.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from realign.runtime.write_errors import explain_write_errors
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)
-# network file systems show a new file to other machines after their cache of the folder expires
+# other machines see a new file on a network file system only after their folder cache expires
 FILE_SECONDS = 60.0
 
 
@@ -35,13 +35,13 @@ def is_distributed() -> bool:
 def local_device() -> torch.device:
     """Return the device of this process: its own GPU, or the CPU."""
     if is_distributed():
-        # accelerate chooses the backend that training will use too
+        # accelerate chooses the same backend as later for training
         return _state().device
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _state() -> PartialState:
-    # the first one makes the group of training too, where all wait for the one that writes
+    # the first call also creates training's process group, in which ranks wait for the writing one
     return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
@@ -49,7 +49,7 @@ class Ranks:
     """The processes of this run; one process is a run of one rank.
 
     Attributes:
-        rank: This process's number.
+        rank: Number of this process.
         world_size: Number of processes.
     """
 
@@ -68,7 +68,7 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Return every rank's value, by rank, as plain Python; all ranks wait for all."""
+        """Return the values of all ranks in their order; every rank waits for all others."""
         if self._group is None:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -76,10 +76,10 @@ class Ranks:
         return values
 
     def run_together(self, work: Callable[[], T]) -> T:
-        """Run a block that fails on all ranks if it fails on any, with the first message.
+        """Run work on every rank; if it fails on one rank, fail on all with the first message.
 
         Raises:
-            RefusedError: On every rank, or FloatingPointError.
+            RefusedError: The work raised one on some rank. The same holds for FloatingPointError.
         """
         result, failure = None, None
         try:
@@ -95,19 +95,19 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def run_on_first(self, work: Callable[[], T]) -> T:
-        """Return the result of the first rank, which alone does the work; the others wait for it.
+        """Run work on the first rank only, and return its result on every rank.
 
         Raises:
-            RefusedError: On every rank, or FloatingPointError.
+            RefusedError: The work raised one. The same holds for FloatingPointError.
         """
         found = self.run_together(lambda: work() if self.is_first else None)
         return self.gather(found)[0]  # type: ignore[return-value]
 
     def check_folder_is_shared(self, folder: Path) -> None:
-        """Refuse a folder that differs between machines: its shards would be lost.
+        """Refuse a folder that ranks do not share, since the others would not find its files.
 
         Raises:
-            RefusedError: On every rank.
+            RefusedError: A rank does not see a file that the first rank writes.
         """
         if self._group is None:
             return
@@ -133,10 +133,10 @@ class Ranks:
             )
 
     def check_agreement(self, root: str, place: Path) -> None:
-        """Refuse caches that differ between ranks, which would train towards different references.
+        """Refuse caches that differ between ranks, whose references would then differ.
 
         Raises:
-            RefusedError: On every rank.
+            RefusedError: The root hashes differ.
         """
         roots = self.gather(root)
         if len(set(roots)) > 1:

@@ -1,5 +1,5 @@
-"""Output folders that belong to one run: the same command continues it, and any other is refused
-before it writes anything.
+"""Output folders that belong to one run: the same command continues the run, and any other command
+is refused before it writes anything.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from realign.errors import RefusedError
 from realign.runtime.files import canonical_json, content_sha256, is_unfinished, write_json
 from realign.runtime.lock import locked
 
-# Files that each command writes into its folder beside <verb>.json, which another run would mix up.
-# Reference log-probabilities are not among them: they are found by their content.
+# Files that each command writes into its folder beside <verb>.json, and which another run must not
+# mix with its own. Reference log-probabilities are not listed, since they are found by content.
 WRITES: Mapping[str, tuple[str, ...]] = {
     "build": (
         *("rejected.jsonl", "images", "source_images", "annotated", "masked", "embeddings"),
@@ -39,10 +39,10 @@ WRITTEN_BEFORE = {"images", "source_images"}
 
 
 def check_out(folder: Path) -> None:
-    """Refuse an output folder that is a file or is below one.
+    """Refuse an output folder that is a file or lies below one.
 
     Raises:
-        RefusedError: Naming the file.
+        RefusedError: A file is in the way; the message names it.
     """
     for place in (folder, *folder.parents):
         if place.is_dir():
@@ -57,7 +57,7 @@ def is_begun(folder: Path, verb: str) -> bool:
     """Return whether any run of the command has claimed the folder.
 
     Raises:
-        RefusedError: None has, but the folder holds files of such a run.
+        RefusedError: No run has claimed the folder, but it holds files of such a run.
     """
     if (folder / f"{verb}.json").is_file():
         return True
@@ -81,9 +81,9 @@ def claim(folder: Path, verb: str, facts: Mapping[str, Any], labels: Labels | No
 
 @contextmanager
 def only_run(folder: Path, verb: str) -> Iterator[None]:
-    """Lock a folder, so that the same command given twice does not do the same work twice. The
-    system releases it when the process ends, even if it is killed. Unfinished files of a killed run
-    are removed.
+    """Lock a folder, so that two processes do not do the same work. The system releases the lock
+    when the process ends, even if it is killed. Unfinished files of an earlier, killed run are
+    removed.
 
     Raises:
         RefusedError: Another process holds the folder.
@@ -99,7 +99,7 @@ def only_run(folder: Path, verb: str) -> Iterator[None]:
 
 
 def _remove_unfinished(folder: Path, verb: str) -> None:
-    """Remove the unfinished files of a killed run; the lock excludes any other."""
+    """Remove the unfinished files of a killed run; the lock guarantees that no other run writes."""
     for name in {f"{verb}.json", *WRITES[verb]} - WRITTEN_BEFORE:
         for path in (*folder.glob(f".{name}.*.tmp"), *(folder / name).rglob(".*.tmp")):
             if is_unfinished(path):
@@ -115,10 +115,9 @@ def is_claimed(
     Args:
         folder: The output folder.
         verb: The command.
-        facts: Everything that the result depends on. Long lists and mappings are stored as their
-            hash.
-        labels: By the name of a list of hashes in ``facts``, the name of its items in messages,
-            such as row ids.
+        facts: Everything that the result depends on. A long list is stored as its hash.
+        labels: Name of a list of hashes in ``facts`` to the names of its items in messages, such as
+            row ids.
     Raises:
         RefusedError: The folder holds another run of the command; the message names the
             differences.
@@ -144,7 +143,7 @@ def is_claimed(
 
 
 def _check_leftovers(folder: Path, verb: str) -> None:
-    """Refuse shards without a record of their run, which would be taken for this run's."""
+    """Refuse files without a record of their run, which this run would mistake for its own."""
     written = set(WRITES[verb]) - WRITTEN_BEFORE
     if left := sorted(name for name in written if (folder / name).exists()):
         raise RefusedError(
@@ -204,7 +203,7 @@ def _lines(name: str, old: Any, new: Any) -> Iterator[str]:
 
 
 def _of_items(old: list[str] | str, new: Sequence[str], labels: Sequence[str]) -> str:
-    """Return how many items of a list differ, and the first of them; only a hash of a long list is
+    """Describe how many items of a list differ, and the first one; of a long list only the hash is
     stored.
     """
     if isinstance(old, str):

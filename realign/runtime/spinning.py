@@ -1,4 +1,4 @@
-"""Limit on the spinning of OpenMP threads, for cores that other processes need."""
+"""Limit the spinning of waiting OpenMP threads, which keeps cores from other processes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ SPIN_COUNT = "7000"
 
 
 def limit_spinning() -> None:
-    """Let OpenMP threads sleep soon when they wait, unless the environment sets how they wait.
+    """Let waiting OpenMP threads sleep soon, unless the environment already sets how they wait.
 
-    A thread that spins until the others arrive takes the core that they need. The environment is
-    read when torch is loaded: this works for a process that has not loaded it yet, and for those
-    that this process starts.
+    A thread that spins while it waits for others occupies a core that they need. OpenMP reads the
+    environment when torch is loaded, so this affects a process that has not loaded torch yet, and
+    the processes that it starts.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT

@@ -1,4 +1,4 @@
-"""Strict decoding of JSON files of other programs, since a guess would be trained on."""
+"""Strict decoding of JSON files of other programs, since a wrong guess would be trained on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from realign.runtime.files import canonical_json, read_utf8
 
 MAX_LINE_BYTES = 1 << 20
 _PART_BYTES = 1 << 22
-# half of a pair cannot be tokenized or written
+# an unpaired surrogate cannot be tokenized or written
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -25,7 +25,7 @@ class Flaw(NamedTuple):
 
     Attributes:
         code: ``duplicate-key`` or ``number``.
-        value: The key that an object has twice, or the number that is not finite.
+        value: Key that an object has twice, or number that is not finite.
     """
 
     code: str
@@ -33,11 +33,11 @@ class Flaw(NamedTuple):
 
 
 class StrictDecoder:
-    """JSON decoder that records objects with a key twice and numbers that are not finite, and
+    """JSON decoder that records repeated keys of an object and numbers that are not finite, but
     continues, so that the end of a flawed value is known.
 
     Attributes:
-        flaw: The first flaw of the text that was decoded last.
+        flaw: First flaw of the value that was decoded last; None without a flaw.
     """
 
     def __init__(self) -> None:
@@ -162,8 +162,8 @@ def iter_members(path: Path, lists: Collection[str]) -> Iterator[tuple[str, Any]
     Yields:
         The key of a list and its next entry, in the order of the file.
     Raises:
-        RefusedError: As :func:`read_json`, or the file holds no object, or a key of ``lists`` has
-            another value than a list, or none.
+        RefusedError: For the reasons of :func:`read_json`, or the file does not hold an object, or
+            a key of ``lists`` is missing or its value is not a list.
     """
     with path.open("rb") as file:
         reader = _JsonReader(file, str(path))
@@ -193,7 +193,7 @@ def iter_members(path: Path, lists: Collection[str]) -> Iterator[tuple[str, Any]
 
 
 class _JsonReader:
-    """Reader of values and marks from a file of which a part is in memory at a time."""
+    """Reader of values and punctuation from a file, with only a part of it in memory."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file, self._name = file, name
@@ -202,7 +202,7 @@ class _JsonReader:
         self._text, self._position, self._is_whole = "", 0, False
 
     def value(self) -> Any:
-        """Return the value that begins here, and move behind it."""
+        """Return the value at the current position, and move past it."""
         self._skip_spaces()
         while True:
             try:
@@ -211,7 +211,7 @@ class _JsonReader:
                 if self._is_whole:
                     self.refuse("be JSON", repr(self._text[max(0, error.pos - 20) :][:40]))
             else:
-                # a number may go on in the part that follows
+                # a number may continue in the next part
                 if end < len(self._text) or self._is_whole:
                     break
             self._read_on()

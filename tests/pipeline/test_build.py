@@ -338,7 +338,7 @@ def test_an_image_that_changes_during_a_build_is_refused(
         return outcomes
 
     monkeypatch.setattr(Staging, "induce", then_change)
-    with pytest.raises(RefusedError, match=r"train-0.*png must stay as it is during a build"):
+    with pytest.raises(RefusedError, match=r"train-0.*png must not change during a build"):
         build(config)
     assert not (config.out / "dataset.parquet").exists()
 
@@ -536,7 +536,7 @@ def test_the_option_that_finds_the_images_is_named(config: BuildConfig, tmp_path
     assert len(shown) == 5
     assert more == "... and 35 more (missing in image)"
     assert re.fullmatch(
-        r"COCO_train2014_train-\d+\.png is there: pass --set "
+        r"COCO_train2014_train-\d+\.png exists: pass --set "
         r"build\.image_name=COCO_train2014_\{name\}\.",
         last,
     )

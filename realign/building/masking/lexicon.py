@@ -1,9 +1,9 @@
-"""Phrases that name something visual, by category, and where a text holds them.
+"""Lexicons: phrases that name something visual, by category, and the search for them in a text.
 
 A lexicon is a YAML file of categories (objects, attributes, relations, ...), each a list of
-phrases; what is in the category ``kept`` is matched like the others and stays. Words are matched
-whole, the longest phrase wins, case is ignored, a phrase's plural is the phrase, a space stands for
-spaces or a hyphen, and ``#`` for a number of up to three digits. It must not know who masks.
+phrases. Phrases of the category ``kept`` are matched like the others but not masked. Whole words
+are matched, the longest phrase wins, case is ignored, regular plurals are included, a space stands
+for spaces or a hyphen, and ``#`` for a number of up to three digits.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from realign.runtime.files import read_utf8
 KEPT = "kept"
 NUMBER = "#"
 _GAP = re.compile(r"[ \t\u00a0]+|[-\u2010\u2011]")  # no line end: a phrase does not cross lines
-# not the digits of a year, an id or "3D"; "10:30" and "1,200" are one number
+# not digits of a year, an id or "3D"; "10:30" and "1,200" are one number each
 _NUMBER = re.compile(r"[0-9]{1,3}(?:[.,:][0-9]{1,3})*(?!\w)")
 _SEPARATORS = str.maketrans(".,:", "   ")
 _LIST_MARKER = re.compile(r"(?m)^[ \t]*([0-9]+)[.)](?=\s)")
 
 
 class Lexicon:
-    """Finds visual phrases, in time linear in the text.
+    """Finder of visual phrases, in time linear in the length of the text.
 
     Args:
-        categories: Category to its phrases.
+        categories: Phrases by category.
     Raises:
-        RefusedError: A phrase without a word, or one phrase in two categories.
+        RefusedError: A phrase has no word, or is in two categories.
     """
 
     def __init__(self, categories: Mapping[str, Sequence[str]]) -> None:
@@ -71,7 +71,7 @@ class Lexicon:
         """Read a lexicon file.
 
         Raises:
-            RefusedError: No such file, or not a mapping from category to a list of phrases.
+            RefusedError: There is no such file, or it does not map categories to lists of phrases.
         """
         if not path.is_file():
             raise RefusedError(
@@ -131,7 +131,9 @@ class Lexicon:
     def _match(
         self, text: str, words: list[tuple[int, int, str]], first: int, longest: int
     ) -> tuple[int, str]:
-        """Return words and category of the longest phrase from word ``first`` on; 0 for none."""
+        """Return the number of words and the category of the longest phrase that begins with word
+        ``first``; 0 words if there is none.
+        """
         key, stop, best = "", words[first][0], (0, "")
         for length, (start, end, word) in enumerate(words[first : first + longest], start=1):
             key += _gap(text[stop:start]) + word
@@ -153,7 +155,7 @@ def _gap(text: str) -> str:
 
 
 def _key(phrase: str) -> str:
-    """Return a phrase in lower case with single spaces; empty if it is not words."""
+    """Return a phrase in lower case with single spaces; empty if it does not consist of words."""
     words = list(WORD.finditer(phrase))
     if not words or words[0].start() or words[-1].end() != len(phrase):
         return ""

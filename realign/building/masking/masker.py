@@ -1,4 +1,4 @@
-"""Masks the answers of a group of rows: by a model with the paper's prompt, or by rule."""
+"""Masking of the answers of a group of rows: by a model with the paper's prompt, or by rule."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from realign.building.prompts import MASK_REMINDERS, masking_request
 from realign.data.formats.source_row import SourceRow
 from realign.generation.generator import Generator, Request
 
-Fits = Callable[[str, Path], bool]  # whether a prompt about an image is short enough to be asked
+Fits = Callable[[str, Path], bool]  # whether a prompt about an image is short enough
 
-# Who masked, as the funnel counts it.
+# values of Masked.by, which the funnel counts
 BY_RULE, BY_RULE_AFTER_MODEL = "rule", "rule after model"
 BY_MODEL = ("model", "model, 2nd try", "model, 3rd try", "model, 4th try")
 
@@ -26,9 +26,9 @@ class Masked:
     """A masked answer.
 
     Attributes:
-        text: The answer with ``[MASK]``; empty when nothing could be masked.
-        by: Of ``BY_MODEL``, ``BY_RULE`` or ``BY_RULE_AFTER_MODEL``; empty for a row that has its
-            rejected answer already.
+        text: The answer with ``[MASK]``; empty if nothing could be masked.
+        by: One of ``BY_MODEL``, ``BY_RULE`` or ``BY_RULE_AFTER_MODEL``; empty for a row that
+            already has its rejected answer.
     """
 
     text: str
@@ -40,13 +40,13 @@ class MaskRules:
     """Settings of masking, as in BuildConfig.
 
     Attributes:
-        mask: Who masks.
-        lexicon: What the rule masks.
-        rates: Share of segments the rule masks, by category.
-        seed: Of the rule's draw.
-        level: Segments, or the sentences that hold them.
-        retries: How often a model that changed other words is asked again; each time with another
-            reminder, of which there are ``len(MASK_REMINDERS)``.
+        mask: Whether a model masks, or the rule.
+        lexicon: Phrases that the rule masks.
+        rates: Share of phrases that the rule masks, by category.
+        seed: Seed of the choice of phrases.
+        level: Whether to mask segments, or the sentences that contain them.
+        retries: Number of retries when a model changed other words; each retry has another
+            reminder of ``MASK_REMINDERS``.
     """
 
     mask: Literal["rule", "model"]
@@ -59,7 +59,7 @@ class MaskRules:
     def __post_init__(self) -> None:
         if not 0 <= self.retries <= len(MASK_REMINDERS):
             raise ValueError(
-                f"retries must be in [0, {len(MASK_REMINDERS)}], one a reminder, got "
+                f"retries must be in [0, {len(MASK_REMINDERS)}], one per reminder, got "
                 f"{self.retries}."
             )
 
@@ -67,14 +67,14 @@ class MaskRules:
 def mask_rows(
     rows: Sequence[SourceRow], rules: MaskRules, generator: Generator | None, fits: Fits
 ) -> list[Masked]:
-    """Mask each answer. A model's mask that changes any other word is asked for again, then falls
-    back to the rule. A row that has its rejected answer already is not masked.
+    """Mask each answer. If a model changes any other word it is asked again, and at last the rule
+    masks. A row that already has its rejected answer is not masked.
 
     Args:
         rows: Rows with answers.
-        rules: How.
-        generator: Who masks when ``rules.mask`` is ``model``.
-        fits: Says which requests the generator can be asked.
+        rules: Settings of masking.
+        generator: The masking model if ``rules.mask`` is ``model``.
+        fits: Function that tells whether a request is short enough for the generator.
     """
     masked = {i: Masked("", "") for i, row in enumerate(rows) if row.rejected}
     if rules.mask == "model":
@@ -93,7 +93,7 @@ def _by_model(
     generator: Generator,
     fits: Fits,
 ) -> dict[int, Masked]:
-    """Ask once for each row of ``waiting``; what of it can be taken."""
+    """Ask the model once for each row of ``waiting``; return the usable masks by row."""
     prompts = {i: masking_request(rows[i].answer, retry) for i in waiting}
     asked = [i for i in waiting if fits(prompts[i], rows[i].path)]
     if not asked:

@@ -1,9 +1,7 @@
-"""Turns an answer into a masked answer: its visual segments become ``[MASK]``, every other
-character stays.
+"""Masks of an answer: its visual segments become ``[MASK]``, and every other character stays.
 
-By rule, a lexicon says what a visual segment is; a model says it in a reply, of which the places
-of its masks are taken and nothing else. At sentence level every sentence that holds a masked
-segment becomes one mask instead.
+The segments come from a lexicon, or from the reply of a model, of which only the places of its
+masks are used. At sentence level, every sentence with a masked segment becomes one mask.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from realign.building.masking.sentences import WORD, Span, sentences
 from realign.building.prompts import MASK_TOKEN, readings
 
 Level = Literal["segment", "sentence"]
-MAY_BE_MASKED_WHOLE = 3  # words of an answer such as "Yes." or "A dog.", of which nothing need stay
+MAY_BE_MASKED_WHOLE = 3  # words of answers such as "Yes." or "A dog.", which may be one mask
 
 
 def mask_by_rule(
@@ -28,11 +26,11 @@ def mask_by_rule(
     rng: Random,
     level: Level = "segment",
 ) -> str | None:
-    """Replace visual segments of ``text`` by ``[MASK]``, each with its category's rate (1 where
-    none is given).
+    """Replace visual segments of ``text`` by ``[MASK]``, each with the probability that ``rates``
+    has for its category, 1 by default.
 
-    At least one segment is replaced. Returns None when the text has no visual segment, and when it
-    has a ``[MASK]`` of its own, which no completion could keep.
+    At least one segment is replaced. Return None if the text has no visual segment, or contains
+    ``[MASK]`` itself, which no completion could keep.
     """
     segments = lexicon.segments(text)
     if not segments or MASK_TOKEN in text:
@@ -45,13 +43,12 @@ def mask_by_rule(
 def mask_by_reply(text: str, reply: str, level: Level = "segment") -> str | None:
     """Mask ``text`` where a model's reply has ``[MASK]``.
 
-    The reply may differ from the text in white space and in the shape of quotation marks, and may
-    come wrapped (``realign.building.prompts``); any other change outside its masks refuses it. Its
-    masks are made to cover whole words: ``d[MASK]g`` covers "dog", masks inside one word are one
-    mask, a full stop stays. A mask may cover several words.
+    The reply may differ from the text in whitespace and in the shape of quotation marks, and may be
+    wrapped (``realign.building.prompts``). Masks are extended to whole words: ``d[MASK]g`` covers
+    "dog", and several masks inside one word are one mask. A mask may cover several words.
 
-    Returns None when the reply changed a word, masked nothing, masked across the end of a sentence
-    (a segment is a part of one), or left no word of an answer longer than three.
+    Return None if the reply changed anything else, masked nothing, masked across the end of a
+    sentence, or masked every word of an answer of more than three words.
     """
     if MASK_TOKEN in text:
         return None
@@ -63,15 +60,17 @@ def mask_by_reply(text: str, reply: str, level: Level = "segment") -> str | None
 
 
 def fits_mask(masked: str, completed: str) -> bool:
-    """Return whether ``completed`` is ``masked`` with every ``[MASK]`` filled and the rest kept."""
+    """Return whether ``completed`` is ``masked`` with every ``[MASK]`` filled in and nothing else
+    changed.
+    """
     return MASK_TOKEN not in completed and _fillings(masked.strip(), completed.strip()) is not None
 
 
 def _fillings(masked: str, completed: str) -> list[Span] | None:
-    """Return the stretches of ``completed`` in place of the masks; None if the rest differs.
+    """Return the spans of ``completed`` in place of the masks; None if the rest differs.
 
-    Linear in the text: the first and last pieces are anchored, those between are found from the
-    left.
+    The time is linear in the text: the first and last pieces are anchored, and those in between are
+    found from the left.
     """
     first, *between = masked.split(MASK_TOKEN)
     if not between:
@@ -91,7 +90,7 @@ def _fillings(masked: str, completed: str) -> list[Span] | None:
 
 
 def _masked_stretches(text: str, masked: str) -> list[Span]:
-    """Return stretches like _fillings, whatever white space and quotation marks look like."""
+    """Return spans like ``_fillings``, ignoring the form of whitespace and quotation marks."""
     folded, offsets = _folded(text)
     fillings = _fillings(_folded(masked)[0], folded) or []
     return [(offsets[start], offsets[stop - 1] + 1) for start, stop in fillings]
@@ -123,7 +122,7 @@ def _whole_words(text: str, spans: Iterable[Span]) -> list[Span]:
     for start, stop in spans:
         first, last = bisect_right(stops, start), bisect_left(starts, stop) - 1
         if first > last:
-            continue  # it covered no word
+            continue  # the mask covers no word
         if whole and starts[first] < whole[-1][1]:
             whole[-1] = whole[-1][0], stops[last]
         else:
@@ -146,9 +145,8 @@ def _are_segments(text: str, spans: Sequence[Span]) -> bool:
 def _at_level(text: str, spans: list[Span], level: Level) -> list[Span]:
     """Return the spans, or the sentences that hold them.
 
-    The completion prompt asks to complete a sentence by filling in its masked segments: where
-    every one of several sentences would be masked, the first stays, to be continued. An answer of
-    one sentence becomes one mask.
+    If every one of several sentences would be masked, the first one stays, because the completion
+    prompt requires a text to complete. An answer of one sentence becomes one mask.
     """
     if level == "segment":
         return spans

@@ -1,18 +1,18 @@
-"""Finds what is left of masks in a completion, in whatever spelling a model writes them back.
+"""Search for remnants of masks in a completion, in any spelling that a model may use.
 
-The rule, with examples of each item in ``tests/realign/building/masking/remnants.yaml``:
+The rules, with examples of each in ``tests/realign/building/masking/remnants.yaml``:
 
 - Brackets that hold only a name for a gap (``gaps.yaml``) are a remnant: ``[mask]``, ``<unk>``,
   ``{MASK_1}``, ``[insert color]``, ``[...]``, ``[ ]``. Brackets that hold a description are prose,
   for a model may fill a mask and keep its brackets: ``[red]``, ``[masked man]``.
 - A square bracket without its partner is a remnant, since prose has none: ``[MASK dog``, ``[M``,
-  ``ASK]``. So is the word mask behind any opening bracket that nothing closes, or before a closing
-  bracket that nothing opened.
+  ``ASK]``. So is the word mask after any opening bracket that is not closed, or before a closing
+  bracket that was not opened.
 - Round brackets belong to prose, ``(masked)``, unless they are empty, ``( )``, or give an order,
   ``(insert color)``.
-- ``MASK`` in capitals is a remnant without brackets too, unless it is text in the image: in
-  quotation marks, after a verb such as "reads", or in a run of capitals, ``WEAR A MASK``. Small
-  letters are prose: "a gas mask".
+- ``MASK`` in capitals is a remnant even without brackets, unless it is a text in the image: in
+  quotation marks, after a verb such as "reads", or among words in capitals, ``WEAR A MASK``. In
+  small letters it is prose: "a gas mask".
 - A blank is a remnant: ``____``, and dashes, dots, stars or question marks where a word would be.
 """
 
@@ -37,10 +37,10 @@ _OPENING, _CLOSING = (re.escape("".join(pair[i] for pair in _PAIRS[:-1])) for i 
 _BRACKETED = {
     pair: re.compile(rf"\{pair[0]}([^\{pair[0]}\{pair[1]}]*)\{pair[1]}") for pair in _PAIRS
 }
-MAX_RUN = 8  # words of a sign that are looked at on either side
-MAX_NESTED = 3  # brackets of one kind in each other; deeper ones count as without partner
+MAX_RUN = 8  # number of words that are examined on either side of a word in capitals
+MAX_NESTED = 3  # nested brackets of one kind; deeper ones count as without partner
 
-# what models put around the word inside of its brackets; Ġ and ▁ are spaces of tokenizers
+# what models write around the word inside its brackets; Ġ and ▁ are spaces of tokenizers
 _DECORATION = r"[\s*_`\"'|:/#.Ġ▁-]{0,5}"
 _MASK = r"(?:mask(?:ed|ing)?[\s_-]?){1,9}"
 _BEHIND_BRACKET = re.compile(rf"[{_OPENING}]{_DECORATION}MASK")
@@ -48,7 +48,7 @@ _AT_BRACKET = re.compile(
     rf"[{_OPENING}]{_DECORATION}{_MASK}(?![^\W_])|(?<![^\W_]){_MASK}[0-9]{{0,3}}[{_CLOSING}]",
     re.IGNORECASE,
 )
-# not of a smiley, and not behind a list's number
+# not in a smiley, and not after the number of a list item
 _SQUARE = re.compile(r"(?<![:;=])(?<![:;=]['^-])[\[\]]|[:;=]['^-]?[\[\]](?=\w)")
 _LIST_MARKER = re.compile(r"^[ \t]*(?:[0-9]{1,2}|[a-z])\]", re.MULTILINE)
 _NUMBERED = re.compile(r"(?<![^\W_Ġ])mask(?:ed)?_?[0-9]{1,3}(?![^\W_])", re.IGNORECASE)
@@ -70,7 +70,7 @@ _BEFORE_WRITING = re.compile(
 
 
 class _Gaps(NamedTuple):
-    """Words that name a gap when brackets hold nothing else."""
+    """Words that name a gap if brackets hold nothing else."""
 
     names: frozenset[str]
     beside: frozenset[str]
@@ -87,9 +87,7 @@ def _gaps() -> _Gaps:
 
 
 def remnants(text: str) -> list[str]:
-    """Return the pieces of ``text`` that are left of masks, in no particular order. One piece may
-    be found twice.
-    """
+    """Return the remnants of masks in a text, in no particular order. One may occur twice."""
     plain = _plain(text)
     found, unpaired = [], plain
     for pair, bracketed in _BRACKETED.items():
@@ -113,7 +111,7 @@ def _without(pair: str, text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """``text`` with letters and marks of full width made plain, without escapes and without
+    """Return ``text`` with plain instead of full-width characters, without escapes and without
     characters that have no width.
     """
     folded = unicodedata.normalize("NFKC", html.unescape(text)).replace("\\", "")
@@ -132,7 +130,7 @@ def _is_gap(pair: str, match: re.Match[str]) -> bool:
         return re.fullmatch(marks, content) is not None and not is_code
     label, colon, _ = content.lower().replace("=", ":").partition(":")
     if colon:
-        words = _LETTERS.findall(label) or words  # the filling follows
+        words = _LETTERS.findall(label) or words  # what was filled in follows the colon
     gaps = _gaps()
     is_order = words[0] in gaps.orders
     is_known = (gaps.names | gaps.beside | gaps.orders).issuperset(words)
@@ -147,9 +145,9 @@ def _is_gap(pair: str, match: re.Match[str]) -> bool:
 
 
 def _bare_capitals(text: str) -> Iterator[str]:
-    """Yield each MASK in capitals that is not text in the image."""
+    """Yield each MASK in capitals that is not a text in the image."""
     words = list(_WORD.finditer(text))
-    # a completion that is a quotation as a whole quotes nothing of the image
+    # quotation marks around the whole completion do not quote a text in the image
     found = (match for match in _QUOTED.finditer(text) if match.group() != text.strip())
     quoted = [match.span() for match in found]
     for i, word in enumerate(words):
@@ -170,8 +168,8 @@ def _is_text_in_image(text: str, words: list[re.Match[str]], i: int) -> bool:
 
 
 def _is_beside_capitals(text: str, words: list[re.Match[str]], i: int, step: int) -> bool:
-    """Return whether words in capitals lead from word ``i``, within its sentence, to one that is
-    not a mask.
+    """Return whether word ``i`` is in a run of words in capitals, within its sentence, with one
+    that is not a mask.
     """
     for _ in range(MAX_RUN):
         if not 0 <= i + step < len(words):

@@ -1,11 +1,11 @@
-"""Finds the words and the sentences of a text."""
+"""Words and sentences of a text."""
 
 from __future__ import annotations
 
 import re
 
 Span = tuple[int, int]
-# runs of end marks are entered at their beginning only, which keeps the search linear
+# a run of end marks is matched only from its beginning, which keeps the search linear
 _END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”’)\]*_]*+(?=\s|\Z)|[。！？]+|\n")
 _LEAD = re.compile(r"\s*(?:(?:[-*•–]|[0-9]+[.)])[ \t]+)?")
 _LAST_WORD = re.compile(r"\w+\Z")
@@ -16,7 +16,7 @@ WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+(?:[\u0300-\u036f]+[^\W{_UNS
 
 
 def sentences(text: str) -> list[Span]:
-    """Return start and stop of every sentence without list marker, end mark and spaces."""
+    """Return start and stop of every sentence, without list markers, end marks and spaces."""
     spans, start = [], 0
     for match in _END.finditer(text):
         if not _is_inner(text, start, match):
@@ -34,7 +34,7 @@ def _is_inner(text: str, start: int, end: re.Match[str]) -> bool:
         return False
     if end.start() - start < 10 and text[start : end.start()].strip().isdigit():
         return True
-    # no word that matters here is longer
+    # titles and initials are shorter than this
     last = _LAST_WORD.search(text, max(start, end.start() - 20), end.start())
     word = last.group() if last else ""
     if word.lower() in _TITLES or (len(word) == 1 and word.isalpha() and word.isupper()):

@@ -1,11 +1,10 @@
-"""Embeddings on disk: a safetensors file a shard, which says whose vectors of which images it has.
+"""Embeddings on disk: one safetensors file per shard, which identifies its encoder and images.
 
-    <folder>/00003.safetensors   embeddings (images of the shard, D), float32 or, on demand, float16
-        encoder   hash of what the vectors depend on besides the images
+    <folder>/00003.safetensors   embeddings (images of the shard, D), float32 or float16
+        encoder   hash of everything that the vectors depend on besides the images
         images    hash of the digests of the shard's images, in order
 
-float16 halves the memory and moves a cosine by about 1e-5. A shard is written by one process and
-read by another; nothing but its number and its images connects them.
+float16 halves the memory and changes a cosine by about 1e-5.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ class EmbeddingStore:
     """The shards of one encoder and one corpus.
 
     Args:
-        folder: Where they lie; it need not exist.
-        identity: Everything the vectors depend on besides the images.
-        dtype: Of the stored vectors, float32 or float16.
+        folder: Folder of the shards, which need not exist.
+        identity: Everything that the vectors depend on besides the images.
+        dtype: Dtype of the stored vectors, float32 or float16.
     """
 
     def __init__(
@@ -46,11 +45,11 @@ class EmbeddingStore:
         return self.folder / f"{number:05d}.safetensors"
 
     def missing(self, digest_shards: Sequence[Sequence[str]]) -> list[int]:
-        """Return the numbers of the shards that must be made: absent, damaged, or of another
-        encoder or other images.
+        """Return the numbers of the shards to compute: those that are absent, damaged, or of
+        another encoder or other images.
 
         Args:
-            digest_shards: For each shard the content hashes of its images, in order.
+            digest_shards: Content hashes of each shard's images, in order.
         """
         return [
             number
@@ -62,11 +61,11 @@ class EmbeddingStore:
         """Write a shard, whole or not at all.
 
         Args:
-            number: Of the shard.
+            number: Number of the shard.
             embeddings: One row per image, shape ``(len(digests), D)``.
             digests: Content hashes of the shard's images, in order.
         Raises:
-            ValueError: Not one row an image, or a number that is not finite.
+            ValueError: There is not one row per image, or a number is not finite.
         """
         if embeddings.ndim != 2 or len(embeddings) != len(digests):
             raise ValueError(
@@ -81,8 +80,8 @@ class EmbeddingStore:
             temporary.write_bytes(content)
 
     def read(self, digest_shards: Sequence[Sequence[str]]) -> Tensor:
-        """Return all vectors, shape ``(images, D)``, in the stored dtype; in memory once, and a
-        shard.
+        """Return all vectors, shape ``(images, D)``, in the stored dtype. Beside them, one shard at
+        a time is in memory.
 
         Raises:
             RefusedError: A shard is missing, damaged, or of another encoder or other images.
@@ -103,7 +102,7 @@ class EmbeddingStore:
         return vectors
 
     def content(self, digest_shards: Sequence[Sequence[str]]) -> str:
-        """Return one hash of what all shards say they hold, without reading their vectors.
+        """Return one hash of the contents of all shards, from their headers alone.
 
         Raises:
             RefusedError: A shard is missing or damaged.

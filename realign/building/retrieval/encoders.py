@@ -1,4 +1,4 @@
-"""Image encoders: a VLM's own vision path, or a CLIP or SigLIP model; vectors have length 1."""
+"""Image encoders: the vision path of a VLM, or a CLIP or SigLIP model. Vectors have length 1."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from realign.modeling.folder import resolve_model
 
 
 class Encoder(Protocol):
-    """Images in, one vector of length 1 each out, float32 on the CPU, in their order."""
+    """Function from images to one vector of length 1 each, in float32 on the CPU, in order."""
 
-    name: str  # for the provenance of a row
-    pooling: str  # how the features of an image become one vector
+    name: str  # for the provenance of rows
+    pooling: str  # how an image's features become one vector
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor: ...
 
 
 class VisionPathEncoder:
-    """A VLM's vision tower and projector, mean over the tokens of an image.
+    """Vision tower and projector of a VLM, with the mean over the tokens of an image.
 
     Args:
-        model: The VLM; it stays where it is.
-        processor: Its processor.
+        model: The VLM, which stays on its device.
+        processor: The VLM's processor.
     Raises:
-        RefusedError: The model gives no image features.
+        RefusedError: The model has no image features.
     """
 
     name = "vision path of the model"
@@ -45,19 +45,19 @@ class VisionPathEncoder:
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return shape ``(images, D)``.
+        """Return vectors of shape ``(images, D)``.
 
         Raises:
-            RefusedError: The model does not tell the images apart, or a vector is not finite.
+            RefusedError: The model does not separate the images, or a vector is not finite.
         """
-        # a list for each image: what is flat would be the many images of one prompt to some
+        # one list per image: some processors take a flat list for several images of one prompt
         features = _image_features(self.model, self.images, [[image] for image in images])
         if len(features) != len(images):
             raise RefusedError(
                 f"{type(self.model).__name__} must give the features of each image, got "
                 f"{len(features)} of {len(images)}. Choose a CLIP or SigLIP model as encoder."
             )
-        # one (tokens, D) an image; families that cut images in tiles give (tiles, tokens, D)
+        # (tokens, D) per image; families that split images into tiles give (tiles, tokens, D)
         return unit_rows(
             torch.stack([f.reshape(-1, f.shape[-1]).float().mean(0) for f in features]),
             type(self.model).__name__,
@@ -65,14 +65,14 @@ class VisionPathEncoder:
 
 
 class ClipEncoder:
-    """A CLIP or SigLIP model: its pooled and projected image features.
+    """Pooled and projected image features of a CLIP or SigLIP model.
 
     Args:
-        model: From ``AutoModel``; it stays where it is.
-        image_processor: Its image processor.
-        name: What a row's provenance calls it.
+        model: Model from ``AutoModel``, which stays on its device.
+        image_processor: The model's image processor.
+        name: Name for the provenance of rows.
     Raises:
-        RefusedError: The model gives no image features.
+        RefusedError: The model has no image features.
     """
 
     pooling = "the model's own"
@@ -84,14 +84,14 @@ class ClipEncoder:
 
     @classmethod
     def load(cls, model: str, dtype: torch.dtype, device: str = "cpu") -> ClipEncoder:
-        """Load a model, from safetensors weights alone. No remote code is run.
+        """Load a model from safetensors weights. No remote code is run.
 
         Args:
-            model: A folder or a hub id; the paper used ``openai/clip-vit-large-patch14``.
-            dtype: Of the weights.
-            device: Where it computes.
+            model: Folder or hub id; the paper used ``openai/clip-vit-large-patch14``.
+            dtype: Dtype of the weights.
+            device: Device of the model.
         Raises:
-            RefusedError: There is no such model, it is incomplete, or it gives no image features.
+            RefusedError: There is no such model, it is incomplete, or it has no image features.
         """
         from transformers import AutoModel
 
@@ -116,7 +116,7 @@ class ClipEncoder:
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return shape ``(images, D)``.
+        """Return vectors of shape ``(images, D)``.
 
         Raises:
             RefusedError: The model does not pool, or a vector is not finite.
@@ -124,7 +124,7 @@ class ClipEncoder:
         features = _image_features(self.model, self.images, list(images))
         if not isinstance(features, Tensor) or features.shape[:-1] != (len(images),):
             raise RefusedError(
-                f"encoder {self.name} must give one vector an image, a "
+                f"encoder {self.name} must give one vector per image, a "
                 f"{type(self.model).__name__} gives more. Choose a CLIP or SigLIP model."
             )
         return unit_rows(features.float(), self.name)
@@ -134,7 +134,7 @@ def load_image_processor(folder: Path, name: str) -> Any:
     """Load the image processor of an encoder's folder.
 
     Raises:
-        RefusedError: There is none.
+        RefusedError: The folder has no image processor.
     """
     from transformers import AutoImageProcessor
 
@@ -151,7 +151,7 @@ def unit_rows(vectors: Tensor, name: str) -> Tensor:
     """Scale rows to length 1, on the CPU.
 
     Raises:
-        RefusedError: A number is not finite, or a row is zero; nothing is near such a row.
+        RefusedError: A number is not finite, or a row is zero, to which nothing is near.
     """
     rows = F.normalize(vectors, dim=1).cpu()
     if not rows.isfinite().all() or not rows.any(dim=1).all():
@@ -172,17 +172,17 @@ def _check_features(model: nn.Module, name: str, wanted: str) -> nn.Module:
 
 
 def _image_features(model: Any, image_processor: Any, images: list[Any]) -> Any:
-    """Return what the model makes of images; transformers wraps it since 5.0."""
+    """Return the model's features of images, which transformers wraps since 5.0."""
     inputs = image_processor(images=images, return_tensors="pt").to(model.device, model.dtype)
     accepted = inspect.signature(model.get_image_features).parameters
-    # what only the text part needs, as the number of crops, must not reach the vision tower
+    # inputs of the text part, such as the number of crops, must not reach the vision tower
     known = {name: value for name, value in inputs.items() if name in accepted}
     features = model.get_image_features(**known)
     return getattr(features, "pooler_output", features)
 
 
 def _of_encoder(message: str) -> str:
-    """Let the refusal of a model name the setting that gave it."""
+    """Return the message about a model with the name of the option that gave it."""
     return message.replace("model must", "encoder must").replace("--model", "--encoder")
 
 
@@ -190,13 +190,13 @@ def embed_shard(encoder: Encoder, paths: Sequence[Path], batch_size: int) -> Ten
     """Return the vectors of one shard's images, in order.
 
     Args:
-        encoder: What makes them.
-        paths: Checked image files.
-        batch_size: Images encoded together.
+        encoder: The encoder.
+        paths: Image files that were inspected.
+        batch_size: Number of images that are encoded together.
     Returns:
-        Shape ``(len(paths), D)``, float32.
+        Vectors of shape ``(len(paths), D)``, float32.
     Raises:
-        RefusedError: A file is no image, or the encoder refuses.
+        RefusedError: A file is not an image, or the encoder refuses it.
     """
     parts = []
     for start in range(0, len(paths), batch_size):

@@ -1,8 +1,8 @@
-"""Exact search for the largest cosines: tiles of the similarity matrix, never the whole of it.
+"""Exact search for the largest cosines, in tiles of the similarity matrix.
 
-A float32 product finds every row that may be among the best; those few are scored again in float64
-with additions in one fixed order. So the answer is the same bits for any block size, number of
-threads and BLAS library, and equal cosines come in corpus order.
+A float32 product finds every row that may be among the best. Those few are scored again in float64,
+with additions in a fixed order. The result is therefore bit-identical for any block size, number of
+threads and BLAS library, and equal cosines are in corpus order.
 
 Letters: **Q** queries of a block, **T** corpus rows of a tile, **D** size of a vector.
 """
@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# a tile of scores, 8 MB, stays in the cache between the product and what looks through it
+# a tile of scores has 8 MB, which stay in the cache between product and selection
 QUERY_ROWS, CORPUS_ROWS = 1024, 2048
-# multiplications from which a product goes to oneDNN
+# number of multiplications from which oneDNN computes a product
 ONEDNN = 2**24
-# numbers of a (pairs, D) block that is scored again, in float64
+# size of a (pairs, D) block that is scored again in float64
 RESCORED = 2**20
-# places of the running result of a query block: few queries at once where k is large
+# size of the running result of a query block, which has fewer queries if k is large
 KEPT = 2**22
 LOWEST = torch.finfo(torch.float32).min
 
@@ -30,10 +30,10 @@ class Others(NamedTuple):
     """Results of :meth:`ExactIndex.search_others`.
 
     Attributes:
-        cosines, indices: Shape ``(queries, min(k, images))``, best first; ``-inf`` and -1 where
-            fewer are left.
-        above: For each query how many images are above the bound, the skipped ones not among them.
-        skipped: Products of the skipped pairs, off by at most :func:`product_error`.
+        cosines, indices: Shape ``(queries, min(k, images))``, the best first; ``-inf`` and -1 if
+            there are fewer images.
+        above: Number of images above the bound for each query, without the skipped ones.
+        skipped: Products of the skipped pairs, with an error of at most :func:`product_error`.
     """
 
     cosines: Tensor
@@ -43,12 +43,12 @@ class Others(NamedTuple):
 
 
 class ExactIndex:
-    """Exact top-k over rows of length 1 that stay where they are; nothing is copied or built.
+    """Exact top-k search over rows of length 1, without copies or an index.
 
     Args:
-        embeddings: Shape ``(images, D)``, float32 or float16, on the CPU.
-        query_rows: Queries of a block.
-        corpus_rows: Corpus rows of a tile. Neither changes the answer.
+        embeddings: Rows of shape ``(images, D)``, float32 or float16, on the CPU.
+        query_rows: Number of queries of a block; it does not change the result.
+        corpus_rows: Number of corpus rows of a tile; it does not change the result.
     """
 
     name = "exact"
@@ -69,7 +69,7 @@ class ExactIndex:
 
         Args:
             queries: Rows of length 1, shape ``(queries, D)``.
-            k: How many; fewer where the corpus has fewer.
+            k: Number of images to find per query; fewer if the corpus has fewer.
         Returns:
             cosines, indices: Shape ``(queries, min(k, images))``, float32 and int64.
         """
@@ -81,14 +81,14 @@ class ExactIndex:
     def search_others(
         self, queries: Tensor, k: int, rows: Tensor, images: Tensor, most: float | None = None
     ) -> Others:
-        """Search among the images that are not skipped and not above a bound, in the time of a
-        search among all.
+        """Search among the images that are neither skipped nor above a bound, in the time of a
+        search among all images.
 
         Args:
             queries: Rows of length 1, shape ``(queries, D)``.
-            k: How many.
-            rows, images: Pairs to skip, each once, in order of ``rows``, which number the queries.
-            most: The largest cosine, as float32, that is found.
+            k: Number of images to find per query.
+            rows, images: Pairs of query and image to skip, each once, in order of ``rows``.
+            most: Largest cosine, as float32, that may be found; None for no bound.
         """
         k = min(k, len(self))
         cosines = torch.empty(len(queries), k)
@@ -113,13 +113,15 @@ class ExactIndex:
         for start in range(0, len(self), self.corpus_rows):
             scores = product(self.embeddings[start : start + self.corpus_rows].float())
             mask.apply(scores, start)
-            # whoever is among the best scores at least this; the k-th best so far counts exactly
-            least = best[:, -1].sub(error).float().clamp(min=LOWEST)  # -inf is what is masked
+            # the best images score at least this; the k-th best so far is known exactly
+            least = best[:, -1].sub(error).float().clamp(min=LOWEST)  # above -inf, which is masked
             rows = (scores.amax(1) >= least).nonzero()[:, 0]
             if not len(rows):
                 continue
             scores, least = scores[rows], least[rows, None]
-            if scores.shape[1] > k:  # the tile's own k-th is off by one error, a rival by another
+            if (
+                scores.shape[1] > k
+            ):  # the tile's k-th best and its rival may both be off by an error
                 least = least.maximum(scores.topk(k, dim=1).values[:, -1:] - 2 * error)
             place, found = (scores >= least).nonzero(as_tuple=True)
             found += start
@@ -129,13 +131,13 @@ class ExactIndex:
 
 
 class _Mask:
-    """Takes out of the tiles of a query block what is skipped and what is above a bound."""
+    """Mask for the tiles of a query block: skipped pairs, and images above a bound."""
 
     def __init__(
         self, queries: Tensor, corpus: Tensor, rows: Tensor, images: Tensor, most: float | None
     ) -> None:
         self.queries, self.corpus = queries, corpus
-        self.order = images.argsort(stable=True)  # the pairs of a tile stand together
+        self.order = images.argsort(stable=True)  # puts the pairs of a tile together
         self.rows, self.images = rows[self.order], images[self.order]
         self.met = torch.empty(len(rows))
         self.most = None if most is None else float(torch.tensor(most))
@@ -143,7 +145,7 @@ class _Mask:
         self.above = torch.zeros(len(queries), dtype=torch.int64)
 
     def products(self) -> Tensor:
-        """Return the scores of the skipped pairs, in the order in which these were given."""
+        """Return the scores of the skipped pairs, in their original order."""
         return torch.empty(len(self.met)).index_copy_(0, self.order, self.met)
 
     def apply(self, scores: Tensor, start: int) -> None:
@@ -157,7 +159,7 @@ class _Mask:
         if self.most is None:
             return
         is_above = scores > self.most - self.error
-        # within the product's error float64 decides
+        # within the error of the product, float64 decides
         rows, columns = (is_above & (scores <= self.most + self.error)).nonzero(as_tuple=True)
         exact = pair_cosines(self.queries, self.corpus, rows, columns + start)
         is_above[rows, columns] = exact.float() > self.most
@@ -166,9 +168,9 @@ class _Mask:
 
 
 class _Product:
-    """Scores of a query block against tiles: large ones by oneDNN where torch has it, whose float32
-    product uses the widest vectors of any processor; MKL does not. It wakes all threads for any
-    product, which small ones do not repay.
+    """Products of a query block with tiles. oneDNN computes large ones if torch has it, because
+    its float32 product uses the widest vectors of every processor and MKL's does not. It wakes all
+    threads, which does not pay for small products.
     """
 
     def __init__(self, queries: Tensor) -> None:
@@ -176,16 +178,16 @@ class _Product:
         self.packed = queries.to_mkldnn() if torch.backends.mkldnn.is_available() else None
 
     def __call__(self, tile: Tensor) -> Tensor:
-        """Return shape ``(Q, T)``."""
+        """Return the scores of a tile, shape ``(Q, T)``."""
         if self.packed is None or self.queries.numel() * len(tile) < ONEDNN:
             return F.linear(self.queries, tile)
         return F.linear(self.packed, tile.to_mkldnn()).to_dense()
 
 
 def product_error(size: int) -> float:
-    """Return a bound of the rounding error of a float32 product of two vectors of length about 1.
+    """Return a bound on the rounding error of a float32 product of two vectors of length about 1.
 
-    ``D * 2**-24`` for any order of additions, doubled for lengths that are not quite 1.
+    It is ``D * 2**-24`` for any order of additions, doubled because lengths are not exactly 1.
     """
     error = (size + 2) * 2.0**-23
     if torch.get_float32_matmul_precision() != "highest":
@@ -194,13 +196,14 @@ def product_error(size: int) -> float:
 
 
 def pair_cosines(queries: Tensor, corpus: Tensor, rows: Tensor, found: Tensor) -> Tensor:
-    """Return products of row pairs in float64, added by halving: the same bits in any place.
+    """Return products of row pairs in float64, summed by halving, which gives the same bits in any
+    place.
 
     Args:
-        queries, corpus: Shape ``(*, D)``.
+        queries, corpus: Rows of shape ``(*, D)``.
         rows, found: Row numbers in ``queries`` and ``corpus``, shape ``(pairs,)``.
     Returns:
-        Shape ``(pairs,)``, float64.
+        Products of shape ``(pairs,)``, float64.
     """
     step = max(1, RESCORED // queries.shape[1])
     cosines = torch.empty(len(rows), dtype=torch.float64)
@@ -218,9 +221,11 @@ def pair_cosines(queries: Tensor, corpus: Tensor, rows: Tensor, found: Tensor) -
 def _merge(
     best: Tensor, indices: Tensor, rows: Tensor, place: Tensor, found: Tensor, exact: Tensor
 ) -> None:
-    """Take candidates into the running result of ``rows``; ``place`` numbers them and ascends.
+    """Merge candidates into the running result of ``rows``; ``place`` is their index in ``rows``,
+    in ascending order.
 
-    The kept come first and tiles come in corpus order, so a stable sort leaves equals in it.
+    Earlier results come first and tiles are in corpus order, so a stable sort keeps equal cosines
+    in corpus order.
     """
     k = best.shape[1]
     counts = torch.bincount(place, minlength=len(rows))

@@ -1,8 +1,8 @@
-"""Search by FAISS: flat (exact), and IVF and HNSW, which look at a part of a large corpus.
+"""Search with FAISS: flat (exact), and IVF and HNSW, which search a part of a large corpus.
 
-What FAISS finds is scored again as :mod:`realign.building.retrieval.exact` does, so cosines and
-their order do not depend on the index or its threads. An index is built by one
-thread from a fixed seed: the same corpus gives the same index.
+The images that FAISS finds are scored again as in :mod:`realign.building.retrieval.exact`, so
+cosines and their order do not depend on the index or its threads. An index is built by one thread
+with a fixed seed, so that the same corpus gives the same index.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from realign.building.retrieval.exact import pair_cosines
 from realign.errors import RefusedError
 
 KINDS = ("flat", "ivf", "hnsw")
-SEED = 1234  # of the k-means of IVF and the layers of HNSW
-# k-means wants this many rows a list, or it warns
+SEED = 1234  # seed of the k-means of IVF and of the layers of HNSW
+# with fewer rows per list, k-means warns
 ROWS_PER_LIST = 39
-# found for each query beyond k, whose order float32 may have wrong
+# number of images beyond k that are found per query, because float32 may misorder them
 SPARE = 16
-# queries and rows handed to FAISS at once
+# number of queries or rows that are passed to FAISS at once
 BLOCK = 4096
 
 
 class FaissIndex:
-    """FAISS behind the protocol :class:`realign.building.retrieval.index.Index`.
+    """FAISS index with the protocol :class:`realign.building.retrieval.index.Index`.
 
-    It holds a float32 copy of the vectors (HNSW also ``2 * links`` numbers per row). Among
-    equal cosines at the last place, those that FAISS met first are found.
+    It holds a float32 copy of the vectors (HNSW also ``2 * links`` numbers per row). Of equal
+    cosines at the last place, those that FAISS meets first are found.
 
     Args:
         embeddings: Rows of length 1, shape ``(images, D)``, float32 or float16, on the CPU.
         kind: ``flat``, ``ivf`` or ``hnsw``.
-        lists: Of IVF; ``4 sqrt(images)`` where none is given.
-        probes: Lists that a query looks into; a sixteenth of them, at least 8.
-        links: Neighbours of a row in HNSW's graph.
-        effort: Rows that HNSW keeps in sight, at least twice the k asked for.
-        threads: Of a search; FAISS's own choice where none is given.
+        lists: Number of IVF's lists; ``4 sqrt(images)`` by default.
+        probes: Number of lists that a query searches; by default a sixteenth, at least 8.
+        links: Number of neighbours of a row in HNSW's graph.
+        effort: Number of candidates that HNSW keeps; it uses at least twice the requested k.
+        threads: Number of threads of a search; by default FAISS's own choice.
     Raises:
         RefusedError: FAISS is not installed, or ``kind`` is unknown.
     """
@@ -133,7 +133,7 @@ def _load_faiss(kind: str) -> Any:
         import faiss
     except ImportError:
         raise RefusedError(
-            f"index {kind!r} needs FAISS, which is not installed. Install "
+            f"index {kind!r} requires FAISS, which is not installed. Install "
             "'realign[pipeline,retrieval]' or use exact."
         ) from None
     return faiss

@@ -1,4 +1,4 @@
-"""The interface of every search, and the choice of one by its name."""
+"""The protocol of indexes, and the choice of one by name."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ INDEXES = ("exact", *KINDS)
 
 
 class Index(Protocol):
-    """Top-k by cosine among ``embeddings``, rows of length 1.
+    """Top-k search by cosine among ``embeddings``, rows of length 1.
 
-    ``search`` returns cosines and row numbers, shape ``(queries, min(k, images))``, best first and
-    equal cosines in corpus order; an approximate index fills what it did not find with ``-inf``
-    and -1.
+    ``search`` returns cosines and row numbers, shape ``(queries, min(k, images))``, the best first
+    and equal cosines in corpus order. An approximate index that finds fewer fills the rest with
+    ``-inf`` and -1.
     """
 
     name: str
@@ -30,12 +30,12 @@ class Index(Protocol):
 
 
 def make_index(name: str, embeddings: Tensor) -> Index:
-    """Return the index that ``name`` asks for, over ``embeddings``.
+    """Return the index with a name over ``embeddings``.
 
     Args:
-        name: ``exact``, or ``flat``, ``ivf``, ``hnsw`` of FAISS. Exact takes time in proportion to
-            queries times images; the last two pay when both are a million.
-        embeddings: Shape ``(images, D)``, float32 or float16, on the CPU.
+        name: ``exact``, or ``flat``, ``ivf`` or ``hnsw`` of FAISS. Exact search takes time
+            proportional to queries times images; the last two pay off when both are a million.
+        embeddings: Rows of shape ``(images, D)``, float32 or float16, on the CPU.
     Raises:
         RefusedError: The name is unknown, or FAISS is not installed.
     """

@@ -1,7 +1,7 @@
-"""Finds the nearest images of each query that are not the same picture again.
+"""Search for the nearest images of each query that do not show the same picture.
 
-The index gives short lists. Queries whose list is used up, as those with many duplicates are,
-search the corpus once more, exactly, with everything that a rule passes over left out of it.
+The index returns short lists. A query whose list is exhausted, for example because it has many
+duplicates, is searched again exactly, without the images that the rule excludes.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from realign.building.retrieval.exact import ExactIndex, pair_cosines, product_e
 from realign.building.retrieval.index import Index
 from realign.building.retrieval.neighbours import Neighbours, Rule
 
-# queries searched together; more when their lists are short
+# number of queries that are searched together
 BLOCK = 4096
-# places of the lists looked through at once, and pairs left out of a search at once
+# number of list entries that are processed at once, and of pairs that are skipped at once
 PLACES = 2**22
-# looked at beyond k before the query is searched in another way
+# number of images beyond k in the first list of a query
 SPARE = 8
 
 
 class NeighbourSearch:
-    """A corpus in which the neighbours of its own images are looked for.
+    """Search for the neighbours of a corpus's own images.
 
     Args:
-        index: Over the corpus.
-        digests: Content hash of every image of the corpus; equal ones are one picture.
-        rule: What to accept.
-        hashes: Perceptual hash of every image of the corpus, uint64, shape ``(images,)``; needed
-            where ``rule.max_hamming`` is given.
+        index: Index over the corpus.
+        digests: Content hash of every image of the corpus; equal hashes are one picture.
+        rule: The rule for neighbours.
+        hashes: Perceptual hash of every image of the corpus, uint64, shape ``(images,)``; required
+            if ``rule.max_hamming`` is set.
     Raises:
-        ValueError: Digests or hashes are not one for each image.
+        ValueError: There is not one digest or hash per image.
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class NeighbourSearch:
         self.exact = ExactIndex(index.embeddings)
         first = rule.k + 1 + SPARE
         self.depths = [first, 4 * first, 16 * first]
-        if isinstance(index, ExactIndex):  # longer lists take it as long as being exact
+        if isinstance(index, ExactIndex):  # longer lists take as long as the exact search below
             self.depths = [first] if rule.max_cosine is None else []
 
     def find(self, queries: Sequence[int] | np.ndarray) -> Neighbours:
-        """Return the ``rule.k`` nearest other images of each query that the rule lets pass.
+        """Return the ``rule.k`` nearest other images of each query that the rule permits.
 
-        A query is answered the same whatever others are asked with it.
+        The result for a query does not depend on the other queries.
 
         Args:
             queries: Row numbers of the corpus.
@@ -87,7 +87,7 @@ class NeighbourSearch:
     def _look(
         self, found: Neighbours, rows: np.ndarray, places: np.ndarray, depth: int
     ) -> np.ndarray:
-        """Look through the index's lists of some queries; return those whose list is too short."""
+        """Take neighbours from the index's lists; return the queries whose list is too short."""
         rule = self.rule
         queries = rows[places]
         searched = self.index.search(self.index.embeddings[torch.from_numpy(queries)], depth)
@@ -98,7 +98,7 @@ class NeighbourSearch:
         reasons = self._reasons(queries, cosines, indices)
         is_accepted = is_near & ~np.logical_or.reduce([*reasons.values()])
         rank = is_accepted.cumsum(axis=1)
-        # the last image of a list tells whether there is anything behind it
+        # if the last image of a list is too far, so are all after it
         is_complete = rank[:, -1] >= rule.k
         is_cut = ~is_near[:, -1]
         is_done = is_complete | is_cut | (depth >= len(self.index))
@@ -110,7 +110,7 @@ class NeighbourSearch:
         for name, is_excluded in reasons.items():
             if name != "self" and (count := int((is_met & is_excluded).sum())):
                 found.excluded[name] += count
-            is_met &= ~is_excluded  # one reason an image, the first
+            is_met &= ~is_excluded  # only the first reason of an image counts
         is_below = np.any((indices >= 0) & ~is_near, axis=1)
         _count_short(found, is_done & ~is_complete, is_below)
         return places[~is_done]
@@ -118,7 +118,7 @@ class NeighbourSearch:
     def _reasons(
         self, queries: np.ndarray, cosines: np.ndarray, indices: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Return why each image of the lists is passed over, the strongest reason first."""
+        """Return, by reason, which images of the lists are excluded; the strongest reason first."""
         reasons = {
             "self": indices == queries[:, None],
             "byte_duplicate": self.pictures[indices] == self.pictures[queries, None],
@@ -131,8 +131,8 @@ class NeighbourSearch:
         return reasons
 
     def _search_rest(self, found: Neighbours, rows: np.ndarray, places: np.ndarray) -> None:
-        """Answer queries by a search that leaves out what is passed over."""
-        waiting: list[tuple[np.ndarray, np.ndarray]] = []  # images that are one with a query
+        """Find the neighbours of queries by a search without the excluded images."""
+        waiting: list[tuple[np.ndarray, np.ndarray]] = []  # images that show a query's picture
         start = num_pairs = 0
         for stop, (query, image) in self._twins(rows[places]):
             waiting.append((query - start, image))
@@ -143,8 +143,8 @@ class NeighbourSearch:
                 waiting, start, num_pairs = [], stop, 0
 
     def _twins(self, queries: np.ndarray) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
-        """Yield how many queries are dealt with, and pairs of a query's place and an image that
-        shows the same picture, itself included.
+        """Yield the number of queries so far, and pairs of a query's place and an image that shows
+        the same picture, the query itself included.
         """
         step = max(1, PLACES // max(len(self.index), 1))
         for start in range(0, len(queries), step):
@@ -200,8 +200,8 @@ class NeighbourSearch:
         image: np.ndarray,
         products: np.ndarray,
     ) -> np.ndarray:
-        """Return which pairs stand before the last image accepted, or are near enough where a query
-        has fewer than k; float64 decides where the products' error leaves it open.
+        """Return which skipped pairs come before the last accepted image, or are near enough if a
+        query has fewer than k. Within the error of the products, float64 decides.
         """
         low = self.rule.min_cosine
         limit = np.full(len(asked), -np.inf if low is None else np.float32(low), np.float64)
@@ -233,6 +233,6 @@ def _count_short(found: Neighbours, is_short: np.ndarray, is_below: np.ndarray) 
 
 
 def _numbered(digests: Iterable[str]) -> np.ndarray:
-    """Return the numbers of digests by first appearance, which compare faster than texts."""
+    """Return digests as numbers by first appearance, which compare faster than texts."""
     numbers: dict[str, int] = {}
     return np.fromiter((numbers.setdefault(digest, len(numbers)) for digest in digests), np.int64)

@@ -1,11 +1,10 @@
-"""Neighbours on disk: a safetensors file for each range of images, which says what it was made
-from.
+"""Neighbours on disk: one safetensors file per range of images, which identifies its origin.
 
-    <folder>/00003.safetensors   indices (images of the range, k), -1 where there are no more
-                                 cosines, NaN there
-                                 counts, of each of REASONS
-        origin    hash of what neighbours depend on: rule, index, embeddings, duplicates
-        images    the range
+<folder>/00003.safetensors   indices (images of the range, k), -1 if there are no more
+                             cosines, NaN if there are no more
+                             counts of each of REASONS
+    origin    hash of what neighbours depend on: rule, index, embeddings, duplicates
+    images    the range
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class NeighbourStore:
     """The shards of one search.
 
     Args:
-        folder: Where they lie; it need not exist.
+        folder: Folder of the shards, which need not exist.
         origin: Everything that neighbours depend on.
         ranges: The images of every shard, one range after the other.
     """
@@ -46,8 +45,8 @@ class NeighbourStore:
         return self.folder / f"{number:05d}.safetensors"
 
     def missing(self) -> list[int]:
-        """Return the numbers of the shards that must be made: absent, damaged, or made from
-        something else.
+        """Return the numbers of the shards to compute: those that are absent, damaged, or of
+        another origin.
         """
         return [n for n in range(len(self.ranges)) if isinstance(self._load(n), str)]
 
@@ -70,7 +69,7 @@ class NeighbourStore:
         """Return the neighbours of all images, in order.
 
         Raises:
-            RefusedError: A shard is missing, damaged, or made from something else.
+            RefusedError: A shard is missing, damaged, or of another origin.
         """
         parts: list[Arrays] = []
         for number in range(len(self.ranges)):

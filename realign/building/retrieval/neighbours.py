@@ -1,4 +1,4 @@
-"""The rule for images that may replace another one, and the ones that were found."""
+"""The rule for neighbours of an image, and the neighbours that were found."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from realign.errors import RefusedError
 
-# why an image was passed over, strongest first, and why a query has fewer than it may
+# reasons why an image is excluded, the strongest first, and why a query has fewer than k
 EXCLUDED = ("byte_duplicate", "near_duplicate", "above_max_cosine")
 SHORT = ("below_min_cosine", "no_more_images")
 REASONS = (*EXCLUDED, *SHORT)
@@ -17,16 +17,16 @@ REASONS = (*EXCLUDED, *SHORT)
 
 @dataclass(frozen=True)
 class Rule:
-    """The number of images to find, and the rule for those that are passed over.
+    """The number of images to find, and the rule for those that are excluded.
 
     Args:
-        k: Images for each query.
-        min_cosine: The least cosine that is near enough; none is no limit.
-        max_cosine: The largest cosine that is not too near; none is no limit.
-        max_hamming: Perceptual hashes of 64 bits that differ in at most this many are one picture;
-            none compares no hashes.
+        k: Number of images per query.
+        min_cosine: Smallest cosine of a neighbour; None for no limit.
+        max_cosine: Largest cosine of a neighbour; None for no limit.
+        max_hamming: Largest number of differing bits, of 64, of the perceptual hashes of one
+            picture; None compares no hashes.
     Raises:
-        RefusedError: A value that no image can meet.
+        RefusedError: No image can meet the rule.
     """
 
     k: int = 10
@@ -51,12 +51,16 @@ class Rule:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The accepted images of every query, and what was passed over.
+    """The neighbours of every query, and counts of excluded images.
 
-    ``indices`` and ``cosines`` have shape ``(queries, k)``, best first; where a query has fewer
-    the rest is -1 and NaN. ``excluded`` counts the images met before a query had its k, by reason
-    of ``EXCLUDED``. ``short`` counts the queries that have fewer than k: ``below_min_cosine``, or
-    ``no_more_images`` (of the corpus, or that an approximate index finds).
+    Attributes:
+        indices: Row numbers of the neighbours, shape ``(queries, k)``, the best first; -1 if a
+            query has fewer.
+        cosines: Their cosines; NaN if a query has fewer.
+        excluded: Number of excluded images that came before a query had its k, by reason of
+            ``EXCLUDED``.
+        short: Number of queries with fewer than k neighbours: ``below_min_cosine``, or
+            ``no_more_images`` (in the corpus, or found by an approximate index).
     """
 
     indices: np.ndarray

@@ -1,5 +1,5 @@
-"""Safetensors files that hold the hash of their arrays and of what these were made from, so that
-every changed byte is noticed.
+"""Safetensors files with a hash of their arrays and of the arrays' origin, so that every changed
+byte is noticed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 def encode_arrays(arrays: Arrays, origin: Mapping[str, Any]) -> bytes:
-    """Return the content of a file; equal arrays of one origin give equal bytes.
+    """Return the content of a file; equal arrays of the same origin give equal bytes.
 
     Args:
-        arrays: Name to array.
-        origin: What they were made from; anything that JSON can hold.
+        arrays: Arrays by name.
+        origin: Everything that the arrays depend on; anything that JSON can hold.
     """
     return save(dict(arrays), {ORIGIN: canonical_json(_sealed(arrays, origin))})
 
@@ -35,12 +35,12 @@ def encode_arrays(arrays: Arrays, origin: Mapping[str, Any]) -> bytes:
 def load_arrays(
     path: Path, origin: Mapping[str, Any], differences: Mapping[str, str]
 ) -> Arrays | str:
-    """Return the arrays of a file, or what is wrong with it.
+    """Return the arrays of a file, or the reason why it cannot be used.
 
     Args:
         path: The file.
-        origin: What its arrays must be made from.
-        differences: Name of a field of ``origin`` to what to say where the file has another one.
+        origin: Origin that the arrays must have.
+        differences: Reason to return if a field of ``origin`` differs, by the field's name.
     """
     if not path.is_file():
         return "it does not exist"
@@ -61,10 +61,10 @@ def load_arrays(
 
 
 def read_origin(path: Path) -> dict[str, Any]:
-    """Return what a file says of its arrays, without reading them.
+    """Return the origin of a file's arrays, without reading them.
 
     Raises:
-        SafetensorError, OSError, KeyError, ValueError, TypeError: It is missing or damaged.
+        SafetensorError, OSError, KeyError, ValueError, TypeError: The file is missing or damaged.
     """
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata() or {}

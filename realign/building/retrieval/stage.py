@@ -1,5 +1,5 @@
-"""Retrieval as stages of a build: embed ranges of the corpus in workers, then find the neighbours
-of ranges of images here.
+"""Retrieval as stages of a build: workers embed ranges of the corpus, then this process finds the
+neighbours of ranges of images.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from realign.runtime.engine.engine import Engine, make_shards
 
 # names of BuildConfig.encoder
 OWN_ENCODER = "model"
-# images of a search shard, unless the build's are larger: each shard reads the whole corpus
+# smallest number of images of a search shard, because each shard reads the whole corpus
 SEARCHED = 4096
 
 
@@ -48,10 +48,10 @@ class EncoderModel:
     """An encoder that a worker loads.
 
     Attributes:
-        name: For the provenance of a row.
-        folder: The model.
+        name: Name for the provenance of rows.
+        folder: Folder of the model.
         is_own: Whether it is the vision path of the VLM.
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
     """
 
     name: str
@@ -81,8 +81,8 @@ class EncoderModel:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Everything that its vectors depend on besides images and batches, found without its
-        weights in memory.
+        """Everything that the vectors depend on besides images and batches, determined without
+        loading the weights.
         """
         if self.is_own:
             pooling, images = VisionPathEncoder.pooling, load_processor(self.folder).image_processor
@@ -92,12 +92,12 @@ class EncoderModel:
             "model": model_identity(self.folder),
             "dtype": str(self.dtype),
             "pooling": pooling,
-            # the same files give other pixels to a processor that scales with another library
+            # processors that scale with different libraries give different pixels
             "processor": type(images).__name__,
         }
 
     def open(self) -> Encoder:
-        """Load it, onto the GPU where there is one."""
+        """Load the encoder, onto the GPU if there is one."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if not self.is_own:
             return ClipEncoder.load(str(self.folder), self.dtype, device)
@@ -107,7 +107,7 @@ class EncoderModel:
 
 @dataclass(frozen=True)
 class Embed:
-    """Embeds a range of images: float32 rows of length 1 as safetensors."""
+    """Task that embeds a range of images: float32 rows of length 1 as safetensors."""
 
     encoder: EncoderModel
     batch_size: int
@@ -123,7 +123,7 @@ class Embed:
 
 @dataclass(frozen=True)
 class FindNeighbours:
-    """Finds the neighbours of a range of images: the content of a file of ``store``."""
+    """Task that finds the neighbours of a range of images: the content of a file of ``store``."""
 
     embeddings: Callable[[], torch.Tensor]
     index: str
@@ -159,9 +159,9 @@ def find_neighbourhood(
     """Find the neighbours of every image of a corpus.
 
     Args:
-        config: What is built.
+        config: The build.
         corpus: The images.
-        embeddings: Their vectors, all of them made.
+        embeddings: Their vectors, all of which are computed.
         digests: Content hashes of the images of every shard of ``embeddings``.
     """
     rule = rule_of(config)
@@ -180,7 +180,7 @@ def find_neighbourhood(
         {number: len(images) for number, images in enumerate(ranges)},
         lambda number: ranges[number],
         FindNeighbours(lambda: embeddings.read(digests), config.index, corpus, rule, store),
-        # one product at a time, with every core
+        # one search at a time, on all cores
         Engine(workers=1, threads=torch.get_num_threads()),
         store.write,
     )

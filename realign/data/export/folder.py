@@ -13,13 +13,14 @@ MAX_NAME_BYTES = 1024
 
 
 class ImageFolder:
-    """Writer of image files under the requested name if it is safe and free, else their hash.
+    """Writer of image files. A file gets the requested name if that is safe and not taken, and its
+    hash as its name otherwise.
 
     Args:
-        folder: Where the images go.
+        folder: Folder of the images, which is created.
 
     Attributes:
-        renamed: Number of requested names that could not be given.
+        renamed: Number of images that did not get the requested name.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,15 +33,15 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self._contents)
 
-    def add(self, raw: bytes, wished: str | None) -> str:
-        """Write one image and return its name in the folder; equal bytes under an equal name are
-        one file.
+    def add(self, raw: bytes, requested: str | None) -> str:
+        """Write one image and return its name in the folder. Equal bytes with an equal name are
+        written once.
         """
         digest = sha256(raw).hexdigest()
-        if wished and _is_inside(wished) and self._is_free(PurePosixPath(wished), digest):
-            name = wished
+        if requested and _is_inside(requested) and self._is_free(PurePosixPath(requested), digest):
+            name = requested
         else:
-            self.renamed += wished is not None
+            self.renamed += requested is not None
             name = digest + (image_suffix(raw) or "")
             assert self._is_free(PurePosixPath(name), digest)
         path = PurePosixPath(name)
@@ -61,7 +62,7 @@ class ImageFolder:
 
 
 def _is_inside(name: str) -> bool:
-    """Return whether a name stays in its folder, and is a file name for every reader."""
+    """Return whether a name stays inside its folder and is a file name to every program."""
     if not _is_unicode(name) or "\0" in name or "://" in name or name.startswith("data:"):
         return False
     parts = name.split("/")
@@ -86,7 +87,7 @@ def check_new(out: Path) -> None:
     """Refuse an output folder that holds something.
 
     Raises:
-        RefusedError: Naming what is there.
+        RefusedError: The folder is not empty; the message names its files.
     """
     names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     if names:

@@ -1,5 +1,5 @@
-"""LLaMA-Factory's ShareGPT layout with ``ranking``: the answer pair alone, since it has no image
-pair; and once more with the retrieved images, for examples/llama_factory_rdpo.py.
+"""LLaMA-Factory's ShareGPT layout with ``ranking``, which holds the answer pair alone, and the same
+rows with their retrieved images, for examples/llama_factory_rdpo.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ANSWER_PAIRS = {
         "images": "images",
     },
 }
-# The example registers this formatting, which keeps the retrieved images.
+# the formatting that the example registers, which keeps the retrieved images
 _RDPO_PAIRS = {**_ANSWER_PAIRS, "file_name": WHOLE_PAIRS, "formatting": "rdpo"}
 
 

@@ -1,6 +1,6 @@
 """ms-swift's JSON lines, as documented for its versions 3.8 and later: a row with
-``rejected_response`` for the answer pair, a row with ``rejected_images`` for the image pair; and
-once more with both in one row, for examples/ms_swift_plugin.py.
+``rejected_response`` for the answer pair and one with ``rejected_images`` for the image pair. A
+second file has both in one row, for examples/ms_swift_plugin.py.
 """
 
 from __future__ import annotations

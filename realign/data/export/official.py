@@ -1,4 +1,4 @@
-"""Export to the authors' published layout, which the authors' code and ``realign train`` read."""
+"""Export to the authors' published layout, which their code and ``realign train`` read."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def _row(record: Record, images: ImageFolder) -> dict[str, Any]:
     names = {}
     for name, raw in (("image", record.images), ("retrieved_image", record.rejected_images)):
         if raw:
-            wished = record.source.get(name)
-            names[name] = images.add(raw[0], wished if isinstance(wished, str) else None)
+            original = record.source.get(name)
+            names[name] = images.add(raw[0], original if isinstance(original, str) else None)
     plain = plain_row(_named(record, names))
     row = _as_read(record)
     if row is None:
@@ -81,7 +81,7 @@ def _row(record: Record, images: ImageFolder) -> dict[str, Any]:
 
 
 def _as_read(record: Record) -> dict[str, Any] | None:
-    """Return the row that the record was read from, if its provenance holds one of the layout."""
+    """Return the row that the record was read from, if its provenance holds one in this layout."""
     try:
         row = json.loads(record.source.get("row", ""))
         _texts_of(row)
@@ -91,7 +91,7 @@ def _as_read(record: Record) -> dict[str, Any] | None:
 
 
 def _named(record: Record, names: dict[str, str]) -> Record:
-    """Return the record with the present names of its images."""
+    """Return the record with the given names of its images in its provenance."""
     others = {k: v for k, v in record.source.items() if k not in ("image", "retrieved_image")}
     return dataclasses.replace(record, meta={**record.meta, "source": {**others, **names}})
 

@@ -1,4 +1,4 @@
-"""Files of rows, written row by row, for folders that appear as a whole."""
+"""Writers of files of rows, one row at a time."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def write_lines(path: Path, rows: Iterable[Any]) -> int:
 
 def named(record: Record, images: ImageFolder, *, rejected: bool = False) -> list[str]:
     """Write a record's images; return their paths relative to the export."""
-    which, key = (
+    files, key = (
         (record.rejected_images, "retrieved_image") if rejected else (record.images, "image")
     )
-    wished = record.source.get(key)
-    # provenance names one image
-    name = wished if isinstance(wished, str) and len(which) == 1 else None
-    return [f"images/{images.add(raw, name)}" for raw in which]
+    original = record.source.get(key)
+    # provenance holds the name of one image only
+    name = original if isinstance(original, str) and len(files) == 1 else None
+    return [f"images/{images.add(raw, name)}" for raw in files]
 
 
 def with_placeholders(record: Record) -> list[Message]:

@@ -1,6 +1,6 @@
 """``realign export``: write a dataset in the layout of another trainer.
 
-<out>/export.json   what it was made from, counts, and how to use it
+<out>/export.json   hash of the exported rows, counts, and how to use the files
 <out>/...           the layout's own files
 """
 
@@ -53,8 +53,7 @@ def export(data: Path, images: Path | None, to: str, out: Path) -> Exported:
         to: ``official``, ``ms-swift``, ``llamafactory`` or ``trl``.
         out: A new or empty folder.
     Raises:
-        RefusedError: An unknown layout, rows that it cannot hold, or a folder that holds anything
-            else.
+        RefusedError: The layout is unknown or cannot hold a row, or the folder holds other files.
     """
     if to not in WRITERS:
         raise RefusedError(f"to must be one of {[*WRITERS]}, got {to!r}. Correct --to.")
@@ -72,20 +71,20 @@ def export(data: Path, images: Path | None, to: str, out: Path) -> Exported:
             if stored.get("records") == digest.hexdigest():
                 return Exported(stored["counts"], note)
             raise RefusedError(
-                f"out must hold an export of the rows of {data} as they are now, or nothing, got "
-                f"{out} with one of others. Remove that folder, or choose another --out."
+                f"out must be empty, or hold an export of the present rows of {data}, got {out} "
+                "with an export of other rows. Remove that folder, or choose another --out."
             )
     check_new(out)
     digest = sha256()
     with new_folder(out) as folder, Progress(f"export to {to}", len(records)) as progress:
 
-        def passing() -> Iterator[Record]:
+        def digested() -> Iterator[Record]:
             for record in records:
                 _add(digest, record)
                 yield record
                 progress.advance()
 
-        counts = {name: count for name, count in write(passing(), folder).items() if count}
+        counts = {name: count for name, count in write(digested(), folder).items() if count}
         write_json(
             folder / MANIFEST,
             {"to": to, "records": digest.hexdigest(), "counts": counts, "note": note},

@@ -1,5 +1,5 @@
-"""Export as parquet of this project's columns: TRL's DPOTrainer reads ``images``, ``prompt``,
-``chosen`` and ``rejected`` of it as they are, and leaves the other columns alone.
+"""Export as parquet with this project's columns: TRL's DPOTrainer reads ``images``, ``prompt``,
+``chosen`` and ``rejected`` as they are, and ignores the other columns.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from realign.data.formats.layout import (
 from realign.data.records import Message
 
 IMAGE_KEYS = frozenset({"id", "image", "images"})
-LISTS = frozenset({"images", "rejected_images"})  # of TRL; the authors name one image each
+LISTS = frozenset({"images", "rejected_images"})  # TRL's keys; the authors' keys name one image
 
 
 def _trl(row: RawRow, turns: Turns, num_images: int) -> Iterator[Draft]:
@@ -44,7 +44,7 @@ def _answer(row: RawRow, name: str) -> str:
 
 
 def _conversations(row: RawRow, _: Turns, num_images: int) -> Iterator[Draft]:
-    """Read both conversations as wholes, as in the authors' JSON."""
+    """Read rows whose answers are whole conversations, as in the authors' JSON."""
     prompt, answer = _split(row, "chosen", num_images)
     other, rejected = _split(row, "rejected", num_images)
     if not same_turns(prompt, other):

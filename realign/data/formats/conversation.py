@@ -1,5 +1,5 @@
-"""Turns of a conversation in the spellings that datasets have: ``{from, value}`` of LLaVA,
-``{role, content}`` with a string, or with parts.
+"""Turns of a conversation in the forms that datasets use: ``{from, value}`` as in LLaVA, and
+``{role, content}`` with a string or a list of parts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def read_turns(value: Any, name: str, num_images: int) -> list[Message]:
     """Return messages with string contents, without images and their placeholders.
 
     Args:
-        value: A list of turns in any of the spellings.
+        value: A list of turns in any of these forms.
         name: The key of the turns, for the message.
         num_images: Number of images of the row.
     Raises:
@@ -46,9 +46,10 @@ def read_turns(value: Any, name: str, num_images: int) -> list[Message]:
 
 
 def same_turns(turns: Sequence[Message], others: Sequence[Message]) -> bool:
-    """Return whether turns are equal apart from white space around their texts."""
+    """Return whether turns are equal apart from whitespace around their texts."""
     first, second = (
-        [(turn["role"], turn["content"].strip()) for turn in one] for one in (turns, others)
+        [(turn["role"], turn["content"].strip()) for turn in conversation]
+        for conversation in (turns, others)
     )
     return first == second
 
@@ -57,7 +58,7 @@ def without_placeholders(text: str, name: str, num_images: int) -> str:
     """Return a user turn without its image placeholders.
 
     Raises:
-        RefusedRowError: It has more placeholders than the row has images.
+        RefusedRowError: The turn has more placeholders than the row has images.
     """
     count = text.count(IMAGE_TOKEN)
     _check_count(count, IMAGE_TOKEN, name, num_images)
@@ -96,11 +97,11 @@ def _turn(turn: Any, name: str) -> tuple[str, str, int]:
 
 
 def check_prompt(turns: Sequence[Message], name: str) -> tuple[Message, ...]:
-    """Check that an answer can follow the turns: user and assistant alternate, the user comes last,
-    and a system turn may come first.
+    """Return the turns after checking that an answer can follow them: user and assistant alternate,
+    the last turn is the user's, and a system turn may come first.
 
     Raises:
-        RefusedRowError: They do not.
+        RefusedRowError: No answer can follow the turns.
     """
     roles = [turn["role"] for turn in turns]
     after_system = roles[1:] if roles[:1] == ["system"] else roles
@@ -118,7 +119,8 @@ def split_answer(turns: Sequence[Message], name: str) -> tuple[tuple[Message, ..
     """Return the prompt of a conversation and its last answer.
 
     Raises:
-        RefusedRowError: It does not end with an answer, or its turns do not alternate.
+        RefusedRowError: The conversation does not end with an answer, or its turns do not
+            alternate.
     """
     if not turns or turns[-1]["role"] != "assistant":
         raise _roles(name, [turn["role"] for turn in turns])
@@ -126,10 +128,10 @@ def split_answer(turns: Sequence[Message], name: str) -> tuple[tuple[Message, ..
 
 
 def only_answer(value: Any, name: str) -> str:
-    """Return an answer that is a string, one assistant turn, or a list of that turn.
+    """Return the text of an answer: a string, one assistant turn, or a list of one.
 
     Raises:
-        RefusedRowError: It is none of these.
+        RefusedRowError: The value is none of these.
     """
     if isinstance(value, str):
         return value

@@ -1,4 +1,4 @@
-"""Records whose texts are in memory and whose image files are read on access."""
+"""Records with texts in memory and image files that are read on access."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from realign.data.records import LazyRecords, Record
 
 @dataclass(frozen=True)
 class FileRow:
-    """One checked row: a record without its images, and their paths."""
+    """One checked row: a record without images, and the paths of its images."""
 
     record: Record
     images: tuple[Path, ...] = ()
@@ -43,6 +43,6 @@ class FileRecords(LazyRecords):
 
 
 def read_limited(path: Path) -> bytes:
-    """Return the bytes of an image file; of a file that is too large, just enough to refuse it."""
+    """Return the bytes of an image file, or one byte more than is allowed if it is too large."""
     with path.open("rb") as file:
         return file.read(MAX_BYTES + 1)

@@ -1,4 +1,4 @@
-"""Readers of JSON files, one row at a time: JSON lines, and one JSON list of any size."""
+"""Readers of JSON lines and of JSON lists of any size, one row at a time."""
 
 from __future__ import annotations
 
@@ -20,15 +20,22 @@ MAX_ROW = 16 << 20  # characters; a conversation has thousands
 
 @dataclass(frozen=True)
 class Found:
-    """A row at one place of a file, or the reason why it is missing."""
+    """A row at one place of a file, or the reason why it cannot be read.
 
-    number: int  # from 1
-    where: str  # the place in the file: "line 3", "row 3"
+    Attributes:
+        number: Number of the row, from 1.
+        where: Place in the file: "line 3", "row 3".
+        row: The row; None if it cannot be read.
+        problem: The reason, or None.
+    """
+
+    number: int
+    where: str
     row: Any = None
     problem: RefusedRowError | None = None
 
     def place(self, file: str) -> str:
-        """Return the name of the place for messages."""
+        """Return the name of the place in a file, for messages."""
         return f"{file}, {self.where}" + (COUNTED if "row" in self.where else "")
 
 
@@ -43,18 +50,18 @@ def _problem(flaw: Flaw | None) -> RefusedRowError | None:
 
 
 def is_json_list(path: Path) -> bool:
-    """Return whether a JSON file is one list; if not, its lines are its rows."""
+    """Return whether a JSON file is one list; otherwise every line is a row."""
     with path.open("rb") as file:
         beginning = file.read(4096)
     return beginning.removeprefix(codecs.BOM_UTF8).lstrip(b" \t\r\n").startswith(b"[")
 
 
 def read_lines(path: Path) -> Iterator[Found]:
-    """Yield the rows of JSON lines; a bad line does not end them."""
+    """Yield the rows of JSON lines; reading goes on after a bad line."""
     decoder = StrictDecoder()
     with path.open("rb") as file:
         number = 0
-        empty: list[Found] = []  # those at the end of a file are nobody's mistake
+        empty: list[Found] = []  # empty lines, which are no mistake at the end of a file
         while raw := file.readline(MAX_ROW):
             number += 1
             where = f"line {number}"
@@ -108,11 +115,11 @@ def _line(decoder: StrictDecoder, raw: bytes, number: int, where: str) -> Found:
 
 
 def read_list(path: Path) -> Iterator[Found]:
-    """Yield the rows of one JSON list, decoded as they come: it is never in memory as a whole.
+    """Yield the rows of one JSON list, which is never in memory as a whole.
 
     Raises:
-        RefusedError: The text between rows is not that of a JSON list: later rows cannot be told
-            apart.
+        RefusedError: The file is not a JSON list from some place on, so that later rows cannot be
+            found.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = _ListReader(file, path)
@@ -124,7 +131,7 @@ def read_list(path: Path) -> Iterator[Found]:
 
 
 class _ListReader:
-    """A window on the text of a list."""
+    """Reader of a list's rows, with a part of the text in memory."""
 
     def __init__(self, file: TextIO, path: Path) -> None:
         self._file, self._path = file, path
@@ -135,7 +142,7 @@ class _ListReader:
         self._at += 1
 
     def has_next(self, *, first: bool) -> bool:
-        """Return whether another row follows; the window then begins with it."""
+        """Return whether another row follows; the text in memory then begins with it."""
         mark = self._skip_space()
         if mark == "]":
             self._at += 1
@@ -151,11 +158,11 @@ class _ListReader:
         return True
 
     def decode(self, number: int) -> tuple[Any, RefusedRowError | None]:
-        """Return the row that the window begins with."""
+        """Return the row that the text in memory begins with, or its problem."""
         while True:
             try:
                 value, end = self._decoder.decode(self._text, self._at)
-                # a number at the window's end may go on, also as 1.5 or 1e5 after a whole 1
+                # a number at the end of the text in memory may continue: 1 may be 1.5 or 1e5
                 rest = self._text[end : end + 8]
                 if (rest and rest[0] in " \t\r\n,]") or len(rest) == 8 or self._is_whole:
                     self._at = end
@@ -163,7 +170,7 @@ class _ListReader:
             except json.JSONDecodeError as error:
                 if self._is_whole or len(self._text) - self._at > MAX_ROW:
                     raise self._refusal(f"must be JSON ({error.msg})", number) from None
-            self._read(max(CHUNK, len(self._text) - self._at))  # twice as much: linear in total
+            self._read(max(CHUNK, len(self._text) - self._at))  # doubling keeps the time linear
 
     def _skip_space(self) -> str:
         """Return the next character that is not a space, or an empty string at the end."""
@@ -181,7 +188,7 @@ class _ListReader:
             more = self._file.read(size)
         except UnicodeDecodeError as error:
             raise RefusedError(
-                f"{self._path} must be UTF-8 ({error.reason}). Save it so."
+                f"{self._path} must be UTF-8 ({error.reason}). Save it as UTF-8."
             ) from None
         self._text = self._text[self._at :] + more
         self._at = 0

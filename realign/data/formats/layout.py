@@ -1,4 +1,4 @@
-"""Definition of a layout of rows: how it is recognised, and how a row is read."""
+"""Layouts of rows: how one is recognised, and how its rows are read."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ RawRow = dict[str, Any]
 
 
 class RefusedRowError(RefusedError):
-    """Refusal of one row; the others can be used.
+    """Refusal of one row; other rows can be used.
 
     Args:
         field: Field of the row that is wrong; empty for the whole row.
         code: Short name of the kind of problem, stable across releases.
-        text: The rule, the value and the remedy; the caller, who knows the row, puts its place
-            before it.
+        text: The rule, the value and the remedy, without the place of the row, which :meth:`at`
+            adds.
         missing: Name of an image that does not exist, as the row gives it.
     """
 
@@ -28,21 +28,21 @@ class RefusedRowError(RefusedError):
         super().__init__(text, code=code, field=field, missing=missing)
 
     def at(self, place: str) -> RefusedError:
-        """Return the refusal for a whole file, with the row's place in front."""
+        """Return an error whose message begins with the row's place."""
         message = f"{place}: {self}"
         return RefusedError(message, code=self.code, field=self.field, missing=self.missing)
 
 
 @dataclass(frozen=True)
 class Draft:
-    """One instruction of a row in the common form, its texts unchecked and unchanged.
+    """One instruction of a row in the common form; its texts are unchecked and unchanged.
 
     Attributes:
         prompt: Turns before the answer, without image placeholders.
-        answer: Empty if it is still to be generated.
-        rejected: Empty where it is still to be induced.
-        turn: Number of the answer in its conversation, from 1; 0 if a row has one instruction.
-        source: Names in the row, for provenance.
+        answer: The good answer; empty if it is still to be generated.
+        rejected: The bad answer; empty if it is still to be induced.
+        turn: Number of the answer in its conversation, from 1; 0 if the row has one instruction.
+        source: Names of files in the row, for provenance.
     """
 
     prompt: tuple[Message, ...]
@@ -54,16 +54,17 @@ class Draft:
 
 @dataclass(frozen=True)
 class Layout:
-    """One family of rows.
+    """A layout of rows.
 
     Attributes:
-        name: Its value of ``format``.
-        summary: Its keys and the publishers of such rows, for the announcement.
-        keys: Keys that are read; the others are kept beside the row.
-        matches: Whether a row seems to have the layout.
-        drafts: The instructions of a row, given its number of images; raises
+        name: Name of the layout, as a value of ``format``.
+        summary: Its keys and who publishes such rows, for messages.
+        keys: Keys that are read; others are kept beside the row.
+        matches: Function that tells whether a row seems to have the layout.
+        drafts: Function that returns the instructions of a row, given its number of images; raises
             :class:`RefusedRowError`.
-        images: The images of a row: file names, or ``{"bytes", "path"}`` of an image column.
+        images: Function that returns the images of a row: file names, or ``{"bytes", "path"}`` of
+            an image column.
         ids_repeat: Whether rows may share an id, as the conversations about one image do in LLaVA.
     """
 
@@ -77,10 +78,10 @@ class Layout:
 
 
 def text_of(row: Mapping[str, Any], name: str, *, needed: bool = True) -> str:
-    """Return a string of a row; empty if it is missing and not required.
+    """Return a text of a row; empty if it is missing and not ``needed``.
 
     Raises:
-        RefusedRowError: It is not a string, or it is required and empty.
+        RefusedRowError: The value is not a string, or it is needed and empty.
     """
     value = row.get(name)
     if value is None and not needed:

@@ -1,4 +1,4 @@
-"""The known layouts, and the recognition of a source's layout."""
+"""The known layouts, and the recognition of a file's layout."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ from realign.data.formats.prompted import PROMPTED
 from realign.data.formats.text_pairs import MDPO, QUESTION, RLHF_V
 from realign.errors import RefusedError
 
-# The first that matches is taken: layouts with more keys come before those with fewer.
+# The first layout that matches is taken, so those with more keys come first.
 LAYOUTS = (MDPO, POVID, QUESTION, RLHF_V, LLAMAFACTORY, OFFICIAL, TRL, SWIFT, LLAVA, PROMPTED)
 FORMATS = {layout.name: layout for layout in LAYOUTS}
 
-
-# keys of rows with several answers of models to an image and a prompt
+# keys of datasets with several answers of models per row, which are not read
 UNREAD_ANSWERS = ("completions", "responses", "candidates")
 
 
 def recognise(
     rows: Iterable[Any], format: str | None, source: str, *, option: str = "source"
 ) -> Layout:
-    """Return the layout of the first rows, or the one that is named.
+    """Return the layout that is named, or that of the rows.
 
     Args:
-        rows: The first rows; the first one that has a layout decides.
-        format: Name of a layout; None recognises it by the rows.
+        rows: The first rows; the first one with a known layout decides.
+        format: Name of a layout; None recognises it from the rows.
         source: Name of the file, for messages.
-        option: The option that names the file. Layouts can be named for a ``source`` alone.
+        option: Option that names the file, for messages; only that of a ``source`` has --format.
     Raises:
         RefusedError: The name is unknown, or no row has a known layout.
     """
@@ -63,7 +62,7 @@ def recognise(
 
 
 def _check_read(row: dict[str, Any], source: str, option: str) -> None:
-    """Refuse rows whose answers have a key that no layout reads: they would be generated anew."""
+    """Refuse rows whose answers have a key that no layout reads; new ones would be generated."""
     unread = [name for name in UNREAD_ANSWERS if row.get(name)]
     if unread and not row.get("answer"):
         anew = ", or pass --format realign and build.annotator to have all prompts answered anew"

@@ -31,10 +31,11 @@ IMAGE_NAMES = ("image", "retrieved_image")
 
 
 def read_official_rows(path: Path, image_root: Path) -> tuple[FileRecords, list[list[Problem]]]:
-    """Open the published layout, a list or lines; return good rows, and the problems of bad ones.
+    """Read a file in the published layout, a JSON list or JSON lines. Return the good rows, and the
+    problems of each bad one.
 
     Raises:
-        RefusedError: The file holds neither, or the image folder does not exist.
+        RefusedError: The file is neither, or the image folder does not exist.
     """
     found: Iterable[Found]
     if is_json_list(path):
@@ -47,7 +48,7 @@ def read_official_rows(path: Path, image_root: Path) -> tuple[FileRecords, list[
     problems: list[list[Problem]] = []
     for item in found:
         number, row = item.number, item.row
-        # its own name where it has one; else its number, from 1 as the lines of a file
+        # the row's own id, or its number from 1, like the lines of a file
         has_id = isinstance(row, dict) and "id" in row
         row_id = str(row["id"] if has_id else number)
         where = f"{path.name}, row {row_id}" if has_id else item.place(path.name)
@@ -63,7 +64,7 @@ def read_official_rows(path: Path, image_root: Path) -> tuple[FileRecords, list[
             meta = {"file": path.name, "index": number - 1, **result.record.source}
             record = dataclasses.replace(result.record, meta={"source": meta})
             if not _spells(row, plain_row(record)):
-                # unknown keys, their order, where the placeholder stands: kept for export
+                # unknown keys, the order of keys and the place of placeholders, for export
                 record.source["row"] = json_text(row, ensure_ascii=True)
             read.append(dataclasses.replace(result, record=record))
         else:
@@ -79,7 +80,7 @@ def _check_unicode(row: Any, where: str) -> None:
 
 
 def _official_row(row: Any, row_id: str, where: str, image_root: Path) -> FileRow | list[Problem]:
-    """Return the row, or the problems of its images; any other error is raised."""
+    """Return the row, or the problems of its images; other problems are raised."""
     if not isinstance(row, dict):
         raise RefusedError(
             f"{where} must be an object, got {row!r:.80}. Correct it or remove it.",
@@ -141,8 +142,8 @@ def _official_row(row: Any, row_id: str, where: str, image_root: Path) -> FileRo
 
 
 def plain_row(record: Record) -> dict[str, Any]:
-    """Return a record as the layout spells it: images by the names in its provenance, ``<image>``
-    on a line of its own in front of the first turn, and an id unless that is the row's number.
+    """Return a record in this layout: images by the names in its provenance, ``<image>`` on a line
+    of its own before the first turn, and an id unless that is the row's number.
     """
     source = record.source
     names: dict[str, Any] = {name: source[name] for name in IMAGE_NAMES if name in source}
@@ -166,7 +167,7 @@ def _spells(row: Any, other: Any) -> bool:
 
 
 def _check_placeholders(row: dict[str, Any], num_images: int, where: str) -> None:
-    """Refuse a turn about an image that is missing: it would be trained on without it."""
+    """Refuse a turn with a placeholder for which there is no image."""
     for name in ("chosen", "rejected"):
         turns = row[name] if isinstance(row[name], list) else []
         texts = [turn.get("content") for turn in turns[:-1] if isinstance(turn, dict)]
@@ -185,7 +186,7 @@ def split_conversation(turns: Any, where: str, name: str) -> tuple[tuple[Message
     """Return the turns before the last answer, without image placeholders, and that answer.
 
     Raises:
-        RefusedError: Not a conversation of the layout.
+        RefusedError: The turns are not a conversation of this layout.
     """
     check_messages(turns, where, name)
     roles = [turn.get("role") for turn in turns] if isinstance(turns, list) else []

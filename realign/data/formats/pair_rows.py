@@ -1,4 +1,4 @@
-"""Rows of any layout as pairs to train on, with the retrieved images that they have."""
+"""Rows of any layout as pairs to train on, with their retrieved images if they have some."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from realign.data.records import Problem, Record
 
 @dataclass(frozen=True)
 class Pair:
-    """One row in the common form; its images are named or embedded as in the row."""
+    """One row in the common form; its images are names or bytes, as in the row."""
 
     draft: Draft
     images: list[Any]
@@ -59,7 +59,7 @@ def read_pair(raw: RawRow, layout: Layout) -> Pair:
     """Return one row as a pair, its texts unchanged.
 
     Raises:
-        RefusedRowError: It does not have the layout, or has neither a rejected answer nor a
+        RefusedRowError: The row does not have the layout, or has neither a rejected answer nor a
             retrieved image.
     """
     images, retrieved = layout.images(raw), retrieved_of(raw)
@@ -100,9 +100,10 @@ def read_pair_rows(
             source = {"file": file, "index": item.number - 1, "format": layout.name}
             row = FileRow(
                 pair.record(row_id, place, source | ({"id": raw["id"]} if "id" in raw else {})),
-                tuple(_resolve(image_root, one, f"{place}, images") for one in pair.images),
+                tuple(_resolve(image_root, image, f"{place}, images") for image in pair.images),
                 tuple(
-                    _resolve(image_root, one, f"{place}, rejected_images") for one in pair.retrieved
+                    _resolve(image_root, image, f"{place}, rejected_images")
+                    for image in pair.retrieved
                 ),
             )
             (halves if pair.is_image_pair else rows).append(row)
@@ -113,7 +114,7 @@ def read_pair_rows(
     for row in _join(rows, halves):
         alone = lone_image_pair().at(row.record.place)
         problems.append([Problem.of(alone, row.record.id, row.record.place)])
-    if layout.ids_repeat:  # as the conversations about one image do
+    if layout.ids_repeat:  # as in conversations about the same image
         ids = UniqueIds()
         rows = [
             dataclasses.replace(
@@ -133,8 +134,8 @@ def _name(image: Any) -> Any:
 
 
 def _join(rows: list[FileRow], halves: list[FileRow]) -> list[FileRow]:
-    """Give the retrieved images of image pairs to their answer pairs, those with the same id
-    first; return the image pairs that have none.
+    """Give the retrieved images of image pairs to their answer pairs, first to those with the same
+    id. Return the image pairs without an answer pair.
     """
     for has_id in (True, False):
         free: dict[Any, deque[int]] = defaultdict(deque)
@@ -173,7 +174,7 @@ class PairParquet(ParquetRecords):
 
     Args:
         layout: Layout of its rows.
-        is_whole: Whether the images are read.
+        is_whole: Whether images are read too.
     """
 
     def __init__(
@@ -189,7 +190,7 @@ class PairParquet(ParquetRecords):
         columns = [name for name in metadata.schema.to_arrow_schema().names if name in keys]
         columns = columns if is_whole else parts_without_bytes(metadata, columns)
         super().__init__(path, metadata, columns, image_root)
-        # by its name: worker processes are sent the object, and layouts hold functions
+        # by name, because the object is pickled for worker processes and layouts hold functions
         self._format, self._is_whole = layout.name, is_whole
 
     def texts(self) -> PairParquet:

@@ -1,4 +1,4 @@
-"""Preference records as parquet, written and read one row group at a time to bound the memory.
+"""Preference records as parquet, written and read one row group at a time to limit the memory.
 
 Columns are the ones that TRL's DPOTrainer reads (``images``, ``prompt``, ``chosen``, ``rejected``)
 plus ``id``, ``rejected_images`` and ``meta``.
@@ -19,7 +19,7 @@ from realign.data.records import COUNTED, LazyRecords, Record, check_messages
 from realign.errors import RefusedError
 from realign.runtime.files import canonical_json, finite_or_null, json_text, replacing
 
-# Reading one row reads its group. Arrow's limit of 2 GiB an array is far above.
+# Reading a row reads its whole group. Arrow's limit of 2 GiB per array is far above.
 ROW_GROUP_BYTES = 16 << 20
 REQUIRED = ("images", "prompt", "chosen", "rejected")
 IMAGES = ("images", "rejected_images")
@@ -27,7 +27,7 @@ OPTIONAL = ("id", "rejected_images", "meta")
 _TEXT = {"dtype": "string", "_type": "Value"}
 _TURNS = {"feature": {"role": _TEXT, "content": _TEXT}, "_type": "List"}
 _IMAGES = {"feature": {"_type": "Image"}, "_type": "List"}
-# as `datasets` describes the columns in a file, so that it loads images as images
+# the description of the columns that `datasets` reads, so that it loads images as images
 FEATURES = {
     "id": _TEXT,
     "images": _IMAGES,
@@ -47,9 +47,9 @@ def write_parquet(
     Equal records give equal bytes.
 
     Args:
-        records: An iterable, consumed one by one; a generator is enough.
+        records: The records, read one at a time; it may be a generator.
         path: The file.
-        row_group_bytes: A row group ends when its images and texts have this many bytes.
+        row_group_bytes: Size of images and texts at which a row group ends, in bytes.
 
     Example::
 
@@ -142,7 +142,7 @@ def read_parquet(path: Path, image_root: Path | None = None) -> ParquetRecords:
 
 
 def is_own(metadata: Any) -> bool:
-    """Return whether a file has the columns of :func:`write_parquet`, with texts as contents."""
+    """Return whether a file has the columns of :func:`write_parquet`, with strings as contents."""
     names = metadata.schema.to_arrow_schema().names
     leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
     return {*REQUIRED, "meta"} <= {*names} and all(
@@ -165,7 +165,7 @@ class ParquetRecords(LazyRecords):
     """Records of a parquet file; the row group that was read last stays in memory.
 
     Args:
-        path: The file. It is opened at each read, so that worker processes can share the object.
+        path: The file. It is opened for each row group, so that the object can be sent to workers.
         metadata: Its ``pyarrow.parquet.FileMetaData``.
         columns: The columns to read.
         image_root: Folder of images that are named and not embedded.
@@ -235,7 +235,7 @@ def image_bytes(images: Any, image_root: Path | None, where: str, name: str) -> 
     """Return the bytes of the images of a row, embedded or from the image folder.
 
     Raises:
-        RefusedError: They are in neither place.
+        RefusedError: An image is neither embedded nor in the folder.
     """
     if not isinstance(images, list | None):
         images = [None]

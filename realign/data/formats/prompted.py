@@ -1,5 +1,5 @@
-"""Rows of an image, a prompt and, optionally, an answer: this project's own JSONL, and tables with
-such columns.
+"""Rows with an image, a prompt and possibly an answer: this project's own JSONL, and tables with
+these columns.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def _drafts(row: RawRow, _: Turns, num_images: int) -> Iterator[Draft]:
 def _prompt(row: RawRow, num_images: int) -> tuple[Message, ...]:
     if not isinstance(row.get("prompt"), list):
         return ({"role": "user", "content": text_of(row, "prompt")},)
-    if IMAGE_TOKEN in str(row["prompt"]):  # of our own rows the image goes before the prompt
+    if IMAGE_TOKEN in str(row["prompt"]):  # in this layout, the image always comes first
         raise RefusedRowError(
             "prompt",
             "special-token",
             f"prompt must not contain {IMAGE_TOKEN}, got {row['prompt']!r:.80}. Remove it; the "
-            "image goes before the prompt by itself.",
+            "image is put before the prompt automatically.",
         )
     return check_prompt(read_turns(row["prompt"], "prompt", num_images), "prompt")
 

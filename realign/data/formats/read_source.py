@@ -1,5 +1,5 @@
-"""Reader of sources: it recognises the kind of file and the layout, checks every row, and reports
-the bad ones without stopping.
+"""Reading of sources: the kind of file and the layout are recognised, every row is checked, and bad
+ones are reported together.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from realign.errors import RefusedError
 from realign.runtime.files import canonical_json
 from realign.runtime.progress import announce
 
-LOOKED_AT = 100  # rows that may be bad before one shows its layout
+LOOKED_AT = 100  # number of first rows that are searched for one with a known layout
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Source:
 
     Attributes:
         rows: The good rows; those without an answer are still to be annotated.
-        problems: One for each row that was refused.
+        problems: The problem of each row that was refused.
         format: Name of the layout.
         num_read: Number of rows of the file, good and bad.
     """
@@ -55,23 +55,23 @@ def read_source(
 ) -> Source:
     """Read a source: JSON lines, a JSON list, parquet, a folder of parquet, or a saved dataset.
 
-    Image files are found, not opened.
+    Image files must exist, but are not opened.
 
     Args:
         path: The file or folder.
-        image_root: The folder of its images; None where all are embedded.
+        image_root: Folder of the images; None if all are embedded.
         special: The model's special tokens; no text may contain one.
         turns: Answers of a LLaVA conversation that become rows: the ``first``, the ``last`` with
             the earlier turns as its prompt, or ``each`` with its earlier turns.
-        extract_to: Folder for embedded images, named by their content; existing ones are not
+        extract_to: Folder for embedded images, named by their content; existing files are not
             written again.
-        format: Name of the layout; recognised by the first rows by default.
-        image_name: File name in the folder of an image called ``{name}``.
-        extracts: Whether embedded images are written; :func:`extract_images` writes those of some
+        format: Name of the layout; by default it is recognised from the first rows.
+        image_name: File name of the image that a row calls ``{name}``.
+        extracts: Whether to write embedded images; :func:`extract_images` can write those of some
             rows later.
     Raises:
         RefusedError: The file does not exist, has an unknown layout or no rows, or its rows cannot
-            be told apart.
+            be separated.
     """
     if turns not in ("first", "last", "each"):
         raise RefusedError(f"turns must be first, last or each, got {turns!r}. Correct it.")
@@ -109,7 +109,7 @@ def read_source(
     if reader.num_retrieved:
         announce(
             f"source {path.name}: retrieved images of the source are not used "
-            f"({reader.num_retrieved} rows have some); they are retrieved anew"
+            f"({reader.num_retrieved} rows have some); new ones are retrieved"
         )
     if reader.left_out:
         announce(
@@ -120,15 +120,15 @@ def read_source(
 
 
 def extract_images(path: Path, rows: Sequence[SourceRow], folder: Path) -> None:
-    """Write the embedded images of some rows of a source; rows with named images have none.
+    """Write the embedded images of some rows of a source, if they have any.
 
     Args:
         path: The file or folder.
-        rows: Of :func:`read_source`, whose images it did not write.
-        folder: Where they are written, under the names that the rows have.
+        rows: Rows from :func:`read_source`, which did not write their images.
+        folder: Folder of the images, whose names the rows have.
     """
     files = ImageFiles(None, folder)
-    # images of one content have one name
+    # equal images have the same name, so one row for each is enough
     first = {row.path.name: row for row in reversed(rows) if row.path.parent == folder}
     wanted = {row.source["index"] + 1: FORMATS[row.source["format"]] for row in first.values()}
     for item in open_rows(path) if wanted else ():
@@ -150,7 +150,7 @@ def _refuse_rows(path: Path, found: list[Found]) -> None:
 def _without_image_pairs(rows: list[SourceRow]) -> tuple[list[SourceRow], list[SourceRow]]:
     """Return the rows that are not image pairs, and the image pairs without an answer pair.
 
-    An image pair with an answer pair is the second half of it, and is left out.
+    An image pair with an answer pair is left out: it is the second half of the same pair.
     """
     whole = [row for row in rows if not row.is_image_pair]
     halves = {_half(row) for row in whole if row.rejected}
@@ -163,10 +163,10 @@ def _half(row: SourceRow) -> tuple[Path, str, str]:
 
 
 def open_rows(path: Path) -> Iterator[Found]:
-    """Return the rows of a file or folder, recognised by its first bytes.
+    """Return the rows of a file or folder, whose kind is recognised from its first bytes.
 
     Raises:
-        RefusedError: It does not exist, or rows cannot be told apart.
+        RefusedError: The path does not exist, or its rows cannot be separated.
     """
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -186,6 +186,6 @@ def _problem(path: Path, item: Found, error: RefusedRowError) -> Problem:
     place = item.place(path.name)
     row_id = item.row.get("id") if isinstance(item.row, dict) else None
     row = str(row_id) if isinstance(row_id, str | int) else str(item.number)
-    # half a character in a key or an id must not stop the report from being written
+    # half a surrogate pair in a key or an id must not keep the report from being written
     row, field = (text.encode(errors="backslashreplace").decode() for text in (row, error.field))
     return Problem(row, place, field, error.code, f"{place}: {error}", error.missing)

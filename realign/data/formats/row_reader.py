@@ -1,4 +1,4 @@
-"""Reader that turns one place of a source into checked rows."""
+"""Reader of a source's rows: texts are checked, image files found, and ids made unique."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from realign.runtime.write_errors import explain_write_errors
 
 
 class ImageFiles:
-    """Finder of image files, which writes embedded images; each name is looked up once.
+    """Finder of image files, which also writes embedded images. Each name is looked up once.
 
     Args:
-        root: Folder of named images; None where all are embedded.
+        root: Folder of named images; None if all are embedded.
         extract_to: Folder for embedded images; None if there are none.
-        file_name: File name of ``{name}`` under the root.
-        extracts: Whether embedded images are written, and not only named.
+        file_name: File name, under the root, of an image called ``{name}``.
+        extracts: Whether embedded images are written; otherwise only their names are determined.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class ImageFiles:
         self._extracted: set[str] = set()
 
     def find(self, image: Any) -> tuple[str, Path, str | None]:
-        """Return the name, the file, and the source's own name of an embedded image.
+        """Return the name and the file of an image, and the source's own name if it is embedded.
 
         Raises:
-            RefusedRowError: The file is missing, its name leaves the folder, or there are no image
-                bytes.
-            RefusedError: A folder that the source needs was not given.
+            RefusedRowError: The file is missing, its name leaves the folder, or the bytes are not
+                an image.
+            RefusedError: A required folder was not given.
         """
         if isinstance(image, Mapping):
             raw = image.get("bytes")
@@ -85,12 +85,12 @@ class ImageFiles:
                 "--images FOLDER."
             )
         try:
-            # where there is no folder, the name is refused before one is looked into
+            # without a folder, the name is a URL, which is refused before any folder is searched
             return resolve_image(self._root or Path(), self._file_name.replace("{name}", name), "")
         except RefusedImage as error:
             missing = name if error.missing else ""
             return RefusedRowError("image", error.code, str(error).removeprefix(": "), missing)
-        except (OSError, UnicodeError) as error:  # longer than names can be, or half a character
+        except (OSError, UnicodeError) as error:  # too long for a name, or half a surrogate pair
             text = f"image must be a file name, got {name!r:.80} ({error}). Rename it."
             return RefusedRowError("image", "unreadable", text)
 
@@ -107,12 +107,12 @@ class ImageFiles:
         if self._extract_to is None:
             raise RefusedError(
                 "extract_to must name a folder for the embedded images of the source, got None. "
-                "Give one."
+                "Pass one."
             )
         name = hashlib.sha256(raw).hexdigest() + suffix
         path = self._extract_to / name
         if self._extracts and name not in self._extracted:
-            # no fsync an image: what a power cut leaves is compared, and written again
+            # images are not synced: after a power cut their bytes are compared and written again
             if not path.is_file() or path.read_bytes() != raw:
                 with explain_write_errors(path):
                     self._extract_to.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ class ImageFiles:
 
 
 class UniqueIds:
-    """Ids of rows, made unique: a repeated one gets a number, the same in every run."""
+    """Ids of rows, made unique: a repeated id gets a number, which is the same in every run."""
 
     def __init__(self) -> None:
         self._given: set[str] = set()
@@ -146,16 +146,16 @@ class RowReader:
 
     Args:
         path: The source, for provenance.
-        layout: Layout of its rows.
+        layout: Layout of the rows.
         image_root: Folder of named images.
         special: Tokens that no text may contain.
         turns: Answers of a conversation that become rows.
         extract_to: Folder for embedded images.
-        image_name: File name of ``{name}`` under the root.
-        extracts: Whether embedded images are written, and not only named.
+        image_name: File name, in the image folder, of an image called ``{name}``.
+        extracts: Whether embedded images are written; otherwise only their names are determined.
 
     Attributes:
-        left_out: Keys whose values could not be kept.
+        left_out: Keys whose values JSON cannot hold.
         num_retrieved: Number of rows with retrieved images.
     """
 
@@ -182,7 +182,7 @@ class RowReader:
         """Return the rows of one place.
 
         Raises:
-            RefusedRowError: The place holds none; the message says why.
+            RefusedRowError: The place holds no usable row; the message says why.
         """
         raw = object_of(found)
         place = found.place(self._file)
@@ -208,7 +208,7 @@ class RowReader:
             is_pair = is_image_pair(draft, raw)
             rows.append(
                 SourceRow(
-                    # the id belongs to the answer pair, wherever that stands
+                    # the id belongs to the answer pair, which may be in another row
                     row_id if is_pair else self._ids.add(row_id),
                     *(name, path, draft.prompt, draft.answer),
                     "" if is_pair else draft.rejected,
@@ -280,7 +280,7 @@ def object_of(found: Found) -> dict[str, Any]:
     """Return the row at one place of a file.
 
     Raises:
-        RefusedRowError: There is none, or it is not an object.
+        RefusedRowError: There is no row, or it is not an object.
     """
     if found.problem:
         raise found.problem
@@ -316,7 +316,7 @@ def one_image(raw: Mapping[str, Any], layout: Layout) -> Any:
     """Return the only image of a row.
 
     Raises:
-        RefusedRowError: There is none, or more than one.
+        RefusedRowError: The row has no image, or more than one.
     """
     images = layout.images(dict(raw))
     name = "images" if raw.get("image") is None and "images" in raw else "image"
@@ -337,7 +337,7 @@ def one_image(raw: Mapping[str, Any], layout: Layout) -> Any:
 
 
 def _stripped(draft: Draft) -> Draft:
-    """Return the draft without white space around its texts."""
+    """Return the draft without whitespace around its texts."""
     return dataclasses.replace(
         draft,
         prompt=tuple({**turn, "content": turn["content"].strip()} for turn in draft.prompt),
@@ -355,7 +355,7 @@ def _fits_json(value: Any) -> bool:
 
 
 def check_unicode(text: str, name: str) -> None:
-    """Refuse half a surrogate pair, which no file can hold.
+    """Refuse a text with half a surrogate pair, which UTF-8 cannot encode.
 
     Raises:
         RefusedRowError: The text has one.

@@ -1,5 +1,5 @@
-"""Readers of tables, one batch at a time: parquet files, folders of them, and folders that
-``datasets`` has saved. Images stay undecoded.
+"""Readers of tables, one batch at a time: parquet files, folders of them, and folders saved by
+``datasets``. Images are not decoded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from realign.data.formats.json_rows import Found
 from realign.data.formats.layout import RefusedRowError
 from realign.errors import RefusedError
 
-BATCH_ROWS = 64  # of images of 100 kB: 6 MB
+BATCH_ROWS = 64  # with images of 100 kB, a batch takes 6 MB
 SPLIT = re.compile(r"(train|test|validation|val|dev)\b", re.IGNORECASE)
 
 
@@ -21,7 +21,7 @@ def parquet_files(folder: Path) -> list[Path]:
     """Return the parquet files of a folder, in order of their names.
 
     Raises:
-        RefusedError: There is none, or they belong to several splits.
+        RefusedError: There are no parquet files, or they belong to several splits.
     """
     files = sorted(folder.glob("*.parquet"))
     if not files:
@@ -29,7 +29,7 @@ def parquet_files(folder: Path) -> list[Path]:
         names = ", ".join(str(path.relative_to(folder)) for path in below[:8])
         raise RefusedError(
             f"source must be a folder of parquet files or one that datasets has saved, got {folder}"
-            f" with neither{f', but parquet files in {names}' if names else ''}. Give the folder "
+            f" with neither{f', but parquet files in {names}' if names else ''}. Name the folder "
             "that holds them."
         )
     splits = {match[1].lower() for file in files if (match := SPLIT.match(file.name))}
@@ -45,7 +45,7 @@ def read_parquet_files(files: list[Path]) -> Iterator[Found]:
     """Yield the rows of parquet files, numbered over all files.
 
     Raises:
-        RefusedError: A file is not parquet or damaged.
+        RefusedError: A file is not parquet, or is damaged.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -65,7 +65,7 @@ def read_parquet_files(files: list[Path]) -> Iterator[Found]:
 
 
 def _rows_of(file: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
-    for group in range(file.num_row_groups):  # asked for all, it would buffer the whole file
+    for group in range(file.num_row_groups):  # one at a time, or pyarrow buffers the whole file
         for batch in file.iter_batches(BATCH_ROWS, row_groups=[group]):
             yield from _rows(batch)
 
@@ -97,7 +97,9 @@ def read_saved(folder: Path) -> Iterator[Found]:
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
-    """Yield the rows of an Arrow table or batch; a text that is not UTF-8 affects its row alone."""
+    """Yield the rows of an Arrow table or batch; for a row with a text that is not UTF-8, yield the
+    error.
+    """
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:
@@ -113,7 +115,7 @@ def _found(number: int, where: str, row: dict[str, Any] | UnicodeDecodeError) ->
         problem = RefusedRowError(
             "",
             "utf-8",
-            f"texts must be UTF-8, got {row.object[row.start :][:8]!r}. Save them so.",
+            f"texts must be UTF-8, got {row.object[row.start :][:8]!r}. Save them as UTF-8.",
         )
         return Found(number, where, problem=problem)
     return Found(number, where, row)

@@ -1,5 +1,5 @@
-"""Pairs of plain texts: a question with a chosen and a rejected answer (RLAIF-V, SPA-VL, MMPR),
-the same as one JSON string (RLHF-V), or with the prompt as a finished template (mDPO).
+"""Pairs of plain texts: a question with a chosen and a rejected answer (RLAIF-V, SPA-VL, MMPR), the
+same in one JSON string (RLHF-V), or with a prompt that is already templated (mDPO).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from realign.data.formats.layout import (
 from realign.data.records import Message
 
 PAIR = {"question", "chosen", "rejected"}
-# The sentence that Vicuna's template begins with; mDPO's published rows hold it written out.
+# The first sentence of Vicuna's template, which mDPO's published rows contain.
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions."
@@ -71,7 +71,7 @@ def _mdpo(row: RawRow, _: Turns, num_images: int) -> Iterator[Draft]:
             "prompt",
             "template",
             f"prompt must be 'USER: question ASSISTANT:' with at most Vicuna's system sentence "
-            f"before it, got {prompt!r:.80}. Write it so or remove the row; where all rows have "
+            f"before it, got {prompt!r:.80}. Correct it or remove the row; if all rows have "
             "another template, put each question alone into question and its image into image.",
         )
     asked = _question(question, "prompt", num_images)

@@ -1,5 +1,5 @@
-"""``python -m realign.demo.experiment``: the whole experiment of docs/experiment.md, from pairs to
-tables. The same command after a kill goes on.
+"""``python -m realign.demo.experiment``: run the experiment of docs/experiment.md, from pairs to
+tables. The same command continues a run that was stopped.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from realign.runtime.progress import announce
 def main() -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", type=Path, default=MODEL, help="folder of the base")
+    parser.add_argument("--base", type=Path, default=MODEL, help="folder of the base model")
     parser.add_argument("--out", type=Path, default=Path("runs/experiment"), help="folder of runs")
     parser.add_argument(
-        "--results", type=Path, help="folder of results and tables; that of runs by default"
+        "--results", type=Path, help="folder of results and tables; by default the one of --out"
     )
     parser.add_argument("--workers", type=int, default=usable_cores(), help="processes")
-    parser.add_argument("--smoke", action="store_true", help="a small run that proves the code")
-    parser.add_argument("--only-tune", action="store_true", help="end before the reporting runs")
+    parser.add_argument("--smoke", action="store_true", help="a small run to test the code")
+    parser.add_argument("--only-tune", action="store_true", help="stop before the reporting runs")
     parser.add_argument(
-        "--only-tables", action="store_true", help="after tuning, report the runs that are done"
+        "--only-tables", action="store_true", help="after tuning, report finished runs only"
     )
     args = parser.parse_args()
     try:

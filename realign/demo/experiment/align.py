@@ -1,5 +1,5 @@
-"""One training run of the experiment: the product's trainer, stopped at some steps to be measured
-and then going on.
+"""One training run of the experiment, by the package's trainer, with measurements of the model
+after some steps.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ def align(
     steps: Sequence[int],
     measure_at: MeasureAt,
 ) -> dict[str, float]:
-    """Train the base on some pairs.
+    """Train the base model on pairs.
 
     Args:
-        condition: How.
-        learning_rate: After the warm-up.
-        beta: Of both pairs.
-        seed: Of the order of rows and of adapters.
-        records: The pairs.
-        base: Folder of the base, which is the reference too.
-        processor: Its processor.
-        steps: Numbers of steps after which ``measure_at`` is called with the number and the model.
-        measure_at: Measures the model and leaves its weights as they are.
+        condition: Condition to train under.
+        learning_rate: Learning rate after the warm-up.
+        beta: Beta of the text pair and of the image pair.
+        seed: Seed of the order of rows and of adapters.
+        records: Pairs to train on.
+        base: Folder of the base model, which is also the reference.
+        processor: Processor of the base model.
+        steps: Steps after which ``measure_at`` is called with the step and the model.
+        measure_at: Function that measures the model without changing its weights.
     Returns:
         The trainer's last log line: rewards, margins, log-probabilities and loss.
     Raises:
         FloatingPointError: A loss or a gradient is not finite.
-        RefusedError: There are fewer pairs than a step reads.
+        RefusedError: There are fewer pairs than one step takes.
     """
     if len(records) < PAIRS_PER_STEP:
         raise RefusedError(
@@ -117,7 +117,7 @@ def objective_options(condition: Condition, beta: float) -> dict[str, Any]:
 def reference_of(
     records: Sequence[Record], condition: Condition, options: Mapping[str, Any], base: Path
 ) -> dict[str, Tensor]:
-    """Return the base's log-probabilities of the cells that the objective reads, by record key."""
+    """Return record key to the base model's log-probabilities of the objective's cells."""
     scoring = Scoring(
         base,
         max(3, make_objective(ObjectiveOptions(**options)).num_cells),  # what a forward scores
@@ -138,7 +138,7 @@ def _is_of_objective(name: str) -> bool:
 
 
 class _MeasureAt(TrainerCallback):
-    """Measures the model after some steps."""
+    """Callback that measures the model after some steps."""
 
     def __init__(self, steps: Sequence[int], measure_at: MeasureAt) -> None:
         self.steps = {*steps}
@@ -147,7 +147,7 @@ class _MeasureAt(TrainerCallback):
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        """Measure in evaluation mode, then go on training."""
+        """Measure the model in evaluation mode, then return to training mode."""
         if state.global_step in self.steps:
             model.eval()
             self.measure_at(state.global_step, model)

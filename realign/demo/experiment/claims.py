@@ -1,5 +1,5 @@
-"""Verdicts on claims: the interval over training seeds decides, the one over images stands
-beside it.
+"""Verdicts on claims. The interval over training seeds decides; the interval over images is only
+reported with it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ HOLDS, SMALL, FAILS, OPEN = "holds", "holds, below 1 point", "does not hold", "c
 
 
 def verdict(claim: Claim, difference: Interval) -> str:
-    """Return what an interval of the difference (better - than) says of a claim.
+    """Return the verdict on a claim by the interval of its difference (better - than).
 
     Args:
-        claim: What is claimed.
-        difference: Of its measure, a fraction.
+        claim: Claim to judge.
+        difference: Interval of the difference, as a fraction.
     """
-    ends = sorted((claim.sign * difference.low, claim.sign * difference.high))
-    low, high = ends
+    low, high = sorted((claim.sign * difference.low, claim.sign * difference.high))
     if math.isnan(low) or math.isnan(high):
         return OPEN
     if claim.keeps_up:
@@ -37,7 +36,7 @@ def judge(experiment: Experiment) -> list[dict[str, Any]]:
     """Return every claim with its differences, intervals and verdicts.
 
     Args:
-        experiment: Whose runs are done.
+        experiment: Experiment whose runs are done.
     """
     protocol = experiment.protocol
     num_primary = sum(claim.is_primary for claim in protocol.claims)
@@ -51,7 +50,7 @@ def judge(experiment: Experiment) -> list[dict[str, Any]]:
     for claim in protocol.claims:
         differences = _differences(experiment, claim)
         defined = [value for value in differences.values() if value is not None]
-        # a run that stopped leaves nothing to average: the mean over the others would flatter
+        # if a run stopped, there is no interval: the mean over the others would be too favourable
         interval = t_interval(defined) if len(defined) == len(differences) else None
         row: dict[str, Any] = {
             "better": claim.better._asdict(),
@@ -85,7 +84,7 @@ def _differences(experiment: Experiment, claim: Claim) -> Mapping[int, float | N
 def _over_images(
     experiment: Experiment, better: View, than: View, measures: Sequence[str]
 ) -> dict[str, Any]:
-    """Intervals over the images of the first reporting seed."""
+    """Return the intervals over the images of the first reporting seed by measure."""
     seed = experiment.protocol.reporting_seeds[0]
     first, second = (experiment.said(*experiment.run_of(view, seed)) for view in (better, than))
     if first is None or second is None:

@@ -14,7 +14,7 @@ CURVES = {"free.chair_i": "CHAIR_i", "free.recall": "recall"}
 
 
 def figures(results: Mapping[str, Any]) -> dict[str, str]:
-    """Return file names to figures: the main conditions, and CHAIR_i and recall over rows."""
+    """Return file name to figure: bars of the main conditions, and curves over rows of tuning."""
     found = {
         f"{label.lower()}.svg": str(bar_plot(f"{label}, free scenes", _bars(results, measure)))
         for measure, label in CURVES.items()
@@ -39,13 +39,13 @@ def _bars(results: Mapping[str, Any], measure: str) -> dict[str, tuple[float, fl
 
 
 def _ends(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return mean and interval; a single seed, which has none, gets its value as both ends."""
+    """Return mean and interval; the interval of a single seed has its value at both ends."""
     mean, low, high = t_interval(values)
     return (mean, low, high) if math.isfinite(high) else (mean, mean, mean)
 
 
 def _curves(results: Mapping[str, Any], measure: str) -> dict[str, list[tuple[float, float]]]:
-    """Curves of each objective at the rate and beta of its best setting."""
+    """Return the curve of each objective at the learning rate and beta of its best setting."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for name, search in results["tuning"].items():
         if name not in MAIN:

@@ -27,7 +27,7 @@ from realign.modeling.processors import load_processor
 NEIGHBOURS = 10
 Pair = dict[str, Any]
 
-# Kind of pipeline pairs to what it changes of the build.
+# Kind of pipeline pairs to the options of the build that it changes.
 BUILDS: Mapping[str, Mapping[str, Any]] = {
     "pipeline": {},
     "sentence": {"mask_level": "sentence"},
@@ -39,14 +39,14 @@ def make_pairs(kind: str, seed: int, count: int, base: Path) -> dict[str, Any]:
     """Make the pairs of a seed.
 
     Args:
-        kind: A key of ``KINDS``.
-        seed: Of scenes, questions and masks.
-        count: Scenes.
-        base: Folder of the model to be aligned.
+        kind: Kind of the pairs, a key of ``KINDS``.
+        seed: Seed of scenes, questions and masks.
+        count: Number of scenes.
+        base: Folder of the model to align.
     Returns:
-        ``kind``, ``seed``, ``scenes`` (their number), ``neighbours`` (of every scene the numbers
-        of those that look most like it, nearest first) and ``pairs``, each with ``id``, ``prompt``,
-        ``chosen``, ``rejected`` and the numbers of its scenes ``image`` and ``retrieved``.
+        ``kind``, ``seed``, ``scenes`` (their number), ``neighbours`` (for every scene the numbers
+        of the most similar ones, nearest first) and ``pairs``, each with ``id``, ``prompt``,
+        ``chosen``, ``rejected`` and the numbers of its scenes, ``image`` and ``retrieved``.
     """
     scenes = training_scenes(seed, count)
     neighbours = nearest(scenes, base)
@@ -60,7 +60,7 @@ def make_pairs(kind: str, seed: int, count: int, base: Path) -> dict[str, Any]:
 
 
 def nearest(scenes: list[Scene], base: Path) -> list[list[int]]:
-    """Return for every scene the others that the model's vision path finds most alike."""
+    """Return for every scene the numbers of the scenes nearest by the model's image embeddings."""
     model = load_model(base, torch.float32, scoring=False).eval()
     pictures: list[Image.Image] = [draw(scene) for scene in scenes]
     vectors = VisionPathEncoder(model, load_processor(base))(pictures)
@@ -100,9 +100,11 @@ def _number(image: str) -> int:
 def _with_shortcut(
     scenes: list[Scene], neighbours: list[list[int]], seed: int, base: Path
 ) -> list[Pair]:
-    """Add to descriptions the partner that habit expects, and have it asked for.
+    """Return pairs that need no image: the rejected description adds an absent partner, which the
+    habit of the model expects, and the rejected answer to the question about it is yes.
 
-    The retrieved image is the nearest that shows the partner; a scene without one gives no pair.
+    The retrieved image is the nearest one with the partner; a scene without such a neighbour gives
+    no pair.
     """
     rng = Random(f"experiment shortcut {seed}")
     pairs = []

@@ -1,5 +1,5 @@
-"""The protocol of the experiment: what is compared, on which seeds, tuned over what, and which
-claims are tested. ``docs/experiment.md`` says the same in words and says why.
+"""The protocol of the experiment: its conditions, seeds, tuning grids and claims.
+``docs/experiment.md`` describes it and gives the reasons.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-# Answers that a step reads for each pair: the cells of the objective.
+# Number of answers that a step scores per pair: the cells of the objective.
 ROWS_PER_PAIR: Mapping[str, int] = {
     "sft": 1,
     "dpo": 2,
@@ -28,7 +28,7 @@ class Condition:
     """One way to align the base.
 
     Attributes:
-        name: Of the condition.
+        name: Name of the condition.
         objective: A key of ``ROWS_PER_PAIR``.
         pairs: Kind of the pairs, a key of :data:`realign.demo.experiment.pairs.KINDS`.
         rejected_image: Which image the image pair rejects, a key of
@@ -37,7 +37,7 @@ class Condition:
         nll_weight: Weight of the chosen answer's mean negative log-likelihood.
         rejected_scoring: ``label`` or ``top_non_label``.
         lora: Whether low-rank adapters train instead of all weights.
-        settings_of: Condition whose tuned settings it takes; its own where this is empty.
+        settings_of: Condition whose tuned settings are used; empty for its own.
     """
 
     name: str
@@ -52,16 +52,16 @@ class Condition:
 
     @property
     def rows_per_pair(self) -> int:
-        """Answers that a step reads for each pair."""
+        """Number of answers that a step scores per pair."""
         return ROWS_PER_PAIR[self.objective]
 
     @property
     def is_tuned(self) -> bool:
-        """Return whether the condition is tuned itself."""
+        """Return whether the condition has a tuning of its own."""
         return not self.settings_of
 
 
-# In the order of their worth: what is cut for lack of time is cut from the end.
+# In the order of their importance: if time is short, the last ones are dropped.
 CONDITIONS = (
     Condition("DPO", "dpo"),
     Condition("SFT", "sft"),
@@ -91,7 +91,7 @@ CONDITIONS = (
 
 
 class View(NamedTuple):
-    """A condition after a number of steps: its own best, or one that makes it comparable."""
+    """A condition after a number of steps: its best one, or one that is equal to rDPO's."""
 
     condition: str
     at: str = "best"  # or "equal rows" or "equal steps", both those of rDPO's best
@@ -99,15 +99,15 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement that the runs can bear out or refute.
+    """A statement that the runs can confirm or refute.
 
     Attributes:
-        better: Who is said to be better, or to keep up.
-        than: Than whom, or with whom.
-        measure: A key of what :func:`realign.demo.experiment.scores.scores` returns.
-        sign: 1 where more of the measure is better, -1 where less is.
-        keeps_up: Whether the claim is only that nothing is lost.
-        is_primary: Whether it is one of the six that were named as the main ones.
+        better: View that is claimed to be better, or not to be worse.
+        than: View with which it is compared.
+        measure: A key of the result of :func:`realign.demo.experiment.scores.scores`.
+        sign: 1 if a higher measure is better, -1 if a lower one is.
+        keeps_up: Whether the claim is only that ``better`` is not worse.
+        is_primary: Whether it is one of the six main claims.
     """
 
     better: View
@@ -172,12 +172,12 @@ CLAIMS = _claims()
 
 @dataclass(frozen=True)
 class Grid:
-    """The settings that an objective is tuned over.
+    """The settings over which an objective is tuned.
 
     Attributes:
-        learning_rates: Tried at ``betas[0]``.
-        betas: Tried at the best rate; the first one is that of the paper.
-        rows: Rows of 16 answers after which a run is scored.
+        learning_rates: Learning rates, tried with ``betas[0]``.
+        betas: Betas, tried with the best learning rate; the first one is the paper's.
+        rows: Numbers of rows, of 16 answers each, after which a run is scored.
     """
 
     learning_rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4)
@@ -187,23 +187,23 @@ class Grid:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Everything that the results depend on, beside the base and the code.
+    """Everything that the results depend on, except the base model and the code.
 
     Attributes:
-        conditions: What is compared.
-        claims: What is tested.
-        tuning_seeds: Seeds of the training runs that settings are chosen by.
-        reporting_seeds: Seeds of those that claims are about.
-        tuning_draw: Evaluation scenes that settings are chosen by.
-        reporting_draws: Those that claims are about.
-        scenes: Training scenes of a seed.
-        eval_scenes: Free scenes of an evaluation draw, and half scenes as many.
-        kl_captions: Captions of a draw that the KL divergence is taken on.
-        grid: What objectives with a beta are tuned over.
-        grid_without_beta: What SFT is tuned over, with as many runs.
-        lora_factor: Factor of LoRA's learning rates.
-        max_extensions: Runs of a search after those of its grid, on each tuning seed.
-        resamples: Draws of the bootstrap over images.
+        conditions: Conditions to compare.
+        claims: Claims to test.
+        tuning_seeds: Seeds of the training runs by which settings are chosen.
+        reporting_seeds: Seeds of the training runs on which claims are tested.
+        tuning_draw: Seed of the evaluation scenes by which settings are chosen.
+        reporting_draws: Seeds of the evaluation scenes on which claims are tested.
+        scenes: Number of training scenes per seed.
+        eval_scenes: Number of free scenes, and of half scenes, per evaluation draw.
+        kl_captions: Number of captions per draw for the KL divergence.
+        grid: Grid of objectives with a beta.
+        grid_without_beta: Grid of SFT, with the same number of runs.
+        lora_factor: Factor of the learning rates of LoRA.
+        max_extensions: Largest number of runs after those of the grid, per tuning seed.
+        resamples: Number of draws of the bootstrap over images.
     """
 
     conditions: tuple[Condition, ...] = CONDITIONS
@@ -225,10 +225,10 @@ class Protocol:
 
     def condition(self, name: str) -> Condition:
         """Return a condition by its name."""
-        return next(one for one in self.conditions if one.name == name)
+        return next(condition for condition in self.conditions if condition.name == name)
 
     def grid_of(self, condition: Condition) -> Grid:
-        """Return what a condition is tuned over."""
+        """Return the grid over which a condition is tuned."""
         grid = self.grid_without_beta if condition.objective == "sft" else self.grid
         factor = self.lora_factor if condition.lora else 1.0
         rates = tuple(factor * rate for rate in grid.learning_rates)
@@ -236,7 +236,7 @@ class Protocol:
 
 
 FULL = Protocol()
-# Small enough for a test; it proves the code and says nothing about the world.
+# Small enough for a test of the code; its results mean nothing.
 SMOKE = Protocol(
     # pairs of this kind need no generation
     conditions=tuple(Condition(name, name.lower(), pairs="shortcut") for name in ("DPO", "rDPO")),

@@ -1,4 +1,4 @@
-"""Pairs as records that the trainer reads, with the image that their image pair rejects."""
+"""Make the trainer's records from pairs, with the rejected image of a condition."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from realign.demo.drawing import draw, png
 from realign.demo.experiment.pairs import Pair
 from realign.demo.world import Scene
 
-NOISE = 64.0  # standard deviation of the noise, of 255
+NOISE = 64.0  # standard deviation of the noise; pixels range from 0 to 255
 
 
 def records(made: Mapping[str, Any], rejected_image: str) -> list[Record]:
     """Return the records of the pairs of a seed.
 
     Args:
-        made: From :func:`realign.demo.experiment.pairs.make_pairs`.
+        made: Result of :func:`realign.demo.experiment.pairs.make_pairs`.
         rejected_image: A key of ``REJECTED_IMAGES``.
     """
     scenes = training_scenes(made["seed"], made["scenes"])
@@ -47,7 +47,7 @@ def records(made: Mapping[str, Any], rejected_image: str) -> list[Record]:
 
 
 def noised(scene: Scene, seed: int) -> bytes:
-    """Return the picture of a scene under Gaussian noise, as the bytes of a PNG file."""
+    """Return the picture of a scene with Gaussian noise, as the bytes of a PNG file."""
     clean = np.asarray(draw(scene), dtype=np.float64)
     noise = np.random.default_rng(seed).normal(0.0, NOISE, clean.shape)
     pixels = np.clip(np.rint(clean + noise), 0, 255).astype(np.uint8)
@@ -61,7 +61,8 @@ def _random(pair: Pair, neighbours: list[int], scenes: list[Scene], rng: Random)
     return png(scenes[other + (other >= pair["image"])])
 
 
-# Name to the bytes of the image, from a pair, its neighbours, all scenes and a generator.
+# Name to a function that returns the image, given a pair, its neighbours, all scenes and a random
+# number generator.
 REJECTED_IMAGES: Mapping[str, Callable[[Pair, list[int], list[Scene], Random], bytes]] = {
     "retrieved": lambda pair, neighbours, scenes, rng: png(scenes[pair["retrieved"]]),
     "nearest": lambda pair, neighbours, scenes, rng: png(scenes[neighbours[0]]),

@@ -1,4 +1,4 @@
-"""The results of an experiment as plain values: tuning, scores of every view, claims."""
+"""Collect the results of an experiment as JSON values: tuning, scores of every view, claims."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from realign.runtime.files import finite_or_null
 from realign.runtime.strict_json import read_json
 
 DIGITS = 6
-KEPT = ("free.chair_i", "free.recall")  # of every tuning run
+KEPT = ("free.chair_i", "free.recall")  # measures kept of every tuning run
 
 
 def results(experiment: Experiment) -> dict[str, Any]:
-    """Return everything that is committed of an experiment. Numbers that are not defined are None.
+    """Return the results of an experiment; undefined numbers are None.
 
     Args:
-        experiment: Whose runs are done.
+        experiment: Experiment whose runs are done.
     """
     protocol = experiment.protocol
     tuned = [one for one in protocol.conditions if one.is_tuned]
@@ -36,7 +36,7 @@ def results(experiment: Experiment) -> dict[str, Any]:
 
 
 def seconds(experiment: Experiment) -> dict[str, float]:
-    """Return the CPU seconds of every set of pairs and every run, by name."""
+    """Return name to CPU seconds of every set of pairs and every run."""
     folder = experiment.out / "seconds"
     return {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
 
@@ -82,7 +82,7 @@ def _view(experiment: Experiment, view: View) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    """Round fractions, and leave rates and other settings as they are."""
+    """Round scores; learning rates and other small settings keep all their digits."""
     if isinstance(value, float):
         return round(value, DIGITS) if abs(value) >= 10**-DIGITS else value
     if isinstance(value, dict):

@@ -1,5 +1,5 @@
-"""One run: train on the pairs of a seed, measure at some steps, keep what was said. The same run
-gives the same bytes in any process.
+"""One run: train on the pairs of a seed, measure after some steps, and keep the answers. A run
+gives the same bytes in every process.
 """
 
 from __future__ import annotations
@@ -33,33 +33,33 @@ NAME_DIGITS = 12
 
 @dataclass(frozen=True)
 class PairSet:
-    """Pairs to be made.
+    """A set of pairs to make.
 
     Attributes:
         kind: A key of :data:`realign.demo.experiment.pairs.KINDS`.
-        seed: Of scenes, questions and masks.
+        seed: Seed of scenes, questions and masks.
     """
 
     kind: str
     seed: int
 
     def file(self, out: Path) -> Path:
-        """Return where they are kept."""
+        """Return the file of the pairs."""
         return out / "pairs" / f"{self.kind.replace(' ', '-')}-{self.seed}.json"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training run and where it is measured.
+    """A training run with its measurements.
 
     Attributes:
-        condition: Name of the condition, or ``BASE`` for the model as it is.
-        seed: Of pairs and order; 0 for the base.
-        learning_rate: After the warm-up.
-        beta: Of both pairs.
+        condition: Name of the condition, or ``BASE`` for the base model without training.
+        seed: Seed of the pairs and their order; 0 for the base model.
+        learning_rate: Learning rate after the warm-up.
+        beta: Beta of the text pair and of the image pair.
         steps: Steps after which the model is measured.
-        draws: Evaluation draws that it is measured on.
-        only_captions: Whether it only describes free scenes, as for tuning.
+        draws: Seeds of the evaluation draws on which the model is measured.
+        only_captions: Whether the model only describes free scenes, which suffices for tuning.
     """
 
     condition: str
@@ -72,13 +72,13 @@ class Run:
 
     @property
     def name(self) -> str:
-        """A name that no other run has, also as a file."""
+        """Unique name of the run, which is also a valid file name."""
         digest = content_sha256(canonical_json(asdict(self)))[:NAME_DIGITS]
         plain = self.condition.lower().replace(", ", "-").replace(" ", "-")
         return f"{plain}-{self.seed}-{digest}"
 
     def file(self, out: Path) -> Path:
-        """Return where its result is kept."""
+        """Return the file of the result."""
         return out / "runs" / f"{self.name}.json"
 
 
@@ -92,7 +92,7 @@ class MakePairs:
 
     @contextmanager
     def open(self) -> Iterator[Callable[[PairSet], bytes]]:
-        """Quiet the libraries."""
+        """Silence the libraries."""
         _be_quiet()
         yield self._make
 
@@ -104,7 +104,7 @@ class MakePairs:
 
 @dataclass(frozen=True)
 class DoRun:
-    """Does one run; a task of :class:`realign.runtime.engine.engine.Engine`."""
+    """Executes one run; a task of :class:`realign.runtime.engine.engine.Engine`."""
 
     protocol: Protocol
     base: Path
@@ -112,7 +112,7 @@ class DoRun:
 
     @contextmanager
     def open(self) -> Iterator[Callable[[Run], bytes]]:
-        """Load the processor and, when it is needed, the base."""
+        """Load the processor; the base model is loaded when a run needs it."""
         _be_quiet()
         measurer = Measurer(self.base, self.out / "images", self.protocol.kl_captions)
         draws: dict[int, Draw] = {}
@@ -152,7 +152,7 @@ class DoRun:
                     run.steps,
                     measure_at,
                 )
-            except FloatingPointError as error:  # a rate that is too high is a result
+            except FloatingPointError as error:  # a learning rate that is too high is a result
                 found["stopped"] = str(error)
         return found | {"points": points}
 
@@ -173,7 +173,7 @@ def _said(measurer: Measurer, model: Any, draw: Draw, run: Run) -> dict[str, Any
 
 @contextmanager
 def _timed(out: Path, name: str) -> Iterator[None]:
-    """Keep the CPU seconds of a piece of work beside its result, which must not depend on them."""
+    """Write the CPU seconds of the block to a file of their own, since results must be equal."""
     started = time.process_time()
     yield
     write_json(out / "seconds" / f"{name}.json", round(time.process_time() - started, 2))

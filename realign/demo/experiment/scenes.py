@@ -1,4 +1,4 @@
-"""The scenes that models are measured on in the experiment, with the questions about them."""
+"""The scenes and questions of an evaluation draw in the experiment."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Question(NamedTuple):
 
     Attributes:
         scene: Number of the scene.
-        kind: The object that is asked for.
+        kind: Kind of object that the question asks about.
         label: ``yes`` or ``no``.
-        splits: Splits of POPE that it belongs to.
+        splits: Splits of POPE to which the question belongs.
     """
 
     scene: int
@@ -42,7 +42,7 @@ class Question(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The question in words."""
+        """Text of the question."""
         return question(self.kind)
 
 
@@ -50,8 +50,8 @@ class Draw:
     """The scenes of one evaluation draw, in the sets ``free`` and ``half``.
 
     Args:
-        seed: Of the draw.
-        scenes: Scenes of each set.
+        seed: Seed of the draw.
+        scenes: Number of scenes in each set.
     """
 
     def __init__(self, seed: int, scenes: int) -> None:
@@ -69,13 +69,13 @@ class Draw:
             ]
 
     def images(self, folder: Path) -> dict[str, list[Path]]:
-        """Return the image file of every scene; those that are not there are drawn."""
+        """Return the image file of every scene; draw the missing ones."""
         place = folder / f"eval-{self.seed}"
         return {name: _files(scenes, place / name) for name, scenes in self.scenes.items()}
 
     @cached_property
     def rows(self) -> dict[str, list[dict[str, Any]]]:
-        """The facts of each scene that CHAIR's rule reads."""
+        """Rows of each set for the rule of CHAIR."""
         synonyms = {kind: [kind] for kind in KINDS}
         return {
             name: [{"objects": sorted(scene.kinds), "synonyms": synonyms} for scene in scenes]

@@ -102,17 +102,15 @@ def scores(answers: Said, weights: Mapping[str, Array] | None = None) -> dict[st
 
 
 def object_f1(found: Mapping[str, float]) -> float:
-    """Return the harmonic mean of 1 - CHAIR_i and recall on free scenes, 0 where one is not
-    defined.
-    """
+    """Return the harmonic mean of 1 - CHAIR_i and recall on free scenes; 0 if one is undefined."""
     precision, recall = 1 - found["free.chair_i"], found["free.recall"]
     total = precision + recall
     return 2 * precision * recall / total if total > 0 else 0.0  # also of NaN
 
 
 def area_under_curve(values: Array, labels: Array, weights: Array | None = None) -> float:
-    """Return the chance that a question whose answer is yes has a higher value than one whose
-    answer is no, equal ones counting half; NaN where one kind is missing.
+    """Return the probability that a question with the answer yes has a higher value than one with
+    the answer no, where equal values count half; NaN if either kind is missing.
 
     Args:
         values: Shape ``(questions,)``.
@@ -133,7 +131,7 @@ def area_under_curve(values: Array, labels: Array, weights: Array | None = None)
 def _answered(
     draw: Draw, name: str, answers: Mapping[str, Any]
 ) -> Iterator[tuple[Question, Mapping[str, Any]]]:
-    """Yield the questions of a set with their answers; none where it was not asked about."""
+    """Yield the questions of a set with their answers; nothing if the set was not asked."""
     if name in answers["answers"]:
         yield from zip(draw.questions[name], answers["answers"][name], strict=True)
 

@@ -1,4 +1,4 @@
-"""Tuning: which setting is tried next, and which one is the best of those that were tried."""
+"""Tuning: choose the next settings to try, and the best setting so far."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from realign.demo.experiment.protocol import Grid
 
-# Factors from a value of an axis to the ones beyond it.
+# Factors between neighbouring values of each axis beyond the grid.
 RATE_FACTOR, BETA_FACTOR, ROWS_FACTOR, FEWER_ROWS = 2.0, 3.0, 2, 3
 
 
 class Trial(NamedTuple):
-    """A training run of a search: its rate and beta, and the rows after which it is scored."""
+    """A training run of a search: learning rate, beta, and the rows after which it is scored."""
 
     learning_rate: float
     beta: float
@@ -30,17 +30,17 @@ class Setting(NamedTuple):
 def next_trials(
     grid: Grid, known: Mapping[Setting, float], num_done: int, max_extensions: int
 ) -> list[Trial]:
-    """Return the runs that a search asks for next; none where it is over.
+    """Return the next runs of a search; none if the search is over.
 
-    First the learning rates at the first beta, then the other betas at the best rate. Then the
-    neighbours of the best setting on every axis that were not tried, also those beyond the grid,
-    until the best one is better than all of its neighbours.
+    The search tries the learning rates with the first beta, and then the other betas with the best
+    learning rate. After that it tries the untried neighbours of the best setting on every axis,
+    also beyond the grid, until the best setting is better than all its neighbours.
 
     Args:
-        grid: Where the search begins.
-        known: Settings to their score; more is better.
-        num_done: Runs that gave them.
-        max_extensions: Runs after those of the grid.
+        grid: Grid with which the search begins.
+        known: Setting to its score; a higher one is better.
+        num_done: Number of runs done so far.
+        max_extensions: Largest number of runs after those of the grid.
     """
     if not num_done:
         return [Trial(rate, grid.betas[0], grid.rows) for rate in grid.learning_rates]
@@ -52,8 +52,8 @@ def next_trials(
 
 
 def best_setting(known: Mapping[Setting, float]) -> Setting:
-    """Return the setting with the highest score; of equals the one with the fewest rows, then the
-    lowest rate.
+    """Return the setting with the highest score; among equal scores, the one with the fewest rows,
+    then the lowest learning rate.
     """
     return min(
         known,
@@ -62,12 +62,12 @@ def best_setting(known: Mapping[Setting, float]) -> Setting:
 
 
 def edges(grid: Grid, known: Mapping[Setting, float]) -> list[str]:
-    """Return the axes on which a neighbour of the best setting was not tried."""
+    """Return the axes on which the best setting has an untried neighbour."""
     return sorted({axis for axis, _ in _untried(grid, known)})
 
 
 def _untried(grid: Grid, known: Mapping[Setting, float]) -> list[tuple[str, Trial]]:
-    """Return the axes and runs of the best setting's neighbours that were not tried."""
+    """Return axis and run of every untried neighbour of the best setting."""
     best = best_setting(known)
     in_full = {(one.learning_rate, one.beta) for one in known if one.rows in grid.rows}
     found = []

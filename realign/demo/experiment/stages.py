@@ -1,10 +1,10 @@
-"""The experiment from pairs to results: every stage makes the files that are missing, with as many
-processes as are asked for, and the next one reads them.
+"""The experiment from pairs to results. Every stage writes its missing files, in several processes,
+and the next stage reads them.
 
-    <out>/experiment.json   what the results depend on
+    <out>/experiment.json   everything that the results depend on
     <out>/images/           evaluation scenes
-    <out>/pairs/            pairs of a seed, by kind
-    <out>/runs/             what every run said
+    <out>/pairs/            pairs, one file per kind and seed
+    <out>/runs/             answers of every run
     <out>/seconds/          CPU seconds of pairs and runs
     <out>/results.json, tables.md, *.svg
 """
@@ -36,19 +36,19 @@ from realign.runtime.files import file_sha256
 from realign.runtime.run_folder import check_out, claim
 from realign.runtime.strict_json import read_json
 
-# Rough CPU seconds, so that progress counts work and not runs.
+# Rough estimates of CPU seconds, so that progress is measured by work instead of runs.
 PAIRS_SECONDS, DRAW_SECONDS, CAPTIONS_SECONDS = 60, 7, 2
 ROW_SECONDS = 0.1
 
 
 class Experiment:
-    """The stages over one folder.
+    """The stages of an experiment in one folder.
 
     Args:
-        protocol: What is done.
-        base: Folder of the model to be aligned.
-        out: Folder of the experiment; the same call goes on where the last one ended.
-        workers: Processes, each with one thread; they do not change a result.
+        protocol: Protocol of the experiment.
+        base: Folder of the model to align.
+        out: Folder of the experiment; the same call continues where the last one stopped.
+        workers: Number of processes, each with one thread; results do not depend on it.
     Raises:
         RefusedError: The folder holds another experiment.
     """
@@ -70,13 +70,13 @@ class Experiment:
         self._scores: dict[tuple[Run, int], dict[str, float] | None] = {}
 
     def make_pairs(self, wanted: Iterable[PairSet]) -> None:
-        """Make the pairs that are missing."""
+        """Make the missing sets of pairs."""
         sets = [*dict.fromkeys(wanted)]
         task = MakePairs(self.protocol, self.base, self.out)
         self._fill("pairs", sets, [PAIRS_SECONDS] * len(sets), task)
 
     def do_runs(self, stage: str, wanted: Iterable[Run]) -> None:
-        """Do the runs that are missing."""
+        """Execute the missing runs."""
         runs = [*dict.fromkeys(wanted)]
         task = DoRun(self.protocol, self.base, self.out)
         self._fill(stage, runs, [self._seconds(run) for run in runs], task)
@@ -99,7 +99,7 @@ class Experiment:
     # Tuning
 
     def tune(self) -> None:
-        """Search the settings of all conditions that are tuned themselves."""
+        """Search the best settings of all conditions that have a tuning of their own."""
         protocol = self.protocol
         conditions = [one for one in protocol.conditions if one.is_tuned]
         self.make_pairs(
@@ -139,8 +139,8 @@ class Experiment:
         )
 
     def trial_scores(self, condition: Condition) -> dict[Setting, list[dict[str, float]]]:
-        """Return, of every setting that was tried, the scores on each tuning seed; an empty one
-        where the run stopped before.
+        """Return every tried setting with its scores on each tuning seed; the scores are empty if
+        the run stopped early.
         """
         found: dict[Setting, list[dict[str, float]]] = {}
         for trial in self._searched.get(condition.name, []):
@@ -153,7 +153,7 @@ class Experiment:
         return found
 
     def known(self, condition: Condition) -> dict[Setting, float]:
-        """Return the mean object F1 of every setting that was tried, 0 for a run that stopped."""
+        """Return the mean object F1 of every tried setting; a run that stopped counts as 0."""
         return {
             setting: math.fsum(object_f1(one) if one else 0.0 for one in of_seeds) / len(of_seeds)
             for setting, of_seeds in self.trial_scores(condition).items()

@@ -104,14 +104,15 @@ def read_questions(path: Path) -> list[Row]:
 
 
 def official_word(answer: str) -> bool | None:
-    """Return whether an answer is Yes (True) or No (False) to the letter; None for any other."""
+    """Return whether an answer is exactly "Yes" (True) or "No" (False); None for any other."""
     return {"Yes": True, "No": False}.get(answer)
 
 
 def counts_of(parse: Callable[[str], bool | None]) -> Callable[[Row, str], list[int]]:
-    """Return the score of a rule: questions, right answers, with No as the positive class tp, fp,
-    tn and fn, and answers that are Yes. An answer that is neither is wrong, and where No is right
-    it is a false negative.
+    """Return the score function of a rule, which counts questions, right answers, tp, fp, tn and fn
+    with No as the positive class, and answers that are Yes.
+
+    An answer that is neither Yes nor No is wrong; if No is right, it is a false negative.
     """
 
     def score(row: Row, answer: str) -> list[int]:

@@ -1,5 +1,5 @@
-"""AMBER, generative part: the named things that are not in an image, and the things in it that are
-named.
+"""AMBER, generative part: things that a caption names but the image lacks, and things in the image
+that the caption names.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def _read_vocabulary(path: Path) -> Vocabulary:
 
 
 def any_nouns(caption: str) -> list[str]:
-    """Return the words of a caption as though each were a noun, but for the verb `can`; case is
-    kept.
+    """Return the words of a caption in the singular, as if all were nouns, except for the verb
+    `can`; case is kept.
     """
     tokens = caption_tokens(caption)
     return [
@@ -113,9 +113,9 @@ def any_nouns(caption: str) -> list[str]:
 def counts(
     nouns_of: Callable[[str], list[str]], are_alike: AreAlike, row: Row, caption: str
 ) -> list[int]:
-    """Return the nouns of a caption that are in the vocabulary, those that are hallucinated, the
-    things in the image, those that are named, the things that a model may invent, those that are
-    named, one caption, whether nothing in it is hallucinated, and its words.
+    """Return the counts of a caption, in this order: nouns in the vocabulary, hallucinated ones,
+    things in the image, named ones, things that models tend to invent, named ones, captions (1),
+    captions without a hallucination (0 or 1), and words.
     """
     vocabulary: Vocabulary = row["vocabulary"]
     true, invented = _entries(row["truth"], vocabulary), _entries(row["hallu"], vocabulary)
@@ -152,8 +152,8 @@ def counts(
 
 
 def _entries(words: Sequence[str], vocabulary: Vocabulary) -> list[tuple[str, int]]:
-    """Return all words that stand for annotated ones, with the place of the annotated one; the
-    related words come first, so that they win.
+    """Return every word that stands for an annotated one, with the place of the annotated one. The
+    related words come first, so that they take precedence.
     """
     related = [
         (other, place) for place, word in enumerate(words) for other in vocabulary.related[word]
@@ -171,7 +171,7 @@ def metrics(*, starts_per_caption: bool) -> Metrics:
 
     Args:
         starts_per_caption: Whether every caption adds 0.001 to each denominator, as in lmms-eval,
-            whose values are not rounded either; otherwise all captions together do.
+            which also does not round; otherwise 0.001 is added once for all captions.
     """
 
     def of_sums(sums: Array) -> Mapping[str, Array]:

@@ -31,8 +31,8 @@ OBJECTS = Key(
 
 
 def read(path: Path) -> list[Row]:
-    """Read the captions to ask for; every row holds the synonyms of all objects, and its own
-    objects by the names that they have there.
+    """Read the captions to ask for. Every row holds the synonyms of all objects, and the objects in
+    its image by their names in that list.
 
     Raises:
         RefusedError: A file is missing or has another form, an object has no word that a caption

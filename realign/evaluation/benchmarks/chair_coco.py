@@ -71,8 +71,8 @@ def image_key(value: Any) -> str:
 
 
 def read_synonyms(path: Path) -> dict[str, str]:
-    """Return the object that every word stands for, with the faults of the program: a second space
-    after a comma belongs to the word, and so do capital letters, so that such words are never seen.
+    """Return word to object, with the faults of the program: a second space after a comma and
+    capital letters are kept in the word, which therefore never matches.
 
     Raises:
         RefusedError: A line is empty.
@@ -105,7 +105,7 @@ def pattern_words(caption: str) -> list[str]:
 
 
 def noun_words(caption: str) -> list[str]:
-    """Return the words of a caption with those of lmms-eval's lemmas that nouns have."""
+    """Return the words of a caption, lemmatized as nouns as lmms-eval does."""
     return [wordnet_singular(token) for token in caption_tokens(caption.lower())]
 
 
@@ -115,7 +115,7 @@ def read(path: Path, named: Callable[[], Collection[str]]) -> list[Row]:
     Args:
         path: ``instances_val2014.json``; the other files lie beside it, and ``synonyms.txt`` and
             ``image_ids.txt`` there or in the folder above it.
-        named: Returns the numbers of the images that answers name.
+        named: Function that returns the numbers of the images that answers name.
     Returns:
         rows: One for each of these images that COCO has, with its objects and those of all words.
     Raises:
@@ -213,8 +213,8 @@ def _is_of(record: Any, key: str, wanted: Collection[int]) -> bool:
 
 
 def counts(words_of: Callable[[str], list[str]], row: Row, caption: str) -> list[int]:
-    """Return one caption, its mentions, those of absent objects, whether there is one, the objects
-    in the image, those that are mentioned, and the words of the caption.
+    """Return the counts of a caption, in this order: captions (1), mentions, mentions of absent
+    objects, captions with such a mention (0 or 1), objects in the image, mentioned ones, and words.
     """
     mentioned, present = mentions(words_of(caption), row["words"]), row["objects"]
     absent = sum(name not in present for name in mentioned)

@@ -146,8 +146,8 @@ def word(row: Row, answer: str) -> list[int]:
 
 
 def has_yes(row: Row, answer: str) -> list[int]:
-    """Score whether the letters yes are anywhere in the answer, a rule that lmms-eval has but does
-    not use.
+    """Score whether an answer contains "yes" anywhere, by a rule that lmms-eval has but does not
+    use.
     """
     return [int(("yes" in answer.lower()) == (row["gt_answer"] == "1"))]
 
@@ -180,14 +180,14 @@ def groups(*, counts_figure: Callable[[Row], bool], set_key: str) -> _Groups:
 
 
 def group_counts(find: _Groups) -> Callable[[Sequence[ScoredRow]], list[int]]:
-    """Return the score vector of a set of questions: how many groups of each kind it has, and how
-    many of them are wholly right.
+    """Return the score vector of a set of questions: for each kind of group the number of groups,
+    and the number of those in which every answer is right.
     """
     return lambda rows: [number for kind in find(rows) for number in (len(kind), sum(kind))]
 
 
 def group_units(find: _Groups, kinds: Sequence[str] = _KINDS) -> dict[str, UnitValues]:
-    """Return the groups that each metric is the share of."""
+    """Return the groups of each metric, which is the share of right ones."""
 
     def of_kind(place: int) -> UnitValues:
         return UnitValues(lambda rows: [float(right) for right in find(rows)[place]], 100)

@@ -1,12 +1,11 @@
-"""Files for lmms-eval to ask models the questions of published files, without network: its data
-sets, its task files, whole models, and the command.
+"""Write a folder from which lmms-eval asks models the questions of published files, offline.
 
-<out>/run.sh            the command; further options go to lmms-eval, such as --limit 8
-<out>/tasks/*.yaml      the installed task files, with the data below in place of the hub's
+<out>/run.sh            the command; it passes its options to lmms-eval, such as --limit 8
+<out>/tasks/*.yaml      the installed task files, with the data below instead of the hub's
 <out>/data/TASK/        the questions with their images, as `datasets` stores them
-<out>/models/NAME/      an adapter, merged into its base
-<out>/suite.json        what all of it was made from
-<out>/results/NAME/     what lmms-eval writes
+<out>/models/NAME/      a model for each adapter, merged into its base
+<out>/suite.json        models, data and commands
+<out>/results/NAME/     output of lmms-eval
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ INSTALL = (
     "Install it into an environment of its own: pip install lmms-eval==0.7.3 decord, pip uninstall "
     "torchvision where torch is a CPU build"
 )
-# model types to backends; none of them takes an adapter
+# model type to backend of lmms-eval; no backend loads an adapter
 BACKENDS = {
     "llava": "llava_hf",
     "llava_next": "llava_hf",
@@ -45,10 +44,10 @@ BACKENDS = {
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen3_vl": "qwen3_vl",
 }
-# it fails on a question without an image, and stores an empty answer
+# backends that fail on a question without an image, and store an empty answer
 NEEDS_IMAGES = ("llava_hf",)
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
-_UNQUOTABLE = set(",\"'{}[]")  # what its parser of --model_args cuts a value at
+_UNQUOTABLE = set(",\"'{}[]")  # characters at which lmms-eval cuts a value of --model_args
 _FIND = (
     "import importlib.metadata, importlib.util, json; "
     "found = importlib.util.find_spec('lmms_eval'); "
@@ -78,18 +77,18 @@ def write_lmms_eval(
     """Write a folder from which lmms-eval runs without network.
 
     Args:
-        models: Folders or hub ids by name; an adapter is merged into its base.
+        models: Name to folder or hub id; an adapter is merged into its base.
         data: Folder with the published files of one or more benchmarks.
         images: Folder of the questions' images.
-        out: A new folder.
+        out: Folder to create.
         python: Interpreter of the environment in which lmms-eval is installed.
         device: ``cuda``, which spreads a model over all GPUs, or ``cpu``.
         backend: Model class of lmms-eval; by default that of the model's type.
     Returns:
         The content of ``suite.json``; ``commands`` maps each model to its command.
     Raises:
-        RefusedError: lmms-eval is not installed there, there is no data for it, an image is
-            missing, or a model has no backend.
+        RefusedError: lmms-eval is not installed for ``python``, ``data`` has no benchmark of
+            lmms-eval, an image is missing, or a model has no backend.
     """
     if out.exists():
         raise RefusedError(f"out must be a new folder, got {out}, which exists. Name another.")
@@ -137,7 +136,7 @@ def find_lmms_eval(python: str) -> Installed:
     """Return the lmms-eval of an environment.
 
     Raises:
-        RefusedError: The interpreter does not run, or has none.
+        RefusedError: The interpreter does not run, or does not find lmms-eval.
     """
     try:
         done = subprocess.run(
@@ -157,15 +156,16 @@ def find_lmms_eval(python: str) -> Installed:
     return Installed(python, Path(found[0]), found[1])
 
 
-Questions = list[tuple[LmmsTask, list[Row], dict[str, str]]]  # with the SHA-256 of the files
+Questions = list[tuple[LmmsTask, list[Row], dict[str, str]]]  # task, rows, file name to SHA-256
 
 
 def _questions(data: Path, *, needs_images: bool) -> Questions:
-    """Return the tasks of which a folder holds the data, with their rows and files.
+    """Return the tasks whose data a folder holds, with their rows and files.
 
     Args:
-        data: The folder.
-        needs_images: Whether to take the part with images of a task that has questions without.
+        data: Folder of published files.
+        needs_images: Whether to replace a task that has questions without an image by its part
+            with images.
     """
     found: Questions = []
     left_out: set[str] = set()
@@ -220,7 +220,7 @@ def _command(
         *("--tasks", ",".join(PREFIX + task.name for task, _, _ in questions)),
         *("--include_path", str(place / "tasks"), "--batch_size", "1"),
         *("--output_path", str(place / "results" / model.name), "--log_samples"),
-        *("--timezone", "UTC"),  # by default its stamps are the time of Singapore
+        *("--timezone", "UTC"),  # the default is the time of Singapore
     ]
 
 
@@ -244,7 +244,7 @@ def _script(commands: Mapping[str, Sequence[str]], installed: Installed) -> str:
     lines = [
         "#!/bin/sh",
         f"# lmms-eval {installed.version} on the questions beside this file. Options are passed",
-        "# on: --limit 8 tries a few questions; such a run is no full one.",
+        "# on: --limit 8 asks only a few questions, for a trial.",
         "set -eu",
         f"export {' '.join(f'{name}=1' for name in OFFLINE)}",
     ]
@@ -273,7 +273,7 @@ def _write_task(
         "dataset_kwargs": {"load_from_disk": True},
         **task.settings,
     }
-    # JSON is YAML, and spells every path right
+    # JSON is valid YAML, and quotes every path correctly
     lines = [f"{key}: {json_text(value)}" for key, value in settings.items()]
     write_text(folder / "tasks" / f"{PREFIX}{task.name}.yaml", "\n".join(lines) + "\n")
     _write_dataset(task, rows, images, folder / "data" / task.name)
@@ -290,5 +290,6 @@ def _write_dataset(task: LmmsTask, rows: Sequence[Row], images: Path, folder: Pa
         None if row["image"] is None else str(resolve_image(images, row["image"], row["where"]))
         for row in rows
     ]
-    dataset = Dataset.from_dict(columns).cast_column("image", Image())  # read when it is saved
+    # images are read when the dataset is saved
+    dataset = Dataset.from_dict(columns).cast_column("image", Image())
     DatasetDict({task.split: dataset}).save_to_disk(folder)

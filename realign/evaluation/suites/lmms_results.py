@@ -1,10 +1,10 @@
-"""Results of lmms-eval: its aggregates unchanged, and the answers to every question, scored again
-under all of this project's rules.
+"""Read results of lmms-eval: its aggregates, unchanged, and its answers, scored again under all
+rules of this project.
 
-<folder>/**/*_results.json, *_samples_TASK.jsonl    of lmms-eval, the newest run of every task
-<folder>/suite.json                                 of the written command, where there is one
-<folder>/answers/MODEL-BENCHMARK.jsonl              the answers, in this project's form
-<folder>/suite_scores.json                          all of it
+<folder>/**/*_results.json, *_samples_TASK.jsonl    from lmms-eval; the newest run of every task
+<folder>/suite.json                                 from `write_lmms_eval`, if it wrote the command
+<folder>/answers/MODEL-BENCHMARK.jsonl              written: the answers in this project's format
+<folder>/suite_scores.json                          written: aggregates and scores
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from realign.runtime.files import finite_or_null, read_utf8, write_json
 from realign.runtime.strict_json import StrictDecoder, read_json
 
 SCORES = "suite_scores.json"
-SINGAPORE = timezone(timedelta(hours=8))  # of its time stamps, unless it is told another
+SINGAPORE = timezone(timedelta(hours=8))  # default time zone of lmms-eval's time stamps
 _DERIVED = re.compile(r"_stderr(_clt|_clustered)?$")
 _PAIRED = re.compile(r"paired_")
 _AGREE = 1e-6
@@ -47,7 +47,7 @@ class Run:
 
     @property
     def samples(self) -> Path:
-        """The file of its answers."""
+        """File of the answers of the run."""
         stamp = self.results.name.removesuffix("_results.json")
         return self.results.with_name(f"{stamp}_samples_{self.task}.jsonl")
 
@@ -59,18 +59,17 @@ def read_lmms_eval(
 
     Args:
         folder: Folder that was written for lmms-eval, or any folder with its results.
-        data: Folder with the published files of the benchmarks; by default that which the command
-            was written from.
-        allow_subset: Whether to read runs that asked a part of the questions, such as those with
-            ``--limit``.
+        data: Folder with the published files of the benchmarks; by default the one from which the
+            command was written.
+        allow_subset: Whether to read runs that asked only some questions, as with ``--limit``.
         bootstrap: Number of draws for the 95 % intervals; 0 for none.
     Returns:
-        What ``suite_scores.json`` holds: ``models`` to ``aggregates`` of lmms-eval (rule
-        ``lmms-eval``) and ``rescored``, benchmark to rule to what
-        :func:`realign.evaluation.score` returns.
+        The content of ``suite_scores.json``. Each of its ``models`` has the ``aggregates`` of
+        lmms-eval (rule ``lmms-eval``) and ``rescored``, which maps benchmark to rule to the result
+        of :func:`realign.evaluation.score`.
     Raises:
-        RefusedError: There is no result, a run asked a part, its answers are not those of the data,
-            or the data has changed since the command was written.
+        RefusedError: There is no result, a run asked only some questions, its answers are not those
+            to the data, or the data changed since the command was written.
     """
     manifest = _manifest(folder)
     runs = newest_runs(folder)
@@ -123,7 +122,7 @@ def newest_runs(folder: Path) -> list[Run]:
     """Return the newest run of every model and task below a folder.
 
     Raises:
-        RefusedError: There is none, or a file is no result of lmms-eval.
+        RefusedError: There is no run, or a file is not a result of lmms-eval.
     """
     newest: dict[tuple[str, str], Run] = {}
     for path in sorted(folder.rglob("*_results.json")):
@@ -135,7 +134,7 @@ def newest_runs(folder: Path) -> list[Run]:
             )
         for task in content["results"]:
             if content.get("group_subtasks", {}).get(task):
-                continue  # a group: the sum of others
+                continue  # a group, which sums up other tasks
             run = Run(_model(path, content, folder), task, _time(path, content), path, content)
             known = newest.get((run.model, task))
             if known is None or run.time > known.time:
@@ -154,7 +153,7 @@ def newest_runs(folder: Path) -> list[Run]:
 
 
 def _json(path: Path) -> Any:
-    # Python's json writes NaN for what is not defined, which is no JSON
+    # lmms-eval writes undefined values as NaN, which is not JSON
     try:
         return finite_or_null(StrictDecoder().decode_all(read_utf8(path)))
     except json.JSONDecodeError as error:
@@ -162,7 +161,7 @@ def _json(path: Path) -> Any:
 
 
 def _model(path: Path, content: Mapping[str, Any], folder: Path) -> str:
-    """Return the name that a command gave, or else that of the model's folder."""
+    """Return the model's name in the command of `write_lmms_eval`, or else its folder's name."""
     parts = path.relative_to(folder).parts
     if parts[0] == "results" and len(parts) > 2:
         return parts[1]
@@ -170,7 +169,7 @@ def _model(path: Path, content: Mapping[str, Any], folder: Path) -> str:
 
 
 def _time(path: Path, content: Mapping[str, Any]) -> datetime:
-    """Return when a run began; its time stamp alone does not state its time zone."""
+    """Return when a run began; its time zone is read from the results, not from the stamp."""
     stamp = path.name.removesuffix("_results.json")
     arguments = content.get("config", {}).get("resolved_cli_args") or {}
     name = arguments.get("timezone")
@@ -211,10 +210,10 @@ def _origin(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def aggregates(run: Run) -> list[dict[str, Any]]:
-    """Return the metrics of a run that are numbers, with their standard errors where those are.
+    """Return the metrics of a run that are numbers, with their standard errors if those are too.
 
-    Metrics that nothing aggregates are ``[]``, and a standard error that lmms-eval does not compute
-    is ``"N/A"``.
+    In the file of lmms-eval, a metric that is not aggregated is ``[]``, and a standard error that
+    is not computed is ``"N/A"``.
     """
     values = run.content["results"][run.task]
     if not isinstance(values, dict):
@@ -250,7 +249,7 @@ def _rescore(
     *,
     allow_subset: bool,
 ) -> None:
-    """Score the answers of one model under all rules, into its entry of the scores."""
+    """Score the answers of one model under all rules, and add the scores to the model's entry."""
     found = {known: run for run in runs if (known := task_named(run.task)) is not None}
     by_task = {task: found[task] for task in TASKS if task in found}
     model["notes"] += [

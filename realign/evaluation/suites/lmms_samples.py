@@ -18,7 +18,7 @@ def read_samples(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Read the lines of a file of answers, each with its place as messages name it.
 
     Raises:
-        RefusedError: A line is not JSON, or lacks the number, the prompt or the answer.
+        RefusedError: A line is not JSON, or lacks the prompt or the answer.
     """
     records = []
     for number, line in enumerate(read_utf8(path).removesuffix("\n").split("\n"), start=1):
@@ -53,14 +53,14 @@ def join(
 ) -> list[tuple[Row, str, bool]]:
     """Find the question of every answer.
 
-    It is found by the id that a metric holds, or else by its number and an equal prompt. The hash
-    that lmms-eval gives a question is the same for all of them.
+    The question is found by the id that a metric holds, or else by its number and its text in the
+    prompt. The hash that lmms-eval stores is the same for all questions, so it is not used.
 
     Returns:
         Row, answer, and whether generation seems to have failed.
     Raises:
-        RefusedError: An answer is to no question of the data or to one that has an answer, a prompt
-            does not hold its question, or questions are left.
+        RefusedError: An answer belongs to no question of the data or to an already answered one, a
+            prompt does not hold its question, or questions have no answer.
     """
     rows = task.rows(rows_of)
     named: dict[Hashable, list[Row]] = {}

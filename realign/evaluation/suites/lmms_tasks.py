@@ -1,5 +1,5 @@
-"""The tasks of lmms-eval whose data this project reads: the form of a question for lmms-eval, and
-the keys of its answer.
+"""The tasks of lmms-eval whose data this project reads: how a row becomes a question of lmms-eval,
+and how an answer of lmms-eval is matched to its row.
 """
 
 from __future__ import annotations
@@ -13,42 +13,41 @@ from realign.evaluation.benchmark import Record
 from realign.evaluation.benchmarks import hallusionbench, mme
 from realign.evaluation.rows import Row
 
-PREFIX = "realign_"  # of the names of tasks that are written
+PREFIX = "realign_"  # begins the names of the tasks that this project writes
 
 
 @dataclass(frozen=True, eq=False)
 class LmmsTask:
-    """One task of lmms-eval and this project's rows that it asks about."""
+    """One task of lmms-eval, and the rows of this project that correspond to its questions."""
 
     name: str
     """The name in lmms-eval, such as ``pope_adv``."""
     benchmark: str
     file: str
-    """Its YAML file below ``lmms_eval/tasks``."""
+    """The YAML file of the task below ``lmms_eval/tasks``."""
     split: str
-    """The split of its data set in which it looks for questions."""
+    """The split of the data set from which the task reads its questions."""
     document: Callable[[Row], Mapping[str, Any]]
     """Return the fields of a question that lmms-eval reads, except its image."""
     sample_key: Callable[[Record], str | None]
-    """Return the key of the question of a line of its answers, or None.
-    """
+    """Return the key of the question of a line of lmms-eval's answers, or None."""
     row_keys: Callable[[Row], Sequence[str]]
     """Return the keys by which a line may name a row."""
     tasks: tuple[str, ...] = ()
-    """The tasks of the benchmark that it asks; all where it is empty."""
+    """This project's tasks that the lmms-eval task covers; empty for all of the benchmark."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that its YAML file changes."""
+    """Settings to override in the YAML file."""
     covers: Callable[[Row], bool] = lambda row: True
-    """Return whether it asks about a row."""
+    """Return whether the task asks about a row."""
     question: Callable[[Row], str] = lambda row: row["text"]
-    """Return the text that its prompt must hold."""
+    """Return the text that the prompt of a row must contain."""
     metrics: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    """Split and metric of each of its metrics under this project's rule ``lmms-eval``."""
+    """Metric of lmms-eval to split and metric under this project's rule ``lmms-eval``."""
     part_of: str = ""
-    """The task that asks the same questions and others too, with which it is not run."""
+    """A larger task that includes these questions; the two are not run together."""
 
     def rows(self, tasks: Mapping[str, Sequence[Row]]) -> list[Row]:
-        """Return the rows that it asks about, in the order in which it does."""
+        """Return the rows that the task asks about, in its order."""
         names = self.tasks or tuple(tasks)
         return [row for name in names for row in tasks.get(name, ()) if self.covers(row)]
 
@@ -230,6 +229,6 @@ TASKS: tuple[LmmsTask, ...] = (
 
 
 def task_named(name: str) -> LmmsTask | None:
-    """Return the task of a name in lmms-eval, or of one that was written; None for any other."""
+    """Return the task with a name, with or without :data:`PREFIX`; None for an unknown name."""
     known = {task.name: task for task in TASKS}
     return known.get(name.removeprefix(PREFIX))

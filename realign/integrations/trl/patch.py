@@ -109,7 +109,7 @@ def _check_signature() -> None:
         utils = import_module(_UTILS)
     except ImportError as error:
         raise RefusedError(
-            f"patch_trl requires trl >= 1.15, got none: {error}. Call pip install 'trl>=1.15'."
+            f"patch_trl requires trl >= 1.15, got none: {error}. Run pip install 'trl>=1.15'."
         ) from error
     function: Any = getattr(utils, _FUNCTION, None)
     if function is ExactLogProbFunction:

@@ -1,4 +1,4 @@
-"""The pages of `realign browse`: a gallery of pairs, their images, and one way to decide."""
+"""The web application of `realign browse`: a gallery of pairs, their images, and decisions."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def make_app(rows: Rows, title: str, token: str, cookie: str = "realign") -> Sta
 
     Args:
         rows: The dataset and its decisions.
-        title: What the page calls it.
-        token: What a browser must know to be answered.
-        cookie: Where it keeps the token.
+        title: Title of the page.
+        token: Secret that a browser must send with its first request.
+        cookie: Name of the cookie in which the browser keeps the token.
     """
     pages = _Pages(rows, title)
     return Starlette(
@@ -80,12 +80,12 @@ def make_app(rows: Rows, title: str, token: str, cookie: str = "realign") -> Sta
 
 
 def _failed(request: Request, error: Exception) -> Response:
-    """Answer with the error, since a damaged decision file must not go unnoticed."""
+    """Return the error as the response, so that a damaged decision file does not go unnoticed."""
     return PlainTextResponse(str(error), 500)
 
 
 class _Pages:
-    """Handlers of the routes. The synchronous ones run in threads."""
+    """Handlers of the routes; Starlette runs the synchronous ones in threads."""
 
     def __init__(self, rows: Rows, title: str) -> None:
         self._rows, self._title = rows, title
@@ -152,7 +152,7 @@ class _Pages:
         raw = self._raw(request)
         media_type = image_type(raw)
         if media_type is None or len(raw) > MAX_BYTES:
-            raise HTTPException(415, "No PNG, JPEG or WebP of a permitted size.")
+            raise HTTPException(415, "Not a PNG, JPEG or WebP image of a permitted size.")
         return Response(raw, media_type=media_type)
 
     def _raw(self, request: Request) -> bytes:
@@ -178,7 +178,7 @@ class _Pages:
         return JSONResponse({"counts": await run_in_threadpool(self._rows.counts)})
 
     def undo(self, request: Request) -> Response:
-        """Take back the last decision; answer which row has which decision now."""
+        """Take back the last decision, and return its row and the row's present decision."""
         _check_is_json(request.headers)
         undone = self._rows.undo()
         if undone is None:
@@ -204,7 +204,7 @@ def _source(number: int, which: str) -> dict[str, str]:
 
 
 def read_query(values: Mapping[str, str]) -> tuple[Query, int]:
-    """Return a query and the start of its page. Values outside the choices count as unset."""
+    """Return the query of an address and the start of its page; unknown values count as unset."""
     sort, status = values.get("sort", ""), values.get("status", "")
     rank, start = _number(values.get("rank")), _number(values.get("start"))
     query = Query(
@@ -235,8 +235,8 @@ def _read_decision(
         sent = json.loads(body)
         number, key, decision = sent["number"], sent["key"], sent["decision"]
         note = sent.get("note", "")
-        note.encode()  # half of a surrogate pair cannot be written
-        is_right = (
+        note.encode()  # fails for an unpaired surrogate, which no file can hold
+        is_valid = (
             type(number) is int
             and 0 <= number < num_rows
             and isinstance(key, str)
@@ -244,23 +244,24 @@ def _read_decision(
             and len(note) <= MAX_NOTE
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        is_right = False
-    if not is_right:
+        is_valid = False
+    if not is_valid:
         raise HTTPException(
             400,
-            f"A decision has number, key, one of {', '.join(CHOICES)}, and a note of at most "
+            f"A decision needs a number, a key, one of {', '.join(CHOICES)}, and a note of at most "
             f"{MAX_NOTE} characters.",
         )
     return number, key, decision, note
 
 
 def _check_is_json(headers: Mapping[str, str]) -> None:
-    if headers.get("content-type") != "application/json":  # no form of another page can send it
-        raise HTTPException(415, "A decision is application/json.")
+    # a form on another website cannot send this type
+    if headers.get("content-type") != "application/json":
+        raise HTTPException(415, "A decision must have the content type application/json.")
 
 
 def image_type(raw: bytes) -> str | None:
-    """Return the media type that the first bytes show; None for a format that is not permitted."""
+    """Return the media type by the first bytes; None for a format that is not permitted."""
     if raw[:4] == b"RIFF" and raw[8:12] == b"WEBP":
         return "image/webp"
     return next((name for magic, name in MAGIC if raw.startswith(magic)), None)

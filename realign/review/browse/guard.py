@@ -1,9 +1,10 @@
-"""Guards the local server: only the browser that was given its address may use it.
+"""Guard the local server: only the browser that was given its address may use it.
 
-Every local program and every web page that the browser shows can reach a loopback port. So the
-address holds a token, random at each start and then kept in a cookie; the host must be this
-machine's name, so that no other name can be bound to it (DNS rebinding); and what other pages send
-or embed is refused by its origin.
+Every local program, and every web page open in the browser, can reach a loopback port. Therefore:
+
+- The address contains a token, random at each start, which the browser then keeps in a cookie.
+- The host of a request must be a name of this machine, against DNS rebinding.
+- Requests from other pages are refused by their origin.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ HEADERS = {
 
 @dataclass(frozen=True)
 class Guard:
-    """ASGI middleware that refuses every other request.
+    """ASGI middleware that refuses requests without the token or from other pages.
 
     Args:
-        app: What is guarded.
-        token: Random, of this start.
-        cookie: Its name; servers on other ports share the cookies of a host.
+        app: Application to guard.
+        token: Random secret of this start of the server.
+        cookie: Name of the cookie with the token. It must differ between servers on different
+            ports, which share the cookies of a host.
     """
 
     app: ASGIApp
@@ -47,7 +49,7 @@ class Guard:
     cookie: str
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer what is refused, pass on the rest."""
+        """Answer refused requests, and pass the others on to the application."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -80,7 +82,7 @@ class Guard:
             "same-site",
         ):
             return PlainTextResponse("Another page asked for this.", 403)
-        # a browser names the origin of every POST; another port of this machine is another one
+        # browsers send the origin of every POST; another port of this machine is another origin
         if request.method not in ("GET", "HEAD") and request.headers.get("origin") != (
             f"http://{host}"
         ):

@@ -1,5 +1,6 @@
-"""The rows of a dataset for browsing: small facts of all in memory, the rest read when a page asks
-for it, and what was decided about them.
+"""The rows of a dataset for browsing, and their decisions.
+
+Facts to sort and filter by are kept in memory; texts and images are read when a page shows them.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ class Query:
     Attributes:
         sort: One of ``SORTS``, with ``-`` before it for high values first.
         status: One of ``STATUSES``, or empty for all rows.
-        reason: Rows with a candidate refused for it before.
-        least: Lowest similarity.
-        most: Highest similarity.
-        rank: Of the retrieved image.
-        find: Part of a row's id.
+        reason: Reason for which an earlier candidate of the row was refused; empty for any.
+        least: Lowest similarity of the answers.
+        most: Highest similarity of the answers.
+        rank: Rank of the retrieved image.
+        find: Part of the row's id.
     """
 
     sort: str = "index"
@@ -78,8 +79,8 @@ class Undone:
 
     Attributes:
         number: The row's number in the dataset.
-        decision: What was taken back.
-        now: The decision that counts again; None if the row is undecided.
+        decision: Decision that was taken back.
+        now: Earlier decision that counts again; None if the row is undecided.
     """
 
     number: int
@@ -91,9 +92,9 @@ class Rows:
     """Rows and their decisions, safe to use from a server's threads.
 
     Args:
-        records: The dataset.
-        decisions: The decision file.
-        reasons: Row id to the reasons for which candidates were refused before.
+        records: Rows of the dataset.
+        decisions: Decision file.
+        reasons: Row id to the reasons for which earlier candidates were refused.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class Rows:
     def _read_facts(self, texts: Sequence[Record], number: int) -> PairFacts:
         try:
             fact = PairFacts.of(texts[number])
-        except RefusedError as error:  # :meth:`record` says it where the row is shown
+        except RefusedError as error:  # :meth:`record` raises it again when the row is shown
             place = str(error).partition(": ")[0]
             return PairFacts(place, None, None, None, words=0, rejected_words=0)
         self._numbers.setdefault(fact.id, []).append(number)
@@ -150,7 +151,7 @@ class Rows:
             return self._statuses.get(number)
 
     def decide(self, number: int, key: str, decision: str, note: str) -> bool:
-        """Write a decision; False, and nothing written, if the row's content is not ``key``."""
+        """Write a decision; return False without writing if the row's key is no longer ``key``."""
         with self._lock:
             self._refresh()  # a damaged file is found before anything is added to it
             if key != self._key(number):
@@ -160,9 +161,9 @@ class Rows:
             return True
 
     def undo(self) -> Undone | None:
-        """Take back the last decision about a row of this dataset; None where there is none.
+        """Take back the last decision about a row of this dataset; return None without one.
 
-        It may have been made before this start, or by another program.
+        The decision may have been made before this server started, or by another program.
         """
         with self._lock:
             while last := self._last_decision():
@@ -175,7 +176,7 @@ class Rows:
     def _last_decision(self) -> tuple[int, Decision] | None:
         for decision in reversed(read_history(self._path)):
             for number in self._numbers.get(decision.id, ()):
-                with suppress(RefusedError):  # about a row that cannot be read nothing is decided
+                with suppress(RefusedError):  # a row that cannot be read has no decision
                     if self._key(number) == decision.key:
                         return number, decision
         return None
@@ -189,7 +190,13 @@ class Rows:
             return {status: found[status] for status in STATUSES}
 
     def page(self, query: Query, start: int, size: int) -> Page:
-        """Return the rows of a query from place ``start`` of the sorted rows on."""
+        """Return one page of a query.
+
+        Args:
+            query: Filters and order of the rows.
+            start: Place among the sorted rows from which the page starts.
+            size: Largest number of rows of the page.
+        """
         with self._lock:
             self._refresh()
             order = self._order(query)
@@ -235,13 +242,13 @@ class Rows:
         return query.status in ("", decision.decision if decision else "undecided")
 
     def _key(self, number: int) -> str:
-        """Return the hash of a row's content; it depends on the images."""
+        """Return the hash of a row's content, images included."""
         if number not in self._keys:
             self._keys[number] = self._records[number].key
         return self._keys[number]
 
     def _refresh(self) -> None:
-        """Read the decision file again if it changed: others may write to it too."""
+        """Read the decision file again if it changed, since other programs may write to it."""
         try:
             status = os.stat(self._path)
         except FileNotFoundError:
@@ -254,7 +261,7 @@ class Rows:
         ids = {row.id for row in decisions}
         self._statuses = {}
         for number in sorted(n for row_id in ids for n in self._numbers.get(row_id, ())):
-            with suppress(RefusedError):  # about a row that cannot be read nothing is decided
+            with suppress(RefusedError):  # a row that cannot be read has no decision
                 row = RowKey(self.facts[number].id, self._key(number))
                 if row in decisions:
                     self._statuses[number] = decisions[row]

@@ -22,10 +22,10 @@ def serve(
     """Serve the gallery on the loopback address until SIGINT or SIGTERM.
 
     Args:
-        data: Build folder, parquet or JSON.
-        images: Image folder of JSON.
-        decisions: The decision file; the dataset's own where None.
-        port: 0 for any free one.
+        data: Build folder, parquet file or JSON file.
+        images: Folder of the images that a JSON file names.
+        decisions: Decision file; None for the one beside the dataset.
+        port: Port to listen on; 0 for any free one.
     Raises:
         RefusedError: A package is missing, there is no such dataset, the decision file is damaged,
             or the port is taken.
@@ -60,7 +60,7 @@ def serve(
     port = listening.getsockname()[1]
     token = secrets.token_urlsafe(24)
     app = make_app(rows, dataset_title(data), token, f"realign-{port}")
-    # the address is the key: it goes to the terminal, and no log holds it
+    # the address holds the token, so it is printed to the terminal but not logged
     announce(f"{len(rows)} rows; decisions go to {path}")
     if path != own:
         announce(f"training reads {own.name} beside the dataset, not this file")

@@ -23,11 +23,11 @@ def write_card(path: Path, options: CardOptions, *, overwrite: bool = False) -> 
     Args:
         path: A run, whose checkpoint gets the card; another folder of a model; or a folder with
             ``dataset.parquet``.
-        options: What the files do not say.
+        options: Facts that the files do not hold.
         overwrite: Whether to replace a card that a person has edited.
     Raises:
-        RefusedError: There is nothing to describe, an option does not fit, or a card is there that
-            this function has not written.
+        RefusedError: There is nothing to describe, an option does not fit, or the folder has a
+            card that this function did not write.
     """
     for name in ("repo", "base_model", "dataset"):
         if (value := getattr(options, name)) is not None:
@@ -52,7 +52,7 @@ def write_card(path: Path, options: CardOptions, *, overwrite: bool = False) -> 
 
 
 def check_repo_id(value: str, option: str) -> None:
-    """Refuse what is no name of a repository on the hub.
+    """Refuse a text that is not a name of a repository on the hub.
 
     Args:
         value: The name.

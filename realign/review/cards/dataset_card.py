@@ -46,15 +46,15 @@ LARGEST = "100M<n<1B"
 
 @dataclass
 class Provenance:
-    """Facts of the making of rows.
+    """Facts about how rows were made.
 
     Attributes:
-        first: The first row, without images.
-        induced: Rows whose rejected answer was induced by a model.
-        masked_by: Rows by who masked the answer.
-        models: Role, such as generator, to the models that played it and how.
+        first: First row, without images.
+        induced: Number of rows whose rejected answer was induced by a model.
+        masked_by: Model or rule that masked the answer to its number of rows.
+        models: Role, such as generator, to the models in it, with engine and decoding.
         sources: Names of the files that rows come from.
-        similarities: Of rejected to chosen answers.
+        similarities: Similarities of rejected to chosen answers.
     """
 
     first: Record | None = None
@@ -96,7 +96,7 @@ class Provenance:
         self.models.setdefault(role, {})[model] = None
 
     def named(self, role: str) -> str:
-        """Return who played a role; empty where no row says so."""
+        """Return the models of a role as text; empty if no row names one."""
         return " and ".join(self.models.get(role, {}))
 
 
@@ -108,12 +108,12 @@ def _shown_model(model: Mapping[str, Any]) -> str:
 def dataset_card(
     place: DatasetPlace, licence: Licence | None, repo: str | None
 ) -> tuple[DatasetCard, list[str]]:
-    """Return the card, and what a person should know about it.
+    """Return the card, and notes to the person who writes it.
 
     Args:
-        place: The folder.
-        licence: The licence, where somebody gives one.
-        repo: Hub id that the folder will have.
+        place: Folder of the dataset.
+        licence: Licence of the dataset, if one is given.
+        repo: Hub id that the dataset will have.
     Raises:
         RefusedError: The dataset has no rows or is damaged.
     """
@@ -153,7 +153,7 @@ def dataset_card(
 
 
 def _title(folder: Path) -> str:
-    """Return the folder's name; one called ``dataset`` is called after its run too."""
+    """Return the folder's name, preceded by the run's if the folder is called ``dataset``."""
     return f"{folder.parent.name}-{folder.name}" if folder.name == "dataset" else folder.name
 
 
@@ -281,7 +281,7 @@ def size_category(rows: int) -> str:
 
 
 def _features(schema: Any) -> list[dict[str, Any]] | None:
-    """Return the columns as the metadata of a card has them; None where the file does not describe
+    """Return the columns in the form of a card's metadata; None if the file has no description of
     them for ``datasets``.
     """
     raw = (schema.metadata or {}).get(b"huggingface")
@@ -289,7 +289,7 @@ def _features(schema: Any) -> list[dict[str, Any]] | None:
         return None
     features = json.loads(raw)["info"]["features"]
     shown = [{"name": name, **_feature(feature)} for name, feature in features.items()]
-    return shown if all(len(one) == 2 for one in shown) else None
+    return shown if all(len(column) == 2 for column in shown) else None
 
 
 def _feature(feature: Any) -> dict[str, Any]:

@@ -19,12 +19,12 @@ class ScoreLine:
     """One metric as a card shows it.
 
     Attributes:
-        label: What it is.
-        rule: How answers were scored.
-        items: How many there were.
+        label: Name of the metric.
+        rule: Name of the rule that scored the answers.
+        items: Number of questions.
         baseline: Value and interval of the baseline.
         value: Value and interval of the model.
-        difference: Of the model from the baseline, with its interval.
+        difference: Model minus baseline, with its interval.
     """
 
     label: str
@@ -40,9 +40,9 @@ class EvalScores:
     """The scores of one model beside those of the baseline.
 
     Attributes:
-        model: What the evaluation calls the model.
-        scores: What ``scores.json`` holds.
-        claim: What ``eval.json`` holds.
+        model: Name of the model in the evaluation.
+        scores: Content of ``scores.json``.
+        claim: Content of ``eval.json``.
     """
 
     model: str
@@ -51,10 +51,10 @@ class EvalScores:
 
     @classmethod
     def find(cls, folder: Path, weights: Mapping[str, str]) -> EvalScores | None:
-        """Return the scores of the model with these weights, None where they are not measured.
+        """Return the scores of the model with these weights; None if they were not measured.
 
         Args:
-            folder: Of ``realign eval``.
+            folder: Output folder of ``realign eval``.
             weights: File name to SHA-256 of the model's weights.
         Raises:
             RefusedError: The scores are of another version.
@@ -69,7 +69,7 @@ class EvalScores:
 
     @property
     def baseline(self) -> str:
-        """Name in the evaluation of the model that others are compared with."""
+        """Name of the model with which the evaluation compares the others."""
         name: str = self.scores["baseline"]
         return name
 
@@ -83,7 +83,7 @@ class EvalScores:
         return own_weights(self.claim["models"][self.baseline]) == own_weights(files)
 
     def lines(self) -> Iterator[ScoreLine]:
-        """Yield every shown metric."""
+        """Yield a line for every metric of the table."""
         for row, cells in score_rows(self.scores):
             yield ScoreLine(
                 row["label"],
@@ -95,12 +95,12 @@ class EvalScores:
             )
 
     def notes(self) -> list[str]:
-        """Return what is to be known about the numbers."""
+        """Return sentences about how the numbers were measured."""
         draws = self.scores["draws"]["bootstrap"]
         clusters = dict.fromkeys(found["cluster"] for found in self.scores["benchmarks"].values())
         asked = ", ".join(
             f"{name} with the prompt {prompt} and at most {self.claim['max_new_tokens'][name]:,} "
-            "tokens an answer"
+            "tokens per answer"
             for name, prompt in self.claim["prompts"].items()
         )
         about = (
@@ -111,7 +111,7 @@ class EvalScores:
         return [about, *filter(None, (cut_note(self.scores), draws_note(self.scores)))]
 
     def results(self) -> Iterator[EvalResult]:
-        """Yield the defined metrics for the metadata of a card."""
+        """Yield every metric that has a value, for the metadata of a card."""
         for row, cells in score_rows(self.scores):
             bar, scale = cells[self.model].bar, row["scale"]
             if bar is None:

@@ -1,4 +1,4 @@
-"""Licences of cards: what somebody says, or what the card of the base model says; never a guess."""
+"""Licences of cards: given by the user or stated by the base model's card, never guessed."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 from realign.errors import RefusedError
 from realign.review.cards.place import CARD
 
-# of the hub's list, all of them in small letters
+# the hub writes all ids of licences in lower case
 _ID = re.compile(r"[a-z0-9][a-z0-9.\-]*")
 OTHER = "other"
 
 
 @dataclass(frozen=True)
 class Licence:
-    """A licence as the metadata of a card has it.
+    """A licence as the metadata of a card states it.
 
     Attributes:
-        id: The hub's name of the licence, such as ``apache-2.0``, or ``other``.
+        id: The hub's id of the licence, such as ``apache-2.0``, or ``other``.
         name: Name of a licence that the hub does not know.
-        link: Address of its text.
+        link: Address of the licence's text.
     Raises:
         RefusedError: The id is not written as the hub writes ids, or ``other`` has no name.
     """
@@ -44,16 +44,16 @@ class Licence:
             )
 
     def metadata(self) -> dict[str, str]:
-        """Return what the metadata of a card says of it."""
+        """Return the fields of the licence in the metadata of a card."""
         fields = {"license": self.id, "license_name": self.name, "license_link": self.link}
         return {key: value for key, value in fields.items() if value}
 
     @classmethod
     def given(cls, id: str | None, name: str | None, link: str | None) -> Licence | None:
-        """Return the licence of the command's options, None where none is given.
+        """Return the licence that options give; None without any.
 
         Raises:
-            RefusedError: A name or a link stands alone.
+            RefusedError: A name or a link is given without an id.
         """
         if id is not None:
             return cls(id, name, link)
@@ -66,8 +66,7 @@ class Licence:
 
 
 def licence_of_base(base: str) -> Licence | None:
-    """Return the licence that the card of a base model states, as far as that card is on this
-    machine.
+    """Return the licence that a base model's card states; None if the card is not on this machine.
 
     Args:
         base: Folder or hub id.
@@ -81,7 +80,7 @@ def licence_of_base(base: str) -> Licence | None:
     id, name, link = (data.get(key) for key in ("license", "license_name", "license_link"))
     if not isinstance(id, str) or not _ID.fullmatch(id) or (id == OTHER and not name):
         return None
-    if link and "://" not in str(link):  # a file beside that card
+    if link and "://" not in str(link):  # a file beside the base model's card
         is_on_hub = not Path(base).is_dir()
         link = f"https://huggingface.co/{base}/blob/main/{link}" if is_on_hub else None
     return Licence(id, name and str(name), link and str(link))
@@ -106,7 +105,7 @@ def read_metadata(card: Path) -> dict[str, Any]:
 
 
 def _card_of(base: str) -> Path | None:
-    """Return the card in a base's folder, or in the hub's cache, where there is one."""
+    """Return the card in the base model's folder or in the hub's cache; None without one."""
     if Path(base).is_dir():
         path = Path(base) / CARD
         return path if path.is_file() else None
@@ -115,6 +114,6 @@ def _card_of(base: str) -> Path | None:
 
     try:
         found = try_to_load_from_cache(base, CARD)
-    except HFValidationError:  # a folder that is gone
+    except HFValidationError:  # the path of a folder that no longer exists
         return None
     return Path(found) if isinstance(found, str) else None

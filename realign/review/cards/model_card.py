@@ -39,11 +39,11 @@ class CardOptions:
     """Facts for a card that the files of the folder do not hold.
 
     Attributes:
-        licence: The licence, where somebody gives one.
-        base_model: Hub id of the base; by default what the run or the adapter names.
-        dataset: Hub id of the training data, where it is published.
-        repo: Hub id that the folder will have.
-        run: Folder of the run, where it is not the one above the model.
+        licence: Licence of the model, if one is given.
+        base_model: Hub id of the base; by default the one that the run or the adapter names.
+        dataset: Hub id of the training data, if they are published.
+        repo: Hub id that the model will have.
+        run: Folder of the run, if it is not the one above the model.
         evaluation: Folder of the evaluation; by default ``eval`` in the run.
     """
 
@@ -57,12 +57,12 @@ class CardOptions:
 
 @dataclass(frozen=True)
 class Base:
-    """The model that was trained on.
+    """The model from which training started.
 
     Attributes:
-        name: Hub id, or the name of a folder; empty where it is not known.
-        hub_id: Hub id, where it has one.
-        place: Folder or hub id, to find its card.
+        name: Hub id, or the name of a folder; empty if unknown.
+        hub_id: Hub id, if the model has one.
+        place: Folder or hub id at which to look for the model's card.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Base:
 
     @classmethod
     def of(cls, place: ModelPlace, facts: RunFacts | None, given: str | None) -> Base:
-        """Return the base that is given, or that the adapter or the run names."""
+        """Return the given base, or the one that the adapter or the run names."""
         named = facts.written.get("model", "") if facts else ""
         if is_adapter(place.folder):
             named = adapter_base(place.folder)
@@ -82,11 +82,11 @@ class Base:
 
 
 def model_card(place: ModelPlace, options: CardOptions) -> tuple[ModelCard, list[str]]:
-    """Return the card, and what a person should know about it.
+    """Return the card, and notes to the person who writes it.
 
     Args:
-        place: The model.
-        options: What the folder does not say.
+        place: Folder of the model.
+        options: Facts that the folder does not hold.
     Raises:
         RefusedError: A file of the run or of the base is damaged.
     """
@@ -143,7 +143,7 @@ def _shown_base(base: Base) -> str:
 
 
 def _names_to_fill(options: CardOptions, base: Base, *, is_adapter: bool) -> str:
-    """Return what the names in capitals of the examples stand for."""
+    """Return a sentence that explains the placeholders of the examples; empty without any."""
     meanings = []
     if options.repo is None:
         meanings.append(f"`{UNNAMED}` stands for the name of this repository, or its folder")
@@ -167,7 +167,7 @@ def _find_scores(place: ModelPlace, options: CardOptions) -> tuple[EvalScores | 
 
 
 def _baseline(scores: EvalScores | None, facts: RunFacts | None) -> str:
-    """Return what the table calls the baseline: the base where it is the model trained on."""
+    """Return the table's name of the baseline: "base" if training started from it."""
     if scores is None:
         return ""
     is_base = facts is not None and scores.is_of(facts.base_files)
@@ -254,7 +254,7 @@ def _facts(facts: RunFacts) -> Iterator[tuple[str, str]]:
 
 
 def _data(facts: RunFacts, options: CardOptions) -> Iterator[str]:
-    """Yield lines about the training data; its place on this machine is not told."""
+    """Yield sentences about the training data, without their path on this machine."""
     if options.dataset:
         yield f"[{options.dataset}]({HUB}/datasets/{options.dataset})"
     data = facts.written.get("data")

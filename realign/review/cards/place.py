@@ -1,4 +1,4 @@
-"""Kinds of a path: a model with or without its run, or a dataset."""
+"""Tell whether a path is a model, with or without its run, or a dataset."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class ModelPlace:
     """A folder of a model or an adapter.
 
     Attributes:
-        folder: The folder.
-        run: Folder of the run that trained it, where it is known.
+        folder: Folder of the weights.
+        run: Folder of the run that trained the model, if known.
     """
 
     folder: Path
@@ -36,13 +36,13 @@ Place = ModelPlace | DatasetPlace
 
 
 def find_place(path: Path, run: Path | None = None) -> Place:
-    """Return what a path is.
+    """Return the model or dataset of a path.
 
     Args:
         path: A run, its checkpoint, another folder of a model, or a folder with dataset.parquet.
-        run: The run that a model comes from, where that is not the folder above it.
+        run: Run that trained the model, if it is not the folder above the model.
     Raises:
-        RefusedError: It is none of these, or it is a run and a dataset at once.
+        RefusedError: The path is none of these, or is a run and a dataset at once.
     """
     if not path.exists():
         raise RefusedError(
@@ -88,7 +88,7 @@ def find_place(path: Path, run: Path | None = None) -> Place:
 
 
 def is_model(folder: Path) -> bool:
-    """Return whether a folder is one of a model or an adapter."""
+    """Return whether a folder holds a model or an adapter."""
     return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 

@@ -18,7 +18,7 @@ LOGIN = "Run `hf auth login`, or set HF_TOKEN to a token that may write"
 
 
 def prepare(path: Path, repo: str) -> Upload:
-    """Check what would be uploaded, without the network, and return it.
+    """Check the files to upload, without the network, and return them.
 
     Args:
         path: A run, whose checkpoint is uploaded; another folder of a model; or a folder with
@@ -35,15 +35,15 @@ def prepare(path: Path, repo: str) -> Upload:
 
 
 def push(upload: Upload, repo: str, *, public: bool = False) -> str:
-    """Upload in one commit and return its address. The repository is created where it is not there.
+    """Upload files in one commit and return its address; create the repository if necessary.
 
     Args:
         upload: From :func:`prepare`.
         repo: Name of the repository, ``user/name``.
-        public: Whether everybody may see it.
+        public: Whether everybody may see the repository.
     Raises:
-        RefusedError: There is no token or no network, the repository is visible to others than
-            asked, or the hub does not take the files.
+        RefusedError: There is no token or no network, the repository is public instead of private
+            or the reverse, or the hub does not take the files.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token, is_offline_mode
 
@@ -80,10 +80,10 @@ def push(upload: Upload, repo: str, *, public: bool = False) -> str:
 
 @contextmanager
 def _explained(endpoint: str, repo: str) -> Iterator[None]:
-    """Turn what goes wrong between here and the hub into one line with a remedy."""
+    """Turn errors of the hub or the network into refusals of one line with a remedy."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    # of the client that the hub's library brings: a refused connection, a name that is not found
+    # the base class of the HTTP client's errors, such as a refused connection or an unknown host
     http_error: type[Exception] = next(
         kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"
     )
@@ -111,7 +111,7 @@ def _explained(endpoint: str, repo: str) -> Iterator[None]:
             f"push requires the hub, got {endpoint}, which was not reached ({reason}). Check the "
             "network and HF_ENDPOINT, and give the same command again."
         ) from None
-    except (ValueError, RuntimeError) as error:  # of the card's metadata; of an upload
+    except (ValueError, RuntimeError) as error:  # invalid metadata of the card; a failed upload
         causes = (error, error.__cause__) if isinstance(error, RuntimeError) else (error,)
         reason = ": ".join(" ".join(str(cause).split())[:300] for cause in causes if cause)
         raise RefusedError(

@@ -1,4 +1,4 @@
-"""Facts of a checkpoint from the files of its training run."""
+"""Facts about a checkpoint from the files of its training run."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ WEIGHTS = ".safetensors"
 
 @dataclass(frozen=True)
 class RunFacts:
-    """The facts of a run.
+    """Facts about a run.
 
     Attributes:
-        folder: The run's folder.
-        options: What ``train.json`` holds of the options of ``realign train``.
-        base_files: Hashes of the files of the model that training started from.
-        processes: How many trained together.
-        written: What ``checkpoint.json`` says: base, data, pairs, steps, hashes of the weights;
+        folder: Folder of the run.
+        options: Options of ``realign train`` from ``train.json``.
+        base_files: File name to hash of the model from which training started.
+        processes: Number of processes that trained together.
+        written: Content of ``checkpoint.json``: base, data, pairs, steps, hashes of the weights;
             empty for runs of earlier versions.
-        last: The last line of ``metrics.jsonl``.
+        last: Last line of ``metrics.jsonl``.
     """
 
     folder: Path
@@ -42,7 +42,7 @@ class RunFacts:
         """Read the files of a run's folder.
 
         Raises:
-            RefusedError: One of them is damaged.
+            RefusedError: A file is damaged.
         """
         train = read_json(folder / "train.json")
         if not isinstance(train, dict) or not isinstance(train.get("config"), dict):
@@ -63,7 +63,7 @@ class RunFacts:
 
     @cached_property
     def changed(self) -> dict[str, Any]:
-        """The options that are not the defaults, by name."""
+        """Name to value of the options that differ from their defaults."""
         defaults = {
             name: field.get_default(call_default_factory=True)
             for name, field in TrainConfig.model_fields.items()
@@ -78,7 +78,7 @@ class RunFacts:
 
 
 def checkpoint_facts(run: Path) -> dict[str, Any]:
-    """Return what ``checkpoint.json`` says; empty where a run of an earlier version has none.
+    """Return the content of ``checkpoint.json``; empty for a run of an earlier version without it.
 
     Raises:
         RefusedError: It is damaged.
@@ -96,9 +96,7 @@ def checkpoint_facts(run: Path) -> dict[str, Any]:
 
 
 def own_weights(files: Mapping[str, str]) -> dict[str, str]:
-    """Return the hashes of a model's weights out of those of all its files, without those of the
-    base that an adapter stands on.
-    """
+    """Return the hashes of weights among those of a model's files, without an adapter's base."""
     return {
         name: digest
         for name, digest in files.items()

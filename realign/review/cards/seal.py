@@ -1,5 +1,5 @@
-"""Cards that say of themselves whether a person has edited them: the last line of a card that
-``realign card`` wrote holds the hash of all that stands above it.
+"""Cards that show whether a person has edited them: the last line of a card by ``realign card``
+holds the hash of the text above it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def check_replaceable(path: Path, *, overwrite: bool) -> None:
     """Refuse to replace a card that holds the work of a person or of another program.
 
     Args:
-        path: The card.
-        overwrite: Whether it may be replaced all the same.
+        path: File of the card.
+        overwrite: Whether such a card may be replaced nevertheless.
     Raises:
-        RefusedError: The card is there without the seal of its text, or a folder has its name.
+        RefusedError: The card has no hash that matches its text, or a folder has its name.
     """
     if path.is_dir():
         raise RefusedError(f"{path} must be a file, got a folder. Move it away.")

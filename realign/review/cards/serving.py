@@ -16,7 +16,7 @@ from typing import Any
 from realign.review.cards.weights import ADAPTER, open_weights
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
-# outside the language model, as a reader knows them
+# parts outside the language model to their names in messages
 _PARTS = {"vision": "vision tower", "projector": "projector", "unused": "image generator"}
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_[AB]\.weight")
 
@@ -42,13 +42,13 @@ def obstacles(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
 
     Args:
         config: Content of ``adapter_config.json``.
-        names: Of its weights.
+        names: Names of the adapter's weights.
     """
     return [*_obstacles(config, names)]
 
 
 def _obstacles(config: Mapping[str, Any], names: Iterable[str]) -> Iterator[str]:
-    from realign.modeling.parts import part_of  # it imports torch
+    from realign.modeling.parts import part_of  # imports torch
 
     if config.get("peft_type") != "LORA":
         yield f"it is of the kind {config.get('peft_type')}, and vLLM takes LoRA alone"

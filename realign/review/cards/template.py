@@ -16,9 +16,9 @@ def render(template: str, values: Mapping[str, Any]) -> str:
     """Return the text of a template of this folder.
 
     Args:
-        template: File name.
-        values: What it shows. A name or text from outside goes through the filter ``plain``, or
-            ``code`` where it stands as code.
+        template: File name of the template.
+        values: Values of the template, which passes names and texts from outside through the
+            filter ``plain``, or ``code`` to show them as code.
     """
     environment = Environment(
         loader=FileSystemLoader(HERE),

@@ -20,12 +20,12 @@ from realign.review.cards.run_facts import checkpoint_facts
 from realign.review.cards.weights import check_weights
 from realign.runtime.strict_json import read_json
 
-PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.webp", "*.gif", "*.svg")  # of a card
+PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.webp", "*.gif", "*.svg")  # which a card may show
 TEXTS = ("*.md", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 OF_MODELS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", *TEXTS, *PICTURES)
 OF_DATASETS = (PARQUET, *TEXTS, *PICTURES)
 TEMPLATES = "additional_chat_templates"
-# what belongs to a run or to a machine; the first pattern that fits says why
+# files that belong to a run or to a machine; the first matching pattern gives the reason
 REFUSED = (
     (".env*", "secrets"),
     (".*", "a hidden file"),
@@ -40,7 +40,7 @@ REFUSED = (
     ("manifest.json", "the state of a trainer"),
     *((f"*.{kind}", "a pickle") for kind in ("bin", "pt", "pth", "pkl", "pickle", "ckpt")),
 )
-# their values are pieces of text, some of which look like paths
+# files whose values are pieces of text, some of which look like paths
 VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
 _PATH = re.compile(r"(/[^/\s]+/|~/|[A-Za-z]:[\\/]|\\\\|file://)\S*")
 
@@ -50,10 +50,10 @@ class Upload:
     """The files to upload.
 
     Attributes:
-        folder: Where they are.
+        folder: Folder of the files.
         repo_type: ``model`` or ``dataset``.
-        files: Their paths below the folder, with sizes in bytes.
-        left_out: Names of what stays here.
+        files: Path below the folder to size in bytes.
+        left_out: Names of files and folders that are not uploaded.
     """
 
     folder: Path
@@ -63,11 +63,11 @@ class Upload:
 
     @classmethod
     def of(cls, place: Place) -> Upload:
-        """Check a folder and return what of it is uploaded. Nothing leaves the machine.
+        """Check a folder and return its files to upload, without uploading any.
 
         Raises:
-            RefusedError: It has no card with a licence, no whole data, or something that must not
-                leave.
+            RefusedError: The folder has no card with a licence, its data are incomplete, or it
+                holds something that must not leave this machine.
         """
         if isinstance(place, ModelPlace):
             upload = cls(place.folder, "model", dict(_of_model(place.folder)), [])
@@ -88,7 +88,7 @@ class Upload:
 
 
 def _of_model(folder: Path) -> Iterator[tuple[str, int]]:
-    """Yield every file of a model's folder; one that is no part of a model is refused."""
+    """Yield every file of a model's folder; refuse one that is not part of a model."""
     for path in sorted(folder.iterdir()):
         if path.is_dir() and path.name == TEMPLATES:
             for inner in sorted(path.iterdir()):
@@ -112,14 +112,14 @@ def _stray(folder: Path, path: Path, kind: str) -> RefusedError:
 
 
 def _of_dataset(folder: Path) -> Iterator[tuple[str, int]]:
-    """Yield the rows and what is written about them; the stages of a build stay here."""
+    """Yield the rows and the texts about them, but not the stages of a build."""
     for path in sorted(folder.iterdir()):
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in OF_DATASETS):
             yield path.name, path.stat().st_size
 
 
 def _check_rows(folder: Path) -> None:
-    """Read all texts, and refuse rows that were dropped by hand or name places of this machine."""
+    """Read all texts; refuse rows that were dropped by hand or name paths of this machine."""
     file = folder / PARQUET
     records = read_records(file, None)
     if not len(records):
@@ -136,7 +136,7 @@ def _check_rows(folder: Path) -> None:
 
 
 def _check_paths(value: Any, place: str, key: str = "") -> None:
-    """Refuse JSON that holds an absolute path: it says who worked where, and is of no use there."""
+    """Refuse JSON with an absolute path, useless elsewhere and perhaps with private names."""
     if isinstance(value, str) and _PATH.fullmatch(value):
         where = f"{key or 'value'} in {place}" if key else place
         raise RefusedError(

@@ -1,4 +1,4 @@
-"""Checks that the weights of a model's folder are whole and are the ones that training wrote."""
+"""Check that the weights of a model's folder are complete and are those that training wrote."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ def check_weights(folder: Path, written: Mapping[str, str]) -> None:
     """Refuse a folder whose weights are missing, damaged or not finite.
 
     Args:
-        folder: The model or adapter.
-        written: File name to SHA-256 of the weights as training wrote them; empty where that is
-            not known.
+        folder: Folder of the model or adapter.
+        written: File name to SHA-256 of the weights as training wrote them; empty if unknown.
     Raises:
-        RefusedError: Naming the file.
+        RefusedError: Weights are missing, damaged or not finite; the message names the file.
     """
     names = {path.name for path in folder.glob(f"*{WEIGHTS}")}
     wanted = {*written} | ({ADAPTER} if is_adapter(folder) else _indexed(folder))
@@ -53,13 +52,13 @@ def check_weights(folder: Path, written: Mapping[str, str]) -> None:
 
 
 def _indexed(folder: Path) -> set[str]:
-    """Return the files that an index names; one file without an index."""
+    """Return the files that indexes of the folder name; empty without an index."""
     indexes = [*folder.glob(f"*{WEIGHTS}.index.json")]
     return {name for path in indexes for name in read_json(path).get("weight_map", {}).values()}
 
 
 def _check_finite(file: Path) -> None:
-    """Refuse a file that is cut or holds a number that is none."""
+    """Refuse a file that is cut off or holds NaN or infinity."""
     import torch
 
     measurable = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

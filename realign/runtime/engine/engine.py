@@ -1,4 +1,4 @@
-"""Choice of the engine that makes a stage's missing shards, which are written as they come."""
+"""Make the missing shards of a stage in processes or on Ray; each is written when it is done."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from realign.runtime.progress import Progress
 
 @dataclass(frozen=True)
 class Engine:
-    """Engine that makes shards, whose content does not depend on it.
+    """The way to run the work on shards, whose content does not depend on the engine.
 
     Attributes:
         kind: ``process``, or ``ray``.
@@ -28,7 +28,7 @@ class Engine:
             memory of the machine or cluster allow.
         threads: CPU threads per worker. Sums of a matrix product may depend on it in the last bit,
             so it is independent of the number of workers.
-        worker_bytes: Memory that a worker needs, to choose their number.
+        worker_bytes: Memory that a worker needs, to choose the number of workers.
     """
 
     kind: Literal["process", "ray"] = "process"
@@ -52,22 +52,22 @@ class Engine:
             yield from run_in_processes(task, items, environments, self.threads)
 
     def num_workers(self, num_items: int) -> int:
-        """Return how many workers share so many items; of Ray, where the number is not given, one:
-        the cluster is not asked.
+        """Return the number of workers for some items. For Ray it is 1 unless ``workers`` is given,
+        since the cluster is not asked.
         """
         if self.kind == "ray":
             return min(self.workers or 1, num_items)
         return min(self.workers or torch.cuda.device_count() or self._fitting(), num_items)
 
     def _fitting(self) -> int:
-        """Return the number of workers on CPUs, for half of the memory and a core per thread."""
+        """Return how many workers fit into half of the memory with one core per thread."""
         memory = usable_memory() // 2
         cores = usable_cores() // self.threads
         return max(1, min(cores, memory // max(self.worker_bytes, 1)))
 
 
 def _environment(worker: int, gpus: int) -> dict[str, str]:
-    """Return the variables that show a worker one GPU of those that this process sees."""
+    """Return the environment variables that restrict a worker to one of this process's GPUs."""
     if not gpus:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -87,9 +87,7 @@ def _run_here(task: Task, items: Mapping[int, Any], threads: int) -> Iterator[tu
 
 
 class LazyItems(Mapping[int, Any]):
-    """Items that are made on access, by a process or by Ray, since those of a large build do not
-    fit into memory at once.
-    """
+    """Items that are made on access, since not all of a large build fit into memory at once."""
 
     def __init__(self, numbers: Collection[int], make: Callable[[int], Any]) -> None:
         self._numbers, self._make = numbers, make
@@ -142,7 +140,7 @@ def fill_shards(
     task: Task,
     engine: Engine,
 ) -> None:
-    """Make the missing shard files; each appears whole, as soon as it is made.
+    """Make the missing shard files; each is written whole as soon as it is made.
 
     Args:
         paths: File of each shard, by its number. The other arguments are those of

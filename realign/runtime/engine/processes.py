@@ -1,7 +1,6 @@
-"""Tasks in processes of this machine, one per GPU or several per CPU.
+"""Run tasks in processes on this machine: one per GPU, or several on the CPU.
 
-A worker that dies is an error that names its shard; workers end with their parent, even if it is
-killed.
+If a worker dies, an error names its shard. Workers end with their parent, even if it is killed.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def run_in_processes(
     context = multiprocessing.get_context("spawn")
     waiting = iter(items.items())
     left = len(items)
-    # number of the item of each; None while it opens its task
+    # number of each busy worker's item; None while it opens the task
     busy: dict[Connection, int | None] = {}
     processes: dict[Connection, Any] = {}
     try:
@@ -49,7 +48,7 @@ def run_in_processes(
                 target=_serve, args=(task, theirs, dict(environment), threads), daemon=True
             )
             process.start()
-            theirs.close()  # so that its end shows here
+            theirs.close()  # so that the parent sees when the worker's end closes
             processes[ours] = process
             busy[ours] = None
         while left:
@@ -66,7 +65,7 @@ def run_in_processes(
                     left -= 1
                     yield number, result
                 _hand_out(ready, waiting, busy)
-        # with nothing left to read, a worker ends by itself; one that opens its task does not look
+        # idle workers end when their connection closes; one that still opens its task is killed
         idle = [connection for connection in processes if connection not in busy]
         for connection in idle:
             connection.close()
@@ -82,11 +81,11 @@ def run_in_processes(
 def _hand_out(
     worker: Connection, waiting: Iterator[tuple[int, Any]], busy: dict[Connection, int | None]
 ) -> None:
-    """Send a waiting worker its next item; a large item is read while it is sent."""
+    """Send a waiting worker its next item."""
     if following := next(waiting, None):
         number, item = following
         busy[worker] = number
-        # a worker that is dead already is noticed when its answer is read
+        # a worker that has already died is noticed when its answer is read
         try:
             worker.send(item)
         except (BrokenPipeError, ConnectionResetError):
@@ -105,7 +104,7 @@ def _death_message(process: Any, number: int | None) -> str:
 
 
 def _serve(task: Task, parent: Connection, environment: dict[str, str], threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
     os.environ.update(environment)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
@@ -116,7 +115,7 @@ def _serve(task: Task, parent: Connection, environment: dict[str, str], threads:
             parent.send((None, None))  # ready
             for item in _received(parent):
                 parent.send((work(item), None))
-    except Exception as error:  # the parent raises any error
+    except Exception as error:  # sent to the parent, which raises it
         parent.send((None, portable_error(error)))
 
 

@@ -9,12 +9,12 @@ from typing import Any, Protocol
 
 from realign.errors import RefusedError
 
-# how every message about a worker that is gone ends
+# the end of every message about a worker that died
 REMEDY = (
     "If it was SIGKILL, memory ran out: use fewer workers or smaller batches. Finished shards are "
     "kept; run the same command again."
 )
-# what a shard's file will hold; engines carry it and know nothing of it
+# maps an item to the content of a shard's file, which engines pass on as bytes
 Work = Callable[[Any], bytes]
 
 
@@ -23,7 +23,7 @@ class WorkerError(RuntimeError):
 
 
 def portable_error(error: Exception) -> Exception:
-    """Return the error that the caller raises; others may not survive pickling."""
+    """Return a picklable error for the caller to raise: a refusal itself, others as their text."""
     if isinstance(error, RefusedError):
         return error
     lines = "".join(traceback.format_exception(error))
@@ -34,7 +34,7 @@ class Task(Protocol):
     """Picklable description of the work."""
 
     def open(self) -> AbstractContextManager[Work]:
-        """Load the resources of the work, such as a model, and release them at the end. It is
-        called once in each worker.
+        """Load the resources of the work, such as a model, and release them at the end. Each worker
+        calls this once.
         """
         ...

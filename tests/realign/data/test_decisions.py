@@ -121,7 +121,7 @@ def test_a_line_that_a_kill_cut_is_announced_and_written_over(
     append_decision(path, Decision("b", KEY, "drop"))
     path.write_bytes(path.read_bytes()[: len(whole) + cut])
     assert list(read_decisions(path)) == [("a", KEY)]
-    assert "d.jsonl: the last line is cut and left out" in capsys.readouterr().err
+    assert "d.jsonl: the last line is incomplete and left out" in capsys.readouterr().err
     append_decision(path, Decision("c", KEY, "flag"))
     assert list(read_decisions(path)) == [("a", KEY), ("c", KEY)]
     assert capsys.readouterr().err == ""
@@ -232,7 +232,7 @@ def test_a_decision_about_other_content_is_announced(data: Path, records, capsys
     decide(path, dataclasses.replace(rows[0], id="gone"), "drop")
     assert len(read_kept_records(data, None)) == 8
     assert capsys.readouterr().err == (
-        "1 decision(s) of decisions.jsonl not applied: the content changed since, first: row r2. "
+        "1 decision(s) of decisions.jsonl not applied: the rows have changed since, first: row r2. "
         "Decide again with `realign browse`\n"
     )
     decide(path, rows[2], "keep")  # decided again: nothing to say

@@ -35,11 +35,10 @@ def test_a_longer_name_gives_the_option_that_finds_it(tmp_path: Path) -> None:
     root = fill(tmp_path / "train2014", "COCO_train2014_{}")
     bad = problems(root, NAMES)
     assert where_missing_images_are(root, bad, 5, OPTION) == (
-        "COCO_train2014_000000000000.jpg is there: pass --set "
-        "build.image_name=COCO_train2014_{name}."
+        "COCO_train2014_000000000000.jpg exists: pass --set build.image_name=COCO_train2014_{name}."
     )
     assert where_missing_images_are(root, bad, 5) == (
-        "COCO_train2014_000000000000.jpg is there: give the files the names that the data has."
+        "COCO_train2014_000000000000.jpg exists: rename the files to the names in the data."
     )
 
 
@@ -47,11 +46,11 @@ def test_a_folder_below_or_above_is_named(tmp_path: Path) -> None:
     folder = fill(tmp_path / "coco" / "train2017")
     bad = problems(tmp_path / "coco", NAMES)
     assert where_missing_images_are(tmp_path / "coco", bad, 5) == (
-        f"{folder}/000000000000.jpg is there: pass --images {folder}."
+        f"{folder}/000000000000.jpg exists: pass --images {folder}."
     )
     bad = problems(folder, [f"coco/train2017/{name}" for name in NAMES])
     assert where_missing_images_are(folder, bad, 5, OPTION) == (
-        f"{tmp_path}/coco/train2017/000000000000.jpg is there: pass --images {tmp_path}."
+        f"{tmp_path}/coco/train2017/000000000000.jpg exists: pass --images {tmp_path}."
     )
 
 
@@ -68,7 +67,7 @@ def test_an_option_that_gave_the_wrong_name_is_taken_back(tmp_path: Path) -> Non
     bad = problems(root, [f"none-{name}" for name in NAMES])
     bad = [Problem("", p.place, p.field, p.code, "", p.missing[5:]) for p in bad]
     assert where_missing_images_are(root, bad, 5, OPTION, "COCO_{name}") == (
-        "000000000000.jpg is there: pass --set build.image_name={name}."
+        "000000000000.jpg exists: pass --set build.image_name={name}."
     )
 
 

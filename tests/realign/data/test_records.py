@@ -44,7 +44,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"rejected": "A house <image>."},
         r"row r0: rejected must not contain the special token '<image>', got 'A house <image>\.'",
     ),
-    "special": ({"chosen": "A house.</s>"}, r"token '</s>', got .*; the template ends the ans"),
+    "special": (
+        {"chosen": "A house.</s>"},
+        r"token '</s>', got .*; the chat template ends the answer",
+    ),
     "prompt": (
         {"prompt": ({"role": "user", "content": "<image> What?"},)},
         r"row r0: prompt must not contain the special token '<image>'",
@@ -250,7 +253,7 @@ def test_a_folder_that_is_one_too_high_is_named(official: Path) -> None:
     with pytest.raises(RefusedError) as refused:
         read_records(official, official.parent)
     *_, last = str(refused.value).splitlines()
-    assert last == f"{images}/0.png is there: pass --images {images}."
+    assert last == f"{images}/0.png exists: pass --images {images}."
 
 
 def test_an_image_folder_that_does_not_exist_is_named(official: Path, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_the_text_of_the_model_is_read(body: dict[str, Any], answer: Answer) -> 
         (b'{"choices": []}', r"no choices\[0\]"),
         (b'{"choices": [null]}', r"no choices\[0\]"),
         (b'{"choices": [{"message": {}, "finish_reason": "stop"}]}', r"no choices\[0\]"),
-        (json.dumps(response(["a"])).encode(), "is no text"),
+        (json.dumps(response(["a"])).encode(), "is not a text"),
         (json.dumps(response("a", None)).encode(), "no whole answer, finish_reason None"),
         (json.dumps(response("a", "abort")).encode(), "no whole answer, finish_reason 'abort'"),
     ],

@@ -119,7 +119,7 @@ def test_every_bad_row_is_reported_with_field_and_code(
         ("r13", "rejected_images", "near-leak")
     }
     assert "NOT passed: 13 of 15 rows rejected (86.67%; at most 0.00% may be)" in result.output
-    assert "leakage: compared with 2 images of the evaluation" in result.output
+    assert "leakage: compared with 2 evaluation images" in result.output
 
 
 def test_a_good_dataset_passes(tmp_path: Path, records, model_dir: Path) -> None:
@@ -243,7 +243,7 @@ def test_missing_images_that_lie_elsewhere_are_noted(tmp_path: Path, records) ->
     findings = check(CheckConfig(data=data, images=tmp_path / "images"))
     folder = tmp_path / "images" / "coco"
     assert len(findings.rejected) == 4
-    assert f"{folder}/r0.png is there: pass --images {folder}." in findings.notes
+    assert f"{folder}/r0.png exists: pass --images {folder}." in findings.notes
 
 
 def test_the_longest_row_is_set_by_the_user_too(tmp_path: Path, records, model_dir) -> None:

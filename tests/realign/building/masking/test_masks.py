@@ -395,5 +395,5 @@ def test_there_is_one_reminder_for_each_retry() -> None:
     assert len(BY_MODEL) == len(MASK_REMINDERS) + 1 == len(set(BY_MODEL))
     assert len({masking_request("x", retry) for retry in range(len(BY_MODEL))}) == len(BY_MODEL)
     for retries in (-1, 4):
-        with pytest.raises(ValueError, match=r"retries must be in \[0, 3\], one a reminder, got"):
+        with pytest.raises(ValueError, match=r"retries must be in \[0, 3\], one per reminder, got"):
             by_model(retries)

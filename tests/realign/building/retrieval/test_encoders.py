@@ -285,7 +285,7 @@ def test_a_vlm_is_not_taken_for_a_clip_model(
     folder = Path(shutil.copytree(model_dir, tmp_path / "vlm"))
     model = load_model(folder, torch.float32)
     encoder = ClipEncoder(model, load_processor(folder).image_processor, "vlm")
-    with pytest.raises(RefusedError, match="vlm must give one vector an image"):
+    with pytest.raises(RefusedError, match="vlm must give one vector per image"):
         encoder(images)
 
 

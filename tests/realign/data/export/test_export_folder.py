@@ -42,7 +42,7 @@ def test_the_same_export_changes_nothing_and_another_is_refused(
     with pytest.raises(RefusedError, match=r"out must be a new or empty folder, .*export\.json"):
         export(data, None, other, out)
     append_decision(decisions_path(data), Decision(built[0].id, built[0].key, "drop"))
-    changed = r"must hold an export of the rows of .* as they are now, .*out with one of others\."
+    changed = r"hold an export of the present rows of .*out with an export of other rows\."
     with pytest.raises(RefusedError, match=changed):
         export(data, None, to, out)
     decisions_path(data).unlink()

@@ -298,11 +298,19 @@ def test_rows_with_answers_that_are_not_read_are_refused(name: str, read) -> Non
 @pytest.mark.parametrize(
     ("change", "token", "remedy"),
     [
-        ({"chosen": "A car.</s>"}, "</s>", "Remove it; the template ends the answer by itself."),
+        (
+            {"chosen": "A car.</s>"},
+            "</s>",
+            "Remove it; the chat template ends the answer automatically.",
+        ),
         ({"rejected": "A </s> car."}, "</s>", "Remove it from the text."),
         ({"question": "What? </s>"}, "</s>", "Remove it from the text."),
-        ({"chosen": "An <image>."}, "", "Remove it; the image goes before the prompt by itself."),
-        ({"question": "A <|vision_start|> b?"}, "<|vision_start|>", "the image goes before the"),
+        (
+            {"chosen": "An <image>."},
+            "",
+            "Remove it; the image is put before the prompt automatically.",
+        ),
+        ({"question": "A <|vision_start|> b?"}, "<|vision_start|>", "the image is put before the"),
     ],
 )
 def test_the_remedy_for_a_special_token_fits_it(

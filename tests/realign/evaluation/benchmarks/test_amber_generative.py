@@ -201,7 +201,7 @@ def test_vectors_are_those_of_the_first_model(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(RefusedError, match=r"requires spaCy with lg, .*the rule exact-words"):
         are_alike("dog", "cat")
     specs["spacy"] = True
-    with pytest.raises(RefusedError, match=r"requires lg or sm of spaCy, got none\. Call python"):
+    with pytest.raises(RefusedError, match=r"requires lg or sm of spaCy, got none\. Run python"):
         are_alike("dog", "cat")
     specs["sm"] = True
     spacy = ModuleType("spacy")

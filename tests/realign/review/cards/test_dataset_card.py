@@ -80,7 +80,7 @@ def test_it_says_how_the_pairs_were_made(run: Path) -> None:
 def test_the_card_of_rows_of_unknown_origin_claims_nothing(tmp_path: Path, records) -> None:
     write_parquet(records(4), tmp_path / "own" / "dataset.parquet")
     card, text = written(tmp_path / "own")
-    assert "The folder holds no record of it." in text
+    assert "The folder does not record how." in text
     assert "written by a model" not in text
     assert card.data.annotations_creators is None
     assert "license" not in card.data.to_dict()
