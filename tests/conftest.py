@@ -40,18 +40,14 @@ FOREIGN = (
 FOUND = pytest.StashKey[list[pytest.Item]]()
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Make the result of the tests independent of the caller's environment and of Python's version.
+def pytest_configure() -> None:
+    """Make the result of the tests independent of the caller's environment.
 
     The variables are removed here and not at import, since processes that tests start import this
     module too, and are given some of them.
     """
     for name in [name for name in os.environ if name.upper().startswith(FOREIGN)]:
         del os.environ[name]
-    # Python 3.12 warns of forking a process that has threads, as data loaders and tests of ranks do
-    config.addinivalue_line(
-        "filterwarnings", "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"
-    )
 
 
 @pytest.hookimpl(tryfirst=True)
