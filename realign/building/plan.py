@@ -149,9 +149,9 @@ def make_plan(
         yield from _lines(config, staging, part, examples, probed)
     if parts:
         yield (
-            f"tokens are estimates: {config.model} counts text and images of up to {EXAMPLES} rows "
-            "unless a server reports them, and completions are assumed to be as long as the "
-            "answers. Prices are not known here"
+            f"tokens are estimates from up to {EXAMPLES} rows: a server's own counts, or those of "
+            f"{config.model}; a completion is assumed to be as long as the answer. Prices are not "
+            "known here"
         )
 
 

@@ -29,7 +29,7 @@ def build(
     """Build preference pairs from images and good answers.
 
     Answers are masked, similar images retrieved, and the model refills the mask while it looks at
-    one of them. What it makes up becomes the rejected answer. A stopped build continues when the
+    one of them. The refilled text becomes the rejected answer. A stopped build continues when the
     same command is given again.
     """
     from realign.data.build_folder import read_funnel

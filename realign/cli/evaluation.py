@@ -32,7 +32,7 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Ask models the same questions, score their answers and compare them.
+    """Ask models the same questions, score and compare them.
 
     Without one of the commands below, it asks the models. Answers are stored, so that no question
     is asked twice. Differences from the first model are paired and have bootstrap intervals. Give

@@ -21,9 +21,9 @@ def init(
         Path | None, typer.Option(metavar="FILE", help="New file; by default RECIPE.yaml here.")
     ] = None,
 ) -> None:
-    """Write a recipe as a YAML file to start from, every option with its meaning.
+    """Write a recipe as a YAML file that you can edit.
 
-    Pass the file as --config to the commands whose sections it has.
+    The file explains every option. Pass it as --config to the commands whose sections it has.
     """
     from realign.recipe_file import recipe_lines, write_recipe
 
@@ -55,7 +55,7 @@ def demo(
 
 @app.command()
 def doctor() -> None:
-    """Show what is installed and what this machine would use, and check the kernels' numbers.
+    """Show what is installed, and check the kernels of this machine.
 
     The exit code is 1 if a number is wrong. `python -m realign_kernels` shows and checks the
     kernels alone; it needs PyTorch only.
