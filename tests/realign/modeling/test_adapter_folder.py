@@ -266,7 +266,7 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path, good: Path) -> No
         shutil.rmtree(changed)
     changed = with_config(good, base_model_name_or_path=str(good))
     with pytest.raises(
-        RefusedError, match=r"must have a whole model as its base, got .*, which is an adap"
+        RefusedError, match=r"must have a whole model as its base, got .*, an adapter"
     ):
         load_model(changed, torch.float32)
 
