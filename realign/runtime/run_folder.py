@@ -126,7 +126,7 @@ def is_claimed(
     needed = {name: _brief(value) for name, value in facts.items()}
     if not is_begun(folder, verb):
         return False
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = _read_record(path)
     if stored == needed:
         return True
     if stored.get("schema", 1) != needed.get("schema", 1):
@@ -139,6 +139,19 @@ def is_claimed(
     raise RefusedError(
         f"out {folder} holds another run of `realign {verb}`:\n" + "\n".join(lines) + "\n"
         f"Choose another folder, or {_how_to_remove(folder, verb)}; nothing of it was changed."
+    )
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # neither JSON nor UTF-8
+        stored = None
+    if isinstance(stored, dict):
+        return stored
+    raise RefusedError(
+        f"{path} must be the record of a run, got a damaged file. Choose another folder, or "
+        f"{_how_to_remove(path.parent, path.stem)}."
     )
 
 
@@ -195,11 +208,11 @@ def _lines(name: str, old: Any, new: Any) -> Iterator[str]:
             if old.get(key, _ABSENT) != new.get(key, _ABSENT):
                 yield from _lines(f"{name}.{key}", old.get(key, _ABSENT), new.get(key, _ABSENT))
     elif old is _ABSENT:
-        yield f"  {name}: not there, {'asked' if isinstance(new, dict) else f'{new} asked'}"
+        yield f"  {name}: not stored, requested" + ("" if isinstance(new, dict) else f" {new}")
     elif new is _ABSENT:
-        yield f"  {name}: {'there' if isinstance(old, dict) else f'{old} there'}, not asked"
+        yield f"  {name}: stored{'' if isinstance(old, dict) else f' {old}'}, not requested"
     else:
-        yield f"  {name}: {old} there, {new} asked"
+        yield f"  {name}: stored {old}, requested {new}"
 
 
 def _of_items(old: list[str] | str, new: Sequence[str], labels: Sequence[str]) -> str:
@@ -207,13 +220,13 @@ def _of_items(old: list[str] | str, new: Sequence[str], labels: Sequence[str]) -
     stored.
     """
     if isinstance(old, str):
-        return f"others there, or in another order, {len(new)} asked"
+        return f"others stored, or in another order, {len(new)} requested"
     known = set(old)
     added = [label for key, label in zip(new, labels, strict=True) if key not in known]
     removed = len(known - {*new})
-    found = f"{len(old)} there, {len(new)} asked"
+    found = f"{len(old)} stored, {len(new)} requested"
     if added:
-        found += f"; {len(added)} asked but not there, first: {added[0]}"
+        found += f"; {len(added)} requested but not stored, first: {added[0]}"
     if removed:
-        found += f"; {removed} there but not asked"
+        found += f"; {removed} stored but not requested"
     return found if added or removed else f"{found}; repeated or in another order"

@@ -466,7 +466,7 @@ def test_a_sample_reads_no_image_of_another_row(config: BuildConfig, tmp_path: P
             path.write_bytes(b"damaged")
     again = sampled.model_copy(update={"out": tmp_path / "again", "workers": 2, "shard_size": 32})
     assert build(again).read_bytes() == whole
-    with pytest.raises(RefusedError, match=r"config\.sample: 12 there, 13 asked"):
+    with pytest.raises(RefusedError, match=r"config\.sample: stored 12, requested 13"):
         build(sampled.model_copy(update={"sample": 13, "max_reject": 1.0}))
     with pytest.raises(RefusedError, match=r"at most the 40 good rows of train\.jsonl, got 41"):
         build(sampled.model_copy(update={"sample": 41}))
@@ -565,7 +565,9 @@ def test_an_image_of_too_many_pixels_names_the_option_that_takes_it(
     lower = config.model_copy(update={"max_pixels": 89_500_000})
     with pytest.raises(RefusedError, match=r"at most 89500000 pixels, got \(10000, 9000\)"):
         build(lower)
-    with pytest.raises(RefusedError, match=r"config\.max_pixels: 100000000 there, 89500000 asked"):
+    with pytest.raises(
+        RefusedError, match=r"config\.max_pixels: stored 100000000, requested 89500000"
+    ):
         build(lower.model_copy(update={"max_reject": 1.0}))
 
 

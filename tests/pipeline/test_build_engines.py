@@ -107,7 +107,7 @@ def test_what_the_result_is_made_of_does_not_ask_how_it_was_made(
     (config.out / "dataset.parquet").unlink()
     (config.out / "shards" / "00001.jsonl").unlink()
     build(config.model_copy(update={"workers": 2, "threads": 1}))
-    with pytest.raises(ValueError, match=r"config\.window: 8 there, 16 asked"):
+    with pytest.raises(ValueError, match=r"config\.window: stored 8, requested 16"):
         build(config.model_copy(update={"window": 16}))
 
 

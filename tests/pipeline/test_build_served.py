@@ -147,7 +147,7 @@ def test_the_identity_of_a_run_includes_the_model_and_not_its_patience(
     build(config.model_copy(update={"inducer": patient}))
     other = config.inducer.model_copy(update={"model": "another"})
     monkeypatch.setattr(ServedModel, "check_server", lambda _: None)
-    with pytest.raises(RefusedError, match="scripted there, another asked"):
+    with pytest.raises(RefusedError, match="stored scripted, requested another"):
         build(config.model_copy(update={"inducer": other}))
 
 

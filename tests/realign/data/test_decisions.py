@@ -270,7 +270,9 @@ def test_training_leaves_dropped_rows_out_and_is_another_run(
     manifests = list((tmp_path / "run" / "cache").glob("*/manifest.json"))
     assert [json.loads(path.read_text())["rows"] for path in manifests] == [6]
     decide(decisions_path(data), records(8)[4], "keep")
-    with pytest.raises(RefusedError, match=r"rows: 6 there, 7 asked; 1 asked but not .*: row r4"):
+    with pytest.raises(
+        RefusedError, match=r"rows: 6 stored, 7 requested; 1 requested but not .*: row r4"
+    ):
         train(options("run"))
     whole = tmp_path / "whole.parquet"
     write_parquet([row for row in records(8) if row.id != "r1"], whole)

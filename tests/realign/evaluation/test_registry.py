@@ -183,7 +183,7 @@ def test_its_data_is_part_of_what_a_run_is(config) -> None:
     (config.data / "notes.json").write_text("{}")  # of no benchmark
     evaluate(config)
     (config.data / "words.jsonl").write_text(json.dumps(ROWS[0]))
-    with pytest.raises(RefusedError, match=r"data\.words\.sha256: .* there, .* asked"):
+    with pytest.raises(RefusedError, match=r"data\.words\.sha256: stored .*, requested .*"):
         evaluate(config)
 
 

@@ -162,7 +162,9 @@ def test_other_images_or_generation_settings_are_another_run(
     )
     evaluate(config)
     shutil.copy(world / "images" / "eval-00001.png", world / "images" / "eval-00000.png")
-    with pytest.raises(RefusedError, match=r"holds another run.*\n  images: .* there, .* asked"):
+    with pytest.raises(
+        RefusedError, match=r"holds another run.*\n  images: stored .*, requested .*"
+    ):
         evaluate(config)
 
 

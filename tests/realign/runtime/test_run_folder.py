@@ -24,7 +24,7 @@ def test_the_remedy_names_the_files_of_that_run_and_what_to_keep(tmp_path: Path)
         (tmp_path / name).mkdir()
     (tmp_path / "metrics.jsonl").write_text("")
     assert refusal(tmp_path, "train", {"beta": 0.5}).splitlines()[1:] == [
-        "  beta: 0.1 there, 0.5 asked",
+        "  beta: stored 0.1, requested 0.5",
         "Choose another folder, or remove train.json, checkpoint/, metrics.jsonl of that run and "
         "keep cache/, dataset/, eval/, not part of that run; nothing of it was changed.",
     ]
@@ -70,22 +70,38 @@ def test_what_the_remedy_names_is_what_the_verb_writes(tmp_path: Path, model_dir
 
 
 @pytest.mark.parametrize(
-    ("there", "asked", "line"),
+    ("stored", "requested", "line"),
     [
-        ("abc", "abd", "3 there, 3 asked; 1 asked but not there, first: row r2; 1 there but not"),
-        ("abc", "ab", "3 there, 2 asked; 1 there but not asked"),
-        ("abc", "acb", "3 there, 3 asked; repeated or in another order"),
-        ("a" * 9, "b" * 9, "others there, or in another order, 9 asked"),
+        (
+            "abc",
+            "abd",
+            "3 stored, 3 requested; 1 requested but not stored, first: row r2; 1 stored",
+        ),
+        ("abc", "ab", "3 stored, 2 requested; 1 stored but not requested"),
+        ("abc", "acb", "3 stored, 3 requested; repeated or in another order"),
+        ("a" * 9, "b" * 9, "others stored, or in another order, 9 requested"),
     ],
 )
 def test_rows_that_differ_are_counted_and_the_first_is_named(
-    tmp_path: Path, there: str, asked: str, line: str
+    tmp_path: Path, stored: str, requested: str, line: str
 ) -> None:
-    claim(tmp_path, "train", {"rows": [f"hash {key}" for key in there]})
-    labels = {"rows": [f"row r{i}" for i in range(len(asked))]}
-    message = refusal(tmp_path, "train", {"rows": [f"hash {key}" for key in asked]}, labels=labels)
+    claim(tmp_path, "train", {"rows": [f"hash {key}" for key in stored]})
+    labels = {"rows": [f"row r{i}" for i in range(len(requested))]}
+    message = refusal(
+        tmp_path, "train", {"rows": [f"hash {key}" for key in requested]}, labels=labels
+    )
     assert f"\n  rows: {line}" in message
     assert "hash" not in message
+
+
+@pytest.mark.parametrize("content", [b"", b'{"beta": 0', b"\xff", b"[]"])
+def test_a_damaged_record_is_refused(tmp_path: Path, content: bytes) -> None:
+    record = tmp_path / "train.json"
+    record.write_bytes(content)
+    message = refusal(tmp_path, "train", {"beta": 0.5})
+    assert message.startswith(f"{record} must be the record of a run, got a damaged file. ")
+    assert message.endswith("or remove train.json of that run.")
+    assert record.read_bytes() == content
 
 
 def test_a_model_that_is_not_asked_for_is_named_without_its_files(tmp_path: Path) -> None:
@@ -93,8 +109,8 @@ def test_a_model_that_is_not_asked_for_is_named_without_its_files(tmp_path: Path
     claim(tmp_path, "eval", {"models": {"base": files, "x": files}})
     message = refusal(tmp_path, "eval", {"models": {"base": files, "y": files}})
     assert message.splitlines()[1:3] == [
-        "  models.x: there, not asked",
-        "  models.y: not there, asked",
+        "  models.x: stored, not requested",
+        "  models.y: not stored, requested",
     ]
 
 

@@ -116,7 +116,9 @@ def test_an_image_that_was_replaced_is_neither_checked_nor_cached(
     changed[-1] ^= 1  # the checksum of PNG's last chunk, which no decoder looks at
     image.write_bytes(changed)
     os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises(RefusedError, match=r"rows: 4 there, 4 asked; 1 asked but not there"):
+    with pytest.raises(
+        RefusedError, match=r"rows: 4 stored, 4 requested; 1 requested but not stored"
+    ):
         train(TrainConfig(**run, out=tmp_path / "run"))
     with pytest.raises(RefusedError, match="lacks 1 of 4 rows"):
         train(TrainConfig(**run, out=tmp_path / "other"))

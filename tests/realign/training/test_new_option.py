@@ -119,9 +119,9 @@ def test_new_options_reach_the_trainer_the_identity_and_the_run_folder(
     assert scales == [1.0]  # the policy; its reference is cached, as one of the same numbers
 
     changed = Train(**options, out=tmp_path / "plain", weight_scale=2.0)
-    with pytest.raises(RefusedError, match=r"config\.weight_scale: 1\.0 there, 2\.0 asked"):
+    with pytest.raises(RefusedError, match=r"config\.weight_scale: stored 1\.0, requested 2\.0"):
         train(changed)
-    with pytest.raises(RefusedError, match=r"config\.loss_scale: 0\.0 there, 1\.0 asked"):
+    with pytest.raises(RefusedError, match=r"config\.loss_scale: stored 0\.0, requested 1\.0"):
         train(Train(**options, out=tmp_path / "scaled"))
     with pytest.raises(RefusedError, match=r"numerics\.weight_scale: cached 1\.0, needed 2\.0"):
         train(changed.model_copy(update={"out": tmp_path / "other", "cache": place}))

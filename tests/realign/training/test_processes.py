@@ -77,7 +77,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path, model_dir, records) -
     again = torchrun(*command)
     assert again.returncode == 0, again.stderr
     assert "train:" not in again.stderr
-    with pytest.raises(RefusedError, match="processes: 2 there, 1 asked"):
+    with pytest.raises(RefusedError, match="processes: stored 2, requested 1"):
         train(
             TrainConfig(
                 model=str(model_dir), data=data, out=out, batch_size=2, pairs_per_step=8,
