@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from realign.config import SECTIONS, Section, Shown
 from realign.errors import RefusedError
-from realign.runtime.files import read_utf8
+from realign.runtime.strict_yaml import read_yaml
 
 S = TypeVar("S", bound=Section)
 
@@ -71,28 +71,8 @@ def _message(section: type[Section], name: str, problem: Any) -> str:
     return f"{place}: {problem['msg']}, got {problem.get('input')!r}."
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A loader that refuses a repeated key, of which PyYAML would silently keep the last value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        if again := next((name for name in names if names.count(name) > 1), None):
-            raise RefusedError(
-                f"config must have every key once, got {again!r} twice in the section that begins "
-                f"in line {node.start_mark.line + 1}. Drop one."
-            )
-        return super().construct_mapping(node, deep)
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise RefusedError(
-            f"config must be a YAML file, got {path}, which does not exist. Check --config."
-        )
-    try:
-        raw = _UniqueKeyLoader(read_utf8(path)).get_single_data()
-    except yaml.YAMLError as error:
-        raise RefusedError(f"{path} must be YAML ({error}). Correct it.") from None
+    raw = read_yaml(path, "config")
     if not isinstance(raw, dict) or not all(
         isinstance(value, dict | None) for value in raw.values()
     ):

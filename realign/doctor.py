@@ -19,6 +19,10 @@ PACKAGES = (
     "ray",
     "starlette",
     "trl",
+    "deepspeed",
+    "flash-attn",
+    "liger-kernel",
+    "bitsandbytes",
 )
 
 
@@ -38,5 +42,4 @@ def diagnosis() -> tuple[list[str], bool]:
             lines.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             lines.append(f"{package} not installed")
-    lines.append("attention: sdpa")
     return lines, is_same and kernels.is_sound

@@ -13,11 +13,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-import yaml
-
 from realign.building.masking.sentences import WORD
 from realign.errors import RefusedError
-from realign.runtime.files import read_utf8
+from realign.runtime.strict_yaml import read_yaml
 
 KEPT = "kept"
 NUMBER = "#"
@@ -71,16 +69,10 @@ class Lexicon:
         """Read a lexicon file.
 
         Raises:
-            RefusedError: There is no such file, or it does not map categories to lists of phrases.
+            RefusedError: There is no such file, it has a category twice, or it does not map
+                categories to lists of phrases.
         """
-        if not path.is_file():
-            raise RefusedError(
-                f"lexicon must be a YAML file, got {path}, which does not exist. Check the path."
-            )
-        try:
-            raw = yaml.safe_load(read_utf8(path))
-        except yaml.YAMLError as error:
-            raise RefusedError(f"lexicon {path} must be YAML ({error}). Correct it.") from None
+        raw = read_yaml(path, "lexicon")
         if not isinstance(raw, dict) or not set(raw) - {KEPT}:
             raise RefusedError(
                 f"{path} must map each category to a list of phrases, got {type(raw).__name__}. "
