@@ -65,7 +65,7 @@ bool has_avx512bf16() {
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5) != 0;
 }
 
-// Whether a multiplication of bfloat16 pairs takes no longer than one in float32; on Intel's CPUs it does.
+// Whether a multiplication of bfloat16 pairs takes no longer than one in float32; on Intel's CPUs it takes longer.
 bool is_avx512bf16_fast() { return !__builtin_cpu_is("intel"); }
 #endif
 

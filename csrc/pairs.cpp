@@ -36,7 +36,7 @@ struct Term {
   Link link(double contrast) const {
     if (kind == 1) {
       const double gap = 1 - beta * contrast;
-      // Not fmax, which would turn a NaN into a loss of 0. Its slope is that of relu.
+      // Not fmax, which would turn a NaN into a loss of 0. The slope at NaN is that of relu.
       return {gap <= 0 ? 0.0 : gap, gap <= 0 ? 0.0 : -beta};
     }
     if (kind == 2) {

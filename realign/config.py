@@ -111,7 +111,7 @@ class GeneratorSection(Section):
     """Sampling temperature. 0 is greedy; null sends none, for models that accept no other."""
     length_field: Literal["max_completion_tokens", "max_tokens"] = "max_completion_tokens"
     """Name of the length limit in a request. Use ``max_tokens`` for servers that ignore the newer
-    name, such as those of before 2025 and ``transformers serve`` before 5.23."""
+    name, such as those from before 2025 and ``transformers serve`` before 5.23."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
     """Additional fields of each request. Do not put secrets here: runs may record them."""
 

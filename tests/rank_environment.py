@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from tempfile import TemporaryFile
 
 from tests.conftest import running
 from tests.ports import free_port
@@ -36,20 +36,26 @@ def ranks_of(num_ranks: int, *arguments: object) -> Iterator[None]:
         "OMP_NUM_THREADS": "1",
     }
     port = free_port()
-    options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     with ExitStack() as stack:
+        # files, since a rank whose pipe nobody reads would block, and the others with it
+        outputs = [stack.enter_context(TemporaryFile("w+")) for _ in range(num_ranks)]
         processes = [
             stack.enter_context(
                 running(
                     [sys.executable, *arguments],
                     env=environment | rank_environment(rank, num_ranks, port),
-                    text=True,
-                    **options,
+                    stdout=subprocess.DEVNULL,
+                    stderr=output,
                 )
             )
-            for rank in range(num_ranks)
+            for rank, output in enumerate(outputs)
         ]
         yield
-        errors = [process.communicate(timeout=300)[1] for process in processes]
+        for process in processes:
+            process.wait(timeout=300)
+        for output in outputs:
+            output.seek(0)
         # checked together: a rank that fails makes the others fail too
-        assert {process.returncode for process in processes} == {0}, "\n".join(errors)
+        assert {process.returncode for process in processes} == {0}, "\n".join(
+            output.read() for output in outputs
+        )

@@ -76,7 +76,7 @@ class Probed(NamedTuple):
         how: Description of the measurement.
         image: Tokens of the image as the server counts them; None if it does not.
         answer: Tokens of an answer; None if they were not counted.
-        problem: Reason why the request has no answer; or empty.
+        problem: Reason why the request has no answer; empty if it has one.
     """
 
     seconds: float | None
@@ -149,9 +149,9 @@ def make_plan(
         yield from _lines(config, staging, part, examples, probed)
     if parts:
         yield (
-            f"tokens are estimates from up to {EXAMPLES} rows: a server's own counts, or those of "
-            f"{config.model}; a completion is assumed to be as long as the answer. Prices are not "
-            "known here"
+            f"tokens are estimates from up to {EXAMPLES} rows: {config.model} counts text, and it "
+            "or the server counts images; a completion is assumed to be as long as the answer. "
+            "Prices are not known here"
         )
 
 

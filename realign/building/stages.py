@@ -137,7 +137,7 @@ class Prepared:
         row: The row.
         masked: The masked answer.
         candidates: Retrieved images, the best first.
-        problem: Reason why the row has no answer; or empty.
+        problem: Reason why the row has no answer; empty if it has one.
     """
 
     row: SourceRow

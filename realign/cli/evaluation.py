@@ -127,7 +127,7 @@ def eval_compare(
         bool,
         typer.Option(
             "--allow-subset",
-            help="Compare on the questions that all models answered if answers are missing.",
+            help="If answers are missing, compare on the questions that all models answered.",
         ),
     ] = False,
     bootstrap: Annotated[
@@ -252,7 +252,7 @@ def eval_judge(
         str,
         typer.Option(
             help="Name of the length limit in a request: max_completion_tokens, or max_tokens for "
-            "servers of before 2025."
+            "servers from before 2025."
         ),
     ] = "max_completion_tokens",
     api_key_env: Annotated[

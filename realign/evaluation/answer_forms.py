@@ -146,7 +146,7 @@ def pope_lists(request: Request) -> Written:
 
 
 def amber_list(request: Request) -> Written:
-    """Write AMBER's answers as they are, since its script takes them to the letter."""
+    """Write AMBER's answers as they are, since its script compares them exactly."""
     answered = _all(request)
     other = sum(item.answer not in ("Yes", "No") for item in answered)
     note = (

@@ -100,7 +100,8 @@ class Journal:
 
     def sync(self) -> None:
         """Wait until every line is on the disk."""
-        os.fsync(self._file.fileno())
+        with name_disk_errors(self.path):
+            os.fsync(self._file.fileno())
         self._synced_at = time.monotonic()
 
     def close(self) -> None:

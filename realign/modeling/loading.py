@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,11 +77,13 @@ def load_model(
         model, found = AutoModelForImageTextToText.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, **numerics.loading()
         )
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            raise  # of this machine, such as too many open files
         raise RefusedError(
-            f"model {folder} must hold whole safetensors files, got {first_line(error)}. Download "
-            "it again."
-        ) from None
+            f"model {folder} must hold whole files that transformers loads, got "
+            f"{type(error).__name__}: {first_line(error)}. If a file is damaged, download it again."
+        ) from error
     if lacking := sorted([*found["missing_keys"], *found["mismatched_keys"]]):
         raise RefusedError(
             f"model {folder} must hold every weight, lacks {len(lacking)}, first: {lacking[0]}. "

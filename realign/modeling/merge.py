@@ -9,6 +9,7 @@ from realign.errors import RefusedError
 from realign.modeling.folder import is_adapter, resolve_model
 from realign.runtime.files import new_folder
 from realign.runtime.run_folder import check_out
+from realign.runtime.write_errors import explain_write_errors
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -40,7 +41,6 @@ def merge(model: str, out: Path, dtype: str = "bfloat16") -> Path:
             f"model must be an adapter, got {model}, which is a whole model. Use it as it is."
         )
     import torch  # after all refusals
-    from safetensors import SafetensorError
 
     from realign.modeling.loading import load_model
     from realign.modeling.processors import load_processor
@@ -54,15 +54,10 @@ def merge(model: str, out: Path, dtype: str = "bfloat16") -> Path:
         raise RefusedError(
             f"adapter {folder} must be of a kind that can be merged, got {reason}. Use it as it is."
         ) from None
-    try:
-        with new_folder(out) as unfinished:
-            merged.save_pretrained(unfinished)
-            load_processor(folder).save_pretrained(unfinished)
-    except SafetensorError as error:  # of a full disk; it has no error number
-        raise RefusedError(
-            f"{out} could not be written ({error}). Make room or choose another --out, and run the "
-            "same command again."
-        ) from None
+    processor = load_processor(folder)
+    with explain_write_errors(out), new_folder(out) as unfinished:
+        merged.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
     return out
 
 

@@ -116,12 +116,13 @@ def load_processor(folder: Path) -> Any:
     """
     if not (folder / "processor_config.json").is_file() and is_adapter(folder):
         folder = resolve_base(folder)
-    load_model_config(folder)  # refuses other models and damaged configurations
+    if (folder / "config.json").is_file():
+        load_model_config(folder)  # refuses other models and damaged configurations
     try:
         processor = load_without_videos(folder) or AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, RefusedError):
-            raise
+    except (RefusedError, ImportError):
+        raise
+    except Exception as error:  # of many kinds, by what is wrong with which file
         raise RefusedError(
             f"{folder} must hold the processor of a vision-language model, got "
             f"{type(error).__name__}: {first_line(error)}. Download the model with all of its "

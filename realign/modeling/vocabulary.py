@@ -49,6 +49,6 @@ class Vocabulary:
         if self._num_tokens <= self._rows:
             return ""
         return (
-            f"the tokenizer has {self._num_tokens} tokens, but the model's embedding only "
-            f"{self._rows}; a row of the dataset with one of the others is rejected"
+            f"the tokenizer has {self._num_tokens} tokens, but the model's embedding has only "
+            f"{self._rows} rows; a row of the dataset with one of the other tokens is rejected"
         )

@@ -179,7 +179,8 @@ def publish(written: Path, place: Path) -> None:
     Raises:
         OSError: Something could not be written; ``place`` is unchanged.
     """
-    sync_folder(written)
+    with name_disk_errors(place):
+        sync_folder(written)
     if place.exists():  # damaged, or left by a run that was later resumed from an older checkpoint
         remove_folder(place)
     written.replace(place)

@@ -26,14 +26,13 @@ def read_yaml(path: Path, name: str) -> Any:
         raise RefusedError(
             f"{name} must be a YAML file, got {path}, which does not exist. Check the path."
         )
-    loader = _UniqueKeyLoader(read_utf8(path))
-    loader.file_name = name
+    text = read_utf8(path)
     try:
+        loader = _UniqueKeyLoader(text)  # refuses control characters
+        loader.file_name = name
         return loader.get_single_data()
     except yaml.YAMLError as error:
         raise RefusedError(f"{name} {path} must be YAML ({error}). Correct it.") from None
-    finally:
-        loader.dispose()
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PrinterCallback, set_seed
 
 from realign.config import TrainConfig
+from realign.errors import RefusedError
 from realign.modeling.adapters import quiet_peft
 from realign.modeling.folder import lasting_name
 from realign.modeling.identity import version_of
@@ -21,6 +22,7 @@ from realign.reference import CacheReference, Ranks, build_cache, read_cache
 from realign.runtime.files import file_sha256, publish, write_json
 from realign.runtime.progress import announce
 from realign.runtime.run_folder import check_out, claim, is_begun, is_claimed, only_run
+from realign.runtime.write_errors import explain_write_errors
 from realign.training.arguments import training_arguments
 from realign.training.callbacks import (
     LogLastStep,
@@ -141,15 +143,25 @@ def train(config: TrainConfig, *, dry_run: bool = False) -> Path:
             shutil.rmtree(unfinished, ignore_errors=True)
         with quiet_peft():
             trainer.train(resume_from_checkpoint=trainer.newest_checkpoint())
-            trainer.save_model(str(unfinished))
-        if trainer.is_world_process_zero():
-            # peft's model card is an empty template; `realign card` writes a full one
-            (unfinished / "README.md").unlink(missing_ok=True)
-            facts = checkpoint_facts(plan, unfinished, trainer.state.global_step)
-            write_json(config.out / "checkpoint.json", facts)
-            publish(unfinished, checkpoint)
-            _remove_checkpoints(config.out / "steps")
+            try:
+                with explain_write_errors(checkpoint):
+                    trainer.save_model(str(unfinished))
+                    if trainer.is_world_process_zero():
+                        _publish(plan, unfinished, trainer.state.global_step)
+            except RefusedError:  # the disk is full: leave room
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
         return checkpoint
+
+
+def _publish(plan: TrainPlan, unfinished: Path, steps: int) -> None:
+    """Make the saved model the checkpoint of the run, and remove those of its steps."""
+    out = plan.config.out
+    # peft's model card is an empty template; `realign card` writes a full one
+    (unfinished / "README.md").unlink(missing_ok=True)
+    write_json(out / "checkpoint.json", checkpoint_facts(plan, unfinished, steps))
+    publish(unfinished, out / "checkpoint")
+    _remove_checkpoints(out / "steps")
 
 
 def _labels(plan: TrainPlan) -> dict[str, list[str]]:

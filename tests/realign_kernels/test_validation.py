@@ -35,7 +35,7 @@ def call(function, **changes):
     [
         (
             {"hidden_states": torch.zeros(())},
-            r"hidden_states must have shape \(..., D\) with D >= 1",
+            r"hidden_states must have shape \(\.\.\., D\) with D >= 1, got \(\)",
         ),
         (
             {"lm_head_weight": torch.zeros(D, V)},

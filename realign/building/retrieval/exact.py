@@ -119,9 +119,8 @@ class ExactIndex:
             if not len(rows):
                 continue
             scores, least = scores[rows], least[rows, None]
-            if (
-                scores.shape[1] > k
-            ):  # the tile's k-th best and its rival may both be off by an error
+            # the tile's k-th best score and its rival may both be off by an error
+            if scores.shape[1] > k:
                 least = least.maximum(scores.topk(k, dim=1).values[:, -1:] - 2 * error)
             place, found = (scores >= least).nonzero(as_tuple=True)
             found += start

@@ -211,7 +211,7 @@ AMBER_DISCRIMINATIVE = Benchmark(
             units={"accuracy": of_items(lambda scores: scores[1], 100)},
             says_yes=lambda answer: official_word(answer) is True,
             strips=False,
-            note="No is the positive class. Only the answers Yes and No to the letter count; F1 is "
+            note="No is the positive class. Only answers that are exactly Yes or No count. F1 is "
             "computed from rounded precision and recall.",
         ),
         "vlmevalkit": Rule(
@@ -225,8 +225,8 @@ AMBER_DISCRIMINATIVE = Benchmark(
     table=[
         TableRow("amber-discriminative", rule, metric, f"AMBER discriminative, {label}", scale=1)
         for rule, metric, label in (
-            ("official", "accuracy", "accuracy of Yes and No to the letter"),
-            ("official", "f1", "F1 of No to the letter"),
+            ("official", "accuracy", "accuracy of answers that are exactly Yes or No"),
+            ("official", "f1", "F1 of answers that are exactly No"),
             ("vlmevalkit", "accuracy", "mean accuracy of the words yes and no"),
         )
     ],

@@ -192,8 +192,8 @@ def metrics(*, starts_per_caption: bool) -> Metrics:
 
 
 _NOTE = (
-    "An empty caption is perfect on chair and hal: read them beside cover and words_per_caption, "
-    "which is a number. "
+    "An empty caption is perfect on chair and hal, so read them beside cover and "
+    "words_per_caption, which is a number. "
 )
 
 AMBER_GENERATIVE = Benchmark(
@@ -209,16 +209,16 @@ AMBER_GENERATIVE = Benchmark(
             metrics(starts_per_caption=False),
             unit="percent",
             needs_packages=True,
-            note=f"{_NOTE}Nouns by NLTK, likeness by spaCy's en_core_web_lg; denominators begin at "
-            "0.001, so that hal of a perfect caption alone is 0.1.",
+            note=f"{_NOTE}NLTK finds the nouns, and spaCy's en_core_web_lg compares words. "
+            "Denominators start at 0.001, so hal of a single perfect caption is 0.1.",
         ),
         "exact-words": Rule(
             partial(counts, any_nouns, lambda noun, word: False),
             metrics(starts_per_caption=False),
             unit="percent",
-            note=f"{_NOTE}This project's own rule: it has no tagger, so that a verb such as watch "
-            "counts as the noun, and no vectors, so that only equal words are alike. Its values "
-            "are not those of published tables.",
+            note=f"{_NOTE}This project's own rule. It has no tagger, so a verb such as watch "
+            "counts as the noun, and no vectors, so only equal words match. Its values cannot be "
+            "compared with published tables.",
         ),
         "lmms-eval": Rule(
             partial(
@@ -231,8 +231,8 @@ AMBER_GENERATIVE = Benchmark(
             metrics(starts_per_caption=True),
             unit="percent",
             needs_packages=True,
-            note=f"{_NOTE}As official, but with the first model of spaCy that is installed of md, "
-            "sm (which has no vectors) and lg; every caption adds 0.001 to each denominator.",
+            note=f"{_NOTE}As official, but with the first installed spaCy model of md, sm (which "
+            "has no vectors) and lg. Every caption adds 0.001 to each denominator.",
         ),
     },
     table=[

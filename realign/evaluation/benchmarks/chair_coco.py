@@ -271,8 +271,8 @@ def _format(field: str, answer: str, *others: str) -> AnswerFormat:
 
 _NOTE = (
     "Every mention counts. The images are those of image_ids.txt, or else those that the answers "
-    "name. chair_s and chair_i grow with the length of captions: compare captions of one prompt "
-    "and one max_new_tokens. Where no object is mentioned, the program divides by 0. "
+    "name. chair_s and chair_i grow with the length of captions, so compare captions of one prompt "
+    "and one max_new_tokens. If no object is mentioned, the program divides by 0. "
     "objects_per_caption and words_per_caption are numbers. "
 )
 
@@ -288,22 +288,22 @@ CHAIR_COCO = Benchmark(
             partial(counts, pattern_words),
             metrics,
             unit="percent",
-            note=f"{_NOTE}Words of which the program makes a wrong singular, such as bus and "
-            "canoes, are not seen.",
+            note=f"{_NOTE}Words that the program turns into a wrong singular, such as bus and "
+            "canoes, are missed.",
         ),
         "lmms-eval": Rule(
             partial(counts, nltk_words.lemmas),
             metrics,
             unit="percent",
             needs_packages=True,
-            note=f"{_NOTE}Lemmas of NLTK by part of speech: bus is seen, men and vases are not, "
-            "and who is seated makes a chair.",
+            note=f"{_NOTE}Uses NLTK's lemmas by part of speech: bus is found, men and vases are "
+            "missed, and the word seated counts as a chair.",
         ),
         "lmms-eval-nouns": Rule(
             partial(counts, noun_words),
             metrics,
             unit="percent",
-            note=f"{_NOTE}As lmms-eval, but without NLTK: every word is taken for a noun.",
+            note=f"{_NOTE}As lmms-eval, but without NLTK: every word is treated as a noun.",
         ),
     },
     table=[

@@ -221,8 +221,8 @@ _OFFICIAL = groups(counts_figure=lambda row: not row["may_be_unclear"], set_key=
 _ALL_FIGURES = groups(counts_figure=lambda row: True, set_key="set")
 _MERGED_SETS = groups(counts_figure=lambda row: True, set_key="merged_set")
 _PAIRS = (
-    "easy and hard are shares of question pairs that are wholly right, not of questions; easy "
-    "holds questions about original figures too."
+    "easy and hard are shares of question pairs of which all answers are right, not of "
+    "questions; easy also contains questions about original figures."
 )
 _FIELDS = (*_GROUP, "model_prediction")
 _BOUNDS: Any = {"worst": constant(str(WRONG)), "best": constant(str(RIGHT))}
@@ -239,9 +239,9 @@ HALLUSIONBENCH = Benchmark(
             units=group_units(_OFFICIAL),
             unit="percent",
             judging=Judging(parsed(verdict), **_BOUNDS, fault=constant(str(UNCLEAR))),
-            note="By the replies of a judge: the letters incorrect, else correct, anywhere in a "
-            "reply, so that `not correct` is right; a reply without a verdict is unclear, as in "
-            f"the published script. {_PAIRS}",
+            note="Reads a judge's replies as the published script does: incorrect anywhere in a "
+            "reply counts first, then correct, so `not correct` is right. A reply with neither is "
+            f"unclear. {_PAIRS}",
         ),
         "strict": Rule(
             judged,
@@ -250,8 +250,8 @@ HALLUSIONBENCH = Benchmark(
             units=group_units(_OFFICIAL),
             unit="percent",
             judging=Judging(parsed(strict_verdict), **_BOUNDS),
-            note="As official, but an answer is unjudged where the reply has not exactly one of "
-            f"the words correct, incorrect and unclear, or denies it. {_PAIRS}",
+            note="As official, but an answer is unjudged unless the reply has exactly one of the "
+            f"words correct, incorrect and unclear, and does not negate it. {_PAIRS}",
         ),
         "exact": Rule(
             exact,
@@ -260,8 +260,8 @@ HALLUSIONBENCH = Benchmark(
             units=group_units(_OFFICIAL),
             unit="percent",
             says_yes=lambda answer: yes_or_no(answer) is True,
-            note="Reads the words yes and no instead of asking a judge, so that its numbers are "
-            f"not those of the published tables. {_PAIRS}",
+            note="Reads the words yes and no instead of asking a judge, so its numbers cannot be "
+            f"compared with the published tables. {_PAIRS}",
         ),
         "lmms-eval": Rule(
             judged_strictly,
@@ -271,9 +271,9 @@ HALLUSIONBENCH = Benchmark(
             unit="percent",
             covers=_has_image,
             judging=Judging(parsed(verdict), **_BOUNDS, fault=constant(str(UNCLEAR))),
-            note="By the replies of a judge, questions with an image alone; a reply without a "
-            "verdict is unclear, and so wrong. lmms-eval itself repeats the verdict before where "
-            "its judge cannot be reached.",
+            note="Reads a judge's replies, for questions with an image only. A reply without a "
+            "verdict is unclear, which counts as wrong. lmms-eval itself repeats the previous "
+            "verdict if its judge cannot be reached.",
         ),
         "lmms-eval-intern": Rule(
             has_yes,
@@ -283,8 +283,8 @@ HALLUSIONBENCH = Benchmark(
             unit="percent",
             covers=_has_image,
             says_yes=lambda answer: "yes" in answer.lower(),
-            note="An answer with the letters yes anywhere is a yes, any other a no. lmms-eval has "
-            "this rule, but does not use it.",
+            note="An answer that contains the letters yes counts as yes, and any other as no. "
+            "lmms-eval has this rule, but does not use it.",
         ),
         "vlmevalkit": Rule(
             word,
@@ -295,7 +295,7 @@ HALLUSIONBENCH = Benchmark(
             unit="percent",
             covers=_has_image,
             says_yes=lambda answer: yes_or_no(answer) is True,
-            note="Questions with an image alone. Sets of VD and VS that have the same subcategory "
+            note="Questions with an image only. Sets of VD and VS that have the same subcategory "
             "and number are one set in the split `all`.",
         ),
     },

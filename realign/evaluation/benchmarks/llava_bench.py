@@ -195,7 +195,7 @@ def _rule(
     return Rule(judged, of, unit="percent", judging=judging, note=note)
 
 
-_FAULT = "a reply without them is -1 and -1, which the means contain"
+_FAULT = "a reply without them scores -1 and -1, which the means include"
 
 LLAVA_BENCH = Benchmark(
     name="llava-bench",
@@ -210,14 +210,14 @@ LLAVA_BENCH = Benchmark(
         "strict": _rule(
             strict_scores,
             rounded_metrics,
-            "An answer is unjudged where the first line of the reply is not two numbers from 1 to "
-            "10 and nothing else.",
+            "An answer is unjudged unless the first line of the reply is two numbers from 1 to 10 "
+            "and nothing else.",
         ),
         "lmms-eval": _rule(
             first_numbers,
             rounded_metrics,
-            "The first two numbers of the first line, so that `Assistant 1: 8, Assistant 2: 9` is "
-            f"1 and 8; {_FAULT}.",
+            "Reads the first two numbers of the first line, so `Assistant 1: 8, Assistant 2: 9` "
+            f"scores 1 and 8; {_FAULT}.",
         ),
         "vlmevalkit": _rule(
             official_scores,

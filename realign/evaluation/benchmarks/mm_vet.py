@@ -207,25 +207,25 @@ MM_VET = Benchmark(
         "official": _rule(
             grade,
             constant("0.0"),
-            "A reply whose first word is no number from 0 to 1 is a 0, as the published script has "
-            "it after five tries.",
+            "If the first word of a reply is not a number from 0 to 1, the grade is 0, which the "
+            "published script gives after five tries.",
         ),
         "strict": _rule(
             grade,
             lambda reply: None,
-            "An answer is unjudged where the first word of the reply is no number from 0 to 1.",
+            "An answer is unjudged unless the first word of the reply is a number from 0 to 1.",
         ),
         "lmms-eval": _rule(
             stripped_grade,
             fault_of_lmms_eval,
-            "A reply whose first word is no number is a 0. About a number beyond 1 lmms-eval asks "
-            "without end: here the answer is unjudged.",
+            "If the first word of a reply is not a number, the grade is 0. If it is above 1, "
+            "lmms-eval would ask forever; here the answer is unjudged.",
         ),
         "vlmevalkit": _rule(
             whole_grade,
             constant("0.0"),
-            "A reply that is not wholly a number from 0 to 1 is a 0, as VLMEvalKit has it after "
-            "five tries.",
+            "If a reply is not exactly a number from 0 to 1, the grade is 0, which VLMEvalKit "
+            "gives after five tries.",
         ),
     },
     table=[],

@@ -170,8 +170,8 @@ def metrics(scale: float) -> Callable[[Array], Mapping[str, Array]]:
 
 
 _NOTE = (
-    "A question is right where the answers to all its rotations are. An answer without a letter or "
-    "the text of one choice is wrong; the published tables ask a judge about it."
+    "A question is right if the answers to all of its rotations are right. An answer with neither "
+    "a letter nor the text of one choice is wrong; the published tables ask a judge about it."
 )
 
 MMBENCH = Benchmark(
@@ -194,9 +194,9 @@ MMBENCH = Benchmark(
             combine=group_counts,
             unit="percent",
             units=units(100),
-            note="The task mmbench_en_dev_static, which has circular_accuracy alone: where no "
-            "letter stands alone and no choice is quoted, the likeliest of all capital letters of "
-            "the answer is taken, even one within a word. The task mmbench_en_dev asks a judge.",
+            note="The task mmbench_en_dev_static, which has only circular_accuracy. If no letter "
+            "stands alone and no choice is quoted, it takes the likeliest capital letter of the "
+            "answer, even one inside a word. The task mmbench_en_dev asks a judge.",
         ),
         "judged": Rule(
             is_right,
@@ -212,8 +212,8 @@ MMBENCH = Benchmark(
                     vlmevalkit_letter(answer, row["choices"]) == NO_LETTER
                 ),
             ),
-            note="As official, but a judge names the choice of an answer without a letter or the "
-            "text of one choice. An answer whose choice it does not name is unjudged; the "
+            note="As official, but if an answer has neither a letter nor the text of one choice, a "
+            "judge names the choice. If the judge names none, the answer is unjudged; the "
             "published programs draw a random choice for it.",
         ),
     },

@@ -279,10 +279,12 @@ MME = Benchmark(
     rules={
         "official": _rule(
             official_word,
-            "Reads the first four characters, so that None and Not sure are a no, and Y is "
-            "neither. A task has at most 200 points, perception 2,000 and cognition 800.",
+            "Reads the first four characters, so None and Not sure count as no, and Y as neither. "
+            "A task has at most 200 points, perception 2,000 and cognition 800.",
         ),
-        "lmms-eval": _rule(lmms_word, "As the official rule, without periods; y and n count."),
+        "lmms-eval": _rule(
+            lmms_word, "Like the official rule, but ignores periods and accepts y and n."
+        ),
         "vlmevalkit": _rule(yes_or_no, "Reads the words yes and no."),
     },
     table=[

@@ -164,8 +164,8 @@ MMHAL = Benchmark(
             unit="points",
             units=UNITS,
             judging=Judging(parsed(rating), constant("0"), constant("6"), fault=constant("0")),
-            note=f"{_UNIT} A reply in which the published script finds no rating, or several, is a "
-            "0 and so a hallucination.",
+            note=f"{_UNIT} If the published script finds no rating in a reply, or several, the "
+            "rating is 0, which counts as a hallucination.",
         ),
         "strict": Rule(
             judged,
@@ -173,7 +173,7 @@ MMHAL = Benchmark(
             unit="points",
             units=UNITS,
             judging=Judging(parsed(strict_rating), constant("0"), constant("6")),
-            note=f"{_UNIT} An answer whose reply has not exactly one whole rating is unjudged.",
+            note=f"{_UNIT} An answer is unjudged unless the reply has exactly one whole rating.",
         ),
     },
     table=[],

@@ -164,17 +164,18 @@ POPE = Benchmark(
             official_metrics,
             units={"accuracy": of_items(_is_right)},
             says_yes=official_yes,
-            note="Every answer without the word No, not or no in its first sentence is a yes, also "
-            "an empty one. The published script scores each split alone; `all` pools them.",
+            note="An answer without the word No, not or no in its first sentence counts as yes, "
+            "even an empty one. The published script scores each split separately; `all` pools "
+            "them.",
         ),
         "lmms-eval": Rule(
             counts_of(exact_word),
             lmms_metrics,
             units={"accuracy": of_items(_is_right)},
             says_yes=lambda answer: exact_word(answer) is True,
-            note="An answer must be yes or no as a whole. The metric yes_ratio is that of the "
-            "labels, as pope_yes_ratio of lmms-eval is. Precision, recall and F1 are 0 where they "
-            "are not defined.",
+            note="The whole answer must be yes or no. The metric yes_ratio is that of the labels, "
+            "like pope_yes_ratio of lmms-eval. Precision, recall and F1 are 0 where they are not "
+            "defined.",
         ),
         "vlmevalkit": Rule(
             counts_of(yes_or_no),
@@ -182,8 +183,8 @@ POPE = Benchmark(
             units={"accuracy": of_items(_is_right, 100)},
             unit="percent",
             says_yes=lambda answer: yes_or_no(answer) is True,
-            note="What is neither yes nor no is wrong in the accuracy, and a no in precision, "
-            "recall and F1; these are 0 where they are not defined.",
+            note="An answer that is neither yes nor no counts as wrong in the accuracy, and as no "
+            "in precision, recall and F1, which are 0 where they are not defined.",
         ),
     },
     table=[

@@ -205,8 +205,8 @@ SCIENCEQA = Benchmark(
             percents,
             unit="percent",
             units=_units(100),
-            note="LLaVA's script: A, or A. with a space behind it, or The answer is A. to the "
-            "letter; (A), a and B. are wrong.",
+            note="LLaVA's script reads three forms: A alone, A. followed by a space, and exactly "
+            "The answer is A. It counts (A), a and B. as wrong.",
         ),
         "lmms-eval": Rule(
             lmms,

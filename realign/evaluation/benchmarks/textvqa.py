@@ -158,21 +158,21 @@ RULES = {
         _percent,
         unit="percent",
         units=_units(100),
-        note="Three of ten people give 0.9, four 1. Prompts with and without the tokens of an OCR "
-        "system are not comparable.",
+        note="An answer that three of ten people gave scores 0.9, and that of four scores 1. "
+        "Results with and without OCR tokens in the prompt cannot be compared.",
     ),
     "lmms-eval": Rule(
         accuracy_by(official_form),
         _fraction,
         units=_units(1),
-        note="The official numbers; its prompt has no OCR tokens unless one asks for them.",
+        note="Same numbers as official. Its prompt has no OCR tokens by default.",
     ),
     "vlmevalkit": Rule(
         accuracy_by(vlmevalkit_form),
         _percent,
         unit="percent",
         units=_units(100),
-        note="Commas and a possessive s stay, and so does a period after a digit.",
+        note="Keeps commas, a possessive s, and a period after a digit.",
     ),
 }
 

@@ -17,7 +17,7 @@ from realign.errors import RefusedError
 
 def test_a_named_model_without_the_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(RefusedError, match="needs sentence-transformers"):
+    with pytest.raises(RefusedError, match="requires sentence-transformers"):
         load_similarity("sentence-transformers/all-mpnet-base-v2")
 
 

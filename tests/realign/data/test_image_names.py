@@ -160,6 +160,6 @@ def test_a_missing_name_with_the_separators_of_windows_says_what_to_write(root: 
 
 @pytest.mark.parametrize("name", ["C:\\coco\\1.jpg", "d:/coco/1.jpg"])
 def test_a_path_with_a_drive_is_not_taken_for_a_url(root: Path, name: str) -> None:
-    with pytest.raises(RefusedImage, match=r"got the Windows path .*Name it from") as no:
+    with pytest.raises(RefusedImage, match=r"got the Windows path .*Name it relative") as no:
         resolve_image(root, name, "row 1")
     assert no.value.code == "outside-root"

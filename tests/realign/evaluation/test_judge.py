@@ -282,7 +282,9 @@ def test_a_server_that_keeps_failing_stops_the_command_which_then_continues(
     server.say = lambda prompt, body: 500 if "What is 1?" in prompt else "1.0"
     out = tmp_path / "judged.jsonl"
     endpoint = Endpoint(server.url, concurrency=1, max_retries=1, backoff_s=0.01)
-    with pytest.raises(RefusedError, match="failed 2 times for one request, the last time with"):
+    with pytest.raises(
+        RefusedError, match="failed 2 times for one request, the last time with 500"
+    ):
         judge("mm-vet", [answers], data, out, JudgeModel(endpoint, "judge-1"))
     assert not out.exists()  # and no verdict of another answer in the place of this one
     server.say = lambda prompt, body: "0.0"

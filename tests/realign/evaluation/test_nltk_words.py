@@ -68,7 +68,7 @@ def test_what_is_missing_is_named(
     install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install("3.10.1", has_data=False)
-    with pytest.raises(RefusedError, match=r"data of NLTK, of which wordnet is missing\. Call"):
+    with pytest.raises(RefusedError, match=r"data of NLTK, of which wordnet is missing\. Run"):
         nltk_words.lemmas("x")
     monkeypatch.setitem(sys.modules, "nltk", None)
     with pytest.raises(RefusedError, match=r"requires NLTK, .*pip install nltk and python -m nltk"):

@@ -155,7 +155,7 @@ def test_other_images_or_generation_settings_are_another_run(
     evaluate(config)
     settings = json.loads((model / "generation_config.json").read_text())
     (model / "generation_config.json").write_text(json.dumps({**settings, "num_beams": 2}))
-    with pytest.raises(RefusedError, match=r"models\.base\.generation_config\.json: .* asked"):
+    with pytest.raises(RefusedError, match=r"models\.base\.generation_config\.json: .* requested"):
         evaluate(config)
     (model / "generation_config.json").write_bytes(
         (model_dir / "generation_config.json").read_bytes()
@@ -163,7 +163,7 @@ def test_other_images_or_generation_settings_are_another_run(
     evaluate(config)
     shutil.copy(world / "images" / "eval-00001.png", world / "images" / "eval-00000.png")
     with pytest.raises(
-        RefusedError, match=r"holds another run.*\n  images: stored .*, requested .*"
+        RefusedError, match=r"holds another run.*\n  images: others stored, .*, 12 requested"
     ):
         evaluate(config)
 

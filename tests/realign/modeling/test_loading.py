@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from realign.config import LoraSection, TrainConfig
 from realign.data.formats.parquet import write_parquet
@@ -43,7 +45,9 @@ def test_weights_in_a_pickle_are_refused(copy: Path) -> None:
 def test_damaged_weights_are_refused(copy: Path) -> None:
     raw = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(raw[:1000])
-    with pytest.raises(RefusedError, match="must hold whole safetensors files, got Error while"):
+    with pytest.raises(
+        RefusedError, match=r"must hold whole files .*, got SafetensorError: Error while"
+    ):
         load_model(copy, torch.float32)
 
 
@@ -65,6 +69,14 @@ BAD_CONFIGS = {
         "config.json must be a configuration .* got ValueError",
     ),
     "cut off": ('{"model_type": ', "config.json must be a configuration .* got "),
+    "wrong type": (
+        json.dumps(LLAMA | {"hidden_size": "abc"}),
+        "config.json must be a configuration .* got StrictDataclass",
+    ),
+    "wrong dtype": (
+        json.dumps(LLAMA | {"dtype": "float99"}),
+        "config.json must be a configuration .* got AttributeError",
+    ),
 }
 
 
@@ -75,6 +87,30 @@ def test_other_models_and_damaged_configurations_are_refused(case: str, load, co
     (copy / "config.json").write_text(content)
     with pytest.raises(RefusedError, match=message):
         load(copy)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "processor_config.json"])
+def test_a_damaged_processor_is_refused(file: str, copy: Path) -> None:
+    (copy / file).write_text("[]")
+    with pytest.raises(RefusedError, match="must hold the processor of a vision-language model"):
+        load_processor(copy)
+
+
+@pytest.mark.parametrize("content", ['{"weight_map": ', "{}"])
+def test_a_damaged_index_of_weights_is_refused(content: str, copy: Path) -> None:
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")
+    (copy / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(RefusedError, match="must hold whole files that transformers loads"):
+        load_model(copy, torch.float32)
+
+
+def test_an_error_of_the_machine_is_not_one_of_the_model(copy: Path, monkeypatch) -> None:
+    def open_too_many(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", open_too_many)
+    with pytest.raises(OSError, match="Too many open files"):
+        load_model(copy, torch.float32)
 
 
 def test_a_folder_without_a_processor_is_refused(copy: Path) -> None:

@@ -9,10 +9,13 @@ import pytest
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
+from realign.config import TrainConfig
+from realign.data.formats.parquet import write_parquet
 from realign.errors import RefusedError
 from realign.modeling.loading import load_model
 from realign.modeling.processors import load_processor
 from realign.training.checkpoints import checkpoints, newest_checkpoint
+from realign.training.run import train
 from realign.training.trainer import RDPOConfig, RDPOTrainer
 from tests.realign.conftest import file_limit
 
@@ -62,3 +65,31 @@ def test_a_full_disk_leaves_the_older_checkpoint(
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 2
     assert len(checkpoints(tmp_path / "steps")) == 2
+
+
+@pytest.mark.parametrize("limit", [10, 1_000_000])
+def test_a_full_disk_at_the_end_leaves_the_steps(
+    tmp_path: Path, model_dir, records, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_parquet(records(4), tmp_path / "pairs.parquet")
+    config = TrainConfig(
+        model=str(model_dir), data=tmp_path / "pairs.parquet", out=tmp_path / "run",
+        batch_size=2, pairs_per_step=2, save_steps=1,
+    )  # fmt: skip
+    save_model = RDPOTrainer.save_model
+
+    def save_in_little_room(trainer: RDPOTrainer, folder: str, **options: bool) -> None:
+        if folder.endswith(".checkpoint.tmp"):  # not one of a step
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        save_model(trainer, folder, **options)
+
+    with monkeypatch.context() as patch, file_limit(resource.RLIM_INFINITY):
+        patch.setattr(RDPOTrainer, "save_model", save_in_little_room)
+        with pytest.raises(
+            RefusedError, match=r"run/checkpoint could not be written \(.*too large"
+        ):
+            train(config)
+    assert not (tmp_path / "run" / ".checkpoint.tmp").exists()
+    assert newest_checkpoint(tmp_path / "run" / "steps").name == "checkpoint-2"
+    assert train(config).is_dir()
+    assert not (tmp_path / "run" / "steps").exists()

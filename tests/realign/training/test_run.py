@@ -379,7 +379,7 @@ def test_a_folder_of_another_run_is_refused_and_kept(tmp_path: Path, model_dir, 
     train(config(model_dir, data, tmp_path / "run"))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(
-        RefusedError, match=r"holds another run.*\n  config\.beta: 0\.1 there, 0\.5"
+        RefusedError, match=r"holds another run.*\n  config\.beta: stored 0\.1, requested 0\.5"
     ):
         train(config(model_dir, data, tmp_path / "run", beta=0.5))
     after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

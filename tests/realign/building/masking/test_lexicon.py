@@ -196,6 +196,7 @@ def test_masks_of_the_demos_sentences_have_not_changed() -> None:
         ("objects: ['...']\n", r"begin and end with a word, got '\.\.\.' in objects"),
         ("objects: ['Hello!']\n", "begin and end with a word, got 'Hello!' in objects"),
         ("objects: [a, *b]\n", "must be YAML"),
+        ("objects: [a\x07]\n", "must be YAML"),
         ("objects: [a]\nobjects: [b]\n", "lexicon must have every key once, got 'objects' twice"),
     ],
 )

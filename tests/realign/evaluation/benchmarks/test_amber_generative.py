@@ -129,7 +129,7 @@ def test_all_captions_together_have_the_expected_scores(tmp_path: Path, data: Pa
     words = sum(len(caption.split()) for caption, _ in CASES.values())
     assert found["words_per_caption"] == pytest.approx(words / 8)
     assert (scores["unit"], scores["items"], scores["yes_ratio"]) == ("percent", 8, None)
-    assert "not those of published tables" in scores["note"]
+    assert "cannot be compared with published tables" in scores["note"]
 
 
 def vector(data: Path, number: int, caption: str, are_alike: Any) -> list[int]:
