@@ -9,6 +9,7 @@ from typing import Any
 
 from realign.data.lexical import lexical
 from realign.errors import RefusedError
+from realign.modeling.damaged_files import refuse_damaged_files
 from realign.modeling.folder import download
 from realign.runtime.files import file_sha256
 from realign.runtime.strict_json import read_json
@@ -28,15 +29,16 @@ def load_similarity(name: str, device: str | None = None, batch_size: int = 32) 
         device: Device of the model; by default the GPU if there is one.
         batch_size: Texts per call of the model.
     Raises:
-        RefusedError: sentence-transformers is not installed, there is no such model, or it has
-            pickled weights or code of its own.
+        RefusedError: sentence-transformers is not installed, there is no such model, it is
+            damaged, or it has pickled weights or code of its own.
     """
     if name == LEXICAL:
         return lambda first, second: [lexical(a, b) for a, b in zip(first, second, strict=True)]
     folder = _encoder_folder(name)
     from sentence_transformers import SentenceTransformer
 
-    encoder: Any = SentenceTransformer(str(folder), device=device)
+    with refuse_damaged_files(f"similarity {name}"):
+        encoder: Any = SentenceTransformer(str(folder), device=device)
 
     def cosine(first: Sequence[str], second: Sequence[str]) -> list[float]:
         # equal texts are encoded once

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from realign.errors import RefusedError
 from realign.modeling.acceleration import Numerics, use_liger_layers
 from realign.modeling.adapter_folder import check_adapter, load_adapter
-from realign.modeling.folder import adapter_base, first_line, is_adapter, resolve_base
+from realign.modeling.damaged_files import refuse_damaged_files
+from realign.modeling.folder import adapter_base, is_adapter, resolve_base
 from realign.modeling.model_config import load_model_config
 from realign.modeling.parts import disable_dropout
 from realign.modeling.preference_forward import attach_preference_forward
@@ -73,17 +72,10 @@ def load_model(
     if not any(folder.glob("*.safetensors")):
         raise RefusedError(f"model {folder} must hold safetensors weights, got none. Convert it.")
     load_model_config(folder)  # refuses other models and damaged configurations
-    try:
+    with refuse_damaged_files(f"model {folder}"):
         model, found = AutoModelForImageTextToText.from_pretrained(
             folder, use_safetensors=True, output_loading_info=True, **numerics.loading()
         )
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
-            raise  # of this machine, such as too many open files
-        raise RefusedError(
-            f"model {folder} must hold whole files that transformers loads, got "
-            f"{type(error).__name__}: {first_line(error)}. If a file is damaged, download it again."
-        ) from error
     if lacking := sorted([*found["missing_keys"], *found["mismatched_keys"]]):
         raise RefusedError(
             f"model {folder} must hold every weight, lacks {len(lacking)}, first: {lacking[0]}. "

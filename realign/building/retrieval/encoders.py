@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from realign.data.images import decode_image
 from realign.errors import RefusedError
+from realign.modeling.damaged_files import refuse_damaged_files
 from realign.modeling.folder import resolve_model
 
 
@@ -91,7 +92,8 @@ class ClipEncoder:
             dtype: Dtype of the weights.
             device: Device of the model.
         Raises:
-            RefusedError: There is no such model, it is incomplete, or it has no image features.
+            RefusedError: There is no such model, it is incomplete or damaged, or it has no image
+                features.
         """
         from transformers import AutoModel
 
@@ -103,9 +105,10 @@ class ClipEncoder:
             raise RefusedError(
                 f"encoder {model} must hold safetensors weights, got none. Convert it."
             )
-        loaded, found = AutoModel.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
+        with refuse_damaged_files(f"encoder {model}"):
+            loaded, found = AutoModel.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
         if lacking := sorted([*found["missing_keys"], *found["mismatched_keys"]]):
             raise RefusedError(
                 f"encoder {model} must hold every weight, lacks {len(lacking)}, first: "

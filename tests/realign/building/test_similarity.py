@@ -117,6 +117,14 @@ def test_code_that_comes_with_a_model_is_not_run(copied: Path) -> None:
             load(str(copied))
 
 
+@pytest.mark.parametrize("pattern", ["**/model.safetensors", "**/tokenizer.json"])
+def test_a_damaged_encoder_is_refused(copied: Path, pattern: str) -> None:
+    (file,) = copied.glob(pattern)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(RefusedError, match=r"similarity .*copy must hold whole files that its lib"):
+        load_similarity(str(copied))
+
+
 def test_weights_that_are_not_safetensors_are_refused(copied: Path) -> None:
     (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
     with pytest.raises(RefusedError, match="must have its weights in safetensors, got none"):

@@ -100,7 +100,7 @@ def test_a_damaged_processor_is_refused(file: str, copy: Path) -> None:
 def test_a_damaged_index_of_weights_is_refused(content: str, copy: Path) -> None:
     (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")
     (copy / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(RefusedError, match="must hold whole files that transformers loads"):
+    with pytest.raises(RefusedError, match="must hold whole files that its library loads"):
         load_model(copy, torch.float32)
 
 

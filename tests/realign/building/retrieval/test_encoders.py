@@ -245,6 +245,14 @@ def test_a_clip_like_folder(
     assert (half(images) * vectors).sum(1).min() > 0.99
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_damaged_encoder_is_refused(file: str, tmp_path: Path) -> None:
+    clip(tmp_path)
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:100])
+    with pytest.raises(RefusedError, match=r"encoder .* must hold whole files that its library"):
+        ClipEncoder.load(str(tmp_path), torch.float32)
+
+
 def test_a_model_that_is_not_an_image_encoder_is_refused(tmp_path: Path, model_dir: Path) -> None:
     with pytest.raises(RefusedError, match=r"encoder must be an existing folder or a hub id"):
         ClipEncoder.load(str(tmp_path / "none"), torch.float32)
