@@ -90,7 +90,7 @@ def test_a_folder_of_another_build_is_refused_and_kept(config: BuildConfig) -> N
     build(config)
     before = files(config.out)
     with pytest.raises(
-        RefusedError, match=r"holds another run.*(\n.*)*config\.threshold: 0\.95 th"
+        RefusedError, match=r"holds another run.*(\n.*)*config\.threshold: stored 0\.95"
     ):
         build(config.model_copy(update={"threshold": 0.5}))
     assert files(config.out) == before

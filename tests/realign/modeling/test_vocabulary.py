@@ -76,7 +76,7 @@ def test_every_command_names_row_token_and_sizes(tmp_path: Path, larger: Path, r
     result = CliRunner().invoke(app, [*map(str, arguments)])
     assert result.exit_code == 0, result.output
     assert (
-        f"the tokenizer has {size + 1} tokens, but the model's embedding only {size};"
+        f"the tokenizer has {size + 1} tokens, but the model's embedding has only {size} rows;"
         in result.output
     )
     arguments = ["train", "--model", larger, "--data", tmp_path / "good.parquet"]

@@ -100,9 +100,9 @@ def test_a_folder_of_parquet_is_read_in_order(tmp_path: Path, images: Path) -> N
     dataset(images).to_parquet(folder / "test-00000-of-00001.parquet")
     with pytest.raises(RefusedError, match=r"must be one split, got \['test', 'train'\] in"):
         read_source(folder, None)
-    with pytest.raises(RefusedError, match=r"with neither, but parquet files in data\. Give the"):
+    with pytest.raises(RefusedError, match=r"with neither, but parquet files in data\. Name the"):
         read_source(tmp_path, None)
-    with pytest.raises(RefusedError, match=r"with neither\. Give the"):
+    with pytest.raises(RefusedError, match=r"with neither\. Name the"):
         read_source(images, None)
 
 
