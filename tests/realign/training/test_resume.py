@@ -215,7 +215,7 @@ def test_a_damaged_newest_checkpoint_costs_a_step_and_no_exactness(
         shutil.copytree(tmp_path / "whole" / "steps" / name, steps / name)
     weights = steps / "checkpoint-3" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
-    with pytest.raises(RefusedError, match=r"got .*checkpoint-3, but model.safetensors was cha"):
+    with pytest.raises(RefusedError, match=r"got .*checkpoint-3: model.safetensors was cha"):
         train(model_dir, tmp_path / "part", rows, reference, resume=weights.parent, **options)
     capsys.readouterr()
     train(model_dir, tmp_path / "part", rows, reference, resume=True, **options)
