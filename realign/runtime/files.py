@@ -29,14 +29,14 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path that becomes ``path`` after the block, and disappears if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with name_disk_errors(path):
+    with name_disk_errors(path):
+        try:
             yield temporary
             follow_umask(temporary)
             sync(temporary)
             temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)  # on a read-only disk, this fails too
     sync(path.parent)
 
 

@@ -37,6 +37,16 @@ def test_the_error_names_the_file(tmp_path: Path, write: Callable[[Path], None])
     assert caught.value.filename == str(path)
 
 
+def test_a_read_only_disk_is_named_by_the_file(tmp_path: Path, monkeypatch) -> None:
+    def refuse(path: Path, **options: bool) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)  # of a file that could not be created
+    with pytest.raises(OSError, match="Read-only") as caught, replacing(tmp_path / "a") as file:
+        refuse(file)
+    assert caught.value.filename == str(tmp_path / "a")
+
+
 def test_an_error_of_reading_keeps_its_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught, replacing(tmp_path / "a"):
         (tmp_path / "missing").read_bytes()
