@@ -166,7 +166,7 @@ class BuildConfig(Section):
     annotation_prompt: str = Field(default="{instruction}", pattern=r"\{instruction\}")
     """Prompt of the annotator; ``{instruction}`` stands for the prompt of the row."""
     mask: Annotated[Literal["rule", "model"], Shown("Masking")] = "rule"
-    """How answers are masked: ``rule`` uses a lexicon, ``model`` a model with the paper's prompt;
+    """Method of masking: ``rule`` uses a lexicon, ``model`` a model with the paper's prompt;
     answers that the model fails to mask are masked by the lexicon.
     """
     mask_level: Literal["segment", "sentence"] = "segment"
@@ -220,7 +220,7 @@ class BuildConfig(Section):
     shard_size: PositiveInt = 256
     """Rows per shard, rounded up to whole windows. A killed worker loses at most one shard."""
     engine: Literal["process", "ray"] = "process"
-    """Where the work runs: in processes on this machine, or on a Ray cluster. Engine, number of
+    """Place of the work: processes on this machine, or a Ray cluster. Engine, number of
     workers and shard size do not change the result.
     """
     workers: PositiveInt | None = None

@@ -34,7 +34,7 @@ class LogprobStats(NamedTuple):
     mean_logits: Tensor
     """Mean of the transformed logits."""
     is_top1: Tensor
-    """Whether the label is the most probable token (the lowest id among equals); bool."""
+    """True where the label is the most probable token (the lowest id among equals); bool."""
     top_non_label_logps: Tensor
     """Log-probability of the most probable token that is not the label; -inf if there is none."""
     top_non_label_ids: Tensor
@@ -246,7 +246,9 @@ def linear_logprob_stats(
 
 
 def _as_lengths(num_scored: int | None) -> Tensor | None:
-    """Return a number as a tensor on the host, since tracing would make an int a constant."""
+    """Return ``num_scored`` as a tensor on the CPU. As an int, ``torch.compile`` would make it a
+    constant of the graph.
+    """
     if num_scored is None:
         return None
     check_integer("num_scored", num_scored, least=0)

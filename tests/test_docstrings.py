@@ -23,10 +23,10 @@ def trees(folder: str) -> Iterator[tuple[Path, ast.Module]]:
 
 
 def wrong_beginnings(tree: ast.Module) -> Iterator[str]:
-    """Yield the first lines of docstrings that begin with a question."""
+    """Yield the first lines of docstrings, also those of attributes, that begin with a question."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            summary = (ast.get_docstring(node) or "").partition("\n")[0]
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            summary = str(node.value.value).strip().partition("\n")[0]
             if summary.split(" ")[0].rstrip(",.:") in NO_BEGINNINGS:
                 yield summary
 
@@ -55,5 +55,7 @@ def test_names_say_what_they_hold(package: str) -> None:
 
 def test_the_rules_find_what_they_forbid() -> None:
     source = '"""What."""\ndef tell(what):\n    "How: it."\n    return [said for said in what]\n'
-    assert [*wrong_beginnings(ast.parse(source))] == ["What.", "How: it."]
+    attribute = 'class Rule:\n    strips: bool\n    """Whether to strip."""\n'
+    found = [*wrong_beginnings(ast.parse(source + attribute))]
+    assert sorted(found) == ["How: it.", "What.", "Whether to strip."]
     assert len([*empty_names(ast.parse(source))]) == 2

@@ -71,7 +71,7 @@ class Rule:
     covers: Callable[[Row], bool] = lambda row: True
     """Return whether the rule scores a row. Some programs leave out questions without an image."""
     strips: bool = True
-    """Whether to remove white space around an answer before it is scored."""
+    """True if white space around an answer is removed before the answer is scored."""
     judging: Judging | None = None
     """The way the rule reads the replies of a judge. None for a rule that reads the answers."""
     needs_packages: bool = False

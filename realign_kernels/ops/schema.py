@@ -31,7 +31,8 @@ _TYPES: dict[Any, str] = {
 def operator(
     name: str, *arguments: type, returns: type | str
 ) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """Return a decorator that makes a function an operator with the fields of ``arguments``.
+    """Return a decorator that registers a function as an operator of torch. The arguments of the
+    operator are the fields of ``arguments``.
 
     ``returns`` is a named tuple of tensors, or a type as a schema spells it.
     """
