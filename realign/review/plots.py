@@ -91,6 +91,11 @@ def _whole_numbers() -> Any:
     return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
 
 
+def _legend(axes: Any, **options: Any) -> None:
+    """Add a legend below the horizontal axis and its label, where it covers no data."""
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.22), borderaxespad=0, **options)
+
+
 def _svg(axes: Any) -> Markup:
     buffer = io.StringIO()
     axes.figure.savefig(
@@ -150,7 +155,7 @@ def line_plot(
         axes.set_ylim(low - room, high + room)
     axes.xaxis.set_major_locator(_whole_numbers())
     if len(lines) > 1:
-        axes.legend(handlelength=3)
+        _legend(axes, handlelength=3)
     return _svg(axes)
 
 
@@ -296,7 +301,7 @@ def histogram(
     if line:
         axes.axvline(line[0], color=INK, linestyle="--", linewidth=1, label=line[1])
     if len(shown) > 1 or line:
-        axes.legend()
+        _legend(axes)
     return _svg(axes)
 
 
@@ -328,5 +333,5 @@ def compared_histogram(
         Line2D([], [], color=looks[name][0], linestyle=looks[name][1], label=name)
         for name in values
     ]
-    axes.legend(handles=handles, handlelength=3)
+    _legend(axes, handles=handles, handlelength=3)
     return _svg(axes)

@@ -187,5 +187,23 @@ def test_colours_differ_for_every_kind_of_colour_vision(blindness: str) -> None:
         assert distance > 25, (one, other, distance)
 
 
+@pytest.mark.parametrize(
+    ("name", "label", "series"),
+    [
+        ("lines", "step", ["a", "b"]),
+        ("histogram", "cosine", ["accepted", "refused"]),
+        ("lengths", "words", ["chosen", "rejected"]),
+    ],
+)
+def test_legends_are_below_the_axis_label(name: str, label: str, series: list[str]) -> None:
+    """There they cover no data, and matplotlib searches no place, which takes long for much."""
+    heights = {}
+    for style, text in re.findall(r"<text([^>]*)>([^<]+)</text>", without_style(PLOTS[name])):
+        rotated = re.search(r"translate\([\d.]+ ([\d.]+)\)", style)
+        plain = re.search(r' y="([\d.]+)"', style)
+        heights[text] = float((rotated or plain or [0, "nan"])[1])
+    assert min(heights[one] for one in series) > heights[label] + 5
+
+
 def test_a_dollar_in_a_name_is_not_read_as_a_formula() -> None:
     assert "a$x_{$b" in bar_plot("a$x_{$b", {"m$y_{$": (0.5, 0.4, 0.6)})
