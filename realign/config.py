@@ -505,7 +505,9 @@ class CheckConfig(Section):
     applies too.
     """
     image_seconds: PositiveFloat = 10.0
-    """Longest time to decode one image, in seconds."""
+    """Longest CPU time to decode one image, in seconds. Reading and decoding may together take ten
+    times as long.
+    """
     workers: NonNegativeInt = 0
     """Processes that decode images; 0 is one per core."""
     show: NonNegativeInt = 5

@@ -28,7 +28,10 @@ from realign.data.records import Problem, Record
 from realign.runtime.memory import usable_cores
 from realign.runtime.write_errors import explain_write_errors
 
-# A worker ends by itself at its time limit; one that cannot (stuck in the kernel, stopped) is
+# Limits are of CPU time, so that a busy machine refuses no image that an idle one accepts. The
+# limit of wall-clock time, for a file whose reading hangs, is this many times as long.
+WALL_FACTOR = 10
+# A worker ends by itself at its time limits; one that cannot (stuck in the kernel, stopped) is
 # abandoned this much later.
 GRACE_SECONDS = 5.0
 START_SECONDS = 60.0  # time for a worker's imports, on a busy machine
@@ -71,7 +74,8 @@ def inspect_images(
     Args:
         paths: The files. A repeated path is decoded again.
         workers: Number of processes; 0 starts one per usable core.
-        timeout_s: Longest time for one image, in seconds; a refusal has the code ``timeout``.
+        timeout_s: Longest CPU time for one image, in seconds. Its wall-clock time may be ten times
+            as long. A refusal has the code ``timeout``.
         memory_bytes: Largest address space of a worker; a refusal has the code ``memory``, or
             ``crashed`` if the decoder crashes.
     """
@@ -189,6 +193,7 @@ class _Worker:
 
     def __init__(self, timeout_s: float, memory_bytes: int) -> None:
         self._timeout_s, self._memory_bytes = timeout_s, memory_bytes
+        self._wall_s = WALL_FACTOR * float(timeout_s)
         self._process: subprocess.Popen[bytes] | None = None
         self._is_closed = False
 
@@ -225,7 +230,7 @@ class _Worker:
         return subprocess.Popen(
             [
                 *(sys.executable, "-P", "-m", "realign.data.image_worker"),
-                *(str(float(self._timeout_s)), str(self._memory_bytes)),
+                *(str(float(self._timeout_s)), str(self._wall_s), str(self._memory_bytes)),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -253,7 +258,7 @@ class _Worker:
         except OSError:  # the worker died before it read the request
             return b""
         # answers are short and come one at a time, so no part of this one is buffered yet
-        limit_s = self._timeout_s + GRACE_SECONDS + extra_s
+        limit_s = self._wall_s + GRACE_SECONDS + extra_s
         ready = select.poll()  # select() takes only the first 1024 descriptors
         ready.register(process.stdout, select.POLLIN | select.POLLHUP)
         return process.stdout.readline() if ready.poll(limit_s * 1000) else b""
@@ -264,11 +269,12 @@ class _Worker:
         except subprocess.TimeoutExpired:
             status = -signal.SIGALRM
         _end(process)
-        if status == -signal.SIGALRM:
-            reason = (
-                f"image must decode in {self._timeout_s:g} seconds, and takes longer. Replace it "
-                "or remove the row."
-            )
+        limits = {
+            -signal.SIGPROF: f"decode in {self._timeout_s:g} seconds of CPU time",
+            -signal.SIGALRM: f"be read and decoded in {self._wall_s:g} seconds",
+        }
+        if status in limits:
+            reason = f"image must {limits[status]}, and takes longer. Replace it or remove the row."
             return RefusedImage(where, reason, "timeout")
         how = f"ended the process that decoded it (status {status})"
         reason = f"image {how}. Replace it or remove the row."

@@ -27,22 +27,27 @@ from realign.data.perceptual_hash import perceptual_hash
 from realign.runtime.files import write_unsynced
 
 
-def serve(requests: BinaryIO, answers: BinaryIO, timeout_s: float, memory_bytes: int) -> None:
+def serve(
+    requests: BinaryIO, answers: BinaryIO, cpu_s: float, wall_s: float, memory_bytes: int
+) -> None:
     """Answer requests until there are no more.
 
     Args:
         requests: Stream of requests.
         answers: Stream of answers.
-        timeout_s: Longest time for one image, in seconds; then SIGALRM ends the process, also
+        cpu_s: Longest CPU time for one image, in seconds; then SIGPROF ends the process, also
             inside a decoder.
+        wall_s: Longest wall-clock time for one image, in seconds; then SIGALRM ends the process.
         memory_bytes: Limit of the address space, on systems that have one.
     """
     _limit_memory(memory_bytes)
     while line := requests.readline():
         request = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, timeout_s)
+        signal.setitimer(signal.ITIMER_PROF, cpu_s)
+        signal.setitimer(signal.ITIMER_REAL, wall_s)
         answer = _inspect(request, requests)
         signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
 
@@ -89,15 +94,22 @@ def _limit_memory(memory_bytes: int) -> None:
 
 
 if __name__ == "__main__":
-    # an alarm that was blocked or ignored where the parent was started would never come
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    # a signal that was blocked or ignored where the parent was started would never come
+    for limit in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(limit, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF, signal.SIGALRM})
     # Ctrl-C reaches the whole process group; the parent ends its workers itself
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Image.MAX_IMAGE_PIXELS = None  # decode_image checks the size of every image itself
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a decoder prints must not be mistaken for an answer
     try:
-        serve(sys.stdin.buffer, answers, float(sys.argv[1]), int(sys.argv[2]))
+        serve(
+            sys.stdin.buffer,
+            answers,
+            cpu_s=float(sys.argv[1]),
+            wall_s=float(sys.argv[2]),
+            memory_bytes=int(sys.argv[3]),
+        )
     except BrokenPipeError:  # the parent is gone
         os._exit(1)

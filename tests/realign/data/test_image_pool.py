@@ -77,11 +77,22 @@ def test_a_refusal_takes_the_place_of_the_facts(paths: list[Path], tmp_path: Pat
 
 def test_an_image_that_hangs_costs_itself_alone(paths: list[Path], tmp_path: Path) -> None:
     order = [paths[0], fifo(tmp_path), *paths[1:6]]
-    found = list(inspect_images(order, workers=1, timeout_s=2))
+    found = list(inspect_images(order, workers=1, timeout_s=0.5))
     assert isinstance(found[1], RefusedImage)
     assert found[1].code == "timeout"
-    assert "must decode in 2 seconds" in str(found[1])
+    assert "must be read and decoded in 5 seconds" in str(found[1])
     assert [found[0], *found[2:]] == [facts(path) for path in (paths[0], *paths[1:6])]
+
+
+def test_waiting_does_not_count_as_decoding(paths: list[Path], tmp_path: Path) -> None:
+    """An image that waits for a busy machine is not refused: limits count CPU time."""
+    pipe = fifo(tmp_path)
+    with ImagePool(1, timeout_s=0.5) as pool:
+        waiting = pool.submit(pipe, "a")
+        with pipe.open("wb") as file:  # opens as soon as the worker reads
+            time.sleep(1)
+            file.write(paths[0].read_bytes())
+        assert waiting.result() == facts(paths[0])
 
 
 def test_a_decoder_that_takes_too_long_is_stopped_inside(tmp_path: Path) -> None:
@@ -89,6 +100,7 @@ def test_a_decoder_that_takes_too_long_is_stopped_inside(tmp_path: Path) -> None
     (found,) = inspect_images([tmp_path / "large.png"], workers=1, timeout_s=0.02)
     assert isinstance(found, RefusedImage)
     assert found.code == "timeout"
+    assert "must decode in 0.02 seconds of CPU time" in str(found)
 
 
 def test_an_image_that_crashes_its_worker_costs_itself_alone(
@@ -200,7 +212,7 @@ from realign.data.image_pool import ImagePool
 
 with ImagePool(3, timeout_s=2) as pool:
     good, hangs = map(Path, sys.argv[1:])
-    # a busy machine may take so long that a worker ends, and starts anew with another image
+    # which worker takes an image is open, so images are sent until each has started
     while not all(worker._process for worker in pool._crew):
         pool.submit(good, "a").result()
     pids = [worker._process.pid for worker in pool._crew]
