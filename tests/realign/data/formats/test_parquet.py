@@ -24,7 +24,7 @@ def test_parquet_round_trip_keeps_everything(tmp_path: Path, records) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_numbers_of_meta_that_are_not_finite_are_null(tmp_path: Path, records) -> None:
+def test_non_finite_numbers_in_meta_become_null(tmp_path: Path, records) -> None:
     """Earlier versions wrote NaN, which is not valid JSON."""
     path = tmp_path / "dataset.parquet"
     write_parquet(records(1), path)
@@ -62,7 +62,7 @@ def test_columns_are_the_ones_trl_reads(tmp_path: Path, records) -> None:
     assert row["chosen"][0]["role"] == "assistant"
 
 
-def test_the_file_describes_its_columns_as_datasets_does(tmp_path: Path, records) -> None:
+def test_the_parquet_schema_equals_that_of_datasets(tmp_path: Path, records) -> None:
     """The file is written without ``datasets``, whose import takes longer than an export."""
     from datasets import Features, Image, List, Value
 
@@ -93,7 +93,7 @@ def grouped(tmp_path: Path, records) -> Path:
     return path
 
 
-def test_row_groups_change_nothing(grouped: Path, tmp_path: Path, records) -> None:
+def test_row_groups_do_not_change_the_rows(grouped: Path, tmp_path: Path, records) -> None:
     rows, read = records(12), read_parquet(grouped)
     assert list(read) == rows
     assert (read[-1], read[2:9:3], len(read)) == (rows[-1], rows[2:9:3], 12)
@@ -106,7 +106,7 @@ def test_row_groups_change_nothing(grouped: Path, tmp_path: Path, records) -> No
     assert stored[11]["images"][0].size == (96, 96)
 
 
-def test_a_row_is_read_with_its_group_alone(grouped: Path, monkeypatch) -> None:
+def test_reading_a_row_reads_only_its_row_group(grouped: Path, monkeypatch) -> None:
     groups = []
     read_row_group = pq.ParquetFile.read_row_group
 
@@ -140,7 +140,7 @@ def test_a_large_dataset_is_written_group_by_group(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_more_than_two_gib_of_images(tmp_path: Path) -> None:
+def test_more_than_two_gib_of_images_are_written_and_read(tmp_path: Path) -> None:
     raw = os.urandom(45_000_000)
     rows = (Record(str(i), (raw,), (), f"a{i}", "b") for i in range(52))
     write_parquet(rows, tmp_path / "d.parquet")
