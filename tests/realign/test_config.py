@@ -52,7 +52,7 @@ def test_values_of_nested_sections_are_set(tmp_path: Path) -> None:
         ("train.beta.x=1", "--set must not go below 'beta', which holds a value"),
     ],
 )
-def test_overrides_that_do_not_fit_are_refused(override: str, message: str) -> None:
+def test_invalid_overrides_are_refused(override: str, message: str) -> None:
     with pytest.raises(RefusedError, match=message):
         load_config(TrainConfig, None, ["train.beta=0.5", override], NEEDED)
 
@@ -110,11 +110,11 @@ def test_every_number_is_bounded_and_finite(path: str, has_fraction: bool) -> No
         ("eval.seed", 2**32, "less than 4294967296, got 4294967296"),
     ],
 )
-def test_numbers_out_of_range(path: str, value: float, said: str) -> None:
+def test_numbers_out_of_range_are_refused(path: str, value: float, said: str) -> None:
     assert refused(path, value) == f"{path}: Input should be {said}."
 
 
-def test_a_missing_option_says_how_to_give_it() -> None:
+def test_a_missing_required_option_is_refused_with_its_flag() -> None:
     with pytest.raises(RefusedError, match=r"train\.model is required\. Pass --model"):
         load_config(TrainConfig, None, [], {"data": Path("d"), "out": Path("o")})
 
@@ -134,7 +134,7 @@ def test_a_missing_option_says_how_to_give_it() -> None:
         ("train: {betta: 1}\n", "Did you mean 'beta'"),
     ],
 )
-def test_files_that_do_not_fit_are_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_configuration_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(RefusedError, match=message):
@@ -177,6 +177,6 @@ def test_options_that_would_be_ignored_are_refused(
         load_config(BuildConfig, path)
 
 
-def test_near_duplicates_are_what_the_perceptual_hash_calls_near() -> None:
+def test_the_near_duplicate_default_equals_that_of_the_perceptual_hash() -> None:
     """A number of its own, so that help need not load image libraries."""
     assert NEAR_DUPLICATE_BITS == NEAR_BITS

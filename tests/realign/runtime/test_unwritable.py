@@ -29,7 +29,7 @@ def _in_a_journal(path: Path) -> None:
 @pytest.mark.parametrize(
     "write", [lambda path: write_json(path, "a" * 100), _in_a_new_folder, _in_a_journal]
 )
-def test_the_error_names_the_file(tmp_path: Path, write: Callable[[Path], None]) -> None:
+def test_a_write_error_names_the_file(tmp_path: Path, write: Callable[[Path], None]) -> None:
     path = tmp_path / "a"
     with file_limit(50), pytest.raises(OSError, match="File too large") as caught:
         write(path)
@@ -37,7 +37,7 @@ def test_the_error_names_the_file(tmp_path: Path, write: Callable[[Path], None])
     assert caught.value.filename == str(path)
 
 
-def test_a_read_only_disk_is_named_by_the_file(tmp_path: Path, monkeypatch) -> None:
+def test_a_read_only_disk_is_refused_with_the_file_name(tmp_path: Path, monkeypatch) -> None:
     def refuse(path: Path, **options: bool) -> None:
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
@@ -47,7 +47,7 @@ def test_a_read_only_disk_is_named_by_the_file(tmp_path: Path, monkeypatch) -> N
     assert caught.value.filename == str(tmp_path / "a")
 
 
-def test_an_error_of_reading_keeps_its_file(tmp_path: Path) -> None:
+def test_a_read_error_keeps_its_file_name(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught, replacing(tmp_path / "a"):
         (tmp_path / "missing").read_bytes()
     assert caught.value.filename == str(tmp_path / "missing")
