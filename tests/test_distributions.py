@@ -123,7 +123,7 @@ def test_the_published_realign_requires_the_kernels_package(
 def test_published_wheels_work_without_the_source_tree(
     tmp_path: Path, kernels: list[Path], pipeline: Path
 ) -> None:
-    """Both wheels in a new environment, which sees the installed libraries and not the clone."""
+    """The new environment sees the installed libraries and the two wheels, but not the clone."""
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     python = environment / "bin" / "python"

@@ -14,7 +14,7 @@ BUILT = ("realign", "realign_kernels", "csrc")
 
 
 def test_wheels_hold_the_recipes() -> None:
-    """`realign init` reads them there."""
+    """`realign init` reads the recipes from the wheel."""
     for project in (ROOT, ROOT / "distributions" / "realign"):
         text = (project / "pyproject.toml").read_text(encoding="utf-8")
         packages = tomllib.loads(text)["tool"]["scikit-build"]["wheel"]["packages"]

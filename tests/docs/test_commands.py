@@ -84,7 +84,7 @@ def test_a_complete_command_is_accepted(command: Command, monkeypatch: pytest.Mo
 def test_commands_that_need_no_gpu_run_on_the_embedded_model(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each ``train``, as ``--dry-run``, and ``check``, on the embedded model and a few pairs."""
+    """Every ``train`` command (as ``--dry-run``) and ``check`` command runs on a few pairs."""
     write_parquet(make_records(4), tmp_path / "dataset.parquet")
     (tmp_path / "run.yaml").write_text("train: {}\n")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")

@@ -76,7 +76,7 @@ def run(function, sample, dtype=None):
 @pytest.mark.filterwarnings("ignore")  # of the chunked operator
 @pytest.mark.parametrize("sample", TAKEN.values(), ids=TAKEN)
 def test_accepted_sample_is_as_accurate_as_torch(sample):
-    """At most as far from float64 as torch's own result, or as one rounding to its dtype."""
+    """The error is at most that of torch's own result, or one rounding to its dtype."""
     exact = run(F.linear_cross_entropy, sample, torch.float64)
     own = run(F.linear_cross_entropy, sample)
     ours = run(linear_cross_entropy, sample)
@@ -90,7 +90,7 @@ def test_accepted_sample_is_as_accurate_as_torch(sample):
 
 @pytest.mark.parametrize("sample", REFUSED.values(), ids=REFUSED)
 def test_unsupported_sample_is_refused(sample):
-    """K outputs a class, or probabilities of classes."""
+    """A sample with several outputs per class, or with class probabilities, is not supported."""
     message = r"(linear_weight must have shape \(V, D\)|target must hold class indices), got .*Call"
     with pytest.raises(NotImplementedError, match=message):
         linear_cross_entropy(sample.input, *sample.args, **sample.kwargs)

@@ -276,7 +276,7 @@ def test_the_index_does_not_change_the_result(config: BuildConfig, tmp_path: Pat
 
 
 def test_a_row_with_another_image_changes_the_run_identity(config: BuildConfig) -> None:
-    """The set of images may stay the same."""
+    """The identity changes even if the set of images stays the same."""
     rows = [json.loads(line) for line in config.source.read_text().splitlines()]
     first, second, *_ = dict.fromkeys(row["image"] for row in rows)
     images = config.images
@@ -534,7 +534,7 @@ def test_a_dry_run_loads_the_model_for_a_few_rows_and_writes_nothing(
 def test_the_refusal_names_the_option_that_finds_the_images(
     config: BuildConfig, tmp_path: Path
 ) -> None:
-    """A source that names COCO's images as train2017 does, with the folder of train2014."""
+    """The source names images as in COCO train2017, and the folder is that of train2014."""
     folder = tmp_path / "train2014"
     folder.mkdir()
     for path in config.images.iterdir():

@@ -117,7 +117,7 @@ SCENES = int(os.environ.get("REALIGN_KILL_SCENES", "200"))
 
 @pytest.mark.slow
 def test_a_build_killed_many_times_gives_the_same_bytes(tmp_path: Path) -> None:
-    """kill -9 at random moments, workers included, until so many kills were survived."""
+    """The build is ended by kill -9 at random moments, workers included, many times."""
     world, killed, whole = tmp_path / "world", tmp_path / "killed", tmp_path / "whole"
     write_training_data(world, SCENES, seed=100)
     options = {"workers": 2, "batch_size": 32, "window": 32, "shard_size": 32}

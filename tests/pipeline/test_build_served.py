@@ -263,7 +263,7 @@ def test_a_finished_build_needs_no_server(config: BuildConfig, server: Server) -
 def test_rejected_answers_unrelated_to_the_chosen_ones_give_a_warning(
     config: BuildConfig, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The pages of the dataset say it too; a model that fills masks in gives no warning."""
+    """The dataset pages show the warning too; a model that fills masks gives none."""
     rows = [json.loads(line) for line in config.source.read_text().splitlines()] * 2
     lines = [json.dumps(row | {"id": str(number)}) for number, row in enumerate(rows)]
     config.source.write_text("\n".join(lines) + "\n")

@@ -175,7 +175,7 @@ class WithOneMore(TrainConfig):
 def test_a_field_of_a_section_is_a_flag_a_set_key_and_a_config_key(
     tmp_path: Path, model_dir: Path, monkeypatch
 ) -> None:
-    """Nothing but the section declares it."""
+    """Only the section declares the field."""
     from realign.training import run
 
     seen: list[WithOneMore] = []

@@ -126,7 +126,7 @@ def test_orpo_equals_its_formula() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of the libraries that TRL imports
 def test_the_losses_equal_those_of_trl(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL's own lines, fed with log-probabilities in place of a trained model's."""
+    """TRL's own code gets log-probabilities in place of a trained model's."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl import KTOTrainer
     from trl.experimental.cpo import CPOTrainer

@@ -50,7 +50,7 @@ def test_the_loss_of_the_own_loop_starts_at_its_known_value_and_falls(image_weig
 
 
 def test_the_own_loop_scores_the_answers_on_the_right_images() -> None:
-    """Against the model's own logits, and the texts of the pairs."""
+    """The expected values come from the logits of the model and the texts of the pairs."""
     loop = runpy.run_path(str(EXAMPLES / "own_loop.py"))
     pairs, num_pairs = loop["PAIRS"], len(loop["PAIRS"])
     processor = AutoProcessor.from_pretrained(loop["MODEL"])

@@ -178,5 +178,5 @@ def test_options_that_would_be_ignored_are_refused(
 
 
 def test_the_near_duplicate_default_equals_that_of_the_perceptual_hash() -> None:
-    """A number of its own, so that help need not load image libraries."""
+    """The default is a separate constant, so that help need not load image libraries."""
     assert NEAR_DUPLICATE_BITS == NEAR_BITS

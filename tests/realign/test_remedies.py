@@ -41,6 +41,6 @@ def template(node: ast.expr) -> str:
 
 @pytest.mark.parametrize(("file", "text"), list(refusals()))
 def test_every_refusal_states_a_remedy(file: str, text: str) -> None:
-    """Lines that were found one by one carry their own; of a single message, a sentence more."""
+    """A list of problems has a remedy per line, and a single message has one more sentence."""
     remedy = r"[.;]({value}|\s+\S.*[.}])$"
     assert text.startswith("{lines}") or "\n" in text or re.search(remedy, text), (file, text)

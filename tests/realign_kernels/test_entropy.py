@@ -124,7 +124,7 @@ def test_a_one_token_vocabulary_has_zero_entropy_and_gradient():
 
 
 def test_unused_statistics_add_no_backward_work(monkeypatch):
-    """A backward of the log-probabilities alone is the one of a call without statistics."""
+    """The backward of log-probabilities alone equals that of a call without statistics."""
     called = []
     for name in ("scale_slopes_op", "score_tokens_backward_op"):
         operator = getattr(operators, name)
@@ -198,7 +198,7 @@ def test_opcheck_of_the_backward(entropy, each_backend):
 
 @pytest.mark.parametrize("rows", [1, 3, 64, 65])
 def test_gradients_do_not_depend_on_other_rows(rows):
-    """A frozen head's, on a CPU: bitwise the same alone or in any batch."""
+    """Gradients of a frozen head on a CPU are bitwise equal alone and in any batch."""
     inputs = make_head_inputs(130, 67, 8, torch.float32)
 
     def gradient(hidden, labels):

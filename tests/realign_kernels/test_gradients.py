@@ -51,7 +51,7 @@ def test_gradcheck(head, transform):
     "start", [0, *(pytest.param(start, marks=pytest.mark.full) for start in range(20, 200, 20))]
 )
 def test_gradcheck_of_random_shapes(start):
-    """K01: 200 shapes, with every combination of what a head can have."""
+    """K01: the 200 shapes have every combination of head options."""
     for seed in range(start, start + 20):
         generator = seeded(seed)
         N, V, D = (int(torch.randint(1, 8, (), generator=generator)) for _ in range(3))

@@ -41,7 +41,7 @@ def slopes_and_scores(inputs, rows):
 
 
 def test_batch_size_and_position_do_not_matter(inputs):
-    """K25: alone, in a few, at another place of the batch, in another block."""
+    """K25: the rows are alone, few, at another place of the batch or in another block."""
     scores, grads = slopes_and_scores(inputs, slice(None))
     for rows in ([0], [N - 1], [5, 700], list(range(63)), list(range(500, 1030)),
                  list(range(N - 1, -1, -1))):  # fmt: skip

@@ -87,7 +87,7 @@ def test_any_num_scored_compiles_into_one_graph():
 
 
 def test_changing_temperature_beta_and_scaling_compile_into_one_graph():
-    """A schedule of temperatures or betas: traced as open numbers from the second value on."""
+    """A schedule of temperatures or betas is traced symbolically from its second value."""
     torch._dynamo.reset()
     hidden, weight = torch.randn(6, 2, 4), torch.randn(11, 4)
     factors = torch.randn(2, 4), torch.randn(11, 2)

@@ -83,7 +83,7 @@ def relative_error(actual, oracle):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.usefixtures("small_tiles")
 def test_gradients_are_no_worse_than_dense_float32(dtype, frozen):
-    """Within 1.2 times the error of dense autograd in float32, plus the rounding of the result."""
+    """The error is within 1.2 times that of dense float32 autograd plus one rounding."""
     inputs = make_head_inputs(40, 203, 24, dtype, bias=True, rank=3, ignored=0.2)
     upstream = torch.randn(40)
     leaves, exact, dense = (inputs.as_leaves(d) for d in (None, torch.float64, torch.float32))

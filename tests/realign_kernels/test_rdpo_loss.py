@@ -205,7 +205,7 @@ def test_a_batch_without_pairs_gives_zero_loss():
 
 
 def test_top_non_label_scoring_equals_values_by_hand():
-    """Three tokens, hidden states that are the logits; the best token that is not the label."""
+    """The hidden states are the logits of three tokens, and the best non-label is scored."""
     logits = [[5.0, 1.0, 0.0], [5.0, 1.0, 0.0], [2.0, 2.0, 2.0]]
     hidden_states = torch.tensor(logits)[:, None]
     labels = torch.tensor([[0], [0], [0]])

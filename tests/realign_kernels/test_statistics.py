@@ -64,7 +64,7 @@ def test_a_uniform_distribution_has_its_known_statistics():
 @pytest.mark.parametrize("label", [3, 17, 20, 36])
 @pytest.mark.usefixtures("small_tiles")
 def test_ties_go_to_the_lowest_id_across_tiles(label):
-    """Three equal maxima, one of them in another tile."""
+    """There are three equal maxima, one of them in another tile."""
     weight = torch.zeros(37, 1, dtype=torch.float64)
     weight[[3, 17, 20]] = 1.0
     stats = linear_logprob_stats(

@@ -123,7 +123,7 @@ def test_every_argument_is_checked_for_transforms():
 
 
 def test_a_parameter_captured_by_a_transformed_function_is_refused():
-    """A parameter that the transformed function closes over."""
+    """The transformed function closes over the parameter."""
     weight = torch.randn(V, D, requires_grad=True)
     hidden_states = torch.randn(6, 2, D)
 

@@ -95,7 +95,7 @@ def test_length_ratio_limits_can_be_configured() -> None:
 
 
 def test_checks_run_in_the_listed_order() -> None:
-    """A completion that fails every check, mended one by one."""
+    """A completion fails every check at first, and its faults are corrected one by one."""
     failing = [
         (Answer("", is_cut=True), 1.0),
         (Answer(""), 1.0),

@@ -180,7 +180,7 @@ def test_closing_the_iterator_does_not_wait_for_pending_images(
 
 
 def test_only_few_images_are_inspected_ahead(paths: list[Path]) -> None:
-    """A million paths are not a million results in memory: few are asked ahead of their use."""
+    """A million paths must not become a million results in memory."""
     seen: list[int] = []
 
     class Watched(list[Path]):

@@ -82,7 +82,7 @@ def test_logits_scaling_divides_or_multiplies_by_model_type(name: str, expected:
 @pytest.mark.parametrize("has_zeros", [False, True], ids=["meta", "zeros"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_logit_transform_is_found_without_loaded_weights(family: str, has_zeros: bool) -> None:
-    """Ranks hold such weights where the first rank reads the model for them."""
+    """Other ranks hold empty weights while the first rank reads the model for them."""
     types, options, expected = FAMILIES[family]
     model = tiny(*types, torch.bfloat16, **options).to("meta")
     if has_zeros:

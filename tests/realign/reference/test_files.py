@@ -539,7 +539,7 @@ def test_row_order_filtering_and_repetition_do_not_change_values(
 def test_a_cache_of_a_million_rows_is_written_and_read_in_bounded_time(
     tmp_path: Path, synthetic, capsys
 ) -> None:
-    """Prints what docs/guides/cache.md says; the bounds are four times what one old core needs."""
+    """It prints the numbers of docs/guides/cache.md; one old core needs a quarter of the bounds."""
     from realign.reference.reference import CacheReference
     from realign.reference.shards import Rows
     from realign.reference.store import read_committed

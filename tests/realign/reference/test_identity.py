@@ -205,7 +205,7 @@ def test_the_most_similar_of_several_caches_is_named(tmp_path: Path, model_dir, 
 def test_options_that_change_no_value_reuse_the_cache(
     tmp_path: Path, model_dir, records, monkeypatch
 ) -> None:
-    """Learning rate, beta, batch sizes, seed, epochs, folders, workers, logging."""
+    """These options are rates, batch sizes, seeds, epochs, folders, workers and logging."""
     data, root = tmp_path / "data.parquet", tmp_path / "cache"
     write_parquet(records(4), data)
     options = {"model": str(model_dir), "data": data, "out": root}

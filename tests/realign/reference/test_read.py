@@ -91,7 +91,7 @@ def test_a_later_build_adds_rows_and_keeps_old_ones(tmp_path: Path, model_dir, r
 
 
 def test_a_replaced_image_file_makes_its_row_missing(tmp_path: Path, model_dir, records) -> None:
-    """Same name, same size, same time."""
+    """The new file has the same name, size and time."""
     folder = tmp_path / "images"
     folder.mkdir()
     row = records(1)[0]

@@ -196,7 +196,7 @@ def test_colours_differ_for_every_kind_of_colour_vision(blindness: str) -> None:
     ],
 )
 def test_legends_are_below_the_axis_label(name: str, label: str, series: list[str]) -> None:
-    """There they cover no data, and matplotlib searches no place, which takes long for much."""
+    """Below the plot they cover no data, and matplotlib does not search for a free place."""
     heights: dict[str, float] = {}
     for style, text in re.findall(r"<text([^>]*)>([^<]+)</text>", without_style(PLOTS[name])):
         rotated = re.search(r"translate\([\d.]+ ([\d.]+)\)", style)

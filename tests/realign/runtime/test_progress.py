@@ -53,7 +53,7 @@ def test_a_failed_run_prints_no_last_line(capsys: pytest.CaptureFixture[str]) ->
 def test_a_note_after_the_last_count_is_printed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loss comes so late: it is logged when the step has been counted."""
+    """A loss arrives after its step has been counted."""
     monkeypatch.setattr(progress, "LINE_INTERVAL_SECONDS", -1)  # every count has a line
     with Progress("train", 1) as running:
         running.advance()

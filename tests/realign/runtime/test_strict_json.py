@@ -111,7 +111,7 @@ def test_a_line_that_is_too_long_is_refused_with_its_length(tmp_path: Path) -> N
 
 
 def test_lines_are_read_one_at_a_time(tmp_path: Path) -> None:
-    """200 MB of lines in the memory of few, one of them without an end."""
+    """Lines of 200 MB, of which one has 150 MB, are read in less than 8 MB of memory."""
     line = b'{"text": "' + b"x" * 100_000 + b'"}\n'
     with (tmp_path / "a.jsonl").open("wb") as file:
         file.writelines([line] * 500)

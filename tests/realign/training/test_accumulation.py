@@ -79,7 +79,7 @@ def test_an_uneven_last_micro_batch_is_weighted_by_its_pairs(
 
 
 def test_every_step_averages_over_its_own_pairs(tmp_path: Path) -> None:
-    """13 pairs in steps of eight and five, of which the last micro-batch has one."""
+    """The 13 pairs make steps of eight and five, and the last micro-batch has one pair."""
     write_pairs(tmp_path, 13)
     parts = run(tmp_path, "parts", per_device_train_batch_size=2, gradient_accumulation_steps=4)
     whole = run(tmp_path, "whole", per_device_train_batch_size=8)

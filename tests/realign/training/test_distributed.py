@@ -191,7 +191,7 @@ def test_a_rank_without_pairs_takes_part_with_zero_weight(two_ranks: Path) -> No
 
 
 def test_sharded_weights_are_saved_as_unsharded_ones(two_ranks: Path, alone) -> None:
-    """The names, the tied weight once, the class in the configuration, and the values."""
+    """Names, values and the configured class are equal, and the tied weight is saved once."""
     alone("full").trainer.save_model(str(two_ranks / "one"))
     whole, expected = (
         load_file(two_ranks / name / "model.safetensors") for name in ("whole", "one")
@@ -219,7 +219,7 @@ def test_a_sharded_adapter_is_saved_without_its_base(two_ranks: Path, alone) -> 
 def test_a_distributed_run_resumes_from_its_checkpoint(
     two_ranks: Path, whole: str, resumed: str
 ) -> None:
-    """Equal to the bit."""
+    """The weights are equal to the bit."""
     before, after = Seen(two_ranks, whole, 2), Seen(two_ranks, resumed, 2)
     after.check_ranks_agree()
     assert all(torch.equal(before.weights[0][n], w) for n, w in after.weights[0].items())

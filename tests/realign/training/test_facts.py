@@ -103,7 +103,7 @@ def test_a_resumed_run_reads_folder_images_again_without_checking_rows(found, da
 def test_a_replaced_image_invalidates_its_check_and_cache_entry(
     tmp_path: Path, model_dir, records
 ) -> None:
-    """Same name, same size, same time, in the folder of a run that was killed."""
+    """The new file has the same name, size and time, in the folder of a killed run."""
     options = datasets_of(tmp_path, records(4))["folder"]
     place = cache(CacheConfig(model=str(model_dir), **options, out=tmp_path / "cache"))
     run = {"model": str(model_dir), **options, "cache": place, "batch_size": 4}

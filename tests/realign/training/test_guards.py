@@ -262,7 +262,7 @@ def test_the_first_loss_is_checked_for_every_objective(name) -> None:
 
 
 def test_a_first_loss_inconsistent_with_its_margins_is_detected() -> None:
-    """Scaled or put together wrongly: the margins are 0."""
+    """The loss is scaled or composed wrongly although the margins are 0."""
     objective = Objective.rdpo()
     ref = torch.full((3, 2), -5.0)
     good = output_of(ref, ref, torch.ones(3, 2).long(), objective)

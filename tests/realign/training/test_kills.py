@@ -62,7 +62,7 @@ def test_a_run_ended_by_kill_9_resumes_exactly(tmp_path: Path, records, model_di
 def test_runs_killed_at_many_moments_resume_exactly(
     tmp_path: Path, records, model_dir: Path, save_steps
 ) -> None:
-    """REALIGN_KILLS=100 for the full count."""
+    """REALIGN_KILLS=100 gives the full count."""
     count = int(os.environ.get("REALIGN_KILLS", "20"))
     options = {"save_steps": save_steps}
     stop_runs(tmp_path, records, model_dir, count=count, signal="SIGKILL", seed=1, options=options)
@@ -72,7 +72,7 @@ def test_runs_killed_at_many_moments_resume_exactly(
 def test_runs_terminated_at_many_moments_resume_exactly(
     tmp_path: Path, records, model_dir: Path
 ) -> None:
-    """Nothing is saved but when it is asked to end, mostly in the middle of an accumulation."""
+    """Checkpoints are saved only on SIGTERM, mostly in the middle of an accumulation."""
     count = int(os.environ.get("REALIGN_KILLS", "20")) // 2
     options = {"save_steps": 4, "pairs_per_step": 4, "batch_size": 1}
     result = stop_runs(

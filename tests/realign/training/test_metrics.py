@@ -99,7 +99,7 @@ def test_metrics_of_a_run_that_never_logs_do_not_grow() -> None:
 
 @pytest.mark.parametrize("objective", [Objective.dpo(0.1), RDPO, Objective.symmetric(0.1, 0.1, 1)])
 def test_metric_names_depend_only_on_the_objective(objective: Objective) -> None:
-    """Ranks add them up by their place."""
+    """Ranks add metrics up by their position."""
     cells = objective.num_cells
 
     def of(images: bool) -> RdpoOutput:

@@ -267,7 +267,7 @@ def test_at_least_two_checkpoints_are_kept(
 def test_images_are_augmented_differently_in_every_epoch(
     records, model_dir, tmp_path, reference
 ) -> None:
-    """Or the runs above would prove nothing of random changes."""
+    """Otherwise the runs above would not test random augmentation."""
     rows = records(12)
     changed = FlippedImages(rows)
     by_epoch = []

@@ -294,7 +294,7 @@ def test_a_model_without_weights_does_not_claim_the_folder(tmp_path: Path, model
 def test_log_lines_that_span_a_checkpoint_are_equal_after_a_resume(
     tmp_path: Path, model_dir, data, monkeypatch
 ) -> None:
-    """Saved at step 4, stopped in step 5, logged at steps 3 and 6."""
+    """The run saves at step 4, stops in step 5 and logs at steps 3 and 6."""
     options = {"save_steps": 4, "logging_steps": 3, "epochs": 3, "learning_rate": 3e-4}
     train(config(model_dir, data, tmp_path / "whole", **options))
     compute_loss = RDPOTrainer.compute_loss
@@ -316,7 +316,7 @@ def test_log_lines_that_span_a_checkpoint_are_equal_after_a_resume(
 def test_image_metrics_are_means_over_pairs_with_a_retrieved_image(
     tmp_path: Path, model_dir, records, monkeypatch
 ) -> None:
-    """Half of the pairs have none: neither zeros in the means nor lines without a number."""
+    """Half of the pairs have no retrieved image and must not enter the means as zeros."""
     rows = records(4)
     text_only = [dataclasses.replace(row, rejected_images=()) for row in rows[2:]]
     names = ("logps/image_rejected", "rewards/image_margins", "rewards/image_accuracies")

@@ -70,7 +70,7 @@ def test_bfloat16_products_equal_float64_sums(rows, columns, terms):
 @pytest.mark.parametrize("is_scaled", [False, True], ids=["by_weight", "by_hidden"])
 @pytest.mark.parametrize("adds", [False, True])
 def test_exponential_products_equal_float64_sums(rows, columns, terms, is_scaled, adds):
-    """Rounded to bfloat16 but where they are large, which is a matter of each row of them."""
+    """Exponentials are rounded to bfloat16 except where they are large for their row."""
     shape = (terms, rows) if is_scaled else (rows, terms)
     exponentials, b = (3 * normal(*shape)).exp(), normal(terms, columns, seed=1).bfloat16()
     exponentials[:, ::3] = 0

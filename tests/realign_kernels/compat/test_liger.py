@@ -160,7 +160,7 @@ def test_bias_and_ignore_index_equal_the_dense_formula(ignore_index, bias):
 
 @pytest.mark.parametrize("average", [False, True], ids=["sum", "average"])
 def test_known_reference_logps_replace_the_reference_head(average):
-    """Log-probabilities in place of the model, as the entry itself returns them; or none at all."""
+    """The reference is given by log-probabilities instead of a head, or is absent."""
     policy, reference, labels = make_tensors()
     options = {"beta": 0.3, "average_log_prob": average}
     _, (chosen, rejected, *_) = liger_fused_linear_dpo(

@@ -34,7 +34,7 @@ def tile_bytes(dtype, workspace_bytes=WORKSPACE_BYTES):
 
 @pytest.mark.parametrize("hidden_size", [2048, 4096, 8192])
 def test_a_gpu_uses_full_tiles_where_the_head_is_not_copied(hidden_size):
-    """A frozen head in half precision: logits and exponentials alone are scratch."""
+    """Only logits and exponentials are scratch for a frozen head in half precision."""
     arguments = (TileShape(4096, 8192), hidden_size, 0, (4, 2, 2), WORKSPACE_BYTES)
     frozen = tile_shape(*arguments, temporaries=0, casts_head=False, sums_head_gradient=False)
     assert frozen == (4096, 8192)
@@ -124,7 +124,7 @@ def test_trainable_head_memory_equals_the_documented_peak(dtype, memory):
 
 
 def test_the_tiles_of_the_loss_bound_the_stash(monkeypatch):
-    """Rows of the vocabulary for one group of pairs, however large the batch is."""
+    """The stash holds the rows of one group of pairs, for any size of the batch."""
     monkeypatch.setattr("realign_kernels.ops.pair_tiles._ROWS_PER_TILE", 128)
     leaves = make_head_inputs(N, V, D, torch.float32).as_leaves()
     hidden_states = leaves.hidden_states.view(32, 32, D)[:30]
@@ -172,7 +172,7 @@ def test_a_smaller_workspace_is_kept_with_low_rank_factors(dtype, with_gradient)
 
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_ignored_rows_take_no_memory(with_gradient):
-    """Only their results and gradients remain, which are zeros."""
+    """Only the results and gradients of ignored rows take memory, and they are zeros."""
     inputs = make_head_inputs(N, V, D, torch.float32)
     inputs.labels[5:] = -100
     inputs.hidden_states.requires_grad_(with_gradient)

@@ -332,7 +332,7 @@ def test_gradients_through_loss_and_logps_are_rounded_once(memory):
 @pytest.mark.parametrize("memory", ["auto", "stash", "tile"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 def test_a_batch_of_ignored_tokens_without_pairs_gives_zero_gradients(frozen, memory):
-    """A rank whose share of a batch is empty."""
+    """Such a batch occurs on a rank whose share is empty."""
     hidden = torch.randn(4, 8, requires_grad=True)
     weight = torch.randn(20, 8, requires_grad=not frozen)
     loss = rdpo_loss(
@@ -383,7 +383,7 @@ def test_a_label_out_of_range_gives_nan_without_checks(scoring, monkeypatch):
 
 
 def test_saved_tensors_may_be_returned_with_other_strides():
-    """Offloading hooks hand back the values, not always the strides."""
+    """Offloading hooks return the values, but not always the strides."""
     inputs = make_head_inputs(9, 23, 4)
     results = []
     for is_moved in (False, True):

@@ -333,7 +333,7 @@ def by_model(retries: int, level="segment") -> MaskRules:
 
 
 def test_masks_name_the_model_the_retry_or_the_rule_that_made_them() -> None:
-    """Every way a mask can come about, once."""
+    """Each row covers one way in which a mask can be made."""
     model = Replying(
         first=["A red [MASK]."],
         second=["One red [MASK].", "A [MASK] house."],

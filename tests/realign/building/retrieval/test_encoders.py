@@ -156,7 +156,7 @@ def scenes(folder: Path, count: int) -> list[Path]:
 
 
 def test_demo_model_embeddings_equal_a_computation_by_hand(model_dir: Path, tmp_path: Path) -> None:
-    """Vision tower and projector, mean over image tokens, length 1."""
+    """An embedding is the normalized mean of the projected image tokens."""
     model, processor = load_model(model_dir, torch.float32), load_processor(model_dir)
     encoder = VisionPathEncoder(model, processor)
     paths = scenes(tmp_path, 5)

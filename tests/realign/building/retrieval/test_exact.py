@@ -88,7 +88,7 @@ def test_cosines_are_bitwise_equal_for_any_block_and_thread_count() -> None:
 
 
 def test_rows_that_differ_below_float32_are_ordered_correctly() -> None:
-    """Among near equals the product's rounding decides nothing: a thousand rows within 1e-7."""
+    """A thousand rows differ by 1e-7, and the rounding of the product does not order them."""
     generator = torch.Generator().manual_seed(0)
     center = unit(1, 256)
     embeddings = center + 1e-7 * torch.randn(1000, 256, generator=generator)
@@ -147,7 +147,7 @@ def test_search_with_and_without_onednn_gives_equal_results(
 def test_skipped_images_and_images_above_the_bound_are_not_returned(
     images: int, most: float | None, precision: str
 ) -> None:
-    """Bits are those of a search among the others; the bound cuts exactly, through equals too."""
+    """Results equal those of a search among the remaining images, bit by bit."""
     embeddings, asked = unit(images, 24), unit(11, 24, seed=1)
     embeddings[images // 2 :] = embeddings[: images - images // 2].clone()
     generator = torch.Generator().manual_seed(2)

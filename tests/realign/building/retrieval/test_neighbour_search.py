@@ -127,7 +127,7 @@ def test_one_image_has_no_neighbour() -> None:
 
 
 def test_an_exhausted_candidate_list_searches_the_corpus_again() -> None:
-    """The 400 nearest are one picture; the eleventh other stands behind them all."""
+    """The 400 nearest images are one picture, and the eleventh other image is beyond them."""
     depths = []
 
     class Asked(ExactIndex):

@@ -266,7 +266,7 @@ FILES = {"ms-swift": "data.jsonl", "llamafactory": "data.json", "official": "pre
 
 @pytest.mark.parametrize("to", ["ms-swift", "llamafactory"])
 def test_image_and_answer_pairs_are_exported_in_one_row(to: str, tmp_path: Path, records) -> None:
-    """For the examples of these trainers, which make three sequences of a row."""
+    """The examples of these trainers make three sequences of one row."""
     one, two, three = records(3)
     alone = dataclasses.replace(two, id="alone", rejected_images=())
     write_parquet([one, alone, three], tmp_path / "d.parquet")

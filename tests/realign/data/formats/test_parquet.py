@@ -123,7 +123,7 @@ def test_reading_a_row_reads_only_its_row_group(grouped: Path, monkeypatch) -> N
 
 
 def test_a_large_dataset_is_written_group_by_group(tmp_path: Path) -> None:
-    """Memory is that of a group, though the rows together have 200 MB."""
+    """The memory stays that of one row group, although the rows together have 200 MB."""
     raw = os.urandom(1_000_000)
     rows = (Record(str(i), (raw + b"%d" % i,), (), "a", "b") for i in range(200))
     # a pool of its own: the default one has seen the peaks of earlier tests

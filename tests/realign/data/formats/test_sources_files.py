@@ -135,7 +135,7 @@ def test_missing_and_empty_files_are_refused(tmp_path: Path, images: Path) -> No
 def test_damaged_files_give_problems_or_refusals_and_no_other_error(
     tmp_path_factory, data: Any
 ) -> None:
-    """Cut, overwritten or doubled bytes: read, reported or refused, never another error."""
+    """Truncated, overwritten or doubled bytes are read, reported or refused."""
     folder = tmp_path_factory.getbasetemp()
     (folder / "a.jpg").write_bytes(b"")
     row = '{"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>Q"}]}'

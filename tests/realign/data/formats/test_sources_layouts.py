@@ -137,7 +137,7 @@ def test_an_image_pair_of_ms_swift_becomes_no_answer_pair(is_first: bool, read) 
 
 @pytest.mark.parametrize("is_text", [False, True])
 def test_a_prompt_repeated_in_both_conversations_is_read_once(is_text: bool, read) -> None:
-    """TRL's implicit prompt, as parts or as texts."""
+    """TRL's implicit prompt is given as parts or as texts."""
     asked = user(f"<image>{QUESTION}") if is_text else parts("user", QUESTION, images=1)
     row: dict[str, Any] = {"images": ["a.jpg"]}
     for name, text in PAIR.items():

@@ -93,7 +93,7 @@ def test_an_unknown_value_of_turns_is_refused(read) -> None:
 
 
 def test_the_image_name_option_maps_to_names_of_another_release(read, images) -> None:
-    """LLaVA-Instruct says NAME, COCO's train2014 folder has COCO_train2014_NAME."""
+    """LLaVA-Instruct names NAME, and the folder of COCO train2014 has COCO_train2014_NAME."""
     (images / "a.jpg").rename(images / "COCO_train2014_a.jpg")
     assert [problem.code for problem in read([LONG]).problems] == ["missing"]
     (found,) = read([LONG], image_name="COCO_train2014_{name}").rows

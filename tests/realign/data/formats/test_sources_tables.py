@@ -140,7 +140,7 @@ def test_paths_of_a_table_lie_under_the_image_folder(tmp_path: Path, images: Pat
 
 
 def test_the_columns_of_rlaif_v_formatted_are_read(tmp_path: Path, images: Path) -> None:
-    """Parts contents and a list of images, as HuggingFaceH4/rlaif-v_formatted has them."""
+    """HuggingFaceH4/rlaif-v_formatted has contents in parts and a list of images."""
     part = {"text": Value("string"), "type": Value("string")}
     message = {"content": List(part), "role": Value("string")}
     features = Features(
@@ -199,7 +199,7 @@ def test_embedded_bytes_that_are_not_an_image_are_reported(
 
 
 def test_a_table_is_read_one_row_group_at_a_time(tmp_path: Path) -> None:
-    """Though the images together have 200 MB."""
+    """The memory stays small although the images together have 200 MB."""
     raw = b"\xff\xd8\xff" + os.urandom(1_000_000)
     schema = pa.schema({"image": pa.binary(), "prompt": pa.string(), "answer": pa.string()})
     with pq.ParquetWriter(tmp_path / "t.parquet", schema, use_dictionary=False) as writer:

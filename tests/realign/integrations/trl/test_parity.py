@@ -150,7 +150,7 @@ def test_separate_rows_read_as_many_tokens_as_stock_dpo_and_shared_rows_fewer(
 def test_native_and_own_paths_agree_on_four_cells_and_other_weights(
     tmp_path: Path, objective: Objective
 ) -> None:
-    """No trainer of TRL has these: two computations of one number stand for the truth."""
+    """No trainer of TRL has these options, so the two paths are compared with each other."""
     native = step(ours(tmp_path, data_path="native", objective=objective))
     for shared_prefix in (True, False):
         own = step(ours(tmp_path, objective=objective, shared_prefix=shared_prefix))

@@ -171,7 +171,7 @@ def test_int32_targets_and_inference_mode_are_accepted():
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 def test_the_patch_takes_less_memory_than_trls_function(frozen):
-    """At the size of chunks that TRL passes: what fits without the patch fits with it."""
+    """The size is that of TRL's chunks: a batch that fits without the patch fits with it."""
     inputs = make_head_inputs(512, 8_000, 32, torch.float32).as_leaves()
     inputs.lm_head_weight.requires_grad_(not frozen)
     leaves = [tensor for tensor in inputs.tensors if tensor.requires_grad]
@@ -230,7 +230,7 @@ def other_class(tensor: Tensor) -> Tensor:
     ],
 )  # fmt: skip
 def test_unsupported_inputs_are_passed_on_to_trls_function(options, change):
-    """Each of these works without the patch, and so it does with it: with the same numbers."""
+    """Each input gives the same numbers with the patch as without it."""
     inputs = make_head_inputs(17, 61, 8, torch.float32, **options)
     if change is not None:
         hidden, weight, labels = change(*inputs.tensors, inputs.labels)
@@ -244,7 +244,7 @@ def test_unsupported_inputs_are_passed_on_to_trls_function(options, change):
 
 
 def test_unsupported_devices_are_passed_on_to_trls_function():
-    """The meta device is such a one; TRL's function fails there, with or without the patch."""
+    """TRL's function fails on the meta device, with and without the patch."""
     inputs = make_head_inputs(17, 61, 8, torch.float32)
     inputs = HeadInputs(*(part.to("meta") for part in (*inputs.tensors, inputs.labels)), {})
     with pytest.raises(RuntimeError, match="unknown device type for autocast"):

@@ -61,7 +61,7 @@ def test_compact_scoring_applies_on_cpu_when_requested():
 
 
 def test_every_reference_to_the_function_in_trl_is_patched():
-    """A new one would escape the patch where it has bound the function before."""
+    """A new reference that is bound before the patch would not be replaced by it."""
     assert files_of_trl("ChunkedLogProbFunction") == {
         "kernels/__init__.py",
         "kernels/chunked_logprob.py",
@@ -74,7 +74,7 @@ def test_every_reference_to_the_function_in_trl_is_patched():
 
 
 def test_a_reference_kept_after_the_patch_calls_trls_function():
-    """A module that imported it meanwhile has such a reference."""
+    """A module that imported the function during the patch has such a reference."""
     inputs = make_head_inputs(5, 61, 8, torch.float32)
     with patch_trl() as patch:
         kept = utils._ChunkedLogProbFunction
@@ -110,7 +110,7 @@ def test_a_function_with_other_arguments_is_refused(monkeypatch, function, got):
 
 
 def test_a_trl_version_without_compact_positions_is_patched(monkeypatch):
-    """TRL 1.15 has no other way than to score answers alone."""
+    """TRL 1.15 always scores the answers only."""
     inputs = make_head_inputs(5, 61, 8, torch.float32)
     with monkeypatch.context() as changed:
         changed.delattr(utils, "_use_triton")

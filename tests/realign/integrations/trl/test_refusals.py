@@ -143,7 +143,7 @@ def test_a_dataset_without_retrieved_images_is_refused(
 
 @pytest.mark.parametrize("data_path", ["own", "native"])
 def test_a_dataset_without_images_is_refused(tmp_path: Path, data_path: str) -> None:
-    """TRL takes it for text, and would change its answers."""
+    """TRL would treat such a dataset as text and change its answers."""
     dataset = pairs(4).remove_columns("images")
     options = {"data_path": data_path, "train_dataset": dataset, "objective": Objective.dpo()}
     with pytest.raises(RefusedError, match="train_dataset must have the column images, the image"):

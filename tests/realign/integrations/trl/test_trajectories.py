@@ -72,7 +72,7 @@ def test_fifty_steps_of_rdpo_follow_stock_dpo_of_both_pairs(tmp_path: Path) -> N
 def test_adapter_training_with_accumulation_and_evaluation_follows_stock_dpo(
     tmp_path: Path, is_text: bool
 ) -> None:
-    """Adapters off are the reference: nothing of ours knows which rows there are."""
+    """The model with disabled adapters is the reference, so no rows are known in advance."""
     lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "exclude_modules": ["lm_head"]}
     options = {
         "train_dataset": pairs(PAIRS, 3),

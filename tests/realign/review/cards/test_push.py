@@ -81,7 +81,7 @@ def test_a_dry_run_lists_the_files_and_sends_no_request(ready: Path, hub: Hub) -
 def test_the_push_command_is_configured_by_its_environment(
     ready: Path, hub: Hub, tmp_path: Path
 ) -> None:
-    """A process of its own, in which any warning is an error."""
+    """The command runs in its own process, where every warning is an error."""
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
         "HF_ENDPOINT": hub.url,

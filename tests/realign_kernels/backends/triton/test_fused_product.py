@@ -146,7 +146,7 @@ def test_columns_of_minus_infinity_add_nothing(mode, dtype):
 
 
 def test_blocks_of_bfloat16_have_one_size(monkeypatch):
-    """The interpreter computes them in float32, whose blocks would be more."""
+    """The interpreter computes in float32, which would have more blocks."""
     monkeypatch.setattr(
         launches, "product_launch",
         lambda dtype, _, **__: launches.ProductLaunch(16, 16 * (4 // dtype.itemsize), 16, 1, 1),

@@ -166,7 +166,7 @@ def test_a_bias_of_any_layout_is_read(layout):
 
 
 def test_saved_positions_of_another_layout_are_read():
-    """Hooks on saved tensors may hand them back so."""
+    """Hooks on saved tensors may return them in another layout."""
     plain, other = (make_head_inputs(6, 11, 5, ignored=0.4).as_leaves() for _ in range(2))
     plain.call(linear_logprob, backend="triton", memory="recompute").sum().backward()
 

@@ -104,7 +104,7 @@ def test_combine_rescales_a_stash(V, dtype, rounding):
 
 
 def test_combine_does_not_touch_rows_without_a_token():
-    """A row of scale 1 without a token is not even read: NaN stays the NaN that it is."""
+    """A row of scale 1 without a token is not read, so that its NaN keeps its bits."""
     accumulator = torch.full((2, 5), float("nan"))
     bits = accumulator.view(torch.int32).clone().fill_(0x7FC12345)
     accumulator = bits.view(torch.float32).clone()
