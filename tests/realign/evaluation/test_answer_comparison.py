@@ -187,6 +187,17 @@ def test_the_command_prints_a_table_or_json(data: Path) -> None:
     assert "except for counts" in run(data, files[0], "--metric", "tp")
 
 
+def test_letters_that_the_terminal_lacks_end_no_command(data: Path) -> None:
+    command = ["eval", "compare", "--benchmark", "pope", "--data", str(data), "--bootstrap", "9"]
+    command += [f"--answers=größer={answer(data, 'base', {1})}"]
+    printed = CliRunner(charset="ascii").invoke(app, command)
+    assert printed.exit_code == 0, printed.exception
+    assert "gr\\xf6\\xdfer" in printed.stdout
+    printed = CliRunner(charset="ascii").invoke(app, [*command, "--json"])
+    assert printed.exit_code == 0, printed.exception
+    assert "größer" in json.loads(printed.stdout)["models"]
+
+
 def test_the_command_refuses_in_one_line(data: Path) -> None:
     options = ["--benchmark", "pope", "--data", str(data), "--answers", "base"]
     result = CliRunner().invoke(app, ["eval", "compare", *options])

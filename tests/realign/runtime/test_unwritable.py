@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from realign.cli import app
+from realign.errors import RefusedError
 from realign.generation.journal import Journal
 from realign.runtime.files import new_folder, replacing, write_json
 from tests.realign.conftest import file_limit
@@ -59,4 +61,35 @@ def test_a_command_ends_without_a_traceback(tmp_path: Path) -> None:
         result = CliRunner().invoke(app, ["init", "paper", "--out", str(out)])
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith(f"realign: {out} could not be written (EFBIG: File too large).")
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOTDIR, errno.ENAMETOOLONG])
+def test_a_path_that_cannot_be_opened_ends_a_command_without_a_traceback(
+    tmp_path: Path, monkeypatch, number: int
+) -> None:
+    out = tmp_path / "recipe.yaml"
+
+    def refuse(path: Path, *args: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "write_text", refuse)  # root may write everywhere
+    result = CliRunner().invoke(app, ["init", "paper", "--out", str(out)])
+    assert result.exit_code == 2, result.output
+    reason = f"{errno.errorcode[number]}: {os.strerror(number)}"
+    assert f"{out} must be a path that can be opened, got {reason}. Correct" in result.stderr
+
+
+def test_a_new_folder_takes_the_place_that_a_link_names(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    _in_a_new_folder(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert {path.name for path in (tmp_path / "empty").iterdir()} == {"small.json", "large.txt"}
+
+
+def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RefusedError, match="must be a new folder, got the current one"):
+        _in_a_new_folder(Path())
     assert [*tmp_path.iterdir()] == []

@@ -154,6 +154,9 @@ def test_a_file_that_is_not_parquet_or_lacks_columns_is_refused(tmp_path: Path) 
     (tmp_path / "junk.parquet").write_text("junk")
     with pytest.raises(RefusedError, match=r"junk\.parquet must be a parquet file"):
         read_parquet(tmp_path / "junk.parquet")
+    (tmp_path / "folder.parquet").mkdir()  # the system's error, as for a file without permission
+    with pytest.raises(RefusedError, match=r"folder\.parquet must be a parquet file"):
+        read_parquet(tmp_path / "folder.parquet")
     Dataset.from_dict({"images": [[]]}).to_parquet(tmp_path / "some.parquet")
     with pytest.raises(RefusedError, match=r"lacks \['prompt', 'chosen', 'rejected'\]"):
         read_parquet(tmp_path / "some.parquet")
