@@ -94,7 +94,7 @@ def eval_score(
     if as_json:
         from realign.runtime.files import json_text
 
-        typer.echo(json_text(scores, indent=1))
+        typer.echo(json_text(scores, indent=1, ensure_ascii=True))
         return
     from rich import print as rich_print
 
@@ -157,7 +157,7 @@ def eval_compare(
     if as_json:
         from realign.runtime.files import json_text
 
-        typer.echo(json_text(scores, indent=1))
+        typer.echo(json_text(scores, indent=1, ensure_ascii=True))
         return
     from rich import print as rich_print
 

@@ -37,7 +37,7 @@ def test_a_trained_head_launches_few_kernels(name):
     assert (found.products, found.epilogues) == (3, 1)
 
 
-def test_what_launches_is_counted():
+def test_the_counter_counts_operators_that_launch_kernels():
     x, index = torch.ones(3), torch.tensor([0, 2])
 
     def call():

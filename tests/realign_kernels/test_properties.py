@@ -133,7 +133,7 @@ def test_padding_rows_changes_nothing(inputs, num_padding):
 
 @PROPERTY
 @given(calls())
-def test_statistics_are_consistent(inputs):
+def test_statistics_satisfy_their_inequalities(inputs):
     stats = inputs.call(linear_logprob_stats)
     is_scored = inputs.labels != -100
     V = len(inputs.lm_head_weight)
