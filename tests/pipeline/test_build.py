@@ -324,7 +324,7 @@ def test_a_damaged_dataset_is_written_again(config: BuildConfig) -> None:
 def test_an_output_inside_the_source_folder_is_refused(config: BuildConfig, out: str) -> None:
     source = config.images  # any folder; every file below it would be a part of the source
     before = files(source)
-    with pytest.raises(RefusedError, match="out must lie outside the source folder .*images, all"):
+    with pytest.raises(RefusedError, match=r"out must lie outside the source folder .*images, all"):
         build(config.model_copy(update={"source": source, "out": source / out}))
     assert files(source) == before
 
