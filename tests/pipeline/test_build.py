@@ -312,6 +312,23 @@ def test_a_build_without_its_funnel_is_unfinished(config: BuildConfig) -> None:
     assert files(config.out) == whole
 
 
+def test_a_damaged_dataset_is_written_again(config: BuildConfig) -> None:
+    dataset = build(config)
+    whole = dataset.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b""):
+        dataset.write_bytes(damaged)
+        assert build(config).read_bytes() == whole
+
+
+@pytest.mark.parametrize("out", [".", "out"])
+def test_an_output_inside_the_source_folder_is_refused(config: BuildConfig, out: str) -> None:
+    source = config.images  # any folder; every file below it would be a part of the source
+    before = files(source)
+    with pytest.raises(RefusedError, match=r"out must lie outside the source folder .*images, all"):
+        build(config.model_copy(update={"source": source, "out": source / out}))
+    assert files(source) == before
+
+
 def test_decisions_that_drop_every_row_and_damaged_decisions_are_refused(
     config: BuildConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
