@@ -40,8 +40,8 @@ def stack_cells(
         cells: Shape ``(C, P)`` of sums, and ``(C * P, ...)`` of anything else, for C = 2, 3 or 4
             cells; the dtype and device of ``chosen``.  It is differentiable.
     Raises:
-        ValueError: Cells differ in shape or device, a cell is a single number, or
-            ``both_rejected`` is given without ``image_rejected``.
+        ValueError: Cells differ in shape or device, a cell is a single number, the cells cannot
+            hold ``padding_value``, or ``both_rejected`` is given without ``image_rejected``.
         TypeError: A cell is not a tensor, or has another dtype than ``chosen``.
 
     Example::

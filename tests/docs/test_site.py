@@ -94,6 +94,9 @@ def test_the_site_builds_with_every_page(tmp_path: Path) -> None:
     assert "Example::" not in reference
     assert all(f">{name}:</span>" in reference for name in ("Returns", "Raises", "Examples"))
     assert 'href="#realign_kernels.rdpo_loss.rdpo_loss"' in reference  # from a docstring
+    trainer = (tmp_path / "reference" / "realign.html").read_text(encoding="utf-8")
+    assert "KL strength of the answer pair." in trainer  # from the metadata of a field
+    assert "Learning rate of the projector" in trainer
     assert "Unreleased" in (tmp_path / "changelog.html").read_text(encoding="utf-8")
 
 
