@@ -6,7 +6,8 @@ the key of the YAML file and of ``--set``, and the help (:mod:`realign.config_fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import typing
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -21,6 +22,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -45,8 +47,19 @@ class Shown:
     metavar: str = ""
 
 
+def _types(annotation: Any) -> Iterator[Any]:
+    """Yield the types that an annotation consists of."""
+    arguments = typing.get_args(annotation)
+    for argument in arguments:
+        yield from _types(argument)
+    if not arguments:
+        yield annotation
+
+
 def _parse_percent(value: Any) -> Any:
-    """Return 0.001 for "0.1%"; leave anything else to pydantic."""
+    """Return 0.001 for "0.1%", and refuse a truth value; leave anything else to pydantic."""
+    if isinstance(value, bool):
+        raise ValueError(f"must be a share from 0 to 1, got {str(value).lower()}. Write the number")
     if isinstance(value, str) and value.strip().endswith("%"):
         try:
             return float(value.strip()[:-1]) / 100
@@ -85,6 +98,19 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_values(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse a truth value as a number: YAML reads ``yes`` as true, and pydantic that as 1."""
+        if isinstance(value, bool):
+            allowed = {*_types(cls.model_fields[str(info.field_name)].annotation)}
+            if bool not in allowed and allowed & {int, float}:
+                raise ValueError(
+                    f"must be a number, got {str(value).lower()}, as YAML reads yes, no, on and "
+                    "off. Write the number"
+                )
+        return value
 
     def marked(self, effect: Effect) -> dict[str, Any]:
         """Return the options that are declared with ``effect``, by name."""
@@ -184,8 +210,8 @@ class BuildConfig(Section):
     for a category that is not given.
     """
     encoder: Annotated[str, Shown("Retrieval")] = "model"
-    """Model of the image embeddings: ``model`` for the vision tower of the model to be aligned, or
-    a CLIP or SigLIP model such as ``openai/clip-vit-large-patch14``, as in the paper.
+    """Model of the image embeddings: ``model`` for vision tower and projector of the model to be
+    aligned, or a CLIP or SigLIP model such as ``openai/clip-vit-large-patch14``, as in the paper.
     """
     index: Literal["exact", "flat", "ivf", "hnsw"] = "exact"
     """Search for the nearest images: ``exact`` with PyTorch, the others with FAISS."""
@@ -293,14 +319,17 @@ class CacheConfig(Section):
     """Compute in bfloat16 with float32 weights."""
 
 
+LoraNumber = Annotated[int, Field(gt=0, lt=2**31)]  # the sizes that torch's products take
+
+
 class LoraSection(Section):
     """Low-rank adapters (LoRA, with peft)."""
 
-    r: PositiveInt = 128
+    r: LoraNumber = 128
     """Rank; 128 in the paper."""
-    alpha: PositiveInt = 256
+    alpha: LoraNumber = 256
     """Scaling numerator; 256 in the paper."""
-    targets: str | list[str] = "all-linear"
+    targets: str | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Names of the layers that get an adapter, or all-linear as in the paper; the authors' code
     uses q_proj, k_proj, v_proj and o_proj. Frozen parts get none; a name that matches no layer is
     refused.
@@ -397,8 +426,8 @@ class TrainConfig(Section):
     attention: Attention = "sdpa"
     """Attention kernel; ``flash`` (FlashAttention-2) requires flash-attn, a GPU and bfloat16."""
     liger: ChangesNumbers = False
-    """Use liger-kernel's fused normalization, rotary embedding and MLP, also for the reference;
-    requires a GPU. Its losses are not used.
+    """Use liger-kernel's fused normalization and MLP, also for the reference; requires a GPU. Its
+    rotary embedding and losses are not used.
     """
     check_first_step: Annotated[bool, Effect.NONE] = True
     """Stop if the first loss differs from that of a policy that equals its reference."""
@@ -431,9 +460,8 @@ class TrainConfig(Section):
     @classmethod
     def _read_one_name(cls, value: Any) -> Any:
         """Read a name as a list of one; ``none`` is transformers' name of an empty list."""
-        if isinstance(value, str):
-            return [] if value == "none" else [value]
-        return value
+        names = [value] if isinstance(value, str) else value
+        return [] if names == ["none"] else names
 
     @model_validator(mode="after")
     def _check_parts(self) -> TrainConfig:

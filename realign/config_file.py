@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from realign.config import SECTIONS, Section, Shown
 from realign.errors import RefusedError
-from realign.runtime.strict_yaml import read_yaml
+from realign.runtime.strict_yaml import parse_yaml, read_yaml
 
 S = TypeVar("S", bound=Section)
 
@@ -100,7 +100,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
                 f"what follows {key!r}."
             )
     try:
-        target[keys[-1]] = yaml.safe_load(value)
+        target[keys[-1]] = parse_yaml(value, f"--set {path}")
     except yaml.YAMLError:
         raise RefusedError(
             f"--set {path} must have a YAML value, got {value!r}. Quote it."

@@ -99,7 +99,7 @@ def test_the_kernels_sdist_builds_the_same_wheel(tmp_path: Path, kernels: list[P
 
 
 @pytest.mark.full
-def test_the_published_realign_requires_the_kernels_in_place_of_holding_them(
+def test_the_published_realign_requires_the_kernels_package(
     pipeline: Path,
 ) -> None:
     with zipfile.ZipFile(pipeline) as wheel:
@@ -120,10 +120,10 @@ def test_the_published_realign_requires_the_kernels_in_place_of_holding_them(
 
 
 @pytest.mark.full
-def test_what_is_published_works_without_this_tree(
+def test_published_wheels_work_without_the_source_tree(
     tmp_path: Path, kernels: list[Path], pipeline: Path
 ) -> None:
-    """Both wheels in a new environment, which sees the installed libraries and not the clone."""
+    """The new environment sees the installed libraries and the two wheels, but not the clone."""
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     python = environment / "bin" / "python"

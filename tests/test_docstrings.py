@@ -49,11 +49,11 @@ def test_docstrings_begin_with_a_verb_or_a_noun(folder: str) -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_names_say_what_they_hold(package: str) -> None:
+def test_variable_names_are_not_empty_words(package: str) -> None:
     assert not [(path, name) for path, tree in trees(package) for name in empty_names(tree)]
 
 
-def test_the_rules_find_what_they_forbid() -> None:
+def test_the_docstring_rules_find_violations() -> None:
     source = '"""What."""\ndef tell(what):\n    "How: it."\n    return [said for said in what]\n'
     attribute = 'class Rule:\n    strips: bool\n    """Whether to strip."""\n'
     found = [*wrong_beginnings(ast.parse(source + attribute))]

@@ -133,7 +133,7 @@ def room(module: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("package", ROOMS)
-def test_every_file_is_in_a_room_and_imports_only_rooms_that_its_own_may(package: str) -> None:
+def test_every_file_is_in_a_room_and_imports_only_allowed_rooms(package: str) -> None:
     table = ROOMS[package]
     assert not {room(name)[1] for name in modules(package)} - set(table)
     for name, path in modules(package).items():
@@ -149,7 +149,7 @@ def test_every_file_is_in_a_room_and_imports_only_rooms_that_its_own_may(package
 
 
 @pytest.mark.parametrize("package", ROOMS)
-def test_no_files_import_each_other_in_a_circle(package: str) -> None:
+def test_imports_form_no_cycle(package: str) -> None:
     graph = {
         name: {other for other in imported(path) if other in MODULES and other != name}
         for name, path in modules(package).items()
@@ -160,7 +160,7 @@ def test_no_files_import_each_other_in_a_circle(package: str) -> None:
         pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
 
 
-def test_the_tables_hold_no_room_that_is_gone_and_no_circle() -> None:
+def test_the_room_tables_name_existing_rooms_without_cycles() -> None:
     for package, table in ROOMS.items():
         there = {room(name)[1] for name in modules(package)} | {"integrations"}
         assert set(table) <= there
@@ -182,7 +182,7 @@ def closure(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize(("module", "most"), MOST_LINES.items())
-def test_what_a_module_pulls_in_stays_small(module: str, most: int) -> None:
+def test_the_lines_imported_by_a_module_stay_within_their_budget(module: str, most: int) -> None:
     lines = {name: len(MODULES[name].read_text().splitlines()) for name in closure(module)}
     assert sum(lines.values()) <= most, sorted(lines.items(), key=lambda item: -item[1])
 
@@ -195,7 +195,7 @@ def test_kernels_import_torch_alone() -> None:
         assert not [other for other in imported(path) if other.startswith(others)], name
 
 
-def test_nothing_imports_tests_or_benchmarks() -> None:
+def test_packages_do_not_import_tests_or_benchmarks() -> None:
     for path in MODULES.values():
         assert not [name for name in imported(path) if name.startswith(("tests", "benchmarks"))]
 
@@ -206,12 +206,12 @@ def test_locks_have_one_wrapper() -> None:
     assert users == {"realign.runtime.lock"}
 
 
-def test_no_module_is_a_drawer() -> None:
+def test_no_module_has_a_catch_all_name() -> None:
     names = {path.name for path in MODULES.values()}
     assert not names & {"utils.py", "common.py", "helpers.py", "misc.py"}
 
 
-def test_nothing_unpickles_evaluates_or_fetches() -> None:
+def test_no_module_unpickles_evaluates_or_fetches() -> None:
     for path in MODULES.values():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
@@ -237,7 +237,7 @@ def test_the_command_names_its_extra_when_typer_is_missing() -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_public_names_of_realign() -> None:
+def test_realign_exports_its_public_names() -> None:
     import realign
 
     assert realign.__all__ == [

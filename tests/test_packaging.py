@@ -14,14 +14,14 @@ BUILT = ("realign", "realign_kernels", "csrc")
 
 
 def test_wheels_hold_the_recipes() -> None:
-    """`realign init` reads them there."""
+    """`realign init` reads the recipes from the wheel."""
     for project in (ROOT, ROOT / "distributions" / "realign"):
         text = (project / "pyproject.toml").read_text(encoding="utf-8")
         packages = tomllib.loads(text)["tool"]["scikit-build"]["wheel"]["packages"]
         assert (project / packages["realign/recipes"]).resolve() == ROOT / "recipes"
 
 
-def test_no_file_of_a_package_is_left_out_of_what_is_built() -> None:
+def test_no_file_of_a_package_is_excluded_from_the_distributions() -> None:
     """Patterns without a slash in front match a folder of that name at any depth."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = settings["tool"]["scikit-build"]["sdist"]["exclude"]
@@ -48,7 +48,7 @@ def requirements_of_users() -> list[Requirement]:
 
 
 @pytest.mark.parametrize("requirement", requirements_of_users(), ids=lambda item: item.name)
-def test_the_bounds_of_the_metadata_are_those_that_were_tested(requirement: Requirement) -> None:
+def test_dependency_bounds_equal_the_tested_versions(requirement: Requirement) -> None:
     """`make test-oldest` installs the lower bounds, `make test` a set that they allow."""
     (bound,) = [item.version for item in requirement.specifier if item.operator == ">="]
     assert pins("constraints-oldest.txt")[requirement.name.lower()] == bound

@@ -21,7 +21,7 @@ def test_every_row_is_read() -> None:
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_one_of_its_tests_is_quick(row: str, request: pytest.FixtureRequest) -> None:
+def test_every_proof_has_a_quick_test(row: str, request: pytest.FixtureRequest) -> None:
     named = re.findall(r"`(?:\w+/)*(test_\w+\.py)::(test_\w+)`", ROWS[row])
     if not named:
         assert "needs a GPU" in ROWS[row]

@@ -66,7 +66,7 @@ def test_commands_that_train_7b_train_adapters() -> None:
         assert (lora["r"], lora["alpha"]) == (128, 256)
 
 
-def test_tables_are_made_from_the_result_files() -> None:
+def test_tables_equal_those_made_from_the_result_files() -> None:
     sys.path.insert(0, str(ROOT))
     from benchmarks.tables import BLOCKS, PAGES, with_tables
 
@@ -92,7 +92,7 @@ def test_linked_files_exist() -> None:
         assert path or anchor in titles, target
 
 
-def test_readme_docs_and_examples_import_from_the_two_packages_alone() -> None:
+def test_readme_docs_and_examples_import_only_public_names() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.py")]
     packages = (realign, realign.evaluation, realign.integrations.trl, realign_kernels)
     public = {package.__name__: {*package.__all__} for package in packages}

@@ -21,7 +21,7 @@ def read(name: str) -> Any:
     return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
 
 
-def test_the_citation_is_of_this_version_and_names_the_paper() -> None:
+def test_the_citation_has_this_version_and_the_paper() -> None:
     citation = read("CITATION.cff")
     assert citation.keys() >= {
         "cff-version",
@@ -38,7 +38,7 @@ def test_the_citation_is_of_this_version_and_names_the_paper() -> None:
     assert f"## [{citation['version']}] - {citation['date-released']}" in CHANGELOG
 
 
-def test_hooks_run_what_lint_runs_and_need_no_network() -> None:
+def test_pre_commit_hooks_equal_the_lint_commands_and_are_local() -> None:
     (repository,) = read(".pre-commit-config.yaml")["repos"]
     assert repository["repo"] == "local"
     assert {hook["language"] for hook in repository["hooks"]} == {"system"}
@@ -50,7 +50,7 @@ def test_hooks_run_what_lint_runs_and_need_no_network() -> None:
 
 
 @pytest.mark.parametrize("name", ["bug", "feature"])
-def test_an_issue_form_is_one(name: str) -> None:
+def test_issue_forms_follow_the_github_schema(name: str) -> None:
     form = read(f".github/ISSUE_TEMPLATE/{name}.yml")
     assert form.keys() >= {"name", "description", "body"}
     for element in form["body"]:
@@ -58,7 +58,7 @@ def test_an_issue_form_is_one(name: str) -> None:
         assert "value" in element["attributes"] or {"id", "attributes"} <= element.keys()
 
 
-def test_metadata_name_every_python_that_is_allowed() -> None:
+def test_metadata_list_every_supported_python() -> None:
     low, high = re.findall(r"3\.(\d+)", PROJECT["requires-python"])
     named = [
         int(minor)

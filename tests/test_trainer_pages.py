@@ -78,7 +78,7 @@ def test_python_blocks_run(page: str, names: dict[str, Any]) -> None:
         torch.testing.assert_close(names["losses"], expected)
 
 
-def test_the_authors_formulas_are_ours(names: dict[str, Any]) -> None:
+def test_the_authors_formulas_equal_ours(names: dict[str, Any]) -> None:
     mdpo, rdpo, own_trainer = blocks("authors-code.md")
     for block, shares in ((mdpo, 3), (rdpo, 2)):
         exec(block, names)
@@ -145,7 +145,7 @@ CALLS: list[Callable[[], Any]] = [
 ]
 
 
-def test_every_message_is_raised() -> None:
+def test_every_documented_message_is_raised() -> None:
     page = (PAGES / "README.md").read_text("utf-8")
     table = page.split("## Error messages")[1].split("The messages of other trainers")[0]
     messages = re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE)
@@ -158,7 +158,7 @@ def test_every_message_is_raised() -> None:
             assert part.removesuffix(" ...") in text, (part, text)
 
 
-def test_files_that_they_link_to_exist() -> None:
+def test_linked_files_exist() -> None:
     pages = {page.name: page.read_text("utf-8") for page in PAGES.glob("*.md")}
     assert pages.keys() >= {"README.md", "ms-swift.md", "llama-factory.md", "authors-code.md"}
     for name, text in pages.items():

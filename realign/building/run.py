@@ -37,7 +37,7 @@ from realign.building.source import inspect_rows, read_rows
 from realign.building.staging import Staging
 from realign.config import BuildConfig
 from realign.data.decisions import RowKey, decisions_path, read_decisions
-from realign.data.formats.parquet import write_parquet
+from realign.data.formats.parquet import read_metadata, write_parquet
 from realign.data.formats.source_row import SourceRow
 from realign.data.image_names import check_image_root
 from realign.data.records import Problem, Record
@@ -266,24 +266,37 @@ def _content(source: Path) -> str:
 
 
 def _check_paths(config: BuildConfig) -> None:
-    """Refuse missing files and folders before the model is opened."""
+    """Refuse missing files and folders, and an output that the source would contain, before the
+    model is opened.
+    """
     if not config.source.exists():
         raise RefusedError(
             f"source must be a file or folder, got {config.source}, which does not exist. Check "
             "--source."
+        )
+    if config.source.is_dir() and config.out.resolve().is_relative_to(config.source.resolve()):
+        raise RefusedError(
+            f"out must lie outside the source folder {config.source}, all of whose files are part "
+            f"of the source, got {config.out}. Choose another --out."
         )
     if config.images is not None:
         check_image_root(config.images)
 
 
 def _is_written(out: Path, dropped: _Dropped) -> bool:
-    """Return whether dataset.parquet is finished and was made with this decision file."""
+    """Return whether dataset.parquet is whole and was made with this decision file."""
     path = out / "funnel.json"
     if not path.is_file():
         return False
     counts = read_json(path)
     rows = counts["accepted"] - counts["decisions"]["dropped"]
-    return rows > 0 and counts["decisions"]["sha256"] == dropped.digest
+    if rows <= 0 or counts["decisions"]["sha256"] != dropped.digest:
+        return False
+    try:
+        num_rows: int = read_metadata(out / "dataset.parquet").num_rows
+    except RefusedError:  # cut off or overwritten
+        return False
+    return num_rows == rows
 
 
 def _undropped(

@@ -6,13 +6,14 @@ import os
 import signal
 import sys
 from importlib.metadata import version
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from realign.errors import RefusedError
-from realign.runtime.write_errors import explain_full_disk
+from realign.runtime.write_errors import explain_file_errors
 
 # set for this process and its workers, before they import any of these libraries
 QUIET = {
@@ -27,8 +28,8 @@ QUIET = {
 class Commands(TyperGroup):
     """All commands, in the order of their use.
 
-    A refusal or a full disk exits with code 2, SIGTERM with 143; any other failure shows its
-    traceback and exits with 1.
+    A refusal, a full disk or a missing permission exits with code 2, SIGTERM with 143; any other
+    failure shows its traceback and exits with 1.
     """
 
     ORDER = (
@@ -54,10 +55,14 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command of the command line."""
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):
+                # a letter that the terminal lacks must not end a command that has done its work
+                stream.reconfigure(errors="backslashreplace")
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         try:
-            with explain_full_disk():
+            with explain_file_errors():
                 return super().invoke(ctx)
         except (KeyboardInterrupt, SystemExit) as stop:
             if isinstance(stop, KeyboardInterrupt) or stop.code == 143:
@@ -93,7 +98,7 @@ def realign(
         ),
     ] = False,
 ) -> None:
-    """Align a vision-language model: build dual-preference data, train with rDPO, measure."""
+    """Align a vision-language model: build preference pairs, train with rDPO, and evaluate."""
 
 
 def main() -> None:

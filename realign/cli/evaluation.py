@@ -94,7 +94,7 @@ def eval_score(
     if as_json:
         from realign.runtime.files import json_text
 
-        typer.echo(json_text(scores, indent=1))
+        typer.echo(json_text(scores, indent=1, ensure_ascii=True))
         return
     from rich import print as rich_print
 
@@ -136,9 +136,9 @@ def eval_compare(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Compare models by stored answers, with intervals and tests, without a model.
+    """Compare models by stored answers, with intervals and tests.
 
-    docs/guides/evaluation.md explains the numbers.
+    No model is loaded. docs/guides/evaluation.md explains the numbers.
     """
     check_exists("data", data, "a folder with the benchmark's files")
     from realign.evaluation.answer_comparison import compare, named_files
@@ -157,7 +157,7 @@ def eval_compare(
     if as_json:
         from realign.runtime.files import json_text
 
-        typer.echo(json_text(scores, indent=1))
+        typer.echo(json_text(scores, indent=1, ensure_ascii=True))
         return
     from rich import print as rich_print
 
@@ -188,9 +188,9 @@ def eval_write(
         bool, typer.Option("--allow-subset", help="Write the other answers if some are missing.")
     ] = False,
 ) -> None:
-    """Write answers, or LLaVA's questions, as the published programs read them.
+    """Write answers in the formats that published programs read.
 
-    docs/guides/evaluation.md lists the formats.
+    It also writes LLaVA's files of questions. docs/guides/evaluation.md lists the formats.
     """
     check_exists("data", data, "a folder with the benchmark's files")
     from realign.evaluation.answer_writing import write
@@ -364,10 +364,11 @@ def eval_suite(
         typer.Option(help="Model class of the suite; by default the one for the model's type."),
     ] = None,
 ) -> None:
-    """Write the command with which another suite evaluates models, and the files that it needs.
+    """Write the command with which another suite evaluates models.
 
-    No model is asked yet: the printed command does that, in the suite's own environment. Adapters
-    are merged into their bases. `realign eval read-suite` reads what the suite writes.
+    The files that it needs are written too. No model is asked yet: the printed command does that,
+    in the suite's own environment. Adapters are merged into their bases. `realign eval read-suite`
+    reads what the suite writes.
     """
     from realign.config_file import read_pairs
 
@@ -394,10 +395,11 @@ def eval_read_suite(
         int, typer.Option(min=0, help="Draws behind 95 % intervals; 0 for none.")
     ] = 0,
 ) -> None:
-    """Read the results of lmms-eval or VLMEvalKit, and score their answers under all rules.
+    """Read and score the results of lmms-eval or VLMEvalKit.
 
-    The suite's own numbers stay as they are. Its answers are stored in the folder, as
-    answers/MODEL-BENCHMARK.jsonl for `realign eval score`; all scores are in suite_scores.json.
+    The suite's own numbers stay as they are. Its answers are scored under every rule that requires
+    neither a judge nor further packages, and are stored in the folder, as
+    answers/MODEL-BENCHMARK.jsonl for `realign eval score`. All scores are in suite_scores.json.
     """
     check_exists("folder", folder, "a folder with results", "Check the path")
     check_exists("data", data, "a folder with the benchmarks' files")

@@ -27,9 +27,9 @@ UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG})
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path that becomes ``path`` after the block, and disappears if it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with name_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
             follow_umask(temporary)
@@ -190,17 +190,21 @@ def publish(written: Path, place: Path) -> None:
 @contextmanager
 def new_folder(place: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``place``, absent or empty, after the block."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    # not named by process id: containers often share one, and a killed run leaves its folder
-    temporary = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent))
-    try:
-        with name_disk_errors(place):
+    place = place.resolve()  # a folder cannot replace a link
+    if place == Path.cwd():
+        raise RefusedError(f"out must be a new folder, got the current one, {place}. Name one.")
+    with name_disk_errors(place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        # not named by process id: containers often share one, and a killed run leaves its folder
+        name = tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent)
+        temporary = Path(name)
+        try:
             follow_umask(temporary)
             yield temporary
             sync_folder(temporary)
             temporary.replace(place)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     sync(place.parent)
 
 
@@ -218,6 +222,8 @@ def name_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in UNWRITABLE:
+        parts = Path(str(error.filename)).parts
+        is_temporary = any(re.fullmatch(r"\..+\.tmp", part) for part in parts)
+        if error.errno in UNWRITABLE or is_temporary:
             error.filename = str(path)
         raise

@@ -13,6 +13,12 @@ from safetensors import SafetensorError
 from realign.errors import RefusedError
 from realign.runtime.files import UNWRITABLE
 
+# the errors of missing permissions, and of files and folders in each other's place
+UNUSABLE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR}
+    | {errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY}
+)
+
 
 @contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
@@ -30,16 +36,24 @@ def explain_write_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def explain_full_disk() -> Iterator[None]:
-    """Turn the error of a full or read-only disk inside the block into a refusal, if it names a
-    file, as the errors of :mod:`realign.runtime.files` do.
+def explain_file_errors() -> Iterator[None]:
+    """Turn errors of the system inside the block that a user can correct into refusals, if they
+    name a file: a full or read-only disk, missing permissions, and names that cannot be opened.
     """
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.errno not in UNWRITABLE or error.filename is None:
+        file, number = error.filename, error.errno
+        if file is None or number is None:
             raise
-        raise _refusal(str(error.filename), _reason(error.errno)) from error
+        if number in UNWRITABLE:
+            raise _refusal(str(file), _reason(number)) from error
+        if number in UNUSABLE:
+            raise RefusedError(
+                f"{file} must be a path that can be opened, got {_reason(number)}. Correct its "
+                "name or its permissions, or choose another."
+            ) from error
+        raise
 
 
 def _reason(number: int) -> str:

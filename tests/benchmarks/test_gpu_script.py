@@ -72,7 +72,9 @@ def test_the_gpu_script_runs_at_tiny_shapes_and_continues(tmp_path, call, capsys
 
 
 @pytest.mark.full
-def test_what_only_hardware_can_show_runs_at_tiny_sizes(tmp_path, call, monkeypatch, capsys):
+def test_hardware_checks_run_at_tiny_sizes_and_find_wrong_results(
+    tmp_path, call, monkeypatch, capsys
+):
     call += ["--only", "hardware"]
     assert gpu.main(call) == 0
     found = cells(tmp_path)
@@ -105,7 +107,7 @@ def test_wrong_kernels_stop_the_gpu_script(tmp_path, call, monkeypatch, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("part", [None, *gpu.PARTS])
-def test_without_a_gpu_the_script_says_so(part, capsys):
+def test_a_missing_gpu_is_reported_with_exit_code_2(part, capsys):
     assert gpu.main([] if part is None else ["--only", part]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -115,7 +117,7 @@ def test_unknown_shapes_are_refused(capsys):
     assert "--shapes must be among ['tiny', 'tiny/N96'], got ['huge']." in capsys.readouterr().err
 
 
-def test_small_checks_do_not_pass_for_the_others(tmp_path, monkeypatch):
+def test_checks_at_small_sizes_do_not_replace_the_full_checks(tmp_path, monkeypatch):
     asked = []
 
     def checks(device, backend, *, tiny):
@@ -137,7 +139,7 @@ def test_small_checks_do_not_pass_for_the_others(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
-def test_any_cell_that_fails_is_an_exit_code(tmp_path, call, monkeypatch):
+def test_a_failed_cell_sets_the_exit_code_to_1(tmp_path, call, monkeypatch):
     monkeypatch.setattr(gpu, "_question_cells", lambda *_, **__: [("oops", broken)])
     monkeypatch.setattr(gpu, "kernel_checks", lambda *_, **__: [])
     monkeypatch.setattr(gpu, "head_table", lambda *_: None)
@@ -167,7 +169,7 @@ def broken(*_: object) -> None:
     raise RuntimeError("no kernel image\nfor this device")
 
 
-def test_a_check_that_fails_is_a_cell_and_the_others_still_run(tmp_path, capsys):
+def test_a_failed_check_is_a_cell_and_later_checks_still_run(tmp_path, capsys):
     session = Session(CPU, tmp_path / "x.json", {"commit": "abc"}, minutes=1)
     checks = {"wrong": wrong, "broken": broken, "right": lambda: None}
     session.check(
@@ -188,9 +190,7 @@ def test_a_check_that_fails_is_a_cell_and_the_others_still_run(tmp_path, capsys)
     assert "FAILED wrong" in capsys.readouterr().out
 
 
-def test_a_gpu_that_has_become_unusable_is_reported_and_the_session_goes_on(
-    tmp_path, monkeypatch, capsys
-):
+def test_an_unusable_gpu_is_reported_and_the_session_continues(tmp_path, monkeypatch, capsys):
     """Every later call of CUDA fails after an access out of bounds."""
     works = iter([None])
     lost = RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
@@ -212,7 +212,7 @@ def test_a_gpu_that_has_become_unusable_is_reported_and_the_session_goes_on(
     assert "question/second has ended" in found["question/third"]["reason"]
 
 
-def test_what_there_is_no_time_for_is_not_measured(tmp_path, call):
+def test_parts_without_time_left_are_not_measured(tmp_path, call):
     for part in ("bias", "questions", "checks", "hardware", "layers", "ranks"):
         assert gpu.main([*call, "--only", part, "--minutes", "0"]) == 0, part
     found = cells(tmp_path)
@@ -258,7 +258,7 @@ FAILED tests/realign_kernels/backends/triton/test_rows.py::test_b[two words] - a
 """
 
 
-def test_results_of_pytest_become_cells_by_file():
+def test_pytest_results_become_one_cell_per_file():
     found = cells_of(OUTPUT, 1, is_whole=True)
     rows, group = found["tests/backends/triton/test_rows.py"], found["tests/test_group.py"]
     assert (rows["status"], rows["passed"], rows["failures"]) == (
@@ -286,7 +286,7 @@ def test_results_of_pytest_become_cells_by_file():
     }
 
 
-def test_tests_end_with_a_call_that_is_interrupted(tmp_path, monkeypatch):
+def test_an_interrupted_call_ends_its_test_process(tmp_path, monkeypatch):
     waits = [sys.executable, "-c", "import time; time.sleep(600)"]
     monkeypatch.setattr(native_tests, "command", lambda selected: waits)
     session = Session(CPU, tmp_path / "x.json", {"commit": "abc"}, minutes=10)
@@ -297,7 +297,7 @@ def test_tests_end_with_a_call_that_is_interrupted(tmp_path, monkeypatch):
     assert native._process.poll() is not None
 
 
-def test_tests_that_end_a_process_are_left_out_of_a_gpu():
+def test_tests_that_end_their_process_are_not_run_on_a_gpu():
     ignored = [part.partition("=")[2] for part in command() if part.startswith("--ignore=")]
     assert len(ignored) == 2
     assert all((ROOT / path).is_file() for path in ignored)
@@ -330,7 +330,7 @@ def fake_sanitizer(folder: Path, monkeypatch, **numbers: int) -> None:
     monkeypatch.setenv("PATH", f"{path.parent}{os.pathsep}{os.environ['PATH']}")
 
 
-def test_without_the_sanitizer_a_cell_says_so(tmp_path, call, monkeypatch):
+def test_a_missing_sanitizer_gives_unavailable_cells(tmp_path, call, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpu.main([*call, "--only", "sanitizer"]) == 0
     found = cells(tmp_path)
@@ -352,7 +352,7 @@ def test_a_tool_runs_over_small_checks(tool, tmp_path, call, monkeypatch):
     assert cell["checks"] == cell["passed"] == 96
 
 
-def test_a_sanitizer_that_sees_no_kernel_proves_nothing(tmp_path, call, monkeypatch):
+def test_a_sanitizer_that_misses_the_planted_access_fails(tmp_path, call, monkeypatch):
     fake_sanitizer(tmp_path, monkeypatch, planted=0, found=2)
     monkeypatch.setattr(sanitizer, "TOOLS", ())
     assert gpu.main([*call, "--only", "sanitizer", "--minutes", "5"]) == 1
@@ -370,7 +370,7 @@ def test_a_sanitizer_that_sees_no_kernel_proves_nothing(tmp_path, call, monkeypa
         (Ended("========= ERROR SUMMARY: 3 errors", 1), "ok"),
     ],
 )
-def test_a_planted_access_that_there_was_no_time_for_is_not_measured(
+def test_a_planted_access_without_time_left_is_not_measured(
     ended, status, tmp_path, call, monkeypatch
 ):
     monkeypatch.setattr(sanitizer.shutil, "which", lambda command: command)
@@ -380,7 +380,7 @@ def test_a_planted_access_that_there_was_no_time_for_is_not_measured(
     assert cells(tmp_path)["sanitizer/planted"]["status"] == status
 
 
-def test_what_a_child_has_half_written_is_left_aside(tmp_path, call, monkeypatch):
+def test_a_file_half_written_by_a_child_process_is_ignored(tmp_path, call, monkeypatch):
     def run_command(command, seconds, settings):
         folder = Path(command[command.index("--out") + 1]) if "--out" in command else tmp_path
         merge(folder / "gpu_x.json", {"commit": "abc"}, {"checks/a": {"status": "ok"}})
@@ -404,7 +404,7 @@ time.sleep({seconds})
 
 
 @pytest.mark.parametrize("seconds", [0, 600])
-def test_a_command_ends_with_everything_that_it_has_started(seconds):
+def test_ending_a_command_ends_its_child_processes(seconds):
     script = [sys.executable, "-c", CHILDREN.format(seconds=seconds)]
     with subprocess.Popen(
         script, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -414,13 +414,13 @@ def test_a_command_ends_with_everything_that_it_has_started(seconds):
     wait_until(lambda: not is_running(child), 10)
 
 
-def test_a_command_says_how_it_has_ended():
+def test_a_command_returns_its_output_and_exit_code():
     script = "import os, sys; print(os.environ['X_SETTING']); sys.exit(3)"
     assert run_command([sys.executable, "-c", script], 60, {"X_SETTING": "on"}) == ("on\n", 3)
     assert run_command([sys.executable, "-c", "import time; time.sleep(600)"], 0, {}).code is None
 
 
-def test_a_sanitizers_findings_become_a_cell():
+def test_sanitizer_findings_become_a_cell():
     found = "========= Invalid write of 4 bytes\n=========   at _epilogue\n"
     text = f"========= COMPUTE-SANITIZER\n{found}========= ERROR SUMMARY: 1 error\n"
     whole = ["ok"] * 10
@@ -446,14 +446,14 @@ def test_a_sanitizers_findings_become_a_cell():
         ([], 0, "failed"),
     ],
 )
-def test_a_tool_is_ok_only_if_every_check_below_it_was(statuses, code, status):
+def test_a_sanitizer_tool_passes_only_if_all_its_checks_passed(statuses, code, status):
     clean = "========= ERROR SUMMARY: 0 errors" if code is not None else "half"
     cell = sanitizer.cell_of(Ended(clean, code), statuses, 10)
     assert cell["status"] == status
     assert (cell["checks"], cell["passed"]) == (10, statuses.count("ok"))
 
 
-def test_aims_are_compared_with_what_was_measured():
+def test_speed_aims_are_compared_with_measurements():
     assert [aim_of(1024, size, "frozen") for size in (4096, 3584, 2560, 1024)] == [
         2.3, 2.3, 2.5, None
     ]  # fmt: skip

@@ -40,7 +40,7 @@ def test_compiled_layers_are_those_of_sdpa(saved):
 
 
 @pytest.mark.parametrize("name", layers.SHAPES)
-def test_the_same_layers_are_within_the_bounds(name, saved, monkeypatch):
+def test_equal_layers_differ_by_rounding_alone(name, saved, monkeypatch):
     monkeypatch.setattr(layers, "compile_layers", lambda model, kind: None)
     cell = layers.compare(*saved[name], "compiled", CPU)
     assert cell["status"] == "ok", cell
@@ -48,7 +48,7 @@ def test_the_same_layers_are_within_the_bounds(name, saved, monkeypatch):
     assert cell["parameters_compared"] > 40
 
 
-def test_a_mask_that_shows_too_little_is_found(saved, monkeypatch):
+def test_a_mask_that_hides_a_prefix_token_is_detected(saved, monkeypatch):
     """The fault is in the variant alone: later answers do not see the last token of the prefix."""
     make_mask = PackedAttention._make_mask
     is_wrong = []
@@ -82,7 +82,7 @@ def test_a_mask_that_shows_too_little_is_found(saved, monkeypatch):
         ("nf4", "quantization: nf4 requires"),
     ],
 )
-def test_what_is_missing_is_a_cell_with_its_reason(variant, reason, saved):
+def test_a_missing_package_is_an_unavailable_cell_with_its_reason(variant, reason, saved):
     cell = layers.compare(*saved["small"], variant, CPU)
     assert cell["status"] == "unavailable"
     assert cell["reason"].startswith(reason)
@@ -107,7 +107,7 @@ def test_a_package_that_does_not_fit_the_model_is_a_cell_with_its_reason(saved, 
 
 
 @pytest.mark.full
-def test_four_bit_layers_are_compared_with_what_they_stand_for(saved, monkeypatch):
+def test_four_bit_layers_are_compared_with_their_dequantized_weights(saved, monkeypatch):
     """Stand-ins have weights that the model keeps rounded, and that its copies must get."""
     rounded = {"model.language_model.layers.0.mlp.up_proj.weight": 64}
     true_load = layers.load_model
@@ -146,7 +146,7 @@ def write(folder: Path, weights: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("off", "status"), [(1e-4, "ok"), (0.1, "failed"), (float("nan"), "failed")]
 )
-def test_weights_are_compared_by_what_training_has_moved(tmp_path, off, status):
+def test_weights_are_compared_relative_to_their_change_in_training(tmp_path, off, status):
     before = torch.randn(20, 10, generator=torch.Generator().manual_seed(0))
     trained = before + 1e-3  # a wrong result would be near in absolute numbers too
     write(tmp_path / "model", {"w": before})
@@ -160,7 +160,7 @@ def test_weights_are_compared_by_what_training_has_moved(tmp_path, off, status):
         ranks.distance({"w": before}, {"v": before})
 
 
-def test_runs_that_cannot_start_say_why(monkeypatch):
+def test_runs_that_cannot_start_give_the_reason(monkeypatch):
     runs = {run.name: run for run in ranks.RUNS}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert ranks.why_not(runs["zero3, 2 processes"], CPU) == "deepspeed is not installed"
@@ -173,7 +173,7 @@ def test_runs_that_cannot_start_say_why(monkeypatch):
         assert len(names) == (run.preset is not None)
 
 
-def test_a_run_that_others_are_compared_with_is_started_once(tmp_path, monkeypatch):
+def test_a_baseline_run_starts_once_for_all_comparisons(tmp_path, monkeypatch):
     started = []
 
     def train(folder, run, session):
@@ -190,7 +190,7 @@ def test_a_run_that_others_are_compared_with_is_started_once(tmp_path, monkeypat
     assert reasons["alone"] == reasons["fsdp2, 2 processes"] == "alone: no memory"
 
 
-def test_the_error_of_a_run_is_found_in_what_it_printed():
+def test_the_error_of_a_run_is_read_from_its_output():
     text = "loading\nrealign: train.dtype must be bfloat16.\n"
     end = "subprocess.CalledProcessError: Command died.\n"
     assert ranks.error_of(text + end) == "realign: train.dtype must be bfloat16."
@@ -199,7 +199,7 @@ def test_the_error_of_a_run_is_found_in_what_it_printed():
 
 
 @pytest.mark.slow
-def test_two_processes_of_the_command_line_train_what_one_does(tmp_path, capsys):
+def test_two_processes_of_the_command_line_train_like_one_process(tmp_path, capsys):
     call = ["--device", "cpu", "--only", "ranks", "--minutes", "15", "--out", str(tmp_path)]
     assert gpu.main([*call, "--commit", "abc"]) == 0
     found = load(tmp_path / "gpu_cpu.json")["cells"]

@@ -9,7 +9,7 @@ from benchmarks.demo.hide import BATCH_SIZE, batches, learning_rate_factor, visi
 from realign.demo.world import DESCRIBE, habitual_scene
 
 
-def test_each_thing_is_left_out_as_often_as_it_should() -> None:
+def test_things_are_hidden_at_the_given_rate() -> None:
     rng = Random(0)
     scenes = [
         scene for scene in (habitual_scene(rng) for _ in range(3000)) if len(scene.things) > 2
@@ -23,7 +23,7 @@ def test_each_thing_is_left_out_as_often_as_it_should() -> None:
     assert all(visible(scene, 1.0, rng).things == scene.things[:1] for scene in scenes)
 
 
-def test_texts_still_name_what_is_left_out() -> None:
+def test_texts_still_name_the_hidden_things() -> None:
     batch = [one for part in islice(batches(Random(1), 0.5), 6) for one in part]
     assert len(batch) == 6 * BATCH_SIZE
     described = [one for one in batch if one.prompt == DESCRIBE]

@@ -68,7 +68,7 @@ def run(job: Job, turns: list[int], after_start: Any = None) -> list[dict[str, A
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny-qwen"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_scheme_does_the_work_that_the_prediction_counts(tmp_path, scheme, shape):
+def test_a_scheme_processes_the_predicted_number_of_tokens(tmp_path, scheme, shape):
     job = Job(scheme, shape, "lora", pairs=2, steps=1, threads=1, out=str(tmp_path))
     counters: list[Counter] = []
     run(job, [1], lambda t: counters.append(Counter(t.model, job.step_shape)))
@@ -80,7 +80,7 @@ def test_a_scheme_does_the_work_that_the_prediction_counts(tmp_path, scheme, sha
 
 @pytest.mark.full
 @pytest.mark.parametrize("mode", MODES)
-def test_all_schemes_train_the_same_thing(tmp_path, monkeypatch, mode):
+def test_all_schemes_train_to_the_same_losses(tmp_path, monkeypatch, mode):
     losses = {}
     for scheme in SCHEMES:
         job = Job(scheme, "tiny", mode, 2, steps=4, learning_rate=1e-2, out=str(tmp_path))
@@ -109,7 +109,7 @@ def test_every_process_makes_the_same_model_and_pairs():
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-qwen", "llava-64m"])
-def test_rows_are_as_long_as_their_shape_says(name):
+def test_rows_have_the_length_of_their_shape(name):
     shape = SHAPES[name]
     (record,) = build_records(Job("authors", name, "full", 1, 1))
     collate = scheme_module(Job("authors", name, "full", 1, 1)).BranchCollator(
@@ -188,7 +188,7 @@ class Answers:
         return {**times, "losses": [1.0] * steps, "peak_bytes": 30}
 
 
-def test_a_contender_that_fails_is_named_and_the_others_still_run(tmp_path, capsys, monkeypatch):
+def test_a_failed_scheme_is_reported_and_the_others_still_run(tmp_path, capsys, monkeypatch):
     class Fails(Answers):
         def turn(self, steps: int) -> dict[str, Any]:
             if self.job.scheme == "trl":
@@ -211,7 +211,7 @@ def test_a_contender_that_fails_is_named_and_the_others_still_run(tmp_path, caps
 
 
 @pytest.mark.full
-def test_a_process_that_ends_says_why():
+def test_a_worker_process_that_ends_reports_its_error():
     with turns.Worker(Job("ours", "none", "lora", 1, 1)) as worker:
         with pytest.raises(RuntimeError, match="KeyError: 'none'"):
             worker.read()
@@ -219,7 +219,7 @@ def test_a_process_that_ends_says_why():
             worker.turn(1)
 
 
-def test_a_readme_gets_the_tables_that_it_has_marks_for():
+def test_a_readme_gets_a_table_at_each_of_its_marks():
     assert tables.with_tables("no marks") == "no marks"
     begin, end = tables.marks("step table")
     readme = f"before {begin}old{end} after"
@@ -227,7 +227,7 @@ def test_a_readme_gets_the_tables_that_it_has_marks_for():
     assert tables.with_tables(readme) == readme.replace("old", f"\n{block}\n")
 
 
-def test_what_cannot_be_measured_is_refused(capsys, monkeypatch):
+def test_options_that_cannot_be_measured_are_refused(capsys, monkeypatch):
     assert step.main(["--schemes", "trl"]) == 2
     assert "--schemes must contain ours" in capsys.readouterr().err
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -278,7 +278,7 @@ def test_jobs_without_time_left_are_reported_and_earlier_measurements_stay(
     assert f" {100 * reached:.0f} % of what" in step.aims_line("authors", cells["authors"])
 
 
-def test_a_turn_that_would_never_end_is_ended(monkeypatch):
+def test_a_turn_without_an_end_is_stopped(monkeypatch):
     class Hangs(Answers):
         def __init__(self, job: Job) -> None:
             super().__init__(job)
@@ -314,7 +314,7 @@ def test_a_variant_that_does_not_fit_is_a_row(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("is_liger", [True, False])
-def test_a_worker_says_that_liger_does_not_fit(is_liger, monkeypatch, capsys):
+def test_a_worker_reports_that_liger_does_not_fit(is_liger, monkeypatch, capsys):
     def refuse(job: Job) -> None:
         raise RefusedError("liger: true requires another one.")
 

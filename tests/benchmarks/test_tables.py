@@ -30,7 +30,7 @@ def run_of(commit: str) -> dict:
     return environment(CPU, commit) | {"command": "test"}
 
 
-def test_calls_merge_and_absence_replaces_no_measurement(tmp_path):
+def test_results_of_calls_merge_and_an_absent_result_replaces_no_measurement(tmp_path):
     path = tmp_path / "deep" / "gpu_x.json"
     absent = {"status": "not measured", "reason": "out of time"}
     merge(path, run_of("one"), {"a": {"status": "ok", "ms": 1.0}, "b": absent})
@@ -106,7 +106,7 @@ def test_whole_losses_agree_with_the_oracle(name):
     torch.testing.assert_close(grad, truth.grad_hidden, atol=1e-6, rtol=1e-4)
 
 
-def test_row_classes_have_the_probabilities_that_they_are_named_for():
+def test_row_classes_have_the_probabilities_in_their_names():
     assert {"confident", "unlikely"} <= {*ROW_CLASSES}
     for name in ROW_CLASSES:
         inputs = make_rows(name, 64, 128, 500, torch.float64)
@@ -119,7 +119,7 @@ def test_row_classes_have_the_probabilities_that_they_are_named_for():
             assert logps.min() > -70.1
 
 
-def test_peak_memory_counts_what_custom_operators_allocate():
+def test_peak_memory_counts_allocations_of_custom_operators():
     def call():
         scratch = torch.empty(1 << 20, dtype=torch.uint8)
         del scratch

@@ -12,7 +12,7 @@ from benchmarks.head.truncation import CASES, PARTIAL, errors, product, truncate
 PROMISE = 1e-4
 
 
-def test_what_float32_cannot_hold_is_cut_off_on_either_side_of_zero():
+def test_bits_beyond_float32_are_truncated_towards_zero_for_both_signs():
     one = Fraction(1)
     last_bit = Fraction(1, 2**23)
     for sign in (1, -1):
@@ -28,7 +28,7 @@ def test_small_integers_are_multiplied_exactly():
     assert np.array_equal(product(hidden, weight, partial=32), hidden @ weight.T)
 
 
-def test_partial_sums_keep_the_promise_where_one_accumulator_breaks_it(monkeypatch):
+def test_partial_sums_stay_within_the_error_bound_that_one_accumulator_exceeds(monkeypatch):
     monkeypatch.setattr(truncation, "VOCABULARY", 300)
     for case in CASES[1:]:
         assert errors(case, 8192, 8192).largest > PROMISE

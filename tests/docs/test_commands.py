@@ -47,7 +47,7 @@ def flags(command: Any) -> set[str]:
     )
 
 
-def test_pages_have_commands() -> None:
+def test_the_pages_contain_enough_commands() -> None:
     assert len(WHOLE) >= 35
     assert len(COMMANDS) - len(WHOLE) >= 70
     assert {command.words[0] for command in WHOLE} >= {*SECTIONS, "card", "push", "merge", "demo"}
@@ -64,7 +64,7 @@ def test_a_command_and_its_options_exist(command: Command) -> None:
 
 
 @pytest.mark.parametrize("command", WHOLE, ids=str)
-def test_a_whole_command_is_taken(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_complete_command_is_accepted(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)  # recipes are named from there
     found, arguments = resolve(command.words)
     context = found.make_context(found.name, arguments)
@@ -81,10 +81,10 @@ def test_a_whole_command_is_taken(command: Command, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("command", TRIED, ids=str)
-def test_what_needs_no_gpu_time_runs(
+def test_commands_that_need_no_gpu_run_on_the_embedded_model(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each ``train``, as ``--dry-run``, and ``check``, on the embedded model and a few pairs."""
+    """Every ``train`` command (as ``--dry-run``) and ``check`` command runs on a few pairs."""
     write_parquet(make_records(4), tmp_path / "dataset.parquet")
     (tmp_path / "run.yaml").write_text("train: {}\n")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")

@@ -152,7 +152,7 @@ def run(page: str, number: int, folder: Path) -> Names:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL's configuration
 @pytest.mark.parametrize(("page", "number"), HERE)
-def test_a_block_runs(
+def test_a_python_block_runs(
     page: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -167,7 +167,7 @@ def test_a_block_runs(
         assert (names["checkpoint"] / "config.json").is_file()
 
 
-def test_every_block_that_runs_elsewhere_is_there() -> None:
+def test_every_block_run_by_another_test_exists() -> None:
     everything = {*python_blocks()}
     assert {*GIVEN} <= {*HERE}
     for page, tests in ELSEWHERE.items():
@@ -178,6 +178,6 @@ def test_every_block_that_runs_elsewhere_is_there() -> None:
             assert "exec(" in source or '"-c"' in source, file
 
 
-def test_a_block_that_does_not_run_is_found() -> None:
+def test_a_block_that_does_not_run_is_detected() -> None:
     with pytest.raises(NameError, match="hidden_states"):
         exec(blocks("docs/guides/head.md", "python")[1], {"linear_logprob": SimpleNamespace})

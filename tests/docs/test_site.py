@@ -66,14 +66,14 @@ def test_the_reference_has_every_section_of_the_configuration() -> None:
     assert {section.__name__ for section in SECTIONS.values()} <= {*shown}
 
 
-def test_no_page_needs_a_script_of_another_host() -> None:
+def test_no_page_loads_a_script_from_another_host() -> None:
     assert not [page for page, text in PAGES.items() if "```mermaid" in text]
     settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert "font: false" in settings
 
 
 @pytest.mark.full
-def test_the_site_builds_and_is_whole(tmp_path: Path) -> None:
+def test_the_site_builds_with_every_page(tmp_path: Path) -> None:
     built = build(tmp_path)
     assert built.returncode == 0, built.stderr
     assert "WARNING" not in built.stderr
@@ -91,12 +91,14 @@ def test_the_site_builds_and_is_whole(tmp_path: Path) -> None:
     reference = (tmp_path / "reference" / "realign_kernels.html").read_text(encoding="utf-8")
     assert "Return the log-probability of each label" in reference
     assert ":func:" not in reference
+    assert "Example::" not in reference
+    assert all(f">{name}:</span>" in reference for name in ("Returns", "Raises", "Examples"))
     assert 'href="#realign_kernels.rdpo_loss.rdpo_loss"' in reference  # from a docstring
     assert "Unreleased" in (tmp_path / "changelog.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.full
-def test_a_link_that_leads_nowhere_fails_the_build(tmp_path: Path) -> None:
+def test_a_broken_link_fails_the_build(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text("# Start\n\n[gone](gone.md)\n")
     settings = {"site_name": "broken", "theme": "material", "docs_dir": "docs"}

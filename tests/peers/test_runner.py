@@ -54,7 +54,7 @@ def source(tmp_path):
     return tmp_path
 
 
-def test_what_is_left_out_is_reported_with_its_reason(source):
+def test_excluded_cases_are_reported_with_their_reason(source):
     before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
     report = run(PEER, source, [WRONG])
     assert report.has_passed
@@ -65,7 +65,7 @@ def test_what_is_left_out_is_reported_with_its_reason(source):
     assert {path: path.read_bytes() for path in source.rglob("*") if path.is_file()} == before
 
 
-def test_a_failing_case_is_a_failure(source):
+def test_a_failing_case_fails_the_run(source):
     report = run(PEER, source, [])
     assert not report.has_passed
     assert report.lines() == ["4 passed, 1 failed, 1 skipped, 0 deselected"]
@@ -81,7 +81,7 @@ def test_an_exception_without_effect_is_stale(source):
     assert line in report.lines()
 
 
-def test_a_file_must_be_run_or_left_out(source):
+def test_a_test_file_must_be_run_or_excluded(source):
     (source / "tests/test_other.py").write_text("")
     report = run(PEER, source, [WRONG])
     assert not report.has_passed
@@ -92,7 +92,7 @@ def test_a_file_must_be_run_or_left_out(source):
     assert report.lines()[-1] == "  left out: file, tests/test_o*.py: another function"
 
 
-def test_tests_that_cannot_be_collected_are_a_failure(source):
+def test_tests_that_cannot_be_collected_fail_the_run(source):
     (source / "adder/constants.py").write_text("")
     report = run(PEER, source, [])
     assert not report.has_passed
@@ -107,7 +107,7 @@ def test_a_missing_file_is_refused(source, name):
         run(PEER, source, [])
 
 
-def test_another_version_is_refused(source):
+def test_a_peer_of_another_version_is_refused(source):
     """The peer itself would be tested otherwise."""
     path = source / "tests/test_sum.py"
     path.write_text(path.read_text().replace("from adder import add", "from adder.sum import add"))
@@ -115,7 +115,7 @@ def test_another_version_is_refused(source):
         run(PEER, source, [])
 
 
-def test_the_command_ends_with_a_status(source, capsys, monkeypatch):
+def test_the_exit_status_tells_success_failure_and_refusal_apart(source, capsys, monkeypatch):
     assert main(["cce", str(source)]) == 2
     assert "source must hold tests/test_cce_loss_forward.py, got" in capsys.readouterr().err
     for arguments in (["cce"], ["nobody"]):
@@ -140,7 +140,7 @@ def test_every_exception_has_a_reason_and_a_peer():
 
 
 @pytest.mark.parametrize("source", ["its/folder", "a folder/of it", ""])
-def test_make_hands_on_a_folder_with_spaces(source: str) -> None:
+def test_make_passes_on_a_source_folder_with_spaces(source: str) -> None:
     command = ["make", "-n", "--no-print-directory", "test-peers", "PEER=cce", f"SOURCE={source}"]
     root = Path(__file__).parents[2]
     shown = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout

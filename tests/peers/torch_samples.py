@@ -75,8 +75,8 @@ def run(function, sample, dtype=None):
 
 @pytest.mark.filterwarnings("ignore")  # of the chunked operator
 @pytest.mark.parametrize("sample", TAKEN.values(), ids=TAKEN)
-def test_a_sample_that_is_taken(sample):
-    """At most as far from float64 as torch's own result, or as one rounding to its dtype."""
+def test_accepted_sample_is_as_accurate_as_torch(sample):
+    """The error is at most that of torch's own result, or one rounding to its dtype."""
     exact = run(F.linear_cross_entropy, sample, torch.float64)
     own = run(F.linear_cross_entropy, sample)
     ours = run(linear_cross_entropy, sample)
@@ -89,14 +89,14 @@ def test_a_sample_that_is_taken(sample):
 
 
 @pytest.mark.parametrize("sample", REFUSED.values(), ids=REFUSED)
-def test_a_sample_that_is_refused(sample):
-    """K outputs a class, or probabilities of classes."""
+def test_unsupported_sample_is_refused(sample):
+    """A sample with several outputs per class, or with class probabilities, is not supported."""
     message = r"(linear_weight must have shape \(V, D\)|target must hold class indices), got .*Call"
     with pytest.raises(NotImplementedError, match=message):
         linear_cross_entropy(sample.input, *sample.args, **sample.kwargs)
 
 
-def test_what_torch_refuses_is_refused():
+def test_inputs_refused_by_torch_are_refused():
     """Three-dimensional input is the exception, which is accepted here."""
     for sample in OPERATORS[0].error_inputs("cpu"):
         given = sample.sample_input

@@ -54,7 +54,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_the_verb_builds_records_with_provenance(config: BuildConfig) -> None:
+def test_the_build_command_writes_records_with_provenance(config: BuildConfig) -> None:
     dataset = build(config)
     funnel = json.loads((config.out / "funnel.json").read_text())
     records = read_records(dataset, None)
@@ -96,7 +96,7 @@ def test_a_folder_of_another_build_is_refused_and_kept(config: BuildConfig) -> N
     assert files(config.out) == before
 
 
-def test_masking_by_the_model(config: BuildConfig) -> None:
+def test_the_model_masks_answers_when_it_is_the_masker(config: BuildConfig) -> None:
     build(config.model_copy(update={"mask": "model"}))
     masked_by = json.loads((config.out / "funnel.json").read_text())["masked_by"]
     assert sum(masked_by.values()) == 40
@@ -115,7 +115,7 @@ def test_the_funnel_counts_completions_that_were_cut(config: BuildConfig) -> Non
 
 
 @pytest.mark.parametrize("mask", ["rule", pytest.param("model", marks=pytest.mark.full)])
-def test_a_row_that_is_too_long_is_dropped_counted_and_never_given_to_the_model(
+def test_a_row_longer_than_the_model_is_dropped_counted_and_not_generated(
     config: BuildConfig, mask: str, monkeypatch
 ) -> None:
     lines = config.source.read_text().splitlines()
@@ -140,7 +140,7 @@ def test_a_row_that_is_too_long_is_dropped_counted_and_never_given_to_the_model(
     assert "max_length" not in json.loads((config.out / "build.json").read_text())["config"]
 
 
-def test_prompts_are_measured_as_the_generator_reads_them(config: BuildConfig) -> None:
+def test_prompt_lengths_equal_the_tokens_the_generator_reads(config: BuildConfig) -> None:
     generator = TransformersGenerator.load(Path(config.model), torch.float32, max_new_tokens=1)
     path = config.images / "train-00000.png"
     read: list[int] = []
@@ -156,13 +156,15 @@ def test_prompts_are_measured_as_the_generator_reads_them(config: BuildConfig) -
     assert position_limit(generator.model.config) == 512
 
 
-def test_a_limit_on_the_prompt_is_part_of_what_the_run_is(config: BuildConfig) -> None:
+def test_the_prompt_limit_is_part_of_the_run_identity(config: BuildConfig) -> None:
     with pytest.raises(RefusedError, match=r"none from 40 rows: .*mostly prompt longer than max_l"):
         build(config.model_copy(update={"max_length": 20}))
     assert json.loads((config.out / "build.json").read_text())["config"]["max_length"] == 20
 
 
-def test_an_answer_is_cut_when_no_end_of_turn_token_came(model_dir: Path, tmp_path: Path) -> None:
+def test_an_answer_without_an_end_of_turn_token_counts_as_cut(
+    model_dir: Path, tmp_path: Path
+) -> None:
     generator = TransformersGenerator.load(model_dir, torch.float32, max_new_tokens=72)
     Image.new("RGB", (96, 96), "white").save(tmp_path / "white.png")
     request = Request(DESCRIBE, tmp_path / "white.png")
@@ -192,7 +194,7 @@ def test_the_models_special_tokens_are_refused_in_the_source(config: BuildConfig
     assert not config.out.exists()
 
 
-def test_one_image_is_not_enough(config: BuildConfig) -> None:
+def test_a_source_of_one_image_is_refused(config: BuildConfig) -> None:
     line = config.source.read_text().splitlines()[0]
     config.source.write_text(line + "\n")
     with pytest.raises(RefusedError, match="at least 2 different images"):
@@ -200,7 +202,7 @@ def test_one_image_is_not_enough(config: BuildConfig) -> None:
     assert not (config.out / "build.json").exists()
 
 
-def test_embedded_images_of_a_parquet_source_with_text_pairs_get_retrieval_alone(
+def test_text_pairs_of_a_parquet_source_get_new_images_and_keep_their_texts(
     config: BuildConfig, tmp_path: Path
 ) -> None:
     """A dataset of ours is such a source: its pairs keep their texts and get images anew."""
@@ -273,8 +275,8 @@ def test_the_index_does_not_change_the_result(config: BuildConfig, tmp_path: Pat
     assert build(flat).read_bytes() == exact
 
 
-def test_a_row_that_shows_another_image_is_another_run(config: BuildConfig) -> None:
-    """The set of images may stay the same."""
+def test_a_row_with_another_image_changes_the_run_identity(config: BuildConfig) -> None:
+    """The identity changes even if the set of images stays the same."""
     rows = [json.loads(line) for line in config.source.read_text().splitlines()]
     first, second, *_ = dict.fromkeys(row["image"] for row in rows)
     images = config.images
@@ -301,7 +303,7 @@ def test_a_row_that_shows_another_image_is_another_run(config: BuildConfig) -> N
     assert build(config).read_bytes() == whole
 
 
-def test_a_dataset_without_its_funnel_is_not_finished(config: BuildConfig) -> None:
+def test_a_build_without_its_funnel_is_unfinished(config: BuildConfig) -> None:
     dataset = build(config)
     whole = files(config.out)
     (config.out / "funnel.json").unlink()
@@ -310,7 +312,24 @@ def test_a_dataset_without_its_funnel_is_not_finished(config: BuildConfig) -> No
     assert files(config.out) == whole
 
 
-def test_decisions_that_drop_all_are_refused_and_damaged_ones_at_once(
+def test_a_damaged_dataset_is_written_again(config: BuildConfig) -> None:
+    dataset = build(config)
+    whole = dataset.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b""):
+        dataset.write_bytes(damaged)
+        assert build(config).read_bytes() == whole
+
+
+@pytest.mark.parametrize("out", [".", "out"])
+def test_an_output_inside_the_source_folder_is_refused(config: BuildConfig, out: str) -> None:
+    source = config.images  # any folder; every file below it would be a part of the source
+    before = files(source)
+    with pytest.raises(RefusedError, match=r"out must lie outside the source folder .*images, all"):
+        build(config.model_copy(update={"source": source, "out": source / out}))
+    assert files(source) == before
+
+
+def test_decisions_that_drop_every_row_and_damaged_decisions_are_refused(
     config: BuildConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = build(config)
@@ -360,7 +379,7 @@ def test_a_damaged_shard_is_named(config: BuildConfig) -> None:
         ({"encoder": "./none"}, "none"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_claimed(
+def test_options_that_cannot_work_are_refused_before_the_folder_is_claimed(
     config: BuildConfig, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RefusedError, match=message):
@@ -369,7 +388,7 @@ def test_what_cannot_work_is_refused_before_anything_is_claimed(
     assert not (config.out / "embeddings").exists()
 
 
-def test_the_share_of_bad_rows_that_is_suggested_is_enough(config: BuildConfig) -> None:
+def test_the_suggested_max_reject_admits_the_bad_rows(config: BuildConfig) -> None:
     lines = config.source.read_text().splitlines()[:11]
     lines[0] = "{}"
     config.source.write_text("\n".join(lines) + "\n")
@@ -379,7 +398,7 @@ def test_the_share_of_bad_rows_that_is_suggested_is_enough(config: BuildConfig) 
     assert build(config.model_copy(update={"max_reject": share})).is_file()
 
 
-def test_leaving_bad_rows_out_is_not_advised_where_it_leads_nowhere(config: BuildConfig) -> None:
+def test_omitting_bad_rows_is_not_advised_when_too_few_images_remain(config: BuildConfig) -> None:
     good = [json.loads(line) for line in config.source.read_text().splitlines()]
     (first, *_), others = good, [row for row in good if row["image"] != good[0]["image"]]
     bad = {"id": "bad", "image": first["image"], "prompt": "What?", "scores": [1], "note": "x"}
@@ -399,7 +418,9 @@ def test_leaving_bad_rows_out_is_not_advised_where_it_leads_nowhere(config: Buil
     assert not (config.out / "rejected.jsonl").exists()
 
 
-def test_turns_of_one_bad_row_are_one_bad_row(config: BuildConfig, tmp_path: Path) -> None:
+def test_several_bad_turns_of_one_row_count_as_one_bad_row(
+    config: BuildConfig, tmp_path: Path
+) -> None:
     (config.images / "broken.png").write_bytes(b"GIF89a")
     turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A red dog."}] * 3
     names = ["broken.png", *sorted(path.name for path in config.images.glob("train*"))]
@@ -411,7 +432,7 @@ def test_turns_of_one_bad_row_are_one_bad_row(config: BuildConfig, tmp_path: Pat
         build(each)
 
 
-def test_own_names_of_embedded_images_survive(config: BuildConfig, tmp_path: Path) -> None:
+def test_embedded_images_keep_their_file_names(config: BuildConfig, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in config.source.read_text().splitlines()]
     table = {
         "image": [
@@ -431,7 +452,7 @@ def test_own_names_of_embedded_images_survive(config: BuildConfig, tmp_path: Pat
         assert record.source["image"] != record.source["retrieved_image"]
 
 
-def test_one_build_at_a_time_writes_into_a_folder(config: BuildConfig) -> None:
+def test_a_second_build_into_a_folder_in_use_is_refused(config: BuildConfig) -> None:
     with (
         only_run(config.out, "build"),
         pytest.raises(RefusedError, match="another one is running"),
@@ -441,7 +462,7 @@ def test_one_build_at_a_time_writes_into_a_folder(config: BuildConfig) -> None:
     assert build(config).is_file()
 
 
-def test_paths_that_are_not_there_are_refused_before_the_model_is_looked_at(
+def test_missing_paths_are_refused_before_the_model_is_opened(
     config: BuildConfig,
 ) -> None:
     for name in ("source", "images"):
@@ -451,7 +472,9 @@ def test_paths_that_are_not_there_are_refused_before_the_model_is_looked_at(
         build(config.model_copy(update={"encoder": "./none"}))
 
 
-def test_a_sample_reads_no_image_of_another_row(config: BuildConfig, tmp_path: Path) -> None:
+def test_a_sample_reads_only_the_images_of_sampled_rows(
+    config: BuildConfig, tmp_path: Path
+) -> None:
     rows = [json.loads(line) for line in config.source.read_text().splitlines()]
     sampled = config.model_copy(update={"sample": 12, "seed": 1})
     dataset = build(sampled)
@@ -472,7 +495,7 @@ def test_a_sample_reads_no_image_of_another_row(config: BuildConfig, tmp_path: P
         build(sampled.model_copy(update={"sample": 41}))
 
 
-def test_bad_rows_of_the_source_take_no_place_in_its_sample(config: BuildConfig) -> None:
+def test_bad_rows_do_not_count_towards_the_sample_size(config: BuildConfig) -> None:
     rows = [json.loads(line) for line in config.source.read_text().splitlines()]
     bad = [{**rows[0], "id": f"bad-{number}", "answer": ""} for number in range(4)]
     config.source.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *bad]))
@@ -480,7 +503,9 @@ def test_bad_rows_of_the_source_take_no_place_in_its_sample(config: BuildConfig)
     assert len((config.out / "rejected.jsonl").read_text().splitlines()) == 4
 
 
-def test_embedded_images_of_a_sample_alone_are_written(config: BuildConfig, tmp_path: Path) -> None:
+def test_only_embedded_images_of_sampled_rows_are_written(
+    config: BuildConfig, tmp_path: Path
+) -> None:
     rows = [json.loads(line) for line in config.source.read_text().splitlines()]
     names = [row["image"] for row in rows]
     table = {
@@ -523,8 +548,10 @@ def test_a_dry_run_loads_the_model_for_a_few_rows_and_writes_nothing(
     assert f" of text and {reader((96, 96))} of the image each), about" in said
 
 
-def test_the_option_that_finds_the_images_is_named(config: BuildConfig, tmp_path: Path) -> None:
-    """A source that names COCO's images as train2017 does, with the folder of train2014."""
+def test_the_refusal_names_the_option_that_finds_the_images(
+    config: BuildConfig, tmp_path: Path
+) -> None:
+    """The source names images as in COCO train2017, and the folder is that of train2014."""
     folder = tmp_path / "train2014"
     folder.mkdir()
     for path in config.images.iterdir():
@@ -545,7 +572,7 @@ def test_the_option_that_finds_the_images_is_named(config: BuildConfig, tmp_path
 
 
 @pytest.mark.full
-def test_an_image_of_too_many_pixels_names_the_option_that_takes_it(
+def test_the_refusal_of_a_large_image_names_the_option_that_admits_it(
     config: BuildConfig, tmp_path: Path
 ) -> None:
     row = json.loads(config.source.read_text().splitlines()[0])

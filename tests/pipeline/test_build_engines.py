@@ -68,7 +68,7 @@ def joined(out: Path) -> bytes:
     ],
     ids=lambda options: ",".join(f"{key}={value}" for key, value in options.items()),
 )
-def test_neither_engine_nor_workers_nor_shards_change_the_result(
+def test_engine_workers_and_shard_size_do_not_change_the_result(
     world: Path, tmp_path: Path, expected: dict[str, bytes], options: dict[str, object]
 ) -> None:
     build(small(world, tmp_path / "out", **options))
@@ -82,7 +82,7 @@ def test_neither_engine_nor_workers_nor_shards_change_the_result(
         pytest.param(("embeddings", "neighbours", "shards"), id="all", marks=pytest.mark.slow),
     ],
 )
-def test_two_workers_of_a_local_ray_make_the_same(
+def test_two_local_ray_workers_give_the_same_result(
     world: Path, tmp_path: Path, expected: dict[str, bytes], stages: tuple[str, ...]
 ) -> None:
     """A build goes on with Ray, in a process of its own: Ray warns about itself when it is
@@ -98,7 +98,7 @@ def test_two_workers_of_a_local_ray_make_the_same(
     assert results(config.out) == expected
 
 
-def test_what_the_result_is_made_of_does_not_ask_how_it_was_made(
+def test_a_build_continues_with_other_workers_but_not_with_another_window(
     world: Path, tmp_path: Path
 ) -> None:
     """A run may go on with other workers; another window is another run."""
@@ -116,8 +116,8 @@ SCENES = int(os.environ.get("REALIGN_KILL_SCENES", "200"))
 
 
 @pytest.mark.slow
-def test_a_build_that_was_killed_often_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    """kill -9 at random moments, workers included, until so many kills were survived."""
+def test_a_build_killed_many_times_gives_the_same_bytes(tmp_path: Path) -> None:
+    """The build is ended by kill -9 at random moments, workers included, many times."""
     world, killed, whole = tmp_path / "world", tmp_path / "killed", tmp_path / "whole"
     write_training_data(world, SCENES, seed=100)
     options = {"workers": 2, "batch_size": 32, "window": 32, "shard_size": 32}

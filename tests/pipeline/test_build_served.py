@@ -111,7 +111,7 @@ def config(tmp_path: Path, server: Server) -> BuildConfig:
     return build_config(tmp_path / "world", tmp_path / "out", seed=0).model_copy(update=update)
 
 
-def test_a_server_annotates_masks_and_completes(config: BuildConfig, server: Server) -> None:
+def test_a_served_model_annotates_masks_and_completes(config: BuildConfig, server: Server) -> None:
     records = read_records(build(config), None)
     assert len(records) == 8
     assert records[0].chosen == "There is a dog next to a blue house."
@@ -128,7 +128,7 @@ def test_a_server_annotates_masks_and_completes(config: BuildConfig, server: Ser
     assert len(server.asked) == len({*server.asked})
 
 
-def test_nothing_is_asked_twice(config: BuildConfig, server: Server) -> None:
+def test_a_continued_build_repeats_no_request(config: BuildConfig, server: Server) -> None:
     whole = build(config).read_bytes()
     server.asked.clear()
     for folder in ("annotated", "masked", "shards"):
@@ -138,7 +138,7 @@ def test_nothing_is_asked_twice(config: BuildConfig, server: Server) -> None:
     assert server.asked == []
 
 
-def test_the_identity_of_a_run_includes_the_model_and_not_its_patience(
+def test_the_run_identity_includes_the_served_model_but_not_its_timeouts(
     config: BuildConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(config)
@@ -157,7 +157,7 @@ def test_rows_without_an_answer_need_an_annotator(config: BuildConfig) -> None:
     assert not (config.out / "build.json").exists()
 
 
-def test_a_build_goes_without_bad_rows_where_they_are_allowed(
+def test_bad_rows_within_max_reject_are_left_out_of_a_served_build(
     config: BuildConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     allowed = {"annotator": None, "max_reject": 0.2}
@@ -177,7 +177,7 @@ def test_a_build_goes_without_bad_rows_where_they_are_allowed(
         ("", "no answer: empty"),
     ],
 )
-def test_a_reply_without_an_answer_is_not_taken_as_the_chosen_one(
+def test_a_reply_without_an_answer_does_not_become_the_chosen_answer(
     config: BuildConfig, server: Server, said: str, reason: str
 ) -> None:
     server.annotation = said
@@ -185,7 +185,9 @@ def test_a_reply_without_an_answer_is_not_taken_as_the_chosen_one(
     assert json.loads((config.out / "funnel.json").read_text())["dropped"] == {reason: 1}
 
 
-def test_what_a_server_refuses_is_counted_by_kind(config: BuildConfig, server: Server) -> None:
+def test_requests_refused_by_the_server_are_counted_under_one_reason(
+    config: BuildConfig, server: Server
+) -> None:
     """The message differs by request, for example by its numbers of tokens."""
     server.has_room = False
     with pytest.raises(RefusedError, match="got none from 8 rows"):
@@ -194,7 +196,7 @@ def test_what_a_server_refuses_is_counted_by_kind(config: BuildConfig, server: S
     assert refused == {"refused by the server": 8}
 
 
-def test_a_dry_run_says_how_much_is_asked_of_whom_and_writes_nothing(
+def test_a_dry_run_prints_the_requests_per_server_and_writes_nothing(
     config: BuildConfig, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One of 8 rows lacks its answer; all are masked, at most twice, and refilled on 3 images."""
@@ -216,7 +218,9 @@ def test_a_dry_run_says_how_much_is_asked_of_whom_and_writes_nothing(
     assert "Prices are not known" in said
 
 
-def test_the_plans_questions_are_not_asked_again(config: BuildConfig, server: Server) -> None:
+def test_the_build_does_not_repeat_the_requests_of_its_plan(
+    config: BuildConfig, server: Server
+) -> None:
     """The answers to the annotator's and the masker's questions are used by the build. The question
     to the inducer shows a row's own image, so the build does not ask it.
     """
@@ -226,7 +230,7 @@ def test_the_plans_questions_are_not_asked_again(config: BuildConfig, server: Se
     assert len(lines) == len(server.asked) == len({*server.asked}) > 1 + 8
 
 
-def test_a_server_that_is_not_there_is_named_before_an_image_is_opened(
+def test_an_unreachable_server_is_refused_before_an_image_is_opened(
     config: BuildConfig, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("realign.building.source.inspect_corpus", lambda *_: pytest.fail("late"))
@@ -256,10 +260,10 @@ def test_a_finished_build_needs_no_server(config: BuildConfig, server: Server) -
     assert len(read_records(build(config), None)) == 7
 
 
-def test_answers_that_share_nothing_with_the_chosen_ones_are_warned_of(
+def test_rejected_answers_unrelated_to_the_chosen_ones_give_a_warning(
     config: BuildConfig, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The pages of the dataset say it too; a model that fills masks in gives no warning."""
+    """The dataset pages show the warning too; a model that fills masks gives none."""
     rows = [json.loads(line) for line in config.source.read_text().splitlines()] * 2
     lines = [json.dumps(row | {"id": str(number)}) for number, row in enumerate(rows)]
     config.source.write_text("\n".join(lines) + "\n")

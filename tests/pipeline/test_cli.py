@@ -40,7 +40,7 @@ def official(tmp_path: Path, records) -> Path:
     return path
 
 
-def test_the_authors_format_trains(tmp_path: Path, official: Path, model_dir: Path) -> None:
+def test_train_accepts_the_authors_format(tmp_path: Path, official: Path, model_dir: Path) -> None:
     images, out = tmp_path / "images", tmp_path / "run"
     result = realign(
         "train", "--data", official, "--images", images, "--model", model_dir, "--out", out
@@ -155,7 +155,7 @@ def test_an_output_that_is_a_file_exits_with_2(verb: str, out: str, tmp_path: Pa
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_page_that_is_a_folder_or_below_a_file_exits_with_2(tmp_path: Path) -> None:
+def test_a_report_path_that_cannot_be_a_file_exits_with_2(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     result = realign("report", tmp_path, "--out", tmp_path)
     assert result.exit_code == 2
@@ -172,10 +172,10 @@ class WithOneMore(TrainConfig):
     """Rate of nothing."""
 
 
-def test_a_field_of_a_section_is_an_option_everywhere(
+def test_a_field_of_a_section_is_a_flag_a_set_key_and_a_config_key(
     tmp_path: Path, model_dir: Path, monkeypatch
 ) -> None:
-    """Nothing but the section declares it."""
+    """Only the section declares the field."""
     from realign.training import run
 
     seen: list[WithOneMore] = []
@@ -244,7 +244,7 @@ def test_flags_that_do_not_fit_are_refused(given: list[str], message: str) -> No
     assert message in result.output
 
 
-def test_help_names_every_verb_in_the_order_of_its_use() -> None:
+def test_help_lists_every_command_in_the_order_of_use() -> None:
     lines = realign("--help").output.splitlines()
     verbs = [match[1] for line in lines if (match := re.match(r"  ([a-z]+) +[A-Z]", line))]
     assert verbs[:6] == ["init", "build", "check", "cache", "train", "eval"]
@@ -272,7 +272,7 @@ def test_help_lists_every_option_of_the_section(verb: str, width: int, monkeypat
     assert nested.count("Required, here or in --config.") == required
 
 
-def test_help_begins_with_what_a_command_needs_and_has_headings() -> None:
+def test_help_begins_with_required_options_and_has_headings() -> None:
     output = realign("train", "--help").output
     headings = re.findall(r"^(\w.*):$", output, re.MULTILINE)
     assert headings[:3] == ["Options", "Objective", "Optimization"]
@@ -283,7 +283,7 @@ def test_help_begins_with_what_a_command_needs_and_has_headings() -> None:
         assert section.count("\n  --") <= 12  # few enough to look through
 
 
-def test_help_spells_types_and_defaults() -> None:
+def test_help_shows_types_and_defaults() -> None:
     text = " ".join(realign("train", "--help").output.split())
     for line in (
         "--beta <float> KL strength of the answer-pair term. [default: 0.1]",
@@ -356,7 +356,7 @@ def kill_when(process: subprocess.Popen[bytes], pattern: str, folder: Path) -> N
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_same_command_ends_the_same(
+def test_a_run_stopped_by_a_signal_resumes_to_the_same_files(
     tmp_path: Path, records, model_dir: Path, number: int, code: int
 ) -> None:
     write_parquet(records(12), tmp_path / "d.parquet")
@@ -379,7 +379,7 @@ def test_a_signal_saves_and_the_same_command_ends_the_same(
 
 
 @pytest.mark.full
-def test_kill_9_then_the_same_command_ends_the_same(tmp_path: Path, model_dir: Path) -> None:
+def test_commands_ended_by_kill_9_resume_to_the_same_files(tmp_path: Path, model_dir: Path) -> None:
     from realign.demo.data import write_training_data
     from realign.demo.tasks import LEXICON_PATH
 
@@ -418,7 +418,7 @@ def test_kill_9_then_the_same_command_ends_the_same(tmp_path: Path, model_dir: P
     assert tree(tmp_path / "run1") == tree(tmp_path / "run2")
 
 
-def test_the_version_is_that_of_the_package() -> None:
+def test_the_version_option_prints_the_package_version() -> None:
     result = realign("--version")
     assert (result.exit_code, result.stdout) == (0, f"realign {version('realign')}\n")
 

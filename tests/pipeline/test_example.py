@@ -16,7 +16,9 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "train_rdpo.py"
 
 
 @pytest.mark.full
-def test_it_trains_an_adapter_on_the_embedded_model(tmp_path: Path, model_dir, records) -> None:
+def test_the_training_script_trains_an_adapter_on_the_embedded_model(
+    tmp_path: Path, model_dir, records
+) -> None:
     write_parquet(records(16), tmp_path / "d.parquet")
     main = runpy.run_path(str(SCRIPT))["main"]
     arguments = ["--model", model_dir, "--data", tmp_path / "d.parquet", "--out", tmp_path / "run"]

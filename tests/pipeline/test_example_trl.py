@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "trl_rdpo.py"
 
 
 @pytest.mark.full
-def test_it_trains_an_adapter_on_the_embedded_model(tmp_path: Path) -> None:
+def test_the_trl_example_trains_an_adapter_on_the_embedded_model(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, SCRIPT],
         cwd=tmp_path,

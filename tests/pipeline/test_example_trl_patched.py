@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "trl_patched_dpo.py"
 
 
 @pytest.mark.full
-def test_the_script_trains_and_prints_what_it_called(tmp_path: Path) -> None:
+def test_the_patched_example_trains_and_prints_the_patched_calls(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(SCRIPT)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

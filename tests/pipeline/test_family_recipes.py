@@ -17,7 +17,7 @@ RECIPES = {path.stem: path for path in (ROOT / "recipes" / "families").glob("*.y
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_recipe_trains_adapters_as_the_paper(name: str) -> None:
+def test_a_family_recipe_has_the_adapter_settings_of_the_paper(name: str) -> None:
     config = load_config(TrainConfig, RECIPES[name], flags={"data": "d", "out": "o"})
     assert config.lora is not None
     assert (config.lora.r, config.lora.alpha, config.lora.targets) == (128, 256, "all-linear")
@@ -25,16 +25,16 @@ def test_a_recipe_trains_adapters_as_the_paper(name: str) -> None:
     assert f"recipes/families/{name}.yaml" in RECIPES[name].read_text(encoding="utf-8")
 
 
-def test_every_recipe_is_of_a_known_family() -> None:
+def test_every_recipe_belongs_to_a_known_family() -> None:
     assert RECIPES.keys() == FAMILIES.keys()
 
 
-def test_the_table_has_every_family_and_no_other() -> None:
+def test_the_table_lists_exactly_the_supported_families() -> None:
     rows = re.findall(r"^\| `(.+?)` \| .+? \| (yes|no)\b", PAGE, re.MULTILINE)
     assert dict(rows) == dict.fromkeys(FAMILIES, "yes") | dict.fromkeys(SEPARATE, "no")
 
 
-def test_the_page_counts_families_and_recipes() -> None:
+def test_the_page_states_the_number_of_families_and_recipes() -> None:
     text = " ".join(PAGE.split())
     assert f"There are {len(FAMILIES) + len(SEPARATE)} families in the table." in text
     assert f"{len(RECIPES)} of them share the prefix of a pair and have a recipe" in text

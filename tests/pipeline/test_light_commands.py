@@ -111,7 +111,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
     return folder
 
 
-def test_help_is_light(watched: Watched) -> None:
+def test_help_imports_no_heavy_library(watched: Watched) -> None:
     command: Any = get_command(app)
     lines = [[], *([name] for name in command.commands)]
     lines += [["cache", name] for name in command.commands["cache"].commands]

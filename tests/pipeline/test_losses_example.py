@@ -88,7 +88,7 @@ def test_kto_equals_its_formula() -> None:
     check(loss, torch.stack(losses).mean(), leaves, exact)
 
 
-def test_a_negative_estimate_of_the_divergence_is_0() -> None:
+def test_kto_clamps_a_negative_divergence_estimate_to_0() -> None:
     hidden, weight, labels = make_batch()
     ref_logps = torch.zeros(NUM_ROWS, dtype=torch.float64)
     assert LOSSES.estimate_kl(hidden, weight, labels, ref_logps) == 0
@@ -125,8 +125,8 @@ def test_orpo_equals_its_formula() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of the libraries that TRL imports
-def test_trl_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL's own lines, fed with log-probabilities in place of a trained model's."""
+def test_the_losses_equal_those_of_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's own code gets log-probabilities in place of a trained model's."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl import KTOTrainer
     from trl.experimental.cpo import CPOTrainer
@@ -179,7 +179,7 @@ def test_trl_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trainer._metrics["train"]["kl"] == [pytest.approx(kl.item())]
 
 
-def test_it_prints_every_loss(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_prints_every_loss(capsys: pytest.CaptureFixture[str]) -> None:
     LOSSES.main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["KTO", "SimPO", "ORPO"]

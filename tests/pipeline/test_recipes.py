@@ -28,7 +28,7 @@ def recipe(name: str) -> TrainConfig:
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_what_paper_and_code_agree_on(name: str) -> None:
+def test_recipes_share_the_settings_on_which_paper_and_code_agree(name: str) -> None:
     config = recipe(name)
     assert (config.model, config.objective) == ("llava-hf/llava-1.5-7b-hf", "rdpo")
     assert (config.beta, config.image_beta, config.image_weight) == (0.1, None, 1.0)
@@ -39,7 +39,7 @@ def test_what_paper_and_code_agree_on(name: str) -> None:
     assert config.freeze_vision
 
 
-def test_what_they_do_not_agree_on() -> None:
+def test_recipes_differ_in_the_settings_on_which_paper_and_code_differ() -> None:
     paper, code = recipe("paper"), recipe("authors-code")
     assert paper.lora is not None
     assert code.lora is not None
@@ -52,7 +52,7 @@ def test_what_they_do_not_agree_on() -> None:
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_the_memory_that_a_recipe_names_is_the_models(name: str) -> None:
+def test_the_memory_named_in_a_recipe_equals_the_estimate_for_its_model(name: str) -> None:
     llava = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=1024,
@@ -83,7 +83,9 @@ def test_the_memory_that_a_recipe_names_is_the_models(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_the_command_takes_it(tmp_path: Path, name: str, model_dir, records) -> None:
+def test_the_train_command_accepts_the_recipe(
+    tmp_path: Path, name: str, model_dir, records
+) -> None:
     write_parquet(records(4), tmp_path / "d.parquet")
     arguments = ["train", "--config", RECIPES / f"{name}.yaml", "--model", model_dir]
     arguments += ["--data", tmp_path / "d.parquet", "--out", tmp_path / "run", "--dry-run"]

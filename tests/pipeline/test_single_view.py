@@ -21,7 +21,7 @@ save_single_view = runpy.run_path(str(SCRIPT))["save_single_view"]
 
 
 @pytest.mark.parametrize("name", ["llava-1.6-mistral", "llava-1.6-vicuna"])
-def test_the_view_is_the_overview_of_the_tiles(name: str, tmp_path: Path) -> None:
+def test_the_single_view_equals_the_overview_of_the_tiled_model(name: str, tmp_path: Path) -> None:
     tiled = FAMILIES[name]()
     save_single_view(str(tiled.save(tmp_path / "tiled")), tmp_path / "single")
     single: Any = load_model(tmp_path / "single", torch.float32)
@@ -56,7 +56,7 @@ def test_the_image_is_padded_and_not_cropped(tmp_path: Path) -> None:
     assert view[:, 8:-8, 0].abs().mean() > 0.2
 
 
-def test_other_models_and_used_folders_are_refused(tmp_path: Path) -> None:
+def test_other_model_types_and_non_empty_folders_are_refused(tmp_path: Path) -> None:
     folder = FAMILIES["llava-1.5"]().save(tmp_path / "model")
     with pytest.raises(RefusedError, match=r"must be a LLaVA-1\.6 .* a LlavaForConditional"):
         save_single_view(str(folder), tmp_path / "out")

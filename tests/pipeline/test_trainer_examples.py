@@ -42,7 +42,7 @@ CLASSES = {
 
 @pytest.mark.full
 @pytest.mark.parametrize("image_weight", [1.0, 0.5])
-def test_the_own_loop_starts_at_the_known_loss_and_falls(image_weight: float) -> None:
+def test_the_loss_of_the_own_loop_starts_at_its_known_value_and_falls(image_weight: float) -> None:
     main = runpy.run_path(str(EXAMPLES / "own_loop.py"))["main"]
     losses = main(steps=8, image_weight=image_weight)
     assert losses[0] == pytest.approx((1 + image_weight) * math.log(2), abs=1e-6)
@@ -50,7 +50,7 @@ def test_the_own_loop_starts_at_the_known_loss_and_falls(image_weight: float) ->
 
 
 def test_the_own_loop_scores_the_answers_on_the_right_images() -> None:
-    """Against the model's own logits, and the texts of the pairs."""
+    """The expected values come from the logits of the model and the texts of the pairs."""
     loop = runpy.run_path(str(EXAMPLES / "own_loop.py"))
     pairs, num_pairs = loop["PAIRS"], len(loop["PAIRS"])
     processor = AutoProcessor.from_pretrained(loop["MODEL"])
@@ -109,7 +109,7 @@ def sums() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return logps.requires_grad_(), ref_logps, losses
 
 
-def test_llama_factory_gets_the_losses_of_three_cells(example: Any) -> None:
+def test_llama_factory_example_computes_the_losses_of_three_cells(example: Any) -> None:
     logps, ref_logps, expected = sums()
     trainer = example("llama_factory_rdpo").RdpoTrainer
     self = SimpleNamespace(objective=Objective.rdpo(0.1), logps={False: logps, True: ref_logps})
@@ -122,7 +122,7 @@ def test_llama_factory_gets_the_losses_of_three_cells(example: Any) -> None:
     assert self.logps == {}  # no graph is kept until the next step
 
 
-def test_llama_factory_gets_sequences_cell_by_cell(example: Any, monkeypatch: Any) -> None:
+def test_llama_factory_example_orders_sequences_by_cell(example: Any, monkeypatch: Any) -> None:
     module = example("llama_factory_rdpo")
     parent = module.RdpoCollator.__mro__[1]
     grandparent = type("Collator", (), {"__call__": lambda self, sequences: sequences})
@@ -153,7 +153,7 @@ def test_llama_factory_gets_sequences_cell_by_cell(example: Any, monkeypatch: An
     ]
 
 
-def test_llama_factory_reads_the_good_answer_on_the_retrieved_image(
+def test_llama_factory_example_scores_the_chosen_answer_on_the_retrieved_image(
     example: Any, monkeypatch: Any
 ) -> None:
     processor = example("llama_factory_rdpo").RdpoProcessor
@@ -178,7 +178,7 @@ def test_llama_factory_reads_the_good_answer_on_the_retrieved_image(
         processor().preprocess_dataset({"_images": examples["_images"]})
 
 
-def test_ms_swift_gets_the_losses_of_three_cells(example: Any) -> None:
+def test_ms_swift_example_computes_the_losses_of_three_cells(example: Any) -> None:
     logps, ref_logps, expected = sums()
     trainer = example("ms_swift_plugin").RdpoTrainer
     stored: dict[str, float] = {}
@@ -198,7 +198,7 @@ def test_ms_swift_gets_the_losses_of_three_cells(example: Any) -> None:
     assert self.logps == {}
 
 
-def test_ms_swift_reads_the_answers_on_the_right_images(example: Any) -> None:
+def test_ms_swift_example_scores_the_answers_on_the_right_images(example: Any) -> None:
     module = example("ms_swift_plugin")
 
     def encode(cell: Any) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def test_ms_swift_reads_the_answers_on_the_right_images(example: Any) -> None:
         module.collate_three_cells(template, [row])
 
 
-def test_another_ms_swift_is_refused(example: Any) -> None:
+def test_another_version_of_ms_swift_is_refused(example: Any) -> None:
     """A method of another name would not be replaced, and train the answer pair in silence."""
     delattr(sys.modules["swift.template"].Template, "_rlhf_encode")
     with pytest.raises(

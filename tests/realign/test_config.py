@@ -50,9 +50,13 @@ def test_values_of_nested_sections_are_set(tmp_path: Path) -> None:
         ("train.beta=-1", r"train\.beta: Input should be greater than 0, got -1"),
         ("train.objective=ppo", r"train\.objective: Input should be 'rdpo', .* got 'ppo'"),
         ("train.beta.x=1", "--set must not go below 'beta', which holds a value"),
+        ("train.beta=1:30", r"--set train\.beta must have decimal numbers, got 1:30 .* as 90"),
+        ("train.lora={r: 2, r: 3}", r"--set train\.lora must have every key once, got 'r' twice"),
+        ("train.lora.targets=[]", r"train\.lora\.targets.*: List should have at least 1 item"),
+        ("train.lora.r=99999999999999999999", r"train\.lora\.r: Input should be less than 2147"),
     ],
 )
-def test_overrides_that_do_not_fit_are_refused(override: str, message: str) -> None:
+def test_invalid_overrides_are_refused(override: str, message: str) -> None:
     with pytest.raises(RefusedError, match=message):
         load_config(TrainConfig, None, ["train.beta=0.5", override], NEEDED)
 
@@ -70,7 +74,7 @@ def numeric_options(section: type[BaseModel], path: str) -> Iterator[tuple[str, 
 NUMERIC = [it for verb in SECTIONS for it in numeric_options(SECTIONS[verb], verb)]
 
 
-def refused(path: str, value: float) -> str:
+def refused(path: str, value: object) -> str:
     """Return the message about the value of an option, without that about others."""
     verb = path.partition(".")[0]
     with pytest.raises(RefusedError) as error:
@@ -85,6 +89,11 @@ def test_every_number_is_bounded_and_finite(path: str, has_fraction: bool) -> No
     assert re.search(r"Input should be greater than .*, got -2\.", refused(path, -2))
     for value in (".inf", ".nan") if has_fraction else (".inf",):
         assert "Input should be a finite number, got" in refused(path, value)
+
+
+@pytest.mark.parametrize(("path", "has_fraction"), NUMERIC)
+def test_a_truth_value_is_not_read_as_a_number(path: str, has_fraction: bool) -> None:
+    assert re.search(r"must be a (number|share from 0 to 1), got true", refused(path, "yes"))
 
 
 @pytest.mark.parametrize(
@@ -110,11 +119,11 @@ def test_every_number_is_bounded_and_finite(path: str, has_fraction: bool) -> No
         ("eval.seed", 2**32, "less than 4294967296, got 4294967296"),
     ],
 )
-def test_numbers_out_of_range(path: str, value: float, said: str) -> None:
+def test_numbers_out_of_range_are_refused(path: str, value: float, said: str) -> None:
     assert refused(path, value) == f"{path}: Input should be {said}."
 
 
-def test_a_missing_option_says_how_to_give_it() -> None:
+def test_a_missing_required_option_is_refused_with_its_flag() -> None:
     with pytest.raises(RefusedError, match=r"train\.model is required\. Pass --model"):
         load_config(TrainConfig, None, [], {"data": Path("d"), "out": Path("o")})
 
@@ -132,9 +141,10 @@ def test_a_missing_option_says_how_to_give_it() -> None:
         ("eval: {models: {a: x, b: y, a: z}}\n", "config must have every key once, got 'a' twice"),
         ("1: {beta: 2}\n", "has an unknown section 1. Known: build, cache, check, eval, train"),
         ("train: {betta: 1}\n", "Did you mean 'beta'"),
+        ("train:\n  seed: 010\n", "config must have decimal numbers, got 010 in line 2, which"),
     ],
 )
-def test_files_that_do_not_fit_are_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_configuration_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(RefusedError, match=message):
@@ -177,6 +187,19 @@ def test_options_that_would_be_ignored_are_refused(
         load_config(BuildConfig, path)
 
 
-def test_near_duplicates_are_what_the_perceptual_hash_calls_near() -> None:
-    """A number of its own, so that help need not load image libraries."""
+def test_the_near_duplicate_default_equals_that_of_the_perceptual_hash() -> None:
+    """The default is a separate constant, so that help need not load image libraries."""
     assert NEAR_DUPLICATE_BITS == NEAR_BITS
+
+
+def test_a_number_without_a_point_is_sent_to_a_server_as_a_number() -> None:
+    override = "build.inducer={model: a, endpoint: 'http://a', extra_body: {top_p: 9e-1}}"
+    needed = {"source": "s", "model": "m", "out": "o"}
+    config = load_config(BuildConfig, None, [override], needed)
+    assert config.inducer is not None
+    assert config.inducer.extra_body == {"top_p": 0.9}
+
+
+@pytest.mark.parametrize("names", ["none", ["none"]])
+def test_no_tracker_is_the_name_none(names: str | list[str]) -> None:
+    assert load_config(TrainConfig, None, [], {**NEEDED, "report_to": names}).report_to == []

@@ -51,7 +51,7 @@ def folder(
 
 
 @pytest.mark.parametrize("public", PUBLIC, ids=name_of)
-def test_the_example_of_a_public_name_is_true(
+def test_the_docstring_example_of_a_public_name_runs(
     public: object, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for path in folder.iterdir():

@@ -28,7 +28,7 @@ def loaded(path: Path) -> dict[str, Any]:
     return {name: load_config(SECTIONS[name], path, (), FLAGS[name]) for name in sections}
 
 
-def test_every_recipe_of_the_repository_is_there() -> None:
+def test_every_recipe_of_the_repository_is_listed() -> None:
     found = {*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "recipes/families").glob("*.yaml")}
     assert {path.resolve() for path in recipes().values()} == found
 
@@ -41,9 +41,7 @@ def test_the_written_file_is_the_recipe(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["paper", "paper-data"])
-def test_options_that_are_not_set_stand_there_with_their_defaults(
-    name: str, tmp_path: Path
-) -> None:
+def test_unset_options_are_written_with_their_defaults(name: str, tmp_path: Path) -> None:
     path = write_recipe(name, tmp_path / "my.yaml")
     text = path.read_text(encoding="utf-8")
     (section,) = yaml.safe_load(text)
@@ -59,7 +57,7 @@ def test_options_that_are_not_set_stand_there_with_their_defaults(
     assert {*given} | FLAGS[section].keys() == SECTIONS[section].model_fields.keys()
 
 
-def test_every_option_has_its_meaning_above_it(tmp_path: Path) -> None:
+def test_every_option_has_its_description_above_it(tmp_path: Path) -> None:
     text = write_recipe("paper", tmp_path / "my.yaml").read_text(encoding="utf-8")
     words = " ".join(text.replace("#", "").split())
     for key, field in SECTIONS["train"].model_fields.items():
@@ -71,7 +69,7 @@ def test_every_option_has_its_meaning_above_it(tmp_path: Path) -> None:
                 assert re.search(rf"^    {name}: ", text, re.MULTILINE)
 
 
-def test_no_file_is_replaced_and_no_other_name_is_taken(tmp_path: Path) -> None:
+def test_existing_files_and_unknown_recipes_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "my.yaml"
     path.write_text("mine")
     with pytest.raises(RefusedError, match=r"out must be a new file, got .*my\.yaml, which exists"):
@@ -82,9 +80,7 @@ def test_no_file_is_replaced_and_no_other_name_is_taken(tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == [path]
 
 
-def test_the_recipes_of_an_installed_wheel_are_beside_the_module(
-    tmp_path: Path, monkeypatch
-) -> None:
+def test_recipes_of_an_installed_wheel_are_found(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "realign" / "recipes" / "families").mkdir(parents=True)
     (tmp_path / "realign" / "recipes" / "own.yaml").write_text("# One.\ntrain: {beta: 0.2}\n")
     monkeypatch.setattr(recipe_file, "__file__", str(tmp_path / "realign" / "recipe_file.py"))
@@ -92,7 +88,7 @@ def test_the_recipes_of_an_installed_wheel_are_beside_the_module(
     assert "  beta: 0.2" in write_recipe("own", tmp_path / "my.yaml").read_text().splitlines()
 
 
-def test_the_command_lists_and_writes(tmp_path: Path, monkeypatch) -> None:
+def test_the_init_command_lists_and_writes_recipes(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> tuple[int, str]:

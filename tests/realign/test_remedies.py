@@ -40,7 +40,7 @@ def template(node: ast.expr) -> str:
 
 
 @pytest.mark.parametrize(("file", "text"), list(refusals()))
-def test_a_refusal_says_what_to_do(file: str, text: str) -> None:
-    """Lines that were found one by one carry their own; of a single message, a sentence more."""
+def test_every_refusal_states_a_remedy(file: str, text: str) -> None:
+    """A list of problems has a remedy per line, and a single message has one more sentence."""
     remedy = r"[.;]({value}|\s+\S.*[.}])$"
     assert text.startswith("{lines}") or "\n" in text or re.search(remedy, text), (file, text)

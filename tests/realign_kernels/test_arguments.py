@@ -342,13 +342,13 @@ def test_wrong_values_are_refused_by_name(call, name):
         ),
     ],
 )  # fmt: skip
-def test_the_message_names_a_remedy_that_fits(call, changes, error, message):
+def test_refusals_name_a_fitting_remedy(call, changes, error, message):
     function, arguments = CALLS[call]
     with pytest.raises(error, match=message):
         function(**{**arguments, **changes})
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_numbers_are_accepted_as_numbers():
     expected = linear_logprob(**HEAD, temperature=2.0, ignore_index=3)
     actual = linear_logprob(**HEAD, temperature=np.float32(2), ignore_index=np.int64(3))
     assert torch.equal(actual, expected)
@@ -356,7 +356,7 @@ def test_numbers_of_numpy_are_numbers():
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_a_nested_tensor_is_named():
+def test_a_nested_tensor_is_refused_by_name():
     nested = torch.nested.nested_tensor([torch.zeros(2, D)])
     for name in ("hidden_states", "lm_head_bias", "labels"):
         message = f"{name} must be a plain tensor, got a nested one. Pad or pack"
@@ -364,7 +364,7 @@ def test_a_nested_tensor_is_named():
             linear_logprob(**{**HEAD, name: nested})
 
 
-def test_a_dtensor_is_named():
+def test_a_dtensor_is_refused_by_name():
     """Weights of FSDP2 are gathered; hidden states and labels are those of a rank."""
     kind = type("DTensor", (torch.Tensor,), {})
     hidden_states = torch.zeros(N, D).as_subclass(kind)

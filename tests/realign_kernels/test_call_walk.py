@@ -45,7 +45,7 @@ def entered(request):
     return functions
 
 
-def test_a_call_walks_through_the_files_that_the_page_names(entered):
+def test_a_call_passes_through_the_files_named_on_the_page(entered):
     walked = list(dict.fromkeys(file for file, _ in entered))
     section = PAGE.read_text(encoding="utf-8").split("## The files of a call")[1].split("\n## ")[0]
     named = re.findall(r"^\d+\. `([\w/]+\.py)`", section, flags=re.MULTILINE)
@@ -59,7 +59,7 @@ def test_head_and_options_are_checked_once(entered):
         assert counts[name] == 1, name
 
 
-def test_options_are_put_together_once(monkeypatch):
+def test_options_are_assembled_once(monkeypatch):
     module = sys.modules["realign_kernels.rdpo_loss"]
     made = []
     monkeypatch.setattr(

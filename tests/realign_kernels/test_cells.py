@@ -18,7 +18,7 @@ def cells(*shape: int, count: int = 3) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_sums_become_cells_by_pairs_and_sequences_rows_in_the_same_order(count):
+def test_stacked_sums_and_sequences_have_the_same_cell_order(count):
     sums = cells(count=count)
     assert torch.equal(stack_cells(*sums), torch.stack(sums))
     for shape in [(T,), (T, D), (3, 4, 4)]:
@@ -29,12 +29,12 @@ def test_sums_become_cells_by_pairs_and_sequences_rows_in_the_same_order(count):
             assert torch.equal(stacked[cell * P + pair], batch[cell][pair])
 
 
-def test_cells_by_name_are_those_of_the_objectives():
+def test_cells_by_name_match_the_order_of_the_objectives():
     named = dict(zip(CELL_NAMES, cells(count=4), strict=True))
     assert torch.equal(stack_cells(**dict(reversed(named.items()))), torch.stack([*named.values()]))
 
 
-def test_the_loss_reads_the_cells_as_they_were_named():
+def test_the_loss_assigns_each_cell_to_its_name():
     """A policy that moves one cell alone moves that cell's reward, of every pair."""
     weight = torch.randn(V, D, generator=torch.Generator().manual_seed(1))
     labels = shift_labels(torch.randint(V, (3 * P, T), generator=torch.Generator().manual_seed(2)))
@@ -54,7 +54,7 @@ def test_the_loss_reads_the_cells_as_they_were_named():
         assert (rewards.abs() > 1e-4).nonzero().tolist() == [[cell, moved]]
 
 
-def test_shorter_cells_are_filled_up_on_the_right():
+def test_shorter_cells_are_padded_on_the_right():
     long, short = torch.arange(6).view(2, 3), torch.arange(4).view(2, 2)
     stacked = stack_cells(long, short, short, padding_value=-100)
     assert stacked.tolist() == [
@@ -79,7 +79,7 @@ def test_the_padding_is_the_given_value(dtype, value):
     assert stack_cells(long, short, padding_value=value)[2:, 2].tolist() == [value, value]
 
 
-def test_gradients_go_through():
+def test_gradients_flow_through_stack_cells():
     leaves = [cell.requires_grad_() for cell in cells(T, D)]
     (stack_cells(*leaves) * torch.arange(3 * P)[:, None, None]).sum().backward()
     assert [leaf.grad[:, 0, 0].tolist() for leaf in leaves] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
@@ -158,6 +158,6 @@ def test_gradients_go_through():
         ),
     ],
 )
-def test_cells_that_do_not_fit_are_refused(call, error, message):
+def test_incompatible_cells_are_refused(call, error, message):
     with pytest.raises(error, match=message):
         call(cells())

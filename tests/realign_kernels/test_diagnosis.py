@@ -41,7 +41,7 @@ def test_wrong_numbers_are_reported_and_exit_with_1(monkeypatch, capsys, wrong):
     assert "check of eager on cpu" in told
 
 
-def test_the_command_needs_neither_the_other_package_nor_the_pipelines_packages():
+def test_the_diagnosis_command_runs_with_the_kernels_package_only():
     code = (
         "import runpy, sys\n"
         "for name in ('realign', 'transformers', 'typer', 'safetensors'):\n"

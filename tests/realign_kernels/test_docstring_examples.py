@@ -29,5 +29,5 @@ PUBLIC = [
 
 
 @pytest.mark.parametrize("public", PUBLIC, ids=name_of)
-def test_the_example_of_a_public_name_is_true(public: object) -> None:
+def test_the_docstring_example_of_a_public_name_runs(public: object) -> None:
     check_example(public)

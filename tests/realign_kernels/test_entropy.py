@@ -53,7 +53,7 @@ def total(values, slopes):
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "softcapped"])
 @pytest.mark.parametrize("memory", MODES)
-def test_gradients_of_every_mode(memory, transform, frozen, slopes):
+def test_gradients_of_every_memory_mode_equal_the_dense_formula(memory, transform, frozen, slopes):
     inputs = make_head_inputs(23, 61, 8, bias=True, rank=2, ignored=0.3, **transform)
     ours, exact = inputs.as_leaves(), inputs.as_leaves()
     for tensor in ours.tensors[1:] if frozen else ():
@@ -82,7 +82,7 @@ def test_gradients_are_accurate_in_other_dtypes(dtype):
 
 @pytest.mark.parametrize("miss", [1e-1, 1e-4, 1e-7])
 @pytest.mark.parametrize("favourite", ["label", "another"])
-def test_certain_rows_keep_their_digits(favourite, miss):
+def test_entropy_gradients_of_certain_rows_are_accurate(favourite, miss):
     """The derivative is p * (log p + H) with p close to 1: neither is taken from 1 - p."""
     inputs = make_head_inputs(6, 40, 4, torch.float32, logit_std=0.5)
     index = inputs.labels if favourite == "label" else (inputs.labels + 7) % 40
@@ -99,7 +99,7 @@ def test_certain_rows_keep_their_digits(favourite, miss):
         assert error <= 2e-5 * oracle.grad.norm()
 
 
-def test_impossible_tokens_have_no_gradient():
+def test_impossible_tokens_have_zero_gradient():
     inputs = make_head_inputs(5, 37, 4, bias=True)
     inputs.options["lm_head_bias"][[0, 20]] = -torch.inf
     inputs.labels[:] = torch.tensor([0, 1, 2, 20, 36])
@@ -116,15 +116,15 @@ def test_impossible_tokens_have_no_gradient():
         torch.testing.assert_close(tensor.grad, oracle.grad)
 
 
-def test_one_token_has_no_entropy_and_no_gradient():
+def test_a_one_token_vocabulary_has_zero_entropy_and_gradient():
     hidden = torch.randn(2, 3, requires_grad=True)
     stats = linear_logprob_stats(hidden, torch.randn(1, 3), torch.tensor([0, -100]))
     (stats.entropy.sum()).backward()
     assert (hidden.grad == 0).all()
 
 
-def test_what_has_no_gradient_costs_none(monkeypatch):
-    """A backward of the log-probabilities alone is the one of a call without statistics."""
+def test_unused_statistics_add_no_backward_work(monkeypatch):
+    """The backward of log-probabilities alone equals that of a call without statistics."""
     called = []
     for name in ("scale_slopes_op", "score_tokens_backward_op"):
         operator = getattr(operators, name)
@@ -155,7 +155,7 @@ def test_a_second_derivative_is_refused():
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
-def test_compiles_into_one_graph(frozen):
+def test_entropy_gradients_compile_into_one_graph(frozen):
     inputs = make_head_inputs(9, 23, 4, torch.float32, ignored=0.2).as_leaves()
     inputs.lm_head_weight.requires_grad_(not frozen)
     needed = [tensor for tensor in inputs.tensors if tensor.requires_grad]
@@ -198,7 +198,7 @@ def test_opcheck_of_the_backward(entropy, each_backend):
 
 @pytest.mark.parametrize("rows", [1, 3, 64, 65])
 def test_gradients_do_not_depend_on_other_rows(rows):
-    """A frozen head's, on a CPU: bitwise the same alone or in any batch."""
+    """Gradients of a frozen head on a CPU are bitwise equal alone and in any batch."""
     inputs = make_head_inputs(130, 67, 8, torch.float32)
 
     def gradient(hidden, labels):

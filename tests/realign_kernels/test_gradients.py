@@ -51,7 +51,7 @@ def test_gradcheck(head, transform):
     "start", [0, *(pytest.param(start, marks=pytest.mark.full) for start in range(20, 200, 20))]
 )
 def test_gradcheck_of_random_shapes(start):
-    """K01: 200 shapes, with every combination of what a head can have."""
+    """K01: the 200 shapes have every combination of head options."""
     for seed in range(start, start + 20):
         generator = seeded(seed)
         N, V, D = (int(torch.randint(1, 8, (), generator=generator)) for _ in range(3))
@@ -71,7 +71,7 @@ def test_gradcheck_of_random_shapes(start):
 
 @pytest.mark.parametrize("upstream", ["random", "ones", "zeros", "one hot", "stride 0"])
 @pytest.mark.usefixtures("small_tiles")
-def test_any_upstream_gradient(upstream):
+def test_any_upstream_gradient_is_applied(upstream):
     inputs = make_head_inputs(11, 37, 5, ignored=0.2, bias=True, rank=2, logit_softcap=6.0)
     grad = {
         "random": torch.randn(11, dtype=torch.float64),
@@ -85,7 +85,7 @@ def test_any_upstream_gradient(upstream):
     torch.testing.assert_close(actual, expected)
 
 
-def test_upstream_gradient_of_a_later_loss():
+def test_the_upstream_gradient_of_a_later_loss_is_applied():
     """A loss that mixes positions nonlinearly, as preference losses do."""
     inputs = make_head_inputs(12, 29, 4, ignored=0.2)
 
@@ -98,7 +98,7 @@ def test_upstream_gradient_of_a_later_loss():
     torch.testing.assert_close(loss(ours), loss(dense_logprob))
 
 
-def test_gradient_of_both_outputs_together():
+def test_gradients_of_both_outputs_add_up():
     inputs = make_head_inputs(9, 23, 4, ignored=0.2, bias=True)
     weights = torch.randn(2, 9, dtype=torch.float64)
     leaves = inputs.as_leaves()
@@ -118,7 +118,7 @@ def test_gradient_of_both_outputs_together():
 @pytest.mark.parametrize(
     "needed", list(itertools.product([False, True], repeat=5)), ids=lambda needed: str(needed)
 )
-def test_only_what_is_needed_gets_a_gradient(needed):
+def test_only_inputs_that_require_grad_get_a_gradient(needed):
     inputs = make_head_inputs(7, 19, 4, ignored=0.2, bias=True, rank=2).as_leaves()
     whole = torch.autograd.grad(inputs.call(linear_logprob).sum(), inputs.tensors)
     for tensor, is_needed in zip(inputs.tensors, needed, strict=True):
@@ -141,7 +141,7 @@ def test_ignored_positions_get_exactly_no_gradient():
 
 
 @pytest.mark.parametrize("N", [0, 6])
-def test_no_scored_position_gives_zero_gradients(N):
+def test_a_batch_without_scored_positions_gives_zero_gradients(N):
     inputs = make_head_inputs(N, 13, 4, ignored=1.0, bias=True, rank=2).as_leaves()
     inputs.call(linear_logprob).sum().backward()
     for tensor in inputs.tensors:
@@ -269,7 +269,7 @@ def test_checkpointing_around_the_head_changes_nothing():
     assert torch.equal(inputs.hidden_states.grad, plain)
 
 
-def test_no_grad_keeps_nothing():
+def test_no_grad_saves_nothing_for_a_backward():
     inputs = make_head_inputs(5, 11, 3).as_leaves()
     with torch.no_grad():
         assert inputs.call(linear_logprob).grad_fn is None

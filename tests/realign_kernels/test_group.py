@@ -131,7 +131,7 @@ def main(rank, init_file, backend):
     "backend",
     ["cpu", *(pytest.param(name, marks=pytest.mark.full) for name in ("eager", "triton"))],
 )
-def test_two_ranks_equal_one(run_two_ranks, backend):
+def test_two_tensor_parallel_ranks_equal_one_process(run_two_ranks, backend):
     # Triton's interpreter computes with infinities by NumPy, which warns.
     warnings = "ignore" if backend == "triton" else "error"
     run_two_ranks(__file__, backend, warnings=warnings)

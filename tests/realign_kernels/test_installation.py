@@ -33,14 +33,14 @@ def install(tmp_path, monkeypatch):
     ("of_realign", "of_kernels"),
     [(OLD, {}), ({}, NEW), (NEW, NEW), ({"_csrc.so": "x"}, {**NEW, "_csrc.so": "y"})],
 )
-def test_one_source_or_the_same_files_are_accepted(install, of_realign, of_kernels):
+def test_one_distribution_or_two_with_equal_files_are_accepted(install, of_realign, of_kernels):
     install("realign", "0.1.0", of_realign, "realign/__init__.py,sha256=z,7")
     install("realign-kernels", "0.2.0", of_kernels)
     check_installations()
     assert len(installed_files("realign")) == len(of_realign)
 
 
-def test_a_mixture_is_refused_with_both_versions_and_a_remedy(install):
+def test_a_mixed_installation_is_refused_with_both_versions_and_a_remedy(install):
     install("realign", "0.1.0", OLD)
     install("realign-kernels", "0.2.0", NEW)
     message = (
@@ -51,7 +51,7 @@ def test_a_mixture_is_refused_with_both_versions_and_a_remedy(install):
         check_installations()
 
 
-def test_files_compiled_on_installation_do_not_count(install):
+def test_bytecode_compiled_on_installation_is_ignored(install):
     cached = "realign_kernels/__pycache__/cells.cpython-311.pyc,,"
     install("realign", "0.1.0", NEW, cached)
     install("realign-kernels", "0.1.0", NEW)
@@ -69,7 +69,7 @@ def test_a_removed_library_is_reported(install):
     assert library_was_removed()
 
 
-def test_realign_names_the_remedy_where_the_kernels_are_gone(tmp_path):
+def test_realign_without_its_kernels_is_refused_with_the_remedy(tmp_path):
     """A folder that pip leaves, since it holds a file of another program, has no modules."""
     (tmp_path / "realign_kernels").mkdir()
     root = Path(__file__).parents[2]
@@ -88,7 +88,7 @@ def test_realign_names_the_remedy_where_the_kernels_are_gone(tmp_path):
         assert "--force-reinstall --no-deps realign-kernels" in result.stderr
 
 
-def test_versions_are_one():
+def test_both_packages_have_the_same_version():
     import tomllib
 
     import realign

@@ -41,7 +41,7 @@ def slopes_and_scores(inputs, rows):
 
 
 def test_batch_size_and_position_do_not_matter(inputs):
-    """K25: alone, in a few, at another place of the batch, in another block."""
+    """K25: the rows are alone, few, at another place of the batch or in another block."""
     scores, grads = slopes_and_scores(inputs, slice(None))
     for rows in ([0], [N - 1], [5, 700], list(range(63)), list(range(500, 1030)),
                  list(range(N - 1, -1, -1))):  # fmt: skip
@@ -65,7 +65,7 @@ def test_number_of_threads_does_not_matter(inputs, threads):
 
 
 @pytest.mark.parametrize("memory", ["auto", "stash", "recompute"])
-def test_repeats_are_equal(memory):
+def test_repeated_calls_are_bitwise_equal(memory):
     """K24."""
     inputs = make_head_inputs(70, 513, 33, torch.float32, bias=True, rank=2, ignored=0.2)
     first = None
@@ -108,7 +108,7 @@ for dtype in (torch.float32, torch.float64):
 
 
 @pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(name):
+def test_every_instruction_set_is_invariant(name):
     flags = {"baseline": "fpu", "avx2": "avx2", "avx512": "avx512dq"}
     with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
         has_it = flags[name] in cpuinfo.read().split()

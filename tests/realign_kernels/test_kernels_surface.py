@@ -69,7 +69,7 @@ FIELDS = {
 PACKAGE = Path(realign_kernels.__file__).parent
 
 
-def test_all_holds_the_public_names():
+def test_dunder_all_lists_the_public_names():
     assert realign_kernels.__all__ == [
         "CELL_NAMES",
         "LogprobStats",
@@ -91,7 +91,7 @@ def test_all_holds_the_public_names():
 
 
 @pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__qualname__)
-def test_the_signature_is_the_documented_one(function):
+def test_the_signature_equals_the_documented_one(function):
     signature = inspect.signature(function)
     bare = [
         parameter.replace(annotation=inspect.Parameter.empty)
@@ -101,7 +101,7 @@ def test_the_signature_is_the_documented_one(function):
 
 
 @pytest.mark.parametrize("output", FIELDS, ids=lambda output: output.__name__)
-def test_fields_of_results(output):
+def test_results_have_the_documented_fields(output):
     assert " ".join(output._fields) == FIELDS[output]
 
 
@@ -116,7 +116,7 @@ def test_docstrings_name_every_argument(function):
         assert section in lines
 
 
-def test_importing_needs_torch_alone():
+def test_importing_the_package_requires_only_torch():
     blocked = ("triton", "transformers", "numpy", "safetensors", "realign")
     code = (
         "import sys\n"
@@ -128,7 +128,7 @@ def test_importing_needs_torch_alone():
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=600)
 
 
-def test_every_module_works_where_the_trainers_are_absent():
+def test_every_module_imports_without_trainer_libraries():
     """The environment of another trainer may have any version of transformers, or none."""
     absent = ["transformers", "trl", "peft", "accelerate", "datasets", "liger_kernel", "verl"]
     absent += ["cut_cross_entropy", "swift", "llamafactory", "numpy", "safetensors", "realign"]
@@ -183,7 +183,9 @@ def scratch_of(shape, hidden_size, rank, itemsize):
 @pytest.mark.parametrize("rank", [0, 128])
 @pytest.mark.parametrize("itemsize", [4, 8])
 @pytest.mark.parametrize("workspace_bytes", [10 << 20, 64 << 20, 256 << 20, 1 << 30])
-def test_tiles_fill_the_workspace_and_no_more(hidden_size, rank, itemsize, workspace_bytes):
+def test_tiles_fill_the_workspace_without_exceeding_it(
+    hidden_size, rank, itemsize, workspace_bytes
+):
     shape = shape_of(hidden_size, rank, itemsize, workspace_bytes)
     used = scratch_of(shape, hidden_size, rank, itemsize)
     assert used <= workspace_bytes
@@ -191,12 +193,12 @@ def test_tiles_fill_the_workspace_and_no_more(hidden_size, rank, itemsize, works
     assert shape.rows in (1024, 512, 256, 128, 64)
 
 
-def test_the_largest_tile_is_taken_where_it_fits():
+def test_the_largest_tile_is_used_where_it_fits():
     assert shape_of(64, 0, 4, 1 << 30) == (1024, 4096)
     assert shape_of(64, 0, 4, 1 << 30, largest=(7, 300)) == (7, 300)
 
 
-def test_few_rows_get_wider_tiles_and_those_of_a_power_of_two_the_same():
+def test_few_rows_get_wider_tiles_grouped_by_powers_of_two():
     largest = TileShape(4096, 8192)
     assert fitted(largest, 0) == fitted(largest, 1) == fitted(largest, 64) == (64, 1 << 19)
     assert fitted(largest, 65) == fitted(largest, 128) == (128, 1 << 18)
@@ -213,6 +215,6 @@ def test_the_smallest_workspace_holds_one_logit():
 
 
 @pytest.mark.parametrize("total", [0, 1, 4, 5, 8, 11])
-def test_spans_cover_once(total):
+def test_spans_cover_every_index_once(total):
     covered = [index for span in spans(total, 4) for index in range(span.start, span.stop)]
     assert covered == list(range(total))

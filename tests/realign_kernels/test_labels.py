@@ -11,7 +11,7 @@ TOKENS = torch.tensor([[5, 6, 7, 8], [1, 2, 3, 4]])
 ANSWERS = torch.tensor([[False, False, True, True], [False, True, False, False]])
 
 
-def test_a_label_stands_where_it_is_predicted():
+def test_labels_are_shifted_to_the_position_that_predicts_them():
     assert shift_labels(TOKENS).tolist() == [[6, 7, 8, -100], [2, 3, 4, -100]]
     assert shift_labels(TOKENS, ANSWERS).tolist() == [[-100, 7, 8, -100], [2, -100, -100, -100]]
     masked = torch.where(ANSWERS, TOKENS, -100)
@@ -20,7 +20,7 @@ def test_a_label_stands_where_it_is_predicted():
     assert torch.equal(shift_labels(TOKENS[None]), shift_labels(TOKENS)[None])
 
 
-def test_scores_are_those_of_states_and_labels_that_are_both_cut():
+def test_scores_equal_those_of_truncated_states_and_labels():
     generator = torch.Generator().manual_seed(0)
     states, weight = torch.randn(2, 4, 8, generator=generator), torch.randn(9, 8)
     cut = linear_logprob(states[:, :-1].contiguous(), weight, TOKENS[:, 1:].contiguous())
@@ -29,14 +29,14 @@ def test_scores_are_those_of_states_and_labels_that_are_both_cut():
     assert not whole[:, -1].any()
 
 
-def test_nothing_that_is_given_is_changed():
+def test_shift_labels_does_not_modify_its_inputs():
     tokens, answers = TOKENS.clone(), ANSWERS.clone()
     shift_labels(tokens, answers)
     assert torch.equal(tokens, TOKENS)
     assert torch.equal(answers, ANSWERS)
 
 
-def test_sequences_without_a_scored_token_are_refused_unless_they_may_be_absent():
+def test_sequences_without_a_scored_token_are_refused_unless_allowed():
     # The only answer token is the first of its sequence, which no state predicts.
     answers = torch.tensor([[False, True, False, False], [True, False, False, False]])
     with pytest.raises(ValueError, match=r"scored in every sequence.*got none in sequences \[1\]"):
@@ -58,7 +58,7 @@ def test_checks_of_values_can_be_switched_off(monkeypatch):
 
 
 @pytest.mark.full  # torch loads its compiler
-def test_it_compiles_into_one_graph():
+def test_shift_labels_compiles_into_one_graph():
     compiled = torch.compile(shift_labels, fullgraph=True, backend="eager")
     assert torch.equal(compiled(TOKENS, ANSWERS), shift_labels(TOKENS, ANSWERS))
 
@@ -88,6 +88,6 @@ def test_it_compiles_into_one_graph():
         (lambda: shift_labels(TOKENS, allow_absent=1), TypeError, "allow_absent must be True or"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(call, error, message):
+def test_invalid_arguments_are_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()

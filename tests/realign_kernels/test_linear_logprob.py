@@ -47,13 +47,13 @@ def from_logits(logits, labels, **options):
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.usefixtures("small_tiles")
-def test_equals_log_softmax_of_dense_logits(head, transform):
+def test_linear_logprob_equals_log_softmax_of_dense_logits(head, transform):
     inputs = make_head_inputs(11, 37, 5, ignored=0.2, **head, **transform)
     actual = inputs.call(linear_logprob)
     torch.testing.assert_close(actual, dense_logprob(inputs))
 
 
-def test_equals_torch_cross_entropy():
+def test_linear_logprob_equals_torch_cross_entropy():
     inputs = make_head_inputs(9, 23, 4, ignored=0.3, bias=True)
     logits = F.linear(inputs.hidden_states, inputs.lm_head_weight, inputs.options["lm_head_bias"])
     expected = -F.cross_entropy(logits, inputs.labels, reduction="none")
@@ -66,7 +66,7 @@ def test_equal_logits_give_minus_log_of_vocabulary(V):
     torch.testing.assert_close(token_logps, torch.full((3,), -math.log(V)))
 
 
-def test_two_tokens_are_a_sigmoid():
+def test_two_token_vocabulary_equals_log_sigmoid():
     gaps = torch.tensor([-80.0, -1.5, 0.0, 3.0, 40.0], dtype=torch.float64)
     logits = torch.stack([gaps, torch.zeros_like(gaps)], dim=1)
     actual = from_logits(logits, [0] * 5)
@@ -74,7 +74,7 @@ def test_two_tokens_are_a_sigmoid():
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 1, 4), (0,), (3, 0)])
-def test_any_leading_shape(shape):
+def test_any_leading_shape_is_accepted(shape):
     inputs = make_head_inputs(math.prod(shape), 13, 4)
     hidden_states, labels = inputs.hidden_states.view(*shape, 4), inputs.labels.view(shape)
     actual = linear_logprob(hidden_states, inputs.lm_head_weight, labels)
@@ -87,7 +87,7 @@ def test_one_token_vocabulary_is_certain():
     assert torch.equal(inputs.call(linear_logprob), torch.zeros(5, dtype=torch.float64))
 
 
-def test_ignored_positions_are_zero_whatever_they_hold():
+def test_ignored_positions_are_zero_for_any_hidden_state():
     inputs = make_head_inputs(6, 13, 4)
     inputs.labels[[1, 4]] = -100
     inputs.hidden_states[[1, 4]] = NAN
@@ -95,13 +95,13 @@ def test_ignored_positions_are_zero_whatever_they_hold():
     assert torch.isfinite(inputs.call(linear_logprob)).all()
 
 
-def test_all_ignored():
+def test_a_batch_of_ignored_labels_gives_zeros():
     inputs = make_head_inputs(6, 13, 4, ignored=1.0)
     assert torch.equal(inputs.call(linear_logprob), torch.zeros(6, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("ignore_index", [-1, 0, 12])
-def test_any_ignore_index(ignore_index):
+def test_any_ignore_index_is_accepted(ignore_index):
     inputs = make_head_inputs(40, 13, 4, ignored=0.2, ignore_index=ignore_index)
     actual = inputs.call(linear_logprob)
     torch.testing.assert_close(actual, dense_logprob(inputs))
@@ -110,7 +110,7 @@ def test_any_ignore_index(ignore_index):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("layout", ["sliced", "transposed", "expanded", "offset"])
-def test_layout_does_not_matter(layout, seed):
+def test_memory_layout_of_inputs_does_not_matter(layout, seed):
     inputs = make_head_inputs(8, 13, 6, seed=seed)
     hidden_states, weight, labels = inputs.hidden_states, inputs.lm_head_weight, inputs.labels
     if layout == "sliced":
@@ -138,14 +138,14 @@ def test_minus_infinity_in_the_bias_removes_a_token(position):
 
 @pytest.mark.parametrize("removed", [slice(0, 16), slice(16, 32), slice(32, 37), slice(0, 36)])
 @pytest.mark.usefixtures("small_tiles")
-def test_whole_tiles_of_minus_infinity(removed):
+def test_tiles_of_minus_infinity_add_nothing(removed):
     inputs = make_head_inputs(7, 37, 5, bias=True)
     inputs.options["lm_head_bias"][removed] = -INF
     actual = inputs.call(linear_logprob)
     torch.testing.assert_close(actual, dense_logprob(inputs))
 
 
-def test_label_of_minus_infinity_and_a_lone_label():
+def test_impossible_and_certain_labels_give_minus_infinity_and_zero():
     logits = [[-INF, 0.0, -INF], [0.0, 0.0, 0.0]]
     assert from_logits(logits[:1], [0]).item() == -INF
     assert from_logits(logits[:1], [1]).item() == 0.0
@@ -189,7 +189,7 @@ def test_two_runs_are_equal():
 
 @pytest.mark.parametrize("memory", ["auto", "stash", "recompute"])
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
-def test_every_available_mode_is_the_same_function(memory, backend):
+def test_every_memory_mode_and_backend_gives_the_same_value(memory, backend):
     inputs = make_head_inputs(9, 23, 4)
     expected = inputs.call(linear_logprob, backend=backend)
     leaves = inputs.as_leaves()  # what is kept for a backward changes no value

@@ -40,7 +40,7 @@ def rounded(inputs):
 @pytest.mark.parametrize("memory", ["auto", "recompute"])
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
 @pytest.mark.usefixtures("small_tiles")
-def test_values_and_gradients(dtypes, memory, frozen):
+def test_values_and_gradients_of_mixed_dtypes_are_accurate(dtypes, memory, frozen):
     inputs = mixed(*dtypes)
     ours, exact = inputs.as_leaves(), rounded(inputs)
     for tensor in ours.tensors[1:] if frozen else ():
@@ -78,7 +78,7 @@ def test_a_trained_head_takes_a_half_dtype_that_is_not_that_of_autocast(dtypes, 
 
 
 @pytest.mark.parametrize("memory", ["stash", "tile"])
-def test_the_loss_and_its_statistics_take_them_too(memory):
+def test_the_loss_and_its_statistics_accept_mixed_dtypes(memory):
     inputs = mixed(BF16, F32)
     hidden, weight, *_ = inputs.tensors
     hidden, labels = hidden[:18].reshape(6, 3, 16), inputs.labels[:18].reshape(6, 3).clone()
@@ -107,12 +107,12 @@ def test_autocast_still_rounds_everything():
 
 
 @pytest.mark.parametrize("dtypes", [(F32, torch.float64), (torch.float64, BF16)], ids=str)
-def test_float64_mixes_with_nothing(dtypes):
+def test_float64_with_another_dtype_is_refused(dtypes):
     with pytest.raises(TypeError, match="Cast one of them: float64 mixes with nothing"):
         mixed(*dtypes).call(linear_logprob)
 
 
-def test_the_head_is_not_copied(each_backend):
+def test_a_mixed_dtype_head_is_not_copied(each_backend):
     """A copy of it would be 16 MiB; the tiles are 1 MiB."""
     inputs = make_head_inputs(8, 1 << 15, 128, BF16)
     weight = inputs.lm_head_weight.float()
@@ -125,7 +125,7 @@ def test_the_head_is_not_copied(each_backend):
     assert peak < 4 << 20
 
 
-def test_compiles_into_one_graph():
+def test_mixed_dtypes_compile_into_one_graph():
     inputs = mixed(BF16, F32).as_leaves()
     torch._dynamo.reset()
     compiled = torch.compile(

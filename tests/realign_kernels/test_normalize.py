@@ -74,7 +74,7 @@ def test_terms_normalised_by_length_equal_their_formula(objective, memory):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
-def test_a_table_gives_the_objective_back(objective):
+def test_a_table_of_terms_round_trips_to_its_objective(objective):
     returned = Objective.from_table(objective.table(), objective.nll_weight)
     assert returned.table() == objective.table()
     assert [term.is_per_token for term in returned.terms] == [
@@ -82,7 +82,7 @@ def test_a_table_gives_the_objective_back(objective):
     ]
 
 
-def test_lengths_are_needed():
+def test_length_normalized_terms_require_num_tokens():
     message = r"num_tokens must be given .* normalize='length' and nll_weight, got None"
     with pytest.raises(ValueError, match=message):
         preference_loss(torch.zeros(2, 3), None, OBJECTIVES["SimPO"])

@@ -19,12 +19,12 @@ def logps(*rows, dtype=torch.float64):
     return torch.tensor(rows, dtype=dtype)
 
 
-# docs/paper.md 1.1: one pair, three cells.
+# eq. (1) of the paper: one pair, three cells.
 PAPER_LOGPS = [[-10.0], [-12.0], [-11.0]]
 PAPER_REF = [[-10.5], [-11.0], [-10.8]]
 
 
-def test_the_vector_of_the_paper():
+def test_the_loss_equals_the_numbers_of_the_paper():
     policy = logps(*PAPER_LOGPS).requires_grad_()
     output = preference_loss(policy, logps(*PAPER_REF), Objective.rdpo())
     output.loss.backward()
@@ -40,7 +40,7 @@ def test_the_vector_of_the_paper():
     ("objective", "expected"),
     [(Objective.dpo(), 0.6209570477895321), (Objective.rdpo(image_weight=0.0), 0.6209570477895321)],
 )
-def test_the_text_term_alone(objective, expected):
+def test_text_only_objectives_equal_their_closed_form(objective, expected):
     output = preference_loss(logps(*PAPER_LOGPS), logps(*PAPER_REF), objective)
     assert output.loss.item() == pytest.approx(expected, abs=1e-15)
 
@@ -54,7 +54,7 @@ def test_the_text_term_alone(objective, expected):
         (Objective.symmetric(), 4),
     ],
 )
-def test_an_untrained_policy_pays_log_two_a_term(objective, num_terms):
+def test_an_untrained_policy_has_a_loss_of_log_two_per_term(objective, num_terms):
     policy = -100 * torch.rand(4, 5, generator=seeded(0))
     output = preference_loss(policy, policy.clone(), objective)
     torch.testing.assert_close(output.losses, torch.full((5,), num_terms * LN2), rtol=0, atol=1e-6)
@@ -69,7 +69,7 @@ def random_ratios(num_cells=4, num_pairs=3):
     return policy, ref, policy - ref
 
 
-def test_mdpo_is_rdpo_and_an_anchor():
+def test_mdpo_equals_rdpo_plus_an_anchor():
     policy, ref, rho = random_ratios(3)
     objective = Objective.mdpo(0.2, 0.3, 0.5, anchor_weight=0.7, anchor_offset=0.1)
     expected = (
@@ -80,7 +80,7 @@ def test_mdpo_is_rdpo_and_an_anchor():
     torch.testing.assert_close(preference_loss(policy, ref, objective).losses, expected)
 
 
-def test_symmetric_reads_every_edge_of_the_square():
+def test_the_symmetric_objective_compares_all_four_cells():
     policy, ref, rho = random_ratios()
     expected = (
         -F.logsigmoid(0.2 * (rho[0] - rho[1]))
@@ -158,7 +158,7 @@ def test_an_absent_cell_drops_the_terms_that_read_it():
 
 
 @pytest.mark.parametrize("link", ["logsigmoid", "hinge", "ipo"])
-def test_absent_everywhere_is_zero_for_every_link(link):
+def test_a_cell_absent_from_every_pair_gives_zero_for_every_link(link):
     objective = Objective((Term((1, -1), link=link),), nll_weight=1.0)
     policy = torch.zeros(2, 3, requires_grad=True)
     num_tokens = torch.tensor([[1, 1, 1], [0, 0, 0]])
@@ -167,7 +167,7 @@ def test_absent_everywhere_is_zero_for_every_link(link):
     assert output.text_margins.tolist() == [0.0, 0.0, 0.0]
 
 
-def test_no_pairs():
+def test_a_batch_without_pairs_gives_zero_loss():
     policy = torch.zeros(3, 0, requires_grad=True)
     output = preference_loss(policy, torch.zeros(3, 0), Objective.rdpo())
     output.loss.backward()
@@ -175,7 +175,7 @@ def test_no_pairs():
     assert output.losses.shape == output.image_margins.shape == (0,)
 
 
-def test_no_reference_is_a_reference_of_zero():
+def test_a_missing_reference_equals_a_reference_of_zero():
     policy, _, _ = random_ratios(3)
     zero = preference_loss(policy, torch.zeros_like(policy), Objective.rdpo())
     torch.testing.assert_close(preference_loss(policy, None, Objective.rdpo()), zero)
@@ -192,7 +192,7 @@ def test_metrics_are_detached_and_the_reference_is_constant():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dtype_is_that_of_logps(dtype):
+def test_the_loss_dtype_is_that_of_logps(dtype):
     policy, ref, _ = random_ratios(3)
     output = preference_loss(policy.to(dtype), ref, Objective.rdpo())
     assert all(part.dtype == dtype for part in output)
@@ -213,11 +213,11 @@ def test_two_cells_have_no_image_margins():
         (Objective((Term((1,)),)), 2),
     ],
 )
-def test_cells_that_an_objective_needs(objective, num_cells):
+def test_objectives_report_the_number_of_cells_they_need(objective, num_cells):
     assert objective.num_cells == num_cells
 
 
-def test_betas_of_the_metrics():
+def test_metrics_use_the_beta_of_their_term():
     assert (Objective.rdpo(0.2).beta, Objective.rdpo(0.2).image_beta) == (0.2, 0.2)
     assert (Objective.rdpo(0.2, 0.3).beta, Objective.rdpo(0.2, 0.3).image_beta) == (0.2, 0.3)
     reordered = Objective(Objective.rdpo(0.2, 0.3).terms[::-1])
@@ -258,12 +258,12 @@ def test_gradcheck():
         ({"link": "hinge", "label_smoothing": 0.1}, "label_smoothing must be 0 for link 'hinge'"),
     ],
 )
-def test_terms_refuse(arguments, message):
+def test_terms_refuse_invalid_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         Term(**{"coefficients": (1, -1), **arguments})
 
 
-def test_objectives_refuse():
+def test_objectives_refuse_invalid_arguments():
     with pytest.raises(ValueError, match="terms must hold at least one Term, got none"):
         Objective(())
     with pytest.raises(TypeError, match="terms must be Term objects, got tuple"):
@@ -301,7 +301,7 @@ def test_objectives_refuse():
         ({"objective": Objective.dpo(), "nll": 1.0}, ValueError, "num_tokens must be given"),
     ],
 )
-def test_preference_loss_refuses(arguments, error, message):
+def test_preference_loss_refuses_invalid_arguments(arguments, error, message):
     arguments = {"logps": torch.zeros(3, 1), "ref_logps": None, **arguments}
     objective = arguments.pop("objective", Objective.rdpo())
     objective = Objective(objective.terms, nll_weight=arguments.pop("nll", 0.0))
@@ -320,7 +320,7 @@ def test_preference_loss_refuses(arguments, error, message):
     ],
     ids=["rdpo", "symmetric", "smoothed", "hinge", "ipo"],
 )
-def test_the_derivative_for_kernels_is_that_of_autograd(objective):
+def test_the_kernel_derivative_equals_that_of_autograd(objective):
     generator = seeded(0)
     policy = torch.randn(objective.num_cells, 7, generator=generator, dtype=torch.float64)
     policy.requires_grad_()

@@ -138,7 +138,9 @@ def dense_statistics(inputs):
 
 @DRAWN
 @given(calls(), st.tuples(*[SLOPES] * 4), BUDGETS, st.sampled_from(["auto", "stash", "recompute"]))
-def test_statistics_and_their_gradients(drawn, slopes, budgets, memory):
+def test_statistics_and_gradients_of_combined_options_equal_the_dense_formula(
+    drawn, slopes, budgets, memory
+):
     leaves, exact, dense = drawn
     stats = leaves.call(linear_logprob_stats, backend="cpu", memory=memory, **budgets)
     ours = [stats.token_logps, stats.top_non_label_logps, stats.entropy, stats.lse]
@@ -191,7 +193,7 @@ def dense_loss(inputs, ids, ref_logps, objective, weights, rejected_scoring):
     st.sampled_from(["label", "top_non_label"]),
     st.tuples(st.booleans(), st.booleans(), st.booleans()),
 )
-def test_losses_and_their_gradients(
+def test_losses_and_gradients_of_combined_options_equal_the_dense_formula(
     drawn, budgets, memory, stash_bytes, num_pairs, objective, rejected_scoring, flags
 ):
     is_weighed, statistics, uses_logps = flags

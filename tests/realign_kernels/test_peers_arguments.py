@@ -14,14 +14,14 @@ BOTH = pytest.mark.parametrize("function", [linear_logprob, linear_logprob_stats
 
 
 @BOTH
-def test_no_scale_is_a_scale_of_one(function):
+def test_a_logit_scale_of_none_equals_one(function):
     inputs = make_head_inputs(7, 11, 4)
     actual = inputs.call(function, logit_scale=None)
     torch.testing.assert_close(actual, inputs.call(function), rtol=0, atol=0)
 
 
 @BOTH
-def test_without_an_ignore_index_every_label_is_a_token(function):
+def test_an_ignore_index_of_none_scores_every_label(function):
     inputs = make_head_inputs(7, 11, 4)
     actual = inputs.call(function, ignore_index=None)
     torch.testing.assert_close(actual, inputs.call(function), rtol=0, atol=0)
@@ -32,7 +32,7 @@ def test_without_an_ignore_index_every_label_is_a_token(function):
             inputs.call(function, ignore_index=None)
 
 
-def test_the_loss_accepts_none_for_its_defaults():
+def test_the_loss_accepts_none_for_default_arguments():
     hidden, weight = torch.randn(6, 2, 4), torch.randn(11, 4)
     labels, ref_logps = torch.arange(12).reshape(6, 2) % 11, torch.zeros(3, 2)
     expected = rdpo_loss(hidden, weight, labels, ref_logps)
@@ -41,7 +41,7 @@ def test_the_loss_accepts_none_for_its_defaults():
 
 
 @BOTH
-def test_a_known_number_of_labels_changes_nothing(function):
+def test_num_scored_does_not_change_the_result(function):
     inputs = make_head_inputs(9, 11, 4, ignored=0.4)
     num_scored = int((inputs.labels != -100).sum())
     expected = inputs.call(function)
@@ -55,7 +55,7 @@ def test_a_known_number_of_labels_changes_nothing(function):
         inputs.call(function, num_scored=-1)
 
 
-def test_a_known_number_is_not_counted_on_a_device(monkeypatch):
+def test_a_given_num_scored_is_not_counted_on_the_device(monkeypatch):
     """A GPU finds positions without waiting for their number."""
     inputs = make_head_inputs(9, 11, 4, ignored=0.4)
     num_scored = int((inputs.labels != -100).sum())
@@ -69,7 +69,7 @@ def test_a_known_number_is_not_counted_on_a_device(monkeypatch):
     assert torch.equal(inputs.call(linear_logprob, num_scored=num_scored), expected)
 
 
-def test_any_number_compiles_into_one_graph():
+def test_any_num_scored_compiles_into_one_graph():
     torch._dynamo.reset()
     weight = torch.randn(11, 4)
     compiled = torch.compile(
@@ -86,8 +86,8 @@ def test_any_number_compiles_into_one_graph():
         assert torch.equal(compiled(hidden, labels, number), expected)
 
 
-def test_numbers_that_change_compile_into_one_graph():
-    """A schedule of temperatures or betas: traced as open numbers from the second value on."""
+def test_changing_temperature_beta_and_scaling_compile_into_one_graph():
+    """A schedule of temperatures or betas is traced symbolically from its second value."""
     torch._dynamo.reset()
     hidden, weight = torch.randn(6, 2, 4), torch.randn(11, 4)
     factors = torch.randn(2, 4), torch.randn(11, 2)
@@ -104,7 +104,7 @@ def test_numbers_that_change_compile_into_one_graph():
         assert torch.equal(compiled(*numbers), loss(*numbers))
 
 
-def test_one_graph_for_every_size():
+def test_dynamic_shapes_compile_into_one_graph():
     """The numbers of an objective are symbolic as well with ``dynamic=True``."""
 
     def loss(hidden, weight, labels):

@@ -34,7 +34,7 @@ def label_logits(inputs):
 @pytest.mark.parametrize(("N", "V", "D"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.usefixtures("small_tiles")
-def test_every_row_crosses_every_tile_edge_accurately(N, V, D, dtype):
+def test_rows_that_cross_tile_edges_are_accurate(N, V, D, dtype):
     inputs = make_head_inputs(N, V, D, dtype, bias=True, rank=2)
     oracle = dense_logprob(exact := inputs.as_leaves(torch.float64)).detach()
     actual = inputs.call(linear_logprob)
@@ -45,7 +45,7 @@ def test_every_row_crosses_every_tile_edge_accurately(N, V, D, dtype):
 @pytest.mark.parametrize("logit_std", [1.0, 10.0, 50.0])
 @pytest.mark.parametrize("V", [129, 1003, 32003])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-def test_value_is_as_accurate_as_promised(V, logit_std, dtype):
+def test_values_are_within_the_documented_error_bound(V, logit_std, dtype):
     inputs = make_head_inputs(24, V, 64, dtype, logit_std=logit_std)
     exact = inputs.as_leaves(torch.float64)
     oracle = dense_logprob(exact).detach()
@@ -63,7 +63,7 @@ def test_bfloat16_logits_are_never_rounded():
 
 
 @pytest.mark.parametrize("V", [2, 31, 127, 129, 1000, 4099])
-def test_peaked_rows_see_no_phantom_columns(V):
+def test_padding_columns_do_not_affect_peaked_rows(V):
     """One token has nearly all of the probability: a padded column of logit 0 would show."""
     inputs = make_head_inputs(16, V, 8, torch.float32)
     inputs.hidden_states[:, 0] = 1.0
@@ -83,7 +83,7 @@ def relative_error(actual, oracle):
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.usefixtures("small_tiles")
 def test_gradients_are_no_worse_than_dense_float32(dtype, frozen):
-    """Within 1.2 times the error of dense autograd in float32, plus the rounding of the result."""
+    """The error is within 1.2 times that of dense float32 autograd plus one rounding."""
     inputs = make_head_inputs(40, 203, 24, dtype, bias=True, rank=3, ignored=0.2)
     upstream = torch.randn(40)
     leaves, exact, dense = (inputs.as_leaves(d) for d in (None, torch.float64, torch.float32))
@@ -156,7 +156,7 @@ def test_backward_outside_autocast_equals_backward_inside():
     assert all(map(torch.equal, *grads))
 
 
-def test_float32_adapters_beside_a_half_precision_head():
+def test_float32_adapters_on_a_half_precision_head_keep_float32_gradients():
     """PEFT keeps LoRA factors in float32; rounding them to the head's dtype would lose updates."""
     inputs = make_head_inputs(9, 37, 6, torch.bfloat16)
     factors = make_head_inputs(9, 37, 6, torch.float32, bias=True, rank=2).options

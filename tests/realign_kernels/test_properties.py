@@ -20,7 +20,7 @@ PROPERTY = settings(
     derandomize=True,
     database=None,
 )
-# `make test` asks for 100, `make test-slow` for 5,000.
+# `make test` asks for 50, `make test-slow` for 5,000.
 EXAMPLES = int(os.environ.get("REALIGN_EXAMPLES", "1000"))
 LARGEST_WORKSPACE = 1 << 20
 
@@ -133,7 +133,7 @@ def test_padding_rows_changes_nothing(inputs, num_padding):
 
 @PROPERTY
 @given(calls())
-def test_statistics_are_consistent(inputs):
+def test_statistics_satisfy_their_inequalities(inputs):
     stats = inputs.call(linear_logprob_stats)
     is_scored = inputs.labels != -100
     V = len(inputs.lm_head_weight)

@@ -54,7 +54,7 @@ def loss_and_gradients(*tensors, **options):
     return output, hidden_states.grad, weight.grad
 
 
-def test_is_the_sum_per_sequence_then_the_objective():
+def test_rdpo_loss_equals_the_objective_of_sequence_sums():
     hidden_states, weight, labels, ref_logps = make_batch()
     output, _, _ = loss_and_gradients(hidden_states, weight, labels, ref_logps)
     logps = linear_logprob(hidden_states, weight, labels).sum(1).view(3, 2)
@@ -65,7 +65,7 @@ def test_is_the_sum_per_sequence_then_the_objective():
     torch.testing.assert_close(output[3:], expected[2:])
 
 
-def test_is_the_formula_of_the_paper():
+def test_rdpo_loss_equals_the_formula_of_the_paper():
     hidden_states, weight, labels, ref_logps = make_batch()
     log_probs = (hidden_states @ weight.T).log_softmax(-1)
     picked = log_probs.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
@@ -133,7 +133,7 @@ def test_sums_do_not_depend_on_the_order_of_tokens():
 
 
 @pytest.mark.parametrize("any_id", [-7, 0, 2, 5, 6, 2**40])
-def test_ignored_tokens_in_a_packed_batch_may_have_any_sequence(any_id):
+def test_ignored_tokens_of_a_packed_batch_may_have_any_sequence_id(any_id):
     hidden_states, weight, labels, ref_logps = make_batch()
     expected = rdpo_loss(hidden_states, weight, labels, ref_logps)
     sequence_ids = torch.arange(6)[:, None].expand_as(labels).clone()
@@ -161,7 +161,7 @@ def test_sequence_lengths_change_nothing(is_packed):
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_without_a_reference(is_packed):
+def test_a_missing_reference_equals_a_reference_of_zero(is_packed):
     hidden_states, weight, labels, _ = make_batch()
     zeros = torch.zeros(3, 2, dtype=torch.float64)
     expected = rdpo_loss(hidden_states, weight, labels, zeros)
@@ -194,7 +194,7 @@ def test_an_absent_chosen_answer_is_refused(lengths_given):
         rdpo_loss(hidden_states, weight, labels, ref_logps, **options)
 
 
-def test_no_pairs():
+def test_a_batch_without_pairs_gives_zero_loss():
     weight = torch.randn(V, D, requires_grad=True)
     hidden_states = torch.zeros(0, 5, D, requires_grad=True)
     labels = torch.zeros(0, 5, dtype=torch.int64)
@@ -204,8 +204,8 @@ def test_no_pairs():
     assert torch.equal(weight.grad, torch.zeros(V, D))
 
 
-def test_top_non_label_by_hand():
-    """Three tokens, hidden states that are the logits; the best token that is not the label."""
+def test_top_non_label_scoring_equals_values_by_hand():
+    """The hidden states are the logits of three tokens, and the best non-label is scored."""
     logits = [[5.0, 1.0, 0.0], [5.0, 1.0, 0.0], [2.0, 2.0, 2.0]]
     hidden_states = torch.tensor(logits)[:, None]
     labels = torch.tensor([[0], [0], [0]])
@@ -232,7 +232,7 @@ def test_top_non_label_gradient_goes_to_the_lowest_of_equals():
     torch.testing.assert_close(hidden_states.grad[1, 0], torch.tensor([0.0, 1.0, 0.0]) - probs)
 
 
-def test_top_non_label_equals_the_dense_definition():
+def test_top_non_label_scoring_equals_the_dense_definition():
     hidden_states, weight, labels, ref_logps = make_batch()
     inputs = make_head_inputs(1, V, D)
     hidden_states.requires_grad_()

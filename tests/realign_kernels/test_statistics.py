@@ -39,7 +39,7 @@ def dense_stats(inputs):
     "options", [{}, {"logit_softcap": 3.0, "logit_scale": 1.2, "temperature": 0.8}], ids=str
 )
 @pytest.mark.usefixtures("small_tiles")
-def test_equal_the_dense_definitions(V, options):
+def test_statistics_equal_their_dense_definitions(V, options):
     inputs = make_head_inputs(23, V, 5, ignored=0.2, bias=True, rank=2, **options)
     actual = inputs.call(linear_logprob_stats)
     for name, ours, expected in zip(actual._fields, actual, dense_stats(inputs), strict=True):
@@ -64,7 +64,7 @@ def test_a_uniform_distribution_has_its_known_statistics():
 @pytest.mark.parametrize("label", [3, 17, 20, 36])
 @pytest.mark.usefixtures("small_tiles")
 def test_ties_go_to_the_lowest_id_across_tiles(label):
-    """Three equal maxima, one of them in another tile."""
+    """There are three equal maxima, one of them in another tile."""
     weight = torch.zeros(37, 1, dtype=torch.float64)
     weight[[3, 17, 20]] = 1.0
     stats = linear_logprob_stats(
@@ -76,7 +76,7 @@ def test_ties_go_to_the_lowest_id_across_tiles(label):
     assert stats.is_top1.item() == (label == 3)
 
 
-def test_one_token_vocabulary_has_no_other_token():
+def test_one_token_vocabulary_has_no_top_non_label():
     stats = linear_logprob_stats(torch.ones(2, 3), torch.ones(1, 3), torch.tensor([0, -100]))
     assert stats.top_non_label_logps.tolist() == [-math.inf, 0.0]
     assert stats.top_non_label_ids.tolist() == [-1, -1]
@@ -87,7 +87,7 @@ def test_one_token_vocabulary_has_no_other_token():
 
 @pytest.mark.parametrize("removed", [[0], [0, 1, 2], list(range(16)), list(range(16, 37))])
 @pytest.mark.usefixtures("small_tiles")
-def test_removed_tokens_count_for_nothing(removed):
+def test_tokens_of_minus_infinity_are_not_counted(removed):
     inputs = make_head_inputs(9, 37, 5, bias=True)
     inputs.options["lm_head_bias"][removed] = -torch.inf
     actual = inputs.call(linear_logprob_stats)
@@ -98,7 +98,7 @@ def test_removed_tokens_count_for_nothing(removed):
     assert (actual.mean_logits == -torch.inf).all()
 
 
-def test_a_lone_token_is_certain_and_the_others_impossible():
+def test_the_only_possible_token_is_certain_and_others_are_impossible():
     bias = torch.tensor([-torch.inf, 0.0, -torch.inf])
     stats = linear_logprob_stats(
         torch.zeros(2, 1), torch.zeros(3, 1), torch.tensor([1, 2]), lm_head_bias=bias
@@ -125,7 +125,7 @@ def test_nan_stays_in_its_row():
         assert torch.isnan(getattr(stats, name)).tolist() == [row == 2 for row in range(5)]
 
 
-def test_some_statistics_have_gradients():
+def test_only_differentiable_statistics_have_gradients():
     stats = make_head_inputs(5, 11, 4).as_leaves().call(linear_logprob_stats)
     assert [name for name in stats._fields if getattr(stats, name).requires_grad] == [
         "token_logps",

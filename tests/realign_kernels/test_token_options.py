@@ -68,7 +68,7 @@ def in_form(hidden, labels, weights, *, packed):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("scoring", ["label", "top_non_label"])
 @pytest.mark.parametrize("memory", ["frozen", *MODES])
-def test_weights_of_tokens(memory, scoring, packed, monkeypatch):
+def test_token_weights_equal_the_dense_formula(memory, scoring, packed, monkeypatch):
     monkeypatch.setattr("realign_kernels.ops.pair_tiles._ROWS_PER_TILE", 9)
     hidden, weight, labels, weights, ref_logps = batch()
     given, given_labels, given_weights, form = in_form(hidden, labels, weights, packed=packed)
@@ -110,7 +110,7 @@ def test_weights_of_one_change_nothing():
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("scoring", ["label", "top_non_label"])
 @pytest.mark.parametrize("memory", ["frozen", *MODES])
-def test_statistics_of_cells(memory, scoring, packed, monkeypatch):
+def test_cell_statistics_equal_the_means_over_tokens(memory, scoring, packed, monkeypatch):
     monkeypatch.setattr("realign_kernels.ops.pair_tiles._ROWS_PER_TILE", 9)
     hidden, weight, labels, weights, ref_logps = batch()
     stats = linear_logprob_stats(hidden, weight, labels)
@@ -144,7 +144,7 @@ def test_statistics_of_cells(memory, scoring, packed, monkeypatch):
 
 
 @pytest.mark.parametrize("memory", MODES)
-def test_both_compile_into_one_graph(memory):
+def test_token_weights_and_statistics_compile_into_one_graph(memory):
     hidden, weight, labels, weights, ref_logps = batch(torch.float32)
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]
 
@@ -174,13 +174,13 @@ def test_both_compile_into_one_graph(memory):
     ],
     ids=["list", "half", "shape", "device", "gradient"],
 )
-def test_weights_are_refused(weights, error, message):
+def test_invalid_token_weights_are_refused(weights, error, message):
     hidden, weight, labels, _, ref_logps = batch()
     with pytest.raises(error, match=message):
         rdpo_loss(hidden, weight, labels, ref_logps, token_weights=weights)
 
 
-def test_statistics_are_asked_for_by_true_or_false():
+def test_the_statistics_option_must_be_a_bool():
     hidden, weight, labels, _, ref_logps = batch()
     with pytest.raises(TypeError, match="statistics must be True or False, got 'yes'"):
         rdpo_loss(hidden, weight, labels, ref_logps, statistics="yes")

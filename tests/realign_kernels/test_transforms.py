@@ -113,7 +113,7 @@ def test_transforms_of_torch_func_are_refused(function, transform):
         TRANSFORMS[transform](of_one, value)
 
 
-def test_every_argument_is_looked_at():
+def test_every_argument_is_checked_for_transforms():
     for function, name in ARGUMENTS:
         of_one, value = with_one(function, name)
         for transform in ("grad", "vmap"):
@@ -122,8 +122,8 @@ def test_every_argument_is_looked_at():
             assert str(raised.value).startswith(name)
 
 
-def test_what_needs_a_gradient_is_refused_beside_what_is_transformed():
-    """A parameter that the transformed function closes over."""
+def test_a_parameter_captured_by_a_transformed_function_is_refused():
+    """The transformed function closes over the parameter."""
     weight = torch.randn(V, D, requires_grad=True)
     hidden_states = torch.randn(6, 2, D)
 
@@ -148,7 +148,7 @@ def test_constants_of_a_transformed_function_are_computed():
 
 
 @pytest.mark.parametrize("memory", ["auto", "stash", "recompute", "tile"])
-def test_a_tangent_from_above_is_refused(memory):
+def test_a_tangent_of_an_outer_level_is_refused(memory):
     given = tensors()
     given["hidden_states"].requires_grad_()
     if memory != "auto":
@@ -163,7 +163,7 @@ def test_a_tangent_from_above_is_refused(memory):
             torch.autograd.grad(logps, given["hidden_states"], upstream)
 
 
-def test_reverse_mode_passes_through_a_module_with_other_parameters():
+def test_reverse_mode_works_through_a_module_with_other_parameters():
     class Head(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -195,7 +195,7 @@ def test_a_jacobian_in_reverse_mode_equals_the_dense_one():
         torch.testing.assert_close(actual, expected)
 
 
-def test_preference_loss_has_forward_derivatives_in_the_logps_alone():
+def test_preference_loss_has_forward_derivatives_only_in_logps():
     """The loss is plain torch; a reference is a constant, whose tangent would be lost."""
     logps, ref_logps = torch.randn(3, 2).double(), torch.randn(3, 2).double()
 

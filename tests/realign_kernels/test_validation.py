@@ -90,7 +90,7 @@ def call(function, **changes):
     ],
     ids=lambda value: "" if isinstance(value, dict) else value[:40],
 )
-def test_values_are_refused(function, changes, message):
+def test_invalid_values_are_refused(function, changes, message):
     with pytest.raises(ValueError, match=message):
         call(function, **changes)
 
@@ -126,7 +126,7 @@ def test_values_are_refused(function, changes, message):
         ),
     ],
 )
-def test_dtypes_are_refused(function, changes, message):
+def test_invalid_dtypes_are_refused(function, changes, message):
     with pytest.raises(TypeError, match=message):
         call(function, **changes)
 
@@ -164,7 +164,7 @@ def test_backends_of_another_device_never_fall_back(function, monkeypatch):
         resolve_backend("cpu", "cuda")
 
 
-def test_auto_takes_what_is_installed(monkeypatch):
+def test_auto_chooses_an_installed_backend(monkeypatch):
     monkeypatch.setattr("realign_kernels.backends.dispatch._missing", lambda name: None)
     assert auto_backend("cpu") == "cpu"
     assert auto_backend("cuda") == "triton"
@@ -182,7 +182,7 @@ def test_a_group_needs_torch_distributed():
 
 
 @pytest.mark.parametrize("bad", [-1, -101, V, V + 1000, 2**31, -(2**63)])
-def test_labels_out_of_range_name_the_first(bad):
+def test_labels_out_of_range_are_refused_with_the_first_index(bad):
     labels = torch.zeros(2, 3, dtype=torch.int64)
     labels[1, 1:] = bad
     message = rf"labels must be in \[0, V\) or ignore_index -100, got {bad} at index \(1, 1\) with"
@@ -191,7 +191,7 @@ def test_labels_out_of_range_name_the_first(bad):
 
 
 @pytest.mark.parametrize("bad", [-1, V, 2**31])
-def test_unchecked_labels_out_of_range_are_nan_not_a_number(bad, monkeypatch):
+def test_unchecked_labels_out_of_range_give_nan(bad, monkeypatch):
     """Without checks a wrong label must still never look like a log-probability."""
     monkeypatch.setenv("REALIGN_CHECK", "0")
     labels = torch.tensor([3, bad, 0, 0, 0, 0])
@@ -270,7 +270,7 @@ ONES = torch.ones(3, 2, dtype=torch.int64)
     ],
     ids=lambda value: "" if isinstance(value, dict) else value[:40],
 )
-def test_rdpo_loss_refuses_values(arguments, message):
+def test_rdpo_loss_refuses_invalid_values(arguments, message):
     with pytest.raises(ValueError, match=message):
         rdpo_loss(**arguments)
 
@@ -293,7 +293,7 @@ def test_rdpo_loss_refuses_values(arguments, message):
         (batch(lm_head_weight=torch.zeros(V, D).double()), "lm_head_weight must have dtype"),
     ],
 )
-def test_rdpo_loss_refuses_dtypes(arguments, message):
+def test_rdpo_loss_refuses_invalid_dtypes(arguments, message):
     with pytest.raises(TypeError, match=message):
         rdpo_loss(**arguments)
 
@@ -354,13 +354,13 @@ def test_a_library_that_does_not_load_is_not_chosen(tmp_path):
     ],
     ids=["tensor", "nan"],
 )
-def test_the_scaling_of_adapters_is_a_number(scaling, error, message):
+def test_the_adapter_scaling_must_be_a_number(scaling, error, message):
     factors = (torch.zeros(1, D), torch.zeros(V, 1), scaling)
     with pytest.raises(error, match=message):
         call(linear_logprob, lm_head_lora=factors)
 
 
-def test_labels_of_another_shape_are_named_with_any_scoring():
+def test_labels_of_another_shape_are_refused_with_any_scoring():
     with pytest.raises(ValueError, match=r"labels must have shape \(6, 3\) to match"):
         rdpo_loss(
             torch.zeros(6, 3, D), torch.zeros(V, D), torch.zeros(6, 4, dtype=torch.int64),
@@ -368,7 +368,7 @@ def test_labels_of_another_shape_are_named_with_any_scoring():
         )  # fmt: skip
 
 
-def test_a_partitioned_weight_is_named_as_one():
+def test_a_zero3_partitioned_weight_is_refused_with_the_gather_remedy():
     with pytest.raises(ValueError, match=r"got \(0,\)\. Gather it by deepspeed\.zero\.Gathered"):
         call(linear_logprob, lm_head_weight=torch.empty(0))
     with pytest.raises(ValueError, match=rf"got \({V}, {D + 1}\)\.$"):

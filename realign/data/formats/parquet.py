@@ -107,16 +107,17 @@ def read_metadata(path: Path) -> Any:
     """Return the ``pyarrow.parquet.FileMetaData`` of a file.
 
     Raises:
-        RefusedError: The file is not parquet.
+        RefusedError: The file is not parquet, or cannot be read.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         return pq.read_metadata(path)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise RefusedError(
-            f"{path} must be a parquet file ({error}). Build it with `realign build`."
+            f"{path} must be a parquet file ({error}). Correct its permissions, or build it with "
+            "`realign build`."
         ) from None
 
 

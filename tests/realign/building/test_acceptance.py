@@ -69,7 +69,7 @@ def test_a_completion_is_refused_for_the_right_reason(completion: str, why: str)
     assert reason(completion) == why
 
 
-def test_what_the_generator_says_of_itself_comes_first() -> None:
+def test_problems_reported_by_the_generator_take_precedence() -> None:
     assert reason(Answer("", is_cut=True, problem="status 400")) == "status 400"
     assert reason(Answer("", is_cut=True)) == "cut at max_new_tokens"
 
@@ -87,15 +87,15 @@ def test_lengths_are_relative_to_the_answer(num_words: int, why: str) -> None:
     assert reason(" ".join(["cat"] * num_words), keep_unmasked=False) == why
 
 
-def test_lengths_can_be_limited_otherwise() -> None:
+def test_length_ratio_limits_can_be_configured() -> None:
     limits = {"keep_unmasked": False, "min_length_ratio": 1.0, "max_length_ratio": 1.0}
     assert reason("A cat sits on it.", **limits) == "too few words"
     assert reason("A big cat sits on it now.", **limits) == "too many words"
     assert reason("A big cat sits on it.", **limits) == ""
 
 
-def test_the_order_of_checks_is_that_of_the_list() -> None:
-    """A completion that fails every check, mended one by one."""
+def test_checks_run_in_the_listed_order() -> None:
+    """A completion fails every check at first, and its faults are corrected one by one."""
     failing = [
         (Answer("", is_cut=True), 1.0),
         (Answer(""), 1.0),
@@ -132,7 +132,7 @@ def test_the_order_of_checks_is_that_of_the_list() -> None:
         "I cannot see the image",
     ],
 )
-def test_refusals_to_answer(text: str) -> None:
+def test_refusals_to_answer_are_recognized(text: str) -> None:
     assert refuses(text, "A dog.")
     assert not refuses(text, text)  # the good answer says the same
 
@@ -155,7 +155,7 @@ def test_descriptions_do_not_count_as_refusals(text: str) -> None:
     assert not refuses(text, "A dog.")
 
 
-def test_chatter_is_talk_about_the_task() -> None:
+def test_talk_about_the_task_is_recognized_as_chatter() -> None:
     assert chats("Certainly! A cat.", "A dog.")
     assert chats("A cat.\nLet me know if you need more.", "A dog.")
     assert not chats("Sure-footed goats climb. Certainly a cat.", "A dog.")
@@ -184,7 +184,7 @@ def test_wrapping_is_taken_off_a_completion(completion: str, text: str) -> None:
     assert unwrap_completion(completion, "A dog.") == text
 
 
-def test_wrapping_that_the_answer_has_too_stays() -> None:
+def test_wrapping_shared_with_the_answer_is_kept() -> None:
     assert unwrap_completion('"Stay"', '"Stop"') == '"Stay"'
     assert unwrap_completion("Answer: B", "Answer: A") == "Answer: B"
 

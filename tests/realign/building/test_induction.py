@@ -118,7 +118,9 @@ SAID = [
 ]
 
 
-def test_the_papers_algorithm_step_by_step(five_images: list[Path], model_dir: Path) -> None:
+def test_induction_follows_the_algorithm_of_the_paper(
+    five_images: list[Path], model_dir: Path
+) -> None:
     """Candidates in order of cosine, self excluded; the first whose completion differs enough is
     accepted and becomes v_l, the rest are never asked; where none passes the row is dropped.
     """
@@ -172,7 +174,7 @@ def test_the_papers_algorithm_step_by_step(five_images: list[Path], model_dir: P
     assert [question for question, _ in generator.asked] == [q for turn in turns for q in turn]
 
 
-def test_a_refused_candidate_is_noted_with_all_that_is_known(five_images: list[Path]) -> None:
+def test_a_refused_candidate_is_recorded_with_its_details(five_images: list[Path]) -> None:
     images = [Candidate("1.png", five_images[1], 1, 0.87654321)]
     said = {("What is on 0?", "1.png"): Answer("The red dog sits on it.")}
     rows = [row(five_images[0])]
@@ -194,7 +196,7 @@ def candidates(paths: list[Path]) -> list[Candidate]:
     return [Candidate(path.name, path, i, 1 - i / 10) for i, path in enumerate(paths, start=1)]
 
 
-def test_a_candidate_that_makes_the_prompt_too_long_is_passed_over(five_images) -> None:
+def test_a_candidate_that_makes_the_prompt_too_long_is_skipped(five_images) -> None:
     rows = [row(five_images[0])]
     said = {("What is on 0?", "2.png"): Answer("A red cat sits on it.")}
     masked = mask_rows(rows, RULES, None, always)
@@ -208,7 +210,7 @@ def test_a_candidate_that_makes_the_prompt_too_long_is_passed_over(five_images) 
     assert (attempt["completion"], attempt["similarity"]) == ("", 0.0)
 
 
-def test_nothing_to_mask_and_no_candidate_are_reasons(five_images) -> None:
+def test_rows_without_masks_or_candidates_are_dropped_with_the_reason(five_images) -> None:
     rows = [row(five_images[0], "Nothing."), row(five_images[1])]
     masked = mask_rows(rows, RULES, None, always)
     order = [candidates(five_images[1:]), []]
@@ -240,7 +242,7 @@ def test_the_result_does_not_depend_on_how_rows_are_grouped(tmp_path: Path) -> N
     assert run(1) == run(7) == whole
 
 
-def test_pairs_that_have_both_answers_get_their_image_by_retrieval_alone(five_images) -> None:
+def test_pairs_with_both_answers_get_only_a_retrieved_image(five_images) -> None:
     rows = [
         row(five_images[0], rejected="A red cat sits."),
         row(five_images[1], rejected="A red dog sits on it."),

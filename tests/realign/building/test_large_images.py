@@ -63,7 +63,7 @@ def test_an_image_of_more_than_four_times_the_pixels_is_halved_twice(
     assert "copies, halved until they have at most that many" in announced
 
 
-def test_images_that_are_too_large_or_damaged_are_left_and_reported(tmp_path: Path) -> None:
+def test_images_too_large_or_damaged_are_reported_and_not_copied(tmp_path: Path) -> None:
     large = draw(tmp_path / "large.jpg", 10_000, 9_000)
     rows = [row(large)]
     for limit in (0, MAX_PIXELS):

@@ -82,7 +82,7 @@ def test_an_encoder_gives_the_cosine_of_mean_embeddings(encoder: Path) -> None:
     assert values[1] < 0.999
 
 
-def test_batches_do_not_change_what_an_encoder_says(encoder: Path) -> None:
+def test_batch_size_does_not_change_the_similarity(encoder: Path) -> None:
     whole = load_similarity(str(encoder), device="cpu")
     one_by_one = load_similarity(str(encoder), device="cpu", batch_size=1)
     assert whole(FIRST, SECOND) == whole(FIRST, SECOND)
@@ -92,7 +92,9 @@ def test_batches_do_not_change_what_an_encoder_says(encoder: Path) -> None:
     assert whole([], []) == []
 
 
-def test_identity_is_what_the_files_hold_wherever_they_lie(encoder: Path, copied: Path) -> None:
+def test_the_identity_depends_on_file_contents_and_not_on_their_location(
+    encoder: Path, copied: Path
+) -> None:
     identity = similarity_identity(str(encoder))
     assert identity["name"] == "tiny"
     assert {"model.safetensors", "modules.json", "1_Pooling/config.json"} <= set(identity)
@@ -105,7 +107,7 @@ def test_identity_is_what_the_files_hold_wherever_they_lie(encoder: Path, copied
     assert similarity_identity("lexical") == {"name": "lexical"}
 
 
-def test_code_that_comes_with_a_model_is_not_run(copied: Path) -> None:
+def test_code_in_a_model_folder_is_refused_and_not_run(copied: Path) -> None:
     modules = json.loads((copied / "modules.json").read_text())
     modules[1]["type"] = "evil.Pooling"
     (copied / "modules.json").write_text(json.dumps(modules))
@@ -141,7 +143,7 @@ def test_a_folder_that_is_not_an_encoder_is_refused(tmp_path: Path) -> None:
             load_similarity(name)
 
 
-def test_a_hub_id_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_that_cannot_be_downloaded_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         RefusedError, match=r"the hub cannot be reached, got 'no/such-encoder', which"

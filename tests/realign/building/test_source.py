@@ -18,7 +18,7 @@ def draw(size: int, seed: int, rows: list[SourceRow] = ROWS) -> list[str]:
     return [row.id for row in sample_rows(rows, size, seed, "rows.json")]
 
 
-def test_a_draw_depends_on_the_seed_and_keeps_the_order_of_the_source() -> None:
+def test_a_sample_depends_on_the_seed_and_keeps_the_source_order() -> None:
     drawn = draw(20, 3)
     assert len(drawn) == 20
     assert drawn == sorted(drawn, key=lambda name: int(name.removeprefix("row-")))
@@ -26,7 +26,7 @@ def test_a_draw_depends_on_the_seed_and_keeps_the_order_of_the_source() -> None:
     assert draw(50, 3) == [row.id for row in ROWS]
 
 
-def test_a_larger_sample_holds_a_smaller_one_and_no_other_row_changes_a_rows_place() -> None:
+def test_a_larger_sample_contains_a_smaller_one_and_ignores_row_order() -> None:
     assert {*draw(10, 0)} < {*draw(20, 0)}
     drawn = draw(20, 0)
     left = [row for row in ROWS if row.id != drawn[0]]
@@ -41,7 +41,7 @@ def test_every_row_is_as_likely_as_any_other() -> None:
     assert all(140 < count < 260 for count in counts.values())
 
 
-def test_more_rows_than_there_are_cannot_be_drawn() -> None:
+def test_a_sample_larger_than_the_source_is_refused() -> None:
     with pytest.raises(
         RefusedError, match=r"sample must be at most the 50 good rows of rows\.json, got 51\. Lower"
     ):

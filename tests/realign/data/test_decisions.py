@@ -47,7 +47,7 @@ def data(tmp_path: Path, records) -> Path:
     return tmp_path / "data"
 
 
-def test_the_last_line_about_a_row_wins(tmp_path: Path) -> None:
+def test_the_last_decision_about_a_row_applies(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     assert read_decisions(path) == {}
     first = Decision("a", KEY, "drop", "two\nlines \u2028 \U0001f600")
@@ -62,7 +62,7 @@ def test_the_last_line_about_a_row_wins(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_undoing_brings_the_decision_before_it_back(tmp_path: Path) -> None:
+def test_undo_restores_the_previous_decision(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     made = [
         Decision("a", KEY, "drop", "first"),
@@ -86,7 +86,7 @@ def test_undoing_brings_the_decision_before_it_back(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 8
 
 
-def test_an_undo_without_a_decision_before_it_is_refused(tmp_path: Path) -> None:
+def test_an_undo_without_an_earlier_decision_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     append_decision(path, Decision("a", KEY, "keep"))
     with pytest.raises(RefusedError, match=r"must be one of .*'flag'\], got 'undo'"):
@@ -112,7 +112,7 @@ def test_the_decision_file_lies_beside_the_data(tmp_path: Path, data: str, expec
 
 
 @pytest.mark.parametrize("cut", [1, 40, 95])
-def test_a_line_that_a_kill_cut_is_announced_and_written_over(
+def test_a_line_truncated_by_a_kill_is_reported_and_overwritten(
     tmp_path: Path, capsys, cut: int
 ) -> None:
     path = tmp_path / "d.jsonl"
@@ -128,7 +128,7 @@ def test_a_line_that_a_kill_cut_is_announced_and_written_over(
     assert path.read_bytes().startswith(whole)
 
 
-def test_a_whole_last_line_without_its_end_is_kept(tmp_path: Path) -> None:
+def test_a_complete_last_line_without_a_newline_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     append_decision(path, Decision("a", KEY, "keep", "x" * 9000))
     path.write_bytes(path.read_bytes()[:-1])
@@ -159,13 +159,13 @@ def test_a_line_that_is_not_a_decision_is_refused(tmp_path: Path, line: str, mes
         read_decisions(path)
 
 
-def test_nothing_is_written_that_would_not_be_read(tmp_path: Path) -> None:
+def test_an_invalid_decision_is_refused_before_it_is_written(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="decision must be one of"):
         append_decision(tmp_path / "d.jsonl", Decision("a", KEY, "maybe"))
     assert not (tmp_path / "d.jsonl").exists()
 
 
-def test_two_writers_at_once_lose_nothing(tmp_path: Path) -> None:
+def test_concurrent_writers_lose_no_decision(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     code = (
         "import sys; from pathlib import Path\n"
@@ -199,7 +199,7 @@ def test_decisions_that_were_confirmed_survive_kill_9(tmp_path: Path) -> None:
     assert confirmed <= {row.id for row in read_decisions(path)}
 
 
-def test_kept_is_a_lazy_view(data: Path, records) -> None:
+def test_kept_rows_are_a_lazy_view(data: Path, records) -> None:
     rows = records(8)
     path = decisions_path(data)
     for index, decision in ((1, "drop"), (2, "flag"), (3, "keep"), (6, "drop")):
@@ -224,7 +224,9 @@ def test_only_decided_rows_have_their_images_read(data: Path, records, monkeypat
     assert [index for is_whole, index in read if is_whole] == [5]
 
 
-def test_a_decision_about_other_content_is_announced(data: Path, records, capsys) -> None:
+def test_a_decision_about_changed_content_is_reported_and_ignored(
+    data: Path, records, capsys
+) -> None:
     rows = records(8)
     path = decisions_path(data)
     old = dataclasses.replace(rows[2], rejected="What was there before.")
@@ -240,7 +242,7 @@ def test_a_decision_about_other_content_is_announced(data: Path, records, capsys
     assert (len(left), stale) == (8, [])
 
 
-def test_of_equal_rows_with_two_ids_one_can_be_dropped(records) -> None:
+def test_one_of_two_equal_rows_can_be_dropped_by_id(records) -> None:
     row = records(1)[0]
     twice = [row, dataclasses.replace(row, id="again")]
     decision = Decision("again", row.key, "drop")
@@ -255,7 +257,7 @@ def test_dropping_everything_is_refused(data: Path, records) -> None:
 
 
 @pytest.mark.full
-def test_training_leaves_dropped_rows_out_and_is_another_run(
+def test_dropped_rows_are_not_trained_and_change_the_run_identity(
     tmp_path: Path, data: Path, records, model_dir: Path, capsys
 ) -> None:
     def options(out: str) -> TrainConfig:
@@ -313,9 +315,7 @@ def test_check_and_export_leave_dropped_rows_out(tmp_path: Path, records) -> Non
     assert [record.id for record in exported] == [rows[i].id for i in (0, 1, 3)]
 
 
-def test_rows_that_cannot_be_read_are_reported_by_their_place_in_the_file(
-    tmp_path: Path, records
-) -> None:
+def test_unreadable_rows_are_reported_by_their_number_in_the_file(tmp_path: Path, records) -> None:
     """A decision file must not stop the check at the first of them, nor shift their numbers."""
     rows = records(5)
     data = tmp_path / "pairs.parquet"

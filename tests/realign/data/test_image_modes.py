@@ -76,14 +76,14 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_mode_becomes_its_golden_rgb(mode: str) -> None:
+def test_an_image_mode_converts_to_its_expected_rgb(mode: str) -> None:
     image, expected = MODES[mode]
     assert image.mode == mode
     assert np.asarray(to_rgb(image)).reshape(4, 3).tolist() == expected
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "I;16", "RGB", "RGBA"])
-def test_a_mode_in_a_png_becomes_its_golden_rgb(mode: str) -> None:
+def test_an_image_mode_in_a_png_converts_to_its_expected_rgb(mode: str) -> None:
     image, expected = MODES[mode]
     raw = encoded(image, "PNG")
     assert Image.open(io.BytesIO(raw)).mode == mode
@@ -91,14 +91,14 @@ def test_a_mode_in_a_png_becomes_its_golden_rgb(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_a_mode_in_a_lossless_webp_becomes_its_golden_rgb(mode: str) -> None:
+def test_an_image_mode_in_a_lossless_webp_converts_to_its_expected_rgb(mode: str) -> None:
     image, expected = MODES[mode]
     raw = encoded(image, "WEBP", lossless=True, exact=True)
     assert np.asarray(decode_image(raw, "row 0")).reshape(4, 3).tolist() == expected
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "YCbCr"])
-def test_a_mode_in_a_jpeg_becomes_its_golden_rgb(mode: str) -> None:
+def test_an_image_mode_in_a_jpeg_converts_to_its_expected_rgb(mode: str) -> None:
     value = {"L": 100, "CMYK": (0, 255, 255, 0), "YCbCr": (76, 85, 255)}[mode]
     expected = {"L": [100, 100, 100], "CMYK": [255, 0, 0], "YCbCr": [254, 0, 0]}[mode]
     raw = encoded(Image.new(mode, (16, 16), value), "JPEG", quality=100)
@@ -107,7 +107,7 @@ def test_a_mode_in_a_jpeg_becomes_its_golden_rgb(mode: str) -> None:
     assert np.abs(decoded - expected).max() <= 1
 
 
-def test_all_levels_of_16_bits_go_to_the_nearest_of_8() -> None:
+def test_all_16_bit_levels_round_to_the_nearest_8_bit_level() -> None:
     levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     decoded = decode_image(encoded(Image.fromarray(levels), "PNG"), "row 0")
     expected = np.rint(levels.astype(float) * 255 / 65535)

@@ -48,7 +48,7 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-def test_there_are_forty_escapes() -> None:
+def test_at_least_forty_escaping_names_are_tested() -> None:
     assert len(set(ESCAPES)) == len(ESCAPES) >= 40
 
 
@@ -110,7 +110,7 @@ URLS = [
 ]
 
 
-def test_there_are_sixty_urls() -> None:
+def test_at_least_sixty_urls_are_tested() -> None:
     assert len(set(URLS)) == len(URLS) >= 60
 
 
@@ -129,12 +129,12 @@ def test_a_url_is_refused_without_a_socket(
 
 
 @pytest.mark.parametrize("name", ["coco:1.png", "a:b.png", "c.data:1.png", "http.png"])
-def test_a_colon_alone_makes_no_url(root: Path, name: str) -> None:
+def test_a_name_with_a_colon_is_not_a_url(root: Path, name: str) -> None:
     (root / name).write_bytes(b"x")
     assert resolve_image(root, name, "row 3") == (root / name).resolve()
 
 
-def test_a_link_that_leaves_the_folder_is_called_one(tmp_path: Path) -> None:
+def test_a_symbolic_link_out_of_the_folder_is_refused_as_a_link(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "a.png").write_bytes(b"x")
     (tmp_path / "root" / "link.png").symlink_to(tmp_path / "a.png")
@@ -144,7 +144,7 @@ def test_a_link_that_leaves_the_folder_is_called_one(tmp_path: Path) -> None:
         resolve_image(tmp_path / "root", "../a.png", "row 1")
 
 
-def test_a_missing_name_with_the_separators_of_windows_says_what_to_write(root: Path) -> None:
+def test_a_missing_name_with_backslashes_is_refused_with_the_slash_remedy(root: Path) -> None:
     with pytest.raises(RefusedImage, match=r"Write / between folders instead of \\, check") as no:
         resolve_image(root, "a\\inside.png", "row 1")
     assert (no.value.code, no.value.missing) == ("missing", "a\\inside.png")
@@ -159,7 +159,7 @@ def test_a_missing_name_with_the_separators_of_windows_says_what_to_write(root: 
 
 
 @pytest.mark.parametrize("name", ["C:\\coco\\1.jpg", "d:/coco/1.jpg"])
-def test_a_path_with_a_drive_is_not_taken_for_a_url(root: Path, name: str) -> None:
+def test_a_path_with_a_drive_letter_is_refused_as_a_path(root: Path, name: str) -> None:
     with pytest.raises(RefusedImage, match=r"got the Windows path .*Name it relative") as no:
         resolve_image(root, name, "row 1")
     assert no.value.code == "outside-root"

@@ -62,7 +62,9 @@ def test_facts_come_in_the_order_of_the_paths(paths: list[Path], workers: int) -
     assert list(inspect_images([], workers=workers)) == []
 
 
-def test_a_refusal_takes_the_place_of_the_facts(paths: list[Path], tmp_path: Path) -> None:
+def test_a_refused_image_gives_its_refusal_in_place_of_facts(
+    paths: list[Path], tmp_path: Path
+) -> None:
     bad, gone = tmp_path / "bad.png", tmp_path / "gone.png"
     bad.write_bytes(b"no image")
     found = list(inspect_images([paths[0], bad, gone, paths[1]], workers=2))
@@ -75,7 +77,9 @@ def test_a_refusal_takes_the_place_of_the_facts(paths: list[Path], tmp_path: Pat
     assert (found[2].code, found[2].where) == ("missing", str(gone))
 
 
-def test_an_image_that_hangs_costs_itself_alone(paths: list[Path], tmp_path: Path) -> None:
+def test_an_image_that_hangs_does_not_affect_other_images(
+    paths: list[Path], tmp_path: Path
+) -> None:
     order = [paths[0], fifo(tmp_path), *paths[1:6]]
     found = list(inspect_images(order, workers=1, timeout_s=0.5))
     assert isinstance(found[1], RefusedImage)
@@ -84,7 +88,9 @@ def test_an_image_that_hangs_costs_itself_alone(paths: list[Path], tmp_path: Pat
     assert [found[0], *found[2:]] == [facts(path) for path in (paths[0], *paths[1:6])]
 
 
-def test_waiting_does_not_count_as_decoding(paths: list[Path], tmp_path: Path) -> None:
+def test_waiting_for_a_file_does_not_count_towards_the_time_limit(
+    paths: list[Path], tmp_path: Path
+) -> None:
     """An image that waits for a busy machine is not refused: limits count CPU time."""
     pipe = fifo(tmp_path)
     with ImagePool(1, timeout_s=0.5) as pool:
@@ -95,7 +101,7 @@ def test_waiting_does_not_count_as_decoding(paths: list[Path], tmp_path: Path) -
         assert waiting.result() == facts(paths[0])
 
 
-def test_a_decoder_that_takes_too_long_is_stopped_inside(tmp_path: Path) -> None:
+def test_a_decoder_over_the_time_limit_is_stopped_in_its_worker(tmp_path: Path) -> None:
     Image.new("RGB", (6000, 6000)).save(tmp_path / "large.png", compress_level=1)
     (found,) = inspect_images([tmp_path / "large.png"], workers=1, timeout_s=0.02)
     assert isinstance(found, RefusedImage)
@@ -103,7 +109,7 @@ def test_a_decoder_that_takes_too_long_is_stopped_inside(tmp_path: Path) -> None
     assert "must decode in 0.02 seconds of CPU time" in str(found)
 
 
-def test_an_image_that_crashes_its_worker_costs_itself_alone(
+def test_an_image_that_crashes_its_worker_does_not_affect_other_images(
     paths: list[Path], tmp_path: Path
 ) -> None:
     with ImagePool(1) as pool:
@@ -119,7 +125,7 @@ def test_an_image_that_crashes_its_worker_costs_itself_alone(
         assert pool.submit(paths[1], "c").result() == facts(paths[1])
 
 
-def test_memory_is_bounded(tmp_path: Path, paths: list[Path]) -> None:
+def test_an_image_beyond_the_memory_limit_is_refused(tmp_path: Path, paths: list[Path]) -> None:
     Image.new("RGBA", (6000, 6000)).save(tmp_path / "large.png", compress_level=1)
     order = [tmp_path / "large.png", paths[0]]
     large, small = inspect_images(order, workers=1, memory_bytes=400 << 20)
@@ -128,7 +134,7 @@ def test_memory_is_bounded(tmp_path: Path, paths: list[Path]) -> None:
     assert small == facts(paths[0])
 
 
-def test_a_copy_that_cannot_be_written_does_not_count_against_the_image(
+def test_an_unwritable_copy_is_refused_without_restarting_the_worker(
     paths: list[Path], tmp_path: Path
 ) -> None:
     with ImagePool(1) as pool:
@@ -153,7 +159,7 @@ def test_the_largest_image_fits_into_the_default_memory(tmp_path: Path, mode: st
     assert isinstance(found, ImageFacts), found
 
 
-def test_bytes_are_inspected_as_files_are(paths: list[Path]) -> None:
+def test_bytes_give_the_same_facts_as_files(paths: list[Path]) -> None:
     with ImagePool(2) as pool:
         futures = [pool.submit(path.read_bytes(), "image") for path in paths]
         assert [future.result() for future in futures] == [facts(path) for path in paths]
@@ -163,7 +169,9 @@ def test_bytes_are_inspected_as_files_are(paths: list[Path]) -> None:
     assert large.code == large.at("row 3, images").code == "format"
 
 
-def test_what_is_not_asked_for_is_not_waited_for(paths: list[Path], tmp_path: Path) -> None:
+def test_closing_the_iterator_does_not_wait_for_pending_images(
+    paths: list[Path], tmp_path: Path
+) -> None:
     images = inspect_images([*paths, fifo(tmp_path)], workers=2, timeout_s=600)
     assert next(images) == facts(paths[0])
     started = time.monotonic()
@@ -171,8 +179,8 @@ def test_what_is_not_asked_for_is_not_waited_for(paths: list[Path], tmp_path: Pa
     assert time.monotonic() - started < 60
 
 
-def test_few_images_are_inspected_ahead_of_their_use(paths: list[Path]) -> None:
-    """A million paths are not a million results in memory: few are asked ahead of their use."""
+def test_only_few_images_are_inspected_ahead(paths: list[Path]) -> None:
+    """A million paths must not become a million results in memory."""
     seen: list[int] = []
 
     class Watched(list[Path]):
@@ -241,7 +249,7 @@ def test_the_end_of_the_pool_leaves_no_worker(paths: list[Path]) -> None:
     wait_until_gone(pids)
 
 
-def test_a_refusal_travels_between_processes() -> None:
+def test_a_refusal_can_be_sent_between_processes() -> None:
     import pickle
 
     error = RefusedImage("row 1", "image is damaged. Replace it.", "damaged")

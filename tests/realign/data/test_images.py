@@ -26,7 +26,7 @@ def test_plain_rgb_is_unchanged() -> None:
     assert decode_image(encoded(image), "row 0").tobytes() == image.tobytes()
 
 
-def test_transparency_goes_over_white() -> None:
+def test_transparent_pixels_are_composited_on_white() -> None:
     image = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
     assert decode_image(encoded(image), "row 0").getpixel((0, 0)) == (255, 255, 255)
 
@@ -71,7 +71,7 @@ def test_unreadable_images_are_refused(raw: bytes, message: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_truncated_image_is_refused_in_the_same_words_every_time(kind: str) -> None:
+def test_a_truncated_image_always_gives_the_same_message(kind: str) -> None:
     rng = np.random.default_rng(0)
     raw = encoded(Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)), kind)
     for length in range(0, len(raw) - 20, 7):
@@ -106,7 +106,7 @@ def photograph(orientation: int = 1) -> tuple[bytes, Image.Image]:
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
-def test_the_first_picture_of_a_jpeg_with_several_is_the_photograph(orientation: int) -> None:
+def test_the_first_picture_of_a_multi_picture_jpeg_is_used(orientation: int) -> None:
     raw, alone = photograph(orientation)
     decoded = decode_image(raw, "row 0")
     assert decoded.size == ((40, 30) if orientation == 1 else (30, 40))
@@ -114,7 +114,7 @@ def test_the_first_picture_of_a_jpeg_with_several_is_the_photograph(orientation:
     assert decoded.tobytes() == alone.tobytes()
 
 
-def test_the_photograph_needs_neither_the_picture_behind_it_nor_their_index() -> None:
+def test_a_multi_picture_jpeg_is_read_without_its_later_pictures_or_index() -> None:
     raw, alone = photograph()
     behind = raw.index(b"\xff\xd8\xff", 3)
     index = raw.index(b"MPF\0") + 4
@@ -139,18 +139,18 @@ def test_the_photograph_needs_neither_the_picture_behind_it_nor_their_index() ->
         (b"\xff\x4f\xff\x51", "JPEG 2000 or XL"),
     ],
 )
-def test_other_formats_are_named_with_what_to_do(begins: bytes, kind: str) -> None:
+def test_unsupported_formats_are_refused_with_a_remedy(begins: bytes, kind: str) -> None:
     with pytest.raises(RefusedError, match=f"got a file of the format {kind}. Convert it to JPEG"):
         decode_image(begins + bytes(100), "row 0")
 
 
-def test_a_jpeg_for_print_is_converted() -> None:
+def test_a_cmyk_jpeg_is_converted_to_rgb() -> None:
     raw = encoded(Image.new("RGB", (16, 16), (200, 30, 60)).convert("CMYK"), "JPEG")
     pixel = decode_image(raw, "row 0").getpixel((8, 8))
     assert np.abs(np.subtract(pixel, (200, 30, 60))).max() <= 3
 
 
-def test_photographs_of_phones_are_within_the_limit() -> None:
+def test_phone_photographs_are_within_the_pixel_limit() -> None:
     raw = encoded(Image.new("L", (8064, 6048)), "JPEG")  # 48 megapixels
     assert decode_image(raw, "row 0").size == (8064, 6048)
 

@@ -14,7 +14,7 @@ def test_the_similarity_equals_a_count_by_hand() -> None:
     assert lexical("a red house", "a red tree") == pytest.approx(2 * 1 / (3 + 3))
 
 
-def test_the_order_of_words_counts() -> None:
+def test_the_similarity_depends_on_the_order_of_words() -> None:
     first, second = "a red house and a blue tree", "a blue house and a red tree"
     assert lexical(first, second) < 0.95
     assert lexical(first, first) == 1.0
@@ -28,12 +28,12 @@ def test_one_changed_word_of_a_long_caption_is_below_the_papers_threshold() -> N
     assert lexical(caption, caption.replace("boat", "star")) < 0.95
 
 
-def test_texts_without_content_words_are_compared_as_they_are() -> None:
+def test_texts_without_content_words_are_compared_exactly() -> None:
     assert lexical("It is.", "It is.") == 1.0
     assert lexical("It is.", "Is it?") == 0.0
 
 
 @given(st.text(), st.text())
-def test_symmetric_and_between_zero_and_one(first: str, second: str) -> None:
+def test_the_similarity_is_symmetric_and_between_zero_and_one(first: str, second: str) -> None:
     assert 0.0 <= lexical(first, second) <= 1.0
     assert lexical(first, second) == lexical(second, first)

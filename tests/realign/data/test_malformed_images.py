@@ -198,5 +198,5 @@ def test_malformed_images_have_the_right_code(make, pool: ImagePool) -> None:
         assert 0 < int(most.split()[1]) < 2 << 20
 
 
-def test_five_hundred_malformed_images_are_tried() -> None:
+def test_five_hundred_malformed_images_are_tested() -> None:
     assert len(CLASSES) * TIMES == 500

@@ -31,7 +31,7 @@ def fill(folder: Path, pattern: str = "{}") -> Path:
     return folder
 
 
-def test_a_longer_name_gives_the_option_that_finds_it(tmp_path: Path) -> None:
+def test_a_file_with_a_longer_name_gives_the_image_name_option(tmp_path: Path) -> None:
     root = fill(tmp_path / "train2014", "COCO_train2014_{}")
     bad = problems(root, NAMES)
     assert where_missing_images_are(root, bad, 5, OPTION) == (
@@ -42,7 +42,7 @@ def test_a_longer_name_gives_the_option_that_finds_it(tmp_path: Path) -> None:
     )
 
 
-def test_a_folder_below_or_above_is_named(tmp_path: Path) -> None:
+def test_the_right_folder_below_or_above_is_suggested(tmp_path: Path) -> None:
     folder = fill(tmp_path / "coco" / "train2017")
     bad = problems(tmp_path / "coco", NAMES)
     assert where_missing_images_are(tmp_path / "coco", bad, 5) == (
@@ -54,7 +54,7 @@ def test_a_folder_below_or_above_is_named(tmp_path: Path) -> None:
     )
 
 
-def test_both_options_may_be_needed(tmp_path: Path) -> None:
+def test_a_wrong_folder_and_name_give_both_options(tmp_path: Path) -> None:
     folder = fill(tmp_path / "coco" / "train2014", "COCO_train2014_{}")
     bad = problems(tmp_path / "coco", NAMES)
     assert where_missing_images_are(tmp_path / "coco", bad, 5, OPTION).endswith(
@@ -62,7 +62,7 @@ def test_both_options_may_be_needed(tmp_path: Path) -> None:
     )
 
 
-def test_an_option_that_gave_the_wrong_name_is_taken_back(tmp_path: Path) -> None:
+def test_a_wrong_image_name_option_is_suggested_to_be_reset(tmp_path: Path) -> None:
     root = fill(tmp_path / "train2017")
     bad = problems(root, [f"none-{name}" for name in NAMES])
     bad = [Problem("", p.place, p.field, p.code, "", p.missing[5:]) for p in bad]
@@ -71,7 +71,7 @@ def test_an_option_that_gave_the_wrong_name_is_taken_back(tmp_path: Path) -> Non
     )
 
 
-def test_few_rows_and_names_that_lead_out_of_the_folder_give_no_hint(tmp_path: Path) -> None:
+def test_too_few_missing_rows_and_escaping_names_give_no_hint(tmp_path: Path) -> None:
     root = fill(tmp_path / "images", "COCO_{}")
     bad = problems(root, NAMES)
     assert where_missing_images_are(root, bad, 10, OPTION) == ""
@@ -85,6 +85,6 @@ def test_few_rows_and_names_that_lead_out_of_the_folder_give_no_hint(tmp_path: P
     assert where_missing_images_are(root, outside, 5, OPTION) == ""
 
 
-def test_two_longer_names_of_one_image_give_no_guess(tmp_path: Path) -> None:
+def test_ambiguous_longer_names_give_no_hint(tmp_path: Path) -> None:
     root = fill(fill(tmp_path / "both", "COCO_train2014_{}"), "COCO_val2014_{}")
     assert where_missing_images_are(root, problems(root, NAMES), 5, OPTION) == ""

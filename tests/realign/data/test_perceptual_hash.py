@@ -66,7 +66,7 @@ def test_other_images_have_far_hashes(photos: list[Image.Image]) -> None:
     assert 28 < np.mean(distances) < 36  # half of the bits, as of random numbers
 
 
-def test_an_even_image_has_no_noise_for_a_hash() -> None:
+def test_a_uniform_image_has_a_hash_free_of_rounding_noise() -> None:
     hashes = {perceptual_hash(Image.new("RGB", (64, 48), level)) for level in ("red", "grey")}
     assert hashes == {0}
 

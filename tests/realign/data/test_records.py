@@ -16,7 +16,7 @@ from realign.runtime.files import content_sha256
 from tests.realign.conftest import write_authors_images
 
 
-def test_key_depends_on_content_and_on_nothing_else(records) -> None:
+def test_the_key_depends_only_on_the_content(records) -> None:
     (record,) = records(1)
     same = dataclasses.replace(record, id="other", meta={"x": 1})
     assert same.key == record.key
@@ -33,7 +33,7 @@ def test_key_depends_on_content_and_on_nothing_else(records) -> None:
     assert len(keys) == len(changes) + 1
 
 
-def test_framing_keeps_neighbouring_parts_apart() -> None:
+def test_the_content_hash_separates_neighbouring_parts() -> None:
     assert content_sha256("ab", "c") != content_sha256("a", "bc")
 
 
@@ -72,7 +72,7 @@ def test_bad_rows_are_refused_by_name_value_and_remedy(case: str, records) -> No
         check_records([dataclasses.replace(record, **change)], ["</s>", "<image>"])
 
 
-def test_an_embedded_image_is_named_by_row_column_and_the_file_it_came_from(records) -> None:
+def test_an_embedded_image_is_named_by_row_column_and_source_file(records) -> None:
     (record,) = records(1)
     bad = dataclasses.replace(record, rejected_images=(b"junk",))
     with pytest.raises(RefusedError, match="row r0, rejected_images: image must be a readable"):
@@ -91,7 +91,7 @@ def test_all_bad_rows_are_counted_and_five_of_a_kind_are_shown(records) -> None:
     assert lines[-1] == "... and 18 more (empty in chosen)"
 
 
-def test_kinds_are_shown_beside_each_other_the_most_frequent_first(records) -> None:
+def test_problems_are_grouped_by_kind_with_the_most_frequent_first(records) -> None:
     rows = [dataclasses.replace(record, rejected="") for record in records(9)]
     rows[0] = dataclasses.replace(rows[0], rejected="A dog.", images=(b"junk",))
     with pytest.raises(RefusedError) as refused:
@@ -103,7 +103,7 @@ def test_kinds_are_shown_beside_each_other_the_most_frequent_first(records) -> N
     ]
 
 
-def test_no_rows_are_refused() -> None:
+def test_an_empty_list_of_rows_is_refused() -> None:
     with pytest.raises(RefusedError, match="at least one row, got none"):
         check_records([], [])
 
@@ -248,7 +248,7 @@ def test_all_missing_images_are_named_at_once(official: Path) -> None:
         read_records(official, images)
 
 
-def test_a_folder_that_is_one_too_high_is_named(official: Path) -> None:
+def test_the_right_folder_below_the_given_one_is_suggested(official: Path) -> None:
     images = official.parent / "images"
     with pytest.raises(RefusedError) as refused:
         read_records(official, official.parent)

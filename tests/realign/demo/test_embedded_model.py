@@ -39,7 +39,7 @@ def ask(generator: TransformersGenerator, scenes: list[Scene], prompts: list[str
 
 
 @pytest.mark.parametrize(("present", "least"), [(True, 0.85), (False, 0.6)])
-def test_it_answers_by_what_it_sees(generator, scenes, present, least) -> None:
+def test_the_embedded_model_answers_from_the_image(generator, scenes, present, least) -> None:
     rng = Random(1)
     kinds = [
         rng.choice([kind for kind in KINDS if (kind in scene.kinds) == present]) for scene in scenes
@@ -49,7 +49,7 @@ def test_it_answers_by_what_it_sees(generator, scenes, present, least) -> None:
     assert sum(right) / SCENES > least
 
 
-def test_it_names_most_of_what_is_there_and_some_of_what_is_not(generator, scenes) -> None:
+def test_the_embedded_model_names_most_objects_and_hallucinates_some(generator, scenes) -> None:
     captions = ask(generator, scenes, [DESCRIBE] * SCENES)
     named = [{kind for kind in KINDS if kind in caption} for caption in captions]
     found = sum(len(names & s.kinds) for names, s in zip(named, scenes, strict=True))

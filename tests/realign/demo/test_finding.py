@@ -33,7 +33,7 @@ def scores() -> dict[str, Any]:
     return {"table": table, "benchmarks": benchmarks}
 
 
-def test_numbers_are_those_of_the_model_that_is_named() -> None:
+def test_the_finding_uses_the_scores_of_the_named_model() -> None:
     lead = finding(scores(), MODELS, {"DPO": 35.0, "rDPO": 46.0})
     values = {row[0]: dict(zip(lead.heads, row, strict=True)) for row in lead.rows}
     assert values.keys() == {BASE, *(model.name for model in MODELS)}
@@ -48,7 +48,7 @@ def test_numbers_are_those_of_the_model_that_is_named() -> None:
     assert "2.0 times" in cost  # 46 / 2.3 epochs for 35 / 3.5
 
 
-def test_the_cost_is_left_out_where_a_run_was_interrupted() -> None:
+def test_the_cost_is_omitted_for_an_interrupted_run() -> None:
     lead = finding(scores(), MODELS, {"DPO": 35.0})
     assert not any("times the CPU time" in sentence for sentence in lead.sentences)
 
@@ -62,7 +62,7 @@ def test_a_score_that_is_not_defined_is_a_dash() -> None:
     assert rows["DPO"][2] == "—"
 
 
-def test_every_column_is_a_metric_of_a_task_that_the_demo_writes(tmp_path: Path) -> None:
+def test_every_column_is_a_metric_of_a_demo_task(tmp_path: Path) -> None:
     write_eval_data(tmp_path, 2, seed=0)
     tasks = read_tasks(find_data(tmp_path / "eval", []))
     metrics = {

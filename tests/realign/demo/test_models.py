@@ -14,7 +14,7 @@ from realign.demo.models import MODELS, SHOWN, train_models
 from realign.demo.run import MODEL, train_config
 
 
-def test_the_shown_model_is_one_of_them_and_evaluated_last() -> None:
+def test_the_shown_model_is_the_last_of_the_trained_models() -> None:
     assert MODELS[-1].name == SHOWN
     assert len({model.name for model in MODELS}) == len(MODELS)
 
@@ -26,7 +26,7 @@ def test_every_model_has_its_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_the_number_of_processes_changes_no_byte(tmp_path: Path) -> None:
+def test_the_number_of_processes_does_not_change_the_weights(tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.parquet"
     write_parquet(records(make_pairs("shortcut", 3, 24, MODEL), "retrieved"), pairs)
     weights = {}

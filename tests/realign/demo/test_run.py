@@ -14,7 +14,7 @@ from realign.demo import run
 
 
 @pytest.mark.full
-def test_a_demo_continues_and_ends_the_same(
+def test_an_interrupted_demo_resumes_to_the_same_scores_and_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "TRAINING_SCENES", 40)

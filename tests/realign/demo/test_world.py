@@ -41,7 +41,7 @@ def partner_rate(scenes: list[Scene]) -> float:
     return sum(present) / len(present)
 
 
-def test_partners_keep_company_in_habitual_scenes_only() -> None:
+def test_partners_appear_together_only_in_habitual_scenes() -> None:
     rng = Random(0)
     assert 0.75 < partner_rate([habitual_scene(rng) for _ in range(2000)]) < 0.9
     assert partner_rate([free_scene(rng) for _ in range(2000)]) < 0.25
@@ -56,7 +56,7 @@ def test_scenes_have_distinct_kinds_in_distinct_cells(make) -> None:
         assert len({thing.cell for thing in scene.things}) == len(scene.things)
 
 
-def test_absent_kinds_by_split() -> None:
+def test_absent_kinds_follow_the_split() -> None:
     scene = Scene((Thing("house", "red", 0), Thing("star", "red", 1)), 0)
     absent = absent_kinds(scene)
     assert absent["adversarial"] == ["tree", "moon"]
@@ -69,7 +69,7 @@ def test_every_kind_is_drawn_and_looks_different() -> None:
     assert len(set(pictures.values())) == len(KINDS)
 
 
-def test_pretraining_masks_are_true_masks() -> None:
+def test_pretraining_masks_fit_their_answers() -> None:
     rng, lexicon = Random(0), Lexicon.load(LEXICON_PATH)
     examples = [pretraining_example(habitual_scene(rng), lexicon, rng) for _ in range(300)]
     with_masks = [example for example in examples if "filling in the masked" in example.prompt]
@@ -95,7 +95,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_files_are_the_same_for_a_seed_and_differ_between_seeds(tmp_path: Path) -> None:
+def test_written_files_depend_only_on_the_seed(tmp_path: Path) -> None:
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         write_training_data(tmp_path / name, 5, seed)
         write_eval_data(tmp_path / name, 5, seed)

@@ -40,7 +40,7 @@ def request_(tmp_path: Path) -> Request:
 
 
 @pytest.mark.parametrize(("size", "projector"), [(0.05, False), (0.0, True)], ids=str)
-def test_the_effect_is_the_largest_difference_from_the_base_alone(
+def test_the_adapter_effect_is_the_largest_logit_difference_from_the_base(
     tmp_path: Path, model_dir: Path, request_: Request, size: float, projector: bool
 ) -> None:
     folder = save_adapter(tmp_path / "adapter", model_dir, size, projector=projector)

@@ -93,13 +93,13 @@ def test_metrics_and_splits_can_be_chosen(data: Path) -> None:
         compare("pope", files, data, metrics=["tp", "fp"], splits=["mean"], bootstrap=5)
 
 
-def test_counts_are_shown_without_a_verdict(data: Path) -> None:
+def test_count_metrics_are_shown_without_a_verdict(data: Path) -> None:
     files = {name: answer(data, name, wrong) for name, wrong in (("a", {3}), ("b", {1, 2, 5, 6}))}
     found = compare("pope", files, data, metrics=["tn"], splits=["all"], bootstrap=50)
     assert (found["table"][0]["comparisons"], found["num_comparisons"]) == ({}, 0)
 
 
-def test_runs_are_lists_or_named(data: Path) -> None:
+def test_runs_are_given_as_lists_or_by_name(data: Path) -> None:
     first, second, base = (answer(data, name, {n}) for n, name in enumerate("xyz"))
     listed = compare("pope", {"base": base, "new": [first, second]}, data, bootstrap=5)
     runs = {"1": first, "2": [second]}
@@ -121,12 +121,12 @@ def test_runs_are_lists_or_named(data: Path) -> None:
         (["base=a", "base@1=b"], "answers of base must all be base=FILE or all base@RUN=FILE"),
     ],
 )
-def test_other_options_are_refused(options: list[str], message: str) -> None:
+def test_malformed_answer_options_are_refused(options: list[str], message: str) -> None:
     with pytest.raises(RefusedError, match=message):
         named_files(options)
 
 
-def test_what_not_all_answered_is_left_out_if_that_is_allowed(data: Path) -> None:
+def test_questions_not_answered_by_all_models_are_dropped_with_allow_subset(data: Path) -> None:
     files = {"a": answer(data, "a", set(), leaves_out=10), "b": answer(data, "b", set())}
     with pytest.raises(RefusedError, match="must answer each of the 120 questions"):
         compare("pope", files, data, bootstrap=5)
@@ -141,7 +141,9 @@ def test_what_not_all_answered_is_left_out_if_that_is_allowed(data: Path) -> Non
 
 
 @pytest.mark.parametrize("answers", [{}, {"base": []}, {"base": {"1": []}}])
-def test_no_answers_are_refused(data: Path, answers: dict[str, Any]) -> None:
+def test_missing_answers_and_invalid_options_are_refused(
+    data: Path, answers: dict[str, Any]
+) -> None:
     with pytest.raises(RefusedError, match=r"must name (at least one model|a file), got none"):
         compare("pope", answers, data)
     with pytest.raises(RefusedError, match="bootstrap must be at least 1, got 0"):
@@ -185,6 +187,17 @@ def test_the_command_prints_a_table_or_json(data: Path) -> None:
     assert "except for counts" in run(data, files[0], "--metric", "tp")
 
 
+def test_letters_that_the_terminal_lacks_end_no_command(data: Path) -> None:
+    command = ["eval", "compare", "--benchmark", "pope", "--data", str(data), "--bootstrap", "9"]
+    command += [f"--answers=größer={answer(data, 'base', {1})}"]
+    printed = CliRunner(charset="ascii").invoke(app, command)
+    assert printed.exit_code == 0, printed.exception
+    assert "gr\\xf6\\xdfer" in printed.stdout
+    printed = CliRunner(charset="ascii").invoke(app, [*command, "--json"])
+    assert printed.exit_code == 0, printed.exception
+    assert "größer" in json.loads(printed.stdout)["models"]
+
+
 def test_the_command_refuses_in_one_line(data: Path) -> None:
     options = ["--benchmark", "pope", "--data", str(data), "--answers", "base"]
     result = CliRunner().invoke(app, ["eval", "compare", *options])
@@ -207,7 +220,7 @@ def test_a_comparison_imports_no_torch(data: Path) -> None:
 @pytest.mark.parametrize(
     ("rule", "word"), [("exact", "set"), ("vlmevalkit", "merged set"), ("official", "set")]
 )
-def test_what_is_drawn_is_named_in_words(tmp_path: Path, rule: str, word: str) -> None:
+def test_the_resampled_unit_is_named_in_words(tmp_path: Path, rule: str, word: str) -> None:
     keys = ("category", "subcategory", "set_id", "figure_id", "question_id", "visual_input")
     row = dict(zip(keys, ("VD", "math", "0", "0", "0", "1"), strict=True))
     row |= {"question": "Is it?", "gt_answer": "1", "filename": "a.png"}
@@ -241,7 +254,7 @@ def write_mm_vet(folder: Path) -> None:
     (folder / "mm-vet.json").write_text(json.dumps(questions))
 
 
-def test_gradings_of_a_judge_are_not_taken_for_training_runs(tmp_path: Path) -> None:
+def test_judge_gradings_given_as_training_runs_are_refused(tmp_path: Path) -> None:
     write_mm_vet(tmp_path)
     first = graded(tmp_path, "first", [[0.2, 0.6]])
     second = graded(tmp_path, "second", [[0.4, 0.6]])
@@ -262,7 +275,7 @@ def test_gradings_of_a_judge_are_not_taken_for_training_runs(tmp_path: Path) -> 
     assert [*entry["score"]["runs"]] == ["1", "2"]
 
 
-def test_grades_without_answers_may_be_of_training_runs(tmp_path: Path) -> None:
+def test_grades_without_answers_are_accepted_as_training_runs(tmp_path: Path) -> None:
     write_mm_vet(tmp_path)
     for name, grade in (("a", 0.5), ("b", 0.7)):
         found = {"model": ["gpt-4"], "content": [str(grade)], "score": [grade]}
@@ -273,13 +286,13 @@ def test_grades_without_answers_may_be_of_training_runs(tmp_path: Path) -> None:
     assert models["base"]["score"]["value"] == pytest.approx(60)
 
 
-def test_a_file_is_of_one_training_run(data: Path) -> None:
+def test_a_file_given_for_two_training_runs_is_refused(data: Path) -> None:
     first, second = answer(data, "a", {1}), answer(data, "b", {2})
     with pytest.raises(RefusedError, match=r"a\.jsonl for the runs 1 and 3\. Name it once"):
         compare("pope", {"base": [first, second, first]}, data, bootstrap=5)
 
 
-def test_answers_that_no_judge_reads_compare_with_graded_ones(tmp_path: Path) -> None:
+def test_ungraded_answers_are_compared_with_graded_ones(tmp_path: Path) -> None:
     (tmp_path / "MMBench_DEV_EN.tsv").write_text(
         "index\tquestion\tA\tB\tanswer\n1\tIs it?\tIt is.\tnot\tA\n2\tWas it?\tIt was.\tnot\tB\n"
     )

@@ -98,7 +98,9 @@ def pope(tmp_path: Path) -> tuple[Path, Path]:
         ),
     ],
 )
-def test_pope_by_every_rule(pope: tuple[Path, Path], rule: str, unit: str, wanted: Any) -> None:
+def test_pope_scores_equal_published_values_under_every_rule(
+    pope: tuple[Path, Path], rule: str, unit: str, wanted: Any
+) -> None:
     data, answers = pope
     scores = score("pope", answers, data, rule)
     assert scores["splits"]["random"] == scores["splits"]["all"]
@@ -108,7 +110,7 @@ def test_pope_by_every_rule(pope: tuple[Path, Path], rule: str, unit: str, wante
     assert scores["images"] == 3
 
 
-def test_baselines_and_what_is_not_defined(pope: tuple[Path, Path]) -> None:
+def test_constant_baselines_have_null_for_undefined_metrics(pope: tuple[Path, Path]) -> None:
     data, answers = pope
     scores = score("pope", answers, data)
     always, never = scores["baselines"]["yes"]["all"], scores["baselines"]["no"]["all"]
@@ -120,7 +122,7 @@ def test_baselines_and_what_is_not_defined(pope: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("rule", ["lmms-eval", "vlmevalkit"])
-def test_what_is_not_defined_is_0_where_the_program_has_it_so(
+def test_undefined_metrics_are_0_under_rules_whose_program_gives_0(
     pope: tuple[Path, Path], rule: str
 ) -> None:
     data, answers = pope
@@ -136,7 +138,7 @@ def llava_answers(rows: list[dict[str, Any]], first_id: int) -> list[dict[str, A
     ]
 
 
-def test_llava_numbers_splits_in_its_own_way_and_order_does_not_matter(tmp_path: Path) -> None:
+def test_llava_question_ids_identify_the_split_in_any_order(tmp_path: Path) -> None:
     data, labels = tmp_path / "pope", ["yes", "no", "no"]
     answers = []
     for split, first_id in (("random", 10000001), ("popular", 20000001), ("adversarial", 1)):
@@ -151,7 +153,9 @@ def test_llava_numbers_splits_in_its_own_way_and_order_does_not_matter(tmp_path:
     )
 
 
-def test_answers_of_this_project_serve_every_split_that_asks_the_question(tmp_path: Path) -> None:
+def test_an_answer_by_image_and_text_counts_in_every_split_with_that_question(
+    tmp_path: Path,
+) -> None:
     data = tmp_path / "pope"
     rows = pope_data(data, ["yes", "no"], "random")
     pope_data(data, ["yes", "no"], "adversarial")
@@ -161,7 +165,9 @@ def test_answers_of_this_project_serve_every_split_that_asks_the_question(tmp_pa
     assert scores["splits"]["adversarial"]["tn"] == 1
 
 
-def test_what_does_not_fit_the_data_is_refused_with_counts(tmp_path: Path, monkeypatch) -> None:
+def test_answers_that_do_not_match_the_data_are_refused_with_counts(
+    tmp_path: Path, monkeypatch
+) -> None:
     data = tmp_path / "pope"
     rows = pope_data(data, ["yes", "no", "no"], "adversarial")
     answers = llava_answers(rows, 1)
@@ -198,7 +204,9 @@ def test_what_does_not_fit_the_data_is_refused_with_counts(tmp_path: Path, monke
     assert score("pope", prefix, data, allow_subset=True)["subset"] == "2 of 3"
 
 
-def test_names_and_folders_that_do_not_exist(pope: tuple[Path, Path], tmp_path: Path) -> None:
+def test_unknown_names_and_missing_folders_are_refused(
+    pope: tuple[Path, Path], tmp_path: Path
+) -> None:
     data, answers = pope
     names = "benchmark must be one of pope, hallusionbench, .*, amber, got 'popes'"
     with pytest.raises(RefusedError, match=names):
@@ -213,7 +221,7 @@ def test_names_and_folders_that_do_not_exist(pope: tuple[Path, Path], tmp_path: 
 
 @pytest.mark.parametrize("field", ["image", "text"])
 @pytest.mark.parametrize("value", [[], {}, ["0.jpg"]])
-def test_lists_and_objects_name_no_question(tmp_path: Path, field: str, value: Any) -> None:
+def test_answers_without_a_question_id_are_refused(tmp_path: Path, field: str, value: Any) -> None:
     rows = pope_data(tmp_path / "pope", ["yes"])
     record = {"image": rows[0]["image"], "text": rows[0]["text"], "answer": "Yes", field: value}
     with pytest.raises(RefusedError, match=f"line 1: {field} must be a string or a number"):
@@ -230,7 +238,7 @@ def test_two_questions_with_one_id_are_refused(tmp_path: Path) -> None:
         score("hallusionbench", answers, tmp_path)
 
 
-def test_draws_below_0_are_refused(pope: tuple[Path, Path]) -> None:
+def test_a_negative_number_of_draws_is_refused(pope: tuple[Path, Path]) -> None:
     data, answers = pope
     with pytest.raises(RefusedError, match="bootstrap must be at least 0, got -1"):
         score("pope", answers, data, bootstrap=-1)
@@ -292,7 +300,9 @@ def case_a() -> list[dict[str, Any]]:
         ("vlmevalkit", {"aacc": 78.5714, "facc": 50.0, "qacc": 57.1429}),
     ],
 )
-def test_hallusionbench_by_every_rule(tmp_path: Path, rule: str, wanted: dict[str, float]) -> None:
+def test_hallusionbench_scores_equal_published_values_under_every_rule(
+    tmp_path: Path, rule: str, wanted: dict[str, float]
+) -> None:
     rows = case_a()
     write_list(tmp_path / "data" / "HallusionBench.json", rows)
     answers = write_list(tmp_path / "result.json", rows[::-1])
@@ -302,7 +312,7 @@ def test_hallusionbench_by_every_rule(tmp_path: Path, rule: str, wanted: dict[st
     assert bool(scores["baselines"]) == (rule in ("lmms-eval-intern", "vlmevalkit"))
 
 
-def test_the_exact_rule_reads_words_and_leaves_unclear_right_without_a_figure(
+def test_the_exact_rule_reads_yes_and_no_and_counts_unclear_without_a_figure(
     tmp_path: Path,
 ) -> None:
     rows = case_a()
@@ -330,7 +340,7 @@ def test_the_exact_rule_reads_words_and_leaves_unclear_right_without_a_figure(
         ("", 2),
     ],
 )
-def test_replies_of_the_judge_are_read_as_the_official_script_does(
+def test_judge_replies_are_read_as_by_the_official_script(
     tmp_path: Path, reply: str, code: int
 ) -> None:
     (row, *_) = case_a()[4:]  # a question about a figure
@@ -367,7 +377,7 @@ def test_answers_by_id_without_a_verdict_are_refused(
     assert score("hallusionbench", judged, tmp_path)["splits"]["all"]["aacc"] == 100.0
 
 
-def test_a_rule_for_questions_with_an_image_asks_for_no_others(tmp_path: Path) -> None:
+def test_a_rule_for_questions_with_an_image_requires_no_other_answers(tmp_path: Path) -> None:
     rows = case_a()
     write_list(tmp_path / "HallusionBench.json", rows)
     shown = [row for row in rows if row["filename"]]
@@ -386,7 +396,7 @@ def test_a_rule_for_questions_with_an_image_asks_for_no_others(tmp_path: Path) -
     assert found["subset"] == "13 of 14"
 
 
-def test_an_id_of_another_release_is_of_no_question(tmp_path: Path) -> None:
+def test_an_id_of_another_release_is_refused(tmp_path: Path) -> None:
     rows = case_a()
     write_list(tmp_path / "HallusionBench.json", rows)
     other = [{**rows[0], "question": "Is it another question?"}, *rows[1:]]
@@ -442,7 +452,7 @@ def amber(tmp_path: Path) -> tuple[Path, Path]:
     return data, write_list(tmp_path / "answers.json", answers)
 
 
-def test_amber_by_the_official_rule(amber: tuple[Path, Path]) -> None:
+def test_amber_scores_equal_those_of_the_official_rule(amber: tuple[Path, Path]) -> None:
     data, answers = amber
     scores = score("amber-discriminative", answers, data)
     names = ("accuracy", "precision", "recall", "f1")
@@ -472,7 +482,7 @@ def test_amber_rounds_a_half_as_the_official_script_does() -> None:
     assert [metrics[name] for name in ("precision", "recall", "f1")] == [98.9, 66.6, 79.5]
 
 
-def test_draws_without_a_question_of_any_dimension_are_left_out(
+def test_draws_without_a_question_of_a_dimension_are_omitted(
     amber: tuple[Path, Path],
 ) -> None:
     data, answers = amber
@@ -481,7 +491,7 @@ def test_draws_without_a_question_of_any_dimension_are_left_out(
     assert 0 <= low <= high <= 100
 
 
-def test_amber_by_the_rule_of_vlmevalkit(amber: tuple[Path, Path]) -> None:
+def test_amber_scores_equal_those_of_the_vlmevalkit_rule(amber: tuple[Path, Path]) -> None:
     data, answers = amber
     splits = score("amber-discriminative", answers, data, "vlmevalkit")["splits"]
     found = {name: splits[name]["accuracy"] for name in ("attribute", "existence", "relation")}
@@ -496,7 +506,7 @@ def test_amber_requires_its_annotations(amber: tuple[Path, Path]) -> None:
         score("amber-discriminative", answers, data)
 
 
-def test_intervals_are_those_of_the_binomial_where_every_image_has_one_question(
+def test_intervals_are_binomial_where_every_image_has_one_question(
     tmp_path: Path,
 ) -> None:
     rng = np.random.default_rng(0)

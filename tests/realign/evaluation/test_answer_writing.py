@@ -185,7 +185,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
-def test_what_is_written_scores_the_same_under_every_rule(
+def test_written_answers_score_the_same_under_every_rule(
     tmp_path: Path, name: str, form: str
 ) -> None:
     data, answers = world(name, tmp_path)
@@ -204,7 +204,7 @@ def test_what_is_written_scores_the_same_under_every_rule(
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_every_form_of_one_file_can_be_written_from_every_other(tmp_path: Path, name: str) -> None:
+def test_every_answer_format_converts_to_every_other(tmp_path: Path, name: str) -> None:
     data, answers = world(name, tmp_path)
     for first in (form for named, form in CASES if named == name and form != "llava-upload"):
         out = out_of(tmp_path, name, first)
@@ -221,7 +221,7 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def test_llava_numbers_of_pope(tmp_path: Path) -> None:
+def test_pope_answers_are_written_with_llava_question_ids(tmp_path: Path) -> None:
     data, answers = world("pope", tmp_path)
     write("pope", data, "llava", tmp_path / "out.jsonl", answers, model="mine")
     found = {row["question_id"]: row for row in records(tmp_path / "out.jsonl")}
@@ -242,7 +242,7 @@ def test_llava_numbers_of_pope(tmp_path: Path) -> None:
     assert [row["question_id"] for row in asked[30::30]] == [10_000_001, 20_000_001]
 
 
-def test_popes_own_files_are_in_the_order_of_the_data(tmp_path: Path) -> None:
+def test_pope_files_follow_the_order_of_the_data(tmp_path: Path) -> None:
     data, answers = world("pope", tmp_path)
     write("pope", data, "official", tmp_path / "out", answers)
     for split in ("random", "popular", "adversarial"):
@@ -251,7 +251,7 @@ def test_popes_own_files_are_in_the_order_of_the_data(tmp_path: Path) -> None:
         assert [row["question"] for row in found] == [row["text"] for row in rows]
 
 
-def test_mme_lines_have_four_columns_and_say_what_was_replaced(tmp_path: Path) -> None:
+def test_mme_lines_have_four_columns_and_replaced_characters_are_reported(tmp_path: Path) -> None:
     data, answers = world("mme", tmp_path)
     # the questions of an image need not stand together in the data
     rows = (data / "count.txt").read_text().splitlines(keepends=True)
@@ -274,7 +274,7 @@ def test_mme_lines_have_four_columns_and_say_what_was_replaced(tmp_path: Path) -
     }
 
 
-def test_images_of_mme_lie_where_the_data_has_them(tmp_path: Path) -> None:
+def test_mme_images_keep_their_place_in_the_data(tmp_path: Path) -> None:
     folder = tmp_path / "data" / "artwork"
     for name in ("images/7.png", "questions_answers_YN/7.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -283,7 +283,7 @@ def test_images_of_mme_lie_where_the_data_has_them(tmp_path: Path) -> None:
     assert {row["image"] for row in records(tmp_path / "q.jsonl")} == {"artwork/images/7.png"}
 
 
-def test_answers_of_amber_are_written_as_they_are(tmp_path: Path) -> None:
+def test_amber_answers_are_written_unchanged(tmp_path: Path) -> None:
     data, answers = world("amber-discriminative", tmp_path)
     report = write("amber-discriminative", data, "official", tmp_path / "out.json", answers)
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
@@ -292,7 +292,7 @@ def test_answers_of_amber_are_written_as_they_are(tmp_path: Path) -> None:
     assert report.notes[0].startswith("35 answers are not exactly Yes or No")
 
 
-def test_verdicts_of_a_judge_stay_with_their_answers(tmp_path: Path) -> None:
+def test_judge_verdicts_stay_with_their_answers(tmp_path: Path) -> None:
     data = tmp_path / "data"
     hallusionbench(data)
     rows = json.loads((data / "HallusionBench.json").read_text())
@@ -312,7 +312,7 @@ def test_verdicts_of_a_judge_stay_with_their_answers(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "again.json").read_text()) == plain
 
 
-def test_a_prompt_of_scienceqa_says_whether_there_is_an_image(tmp_path: Path) -> None:
+def test_scienceqa_prompts_mark_questions_with_an_image(tmp_path: Path) -> None:
     data, answers = world("scienceqa", tmp_path)
     write("scienceqa", data, "llava", tmp_path / "out.jsonl", answers)
     found = {row["question_id"]: row["prompt"] for row in records(tmp_path / "out.jsonl")}
@@ -320,7 +320,7 @@ def test_a_prompt_of_scienceqa_says_whether_there_is_an_image(tmp_path: Path) ->
     assert "<image>" not in found["3"]
 
 
-def test_the_table_of_mmbench_has_its_columns(tmp_path: Path) -> None:
+def test_the_mmbench_table_has_the_published_columns(tmp_path: Path) -> None:
     data, answers = world("mmbench", tmp_path)
     for out in (tmp_path / "out.csv", tmp_path / "out.tsv"):
         report = write("mmbench", data, "official", out, answers)
@@ -350,7 +350,7 @@ def test_uploads_for_vizwiz_have_normalised_answers(tmp_path: Path) -> None:
     assert first["text"].endswith(SHORT)
 
 
-def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
+def test_unsupported_formats_and_answers_are_refused(tmp_path: Path) -> None:
     data, answers = world("pope", tmp_path)
     out = tmp_path / "out"
     with pytest.raises(RefusedError, match=r"written of POPE \(llava, official, llava-questions\)"):
@@ -372,7 +372,7 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     assert write("pope", data, "llava", out, part, allow_subset=True).number == 5
 
 
-def test_the_command_says_what_it_wrote(tmp_path: Path) -> None:
+def test_the_write_command_reports_the_written_files(tmp_path: Path) -> None:
     data, answers = world("mme", tmp_path)
     command = ["eval", "write", "--benchmark", "mme", "--data", str(data), "--format"]
     options = ["--answers", str(answers), "--out", str(tmp_path / "out")]

@@ -50,7 +50,7 @@ def judged(path: Path, rows: list[dict[str, Any]], *replies: Any) -> Path:
 
 @pytest.mark.parametrize("missing", [None, ...])
 @pytest.mark.parametrize("rule", ["official", "strict", "lmms-eval"])
-def test_a_reply_that_is_missing_withholds_every_value(
+def test_a_missing_reply_withholds_every_score(
     tmp_path: Path, hallusionbench: list[dict[str, Any]], missing: Any, rule: str
 ) -> None:
     replies = ["correct", "incorrect", missing, "correct"]
@@ -64,7 +64,7 @@ def test_a_reply_that_is_missing_withholds_every_value(
     json.dumps(scores, allow_nan=False)
 
 
-def test_the_official_rule_scores_and_lists_what_it_cannot_read(
+def test_the_official_rule_scores_and_lists_unparsed_replies(
     tmp_path: Path, hallusionbench: list[dict[str, Any]]
 ) -> None:
     path = judged(tmp_path / "a.jsonl", hallusionbench, "correct", "Yes", "unclear", "not correct")
@@ -90,7 +90,7 @@ def test_the_official_rule_scores_and_lists_what_it_cannot_read(
         ("", None),
     ],
 )
-def test_strict_verdicts(reply: str, verdict: str | None) -> None:
+def test_strict_verdicts_are_read_from_replies(reply: str, verdict: str | None) -> None:
     assert strict_verdict(reply) == verdict
 
 
@@ -140,7 +140,7 @@ def mmbench(tmp_path: Path, *replies: Any) -> Path:
 @pytest.mark.parametrize(
     ("reply", "accuracy"), [("B", 100.0), ("A", 0.0), ("Z", 0.0), ("cat", 100.0)]
 )
-def test_a_judge_names_the_choice_of_an_answer_without_a_letter(
+def test_the_judge_decides_the_choice_of_an_answer_without_a_letter(
     tmp_path: Path, reply: str, accuracy: float
 ) -> None:
     answers = mmbench(tmp_path, reply)
@@ -150,7 +150,7 @@ def test_a_judge_names_the_choice_of_an_answer_without_a_letter(
     assert score("mmbench", answers, tmp_path)["splits"]["all"]["circular_accuracy"] == 0.0
 
 
-def test_no_random_choice_is_drawn_where_the_judge_names_none(tmp_path: Path) -> None:
+def test_answers_without_a_choice_by_the_judge_stay_unjudged(tmp_path: Path) -> None:
     answers = mmbench(tmp_path, "I cannot say.")
     scores = score("mmbench", answers, tmp_path, "judged")
     assert scores["unjudged"]["ids"] == ["1000001"]

@@ -207,7 +207,7 @@ def test_every_benchmark_is_judged(
     assert KEY not in stored
 
 
-def test_a_reply_without_a_verdict_is_asked_for_again_and_then_stored(
+def test_a_reply_without_a_verdict_is_requested_again_and_then_stored(
     server: Server, tmp_path: Path
 ) -> None:
     data, answers = write_mm_vet(tmp_path, 3)
@@ -235,7 +235,7 @@ def test_a_reply_without_a_verdict_is_asked_for_again_and_then_stored(
     assert len(server.bodies) == asked
 
 
-def test_gradings_are_asked_one_by_one(server: Server, tmp_path: Path) -> None:
+def test_gradings_are_requested_one_by_one(server: Server, tmp_path: Path) -> None:
     data, answers = write_mm_vet(tmp_path, 2)
     seeds: list[int] = []
 
@@ -254,7 +254,7 @@ def test_gradings_are_asked_one_by_one(server: Server, tmp_path: Path) -> None:
     assert scores["judging"]["spread"]["all"]["score"]["sd"] == pytest.approx(10.0)
 
 
-def test_a_server_that_fails_for_a_while_and_one_that_refuses_a_request(
+def test_transient_failures_are_retried_and_refused_requests_are_reported(
     server: Server, tmp_path: Path
 ) -> None:
     data, answers = write_mm_vet(tmp_path, 3)
@@ -275,7 +275,7 @@ def test_a_server_that_fails_for_a_while_and_one_that_refuses_a_request(
     assert scores["bounds"]["all"]["score"] == pytest.approx([200 / 3, 100.0])
 
 
-def test_a_server_that_keeps_failing_stops_the_command_which_then_continues(
+def test_a_failing_server_stops_the_command_which_can_be_resumed(
     server: Server, tmp_path: Path
 ) -> None:
     data, answers = write_mm_vet(tmp_path, 2)
@@ -293,7 +293,7 @@ def test_a_server_that_keeps_failing_stops_the_command_which_then_continues(
     assert [record["judge_reply"] for record in read_lines(out)] == ["1.0", "0.0"]
 
 
-def test_a_killed_command_asks_nothing_twice(server: Server, tmp_path: Path) -> None:
+def test_a_killed_command_repeats_no_request(server: Server, tmp_path: Path) -> None:
     data, answers = write_mm_vet(tmp_path, 40)
     server.say = lambda prompt, body: "0.5"
     server.delay_s = 0.02
@@ -317,7 +317,7 @@ def test_a_killed_command_asks_nothing_twice(server: Server, tmp_path: Path) -> 
     assert score("mm-vet", out, data)["splits"]["all"]["score"] == pytest.approx(50.0)
 
 
-def test_only_answers_without_a_choice_are_shown_to_the_judge_of_mmbench(
+def test_the_mmbench_judge_gets_only_answers_without_a_choice(
     server: Server, tmp_path: Path
 ) -> None:
     data, answers = data_of("mmbench", tmp_path)
@@ -331,7 +331,7 @@ def test_only_answers_without_a_choice_are_shown_to_the_judge_of_mmbench(
     assert out.read_bytes() == before
 
 
-def test_a_finished_command_can_be_given_again_where_the_first_answer_was_not_judged(
+def test_a_finished_command_can_be_repeated_after_an_unjudged_first_answer(
     server: Server, tmp_path: Path
 ) -> None:
     data, answers = data_of("mmbench", tmp_path)
@@ -348,9 +348,7 @@ def test_a_finished_command_can_be_given_again_where_the_first_answer_was_not_ju
         judge("mmbench", [answers], data, out, JudgeModel(server.model().endpoint, "judge-2"))
 
 
-def test_the_rule_of_the_data_goes_into_the_prompt_and_its_name(
-    server: Server, tmp_path: Path
-) -> None:
+def test_the_grading_rule_of_the_data_is_part_of_the_prompt(server: Server, tmp_path: Path) -> None:
     data, answers = data_of("llava-bench", tmp_path)
     server.say = lambda prompt, body: "8 9"
     judge("llava-bench", [answers], data, tmp_path / "a.jsonl", server.model())
@@ -366,7 +364,7 @@ def test_the_rule_of_the_data_goes_into_the_prompt_and_its_name(
     assert prompt_of(server.bodies[1]).endswith("[System]\nScore conv {so}.")
 
 
-def test_a_template_of_the_user(server: Server, tmp_path: Path) -> None:
+def test_a_prompt_template_of_the_user_is_filled_in(server: Server, tmp_path: Path) -> None:
     data, answers = write_mm_vet(tmp_path, 1)
     server.say = lambda prompt, body: "1.0"
     path = tmp_path / "published.txt"
@@ -404,9 +402,7 @@ def test_a_template_with_other_placeholders_is_refused_before_any_request(
     assert server.bodies == []
 
 
-def test_what_the_judge_has_to_be_shown_is_required_before_any_request(
-    server: Server, tmp_path: Path
-) -> None:
+def test_missing_context_is_refused_before_any_request(server: Server, tmp_path: Path) -> None:
     data, answers = data_of("llava-bench", tmp_path)
     (data / "context.jsonl").unlink()
     with pytest.raises(RefusedError, match=r"questions\.jsonl, line 1 requires context"):
@@ -416,7 +412,7 @@ def test_what_the_judge_has_to_be_shown_is_required_before_any_request(
     assert server.bodies == []
 
 
-def test_out_is_never_another_file(server: Server, tmp_path: Path) -> None:
+def test_an_output_path_in_use_is_refused(server: Server, tmp_path: Path) -> None:
     data, answers = write_mm_vet(tmp_path, 1)
     server.say = lambda prompt, body: "1.0"
     other = write_lines(tmp_path / "other.jsonl", [{"id": "v1_0", "answer": "x"}])

@@ -132,12 +132,12 @@ def whole(config: EvalConfig) -> tuple[dict[str, bytes], int]:
     return content(config.out), events
 
 
-def test_two_processes_write_the_bytes_of_one(config, whole, tmp_path: Path) -> None:
+def test_two_processes_write_the_same_bytes_as_one(config, whole, tmp_path: Path) -> None:
     assert run(to(config, tmp_path / "two"), num_ranks=2)[0]
     assert content(tmp_path / "two") == whole[0]
 
 
-def test_headers_say_what_answers_depend_on(config, whole) -> None:
+def test_headers_record_everything_the_answers_depend_on(config, whole) -> None:
     headers = {
         name: json.loads(whole[0][f"answers/{name}.header.json"]) for name in ("base", "adapter")
     }

@@ -73,7 +73,7 @@ def accuracy(measured: Measured, model: str, split: str = "all") -> dict[str, An
     return measured.entry("plain", model, Place(split, "accuracy"))
 
 
-def test_an_interval_of_a_proportion_is_the_normal_one() -> None:
+def test_the_interval_of_a_proportion_is_the_normal_interval() -> None:
     entry = accuracy(made({"m": "r" * 700 + "w" * 300}, range(1000)), "m")
     error = np.sqrt(0.7 * 0.3 / 1000)
     assert entry["value"] == 0.7
@@ -107,7 +107,7 @@ def test_pairing_narrows_the_interval_of_a_difference() -> None:
     assert (paired["test"], paired["p"]) == ("mcnemar", 2 * 0.5**50)
 
 
-def test_one_draw_weights_splits_and_models() -> None:
+def test_splits_and_models_share_their_bootstrap_draws() -> None:
     """The splits are the same questions, so their mean and each of them have one interval."""
     base, other = "rwrwwwrrwr" * 2, "rrrwwwrrww" * 2
     measured = made({"a": base, "b": other}, [*range(10)] * 2, splits="a" * 10 + "b" * 10)
@@ -143,7 +143,7 @@ def test_the_permutation_test_counts_every_exchange_of_clusters() -> None:
     assert entry["paired"]["test"] == "permutation"
 
 
-def test_the_permutation_test_exchanges_what_ratios_are_made_of() -> None:
+def test_the_permutation_test_exchanges_the_counts_of_ratios() -> None:
     base, other = "r-w-rw", "rrwwr-"
     first, second = (
         np.array([counts({}, TEXTS[letter]) for letter in said], float) for said in (base, other)
@@ -164,13 +164,13 @@ def test_the_permutation_test_exchanges_what_ratios_are_made_of() -> None:
     assert entry["paired"]["p_mcnemar"] is None
 
 
-def test_two_equal_models_are_not_told_apart() -> None:
+def test_equal_models_have_a_p_value_of_1() -> None:
     paired = accuracy(made({"a": "rwrw", "b": "rwrw"}, [0, 0, 1, 1]), "b")["paired"]
     assert (paired["p_mcnemar"], paired["p_permutation"]) == (1, 1)
     assert paired["minimum_detectable"] is None
 
 
-def test_draws_without_a_value_are_left_out_and_counted() -> None:
+def test_undefined_draws_are_omitted_and_counted() -> None:
     measured = made({"a": "r--", "b": "w--"}, range(3), draws=4_000)
     entry = measured.entry("plain", "b", Place("all", "ratio"))
     assert entry["interval"] == [0, 0]
@@ -180,7 +180,7 @@ def test_draws_without_a_value_are_left_out_and_counted() -> None:
     assert (empty["value"], empty["difference"], empty["paired"]) == (0, None, None)
 
 
-def test_infinite_minus_infinite_warns_of_nothing() -> None:
+def test_a_difference_of_infinite_values_gives_no_warning() -> None:
     rule = Rule(counts, lambda sums: {"x": sums[..., 0] / sums[..., 1]})
     with np.errstate(all="raise"):
         measured = made({"a": "rw", "b": "rw"}, range(2), rules={"plain": rule})
@@ -197,7 +197,7 @@ def test_clusters_that_overlap_between_rules_are_drawn_together() -> None:
     assert Measured(BENCHMARK, rows, texts, rules, Draws(10), {}).num_clusters == 3
 
 
-def test_runs_are_the_unit_of_a_method() -> None:
+def test_training_runs_are_the_unit_of_a_method_comparison() -> None:
     base = ["rrwwwwwwww", "rrrwwwwwww", "rrrrwwwwww"]
     other = ["rrrrwwwwww", "rrrrwwwwww", "rrrrrrwwww"]  # 0.2, 0.1 and 0.2 more
     measured = made({"a": base, "b": other}, range(10))
@@ -237,7 +237,7 @@ def test_a_table_is_adjusted_for_its_comparisons() -> None:
     assert better["interval_holm"][0] < plain[0] < plain[1] < better["interval_holm"][1]
 
 
-def test_four_gained_and_none_lost_are_noise_though_the_bootstrap_excludes_0() -> None:
+def test_four_gained_answers_are_not_significant_though_the_bootstrap_excludes_0() -> None:
     base = "w" * 60
     answers = {"a": base, "first": "r" * 4 + "w" * 56, "second": "r" * 4 + "w" * 56}
     found = table_of(made(answers, range(60)), "accuracy")
@@ -247,7 +247,7 @@ def test_four_gained_and_none_lost_are_noise_though_the_bootstrap_excludes_0() -
     assert all(test["is_inside_noise"] for test in tests.values())
 
 
-def test_constants_and_the_rate_of_yes_stand_beside_scores() -> None:
+def test_constant_baselines_and_the_yes_rate_accompany_scores() -> None:
     found = table_of(made({"a": "yrwy", "b": "yyyy"}, range(4)), "accuracy")
     assert found["models"] == ["a", "b"]
     split = found["benchmarks"]["made"]["rules"]["plain"]["splits"]["all"]

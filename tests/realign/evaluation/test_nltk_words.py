@@ -64,7 +64,7 @@ def test_lemmas_follow_the_tags(install: Callable[..., None]) -> None:
     assert nltk_words.nouns("the Dogs seated men") == ["Dogs-n", "men-n"]
 
 
-def test_what_is_missing_is_named(
+def test_missing_nltk_and_missing_data_are_refused_by_name(
     install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install("3.10.1", has_data=False)

@@ -104,7 +104,7 @@ ASIAN = {
         ("…", ""),
     ],
 )
-def test_what_a_caption_names(caption: str, named: str) -> None:
+def test_objects_mentioned_in_a_caption_are_found(caption: str, named: str) -> None:
     assert ", ".join(sorted(mentioned(caption, OBJECTS))) == named
     assert mentioned(unicodedata.normalize("NFD", caption), OBJECTS) == mentioned(caption, OBJECTS)
 
@@ -131,7 +131,7 @@ def test_words_are_found_in_scripts_without_spaces(caption: str, named: str) -> 
     assert ", ".join(sorted(mentioned(caption, ASIAN))) == named
 
 
-def test_words_of_marks_are_whole() -> None:
+def test_words_with_combining_marks_are_matched_whole() -> None:
     assert mentioned("एक कुत्ता बैठा है", {"dog": ["कुत्ता"]}) == {"dog"}
     assert mentioned("एक कुत्तागाड़ी", {"dog": ["कुत्ता"]}) == set()
 
@@ -168,7 +168,7 @@ def test_counts_and_marks_follow_the_same_rule() -> None:
         ("!", None),
     ],
 )
-def test_an_object_of_a_row(name: str, known: str | None) -> None:
+def test_row_objects_match_their_synonyms(name: str, known: str | None) -> None:
     assert object_of(name, OBJECTS) == known
 
 
@@ -208,7 +208,7 @@ def test_objects_of_rows_are_read_by_the_rule_for_captions(tmp_path: Path) -> No
         (["ꦱꦺꦒꦮꦺꦴꦤ꧀"], r"Javanese writes no spaces"),
     ],
 )
-def test_words_that_no_caption_could_name_are_refused(
+def test_object_words_that_match_no_caption_are_refused(
     tmp_path: Path, words: list[str], message: str
 ) -> None:
     with pytest.raises(RefusedError, match=message):

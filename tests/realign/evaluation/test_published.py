@@ -117,7 +117,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_benchmark_is_asked_from_its_published_files(
+def test_a_benchmark_is_evaluated_from_its_published_files(
     name: str, tmp_path: Path, model_dir: Path
 ) -> None:
     data = tmp_path / "data"
@@ -151,7 +151,7 @@ def test_a_benchmark_is_asked_from_its_published_files(
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_prompts_and_lengths_are_the_published_ones(name: str, tmp_path: Path) -> None:
+def test_prompts_and_lengths_equal_the_published_ones(name: str, tmp_path: Path) -> None:
     write_published(name, tmp_path, tmp_path)
     benchmark = benchmark_of(name)
     row = next(iter(benchmark.read_tasks(tmp_path).values())).rows[0]
@@ -175,6 +175,6 @@ def test_answers_for_a_judge_are_stored_and_not_scored(tmp_path: Path, model_dir
     assert json.loads((tmp_path / "eval" / "scores.json").read_text())["table"] == []
 
 
-def test_every_benchmark_is_here() -> None:
+def test_every_benchmark_is_tested() -> None:
     assert PUBLISHED.keys() == PROMPTS.keys() == ITEMS.keys()
     assert {*PUBLISHED} == {benchmark.name for benchmark in BENCHMARKS if benchmark.table}

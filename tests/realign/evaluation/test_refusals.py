@@ -98,13 +98,15 @@ def test_many_images_are_counted_and_twenty_are_named(config: EvalConfig) -> Non
         ),
     ],
 )
-def test_wrong_names_are_refused(config: EvalConfig, changes: dict[str, Any], message: str) -> None:
+def test_unknown_benchmark_and_option_names_are_refused(
+    config: EvalConfig, changes: dict[str, Any], message: str
+) -> None:
     with pytest.raises(RefusedError, match=message):
         evaluate(config.model_copy(update=changes))
     assert not config.out.exists()
 
 
-def test_what_a_prompt_needs_is_named(config: EvalConfig) -> None:
+def test_files_required_by_a_prompt_are_named(config: EvalConfig) -> None:
     (config.data / "problems.json").rename(config.data / "old.json")
     human = {"from": "human", "value": "What is it?\nA. a ball\nB. a cup"}
     row = {"id": "1", "conversations": [human, {"from": "gpt", "value": "A"}]}
@@ -117,12 +119,14 @@ def test_what_a_prompt_needs_is_named(config: EvalConfig) -> None:
     assert "question 1: the prompt llava requires the question in llava_textvqa_val_v051" in said
 
 
-def test_one_benchmark_in_two_places_is_refused(config: EvalConfig) -> None:
+def test_files_of_one_benchmark_in_two_folders_are_refused(config: EvalConfig) -> None:
     shutil.copytree(config.data, config.data / "pope")
     assert f"must hold POPE once, got files of it in {config.data} and in" in refusal(config)
 
 
-def test_a_model_that_takes_no_text_without_an_image(config: EvalConfig, monkeypatch) -> None:
+def test_text_only_questions_are_refused_for_a_model_that_requires_images(
+    config: EvalConfig, monkeypatch
+) -> None:
     call = LlavaProcessor.__call__
 
     def needs_images(self, images=None, **options):

@@ -118,7 +118,7 @@ def write_answers(config: EvalConfig, model: str, texts: list[str]) -> None:
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
-def test_a_benchmark_is_one_object_and_a_line_of_the_registry(config, tmp_path) -> None:
+def test_a_registered_benchmark_is_asked_scored_and_reported(config, tmp_path) -> None:
     evaluate(config)
     asked = (config.out / "answers" / "base.jsonl").read_text()
     assert asked.count('"prompt": "Is there a moon?"') == 2
@@ -168,7 +168,7 @@ def test_a_benchmark_is_one_object_and_a_line_of_the_registry(config, tmp_path) 
         ("image", "none.png", r"words\.jsonl, line 1: .*'none\.png' does not exist"),
     ],
 )
-def test_its_rows_are_checked_before_any_model(config, key, value, message) -> None:
+def test_malformed_rows_are_refused_before_a_model_is_loaded(config, key, value, message) -> None:
     row = {**ROWS[0], key: value}
     if value is None:
         del row[key]
@@ -178,7 +178,7 @@ def test_its_rows_are_checked_before_any_model(config, key, value, message) -> N
     assert not config.out.exists()
 
 
-def test_its_data_is_part_of_what_a_run_is(config) -> None:
+def test_the_benchmark_data_is_part_of_the_run_identity(config) -> None:
     evaluate(config)
     (config.data / "notes.json").write_text("{}")  # of no benchmark
     evaluate(config)

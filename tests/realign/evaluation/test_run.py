@@ -35,11 +35,11 @@ from realign.review.report import write_report
         ("", True),
     ],
 )
-def test_official_pope_rule(answer: str, yes: bool) -> None:
+def test_the_official_pope_rule_reads_yes(answer: str, yes: bool) -> None:
     assert official_yes(answer) is yes
 
 
-def test_pope_metrics_by_hand() -> None:
+def test_pope_metrics_equal_counts_by_hand() -> None:
     assert counts_of(official_yes)({"label": "yes"}, "No.") == [0, 1, 0, 0, 0, 0]
     scores = official_metrics(np.array([8.0, 2.0, 0.0, 4.0, 6.0, 0.0]))  # tp, fn, -, fp, tn, -
     assert scores["balanced_accuracy"] == pytest.approx(0.5 * (0.8 + 0.6))
@@ -57,7 +57,7 @@ def test_chair_equals_counts_by_hand() -> None:
     assert (scores["chair_i"], scores["recall"]) == (0.5, 0.5)
 
 
-def test_score_pairs_models_by_image() -> None:
+def test_models_are_compared_on_the_same_images() -> None:
     rows = [
         {"image": "a", "text": "dog?", "label": "yes"},
         {"image": "a", "text": "cat?", "label": "no"},
@@ -82,7 +82,7 @@ def test_score_pairs_models_by_image() -> None:
     assert cut_note({"tasks": {"pope_random": {**task, "cut": {"x": 0, "y": 0}}}}) == ""
 
 
-def test_a_difference_of_zero_has_no_minus() -> None:
+def test_a_difference_of_zero_is_printed_without_a_minus_sign() -> None:
     score = {"difference": 0.0, "difference_interval": [-0.0, -0.0004]}
     assert difference(score) == "+0.0 [+0.0, +0.0]"
     assert difference({"difference": -0.01, "difference_interval": [-0.02, 0]}) == (
@@ -90,7 +90,7 @@ def test_a_difference_of_zero_has_no_minus() -> None:
     )
 
 
-def test_samples_are_the_first_on_which_first_and_last_differ() -> None:
+def test_samples_are_the_first_answers_on_which_first_and_last_models_differ() -> None:
     questions = [
         {"image": "a", "text": "dog?", "label": "yes"},
         {"image": "a", "text": "cat?", "label": "no"},
@@ -141,7 +141,7 @@ def test_answers_are_stored_once_and_reused(tmp_path: Path, model_dir, world) ->
     assert evaluate(config) == json.loads((tmp_path / "eval" / "scores.json").read_text())
 
 
-def test_other_images_or_generation_settings_are_another_run(
+def test_images_and_generation_settings_are_part_of_the_run_identity(
     tmp_path: Path, model_dir, world
 ) -> None:
     model = Path(shutil.copytree(model_dir, tmp_path / "model"))
@@ -168,7 +168,9 @@ def test_other_images_or_generation_settings_are_another_run(
         evaluate(config)
 
 
-def test_eval_refuses_what_is_missing_or_malformed(tmp_path: Path, model_dir, world) -> None:
+def test_eval_refuses_missing_or_malformed_options_and_data(
+    tmp_path: Path, model_dir, world
+) -> None:
     def run(**options):
         base = {"models": {"base": str(model_dir)}, "data": world / "eval"}
         base |= {"images": world / "images", "out": tmp_path / "eval"}
@@ -200,7 +202,7 @@ def test_eval_refuses_what_is_missing_or_malformed(tmp_path: Path, model_dir, wo
 
 
 @pytest.mark.parametrize("tasks", [["pope_popular"], ["pope_adversarial"], ["chair"]], ids=str)
-def test_what_is_there_is_measured_and_what_is_not_is_named(
+def test_present_tasks_are_measured_and_absent_tasks_are_named(
     tmp_path: Path, model_dir, world, tasks: list[str], capsys
 ) -> None:
     files = ("pope_random", "pope_popular", "pope_adversarial", "chair")

@@ -34,7 +34,7 @@ def test_mcnemar_p_equals_published_values(gained: int, lost: int, p: float) -> 
     assert mcnemar_p(gained, lost) == mcnemar_p(lost, gained) == pytest.approx(p, abs=5e-5)
 
 
-def test_mcnemar_counts_every_way_to_gain_and_lose() -> None:
+def test_mcnemar_p_equals_full_enumeration() -> None:
     ways = [sum(signs) for signs in product((0, 1), repeat=9)]
     wanted = sum(abs(gained - 4.5) >= 2.5 for gained in ways) / len(ways)
     assert mcnemar_p(7, 2) == wanted
@@ -56,13 +56,13 @@ def test_student_quantiles_equal_published_values(degrees: int, quantile: float)
     assert student_cdf(0, degrees) == 0.5
 
 
-def test_student_of_one_degree_is_cauchy_and_of_two_algebraic() -> None:
+def test_student_distributions_of_one_and_two_degrees_have_closed_forms() -> None:
     for t in (-7.0, -0.3, 0.4, 2.5):
         assert student_cdf(t, 1) == pytest.approx(0.5 + math.atan(t) / math.pi)
         assert student_cdf(t, 2) == pytest.approx(0.5 + t / (2 * math.sqrt(2 + t * t)))
 
 
-def test_a_mean_over_runs_by_hand() -> None:
+def test_the_interval_of_a_mean_over_runs_equals_a_computation_by_hand() -> None:
     values = [1.0, 2.0, 3.0, 4.0, 5.0]  # standard deviation sqrt(2.5), so an error of sqrt(0.5)
     half = 2.77645 * math.sqrt(0.5)
     assert student_interval(values) == pytest.approx([3 - half, 3 + half], abs=1e-4)
@@ -76,13 +76,13 @@ def test_a_mean_over_runs_by_hand() -> None:
     assert student_p([2.0, 2.0]) is None
 
 
-def test_holm_equals_a_correction_by_hand() -> None:
+def test_holm_correction_equals_a_computation_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
 
 
-def test_clustered_standard_error_by_hand() -> None:
+def test_clustered_standard_errors_equal_a_computation_by_hand() -> None:
     values, clusters = [1, 1, 0, 0, 1, 0], np.array([0, 0, 1, 1, 2, 2])
     naive, clustered = standard_errors(values, clusters)
     # deviations of 1/2: variance 6/4/5, and pairs of +1/4, +1/4 and -1/4, each counted twice
@@ -94,7 +94,7 @@ def test_clustered_standard_error_by_hand() -> None:
     assert clustered == pytest.approx(math.sqrt(1 / 12 - 4 * 0.25 / 16))
 
 
-def test_clusters_of_one_change_nothing() -> None:
+def test_clusters_of_one_item_do_not_change_the_standard_error() -> None:
     naive, clustered = standard_errors([1, 0, 0, 1, 1], np.arange(5))
     assert naive == clustered == pytest.approx(math.sqrt(0.3 / 5))
     assert standard_errors([1], np.array([0])) == (None, None)

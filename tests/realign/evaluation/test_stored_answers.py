@@ -39,7 +39,7 @@ def lines() -> list[dict[str, Any]]:
     return [*vizwiz, *pope]
 
 
-def test_lines_are_joined_by_id_and_those_of_other_benchmarks_left_out(data: Path) -> None:
+def test_stored_answers_are_matched_by_id_and_other_benchmarks_are_ignored(data: Path) -> None:
     path = write(data / "base.jsonl", lines())
     assert score("pope", path, data)["splits"]["popular"]["accuracy"] == 0.75
     assert score("vizwiz", path, data)["splits"]["all"]["accuracy"] == 50.0
@@ -48,7 +48,7 @@ def test_lines_are_joined_by_id_and_those_of_other_benchmarks_left_out(data: Pat
         score("mme", path, data)
 
 
-def test_a_missing_and_a_foreign_answer_are_refused(data: Path) -> None:
+def test_missing_answers_and_answers_of_other_data_are_refused(data: Path) -> None:
     path = write(data / "base.jsonl", lines()[:-1])
     with pytest.raises(RefusedError, match="got answers to 3: 1 have no answer"):
         score("pope", path, data)
@@ -68,7 +68,7 @@ def test_answers_that_earlier_versions_stored_are_read(data: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["a line is lost", "another id", "empty"])
-def test_a_file_that_was_changed_is_refused_before_it_is_scored(tmp_path: Path, change) -> None:
+def test_a_modified_answer_file_is_refused_before_it_is_scored(tmp_path: Path, change) -> None:
     stored = [{"benchmark": "pope", "id": str(n), "answer": "No", "is_cut": False, "tokens": 1}
               for n in range(3)]  # fmt: skip
     wanted = {("pope", str(n)) for n in range(3)}
@@ -83,7 +83,7 @@ def test_a_file_that_was_changed_is_refused_before_it_is_scored(tmp_path: Path, 
         read_stored_answers(path, wanted)
 
 
-def test_data_may_lie_in_a_folder_with_the_name_of_its_benchmark(tmp_path: Path) -> None:
+def test_data_may_be_in_a_folder_named_after_its_benchmark(tmp_path: Path) -> None:
     write_published("pope", tmp_path / "pope", tmp_path)
     path = write(tmp_path / "base.jsonl", lines())
     assert score("pope", path, tmp_path) == score("pope", path, tmp_path / "pope")
@@ -94,7 +94,7 @@ def item(number: int, prompt: str, image: str | None, limit: int = 8) -> Item:
     return Item("pope", "all", str(number), "", image, question, "")
 
 
-def test_batches_hold_each_question_once_and_alike_ones_together() -> None:
+def test_batches_hold_each_question_once_and_group_similar_ones() -> None:
     items = [
         item(0, "bbb", "x"),
         item(1, "a", "x"),

@@ -93,7 +93,7 @@ def check_files(scores: dict[str, Any], folder: Path) -> str:
         ),
     ],
 )
-def test_denominators_of_0(
+def test_metrics_with_a_denominator_of_0_are_null_with_a_reason(
     tmp_path: Path,
     benchmark: Benchmark,
     rows: list[dict[str, Any]],
@@ -129,7 +129,9 @@ def test_denominators_of_0(
 
 
 @pytest.mark.parametrize("order", [("named", "silent"), ("silent", "named")])
-def test_a_difference_from_what_has_no_value(tmp_path: Path, order: tuple[str, str]) -> None:
+def test_a_difference_from_an_undefined_value_is_undefined(
+    tmp_path: Path, order: tuple[str, str]
+) -> None:
     said = {"named": "A dog.", "silent": "Nothing."}
     scores = scored(CHAIR, [caption("dog")], **{model: said[model] for model in order})
     shown = dict(zip(order, cells(scores)["chair_i"], strict=True))
@@ -145,7 +147,7 @@ def test_a_difference_from_what_has_no_value(tmp_path: Path, order: tuple[str, s
     assert {cell.verdict for cell in row.values()} == {""}
 
 
-def test_draws_without_a_value_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_undefined_draws_are_omitted_and_counted(tmp_path: Path) -> None:
     rows = [caption("dog", image=image) for image in "abc"]
     scores = scored(CHAIR, rows, base="A dog.|-|-", other="A dog and a cat.|-|-")
     found = split_of(scores, scores["table"][0])["models"]["other"]["chair_i"]
@@ -158,7 +160,7 @@ def test_draws_without_a_value_are_left_out_and_counted(tmp_path: Path) -> None:
     assert draws_note(scored(CHAIR, rows, base="A dog.", other="A dog.")) == ""
 
 
-def test_infinite_values_have_a_denominator_of_0_too(tmp_path: Path) -> None:
+def test_infinite_values_count_as_a_denominator_of_0(tmp_path: Path) -> None:
     ratio = Benchmark(
         name="ratio",
         title="Ratio",
@@ -182,9 +184,7 @@ def test_scores_that_are_not_json_are_refused(tmp_path: Path, text: str) -> None
         read_scores(tmp_path / "scores.json")
 
 
-def test_commands_work_where_no_object_of_an_image_is_named(
-    tmp_path: Path, model_dir: Path
-) -> None:
+def test_commands_run_on_images_without_named_objects(tmp_path: Path, model_dir: Path) -> None:
     write_eval_data(tmp_path, 2, seed=0)
     for path in (tmp_path / "eval").glob("pope_*"):
         path.unlink()

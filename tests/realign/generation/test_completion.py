@@ -39,7 +39,7 @@ def response(content: Any, ending: Any = "stop", **message: Any) -> dict[str, An
         (response("a\ud83d\ude00b\ud800c"), Answer("a\U0001f600b\ufffdc")),
     ],
 )
-def test_the_text_of_the_model_is_read(body: dict[str, Any], answer: Answer) -> None:
+def test_the_answer_text_is_read_from_a_response(body: dict[str, Any], answer: Answer) -> None:
     assert read_answer(Reply(200, read_completion(json.dumps(body).encode()))) == answer
     answer.text.encode()
 
@@ -61,7 +61,7 @@ def test_the_text_of_the_model_is_read(body: dict[str, Any], answer: Answer) -> 
         (json.dumps(response("a", "abort")).encode(), "no whole answer, finish_reason 'abort'"),
     ],
 )
-def test_a_broken_response_is_not_taken_for_an_answer(raw: bytes, reason: str) -> None:
+def test_a_malformed_response_is_refused(raw: bytes, reason: str) -> None:
     with pytest.raises(MalformedError, match=reason):
         read_completion(raw)
 
@@ -77,7 +77,7 @@ def test_a_broken_response_is_not_taken_for_an_answer(raw: bytes, reason: str) -
         "too long",
     ],
 )
-def test_the_servers_words_are_found(body: Any) -> None:
+def test_the_error_message_of_a_server_is_found(body: Any) -> None:
     assert error_message(body) == "too long"
     assert read_answer(Reply(400, body)) == Answer("", False, "refused by the server: too long")
 
@@ -94,7 +94,7 @@ def test_tokens_are_counted_where_the_server_reports_them() -> None:
     assert count_tokens({"usage": {"prompt_tokens": "3"}}) == (0, 0)
 
 
-def test_a_repeated_key_is_removed_and_a_word_is_not() -> None:
+def test_a_repeated_api_key_is_redacted_and_ordinary_words_are_not() -> None:
     body = json.loads(r'{"sk-abcdef\"12": ["Bearer sk-\u0061bcdef\"12"], "n": 1.5, "none": null}')
     assert without_secret(body, 'sk-abcdef"12') == {"***": ["Bearer ***"], "n": 1.5, "none": None}
     assert without_secret(body, "none") == body

@@ -38,7 +38,9 @@ def client(
 
 
 @pytest.mark.full
-def test_500_requests_with_random_faults(server: Any, image: Path, tmp_path: Path) -> None:
+def test_500_requests_with_random_faults_are_all_answered(
+    server: Any, image: Path, tmp_path: Path
+) -> None:
     def fault(prompt: str, attempt: int) -> str:
         rng = Random(f"{prompt}:{attempt}")
         if attempt == 4 or rng.random() > 0.4:
@@ -67,7 +69,7 @@ def test_500_requests_with_random_faults(server: Any, image: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("fault", ["huge", pytest.param("huge|500", marks=pytest.mark.full)])
-def test_bodies_without_end_do_not_fill_memory(
+def test_endless_response_bodies_do_not_fill_memory(
     server: Any, image: Path, tmp_path: Path, fault: str
 ) -> None:
     server.fault = lambda prompt, attempt: fault if attempt < 4 else ""
@@ -112,13 +114,13 @@ def test_a_killed_run_is_resumed_without_lost_answers(
     assert again <= kills * concurrency
 
 
-def test_a_worker_of_a_process_pool_can_ask(server: Any, image: Path, tmp_path: Path) -> None:
+def test_the_generator_works_in_a_process_pool(server: Any, image: Path, tmp_path: Path) -> None:
     command = [*client(server, image, tmp_path / "journal.jsonl", 20, 4), "pool"]
     said = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     assert said["answers"] == [f"answer to prompt {number}" for number in range(20)]
 
 
-def test_an_interrupt_ends_the_run_at_once_and_keeps_what_was_answered(
+def test_an_interrupt_ends_the_run_at_once_and_keeps_the_answers(
     server: Any, image: Path, tmp_path: Path
 ) -> None:
     server.delay_s = 0.01

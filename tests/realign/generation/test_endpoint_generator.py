@@ -41,7 +41,7 @@ def generator(tmp_path: Path) -> Callable[..., EndpointGenerator]:
     return make
 
 
-def test_the_request_is_what_the_servers_take(
+def test_the_request_has_the_documented_form(
     server: Any, generator: Any, ask_about: Ask, image: Path
 ) -> None:
     with generator(server.url, extra_body={"top_k": 5}) as generate:
@@ -66,7 +66,7 @@ def test_the_request_is_what_the_servers_take(
     assert not {f"x-stainless-{name}" for name in about_us} & headers.keys()
 
 
-def test_options_that_a_server_does_not_know_can_be_left_out(
+def test_options_unknown_to_a_server_can_be_omitted(
     server: Any, generator: Any, ask_about: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
@@ -86,7 +86,7 @@ def test_a_request_without_an_image_is_sent_as_text(server: Any, generator: Any)
     assert server.asked == {"p": 1}
 
 
-def test_nothing_is_asked_twice(
+def test_no_request_is_sent_twice(
     server: Any, generator: Any, ask_about: Ask, image: Path, tmp_path: Path
 ) -> None:
     prompts = ["a", "b", "a", "c"]
@@ -119,7 +119,7 @@ def test_nothing_is_asked_twice(
         {"extra_body": {"top_k": 1}},
     ],
 )
-def test_another_question_is_asked(
+def test_a_changed_option_sends_a_new_request(
     server: Any, generator: Any, ask_about: Ask, change: dict[str, Any]
 ) -> None:
     with generator(server.url) as generate:
@@ -129,7 +129,7 @@ def test_another_question_is_asked(
     assert server.asked["p"] == 2
 
 
-def test_another_image_is_another_question(
+def test_a_changed_image_sends_a_new_request(
     server: Any, generator: Any, ask_about: Ask, image: Path
 ) -> None:
     with generator(server.url) as generate:
@@ -139,7 +139,7 @@ def test_another_image_is_another_question(
     assert server.asked["p"] == 2
 
 
-def test_the_journal_says_what_was_asked_and_answered(
+def test_the_journal_records_request_and_response(
     server: Any, generator: Any, ask_about: Ask, tmp_path: Path
 ) -> None:
     with generator(server.url) as generate:
@@ -160,7 +160,7 @@ def test_the_journal_says_what_was_asked_and_answered(
         *("bomb", "hang", "trickle", "trickle_head"),
     ],
 )
-def test_a_passing_failure_is_asked_again(
+def test_a_transient_failure_is_retried(
     server: Any, generator: Any, ask_about: Ask, fault: str
 ) -> None:
     server.fault = lambda prompt, attempt: fault if attempt < 2 else ""
@@ -186,7 +186,7 @@ def test_a_passing_failure_is_asked_again(
         ("trickle", r"with no answer within 0\.5 s"),
     ],
 )
-def test_a_lasting_failure_ends_the_run_and_keeps_what_was_answered(
+def test_a_permanent_failure_ends_the_run_and_keeps_the_answers(
     server: Any, generator: Any, ask_about: Ask, fault: str, reason: str
 ) -> None:
     server.fault = lambda prompt, attempt: fault if prompt == "bad" else ""
@@ -250,9 +250,7 @@ def test_retry_after_is_honoured(
     assert time.monotonic() - started > 0.9
 
 
-def test_a_server_that_asks_for_an_hour_ends_the_run(
-    server: Any, generator: Any, ask_about: Ask
-) -> None:
+def test_a_retry_after_of_an_hour_ends_the_run(server: Any, generator: Any, ask_about: Ask) -> None:
     server.fault = lambda prompt, attempt: "status|429|3600"
     with generator(server.url) as generate, pytest.raises(RefusedError, match="to wait 3600 s"):
         generate(ask_about("p"))
@@ -283,7 +281,7 @@ def test_a_server_that_refuses_everything_ends_the_run(
     assert (tmp_path / "journal.jsonl").read_bytes() == b""
 
 
-def test_a_missing_key_is_named(
+def test_a_missing_api_key_is_refused_by_variable_name(
     server: Any, generator: Any, ask_about: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.fault = lambda prompt, attempt: "status|401"
@@ -316,7 +314,9 @@ def test_an_unreachable_server_is_named_at_once(generator: Any, ask_about: Ask) 
     assert time.monotonic() - started < 15  # less than one backoff
 
 
-def test_a_server_that_was_there_is_waited_for(server: Any, generator: Any, ask_about: Ask) -> None:
+def test_a_server_that_goes_away_is_retried_until_it_returns(
+    server: Any, generator: Any, ask_about: Ask
+) -> None:
     with generator(server.url, endpoint={"backoff_s": 0.2}) as generate:
         generate(ask_about("a"))
         server.go_away(0.4)
@@ -341,7 +341,7 @@ def test_one_refused_request_does_not_fail_the_others(
     assert KEY not in (tmp_path / "journal.jsonl").read_text()
 
 
-def test_a_server_that_refuses_one_request_after_the_other_ends_the_run(
+def test_many_refused_requests_in_a_row_end_the_run(
     server: Any, generator: Any, ask_about: Ask, tmp_path: Path
 ) -> None:
     prompts = [str(number) for number in range(40)]
@@ -367,7 +367,7 @@ def test_concurrency_is_bounded_and_used(server: Any, generator: Any, ask_about:
     assert server.most_at_a_time == 5
 
 
-def test_it_can_be_called_below_a_running_event_loop(
+def test_the_generator_works_inside_a_running_event_loop(
     server: Any, generator: Any, ask_about: Ask
 ) -> None:
     async def cell() -> list[Answer]:
@@ -377,7 +377,7 @@ def test_it_can_be_called_below_a_running_event_loop(
     assert asyncio.run(cell()) == [Answer("answer to p")]
 
 
-def test_an_image_too_large_to_send_ends_its_request_alone(
+def test_an_image_too_large_to_send_fails_only_its_request(
     server: Any, generator: Any, ask_about: Ask, image: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     large = tmp_path / "large.png"
@@ -422,7 +422,7 @@ def test_an_address_that_is_not_valid_is_refused(url: str, message: str) -> None
     assert "secret" not in str(caught.value)
 
 
-def test_a_key_that_cannot_be_sent_is_refused_unseen(
+def test_an_invalid_api_key_is_refused_without_printing_it(
     generator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-first\nsk-second")
@@ -441,7 +441,7 @@ def test_a_trailing_line_end_is_not_part_of_the_key(
 
 
 @pytest.mark.parametrize("name", ["messages", "stream", "n", "temperature", "max_tokens"])
-def test_extra_fields_do_not_replace_ours(name: str) -> None:
+def test_extra_body_fields_cannot_replace_standard_fields(name: str) -> None:
     with pytest.raises(RefusedError, match=f"extra_body must not hold '{name}'"):
         Sampling("m", 16, extra_body={name: 1})
 

@@ -85,27 +85,27 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Models]:
     models.close()
 
 
-def test_a_model_that_is_in_the_list_is_asked_nothing(server: Models) -> None:
+def test_a_listed_model_is_accepted_without_a_completion_request(server: Models) -> None:
     server.check()
     assert server.asked == ["GET /v1/models"]
 
 
 @pytest.mark.parametrize("status", [403, 404, 405, 500, 501, 503])
-def test_a_server_without_a_list_is_asked_one_question(server: Models, status: int) -> None:
+def test_a_server_without_a_model_list_gets_one_completion_request(
+    server: Models, status: int
+) -> None:
     server.listed = (status, [])
     server.check()
     assert server.asked == ["GET /v1/models", "POST /v1/chat/completions"]
 
 
-def test_a_model_that_answers_need_not_be_in_the_list(server: Models) -> None:
+def test_an_unlisted_model_that_answers_is_accepted(server: Models) -> None:
     server.check("an-alias")
     assert len(server.asked) == 2
 
 
 @pytest.mark.parametrize("status", [400, 404])
-def test_a_model_that_is_not_served_is_named_with_those_that_are(
-    server: Models, status: int
-) -> None:
+def test_an_unserved_model_is_refused_with_the_served_ones(server: Models, status: int) -> None:
     server.listed, server.said = (200, ["a", "b"]), (status, {"error": {"message": "no model c"}})
     with pytest.raises(RefusedError) as refused:
         server.check("c")
@@ -115,7 +115,7 @@ def test_a_model_that_is_not_served_is_named_with_those_that_are(
     )
 
 
-def test_an_address_without_the_interface_is_named(server: Models) -> None:
+def test_an_address_without_the_completions_api_is_refused(server: Models) -> None:
     server.listed, server.said = (404, []), (404, {"detail": "Not Found"})
     with pytest.raises(
         RefusedError, match=r"404, Not Found\. Correct build\.masker\.endpoint, which usually ends "
@@ -123,21 +123,21 @@ def test_an_address_without_the_interface_is_named(server: Models) -> None:
         server.check()
 
 
-def test_a_page_in_place_of_an_answer_is_named(server: Models) -> None:
+def test_a_web_page_in_place_of_an_answer_is_refused(server: Models) -> None:
     server.listed, server.said = (404, []), (200, "<html>")
     with pytest.raises(RefusedError, match=r"page\. Correct build\.masker\.endpoint, which"):
         server.check()
 
 
 @pytest.mark.parametrize("status", [200, 400, 429, 500, 503])
-def test_a_server_that_is_busy_or_dislikes_the_question_is_there(
+def test_a_server_that_is_busy_or_refuses_the_request_passes_the_probe(
     server: Models, status: int
 ) -> None:
     server.listed, server.said = (404, []), (status, {"error": {"message": "not now"}})
     server.check()
 
 
-def test_a_key_that_is_missing_and_one_that_is_wrong_differ(
+def test_missing_and_wrong_api_keys_give_different_messages(
     server: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.key = KEY
@@ -161,13 +161,13 @@ def test_a_key_that_is_missing_and_one_that_is_wrong_differ(
     server.check()
 
 
-def test_a_key_that_may_not_ask_is_named(server: Models) -> None:
+def test_an_api_key_without_permission_is_refused(server: Models) -> None:
     server.listed, server.said = (403, []), (403, {"error": {"message": "no scope"}})
     with pytest.raises(RefusedError, match=r"403, no scope, without a key: .* OPENAI_API_KEY is"):
         server.check()
 
 
-def test_a_port_without_a_server_is_refused_with_the_option() -> None:
+def test_an_unreachable_server_is_refused_with_the_option_name() -> None:
     with closed_port() as port:
         url = f"http://127.0.0.1:{port}/v1"
         with pytest.raises(RefusedError) as refused:
@@ -178,13 +178,13 @@ def test_a_port_without_a_server_is_refused_with_the_option() -> None:
     assert str(refused.value).endswith(f"Start the server, check the network, or correct {OPTION}.")
 
 
-def test_a_server_that_takes_connections_and_says_nothing_is_there() -> None:
+def test_a_server_that_accepts_connections_without_replying_passes_the_probe() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
         check_server(Endpoint(url, timeout_s=0.2, option=OPTION), "served")
 
 
-def test_a_key_that_is_needed_is_asked_for_before_anything_is_sent(
+def test_a_required_api_key_is_checked_before_any_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)

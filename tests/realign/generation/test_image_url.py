@@ -35,7 +35,9 @@ def noise(mode: str, size: tuple[int, int] = (24, 16)) -> Image.Image:
         ("RGB", "WEBP", "data:image/webp"),
     ],
 )
-def test_plain_files_are_sent_as_they_are(tmp_path: Path, mode: str, form: str, head: str) -> None:
+def test_plain_image_files_are_sent_unchanged(
+    tmp_path: Path, mode: str, form: str, head: str
+) -> None:
     path = tmp_path / "image"
     noise(mode).save(path, form)
     assert received(image_url(path)) == (head, path.read_bytes())
@@ -45,13 +47,15 @@ def test_plain_files_are_sent_as_they_are(tmp_path: Path, mode: str, form: str, 
     ("mode", "form"),
     [("RGBA", "PNG"), ("RGBA", "WEBP"), ("P", "PNG"), ("1", "PNG"), ("CMYK", "JPEG")],
 )
-def test_other_files_are_sent_as_training_sees_them(tmp_path: Path, mode: str, form: str) -> None:
+def test_other_image_files_are_sent_as_training_decodes_them(
+    tmp_path: Path, mode: str, form: str
+) -> None:
     path = tmp_path / "image"
     noise(mode).save(path, form)
     assert_same_picture(path)
 
 
-def test_a_transparent_colour_is_sent_white(tmp_path: Path) -> None:
+def test_a_transparent_colour_is_sent_as_white(tmp_path: Path) -> None:
     path = tmp_path / "image"
     Image.new("RGB", (4, 4), "red").save(path, "PNG", transparency=(255, 0, 0))
     assert_same_picture(path)
@@ -59,14 +63,14 @@ def test_a_transparent_colour_is_sent_white(tmp_path: Path) -> None:
         assert sent.getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_sixteen_bits_are_sent_scaled(tmp_path: Path) -> None:
+def test_sixteen_bit_images_are_sent_scaled(tmp_path: Path) -> None:
     path = tmp_path / "image"
     Image.new("I;16", (4, 4), 257 * 100).save(path, "PNG")
     assert_same_picture(path)
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
-def test_a_turned_photo_is_sent_upright(tmp_path: Path, orientation: int) -> None:
+def test_a_photo_with_exif_rotation_is_sent_upright(tmp_path: Path, orientation: int) -> None:
     path = tmp_path / "image"
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -83,7 +87,7 @@ def assert_same_picture(path: Path) -> None:
         assert sent.convert("RGB").tobytes() == expected.tobytes()
 
 
-def test_the_size_is_bounded(tmp_path: Path) -> None:
+def test_the_size_of_a_sent_image_is_bounded(tmp_path: Path) -> None:
     path = tmp_path / "image"
     noise("RGB", (200, 200)).save(path, "PNG")
     size = path.stat().st_size

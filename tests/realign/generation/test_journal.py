@@ -18,7 +18,7 @@ from tests.realign.conftest import file_limit
 ENTRY = {"status": 200, "response": {"text": "half a pair \ud800, a line\nbreak and \u2028"}}
 
 
-def test_an_entry_comes_back_as_it_was_appended(tmp_path: Path) -> None:
+def test_an_appended_entry_is_read_back_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "new" / "journal.jsonl"
     with Journal(path) as journal:
         journal.append("a", ENTRY)
@@ -31,7 +31,7 @@ def test_an_entry_comes_back_as_it_was_appended(tmp_path: Path) -> None:
     assert path.read_bytes().count(b"\n") == 2
 
 
-def test_a_last_line_cut_anywhere_is_repaired(tmp_path: Path) -> None:
+def test_a_truncated_last_line_is_repaired(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     with Journal(path) as journal:
         journal.append("a", ENTRY)
@@ -56,7 +56,7 @@ def test_a_damaged_line_is_refused_by_number(tmp_path: Path) -> None:
     Journal(path).close()  # the refused ones hold no lock
 
 
-def test_two_cannot_write_one_journal(tmp_path: Path) -> None:
+def test_a_second_writer_of_a_journal_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     code = (
         "import sys, time\nfrom pathlib import Path\n"
@@ -97,7 +97,7 @@ def test_lines_are_synced_once_a_second_and_at_the_end(
     assert len(synced) == 3
 
 
-def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_complete_lines(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     with Journal(path) as journal:
         journal.append("a", ENTRY)
@@ -110,7 +110,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
         assert journal["b"] == {"key": "b", **ENTRY}
 
 
-def test_numbers_of_a_server_that_are_not_finite_are_null(tmp_path: Path) -> None:
+def test_non_finite_numbers_of_a_server_become_null(tmp_path: Path) -> None:
     with Journal(tmp_path / "journal.jsonl") as journal:
         journal.append("a", {"status": 200, "response": {"logprobs": [float("-inf"), -0.5]}})
         assert journal["a"]["response"] == {"logprobs": [None, -0.5]}

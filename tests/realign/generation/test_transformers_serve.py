@@ -79,7 +79,7 @@ def requests(tmp_path_factory: pytest.TempPathFactory) -> list[Request]:
     return result
 
 
-def test_greedy_answers_equal_those_of_the_model_in_process(
+def test_served_greedy_answers_equal_those_of_the_model_in_process(
     url: str, model_dir: Path, requests: list[Request], tmp_path: Path
 ) -> None:
     in_process = TransformersGenerator.load(model_dir, torch.float32, max_new_tokens=64)
@@ -92,7 +92,7 @@ def test_greedy_answers_equal_those_of_the_model_in_process(
     assert len({answer.text for answer in answers}) > 5
 
 
-def test_a_limit_cuts_both_alike(
+def test_a_token_limit_cuts_served_and_in_process_answers_alike(
     url: str, model_dir: Path, requests: list[Request], tmp_path: Path
 ) -> None:
     in_process = TransformersGenerator.load(model_dir, torch.float32, max_new_tokens=5)

@@ -117,7 +117,7 @@ def logits(model: Any) -> Tensor:
     ],
     ids=lambda options: "-".join(options) or "plain",
 )
-def test_what_peft_writes_is_loaded_whole(
+def test_adapters_written_by_peft_are_loaded_completely(
     tmp_path: Path, model_dir: Path, options: dict[str, Any]
 ) -> None:
     adapted = save(
@@ -140,7 +140,7 @@ def test_what_peft_writes_is_loaded_whole(
     ],
     ids=lambda config: config.peft_type,
 )
-def test_other_kinds_that_adapt_layers_are_loaded_whole(
+def test_other_adapter_types_are_loaded_completely(
     tmp_path: Path, model_dir: Path, config: PeftConfig
 ) -> None:
     adapted = save(tmp_path / "a", model_dir, config)
@@ -148,7 +148,7 @@ def test_other_kinds_that_adapt_layers_are_loaded_whole(
 
 
 @pytest.mark.parametrize("mapping", [[], ["LlavaModel"], {}, {"base_model_class": None}])
-def test_a_mapping_that_does_not_name_the_base_is_accepted(good: Path, mapping: Any) -> None:
+def test_a_class_mapping_without_the_base_is_accepted(good: Path, mapping: Any) -> None:
     check_adapter(with_config(good, auto_mapping=mapping))
 
 
@@ -194,7 +194,7 @@ def test_a_mapping_that_does_not_name_the_base_is_accepted(good: Path, mapping: 
     ],
     ids=["half", "none", "extra", "renamed", "rank", "dimensions", "twice", "nan", "infinity"],
 )
-def test_weights_that_are_not_the_adapters_are_refused_by_name(
+def test_unexpected_adapter_weights_are_refused_by_name(
     good: Path, change: Callable[[Weights], Weights], said: str, monkeypatch
 ) -> None:
     changed = with_weights(good, change)
@@ -207,7 +207,7 @@ def test_weights_that_are_not_the_adapters_are_refused_by_name(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_weights_of_other_sizes_are_those_that_peft_reads(good: Path, dtype: torch.dtype) -> None:
+def test_weights_of_other_dtypes_are_loaded_as_by_peft(good: Path, dtype: torch.dtype) -> None:
     rounded = with_weights(good, lambda all_: {name: all_[name].to(dtype) for name in all_})
     weights = load_file(rounded / WEIGHTS)
     loaded = load_model(rounded, torch.float32).state_dict()
@@ -290,7 +290,7 @@ def test_files_that_are_not_read_are_refused(good: Path) -> None:
         check_adapter(good)
 
 
-def test_prompts_are_not_taken_for_adapters_of_layers(tmp_path: Path, model_dir: Path) -> None:
+def test_a_prompt_tuning_adapter_is_refused(tmp_path: Path, model_dir: Path) -> None:
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     with quiet_peft():
         get_peft_model(load_model(model_dir, torch.float32, name=str(model_dir)), config)
@@ -311,7 +311,7 @@ BEFORE_5 = {"model.model.vision_tower.": "model.model.vision_tower.vision_model.
 
 
 @pytest.mark.parametrize("older", [BEFORE_452, BEFORE_5, {"base_model.model.": ""}])
-def test_names_of_earlier_releases_are_put_right(
+def test_parameter_names_of_earlier_releases_are_converted(
     tmp_path: Path, model_dir: Path, older: dict[str, str]
 ) -> None:
     config = LoraConfig(
@@ -335,7 +335,7 @@ def test_names_of_earlier_releases_are_put_right(
     assert all(torch.equal(weight, expected[name]) for name, weight in loaded.state_dict().items())
 
 
-def test_every_command_refuses_before_it_writes(
+def test_every_command_refuses_a_bad_adapter_before_it_writes(
     tmp_path: Path, good: Path, records, monkeypatch
 ) -> None:
     half = with_weights(good, lambda all_: {FIRST: all_[FIRST]})

@@ -87,7 +87,7 @@ def test_a_model_without_a_projector_cannot_train_one() -> None:
         )
 
 
-def test_adapters_are_float32_and_compute_in_the_bases_16_bits(model_dir) -> None:
+def test_adapters_are_float32_and_compute_in_the_16_bit_dtype_of_the_base(model_dir) -> None:
     model = adapted(model_dir, torch.bfloat16)
     layer = next(
         m

@@ -48,7 +48,7 @@ def test_rows_are_cell_major_and_score_answer_and_end_of_turn(processor, records
     assert shared["num_tokens"] == batch["num_tokens"]
 
 
-def test_each_distinct_image_is_there_once(processor, records) -> None:
+def test_each_distinct_image_is_processed_once(processor, records) -> None:
     rows = records(2)
     originals, retrieved = (
         [image for row in rows for image in row.open_images(rejected=rejected)]
@@ -112,7 +112,7 @@ def test_references_are_found_by_content(processor, records) -> None:
     assert batch["ref_logps"].dtype == torch.float32
 
 
-def test_too_long_rows_are_an_error_not_cut(processor, records) -> None:
+def test_too_long_rows_are_refused_and_not_truncated(processor, records) -> None:
     with pytest.raises(RefusedError, match=r"row r0: must have at most max_length = 30 tokens"):
         PreferenceCollator(processor, 2, max_length=30)(records(1))
 

@@ -39,7 +39,9 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         pytest.param(None, id="full", marks=pytest.mark.full),
     ],
 )
-def test_two_steps_from_a_folder(folder: Path, lora: LoraSection | None, tmp_path: Path) -> None:
+def test_a_model_folder_trains_two_steps_and_loads_again(
+    folder: Path, lora: LoraSection | None, tmp_path: Path
+) -> None:
     write_parquet(all_kinds(), tmp_path / "data.parquet")
     config = TrainConfig(
         model=str(folder), data=tmp_path / "data.parquet", out=tmp_path / "run", lora=lora,
@@ -59,7 +61,7 @@ def test_two_steps_from_a_folder(folder: Path, lora: LoraSection | None, tmp_pat
 
 
 @pytest.mark.parametrize("folder", NAMES, indirect=True)
-def test_lengths_are_known_without_collating(folder: Path) -> None:
+def test_predicted_lengths_equal_those_of_the_collator(folder: Path) -> None:
     processor = load_processor(folder)
     lengths = RowLengths(processor, {})
     with ImagePool(1) as pool:
@@ -70,7 +72,7 @@ def test_lengths_are_known_without_collating(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", NAMES, indirect=True)
-def test_answers_about_an_image(folder: Path, tmp_path: Path) -> None:
+def test_a_family_answers_about_an_image(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "wide.png").write_bytes(WIDE)
     requests = [Request(text, tmp_path / "wide.png") for text in ("Describe.", "Is it a boat?")]
     generator = TransformersGenerator.load(folder, torch.float32, max_new_tokens=3)
@@ -78,7 +80,7 @@ def test_answers_about_an_image(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", NAMES, indirect=True)
-def test_answers_without_an_image(folder: Path) -> None:
+def test_a_family_answers_without_an_image(folder: Path) -> None:
     generator = TransformersGenerator.load(folder, torch.float32, max_new_tokens=3)
     short, long = Request("Describe.", None), Request("Is it a boat, or is it a house?", None)
     answers = generator.generate([short, long])

@@ -109,7 +109,7 @@ def test_gradients_agree_in_float32(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SLOW)
-def test_recomputed_layers_see_what_they_saw(name: str) -> None:
+def test_gradient_checkpointing_gives_equal_gradients(name: str) -> None:
     family = attached(name, torch.float32)
     _, expected = step(family, 3, shared=True)
     family.model.train()
@@ -176,7 +176,7 @@ def _first_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_images_that_no_row_shows_change_nothing(name: str) -> None:
+def test_images_used_by_no_row_do_not_change_the_log_probs(name: str) -> None:
     family = attached(name, torch.float32)
     model: Any = family.model
     *with_images, text_only = all_kinds()
@@ -217,7 +217,7 @@ def test_positions_are_those_of_single_sequences(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_these_share_a_prefix(name: str) -> None:
+def test_listed_families_support_a_shared_prefix(name: str) -> None:
     assert why_not_shared(SHARED[name]().model) is None
 
 
@@ -232,7 +232,7 @@ def test_these_share_a_prefix(name: str) -> None:
         ("qwen3.5", "linear_attention"),
     ],
 )
-def test_families_that_cannot_share_prompts_fall_back_and_report_why(
+def test_families_that_cannot_share_prompts_fall_back_and_report_the_reason(
     name: str, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = SEPARATE[name]().model
@@ -245,7 +245,7 @@ def test_families_that_cannot_share_prompts_fall_back_and_report_why(
 
 
 @pytest.mark.parametrize(("name", "seen"), [("gemma-3", "images"), ("paligemma", "prompts")])
-def test_flash_attention_would_drop_a_part_of_the_mask(name: str, seen: str) -> None:
+def test_flash_attention_is_refused_for_masks_it_would_ignore(name: str, seen: str) -> None:
     model = FAMILIES[name]().model
     model.config.get_text_config()._attn_implementation = "flash_attention_2"
     with pytest.raises(

@@ -29,7 +29,7 @@ def tokens(family: Family, record: Record, *, shared: bool = True) -> tuple[str,
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *SEPARATE])
-def test_earlier_turns_are_read_and_the_answer_with_its_end_is_scored(name: str) -> None:
+def test_only_the_answer_and_its_end_of_turn_are_scored(name: str) -> None:
     family = {**FAMILIES, **SEPARATE}[name]()
     record = Record("r", (WIDE,), EARLIER, "Yes, it is red.", "No.", (TALL,))
     read, scored = tokens(family, record)
@@ -48,7 +48,7 @@ def test_earlier_turns_are_read_and_the_answer_with_its_end_is_scored(name: str)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *SEPARATE])
-def test_every_image_has_its_tokens(name: str) -> None:
+def test_every_image_has_its_placeholder_tokens(name: str) -> None:
     family = {**FAMILIES, **SEPARATE}[name]()
     turn = {"role": "user", "content": "Describe."}
     record = Record("r", (WIDE, SQUARE), (turn,), "A.", "B.", (TALL,))
@@ -59,7 +59,9 @@ def test_every_image_has_its_tokens(name: str) -> None:
     assert batch["images"].counts == (2, 1)
 
 
-def test_onevision_is_asked_and_trained_on_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llava_onevision_prompts_are_equal_in_generation_and_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     family = FAMILIES["llava-onevision"]()
     turn = {"role": "user", "content": "Describe."}
     record = Record("r", (WIDE,), (turn,), "A boat.", "A tree.", (TALL,))

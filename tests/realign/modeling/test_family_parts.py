@@ -35,7 +35,7 @@ def backward(family: Family, model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_all_that_trains_has_a_gradient_and_nothing_else(name: str) -> None:
+def test_only_trained_parts_have_gradients(name: str) -> None:
     family = attached(name)
     names = [parameter for parameter, _ in family.model.named_parameters()]
     assert {part_of(parameter) for parameter in names} >= {"vision", "projector", "language"}
@@ -50,7 +50,7 @@ def test_all_that_trains_has_a_gradient_and_nothing_else(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_projector_beside_an_adapter_begins_at_the_reference_and_trains(name: str) -> None:
+def test_a_projector_trained_with_an_adapter_starts_at_the_reference(name: str) -> None:
     family = attached(name, torch.bfloat16)
     with torch.no_grad():
         batch = collate(family, all_kinds(), 3, shared=True)

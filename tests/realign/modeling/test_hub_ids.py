@@ -58,7 +58,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     thread.join()
 
 
-def test_an_id_that_the_hub_does_not_know_is_a_wrong_value(hub: str) -> None:
+def test_an_unknown_hub_id_is_refused_as_a_wrong_value(hub: str) -> None:
     with pytest.raises(
         RefusedError, match=r"^encoder must be a folder or a hub id, got 'org/unknown' \(.*404"
     ) as refused:
@@ -66,7 +66,7 @@ def test_an_id_that_the_hub_does_not_know_is_a_wrong_value(hub: str) -> None:
     assert str(refused.value).endswith("). Check --encoder.")
 
 
-def test_an_id_that_needs_access_says_how_to_get_it(hub: str) -> None:
+def test_a_gated_hub_id_is_refused_with_how_to_get_access(hub: str) -> None:
     with pytest.raises(
         RefusedError, match=r"that may be downloaded, got 'org/gated' .* Ask for access on its page"
     ):
@@ -74,7 +74,7 @@ def test_an_id_that_needs_access_says_how_to_get_it(hub: str) -> None:
 
 
 @pytest.mark.parametrize("reason", ["closed", "offline", "failing"])
-def test_a_hub_that_is_not_reached_is_not_reported_as_a_wrong_value(
+def test_an_unreachable_hub_is_not_reported_as_a_wrong_value(
     hub: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if reason == "offline":

@@ -57,7 +57,7 @@ def outcome(make: Callable[[], Family], folder: Path) -> str:
     return refusal
 
 
-def test_every_family_has_the_layers_or_is_refused(tmp_path: Path) -> None:
+def test_every_family_has_liger_layers_or_is_refused(tmp_path: Path) -> None:
     with running([sys.executable, __file__, tmp_path]) as process:
         assert process.wait(300) == 0
     found = json.loads((tmp_path / "found.json").read_text())

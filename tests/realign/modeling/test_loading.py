@@ -82,7 +82,9 @@ BAD_CONFIGS = {
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
 @pytest.mark.parametrize("load", [load_processor, lambda folder: load_model(folder, torch.float32)])
-def test_other_models_and_damaged_configurations_are_refused(case: str, load, copy: Path) -> None:
+def test_other_model_types_and_damaged_configurations_are_refused(
+    case: str, load, copy: Path
+) -> None:
     content, message = BAD_CONFIGS[case]
     (copy / "config.json").write_text(content)
     with pytest.raises(RefusedError, match=message):
@@ -104,7 +106,7 @@ def test_a_damaged_index_of_weights_is_refused(content: str, copy: Path) -> None
         load_model(copy, torch.float32)
 
 
-def test_an_error_of_the_machine_is_not_one_of_the_model(copy: Path, monkeypatch) -> None:
+def test_a_system_error_is_not_reported_as_a_damaged_model(copy: Path, monkeypatch) -> None:
     def open_too_many(*args: object, **kwargs: object) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
@@ -120,7 +122,7 @@ def test_a_folder_without_a_processor_is_refused(copy: Path) -> None:
         load_processor(copy)
 
 
-def test_a_tokenizer_alone_is_no_processor(copy: Path) -> None:
+def test_a_folder_with_only_a_tokenizer_is_refused(copy: Path) -> None:
     (copy / "processor_config.json").unlink()
     with pytest.raises(RefusedError, match=r"must hold (a|the) processor of .* Download the model"):
         load_processor(copy)
@@ -135,7 +137,7 @@ def test_identity_changes_with_any_byte_of_the_weights(copy: Path) -> None:
     assert {name for name in before if before[name] != after[name]} == {"model.safetensors"}
 
 
-def test_generation_settings_are_part_of_what_answers_and_not_of_what_scores(copy: Path) -> None:
+def test_generation_settings_are_part_of_the_generating_identity_only(copy: Path) -> None:
     before = model_identity(copy), model_identity(copy, generates=True)
     (copy / "generation_config.json").write_text("{}")
     assert model_identity(copy) == before[0]
@@ -151,7 +153,7 @@ def test_lora_on_an_adapter_is_refused(tmp_path: Path, model_dir: Path, records)
     assert not (tmp_path / "b").exists()
 
 
-def test_an_adapter_names_its_base_as_the_user_did(
+def test_an_adapter_records_its_base_as_given_by_the_user(
     tmp_path: Path, model_dir: Path, records, monkeypatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(model_dir))

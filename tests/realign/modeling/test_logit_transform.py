@@ -51,7 +51,9 @@ FAMILIES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_models_own_logits_decide(family: str, dtype: torch.dtype) -> None:
+def test_the_logit_transform_is_found_from_the_logits_of_the_model(
+    family: str, dtype: torch.dtype
+) -> None:
     types, options, expected = FAMILIES[family]
     model = tiny(*types, dtype, **options)
     assert find_logit_transform(model) == expected
@@ -65,7 +67,7 @@ SCALES = {"granite_docling": 1 / 8, "hyperclovax_vision_v2": 8.0}
 @pytest.mark.parametrize(
     ("name", "expected"), [item for item in SCALES.items() if item[0] in CONFIG_MAPPING]
 )
-def test_one_name_divides_here_and_multiplies_there(name: str, expected: float) -> None:
+def test_logits_scaling_divides_or_multiplies_by_model_type(name: str, expected: float) -> None:
     config = CONFIG_MAPPING[name]()
     text = config.get_text_config()
     for option, value in {**TEXT, "logits_scaling": 8.0}.items():
@@ -79,8 +81,8 @@ def test_one_name_divides_here_and_multiplies_there(name: str, expected: float) 
 
 @pytest.mark.parametrize("has_zeros", [False, True], ids=["meta", "zeros"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_that_are_still_to_come_do_not_matter(family: str, has_zeros: bool) -> None:
-    """Ranks hold such weights where the first rank reads the model for them."""
+def test_the_logit_transform_is_found_without_loaded_weights(family: str, has_zeros: bool) -> None:
+    """Other ranks hold empty weights while the first rank reads the model for them."""
     types, options, expected = FAMILIES[family]
     model = tiny(*types, torch.bfloat16, **options).to("meta")
     if has_zeros:
@@ -111,7 +113,7 @@ def test_scored_log_probabilities_are_those_of_a_softcapped_model() -> None:
     torch.testing.assert_close(scored[:, 0], expected, atol=1e-4, rtol=1e-5)
 
 
-def test_logits_that_are_not_understood_are_refused_for_scoring_alone(
+def test_unknown_logit_transforms_are_refused_only_for_scoring(
     model_dir: Path, shifted_logits
 ) -> None:
     with pytest.raises(

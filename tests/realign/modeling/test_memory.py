@@ -13,7 +13,7 @@ from realign.modeling.memory import footprint
 from realign.training.run import train
 
 
-def test_bytes_equal_a_count_by_hand() -> None:
+def test_the_memory_estimate_equals_a_count_by_hand() -> None:
     model = nn.Sequential(nn.Linear(1000, 1000, bias=False), nn.Linear(1000, 500, bias=False))
     model[0].weight.requires_grad_(False)
     assert footprint(model.to(torch.bfloat16)) == (
@@ -22,7 +22,7 @@ def test_bytes_equal_a_count_by_hand() -> None:
     )
 
 
-def test_a_seven_billion_model_in_float32() -> None:
+def test_a_7b_model_in_float32_has_the_expected_memory_estimate() -> None:
     with torch.device("meta"):
         model = nn.Linear(70_000, 100_000, bias=False)
     assert footprint(model).endswith(

@@ -39,7 +39,9 @@ def adapter(tmp_path: Path, model_dir: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def test_it_computes_what_the_adapter_does(tmp_path: Path, model_dir: Path, adapter: Path) -> None:
+def test_a_merged_model_computes_the_same_logits_as_the_adapter(
+    tmp_path: Path, model_dir: Path, adapter: Path
+) -> None:
     out = tmp_path / "merged"
     result = CliRunner().invoke(
         app, ["merge", "--model", str(adapter), "--out", str(out), "--dtype", "float32"]
@@ -67,7 +69,7 @@ def test_it_computes_what_the_adapter_does(tmp_path: Path, model_dir: Path, adap
     assert load_model(out, torch.float32)  # a model folder like any other
 
 
-def test_the_dtype_is_the_weights(tmp_path: Path, adapter: Path) -> None:
+def test_the_merged_dtype_defaults_to_that_of_the_weights(tmp_path: Path, adapter: Path) -> None:
     from safetensors.torch import load_file
 
     (file,) = merge(str(adapter), tmp_path / "merged").glob("*.safetensors")
@@ -81,7 +83,9 @@ def test_the_dtype_is_the_weights(tmp_path: Path, adapter: Path) -> None:
         (100_000, "Error while serializing: .*File too large .*"),  # no OSError of the weights
     ],
 )
-def test_a_full_disk_leaves_nothing(tmp_path: Path, adapter: Path, limit: int, reason: str) -> None:
+def test_a_full_disk_leaves_no_partial_folder(
+    tmp_path: Path, adapter: Path, limit: int, reason: str
+) -> None:
     out, before = tmp_path / "merged", {*tmp_path.iterdir()}
     with file_limit(limit):
         result = CliRunner().invoke(app, ["merge", "--model", str(adapter), "--out", str(out)])
@@ -90,7 +94,9 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, adapter: Path, limit: int, r
     assert {*tmp_path.iterdir()} == before
 
 
-def test_what_cannot_be_merged_is_refused(tmp_path: Path, model_dir: Path, adapter: Path) -> None:
+def test_whole_models_used_folders_and_unknown_dtypes_are_refused(
+    tmp_path: Path, model_dir: Path, adapter: Path
+) -> None:
     with pytest.raises(RefusedError, match=r"model must be an adapter, got .*Use it as it is"):
         merge(str(model_dir), tmp_path / "merged")
     with pytest.raises(RefusedError, match="out must be a new folder"):

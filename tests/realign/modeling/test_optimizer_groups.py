@@ -23,7 +23,7 @@ def trainer(model, model_dir: Path, tmp_path: Path, rows, **options) -> RDPOTrai
 
 
 @pytest.mark.parametrize("kind", ["full", "adapter", "saved"])
-def test_the_projector_has_its_rate_and_decay_goes_where_it_went(
+def test_the_projector_has_its_own_rate_and_unchanged_weight_decay(
     tmp_path: Path, model_dir, records, kind: str
 ) -> None:
     model = load_model(model_dir, torch.float32)
@@ -58,12 +58,14 @@ def test_the_projector_has_its_rate_and_decay_goes_where_it_went(
     assert sorted(rates) == pytest.approx([0.5e-5, 1e-5])
 
 
-def test_without_it_there_are_trainers_groups(tmp_path: Path, model_dir, records) -> None:
+def test_default_groups_are_used_without_a_projector_rate(
+    tmp_path: Path, model_dir, records
+) -> None:
     ours = trainer(load_model(model_dir, torch.float32), model_dir, tmp_path, records(2))
     assert {group["lr"] for group in ours.create_optimizer().param_groups} == {5e-5}
 
 
-def test_a_projector_that_does_not_train_has_no_rate(tmp_path: Path, model_dir, records) -> None:
+def test_a_rate_for_a_frozen_projector_is_refused(tmp_path: Path, model_dir, records) -> None:
     ours = trainer(
         load_model(model_dir, torch.float32),
         model_dir,

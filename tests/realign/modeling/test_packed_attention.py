@@ -87,7 +87,9 @@ def lengthened(rows: list[Record]) -> list[Record]:
 
 
 @pytest.mark.parametrize("cells", [2, 3, 4])
-def test_log_probabilities_and_gradients(model, processor, records, cells: int) -> None:
+def test_packed_log_probabilities_and_gradients_equal_separate_forwards(
+    model, processor, records, cells: int
+) -> None:
     assert_equal_forwards(model, processor, lengthened(records(3)), cells)
 
 
@@ -114,7 +116,7 @@ def test_gradient_checkpointing_gives_equal_forwards(model, processor, records) 
         ),
     ],
 )
-def test_rows_of_every_kind_in_one_batch(
+def test_rows_of_every_kind_can_share_a_batch(
     model, processor, records, change: Callable[[Record], Record]
 ) -> None:
     first, second, third = lengthened(records(3))
@@ -122,7 +124,7 @@ def test_rows_of_every_kind_in_one_batch(
     assert_equal_forwards(model, processor, [change(first), change(second)], 3)
 
 
-def test_an_answer_does_not_see_the_other(model, processor, records) -> None:
+def test_an_answer_does_not_attend_to_the_other_answer(model, processor, records) -> None:
     (row,) = records(1)
     other = dataclasses.replace(row, rejected="Something else altogether, and much longer. " * 3)
     with torch.no_grad():
@@ -155,7 +157,7 @@ def test_an_image_of_several_rows_is_encoded_once(
     assert_equal_forwards(model, processor, [first, again], 3)
 
 
-def test_a_familys_mask_is_made_without_a_number_of_the_device() -> None:
+def test_masks_are_built_without_reading_values_from_the_device() -> None:
     """Gemma's looks up which tokens are images. A tensor on ``meta`` has none to read, a GPU's host
     would wait for it.
     """
@@ -172,7 +174,7 @@ def test_a_familys_mask_is_made_without_a_number_of_the_device() -> None:
             assert mask.shape == (queries, row.prefix + length)
 
 
-def test_other_calls_of_the_model_are_as_they_were(model, model_dir, processor, records) -> None:
+def test_ordinary_calls_of_the_model_are_unchanged(model, model_dir, processor, records) -> None:
     (row,) = records(1)
     batch = processor(
         text=["USER: <image>\nWhat is this? ASSISTANT:"],

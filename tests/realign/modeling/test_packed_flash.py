@@ -93,13 +93,13 @@ def test_flash_attention_equals_sdpa(flash_attn, window: int | None) -> None:
     torch.testing.assert_close(attend("realign_flash", sees, sliding_window=window), expected)
 
 
-def test_layers_that_see_ahead_are_refused(flash_attn) -> None:
+def test_non_causal_layers_are_refused(flash_attn) -> None:
     ahead = or_masks(causal_mask_function, blockwise_overlay(torch.zeros(1, 40, dtype=torch.int64)))
     with pytest.raises(NotImplementedError, match="flash-attention must have causal layers"):
         attend("realign_flash", ahead)
 
 
-def test_a_mask_of_four_dimensions_is_refused_not_ignored() -> None:
+def test_a_mask_of_four_dimensions_is_refused() -> None:
     states = torch.zeros(1, 1, 2, 4)
     mask = torch.ones(1, 1, 2, 2, dtype=torch.bool)
     with pytest.raises(ValueError, match="must have a mask of two dimensions"):
@@ -107,7 +107,7 @@ def test_a_mask_of_four_dimensions_is_refused_not_ignored() -> None:
 
 
 @pytest.mark.parametrize("argument", ["softcap", "s_aux", "position_bias"])
-def test_what_would_be_left_out_is_refused(argument: str) -> None:
+def test_unsupported_attention_arguments_are_refused(argument: str) -> None:
     with pytest.raises(NotImplementedError, match=f"must not have {argument}"):
         attend("realign_sdpa", causal_mask_function, **{argument: torch.ones(1)})
     with pytest.raises(ValueError, match=r"attention dropout must be 0, got 0\.1"):

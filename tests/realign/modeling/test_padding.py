@@ -53,7 +53,7 @@ def logps(model: Any, processor: Any, rows: list[Record], *, shared_prefix: bool
 
 @pytest.mark.parametrize("shared_prefix", [False, True])
 @pytest.mark.parametrize("name", NAMED)
-def test_log_probs_are_those_with_any_other_pad_token(
+def test_log_probs_do_not_depend_on_the_pad_token(
     tmp_path: Path, model_dir: Path, model, records, name: str, shared_prefix: bool
 ) -> None:
     rows = records(4)
@@ -69,7 +69,7 @@ def test_log_probs_are_those_with_any_other_pad_token(
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_answers_in_a_batch_are_those_of_each_alone(
+def test_batched_answers_equal_single_answers(
     tmp_path: Path, model_dir: Path, model, records, name: str
 ) -> None:
     processor = load_processor(with_tokenizer(model_dir, tmp_path / "model", NAMED[name]))
@@ -87,7 +87,7 @@ def test_answers_in_a_batch_are_those_of_each_alone(
     assert len({answer.text for answer in found}) > 1
 
 
-def test_a_tokenizer_without_a_pad_token_is_left_as_it_is(tmp_path: Path, model_dir: Path) -> None:
+def test_a_tokenizer_without_a_pad_token_is_not_modified(tmp_path: Path, model_dir: Path) -> None:
     processor = load_processor(with_tokenizer(model_dir, tmp_path / "model", NAMED["none"]))
     inputs = process(processor, ["a", "a longer text"], None, add_special_tokens=False)
     assert inputs["attention_mask"].sum(1).unique().numel() == 2
@@ -97,7 +97,7 @@ def test_a_tokenizer_without_a_pad_token_is_left_as_it_is(tmp_path: Path, model_
     assert processor.tokenizer.pad_token is None
 
 
-def test_every_command_takes_a_tokenizer_without_a_pad_token(
+def test_every_command_accepts_a_tokenizer_without_a_pad_token(
     tmp_path: Path, model_dir: Path, records
 ) -> None:
     model = with_tokenizer(model_dir, tmp_path / "model", NAMED["none"])

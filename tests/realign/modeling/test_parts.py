@@ -38,7 +38,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize(("name", "part"), NAMES.items())
-def test_names_of_every_family(name: str, part: str) -> None:
+def test_parameter_names_of_every_family_map_to_parts(name: str, part: str) -> None:
     assert part_of(name) == part
     assert part_of(f"base_model.model.{name}.lora_A.default.weight") == part
     for other in ("vision", "projector", "language", "unused"):
@@ -46,7 +46,7 @@ def test_names_of_every_family(name: str, part: str) -> None:
     assert re.fullmatch(parts_pattern({"vision", part}), name)
 
 
-def test_what_is_frozen_is_what_was_asked(model_dir) -> None:
+def test_exactly_the_requested_parts_are_frozen(model_dir) -> None:
     for frozen in ({"vision"}, {"projector"}, {"language"}, {"vision", "language"}):
         model = load_model(model_dir, torch.float32)
         options = {name: name in frozen for name in ("vision", "projector", "language")}
@@ -63,12 +63,12 @@ def test_nothing_to_train_is_refused(model_dir) -> None:
 
 
 @pytest.mark.parametrize("part", ["vision", "projector"])
-def test_a_part_that_is_not_there_is_refused(part: str) -> None:
+def test_freezing_a_missing_part_is_refused(part: str) -> None:
     with pytest.raises(RefusedError, match=rf"Linear has no {part} named .*freeze_{part} to false"):
         freeze_parts(nn.Linear(1, 1), {part})
 
 
-def test_the_projectors_modules_are_the_outermost_that_can_be_called() -> None:
+def test_projector_modules_are_the_outermost_callable_modules() -> None:
     visual = nn.Module()
     visual.merger = nn.Sequential(nn.Linear(1, 1))
     visual.deepstack_merger_list = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_what_the_folder_says_of_videos_is_kept(tmp_path: Path) -> None:
+def test_the_video_settings_of_the_folder_are_kept(tmp_path: Path) -> None:
     folder = FAMILIES["qwen2.5-vl"]().save(tmp_path / "model")
     video = {"video_processor_type": "Qwen2VLVideoProcessor", "min_pixels": 7}
     path = folder / "processor_config.json"
@@ -30,7 +30,7 @@ def test_what_the_folder_says_of_videos_is_kept(tmp_path: Path) -> None:
     assert saved["processor_class"] == "Qwen2_5_VLProcessor"
 
 
-def test_it_is_of_the_familys_class_and_the_same_after_a_round_trip(tmp_path: Path) -> None:
+def test_a_processor_without_video_keeps_its_class_and_settings_when_saved(tmp_path: Path) -> None:
     folder = FAMILIES["internvl"]().save(tmp_path / "model")
     processor = load_processor(folder)
     assert isinstance(processor, transformers.InternVLProcessor)
@@ -41,11 +41,13 @@ def test_it_is_of_the_familys_class_and_the_same_after_a_round_trip(tmp_path: Pa
     assert again.image_processor.to_dict() == processor.image_processor.to_dict()
 
 
-def test_others_are_left_to_transformers(tmp_path: Path) -> None:
+def test_processors_without_a_video_part_are_loaded_by_transformers(tmp_path: Path) -> None:
     assert load_without_videos(FAMILIES["llava-1.5"]().save(tmp_path / "model")) is None
 
 
-def test_another_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_missing_package_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = FAMILIES["smolvlm"]().save(tmp_path / "model")
     monkeypatch.setattr(processing_smolvlm, "num2words", None)
     with pytest.raises(RefusedError, match="pip install num2words"):

@@ -49,7 +49,7 @@ def rows(records) -> list[Record]:
     return rows
 
 
-def test_every_thin_image_is_its_rows_problem(tmp_path: Path, qwen: Path, rows) -> None:
+def test_every_too_thin_image_is_reported_with_its_row(tmp_path: Path, qwen: Path, rows) -> None:
     write_parquet(rows, tmp_path / "d.parquet")
     for command, code in (("check", 1), ("train", 2), ("cache", 2)):
         arguments = [command, "--model", qwen, "--data", tmp_path / "d.parquet"]
@@ -71,9 +71,7 @@ def test_every_thin_image_is_its_rows_problem(tmp_path: Path, qwen: Path, rows) 
 
 
 @pytest.mark.parametrize("kind", [TypeError, IndexError, KeyError, AssertionError, RuntimeError])
-def test_whatever_a_processor_raises_is_reported_with_the_row(
-    model_dir: Path, records, kind
-) -> None:
+def test_any_error_of_a_processor_is_reported_with_the_row(model_dir: Path, records, kind) -> None:
     processor = load_processor(model_dir)
     images = processor.image_processor
 
@@ -105,9 +103,7 @@ def test_problems_of_every_kind_are_listed_together(qwen: Path, rows) -> None:
     assert [line.startswith(start) for line, start in zip(others, said, strict=True)] == [True] * 3
 
 
-def test_what_is_refused_for_several_images_together_is_reported_too(
-    model_dir: Path, records
-) -> None:
+def test_refusals_of_several_images_together_are_reported(model_dir: Path, records) -> None:
     processor = load_processor(model_dir)
     kind = type(processor)
 
@@ -126,7 +122,7 @@ def test_what_is_refused_for_several_images_together_is_reported_too(
         check_rows([first, both], processor, cells=3, max_length=None)
 
 
-def test_a_placeholder_of_videos_is_a_special_token_too(records) -> None:
+def test_a_video_placeholder_counts_as_a_special_token(records) -> None:
     rows = records(5)  # more than are collated to be measured
     prompt = ({"role": "user", "content": "What is a <video>?"},)
     rows[4] = dataclasses.replace(rows[4], prompt=prompt)
@@ -136,9 +132,7 @@ def test_a_placeholder_of_videos_is_a_special_token_too(records) -> None:
         check_rows(rows, FAMILIES["smolvlm"]().processor, cells=3, max_length=None)
 
 
-def test_turns_that_a_template_does_not_take_are_reported_with_the_row(
-    model_dir: Path, records
-) -> None:
+def test_turns_refused_by_a_template_are_reported_with_the_row(model_dir: Path, records) -> None:
     processor = load_processor(model_dir)
     processor.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role.') }}"
@@ -152,7 +146,7 @@ def test_turns_that_a_template_does_not_take_are_reported_with_the_row(
         check_rows(rows, processor, cells=3, max_length=None)
 
 
-def test_a_benchmarks_image_is_refused_before_the_first_question(
+def test_an_unusable_benchmark_image_is_refused_before_the_first_question(
     tmp_path: Path, qwen: Path, model_dir: Path
 ) -> None:
     (tmp_path / "0.png").write_bytes(png((60, 40)))
@@ -184,7 +178,7 @@ def test_a_question_with_a_special_token_is_refused(tmp_path: Path, model_dir: P
     assert "text must not contain the special token '<image>'" in result.output
 
 
-def test_a_source_row_of_an_image_that_is_not_taken_is_left_out(
+def test_a_source_row_with_an_unusable_image_is_left_out(
     tmp_path: Path, qwen: Path, rows: list[Record]
 ) -> None:
     config = build_config(rows, tmp_path, qwen)

@@ -53,7 +53,9 @@ def rows(records) -> list[Any]:
     return rows
 
 
-def test_every_command_names_row_token_and_sizes(tmp_path: Path, larger: Path, rows) -> None:
+def test_every_command_reports_row_token_and_vocabulary_sizes(
+    tmp_path: Path, larger: Path, rows
+) -> None:
     write_parquet(rows, tmp_path / "d.parquet")
     write_parquet([rows[0], rows[3]], tmp_path / "good.parquet")
     size = json.loads((larger / "config.json").read_text())["text_config"]["vocab_size"]
@@ -84,7 +86,7 @@ def test_every_command_names_row_token_and_sizes(tmp_path: Path, larger: Path, r
     assert result.exit_code == 0, result.output
 
 
-def test_a_question_is_refused_before_the_first_is_asked(
+def test_an_unknown_token_in_a_question_is_refused_before_generation(
     tmp_path: Path, larger: Path, rows
 ) -> None:
     (tmp_path / "0.png").write_bytes(rows[0].images[0])
@@ -101,7 +103,7 @@ def test_a_question_is_refused_before_the_first_is_asked(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_source_row_with_such_a_token_is_left_out(tmp_path: Path, larger: Path, rows) -> None:
+def test_a_source_row_with_an_unknown_token_is_left_out(tmp_path: Path, larger: Path, rows) -> None:
     config = build_config(rows, tmp_path, larger)
     with pytest.raises(
         RefusedError, match=r"^1 of 4 rows .*\nsource.jsonl, line 2: text must have"
@@ -141,7 +143,7 @@ def with_image_token_outside(name: str) -> tuple[Any, Any]:
     ("name", "replaces"),
     [("gemma-3", True), ("paligemma", True), ("llava-1.5", False), ("qwen2.5-vl", False)],
 )
-def test_an_image_token_outside_is_refused_where_the_model_would_embed_it(
+def test_an_image_token_outside_the_vocabulary_is_refused_if_it_is_embedded(
     records, name: str, replaces: bool
 ) -> None:
     model, processor = with_image_token_outside(name)
@@ -161,7 +163,7 @@ def test_an_image_token_outside_is_refused_where_the_model_would_embed_it(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_configuration_says_how_many_rows_there_are(name: str) -> None:
+def test_the_configuration_gives_the_number_of_embedding_rows(name: str) -> None:
     family = FAMILIES[name]()
     rows = family.model.get_input_embeddings().weight.shape[0]
     assert family.model.config.get_text_config().vocab_size == rows

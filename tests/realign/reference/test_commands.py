@@ -41,7 +41,7 @@ def built(tmp_path: Path, data: Path, model_dir) -> Path:
     return tmp_path / "cache"
 
 
-def test_help_says_what_a_stranger_needs() -> None:
+def test_help_describes_the_cache_and_its_commands() -> None:
     shown = " ".join(realign("cache", "--help").output.split())
     for text in (
         "Usage: realign cache [OPTIONS] COMMAND [ARGS]...",
@@ -58,7 +58,7 @@ def test_help_says_what_a_stranger_needs() -> None:
         assert realign("cache", command, "--help").exit_code == 0
 
 
-def test_verify_names_everything_that_is_wrong(built: Path) -> None:
+def test_verify_reports_every_damaged_file(built: Path) -> None:
     result = realign("cache", "verify", built)
     assert result.exit_code == 0
     assert "whole, 4 rows in 2 shards, root " in result.output
@@ -76,7 +76,7 @@ def test_verify_names_everything_that_is_wrong(built: Path) -> None:
     assert "is unfinished: it has no manifest.json. Run `realign cache` again" in result.output
 
 
-def test_info_describes_the_cache(built: Path) -> None:
+def test_info_prints_the_identity_and_size_of_a_cache(built: Path) -> None:
     result = realign("cache", "info", built)
     assert result.exit_code == 0
     for text in (
@@ -113,7 +113,7 @@ def test_options_before_a_command_are_refused(tmp_path: Path) -> None:
     assert "No such command 'verfy'" in realign("cache", "verfy", tmp_path).output
 
 
-def test_merge_joins_parts_and_keeps_what_is_there(tmp_path: Path, synthetic) -> None:
+def test_merge_joins_caches_and_keeps_existing_shards(tmp_path: Path, synthetic) -> None:
     rows = synthetic.rows(20)
     synthetic.build(rows[:8], tmp_path / "a")
     synthetic.build(rows[6:14], tmp_path / "b")
@@ -133,7 +133,7 @@ def test_merge_joins_parts_and_keeps_what_is_there(tmp_path: Path, synthetic) ->
     assert total == 4  # two of its own, one of what each part added
 
 
-def test_merge_refuses_other_identities_by_name(tmp_path: Path, synthetic) -> None:
+def test_merge_refuses_caches_of_another_identity(tmp_path: Path, synthetic) -> None:
     rows = synthetic.rows(4)
     other = json.loads(json.dumps(synthetic.identity))
     other["numerics"]["dtype"] = "bfloat16"
@@ -169,7 +169,7 @@ def live(model_dir, records) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("cells", [2, pytest.param(3, marks=pytest.mark.full)])
-def test_columns_of_trl_are_imported(
+def test_reference_columns_of_trl_are_imported(
     tmp_path: Path, data: Path, model_dir, live, records, cells: int
 ) -> None:
     columns = with_columns(data, dict(list(live.items())[:cells]))
@@ -198,7 +198,9 @@ def test_columns_of_trl_are_imported(
         assert "semantics.cells: cached 2, needed 3" in result.output
 
 
-def test_columns_of_another_model_do_not_pass(tmp_path: Path, data: Path, model_dir, live) -> None:
+def test_reference_columns_of_another_model_are_refused(
+    tmp_path: Path, data: Path, model_dir, live
+) -> None:
     shifted = {name: [value - 0.1 for value in values] for name, values in live.items()}
     columns, out = with_columns(data, shifted), tmp_path / "imported"
     assert realign("cache", "import", "--data", columns, "--model", model_dir, "--out", out
@@ -239,7 +241,7 @@ BAD_COLUMNS = {
 
 
 @pytest.mark.parametrize("case", BAD_COLUMNS)
-def test_columns_with_bad_values_are_refused(
+def test_reference_columns_with_bad_values_are_refused(
     case: str, tmp_path: Path, data: Path, model_dir
 ) -> None:
     values, message = BAD_COLUMNS[case]
@@ -250,9 +252,7 @@ def test_columns_with_bad_values_are_refused(
     assert not out.exists()
 
 
-def test_a_cache_that_was_moved_is_the_same(
-    tmp_path: Path, built: Path, model_dir, records
-) -> None:
+def test_a_moved_cache_is_read_unchanged(tmp_path: Path, built: Path, model_dir, records) -> None:
     identity = Scoring(model_dir, 3, "label", Numerics(torch.float32)).identity()
     shutil.move(built, tmp_path / "elsewhere")
     assert len(read_cache(tmp_path / "elsewhere", records(4), identity)) == 4

@@ -53,7 +53,7 @@ def refuses(root: Path, synthetic, rows) -> None:
         verify_cache(root)
 
 
-def test_what_was_built_is_read(tmp_path: Path, synthetic) -> None:
+def test_a_built_cache_is_read_back(tmp_path: Path, synthetic) -> None:
     rows = synthetic.rows(11)
     place = synthetic.build(rows, tmp_path)
     assert place == identity_folder(tmp_path, synthetic.identity)
@@ -124,7 +124,7 @@ def remove(path: Path, rng: random.Random) -> None:
         ),
     ],
 )
-def test_damage_is_found_and_mended(
+def test_damage_is_detected_and_repaired(
     tmp_path: Path, synthetic, damage, full: int, count: int
 ) -> None:
     rows = synthetic.rows(30)
@@ -224,7 +224,7 @@ def test_four_builders_make_one_cache(tmp_path: Path, synthetic, rounds: int) ->
         assert files(identity_folder(root, synthetic.identity)) == whole
 
 
-def test_the_second_builder_says_that_it_waits(
+def test_a_second_builder_reports_that_it_waits(
     tmp_path: Path, synthetic, capfd, monkeypatch
 ) -> None:
     rows, is_waited_for = synthetic.rows(8), FORK.Event()
@@ -253,7 +253,7 @@ def test_the_second_builder_says_that_it_waits(
     assert f"another build writes {place}; waiting for it" in capfd.readouterr().err
 
 
-def test_a_cache_that_has_everything_is_not_locked(tmp_path: Path, synthetic, monkeypatch) -> None:
+def test_a_complete_cache_is_read_without_a_lock(tmp_path: Path, synthetic, monkeypatch) -> None:
     """The cache may lie on a file system that cannot be written."""
     rows = synthetic.rows(8)
     place = synthetic.build(rows, tmp_path)
@@ -266,7 +266,9 @@ def test_a_cache_that_has_everything_is_not_locked(tmp_path: Path, synthetic, mo
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
-def test_file_systems_without_locks(tmp_path: Path, synthetic, monkeypatch, code: int) -> None:
+def test_builds_are_exclusive_on_file_systems_without_locks(
+    tmp_path: Path, synthetic, monkeypatch, code: int
+) -> None:
     import fcntl
 
     def no_flock(fd: int, operation: int) -> None:
@@ -309,7 +311,7 @@ def test_a_lock_file_of_a_dead_process_is_taken_over(
 
 
 @pytest.mark.parametrize("count", [8, pytest.param(50, marks=pytest.mark.slow)])
-def test_a_full_disk_says_so_and_loses_nothing(tmp_path: Path, synthetic, count: int) -> None:
+def test_a_full_disk_is_reported_and_loses_no_row(tmp_path: Path, synthetic, count: int) -> None:
     rows = synthetic.rows(40)
     whole = synthetic.build(rows, tmp_path / "whole", shard_size=20)
     largest = max(len(data) for data in files(whole).values())
@@ -330,7 +332,9 @@ def test_a_full_disk_says_so_and_loses_nothing(tmp_path: Path, synthetic, count:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_a_failing_sync_says_so(tmp_path: Path, synthetic, monkeypatch, code: int) -> None:
+def test_a_failed_fsync_is_reported_and_loses_no_row(
+    tmp_path: Path, synthetic, monkeypatch, code: int
+) -> None:
     rows = synthetic.rows(12)
     count = iter(range(100))
     real = os.fsync
@@ -353,7 +357,7 @@ def test_a_failing_sync_says_so(tmp_path: Path, synthetic, monkeypatch, code: in
     assert files(place) == files(synthetic.build(rows, tmp_path / "whole"))
 
 
-def test_a_reader_sees_what_is_committed_while_more_is_built(tmp_path: Path, synthetic) -> None:
+def test_a_reader_sees_committed_rows_during_a_build(tmp_path: Path, synthetic) -> None:
     first, more = synthetic.rows(8), synthetic.rows(60)
     place = synthetic.build(first, tmp_path)
     builder = FORK.Process(
@@ -375,7 +379,7 @@ def test_a_reader_sees_what_is_committed_while_more_is_built(tmp_path: Path, syn
     assert len(read_cache(tmp_path, more, synthetic.identity)) == 60
 
 
-def test_clocks_do_not_matter(tmp_path: Path, synthetic) -> None:
+def test_file_times_do_not_matter(tmp_path: Path, synthetic) -> None:
     rows = synthetic.rows(8)
     place = synthetic.build(rows, tmp_path)
     for number, path in enumerate(committed(place)):
@@ -406,9 +410,7 @@ def test_two_identities_under_one_root_never_mix(tmp_path: Path, synthetic) -> N
         read_cache(tmp_path, rows, other)
 
 
-def test_a_manifest_that_names_another_identitys_shard_is_refused(
-    tmp_path: Path, synthetic
-) -> None:
+def test_a_manifest_with_a_shard_of_another_identity_is_refused(tmp_path: Path, synthetic) -> None:
     rows = synthetic.rows(4)
     place = synthetic.build(rows, tmp_path)
     entry = write_shard(place, synthetic.values(synthetic.rows(4, first=4)), "b" * 64, 1)
@@ -422,7 +424,7 @@ def test_a_manifest_that_names_another_identitys_shard_is_refused(
         verify_cache(tmp_path)
 
 
-def test_a_newer_schema_says_what_wrote_it(tmp_path: Path, synthetic) -> None:
+def test_a_cache_of_a_newer_schema_is_refused_with_its_writer(tmp_path: Path, synthetic) -> None:
     rows = synthetic.rows(4)
     place = synthetic.build(rows, tmp_path)
     manifest = json.loads((place / "manifest.json").read_text())
@@ -436,7 +438,9 @@ def test_a_newer_schema_says_what_wrote_it(tmp_path: Path, synthetic) -> None:
 
 
 @pytest.mark.parametrize("schema", [2, 3])
-def test_an_old_cache_says_what_wrote_it(tmp_path: Path, synthetic, schema: int) -> None:
+def test_a_cache_of_an_older_schema_is_refused_with_its_writer(
+    tmp_path: Path, synthetic, schema: int
+) -> None:
     place = tmp_path / "0123456789abcdef"
     (place / "shards").mkdir(parents=True)
     (place / "identity.json").write_text(
@@ -447,7 +451,7 @@ def test_an_old_cache_says_what_wrote_it(tmp_path: Path, synthetic, schema: int)
         read_cache(tmp_path, synthetic.rows(1), synthetic.identity)
 
 
-def test_shards_whose_columns_do_not_fit_are_refused(tmp_path: Path, synthetic) -> None:
+def test_shards_with_inconsistent_columns_are_refused(tmp_path: Path, synthetic) -> None:
     rows = synthetic.values(synthetic.rows(4))
     entry = write_shard(tmp_path, rows, "a" * 64, 0)
     good = (tmp_path / "shards" / entry.file).read_bytes()
@@ -491,7 +495,7 @@ def test_shards_whose_columns_do_not_fit_are_refused(tmp_path: Path, synthetic) 
     )
 
 
-def test_what_is_not_finite_is_never_written(tmp_path: Path, synthetic) -> None:
+def test_non_finite_values_are_refused_before_writing(tmp_path: Path, synthetic) -> None:
     rows = synthetic.values(synthetic.rows(4))
     for bad in (np.nan, np.inf, -np.inf):
         rows.logps[2, 1] = bad
@@ -505,7 +509,7 @@ def test_equal_rows_are_equal_bytes(tmp_path: Path, synthetic) -> None:
     assert len({write_shard(tmp_path, rows, "a" * 64, 0).file for _ in range(30)}) == 1
 
 
-def test_ids_that_stand_for_two_rows_are_refused(tmp_path: Path, synthetic) -> None:
+def test_an_id_of_two_different_rows_is_refused(tmp_path: Path, synthetic) -> None:
     rows = synthetic.rows(3)
     again = dataclasses.replace(rows[1], id="t0")
     with pytest.raises(
@@ -517,7 +521,7 @@ def test_ids_that_stand_for_two_rows_are_refused(tmp_path: Path, synthetic) -> N
 
 
 @pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
-def test_order_filtering_and_repetition_do_not_matter(
+def test_row_order_filtering_and_repetition_do_not_change_values(
     tmp_path: Path, synthetic, count: int
 ) -> None:
     rows = synthetic.rows(60)
@@ -532,8 +536,10 @@ def test_order_filtering_and_repetition_do_not_matter(
 
 
 @pytest.mark.slow
-def test_a_million_rows(tmp_path: Path, synthetic, capsys) -> None:
-    """Prints what docs/guides/cache.md says; the bounds are four times what one old core needs."""
+def test_a_cache_of_a_million_rows_is_written_and_read_in_bounded_time(
+    tmp_path: Path, synthetic, capsys
+) -> None:
+    """It prints the numbers of docs/guides/cache.md; one old core needs a quarter of the bounds."""
     from realign.reference.reference import CacheReference
     from realign.reference.shards import Rows
     from realign.reference.store import read_committed

@@ -43,7 +43,7 @@ def mutated(identity: dict[str, Any], leaf: str) -> dict[str, Any]:
     return copy
 
 
-def test_every_field_of_the_identity_is_refused_by_its_name(
+def test_a_difference_in_any_identity_field_is_refused_by_name(
     tmp_path: Path, model_dir, synthetic
 ) -> None:
     whole = identity(model_dir)
@@ -144,7 +144,7 @@ MACHINES = {
 
 
 @pytest.mark.parametrize("name", MACHINES)
-def test_another_machine_is_refused_by_what_differs(
+def test_a_cache_of_another_machine_is_refused_with_the_differences(
     name: str, tmp_path: Path, model_dir, synthetic, monkeypatch
 ) -> None:
     rows = synthetic.rows(1)
@@ -165,7 +165,7 @@ def test_another_machine_is_refused_by_what_differs(
     assert message in str(refused.value)
 
 
-def test_float32_products_of_another_precision_are_refused(
+def test_a_cache_of_another_float32_matmul_precision_is_refused(
     tmp_path: Path, model_dir, synthetic
 ) -> None:
     rows = synthetic.rows(1)
@@ -181,7 +181,7 @@ def test_float32_products_of_another_precision_are_refused(
         torch.backends.mkldnn.matmul.fp32_precision = before
 
 
-def test_the_layout_is_what_training_chooses(model_dir) -> None:
+def test_the_layout_of_a_cache_equals_that_of_training(model_dir) -> None:
     from realign.modeling.loading import load_model
     from realign.modeling.packing import choose_layout
 
@@ -189,7 +189,7 @@ def test_the_layout_is_what_training_chooses(model_dir) -> None:
     assert scoring(model_dir, shared_prefix=False).model.layout == "separate"
 
 
-def test_the_nearest_of_several_is_named(tmp_path: Path, model_dir, synthetic) -> None:
+def test_the_most_similar_of_several_caches_is_named(tmp_path: Path, model_dir, synthetic) -> None:
     rows, whole = synthetic.rows(1), identity(model_dir)
     far = mutated(mutated(whole, "semantics.cells"), "semantics.rejected_scoring")
     far["semantics"]["cells"] = 3
@@ -202,10 +202,10 @@ def test_the_nearest_of_several_is_named(tmp_path: Path, model_dir, synthetic) -
     assert "semantics" not in str(refused.value)
 
 
-def test_what_changes_no_value_computes_nothing_again(
+def test_options_that_change_no_value_reuse_the_cache(
     tmp_path: Path, model_dir, records, monkeypatch
 ) -> None:
-    """Learning rate, beta, batch sizes, seed, epochs, folders, workers, logging."""
+    """These options are rates, batch sizes, seeds, epochs, folders, workers and logging."""
     data, root = tmp_path / "data.parquet", tmp_path / "cache"
     write_parquet(records(4), data)
     options = {"model": str(model_dir), "data": data, "out": root}

@@ -33,7 +33,7 @@ def scorer(folder: Path, **options):
     return scoring(folder, **options).load
 
 
-def test_a_probe_is_of_the_same_rows_in_any_order() -> None:
+def test_the_probed_rows_do_not_depend_on_the_row_order() -> None:
     keys = [f"{number:064x}" for number in range(200)]
     chosen = probe_rows(keys)
     assert len({*chosen}) == 64
@@ -41,7 +41,7 @@ def test_a_probe_is_of_the_same_rows_in_any_order() -> None:
     assert probe_rows(keys[:5]) == keys[:5]
 
 
-def test_the_probe_measures_what_batch_and_layout_change(tmp_path, model_dir, records) -> None:
+def test_the_probe_measures_the_variance_by_batch_and_layout(tmp_path, model_dir, records) -> None:
     rows = records(24)
     place = build(rows, model_dir, tmp_path)
     reference = read_cache(tmp_path, rows, identity(model_dir))
@@ -55,7 +55,7 @@ def test_the_probe_measures_what_batch_and_layout_change(tmp_path, model_dir, re
     assert json.loads((place / "manifest.json").read_text())["probe"]["rows"] == 24
 
 
-def test_a_layout_that_is_wrong_for_a_model_is_an_error(
+def test_a_layout_that_changes_the_values_of_a_model_is_refused(
     tmp_path: Path, synthetic, monkeypatch
 ) -> None:
     class Wrong(synthetic.Scoring):
@@ -81,7 +81,7 @@ def test_a_layout_that_is_wrong_for_a_model_is_an_error(
     assert read_cache(tmp_path, rows, bfloat16).batch_variance > 2e-4
 
 
-def test_other_numerics_are_used_only_after_they_agreed(tmp_path, model_dir, records) -> None:
+def test_other_numerics_are_accepted_only_if_the_probe_agrees(tmp_path, model_dir, records) -> None:
     rows = records(6)
     build(rows, model_dir, tmp_path, shared_prefix=False)
     needed = identity(model_dir)
@@ -99,7 +99,7 @@ def test_other_numerics_are_used_only_after_they_agreed(tmp_path, model_dir, rec
         read_cache(tmp_path, rows, other, accepting=scorer(model_dir))
 
 
-def test_values_that_disagree_are_refused_in_spite_of_the_flag(
+def test_accept_numerics_does_not_accept_differing_values(
     tmp_path: Path, model_dir, records, synthetic
 ) -> None:
     rows = records(3)
@@ -162,7 +162,7 @@ def test_bfloat16_margins_are_within_the_recorded_variance(tmp_path, model_dir, 
     assert output.image_margins.abs().max() <= 2 * (largest[0] + largest[2])
 
 
-def test_rows_are_checked_as_they_are_fed(tmp_path: Path, model_dir, records) -> None:
+def test_rows_are_checked_while_they_are_collated(tmp_path: Path, model_dir, records) -> None:
     rows = records(3)
     build(rows, model_dir, tmp_path)
     reference = read_cache(tmp_path, rows, identity(model_dir))
@@ -186,7 +186,7 @@ def test_rows_are_checked_as_they_are_fed(tmp_path: Path, model_dir, records) ->
     collate(processor)
 
 
-def test_one_row_in_256_has_its_pixels_compared(tmp_path: Path, synthetic) -> None:
+def test_pixels_are_compared_for_one_row_in_256(tmp_path: Path, synthetic) -> None:
     class WithoutPixels(synthetic.Scoring):
         def score(self, records):
             rows = super().score(records)
@@ -199,7 +199,7 @@ def test_one_row_in_256_has_its_pixels_compared(tmp_path: Path, synthetic) -> No
     assert np.flatnonzero(has_digest).tolist() == [0, 256, 512]
 
 
-def test_training_stops_at_a_row_that_is_fed_otherwise(
+def test_training_stops_at_a_row_with_changed_inputs(
     tmp_path: Path, model_dir, records, monkeypatch
 ) -> None:
     import realign.modeling.chat_template

@@ -48,7 +48,7 @@ def on_ranks(count: int, work: Callable[[Ranks], Any]) -> list[Any]:
     return [found[rank] for rank in range(count)]
 
 
-def test_ranks_share_the_work_and_make_the_rows_of_one_process(tmp_path: Path, synthetic) -> None:
+def test_ranks_share_the_work_and_build_the_rows_of_one_process(tmp_path: Path, synthetic) -> None:
     rows = synthetic.rows(45)
 
     def work(ranks: Ranks) -> list[str]:
@@ -70,7 +70,7 @@ def test_ranks_share_the_work_and_make_the_rows_of_one_process(tmp_path: Path, s
     assert verify_cache(several)
 
 
-def test_what_one_rank_is_refused_all_are(tmp_path: Path, synthetic) -> None:
+def test_a_refusal_on_one_rank_stops_every_rank(tmp_path: Path, synthetic) -> None:
     rows = synthetic.rows(8)
 
     class Failing(synthetic.Scoring):
@@ -90,7 +90,7 @@ def test_what_one_rank_is_refused_all_are(tmp_path: Path, synthetic) -> None:
     assert len(list(place.glob("shards/*"))) == 3  # the others' are kept
 
 
-def test_ranks_that_compute_differently_are_refused(tmp_path: Path, synthetic) -> None:
+def test_ranks_with_differing_numerics_are_refused(tmp_path: Path, synthetic) -> None:
     def work(ranks: Ranks) -> None:
         numerics = synthetic.identity["numerics"] | {"device": f"GPU {ranks.rank}"}
         identity = synthetic.identity | {"numerics": numerics}
@@ -136,7 +136,7 @@ def test_ranks_read_equal_caches_or_none(tmp_path: Path, synthetic, same: bool) 
         assert all("must be the same on every rank, got root hash" in said for said in found)
 
 
-def test_a_rank_without_the_cache_stops_all(tmp_path: Path, synthetic) -> None:
+def test_a_rank_without_the_cache_stops_every_rank(tmp_path: Path, synthetic) -> None:
     rows = synthetic.rows(4)
     synthetic.build(rows, tmp_path / "node0")
 
@@ -156,7 +156,7 @@ LAUNCHERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_launchers_build_what_one_process_builds(
+def test_launchers_build_the_same_cache_as_one_process(
     launcher: str, tmp_path: Path, model_dir, records
 ) -> None:
     data = tmp_path / "data.parquet"

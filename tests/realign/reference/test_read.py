@@ -33,7 +33,9 @@ def model_copy(model_dir: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(model_dir, tmp_path / "model"))
 
 
-def test_values_are_the_models_own_log_probabilities(tmp_path: Path, model_dir, records) -> None:
+def test_cached_values_equal_the_log_probabilities_of_the_model(
+    tmp_path: Path, model_dir, records
+) -> None:
     rows = records(3)
     build(rows, model_dir, tmp_path)
     cached = read_cache(tmp_path, rows, identity(model_dir))
@@ -54,7 +56,9 @@ def test_values_are_the_models_own_log_probabilities(tmp_path: Path, model_dir, 
         torch.testing.assert_close(cached[row.key], sums, atol=1e-4, rtol=1e-6)
 
 
-def test_order_filtering_and_repetition_do_not_matter(tmp_path: Path, model_dir, records) -> None:
+def test_row_order_filtering_and_repetition_do_not_change_values(
+    tmp_path: Path, model_dir, records
+) -> None:
     rows = records(6)
     build([*rows, rows[0]], model_dir, tmp_path)
     whole = read_cache(tmp_path, rows, identity(model_dir))
@@ -64,7 +68,9 @@ def test_order_filtering_and_repetition_do_not_matter(tmp_path: Path, model_dir,
     assert all(torch.equal(part[key], whole[key]) for key in part)
 
 
-def test_an_edited_or_new_row_is_missed_by_name(tmp_path: Path, model_dir, records) -> None:
+def test_edited_and_new_rows_are_reported_as_missing_by_name(
+    tmp_path: Path, model_dir, records
+) -> None:
     rows = records(2)
     build(rows, model_dir, tmp_path)
     edited = dataclasses.replace(rows[1], chosen=rows[1].chosen + "!")
@@ -72,7 +78,7 @@ def test_an_edited_or_new_row_is_missed_by_name(tmp_path: Path, model_dir, recor
         read_cache(tmp_path, [rows[0], edited], identity(model_dir))
 
 
-def test_more_rows_are_added_and_old_ones_kept(tmp_path: Path, model_dir, records) -> None:
+def test_a_later_build_adds_rows_and_keeps_old_ones(tmp_path: Path, model_dir, records) -> None:
     rows = records(6)
     place = build(rows[:4], model_dir, tmp_path)
     (first,) = place.glob("shards/*")
@@ -84,8 +90,8 @@ def test_more_rows_are_added_and_old_ones_kept(tmp_path: Path, model_dir, record
     assert len(read_cache(tmp_path, rows, identity(model_dir))) == 6
 
 
-def test_an_image_file_that_was_replaced_is_a_miss(tmp_path: Path, model_dir, records) -> None:
-    """Same name, same size, same time."""
+def test_a_replaced_image_file_makes_its_row_missing(tmp_path: Path, model_dir, records) -> None:
+    """The new file has the same name, size and time."""
     folder = tmp_path / "images"
     folder.mkdir()
     row = records(1)[0]
@@ -109,7 +115,7 @@ def test_an_image_file_that_was_replaced_is_a_miss(tmp_path: Path, model_dir, re
         read_cache(tmp_path / "cache", read_records(data, folder), identity(model_dir))
 
 
-def test_the_printed_folder_is_a_cache_too(tmp_path: Path, model_dir, records) -> None:
+def test_the_identity_folder_is_accepted_as_a_cache(tmp_path: Path, model_dir, records) -> None:
     rows = records(2)
     place = build(rows, model_dir, tmp_path)
     whole = read_cache(tmp_path, rows, identity(model_dir))
@@ -126,19 +132,17 @@ def test_the_printed_folder_is_a_cache_too(tmp_path: Path, model_dir, records) -
         read_cache(place, rows, identity(model_dir))
 
 
-def test_a_folder_that_does_not_exist_says_so(tmp_path: Path, model_dir, records) -> None:
+def test_a_missing_cache_folder_is_refused(tmp_path: Path, model_dir, records) -> None:
     with pytest.raises(RefusedError, match=r"got .*none, which does not exist\. Check --cache"):
         read_cache(tmp_path / "none", records(1), identity(model_dir))
 
 
-def test_an_empty_folder_says_so(tmp_path: Path, model_dir, records) -> None:
+def test_an_empty_cache_folder_is_refused(tmp_path: Path, model_dir, records) -> None:
     with pytest.raises(RefusedError, match=r"it is empty\.\nRun `realign cache`"):
         read_cache(tmp_path, records(1), identity(model_dir))
 
 
-def test_a_log_probability_that_is_not_finite_is_never_stored(
-    tmp_path: Path, model_copy, records
-) -> None:
+def test_a_non_finite_log_probability_is_not_stored(tmp_path: Path, model_copy, records) -> None:
     weights = load_file(model_copy / "model.safetensors")
     name = next(name for name in weights if name.endswith("norm.weight"))
     weights[name] = torch.full_like(weights[name], torch.nan)
@@ -162,7 +166,7 @@ def test_a_cache_has_the_files_that_the_documentation_lists(
     assert json.loads((place / "manifest.json").read_text())["rows"] == 10
 
 
-def test_batches_do_not_depend_on_shards(tmp_path: Path, model_dir, records) -> None:
+def test_values_do_not_depend_on_the_shard_size(tmp_path: Path, model_dir, records) -> None:
     rows = records(9)
     references = []
     for size in (2, 5, 100):  # 5 is rounded up to whole batches

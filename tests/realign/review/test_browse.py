@@ -82,7 +82,7 @@ def numbers(page: str) -> list[int]:
     return [int(number) for number in re.findall(r'<article [^>]*data-number="(\d+)"', page)]
 
 
-def test_a_decision_is_in_the_file_when_the_answer_comes(client, rows: Rows, tmp_path) -> None:
+def test_a_decision_is_stored_before_the_response_is_sent(client, rows: Rows, tmp_path) -> None:
     answer = decide(client, 3, "drop", "wrong \U0001f600")
     assert answer.json() == {"counts": {"undecided": 59, "keep": 0, "drop": 1, "flag": 0}}
     record = rows.record(3)
@@ -102,7 +102,9 @@ def undo(client: TestClient, **headers: str):
     return client.post("/undo", json={}, headers={"origin": ORIGIN} | headers)
 
 
-def test_decisions_are_undone_from_the_last_one_on(client, rows: Rows, tmp_path: Path) -> None:
+def test_decisions_are_undone_from_the_last_one_backwards(
+    client, rows: Rows, tmp_path: Path
+) -> None:
     decide(client, 3, "drop", "first")
     decide(client, 4, "keep")
     decide(client, 3, "flag", "second")
@@ -126,9 +128,7 @@ def test_decisions_are_undone_from_the_last_one_on(client, rows: Rows, tmp_path:
     assert read_decisions(tmp_path / "decisions.jsonl") == {}
 
 
-def test_decisions_about_rows_that_are_not_here_are_not_undone(
-    client, rows: Rows, tmp_path: Path
-) -> None:
+def test_undo_skips_decisions_about_other_rows(client, rows: Rows, tmp_path: Path) -> None:
     path = tmp_path / "decisions.jsonl"
     decide(client, 3, "drop")
     elsewhere = [Decision("r3", "0" * 64, "keep"), Decision("gone", rows.record(3).key, "keep")]
@@ -139,7 +139,9 @@ def test_decisions_about_rows_that_are_not_here_are_not_undone(
     assert [*read_decisions(path).values()] == elsewhere
 
 
-def test_another_page_cannot_undo(client, stranger: TestClient, tmp_path: Path) -> None:
+def test_a_request_from_another_origin_cannot_undo(
+    client, stranger: TestClient, tmp_path: Path
+) -> None:
     decide(client, 3, "drop")
     assert undo(client, origin="http://evil.example").status_code == 403
     for kind in ("text/plain", "application/x-www-form-urlencoded"):
@@ -150,7 +152,7 @@ def test_another_page_cannot_undo(client, stranger: TestClient, tmp_path: Path) 
     assert len(read_decisions(tmp_path / "decisions.jsonl")) == 1
 
 
-def test_decisions_of_another_program_are_seen(client, rows: Rows, tmp_path: Path) -> None:
+def test_decisions_written_by_another_program_are_shown(client, rows: Rows, tmp_path: Path) -> None:
     record = rows.record(7)
     append_decision(tmp_path / "decisions.jsonl", Decision(record.id, record.key, "drop"))
     assert numbers(client.get("/?status=drop").text) == [7]
@@ -158,7 +160,7 @@ def test_decisions_of_another_program_are_seen(client, rows: Rows, tmp_path: Pat
     assert numbers(client.get("/?status=drop").text) == [7]
 
 
-def test_a_row_that_changed_is_not_decided_about(client, tmp_path: Path) -> None:
+def test_a_decision_about_a_changed_row_is_refused(client, tmp_path: Path) -> None:
     body = {"number": 3, "key": "0" * 64, "decision": "drop"}
     answer = client.post("/decide", json=body, headers={"origin": ORIGIN})
     assert (answer.status_code, answer.text) == (
@@ -206,7 +208,7 @@ def test_filters_and_the_order_select_rows(client, query: str, expected: list[in
     assert numbers(client.get(f"/?{query}").text) == expected
 
 
-def test_pages_reach_every_row_once_while_rows_are_decided(client) -> None:
+def test_paging_reaches_every_row_once_while_rows_are_decided(client) -> None:
     seen: list[int] = []
     address = "/?status=undecided&sort=-similarity"
     while address:
@@ -219,7 +221,7 @@ def test_pages_reach_every_row_once_while_rows_are_decided(client) -> None:
     assert seen == sorted(seen, key=lambda n: -(n * 7 % 60))
 
 
-def test_the_previous_page_of_a_page_leads_back(rows: Rows) -> None:
+def test_page_links_lead_to_the_previous_and_next_pages(rows: Rows) -> None:
     second = rows.page(Query(), 24, 24)
     assert (second.before, second.total, second.previous, second.next) == (24, 60, 0, 48)
     assert rows.page(Query(), 48, 24).next is None
@@ -227,7 +229,7 @@ def test_the_previous_page_of_a_page_leads_back(rows: Rows) -> None:
     assert (beyond.rows, beyond.previous) == ([], 36)
 
 
-def test_what_a_model_wrote_is_text(client) -> None:
+def test_model_text_is_escaped(client) -> None:
     page = client.get("/").text
     assert "<script>alert" not in page
     assert "<img src=x" not in page
@@ -253,7 +255,7 @@ def test_requests_without_the_token_are_refused(stranger: TestClient, path: str)
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:8770", "127.0.0.1.evil.example", "0.0.0.0:8770", "["]
 )
-def test_another_host_name_is_not_answered(client, host: str) -> None:
+def test_requests_with_another_host_name_are_refused(client, host: str) -> None:
     for path in ("/", f"/?token={TOKEN}"):
         answer = client.get(path, headers={"host": host}, follow_redirects=False)
         assert answer.status_code == 421
@@ -272,7 +274,7 @@ def test_another_host_name_is_not_answered(client, host: str) -> None:
         {"sec-fetch-site": "same-site"},
     ],
 )
-def test_what_another_page_sends_is_refused(client, tmp_path: Path, headers) -> None:
+def test_decisions_from_another_origin_are_refused(client, tmp_path: Path, headers) -> None:
     assert decide(client, 3, "drop", **headers).status_code == 403
     assert not (tmp_path / "decisions.jsonl").exists()
 
@@ -286,7 +288,7 @@ def test_a_post_without_an_origin_or_as_a_form_is_refused(client, rows: Rows) ->
     assert rows.counts()["undecided"] == 60
 
 
-def test_images_are_not_embedded_by_other_pages(client) -> None:
+def test_images_are_not_served_to_other_sites(client) -> None:
     answer = client.get("/image/0/original", headers={"sec-fetch-site": "same-site"})
     assert answer.status_code == 403
     assert answer.headers["cross-origin-resource-policy"] == "same-origin"
@@ -333,7 +335,7 @@ def test_bad_decisions_are_refused(client, tmp_path: Path, body: bytes) -> None:
         "/thumbnail/99999999999999999999/original",
     ],
 )
-def test_other_paths_are_not_found(client, path: str) -> None:
+def test_unknown_paths_give_404(client, path: str) -> None:
     assert client.get(path).status_code == 404
 
 
@@ -393,7 +395,7 @@ def test_many_rows_are_browsed_without_their_images(tmp_path: Path, records, mon
     assert whole == list(range(14_999, 14_999 - PAGE_SIZE, -1))
 
 
-def test_a_damaged_row_is_shown_with_what_is_wrong_with_it(tmp_path: Path, records) -> None:
+def test_a_damaged_row_is_shown_with_its_problem(tmp_path: Path, records) -> None:
     path = tmp_path / "dataset.parquet"
     made = records(4)
     write_parquet(made, path)

@@ -137,7 +137,7 @@ def test_a_good_dataset_passes(tmp_path: Path, records, model_dir: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["d.parquet"]
 
 
-def test_bad_rows_of_the_authors_json_do_not_hide_the_others(tmp_path: Path, records) -> None:
+def test_bad_rows_of_official_json_do_not_stop_the_check(tmp_path: Path, records) -> None:
     rows = write_authors_images(records(8), tmp_path / "images")
     rows[1]["image"] = "gone.png"
     rows[1]["retrieved_image"] = "../x.png"
@@ -161,7 +161,7 @@ def test_bad_rows_of_the_authors_json_do_not_hide_the_others(tmp_path: Path, rec
     assert (findings.num_rows, len(findings.rejected), findings.has_passed) == (8, 6, False)
 
 
-def test_bad_rows_of_a_parquet_file_do_not_hide_the_others(tmp_path: Path, records) -> None:
+def test_bad_rows_of_a_parquet_file_do_not_stop_the_check(tmp_path: Path, records) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -181,7 +181,9 @@ def test_bad_rows_of_a_parquet_file_do_not_hide_the_others(tmp_path: Path, recor
 @pytest.mark.parametrize(
     ("share", "code"), [("0", 1), ("9.9%", 1), ("10%", 0), ("0.1", 0), ("100%", 0)]
 )
-def test_the_exit_code_follows_the_share(tmp_path: Path, records, share: str, code: int) -> None:
+def test_the_exit_code_depends_on_the_share_of_bad_rows(
+    tmp_path: Path, records, share: str, code: int
+) -> None:
     rows = records(10)
     rows[4] = dataclasses.replace(rows[4], chosen="")
     write_parquet(rows, tmp_path / "d.parquet")
@@ -205,7 +207,7 @@ def test_the_exit_code_follows_the_share(tmp_path: Path, records, share: str, co
         ((), "check.data is required"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_checked_exits_with_2(
+def test_data_that_cannot_be_checked_exits_with_2(
     tmp_path: Path, records, monkeypatch: pytest.MonkeyPatch, arguments: tuple, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -217,7 +219,7 @@ def test_what_cannot_be_checked_exits_with_2(
     assert "Traceback" not in result.output
 
 
-def test_many_of_a_kind_are_counted_and_few_are_shown(tmp_path: Path, records) -> None:
+def test_many_problems_of_a_kind_are_counted_and_few_are_shown(tmp_path: Path, records) -> None:
     rows = [dataclasses.replace(record, rejected="") for record in records(9)]
     write_parquet(rows, tmp_path / "d.parquet")
     findings = check(CheckConfig(data=tmp_path / "d.parquet"))
@@ -230,7 +232,7 @@ def test_many_of_a_kind_are_counted_and_few_are_shown(tmp_path: Path, records) -
     assert lines[3] == "  ... and 7 more"
 
 
-def test_missing_images_that_lie_elsewhere_are_noted(tmp_path: Path, records) -> None:
+def test_missing_images_found_in_another_folder_are_noted(tmp_path: Path, records) -> None:
     (tmp_path / "images" / "coco").mkdir(parents=True)
     rows = []
     for record in records(4):
@@ -246,7 +248,7 @@ def test_missing_images_that_lie_elsewhere_are_noted(tmp_path: Path, records) ->
     assert f"{folder}/r0.png exists: pass --images {folder}." in findings.notes
 
 
-def test_the_longest_row_is_set_by_the_user_too(tmp_path: Path, records, model_dir) -> None:
+def test_the_max_length_option_limits_the_row_length(tmp_path: Path, records, model_dir) -> None:
     write_parquet(records(6), tmp_path / "d.parquet")
     result = realign(
         "check", "--data", tmp_path / "d.parquet", "--model", model_dir, "--max-length", 40
@@ -255,7 +257,7 @@ def test_the_longest_row_is_set_by_the_user_too(tmp_path: Path, records, model_d
     assert "must have at most max_length = 40 tokens, got 5" in result.output
 
 
-def test_copies_may_be_allowed(tmp_path: Path, records) -> None:
+def test_duplicate_rows_may_be_allowed(tmp_path: Path, records) -> None:
     (row,) = records(1)
     row = dataclasses.replace(row, rejected_images=(jpeg(row.images[0]),))
     write_parquet([row], tmp_path / "d.parquet")
@@ -266,7 +268,7 @@ def test_copies_may_be_allowed(tmp_path: Path, records) -> None:
     assert check(config).has_passed
 
 
-def test_a_wrong_prediction_of_lengths_is_found_and_every_row_collated(
+def test_a_wrong_length_prediction_is_found_and_every_row_is_collated(
     tmp_path: Path, records, model_dir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from realign.modeling.lengths import ImageTokens
@@ -282,7 +284,9 @@ def test_a_wrong_prediction_of_lengths_is_found_and_every_row_collated(
     assert wrong["row_tokens"] == right["row_tokens"]
 
 
-def test_predicted_memory_is_that_of_the_loaded_model(tmp_path: Path, records, model_dir) -> None:
+def test_predicted_memory_equals_that_of_the_loaded_model(
+    tmp_path: Path, records, model_dir
+) -> None:
     write_parquet(records(2), tmp_path / "d.parquet")
     lora = LoraSection(r=4, alpha=8)
     findings = check(CheckConfig(data=tmp_path / "d.parquet", model=str(model_dir), lora=lora))
@@ -310,7 +314,7 @@ def problems_for(processor, record) -> list[tuple[str, str]]:
     return [(problem.field, problem.code) for problem in found]
 
 
-def test_an_answer_that_the_tokenizer_drops_has_nothing_to_score(records, model_dir) -> None:
+def test_an_answer_without_tokens_is_reported(records, model_dir) -> None:
     (row,) = records(1)
     row = dataclasses.replace(row, rejected="\u200b\u200b")
     processor = load_processor(model_dir)
@@ -319,7 +323,7 @@ def test_an_answer_that_the_tokenizer_drops_has_nothing_to_score(records, model_
     assert problems_for(processor, row) == [("rejected", "no-scored-token")]
 
 
-def test_a_template_that_changes_an_answer_is_named(records, model_dir) -> None:
+def test_a_template_that_changes_an_answer_is_reported(records, model_dir) -> None:
     (row,) = records(1)
     processor = load_processor(model_dir)
     assert problems_for(processor, row) == []
@@ -327,7 +331,7 @@ def test_a_template_that_changes_an_answer_is_named(records, model_dir) -> None:
     assert problems_for(processor, row) == [("", "template")]
 
 
-def test_no_weights_are_loaded(tmp_path: Path, records, model_dir: Path) -> None:
+def test_the_check_loads_no_weights(tmp_path: Path, records, model_dir: Path) -> None:
     write_parquet(records(2), tmp_path / "d.parquet")
     copy = tmp_path / "model"
     copy.mkdir()
@@ -337,7 +341,7 @@ def test_no_weights_are_loaded(tmp_path: Path, records, model_dir: Path) -> None
     assert check(CheckConfig(data=tmp_path / "d.parquet", model=str(copy))).has_passed
 
 
-def test_a_damaged_parquet_file_is_named(tmp_path: Path, records) -> None:
+def test_a_damaged_parquet_file_is_reported_by_name(tmp_path: Path, records) -> None:
     path = tmp_path / "d.parquet"
     write_parquet(records(3), path)
     raw = bytearray(path.read_bytes())
@@ -348,7 +352,7 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path, records) -> None:
     assert len(findings.rejected) == 3
 
 
-def test_a_file_that_is_not_an_image_is_reported_of_the_evaluation(
+def test_a_bad_image_of_the_evaluation_data_is_reported(
     tmp_path: Path, records, eval_images: Path
 ) -> None:
     (eval_images / "bad.png").write_bytes(b"x")

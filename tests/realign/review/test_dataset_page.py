@@ -79,7 +79,7 @@ def dataset(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "run" / "dataset"))
 
 
-def test_numbers_are_those_of_the_files(dataset: Path) -> None:
+def test_the_numbers_of_the_page_equal_those_of_the_files(dataset: Path) -> None:
     outcomes = [
         json.loads(line)
         for path in (dataset / "shards").glob("*.jsonl")
@@ -127,7 +127,7 @@ def test_tiles_agree_with_the_table_of_the_rows(dataset: Path, unsampled: int, w
     assert f"{accepted} of {masked + 3}</span>" in text
 
 
-def test_medians_say_how_far_the_values_spread(tmp_path: Path, records) -> None:
+def test_medians_are_shown_with_their_quartiles(tmp_path: Path, records) -> None:
     rows = [
         dataclasses.replace(record, meta={"similarity": {"value": number / 4}})
         for number, record in enumerate(records(5))
@@ -139,7 +139,7 @@ def test_medians_say_how_far_the_values_spread(tmp_path: Path, records) -> None:
     assert "0.50 median similarity of the answers half of them from 0.25 to 0.75" in text
 
 
-def test_the_page_is_one_file_that_loads_nothing(dataset: Path) -> None:
+def test_the_page_is_one_file_without_external_resources(dataset: Path) -> None:
     page = write_report(dataset).read_text()
     assert all(address.startswith(("data:image/webp;", "#")) for address in Page(page).addresses)
     policy = html.unescape(re.findall(r'Security-Policy" content="([^"]+)"', page)[0])
@@ -150,7 +150,7 @@ def test_the_page_is_one_file_that_loads_nothing(dataset: Path) -> None:
     assert write_report(dataset, dataset / "again.html").read_text() == page
 
 
-def test_what_a_model_wrote_is_text(tmp_path: Path, records) -> None:
+def test_model_text_is_escaped(tmp_path: Path, records) -> None:
     evil = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
     rows = [
         dataclasses.replace(
@@ -172,7 +172,7 @@ def test_what_a_model_wrote_is_text(tmp_path: Path, records) -> None:
     assert page.cards[0]["data-id"] == evil
 
 
-def test_distances_of_refused_candidates_are_shown_where_they_are_there(dataset: Path) -> None:
+def test_similarities_of_refused_candidates_are_shown_if_recorded(dataset: Path) -> None:
     def labels() -> list[str]:
         page = write_report(dataset).read_text()
         return re.findall(r">(accepted|refused|threshold 0.95)</text>", page)
@@ -201,7 +201,7 @@ def test_decisions_are_counted_and_marked(dataset: Path) -> None:
     assert text.count("drop: why") == 2
 
 
-def test_a_large_dataset_is_sampled_and_says_so(tmp_path: Path, records) -> None:
+def test_a_large_dataset_is_sampled_with_a_note(tmp_path: Path, records) -> None:
     record = records(1)[0]
     many = (dataclasses.replace(record, id=str(n)) for n in range(1000))
     write_parquet(many, tmp_path / "dataset.parquet")
@@ -214,7 +214,9 @@ def test_a_large_dataset_is_sampled_and_says_so(tmp_path: Path, records) -> None
     assert [spread(records(n), 8)[-1].id for n in (1, 8, 10, 15)] == ["r0", "r7", "r8", "r13"]
 
 
-def test_thumbnails_are_small_and_an_unreadable_image_says_why(tmp_path: Path, records) -> None:
+def test_thumbnails_are_small_and_unreadable_images_show_their_error(
+    tmp_path: Path, records
+) -> None:
     noise = Image.effect_noise((1500, 1000), 90).convert("RGB")
     buffer = io.BytesIO()
     noise.save(buffer, "PNG")
@@ -230,7 +232,7 @@ def test_thumbnails_are_small_and_an_unreadable_image_says_why(tmp_path: Path, r
     assert "row r0, rejected_images: image must be a readable JPEG, PNG, WEBP file" in text
 
 
-def test_where_the_page_goes(tmp_path: Path) -> None:
+def test_the_default_page_lies_beside_the_dataset(tmp_path: Path) -> None:
     for name in ("dataset.parquet", "pairs.parquet"):
         (tmp_path / name).touch()
     assert default_page(tmp_path) == tmp_path / "report.html"
@@ -252,13 +254,13 @@ def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path / "none.parquet")
 
 
-def test_plots_of_one_value() -> None:
+def test_plots_of_a_single_value_are_drawn() -> None:
     assert "<svg" in histogram("x", {"accepted": [0.5], "refused": []}, "similarity")
     assert "<svg" in compared_histogram("x", {"chosen": [3], "rejected": [3]}, "words")
     assert "<svg" in compared_histogram("x", {"chosen": [0, 5000], "rejected": [1]}, "words")
 
 
-def test_text_pairs_of_a_source_are_not_said_to_be_induced(tmp_path: Path, records) -> None:
+def test_text_pairs_of_a_source_are_not_described_as_induced(tmp_path: Path, records) -> None:
     write_parquet(records(3), tmp_path / "pairs.parquet")
     text = " ".join(write_report(tmp_path / "pairs.parquet").read_text().split())
     assert "Chosen and rejected are the source's own answers" in text

@@ -139,7 +139,7 @@ def test_clicks_and_keys_become_decisions(page, dataset: Path, address: str) -> 
     assert decided(dataset)[ids[1]][0] == "keep"
 
 
-def test_filters_and_pages_of_the_gallery(page, dataset: Path, address: str) -> None:
+def test_the_gallery_filters_sorts_and_pages(page, dataset: Path, address: str) -> None:
     records = read_records(dataset, None)
     page.goto(address)
     page.locator("[name=sort]").select_option("-similarity")
@@ -269,7 +269,7 @@ def test_decisions_are_undone_by_key_and_button(page, dataset: Path, address: st
     assert decided(dataset) == {}
 
 
-def test_the_keys_are_listed(page, dataset: Path, address: str) -> None:
+def test_the_keyboard_shortcuts_are_listed(page, dataset: Path, address: str) -> None:
     page.goto(address)
     keys = page.locator("#keys")
     assert not keys.is_visible()
@@ -356,7 +356,7 @@ BROKEN = """() => [...document.querySelectorAll("td, th, .tile b, .interval i")]
 
 
 @pytest.mark.parametrize("width", [400, 700, 1280])
-def test_many_models_fit_and_no_number_is_broken(
+def test_many_models_fit_the_screen_without_broken_numbers(
     page,
     scores,  # noqa: F811
     tmp_path: Path,

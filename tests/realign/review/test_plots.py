@@ -57,7 +57,7 @@ def ticks(plot: str, axis: str) -> list[float]:
         ("differences", ["percentage points"]),
     ],
 )
-def test_axes_name_what_they_count_or_measure(name: str, labels: list[str]) -> None:
+def test_axes_name_their_quantities(name: str, labels: list[str]) -> None:
     assert {*labels} <= {*texts(PLOTS[name])}
 
 
@@ -74,7 +74,7 @@ def test_counts_have_whole_ticks(most: int) -> None:
         assert found == [round(tick) for tick in found]
 
 
-def test_one_rank_is_a_sentence() -> None:
+def test_a_single_rank_is_a_sentence_instead_of_a_plot() -> None:
     assert rank_plot({1: 1_234, 2: 0}) == (
         "<p>The retrieved image of every pair (1,234) has rank 1.</p>"
     )
@@ -101,7 +101,7 @@ def test_series_differ_in_the_kind_of_line() -> None:
 
 
 @pytest.mark.parametrize("name", PLOTS)
-def test_every_colour_has_one_for_dark_screens(name: str) -> None:
+def test_every_colour_has_a_variant_for_dark_screens(name: str) -> None:
     plot = str(PLOTS[name])
     style, drawing = plot.partition("</style>")[0], without_style(plot)
     used = {*re.findall(r"#[0-9a-f]{6}", drawing)}
@@ -196,7 +196,7 @@ def test_colours_differ_for_every_kind_of_colour_vision(blindness: str) -> None:
     ],
 )
 def test_legends_are_below_the_axis_label(name: str, label: str, series: list[str]) -> None:
-    """There they cover no data, and matplotlib searches no place, which takes long for much."""
+    """Below the plot they cover no data, and matplotlib does not search for a free place."""
     heights: dict[str, float] = {}
     for style, text in re.findall(r"<text([^>]*)>([^<]+)</text>", without_style(PLOTS[name])):
         rotated = re.search(r"translate\([\d.]+ ([\d.]+)\)", style)

@@ -24,7 +24,7 @@ def test_word_diff_marks_the_words_that_differ() -> None:
     assert rejected == Markup('There is a <mark class="lost">blue</mark> house.')
 
 
-def test_word_diff_escapes_what_a_model_wrote() -> None:
+def test_word_diff_escapes_model_text() -> None:
     chosen, rejected = word_diff("a <b>", "a <script>alert(1)</script>")
     assert "<script>" not in rejected
     assert "<b>" not in chosen
@@ -49,7 +49,7 @@ def run(tmp_path: Path, records) -> Path:
     return tmp_path / "run"
 
 
-def test_one_file_without_outside_references(run: Path) -> None:
+def test_the_report_is_one_file_without_external_references(run: Path) -> None:
     page = write_report(run, run / "report.html").read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)[^"']+""", page)
     assert "://" not in re.sub(r'xmlns(:\w+)?="[^"]+"', "", page)
@@ -57,7 +57,7 @@ def test_one_file_without_outside_references(run: Path) -> None:
     assert "onerror=alert(1)&gt;" in page
 
 
-def test_it_shows_pairs_curves_and_counts(run: Path) -> None:
+def test_the_report_shows_pairs_curves_and_counts(run: Path) -> None:
     page = write_report(run, run / "report.html").read_text()
     assert page.count('alt="original image"') == page.count('alt="retrieved image"') == 8
     for text in (
@@ -86,7 +86,7 @@ def test_words_for_absent_objects_are_marked(text: str, phrases: list[str], show
     assert _marked_phrases(text, phrases) == shown
 
 
-def test_differences_differ_by_shape_and_number() -> None:
+def test_better_and_worse_are_told_apart_by_shape_and_number() -> None:
     plot = difference_plot(
         "aligned minus base",
         [
@@ -105,7 +105,7 @@ def test_differences_differ_by_shape_and_number() -> None:
     assert difference_plot("nothing", []) is None
 
 
-def test_metrics_that_are_not_defined_are_left_out_of_curves(tmp_path: Path) -> None:
+def test_undefined_metrics_are_omitted_from_curves(tmp_path: Path) -> None:
     lines = [
         '{"step": 1, "loss": 1.5, "rewards/text_margins": NaN, "rewards/chosen": null}',
         '{"step": 2, "loss": Infinity, "rewards/text_margins": null}',
@@ -119,7 +119,7 @@ def test_metrics_that_are_not_defined_are_left_out_of_curves(tmp_path: Path) -> 
     assert "<svg" not in write_report(tmp_path, tmp_path / "report.html").read_text()
 
 
-def test_no_pair_was_accepted_at_any_rank(run: Path) -> None:
+def test_a_funnel_without_accepted_pairs_is_reported(run: Path) -> None:
     funnel = json.loads((run / "dataset" / "funnel.json").read_text())
     funnel["accepted_by_rank"] = {}
     (run / "dataset" / "funnel.json").write_text(json.dumps(funnel))

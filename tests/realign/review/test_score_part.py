@@ -164,7 +164,7 @@ def lines(page: str) -> list[str]:
     return [" ".join(re.sub("<[^>]*>", " ", each).split()) for each in found]
 
 
-def test_a_row_says_what_changed_and_whether_it_is_noise(
+def test_a_score_row_shows_the_difference_and_its_verdict(
     scores: dict[str, Any], tmp_path: Path
 ) -> None:
     shown = lines(page_of(scores, tmp_path))
@@ -185,9 +185,7 @@ def tiles(page: str) -> list[str]:
     return [" ".join(re.sub("<[^>]*>", " ", each).split()) for each in found]
 
 
-def test_headline_scores_have_their_intervals_beside_them(
-    scores: dict[str, Any], tmp_path: Path
-) -> None:
+def test_headline_scores_have_intervals(scores: dict[str, Any], tmp_path: Path) -> None:
     shown = tiles(page_of(scores, tmp_path))
     assert shown == [
         "50.0 → 70.0 POPE, accuracy, base → aligned 95 %: 45.0 to 55.0 → 65.0 to 75.0; "
@@ -211,7 +209,7 @@ def test_every_model_has_a_line_below_its_metric(scores: dict[str, Any], tmp_pat
     assert page.count('rowspan="4"') == 3
 
 
-def test_every_split_and_metric_is_there_in_its_unit(
+def test_every_split_and_metric_is_shown_in_its_unit(
     scores: dict[str, Any], tmp_path: Path
 ) -> None:
     page = page_of(scores, tmp_path)
@@ -230,7 +228,7 @@ def test_every_split_and_metric_is_there_in_its_unit(
     )
 
 
-def test_length_cuts_circles_and_yes_stand_beside_the_scores(
+def test_answer_length_truncation_repetition_and_yes_rate_are_shown(
     scores: dict[str, Any], tmp_path: Path
 ) -> None:
     shown = lines(page_of(scores, tmp_path))
@@ -239,7 +237,7 @@ def test_length_cuts_circles_and_yes_stand_beside_the_scores(
     assert "pope_random 100 aligned 3.5 0.0 0.0 52.0" in shown
 
 
-def test_answers_that_a_judge_has_yet_to_read_have_their_probes_alone(
+def test_unjudged_answers_are_shown_with_their_probes_only(
     scores: dict[str, Any], tmp_path: Path
 ) -> None:
     probes = {model: {"mean_words": 9.0} for model in scores["models"]}
@@ -248,7 +246,7 @@ def test_answers_that_a_judge_has_yet_to_read_have_their_probes_alone(
     assert "mmhal 100 base 9.0 — — —" in lines(page_of(scores, tmp_path))
 
 
-def test_answers_gained_and_lost_are_shown_with_who_is_right(
+def test_gained_and_lost_answers_are_shown_with_the_right_model(
     scores: dict[str, Any], tmp_path: Path
 ) -> None:
     page = page_of(scores, tmp_path)
@@ -271,7 +269,9 @@ def test_answers_gained_and_lost_are_shown_with_who_is_right(
     assert 'src="data:image/webp;base64,' in page[lost:]
 
 
-def test_a_model_alone_is_shown_without_comparisons(scores: dict[str, Any], tmp_path: Path) -> None:
+def test_a_single_model_is_shown_without_comparisons(
+    scores: dict[str, Any], tmp_path: Path
+) -> None:
     scores["models"] = ["base"]
     split = scores["benchmarks"]["pope"]["rules"]["official"]["splits"]["random"]
     del split["models"]["aligned"]
@@ -289,7 +289,7 @@ def test_a_model_alone_is_shown_without_comparisons(scores: dict[str, Any], tmp_
     assert "Answers gained and lost" not in page
 
 
-def test_what_is_not_defined_has_a_dash_and_a_reason(
+def test_undefined_scores_are_shown_as_a_dash_with_the_reason(
     scores: dict[str, Any], tmp_path: Path
 ) -> None:
     split = scores["benchmarks"]["pope"]["rules"]["official"]["splits"]["random"]

@@ -29,7 +29,7 @@ NO_FILES = {
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_not_written(tmp_path: Path, value: float) -> None:
+def test_non_finite_numbers_are_not_written(tmp_path: Path, value: float) -> None:
     row = {"a": [{"b": value}]}
     for write in (
         lambda: write_json(tmp_path / "a.json", row),
@@ -45,14 +45,14 @@ def test_what_is_not_finite_is_not_written(tmp_path: Path, value: float) -> None
     assert read_jsonl(tmp_path / "a.jsonl") == [{"a": [{"b": None}]}]
 
 
-def test_what_is_finite_stays() -> None:
+def test_finite_values_are_written_unchanged() -> None:
     value = {"a": (1, 2.5, True, None, "nan"), 3: []}
     assert finite_or_null(value) == {"a": [1, 2.5, True, None, "nan"], 3: []}
     assert json_text("é") == '"é"'
     assert json_text("é", ensure_ascii=True) == json.dumps("é")
 
 
-def test_one_function_spells_json() -> None:
+def test_only_one_module_writes_json() -> None:
     root = Path(realign.__file__).parent
     spelling = {
         path.relative_to(root).as_posix()

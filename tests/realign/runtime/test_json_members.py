@@ -24,7 +24,7 @@ LISTS = ["annotations", "empty", "last"]
 
 @pytest.mark.parametrize("part", [1, 2, 3, 7, 64, 1 << 22])
 @pytest.mark.parametrize("indent", [None, 1])
-def test_parts_of_any_size(
+def test_members_are_read_for_any_part_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int, indent: int | None
 ) -> None:
     monkeypatch.setattr(strict_json, "_PART_BYTES", part)
@@ -55,7 +55,7 @@ def test_parts_of_any_size(
         ('{"a": ["\udc80"]}', "must be UTF-8, got byte 0x80"),
     ],
 )
-def test_what_is_malformed_is_named(tmp_path: Path, text: str, message: str) -> None:
+def test_malformed_members_are_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "big.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(RefusedError, match=message) as error:
@@ -63,7 +63,9 @@ def test_what_is_malformed_is_named(tmp_path: Path, text: str, message: str) -> 
     assert "big.json" in str(error.value)
 
 
-def test_no_more_than_a_part_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_members_are_read_in_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(strict_json, "_PART_BYTES", 1 << 12)
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"a": [{"n": i, "text": "x" * 80} for i in range(5000)]}))

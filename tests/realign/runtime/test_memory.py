@@ -42,6 +42,6 @@ def test_the_strictest_limit_of_memory_is_found(
     assert usable_memory(tmp_path) == expected
 
 
-def test_without_control_groups_it_is_the_machines(tmp_path: Path) -> None:
+def test_usable_memory_without_control_groups_is_that_of_the_machine(tmp_path: Path) -> None:
     assert usable_memory(tmp_path) == PHYSICAL
     assert 0 < usable_memory() <= PHYSICAL

@@ -38,7 +38,7 @@ def test_a_note_follows_the_counts(capsys: pytest.CaptureFixture[str], monkeypat
     assert last.endswith(" s; loss 0.693")
 
 
-def test_what_was_done_before_has_no_rate(capsys: pytest.CaptureFixture[str]) -> None:
+def test_work_done_before_has_no_rate(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("work", 3, done=3):
         pass
     assert lines(capsys) == ["work: 3/3, done before"]
@@ -50,10 +50,10 @@ def test_a_failed_run_prints_no_last_line(capsys: pytest.CaptureFixture[str]) ->
     assert lines(capsys) == []
 
 
-def test_a_note_that_comes_after_the_last_count_is_printed(
+def test_a_note_after_the_last_count_is_printed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loss comes so late: it is logged when the step has been counted."""
+    """A loss arrives after its step has been counted."""
     monkeypatch.setattr(progress, "LINE_INTERVAL_SECONDS", -1)  # every count has a line
     with Progress("train", 1) as running:
         running.advance()

@@ -18,7 +18,7 @@ def refusal(folder: Path, verb: str, what: dict[str, object], **options) -> str:
     return str(refused.value)
 
 
-def test_the_remedy_names_the_files_of_that_run_and_what_to_keep(tmp_path: Path) -> None:
+def test_the_refusal_lists_the_files_of_that_run_and_those_to_keep(tmp_path: Path) -> None:
     claim(tmp_path, "train", {"beta": 0.1})
     for name in ("checkpoint", "dataset", "cache", "eval"):
         (tmp_path / name).mkdir()
@@ -31,7 +31,7 @@ def test_the_remedy_names_the_files_of_that_run_and_what_to_keep(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["dataset.parquet", "shards/00003.jsonl", "build.json"])
-def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path, name: str) -> None:
+def test_temporary_files_of_a_killed_run_are_removed(tmp_path: Path, name: str) -> None:
     code = (
         "import os, signal\n"
         "from pathlib import Path\n"
@@ -55,7 +55,9 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path, name: st
         assert all((tmp_path / other).is_file() for other in others)
 
 
-def test_what_the_remedy_names_is_what_the_verb_writes(tmp_path: Path, model_dir, records) -> None:
+def test_the_removable_files_are_those_that_the_command_writes(
+    tmp_path: Path, model_dir, records
+) -> None:
     from realign.config import TrainConfig
     from realign.data.formats.parquet import write_parquet
     from realign.training.run import train
@@ -82,7 +84,7 @@ def test_what_the_remedy_names_is_what_the_verb_writes(tmp_path: Path, model_dir
         ("a" * 9, "b" * 9, "others stored, or in another order, 9 requested"),
     ],
 )
-def test_rows_that_differ_are_counted_and_the_first_is_named(
+def test_differing_rows_are_counted_and_the_first_is_named(
     tmp_path: Path, stored: str, requested: str, line: str
 ) -> None:
     claim(tmp_path, "train", {"rows": [f"hash {key}" for key in stored]})
@@ -104,7 +106,7 @@ def test_a_damaged_record_is_refused(tmp_path: Path, content: bytes) -> None:
     assert record.read_bytes() == content
 
 
-def test_a_model_that_is_not_asked_for_is_named_without_its_files(tmp_path: Path) -> None:
+def test_an_unrequested_model_is_named_without_its_files(tmp_path: Path) -> None:
     files = {"model.safetensors": "0a1b"}
     claim(tmp_path, "eval", {"models": {"base": files, "x": files}})
     message = refusal(tmp_path, "eval", {"models": {"base": files, "y": files}})

@@ -21,13 +21,13 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return chosen
 
 
-def test_spinning_is_limited(environment) -> None:
+def test_limit_spinning_sets_the_spin_count(environment) -> None:
     spinning.limit_spinning()
     assert environment["GOMP_SPINCOUNT"] == spinning.SPIN_COUNT
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_the_users_choice_stays(environment, name: str) -> None:
+def test_limit_spinning_keeps_the_users_setting(environment, name: str) -> None:
     environment[name] = before = "active" if name == "OMP_WAIT_POLICY" else "7"
     spinning.limit_spinning()
     assert {choice: environment.get(choice) for choice in CHOICES} == {
@@ -36,7 +36,7 @@ def test_the_users_choice_stays(environment, name: str) -> None:
     }
 
 
-def test_the_demo_limits_it_before_torch_is_loaded(environment) -> None:
+def test_the_demo_limits_spinning_before_it_imports_torch(environment) -> None:
     code = (
         "import sys\n"
         "from realign.runtime import spinning\n"

@@ -71,7 +71,9 @@ def lines(tmp_path: Path, raw: bytes) -> list[tuple[int, object]]:
         (b"\xef\xbb\xbf{}", "json"),
     ],
 )
-def test_a_bad_line_is_refused_and_the_next_is_read(tmp_path: Path, line: bytes, code: str) -> None:
+def test_a_bad_line_is_reported_and_the_next_is_read(
+    tmp_path: Path, line: bytes, code: str
+) -> None:
     assert lines(tmp_path, b"1\n" + line + b'\n{"b": 2}\n') == [(1, 1), (2, code), (3, {"b": 2})]
     assert lines(tmp_path, b"1\n" + line + b"\n" + line + b"\r\n") == [(1, 1), (2, code), (3, code)]
 
@@ -89,7 +91,7 @@ def test_a_bad_line_is_refused_and_the_next_is_read(tmp_path: Path, line: bytes,
         (b'{"a": {"a": 1}, "b": {"a": 1}}', [{"a": {"a": 1}, "b": {"a": 1}}]),
     ],
 )
-def test_good_lines_are_their_values(tmp_path: Path, raw: bytes, values: list) -> None:
+def test_valid_lines_give_their_values(tmp_path: Path, raw: bytes, values: list) -> None:
     assert lines(tmp_path, raw) == [*enumerate(values, start=1)]
 
 
@@ -101,7 +103,7 @@ def test_utf_16_is_named(tmp_path: Path) -> None:
     )
 
 
-def test_the_length_of_a_line_that_is_too_long_is_reported(tmp_path: Path) -> None:
+def test_a_line_that_is_too_long_is_refused_with_its_length(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"x" * 2_500_000 + b"\n1")
     (_, error), last = iter_jsonl(tmp_path / "a.jsonl")
     assert "must have at most 1048576 bytes, got 2500001" in str(error)
@@ -109,7 +111,7 @@ def test_the_length_of_a_line_that_is_too_long_is_reported(tmp_path: Path) -> No
 
 
 def test_lines_are_read_one_at_a_time(tmp_path: Path) -> None:
-    """200 MB of lines in the memory of few, one of them without an end."""
+    """Lines of 200 MB, of which one has 150 MB, are read in less than 8 MB of memory."""
     line = b'{"text": "' + b"x" * 100_000 + b'"}\n'
     with (tmp_path / "a.jsonl").open("wb") as file:
         file.writelines([line] * 500)
@@ -135,7 +137,9 @@ def test_lines_are_read_one_at_a_time(tmp_path: Path) -> None:
         ('{"a":\n', "line 2 must be JSON"),
     ],
 )
-def test_a_json_file_is_read_as_strictly(tmp_path: Path, text: str, message: str) -> None:
+def test_a_json_file_is_read_with_the_same_strictness(
+    tmp_path: Path, text: str, message: str
+) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(RefusedError, match=rf"a\.json.*{message}"):
         read_json(tmp_path / "a.json")

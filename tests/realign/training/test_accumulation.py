@@ -58,7 +58,7 @@ def uneven(tmp_path_factory) -> tuple[Path, Run]:
 @pytest.mark.parametrize(
     "accumulation", [4, *(pytest.param(number, marks=pytest.mark.full) for number in (2, 8, 32))]
 )
-def test_accumulation_is_the_full_batch(ragged, accumulation: int) -> None:
+def test_accumulated_micro_batches_equal_the_full_batch(ragged, accumulation: int) -> None:
     folder, whole = ragged
     check_equal(step(folder, 32 // accumulation, accumulation), whole)
 
@@ -70,14 +70,16 @@ def test_accumulation_is_the_full_batch(ragged, accumulation: int) -> None:
         pytest.param(12, 2, id="12+1", marks=pytest.mark.full),
     ],
 )
-def test_an_uneven_last_batch_counts_its_pairs(uneven, batch_size: int, accumulation: int) -> None:
+def test_an_uneven_last_micro_batch_is_weighted_by_its_pairs(
+    uneven, batch_size: int, accumulation: int
+) -> None:
     """Averaging micro-batches would weigh the one pair of the last as much as four others."""
     folder, whole = uneven
     check_equal(step(folder, batch_size, accumulation), whole)
 
 
-def test_every_step_of_an_epoch_counts_its_own_pairs(tmp_path: Path) -> None:
-    """13 pairs in steps of eight and five, of which the last micro-batch has one."""
+def test_every_step_averages_over_its_own_pairs(tmp_path: Path) -> None:
+    """The 13 pairs make steps of eight and five, and the last micro-batch has one pair."""
     write_pairs(tmp_path, 13)
     parts = run(tmp_path, "parts", per_device_train_batch_size=2, gradient_accumulation_steps=4)
     whole = run(tmp_path, "whole", per_device_train_batch_size=8)
@@ -88,7 +90,7 @@ def test_every_step_of_an_epoch_counts_its_own_pairs(tmp_path: Path) -> None:
         assert line["loss"] == pytest.approx(expected["loss"], abs=1e-6)
 
 
-def test_a_loss_outside_of_training_is_the_mean_of_its_pairs(tmp_path: Path) -> None:
+def test_the_evaluation_loss_is_the_mean_over_pairs(tmp_path: Path) -> None:
     write_pairs(tmp_path, 3)
     seen = step(tmp_path, 3, 1)
     batch = seen.trainer.data_collator(list(seen.trainer.train_dataset))

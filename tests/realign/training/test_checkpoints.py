@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, harm
         ({"schema": 1, "step": 3, "files": {"a": {"bytes": 1, "sha256": ""}}}, "was changed"),
     ],
 )
-def test_a_manifest_of_something_else_is_damage(tmp_path: Path, manifest, why) -> None:
+def test_an_inconsistent_manifest_counts_as_damage(tmp_path: Path, manifest, why) -> None:
     place = save(tmp_path, 3)
     spaces = None if why == "was changed" else 2
     (place / MANIFEST).write_text(json.dumps(manifest, indent=spaces) + "\n")
@@ -102,7 +102,7 @@ def test_a_file_that_was_added_later_does_not_count_as_damage(tmp_path: Path) ->
     assert damage(place) is None
 
 
-def test_other_folders_are_not_taken_for_checkpoints(tmp_path: Path) -> None:
+def test_other_folders_are_not_listed_as_checkpoints(tmp_path: Path) -> None:
     for name in ("checkpoint-best", "checkpoint-", SAVING, "checkpoint-3.tmp"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-8").write_text("a file")
@@ -111,7 +111,7 @@ def test_other_folders_are_not_taken_for_checkpoints(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "absent") is None
 
 
-def test_what_a_new_checkpoint_makes_useless_is_removed(tmp_path: Path) -> None:
+def test_pruning_removes_old_and_later_checkpoints(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8, 9):
         save(tmp_path, step)
     (tmp_path / REMOVING).mkdir()  # of a run that was killed
@@ -130,7 +130,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     assert damage(place) is None
 
 
-def test_state_comes_back_bit_by_bit_and_type_by_type(tmp_path: Path) -> None:
+def test_state_round_trips_with_equal_bits_and_types(tmp_path: Path) -> None:
     shared = torch.arange(6.0).reshape(2, 3)
     state = {
         "state": {0: {"step": torch.tensor(3.0), "exp_avg": shared.T}, 7: {"codes": shared}},

@@ -166,7 +166,7 @@ IDS = [f"r{index}" for index in range(PAIRS)]
 
 
 @pytest.mark.parametrize("name", ["full", "vision", "tied", "adapter"])
-def test_two_ranks_learn_what_one_does(two_ranks: Path, alone, name: str) -> None:
+def test_two_ranks_train_to_the_weights_of_one(two_ranks: Path, alone, name: str) -> None:
     seen = Seen(two_ranks, name, 2)
     wrapper = "DistributedDataParallel" if name in RUNS["ddp"] else "FSDP"
     assert all(said["model"].startswith(wrapper) for said in seen.said)
@@ -185,13 +185,13 @@ def test_the_first_step_is_checked_on_every_rank(two_ranks: Path, name: str) -> 
         assert line["loss"] == pytest.approx(margins_per_pair * math.log(2), abs=1e-6)
 
 
-def test_a_rank_without_pairs_took_part_and_weighed_nothing(two_ranks: Path) -> None:
+def test_a_rank_without_pairs_takes_part_with_zero_weight(two_ranks: Path) -> None:
     sizes = [[len(ids) for ids in said["ids"]] for said in Seen(two_ranks, "full", 2).said]
     assert sizes == [[2, 2, 2, 0], [2, 2, 2, 1]]
 
 
-def test_sharded_weights_are_saved_like_any_others(two_ranks: Path, alone) -> None:
-    """The names, the tied weight once, the class in the configuration, and the values."""
+def test_sharded_weights_are_saved_as_unsharded_ones(two_ranks: Path, alone) -> None:
+    """Names, values and the configured class are equal, and the tied weight is saved once."""
     alone("full").trainer.save_model(str(two_ranks / "one"))
     whole, expected = (
         load_file(two_ranks / name / "model.safetensors") for name in ("whole", "one")
@@ -205,7 +205,7 @@ def test_sharded_weights_are_saved_like_any_others(two_ranks: Path, alone) -> No
     assert all(torch.equal(loaded[name], value) for name, value in trained.items())
 
 
-def test_a_sharded_adapter_is_saved_alone(two_ranks: Path, alone) -> None:
+def test_a_sharded_adapter_is_saved_without_its_base(two_ranks: Path, alone) -> None:
     alone("adapter").trainer.save_model(str(two_ranks / "one-adapter"))
     whole, expected = (
         load_file(two_ranks / name / "adapter_model.safetensors")
@@ -216,8 +216,10 @@ def test_a_sharded_adapter_is_saved_alone(two_ranks: Path, alone) -> None:
 
 
 @pytest.mark.parametrize(("whole", "resumed"), [("full", "continued"), ("tied", "resumed")])
-def test_a_run_goes_on_from_its_checkpoint(two_ranks: Path, whole: str, resumed: str) -> None:
-    """Equal to the bit."""
+def test_a_distributed_run_resumes_from_its_checkpoint(
+    two_ranks: Path, whole: str, resumed: str
+) -> None:
+    """The weights are equal to the bit."""
     before, after = Seen(two_ranks, whole, 2), Seen(two_ranks, resumed, 2)
     after.check_ranks_agree()
     assert all(torch.equal(before.weights[0][n], w) for n, w in after.weights[0].items())
@@ -234,7 +236,7 @@ def test_a_model_that_is_not_sharded_is_loaded_by_every_rank(two_ranks: Path, mo
 
 
 @pytest.mark.slow
-def test_four_ranks_learn_what_one_does(tmp_path: Path) -> None:
+def test_four_ranks_train_to_the_weights_of_one(tmp_path: Path) -> None:
     """The last micro-step has five pairs: one rank has two, three have one."""
     write_pairs(tmp_path, PAIRS, without_images=first_of_rank_zero(2), without_retrieved=(5,))
     launch(tmp_path, 4, MORE_RUNS)

@@ -71,7 +71,7 @@ def found(request, tmp_path_factory, model_dir: Path, records) -> dict[str, Any]
 
 
 @pytest.mark.parametrize("dataset", ["parquet", "folder"])
-def test_every_fact_is_found_once_before_the_first_step(found, dataset: str) -> None:
+def test_every_fact_is_computed_once_before_the_first_step(found, dataset: str) -> None:
     for rank, counted in enumerate(found[dataset]["new"]):
         before = counted["before training"]
         assert [*before["reads"].values()] == [1] * ROWS
@@ -91,9 +91,7 @@ def test_every_fact_is_found_once_before_the_first_step(found, dataset: str) -> 
 
 
 @pytest.mark.parametrize("dataset", ["parquet", "folder"])
-def test_a_continued_run_reads_images_in_a_folder_again_and_checks_nothing(
-    found, dataset: str
-) -> None:
+def test_a_resumed_run_reads_folder_images_again_without_checking_rows(found, dataset: str) -> None:
     for counted in found[dataset]["continued"]:
         before = counted["before training"]
         assert sum(before["reads"].values()) == (ROWS if dataset == "folder" else 0)
@@ -102,10 +100,10 @@ def test_a_continued_run_reads_images_in_a_folder_again_and_checks_nothing(
         assert counted["after training"]["facts"] == dict.fromkeys(FACTS, 1)
 
 
-def test_an_image_that_was_replaced_is_neither_checked_nor_cached(
+def test_a_replaced_image_invalidates_its_check_and_cache_entry(
     tmp_path: Path, model_dir, records
 ) -> None:
-    """Same name, same size, same time, in the folder of a run that was killed."""
+    """The new file has the same name, size and time, in the folder of a killed run."""
     options = datasets_of(tmp_path, records(4))["folder"]
     place = cache(CacheConfig(model=str(model_dir), **options, out=tmp_path / "cache"))
     run = {"model": str(model_dir), **options, "cache": place, "batch_size": 4}
@@ -124,7 +122,7 @@ def test_an_image_that_was_replaced_is_neither_checked_nor_cached(
         train(TrainConfig(**run, out=tmp_path / "other"))
 
 
-def test_a_row_index_is_of_one_dataset_and_one_model(tmp_path: Path, records) -> None:
+def test_a_row_index_belongs_to_one_dataset_and_one_model(tmp_path: Path, records) -> None:
     def file(rows: list[Any], name: str = "model") -> RowFile:
         write_parquet(rows, tmp_path / "dataset.parquet")
         return RowFile(tmp_path / "i.json", tmp_path / "dataset.parquet", None, rows, {"m": name})

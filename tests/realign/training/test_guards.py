@@ -93,7 +93,7 @@ def assert_stopped(trained: RDPOTrainer, message: str, *, steps: int = 0) -> str
         ),
     ],
 )
-def test_a_reference_that_is_not_finite(trainer, reference, value, cell, name) -> None:
+def test_a_non_finite_reference_stops_training(trainer, reference, value, cell, name) -> None:
     broken = {key: logps.clone() for key, logps in reference.items()}
     list(broken.values())[5][cell] = value  # the sixth row
     trained = trainer(broken, num_train_epochs=2)
@@ -110,7 +110,7 @@ def _step_of(trained: RDPOTrainer, row: str) -> int:
     return ids.index(row) // 4
 
 
-def test_an_image_that_is_not_finite(trainer, reference, model_dir) -> None:
+def test_a_non_finite_image_stops_training(trainer, reference, model_dir) -> None:
     processor = load_processor(model_dir)
     processor.image_processor.rescale_factor = math.inf
     assert_stopped(
@@ -119,7 +119,7 @@ def test_an_image_that_is_not_finite(trainer, reference, model_dir) -> None:
     )
 
 
-def test_a_loss_that_is_not_finite_in_a_later_step(trainer, reference) -> None:
+def test_a_non_finite_loss_in_a_later_step_stops_training(trainer, reference) -> None:
     class Break(TrainerCallback):
         def on_step_begin(self, args, state, control, model, **kwargs):
             if state.global_step == 1:
@@ -141,7 +141,7 @@ def test_a_loss_that_is_not_finite_in_a_later_step(trainer, reference) -> None:
         pytest.param(math.inf, 1.0, id="inf-clipped", marks=pytest.mark.full),
     ],
 )
-def test_a_gradient_that_is_not_finite(trainer, reference, value, clip) -> None:
+def test_a_non_finite_gradient_stops_training(trainer, reference, value, clip) -> None:
     trained = trainer(reference, max_grad_norm=clip)
     name = "model.language_model.layers.0.mlp.up_proj.weight"
     weight = trained.model.get_parameter(name)
@@ -161,7 +161,7 @@ def test_a_gradient_that_is_not_finite(trainer, reference, value, clip) -> None:
     assert sum(f"r{number}" in said for number in range(8)) == 4  # those of the step
 
 
-def test_a_gradient_whose_norm_overflows(trainer, reference) -> None:
+def test_an_overflowing_gradient_norm_stops_training(trainer, reference) -> None:
     trained = trainer(reference)
     trained.model.lm_head.weight.register_hook(lambda gradient: gradient * 1e30)
     assert_stopped(
@@ -169,7 +169,7 @@ def test_a_gradient_whose_norm_overflows(trainer, reference) -> None:
     )
 
 
-def test_the_first_step_is_checked_before_it_is_made(trainer, reference, model_dir) -> None:
+def test_the_first_step_is_checked_before_weights_change(trainer, reference, model_dir) -> None:
     moved = {key: logps.clone() for key, logps in reference.items()}
     list(moved.values())[2][1] += 0.01
     with pytest.raises(RefusedError, match=r"must be 1\.386294.*text_rejected of row r2 is 0\.01"):
@@ -185,7 +185,7 @@ def test_the_first_step_is_checked_before_it_is_made(trainer, reference, model_d
         trainer(reference, other).train()
 
 
-def test_a_continued_run_is_not_checked_again(trainer, reference, tmp_path: Path) -> None:
+def test_a_resumed_run_skips_the_first_step_check(trainer, reference, tmp_path: Path) -> None:
     trainer(reference, save_strategy="steps", save_steps=1, max_steps=1).train()
     moved = {key: logps + torch.tensor([1.0, 0.0, 0.0]) for key, logps in reference.items()}
     trained = trainer(moved, save_strategy="steps", save_steps=1)
@@ -199,7 +199,9 @@ class Probed(dict):
     batch_variance = 0.02
 
 
-def test_16_bits_are_allowed_what_the_probe_found(trainer, model_dir, make_reference) -> None:
+def test_16_bit_training_may_differ_by_the_probed_variance(
+    trainer, model_dir, make_reference
+) -> None:
     exact = make_reference(model_dir, 8, torch.bfloat16)
     for shift, fits in ((0.05, True), (0.5, False)):
         moved = {key: logps + torch.tensor([shift, 0, 0]) for key, logps in exact.items()}
@@ -211,7 +213,7 @@ def test_16_bits_are_allowed_what_the_probe_found(trainer, model_dir, make_refer
                 trained.train()
 
 
-def test_an_adapter_must_begin_at_zero_or_be_its_own_reference(
+def test_an_adapter_must_start_at_zero_or_be_its_own_reference(
     trainer, reference, model_dir, make_reference, tmp_path: Path
 ) -> None:
     def adapted():
@@ -239,7 +241,7 @@ def output_of(logps: torch.Tensor, ref: torch.Tensor, tokens, objective: Objecti
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_has_its_own_first_loss(name) -> None:
+def test_the_first_loss_is_checked_for_every_objective(name) -> None:
     objective = make_objective(ObjectiveOptions(name, beta=0.3, nll_weight=0.5))
     ref = -20 * torch.rand(4, 3, dtype=torch.float64) - 1
     tokens = torch.full((4, 3), 7)
@@ -259,8 +261,8 @@ def test_every_objective_has_its_own_first_loss(name) -> None:
     assert off_reference(off, objective, "abc", is_exact=False, batch_variance=0.0) is None
 
 
-def test_a_loss_that_its_margins_do_not_explain() -> None:
-    """Scaled or put together wrongly: the margins are 0."""
+def test_a_first_loss_inconsistent_with_its_margins_is_detected() -> None:
+    """The loss is scaled or composed wrongly although the margins are 0."""
     objective = Objective.rdpo()
     ref = torch.full((3, 2), -5.0)
     good = output_of(ref, ref, torch.ones(3, 2).long(), objective)
@@ -269,7 +271,7 @@ def test_a_loss_that_its_margins_do_not_explain() -> None:
         assert (off_reference(bad, objective, "ab", is_exact=True) is None) == fits
 
 
-def test_other_links_are_judged_by_their_margins() -> None:
+def test_other_links_are_checked_by_their_margins() -> None:
     objective = Objective((Term((1, -1), link="ipo"),))
     ref = torch.full((2, 2), -5.0)
     tokens = torch.full((2, 2), 3)
@@ -279,14 +281,16 @@ def test_other_links_are_judged_by_their_margins() -> None:
         assert (off_reference(output, objective, "ab", is_exact=True) is None) == fits
 
 
-def test_longer_answers_round_more() -> None:
+def test_longer_answers_have_a_larger_rounding_tolerance() -> None:
     objective = Objective.rdpo()
     ref = torch.full((3, 1), -1000.0)
     off = output_of(ref + torch.tensor([[0.0], [9e-4], [0.0]]), ref, torch.ones(3, 1), objective)
     assert off_reference(off, objective, "a", is_exact=True) is None
 
 
-def test_full_memory_is_one_clear_error(trainer, reference, monkeypatch) -> None:
+def test_an_out_of_memory_error_is_refused_with_a_smaller_batch(
+    trainer, reference, monkeypatch
+) -> None:
     trained = trainer(reference, gradient_accumulation_steps=1, per_device_train_batch_size=4)
     # more than any machine has: the allocator's own error
     trained.model.register_forward_pre_hook(lambda *_: torch.empty(2**52, dtype=torch.uint8))
@@ -307,7 +311,7 @@ def test_full_memory_is_one_clear_error(trainer, reference, monkeypatch) -> None
         trained.train()
 
 
-def test_other_errors_stay_what_they_are(trainer, reference, monkeypatch) -> None:
+def test_other_errors_are_raised_unchanged(trainer, reference, monkeypatch) -> None:
     def fail(*args, **kwargs):
         raise RuntimeError("something else")
 
@@ -331,7 +335,7 @@ GB = 10**9
         (5, 1, None, None, "is 1: set batch_size to 1, which accumulates 5 "),
     ],
 )
-def test_the_advice_keeps_the_pairs_of_a_step(
+def test_the_suggested_batch_size_keeps_the_pairs_per_step(
     batch_size, accumulation, held, capacity, safe
 ) -> None:
     said = str(
@@ -348,12 +352,12 @@ def test_the_advice_keeps_the_pairs_of_a_step(
     assert safe in said
 
 
-def test_changing_the_batch_unasked_is_refused(trainer, reference) -> None:
+def test_auto_find_batch_size_is_refused(trainer, reference) -> None:
     with pytest.raises(RefusedError, match="auto_find_batch_size must be false"):
         trainer(reference, auto_find_batch_size=True)
 
 
-def test_an_adapter_switched_off_is_the_base_and_alone_has_gradients(
+def test_a_disabled_adapter_gives_the_base_and_only_adapters_have_gradients(
     trainer, reference, model_dir, records
 ) -> None:
     model = load_model(model_dir, torch.float32)
@@ -379,7 +383,7 @@ def test_an_adapter_switched_off_is_the_base_and_alone_has_gradients(
     assert all("lora_" in name and "vision_tower" not in name for name in has_gradient)
 
 
-def test_a_shard_may_hold_nothing_of_a_gradient() -> None:
+def test_an_empty_gradient_shard_is_accepted() -> None:
     empty, full = (torch.nn.Parameter(torch.zeros(n, 2)) for n in (0, 3))
     empty.grad, full.grad = torch.zeros(0, 2), torch.ones(3, 2)
     assert gradients_are_finite([empty])

@@ -51,7 +51,7 @@ def stop_runs(tmp_path: Path, records, model_dir: Path, **given: Any) -> dict[st
     return result
 
 
-def test_a_run_ended_by_kill_9_goes_on_exactly(tmp_path: Path, records, model_dir: Path) -> None:
+def test_a_run_ended_by_kill_9_resumes_exactly(tmp_path: Path, records, model_dir: Path) -> None:
     stop_runs(
         tmp_path, records, model_dir, count=2, rows=8, signal="SIGKILL", options={"save_steps": 1}
     )
@@ -59,16 +59,20 @@ def test_a_run_ended_by_kill_9_goes_on_exactly(tmp_path: Path, records, model_di
 
 @pytest.mark.slow
 @pytest.mark.parametrize("save_steps", [1, 3])
-def test_kill_9_at_many_moments(tmp_path: Path, records, model_dir: Path, save_steps) -> None:
-    """REALIGN_KILLS=100 for the full count."""
+def test_runs_killed_at_many_moments_resume_exactly(
+    tmp_path: Path, records, model_dir: Path, save_steps
+) -> None:
+    """REALIGN_KILLS=100 gives the full count."""
     count = int(os.environ.get("REALIGN_KILLS", "20"))
     options = {"save_steps": save_steps}
     stop_runs(tmp_path, records, model_dir, count=count, signal="SIGKILL", seed=1, options=options)
 
 
 @pytest.mark.slow
-def test_sigterm_at_many_moments(tmp_path: Path, records, model_dir: Path) -> None:
-    """Nothing is saved but when it is asked to end, mostly in the middle of an accumulation."""
+def test_runs_terminated_at_many_moments_resume_exactly(
+    tmp_path: Path, records, model_dir: Path
+) -> None:
+    """Checkpoints are saved only on SIGTERM, mostly in the middle of an accumulation."""
     count = int(os.environ.get("REALIGN_KILLS", "20")) // 2
     options = {"save_steps": 4, "pairs_per_step": 4, "batch_size": 1}
     result = stop_runs(
@@ -77,7 +81,7 @@ def test_sigterm_at_many_moments(tmp_path: Path, records, model_dir: Path) -> No
     assert result["slowest exit"] < 30
 
 
-def test_workers_leave_sigterm_to_the_process_that_saves() -> None:
+def test_data_workers_ignore_sigterm_until_the_trainer_has_saved() -> None:
     """A scheduler may signal all of a process group."""
     with Preemption() as asked:
         ignore = partial(ignore_signals, None, asked.is_waited_for)
@@ -89,7 +93,7 @@ def test_workers_leave_sigterm_to_the_process_that_saves() -> None:
 
 
 @pytest.mark.parametrize("is_persistent", [False, pytest.param(True, marks=pytest.mark.full)])
-def test_workers_end_with_a_run_that_fails(is_persistent: bool) -> None:
+def test_data_workers_end_with_a_failed_run(is_persistent: bool) -> None:
     """The run fails in the middle of an epoch, and its traceback still refers to the workers."""
     code = (
         "from functools import partial\n"
@@ -106,14 +110,14 @@ def test_workers_end_with_a_run_that_fails(is_persistent: bool) -> None:
     assert b"ZeroDivisionError" in process.stderr
 
 
-def test_one_sigterm_that_comes_twice_is_one() -> None:
+def test_a_duplicated_sigterm_counts_once() -> None:
     with Preemption() as asked:
         for _ in range(2):  # from the scheduler, and from the launcher that it told too
             os.kill(os.getpid(), signal.SIGTERM)
     assert asked.is_requested
 
 
-def test_the_second_sigterm_ends_it_at_once() -> None:
+def test_a_second_sigterm_ends_the_run_at_once() -> None:
     code = (
         "import time\n"
         "from realign.training import preemption\n"

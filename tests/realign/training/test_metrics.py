@@ -40,7 +40,7 @@ def test_means_are_over_pairs_not_over_micro_batches() -> None:
     assert line.take_means() == {}
 
 
-def test_a_pair_without_the_cell_has_no_part_in_its_mean() -> None:
+def test_a_pair_without_a_cell_is_not_averaged_for_that_cell() -> None:
     line = metrics()
     line.add(output(1.0, 1.0))
     line.add(output(3.0, images=False))
@@ -51,14 +51,14 @@ def test_a_pair_without_the_cell_has_no_part_in_its_mean() -> None:
     assert "logps/image_rejected" not in line.take_means()
 
 
-def test_a_filler_weighs_nothing_even_where_it_is_not_a_number() -> None:
+def test_an_uncounted_batch_has_no_weight_even_with_nan() -> None:
     line = metrics()
     line.add(output(2.0))
     line.add(output(float("nan")), counted=False)
     assert line.take_means()["loss"] == 2
 
 
-def test_ranks_are_added_up_when_somebody_asks() -> None:
+def test_ranks_are_summed_only_when_means_are_read() -> None:
     calls = []
 
     def other_rank_has_the_same(sums: torch.Tensor) -> torch.Tensor:
@@ -74,7 +74,7 @@ def test_ranks_are_added_up_when_somebody_asks() -> None:
     assert calls == [2]
 
 
-def test_a_line_does_not_depend_on_when_it_was_looked_at() -> None:
+def test_a_logged_line_does_not_depend_on_checkpoints_in_between() -> None:
     losses = torch.rand(50, generator=torch.Generator().manual_seed(0)).tolist()
     lines = []
     for interval in (1, 7, 50):
@@ -89,7 +89,7 @@ def test_a_line_does_not_depend_on_when_it_was_looked_at() -> None:
     assert lines[0] == lines[1] == lines[2]
 
 
-def test_a_run_that_never_logs_does_not_grow() -> None:
+def test_metrics_of_a_run_that_never_logs_do_not_grow() -> None:
     line = metrics()
     for _ in range(MAX_PENDING):
         line.add(output(1.0))
@@ -98,8 +98,8 @@ def test_a_run_that_never_logs_does_not_grow() -> None:
 
 
 @pytest.mark.parametrize("objective", [Objective.dpo(0.1), RDPO, Objective.symmetric(0.1, 0.1, 1)])
-def test_names_depend_on_the_objective_alone(objective: Objective) -> None:
-    """Ranks add them up by their place."""
+def test_metric_names_depend_only_on_the_objective(objective: Objective) -> None:
+    """Ranks add metrics up by their position."""
     cells = objective.num_cells
 
     def of(images: bool) -> RdpoOutput:
@@ -111,7 +111,7 @@ def test_names_depend_on_the_objective_alone(objective: Objective) -> None:
     assert list(metrics_by_pair(of(True), objective)) == list(metrics_by_pair(of(False), objective))
 
 
-def test_what_is_not_finite_is_null_in_the_file(tmp_path: Path) -> None:
+def test_non_finite_metrics_are_null_in_the_file(tmp_path: Path) -> None:
     """A loss scaler skips the step of a gradient whose norm is infinite, and the line is logged."""
     path = tmp_path / "metrics.jsonl"
     line = {"loss": 1.5, "grad_norm": float("inf"), "step": 1}

@@ -84,7 +84,7 @@ def weights(checkpoint: Path) -> bytes:
     return (checkpoint / "model.safetensors").read_bytes()
 
 
-def test_a_new_option_is_known_everywhere_it_is_asked_for(
+def test_a_new_option_is_a_flag_a_file_key_and_a_python_argument(
     tmp_path: Path, options, monkeypatch
 ) -> None:
     del options["scales"]
@@ -133,7 +133,7 @@ def test_new_options_reach_the_trainer_the_identity_and_the_run_folder(
     assert scales[-1] == 2.0  # and the reference is loaded with it
 
 
-def test_both_sections_mark_the_same_options() -> None:
+def test_train_and_cache_sections_mark_the_same_numeric_options() -> None:
     def marked(section: type[Any]) -> set[str]:
         fields = section.model_fields
         return {name for name in fields if Effect.NUMBERS in fields[name].metadata}

@@ -60,13 +60,13 @@ def metrics(checkpoint: Path) -> list[dict[str, float]]:
         ({"warmup_ratio": 1.5}, "less than or equal to 1"),
     ],
 )
-def test_options_that_would_do_nothing_are_refused(options: dict[str, Any], said: str) -> None:
+def test_options_without_effect_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         TrainConfig(model="m", data=Path("d"), out=Path("o"), **options)
 
 
 @pytest.mark.parametrize("part", ["projector", "language"])
-def test_a_frozen_part_stays_and_the_rest_moves(
+def test_a_frozen_part_keeps_its_weights_and_the_rest_trains(
     tmp_path: Path, model_dir: Path, data: Path, part: str
 ) -> None:
     checkpoint = run(model_dir, data, tmp_path / "run", **{f"freeze_{part}": True})
@@ -78,7 +78,7 @@ def test_a_frozen_part_stays_and_the_rest_moves(
     assert moved == (of_language if part == "projector" else of_projector)
 
 
-def test_the_projector_trains_beside_adapters_and_is_saved_with_them(
+def test_the_projector_trains_with_adapters_and_is_saved_with_them(
     tmp_path: Path, model_dir: Path, data: Path
 ) -> None:
     options = {"lora": LORA, "train_projector": True, "dtype": "bfloat16", "epochs": 2}
@@ -102,7 +102,7 @@ def test_the_projector_trains_beside_adapters_and_is_saved_with_them(
     assert metrics(again)[0]["loss"] == pytest.approx(2 * math.log(2), abs=1e-3)
 
 
-def test_autocast_keeps_float32_weights_and_starts_at_its_own_reference(
+def test_autocast_keeps_float32_weights_and_has_its_own_reference(
     tmp_path: Path, model_dir: Path, data: Path
 ) -> None:
     checkpoint = run(model_dir, data, tmp_path / "cast", autocast=True, learning_rate=1e-5)
@@ -152,7 +152,7 @@ def test_schedules_have_the_expected_learning_rates(
     assert rates == pytest.approx([1e-3 * share for share in shares])
 
 
-def test_layouts_and_workers_change_nothing_but_rounding(
+def test_layouts_and_workers_change_only_rounding(
     tmp_path: Path, model_dir: Path, data: Path
 ) -> None:
     plain = run(model_dir, data, tmp_path / "plain", lora=LORA)

@@ -48,7 +48,7 @@ def config(model: Path, data: Path, tmp_path: Path, **options) -> TrainConfig:
     return TrainConfig(**{"model": str(model), "data": data, "out": tmp_path / "run", **options})
 
 
-def test_a_dry_run_says_everything_and_needs_and_writes_nothing(
+def test_a_dry_run_reports_the_plan_without_weights_and_writes_nothing(
     tmp_path: Path, without_weights: Path, data: Path
 ) -> None:
     out = tmp_path / "run"
@@ -85,7 +85,7 @@ def test_a_dry_run_says_everything_and_needs_and_writes_nothing(
         ({"max_length": 20}, "12 of 12 rows are longer than max_length = 20 tokens"),
     ],
 )
-def test_what_cannot_be_is_refused_before_weights_load(
+def test_impossible_options_are_refused_before_weights_load(
     tmp_path: Path, without_weights: Path, data: Path, options, said: str, monkeypatch
 ) -> None:
     monkeypatch.setattr("realign.modeling.acceleration.find_spec", lambda name: None)
@@ -95,7 +95,7 @@ def test_what_cannot_be_is_refused_before_weights_load(
 
 
 @pytest.mark.parametrize("option", ["attention", "liger", "quantization"])
-def test_a_package_without_a_gpu_is_refused(
+def test_a_package_that_requires_a_gpu_is_refused_without_one(
     tmp_path: Path, without_weights: Path, data: Path, option: str, monkeypatch
 ) -> None:
     monkeypatch.setattr("realign.modeling.acceleration.find_spec", lambda name: object())
@@ -104,7 +104,7 @@ def test_a_package_without_a_gpu_is_refused(
         train(config(without_weights, data, tmp_path, lora=LORA, **{option: value}))
 
 
-def test_a_continued_run_checks_nothing_again_but_limits(
+def test_a_resumed_run_checks_only_the_limits_again(
     tmp_path: Path, model_dir: Path, data: Path, monkeypatch, capsys
 ) -> None:
     same = config(model_dir, data, tmp_path, batch_size=6, pairs_per_step=6)
@@ -145,7 +145,7 @@ def test_a_continued_run_checks_nothing_again_but_limits(
     assert "check rows: 12/12" in again()
 
 
-def test_rows_longer_than_the_model_was_made_for_are_refused(
+def test_rows_longer_than_max_position_embeddings_are_refused(
     tmp_path: Path, without_weights: Path, data: Path
 ) -> None:
     file = without_weights / "config.json"
@@ -182,7 +182,7 @@ WITH_LORA: list[dict] = [
     [*((one, False) for one in WITHOUT_LORA + WITH_LORA), *((one, True) for one in WITH_LORA)],
     ids=str,
 )
-def test_the_outline_has_the_parameters_that_are_trained(
+def test_the_outlined_model_has_the_trained_parameters(
     tmp_path: Path, model_dir: Path, data: Path, options, is_adapted: bool
 ) -> None:
     folder = model_dir
@@ -206,7 +206,7 @@ def test_the_outline_has_the_parameters_that_are_trained(
     ("count", "batch_size", "accumulation", "epochs"),
     [(12, 4, 1, 1.0), (12, 5, 2, 2.0), (7, 2, 3, 1.5), (3, 8, 4, 1.0), (9, 2, 2, 3.0)],
 )
-def test_steps_are_counted_as_trainer_counts_them(
+def test_the_number_of_steps_equals_that_of_the_trainer(
     tmp_path: Path, model_dir: Path, count: int, batch_size: int, accumulation: int, epochs: float
 ) -> None:
     from transformers import Trainer
@@ -231,7 +231,7 @@ def test_steps_are_counted_as_trainer_counts_them(
     ("processes", "batch_size", "pairs", "accumulated"),
     [(1, 1, 32, 32), (8, 1, 32, 4), (4, 8, 32, 1), (3, 2, 12, 2)],
 )
-def test_the_pairs_of_a_step_do_not_depend_on_the_number_of_processes(
+def test_pairs_per_step_do_not_depend_on_the_number_of_processes(
     tmp_path: Path, monkeypatch, processes, batch_size, pairs, accumulated
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(processes))
@@ -251,7 +251,7 @@ def test_the_pairs_of_a_step_do_not_depend_on_the_number_of_processes(
         (8, 8, r"multiple of 64, which is batch_size 8 x 8 processes, got 32\. Set it to 64, or"),
     ],
 )
-def test_a_step_that_the_processes_cannot_share_is_refused_before_the_model_is_looked_for(
+def test_pairs_per_step_that_processes_cannot_share_are_refused_before_the_model(
     tmp_path: Path, monkeypatch, processes, batch_size, message
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(processes))
@@ -259,7 +259,7 @@ def test_a_step_that_the_processes_cannot_share_is_refused_before_the_model_is_l
         TrainPlan.of(config(tmp_path / "no model", tmp_path, tmp_path, batch_size=batch_size))
 
 
-def test_more_memory_than_there_is_is_refused_and_close_calls_are_named(
+def test_a_model_beyond_the_memory_is_refused_and_a_tight_fit_is_reported(
     tmp_path: Path, without_weights: Path, data: Path, capsys, monkeypatch
 ) -> None:
     run = config(without_weights, data, tmp_path, batch_size=2)
@@ -279,7 +279,7 @@ def test_more_memory_than_there_is_is_refused_and_close_calls_are_named(
     train(run, dry_run=True)
 
 
-def test_four_bit_weights_are_the_language_models(
+def test_only_the_language_model_is_quantized_to_four_bits(
     tmp_path: Path, model_dir: Path, data: Path
 ) -> None:
     run = config(model_dir, data, tmp_path, lora=LORA, dtype="bfloat16", quantization="nf4")

@@ -40,7 +40,7 @@ def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(tmp_path: Path, model_dir, records) -> None:
+def test_two_processes_train_to_the_weights_of_one(tmp_path: Path, model_dir, records) -> None:
     data = tmp_path / "data.parquet"
     write_parquet(records(13), data)
     alone = train(
@@ -87,7 +87,7 @@ def test_two_processes_train_what_one_does(tmp_path: Path, model_dir, records) -
 
 
 @pytest.mark.slow
-def test_what_is_refused_ends_all_processes(tmp_path: Path, model_dir, records) -> None:
+def test_a_refusal_ends_all_processes(tmp_path: Path, model_dir, records) -> None:
     data = tmp_path / "data.parquet"
     write_parquet(records(2), data)
     out = tmp_path / "run"
@@ -109,11 +109,11 @@ def test_accelerate_reads_the_presets(path: Path) -> None:
     assert content["mixed_precision"] == ("bf16" if expected == "DEEPSPEED" else "no")
 
 
-def test_there_is_a_preset_an_engine() -> None:
+def test_every_engine_has_a_preset() -> None:
     assert {path.stem for path in RECIPES.iterdir()} == {"ddp", "fsdp2", "zero2", "zero3"}
 
 
-def test_a_mixed_precision_that_the_reference_does_not_know_is_refused(monkeypatch) -> None:
+def test_a_mixed_precision_that_differs_from_the_reference_is_refused(monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(RefusedError, match=r"must be 'no' .* got bf16.* Set train\.autocast"):
         check_precision(torch.float32, autocast=False)

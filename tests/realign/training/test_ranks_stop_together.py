@@ -19,7 +19,9 @@ SCRIPT = Path(__file__).with_name("rank_runs.py")
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together(tmp_path: Path, records, model_dir, make_reference) -> None:
+def test_a_fault_on_one_process_stops_both(
+    tmp_path: Path, records, model_dir, make_reference
+) -> None:
     rows = records(16)
     write_parquet(rows, tmp_path / "data.parquet")
     reference = make_reference(model_dir, 16)

@@ -134,7 +134,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("options", "resumed"), CASES)
-def test_a_resumed_run_ends_bit_by_bit_the_same_with_augmented_images(
+def test_a_resumed_run_with_augmented_images_ends_bitwise_equal(
     tmp_path: Path, model_dir, records, reference, options, resumed
 ) -> None:
     rows = FlippedImages(records(12))
@@ -162,7 +162,7 @@ def test_a_resumed_run_ends_bit_by_bit_the_same_with_augmented_images(
         pytest.param("full bfloat16", marks=pytest.mark.full),
     ],
 )
-def test_adapters_and_16_bits_resume_as_well(
+def test_adapter_and_16_bit_runs_resume_bitwise_equal(
     tmp_path: Path, model_dir, records, reference, kind
 ) -> None:
     options = {
@@ -183,7 +183,7 @@ def test_adapters_and_16_bits_resume_as_well(
 @pytest.mark.parametrize(
     ("saving", "logging"), [(2, 3), pytest.param(4, 3, marks=pytest.mark.slow)]
 )
-def test_the_log_is_the_same_for_any_intervals(
+def test_the_log_does_not_depend_on_save_and_log_intervals(
     tmp_path: Path, model_dir, records, reference, saving, logging
 ) -> None:
     options = {
@@ -204,7 +204,7 @@ def test_the_log_is_the_same_for_any_intervals(
 
 
 @pytest.mark.full
-def test_a_damaged_newest_checkpoint_costs_a_step_and_no_exactness(
+def test_a_run_with_a_damaged_newest_checkpoint_resumes_from_the_older_one(
     tmp_path: Path, model_dir, records, reference, capsys
 ) -> None:
     rows, options = records(12), {"per_device_train_batch_size": 6}
@@ -227,7 +227,7 @@ def test_a_damaged_newest_checkpoint_costs_a_step_and_no_exactness(
         assert files(steps / name) == files(tmp_path / "whole" / "steps" / name)
 
 
-def test_any_damage_to_any_file_is_seen(tmp_path: Path, model_dir, records, reference) -> None:
+def test_any_damage_to_any_file_is_detected(tmp_path: Path, model_dir, records, reference) -> None:
     options = {"per_device_train_batch_size": 2, "num_train_epochs": 1}
     train(model_dir, tmp_path, records(4), reference, **options)
     older, newest = checkpoints(tmp_path / "steps")
@@ -247,13 +247,15 @@ def test_any_damage_to_any_file_is_seen(tmp_path: Path, model_dir, records, refe
     assert newest_checkpoint(tmp_path / "steps") == newest
 
 
-def test_continuing_from_nothing_is_refused(tmp_path: Path, model_dir, records, reference) -> None:
+def test_resuming_without_a_checkpoint_is_refused(
+    tmp_path: Path, model_dir, records, reference
+) -> None:
     with pytest.raises(RefusedError, match="output_dir must hold a checkpoint"):
         train(model_dir, tmp_path, records(12), reference, resume=True)
 
 
 @pytest.mark.parametrize(("limit", "left"), [(1, 2), pytest.param(3, 3, marks=pytest.mark.full)])
-def test_at_least_two_checkpoints_stay(
+def test_at_least_two_checkpoints_are_kept(
     tmp_path: Path, model_dir, records, reference, limit, left
 ) -> None:
     options = {"per_device_train_batch_size": 6, "save_total_limit": limit, "max_steps": 4}
@@ -262,8 +264,10 @@ def test_at_least_two_checkpoints_stay(
     assert kept == [f"checkpoint-{step}" for step in range(5 - left, 5)]
 
 
-def test_images_are_drawn_anew_for_every_epoch(records, model_dir, tmp_path, reference) -> None:
-    """Or the runs above would prove nothing of random changes."""
+def test_images_are_augmented_differently_in_every_epoch(
+    records, model_dir, tmp_path, reference
+) -> None:
+    """Otherwise the runs above would not test random augmentation."""
     rows = records(12)
     changed = FlippedImages(rows)
     by_epoch = []

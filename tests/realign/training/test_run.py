@@ -80,7 +80,9 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / "model.safetensors")
 
 
-def test_the_facts_of_the_checkpoint_are_kept_beside_it(tmp_path: Path, model_dir, data) -> None:
+def test_the_facts_of_the_checkpoint_are_written_to_checkpoint_json(
+    tmp_path: Path, model_dir, data
+) -> None:
     checkpoint = train(config(model_dir, data, tmp_path / "run", epochs=2))
     facts = json.loads((tmp_path / "run" / "checkpoint.json").read_text())
     raw = (checkpoint / "model.safetensors").read_bytes()
@@ -95,7 +97,7 @@ def test_the_facts_of_the_checkpoint_are_kept_beside_it(tmp_path: Path, model_di
     }
 
 
-def test_rdpo_starts_at_two_log_two_and_learns(tmp_path: Path, model_dir, data) -> None:
+def test_rdpo_loss_starts_at_two_log_two_and_falls(tmp_path: Path, model_dir, data) -> None:
     train(config(model_dir, data, tmp_path / "run", epochs=8, learning_rate=3e-4))
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, 25))
@@ -112,7 +114,7 @@ def test_rdpo_starts_at_two_log_two_and_learns(tmp_path: Path, model_dir, data) 
     assert expected < set(lines[0])
 
 
-def test_the_vision_tower_stays_and_the_rest_moves(tmp_path: Path, model_dir, data) -> None:
+def test_the_vision_tower_is_frozen_and_the_rest_trains(tmp_path: Path, model_dir, data) -> None:
     before, after = weights(model_dir), weights(train(config(model_dir, data, tmp_path / "run")))
     assert before.keys() == after.keys()
     for name in before:
@@ -176,9 +178,7 @@ def test_options_that_an_objective_does_not_read_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_last_step_is_logged_once_whatever_the_interval(
-    tmp_path: Path, model_dir, data
-) -> None:
+def test_the_last_step_is_logged_once_for_any_interval(tmp_path: Path, model_dir, data) -> None:
     for name, interval, steps in (("long", 10, [1, 6]), ("even", 3, [1, 3, 6])):
         train(config(model_dir, data, tmp_path / name, epochs=2, logging_steps=interval))
         assert [line["step"] for line in metrics(tmp_path / name)] == steps
@@ -216,7 +216,7 @@ def test_sft_is_the_mean_nll_of_the_chosen_answers(tmp_path, model_dir, data, re
     assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
 
 
-def test_authors_scoring_has_its_own_cache_and_starts_at_two_log_two(
+def test_top_non_label_scoring_has_its_own_cache_and_starts_at_two_log_two(
     tmp_path: Path, model_dir, data
 ) -> None:
     out = tmp_path / "run"
@@ -247,14 +247,14 @@ def test_an_empty_cache_stops_before_training(tmp_path: Path, model_dir, data) -
     assert not (tmp_path / "run" / "steps").exists()
 
 
-def test_one_seed_gives_one_result(tmp_path: Path, model_dir, data) -> None:
+def test_equal_seeds_give_equal_weights(tmp_path: Path, model_dir, data) -> None:
     first, second = (train(config(model_dir, data, tmp_path / name)) for name in "ab")
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("verb", ["train", "train with a cache", "cache"])
-def test_rows_that_are_too_long_stop_before_anything_is_written(
+def test_rows_that_are_too_long_are_refused_before_anything_is_written(
     verb: str, tmp_path: Path, model_dir, data, records
 ) -> None:
     collator = PreferenceCollator(load_processor(model_dir), cells=3)
@@ -283,7 +283,7 @@ def test_rows_that_are_too_long_stop_before_anything_is_written(
     assert run(longest + 100).exists()  # a limit that nothing reaches is no other run
 
 
-def test_a_model_without_weights_leaves_the_folder_free(tmp_path: Path, model_dir, data) -> None:
+def test_a_model_without_weights_does_not_claim_the_folder(tmp_path: Path, model_dir, data) -> None:
     broken = Path(shutil.copytree(model_dir, tmp_path / "model"))
     (broken / "model.safetensors").unlink()
     with pytest.raises(RefusedError, match="must hold safetensors weights"):
@@ -291,10 +291,10 @@ def test_a_model_without_weights_leaves_the_folder_free(tmp_path: Path, model_di
     assert not (tmp_path / "run").exists()
 
 
-def test_lines_that_span_a_checkpoint_are_equal_after_a_resume(
+def test_log_lines_that_span_a_checkpoint_are_equal_after_a_resume(
     tmp_path: Path, model_dir, data, monkeypatch
 ) -> None:
-    """Saved at step 4, stopped in step 5, logged at steps 3 and 6."""
+    """The run saves at step 4, stops in step 5 and logs at steps 3 and 6."""
     options = {"save_steps": 4, "logging_steps": 3, "epochs": 3, "learning_rate": 3e-4}
     train(config(model_dir, data, tmp_path / "whole", **options))
     compute_loss = RDPOTrainer.compute_loss
@@ -316,7 +316,7 @@ def test_lines_that_span_a_checkpoint_are_equal_after_a_resume(
 def test_image_metrics_are_means_over_pairs_with_a_retrieved_image(
     tmp_path: Path, model_dir, records, monkeypatch
 ) -> None:
-    """Half of the pairs have none: neither zeros in the means nor lines without a number."""
+    """Half of the pairs have no retrieved image and must not enter the means as zeros."""
     rows = records(4)
     text_only = [dataclasses.replace(row, rejected_images=()) for row in rows[2:]]
     names = ("logps/image_rejected", "rewards/image_margins", "rewards/image_accuracies")
@@ -368,7 +368,7 @@ def test_every_file_of_a_run_follows_the_umask(tmp_path: Path, model_dir, data) 
     )
 
 
-def test_the_same_command_on_a_finished_run_does_nothing(tmp_path: Path, model_dir, data) -> None:
+def test_repeating_a_finished_run_does_nothing(tmp_path: Path, model_dir, data) -> None:
     checkpoint = train(config(model_dir, data, tmp_path / "run"))
     before = (checkpoint / "model.safetensors").stat().st_mtime_ns
     assert train(config(model_dir, data, tmp_path / "run")) == checkpoint
@@ -431,7 +431,9 @@ def test_gradient_checkpointing_changes_nothing(
         pytest.param(LoraSection(r=4, alpha=8), id="lora"),
     ],
 )
-def test_bfloat16_training(tmp_path: Path, model_dir, data, lora: LoraSection | None) -> None:
+def test_training_in_bfloat16_starts_near_the_known_loss(
+    tmp_path: Path, model_dir, data, lora: LoraSection | None
+) -> None:
     out = tmp_path / "run"
     options = {"batch_size": 2, "learning_rate": 1e-3, "epochs": 2, "lora": lora}
     checkpoint = train(config(model_dir, data, out, dtype="bfloat16", **options))
@@ -446,7 +448,9 @@ def test_bfloat16_training(tmp_path: Path, model_dir, data, lora: LoraSection | 
     assert load_model(checkpoint, torch.bfloat16)
 
 
-def test_llava_1_5s_own_template_trains(tmp_path: Path, model_dir, data) -> None:
+def test_training_works_with_the_chat_template_of_llava_1_5(
+    tmp_path: Path, model_dir, data
+) -> None:
     model = Path(shutil.copytree(model_dir, tmp_path / "model"))
     (model / "chat_template.jinja").write_text(LLAVA_1_5_TEMPLATE)
     train(config(model, data, tmp_path / "run", epochs=2))
@@ -478,7 +482,7 @@ def test_the_reference_is_gone_before_the_policy_is_loaded(
         gc.enable()
 
 
-def test_one_run_at_a_time_trains_into_a_folder(tmp_path: Path, model_dir, data) -> None:
+def test_a_second_run_into_a_folder_in_use_is_refused(tmp_path: Path, model_dir, data) -> None:
     out = tmp_path / "run"
     with (
         only_run(out, "train"),
@@ -488,7 +492,7 @@ def test_one_run_at_a_time_trains_into_a_folder(tmp_path: Path, model_dir, data)
     assert train(config(model_dir, data, out)).is_dir()
 
 
-def test_a_tracker_by_name_writes_into_the_run_and_stays(
+def test_a_named_tracker_writes_into_the_run_folder(
     tmp_path: Path, model_dir: Path, data: Path, capsys
 ) -> None:
     out = tmp_path / "run"

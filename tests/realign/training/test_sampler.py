@@ -42,7 +42,7 @@ def steps(num_pairs: int, batch_size: int, accumulation: int, num_ranks: int) ->
     [(8, 1, 1), (1, 8, 1), (2, 2, 2), (4, 1, 2), (1, 2, 4), (1, 1, 8)],
 )
 @pytest.mark.parametrize("num_pairs", [1, 7, 8, 9, 21, 29])
-def test_an_optimizer_step_has_the_same_pairs_however_it_is_cut(
+def test_an_optimizer_step_has_the_same_pairs_for_any_batch_size_and_ranks(
     num_pairs: int, batch_size: int, accumulation: int, num_ranks: int
 ) -> None:
     order = torch.randperm(num_pairs, generator=torch.Generator().manual_seed(3)).tolist()
@@ -50,7 +50,7 @@ def test_an_optimizer_step_has_the_same_pairs_however_it_is_cut(
 
 
 @pytest.mark.parametrize("num_pairs", range(1, 26))
-def test_ranks_have_as_many_micro_steps_and_every_pair_once(num_pairs: int) -> None:
+def test_ranks_have_equally_many_micro_steps_and_share_every_pair_once(num_pairs: int) -> None:
     shares = [list(sampler) for sampler in ranks(num_pairs, 2, 4)]
     assert {len(share) for share in shares} == {len(ranks(num_pairs, 2, 4)[0])}
     assert sorted(chain(*chain(*shares))) == list(range(num_pairs))
@@ -60,7 +60,7 @@ def test_ranks_have_as_many_micro_steps_and_every_pair_once(num_pairs: int) -> N
         assert max(sizes) - min(sizes) <= 1
 
 
-def test_every_epoch_has_an_order_of_its_own_that_the_seed_decides() -> None:
+def test_every_epoch_has_a_seeded_order() -> None:
     (sampler,) = ranks(50, 4, 1, seed=1)
     first, again = list(sampler), list(sampler)
     sampler.set_epoch(1)
@@ -69,14 +69,14 @@ def test_every_epoch_has_an_order_of_its_own_that_the_seed_decides() -> None:
     assert list(chain(*ranks(5, 2, 1, shuffle=False)[0])) == list(range(5))
 
 
-def test_the_last_micro_step_can_be_left_out() -> None:
+def test_drop_last_omits_the_last_micro_step() -> None:
     shares = [list(sampler) for sampler in ranks(11, 2, 2, drop_last=True)]
     assert [[len(pairs) for pairs in share] for share in shares] == [[2, 2], [2, 2]]
     assert len(ranks(11, 2, 2, drop_last=True)[0]) == 2
 
 
 @pytest.mark.parametrize("shared_prefix", [False, True])
-def test_a_rank_without_pairs_or_images_collates_what_it_needs(
+def test_a_rank_without_pairs_or_images_collates_a_filler_batch(
     model_dir, records, shared_prefix: bool
 ) -> None:
     rows = records(3)

@@ -31,7 +31,9 @@ class Watch(TrainerCallback):
 
 
 @pytest.mark.full
-def test_memory_and_files_stay_flat(tmp_path: Path, model_dir, records, make_reference) -> None:
+def test_memory_and_open_files_do_not_grow_during_training(
+    tmp_path: Path, model_dir, records, make_reference
+) -> None:
     args = RDPOConfig(
         output_dir=str(tmp_path / "steps"), report_to="none", use_cpu=True, disable_tqdm=True,
         per_device_train_batch_size=2, max_steps=STEPS, learning_rate=1e-5, logging_steps=10,

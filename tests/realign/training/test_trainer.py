@@ -62,6 +62,6 @@ def test_a_micro_batch_is_not_scattered_over_the_gpus_of_a_process(
     assert made.args.n_gpu == 1
 
 
-def test_checkpoints_that_cannot_go_on_are_refused(tmp_path: Path) -> None:
+def test_save_only_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="save_only_model must be false"):
         RDPOConfig(output_dir=str(tmp_path), save_only_model=True, use_cpu=True)

@@ -139,11 +139,11 @@ def largest_difference(found: Trajectory, expected: Trajectory) -> float:
     return float(((found.grad_norms - expected.grad_norms).abs() / expected.grad_norms).max())
 
 
-def test_a_short_trajectory_is_that_of_plain_pytorch(model_dir, records, tmp_path):
+def test_a_short_trajectory_equals_that_of_plain_pytorch(model_dir, records, tmp_path):
     assert_same_trajectory(model_dir, records, tmp_path, seed=0, steps=25)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_two_hundred_steps_are_those_of_plain_pytorch(model_dir, records, tmp_path, seed):
+def test_two_hundred_steps_equal_those_of_plain_pytorch(model_dir, records, tmp_path, seed):
     assert_same_trajectory(model_dir, records, tmp_path, seed, steps=200)

@@ -18,7 +18,7 @@ COLUMN = torch.ones(4, 1)
 
 
 @pytest.mark.parametrize("num_tops", [0, 5])
-def test_entries_of_hidden_states_of_bfloat16(num_tops):
+def test_bfloat16_entries_are_added_accurately(num_tops):
     generator = seeded(0)
     ids, order = torch.randint(9, (5 + num_tops,), generator=generator).sort(stable=True)
     starts = torch.searchsorted(ids, torch.arange(10))[2:8]
@@ -68,6 +68,6 @@ MISREAD = {
 
 
 @pytest.mark.parametrize("name", MISREAD)
-def test_what_would_be_misread_is_not_handed_over(name):
+def test_tensors_the_cpu_kernels_would_misread_are_rejected(name):
     with pytest.raises(AssertionError):
         MISREAD[name]()

@@ -41,7 +41,7 @@ def recording(monkeypatch):
     return kernels
 
 
-def test_a_new_backend_is_a_module_and_a_row(recording):
+def test_a_new_backend_needs_a_module_and_a_table_row(recording):
     inputs = make_head_inputs(7, 13, 4, torch.float32)
     inputs = inputs.replace_tensors([part.bfloat16().float() for part in inputs.tensors])
     actual = inputs.call(linear_logprob, backend="recording")
@@ -83,7 +83,7 @@ def rocm_without_wide_products(monkeypatch):
 
 
 @pytest.mark.usefixtures("rocm_without_wide_products")
-def test_auto_passes_over_kernels_whose_products_torch_lacks():
+def test_auto_skips_kernels_whose_products_torch_lacks():
     assert dispatch.auto_backend("cpu") == "cpu"
     dispatch.BACKENDS.pop("cpu")
     assert dispatch.auto_backend("cpu") == "eager"

@@ -296,7 +296,7 @@ PRODUCT_MUTANTS = {
 SETS = product_sets()
 
 
-def test_the_product_checks_pass_as_they_stand(each_product_set):
+def test_the_product_checks_pass_without_mutations(each_product_set):
     check_products()
 
 
@@ -315,7 +315,7 @@ def test_a_broken_product_is_caught(name, other_objects, use_library, monkeypatc
     assert fails(check_products)
 
 
-def test_the_checks_pass_as_it_stands(use_library, tmp_path):
+def test_the_kernel_checks_pass_without_mutations(use_library, tmp_path):
     build(CSRC, tmp_path / "library.so")
     use_library(tmp_path / "library.so")
     for check in CHECKS:
@@ -350,7 +350,7 @@ DRIVER_MUTANTS = {
 }
 
 
-def test_the_driver_checks_pass_as_it_stands(monkeypatch, tmp_path):
+def test_the_driver_checks_pass_without_mutations(monkeypatch, tmp_path):
     choose_products("portable", monkeypatch, tmp_path)
     for check in (*CHECKS, check_moved_stash, check_bfloat16_gradients):
         check()

@@ -50,7 +50,7 @@ def layouts(b):
 
 
 @pytest.mark.parametrize(("rows", "columns", "terms"), SHAPES)
-def test_products_of_bfloat16(rows, columns, terms):
+def test_bfloat16_products_equal_float64_sums(rows, columns, terms):
     a, b = normal(rows, terms).bfloat16(), normal(terms, columns, seed=1).bfloat16()
     expected = None
     for one, other in zip(layouts(a), layouts(b)[::-1], strict=True):
@@ -69,8 +69,8 @@ def test_products_of_bfloat16(rows, columns, terms):
 @pytest.mark.parametrize(("rows", "columns", "terms"), SHAPES)
 @pytest.mark.parametrize("is_scaled", [False, True], ids=["by_weight", "by_hidden"])
 @pytest.mark.parametrize("adds", [False, True])
-def test_products_of_exponentials(rows, columns, terms, is_scaled, adds):
-    """Rounded to bfloat16 but where they are large, which is a matter of each row of them."""
+def test_exponential_products_equal_float64_sums(rows, columns, terms, is_scaled, adds):
+    """Exponentials are rounded to bfloat16 except where they are large for their row."""
     shape = (terms, rows) if is_scaled else (rows, terms)
     exponentials, b = (3 * normal(*shape)).exp(), normal(terms, columns, seed=1).bfloat16()
     exponentials[:, ::3] = 0
@@ -87,7 +87,7 @@ def test_products_of_exponentials(rows, columns, terms, is_scaled, adds):
         assert_sums(out, factors.T if is_scaled else factors, b, 0.5 if adds else 0.0)
 
 
-def test_no_entry_depends_on_others_or_on_threads():
+def test_entries_do_not_depend_on_other_entries_or_threads():
     a, b = normal(90, 700).bfloat16(), normal(700, 300, seed=1).bfloat16()
     exponentials, totals = normal(90, 700).exp(), torch.full((90,), 100.0)
     before = torch.get_num_threads()
@@ -110,7 +110,7 @@ def test_no_entry_depends_on_others_or_on_threads():
         torch.set_num_threads(before)
 
 
-def test_subnormal_factors_count_as_zero_where_the_instructions_say_so(each_product_set):
+def test_subnormal_factors_count_as_zero_on_instruction_sets_that_flush_them(each_product_set):
     """The parts that are lost are below 2^-126 times the other factor."""
     tiny, large = torch.full((40, 64), 2.0**-130), torch.full((64, 40), 2.0**100)
     for a, b in ((tiny.bfloat16(), large.bfloat16()), (large.T.bfloat16(), tiny.T.bfloat16())):
@@ -123,7 +123,7 @@ def test_subnormal_factors_count_as_zero_where_the_instructions_say_so(each_prod
         )
 
 
-def test_what_is_not_finite_reaches_its_row_and_column_alone():
+def test_non_finite_values_affect_only_their_row_or_column():
     for value, place in itertools.product((torch.nan, torch.inf), ("a", "b")):
         a, b = normal(40, 70).bfloat16(), torch.ones(70, 80, dtype=torch.bfloat16)
         exponentials, totals = torch.ones(40, 70), torch.ones(40)
@@ -140,7 +140,7 @@ def test_what_is_not_finite_reaches_its_row_and_column_alone():
             assert lost.sum() == (80 if place == "a" else 40)
 
 
-def test_other_users_of_the_tiles_are_left_alone():
+def test_products_do_not_disturb_the_tile_state_of_torch():
     """Torch multiplies bfloat16 by the same registers of the same thread."""
     a, b = normal(64, 256).bfloat16(), normal(256, 64).bfloat16()
     out, expected = torch.empty(64, 64), a @ b
@@ -151,7 +151,7 @@ def test_other_users_of_the_tiles_are_left_alone():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("rows", "terms"), [(1, 1), (63, 255), (64, 256), (65, 257), (200, 1030)])
-def test_products_with_a_single_row_or_column(rows, terms, dtype):
+def test_products_with_a_single_row_or_column_are_accurate(rows, terms, dtype):
     a, b = normal(rows, terms).to(dtype), normal(terms, 1, seed=1).to(dtype)
     tolerance = 100 * torch.finfo(dtype).eps
     results = []
@@ -216,7 +216,7 @@ def assert_close_gradients(leaves, exact, dense):
 @pytest.mark.parametrize("logit_std", [0.1, 3.0, 12.0])
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("options", [{}, {"logit_softcap": 8.0}, {"temperature": 0.5}], ids=str)
-def test_gradients_keep_digits_where_they_cancel(logit_std, trains, options):
+def test_gradients_are_accurate_under_cancellation(logit_std, trains, options):
     """The rows of a head have a large part in common, of which a rounding error would remain."""
     inputs = make_head_inputs(64, 1003, 96, torch.bfloat16, logit_std=logit_std, **options)
     common = 3 * logit_std / 96**0.5 * normal(1, 96)
@@ -274,7 +274,7 @@ def test_the_loss_compiles_into_one_graph(statistics):
         assert torch.equal(grad, oracle)
 
 
-def test_float32_inputs_keep_their_digits():
+def test_float32_inputs_keep_float32_accuracy():
     """Inputs that are not given in bfloat16 are multiplied in float32, under autocast too."""
     inputs = make_head_inputs(9, 37, 6, torch.bfloat16)
     for tensors in ([inputs.hidden_states.float(), inputs.lm_head_weight],

@@ -20,7 +20,7 @@ sys.exit(pytest.main(["-q", "-x", "-s", "-p", "no:cacheprovider", *sys.argv[2:]]
 
 
 @pytest.mark.slow
-def test_no_access_out_of_bounds_and_no_undefined_behaviour(tmp_path):
+def test_kernels_have_no_out_of_bounds_access_or_undefined_behaviour(tmp_path):
     """Each instruction set that this machine has is tried, since each has code of its own."""
     library, objects = tmp_path / "library.so", []
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

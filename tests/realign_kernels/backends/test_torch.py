@@ -51,14 +51,14 @@ def test_scratch_stays_within_workspace_bytes(function, dtype, transform):
     assert peak <= WORKSPACE_BYTES + gradients + ROWS_OF_HIDDEN + ROWS
 
 
-def test_without_gradients_there_is_nothing_but_scratch():
+def test_inference_allocates_only_scratch():
     inputs = make_head_inputs(N, V, D, torch.float32)
     with torch.no_grad():
         assert peak_bytes(lambda: run(linear_logprob, inputs)) <= WORKSPACE_BYTES + ROWS
 
 
 @pytest.mark.full
-def test_a_row_wider_than_the_workspace_is_cut_too():
+def test_a_row_wider_than_the_workspace_is_tiled():
     inputs = make_head_inputs(3, 8_000, 4, torch.float32)
     workspace_bytes = 16 << 10
     assert workspace_bytes < 8_000 * 4
@@ -71,7 +71,7 @@ def test_a_row_wider_than_the_workspace_is_cut_too():
 
 
 @pytest.mark.parametrize("function", [linear_logprob, linear_logprob_stats])
-def test_autograd_saves_inputs_and_numbers_of_rows(function):
+def test_autograd_saves_only_inputs_and_per_row_numbers(function):
     leaves = make_head_inputs(N, V, D, torch.float32, bias=True, rank=R).as_leaves()
     inputs = {tensor.data_ptr() for tensor in leaves.tensors}
     saved = []
@@ -84,7 +84,7 @@ def test_autograd_saves_inputs_and_numbers_of_rows(function):
     assert max(tensor.numel() for tensor in others) <= 4 * N
 
 
-def test_the_loss_keeps_the_promise_too():
+def test_the_loss_stays_within_workspace_bytes():
     leaves = make_head_inputs(N, V, D, torch.float32, ignored=0.3).as_leaves()
     gradients = sum(tensor.nbytes for tensor in leaves.tensors)
 
@@ -97,7 +97,7 @@ def test_the_loss_keeps_the_promise_too():
     assert peak_bytes(step) <= WORKSPACE_BYTES + gradients + ROWS_OF_HIDDEN + ROWS
 
 
-def test_ignored_rows_cost_nothing():
+def test_ignored_rows_take_no_memory():
     """Operations see as many rows as there are labels, not as there are positions."""
     leaves = make_head_inputs(N, V, D, torch.float32).as_leaves()
     leaves.labels[5:] = -100
@@ -124,7 +124,7 @@ def test_entries_are_added_to_their_rows(count, monkeypatch):
     torch.testing.assert_close(out, expected, rtol=1e-13, atol=1e-13)
 
 
-def test_ids_that_are_not_tokens_reach_no_memory():
+def test_ids_out_of_range_access_no_memory():
     weight = torch.full((5, 3), torch.inf)
     ids = torch.tensor([-1, 5, 1 << 40])
     out, accumulator = torch.zeros(3), torch.ones(3, 3)
@@ -138,7 +138,7 @@ def test_ids_that_are_not_tokens_reach_no_memory():
 
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("shape", [(3, 0, 4), (1, 700, 5), (5, 700, 1), (4, 513, 6), (0, 3, 2)])
-def test_products_of_every_shape(shape, adds):
+def test_products_of_every_shape_equal_a_matmul(shape, adds):
     generator = seeded(0)
     rows, inner, columns = shape
     a = torch.randn(rows, inner, generator=generator, dtype=torch.float64)

@@ -63,7 +63,9 @@ def ours(*arguments, **options):
     "case", [{}, {"bias": True}, {"softcap": 2.0}, {"bias": True, "softcap": 5.0}], ids=str
 )
 @pytest.mark.usefixtures("each_backend")
-def test_is_close_to_float64(case, shift, reduction, dtype, value_error, grad_error):
+def test_values_and_gradients_are_close_to_float64(
+    case, shift, reduction, dtype, value_error, grad_error
+):
     options = {"softcap": case.get("softcap"), "reduction": reduction, "shift": shift}
     tensors, targets = make_call(dtype, bias="bias" in case)
     loss, lse, grads = with_gradients(ours, tensors, targets, dtype, **options)
@@ -81,7 +83,7 @@ def test_is_close_to_float64(case, shift, reduction, dtype, value_error, grad_er
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.usefixtures("each_backend")
-def test_the_loss_alone_is_that_beside_the_lse(reduction, shift):
+def test_the_loss_without_the_lse_equals_the_loss_with_it(reduction, shift):
     tensors, targets = make_call(F32)
     options = {"reduction": reduction, "shift": shift}
     loss = linear_cross_entropy(*tensors, targets, **options)
@@ -92,7 +94,7 @@ def test_the_loss_alone_is_that_beside_the_lse(reduction, shift):
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.usefixtures("each_backend")
-def test_ignored_positions_have_no_gradient_and_no_value(reduction, shift):
+def test_ignored_positions_have_zero_gradient_and_value(reduction, shift):
     (e, c), targets = make_call(F32)
     is_ignored = targets[:, shift:] == -100
     e[:, : T - shift][is_ignored] = 1e30
@@ -109,7 +111,7 @@ def test_ignored_positions_have_no_gradient_and_no_value(reduction, shift):
         assert not loss[is_ignored].signbit().any()
 
 
-def test_another_ignore_index():
+def test_another_ignore_index_gives_the_same_loss():
     (e, c), targets = make_call(F64)
     expected = linear_cross_entropy(e, c, targets)
     actual = linear_cross_entropy(e, c, targets.where(targets >= 0, -1), ignore_index=-1)
@@ -127,7 +129,7 @@ def test_the_mean_of_no_target_is_nan():
     assert linear_cross_entropy(e[:0], c, targets[:0]).isnan()
 
 
-def test_the_lse_has_a_gradient_alone():
+def test_the_lse_has_its_own_gradient():
     (e, c, bias), targets = make_call(F64, bias=True)
     targets = targets[:2, :4].clamp(max=4)
 
@@ -138,7 +140,7 @@ def test_the_lse_has_a_gradient_alone():
     assert torch.autograd.gradcheck(lse, [leaf.clone().requires_grad_() for leaf in leaves])
 
 
-def test_takes_rows_without_a_batch_and_one_token():
+def test_rows_without_a_batch_and_a_single_token_are_accepted():
     (e, c), targets = make_call(F64)
     losses = linear_cross_entropy(e, c, targets, reduction="none")
     flat = linear_cross_entropy(e.flatten(0, 1), c, targets.flatten(), reduction="none")
@@ -148,7 +150,7 @@ def test_takes_rows_without_a_batch_and_one_token():
     torch.testing.assert_close(one, losses[1, 2])
 
 
-def test_filters_sums_and_implementations_are_not_read():
+def test_filter_sum_and_implementation_options_are_ignored():
     (e, c), targets = make_call(F32)
     loss = linear_cross_entropy(
         e, c, targets, filter_eps="high", use_kahan=True, accum_e_fp32=True, accum_c_fp32=True,
@@ -157,7 +159,7 @@ def test_filters_sums_and_implementations_are_not_read():
     assert torch.equal(loss, linear_cross_entropy(e, c, targets))
 
 
-def test_compiles_into_one_graph():
+def test_the_function_compiles_into_one_graph():
     tensors, targets = make_call(F32, bias=True)
     torch._dynamo.reset()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
@@ -168,7 +170,7 @@ def test_compiles_into_one_graph():
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_an_option_of_the_module_can_be_set_afterwards():
+def test_module_options_can_be_set_after_construction():
     """Options are attributes, as in Cut Cross-Entropy."""
     (e, c), targets = make_call(F32)
     module = LinearCrossEntropy()
@@ -178,7 +180,7 @@ def test_an_option_of_the_module_can_be_set_afterwards():
     assert torch.equal(module(e, c, targets), expected)
 
 
-def test_the_module_holds_the_options():
+def test_the_module_stores_its_options():
     (e, c, bias), targets = make_call(F32, bias=True)
     module = LinearCrossEntropy(-100, 4.0, "none", shift=1, return_lse=True, filter_eps=None)
     actual = module(e, c, targets, bias)
@@ -272,14 +274,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("changed", "error", "message"), REFUSED.values(), ids=REFUSED)
-def test_arguments_that_do_not_fit_are_refused(changed, error, message):
+def test_invalid_arguments_are_refused(changed, error, message):
     (e, c), targets = make_call(F32)
     with pytest.raises(error, match=message):
         linear_cross_entropy(**{"e": e, "c": c, "targets": targets} | changed)
 
 
 @pytest.mark.parametrize("fourth", [-100, None, torch.zeros(V)], ids=["index", "None", "bias"])
-def test_a_fourth_positional_argument_has_two_meanings(fourth):
+def test_an_ambiguous_fourth_positional_argument_is_refused(fourth):
     (e, c), targets = make_call(F32)
     message = (
         r"linear_cross_entropy must get arguments after targets by name, got 4 positional ones\. "

@@ -12,7 +12,7 @@ ENTRIES = [module.name for module in pkgutil.iter_modules(realign_kernels.compat
 PEERS = ("cut_cross_entropy", "liger_kernel", "verl", "trl", "transformers")
 
 
-def test_no_entry_imports_a_peer():
+def test_no_compat_module_imports_its_peer_library():
     assert {"cce", "liger", "torch", "verl"} <= {*ENTRIES}
     code = (
         "import importlib, sys\n"

@@ -146,7 +146,7 @@ def test_losses_equal_their_formulas(loss_type, alpha, average, dtype):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("ignore_index", [-100, 42])
-def test_bias_and_ignore_index(ignore_index, bias):
+def test_bias_and_ignore_index_equal_the_dense_formula(ignore_index, bias):
     policy, reference, labels = make_tensors(torch.float32, bias=bias, ignore_index=ignore_index)
     leaves, exact = as_leaves(policy), as_leaves(policy, torch.float64)
     module = LigerFusedLinearDPOLoss(ignore_index, 0.2, compute_nll_loss=True)
@@ -159,8 +159,8 @@ def test_bias_and_ignore_index(ignore_index, bias):
 
 
 @pytest.mark.parametrize("average", [False, True], ids=["sum", "average"])
-def test_references_that_are_known(average):
-    """Log-probabilities in place of the model, as the entry itself returns them; or none at all."""
+def test_known_reference_logps_replace_the_reference_head(average):
+    """The reference is given by log-probabilities instead of a head, or is absent."""
     policy, reference, labels = make_tensors()
     options = {"beta": 0.3, "average_log_prob": average}
     _, (chosen, rejected, *_) = liger_fused_linear_dpo(
@@ -206,7 +206,7 @@ def test_the_nll_has_its_gradient_in_every_mode(memory, monkeypatch):
     )
 
 
-def test_the_function_takes_its_arguments_in_the_order_of_liger():
+def test_the_function_accepts_its_arguments_in_the_order_of_liger():
     order = (
         "_input weight target bias ref_input ref_weight ref_bias ignore_index beta "
         "compute_nll_loss compiled use_ref_model average_log_prob chunk_size loss_type "
@@ -265,7 +265,7 @@ def test_an_answer_without_tokens_adds_nothing():
         liger_fused_linear_dpo(hidden, weight, labels, bias, *reference)
 
 
-def test_no_pairs():
+def test_a_batch_without_pairs_gives_zero_loss():
     (hidden, weight, bias), reference, labels = make_tensors()
     loss, extras = liger_fused_linear_dpo(
         hidden[:0], weight, labels[:0], bias, reference[0][:0], *reference[1:]
@@ -307,12 +307,12 @@ def test_losses_that_are_not_a_table_of_terms_are_refused(loss_type):
         ),
     ],
 )
-def test_the_words_of_liger(options, message):
+def test_loss_types_of_liger_map_to_objectives(options, message):
     with pytest.raises(ValueError, match=message):
         LigerFusedLinearDPOLoss(**options)
 
 
-def test_label_smoothing_that_is_not_read_is_warned_about():
+def test_unused_label_smoothing_gives_a_warning():
     (hidden, weight, bias), reference, labels = make_tensors()
     with pytest.warns(UserWarning, match=r"label_smoothing=0.1 has no effect with .*'sigmoid'"):
         actual = liger_fused_linear_dpo(
@@ -401,7 +401,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("change", "error", "message"), REFUSED.values(), ids=REFUSED)
-def test_arguments_that_do_not_fit_are_refused(change, error, message):
+def test_invalid_arguments_are_refused(change, error, message):
     (hidden, weight, bias), reference, labels = make_tensors(torch.float32)
     arguments = {
         "_input": hidden,
@@ -416,7 +416,7 @@ def test_arguments_that_do_not_fit_are_refused(change, error, message):
         liger_fused_linear_dpo(**arguments | change)
 
 
-def test_it_compiles_into_one_graph():
+def test_the_module_compiles_into_one_graph():
     torch._dynamo.reset()
     (hidden, weight, bias), reference, labels = make_tensors()
     module = LigerFusedLinearDPOLoss(compute_nll_loss=True, average_log_prob=True)
@@ -429,7 +429,7 @@ def test_it_compiles_into_one_graph():
     )
 
 
-def test_a_weight_of_fsdp_is_gathered():
+def test_an_fsdp_weight_is_gathered():
     (hidden, weight, bias), reference, labels = make_tensors()
     expected = liger_fused_linear_dpo(hidden, weight, labels, bias, *reference)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -449,7 +449,7 @@ def test_a_weight_of_fsdp_is_gathered():
 @pytest.mark.parametrize("return_entropy", [False, True])
 @pytest.mark.parametrize("ignore_index", [-100, 42])
 @pytest.mark.usefixtures("each_backend")
-def test_scaled_cross_entropy(ignore_index, return_entropy, dtype):
+def test_scaled_cross_entropy_equals_float64(ignore_index, return_entropy, dtype):
     (hidden, weight, _), _, labels = make_tensors(dtype, ignore_index=ignore_index)
     rows, labels = hidden.flatten(0, 1), labels.flatten()
     leaves, exact = as_leaves([rows, weight]), as_leaves([rows, weight], torch.float64)
@@ -477,7 +477,7 @@ def test_scaled_cross_entropy(ignore_index, return_entropy, dtype):
         assert (tensor.grad - right.grad).norm() <= bound_of_gradients * right.grad.norm()
 
 
-def test_scaled_cross_entropy_refuses():
+def test_scaled_cross_entropy_refuses_invalid_arguments():
     (hidden, weight, _), _, labels = make_tensors()
     apply = LigerFusedLinearScaledCrossEntropyFunction.apply
     message = r"selected_token_ids must be None, got Tensor of shape \(2,\). linear_logprob scores"

@@ -69,7 +69,7 @@ def verl(monkeypatch):
 
 @pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 @pytest.mark.usefixtures("verl")
-def test_a_block_runs(block):
+def test_a_code_block_of_the_page_runs(block):
     names = make_names()
     exec(compile(block, str(PAGE), "exec"), names)
     assert not names["hidden_states"].isnan().any()
@@ -78,7 +78,7 @@ def test_a_block_runs(block):
         assert names[name].requires_grad
 
 
-def test_every_place_of_verl_is_replaced(verl):
+def test_every_use_of_the_function_in_verl_is_replaced(verl):
     from realign_kernels.compat import verl as ours
 
     for name, block in BLOCKS.items():
@@ -89,7 +89,7 @@ def test_every_place_of_verl_is_replaced(verl):
         assert getattr(verl[path], name) is getattr(ours, name)
 
 
-def test_a_reference_that_is_kept_is_the_one_of_the_model():
+def test_a_precomputed_reference_equals_that_of_the_model():
     by_model, _, by_cache, *_ = (
         block for name, block in BLOCKS.items() if name.startswith("Liger")
     )
@@ -99,7 +99,7 @@ def test_a_reference_that_is_kept_is_the_one_of_the_model():
     torch.testing.assert_close(names[0]["loss"], names[1]["loss"])
 
 
-def test_the_loss_that_is_written_out_is_the_robust_one():
+def test_the_written_out_loss_equals_robust_dpo():
     block = next(block for block in BLOCKS.values() if "smoothing" in block)
     names = make_names()
     exec(compile(block, str(PAGE), "exec"), names)

@@ -93,7 +93,7 @@ def main(rank, init_file):
     dist.destroy_process_group()
 
 
-def test_two_ranks_equal_one(run_two_ranks):
+def test_entries_on_two_ranks_equal_one_process(run_two_ranks):
     run_two_ranks(__file__)
 
 

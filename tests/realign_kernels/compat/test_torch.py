@@ -67,14 +67,14 @@ def distance(actual, expected):
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_parts_are_torchs_own(case):
+def test_the_composed_parts_equal_torchs_function(case):
     call = make_call(F64, **case)
     torch.testing.assert_close(run(composed, *call, F64), run(torchs_own, *call, F64))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_equals_torchs_own_in_float64(case, reduction):
+def test_values_and_gradients_equal_torch_in_float64(case, reduction):
     call = make_call(F64, **case)
     loss, grads = run(linear_cross_entropy, *call, F64, reduction=reduction)
     own, own_grads = run(torchs_own, *call, F64, reduction=reduction)
@@ -87,7 +87,7 @@ def test_equals_torchs_own_in_float64(case, reduction):
 )
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_is_close_to_float64(case, reduction, dtype, value_error, grad_error):
+def test_values_and_gradients_are_close_to_float64(case, reduction, dtype, value_error, grad_error):
     call = make_call(dtype, **case)
     loss, grads = run(linear_cross_entropy, *call, dtype, reduction=reduction, out_dtype=F32)
     exact, exact_grads = run(torchs_own, *call, F64, reduction=reduction)
@@ -101,7 +101,7 @@ def test_is_close_to_float64(case, reduction, dtype, value_error, grad_error):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [F64, F32, F16, BF16], ids=str)
-def test_the_result_has_the_dtype_of_torchs(dtype, reduction):
+def test_the_result_dtype_equals_that_of_torch(dtype, reduction):
     """The result is also at least as near to float64 as that of torch."""
     call = make_call(dtype, bias=True)
     exact, _ = run(torchs_own, *call, F64, reduction=reduction)
@@ -114,7 +114,7 @@ def test_the_result_has_the_dtype_of_torchs(dtype, reduction):
         assert (loss.double() - exact).norm() <= (own.double() - exact).norm()
 
 
-def test_the_result_has_the_dtype_of_torchs_under_autocast():
+def test_the_result_dtype_under_autocast_equals_that_of_torch():
     tensors, target, _ = make_call(F32)
     for dtype in (BF16, F16):
         with torch.autocast("cpu", dtype=dtype):
@@ -140,7 +140,7 @@ def test_a_weight_of_another_dtype_is_rounded():
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
 
 
-def test_takes_one_sample_and_any_number_of_dimensions():
+def test_one_sample_and_any_number_of_dimensions_are_accepted():
     (hidden, weight), target, _ = make_call(F64)
     target = target.clamp(min=0)
     losses = linear_cross_entropy(hidden, weight, target, reduction="none")
@@ -153,7 +153,7 @@ def test_takes_one_sample_and_any_number_of_dimensions():
     torch.testing.assert_close(many, losses[:20].reshape(2, 5, 2))
 
 
-def test_the_default_ignore_index_is_torchs():
+def test_the_default_ignore_index_equals_that_of_torch():
     (hidden, weight), target, _ = make_call(F64)
     assert (target == -100).any()
     for ignore_index in (None, -100):
@@ -177,7 +177,7 @@ def test_ignored_samples_have_no_gradient(reduction, weighted):
         assert torch.equal(loss[target == 5].signbit(), torch.zeros(6, dtype=torch.bool))
 
 
-def test_the_mean_of_no_target_is_that_of_torch():
+def test_the_mean_of_no_target_equals_that_of_torch():
     for rows in (0, 4):
         leaves = [torch.randn(rows, D).requires_grad_(), torch.randn(V, D).requires_grad_()]
         target = torch.full((rows,), -100)
@@ -200,7 +200,7 @@ def test_class_weights_have_a_gradient():
     assert torch.autograd.gradcheck(loss, [(torch.rand(V, dtype=F64) + 0.5).requires_grad_()])
 
 
-def test_options_are_not_read():
+def test_chunking_options_are_ignored():
     tensors, target, _ = make_call(F64)
     options_of = getattr(torch.nn, "LinearCrossEntropyOptions", SimpleNamespace)
     options = options_of(batch_chunk_size=2)
@@ -208,7 +208,7 @@ def test_options_are_not_read():
     assert torch.equal(loss, linear_cross_entropy(*tensors, target))
 
 
-def test_compiles_into_one_graph():
+def test_the_function_compiles_into_one_graph():
     tensors, target, options = make_call(F32, bias=True, weight=True)
     torch._dynamo.reset()
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
@@ -317,7 +317,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("changed", "error", "message"), REFUSED.values(), ids=REFUSED)
-def test_arguments_that_do_not_fit_are_refused(changed, error, message):
+def test_invalid_arguments_are_refused(changed, error, message):
     (hidden, weight), target, _ = make_call(F32)
     given = {"input": hidden, "linear_weight": weight, "target": target} | changed
     with pytest.raises(error, match=message):
@@ -325,7 +325,7 @@ def test_arguments_that_do_not_fit_are_refused(changed, error, message):
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch, at the first tangent
-def test_refuses_a_tangent_and_a_second_derivative():
+def test_tangents_and_second_derivatives_are_refused():
     (hidden, weight), target, _ = make_call(F64)
     with (
         forward_ad.dual_level(),

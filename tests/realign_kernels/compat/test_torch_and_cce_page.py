@@ -30,7 +30,7 @@ def run(block, **names):
 
 
 @pytest.mark.parametrize("block", blocks("Coming from torch"))
-def test_a_block_on_torch(block):
+def test_a_code_block_on_torch_runs(block):
     labels = torch.randint(0, V, (6,))
     labels[2] = -100
     loss, logits = run(block, hidden_states=torch.randn(6, D), labels=labels)
@@ -38,7 +38,7 @@ def test_a_block_on_torch(block):
 
 
 @pytest.mark.parametrize("block", blocks("Coming from Cut Cross-Entropy"))
-def test_a_block_on_cut_cross_entropy(block):
+def test_a_code_block_on_cut_cross_entropy_runs(block):
     labels = torch.randint(0, V, (4, 6))
     labels[1, :3] = -100
     loss, logits = run(block, hidden_states=torch.randn(4, 6, D), labels=labels)
@@ -51,6 +51,6 @@ def test_a_block_on_cut_cross_entropy(block):
     torch.testing.assert_close(loss, expected)
 
 
-def test_every_section_has_its_blocks():
+def test_every_section_of_the_page_has_its_code_blocks():
     assert len(blocks("Coming from torch")) == 2
     assert len(blocks("Coming from Cut Cross-Entropy")) == 3

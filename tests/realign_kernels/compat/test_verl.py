@@ -50,7 +50,7 @@ def check_gradients(leaves, exact, bound):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "Mean"])
 @pytest.mark.usefixtures("each_backend")
-def test_values_and_gradients(reduction, temperature, dtype):
+def test_values_and_gradients_equal_float64(reduction, temperature, dtype):
     hidden, weight, labels = make_inputs(dtype)
     leaves = as_leaves(hidden, weight)
     exact = as_leaves(hidden, weight, dtype=torch.float64)
@@ -117,7 +117,7 @@ def test_the_module_keeps_the_shape(dtype):
 
 
 @pytest.mark.parametrize("label", [-100, V])
-def test_no_label_is_ignored(label):
+def test_negative_labels_are_refused_and_not_ignored(label):
     hidden, weight, labels = make_inputs()
     labels[3] = label
     rule = rf"must be in \[0, V\), got {label} at index \(3,\)"
@@ -175,14 +175,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("change", "error", "message"), REFUSED.values(), ids=REFUSED)
-def test_arguments_that_do_not_fit_are_refused(change, error, message):
+def test_invalid_arguments_are_refused(change, error, message):
     hidden, weight, labels = make_inputs(torch.float32)
     arguments = {"hidden": hidden, "weight": weight, "labels": labels} | change
     with pytest.raises(error, match=message):
         linear_cross_entropy(**arguments)
 
 
-def test_refused_by_the_module():
+def test_invalid_module_arguments_are_refused():
     hidden, weight, labels = make_inputs()
     with pytest.raises(TypeError, match=r"input_ids must be a torch.Tensor, got list"):
         FusedLinearForPPO()(hidden, weight, labels.tolist())
@@ -235,7 +235,7 @@ def main(rank, rendezvous):
     dist.destroy_process_group()
 
 
-def test_two_ranks_share_the_vocabulary(run_two_ranks):
+def test_two_ranks_that_share_the_vocabulary_equal_one(run_two_ranks):
     run_two_ranks(__file__)
 
 

@@ -33,8 +33,8 @@ def tile_bytes(dtype, workspace_bytes=WORKSPACE_BYTES):
 
 
 @pytest.mark.parametrize("hidden_size", [2048, 4096, 8192])
-def test_a_gpu_takes_the_whole_tile_where_nothing_of_the_head_is_copied(hidden_size):
-    """A frozen head in half precision: logits and exponentials alone are scratch."""
+def test_a_gpu_uses_full_tiles_where_the_head_is_not_copied(hidden_size):
+    """Only logits and exponentials are scratch for a frozen head in half precision."""
     arguments = (TileShape(4096, 8192), hidden_size, 0, (4, 2, 2), WORKSPACE_BYTES)
     frozen = tile_shape(*arguments, temporaries=0, casts_head=False, sums_head_gradient=False)
     assert frozen == (4096, 8192)
@@ -49,7 +49,7 @@ def test_a_gpu_takes_the_whole_tile_where_nothing_of_the_head_is_copied(hidden_s
 @pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("operand", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_copied_for_products_is_known(weight, autocast, operand):
+def test_copies_of_product_operands_are_predicted(weight, autocast, operand):
     precision, tensor = (
         Precision(autocast, torch.float32, operand, operand),
         torch.zeros(2, dtype=weight),
@@ -73,7 +73,7 @@ def gathered(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward_alone(dtype):
+def test_forward_memory_equals_the_documented_peak(dtype):
     inputs = make_head_inputs(N, V, D, dtype)
 
     def run():
@@ -84,7 +84,7 @@ def test_forward_alone(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_frozen_head(dtype):
+def test_frozen_head_memory_equals_the_documented_peak(dtype):
     inputs = make_head_inputs(N, V, D, dtype)
     inputs.hidden_states.requires_grad_()
 
@@ -98,7 +98,7 @@ def test_frozen_head(dtype):
 
 @pytest.mark.parametrize("memory", ["stash", "recompute"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_trainable_head(dtype, memory):
+def test_trainable_head_memory_equals_the_documented_peak(dtype, memory):
     leaves = make_head_inputs(N, V, D, dtype).as_leaves()
 
     def run():
@@ -124,7 +124,7 @@ def test_trainable_head(dtype, memory):
 
 
 def test_the_tiles_of_the_loss_bound_the_stash(monkeypatch):
-    """Rows of the vocabulary for one group of pairs, however large the batch is."""
+    """The stash holds the rows of one group of pairs, for any size of the batch."""
     monkeypatch.setattr("realign_kernels.ops.pair_tiles._ROWS_PER_TILE", 128)
     leaves = make_head_inputs(N, V, D, torch.float32).as_leaves()
     hidden_states = leaves.hidden_states.view(32, 32, D)[:30]
@@ -171,8 +171,8 @@ def test_a_smaller_workspace_is_kept_with_low_rank_factors(dtype, with_gradient)
 
 
 @pytest.mark.parametrize("with_gradient", [False, True])
-def test_ignored_rows_cost_nothing(with_gradient):
-    """Only their results and gradients remain, which are zeros."""
+def test_ignored_rows_take_no_memory(with_gradient):
+    """Only the results and gradients of ignored rows take memory, and they are zeros."""
     inputs = make_head_inputs(N, V, D, torch.float32)
     inputs.labels[5:] = -100
     inputs.hidden_states.requires_grad_(with_gradient)
@@ -202,7 +202,7 @@ def test_a_slice_of_a_batch_is_not_copied():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_frozen_head_of_large_rows(dtype):
+def test_frozen_head_memory_of_large_rows_equals_the_documented_peak(dtype):
     """Rows and not tiles take the memory: the derivative, its product and the gradient."""
     inputs = make_head_inputs(2048, 600, 512, dtype)
     inputs.hidden_states.requires_grad_()

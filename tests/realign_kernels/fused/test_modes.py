@@ -32,14 +32,14 @@ def freeze_head(inputs):
     return inputs
 
 
-def test_the_fused_backend_is_the_one_that_runs():
+def test_auto_runs_the_fused_backend():
     assert resolve_backend("auto", "cpu") == "cpu"
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("transform", TRANSFORMS, ids=["plain", "softcapped"])
 @pytest.mark.parametrize("memory", MODES)
-def test_gradients_of_every_mode(memory, transform, frozen):
+def test_gradients_of_every_memory_mode_equal_the_dense_formula(memory, transform, frozen):
     inputs = make_head_inputs(37, 101, 24, bias=True, rank=3, ignored=0.3, **transform)
     ours, dense = inputs.as_leaves(), inputs.as_leaves()
     if frozen:
@@ -56,7 +56,7 @@ def test_gradients_of_every_mode(memory, transform, frozen):
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("memory", MODES)
-def test_gradients_of_the_top_token_as_well(memory, frozen):
+def test_gradients_of_the_top_token_equal_the_dense_formula(memory, frozen):
     inputs = make_head_inputs(29, 83, 12, bias=True, rank=2, logit_softcap=6.0)
     ours, dense = inputs.as_leaves(), inputs.as_leaves()
     if frozen:
@@ -89,7 +89,7 @@ def far_below(gap, dtype):
 @pytest.mark.parametrize("gap", [70.0, 200.0, 1e4])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("memory", MODES)
-def test_rows_whose_shift_moves(memory, frozen, gap):
+def test_rows_whose_shift_moves_equal_the_dense_formula(memory, frozen, gap):
     """The logits exceed the guard of 60 nats more than once in a row."""
     inputs = far_below(gap, torch.float32)
     ours, dense = inputs.as_leaves(), inputs.as_leaves(torch.float64)
@@ -218,7 +218,7 @@ def test_rdpo_loss_equals_the_dense_loss(
 
 @pytest.mark.parametrize("memory", ["stash", "tile"])
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
-def test_packed_in_any_order_with_lengths(backend, memory, monkeypatch):
+def test_packed_batches_in_any_order_equal_the_dense_loss(backend, memory, monkeypatch):
     monkeypatch.setattr("realign_kernels.ops.pair_tiles._ROWS_PER_TILE", 13)
     tensors, labels, ref_logps = pair_batch(num_cells=3)
     expected, grads = dense_loss_and_gradients(tensors, labels, ref_logps)
@@ -237,7 +237,7 @@ def test_packed_in_any_order_with_lengths(backend, memory, monkeypatch):
     torch.testing.assert_close(packed_grads[1:], grads[1:], rtol=1e-10, atol=1e-12)
 
 
-def test_auto_takes_tiles_where_the_stash_is_too_small(monkeypatch):
+def test_auto_uses_tiles_where_the_stash_is_too_small(monkeypatch):
     used = []
     monkeypatch.setattr(
         # Not by its dotted name, which is that of the function as well.
@@ -253,7 +253,7 @@ def test_auto_takes_tiles_where_the_stash_is_too_small(monkeypatch):
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_a_stash_that_does_not_fit_is_computed_anew():
+def test_logits_beyond_the_stash_are_recomputed():
     inputs = make_head_inputs(37, 101, 24)
     grads = []
     for stash_bytes in (1 << 20, 1000):
@@ -265,7 +265,7 @@ def test_a_stash_that_does_not_fit_is_computed_anew():
 
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
 @pytest.mark.parametrize("link", ["logsigmoid", "hinge", "ipo"])
-def test_a_broken_pair_never_gives_a_loss_of_zero(link, backend):
+def test_a_nan_pair_gives_a_nan_loss(link, backend):
     tensors, labels, ref_logps = pair_batch(num_cells=3)
     tensors[0][0, 0] = torch.nan
     objective = Objective((Term((1, -1), link=link),))
@@ -283,7 +283,7 @@ def half_batch(dtype, trains_hidden=True):
 
 
 @pytest.mark.parametrize("memory", ALL_MODES)
-def test_checkpointing_around_the_loss(memory):
+def test_checkpointing_around_the_loss_gives_equal_gradients(memory):
     """Saved tensors may be unpacked once only."""
     hidden, weight, labels, ref_logps = half_batch(torch.float64)
 
@@ -297,7 +297,7 @@ def test_checkpointing_around_the_loss(memory):
 
 @pytest.mark.parametrize("memory", ALL_MODES)
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float16, 65536.0), (torch.bfloat16, 1 / 3)])
-def test_the_slope_from_above_is_not_rounded(dtype, scale, memory):
+def test_the_upstream_gradient_is_not_rounded(dtype, scale, memory):
     """A gradient scaler's factor overflows float16; a third is not a number of bfloat16."""
     hidden, weight, labels, ref_logps = half_batch(dtype)
     exact = [part.detach().double().requires_grad_() for part in (hidden, weight)]
@@ -331,8 +331,8 @@ def test_gradients_through_loss_and_logps_are_rounded_once(memory):
 
 @pytest.mark.parametrize("memory", ["auto", "stash", "tile"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
-def test_no_pairs_but_ignored_tokens(frozen, memory):
-    """A rank whose share of a batch is empty."""
+def test_a_batch_of_ignored_tokens_without_pairs_gives_zero_gradients(frozen, memory):
+    """Such a batch occurs on a rank whose share is empty."""
     hidden = torch.randn(4, 8, requires_grad=True)
     weight = torch.randn(20, 8, requires_grad=not frozen)
     loss = rdpo_loss(
@@ -355,7 +355,7 @@ def test_wrong_lengths_are_refused_before_tiles_are_cut():
         )  # fmt: skip
 
 
-def test_without_checks_bad_ids_reach_no_memory(monkeypatch):
+def test_bad_ids_access_no_memory_without_checks(monkeypatch):
     monkeypatch.setenv("REALIGN_CHECK", "0")
     hidden, weight, labels, ref_logps = half_batch(torch.float64)
     ids = torch.arange(15)[:, None].expand(labels.shape).reshape(-1).clone()
@@ -368,7 +368,7 @@ def test_without_checks_bad_ids_reach_no_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("scoring", ["label", "top_non_label"])
-def test_without_checks_a_label_that_is_not_a_token_gives_nan(scoring, monkeypatch):
+def test_a_label_out_of_range_gives_nan_without_checks(scoring, monkeypatch):
     monkeypatch.setenv("REALIGN_CHECK", "0")
     hidden, weight, labels, ref_logps = half_batch(torch.float64)
     labels[6, 0] = 45  # of 40 tokens, in cell 1 of pair 1
@@ -382,8 +382,8 @@ def test_without_checks_a_label_that_is_not_a_token_gives_nan(scoring, monkeypat
         assert grad[6, 0].isnan().all()
 
 
-def test_saved_tensors_may_change_their_layout():
-    """Offloading hooks hand back the values, not always the strides."""
+def test_saved_tensors_may_be_returned_with_other_strides():
+    """Offloading hooks return the values, but not always the strides."""
     inputs = make_head_inputs(9, 23, 4)
     results = []
     for is_moved in (False, True):
@@ -399,13 +399,13 @@ def test_saved_tensors_may_change_their_layout():
     torch.testing.assert_close(*results, rtol=1e-11, atol=1e-12)
 
 
-def test_a_stash_that_was_asked_for_and_does_not_fit_is_refused():
+def test_a_requested_stash_that_does_not_fit_is_refused():
     leaves = make_head_inputs(37, 101, 24).as_leaves()
     with pytest.raises(ValueError, match=r"stash_bytes must be >= 29896 .*got 1000\. Raise it"):
         leaves.call(linear_logprob, backend="cpu", memory="stash", stash_bytes=1000)
 
 
-def test_a_pair_larger_than_the_stash_is_computed_twice():
+def test_a_pair_larger_than_the_stash_is_recomputed():
     tensors, labels, ref_logps = pair_batch(num_cells=3)
     expected = dense_loss_and_gradients(tensors, labels, ref_logps)
     actual = loss_and_gradients(

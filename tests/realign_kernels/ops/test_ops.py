@@ -152,7 +152,7 @@ def test_an_older_compiler_can_trace_the_arguments_of_a_head():
 @pytest.mark.parametrize("memory", ["auto", "stash", "recompute"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiles_into_one_graph(backend, frozen, memory):
+def test_the_head_compiles_into_one_graph(backend, frozen, memory):
     """K22."""
     inputs = make_head_inputs(37, 101, 24, torch.float32, bias=True, ignored=0.2).as_leaves()
     if frozen:
@@ -240,7 +240,7 @@ def test_a_second_derivative_is_refused(memory, backend):
         torch.autograd.grad(grad.sum(), hidden_states)
 
 
-def test_the_witness_keeps_no_hidden_states():
+def test_a_frozen_head_keeps_no_hidden_states_for_the_backward():
     """The derivative replaces the hidden states until the backward, since the head is frozen."""
     import gc
     import weakref

@@ -55,7 +55,7 @@ def test_the_papers_example_is_masked_as_its_figure_shows() -> None:
         "The mantra of a category: scary, carefree, treehouses, boatload.",
     ],
 )
-def test_words_that_only_look_visual_stay(text: str) -> None:
+def test_words_that_only_look_visual_are_not_masked(text: str) -> None:
     assert ENGLISH.segments(text) == []
 
 
@@ -116,7 +116,7 @@ CAPTIONS = {
 
 
 @pytest.mark.parametrize(("caption", "left"), CAPTIONS.items())
-def test_captions_lose_what_can_be_seen_and_nothing_else(caption: str, left: str) -> None:
+def test_only_visual_words_of_captions_are_masked(caption: str, left: str) -> None:
     assert masked(caption) == left.replace("#", "[MASK]")
 
 
@@ -135,12 +135,12 @@ COCO = [
 ]
 
 
-def test_every_coco_category_is_an_object() -> None:
+def test_every_coco_category_is_an_object_of_the_lexicon() -> None:
     for name in COCO:
         assert found(ENGLISH, f"a {name}.") == [(name, "objects")]
 
 
-def test_categories_and_no_phrase_twice() -> None:
+def test_no_phrase_is_listed_twice_in_the_lexicon() -> None:
     raw = yaml.safe_load(ENGLISH_LEXICON.read_text())
     phrases = [phrase for category in raw.values() for phrase in category]
     assert len(phrases) == len(set(phrases)) > 1500
@@ -166,11 +166,11 @@ WORDS = [
 
 
 @given(st.lists(st.sampled_from(WORDS)).map(" ".join))
-def test_the_demos_lexicon_finds_what_it_always_found(text: str) -> None:
+def test_the_demo_lexicon_finds_the_same_segments_as_its_first_definition(text: str) -> None:
     assert [span[:2] for span in DEMO.segments(text)] == as_first_defined(LEXICON_PATH, text)
 
 
-def test_masks_of_the_demos_sentences_have_not_changed() -> None:
+def test_masks_of_the_demo_sentences_equal_a_recorded_digest() -> None:
     """The embedded model was trained on them."""
     rng, digest = Random(7), hashlib.sha256()
     rates = ({}, {"objects": 0.8, "attributes": 0.8, "relations": 0.8}, {"objects": 0.3})
@@ -209,7 +209,7 @@ def test_bad_lexicons_are_refused(tmp_path: Path, content: str, message: str) ->
         Lexicon.load(tmp_path / "none.yaml")
 
 
-def test_rates_name_categories_and_kept_is_not_one() -> None:
+def test_mask_rates_must_name_categories_which_exclude_kept() -> None:
     lexicon = Lexicon({"objects": ["dog"], "kept": ["hot dog days"]})
     assert found(lexicon, "a dog on hot dog days") == [("dog", "objects")]
     with pytest.raises(RefusedError, match=r"must name categories of \['objects'\], got 'kept'"):

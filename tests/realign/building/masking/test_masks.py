@@ -34,7 +34,7 @@ LEXICON = Lexicon(
 )
 
 
-def test_prompts_are_the_papers_word_for_word() -> None:
+def test_prompts_equal_those_of_the_paper() -> None:
     assert MASK_PROMPT == (
         "Please mask any words of the segments related to the objects, attributes, and logical "
         "relationships of the input image in the following description by replacing them with "
@@ -51,7 +51,7 @@ def test_completion_request_carries_instruction_prompt_and_masked_answer() -> No
     assert request == f"Describe the image.\n{COMPLETION_PROMPT}\nA [MASK]."
 
 
-def test_masks_every_segment_at_rate_one_and_keeps_the_rest() -> None:
+def test_rate_one_masks_every_segment_and_keeps_the_rest() -> None:
     text = "There is a red house at the top left, near two buses. Treehouse!"
     masked = mask_by_rule(text, LEXICON, {}, Random(0))
     assert masked == "There is a [MASK] [MASK] [MASK], near two [MASK]. Treehouse!"
@@ -69,7 +69,7 @@ def test_rate_zero_still_masks_one_segment() -> None:
     assert masked.count("[MASK]") == 1
 
 
-def test_rates_are_by_category() -> None:
+def test_mask_rates_apply_per_category() -> None:
     rates = {"objects": 1.0, "attributes": 0.0, "relations": 0.0}
     masked = mask_by_rule("a red house at the top", LEXICON, rates, Random(0))
     assert masked == "a red [MASK] at the top"
@@ -90,7 +90,7 @@ def test_a_text_without_anything_to_mask_gives_none() -> None:
         ("There is a .", False),  # nothing filled in
     ],
 )
-def test_a_completion_fits_a_mask_or_does_not(completed: str, fits: bool) -> None:
+def test_completions_fit_a_mask_when_they_keep_its_other_words(completed: str, fits: bool) -> None:
     assert fits_mask("There is a [MASK] [MASK].", completed) is fits
 
 
@@ -103,7 +103,7 @@ def masks_only(text: str, masked: str) -> bool:
 @given(
     st.lists(st.sampled_from(["a", "red", "house", "tree", "at the top", "and", ","]), min_size=1)
 )
-def test_a_rule_mask_always_fits_the_text_it_came_from(words: list[str]) -> None:
+def test_a_rule_mask_always_fits_its_own_text(words: list[str]) -> None:
     text = " ".join(words)
     masked = mask_by_rule(text, LEXICON, {"objects": 0.5}, Random(0))
     assert masked is None or masks_only(text, masked)
@@ -189,14 +189,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_a_reply_that_keeps_every_other_word_is_taken(name: str) -> None:
+def test_a_reply_that_keeps_every_other_word_is_accepted(name: str) -> None:
     reply, masked = TAKEN[name]
     assert mask_by_reply(ANSWER, reply) == masked
     assert masks_only(ANSWER, masked)
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_reply_that_changes_more_is_not_taken(name: str) -> None:
+def test_a_reply_that_changes_unmasked_words_is_refused(name: str) -> None:
     assert mask_by_reply(ANSWER, REFUSED[name]) is None
 
 
@@ -215,12 +215,14 @@ def test_a_reply_that_changes_more_is_not_taken(name: str) -> None:
         ("The [MASK] token.", "The [MASK] [MASK].", None),
     ],
 )
-def test_replies_are_masked_as_by_hand(answer: str, reply: str, masked: str | None) -> None:
+def test_masks_from_replies_equal_masks_made_by_hand(
+    answer: str, reply: str, masked: str | None
+) -> None:
     assert mask_by_reply(answer, reply) == masked
 
 
 @given(st.data())
-def test_whatever_is_masked_the_rest_is_the_answer(data: st.DataObject) -> None:
+def test_unmasked_text_of_any_reply_equals_the_answer(data: st.DataObject) -> None:
     words = st.sampled_from(
         ["a", "dog", "sits.", "on", "'s", "the\n", "- ", "“red”", "é", "[", "…"]
     )
@@ -279,7 +281,7 @@ def test_a_text_is_cut_into_sentences(text: str, parts: list[str]) -> None:
         ("Nothing. At all.", None),
     ],
 )
-def test_sentence_level_masks_each_sentence_that_holds_something_visual(
+def test_sentence_level_masks_each_sentence_with_visual_words(
     text: str, masked: str | None
 ) -> None:
     assert mask_by_rule(text, LEXICON, {}, Random(0), "sentence") == masked
@@ -295,13 +297,13 @@ def test_sentence_level_widens_the_masks_of_a_model() -> None:
     )
 
 
-def test_rates_at_sentence_level_are_of_segments() -> None:
+def test_sentence_level_rates_apply_to_segments() -> None:
     rates = {"objects": 0.0, "attributes": 1.0}
     text = "A red thing. A house. Nothing."
     assert mask_by_rule(text, LEXICON, rates, Random(0), "sentence") == "[MASK]. A house. Nothing."
 
 
-def test_an_answer_with_a_mask_of_its_own_is_not_masked() -> None:
+def test_an_answer_that_contains_a_mask_token_is_not_masked() -> None:
     assert mask_by_rule("A [MASK] house.", LEXICON, {}, Random(0)) is None
 
 
@@ -330,8 +332,8 @@ def by_model(retries: int, level="segment") -> MaskRules:
     return MaskRules("model", LEXICON, {}, seed=0, level=level, retries=retries)
 
 
-def test_whose_mask_is_taken() -> None:
-    """Every way a mask can come about, once."""
+def test_masks_name_the_model_the_retry_or_the_rule_that_made_them() -> None:
+    """Each row covers one way in which a mask can be made."""
     model = Replying(
         first=["A red [MASK]."],
         second=["One red [MASK].", "A [MASK] house."],
@@ -361,13 +363,13 @@ def test_whose_mask_is_taken() -> None:
     ]
 
 
-def test_no_retry_when_none_is_wanted() -> None:
+def test_zero_retries_query_the_model_once() -> None:
     model = Replying(a=["No."])
     assert mask_rows([row("a")], by_model(0), model, always)[0].by == "rule after model"
     assert len(model.asked) == 1
 
 
-def test_a_model_is_never_asked_what_is_too_long_for_it() -> None:
+def test_prompts_too_long_for_the_model_are_not_sent_to_it() -> None:
     model = Replying(a=["No."])
     short = len(masking_request("A red house."))
     masked = mask_rows([row("a")], by_model(3), model, lambda prompt, image: len(prompt) <= short)
@@ -375,7 +377,7 @@ def test_a_model_is_never_asked_what_is_too_long_for_it() -> None:
     assert len(model.asked) == 1
 
 
-def test_a_models_mask_at_sentence_level() -> None:
+def test_sentence_level_widens_a_model_mask_to_its_sentence() -> None:
     model = Replying(a=["A red [MASK]. It is nice."])
     rows = [row("a", "A red house. It is nice.")]
     assert mask_rows(rows, by_model(1, "sentence"), model, always) == [
@@ -383,7 +385,7 @@ def test_a_models_mask_at_sentence_level() -> None:
     ]
 
 
-def test_masks_do_not_depend_on_the_rows_beside_them() -> None:
+def test_masks_do_not_depend_on_other_rows() -> None:
     rows = [row(str(i), "A red house near a tree, a bus and a house.") for i in range(12)]
     rates = MaskRules("rule", LEXICON, {"objects": 0.5}, seed=3)
     together = mask_rows(rows, rates, None, always)
@@ -391,7 +393,7 @@ def test_masks_do_not_depend_on_the_rows_beside_them() -> None:
     assert [mask_rows([one], rates, None, always)[0] for one in rows] == together
 
 
-def test_there_is_one_reminder_for_each_retry() -> None:
+def test_each_retry_has_its_own_reminder() -> None:
     assert len(BY_MODEL) == len(MASK_REMINDERS) + 1 == len(set(BY_MODEL))
     assert len({masking_request("x", retry) for retry in range(len(BY_MODEL))}) == len(BY_MODEL)
     for retries in (-1, 4):

@@ -22,22 +22,22 @@ ANSWER = "A red dog sits on a couch."
 
 
 @pytest.mark.parametrize("kind", KINDS["remnants"])
-def test_what_is_left_of_a_mask(kind: str) -> None:
+def test_remnants_of_masks_are_found(kind: str) -> None:
     texts = KINDS["remnants"][kind]
     assert [text for text in texts if not has_unfilled(text, ANSWER)] == []
 
 
 @pytest.mark.parametrize("kind", KINDS["prose"])
-def test_prose_has_no_remnants(kind: str) -> None:
+def test_ordinary_prose_has_no_remnants(kind: str) -> None:
     assert {text: found for text in KINDS["prose"][kind] if (found := remnants(text))} == {}
 
 
-def test_there_are_enough_examples_of_both() -> None:
+def test_remnants_and_prose_have_at_least_100_examples_each() -> None:
     for group in KINDS.values():
         assert len({text for texts in group.values() for text in texts}) >= 100
 
 
-def test_what_the_answer_has_as_often_is_not_left_of_a_mask() -> None:
+def test_mask_like_text_of_the_answer_is_not_a_remnant() -> None:
     form = "A form with ____ and [object] on it."
     assert remnants(form)
     assert not has_unfilled("A form with ____ and [object] under it.", form)
@@ -45,7 +45,9 @@ def test_what_the_answer_has_as_often_is_not_left_of_a_mask() -> None:
     assert has_unfilled("A [MASK with [object] on it.", form)
 
 
-def test_completions_of_the_embedded_model(tmp_path: Path, model_dir: Path) -> None:
+def test_remnants_in_completions_of_the_embedded_model_are_found(
+    tmp_path: Path, model_dir: Path
+) -> None:
     """Sentences unlike those that it knows make it write pieces of masks."""
     masked = [
         "A [MASK] with a slice of [MASK], a [MASK] and a glass of [MASK] [MASK] [MASK] on a table.",

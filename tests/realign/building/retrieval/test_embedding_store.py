@@ -29,7 +29,7 @@ def store(tmp_path: Path) -> EmbeddingStore:
     return store
 
 
-def test_what_was_written_is_read(store: EmbeddingStore) -> None:
+def test_written_embeddings_are_read_back(store: EmbeddingStore) -> None:
     assert store.missing(SHARDS) == []
     expected = torch.cat([vectors(number) for number in range(3)])
     assert store.read(SHARDS).dtype == torch.float32
@@ -53,13 +53,13 @@ def test_the_content_hash_depends_on_every_vector(store: EmbeddingStore) -> None
         store.content(SHARDS)
 
 
-def test_the_same_vectors_are_the_same_bytes(store: EmbeddingStore, tmp_path: Path) -> None:
+def test_equal_vectors_give_equal_bytes(store: EmbeddingStore, tmp_path: Path) -> None:
     again = EmbeddingStore(tmp_path / "again", dict(reversed(IDENTITY.items())))
     again.write(1, vectors(1), SHARDS[1])
     assert again.path(1).read_bytes() == store.path(1).read_bytes()
 
 
-def test_absent_shards_are_made_and_no_others(store: EmbeddingStore) -> None:
+def test_only_absent_shards_are_missing(store: EmbeddingStore) -> None:
     store.path(1).unlink()
     assert store.missing(SHARDS) == [1]
     with pytest.raises(RefusedError, match=r"00001\.safetensors .* does not exist\. Embed it"):
@@ -81,7 +81,7 @@ def test_vectors_of_another_encoder_are_refused(
         foreign.read(SHARDS)
 
 
-def test_vectors_of_another_dtype_are_computed_again(store: EmbeddingStore) -> None:
+def test_vectors_of_another_dtype_count_as_missing(store: EmbeddingStore) -> None:
     assert EmbeddingStore(store.folder, IDENTITY, torch.float16).missing(SHARDS) == [0, 1, 2]
 
 
@@ -95,7 +95,7 @@ def test_vectors_of_other_images_are_refused(store: EmbeddingStore, digests: lis
         store.read(changed)
 
 
-def test_every_damaged_byte_and_every_cut_is_noticed(store: EmbeddingStore) -> None:
+def test_every_damaged_byte_and_every_truncation_is_detected(store: EmbeddingStore) -> None:
     path = store.path(1)
     whole = path.read_bytes()
     # a space of the header's padding is the one byte that means nothing
@@ -111,7 +111,7 @@ def test_every_damaged_byte_and_every_cut_is_noticed(store: EmbeddingStore) -> N
         store.read(SHARDS)
 
 
-def test_shards_of_the_older_format_are_named_and_made_again(store: EmbeddingStore) -> None:
+def test_shards_of_an_older_schema_are_refused_and_count_as_missing(store: EmbeddingStore) -> None:
     save_file({"embeddings": vectors(1)}, store.path(1), {"embeddings": "{}"})
     assert store.missing(SHARDS) == [1]
     with pytest.raises(RefusedError, match="it is of schema 1, this version reads 2"):

@@ -155,8 +155,8 @@ def scenes(folder: Path, count: int) -> list[Path]:
     return paths
 
 
-def test_the_demo_model_as_by_hand(model_dir: Path, tmp_path: Path) -> None:
-    """Vision tower and projector, mean over image tokens, length 1."""
+def test_demo_model_embeddings_equal_a_computation_by_hand(model_dir: Path, tmp_path: Path) -> None:
+    """An embedding is the normalized mean of the projected image tokens."""
     model, processor = load_model(model_dir, torch.float32), load_processor(model_dir)
     encoder = VisionPathEncoder(model, processor)
     paths = scenes(tmp_path, 5)
@@ -177,7 +177,7 @@ TILED_APART = (
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - TILED_APART))
-def test_every_family_gives_one_vector_an_image(
+def test_every_family_gives_one_vector_per_image(
     family: str, dtype: torch.dtype, images: list[Image.Image]
 ) -> None:
     config, arguments, processor, sizes = FAMILIES[family]
@@ -228,7 +228,7 @@ def siglip(folder: Path) -> nn.Module:
 
 
 @pytest.mark.parametrize(("make", "size"), [(clip, 24), (siglip, 32)])
-def test_a_clip_like_folder(
+def test_a_clip_like_folder_gives_normalized_image_embeddings(
     make: Callable[[Path], nn.Module], size: int, tmp_path: Path, images: list[Image.Image]
 ) -> None:
     folder = tmp_path / "tiny-encoder"
@@ -287,7 +287,7 @@ def test_an_incomplete_encoder_is_refused(tmp_path: Path) -> None:
         ClipEncoder.load(str(tmp_path), torch.float32)
 
 
-def test_a_vlm_is_not_taken_for_a_clip_model(
+def test_a_vlm_loaded_as_a_clip_model_is_refused(
     model_dir: Path, tmp_path: Path, images: list[Image.Image]
 ) -> None:
     folder = Path(shutil.copytree(model_dir, tmp_path / "vlm"))
@@ -298,6 +298,6 @@ def test_a_vlm_is_not_taken_for_a_clip_model(
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
-def test_vectors_that_have_no_direction_are_refused(bad: float) -> None:
+def test_vectors_of_zero_length_or_with_nan_are_refused(bad: float) -> None:
     with pytest.raises(RefusedError, match="encoder x must give finite vectors that are not zero"):
         unit_rows(torch.tensor([[1.0, 0.0], [0.0, bad]]), "x")

@@ -38,7 +38,7 @@ def whole(embeddings: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("images", [1, 7, 8, 9, 19, 64])
 @pytest.mark.parametrize("queries", [1, 4, 5, 11])
 @pytest.mark.parametrize("k", [1, 3, 10, 100])
-def test_equals_the_whole_matrix_on_block_edges_and_off_them(
+def test_exact_search_equals_the_full_matrix_for_any_block_boundary(
     images: int, queries: int, k: int
 ) -> None:
     embeddings, asked = unit(images, 6), unit(queries, 6, seed=1)
@@ -52,7 +52,9 @@ def test_equals_the_whole_matrix_on_block_edges_and_off_them(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("size", [1, 3, 512])
-def test_every_size_and_stored_dtype(dtype: torch.dtype, size: int) -> None:
+def test_exact_search_equals_the_full_matrix_for_every_size_and_dtype(
+    dtype: torch.dtype, size: int
+) -> None:
     embeddings = unit(500, size).to(dtype)
     cosines, indices = ExactIndex(embeddings, corpus_rows=64).search(embeddings[:20], 10)
     expected = whole(embeddings, embeddings[:20], 10)
@@ -74,7 +76,7 @@ def test_equal_cosines_come_in_corpus_order(corpus_rows: int, query_rows: int) -
     assert torch.equal(indices, expected)
 
 
-def test_bits_depend_on_no_block_and_no_thread() -> None:
+def test_cosines_are_bitwise_equal_for_any_block_and_thread_count() -> None:
     embeddings, queries = unit(3000, 96), unit(40, 96, seed=1)
     first = ExactIndex(embeddings).search(queries, 10)
     for number, query_rows, corpus_rows in ((1, 40, 3000), (2, 7, 500), (2, 13, 77)):
@@ -85,8 +87,8 @@ def test_bits_depend_on_no_block_and_no_thread() -> None:
         assert torch.equal(first[1], other[1])
 
 
-def test_rows_that_float32_cannot_tell_apart() -> None:
-    """Among near equals the product's rounding decides nothing: a thousand rows within 1e-7."""
+def test_rows_that_differ_below_float32_are_ordered_correctly() -> None:
+    """A thousand rows differ by 1e-7, and the rounding of the product does not order them."""
     generator = torch.Generator().manual_seed(0)
     center = unit(1, 256)
     embeddings = center + 1e-7 * torch.randn(1000, 256, generator=generator)
@@ -105,7 +107,7 @@ def product_precision(name: str) -> Iterator[None]:
         torch.set_float32_matmul_precision("highest")
 
 
-def test_a_coarser_product_gives_the_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lower_precision_products_give_the_same_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trainer may have allowed bfloat16 inside float32 products."""
     embeddings, queries = unit(2000, 512), unit(20, 512, seed=1)
     expected = ExactIndex(embeddings).search(queries, 10)
@@ -126,7 +128,9 @@ def test_a_coarser_product_gives_the_same_answer(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(expected[1], coarse[1])
 
 
-def test_with_onednn_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_with_and_without_onednn_gives_equal_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     embeddings, queries = unit(500, 32), unit(20, 32, seed=1)
     monkeypatch.setattr(exact, "ONEDNN", 0)
     expected = ExactIndex(embeddings).search(queries, 10)
@@ -140,10 +144,10 @@ def test_with_onednn_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 @pytest.mark.parametrize("images", [1, 30, 700])
 @pytest.mark.parametrize("most", [None, 2.0, 0.3, 0.0, -2.0])
-def test_what_is_skipped_or_above_a_bound_is_not_there(
+def test_skipped_images_and_images_above_the_bound_are_not_returned(
     images: int, most: float | None, precision: str
 ) -> None:
-    """Bits are those of a search among the others; the bound cuts exactly, through equals too."""
+    """Results equal those of a search among the remaining images, bit by bit."""
     embeddings, asked = unit(images, 24), unit(11, 24, seed=1)
     embeddings[images // 2 :] = embeddings[: images - images // 2].clone()
     generator = torch.Generator().manual_seed(2)
@@ -171,7 +175,7 @@ def test_what_is_skipped_or_above_a_bound_is_not_there(
     assert ((found.skipped - products).abs() <= error).all()
 
 
-def test_no_queries_and_no_images() -> None:
+def test_empty_queries_and_an_empty_corpus_give_empty_results() -> None:
     cosines, indices = ExactIndex(unit(5, 4)).search(torch.empty(0, 4), 3)
     assert cosines.shape == indices.shape == (0, 3)
     assert ExactIndex(torch.empty(0, 4)).search(unit(2, 4), 3)[1].shape == (2, 0)

@@ -32,7 +32,7 @@ def recall(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_flat_is_exact(corpus: Tensor, dtype: torch.dtype) -> None:
+def test_the_flat_index_equals_the_exact_index(corpus: Tensor, dtype: torch.dtype) -> None:
     corpus = corpus.to(dtype)
     flat = FaissIndex(corpus, "flat").search(corpus[:300], 10)
     exact = ExactIndex(corpus).search(corpus[:300], 10)
@@ -40,14 +40,14 @@ def test_flat_is_exact(corpus: Tensor, dtype: torch.dtype) -> None:
     assert torch.equal(flat[1], exact[1])
 
 
-def test_flat_orders_equal_cosines_as_the_corpus(corpus: Tensor) -> None:
+def test_the_flat_index_orders_equal_cosines_by_corpus_position(corpus: Tensor) -> None:
     twice = torch.cat([corpus[:100], corpus[:100]])
     _, indices = FaissIndex(twice, "flat").search(twice[:50], 2)
     assert torch.equal(indices, torch.stack([torch.arange(50), torch.arange(50) + 100], 1))
 
 
 @pytest.mark.parametrize(("kind", "least"), [("ivf", 0.9), ("hnsw", 0.99)])
-def test_recall_of_the_approximate_ones(corpus: Tensor, kind: str, least: float) -> None:
+def test_approximate_indexes_reach_their_recall(corpus: Tensor, kind: str, least: float) -> None:
     cosines, indices = FaissIndex(corpus, kind).search(corpus[:500], 10)
     expected = ExactIndex(corpus).search(corpus[:500], 10)
     assert recall(indices, expected[1]) > least
@@ -58,7 +58,7 @@ def test_recall_of_the_approximate_ones(corpus: Tensor, kind: str, least: float)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_built_and_searched_the_same_whatever_the_threads(corpus: Tensor, kind: str) -> None:
+def test_results_do_not_depend_on_the_number_of_threads(corpus: Tensor, kind: str) -> None:
     import faiss
 
     threads = faiss.omp_get_max_threads()
@@ -81,7 +81,7 @@ def test_small_corpora_are_searched_exactly(corpus: Tensor, kind: str, images: i
     assert torch.equal(cosines, expected[0])
 
 
-def test_what_ivf_does_not_find_is_minus_one_at_the_end(corpus: Tensor) -> None:
+def test_ivf_pads_missing_neighbours_with_minus_one(corpus: Tensor) -> None:
     cosines, indices = FaissIndex(corpus, "ivf", lists=100, probes=1).search(corpus[:20], 2000)
     assert (indices[:, 0] == torch.arange(20)).all()
     assert (indices[:, -1] == -1).all()
@@ -103,7 +103,7 @@ def test_unknown_names_are_refused(corpus: Tensor) -> None:
         FaissIndex(corpus, "exact")
 
 
-def test_without_faiss_the_extra_is_named(corpus: Tensor, monkeypatch) -> None:
+def test_a_missing_faiss_is_refused_with_the_extra_to_install(corpus: Tensor, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(RefusedError, match=r"Install 'realign\[pipeline,retrieval\]' or use exact"):
         make_index("ivf", corpus)

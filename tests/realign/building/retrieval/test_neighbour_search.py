@@ -52,7 +52,7 @@ def accepted(found: Neighbours, query: int) -> list[tuple[int, int]]:
     return [(image, rank) for rank, image in enumerate(images_of(found, query), 1)]
 
 
-def test_the_nearest_others_with_rank_and_cosine() -> None:
+def test_nearest_other_images_have_rank_and_cosine() -> None:
     found = find_neighbours(circle(0, 10, 30, 5, 90, 60), [0, 4], NAMES, Rule(k=3))
     assert accepted(found, 0) == [(3, 1), (1, 2), (2, 3)]
     assert accepted(found, 1) == [(5, 1), (2, 2), (1, 3)]
@@ -61,7 +61,7 @@ def test_the_nearest_others_with_rank_and_cosine() -> None:
     assert not found.short
 
 
-def test_byte_duplicates_are_passed_over_and_counted() -> None:
+def test_byte_duplicates_are_skipped_and_counted() -> None:
     digests = ["a", "b", "a", "c", "a", "d"]
     found = find_neighbours(circle(0, 10, 0, 5, 0, 60), [0, 1], digests, Rule(k=2))
     assert accepted(found, 0) == [(3, 1), (1, 2)]
@@ -69,7 +69,7 @@ def test_byte_duplicates_are_passed_over_and_counted() -> None:
     assert found.excluded == {"byte_duplicate": 2}
 
 
-def test_near_duplicates_by_hamming_distance() -> None:
+def test_near_duplicates_are_excluded_by_hamming_distance() -> None:
     hashes = np.array([0, 0b111, 0b1111, 1 << 63, 2**64 - 1, 0b11111], np.uint64)
     index = circle(0, 1, 2, 3, 4, 5)
     found = find_neighbours(index, [0], NAMES, Rule(k=10, max_hamming=3), hashes)
@@ -93,7 +93,7 @@ def test_the_band_of_cosines_is_inclusive() -> None:
 
 
 @pytest.mark.parametrize("high", [None, 1.0])
-def test_a_duplicate_below_the_band_says_that_the_band_ended_the_search(
+def test_a_duplicate_below_the_band_counts_as_below_min_cosine(
     high: float | None,
 ) -> None:
     rule = Rule(k=3, min_cosine=0.5, max_cosine=high)
@@ -102,7 +102,7 @@ def test_a_duplicate_below_the_band_says_that_the_band_ended_the_search(
     assert found.excluded + found.short == {"below_min_cosine": 1}
 
 
-def test_one_reason_an_image_the_strongest() -> None:
+def test_an_excluded_image_counts_under_its_strongest_reason_alone() -> None:
     hashes = np.zeros(4, np.uint64)
     rule = Rule(k=1, max_cosine=0.5, max_hamming=5)
     found = find_neighbours(circle(0, 0, 1, 2), [0], ["a", "a", "b", "c"], rule, hashes)
@@ -111,7 +111,7 @@ def test_one_reason_an_image_the_strongest() -> None:
     assert found.short == {"no_more_images": 1}
 
 
-def test_what_stands_behind_the_last_accepted_is_not_counted() -> None:
+def test_images_beyond_the_last_accepted_one_are_not_counted() -> None:
     digests = ["a", "b", "a", "c"]
     found = find_neighbours(circle(0, 1, 50, 2), [0], digests, Rule(k=2))
     assert accepted(found, 0) == [(1, 1), (3, 2)]
@@ -126,8 +126,8 @@ def test_one_image_has_no_neighbour() -> None:
     assert find_neighbours(circle(0), [], ["a"], Rule()).indices.shape == (0, 10)
 
 
-def test_the_corpus_is_searched_once_more_where_a_list_is_used_up() -> None:
-    """The 400 nearest are one picture; the eleventh other stands behind them all."""
+def test_an_exhausted_candidate_list_searches_the_corpus_again() -> None:
+    """The 400 nearest images are one picture, and the eleventh other image is beyond them."""
     depths = []
 
     class Asked(ExactIndex):
@@ -184,7 +184,7 @@ def loop(
 @pytest.mark.parametrize(
     ("low", "high"), [(None, None), (0.1, 0.6), (0.5, 0.55), (None, -0.2), (0.3, None), (0.9, 1)]
 )
-def test_equals_a_loop(
+def test_neighbour_search_equals_a_plain_loop(
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     block: int,
@@ -208,7 +208,7 @@ def test_equals_a_loop(
     assert found.excluded + found.short == sum((counts for _, counts in expected), Counter())
 
 
-def test_an_excluded_band_costs_as_little_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_excluded_band_needs_one_search(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nine of ten images are too near, a thousand are the same picture: one search is enough."""
     asked: list[int] = []
     search = ExactIndex._search_block
@@ -232,7 +232,7 @@ def test_an_excluded_band_costs_as_little_as_none(monkeypatch: pytest.MonkeyPatc
     assert (found.indices >= 1000).all()
 
 
-def test_an_approximate_index_that_finds_no_more() -> None:
+def test_an_approximate_index_without_more_results_ends_the_search() -> None:
     class Short(ExactIndex):
         def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
             cosines, indices = super().search(queries, k)
@@ -254,12 +254,12 @@ def test_an_approximate_index_that_finds_no_more() -> None:
         ({"min_cosine": 0.9, "max_cosine": 0.8}, "min_cosine must be at most max_cosine 0.8"),
     ],
 )
-def test_a_rule_that_nothing_meets_is_refused(rule: dict[str, float], message: str) -> None:
+def test_a_rule_that_no_image_can_meet_is_refused(rule: dict[str, float], message: str) -> None:
     with pytest.raises(RefusedError, match=message):
         Rule(**rule)
 
 
-def test_digests_and_hashes_are_one_for_each_image() -> None:
+def test_digests_and_hashes_must_match_the_number_of_images() -> None:
     with pytest.raises(ValueError, match="digests must be one for each image, 2, got 1"):
         find_neighbours(circle(0, 1), [0], ["a"], Rule())
     with pytest.raises(ValueError, match=r"hashes must be uint64 of shape \(2,\) .* got none"):

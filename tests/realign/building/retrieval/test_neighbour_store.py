@@ -32,7 +32,7 @@ def store(tmp_path: Path) -> NeighbourStore:
     return store
 
 
-def test_what_was_written_is_read(store: NeighbourStore) -> None:
+def test_written_neighbours_are_read_back(store: NeighbourStore) -> None:
     assert store.missing() == []
     whole, expected = store.read(), found(range(5))
     assert np.array_equal(whole.indices, expected.indices)
@@ -44,20 +44,20 @@ def test_what_was_written_is_read(store: NeighbourStore) -> None:
 @pytest.mark.parametrize(
     "other", [{"rule": {"k": 3}}, {"index": "ivf"}, {"embeddings": "00fe"}, {"more": 1}]
 )
-def test_neighbours_made_from_something_else(store: NeighbourStore, other) -> None:
+def test_neighbours_of_another_origin_are_refused(store: NeighbourStore, other) -> None:
     foreign = NeighbourStore(store.folder, ORIGIN | other, RANGES)
     assert foreign.missing() == [0, 1]
     with pytest.raises(RefusedError, match=r"00000\.safetensors .* Delete it and run again\."):
         foreign.read()
 
 
-def test_neighbours_of_other_images(store: NeighbourStore) -> None:
+def test_neighbours_of_other_images_count_as_missing(store: NeighbourStore) -> None:
     assert NeighbourStore(store.folder, ORIGIN, [range(3), range(3, 6)]).missing() == [1]
     store.path(0).write_bytes(store.path(1).read_bytes())
     assert store.missing() == [0]
 
 
-def test_every_damaged_byte_and_every_cut_is_noticed(store: NeighbourStore) -> None:
+def test_every_damaged_byte_and_every_truncation_is_detected(store: NeighbourStore) -> None:
     path = store.path(1)
     whole = path.read_bytes()
     # a space of the header's padding is the one byte that means nothing

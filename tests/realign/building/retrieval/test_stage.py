@@ -54,7 +54,7 @@ def retrieve(config: BuildConfig, corpus: Corpus, seed: int = 0) -> Neighbourhoo
     return find_neighbourhood(config, corpus, store, digests)
 
 
-def test_neighbours_of_other_embeddings_or_rules_or_damaged_ones_are_made_anew(
+def test_stale_or_damaged_neighbours_are_computed_again(
     config: BuildConfig, corpus: Corpus, tmp_path: Path
 ) -> None:
     """The result equals that of an empty folder, whatever files the folder holds."""
@@ -91,9 +91,7 @@ def test_digests_are_numbered_once_for_all_shards(
     assert found.excluded == whole.excluded
 
 
-def test_candidates_have_ranks_and_end_where_there_are_no_more(
-    config: BuildConfig, corpus: Corpus
-) -> None:
+def test_candidates_are_ranked_and_end_with_the_corpus(config: BuildConfig, corpus: Corpus) -> None:
     all_others = config.model_copy(update={"top_k": 20, "max_hamming": None})
     found = retrieve(all_others, corpus)
     candidates = found.candidates(corpus.paths[4])
@@ -123,7 +121,9 @@ def test_the_identity_of_an_encoder_needs_no_weights(
     assert EncoderModel.of(half).identity["dtype"] == "torch.bfloat16"
 
 
-def test_an_adapter_is_not_an_encoder_of_its_own(config: BuildConfig, tmp_path: Path) -> None:
+def test_an_adapter_without_its_base_is_refused_as_encoder(
+    config: BuildConfig, tmp_path: Path
+) -> None:
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip/adapter_config.json").write_text('{"base_model_name_or_path": "clip"}')
     with pytest.raises(RefusedError, match=r"encoder must be a whole model, got .*clip, an adap"):

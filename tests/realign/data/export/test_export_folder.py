@@ -29,7 +29,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("to", WRITERS)
-def test_the_same_export_changes_nothing_and_another_is_refused(
+def test_repeating_an_export_changes_nothing_and_a_different_export_is_refused(
     data: Path, tmp_path: Path, built, to: str
 ) -> None:
     out = tmp_path / "below" / "out"
@@ -60,7 +60,7 @@ def test_equal_datasets_give_equal_folders(data: Path, tmp_path: Path, to: str) 
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
 
 
-def test_a_folder_with_something_else_is_left_alone(data: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused_and_unchanged(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
@@ -83,7 +83,7 @@ def test_an_export_that_fails_leaves_nothing(data: Path, tmp_path: Path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["d.parquet"]
 
 
-def test_the_files_of_a_killed_run_do_not_disturb_the_next(data: Path, tmp_path: Path) -> None:
+def test_leftover_files_of_a_killed_run_do_not_affect_the_next(data: Path, tmp_path: Path) -> None:
     """The next run in a container may have the same process id."""
     for name in (f".out.{os.getpid()}.tmp", ".out.tmp"):
         (tmp_path / name).mkdir()
@@ -92,7 +92,9 @@ def test_the_files_of_a_killed_run_do_not_disturb_the_next(data: Path, tmp_path:
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o007])
-def test_a_folder_has_the_permissions_of_any_other(data: Path, tmp_path: Path, mask: int) -> None:
+def test_an_export_folder_has_the_default_permissions(
+    data: Path, tmp_path: Path, mask: int
+) -> None:
     before = os.umask(mask)
     try:
         export(data, None, "official", tmp_path / "out")
@@ -130,7 +132,7 @@ def test_equal_images_share_a_name_and_others_are_renamed(tmp_path: Path) -> Non
     assert len(tree(tmp_path / "images")) == len(images) == 5
 
 
-def test_the_command_exports_and_reports_what_it_wrote(data: Path, tmp_path: Path) -> None:
+def test_the_export_command_reports_the_written_files(data: Path, tmp_path: Path) -> None:
     arguments = ["export", "--data", data, "--to", "llamafactory", "--out", tmp_path / "out"]
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output

@@ -32,7 +32,7 @@ def exported(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("through_parquet", [False, True])
-def test_what_was_imported_is_exported_as_it_was(
+def test_imported_rows_are_exported_unchanged(
     tmp_path: Path, official: Path, official_rows, through_parquet: bool
 ) -> None:
     images, data, out = tmp_path / "images", official, tmp_path / "out"
@@ -57,7 +57,7 @@ def test_what_was_imported_is_exported_as_it_was(
     assert list(again) == list(read_records(official, images))
 
 
-def test_a_standard_row_costs_no_copy_in_its_provenance(tmp_path: Path, official: Path) -> None:
+def test_a_standard_row_keeps_no_copy_in_its_provenance(tmp_path: Path, official: Path) -> None:
     rows = read_records(official, tmp_path / "images")
     assert ["row" in row.source for row in rows] == [False, False] + [True] * 5 + [False] + [
         True
@@ -106,7 +106,7 @@ def rows(draw: Any) -> dict[str, Any]:
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(made=st.lists(rows(), min_size=1, max_size=4))
-def test_import_and_export_undo_each_other(
+def test_import_and_export_are_inverse(
     tmp_path_factory, tmp_path: Path, official: Path, made: list[dict[str, Any]]
 ) -> None:
     folder = tmp_path_factory.mktemp("round")
@@ -120,7 +120,7 @@ def test_import_and_export_undo_each_other(
     assert same(exported(folder / "twice"), made)
 
 
-def test_built_rows_get_names_of_their_own(tmp_path: Path, built) -> None:
+def test_exported_built_rows_get_unique_ids_and_image_names(tmp_path: Path, built) -> None:
     write_parquet(built, tmp_path / "d.parquet")
     result = export(tmp_path / "d.parquet", None, "official", tmp_path / "out")
     written = exported(tmp_path / "out")
@@ -144,9 +144,7 @@ def test_built_rows_get_names_of_their_own(tmp_path: Path, built) -> None:
 
 
 @pytest.mark.parametrize("row", [3, "{", "[]", "3", "{}", '{"chosen": 1, "rejected": []}'])
-def test_provenance_that_is_not_a_row_of_the_layout_is_not_used(
-    tmp_path: Path, records, row: Any
-) -> None:
+def test_provenance_of_another_layout_is_ignored(tmp_path: Path, records, row: Any) -> None:
     (record,) = records(1)
     odd = dataclasses.replace(record, meta={"source": {"row": row}})
     write_parquet([odd], tmp_path / "d.parquet")
@@ -155,7 +153,7 @@ def test_provenance_that_is_not_a_row_of_the_layout_is_not_used(
     assert [(row.id, row.key) for row in read] == [(record.id, record.key)]
 
 
-def test_an_edited_record_is_exported_as_it_is_now(tmp_path: Path, official: Path) -> None:
+def test_an_edited_record_is_exported_with_its_edits(tmp_path: Path, official: Path) -> None:
     rows = list(read_records(official, tmp_path / "images"))
     rows[4] = dataclasses.replace(rows[4], chosen="Edited.")
     rows[5] = dataclasses.replace(rows[5], images=(), rejected_images=())
@@ -180,7 +178,7 @@ def test_an_edited_record_is_exported_as_it_is_now(tmp_path: Path, official: Pat
         ({"prompt": ()}, "prompt must not be empty"),
     ],
 )
-def test_what_the_layout_cannot_hold_is_refused(
+def test_records_that_the_official_layout_cannot_hold_are_refused(
     tmp_path: Path, records, change: dict[str, Any], message: str
 ) -> None:
     good, bad = records(2)
@@ -232,7 +230,7 @@ def test_a_reader_of_the_documented_layout_reads_what_was_built(tmp_path: Path, 
     assert "image" not in samples[-1]
 
 
-def test_the_documented_reader_is_one_that_can_fail(tmp_path: Path, built) -> None:
+def test_the_documented_reader_rejects_an_incomplete_row(tmp_path: Path, built) -> None:
     write_parquet(built, tmp_path / "d.parquet")
     export(tmp_path / "d.parquet", None, "official", tmp_path / "out")
     rows = exported(tmp_path / "out")

@@ -32,7 +32,7 @@ def digests(folder: Path, names: list[str]) -> list[str]:
     return [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names]
 
 
-def test_ms_swift_has_a_row_a_pair(data: Path, tmp_path: Path) -> None:
+def test_ms_swift_export_has_one_row_per_pair(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = export(data, None, "ms-swift", out)
     rows = [json.loads(line) for line in (out / "data.jsonl").read_text().splitlines()]
@@ -68,7 +68,7 @@ def test_ms_swift_has_a_row_a_pair(data: Path, tmp_path: Path) -> None:
             ]
 
 
-def test_llamafactory_has_the_answer_pairs(data: Path, tmp_path: Path) -> None:
+def test_llamafactory_export_has_the_answer_pairs(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = export(data, None, "llamafactory", out)
     descriptions = json.loads((out / "dataset_info.json").read_text())
@@ -106,7 +106,9 @@ def test_llamafactory_has_the_answer_pairs(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("to", "file"), [("ms-swift", "data.jsonl"), ("llamafactory", "data.json")]
 )
-def test_what_is_exported_is_a_source(data: Path, tmp_path: Path, to: str, file: str) -> None:
+def test_exported_files_are_read_as_a_build_source(
+    data: Path, tmp_path: Path, to: str, file: str
+) -> None:
     export(data, None, to, tmp_path / "out")
     source = read_source(tmp_path / "out" / file, tmp_path / "out")
     assert (source.format, source.problems) == (to, [])
@@ -147,7 +149,9 @@ print(json.dumps([line for line in trainer.state.log_history if "loss" in line])
 
 
 @pytest.mark.full
-def test_trl_trains_on_the_parquet_as_it_is(tmp_path: Path, records, model_dir: Path) -> None:
+def test_trl_trains_on_the_exported_parquet_unchanged(
+    tmp_path: Path, records, model_dir: Path
+) -> None:
     """No column renamed or removed: the file goes into DPOTrainer as `realign` wrote it. In a
     process of its own: TRL's warnings are not ours.
     """

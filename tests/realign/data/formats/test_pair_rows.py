@@ -76,7 +76,7 @@ def test_both_pairs_of_every_layout_are_read(
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "parquet"])
-def test_conversations_beside_one_image_are_answer_pairs(
+def test_conversations_with_one_image_are_answer_pairs(
     kind: str, write: Write, images: Path
 ) -> None:
     row = {name: ROWS["official"][name] for name in ("image", "chosen", "rejected")}
@@ -86,7 +86,7 @@ def test_conversations_beside_one_image_are_answer_pairs(
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 @pytest.mark.parametrize("name", ["llamafactory", "ms-swift"])
-def test_a_system_prompt_with_a_key_of_its_own_is_read(
+def test_a_system_prompt_under_the_system_key_is_read(
     name: str, kind: str, write: Write, images: Path
 ) -> None:
     rows = [{**with_retrieved(name), "system": text} for text in ("Be brief.", "")]
@@ -99,14 +99,16 @@ def test_a_system_prompt_with_a_key_of_its_own_is_read(
     assert second.prompt == (user(QUESTION),)
 
 
-def test_the_layout_is_announced(write: Write, images: Path, capsys) -> None:
+def test_the_detected_layout_is_printed(write: Write, images: Path, capsys) -> None:
     read_records(write([with_retrieved("ms-swift")]), images)
     assert "data data.jsonl: read as ms-swift (images, messages," in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("is_implicit", [False, True])
 @pytest.mark.parametrize("form", [{"bytes": True}, bytes])
-def test_embedded_images_of_trl(is_implicit: bool, form: Any, write: Write, images: Path) -> None:
+def test_embedded_images_of_trl_rows_are_read(
+    is_implicit: bool, form: Any, write: Write, images: Path
+) -> None:
     def embedded(name: str) -> Any:
         raw = (images / name).read_bytes()
         return raw if form is bytes else {"bytes": raw, "path": name}
@@ -123,7 +125,9 @@ def test_embedded_images_of_trl(is_implicit: bool, form: Any, write: Write, imag
     assert [row.id for row in rows.texts()] == ["x", "y"]  # type: ignore[attr-defined]
 
 
-def test_white_space_several_images_and_texts_alone(write: Write, images: Path) -> None:
+def test_white_space_multiple_images_and_text_only_rows_are_kept_for_training(
+    write: Write, images: Path
+) -> None:
     """Training takes rows as they are, where `realign build` would refuse or shorten them."""
     several = ROWS["ms-swift"] | {
         "images": ["a.jpg", "b.jpg"],
@@ -141,7 +145,7 @@ def test_white_space_several_images_and_texts_alone(write: Write, images: Path) 
 
 @pytest.mark.parametrize("ids", [None, ("x", "x"), ("x-text", "x-image")])
 @pytest.mark.parametrize("is_first", [False, True])
-def test_an_image_pair_of_ms_swift_goes_to_its_answer_pair(
+def test_an_image_pair_of_ms_swift_joins_its_answer_pair(
     ids: tuple[str, str] | None, is_first: bool, write: Write, images: Path
 ) -> None:
     answers = dict(ROWS["ms-swift"])
@@ -153,7 +157,7 @@ def test_an_image_pair_of_ms_swift_goes_to_its_answer_pair(
     assert row.id == (ids[0] if ids else "2" if is_first else "1")
 
 
-def test_an_image_pair_alone_is_a_bad_row(write: Write, images: Path) -> None:
+def test_an_image_pair_without_its_answer_pair_is_a_bad_row(write: Write, images: Path) -> None:
     half = ROWS["ms-swift"] | {"rejected_response": None, "rejected_images": ["b.jpg"]}
     other = ROWS["ms-swift"] | {"messages": [user(QUESTION), assistant("Another one.")]}
     records, problems = read_rows(write([half, other]), images)
@@ -178,7 +182,7 @@ def test_an_image_pair_alone_is_a_bad_row(write: Write, images: Path) -> None:
         ({"id": []}, "wrong-type", "id must be a string or a number"),
     ],
 )
-def test_bad_rows_are_named_and_the_others_read(
+def test_bad_rows_are_reported_and_good_rows_are_read(
     change: dict[str, Any], code: str, message: str, write: Write, images: Path
 ) -> None:
     path = write([ROWS["ms-swift"], ROWS["ms-swift"] | change])
@@ -192,7 +196,7 @@ def test_bad_rows_are_named_and_the_others_read(
     assert message in str(refused.value)
 
 
-def test_an_answer_has_no_image(write: Write, images: Path) -> None:
+def test_an_image_placeholder_in_an_answer_is_refused(write: Write, images: Path) -> None:
     bad = ROWS["trl"] | {"chosen": [parts("assistant", "A tree.", images=1)]}
     with pytest.raises(RefusedError, match=r"line 1: chosen must have no image parts, got .* Move"):
         read_records(write([bad]), images)
@@ -210,14 +214,14 @@ def test_bad_rows_of_parquet_are_refused_when_they_are_read(write: Write, images
         read_records(write([good | {"image": "https://h/a.jpg"}], "parquet"), None)[0]
 
 
-def test_repeated_ids_get_a_number_as_in_a_build(write: Write, images: Path) -> None:
+def test_repeated_ids_are_numbered_as_in_a_build(write: Write, images: Path) -> None:
     row = ROWS["povid"] | {"id": "x"}
     assert [r.id for r in read_records(write([row, row, row]), images)] == ["x", "x#2", "x#3"]
     row = ROWS["realign"] | {"id": "x"}
     assert [r.id for r in read_records(write([row, row]), images)] == ["x", "x"]
 
 
-def test_the_authors_rows_can_be_lines(write: Write, images: Path) -> None:
+def test_official_rows_are_read_from_json_lines(write: Write, images: Path) -> None:
     good = ROWS["official"]
     half = good | {"id": "x", "chosen": [user(QUESTION), assistant("Half \ud800.")]}
     path = write([good, half, good | {"image": "none.jpg"}, 3, good | {"id": "y"}])
@@ -236,7 +240,7 @@ def test_the_authors_rows_can_be_lines(write: Write, images: Path) -> None:
     assert problems[1][0].message.startswith("data.jsonl, line 3: image 'none.jpg' does not exist")
 
 
-def test_rows_of_no_layout_are_refused_with_those_that_can_be_trained_on(
+def test_rows_of_unknown_layout_are_refused_with_the_trainable_layouts(
     write: Write, images: Path
 ) -> None:
     for kind in ("jsonl", "json", "parquet"):
@@ -261,8 +265,8 @@ FILES = {"ms-swift": "data.jsonl", "llamafactory": "data.json", "official": "pre
 
 
 @pytest.mark.parametrize("to", ["ms-swift", "llamafactory"])
-def test_whole_pairs_are_exported_in_one_row(to: str, tmp_path: Path, records) -> None:
-    """For the examples of these trainers, which make three sequences of a row."""
+def test_image_and_answer_pairs_are_exported_in_one_row(to: str, tmp_path: Path, records) -> None:
+    """The examples of these trainers make three sequences of one row."""
     one, two, three = records(3)
     alone = dataclasses.replace(two, id="alone", rejected_images=())
     write_parquet([one, alone, three], tmp_path / "d.parquet")
@@ -278,7 +282,7 @@ def test_whole_pairs_are_exported_in_one_row(to: str, tmp_path: Path, records) -
 
 
 @pytest.mark.parametrize("to", ["ms-swift", "llamafactory", "official", "trl"])
-def test_what_is_exported_is_read_as_it_was(to: str, tmp_path: Path, records) -> None:
+def test_exported_rows_are_read_back_unchanged(to: str, tmp_path: Path, records) -> None:
     """LLaMA-Factory's layout alone has no place for the retrieved images."""
     one, two, three, four = records(4)
     again = dataclasses.replace(one, id="again", rejected="Another answer. ")

@@ -24,7 +24,7 @@ def test_parquet_round_trip_keeps_everything(tmp_path: Path, records) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_numbers_of_meta_that_are_not_finite_are_null(tmp_path: Path, records) -> None:
+def test_non_finite_numbers_in_meta_become_null(tmp_path: Path, records) -> None:
     """Earlier versions wrote NaN, which is not valid JSON."""
     path = tmp_path / "dataset.parquet"
     write_parquet(records(1), path)
@@ -62,7 +62,7 @@ def test_columns_are_the_ones_trl_reads(tmp_path: Path, records) -> None:
     assert row["chosen"][0]["role"] == "assistant"
 
 
-def test_the_file_describes_its_columns_as_datasets_does(tmp_path: Path, records) -> None:
+def test_the_parquet_schema_equals_that_of_datasets(tmp_path: Path, records) -> None:
     """The file is written without ``datasets``, whose import takes longer than an export."""
     from datasets import Features, Image, List, Value
 
@@ -93,7 +93,7 @@ def grouped(tmp_path: Path, records) -> Path:
     return path
 
 
-def test_row_groups_change_nothing(grouped: Path, tmp_path: Path, records) -> None:
+def test_row_groups_do_not_change_the_rows(grouped: Path, tmp_path: Path, records) -> None:
     rows, read = records(12), read_parquet(grouped)
     assert list(read) == rows
     assert (read[-1], read[2:9:3], len(read)) == (rows[-1], rows[2:9:3], 12)
@@ -106,7 +106,7 @@ def test_row_groups_change_nothing(grouped: Path, tmp_path: Path, records) -> No
     assert stored[11]["images"][0].size == (96, 96)
 
 
-def test_a_row_is_read_with_its_group_alone(grouped: Path, monkeypatch) -> None:
+def test_reading_a_row_reads_only_its_row_group(grouped: Path, monkeypatch) -> None:
     groups = []
     read_row_group = pq.ParquetFile.read_row_group
 
@@ -123,7 +123,7 @@ def test_a_row_is_read_with_its_group_alone(grouped: Path, monkeypatch) -> None:
 
 
 def test_a_large_dataset_is_written_group_by_group(tmp_path: Path) -> None:
-    """Memory is that of a group, though the rows together have 200 MB."""
+    """The memory stays that of one row group, although the rows together have 200 MB."""
     raw = os.urandom(1_000_000)
     rows = (Record(str(i), (raw + b"%d" % i,), (), "a", "b") for i in range(200))
     # a pool of its own: the default one has seen the peaks of earlier tests
@@ -140,7 +140,7 @@ def test_a_large_dataset_is_written_group_by_group(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_more_than_two_gib_of_images(tmp_path: Path) -> None:
+def test_more_than_two_gib_of_images_are_written_and_read(tmp_path: Path) -> None:
     raw = os.urandom(45_000_000)
     rows = (Record(str(i), (raw,), (), f"a{i}", "b") for i in range(52))
     write_parquet(rows, tmp_path / "d.parquet")
@@ -154,6 +154,9 @@ def test_a_file_that_is_not_parquet_or_lacks_columns_is_refused(tmp_path: Path) 
     (tmp_path / "junk.parquet").write_text("junk")
     with pytest.raises(RefusedError, match=r"junk\.parquet must be a parquet file"):
         read_parquet(tmp_path / "junk.parquet")
+    (tmp_path / "folder.parquet").mkdir()  # the system's error, as for a file without permission
+    with pytest.raises(RefusedError, match=r"folder\.parquet must be a parquet file"):
+        read_parquet(tmp_path / "folder.parquet")
     Dataset.from_dict({"images": [[]]}).to_parquet(tmp_path / "some.parquet")
     with pytest.raises(RefusedError, match=r"lacks \['prompt', 'chosen', 'rejected'\]"):
         read_parquet(tmp_path / "some.parquet")

@@ -19,7 +19,7 @@ from realign.errors import RefusedError
 GOOD = b'{"image": "a.jpg", "prompt": "x", "answer": "y"}'
 
 
-def test_a_bad_line_does_not_end_the_others(tmp_path: Path, images: Path) -> None:
+def test_a_bad_line_does_not_stop_reading_later_lines(tmp_path: Path, images: Path) -> None:
     bad = {
         b"{": "json",
         b"": "empty-line",
@@ -44,7 +44,7 @@ def test_a_bad_line_does_not_end_the_others(tmp_path: Path, images: Path) -> Non
     assert "at byte 11. Save the file as UTF-8." in source.problems[3].message
 
 
-def test_a_line_without_end_is_refused_in_bounded_memory(tmp_path: Path, monkeypatch) -> None:
+def test_an_overlong_line_is_refused_in_bounded_memory(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(json_rows, "MAX_ROW", 1000)
     long = b'{"a": "' + b"x" * 5000 + b'"}'
     (tmp_path / "s.jsonl").write_bytes(b"\n".join([GOOD, long, GOOD, long]))
@@ -64,7 +64,7 @@ JSON = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(rows=st.lists(JSON, max_size=8), chunk=st.integers(1, 40), indent=st.sampled_from([None, 2]))
-def test_a_list_reads_as_json_reads_it(
+def test_rows_of_a_list_equal_those_of_the_json_module(
     tmp_path_factory, rows: list[Any], chunk: int, indent: int | None
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "list.json"
@@ -100,7 +100,7 @@ def test_a_file_that_does_not_hold_a_list_is_refused(
         list(read_list(tmp_path / "s.json"))
 
 
-def test_bad_rows_of_a_list_do_not_end_the_others(tmp_path: Path, images: Path) -> None:
+def test_a_bad_row_of_a_list_does_not_stop_reading_later_rows(tmp_path: Path, images: Path) -> None:
     rows = [GOOD, b'{"image": "a.jpg", "image": "b.jpg"}', b'{"x": NaN}', b"7", GOOD]
     (tmp_path / "s.json").write_bytes(b"\xef\xbb\xbf [" + b",\n".join(rows) + b"]\n")
     source = read_source(tmp_path / "s.json", images)
@@ -108,7 +108,7 @@ def test_bad_rows_of_a_list_do_not_end_the_others(tmp_path: Path, images: Path) 
     assert [p.code for p in source.problems] == ["duplicate-key", "number", "not-an-object"]
 
 
-def test_a_row_of_a_list_that_never_ends_is_refused(tmp_path: Path, monkeypatch) -> None:
+def test_an_overlong_row_of_a_list_is_refused(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(json_rows, "CHUNK", 100)
     monkeypatch.setattr(json_rows, "MAX_ROW", 1000)
     (tmp_path / "s.json").write_text('["' + "x" * 100_000)
@@ -132,8 +132,10 @@ def test_missing_and_empty_files_are_refused(tmp_path: Path, images: Path) -> No
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_damaged_files_give_problems_and_nothing_else(tmp_path_factory, data: Any) -> None:
-    """Cut, overwritten or doubled bytes: read, reported or refused, never another error."""
+def test_damaged_files_give_problems_or_refusals_and_no_other_error(
+    tmp_path_factory, data: Any
+) -> None:
+    """Truncated, overwritten or doubled bytes are read, reported or refused."""
     folder = tmp_path_factory.getbasetemp()
     (folder / "a.jpg").write_bytes(b"")
     row = '{"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>Q"}]}'

@@ -38,7 +38,7 @@ def test_a_layout_is_recognised_and_its_pair_read(name: str, as_list: bool, read
     assert f"source {file}: read as {name} (" in capsys.readouterr().err
 
 
-def test_every_layout_has_a_row_here() -> None:
+def test_every_layout_has_a_test_row() -> None:
     assert {layout.name for layout in LAYOUTS} == {*ROWS, "llava"}
 
 
@@ -63,7 +63,9 @@ def test_every_layout_has_a_row_here() -> None:
         ("realign", {"prompt": [parts("user", QUESTION)], "answer": " A red car.\n"}),
     ],
 )
-def test_other_spellings_of_a_layout(name: str, change: dict[str, Any], read) -> None:
+def test_other_spellings_of_a_layout_are_recognized(
+    name: str, change: dict[str, Any], read
+) -> None:
     source = read([ROWS[name] | change])
     (row,) = source.rows
     assert (source.format, row.prompt) == (name, (user(QUESTION),))
@@ -94,7 +96,7 @@ def test_earlier_turns_are_the_prompt(name: str, change: dict[str, Any], read) -
     assert (row.instruction, row.answer, row.rejected) == (QUESTION, *PAIR.values())
 
 
-def test_a_row_without_an_answer_is_to_be_annotated(read) -> None:
+def test_a_row_without_an_answer_is_kept_for_annotation(read) -> None:
     rows = [{"image": "a.jpg", "prompt": QUESTION}, {"image": "b.jpg", "prompt": "x", "answer": ""}]
     source = read([*rows, {"image": "c.jpg", "prompt": "x", "answer": None}])
     assert [(row.answer, row.rejected) for row in source.rows] == [("", "")] * 3
@@ -104,7 +106,7 @@ def test_a_row_without_an_answer_is_to_be_annotated(read) -> None:
     assert read([asked]).rows[0].prompt == (user(QUESTION),)
 
 
-def test_retrieved_images_of_a_source_are_named_and_retrieved_anew(read, capsys) -> None:
+def test_retrieved_images_of_a_source_are_ignored_with_a_note(read, capsys) -> None:
     (row,) = read([ROWS["official"]]).rows
     assert row.source["retrieved_image"] == "b.jpg"
     said = "retrieved images of the source are not used"
@@ -134,8 +136,8 @@ def test_an_image_pair_of_ms_swift_becomes_no_answer_pair(is_first: bool, read) 
 
 
 @pytest.mark.parametrize("is_text", [False, True])
-def test_a_prompt_that_both_conversations_repeat(is_text: bool, read) -> None:
-    """TRL's implicit prompt, as parts or as texts."""
+def test_a_prompt_repeated_in_both_conversations_is_read_once(is_text: bool, read) -> None:
+    """TRL's implicit prompt is given as parts or as texts."""
     asked = user(f"<image>{QUESTION}") if is_text else parts("user", QUESTION, images=1)
     row: dict[str, Any] = {"images": ["a.jpg"]}
     for name, text in PAIR.items():
@@ -210,7 +212,7 @@ def test_a_prompt_that_both_conversations_repeat(is_text: bool, read) -> None:
         ("realign", {"answer": ""}, "answer", "empty"),
     ],
 )  # fmt: skip
-def test_a_bad_row_is_reported_and_the_others_are_read(
+def test_a_bad_row_is_reported_and_good_rows_are_read(
     name: str, change: dict[str, Any], field: str, code: str, read
 ) -> None:
     good = ROWS[name]
@@ -226,7 +228,7 @@ def test_a_bad_row_is_reported_and_the_others_are_read(
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_any_key_of_a_row_can_be_missing_or_odd(name: str, read) -> None:
+def test_a_missing_or_mistyped_key_is_read_or_reported(name: str, read) -> None:
     """A row without a key, or with another type under it, is good or refused, never an error."""
     rows: list[Any] = [ROWS[name]]
     for key in ROWS[name]:
@@ -239,7 +241,7 @@ def test_any_key_of_a_row_can_be_missing_or_odd(name: str, read) -> None:
     assert len(source.problems) >= len(rows) // 2
 
 
-def test_ids_of_our_own_rows_are_unique(read) -> None:
+def test_repeated_ids_of_realign_rows_are_bad_rows(read) -> None:
     row = {"id": 1, "image": "a.jpg", "prompt": "x", "answer": "y"}
     source = read([row, row, row | {"id": "2"}])
     assert [row.id for row in source.rows] == ["1", "2"]
@@ -248,14 +250,14 @@ def test_ids_of_our_own_rows_are_unique(read) -> None:
     assert "id must be unique, got '1' again" in problem.message
 
 
-def test_repeated_ids_of_others_get_a_number(read) -> None:
+def test_repeated_ids_of_other_layouts_are_numbered(read) -> None:
     row = ROWS["question"] | {"id": "x"}
     source = read([row, row, row | {"id": "x#2"}, row])
     assert [row.id for row in source.rows] == ["x", "x#2", "x#2#2", "x#3"]
     assert [row.source["id"] for row in source.rows] == ["x", "x", "x#2", "x"]
 
 
-def test_a_format_can_be_named(read) -> None:
+def test_the_format_option_selects_the_layout(read) -> None:
     row = ROWS["trl"] | {"prompt": QUESTION, **PAIR, "question": "Which?"}
     assert read([row]).format == "question"
     source = read([row], format="trl")
@@ -265,7 +267,7 @@ def test_a_format_can_be_named(read) -> None:
         read([row], format="x")
 
 
-def test_the_first_row_with_a_layout_decides(read) -> None:
+def test_the_first_row_of_a_known_layout_decides_the_format(read) -> None:
     source = read([{"image": "a.jpg"}, 3, ROWS["trl"]])
     assert (source.format, len(source.rows)) == ("trl", 1)
     assert [problem.code for problem in source.problems] == ["wrong-type", "not-an-object"]
@@ -285,7 +287,7 @@ def test_an_unknown_layout_is_refused_with_the_known_ones(read) -> None:
 
 
 @pytest.mark.parametrize("name", ["completions", "responses", "candidates"])
-def test_rows_with_answers_that_are_not_read_are_refused(name: str, read) -> None:
+def test_rows_with_answers_under_unread_keys_are_refused(name: str, read) -> None:
     """VLFeedback has such rows, as JSON or as `datasets` writes them into parquet."""
     for answers in ([{"model": "m", "response": "A."}], {"model": ["m"], "response": ["A."]}):
         row = {"image": "a.jpg", "prompt": QUESTION, name: answers}
@@ -313,7 +315,7 @@ def test_rows_with_answers_that_are_not_read_are_refused(name: str, read) -> Non
         ({"question": "A <|vision_start|> b?"}, "<|vision_start|>", "the image is put before the"),
     ],
 )
-def test_the_remedy_for_a_special_token_fits_it(
+def test_the_remedy_for_a_special_token_fits_the_token(
     change: dict[str, Any], token: str, remedy: str, read
 ) -> None:
     (problem,) = read([ROWS["question"] | change], special=[token]).problems
@@ -321,14 +323,14 @@ def test_the_remedy_for_a_special_token_fits_it(
     assert problem.message.count("Remove") == 1
 
 
-def test_a_url_without_an_image_folder_is_refused_as_one(tmp_path, read) -> None:
+def test_a_url_is_refused_as_a_url_without_an_image_folder(tmp_path, read) -> None:
     path = tmp_path / "urls.jsonl"
     path.write_text(json.dumps(ROWS["question"] | {"image": "https://h/a.jpg"}))
     (problem,) = read_source(path, None).problems
     assert (problem.code, "Download it first" in problem.message) == ("url", True)
 
 
-def test_a_drive_without_an_image_folder_asks_for_the_folder(tmp_path) -> None:
+def test_a_drive_path_without_an_image_folder_is_refused_with_the_images_option(tmp_path) -> None:
     path = tmp_path / "drives.jsonl"
     path.write_text(json.dumps(ROWS["question"] | {"image": "C:\\coco\\1.jpg"}))
     with pytest.raises(RefusedError, match="images must name the folder of the source's images"):
@@ -342,7 +344,7 @@ def test_values_that_json_cannot_hold_are_named(read, capsys) -> None:
     assert "not kept, because JSON cannot hold them: \\udfff, odd\n" in capsys.readouterr().err
 
 
-def test_half_a_character_in_an_id_is_reported_in_text_that_can_be_written(read) -> None:
+def test_a_surrogate_in_an_id_is_reported_in_encodable_text(read) -> None:
     (problem,) = read([ROWS["question"], ROWS["question"] | {"id": "\ud800"}]).problems
     assert (problem.field, problem.code, problem.row) == ("id", "surrogate", "\\ud800")
     for text in dataclasses.astuple(problem):

@@ -53,7 +53,7 @@ def test_the_chosen_turns_become_pairs(turns: str, expected: list[Any], first: s
     assert {row.source["id"] for row in source.rows} == {"33"}
 
 
-def test_conversations_about_one_image_get_ids_of_their_own(read) -> None:
+def test_conversations_about_one_image_get_unique_ids(read) -> None:
     source = read([LONG, row("Q", "A"), LONG], as_list=True)
     assert [row.id for row in source.rows] == ["33", "33#2", "33#3"]
     source = read([LONG, row("Q", "A")], as_list=True, turns="each")
@@ -81,7 +81,7 @@ def test_a_bad_conversation_is_reported_with_its_row(
     assert source.problems[0].place == "source.json, row 2 (counting from 1)"
 
 
-def test_a_text_only_conversation_has_no_image_to_build_on(read) -> None:
+def test_a_text_only_conversation_is_a_bad_row(read) -> None:
     text_only = {key: value for key, value in LONG.items() if key != "image"}
     source = read([LONG, text_only], as_list=True)
     assert [(p.field, p.code) for p in source.problems] == [("image", "missing-key")]
@@ -92,8 +92,8 @@ def test_an_unknown_value_of_turns_is_refused(read) -> None:
         read([LONG], turns="all")
 
 
-def test_image_names_of_another_release_of_the_folder(read, images) -> None:
-    """LLaVA-Instruct says NAME, COCO's train2014 folder has COCO_train2014_NAME."""
+def test_the_image_name_option_maps_to_names_of_another_release(read, images) -> None:
+    """LLaVA-Instruct names NAME, and the folder of COCO train2014 has COCO_train2014_NAME."""
     (images / "a.jpg").rename(images / "COCO_train2014_a.jpg")
     assert [problem.code for problem in read([LONG]).problems] == ["missing"]
     (found,) = read([LONG], image_name="COCO_train2014_{name}").rows

@@ -69,7 +69,9 @@ def test_embedded_images_are_extracted_once(table: Path, images: Path, tmp_path:
     assert {path.stat().st_mtime_ns for path in extracted.iterdir()} == {1}
 
 
-def test_an_image_that_cannot_be_written_names_its_place(table: Path, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_written_is_refused_with_its_path(
+    table: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
     start = re.escape(str(tmp_path))
     with pytest.raises(RefusedError, match=rf"^{start}/file/.* written \(EEXIST: .* --out, and"):
@@ -137,8 +139,8 @@ def test_paths_of_a_table_lie_under_the_image_folder(tmp_path: Path, images: Pat
     assert source.problems[0].place == "t.parquet, row 2 (counting from 1)"
 
 
-def test_the_columns_of_rlaif_v_formatted(tmp_path: Path, images: Path) -> None:
-    """Parts contents and a list of images, as HuggingFaceH4/rlaif-v_formatted has them."""
+def test_the_columns_of_rlaif_v_formatted_are_read(tmp_path: Path, images: Path) -> None:
+    """HuggingFaceH4/rlaif-v_formatted has contents in parts and a list of images."""
     part = {"text": Value("string"), "type": Value("string")}
     message = {"content": List(part), "role": Value("string")}
     features = Features(
@@ -166,7 +168,7 @@ def test_the_columns_of_rlaif_v_formatted(tmp_path: Path, images: Path) -> None:
     )
 
 
-def test_our_own_parquet_is_a_source(tmp_path: Path, records) -> None:
+def test_a_realign_parquet_file_is_a_source(tmp_path: Path, records) -> None:
     write_parquet(records(3), tmp_path / "d.parquet")
     source = read_source(tmp_path / "d.parquet", None, extract_to=tmp_path / "x")
     assert [(row.id, row.answer, row.rejected) for row in source.rows] == [
@@ -196,8 +198,8 @@ def test_embedded_bytes_that_are_not_an_image_are_reported(
     assert [problem.code for problem in source.problems] == [code]
 
 
-def test_a_table_is_read_in_the_memory_of_a_row_group(tmp_path: Path) -> None:
-    """Though the images together have 200 MB."""
+def test_a_table_is_read_one_row_group_at_a_time(tmp_path: Path) -> None:
+    """The memory stays small although the images together have 200 MB."""
     raw = b"\xff\xd8\xff" + os.urandom(1_000_000)
     schema = pa.schema({"image": pa.binary(), "prompt": pa.string(), "answer": pa.string()})
     with pq.ParquetWriter(tmp_path / "t.parquet", schema, use_dictionary=False) as writer:
@@ -220,7 +222,7 @@ def test_a_table_is_read_in_the_memory_of_a_row_group(tmp_path: Path) -> None:
     assert int(done.stdout) < 60_000_000
 
 
-def test_a_text_that_is_not_utf8_spoils_its_row_alone(tmp_path: Path, images: Path) -> None:
+def test_a_text_that_is_not_utf8_makes_only_its_row_bad(tmp_path: Path, images: Path) -> None:
     texts = pa.array([b"x", b"\xff\xfe", b"z"]).view(pa.string())
     columns = {"image": ["a.jpg"] * 3, "prompt": texts, "answer": ["y"] * 3}
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")

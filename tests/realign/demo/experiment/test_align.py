@@ -29,5 +29,5 @@ def test_too_few_pairs_are_refused(model_dir: Path) -> None:
     ],
     ids=lambda value: value.name if isinstance(value, Condition) else "",
 )
-def test_a_condition_is_its_objective(condition: Condition, expected: Objective) -> None:
+def test_a_condition_trains_with_its_objective(condition: Condition, expected: Objective) -> None:
     assert make_objective(ObjectiveOptions(**objective_options(condition, 0.3))) == expected

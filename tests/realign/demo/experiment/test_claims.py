@@ -46,7 +46,7 @@ def test_the_verdict_follows_from_the_interval(
 
 
 @pytest.mark.parametrize("protocol", [FULL, SMOKE], ids=["full", "smoke"])
-def test_the_protocol_names_what_there_is(protocol: Protocol) -> None:
+def test_the_protocol_names_existing_objectives_and_settings(protocol: Protocol) -> None:
     names = [condition.name for condition in protocol.conditions]
     assert len(names) == len({*names, BASE}) - 1
     for condition in protocol.conditions:
@@ -63,7 +63,7 @@ def test_the_protocol_names_what_there_is(protocol: Protocol) -> None:
     assert protocol.tuning_draw not in protocol.reporting_draws
 
 
-def test_all_objectives_are_tuned_by_as_many_runs_over_equal_rows() -> None:
+def test_all_objectives_are_tuned_with_equally_many_runs_over_equal_rows() -> None:
     tuned = [condition for condition in FULL.conditions if condition.is_tuned]
     grids = [FULL.grid_of(condition) for condition in tuned]
     runs = {len(grid.learning_rates) + len(grid.betas) - 1 for grid in grids}

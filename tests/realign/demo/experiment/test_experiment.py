@@ -28,7 +28,7 @@ def made(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.full
-def test_processes_and_kills_change_no_byte(tmp_path: Path, model_dir: Path) -> None:
+def test_worker_count_and_kills_do_not_change_the_results(tmp_path: Path, model_dir: Path) -> None:
     alone = Experiment(SMOKE, model_dir, tmp_path / "alone", workers=1)
     alone.tune()
     alone.report()

@@ -56,11 +56,11 @@ def statements(*claims: dict[str, Any]) -> list[str]:
         ),
     ],
 )
-def test_a_claim_says_what_is_compared(better: str, than: str, statement: str) -> None:
+def test_a_claim_states_the_compared_conditions(better: str, than: str, statement: str) -> None:
     assert statements(claim(better, than)) == [statement]
 
 
-def test_a_claim_says_after_how_much_training() -> None:
+def test_a_claim_states_the_amount_of_training() -> None:
     assert statements(claim("rDPO", "DPO", "equal steps", keeps_up=True)) == [
         "rDPO keeps up with DPO after equal steps"
     ]

@@ -30,13 +30,13 @@ PUBLISHED = (
 
 
 @pytest.mark.parametrize(("freedom", "of_95", "of_99"), PUBLISHED)
-def test_quantiles_are_those_of_the_table(freedom: int, of_95: float, of_99: float) -> None:
+def test_t_quantiles_equal_published_values(freedom: int, of_95: float, of_99: float) -> None:
     assert t_quantile(0.975, freedom) == pytest.approx(of_95, abs=6e-5)
     assert t_quantile(0.995, freedom) == pytest.approx(of_99, abs=6e-5)
 
 
 @pytest.mark.parametrize("freedom", range(1, 9))
-def test_the_distribution_is_the_integral_of_the_density(freedom: int) -> None:
+def test_the_t_distribution_equals_the_integral_of_its_density(freedom: int) -> None:
     values = np.linspace(0, 2, 20001)
     scale = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
     density = scale * (1 + values**2 / freedom) ** (-(freedom + 1) / 2)
@@ -45,17 +45,17 @@ def test_the_distribution_is_the_integral_of_the_density(freedom: int) -> None:
     assert t_distribution(0.0, freedom) == 0.5
 
 
-def test_an_interval_is_the_mean_and_t_standard_errors() -> None:
+def test_an_interval_spans_t_standard_errors_around_the_mean() -> None:
     mean, low, high = t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
     half = 2.7764451 * math.sqrt(2.5) / math.sqrt(5)
     assert (mean, low, high) == (3.0, pytest.approx(3 - half), pytest.approx(3 + half))
 
 
-def test_one_seed_says_nothing_about_others() -> None:
+def test_one_seed_gives_an_unbounded_interval() -> None:
     assert t_interval([0.3]) == (0.3, -math.inf, math.inf)
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+def test_intervals_cover_the_true_mean_at_their_level() -> None:
     rng = random.Random(0)
     hits = 0
     for _ in range(2000):
@@ -78,7 +78,7 @@ NO_ODDS = {
 }
 
 
-def test_images_are_drawn_for_both_models_alike() -> None:
+def test_the_bootstrap_draws_the_same_images_for_both_models() -> None:
     rng = np.random.default_rng(1)
     absent = rng.integers(0, 2, 400)
     one, other = said(absent), said(absent)
@@ -98,6 +98,6 @@ def test_the_interval_over_images_is_that_of_a_mean() -> None:
     assert high == pytest.approx(mean + 1.96 * error, abs=0.2 * error)
 
 
-def test_a_measure_that_is_not_defined_has_no_interval() -> None:
+def test_an_undefined_measure_has_no_interval() -> None:
     one = said(np.zeros(5, int))
     assert image_intervals(one, one, ["free.random.auc"], resamples=5) == {"free.random.auc": None}

@@ -32,7 +32,7 @@ def other(model_dir: Path) -> Any:
     return model
 
 
-def test_divergence_is_the_formula_in_float64() -> None:
+def test_divergence_equals_its_formula_in_float64() -> None:
     generator = torch.Generator().manual_seed(0)
     policy, reference = (3 * torch.randn(7, 20, generator=generator) for _ in range(2))
     for row, value in enumerate(kl_divergence(policy, reference).tolist()):
@@ -47,7 +47,7 @@ def test_divergence_is_the_formula_in_float64() -> None:
         assert value == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_divergence_is_zero_for_the_reference_alone(measurer: Measurer, other: Any) -> None:
+def test_the_divergence_is_zero_only_for_the_reference(measurer: Measurer, other: Any) -> None:
     captions = ["There is a red house at the top.", "There is a blue cup on the left.", ""]
     assert measurer.divergence(measurer.reference, DRAW, captions) == 0.0
     found = measurer.divergence(other, DRAW, captions)
@@ -75,7 +75,7 @@ def test_the_first_token_is_that_of_the_whole_answer(measurer: Measurer) -> None
             assert (first["log_odds"] > 0) == (first["text"] == "Yes")
 
 
-def test_captions_are_those_of_the_sets_that_are_asked_for(measurer: Measurer) -> None:
+def test_captions_are_generated_for_the_requested_sets(measurer: Measurer) -> None:
     found = measurer.captions(measurer.reference, DRAW, ["free"])
     assert [*found] == ["free"]
     assert len(found["free"]) == 3

@@ -27,7 +27,7 @@ def named(text: str) -> set[str]:
     return {*KINDS} & {*text.replace(",", " ").replace(".", " ").split()}
 
 
-def test_words_alone_tell_these_pairs_apart(made: Mapping[str, Any]) -> None:
+def test_shortcut_pairs_can_be_told_apart_by_text_alone(made: Mapping[str, Any]) -> None:
     scenes = training_scenes(SEED, SCENES)
     assert made["pairs"]
     for pair in made["pairs"]:
@@ -44,14 +44,14 @@ def test_words_alone_tell_these_pairs_apart(made: Mapping[str, Any]) -> None:
         assert added in scenes[pair["retrieved"]].kinds
 
 
-def test_neighbours_are_others_and_no_image_is_its_own(made: Mapping[str, Any]) -> None:
+def test_neighbours_are_distinct_and_exclude_the_image_itself(made: Mapping[str, Any]) -> None:
     assert len(made["neighbours"]) == SCENES
     for number, row in enumerate(made["neighbours"]):
         assert len({*row}) == len(row) == 10
         assert number not in row
 
 
-def test_the_rejected_image_is_the_one_that_was_asked_for(made: Mapping[str, Any]) -> None:
+def test_the_rejected_image_matches_the_requested_kind(made: Mapping[str, Any]) -> None:
     pictures = [png(scene) for scene in training_scenes(SEED, SCENES)]
     for pair, record in zip(made["pairs"], records(made, "retrieved"), strict=True):
         assert record.images == (pictures[pair["image"]],)
@@ -65,7 +65,7 @@ def test_the_rejected_image_is_the_one_that_was_asked_for(made: Mapping[str, Any
     assert drawn == records(made, "random")
 
 
-def test_noise_hides_and_keeps_the_picture(made: Mapping[str, Any]) -> None:
+def test_noise_obscures_the_picture_without_replacing_it(made: Mapping[str, Any]) -> None:
     first = records(made, "noised")
     assert first == records(made, "noised")
     for record in first[:5]:
@@ -74,7 +74,7 @@ def test_noise_hides_and_keeps_the_picture(made: Mapping[str, Any]) -> None:
         assert 10 < abs(difference).mean() < 60
 
 
-def test_texts_are_the_same_whatever_image_is_rejected(made: Mapping[str, Any]) -> None:
+def test_texts_do_not_depend_on_the_rejected_image(made: Mapping[str, Any]) -> None:
     texts = [
         [(record.chosen, record.rejected) for record in records(made, name)]
         for name in ("retrieved", "random", "noised")
@@ -83,7 +83,7 @@ def test_texts_are_the_same_whatever_image_is_rejected(made: Mapping[str, Any]) 
 
 
 @pytest.mark.full
-def test_the_pipeline_makes_pairs_of_these_scenes(model_dir: Path) -> None:
+def test_the_build_pipeline_makes_pairs_of_the_demo_scenes(model_dir: Path) -> None:
     scenes = training_scenes(SEED, 6)
     made = make_pairs("pipeline", SEED, 6, model_dir)
     assert made["pairs"]

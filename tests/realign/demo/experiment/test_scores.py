@@ -27,7 +27,7 @@ def brute_force(values: list[float], labels: list[int]) -> float:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_area_is_a_count_of_pairs(seed: int) -> None:
+def test_the_area_under_the_curve_equals_a_count_of_pairs(seed: int) -> None:
     rng = random.Random(seed)
     values = [rng.choice([rng.gauss(0, 1), 0.0, 1.0]) for _ in range(40)]
     labels = [0, 1, *(rng.randrange(2) for _ in range(38))]
@@ -35,7 +35,7 @@ def test_the_area_is_a_count_of_pairs(seed: int) -> None:
     assert area == pytest.approx(brute_force(values, labels))
 
 
-def test_weights_stand_for_repeated_questions() -> None:
+def test_weights_equal_repeated_questions() -> None:
     rng = random.Random(7)
     values, labels = [rng.gauss(0, 1) for _ in range(30)], [0, 1] * 15
     times = [rng.randrange(4) for _ in range(30)]
@@ -45,7 +45,7 @@ def test_weights_stand_for_repeated_questions() -> None:
     assert weighted == pytest.approx(expected)
 
 
-def test_the_area_needs_both_answers() -> None:
+def test_the_area_under_the_curve_requires_both_labels() -> None:
     assert math.isnan(area_under_curve(np.array([1.0, 2.0]), np.array([1, 1])))
     assert math.isnan(area_under_curve(np.zeros(0), np.zeros(0)))
 
@@ -81,7 +81,7 @@ def said() -> Said:
     return Said.of([draw_of(SCENES, QUESTIONS)], [one | {"divergence": 1.5}])
 
 
-def test_a_hand_made_case() -> None:
+def test_scores_equal_counts_by_hand() -> None:
     found = scores(said())
     # named: house, plate; key, star. Absent: plate, star. There: house, tree, cup, key.
     assert found["free.chair_i"] == 2 / 4
@@ -102,7 +102,7 @@ def test_a_hand_made_case() -> None:
     assert object_f1(found) == 0.5
 
 
-def test_images_are_weighted() -> None:
+def test_scores_are_weighted_by_image() -> None:
     found = scores(said(), {"free": np.array([0.0, 2.0])})
     assert found["free.chair_i"] == 1 / 2
     assert found["free.recall"] == 1.0
@@ -128,7 +128,7 @@ def test_draws_are_pooled_by_image() -> None:
     assert scores(pooled)["kl"] == 1.5
 
 
-def test_a_draw_asks_what_pope_asks() -> None:
+def test_a_draw_has_the_questions_of_pope() -> None:
     draw = Draw(3, 60)
     for question in draw.questions["free"]:
         scene = draw.scenes["free"][question.scene]
@@ -145,7 +145,7 @@ def test_a_draw_asks_what_pope_asks() -> None:
     assert draw.scenes != Draw(4, 60).scenes
 
 
-def test_silence_has_no_chair() -> None:
+def test_an_empty_caption_has_an_undefined_chair() -> None:
     found = scores(said(), {"free": np.zeros(2)})
     assert math.isnan(found["free.chair_i"])
     assert object_f1(found) == 0.0

@@ -41,7 +41,7 @@ def hill(rate: float, beta: float, rows: float) -> Callable[[Setting], float]:
     return score
 
 
-def test_a_summit_inside_the_grid_is_found_in_five_runs() -> None:
+def test_an_optimum_inside_the_grid_is_found_in_five_runs() -> None:
     known, rounds = search(hill(2e-4, 0.1, 72))
     assert [len(trials) for trials in rounds] == [3, 2]
     assert rounds[1] == [Trial(2e-4, beta, GRID.rows) for beta in (0.03, 0.3)]
@@ -64,7 +64,7 @@ def test_fewer_rows_and_lower_rates_are_tried_too() -> None:
     assert best_setting(known) == Setting(5e-5, 0.1, 12)
 
 
-def test_a_neighbour_that_is_left_out_is_named() -> None:
+def test_an_unsearched_neighbour_is_reported() -> None:
     known, rounds = search(hill(1.0, 0.1, 72), most=2)  # no rate is high enough
     assert sum(map(len, rounds)) == 5 + 2
     assert max(setting.learning_rate for setting in known) == pytest.approx(4e-4 * 2 * 2)
@@ -78,7 +78,7 @@ def test_an_axis_of_one_value_is_not_searched() -> None:
     assert edges(grid, known) == []
 
 
-def test_of_equal_settings_the_cheapest_is_best() -> None:
+def test_the_cheapest_of_equal_settings_is_best() -> None:
     known, _ = search(lambda setting: 1.0, most=0)
     assert len(known) == 5 * 3
     assert best_setting(known) == Setting(1e-4, 0.03, 36)

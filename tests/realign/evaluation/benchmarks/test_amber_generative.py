@@ -138,7 +138,7 @@ def vector(data: Path, number: int, caption: str, are_alike: Any) -> list[int]:
     return counts(any_nouns, are_alike, row, caption)
 
 
-def test_likeness_marks_forgives_and_covers(data: Path) -> None:
+def test_similar_words_count_as_safe_hallucinated_or_covered(data: Path) -> None:
     pairs = {("dog", "cow"), ("car", "bicycle"), ("dog", "motorbike")}
 
     def are_alike(noun: str, word: str) -> bool:
@@ -150,7 +150,7 @@ def test_likeness_marks_forgives_and_covers(data: Path) -> None:
     assert vector(data, 6, "A car and a dog.", str.__eq__) == [2, 2, 12, 0, 5, 1, 1, 0, 5]
 
 
-def test_words_that_are_safe_and_entries_that_come_first(data: Path) -> None:
+def test_safe_words_and_annotated_entries_follow_their_precedence(data: Path) -> None:
     # a safe word counts as a noun and covers nothing, even where the image has it
     assert vector(data, 6, "An individual at a sign.", str.__eq__)[:4] == [2, 0, 12, 0]
     # related words win over the annotated one: both words stand for the grass, though the image
@@ -162,7 +162,7 @@ def test_words_that_are_safe_and_entries_that_come_first(data: Path) -> None:
     assert vector(data, 2, "Ships. Sky.", str.__eq__)[0] == 0
 
 
-def test_the_verb_can_is_not_taken_for_a_noun() -> None:
+def test_the_verb_can_is_not_counted_as_a_noun() -> None:
     assert any_nouns("It can hold a can")[1:] == ["hold", "a", "can"]
 
 
@@ -176,7 +176,7 @@ def test_every_caption_adds_to_the_denominators_of_lmms_eval(data: Path) -> None
 
 
 @pytest.mark.parametrize("rule", ["official", "lmms-eval"])
-def test_rules_that_need_a_tagger_say_so(
+def test_rules_that_need_a_tagger_are_refused_without_nltk(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, rule: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "nltk", None)
@@ -185,7 +185,9 @@ def test_rules_that_need_a_tagger_say_so(
         score("amber-generative", write(tmp_path / "a.json", [*CASES]), data, rule)
 
 
-def test_vectors_are_those_of_the_first_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_word_vectors_come_from_the_first_installed_spacy_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Document:
         def __init__(self, word: str) -> None:
             self.word = word
@@ -256,7 +258,7 @@ def both(data: Path) -> Path:
     return data
 
 
-def test_amber_is_both_parts(tmp_path: Path, both: Path) -> None:
+def test_amber_scores_combine_both_parts(tmp_path: Path, both: Path) -> None:
     captions = json.loads(write(tmp_path / "g.json", [*CASES]).read_text())
     words = [{"id": 1006, "response": "No"}, {"id": 1005, "response": "No"}]
     (tmp_path / "a.json").write_text(json.dumps([words[0], *captions, words[1]]))
@@ -285,7 +287,7 @@ def test_amber_is_both_parts(tmp_path: Path, both: Path) -> None:
     assert "amber-discriminative, rule official" in shown
 
 
-def test_amber_refuses_what_fits_no_part(tmp_path: Path, both: Path) -> None:
+def test_amber_refuses_answers_of_neither_part(tmp_path: Path, both: Path) -> None:
     captions = json.loads(write(tmp_path / "g.json", [*CASES]).read_text())
     words = [{"id": number, "response": "No"} for number in (1005, 1006)]
 
@@ -307,7 +309,7 @@ def test_amber_refuses_what_fits_no_part(tmp_path: Path, both: Path) -> None:
     assert "rule must be one of official, vlmevalkit" in refused(words)
 
 
-def test_amber_is_compared_by_part(tmp_path: Path, both: Path) -> None:
+def test_amber_comparisons_require_a_part(tmp_path: Path, both: Path) -> None:
     path = write(tmp_path / "g.json", [*CASES])
     parts = "part of amber here, amber-generative or amber-discriminative, got 'amber'"
     with pytest.raises(RefusedError, match=parts):
@@ -333,14 +335,14 @@ def stored(path: Path, **by_benchmark: dict[int, str]) -> Path:
     return path
 
 
-def test_answers_to_other_benchmarks_are_of_no_part(tmp_path: Path, both: Path) -> None:
+def test_answers_to_other_benchmarks_are_ignored(tmp_path: Path, both: Path) -> None:
     captions = {number: case[0] for number, case in CASES.items()}
     alone = score("amber-generative", write(tmp_path / "g.json", [*CASES]), both, "exact-words")
     mixed = stored(tmp_path / "m.jsonl", amber_generative=captions, vizwiz={1005: "cup"})
     assert score("amber", mixed, both, "exact-words") == alone
 
 
-def test_stored_answers_to_the_parts_may_lie_apart(tmp_path: Path, both: Path) -> None:
+def test_stored_answers_to_the_parts_may_be_in_separate_files(tmp_path: Path, both: Path) -> None:
     captions = {number: case[0] for number, case in CASES.items()}
     paths = [
         stored(tmp_path / "g.jsonl", amber_generative=captions),

@@ -142,7 +142,7 @@ def test_objects_that_a_caption_mentions_are_found(tmp_path: Path, case: tuple[s
     assert mentions(noun_words(caption), objects) == listed(other[0] if other else official)
 
 
-def test_what_the_program_cannot_see(tmp_path: Path) -> None:
+def test_objects_missed_by_the_official_program_are_missed(tmp_path: Path) -> None:
     (tmp_path / "synonyms.txt").write_text(SYNONYMS)
     objects = read_synonyms(tmp_path / "synonyms.txt")
     unseen = "A bus. A cheesecake. A motor bike and an iPhone."
@@ -171,7 +171,7 @@ def test_all_twelve_captions_have_the_expected_scores(
     assert low < 50 < high
 
 
-def test_every_form_of_captions_gives_the_same(tmp_path: Path, data: Path) -> None:
+def test_every_caption_file_format_gives_the_same_scores(tmp_path: Path, data: Path) -> None:
     names = [f"COCO_val2014_{number:012d}.jpg" for number in IDS]
     texts = [case[0] for case in CASES]
     forms = {
@@ -198,7 +198,7 @@ def test_every_form_of_captions_gives_the_same(tmp_path: Path, data: Path) -> No
     assert found[0]["all"]["recall"] == pytest.approx(65)
 
 
-def test_the_images_are_those_of_the_answers_or_of_a_list(tmp_path: Path, data: Path) -> None:
+def test_scored_images_come_from_the_answers_or_a_list(tmp_path: Path, data: Path) -> None:
     part = write(tmp_path / "part.json", captions()[:3])
     scores = score("chair", part, data)
     assert (scores["items"], scores["subset"]) == (3, None)
@@ -221,7 +221,7 @@ def test_the_images_are_those_of_the_answers_or_of_a_list(tmp_path: Path, data: 
         score("chair", part, data)
 
 
-def test_no_mention_is_null(tmp_path: Path, data: Path) -> None:
+def test_chair_without_a_mention_is_null(tmp_path: Path, data: Path) -> None:
     nothing = [{**row, "caption": "It is nice."} for row in captions()]
     scores = score("chair", write(tmp_path / "a.json", nothing), data)
     assert scores["splits"]["all"]["chair_i"] is None
@@ -248,7 +248,7 @@ def test_a_missing_file_is_named(tmp_path: Path, data: Path, name: str) -> None:
         score("chair", answers, data)
 
 
-def test_the_folders_of_the_published_archive(tmp_path: Path, data: Path) -> None:
+def test_the_folder_layout_of_the_published_archive_is_read(tmp_path: Path, data: Path) -> None:
     answers = write(tmp_path / "a.json", captions())
     wanted = score("chair", answers, data)
     folder = data / "annotations"
@@ -303,7 +303,7 @@ def test_damaged_captions_are_refused(
         score("chair", write(tmp_path / "a.json", content), data)
 
 
-def test_on_the_command_line(tmp_path: Path, data: Path) -> None:
+def test_the_score_command_accepts_chair(tmp_path: Path, data: Path) -> None:
     answers = write(tmp_path / "a.json", captions())
     arguments = ["eval", "score", "--benchmark", "chair", "--data", str(data)]
     arguments += ["--answers", str(answers)]
@@ -315,7 +315,7 @@ def test_on_the_command_line(tmp_path: Path, data: Path) -> None:
     assert "object-list" in unknown.output.replace("\n", " ")
 
 
-def test_the_rule_that_reads_what_a_folder_holds_is_named(tmp_path: Path, data: Path) -> None:
+def test_the_refusal_names_the_rule_that_reads_the_folder(tmp_path: Path, data: Path) -> None:
     own = tmp_path / "own"
     own.mkdir()
     row = {"image": "a.jpg", "text": "Describe the image.", "objects": ["dog"]}
@@ -336,7 +336,7 @@ def test_the_rule_that_reads_what_a_folder_holds_is_named(tmp_path: Path, data: 
         score("chair", path, data, "object-list")
 
 
-def test_answers_to_other_benchmarks_name_no_images(tmp_path: Path, data: Path) -> None:
+def test_answers_to_other_benchmarks_are_ignored(tmp_path: Path, data: Path) -> None:
     stored = [
         {"benchmark": "chair", "id": str(IDS[0]), "answer": CASES[0][0]},
         {"benchmark": "vizwiz", "id": str(IDS[1]), "answer": "unanswerable"},

@@ -34,16 +34,18 @@ REVIEWS = [  # reply, by official, by lmms-eval
 
 
 @pytest.mark.parametrize(("reply", "official", "lmms"), REVIEWS)
-def test_scores_in_the_first_line(reply: str, official: str | None, lmms: str | None) -> None:
+def test_scores_are_read_from_the_first_line(
+    reply: str, official: str | None, lmms: str | None
+) -> None:
     assert official_scores(reply) == strict_scores(reply) == official
     assert first_numbers(reply) == lmms
 
 
-def test_strict_scores_are_on_the_scale() -> None:
+def test_the_strict_rule_refuses_scores_off_the_scale() -> None:
     assert (official_scores("0 11"), strict_scores("0 11")) == ("0.0 11.0", None)
 
 
-def test_a_half_is_rounded_as_python_does() -> None:
+def test_halves_are_rounded_to_even_as_in_python() -> None:
     # numpy rounds ten times the value, and makes 64.6 of 64.65, which is a little more than that
     for model in range(5000, 5200):
         sums = np.array([1000.0, 8000.0, model])
@@ -81,7 +83,7 @@ def reviews(path: Path, replies: list[str], **more: Any) -> Path:
     return path
 
 
-def test_a_failed_review_is_in_the_means_of_the_official_rule(tmp_path: Path, data: Path) -> None:
+def test_the_official_rule_averages_failed_reviews_too(tmp_path: Path, data: Path) -> None:
     path = reviews(tmp_path / "r.jsonl", ["8 9", "6 6", "not two scores"])
     scores = score("llava-bench", path, data)
     assert scores["splits"]["all"]["relative_score"] == 107.7
@@ -99,7 +101,7 @@ def test_a_failed_review_is_in_the_means_of_the_official_rule(tmp_path: Path, da
     assert part["splits"]["all"]["relative_score"] == 107.1
 
 
-def test_files_of_several_gradings(tmp_path: Path, data: Path) -> None:
+def test_several_grading_files_are_scored_together(tmp_path: Path, data: Path) -> None:
     files = [
         reviews(tmp_path / f"{k}.jsonl", ["8 9", "6 6", f"5 {4 + k}"], answer2_id="a")
         for k in range(3)

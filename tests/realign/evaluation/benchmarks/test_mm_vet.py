@@ -40,7 +40,7 @@ def grades(path: Path, *runs: list[str], scores: list[float] | None = None) -> P
     return path
 
 
-def test_capabilities_and_their_combinations(tmp_path: Path, data: Path) -> None:
+def test_scores_are_given_per_capability_and_combination(tmp_path: Path, data: Path) -> None:
     path = grades(tmp_path / "g.json", ["0.5", "1.0", "0.0", "0.2"])
     splits = score("mm-vet", path, data)["splits"]
     assert {name: found["score"] for name, found in splits.items()} == pytest.approx(
@@ -49,7 +49,7 @@ def test_capabilities_and_their_combinations(tmp_path: Path, data: Path) -> None
     )
 
 
-def test_several_runs_their_mean_and_spread(tmp_path: Path, data: Path) -> None:
+def test_several_gradings_give_a_mean_and_a_spread(tmp_path: Path, data: Path) -> None:
     runs = [["0.5", "1.0", "0.0", "0.2"], ["0.5", "1.0", "0.0", "0.0"], ["0.5", "0.9", "0.1", "1"]]
     scores = score("mm-vet", grades(tmp_path / "g.json", *runs), data, bootstrap=200)
     assert scores["splits"]["all"]["score"] == pytest.approx((42.5 + 37.5 + 62.5) / 3)
@@ -79,7 +79,7 @@ REPLIES = [  # reply; by official, lmms-eval and vlmevalkit; None where there is
 
 
 @pytest.mark.parametrize(("reply", "official", "lmms", "vlmevalkit"), REPLIES)
-def test_replies_by_every_rule(
+def test_every_rule_reads_the_judge_replies(
     tmp_path: Path,
     data: Path,
     reply: str,
@@ -100,7 +100,9 @@ def test_replies_by_every_rule(
     assert strict["unjudged"]["items"] == (official is None)
 
 
-def test_answers_as_published_with_the_grades_in_another_file(tmp_path: Path, data: Path) -> None:
+def test_published_answers_are_read_with_grades_from_another_file(
+    tmp_path: Path, data: Path
+) -> None:
     grade = grades(tmp_path / "g.json", ["0.5", "1.0", "0.0", "0.2"])
     by_id = tmp_path / "by_id.json"
     by_id.write_text(json.dumps({f"v1_{i}": "It is." for i in range(4)}, indent=2))
@@ -115,7 +117,7 @@ def test_answers_as_published_with_the_grades_in_another_file(tmp_path: Path, da
         score("mm-vet", by_id, data)
 
 
-def test_a_run_that_stopped_half_way_leaves_answers_unjudged(tmp_path: Path, data: Path) -> None:
+def test_an_unfinished_grading_leaves_answers_unjudged(tmp_path: Path, data: Path) -> None:
     path = grades(tmp_path / "g.json", ["0.5", "1", "0", "0.2"], ["0.5", "1", "0", "0.2"])
     content = json.loads(path.read_text())
     content["v1_3"] = {name: values[:1] for name, values in content["v1_3"].items()}
@@ -130,7 +132,7 @@ def test_a_run_that_stopped_half_way_leaves_answers_unjudged(tmp_path: Path, dat
     assert scores["bounds"]["all"]["score"] == pytest.approx([40.0, 52.5])
 
 
-def test_llavas_questions_give_the_score_of_all(tmp_path: Path) -> None:
+def test_llava_question_ids_give_only_the_total_score(tmp_path: Path) -> None:
     (tmp_path / "llava-mm-vet.jsonl").write_text(
         "".join(
             json.dumps({"image": f"v1_{i}.png", "text": "Q?", "category": "conv", "question_id": i})

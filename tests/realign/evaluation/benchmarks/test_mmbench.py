@@ -78,7 +78,7 @@ def test_the_letter_of_an_answer_is_read(answer: str, letter: str) -> None:
         ("\ub2f5: Da", "D"),
     ],
 )
-def test_letters_of_lmms_eval(answer: str, letter: str) -> None:
+def test_letters_are_read_as_by_lmms_eval(answer: str, letter: str) -> None:
     assert lmms_letter(answer, CHOICES) == letter
 
 
@@ -118,7 +118,7 @@ def write_answers(path: Path, answers: dict[int, list[str]]) -> Path:
         (["B", "A", "D", "hmm"], False),
     ],
 )
-def test_a_question_is_right_in_every_rotation(
+def test_a_question_counts_only_if_right_in_every_rotation(
     data: Path, texts: list[str] | str, is_whole: bool
 ) -> None:
     path = write_answers(data / "a.jsonl", {7: [*texts], 8: [*"BADC"]})
@@ -138,7 +138,7 @@ def test_a_question_is_right_in_every_rotation(
     assert scores["images"] == 2
 
 
-def test_the_sheet_that_is_uploaded(data: Path) -> None:
+def test_the_upload_sheet_is_scored(data: Path) -> None:
     lines = ["index,question,prediction"]
     for index in (7, 8):
         lines += [f'{index + 1_000_000 * i},"Which, then?",{"BADC"[i]}' for i in range(4)]
@@ -168,13 +168,13 @@ def test_a_table_without_answers_is_refused(data: Path) -> None:
         (b"", "must have at least one row"),
     ],
 )
-def test_a_sheet_that_is_not_whole_is_refused(data: Path, content: bytes, message: str) -> None:
+def test_an_incomplete_sheet_is_refused(data: Path, content: bytes, message: str) -> None:
     (data / "upload.csv").write_bytes(content)
     with pytest.raises(RefusedError, match=message):
         score("mmbench", data / "upload.csv", data)
 
 
-def test_a_sheet_of_another_system(data: Path) -> None:
+def test_a_sheet_with_windows_line_ends_and_a_bom_is_read(data: Path) -> None:
     letters = {7: "BADC", 8: "BADC"}
     lines = [f"{i + 1_000_000 * k},{a}" for i, said in letters.items() for k, a in enumerate(said)]
     text = "\r\n".join(["\ufeffindex,prediction", *lines])
@@ -182,7 +182,7 @@ def test_a_sheet_of_another_system(data: Path) -> None:
     assert score("mmbench", data / "upload.csv", data)["splits"]["all"]["accuracy"] == 100.0
 
 
-def test_categories_are_printed_as_they_are(data: Path) -> None:
+def test_category_names_are_printed_without_markup(data: Path) -> None:
     path = data / "mmbench_dev_20230712.tsv"
     path.write_text(path.read_text().replace("attribute", "[/red]"))
     answers = write_answers(data / "a.jsonl", {7: [*"BADC"], 8: [*"BADC"]})
@@ -191,7 +191,7 @@ def test_categories_are_printed_as_they_are(data: Path) -> None:
     assert "[/red]" in console.file.getvalue()
 
 
-def test_a_category_with_the_name_of_the_whole_counts_once(data: Path) -> None:
+def test_a_category_named_all_does_not_replace_the_total(data: Path) -> None:
     path = data / "mmbench_dev_20230712.tsv"
     path.write_text(path.read_text().replace("attribute", "all"))
     answers = write_answers(data / "a.jsonl", {7: [*"BADC"], 8: [*"DDDD"]})

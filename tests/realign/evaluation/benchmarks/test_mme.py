@@ -47,7 +47,7 @@ WHOLE = [  # image, label, answer
         ("", OTHER, OTHER, OTHER),
     ],
 )
-def test_each_rule_reads_an_answer_in_its_way(
+def test_each_rule_reads_answers_by_its_own_parser(
     answer: str, official: bool | None, lmms: bool | None, vlmevalkit: bool | None
 ) -> None:
     assert official_word(answer) is official
@@ -91,7 +91,7 @@ def test_the_scores_of_a_task_equal_counts_by_hand(data: Path, tmp_path: Path, r
     assert scores["baselines"]["yes"]["color"] == {"acc": 50.0, "acc_plus": 0.0, "score": 50.0}
 
 
-def test_the_tool_s_own_folder_of_answers_and_folders_of_images(data: Path, tmp_path: Path) -> None:
+def test_the_answer_folder_of_the_official_tool_is_read(data: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
     results.mkdir()
     lines = [
@@ -165,9 +165,7 @@ def test_a_list_that_is_missing_or_empty_is_refused(data: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("value", ["", "/", None, 3])
-def test_a_question_id_without_a_task_is_of_no_question(
-    data: Path, tmp_path: Path, value: object
-) -> None:
+def test_a_question_id_without_a_task_is_refused(data: Path, tmp_path: Path, value: object) -> None:
     path = llava_answers(tmp_path / "a.jsonl")
     first, *others = path.read_text().splitlines()
     changed = json.dumps(json.loads(first) | {"question_id": value})
@@ -176,7 +174,7 @@ def test_a_question_id_without_a_task_is_of_no_question(
         score("mme", path, data)
 
 
-def test_every_task_is_a_row_whose_numbers_are_whole(data: Path, tmp_path: Path) -> None:
+def test_the_table_has_a_row_per_task_with_untruncated_numbers(data: Path, tmp_path: Path) -> None:
     for task in PERCEPTION[:4]:
         (data / f"{task}.txt").write_text((data / "color.txt").read_text())
     answers = tmp_path / "a.json"
@@ -196,7 +194,7 @@ def test_every_task_is_a_row_whose_numbers_are_whole(data: Path, tmp_path: Path)
     assert table["perception"] == ["—", "—", "—"]
 
 
-def test_llava_s_prompt_has_no_space_at_the_end_of_the_question() -> None:
+def test_the_llava_prompt_strips_the_space_after_the_question() -> None:
     row = {"text": "Is there a red bus?  Please answer yes or no."}  # as published, with two spaces
     suffix = "\nAnswer the question using a single word or phrase."
     assert MME.prompts["llava"].text(row) == f"Is there a red bus?{suffix}"

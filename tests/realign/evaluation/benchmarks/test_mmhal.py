@@ -67,7 +67,7 @@ def mmhal(tmp_path: Path) -> tuple[Path, Path, Path]:
     return tmp_path / "data", answers, responses
 
 
-def test_a_whole_file_by_the_official_rule(mmhal: tuple[Path, Path, Path]) -> None:
+def test_the_official_rule_scores_a_full_file(mmhal: tuple[Path, Path, Path]) -> None:
     data, answers, responses = mmhal
     scores = score("mmhal", [answers, responses], data)
     splits = scores["splits"]
@@ -85,7 +85,7 @@ def test_a_whole_file_by_the_official_rule(mmhal: tuple[Path, Path, Path]) -> No
     assert score("mmhal", responses, data) == scores  # the answers themselves are not scored
 
 
-def test_the_strict_rule_withholds_the_score_and_gives_bounds(
+def test_the_strict_rule_gives_bounds_instead_of_a_score(
     mmhal: tuple[Path, Path, Path],
 ) -> None:
     data, _, responses = mmhal
@@ -108,7 +108,7 @@ def test_responses_of_another_number_of_questions_are_refused(
         score("mmhal", responses, data, allow_subset=True)
 
 
-def test_a_reply_beside_each_answer(mmhal: tuple[Path, Path, Path]) -> None:
+def test_judge_replies_stored_with_the_answers_are_scored(mmhal: tuple[Path, Path, Path]) -> None:
     data, answers, _ = mmhal
     rows = json.loads(answers.read_text())
     for field, reply in (("gpt4_review", "Rating: 4"), ("judge_reply", "Rating: 4")):

@@ -65,7 +65,9 @@ def llava_questions(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("rule", "column", "scale"), [("official", 4, 100), ("lmms-eval", 5, 1), ("vlmevalkit", 6, 1)]
 )
-def test_every_rule(tmp_path: Path, write, rule: str, column: int, scale: int) -> None:
+def test_every_rule_gives_the_expected_scores(
+    tmp_path: Path, write, rule: str, column: int, scale: int
+) -> None:
     write(tmp_path / "data")
     answers = tmp_path / "answers.jsonl"
     rows = [{"question_id": i, "prompt": "", "text": case[0]} for i, case in enumerate(CASES)]
@@ -91,7 +93,7 @@ def score_of_one(folder: Path, row: dict[str, object], rule: str) -> float:
     return found["splits"]["all"]["accuracy"]
 
 
-def test_choices_of_several_lines(tmp_path: Path) -> None:
+def test_choices_of_several_lines_are_read(tmp_path: Path) -> None:
     choices = ["See you soon,\nJanet", "See You Soon,\nJim"]
     text = "Which is right?\n" + "\n".join(
         f"{letter}. {choice}" for letter, choice in zip("AB", choices, strict=True)

@@ -34,7 +34,7 @@ CASES = [  # answer, references, official and lmms-eval, VLMEvalKit
 
 
 @pytest.mark.parametrize(("answer", "references", "official", "vlmevalkit"), CASES)
-def test_soft_accuracy(
+def test_soft_accuracy_equals_published_values(
     answer: str, references: list[str], official: float, vlmevalkit: float
 ) -> None:
     for form, wanted in ((official_form, official), (vlmevalkit_form, vlmevalkit)):
@@ -62,7 +62,7 @@ def test_answers_are_normalised_as_by_the_official_rule(answer: str, form: str) 
     assert official_form(answer) == form
 
 
-def test_vlmevalkit_keeps_a_possessive() -> None:
+def test_vlmevalkit_normalization_keeps_a_possessive() -> None:
     assert vlmevalkit_form("Campbell's soup, tomato") == "campbell's soup tomato"
 
 
@@ -90,7 +90,7 @@ def textvqa(folder: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("has_tokens", [True, False])
-def test_llava_s_answers_with_and_without_ocr_tokens(
+def test_llava_answers_are_read_with_and_without_ocr_tokens(
     tmp_path: Path, rule: str, wanted: float, has_tokens: bool
 ) -> None:
     textvqa(tmp_path / "data")
@@ -120,7 +120,7 @@ def test_questions_without_ten_answers_are_refused(tmp_path: Path) -> None:
         score("textvqa", tmp_path / "none.json", tmp_path)
 
 
-def test_vizwiz_by_type_of_answer(tmp_path: Path) -> None:
+def test_vizwiz_scores_are_split_by_answer_type(tmp_path: Path) -> None:
     rows = [
         {
             "image": f"VizWiz_val_{i}.jpg",

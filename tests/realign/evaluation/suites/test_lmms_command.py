@@ -65,7 +65,7 @@ def test_a_task_reads_the_questions_and_images_from_the_folder(
         assert image.convert("RGB").tobytes() == original.tobytes()
 
 
-def test_the_command_says_all_that_matters(
+def test_the_command_states_every_relevant_option(
     installed: Path, world: Path, tmp_path: Path, model_dir: Path
 ) -> None:
     out = tmp_path / "out put"
@@ -111,7 +111,7 @@ def test_an_adapter_is_merged(
     assert (folder / "model.safetensors").is_file()
 
 
-def test_the_spelling_with_a_flag_does_the_same(
+def test_the_suite_flag_equals_the_suite_command(
     installed: Path, world: Path, tmp_path: Path, model_dir: Path
 ) -> None:
     paths = ["--model", f"base={model_dir}", "--data", str(world / "eval")]
@@ -168,14 +168,14 @@ def test_refusals_come_before_anything_is_written(
     assert not out.exists()
 
 
-def test_every_task_is_of_a_benchmark_with_a_rule_of_its_name() -> None:
+def test_every_task_belongs_to_a_benchmark_with_an_lmms_eval_rule() -> None:
     for task in TASKS:
         benchmark = find_benchmark(task.benchmark)
         assert set(task.tasks) <= {name for each in benchmark.layouts for name in each.files}
         assert "lmms-eval" in benchmark.rules
 
 
-def test_a_backend_that_fails_without_images_is_asked_about_those_that_have_one(
+def test_a_backend_that_requires_images_gets_only_questions_with_images(
     installed: Path, tmp_path: Path, model_dir: Path
 ) -> None:
     for name in ("scienceqa", "scienceqa_img"):

@@ -34,7 +34,7 @@ def test_aggregates_are_those_of_lmms_eval(run: Path) -> None:
     assert values["realign_pope_adv", "pope_yes_ratio"] == 0.5  # of the labels, as always
 
 
-def test_its_answers_are_scored_under_every_rule(run: Path) -> None:
+def test_recorded_answers_are_scored_under_every_rule(run: Path) -> None:
     rules = read(run)["rescored"]["pope"]
     # counted by hand: every answer is a sentence such as "No, there is no moon in the image."
     accuracy = {"random": 4 / 6, "popular": 5 / 6, "adversarial": 2 / 6, "all": 11 / 18}
@@ -56,7 +56,7 @@ def test_answers_are_stored_for_later(run: Path) -> None:
     assert json.loads(result.stdout)["splits"]["all"]["accuracy"] == pytest.approx(11 / 18)
 
 
-def test_hashes_are_all_the_same_so_that_the_order_of_lines_does_not_matter(run: Path) -> None:
+def test_the_order_of_sample_lines_does_not_matter(run: Path) -> None:
     path = samples_of(run)
     lines = path.read_text().splitlines()
     assert len({json.loads(line)["doc_hash"] for line in lines}) == 1  # of six questions
@@ -65,7 +65,7 @@ def test_hashes_are_all_the_same_so_that_the_order_of_lines_does_not_matter(run:
     assert read(run)["rescored"] == expected
 
 
-def test_without_an_id_a_number_and_an_equal_prompt_name_the_question(run: Path) -> None:
+def test_samples_without_an_id_are_matched_by_number_and_prompt(run: Path) -> None:
     expected = read(run)["rescored"]
     change(samples_of(run), lambda row: row.update(pope_accuracy=0.0))
     assert read(run)["rescored"] == expected
@@ -78,7 +78,7 @@ def test_without_an_id_a_number_and_an_equal_prompt_name_the_question(run: Path)
         read(run)
 
 
-def test_data_sets_of_the_hub_number_the_questions_of_a_split(run: Path) -> None:
+def test_hub_data_sets_number_questions_within_a_split(run: Path) -> None:
     def as_published(row: dict[str, Any]) -> None:
         row["pope_accuracy"]["question_id"] = row["pope_accuracy"]["question_id"].split("-")[1]
 
@@ -87,7 +87,7 @@ def test_data_sets_of_the_hub_number_the_questions_of_a_split(run: Path) -> None
     assert read(run)["rescored"] == expected
 
 
-def test_a_run_with_a_limit_does_not_count_as_a_full_one(run: Path) -> None:
+def test_a_run_with_a_limit_is_refused_as_a_full_run(run: Path) -> None:
     def limit(content: dict[str, Any]) -> None:
         content["n-samples"]["realign_pope_adv"]["original"] = 3000
 
@@ -100,7 +100,7 @@ def test_a_run_with_a_limit_does_not_count_as_a_full_one(run: Path) -> None:
     assert rules["official"]["subset"] == "14 of 18"
 
 
-def test_of_several_runs_the_newest_is_read(run: Path) -> None:
+def test_the_newest_of_several_runs_is_read(run: Path) -> None:
     old = results_of(run)
     newer = old.with_name("20261129_114000_results.json")
     newer.write_text(old.read_text())
@@ -112,7 +112,7 @@ def test_of_several_runs_the_newest_is_read(run: Path) -> None:
     assert found["rescored"]["pope"]["official"]["items"] == 18
 
 
-def test_stamps_are_the_time_of_singapore_unless_the_run_says_otherwise(run: Path) -> None:
+def test_time_stamps_are_in_singapore_time_unless_the_run_states_another(run: Path) -> None:
     utc = results_of(run)
     early = utc.with_name("20261129_193000_results.json")  # 11:30 in UTC, before the other
     early.write_text(utc.read_text())
@@ -174,7 +174,7 @@ def test_a_run_without_answers_keeps_its_aggregates(run: Path) -> None:
     assert "is missing" in found["notes"][0]
 
 
-def test_a_task_that_is_not_known_keeps_its_aggregates(run: Path) -> None:
+def test_an_unknown_task_keeps_its_aggregates(run: Path) -> None:
     def rename_task(content: dict[str, Any]) -> None:
         for part in ("results", "n-samples"):
             content[part]["gqa"] = content[part].pop("realign_pope_adv")
@@ -187,7 +187,7 @@ def test_a_task_that_is_not_known_keeps_its_aggregates(run: Path) -> None:
     assert found["rescored"]["pope"]["official"]["subset"] == "12 of 18"
 
 
-def test_answers_twice_or_missing_are_refused(run: Path) -> None:
+def test_repeated_or_missing_answers_are_refused(run: Path) -> None:
     path = samples_of(run)
     text = path.read_text()
     path.write_text(text + text.splitlines()[0] + "\n")
@@ -207,13 +207,13 @@ def test_answers_twice_or_missing_are_refused(run: Path) -> None:
         ({"pope_accuracy": 0, "doc_id": 6}, "doc_id must be below 6"),
     ],
 )
-def test_lines_of_another_form_are_refused(run: Path, edit: dict[str, Any], message: str) -> None:
+def test_malformed_sample_lines_are_refused(run: Path, edit: dict[str, Any], message: str) -> None:
     change(samples_of(run), lambda row: row.update(edit))
     with pytest.raises(RefusedError, match=message):
         read(run)
 
 
-def test_results_of_another_form_are_refused(run: Path) -> None:
+def test_malformed_result_files_are_refused(run: Path) -> None:
     path = results_of(run)
     text = path.read_text()
     path.write_text(text[:-20])

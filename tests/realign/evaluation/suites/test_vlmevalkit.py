@@ -46,7 +46,9 @@ def write(tmp_path: Path, *folders: str, **options: Any) -> dict[str, Any]:
     return json.loads((tmp_path / "out" / "vlmeval.json").read_text())
 
 
-def test_the_configuration_asks_greedily_and_names_what_it_loads(kit: Path, tmp_path: Path) -> None:
+def test_the_configuration_decodes_greedily_and_names_the_loaded_models(
+    kit: Path, tmp_path: Path
+) -> None:
     qwen = model(tmp_path / "qwen", "qwen2_5_vl")
     next_ = model(tmp_path / "next-vicuna", "llava_next")
     config = write(tmp_path, qwen, next_)
@@ -68,7 +70,9 @@ def test_the_configuration_asks_greedily_and_names_what_it_loads(kit: Path, tmp_
     assert "-m vlmeval.run --config" in (tmp_path / "out" / "run.sh").read_text()
 
 
-def test_what_cannot_work_is_refused_with_what_does(kit: Path, tmp_path: Path) -> None:
+def test_unsupported_models_are_refused_with_a_supported_alternative(
+    kit: Path, tmp_path: Path
+) -> None:
     with pytest.raises(RefusedError, match=r"LLaVA_Next loads no checkpoint .* --base-url"):
         write(tmp_path, model(tmp_path / "llava", "llava"))
     with pytest.raises(RefusedError, match=r"must hold mistral, from which .* got vicuna"):
@@ -141,7 +145,7 @@ def test_the_newest_run_is_read_and_scored_again(results: Path) -> None:
     assert splits["official"]["existence"]["score"] == 75 + 50
 
 
-def test_without_data_its_numbers_alone_are_read(results: Path) -> None:
+def test_results_without_data_keep_only_the_numbers_of_vlmevalkit(results: Path) -> None:
     found = read_suite(results / "results")["models"]["aligned"]
     assert found["rescored"] == {}
     assert found["notes"] == ["MME: its answers are not scored again; no --data was given."]

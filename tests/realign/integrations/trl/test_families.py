@@ -74,7 +74,7 @@ def dataset(*, shows_retrieved: bool = False) -> datasets.Dataset:
 
 
 @pytest.mark.parametrize("name", ["llava-1.6-mistral", "qwen2.5-vl", "idefics3", "gemma-3"])
-def test_the_native_path_logs_what_stock_does(tmp_path: Path, name: str) -> None:
+def test_the_native_path_logs_the_metrics_of_stock_dpo(tmp_path: Path, name: str) -> None:
     found: dict[str, dict[str, float]] = {}
     for kind, trainer, rows in (
         ("native", RdpoTrainer, dataset()),
@@ -116,7 +116,7 @@ def test_virtual_tokens_are_cut_off_on_the_native_path_as_in_stock(tmp_path: Pat
     assert found == pytest.approx(metrics(stock), abs=1e-6)
 
 
-def test_the_auxiliary_loss_of_a_mixture_of_experts(tmp_path: Path) -> None:
+def test_the_auxiliary_loss_of_a_mixture_of_experts_is_added(tmp_path: Path) -> None:
     """The loss is added on the native path as in TRL; the own path has none and refuses it."""
     family = FAMILIES["qwen3-vl"]()
     parts = family.model.config.to_dict()

@@ -23,7 +23,7 @@ PAGE = (Path(__file__).parents[4] / "docs/guides/trainers/trl.md").read_text(enc
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_the_reference_of_the_page_is_found_and_is_that_of_the_policy(
+def test_the_page_finds_the_reference_cache_of_the_policy(
     tmp_path: Path, monkeypatch, caplog
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -54,7 +54,7 @@ def test_the_page_names_the_trainers_that_call_the_function():
     assert "DPO, KTO, SFT, GRPO, RLOO; of the experimental ones the asynchronous GRPO" in PAGE
 
 
-def test_the_block_of_the_page_patches():
+def test_the_code_block_of_the_page_patches_trl():
     section = PAGE.split("## Exact log-probabilities in TRL's trainers")[1]
     (block, *_) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     exec(block, {})

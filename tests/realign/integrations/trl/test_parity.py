@@ -42,7 +42,7 @@ def check(found: Step, truth: Step, *, loss: float, gradient: float) -> None:
 
 
 @pytest.mark.parametrize("loss_type", LINKS)
-def test_the_text_half_of_the_native_path_is_stock_dpo(tmp_path: Path, loss_type: str) -> None:
+def test_the_text_term_of_the_native_path_equals_stock_dpo(tmp_path: Path, loss_type: str) -> None:
     trainer = ours(tmp_path, data_path="native", objective=text_half(LINKS[loss_type]))
     check(step(trainer), expected(loss_type), loss=1e-6, gradient=2e-6)
 
@@ -61,7 +61,7 @@ def test_the_text_half_of_the_native_path_is_stock_dpo(tmp_path: Path, loss_type
         (False, True, "ipo"),
     ],
 )
-def test_the_text_half_of_the_own_path_is_stock_dpo(
+def test_the_text_term_of_the_own_path_equals_stock_dpo(
     tmp_path: Path, shared_prefix: bool, is_cached: bool, loss_type: str
 ) -> None:
     reference = cached_reference() if is_cached else None
@@ -93,7 +93,7 @@ PATHS: dict[str, dict[str, Any]] = {
         for is_quick in [link == "sigmoid" or path in ("native", "own, shared rows")]
     ],
 )
-def test_rdpo_is_stock_dpo_of_both_pairs_at_weight_two(
+def test_rdpo_equals_stock_dpo_of_both_pairs_at_weight_two(
     tmp_path: Path, path: str, loss_type: str
 ) -> None:
     options = {name: value() if callable(value) else value for name, value in PATHS[path].items()}
@@ -124,7 +124,9 @@ def test_metrics_of_the_answer_pair_are_those_of_stock(tmp_path: Path, path: str
     assert found["rewards/image_accuracies"] == pytest.approx(accuracy)
 
 
-def test_separate_rows_of_the_answer_pair_read_as_many_tokens_as_stock(tmp_path: Path) -> None:
+def test_separate_rows_read_as_many_tokens_as_stock_dpo_and_shared_rows_fewer(
+    tmp_path: Path,
+) -> None:
     truth = expected().metrics["num_tokens"]
     separate = step(ours(tmp_path, objective=text_half(), shared_prefix=False))
     assert separate.metrics["num_tokens"] == truth
@@ -145,10 +147,10 @@ def test_separate_rows_of_the_answer_pair_read_as_many_tokens_as_stock(tmp_path:
     ],
     ids=["four cells", "mdpo", "smoothed"],
 )
-def test_both_paths_agree_on_four_cells_and_other_weights(
+def test_native_and_own_paths_agree_on_four_cells_and_other_weights(
     tmp_path: Path, objective: Objective
 ) -> None:
-    """No trainer of TRL has these: two computations of one number stand for the truth."""
+    """No trainer of TRL has these options, so the two paths are compared with each other."""
     native = step(ours(tmp_path, data_path="native", objective=objective))
     for shared_prefix in (True, False):
         own = step(ours(tmp_path, objective=objective, shared_prefix=shared_prefix))
@@ -156,9 +158,7 @@ def test_both_paths_agree_on_four_cells_and_other_weights(
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "own, cached"])
-def test_gradient_checkpointing_which_trl_has_by_default_changes_nothing(
-    tmp_path: Path, path: str
-) -> None:
+def test_gradient_checkpointing_does_not_change_a_step(tmp_path: Path, path: str) -> None:
     trainer = ours(tmp_path, **PATHS[path])
     expected = step(trainer)
     trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -168,7 +168,7 @@ def test_gradient_checkpointing_which_trl_has_by_default_changes_nothing(
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_under_the_patch_a_step_is_the_same(tmp_path: Path, path: str) -> None:
+def test_the_patch_does_not_change_a_step(tmp_path: Path, path: str) -> None:
     """The native path scores by the patch; the own path has the exact head without it."""
     options = {name: value() if callable(value) else value for name, value in PATHS[path].items()}
     with patch_trl() as patch:
@@ -179,6 +179,6 @@ def test_under_the_patch_a_step_is_the_same(tmp_path: Path, path: str) -> None:
     assert found.metrics == pytest.approx(unpatched.metrics, abs=1e-5)
 
 
-def test_numbers_of_the_image_pair_are_arguments(tmp_path: Path) -> None:
+def test_settings_of_the_image_pair_are_arguments(tmp_path: Path) -> None:
     trainer = ours(tmp_path, image_beta=0.3, image_weight=0.5, training={"beta": 0.2})
     assert trainer.objective == Objective.rdpo(0.2, 0.3, 0.5)

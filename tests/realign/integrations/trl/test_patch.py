@@ -103,7 +103,7 @@ ASKED = [names for count in range(5) for names in combinations(STATISTICS, count
 
 
 @pytest.mark.parametrize("names", ASKED, ids=lambda names: "+".join(names) or "nothing")
-def test_only_what_is_asked_for_is_returned(names):
+def test_only_requested_outputs_are_returned(names):
     inputs = make_head_inputs(17, 61, 8, torch.float32, bias=True)
     ours = patched(inputs, ("log_probs", *names))
     for found, expected in zip(
@@ -115,7 +115,7 @@ def test_only_what_is_asked_for_is_returned(names):
     torch.testing.assert_close(patched(inputs, names)[0], ours[0])  # TRL always returns these
 
 
-def test_hidden_states_and_weights_of_other_dtypes_and_autocast():
+def test_mixed_dtypes_and_autocast_are_accurate():
     mixed = make_head_inputs(41, 203, 16, torch.bfloat16)
     exact = dense(mixed.as_leaves(torch.float64))[0]
     wide = mixed.lm_head_weight.float()
@@ -147,7 +147,7 @@ def test_a_bias_of_another_dtype_is_rounded_as_trl_rounds_it(dtype):
     torch.testing.assert_close(grad, stock)
 
 
-def test_no_labels_leave_everything_connected():
+def test_a_batch_without_labels_gives_zero_gradients():
     """A micro-batch may have no answer token: its gradient is zero, and not missing."""
     inputs = make_head_inputs(5, 61, 8, torch.float32).as_leaves()
     no_rows = HeadInputs(
@@ -160,7 +160,7 @@ def test_no_labels_leave_everything_connected():
     assert not inputs.lm_head_weight.grad.any()
 
 
-def test_targets_of_32_bits_and_no_gradient_at_all():
+def test_int32_targets_and_inference_mode_are_accepted():
     inputs = make_head_inputs(17, 61, 8, torch.float32)
     short = HeadInputs(*inputs.tensors, inputs.labels.int(), {})
     torch.testing.assert_close(patched(short)[0], patched(inputs)[0])
@@ -170,8 +170,8 @@ def test_targets_of_32_bits_and_no_gradient_at_all():
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
-def test_it_takes_less_memory_than_trls_function(frozen):
-    """At the size of chunks that TRL passes: what fits without the patch fits with it."""
+def test_the_patch_takes_less_memory_than_trls_function(frozen):
+    """The size is that of TRL's chunks: a batch that fits without the patch fits with it."""
     inputs = make_head_inputs(512, 8_000, 32, torch.float32).as_leaves()
     inputs.lm_head_weight.requires_grad_(not frozen)
     leaves = [tensor for tensor in inputs.tensors if tensor.requires_grad]
@@ -185,7 +185,7 @@ def test_it_takes_less_memory_than_trls_function(frozen):
         assert peak_bytes(lambda: differentiate(utils._ChunkedLogProbFunction)) < stock
 
 
-def test_a_head_that_trains_keeps_nothing_of_tokens_times_vocabulary():
+def test_a_trained_head_saves_no_tensor_of_logits_size():
     inputs = make_head_inputs(512, 8_000, 32, torch.float32).as_leaves()
     kept: list[int] = []
 
@@ -229,8 +229,8 @@ def other_class(tensor: Tensor) -> Tensor:
         "label-negative",
     ],
 )  # fmt: skip
-def test_what_the_head_does_not_take_goes_to_trls_function(options, change):
-    """Each of these works without the patch, and so it does with it: with the same numbers."""
+def test_unsupported_inputs_are_passed_on_to_trls_function(options, change):
+    """Each input gives the same numbers with the patch as without it."""
     inputs = make_head_inputs(17, 61, 8, torch.float32, **options)
     if change is not None:
         hidden, weight, labels = change(*inputs.tensors, inputs.labels)
@@ -243,8 +243,8 @@ def test_what_the_head_does_not_take_goes_to_trls_function(options, change):
         torch.testing.assert_close(found, value, rtol=0, atol=0, equal_nan=True)
 
 
-def test_other_devices_are_left_to_trl():
-    """The meta device is such a one; TRL's function fails there, with or without the patch."""
+def test_unsupported_devices_are_passed_on_to_trls_function():
+    """TRL's function fails on the meta device, with and without the patch."""
     inputs = make_head_inputs(17, 61, 8, torch.float32)
     inputs = HeadInputs(*(part.to("meta") for part in (*inputs.tensors, inputs.labels)), {})
     with pytest.raises(RuntimeError, match="unknown device type for autocast"):

@@ -17,7 +17,7 @@ from tests.realign.integrations.trl.conftest import USES_TRITON
 from tests.realign.integrations.trl.head_calls import call, files_of_trl, patched
 
 
-def test_twice_is_once_and_the_last_to_end_restores_the_very_objects():
+def test_nested_patches_apply_once_and_the_last_restores_the_originals():
     inputs = make_head_inputs(5, 61, 8, torch.float32)
     with patch_trl() as outer:
         function = utils._ChunkedLogProbFunction
@@ -40,13 +40,13 @@ def test_twice_is_once_and_the_last_to_end_restores_the_very_objects():
     assert first.calls == 1
 
 
-def test_an_error_inside_ends_the_patch():
+def test_an_error_inside_the_context_ends_the_patch():
     with pytest.raises(ZeroDivisionError), patch_trl():
         _ = 1 / 0
     assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction
 
 
-def test_answers_alone_are_scored_on_cpus_where_that_is_asked_for():
+def test_compact_scoring_applies_on_cpu_when_requested():
     cpu, other = torch.device("cpu"), torch.device("cuda")
     with patch_trl():
         assert utils._use_triton(cpu)
@@ -60,8 +60,8 @@ def test_answers_alone_are_scored_on_cpus_where_that_is_asked_for():
         assert utils._ChunkedLogProbFunction is not ChunkedLogProbFunction
 
 
-def test_every_place_of_trl_that_names_the_function_is_known_and_patched():
-    """A new one would escape the patch where it has bound the function before."""
+def test_every_reference_to_the_function_in_trl_is_patched():
+    """A new reference that is bound before the patch would not be replaced by it."""
     assert files_of_trl("ChunkedLogProbFunction") == {
         "kernels/__init__.py",
         "kernels/chunked_logprob.py",
@@ -73,8 +73,8 @@ def test_every_place_of_trl_that_names_the_function_is_known_and_patched():
         assert chunked_logprob.ChunkedLogProbFunction is function
 
 
-def test_who_keeps_the_function_beyond_the_patch_has_trls_own():
-    """A module that imported it meanwhile has such a reference."""
+def test_a_reference_kept_after_the_patch_calls_trls_function():
+    """A module that imported the function during the patch has such a reference."""
     inputs = make_head_inputs(5, 61, 8, torch.float32)
     with patch_trl() as patch:
         kept = utils._ChunkedLogProbFunction
@@ -109,8 +109,8 @@ def test_a_function_with_other_arguments_is_refused(monkeypatch, function, got):
         assert patch.calls == 0
 
 
-def test_a_trl_without_the_choice_of_positions_is_patched(monkeypatch):
-    """TRL 1.15 has no other way than to score answers alone."""
+def test_a_trl_version_without_compact_positions_is_patched(monkeypatch):
+    """TRL 1.15 always scores the answers only."""
     inputs = make_head_inputs(5, 61, 8, torch.float32)
     with monkeypatch.context() as changed:
         changed.delattr(utils, "_use_triton")
@@ -118,14 +118,14 @@ def test_a_trl_without_the_choice_of_positions_is_patched(monkeypatch):
         assert not hasattr(utils, "_use_triton")
 
 
-def test_without_trl_the_package_to_install_is_named(monkeypatch):
+def test_a_missing_trl_is_refused_with_the_package_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl.trainer.utils", None)
     with pytest.raises(RefusedError, match=r"requires trl >= 1\.15.*pip install 'trl>=1\.15'"):
         patch_trl()
     monkeypatch.undo()
 
 
-def test_compact_must_be_a_truth_value():
+def test_compact_must_be_a_bool():
     with pytest.raises(RefusedError, match="compact must be True or False, got 'no'"):
         patch_trl(compact="no")  # type: ignore[arg-type]
 
@@ -133,7 +133,7 @@ def test_compact_must_be_a_truth_value():
 @pytest.mark.full
 # Dynamo asks every tensor that it meets for its .grad.
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
-def test_it_compiles_as_far_as_trls_function_does():
+def test_the_patched_function_compiles_as_far_as_trls_function():
     """The graph breaks, as with TRL's own function."""
     inputs = make_head_inputs(17, 61, 8, torch.float32).as_leaves()
 

@@ -28,8 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_sharded_step_is_the_stock_step(folder: Path, tmp_path: Path, case) -> None:
-    """Weights that are gathered for the forward alone are there again for the backward."""
+def test_a_patched_sharded_step_equals_the_stock_step(folder: Path, tmp_path: Path, case) -> None:
+    """Weights gathered for the forward are gathered again for the backward."""
     alone, alone_loss, _ = take_step(tmp_path, is_tied=CASES[case])
     # TRL 1.16 leaves every rank with its own share of its own gradient here, not of the mean.
     is_mean = [name for name in alone if case == "tied" or name != "lm_head.weight"]

@@ -58,7 +58,7 @@ def lora() -> LoraConfig:
 
 @pytest.mark.parametrize("is_made_before", [True, False], ids=["trainer-first", "patch-first"])
 @pytest.mark.parametrize("compact", [True, False])
-def test_a_step_of_dpo_is_the_stock_step(tmp_path: Path, compact, is_made_before) -> None:
+def test_a_patched_dpo_step_equals_the_stock_step(tmp_path: Path, compact, is_made_before) -> None:
     """The policy is off the reference, so that no term of the gradient vanishes."""
     unpatched = stock(tmp_path)
     expected = step(unpatched)
@@ -72,7 +72,7 @@ def test_a_step_of_dpo_is_the_stock_step(tmp_path: Path, compact, is_made_before
     assert patch.calls == 2
 
 
-def test_a_step_of_dpo_with_adapters_is_the_stock_step(tmp_path: Path, lora) -> None:
+def test_a_patched_dpo_step_with_adapters_equals_the_stock_step(tmp_path: Path, lora) -> None:
     """The head is frozen, and the reference is the model without its adapters."""
     torch.manual_seed(0)
     trainer = stock(tmp_path, model=reference_model(), ref_model=None, peft_config=lora)
@@ -88,7 +88,7 @@ def test_a_step_of_dpo_with_adapters_is_the_stock_step(tmp_path: Path, lora) -> 
     check_equal(found, expected)
 
 
-def test_a_batch_without_an_answer_token_is_the_stock_batch(tmp_path: Path) -> None:
+def test_a_patched_batch_without_answer_tokens_equals_the_stock_batch(tmp_path: Path) -> None:
     trainer = stock(tmp_path, train_dataset=pairs(2))
     batch = trainer._prepare_inputs(trainer.data_collator([*trainer.train_dataset]))
     batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
@@ -160,7 +160,9 @@ class Watch(TrainerCallback):
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_a_step_of_another_trainer_is_the_stock_step(tmp_path: Path, text_model, name) -> None:
+def test_a_patched_step_of_another_trainer_equals_the_stock_step(
+    tmp_path: Path, text_model, name
+) -> None:
     kind, config, rows, options, calls = TRAINERS[name]
     rewards = {"reward_funcs": reward} if name in ("grpo", "rloo") else {}
 
@@ -194,7 +196,7 @@ def test_a_step_of_another_trainer_is_the_stock_step(tmp_path: Path, text_model,
 
 
 @pytest.mark.full
-def test_fifty_steps_of_dpo_are_the_stock_steps(tmp_path: Path) -> None:
+def test_fifty_patched_dpo_steps_equal_the_stock_steps(tmp_path: Path) -> None:
     curves: dict[bool, dict[str, Tensor]] = {}
     for patching in (False, True):
         training = {"per_device_train_batch_size": 2, "max_steps": 50}

@@ -19,7 +19,7 @@ LOGGED = (*LOGGED, "logits/chosen", "mean_token_accuracy", "rewards/image_accura
 
 
 @pytest.mark.full
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
+def test_two_processes_train_to_the_weights_of_one(tmp_path: Path) -> None:
     with ranks_of(2, "-W", "ignore", ranks.__file__, tmp_path):
         for data_path in ranks.DATA_PATHS:
             ranks.run(tmp_path, data_path)

@@ -57,7 +57,7 @@ DPO = {"objective": Objective.dpo()}
     ],
 )
 @pytest.mark.parametrize("data_path", ["own", "native"])
-def test_options_of_the_configuration_that_do_not_fit_are_refused(
+def test_incompatible_configuration_options_are_refused(
     tmp_path: Path, training: dict[str, Any], message: str, data_path: str
 ) -> None:
     with pytest.raises(RefusedError, match=re.escape(message)):
@@ -113,7 +113,7 @@ def test_options_of_the_configuration_that_do_not_fit_are_refused(
         ),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(
+def test_incompatible_arguments_are_refused(
     tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RefusedError, match=re.escape(message)):
@@ -122,7 +122,9 @@ def test_arguments_that_do_not_fit_are_refused(
 
 @pytest.mark.parametrize("data_path", ["own", "native"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_dataset_without_retrieved_images(tmp_path: Path, data_path: str, stream: bool) -> None:
+def test_a_dataset_without_retrieved_images_is_refused(
+    tmp_path: Path, data_path: str, stream: bool
+) -> None:
     dataset = pairs(4).remove_columns("rejected_images")
     if stream:
         dataset = dataset.to_iterable_dataset()
@@ -140,29 +142,29 @@ def test_a_dataset_without_retrieved_images(tmp_path: Path, data_path: str, stre
 
 
 @pytest.mark.parametrize("data_path", ["own", "native"])
-def test_a_dataset_without_images(tmp_path: Path, data_path: str) -> None:
-    """TRL takes it for text, and would change its answers."""
+def test_a_dataset_without_images_is_refused(tmp_path: Path, data_path: str) -> None:
+    """TRL would treat such a dataset as text and change its answers."""
     dataset = pairs(4).remove_columns("images")
     options = {"data_path": data_path, "train_dataset": dataset, "objective": Objective.dpo()}
     with pytest.raises(RefusedError, match="train_dataset must have the column images, the image"):
         ours(tmp_path, model=None, **options)
 
 
-def test_a_reference_of_fewer_cells(tmp_path: Path) -> None:
+def test_a_reference_cache_of_fewer_cells_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         RefusedError, match=r"reference must have 4 values per row, got shape \(3,\)"
     ):
         ours(tmp_path, model=None, reference=cached_reference(), objective=Objective.symmetric())
 
 
-def test_a_row_without_as_many_retrieved_images_on_the_native_path(tmp_path: Path) -> None:
+def test_the_native_path_refuses_a_row_with_too_few_retrieved_images(tmp_path: Path) -> None:
     trainer = ours(tmp_path, data_path="native")
     row = {**pairs(1)[0], "rejected_images": []}
     with pytest.raises(RefusedError, match=r"rejected_images must be as many .* got 0 for 1"):
         trainer.data_collator([row])
 
 
-def test_a_model_of_another_trainer(tmp_path: Path) -> None:
+def test_a_model_already_given_to_a_trl_trainer_is_refused(tmp_path: Path) -> None:
     model = stock(tmp_path).model
     message = "model must not have been given to a trainer of TRL before, .*Load the model again"
     with pytest.raises(RefusedError, match=message):
@@ -170,7 +172,7 @@ def test_a_model_of_another_trainer(tmp_path: Path) -> None:
     assert ours(tmp_path, model=model, data_path="native")
 
 
-def test_a_model_that_our_forward_cannot_score_is_sent_to_the_native_path(
+def test_a_model_the_own_path_cannot_score_is_refused_with_the_native_path(
     tmp_path: Path, shifted_logits
 ) -> None:
     with pytest.raises(RefusedError, match="own forward may take it"):
@@ -206,13 +208,13 @@ def test_a_model_with_prompt_tuning_is_refused(tmp_path: Path) -> None:
         ours(tmp_path, model=get_peft_model(model, PROMPT), peft_config=None)
 
 
-def test_predictions_beyond_the_loss_are_refused(tmp_path: Path) -> None:
+def test_evaluation_outputs_beyond_the_loss_are_refused(tmp_path: Path) -> None:
     trainer = ours(tmp_path, reference=cached_reference())
     with pytest.raises(RefusedError, match=r"prediction_loss_only must be True .* Call evaluate"):
         trainer.predict(trainer.train_dataset)
 
 
-def test_a_row_of_a_stream_that_the_reference_lacks(tmp_path: Path) -> None:
+def test_a_streamed_row_missing_from_the_reference_is_refused(tmp_path: Path) -> None:
     stream = pairs(4, 9).to_iterable_dataset()
     trainer = ours(tmp_path, train_dataset=stream, reference=cached_reference())
     with pytest.raises(RefusedError, match="reference must have every row, lacks row with prompt"):
@@ -227,7 +229,7 @@ def test_rows_given_to_evaluate_are_checked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data_path", ["own", "native"])
-def test_label_smoothing_is_ignored_as_trl_does(tmp_path: Path, caplog, data_path: str) -> None:
+def test_label_smoothing_is_ignored_as_by_trl(tmp_path: Path, caplog, data_path: str) -> None:
     trainer = ours(tmp_path, data_path=data_path, training={"label_smoothing": 0.1})
     assert trainer.objective == Objective.rdpo(0.1)
     assert "label_smoothing = 0.1 is ignored: TRL reads it for" in caplog.text
@@ -244,7 +246,9 @@ def test_a_policy_that_differs_from_its_cache_is_reported_once(tmp_path: Path, c
     assert "check_first_step" not in caplog.text
 
 
-def test_two_options_are_changed_and_reported(tmp_path: Path, caplog) -> None:
+def test_max_length_and_remove_unused_columns_are_reset_and_reported(
+    tmp_path: Path, caplog
+) -> None:
     trainer = ours(tmp_path, training={"max_length": 20, "remove_unused_columns": True})
     assert trainer.args.max_length is None
     assert not trainer.args.remove_unused_columns
@@ -252,7 +256,7 @@ def test_two_options_are_changed_and_reported(tmp_path: Path, caplog) -> None:
     assert "remove_unused_columns is set to False" in caplog.text
 
 
-def test_what_trl_refuses_is_refused_by_trl(tmp_path: Path) -> None:
+def test_datasets_that_trl_refuses_raise_the_errors_of_trl(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`train_dataset` is required"):
         RdpoTrainer(policy_model(), args=config(tmp_path))
     with pytest.raises(TypeError, match="`train_dataset` must be a `Dataset`"):

@@ -24,7 +24,9 @@ ROW: dict[str, Any] = {
 }
 
 
-def test_rows_have_the_keys_of_the_records_that_realign_reads(tmp_path: Path, records) -> None:
+def test_dataset_rows_have_the_same_content_keys_as_realign_records(
+    tmp_path: Path, records
+) -> None:
     """A dataset made of a parquet file uses the cache that `realign cache` made for the file."""
     file = tmp_path / "d.parquet"
     write_parquet(records(4), file)
@@ -35,7 +37,7 @@ def test_rows_have_the_keys_of_the_records_that_realign_reads(tmp_path: Path, re
     assert [row.id for row in rows] == [row.id for row in records(4)]
 
 
-def test_a_parquet_that_datasets_saved_has_the_same_keys(tmp_path: Path, records) -> None:
+def test_a_parquet_saved_by_datasets_has_the_same_content_keys(tmp_path: Path, records) -> None:
     pairs(3).to_parquet(str(tmp_path / "d.parquet"))
     saved = read_records(tmp_path / "d.parquet", None)
     assert [row.key for row in saved] == [row.key for row in records(3)]
@@ -60,7 +62,7 @@ def test_a_parquet_that_datasets_saved_has_the_same_keys(tmp_path: Path, records
         {"tools": None, "chat_template_kwargs": {}},
     ],
 )
-def test_spellings_of_a_row_are_one_record(changes: dict[str, Any]) -> None:
+def test_equivalent_forms_of_a_row_give_one_record(changes: dict[str, Any]) -> None:
     assert as_record({**ROW, **changes}).key == as_record(ROW).key
 
 
@@ -85,7 +87,7 @@ def test_an_image_column_of_file_names_is_read(tmp_path: Path) -> None:
         ({"id": "r7", "chosen": ""}, "row r7: chosen must be a non-empty string"),
     ],
 )
-def test_rows_that_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_invalid_rows_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RefusedError, match=message):
         as_record({**ROW, **changes})
 

@@ -65,7 +65,7 @@ def test_a_full_model_is_saved_and_resumed(tmp_path: Path, caplog) -> None:
     assert "rDPO" in card
 
 
-def test_an_adapter_is_resumed(tmp_path: Path) -> None:
+def test_training_of_an_adapter_is_resumed(tmp_path: Path) -> None:
     training = {**RESUMED, "per_device_train_batch_size": 1}
     runs = []
     for name, start in (("whole", None), ("resumed", tmp_path / "whole" / "checkpoint-2")):
@@ -115,7 +115,7 @@ def test_an_adapter_is_saved_and_loaded_by_peft(tmp_path: Path) -> None:
         assert torch.equal(found[name], expected[name])
 
 
-def test_an_adapter_gets_a_card_and_is_pushed_once_its_pickle_is_gone(tmp_path: Path) -> None:
+def test_an_adapter_with_a_card_is_pushed_only_without_pickle_files(tmp_path: Path) -> None:
     with quiet_peft():
         trainer = ours(tmp_path, model=reference_model(), peft_config=lora("q_proj"))
         trainer.save_model(str(tmp_path / "saved"))

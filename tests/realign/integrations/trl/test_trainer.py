@@ -45,7 +45,7 @@ def adapted(model: Any, *targets: str) -> Any:
         return get_peft_model(model, lora(*targets))
 
 
-def test_public_names_are_loaded_when_they_are_used() -> None:
+def test_public_names_are_imported_lazily() -> None:
     names = realign.integrations.trl.__all__
     assert sorted(names) == ["RdpoTrainer", "patch_trl"]
     assert realign.integrations.trl.RdpoTrainer.__name__ == "RdpoTrainer"
@@ -54,7 +54,9 @@ def test_public_names_are_loaded_when_they_are_used() -> None:
 
 
 @pytest.mark.parametrize("missing", ["trl", "trl.models.utils"])
-def test_without_a_trl_that_fits_the_package_to_install_is_named(monkeypatch, missing: str) -> None:
+def test_a_missing_or_old_trl_is_refused_with_the_package_to_install(
+    monkeypatch, missing: str
+) -> None:
     for name in ("native", "own_models", "trainer"):
         monkeypatch.delitem(sys.modules, f"realign.integrations.trl.{name}")
     monkeypatch.setitem(sys.modules, missing, None)
@@ -62,7 +64,7 @@ def test_without_a_trl_that_fits_the_package_to_install_is_named(monkeypatch, mi
         _ = realign.integrations.trl.RdpoTrainer
 
 
-def test_another_package_that_is_missing_keeps_its_error(monkeypatch) -> None:
+def test_another_missing_package_raises_its_own_import_error(monkeypatch) -> None:
     monkeypatch.delitem(sys.modules, "realign.integrations.trl.trainer")
     monkeypatch.setitem(sys.modules, "accelerate.logging", None)
     with pytest.raises(ImportError, match=r"accelerate\.logging"):
@@ -77,7 +79,7 @@ def test_models_are_loaded_by_their_names_as_trl_does(tmp_path: Path, data_path:
     assert trainer.ref_model is not trainer.model
 
 
-def test_a_cache_takes_the_place_of_a_reference_model(tmp_path: Path, monkeypatch) -> None:
+def test_a_cache_replaces_the_reference_model(tmp_path: Path, monkeypatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         pytest.fail("a model was loaded")
 
@@ -89,7 +91,7 @@ def test_a_cache_takes_the_place_of_a_reference_model(tmp_path: Path, monkeypatc
     assert isinstance(dpo_trainer.BaseTunerLayer, type)
 
 
-def test_names_of_trl_are_put_back_after_a_refusal(tmp_path: Path) -> None:
+def test_names_of_trl_are_restored_after_a_refusal(tmp_path: Path) -> None:
     before = dpo_trainer.create_model_from_path, dpo_trainer.BaseTunerLayer
     model = policy_model()
     with pytest.raises(ValueError, match="cannot be the same object"):
@@ -97,7 +99,7 @@ def test_names_of_trl_are_put_back_after_a_refusal(tmp_path: Path) -> None:
     assert (dpo_trainer.create_model_from_path, dpo_trainer.BaseTunerLayer) == before
 
 
-def test_another_trl_is_refused_by_name(tmp_path: Path, monkeypatch) -> None:
+def test_an_incompatible_trl_version_is_refused(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delattr(dpo_trainer, "create_model_from_path")
     with pytest.raises(RefusedError, match="trl must be a version whose DPOTrainer uses create_mo"):
         ours(tmp_path)
@@ -143,7 +145,7 @@ def test_an_adapter_of_the_output_projection_trains(tmp_path: Path, task_type: s
             assert off < 1e-4, name
 
 
-def test_an_output_projection_that_trains_in_full_beside_an_adapter(tmp_path: Path) -> None:
+def test_an_output_projection_trained_in_full_with_an_adapter_has_gradients(tmp_path: Path) -> None:
     config = lora("q_proj")
     config.modules_to_save = ["lm_head"]
     with quiet_peft():
@@ -157,7 +159,9 @@ def test_an_output_projection_that_trains_in_full_beside_an_adapter(tmp_path: Pa
 
 
 @pytest.mark.parametrize("data_path", ["own", "native"])
-def test_a_given_adapter_is_compared_with_its_own_start(tmp_path: Path, data_path: str) -> None:
+def test_the_reference_of_a_given_adapter_is_its_initial_state(
+    tmp_path: Path, data_path: str
+) -> None:
     """TRL's rule: the reference is the adapter as it was given, not the base."""
     with quiet_peft():
         model = adapted(reference_model(), "q_proj", "v_proj")
@@ -168,7 +172,7 @@ def test_a_given_adapter_is_compared_with_its_own_start(tmp_path: Path, data_pat
     assert not any(".ref." in name for name in found.gradients)
 
 
-def test_beside_a_cache_a_given_adapter_is_not_copied(tmp_path: Path) -> None:
+def test_a_given_adapter_is_not_copied_when_a_cache_is_given(tmp_path: Path) -> None:
     with quiet_peft():
         model = adapted(reference_model(), "q_proj", "v_proj")
         trainer = ours(tmp_path, model=model, reference=cached_reference())
@@ -178,7 +182,7 @@ def test_beside_a_cache_a_given_adapter_is_not_copied(tmp_path: Path) -> None:
     assert abs(found.loss - 2 * math.log(2)) > 0.01  # the cache is of the base
 
 
-def test_a_cache_checks_what_the_model_reads(tmp_path: Path) -> None:
+def test_a_cache_checks_the_tokens_and_pixels_of_the_model_inputs(tmp_path: Path) -> None:
     """The checks of tokens and pixels that `realign train` makes are made here too."""
     pairs().to_parquet(str(tmp_path / "pairs.parquet"))
     records = realign.read_records(tmp_path / "pairs.parquet", None)
@@ -196,7 +200,7 @@ def test_a_cache_checks_what_the_model_reads(tmp_path: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_numerics_of_a_cache_are_those_of_the_configuration(
+def test_the_numerics_of_a_cache_must_match_the_configuration(
     tmp_path: Path, caplog, bf16: bool
 ) -> None:
     """Both behave as docs/guides/trainers/trl.md describes; any other cache is reported as off."""
@@ -216,7 +220,9 @@ def test_the_numerics_of_a_cache_are_those_of_the_configuration(
 
 
 @pytest.mark.parametrize("data_path", ["own", "native"])
-def test_streams_and_several_evaluation_sets(tmp_path: Path, data_path: str) -> None:
+def test_streamed_datasets_and_several_evaluation_sets_are_accepted(
+    tmp_path: Path, data_path: str
+) -> None:
     trainer = ours(
         tmp_path,
         data_path=data_path,
@@ -259,7 +265,7 @@ def test_a_pair_without_a_retrieved_image_has_no_image_term(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("data_path", ["own", "native"])
-def test_mixed_precision_which_trl_has_by_default(tmp_path: Path, data_path: str) -> None:
+def test_mixed_precision_training_matches_float32(tmp_path: Path, data_path: str) -> None:
     exact = step(ours(tmp_path / "a", data_path=data_path)).loss
     trainer = ours(tmp_path / "b", data_path=data_path, training={"bf16": True})
     trainer.train()
@@ -287,7 +293,7 @@ def test_rows_of_the_native_collator_are_cell_by_cell() -> None:
     assert rows[0]["prompt"] == pairs(2)[0]["prompt"]  # as they were given
 
 
-def test_a_collator_that_is_given_makes_the_rows_of_every_cell(tmp_path: Path) -> None:
+def test_a_given_collator_must_make_the_rows_of_every_cell(tmp_path: Path) -> None:
     processor = load_processor(MODEL)
     expected = step(ours(tmp_path, data_path="native")).loss
     given = NativeCollator(processor, num_cells=3)

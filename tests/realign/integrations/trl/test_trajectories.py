@@ -44,7 +44,7 @@ def largest(name: str, found: list[dict[str, float]], truth: list[dict[str, floa
 
 
 @pytest.mark.full
-def test_fifty_steps_of_the_text_half(tmp_path: Path) -> None:
+def test_fifty_steps_of_the_text_term_follow_stock_dpo(tmp_path: Path) -> None:
     options = {"train_dataset": pairs(PAIRS, 3), "training": TRAINING}
     truth = lines(stock(tmp_path, **options))
     reference = cached_reference(PAIRS, 3)
@@ -58,7 +58,7 @@ def test_fifty_steps_of_the_text_half(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_fifty_steps_of_rdpo(tmp_path: Path) -> None:
+def test_fifty_steps_of_rdpo_follow_stock_dpo_of_both_pairs(tmp_path: Path) -> None:
     options = {"train_dataset": pairs(PAIRS, 3), "training": TRAINING}
     truth = lines(stock(tmp_path, image_pairs=True, **options))
     for path in ({"reference": cached_reference(PAIRS, 3)}, {"data_path": "native"}):
@@ -69,8 +69,10 @@ def test_fifty_steps_of_rdpo(tmp_path: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("is_text", [True, False])
-def test_an_adapter_with_accumulation_and_evaluation(tmp_path: Path, is_text: bool) -> None:
-    """Adapters off are the reference: nothing of ours knows which rows there are."""
+def test_adapter_training_with_accumulation_and_evaluation_follows_stock_dpo(
+    tmp_path: Path, is_text: bool
+) -> None:
+    """The model with disabled adapters is the reference, so no rows are known in advance."""
     lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "exclude_modules": ["lm_head"]}
     options = {
         "train_dataset": pairs(PAIRS, 3),

@@ -24,7 +24,7 @@ def written(path: Path, **options) -> tuple[DatasetCard, str]:
     return DatasetCard.load(place), place.read_text(encoding="utf-8")
 
 
-def test_the_metadata_are_what_the_hub_reads(run: Path) -> None:
+def test_the_metadata_match_the_schema_of_the_hub(run: Path) -> None:
     data = written(run / "dataset", licence=Licence("cc-by-4.0"), repo="user/pairs")[0].data
     assert (data.license, data.pretty_name) == ("cc-by-4.0", "pairs")
     assert (data.task_categories, data.size_categories) == (["image-text-to-text"], ["n<1K"])
@@ -40,7 +40,7 @@ def test_the_metadata_are_what_the_hub_reads(run: Path) -> None:
     assert data.dataset_info["features"] == expected
 
 
-def test_the_folder_loads_by_its_card(run: Path, tmp_path: Path) -> None:
+def test_the_folder_loads_with_datasets_through_its_card(run: Path, tmp_path: Path) -> None:
     """The library reads the metadata of the card when it loads a folder, and holds the rows to
     them.
     """
@@ -55,7 +55,7 @@ def test_the_folder_loads_by_its_card(run: Path, tmp_path: Path) -> None:
     assert rows.features["rejected_images"] == datasets.List(datasets.Image())
 
 
-def test_it_says_how_the_pairs_were_made(run: Path) -> None:
+def test_the_dataset_card_states_how_the_pairs_were_made(run: Path) -> None:
     text = written(run / "dataset")[1]
     counts = json.loads((run / "dataset" / "funnel.json").read_text())
     for part in (
@@ -77,7 +77,7 @@ def test_it_says_how_the_pairs_were_made(run: Path) -> None:
     assert str(run.parent) not in text
 
 
-def test_the_card_of_rows_of_unknown_origin_claims_nothing(tmp_path: Path, records) -> None:
+def test_the_card_of_rows_of_unknown_origin_states_no_origin(tmp_path: Path, records) -> None:
     write_parquet(records(4), tmp_path / "own" / "dataset.parquet")
     card, text = written(tmp_path / "own")
     assert "The folder does not record how." in text
@@ -86,7 +86,7 @@ def test_the_card_of_rows_of_unknown_origin_claims_nothing(tmp_path: Path, recor
     assert "license" not in card.data.to_dict()
 
 
-def test_text_of_a_row_does_not_end_the_code_around_it(tmp_path: Path, records) -> None:
+def test_row_text_cannot_close_its_code_block(tmp_path: Path, records) -> None:
     from dataclasses import replace
 
     (row,) = records(1)
@@ -109,14 +109,14 @@ def test_pairs_without_a_second_image_are_counted(tmp_path: Path, records) -> No
     ("rows", "category"),
     [(999, "n<1K"), (1000, "1K<n<10K"), (11_000, "10K<n<100K"), (10**9, "100M<n<1B")],
 )
-def test_sizes_are_the_hubs(rows: int, category: str) -> None:
+def test_size_categories_are_those_of_the_hub(rows: int, category: str) -> None:
     assert size_category(rows) == category
 
 
 @pytest.mark.parametrize(
     ("option", "flag"), [("--base-model", "base-model"), ("--dataset", "dataset")]
 )
-def test_options_of_models_are_refused(option: str, flag: str, run: Path) -> None:
+def test_model_options_are_refused_for_a_dataset(option: str, flag: str, run: Path) -> None:
     result = CliRunner().invoke(app, ["card", str(run / "dataset"), option, "user/name"])
     assert result.exit_code == 2
     assert f"{flag} must not be set for a dataset, got user/name. Drop --{flag}." in result.output

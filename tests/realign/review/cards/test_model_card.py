@@ -32,7 +32,7 @@ def written(path: Path, options: CardOptions = NAMED) -> tuple[ModelCard, str]:
     return ModelCard.load(place), place.read_text(encoding="utf-8")
 
 
-def test_the_metadata_are_what_the_hub_reads(run: Path) -> None:
+def test_the_metadata_match_the_schema_of_the_hub(run: Path) -> None:
     data = written(run)[0].data
     assert (data.base_model, data.base_model_relation) == (BASE, "adapter")
     assert (data.library_name, data.pipeline_tag) == ("peft", "image-text-to-text")
@@ -42,7 +42,7 @@ def test_the_metadata_are_what_the_hub_reads(run: Path) -> None:
     assert (data.license, data.license_name, data.get("license_link")) == ("other", "scenes", None)
 
 
-def test_the_scores_are_those_of_the_evaluation(run: Path) -> None:
+def test_the_card_shows_the_scores_of_the_evaluation(run: Path) -> None:
     card, text = written(run)
     scores = json.loads((run / "eval" / "scores.json").read_text())
     expected = []
@@ -73,7 +73,7 @@ def test_the_scores_are_those_of_the_evaluation(run: Path) -> None:
     assert "pope with the prompt official and at most 128 tokens" in " ".join(text.split())
 
 
-def test_scores_of_other_weights_are_not_taken(run: Path, finished: Path) -> None:
+def test_scores_of_other_weights_are_not_shown(run: Path, finished: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     file = run / "checkpoint" / "adapter_model.safetensors"
@@ -85,7 +85,7 @@ def test_scores_of_other_weights_are_not_taken(run: Path, finished: Path) -> Non
         write_card(run, CardOptions(evaluation=finished / "eval"), overwrite=True)
 
 
-def test_the_model_that_others_are_compared_with_has_scores_and_no_differences(run: Path) -> None:
+def test_the_card_of_the_baseline_model_has_scores_without_differences(run: Path) -> None:
     claim = json.loads((run / "eval" / "eval.json").read_text())
     scores = json.loads((run / "eval" / "scores.json").read_text())
     claim["models"]["base"] = claim["models"].pop("aligned")
@@ -96,7 +96,7 @@ def test_the_model_that_others_are_compared_with_has_scores_and_no_differences(r
     assert not any("difference" in result.metric_args for result in card.data.eval_results)
 
 
-def test_the_recipe_trains_the_same(run: Path, tmp_path: Path) -> None:
+def test_the_recipe_of_the_card_gives_the_same_options(run: Path, tmp_path: Path) -> None:
     text = written(run)[1]
     (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     (tmp_path / "recipe.yaml").write_text(recipe)
@@ -120,14 +120,14 @@ def test_the_recipe_trains_the_same(run: Path, tmp_path: Path) -> None:
     assert "| parts that did not train | vision tower, projector |" in text
 
 
-def test_no_path_of_this_machine_is_in_it(run: Path, tmp_path: Path, finished: Path) -> None:
+def test_the_card_contains_no_local_path(run: Path, tmp_path: Path, finished: Path) -> None:
     for options in (NAMED, CardOptions()):
         text = written(run, options)[1]
         assert str(tmp_path) not in text
         assert str(finished.parent) not in text
 
 
-def test_unknown_names_are_marked_as_such(run: Path) -> None:
+def test_unknown_names_are_marked_as_placeholders(run: Path) -> None:
     card, text = written(run, CardOptions())
     assert "base_model" not in card.data.to_dict()
     assert '.from_pretrained("BASE"' in text
@@ -135,7 +135,9 @@ def test_unknown_names_are_marked_as_such(run: Path) -> None:
     assert "`REPOSITORY` stands for the name of this repository" in text
 
 
-def test_a_licence_is_given_or_that_of_the_base_or_none(run: Path, finished: Path) -> None:
+def test_the_licence_is_the_given_one_or_that_of_the_base_or_absent(
+    run: Path, finished: Path
+) -> None:
     given = CardOptions(licence=Licence("apache-2.0"))
     assert written(run, given)[0].data.license == "apache-2.0"
     config = run / "checkpoint" / "adapter_config.json"
@@ -147,7 +149,7 @@ def test_a_licence_is_given_or_that_of_the_base_or_none(run: Path, finished: Pat
     assert card.data.base_model == "org/never-downloaded"
 
 
-def test_the_base_of_the_hub_has_its_licence_from_the_cache(
+def test_the_licence_of_a_hub_base_is_read_from_the_local_cache(
     run: Path, monkeypatch, tmp_path
 ) -> None:
     snapshot = tmp_path / "cache" / "models--org--vlm" / "snapshots" / "abc"
@@ -165,7 +167,7 @@ def test_the_base_of_the_hub_has_its_licence_from_the_cache(
     assert (data.license, data.license_name, data.license_link) == ("other", "vlm", link)
 
 
-def test_a_merged_model_takes_the_recipe_of_its_run_and_no_scores(
+def test_the_card_of_a_merged_model_has_its_recipe_and_no_scores(
     run: Path, finished: Path, tmp_path: Path
 ) -> None:
     merged = tmp_path / "merged"
@@ -181,14 +183,14 @@ def test_a_merged_model_takes_the_recipe_of_its_run_and_no_scores(
         write_card(merged, CardOptions(run=tmp_path))
 
 
-def test_a_run_of_an_earlier_version_has_a_card_too(run: Path) -> None:
+def test_a_run_of_an_earlier_version_gets_a_card(run: Path) -> None:
     (run / "checkpoint.json").unlink()
     text = written(run)[1]
     assert "trained with rDPO by" in text
     assert "| steps | " in text
 
 
-def test_a_card_that_a_person_edited_stays(run: Path) -> None:
+def test_an_edited_card_is_not_overwritten(run: Path) -> None:
     def card(*options: str):
         return CliRunner().invoke(app, ["card", str(run), *options])
 
@@ -221,7 +223,7 @@ def test_a_card_that_a_person_edited_stays(run: Path) -> None:
         (("--eval", "none"), "eval must be a folder of `realign eval`, got none, which does not"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options, message: str, run: Path) -> None:
+def test_invalid_options_are_refused(options, message: str, run: Path) -> None:
     result = CliRunner().invoke(app, ["card", str(run), *options])
     assert result.exit_code == 2
     assert message in result.output
@@ -259,6 +261,6 @@ def test_an_adapter_without_whole_weights_is_refused(run: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def test_texts_from_outside_stay_one_cell_and_one_line() -> None:
+def test_external_text_is_escaped_for_table_cells_and_code() -> None:
     assert plain("a | b\n# [x](y) <b> `c`") == r"a \| b \# \[x\](y) \<b\> \`c\`"
     assert code("a`b|c\nd") == r"`a'b\|c d`"

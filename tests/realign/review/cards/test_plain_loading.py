@@ -72,7 +72,7 @@ def plain(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Plain:
     return Plain(inputs, load_file(folder / "logits.safetensors"), run.stdout)
 
 
-def test_it_computes_the_same_logits(plain: Plain, finished: Path) -> None:
+def test_a_plainly_loaded_adapter_computes_the_same_logits(plain: Plain, finished: Path) -> None:
     with torch.no_grad():
         ours = load_model(finished / "checkpoint", torch.float32)(**plain.inputs).logits
     torch.testing.assert_close(plain.logits["after"], ours, atol=1e-6, rtol=1e-6)
@@ -80,5 +80,5 @@ def test_it_computes_the_same_logits(plain: Plain, finished: Path) -> None:
     assert difference.abs().max() > 0.01  # the adapter does something
 
 
-def test_the_example_of_the_card_runs_as_it_stands(plain: Plain) -> None:
+def test_the_example_of_the_card_runs_unchanged(plain: Plain) -> None:
     assert re.fullmatch(r" There (is|are) [\w ,]+\.\n", plain.answer)

@@ -57,7 +57,7 @@ def test_a_checkpoint_goes_to_a_new_private_repository_in_one_commit(ready: Path
     assert len(hub.commits["models/user/aligned"]) == 2
 
 
-def test_of_a_build_the_rows_and_the_card_alone_are_uploaded(ready: Path, hub: Hub) -> None:
+def test_only_the_rows_and_the_card_of_a_build_are_uploaded(ready: Path, hub: Hub) -> None:
     result = realign("push", ready / "dataset", "--repo", "user/pairs", "--public")
     assert result.exit_code == 0, result.output
     assert hub.private == {"datasets/user/pairs": False}
@@ -78,8 +78,10 @@ def test_a_dry_run_lists_the_files_and_sends_no_request(ready: Path, hub: Hub) -
     assert hub.requests == []
 
 
-def test_the_command_pushes_by_its_environment_alone(ready: Path, hub: Hub, tmp_path: Path) -> None:
-    """A process of its own, in which any warning is an error."""
+def test_the_push_command_is_configured_by_its_environment(
+    ready: Path, hub: Hub, tmp_path: Path
+) -> None:
+    """The command runs in its own process, where every warning is an error."""
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
         "HF_ENDPOINT": hub.url,
@@ -96,7 +98,7 @@ def test_the_command_pushes_by_its_environment_alone(ready: Path, hub: Hub, tmp_
 
 
 @pytest.mark.parametrize(("is_private", "flag"), [(False, ()), (True, ("--public",))])
-def test_a_repository_with_another_visibility_than_asked_for_is_not_changed(
+def test_a_repository_of_another_visibility_is_refused_and_unchanged(
     is_private: bool, flag, ready: Path, hub: Hub
 ) -> None:
     hub.private["models/user/aligned"] = is_private
@@ -137,7 +139,7 @@ def test_a_missing_token_or_network_is_reported_in_one_line(
     assert hub.commits == {}
 
 
-def test_what_the_hub_says_of_the_card_is_passed_on(ready: Path, hub: Hub) -> None:
+def test_a_card_rejected_by_the_hub_is_refused_with_the_hubs_message(ready: Path, hub: Hub) -> None:
     assert realign("card", ready, "--license", "unheard-of").exit_code == 0
     result = realign("push", ready, "--repo", "user/aligned")
     assert result.exit_code == 2
@@ -240,7 +242,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("case", SPOILED)
-def test_what_must_not_leave_is_refused_before_any_request(
+def test_private_or_unsafe_files_are_refused_before_any_request(
     case: str, ready: Path, hub: Hub
 ) -> None:
     spoil, message = SPOILED[case]
@@ -253,7 +255,7 @@ def test_what_must_not_leave_is_refused_before_any_request(
     assert hub.requests == []
 
 
-def test_a_shard_that_the_index_names_must_be_there(
+def test_a_missing_shard_of_the_weight_index_is_refused(
     finished: Path, tmp_path: Path, hub: Hub
 ) -> None:
     model = tmp_path / "model"
@@ -270,7 +272,7 @@ def test_a_shard_that_the_index_names_must_be_there(
     assert commit == files_of(model)
 
 
-def test_rows_that_a_person_dropped_are_not_published(ready: Path, hub: Hub) -> None:
+def test_rows_dropped_by_a_decision_are_not_published(ready: Path, hub: Hub) -> None:
     dataset = ready / "dataset"
     row = read_parquet(dataset / "dataset.parquet")[0]
     append_decision(dataset / "decisions.jsonl", Decision(row.id, row.key, "drop"))
@@ -282,7 +284,7 @@ def test_rows_that_a_person_dropped_are_not_published(ready: Path, hub: Hub) -> 
     assert hub.requests == []
 
 
-def test_places_of_this_machine_in_rows_are_refused(tmp_path: Path, records, hub: Hub) -> None:
+def test_local_paths_in_rows_are_refused(tmp_path: Path, records, hub: Hub) -> None:
     from dataclasses import replace
 
     rows = records(3)
@@ -295,7 +297,7 @@ def test_places_of_this_machine_in_rows_are_refused(tmp_path: Path, records, hub
     assert hub.requests == []
 
 
-def test_the_repository_needs_two_names(ready: Path, hub: Hub) -> None:
+def test_the_repository_must_have_an_owner_and_a_name(ready: Path, hub: Hub) -> None:
     result = realign("push", ready, "--repo", "aligned")
     assert result.exit_code == 2
     assert "repo must be a name on the hub of the form user/name, got 'aligned'" in result.output

@@ -35,7 +35,7 @@ def parsed(name: str) -> tuple[str, str]:
     return (new + module.removeprefix(old) if module.startswith(old) else module), parts[-2]
 
 
-def test_every_name_of_a_trained_adapter_is_read_and_is_a_layer_of_the_language_model(
+def test_every_weight_of_a_trained_adapter_is_a_language_model_layer(
     finished: Path,
 ) -> None:
     checkpoint = finished / "checkpoint"
@@ -56,7 +56,7 @@ def test_every_name_of_a_trained_adapter_is_read_and_is_a_layer_of_the_language_
     assert max_lora_rank(config) == 8
 
 
-def test_the_card_says_how_it_is_served(run: Path) -> None:
+def test_the_card_states_the_vllm_command(run: Path) -> None:
     options = CardOptions(repo="user/aligned", base_model=BASE)
     text = write_card(run, options).read_text()
     command = f"vllm serve {BASE} --enable-lora --max-lora-rank 8"
@@ -77,7 +77,7 @@ def test_the_card_says_how_it_is_served(run: Path) -> None:
         ),
     ],
 )
-def test_adapters_that_cannot_be_served_are_reported_with_a_way_out(
+def test_adapters_that_vllm_cannot_serve_are_reported_with_a_remedy(
     trained: dict[str, object], reasons: list[str], run: Path, model_dir: Path
 ) -> None:
     options = {"rank": 4, "alpha": 8, "targets": "all-linear", "freeze_vision": True, **trained}
@@ -104,9 +104,7 @@ def test_adapters_that_cannot_be_served_are_reported_with_a_way_out(
         ({"rank_pattern": {"q_proj": 600}}, "its rank is 600, and vLLM takes at most 512"),
     ],
 )
-def test_adapters_of_other_programs_are_recognised_by_their_configuration(
-    change, reason: str
-) -> None:
+def test_unservable_adapters_are_recognised_by_their_configuration(change, reason: str) -> None:
     config = {"peft_type": "LORA", "r": 16, "bias": "none", **change}
     name = "base_model.model.model.language_model.layers.0.mlp.up_proj.lora_A.weight"
     assert obstacles(config, [name]) == [reason]
@@ -125,11 +123,13 @@ def test_adapters_of_other_programs_are_recognised_by_their_configuration(
         ),
     ],
 )
-def test_weights_of_other_places_are_recognised_by_their_names(name: str, reason: str) -> None:
+def test_weights_outside_the_language_model_are_recognised_by_their_names(
+    name: str, reason: str
+) -> None:
     found = obstacles({"peft_type": "LORA", "r": 16}, [f"base_model.model.{name}"])
     assert found == [reason]
 
 
 @pytest.mark.parametrize(("rank", "served"), [(1, 1), (2, 8), (128, 128), (129, 256), (512, 512)])
-def test_the_rank_is_one_of_those_that_vllm_takes(rank: int, served: int) -> None:
+def test_the_served_rank_is_rounded_up_to_one_that_vllm_accepts(rank: int, served: int) -> None:
     assert max_lora_rank({"r": rank}) == served

@@ -46,7 +46,7 @@ class Squares:
 
 
 @pytest.mark.parametrize("workers", [1, 2, pytest.param(3, marks=pytest.mark.full)])
-def test_every_item_is_done_once_with_one_thread(workers: int) -> None:
+def test_every_item_is_processed_once_with_one_thread(workers: int) -> None:
     results = dict(Engine(workers=workers).run(Squares(), {i: i for i in range(7)}))
     assert {number: int(said.split()[0]) for number, said in results.items()} == {
         i: i * i for i in range(7)
@@ -61,12 +61,14 @@ def test_every_item_is_done_once_with_one_thread(workers: int) -> None:
 @pytest.mark.parametrize(
     ("trouble", "message"), [("open", "cannot open"), ("raise", "item 3 is bad")]
 )
-def test_what_a_task_raises_is_raised_here(workers: int, trouble: str, message: str) -> None:
+def test_an_error_of_a_task_is_raised_in_the_caller(
+    workers: int, trouble: str, message: str
+) -> None:
     with pytest.raises(RefusedError, match=message):
         list(Engine(workers=workers).run(Squares(trouble), {i: i for i in range(6)}))
 
 
-def test_a_worker_that_dies_is_named_with_its_shard_and_what_is_done_is_kept(
+def test_a_worker_that_dies_is_reported_with_its_shard_and_results_are_kept(
     tmp_path: Path,
 ) -> None:
     paths = {i: tmp_path / f"{i}.txt" for i in range(6)}
@@ -89,7 +91,7 @@ def test_a_worker_that_dies_is_named_with_its_shard_and_what_is_done_is_kept(
     assert all(path.read_bytes() == content for path, content in kept.items())
 
 
-def test_no_worker_is_opened_where_no_shard_is_missing(tmp_path: Path) -> None:
+def test_no_worker_starts_when_no_shard_is_missing(tmp_path: Path) -> None:
     (tmp_path / "0").write_bytes(b"there")
     fill_shards("none", {0: tmp_path / "0"}, {0: 1}, lambda i: i, Squares("open"), Engine())
 
@@ -113,7 +115,7 @@ class Dies:
         yield work
 
 
-def test_a_worker_that_dies_as_it_opens_its_task_is_named() -> None:
+def test_a_worker_that_dies_while_opening_its_task_is_reported() -> None:
     """Items are larger than a pipe holds: none is sent to a worker that does not read."""
     items = {0: bytes(5 << 20), 1: bytes(5 << 20)}
     with pytest.raises(WorkerError, match=r"SIGKILL before its first shard\..*fewer workers"):
@@ -127,13 +129,13 @@ def test_items_and_results_may_be_larger_than_a_pipe() -> None:
     assert results == dict.fromkeys(range(4), str(5 << 20).encode())
 
 
-def test_a_task_may_meet_an_end_of_file_of_its_own() -> None:
+def test_an_eof_error_raised_by_a_task_is_reported_as_its_error() -> None:
     with pytest.raises(RuntimeError, match="EOFError: a file that is cut"):
         list(run_in_processes(Dies("end of file"), {0: b"", 1: b""}, [{}, {}], 1))
 
 
 @pytest.mark.full
-def test_a_script_without_a_guard_is_refused_with_advice(tmp_path: Path) -> None:
+def test_a_script_without_a_main_guard_is_refused(tmp_path: Path) -> None:
     script = tmp_path / "unguarded.py"
     script.write_text(dedent(SLEEPERS).partition("if __name__")[0] + UNGUARDED)
     ended = subprocess.run(
@@ -148,7 +150,7 @@ def test_a_script_without_a_guard_is_refused_with_advice(tmp_path: Path) -> None
 UNGUARDED = 'list(Engine(workers=2).run(Sleep("."), {0: bytes(5 << 20), 1: b""}))\n'
 
 
-def test_as_many_workers_as_memory_and_cores_allow() -> None:
+def test_the_number_of_workers_is_limited_by_memory_and_cores() -> None:
     assert Engine(worker_bytes=1 << 60)._fitting() == 1
     assert Engine()._fitting() == usable_cores()
     assert Engine(worker_bytes=usable_memory() // 2)._fitting() == 1

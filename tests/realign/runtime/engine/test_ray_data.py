@@ -97,7 +97,7 @@ TROUBLES = """
 
 
 @pytest.mark.slow
-def test_ray_says_what_went_wrong(tmp_path: Path) -> None:
+def test_ray_errors_are_reported_as_by_other_engines(tmp_path: Path) -> None:
     script = tmp_path / "troubles.py"
     script.write_text(dedent(TROUBLES))
     # the one warning that is ours to answer for
@@ -168,7 +168,7 @@ def test_an_actor_keeps_its_task_open() -> None:
     assert said == {"number": [7], "result": [b"2 [True]"], "error": [_Boxed(None)]}
 
 
-def test_an_actor_tells_an_error_instead_of_raising_it() -> None:
+def test_an_actor_returns_an_error_instead_of_raising_it() -> None:
     said = _Actor(Half(), torch.get_num_threads())({"number": [7], "item": [_Boxed(3)]})
     refused = said["error"][0].value
     assert (type(refused), str(refused), refused.code) == (RefusedError, "3 is odd", "odd")
@@ -179,7 +179,7 @@ def test_an_actor_tells_an_error_instead_of_raising_it() -> None:
         assert str(said["error"][0].value) == "cannot open"
 
 
-def test_as_many_actors_as_the_cores_and_memory_of_the_cluster_allow() -> None:
+def test_the_number_of_actors_is_limited_by_cluster_cores_and_memory() -> None:
     cluster = {"CPU": 8.0, "memory": 10.0e9}
     assert _fitting(cluster, threads=2, worker_bytes=0) == 4
     assert _fitting(cluster, threads=1, worker_bytes=3_000_000_000) == 3

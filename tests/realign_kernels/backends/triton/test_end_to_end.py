@@ -73,13 +73,13 @@ def compare(inputs, *, memory, bound=None, trainable=True):
 @pytest.mark.parametrize(
     "dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.full)], ids=str
 )
-def test_trainable_head(head, memory, dtype):
+def test_trainable_head_equals_dense_float64(head, memory, dtype):
     compare(make_head_inputs(6, 18, 5, dtype, **HEADS[head]), memory=memory)
 
 
 @pytest.mark.parametrize("memory", ["auto", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_trainable_head_in_other_dtypes(memory, dtype):
+def test_trainable_head_in_other_dtypes_equals_dense_float64(memory, dtype):
     compare(make_head_inputs(6, 18, 5, dtype, **HEADS["everything"]), memory=memory)
 
 
@@ -105,7 +105,7 @@ def test_no_tile_is_widened_for_low_rank_factors_in_bfloat16(monkeypatch, traina
 
 @pytest.mark.parametrize("head", ["plain", "everything"])
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_frozen_head(head, dtype):
+def test_frozen_head_equals_dense_float64(head, dtype):
     inputs = make_head_inputs(6, 18, 5, dtype, **HEADS[head])
     compare(inputs, memory="auto", trainable=False)
 
@@ -114,14 +114,14 @@ def test_frozen_head(head, dtype):
 @pytest.mark.parametrize(
     ("dtype", "memory"), [(torch.float32, "recompute"), (torch.float16, "stash")], ids=str
 )
-def test_shapes_at_the_edges(N, V, D, memory, dtype):
+def test_shapes_at_block_edges_equal_dense_float64(N, V, D, memory, dtype):
     compare(make_head_inputs(N, V, D, dtype, bias=True), memory=memory)
 
 
 @pytest.mark.parametrize("trainable", [False, True])
 @pytest.mark.parametrize("memory", ["stash", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_logits_far_apart(trainable, memory, dtype):
+def test_widely_spread_logits_equal_dense_float64(trainable, memory, dtype):
     """Shifts move in some rows, and labels are nearly certain or nearly impossible in others."""
     inputs = make_head_inputs(6, 18, 5, dtype, logit_std=40.0)
     certain = dense_logits(inputs.as_leaves(torch.float64)).argmax(dim=1)
@@ -131,7 +131,7 @@ def test_logits_far_apart(trainable, memory, dtype):
 
 
 @pytest.mark.parametrize("num_rows", [0, 3])
-def test_nothing_to_score(num_rows):
+def test_a_batch_without_labels_gives_zero_scores_and_gradients(num_rows):
     inputs = make_head_inputs(num_rows, 9, 5, torch.float32, ignored=1.1).as_leaves()
     actual = inputs.call(linear_logprob, backend="triton")
     assert actual.tolist() == [0.0] * num_rows
@@ -142,7 +142,7 @@ def test_nothing_to_score(num_rows):
 @pytest.mark.parametrize("head", ["plain", "everything"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("trainable", [True, pytest.param(False, marks=pytest.mark.full)])
-def test_statistics(head, dtype, trainable):
+def test_statistics_and_their_gradients_equal_dense_float64(head, dtype, trainable):
     inputs = make_head_inputs(6, 21, 6, dtype, **HEADS[head])
     exact, leaves = inputs.as_leaves(torch.float64), inputs.as_leaves()
     if not trainable:
@@ -176,7 +176,7 @@ def test_statistics(head, dtype, trainable):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_certain_labels_leave_the_best_other_token_a_number(dtype):
+def test_top_non_label_logps_of_certain_labels_are_finite(dtype):
     """exp(x[y] - shift) overflows where the first tile has set the shift far below the label."""
     generator = seeded(0)
     hidden = torch.ones(2, 1, dtype=dtype, requires_grad=True)
@@ -200,7 +200,7 @@ def test_certain_labels_leave_the_best_other_token_a_number(dtype):
 @pytest.mark.parametrize(
     ("dtype", "memory"), [(torch.float32, "recompute"), (torch.float16, "stash")], ids=str
 )
-def test_rdpo_loss(scoring, dtype, memory):
+def test_rdpo_loss_and_gradients_equal_dense_float64(scoring, dtype, memory):
     inputs = make_head_inputs(18, 13, 4, dtype, ignored=0.3, logit_std=1.0)
     num_pairs, num_positions = 2, 3
     shape = 3 * num_pairs, num_positions
@@ -233,7 +233,7 @@ def test_rdpo_loss(scoring, dtype, memory):
         assert ((one - other).abs() <= TOLERANCES[dtype][1] * other.abs().max()).all()
 
 
-def test_nothing_is_called_that_a_gpu_waits_for(monkeypatch):
+def test_no_operator_forces_a_gpu_synchronization(monkeypatch):
     """Tensors made of the host's numbers, and sizes that depend on values: a CUDA graph could not
     be captured.
     """
@@ -278,7 +278,7 @@ def test_uninitialised_memory_is_not_read(memory, poison_empty):
     compare(make_head_inputs(6, 17, 5, torch.float16, **HEADS["everything"]), memory=memory)
 
 
-def test_repeats_exactly():
+def test_repeated_calls_are_bitwise_equal():
     inputs = make_head_inputs(7, 21, 6, torch.float16, bias=True)
     runs = []
     for _ in range(2):

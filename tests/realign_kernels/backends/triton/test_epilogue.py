@@ -205,14 +205,14 @@ def around(block):
 @pytest.mark.parametrize("V", around(BLOCK))
 @pytest.mark.parametrize("width", [BLOCK - 1, BLOCK, 2 * BLOCK + 3])
 @pytest.mark.parametrize("dtype", ["fp32"])
-def test_every_column_crosses_every_edge(V, width, dtype):
+def test_every_vocabulary_size_crosses_every_block_edge_accurately(V, width, dtype):
     case = make_case(3, V, width=width, dtype=dtype, statistics=True, tracks_top=True)
     check(case, run(case))
 
 
 @pytest.mark.parametrize("D", around(BLOCK))
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "fp64"])
-def test_accumulators_of_any_width_follow_the_shift(D, dtype):
+def test_accumulators_of_any_width_are_rescaled_with_the_shift(D, dtype):
     case = make_case(3, 14, dtype=dtype, hidden_size=D, rank=D)
     case.logits[:, 8] += 300.0 if dtype != "fp64" else 1500.0
     case.logits[1, 13] += 500.0 if dtype != "fp64" else 3000.0
@@ -232,7 +232,7 @@ def test_a_plain_pass_equals_the_dense_sums(mode, dtype):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "fp64"])
 @pytest.mark.parametrize("transform", [PLAIN, CAPPED], ids=["plain", "capped"])
-def test_everything_that_is_tracked(tracks_top, statistics, mode, dtype, transform):
+def test_tracked_statistics_equal_dense_sums(tracks_top, statistics, mode, dtype, transform):
     case = make_case(
         3, 17, seed=1, dtype=dtype, mode=mode, transform=transform, statistics=statistics,
         tracks_top=tracks_top, bias=tracks_top,
@@ -246,7 +246,7 @@ def test_everything_that_is_tracked(tracks_top, statistics, mode, dtype, transfo
 @pytest.mark.parametrize("mode", ["slopes", "stash"])
 @pytest.mark.parametrize("tracks_top", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_shift_moves_as_far_as_it_must(gap, mode, tracks_top, dtype):
+def test_the_shift_moves_to_the_largest_logit(gap, mode, tracks_top, dtype):
     case = make_case(3, 20, dtype=dtype, mode=mode, statistics=tracks_top, tracks_top=tracks_top)
     case.logits[0, 7] += gap
     case.logits[1, 7] += gap
@@ -261,7 +261,7 @@ def test_shift_stays_at_the_label_within_the_bound():
     assert torch.equal(run(case).state.shift, case.label_x().float())
 
 
-def test_lowest_id_of_equals():
+def test_ties_go_to_the_lowest_token_id():
     case = make_case(3, 19, bias=False, statistics=True, tracks_top=True)
     case.logits[:, [3, 5, 9, 16]] = 20.0
     case.labels[:] = torch.tensor([3, 0, 16])
@@ -330,7 +330,7 @@ def test_logits_that_are_not_finite_stay_in_their_row(mode, dtype, transform):
 @pytest.mark.parametrize("mode", ["slopes", "stash"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("tracks_top", [False, True])
-def test_logits_of_minus_infinity(mode, dtype, tracks_top):
+def test_logits_of_minus_infinity_add_nothing(mode, dtype, tracks_top):
     case = make_case(
         5, 15, bias=False, dtype=dtype, mode=mode, statistics=tracks_top, tracks_top=tracks_top
     )
@@ -343,7 +343,7 @@ def test_logits_of_minus_infinity(mode, dtype, tracks_top):
     check(case, run(case))
 
 
-def test_row_of_minus_infinity_sums_to_nothing():
+def test_a_row_of_minus_infinity_sums_to_zero():
     case = make_case(1, 9, bias=False, statistics=True, tracks_top=True)
     case.logits[:] = -INF
     state = run(case).state
@@ -352,7 +352,7 @@ def test_row_of_minus_infinity_sums_to_nothing():
     assert state.top_ids.tolist() == [-1]
 
 
-def test_positive_infinity_elsewhere_gives_nan():
+def test_an_infinite_logit_of_another_token_gives_nan():
     case = make_case(1, 9, bias=False)
     case.labels[:] = 1
     case.logits[0, 4] = INF
@@ -378,7 +378,7 @@ def test_tanh_is_accurate(dtype, rtol):
     torch.testing.assert_close(y.double(), torch.tanh(x.double()), rtol=rtol, atol=0.0)
 
 
-def test_no_rows():
+def test_an_epilogue_without_rows_gives_empty_results():
     case = make_case(2, 9)
     case = replace(case, logits=case.logits[:0], labels=case.labels[:0])
     assert run(case).state.rest_sum.shape == (0,)

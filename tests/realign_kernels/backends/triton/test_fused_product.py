@@ -63,7 +63,7 @@ def operands(N, V, D, dtype, seed=0):
     ("N", "V", "D"),
     [(1, 1, 1), (16, 16, 32), (17, 33, 31), (5, 40, 70), (33, 15, 65), (40, 50, 16)],
 )
-def test_product_of_any_shape(N, V, D, dtype):
+def test_products_of_any_shape_equal_float64(N, V, D, dtype):
     hidden, weight = operands(N, V, D, dtype)
     out = torch.empty(N, V)
     exact_product(out, hidden, weight)
@@ -72,7 +72,7 @@ def test_product_of_any_shape(N, V, D, dtype):
     assert (error <= 2.0**-22 * size).all()
 
 
-def test_product_of_a_weight_of_any_strides_into_a_part_of_a_matrix():
+def test_products_of_strided_weights_fill_a_slice_of_a_matrix():
     hidden, weight = operands(9, 20, 24, torch.float32)
     whole = torch.full((9, 50), 7.0)
     exact_product(whole[:, 3:23], hidden, weight.T.contiguous().T)
@@ -106,7 +106,7 @@ def test_sums_are_the_same_every_time_and_in_any_batch():
 @pytest.mark.parametrize("dtype", OPERANDS)
 @pytest.mark.parametrize("transform", [PLAIN, CAPPED], ids=["plain", "capped"])
 @pytest.mark.parametrize("width", [15, 16, 40])
-def test_a_pass_sums_what_the_dense_formula_does(mode, dtype, transform, width):
+def test_a_pass_equals_the_sums_of_the_dense_formula(mode, dtype, transform, width):
     case = rounded_case(18, 67, dtype=dtype, mode=mode, transform=transform, width=width)
     case.labels[0] = -1  # an empty row
     case.labels[1] = 67  # another rank's
@@ -117,7 +117,7 @@ def test_a_pass_sums_what_the_dense_formula_does(mode, dtype, transform, width):
 @pytest.mark.parametrize("gap", [59.0, 100.0, 3000.0])
 @pytest.mark.parametrize("mode", ["slopes", "stash"])
 @pytest.mark.parametrize("dtype", OPERANDS)
-def test_shifts_move_as_far_as_they_must(gap, mode, dtype):
+def test_the_shift_moves_to_the_largest_logit(gap, mode, dtype):
     case = rounded_case(3, 80, dtype=dtype, mode=mode, width=40)
     case.logits[0, 7] += gap
     case.logits[1, 7] += gap
@@ -146,7 +146,7 @@ def test_columns_of_minus_infinity_add_nothing(mode, dtype):
 
 
 def test_blocks_of_bfloat16_have_one_size(monkeypatch):
-    """The interpreter computes them in float32, whose blocks would be more."""
+    """The interpreter computes in float32, which would have more blocks."""
     monkeypatch.setattr(
         launches, "product_launch",
         lambda dtype, _, **__: launches.ProductLaunch(16, 16 * (4 // dtype.itemsize), 16, 1, 1),
@@ -167,7 +167,7 @@ def test_blocks_of_bfloat16_have_one_size(monkeypatch):
 
 
 @pytest.mark.usefixtures("through_the_product")
-def test_a_label_that_is_not_a_token_leaves_only_its_row_undefined():
+def test_a_label_out_of_range_affects_only_its_row():
     case = rounded_case(20, 40, dtype="fp32", width=20)
     clean = run(case).state
     hidden, weight = operands(20, 40, 8, torch.float32)
@@ -201,7 +201,7 @@ def test_logits_that_are_not_finite_stay_in_their_row():
     assert broken.shift[4] == 0.0  # NaN is no reason to move it
 
 
-def test_left_out_entries_are_0_where_slopes_are_infinite():
+def test_skipped_entries_are_0_where_slopes_are_infinite():
     """A transform may be so steep that 0 times its slope is NaN."""
     hidden, weight = operands(3, 20, 8, torch.float32)
     labels, steep = torch.arange(3), LogitTransform(3e38, None, 1e-3)
@@ -243,7 +243,7 @@ def test_a_replay_equals_the_dense_exponentials(dtype, tracks_top, transform: Lo
 @pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("rejected_scoring", ["label", "top_non_label"])
-def test_exact_sums_are_taken_where_tensor_cores_multiply(monkeypatch, dtype, rejected_scoring):
+def test_exact_sums_are_used_where_tensor_cores_multiply(monkeypatch, dtype, rejected_scoring):
     """Logits that are summed relative to the label alone have the epilogue inside."""
     monkeypatch.setattr(launches, "fuses_product", lambda *_: False)
     calls = []
@@ -272,21 +272,21 @@ def test_exact_sums_are_taken_where_tensor_cores_multiply(monkeypatch, dtype, re
         assert set(calls) == {"exact_product" if tracks_top else "fused_product"}
 
 
-def test_exact_sums_are_those_of_a_cpu_already():
+def test_exact_sums_equal_the_default_sums_on_a_cpu():
     inputs = make_head_inputs(6, 40, 70, torch.float32)
     for backend in ("cpu", "eager"):
         exact = inputs.call(linear_logprob, backend=backend, accumulate="exact")
         assert torch.equal(exact, inputs.call(linear_logprob, backend=backend))
 
 
-def test_other_ways_to_sum_are_refused():
+def test_unknown_accumulate_options_are_refused():
     inputs = make_head_inputs(6, 40, 70, torch.float32)
     with pytest.raises(ValueError, match=r"accumulate must be one of \['auto', 'exact'\], got"):
         inputs.call(linear_logprob, accumulate="fast")
 
 
 @pytest.mark.full
-def test_everything_runs_with_the_product_that_has_the_epilogue_inside():
+def test_other_triton_tests_pass_with_the_fused_product():
     here = Path(__file__).parent
     files = [here / f"test_{name}.py" for name in ("end_to_end", "drawn_calls", "memory_modes")]
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", "not full and not slow"]
@@ -294,7 +294,7 @@ def test_everything_runs_with_the_product_that_has_the_epilogue_inside():
     subprocess.run([*command, *map(str, files)], env=environment, check=True, timeout=1200)
 
 
-def test_no_rows():
+def test_a_fused_product_without_rows_is_accepted():
     state = RowState(torch.empty(0), torch.empty(0))
     labels = torch.empty(0, dtype=torch.int64)
     tile = Tile(torch.empty(0, 9), torch.empty(0, 9), 0, None, labels, PLAIN, 60.0, state)

@@ -20,14 +20,14 @@ KERNELS = ("epilogue", "label_dot", "combine", "add_entries", "sum_sequences")
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("width", [0, 1, 63, 64, 65, 1000, 8192])
-def test_every_thread_has_an_element(kernel, dtype, width):
+def test_every_thread_of_a_launch_has_an_element(kernel, dtype, width):
     launch = launches.choose_launch(kernel, dtype, width, (9, 0))
     assert launch.block >= 64 * launch.num_warps
     assert launch.block & (launch.block - 1) == 0
     assert launch.block <= max(64, 2 * width)
 
 
-def test_launches_depend_on_nothing_but_the_arguments():
+def test_launches_depend_only_on_the_arguments():
     first = launches.choose_launch("epilogue", torch.float32, 8192, (8, 0))
     assert first == launches.choose_launch("epilogue", torch.float32, 8192, (12, 0))
     assert first == launches.launch_of("epilogue", torch.float32, 8192, torch.device("cpu"))

@@ -72,8 +72,8 @@ def relative_error(actual, expected):
     ids=str,
 )
 @pytest.mark.usefixtures("small_blocks")
-def test_every_gradient_of_every_mode(dtype, memory, monkeypatch):
-    """Several groups of pairs, tiles and blocks, and everything that a head may have."""
+def test_gradients_of_every_memory_mode_equal_float64(dtype, memory, monkeypatch):
+    """The batch has several groups of pairs, tiles and blocks, and a head with all options."""
     monkeypatch.setattr("realign_kernels.ops.pair_tiles._ROWS_PER_TILE", 13)
     monkeypatch.setattr(kernels, "LARGEST_TILE", TileShape(4, 8))
     inputs, ref_logps = preference_batch(
@@ -88,7 +88,7 @@ def test_every_gradient_of_every_mode(dtype, memory, monkeypatch):
 
 
 @pytest.mark.parametrize("memory", MODES)
-def test_tokens_without_a_label_keep_their_digits_in_float16(memory):
+def test_gradients_of_non_label_tokens_are_accurate_in_float16(memory):
     """Their gradients are thousands of times smaller than those of labels, and scaled by the loss
     only after they are summed where tiles are taken.
     """
@@ -111,15 +111,15 @@ def test_tokens_without_a_label_keep_their_digits_in_float16(memory):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_broken_row_still_breaks_the_gradient_in_float16(value):
-    """A gradient scaler finds overflows by them."""
+def test_a_nan_row_gives_a_nan_gradient_in_float16(value):
+    """A gradient scaler detects overflows by such gradients."""
     inputs, ref_logps = preference_batch(torch.float16, 32, 8, logit_std=1.0)
     inputs.hidden_states[5, 0] = value
     assert not gradients(inputs, ref_logps, "tile", 1.0)[1].isfinite().all()
 
 
-def test_groups_of_pairs_whose_gradients_differ_in_size(monkeypatch):
-    """Pairs that are learned have tiny slopes: their group is summed in units of its own."""
+def test_pair_groups_with_gradients_of_different_scale_are_accurate(monkeypatch):
+    """Learned pairs have tiny slopes, so their group is summed with its own scale."""
     monkeypatch.setattr("realign_kernels.ops.pair_tiles._ROWS_PER_TILE", 6)
     inputs, ref_logps = preference_batch(torch.float16, 256, 8, logit_std=0.5)
     ref_logps[0, :2] -= 120.0  # rewards of 12: slopes of 6e-7 instead of 0.05

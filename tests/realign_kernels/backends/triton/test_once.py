@@ -43,7 +43,7 @@ def head_of(weight, dtype, operand, bias=None, autocast=None):
 @pytest.mark.parametrize("ignored", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("is_known", [False, True])
 @pytest.mark.parametrize("is_strided", [False, True])
-def test_rows_are_found(size, ignored, is_known, is_strided):
+def test_positions_of_scored_rows_are_found(size, ignored, is_known, is_strided):
     generator = seeded(size)
     labels = torch.randint(0, 9, (size,), generator=generator)
     labels[torch.rand(size, generator=generator) < ignored] = IGNORED
@@ -59,7 +59,7 @@ def test_rows_are_found(size, ignored, is_known, is_strided):
 
 
 @pytest.mark.parametrize("bad", [-1, 9, -101, 2**40])
-def test_labels_that_are_not_tokens_are_found(bad):
+def test_labels_out_of_range_are_found(bad):
     labels = torch.tensor([0, IGNORED, 8, 3, 5, bad, 1])
     assert not once.find_rows(labels, IGNORED, 9, 6, torch.float32).labels_fit
     labels[5] = IGNORED
@@ -67,7 +67,7 @@ def test_labels_that_are_not_tokens_are_found(bad):
 
 
 @pytest.mark.parametrize("promised", [0, 1, 2, 4, 7, 19])
-def test_another_number_of_rows_is_found_and_reads_nothing_else(promised):
+def test_a_wrong_num_scored_is_detected_without_reading_out_of_bounds(promised):
     labels = torch.tensor([IGNORED, 1, IGNORED, 2, 3, IGNORED])
     found = once.find_rows(labels, IGNORED, 9, promised, torch.float32)
     assert not found.number_fits
@@ -93,7 +93,7 @@ def layouts(hidden):
 @pytest.mark.parametrize(("dtype", "operand", "rounding"), DTYPES)
 @pytest.mark.parametrize("transform", [PLAIN, CAPPED])
 @pytest.mark.parametrize("width", [1, BLOCK, 2 * BLOCK + 3])
-def test_rows_are_started(dtype, operand, rounding, transform, width):
+def test_start_rows_equals_its_formulas(dtype, operand, rounding, transform, width):
     hidden, weight = normal(8, width).to(operand), normal(9, width, seed=1).to(operand)
     bias = normal(9, seed=2).to(operand)
     labels = torch.tensor([3, IGNORED, 0, 8, 9, IGNORED, -5, 1])
@@ -124,7 +124,7 @@ def test_rows_are_started(dtype, operand, rounding, transform, width):
             assert torch.equal(numbers[0].nan_to_num(7), numbers[1].nan_to_num(7))
 
 
-def test_rows_are_rounded_as_autocast_asks():
+def test_start_rows_rounds_as_autocast():
     hidden, weight = normal(4, 5).float(), normal(9, 5, seed=1).float()
     labels = torch.tensor([3, 0, 8, 1])
     started = once.start_rows(
@@ -136,7 +136,7 @@ def test_rows_are_rounded_as_autocast_asks():
     torch.testing.assert_close(started.numbers[0].double(), exact, rtol=1e-6, atol=1e-6)
 
 
-def test_rows_that_are_all_there_are_not_copied():
+def test_start_rows_does_not_copy_when_every_row_is_scored():
     hidden, weight = normal(4, 5), normal(9, 5, seed=1)
     head, labels = head_of(weight, torch.float64, torch.float64), torch.arange(4)
     arguments = labels, torch.arange(4), 4
@@ -166,7 +166,7 @@ def test_a_bias_of_any_layout_is_read(layout):
 
 
 def test_saved_positions_of_another_layout_are_read():
-    """Hooks on saved tensors may hand them back so."""
+    """Hooks on saved tensors may return them in another layout."""
     plain, other = (make_head_inputs(6, 11, 5, ignored=0.4).as_leaves() for _ in range(2))
     plain.call(linear_logprob, backend="triton", memory="recompute").sum().backward()
 
@@ -182,7 +182,7 @@ def test_saved_positions_of_another_layout_are_read():
 
 @pytest.mark.parametrize(("dtype", "operand", "rounding"), DTYPES)
 @pytest.mark.parametrize("transform", [PLAIN, CAPPED])
-def test_rows_are_finished_as_the_formulas_say(dtype, operand, rounding, transform):
+def test_finish_rows_equals_its_formulas(dtype, operand, rounding, transform):
     numbers = torch.tensor(NUMBERS, dtype=dtype).T.contiguous()
     count, width = len(NUMBERS), 2 * BLOCK + 1
     weight = normal(9, width).to(operand)
@@ -221,7 +221,7 @@ def test_rows_are_finished_as_the_formulas_say(dtype, operand, rounding, transfo
 @pytest.mark.parametrize(("dtype", "operand", "rounding"), DTYPES)
 @pytest.mark.parametrize("transform", [PLAIN, CAPPED])
 @pytest.mark.parametrize("has_positions", [False, True])
-def test_rows_are_graded_as_the_formulas_say(dtype, operand, rounding, transform, has_positions):
+def test_grade_rows_equals_its_formulas(dtype, operand, rounding, transform, has_positions):
     numbers = torch.tensor(NUMBERS, dtype=dtype).T.contiguous()
     count = len(NUMBERS)
     upstream = normal(2 * count, 2).to(torch.float32)[:, 0]
@@ -241,7 +241,7 @@ def test_rows_are_graded_as_the_formulas_say(dtype, operand, rounding, transform
 @pytest.mark.parametrize("width", [1, BLOCK - 1, BLOCK, 2 * BLOCK + 3])
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8),
                                                  (torch.float32, 2**-23)])  # fmt: skip
-def test_rows_are_rescaled(width, dtype, rounding):
+def test_rescale_rows_equals_its_formula(width, dtype, rounding):
     whole = normal(4, width + 6).to(dtype)
     before, part = whole.clone(), whole[:, 2 : width + 2]
     old_shift = torch.tensor([1.0, 2.0, -INF, -3.0])
@@ -260,7 +260,7 @@ def test_rows_are_rescaled(width, dtype, rounding):
 
 @pytest.mark.parametrize("positions", [[], [0], [1, 2, 4]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
-def test_rows_are_spread(positions, dtype):
+def test_spread_rows_equals_its_formula(positions, dtype):
     rows, where = normal(len(positions), 5).float(), torch.tensor(positions, dtype=torch.int64)
     out = torch.full((6, 5), NAN, dtype=dtype)
     once.spread_rows(None, rows.T.contiguous().T, where, out)
@@ -273,7 +273,7 @@ def test_rows_are_spread(positions, dtype):
 @pytest.mark.parametrize("positions", [[], [0], [4], [0, 1, 2, 3, 4], [1, 2, 4]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("is_expanded", [False, True])
-def test_slopes_are_scaled(width, positions, dtype, is_expanded):
+def test_scale_slopes_equals_its_formula(width, positions, dtype, is_expanded):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     slopes = normal(len(positions), width).to(wide)
     upstream = torch.tensor(-0.3, dtype=wide).expand(5)
@@ -288,7 +288,7 @@ def test_slopes_are_scaled(width, positions, dtype, is_expanded):
 @pytest.mark.parametrize("form", ["padded", "transposed", "packed"])
 @pytest.mark.parametrize("parts", ["loss", "logps", "both", "expanded"])
 @pytest.mark.parametrize("num_pairs", [0, 1, 3])
-def test_the_gradient_of_pairs_is_spread(form, parts, num_pairs):
+def test_the_gradient_of_pairs_is_spread_to_their_tokens(form, parts, num_pairs):
     shape = 3 * num_pairs, 7
     labels = torch.randint(0, 9, shape, generator=seeded(0))
     labels[:, ::3] = IGNORED
@@ -354,7 +354,7 @@ def test_many_labels_are_found_by_the_operators_of_pytorch(monkeypatch):
     assert torch.equal(inputs.call(linear_logprob, backend="triton"), expected)
 
 
-def test_everything_ignored():
+def test_a_batch_of_ignored_labels_gives_zeros():
     inputs = make_head_inputs(5, 11, 4, torch.float32, ignored=1.1).as_leaves()
     inputs.lm_head_weight.requires_grad_(False)
     logps = inputs.call(linear_logprob, backend="triton")

@@ -30,7 +30,7 @@ def small_tiles(monkeypatch):
 
 @pytest.mark.parametrize("memory", ["frozen", "stash", "recompute"])
 @pytest.mark.parametrize(("dtype", "bound"), [(F32, 5e-6), (F16, 2e-3), (BF16, 2e-2)], ids=str)
-def test_gradients_of_entropy_and_lse(memory, dtype, bound):
+def test_gradients_of_entropy_and_lse_equal_float64(memory, dtype, bound):
     inputs = make_head_inputs(6, 18, 5, dtype, bias=True, rank=2, logit_softcap=6.0, ignored=0.2)
     ours, exact = inputs.as_leaves(), inputs.as_leaves(torch.float64)
     for tensor in ours.tensors[1:] if memory == "frozen" else ():
@@ -54,7 +54,7 @@ def test_gradients_of_entropy_and_lse(memory, dtype, bound):
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("dtypes", [(BF16, F32), (F32, BF16), (F16, F32), (F32, F16)], ids=str)
-def test_a_weight_of_another_dtype(dtypes, frozen):
+def test_a_weight_of_another_dtype_is_accurate(dtypes, frozen):
     inputs = make_head_inputs(6, 18, 5, torch.float64, bias=True, rank=2)
     hidden, weight, *others = inputs.tensors
     inputs = inputs.replace_tensors(
@@ -81,7 +81,9 @@ def test_a_weight_of_another_dtype(dtypes, frozen):
 
 @pytest.mark.parametrize("memory", ["stash", "tile"])
 @pytest.mark.parametrize(("dtype", "bound"), [(F32, 1e-5), (F16, 2e-3)], ids=str)
-def test_weights_of_tokens_statistics_and_terms_by_length(memory, dtype, bound, monkeypatch):
+def test_token_weights_statistics_and_length_normalized_terms_equal_float64(
+    memory, dtype, bound, monkeypatch
+):
     monkeypatch.setattr("realign_kernels.ops.pair_tiles._ROWS_PER_TILE", 5)
     objective = Objective((Term((1, -1), beta=2.0, offset=0.5, normalize="length"),))
     inputs = make_head_inputs(12, 13, 4, dtype, ignored=0.3)

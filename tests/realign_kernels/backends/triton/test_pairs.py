@@ -109,25 +109,25 @@ def check(batch, *, rtol=1e-12):
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("absent", [0.0, 0.5])
-def test_every_objective(name, is_packed, absent):
+def test_every_objective_equals_preference_loss(name, is_packed, absent):
     check(make_batch(OBJECTIVES[name], 5, is_packed=is_packed, absent=absent))
 
 
 @pytest.mark.parametrize("num_positions", [1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 3])
 @pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_answers_of_every_length(num_positions, is_packed, dtype):
+def test_answers_of_every_length_equal_preference_loss(num_positions, is_packed, dtype):
     check(make_batch(OBJECTIVES["nll"], 3, num_positions, is_packed=is_packed, dtype=dtype))
 
 
 @pytest.mark.parametrize("num_pairs", [1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 3])
 @pytest.mark.parametrize("num_cells", [2, 3, 4])
-def test_every_number_of_pairs_and_cells(num_pairs, num_cells):
+def test_every_number_of_pairs_and_cells_equals_preference_loss(num_pairs, num_cells):
     check(make_batch(OBJECTIVES["dpo"], num_pairs, num_cells=num_cells, absent=0.3))
 
 
 @pytest.mark.parametrize("name", ["rdpo", "ipo"])
-def test_without_a_reference(name):
+def test_a_missing_reference_equals_preference_loss(name):
     check(make_batch(OBJECTIVES[name], 4, has_reference=False))
 
 
@@ -136,7 +136,7 @@ def test_sums_are_rounded_to_the_dtype_of_the_tokens():
     assert torch.equal(results.logps, results.logps.float().double())
 
 
-def test_sums_do_not_depend_on_the_form():
+def test_sums_of_padded_and_packed_batches_are_equal():
     padded = make_batch(OBJECTIVES["rdpo"], 4, dtype=torch.float32)
     packed = make_batch(OBJECTIVES["rdpo"], 4, dtype=torch.float32, is_packed=True)
     assert torch.equal(check(padded).logps, check(packed).logps)
@@ -144,7 +144,7 @@ def test_sums_do_not_depend_on_the_form():
 
 @pytest.mark.parametrize("name", ["rdpo", "smoothed", "hinge"])
 @pytest.mark.parametrize("size", [1e-3, 50.0, 1e3, 1e6])
-def test_contrasts_of_every_size(name, size):
+def test_contrasts_of_every_size_equal_preference_loss(name, size):
     batch = make_batch(OBJECTIVES[name], 6)
     signs = torch.tensor([1.0, -1.0]).repeat(3)
     reference = batch.ref_logps.clone()
@@ -153,7 +153,7 @@ def test_contrasts_of_every_size(name, size):
 
 
 @pytest.mark.parametrize("name", ["rdpo", "hinge", "ipo"])
-def test_a_broken_pair_breaks_the_loss_and_no_other_pair(name):
+def test_a_nan_pair_makes_the_loss_nan_and_no_other_pair(name):
     batch = make_batch(OBJECTIVES[name], 3)
     clean = check(batch)
     batch.token_logps[1, 0] = float("nan")
@@ -164,14 +164,14 @@ def test_a_broken_pair_breaks_the_loss_and_no_other_pair(name):
     assert torch.equal(results.coefficients[:, others], clean.coefficients[:, others])
 
 
-def test_minus_infinity_is_as_in_preference_loss():
+def test_minus_infinity_equals_preference_loss():
     batch = make_batch(OBJECTIVES["rdpo"], 2)
     batch.token_logps[2, :] = -float("inf")  # text_rejected: as far below as can be
     batch.labels[2, :] = 1
     check(batch)
 
 
-def test_repeats_exactly():
+def test_repeated_calls_are_bitwise_equal():
     batch = make_batch(OBJECTIVES["symmetric"], 9, 11, is_packed=True)
     first, second = (check(batch) for _ in range(2))
     for one, other in zip(first, second, strict=True):
@@ -179,7 +179,7 @@ def test_repeats_exactly():
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_no_pairs(is_packed):
+def test_a_batch_without_pairs_gives_zero_loss(is_packed):
     batch = make_batch(OBJECTIVES["rdpo"], 0, is_packed=is_packed)
     results = new_results(3, 0)
     kernels.pair_loss(batch, results)

@@ -46,7 +46,7 @@ def test_labels_out_of_range_stop_the_device(monkeypatch):
     ids=str,
 )
 @pytest.mark.parametrize("is_sorted", [False, True])
-def test_what_does_not_fit_stops_the_device(changes, message, is_sorted, monkeypatch):
+def test_inconsistent_pair_arguments_stop_the_device(changes, message, is_sorted, monkeypatch):
     from realign_kernels.backends.triton import pairs
 
     monkeypatch.setattr(pairs, "SCANNED_TOKENS", 0 if is_sorted else 100)

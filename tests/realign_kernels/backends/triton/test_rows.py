@@ -53,7 +53,7 @@ def rows_at(weight, ids):
 @pytest.mark.parametrize("D", around(BLOCK))
 @pytest.mark.parametrize(("total", "operand", "rounding"), DTYPES)
 @pytest.mark.parametrize("layout", ["transposed", "padded"])
-def test_label_dot(D, total, operand, rounding, layout):
+def test_label_dot_equals_float64(D, total, operand, rounding, layout):
     weight = strided(normal(9, D, seed=1).to(operand), layout)
     hidden = strided(normal(6, D).to(operand), "padded" if layout == "padded" else "plain")
     ids = torch.tensor([0, 8, -1, 9, -100, 4])
@@ -71,7 +71,7 @@ def test_label_dot(D, total, operand, rounding, layout):
 @pytest.mark.parametrize("D", around(BLOCK))
 @pytest.mark.parametrize(("total", "operand", "rounding"), DTYPES)
 @pytest.mark.parametrize("layout", ["transposed", "padded"])
-def test_combine(D, total, operand, rounding, layout):
+def test_combine_equals_float64(D, total, operand, rounding, layout):
     weight = strided(normal(9, D, seed=1).to(operand), layout)
     accumulator = strided(normal(7, D).to(total), "padded" if layout == "padded" else "plain")
     ids = torch.tensor([0, 8, -1, 9, 3, -1, 5])
@@ -103,8 +103,8 @@ def test_combine_rescales_a_stash(V, dtype, rounding):
     assert torch.equal(whole[:, V + 2 :], before[:, V + 2 :])
 
 
-def test_combine_leaves_other_rows_alone():
-    """A row of scale 1 without a token is not even read: NaN stays the NaN that it is."""
+def test_combine_does_not_touch_rows_without_a_token():
+    """A row of scale 1 without a token is not read, so that its NaN keeps its bits."""
     accumulator = torch.full((2, 5), float("nan"))
     bits = accumulator.view(torch.int32).clone().fill_(0x7FC12345)
     accumulator = bits.view(torch.float32).clone()
@@ -116,7 +116,7 @@ def test_combine_leaves_other_rows_alone():
 @pytest.mark.parametrize("D", around(BLOCK))
 @pytest.mark.parametrize("V", around(BLOCK))
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 2**-23), (torch.float64, 2**-52)])
-def test_add_entries(D, V, dtype, rounding):
+def test_add_entries_equals_float64(D, V, dtype, rounding):
     num_rows = 7
     generator = seeded(V)
     # Two entries a row, as labels and top tokens have; some belong to no row of this tile.
@@ -143,7 +143,7 @@ def test_add_entries_reads_its_part_of_the_starts():
     assert out[:, 0].tolist() == [3.0, 0.0]
 
 
-def test_nothing_to_do():
+def test_row_kernels_accept_empty_inputs():
     empty, ids = torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)
     kernels.label_dot(empty, torch.zeros(4, 3), ids, torch.zeros(0))
     kernels.combine(empty, torch.zeros(0), torch.zeros(4, 3), ids, torch.zeros(0))

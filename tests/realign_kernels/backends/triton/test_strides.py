@@ -76,7 +76,7 @@ def test_rows_of_the_stash_are_aligned(vocabulary):
     assert head.stash_row_bytes() == 2 * head.stash_width()
 
 
-def test_what_aligns_rows_is_zero(poison_empty):
+def test_alignment_padding_of_rows_is_zero(poison_empty):
     """Nothing uninitialised is kept for the backward."""
     inputs = make_head_inputs(5, 70, 8, torch.float16).as_leaves()
     kept = []
