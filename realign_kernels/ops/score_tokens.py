@@ -238,8 +238,11 @@ def second_order_witness(*inputs: Tensor | None) -> Tensor | None:
     parts = [part[:0] for part in inputs if part is not None and part.requires_grad]
     if len(parts) < 2:
         return parts[0].clone() if parts else None
-    # In one dtype: under autocast, torch.cat refuses a half dtype that is not autocast's.
-    return torch.cat([part.reshape(-1).float() for part in parts])
+    parts = [part.reshape(-1) for part in parts]
+    if torch.is_autocast_enabled(parts[0].device.type):
+        # torch.cat then refuses a half dtype that is not autocast's
+        parts = [part.float() for part in parts]
+    return torch.cat(parts)
 
 
 @operator("score_tokens", HeadArguments, ScoreArguments, returns=FusedScores)
