@@ -210,8 +210,8 @@ class BuildConfig(Section):
     for a category that is not given.
     """
     encoder: Annotated[str, Shown("Retrieval")] = "model"
-    """Model of the image embeddings: ``model`` for the vision tower of the model to be aligned, or
-    a CLIP or SigLIP model such as ``openai/clip-vit-large-patch14``, as in the paper.
+    """Model of the image embeddings: ``model`` for vision tower and projector of the model to be
+    aligned, or a CLIP or SigLIP model such as ``openai/clip-vit-large-patch14``, as in the paper.
     """
     index: Literal["exact", "flat", "ivf", "hnsw"] = "exact"
     """Search for the nearest images: ``exact`` with PyTorch, the others with FAISS."""
@@ -426,8 +426,8 @@ class TrainConfig(Section):
     attention: Attention = "sdpa"
     """Attention kernel; ``flash`` (FlashAttention-2) requires flash-attn, a GPU and bfloat16."""
     liger: ChangesNumbers = False
-    """Use liger-kernel's fused normalization, rotary embedding and MLP, also for the reference;
-    requires a GPU. Its losses are not used.
+    """Use liger-kernel's fused normalization and MLP, also for the reference; requires a GPU. Its
+    rotary embedding and losses are not used.
     """
     check_first_step: Annotated[bool, Effect.NONE] = True
     """Stop if the first loss differs from that of a policy that equals its reference."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from realign_kernels.validation import check_number, check_tensor
 
@@ -41,8 +40,8 @@ def stack_cells(
         cells: Shape ``(C, P)`` of sums, and ``(C * P, ...)`` of anything else, for C = 2, 3 or 4
             cells; the dtype and device of ``chosen``.  It is differentiable.
     Raises:
-        ValueError: Cells differ in shape or device, a cell is a single number, or
-            ``both_rejected`` is given without ``image_rejected``.
+        ValueError: Cells differ in shape or device, a cell is a single number, the cells cannot
+            hold ``padding_value``, or ``both_rejected`` is given without ``image_rejected``.
         TypeError: A cell is not a tensor, or has another dtype than ``chosen``.
 
     Example::
@@ -71,7 +70,7 @@ def stack_cells(
     for name, cell in cells.items():
         _check_cell(name, cell, chosen)
     if padding_value is not None:
-        check_number("padding_value", padding_value)
+        _check_padding_value(padding_value, chosen.dtype)
         longest = max(cell.shape[1] for cell in cells.values()) if chosen.ndim > 1 else 0
         cells = {name: _padded(cell, longest, padding_value) for name, cell in cells.items()}
     expected = cells["chosen"].shape
@@ -116,4 +115,28 @@ def _check_cell(name: str, cell: Tensor, chosen: Tensor) -> None:
 def _padded(cell: Tensor, length: int, value: float) -> Tensor:
     """Pad the sequences of a cell on the right."""
     missing = length - cell.shape[1] if cell.ndim > 1 else 0
-    return F.pad(cell, (0, 0) * (cell.ndim - 2) + (0, missing), value=value) if missing else cell
+    if not missing:
+        return cell
+    # Not by F.pad, which takes the value as a float64 and so rounds large integers.
+    is_integer = not (cell.is_floating_point() or cell.is_complex())
+    shape = cell.shape[0], missing, *cell.shape[2:]
+    padding = cell.new_full(shape, int(value) if is_integer else float(value))
+    return torch.cat([cell, padding], dim=1)
+
+
+def _check_padding_value(value: float, dtype: torch.dtype) -> None:
+    """Refuse a value that the cells cannot hold."""
+    if not (dtype == torch.bool and isinstance(value, bool)):
+        check_number("padding_value", value)
+    if dtype == torch.bool:
+        is_held = value in (0, 1)
+    elif dtype.is_floating_point or dtype.is_complex:
+        is_held = abs(value) <= torch.finfo(dtype).max
+    else:
+        limits = torch.iinfo(dtype)
+        is_held = value == int(value) and limits.min <= value <= limits.max
+    if not is_held:
+        raise ValueError(
+            f"padding_value must be a value of {dtype} to match chosen, got {value}. "
+            "Pass one that the cells can hold, or cast them."
+        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
 from realign_kernels.validation import (
     assert_on_device,
@@ -70,9 +69,9 @@ def shift_labels(
     if is_answer is not None:
         _check_mask(is_answer, labels)
         labels = torch.where(is_answer, labels, ignore_index)
-    shifted = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
-    # Padding has lengthened an empty sequence, which has to stay empty.
-    shifted = shifted[..., : labels.shape[-1]]
+    # Not by F.pad, which takes the value as a float64 and so rounds large integers.
+    last = torch.full_like(labels[..., :1], ignore_index)  # nothing in an empty sequence
+    shifted = torch.cat([labels[..., 1:], last], dim=-1)
     if not allow_absent and value_checks_enabled() and not torch.compiler.is_compiling():
         _check_present((shifted != ignore_index).any(dim=-1))
     return shifted

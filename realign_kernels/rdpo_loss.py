@@ -168,7 +168,7 @@ def rdpo_loss(
     Note: differentiable once, in reverse mode only; deterministic.  ``loss`` and ``logps`` are
         differentiable with respect to the inputs, but autograd does not see ``loss`` as a function
         of ``logps``.  No gradient reaches ``ref_logps``.
-    Source: paper, eq. (1) -> docs/paper.md; ``top_non_label`` -> docs/paper.md 4.2.
+    Source: paper, eq. (1); docs/paper.md has both scorings.
 
     Example::
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,7 +60,8 @@ def check_number(
             f"{name} must be a number, got {describe(value)}.{_remedy_of_number(value)}"
         )
     # torch.compile does not trace math.isfinite for a number that changes.
-    if not (-math.inf < value < math.inf and value >= least and value > above):
+    is_finite = -sys.float_info.max <= value <= sys.float_info.max  # no integer beyond a float
+    if not (is_finite and value >= least and value > above):
         bound = f" and > {above:g}" if above > -math.inf else ""
         bound = f" and >= {least:g}" if least > -math.inf else bound
         raise ValueError(f"{name} must be finite{bound}, got {value}. {_DEFAULT}")
@@ -131,7 +133,7 @@ def _check_lora(lora: Any) -> None:
             f"lm_head_lora must have a number as scaling, got {describe(scaling)}."
             f"{_remedy_of_number(scaling)}"
         )
-    if not -math.inf < scaling < math.inf:
+    if not -sys.float_info.max <= scaling <= sys.float_info.max:
         raise ValueError(f"lm_head_lora must have a finite scaling, got {scaling}. Pass 1.0.")
 
 
@@ -218,6 +220,10 @@ def check_head(
         raise ValueError(
             f"hidden_states must have shape (..., D) with D >= 1, got {tuple(hidden_states.shape)}."
             f"{swapped or ' Pass what the last layer returns.'}"
+        )
+    if hidden_states.is_meta:
+        raise ValueError(
+            "hidden_states must hold values, got a meta tensor. Run the model on a real device."
         )
     hidden_size = hidden_states.shape[-1]
     if (
@@ -508,8 +514,11 @@ def _check_part(
 
 
 def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    remedy = f"Call .to({str(like.device)!r})."
+    if tensor.is_meta:
+        # Such as the weight of a layer that accelerate has offloaded, outside of its forward.
+        remedy = "A meta tensor holds no values: load them onto the device first."
     if tensor.device != like.device:
         raise ValueError(
-            f"{name} must be on {like.device} to match hidden_states, got {tensor.device}. "
-            f"Call .to({str(like.device)!r})."
+            f"{name} must be on {like.device} to match hidden_states, got {tensor.device}. {remedy}"
         )

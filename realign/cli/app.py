@@ -98,7 +98,7 @@ def realign(
         ),
     ] = False,
 ) -> None:
-    """Align a vision-language model: build dual-preference data, train with rDPO, measure."""
+    """Align a vision-language model: build preference pairs, train with rDPO, and evaluate."""
 
 
 def main() -> None:

@@ -70,7 +70,8 @@ def eval_score(
     answers: Annotated[
         list[Path],
         typer.Option(
-            help="File of answers, in a format of the benchmark; repeatable, also for gradings."
+            metavar="<path>",
+            help="File of answers, in a format of the benchmark; repeatable, also for gradings.",
         ),
     ],
     rule: Annotated[str, typer.Option(help="Rule that scores the answers.")] = "official",
@@ -78,7 +79,7 @@ def eval_score(
         bool, typer.Option("--allow-subset", help="Score the other answers if some are missing.")
     ] = False,
     bootstrap: Annotated[
-        int, typer.Option(min=0, help="Draws behind 95 % intervals; 0 for none.")
+        int, typer.Option(metavar="<int>", min=0, help="Draws behind 95 % intervals; 0 for none.")
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -118,10 +119,14 @@ def eval_compare(
     rule: Annotated[str, typer.Option(help="Rule that scores the answers.")] = "official",
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="Metric to compare; repeatable. By default those of published tables."),
+        typer.Option(
+            metavar="<str>",
+            help="Metric to compare; repeatable. By default those of published tables.",
+        ),
     ] = None,
     split: Annotated[
-        list[str] | None, typer.Option(help="Split to compare in; repeatable. By default all.")
+        list[str] | None,
+        typer.Option(metavar="<str>", help="Split to compare in; repeatable. By default all."),
     ] = None,
     allow_subset: Annotated[
         bool,
@@ -131,14 +136,17 @@ def eval_compare(
         ),
     ] = False,
     bootstrap: Annotated[
-        int, typer.Option(min=1, help="Draws of the bootstrap and of the permutation test.")
+        int,
+        typer.Option(
+            metavar="<int>", min=1, help="Draws of the bootstrap and of the permutation test."
+        ),
     ] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="<int>", min=0, help="Seed of the draws.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Compare models by stored answers, with intervals and tests, without a model.
+    """Compare models by stored answers, with intervals and tests.
 
-    docs/guides/evaluation.md explains the numbers.
+    No model is loaded. docs/guides/evaluation.md explains the numbers.
     """
     check_exists("data", data, "a folder with the benchmark's files")
     from realign.evaluation.answer_comparison import compare, named_files
@@ -179,7 +187,9 @@ def eval_write(
     out: Annotated[Path, typer.Option(help="New file, or folder if the format has several files.")],
     answers: Annotated[
         list[Path] | None,
-        typer.Option(help="File of answers, in any format that is read; repeatable."),
+        typer.Option(
+            metavar="<path>", help="File of answers, in any format that is read; repeatable."
+        ),
     ] = None,
     model: Annotated[
         str, typer.Option(help="Name of the model in LLaVA's files; by default the file's name.")
@@ -188,9 +198,9 @@ def eval_write(
         bool, typer.Option("--allow-subset", help="Write the other answers if some are missing.")
     ] = False,
 ) -> None:
-    """Write answers, or LLaVA's questions, as the published programs read them.
+    """Write answers in the formats that published programs read.
 
-    docs/guides/evaluation.md lists the formats.
+    It also writes LLaVA's files of questions. docs/guides/evaluation.md lists the formats.
     """
     check_exists("data", data, "a folder with the benchmark's files")
     from realign.evaluation.answer_writing import write
@@ -211,7 +221,10 @@ def eval_judge(
     ],
     data: Annotated[Path, typer.Option(help="Folder with the benchmark's published files.")],
     answers: Annotated[
-        list[Path], typer.Option(help="File of answers, in a format of the benchmark; repeatable.")
+        list[Path],
+        typer.Option(
+            metavar="<path>", help="File of answers, in a format of the benchmark; repeatable."
+        ),
     ],
     endpoint: Annotated[
         str, typer.Option(metavar="URL", help="Server, such as http://127.0.0.1:8000/v1.")
@@ -229,7 +242,11 @@ def eval_judge(
     ] = None,
     repeat: Annotated[
         int,
-        typer.Option(min=1, help="Number of gradings of every answer; 3 show how much they vary."),
+        typer.Option(
+            metavar="<int>",
+            min=1,
+            help="Number of gradings of every answer; 3 show how much they vary.",
+        ),
     ] = 1,
     allow_subset: Annotated[
         bool, typer.Option("--allow-subset", help="Judge the other answers if some are missing.")
@@ -245,7 +262,9 @@ def eval_judge(
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Longest reply in tokens; by default that of the benchmark's judge."
+            metavar="<int>",
+            min=1,
+            help="Longest reply in tokens; by default that of the benchmark's judge.",
         ),
     ] = None,
     length_field: Annotated[
@@ -258,13 +277,20 @@ def eval_judge(
     api_key_env: Annotated[
         str, typer.Option(metavar="NAME", help="Environment variable that holds the API key.")
     ] = "OPENAI_API_KEY",
-    concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 8,
+    concurrency: Annotated[
+        int, typer.Option(metavar="<int>", min=1, help="Concurrent requests.")
+    ] = 8,
     timeout_s: Annotated[
-        float, typer.Option(min=0.1, help="Seconds after which a request counts as failed.")
+        float,
+        typer.Option(
+            metavar="<float>", min=0.1, help="Seconds after which a request counts as failed."
+        ),
     ] = 120.0,
     max_retries: Annotated[
         int,
-        typer.Option(min=0, help="Retries after status 429 or 5xx, or a broken connection."),
+        typer.Option(
+            metavar="<int>", min=0, help="Retries after status 429 or 5xx, or a broken connection."
+        ),
     ] = 6,
 ) -> None:
     """Have a model on a server judge answers.
@@ -364,10 +390,11 @@ def eval_suite(
         typer.Option(help="Model class of the suite; by default the one for the model's type."),
     ] = None,
 ) -> None:
-    """Write the command with which another suite evaluates models, and the files that it needs.
+    """Write the command with which another suite evaluates models.
 
-    No model is asked yet: the printed command does that, in the suite's own environment. Adapters
-    are merged into their bases. `realign eval read-suite` reads what the suite writes.
+    The files that it needs are written too. No model is asked yet: the printed command does that,
+    in the suite's own environment. Adapters are merged into their bases. `realign eval read-suite`
+    reads what the suite writes.
     """
     from realign.config_file import read_pairs
 
@@ -391,13 +418,14 @@ def eval_read_suite(
         bool, typer.Option("--allow-subset", help="Accept runs that asked only some questions.")
     ] = False,
     bootstrap: Annotated[
-        int, typer.Option(min=0, help="Draws behind 95 % intervals; 0 for none.")
+        int, typer.Option(metavar="<int>", min=0, help="Draws behind 95 % intervals; 0 for none.")
     ] = 0,
 ) -> None:
-    """Read the results of lmms-eval or VLMEvalKit, and score their answers under all rules.
+    """Read and score the results of lmms-eval or VLMEvalKit.
 
-    The suite's own numbers stay as they are. Its answers are stored in the folder, as
-    answers/MODEL-BENCHMARK.jsonl for `realign eval score`; all scores are in suite_scores.json.
+    The suite's own numbers stay as they are. Its answers are scored under every rule that requires
+    neither a judge nor further packages, and are stored in the folder, as
+    answers/MODEL-BENCHMARK.jsonl for `realign eval score`. All scores are in suite_scores.json.
     """
     check_exists("folder", folder, "a folder with results", "Check the path")
     check_exists("data", data, "a folder with the benchmarks' files")

@@ -11,13 +11,18 @@ import importlib
 import importlib.util
 import os
 import sys
-from typing import TYPE_CHECKING, NamedTuple, cast
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
 from realign_kernels.installation import library_was_removed
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor
+
     from realign_kernels.backends.kernel_set import KernelSet
 
 
@@ -134,6 +139,16 @@ def kernels_of(backend: str) -> KernelSet:
     name = BACKENDS[backend].module
     # Looked up first, since importlib takes longer, and this runs several times per call.
     return cast("KernelSet", sys.modules.get(name) or importlib.import_module(name))
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which the device of a tensor is the current one, on which Triton launches
+    whatever the device of a kernel's arguments.
+    """
+    if tensor.device.type not in ("cuda", "xpu"):
+        return nullcontext()
+    context: AbstractContextManager[Any] = torch.get_device_module(tensor.device).device_of(tensor)
+    return context
 
 
 def describe_backends() -> dict[str, str]:

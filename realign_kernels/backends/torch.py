@@ -250,10 +250,11 @@ def _sum_sequences(batch: PairBatch, wide: torch.dtype) -> tuple[Tensor, Tensor]
         is_counted = is_scored & (batch.sequence_ids >= 0) & (batch.sequence_ids < size)
         segments, order = torch.where(is_counted, batch.sequence_ids, size).sort(stable=True)
         bounds = torch.searchsorted(segments, torch.arange(size + 1, device=segments.device))
-        # `unsafe` skips a check of the offsets, for which the host would wait for the device.
-        offsets = torch.cat([bounds, bounds.new_full((1,), len(segments))])
-        sums = torch.segment_reduce(
-            token_logps[order], "sum", offsets=offsets, unsafe=True, initial=0.0
-        )[:size]
-        counts = bounds.diff()
+        # Not torch.segment_reduce, which only CPUs and CUDA have.
+        sums = token_logps.new_zeros(size + 1)
+        if sums.is_cuda:
+            sums.index_put_((segments,), token_logps[order], accumulate=True)
+        else:
+            sums.index_add_(0, segments, token_logps[order])
+        sums, counts = sums[:size], bounds.diff()
     return sums.to(batch.token_logps.dtype).to(wide), counts

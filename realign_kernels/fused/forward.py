@@ -162,7 +162,8 @@ def gather_rows(call: FusedCall, hidden_states: Tensor, labels: Tensor, position
         return Rows(started.hidden, None, None, started.ids)
     precision = call.head.precision
     hidden_size = hidden_states.shape[-1]
-    if total == num_rows == len(labels):
+    # An empty tensor counts as contiguous whatever its strides, so it is not taken as it is.
+    if total == num_rows == len(labels) > 0:
         hidden = precision.of_operand(hidden_states).reshape(-1, hidden_size).contiguous()
     else:
         # Indexed in their own shape: flattening a slice of a batch would copy all of it.

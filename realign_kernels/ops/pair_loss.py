@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from realign_kernels.backends.dispatch import kernels_of
+from realign_kernels.backends.dispatch import kernels_of, on_device_of
 from realign_kernels.backends.kernel_set import (
     PairBatch,
     PairGradient,
@@ -92,7 +92,8 @@ def pair_loss_op(token_logps: Tensor, backend: str, *values: Any) -> PairOutputs
     expected = None
     if kernel_checks and lengths is not None and checks_counts(labels.device):
         expected = lengths.contiguous().to(labels.device, non_blocking=True)
-    outputs, fits = reduce_pairs(token_logps, backend, batch, batch.objective, expected)
+    with on_device_of(labels):
+        outputs, fits = reduce_pairs(token_logps, backend, batch, batch.objective, expected)
     if fits is not None and value_checks_enabled():
         assert_pairs_fit(
             fits[0] if sequence_ids is not None else None,
@@ -189,13 +190,12 @@ def pair_loss_backward_op(*values: Any) -> Tensor:
         # Hooks on saved tensors may return them in another layout.
         ids = None if kept.sequence_ids is None else kept.sequence_ids.contiguous()
         out = labels.new_empty(labels.shape, dtype=kept.dtype)
-        row_kernels.spread_gradient(
-            PairGradient(
-                kept.grad_loss, kept.grad_logps, kept.coefficients.contiguous(),
-                labels.contiguous(), ids, kept.ignore_index,
-            ),
-            out,
+        gradient = PairGradient(
+            kept.grad_loss, kept.grad_logps, kept.coefficients.contiguous(), labels.contiguous(),
+            ids, kept.ignore_index,
         )  # fmt: skip
+        with on_device_of(labels):
+            row_kernels.spread_gradient(gradient, out)
         return out
     grad = torch.zeros_like(kept.coefficients)
     if kept.grad_loss is not None:

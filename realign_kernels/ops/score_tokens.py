@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from realign_kernels.backends.dispatch import kernels_of, resolve_backend
+from realign_kernels.backends.dispatch import kernels_of, on_device_of, resolve_backend
 from realign_kernels.first_order import differentiate_once
 from realign_kernels.fused.forward import (
     NO_TOKEN,
@@ -238,7 +238,8 @@ def second_order_witness(*inputs: Tensor | None) -> Tensor | None:
     parts = [part[:0] for part in inputs if part is not None and part.requires_grad]
     if len(parts) < 2:
         return parts[0].clone() if parts else None
-    return torch.cat([part.reshape(-1) for part in parts])
+    # In one dtype: under autocast, torch.cat refuses a half dtype that is not autocast's.
+    return torch.cat([part.reshape(-1).float() for part in parts])
 
 
 @operator("score_tokens", HeadArguments, ScoreArguments, returns=FusedScores)
@@ -598,7 +599,8 @@ def scale_slopes_op(*values: Any) -> Tensor:
     if row_kernels is not None and given.grad_logps is not None and given.top_slopes.numel() == 0:
         grad = given.slopes.new_empty(given.shape, dtype=given.dtype)
         rows = grad.view(-1, given.shape[-1])
-        row_kernels.spread_rows(given.grad_logps, given.slopes, positions, rows)
+        with on_device_of(grad):
+            row_kernels.spread_rows(given.grad_logps, given.slopes, positions, rows)
         return grad
     grad = torch.zeros(given.shape, dtype=given.dtype, device=positions.device)
     rows_of_grad = grad.view(-1, given.shape[-1])
@@ -629,13 +631,11 @@ def _scale_slopes_fake(*values: Any) -> Tensor:
 @contextmanager
 def plain(tensor: Tensor) -> Iterator[None]:
     """Run without autograd and autocast, so that all rounding is explicit."""
-    # Triton launches on the current device, which may be another than that of the tensors.
-    device = torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
     device_type = tensor.device.type
     autocast: Any = nullcontext()
     if torch.is_autocast_enabled(device_type):
         autocast = torch.autocast(device_type, enabled=False)
-    with device, torch.no_grad(), autocast:
+    with on_device_of(tensor), torch.no_grad(), autocast:
         yield
 
 

@@ -7,8 +7,8 @@ import torch
 
 from benchmarks.head import launches
 
-# Launches beside products and epilogues, value checks on; 111, 126 and 89 before there were kernels
-# for what is done once a call.  Beside them each length that is known costs one copy to the device.
+# Launches beside products and epilogues, value checks on.  Beside them each length that is known
+# costs one copy to the device.
 MOST = {
     "rdpo_loss, padded": 11,
     "rdpo_loss, padded, lengths unknown": 9,
@@ -17,7 +17,7 @@ MOST = {
     "linear_logprob": 8,  # one of them on the host, where the number is a tensor
     "linear_logprob, number unknown": 6,
 }
-MOST_OF_TRAINED = {"rdpo_loss, stash": 32, "rdpo_loss, tile": 88}  # 167 and 230 before
+MOST_OF_TRAINED = {"rdpo_loss, stash": 32, "rdpo_loss, tile": 88}
 
 
 @pytest.mark.parametrize("num_rows", [258, 1020])

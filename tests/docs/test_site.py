@@ -91,7 +91,12 @@ def test_the_site_builds_with_every_page(tmp_path: Path) -> None:
     reference = (tmp_path / "reference" / "realign_kernels.html").read_text(encoding="utf-8")
     assert "Return the log-probability of each label" in reference
     assert ":func:" not in reference
+    assert "Example::" not in reference
+    assert all(f">{name}:</span>" in reference for name in ("Returns", "Raises", "Examples"))
     assert 'href="#realign_kernels.rdpo_loss.rdpo_loss"' in reference  # from a docstring
+    trainer = (tmp_path / "reference" / "realign.html").read_text(encoding="utf-8")
+    assert "KL strength of the answer pair." in trainer  # from the metadata of a field
+    assert "Learning rate of the projector" in trainer
     assert "Unreleased" in (tmp_path / "changelog.html").read_text(encoding="utf-8")
 
 

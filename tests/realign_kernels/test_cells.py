@@ -69,6 +69,16 @@ def test_shorter_cells_are_padded_on_the_right():
     assert torch.equal(stack_cells(*sums, padding_value=0), torch.stack(sums))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [(torch.bool, False), (torch.bool, 1), (torch.uint8, 255), (torch.int64, 2**53 + 1),
+     (torch.int32, 5.0), (torch.float16, -65504), (torch.bfloat16, 0.5)],
+)  # fmt: skip
+def test_the_padding_is_the_given_value(dtype, value):
+    long, short = torch.ones(2, 3).to(dtype), torch.zeros(2, 2).to(dtype)
+    assert stack_cells(long, short, padding_value=value)[2:, 2].tolist() == [value, value]
+
+
 def test_gradients_flow_through_stack_cells():
     leaves = [cell.requires_grad_() for cell in cells(T, D)]
     (stack_cells(*leaves) * torch.arange(3 * P)[:, None, None]).sum().backward()
@@ -125,6 +135,26 @@ def test_gradients_flow_through_stack_cells():
             lambda c: stack_cells(*c, padding_value="pad"),
             TypeError,
             "padding_value must be a number",
+        ),
+        (
+            lambda c: stack_cells(*(part.long() for part in c), padding_value=0.5),
+            ValueError,
+            "padding_value must be a value of torch.int64 to match chosen, got 0.5",
+        ),
+        (
+            lambda c: stack_cells(*(part.byte() for part in c), padding_value=-100),
+            ValueError,
+            "padding_value must be a value of torch.uint8 to match chosen, got -100",
+        ),
+        (
+            lambda c: stack_cells(*(part.half() for part in c), padding_value=1e5),
+            ValueError,
+            "padding_value must be a value of torch.float16 to match chosen, got 100000.0",
+        ),
+        (
+            lambda c: stack_cells(*(part > 0 for part in c), padding_value=2),
+            ValueError,
+            "padding_value must be a value of torch.bool to match chosen, got 2",
         ),
     ],
 )

@@ -148,6 +148,16 @@ def test_a_batch_without_scored_positions_gives_zero_gradients(N):
         assert torch.equal(tensor.grad, torch.zeros_like(tensor))
 
 
+def test_an_empty_slice_with_any_strides_gives_zero_gradients():
+    """An empty tensor counts as contiguous, whatever its strides."""
+    states = torch.zeros(4, 10).requires_grad_()
+    weight = torch.ones(7, 5).requires_grad_()
+    labels = torch.zeros(0, dtype=torch.int64)
+    linear_logprob(states[:0, ::2], weight, labels).sum().backward()
+    assert torch.equal(states.grad, torch.zeros(4, 10))
+    assert torch.equal(weight.grad, torch.zeros(7, 5))
+
+
 def test_one_token_vocabulary_has_zero_gradients():
     inputs = make_head_inputs(6, 1, 4, bias=True).as_leaves()
     stats = inputs.call(linear_logprob_stats)

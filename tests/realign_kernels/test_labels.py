@@ -46,6 +46,12 @@ def test_sequences_without_a_scored_token_are_refused_unless_allowed():
     assert shift_labels(TOKENS[:0]).shape == (0, 4)
 
 
+@pytest.mark.parametrize("ignore_index", [2**53 + 1, 2**63 - 1, -(2**53) - 1])
+def test_the_last_position_is_ignored_for_any_integer(ignore_index):
+    """A float64 holds none of these."""
+    assert shift_labels(TOKENS, ignore_index=ignore_index)[:, -1].tolist() == [ignore_index] * 2
+
+
 def test_checks_of_values_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("REALIGN_CHECK", "0")
     assert shift_labels(TOKENS[:, :1]).tolist() == [[-100], [-100]]

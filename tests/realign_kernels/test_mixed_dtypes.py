@@ -58,6 +58,25 @@ def test_values_and_gradients_of_mixed_dtypes_are_accurate(dtypes, memory, froze
             assert error <= max(3e-6, torch.finfo(tensor.dtype).eps)
 
 
+@pytest.mark.parametrize("autocast", [F16, BF16])
+@pytest.mark.parametrize("dtypes", [(BF16, BF16), (F16, F16), (F16, BF16), (F32, BF16)], ids=str)
+def test_a_trained_head_takes_a_half_dtype_that_is_not_that_of_autocast(dtypes, autocast):
+    inputs = make_head_inputs(23, 61, 16, torch.float64)
+    hidden, weight = (part.to(kind) for part, kind in zip(inputs.tensors, dtypes, strict=True))
+    ours = inputs.replace_tensors([hidden, weight]).as_leaves()
+    exact = inputs.replace_tensors([part.to(autocast).double() for part in (hidden, weight)])
+    exact = exact.as_leaves()
+    with torch.autocast("cpu", dtype=autocast):
+        token_logps = ours.call(linear_logprob)
+    expected = dense_logprob(exact)
+    assert ((token_logps - expected).abs() <= 1e-5 + 1e-6 * expected.abs()).all()
+    token_logps.sum().backward()
+    expected.sum().backward()
+    for tensor, oracle in zip(ours.tensors, exact.tensors, strict=True):
+        error = (tensor.grad.double() - oracle.grad).norm() / oracle.grad.norm()
+        assert error <= max(3e-6, torch.finfo(tensor.dtype).eps)
+
+
 @pytest.mark.parametrize("memory", ["stash", "tile"])
 def test_the_loss_and_its_statistics_accept_mixed_dtypes(memory):
     inputs = mixed(BF16, F32)

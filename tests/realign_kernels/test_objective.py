@@ -19,7 +19,7 @@ def logps(*rows, dtype=torch.float64):
     return torch.tensor(rows, dtype=dtype)
 
 
-# docs/paper.md 1.1: one pair, three cells.
+# eq. (1) of the paper: one pair, three cells.
 PAPER_LOGPS = [[-10.0], [-12.0], [-11.0]]
 PAPER_REF = [[-10.5], [-11.0], [-10.8]]
 

@@ -20,7 +20,7 @@ PROPERTY = settings(
     derandomize=True,
     database=None,
 )
-# `make test` asks for 100, `make test-slow` for 5,000.
+# `make test` asks for 50, `make test-slow` for 5,000.
 EXAMPLES = int(os.environ.get("REALIGN_EXAMPLES", "1000"))
 LARGEST_WORKSPACE = 1 << 20
 

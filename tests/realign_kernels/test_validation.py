@@ -57,7 +57,14 @@ def call(function, **changes):
             {"lm_head_lora": (torch.zeros(2, D), torch.zeros(V, 2))},
             r"lm_head_lora must be \(A, B, scaling\), got 2 values",
         ),
-        ({"lm_head_weight": torch.zeros(V, D, device="meta")}, "lm_head_weight must be on cpu"),
+        (
+            {"lm_head_weight": torch.zeros(V, D, device="meta")},
+            "lm_head_weight must be on cpu .* got meta. A meta tensor holds no values: load them",
+        ),
+        (
+            {"hidden_states": torch.zeros(N, D, device="meta")},
+            "hidden_states must hold values, got a meta tensor",
+        ),
         (
             {"lm_head_bias": torch.zeros(V, device="meta")},
             "lm_head_bias must be on cpu .* got meta",
@@ -70,6 +77,7 @@ def call(function, **changes):
         ({"logit_scale": 0.0}, "logit_scale must be finite and > 0, got 0.0"),
         ({"logit_softcap": -1.0}, "logit_softcap must be finite and > 0, got -1.0"),
         ({"temperature": float("nan")}, "temperature must be finite and > 0, got nan"),
+        ({"logit_scale": 10**309}, "logit_scale must be finite and > 0, got 1000"),
         ({"workspace_bytes": -1}, "workspace_bytes must be >= 0, got -1"),
         ({"stash_bytes": -1}, "stash_bytes must be >= 0, got -1"),
         ({"workspace_bytes": 20}, r"workspace_bytes must be >= \d+ to hold one logit .* got 20"),
