@@ -18,7 +18,7 @@ from realign.evaluation.benchmark import (
     Record,
 )
 from realign.evaluation.judging import Replies, Reply
-from realign.evaluation.rows import Row, read_records, read_table
+from realign.evaluation.rows import Row, check_ids, read_records, read_table
 
 Tasks = dict[str, list[Row]]
 
@@ -58,7 +58,7 @@ def read_answers(
         RefusedError: A file has no known format, its answers are not those of the questions, or two
             questions have one id.
     """
-    _check_ids(tasks)
+    check_ids(tasks)
     found = _Found()
     if twice := [path for i, path in enumerate(paths) if path.resolve() in _resolved(paths[:i])]:
         raise RefusedError(f"answers must be files named once, got {twice[0]} twice. Name it once.")
@@ -190,20 +190,6 @@ def named_questions(benchmark: Benchmark, paths: Sequence[Path]) -> set[str]:
         form = _format_of(records, benchmark, path)
         keys.update(str(form.key(record)) for _, record in records)
     return keys
-
-
-def _check_ids(tasks: Tasks) -> None:
-    places: dict[str, str] = {}
-    for rows in tasks.values():
-        for row in rows:
-            if "id" not in row:
-                continue
-            if row["id"] in places:
-                raise RefusedError(
-                    f"{row['where']} must have an id of its own, got {row['id']}, which "
-                    f"{places[row['id']]} has too. Take the published file."
-                )
-            places[row["id"]] = row["where"]
 
 
 def _records(path: Path) -> list[tuple[str, Record]]:

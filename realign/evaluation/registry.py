@@ -21,6 +21,7 @@ from realign.evaluation.benchmarks.mmhal import MMHAL
 from realign.evaluation.benchmarks.pope import POPE
 from realign.evaluation.benchmarks.scienceqa import SCIENCEQA
 from realign.evaluation.benchmarks.textvqa import TEXTVQA, VIZWIZ
+from realign.evaluation.rows import check_ids
 from realign.runtime.progress import announce
 
 BENCHMARKS: tuple[Benchmark, ...] = (
@@ -187,7 +188,8 @@ def read_tasks(folders: Mapping[Benchmark, Path]) -> dict[str, Task]:
     Args:
         folders: Folders from :func:`find_data`.
     Raises:
-        RefusedError: A file has another form than its benchmark requires.
+        RefusedError: A file has another form than its benchmark requires, or two questions have
+            the same id.
     """
     tasks: dict[str, Task] = {}
     for benchmark, folder in folders.items():
@@ -198,6 +200,7 @@ def read_tasks(folders: Mapping[Benchmark, Path]) -> dict[str, Task]:
                 f"{name}: {folder} must say what is asked, got no question. Add the list of images "
                 "that docs/guides/evaluation.md names."
             )
+        check_ids({task: read.rows for task, read in found.items()})
         absent = [files[0] for task, files in layout.files.items() if task not in found]
         if absent:
             announce(f"{name}: {folder} does not hold {', '.join(absent)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,3 +162,23 @@ def check_row(row: Any, where: str, keys: Mapping[str, Key]) -> Row:
                 f"{where}: {name} must {key.rule}, got {row[name]!r:.80}. {key.remedy}"
             )
     return {**row, "where": where}
+
+
+def check_ids(tasks: Mapping[str, Sequence[Row]]) -> None:
+    """Refuse rows of a benchmark that share an id: one question would count twice, and its answer
+    could not be joined to it.
+
+    Raises:
+        RefusedError: Two rows have the same id.
+    """
+    places: dict[str, str] = {}
+    for rows in tasks.values():
+        for row in rows:
+            if "id" not in row:
+                continue
+            if row["id"] in places:
+                raise RefusedError(
+                    f"{row['where']} must have an id of its own, got {row['id']}, which "
+                    f"{places[row['id']]} has too. Take the published file."
+                )
+            places[row["id"]] = row["where"]

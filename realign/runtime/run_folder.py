@@ -170,6 +170,7 @@ def _how_to_remove(folder: Path, verb: str) -> str:
     is_folder = {path.name: path.is_dir() for path in sorted(folder.iterdir())}
     its = [name for name in (f"{verb}.json", *WRITES[verb]) if name in is_folder]
     names = ", ".join(f"{name}/" if is_folder[name] else name for name in its)
+    its.append(f".{verb}.lock")  # the run's own too, but removing it is not necessary
     others = [f"{name}/" if is_folder[name] else name for name in is_folder if name not in its]
     keep = f" and keep {', '.join(others)}, not part of that run" if others else ""
     return f"remove {names} of that run{keep}"

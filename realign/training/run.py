@@ -22,6 +22,7 @@ from realign.reference import CacheReference, Ranks, build_cache, read_cache
 from realign.runtime.files import file_sha256, publish, write_json
 from realign.runtime.progress import announce
 from realign.runtime.run_folder import check_out, claim, is_begun, is_claimed, only_run
+from realign.runtime.strict_json import read_json
 from realign.runtime.write_errors import explain_write_errors
 from realign.training.arguments import training_arguments
 from realign.training.callbacks import (
@@ -169,13 +170,36 @@ def _labels(plan: TrainPlan) -> dict[str, list[str]]:
 
 
 def _is_finished(plan: TrainPlan, ranks: Ranks) -> bool:
-    """Return whether the run's folder belongs to this run and has its checkpoint."""
+    """Return whether the run's folder belongs to this run and has its checkpoint.
+
+    Raises:
+        RefusedError: The folder belongs to another run, or the checkpoint has other weights than
+            the run wrote.
+    """
     out = plan.config.out
     is_ours = is_claimed(out, "train", plan.claim(ranks.world_size), _labels(plan))
     if not is_ours or not (out / "checkpoint").is_dir():
         return False
+    _check_written_weights(out)
     _remove_checkpoints(out / "steps")  # left by a run that was killed at its very end
     return True
+
+
+def _check_written_weights(out: Path) -> None:
+    """Refuse a finished checkpoint whose weights were damaged since; ``checkpoint.json`` has their
+    hashes.
+    """
+    if not (facts := out / "checkpoint.json").is_file():
+        return
+    written = read_json(facts)
+    for name, digest in (written.get("weights", {}) if isinstance(written, dict) else {}).items():
+        path = out / "checkpoint" / name
+        if not path.is_file() or file_sha256(path) != digest:
+            raise RefusedError(
+                f"{path} must be the file that this run wrote, got "
+                f"{'another' if path.is_file() else 'none'}. Restore it, or remove "
+                f"{path.parent} to train again."
+            )
 
 
 def _remove_checkpoints(steps: Path) -> None:

@@ -178,6 +178,20 @@ def test_malformed_rows_are_refused_before_a_model_is_loaded(config, key, value,
     assert not config.out.exists()
 
 
+def test_two_questions_with_one_id_are_refused_before_a_model_is_loaded(config) -> None:
+    row = {"question_id": 1, "image": "a.png", "text": "Is there a cup?", "label": "yes"}
+    (config.data / "pope").mkdir()
+    for split in ("random", "popular", "adversarial"):
+        lines = [json.dumps(row)] * (2 if split == "random" else 1)
+        (config.data / "pope" / f"pope_{split}.jsonl").write_text("\n".join(lines))
+    message = (
+        r"pope_random\.jsonl, line 2 must have an id of its own, got random-1, which .* line 1"
+    )
+    with pytest.raises(RefusedError, match=message):
+        evaluate(config)
+    assert not config.out.exists()
+
+
 def test_the_benchmark_data_is_part_of_the_run_identity(config) -> None:
     evaluate(config)
     (config.data / "notes.json").write_text("{}")  # of no benchmark

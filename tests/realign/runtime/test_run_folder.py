@@ -22,7 +22,8 @@ def test_the_refusal_lists_the_files_of_that_run_and_those_to_keep(tmp_path: Pat
     claim(tmp_path, "train", {"beta": 0.1})
     for name in ("checkpoint", "dataset", "cache", "eval"):
         (tmp_path / name).mkdir()
-    (tmp_path / "metrics.jsonl").write_text("")
+    for name in ("metrics.jsonl", ".train.lock"):
+        (tmp_path / name).write_text("")
     assert refusal(tmp_path, "train", {"beta": 0.5}).splitlines()[1:] == [
         "  beta: stored 0.1, requested 0.5",
         "Choose another folder, or remove train.json, checkpoint/, metrics.jsonl of that run and "

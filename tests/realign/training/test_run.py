@@ -375,6 +375,21 @@ def test_repeating_a_finished_run_does_nothing(tmp_path: Path, model_dir, data) 
     assert (checkpoint / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_finished_run_with_damaged_weights_is_refused(tmp_path: Path, model_dir, data) -> None:
+    options = config(model_dir, data, tmp_path / "run")
+    weights = train(options) / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:1000])
+    with pytest.raises(RefusedError, match=r"model\.safetensors must be the file that this run"):
+        train(options)
+    weights.unlink()
+    with pytest.raises(RefusedError, match=r"wrote, got none\. Restore it, or remove .*checkpoint"):
+        train(options)
+    shutil.rmtree(weights.parent)
+    train(options)
+    assert weights.read_bytes() == whole
+
+
 def test_a_folder_of_another_run_is_refused_and_kept(tmp_path: Path, model_dir, data) -> None:
     train(config(model_dir, data, tmp_path / "run"))
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
