@@ -28,8 +28,8 @@ QUIET = {
 class Commands(TyperGroup):
     """All commands, in the order of their use.
 
-    A refusal, a full disk or a missing permission exits with code 2, SIGTERM with 143; any other
-    failure shows its traceback and exits with 1.
+    A refusal, a full disk or a missing permission exits with code 2, a number that is not finite
+    with 1, SIGTERM with 143; any other failure shows its traceback and exits with 1.
     """
 
     ORDER = (
@@ -71,6 +71,9 @@ class Commands(TyperGroup):
         except RefusedError as error:
             typer.secho(f"realign: {error}", fg="red", err=True)
             raise typer.Exit(2) from None
+        except FloatingPointError as error:  # a guard names the step or the rows
+            typer.secho(f"realign: {error}", fg="red", err=True)
+            raise typer.Exit(1) from None
 
 
 app = typer.Typer(

@@ -119,6 +119,18 @@ def test_a_cache_of_another_model_exits_with_2(tmp_path: Path, records, model_di
     assert not (tmp_path / "b").exists()
 
 
+def test_a_loss_that_is_not_finite_exits_with_1(tmp_path: Path, records, model_dir: Path) -> None:
+    data = tmp_path / "d.parquet"
+    write_parquet(records(4), data)
+    result = realign(
+        "train", "--model", model_dir, "--data", data, "--out", tmp_path / "run", "--beta", 1e308
+    )
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)  # the message, without a traceback
+    assert re.search(r"^realign: step 1: .* must be finite, got ", result.output, re.MULTILINE)
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
 def test_unknown_keys_and_values_exit_with_2(tmp_path: Path) -> None:
     result = realign("train", "--set", "train.betta=1")
     assert result.exit_code == 2
