@@ -117,7 +117,8 @@ def read_jsonl(path: Path) -> list[Any]:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise RefusedError(
-                f"{path}, line {number} must be JSON, got {line[:60]!r} ({error.msg}). Correct it."
+                f"{path}, line {number} must be JSON, got {line[:60]!r} ({error.msg}). Restore the "
+                "file, or delete it and give the same command again."
             ) from None
     return rows
 
