@@ -59,12 +59,17 @@ def check_number(
         raise TypeError(
             f"{name} must be a number, got {describe(value)}.{_remedy_of_number(value)}"
         )
-    # torch.compile does not trace math.isfinite for a number that changes.
-    is_finite = -sys.float_info.max <= value <= sys.float_info.max  # no integer beyond a float
-    if not (is_finite and value >= least and value > above):
+    if not (_is_finite(value) and value >= least and value > above):
         bound = f" and > {above:g}" if above > -math.inf else ""
         bound = f" and >= {least:g}" if least > -math.inf else bound
         raise ValueError(f"{name} must be finite{bound}, got {value}. {_DEFAULT}")
+
+
+def _is_finite(value: Any) -> bool:
+    # torch.compile does not trace math.isfinite for a number that changes.
+    if isinstance(value, int):
+        return -sys.float_info.max <= value <= sys.float_info.max  # that float64 can hold
+    return bool(-math.inf < value < math.inf)  # NumPy compares in its own dtype, such as float16
 
 
 def check_integer(name: str, value: Any, *, least: int | None = None) -> None:
@@ -133,7 +138,7 @@ def _check_lora(lora: Any) -> None:
             f"lm_head_lora must have a number as scaling, got {describe(scaling)}."
             f"{_remedy_of_number(scaling)}"
         )
-    if not -sys.float_info.max <= scaling <= sys.float_info.max:
+    if not _is_finite(scaling):
         raise ValueError(f"lm_head_lora must have a finite scaling, got {scaling}. Pass 1.0.")
 
 
