@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from realign.demo.experiment.scenes import Draw, Question
-from realign.demo.experiment.scores import Said, area_under_curve, object_f1, scores
+from realign.demo.experiment.scores import ModelAnswers, area_under_curve, object_f1, scores
 from realign.demo.world import PARTNER, Scene, Thing
 
 
@@ -75,10 +75,10 @@ QUESTIONS = [
 ANSWERS = [("Yes", 2.0), ("Yes", 3.0), ("No", -1.0), ("No", -2.0)]
 
 
-def said() -> Said:
+def said() -> ModelAnswers:
     answers = [{"text": text, "log_odds": odds} for text, odds in ANSWERS]
     one: dict[str, Any] = {"captions": {"free": CAPTIONS}, "answers": {"free": answers}}
-    return Said.of([draw_of(SCENES, QUESTIONS)], [one | {"divergence": 1.5}])
+    return ModelAnswers.of([draw_of(SCENES, QUESTIONS)], [one | {"divergence": 1.5}])
 
 
 def test_scores_equal_counts_by_hand() -> None:
@@ -112,7 +112,7 @@ def test_scores_are_weighted_by_image() -> None:
 def test_draws_are_pooled_by_image() -> None:
     draws = [draw_of(SCENES, QUESTIONS), draw_of(SCENES[:1], QUESTIONS[:2])]
     answers = [{"text": text, "log_odds": odds} for text, odds in ANSWERS]
-    pooled = Said.of(
+    pooled = ModelAnswers.of(
         draws,
         [
             {"captions": {"free": CAPTIONS}, "answers": {"free": answers}, "divergence": 1.0},
