@@ -197,8 +197,7 @@ def new_folder(place: Path) -> Iterator[Path]:
     with name_disk_errors(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         # not named by process id: containers often share one, and a killed run leaves its folder
-        name = tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent)
-        temporary = Path(name)
+        temporary = Path(tempfile.mkdtemp(".tmp", f".{place.name}.", dir=place.parent))
         try:
             follow_umask(temporary)
             yield temporary
@@ -223,8 +222,7 @@ def name_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        parts = Path(str(error.filename)).parts
-        is_temporary = any(re.fullmatch(r"\..+\.tmp", part) for part in parts)
+        is_temporary = re.search(r"(^|/)\.[^/]+\.tmp(/|$)", str(error.filename))
         if error.errno in UNWRITABLE or is_temporary:
             error.filename = str(path)
         raise
