@@ -30,8 +30,8 @@ PLACES = ("*.yaml", "families/*.yaml")  # presets of accelerate are not recipes
 
 def recipes() -> dict[str, Path]:
     """Return name to file of every recipe, those for one family of models last."""
-    here = Path(__file__).parent
-    folder = here / "recipes" if (here / "recipes").is_dir() else here.parent / "recipes"
+    package = Path(__file__).parent
+    folder = package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
     return {path.stem: path for place in PLACES for path in sorted(folder.glob(place))}
 
 

@@ -119,7 +119,7 @@ def row_lines(counts: Counts) -> list[Line]:
     lines += [Line(f"bad: {code}", count, rows, "dropped") for code, count in _by_count(bad)]
     if counts["annotated"]:
         lines.append(Line("answered by the annotator", counts["annotated"], rows))
-    lines += [Line(f"masked by {who}", n, rows) for who, n in counts["masked_by"].items()]
+    lines += [Line(f"masked by {masker}", n, rows) for masker, n in counts["masked_by"].items()]
     lines.append(Line("accepted", counts["accepted"], rows, "accepted"))
     lines += [
         Line(f"dropped: {reason}", count, rows, "dropped")

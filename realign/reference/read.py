@@ -55,7 +55,7 @@ def accept_numerics(
     """
     scorer = load()
     batch = scorer.scoring.batch_size
-    here = np.concatenate(
+    computed = np.concatenate(
         [
             scorer.score(probed[start : start + batch]).logps
             for start in range(0, len(probed), batch)
@@ -64,19 +64,20 @@ def accept_numerics(
     cached, alone = deviations(reference, probed, scorer)
     del scorer
     free_reference()
-    here = here[:, : cached.shape[1]]
-    moved = [float(np.abs(here - alone).max())]
+    computed = computed[:, : cached.shape[1]]
+    moved = [float(np.abs(computed - alone).max())]
     if reference.variance is not None:
         moved.append(max(reference.variance.max))
-    tolerance = rounding(here) + TOLERATED_VARIANCES * max(moved)
-    off = np.abs(cached - here)
+    tolerance = rounding(computed) + TOLERATED_VARIANCES * max(moved)
+    off = np.abs(cached - computed)
     differences = identity_differences(stored["numerics"], needed["numerics"])
     if (bad := off > tolerance).any():
         row, cell = (int(index) for index in np.argwhere(bad)[0])
         raise RefusedError(
             f"{bad.any(axis=1).sum()} of {len(probed)} rows must have the cached log-probabilities "
-            f"here too, first: {probed[row].where}, cell {cell}, got {here[row, cell]:.6f} where "
-            f"{cached[row, cell]:.6f} is cached; {tolerance[row, cell]:.2g} nats are accepted."
+            f"here too, first: {probed[row].where}, cell {cell}, got {computed[row, cell]:.6f} "
+            f"where {cached[row, cell]:.6f} is cached; {tolerance[row, cell]:.2g} nats are "
+            "accepted."
             + "".join(f"\n  {line}" for line in differences)
             + "\nRun `realign cache` for this model on this machine."
         )

@@ -224,9 +224,9 @@ class _JsonReader:
     def takes(self, mark: str) -> bool:
         """Return whether a mark follows, and move behind it if so."""
         self._skip_spaces()
-        is_there = self._text.startswith(mark, self._position)
-        self._position += is_there
-        return is_there
+        follows = self._text.startswith(mark, self._position)
+        self._position += follows
+        return follows
 
     def take(self, mark: str) -> None:
         """Move behind a mark, which must follow."""

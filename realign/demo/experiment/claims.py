@@ -86,7 +86,7 @@ def _over_images(
 ) -> dict[str, Any]:
     """Return the intervals over the images of the first reporting seed by measure."""
     seed = experiment.protocol.reporting_seeds[0]
-    first, second = (experiment.said(*experiment.run_of(view, seed)) for view in (better, than))
+    first, second = (experiment.answers(*experiment.run_of(view, seed)) for view in (better, than))
     if first is None or second is None:
         return dict.fromkeys(measures)
     found = image_intervals(first, second, measures, resamples=experiment.protocol.resamples)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from realign.demo.experiment.scores import Said, scores
+from realign.demo.experiment.scores import ModelAnswers, scores
 
 
 class Interval(NamedTuple):
@@ -76,14 +76,19 @@ def t_distribution(value: float, freedom: int) -> float:
 
 
 def image_intervals(
-    better: Said, than: Said, measures: Sequence[str], *, resamples: int, seed: int = 0
+    better: ModelAnswers,
+    than: ModelAnswers,
+    measures: Sequence[str],
+    *,
+    resamples: int,
+    seed: int = 0,
 ) -> dict[str, Interval | None]:
     """Return the differences of measures between two models of one training seed, with their 95 %
     intervals over images, which are drawn for both alike; None where no draw defines one.
 
     Args:
-        better: What one model said.
-        than: What the other said about the same images.
+        better: The answers of one model.
+        than: The answers of the other about the same images.
         measures: Keys of what :func:`realign.demo.experiment.scores.scores` returns.
         resamples: Draws.
         seed: Of the draws.

@@ -96,7 +96,7 @@ class Measurer:
 
     def divergence(self, model: Any, draw: Draw, captions: Sequence[str]) -> float | None:
         """Return the mean KL divergence of the model from the base over its own captions of free
-        scenes, in nats a caption; None where it said nothing.
+        scenes, in nats a caption; None where it wrote nothing.
         """
         paths = draw.images(self.images)["free"]
         nonempty = [(path, text) for path, text in zip(paths, captions, strict=True) if text]

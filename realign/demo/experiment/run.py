@@ -130,7 +130,7 @@ class DoRun:
         points: list[dict[str, Any]] = []
 
         def measure_at(steps: int, model: Any) -> None:
-            answers = {str(draw.seed): _said(measurer, model, draw, run) for draw in draws}
+            answers = {str(draw.seed): _answers_on(measurer, model, draw, run) for draw in draws}
             points.append({"steps": steps, "draws": answers})
 
         found: dict[str, Any] = {"run": asdict(run), "stopped": None, "log": {}, "pairs": 0}
@@ -157,8 +157,8 @@ class DoRun:
         return found | {"points": points}
 
 
-def _said(measurer: Measurer, model: Any, draw: Draw, run: Run) -> dict[str, Any]:
-    """Return the answers of a model on a draw, in the form that ``scores.Said`` reads."""
+def _answers_on(measurer: Measurer, model: Any, draw: Draw, run: Run) -> dict[str, Any]:
+    """Return the answers of a model on a draw, in the form that ``scores.ModelAnswers`` reads."""
     sets = ["free"] if run.only_captions else [*SPLITS]
     captions = measurer.captions(model, draw, sets)
     if run.only_captions:

@@ -1,5 +1,5 @@
-"""Measures from what a model said: counts by image, by the rules of ``realign eval``, and the AUC
-of its log-odds.
+"""Measures of the answers of a model: counts by image, by the rules of ``realign eval``, and the
+AUC of its log-odds.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _CAPTION_COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Said:
+class ModelAnswers:
     """The answers of one model on some draws, ready to be scored.
 
     Attributes:
         counts: Set to counts, shape ``(images, columns)``: of captions, then of each split.
         odds: Set and split to log-odds of Yes, right answers (1 for yes) and images, each
             ``(questions,)``.
-        divergences: Mean KL divergence from the base, one per draw; None where it said nothing.
+        divergences: Mean KL divergence from the base, one per draw; None where it wrote nothing.
     """
 
     counts: Mapping[str, Array]
@@ -44,8 +44,8 @@ class Said:
     divergences: tuple[float | None, ...]
 
     @classmethod
-    def of(cls, draws: Sequence[Draw], answers: Sequence[Mapping[str, Any]]) -> Said:
-        """Count what was said on each draw, and pool their images.
+    def of(cls, draws: Sequence[Draw], answers: Sequence[Mapping[str, Any]]) -> ModelAnswers:
+        """Count the answers on each draw, and pool their images.
 
         Args:
             draws: Evaluation draws.
@@ -70,8 +70,8 @@ class Said:
         return cls(counts, odds, tuple(one["divergence"] for one in answers))
 
 
-def scores(answers: Said, weights: Mapping[str, Array] | None = None) -> dict[str, float]:
-    """Return all measures of what a model said, NaN where one is not defined.
+def scores(answers: ModelAnswers, weights: Mapping[str, Array] | None = None) -> dict[str, float]:
+    """Return all measures of a model's answers, NaN where one is not defined.
 
     Args:
         answers: Answers of the model.

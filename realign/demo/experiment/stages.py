@@ -28,7 +28,7 @@ from realign.demo.experiment.protocol import (
 )
 from realign.demo.experiment.run import DoRun, MakePairs, PairSet, Run
 from realign.demo.experiment.scenes import Draw
-from realign.demo.experiment.scores import Said, object_f1, scores
+from realign.demo.experiment.scores import ModelAnswers, object_f1, scores
 from realign.demo.experiment.search import Setting, Trial, best_setting, next_trials
 from realign.modeling.identity import machine_numerics
 from realign.runtime.engine.engine import Engine, fill_shards
@@ -66,7 +66,7 @@ class Experiment:
         self._searched: dict[str, list[Trial]] = {}
         # every file is read and scored once
         self._draws: dict[int, Draw] = {}
-        self._said: dict[tuple[Run, int], Said] = {}
+        self._answers: dict[tuple[Run, int], ModelAnswers] = {}
         self._scores: dict[tuple[Run, int], dict[str, float] | None] = {}
 
     def make_pairs(self, wanted: Iterable[PairSet]) -> None:
@@ -219,21 +219,21 @@ class Experiment:
         rows = self.chosen("rDPO").rows
         return steps_for(rows, condition if view.at == "equal rows" else rdpo)
 
-    def said(self, run: Run, steps: int) -> Said | None:
-        """Return what a run said after some steps; None where it stopped before or was not done."""
+    def answers(self, run: Run, steps: int) -> ModelAnswers | None:
+        """Return the answers of a run after some steps; None if it stopped before or never ran."""
         if not run.file(self.out).is_file():
             return None
-        if (run, steps) not in self._said:
+        if (run, steps) not in self._answers:
             draws = [self._draw(seed) for seed in run.draws]
             for point in read_json(run.file(self.out))["points"]:
                 answers = [point["draws"][str(draw.seed)] for draw in draws]
-                self._said[run, point["steps"]] = Said.of(draws, answers)
-        return self._said.get((run, steps))
+                self._answers[run, point["steps"]] = ModelAnswers.of(draws, answers)
+        return self._answers.get((run, steps))
 
     def scored(self, run: Run, steps: int) -> dict[str, float] | None:
-        """Return the scores of what a run said after some steps; None where it stopped before."""
+        """Return the scores of a run after some steps; None where it stopped before."""
         if (run, steps) not in self._scores:
-            answers = self.said(run, steps)
+            answers = self.answers(run, steps)
             self._scores[run, steps] = None if answers is None else scores(answers)
         return self._scores[run, steps]
 

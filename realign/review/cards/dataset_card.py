@@ -215,7 +215,7 @@ def _steps(config: Mapping[str, Any], found: Provenance, rows: int) -> Iterator[
 def _masks(config: Mapping[str, Any], found: Provenance) -> Iterator[str]:
     is_sentence = config["mask_level"] == "sentence"
     kind = "sentences with visual content" if is_sentence else "visual phrases"
-    by = ", ".join(f"{who} {count:,}" for who, count in found.masked_by.most_common())
+    by = ", ".join(f"{masker} {count:,}" for masker, count in found.masked_by.most_common())
     yield f"**Masks.** In the chosen answer {kind} were replaced by `[MASK]` (rows: {plain(by)})"
     if rates := config["mask_rates"]:
         shares = ", ".join(f"{plain(name)} {100 * rate:g} %" for name, rate in rates.items())

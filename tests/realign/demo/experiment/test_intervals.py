@@ -14,7 +14,7 @@ from realign.demo.experiment.intervals import (
     t_interval,
     t_quantile,
 )
-from realign.demo.experiment.scores import Said
+from realign.demo.experiment.scores import ModelAnswers
 
 # the usual table of Student's t: degrees of freedom, 97.5 % and 99.5 % quantile
 PUBLISHED = (
@@ -64,12 +64,12 @@ def test_intervals_cover_the_true_mean_at_their_level() -> None:
     assert abs(hits / 2000 - 0.95) < 0.015  # three standard errors
 
 
-def captions(absent: np.ndarray) -> Said:
+def captions(absent: np.ndarray) -> ModelAnswers:
     """Captions that name two objects each, ``absent`` of them not there."""
     counts = np.zeros((len(absent), 13))
     counts[:, 0], counts[:, 1], counts[:, 2], counts[:, 3] = 2, absent, 2, 2 - absent
     counts[:, 4], counts[:, 5] = 1, absent > 0
-    return Said({"free": np.pad(counts, ((0, 0), (0, 18)))}, NO_ODDS, (None,))
+    return ModelAnswers({"free": np.pad(counts, ((0, 0), (0, 18)))}, NO_ODDS, (None,))
 
 
 NO_ODDS = {
