@@ -162,8 +162,8 @@ def test_imports_form_no_cycle(package: str) -> None:
 
 def test_the_room_tables_name_existing_rooms_without_cycles() -> None:
     for package, table in ROOMS.items():
-        there = {room(name)[1] for name in modules(package)} | {"integrations"}
-        assert set(table) <= there
+        rooms = {room(name)[1] for name in modules(package)} | {"integrations"}
+        assert set(table) <= rooms
         TopologicalSorter(table).prepare()
 
 

@@ -40,5 +40,5 @@ def test_every_proof_has_a_quick_test(row: str, request: pytest.FixtureRequest) 
         quick += [
             item.nodeid for item in items if not {m.name for m in item.iter_markers()} & LONGER
         ]
-    says_so = "`make test-full`" in ROWS[row] or "`make test-slow`" in ROWS[row]
-    assert quick or says_so or not {file for file, _ in named} <= collected
+    names_longer_run = "`make test-full`" in ROWS[row] or "`make test-slow`" in ROWS[row]
+    assert quick or names_longer_run or not {file for file, _ in named} <= collected

@@ -59,11 +59,13 @@ def run(job: Job, turns: list[int], after_start: Any = None) -> list[dict[str, A
     trainer, _ = make_trainer(job)
     if after_start:
         after_start(trainer)
-    said: list[dict[str, Any]] = []
+    reports: list[dict[str, Any]] = []
     steps: Iterator[int] = iter(turns)
-    trainer.add_callback(Turns(trainer, Memory("cpu"), said.append, lambda: str(next(steps)), None))
+    trainer.add_callback(
+        Turns(trainer, Memory("cpu"), reports.append, lambda: str(next(steps)), None)
+    )
     trainer.train()
-    return said
+    return reports
 
 
 @pytest.mark.parametrize("shape", ["tiny", "tiny-qwen"])
@@ -84,14 +86,14 @@ def test_all_schemes_train_to_the_same_losses(tmp_path, monkeypatch, mode):
     losses = {}
     for scheme in SCHEMES:
         job = Job(scheme, "tiny", mode, 2, steps=4, learning_rate=1e-2, out=str(tmp_path))
-        said = run(job, [1, 3])
-        assert [len(turn["seconds"]) for turn in said] == [1, 3]
-        losses[scheme] = [loss for turn in said for loss in turn["losses"]]
+        reports = run(job, [1, 3])
+        assert [len(turn["seconds"]) for turn in reports] == [1, 3]
+        losses[scheme] = [loss for turn in reports for loss in turn["losses"]]
     with monkeypatch.context() as patch:
         for name in ("_use_triton", "_ChunkedLogProbFunction"):
             patch.setattr(utils, name, getattr(utils, name))  # put back afterwards
-        said = run(replace(job, plain_head=True), [4])
-    losses["trl, plain head"] = said[0]["losses"]
+        reports = run(replace(job, plain_head=True), [4])
+    losses["trl, plain head"] = reports[0]["losses"]
     ours = torch.tensor(losses.pop("ours"))
     assert ours[0] == pytest.approx(1.3862944, abs=1e-6)
     assert ours[-1] < ours[0] - 0.2
@@ -326,8 +328,8 @@ def test_a_worker_reports_that_liger_does_not_fit(is_liger, monkeypatch, capsys)
     try:
         if is_liger:
             worker.main()
-            said = json.loads(capsys.readouterr().out)
-            assert said == {"unavailable": "liger: true requires another one."}
+            printed = json.loads(capsys.readouterr().out)
+            assert printed == {"unavailable": "liger: true requires another one."}
         else:
             with pytest.raises(RefusedError, match="requires another one"):
                 worker.main()

@@ -97,7 +97,9 @@ def test_commands_that_need_no_gpu_run_on_the_embedded_model(
     if words[0] == "train":
         words += ["--out", "out", "--dry-run"]
     result = CliRunner().invoke(app, words)
-    said = next((said for word, said in REFUSED.items() if word in str(command)), None)
-    assert result.exit_code == (2 if said else 0), result.output
-    assert (said or "checkpoint would be out/checkpoint" * (words[0] == "train")) in result.output
+    refusal = next((refusal for word, refusal in REFUSED.items() if word in str(command)), None)
+    assert result.exit_code == (2 if refusal else 0), result.output
+    assert (
+        refusal or "checkpoint would be out/checkpoint" * (words[0] == "train")
+    ) in result.output
     assert not (tmp_path / "out").exists()

@@ -133,7 +133,7 @@ REPLACED = {
     "llava-hf/llava-1.5-7b-hf": str(MODEL),
     'DPOConfig("out"': 'DPOConfig("out", use_cpu=True, bf16=False, disable_tqdm=True',
 }
-HERE = [
+EXECUTED = [
     (page, number)
     for page, number in python_blocks()
     if not any(number in numbers for numbers in ELSEWHERE.get(page, {}).values())
@@ -151,7 +151,7 @@ def run(page: str, number: int, folder: Path) -> Names:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL's configuration
-@pytest.mark.parametrize(("page", "number"), HERE)
+@pytest.mark.parametrize(("page", "number"), EXECUTED)
 def test_a_python_block_runs(
     page: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,7 +169,7 @@ def test_a_python_block_runs(
 
 def test_every_block_run_by_another_test_exists() -> None:
     everything = {*python_blocks()}
-    assert {*GIVEN} <= {*HERE}
+    assert {*GIVEN} <= {*EXECUTED}
     for page, tests in ELSEWHERE.items():
         for file, numbers in tests.items():
             assert {(page, number) for number in numbers} <= everything, (page, file)

@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from tests.peers.table import HERE, Peer
+from tests.peers.table import PEERS_FOLDER, Peer
 
-ROOT = HERE.parents[1]
+ROOT = PEERS_FOLDER.parents[1]
 
 
 class RefusedSourceError(ValueError):
@@ -38,7 +38,7 @@ class LeftOut:
 
 def read_left_out() -> dict[str, list[LeftOut]]:
     """Return the exceptions from each peer's tests."""
-    text = (HERE / "exceptions.yaml").read_text(encoding="utf-8")
+    text = (PEERS_FOLDER / "exceptions.yaml").read_text(encoding="utf-8")
     peers: dict[str, list[dict[str, str]]] = yaml.safe_load(text)
     return {peer: [LeftOut(**entry) for entry in entries] for peer, entries in peers.items()}
 
@@ -74,13 +74,13 @@ class Report:
             f"{total} deselected"
         ]
         for entry in self.left_out:
-            what = entry.file or entry.cases
-            number = f"{self.deselected[what]} cases" if entry.cases else "file"
-            if what not in self.stale:
-                lines.append(f"  left out: {number}, {what}: {entry.reason}")
+            pattern = entry.file or entry.cases
+            number = f"{self.deselected[pattern]} cases" if entry.cases else "file"
+            if pattern not in self.stale:
+                lines.append(f"  left out: {number}, {pattern}: {entry.reason}")
         lines += [
-            f"  stale: {what} names nothing. Take it out of tests/peers/exceptions.yaml."
-            for what in self.stale
+            f"  stale: {pattern} names nothing. Take it out of tests/peers/exceptions.yaml."
+            for pattern in self.stale
         ]
         lines += [
             f"  neither run nor excepted: {name}. Add it to table.py or exceptions.yaml."
@@ -106,7 +106,7 @@ def run(peer: Peer, source: Path, left_out: list[LeftOut]) -> Report:
         _adapt(peer, source, folder)
         patterns = [entry.cases for entry in left_out if entry.cases]
         (folder / "left_out.json").write_text(json.dumps(patterns), encoding="utf-8")
-        shutil.copy(HERE / "plugin.py", folder / "conftest.py")
+        shutil.copy(PEERS_FOLDER / "plugin.py", folder / "conftest.py")
         status = _run_pytest(folder)
         results: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0, "deselected": {}}
         written = folder / "results.json"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-HERE = Path(__file__).parent
+PEERS_FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,6 @@ PEERS = {
     "cce": _CCE,
     "cce-head": _CCE,
     "liger": _LIGER,
-    "torch": Peer(tests=("torch_samples.py",), source=HERE),
+    "torch": Peer(tests=("torch_samples.py",), source=PEERS_FOLDER),
     "trl": _TRL,
 }

@@ -180,8 +180,8 @@ def test_an_answer_without_an_end_of_turn_token_counts_as_cut(
 
 
 def test_mask_rates_of_unknown_categories_are_refused(config: BuildConfig) -> None:
-    said = r"must name categories of \['attributes', 'objects', .*got 'object'"
-    with pytest.raises(RefusedError, match=said):
+    message = r"must name categories of \['attributes', 'objects', .*got 'object'"
+    with pytest.raises(RefusedError, match=message):
         build(config.model_copy(update={"mask_rates": {"object": 0.1}}))
     assert not config.out.exists()
 
@@ -536,16 +536,16 @@ def test_a_dry_run_loads_the_model_for_a_few_rows_and_writes_nothing(
     update = {"source": tmp_path / "rows.parquet", "images": None, "sample": 30, "mask": "model"}
     build(config.model_copy(update=update), dry_run=True)
     assert not config.out.exists()
-    said = capsys.readouterr().err
-    assert "30 rows, " in said
+    printed = capsys.readouterr().err
+    assert "30 rows, " in printed
     model = Path(config.model).name
-    assert f"masker {model} (loaded here): 30 requests, up to 60 if it changes" in said
-    assert f"inducer {model} (loaded here): 30 requests, up to 90 if every" in said
-    assert said.count("time: about ") == 2
-    assert said.count(", a batch of ") == 2
+    assert f"masker {model} (loaded here): 30 requests, up to 60 if it changes" in printed
+    assert f"inducer {model} (loaded here): 30 requests, up to 90 if every" in printed
+    assert printed.count("time: about ") == 2
+    assert printed.count(", a batch of ") == 2
     # 16 patches of the demo's images, one placeholder in the text
     reader = ImageTokens(load_processor(Path(config.model)))
-    assert f" of text and {reader((96, 96))} of the image each), about" in said
+    assert f" of text and {reader((96, 96))} of the image each), about" in printed
 
 
 def test_the_refusal_names_the_option_that_finds_the_images(

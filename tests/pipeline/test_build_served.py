@@ -45,10 +45,10 @@ class Server:
                 text = next(part["text"] for part in parts if part["type"] == "text")
                 image = next(part["image_url"]["url"] for part in parts if "image_url" in part)
                 server.asked.append((text, image))
-                said = say(text, server.annotation)
+                answer = say(text, server.annotation)
                 if COMPLETION_PROMPT in text and not server.fills:
-                    said = "Some kitten sleeps near its bowl."
-                message = {"role": "assistant", "content": said}
+                    answer = "Some kitten sleeps near its bowl."
+                message = {"role": "assistant", "content": answer}
                 choice = {"index": 0, "message": message, "finish_reason": "stop"}
                 usage = {"prompt_tokens": 1000, "completion_tokens": 5}
                 reply = json.dumps({"id": "1", "choices": [choice], "usage": usage})
@@ -117,11 +117,11 @@ def test_a_served_model_annotates_masks_and_completes(config: BuildConfig, serve
     assert records[0].chosen == "There is a dog next to a blue house."
     assert records[0].rejected == "There is a submarine next to a blue house."
     assert records[1].rejected == "A red submarine and a cat."
-    said = {"engine": "endpoint", "model": "scripted", "decoding": "greedy", "seed": 0}
-    assert records[0].meta["annotator"] == said
+    provenance = {"engine": "endpoint", "model": "scripted", "decoding": "greedy", "seed": 0}
+    assert records[0].meta["annotator"] == provenance
     assert "annotator" not in records[1].meta
-    assert records[1].meta["masker"] == said
-    assert records[1].meta["generator"] == said
+    assert records[1].meta["masker"] == provenance
+    assert records[1].meta["generator"] == provenance
     assert records[1].meta["masked_by"] == "model"
     funnel = json.loads((config.out / "funnel.json").read_text())
     assert (funnel["annotated"], funnel["accepted"], funnel["rejected"]) == (1, 8, {})
@@ -170,7 +170,7 @@ def test_bad_rows_within_max_reject_are_left_out_of_a_served_build(
 
 
 @pytest.mark.parametrize(
-    ("said", "reason"),
+    ("reply", "reason"),
     [
         ("I'm sorry, but I cannot see any image.", "no answer: refused to answer"),
         ("An <image> of a dog.", "no answer: special token"),
@@ -178,9 +178,9 @@ def test_bad_rows_within_max_reject_are_left_out_of_a_served_build(
     ],
 )
 def test_a_reply_without_an_answer_does_not_become_the_chosen_answer(
-    config: BuildConfig, server: Server, said: str, reason: str
+    config: BuildConfig, server: Server, reply: str, reason: str
 ) -> None:
-    server.annotation = said
+    server.annotation = reply
     assert len(read_records(build(config), None)) == 7
     assert json.loads((config.out / "funnel.json").read_text())["dropped"] == {reason: 1}
 
@@ -204,18 +204,18 @@ def test_a_dry_run_prints_the_requests_per_server_and_writes_nothing(
     assert build(dry, dry_run=True) == config.out / "dataset.parquet"
     assert not config.out.exists()
     assert (server.listed, len(server.asked)) == (1, 3)
-    said = capsys.readouterr().err
-    assert "8 rows, 8 image files\n" in said
-    assert f"annotator scripted ({server.url}): 1 request\n" in said
-    assert f"masker scripted ({server.url}): 8 requests, up to 16 if it changes other" in said
-    assert f"inducer scripted ({server.url}): 8 requests, up to 24 if every retrieved" in said
+    printed = capsys.readouterr().err
+    assert "8 rows, 8 image files\n" in printed
+    assert f"annotator scripted ({server.url}): 1 request\n" in printed
+    assert f"masker scripted ({server.url}): 8 requests, up to 16 if it changes other" in printed
+    assert f"inducer scripted ({server.url}): 8 requests, up to 24 if every retrieved" in printed
     # a server counts 1,000 tokens for text and image together, so often as it is asked
-    assert "about 1,000 of prompts" in said
-    assert "about 8,000 to 24,000 of prompts" in said
-    assert re.search(r"8,000 to 16,000 of prompts \((\d+) of text and (\d+) of the image", said)
-    assert "about 5 of answers (5 each)" in said  # where the row has none, as the server did
-    assert "8 at a time, if each takes 0." in said
-    assert "Prices are not known" in said
+    assert "about 1,000 of prompts" in printed
+    assert "about 8,000 to 24,000 of prompts" in printed
+    assert re.search(r"8,000 to 16,000 of prompts \((\d+) of text and (\d+) of the image", printed)
+    assert "about 5 of answers (5 each)" in printed  # where the row has none, as the server did
+    assert "8 at a time, if each takes 0." in printed
+    assert "Prices are not known" in printed
 
 
 def test_the_build_does_not_repeat_the_requests_of_its_plan(
@@ -274,5 +274,5 @@ def test_rejected_answers_unrelated_to_the_chosen_ones_give_a_warning(
         build(build_one)
         page = write_report(build_one.out).read_text()
         notes = check(CheckConfig(data=build_one.out)).notes
-        said = (capsys.readouterr().err, page, "\n".join(notes))
-        assert [("share next to nothing" in text) for text in said] == [is_warned] * 3
+        texts = (capsys.readouterr().err, page, "\n".join(notes))
+        assert [("share next to nothing" in text) for text in texts] == [is_warned] * 3

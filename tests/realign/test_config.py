@@ -79,9 +79,9 @@ def refused(path: str, value: object) -> str:
     verb = path.partition(".")[0]
     with pytest.raises(RefusedError) as error:
         load_config(SECTIONS[verb], None, [f"{path}={value}"])
-    said = [line for line in str(error.value).splitlines() if line.startswith(f"{path}: ")]
-    assert said, error.value
-    return said[0]
+    messages = [line for line in str(error.value).splitlines() if line.startswith(f"{path}: ")]
+    assert messages, error.value
+    return messages[0]
 
 
 @pytest.mark.parametrize(("path", "has_fraction"), NUMERIC)
@@ -97,7 +97,7 @@ def test_a_truth_value_is_not_read_as_a_number(path: str, has_fraction: bool) ->
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value", "rule"),
     [
         ("build.threshold", 1.01, "less than or equal to 1, got 1.01"),
         ("build.threshold", 0, "greater than 0, got 0"),
@@ -119,8 +119,8 @@ def test_a_truth_value_is_not_read_as_a_number(path: str, has_fraction: bool) ->
         ("eval.seed", 2**32, "less than 4294967296, got 4294967296"),
     ],
 )
-def test_numbers_out_of_range_are_refused(path: str, value: float, said: str) -> None:
-    assert refused(path, value) == f"{path}: Input should be {said}."
+def test_numbers_out_of_range_are_refused(path: str, value: float, rule: str) -> None:
+    assert refused(path, value) == f"{path}: Input should be {rule}."
 
 
 def test_a_missing_required_option_is_refused_with_its_flag() -> None:

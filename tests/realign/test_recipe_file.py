@@ -101,11 +101,11 @@ def test_the_init_command_lists_and_writes_recipes(tmp_path: Path, monkeypatch) 
     assert max(map(len, listed.splitlines())) <= 80
     assert run("paper") == (0, "paper -> paper.yaml\n")
     assert run("paper", "--out", "runs/my.yaml") == (0, "paper -> runs/my.yaml\n")
-    code, said = run("paper")
-    assert (code, "which exists. Name another one with --out" in " ".join(said.split())) == (
+    code, output = run("paper")
+    assert (code, "which exists. Name another one with --out" in " ".join(output.split())) == (
         2,
         True,
     )
-    code, said = run("--out", "x.yaml")
-    assert (code, "requires a recipe" in said) == (2, True)
+    code, output = run("--out", "x.yaml")
+    assert (code, "requires a recipe" in output) == (2, True)
     assert sorted(path.name for path in tmp_path.rglob("*.yaml")) == ["my.yaml", "paper.yaml"]

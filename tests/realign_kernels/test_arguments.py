@@ -107,21 +107,21 @@ def test_wrong_values_are_refused_by_name(call, name):
     """A value that passes is one that the argument may have."""
     function, arguments = CALLS[call]
     names = (name, *OTHERS.get(name, ()))
-    for what, value in WRONG.items():
+    for kind, value in WRONG.items():
         # Nothing is a group in a process without torch.distributed, which its message says.
         refusal = RuntimeError if name == "group" else TypeError
         try:
             function(**{**arguments, name: value})
         except (TypeError, ValueError, refusal) as error:
             message = str(error)
-            assert message.startswith(names), (what, message)
-            assert ", got " in message, (what, message)
+            assert message.startswith(names), (kind, message)
+            assert ", got " in message, (kind, message)
             # A remedy is a sentence of its own; another hidden size has none.
             assert (
                 "lm_head_weight must have shape" in message or message.rstrip(".").count(". ") >= 1
-            ), (what, message)
+            ), (kind, message)
             for foreign in ("realign::", "attribute", "schema", "Declaration"):
-                assert foreign not in message, (what, message)
+                assert foreign not in message, (kind, message)
         else:
             assert value is None or isinstance(value, bool | int | float | np.float32 | Objective)
 

@@ -37,8 +37,8 @@ def test_wrong_numbers_are_reported_and_exit_with_1(monkeypatch, capsys, wrong):
         diagnosis.main()
     assert stop.value.code == 1
     lines = capsys.readouterr().out.splitlines()
-    told = {line.split(",")[0]: line for line in lines if line.endswith(": WRONG")}
-    assert "check of eager on cpu" in told
+    wrong_checks = {line.split(",")[0]: line for line in lines if line.endswith(": WRONG")}
+    assert "check of eager on cpu" in wrong_checks
 
 
 def test_the_diagnosis_command_runs_with_the_kernels_package_only():

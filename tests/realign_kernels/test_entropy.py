@@ -182,11 +182,11 @@ def test_opcheck_of_the_backward(entropy, each_backend):
         hidden, weight, *others, lora_scaling=0.5, transform=[1.0, 4.0, 1.5], autocast_dtype=None,
         backend=each_backend, budget=[1 << 14, 1 << 20], group_name=None,
     )  # fmt: skip
-    what = operators.ScoreArguments(
+    arguments = operators.ScoreArguments(
         labels=inputs.labels, top_rows=None, sequence_lengths=None, ignore_index=-100,
         keeps="numbers", with_statistics=True, label_shape=[7], witness=None,
     )  # fmt: skip
-    scores = operators.FusedScores(*operators.score_tokens_op(*head, *what))
+    scores = operators.FusedScores(*operators.score_tokens_op(*head, *arguments))
     slope = torch.linspace(-1, 1, 7).double()
     kept = operators.BackwardArguments(
         slope, None, slope if entropy else None, slope, scores.entropy if entropy else None,

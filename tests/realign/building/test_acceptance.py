@@ -32,8 +32,8 @@ def acceptance(**options: Any) -> Acceptance:
     return Acceptance(**(settings | options))
 
 
-def reason(said: str | Answer, similarity: float = 0.5, **options: Any) -> str:
-    answer = said if isinstance(said, Answer) else Answer(said)
+def reason(reply: str | Answer, similarity: float = 0.5, **options: Any) -> str:
+    answer = reply if isinstance(reply, Answer) else Answer(reply)
     return refusal(row(), MASKED, answer, similarity, acceptance(**options))
 
 
@@ -107,7 +107,7 @@ def test_checks_run_in_the_listed_order() -> None:
         (Answer(ANSWER), 1.0),
         (Answer("Cat."), 1.0),
     ]
-    seen = [refusal(row(), MASKED, said, value, acceptance()) for said, value in failing]
+    seen = [refusal(row(), MASKED, answer, value, acceptance()) for answer, value in failing]
     loose = {"keep_unmasked": False}
     seen += [
         reason("Cat.", 1.0, **loose),

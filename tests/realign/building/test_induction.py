@@ -90,7 +90,7 @@ def ranked(paths: list[Path], model_dir: Path) -> list[list[Candidate]]:
 
 PROBLEM = "the server refused it"
 # What the model says of each row's candidates, best first; rows by image.
-SAID = [
+REPLIES = [
     [
         Answer("A", is_cut=True),
         Answer(""),
@@ -134,9 +134,9 @@ def test_induction_follows_the_algorithm_of_the_paper(
         )
     generator = Scripted(
         {
-            (one.instruction, image.name): said
-            for one, images, replies in zip(rows, order, SAID, strict=True)
-            for image, said in zip(images, replies, strict=False)
+            (one.instruction, image.name): reply
+            for one, images, replies in zip(rows, order, REPLIES, strict=True)
+            for image, reply in zip(images, replies, strict=False)
         }
     )
     masked = mask_rows(rows, RULES, None, always)
@@ -153,7 +153,7 @@ def test_induction_follows_the_algorithm_of_the_paper(
         ("A tan cat sits on it.", 2, ""),
         ("A red red red red cat sits on it.", 4, ""),
     ]
-    for outcome, images, replies in zip(outcomes, order, SAID, strict=True):
+    for outcome, images, replies in zip(outcomes, order, REPLIES, strict=True):
         tried = [attempt["image"] for attempt in outcome.refused]
         if outcome.image:
             v_l = images[outcome.rank - 1]
@@ -176,10 +176,10 @@ def test_induction_follows_the_algorithm_of_the_paper(
 
 def test_a_refused_candidate_is_recorded_with_its_details(five_images: list[Path]) -> None:
     images = [Candidate("1.png", five_images[1], 1, 0.87654321)]
-    said = {("What is on 0?", "1.png"): Answer("The red dog sits on it.")}
+    replies = {("What is on 0?", "1.png"): Answer("The red dog sits on it.")}
     rows = [row(five_images[0])]
     masked = mask_rows(rows, RULES, None, always)
-    (outcome,) = induce(rows, masked, [images], acceptance(), Scripted(said), always)
+    (outcome,) = induce(rows, masked, [images], acceptance(), Scripted(replies), always)
     assert outcome.as_row()["refused"] == [
         {
             "image": "1.png",
@@ -198,10 +198,10 @@ def candidates(paths: list[Path]) -> list[Candidate]:
 
 def test_a_candidate_that_makes_the_prompt_too_long_is_skipped(five_images) -> None:
     rows = [row(five_images[0])]
-    said = {("What is on 0?", "2.png"): Answer("A red cat sits on it.")}
+    replies = {("What is on 0?", "2.png"): Answer("A red cat sits on it.")}
     masked = mask_rows(rows, RULES, None, always)
     (outcome,) = induce(
-        rows, masked, [candidates(five_images[1:])], acceptance(), Scripted(said),
+        rows, masked, [candidates(five_images[1:])], acceptance(), Scripted(replies),
         lambda prompt, image: image.name != "1.png",
     )  # fmt: skip
     assert (outcome.image, outcome.rank) == ("2.png", 2)
@@ -259,9 +259,9 @@ def test_pairs_with_both_answers_get_only_a_retrieved_image(five_images) -> None
 def test_rows_with_and_without_a_rejected_answer_share_a_group(five_images) -> None:
     rows = [row(five_images[0], rejected="A red cat sits."), row(five_images[1])]
     order = [candidates(five_images[1:]), candidates(five_images[2:])]
-    said = {("What is on 1?", "2.png"): Answer("A tan cat sits on it.")}
+    replies = {("What is on 1?", "2.png"): Answer("A tan cat sits on it.")}
     masked = mask_rows(rows, RULES, None, always)
-    first, second = induce(rows, masked, order, acceptance(), Scripted(said), always)
+    first, second = induce(rows, masked, order, acceptance(), Scripted(replies), always)
     assert [first] == attach(rows[:1], order[:1], load_similarity("lexical"))
     assert (second.completion, second.image) == ("A tan cat sits on it.", "2.png")
 

@@ -8,7 +8,7 @@ from realign.building.plan import duration
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "text"),
     [
         (0.01, "1 s"),
         (59.4, "59 s"),
@@ -19,5 +19,5 @@ from realign.building.plan import duration
         (26 * 3600 + 59 * 60, "1 d 2 h"),
     ],
 )
-def test_a_duration_is_written_in_its_two_largest_units(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+def test_a_duration_is_written_in_its_two_largest_units(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

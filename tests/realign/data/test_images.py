@@ -75,13 +75,13 @@ def test_a_truncated_image_always_gives_the_same_message(kind: str) -> None:
     rng = np.random.default_rng(0)
     raw = encoded(Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)), kind)
     for length in range(0, len(raw) - 20, 7):
-        said = set()
+        messages = set()
         for _ in range(2):
             with pytest.raises(RefusedError, match=r"^row 1, a\.png: image .*or remove") as refused:
                 decode_image(raw[:length], "row 1, a.png")
-            said.add(str(refused.value))
-        assert len(said) == 1
-        assert " at 0x" not in said.pop()
+            messages.add(str(refused.value))
+        assert len(messages) == 1
+        assert " at 0x" not in messages.pop()
 
 
 def test_animations_are_refused() -> None:

@@ -21,9 +21,9 @@ UNRELATED = "The kitten sleeps on some blue blanket near its bowl, and sunlight 
 def test_unrelated_answers_give_a_warning_and_refilled_answers_do_not() -> None:
     assert lexical(CHOSEN, UNRELATED) < 0.1 < lexical(CHOSEN, REFILLED)
     assert unrelated_answers([lexical(CHOSEN, REFILLED)] * 11) == ""
-    said = unrelated_answers([lexical(CHOSEN, UNRELATED)] * 11)
-    assert "median lexical similarity of 11 pairs is 0.00" in said
-    assert "set build.keep_unmasked=true" in said
+    warning = unrelated_answers([lexical(CHOSEN, UNRELATED)] * 11)
+    assert "median lexical similarity of 11 pairs is 0.00" in warning
+    assert "set build.keep_unmasked=true" in warning
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_the_embedded_model_answers_from_the_image(generator, scenes, present, l
         rng.choice([kind for kind in KINDS if (kind in scene.kinds) == present]) for scene in scenes
     ]
     answers = ask(generator, scenes, [question(kind) for kind in kinds])
-    right = [s.answer(kind) == said for s, kind, said in zip(scenes, kinds, answers, strict=True)]
+    right = [s.answer(kind) == text for s, kind, text in zip(scenes, kinds, answers, strict=True)]
     assert sum(right) / SCENES > least
 
 

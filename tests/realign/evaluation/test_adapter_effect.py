@@ -47,7 +47,7 @@ def test_the_adapter_effect_is_the_largest_logit_difference_from_the_base(
     generator = TransformersGenerator.load(folder, torch.float32, 4)
     base = TransformersGenerator.load(model_dir, torch.float32, 4)
     with torch.no_grad():
-        logits = [said.model(**said.inputs([request_])).logits for said in (generator, base)]
+        logits = [loaded.model(**loaded.inputs([request_])).logits for loaded in (generator, base)]
     difference = float((logits[0] - logits[1]).abs().max())
     assert difference > 0.01
     effect = adapter_effect(generator, folder, request_, allow_none=False)

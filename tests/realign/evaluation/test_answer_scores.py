@@ -257,17 +257,17 @@ def case_a() -> list[dict[str, Any]]:
         ("1", first, "0101"),
         ("2", second, "1010"),
     ):
-        for i, (said, code) in enumerate(answers):
-            items.append(("VS_map", figure, str(i), truths[i], said, code))
+        for i, (prediction, code) in enumerate(answers):
+            items.append(("VS_map", figure, str(i), truths[i], prediction, code))
     same = "Yes, they are the same size."
     for figure, answers, truths in (
         ("0", [(same, "1"), ("No", "1"), ("No", "1")], "100"),
         ("1", [(same, "0"), ("The right one is larger.", "1"), ("No", "1")], "010"),
     ):
-        for i, (said, code) in enumerate(answers):
-            items.append(("VD_illusion", figure, str(i), truths[i], said, code))
+        for i, (prediction, code) in enumerate(answers):
+            items.append(("VD_illusion", figure, str(i), truths[i], prediction, code))
     rows = []
-    for kind, figure, question, truth, said, code in items:
+    for kind, figure, question, truth, prediction, code in items:
         category, subcategory = kind.split("_")
         seen = figure if category == "VS" else str(int(figure) + 1)
         rows.append(
@@ -281,7 +281,7 @@ def case_a() -> list[dict[str, Any]]:
                 "question": f"{kind} {question}?",
                 "gt_answer": truth,
                 "filename": None if seen == "0" else f"./{kind}/0_{figure}.png",
-                "model_prediction": said,
+                "model_prediction": prediction,
                 "gpt4v_output_gpt_check": code,
             }
         )
@@ -515,10 +515,10 @@ def test_intervals_are_binomial_where_every_image_has_one_question(
     for i, row in enumerate(rows):
         row["image"] = f"{i}.jpg"
     write_lines(tmp_path / "pope" / "coco_pope_random.json", rows)
-    said = ["Yes" if value else "No" for value in rng.integers(0, 2, 400)]
+    predictions = ["Yes" if value else "No" for value in rng.integers(0, 2, 400)]
     answers = [
         {"image": row["image"], "text": row["text"], "answer": answer}
-        for row, answer in zip(rows, said, strict=True)
+        for row, answer in zip(rows, predictions, strict=True)
     ]
     path = write_lines(tmp_path / "a.jsonl", answers)
     scores = score("pope", path, tmp_path / "pope", bootstrap=10_000, seed=1)

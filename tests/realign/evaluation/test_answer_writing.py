@@ -126,7 +126,7 @@ def vizwiz(folder: Path) -> None:
     folder.mkdir()
     rows = [
         {"image": f"{i}.jpg", "question": f"What {i}?", "answer_type": "other" if i % 2 else "yes"}
-        | {"answers": [{"answer": said} for said in PEOPLE]}
+        | {"answers": [{"answer": answer} for answer in PEOPLE]}
         for i in range(30)
     ]
     (folder / "val.json").write_text(json.dumps(rows))
@@ -152,9 +152,9 @@ def world(name: str, folder: Path) -> tuple[Path, Path]:
     start = HARD.index("A") if name in ("mmbench", "scienceqa") else 0
     hard = HARD[start:] + HARD[:start]
     records = [
-        {"image": row["image"], "text": row["text"], "answer": said}
+        {"image": row["image"], "text": row["text"], "answer": answer}
         | ({"id": row["id"]} if "id" in row else {})
-        for row, said in zip(rows, cycle(hard), strict=False)
+        for row, answer in zip(rows, cycle(hard), strict=False)
     ]
     if name != "mme":  # which has no ids
         records = [{"id": record["id"], "answer": record["answer"]} for record in records]

@@ -44,9 +44,9 @@ class Server:
                 body = json.loads(raw)
                 server.bodies.append(body)
                 time.sleep(server.delay_s)
-                said = server.say(prompt_of(body), body)
-                status = said if isinstance(said, int) else 200
-                message = {"role": "assistant", "content": said}
+                answer = server.say(prompt_of(body), body)
+                status = answer if isinstance(answer, int) else 200
+                message = {"role": "assistant", "content": answer}
                 choice = {"index": 0, "message": message, "finish_reason": "stop"}
                 reply = {"choices": [choice]} if status == 200 else {"error": {"message": "no"}}
                 raw = json.dumps(reply).encode()

@@ -146,7 +146,8 @@ def test_the_permutation_test_counts_every_exchange_of_clusters() -> None:
 def test_the_permutation_test_exchanges_the_counts_of_ratios() -> None:
     base, other = "r-w-rw", "rrwwr-"
     first, second = (
-        np.array([counts({}, TEXTS[letter]) for letter in said], float) for said in (base, other)
+        np.array([counts({}, TEXTS[letter]) for letter in letters], float)
+        for letters in (base, other)
     )
     found = []
     for swap in product((0, 1), repeat=6):

@@ -142,10 +142,10 @@ def test_a_phrase_of_two_objects_names_both() -> None:
 
 def test_counts_and_marks_follow_the_same_rule() -> None:
     row = {"image": "a", "text": "x", "objects": ["hot dog"], "synonyms": OBJECTS}
-    said = "Two hot dogs and a puppy."
-    assert caption_counts(row, said) == [2, 1, 1, 1]
-    assert [phrase for phrase, _ in mentions(said, OBJECTS)] == ["hot dogs", "puppy"]
-    view = show(row, said)
+    caption = "Two hot dogs and a puppy."
+    assert caption_counts(row, caption) == [2, 1, 1, 1]
+    assert [phrase for phrase, _ in mentions(caption, OBJECTS)] == ["hot dogs", "puppy"]
+    view = show(row, caption)
     assert view.absent_words == ("dog", "puppy")
     assert show(row, "Two hot dogs.").is_right
     assert show(row, "Toy cars.").absent_words == ("toy car", "toy cars")

@@ -19,7 +19,7 @@ from tests.realign.evaluation.published import PUBLISHED, picture, write_publish
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
-NOT_TOLD = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 # the first item of each benchmark under each program's prompt, and the longest answer
 PROMPTS = {
     "pope": {
@@ -78,8 +78,8 @@ PROMPTS = {
         "vlmevalkit": (f"What Brand is it?{SHORT}", 128),
     },
     "vizwiz": {
-        "llava": (f"What is this? and what color is it?{NOT_TOLD}{SHORT}", 128),
-        "lmms-eval": (f"What is this? and what color is it?{NOT_TOLD}{SHORT}", 128),
+        "llava": (f"What is this? and what color is it?{UNANSWERABLE}{SHORT}", 128),
+        "lmms-eval": (f"What is this? and what color is it?{UNANSWERABLE}{SHORT}", 128),
         "vlmevalkit": ("What is this? and what color is it?", 128),
     },
 }

@@ -54,7 +54,7 @@ def test_missing_and_unreadable_images_are_all_named(config: EvalConfig) -> None
     cells[1][-1] = "not in base64!" * 9  # the image of two rows more
     cells[2][-1] = cells[3][-1] = "7"
     table.write_text("\n".join(map("\t".join, cells)))
-    said = refusal(config)
+    message = refusal(config)
     tried = [images / "pope" / "COCO_val2014_000000000001.jpg",
              images / "pope" / "val2014" / "COCO_val2014_000000000001.jpg",
              images / "COCO_val2014_000000000001.jpg",
@@ -70,7 +70,7 @@ def test_missing_and_unreadable_images_are_all_named(config: EvalConfig) -> None
         "scienceqa: 1 of 1 images are missing",
         "Add or correct them, check --images, or name the other benchmarks with --benchmark.",
     ):
-        assert text in said
+        assert text in message
 
 
 def test_many_images_are_counted_and_twenty_are_named(config: EvalConfig) -> None:
@@ -79,10 +79,10 @@ def test_many_images_are_counted_and_twenty_are_named(config: EvalConfig) -> Non
     ]
     text = "".join(f"{json.dumps(row)}\n" for row in rows)
     (config.data / "coco_pope_popular.json").write_text(text)
-    said = refusal(config, benchmarks=["pope"])
-    assert "pope: 30 of 30 images are missing" in said
-    assert said.count("does not exist") == 20
-    assert "\n  ... and 10 more\n" in said
+    message = refusal(config, benchmarks=["pope"])
+    assert "pope: 30 of 30 images are missing" in message
+    assert message.count("does not exist") == 20
+    assert "\n  ... and 10 more\n" in message
 
 
 @pytest.mark.parametrize(
@@ -111,12 +111,12 @@ def test_files_required_by_a_prompt_are_named(config: EvalConfig) -> None:
     human = {"from": "human", "value": "What is it?\nA. a ball\nB. a cup"}
     row = {"id": "1", "conversations": [human, {"from": "gpt", "value": "A"}]}
     (config.data / "llava_test_CQM-A.json").write_text(json.dumps([row]))
-    said = refusal(config, prompt="vlmevalkit")
-    assert "data requires problems.json for the prompt vlmevalkit, got llava_test_CQM-A" in said
+    message = refusal(config, prompt="vlmevalkit")
+    assert "data requires problems.json for the prompt vlmevalkit, got llava_test_CQM-A" in message
     write_published("textvqa", config.data, config.images or config.data)
     (config.data / "llava_textvqa_val_v051_ocr.jsonl").unlink()
-    said = refusal(config, benchmarks=["textvqa"])
-    assert "question 1: the prompt llava requires the question in llava_textvqa_val_v051" in said
+    message = refusal(config, benchmarks=["textvqa"])
+    assert "question 1: the prompt llava requires the question in llava_textvqa_val_v051" in message
 
 
 def test_files_of_one_benchmark_in_two_folders_are_refused(config: EvalConfig) -> None:
@@ -135,10 +135,13 @@ def test_text_only_questions_are_refused_for_a_model_that_requires_images(
         return call(self, images=images, **options)
 
     monkeypatch.setattr(LlavaProcessor, "__call__", needs_images)
-    said = refusal(config)
-    assert "problems.json, problem 5, a question without an image, model base: text must " in said
+    message = refusal(config)
     assert (
-        "LlavaProcessor requires, got none (ValueError: `images` are required). Leave such" in said
+        "problems.json, problem 5, a question without an image, model base: text must " in message
+    )
+    assert (
+        "LlavaProcessor requires, got none (ValueError: `images` are required). Leave such"
+        in message
     )
 
 
@@ -146,10 +149,12 @@ def test_files_that_are_not_read_are_reported(config: EvalConfig, capsys) -> Non
     (config.data / "gqa_pope_seem_random.json").write_text("{}")
     (config.images or config.data).rename(config.data / "elsewhere")
     refusal(config)
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert (
         "does not hold them: hallusionbench, amber-generative, amber-discriminative, chair, "
-        in said
+        in printed
     )
-    assert "pope: coco_pope_popular.json and so on are read; gqa_pope_seem_random.json in" in said
-    assert "does not hold coco_pope_random.json, coco_pope_adversarial.json" in said
+    assert (
+        "pope: coco_pope_popular.json and so on are read; gqa_pope_seem_random.json in" in printed
+    )
+    assert "does not hold coco_pope_random.json, coco_pope_adversarial.json" in printed

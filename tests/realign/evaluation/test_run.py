@@ -63,10 +63,10 @@ def test_models_are_compared_on_the_same_images() -> None:
         {"image": "a", "text": "cat?", "label": "no"},
         {"image": "b", "text": "dog?", "label": "no"},
     ]
-    said = {("a", "dog?"): "Yes.", ("a", "cat?"): "No.", ("b", "dog?"): "Yes."}
-    right = {**said, ("b", "dog?"): "No."}
+    texts = {("a", "dog?"): "Yes.", ("a", "cat?"): "No.", ("b", "dog?"): "Yes."}
+    right = {**texts, ("b", "dog?"): "No."}
     answers = {
-        "x": {question: Answer(text) for question, text in said.items()},
+        "x": {question: Answer(text) for question, text in texts.items()},
         "y": {question: Answer(text, text == "No.") for question, text in right.items()},
     }
     scores = score({"pope_random": Task(POPE, rows)}, answers, resamples=10, seed=0)
@@ -101,8 +101,8 @@ def test_samples_are_the_first_answers_on_which_first_and_last_models_differ() -
     base = {("a", "dog?"): "Yes.", ("a", "cat?"): "Yes.", ("a", "Describe."): "A dog, a kitten."}
     other = {**base, ("a", "cat?"): "No.", ("a", "Describe."): "A dog."}
     answers = {
-        model: {question: Answer(text) for question, text in said.items()}
-        for model, said in (("base", base), ("between", base), ("last", other))
+        model: {question: Answer(text) for question, text in texts.items()}
+        for model, texts in (("base", base), ("between", base), ("last", other))
     }
     sample, second = sample_answers(tasks, answers)  # marked words come first
     assert sample["truth"] == "in the image: dog"
@@ -111,7 +111,7 @@ def test_samples_are_the_first_answers_on_which_first_and_last_models_differ() -
         "last": {"text": "A dog.", "is_right": True, "absent_words": []},
     }
     assert (second["prompt"], second["truth"]) == ("cat?", "right answer: no")
-    assert [said["is_right"] for said in second["answers"].values()] == [False, True]
+    assert [answer["is_right"] for answer in second["answers"].values()] == [False, True]
     assert sample_answers(tasks, {"base": answers["base"]}) == []
     assert sample_answers({"pope_random": Task(POPE, questions)}, answers) == []
 
@@ -219,15 +219,15 @@ def test_present_tasks_are_measured_and_absent_tasks_are_named(
         bootstrap=20,
     )
     assert list(evaluate(config)["tasks"]) == tasks
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     if "chair" in tasks:
-        assert "does not hold them: pope, hallusionbench" in said
+        assert "does not hold them: pope, hallusionbench" in printed
     else:
         assert (
             "does not hold them: hallusionbench, amber-generative, amber-discriminative, chair, mme"
-            in said
+            in printed
         )
-        assert f"{world / 'eval'} does not hold {', '.join(absent[:-1])}\n" in said
+        assert f"{world / 'eval'} does not hold {', '.join(absent[:-1])}\n" in printed
     assert write_report(tmp_path, tmp_path / "report.html").is_file()
 
 

@@ -105,12 +105,12 @@ def test_batches_hold_each_question_once_and_group_similar_ones() -> None:
         item(6, "dddd", "x"),
     ]
     batches = make_batches(items, 2)
-    assert [[(said.prompt, said.image_sha256) for said in batch] for batch in batches[1:]] == [
+    assert [[(entry.prompt, entry.image_sha256) for entry in batch] for batch in batches[1:]] == [
         [("bbb", "x"), ("dddd", "x")],
         [("bb", "x")],
         [("cc", None)],
     ]
-    assert {(said.prompt, said.image_sha256) for said in batches[0]} == {("a", "x"), ("a", "y")}
+    assert {(entry.prompt, entry.image_sha256) for entry in batches[0]} == {("a", "x"), ("a", "y")}
     assert make_batches(items[::-1], 2) == batches
     moved = [one._replace(question=one.question._replace(image=Path("/z"))) for one in items[:1]]
-    assert [said.key for said in make_batches(moved, 2)[0]] == [items[0].question.key]
+    assert [entry.key for entry in make_batches(moved, 2)[0]] == [items[0].question.key]

@@ -64,7 +64,9 @@ def test_many_splits_are_rows_where_columns_do_not_fit(amber: dict[str, Any]) ->
     assert [row[0] for row in rows] == splits
     for row, split in zip(rows, splits, strict=True):
         low, high = amber["intervals"][split]["accuracy"]
-        constants = [f"{said[split]['accuracy']:.2f}" for said in amber["baselines"].values()]
+        constants = [
+            f"{baseline[split]['accuracy']:.2f}" for baseline in amber["baselines"].values()
+        ]
         value = f"{amber['splits'][split]['accuracy']:.2f}"
         assert row[1:] == [value, f"{low:.1f}-{high:.1f}", *constants]
     counts = {

@@ -34,11 +34,11 @@ def caption(*objects: str, image: str = "a") -> dict[str, Any]:
     return {"image": image, "text": "x", "objects": [*objects], "synonyms": SYNONYMS}
 
 
-def scored(benchmark: Benchmark, rows: list[dict[str, Any]], **said: str) -> dict[str, Any]:
+def scored(benchmark: Benchmark, rows: list[dict[str, Any]], **replies: str) -> dict[str, Any]:
     """Scores of models that say the same of every image, or one word of several an image."""
     task = next(iter(benchmark.layouts[0].files))
     answers = {}
-    for model, texts in said.items():
+    for model, texts in replies.items():
         split = texts.split("|")
         answers[model] = {
             (row["image"], "x"): Answer(split[i % len(split)]) for i, row in enumerate(rows)
@@ -68,7 +68,7 @@ def check_files(scores: dict[str, Any], folder: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "rows", "said", "undefined"),
+    ("benchmark", "rows", "reply", "undefined"),
     [
         (POPE, [question("yes")], "Yes", {"balanced_accuracy": "all questions have one right"}),
         (POPE, [question("yes")], "No", {"balanced_accuracy": "all questions have one right"}),
@@ -97,10 +97,10 @@ def test_metrics_with_a_denominator_of_0_are_null_with_a_reason(
     tmp_path: Path,
     benchmark: Benchmark,
     rows: list[dict[str, Any]],
-    said: str,
+    reply: str,
     undefined: dict[str, str],
 ) -> None:
-    scores = scored(benchmark, rows, base=said, other=said)
+    scores = scored(benchmark, rows, base=reply, other=reply)
     (shown, *_) = scores["table"]
     models = split_of(scores, shown)["models"]
     shown_metrics = {row.metric for row in benchmark.table}
@@ -132,8 +132,8 @@ def test_metrics_with_a_denominator_of_0_are_null_with_a_reason(
 def test_a_difference_from_an_undefined_value_is_undefined(
     tmp_path: Path, order: tuple[str, str]
 ) -> None:
-    said = {"named": "A dog.", "silent": "Nothing."}
-    scores = scored(CHAIR, [caption("dog")], **{model: said[model] for model in order})
+    replies = {"named": "A dog.", "silent": "Nothing."}
+    scores = scored(CHAIR, [caption("dog")], **{model: replies[model] for model in order})
     shown = dict(zip(order, cells(scores)["chair_i"], strict=True))
     assert shown["silent"] == ("—", "no object was named")
     below = "" if order[0] == "named" else "— silent has no value to compare with"

@@ -187,14 +187,14 @@ class FaultyServer:
 
 def completion(prompt: str, finish_reason: str = "stop", **message: Any) -> dict[str, Any]:
     """Return the reply of the server to a prompt."""
-    said = {"role": "assistant", "content": f"answer to {prompt}", **message}
+    full_message = {"role": "assistant", "content": f"answer to {prompt}", **message}
     return {
         "id": "chatcmpl-1",
         "object": "chat.completion",
         "created": 1,
         "model": "served/model",
         "system_fingerprint": "fp_1",
-        "choices": [{"index": 0, "message": said, "finish_reason": finish_reason}],
+        "choices": [{"index": 0, "message": full_message, "finish_reason": finish_reason}],
         "usage": {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13},
     }
 

@@ -20,8 +20,8 @@ from realign.generation.generator import Answer
 
 
 def response(content: Any, ending: Any = "stop", **message: Any) -> dict[str, Any]:
-    said = {"role": "assistant", "content": content, **message}
-    return {"choices": [{"message": said, "finish_reason": ending}]}
+    full_message = {"role": "assistant", "content": content, **message}
+    return {"choices": [{"message": full_message, "finish_reason": ending}]}
 
 
 @pytest.mark.parametrize(

@@ -55,12 +55,12 @@ def test_500_requests_with_random_faults_are_all_answered(
         check=True,
         env={**os.environ, "OPENAI_LOG": "debug"},
     )
-    said = json.loads(result.stdout)
-    assert said["answers"] == [f"answer to prompt {number}" for number in range(500)]
-    assert said["asked"] == 500
-    assert said["retries"] > 100
+    report = json.loads(result.stdout)
+    assert report["answers"] == [f"answer to prompt {number}" for number in range(500)]
+    assert report["asked"] == 500
+    assert report["retries"] > 100
     # as often as its faults made it necessary; a timed-out answer was none
-    assert sum(server.asked.values()) == 500 + said["retries"]
+    assert sum(server.asked.values()) == 500 + report["retries"]
     journalled = (tmp_path / "journal.jsonl").read_text()
     keys = Counter(json.loads(line)["key"] for line in journalled.splitlines())
     assert len(keys) == keys.total() == 500
@@ -74,10 +74,10 @@ def test_endless_response_bodies_do_not_fill_memory(
 ) -> None:
     server.fault = lambda prompt, attempt: fault if attempt < 4 else ""
     command = client(server, image, tmp_path / "journal.jsonl", 8, 8)
-    said = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    assert said["retries"] == 8 * 4
+    report = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert report["retries"] == 8 * 4
     # eight bodies of 128 MiB at a time would be a gigabyte
-    assert said["grown"] < 100_000_000
+    assert report["grown"] < 100_000_000
 
 
 def test_a_killed_run_is_resumed_without_lost_answers(
@@ -107,8 +107,8 @@ def test_a_killed_run_is_resumed_without_lost_answers(
         lost = server.answered.keys() - prompts_of(journal).keys()
         assert len(lost) <= concurrency
     assert kills >= 4
-    said = json.loads(output)
-    assert said["answers"] == [f"answer to prompt {number}" for number in range(num_requests)]
+    report = json.loads(output)
+    assert report["answers"] == [f"answer to prompt {number}" for number in range(num_requests)]
     assert prompts_of(journal) == {f"prompt {number}": 1 for number in range(num_requests)}
     again = server.asked.total() - num_requests
     assert again <= kills * concurrency
@@ -116,8 +116,8 @@ def test_a_killed_run_is_resumed_without_lost_answers(
 
 def test_the_generator_works_in_a_process_pool(server: Any, image: Path, tmp_path: Path) -> None:
     command = [*client(server, image, tmp_path / "journal.jsonl", 20, 4), "pool"]
-    said = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    assert said["answers"] == [f"answer to prompt {number}" for number in range(20)]
+    report = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert report["answers"] == [f"answer to prompt {number}" for number in range(20)]
 
 
 def test_an_interrupt_ends_the_run_at_once_and_keeps_the_answers(

@@ -223,19 +223,19 @@ def test_an_outage_is_announced_once(
     server.fault = lambda prompt, attempt: fault if attempt < 3 else ""
     with generator(server.url, endpoint={"backoff_s": 0.1}) as generate:
         generate(ask_about(*"abcd"))
-        said = capsys.readouterr().err
+        printed = capsys.readouterr().err
         server.fault = lambda prompt, attempt: "" if attempt else fault
         generate(ask_about("e"))
         assert capsys.readouterr().err == ""  # a server that fails now and then
         monkeypatch.setattr("realign.generation.endpoint_generator.ANNOUNCE_INTERVAL_S", 0.0)
         generate(ask_about("f"))
         assert capsys.readouterr().err.count("fails") == 1
-    assert KEY not in said
+    assert KEY not in printed
     assert re.fullmatch(
         rf"{server.url} fails: {failure}\. It is asked again in 1 s, and up to 6 times \(7 s of "
         r"waiting\) before the run stops\n",
-        said,
-    ), said
+        printed,
+    ), printed
 
 
 @pytest.mark.parametrize("is_date", [False, True])

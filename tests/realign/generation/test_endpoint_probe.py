@@ -26,14 +26,14 @@ class Models:
 
     Attributes:
         listed: Status of the list, and its models.
-        said: Status of an answer, and its body.
+        reply: Status of an answer, and its body.
         key: What it asks for; none by default.
         asked: Method and path of every request.
     """
 
     def __init__(self) -> None:
         self.listed: tuple[int, list[str]] = (200, ["served"])
-        self.said: tuple[int, object] = (200, {"choices": []})
+        self.reply: tuple[int, object] = (200, {"choices": []})
         self.key = ""
         self.asked: list[str] = []
         server = self
@@ -48,7 +48,7 @@ class Models:
             def do_POST(self) -> None:
                 server.asked.append(f"POST {self.path}")
                 self.rfile.read(int(self.headers["Content-Length"]))
-                self._send(*server.said)
+                self._send(*server.reply)
 
             def _send(self, status: int, body: object) -> None:
                 if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
@@ -106,7 +106,7 @@ def test_an_unlisted_model_that_answers_is_accepted(server: Models) -> None:
 
 @pytest.mark.parametrize("status", [400, 404])
 def test_an_unserved_model_is_refused_with_the_served_ones(server: Models, status: int) -> None:
-    server.listed, server.said = (200, ["a", "b"]), (status, {"error": {"message": "no model c"}})
+    server.listed, server.reply = (200, ["a", "b"]), (status, {"error": {"message": "no model c"}})
     with pytest.raises(RefusedError) as refused:
         server.check("c")
     assert str(refused.value) == (
@@ -116,7 +116,7 @@ def test_an_unserved_model_is_refused_with_the_served_ones(server: Models, statu
 
 
 def test_an_address_without_the_completions_api_is_refused(server: Models) -> None:
-    server.listed, server.said = (404, []), (404, {"detail": "Not Found"})
+    server.listed, server.reply = (404, []), (404, {"detail": "Not Found"})
     with pytest.raises(
         RefusedError, match=r"404, Not Found\. Correct build\.masker\.endpoint, which usually ends "
     ):
@@ -124,7 +124,7 @@ def test_an_address_without_the_completions_api_is_refused(server: Models) -> No
 
 
 def test_a_web_page_in_place_of_an_answer_is_refused(server: Models) -> None:
-    server.listed, server.said = (404, []), (200, "<html>")
+    server.listed, server.reply = (404, []), (200, "<html>")
     with pytest.raises(RefusedError, match=r"page\. Correct build\.masker\.endpoint, which"):
         server.check()
 
@@ -133,7 +133,7 @@ def test_a_web_page_in_place_of_an_answer_is_refused(server: Models) -> None:
 def test_a_server_that_is_busy_or_refuses_the_request_passes_the_probe(
     server: Models, status: int
 ) -> None:
-    server.listed, server.said = (404, []), (status, {"error": {"message": "not now"}})
+    server.listed, server.reply = (404, []), (status, {"error": {"message": "not now"}})
     server.check()
 
 
@@ -162,7 +162,7 @@ def test_missing_and_wrong_api_keys_give_different_messages(
 
 
 def test_an_api_key_without_permission_is_refused(server: Models) -> None:
-    server.listed, server.said = (403, []), (403, {"error": {"message": "no scope"}})
+    server.listed, server.reply = (403, []), (403, {"error": {"message": "no scope"}})
     with pytest.raises(RefusedError, match=r"403, no scope, without a key: .* OPENAI_API_KEY is"):
         server.check()
 

@@ -39,8 +39,8 @@ from tests.realign.modeling.families.registry import FAMILIES
 
 # what peft says of kinds of adapters when one is made
 pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{said}")
-    for said in (
+    pytest.mark.filterwarnings(f"ignore:{warning}")
+    for warning in (
         "Model has .tie_word",
         ".lora_bias=True",
         "Setting .save_emb",
@@ -153,7 +153,7 @@ def test_a_class_mapping_without_the_base_is_accepted(good: Path, mapping: Any) 
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "reason"),
     [
         (
             lambda all_: {name: all_[name] for name in all_ if ".layers.0." in name},
@@ -195,13 +195,13 @@ def test_a_class_mapping_without_the_base_is_accepted(good: Path, mapping: Any) 
     ids=["half", "none", "extra", "renamed", "rank", "dimensions", "twice", "nan", "infinity"],
 )
 def test_unexpected_adapter_weights_are_refused_by_name(
-    good: Path, change: Callable[[Weights], Weights], said: str, monkeypatch
+    good: Path, change: Callable[[Weights], Weights], reason: str, monkeypatch
 ) -> None:
     changed = with_weights(good, change)
     monkeypatch.setattr(loading.AutoModelForImageTextToText, "from_pretrained", None)  # not reached
     with pytest.raises(
         RefusedError,
-        match=rf"^adapter {re.escape(str(changed))} must hold (every weight .*)?{said}",
+        match=rf"^adapter {re.escape(str(changed))} must hold (every weight .*)?{reason}",
     ):
         load_model(changed, torch.float32)
 
@@ -219,8 +219,8 @@ def test_weights_of_other_dtypes_are_loaded_as_by_peft(good: Path, dtype: torch.
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.complex64])
 def test_weights_that_are_not_floats_are_refused(good: Path, dtype: torch.dtype) -> None:
     changed = with_weights(good, lambda all_: {**all_, FIRST: all_[FIRST].to(dtype)})
-    said = rf"must hold weights of 16, 32 or 64 bits, got {dtype} in {FIRST}\. Convert"
-    with pytest.raises(RefusedError, match=said):
+    message = rf"must hold weights of 16, 32 or 64 bits, got {dtype} in {FIRST}\. Convert"
+    with pytest.raises(RefusedError, match=message):
         check_adapter(changed)
 
 
@@ -234,7 +234,7 @@ UNMATCHED = [
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"base_model_name_or_path": None}, "must name the adapter's base in .*, got None"),
         ({"target_modules": ["nothing"]}, "must fit its base .*, got No modules were targeted"),
@@ -250,20 +250,20 @@ UNMATCHED = [
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
-def test_a_configuration_that_does_not_fit_is_refused(good: Path, changes, said: str) -> None:
+def test_a_configuration_that_does_not_fit_is_refused(good: Path, changes, message: str) -> None:
     changed = with_config(good, **changes)
-    with pytest.raises(RefusedError, match=said):
+    with pytest.raises(RefusedError, match=message):
         load_model(changed, torch.float32)
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: Path, good: Path) -> None:
-    for name, said in (
+    for name, message in (
         ("llava-1.5", "unexpected, first: .*layers.2.* of another shape"),
         ("qwen2.5-vl", "must name a base of the class LlavaForConditionalGeneration"),
     ):
         base = FAMILIES[name]().save(tmp_path / name)
         changed = with_config(good, base_model_name_or_path=str(base))
-        with pytest.raises(RefusedError, match=said):
+        with pytest.raises(RefusedError, match=message):
             check_adapter(changed)
         shutil.rmtree(changed)
     changed = with_config(good, base_model_name_or_path=str(good))

@@ -63,7 +63,7 @@ def test_the_projector_trains_in_full_and_in_float32(model_dir) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "reason"),
     [
         ({"targets": ["q_proj", "qproj"]}, r"got 'qproj', which matches none\. Layers: .*q_proj"),
         ({"targets": ["linear_1"], "freeze_projector": True}, r"'linear_1'.*frozen: projector"),
@@ -74,8 +74,8 @@ def test_the_projector_trains_in_full_and_in_float32(model_dir) -> None:
         ),
     ],
 )
-def test_targets_that_match_nothing_are_refused(model_dir, options, said: str) -> None:
-    with pytest.raises(RefusedError, match=f"^lora.targets must name .*{said}"):
+def test_targets_that_match_nothing_are_refused(model_dir, options, reason: str) -> None:
+    with pytest.raises(RefusedError, match=f"^lora.targets must name .*{reason}"):
         adapted(model_dir, **options)
 
 

@@ -84,7 +84,7 @@ def test_a_family_answers_without_an_image(folder: Path) -> None:
     generator = TransformersGenerator.load(folder, torch.float32, max_new_tokens=3)
     short, long = Request("Describe.", None), Request("Is it a boat, or is it a house?", None)
     answers = generator.generate([short, long])
-    assert all(said.num_tokens is not None and said.num_tokens <= 3 for said in answers)
+    assert all(answer.num_tokens is not None and answer.num_tokens <= 3 for answer in answers)
     assert generator.generate([short]) == answers[:1]  # whatever is padded beside it
     reader = ImageTokens(generator.processor)
     reader.check(short.prompt, None)

@@ -237,9 +237,9 @@ def test_families_that_cannot_share_prompts_fall_back_and_report_the_reason(
 ) -> None:
     model = SEPARATE[name]().model
     assert choose_layout(model) == "separate"
-    said = " ".join(capsys.readouterr().err.split())
-    assert "a row for every answer instead of a shared prefix" in said
-    assert re.search(reason, said)
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "a row for every answer instead of a shared prefix" in printed
+    assert re.search(reason, printed)
     with pytest.raises(RefusedError, match="shared_prefix must not be true for this model"):
         choose_layout(model, shared_prefix=True)
 

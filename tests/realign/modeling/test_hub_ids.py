@@ -79,7 +79,7 @@ def test_an_unreachable_hub_is_not_reported_as_a_wrong_value(
 ) -> None:
     if reason == "offline":
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    said = {"closed": "ConnectError", "offline": "OfflineMode", "failing": "BadRequest"}[reason]
+    error = {"closed": "ConnectError", "offline": "OfflineMode", "failing": "BadRequest"}[reason]
     with closed_port() as port:
         if reason == "closed":
             monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
@@ -87,6 +87,6 @@ def test_an_unreachable_hub_is_not_reported_as_a_wrong_value(
             with pytest.raises(RefusedError) as refused:
                 resolve("org/broken")
             start = f"{option} must be a folder or a hub id in the hub's local cache while the hub "
-            start += f"cannot be reached, got 'org/broken', which is not there ({said}"
+            start += f"cannot be reached, got 'org/broken', which is not there ({error}"
             assert str(refused.value).startswith(start)
             assert "Check" not in str(refused.value)

@@ -41,7 +41,7 @@ def test_training_reports_its_memory_once(tmp_path: Path, model_dir, records, ca
                 model=str(model_dir), data=tmp_path / "d.parquet", out=out, batch_size=2, **options
             )
         )
-        said = [line for line in capsys.readouterr().err.splitlines() if "before activ" in line]
-        assert len(said) == 1
-        assert said[0].startswith(f"{name}: ")
-        assert "parameters train in float32" in said[0]
+        lines = [line for line in capsys.readouterr().err.splitlines() if "before activ" in line]
+        assert len(lines) == 1
+        assert lines[0].startswith(f"{name}: ")
+        assert "parameters train in float32" in lines[0]

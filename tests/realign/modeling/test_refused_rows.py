@@ -85,11 +85,11 @@ def test_any_error_of_a_processor_is_reported_with_the_row(model_dir: Path, reco
     images.__class__ = Refusing
     rows = records(3)
     rows[1] = dataclasses.replace(rows[1], images=(png((40, 30)),))
-    said = (
+    message = (
         r"^1 problem\(s\) in 3 rows:\nrow r1, images: image of 40 x 30 pixels must be what "
         rf"LlavaProcessor takes, got {kind.__name__}: '?not this one'?\. Replace it"
     )
-    with pytest.raises(RefusedError, match=said):
+    with pytest.raises(RefusedError, match=message):
         check_rows(rows, processor, cells=3, max_length=None)
 
 
@@ -99,8 +99,14 @@ def test_problems_of_every_kind_are_listed_together(qwen: Path, rows) -> None:
         check_rows(rows, load_processor(qwen), cells=3, max_length=None)
     first, *others = str(refused.value).splitlines()
     assert first == "3 problem(s) in 5 rows:"
-    said = ("row r0, images: image of", "row r1: chosen must not", "row r2, rejected_images: image")
-    assert [line.startswith(start) for line, start in zip(others, said, strict=True)] == [True] * 3
+    starts = (
+        "row r0, images: image of",
+        "row r1: chosen must not",
+        "row r2, rejected_images: image",
+    )
+    assert [line.startswith(start) for line, start in zip(others, starts, strict=True)] == [
+        True
+    ] * 3
 
 
 def test_refusals_of_several_images_together_are_reported(model_dir: Path, records) -> None:
@@ -141,8 +147,8 @@ def test_turns_refused_by_a_template_are_reported_with_the_row(model_dir: Path, 
     rows = records(3)
     system = ({"role": "system", "content": "Be brief."}, *rows[1].prompt)
     rows[1] = dataclasses.replace(rows[1], prompt=system)
-    said = r"\nrow r1: prompt must be what the chat template takes, got No system role\. Correct"
-    with pytest.raises(RefusedError, match=said):
+    message = r"\nrow r1: prompt must be what the chat template takes, got No system role\. Correct"
+    with pytest.raises(RefusedError, match=message):
         check_rows(rows, processor, cells=3, max_length=None)
 
 
@@ -152,9 +158,9 @@ def test_an_unusable_benchmark_image_is_refused_before_the_first_question(
     (tmp_path / "0.png").write_bytes(png((60, 40)))
     (tmp_path / "thin.png").write_bytes(png((600, 2)))
     questions = [
-        {"image": image, "text": f"Is there a {what}?", "label": "no"}
+        {"image": image, "text": f"Is there a {noun}?", "label": "no"}
         for image in ("0.png", "thin.png")
-        for what in ("cat", "dog")
+        for noun in ("cat", "dog")
     ]
     lines = "".join(json.dumps(question) + "\n" for question in questions)
     (tmp_path / "pope_random.jsonl").write_text(lines)
@@ -182,8 +188,8 @@ def test_a_source_row_with_an_unusable_image_is_left_out(
     tmp_path: Path, qwen: Path, rows: list[Record]
 ) -> None:
     config = build_config(rows, tmp_path, qwen)
-    said = rf"^1 of 5 rows of source\.jsonl are bad, .*\nsource\.jsonl, line 1, 0\.png: {THIN}"
-    with pytest.raises(RefusedError, match=said):
+    message = rf"^1 of 5 rows of source\.jsonl are bad, .*\nsource\.jsonl, line 1, 0\.png: {THIN}"
+    with pytest.raises(RefusedError, match=message):
         build(config)
     records = read_records(build(config.model_copy(update={"max_reject": 0.2})), None)
     assert [record.id for record in records] == ["r1", "r2", "r3", "r4"]

@@ -59,7 +59,7 @@ def test_every_command_reports_row_token_and_vocabulary_sizes(
     write_parquet(rows, tmp_path / "d.parquet")
     write_parquet([rows[0], rows[3]], tmp_path / "good.parquet")
     size = json.loads((larger / "config.json").read_text())["text_config"]["vocab_size"]
-    said = (
+    message = (
         f"must have tokens below {size}, the number of rows of the model's embedding, got {size} "
         f"({WORD!r}) of a tokenizer with {size + 1} tokens."
     )
@@ -68,8 +68,8 @@ def test_every_command_reports_row_token_and_vocabulary_sizes(
         arguments += ["--out", tmp_path / command]
         result = CliRunner().invoke(app, [*map(str, arguments)])
         assert result.exit_code == code, result.output
-        assert f"d.parquet, row r1: rejected {said}" in result.output
-        assert f"d.parquet, row r2: prompt {said}" in result.output
+        assert f"d.parquet, row r1: rejected {message}" in result.output
+        assert f"d.parquet, row r2: prompt {message}" in result.output
         assert "row r0" not in result.output
         assert "row r3" not in result.output
         assert command == "check" or not (tmp_path / command).exists()
@@ -91,7 +91,7 @@ def test_an_unknown_token_in_a_question_is_refused_before_generation(
 ) -> None:
     (tmp_path / "0.png").write_bytes(rows[0].images[0])
     questions = [
-        {"image": "0.png", "text": f"Is there a {what}?", "label": "no"} for what in ("cat", WORD)
+        {"image": "0.png", "text": f"Is there a {noun}?", "label": "no"} for noun in ("cat", WORD)
     ]
     lines = "".join(json.dumps(question) + "\n" for question in questions)
     (tmp_path / "pope_random.jsonl").write_text(lines)

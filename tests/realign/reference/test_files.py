@@ -154,8 +154,8 @@ def test_only_the_damaged_shard_is_computed_again(tmp_path: Path, synthetic, cap
     scoring = synthetic.Scoring()
     synthetic.build(rows, tmp_path, scoring=scoring)
     assert scoring.scored == ["t4", "t5", "t6", "t7"]
-    said = f"{shard} was changed after it was written. Set aside in damaged/, computed again"
-    assert said in capsys.readouterr().err
+    warning = f"{shard} was changed after it was written. Set aside in damaged/, computed again"
+    assert warning in capsys.readouterr().err
     assert len(read_cache(tmp_path, rows, synthetic.identity)) == 12
 
 
@@ -234,7 +234,7 @@ def test_a_second_builder_reports_that_it_waits(
             assert is_waited_for.wait(60)
             return super().score(records)
 
-    def said(line: str) -> None:
+    def announce_waiting(line: str) -> None:
         announce(line)
         is_waited_for.set()
 
@@ -245,7 +245,7 @@ def test_a_second_builder_reports_that_it_waits(
     place = identity_folder(tmp_path, synthetic.identity)
     while slow.is_alive() and not (place / "identity.json").exists():
         time.sleep(0.01)
-    monkeypatch.setattr(lock, "announce", said)
+    monkeypatch.setattr(lock, "announce", announce_waiting)
     scoring = synthetic.Scoring()
     synthetic.build(rows, tmp_path, scoring=scoring)
     slow.join()

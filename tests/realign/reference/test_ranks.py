@@ -133,7 +133,7 @@ def test_ranks_read_equal_caches_or_none(tmp_path: Path, synthetic, same: bool) 
     if same:
         assert found == [8, 8]
     else:
-        assert all("must be the same on every rank, got root hash" in said for said in found)
+        assert all("must be the same on every rank, got root hash" in message for message in found)
 
 
 def test_a_rank_without_the_cache_stops_every_rank(tmp_path: Path, synthetic) -> None:

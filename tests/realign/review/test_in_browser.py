@@ -258,8 +258,8 @@ def test_decisions_are_undone_by_key_and_button(page, dataset: Path, address: st
     page.wait_for_selector("article[data-number='1'][data-decision=drop]")
     page.keyboard.press("u")
     page.wait_for_selector("article[data-number='1'][data-decision=flag]")
-    said = page.locator("#undone").inner_text()
-    assert said == f"Undone: drop of row {ids[1]}, which is flag now."
+    notice = page.locator("#undone").inner_text()
+    assert notice == f"Undone: drop of row {ids[1]}, which is flag now."
     assert page.locator("[data-count=flag]").text_content() == "1"
     page.reload()
     page.locator("#undo").click()

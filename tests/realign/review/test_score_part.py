@@ -141,9 +141,9 @@ def scores() -> dict[str, Any]:
                 "picture": "0.png",
                 "prompt": "Is there a <dog>?",
                 "truth": "right answer: no",
-                "answers": said,
+                "answers": model_answers,
             }
-            for change, count, said in (
+            for change, count, model_answers in (
                 ("gained", 30, answers(("Yes, a <b>.", False), ("No.", True))),
                 ("lost", 10, answers(("A cat.", True), ("A cat and a dog.", False), "dog")),
             )

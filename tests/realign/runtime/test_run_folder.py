@@ -12,9 +12,9 @@ from realign.errors import RefusedError
 from realign.runtime.run_folder import WRITES, claim, only_run
 
 
-def refusal(folder: Path, verb: str, what: dict[str, object], **options) -> str:
+def refusal(folder: Path, verb: str, facts: dict[str, object], **options) -> str:
     with pytest.raises(RefusedError) as refused:
-        claim(folder, verb, what, **options)
+        claim(folder, verb, facts, **options)
     return str(refused.value)
 
 

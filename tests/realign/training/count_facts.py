@@ -54,7 +54,7 @@ def counted(counter: Counter[str], name: Any, function: Any) -> Any:
 
 def snapshot(name: str) -> None:
     """Keep the counts up to here, at the first call."""
-    found = {what: dict(counter) for what, counter in counts.items()}
+    found = {kind: dict(counter) for kind, counter in counts.items()}
     snapshots.setdefault(name, {**found, "facts": dict(facts)})
 
 

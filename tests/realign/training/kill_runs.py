@@ -39,9 +39,9 @@ def life(config: TrainConfig, before: Callable[[], None] | None = None) -> int:
     try:
         code = 1
         warnings.simplefilter("error")
-        with open(config.out.parent / "said.txt", "a") as said:
-            os.dup2(said.fileno(), 1)
-            os.dup2(said.fileno(), 2)
+        with open(config.out.parent / "said.txt", "a") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
         if before:
             before()
         trained = RDPOTrainer.train

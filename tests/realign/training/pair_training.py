@@ -183,9 +183,9 @@ def main(cases: Path) -> None:
     """Train every run, and write what this rank saw of it."""
     torch.set_num_threads(1)
     gc.freeze()  # no run need search what was imported for garbage
-    what = json.loads(cases.read_text())
-    folder, rank = Path(what["folder"]), os.environ["RANK"]
-    for engine, runs in what["engines"].items():
+    plan = json.loads(cases.read_text())
+    folder, rank = Path(plan["folder"]), os.environ["RANK"]
+    for engine, runs in plan["engines"].items():
         if engine == "fsdp2":
             shard_on_the_cpu()
             with every_rank_loads():
@@ -196,12 +196,12 @@ def main(cases: Path) -> None:
             seen = run(folder, name, **options)
             save_file(seen.gradients, folder / f"{name}.gradients.{rank}.safetensors")
             save_file(seen.weights, folder / f"{name}.weights.{rank}.safetensors")
-            said = {
+            log = {
                 "ids": seen.ids,
                 "lines": seen.lines,
                 "model": type(seen.trainer.model_wrapped).__name__,
             }
-            (folder / f"{name}.{rank}.json").write_text(json.dumps(said))
+            (folder / f"{name}.{rank}.json").write_text(json.dumps(log))
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def two_ranks(
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     for alarm in alarms:
         alarm.cancel()
-    said = [folder / f"said{rank}.txt" for rank in range(2)]
-    return [path.read_text() if path.exists() else code for path, code in zip(said, codes)]  # noqa: B905
+    paths = [folder / f"said{rank}.txt" for rank in range(2)]
+    return [path.read_text() if path.exists() else code for path, code in zip(paths, codes)]  # noqa: B905
 
 
 def run(given: dict[str, str], folder: Path, rank: int, port: int, change: Change | None) -> None:

@@ -58,12 +58,12 @@ def zero(path: Path) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", "state/optimizer.safetensors", MANIFEST])
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, harm, name) -> None:
     older, newer = save(tmp_path, 9), save(tmp_path, 10)
-    said: list[str] = []
-    assert newest_checkpoint(tmp_path, said.append) == newer  # by number, not by letters
-    assert not said
+    announced: list[str] = []
+    assert newest_checkpoint(tmp_path, announced.append) == newer  # by number, not by letters
+    assert not announced
     harm(newer / name)
-    assert newest_checkpoint(tmp_path, said.append) == older
-    (line,) = said
+    assert newest_checkpoint(tmp_path, announced.append) == older
+    (line,) = announced
     assert str(newer) in line
     # a digest that changed in the manifest speaks of the file that it is of
     assert Path(name).name in line or name == MANIFEST

@@ -47,23 +47,23 @@ class Seen:
 
     def __init__(self, folder: Path, name: str, num_ranks: int) -> None:
         ranks = range(num_ranks)
-        self.said = [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in ranks]
+        self.logs = [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in ranks]
         self.gradients, self.weights = (
-            [load_file(folder / f"{name}.{what}.{rank}.safetensors") for rank in ranks]
-            for what in ("gradients", "weights")
+            [load_file(folder / f"{name}.{kind}.{rank}.safetensors") for rank in ranks]
+            for kind in ("gradients", "weights")
         )
 
     def check_ranks_agree(self) -> None:
         """Check that all ranks have the same numbers to the last bit."""
-        for what in (self.gradients, self.weights):
-            for other in what[1:]:
-                assert what[0].keys() == other.keys()
-                assert all(torch.equal(what[0][name], other[name]) for name in other)
-        assert all(said["lines"] == self.said[0]["lines"] for said in self.said)
+        for per_rank in (self.gradients, self.weights):
+            for other in per_rank[1:]:
+                assert per_rank[0].keys() == other.keys()
+                assert all(torch.equal(per_rank[0][name], other[name]) for name in other)
+        assert all(log["lines"] == self.logs[0]["lines"] for log in self.logs)
 
     def check_pairs(self, expected: list[str]) -> None:
         """Check that every pair was on one rank, once, and that every rank had pairs."""
-        shares = [list(chain(*said["ids"])) for said in self.said]
+        shares = [list(chain(*log["ids"])) for log in self.logs]
         assert sorted(chain(*shares)) == sorted(expected)
         assert all(shares)
 
@@ -75,7 +75,7 @@ class Seen:
         assert difference(self.gradients[0], alone.gradients, list(alone.gradients)) <= 5e-6
         assert difference(self.weights[0], alone.weights, list(alone.weights)) <= 1e-6
         assert self.gradients[0].keys() == alone.gradients.keys()
-        for line, expected in zip(self.said[0]["lines"], alone.lines, strict=True):
+        for line, expected in zip(self.logs[0]["lines"], alone.lines, strict=True):
             assert line.keys() == expected.keys()
             assert line == pytest.approx(expected, rel=1e-4, abs=1e-4)
             assert line["loss"] == pytest.approx(expected["loss"], abs=1e-6)
@@ -169,7 +169,7 @@ IDS = [f"r{index}" for index in range(PAIRS)]
 def test_two_ranks_train_to_the_weights_of_one(two_ranks: Path, alone, name: str) -> None:
     seen = Seen(two_ranks, name, 2)
     wrapper = "DistributedDataParallel" if name in RUNS["ddp"] else "FSDP"
-    assert all(said["model"].startswith(wrapper) for said in seen.said)
+    assert all(log["model"].startswith(wrapper) for log in seen.logs)
     seen.check_ranks_agree()
     seen.check_pairs(IDS)
     seen.check_equals(alone(name))
@@ -180,13 +180,13 @@ def test_the_first_step_is_checked_on_every_rank(two_ranks: Path, name: str) -> 
     """A policy that is its own reference passes, and every margin's loss is log two."""
     without_retrieved = {*first_of_rank_zero(2), 5} & {*first_of_rank_zero(PAIRS_PER_STEP)}
     margins_per_pair = 2 - len(without_retrieved) / PAIRS_PER_STEP
-    for said in Seen(two_ranks, name, 2).said:
-        (line,) = said["lines"]
+    for log in Seen(two_ranks, name, 2).logs:
+        (line,) = log["lines"]
         assert line["loss"] == pytest.approx(margins_per_pair * math.log(2), abs=1e-6)
 
 
 def test_a_rank_without_pairs_takes_part_with_zero_weight(two_ranks: Path) -> None:
-    sizes = [[len(ids) for ids in said["ids"]] for said in Seen(two_ranks, "full", 2).said]
+    sizes = [[len(ids) for ids in log["ids"]] for log in Seen(two_ranks, "full", 2).logs]
     assert sizes == [[2, 2, 2, 0], [2, 2, 2, 1]]
 
 
@@ -223,8 +223,8 @@ def test_a_distributed_run_resumes_from_its_checkpoint(
     before, after = Seen(two_ranks, whole, 2), Seen(two_ranks, resumed, 2)
     after.check_ranks_agree()
     assert all(torch.equal(before.weights[0][n], w) for n, w in after.weights[0].items())
-    assert before.said[0]["lines"] == after.said[0]["lines"]
-    assert [said["ids"] for said in after.said] == [said["ids"][2:] for said in before.said]
+    assert before.logs[0]["lines"] == after.logs[0]["lines"]
+    assert [log["ids"] for log in after.logs] == [log["ids"][2:] for log in before.logs]
 
 
 def test_a_model_that_is_not_sharded_is_loaded_by_every_rank(two_ranks: Path, model_dir) -> None:
@@ -250,4 +250,4 @@ def test_four_ranks_train_to_the_weights_of_one(tmp_path: Path) -> None:
         seen.check_ranks_agree()
         seen.check_pairs(IDS)
         seen.check_equals(alone(name))
-        assert [[len(ids) for ids in said["ids"]] for said in seen.said] == [[2, 1]] * 3 + [[2, 2]]
+        assert [[len(ids) for ids in log["ids"]] for log in seen.logs] == [[2, 1]] * 3 + [[2, 2]]

@@ -97,11 +97,11 @@ def test_a_non_finite_reference_stops_training(trainer, reference, value, cell, 
     broken = {key: logps.clone() for key, logps in reference.items()}
     list(broken.values())[5][cell] = value  # the sixth row
     trained = trainer(broken, num_train_epochs=2)
-    said = assert_stopped(
+    message = assert_stopped(
         trained, rf"^step \d: ref_logps \({name}\) must be finite, got {value} for row r5\. ",
         steps=_step_of(trained, "r5"),
     )  # fmt: skip
-    assert "No weight was changed by this step." in said
+    assert "No weight was changed by this step." in message
 
 
 def _step_of(trained: RDPOTrainer, row: str) -> int:
@@ -155,10 +155,10 @@ def test_a_non_finite_gradient_stops_training(trainer, reference, value, clip) -
         return gradient
 
     weight.register_hook(spoil)
-    said = assert_stopped(
+    message = assert_stopped(
         trained, rf"^step 2: the gradient must be finite, got {name}, {value}, for rows", steps=1
     )
-    assert sum(f"r{number}" in said for number in range(8)) == 4  # those of the step
+    assert sum(f"r{number}" in message for number in range(8)) == 4  # those of the step
 
 
 def test_an_overflowing_gradient_norm_stops_training(trainer, reference) -> None:
@@ -252,10 +252,10 @@ def test_the_first_loss_is_checked_for_every_objective(name) -> None:
     moved = ref.clone()
     moved[1, 2] += 3e-4
     off = output_of(moved, ref, tokens, objective)
-    said = off_reference(off, objective, "abc", is_exact=True)
-    assert f"must be {exact.loss.item():.6f}" in str(said)
+    refusal = off_reference(off, objective, "abc", is_exact=True)
+    assert f"must be {exact.loss.item():.6f}" in str(refusal)
     assert "text_rejected of row c is -0.0003 nats, where rounding explains at most 0.0001" in str(
-        said
+        refusal
     )
     assert off_reference(off, objective, "abc", is_exact=False) is None
     assert off_reference(off, objective, "abc", is_exact=False, batch_variance=0.0) is None
@@ -338,7 +338,7 @@ GB = 10**9
 def test_the_suggested_batch_size_keeps_the_pairs_per_step(
     batch_size, accumulation, held, capacity, safe
 ) -> None:
-    said = str(
+    message = str(
         out_of_memory(
             torch.OutOfMemoryError("no"),
             Footprint(14 * GB, 2 * GB, 4 * GB),
@@ -348,8 +348,8 @@ def test_the_suggested_batch_size_keeps_the_pairs_per_step(
             capacity=capacity,
         )
     )
-    assert "peak = weights 14.0 GB + gradients 2.0 GB + optimizer state 4.0 GB" in said
-    assert safe in said
+    assert "peak = weights 14.0 GB + gradients 2.0 GB + optimizer state 4.0 GB" in message
+    assert safe in message
 
 
 def test_auto_find_batch_size_is_refused(trainer, reference) -> None:

@@ -41,7 +41,7 @@ def metrics(checkpoint: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"train_projector": True}, "train_projector requires lora.* Add lora"),
         ({"quantization": "nf4"}, "quantization requires lora.* Add lora"),
@@ -60,8 +60,8 @@ def metrics(checkpoint: Path) -> list[dict[str, float]]:
         ({"warmup_ratio": 1.5}, "less than or equal to 1"),
     ],
 )
-def test_options_without_effect_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_options_without_effect_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         TrainConfig(model="m", data=Path("d"), out=Path("o"), **options)
 
 

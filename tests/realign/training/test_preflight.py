@@ -67,7 +67,7 @@ def test_a_dry_run_reports_the_plan_without_weights_and_writes_nothing(
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"lora": LoraSection(targets=["q_proj", "typo"])}, "lora.targets .* got 'typo'"),
         (
@@ -86,10 +86,10 @@ def test_a_dry_run_reports_the_plan_without_weights_and_writes_nothing(
     ],
 )
 def test_impossible_options_are_refused_before_weights_load(
-    tmp_path: Path, without_weights: Path, data: Path, options, said: str, monkeypatch
+    tmp_path: Path, without_weights: Path, data: Path, options, message: str, monkeypatch
 ) -> None:
     monkeypatch.setattr("realign.modeling.acceleration.find_spec", lambda name: None)
-    with pytest.raises(RefusedError, match=said):
+    with pytest.raises(RefusedError, match=message):
         train(config(without_weights, data, tmp_path, **options))
     assert not (tmp_path / "run").exists()
 
@@ -127,9 +127,9 @@ def test_a_resumed_run_checks_only_the_limits_again(
     second = again()
     assert "12 rows were checked before and have not changed; not checked again" in second
     assert "check rows" not in second
-    said = "12 pairs; sequences of"
-    assert [line for line in first.splitlines() if line.startswith(said)] == [
-        line for line in second.splitlines() if line.startswith(said)
+    start = "12 pairs; sequences of"
+    assert [line for line in first.splitlines() if line.startswith(start)] == [
+        line for line in second.splitlines() if line.startswith(start)
     ]
     with pytest.raises(RefusedError, match="12 of 12 rows are longer than max_length = 20 tokens"):
         train(same.model_copy(update={"max_length": 20}))

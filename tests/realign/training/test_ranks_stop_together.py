@@ -50,8 +50,8 @@ def test_a_fault_on_one_process_stops_both(
     assert at_fault.startswith("FloatingPointError: step 2: pixel_values must be finite, got nan")
     assert other.startswith("FloatingPointError: step 2: another process has a number that is not")
     # DDP has added it to the other's by then
-    for said in result["bad gradient"]:
-        assert said.startswith("FloatingPointError: step 2: the gradient must be finite, got ")
+    for message in result["bad gradient"]:
+        assert message.startswith("FloatingPointError: step 2: the gradient must be finite, got ")
 
     assert result["asked"] == [143, 143]
     assert result["saved when asked"] == ["checkpoint-1"]

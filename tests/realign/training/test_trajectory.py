@@ -122,16 +122,16 @@ def assert_same_trajectory(
     assert abs(found.losses[0] - 2 * torch.tensor(2.0).log()) < 1e-6
     assert expected.losses[-steps // 4 :].mean() < 0.9 * expected.losses[0]  # something was learned
     difference = found.losses - expected.losses
-    said = f"loss max {difference.abs().max():.1e}, mean {difference.mean():.1e}"
-    assert difference.abs().max() <= 1e-5, said
-    assert difference.mean().abs() <= 1e-6, said
+    summary = f"loss max {difference.abs().max():.1e}, mean {difference.mean():.1e}"
+    assert difference.abs().max() <= 1e-5, summary
+    assert difference.mean().abs() <= 1e-6, summary
     norms = largest_difference(found, expected)
     if norms > 1e-4:
         # two runs in float32 drift apart by rounding alone: how far is either from float64?
         exact = plain(model_dir, batches, torch.float64)
         by_rounding = largest_difference(expected, exact)
-        assert largest_difference(found, exact) <= max(1e-4, 1.5 * by_rounding), (norms, said)
-        assert norms <= 1e-3, said
+        assert largest_difference(found, exact) <= max(1e-4, 1.5 * by_rounding), (norms, summary)
+        assert norms <= 1e-3, summary
 
 
 def largest_difference(found: Trajectory, expected: Trajectory) -> float:

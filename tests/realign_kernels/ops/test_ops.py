@@ -109,12 +109,12 @@ def test_opcheck_of_the_tiles(backend, top):
         ref_logps=torch.zeros(3, 2), ignore_index=-100, pair_shape=[3, 2], terms=TERMS,
         nll_weight=0.0,
     )  # fmt: skip
-    what = TileArguments(
+    arguments = TileArguments(
         top_rows=sequence_ids >= 2 if top else None, needed=[True] * 5, label_shape=[12],
         witness=None,
     )  # fmt: skip
     head = head_of((hidden, weight), *others, backend=backend, transform=(1.0, 0.0, 1.0))
-    opcheck(rdpo_tiles_op, (*head, *batch, *what))
+    opcheck(rdpo_tiles_op, (*head, *batch, *arguments))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -126,11 +126,11 @@ def test_opcheck_of_the_tiles_with_weights_and_statistics(backend):
         ref_logps=torch.zeros(3, 2), ignore_index=-100, pair_shape=[3, 2], terms=TERMS,
         nll_weight=0.0,
     )  # fmt: skip
-    what = TileArguments(
+    arguments = TileArguments(
         top_rows=None, needed=[True, True, False, False, False], label_shape=[12], witness=None,
         token_weights=torch.linspace(0, 1, 12), with_statistics=True,
     )  # fmt: skip
-    opcheck(rdpo_tiles_op, (*head_of((hidden, weight), backend=backend), *batch, *what))
+    opcheck(rdpo_tiles_op, (*head_of((hidden, weight), backend=backend), *batch, *arguments))
 
 
 def test_opcheck_of_the_backwards():

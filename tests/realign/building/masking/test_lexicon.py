@@ -178,8 +178,8 @@ def test_masks_of_the_demo_sentences_equal_a_recorded_digest() -> None:
         scene = habitual_scene(rng) if number % 2 else free_scene(rng)
         for text in (scene.caption(), question_pair(scene, rng)[1]):
             for rate in rates:
-                said = mask_by_rule(text, DEMO, rate, Random(f"0:{number}"))
-                digest.update(f"{said}\n".encode())
+                masked_text = mask_by_rule(text, DEMO, rate, Random(f"0:{number}"))
+                digest.update(f"{masked_text}\n".encode())
         digest.update(f"{pretraining_example(scene, DEMO, rng)!r}\n".encode())
     assert digest.hexdigest() == "6ae6e4a0ae63488db632709465703f1b87b36c14b28ad81423513c39a8cc5baa"
 

@@ -315,8 +315,8 @@ class Replying:
 
     def __call__(self, requests: list[Request]) -> list[Answer]:
         self.asked.append([request.prompt for request in requests])
-        said = [self.replies[request.image.stem].pop(0) for request in requests]
-        return [Answer(reply) if isinstance(reply, str) else reply for reply in said]
+        replies = [self.replies[request.image.stem].pop(0) for request in requests]
+        return [Answer(reply) if isinstance(reply, str) else reply for reply in replies]
 
 
 def row(name: str, answer: str = "A red house.", rejected: str = "") -> SourceRow:

@@ -61,9 +61,9 @@ def test_remnants_in_completions_of_the_embedded_model_are_found(
         path = tmp_path / f"{number}.png"
         requests += [Request(completion_request(DESCRIBE, text), path) for text in masked]
     answers = TransformersGenerator.load(model_dir, torch.float32, 40, 12)(requests)
-    has_piece = [any(mark in said.text for mark in ("[", "]", "MASK")) for said in answers]
+    has_piece = [any(mark in answer.text for mark in ("[", "]", "MASK")) for answer in answers]
     assert 0 < sum(has_piece) < len(answers)
-    assert [has_unfilled(said.text, ANSWER) for said in answers] == has_piece
+    assert [has_unfilled(answer.text, ANSWER) for answer in answers] == has_piece
 
 
 @pytest.mark.parametrize(

@@ -109,13 +109,13 @@ def test_a_row_without_an_answer_is_kept_for_annotation(read) -> None:
 def test_retrieved_images_of_a_source_are_ignored_with_a_note(read, capsys) -> None:
     (row,) = read([ROWS["official"]]).rows
     assert row.source["retrieved_image"] == "b.jpg"
-    said = "retrieved images of the source are not used"
-    assert f"{said} (1 rows have some)" in capsys.readouterr().err
+    warning = "retrieved images of the source are not used"
+    assert f"{warning} (1 rows have some)" in capsys.readouterr().err
     for name in ("trl", "ms-swift", "question"):
         read([ROWS[name]])
-        assert said not in capsys.readouterr().err
+        assert warning not in capsys.readouterr().err
         read([ROWS[name], ROWS[name] | {"rejected_images": ["b.jpg"]}])
-        assert f"{said} (1 rows have some)" in capsys.readouterr().err
+        assert f"{warning} (1 rows have some)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("is_first", [False, True])

@@ -64,7 +64,7 @@ def test_intervals_cover_the_true_mean_at_their_level() -> None:
     assert abs(hits / 2000 - 0.95) < 0.015  # three standard errors
 
 
-def said(absent: np.ndarray) -> ModelAnswers:
+def captions(absent: np.ndarray) -> ModelAnswers:
     """Captions that name two objects each, ``absent`` of them not there."""
     counts = np.zeros((len(absent), 13))
     counts[:, 0], counts[:, 1], counts[:, 2], counts[:, 3] = 2, absent, 2, 2 - absent
@@ -81,7 +81,7 @@ NO_ODDS = {
 def test_the_bootstrap_draws_the_same_images_for_both_models() -> None:
     rng = np.random.default_rng(1)
     absent = rng.integers(0, 2, 400)
-    one, other = said(absent), said(absent)
+    one, other = captions(absent), captions(absent)
     found = image_intervals(one, other, ["free.chair_i"], resamples=50)
     assert found["free.chair_i"] == (0.0, 0.0, 0.0)
 
@@ -89,7 +89,7 @@ def test_the_bootstrap_draws_the_same_images_for_both_models() -> None:
 def test_the_interval_over_images_is_that_of_a_mean() -> None:
     rng = np.random.default_rng(2)
     first, second = rng.binomial(2, 0.1, 500), rng.binomial(2, 0.3, 500)
-    found = image_intervals(said(first), said(second), ["free.chair_i"], resamples=2000)
+    found = image_intervals(captions(first), captions(second), ["free.chair_i"], resamples=2000)
     mean, low, high = found["free.chair_i"] or (0.0, 0.0, 0.0)
     each = (first - second) / 2  # CHAIR_i of captions that name as much is a mean
     error = each.std() / math.sqrt(500)
@@ -99,5 +99,5 @@ def test_the_interval_over_images_is_that_of_a_mean() -> None:
 
 
 def test_an_undefined_measure_has_no_interval() -> None:
-    one = said(np.zeros(5, int))
+    one = captions(np.zeros(5, int))
     assert image_intervals(one, one, ["free.random.auc"], resamples=5) == {"free.random.auc": None}

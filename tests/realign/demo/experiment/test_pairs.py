@@ -91,5 +91,5 @@ def test_the_build_pipeline_makes_pairs_of_the_demo_scenes(model_dir: Path) -> N
         scene = scenes[pair["image"]]
         assert pair["retrieved"] != pair["image"]
         assert pair["chosen"] != pair["rejected"]
-        told = {scene.caption(), *(scene.answer(kind) for kind in KINDS)}
-        assert pair["chosen"] in told
+        true_texts = {scene.caption(), *(scene.answer(kind) for kind in KINDS)}
+        assert pair["chosen"] in true_texts

@@ -75,14 +75,14 @@ QUESTIONS = [
 ANSWERS = [("Yes", 2.0), ("Yes", 3.0), ("No", -1.0), ("No", -2.0)]
 
 
-def said() -> ModelAnswers:
+def example_answers() -> ModelAnswers:
     answers = [{"text": text, "log_odds": odds} for text, odds in ANSWERS]
     one: dict[str, Any] = {"captions": {"free": CAPTIONS}, "answers": {"free": answers}}
     return ModelAnswers.of([draw_of(SCENES, QUESTIONS)], [one | {"divergence": 1.5}])
 
 
 def test_scores_equal_counts_by_hand() -> None:
-    found = scores(said())
+    found = scores(example_answers())
     # named: house, plate; key, star. Absent: plate, star. There: house, tree, cup, key.
     assert found["free.chair_i"] == 2 / 4
     assert found["free.chair_s"] == 1.0
@@ -103,7 +103,7 @@ def test_scores_equal_counts_by_hand() -> None:
 
 
 def test_scores_are_weighted_by_image() -> None:
-    found = scores(said(), {"free": np.array([0.0, 2.0])})
+    found = scores(example_answers(), {"free": np.array([0.0, 2.0])})
     assert found["free.chair_i"] == 1 / 2
     assert found["free.recall"] == 1.0
     assert found["free.random.accuracy"] == 0.0
@@ -146,6 +146,6 @@ def test_a_draw_has_the_questions_of_pope() -> None:
 
 
 def test_an_empty_caption_has_an_undefined_chair() -> None:
-    found = scores(said(), {"free": np.zeros(2)})
+    found = scores(example_answers(), {"free": np.zeros(2)})
     assert math.isnan(found["free.chair_i"])
     assert object_f1(found) == 0.0

@@ -355,8 +355,8 @@ def test_stored_answers_to_the_parts_may_be_in_separate_files(tmp_path: Path, bo
 def test_a_run_is_scored_by_the_rule_that_needs_no_packages(data: Path) -> None:
     tasks = AMBER_GENERATIVE.read_tasks(data)
     (task,) = tasks.values()
-    said = {item_key(row): Answer(CASES[int(row["id"])][0]) for row in task.rows}
-    rules = compare_runs(tasks, {"m": said}, resamples=2, seed=0)["benchmarks"]
+    answers = {item_key(row): Answer(CASES[int(row["id"])][0]) for row in task.rows}
+    rules = compare_runs(tasks, {"m": answers}, resamples=2, seed=0)["benchmarks"]
     (found,) = rules["amber-generative"]["rules"].items()
     assert found[0] == "exact-words"
     values = found[1]["splits"]["all"]["models"]["m"]

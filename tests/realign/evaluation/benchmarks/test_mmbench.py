@@ -176,7 +176,9 @@ def test_an_incomplete_sheet_is_refused(data: Path, content: bytes, message: str
 
 def test_a_sheet_with_windows_line_ends_and_a_bom_is_read(data: Path) -> None:
     letters = {7: "BADC", 8: "BADC"}
-    lines = [f"{i + 1_000_000 * k},{a}" for i, said in letters.items() for k, a in enumerate(said)]
+    lines = [
+        f"{i + 1_000_000 * k},{a}" for i, choices in letters.items() for k, a in enumerate(choices)
+    ]
     text = "\r\n".join(["\ufeffindex,prediction", *lines])
     (data / "upload.csv").write_bytes(text.encode())
     assert score("mmbench", data / "upload.csv", data)["splits"]["all"]["accuracy"] == 100.0

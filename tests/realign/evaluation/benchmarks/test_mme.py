@@ -150,9 +150,9 @@ def test_an_answer_may_hold_any_character_but_a_tab_and_a_line_break(
     data: Path, tmp_path: Path
 ) -> None:
     lines = (data / "color.txt").read_text().splitlines()
-    said = ["No\u2028\x0b\x85 it is not", *(answer for *_, answer in WHOLE[1:])]
+    replies = ["No\u2028\x0b\x85 it is not", *(answer for *_, answer in WHOLE[1:])]
     answers = tmp_path / "color.txt"
-    rows = [f"{line}\t{answer}" for line, answer in zip(lines, said, strict=True)]
+    rows = [f"{line}\t{answer}" for line, answer in zip(lines, replies, strict=True)]
     answers.write_text("\n".join(rows), encoding="utf-8")
     assert score("mme", answers, data)["splits"]["color"]["acc"] == 37.5  # one fewer is right
 

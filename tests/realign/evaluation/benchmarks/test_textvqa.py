@@ -38,7 +38,7 @@ def test_soft_accuracy_equals_published_values(
     answer: str, references: list[str], official: float, vlmevalkit: float
 ) -> None:
     for form, wanted in ((official_form, official), (vlmevalkit_form, vlmevalkit)):
-        found = soft_accuracy(form(answer), [form(said) for said in references])
+        found = soft_accuracy(form(answer), [form(reference) for reference in references])
         assert found == pytest.approx(wanted)
 
 
@@ -125,7 +125,7 @@ def test_vizwiz_scores_are_split_by_answer_type(tmp_path: Path) -> None:
         {
             "image": f"VizWiz_val_{i}.jpg",
             "question": "What is this?",
-            "answers": [{"answer": said, "answer_confidence": "yes"} for said in references],
+            "answers": [{"answer": text, "answer_confidence": "yes"} for text in references],
             "answer_type": "number" if i == 1 else "other",
         }
         for i, references in enumerate([NOKIA, ["22"] * 10])

@@ -120,8 +120,8 @@ def test_the_suite_flag_equals_the_suite_command(
     first = runner.invoke(app, ["eval", "suite", "lmms-eval", *paths, str(tmp_path / "a")])
     second = runner.invoke(app, ["eval", "--suite", "lmms-eval", *paths, str(tmp_path / "b")])
     assert first.exit_code == second.exit_code == 0, (first.output, second.output)
-    there = str(tmp_path)
-    assert first.stdout.replace(f"{there}/a", "X") == second.stdout.replace(f"{there}/b", "X")
+    folder = str(tmp_path)
+    assert first.stdout.replace(f"{folder}/a", "X") == second.stdout.replace(f"{folder}/b", "X")
     lost = runner.invoke(
         app, ["eval", "--suite", "lmms-eval", *paths, str(tmp_path / "c"), "--batch-size", "8"]
     )

@@ -71,13 +71,13 @@ def main(folder: Path) -> None:
             found, loss, trainer = take_step(folder, is_tied, **options)
         save_file(unpatched, folder / f"{case}.stock.{rank}.safetensors")
         save_file(found, folder / f"{case}.patched.{rank}.safetensors")
-        said = {
+        report = {
             "loss": loss,
             "stock_loss": stock_loss,
             "calls": [patch.calls, patch.passed_on],
             "model": type(trainer.model_wrapped).__name__,
         }
-        (folder / f"{case}.{rank}.json").write_text(json.dumps(said))
+        (folder / f"{case}.{rank}.json").write_text(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -34,11 +34,11 @@ def test_a_patched_sharded_step_equals_the_stock_step(folder: Path, tmp_path: Pa
     # TRL 1.16 leaves every rank with its own share of its own gradient here, not of the mean.
     is_mean = [name for name in alone if case == "tied" or name != "lm_head.weight"]
     for rank in RANKS:
-        said = json.loads((folder / f"{case}.{rank}.json").read_text())
-        assert said["calls"] == [2, 0]
-        assert said["model"].startswith("FSDP")
-        assert said["loss"] == pytest.approx(said["stock_loss"], abs=1e-6)
-        assert said["loss"] == pytest.approx(alone_loss, abs=1e-6)
+        report = json.loads((folder / f"{case}.{rank}.json").read_text())
+        assert report["calls"] == [2, 0]
+        assert report["model"].startswith("FSDP")
+        assert report["loss"] == pytest.approx(report["stock_loss"], abs=1e-6)
+        assert report["loss"] == pytest.approx(alone_loss, abs=1e-6)
         found = load_file(folder / f"{case}.patched.{rank}.safetensors")
         assert distance(found, load_file(folder / f"{case}.stock.{rank}.safetensors")) <= 3e-6
         expected = {name: alone[name] for name in is_mean}

@@ -236,12 +236,12 @@ def test_label_smoothing_is_ignored_as_by_trl(tmp_path: Path, caplog, data_path:
 
 
 def test_a_policy_that_differs_from_its_cache_is_reported_once(tmp_path: Path, caplog) -> None:
-    said = "the first loss must be 1.386294, that of a policy which equals its reference"
+    warning = "the first loss must be 1.386294, that of a policy which equals its reference"
     options = {"reference": cached_reference(), "training": {"max_steps": 2}}
     ours(tmp_path, model=reference_model(), **options).train()
-    assert said not in caplog.text
+    assert warning not in caplog.text
     ours(tmp_path, model=policy_model(), **options).train()
-    assert caplog.text.count(said) == 1
+    assert caplog.text.count(warning) == 1
     assert "Go on only if the policy is meant to begin elsewhere." in caplog.text
     assert "check_first_step" not in caplog.text
 

@@ -48,11 +48,11 @@ class Squares:
 @pytest.mark.parametrize("workers", [1, 2, pytest.param(3, marks=pytest.mark.full)])
 def test_every_item_is_processed_once_with_one_thread(workers: int) -> None:
     results = dict(Engine(workers=workers).run(Squares(), {i: i for i in range(7)}))
-    assert {number: int(said.split()[0]) for number, said in results.items()} == {
+    assert {number: int(result.split()[0]) for number, result in results.items()} == {
         i: i * i for i in range(7)
     }
-    assert {said.split()[2] for said in results.values()} == {b"1"}
-    pids = {int(said.split()[1]) for said in results.values()}
+    assert {result.split()[2] for result in results.values()} == {b"1"}
+    pids = {int(result.split()[1]) for result in results.values()}
     assert (pids == {os.getpid()}) == (workers == 1)
     assert len(pids) <= workers
 

@@ -82,16 +82,16 @@ TROUBLES = """
             for number, result in engine.run(Trouble(kind, folder), LazyItems(range(3), make)):
                 done.append([number, result.decode(), len(made)])
         except Exception as error:
-            said = {"type": type(error).__name__, "message": str(error), **vars(error)}
-            return {"done": done, "made": made, "error": said}
+            details = {"type": type(error).__name__, "message": str(error), **vars(error)}
+            return {"done": done, "made": made, "error": details}
         return {"done": done, "made": made}
 
     if __name__ == "__main__":
         ray_data.SHARDS_AN_ACTOR = 2
         ray_data.RETRIES = 1
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        told = {kind: tell(kind) for kind in ("refuse", "open", "fail", "die")}
-        (folder / "told.json").write_text(json.dumps(told))
+        reports = {kind: tell(kind) for kind in ("refuse", "open", "fail", "die")}
+        (folder / "told.json").write_text(json.dumps(reports))
         tell("sleep")
 """
 
@@ -109,32 +109,32 @@ def test_ray_errors_are_reported_as_by_other_engines(tmp_path: Path) -> None:
     actor = int((tmp_path / "pid").read_text())
     wait_until(lambda: not Path(f"/proc/{actor}").exists(), 60)
 
-    told = json.loads((tmp_path / "told.json").read_text())
+    reports = json.loads((tmp_path / "told.json").read_text())
     # two shards an execution: the third item is made when the first two are done
-    assert sorted(told["refuse"]["done"]) == [[0, "0", 2], [1, "1", 2]]
-    assert told["refuse"]["made"] == [0, 1, 2]
-    assert told["refuse"]["error"] == {
+    assert sorted(reports["refuse"]["done"]) == [[0, "0", 2], [1, "1", 2]]
+    assert reports["refuse"]["made"] == [0, 1, 2]
+    assert reports["refuse"]["error"] == {
         "type": "RefusedError",
         "message": "item 2 is bad",
         "code": "refused",
         "field": "answer",
         "missing": "",
     }
-    assert told["open"]["error"] == {
+    assert reports["open"]["error"] == {
         "type": "RefusedError",
         "message": "cannot open",
         "code": "closed",
         "field": "",
         "missing": "",
     }
-    assert told["fail"]["error"]["type"] == "RuntimeError"
-    assert told["fail"]["error"]["message"].endswith("KeyError: 'a key'\n")
-    assert told["die"]["error"]["type"] == "WorkerError"
-    first = {number for number, *_ in told["die"]["done"]}
+    assert reports["fail"]["error"]["type"] == "RuntimeError"
+    assert reports["fail"]["error"]["message"].endswith("KeyError: 'a key'\n")
+    assert reports["die"]["error"]["type"] == "WorkerError"
+    first = {number for number, *_ in reports["die"]["done"]}
     assert (
         f"Ray gave up at shard {int(0 in first)} or at one soon after it; an actor that dies is "
         "started again 1 times. If it was SIGKILL, memory ran out: use fewer workers"
-    ) in told["die"]["error"]["message"]
+    ) in reports["die"]["error"]["message"]
     assert (tmp_path / "deaths").read_text() == "xx"
 
 
@@ -164,19 +164,19 @@ class Half:
 def test_an_actor_keeps_its_task_open() -> None:
     actor = _Actor(Half(), torch.get_num_threads())
     gc.collect()
-    said = actor({"number": [7], "item": [_Boxed(4)]})
-    assert said == {"number": [7], "result": [b"2 [True]"], "error": [_Boxed(None)]}
+    batch = actor({"number": [7], "item": [_Boxed(4)]})
+    assert batch == {"number": [7], "result": [b"2 [True]"], "error": [_Boxed(None)]}
 
 
 def test_an_actor_returns_an_error_instead_of_raising_it() -> None:
-    said = _Actor(Half(), torch.get_num_threads())({"number": [7], "item": [_Boxed(3)]})
-    refused = said["error"][0].value
+    batch = _Actor(Half(), torch.get_num_threads())({"number": [7], "item": [_Boxed(3)]})
+    refused = batch["error"][0].value
     assert (type(refused), str(refused), refused.code) == (RefusedError, "3 is odd", "odd")
     shut = _Actor(Half(is_shut=True), torch.get_num_threads())
     for number in (0, 1):
-        said = shut({"number": [number], "item": [_Boxed(2)]})
-        assert (said["number"], said["result"]) == ([number], [b""])
-        assert str(said["error"][0].value) == "cannot open"
+        batch = shut({"number": [number], "item": [_Boxed(2)]})
+        assert (batch["number"], batch["result"]) == ([number], [b""])
+        assert str(batch["error"][0].value) == "cannot open"
 
 
 def test_the_number_of_actors_is_limited_by_cluster_cores_and_memory() -> None:

@@ -287,8 +287,8 @@ def test_unknown_accumulate_options_are_refused():
 
 @pytest.mark.full
 def test_other_triton_tests_pass_with_the_fused_product():
-    here = Path(__file__).parent
-    files = [here / f"test_{name}.py" for name in ("end_to_end", "drawn_calls", "memory_modes")]
+    folder = Path(__file__).parent
+    files = [folder / f"test_{name}.py" for name in ("end_to_end", "drawn_calls", "memory_modes")]
     command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-m", "not full and not slow"]
     environment = {**os.environ, "REALIGN_TEST_PRODUCT": "fused", "REALIGN_EXAMPLES": "20"}
     subprocess.run([*command, *map(str, files)], env=environment, check=True, timeout=1200)

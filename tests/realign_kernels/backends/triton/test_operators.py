@@ -42,11 +42,11 @@ def test_opcheck_of_the_head(keeps):
         autocast_dtype=None, backend="triton", budget=[1 << 20, 1 << 20], group_name=None,
         rounds_factors=False,
     )  # fmt: skip
-    what = ScoreArguments(
+    arguments = ScoreArguments(
         labels=inputs.labels, top_rows=None, sequence_lengths=None, ignore_index=-100, keeps=keeps,
         with_statistics=False, label_shape=[4], witness=None,
     )  # fmt: skip
-    opcheck(score_tokens_op, (*head, *what), atol=1e-5, rtol=1e-4)
+    opcheck(score_tokens_op, (*head, *arguments), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("packed", [False, True])
