@@ -48,9 +48,9 @@ def test_docstrings_begin_with_a_verb_or_a_noun(folder: str) -> None:
     assert not found
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_variable_names_are_not_empty_words(package: str) -> None:
-    assert not [(path, name) for path, tree in trees(package) for name in empty_names(tree)]
+@pytest.mark.parametrize("folder", [*FOLDERS, "tests"])
+def test_variable_names_are_not_empty_words(folder: str) -> None:
+    assert not [(path, name) for path, tree in trees(folder) for name in empty_names(tree)]
 
 
 def test_the_docstring_rules_find_violations() -> None:

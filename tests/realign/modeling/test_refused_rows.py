@@ -104,9 +104,7 @@ def test_problems_of_every_kind_are_listed_together(qwen: Path, rows) -> None:
         "row r1: chosen must not",
         "row r2, rejected_images: image",
     )
-    assert [line.startswith(start) for line, start in zip(others, starts, strict=True)] == [
-        True
-    ] * 3
+    assert all(line.startswith(start) for line, start in zip(others, starts, strict=True))
 
 
 def test_refusals_of_several_images_together_are_reported(model_dir: Path, records) -> None:

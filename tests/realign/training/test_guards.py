@@ -324,7 +324,7 @@ GB = 10**9
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "accumulation", "held", "capacity", "safe"),
+    ("batch_size", "accumulation", "allocated", "capacity", "safe"),
     [
         # 20 GB before; 8 pairs took 60 GB at least: 7.5 GB a pair
         (8, 1, 80 * GB, 80 * GB, "is 4: set batch_size to 4, which accumulates 2 "),
@@ -336,7 +336,7 @@ GB = 10**9
     ],
 )
 def test_the_suggested_batch_size_keeps_the_pairs_per_step(
-    batch_size, accumulation, held, capacity, safe
+    batch_size, accumulation, allocated, capacity, safe
 ) -> None:
     message = str(
         out_of_memory(
@@ -344,7 +344,7 @@ def test_the_suggested_batch_size_keeps_the_pairs_per_step(
             Footprint(14 * GB, 2 * GB, 4 * GB),
             batch_size=batch_size,
             accumulation=accumulation,
-            allocated=held,
+            allocated=allocated,
             capacity=capacity,
         )
     )

@@ -263,13 +263,13 @@ def test_a_model_beyond_the_memory_is_refused_and_a_tight_fit_is_reported(
     tmp_path: Path, without_weights: Path, data: Path, capsys, monkeypatch
 ) -> None:
     run = config(without_weights, data, tmp_path, batch_size=2)
-    held = Footprint.of(outline_policy(TrainPlan.of(run))).total
-    monkeypatch.setattr(module, "_device_memory", lambda: ("a toy", held - 1))
+    footprint = Footprint.of(outline_policy(TrainPlan.of(run))).total
+    monkeypatch.setattr(module, "_device_memory", lambda: ("a toy", footprint - 1))
     with pytest.raises(
         RefusedError, match=r"must fit into 17\.\d MB of a toy, got full .* Use lora"
     ):
         train(run, dry_run=True)
-    monkeypatch.setattr(module, "_device_memory", lambda: ("a toy", held + 1))
+    monkeypatch.setattr(module, "_device_memory", lambda: ("a toy", footprint + 1))
     train(run, dry_run=True)
     advice = "which may be too little: try gradient_checkpointing or a smaller batch_size\n"
     assert capsys.readouterr().err.endswith(advice)
