@@ -31,7 +31,7 @@ Change = Callable[[RDPOTrainer, int], None]
 def two_ranks(
     given: dict[str, str], name: str, change: Change | None = None, seconds: float = 100
 ) -> list[int | str]:
-    """Fork both; their exit codes, or what their errors say."""
+    """Fork two ranks, and return the exit code or the error message of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -41,13 +41,13 @@ def two_ranks(
     for rank in range(2):
         if not (child := os.fork()):
             try:
-                (folder / f"said{rank}.txt").unlink(missing_ok=True)
+                (folder / f"error{rank}.txt").unlink(missing_ok=True)
                 run(given, folder, rank, port, change)
                 os._exit(0)
             except SystemExit as stop:
                 os._exit(int(stop.code or 0))
             except BaseException as error:
-                (folder / f"said{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+                (folder / f"error{rank}.txt").write_text(f"{type(error).__name__}: {error}")
                 os._exit(1)
         children.append(child)
     alarms = [threading.Timer(seconds, os.kill, (child, signal.SIGKILL)) for child in children]
@@ -56,8 +56,10 @@ def two_ranks(
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     for alarm in alarms:
         alarm.cancel()
-    paths = [folder / f"said{rank}.txt" for rank in range(2)]
-    return [path.read_text() if path.exists() else code for path, code in zip(paths, codes)]  # noqa: B905
+    paths = [folder / f"error{rank}.txt" for rank in range(2)]
+    return [
+        path.read_text() if path.exists() else code for path, code in zip(paths, codes, strict=True)
+    ]
 
 
 def run(given: dict[str, str], folder: Path, rank: int, port: int, change: Change | None) -> None:
